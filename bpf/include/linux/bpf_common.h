@@ -1,0 +1,1 @@
+/* bcc includes this; no policy needs what would be in it. */

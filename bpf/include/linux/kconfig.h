@@ -1,0 +1,2 @@
+/* bcc includes this first and wants to be told that the kernel has bpf(2). */
+#define CONFIG_BPF_SYSCALL 1

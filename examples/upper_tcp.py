@@ -1,0 +1,22 @@
+r"""The server of every socket tutorial: lines in, upper case out, one client at a time.
+
+Run:  cd examples && steer run upper_tcp:serve -b 127.0.0.1:8080
+Try:  echo hello | nc -N 127.0.0.1 8080
+  or  python3 -c 'import socket; c = socket.create_connection(("127.0.0.1", 8080)); \
+                  c.sendall(b"hello\n"); print(c.recv(100))'
+"""
+
+from contextlib import suppress
+
+from steer.worker import Worker
+
+
+def serve(worker: Worker) -> None:
+    listener = worker.sockets[0]
+    worker.ready()
+    while True:
+        client, _ = listener.accept()
+        with suppress(ConnectionError), client, client.makefile("rwb") as lines:
+            for line in lines:
+                lines.write(line.upper())
+                lines.flush()

@@ -1,0 +1,3 @@
+"""steer: choose, in the kernel, which worker gets the next connection."""
+
+__version__ = "0.1.0"

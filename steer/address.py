@@ -1,0 +1,68 @@
+"""Addresses as users write them. Pure."""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import dataclass
+
+from steer.errors import ConfigError
+
+_FORM = re.compile(
+    r"(?:(?P<protocol>tcp|udp)://)?(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*)):(?P<port>[0-9]{1,5})"
+)
+ALLOWED = "host:port, [::1]:port, :port, udp://host:port"
+
+
+@dataclass(frozen=True)
+class Bind:
+    """One address of a service, and so one group.
+
+    Args:
+        protocol: "tcp" or "udp".
+        address: a numeric IPv4 or IPv6 address.
+    """
+
+    protocol: str
+    address: str
+    port: int
+
+    @property
+    def is_v6(self) -> bool:
+        return ":" in self.address
+
+    @property
+    def label(self) -> str:
+        host = f"[{self.address}]" if self.is_v6 else self.address
+        return f"{self.protocol} {host}:{self.port}"
+
+
+def parse(text: str) -> Bind:
+    """Read an address.
+
+    Raises:
+        ConfigError: it is not one of ALLOWED.
+    """
+    match = _FORM.fullmatch(text.strip())
+    act = f"read address {text!r}"
+    if not match:
+        raise ConfigError(act, "malformed", f"allowed: {ALLOWED}")
+    port = int(match["port"])
+    if not 1 <= port <= 65535:
+        raise ConfigError(act, f"port {port} is not in 1..65535")
+    return Bind(match["protocol"] or "tcp", _numeric(match["v6"], match["host"], act), port)
+
+
+def _numeric(v6: str | None, host: str | None, act: str) -> str:
+    if v6 is None and host in ("", "*"):
+        return "0.0.0.0"
+    if host == "localhost":
+        return "127.0.0.1"
+    text = v6 if v6 is not None else host or ""
+    try:
+        family = socket.AF_INET if v6 is None else socket.AF_INET6
+        return socket.inet_ntop(family, socket.inet_pton(family, text))
+    except (OSError, ValueError):
+        raise ConfigError(
+            act, f"{text!r} is no numeric address", "write it as 192.0.2.1 or [2001:db8::1]"
+        ) from None

@@ -1,0 +1,74 @@
+"""Policy objects: bytecode as compiled, before any map exists.
+
+Pure: what the compiler's output means, how it is stored, how maps are linked in.
+An object is stored as JSON with one instruction to a line, so that a change of a
+prebuilt one can be read in a diff.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+import msgspec
+
+from steer import abi
+
+INSN_BYTES = 8
+_INSN = struct.Struct("=BBhi")
+
+
+class Code(msgspec.Struct, frozen=True):
+    """One program: its instructions in hexadecimal and, by index, the maps they load."""
+
+    instructions: list[str]
+    relocations: dict[int, str]
+
+    def linked(self, descriptors: Mapping[str, int]) -> bytes:
+        """The instructions with file descriptors in place of map names."""
+        insns = [bytes.fromhex(line) for line in self.instructions]
+        for index, name in self.relocations.items():
+            code, registers, offset, _ = _INSN.unpack(insns[index])
+            insns[index] = _INSN.pack(code, registers, offset, descriptors[name])
+        return b"".join(insns)
+
+
+class PolicyObject(msgspec.Struct, frozen=True):
+    """A compiled policy.
+
+    Args:
+        digest: of the sources it was compiled from; see `kernel.compile.digest`.
+        compiler: what compiled it, "bcc 0.26.0, clang 14".
+        programs: "plain", and "migrate" for kernels that let a program migrate.
+    """
+
+    digest: str
+    compiler: str
+    programs: dict[str, Code]
+
+    def encode(self) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+    @staticmethod
+    def decode(data: bytes) -> PolicyObject:
+        """Raises msgspec.DecodeError where `data` is not an object's."""
+        return msgspec.json.decode(data, type=PolicyObject)
+
+
+def unlink(raw: bytes) -> Code:
+    """Find the stand-ins for maps in compiled bytecode and take them out.
+
+    Raises:
+        ValueError: a map that steer.h does not know.
+    """
+    names = {spec.number: name for name, spec in abi.MAPS.items()}
+    instructions, relocations = [], {}
+    for index, (code, registers, offset, value) in enumerate(_INSN.iter_unpack(raw)):
+        source = registers >> 4
+        if code == abi.BPF_LD_IMM64 and source in (abi.BPF_PSEUDO_MAP_FD, abi.BPF_PSEUDO_MAP_VALUE):
+            if value not in names:
+                raise ValueError(f"instruction {index} speaks of a map that steer.h does not have")
+            relocations[index] = names[value]
+            value = 0
+        instructions.append(_INSN.pack(code, registers, offset, value).hex())
+    return Code(instructions, relocations)

@@ -1,0 +1,234 @@
+"""What a service is to be: from command line, environment and file to one frozen value. Pure.
+
+Command line > STEER_* environment > file > default, key by key, so that an error can
+name where a value came from.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from steer import address
+from steer.address import Bind
+from steer.errors import ConfigError
+from steer.policy import POLICIES
+
+MAX_WORKERS = 1024
+MAX_WEIGHT = 1000
+DEFAULT_BIND = "127.0.0.1:8080"
+
+Seconds = Annotated[float, Meta(ge=0, le=86400)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]
+
+
+class Service(msgspec.Struct, frozen=True, kw_only=True):
+    """A service's configuration; keys and meanings as in `steer run --help`.
+
+    Args:
+        app: "module:callable" for a Python callable; None for the demo or a command.
+        command: the worker's command line, with {fd}, {slot}, {port} to be filled in.
+        workers: how many, or "auto": one for each CPU this process may use.
+        weights: each worker's share, in the workers' order; missing ones are 1.
+    """
+
+    app: Annotated[str, Meta(pattern=r"^[\w.]+:[\w.]+\Z")] | None = None
+    command: tuple[str, ...] = ()
+    bind: tuple[str, ...] = (DEFAULT_BIND,)
+    workers: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] = "auto"
+    policy: str = "cpu"
+    backend: Literal["auto", "ebpf", "cbpf", "kernel"] = "auto"
+    strict: bool = False
+    weights: tuple[Annotated[int, Meta(ge=1, le=MAX_WEIGHT)], ...] = ()
+    name: Name | None = None
+    user: str | None = None
+    group: str | None = None
+    env: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
+    chdir: str | None = None
+    backlog: Annotated[int, Meta(ge=1, le=65535)] = 2048
+    graceful_timeout: Seconds = 30.0
+    ready_timeout: Annotated[float, Meta(gt=0, le=86400)] = 30.0
+    pid: str | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    control_socket: str | None = None
+
+    @property
+    def binds(self) -> tuple[Bind, ...]:
+        return tuple(address.parse(text) for text in self.bind)
+
+    @property
+    def service_name(self) -> str:
+        """The given name, else the app's module, else the command's, else "demo"."""
+        if self.name:
+            return self.name
+        if self.app:
+            return self.app.partition(":")[0].replace(".", "-")
+        return self.command[0].rpartition("/")[2] if self.command else "demo"
+
+    def weight(self, seat: int) -> int:
+        return self.weights[seat] if seat < len(self.weights) else 1
+
+
+FIELDS = {field.name: field for field in msgspec.structs.fields(Service)}
+_LISTS = {name for name, field in FIELDS.items() if isinstance(field.default, tuple)}
+
+
+def load(
+    command_line: Mapping[str, Any],
+    environment: Mapping[str, str],
+    file: Mapping[str, Any],
+    path: str,
+) -> Service:
+    """Merge the sources and check every value.
+
+    Args:
+        command_line: values given as options, by key; None: not given.
+        file: the [service] table, as `read` returns it.
+        path: the file's name, for errors.
+
+    Raises:
+        ConfigError: names the source, the key, the value and what is allowed.
+    """
+    merged: dict[str, Any] = {}
+    shown: dict[str, str] = {}
+    for key, value in file.items():
+        shown[key] = _shown(key, value, path)
+        merged[key] = _checked(key, value, shown[key], strict=True)
+    for key, (name, text) in _from_environment(environment).items():
+        shown[key] = _shown(key, text, name)
+        merged[key] = _checked(key, text, shown[key], strict=False)
+    for key, value in command_line.items():
+        if value is not None and value != ():
+            shown[key] = _shown(key, value, f"--{key.replace('_', '-')}")
+            merged[key] = _checked(key, value, shown[key], strict=False)
+    service = Service(**merged)
+    _check_whole(service, shown)
+    return service
+
+
+def read(text: bytes, path: str) -> dict[str, Any]:
+    """The [service] table of a configuration file.
+
+    Raises:
+        ConfigError: not TOML, or not such a table.
+    """
+    try:
+        document = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"read {path}", str(error)) from None
+    others = sorted(set(document) - {"service"})
+    if others:
+        raise ConfigError(
+            f"read {path}", f"unknown table or key {others[0]!r}", "allowed: [service]"
+        )
+    table = document.get("service", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"read {path}", "service is no table", "write [service]")
+    return table
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    found: dict[str, tuple[str, Any]] = {}
+    if "WEB_CONCURRENCY" in environment:
+        found["workers"] = ("WEB_CONCURRENCY", environment["WEB_CONCURRENCY"])
+    for name, text in environment.items():
+        key = name.removeprefix("STEER_").lower()
+        if name.startswith("STEER_") and key in FIELDS:
+            separated = text.split() if key == "command" else re.split(r"\s*,\s*", text.strip())
+            found[key] = (name, separated if key in _LISTS else text)
+    return found
+
+
+def _shown(key: str, value: Any, source: str) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return f"{source}: {key} = {text!r}"
+
+
+def _checked(key: str, value: Any, shown: str, *, strict: bool) -> Any:
+    if key not in FIELDS:
+        raise ConfigError(shown, "unknown key", f"allowed: {', '.join(sorted(FIELDS))}")
+    try:
+        converted = msgspec.convert(value, FIELDS[key].type, strict=strict)
+        _check_meaning(key, converted)
+    except msgspec.ValidationError as error:
+        raise ConfigError(shown, _plain(error), _allowed(key)) from None
+    return converted
+
+
+def _check_meaning(key: str, value: Any) -> None:
+    """What its type does not tell of a value. Raises msgspec.ValidationError."""
+    if key == "policy" and value not in POLICIES:
+        raise msgspec.ValidationError("unknown policy")
+    if key == "bind":
+        _check_binds(value)
+
+
+def _check_binds(texts: Sequence[str]) -> None:
+    if not texts:
+        raise msgspec.ValidationError("no address given")
+    try:
+        binds = [address.parse(text) for text in texts]
+    except ConfigError as error:
+        raise msgspec.ValidationError(f"{error.what}: {error.cause}") from None
+    for bind in binds:
+        if binds.count(bind) > 1:
+            raise msgspec.ValidationError(f"{bind.label} is given twice")
+
+
+def _plain(error: msgspec.ValidationError) -> str:
+    """msgspec's words, without the path into the value, quotes around types and patterns."""
+    text = str(error).partition(" - at ")[0].replace("`", "")
+    return "malformed" if "matching regex" in text else text
+
+
+def _allowed(key: str) -> str:
+    words = {
+        "app": "MODULE:CALLABLE",
+        "backend": "auto, ebpf, cbpf, kernel",
+        "backlog": "1 to 65535",
+        "bind": address.ALLOWED,
+        "env": "NAME=VALUE",
+        "log_format": "text, json",
+        "log_level": "debug, info, warning, error",
+        "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
+        "policy": ", ".join(POLICIES),
+        "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
+        "workers": f"1 to {MAX_WORKERS}, or auto",
+    }
+    return f"allowed: {words[key]}" if key in words else ""
+
+
+def _check_whole(service: Service, shown: Mapping[str, str]) -> None:
+    """What no single key can tell. Raises ConfigError."""
+    weights, workers = service.weights, service.workers
+    if service.app and service.command:
+        raise ConfigError(f"{shown['app']} and {shown['command']}", "both are given", "give one")
+    if isinstance(workers, int) and len(weights) > workers:
+        raise ConfigError(
+            f"{shown['weights']} and {shown['workers']}",
+            f"{len(weights)} weights for {workers} workers",
+            "give each worker one at most",
+        )
+    if weights and service.policy == "kernel":
+        raise ConfigError(
+            f"{shown['weights']} and {shown['policy']}",
+            "the kernel's own hash knows no weights",
+            f"allowed: {', '.join(name for name in POLICIES if name != 'kernel')}",
+        )
+
+
+def as_toml(service: Service) -> str:
+    """The configuration as a file that gives the same one; keys without a value left out."""
+    lines = ["[service]"]
+    for key in FIELDS:
+        value = getattr(service, key)
+        if value is not None and value != ():
+            # What JSON writes of strings, numbers, booleans and lists of them is TOML too.
+            lines.append(f"{key} = {msgspec.json.encode(value).decode()}")
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""The exception tree. Every error a user can meet is one of these.
+
+An error names the act, the object, the cause and the cure, and carries the
+exit code that the command ends with.
+"""
+
+from __future__ import annotations
+
+
+class SteerError(Exception):
+    """Something steer was asked to do and could not.
+
+    Args:
+        what: the act and its object, "bind tcp 127.0.0.1:80".
+        cause: why not, "EACCES".
+        cure: what would help, or "" where nothing is known.
+        detail: further lines to show below (a verifier log, a worker's last words).
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, cause: str, cure: str = "", detail: str = "") -> None:
+        self.what = what
+        self.cause = cause
+        self.cure = cure
+        self.detail = detail
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        line = f"{self.what}: {self.cause}"
+        return f"{line}; {self.cure}" if self.cure else line
+
+
+class ConfigError(SteerError):
+    """A key or value of the configuration that cannot be."""
+
+
+class BindError(SteerError):
+    """An address that cannot be listened on."""
+
+
+class ControlError(SteerError):
+    """A control socket that cannot be made, reached or understood."""
+
+
+class NotRunning(ControlError):
+    """No service of that name answers."""
+
+
+class WorkersFailed(SteerError):
+    """No worker came up."""
+
+    exit_code = 3
+
+
+class AppLoadError(SteerError):
+    """The application could not be imported."""
+
+    exit_code = 4
+
+
+class FallbackRefused(SteerError):
+    """--strict, and a fallback would be needed."""
+
+    exit_code = 5
+
+
+class KernelError(SteerError):
+    """A system call that the kernel refused: a reason to step down the ladder."""
+
+
+class VerifierError(KernelError):
+    """The verifier refused a program; `detail` is what matters of its log."""
+
+
+class CompileError(KernelError):
+    """A policy that does not compile, or nothing here to compile it with."""

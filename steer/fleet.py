@@ -1,0 +1,287 @@
+"""The workers of a service: started, watched, started again, ended.
+
+What follows from what is in `lifecycle`; here are the clocks and the processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from logging import Logger
+
+from steer import lifecycle
+from steer.errors import AppLoadError, SteerError, WorkersFailed
+from steer.kernel import proc
+from steer.kernel.proc import Seen
+from steer.kernel.process import how_it_ended
+from steer.lifecycle import Command, Event, State
+from steer.plan import Seat
+from steer.spawn import Process
+from steer.steering import Counts, Steering
+from steer.table import Member
+from steer.worker import Launch
+
+QUICK_S = 1.0
+"""How long a quick stop waits between SIGTERM and SIGKILL."""
+_LOOK_FIRST_S, _LOOK_LAST_S = 0.01, 0.25
+"""How often a worker that does not notify is looked at: often at first, then less."""
+
+
+@dataclass(eq=False)
+class Place:
+    """A seat and who is in it: a process, or the wait for the next one.
+
+    Args:
+        failures: ends in a row before `lifecycle.STABLE_S` of service.
+    """
+
+    seat: Seat
+    slot: int
+    state: State = State.STARTING
+    process: Process | None = None
+    ready_s: float | None = None
+    starts: int = 0
+    failures: int = 0
+    timer: asyncio.TimerHandle | None = None
+
+
+class Fleet:
+    """All workers of one service.
+
+    Args:
+        seats: one worker for each.
+        slots: capacity; a worker's slot is below it.
+        launch: makes a worker's instructions from its seat and slot.
+    """
+
+    def __init__(
+        self,
+        seats: Sequence[Seat],
+        slots: int,
+        steering: Steering,
+        launch: Callable[[Seat, int], Launch],
+        log: Logger,
+    ) -> None:
+        self.places = [Place(seat, slot) for slot, seat in enumerate(seats)]
+        self.retired = Counts()
+        self._slots = slots
+        self._next_slot = len(seats)
+        self._steering = steering
+        self._launch = launch
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._one_joins = asyncio.Lock()
+        self._respawns: set[asyncio.Task[None]] = set()
+        self._look_s = _LOOK_FIRST_S
+        self._looking: asyncio.TimerHandle | None = None
+        self._flip_due: asyncio.Handle | None = None
+        self._ending = False
+        self.ended = asyncio.Event()
+        self._up: asyncio.Future[None] = self._loop.create_future()
+
+    async def start(self, holds_ports: Callable[[], None]) -> None:
+        """Start every worker; return once the first is ready.
+
+        Args:
+            holds_ports: called once the first worker has bound all addresses.
+
+        Raises:
+            BindError: an address cannot be had.
+            AppLoadError: the application cannot be loaded.
+            WorkersFailed: all failed before any was ready.
+        """
+        for place in self.places:
+            await self._spawn(place)
+            if place is self.places[0]:
+                holds_ports()
+        await self._up
+
+    def stop(self) -> None:
+        """Ask every worker to finish what it has."""
+        self._ending = True
+        for place in self.places:
+            self.report(place, Event.STOP)
+        if not self._up.done():
+            self._up.set_result(None)
+
+    def overdue_in(self, after_s: float) -> None:
+        """Kill what is still there then."""
+        for place in self.places:
+            if place.process is not None:
+                self._set_timer(place, after_s, Event.OVERDUE)
+
+    def notified(self, pid: int) -> None:
+        """The process `pid`, or one that it descends from, says that it is ready."""
+        for place in self.places:
+            if place.process and proc.is_descendant(pid, place.process.pid):
+                self.report(place, Event.READY)
+
+    def report(self, place: Place, event: Event) -> None:
+        """Something happened to a worker: do what follows."""
+        place.state, commands = lifecycle.step(place.state, event)
+        for command in commands:
+            _DO[command](self, place)
+
+    def counts(self) -> Counts | None:
+        """Of the whole service since its start; None where nobody counts."""
+        now = [self._steering.counts(place.slot) for place in self.places]
+        if any(count is None for count in now):
+            return None
+        return sum((count for count in now if count is not None), self.retired)
+
+    # Commands.
+
+    def _start_again(self, place: Place) -> None:
+        task = self._loop.create_task(self._respawn(place))
+        self._respawns.add(task)
+        task.add_done_callback(self._respawns.discard)
+
+    def _activate(self, place: Place) -> None:
+        place.ready_s = time.monotonic()
+        self._cancel_timer(place)
+        self._log.info("worker %d ready", place.slot)
+        # Together with others that get ready in the same turn of the loop.
+        if self._flip_due is None:
+            self._flip_due = self._loop.call_soon(self._steer)
+        if not self._up.done():
+            self._up.set_result(None)
+
+    def _deactivate(self, _place: Place) -> None:
+        if not self._ending:
+            self._steer()
+
+    def _terminate(self, place: Place) -> None:
+        if place.process:
+            place.process.terminate()
+
+    def _kill(self, place: Place) -> None:
+        if place.process:
+            place.process.kill()
+
+    def _back_off(self, place: Place) -> None:
+        self._set_timer(place, lifecycle.backoff_s(place.failures), Event.RETRY)
+
+    def _forget(self, place: Place) -> None:
+        self._cancel_timer(place)
+        if all(each.state is State.GONE for each in self.places):
+            self.ended.set()
+
+    # What happens to workers.
+
+    async def _spawn(self, place: Place) -> None:
+        """Start a process and wait until its sockets are bound.
+
+        One at a time: the order in which sockets join a group is then known.
+        """
+        async with self._one_joins:
+            if place.state is not State.STARTING:
+                return
+            place.starts += 1
+            place.process = Process(
+                self._launch(place.seat, place.slot),
+                lambda process, fds: self._steering.joined(place.slot, fds),
+                lambda process, status: self._on_end(place, process, status),
+            )
+            self._set_timer(place, place.process.launch.service.ready_timeout, Event.LATE)
+            await place.process.bound
+            self._look_s = _LOOK_FIRST_S
+            self._look_soon()
+
+    async def _respawn(self, place: Place) -> None:
+        try:
+            self._take_slot(place)
+            await self._spawn(place)
+        except SteerError as error:
+            self._log.error("%s", error)
+            if place.process is None:
+                self._failed(place, error)
+
+    def _take_slot(self, place: Place) -> None:
+        """A slot that nobody has, the next one round; what the old one counted is put aside.
+
+        Not the old one again: what still speaks of that means the worker that died.
+        """
+        self.retired += self._steering.retire(place.slot) or Counts()
+        taken = {each.slot for each in self.places}
+        while self._next_slot in taken:
+            self._next_slot = (self._next_slot + 1) % self._slots
+        place.slot = self._next_slot
+        self._next_slot = (self._next_slot + 1) % self._slots
+
+    def _on_end(self, place: Place, process: Process, status: int) -> None:
+        self._cancel_timer(place)
+        self._steering.left(place.slot)
+        place.process = None
+        served_s = time.monotonic() - place.ready_s if place.ready_s is not None else 0.0
+        place.ready_s = None
+        place.failures = 1 if served_s >= lifecycle.STABLE_S else place.failures + 1
+        if not self._ending:
+            self._log.warning(
+                "worker %d (pid %d): %s", place.slot, process.pid, how_it_ended(status)
+            )
+        error = process.problem or WorkersFailed(
+            "start workers", how_it_ended(status), detail=process.last_words
+        )
+        self._failed(place, error)
+
+    def _failed(self, place: Place, error: SteerError) -> None:
+        """Whether the service can still come up; `error` is told if it cannot."""
+        self.report(place, Event.EXITED)
+        if self._up.done() or self._ending:
+            return
+        if isinstance(error, AppLoadError) or all(each.failures for each in self.places):
+            self._up.set_exception(error)
+
+    def _look_soon(self) -> None:
+        if self._looking is None:
+            self._looking = self._loop.call_later(self._look_s, self._look)
+
+    def _look(self) -> None:
+        """See which workers wait on their sockets by now."""
+        self._looking = None
+        for place in self.places:
+            if place.state is State.STARTING and place.process and _serves(place.process):
+                self.report(place, Event.READY)
+        if any(place.state is State.STARTING for place in self.places):
+            self._look_s = min(self._look_s * 1.5, _LOOK_LAST_S)
+            self._look_soon()
+
+    def _steer(self) -> None:
+        if self._flip_due is not None:
+            self._flip_due.cancel()
+            self._flip_due = None
+        self._steering.steer(
+            [
+                Member(place.slot, place.seat.weight, place.seat.cpu)
+                for place in self.places
+                if place.state is State.READY
+            ]
+        )
+
+    # Clocks.
+
+    def _set_timer(self, place: Place, after_s: float, event: Event) -> None:
+        self._cancel_timer(place)
+        place.timer = self._loop.call_later(after_s, self.report, place, event)
+
+    def _cancel_timer(self, place: Place) -> None:
+        if place.timer is not None:
+            place.timer.cancel()
+            place.timer = None
+
+
+def _serves(process: Process) -> bool:
+    return bool(process.inodes) and proc.waits_on(process.pid, process.inodes) is Seen.YES
+
+
+_DO: dict[Command, Callable[[Fleet, Place], None]] = {
+    Command.SPAWN: Fleet._start_again,
+    Command.ACTIVATE: Fleet._activate,
+    Command.DEACTIVATE: Fleet._deactivate,
+    Command.TERMINATE: Fleet._terminate,
+    Command.KILL: Fleet._kill,
+    Command.BACK_OFF: Fleet._back_off,
+    Command.FORGET: Fleet._forget,
+}

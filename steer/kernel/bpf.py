@@ -1,0 +1,298 @@
+"""The one door to libbpf: maps, programs and the table that programs read.
+
+A `Map` or `Program` is a file descriptor that is closed with it. Nothing is
+pinned: what the kernel still needs is held by the sockets it steers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+import time
+from collections.abc import Mapping
+from functools import cache
+from types import TracebackType
+from typing import Self
+
+from steer import abi
+from steer.bytecode import Code
+from steer.errors import KernelError, VerifierError
+
+LOG_BYTES = 1 << 20
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283}
+_MEMBARRIER_CMD_GLOBAL = 1
+_STORES_IN_ORDER = ("x86_64", "i686")
+
+
+class _MapOptions(ctypes.Structure):
+    """Mirrors struct bpf_map_create_opts of libbpf 1.0; `sz` tells later ones."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("btf", ctypes.c_uint32 * 4),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("map_extra", ctypes.c_uint64),
+    )
+
+
+class _LoadOptions(ctypes.Structure):
+    """Mirrors struct bpf_prog_load_opts of libbpf 1.0."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("expected_attach_type", ctypes.c_uint32),
+        ("prog", ctypes.c_uint32 * 4),
+        ("attach", ctypes.c_uint32 * 3),
+        ("fd_array", ctypes.c_void_p),
+        ("func_info", ctypes.c_void_p),
+        ("func_info_cnt_and_size", ctypes.c_uint32 * 2),
+        ("line_info", ctypes.c_void_p),
+        ("line_info_cnt_and_size", ctypes.c_uint32 * 2),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_void_p),
+    )
+
+
+@cache
+def libbpf() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        KernelError: it is not installed.
+    """
+    try:
+        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as error:
+        raise KernelError(
+            "load libbpf.so.1", str(error), "install libbpf 1.0 or later (Debian: libbpf1)"
+        ) from None
+    lib.libbpf_set_print(None)
+    # Named here once: without the types ctypes would pass 64-bit values as int.
+    lib.bpf_map_create.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.c_void_p,
+    )
+    lib.bpf_prog_load.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+    )
+    lib.bpf_map_update_elem.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_uint64,
+    )
+    lib.bpf_map_lookup_elem.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    lib.bpf_map_delete_elem.argtypes = (ctypes.c_int, ctypes.c_char_p)
+    return lib
+
+
+def refusal(act: str, code: int) -> KernelError:
+    """The error for errno `code` of bpf(2), with the cure where one is known."""
+    cures = {
+        errno.EPERM: "needs CAP_BPF: run as root, or see `steer doctor`",
+        errno.ENOSYS: "this kernel has no bpf(2)",
+        errno.ENOMEM: "raise RLIMIT_MEMLOCK, or the memory limit of the cgroup",
+    }
+    return KernelError(act, errno.errorcode.get(code, str(code)), cures.get(code, ""))
+
+
+class _Descriptor:
+    """A file descriptor of bpf(2), closed once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Map(_Descriptor):
+    """A map of the kind that `abi.MAPS` names.
+
+    Args:
+        name: key of `abi.MAPS`; bpftool shows it as steer_NAME.
+        slots: capacity, for maps with an entry per slot.
+
+    Raises:
+        KernelError: the kernel refuses, or libbpf is missing.
+    """
+
+    def __init__(self, name: str, slots: int = 1) -> None:
+        self.spec = abi.MAPS[name]
+        self.entries = self.spec.entries or slots
+        options = _MapOptions(sz=ctypes.sizeof(_MapOptions), map_flags=self.spec.flags)
+        fd = libbpf().bpf_map_create(
+            self.spec.kind,
+            f"steer_{name}".encode(),
+            4,
+            self.spec.value_bytes,
+            self.entries,
+            ctypes.byref(options),
+        )
+        if fd < 0:
+            raise refusal(f"create BPF map steer_{name}", -fd)
+        super().__init__(fd)
+
+    def put(self, key: int, value: bytes) -> None:
+        """Set one entry. Raises KernelError."""
+        status = libbpf().bpf_map_update_elem(self._fd, _key(key), value, 0)
+        if status < 0:
+            raise refusal(f"put entry {key}", -status)
+
+    def put_socket(self, slot: int, fd: int) -> None:
+        """Make the socket `fd` the one of `slot`; it has to be bound, and over TCP to listen."""
+        self.put(slot, fd.to_bytes(8, sys.byteorder))
+
+    def delete(self, key: int) -> None:
+        """Empty one entry; one that is empty already is left so."""
+        status = libbpf().bpf_map_delete_elem(self._fd, _key(key))
+        if status < 0 and status != -errno.ENOENT:
+            raise refusal(f"delete entry {key}", -status)
+
+    def per_cpu(self, key: int, cpus: int) -> bytes:
+        """The values of one entry of a per-CPU map, one for each of `cpus` possible CPUs."""
+        buffer = ctypes.create_string_buffer(cpus * self.spec.value_bytes)
+        status = libbpf().bpf_map_lookup_elem(self._fd, _key(key), buffer)
+        if status < 0:
+            raise refusal(f"read entry {key}", -status)
+        return buffer.raw
+
+
+class Table:
+    """The table that programs read, filled in place and flipped by one store.
+
+    The half that is not active is written, then made active. A program that was
+    running at the flip may still read the old half: before that one is written
+    again, membarrier(2) waits until every such program has ended (its
+    MEMBARRIER_CMD_GLOBAL is a synchronize_rcu(), kernel/sched/membarrier.c).
+    """
+
+    def __init__(self, table_map: Map) -> None:
+        self.map = table_map
+        self._memory = mmap.mmap(table_map.fileno(), _pages(abi.TABLE_BYTES))
+        self._active = 0
+        self._readers_may_remain = False
+        for half in (0, 1):
+            self._fill(half, abi.NO_SLOT.to_bytes(2, sys.byteorder) * (abi.HALF_BYTES // 2))
+
+    def flip(self, parts: Mapping[int, bytes]) -> None:
+        """Write `parts` (offset in a half → bytes) into the idle half and make it active."""
+        if self._readers_may_remain:
+            _wait_for_programs()
+        idle = 1 - self._active
+        base = abi.HEADER.size + idle * abi.HALF_BYTES
+        for offset, data in parts.items():
+            self._memory[base + offset : base + offset + len(data)] = data
+        if os.uname().machine not in _STORES_IN_ORDER:
+            _wait_for_programs()
+        self._memory[0:4] = abi.HEADER.pack(idle, 0)[:4]
+        self._active = idle
+        self._readers_may_remain = True
+
+    def _fill(self, half: int, data: bytes) -> None:
+        base = abi.HEADER.size + half * abi.HALF_BYTES
+        self._memory[base : base + len(data)] = data
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class Program(_Descriptor):
+    """A loaded sk_reuseport program.
+
+    Args:
+        name: bpftool shows its first 15 characters.
+        code: the bytecode.
+        maps: the maps it speaks of, by name.
+        attach_type: BPF_SK_REUSEPORT_SELECT or …_SELECT_OR_MIGRATE.
+
+    Raises:
+        VerifierError: the verifier refuses; its log is in `detail`.
+        KernelError: not permitted, or not known to this kernel.
+    """
+
+    def __init__(self, name: str, code: Code, maps: Mapping[str, Map], attach_type: int) -> None:
+        insns = code.linked({key: value.fileno() for key, value in maps.items()})
+        options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=attach_type)
+        fd = self._load(name, insns, options)
+        if fd < 0 and fd not in (-errno.EPERM, -errno.ENOSYS):
+            log = ctypes.create_string_buffer(LOG_BYTES)
+            options.log_level = 1
+            options.log_size = LOG_BYTES
+            options.log_buf = ctypes.addressof(log)
+            fd = self._load(name, insns, options)
+            if fd < 0 and log.value:
+                cause = errno.errorcode.get(-fd, str(-fd))
+                raise VerifierError(
+                    f"load program {name}",
+                    cause,
+                    detail=shorten(log.value.decode(errors="replace")),
+                )
+        if fd < 0:
+            raise refusal(f"load program {name}", -fd)
+        super().__init__(fd)
+
+    @staticmethod
+    def _load(name: str, insns: bytes, options: _LoadOptions) -> int:
+        fd: int = libbpf().bpf_prog_load(
+            abi.BPF_PROG_TYPE_SK_REUSEPORT,
+            name.replace("-", "_").encode()[:15],
+            b"GPL",
+            insns,
+            len(insns) // 8,
+            ctypes.byref(options),
+        )
+        return fd
+
+
+def shorten(log: str, lines: int = 12) -> str:
+    """What matters of a verifier log: its last lines, where it says why it refused."""
+    kept = [line for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
+    return "\n".join(kept[-lines:])
+
+
+def _key(key: int) -> bytes:
+    return key.to_bytes(4, sys.byteorder)
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _wait_for_programs() -> None:
+    """Return once every BPF program that is running now has ended."""
+    number = _MEMBARRIER.get(os.uname().machine)
+    if number is None or ctypes.CDLL(None).syscall(number, _MEMBARRIER_CMD_GLOBAL, 0, 0) != 0:
+        # nohz_full kernels refuse. No program runs for a tenth of a second.
+        time.sleep(0.1)

@@ -1,0 +1,137 @@
+"""From C to a policy object: prebuilt, else cached, else compiled by bcc in a child.
+
+Importing bcc costs 70 MB and compiling half a second, so neither ever happens in
+this process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from steer.bytecode import PolicyObject, unlink
+from steer.errors import CompileError
+
+_HERE = Path(__file__).resolve().parent
+_CHILD = _HERE / "bcc_child.py"
+_NO_BCC = 3
+_TIMEOUT_S = 60
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+def sources() -> Path:
+    """The directory of steer.h and the built-in policies: in the package, or beside it."""
+    packaged = _HERE.parent / "bpf"
+    return packaged if packaged.is_dir() else _HERE.parents[1] / "bpf"
+
+
+def prebuilt(name: str) -> Path:
+    """Where the shipped object of the built-in policy `name` is."""
+    return sources() / "prebuilt" / f"{name}.json"
+
+
+def digest(source: Path) -> str:
+    """What names an object: a hash of the policy, steer.h and our headers.
+
+    Raises:
+        CompileError: `source` cannot be read.
+    """
+    headers = sources()
+    files = [source, _CHILD, headers / "steer.h", *sorted((headers / "include").rglob("*.h"))]
+    total = hashlib.sha256(sys.byteorder.encode())
+    for file in files:
+        try:
+            total.update(file.read_bytes())
+        except OSError as error:
+            raise CompileError(f"read {file}", error.strerror or str(error)) from None
+        total.update(b"\0")
+    return total.hexdigest()
+
+
+def load(source: Path) -> PolicyObject:
+    """The object of a policy's source file, compiling only where nothing is at hand.
+
+    Raises:
+        CompileError: it does not compile, or there is no compiler.
+    """
+    wanted = digest(source)
+    cached = _cache_dir() / f"{wanted}.json"
+    shipped = [prebuilt(source.stem)] if source.parent == sources() else []
+    for file in [*shipped, cached]:
+        found = _read(file)
+        if found is not None and found.digest == wanted:
+            return found
+    fresh = compile_source(source)
+    _store(cached, fresh)
+    return fresh
+
+
+def compile_source(source: Path) -> PolicyObject:
+    """Compile, whatever is cached.
+
+    Raises:
+        CompileError: with the compiler's messages in `detail`.
+    """
+    act = f"compile {source.name}"
+    for python in _interpreters():
+        done = subprocess.run(
+            [python, "-I", str(_CHILD), str(source.resolve()), str(sources())],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_TIMEOUT_S,
+        )
+        if done.returncode == _NO_BCC:
+            continue
+        if done.returncode != 0:
+            message = done.stderr.decode(errors="replace").strip()
+            raise CompileError(act, "bcc refuses it", detail=message)
+        return _object(source, done.stdout)
+    raise CompileError(act, "no bcc here", "install it (Debian, Ubuntu: python3-bpfcc)")
+
+
+def _object(source: Path, output: bytes) -> PolicyObject:
+    answer = msgspec.json.decode(output)
+    try:
+        programs = {name: unlink(bytes.fromhex(code)) for name, code in answer["programs"].items()}
+    except ValueError as error:
+        raise CompileError(f"compile {source.name}", str(error)) from None
+    return PolicyObject(digest(source), answer["compiler"], programs)
+
+
+def _interpreters() -> list[str]:
+    """bcc is a system package: only the system's Python may see it."""
+    found = [sys.executable, SYSTEM_PYTHON, shutil.which("python3") or ""]
+    return [path for path in dict.fromkeys(found) if path and os.access(path, os.X_OK)]
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "steer"
+
+
+def _read(file: Path) -> PolicyObject | None:
+    """An object file, unless it is missing, broken or somebody else's: this goes into the kernel."""
+    try:
+        if file.stat().st_uid not in (0, os.geteuid()):
+            return None
+        return PolicyObject.decode(file.read_bytes())
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _store(file: Path, compiled: PolicyObject) -> None:
+    """Keep for next time; where nothing can be written, the next time compiles again."""
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+            temporary.write(compiled.encode())
+        os.replace(temporary.name, file)
+    except OSError:
+        return

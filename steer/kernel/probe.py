@@ -1,0 +1,82 @@
+"""What this kernel and this process can do: found out by doing it in the small."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from steer import abi
+from steer.bytecode import Code
+from steer.errors import KernelError
+from steer.kernel import bpf, sockets
+from steer.ladder import Answer, Finding
+
+_PASS = Code(["b700000001000000", "9500000000000000"], {})
+"""return SK_PASS"""
+
+_NO = {
+    errno.errorcode[code]
+    for code in (
+        errno.EPERM,
+        errno.EACCES,
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+    )
+}
+
+
+def ebpf() -> Finding:
+    """Can sk_reuseport programs be loaded and attached, with the maps they need?"""
+    try:
+        for name in abi.MAPS:
+            bpf.Map(name).close()
+        with _program(abi.BPF_SK_REUSEPORT_SELECT) as program, _member() as sock:
+            sockets.attach_ebpf(sock.fileno(), program.fileno())
+    except KernelError as error:
+        return _finding(error)
+    return Finding(Answer.YES)
+
+
+def migrate() -> Finding:
+    """Can a program be asked where the queue of a closing listener goes? Linux 5.14+."""
+    try:
+        _program(abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE).close()
+    except KernelError as error:
+        if error.cause == "EINVAL":
+            return Finding(Answer.NO, f"Linux {os.uname().release} has not got it; 5.14 has")
+        return _finding(error)
+    return Finding(Answer.YES)
+
+
+def cbpf() -> Finding:
+    """Can a classic program be attached? Needs Linux 4.6 and no privilege."""
+    try:
+        with _member() as sock:
+            sockets.attach_cbpf(sock.fileno(), [(0x06, 0, 0, 0)])
+    except KernelError as error:
+        return _finding(error)
+    return Finding(Answer.YES)
+
+
+def findings() -> dict[str, Finding]:
+    """All that the ladder asks for, by backend."""
+    return {"ebpf": ebpf(), "cbpf": cbpf()}
+
+
+def _program(attach_type: int) -> bpf.Program:
+    return bpf.Program("steer_probe", _PASS, {}, attach_type)
+
+
+def _member() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return sock
+
+
+def _finding(error: KernelError) -> Finding:
+    """A refusal is a no; running out of something tells nothing."""
+    sure = error.cause in _NO or error.what.startswith("load libbpf")
+    return Finding(Answer.NO if sure else Answer.UNKNOWN, str(error))

@@ -1,0 +1,208 @@
+"""Processes: fork, signals to a whole worker, death of the parent, identity."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import grp
+import os
+import pwd
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from steer.errors import ConfigError, KernelError
+
+_PR_SET_PDEATHSIG = 1
+_HANDLED = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whom a worker runs as; None keeps what the controller is."""
+
+    uid: int | None = None
+    gid: int | None = None
+    name: str | None = None
+
+
+def identity(user: str | None, group: str | None) -> Identity:
+    """Look a user and a group up, by name or number.
+
+    Raises:
+        ConfigError: no such user or group, or not ours to become.
+    """
+    uid, gid, name = None, None, None
+    try:
+        if user is not None:
+            entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+            uid, gid, name = entry.pw_uid, entry.pw_gid, entry.pw_name
+    except KeyError:
+        raise ConfigError(f"run workers as user {user!r}", "no such user") from None
+    try:
+        if group is not None:
+            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(f"run workers as group {group!r}", "no such group") from None
+    changes = (uid not in (None, os.geteuid())) or (gid not in (None, os.getegid()))
+    if changes and os.geteuid() != 0:
+        raise ConfigError("run workers as another user", "EPERM", "run steer as root")
+    return Identity(uid, gid, name)
+
+
+def become(who: Identity) -> None:
+    """Drop to `who`, for good."""
+    if who.gid is not None:
+        os.setgroups([who.gid])
+        if who.name is not None:
+            os.initgroups(who.name, who.gid)
+        os.setgid(who.gid)
+    if who.uid is not None:
+        os.setuid(who.uid)
+
+
+def fork(child: Callable[[], int]) -> int:
+    """Run `child` in a new process, in a process group of its own; its result is the exit code.
+
+    Signals are held until the child has put aside the handlers it inherits: one that
+    came before would be handled as if it were meant for this process.
+
+    Returns:
+        The child's process id.
+
+    Raises:
+        KernelError: no more processes.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _in_child(child, blocked)
+    except OSError as error:
+        raise KernelError(
+            "start a worker", os.strerror(error.errno or 0), "see ulimit -u"
+        ) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # Here and in the child, as either may be first to rely on it.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpgid(pid, pid)
+    return pid
+
+
+def _in_child(child: Callable[[], int], mask: Iterable[int]) -> NoReturn:
+    """Never returns into the parent's stack, whatever happens."""
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in _HANDLED:
+            signal.signal(number, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        code = child()
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+    except BaseException:  # noqa: BLE001 - shown, and this process ends here
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
+    """Have the kernel send this process `number` when `parent` ends, however it ends.
+
+    Set after any change of user, which clears it (prctl(2), PR_SET_PDEATHSIG).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def keep_only(fds: Iterable[int]) -> None:
+    """Close every descriptor but these and 0, 1, 2."""
+    low = 3
+    for fd in sorted(fd for fd in fds if fd >= 3):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def terminate(pidfd: int) -> None:
+    """SIGTERM to a worker's first process, which tells its own; one that is gone is no error."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL all that is left of a worker's process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def reap(pid: int, pidfd: int) -> int:
+    """Take leave of a worker that has ended, and of what it leaves behind in its group.
+
+    The group is killed before the process is waited for: until then its number
+    cannot be another's.
+
+    Returns:
+        Its exit status, negative for the signal that ended it.
+    """
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+    kill_group(pid)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def how_it_ended(status: int) -> str:
+    """An exit status in words."""
+    if status >= 0:
+        return f"exit status {status}"
+    return f"killed by {signal.Signals(-status).name}"
+
+
+def allow_descriptors(needed: int) -> tuple[int, int]:
+    """Raise the soft limit on open files to `needed` if it is lower.
+
+    Returns:
+        The limits as they were, to be given back to workers.
+
+    Raises:
+        ConfigError: the hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ConfigError(
+                f"open {needed} files, as so many workers need",
+                f"the limit is {hard}",
+                "raise it (ulimit -Hn, LimitNOFILE=) or run fewer workers",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return soft, hard
+
+
+def limit_descriptors(limits: tuple[int, int]) -> None:
+    """Give a worker the limits that the controller was started with: programs that
+    use select(2) break on a higher one."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def write_stderr(data: bytes) -> None:
+    """Pass a worker's words on; with nobody to read them they are dropped."""
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]

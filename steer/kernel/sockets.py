@@ -1,0 +1,126 @@
+"""Sockets of a group: made, checked for, given a program."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import sys
+
+from steer import abi, cbpf
+from steer.address import Bind
+from steer.errors import BindError, KernelError
+from steer.kernel import proc
+
+
+def member(bind: Bind, backlog: int) -> socket.socket:
+    """A new socket of the group at `bind`; over TCP it listens.
+
+    Raises:
+        OSError: as bind(2) and listen(2) say; see `bind_error`.
+    """
+    sock = _socket(bind)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((bind.address, bind.port))
+        if bind.protocol == "tcp":
+            sock.listen(backlog)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def check_free(bind: Bind) -> None:
+    """Make sure that nobody is on the port: with SO_REUSEPORT another process of the
+    same user would be joined without a word.
+
+    Raises:
+        BindError: somebody is, or the address cannot be had.
+    """
+    with _socket(bind) as sock:
+        try:
+            sock.bind((bind.address, bind.port))
+        except OSError as error:
+            raise bind_error(bind, error) from None
+
+
+def bind_error(bind: Bind, error: OSError) -> BindError:
+    """What a failed bind(2) means, and who is in the way."""
+    act = f"bind {bind.label}"
+    name = errno.errorcode.get(error.errno or 0, str(error.errno))
+    if error.errno == errno.EADDRINUSE:
+        found = proc.holders("udp" if bind.protocol == "udp" else "tcp", bind.address, bind.port)
+        by = f"in use by {', '.join(sorted({str(one) for one in found}))}" if found else "in use"
+        return BindError(act, f"{name}, {by}", "stop it, or choose another port")
+    cures = {
+        errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE: "
+        "run as root, or choose a higher port",
+        errno.EADDRNOTAVAIL: "this machine has no such address",
+        errno.EAFNOSUPPORT: "IPv6 is off on this machine",
+    }
+    return BindError(act, name, cures.get(error.errno or 0, ""))
+
+
+def attach_ebpf(sock: int, program: int) -> None:
+    """Make `program` that of the whole group `sock` is in, at once for all of it.
+
+    Raises:
+        KernelError
+    """
+    value = program.to_bytes(4, sys.byteorder)
+    _set(sock, abi.SO_ATTACH_REUSEPORT_EBPF, value, "attach eBPF program")
+
+
+def attach_cbpf(sock: int, program: list[cbpf.Insn]) -> None:
+    """The same for a classic program, for which no privilege is needed.
+
+    Raises:
+        KernelError
+    """
+    code = ctypes.create_string_buffer(cbpf.pack(program))
+    head = _Fprog(len(program), ctypes.addressof(code))
+    _set(sock, abi.SO_ATTACH_REUSEPORT_CBPF, bytes(head), "attach classic BPF program")
+
+
+def detach(sock: int) -> None:
+    """Leave the group to the kernel's hash; without a program it is already.
+
+    Raises:
+        KernelError
+    """
+    try:
+        _set(sock, abi.SO_DETACH_REUSEPORT_BPF, bytes(4), "detach the group's program")
+    except KernelError as error:
+        if error.cause != "ENOENT":
+            raise
+
+
+class _Fprog(ctypes.Structure):
+    """Mirrors struct sock_fprog of include/uapi/linux/filter.h."""
+
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def _socket(bind: Bind) -> socket.socket:
+    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+    try:
+        if bind.protocol == "udp":
+            return socket.socket(family, socket.SOCK_DGRAM)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise bind_error(bind, error) from None
+    # Connections of the last run in TIME_WAIT must not keep this one from starting.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return sock
+
+
+def _set(fd: int, option: int, value: bytes, act: str) -> None:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, option, value)
+        except OSError as error:
+            name = errno.errorcode.get(error.errno or 0, str(error.errno))
+            cure = "needs CAP_BPF, or the program's owner" if error.errno == errno.EPERM else ""
+            raise KernelError(act, name, cure) from None

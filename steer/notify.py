@@ -1,0 +1,68 @@
+"""Both ends of sd_notify(3): workers tell us that they are ready, and we our own supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred of unix(7): pid, uid, gid."""
+_MESSAGE_MAX_BYTES = 4096
+
+
+class Listener:
+    """The socket that workers notify.
+
+    Its name is abstract: no file is left behind, and any user a worker has become
+    can reach it. Who sent a message is told by the kernel, not by the message.
+
+    Args:
+        heard: called with the sender's process id and its message, by key.
+    """
+
+    def __init__(self, heard: Callable[[int, Mapping[str, str]], None]) -> None:
+        self._heard = heard
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        name = f"steer-{os.getpid()}-{os.urandom(8).hex()}"
+        self._socket.bind(f"\0{name}")
+        self.address = f"@{name}"
+        self._loop.add_reader(self._socket, self._receive)
+
+    def _receive(self) -> None:
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(
+                _MESSAGE_MAX_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size)
+            )
+        except BlockingIOError:
+            return
+        for level, kind, value in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                pid, _, _ = _CREDENTIALS.unpack(value)
+                self._heard(pid, parse(data))
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+
+
+def parse(message: bytes) -> dict[str, str]:
+    """The assignments in a message; other lines are passed over, as sd_notify(3) has it."""
+    lines = message.decode(errors="replace").splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def tell_supervisor(message: str, environment: Mapping[str, str]) -> None:
+    """Tell whoever started us, systemd for one, if it wants to be told."""
+    address = environment.get("NOTIFY_SOCKET", "")
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    if address:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(message.encode(), address)

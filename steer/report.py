@@ -1,0 +1,167 @@
+"""The shapes of what steer tells: status as in the contract, and its rendering as rows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+
+class Connections(msgspec.Struct):
+    """Of one worker. None: not counted on this backend, or not to be seen from here.
+
+    Args:
+        selected: connections (UDP: datagrams) the program sent to it.
+        queued: TCP connections waiting in its accept queues.
+        queued_bytes: UDP data waiting in its receive queues.
+    """
+
+    selected: int | None = None
+    open: int | None = None
+    queued: int | None = None
+    queued_bytes: int | None = None
+    migrated: int | None = None
+
+
+class Worker(msgspec.Struct):
+    """One worker. `sockets` are the inodes of its sockets."""
+
+    slot: int
+    pid: int | None
+    state: str
+    generation: int
+    cpus: list[int]
+    weight: int
+    restarts: int
+    uptime_s: float | None
+    connections: Connections
+    sockets: list[int] = []
+
+
+class Address(msgspec.Struct):
+    protocol: str
+    address: str
+    port: int
+
+
+class Totals(msgspec.Struct):
+    """Of the service. `fallback` counts what did not go to the slot the policy chose;
+    `unsteered` those of it that were left to the kernel's hash."""
+
+    selected: int | None = None
+    fallback: int | None = None
+    unsteered: int | None = None
+    migrated: int | None = None
+
+
+class Service(msgspec.Struct):
+    name: str
+    pid: int
+    state: str
+    generation: int
+    policy: str
+    backend: str
+    backend_reason: str | None
+    uptime_s: float
+    binds: list[Address]
+    workers: list[Worker]
+    totals: Totals
+    notes: list[str] = []
+
+
+class Status(msgspec.Struct):
+    schema: int
+    services: list[Service]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Something to print: a title, column heads, and rows of text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def service_table(service: Service) -> Table:
+    """A service for people: its state in the title, a row for each worker."""
+    binds = ", ".join(_bind(bind) for bind in service.binds)
+    title = (
+        f"{service.name}  {service.state}  {service.policy} on {service.backend}  {binds}  "
+        f"pid {service.pid}  up {duration(service.uptime_s)}"
+    )
+    if service.backend_reason:
+        title += f"\nnot higher up the ladder: {service.backend_reason}"
+    title += "".join(f"\nnote: {note}" for note in service.notes)
+    columns = (
+        *("slot", "pid", "state", "gen", "cpus", "weight"),
+        *("selected", "queued", "restarts", "up"),
+    )
+    rows = [
+        (
+            str(worker.slot),
+            _or_dash(worker.pid),
+            worker.state,
+            str(worker.generation),
+            cpu_list(worker.cpus),
+            str(worker.weight),
+            _or_dash(worker.connections.selected),
+            _queued(worker.connections),
+            str(worker.restarts),
+            duration(worker.uptime_s),
+        )
+        for worker in service.workers
+    ]
+    return Table(title, columns, rows)
+
+
+def plain(table: Table) -> str:
+    """The table as aligned text."""
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    padded = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+    return "\n".join([*([table.title] if table.title else []), *padded])
+
+
+def duration(seconds: float | None) -> str:
+    """Two units at most: "4.2s", "3m05s", "2h10m", "3d04h"."""
+    if seconds is None:
+        return "-"
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    for unit, size, lower, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // lower_size:02}{lower}"
+    return f"{whole // 60}m{whole % 60:02}s"
+
+
+def cpu_list(cpus: Sequence[int]) -> str:
+    """As the kernel writes it: "0-3,8"."""
+    ranges: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if ranges and cpu == ranges[-1][1] + 1:
+            ranges[-1][1] = cpu
+        else:
+            ranges.append([cpu, cpu])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges) or "-"
+
+
+def _bind(bind: Address) -> str:
+    host = f"[{bind.address}]" if ":" in bind.address else bind.address
+    return f"{bind.protocol}://{host}:{bind.port}"
+
+
+def _queued(connections: Connections) -> str:
+    parts = [_or_dash(connections.queued)]
+    if connections.queued_bytes is not None:
+        parts.append(f"{connections.queued_bytes} B")
+    return " + ".join(part for part in parts if part != "-") or "-"
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)

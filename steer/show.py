@@ -1,0 +1,59 @@
+"""Tables on standard output: with rich where there is a terminal, plain text where not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from steer import report
+from steer.report import Table
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+WATCH_S = 1.0
+
+
+def tables(found: Sequence[Table]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(_rich(found))
+        return
+    print("\n\n".join(report.plain(table) for table in found), end="\n" if found else "")
+
+
+def watch(look: Callable[[], Sequence[Table]]) -> None:
+    """Print what `look` sees again and again, until interrupted; where there is no
+    terminal, one after the other."""
+    if not sys.stdout.isatty():
+        while True:
+            tables(look())
+            sys.stdout.flush()
+            time.sleep(WATCH_S)
+    from rich.live import Live
+
+    with Live(_rich(look()), auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_S)
+            live.update(_rich(look()), refresh=True)
+
+
+def _rich(found: Sequence[Table]) -> Group:
+    from rich import box, table
+    from rich.console import Group
+    from rich.text import Text
+
+    drawn = []
+    for each in found:
+        grid = table.Table(
+            title=Text(each.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for column in each.columns:
+            grid.add_column(column)
+        for row in each.rows:
+            grid.add_row(*(Text(cell) for cell in row))
+        drawn.append(grid)
+    return Group(*drawn)

@@ -1,0 +1,205 @@
+"""How a table is filled: from the workers that may be chosen to positions. Pure.
+
+The kernel only ever looks a position up. What a policy promises (turns, shares,
+that few flows move, that a CPU has its own worker) is kept here.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import merge
+from itertools import chain, count, cycle, islice, repeat
+from math import gcd
+
+from steer import abi
+from steer.cpus import Topology, nearest
+
+MAX_DECK = abi.TURNS // 2
+
+
+@dataclass(frozen=True)
+class Member:
+    """A slot that may be chosen.
+
+    Args:
+        weight: its share is in proportion, 1 or more.
+        cpu: the CPU its worker is pinned to; None if to none.
+    """
+
+    slot: int
+    weight: int = 1
+    cpu: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One half of the table, as far as it is filled.
+
+    Args:
+        entries: slots by position, or abi.ROW + where the row starts in `turns`.
+        turns: rows, each its length and then its slots.
+        spares: live slots to try when the chosen one fails.
+    """
+
+    entries: array[int]
+    turns: array[int] = field(default_factory=lambda: array("H"))
+    spares: array[int] = field(default_factory=lambda: array("H"))
+
+    def parts(self) -> dict[int, bytes]:
+        """The bytes to write, by offset in struct steer_half."""
+        return {
+            0: abi.LENGTH.pack(len(self.entries), 0),
+            abi.ENTRIES_OFFSET: self.entries.tobytes(),
+            abi.TURNS_OFFSET: self.turns.tobytes(),
+            abi.SPARES_OFFSET: self.spares.tobytes(),
+        }
+
+    def row(self, entry: int) -> Sequence[int]:
+        """The slots that an entry stands for, in their turns."""
+        if not entry & abi.ROW:
+            return (entry,)
+        start = entry & ~abi.ROW
+        return self.turns[start + 1 : start + 1 + self.turns[start]]
+
+
+EMPTY = Layout(
+    array("H", [abi.NO_SLOT]) * abi.ENTRIES, spares=array("H", [abi.NO_SLOT]) * abi.SPARES
+)
+"""Nobody may be chosen: the kernel's hash decides."""
+
+
+def quotas(members: Sequence[Member], length: int) -> dict[int, int]:
+    """How many of `length` positions each slot gets: in proportion to its weight.
+
+    Rounded as Webster did (Sainte-Laguë): the next position always goes to the slot
+    with the least (2 held + 1) / weight. So nobody gets fewer when another goes, as may
+    happen with largest remainders (Balinski and Young, Fair Representation, 1982).
+    """
+    total = sum(member.weight for member in members)
+    # What is sure leaves at most one position a member to be claimed one by one.
+    sure = max(0, 2 * length - len(members))
+    held = {member.slot: (sure * member.weight + total) // (2 * total) for member in members}
+    claims = merge(*(_claims(member, held[member.slot]) for member in members))
+    for _, slot in islice(claims, length - sum(held.values())):
+        held[slot] += 1
+    return held
+
+
+def _claims(member: Member, held: int) -> Iterator[tuple[float, int]]:
+    return (((2 * n + 1) / member.weight, member.slot) for n in count(held))
+
+
+def deck(members: Sequence[Member], longest: int = MAX_DECK) -> list[int]:
+    """The slots in the order of their turns, each as often as it weighs.
+
+    A heavy slot's turns are spread over the whole, not taken in one burst. The
+    deck is as short as exact shares allow; past `longest` they are rounded.
+    """
+    if not members:
+        return []
+    common = gcd(*(member.weight for member in members))
+    counts = {member.slot: member.weight // common for member in members}
+    if sum(counts.values()) > longest:
+        counts = quotas(members, longest)
+    due = ((2 * turn + 1, 2 * n, slot) for slot, n in counts.items() for turn in range(n))
+    return [slot for _, slot in sorted((at / of, slot) for at, of, slot in due)]
+
+
+def by_share(members: Sequence[Member]) -> Layout:
+    """For `random`: positions in exact proportion to the weights."""
+    return Layout(array("H", deck(members)), spares=_spares(members))
+
+
+def by_turn(members: Sequence[Member]) -> Layout:
+    """For `round-robin`: one row, at position 0, of everybody's turns."""
+    rows = _Rows()
+    return Layout(array("H", [rows.entry(deck(members))]), rows.turns, _spares(members))
+
+
+def by_cpu(members: Sequence[Member], topology: Topology) -> Layout:
+    """For `cpu`: at each CPU number the slots pinned to it or to the nearest manned CPU."""
+    crews: dict[int, list[Member]] = {}
+    for member in members:
+        if member.cpu is None:
+            raise ValueError(f"slot {member.slot} is pinned to no CPU")
+        crews.setdefault(member.cpu, []).append(member)
+    homes = nearest(crews, topology)
+    rows = _Rows()
+    longest = MAX_DECK // len(crews)
+    row_of = {cpu: rows.entry(deck(crew, longest)) for cpu, crew in crews.items()}
+    anyone = row_of[min(row_of)]
+    entries = array(
+        "H", [row_of[homes[cpu]] if cpu in homes else anyone for cpu in range(max(homes) + 1)]
+    )
+    return Layout(entries, rows.turns, _spares(members))
+
+
+def consistent(members: Sequence[Member], previous: Layout | None, length: int) -> Layout:
+    """For `hash`: exact shares, and of the positions only those move that have to.
+
+    Maglev (Eisenbud et al., NSDI 2016) fills a table so that balancers which share
+    nothing agree on it, and pays with some moves among the survivors. The
+    kernel's hash is salted anew at every boot, so there is nobody to agree with:
+    the table starts from the one before it instead, and the moves are the fewest
+    there can be.
+
+    Args:
+        previous: the layout in force, of the same policy and length, or None.
+        length: positions.
+    """
+    room = quotas(members, length)
+    entries = array("H", [abi.NO_SLOT]) * length
+    if previous is None or len(previous.entries) != length:
+        moving: Sequence[int] = range(length)
+    else:
+        entries[:] = previous.entries
+        moving = _over_quota(entries, room)
+    receivers = chain.from_iterable(repeat(slot, left) for slot, left in room.items())
+    for position, slot in zip(moving, receivers, strict=True):
+        entries[position] = slot
+    return Layout(entries, spares=_spares(members))
+
+
+def _over_quota(entries: array[int], room: dict[int, int]) -> list[int]:
+    """Positions whose slot may not keep them; what is kept is taken off `room`."""
+    moving = []
+    for position, slot in enumerate(entries):
+        left = room.get(slot, 0)
+        if left:
+            room[slot] = left - 1
+        else:
+            moving.append(position)
+    return moving
+
+
+def _spares(members: Sequence[Member]) -> array[int]:
+    slots = [member.slot for member in members] or [abi.NO_SLOT]
+    return array("H", islice(cycle(slots), abi.SPARES))
+
+
+class _Rows:
+    """Collects rows; crews that are alike share one."""
+
+    def __init__(self) -> None:
+        self.turns = array("H")
+        self._known: dict[tuple[int, ...], int] = {}
+
+    def entry(self, slots: Sequence[int]) -> int:
+        if len(slots) == 1:
+            return slots[0]
+        key = tuple(slots)
+        if key not in self._known:
+            self._known[key] = abi.ROW | len(self.turns)
+            self.turns.append(len(slots))
+            self.turns.extend(slots)
+        return self._known[key]
+
+
+def shares(layout: Layout) -> Mapping[int, int]:
+    """How many positions each slot has."""
+    counted: dict[int, int] = {}
+    for slot in layout.entries:
+        counted[slot] = counted.get(slot, 0) + 1
+    return counted

@@ -1,0 +1,274 @@
+"""The worker's side: from a fresh process to the application, and what the application sees.
+
+Here sockets are made, before privileges are dropped, and their duplicates handed to
+the controller over a channel; then a command is executed in this process's place,
+or a Python callable called with a `Worker`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from steer import demo
+from steer.address import Bind
+from steer.config import Service
+from steer.kernel import process, sockets
+from steer.kernel.process import Identity
+from steer.plan import Seat
+from steer.report import cpu_list
+
+FIRST_FD = 3
+"""SD_LISTEN_FDS_START of sd_listen_fds(3)."""
+COMMAND_NOT_RUN = 127
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """From a worker to its controller, before the application runs.
+
+    Args:
+        bound: inodes of its sockets; their duplicates come along.
+        refused: index of a bind that failed with `number`, an errno.
+        unloadable: why the application could not be loaded.
+        detail: more lines on that.
+    """
+
+    bound: list[int] = []
+    refused: int | None = None
+    number: int = 0
+    unloadable: str = ""
+    detail: str = ""
+
+
+class Unloadable(Exception):
+    """The application cannot be loaded: why, and more lines on that."""
+
+    def __init__(self, why: str, detail: str = "") -> None:
+        super().__init__(why)
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that a new worker is told.
+
+    Args:
+        notify: address of the notification socket, as NOTIFY_SOCKET has it.
+        files: limits on open files, as the controller found them.
+    """
+
+    service: Service
+    name: str
+    binds: tuple[Bind, ...]
+    seat: Seat
+    slot: int
+    generation: int
+    identity: Identity
+    notify: str
+    files: tuple[int, int]
+    controller: int
+
+
+class Worker:
+    """What a Python callable is given.
+
+    Attributes:
+        sockets: bound sockets, one for each bind and in their order; over TCP they listen.
+        slot: the worker's number in its service.
+        cpus: CPUs it may run on.
+        name: the service's.
+        generation: of the configuration it was started from.
+    """
+
+    def __init__(self, launch: Launch, own: Sequence[socket.socket]) -> None:
+        self.sockets = tuple(own)
+        self.slot = launch.slot
+        self.cpus = launch.seat.cpus
+        self.name = launch.name
+        self.generation = launch.generation
+        self._notify = launch.notify
+        self._stopping = False
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker was told to finish (SIGTERM)."""
+        return self._stopping
+
+    def ready(self) -> None:
+        """Tell the controller that connections may come; not needed by those that
+        wait on their socket once they are."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"READY=1", "\0" + self._notify[1:])
+
+    def _stop(self, _number: int, _frame: object) -> None:
+        """From here on a socket does not wait: a loop of accept() takes what is
+        queued, then gets BlockingIOError and so ends."""
+        self._stopping = True
+        for sock in self.sockets:
+            os.set_blocking(sock.fileno(), False)
+
+
+def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
+    """Be a worker. Runs in the forked child; returns its exit status.
+
+    Args:
+        channel: to the controller.
+        stderr: what to write standard error to.
+    """
+    os.dup2(stderr, 2)
+    # Above the range that a command finds its sockets in.
+    above = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(launch.binds))
+    channel = socket.socket(fileno=above)
+    process.keep_only([above])
+    process.limit_descriptors(launch.files)
+    try:
+        own = _bind(launch, channel)
+        if own is None:
+            return 1
+        _settle(launch)
+        environment = _environment(launch)
+        if launch.service.command:
+            _execute(launch, own, environment)
+        os.environ.clear()
+        os.environ.update(environment)
+        application = _load(launch.service)
+        channel.close()
+        return _call(application, Worker(launch, own))
+    except Unloadable as error:
+        _tell(channel, Message(unloadable=str(error), detail=error.detail))
+        return COMMAND_NOT_RUN
+
+
+def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
+    """Make the sockets and hand duplicates over; None if one cannot be had."""
+    own: list[socket.socket] = []
+    for index, bind in enumerate(launch.binds):
+        try:
+            own.append(sockets.member(bind, launch.service.backlog))
+        except OSError as error:
+            _tell(channel, Message(refused=index, number=error.errno or 0))
+            return None
+    _tell(channel, Message(bound=[os.fstat(s.fileno()).st_ino for s in own]), own)
+    return own
+
+
+def _tell(channel: socket.socket, message: Message, own: Sequence[socket.socket] = ()) -> None:
+    socket.send_fds(channel, [msgspec.json.encode(message)], [sock.fileno() for sock in own])
+
+
+def _settle(launch: Launch) -> None:
+    """Take the place that was planned: CPUs, directory, user; and go with the controller."""
+    os.sched_setaffinity(0, launch.seat.cpus)
+    if launch.service.chdir is not None:
+        try:
+            os.chdir(launch.service.chdir)
+        except OSError as error:
+            raise Unloadable(f"chdir {launch.service.chdir}: {error.strerror}") from None
+    process.become(launch.identity)
+    process.die_with_parent(launch.controller)
+
+
+def _environment(launch: Launch) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LISTEN_")}
+    given = dict(pair.split("=", 1) for pair in launch.service.env)
+    return {
+        **inherited,
+        **given,
+        "STEER_SLOT": str(launch.slot),
+        "STEER_NAME": launch.name,
+        "STEER_CPUS": cpu_list(launch.seat.cpus),
+        "NOTIFY_SOCKET": launch.notify,
+    }
+
+
+def _execute(launch: Launch, own: Sequence[socket.socket], environment: Mapping[str, str]) -> None:
+    """Become the command, with the sockets from fd 3 on as sd_listen_fds(3) has it.
+
+    Raises:
+        Unloadable: there is no such command, or it cannot be run.
+    """
+    arguments = fill_in(launch.service.command, launch.slot, launch.binds)
+    # Duplicates above the range first: a socket may stand where another has to go.
+    above = [fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(own)) for sock in own]
+    for index, fd in enumerate(above):
+        os.dup2(fd, FIRST_FD + index, inheritable=True)
+    names = ":".join(f"{bind.protocol}-{bind.port}" for bind in launch.binds)
+    protocol = {
+        "LISTEN_FDS": str(len(own)),
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDNAMES": names,
+    }
+    try:
+        os.execvpe(arguments[0], arguments, {**environment, **protocol})
+    except OSError as error:
+        raise Unloadable(f"run {arguments[0]}: {error.strerror}") from None
+
+
+def fill_in(command: Sequence[str], slot: int, binds: Sequence[Bind]) -> list[str]:
+    """The command's arguments with {slot}, {fd}, {port} filled in.
+
+    {fd} and {port} are the first bind's; {fd1} and {port1} the second's, and so on.
+    Other braces are left alone.
+    """
+    values = {"{slot}": str(slot), "{fd}": str(FIRST_FD), "{port}": str(binds[0].port)}
+    for index, bind in enumerate(binds):
+        values[f"{{fd{index}}}"] = str(FIRST_FD + index)
+        values[f"{{port{index}}}"] = str(bind.port)
+    filled = list(command)
+    for mark, value in values.items():
+        filled = [argument.replace(mark, value) for argument in filled]
+    return filled
+
+
+def _load(service: Service) -> Callable[[Worker], object]:
+    """Import the callable; with no app, the demo.
+
+    Raises:
+        Unloadable
+    """
+    if service.app is None:
+        return demo.serve
+    module_name, _, path = service.app.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: object = importlib.import_module(module_name)
+        for name in path.split("."):
+            found = getattr(found, name)
+    # Whatever a module does while it is imported is the user's; steer has to say it.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        raise Unloadable(f"{type(error).__name__}: {error}", _where(error)) from None
+    if not callable(found):
+        raise Unloadable(f"{path} is not callable")
+    return found
+
+
+def _where(error: BaseException) -> str:
+    """The lines of the user's code that led to an error; importlib's and ours left out."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "importlib" not in frame.filename and frame.filename != __file__
+    ]
+    return "\n".join(f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames)
+
+
+def _call(application: Callable[[Worker], object], worker: Worker) -> int:
+    try:
+        application(worker)
+    except BlockingIOError:
+        # The end of an accept loop whose listener was told not to wait any more.
+        if not worker.stopping:
+            raise
+    return 0

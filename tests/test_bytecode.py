@@ -1,0 +1,145 @@
+"""Policy objects: maps taken out of bytecode, put in again, and what is stored between."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer import abi
+from steer.bytecode import INSN_BYTES, Code, PolicyObject, unlink
+
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+PREBUILT = sorted((Path(__file__).parent.parent / "bpf/prebuilt").glob("*.json"))
+DESCRIPTORS = {name: 100 + rank for rank, name in enumerate(abi.MAPS)}
+EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)
+
+
+def load_map(name: str, kind: int = abi.BPF_PSEUDO_MAP_FD, register: int = 1) -> bytes:
+    """ld_imm64 of a stand-in; the second half holds what would be an offset."""
+    first = struct.pack("=BBhi", abi.BPF_LD_IMM64, kind << 4 | register, 0, abi.MAPS[name].number)
+    return first + struct.pack("=BBhi", 0, 0, 0, 16 if kind == abi.BPF_PSEUDO_MAP_VALUE else 0)
+
+
+def immediates(raw: bytes) -> list[int]:
+    return [value for *_, value in struct.iter_unpack("=BBhi", raw)]
+
+
+def test_stand_ins_are_found_by_both_ways_to_name_a_map() -> None:
+    raw = load_map("sockets") + load_map("table", abi.BPF_PSEUDO_MAP_VALUE, 7) + EXIT
+    code = unlink(raw)
+    assert code.relocations == {0: "sockets", 2: "table"}
+    assert immediates(bytes.fromhex("".join(code.instructions))) == [0, 0, 0, 16, 0]
+
+
+def test_linking_changes_nothing_but_the_descriptors() -> None:
+    raw = load_map("sockets") + load_map("table", abi.BPF_PSEUDO_MAP_VALUE, 7) + EXIT
+    linked = unlink(raw).linked(DESCRIPTORS)
+    assert immediates(linked) == [DESCRIPTORS["sockets"], 0, DESCRIPTORS["table"], 16, 0]
+    stand_ins = {name: spec.number for name, spec in abi.MAPS.items()}
+    assert unlink(raw).linked(stand_ins) == raw
+
+
+def test_a_plain_64_bit_number_is_no_map() -> None:
+    number = struct.pack("=BBhi", abi.BPF_LD_IMM64, 1, 0, abi.MAPS["cpus"].number) + bytes(8)
+    code = unlink(number + EXIT)
+    assert code.relocations == {}
+    assert code.linked({}) == number + EXIT
+
+
+@pytest.mark.parametrize("kind", [abi.BPF_PSEUDO_MAP_FD, abi.BPF_PSEUDO_MAP_VALUE])
+@pytest.mark.parametrize("number", [0, 3, -1, 0x57EE0005])
+def test_an_unknown_map_is_refused(kind: int, number: int) -> None:
+    raw = EXIT + struct.pack("=BBhi", abi.BPF_LD_IMM64, kind << 4, 0, number) + bytes(8)
+    with pytest.raises(
+        ValueError, match=r"^instruction 1 speaks of a map that steer\.h does not have$"
+    ):
+        unlink(raw)
+
+
+def test_half_an_instruction_is_refused() -> None:
+    with pytest.raises(struct.error):
+        unlink(EXIT + b"\x95")
+
+
+def test_stand_ins_are_apart() -> None:
+    numbers = [spec.number for spec in abi.MAPS.values()]
+    assert len(set(numbers)) == len(numbers)
+    assert all(0 < number < 2**31 for number in numbers), "an immediate is signed"
+
+
+def some_object() -> PolicyObject:
+    plain = unlink(load_map("sockets") + EXIT)
+    return PolicyObject("0" * 64, "bcc 0.26.0, clang 14", {"plain": plain, "migrate": plain})
+
+
+def test_an_object_reads_back() -> None:
+    assert PolicyObject.decode(some_object().encode()) == some_object()
+
+
+def test_an_object_is_stored_one_instruction_a_line() -> None:
+    lines = some_object().encode().decode().split("\n")
+    assert lines[-1] == "", "ends with a newline"
+    for instruction in some_object().programs["plain"].instructions:
+        assert [line.strip(' ,"') for line in lines].count(instruction) == 2
+    assert json.loads(some_object().encode())["programs"]["plain"]["relocations"] == {
+        "0": "sockets"
+    }
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"digest": "", "compiler": "", "programs": {"plain": {}}}',
+        b'{"digest": "", "compiler": "", "programs": {"plain": {"instructions": [1], '
+        b'"relocations": {}}}}',
+        b'{"digest": "", "compiler": "", "programs": {"plain": {"instructions": [], '
+        b'"relocations": {"x": "table"}}}}',
+        some_object().encode()[:-20],
+    ],
+)
+def test_what_is_no_object_is_refused(data: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        PolicyObject.decode(data)
+
+
+instructions = st.tuples(
+    st.integers(0, 255).filter(lambda code: code != abi.BPF_LD_IMM64),
+    st.integers(0, 255),
+    st.integers(-(2**15), 2**15 - 1),
+    st.integers(-(2**31), 2**31 - 1),
+).map(lambda fields: struct.pack("=BBhi", *fields))
+
+
+@quick
+@given(st.lists(instructions | st.sampled_from(list(abi.MAPS)).map(load_map)))
+def test_any_bytecode_comes_back(parts: list[bytes]) -> None:
+    raw = b"".join(parts)
+    code = unlink(raw)
+    assert len(code.instructions) * INSN_BYTES == len(raw)
+    stored = msgspec.json.decode(msgspec.json.encode(code), type=Code)
+    assert stored.linked({name: spec.number for name, spec in abi.MAPS.items()}) == raw
+
+
+@pytest.mark.parametrize("path", PREBUILT, ids=lambda path: path.stem)
+def test_prebuilt_objects_are_as_encode_writes_them(path: Path) -> None:
+    data = path.read_bytes()
+    found = PolicyObject.decode(data)
+    assert found.encode() == data
+    assert set(found.programs) == {"plain", "migrate"}
+    for code in found.programs.values():
+        assert {"sockets", "table", "counts"} <= set(code.relocations.values()) <= set(abi.MAPS)
+        linked = code.linked(DESCRIPTORS)
+        assert len(linked) == len(code.instructions) * INSN_BYTES
+        for index, name in code.relocations.items():
+            assert linked[index * INSN_BYTES] == abi.BPF_LD_IMM64
+            assert immediates(linked)[index] == DESCRIPTORS[name]

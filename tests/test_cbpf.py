@@ -1,0 +1,506 @@
+"""Classic BPF programs, run by a small interpreter and held against the kernel's own rules.
+
+Sources: Documentation/networking/filter.rst, and of net/core/filter.c bpf_check_classic(),
+check_load_and_stores() and chk_code_allowed(); for the order of sockets
+net/core/sock_reuseport.c.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer import cbpf, policy, table
+from steer.cbpf import HASH_LENGTH, MAX_INSNS, Insn, Order, TooLong
+from steer.cpus import Topology
+from steer.policy import POLICIES, Scene
+from steer.table import EMPTY, Layout, Member
+
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+NO_SOCKET = 2**32 - 1
+SEED = 0x12345678
+OPTMEM_BYTES = 20480
+"""net.core.optmem_max before Linux 6.8: what a program may take after translation."""
+
+
+# The machine
+
+
+@dataclass(frozen=True)
+class Packet:
+    """`network` from the IP header on; `data` behind the transport header."""
+
+    network: bytes = b""
+    data: bytes = b""
+    cpu: int = 0
+    random: int = 0
+
+    def load(self, at: int, size: int) -> int | None:
+        """None: outside the packet."""
+        if at >= 0xFFFFF000:  # SKF_AD_OFF
+            return {36: self.cpu, 56: self.random}[at - 0xFFFFF000]
+        if at >= 0x80000000:
+            assert at >= 0xFFF00000, "neither SKF_NET_OFF nor SKF_AD_OFF"
+            at, source = at - 0xFFF00000, self.network
+        else:
+            source = self.data
+        found = source[at : at + size]
+        return int.from_bytes(found) if len(found) == size else None
+
+
+SIZES = {0x00: 4, 0x08: 2, 0x10: 1}
+OPERATIONS: dict[int, Callable[[int, int], int]] = {
+    0x00: operator.add,
+    0x10: operator.sub,
+    0x20: operator.mul,
+    0x30: operator.floordiv,
+    0x40: operator.or_,
+    0x50: operator.and_,
+    0x60: operator.lshift,
+    0x70: operator.rshift,
+    0x90: operator.mod,
+    0xA0: operator.xor,
+}
+CONDITIONS: dict[int, Callable[[int, int], int]] = {
+    0x10: operator.eq,
+    0x20: operator.gt,
+    0x30: operator.ge,
+    0x40: operator.and_,
+}
+
+
+class Machine:
+    """A, X, M[] and a packet."""
+
+    def __init__(self, packet: Packet) -> None:
+        self.packet = packet
+        self.a = self.x = 0
+        self.memory = [0] * 16
+
+    def run(self, program: Sequence[Insn]) -> int:
+        at = 0
+        while True:
+            code, jt, jf, k = program[at]
+            at += 1
+            if code & 7 == 5:
+                at += self._jump(code, jt, jf, k)
+            elif code & 7 == 6:
+                return self.a if code & 0x18 == 0x10 else k
+            elif not self._step(code, k):
+                return 0
+
+    def _jump(self, code: int, jt: int, jf: int, k: int) -> int:
+        if code & 0xF0 == 0:
+            return k
+        return jt if CONDITIONS[code & 0xF0](self.a, self.x if code & 8 else k) else jf
+
+    def _step(self, code: int, k: int) -> bool:
+        """False: a load outside the packet, which ends the program with 0."""
+        match code & 7:
+            case 0 | 1:
+                value = self._value(code, k)
+                if value is None:
+                    return False
+                if code & 7 == 0:
+                    self.a = value
+                else:
+                    self.x = value
+            case 2:
+                self.memory[k] = self.a
+            case 3:
+                self.memory[k] = self.x
+            case 4:
+                operand = self.x if code & 8 else k
+                self.a = OPERATIONS[code & 0xF0](self.a, operand) & 0xFFFFFFFF
+            case 7 if code & 0xF8:
+                self.a = self.x
+            case 7:
+                self.x = self.a
+        return True
+
+    def _value(self, code: int, k: int) -> int | None:
+        match code & 0xE0:
+            case 0x00:
+                return k
+            case 0x20:
+                return self.packet.load(k, SIZES[code & 0x18])
+            case 0x40:
+                return self.packet.load(self.x + k & 0xFFFFFFFF, SIZES[code & 0x18])
+            case 0x60:
+                return self.memory[k]
+            case 0xA0:
+                byte = self.packet.load(k, 1)
+                return None if byte is None else 4 * (byte & 15)
+        raise AssertionError(f"load {code:#x}")
+
+
+def run(program: Sequence[Insn], packet: Packet = Packet()) -> int:
+    return Machine(packet).run(program)
+
+
+# The kernel's rules
+
+ALU = {4 | op | src for op in OPERATIONS for src in (0, 8)} | {0x84}
+JUMPS = {5 | op | src for op in CONDITIONS for src in (0, 8)} | {0x05}
+LOADS = {0x20, 0x28, 0x30, 0x40, 0x48, 0x50, 0x80, 0x00, 0x60, 0x81, 0xB1, 0x01, 0x61}
+KNOWN = ALU | JUMPS | LOADS | {0x02, 0x03, 0x07, 0x87, 0x06, 0x16}
+
+
+def accept(program: Sequence[Insn]) -> None:
+    """What the kernel checks before it takes a program."""
+    assert 1 <= len(program) <= 4096
+    for at, (code, jt, jf, k) in enumerate(program):
+        assert code in KNOWN, f"{at}: {code:#x}"
+        assert 0 <= k < 2**32
+        assert 0 <= jt < 256
+        assert 0 <= jf < 256
+        left = len(program) - at - 1
+        if code in JUMPS:
+            assert k < left if code == 0x05 else max(jt, jf) < left, f"{at}: jumps over the end"
+        if code in (0x34, 0x94):
+            assert k, f"{at}: divides by 0"
+        if code in (0x64, 0x74):
+            assert k < 32, f"{at}: shifts by {k}"
+        if code in (0x20, 0x28, 0x30) and k >= 0xFFFFF000:
+            assert k - 0xFFFFF000 in range(0, 64, 4), f"{at}: no such ancillary load"
+    assert program[-1][0] in (0x06, 0x16)
+    accept_memory(program)
+
+
+def accept_memory(program: Sequence[Insn]) -> None:
+    """No word of M[] is read that not every way to there has written."""
+    every = 2**16 - 1
+    known = [every] * len(program)
+    valid = 0
+    for at, (code, jt, jf, k) in enumerate(program):
+        valid &= known[at]
+        if code in (0x02, 0x03):
+            valid |= 1 << k
+        elif code in (0x60, 0x61):
+            assert valid & 1 << k, f"{at}: M[{k}] is not set"
+        elif code in JUMPS:
+            for target in (at + 1 + k,) if code == 0x05 else (at + 1 + jt, at + 1 + jf):
+                known[target] &= valid
+            valid = every
+
+
+# Packets
+
+
+def ipv4(source: str, ports: tuple[int, int], options: bytes = b"") -> bytes:
+    words = 5 + len(options) // 4
+    head = struct.pack("!BBHIBBH", 0x40 | words, 0, 0, 0, 64, 6, 0)
+    addresses = ip_address(source).packed + bytes([127, 0, 0, 1])
+    return head + addresses + options + struct.pack("!HH", *ports) + bytes(16)
+
+
+def ipv6(source: str, ports: tuple[int, int], traffic_class: int = 0) -> bytes:
+    head = struct.pack("!IHBB", 6 << 28 | traffic_class << 20 | 0xABCDE, 20, 6, 64)
+    return head + ip_address(source).packed + bytes(16) + struct.pack("!HH", *ports) + bytes(16)
+
+
+def hashed(source: str, ports: tuple[int, int], layout: Layout, seed: int = SEED) -> int:
+    number = cbpf.flow_hash(ip_address(source).packed, *ports, seed)
+    return layout.entries[number % len(layout.entries)]
+
+
+# Tables
+
+
+def members(*weights: int) -> list[Member]:
+    return [Member(slot, weight) for slot, weight in enumerate(weights)]
+
+
+def slots(*slots: int) -> Layout:
+    return Layout(array("H", slots))
+
+
+def hash_layout(*weights: int) -> Layout:
+    return table.consistent(members(*weights), None, HASH_LENGTH)
+
+
+def scrambled(count: int) -> dict[int, int]:
+    """Indexes in another order than the slots'."""
+    return {slot: (slot + 1) * 7 % count if count % 7 else slot for slot in range(count)}
+
+
+def many(count: int) -> Layout:
+    return slots(*range(count))
+
+
+ports = st.tuples(st.integers(0, 65535), st.integers(1, 65535))
+seeds = st.integers(0, 2**32 - 1)
+
+
+# by_hash
+
+
+@quick
+@given(st.ip_addresses(v=4), ports, seeds, st.binary(max_size=10).map(lambda raw: raw * 4))
+def test_by_hash_over_ipv4(
+    source: object, ports: tuple[int, int], seed: int, options: bytes
+) -> None:
+    layout, indexes = hash_layout(1, 2, 3, 4, 5), scrambled(5)
+    program = cbpf.by_hash(layout, indexes, seed)
+    packet = Packet(ipv4(str(source), ports, options))
+    assert run(program, packet) == indexes[hashed(str(source), ports, layout, seed)]
+
+
+@quick
+@given(st.ip_addresses(v=6), ports, seeds, st.integers(0, 255))
+def test_by_hash_over_ipv6(source: object, ports: tuple[int, int], seed: int, klass: int) -> None:
+    """The traffic class lies in the byte that tells the version."""
+    layout, indexes = hash_layout(1, 2, 3, 4, 5), scrambled(5)
+    program = cbpf.by_hash(layout, indexes, seed)
+    packet = Packet(ipv6(str(source), ports, klass))
+    assert run(program, packet) == indexes[hashed(str(source), ports, layout, seed)]
+
+
+def test_by_hash_looks_at_source_and_ports_only() -> None:
+    program = cbpf.by_hash(many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED)
+    packet = ipv4("192.0.2.1", (1024, 80))
+    other = packet[:1] + b"\xff" * 11 + packet[12:20] + packet[20:24] + b"x" * 16
+    assert run(program, Packet(packet)) == run(program, Packet(other, b"data", 3, 77))
+
+
+def test_by_hash_follows_the_table_when_a_worker_goes() -> None:
+    before = hash_layout(1, 1, 1, 1)
+    after = table.consistent(members(1, 1, 1), before, HASH_LENGTH)
+    programs = [cbpf.by_hash(layout, scrambled(4), SEED) for layout in (before, after)]
+    for port in range(1024, 1624):
+        packet = Packet(ipv4("198.51.100.7", (port, 443)))
+        if hashed("198.51.100.7", (port, 443), before) != 3:
+            assert run(programs[0], packet) == run(programs[1], packet)
+
+
+@pytest.mark.parametrize("client", ["203.0.113.9", "2001:db8::9"])
+def test_hash_spreads_evenly(client: str) -> None:
+    """The ports of one client, which a weak hash would stripe: over 8 equal workers chi-square
+    (7 degrees of freedom) stays below its 99.9th percentile."""
+    layout = hash_layout(*[1] * 8)
+    drawn = Counter(hashed(client, (port, 80), layout) for port in range(32768, 60999, 3))
+    due = sum(drawn.values()) / 8
+    assert sum((drawn[slot] - due) ** 2 / due for slot in range(8)) < 24.3
+
+
+def test_another_seed_is_another_hash() -> None:
+    one, other = (cbpf.flow_hash(bytes(4), 1, 2, seed) for seed in (1, 2))
+    assert one != other
+
+
+def test_flow_hash_by_hand() -> None:
+    """A second writing of it, for one packet: multiply and fold, word by word."""
+
+    def fold(value: int, factor: int, shift: int) -> int:
+        value = value * factor % 2**32
+        return value ^ value >> shift
+
+    first = fold(7 ^ 0x0A000001, 0x9E3779B1, 15)
+    second = fold(first ^ 0x04D20050, 0x9E3779B1, 15)
+    assert cbpf.flow_hash(bytes([10, 0, 0, 1]), 1234, 80, 7) == fold(second, 0x85EBCA6B, 13)
+
+
+# by_share
+
+
+@pytest.mark.parametrize(
+    "weights", [(1,), (1, 1), (1, 2, 3), (7, 1, 7), (1,) * 64, (100, 99), tuple(range(1, 30))]
+)
+def test_by_share_is_exact(weights: tuple[int, ...]) -> None:
+    """Over all remainders that chance can have each socket is hit as often as it weighs."""
+    layout, indexes = table.by_share(members(*weights)), scrambled(len(weights))
+    program = cbpf.by_share(layout, indexes)
+    length = len(layout.entries)
+    assert length == sum(weights)
+    high = 2**32 // length * length
+    for base in (0, high - length):
+        hit = Counter(run(program, Packet(random=base + rest)) for rest in range(length))
+        assert hit == {indexes[slot]: weight for slot, weight in enumerate(weights)}
+
+
+def test_by_share_of_any_weights_is_short() -> None:
+    some = members(*(1000 - slot % 3 for slot in range(1024)))
+    program = cbpf.by_share(table.by_share(some), {slot: slot for slot in range(1024)})
+    accept(program)
+    assert len(program) < 2200
+
+
+def test_by_share_of_one_needs_no_chance() -> None:
+    assert cbpf.by_share(slots(4), {4: 2}) == [(0x06, 0, 0, 2)]
+
+
+# by_cpu
+
+
+def test_by_cpu_is_exact() -> None:
+    layout = slots(3, 1, 1, 0, 2)
+    program = cbpf.by_cpu(layout, scrambled(4))
+    for cpu, slot in enumerate(layout.entries):
+        assert run(program, Packet(cpu=cpu)) == scrambled(4)[slot]
+
+
+@quick
+@given(st.data())
+def test_by_cpu_as_the_table_says(data: st.DataObject) -> None:
+    possible = sorted(data.draw(st.sets(st.integers(0, 60), min_size=1, max_size=12)))
+    cpus = data.draw(st.lists(st.sampled_from(possible), min_size=1, max_size=24))
+    crew = [Member(slot, 1 + slot % 3, cpu) for slot, cpu in enumerate(cpus)]
+    layout = table.by_cpu(crew, Topology(tuple(possible), tuple(possible), {}))
+    indexes = scrambled(len(cpus))
+    program = cbpf.by_cpu(layout, indexes)
+    accept(program)
+    for cpu in possible:
+        row = layout.row(layout.entries[cpu])
+        hit = Counter(run(program, Packet(cpu=cpu, random=draw)) for draw in range(len(row)))
+        assert hit == Counter(indexes[slot] for slot in row)
+
+
+def test_by_cpu_of_a_cpu_past_the_table() -> None:
+    """Hot-plugged after all: it is served like the last."""
+    assert run(cbpf.by_cpu(slots(0, 1), {0: 0, 1: 1}), Packet(cpu=700)) == 1
+
+
+# All of them
+
+ASSEMBLED = [name for name, row in POLICIES.items() if row.assemble]
+
+
+def assembled(name: str, layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
+    row = POLICIES[name]
+    assert row.assemble is not None
+    return row.assemble(layout, indexes, SEED)
+
+
+@pytest.mark.parametrize("name", ASSEMBLED)
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 64, 257, 700, 1024])
+def test_the_kernel_would_take_it(name: str, workers: int) -> None:
+    crew = [Member(slot, 1 + slot % 3, slot % 64) for slot in range(workers)]
+    topology = Topology(tuple(range(64)), tuple(range(64)), {})
+    layout = policy.lay(POLICIES[name], crew, Scene(topology, HASH_LENGTH))
+    program = assembled(name, layout, {slot: slot for slot in range(workers)})
+    accept(program)
+    assert cbpf.pack(program) == b"".join(struct.pack("=HBBI", *insn) for insn in program)
+
+
+@pytest.mark.parametrize("name", ASSEMBLED)
+def test_a_slot_without_socket_is_left_to_the_kernel(name: str) -> None:
+    program = assembled(name, slots(0, 9), {0: 0})
+    answers = {
+        run(program, Packet(ipv4("192.0.2.1", (port, 80)), cpu=port % 2, random=port))
+        for port in range(64)
+    }
+    assert answers == {0, NO_SOCKET}
+
+
+@pytest.mark.parametrize("name", ASSEMBLED)
+def test_with_nobody_all_is_left_to_the_kernel(name: str) -> None:
+    program = assembled(name, EMPTY, {0: 0})
+    accept(program)
+    assert run(program, Packet(ipv4("192.0.2.1", (1, 80)))) == NO_SOCKET
+
+
+def test_1024_runs_fit() -> None:
+    layout, indexes = many(1024), {slot: slot for slot in range(1024)}
+    accept(cbpf.by_hash(layout, indexes, SEED))
+    by_cpu, by_share = cbpf.by_cpu(layout, indexes), cbpf.by_share(layout, indexes)
+    for at in range(1024):
+        assert run(by_cpu, Packet(cpu=at)) == run(by_share, Packet(random=at)) == at
+
+
+def test_the_largest_hash_table_fits_an_older_kernel() -> None:
+    """Measured: what does not choose takes 1,224 bytes, a return 16, a jump 8."""
+    program = cbpf.by_hash(many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED)
+    accept(program)
+    start = [code for code, *_ in program].index(0x94) + 1
+    chosen = sum(16 if code == 0x06 else 8 for code, *_ in program[start:])
+    assert 1224 + chosen <= OPTMEM_BYTES
+
+
+def test_as_long_as_the_kernel_takes_and_no_longer() -> None:
+    """A run more is two instructions more, or three."""
+
+    def length(count: int) -> int:
+        program = cbpf.by_cpu(many(count), {slot: slot for slot in range(count)})
+        accept(program)
+        return len(program)
+
+    longest = bisect_left(range(4096), True, key=lambda count: not fits(count)) - 1
+    assert length(longest) in range(MAX_INSNS - 2, MAX_INSNS + 1)
+    with pytest.raises(TooLong, match=r"^409[789] instructions; classic BPF takes 4096$"):
+        length(longest + 1)
+
+
+def fits(count: int) -> bool:
+    try:
+        return count == 0 or bool(cbpf.by_cpu(many(count), {}))
+    except TooLong:
+        return False
+
+
+# Order
+
+
+def test_order_by_hand() -> None:
+    order = Order([5, 6, 7, 8])
+    order.left(6)
+    assert order.indexes() == {5: 0, 8: 1, 7: 2}
+    order.left(7)
+    assert order.indexes() == {5: 0, 8: 1}
+    order.joined(6)
+    assert order.indexes() == {5: 0, 8: 1, 6: 2}
+
+
+def test_order_does_not_know_a_stranger() -> None:
+    with pytest.raises(ValueError, match="not in list"):
+        Order([1]).left(2)
+
+
+class KernelArray:
+    """reuseport_add_sock() and reuseport_detach_sock(), as they stand in C."""
+
+    def __init__(self) -> None:
+        self.socks: list[int | None] = [None] * 128
+        self.num_socks = 0
+
+    def add(self, sock: int) -> None:
+        self.socks[self.num_socks] = sock
+        self.num_socks += 1
+
+    def detach(self, sock: int) -> None:
+        for i in range(self.num_socks):
+            if self.socks[i] == sock:
+                self.socks[i] = self.socks[self.num_socks - 1]
+                self.num_socks -= 1
+                return
+
+
+@quick
+@given(st.lists(st.integers(0, 20), max_size=80))
+def test_order_is_the_kernels(changes: list[int]) -> None:
+    """A slot that is not there joins, one that is there leaves."""
+    order, array_ = Order(), KernelArray()
+    for slot in changes:
+        if slot in order.indexes():
+            order.left(slot)
+            array_.detach(slot)
+        else:
+            order.joined(slot)
+            array_.add(slot)
+        kernels = {array_.socks[i]: i for i in range(array_.num_socks)}
+        assert order.indexes() == kernels
+
+
+def test_no_socket_is_past_every_array() -> None:
+    """Which grows to 32,768 sockets."""
+    assert run(cbpf.by_share(slots(1), {})) >= 32768

@@ -1,0 +1,383 @@
+"""From command line, environment and file to one value; and what is said of a bad one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer import config
+from steer.address import Bind
+from steer.config import MAX_WEIGHT, MAX_WORKERS, Service
+from steer.errors import ConfigError
+from steer.policy import POLICIES
+
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+FILE = "steer.toml"
+
+
+def load(
+    command_line: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    file: Mapping[str, Any] | None = None,
+) -> Service:
+    return config.load(command_line or {}, environment or {}, file or {}, FILE)
+
+
+def refused(*sources: Mapping[str, Any] | None) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load(*sources)
+    assert caught.value.exit_code == 1
+    assert caught.value.__cause__ is None, "a traceback would show two errors"
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    said = str(caught.value)
+    for noise in ("`", "$", "Traceback", "msgspec", "Error", "regex", "\n"):
+        assert noise not in said
+    return caught.value
+
+
+# What counts
+
+
+def test_with_nothing_given_all_is_default() -> None:
+    assert load() == Service()
+    assert load().binds == (Bind("tcp", "127.0.0.1", 8080),)
+    assert (load().workers, load().policy, load().backend) == ("auto", "cpu", "auto")
+
+
+# Of each key: a value in the file, in the environment (its text and what it means), on the
+# command line; all different, and different from the default.
+SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
+    "app": ("a:f", ("b:f", "b:f"), ("c:f", "c:f")),
+    "command": (["a", "x y"], ("b -v", ("b", "-v")), (("c", "-v"), ("c", "-v"))),
+    "bind": ([":1"], (":2,:22", (":2", ":22")), ((":3", ":33"), (":3", ":33"))),
+    "workers": (1, ("2", 2), ("3", 3)),
+    "policy": ("hash", ("random", "random"), ("round-robin", "round-robin")),
+    "backend": ("ebpf", ("cbpf", "cbpf"), ("kernel", "kernel")),
+    "strict": (True, ("false", False), (True, True)),
+    "weights": ([1, 2], ("3, 4", (3, 4)), (("5", "6"), (5, 6))),
+    "name": ("a", ("b", "b"), ("c", "c")),
+    "user": ("a", ("b", "b"), ("c", "c")),
+    "group": ("a", ("b", "b"), ("c", "c")),
+    "env": (["A=1"], ("A=2,B=", ("A=2", "B=")), (("A=3",), ("A=3",))),
+    "chdir": ("/a", ("/b", "/b"), ("/c", "/c")),
+    "backlog": (1, ("2", 2), ("3", 3)),
+    "graceful_timeout": (1, ("2.5", 2.5), ("3", 3.0)),
+    "ready_timeout": (1.5, ("2", 2.0), ("3", 3.0)),
+    "pid": ("/a", ("/b", "/b"), ("/c", "/c")),
+    "log_level": ("debug", ("warning", "warning"), ("error", "error")),
+    "log_format": ("json", ("text", "text"), ("json", "json")),
+    "control_socket": ("/a", ("/b", "/b"), ("/c", "/c")),
+}
+
+
+def test_every_key_is_tried() -> None:
+    assert set(SOURCES) == set(config.FIELDS)
+
+
+def frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("key", list(SOURCES))
+def test_command_line_over_environment_over_file_over_default(key: str) -> None:
+    in_file, (text, in_environment), (option, on_command_line) = SOURCES[key]
+    name = f"STEER_{key.upper()}"
+    default = getattr(Service(), key)
+    assert default not in (frozen(in_file), on_command_line)
+    assert getattr(load({key: option}, {name: text}, {key: in_file}), key) == on_command_line
+    assert getattr(load({key: None}, {name: text}, {key: in_file}), key) == in_environment
+    assert getattr(load({key: option}, {}, {key: in_file}), key) == on_command_line
+    assert getattr(load({}, {}, {key: in_file}), key) == frozen(in_file)
+    assert getattr(load({key: None}), key) == default
+
+
+def test_each_key_comes_from_its_own_highest_source() -> None:
+    service = load(
+        {"policy": "hash"},
+        {"STEER_POLICY": "random", "STEER_BACKLOG": "7"},
+        {"policy": "kernel", "backlog": 8, "name": "web"},
+    )
+    assert (service.policy, service.backlog, service.name) == ("hash", 7, "web")
+
+
+@pytest.mark.parametrize(
+    "environment, file, workers",
+    [
+        ({"WEB_CONCURRENCY": "3"}, {}, 3),
+        ({"WEB_CONCURRENCY": "3"}, {"workers": 5}, 3),
+        ({"WEB_CONCURRENCY": "3", "STEER_WORKERS": "4"}, {"workers": 5}, 4),
+        ({"STEER_WORKERS": "4", "WEB_CONCURRENCY": "3"}, {}, 4),
+        ({"STEER_WORKERS": "auto", "WEB_CONCURRENCY": "3"}, {}, "auto"),
+    ],
+)
+def test_web_concurrency_counts_as_workers(
+    environment: dict[str, str], file: dict[str, Any], workers: object
+) -> None:
+    assert load({}, environment, file).workers == workers
+    assert load({"workers": "2"}, environment, file).workers == 2
+
+
+def test_other_variables_are_not_ours() -> None:
+    """Among them those that a worker is given."""
+    ours = {"STEER_SLOT": "1", "STEER_CPUS": "0", "STEERING": "x", "WORKERS": "9", "PATH": "/bin"}
+    assert load({}, ours) == Service()
+
+
+@pytest.mark.parametrize("option", [None, ()])
+def test_an_option_that_was_not_given_hides_nothing(option: object) -> None:
+    assert load({"bind": option}, {}, {"bind": [":5"]}).bind == (":5",)
+
+
+def test_a_flag_that_is_off_is_given() -> None:
+    assert not load({"strict": False}, {}, {"strict": True}).strict
+
+
+@pytest.mark.parametrize(
+    "given_, name",
+    [
+        ({}, "demo"),
+        ({"app": "shop.web:main"}, "shop-web"),
+        ({"command": ("/usr/sbin/nginx", "-g", "x/y")}, "nginx"),
+        ({"command": ("./serve",)}, "serve"),
+        ({"command": ("serve",), "name": "web"}, "web"),
+    ],
+)
+def test_service_name(given_: dict[str, Any], name: str) -> None:
+    assert load(given_).service_name == name
+
+
+def test_a_worker_without_a_weight_of_its_own_has_1() -> None:
+    service = load({"weights": ("5", "7")})
+    assert [service.weight(seat) for seat in range(4)] == [5, 7, 1, 1]
+
+
+def test_limits_are_allowed() -> None:
+    service = load({"workers": MAX_WORKERS, "weights": (1, MAX_WEIGHT), "graceful_timeout": 0})
+    assert (service.workers, service.weights, service.graceful_timeout) == (1024, (1, 1000), 0)
+    assert load({"name": "a" * 63}).service_name == "a" * 63
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_every_policy_can_be_asked_for(policy: str) -> None:
+    assert load({"policy": policy}).policy == policy
+
+
+# What is refused
+
+ADDRESSES = "allowed: host:port, [::1]:port, :port, udp://host:port"
+NAMES = "allowed: letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"
+WORKERS = "allowed: 1 to 1024, or auto"
+WEIGHTS = "allowed: whole numbers from 1 to 1000"
+EVERY_POLICY = "allowed: cpu, round-robin, hash, random, kernel"
+
+
+@pytest.mark.parametrize(
+    "key, value, cause",
+    [
+        ("workers", 0, f"Expected int >= 1; {WORKERS}"),
+        ("workers", -1, f"Expected int >= 1; {WORKERS}"),
+        ("workers", 10000, f"Expected int <= 1024; {WORKERS}"),
+        ("workers", "many", f"Invalid enum value 'many'; {WORKERS}"),
+        ("workers", "4", f"Invalid enum value '4'; {WORKERS}"),
+        ("workers", True, f"Expected int | str, got bool; {WORKERS}"),
+        ("workers", 2.5, f"Expected int | str, got float; {WORKERS}"),
+        ("policy", "fastest", f"unknown policy; {EVERY_POLICY}"),
+        ("policy", "", f"unknown policy; {EVERY_POLICY}"),
+        ("policy", 1, f"Expected str, got int; {EVERY_POLICY}"),
+        ("backend", "xdp", "Invalid enum value 'xdp'; allowed: auto, ebpf, cbpf, kernel"),
+        ("app", "shop", "malformed; allowed: MODULE:CALLABLE"),
+        ("app", ":main", "malformed; allowed: MODULE:CALLABLE"),
+        ("app", "shop:", "malformed; allowed: MODULE:CALLABLE"),
+        ("app", "shop:main\n", "malformed; allowed: MODULE:CALLABLE"),
+        ("app", "../shop:main", "malformed; allowed: MODULE:CALLABLE"),
+        ("app", "shop:main:x", "malformed; allowed: MODULE:CALLABLE"),
+        ("command", "nginx -g x", "Expected array, got str"),
+        ("strict", "yes", "Expected bool, got str"),
+        ("strict", 1, "Expected bool, got int"),
+        ("name", "a/b", f"malformed; {NAMES}"),
+        ("name", ".hidden", f"malformed; {NAMES}"),
+        ("name", "", f"malformed; {NAMES}"),
+        ("name", "a\n", f"malformed; {NAMES}"),
+        ("name", "a" * 64, f"malformed; {NAMES}"),
+        ("user", 0, "Expected str | null, got int"),
+        ("chdir", {}, "Expected str | null, got object"),
+        ("backlog", 0, "Expected int >= 1; allowed: 1 to 65535"),
+        ("backlog", 65536, "Expected int <= 65535; allowed: 1 to 65535"),
+        ("graceful_timeout", -1, "Expected float >= 0.0"),
+        ("graceful_timeout", -0.001, "Expected float >= 0.0"),
+        ("graceful_timeout", 86401, "Expected float <= 86400.0"),
+        ("graceful_timeout", float("nan"), "Expected float >= 0.0"),
+        ("graceful_timeout", "30s", "Expected float, got str"),
+        ("ready_timeout", 0, "Expected float > 0.0"),
+        ("ready_timeout", -5, "Expected float > 0.0"),
+        ("ready_timeout", float("inf"), "Expected float <= 86400.0"),
+        ("log_level", "loud", "Invalid enum value 'loud'; allowed: debug, info, warning, error"),
+        ("log_format", "xml", "Invalid enum value 'xml'; allowed: text, json"),
+    ],
+)
+def test_a_bad_value(key: str, value: Any, cause: str) -> None:
+    assert str(refused({}, {}, {key: value})) == f"{FILE}: {key} = {value!r}: {cause}"
+
+
+@pytest.mark.parametrize(
+    "key, value, cause",
+    [
+        ("bind", ["80"], f"read address '80': malformed; {ADDRESSES}"),
+        ("bind", [":80", "host"], f"read address 'host': malformed; {ADDRESSES}"),
+        ("bind", [":0"], f"read address ':0': port 0 is not in 1..65535; {ADDRESSES}"),
+        ("bind", [":70000"], f"read address ':70000': port 70000 is not in 1..65535; {ADDRESSES}"),
+        (
+            "bind",
+            ["example.com:80"],
+            "read address 'example.com:80': 'example.com' is no numeric address; " + ADDRESSES,
+        ),
+        ("bind", [":80", "0.0.0.0:80"], f"tcp 0.0.0.0:80 is given twice; {ADDRESSES}"),
+        ("bind", [], f"no address given; {ADDRESSES}"),
+        ("bind", [80], f"Expected str, got int; {ADDRESSES}"),
+        ("weights", [1, 0], f"Expected int >= 1; {WEIGHTS}"),
+        ("weights", [-3], f"Expected int >= 1; {WEIGHTS}"),
+        ("weights", [1001], f"Expected int <= 1000; {WEIGHTS}"),
+        ("weights", ["heavy"], f"Expected int, got str; {WEIGHTS}"),
+        ("weights", [1.5], f"Expected int, got float; {WEIGHTS}"),
+        ("env", ["PATH"], "malformed; allowed: NAME=VALUE"),
+        ("env", ["A=1", "=2"], "malformed; allowed: NAME=VALUE"),
+        ("command", [1], "Expected str, got int"),
+    ],
+)
+def test_a_bad_list(key: str, value: list[Any], cause: str) -> None:
+    shown = ",".join(map(str, value))
+    assert str(refused({}, {}, {key: value})) == f"{FILE}: {key} = '{shown}': {cause}"
+
+
+@pytest.mark.parametrize("key, value", [("bind", ":80"), ("weights", 3), ("env", {"A": "1"})])
+def test_one_where_a_list_belongs(key: str, value: Any) -> None:
+    error = refused({}, {}, {key: value})
+    assert error.what == f"{FILE}: {key} = {value!r}"
+    assert error.cause.startswith("Expected array, got ")
+    assert error.cure.startswith("allowed: ")
+
+
+@pytest.mark.parametrize("key", ["worker", "graceful-timeout", "Workers", "", "service"])
+def test_an_unknown_key(key: str) -> None:
+    error = refused({}, {}, {key: 3})
+    assert str(error).startswith(
+        f"{FILE}: {key} = 3: unknown key; allowed: app, backend, backlog, "
+    )
+    assert all(name in error.cure for name in config.FIELDS)
+
+
+@pytest.mark.parametrize(
+    "sources, what",
+    [
+        (({"workers": "0"}, None, None), "--workers: workers = '0'"),
+        (({"graceful_timeout": "-1"}, None, None), "--graceful-timeout: graceful_timeout = '-1'"),
+        (({"bind": (":0",)}, None, None), "--bind: bind = ':0'"),
+        (({"policy": "x"}, {"STEER_POLICY": "hash"}, None), "--policy: policy = 'x'"),
+        ((None, {"STEER_WORKERS": "0"}, None), "STEER_WORKERS: workers = '0'"),
+        ((None, {"WEB_CONCURRENCY": "0"}, None), "WEB_CONCURRENCY: workers = '0'"),
+        ((None, {"STEER_BIND": ""}, None), "STEER_BIND: bind = ''"),
+        ((None, {"STEER_POLICY": "x"}, None), "STEER_POLICY: policy = 'x'"),
+        ((None, {"STEER_STRICT": "maybe"}, None), "STEER_STRICT: strict = 'maybe'"),
+        ((None, {"STEER_WEIGHTS": "1,,2"}, None), "STEER_WEIGHTS: weights = '1,,2'"),
+        ((None, {"STEER_GRACEFUL_TIMEOUT": "nan"}, None), "STEER_GRACEFUL_TIMEOUT: graceful_ti"),
+        ((None, {"STEER_APP": "x"}, None), "STEER_APP: app = 'x'"),
+        (({"name": "ok"}, None, {"name": "a b"}), f"{FILE}: name = 'a b'"),
+    ],
+)
+def test_the_source_is_named(sources: tuple[Any, Any, Any], what: str) -> None:
+    assert refused(*sources).what.startswith(what)
+
+
+@pytest.mark.parametrize(
+    "sources, said",
+    [
+        (
+            ({"command": ("nginx", "-q")}, None, {"app": "shop:main"}),
+            f"{FILE}: app = 'shop:main' and --command: command = 'nginx,-q': "
+            "both are given; give one",
+        ),
+        (
+            ({"workers": "2"}, {"STEER_WEIGHTS": "1,2,3"}, None),
+            "STEER_WEIGHTS: weights = '1,2,3' and --workers: workers = '2': "
+            "3 weights for 2 workers; give each worker one at most",
+        ),
+        (
+            ({"policy": "kernel"}, None, {"weights": [1, 2]}),
+            f"{FILE}: weights = '1,2' and --policy: policy = 'kernel': the kernel's own hash "
+            "knows no weights; allowed: cpu, round-robin, hash, random",
+        ),
+    ],
+)
+def test_two_keys_that_do_not_go_together(sources: tuple[Any, Any, Any], said: str) -> None:
+    assert str(refused(*sources)) == said
+
+
+# Files
+
+
+def test_a_file_without_the_table_says_nothing() -> None:
+    assert config.read(b"# nothing\n", FILE) == {}
+
+
+def test_a_file() -> None:
+    text = b"""
+        [service]
+        app = "shop.web:main"
+        bind = [":80", "udp://[::1]:53"]
+        weights = [1, 2]
+        graceful_timeout = 5
+    """
+    service = load(file=config.read(text, FILE))
+    assert service.binds == (Bind("tcp", "0.0.0.0", 80), Bind("udp", "::1", 53))
+    assert (service.app, service.weights) == ("shop.web:main", (1, 2))
+    assert service.graceful_timeout == 5.0
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b"[service", "read steer.toml: Expected ']' at the end of a table declaration"),
+        (b"workers 3", "read steer.toml: Expected '=' after a key"),
+        (b"name = '\xff'", "read steer.toml: 'utf-8' codec can't decode byte 0xff"),
+        (b"[service]\nname = 'a'\nname = 'b'", "read steer.toml: Cannot overwrite a value"),
+        (b"[servce]", "read steer.toml: unknown table or key 'servce'; allowed: [service]"),
+        (b"workers = 3", "read steer.toml: unknown table or key 'workers'; allowed: [service]"),
+        (b"service = 3", "read steer.toml: service is no table; write [service]"),
+        (b"[[service]]", "read steer.toml: service is no table; write [service]"),
+    ],
+)
+def test_a_bad_file(text: bytes, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.read(text, FILE)
+    assert str(caught.value).startswith(said)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+words = st.text("aZ09 =,'\"\\#[]\t\n\u00e9\u2192", max_size=8)
+
+
+@quick
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "bind": st.just((":80", "udp://[::1]:53")),
+            "workers": st.just("auto") | st.integers(1, MAX_WORKERS),
+            "policy": st.sampled_from(["cpu", "hash"]),
+            "strict": st.booleans(),
+            "env": st.lists(words.map(lambda text: f"A={text}"), max_size=3).map(tuple),
+            "user": words,
+            "command": st.lists(words, max_size=3).map(tuple),
+            "graceful_timeout": st.floats(0, 86400),
+            "backlog": st.integers(1, 65535),
+        },
+    )
+)
+def test_as_toml_reads_back(given_: dict[str, Any]) -> None:
+    service = Service(**given_)
+    assert load(file=config.read(config.as_toml(service).encode(), FILE)) == service

@@ -1,0 +1,140 @@
+"""Seats and who serves a CPU without a worker, on machines of any shape."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer.cpus import Topology, nearest, seats
+
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Topology:
+    possible = sorted(draw(st.sets(st.integers(0, 500), min_size=1, max_size=48)))
+    allowed = sorted(draw(st.sets(st.sampled_from(possible), min_size=1)))
+    nodes = {cpu: draw(st.integers(0, 3)) for cpu in possible}
+    return Topology(tuple(allowed), tuple(possible), nodes)
+
+
+def machine(*nodes: int, allowed: tuple[int, ...] = ()) -> Topology:
+    """CPU i on node nodes[i]."""
+    possible = tuple(range(len(nodes)))
+    return Topology(allowed or possible, possible, dict(enumerate(nodes)))
+
+
+def spread(counts: Counter[int], over: set[int]) -> int:
+    return max(counts[one] for one in over) - min(counts[one] for one in over)
+
+
+def test_a_cpu_of_no_known_node_is_on_node_0() -> None:
+    assert Topology((0, 1), (0, 1), {1: 2}).node(0) == 0
+    assert Topology((0, 1), (0, 1), {1: 2}).node(1) == 2
+
+
+@pytest.mark.parametrize(
+    "workers, topology, expected",
+    [
+        (2, machine(0, 0), [0, 1]),
+        (5, machine(0, 0), [0, 1, 0, 1, 0]),
+        (1, machine(0, 0, 1, 1), [0]),
+        (2, machine(0, 0, 1, 1), [0, 2]),
+        (6, machine(0, 0, 1, 1), [0, 2, 1, 3, 0, 2]),
+        (4, machine(0, 1, 1, 1), [0, 1, 2, 3]),
+        (3, machine(0, 0, 1, 1, allowed=(2, 3)), [2, 3, 2]),
+        (3, Topology((5, 70), (5, 6, 70), {}), [5, 70, 5]),
+        (0, machine(0), []),
+    ],
+)
+def test_seats(workers: int, topology: Topology, expected: list[int]) -> None:
+    assert seats(workers, topology) == expected
+
+
+@quick
+@given(machines(), st.integers(1, 100))
+def test_seats_are_allowed_and_even(topology: Topology, workers: int) -> None:
+    taken = Counter(seats(workers, topology))
+    assert taken.total() == workers
+    assert set(taken) <= set(topology.allowed)
+    assert spread(taken, set(topology.allowed)) <= 1
+
+
+@quick
+@given(machines(), st.integers(1, 100))
+def test_no_node_is_crowded_while_another_has_a_free_cpu(topology: Topology, workers: int) -> None:
+    workers = min(workers, len(topology.allowed))
+    taken = seats(workers, topology)
+    manned = Counter(topology.node(cpu) for cpu in taken)
+    for free in set(topology.allowed) - set(taken):
+        assert manned[topology.node(free)] >= max(manned.values()) - 1
+
+
+@quick
+@given(machines(), st.integers(1, 100))
+def test_one_more_worker_moves_nobody(topology: Topology, workers: int) -> None:
+    assert seats(workers + 1, topology)[:workers] == seats(workers, topology)
+
+
+@pytest.mark.parametrize(
+    "manned, topology, expected",
+    [
+        ({0, 1}, machine(0, 0), {0: 0, 1: 1}),
+        ({0, 1}, machine(0, 0, 0, 0), {0: 0, 1: 1, 2: 0, 3: 1}),
+        ({0, 2}, machine(0, 0, 1, 1), {0: 0, 1: 0, 2: 2, 3: 2}),
+        ({2}, machine(0, 0, 1, 1), {0: 2, 1: 2, 2: 2, 3: 2}),
+        # CPU 2, with nobody on its node, goes to 3: 0 already has 1.
+        ({0, 3}, machine(0, 0, 2, 1), {0: 0, 1: 0, 2: 3, 3: 3}),
+        ({4, 9}, Topology((4, 9), (4, 5, 9, 11), {}), {4: 4, 5: 4, 9: 9, 11: 9}),
+    ],
+)
+def test_nearest(manned: set[int], topology: Topology, expected: dict[int, int]) -> None:
+    assert nearest(manned, topology) == expected
+
+
+@quick
+@given(machines(), st.data())
+def test_every_cpu_is_served_from_its_own_node_if_it_can_be(
+    topology: Topology, data: st.DataObject
+) -> None:
+    manned = data.draw(st.sets(st.sampled_from(topology.allowed), min_size=1))
+    home = nearest(manned, topology)
+    assert set(home) == set(topology.possible)
+    assert set(home.values()) == manned
+    nodes = {topology.node(cpu) for cpu in manned}
+    for cpu, served_by in home.items():
+        if cpu in manned:
+            assert served_by == cpu
+        elif topology.node(cpu) in nodes:
+            assert topology.node(served_by) == topology.node(cpu)
+
+
+@quick
+@given(machines(), st.data())
+def test_cpus_without_a_worker_are_dealt_evenly(topology: Topology, data: st.DataObject) -> None:
+    """Evenly on each node; and a CPU whose node has nobody goes to one of those with least."""
+    manned = data.draw(st.sets(st.sampled_from(topology.allowed), min_size=1))
+    home = nearest(manned, topology)
+    strays = [cpu for cpu in home if cpu not in manned]
+    nodes = {topology.node(cpu) for cpu in manned}
+    own = Counter(home[cpu] for cpu in strays if topology.node(cpu) in nodes)
+    for node in nodes:
+        assert spread(own, {cpu for cpu in manned if topology.node(cpu) == node}) <= 1
+    load = Counter(home[cpu] for cpu in strays)
+    for cpu in strays:
+        if topology.node(cpu) not in nodes:
+            assert load[home[cpu]] - 1 <= min(load[other] for other in manned)
+
+
+def test_a_pinned_worker_on_a_cpu_nobody_knew() -> None:
+    """Plugged in after the topology was read."""
+    assert nearest({0, 7}, machine(0, 0)) == {0: 0, 1: 0, 7: 7}
+
+
+def test_the_topology_is_not_changed() -> None:
+    manned = [1, 0]
+    nearest(manned, machine(0, 0, 0))
+    assert manned == [1, 0]

@@ -1,0 +1,157 @@
+"""Which rung, and why: every policy × backend asked for × what the probes found × strictness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+import pytest
+
+from steer.errors import FallbackRefused
+from steer.ladder import Answer, Finding, Rung, after, choose, rungs
+from steer.policy import BACKENDS, POLICIES, Policy
+
+ASKED = ("auto", *BACKENDS)
+YES = Finding(Answer.YES)
+NO = Finding(Answer.NO, "needs Linux 4.19")
+UNKNOWN = Finding(Answer.UNKNOWN, "EPERM")
+FOUND: tuple[Mapping[str, Finding], ...] = (
+    {},
+    *({"ebpf": ebpf, "cbpf": cbpf} for ebpf, cbpf in product((YES, NO, UNKNOWN), repeat=2)),
+)
+NO_TURNS = "cbpf: classic BPF keeps no state, so it cannot take turns"
+
+hash_, turns, plain = POLICIES["hash"], POLICIES["round-robin"], POLICIES["kernel"]
+
+
+@pytest.mark.parametrize(
+    "policy, asked, ebpf, cbpf, expected",
+    [
+        (hash_, "auto", YES, YES, [("ebpf", None, 0), ("cbpf", None, 0), ("kernel", None, 0)]),
+        (
+            hash_,
+            "auto",
+            NO,
+            YES,
+            [
+                ("cbpf", "ebpf: needs Linux 4.19", 1),
+                ("kernel", "ebpf: needs Linux 4.19", 1),
+            ],
+        ),
+        (
+            hash_,
+            "auto",
+            NO,
+            NO,
+            [("kernel", "ebpf: needs Linux 4.19; cbpf: needs Linux 4.19", 1)],
+        ),
+        (
+            hash_,
+            "auto",
+            UNKNOWN,
+            NO,
+            [("ebpf", None, 0), ("kernel", "cbpf: needs Linux 4.19", 1)],
+        ),
+        (
+            hash_,
+            "ebpf",
+            NO,
+            YES,
+            [
+                ("cbpf", "--backend ebpf; ebpf: needs Linux 4.19", 1),
+                ("kernel", "--backend ebpf; ebpf: needs Linux 4.19", 1),
+            ],
+        ),
+        (
+            hash_,
+            "cbpf",
+            YES,
+            YES,
+            [("cbpf", "--backend cbpf", 0), ("kernel", "--backend cbpf", 0)],
+        ),
+        (
+            hash_,
+            "cbpf",
+            NO,
+            NO,
+            [("kernel", "--backend cbpf; cbpf: needs Linux 4.19", 1)],
+        ),
+        (hash_, "kernel", YES, YES, [("kernel", "--backend kernel", 0)]),
+        (turns, "auto", YES, YES, [("ebpf", None, 0), ("kernel", NO_TURNS, 1)]),
+        (
+            turns,
+            "auto",
+            NO,
+            YES,
+            [("kernel", f"ebpf: needs Linux 4.19; {NO_TURNS}", 1)],
+        ),
+        (turns, "cbpf", YES, YES, [("kernel", f"--backend cbpf; {NO_TURNS}", 1)]),
+        (plain, "auto", NO, NO, [("kernel", None, 0)]),
+        (plain, "ebpf", YES, YES, [("kernel", None, 0)]),
+    ],
+)
+def test_rungs(
+    policy: Policy,
+    asked: str,
+    ebpf: Finding,
+    cbpf: Finding,
+    expected: list[tuple[str, str | None, int]],
+) -> None:
+    found = rungs(policy, asked, {"ebpf": ebpf, "cbpf": cbpf})
+    assert found == [Rung(backend, why, bool(less)) for backend, why, less in expected]
+
+
+every = pytest.mark.parametrize(
+    "policy, asked",
+    [
+        pytest.param(policy, asked, id=f"{policy.name}-{asked}")
+        for policy, asked in product(POLICIES.values(), ASKED)
+    ],
+)
+
+
+@every
+def test_from_the_top_down_all_that_may_hold(policy: Policy, asked: str) -> None:
+    """That is what the policy has and no probe ruled out; what was passed over is the reason."""
+    top = BACKENDS.index("ebpf" if asked == "auto" else asked)
+    for found in FOUND:
+        ladder = rungs(policy, asked, found)
+        if policy is plain:
+            assert ladder == [Rung("kernel", None, False)]
+            continue
+        passed = {one for one in BACKENDS if one not in policy.backends or found.get(one) is NO}
+        assert [rung.backend for rung in ladder] == [b for b in BACKENDS[top:] if b not in passed]
+        for rung in ladder:
+            over = [b for b in BACKENDS[top : BACKENDS.index(rung.backend)] if b in passed]
+            reasons = rung.reason.split("; ") if rung.reason else []
+            if asked != "auto":
+                assert reasons.pop(0) == f"--backend {asked}"
+            assert [reason.partition(":")[0] for reason in reasons] == over
+            assert rung.fallback == bool(over)
+
+
+@every
+def test_strict_refuses_every_fallback_and_nothing_else(policy: Policy, asked: str) -> None:
+    for rung in (rung for found in FOUND for rung in rungs(policy, asked, found)):
+        assert choose(rung, strict=False) is rung
+        if not rung.fallback:
+            assert choose(rung, strict=True) is rung
+            continue
+        with pytest.raises(FallbackRefused) as caught:
+            choose(rung, strict=True)
+        assert caught.value.exit_code == 5
+        assert str(caught.value).startswith(f"use {rung.backend}: --strict, and {rung.reason}; ")
+
+
+def test_a_rung_that_did_not_hold_is_a_reason() -> None:
+    _, cbpf, kernel = rungs(hash_, "auto", {})
+    assert after(cbpf, "ebpf", "EPERM") == Rung("cbpf", "ebpf: EPERM", True)
+    twice = after(after(kernel, "ebpf", "EPERM"), "cbpf", "ENOMEM")
+    assert twice == Rung("kernel", "ebpf: EPERM; cbpf: ENOMEM", True)
+    with pytest.raises(FallbackRefused, match="ebpf: EPERM; cbpf: ENOMEM"):
+        choose(twice, strict=True)
+
+
+def test_what_was_asked_for_stays_a_reason() -> None:
+    kernel = rungs(hash_, "cbpf", {})[-1]
+    assert after(kernel, "cbpf", "ENOMEM").reason == "--backend cbpf; cbpf: ENOMEM"

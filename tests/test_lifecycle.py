@@ -1,0 +1,102 @@
+"""A worker's life: every state × every event, and how long it backs off."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+
+import pytest
+
+from steer.lifecycle import TRANSITIONS, Command, Event, State, backoff_s, step
+
+S, E, C = State, Event, Command
+
+EXPECTED: dict[tuple[State, Event], tuple[State, list[Command]]] = {
+    (S.STARTING, E.READY): (S.READY, [C.ACTIVATE]),
+    (S.STARTING, E.LATE): (S.STARTING, [C.KILL]),
+    (S.STARTING, E.EXITED): (S.BACKOFF, [C.BACK_OFF]),
+    (S.STARTING, E.STOP): (S.STOPPING, [C.TERMINATE]),
+    (S.READY, E.EXITED): (S.BACKOFF, [C.DEACTIVATE, C.BACK_OFF]),
+    (S.READY, E.STOP): (S.STOPPING, [C.DEACTIVATE, C.TERMINATE]),
+    (S.STOPPING, E.OVERDUE): (S.STOPPING, [C.KILL]),
+    (S.STOPPING, E.EXITED): (S.GONE, [C.FORGET]),
+    (S.BACKOFF, E.RETRY): (S.STARTING, [C.SPAWN]),
+    (S.BACKOFF, E.STOP): (S.GONE, [C.FORGET]),
+}
+ALL = list(product(State, Event))
+
+
+@pytest.mark.parametrize("state, event", ALL)
+def test_step(state: State, event: Event) -> None:
+    following, commands = EXPECTED.get((state, event), (state, []))
+    assert step(state, event) == (following, tuple(commands))
+
+
+def test_the_table_has_every_state_and_no_more_than_is_told_here() -> None:
+    assert set(TRANSITIONS) == set(State)
+    assert {(state, event) for state in State for event in TRANSITIONS[state]} == set(EXPECTED)
+
+
+def walk(*events: Event) -> list[Command]:
+    state = S.STARTING
+    done: list[Command] = []
+    for event in events:
+        state, commands = step(state, event)
+        done += commands
+    return done
+
+
+@pytest.mark.parametrize(
+    "events, commands",
+    [
+        ([E.READY, E.STOP, E.EXITED], [C.ACTIVATE, C.DEACTIVATE, C.TERMINATE, C.FORGET]),
+        ([E.LATE, E.EXITED, E.RETRY, E.READY], [C.KILL, C.BACK_OFF, C.SPAWN, C.ACTIVATE]),
+        ([E.STOP, E.READY, E.OVERDUE, E.EXITED], [C.TERMINATE, C.KILL, C.FORGET]),
+        ([E.EXITED, E.STOP, E.RETRY], [C.BACK_OFF, C.FORGET]),
+        ([E.READY, E.LATE, E.READY, E.OVERDUE, E.RETRY], [C.ACTIVATE]),
+    ],
+)
+def test_lives(events: list[Event], commands: list[Command]) -> None:
+    assert walk(*events) == commands
+
+
+def test_in_the_table_when_ready_and_only_then() -> None:
+    for state, event in ALL:
+        following, commands = step(state, event)
+        assert (C.ACTIVATE in commands) == (following is S.READY and state is not S.READY)
+        assert (C.DEACTIVATE in commands) == (state is S.READY and following is not S.READY)
+
+
+def test_out_of_the_table_comes_before_the_signal() -> None:
+    commands = step(S.READY, E.STOP)[1]
+    assert commands.index(C.DEACTIVATE) < commands.index(C.TERMINATE)
+
+
+def test_every_life_can_end_and_nothing_follows() -> None:
+    for state in State:
+        walked, _ = step(step(state, E.STOP)[0], E.EXITED)
+        assert walked is S.GONE
+    assert all(step(S.GONE, event) == (S.GONE, ()) for event in Event)
+
+
+@pytest.mark.parametrize(
+    "failures, wait_s",
+    [
+        (0, 0),
+        (1, 0),
+        (2, 0.25),
+        (3, 0.5),
+        (4, 1),
+        (5, 2),
+        (8, 16),
+        (9, 30),
+        (10, 30),
+        (100_000, 30),
+    ],
+)
+def test_backoff(failures: int, wait_s: float) -> None:
+    assert backoff_s(failures) == wait_s
+
+
+def test_backoff_grows() -> None:
+    waits = [backoff_s(failures) for failures in range(50)]
+    assert all(earlier <= later for earlier, later in pairwise(waits))

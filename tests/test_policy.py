@@ -1,0 +1,97 @@
+"""The table of policies: every row is whole and does what its summary says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from steer import abi, policy
+from steer.cbpf import HASH_LENGTH
+from steer.cpus import Topology
+from steer.policy import BACKENDS, POLICIES, Policy, Scene
+from steer.table import Member
+
+BPF = Path(__file__).parent.parent / "bpf"
+ALL = list(POLICIES.values())
+TOPOLOGY = Topology((0, 1, 2, 3), (0, 1, 2, 3), {})
+CREW = [Member(4, 1, 0), Member(7, 3, 1), Member(9, 2, 0)]
+
+
+def test_names() -> None:
+    assert list(POLICIES) == ["cpu", "round-robin", "hash", "random", "kernel"]
+    assert all(name == row.name for name, row in POLICIES.items())
+
+
+@pytest.mark.parametrize(
+    "name, backends",
+    [
+        ("cpu", ("ebpf", "cbpf", "kernel")),
+        ("round-robin", ("ebpf", "kernel")),
+        ("hash", ("ebpf", "cbpf", "kernel")),
+        ("random", ("ebpf", "cbpf", "kernel")),
+        ("kernel", ("kernel",)),
+    ],
+)
+def test_backends(name: str, backends: tuple[str, ...]) -> None:
+    assert POLICIES[name].backends == backends
+    assert BACKENDS == ("ebpf", "cbpf", "kernel")
+
+
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
+def test_a_row_is_whole(row: Policy) -> None:
+    assert row.summary
+    assert "\n" not in row.summary
+    assert (row.source is None) == (row.fill is None)
+    assert bool(row.no_cbpf) == (row.source is not None and row.assemble is None)
+
+
+@pytest.mark.parametrize("row", [row for row in ALL if row.source], ids=lambda row: row.name)
+def test_a_row_has_its_file(row: Policy) -> None:
+    """And the file's head comment starts with its name."""
+    text = (BPF / f"{row.source}.c").read_text()
+    assert f" * {row.name} - " in text.split("*/")[0]
+
+
+def test_every_file_has_its_row() -> None:
+    files = {path.stem for path in BPF.glob("*.c")}
+    assert files == {row.source for row in ALL if row.source}
+
+
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
+def test_a_layout_names_live_slots_only(row: Policy) -> None:
+    layout = policy.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    chosen = {slot for entry in layout.entries for slot in layout.row(entry)}
+    live = {member.slot for member in CREW}
+    assert chosen == (live if row.source else {abi.NO_SLOT})
+    assert set(layout.spares) == chosen
+    assert all(slot < abi.MAX_SLOTS for slot in live)
+
+
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
+def test_shares_follow_the_weights(row: Policy) -> None:
+    """Positions for hash and random, turns for round-robin and for cpu among one CPU's crew."""
+    layout = policy.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    match row.name:
+        case "hash":
+            drawn, shares = list(layout.entries), {4: 128, 7: 384, 9: 256}
+        case "random":
+            drawn, shares = list(layout.entries), {4: 1, 7: 3, 9: 2}
+        case "round-robin":
+            drawn, shares = list(layout.row(layout.entries[0])), {4: 1, 7: 3, 9: 2}
+        case "cpu":
+            drawn, shares = list(layout.row(layout.entries[0])), {4: 1, 9: 2}
+        case _:
+            drawn, shares = list(layout.entries), {abi.NO_SLOT: abi.ENTRIES}
+    assert {slot: drawn.count(slot) for slot in set(drawn)} == shares
+
+
+def test_only_cpu_pins() -> None:
+    assert [row.name for row in ALL if row.pinned] == ["cpu"]
+
+
+def test_hash_starts_from_the_layout_in_force() -> None:
+    before = policy.lay(POLICIES["hash"], CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    after = policy.lay(POLICIES["hash"], CREW[:2], Scene(TOPOLOGY, HASH_LENGTH, before))
+    kept = zip(before.entries, after.entries, strict=True)
+    assert all(old == new for old, new in kept if old != 9)

@@ -1,0 +1,433 @@
+"""The table's promises: turns, shares, few moves, a CPU's own worker; exactly and as properties."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise, permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer import abi, policy, table
+from steer.cpus import Topology
+from steer.policy import POLICIES, Scene
+from steer.table import EMPTY, MAX_DECK, Layout, Member
+
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def some_members(draw: st.DrawFn, most: int = 24, heaviest: int = 1000) -> list[Member]:
+    slots = draw(
+        st.lists(st.integers(0, abi.MAX_SLOTS - 1), min_size=1, max_size=most, unique=True)
+    )
+    return [Member(slot, draw(st.integers(1, heaviest))) for slot in slots]
+
+
+def members(*weights: int) -> list[Member]:
+    return [Member(slot, weight) for slot, weight in enumerate(weights)]
+
+
+def counts(slots: Sequence[int]) -> dict[int, int]:
+    return dict(Counter(slots))
+
+
+# quotas
+
+
+@quick
+@given(some_members(), st.integers(0, 2000))
+def test_quotas_sum_to_the_length(some: list[Member], length: int) -> None:
+    given_out = table.quotas(some, length)
+    assert set(given_out) == {member.slot for member in some}
+    assert sum(given_out.values()) == length
+    assert min(given_out.values()) >= 0
+
+
+@quick
+@given(some_members(), st.integers(1, 2000))
+def test_quotas_are_fair_between_any_two(some: list[Member], length: int) -> None:
+    """Webster's own measure: no position would be better placed with another."""
+    held = table.quotas(some, length)
+    for one, other in permutations(some, 2):
+        assert (2 * held[one.slot] - 1) * other.weight <= (2 * held[other.slot] + 1) * one.weight
+
+
+@quick
+@given(some_members(), st.integers(1, 2000))
+def test_quotas_are_near_proportion(some: list[Member], length: int) -> None:
+    """Each to half a position, and to its share of the half positions of all."""
+    total = sum(member.weight for member in some)
+    held = table.quotas(some, length)
+    for member in some:
+        off = abs(held[member.slot] - Fraction(length * member.weight, total))
+        assert off <= Fraction(1, 2) + Fraction(len(some) * member.weight, 2 * total)
+
+
+@quick
+@given(st.lists(st.integers(0, 4095), min_size=1, max_size=50, unique=True), st.integers(0, 3000))
+def test_equal_weights_differ_by_one_at_most(slots: list[int], length: int) -> None:
+    """And it is the lowest slots that have one more."""
+    given_out = table.quotas([Member(slot, 7) for slot in slots], length)
+    whole, more = divmod(length, len(slots))
+    expected = {slot: whole + (rank < more) for rank, slot in enumerate(sorted(slots))}
+    assert given_out == expected
+
+
+@quick
+@given(some_members(), st.integers(1, 2000), st.data())
+def test_nobody_gets_fewer_when_another_goes(
+    some: list[Member], length: int, data: st.DataObject
+) -> None:
+    gone = data.draw(st.sampled_from(some))
+    before = table.quotas(some, length)
+    after = table.quotas([member for member in some if member != gone], length)
+    assert all(after[slot] >= before[slot] for slot in after)
+
+
+def test_a_case_in_which_largest_remainders_fail() -> None:
+    """They give 2, 1 and 13, and when slot 1 goes 1 and 15: slot 0 loses one for nothing."""
+    assert table.quotas(members(1, 1, 10), 16) == {0: 1, 1: 1, 2: 14}
+    assert table.quotas([Member(0), Member(2, 10)], 16) == {0: 1, 2: 15}
+
+
+# deck
+
+
+@quick
+@given(some_members(heaviest=60))
+def test_deck_is_exact_and_as_short_as_can_be(some: list[Member]) -> None:
+    dealt = counts(table.deck(some))
+    rates = {Fraction(dealt[member.slot], member.weight) for member in some}
+    assert len(rates) == 1
+    assert rates.pop().numerator == 1, "the same shares fit a shorter deck"
+
+
+@quick
+@given(some_members(most=8, heaviest=20))
+def test_deck_is_smooth(some: list[Member]) -> None:
+    """Between two turns of one slot, round the end too, any other has its share of turns,
+    rounded down or up: so none comes in a burst."""
+    dealt = table.deck(some)
+    total = counts(dealt)
+    for one, other in permutations(total, 2):
+        share = Fraction(total[other], total[one])
+        for between in gaps(dealt, one):
+            assert int(share) <= between.count(other) <= -(-share.numerator // share.denominator)
+
+
+def gaps(deck: Sequence[int], slot: int) -> list[list[int]]:
+    """What comes between two turns of `slot`, going round."""
+    first = deck.index(slot)
+    round_ = [*deck[first:], *deck[:first], slot]
+    turns = [turn for turn, other in enumerate(round_) if other == slot]
+    return [round_[start + 1 : end] for start, end in pairwise(turns)]
+
+
+@pytest.mark.parametrize(
+    "weights, expected",
+    [
+        ((1,), [0]),
+        ((7,), [0]),
+        ((1, 1, 1), [0, 1, 2]),
+        ((5, 5), [0, 1]),
+        ((2, 1), [0, 1, 0]),
+        ((4, 2), [0, 1, 0]),
+        ((1, 3), [1, 0, 1, 1]),
+        ((5, 1, 1), [0, 0, 0, 1, 2, 0, 0]),
+    ],
+)
+def test_deck(weights: tuple[int, ...], expected: list[int]) -> None:
+    assert table.deck(members(*weights)) == expected
+
+
+def test_deck_of_nobody() -> None:
+    assert table.deck([]) == []
+
+
+@pytest.mark.parametrize("longest", [16, 100, MAX_DECK])
+def test_deck_is_never_too_long(longest: int) -> None:
+    some = [Member(slot, 991 + slot % 10) for slot in range(1024)]
+    dealt = table.deck(some, longest)
+    assert len(dealt) == longest
+    assert counts(dealt) == {s: n for s, n in table.quotas(some, longest).items() if n}
+
+
+def test_deck_keeps_exact_shares_up_to_the_longest() -> None:
+    assert len(table.deck(members(7, 9), 16)) == 16
+    assert counts(table.deck(members(7, 10), 16)) == table.quotas(members(7, 10), 16)
+
+
+# by_share, by_turn
+
+
+def test_by_share_is_the_deck() -> None:
+    layout = table.by_share(members(2, 1))
+    assert list(layout.entries) == [0, 1, 0]
+    assert not layout.turns
+
+
+def test_by_turn_is_one_row_at_position_0() -> None:
+    layout = table.by_turn(members(2, 1))
+    assert list(layout.entries) == [abi.ROW]
+    assert list(layout.turns) == [3, 0, 1, 0]
+    assert list(layout.row(layout.entries[0])) == [0, 1, 0]
+
+
+def test_by_turn_of_one_needs_no_row() -> None:
+    layout = table.by_turn([Member(5, 3)])
+    assert list(layout.entries) == [5]
+    assert not layout.turns
+    assert list(layout.row(5)) == [5]
+
+
+def test_the_longest_row_has_room() -> None:
+    layout = table.by_turn([Member(slot, 991 + slot % 10) for slot in range(1024)])
+    assert len(layout.turns) == MAX_DECK + 1 <= abi.TURNS
+
+
+@quick
+@given(some_members(most=40))
+def test_spares_are_live_slots_in_turn(some: list[Member]) -> None:
+    spares = table.by_turn(some).spares
+    assert len(spares) == abi.SPARES
+    assert set(spares) == {member.slot for member in some}
+    assert max(counts(spares).values()) - min(counts(spares).values()) <= 1
+
+
+# by_cpu
+
+
+def at_cpus(*cpus: int) -> list[Member]:
+    return [Member(slot, 1, cpu) for slot, cpu in enumerate(cpus)]
+
+
+def rows(layout: Layout) -> dict[int, list[int]]:
+    """The slots of each CPU number."""
+    return {cpu: list(layout.row(entry)) for cpu, entry in enumerate(layout.entries)}
+
+
+def topology(possible: Sequence[int], node_of: dict[int, int] | None = None) -> Topology:
+    return Topology(tuple(possible), tuple(possible), node_of or {})
+
+
+def test_a_cpu_has_its_own_worker() -> None:
+    layout = table.by_cpu(at_cpus(0, 1, 2), topology(range(3)))
+    assert rows(layout) == {0: [0], 1: [1], 2: [2]}
+    assert not layout.turns
+
+
+def test_cpu_numbers_need_not_be_contiguous() -> None:
+    """Slots 0 and 1 on CPUs 3 and 9; the numbers between are no CPUs and harm nobody."""
+    layout = table.by_cpu(at_cpus(3, 9), topology([3, 9]))
+    assert rows(layout)[3] == [0]
+    assert rows(layout)[9] == [1]
+    assert len(layout.entries) == 10
+    assert all(row in ([0], [1]) for row in rows(layout).values())
+
+
+def test_cpus_outside_the_cpuset_are_served_too() -> None:
+    layout = table.by_cpu(at_cpus(2, 3), Topology((2, 3), tuple(range(6)), {}))
+    assert rows(layout) == {0: [0], 1: [1], 2: [0], 3: [1], 4: [0], 5: [1]}
+
+
+def test_an_unmanned_cpu_goes_to_its_own_node() -> None:
+    nodes = {cpu: cpu // 4 for cpu in range(8)}
+    layout = table.by_cpu(at_cpus(0, 4), topology(range(8), nodes))
+    assert [row for (row,) in rows(layout).values()] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_more_workers_than_cpus_take_turns() -> None:
+    layout = table.by_cpu(at_cpus(0, 1, 0, 1, 0), topology(range(2)))
+    assert rows(layout) == {0: [0, 2, 4], 1: [1, 3]}
+
+
+def test_turns_on_one_cpu_follow_the_weights() -> None:
+    crew = [Member(0, 2, 0), Member(1, 4, 0), Member(2, 9, 1)]
+    assert rows(table.by_cpu(crew, topology(range(2)))) == {0: [1, 0, 1], 1: [2]}
+
+
+def test_cpus_that_share_a_crew_share_its_row() -> None:
+    layout = table.by_cpu(at_cpus(1, 1), topology(range(64)))
+    assert list(layout.turns) == [2, 0, 1]
+    assert set(layout.entries) == {abi.ROW}
+
+
+def test_a_worker_without_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="slot 1 is pinned to no CPU"):
+        table.by_cpu([Member(0, 1, 0), Member(1)], topology(range(2)))
+
+
+def test_many_rows_have_room() -> None:
+    crew = [Member(slot, 1 + slot % 997, slot % 512) for slot in range(1024)]
+    layout = table.by_cpu(crew, topology(range(512)))
+    assert len(layout.turns) <= abi.TURNS
+    assert {slot for row in rows(layout).values() for slot in row} <= set(range(1024))
+    for row in rows(layout).values():
+        assert 1 <= len(row) <= MAX_DECK // 512
+
+
+@quick
+@given(st.data())
+def test_every_possible_cpu_gets_a_whole_crew(data: st.DataObject) -> None:
+    numbers = st.integers(0, 300)
+    possible = sorted(data.draw(st.sets(numbers, min_size=1, max_size=40)))
+    cpus = data.draw(st.lists(st.sampled_from(possible), min_size=1, max_size=60))
+    nodes = {cpu: data.draw(st.integers(0, 3)) for cpu in possible}
+    layout = table.by_cpu(at_cpus(*cpus), topology(possible, nodes))
+    assert len(layout.entries) == possible[-1] + 1
+    crews = {cpu: [slot for slot, at in enumerate(cpus) if at == cpu] for cpu in cpus}
+    found = rows(layout)
+    for cpu in possible:
+        assert found[cpu] in crews.values()
+        if cpu in crews:
+            assert found[cpu] == crews[cpu]
+
+
+# consistent
+
+
+def owned(layout: Layout) -> dict[int, set[int]]:
+    """The positions of each slot."""
+    found: dict[int, set[int]] = {}
+    for position, slot in enumerate(layout.entries):
+        found.setdefault(slot, set()).add(position)
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 100, 1024])
+@pytest.mark.parametrize("heaviest", [1, 10])
+def test_shares_are_as_the_weights(workers: int, heaviest: int) -> None:
+    """To 2 %, or to one position where 2 % is less than one."""
+    some = members(*(1 + slot * 7 % heaviest for slot in range(workers)))
+    total = sum(member.weight for member in some)
+    positions = table.shares(table.consistent(some, None, abi.ENTRIES))
+    for member in some:
+        due = abi.ENTRIES * member.weight / total
+        assert abs(positions[member.slot] - due) <= max(1, 0.02 * due)
+
+
+@quick
+@given(some_members(), st.integers(1, 600), st.data())
+def test_when_one_goes_only_its_positions_move(
+    some: list[Member], length: int, data: st.DataObject
+) -> None:
+    gone = data.draw(st.sampled_from(some))
+    stay = [member for member in some if member != gone]
+    before = table.consistent(some, None, length)
+    after = policy.lay(POLICIES["hash"], stay, Scene(topology([0]), length, before))
+    moved = {at for at in range(length) if before.entries[at] != after.entries[at]}
+    assert moved == owned(before).get(gone.slot, set())
+
+
+@quick
+@given(some_members(), st.integers(1, 600), st.integers(1, 1000))
+def test_when_one_comes_only_its_quota_moves(some: list[Member], length: int, weight: int) -> None:
+    new = Member(abi.MAX_SLOTS, weight)
+    before = table.consistent(some, None, length)
+    after = table.consistent([*some, new], before, length)
+    moved = {at for at in range(length) if before.entries[at] != after.entries[at]}
+    assert moved == owned(after).get(new.slot, set())
+    assert len(moved) == table.quotas([*some, new], length)[new.slot]
+
+
+@quick
+@given(st.lists(st.sets(st.integers(0, 12), min_size=1), min_size=1, max_size=12), st.data())
+def test_any_history_ends_in_exact_shares(history: list[set[int]], data: st.DataObject) -> None:
+    weight = {slot: data.draw(st.integers(1, 50)) for slot in range(13)}
+    layout = None
+    for live in history:
+        some = [Member(slot, weight[slot]) for slot in sorted(live)]
+        layout = table.consistent(some, layout, 257)
+        quotas = table.quotas(some, 257)
+        assert table.shares(layout) == {slot: n for slot, n in quotas.items() if n}
+
+
+@quick
+@given(some_members(most=6, heaviest=5), st.integers(1, 1000))
+def test_a_changed_weight_moves_the_fewest(some: list[Member], weight: int) -> None:
+    before = table.consistent(some, None, 257)
+    changed = [replace(some[0], weight=weight), *some[1:]]
+    after = table.consistent(changed, before, 257)
+    moved = sum(a != b for a, b in zip(before.entries, after.entries, strict=True))
+    quotas, wanted = table.quotas(some, 257), table.quotas(changed, 257)
+    assert moved == sum(max(0, wanted[slot] - quotas[slot]) for slot in wanted)
+
+
+def test_one_at_1024_workers_is_replaced_without_touching_the_others() -> None:
+    some = members(*(1 + slot % 10 for slot in range(1024)))
+    before = table.consistent(some, None, abi.ENTRIES)
+    without = table.consistent(some[:-1], before, abi.ENTRIES)
+    again = table.consistent(some, without, abi.ENTRIES)
+    assert owned(again)[0] == owned(before)[0]
+    assert table.shares(again) == table.shares(before)
+    moved = sum(a != b for a, b in zip(before.entries, without.entries, strict=True))
+    assert moved == table.shares(before)[1023]
+
+
+def test_the_previous_layout_is_left_alone() -> None:
+    before = table.consistent(members(1, 1), None, 8)
+    entries = array("H", before.entries)
+    table.consistent(members(1), before, 8)
+    assert before.entries == entries
+
+
+@pytest.mark.parametrize("previous", [None, EMPTY, table.by_turn(members(1, 1, 1))])
+def test_a_previous_layout_of_another_kind_is_no_hindrance(previous: Layout | None) -> None:
+    layout = table.consistent(members(1, 1), previous, abi.ENTRIES)
+    assert table.shares(layout) == {0: abi.ENTRIES // 2, 1: abi.ENTRIES // 2}
+
+
+# Layout
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_with_nobody_the_kernel_decides(name: str) -> None:
+    layout = policy.lay(POLICIES[name], [], Scene(topology([0]), 64))
+    assert layout is EMPTY
+    assert set(layout.entries) == set(layout.spares) == {abi.NO_SLOT}
+    assert abi.NO_SLOT > abi.MAX_SLOTS
+    assert len(layout.entries) == abi.ENTRIES, "or a position of the table before would remain"
+    assert len(layout.spares) == abi.SPARES
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        EMPTY,
+        table.by_share(members(2, 1)),
+        table.by_turn(members(2, 1, 5)),
+        table.by_cpu(at_cpus(0, 1, 0), topology(range(5))),
+        table.consistent(members(1, 2, 3), None, abi.ENTRIES),
+    ],
+)
+def test_parts_read_back_as_struct_steer_half(layout: Layout) -> None:
+    half = bytearray(abi.HALF_BYTES)
+    for offset, data in layout.parts().items():
+        half[offset : offset + len(data)] = data
+    assert len(half) == abi.HALF_BYTES, "a part runs over the end"
+    length, _, *rest = struct.unpack(f"=II{abi.ENTRIES}H{abi.TURNS}H{abi.SPARES}H", half)
+    entries, rest = rest[: abi.ENTRIES], rest[abi.ENTRIES :]
+    turns, spares = rest[: abi.TURNS], rest[abi.TURNS :]
+    assert length == len(layout.entries)
+    assert entries[:length] == list(layout.entries)
+    assert turns[: len(layout.turns)] == list(layout.turns)
+    assert spares == list(layout.spares)
+
+
+def test_offsets_are_those_of_steer_h() -> None:
+    assert abi.ENTRIES_OFFSET == 8
+    assert abi.TURNS_OFFSET == 8 + 2 * 65536
+    assert abi.SPARES_OFFSET == 8 + 2 * 65536 + 2 * 32768
+    assert abi.HALF_BYTES == 8 + 2 * (65536 + 32768 + 256)
+    assert abi.TABLE_BYTES == 8 + 2 * abi.HALF_BYTES
+
+
+def test_shares_counts_positions() -> None:
+    assert table.shares(Layout(array("H", [4, 2, 4]))) == {4: 2, 2: 1}
