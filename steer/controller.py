@@ -118,6 +118,8 @@ class Controller:
         if self._state == "starting":
             self._state = "running"
             self._log.info("serving %s", step.object)
+            for line in self._plan.to_try():
+                self._log.info("try: %s", line)
             tell_supervisor(f"READY=1\nMAINPID={os.getpid()}", self._environment)
 
     def _announce(self) -> None:
@@ -132,6 +134,7 @@ class Controller:
         )
         if self._reason:
             self._log.warning("not higher up the ladder: %s", self._reason)
+            self._log.info("ebpf would add: %s", ladder.EBPF_ADDS)
 
     def _launch(self, seat: Seat, slot: int) -> Launch:
         return Launch(

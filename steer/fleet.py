@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from logging import Logger
 
@@ -85,7 +86,7 @@ class Fleet:
         """Start every worker; return once the first is ready.
 
         Args:
-            holds_ports: called once the first worker has bound all addresses.
+            holds_ports: called when a worker has bound all addresses.
 
         Raises:
             BindError: an address cannot be had.
@@ -93,8 +94,9 @@ class Fleet:
             WorkersFailed: all failed before any was ready.
         """
         for place in self.places:
-            await self._spawn(place)
-            if place is self.places[0]:
+            # One that ends before it is bound is started again like any other.
+            with suppress(WorkersFailed):
+                await self._spawn(place)
                 holds_ports()
         await self._up
 
@@ -120,6 +122,8 @@ class Fleet:
 
     def report(self, place: Place, event: Event) -> None:
         """Something happened to a worker: do what follows."""
+        if event in (Event.LATE, Event.OVERDUE):
+            self._log.warning("worker %d: %s", place.slot, event.value)
         place.state, commands = lifecycle.step(place.state, event)
         for command in commands:
             _DO[command](self, place)
@@ -161,7 +165,10 @@ class Fleet:
             place.process.kill()
 
     def _back_off(self, place: Place) -> None:
-        self._set_timer(place, lifecycle.backoff_s(place.failures), Event.RETRY)
+        after_s = lifecycle.backoff_s(place.failures)
+        if after_s:
+            self._log.warning("worker %d failed again; another in %g s", place.slot, after_s)
+        self._set_timer(place, after_s, Event.RETRY)
 
     def _forget(self, place: Place) -> None:
         self._cancel_timer(place)
@@ -196,6 +203,7 @@ class Fleet:
         except SteerError as error:
             self._log.error("%s", error)
             if place.process is None:
+                place.failures += 1
                 self._failed(place, error)
 
     def _take_slot(self, place: Place) -> None:

@@ -40,6 +40,8 @@ class Rung:
     fallback: bool
 
 
+EBPF_ADDS = "turns, counters, and queues that outlive their worker"
+
 UNTRIED = Finding(Answer.UNKNOWN, "not tried")
 
 

@@ -21,9 +21,9 @@ class State(Enum):
 class Event(Enum):
     READY = "it can serve"
     EXITED = "its process ended"
-    LATE = "not ready within ready_timeout_s"
+    LATE = "not ready within ready_timeout: killed"
     STOP = "it is no longer wanted"
-    OVERDUE = "still there when its time to finish was over"
+    OVERDUE = "not finished in its time: killed"
     RETRY = "its time to back off is over"
 
 

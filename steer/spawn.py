@@ -105,7 +105,9 @@ class Process:
             try:
                 self._joined(self, fds)
             except SteerError as error:
+                # Running, but not to be reached: better another try.
                 self.problem = error
+                self.kill()
             self._settle(self.problem)
         elif message.refused is not None:
             bind = self.launch.binds[message.refused]

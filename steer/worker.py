@@ -168,14 +168,18 @@ def _tell(channel: socket.socket, message: Message, own: Sequence[socket.socket]
 
 
 def _settle(launch: Launch) -> None:
-    """Take the place that was planned: CPUs, directory, user; and go with the controller."""
-    os.sched_setaffinity(0, launch.seat.cpus)
-    if launch.service.chdir is not None:
-        try:
+    """Take the place that was planned: CPUs, directory, user; and go with the controller.
+
+    Raises:
+        Unloadable: the kernel does not let us.
+    """
+    try:
+        os.sched_setaffinity(0, launch.seat.cpus)
+        if launch.service.chdir is not None:
             os.chdir(launch.service.chdir)
-        except OSError as error:
-            raise Unloadable(f"chdir {launch.service.chdir}: {error.strerror}") from None
-    process.become(launch.identity)
+        process.become(launch.identity)
+    except OSError as error:
+        raise Unloadable(str(error)) from None
     process.die_with_parent(launch.controller)
 
 
@@ -210,7 +214,7 @@ def _execute(launch: Launch, own: Sequence[socket.socket], environment: Mapping[
         "LISTEN_FDNAMES": names,
     }
     try:
-        os.execvpe(arguments[0], arguments, {**environment, **protocol})
+        process.execute(arguments, {**environment, **protocol})
     except OSError as error:
         raise Unloadable(f"run {arguments[0]}: {error.strerror}") from None
 

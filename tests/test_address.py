@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from steer.address import ALLOWED, Bind, parse
 from steer.errors import ConfigError
 
-quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 @pytest.mark.parametrize(

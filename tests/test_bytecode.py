@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from steer import abi
 from steer.bytecode import INSN_BYTES, Code, PolicyObject, unlink
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 PREBUILT = sorted((Path(__file__).parent.parent / "bpf/prebuilt").glob("*.json"))
 DESCRIPTORS = {name: 100 + rank for rank, name in enumerate(abi.MAPS)}

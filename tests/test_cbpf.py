@@ -26,7 +26,7 @@ from steer.cpus import Topology
 from steer.policy import POLICIES, Scene
 from steer.table import EMPTY, Layout, Member
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 NO_SOCKET = 2**32 - 1
 SEED = 0x12345678

@@ -15,7 +15,7 @@ from steer.config import MAX_WEIGHT, MAX_WORKERS, Service
 from steer.errors import ConfigError
 from steer.policy import POLICIES
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 FILE = "steer.toml"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from steer.cpus import Topology, nearest, seats
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 @st.composite

@@ -23,7 +23,7 @@ from steer.report import (
     service_table,
 )
 
-quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 def worker(slot: int = 0, **changes: Any) -> Worker:

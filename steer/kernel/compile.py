@@ -117,7 +117,7 @@ def _cache_dir() -> Path:
 
 
 def _read(file: Path) -> PolicyObject | None:
-    """An object file, unless it is missing, broken or somebody else's: this goes into the kernel."""
+    """An object file, unless it is missing, broken or another user's: it goes into the kernel."""
     try:
         if file.stat().st_uid not in (0, os.geteuid()):
             return None

@@ -10,21 +10,15 @@ import pwd
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from steer.errors import ConfigError, KernelError
 
 _PR_SET_PDEATHSIG = 1
-_HANDLED = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGPIPE,
-    signal.SIGXFSZ,
-)
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 @dataclass(frozen=True)
@@ -206,3 +200,10 @@ def write_stderr(data: bytes) -> None:
     with contextlib.suppress(OSError):
         while data:
             data = data[os.write(2, data) :]
+
+
+def execute(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Become another program, found on PATH. Raises OSError as execve(2)."""
+    for number in _IGNORED_BY_PYTHON:
+        signal.signal(number, signal.SIG_DFL)
+    os.execvpe(arguments[0], list(arguments), environment)
