@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
@@ -118,7 +119,7 @@ class Controller:
         if self._state == "starting":
             self._state = "running"
             self._log.info("serving %s", step.object)
-            for line in self._plan.to_try():
+            for line in self._plan.to_try(sys.argv[0]):
                 self._log.info("try: %s", line)
             tell_supervisor(f"READY=1\nMAINPID={os.getpid()}", self._environment)
 

@@ -103,18 +103,18 @@ class Plan:
             ],
         }
 
-    def to_try(self) -> list[str]:
-        """For whoever runs the demo: what to do next."""
+    def to_try(self, program: str) -> list[str]:
+        """For whoever runs the demo: what to do next, `program` being how steer was called."""
         tcp = [bind for bind in self.binds if bind.protocol == "tcp"]
         if self.service.app or self.service.command or not tcp:
             return []
         host = f"[{tcp[0].address}]" if tcp[0].is_v6 else tcp[0].address
         curl = f"curl http://{host}:{tcp[0].port}/"
         if not self.policy.pinned:
-            return [curl, "steer status"]
+            return [curl, f"{program} status"]
         # A client on the same host arrives on its own CPU: show how to come from others.
         from_cpus = [f"taskset -c {cpu} {curl}" for cpu in self.topology.allowed[:2]]
-        return [*from_cpus, "steer status"]
+        return [*from_cpus, f"{program} status"]
 
     def _seating(self) -> str:
         if not self.policy.pinned:

@@ -1,0 +1,195 @@
+"""What a test needs of the machine, and fixtures that start services.
+
+`@pytest.mark.needs("bpf", "uvicorn")` names what has to be there; a fixture says for itself what
+it needs. What is missing skips the test and is named. Where the machine is known to have
+everything (STEER_REQUIRE_KERNEL=1, in CI) it fails it: a test that never runs tests nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from support import (
+    NOBODY,
+    Netns,
+    Service,
+    clean_environment,
+    network_namespace,
+    run_steer,
+    start_service,
+)
+
+from steer.kernel import compile, probe
+from steer.ladder import Answer, Finding
+
+
+def _is_root() -> str:
+    return "" if os.geteuid() == 0 else "not root"
+
+
+def _found(finding: Finding) -> str:
+    return "" if finding.answer is Answer.YES else finding.reason
+
+
+def _has_netns() -> str:
+    try:
+        with network_namespace():
+            return ""
+    except OSError as error:
+        return str(error)
+
+
+def _has_module(name: str) -> Callable[[], str]:
+    return lambda: "" if importlib.util.find_spec(name) else f"no module {name}"
+
+
+def _has_command(name: str) -> Callable[[], str]:
+    return lambda: "" if shutil.which(name) else f"no command {name}"
+
+
+def _has_bcc() -> str:
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('bcc') is None)"
+    for python in (compile.SYSTEM_PYTHON, shutil.which("python3")):
+        if python and subprocess.run([python, "-Ic", look], check=False).returncode == 0:
+            return ""
+    return "no bcc in the system's Python"
+
+
+def _has_nobody() -> str:
+    return _is_root() or _has_command("setpriv")()
+
+
+_WHY_NOT: Mapping[str, Callable[[], str]] = {
+    "bcc": _has_bcc,
+    "bpf": lambda: _found(probe.ebpf()),
+    "bpftool": _has_command("bpftool"),
+    "gunicorn": _has_module("gunicorn"),
+    "hypercorn": _has_module("hypercorn"),
+    "migrate": lambda: _found(probe.migrate()),
+    "netns": _has_netns,
+    "nobody": _has_nobody,
+    "root": _is_root,
+    "uvicorn": _has_module("uvicorn"),
+}
+"""Each says why the machine has not got it, or nothing."""
+
+
+@cache
+def _why_not(capability: str) -> str:
+    return _WHY_NOT[capability]()
+
+
+def require(*capabilities: str) -> None:
+    """Skip, or fail where everything has to be there, unless the machine has them all."""
+    for capability in capabilities:
+        why = _why_not(capability)
+        if why and os.environ.get("STEER_REQUIRE_KERNEL") == "1":
+            pytest.fail(f"needs {capability}: {why}", pytrace=False)
+        elif why:
+            pytest.skip(f"needs {capability}: {why}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        require(*mark.args)
+
+
+@pytest.fixture
+def netns() -> Iterator[Netns]:
+    """The test, and what it starts, in a network namespace of its own; see `support`."""
+    require("netns")
+    with network_namespace() as made:
+        yield made
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A directory for services: short enough for a socket's path, and for any user to reach."""
+    with tempfile.TemporaryDirectory(prefix="steer-test-") as name:
+        home = Path(name)
+        for directory in (home, home / "run", home / "cache"):
+            directory.mkdir(exist_ok=True)
+            directory.chmod(0o777)
+        yield home
+
+
+@pytest.fixture
+def environment(home: Path) -> dict[str, str]:
+    """Of the services and commands a test starts; the test may add to it before it does."""
+    return clean_environment(home)
+
+
+class RunSteer(Protocol):
+    def __call__(
+        self, *arguments: str, user: int | None = None
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture
+def steer(netns: Netns, home: Path, environment: dict[str, str]) -> RunSteer:
+    """Run a `steer` command to its end, in the test's namespace."""
+
+    def run(*arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+        return run_steer(*arguments, environment=environment, cwd=home, user=user)
+
+    return run
+
+
+class StartService(Protocol):
+    def __call__(
+        self,
+        *arguments: str,
+        name: str = "test",
+        ready: bool = True,
+        user: int | None = None,
+    ) -> Service: ...
+
+
+@pytest.fixture
+def service(netns: Netns, home: Path, environment: dict[str, str]) -> Iterator[StartService]:
+    """Start `steer run ARGUMENTS` in the test's namespace; wait until all workers are ready.
+
+    At the end it is stopped, and the test fails if it leaves anything: a process, a
+    program or map, a control socket.
+
+    Args:
+        name: of the service.
+        ready: False returns at once, for services that are not to come up.
+        user: uid to run it as, see `support.NOBODY`; needs "nobody".
+    """
+    started: list[Service] = []
+
+    def start(
+        *arguments: str, name: str = "test", ready: bool = True, user: int | None = None
+    ) -> Service:
+        if user is not None:
+            require("nobody")
+        directory = home if not started else home / str(len(started))
+        directory.mkdir(exist_ok=True)
+        one = start_service(
+            *arguments, name=name, environment=environment, home=directory, user=user
+        )
+        started.append(one)
+        return one.wait_ready() if ready else one
+
+    yield start
+    errors = []
+    for one in reversed(started):
+        try:
+            one.clean_up()
+        except Exception as error:  # noqa: BLE001 - the others have to be ended too
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup("services were not left in order", errors)
+
+
+__all__ = ["NOBODY"]

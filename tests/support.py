@@ -1,0 +1,315 @@
+"""What tests share: waiting, clients, a service in a process of its own, a network namespace."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from steer import client
+from steer.errors import ControlError
+from steer.kernel import bpf
+
+DEADLINE_S = 60.0
+"""For what should happen at once: long, as the machine may be busy with other things."""
+STEER = str(Path(sys.executable).parent / "steer")
+NOBODY = 65534
+T = TypeVar("T")
+_TRUE = object()
+
+
+def eventually(ask: Callable[[], T], wanted: object = _TRUE, timeout_s: float = DEADLINE_S) -> T:
+    """What `ask` answers once it is `wanted`, or once it is true."""
+    end_s = time.monotonic() + timeout_s
+    while True:
+        found = ask()
+        if found if wanted is _TRUE else found == wanted:
+            return found
+        assert time.monotonic() < end_s, f"still {found!r} after {timeout_s:g} s"
+        time.sleep(0.01)
+
+
+# Network namespaces
+
+_CLONE_NEWNET = 0x40000000
+_SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
+
+
+class Netns:
+    """The network namespace a test is in: nobody else's ports, and sysctls to play with."""
+
+    def sysctl(self, name: str, value: object) -> None:
+        """Set a sysctl of this namespace: net.ipv4.tcp_syncookies."""
+        Path("/proc/sys", *name.split(".")).write_text(str(value))
+
+
+@contextmanager
+def network_namespace() -> Iterator[Netns]:
+    """Be in a new network namespace, with the loopback up.
+
+    This process itself goes there and comes back, so a test reads as if it were alone on
+    the machine: its own sockets and every process it starts are in there. setns(2) goes by
+    the thread, and pytest has but one. Entering takes a millisecond, a process to send
+    commands to would take 50; with the last socket and process in it the namespace is gone.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    old = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.unshare(_CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP_RUNNING))
+            yield Netns()
+        finally:
+            if libc.setns(old, _CLONE_NEWNET) != 0:
+                pytest.exit(f"setns: {os.strerror(ctypes.get_errno())}: all to come would be lost")
+    finally:
+        os.close(old)
+
+
+# Clients
+
+
+def http_get(host: str, port: int, target: str = "/") -> tuple[dict[str, str], dict[str, Any]]:
+    """One request in a connection of its own: header fields by lower-case name, and the JSON."""
+    with socket.create_connection((host, port), DEADLINE_S) as sock:
+        sock.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        with sock.makefile("rb") as answer:
+            head, _, body = answer.read().partition(b"\r\n\r\n")
+    fields = (line.partition(": ") for line in head.decode().split("\r\n")[1:])
+    return {name.lower(): value for name, _, value in fields}, json.loads(body)
+
+
+def udp_ask(host: str, port: int, data: bytes = b"") -> dict[str, Any]:
+    """One datagram from a socket of its own, and the answer's JSON."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(DEADLINE_S)
+        sock.connect((host, port))
+        sock.send(data)
+        answer: dict[str, Any] = json.loads(sock.recv(65536))
+        return answer
+
+
+# What a service leaves behind
+
+
+def session(number: int) -> list[int]:
+    """The processes of a session that are not yet gone."""
+    return [pid for pid in _pids() if _session_of(pid) == number]
+
+
+def _pids() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _session_of(pid: int) -> int | None:
+    """None of a process that has ended, also of one nobody has waited for."""
+    try:
+        state, _, _, of, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(of)
+
+
+def bpf_ids(pid: int) -> set[tuple[str, int]]:
+    """The programs and maps that a process has open: ("prog", 7), ("map", 3)."""
+    found = set()
+    with suppress(OSError):
+        for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+            with suppress(OSError):
+                for line in info.read_text().splitlines():
+                    name, _, value = line.partition(":")
+                    if name in ("prog_id", "map_id"):
+                        found.add((name.removesuffix("_id"), int(value)))
+    return found
+
+
+def bpf_exists(kind: str, number: int) -> bool:
+    """Whether a program or map is still there; numbers are not used again for long."""
+    fd = getattr(bpf.libbpf(), f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
+    if fd >= 0:
+        os.close(fd)
+    return fd != -errno.ENOENT
+
+
+# Services
+
+
+@dataclass
+class Service:
+    """`steer run` in a process of its own.
+
+    Args:
+        home: directory it runs in, with its run and cache directories.
+        environment: what `steer` commands that speak to it need.
+    """
+
+    process: subprocess.Popen[bytes]
+    name: str
+    home: Path
+    environment: Mapping[str, str]
+    _bpf: set[tuple[str, int]] = field(default_factory=set)
+
+    @property
+    def pid(self) -> int:
+        """Of the controller."""
+        return self.process.pid
+
+    @property
+    def control_socket(self) -> Path:
+        return self.home / "run" / "steer" / f"{self.name}.sock"
+
+    @property
+    def log(self) -> str:
+        """What it and its workers wrote to standard error so far."""
+        return (self.home / "stderr").read_text(errors="replace")
+
+    @property
+    def output(self) -> str:
+        """What it and its workers wrote to standard output so far."""
+        return (self.home / "stdout").read_text(errors="replace")
+
+    def ask(self, command: str, **more: Any) -> dict[str, Any]:
+        """Send a request to its control socket. Raises ControlError."""
+        return client.ask(self.control_socket, command, **more)
+
+    def status(self) -> dict[str, Any]:
+        """What it says of itself; queue lengths are not in it, as `steer status` adds them."""
+        status: dict[str, Any] = self.ask("status")["service"]
+        return status
+
+    def workers(self) -> list[dict[str, Any]]:
+        workers: list[dict[str, Any]] = self.status()["workers"]
+        return workers
+
+    def selected(self) -> dict[int, int]:
+        """Connections (UDP: datagrams) by slot."""
+        return {each["slot"]: each["connections"]["selected"] for each in self.workers()}
+
+    def steer(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run another `steer` command where it finds this service."""
+        return run_steer(*arguments, environment=self.environment, cwd=self.home)
+
+    def wait_ready(self, workers: int | None = None) -> Service:
+        """Until `workers`, or all, are ready. Fails at once if the service ends before."""
+
+        def ready() -> bool:
+            assert self.process.poll() is None, f"exit {self.process.returncode}\n{self.log}"
+            with suppress(ControlError):
+                status = self.status()
+                states = [each["state"] for each in status["workers"]]
+                wanted = len(states) if workers is None else workers
+                return status["state"] == "running" and states.count("ready") >= wanted > 0
+            return False
+
+        eventually(ready)
+        self._note_bpf()
+        return self
+
+    def send_signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = DEADLINE_S) -> int:
+        """Its exit status, negative for the signal that ended it."""
+        return self.process.wait(timeout_s)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it and return its exit status."""
+        self._note_bpf()
+        self.send_signal(number)
+        return self.wait()
+
+    def leaves_nothing(self) -> None:
+        """Once it has ended: no process, program, map or control socket is left of it."""
+        eventually(lambda: session(self.pid), [])
+        eventually(lambda: [each for each in self._bpf if bpf_exists(*each)], [])
+        if self.process.returncode != -signal.SIGKILL:
+            assert not self.control_socket.exists()
+
+    def clean_up(self) -> None:
+        """End it if it still runs; see that nothing is left, and do not leave it to others."""
+        try:
+            if self.process.poll() is None:
+                self.stop()
+            self.leaves_nothing()
+        finally:
+            for pid in session(self.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _note_bpf(self) -> None:
+        self._bpf |= bpf_ids(self.pid)
+
+
+def as_user(uid: int | None, *command: str) -> list[str]:
+    """The command as another user, with no capability and none to be had."""
+    if uid is None:
+        return list(command)
+    drop = (f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all")
+    return ["setpriv", *drop, "--inh-caps=-all", "--", *command]
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """Nothing that would configure steer, and its directories in `home`."""
+    unwanted = ("STEER_", "LISTEN_", "NOTIFY_SOCKET", "WEB_CONCURRENCY", "XDG_", "PYTHON")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    return {
+        **kept,
+        "XDG_RUNTIME_DIR": str(home / "run"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def run_steer(
+    *arguments: str,
+    environment: Mapping[str, str],
+    cwd: Path,
+    user: int | None = None,
+    timeout_s: float = DEADLINE_S,
+) -> subprocess.CompletedProcess[str]:
+    """A `steer` command, to its end."""
+    return subprocess.run(
+        as_user(user, STEER, *arguments),
+        env=environment,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def start_service(
+    *arguments: str, name: str, environment: Mapping[str, str], home: Path, user: int | None = None
+) -> Service:
+    """`steer run ARGUMENTS`, in a session of its own; not yet ready."""
+    with (home / "stdout").open("wb") as out, (home / "stderr").open("wb") as err:
+        process = subprocess.Popen(
+            as_user(user, STEER, "run", "--name", name, *arguments),
+            env=environment,
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    return Service(process, name, home, environment)
