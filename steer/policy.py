@@ -19,12 +19,14 @@ class Scene:
     """What a layout is made from, beside the members.
 
     Args:
-        previous: the layout in force, or None.
         hash_length: positions of the hash table.
+        longest: turns that a table may hold.
+        previous: the layout in force, or None.
     """
 
     topology: Topology
     hash_length: int
+    longest: int = table.MAX_DECK
     previous: Layout | None = None
 
 
@@ -64,7 +66,7 @@ _ALL = (
         "cpu",
         "the worker pinned to the CPU that takes in the packet",
         "cpu",
-        lambda members, scene: table.by_cpu(members, scene.topology),
+        lambda members, scene: table.by_cpu(members, scene.topology, scene.longest),
         lambda layout, indexes, _seed: cbpf.by_cpu(layout, indexes),
         pinned=True,
     ),
@@ -86,7 +88,7 @@ _ALL = (
         "random",
         "by chance, in proportion to the weights",
         "random",
-        lambda members, _scene: table.by_share(members),
+        lambda members, scene: table.by_share(members, scene.longest),
         lambda layout, indexes, _seed: cbpf.by_share(layout, indexes),
     ),
     Policy("kernel", "the kernel's own hash; no program"),

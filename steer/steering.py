@@ -121,12 +121,27 @@ class Cbpf:
         assert plan.policy.assemble is not None
         self._policy = plan.policy
         self._assemble = plan.policy.assemble
-        self._scene = Scene(plan.topology, cbpf.HASH_LENGTH)
+        self._scene = Scene(plan.topology, cbpf.HASH_LENGTH, cbpf.HASH_LENGTH)
         self._layout: Layout | None = None
         self._seed = int.from_bytes(os.urandom(4))
+        self._try_out(plan)
         self._orders = [cbpf.Order() for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
         self.notes: Sequence[str] = ()
+
+    def _try_out(self, plan: Plan) -> None:
+        """With all workers the program is as long as it gets: does the kernel take it?"""
+        members = [Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats]
+        indexes = {member.slot: member.slot for member in members}
+        layout = policy.lay(self._policy, members, self._scene)
+        try:
+            if len(members) > cbpf.HASH_LENGTH:
+                raise cbpf.TooLong(f"room for {cbpf.HASH_LENGTH} workers, not {len(members)}")
+            program = self._assemble(layout, indexes, self._seed)
+        except cbpf.TooLong as error:
+            raise KernelError(f"assemble {self._policy.name}", str(error)) from None
+        with sockets.scratch() as sock:
+            sockets.attach_cbpf(sock.fileno(), program)
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         self._held[slot] = fds

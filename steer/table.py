@@ -107,9 +107,9 @@ def deck(members: Sequence[Member], longest: int = MAX_DECK) -> list[int]:
     return [slot for _, slot in sorted((at / of, slot) for at, of, slot in due)]
 
 
-def by_share(members: Sequence[Member]) -> Layout:
+def by_share(members: Sequence[Member], longest: int = MAX_DECK) -> Layout:
     """For `random`: positions in exact proportion to the weights."""
-    return Layout(array("H", deck(members)), spares=_spares(members))
+    return Layout(array("H", deck(members, longest)), spares=_spares(members))
 
 
 def by_turn(members: Sequence[Member]) -> Layout:
@@ -118,8 +118,12 @@ def by_turn(members: Sequence[Member]) -> Layout:
     return Layout(array("H", [rows.entry(deck(members))]), rows.turns, _spares(members))
 
 
-def by_cpu(members: Sequence[Member], topology: Topology) -> Layout:
-    """For `cpu`: at each CPU number the slots pinned to it or to the nearest manned CPU."""
+def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_DECK) -> Layout:
+    """For `cpu`: at each CPU number the slots pinned to it or to the nearest manned CPU.
+
+    Args:
+        longest: turns of all rows together.
+    """
     crews: dict[int, list[Member]] = {}
     for member in members:
         if member.cpu is None:
@@ -127,8 +131,8 @@ def by_cpu(members: Sequence[Member], topology: Topology) -> Layout:
         crews.setdefault(member.cpu, []).append(member)
     homes = nearest(crews, topology)
     rows = _Rows()
-    longest = MAX_DECK // len(crews)
-    row_of = {cpu: rows.entry(deck(crew, longest)) for cpu, crew in crews.items()}
+    each = max(1, longest // len(crews))
+    row_of = {cpu: rows.entry(deck(crew, each)) for cpu, crew in crews.items()}
     anyone = row_of[min(row_of)]
     entries = array(
         "H", [row_of[homes[cpu]] if cpu in homes else anyone for cpu in range(max(homes) + 1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 
 from steer import abi
 from steer.bytecode import Code
@@ -33,7 +32,7 @@ def ebpf() -> Finding:
     try:
         for name in abi.MAPS:
             bpf.Map(name).close()
-        with _program(abi.BPF_SK_REUSEPORT_SELECT) as program, _member() as sock:
+        with _program(abi.BPF_SK_REUSEPORT_SELECT) as program, sockets.scratch() as sock:
             sockets.attach_ebpf(sock.fileno(), program.fileno())
     except KernelError as error:
         return _finding(error)
@@ -54,7 +53,7 @@ def migrate() -> Finding:
 def cbpf() -> Finding:
     """Can a classic program be attached? Needs Linux 4.6 and no privilege."""
     try:
-        with _member() as sock:
+        with sockets.scratch() as sock:
             sockets.attach_cbpf(sock.fileno(), [(0x06, 0, 0, 0)])
     except KernelError as error:
         return _finding(error)
@@ -68,12 +67,6 @@ def findings() -> dict[str, Finding]:
 
 def _program(attach_type: int) -> bpf.Program:
     return bpf.Program("steer_probe", _PASS, {}, attach_type)
-
-
-def _member() -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    return sock
 
 
 def _finding(error: KernelError) -> Finding:

@@ -63,6 +63,13 @@ def bind_error(bind: Bind, error: OSError) -> BindError:
     return BindError(act, name, cures.get(error.errno or 0, ""))
 
 
+def scratch() -> socket.socket:
+    """A socket that is bound nowhere, to try on what a group would be given."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return sock
+
+
 def attach_ebpf(sock: int, program: int) -> None:
     """Make `program` that of the whole group `sock` is in, at once for all of it.
 

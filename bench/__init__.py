@@ -1,0 +1,1 @@
+"""What steer costs, as figures and ratios of one run. See docs/BENCH.md."""

@@ -1,0 +1,131 @@
+"""What a bench finds: figures with their spread, and how they are shown. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steer.report import Table
+
+COLUMNS = ("figure", "median", "middle half", "min", "max", "unit", "wanted", "")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something measured, more than once where it can vary.
+
+    Args:
+        name: what, in words.
+        unit: "ns", "ms"; "×" for a ratio.
+        values: in the order they were taken; not empty.
+        at_most: the median ought not to be above; None where nothing is asked.
+        at_least: the median ought not to be below.
+    """
+
+    name: str
+    unit: str
+    values: tuple[float, ...]
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Between these lies the middle half of the values."""
+        if len(self.values) == 1:
+            return self.values[0], self.values[0]
+        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the median is where it ought to be; None where nothing is asked."""
+        if self.at_most is None and self.at_least is None:
+            return None
+        high_enough = self.at_least is None or self.median >= self.at_least
+        return high_enough and (self.at_most is None or self.median <= self.at_most)
+
+    def describe(self) -> dict[str, Any]:
+        """For --json."""
+        low, high = self.quartiles
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "median": self.median,
+            "quartiles": [low, high],
+            "min": min(self.values),
+            "max": max(self.values),
+            "values": self.values,
+            "at_most": self.at_most,
+            "at_least": self.at_least,
+            "reached": self.reached,
+        }
+
+
+def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], at_most: float) -> Figure:
+    """Ours to theirs, round by round: what slows a whole round is then in both."""
+    pairs = zip(ours, theirs, strict=True)
+    return Figure(name, "×", tuple(a / b for a, b in pairs), at_most)
+
+
+def above(
+    name: str,
+    unit: str,
+    values: Sequence[float],
+    base: Sequence[float],
+    at_most: float | None = None,
+) -> Figure:
+    """The difference, round by round."""
+    pairs = zip(values, base, strict=True)
+    return Figure(name, unit, tuple(a - b for a, b in pairs), at_most)
+
+
+def interleaved(
+    subjects: Mapping[str, Callable[[], float]], rounds: int
+) -> dict[str, tuple[float, ...]]:
+    """Measure every subject once a round, so that a busy minute falls on all of them.
+
+    Every other round goes backwards: nobody always follows the same one. A round
+    before the first warms caches and is not counted.
+    """
+    names = list(subjects)
+    values: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        for name in names if turn % 2 else reversed(names):
+            values[name].append(subjects[name]())
+    return {name: tuple(found[1:]) for name, found in values.items()}
+
+
+def table(title: str, found: Sequence[Figure]) -> Table:
+    return Table(title, COLUMNS, [_row(figure) for figure in found])
+
+
+def _row(figure: Figure) -> tuple[str, ...]:
+    low, high = figure.quartiles
+    varies = len(figure.values) > 1
+    return (
+        figure.name,
+        _number(figure.median),
+        f"{_number(low)} – {_number(high)}" if varies else "",
+        _number(min(figure.values)) if varies else "",
+        _number(max(figure.values)) if varies else "",
+        figure.unit,
+        _wanted(figure),
+        {None: "", True: "yes", False: "no"}[figure.reached],
+    )
+
+
+def _wanted(figure: Figure) -> str:
+    limits = (("≤", figure.at_most), ("≥", figure.at_least))
+    return ", ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
+
+
+def _number(value: float) -> str:
+    """Three digits that count, and never an exponent."""
+    size = abs(value)
+    return f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"

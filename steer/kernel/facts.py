@@ -1,0 +1,259 @@
+"""What the system tells of itself, and of what this process may do in it.
+
+Only read, never decided upon. What cannot be read is `Unknown`, with the reason:
+nothing here raises, however odd the system.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import resource
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from steer.errors import SteerError
+from steer.kernel import bpf, compile, diag, rundir
+from steer.kernel.diag import Interface
+
+T = TypeVar("T")
+
+CAPABILITIES = {
+    "CAP_NET_BIND_SERVICE": 10,
+    "CAP_NET_ADMIN": 12,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
+"""Those that matter here, by their bit (include/uapi/linux/capability.h)."""
+
+SYSCTLS = (
+    "kernel.unprivileged_bpf_disabled",
+    "net.core.bpf_jit_enable",
+    "net.core.somaxconn",
+    "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.tcp_migrate_req",
+    "net.ipv4.tcp_syncookies",
+)
+
+_FIRST_USER_NAMESPACE = "user:[4026531837]"
+"""PROC_USER_INIT_INO of include/linux/proc_ns.h."""
+_ASK_BCC = "import bcc; bcc.BPF.dump_func; print(bcc.__version__)"
+"""PyPI's bcc is something else and has no such function."""
+_ASK_BCC_S = 30.0
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """It could not be read, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A bcc, and the Python that can import it."""
+
+    version: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory for control sockets; `obstacle` is why none can be made there, or ""."""
+
+    directory: Path
+    obstacle: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was read.
+
+    Args:
+        uid: the effective one.
+        capabilities: the names in CAPABILITIES that are effective.
+        user_namespace: whether in another than the machine's first.
+        seccomp: whether system calls are filtered.
+        lockdown: the kernel's mode: "none", "integrity" or "confidentiality".
+        profile: what a security module confines this process by.
+        cpu_quota: how many CPUs' time the cgroup may use; None: no limit.
+        memlock_bytes, files: RLIMIT_MEMLOCK; RLIMIT_NOFILE, soft and hard; None: no limit.
+        libbpf: its version.
+        bcc: None where no Python has it.
+        places: where a control socket may be made, best first.
+        interfaces: the network interfaces that are not down.
+    """
+
+    release: str
+    machine: str
+    uid: int
+    capabilities: frozenset[str] | Unknown
+    user_namespace: bool | Unknown
+    seccomp: bool | Unknown
+    lockdown: str | Unknown
+    profile: str | Unknown
+    sysctls: Mapping[str, int | Unknown]
+    cpu_quota: float | None | Unknown
+    memlock_bytes: int | None
+    files: tuple[int | None, int | None]
+    libbpf: str | Unknown
+    bcc: Compiler | None | Unknown
+    places: tuple[Place, ...]
+    interfaces: tuple[Interface, ...] | Unknown
+
+
+def read(
+    environment: Mapping[str, str],
+    control_socket: str | None = None,
+    sysfs: str = "/sys",
+    procfs: str = "/proc",
+) -> Facts:
+    """All of it. Asking for bcc takes a child process and up to half a second.
+
+    Args:
+        control_socket: where one is wanted, instead of in a directory of our choice.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Facts(
+        release=os.uname().release,
+        machine=os.uname().machine,
+        uid=os.geteuid(),
+        capabilities=_attempt(lambda: _capabilities(procfs)),
+        user_namespace=_attempt(lambda: _user_namespace(procfs)),
+        seccomp=_attempt(lambda: int(_status(procfs, "Seccomp")) > 0),
+        lockdown=_attempt(lambda: _lockdown(sysfs)),
+        profile=_attempt(lambda: _text(f"{procfs}/self/attr/current").rstrip("\0\n")),
+        sysctls={name: _sysctl(procfs, name) for name in SYSCTLS},
+        cpu_quota=_attempt(lambda: _cpu_quota(sysfs, procfs)),
+        memlock_bytes=_limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
+        files=(_limit(soft), _limit(hard)),
+        libbpf=_attempt(_libbpf),
+        bcc=_attempt(_bcc),
+        places=_places(environment, control_socket),
+        interfaces=_attempt(lambda: _interfaces(sysfs, procfs)),
+    )
+
+
+def _attempt(look: Callable[[], T]) -> T | Unknown:
+    try:
+        return look()
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, error.strerror or str(error))
+        return Unknown(f"{error.filename}: {name}" if error.filename else name)
+    except (SteerError, ImportError, ValueError, subprocess.SubprocessError) as error:
+        return Unknown(str(error))
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text()
+
+
+def _status(procfs: str, field: str) -> str:
+    """One line of /proc/self/status (proc_pid_status(5))."""
+    path = f"{procfs}/self/status"
+    match = re.search(rf"^{field}:\s*(\S+)", _text(path), re.MULTILINE)
+    if match is None:
+        raise ValueError(f"no {field} in {path}")
+    return match[1]
+
+
+def _capabilities(procfs: str) -> frozenset[str]:
+    held = int(_status(procfs, "CapEff"), 16)
+    return frozenset(name for name, bit in CAPABILITIES.items() if held >> bit & 1)
+
+
+def _user_namespace(procfs: str) -> bool:
+    return os.readlink(f"{procfs}/self/ns/user") != _FIRST_USER_NAMESPACE
+
+
+def _lockdown(sysfs: str) -> str:
+    """The word in brackets: "none [integrity] confidentiality" (kernel_lockdown(7))."""
+    path = f"{sysfs}/kernel/security/lockdown"
+    match = re.search(r"\[(\w+)\]", _text(path))
+    if match is None:
+        raise ValueError(f"no mode in {path}")
+    return match[1]
+
+
+def _sysctl(procfs: str, name: str) -> int | Unknown:
+    found = _attempt(lambda: int(_text(f"{procfs}/sys/{name.replace('.', '/')}")))
+    return Unknown(found.reason.rpartition(": ")[2]) if isinstance(found, Unknown) else found
+
+
+def _cpu_quota(sysfs: str, procfs: str) -> float | None:
+    """The least on the way up from our cgroup: "150000 100000" in cpu.max is 1.5 CPUs
+    (Documentation/admin-guide/cgroup-v2.rst). In a tree of version 1 there is none."""
+    match = re.search(r"^0::/(.*)$", _text(f"{procfs}/self/cgroup"), re.MULTILINE)
+    if match is None:
+        raise ValueError("no cgroup of version 2")
+    own = Path(match[1])
+    files = (Path(sysfs, "fs/cgroup", group, "cpu.max") for group in (own, *own.parents))
+    limits = [file.read_text().split() for file in files if file.exists()]
+    return min((int(most) / int(period) for most, period in limits if most != "max"), default=None)
+
+
+def _limit(value: int) -> int | None:
+    return None if value == resource.RLIM_INFINITY else value
+
+
+def _libbpf() -> str:
+    ask = bpf.libbpf().libbpf_version_string
+    ask.restype = ctypes.c_char_p
+    return str(ask().decode().removeprefix("v"))
+
+
+def _bcc() -> Compiler | None:
+    for python in compile._interpreters():
+        done = subprocess.run(
+            [python, "-I", "-c", _ASK_BCC],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=_ASK_BCC_S,
+        )
+        if done.returncode == 0:
+            return Compiler(done.stdout.strip(), python)
+    return None
+
+
+def _places(environment: Mapping[str, str], control_socket: str | None) -> tuple[Place, ...]:
+    if control_socket is not None:
+        directory = Path(control_socket).absolute().parent
+        return (Place(directory, _no_writing(directory)),)
+    directories = rundir.directories(environment)
+    return tuple(Place(directory, _no_room(directory)) for directory in directories)
+
+
+def _no_room(directory: Path) -> str:
+    """What would keep a `rundir.Claim` from using the directory, made first if need be."""
+    try:
+        owner = directory.lstat().st_uid
+    except FileNotFoundError:
+        return _no_writing(directory.parent)
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+    return _no_writing(directory) if owner == os.geteuid() else "not ours"
+
+
+def _no_writing(directory: Path) -> str:
+    if not directory.is_dir():
+        return "no such directory"
+    return "" if os.access(directory, os.W_OK | os.X_OK, effective_ids=True) else "not writable"
+
+
+def _interfaces(sysfs: str, procfs: str) -> tuple[Interface, ...]:
+    found = diag.receive_queues(sysfs, procfs)
+    return tuple(each for each in found if not _is_down(sysfs, each.name))
+
+
+def _is_down(sysfs: str, name: str) -> bool:
+    try:
+        return _text(f"{sysfs}/class/net/{name}/operstate").strip() == "down"
+    except OSError:
+        return False
