@@ -5,63 +5,100 @@ readings of the clock around every run that are in the empty program's time too.
 programs take their rounds on the very same group of UDP sockets, so that what they
 are compared with is as warm as they are.
 
-Beside the policies stand programs with nothing of steer's in them, only the one
-helper that every choice ends with. It reads the chosen socket, which among a
-thousand is seldom in a cache near by, and so is charged for what delivering the
-datagram would else have waited for.
+For each policy there is also a program of nothing but the helper that every choice
+ends with, on slots found in the same way. What is above that one is steer's own: the
+helper reads the chosen socket, which among a thousand is in no cache near by, and so
+pays for what delivering the datagram would else have waited for.
 """
 
 from __future__ import annotations
 
 import os
-import resource
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from bench import machine, programs
-from bench.figures import Figure, above, interleaved, ratio
+from bench.figures import Figure, Section, above, interleaved, ratio
 from bench.flood import Flood
 from steer import abi, policy
 from steer.address import Bind
 from steer.bytecode import Code
 from steer.config import Service
 from steer.cpus import Topology
-from steer.kernel import bpf, compile, sockets, topology
+from steer.kernel import bpf, compile, process, sockets, topology
 from steer.plan import plan
 from steer.policy import POLICIES, Scene
 from steer.table import Member
 
 SLOTS = (4, 1024)
 FLOWS = {"one flow": 1, "many flows": 250}
-AT_MOST_NS = {"cpu": 25, "hash": 25, "random": 35, "round-robin": 35}
+EMPTY = "empty program"
 AT_MOST_GROWTH = 1.2
-SHARED = "cpu, shared"
-"""More workers than CPUs: those of a CPU take turns."""
-EMPTY = "empty"
 _PORT = 9000
 
-Run = Callable[[], float]
+
+class Entry(NamedTuple):
+    """A policy to measure.
+
+    Args:
+        at_most_ns: above the empty program.
+        helper: the helper alone, on slots found in the same way.
+        crowded: all workers on this machine's CPUs, so that those of a CPU take turns;
+            else as many CPUs as workers.
+    """
+
+    policy: str
+    at_most_ns: float | None
+    helper: str
+    crowded: bool = False
 
 
-def run(quick: bool) -> list[Figure]:
-    """Measure. Raises KernelError: eBPF programs cannot be loaded."""
-    rounds, batches = (3, 2) if quick else (15, 50)
-    cpu = max(os.sched_getaffinity(0))
+HELPERS: Mapping[str, Callable[[int], Code]] = {
+    "helper alone, one slot": programs.one_slot,
+    "helper alone, by hash": programs.by_hash,
+    "helper alone, in turn": programs.in_turn,
+    "helper alone, by chance": programs.by_chance,
+}
+_ONE, _HASH, _TURN, _CHANCE = HELPERS
+ENTRIES = {
+    "cpu": Entry("cpu", 25, _ONE),
+    "cpu, CPUs shared": Entry("cpu", None, _TURN, crowded=True),
+    "hash": Entry("hash", 25, _HASH),
+    "random": Entry("random", 35, _CHANCE),
+    "round-robin": Entry("round-robin", 35, _TURN),
+}
+
+
+class Subject(NamedTuple):
+    """What is measured: a program, on a group of so many slots, with so many flows."""
+
+    program: str
+    slots: int
+    flows: str
+
+
+Found = Mapping[Subject, Sequence[float]]
+
+
+def run(quick: bool) -> list[Section]:
+    """Measure. Raises KernelError: eBPF programs cannot be loaded here, or not timed."""
+    rounds, batches = (2, 1) if quick else (15, 50)
+    process.allow_descriptors(2 * sum(SLOTS))
     with ExitStack() as stack:
         stack.enter_context(_statistics())
-        stack.enter_context(machine.pinned(cpu))
-        subjects: dict[tuple[str, int, str], Run] = {}
+        stack.enter_context(machine.pinned(max(os.sched_getaffinity(0))))
+        subjects: dict[Subject, Callable[[], float]] = {}
         for slots in SLOTS:
             group = Group(stack, _PORT + slots, slots)
-            loaded = group.contenders()
+            loaded = group.load()
             for flows, number in FLOWS.items():
                 flood = stack.enter_context(Flood(group.port, number))
                 for name, program in loaded.items():
-                    subjects[name, slots, flows] = partial(
-                        group.cost_ns, program, flood, batches
-                    )
-        return _figures(interleaved(subjects, rounds))
+                    cost_ns = partial(group.cost_ns, program, flood, batches)
+                    subjects[Subject(name, slots, flows)] = cost_ns
+        return _sections(interleaved(subjects, rounds))
 
 
 class Group:
@@ -84,25 +121,18 @@ class Group:
             self._sockets.put_socket(slot, sock.fileno())
         self._any = sock.fileno()
 
-    def contenders(self) -> dict[str, bpf.Program]:
+    def load(self) -> dict[str, bpf.Program]:
+        """Every program, by name."""
         maps = self._maps()
-        floors = {
-            EMPTY: programs.EMPTY,
-            "helper alone, one slot": programs.one_slot(),
-            "helper alone, by hash": programs.by_hash(self._slots),
-            "helper alone, in turn": programs.in_turn(self._slots),
+        codes = {name: make(self._slots) for name, make in HELPERS.items()}
+        loaded = {
+            name: self._program("alone", code, maps)
+            for name, code in {EMPTY: programs.EMPTY, **codes}.items()
         }
-        loaded = {name: self._program("floor", code, maps) for name, code in floors.items()}
-        # As many CPUs as slots, whatever this machine has: each has its own worker.
-        roomy = tuple(range(max(self._slots, *self._topology.possible)))
-        own = Topology(roomy[: self._slots], roomy, {})
-        for name in AT_MOST_NS:
-            loaded[name] = self._policy(name, own)
-        loaded[SHARED] = self._policy("cpu", self._topology)
-        return loaded
+        return loaded | {name: self._policy(entry) for name, entry in ENTRIES.items()}
 
     def cost_ns(self, program: bpf.Program, flood: Flood, batches: int) -> float:
-        """Mean of one run."""
+        """The mean of one run."""
         sockets.attach_ebpf(self._any, program.fileno())
         flood.send(1)
         before_ns, before = _spent(program)
@@ -110,32 +140,78 @@ class Group:
         after_ns, after = _spent(program)
         return (after_ns - before_ns) / (after - before)
 
-    def _policy(self, name: str, cpus: Topology) -> bpf.Program:
-        """The policy as steer would lay it for as many workers as there are slots."""
-        decided = plan(Service(workers=self._slots, policy=name), cpus, {})
+    def _policy(self, entry: Entry) -> bpf.Program:
+        """The policy, laid as steer would for as many workers as there are slots."""
+        cpus = self._topology if entry.crowded else self._roomy()
+        decided = plan(Service(workers=self._slots, policy=entry.policy), cpus, {})
         members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
-        scene = Scene(cpus, decided.hash_length)
+        layout = policy.lay(POLICIES[entry.policy], members, Scene(cpus, decided.hash_length))
         maps = self._maps(decided.slots)
-        table = self._stack.enter_context(_table(maps["table"]))
-        table.flip(policy.lay(POLICIES[name], members, scene).parts())
-        code = compile.load(compile.sources() / f"{name}.c").programs["migrate"]
-        return self._program(name, code, maps)
+        self._stack.enter_context(closing(bpf.Table(maps["table"]))).flip(layout.parts())
+        code = compile.load(compile.sources() / f"{entry.policy}.c").programs["migrate"]
+        return self._program(entry.policy, code, maps)
+
+    def _roomy(self) -> Topology:
+        """This machine, had it a CPU for every slot."""
+        cpus = tuple(range(max(self._slots, self._topology.possible[-1] + 1)))
+        return Topology(cpus[: self._slots], cpus, {})
 
     def _maps(self, slots: int = 1) -> dict[str, bpf.Map]:
         maps = {name: self._stack.enter_context(bpf.Map(name, slots)) for name in abi.MAPS}
         maps["cpus"].put(0, abi.CPU.pack(0, 0, 1, 0, 0) * len(self._topology.possible))
-        return {**maps, "sockets": self._sockets}
+        return maps | {"sockets": self._sockets}
 
     def _program(self, name: str, code: Code, maps: Mapping[str, bpf.Map]) -> bpf.Program:
         kind = abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE
         return self._stack.enter_context(bpf.Program(f"bench_{name}", code, maps, kind))
 
 
-def _figures(found: Mapping[tuple[str, int, str], tuple[float, ...]]) -> list[Figure]:
-    figures = []
-    for name, slots, flows in found:
-        base = found[EMPTY, slots, flows]
-        if name == EMPTY:
-            figures.append(Figure(f"{name} · {slots} slots · {flows}", "ns", base))
-    ...
-    return figures
+def _sections(found: Found) -> list[Section]:
+    costs = [
+        Section(f"cost, {slots} slots, {flows}", _costs(found, slots, flows))
+        for flows in FLOWS
+        for slots in SLOTS
+    ]
+    growth = [_growth(found, name, flows) for flows in FLOWS for name in ENTRIES]
+    return [*costs, Section(f"cost, {SLOTS[1]} slots to {SLOTS[0]}", growth)]
+
+
+def _costs(found: Found, slots: int, flows: str) -> list[Figure]:
+    here = {name: found[Subject(name, slots, flows)] for name in (EMPTY, *HELPERS, *ENTRIES)}
+    empty = here[EMPTY]
+    return [
+        Figure(f"{EMPTY}, clock and all", "ns", tuple(empty)),
+        *(above(name, "ns", here[name], empty) for name in HELPERS),
+        *(above(name, "ns", here[name], empty, e.at_most_ns) for name, e in ENTRIES.items()),
+        *(above(f"{name}: steer's own", "ns", here[name], here[e.helper]) for name, e in ENTRIES.items()),
+    ]
+
+
+def _growth(found: Found, name: str, flows: str) -> Figure:
+    few, many = (
+        above(
+            name, "ns", found[Subject(name, slots, flows)], found[Subject(EMPTY, slots, flows)]
+        ).values
+        for slots in SLOTS
+    )
+    at_most = AT_MOST_GROWTH if ENTRIES[name].at_most_ns else None
+    return ratio(f"{name}, {flows}", many, few, at_most)
+
+
+@contextmanager
+def _statistics() -> Iterator[None]:
+    """The kernel times programs until we let go, however we end."""
+    fd = bpf.libbpf().bpf_enable_stats(0)
+    if fd < 0:
+        raise bpf.refusal("enable BPF statistics", -fd)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _spent(program: bpf.Program) -> tuple[int, int]:
+    """Nanoseconds and runs so far."""
+    with open(f"/proc/self/fdinfo/{program.fileno()}") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["run_time_ns"]), int(fields["run_cnt"])

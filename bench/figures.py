@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from steer.report import Table
 
+Key = TypeVar("Key")
 COLUMNS = ("figure", "median", "middle half", "min", "max", "unit", "wanted", "")
 
 
@@ -67,7 +68,20 @@ class Figure:
         }
 
 
-def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], at_most: float) -> Figure:
+@dataclass(frozen=True)
+class Section:
+    """Figures that belong together."""
+
+    title: str
+    figures: Sequence[Figure]
+
+    def table(self) -> Table:
+        return Table(self.title, COLUMNS, [_row(figure) for figure in self.figures])
+
+
+def ratio(
+    name: str, ours: Sequence[float], theirs: Sequence[float], at_most: float | None
+) -> Figure:
     """Ours to theirs, round by round: what slows a whole round is then in both."""
     pairs = zip(ours, theirs, strict=True)
     return Figure(name, "×", tuple(a / b for a, b in pairs), at_most)
@@ -86,23 +100,19 @@ def above(
 
 
 def interleaved(
-    subjects: Mapping[str, Callable[[], float]], rounds: int
-) -> dict[str, tuple[float, ...]]:
+    subjects: Mapping[Key, Callable[[], float]], rounds: int
+) -> dict[Key, tuple[float, ...]]:
     """Measure every subject once a round, so that a busy minute falls on all of them.
 
     Every other round goes backwards: nobody always follows the same one. A round
     before the first warms caches and is not counted.
     """
     names = list(subjects)
-    values: dict[str, list[float]] = {name: [] for name in names}
+    values: dict[Key, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names if turn % 2 else reversed(names):
             values[name].append(subjects[name]())
     return {name: tuple(found[1:]) for name, found in values.items()}
-
-
-def table(title: str, found: Sequence[Figure]) -> Table:
-    return Table(title, COLUMNS, [_row(figure) for figure in found])
 
 
 def _row(figure: Figure) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_char_p), ("length", ctypes.c_size_t))
 
 
-class _Message(ctypes.Structure):
-    """Mirrors struct mmsghdr of sendmmsg(2)."""
+class _Header(ctypes.Structure):
+    """Mirrors struct msghdr of recvmsg(2)."""
 
     _fields_ = (
         ("name", ctypes.c_void_p),
@@ -27,8 +27,13 @@ class _Message(ctypes.Structure):
         ("control", ctypes.c_void_p),
         ("control_length", ctypes.c_size_t),
         ("flags", ctypes.c_int),
-        ("sent", ctypes.c_uint),
     )
+
+
+class _Message(ctypes.Structure):
+    """Mirrors struct mmsghdr of sendmmsg(2)."""
+
+    _fields_ = (("header", _Header), ("sent_bytes", ctypes.c_uint))
 
 
 class Flood:
@@ -47,9 +52,9 @@ class Flood:
         self._payload = _Iovec(b"x", 1)
         self._names = [ctypes.create_string_buffer(_sockaddr(n, port)) for n in range(flows)]
         for index, message in enumerate(self._messages):
-            name = self._names[index % flows]
-            message.name, message.name_length = ctypes.addressof(name), len(name) - 1
-            message.iov, message.iov_length = ctypes.pointer(self._payload), 1
+            header, name = message.header, self._names[index % flows]
+            header.name, header.name_length = ctypes.addressof(name), len(name) - 1
+            header.iov, header.iov_length = ctypes.pointer(self._payload), 1
 
     def send(self, batches: int) -> None:
         """Raises OSError: a batch was not sent whole."""

@@ -1,4 +1,8 @@
-"""Programs to compare with, written out by hand: nothing in them is steer's."""
+"""Programs to compare with, written out by hand: nothing in them is steer's.
+
+Beside the empty one, each only calls the helper that every choice ends with, on a
+slot found as cheaply as can be in one of the ways that policies find theirs.
+"""
 
 from __future__ import annotations
 
@@ -23,54 +27,44 @@ def _map(register: int, kind: int) -> list[str]:
     return [_insn(abi.BPF_LD_IMM64, register, kind), _insn(0)]
 
 
+def _spread(slots: int) -> list[str]:
+    return [_insn(0x27, 0, value=slots), _insn(0x77, 0, value=32)]  # r0 *= slots; r0 >>= 32
+
+
+_STATE = _map(5, abi.BPF_PSEUDO_MAP_VALUE)  # r5 = the first number of the table
+_LOAD, _STORE = _insn(0x61, 0, 5), _insn(0x63, 5, 0)  # r0 = *r5; *r5 = r0
 _PASS = [_insn(0xB7, 0, value=1), _insn(0x95)]  # r0 = SK_PASS; exit
 
 EMPTY = Code(_PASS, {})
 
 
-def one_slot() -> Code:
-    return _helper([_insn(0xB7, 0, value=0)], {})
+def one_slot(_slots: int) -> Code:
+    return _select([_insn(0xB7, 0, value=0)], {})
 
 
 def by_hash(slots: int) -> Code:
-    return _helper(
-        [
-            _insn(0x61, 0, 1, _HASH_OFFSET),  # r0 = ctx->hash
-            _insn(0x27, 0, value=slots),  # r0 *= slots
-            _insn(0x77, 0, value=32),  # r0 >>= 32
-        ],
-        {},
-    )
+    return _select([_insn(0x61, 0, 1, _HASH_OFFSET), *_spread(slots)], {})
 
 
 def in_turn(slots: int) -> Code:
-    """With the first number of the table as counter.
-
-    Args:
-        slots: a power of two.
-    """
-    return _helper(
-        [
-            *_map(5, abi.BPF_PSEUDO_MAP_VALUE),
-            _insn(0x61, 0, 5),  # r0 = *r5
-            _insn(0xBF, 4, 0),  # r4 = r0
-            _insn(0x07, 4, value=1),  # r4 += 1
-            _insn(0x63, 5, 4),  # *r5 = r4
-            _insn(0x57, 0, value=slots - 1),  # r0 &= slots - 1
-        ],
-        {0: "table"},
-    )
+    add, below, first = _insn(0x07, 0, value=1), _insn(0xA5, 0, 0, 1, slots), _insn(0xB7, 0)
+    return _select([*_STATE, _LOAD, add, below, first, _STORE], {0: "table"})
 
 
-def _helper(choice: Sequence[str], relocations: dict[int, str]) -> Code:
+def by_chance(slots: int) -> Code:
+    """With a linear congruential generator, Numerical Recipes' ranqd1."""
+    step = [_insn(0x24, 0, value=1664525), _insn(0x04, 0, value=1013904223)]
+    return _select([*_STATE, _LOAD, *step, _STORE, *_spread(slots)], {0: "table"})
+
+
+def _select(choice: Sequence[str], relocations: dict[int, str]) -> Code:
     """bpf_sk_select_reuseport() of the slot that `choice` leaves in r0."""
-    at = len(choice) + 1
     call = [
         _insn(0x63, 10, 0, -4),  # slot = r0
         *_map(2, abi.BPF_PSEUDO_MAP_FD),
         _insn(0xBF, 3, 10),  # r3 = &slot
         _insn(0x07, 3, value=-4),
-        _insn(0xB7, 4, value=0),  # r4 = flags
+        _insn(0xB7, 4),  # r4 = 0, no flags
         _insn(0x85, value=_SELECT),
     ]
-    return Code([*choice, *call, *_PASS], {**relocations, at: "sockets"})
+    return Code([*choice, *call, *_PASS], {**relocations, len(choice) + 1: "sockets"})

@@ -8,8 +8,9 @@ kernel's UAPI that the standard library lacks.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 # include/uapi/asm-generic/socket.h; parisc and sparc have other numbers.
 SO_ATTACH_REUSEPORT_CBPF: Final = 51
@@ -53,8 +54,7 @@ HALF_BYTES: Final = SPARES_OFFSET + 2 * SPARES
 TABLE_BYTES: Final = HEADER.size + 2 * HALF_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class MapSpec:
+class MapSpec(msgspec.Struct, frozen=True):
     """A map that steer.h speaks of.
 
     Args:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
-from dataclasses import dataclass
+
+import msgspec
 
 from steer.errors import ConfigError
 
@@ -14,8 +15,7 @@ _FORM = re.compile(
 ALLOWED = "host:port, [::1]:port, :port, udp://host:port"
 
 
-@dataclass(frozen=True)
-class Bind:
+class Bind(msgspec.Struct, frozen=True):
     """One address of a service, and so one group.
 
     Args:

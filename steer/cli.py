@@ -23,8 +23,12 @@ def main() -> None:
     """The `steer` command."""
     from steer.errors import SteerError
 
+    _open_standard_streams()
     try:
-        cli(standalone_mode=False)
+        try:
+            cli(standalone_mode=False)
+        finally:
+            sys.stdout.flush()
     except SteerError as error:
         _complain(str(error), error.detail)
         sys.exit(error.exit_code)
@@ -33,9 +37,14 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
-        # Who read our output has had enough of it.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # who read our output has had enough of it
+            _complain(str(error), "")
+        # Or what could not be written would be tried, and complained of, once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
+        _complain(f"bug in steer: {type(error).__name__}: {error}", _where(error))
         sys.exit(1)
 
 
@@ -158,8 +167,8 @@ def status(name: str | None, as_json: bool, watch: bool, control_socket: str | N
 
     def current() -> report.Status:
         if name or control_socket:
-            return client.status([client.locate(name, control_socket, os.environ)])
-        return client.status(client.running(os.environ))
+            return client.status(client.locate(name, control_socket, os.environ))
+        return client.status_of_all(os.environ)
 
     def tables() -> list[Table]:
         return [report.service_table(service) for service in current().services]
@@ -220,7 +229,9 @@ def policies(as_json: bool) -> None:
 def doctor(as_json: bool, **options: Any) -> None:
     """Say what this machine can do, what is missing, and how to get it.
 
-    Takes the options of `run`, to look with a service in mind.
+    Takes the options of `run`, to look with a service in mind: "warn" is what it would
+    do without, "fail" what would keep it from starting as asked. Exit status 1 if
+    anything fails, else 0.
     """
     from steer import doctor as examination
     from steer import show
@@ -229,9 +240,10 @@ def doctor(as_json: bool, **options: Any) -> None:
     found = examination.examine(_service(options))
     if as_json:
         _print_json({"findings": found})
-        return
-    rows = [(each.topic, each.verdict, each.found, each.cure) for each in found]
-    show.tables([Table("", ("topic", "", "found", "what would help"), rows)])
+    else:
+        rows = [(each.topic, each.verdict, each.found, each.cure) for each in found]
+        show.tables([Table("", ("topic", "", "found", "what would help"), rows)])
+    sys.exit(any(each.verdict == "fail" for each in found))
 
 
 def _service(options: dict[str, Any]) -> Service:
@@ -260,6 +272,21 @@ def _print_json(value: object) -> None:
     import msgspec
 
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _open_standard_streams() -> None:
+    """Where one is closed, a file opened later would stand there, and be written to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+            os.set_inheritable(number, True)
+
+
+def _where(error: BaseException) -> str:
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    return "\n".join(f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames)
 
 
 def _complain(message: str, detail: str) -> None:

@@ -25,22 +25,26 @@ def ask(
 
     Raises:
         NotRunning: nobody is there.
-        ControlError: refused, or no answer within `timeout_s`.
+        ControlError: refused, no answer within `timeout_s`, or none of steer's.
     """
     act = f"{command} {path.stem}"
     try:
-        with rundir.connect(path, timeout_s) as sock:
+        with rundir.connect(path, _TIMEOUT_S) as sock:
+            sock.settimeout(timeout_s)
             sock.sendall(msgspec.json.encode({"command": command, **more}) + b"\n")
             data = sock.makefile("rb").readline()
+        answer = msgspec.json.decode(data or b"{}", type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ControlError(act, f"answer not understood: {error}", "is it steer's?") from None
     except TimeoutError:
-        raise ControlError(act, f"no answer within {timeout_s:g} s", "is it stopped?") from None
+        cure = "is it stopped? see ps(1), then kill -CONT or -KILL"
+        raise ControlError(act, f"no answer within {_TIMEOUT_S:g} s", cure) from None
     except PermissionError:
         raise ControlError(act, "EACCES", "ask as root or as the service's own user") from None
     except OSError:
         raise NotRunning(act, "not running", "see `steer status`") from None
     if not data:
-        raise ControlError(act, "the service ended before it answered")
-    answer = msgspec.json.decode(data, type=dict[str, Any])
+        raise NotRunning(act, "the service ended before it answered")
     if not answer.get("ok"):
         raise ControlError(act, str(answer.get("error")))
     return answer
@@ -55,39 +59,59 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     """
     if control_socket:
         return Path(control_socket)
-    known = {each: path for each, path in rundir.find(environment).items() if _answers(path)}
-    if name is not None:
-        if name not in known:
-            running = f"running: {', '.join(known)}" if known else "no service is running"
-            raise NotRunning(f"find service {name!r}", "not running", running)
+    known = rundir.find(environment)
+    if name is not None and name in known and _answers(known[name]):
         return known[name]
-    if not known:
+    paths = running(environment)
+    names = ", ".join(path.stem for path in paths)
+    if name is not None:
+        others = f"running: {names}" if names else "no service is running"
+        raise NotRunning(f"find service {name!r}", "not running", others)
+    if not paths:
         raise NotRunning("find a service", "none is running", "start one with `steer run`")
-    if len(known) > 1:
-        raise ControlError(
-            "find the service", f"several are running: {', '.join(known)}", "name one"
-        )
-    return next(iter(known.values()))
+    if len(paths) > 1:
+        raise ControlError("find the service", f"several are running: {names}", "name one")
+    return paths[0]
 
 
-def status(paths: list[Path]) -> report.Status:
-    """What these services say, with the lengths of their queues as the kernel tells them.
+def status(path: Path) -> report.Status:
+    """What a service says, with the lengths of its queues as the kernel tells them.
+
+    Raises:
+        ControlError
+    """
+    service = _status(path)
+    _add_queues(service)
+    return report.Status(schema=1, services=[service])
+
+
+def status_of_all(environment: Mapping[str, str]) -> report.Status:
+    """The same of every service that runs.
 
     Raises:
         ControlError
     """
     services = []
-    for path in paths:
-        answer = ask(path, "status")
-        service = msgspec.convert(answer["service"], type=report.Service)
-        _add_queues(service)
-        services.append(service)
+    for path in running(environment):
+        with suppress(NotRunning):  # it has ended since
+            services += status(path).services
     return report.Status(schema=1, services=services)
 
 
+def _status(path: Path) -> report.Service:
+    answer = ask(path, "status")
+    try:
+        return msgspec.convert(answer.get("service"), type=report.Service)
+    except msgspec.ValidationError as error:
+        raise ControlError(
+            f"status {path.stem}", f"answer not understood: {error}", "is it of this version?"
+        ) from None
+
+
 def running(environment: Mapping[str, str]) -> list[Path]:
-    """The control sockets at which somebody answers."""
-    return [path for path in rundir.find(environment).values() if _answers(path)]
+    """The control sockets at which somebody answers; other users' only if none is ours."""
+    found = [path for path in rundir.find(environment).values() if _answers(path)]
+    return [path for path in found if os.access(path, os.W_OK)] or found
 
 
 def stop(path: Path, quick: bool) -> None:
@@ -96,10 +120,9 @@ def stop(path: Path, quick: bool) -> None:
     Raises:
         NotRunning, ControlError
     """
-    pid = ask(path, "status")["service"]["pid"]
     pidfd = None
     with suppress(OSError):
-        pidfd = os.pidfd_open(pid)
+        pidfd = os.pidfd_open(_status(path).pid)
     ask(path, "stop", timeout_s=None, quick=quick)
     if pidfd is not None:
         select.select([pidfd], [], [])
@@ -107,9 +130,10 @@ def stop(path: Path, quick: bool) -> None:
 
 
 def _answers(path: Path) -> bool:
+    """Also where we may not ask, or the answer takes long: the question then says so."""
     try:
-        rundir.connect(path).close()
-    except PermissionError:
+        rundir.connect(path, _TIMEOUT_S).close()
+    except (PermissionError, TimeoutError):
         return True
     except OSError:
         return False

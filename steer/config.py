@@ -7,7 +7,6 @@ name where a value came from.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -118,6 +117,8 @@ def read(text: bytes, path: str) -> dict[str, Any]:
     Raises:
         ConfigError: not TOML, or not such a table.
     """
+    import tomllib
+
     try:
         document = tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from steer.errors import SteerError
 from steer.kernel import rundir
 
 REQUEST_MAX_BYTES = 65536
@@ -76,12 +77,15 @@ class Server:
             return _refusal(f"request too long: {REQUEST_MAX_BYTES} bytes at most")
         except (asyncio.IncompleteReadError, TimeoutError):
             return _refusal("request not complete: a line of JSON is wanted")
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             return _refusal(f"request not understood: {error}")
         handler = self._commands.get(str(request.get("command")))
         if handler is None:
             return _refusal(f"unknown command; known: {', '.join(sorted(self._commands))}")
-        return {"ok": True, **await handler(request)}
+        try:
+            return {"ok": True, **await handler(request)}
+        except SteerError as error:
+            return _refusal(str(error))
 
 
 def _refusal(text: str) -> Mapping[str, Any]:

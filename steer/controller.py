@@ -64,9 +64,10 @@ class Controller:
         self._watch_signals()
         async with self._undo:
             for step in self._plan.steps():
-                await _CARRY_OUT[step.act](self, step)
-            assert self._fleet is not None
-            await self._fleet.ended.wait()
+                if self._state != "stopping":
+                    await _CARRY_OUT[step.act](self, step)
+            if self._fleet is not None:
+                await self._fleet.ended.wait()
             self._log.info("ended")
         return 0
 
@@ -76,6 +77,9 @@ class Controller:
         service = self._plan.service
         self._claim = rundir.Claim(self._plan.name, service.control_socket, self._environment)
         self._undo.callback(self._claim.release)
+        if self._claim.refusals:
+            places = "; ".join(self._claim.refusals)
+            self._log.info("control socket %s, as not at %s", self._claim.path, places)
         commands = {"status": self._on_status, "stop": self._on_stop}
         await self._undo.enter_async_context(Server(self._claim.socket, commands))
         if service.pid:
@@ -156,11 +160,14 @@ class Controller:
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_bug)
+        loop.add_signal_handler(signal.SIGTERM, self._stop, False)
         # Until there is a reload, what may come from a closing terminal ends gracefully.
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._stop, False)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
+            loop.add_signal_handler(signal.SIGHUP, self._stop, False)
         for number in (signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(number, self._stop, True)
+        for number in process.WITHOUT_MEANING:
+            loop.add_signal_handler(number, self._log.info, "%s means nothing yet", number.name)
 
     def _stop(self, quick: bool) -> None:
         """Asked a second time, quickly."""
@@ -270,10 +277,11 @@ def _write_pid(path: Path) -> Callable[[], None]:
     act = f"write pid file {path}"
     own = f"{os.getpid()}\n"
     try:
-        with suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        with suppress(FileNotFoundError, ValueError):
             holder = int(path.read_text())
-            os.kill(holder, 0)
-            raise ConfigError(act, f"it names a running process, {holder}", "stop that first")
+            # In a container we may well have the number we had the last time.
+            if holder != os.getpid() and process.is_running(holder):
+                raise ConfigError(act, f"it names a running process, {holder}", "stop that first")
         path.write_text(own)
     except OSError as error:
         raise ConfigError(act, error.strerror or str(error), "name another: --pid FILE") from None

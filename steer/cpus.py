@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 
+import msgspec
 
-@dataclass(frozen=True)
-class Topology:
+
+class Topology(msgspec.Struct, frozen=True):
     """The machine's CPUs. Numbers need not start at 0 or be contiguous.
 
     Args:

@@ -15,9 +15,10 @@ import re
 import signal
 import socket
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
 
 from steer.kernel.cpu import current_cpu
 
@@ -74,8 +75,7 @@ class _Refused(Exception):
         super().__init__(why)
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(msgspec.Struct, frozen=True):
     method: bytes
     query: bytes
     keep_alive: bool
@@ -84,8 +84,7 @@ class _Request:
     wants_continue: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Delay:
+class _Delay(msgspec.Struct, frozen=True):
     sleep_s: float = 0.0
     busy_s: float = 0.0
 

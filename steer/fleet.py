@@ -9,8 +9,9 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from logging import Logger
+
+import msgspec
 
 from steer import lifecycle
 from steer.errors import AppLoadError, SteerError, WorkersFailed
@@ -30,8 +31,7 @@ _LOOK_FIRST_S, _LOOK_LAST_S = 0.01, 0.25
 """How often a worker that does not notify is looked at: often at first, then less."""
 
 
-@dataclass(eq=False)
-class Place:
+class Place(msgspec.Struct, eq=False):
     """A seat and who is in it: a process, or the wait for the next one.
 
     Args:
@@ -105,6 +105,9 @@ class Fleet:
         self._ending = True
         for place in self.places:
             self.report(place, Event.STOP)
+            if place.process is None:
+                # Its turn to be started had not come: there is no end to wait for.
+                self.report(place, Event.EXITED)
         if not self._up.done():
             self._up.set_result(None)
 
@@ -161,8 +164,17 @@ class Fleet:
             place.process.terminate()
 
     def _kill(self, place: Place) -> None:
-        if place.process:
-            place.process.kill()
+        if not place.process:
+            return
+        if place.state is State.STARTING:
+            limit_s = place.process.launch.service.ready_timeout
+            place.process.problem = WorkersFailed(
+                "start workers",
+                f"not ready within {limit_s:g} s",
+                "see --ready-timeout; a worker is ready when it says READY=1 or waits on its socket",
+                detail=place.process.last_words,
+            )
+        place.process.kill()
 
     def _back_off(self, place: Place) -> None:
         after_s = lifecycle.backoff_s(place.failures)
@@ -229,6 +241,8 @@ class Fleet:
             self._log.warning(
                 "worker %d (pid %d): %s", place.slot, process.pid, how_it_ended(status)
             )
+            if process.problem and self._up.done():
+                self._log.error("%s", process.problem)
         error = process.problem or WorkersFailed(
             "start workers", how_it_ended(status), detail=process.last_words
         )
@@ -241,6 +255,7 @@ class Fleet:
             return
         if isinstance(error, AppLoadError) or all(each.failures for each in self.places):
             self._up.set_exception(error)
+            self._up.exception()  # retrieved here: nobody may be waiting yet
 
     def _look_soon(self) -> None:
         if self._looking is None:

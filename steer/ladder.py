@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from steer.errors import FallbackRefused
 from steer.policy import BACKENDS, EBPF, KERNEL, Policy
@@ -18,16 +19,14 @@ class Answer(Enum):
     UNKNOWN = "could not tell"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """What a probe found, and why; the reason is empty for a plain yes."""
 
     answer: Answer
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Rung:
+class Rung(msgspec.Struct, frozen=True):
     """A backend to try.
 
     Args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from steer import abi, cpus, ladder
 from steer.address import Bind
@@ -14,8 +15,7 @@ from steer.ladder import Finding, Rung
 from steer.policy import KERNEL, POLICIES, Policy
 
 
-@dataclass(frozen=True)
-class Seat:
+class Seat(msgspec.Struct, frozen=True):
     """A place for a worker; who sits there may change, the place does not.
 
     Args:
@@ -39,15 +39,13 @@ class Act(Enum):
     STEER = "steer"
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     act: Act
     object: str
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """Everything decided.
 
     Args:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from steer import cbpf, table
 from steer.cpus import Topology
@@ -14,8 +15,7 @@ BACKENDS = (EBPF, CBPF, KERNEL)
 """Best first: the ladder is walked down in this order."""
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(msgspec.Struct, frozen=True):
     """What a layout is made from, beside the members.
 
     Args:
@@ -34,8 +34,7 @@ Fill = Callable[[Sequence[Member], Scene], Layout]
 Assemble = Callable[[Layout, Mapping[int, int], int], list[cbpf.Insn]]
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True):
     """One way to choose.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -75,8 +74,7 @@ class Status(msgspec.Struct):
     services: list[Service]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """Something to print: a title, column heads, and rows of text."""
 
     title: str

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import msgspec
 
@@ -51,19 +52,22 @@ class Process:
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._unfinished = b""
         self.bound: asyncio.Future[None] = self._loop.create_future()
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._stderr, write_end = os.pipe()
         try:
-            self.pid = process.fork(lambda: worker.main(launch, theirs, write_end))
-        except SteerError:
-            self._channel.close()
-            os.close(self._stderr)
-            raise
-        finally:
-            theirs.close()
-            os.close(write_end)
-        self._pidfd = os.pidfd_open(self.pid)
+            self._fork()
+        except OSError as error:
+            raise process.fork_error(error) from None
         self._watch()
+
+    def _fork(self) -> None:
+        with ExitStack() as theirs, ExitStack() as ours:
+            self._channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.callback(self._channel.close)
+            theirs.callback(channel.close)
+            self._stderr, stderr = os.pipe()
+            ours.callback(os.close, self._stderr)
+            theirs.callback(os.close, stderr)
+            self.pid, self._pidfd = process.fork(lambda: worker.main(self.launch, channel, stderr))
+            ours.pop_all()
 
     def _watch(self) -> None:
         os.set_blocking(self._stderr, False)
@@ -114,8 +118,8 @@ class Process:
             self.problem = sockets.bind_error(bind, OSError(message.number, ""))
             self._settle(self.problem)
         else:
-            service = self.launch.service
-            what = f"load {service.app}" if service.app else "start the command"
+            app = self.launch.service.app
+            what = f"load {app}" if app else f"start {self.launch.name}"
             self.problem = AppLoadError(what, message.unloadable, detail=message.detail)
 
     def _settle(self, error: SteerError | None) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Protocol
+
+import msgspec
 
 from steer import abi, cbpf, policy
 from steer.errors import KernelError, VerifierError
@@ -20,8 +21,7 @@ from steer.policy import Scene
 from steer.table import Layout, Member
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(msgspec.Struct, frozen=True):
     """Of one slot: selections in all, those of them in place of a slot that was gone,
     and those of them taken over from a closing listener."""
 
@@ -155,7 +155,7 @@ class Cbpf:
         self._attach()
 
     def steer(self, members: Sequence[Member]) -> None:
-        scene = replace(self._scene, previous=self._layout)
+        scene = msgspec.structs.replace(self._scene, previous=self._layout)
         self._layout = policy.lay(self._policy, members, scene) if members else None
         self.notes = _sharing(self._layout) if self._layout and self._policy.pinned else ()
         self._attach()
@@ -254,7 +254,7 @@ class Ebpf:
             group.sockets.delete(slot)
 
     def steer(self, members: Sequence[Member]) -> None:
-        scene = replace(self._scene, previous=self._layout)
+        scene = msgspec.structs.replace(self._scene, previous=self._layout)
         self._layout = policy.lay(self._policy, members, scene)
         self._table.flip(self._layout.parts())
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from heapq import merge
 from itertools import chain, count, cycle, islice, repeat
 from math import gcd
+
+import msgspec
 
 from steer import abi
 from steer.cpus import Topology, nearest
@@ -19,8 +20,7 @@ from steer.cpus import Topology, nearest
 MAX_DECK = abi.TURNS // 2
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """A slot that may be chosen.
 
     Args:
@@ -33,8 +33,7 @@ class Member:
     cpu: int | None = None
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """One half of the table, as far as it is filled.
 
     Args:
@@ -44,8 +43,8 @@ class Layout:
     """
 
     entries: array[int]
-    turns: array[int] = field(default_factory=lambda: array("H"))
-    spares: array[int] = field(default_factory=lambda: array("H"))
+    turns: array[int] = msgspec.field(default_factory=lambda: array("H"))
+    spares: array[int] = msgspec.field(default_factory=lambda: array("H"))
 
     def parts(self) -> dict[int, bytes]:
         """The bytes to write, by offset in struct steer_half."""
@@ -73,13 +72,13 @@ EMPTY = Layout(
 def quotas(members: Sequence[Member], length: int) -> dict[int, int]:
     """How many of `length` positions each slot gets: in proportion to its weight.
 
-    Rounded as Webster did (Sainte-Laguë): the next position always goes to the slot
-    with the least (2 held + 1) / weight. So nobody gets fewer when another goes, as may
-    happen with largest remainders (Balinski and Young, Fair Representation, 1982).
+    First one to everybody; then rounded as Webster did (Sainte-Laguë): the next always
+    goes to the slot with the least (2 held + 1) / weight. So nobody gets fewer when another
+    goes, as may happen with largest remainders (Balinski and Young, Fair Representation).
     """
     total = sum(member.weight for member in members)
-    # What is sure leaves at most one position a member to be claimed one by one.
-    sure = max(0, 2 * length - len(members))
+    # What is sure leaves at most two positions a member to be claimed one by one.
+    sure = max(0, 2 * length - 3 * len(members))
     held = {member.slot: (sure * member.weight + total) // (2 * total) for member in members}
     claims = merge(*(_claims(member, held[member.slot]) for member in members))
     for _, slot in islice(claims, length - sum(held.values())):
@@ -88,21 +87,22 @@ def quotas(members: Sequence[Member], length: int) -> dict[int, int]:
 
 
 def _claims(member: Member, held: int) -> Iterator[tuple[float, int]]:
-    return (((2 * n + 1) / member.weight, member.slot) for n in count(held))
+    return ((n and (2 * n + 1) / member.weight, member.slot) for n in count(held))
 
 
 def deck(members: Sequence[Member], longest: int = MAX_DECK) -> list[int]:
     """The slots in the order of their turns, each as often as it weighs.
 
     A heavy slot's turns are spread over the whole, not taken in one burst. The
-    deck is as short as exact shares allow; past `longest` they are rounded.
+    deck is as short as exact shares allow; past `longest` they are rounded, to one turn
+    at least.
     """
     if not members:
         return []
     common = gcd(*(member.weight for member in members))
     counts = {member.slot: member.weight // common for member in members}
     if sum(counts.values()) > longest:
-        counts = quotas(members, longest)
+        counts = quotas(members, max(longest, len(members)))
     due = ((2 * turn + 1, 2 * n, slot) for slot, n in counts.items() for turn in range(n))
     return [slot for _, slot in sorted((at / of, slot) for at, of, slot in due)]
 
@@ -131,7 +131,7 @@ def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_DEC
         crews.setdefault(member.cpu, []).append(member)
     homes = nearest(crews, topology)
     rows = _Rows()
-    each = max(1, longest // len(crews))
+    each = longest // len(crews)
     row_of = {cpu: rows.entry(deck(crew, each)) for cpu, crew in crews.items()}
     anyone = row_of[min(row_of)]
     entries = array(

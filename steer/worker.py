@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
@@ -30,6 +30,7 @@ from steer.report import cpu_list
 FIRST_FD = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
 COMMAND_NOT_RUN = 127
+_TEXT_MAX = 4000
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -57,8 +58,7 @@ class Unloadable(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(msgspec.Struct, frozen=True):
     """All that a new worker is told.
 
     Args:
@@ -146,7 +146,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         channel.close()
         return _call(application, Worker(launch, own))
     except Unloadable as error:
-        _tell(channel, Message(unloadable=str(error), detail=error.detail))
+        _tell(channel, Message(unloadable=_short(str(error)), detail=_short(error.detail)))
         return COMMAND_NOT_RUN
 
 
@@ -167,20 +167,36 @@ def _tell(channel: socket.socket, message: Message, own: Sequence[socket.socket]
     socket.send_fds(channel, [msgspec.json.encode(message)], [sock.fileno() for sock in own])
 
 
+def _short(text: str) -> str:
+    """Of a text that may be anything, what fits into a message and into UTF-8."""
+    return text[:_TEXT_MAX].encode(errors="backslashreplace").decode()
+
+
 def _settle(launch: Launch) -> None:
     """Take the place that was planned: CPUs, directory, user; and go with the controller.
 
     Raises:
         Unloadable: the kernel does not let us.
     """
-    try:
-        os.sched_setaffinity(0, launch.seat.cpus)
-        if launch.service.chdir is not None:
-            os.chdir(launch.service.chdir)
-        process.become(launch.identity)
-    except OSError as error:
-        raise Unloadable(str(error)) from None
+    cpus, directory, who = launch.seat.cpus, launch.service.chdir, launch.identity
+    with _needed(f"run on CPUs {cpu_list(cpus)}"):
+        os.sched_setaffinity(0, cpus)
+    if directory is not None:
+        with _needed(f"chdir {directory}"):
+            os.chdir(directory)
+    with _needed(f"run as uid {who.uid}, gid {who.gid}"):
+        process.become(who)
     process.die_with_parent(launch.controller)
+
+
+@contextmanager
+def _needed(act: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unloadable(f"{act}: {error.strerror}") from None
+    except ValueError as error:  # a null byte, which only a file can hold
+        raise Unloadable(f"{act}: {error}") from None
 
 
 def _environment(launch: Launch) -> dict[str, str]:
@@ -213,10 +229,8 @@ def _execute(launch: Launch, own: Sequence[socket.socket], environment: Mapping[
         "LISTEN_PID": str(os.getpid()),
         "LISTEN_FDNAMES": names,
     }
-    try:
+    with _needed(f"run {arguments[0]}"):
         process.execute(arguments, {**environment, **protocol})
-    except OSError as error:
-        raise Unloadable(f"run {arguments[0]}: {error.strerror}") from None
 
 
 def fill_in(command: Sequence[str], slot: int, binds: Sequence[Bind]) -> list[str]:
@@ -244,9 +258,9 @@ def _load(service: Service) -> Callable[[Worker], object]:
     if service.app is None:
         return demo.serve
     module_name, _, path = service.app.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
+        if "" not in sys.path:
+            sys.path.insert(0, os.getcwd())
         found: object = importlib.import_module(module_name)
         for name in path.split("."):
             found = getattr(found, name)
@@ -265,7 +279,10 @@ def _where(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if "importlib" not in frame.filename and frame.filename != __file__
     ]
-    return "\n".join(f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames)
+    lines = [f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames]
+    if isinstance(error, SyntaxError):
+        lines.append(f"{error.filename}:{error.lineno}: {(error.text or '').strip()}")
+    return "\n".join(lines)
 
 
 def _call(application: Callable[[Worker], object], worker: Worker) -> int:

@@ -86,8 +86,9 @@ def test_one_more_worker_moves_nobody(topology: Topology, workers: int) -> None:
         ({0, 1}, machine(0, 0, 0, 0), {0: 0, 1: 1, 2: 0, 3: 1}),
         ({0, 2}, machine(0, 0, 1, 1), {0: 0, 1: 0, 2: 2, 3: 2}),
         ({2}, machine(0, 0, 1, 1), {0: 2, 1: 2, 2: 2, 3: 2}),
-        # CPU 2, with nobody on its node, goes to 3: 0 already has 1.
+        # The one with nobody on its node goes to 3: 0 already has one of its own.
         ({0, 3}, machine(0, 0, 2, 1), {0: 0, 1: 0, 2: 3, 3: 3}),
+        ({0, 3}, machine(0, 2, 0, 1), {0: 0, 1: 3, 2: 0, 3: 3}),
         ({4, 9}, Topology((4, 9), (4, 5, 9, 11), {}), {4: 4, 5: 4, 9: 9, 11: 9}),
     ],
 )

@@ -86,12 +86,25 @@ def test_shares_follow_the_weights(row: Policy) -> None:
     assert {slot: drawn.count(slot) for slot in set(drawn)} == shares
 
 
+@pytest.mark.parametrize("name", ["random", "cpu"])
+def test_turns_are_rounded_to_what_a_table_may_hold(name: str) -> None:
+    heavy = [Member(slot, 1000 - slot, slot % 2) for slot in range(4)]
+    layout = policy.lay(POLICIES[name], heavy, Scene(TOPOLOGY, HASH_LENGTH, longest=8))
+    if name == "random":
+        assert sorted(layout.entries) == [0, 0, 1, 1, 2, 2, 3, 3]
+    else:
+        assert [sorted(layout.row(entry)) for entry in layout.entries[:2]] == [
+            [0, 0, 2, 2],
+            [1, 1, 3, 3],
+        ]
+
+
 def test_only_cpu_pins() -> None:
     assert [row.name for row in ALL if row.pinned] == ["cpu"]
 
 
 def test_hash_starts_from_the_layout_in_force() -> None:
     before = policy.lay(POLICIES["hash"], CREW, Scene(TOPOLOGY, HASH_LENGTH))
-    after = policy.lay(POLICIES["hash"], CREW[:2], Scene(TOPOLOGY, HASH_LENGTH, before))
+    after = policy.lay(POLICIES["hash"], CREW[:2], Scene(TOPOLOGY, HASH_LENGTH, previous=before))
     kept = zip(before.entries, after.entries, strict=True)
     assert all(old == new for old, new in kept if old != 9)

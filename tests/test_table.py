@@ -6,13 +6,13 @@ import struct
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, permutations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from steer import abi, policy, table
 from steer.cpus import Topology
@@ -52,15 +52,25 @@ def test_quotas_sum_to_the_length(some: list[Member], length: int) -> None:
 
 @quick
 @given(some_members(), st.integers(1, 2000))
-def test_quotas_are_fair_between_any_two(some: list[Member], length: int) -> None:
-    """Webster's own measure: no position would be better placed with another."""
+def test_nobody_is_left_out_while_there_is_room(some: list[Member], length: int) -> None:
     held = table.quotas(some, length)
-    for one, other in permutations(some, 2):
-        assert (2 * held[one.slot] - 1) * other.weight <= (2 * held[other.slot] + 1) * one.weight
+    assert sum(count > 0 for count in held.values()) == min(len(some), length)
 
 
 @quick
 @given(some_members(), st.integers(1, 2000))
+def test_quotas_are_fair_between_any_two(some: list[Member], length: int) -> None:
+    """Webster's own measure: no position, past the first of each, would be better placed."""
+    held = table.quotas(some, length)
+    for one, other in permutations(some, 2):
+        if held[one.slot] > 1:
+            assert (2 * held[one.slot] - 1) * other.weight <= (
+                2 * held[other.slot] + 1
+            ) * one.weight
+
+
+@quick
+@given(some_members(heaviest=10), st.integers(768, 2000))
 def test_quotas_are_near_proportion(some: list[Member], length: int) -> None:
     """Each to half a position, and to its share of the half positions of all."""
     total = sum(member.weight for member in some)
@@ -151,12 +161,16 @@ def test_deck_of_nobody() -> None:
     assert table.deck([]) == []
 
 
-@pytest.mark.parametrize("longest", [16, 100, MAX_DECK])
-def test_deck_is_never_too_long(longest: int) -> None:
+@pytest.mark.parametrize("longest", [1, 1024, 3000, MAX_DECK])
+def test_deck_is_no_longer_than_asked_but_for_one_turn_each(longest: int) -> None:
     some = [Member(slot, 991 + slot % 10) for slot in range(1024)]
     dealt = table.deck(some, longest)
-    assert len(dealt) == longest
-    assert counts(dealt) == {s: n for s, n in table.quotas(some, longest).items() if n}
+    assert len(dealt) == max(longest, len(some))
+    assert counts(dealt) == table.quotas(some, len(dealt))
+
+
+def test_a_light_worker_gets_a_turn_too() -> None:
+    assert counts(table.deck(members(1, 1000, 1000), 100)) == {0: 1, 1: 50, 2: 49}
 
 
 def test_deck_keeps_exact_shares_up_to_the_longest() -> None:
@@ -263,13 +277,12 @@ def test_a_worker_without_cpu_is_refused() -> None:
         table.by_cpu([Member(0, 1, 0), Member(1)], topology(range(2)))
 
 
-def test_many_rows_have_room() -> None:
-    crew = [Member(slot, 1 + slot % 997, slot % 512) for slot in range(1024)]
-    layout = table.by_cpu(crew, topology(range(512)))
-    assert len(layout.turns) <= abi.TURNS
-    assert {slot for row in rows(layout).values() for slot in row} <= set(range(1024))
-    for row in rows(layout).values():
-        assert 1 <= len(row) <= MAX_DECK // 512
+@pytest.mark.parametrize("longest, cpus", [(MAX_DECK, 512), (768, 100), (768, 512), (1, 7)])
+def test_rows_have_room_and_leave_nobody_out(longest: int, cpus: int) -> None:
+    crew = [Member(slot, 1 + slot % 997, slot % cpus) for slot in range(1024)]
+    layout = table.by_cpu(crew, topology(range(cpus)), longest)
+    assert len(layout.turns) <= min(abi.TURNS, longest + 1024 + cpus)
+    assert {slot for row in rows(layout).values() for slot in row} == set(range(1024))
 
 
 @quick
@@ -320,7 +333,7 @@ def test_when_one_goes_only_its_positions_move(
     gone = data.draw(st.sampled_from(some))
     stay = [member for member in some if member != gone]
     before = table.consistent(some, None, length)
-    after = policy.lay(POLICIES["hash"], stay, Scene(topology([0]), length, before))
+    after = policy.lay(POLICIES["hash"], stay, Scene(topology([0]), length, previous=before))
     moved = {at for at in range(length) if before.entries[at] != after.entries[at]}
     assert moved == owned(before).get(gone.slot, set())
 
@@ -352,7 +365,7 @@ def test_any_history_ends_in_exact_shares(history: list[set[int]], data: st.Data
 @given(some_members(most=6, heaviest=5), st.integers(1, 1000))
 def test_a_changed_weight_moves_the_fewest(some: list[Member], weight: int) -> None:
     before = table.consistent(some, None, 257)
-    changed = [replace(some[0], weight=weight), *some[1:]]
+    changed = [structs.replace(some[0], weight=weight), *some[1:]]
     after = table.consistent(changed, before, 257)
     moved = sum(a != b for a, b in zip(before.entries, after.entries, strict=True))
     quotas, wanted = table.quotas(some, 257), table.quotas(changed, 257)

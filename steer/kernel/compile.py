@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -24,6 +21,8 @@ _CHILD = _HERE / "bcc_child.py"
 _NO_BCC = 3
 _TIMEOUT_S = 60
 SYSTEM_PYTHON = "/usr/bin/python3"
+_BCC_CALLS_IT = "/virtual/main.c"
+"""The file it compiles, in its messages."""
 
 
 def sources() -> Path:
@@ -79,18 +78,24 @@ def compile_source(source: Path) -> PolicyObject:
     Raises:
         CompileError: with the compiler's messages in `detail`.
     """
+    import subprocess
+
     act = f"compile {source.name}"
     for python in _interpreters():
-        done = subprocess.run(
-            [python, "-I", str(_CHILD), str(source.resolve()), str(sources())],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=_TIMEOUT_S,
-        )
+        try:
+            done = subprocess.run(
+                [python, "-I", str(_CHILD), str(source.resolve()), str(sources())],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise CompileError(act, f"bcc took longer than {_TIMEOUT_S} s") from None
         if done.returncode == _NO_BCC:
             continue
         if done.returncode != 0:
             message = done.stderr.decode(errors="replace").strip()
+            message = message.replace(_BCC_CALLS_IT, str(source))
             raise CompileError(act, "bcc refuses it", detail=message)
         return _object(source, done.stdout)
     raise CompileError(act, "no bcc here", "install it (Debian, Ubuntu: python3-bpfcc)")
@@ -107,6 +112,8 @@ def _object(source: Path, output: bytes) -> PolicyObject:
 
 def _interpreters() -> list[str]:
     """bcc is a system package: only the system's Python may see it."""
+    import shutil
+
     found = [sys.executable, SYSTEM_PYTHON, shutil.which("python3") or ""]
     return [path for path in dict.fromkeys(found) if path and os.access(path, os.X_OK)]
 
@@ -119,15 +126,18 @@ def _cache_dir() -> Path:
 def _read(file: Path) -> PolicyObject | None:
     """An object file, unless it is missing, broken or another user's: it goes into the kernel."""
     try:
-        if file.stat().st_uid not in (0, os.geteuid()):
-            return None
-        return PolicyObject.decode(file.read_bytes())
+        with file.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_uid not in (0, os.geteuid()):
+                return None
+            return PolicyObject.decode(stream.read())
     except (OSError, msgspec.MsgspecError):
         return None
 
 
 def _store(file: Path, compiled: PolicyObject) -> None:
     """Keep for next time; where nothing can be written, the next time compiles again."""
+    import tempfile
+
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:

@@ -99,11 +99,11 @@ class Facts:
     lockdown: str | Unknown
     profile: str | Unknown
     sysctls: Mapping[str, int | Unknown]
-    cpu_quota: float | None | Unknown
+    cpu_quota: float | Unknown | None
     memlock_bytes: int | None
     files: tuple[int | None, int | None]
     libbpf: str | Unknown
-    bcc: Compiler | None | Unknown
+    bcc: Compiler | Unknown | None
     places: tuple[Place, ...]
     interfaces: tuple[Interface, ...] | Unknown
 

@@ -17,9 +17,10 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+
+import msgspec
 
 from steer.errors import KernelError
 
@@ -347,8 +348,7 @@ _BLOCKING_CALLS = {"x86_64": _X86_64, "aarch64": _GENERIC, "riscv64": _GENERIC}
 # ---- who has a port
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(msgspec.Struct, frozen=True):
     """A process that has a socket on a port.
 
     Args:
@@ -369,8 +369,7 @@ class Holder:
         return f"{self.command or '?'} (pid {self.pid})"
 
 
-@dataclass(frozen=True, slots=True)
-class _Bound:
+class _Bound(msgspec.Struct, frozen=True):
     """A socket of /proc/net, its address as inet_pton(3) packs it."""
 
     ip: bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import grp
 import os
 import pwd
@@ -11,18 +12,20 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
+
+import msgspec
 
 from steer.errors import ConfigError, KernelError
 
 _PR_SET_PDEATHSIG = 1
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+WITHOUT_MEANING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
+"""Signals that users of such servers send, and that would by default end or stop a controller."""
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, *WITHOUT_MEANING)
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     """Whom a worker runs as; None keeps what the controller is."""
 
     uid: int | None = None
@@ -55,7 +58,7 @@ def identity(user: str | None, group: str | None) -> Identity:
 
 
 def become(who: Identity) -> None:
-    """Drop to `who`, for good."""
+    """Drop to `who`, for good. Raises OSError as setuid(2)."""
     if who.gid is not None:
         os.setgroups([who.gid])
         if who.name is not None:
@@ -65,35 +68,49 @@ def become(who: Identity) -> None:
         os.setuid(who.uid)
 
 
-def fork(child: Callable[[], int]) -> int:
+def fork(child: Callable[[], int]) -> tuple[int, int]:
     """Run `child` in a new process, in a process group of its own; its result is the exit code.
 
     Signals are held until the child has put aside the handlers it inherits: one that
     came before would be handled as if it were meant for this process.
 
     Returns:
-        The child's process id.
+        The child's process id, and a pidfd of it.
 
     Raises:
-        KernelError: no more processes.
+        OSError: no more processes, or no more files; see `fork_error`.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
             _in_child(child, blocked)
-    except OSError as error:
-        raise KernelError(
-            "start a worker", os.strerror(error.errno or 0), "see ulimit -u"
-        ) from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     # Here and in the child, as either may be first to rely on it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.setpgid(pid, pid)
-    return pid
+    return pid, _pidfd(pid)
+
+
+def _pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
+def fork_error(error: OSError) -> KernelError:
+    """What it means that a process, or what ties it to us, cannot be made."""
+    cures = {
+        errno.EAGAIN: "raise the limit on processes (ulimit -u, TasksMax=)",
+        errno.EMFILE: "raise the limit on open files (ulimit -n, LimitNOFILE=)",
+    }
+    number = error.errno or 0
+    return KernelError("start a worker", os.strerror(number), cures.get(number, ""))
 
 
 def _in_child(child: Callable[[], int], mask: Iterable[int]) -> NoReturn:
@@ -111,9 +128,15 @@ def _in_child(child: Callable[[], int], mask: Iterable[int]) -> NoReturn:
     except BaseException:  # noqa: BLE001 - shown, and this process ends here
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(code)
+
+
+def _flush() -> None:
+    """What nobody can take is dropped."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 
 def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
@@ -133,6 +156,16 @@ def keep_only(fds: Iterable[int]) -> None:
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
 
 
 def terminate(pidfd: int) -> None:
@@ -165,7 +198,10 @@ def how_it_ended(status: int) -> str:
     """An exit status in words."""
     if status >= 0:
         return f"exit status {status}"
-    return f"killed by {signal.Signals(-status).name}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"killed by signal {-status}"
 
 
 def allow_descriptors(needed: int) -> tuple[int, int]:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from steer.errors import ControlError
 
-_BACKLOG = 16
+_TMP = Path("/tmp")
+_BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
+_TIMEVAL = struct.Struct("@ll")
+"""struct timeval of socket(7): seconds, microseconds."""
+_ANSWER_S = 1.0
+_TURN_S, _LOOK_AGAIN_S = 30.0, 0.01
+"""How long to wait for another service of the user to be done with its start. Not
+without end: a process that is stopped would keep all others from starting."""
 
 
 def directories(environment: Mapping[str, str]) -> list[Path]:
@@ -23,25 +32,41 @@ def directories(environment: Mapping[str, str]) -> list[Path]:
     and for a user who can write to neither, one of their own in /tmp."""
     runtime = environment.get("XDG_RUNTIME_DIR")
     own = [Path(runtime) / "steer"] if runtime else []
-    return [*own, Path("/run/steer"), Path(f"/tmp/steer-{os.geteuid()}")]
+    return [*own, Path("/run/steer"), _TMP / f"steer-{os.geteuid()}"]
 
 
 def find(environment: Mapping[str, str]) -> dict[str, Path]:
-    """Control sockets by the name of their service, whether anybody answers there or not."""
+    """Control sockets by the name of their service, whether anybody answers there or not.
+
+    In /tmp anybody could have made the directory: then it is passed over.
+    """
     found: dict[str, Path] = {}
     for directory in directories(environment):
         with contextlib.suppress(OSError):
+            if directory.parent == _TMP and directory.lstat().st_uid != os.geteuid():
+                continue
             for path in sorted(directory.glob("*.sock")):
                 found.setdefault(path.stem, path)
     return found
 
 
 def connect(path: Path, timeout_s: float | None = None) -> socket.socket:
-    """A connection to a control socket. Raises OSError as connect(2)."""
+    """A connection to a control socket. Raises OSError as connect(2).
+
+    Args:
+        timeout_s: for the connection, and for each send and receive after it.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout_s)
+        if timeout_s is not None:
+            # Not settimeout() yet: with that a full backlog would fail at once.
+            limit = _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         sock.connect(str(path))
+        sock.settimeout(timeout_s)
+    except BlockingIOError:
+        sock.close()
+        raise TimeoutError(errno.ETIMEDOUT, "its backlog is full") from None
     except BaseException:
         sock.close()
         raise
@@ -65,6 +90,10 @@ class Claim:
     Args:
         wanted: path of the control socket; None looks for a directory.
 
+    Attributes:
+        path: of the control socket.
+        refusals: of better places, each with the reason.
+
     Raises:
         ControlError: the name is taken, or no socket can be made anywhere.
     """
@@ -74,7 +103,7 @@ class Claim:
         places = [d / f"{name}.sock" for d in directories(environment)]
         if wanted is not None:
             places = [Path(wanted)]
-        refusals = []
+        self.refusals: list[str] = []
         for path in places:
             _refuse_if_answering(name, path)
         for path in places:
@@ -82,20 +111,18 @@ class Claim:
                 self._take(name, path)
                 return
             except OSError as error:
-                refusals.append(f"{path}: {os.strerror(error.errno or 0)}")
+                self.refusals.append(f"{path}: {error.strerror or error}")
         raise ControlError(
             f"make the control socket of {name!r}",
-            "; ".join(refusals),
+            "; ".join(self.refusals),
             "name another place: --control-socket PATH",
         )
 
     def _take(self, name: str, path: Path) -> None:
-        if self._ours_to_remove:
-            _make_directory(path.parent)
-        self._lock = _locked(path.parent)
+        self._lock = _locked(path.parent, make=self._ours_to_remove)
         try:
             _refuse_if_answering(name, path)
-            path.unlink(missing_ok=True)
+            _remove_dead(path)
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             mask = os.umask(0o177)
             try:
@@ -122,40 +149,72 @@ class Claim:
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
             if self._ours_to_remove:
-                self.path.parent.rmdir()
+                _remove_empty(self.path.parent)
 
 
 def _refuse_if_answering(name: str, path: Path) -> None:
     """A socket that nobody answers at is what a killed controller left: it is no obstacle."""
     try:
-        sock = connect(path)
+        with connect(path, _ANSWER_S) as sock:
+            holder = f"pid {peer(sock)[0]}"
+    except TimeoutError:
+        holder = "it does not answer"
     except OSError:
         return
-    with sock:
-        pid, _ = peer(sock)
     raise ControlError(
         f"start service {name!r}",
-        f"one of that name is running (pid {pid}, {path})",
+        f"one of that name is running ({holder}, {path})",
         f"stop it with `steer stop {name}`, or give this one another --name",
     )
+
+
+def _remove_dead(path: Path) -> None:
+    """Of what may stand at a path that a user typed only our own sockets are ours to remove."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISSOCK(found.st_mode):
+            raise FileExistsError(errno.EEXIST, "something is there that is no socket")
+        if os.geteuid() not in (0, found.st_uid):
+            raise PermissionError(errno.EPERM, "another user's socket is there")
+        path.unlink()
+
+
+def _remove_empty(directory: Path) -> None:
+    """Unless somebody is about to put a socket there."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.rmdir()
+    finally:
+        os.close(fd)
 
 
 def _make_directory(directory: Path) -> None:
     """Ours alone; in /tmp somebody else may have been there first."""
     with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700 if directory.parent == Path("/tmp") else 0o755)
+        directory.mkdir(mode=0o700 if directory.parent == _TMP else 0o755)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PermissionError(1, "not ours")
+        raise PermissionError(errno.EPERM, f"{directory} is another user's")
 
 
-def _locked(directory: Path) -> int:
-    """A lock on the directory itself, so no lock file is left. Tried again if the
-    directory was removed while we waited."""
-    while True:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if directory.exists() and os.fstat(fd).st_ino == directory.stat().st_ino:
-            return fd
-        os.close(fd)
-        _make_directory(directory)
+def _locked(directory: Path, make: bool) -> int:
+    """A lock on the directory itself, so no lock file is left. It may be removed while we wait."""
+    end_s = time.monotonic() + _TURN_S
+    passing = (BlockingIOError, FileNotFoundError) if make else (BlockingIOError,)
+    while time.monotonic() < end_s:
+        if make:
+            _make_directory(directory)
+        with contextlib.suppress(*passing), contextlib.ExitStack() as undo:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), directory.stat()):
+                undo.pop_all()
+                return fd
+        time.sleep(_LOOK_AGAIN_S)
+    raise ControlError(
+        "start a service",
+        f"another has been starting for {_TURN_S:g} s",
+        f"see who has {directory} locked: fuser {directory}",
+    )

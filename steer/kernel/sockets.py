@@ -39,11 +39,11 @@ def check_free(bind: Bind) -> None:
     Raises:
         BindError: somebody is, or the address cannot be had.
     """
-    with _socket(bind) as sock:
-        try:
+    try:
+        with _socket(bind) as sock:
             sock.bind((bind.address, bind.port))
-        except OSError as error:
-            raise bind_error(bind, error) from None
+    except OSError as error:
+        raise bind_error(bind, error) from None
 
 
 def bind_error(bind: Bind, error: OSError) -> BindError:
@@ -112,12 +112,9 @@ class _Fprog(ctypes.Structure):
 
 def _socket(bind: Bind) -> socket.socket:
     family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
-    try:
-        if bind.protocol == "udp":
-            return socket.socket(family, socket.SOCK_DGRAM)
-        sock = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise bind_error(bind, error) from None
+    if bind.protocol == "udp":
+        return socket.socket(family, socket.SOCK_DGRAM)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     # Connections of the last run in TIME_WAIT must not keep this one from starting.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return sock

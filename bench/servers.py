@@ -1,0 +1,150 @@
+"""Servers as children: started, waited for, and gone when we are done with them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from steer.errors import SteerError
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+_POLL_S = 0.001
+_TIMEOUT_S = 20.0
+
+
+def tool(name: str) -> str:
+    """The command `name` of the environment this Python is in.
+
+    Raises:
+        SteerError: it is not installed.
+    """
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        raise SteerError(f"run {name}", f"no {path}", "install it: ./dev setup")
+    return str(path)
+
+
+def environment(run_directory: str, **more: str) -> dict[str, str]:
+    """Ours, without what would change a service, and with a run directory of its own."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("STEER_") and key not in ("WEB_CONCURRENCY", "NOTIFY_SOCKET")
+    }
+    return {**kept, "XDG_RUNTIME_DIR": run_directory, **more}
+
+
+class Server:
+    """A server that was started a moment ago.
+
+    Args:
+        command: what to execute, in the checkout.
+        port: where it will answer HTTP on loopback.
+        log: what it writes is kept there, for when it fails.
+    """
+
+    def __init__(
+        self, command: Sequence[str], port: int, environment: Mapping[str, str], log: Path
+    ) -> None:
+        self.command = command
+        self.port = port
+        self._log = log
+        with log.open("wb") as output:
+            self._started_s = time.perf_counter()
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def first_answer_s(self) -> float:
+        """Wait for an answer; how long after exec it came.
+
+        Raises:
+            SteerError: the server ended, or does not answer.
+        """
+        while time.perf_counter() < self._started_s + _TIMEOUT_S:
+            with contextlib.suppress(ConnectionError):
+                get(self.port)
+                return time.perf_counter() - self._started_s
+            if self.process.poll() is not None:
+                raise self._failure(f"exit status {self.process.returncode}")
+            time.sleep(_POLL_S)
+        raise self._failure(f"no answer in {_TIMEOUT_S:g} s")
+
+    def stop(self) -> None:
+        """SIGTERM, and wait. Raises SteerError: it does not end, and was killed."""
+        self.process.terminate()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it has ended. Raises SteerError: it does not, and was killed."""
+        try:
+            self.process.wait(_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise self._failure(f"does not end in {_TIMEOUT_S:g} s") from None
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """All of its session; what is gone is no error."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _failure(self, cause: str) -> SteerError:
+        words = self._log.read_text(errors="replace").splitlines()[-10:]
+        return SteerError(f"measure {' '.join(self.command)}", cause, detail="\n".join(words))
+
+
+@contextlib.contextmanager
+def server(
+    command: Sequence[str], port: int, environment: Mapping[str, str]
+) -> Iterator[Server]:
+    """Start one; it ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="steer-bench-") as directory:
+        started = Server(command, port, environment, Path(directory, "log"))
+        try:
+            yield started
+            if started.process.poll() is None:
+                started.stop()
+        finally:
+            started.kill()
+
+
+def get(port: int) -> bytes:
+    """One answer from loopback. Raises ConnectionError: nobody there, or they hung up."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=_TIMEOUT_S)
+    with contextlib.closing(connection):
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        body = response.read()
+    if response.status != 200:
+        raise SteerError(f"GET port {port}", f"status {response.status}")
+    return body
+
+
+def steer_demo(port: int, workers: int, policy: str = "cpu") -> list[str]:
+    bind = f"{HOST}:{port}"
+    return [tool("steer"), "run", "-w", str(workers), "--policy", policy, "-b", bind]
+
+
+def gunicorn(port: int, workers: int) -> list[str]:
+    return [tool("gunicorn"), "-w", str(workers), "-b", f"{HOST}:{port}", "bench.apps:wsgi"]

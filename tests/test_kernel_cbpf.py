@@ -1,0 +1,203 @@
+"""Classic programs on the kernel, which run by its own order of sockets: flow by flow the slot that
+is foretold, as sockets come and go. No privilege is needed but to make the namespace."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from conftest import StartService
+from crew import CPUS, KINDS, PORT, Crew, pinned, sources
+from support import NOBODY, http_get
+
+from steer import cbpf
+from steer.errors import KernelError
+from steer.policy import CBPF, KERNEL
+from steer.steering import Cbpf
+
+pytestmark = pytest.mark.usefixtures("netns")
+
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+OTHER_HOST = "2001:db8:89ab:cdef:123:4567:fedc:ba98"
+"""Of which every word counts."""
+
+
+@pytest.fixture(autouse=True)
+def _other_host(netns: object) -> None:
+    command = ["ip", "address", "add", f"{OTHER_HOST}/128", "dev", "lo", "nodad"]
+    subprocess.run(command, check=True)
+
+
+def flows_to(kind: str) -> list[tuple[str, int]]:
+    """Flows of many addresses and ports, the highest and the lowest among them."""
+    hosts = ["::1", OTHER_HOST] if kind.endswith("6") else ["127.0.0.1", "127.254.3.129"]
+    ports = (1, 80, 255, 256, 1023, 32767, 32768, 65535)
+    return [(host, port) for host in hosts for port in ports] + [
+        flow for host in hosts for flow in sources(host, 60)
+    ]
+
+
+def foretold(crew: Crew, flows: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """The slot of each flow, by the layout in force."""
+    steering = crew.steering
+    assert isinstance(steering, Cbpf)
+    assert steering._layout
+    entries = steering._layout.entries
+    found = {}
+    for host, port in flows:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        number = cbpf.flow_hash(socket.inet_pton(family, host), port, PORT, steering._seed)
+        found[host, port] = entries[number % len(entries)]
+    return found
+
+
+@all_kinds
+def test_hash_goes_where_foretold(kind: str) -> None:
+    flows = flows_to(kind)
+    with Crew(CBPF, "hash", kind, workers=5, weights=[1, 3, 1, 1, 2]).serving() as crew:
+        assert foretold(crew, flows) == crew.flows(flows)
+        assert len(set(foretold(crew, flows).values())) == 5
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "udp"])
+def test_hash_of_ipv4_on_an_ipv6_wildcard_goes_where_foretold(scheme: str) -> None:
+    with Crew(CBPF, "hash", f"{scheme}://[::]:{PORT}").serving() as crew:
+        flows = flows_to("tcp4")
+        expected = {
+            (f"::ffff:{host}", port): slot for (host, port), slot in foretold(crew, flows).items()
+        }
+        assert crew.flows(flows, host="127.0.0.1") == expected
+        flows = flows_to("tcp6")
+        assert crew.flows(flows, host="::1") == foretold(crew, flows)
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "udp"])
+def test_hash_behind_ip_options_goes_where_foretold(scheme: str) -> None:
+    """They move the ports."""
+    with Crew(CBPF, "hash", f"{scheme}://127.0.0.1:{PORT}").serving() as crew:
+        flows = sources("127.0.0.1", 60)
+        for flow in flows:
+            kind = socket.SOCK_DGRAM if scheme == "udp" else socket.SOCK_STREAM
+            with socket.socket(socket.AF_INET, kind) as client:
+                client.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\x01" * 8)
+                client.bind(flow)
+                client.connect(("127.0.0.1", PORT))
+                if scheme == "udp":
+                    client.send(b"x")
+                [taken] = crew.take(1)
+            assert {flow: taken.slot} == foretold(crew, [flow])
+
+
+@all_kinds
+@pytest.mark.parametrize("gone", [[0], [2], [4], [1, 3], [4, 0], [0, 4, 1, 3]], ids=str)
+def test_last_socket_moves_into_the_hole(kind: str, gone: list[int]) -> None:
+    """Nobody is told of a change in the table: those who stay keep their flows."""
+    flows = sources("::1" if kind.endswith("6") else "127.0.0.1", 100)
+    with Crew(CBPF, "hash", kind, workers=5).serving() as crew:
+        crew.leave(*gone)
+        expected = foretold(crew, flows)
+        got = crew.flows(flows)
+        stay = {flow for flow, slot in expected.items() if slot not in gone}
+        assert {flow: got[flow] for flow in stay} == {flow: expected[flow] for flow in stay}
+        assert not set(got.values()) & set(gone)
+
+
+@all_kinds
+def test_order_is_known_after_many_changes(kind: str) -> None:
+    chance = random.Random(kind)
+    flows = sources("::1" if kind.endswith("6") else "127.0.0.1", 60)
+    with Crew(CBPF, "hash", kind, workers=6).serving() as crew:
+        following = 6
+        for _ in range(25):
+            if chance.random() < 0.5 and len(crew.sockets) > 2:
+                crew.leave(chance.choice(sorted(crew.sockets)))
+            else:
+                crew.join(following)
+                following += 1
+            crew.steer()
+            assert crew.flows(flows) == foretold(crew, flows)
+
+
+@all_kinds
+def test_32_sockets_in_reverse(kind: str) -> None:
+    flows = sources("::1" if kind.endswith("6") else "127.0.0.1", 300)
+    with Crew(CBPF, "hash", kind, workers=32) as crew:
+        crew.join(*reversed(range(32)))
+        crew.steer()
+        assert crew.flows(flows) == foretold(crew, flows)
+
+
+def test_each_group_has_its_own_order() -> None:
+    """Groups that a socket joined in different order would be steered apart."""
+    with Crew(CBPF, "hash", *KINDS, workers=4).serving() as crew:
+        crew.leave(1)
+        crew.join(9)
+        crew.steer()
+        for bind, kind in enumerate(KINDS):
+            flows = sources("::1" if kind.endswith("6") else "127.0.0.1", 60)
+            assert crew.flows(flows, bind) == foretold(crew, flows)
+
+
+@all_kinds
+def test_newcomer_is_not_chosen_before_it_is_ready(kind: str) -> None:
+    with Crew(CBPF, "cpu", kind, workers=len(CPUS)).serving() as crew:
+        for late in (70, 71):
+            crew.join(late)
+            for slot, cpu in enumerate(CPUS):
+                with pinned(cpu):
+                    assert crew.count(20) == {slot: 20}
+
+
+@all_kinds
+def test_by_chance_all_of_32_are_found(kind: str) -> None:
+    with Crew(CBPF, "random", kind, workers=32) as crew:
+        crew.join(*random.Random(0).sample(range(32), 32))
+        crew.steer()
+        crew.leave(5, 31, 0)
+        crew.steer()
+        got = crew.count(1500)
+        assert set(got) == set(range(32)) - {0, 5, 31}
+
+
+@pytest.mark.parametrize("policy", ["cpu", "hash", "random"])
+def test_many_workers(policy: str) -> None:
+    """As long as programs get, on this kernel; one worker more than fits is refused."""
+    with Crew(CBPF, policy, "udp4", workers=cbpf.HASH_LENGTH).serving() as crew:
+        got = crew.count(500)
+        assert len(got) > (100 if policy != "cpu" else 1)
+    with pytest.raises(KernelError, match="room for 768 workers"):
+        Crew(CBPF, policy, "udp4", workers=cbpf.HASH_LENGTH + 1)
+
+
+def test_taking_turns_is_left_to_the_kernel(service: StartService) -> None:
+    made = service("-w", "2", "--policy", "round-robin", "--backend", "cbpf")
+    status = made.status()
+    assert status["backend"] == KERNEL
+    assert "keeps no state" in status["backend_reason"]
+    assert "keeps no state" in made.log
+
+
+@pytest.mark.needs("nobody")
+@pytest.mark.parametrize("policy", ["cpu", "hash", "random"])
+def test_without_privilege(service: StartService, policy: str) -> None:
+    workers = 2 * len(CPUS)
+    made = service("-w", str(workers), "--policy", policy, user=NOBODY)
+    cpus_of = {each["slot"]: each["cpus"] for each in made.workers()}
+    answers: Counter[int] = Counter()
+    for cpu in CPUS:
+        with pinned(cpu):
+            slots = [http_get("127.0.0.1", PORT)[1]["slot"] for _ in range(40)]
+        answers.update(slots)
+        if policy == "cpu":
+            assert {cpus_of[slot][0] for slot in slots} == {cpu}
+    assert set(answers) == set(cpus_of)
+    status = made.status()
+    assert status["backend"] == CBPF
+    assert "CAP_BPF: run as root" in status["backend_reason"]
+    assert bool(status["notes"]) == (policy == "cpu")
+    assert status["totals"]["selected"] is None
