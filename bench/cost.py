@@ -183,7 +183,10 @@ def _costs(found: Found, slots: int, flows: str) -> list[Figure]:
         Figure(f"{EMPTY}, clock and all", "ns", tuple(empty)),
         *(above(name, "ns", here[name], empty) for name in HELPERS),
         *(above(name, "ns", here[name], empty, e.at_most_ns) for name, e in ENTRIES.items()),
-        *(above(f"{name}: steer's own", "ns", here[name], here[e.helper]) for name, e in ENTRIES.items()),
+        *(
+            above(f"{name}: steer's own", "ns", here[name], here[e.helper])
+            for name, e in ENTRIES.items()
+        ),
     ]
 
 

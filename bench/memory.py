@@ -108,7 +108,5 @@ def _figures(found: list[dict[str, Pair]], idle_s: float) -> list[Figure]:
             Figure(f"{name}, CPU while idle", "% of a core", cpu, at_most),
             Figure(f"{name}, wake-ups while idle", "", tuple(b.wakes - a.wakes for a, b in pairs)),
         ]
-    ours, theirs = (
-        [each[name][1].rss_mb for each in found] for name in (_OURS, _THEIRS)
-    )
+    ours, theirs = ([each[name][1].rss_mb for each in found] for name in (_OURS, _THEIRS))
     return [*figures, ratio(f"{_OURS} to {_THEIRS}, RSS", ours, theirs, AT_MOST_RSS)]

@@ -115,9 +115,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(
-    command: Sequence[str], port: int, environment: Mapping[str, str]
-) -> Iterator[Server]:
+def server(command: Sequence[str], port: int, environment: Mapping[str, str]) -> Iterator[Server]:
     """Start one; it ends with the block."""
     with tempfile.TemporaryDirectory(prefix="steer-bench-") as directory:
         started = Server(command, port, environment, Path(directory, "log"))

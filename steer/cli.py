@@ -133,7 +133,7 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
     from steer.plan import plan
 
     decided = plan(service, topology.read(), probe.findings())
-    logger = log.make(service.log_level, service.log_format)
+    logger = log.Log(service.log_level, service.log_format)
     sys.exit(controller.run(decided, os.environ, logger))
 
 

@@ -19,7 +19,11 @@ from steer.errors import SteerError
 from steer.kernel import rundir
 
 REQUEST_MAX_BYTES = 65536
-REQUEST_TIMEOUT_S = 5.0
+TIMEOUT_S = 5.0
+"""For a request to be complete, and for an answer to be taken."""
+SILENT_MAX = 32
+"""So many connections may be without a request: descriptors are kept for workers."""
+_AT_ONCE = 16
 
 Handler = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 
@@ -36,11 +40,12 @@ class Server:
         self._socket = sock
         self._commands = commands
         self._server: asyncio.Server | None = None
-        self._talks: set[asyncio.Task[None]] = set()
+        self._talks: set[asyncio.Task[Any]] = set()
+        self._silent: dict[asyncio.Task[Any], None] = {}
 
     async def __aenter__(self) -> Server:
         self._server = await asyncio.start_unix_server(
-            self._talk, sock=self._socket, limit=REQUEST_MAX_BYTES
+            self._talk, sock=self._socket, limit=REQUEST_MAX_BYTES, backlog=_AT_ONCE
         )
         return self
 
@@ -48,8 +53,10 @@ class Server:
         """Whoever still waits for an answer gets it first."""
         assert self._server is not None
         self._server.close()
+        for silent in self._silent:
+            silent.cancel()
         if self._talks:
-            await asyncio.wait(self._talks, timeout=REQUEST_TIMEOUT_S)
+            await asyncio.wait(self._talks, timeout=TIMEOUT_S)
         for talk in self._talks:
             talk.cancel()
 
@@ -61,7 +68,9 @@ class Server:
         try:
             answer = await self._answer(reader, writer.get_extra_info("socket"))
             writer.write(msgspec.json.encode(answer) + b"\n")
-            await writer.drain()
+            await asyncio.wait_for(writer.drain(), TIMEOUT_S)
+        except TimeoutError:
+            writer.transport.abort()
         except ConnectionError:
             pass  # the asker has gone; what it asked for is done all the same
         finally:
@@ -71,8 +80,7 @@ class Server:
         if not _is_trusted(sock):
             return _refusal("not permitted: only root and the service's own user may ask")
         try:
-            line = await asyncio.wait_for(reader.readuntil(b"\n"), REQUEST_TIMEOUT_S)
-            request = msgspec.json.decode(line, type=dict[str, Any])
+            request = msgspec.json.decode(await self._line(reader), type=dict[str, Any])
         except asyncio.LimitOverrunError:
             return _refusal(f"request too long: {REQUEST_MAX_BYTES} bytes at most")
         except (asyncio.IncompleteReadError, TimeoutError):
@@ -86,6 +94,20 @@ class Server:
             return {"ok": True, **await handler(request)}
         except SteerError as error:
             return _refusal(str(error))
+
+    async def _line(self, reader: asyncio.StreamReader) -> bytes:
+        """A request. Where too many keep us waiting, the one that does longest is let go."""
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._silent) >= SILENT_MAX:
+            longest = next(iter(self._silent))
+            del self._silent[longest]
+            longest.cancel()
+        self._silent[task] = None
+        try:
+            return await asyncio.wait_for(reader.readuntil(b"\n"), TIMEOUT_S)
+        finally:
+            self._silent.pop(task, None)
 
 
 def _refusal(text: str) -> Mapping[str, Any]:

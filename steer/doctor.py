@@ -99,7 +99,7 @@ class Case:
 
     @property
     def has_cap_bpf(self) -> bool:
-        """Before Linux 5.8 CAP_SYS_ADMIN was asked for, and it still does."""
+        """CAP_SYS_ADMIN has it in it (capabilities(7)). What cannot be read is not held lacking."""
         held = self.facts.capabilities
         return isinstance(held, Unknown) or not held.isdisjoint({"CAP_BPF", "CAP_SYS_ADMIN"})
 
@@ -197,6 +197,7 @@ def _refusal(backend: str, plan: Plan) -> Probed | None:
         cure = "" if error.cause == _ERRNO_REFUSED else error.cure
         return Probed(Answer.NO, f"{error.what}: {error.cause}", cure)
     except OSError as error:
+        # A no though it tells little: what is unknown would be tried again, for ever.
         return Probed(Answer.NO, f"try {backend}: {error.strerror or error}")
     return None
 

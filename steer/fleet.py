@@ -5,11 +5,9 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from logging import Logger
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,11 +17,15 @@ from steer.kernel import proc
 from steer.kernel.proc import Seen
 from steer.kernel.process import how_it_ended
 from steer.lifecycle import Command, Event, State
+from steer.log import Log
 from steer.plan import Seat
 from steer.spawn import Process
 from steer.steering import Counts, Steering
 from steer.table import Member
 from steer.worker import Launch
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future, Handle, TimerHandle
 
 QUICK_S = 1.0
 """How long a quick stop waits between SIGTERM and SIGKILL."""
@@ -36,6 +38,7 @@ class Place(msgspec.Struct, eq=False):
 
     Args:
         failures: ends in a row before `lifecycle.STABLE_S` of service.
+        error: why there is no process.
     """
 
     seat: Seat
@@ -45,11 +48,15 @@ class Place(msgspec.Struct, eq=False):
     ready_s: float | None = None
     starts: int = 0
     failures: int = 0
-    timer: asyncio.TimerHandle | None = None
+    timer: TimerHandle | None = None
+    error: SteerError | None = None
 
 
 class Fleet:
     """All workers of one service.
+
+    First `start`, then `watch` in a running loop: what it takes to have a loop is
+    imported while the workers already start.
 
     Args:
         seats: one worker for each.
@@ -63,7 +70,7 @@ class Fleet:
         slots: int,
         steering: Steering,
         launch: Callable[[Seat, int], Launch],
-        log: Logger,
+        log: Log,
     ) -> None:
         self.places = [Place(seat, slot) for slot, seat in enumerate(seats)]
         self.retired = Counts()
@@ -72,44 +79,63 @@ class Fleet:
         self._steering = steering
         self._launch = launch
         self._log = log
-        self._loop = asyncio.get_running_loop()
-        self._one_joins = asyncio.Lock()
-        self._respawns: set[asyncio.Task[None]] = set()
         self._look_s = _LOOK_FIRST_S
-        self._looking: asyncio.TimerHandle | None = None
-        self._flip_due: asyncio.Handle | None = None
+        self._looking: TimerHandle | None = None
+        self._flip_due: Handle | None = None
         self._ending = False
-        self.ended = asyncio.Event()
-        self._up: asyncio.Future[None] = self._loop.create_future()
+        self._loop: AbstractEventLoop
+        self.up: Future[None]
+        self.ended: Future[None]
 
-    async def start(self, holds_ports: Callable[[], None]) -> None:
-        """Start every worker; return once the first is ready.
+    def start(self, holds_ports: Callable[[], None]) -> None:
+        """Start every worker.
 
         Args:
             holds_ports: called when a worker has bound all addresses.
 
         Raises:
             BindError: an address cannot be had.
-            AppLoadError: the application cannot be loaded.
-            WorkersFailed: all failed before any was ready.
+            KernelError: the kernel refuses processes, or sockets in the group.
         """
         for place in self.places:
-            # One that ends before it is bound is started again like any other.
-            with suppress(WorkersFailed):
-                await self._spawn(place)
+            try:
+                self._spawn(place)
                 holds_ports()
-        await self._up
+            except WorkersFailed as error:
+                # Like one that ends later: the others start, and it is tried again.
+                place.error = error
+
+    def watch(self, loop: AbstractEventLoop) -> None:
+        """Look after the workers from here on.
+
+        `up` is then done when the first is ready; or holds AppLoadError if the
+        application cannot be loaded, WorkersFailed if all failed before. `ended` is
+        done when all have ended after `stop`.
+        """
+        self._loop = loop
+        self.up = loop.create_future()
+        self.ended = loop.create_future()
+        for place in self.places:
+            if place.process is not None:
+                self._watch(place, place.process)
+            elif place.error is not None:
+                place.failures += 1
+                self._failed(place, place.error)
+
+    def abandon(self) -> None:
+        """Leave no process, whatever happened."""
+        for place in self.places:
+            if place.process is not None:
+                place.process.end()
+                place.process = None
 
     def stop(self) -> None:
         """Ask every worker to finish what it has."""
         self._ending = True
         for place in self.places:
             self.report(place, Event.STOP)
-            if place.process is None:
-                # Its turn to be started had not come: there is no end to wait for.
-                self.report(place, Event.EXITED)
-        if not self._up.done():
-            self._up.set_result(None)
+        if not self.up.done():
+            self.up.set_result(None)
 
     def overdue_in(self, after_s: float) -> None:
         """Kill what is still there then."""
@@ -141,9 +167,13 @@ class Fleet:
     # Commands.
 
     def _start_again(self, place: Place) -> None:
-        task = self._loop.create_task(self._respawn(place))
-        self._respawns.add(task)
-        task.add_done_callback(self._respawns.discard)
+        self._take_slot(place)
+        try:
+            self._watch(place, self._spawn(place))
+        except SteerError as error:
+            self._log.error("%s", error)
+            place.failures += 1
+            self._failed(place, error)
 
     def _activate(self, place: Place) -> None:
         place.ready_s = time.monotonic()
@@ -152,8 +182,8 @@ class Fleet:
         # Together with others that get ready in the same turn of the loop.
         if self._flip_due is None:
             self._flip_due = self._loop.call_soon(self._steer)
-        if not self._up.done():
-            self._up.set_result(None)
+        if not self.up.done():
+            self.up.set_result(None)
 
     def _deactivate(self, _place: Place) -> None:
         if not self._ending:
@@ -171,7 +201,7 @@ class Fleet:
             place.process.problem = WorkersFailed(
                 "start workers",
                 f"not ready within {limit_s:g} s",
-                "see --ready-timeout; a worker is ready when it says READY=1 or waits on its socket",
+                "see --ready-timeout; ready is who says READY=1 or waits on its socket",
                 detail=place.process.last_words,
             )
         place.process.kill()
@@ -185,38 +215,24 @@ class Fleet:
     def _forget(self, place: Place) -> None:
         self._cancel_timer(place)
         if all(each.state is State.GONE for each in self.places):
-            self.ended.set()
+            self.ended.set_result(None)
 
     # What happens to workers.
 
-    async def _spawn(self, place: Place) -> None:
-        """Start a process and wait until its sockets are bound.
+    def _spawn(self, place: Place) -> Process:
+        """Start a process. Raises BindError, KernelError, WorkersFailed."""
+        place.starts += 1
+        place.process = Process(
+            self._launch(place.seat, place.slot),
+            lambda fds: self._steering.joined(place.slot, fds),
+        )
+        return place.process
 
-        One at a time: the order in which sockets join a group is then known.
-        """
-        async with self._one_joins:
-            if place.state is not State.STARTING:
-                return
-            place.starts += 1
-            place.process = Process(
-                self._launch(place.seat, place.slot),
-                lambda process, fds: self._steering.joined(place.slot, fds),
-                lambda process, status: self._on_end(place, process, status),
-            )
-            self._set_timer(place, place.process.launch.service.ready_timeout, Event.LATE)
-            await place.process.bound
-            self._look_s = _LOOK_FIRST_S
-            self._look_soon()
-
-    async def _respawn(self, place: Place) -> None:
-        try:
-            self._take_slot(place)
-            await self._spawn(place)
-        except SteerError as error:
-            self._log.error("%s", error)
-            if place.process is None:
-                place.failures += 1
-                self._failed(place, error)
+    def _watch(self, place: Place, process: Process) -> None:
+        process.watch(self._loop, lambda gone, status: self._on_end(place, gone, status))
+        self._set_timer(place, process.launch.service.ready_timeout, Event.LATE)
+        self._look_s = _LOOK_FIRST_S
+        self._look_soon()
 
     def _take_slot(self, place: Place) -> None:
         """A slot that nobody has, the next one round; what the old one counted is put aside.
@@ -241,7 +257,7 @@ class Fleet:
             self._log.warning(
                 "worker %d (pid %d): %s", place.slot, process.pid, how_it_ended(status)
             )
-            if process.problem and self._up.done():
+            if process.problem and self.up.done():
                 self._log.error("%s", process.problem)
         error = process.problem or WorkersFailed(
             "start workers", how_it_ended(status), detail=process.last_words
@@ -251,11 +267,11 @@ class Fleet:
     def _failed(self, place: Place, error: SteerError) -> None:
         """Whether the service can still come up; `error` is told if it cannot."""
         self.report(place, Event.EXITED)
-        if self._up.done() or self._ending:
+        if self.up.done() or self._ending:
             return
         if isinstance(error, AppLoadError) or all(each.failures for each in self.places):
-            self._up.set_exception(error)
-            self._up.exception()  # retrieved here: nobody may be waiting yet
+            self.up.set_exception(error)
+            self.up.exception()  # retrieved here: nobody may be waiting yet
 
     def _look_soon(self) -> None:
         if self._looking is None:
@@ -296,7 +312,7 @@ class Fleet:
 
 
 def _serves(process: Process) -> bool:
-    return bool(process.inodes) and proc.waits_on(process.pid, process.inodes) is Seen.YES
+    return proc.waits_on(process.pid, process.inodes) is Seen.YES
 
 
 _DO: dict[Command, Callable[[Fleet, Place], None]] = {

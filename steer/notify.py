@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
@@ -20,20 +23,23 @@ class Listener:
     Its name is abstract: no file is left behind, and any user a worker has become
     can reach it. Who sent a message is told by the kernel, not by the message.
 
-    Args:
-        heard: called with the sender's process id and its message, by key.
+    What comes before it is watched waits in it.
     """
 
-    def __init__(self, heard: Callable[[int, Mapping[str, str]], None]) -> None:
-        self._heard = heard
-        self._loop = asyncio.get_running_loop()
+    def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         name = f"steer-{os.getpid()}-{os.urandom(8).hex()}"
         self._socket.bind(f"\0{name}")
         self.address = f"@{name}"
-        self._loop.add_reader(self._socket, self._receive)
+
+    def watch(
+        self, loop: AbstractEventLoop, heard: Callable[[int, Mapping[str, str]], None]
+    ) -> None:
+        """Call `heard` with each sender's process id and its message, by key."""
+        self._heard = heard
+        loop.add_reader(self._socket, self._receive)
 
     def _receive(self) -> None:
         try:
@@ -48,7 +54,6 @@ class Listener:
                 self._heard(pid, parse(data))
 
     def close(self) -> None:
-        self._loop.remove_reader(self._socket)
         self._socket.close()
 
 

@@ -36,7 +36,6 @@ class Act(Enum):
     CHECK_FREE = "see that nobody is on"
     LOAD = "load"
     START = "start"
-    STEER = "steer"
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -80,7 +79,6 @@ class Plan(msgspec.Struct, frozen=True):
             *ports,
             Step(Act.LOAD, program, rung.reason or ""),
             Step(Act.START, f"{len(self.seats)} workers", self._seating()),
-            Step(Act.STEER, ", ".join(bind.label for bind in self.binds), "as workers get ready"),
         )
 
     def describe(self) -> dict[str, object]:

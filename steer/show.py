@@ -52,7 +52,7 @@ def _rich(found: Sequence[Table]) -> Group:
             title=Text(each.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
         )
         for column in each.columns:
-            grid.add_column(column)
+            grid.add_column(column, overflow="fold")
         for row in each.rows:
             grid.add_row(*(Text(cell) for cell in row))
         drawn.append(grid)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,8 +17,12 @@ from steer.errors import AppLoadError, SteerError, WorkersFailed
 from steer.kernel import process, sockets
 from steer.worker import Launch, Message
 
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
 LAST_WORDS = 20
 """Lines of standard error that are kept of each worker."""
+_BIND_TIMEOUT_S = 10.0
 _CHUNK_BYTES = 65536
 _MAX_FDS = 253
 """SCM_MAX_FD of include/net/scm.h: so many binds a service can have."""
@@ -27,36 +31,35 @@ _MAX_FDS = 253
 class Process:
     """A worker, from fork to the end.
 
+    Made once its sockets are bound, a millisecond or two after the fork: they join
+    their groups one worker after the other, so the order there is known.
+
     Args:
         launch: what it is told.
-        joined: called with its sockets' duplicates once they are bound; the
-            descriptors are the callee's.
-        ended: called once, with the exit status, when it is gone.
+        joined: takes its sockets' duplicates; may raise KernelError.
 
     Raises:
-        KernelError: no more processes, or no more files.
+        BindError: an address cannot be had.
+        KernelError: no more processes, or no more files, or from `joined`.
+        WorkersFailed: it ended before its sockets were bound.
     """
 
-    def __init__(
-        self,
-        launch: Launch,
-        joined: Callable[[Process, Sequence[int]], None],
-        ended: Callable[[Process, int], None],
-    ) -> None:
+    def __init__(self, launch: Launch, joined: Callable[[Sequence[int]], None]) -> None:
         self.launch = launch
         self.started_s = time.monotonic()
-        self.inodes: frozenset[int] = frozenset()
         self.problem: SteerError | None = None
-        self._joined, self._ended = joined, ended
-        self._loop = asyncio.get_running_loop()
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._unfinished = b""
-        self.bound: asyncio.Future[None] = self._loop.create_future()
+        self._loop: AbstractEventLoop | None = None
         try:
             self._fork()
         except OSError as error:
             raise process.fork_error(error) from None
-        self._watch()
+        try:
+            joined(self._bound())
+        except SteerError:
+            self.end()
+            raise
 
     def _fork(self) -> None:
         with ExitStack() as theirs, ExitStack() as ours:
@@ -66,15 +69,32 @@ class Process:
             self._stderr, stderr = os.pipe()
             ours.callback(os.close, self._stderr)
             theirs.callback(os.close, stderr)
+            os.set_blocking(self._stderr, False)
             self.pid, self._pidfd = process.fork(lambda: worker.main(self.launch, channel, stderr))
             ours.pop_all()
 
-    def _watch(self) -> None:
-        os.set_blocking(self._stderr, False)
+    def _bound(self) -> Sequence[int]:
+        """Wait for the sockets."""
+        self._channel.settimeout(_BIND_TIMEOUT_S)
+        message, fds = self._receive()
+        if message is None:
+            process.wait_for_end(self._pidfd, _BIND_TIMEOUT_S)
+            self._hear_out()
+            what = f"start worker {self.launch.slot}"
+            raise WorkersFailed(what, "it ended at once", detail=self.last_words)
+        if message.refused is not None:
+            bind = self.launch.binds[message.refused]
+            raise sockets.bind_error(bind, OSError(message.number, ""))
+        self.inodes = frozenset(message.bound)
+        return fds
+
+    def watch(self, loop: AbstractEventLoop, ended: Callable[[Process, int], None]) -> None:
+        """Call `ended` once, with the exit status, when it is gone."""
         self._channel.setblocking(False)
-        self._loop.add_reader(self._channel, self._on_channel)
-        self._loop.add_reader(self._stderr, self._on_stderr)
-        self._loop.add_reader(self._pidfd, self._on_end)
+        self._loop, self._ended = loop, ended
+        loop.add_reader(self._channel, self._on_channel)
+        loop.add_reader(self._stderr, self._on_stderr)
+        loop.add_reader(self._pidfd, self._on_end)
 
     @property
     def last_words(self) -> str:
@@ -88,48 +108,50 @@ class Process:
     def kill(self) -> None:
         process.kill_group(self.pid)
 
-    def _on_channel(self) -> bool:
-        """Read one message, if there is one."""
+    def end(self) -> int:
+        """Kill what is left of it, and let go of it; the exit status."""
+        self.kill()
+        status = process.reap(self.pid, self._pidfd)
+        self._channel.setblocking(False)
+        while self._on_channel():
+            pass
+        self._hear_out()
+        for fd in (self._channel.fileno(), self._stderr, self._pidfd):
+            self._forget(fd)
+        self._channel.close()
+        os.close(self._stderr)
+        os.close(self._pidfd)
+        return status
+
+    def _on_end(self) -> None:
+        """It is gone; what it said last may still have to be read."""
+        self._ended(self, self.end())
+
+    def _receive(self) -> tuple[Message | None, Sequence[int]]:
+        """One message; None when there will be no more.
+
+        Raises:
+            BlockingIOError: none yet.
+        """
         try:
             data, fds, _, _ = socket.recv_fds(self._channel, _CHUNK_BYTES, _MAX_FDS)
+        except (ConnectionError, TimeoutError):
+            return None, ()
+        return (msgspec.json.decode(data, type=Message) if data else None), fds
+
+    def _on_channel(self) -> bool:
+        """After the sockets there is only one thing it may have to tell."""
+        try:
+            message, _ = self._receive()
         except BlockingIOError:
             return False
-        except ConnectionError:
-            data, fds = b"", []
-        if data:
-            self._on_message(msgspec.json.decode(data, type=Message), fds)
-            return True
-        self._loop.remove_reader(self._channel)
-        self._settle(WorkersFailed(f"start worker {self.launch.slot}", "it ended at once"))
-        return False
-
-    def _on_message(self, message: Message, fds: Sequence[int]) -> None:
-        if message.bound:
-            self.inodes = frozenset(message.bound)
-            try:
-                self._joined(self, fds)
-            except SteerError as error:
-                # Running, but not to be reached: better another try.
-                self.problem = error
-                self.kill()
-            self._settle(self.problem)
-        elif message.refused is not None:
-            bind = self.launch.binds[message.refused]
-            self.problem = sockets.bind_error(bind, OSError(message.number, ""))
-            self._settle(self.problem)
-        else:
-            app = self.launch.service.app
-            what = f"load {app}" if app else f"start {self.launch.name}"
-            self.problem = AppLoadError(what, message.unloadable, detail=message.detail)
-
-    def _settle(self, error: SteerError | None) -> None:
-        if self.bound.done():
-            return
-        if error is None:
-            self.bound.set_result(None)
-        else:
-            self.bound.set_exception(error)
-            self.bound.exception()  # retrieved here: nobody may be waiting
+        if message is None:
+            self._forget(self._channel.fileno())
+            return False
+        app = self.launch.service.app
+        what = f"load {app}" if app else f"start {self.launch.name}"
+        self.problem = AppLoadError(what, message.unloadable, detail=message.detail)
+        return True
 
     def _on_stderr(self) -> bool:
         """Pass on what there is, and keep the last lines for when they are asked for."""
@@ -138,26 +160,17 @@ class Process:
         except BlockingIOError:
             return False
         if not data:
-            self._loop.remove_reader(self._stderr)
+            self._forget(self._stderr)
             return False
         process.write_stderr(data)
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         self._words.extend(lines)
         return True
 
-    def _on_end(self) -> None:
-        """It is gone; what it said last may still have to be read."""
-        status = process.reap(self.pid, self._pidfd)
-        while self._on_channel():
-            pass
+    def _hear_out(self) -> None:
         while self._on_stderr():
             pass
-        self._close()
-        self._ended(self, status)
 
-    def _close(self) -> None:
-        for fd in (self._channel.fileno(), self._stderr, self._pidfd):
+    def _forget(self, fd: int) -> None:
+        if self._loop is not None:
             self._loop.remove_reader(fd)
-        self._channel.close()
-        os.close(self._stderr)
-        os.close(self._pidfd)

@@ -88,8 +88,8 @@ class Crew:
         self.plan = plan(service, machine or topology.read(), {})
         self.binds = self.plan.binds
         self.sockets: dict[int, list[socket.socket]] = {}
-        self._ready = selectors.DefaultSelector()
         self.steering = open_backend(backend, self.plan)
+        self._ready = selectors.DefaultSelector()
 
     def __enter__(self) -> Self:
         return self

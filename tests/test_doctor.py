@@ -22,7 +22,7 @@ from steer import doctor, ladder, plan
 from steer.config import Service
 from steer.cpus import Topology
 from steer.doctor import CHECKS, MIGRATE, Case, Finding, Probed, cpumask
-from steer.errors import VerifierError
+from steer.errors import CompileError, KernelError, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe
 from steer.kernel.diag import Interface
@@ -191,7 +191,7 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
     [
         ("kernel", a_case(), "ok", "Linux 6.1.0 on x86_64", ""),
         ("cpus", a_case(), "ok", "4 workers on CPUs 0-3", ""),
-        ("cpus", a_case(facts=replace(GOOD, cpu_quota=8.0)), "ok", "4 workers", ""),
+        ("cpus", a_case(facts=replace(GOOD, cpu_quota=4.0)), "ok", "4 workers", ""),
         (
             *("cpus", a_case(facts=replace(GOOD, cpu_quota=1.5)), "warn"),
             *("may use 1.5 at a time", "--workers 1,"),
@@ -245,6 +245,7 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
             *("fail", "tcp 0.0.0.0:80, udp 0.0.0.0:53, tcp 0.0.0.0:99: ", "from 1024 up"),
         ),
         ("somaxconn", a_case(), "ok", "4096: room for the backlog, 2048", ""),
+        ("somaxconn", a_case(serving(backlog=4096)), "ok", "4096: room for", ""),
         (
             *("somaxconn", a_case(facts=sysctl("net.core.somaxconn", 128))),
             *("warn", "128: the backlog, 2048", "net.core.somaxconn=2048, or --backlog 128"),
@@ -276,6 +277,7 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ),
         ("files", a_case(), "ok", "needed, limit 1024", ""),
         ("files", a_case(facts=replace(GOOD, files=(None, None))), "ok", "no limit", ""),
+        ("files", a_case(facts=replace(GOOD, files=(328, 328))), "ok", "needed, limit 328", ""),
         ("files", a_case(facts=replace(GOOD, files=(64, None))), "ok", "64, will be raised", ""),
         (
             *("files", a_case(facts=replace(GOOD, files=(64, 64)))),
@@ -585,21 +587,31 @@ def test_place_of_another_user(tmp_path: Path) -> None:
 # ---- looking
 
 
-def test_a_policy_that_the_kernel_refuses_is_stepped_down_from(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "error, cure",
+    [
+        (VerifierError("load program steer_cpu", "EACCES", detail="R0 !read_ok"), "verifier"),
+        (KernelError("load program steer_cpu", "EPERM", "see `steer doctor`"), "bpf(2)"),
+        (CompileError("compile cpu.c", "no bcc here", "install it"), "install it"),
+    ],
+)
+def test_a_policy_that_is_refused_is_stepped_down_from(
+    monkeypatch: pytest.MonkeyPatch, error: KernelError, cure: str
 ) -> None:
     def open_backend(backend: str, plan: plan.Plan) -> Steering:
         if backend == EBPF:
-            raise VerifierError("load program steer_cpu", "EACCES", detail="R0 !read_ok")
+            raise error
         return Kernel(plan)
 
     monkeypatch.setattr(doctor, "open_backend", open_backend)
     monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
+    monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
     found = {each.topic: each for each in doctor.examine(SERVICE)}
     assert found["ebpf"].verdict == found["backend"].verdict == "warn"
-    assert found["ebpf"].found == "no: load program steer_cpu: EACCES"
-    assert found["backend"].found == "cbpf; ebpf: load program steer_cpu: EACCES"
-    assert "verifier" in found["backend"].cure
+    assert found["ebpf"].found == f"no: {error.what}: {error.cause}"
+    assert found["backend"].found == f"cbpf; ebpf: {error.what}: {error.cause}"
+    assert cure in found["backend"].cure
+    assert "steer doctor" not in found["backend"].cure
 
 
 def test_a_probe_that_breaks_could_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:

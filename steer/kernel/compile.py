@@ -81,7 +81,7 @@ def compile_source(source: Path) -> PolicyObject:
     import subprocess
 
     act = f"compile {source.name}"
-    for python in _interpreters():
+    for python in interpreters():
         try:
             done = subprocess.run(
                 [python, "-I", str(_CHILD), str(source.resolve()), str(sources())],
@@ -110,7 +110,7 @@ def _object(source: Path, output: bytes) -> PolicyObject:
     return PolicyObject(digest(source), answer["compiler"], programs)
 
 
-def _interpreters() -> list[str]:
+def interpreters() -> list[str]:
     """bcc is a system package: only the system's Python may see it."""
     import shutil
 

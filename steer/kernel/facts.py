@@ -209,7 +209,7 @@ def _libbpf() -> str:
 
 
 def _bcc() -> Compiler | None:
-    for python in compile._interpreters():
+    for python in compile.interpreters():
         done = subprocess.run(
             [python, "-I", "-c", _ASK_BCC],
             capture_output=True,

@@ -9,6 +9,7 @@ import grp
 import os
 import pwd
 import resource
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -121,7 +122,7 @@ def _in_child(child: Callable[[], int], mask: Iterable[int]) -> NoReturn:
         for number in _HANDLED:
             signal.signal(number, signal.SIG_DFL)
         os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_HANDLED))
         code = child()
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else int(done.code is not None)
@@ -166,6 +167,21 @@ def is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return pid > 0
+
+
+def hold_signals() -> None:
+    """Let signals that end us wait until `release_signals`; no child inherits that."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+
+
+def release_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+
+
+def wait_for_end(pidfd: int, timeout_s: float) -> bool:
+    """Whether the process ended within the time (pidfd_open(2): readable when it has)."""
+    ready, _, _ = select.select([pidfd], [], [], timeout_s)
+    return bool(ready)
 
 
 def terminate(pidfd: int) -> None:

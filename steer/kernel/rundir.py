@@ -16,7 +16,7 @@ from pathlib import Path
 from steer.errors import ControlError
 
 _TMP = Path("/tmp")
-_BACKLOG = 128
+_BACKLOG = 16
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
 _TIMEVAL = struct.Struct("@ll")

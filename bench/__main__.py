@@ -1,0 +1,88 @@
+"""`./dev bench [NAME...] [--json] [--quick]`. A new bench is a module and a row here."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import click
+import msgspec
+
+from bench import cost, leaks, locality, machine, memory, start
+from bench.figures import Section
+from steer import show
+from steer.errors import SteerError
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Args: run: measures; told whether to be quick about it."""
+
+    summary: str
+    run: Callable[[bool], Sequence[Section]]
+
+
+BENCHES: Mapping[str, Bench] = {
+    "cost": Bench("what a choice costs, by policy", cost.run),
+    "start": Bench("from exec to the first answer", start.run),
+    "memory": Bench("what the controller holds, and does while idle", memory.run),
+    "leaks": Bench("what starts and stops leave behind", leaks.run),
+    "locality": Bench("connections handled on the CPU of their packets", locality.run),
+}
+EPILOG = "\b\n" + "\n".join(f"{name:<9} {bench.summary}" for name, bench in BENCHES.items())
+
+
+@click.command(
+    epilog=EPILOG, help="Measure; all of them, or those named. Needs root and a quiet machine."
+)
+@click.argument("names", nargs=-1, type=click.Choice(list(BENCHES)), metavar="[NAME]...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every single value.")
+@click.option("--quick", is_flag=True, help="Only see that it runs: figures mean little.")
+def main(names: Sequence[str], as_json: bool, quick: bool) -> None:
+    if not machine.is_root():
+        raise click.ClickException("measuring needs root: BPF, and a network namespace of its own")
+    signal.signal(signal.SIGTERM, _leave)  # so that what was started is ended
+    here = machine.describe()
+    machine.leave_network()
+    found, failed = _measure(names or list(BENCHES), quick)
+    if as_json:
+        _print_json(here, found)
+    else:
+        click.echo("  ".join(f"{key} {value}" for key, value in here.items()) + "\n")
+        show.tables([section.table() for sections in found.values() for section in sections])
+    sys.exit(1 if failed else 0)
+
+
+def _measure(names: Sequence[str], quick: bool) -> tuple[dict[str, Sequence[Section]], bool]:
+    """Run these; one that fails says so, and the others go on."""
+    found: dict[str, Sequence[Section]] = {}
+    for name in names:
+        click.echo(f"bench: {name}: {BENCHES[name].summary}", err=True)
+        try:
+            found[name] = BENCHES[name].run(quick)
+        except SteerError as error:
+            click.echo(f"bench: {name}: {error}\n{error.detail}".rstrip(), err=True)
+    return found, len(found) < len(set(names))
+
+
+def _print_json(here: Mapping[str, object], found: Mapping[str, Sequence[Section]]) -> None:
+    benches = {
+        name: [
+            {"title": each.title, "figures": [figure.describe() for figure in each.figures]}
+            for each in sections
+        ]
+        for name, sections in found.items()
+    }
+    value = {"schema": 1, "machine": here, "benches": benches}
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main(prog_name="bench")

@@ -1,0 +1,303 @@
+"""Maps, programs and the table on the kernel, as bpf(2) and bpftool(8) show them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from crew import KINDS, Crew, sources
+from support import NOBODY, as_user, bpf_exists, bpf_ids, eventually
+
+from steer import abi, address
+from steer.bytecode import Code
+from steer.errors import KernelError, VerifierError
+from steer.kernel import bpf, compile, sockets, topology
+from steer.policy import EBPF, POLICIES
+from steer.table import Layout
+
+pytestmark = pytest.mark.needs("bpf")
+
+CPUS = len(topology.read().possible)
+SELECT = abi.BPF_SK_REUSEPORT_SELECT
+PASS = Code(["b700000001000000", "9500000000000000"], {})
+"""return SK_PASS"""
+
+
+def own_bpf() -> set[tuple[str, int]]:
+    return bpf_ids(os.getpid())
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def shown(kind: str, number: int) -> dict[str, Any]:
+    """What bpftool shows of a program or map."""
+    command = ["bpftool", "--json", kind, "show", "id", str(number)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """All files are closed at the end of the test, and no program or map is left."""
+    before = open_files(), own_bpf()
+    yield
+    assert (open_files(), own_bpf()) == before
+
+
+# ---- names
+
+
+@pytest.mark.needs("bpftool", "netns")
+@pytest.mark.usefixtures("netns")
+@pytest.mark.parametrize(
+    "name, program",
+    [
+        ("cpu", "steer_cpu"),
+        ("round-robin", "steer_round_rob"),
+        ("hash", "steer_hash"),
+        ("random", "steer_random"),
+    ],
+)
+def test_bpftool_shows_names(name: str, program: str) -> None:
+    before = own_bpf()
+    with Crew(EBPF, name, "tcp4", "udp6"):
+        made = own_bpf() - before
+        programs = [shown("prog", number) for kind, number in made if kind == "prog"]
+        maps = [shown("map", number) for kind, number in made if kind == "map"]
+    assert [(each["name"], each["type"]) for each in programs] == [(program, "sk_reuseport")] * 2
+    per_group = [
+        ("steer_counts", "percpu_array"),
+        ("steer_cpus", "percpu_array"),
+        ("steer_sockets", "reuseport_sockarray"),
+    ]
+    assert sorted((each["name"], each["type"]) for each in maps) == sorted(
+        [*per_group, *per_group, ("steer_table", "array")]
+    )
+
+
+# ---- programs that are refused
+
+
+def test_verifier_says_why() -> None:
+    with pytest.raises(VerifierError, match=r"load program steer_bad: EACCES") as caught:
+        bpf.Program("steer_bad", Code(["9500000000000000"], {}), {}, SELECT)
+    assert caught.value.detail.endswith("R0 !read_ok")
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_verifier_log_is_shortened_to_its_end() -> None:
+    """Hundreds of instructions, each in the log, and then one that reads what was never written."""
+    many = ["b700000000000000"] * 500 + ["bf91000000000000", "9500000000000000"]
+    with pytest.raises(VerifierError) as caught:
+        bpf.Program("steer_bad", Code(many, {}), {}, SELECT)
+    lines = caught.value.detail.splitlines()
+    assert 2 <= len(lines) <= 12
+    assert "!read_ok" in lines[-1]
+    assert not any(line.startswith("processed") for line in lines)
+
+
+def test_shortening_keeps_the_end() -> None:
+    log = "".join(f"{i}: (b7) r0 = 0\n\n" for i in range(40)) + "R9 !read_ok\nprocessed 41 insns\n"
+    assert bpf.shorten(log, 3) == "38: (b7) r0 = 0\n39: (b7) r0 = 0\nR9 !read_ok"
+    assert bpf.shorten("") == ""
+
+
+@pytest.mark.needs("netns")
+@pytest.mark.usefixtures("netns", "no_leaks")
+def test_refused_policy_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = compile.load(compile.sources() / "hash.c")
+    bad = {**made.programs, "migrate": Code(["9500000000000000"], {})}
+    monkeypatch.setattr(compile, "load", lambda _source: type("Bad", (), {"programs": bad}))
+    with pytest.raises(VerifierError, match="load program steer_hash"):
+        Crew(EBPF, "hash", "tcp4")
+
+
+def test_attach_type_that_no_kernel_knows_is_no_fault_of_the_program() -> None:
+    with pytest.raises(KernelError) as caught:
+        bpf.Program("steer_probe", PASS, {}, 9999)
+    assert type(caught.value) is KernelError
+    assert caught.value.cause == "EINVAL"
+
+
+@pytest.mark.needs("nobody")
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "bpf.Map('sockets')",
+        "bpf.Program('steer_probe', Code(['b700000001000000', '9500000000000000'], {}), {}, 39)",
+        # Not privileged matters more than that the program is bad.
+        "bpf.Program('steer_probe', Code(['9500000000000000'], {}), {}, 39)",
+    ],
+)
+def test_without_privilege_it_is_not_permitted(attempt: str) -> None:
+    program = f"""
+from steer.bytecode import Code
+from steer.errors import KernelError
+from steer.kernel import bpf
+try:
+    {attempt}
+except KernelError as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run(
+        as_user(NOBODY, sys.executable, "-c", program), capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("KernelError "), done.stderr
+    assert "EPERM; needs CAP_BPF: run as root" in done.stdout
+
+
+def test_older_kernel_gets_the_plain_program(
+    netns: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not know of migration refuses the attach type with EINVAL and no log."""
+    load = bpf.Program._load
+
+    def before_5_14(name: str, insns: bytes, options: Any) -> int:
+        if options.expected_attach_type == abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE:
+            return -errno.EINVAL
+        return load(name, insns, options)
+
+    monkeypatch.setattr(bpf.Program, "_load", staticmethod(before_5_14))
+    with Crew(EBPF, "round-robin", "tcp4").serving() as crew:
+        assert "migration needs Linux 5.14" in " ".join(crew.steering.notes)
+        assert crew.count(40).total() == sum(crew.selected().values()) == 40
+
+
+# ---- maps
+
+
+def test_map_without_room_in_the_file_table() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    bpf.libbpf()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(KernelError, match="create BPF map steer_counts: EMFILE"):
+            bpf.Map("counts", 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_entry_past_the_end() -> None:
+    with bpf.Map("cpus") as made:
+        with pytest.raises(KernelError, match="put entry 1: E2BIG"):
+            made.put(1, bytes(made.spec.value_bytes * CPUS))
+        with pytest.raises(KernelError, match="read entry 1: ENOENT"):
+            made.per_cpu(1, 1)
+    with bpf.Map("sockets", 4) as made, pytest.raises(KernelError, match="put entry 4: E2BIG"):
+        made.put_socket(4, 0)
+
+
+def test_empty_entry_may_be_deleted() -> None:
+    with bpf.Map("sockets", 4) as made:
+        made.delete(3)
+        with pytest.raises(KernelError, match="delete entry 4: E2BIG"):
+            made.delete(4)
+
+
+def test_every_cpu_has_its_own_value() -> None:
+    with bpf.Map("counts", 8) as made:
+        values = b"".join(abi.COUNT.pack(cpu, 10 * cpu, 2**60 + cpu) for cpu in range(CPUS))
+        made.put(5, values)
+        assert made.per_cpu(5, CPUS) == values
+        assert made.per_cpu(4, CPUS) == bytes(len(values))
+
+
+def test_socket_that_cannot_be_chosen_is_not_taken_in(netns: object) -> None:
+    with bpf.Map("sockets", 4) as made, sockets.scratch() as unbound:
+        with pytest.raises(KernelError, match="put entry 0: EINVAL"):
+            made.put_socket(0, unbound.fileno())
+        with sockets.member(address.parse(KINDS["tcp4"]), 16) as listener:
+            made.put_socket(0, listener.fileno())
+            with pytest.raises(KernelError, match="put entry 1: EBUSY"):
+                made.put_socket(1, listener.fileno())
+        # Closed, it is gone from the map, and its entry another's to have.
+        with sockets.member(address.parse(KINDS["tcp4"]), 16) as listener:
+            made.put_socket(0, listener.fileno())
+
+
+# ---- the table
+
+
+def test_flip_is_seen_by_programs(netns: object) -> None:
+    """The same flow goes wherever the table says at the moment."""
+    with Crew(EBPF, "hash", "udp4", workers=3).serving() as crew:
+        [flow] = sources("127.0.0.1", 1)
+        for slot in (0, 2, 1, 1, 0):
+            everywhere = Layout(array("H", [slot]) * 7, spares=array("H", [slot]) * abi.SPARES)
+            crew.steering._table.flip(everywhere.parts())
+            assert crew.flows([flow]) == {flow: slot}
+
+
+def test_table_starts_with_nobody_and_flips_between_halves() -> None:
+    with bpf.Map("table") as made:
+        table = bpf.Table(made)
+        try:
+            halves = abi.HEADER.size, abi.HEADER.size + abi.HALF_BYTES
+            nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
+            for half in halves:
+                at = half + abi.ENTRIES_OFFSET
+                assert content(made)[at : at + 2] == nobody
+            for turn in range(4):
+                before = content(made)
+                active = halves[before[0] & 1]
+                table.flip({0: bytes([turn] * 8), abi.SPARES_OFFSET: b"spares"})
+                after = content(made)
+                idle = halves[after[0] & 1]
+                assert idle != active
+                assert after[idle : idle + 8] == bytes([turn] * 8)
+                assert after[idle + abi.SPARES_OFFSET :].startswith(b"spares")
+                # What programs may still be reading is not touched.
+                assert (
+                    after[active : active + abi.HALF_BYTES]
+                    == (before[active : active + abi.HALF_BYTES])
+                )
+        finally:
+            table.close()
+
+
+def content(table: bpf.Map) -> bytes:
+    """All of the table, as the kernel has it."""
+    buffer = ctypes.create_string_buffer(abi.TABLE_BYTES)
+    assert bpf.libbpf().bpf_map_lookup_elem(table.fileno(), bytes(4), buffer) == 0
+    return buffer.raw
+
+
+# ---- nothing is left
+
+
+@pytest.mark.needs("netns")
+@pytest.mark.usefixtures("netns", "no_leaks")
+@pytest.mark.parametrize(
+    "name, backend", [(p.name, b) for p in POLICIES.values() for b in p.backends]
+)
+def test_backend_lets_go_of_everything(name: str, backend: str) -> None:
+    before = own_bpf()
+    with Crew(backend, name, *KINDS).serving() as crew:
+        crew.count(10)
+        crew.leave(1)
+        crew.steer()
+        made = own_bpf() - before
+        assert len(made) == (len(KINDS) * 4 + 1 if backend == EBPF else 0)
+    eventually(lambda: [each for each in made if bpf_exists(*each)], [])
+
+
+def test_descriptors_are_closed_once() -> None:
+    made = bpf.Map("cpus")
+    fd = made.fileno()
+    made.close()
+    with open(os.devnull) as other:
+        assert other.fileno() == fd
+        made.close()
+        os.fstat(fd)
