@@ -17,6 +17,7 @@ from steer.errors import SteerError
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
+_CHANGING = ("WEB_CONCURRENCY", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID")
 _POLL_S = 0.001
 _TIMEOUT_S = 20.0
 
@@ -34,11 +35,15 @@ def tool(name: str) -> str:
 
 
 def environment(run_directory: str, **more: str) -> dict[str, str]:
-    """Ours, without what would change a service, and with a run directory of its own."""
+    """Ours, without what would change a service, and with a run directory of its own.
+
+    Python's settings go too: without its cache of compiled modules only what pip had
+    compiled would start fast.
+    """
     kept = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith("STEER_") and key not in ("WEB_CONCURRENCY", "NOTIFY_SOCKET")
+        if not key.startswith(("STEER_", "PYTHON")) and key not in _CHANGING
     }
     return {**kept, "XDG_RUNTIME_DIR": run_directory, **more}
 

@@ -32,8 +32,8 @@ def run(quick: bool) -> list[Section]:
             name: partial(_first_answer_ms, command, _PORT, environment)
             for name, command in _servers(_PORT).items()
         }
-        subjects[_HELP] = partial(_whole_ms, [tool("steer"), "--help"])
-        subjects[_CLICK] = partial(_whole_ms, [sys.executable, "-c", "import click"])
+        subjects[_HELP] = partial(_whole_ms, [tool("steer"), "--help"], environment)
+        subjects[_CLICK] = partial(_whole_ms, [sys.executable, "-c", "import click"], environment)
         found = interleaved(subjects, 1 if quick else 21)
     return [Section(f"start, {WORKERS} workers", _figures(found))]
 
@@ -55,9 +55,9 @@ def _first_answer_ms(command: Sequence[str], port: int, environment: Mapping[str
         return 1000 * server.first_answer_s()
 
 
-def _whole_ms(command: Sequence[str]) -> float:
+def _whole_ms(command: Sequence[str], environment: Mapping[str, str]) -> float:
     started_s = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     return 1000 * (time.perf_counter() - started_s)
 
 

@@ -30,6 +30,7 @@ from steer.report import cpu_list
 FIRST_FD = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
 COMMAND_NOT_RUN = 127
+_KNOCK_S = 0.05
 _TEXT_MAX = 4000
 
 
@@ -116,7 +117,11 @@ class Worker:
         queued, then gets BlockingIOError and so ends."""
         self._stopping = True
         for sock in self.sockets:
-            os.set_blocking(sock.fileno(), False)
+            if sock.fileno() >= 0:
+                os.set_blocking(sock.fileno(), False)
+        # A signal that comes just before accept() does not interrupt it: knock again.
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, _KNOCK_S, _KNOCK_S)
 
 
 def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
