@@ -136,6 +136,8 @@ def _wanted(figure: Figure) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that count, and never an exponent."""
+    """A count as it is; else three digits that count, and never an exponent."""
+    if isinstance(value, int):
+        return str(value)
     size = abs(value)
     return f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"

@@ -86,7 +86,7 @@ class Server:
             SteerError: the server ended, or does not answer.
         """
         while time.perf_counter() < self._started_s + _TIMEOUT_S:
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError, TimeoutError):
                 get(self.port)
                 return time.perf_counter() - self._started_s
             if self.process.poll() is not None:
@@ -133,7 +133,7 @@ def server(command: Sequence[str], port: int, environment: Mapping[str, str]) ->
 
 
 def get(port: int) -> bytes:
-    """One answer from loopback. Raises ConnectionError: nobody there, or they hung up."""
+    """One answer from loopback. Raises ConnectionError, TimeoutError: as they say."""
     connection = http.client.HTTPConnection(HOST, port, timeout=_TIMEOUT_S)
     with contextlib.closing(connection):
         connection.request("GET", "/")

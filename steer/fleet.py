@@ -38,6 +38,7 @@ class Place(msgspec.Struct, eq=False):
 
     Args:
         failures: ends in a row before `lifecycle.STABLE_S` of service.
+        says_ready: whether it sent READY=1.
         error: why there is no process.
     """
 
@@ -48,6 +49,7 @@ class Place(msgspec.Struct, eq=False):
     ready_s: float | None = None
     starts: int = 0
     failures: int = 0
+    says_ready: bool = False
     timer: TimerHandle | None = None
     error: SteerError | None = None
 
@@ -144,13 +146,22 @@ class Fleet:
                 self._set_timer(place, after_s, Event.OVERDUE)
 
     def notified(self, pid: int) -> None:
-        """The process `pid`, or one that it descends from, says that it is ready."""
+        """The process `pid`, or one that it descends from, says that it is ready.
+
+        A command is looked at all the same: gunicorn says so before its workers have
+        loaded the application.
+        """
         for place in self.places:
             if place.process and proc.is_descendant(pid, place.process.pid):
-                self.report(place, Event.READY)
+                place.says_ready = True
+                is_callable = not place.process.launch.service.command
+                if is_callable or _waits(place.process) is not Seen.NO:
+                    self.report(place, Event.READY)
 
     def report(self, place: Place, event: Event) -> None:
         """Something happened to a worker: do what follows."""
+        if event is Event.LATE and place.says_ready:
+            event = Event.READY  # it waits in a way that is not seen
         if event in (Event.LATE, Event.OVERDUE):
             self._log.warning("worker %d: %s", place.slot, event.value)
         place.state, commands = lifecycle.step(place.state, event)
@@ -229,6 +240,7 @@ class Fleet:
         return place.process
 
     def _watch(self, place: Place, process: Process) -> None:
+        place.says_ready = False
         process.watch(self._loop, lambda gone, status: self._on_end(place, gone, status))
         self._set_timer(place, process.launch.service.ready_timeout, Event.LATE)
         self._look_s = _LOOK_FIRST_S
@@ -281,8 +293,9 @@ class Fleet:
         """See which workers wait on their sockets by now."""
         self._looking = None
         for place in self.places:
-            if place.state is State.STARTING and place.process and _serves(place.process):
-                self.report(place, Event.READY)
+            if place.state is State.STARTING and place.process:
+                if _waits(place.process) is Seen.YES:
+                    self.report(place, Event.READY)
         if any(place.state is State.STARTING for place in self.places):
             self._look_s = min(self._look_s * 1.5, _LOOK_LAST_S)
             self._look_soon()
@@ -311,8 +324,8 @@ class Fleet:
             place.timer = None
 
 
-def _serves(process: Process) -> bool:
-    return proc.waits_on(process.pid, process.inodes) is Seen.YES
+def _waits(process: Process) -> Seen:
+    return proc.waits_on(process.pid, process.inodes)
 
 
 _DO: dict[Command, Callable[[Fleet, Place], None]] = {

@@ -173,11 +173,7 @@ def service(netns: Netns, home: Path, environment: dict[str, str]) -> Iterator[S
     ) -> Service:
         if user is not None:
             require("nobody")
-        directory = home if not started else home / str(len(started))
-        directory.mkdir(exist_ok=True)
-        one = start_service(
-            *arguments, name=name, environment=environment, home=directory, user=user
-        )
+        one = start_service(*arguments, name=name, environment=environment, home=home, user=user)
         started.append(one)
         return one.wait_ready() if ready else one
 

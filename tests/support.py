@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -158,12 +159,14 @@ class Service:
 
     Args:
         home: directory it runs in, with its run and cache directories.
+        records: directory of what it writes.
         environment: what `steer` commands that speak to it need.
     """
 
     process: subprocess.Popen[bytes]
     name: str
     home: Path
+    records: Path
     environment: Mapping[str, str]
     _bpf: set[tuple[str, int]] = field(default_factory=set)
 
@@ -174,17 +177,17 @@ class Service:
 
     @property
     def control_socket(self) -> Path:
-        return self.home / "run" / "steer" / f"{self.name}.sock"
+        return Path(self.environment["XDG_RUNTIME_DIR"], "steer", f"{self.name}.sock")
 
     @property
     def log(self) -> str:
         """What it and its workers wrote to standard error so far."""
-        return (self.home / "stderr").read_text(errors="replace")
+        return (self.records / "stderr").read_text(errors="replace")
 
     @property
     def output(self) -> str:
         """What it and its workers wrote to standard output so far."""
-        return (self.home / "stdout").read_text(errors="replace")
+        return (self.records / "stdout").read_text(errors="replace")
 
     def ask(self, command: str, **more: Any) -> dict[str, Any]:
         """Send a request to its control socket. Raises ControlError."""
@@ -220,6 +223,9 @@ class Service:
             return False
 
         eventually(ready)
+        # A worker is reported ready in the turn of the loop before the one that flips the
+        # table for it: once a second request is answered, it is chosen.
+        self.status()
         self._note_bpf()
         return self
 
@@ -302,7 +308,8 @@ def start_service(
     *arguments: str, name: str, environment: Mapping[str, str], home: Path, user: int | None = None
 ) -> Service:
     """`steer run ARGUMENTS`, in a session of its own; not yet ready."""
-    with (home / "stdout").open("wb") as out, (home / "stderr").open("wb") as err:
+    records = Path(tempfile.mkdtemp(prefix="records-", dir=home))
+    with (records / "stdout").open("wb") as out, (records / "stderr").open("wb") as err:
         process = subprocess.Popen(
             as_user(user, STEER, "run", "--name", name, *arguments),
             env=environment,
@@ -312,4 +319,4 @@ def start_service(
             stderr=err,
             start_new_session=True,
         )
-    return Service(process, name, home, environment)
+    return Service(process, name, home, records, environment)

@@ -7,7 +7,6 @@ the kernel's queues, and is there when it goes on.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import select
@@ -35,6 +34,8 @@ Client = tuple[socket.socket, BinaryIO]
 
 @dataclass
 class FakeWorker:
+    """As `steer.worker.Worker` to the demo, its signal handlers included."""
+
     sockets: list[socket.socket]
     ready_fd: int
     stopping: bool = False
@@ -45,6 +46,9 @@ class FakeWorker:
 
     def ready(self) -> None:
         os.write(self.ready_fd, b"R")
+
+    def stop(self, _number: int, _frame: object) -> None:
+        self.stopping = True
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def start(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
 
 def serve_and_exit(worker: FakeWorker) -> None:
-    logging.basicConfig(force=True)  # asyncio's complaints to stderr, not to pytest's handlers
+    signal.signal(signal.SIGTERM, worker.stop)
     try:
         demo.serve(cast(Any, worker))
     except BaseException:  # noqa: BLE001 - nothing may get out of here into a second pytest
@@ -232,7 +236,8 @@ def test_cpu_is_the_one_it_runs_on(start: Start) -> None:
     running = start()
     client = running.connect()
     for cpu in sorted(os.sched_getaffinity(0)):
-        os.sched_setaffinity(running.pid, {cpu})
+        for thread in os.listdir(f"/proc/{running.pid}/task"):
+            os.sched_setaffinity(int(thread), {cpu})
         assert json.loads(ask(client).body)["cpu"] == cpu
 
 
@@ -249,6 +254,7 @@ def test_current_cpu_is_one_of_the_allowed() -> None:
         b"DELETE /\xc3\xa9 HTTP/1.1\r\nHost: a\r\nX: \xc3\xa9\r\nEmpty:\r\n\r\n",
         b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET / HTTP/1.1\nHost: a\n\n",
+        b"GET / HTTP/1.1\r\nX:\ta\tb\t\r\n\r\n",
     ],
 )
 def test_anything_well_formed_is_answered(start: Start, request_: bytes) -> None:
@@ -329,14 +335,6 @@ def test_bodies_are_skipped(start: Start) -> None:
     client[0].sendall(body + get("/", "Connection: close"))
     assert [read_answer(client[1]).status for _ in range(2)] == [200, 200]
     assert has_ended(client)
-
-
-def test_client_that_waits_to_send_a_body_is_told_to(start: Start) -> None:
-    client = start().connect()
-    client[0].sendall(b"PUT / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
-    assert client[1].readline() + client[1].readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
-    assert ask(client, b"ab").status == 200
-    assert ask(client).status == 200
 
 
 def test_client_that_ends_its_side_gets_its_answers(start: Start) -> None:
@@ -423,7 +421,9 @@ def check_released(running: Running, request: bytes, status: int) -> None:
         b"GET  / HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1 \r\n\r\n",
         b"GET / HTTP/2.0\r\n\r\n",
-        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"G(T / HTTP/1.1\r\n\r\n",
+        b"GET /\t HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno-colon\r\n\r\n",
         b"GET / HTTP/1.1\r\nspace : before\r\n\r\n",
         b"GET / HTTP/1.1\r\n: nameless\r\n\r\n",
         b"GET / HTTP/1.1\r\nA: b\r\n folded\r\n\r\n",
@@ -448,7 +448,7 @@ def test_chunked_body_gets_411_and_a_close(start: Start) -> None:
 @pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
 def test_oversized_head_gets_431_and_a_close(start: Start, end: bytes) -> None:
     request = b"GET / HTTP/1.1\r\nA: "
-    check_refused(start(), request + b"a" * (64 * 1024 - len(request) + 1) + end, 431)
+    check_refused(start(), request + b"a" * (64 * 1024 - len(request + end) + 1) + end, 431)
 
 
 def check_refused(running: Running, request: bytes, status: int) -> None:
@@ -466,7 +466,7 @@ def check_refused(running: Running, request: bytes, status: int) -> None:
 
 def test_largest_head_is_answered(start: Start) -> None:
     request = b"GET / HTTP/1.1\r\nA: "
-    request += b"a" * (64 * 1024 - len(request)) + b"\r\n\r\n"
+    request += b"a" * (64 * 1024 - len(request) - 4) + b"\r\n\r\n"
     assert ask(start().connect(), request).status == 200
 
 
@@ -488,7 +488,8 @@ def test_bad_delay_gets_400_and_keeps_the_connection(start: Start, name: str, va
 def test_delay_is_no_shorter_than_asked(start: Start, query: str) -> None:
     client = start().connect()
     start_s = time.monotonic()
-    assert ask(client, get(f"/?{query}")).status == 200
+    client[0].sendall(get(f"/?{query}") + GET * 1000)  # more input is no reason to wake up
+    assert read_answer(client[1]).status == 200
     assert time.monotonic() - start_s >= 0.08
 
 
@@ -508,10 +509,13 @@ def test_busy_request_keeps_the_cpu_and_all_others_waiting(start: Start) -> None
     before_ticks = cpu_ticks(running.pid)
     busy[0].sendall(get(f"/?busy_ms={FOREVER_MS}"))
     wait_until(lambda: cpu_ticks(running.pid) - before_ticks >= 5)
+    descriptors = os.listdir(f"/proc/{running.pid}/fd")
+    running.connect()  # waits where the kernel can still give it to another worker
     other[0].sendall(GET)
     wait_until(lambda: cpu_ticks(running.pid) - before_ticks >= 10)
     assert is_silent(busy[0])
     assert is_silent(other[0])
+    assert os.listdir(f"/proc/{running.pid}/fd") == descriptors
 
 
 def test_sleeping_request_leaves_the_cpu_alone(start: Start) -> None:
@@ -573,12 +577,6 @@ def test_stop_of_an_idle_service(start: Start) -> None:
 
 def test_stop_from_before_the_start(start: Start) -> None:
     assert start(stopping=True).wait() == 0
-
-
-def test_interrupt_is_ignored(start: Start) -> None:
-    running = start()
-    running.signal(signal.SIGINT)
-    assert ask(running.connect()).status == 200
 
 
 def test_stop_answers_all_that_is_queued(start: Start) -> None:
@@ -684,3 +682,13 @@ def test_stop_lets_a_sleeping_datagram_finish(start: Start) -> None:
     running.signal(signal.SIGTERM)
     assert json.loads(client.recv(999))["slot"] == 3
     assert running.wait() == 0
+
+
+def test_stop_closes_the_listener_before_datagrams_have_slept(start: Start) -> None:
+    running = start("tcp4", "udp4")
+    client, other = running.datagram_client(1), running.datagram_client(1)
+    client.send(f"sleep_ms={FOREVER_MS}".encode())
+    other.send(b"")
+    other.recv(999)
+    running.signal(signal.SIGTERM)
+    wait_until(lambda: refuses(running))

@@ -25,7 +25,7 @@ from support import DEADLINE_S, Netns, eventually, http_get, udp_ask
 
 from steer.abi import SO_DETACH_REUSEPORT_BPF
 from steer.cpus import Topology
-from steer.kernel import topology
+from steer.kernel import proc, topology
 from steer.policy import CBPF, EBPF, KERNEL, POLICIES
 
 pytestmark = [pytest.mark.needs("bpf"), pytest.mark.usefixtures("netns")]
@@ -407,16 +407,19 @@ def test_no_live_slot_leaves_the_choice_to_the_kernel(policy: str, backend: str,
 
 @all_kinds
 @all_programs
-@pytest.mark.parametrize("steered", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("when", ["before anybody is", "nobody is", "nobody is any more"])
 def test_with_nobody_to_choose_the_kernel_does(
-    policy: str, backend: str, kind: str, steered: bool
+    policy: str, backend: str, kind: str, when: str
 ) -> None:
-    with Crew(backend, policy, kind, workers=2) as crew:
+    with Crew(backend, policy, kind, workers=3) as crew:
         crew.join(0, 1)
-        if steered:
+        if when == "nobody is any more":
             crew.steer()
             crew.count(10)
+        if when != "before anybody is":
             crew.steering.steer([])
+            crew.join(2)
+            crew.leave(2)
         before = crew.selected()
         assert fair(crew.count(200), [1, 1])
         if backend == EBPF:
@@ -693,3 +696,15 @@ def test_service_counts_on_when_a_worker_is_replaced(service: StartService) -> N
     assert after == {1: 5, 2: 5}
     assert made.selected() == {2: 5, 1: 10}
     assert made.status()["totals"]["selected"] == 20
+
+
+def test_service_on_cbpf_when_a_worker_is_replaced(service: StartService) -> None:
+    """We hold duplicates of the sockets: one kept too long would go on being chosen."""
+    made = service("-w", "2", "--policy", "hash", "--backend", "cbpf", *binds("tcp4", "udp6"))
+    os.kill(made.workers()[0]["pid"], signal.SIGKILL)
+    eventually(lambda: [each["restarts"] for each in made.workers()], [1, 0])
+    made.wait_ready()
+    for kind in ("tcp4", "udp6"):
+        assert {ask(kind)[0] for _ in range(40)} == {1, 2}
+    for protocol, host in (("tcp", "127.0.0.1"), ("udp", "::1")):
+        assert len({each.inode for each in proc.holders(protocol, host, PORT)}) == 2

@@ -22,7 +22,8 @@ from steer.errors import ConfigError, KernelError
 _PR_SET_PDEATHSIG = 1
 WITHOUT_MEANING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
 """Signals that users of such servers send, and that would by default end or stop a controller."""
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, *WITHOUT_MEANING)
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_HANDLED = (*_ENDING, *WITHOUT_MEANING)
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -125,12 +126,20 @@ def _in_child(child: Callable[[], int], mask: Iterable[int]) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_HANDLED))
         code = child()
     except SystemExit as done:
-        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+        code = _exit_code(done.code)
     except BaseException:  # noqa: BLE001 - shown, and this process ends here
         sys.excepthook(*sys.exc_info())
     finally:
         _flush()
         os._exit(code)
+
+
+def _exit_code(value: object) -> int:
+    """As Python's own end of a program has it: what is no number is shown, and a failure."""
+    if value is None or isinstance(value, int):
+        return value or 0
+    print(value, file=sys.stderr)
+    return 1
 
 
 def _flush() -> None:
@@ -172,6 +181,16 @@ def is_running(pid: int) -> bool:
 def hold_signals() -> None:
     """Let signals that end us wait until `release_signals`; no child inherits that."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+
+
+def pause(seconds: float) -> None:
+    """While signals are held; one that ends us ends us at once, as nothing has begun.
+
+    Raises:
+        SystemExit: there was one.
+    """
+    if signal.sigtimedwait(_ENDING, seconds) is not None:
+        raise SystemExit(0)
 
 
 def release_signals() -> None:

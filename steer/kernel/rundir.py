@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from steer.errors import ControlError
+from steer.kernel import process
 
 _TMP = Path("/tmp")
 _BACKLOG = 16
@@ -212,7 +213,7 @@ def _locked(directory: Path, make: bool) -> int:
             if os.path.samestat(os.fstat(fd), directory.stat()):
                 undo.pop_all()
                 return fd
-        time.sleep(_LOOK_AGAIN_S)
+        process.pause(_LOOK_AGAIN_S)
     raise ControlError(
         "start a service",
         f"another has been starting for {_TURN_S:g} s",
