@@ -8,7 +8,6 @@ environment, which all that descend from a service inherit.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from steer.kernel import rundir
 
 WORKERS = 4
 _PORT = 9300
-_NAME = f"bench-{os.getpid()}"
+_NAME = servers.name(_PORT)
 _MARK = "BENCH_LEAKS"
 _SYSTEMS_EVERY = 10
 """So often /run/steer is used, not a directory of our own."""
@@ -57,7 +56,7 @@ def run(quick: bool) -> list[Section]:
 def _start_and_stop(environment: Mapping[str, str], by_signal: bool) -> float:
     """Start, wait for an answer, end: by SIGTERM or by `steer stop`. Returns milliseconds."""
     began_s = time.perf_counter()
-    command = [*servers.steer_demo(_PORT, WORKERS), "--name", _NAME]
+    command = servers.steer_run(_PORT, WORKERS)
     with servers.server(command, _PORT, environment) as server:
         server.first_answer_s()
         if not by_signal:

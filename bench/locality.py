@@ -19,7 +19,7 @@ from functools import partial
 
 from bench import machine, servers
 from bench.figures import Figure, Section, above, interleaved
-from bench.servers import HOST, tool
+from bench.servers import HOST
 from steer import client
 from steer.errors import SteerError
 
@@ -44,7 +44,7 @@ def run(quick: bool) -> list[Section]:
         for port, (name, options) in enumerate(_SERVICES.items(), _PORT):
             command = _command(port, options)
             stack.enter_context(servers.server(command, port, environment)).first_answer_s()
-            _wait_for_all(f"bench-{port}", environment)
+            _wait_for_all(servers.name(port), environment)
             for protocol, ask in (("TCP", _ask_tcp), ("UDP", _ask_udp)):
                 subjects[f"{name}, {protocol}"] = partial(_local_percent, ask, port, requests)
         found = interleaved(subjects, rounds)
@@ -53,9 +53,8 @@ def run(quick: bool) -> list[Section]:
 
 
 def _command(port: int, options: Iterable[str]) -> list[str]:
-    workers = str(PER_CPU * len(os.sched_getaffinity(0)))
-    binds = ["-b", f"{HOST}:{port}", "-b", f"udp://{HOST}:{port}"]
-    return [tool("steer"), "run", *options, "-w", workers, "--name", f"bench-{port}", *binds]
+    workers = PER_CPU * len(os.sched_getaffinity(0))
+    return servers.steer_run(port, workers, "-b", f"udp://{HOST}:{port}", *options)
 
 
 def _wait_for_all(name: str, environment: Mapping[str, str]) -> None:

@@ -55,7 +55,7 @@ Pair = tuple[Look, Look]
 def _round(environment: Mapping[str, str], idle_s: float) -> dict[str, Pair]:
     """Both at once: before and after a while in which nothing happens."""
     commands = {
-        _OURS: servers.steer_demo(_PORT, WORKERS),
+        _OURS: servers.steer_run(_PORT, WORKERS),
         _THEIRS: servers.gunicorn(_PORT + 1, WORKERS),
     }
     with ExitStack() as stack:

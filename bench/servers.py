@@ -144,9 +144,16 @@ def get(port: int) -> bytes:
     return body
 
 
-def steer_demo(port: int, workers: int, policy: str = "cpu") -> list[str]:
+def steer_run(port: int, workers: int, *arguments: str) -> list[str]:
+    """The service's name is `name(port)`; with no arguments that say else, it is the demo."""
     bind = f"{HOST}:{port}"
-    return [tool("steer"), "run", "-w", str(workers), "--policy", policy, "-b", bind]
+    base = [tool("steer"), "run", "-w", str(workers), "-b", bind, "--name", name(port)]
+    return [*base, *arguments]
+
+
+def name(port: int) -> str:
+    """One that no other service on this machine has."""
+    return f"bench-{os.getpid()}-{port}"
 
 
 def gunicorn(port: int, workers: int) -> list[str]:

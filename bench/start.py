@@ -15,7 +15,7 @@ from functools import partial
 
 from bench import servers
 from bench.figures import Figure, Section, interleaved, ratio
-from bench.servers import HOST, tool
+from bench.servers import tool
 
 WORKERS = 4
 _PORT = 9100
@@ -39,14 +39,12 @@ def run(quick: bool) -> list[Section]:
 
 
 def _servers(port: int) -> dict[str, list[str]]:
-    workers = str(WORKERS)
     uvicorn = [tool("uvicorn"), "bench.apps:asgi", "--lifespan", "off"]
-    steer = [tool("steer"), "run", "-w", workers, "-b", f"{HOST}:{port}"]
     return {
-        _DEMO: servers.steer_demo(port, WORKERS),
+        _DEMO: servers.steer_run(port, WORKERS, "--policy", "cpu"),
         _GUNICORN: servers.gunicorn(port, WORKERS),
-        _UNDER_STEER: [*steer, "--", *uvicorn, "--fd", "{fd}"],
-        _UVICORN: [*uvicorn, "--workers", workers, "--port", str(port)],
+        _UNDER_STEER: servers.steer_run(port, WORKERS, "--", *uvicorn, "--fd", "{fd}"),
+        _UVICORN: [*uvicorn, "--workers", str(WORKERS), "--port", str(port)],
     }
 
 

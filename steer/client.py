@@ -28,8 +28,9 @@ def ask(
         ControlError: refused, no answer within `timeout_s`, or none of steer's.
     """
     act = f"{command} {path.stem}"
+    limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
     try:
-        with rundir.connect(path, _TIMEOUT_S) as sock:
+        with rundir.connect(path, limit_s) as sock:
             sock.settimeout(timeout_s)
             sock.sendall(msgspec.json.encode({"command": command, **more}) + b"\n")
             data = sock.makefile("rb").readline()
@@ -38,7 +39,7 @@ def ask(
         raise ControlError(act, f"answer not understood: {error}", "is it steer's?") from None
     except TimeoutError:
         cure = "is it stopped? see ps(1), then kill -CONT or -KILL"
-        raise ControlError(act, f"no answer within {_TIMEOUT_S:g} s", cure) from None
+        raise ControlError(act, f"no answer within {limit_s:g} s", cure) from None
     except PermissionError:
         raise ControlError(act, "EACCES", "ask as root or as the service's own user") from None
     except OSError:
@@ -121,8 +122,8 @@ def stop(path: Path, quick: bool) -> None:
         NotRunning, ControlError
     """
     pidfd = None
-    with suppress(OSError):
-        pidfd = os.pidfd_open(_status(path).pid)
+    with suppress(OSError), rundir.connect(path, _TIMEOUT_S) as sock:
+        pidfd = os.pidfd_open(rundir.peer(sock)[0])
     ask(path, "stop", timeout_s=None, quick=quick)
     if pidfd is not None:
         select.select([pidfd], [], [])

@@ -20,7 +20,7 @@ PORT = 8080
 SERVERS = {
     "uvicorn": ("uvicorn", "asgi:app", "--fd", "{fd}"),
     "gunicorn": ("gunicorn", "-w", "1", "wsgi:app"),
-    "hypercorn": ("hypercorn", "asgi:app", "--bind", "fd://{fd}"),
+    "hypercorn": ("hypercorn", "asgi:app", "--bind", "fd://{fd}", "--graceful-timeout", "60"),
 }
 SAYS_WHEN_STOPPED = {
     "uvicorn": "Shutting down",

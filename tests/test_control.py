@@ -1,0 +1,449 @@
+"""The control socket: where it is, who may speak to it, and what nobody's words can do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RunSteer, StartService
+from support import DEADLINE_S, NOBODY, STEER, Service, as_user, eventually
+
+from steer import client
+from steer.errors import ControlError, NotRunning
+from steer.kernel import rundir
+
+PORT = 8080
+HOLDS = """
+import time
+from pathlib import Path
+
+def serve(worker):
+    while True:
+        client, _ = worker.sockets[0].accept()
+        with client:
+            Path("under-way").touch()
+            while not Path("go").exists():
+                time.sleep(0.01)
+            client.sendall(b"done")
+"""
+
+
+def connect(running: Service) -> socket.socket:
+    return rundir.connect(running.control_socket, DEADLINE_S)
+
+
+def answer(sock: socket.socket) -> dict[str, Any]:
+    with sock.makefile("rb") as stream:
+        found: dict[str, Any] = json.loads(stream.readline())
+        return found
+
+
+def is_unharmed(running: Service) -> bool:
+    return running.status()["state"] == "running" and "bug" not in running.log
+
+
+# What is sent to it
+
+
+@pytest.mark.parametrize(
+    "request_, error",
+    [
+        (b"\n", "request not understood"),
+        (b"hello\n", "request not understood"),
+        (b"\xff\xfe\x00\n", "request not understood"),
+        (b'["status"]\n', "request not understood"),
+        (b'"status"\n', "request not understood"),
+        (b"[" * 60_000 + b"\n", "request not understood"),
+        (b"1" * 60_000 + b"\n", "request not understood"),
+        (b"{}\n", "unknown command; known: status, stop"),
+        (b'{"command": null}\n', "unknown command; known: status, stop"),
+        (b'{"command": {"stop": 1}}\n', "unknown command; known: status, stop"),
+        (b"x" * 70_000 + b"\n", "request too long: 65536 bytes at most"),
+    ],
+)
+def test_refuses_what_is_no_request(service: StartService, request_: bytes, error: str) -> None:
+    running = service("-w", "1")
+    with connect(running) as sock:
+        sock.sendall(request_)
+        found = answer(sock)
+    assert found["ok"] is False
+    assert found["error"].startswith(error)
+    assert is_unharmed(running)
+
+
+def test_refuses_a_request_that_ends_in_the_middle(service: StartService) -> None:
+    running = service("-w", "1")
+    with connect(running) as sock:
+        sock.sendall(b'{"command": "st')
+        sock.shutdown(socket.SHUT_WR)
+        assert answer(sock)["error"] == "request not complete: a line of JSON is wanted"
+    with connect(running) as sock:
+        sock.sendall(b'{"command": "status"}')
+    assert is_unharmed(running)
+
+
+def test_endless_request_is_not_kept(service: StartService) -> None:
+    running = service("-w", "1")
+    before_kb = resident_kb(running.pid)
+    with connect(running) as sock, suppress(ConnectionError):
+        for _ in range(100):
+            sock.sendall(bytes(1 << 20))
+        pytest.fail("it took 100 MB")
+    assert is_unharmed(running)
+    assert resident_kb(running.pid) - before_kb < 10_000
+
+
+def resident_kb(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+def test_silent_connections_keep_nobody_out(service: StartService) -> None:
+    running = service("-w", "1")
+    with ExitStack() as undo:
+        for _ in range(300):
+            undo.enter_context(connect(running)).send(b"{")
+        assert is_unharmed(running)
+        assert len(list(Path(f"/proc/{running.pid}/fd").iterdir())) < 150
+        # Nor do they keep it from ending.
+        assert running.stop() == 0
+
+
+def test_slow_request_is_answered_all_the_same(service: StartService) -> None:
+    running = service("-w", "1")
+    with connect(running) as sock:
+        for byte in b'{"command": "status"}\n':
+            sock.send(bytes([byte]))
+            running.ask("status")
+        assert answer(sock)["service"]["name"] == "test"
+
+
+def test_asker_who_does_not_wait_is_no_harm(service: StartService) -> None:
+    running = service("-w", "1")
+    for _ in range(50):
+        with connect(running) as sock:
+            sock.sendall(b'{"command": "status"}\n')
+    assert is_unharmed(running)
+
+
+# Who may
+
+
+def test_is_ours_alone(service: StartService) -> None:
+    running = service("-w", "1")
+    found = running.control_socket.stat()
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    assert found.st_uid == os.geteuid()
+
+
+@pytest.mark.needs("nobody")
+def test_another_user_is_told_whom_to_ask(
+    service: StartService, steer: RunSteer, home: Path
+) -> None:
+    running = service("-w", "1")
+    for command in ("status", "stop"):
+        done = steer(command, "test", user=NOBODY)
+        assert done.returncode == 1
+        words = f"steer: {command} test: EACCES; ask as root or as the service's own user\n"
+        assert done.stderr == words
+    assert is_unharmed(running)
+
+
+@pytest.mark.needs("nobody")
+def test_another_user_is_refused_by_credentials(service: StartService) -> None:
+    running = service("-w", "1")
+    running.control_socket.chmod(0o666)
+    script = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+        """s.sendall(b'{"command": "stop"}\\n'); print(s.makefile().readline())"""
+    )
+    asked = subprocess.run(
+        as_user(NOBODY, "/usr/bin/python3", "-Ic", script, str(running.control_socket)),
+        capture_output=True,
+        timeout=DEADLINE_S,
+    )
+    assert json.loads(asked.stdout) == {
+        "ok": False,
+        "error": "not permitted: only root and the service's own user may ask",
+    }
+    assert is_unharmed(running)
+
+
+@pytest.mark.needs("nobody")
+def test_root_may_stop_another_users(
+    service: StartService, environment: dict[str, str], home: Path
+) -> None:
+    running = service("-w", "1", user=NOBODY)
+    assert running.steer("stop", "test").stdout == "stopped test\n"
+    assert running.wait() == 0
+
+
+# Where it is
+
+
+@contextmanager
+def started(
+    *command: str, environment: dict[str, str], home: Path
+) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=home,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def lines_until(process: subprocess.Popen[str], word: str) -> list[str]:
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if word in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+PRIVATE_RUN = 'mount -t tmpfs none /run && {} && exec "$@"'
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize(
+    "prepare, runtime, why",
+    [
+        ("true", "/run/nowhere", "No such file or directory"),
+        ("mkdir /run/ro && mount -t tmpfs -o ro none /run/ro", "/run/ro", "Read-only file system"),
+        ("touch /run/file", "/run/file", "Not a directory"),
+        (
+            "mkdir -p /run/them/steer && chown 1 /run/them/steer",
+            "/run/them",
+            "/run/them/steer is another user's",
+        ),
+        ("true", "/run/" + "x" * 100, "AF_UNIX path too long"),
+    ],
+)
+def test_goes_to_the_next_place_and_says_so(
+    netns: object, environment: dict[str, str], home: Path, prepare: str, runtime: str, why: str
+) -> None:
+    environment["XDG_RUNTIME_DIR"] = runtime
+    if len(runtime) > 100:
+        prepare = f"mkdir {runtime}"
+    shell = ("unshare", "-m", "sh", "-c", PRIVATE_RUN.format(prepare), "sh")
+    run = (*shell, STEER, "run", "-w", "1", "--name", "test")
+    with started(*run, environment=environment, home=home) as process:
+        lines = lines_until(process, "serving")
+        where = f"control socket /run/steer/test.sock, as not at {runtime}/steer/test.sock: "
+        assert lines[0].endswith(f"{where}{why}\n")
+        place = Path(f"/proc/{process.pid}/root/run/steer")
+        assert [each.name for each in place.iterdir()] == ["test.sock"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.needs("nobody")
+def test_directory_that_somebody_else_made_in_tmp(
+    netns: object, environment: dict[str, str], home: Path, steer: RunSteer
+) -> None:
+    del environment["XDG_RUNTIME_DIR"]
+    uid = 54321  # nobody's, so that no other test is in its place
+    squatted = Path(f"/tmp/steer-{uid}")
+    squatted.mkdir(mode=0o777)
+    try:
+        with socket.socket(socket.AF_UNIX) as trap:
+            trap.bind(str(squatted / "trap.sock"))
+            trap.listen()
+            (squatted / "trap.sock").chmod(0o666)
+            done = steer("run", user=uid)
+            assert done.returncode == 1
+            assert f"{squatted}/demo.sock: {squatted} is another user's; name" in done.stderr
+            for command in ("status", "stop"):
+                found = steer(command, "trap", user=uid)
+                assert "find service 'trap': not running" in found.stderr
+    finally:
+        (squatted / "trap.sock").unlink()
+        squatted.rmdir()
+
+
+@pytest.mark.needs("nobody")
+def test_user_without_a_run_directory_has_one_in_tmp(
+    service: StartService, environment: dict[str, str]
+) -> None:
+    """Where /run/steer is no place for them."""
+    environment["XDG_RUNTIME_DIR"] = "/nowhere"
+    place = Path(f"/tmp/steer-{NOBODY}")
+    running = service("-w", "1", name="test", user=NOBODY, ready=False)
+    eventually(lambda: "serving" in running.log)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    assert running.stop() == 0
+    assert not (place / "test.sock").exists()
+
+
+def test_goes_where_it_is_told_to(service: StartService, home: Path) -> None:
+    place = home / "elsewhere" / "my.socket"
+    place.parent.mkdir()
+    running = service("-w", "1", "--control-socket", str(place), ready=False)
+    eventually(lambda: "serving" in running.log)
+    assert json.loads(running.steer("status", "--json", "--control-socket", str(place)).stdout)
+    assert "not running" in running.steer("status", "test").stderr
+    assert running.steer("stop", "--control-socket", str(place)).returncode == 0
+    assert running.wait() == 0
+    assert list(place.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "place, why",
+    [
+        ("nowhere/x", "No such file or directory"),
+        ("file", "something is there that is no socket"),
+        ("file/x", "Not a directory"),
+        ("link", "something is there that is no socket"),
+        ("x" * 120, "AF_UNIX path too long"),
+        (".", "something is there that is no socket"),
+    ],
+)
+def test_place_where_none_can_be(steer: RunSteer, home: Path, place: str, why: str) -> None:
+    (home / "file").write_text("precious")
+    (home / "link").symlink_to("file")
+    done = steer("run", "--control-socket", place)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"steer: make the control socket of 'demo': {place}: {why}; "
+        "name another place: --control-socket PATH\n"
+    )
+    assert (home / "file").read_text() == "precious"
+
+
+@pytest.mark.needs("nobody")
+def test_place_where_another_users_socket_is(steer: RunSteer, home: Path) -> None:
+    home.chmod(0o777)
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(home / "theirs"))
+        theirs.listen()
+        (home / "theirs").chmod(0o600)
+        done = steer("run", "--control-socket", "theirs", user=NOBODY)
+    assert done.returncode == 1
+    assert "theirs: another user's socket is there" in done.stderr
+    assert (home / "theirs").is_socket()
+
+
+# Second services, dead ones, and those that do not answer
+
+
+def test_second_of_one_name_is_told_who_has_it(service: StartService) -> None:
+    running = service("-w", "1")
+    done = running.steer("run", "--name", "test", "-b", "127.0.0.1:9")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"steer: start service 'test': one of that name is running (pid {running.pid}, "
+        f"{running.control_socket}); stop it with `steer stop test`, "
+        "or give this one another --name\n"
+    )
+    assert is_unharmed(running)
+
+
+def test_socket_of_a_dead_service_is_no_obstacle(service: StartService) -> None:
+    running = service("-w", "1")
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert running.control_socket.is_socket()
+    for command in ("status", "stop"):
+        assert "find service 'test': not running" in running.steer(command, "test").stderr
+    running.leaves_nothing()
+    again = service("-w", "1")
+    assert again.stop() == 0
+    assert not again.control_socket.exists()
+
+
+def test_controller_that_stands_still_is_not_taken_for_dead(service: StartService) -> None:
+    running = service("-w", "1")
+    running.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(ControlError, match=r"no answer within 0\.1 s"):
+            running.ask("status", timeout_s=0.1)
+        with ExitStack() as undo:
+            with suppress(TimeoutError):
+                for _ in range(1000):  # its backlog is far less
+                    undo.enter_context(rundir.connect(running.control_socket, 0.1))
+                pytest.fail("its backlog is never full")
+            done = running.steer("run", "--name", "test", "-b", "127.0.0.1:9")
+        assert done.returncode == 1
+        assert "one of that name is running (it does not answer, " in done.stderr
+    finally:
+        running.send_signal(signal.SIGCONT)
+    assert is_unharmed(running)
+
+
+@pytest.mark.parametrize("words", [b"", b"hello\n", b"[]\n", b'{"ok": true}\n'])
+def test_somebody_elses_socket_is_not_understood(tmp_path: Path, words: bytes) -> None:
+    path = tmp_path / "x.sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+
+        def answer_once() -> None:
+            connection, _ = sock.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(words)
+
+        thread = threading.Thread(target=answer_once)
+        thread.start()
+        wanted = NotRunning if not words else ControlError
+        with pytest.raises(wanted, match="not understood" if words else "ended before"):
+            client.status(path)
+        thread.join(DEADLINE_S)
+
+
+# Stop
+
+
+def test_stop_returns_when_the_controller_is_gone(service: StartService, home: Path) -> None:
+    (home / "holds.py").write_text(HOLDS)
+    running = service("holds:serve", "-w", "1")
+    with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S) as sock:
+        eventually((home / "under-way").exists)
+        stopping = subprocess.Popen(
+            [STEER, "stop", "test"], env=running.environment, stdout=subprocess.PIPE, text=True
+        )
+        eventually(lambda: running.status()["state"], "stopping")
+        assert [each["state"] for each in running.workers()] == ["stopping"]
+        assert stopping.poll() is None
+        (home / "go").touch()
+        assert sock.recv(100) == b"done"
+    assert stopping.communicate(timeout=DEADLINE_S)[0] == "stopped test\n"
+    assert running.process.poll() == 0
+
+
+def test_stop_quick_does_not_wait_for_what_is_under_way(service: StartService, home: Path) -> None:
+    (home / "holds.py").write_text(HOLDS)
+    running = service("holds:serve", "-w", "1", "--graceful-timeout", "86400")
+    with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S):
+        eventually((home / "under-way").exists)
+        done = running.steer("stop", "test", "--quick", "--json")
+    assert json.loads(done.stdout) == {"stopped": "test"}
+    assert running.process.poll() == 0
+
+
+def test_two_may_wait_for_the_same_stop(service: StartService) -> None:
+    running = service("-w", "2")
+    with connect(running) as first, connect(running) as second:
+        for sock in (first, second):
+            sock.sendall(b'{"command": "stop"}\n')
+        assert answer(first) == answer(second) == {"ok": True}
+    assert running.wait() == 0
