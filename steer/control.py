@@ -77,10 +77,11 @@ class Server:
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, sock: socket.socket) -> Mapping[str, Any]:
-        if not _is_trusted(sock):
-            return _refusal("not permitted: only root and the service's own user may ask")
         try:
-            request = msgspec.json.decode(await self._line(reader), type=dict[str, Any])
+            line = await self._line(reader)
+            if not _is_trusted(sock):
+                return _refusal("not permitted: only root and the service's own user may ask")
+            request = msgspec.json.decode(line, type=dict[str, Any])
         except asyncio.LimitOverrunError:
             return _refusal(f"request too long: {REQUEST_MAX_BYTES} bytes at most")
         except (asyncio.IncompleteReadError, TimeoutError):

@@ -13,7 +13,7 @@ import msgspec
 
 from steer import lifecycle
 from steer.errors import AppLoadError, SteerError, WorkersFailed
-from steer.kernel import proc
+from steer.kernel import proc, sockets
 from steer.kernel.proc import Seen
 from steer.kernel.process import how_it_ended
 from steer.lifecycle import Command, Event, State
@@ -233,8 +233,13 @@ class Fleet:
     def _spawn(self, place: Place) -> Process:
         """Start a process. Raises BindError, KernelError, WorkersFailed."""
         place.starts += 1
+        launch = self._launch(place.seat, place.slot)
+        if not any(each.process for each in self.places):
+            # Nobody of ours keeps the ports: somebody else may be there by now.
+            for bind in launch.binds:
+                sockets.check_free(bind)
         place.process = Process(
-            self._launch(place.seat, place.slot),
+            launch,
             lambda fds: self._steering.joined(place.slot, fds),
         )
         return place.process
@@ -293,9 +298,9 @@ class Fleet:
         """See which workers wait on their sockets by now."""
         self._looking = None
         for place in self.places:
-            if place.state is State.STARTING and place.process:
-                if _waits(place.process) is Seen.YES:
-                    self.report(place, Event.READY)
+            process = place.process if place.state is State.STARTING else None
+            if process and _waits(process) is Seen.YES:
+                self.report(place, Event.READY)
         if any(place.state is State.STARTING for place in self.places):
             self._look_s = min(self._look_s * 1.5, _LOOK_LAST_S)
             self._look_soon()

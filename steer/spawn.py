@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 LAST_WORDS = 20
 """Lines of standard error that are kept of each worker."""
 _BIND_TIMEOUT_S = 10.0
+_LINE_BYTES = 4096
+"""So much is kept of each."""
 _CHUNK_BYTES = 65536
+_CHUNKS_AT_END = 16
+"""More than a pipe holds (pipe(7))."""
 _MAX_FDS = 253
 """SCM_MAX_FD of include/net/scm.h: so many binds a service can have."""
 
@@ -164,12 +168,15 @@ class Process:
             return False
         process.write_stderr(data)
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
-        self._words.extend(lines)
+        self._words.extend(line[:_LINE_BYTES] for line in lines[-LAST_WORDS:])
+        self._unfinished = self._unfinished[:_LINE_BYTES]
         return True
 
     def _hear_out(self) -> None:
-        while self._on_stderr():
-            pass
+        """What is in the pipe, but not for ever: a process that outlives it may go on writing."""
+        for _ in range(_CHUNKS_AT_END):
+            if not self._on_stderr():
+                return
 
     def _forget(self, fd: int) -> None:
         if self._loop is not None:

@@ -1,0 +1,452 @@
+"""The command line: what it prints, and what it ends with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RunSteer, StartService
+from support import DEADLINE_S, STEER, Service, clean_environment, eventually, run_steer
+
+import steer as package
+
+OPTIONS = (
+    *("-b", "127.0.0.1:8080", "-b", "udp://[::1]:53", "-w", "3", "--policy", "hash"),
+    *("--weights", "3,1", "--backend", "cbpf", "--strict", "--name", "shop", "-e", "A=1"),
+    *("-e", 'B="\\ü', "--chdir", "/", "--backlog", "7", "--graceful-timeout", "1.5"),
+    *("--ready-timeout", "9", "--pid", "x.pid", "--log-level", "debug", "--log-format", "json"),
+    *("--control-socket", "x.sock", "--user", "root", "--group", "0"),
+)
+
+
+@pytest.fixture
+def cli(home: Path, environment: dict[str, str]) -> RunSteer:
+    """Commands that start nothing, and so need no namespace."""
+
+    def run(*arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+        return run_steer(*arguments, environment=environment, cwd=home, user=user)
+
+    return run
+
+
+@pytest.fixture
+def alone(home: Path, environment: dict[str, str]) -> RunSteer:
+    """As if nobody else's service were on the machine: with a /run of its own."""
+
+    def run(*arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+        private = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh")
+        return subprocess.run(
+            [*private, STEER, *arguments],
+            env=environment,
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+
+    return run
+
+
+def test_version_and_help(cli: RunSteer) -> None:
+    assert cli("--version").stdout == f"steer, version {package.__version__}\n"
+    commands = ("check", "doctor", "policies", "run", "status", "stop")
+    said = cli("-h").stdout
+    for command in commands:
+        assert re.search(rf"^  {command} ", said, re.M)
+        done = cli(command, "--help")
+        assert done.returncode == 0
+        assert done.stdout.startswith(f"Usage: steer {command}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no-such-command",),
+        ("run", "--no-such-option"),
+        ("run", "a:b", "c:d"),
+        ("run", "--"),
+        ("run", "--policy", "hash", "--"),
+        ("status", "a", "b"),
+    ],
+)
+def test_wrong_usage_is_exit_2(cli: RunSteer, arguments: tuple[str, ...]) -> None:
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: ")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (("--policy", "x"), "--policy: policy = 'x': unknown policy; allowed: cpu, round-robin, "),
+        (("--backend", "x"), "--backend: backend = 'x': "),
+        (("-w", "0"), "--workers: workers = '0': Expected int >= 1; allowed: 1 to 1024, or auto"),
+        (("-w", "10000"), "--workers: workers = '10000': Expected int <= 1024; allowed: 1 to "),
+        (("-w", "few"), "--workers: workers = 'few': "),
+        (("-b", "8080"), "--bind: bind = '8080': read address '8080': malformed; allowed: "),
+        (("-b", ":0"), "--bind: bind = ':0': read address ':0': port 0 is not in 1..65535"),
+        (("-b", "http://x:1"), "--bind: bind = 'http://x:1': read address "),
+        (("-b", "[::1:80"), "--bind: bind = '[::1:80': read address '[::1:80': malformed"),
+        (("-b", "h.example:80"), "--bind: bind = 'h.example:80': read address 'h.example:80': "),
+        (("-b", ":80", "-b", "0.0.0.0:80"), "--bind: bind = ':80,0.0.0.0:80': tcp 0.0.0.0:80 is"),
+        (("--name", "a/b"), "--name: name = 'a/b': malformed; allowed: letters, digits"),
+        (("a", ), "--app: app = 'a': malformed; allowed: MODULE:CALLABLE"),
+        (("a:b", "--", "c"), "--app: app = 'a:b' and --command: command = 'c': both are given"),
+        (("-c", "no.toml"), "read no.toml: no such file"),
+        (("-c", "."), "read .: Is a directory"),
+        (("--user", "no-such-user"), "run workers as user 'no-such-user': no such user"),
+        (("--group", "no-such-group"), "run workers as group 'no-such-group': no such group"),
+    ],
+)  # fmt: skip
+def test_bad_value_is_exit_1(cli: RunSteer, arguments: tuple[str, ...], error: str) -> None:
+    done = cli("run", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"steer: {error}")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+# Configuration
+
+
+def test_printed_configuration_gives_the_same_one(cli: RunSteer, home: Path) -> None:
+    for what in ((), ("app:serve",), ("--", "sh", "-c", "exec 'a b' {fd}", "--", "-w", "9")):
+        printed = cli("run", "--print-config", *OPTIONS, *what).stdout
+        assert printed.startswith("[service]\n")
+        (home / "x.toml").write_text(printed)
+        assert cli("run", "-c", "x.toml", "--print-config").stdout == printed
+
+
+def test_check_config_says_nothing_where_all_is_well(cli: RunSteer, home: Path) -> None:
+    done = cli("run", "--check-config", *OPTIONS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (home / "steer.toml").write_text("[service]\nworkrs = 2\n")
+    done = cli("run", "--check-config")
+    assert done.returncode == 1
+    assert done.stderr.startswith("steer: steer.toml: workrs = 2: unknown key; allowed: ")
+
+
+def test_command_line_over_environment_over_file(
+    cli: RunSteer, home: Path, environment: dict[str, str]
+) -> None:
+    def configured(*arguments: str) -> str:
+        found = re.search(r"^workers = (.+)", cli("run", "--print-config", *arguments).stdout, re.M)
+        assert found
+        return found[1]
+
+    assert configured() == '"auto"'
+    (home / "steer.toml").write_text("[service]\nworkers = 2\n")
+    (home / "other.toml").write_text("[service]\nworkers = 3\n")
+    assert configured() == "2"
+    assert configured("-c", "other.toml") == "3"
+    environment["STEER_CONFIG"] = "other.toml"
+    assert configured() == "3"
+    environment["WEB_CONCURRENCY"] = "4"
+    assert configured() == "4"
+    environment["STEER_WORKERS"] = "5"
+    assert configured() == "5"
+    assert configured("-w", "6") == "6"
+
+
+# Other commands
+
+
+def test_policies(cli: RunSteer) -> None:
+    names = ["cpu", "round-robin", "hash", "random", "kernel"]
+    found = json.loads(cli("policies", "--json").stdout)["policies"]
+    assert [each["name"] for each in found] == names
+    lines = cli("policies").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["policy", *names]
+    assert "\x1b" not in cli("policies").stdout
+
+
+@pytest.mark.needs("bpf")
+def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) -> None:
+    before = sorted(home.rglob("*"))
+    done = steer("check", "-w", "2", "--policy", "round-robin", "--name", "shop")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "1. claim the name shop",
+        "2. see that nobody is on tcp 127.0.0.1:8080",
+        "3. load round-robin as ebpf",
+        "4. start 2 workers",
+    ]
+    found = json.loads(steer("check", "--json", "-w", "2").stdout)
+    assert (found["policy"], found["backend"], found["backend_reason"]) == ("cpu", "ebpf", None)
+    assert len(found["workers"]) == 2
+    assert sorted(home.rglob("*")) == before
+
+
+def test_check_sees_who_has_the_port(service: StartService, steer: RunSteer) -> None:
+    running = service("-w", "1")
+    done = steer("check")
+    assert done.returncode == 1
+    pid = running.workers()[0]["pid"]
+    assert f"bind tcp 127.0.0.1:8080: EADDRINUSE, in use by steer (pid {pid})" in done.stderr
+
+
+@pytest.mark.needs("root", "netns")
+def test_status_of_none_one_and_several(service: StartService, alone: RunSteer) -> None:
+    assert alone("status").stdout == "no service is running\n"
+    assert json.loads(alone("status", "--json").stdout) == {"schema": 1, "services": []}
+    for command in ("status", "stop"):
+        done = alone(command, "one")
+        words = "steer: find service 'one': not running; no service is running\n"
+        assert (done.returncode, done.stderr) == (1, words)
+    done = alone("stop")
+    assert done.returncode == 1
+    assert done.stderr == "steer: find a service: none is running; start one with `steer run`\n"
+
+    one = service("-w", "2", "--policy", "hash", name="one")
+    (found,) = json.loads(alone("status", "--json").stdout)["services"]
+    assert found == json.loads(alone("status", "one", "--json").stdout)["services"][0] | {
+        "uptime_s": found["uptime_s"],
+        "workers": found["workers"],
+    }
+    assert_contract(found, one)
+    title, columns, *rows = alone("status").stdout.splitlines()
+    assert title.startswith("one  running  hash on ")
+    assert columns.split()[:3] == ["slot", "pid", "state"]
+    assert [row.split()[:3] for row in rows] == [
+        [str(each["slot"]), str(each["pid"]), "ready"] for each in one.workers()
+    ]
+
+    two = service("-w", "1", "-b", "127.0.0.1:8081", name="two")
+    names = [each["name"] for each in json.loads(alone("status", "--json").stdout)["services"]]
+    assert names == ["one", "two"]
+    assert len(re.findall(r"^(?:one|two)  running", alone("status").stdout, re.M)) == 2
+    assert json.loads(alone("status", "two", "--json").stdout)["services"][0]["pid"] == two.pid
+    done = alone("stop")
+    words = "steer: find the service: several are running: one, two; name one\n"
+    assert (done.returncode, done.stderr) == (1, words)
+
+    assert alone("stop", "two").stdout == "stopped two\n"
+    assert json.loads(alone("stop", "--json").stdout) == {"stopped": "one"}
+    assert alone("status").stdout == "no service is running\n"
+
+
+def assert_contract(found: dict[str, Any], running: Service) -> None:
+    assert (found["name"], found["pid"], found["state"]) == ("one", running.pid, "running")
+    assert (found["generation"], found["policy"]) == (1, "hash")
+    assert {"backend", "backend_reason", "uptime_s", "totals"} <= found.keys()
+    assert found["binds"] == [{"protocol": "tcp", "address": "127.0.0.1", "port": 8080}]
+    worker = found["workers"][1]
+    assert (worker["slot"], worker["state"], worker["weight"]) == (1, "ready", 1)
+    assert {"pid", "generation", "cpus", "restarts", "uptime_s"} <= worker.keys()
+    assert worker["connections"].keys() >= {"selected", "open", "queued", "migrated"}
+    assert worker["connections"]["queued"] == 0
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *command: str, environment: dict[str, str]) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
+        self.process = subprocess.Popen(
+            command,
+            env={**environment, "TERM": "xterm"},
+            preexec_fn=lambda: os.login_tty(slave),
+            pass_fds=[slave],
+        )
+        os.close(slave)
+        self.shown = ""
+
+    def read_until(self, done: Callable[[str], object]) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while not done(self.shown):
+            readable, _, _ = select.select([self._master], [], [], end_s - time.monotonic())
+            assert readable, self.shown
+            try:
+                self.shown += os.read(self._master, 65536).decode()
+            except OSError:  # EIO: nobody has the other end any more
+                assert done(self.shown), self.shown
+
+    def type(self, text: bytes) -> None:
+        os.write(self._master, text)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_watch_shows_what_changes_until_interrupted(
+    service: StartService, environment: dict[str, str]
+) -> None:
+    running = service("-w", "1", "--policy", "hash")
+    terminal = Terminal(STEER, "status", "test", "--watch", environment=environment)
+    try:
+        (before,) = running.workers()
+        terminal.read_until(lambda shown: str(before["pid"]) in shown)
+        os.kill(before["pid"], signal.SIGKILL)
+        eventually(lambda: running.workers()[0]["pid"] not in (None, before["pid"]))
+        terminal.read_until(lambda shown: str(running.workers()[0]["pid"]) in shown)
+        terminal.type(b"\x03")
+        assert terminal.process.wait(DEADLINE_S) == 130
+        terminal.read_until(lambda shown: "\x1b[?25h" in shown)  # the cursor is back
+        assert "Traceback" not in terminal.shown
+    finally:
+        terminal.close()
+
+
+@pytest.mark.parametrize("argument", ["--watch", "--json"])
+def test_status_of_a_service_that_has_ended(
+    service: StartService, steer: RunSteer, argument: str
+) -> None:
+    service("-w", "1").stop()
+    done = steer("status", "test", argument)
+    assert done.returncode == 1
+    assert "find service 'test': not running" in done.stderr
+
+
+# Where output goes
+
+
+@pytest.mark.parametrize("arguments", [("policies",), ("policies", "--json"), ("--help",)])
+def test_reader_who_has_had_enough_is_no_error(
+    environment: dict[str, str], arguments: tuple[str, ...]
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [STEER, *arguments], env=environment, stdout=write_end, stderr=subprocess.PIPE
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", [("policies",), ("policies", "--json"), ("check", "-h")])
+def test_full_disk_is_said(environment: dict[str, str], arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [STEER, *arguments], env=environment, stdout=full, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (1, b"steer: [Errno 28] No space left on device\n")
+
+
+def test_closed_output_is_no_error(environment: dict[str, str]) -> None:
+    for arguments in (("policies",), ("policies", "--json"), ("--version",)):
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" >&-', "sh", STEER, *arguments],
+            env=environment,
+            stderr=subprocess.PIPE,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_service_whose_standard_streams_are_closed(
+    netns: object, home: Path, environment: dict[str, str]
+) -> None:
+    """As some start their daemons: sockets and pipes would then come to stand at 0, 1 and 2."""
+    run = (STEER, "run", "-w", "1", "--name", "test")
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *run], env=environment, cwd=home
+    )
+    running = Service(process, "test", home, home, environment)
+    try:
+        (home / "stderr").touch()
+        running.wait_ready()
+        for pid in (running.pid, running.workers()[0]["pid"]):
+            targets = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)]
+            assert targets[:2] == ["/dev/null"] * 2
+            assert targets[2].startswith("/dev/null" if pid == running.pid else "pipe:")
+    finally:
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 0
+
+
+# Log and pid file
+
+
+def test_log_as_text(service: StartService) -> None:
+    running = service("-w", "1")
+    running.stop()
+    form = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}\] \[(\d+)\] \[[A-Z]+\] .+"
+    lines = running.log.splitlines()
+    matches = [re.fullmatch(form, line) for line in lines]
+    assert all(matches), lines
+    assert {match[1] for match in matches if match} == {str(running.pid)}
+    assert lines[-1].endswith("[INFO] ended")
+
+
+def test_log_as_json(service: StartService) -> None:
+    running = service("-w", "1", "--log-format", "json")
+    running.stop()
+    lines = [json.loads(line) for line in running.log.splitlines()]
+    assert all(line.keys() == {"time", "pid", "level", "message"} for line in lines)
+    assert [line["message"] for line in lines][-1] == "ended"
+    assert abs(lines[0]["time"] - time.time()) < DEADLINE_S
+
+
+def test_log_level(service: StartService) -> None:
+    quiet = service("-w", "1", "--log-level", "error")
+    quiet.stop()
+    assert quiet.log == ""
+
+
+def test_pid_file_is_there_as_long_as_the_service(service: StartService, home: Path) -> None:
+    file = home / "pid"
+    running = service("-w", "1", "--pid", "pid")
+    assert file.read_text() == f"{running.pid}\n"
+
+    other = service("-w", "1", "-b", ":9", "--pid", "pid", name="other", ready=False)
+    assert other.wait() == 1
+    words = f"steer: write pid file pid: it names a running process, {running.pid}"
+    assert other.log.startswith(words)
+
+    assert running.stop() == 0
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("left", ["4194305\n", "9" * 30, "-1", "0", "", "what\n", "\0\xff"])
+def test_pid_file_that_names_nobody_is_no_obstacle(
+    service: StartService, home: Path, left: str
+) -> None:
+    (home / "pid").write_text(left)
+    running = service("-w", "1", "--pid", "pid")
+    assert (home / "pid").read_text() == f"{running.pid}\n"
+
+
+def test_pid_file_that_is_somebody_elses_by_now_is_left(service: StartService, home: Path) -> None:
+    running = service("-w", "1", "--pid", "pid")
+    (home / "pid").write_text("1\n")
+    assert running.stop() == 0
+    assert (home / "pid").read_text() == "1\n"
+
+
+@pytest.mark.parametrize("path", [".", "nowhere/pid"])
+def test_pid_file_that_cannot_be_written(service: StartService, path: str) -> None:
+    running = service("-w", "1", "--pid", path, ready=False)
+    assert running.wait() == 1
+    assert f"steer: write pid file {path}: " in running.log
+    assert running.log.endswith("; name another: --pid FILE\n")
+
+
+def test_start_up_of_the_command_imports_nothing_heavy() -> None:
+    heavy = "{'asyncio', 'pyroute2', 'rich', 'bcc', 'ctypes'}"
+    code = f"import sys, steer.cli; print(sorted({heavy} & sys.modules.keys()))"
+    python = Path(STEER).parent / "python"
+    done = subprocess.run(
+        [python, "-c", code],
+        env=clean_environment(Path("/")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[]\n"

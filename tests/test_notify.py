@@ -1,0 +1,161 @@
+"""Both ends of sd_notify(3), alone and in a running service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import StartService
+from support import DEADLINE_S, eventually
+
+from steer.notify import Listener, parse, tell_supervisor
+
+APP = '''
+"""Workers that get ready only when they are told to, and wait where nobody sees it."""
+import os, subprocess, sys, time
+from pathlib import Path
+
+TELL = """
+import os, socket, sys
+address = os.environ["NOTIFY_SOCKET"].replace("@", "\\\\0", 1)
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1", address)
+sys.stdin.read()
+"""
+
+def until(name):
+    while not Path(name).exists():
+        time.sleep(0.01)
+
+def has_a_child_that_tells(worker):
+    Path("address").write_text(os.environ["NOTIFY_SOCKET"])
+    until("tell")
+    subprocess.run([sys.executable, "-c", TELL], stdin=subprocess.PIPE)
+
+def tells(worker):
+    until("tell")
+    worker.ready()
+    until("never")
+'''
+
+
+def encoded(address: str) -> str:
+    return address.replace("@", "\0", 1)
+
+
+def send(address: str, message: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(message, encoded(address))
+
+
+@pytest.mark.parametrize(
+    "message, found",
+    [
+        (b"READY=1", {"READY": "1"}),
+        (b"READY=1\nSTATUS=a=b\n\n", {"READY": "1", "STATUS": "a=b"}),
+        (b"READY=0\nREADY=1\n", {"READY": "1"}),
+        (b"READY\n=\n", {"": ""}),
+        (b"", {}),
+        (b"\xff\x00=\xfe", {"\ufffd\0": "\ufffd"}),
+    ],
+)
+def test_assignments_of_a_message(message: bytes, found: Mapping[str, str]) -> None:
+    assert parse(message) == found
+
+
+def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
+    heard: list[tuple[int, Mapping[str, str]]] = []
+
+    async def listen() -> None:
+        listener = Listener()
+        send(listener.address, b"EARLY=1")
+        listener.watch(asyncio.get_running_loop(), lambda *what: heard.append(what))
+        files = os.listdir("/proc/self/fd")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(encoded(listener.address))
+            socket.send_fds(sock, [b"BARRIER=1"], [0])
+            sock.send(b"LONG=" + b"x" * 10_000)
+        while len(heard) < 3:
+            await asyncio.sleep(0)
+        assert os.listdir("/proc/self/fd") == files
+        asyncio.get_running_loop().remove_reader(listener._socket)
+        listener.close()
+
+    asyncio.run(listen())
+    assert {pid for pid, _ in heard} == {os.getpid()}
+    early, barrier, long = [message for _, message in heard]
+    assert (early, barrier) == ({"EARLY": "1"}, {"BARRIER": "1"})
+    assert set(long["LONG"]) == {"x"}
+
+
+@contextmanager
+def supervisor(address: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(DEADLINE_S)
+        sock.bind(encoded(address))
+        yield sock
+
+
+@pytest.mark.parametrize("address", ["@steer-test-{pid}", "{home}/notify"])
+def test_supervisor_is_told_wherever_it_listens(home: Path, address: str) -> None:
+    address = address.format(home=home, pid=os.getpid())
+    with supervisor(address) as sock:
+        tell_supervisor("READY=1", {"NOTIFY_SOCKET": address})
+        assert sock.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize("address", ["", "@nobody-listens", "/nowhere/x", "x" * 200, "relative"])
+def test_supervisor_that_cannot_be_told_is_no_error(address: str) -> None:
+    tell_supervisor("READY=1", {"NOTIFY_SOCKET": address})
+    tell_supervisor("READY=1", {})
+
+
+def test_service_tells_its_supervisor(
+    service: StartService, home: Path, environment: dict[str, str]
+) -> None:
+    environment["NOTIFY_SOCKET"] = str(home / "notify")
+    with supervisor(environment["NOTIFY_SOCKET"]) as sock:
+        running = service("-w", "2")
+        assert sock.recv(100) == f"READY=1\nMAINPID={running.pid}".encode()
+        assert running.stop() == 0
+        assert sock.recv(100) == b"STOPPING=1"
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            sock.recv(100)
+
+
+def test_worker_is_ready_when_it_says_so(service: StartService, home: Path) -> None:
+    (home / "app.py").write_text(APP)
+    running = service("app:tells", "-w", "1", ready=False)
+    eventually(lambda: running.control_socket.exists())
+    assert running.workers()[0]["state"] == "starting"
+    (home / "tell").touch()
+    running.wait_ready()
+
+
+def test_worker_may_have_a_child_say_so_but_no_stranger(service: StartService, home: Path) -> None:
+    (home / "app.py").write_text(APP)
+    running = service("app:has_a_child_that_tells", "-w", "1", ready=False)
+    address = eventually(lambda: (home / "address").exists() and (home / "address").read_text())
+    assert re.fullmatch(r"@steer-\d+-[0-9a-f]{16}", str(address))
+
+    send(str(address), b"READY=1")
+    # What was sent before a request is heard before the next one.
+    assert [running.workers()[0]["state"] for _ in range(2)] == ["starting"] * 2
+
+    (home / "tell").touch()
+    running.wait_ready()
+
+
+def test_command_that_says_so_and_is_never_seen_to_wait_is_believed_in_the_end(
+    service: StartService, home: Path
+) -> None:
+    (home / "app.py").write_text(APP)
+    script = "import app; (app.Path('tell')).touch(); app.has_a_child_that_tells(None)"
+    running = service("-w", "1", "--ready-timeout", "1", "--", "/usr/bin/python3", "-c", script)
+    assert running.workers()[0]["restarts"] == 0
