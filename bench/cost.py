@@ -84,7 +84,7 @@ Found = Mapping[Subject, Sequence[float]]
 
 def run(quick: bool) -> list[Section]:
     """Measure. Raises KernelError: eBPF programs cannot be loaded here, or not timed."""
-    rounds, batches = (2, 1) if quick else (15, 50)
+    rounds, batches = (2, 1) if quick else (61, 10)
     process.allow_descriptors(2 * sum(SLOTS))
     with ExitStack() as stack:
         stack.enter_context(_statistics())

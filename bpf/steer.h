@@ -98,10 +98,10 @@ static __always_inline struct steer_cpu *steer_this_cpu(void)
 }
 
 /*
- * A lone ACK reaches a listener only when it answers a SYN cookie, after the
- * program has already run for the SYN. Turns taken by SYNs and by such ACKs
- * are counted apart: with one counter and an even number of workers every
- * connection would end on the same half of them.
+ * A lone ACK reaches a listener when it answers a SYN cookie, after the program
+ * has already run for the SYN; or it is late, and its connection gone. Turns
+ * taken by SYNs and by such ACKs are counted apart: with one counter and an even
+ * number of workers every connection would end on the same half of them.
  */
 static __always_inline bool steer_is_ack(const struct sk_reuseport_md *ctx)
 {
@@ -159,6 +159,9 @@ static __always_inline bool steer_select(struct sk_reuseport_md *ctx, u32 slot, 
 
 	if (bpf_sk_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), &slot, 0))
 		return false;
+	/* A connection is counted once, by its SYN, and what is late not at all. */
+	if (steer_is_ack(ctx))
+		return true;
 	count = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_COUNTS), &slot);
 	if (count) {
 		count->selected++;
@@ -186,7 +189,7 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 				 migrating))
 			return SK_PASS;
 	cpu = steer_this_cpu();
-	if (cpu)
+	if (cpu && !steer_is_ack(ctx))
 		cpu->unsteered++;
 	return SK_PASS;
 }

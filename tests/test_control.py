@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -448,3 +449,41 @@ def test_two_may_wait_for_the_same_stop(service: StartService) -> None:
             sock.sendall(b'{"command": "stop"}\n')
         assert answer(first) == answer(second) == {"ok": True}
     assert running.wait() == 0
+
+
+# One start after the other
+
+
+def test_start_waits_for_its_turn_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rundir, "_TURN_S", 0.1)
+    environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    first = rundir.Claim("a", None, environment)
+    with pytest.raises(ControlError, match=r"another has been starting for 0\.1 s"):
+        rundir.Claim("b", None, environment)
+    first.others_may_start()
+    second = rundir.Claim("b", None, environment)
+    first.release()
+    assert second.path.is_socket()
+    second.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_start_that_waits_for_its_turn_can_be_ended(service: StartService, home: Path) -> None:
+    (home / "run" / "steer").mkdir()
+    turn = os.open(home / "run" / "steer", os.O_RDONLY)
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        running = service("-w", "1", ready=False)
+        eventually(lambda: holds_signals(running.pid))
+        running.send_signal(signal.SIGTERM)
+        assert running.wait() == 0
+        assert running.log == ""
+    finally:
+        os.close(turn)
+
+
+def holds_signals(pid: int) -> bool:
+    blocked = Path(f"/proc/{pid}/status").read_text().partition("SigBlk:")[2].split()[0]
+    return bool(int(blocked, 16) >> (signal.SIGTERM - 1) & 1)

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections import Counter
@@ -82,6 +83,33 @@ def test_binds_are_steered_and_counted_together(policy: str, backend: str) -> No
         got = [crew.count(30, bind) for bind in range(len(KINDS))]
         if backend == EBPF:
             assert crew.selected() == sum(got, Counter())
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("flags", [0x00, 0x04, 0x10, 0x11, 0x14], ids=hex)
+def test_late_segment_is_no_connection(flags: int) -> None:
+    """A FIN, RST or ACK whose connection is gone comes to the listeners too."""
+    with Crew(EBPF, "round-robin", "tcp4", workers=2).serving() as crew, pinned(CPUS[0]):
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+            for _ in range(3):
+                raw.sendto(segment(3333, PORT, flags), ("127.0.0.1", 0))
+        assert crew.count(10) == {0: 5, 1: 5}
+        assert crew.selected() == {0: 5, 1: 5}
+        crew.steering.steer([])
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+            raw.sendto(segment(3333, PORT, flags), ("127.0.0.1", 0))
+        crew.count(1)
+        assert crew.steering.unsteered() == 1
+
+
+def segment(source: int, port: int, flags: int) -> bytes:
+    """A bare TCP header from 127.0.0.1 to itself (RFC 9293, 3.1)."""
+    header = struct.pack(">HHIIBBHHH", source, port, 1000, 2000, 5 << 4, flags, 1024, 0, 0)
+    address = socket.inet_aton("127.0.0.1")
+    summed = struct.unpack(">16H", address * 2 + struct.pack(">HH", 6, len(header)) + header)
+    total = sum(summed)
+    total = (total & 0xFFFF) + (total >> 16)
+    return header[:16] + struct.pack(">H", ~total & 0xFFFF) + header[18:]
 
 
 @pytest.mark.parametrize("order", [("0.0.0.0", "[::]"), ("[::]", "0.0.0.0")])
@@ -239,7 +267,9 @@ def test_turns_of_all_cpus_together(kind: str) -> None:
 def test_turns_with_syn_cookies(netns: Netns, kind: str, workers: int) -> None:
     netns.sysctl("net.ipv4.tcp_syncookies", 2)
     with Crew(EBPF, "round-robin", kind, workers=workers).serving() as crew, pinned(CPUS[0]):
-        assert crew.count(40) == dict.fromkeys(range(workers), 40 // workers)
+        evenly = dict.fromkeys(range(workers), 40 // workers)
+        assert crew.count(40) == evenly
+        assert crew.selected() == evenly
     assert cookies_accepted() == 40
 
 

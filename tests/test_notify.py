@@ -32,15 +32,21 @@ def until(name):
     while not Path(name).exists():
         time.sleep(0.01)
 
+def until_stopped(worker):
+    while not (worker and worker.stopping):
+        time.sleep(0.01)
+
 def has_a_child_that_tells(worker):
     Path("address").write_text(os.environ["NOTIFY_SOCKET"])
     until("tell")
-    subprocess.run([sys.executable, "-c", TELL], stdin=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", TELL], stdin=subprocess.PIPE)
+    until_stopped(worker)
+    child.communicate()
 
 def tells(worker):
     until("tell")
     worker.ready()
-    until("never")
+    until_stopped(worker)
 '''
 
 
@@ -157,5 +163,5 @@ def test_command_that_says_so_and_is_never_seen_to_wait_is_believed_in_the_end(
 ) -> None:
     (home / "app.py").write_text(APP)
     script = "import app; (app.Path('tell')).touch(); app.has_a_child_that_tells(None)"
-    running = service("-w", "1", "--ready-timeout", "1", "--", "/usr/bin/python3", "-c", script)
+    running = service("-w", "1", "--ready-timeout", "3", "--", "/usr/bin/python3", "-c", script)
     assert running.workers()[0]["restarts"] == 0
