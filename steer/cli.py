@@ -142,12 +142,12 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
 @_AS_JSON
 def check(as_json: bool, **options: Any) -> None:
     """Say what `run` with the same options would do, and why; change nothing."""
-    from steer.kernel import probe, sockets, topology
+    from steer import controller
+    from steer.kernel import probe, topology
     from steer.plan import plan
 
     decided = plan(_service(options), topology.read(), probe.findings())
-    for bind in decided.binds:
-        sockets.check_free(bind)
+    controller.rehearse(decided, os.environ)
     if as_json:
         _print_json(decided.describe())
         return
@@ -173,10 +173,10 @@ def status(name: str | None, as_json: bool, watch: bool, control_socket: str | N
     def tables() -> list[Table]:
         return [report.service_table(service) for service in current().services]
 
-    if as_json:
+    if watch:
+        show.again(lambda: _print_json(current())) if as_json else show.watch(tables)
+    elif as_json:
         _print_json(current())
-    elif watch:
-        show.watch(tables)
     else:
         found = tables()
         show.tables(found)

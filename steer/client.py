@@ -124,6 +124,7 @@ def stop(path: Path, quick: bool) -> None:
     pidfd = None
     with suppress(OSError), rundir.connect(path, _TIMEOUT_S) as sock:
         pidfd = os.pidfd_open(rundir.peer(sock)[0])
+    ask(path, "status")  # is anybody listening? The answer to the next may rightly take long
     ask(path, "stop", timeout_s=None, quick=quick)
     if pidfd is not None:
         select.select([pidfd], [], [])

@@ -136,7 +136,7 @@ def read(text: bytes, path: str) -> dict[str, Any]:
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = {}
-    if "WEB_CONCURRENCY" in environment:
+    if environment.get("WEB_CONCURRENCY"):
         found["workers"] = ("WEB_CONCURRENCY", environment["WEB_CONCURRENCY"])
     for name, text in environment.items():
         key = name.removeprefix("STEER_").lower()

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 
 from steer import ladder
-from steer.errors import ConfigError, KernelError
+from steer.errors import AppLoadError, ConfigError, KernelError
 from steer.fleet import Fleet
 from steer.kernel import process, rundir, sockets
+from steer.kernel.guard import Guard
 from steer.log import Log
 from steer.notify import Listener
 from steer.plan import Act, Plan, Seat, Step
@@ -43,6 +44,47 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log) -> int:
         supervise(started)
     log.info("ended")
     return 0
+
+
+def rehearse(plan: Plan, environment: Mapping[str, str]) -> None:
+    """Try all of a plan that changes nothing.
+
+    Raises:
+        SteerError: what `run` would end with.
+    """
+    import shutil
+
+    service = plan.service
+    process.identity(service.user, service.group)
+    if service.chdir is not None and not os.path.isdir(service.chdir):
+        raise AppLoadError(f"chdir {service.chdir}", "no such directory")
+    if service.command and shutil.which(service.command[0]) is None:
+        raise AppLoadError(f"run {service.command[0]}", "no such command")
+    rundir.refuse_taken(plan.name, service.control_socket, environment)
+    backend, _ = first_that_holds(plan, lambda _: None)
+    backend.close()
+    for bind in plan.binds:
+        sockets.check_free(bind)
+
+
+def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering, ladder.Rung]:
+    """Open the first rung that holds; each that does not leaves its reason with the next.
+
+    Raises:
+        FallbackRefused: --strict, and none but a fallback holds.
+    """
+    failed: list[tuple[str, KernelError]] = []
+    for rung in plan.rungs:
+        for backend, error in failed:
+            rung = ladder.after(rung, backend, str(error))
+        ladder.choose(rung, plan.service.strict)
+        try:
+            return open_backend(rung.backend, plan), rung
+        except KernelError as error:
+            failed.append((rung.backend, error))
+            if error.detail:
+                warn(f"{error}\n{error.detail}")
+    raise AssertionError("the kernel's own hash always holds")
 
 
 class Controller:
@@ -86,23 +128,10 @@ class Controller:
                 sockets.check_free(bind)
 
     def _load(self, _step: Step) -> None:
-        """The first rung that holds; each that does not leaves its reason with the next."""
-        failed: list[tuple[str, KernelError]] = []
-        for rung in self.plan.rungs:
-            for backend, error in failed:
-                rung = ladder.after(rung, backend, str(error))
-            ladder.choose(rung, self.plan.service.strict)
-            try:
-                self.steering = open_backend(rung.backend, self.plan)
-            except KernelError as error:
-                failed.append((rung.backend, error))
-                if error.detail:
-                    self.log.warning("%s\n%s", error, error.detail)
-                continue
-            self._undo.callback(self.steering.close)
-            self.reason = rung.reason
-            self._announce(rung)
-            return
+        self.steering, rung = first_that_holds(self.plan, self.log.warning)
+        self._undo.callback(self.steering.close)
+        self.reason = rung.reason
+        self._announce(rung)
 
     def _announce(self, rung: ladder.Rung) -> None:
         plan = self.plan
@@ -114,10 +143,16 @@ class Controller:
             self.log.info("ebpf would add: %s", ladder.EBPF_ADDS)
 
     def _start_workers(self, _step: Step) -> None:
-        self.listener = Listener()
+        users = {0, os.geteuid(), self._identity.uid or 0}
+        self.listener = Listener(frozenset(users))
         self._undo.callback(self.listener.close)
+        try:
+            guard = Guard(self.plan.service.graceful_timeout)
+        except OSError as error:
+            raise process.fork_error(error) from None
+        self._undo.callback(guard.close)
         plan = self.plan
-        self.fleet = Fleet(plan.seats, plan.slots, self.steering, self._launch, self.log)
+        self.fleet = Fleet(plan.seats, plan.slots, self.steering, guard, self._launch, self.log)
         self._undo.callback(self.fleet.abandon)
         self.fleet.start(self.claim.others_may_start)
 

@@ -14,8 +14,9 @@ import msgspec
 from steer import lifecycle
 from steer.errors import AppLoadError, SteerError, WorkersFailed
 from steer.kernel import proc, sockets
+from steer.kernel.guard import Guard
 from steer.kernel.proc import Seen
-from steer.kernel.process import how_it_ended
+from steer.kernel.process import how_it_ended, pause
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
 from steer.plan import Seat
@@ -63,6 +64,7 @@ class Fleet:
     Args:
         seats: one worker for each.
         slots: capacity; a worker's slot is below it.
+        guard: is told which processes are workers.
         launch: makes a worker's instructions from its seat and slot.
     """
 
@@ -71,6 +73,7 @@ class Fleet:
         seats: Sequence[Seat],
         slots: int,
         steering: Steering,
+        guard: Guard,
         launch: Callable[[Seat, int], Launch],
         log: Log,
     ) -> None:
@@ -79,6 +82,7 @@ class Fleet:
         self._slots = slots
         self._next_slot = len(seats)
         self._steering = steering
+        self._guard = guard
         self._launch = launch
         self._log = log
         self._look_s = _LOOK_FIRST_S
@@ -98,8 +102,10 @@ class Fleet:
         Raises:
             BindError: an address cannot be had.
             KernelError: the kernel refuses processes, or sockets in the group.
+            SystemExit: a signal says to end.
         """
         for place in self.places:
+            pause(0)
             try:
                 self._spawn(place)
                 holds_ports()
@@ -136,6 +142,7 @@ class Fleet:
         self._ending = True
         for place in self.places:
             self.report(place, Event.STOP)
+        self._steering.release()
         if not self.up.done():
             self.up.set_result(None)
 
@@ -152,10 +159,11 @@ class Fleet:
         loaded the application.
         """
         for place in self.places:
-            if place.process and proc.is_descendant(pid, place.process.pid):
+            starting = place.state is State.STARTING and place.process
+            if starting and proc.is_descendant(pid, starting.pid):
                 place.says_ready = True
-                is_callable = not place.process.launch.service.command
-                if is_callable or _waits(place.process) is not Seen.NO:
+                is_callable = not starting.launch.service.command
+                if is_callable or _waits(starting) is not Seen.NO:
                     self.report(place, Event.READY)
 
     def report(self, place: Place, event: Event) -> None:
@@ -240,6 +248,7 @@ class Fleet:
                 sockets.check_free(bind)
         place.process = Process(
             launch,
+            self._guard,
             lambda fds: self._steering.joined(place.slot, fds),
         )
         return place.process

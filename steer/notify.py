@@ -24,9 +24,13 @@ class Listener:
     can reach it. Who sent a message is told by the kernel, not by the message.
 
     What comes before it is watched waits in it.
+
+    Args:
+        trusted: users whose messages are looked at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trusted: frozenset[int]) -> None:
+        self._trusted = trusted
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -50,8 +54,9 @@ class Listener:
             return
         for level, kind, value in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                pid, _, _ = _CREDENTIALS.unpack(value)
-                self._heard(pid, parse(data))
+                pid, uid, _ = _CREDENTIALS.unpack(value)
+                if uid in self._trusted:
+                    self._heard(pid, parse(data))
 
     def close(self) -> None:
         self._socket.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 import msgspec
@@ -70,14 +70,15 @@ class Plan(msgspec.Struct, frozen=True):
 
     def steps(self) -> tuple[Step, ...]:
         rung = self.rungs[0]
+        # Last before the start: the less time for somebody to slip in.
         ports = tuple(Step(Act.CHECK_FREE, bind.label) for bind in self.binds)
         program = f"{self.policy.name} as {rung.backend}"
         if rung.backend == KERNEL:
             program = "no program"
         return (
             Step(Act.CLAIM, self.name),
-            *ports,
             Step(Act.LOAD, program, rung.reason or ""),
+            *ports,
             Step(Act.START, f"{len(self.seats)} workers", self._seating()),
         )
 
@@ -104,7 +105,8 @@ class Plan(msgspec.Struct, frozen=True):
         tcp = [bind for bind in self.binds if bind.protocol == "tcp"]
         if self.service.app or self.service.command or not tcp:
             return []
-        host = f"[{tcp[0].address}]" if tcp[0].is_v6 else tcp[0].address
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(tcp[0].address, tcp[0].address)
+        host = f"[{here}]" if tcp[0].is_v6 else here
         curl = f"curl http://{host}:{tcp[0].port}/"
         if not self.policy.pinned:
             return [curl, f"{program} status"]
@@ -141,8 +143,13 @@ def plan(service: Service, topology: Topology, findings: Mapping[str, Finding]) 
         _seats(service, policy, workers, topology),
         topology,
         slots,
-        min(abi.ENTRIES, 64 * slots),
+        _hash_length(slots, [service.weight(number) for number in range(workers)]),
     )
+
+
+def _hash_length(slots: int, weights: Sequence[int]) -> int:
+    """Fifty positions for the lightest, so that rounding is a hundredth of its share."""
+    return min(abi.ENTRIES, max(64 * slots, 50 * -(-sum(weights) // min(weights))))
 
 
 def _seats(service: Service, policy: Policy, workers: int, topology: Topology) -> tuple[Seat, ...]:

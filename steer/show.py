@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from steer import report
 from steer.report import Table
@@ -29,16 +29,21 @@ def watch(look: Callable[[], Sequence[Table]]) -> None:
     """Print what `look` sees again and again, until interrupted; where there is no
     terminal, one after the other."""
     if not sys.stdout.isatty():
-        while True:
-            tables(look())
-            sys.stdout.flush()
-            time.sleep(WATCH_S)
+        again(lambda: tables(look()))
     from rich.live import Live
 
     with Live(_rich(look()), auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_S)
             live.update(_rich(look()), refresh=True)
+
+
+def again(tell: Callable[[], None]) -> NoReturn:
+    """Once a second, until interrupted."""
+    while True:
+        tell()
+        sys.stdout.flush()
+        time.sleep(WATCH_S)
 
 
 def _rich(found: Sequence[Table]) -> Group:

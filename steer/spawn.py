@@ -14,7 +14,8 @@ import msgspec
 
 from steer import worker
 from steer.errors import AppLoadError, SteerError, WorkersFailed
-from steer.kernel import process, sockets
+from steer.kernel import proc, process, sockets
+from steer.kernel.guard import Guard
 from steer.worker import Launch, Message
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 LAST_WORDS = 20
 """Lines of standard error that are kept of each worker."""
 _BIND_TIMEOUT_S = 10.0
+_LOOK_AGAIN_S = 0.05
 _LINE_BYTES = 4096
 """So much is kept of each."""
 _CHUNK_BYTES = 65536
@@ -40,6 +42,7 @@ class Process:
 
     Args:
         launch: what it is told.
+        guard: ends it should we be gone.
         joined: takes its sockets' duplicates; may raise KernelError.
 
     Raises:
@@ -48,10 +51,14 @@ class Process:
         WorkersFailed: it ended before its sockets were bound.
     """
 
-    def __init__(self, launch: Launch, joined: Callable[[Sequence[int]], None]) -> None:
+    def __init__(
+        self, launch: Launch, guard: Guard, joined: Callable[[Sequence[int]], None]
+    ) -> None:
         self.launch = launch
+        self._guard = guard
         self.started_s = time.monotonic()
         self.problem: SteerError | None = None
+        self._told = False
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._unfinished = b""
         self._loop: AbstractEventLoop | None = None
@@ -59,6 +66,7 @@ class Process:
             self._fork()
         except OSError as error:
             raise process.fork_error(error) from None
+        guard.add(self.pid)
         try:
             joined(self._bound())
         except SteerError:
@@ -107,7 +115,8 @@ class Process:
         return "\n".join(line.decode(errors="replace") for line in lines[-LAST_WORDS:])
 
     def terminate(self) -> None:
-        process.terminate(self._pidfd)
+        self._told = True
+        process.terminate_group(self.pid)
 
     def kill(self) -> None:
         process.kill_group(self.pid)
@@ -115,6 +124,7 @@ class Process:
     def end(self) -> int:
         """Kill what is left of it, and let go of it; the exit status."""
         self.kill()
+        self._guard.remove(self.pid)
         status = process.reap(self.pid, self._pidfd)
         self._channel.setblocking(False)
         while self._on_channel():
@@ -125,10 +135,15 @@ class Process:
         self._channel.close()
         os.close(self._stderr)
         os.close(self._pidfd)
+        self._stderr = -1
         return status
 
     def _on_end(self) -> None:
-        """It is gone; what it said last may still have to be read."""
+        """Its first process is gone. Told to finish, the others may still be at it."""
+        if self._told and self._loop is not None and proc.group_outlives(self.pid):
+            self._forget(self._pidfd)
+            self._loop.call_later(_LOOK_AGAIN_S, self._on_end)
+            return
         self._ended(self, self.end())
 
     def _receive(self) -> tuple[Message | None, Sequence[int]]:
@@ -158,7 +173,21 @@ class Process:
         return True
 
     def _on_stderr(self) -> bool:
-        """Pass on what there is, and keep the last lines for when they are asked for."""
+        """Pass on what there is, and keep the last lines for when they are asked for.
+
+        While ours takes nothing theirs is not read: the worker waits, not we.
+        """
+        if self._loop is not None and not process.stderr_takes():
+            self._forget(self._stderr)
+            self._loop.call_later(_LOOK_AGAIN_S, self._listen_again)
+            return False
+        return self._hear()
+
+    def _listen_again(self) -> None:
+        if self._loop is not None and self._stderr >= 0:
+            self._loop.add_reader(self._stderr, self._on_stderr)
+
+    def _hear(self) -> bool:
         try:
             data = os.read(self._stderr, _CHUNK_BYTES)
         except BlockingIOError:
@@ -175,7 +204,7 @@ class Process:
     def _hear_out(self) -> None:
         """What is in the pipe, but not for ever: a process that outlives it may go on writing."""
         for _ in range(_CHUNKS_AT_END):
-            if not self._on_stderr():
+            if not self._hear():
                 return
 
     def _forget(self, fd: int) -> None:

@@ -53,6 +53,9 @@ class Steering(Protocol):
     def steer(self, members: Sequence[Member]) -> None:
         """From now on choose among these, and these only."""
 
+    def release(self) -> None:
+        """The service ends: hold no socket open that its worker closes."""
+
     def counts(self, slot: int) -> Counts | None:
         """What was selected so far; None where nobody counts."""
 
@@ -92,6 +95,9 @@ class Kernel:
         pass
 
     def steer(self, members: Sequence[Member]) -> None:
+        pass
+
+    def release(self) -> None:
         pass
 
     def counts(self, slot: int) -> Counts | None:
@@ -184,9 +190,12 @@ class Cbpf:
     def unsteered(self) -> int | None:
         return None
 
-    def close(self) -> None:
+    def release(self) -> None:
         for slot in list(self._held):
             self._close_sockets(slot)
+
+    def close(self) -> None:
+        self.release()
 
 
 def _sharing(layout: Layout) -> Sequence[str]:
@@ -257,6 +266,9 @@ class Ebpf:
         scene = msgspec.structs.replace(self._scene, previous=self._layout)
         self._layout = policy.lay(self._policy, members, scene)
         self._table.flip(self._layout.parts())
+
+    def release(self) -> None:
+        """None is held."""
 
     def counts(self, slot: int) -> Counts | None:
         raw = b"".join(group.counts.per_cpu(slot, self._cpus) for group in self._groups)

@@ -20,7 +20,7 @@ from steer import report
 from steer.control import Server
 from steer.controller import Controller
 from steer.fleet import QUICK_S, Place
-from steer.kernel import process
+from steer.kernel import process, sockets
 from steer.notify import tell_supervisor
 
 
@@ -53,10 +53,22 @@ class _Supervisor:
         async with Server(self._service.claim.socket, commands):
             try:
                 await self._fleet.up
+                self._refuse_strangers()
                 self._say_ready()
                 await self._fleet.ended
             finally:
                 await self._end_workers()
+
+    def _refuse_strangers(self) -> None:
+        """Somebody may have joined between our look at a port and our first bind there.
+
+        Raises:
+            BindError
+        """
+        processes = [place.process for place in self._fleet.places if place.process]
+        ours = frozenset().union(*(process.inodes for process in processes))
+        for bind in self._plan.binds:
+            sockets.refuse_strangers(bind, ours)
 
     def _say_ready(self) -> None:
         if self._state == "stopping":

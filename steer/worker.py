@@ -209,6 +209,7 @@ def _environment(launch: Launch) -> dict[str, str]:
     given = dict(pair.split("=", 1) for pair in launch.service.env)
     return {
         **inherited,
+        **launch.identity.environment(),
         **given,
         "STEER_SLOT": str(launch.slot),
         "STEER_NAME": launch.name,

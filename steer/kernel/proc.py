@@ -52,6 +52,15 @@ def is_descendant(pid: int, ancestor: int, root: str = "/proc") -> bool:
     return walk == ancestor
 
 
+def group_outlives(leader: int, root: str = "/proc") -> bool:
+    """Whether a process group has members beside its leader that have not ended."""
+    for pid in _pids(root):
+        stat = _stat(f"{root}/{pid}") if pid != leader else None
+        if stat and int(stat[2]) == leader and stat[0] not in (b"Z", b"X"):
+            return True
+    return False
+
+
 def start_time_ticks(pid: int, root: str = "/proc") -> int | None:
     """When the process started, in clock ticks since boot: with its pid this names one
     process for ever. None if there is no such process."""

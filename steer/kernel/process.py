@@ -33,6 +33,13 @@ class Identity(msgspec.Struct, frozen=True):
     uid: int | None = None
     gid: int | None = None
     name: str | None = None
+    home: str = "/"
+
+    def environment(self) -> dict[str, str]:
+        """What says who a process is; nothing where that is not changed."""
+        if self.name is None:
+            return {}
+        return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
 
 
 def identity(user: str | None, group: str | None) -> Identity:
@@ -41,11 +48,11 @@ def identity(user: str | None, group: str | None) -> Identity:
     Raises:
         ConfigError: no such user or group, or not ours to become.
     """
-    uid, gid, name = None, None, None
+    uid, gid, name, home = None, None, None, "/"
     try:
         if user is not None:
             entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
-            uid, gid, name = entry.pw_uid, entry.pw_gid, entry.pw_name
+            uid, gid, name, home = entry.pw_uid, entry.pw_gid, entry.pw_name, entry.pw_dir
     except KeyError:
         raise ConfigError(f"run workers as user {user!r}", "no such user") from None
     try:
@@ -56,7 +63,7 @@ def identity(user: str | None, group: str | None) -> Identity:
     changes = (uid not in (None, os.geteuid())) or (gid not in (None, os.getegid()))
     if changes and os.geteuid() != 0:
         raise ConfigError("run workers as another user", "EPERM", "run steer as root")
-    return Identity(uid, gid, name)
+    return Identity(uid, gid, name, home)
 
 
 def become(who: Identity) -> None:
@@ -203,10 +210,11 @@ def wait_for_end(pidfd: int, timeout_s: float) -> bool:
     return bool(ready)
 
 
-def terminate(pidfd: int) -> None:
-    """SIGTERM to a worker's first process, which tells its own; one that is gone is no error."""
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+def terminate_group(pid: int) -> None:
+    """SIGTERM to all of a worker's process group, as systemd does: the first process may
+    be a shell that passes nothing on."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGTERM)
 
 
 def kill_group(pid: int) -> None:
@@ -266,11 +274,19 @@ def limit_descriptors(limits: tuple[int, int]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def stderr_takes() -> bool:
+    """Whether standard error takes PIPE_BUF bytes now (poll(2), pipe(7)). Not so a pipe that
+    nobody empties or a terminal that is paused, and for neither may a controller wait."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
 def write_stderr(data: bytes) -> None:
-    """Pass a worker's words on; with nobody to read them they are dropped."""
+    """Write as much as is taken without waiting; the rest is dropped."""
     with contextlib.suppress(OSError):
-        while data:
-            data = data[os.write(2, data) :]
+        while data and stderr_takes():
+            data = data[os.write(2, data[: select.PIPE_BUF]) :]
 
 
 def execute(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:

@@ -101,12 +101,8 @@ class Claim:
 
     def __init__(self, name: str, wanted: str | None, environment: Mapping[str, str]) -> None:
         self._ours_to_remove = wanted is None
-        places = [d / f"{name}.sock" for d in directories(environment)]
-        if wanted is not None:
-            places = [Path(wanted)]
         self.refusals: list[str] = []
-        for path in places:
-            _refuse_if_answering(name, path)
+        places = refuse_taken(name, wanted, environment)
         for path in places:
             try:
                 self._take(name, path)
@@ -153,6 +149,20 @@ class Claim:
                 _remove_empty(self.path.parent)
 
 
+def refuse_taken(name: str, wanted: str | None, environment: Mapping[str, str]) -> list[Path]:
+    """Where the control socket may be, unless a service of that name is running.
+
+    Raises:
+        ControlError: one is.
+    """
+    places = [d / f"{name}.sock" for d in directories(environment)]
+    if wanted is not None:
+        places = [Path(wanted)]
+    for path in places:
+        _refuse_if_answering(name, path)
+    return places
+
+
 def _refuse_if_answering(name: str, path: Path) -> None:
     """A socket that nobody answers at is what a killed controller left: it is no obstacle."""
     try:
@@ -191,9 +201,9 @@ def _remove_empty(directory: Path) -> None:
 
 
 def _make_directory(directory: Path) -> None:
-    """Ours alone; in /tmp somebody else may have been there first."""
+    """Ours alone, or anybody could hold its lock; in /tmp somebody may have been there first."""
     with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700 if directory.parent == _TMP else 0o755)
+        directory.mkdir(mode=0o700)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, f"{directory} is another user's")

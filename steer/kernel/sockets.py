@@ -46,6 +46,22 @@ def check_free(bind: Bind) -> None:
         raise bind_error(bind, error) from None
 
 
+def refuse_strangers(bind: Bind, ours: frozenset[int]) -> None:
+    """Make sure that only we are in a group.
+
+    Args:
+        ours: inodes of our sockets.
+
+    Raises:
+        BindError: somebody else is.
+    """
+    here = proc.holders("udp" if bind.protocol == "udp" else "tcp", bind.address, bind.port)
+    strangers = [one for one in here if one.inode not in ours and one.address == bind.address]
+    if strangers:
+        names = ", ".join(sorted({str(one) for one in strangers}))
+        raise BindError(f"bind {bind.label}", f"{names} joined it too", "stop that first")
+
+
 def bind_error(bind: Bind, error: OSError) -> BindError:
     """What a failed bind(2) means, and who is in the way."""
     act = f"bind {bind.label}"

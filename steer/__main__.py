@@ -1,0 +1,18 @@
+"""The `steer` command, from its first instruction."""
+
+from __future__ import annotations
+
+import signal
+
+
+def main() -> None:
+    """Until there is somebody to handle it ctrl-C simply ends us, without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from steer import cli
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
