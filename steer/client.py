@@ -60,7 +60,7 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     """
     if control_socket:
         return Path(control_socket)
-    known = rundir.find(environment)
+    known = rundir.find(environment, name)
     if name is not None and name in known and _answers(known[name]):
         return known[name]
     paths = running(environment)

@@ -103,7 +103,7 @@ class Controller:
         self.environment = environment
         self.log = log
         self.started_s = time.monotonic()
-        self.reason: str | None = None
+        self.rung: ladder.Rung
         self.claim: rundir.Claim
         self.steering: Steering
         self.fleet: Fleet
@@ -130,11 +130,10 @@ class Controller:
     def _load(self, _step: Step) -> None:
         self.steering, rung = first_that_holds(self.plan, self.log.warning)
         self._undo.callback(self.steering.close)
-        self.reason = rung.reason
-        self._announce(rung)
+        self.rung = rung
 
-    def _announce(self, rung: ladder.Rung) -> None:
-        plan = self.plan
+    def _announce(self) -> None:
+        plan, rung = self.plan, self.rung
         count = len(plan.seats)
         self.log.info("%s: %d workers, %s on %s", plan.name, count, plan.policy.name, rung.backend)
         if rung.reason:
@@ -143,6 +142,7 @@ class Controller:
             self.log.info("ebpf would add: %s", ladder.EBPF_ADDS)
 
     def _start_workers(self, _step: Step) -> None:
+        self._announce()
         users = {0, os.geteuid(), self._identity.uid or 0}
         self.listener = Listener(frozenset(users))
         self._undo.callback(self.listener.close)

@@ -139,7 +139,7 @@ class _Supervisor:
             generation=self._service.generation,
             policy=plan.policy.name,
             backend=self._steering.backend,
-            backend_reason=self._service.reason,
+            backend_reason=self._service.rung.reason,
             notes=list(self._steering.notes),
             uptime_s=round(now_s - self._service.started_s, 3),
             binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],

@@ -35,7 +35,10 @@ _TRUE = object()
 
 
 def eventually(ask: Callable[[], T], wanted: object = _TRUE, timeout_s: float = DEADLINE_S) -> T:
-    """What `ask` answers once it is `wanted`, or once it is true."""
+    """What `ask` answers once it is `wanted`, or once it is true.
+
+    Loopback needs it too: ksoftirqd may deliver after the sender's call returned.
+    """
     end_s = time.monotonic() + timeout_s
     while True:
         found = ask()

@@ -413,11 +413,11 @@ def test_output_that_nobody_reads_ends_neither_controller_nor_worker(
     with ExitStack() as undo:
         undo.callback(running.clean_up)
         running.wait_ready()
-        ended, other = running.workers()
-        os.kill(ended["pid"], signal.SIGTERM)
-        eventually(lambda: running.workers()[0]["pid"] not in (None, ended["pid"]))
+        first, second = running.workers()
+        os.kill(second["pid"], signal.SIGTERM)
+        eventually(lambda: running.workers()[1]["pid"] not in (None, second["pid"]))
         running.wait_ready()
-        assert running.workers()[1]["pid"] == other["pid"]
+        assert running.workers()[0]["pid"] == first["pid"]
         assert running.stop() == 0
 
 

@@ -181,8 +181,8 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "1. claim the name shop",
-        "2. see that nobody is on tcp 127.0.0.1:8080",
-        "3. load round-robin as ebpf",
+        "2. load round-robin as ebpf",
+        "3. see that nobody is on tcp 127.0.0.1:8080",
         "4. start 2 workers",
     ]
     found = json.loads(steer("check", "--json", "-w", "2").stdout)
@@ -315,6 +315,24 @@ def test_status_of_a_service_that_has_ended(
 
 
 # Where output goes
+
+
+def test_watch_ends_when_nobody_reads_it(
+    service: StartService, environment: dict[str, str]
+) -> None:
+    service("-w", "1")
+    with subprocess.Popen(
+        [STEER, "status", "test", "--watch"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as watching:
+        assert watching.stdout is not None
+        assert watching.stdout.readline().startswith(b"test  running  cpu on ")
+        watching.stdout.close()
+        assert watching.wait(DEADLINE_S) == 1
+        assert watching.stderr is not None
+        assert watching.stderr.read() == b""
 
 
 @pytest.mark.parametrize("arguments", [("policies",), ("policies", "--json"), ("--help",)])

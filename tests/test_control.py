@@ -64,7 +64,7 @@ def is_unharmed(running: Service) -> bool:
         (b"\xff\xfe\x00\n", "request not understood"),
         (b'["status"]\n', "request not understood"),
         (b'"status"\n', "request not understood"),
-        (b"[" * 60_000 + b"\n", "request not understood"),
+        (b'{"command":' + b"[" * 60_000 + b"\n", "request not understood"),
         (b"1" * 60_000 + b"\n", "request not understood"),
         (b"{}\n", "unknown command; known: status, stop"),
         (b'{"command": null}\n', "unknown command; known: status, stop"),
@@ -430,6 +430,33 @@ def test_stop_returns_when_the_controller_is_gone(service: StartService, home: P
         assert sock.recv(100) == b"done"
     assert stopping.communicate(timeout=DEADLINE_S)[0] == "stopped test\n"
     assert running.process.poll() == 0
+
+
+def test_stop_waits_for_the_process_and_not_for_its_word(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    script = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
+        "print(flush=True)\n"
+        "while True:\n"
+        "    c, _ = s.accept()\n"
+        "    if c.recv(1000): c.sendall(b'{\"ok\": true}\\n'); break\n"
+        "c.close(); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-Ic", script, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        stopping = threading.Thread(target=client.stop, args=(path, False))
+        stopping.start()
+        process.stdout.readline()
+        stopping.join(0.2)
+        assert stopping.is_alive()
+        process.communicate()
+        stopping.join(DEADLINE_S)
+        assert not stopping.is_alive()
 
 
 def test_stop_quick_does_not_wait_for_what_is_under_way(service: StartService, home: Path) -> None:

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 import pytest
+from support import DEADLINE_S, eventually
 
 from steer import demo
 from steer.kernel.cpu import current_cpu
 
-DEADLINE_S = 60.0
 FOREVER_MS = 600_000
 GET = b"GET / HTTP/1.1\r\nHost: steer\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n123456789"
@@ -198,13 +198,6 @@ def has_ended(client: Client) -> bool:
 
 def is_silent(sock: socket.socket) -> bool:
     return not select.select([sock], [], [], 0)[0]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.005)
 
 
 def refuses(running: Running) -> bool:
@@ -406,7 +399,7 @@ def check_released(running: Running, request: bytes, status: int) -> None:
     descriptors = f"/proc/{running.pid}/fd"
     before = os.listdir(descriptors)
     assert ask(running.connect(), request).status == status
-    wait_until(lambda: os.listdir(descriptors) == before)
+    eventually(lambda: os.listdir(descriptors) == before)
 
 
 # What it refuses
@@ -508,11 +501,11 @@ def test_busy_request_keeps_the_cpu_and_all_others_waiting(start: Start) -> None
     ask(other)
     before_ticks = cpu_ticks(running.pid)
     busy[0].sendall(get(f"/?busy_ms={FOREVER_MS}"))
-    wait_until(lambda: cpu_ticks(running.pid) - before_ticks >= 5)
+    eventually(lambda: cpu_ticks(running.pid) - before_ticks >= 5)
     descriptors = os.listdir(f"/proc/{running.pid}/fd")
     running.connect()  # waits where the kernel can still give it to another worker
     other[0].sendall(GET)
-    wait_until(lambda: cpu_ticks(running.pid) - before_ticks >= 10)
+    eventually(lambda: cpu_ticks(running.pid) - before_ticks >= 10)
     assert is_silent(busy[0])
     assert is_silent(other[0])
     assert os.listdir(f"/proc/{running.pid}/fd") == descriptors
@@ -614,7 +607,7 @@ def test_stop_waits_for_the_rest_of_a_request(
     client = kept_client if kept else running.connect()
     client[0].sendall(sent)
     running.terminate_frozen()
-    wait_until(lambda: refuses(running))
+    eventually(lambda: refuses(running))
     answer = ask(client, rest)
     assert (answer.status, answer.headers["Connection"]) == (200, "close")
     assert has_ended(client)
@@ -691,4 +684,4 @@ def test_stop_closes_the_listener_before_datagrams_have_slept(start: Start) -> N
     other.send(b"")
     other.recv(999)
     running.signal(signal.SIGTERM)
-    wait_until(lambda: refuses(running))
+    eventually(lambda: refuses(running))

@@ -8,13 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import eventually
 
 from steer.errors import KernelError
 from steer.kernel import diag, proc
@@ -37,14 +37,6 @@ def bound(stack: ExitStack, kind: socket.SocketKind, address: str) -> socket.soc
     except OSError as error:
         pytest.skip(f"bind {address}: {error.strerror}")
     return made
-
-
-def eventually(ask: Callable[[], bool]) -> None:
-    """Loopback is not synchronous: ksoftirqd may deliver after the sender's call returned."""
-    end = time.monotonic() + 60
-    while not ask():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def queue_of(of: socket.socket) -> diag.Queue:

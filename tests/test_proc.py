@@ -9,27 +9,18 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
+from support import eventually
 
 from steer.errors import KernelError
 from steer.kernel import proc
 from steer.kernel.proc import Seen
 
 ROOT = Path(__file__).parent.parent
-DEADLINE_S = 60
-T = TypeVar("T")
-
-
-def eventually(ask: Callable[[], T], wanted: T) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while (found := ask()) != wanted:
-        assert time.monotonic() < end, f"still {found!r} instead of {wanted!r}"
-        time.sleep(0.01)
 
 
 @contextmanager

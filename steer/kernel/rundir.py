@@ -36,17 +36,20 @@ def directories(environment: Mapping[str, str]) -> list[Path]:
     return [*own, Path("/run/steer"), _TMP / f"steer-{os.geteuid()}"]
 
 
-def find(environment: Mapping[str, str]) -> dict[str, Path]:
+def find(environment: Mapping[str, str], name: str | None = None) -> dict[str, Path]:
     """Control sockets by the name of their service, whether anybody answers there or not.
 
-    In /tmp anybody could have made the directory: then it is passed over.
+    Another user's directory does not let us list it, but one that we can name is found
+    there. In /tmp anybody could have made the directory: then it is passed over.
     """
     found: dict[str, Path] = {}
     for directory in directories(environment):
         with contextlib.suppress(OSError):
             if directory.parent == _TMP and directory.lstat().st_uid != os.geteuid():
                 continue
-            for path in sorted(directory.glob("*.sock")):
+            named = directory / f"{name}.sock"
+            there = [named] if name and named.exists() else sorted(directory.glob("*.sock"))
+            for path in there:
                 found.setdefault(path.stem, path)
     return found
 
@@ -201,9 +204,9 @@ def _remove_empty(directory: Path) -> None:
 
 
 def _make_directory(directory: Path) -> None:
-    """Ours alone, or anybody could hold its lock; in /tmp somebody may have been there first."""
+    """Not for others to open, or they could hold its lock; in /tmp they may have been first."""
     with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700)
+        directory.mkdir(mode=0o700 if directory.parent == _TMP else 0o711)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, f"{directory} is another user's")
