@@ -19,15 +19,18 @@ _TIMEOUT_S = 5.0
 
 
 def ask(
-    path: Path, command: str, timeout_s: float | None = _TIMEOUT_S, **more: Any
+    path: Path, command: str, timeout_s: float | None = _TIMEOUT_S, act: str = "", **more: Any
 ) -> dict[str, Any]:
     """Send one request and wait for its answer.
+
+    Args:
+        act: what it is for, if not the command itself; for errors.
 
     Raises:
         NotRunning: nobody is there.
         ControlError: refused, no answer within `timeout_s`, or none of steer's.
     """
-    act = f"{command} {path.stem}"
+    act = act or f"{command} {path.stem}"
     limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
     try:
         with rundir.connect(path, limit_s) as sock:
@@ -124,7 +127,8 @@ def stop(path: Path, quick: bool) -> None:
     pidfd = None
     with suppress(OSError), rundir.connect(path, _TIMEOUT_S) as sock:
         pidfd = os.pidfd_open(rundir.peer(sock)[0])
-    ask(path, "status")  # is anybody listening? The answer to the next may rightly take long
+    # Is anybody listening? The answer to the next may rightly take long.
+    ask(path, "status", act=f"stop {path.stem}")
     ask(path, "stop", timeout_s=None, quick=quick)
     if pidfd is not None:
         select.select([pidfd], [], [])

@@ -116,7 +116,7 @@ class Process:
 
     def terminate(self) -> None:
         self._told = True
-        process.terminate_group(self.pid)
+        process.terminate(self._pidfd)
 
     def kill(self) -> None:
         process.kill_group(self.pid)
@@ -139,12 +139,18 @@ class Process:
         return status
 
     def _on_end(self) -> None:
-        """Its first process is gone. Told to finish, the others may still be at it."""
+        """Its first process is gone. Told to finish, the others may still be at it; or have
+        to be told, as a shell passes nothing on."""
+        self._forget(self._pidfd)
+        if self._told:
+            process.terminate_group(self.pid)
+        self._when_all_are_gone()
+
+    def _when_all_are_gone(self) -> None:
         if self._told and self._loop is not None and proc.group_outlives(self.pid):
-            self._forget(self._pidfd)
-            self._loop.call_later(_LOOK_AGAIN_S, self._on_end)
-            return
-        self._ended(self, self.end())
+            self._loop.call_later(_LOOK_AGAIN_S, self._when_all_are_gone)
+        else:
+            self._ended(self, self.end())
 
     def _receive(self) -> tuple[Message | None, Sequence[int]]:
         """One message; None when there will be no more.

@@ -14,12 +14,12 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 from support import (
-    NOBODY,
     Netns,
     Service,
     clean_environment,
@@ -179,13 +179,11 @@ def service(netns: Netns, home: Path, environment: dict[str, str]) -> Iterator[S
 
     yield start
     errors = []
-    for one in reversed(started):
+    # All are ended before any is looked at: two may have wanted the same name.
+    for step, one in product((Service.end, Service.clean_up), reversed(started)):
         try:
-            one.clean_up()
+            step(one)
         except Exception as error:  # noqa: BLE001 - the others have to be ended too
             errors.append(error)
     if errors:
         raise ExceptionGroup("services were not left in order", errors)
-
-
-__all__ = ["NOBODY"]

@@ -252,11 +252,20 @@ class Service:
         if self.process.returncode != -signal.SIGKILL:
             assert not self.control_socket.exists()
 
-    def clean_up(self) -> None:
-        """End it if it still runs; see that nothing is left, and do not leave it to others."""
+    def end(self) -> None:
+        """Stop it if it still runs. Raises TimeoutExpired if it had to be killed."""
         try:
             if self.process.poll() is None:
                 self.stop()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def clean_up(self) -> None:
+        """End it; see that nothing is left, and do not leave it to others."""
+        try:
+            self.end()
             self.leaves_nothing()
         finally:
             for pid in session(self.pid):

@@ -156,7 +156,7 @@ def test_another_user_is_told_whom_to_ask(
     for command in ("status", "stop"):
         done = steer(command, "test", user=NOBODY)
         assert done.returncode == 1
-        words = f"steer: {command} test: EACCES; ask as root or as the service's own user\n"
+        words = "steer: status test: EACCES; ask as root or as the service's own user\n"
         assert done.stderr == words
     assert is_unharmed(running)
 
@@ -439,7 +439,9 @@ def test_stop_waits_for_the_process_and_not_for_its_word(tmp_path: Path) -> None
         "print(flush=True)\n"
         "while True:\n"
         "    c, _ = s.accept()\n"
-        "    if c.recv(1000): c.sendall(b'{\"ok\": true}\\n'); break\n"
+        "    asked = c.recv(1000)\n"
+        "    if asked: c.sendall(b'{\"ok\": true}\\n')\n"
+        "    if b'stop' in asked: break\n"
         "c.close(); print(flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -78,7 +78,7 @@ def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
     heard: list[tuple[int, Mapping[str, str]]] = []
 
     async def listen() -> None:
-        listener = Listener()
+        listener = Listener(frozenset({os.geteuid()}))
         send(listener.address, b"EARLY=1")
         listener.watch(asyncio.get_running_loop(), lambda *what: heard.append(what))
         files = os.listdir("/proc/self/fd")

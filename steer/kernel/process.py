@@ -210,9 +210,15 @@ def wait_for_end(pidfd: int, timeout_s: float) -> bool:
     return bool(ready)
 
 
+def terminate(pidfd: int) -> None:
+    """SIGTERM to a worker's first process, and not to all: hypercorn's own workers would
+    drop what they have."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+
+
 def terminate_group(pid: int) -> None:
-    """SIGTERM to all of a worker's process group, as systemd does: the first process may
-    be a shell that passes nothing on."""
+    """SIGTERM to what is left of a worker's process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGTERM)
 
