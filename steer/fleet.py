@@ -176,6 +176,11 @@ class Fleet:
         for command in commands:
             _DO[command](self, place)
 
+    def settle(self) -> None:
+        """Have who is said to be ready in the table by now."""
+        if self._flip_due is not None:
+            self._steer()
+
     def counts(self) -> Counts | None:
         """Of the whole service since its start; None where nobody counts."""
         now = [self._steering.counts(place.slot) for place in self.places]

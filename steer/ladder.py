@@ -55,7 +55,7 @@ def rungs(policy: Policy, asked: str, findings: Mapping[str, Finding]) -> list[R
     if policy.source is None:
         return [Rung(KERNEL, None, False)]
     top = EBPF if asked == "auto" else asked
-    better = () if asked == "auto" else (f"--backend {asked}",)
+    better = () if top == EBPF else (f"--backend {asked}",)
     reasons = list(better)
     found: list[Rung] = []
     for backend in BACKENDS[BACKENDS.index(top) :]:

@@ -122,6 +122,7 @@ class _Supervisor:
     # Requests.
 
     async def _on_status(self, _request: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._fleet.settle()
         return {"service": msgspec.to_builtins(self._report())}
 
     async def _on_stop(self, request: Mapping[str, Any]) -> Mapping[str, Any]:

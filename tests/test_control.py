@@ -156,7 +156,7 @@ def test_another_user_is_told_whom_to_ask(
     for command in ("status", "stop"):
         done = steer(command, "test", user=NOBODY)
         assert done.returncode == 1
-        words = "steer: status test: EACCES; ask as root or as the service's own user\n"
+        words = f"steer: {command} test: EACCES; ask as root or as the service's own user\n"
         assert done.stderr == words
     assert is_unharmed(running)
 

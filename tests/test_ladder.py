@@ -58,8 +58,8 @@ hash_, turns, plain = POLICIES["hash"], POLICIES["round-robin"], POLICIES["kerne
             NO,
             YES,
             [
-                ("cbpf", "--backend ebpf; ebpf: needs Linux 4.19", 1),
-                ("kernel", "--backend ebpf; ebpf: needs Linux 4.19", 1),
+                ("cbpf", "ebpf: needs Linux 4.19", 1),
+                ("kernel", "ebpf: needs Linux 4.19", 1),
             ],
         ),
         (

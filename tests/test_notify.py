@@ -99,6 +99,23 @@ def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
     assert set(long["LONG"]) == {"x"}
 
 
+def test_listener_passes_over_users_it_does_not_trust() -> None:
+    async def listen() -> None:
+        heard: list[object] = []
+        strict, lenient = Listener(frozenset({12345})), Listener(frozenset({os.geteuid()}))
+        for listener in (strict, lenient):
+            listener.watch(asyncio.get_running_loop(), lambda *what: heard.append(what))
+            send(listener.address, b"READY=1")
+        while not heard:
+            await asyncio.sleep(0)
+        assert len(heard) == 1
+        for listener in (strict, lenient):
+            asyncio.get_running_loop().remove_reader(listener._socket)
+            listener.close()
+
+    asyncio.run(listen())
+
+
 @contextmanager
 def supervisor(address: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
