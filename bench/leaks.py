@@ -8,6 +8,7 @@ environment, which all that descend from a service inherit.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -134,9 +135,10 @@ def _files(environment: Mapping[str, str]) -> set[str]:
     """Ours, and directories that stand empty."""
     found = set()
     for directory in rundir.directories(environment):
-        if not directory.is_dir():
+        try:
+            names = os.listdir(directory)
+        except FileNotFoundError:
             continue
-        names = [path.name for path in directory.iterdir()]
         found |= {str(directory / name) for name in names if _NAME in name}
         if not names:
             found.add(str(directory))

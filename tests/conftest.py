@@ -68,6 +68,16 @@ def _has_nobody() -> str:
     return _is_root() or _has_command("setpriv")()
 
 
+def _has_userns() -> str:
+    """Refused in a chroot (user_namespaces(7))."""
+    done = subprocess.run(["unshare", "--user", "true"], capture_output=True, text=True)
+    return done.stderr.strip()
+
+
+def _has_headers() -> str:
+    return "" if Path("/usr/include/asm-generic/socket.h").exists() else "no linux-libc-dev"
+
+
 _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "bcc": _has_bcc,
     "bpf": lambda: _found(probe.ebpf()),
@@ -78,7 +88,9 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "netns": _has_netns,
     "nobody": _has_nobody,
     "root": _is_root,
+    "userns": _has_userns,
     "uvicorn": _has_module("uvicorn"),
+    "headers": _has_headers,
 }
 """Each says why the machine has not got it, or nothing."""
 

@@ -702,7 +702,7 @@ def test_settings_of_this_network_namespace(steer: RunSteer, netns: Netns) -> No
     assert "--backlog 100" in found["somaxconn"]["cure"]
 
 
-@pytest.mark.needs("root", "netns")
+@pytest.mark.needs("root", "netns", "userns")
 def test_root_of_a_user_namespace_is_told_why() -> None:
     code = "import json; from steer import doctor; from steer.config import Service; "
     code += "print(json.dumps([e.found for e in doctor.examine(Service())]))"
