@@ -33,7 +33,7 @@ from support import (
 from steer.kernel import bpf
 
 PORT = 8080
-ALONE = 54322
+ALONE = 40_000 + os.getpid() % 20_000
 """A user nobody else is, for limits that count a user's processes."""
 APP = """
 import sys
@@ -52,6 +52,12 @@ def chatters(worker):
     sys.stderr.flush()
     serve(worker)
 """
+
+
+@pytest.fixture(autouse=True)
+def named(environment: dict[str, str]) -> None:
+    """As no service of this machine's is, to be asked who has the name."""
+    environment["STEER_NAME"] = "test"
 
 
 def free(port: int = PORT) -> bool:
@@ -309,7 +315,7 @@ def test_taking_turns_without_privilege_falls_to_the_kernel(
     assert "cbpf: " in found["backend_reason"]
     assert running.log.count(found["backend_reason"]) == 1
 
-    options = ("-b", ":8081", "--policy", "round-robin", "--json")
+    options = ("--name", "other", "-b", ":8081", "--policy", "round-robin", "--json")
     checked = json.loads(steer("check", *options, user=NOBODY).stdout)
     assert checked["backend"] == "kernel"
     assert checked["backend_reason"] == found["backend_reason"]

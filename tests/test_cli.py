@@ -185,7 +185,7 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
         "3. see that nobody is on tcp 127.0.0.1:8080",
         "4. start 2 workers",
     ]
-    found = json.loads(steer("check", "--json", "-w", "2").stdout)
+    found = json.loads(steer("check", "--json", "-w", "2", "--name", "shop").stdout)
     assert (found["policy"], found["backend"], found["backend_reason"]) == ("cpu", "ebpf", None)
     assert len(found["workers"]) == 2
     assert sorted(home.rglob("*")) == before
@@ -193,7 +193,7 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
 
 def test_check_sees_who_has_the_port(service: StartService, steer: RunSteer) -> None:
     running = service("-w", "1")
-    done = steer("check")
+    done = steer("check", "--name", "other")
     assert done.returncode == 1
     pid = running.workers()[0]["pid"]
     assert f"bind tcp 127.0.0.1:8080: EADDRINUSE, in use by steer (pid {pid})" in done.stderr

@@ -24,6 +24,8 @@ from steer.errors import ControlError, NotRunning
 from steer.kernel import rundir
 
 PORT = 8080
+ALONE = 40_000 + os.getpid() % 20_000
+"""A user nobody else is, so that no other test is in its place in /tmp."""
 HOLDS = """
 import time
 from pathlib import Path
@@ -263,19 +265,18 @@ def test_directory_that_somebody_else_made_in_tmp(
     netns: object, environment: dict[str, str], home: Path, steer: RunSteer
 ) -> None:
     del environment["XDG_RUNTIME_DIR"]
-    uid = 54321  # nobody's, so that no other test is in its place
-    squatted = Path(f"/tmp/steer-{uid}")
+    squatted = Path(f"/tmp/steer-{ALONE}")
     squatted.mkdir(mode=0o777)
     try:
         with socket.socket(socket.AF_UNIX) as trap:
             trap.bind(str(squatted / "trap.sock"))
             trap.listen()
             (squatted / "trap.sock").chmod(0o666)
-            done = steer("run", user=uid)
+            done = steer("run", "--name", "test", user=ALONE)
             assert done.returncode == 1
-            assert f"{squatted}/demo.sock: {squatted} is another user's; name" in done.stderr
+            assert f"{squatted}/test.sock: {squatted} is another user's; name" in done.stderr
             for command in ("status", "stop"):
-                found = steer(command, "trap", user=uid)
+                found = steer(command, "trap", user=ALONE)
                 assert "find service 'trap': not running" in found.stderr
     finally:
         (squatted / "trap.sock").unlink()
@@ -288,12 +289,13 @@ def test_user_without_a_run_directory_has_one_in_tmp(
 ) -> None:
     """Where /run/steer is no place for them."""
     environment["XDG_RUNTIME_DIR"] = "/nowhere"
-    place = Path(f"/tmp/steer-{NOBODY}")
-    running = service("-w", "1", name="test", user=NOBODY, ready=False)
+    place = Path(f"/tmp/steer-{ALONE}")
+    running = service("-w", "1", user=ALONE, ready=False)
     eventually(lambda: "serving" in running.log)
+    assert f"control socket {place}/test.sock, as not at /nowhere/steer/test.sock: " in running.log
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     assert running.stop() == 0
-    assert not (place / "test.sock").exists()
+    assert not place.exists()
 
 
 def test_goes_where_it_is_told_to(service: StartService, home: Path) -> None:
@@ -322,10 +324,10 @@ def test_goes_where_it_is_told_to(service: StartService, home: Path) -> None:
 def test_place_where_none_can_be(steer: RunSteer, home: Path, place: str, why: str) -> None:
     (home / "file").write_text("precious")
     (home / "link").symlink_to("file")
-    done = steer("run", "--control-socket", place)
+    done = steer("run", "--name", "test", "--control-socket", place)
     assert done.returncode == 1
     assert done.stderr == (
-        f"steer: make the control socket of 'demo': {place}: {why}; "
+        f"steer: make the control socket of 'test': {place}: {why}; "
         "name another place: --control-socket PATH\n"
     )
     assert (home / "file").read_text() == "precious"
