@@ -164,10 +164,23 @@ def _checked(key: str, value: Any, shown: str, *, strict: bool) -> Any:
 
 def _check_meaning(key: str, value: Any) -> None:
     """What its type does not tell of a value. Raises msgspec.ValidationError."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str):
+            _check_text(text)
     if key == "policy" and value not in POLICIES:
         raise msgspec.ValidationError("unknown policy")
     if key == "bind":
         _check_binds(value)
+
+
+def _check_text(text: str) -> None:
+    """What no argument, variable or path can hold."""
+    if "\0" in text:
+        raise msgspec.ValidationError("a null byte")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise msgspec.ValidationError("not UTF-8") from None
 
 
 def _check_binds(texts: Sequence[str]) -> None:

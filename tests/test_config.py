@@ -381,3 +381,9 @@ words = st.text("aZ09 =,'\"\\#[]\t\n\u00e9\u2192", max_size=8)
 def test_as_toml_reads_back(given_: dict[str, Any]) -> None:
     service = Service(**given_)
     assert load(file=config.read(config.as_toml(service).encode(), FILE)) == service
+
+
+@pytest.mark.parametrize("text", ["K=a\0b", "K=\udcff"])
+def test_what_no_variable_can_hold_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--env: env = .*: (a null byte|not UTF-8)"):
+        config.load({"env": (text,)}, {}, {}, "steer.toml")

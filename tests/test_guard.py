@@ -53,7 +53,16 @@ def in_shell(home: Path, script: str) -> tuple[str, ...]:
 
 
 def gone(pids: list[int]) -> bool:
-    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    return not any(map(is_running, pids))
+
+
+def is_running(pid: int) -> bool:
+    """Orphans that have ended may stay as zombies where the first process is no init."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in (b"Z", b"X")
 
 
 def test_workers_end_whatever_they_do_with_signals(service: StartService, home: Path) -> None:
