@@ -332,3 +332,12 @@ def start_service(
             start_new_session=True,
         )
     return Service(process, name, home, records, environment)
+
+
+def is_running(pid: int) -> bool:
+    """Orphans that have ended may stay as zombies where the first process is no init."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in (b"Z", b"X")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import StartService
-from support import eventually
+from support import eventually, is_running
 
 from steer.kernel import proc
 
@@ -54,15 +54,6 @@ def in_shell(home: Path, script: str) -> tuple[str, ...]:
 
 def gone(pids: list[int]) -> bool:
     return not any(map(is_running, pids))
-
-
-def is_running(pid: int) -> bool:
-    """Orphans that have ended may stay as zombies where the first process is no init."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in (b"Z", b"X")
 
 
 def test_workers_end_whatever_they_do_with_signals(service: StartService, home: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import RunSteer, StartService
 from crew import CPUS, pinned
-from support import DEADLINE_S, NOBODY, Service, eventually, udp_ask
+from support import DEADLINE_S, NOBODY, Service, eventually, is_running, udp_ask
 
 from steer.lifecycle import Event
 
@@ -95,10 +95,6 @@ def ask(port: int = PORT) -> dict[str, Any]:
     with sock, sock.makefile("rb") as stream:
         found: dict[str, Any] = json.loads(stream.read())
         return found
-
-
-def exists(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 def proc_status(pid: int) -> dict[str, str]:
@@ -210,7 +206,7 @@ def test_runs_as_another_user_on_a_privileged_port(
     # prctl(2): a change of user takes back the wish to be told when the parent ends.
     running.send_signal(signal.SIGKILL)
     for pid in pids:
-        eventually(lambda pid=pid: not exists(pid))
+        eventually(lambda pid=pid: not is_running(pid))
 
 
 @pytest.mark.needs("nobody")
@@ -326,7 +322,7 @@ def test_controller_that_is_killed_takes_its_workers_with_it(
     for running in (a, b):
         running.send_signal(signal.SIGKILL)
         running.wait()
-    eventually(lambda: not any(map(exists, pids)))
+    eventually(lambda: not any(map(is_running, pids)))
 
     again = service("app:serve", "-w", "1", name="a")
     assert ask()["pid"] in worker_pids(again)
@@ -355,7 +351,7 @@ def test_one_that_dies_is_started_again_in_a_fresh_socket_and_slot(service: Star
     running = service("app:serve", "-w", "2", "--policy", "hash")
     dead, other = running.workers()
     os.kill(dead["pid"], signal.SIGKILL)
-    eventually(lambda: not exists(dead["pid"]))
+    eventually(lambda: not is_running(dead["pid"]))
     running.wait_ready()
 
     fresh, same = running.workers()
@@ -372,7 +368,7 @@ def test_one_killed_by_a_signal_without_a_name_is_started_again(service: StartSe
     running = service("app:serve", "-w", "1")
     (dead,) = running.workers()
     os.kill(dead["pid"], signal.SIGRTMIN + 5)
-    eventually(lambda: not exists(dead["pid"]))
+    eventually(lambda: not is_running(dead["pid"]))
     running.wait_ready()
     assert f"killed by signal {signal.SIGRTMIN + 5}" in running.log
 
@@ -424,7 +420,7 @@ def test_its_children_do_not_outlive_it(service: StartService) -> None:
     running = service("app:has_children", "-w", "1")
     found = ask()
     os.kill(found["pid"], signal.SIGKILL)
-    eventually(lambda: not any(map(exists, found["children"])))
+    eventually(lambda: not any(map(is_running, found["children"])))
     running.wait_ready()
 
 
