@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import StartService
 from crew import CPUS, pinned
-from support import DEADLINE_S, eventually, http_get
+from support import DEADLINE_S, eventually, http_get, is_running
 
 from steer.kernel import proc
 
@@ -170,7 +170,7 @@ def test_gunicorns_own_workers_do_not_outlive_it(service: StartService) -> None:
 
     os.kill(arbiter, signal.SIGKILL)
 
-    eventually(lambda: not Path(f"/proc/{child}").exists())
+    eventually(lambda: not is_running(child))
     running.wait_ready()
     (after,) = running.workers()
     assert after["pid"] != before["pid"]
