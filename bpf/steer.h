@@ -195,26 +195,39 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 }
 
 /*
+ * Have `value` read by now. The compiler may else choose between two addresses and then
+ * read, and the verifier takes no context at an address that was chosen.
+ */
+#define steer_settle(value) asm volatile("" : "+r"(value))
+
+/*
  * Two programs from one policy: steer_migrate is also asked where the queue of a
  * closing listener goes (Linux 5.14+); steer_plain is for kernels that never ask.
+ *
+ * A connection that migrates has no packet, and the CPU is that of whoever closed the
+ * listener: its hash is the position then, or a whole queue would land on one worker.
  */
-#define STEER_POLICY(ctx, table)                                                     \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,         \
-						const struct steer_half *table);     \
-	int steer_plain(struct sk_reuseport_md *ctx)                                 \
-	{                                                                            \
-		const struct steer_half *half = steer_active();                      \
-                                                                                     \
-		return steer_deliver(ctx, half, steer_policy(ctx, half), false);     \
-	}                                                                            \
-	int steer_migrate(struct sk_reuseport_md *ctx)                               \
-	{                                                                            \
-		const struct steer_half *half = steer_active();                      \
-		bool migrating = ctx->migrating_sk != NULL;                          \
-                                                                                     \
-		return steer_deliver(ctx, half, steer_policy(ctx, half), migrating); \
-	}                                                                            \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,         \
+#define STEER_POLICY(ctx, table)                                                                   \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                       \
+						const struct steer_half *table);                   \
+	int steer_plain(struct sk_reuseport_md *ctx)                                               \
+	{                                                                                          \
+		const struct steer_half *half = steer_active();                                    \
+                                                                                                   \
+		return steer_deliver(ctx, half, steer_policy(ctx, half), false);                   \
+	}                                                                                          \
+	int steer_migrate(struct sk_reuseport_md *ctx)                                             \
+	{                                                                                          \
+		const struct steer_half *half = steer_active();                                    \
+		bool migrating = ctx->migrating_sk != NULL;                                        \
+		u32 hash = ctx->hash;                                                              \
+                                                                                                   \
+		steer_settle(hash);                                                                \
+		return steer_deliver(                                                              \
+			ctx, half, migrating ? steer_spread(half, hash) : steer_policy(ctx, half), \
+			migrating);                                                                \
+	}                                                                                          \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                       \
 						const struct steer_half *table)
 
 #endif

@@ -34,6 +34,9 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         command: the worker's command line, with {fd}, {slot}, {port} to be filled in.
         workers: how many, or "auto": one for each CPU this process may use.
         weights: each worker's share, in the workers' order; missing ones are 1.
+        hang_timeout: seconds that connections may wait while a worker takes none; 0: for ever.
+        watchdog: seconds within which a worker has to say WATCHDOG=1; None: it need not.
+        adopt_timeout: seconds that workers go on without a controller; 0: none.
     """
 
     app: Annotated[str, Meta(pattern=r"^[\w.]+:[\w.]+\Z")] | None = None
@@ -52,6 +55,10 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     backlog: Annotated[int, Meta(ge=1, le=65535)] = 2048
     graceful_timeout: Seconds = 30.0
     ready_timeout: Annotated[float, Meta(gt=0, le=86400)] = 30.0
+    hang_timeout: Seconds = 2.0
+    hang: Literal["replace", "skip"] = "replace"
+    watchdog: Annotated[float, Meta(gt=0, le=86400)] | None = None
+    adopt_timeout: Seconds = 30.0
     pid: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -208,6 +215,7 @@ def _allowed(key: str) -> str:
         "backlog": "1 to 65535",
         "bind": address.ALLOWED,
         "env": "NAME=VALUE",
+        "hang": "replace, skip",
         "log_format": "text, json",
         "log_level": "debug, info, warning, error",
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",

@@ -68,6 +68,10 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "backlog": (1, ("2", 2), ("3", 3)),
     "graceful_timeout": (1, ("2.5", 2.5), ("3", 3.0)),
     "ready_timeout": (1.5, ("2", 2.0), ("3", 3.0)),
+    "hang_timeout": (1, ("0", 0.0), ("3", 3.0)),
+    "hang": ("skip", ("replace", "replace"), ("skip", "skip")),
+    "watchdog": (1, ("2.5", 2.5), ("3", 3.0)),
+    "adopt_timeout": (1, ("0", 0.0), ("3", 3.0)),
     "pid": ("/a", ("/b", "/b"), ("/c", "/c")),
     "log_level": ("debug", ("warning", "warning"), ("error", "error")),
     "log_format": ("json", ("text", "text"), ("json", "json")),
@@ -266,7 +270,7 @@ def test_one_where_a_list_belongs(key: str, value: Any) -> None:
 def test_an_unknown_key(key: str) -> None:
     error = refused({}, {}, {key: 3})
     assert str(error).startswith(
-        f"{FILE}: {key} = 3: unknown key; allowed: app, backend, backlog, "
+        f"{FILE}: {key} = 3: unknown key; allowed: adopt_timeout, app, backend, backlog, "
     )
     assert all(name in error.cure for name in config.FIELDS)
 
