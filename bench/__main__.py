@@ -1,17 +1,18 @@
-"""`./dev bench [NAME...] [--json] [--quick]`. A new bench is a module and a row here."""
+"""`./dev bench [NAME...] [--json] [--plot DIR] [--quick]`. A bench is a module and a row here."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import click
 import msgspec
 
-from bench import cost, leaks, locality, machine, memory, start
+from bench import cost, crash, hang, leaks, locality, machine, memory, plot, reload, start
 from bench.figures import Section
 from steer import show
 from steer.errors import SteerError
@@ -22,7 +23,7 @@ class Bench:
     """Args: run: measures; told whether to be quick about it."""
 
     summary: str
-    run: Callable[[bool], Sequence[Section]]
+    run: Callable[[bool], Iterable[Section]]
 
 
 BENCHES: Mapping[str, Bench] = {
@@ -31,6 +32,9 @@ BENCHES: Mapping[str, Bench] = {
     "memory": Bench("what the controller holds, and does while idle", memory.run),
     "leaks": Bench("what starts and stops leave behind", leaks.run),
     "locality": Bench("connections handled on the CPU of their packets", locality.run),
+    "reload": Bench("requests that fail while workers are replaced", reload.run),
+    "hang": Bench("what becomes of requests when a worker is stopped", hang.run),
+    "crash": Bench("requests that fail while workers are killed", crash.run),
 }
 EPILOG = "\b\n" + "\n".join(f"{name:<9} {bench.summary}" for name, bench in BENCHES.items())
 
@@ -40,11 +44,16 @@ EPILOG = "\b\n" + "\n".join(f"{name:<9} {bench.summary}" for name, bench in BENC
 )
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHES)), metavar="[NAME]...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every single value.")
+@click.option(
+    "--plot", "directory", type=click.Path(path_type=Path), metavar="DIR", help="Draw them there."
+)
 @click.option("--quick", is_flag=True, help="Only see that it runs: figures mean little.")
-def main(names: Sequence[str], as_json: bool, quick: bool) -> None:
+def main(names: Sequence[str], as_json: bool, directory: Path | None, quick: bool) -> None:
     if not machine.is_root():
         raise click.ClickException("measuring needs root: BPF, and a network namespace of its own")
     signal.signal(signal.SIGTERM, _leave)  # so that what was started is ended
+    if directory and not plot.is_possible():
+        raise click.ClickException("no matplotlib; install it: ./dev setup bench")
     here = machine.describe()
     machine.leave_network()
     found, failed = _measure(names or list(BENCHES), quick)
@@ -52,20 +61,30 @@ def main(names: Sequence[str], as_json: bool, quick: bool) -> None:
         _print_json(here, found)
     else:
         click.echo("  ".join(f"{key} {value}" for key, value in here.items()) + "\n")
-        show.tables([section.table() for sections in found.values() for section in sections])
+        sections = [section for each in found.values() for section in each]
+        show.tables([section.table() for section in sections if section.figures])
+    if directory:
+        for path in plot.draw(found, directory):
+            click.echo(f"bench: drawn: {path}", err=True)
     sys.exit(1 if failed else 0)
 
 
-def _measure(names: Sequence[str], quick: bool) -> tuple[dict[str, Sequence[Section]], bool]:
-    """Run these; one that fails says so, and the others go on."""
-    found: dict[str, Sequence[Section]] = {}
-    for name in names:
+def _measure(names: Sequence[str], quick: bool) -> tuple[dict[str, list[Section]], bool]:
+    """Run these; what fails says so, and the others go on."""
+    found: dict[str, list[Section]] = {}
+    failures = []
+    for name in dict.fromkeys(names):
         click.echo(f"bench: {name}: {BENCHES[name].summary}", err=True)
+        found[name] = []
         try:
-            found[name] = BENCHES[name].run(quick)
+            for section in BENCHES[name].run(quick):
+                found[name].append(section)
         except SteerError as error:
-            click.echo(f"bench: {name}: {error}\n{error.detail}".rstrip(), err=True)
-    return found, len(found) < len(set(names))
+            failures.append(f"{name}: {error}\n{error.detail}".rstrip())
+        failures += [f"{name}: {each}" for section in found[name] for each in section.failures]
+    for failure in failures:
+        click.echo(f"bench: not measured: {failure}", err=True)
+    return found, bool(failures)
 
 
 def _print_json(here: Mapping[str, object], found: Mapping[str, Sequence[Section]]) -> None:

@@ -69,11 +69,35 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Timeline:
+    """What befell each request of one server, for a plot.
+
+    Args:
+        name: the server.
+        points: of each that was answered: when, in seconds, and after how many ms.
+        failed_s: when the others failed.
+        marks_s: when something was done to the server.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    failed_s: Sequence[float]
+    marks_s: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Section:
-    """Figures that belong together."""
+    """Figures that belong together.
+
+    Args:
+        failures: what could not be measured, and why.
+        timelines: for a plot beside that of the figures.
+    """
 
     title: str
     figures: Sequence[Figure]
+    failures: Sequence[str] = ()
+    timelines: Sequence[Timeline] = ()
 
     def table(self) -> Table:
         return Table(self.title, COLUMNS, [_row(figure) for figure in self.figures])

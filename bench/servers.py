@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,8 +31,20 @@ def tool(name: str) -> str:
     """
     path = Path(sys.executable).with_name(name)
     if not path.exists():
-        raise SteerError(f"run {name}", f"no {path}", "install it: ./dev setup")
+        raise SteerError(f"run {name}", f"no {path}", "install it: ./dev setup bench")
     return str(path)
+
+
+def system_tool(name: str) -> str:
+    """The system's command `name`, also where only root has it on PATH.
+
+    Raises:
+        SteerError: it is not installed.
+    """
+    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if path is None:
+        raise SteerError(f"run {name}", "not installed", "install it: ./dev setup bench")
+    return path
 
 
 def environment(run_directory: str, **more: str) -> dict[str, str]:
@@ -90,9 +103,9 @@ class Server:
                 get(self.port)
                 return time.perf_counter() - self._started_s
             if self.process.poll() is not None:
-                raise self._failure(f"exit status {self.process.returncode}")
+                raise self.failure(f"exit status {self.process.returncode}")
             time.sleep(_POLL_S)
-        raise self._failure(f"no answer in {_TIMEOUT_S:g} s")
+        raise self.failure(f"no answer in {_TIMEOUT_S:g} s")
 
     def stop(self) -> None:
         """SIGTERM, and wait. Raises SteerError: it does not end, and was killed."""
@@ -104,7 +117,7 @@ class Server:
         try:
             self.process.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise self._failure(f"does not end in {_TIMEOUT_S:g} s") from None
+            raise self.failure(f"does not end in {_TIMEOUT_S:g} s") from None
         finally:
             self.kill()
 
@@ -114,7 +127,8 @@ class Server:
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
 
-    def _failure(self, cause: str) -> SteerError:
+    def failure(self, cause: str) -> SteerError:
+        """An error that ends with what the server last said."""
         words = self._log.read_text(errors="replace").splitlines()[-10:]
         return SteerError(f"measure {' '.join(self.command)}", cause, detail="\n".join(words))
 

@@ -159,8 +159,11 @@ static __always_inline bool steer_select(struct sk_reuseport_md *ctx, u32 slot, 
 
 	if (bpf_sk_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), &slot, 0))
 		return false;
-	/* A connection is counted once, by its SYN, and what is late not at all. */
-	if (steer_is_ack(ctx))
+	/*
+	 * A connection is counted once, by its SYN, and what is late not at all. Once more
+	 * where it migrates: half-open ones do with the ACK that ends their handshake.
+	 */
+	if (!migrating && steer_is_ack(ctx))
 		return true;
 	count = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_COUNTS), &slot);
 	if (count) {

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from steer import __version__
+from steer.options import Command, Source, TakesCommand, service_options
 
 if TYPE_CHECKING:
-    from steer.config import Service
     from steer.report import Table
 
-DEFAULT_FILE = "steer.toml"
-_Command = Callable[..., Any]
+_Named = tuple[str | None, int]
+"""A service's name, if given, and a number."""
 
 
 def main() -> None:
@@ -54,74 +54,44 @@ def cli() -> None:
     """Choose, in the kernel, which worker gets the next connection."""
 
 
-def service_options(command: _Command) -> _Command:
-    """The options of `run`: the keys of the configuration, with dashes."""
-    for option in reversed(_SERVICE_OPTIONS):
-        command = option(command)
-    return command
-
-
-_SERVICE_OPTIONS = (
-    click.argument("app", required=False, metavar="[MODULE:CALLABLE | -- CMD ARG...]"),
-    click.option(
-        "-b",
-        "--bind",
-        multiple=True,
-        metavar="ADDR",
-        help="host:port, [::1]:port, :port or udp://host:port; may be repeated.",
-    ),
-    click.option("-w", "--workers", metavar="N|auto", help="auto: one for each CPU."),
-    click.option("--policy", metavar="NAME", help="See `steer policies`. Default: cpu."),
-    click.option("--weights", metavar="N,N...", help="Each worker's share; default 1."),
-    click.option("--backend", metavar="NAME", help="auto, ebpf, cbpf or kernel."),
-    click.option("--strict", is_flag=True, default=None, help="Refuse to fall back."),
-    click.option("--name", help="Of the service; default from what it runs."),
-    click.option(
-        "-c",
-        "--config",
-        "file",
-        metavar="FILE",
-        help=f"TOML, table [service]; {DEFAULT_FILE} in this directory if there.",
-    ),
-    click.option("-u", "--user", help="Run workers as this user."),
-    click.option("-g", "--group", help="Run workers as this group."),
-    click.option("-e", "--env", multiple=True, metavar="K=V", help="Set in the workers."),
-    click.option("--chdir", metavar="DIR", help="Where the workers run."),
-    click.option("--backlog", metavar="N", help="Of each worker's socket; default 2048."),
-    click.option("--graceful-timeout", metavar="S", help="To finish, when ending; default 30."),
-    click.option("--ready-timeout", metavar="S", help="To get ready, when starting; default 30."),
-    click.option("--pid", metavar="FILE", help="Write the controller's process id there."),
-    click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
-    click.option("--log-format", metavar="FORMAT", help="text or json."),
-    click.option("--control-socket", metavar="PATH", help="Instead of /run/steer/NAME.sock."),
-)
-
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _CONTROL_SOCKET = click.option(
     "--control-socket", metavar="PATH", help="Where the service listens."
 )
 
 
-class _TakesCommand(click.Command):
-    """What stands behind `--` is the worker's command, and not ours to read."""
+def _numbered(number: str) -> Callable[[Command], Command]:
+    """The arguments [NAME] and a number; one alone is the number."""
 
-    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        if "--" in arguments:
-            at = arguments.index("--")
-            context.meta["command"] = arguments[at + 1 :]
-            if not arguments[at + 1 :]:
-                raise click.UsageError("no command after --", context)
-            arguments = arguments[:at]
-        return super().parse_args(context, arguments)
+    def read(context: click.Context, _: click.Parameter, given: tuple[str, ...]) -> _Named:
+        from steer import abi, config
+
+        most = {"N": config.MAX_WORKERS, "SLOT": abi.MAX_SLOTS - 1}[number]
+        *name, text = given
+        if len(name) > 1:
+            raise click.UsageError(f"Got unexpected extra argument ({text})", context)
+        try:
+            value = int(text)
+        except ValueError:
+            value = -1
+        if not 0 <= value <= most:
+            words = f"{text!r} is not a whole number from 0 to {most}."
+            raise click.BadParameter(words, context, param_hint=number)
+        return (name[0] if name else None, value)
+
+    return click.argument(
+        "named", nargs=-1, required=True, metavar=f"[NAME] {number}", callback=read
+    )
 
 
-@cli.command(cls=_TakesCommand)
+@cli.command(cls=TakesCommand)
 @service_options
 @click.option("--check-config", is_flag=True, help="Read the configuration, then end.")
 @click.option("--print-config", is_flag=True, help="Print what is configured, then end.")
 def run(check_config: bool, print_config: bool, **options: Any) -> None:
     """Run a service in the foreground: a Python callable, a command, or the demo."""
-    service = _service(options)
+    read = Source(options)
+    service = read()
     if print_config:
         from steer.config import as_toml
 
@@ -134,10 +104,10 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
 
     decided = plan(service, topology.read(), probe.findings())
     logger = log.Log(service.log_level, service.log_format)
-    sys.exit(controller.run(decided, os.environ, logger))
+    sys.exit(controller.run(decided, os.environ, logger, read))
 
 
-@cli.command(cls=_TakesCommand)
+@cli.command(cls=TakesCommand)
 @service_options
 @_AS_JSON
 def check(as_json: bool, **options: Any) -> None:
@@ -146,7 +116,7 @@ def check(as_json: bool, **options: Any) -> None:
     from steer.kernel import probe, topology
     from steer.plan import plan
 
-    decided = plan(_service(options), topology.read(), probe.findings())
+    decided = plan(Source(options)(), topology.read(), probe.findings())
     controller.rehearse(decided, os.environ)
     if as_json:
         _print_json(decided.describe())
@@ -191,14 +161,86 @@ def status(name: str | None, as_json: bool, watch: bool, control_socket: str | N
 @_CONTROL_SOCKET
 def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | None) -> None:
     """Stop a service; return when it has ended."""
-    from steer import client
+    from steer import client, show
 
     path = client.locate(name, control_socket, os.environ)
-    client.stop(path, quick)
+    with show.progress(f"stop {path.stem}") as progress:
+        client.stop(path, quick, progress)
     if as_json:
         _print_json({"stopped": path.stem})
     else:
         click.echo(f"stopped {path.stem}")
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_AS_JSON
+@_CONTROL_SOCKET
+def reload(name: str | None, **how: Any) -> None:
+    """Read the configuration again, and replace all workers.
+
+    The old ones end when as many new ones are ready. If those do not come up, nothing
+    changes.
+    """
+    _perform("reload", "reloaded", name, **how)
+
+
+@cli.command()
+@_numbered("N")
+@_AS_JSON
+@_CONTROL_SOCKET
+def scale(named: _Named, **how: Any) -> None:
+    """Run N workers from now on."""
+    _perform("scale", "scaled", named[0], workers=named[1], **how)
+
+
+@cli.command()
+@_numbered("SLOT")
+@_AS_JSON
+@_CONTROL_SOCKET
+def drain(named: _Named, **how: Any) -> None:
+    """Send nothing new to the worker in SLOT; it goes on with what it has."""
+    _perform("drain", "drained", named[0], slot=named[1], **how)
+
+
+@cli.command()
+@_numbered("SLOT")
+@_AS_JSON
+@_CONTROL_SOCKET
+def undrain(named: _Named, **how: Any) -> None:
+    """Send to the worker in SLOT again."""
+    _perform("undrain", "undrained", named[0], slot=named[1], **how)
+
+
+@cli.command()
+@_numbered("SLOT")
+@_AS_JSON
+@_CONTROL_SOCKET
+def restart(named: _Named, **how: Any) -> None:
+    """Replace the worker in SLOT; it ends when the new one is ready."""
+    _perform("restart", "restarted", named[0], slot=named[1], **how)
+
+
+def _perform(
+    command: str,
+    done: str,
+    name: str | None,
+    as_json: bool,
+    control_socket: str | None,
+    **more: int,
+) -> None:
+    """Have a service do it, and say what was done."""
+    import msgspec
+
+    from steer import client, show
+
+    path = client.locate(name, control_socket, os.environ)
+    with show.progress(f"{command} {path.stem}") as progress:
+        outcome = client.perform(path, command, progress, **more)
+    if as_json:
+        _print_json({done: path.stem, **msgspec.to_builtins(outcome)})
+    else:
+        click.echo(f"{done} {path.stem}: {outcome}")
 
 
 @cli.command()
@@ -223,7 +265,7 @@ def policies(as_json: bool) -> None:
     show.tables([Table("", ("policy", "backends", "chooses"), rows)])
 
 
-@cli.command(cls=_TakesCommand)
+@cli.command(cls=TakesCommand)
 @service_options
 @_AS_JSON
 def doctor(as_json: bool, **options: Any) -> None:
@@ -237,35 +279,13 @@ def doctor(as_json: bool, **options: Any) -> None:
     from steer import show
     from steer.report import Table
 
-    found = examination.examine(_service(options))
+    found = examination.examine(Source(options)())
     if as_json:
         _print_json({"findings": found})
     else:
         rows = [(each.topic, each.verdict, each.found, each.cure) for each in found]
         show.tables([Table("", ("topic", "", "found", "what would help"), rows)])
     sys.exit(any(each.verdict == "fail" for each in found))
-
-
-def _service(options: dict[str, Any]) -> Service:
-    """The configuration from all its sources."""
-    from steer import config
-    from steer.errors import ConfigError
-
-    path = options.pop("file") or os.environ.get("STEER_CONFIG")
-    given = path or DEFAULT_FILE
-    try:
-        with open(given, "rb") as stream:
-            table = config.read(stream.read(), given)
-    except FileNotFoundError:
-        if path is not None:
-            raise ConfigError(f"read {given}", "no such file") from None
-        table = {}
-    except OSError as error:
-        raise ConfigError(f"read {given}", error.strerror or str(error)) from None
-    options["command"] = tuple(click.get_current_context().meta.get("command", ()))
-    if options["weights"] is not None:
-        options["weights"] = options["weights"].split(",")
-    return config.load(options, os.environ, table, given)
 
 
 def _print_json(value: object) -> None:

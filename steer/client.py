@@ -4,40 +4,107 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from steer import report
-from steer.errors import ControlError, KernelError, NotRunning
+from steer.errors import ControlError, KernelError, NotRunning, Refused
 from steer.kernel import diag, proc, rundir
 
 _TIMEOUT_S = 5.0
+_T = TypeVar("_T")
+_DECODER = msgspec.json.Decoder(dict[str, Any])
+
+Progress = Callable[[str, int, int], None]
+"""Takes what a service says of how far it is: words, so many done, of so many (0: not counted)."""
+
+
+class Reloaded(msgspec.Struct):
+    generation: int
+    workers: int
+    took_s: float
+
+    def __str__(self) -> str:
+        return f"generation {self.generation}, {_workers(self.workers)}, {self.took_s:.1f} s"
+
+
+class Scaled(msgspec.Struct):
+    workers: int
+    took_s: float
+
+    def __str__(self) -> str:
+        return f"{_workers(self.workers)}, {self.took_s:.1f} s"
+
+
+class Drained(msgspec.Struct):
+    """Also what is drained no longer."""
+
+    slot: int
+
+    def __str__(self) -> str:
+        return f"slot {self.slot}"
+
+
+class Restarted(msgspec.Struct):
+    slot: int
+    new_slot: int
+    took_s: float
+
+    def __str__(self) -> str:
+        return f"slot {self.new_slot} in place of slot {self.slot}, {self.took_s:.1f} s"
+
+
+Outcome = Reloaded | Scaled | Drained | Restarted
+"""What was done, in the words of the answer; as text, what to tell of it."""
+
+_OUTCOMES: Mapping[str, type[Outcome]] = {
+    "reload": Reloaded,
+    "scale": Scaled,
+    "drain": Drained,
+    "undrain": Drained,
+    "restart": Restarted,
+}
+
+
+class _Progress(msgspec.Struct):
+    progress: str
+    done: int = 0
+    of: int = 0
 
 
 def ask(
-    path: Path, command: str, timeout_s: float | None = _TIMEOUT_S, act: str = "", **more: Any
+    path: Path,
+    command: str,
+    timeout_s: float | None = _TIMEOUT_S,
+    act: str = "",
+    progress: Progress | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Send one request and wait for its answer.
 
     Args:
+        timeout_s: for the answer; None: as long as it takes.
         act: what it is for, if not the command itself; for errors.
+        progress: called with what the service says meanwhile.
 
     Raises:
         NotRunning: nobody is there.
-        ControlError: refused, no answer within `timeout_s`, or none of steer's.
+        Refused: with the exit code and detail of the error that the service met.
+        ControlError: no answer within `timeout_s`, or none of steer's.
     """
     act = act or f"{command} {path.stem}"
     limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
+    if progress is not None:
+        more["progress"] = True
     try:
-        with rundir.connect(path, limit_s) as sock:
+        with rundir.connect(path, limit_s) as sock, sock.makefile("rb") as lines:
             sock.settimeout(timeout_s)
             sock.sendall(msgspec.json.encode({"command": command, **more}) + b"\n")
-            data = sock.makefile("rb").readline()
-        answer = msgspec.json.decode(data or b"{}", type=dict[str, Any])
+            answer = _answer(lines, progress)
     except msgspec.DecodeError as error:
         raise ControlError(act, f"answer not understood: {error}", "is it steer's?") from None
     except TimeoutError:
@@ -47,11 +114,33 @@ def ask(
         raise ControlError(act, "EACCES", "ask as root or as the service's own user") from None
     except OSError:
         raise NotRunning(act, "not running", "see `steer status`") from None
-    if not data:
-        raise NotRunning(act, "the service ended before it answered")
+    if answer is None:
+        cause = "the controller ended before it answered"
+        raise NotRunning(act, cause, "see `steer status`")
     if not answer.get("ok"):
-        raise ControlError(act, str(answer.get("error")))
+        raise _refused(act, answer)
     return answer
+
+
+def _answer(lines: Iterable[bytes], progress: Progress | None) -> dict[str, Any] | None:
+    """The first line that tells no progress."""
+    for line in lines:
+        answer = _DECODER.decode(line)
+        if progress is None or "ok" in answer:
+            return answer
+        told = msgspec.convert(answer, _Progress)
+        progress(told.progress, told.done, told.of)
+    return None
+
+
+def _refused(act: str, answer: Mapping[str, Any]) -> Refused:
+    code = answer.get("exit_code")
+    return Refused(
+        act,
+        str(answer.get("error")),
+        str(answer.get("detail", "")),
+        code if isinstance(code, int) and 0 < code < 256 else None,
+    )
 
 
 def locate(name: str | None, control_socket: str | None, environment: Mapping[str, str]) -> Path:
@@ -103,12 +192,15 @@ def status_of_all(environment: Mapping[str, str]) -> report.Status:
 
 
 def _status(path: Path) -> report.Service:
-    answer = ask(path, "status")
+    return _understood(ask(path, "status").get("service"), report.Service, f"status {path.stem}")
+
+
+def _understood(answer: Any, kind: type[_T], act: str) -> _T:
     try:
-        return msgspec.convert(answer.get("service"), type=report.Service)
+        return msgspec.convert(answer, kind)
     except msgspec.ValidationError as error:
         raise ControlError(
-            f"status {path.stem}", f"answer not understood: {error}", "is it of this version?"
+            act, f"answer not understood: {error}", "is it of this version?"
         ) from None
 
 
@@ -118,7 +210,21 @@ def running(environment: Mapping[str, str]) -> list[Path]:
     return [path for path in found if os.access(path, os.W_OK)] or found
 
 
-def stop(path: Path, quick: bool) -> None:
+def perform(path: Path, command: str, progress: Progress | None = None, **more: Any) -> Outcome:
+    """Have a service reload, scale, drain, undrain or restart; return when it is done.
+
+    Args:
+        more: of the request: `workers` or `slot`.
+
+    Raises:
+        NotRunning, ControlError
+        Refused: it was not done.
+    """
+    answer = _ask_at_length(path, command, progress, **more)
+    return _understood(answer, _OUTCOMES[command], f"{command} {path.stem}")
+
+
+def stop(path: Path, quick: bool, progress: Progress | None = None) -> None:
     """Stop a service and wait until its controller is gone.
 
     Raises:
@@ -127,12 +233,20 @@ def stop(path: Path, quick: bool) -> None:
     pidfd = None
     with suppress(OSError), rundir.connect(path, _TIMEOUT_S) as sock:
         pidfd = os.pidfd_open(rundir.peer(sock)[0])
-    # Is anybody listening? The answer to the next may rightly take long.
-    ask(path, "status", act=f"stop {path.stem}")
-    ask(path, "stop", timeout_s=None, quick=quick)
+    _ask_at_length(path, "stop", progress, quick=quick)
     if pidfd is not None:
         select.select([pidfd], [], [])
         os.close(pidfd)
+
+
+def _ask_at_length(
+    path: Path, command: str, progress: Progress | None, **more: Any
+) -> dict[str, Any]:
+    """Ask what may rightly take long, once it is known that somebody listens."""
+    # Who answers in place of a dead controller may refuse this and still do that.
+    with suppress(Refused):
+        ask(path, "status", act=f"{command} {path.stem}")
+    return ask(path, command, timeout_s=None, progress=progress, **more)
 
 
 def _answers(path: Path) -> bool:
@@ -159,3 +273,7 @@ def _add_queues(service: report.Service) -> None:
         udp = [queue.queued_bytes for queue in own if queue.queued_bytes is not None]
         worker.connections.queued = sum(tcp) if tcp else None
         worker.connections.queued_bytes = sum(udp) if udp else None
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker" if count == 1 else f"{count} workers"

@@ -1,8 +1,10 @@
 """The control socket: one request and one answer to a connection, each a line of JSON.
 
 Requests are `{"command": NAME, ...}`; answers `{"ok": true, ...}` or
-`{"ok": false, "error": TEXT}`. Only root and the user that runs the service are
-answered.
+`{"ok": false, "error": TEXT}`, with `"detail"` and `"exit_code"` where something was
+tried and failed. With `"progress": true` in the request, lines
+`{"progress": TEXT, "done": D, "of": N}` may come before the answer. Only root and the
+user that runs the service are answered.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ SILENT_MAX = 32
 """So many connections may be without a request: descriptors are kept for workers."""
 _AT_ONCE = 16
 
-Handler = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+Tell = Callable[[str, int, int], None]
+"""Says how far it is: in words, so many done, of so many (0: not counted). Never blocks."""
+Handler = Callable[[Mapping[str, Any], Tell], Awaitable[Mapping[str, Any]]]
+"""From a request to its answer. May raise SteerError: that is an answer too."""
 
 
 class Server:
@@ -33,7 +38,8 @@ class Server:
 
     Args:
         sock: listens; stays the caller's.
-        commands: handlers by the name of the command.
+        commands: handlers by the name of the command. Once begun, one is carried to its
+            end, whether or not the asker waits for it.
     """
 
     def __init__(self, sock: socket.socket, commands: Mapping[str, Handler]) -> None:
@@ -45,7 +51,7 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._server = await asyncio.start_unix_server(
-            self._talk, sock=self._socket, limit=REQUEST_MAX_BYTES, backlog=_AT_ONCE
+            self._on_connection, sock=self._socket, limit=REQUEST_MAX_BYTES, backlog=_AT_ONCE
         )
         return self
 
@@ -60,14 +66,18 @@ class Server:
         for talk in self._talks:
             talk.cancel()
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Not a coroutine: asyncio of 3.11.7 takes a task of its own that is cancelled for a bug.
+        task = asyncio.create_task(self._talk(reader, writer))
         self._talks.add(task)
         task.add_done_callback(self._talks.discard)
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Or what is left in our own buffer would count as taken.
+        writer.transport.set_write_buffer_limits(0)
         try:
-            answer = await self._answer(reader, writer.get_extra_info("socket"))
-            writer.write(msgspec.json.encode(answer) + b"\n")
+            answer = await self._answer(reader, writer)
+            writer.write(_line(answer))
             await asyncio.wait_for(writer.drain(), TIMEOUT_S)
         except TimeoutError:
             writer.transport.abort()
@@ -76,10 +86,12 @@ class Server:
         finally:
             writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, sock: socket.socket) -> Mapping[str, Any]:
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> Mapping[str, Any]:
         try:
-            line = await self._line(reader)
-            if not _is_trusted(sock):
+            line = await self._request(reader)
+            if not _is_trusted(writer.get_extra_info("socket")):
                 return _refusal("not permitted: only root and the service's own user may ask")
             request = msgspec.json.decode(line, type=dict[str, Any])
         except asyncio.LimitOverrunError:
@@ -92,11 +104,11 @@ class Server:
         if handler is None:
             return _refusal(f"unknown command; known: {', '.join(sorted(self._commands))}")
         try:
-            return {"ok": True, **await handler(request)}
+            return {"ok": True, **await handler(request, _teller(request, writer.transport))}
         except SteerError as error:
-            return _refusal(str(error))
+            return _refusal(str(error), detail=error.detail, exit_code=error.exit_code)
 
-    async def _line(self, reader: asyncio.StreamReader) -> bytes:
+    async def _request(self, reader: asyncio.StreamReader) -> bytes:
         """A request. Where too many keep us waiting, the one that does longest is let go."""
         task = asyncio.current_task()
         assert task is not None
@@ -111,8 +123,22 @@ class Server:
             self._silent.pop(task, None)
 
 
-def _refusal(text: str) -> Mapping[str, Any]:
-    return {"ok": False, "error": text}
+def _teller(request: Mapping[str, Any], transport: asyncio.WriteTransport) -> Tell:
+    """Who did not ask for progress gets none; who is slow to read it misses some."""
+
+    def tell(text: str, done: int, of: int) -> None:
+        if not transport.is_closing() and not transport.get_write_buffer_size():
+            transport.write(_line({"progress": text, "done": done, "of": of}))
+
+    return tell if request.get("progress") is True else lambda *_: None
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode(message) + b"\n"
+
+
+def _refusal(text: str, **more: Any) -> Mapping[str, Any]:
+    return {"ok": False, "error": text, **more}
 
 
 def _is_trusted(sock: socket.socket) -> bool:

@@ -1,7 +1,8 @@
 """The controller: one parent process that steers, and never touches a connection.
 
 It carries out a plan step by step and undoes what it did in reverse. When the last
-step is done workers are running, and `supervisor` looks after them.
+step is done workers are running, and `supervisor` looks after them. Where a controller
+has ended and its workers go on, it takes them over instead.
 """
 
 from __future__ import annotations
@@ -10,20 +11,29 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import msgspec
 
 from steer import ladder
+from steer import plan as planning
+from steer.config import Service
 from steer.errors import AppLoadError, ConfigError, KernelError
-from steer.fleet import Fleet
-from steer.kernel import process, rundir, sockets
-from steer.kernel.guard import Guard
+from steer.fleet import Fleet, Place
+from steer.kernel import custody, process, rundir, sockets
+from steer.kernel.custody import Guard, Handover
+from steer.kernel.keeper import Settings
 from steer.log import Log
 from steer.notify import Listener
-from steer.plan import Act, Plan, Seat, Step
+from steer.plan import Act, Generation, Plan, Step
 from steer.steering import Steering, open_backend
 from steer.worker import Launch
 
+Reread = Callable[[], Service]
+"""The configuration as it is now. May raise ConfigError."""
 
-def run(plan: Plan, environment: Mapping[str, str], log: Log) -> int:
+
+def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
     """Run a service until it is told to end.
 
     Returns:
@@ -35,9 +45,10 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log) -> int:
     # From here on a signal waits until the loop can take it.
     process.hold_signals()
     with ExitStack() as undo:
-        started = Controller(plan, environment, log, undo)
-        for step in plan.steps():
-            _CARRY_OUT[step.act](started, step)
+        started = Controller(plan, environment, log, reread, undo)
+        if not started.adopt():
+            for step in plan.steps():
+                _CARRY_OUT[step.act](started, step)
         # Only now, as it takes long to import: the workers are already starting.
         from steer.supervisor import supervise
 
@@ -87,30 +98,150 @@ def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering,
     raise AssertionError("the kernel's own hash always holds")
 
 
+class Left(msgspec.Struct, frozen=True):
+    """What the guard has of a service as a whole, for the next controller.
+
+    Args:
+        slots, hash_length: of the maps there are.
+        generation: the one in force.
+        notify: address of the notification socket.
+    """
+
+    started_s: float
+    rung: ladder.Rung
+    slots: int
+    hash_length: int
+    generation: int
+    notify: str
+
+
 class Controller:
     """One service, as far as it is started.
 
     Args:
         undo: what to undo, in reverse, at the end or when a step fails.
+
+    Attributes:
+        wanted: a plan to change to once it runs, as what was adopted is of another.
     """
 
-    generation = 1
-
     def __init__(
-        self, plan: Plan, environment: Mapping[str, str], log: Log, undo: ExitStack
+        self,
+        plan: Plan,
+        environment: Mapping[str, str],
+        log: Log,
+        reread: Reread,
+        undo: ExitStack,
     ) -> None:
         self.plan = plan
         self.environment = environment
         self.log = log
+        self.reread = reread
         self.started_s = time.monotonic()
+        self.wanted: Plan | None = None
+        self.log_file = process.log_file()
         self.rung: ladder.Rung
         self.claim: rundir.Claim
+        self.guard: Guard
         self.steering: Steering
         self.fleet: Fleet
         self.listener: Listener
         self._undo = undo
-        self._identity = process.identity(plan.service.user, plan.service.group)
         self._files = process.allow_descriptors(plan.descriptors)
+        process.identity(plan.service.user, plan.service.group)
+
+    def adopt(self) -> bool:
+        """Take over what a controller of this service left; whether there was anything.
+
+        Raises:
+            ControlError: it has not ended.
+            ConfigError: it ran something that cannot become what we are to run.
+            KernelError: the kernel refuses.
+        """
+        service = self.plan.service
+        for path in rundir.places(self.plan.name, service.control_socket, self.environment):
+            # Another user's is none of ours; whether a place is left is seen to later.
+            handover = custody.adopt(path) if os.access(path, os.W_OK) else None
+            if handover is not None:
+                self._adopt(path, handover)
+                return True
+        return False
+
+    def _adopt(self, path: Path, handover: Handover) -> None:
+        entries = handover.entries
+        try:
+            left = msgspec.json.decode(entries["service"].value, type=Left)
+            generations = self._generations(left, handover)
+        except BaseException:
+            handover.abandon()
+            raise
+        self.claim = rundir.Claim.inherited(
+            path, handover.control, handover.settings.remove_directory
+        )
+        self._undo.callback(self.claim.release)
+        self._write_pid()
+        self.started_s, self.rung = left.started_s, left.rung
+        self.steering = open_backend(left.rung.backend, self.plan)
+        self._undo.callback(self.steering.close)
+        self.listener = Listener(self._trusted(), left.notify, entries["service"].fds[0])
+        self._undo.callback(self.listener.close)
+        self._open_guard(handover)
+        self._make_fleet(generations[left.generation])
+        self.keep(generations[left.generation])
+        workers = {key: each for key, each in entries.items() if key.startswith("worker ")}
+        self.fleet.adopt(generations, workers, entries["steering"])
+        handover.taken(self.guard)
+        self.log.info("adopted %d workers", len(self.fleet.places))
+
+    def _generations(self, left: Left, handover: Handover) -> Mapping[int, Generation]:
+        """Those that workers may be of; notes whether the one in force is not what we want."""
+        found = {}
+        ours = self.plan
+        same_maps = msgspec.structs.replace(
+            ours, slots=left.slots, hash_length=left.hash_length, rungs=(left.rung,)
+        )
+        for key, entry in handover.entries.items():
+            if key.startswith("generation "):
+                service = msgspec.json.decode(entry.value, type=Service)
+                plan = planning.again(same_maps, service, ours.topology, f"adopt {ours.name}")
+                found[int(key.split()[1])] = Generation(int(key.split()[1]), plan)
+        self.plan = found[left.generation].plan
+        if self.plan.service != ours.service:
+            self.wanted = msgspec.structs.replace(same_maps, service=ours.service, seats=ours.seats)
+        return found
+
+    def keep(self, generation: Generation, current: Generation | None = None) -> None:
+        """Have the guard know what the next controller has to.
+
+        Args:
+            generation: one that there are or will be workers of.
+            current: the one in force, if that is another.
+        """
+        number, service = generation.number, generation.plan.service
+        self.guard.put(f"generation {number}", msgspec.json.encode(service))
+        plan = self.plan
+        in_force = (current or generation).number
+        left = Left(
+            self.started_s, self.rung, plan.slots, plan.hash_length, in_force, self.listener.address
+        )
+        self.guard.put("service", msgspec.json.encode(left), [self.listener.fileno()])
+
+    def configure(self, plan: Plan) -> None:
+        """The plan is in force."""
+        self.plan = plan
+        self.log.configure(plan.service.log_level, plan.service.log_format)
+        self.guard.configure(self._settings())
+
+    def _settings(self) -> Settings:
+        service = self.plan.service
+        return Settings(
+            self.plan.name,
+            str(self.claim.path),
+            self.claim.remove_directory,
+            service.pid,
+            service.adopt_timeout,
+            service.graceful_timeout,
+        )
 
     def _claim_name(self, _step: Step) -> None:
         service = self.plan.service
@@ -119,8 +250,11 @@ class Controller:
         if self.claim.refusals:
             places = "; ".join(self.claim.refusals)
             self.log.info("control socket %s, as not at %s", self.claim.path, places)
-        if service.pid:
-            self._undo.callback(_write_pid(service.pid))
+        self._write_pid()
+
+    def _write_pid(self) -> None:
+        if self.plan.service.pid:
+            self._undo.callback(_write_pid(self.plan.service.pid))
 
     def _check_free(self, step: Step) -> None:
         for bind in self.plan.binds:
@@ -143,28 +277,44 @@ class Controller:
 
     def _start_workers(self, _step: Step) -> None:
         self._announce()
-        users = {0, os.geteuid(), self._identity.uid or 0}
-        self.listener = Listener(frozenset(users))
+        generation = Generation(1, self.plan)
+        self.listener = Listener(self._trusted())
         self._undo.callback(self.listener.close)
-        try:
-            guard = Guard(self.plan.service.graceful_timeout)
-        except OSError as error:
-            raise process.fork_error(error) from None
-        self._undo.callback(guard.close)
-        plan = self.plan
-        self.fleet = Fleet(plan.seats, plan.slots, self.steering, guard, self._launch, self.log)
-        self._undo.callback(self.fleet.abandon)
+        self._open_guard(None)
+        self.steering.open_reserve()
+        self._make_fleet(generation)
+        self.keep(generation)
         self.fleet.start(self.claim.others_may_start)
 
-    def _launch(self, seat: Seat, slot: int) -> Launch:
+    def _open_guard(self, handover: Handover | None) -> None:
+        say = self.log.warning
+        try:
+            self.guard = Guard(self.claim.socket, self._settings(), say, handover)
+        except OSError as error:
+            raise process.fork_error(error) from None
+        self._undo.callback(self.guard.close)
+
+    def _make_fleet(self, generation: Generation) -> None:
+        slots = self.plan.slots
+        launch = self._launch
+        self.fleet = Fleet(generation, slots, self.steering, self.guard, launch, self.log)
+        self._undo.callback(self.fleet.abandon)
+
+    def _trusted(self) -> frozenset[int]:
+        service = self.plan.service
+        identity = process.identity(service.user, service.group)
+        return frozenset({0, os.geteuid(), identity.uid or 0})
+
+    def _launch(self, place: Place) -> Launch:
+        plan = place.generation.plan
         return Launch(
-            self.plan.service,
-            self.plan.name,
-            self.plan.binds,
-            seat,
-            slot,
-            self.generation,
-            self._identity,
+            plan.service,
+            plan.name,
+            plan.binds,
+            place.seat,
+            place.slot,
+            place.generation.number,
+            process.identity(plan.service.user, plan.service.group),
             self.listener.address,
             self._files,
             os.getpid(),

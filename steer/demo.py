@@ -81,14 +81,17 @@ class _Service:
         for sock in self.worker.sockets:
             sock.setblocking(False)
         self.worker.ready()
+        beat_s = self.worker.watchdog_s and self.worker.watchdog_s / 3
         while not self.worker.stopping:
             # One from each a turn: while this process computes, the others wait in the queue,
             # from which the kernel can still move them to another worker.
-            for fd in _ready(alarm.fileno(), *doors):
+            for fd in _ready(alarm.fileno(), *doors, within_s=beat_s):
                 if fd in doors:
                     self._take(doors[fd])
                 else:
                     alarm.recv(_CHUNK_BYTES)
+            if beat_s:
+                self.worker.beat()
         self._stop()
 
     def _stop(self) -> None:

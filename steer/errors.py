@@ -47,6 +47,27 @@ class NotRunning(ControlError):
     """No service of that name answers."""
 
 
+class Refused(ControlError):
+    """What a running service would not do, or could not.
+
+    Args:
+        what: the act and its object, as the asker names it.
+        words: the service's.
+        exit_code: of the error the service met: its words then name the act themselves.
+            None where it met none, as it did not understand.
+    """
+
+    def __init__(
+        self, what: str, words: str, detail: str = "", exit_code: int | None = None
+    ) -> None:
+        self._whole = exit_code is not None
+        self.exit_code = exit_code or ControlError.exit_code
+        super().__init__(what, words, detail=detail)
+
+    def __str__(self) -> str:
+        return self.cause if self._whole else super().__str__()
+
+
 class WorkersFailed(SteerError):
     """No worker came up."""
 

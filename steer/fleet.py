@@ -6,95 +6,149 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from steer import lifecycle
-from steer.errors import AppLoadError, SteerError, WorkersFailed
-from steer.kernel import proc, sockets
-from steer.kernel.guard import Guard
+from steer.errors import AppLoadError, ControlError, KernelError, SteerError, WorkersFailed
+from steer.kernel import proc, process, sockets
+from steer.kernel.custody import Entry, Guard
 from steer.kernel.proc import Seen
-from steer.kernel.process import how_it_ended, pause
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
-from steer.plan import Seat
-from steer.spawn import Process
+from steer.plan import Generation, Seat
+from steer.spawn import Process, Running
 from steer.steering import Counts, Steering
 from steer.table import Member
 from steer.worker import Launch
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, Future, Handle, TimerHandle
+    from asyncio import AbstractEventLoop, Future, Handle, Task, TimerHandle
 
 QUICK_S = 1.0
 """How long a quick stop waits between SIGTERM and SIGKILL."""
-_LOOK_FIRST_S, _LOOK_LAST_S = 0.01, 0.25
-"""How often a worker that does not notify is looked at: often at first, then less."""
 
 
 class Place(msgspec.Struct, eq=False):
     """A seat and who is in it: a process, or the wait for the next one.
 
     Args:
+        held: not to be chosen yet, as it comes together with others.
+        came_up: of one that is held: done once it is ready, or with what went wrong.
         failures: ends in a row before `lifecycle.STABLE_S` of service.
         says_ready: whether it sent READY=1.
+        heard_s: when it last sent WATCHDOG=1, or was ready.
+        activity: see `proc.activity`: at the last look at it.
+        others: sockets it had open when it got ready, which so are no connections.
+        said: what it sent as STATUS=.
         error: why there is no process.
     """
 
     seat: Seat
     slot: int
+    generation: Generation
     state: State = State.STARTING
+    held: bool = False
+    came_up: Future[None] | None = None
     process: Process | None = None
     ready_s: float | None = None
     starts: int = 0
     failures: int = 0
     says_ready: bool = False
+    heard_s: float = 0.0
+    activity: int = 0
+    others: set[int] = set()
+    said: str = ""
     timer: TimerHandle | None = None
+    settling: Task[None] | None = None
     error: SteerError | None = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether it may be chosen."""
+        return self.state is State.READY and not self.held
+
+    @property
+    def hangs(self) -> bool:
+        return self.state is State.HUNG
+
+
+Settle = Callable[["Fleet", Place], Coroutine[Any, Any, None]]
+"""Waits until nothing waits for a worker, reports it, and sees that it stays so."""
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """A place with a process, as another controller left it."""
+
+    running: Running
+    seat: Seat
+    slot: int
+    generation: int
+    state: str
+    held: bool
+    ready_s: float | None
+    starts: int
+    failures: int
+    says_ready: bool
+    others: set[int]
+
+
+class _Steered(msgspec.Struct, frozen=True):
+    """The steering, and what was counted, as another controller left them."""
+
+    value: Any
+    retired: Counts
 
 
 class Fleet:
     """All workers of one service.
 
-    First `start`, then `watch` in a running loop: what it takes to have a loop is
-    imported while the workers already start.
+    First `start` or `adopt`, then `watch` in a running loop: what it takes to have a loop
+    is imported while the workers already start.
 
     Args:
-        seats: one worker for each.
+        generation: the first.
         slots: capacity; a worker's slot is below it.
-        guard: is told which processes are workers.
-        launch: makes a worker's instructions from its seat and slot.
+        guard: has all that another controller needs.
+        launch: makes a worker's instructions.
+
+    Attributes:
+        generation: the one in force; a place may be of an earlier one, and on its way out.
+        retired: what was counted for slots since given up.
     """
 
     def __init__(
         self,
-        seats: Sequence[Seat],
+        generation: Generation,
         slots: int,
         steering: Steering,
         guard: Guard,
-        launch: Callable[[Seat, int], Launch],
+        launch: Callable[[Place], Launch],
         log: Log,
     ) -> None:
-        self.places = [Place(seat, slot) for slot, seat in enumerate(seats)]
+        self.generation = generation
+        self.places: list[Place] = []
         self.retired = Counts()
+        self.steering = steering
+        self.log = log
         self._slots = slots
-        self._next_slot = len(seats)
-        self._steering = steering
+        self._next_slot = 0
         self._guard = guard
         self._launch = launch
-        self._log = log
-        self._look_s = _LOOK_FIRST_S
-        self._looking: TimerHandle | None = None
         self._flip_due: Handle | None = None
         self._ending = False
+        self._ending_in_s = 0.0
+        self._changed: Callable[[Place], None]
+        self._settle: Settle
         self._loop: AbstractEventLoop
         self.up: Future[None]
         self.ended: Future[None]
 
     def start(self, holds_ports: Callable[[], None]) -> None:
-        """Start every worker.
+        """Start every worker of the generation.
 
         Args:
             holds_ports: called when a worker has bound all addresses.
@@ -104,8 +158,9 @@ class Fleet:
             KernelError: the kernel refuses processes, or sockets in the group.
             SystemExit: a signal says to end.
         """
-        for place in self.places:
-            pause(0)
+        for seat in self.generation.plan.seats:
+            place = self._take_place(seat)
+            process.pause(0)
             try:
                 self._spawn(place)
                 holds_ports()
@@ -113,22 +168,87 @@ class Fleet:
                 # Like one that ends later: the others start, and it is tried again.
                 place.error = error
 
-    def watch(self, loop: AbstractEventLoop) -> None:
+    def adopt(
+        self,
+        generations: Mapping[int, Generation],
+        entries: Mapping[str, Entry],
+        steering: Entry,
+    ) -> None:
+        """Go on with the workers that another controller left.
+
+        Args:
+            generations: by number, those that places may be of.
+            entries: its guard's, of the workers; the descriptors become ours.
+            steering: its guard's, of the steering.
+        """
+        left = msgspec.json.decode(steering.value, type=_Steered)
+        self.retired = left.retired
+        held: dict[int, Sequence[int]] = {}
+        for entry in entries.values():
+            saved = msgspec.json.decode(entry.value, type=Saved)
+            if not entry.fds and entry.group:
+                process.kill_group(entry.group)
+            place = Place(saved.seat, saved.slot, generations[saved.generation])
+            place.state = State(saved.state)
+            place.held, place.ready_s, place.starts = saved.held, saved.ready_s, saved.starts
+            place.failures, place.says_ready = saved.failures, saved.says_ready
+            place.others, place.heard_s = saved.others, time.monotonic()
+            self.places.append(place)
+            launch = self._launch(place)
+            place.process = Process.adopted(launch, self._guard, saved.running, entry.fds[:3])
+            held[place.slot] = entry.fds[3:]
+        self.steering.restore(left.value, steering.fds, held)
+        for place in self.places:
+            self._save(place)
+        self._save_steering()
+        self.places.sort(key=lambda place: (place.generation.number, place.seat.number))
+
+    def fill(self) -> None:
+        """Start a worker on each seat of the generation that nobody has, and let those go
+        that are of another, or came with a change that was not finished."""
+        number = self.generation.number
+        for place in list(self.places):
+            if place.held or place.generation.number != number:
+                self.report(place, Event.RETIRE)
+        staying = [place for place in self.places if place.state is not State.STOPPING]
+        taken = {place.seat.number for place in staying}
+        for seat in self.generation.plan.seats:
+            if seat.number not in taken:
+                place = self._take_place(seat)
+                place.state = State.BACKOFF
+                self.report(place, Event.RETRY)
+
+    def watch(
+        self,
+        loop: AbstractEventLoop,
+        settle: Settle,
+        changed: Callable[[Place], None],
+    ) -> None:
         """Look after the workers from here on.
 
         `up` is then done when the first is ready; or holds AppLoadError if the
         application cannot be loaded, WorkersFailed if all failed before. `ended` is
         done when all have ended after `stop`.
+
+        Args:
+            changed: told that a worker is in another state.
         """
-        self._loop = loop
+        self._loop, self._settle, self._changed = loop, settle, changed
         self.up = loop.create_future()
         self.ended = loop.create_future()
-        for place in self.places:
+        for place in list(self.places):
             if place.process is not None:
                 self._watch(place, place.process)
             elif place.error is not None:
                 place.failures += 1
                 self._failed(place, place.error)
+            else:
+                self.log.warning("worker %d ended while there was no controller", place.slot)
+                self._left(place)
+                self.report(place, Event.EXITED)
+        if any(place.serves for place in self.places):
+            self.up.set_result(None)
+            self._steer()
 
     def abandon(self) -> None:
         """Leave no process, whatever happened."""
@@ -137,44 +257,83 @@ class Fleet:
                 place.process.end()
                 place.process = None
 
-    def stop(self) -> None:
-        """Ask every worker to finish what it has."""
-        self._ending = True
-        for place in self.places:
+    # What is asked of it.
+
+    def recruit(self, seat: Seat, generation: Generation) -> Place:
+        """Start a worker that is held until `admit`; its `came_up` tells how it goes.
+
+        Raises:
+            BindError, KernelError, WorkersFailed: it could not be started.
+            ControlError: too many are there.
+        """
+        place = self._take_place(seat, generation, held=True)
+        place.came_up = self._loop.create_future()
+        try:
+            self._watch(place, self._spawn(place))
+        except SteerError:
+            self._forget(place)
+            raise
+        return place
+
+    def admit(self, places: Sequence[Place]) -> None:
+        """From now on they may be chosen, all at once."""
+        for place in places:
+            place.held = False
+            self._save(place)
+        self._steer_soon()
+
+    def stop(self, within_s: float) -> None:
+        """Ask every worker to finish what it has; those that have not by then are killed."""
+        self._ending, self._ending_in_s = True, within_s
+        for place in list(self.places):
+            if place.process is not None:
+                self._save(place, with_sockets=False)
+        self._watch_reserve(False)
+        self._guard.drop("steering")
+        self.steering.release()
+        for place in list(self.places):
             self.report(place, Event.STOP)
-        self._steering.release()
         if not self.up.done():
             self.up.set_result(None)
+        self._end_if_empty()
 
-    def overdue_in(self, after_s: float) -> None:
-        """Kill what is still there then."""
-        for place in self.places:
-            if place.process is not None:
-                self._set_timer(place, after_s, Event.OVERDUE)
+    def notified(self, pid: int, message: Mapping[str, str]) -> None:
+        """The process `pid` sent this, see sd_notify(3).
 
-    def notified(self, pid: int) -> None:
-        """The process `pid`, or one that it descends from, says that it is ready.
-
-        A command is looked at all the same: gunicorn says so before its workers have
-        loaded the application.
+        A command that says READY=1 is looked at all the same: gunicorn says so before its
+        workers have loaded the application.
         """
         for place in self.places:
-            starting = place.state is State.STARTING and place.process
-            if starting and proc.is_descendant(pid, starting.pid):
-                place.says_ready = True
-                is_callable = not starting.launch.service.command
-                if is_callable or _waits(starting) is not Seen.NO:
-                    self.report(place, Event.READY)
+            if place.process and proc.is_descendant(pid, place.process.pid):
+                self._hear(place, place.process, message)
+
+    def _hear(self, place: Place, worker: Process, message: Mapping[str, str]) -> None:
+        place.said = message.get("STATUS", place.said)
+        if message.get("STOPPING") == "1":
+            self.report(place, Event.DRAIN)
+        if message.get("WATCHDOG") == "1":
+            place.heard_s = time.monotonic()
+        elif message.get("WATCHDOG") == "trigger":
+            place.heard_s = -float("inf")
+        if message.get("READY") == "1" and place.state is State.STARTING:
+            place.says_ready = True
+            is_callable = not worker.launch.service.command
+            if is_callable or waits(worker) is not Seen.NO:
+                self.report(place, Event.READY)
 
     def report(self, place: Place, event: Event) -> None:
         """Something happened to a worker: do what follows."""
         if event is Event.LATE and place.says_ready:
             event = Event.READY  # it waits in a way that is not seen
         if event in (Event.LATE, Event.OVERDUE):
-            self._log.warning("worker %d: %s", place.slot, event.value)
-        place.state, commands = lifecycle.step(place.state, event)
+            self.log.warning("worker %d: %s", place.slot, event.value)
+        before = place.state
+        place.state, commands = lifecycle.step(before, event)
         for command in commands:
             _DO[command](self, place)
+        self._save(place)
+        if place.state is not before:
+            self._changed(place)
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now."""
@@ -183,39 +342,65 @@ class Fleet:
 
     def counts(self) -> Counts | None:
         """Of the whole service since its start; None where nobody counts."""
-        now = [self._steering.counts(place.slot) for place in self.places]
-        if any(count is None for count in now):
+        now = [self.steering.counts(place.slot) for place in self.places]
+        if self.steering.unsteered() is None:
             return None
         return sum((count for count in now if count is not None), self.retired)
 
     # Commands.
 
     def _start_again(self, place: Place) -> None:
-        self._take_slot(place)
+        self._give_slot_up(place)
+        place.slot = self._take_slot()
         try:
             self._watch(place, self._spawn(place))
         except SteerError as error:
-            self._log.error("%s", error)
+            self.log.error("%s", error)
             place.failures += 1
             self._failed(place, error)
 
     def _activate(self, place: Place) -> None:
-        place.ready_s = time.monotonic()
+        now_s = time.monotonic()
+        place.ready_s = place.ready_s or now_s
+        place.heard_s = now_s
         self._cancel_timer(place)
-        self._log.info("worker %d ready", place.slot)
-        # Together with others that get ready in the same turn of the loop.
-        if self._flip_due is None:
-            self._flip_due = self._loop.call_soon(self._steer)
+        if place.process:
+            place.others = proc.open_sockets(place.process.pid)
+        self.log.info("worker %d ready", place.slot)
+        self._steer_soon()
+        if place.came_up and not place.came_up.done():
+            place.came_up.set_result(None)
         if not self.up.done():
             self.up.set_result(None)
 
     def _deactivate(self, _place: Place) -> None:
         if not self._ending:
-            self._steer()
+            self._steer_soon()
+
+    def _rescue(self, place: Place) -> None:
+        """Out of the table before its queue is moved, or that would come back to it."""
+        self.settle()
+        self.steering.settle()
+        self.move_queue(place)
+
+    def move_queue(self, place: Place) -> None:
+        """What waits for a worker that is not chosen goes to others, if the kernel can."""
+        if place.process:
+            with suppress(KernelError), place.process.sockets() as owned:
+                self.steering.rescue(place.slot, owned)
+
+    def _start_settling(self, place: Place) -> None:
+        place.settling = self._loop.create_task(self._settle(self, place))
 
     def _terminate(self, place: Place) -> None:
+        within_s = self._ending_in_s if self._ending else self._graceful_timeout_s
+        self._set_timer(place, within_s, Event.OVERDUE)
         if place.process:
             place.process.terminate()
+
+    @property
+    def _graceful_timeout_s(self) -> float:
+        return self.generation.plan.service.graceful_timeout
 
     def _kill(self, place: Place) -> None:
         if not place.process:
@@ -231,72 +416,139 @@ class Fleet:
         place.process.kill()
 
     def _back_off(self, place: Place) -> None:
-        after_s = lifecycle.backoff_s(place.failures)
+        after_s = lifecycle.backoff_s(place.failures, place.ready_s is not None)
+        place.ready_s = None
         if after_s:
-            self._log.warning("worker %d failed again; another in %g s", place.slot, after_s)
+            self.log.warning("worker %d failed again; another in %g s", place.slot, after_s)
         self._set_timer(place, after_s, Event.RETRY)
 
     def _forget(self, place: Place) -> None:
         self._cancel_timer(place)
-        if all(each.state is State.GONE for each in self.places):
+        if place.settling is not None:
+            place.settling.cancel()
+        self._give_slot_up(place)
+        self.places.remove(place)
+        self._end_if_empty()
+
+    def _end_if_empty(self) -> None:
+        if self._ending and not self.places and not self.ended.done():
             self.ended.set_result(None)
 
     # What happens to workers.
 
+    def _take_place(
+        self, seat: Seat, generation: Generation | None = None, held: bool = False
+    ) -> Place:
+        place = Place(seat, self._take_slot(), generation or self.generation, held=held)
+        self.places.append(place)
+        return place
+
     def _spawn(self, place: Place) -> Process:
         """Start a process. Raises BindError, KernelError, WorkersFailed."""
         place.starts += 1
-        launch = self._launch(place.seat, place.slot)
-        if not any(each.process for each in self.places):
+        launch = self._launch(place)
+        if not self.steering.reserve and not any(each.process for each in self.places):
             # Nobody of ours keeps the ports: somebody else may be there by now.
             for bind in launch.binds:
                 sockets.check_free(bind)
         place.process = Process(
             launch,
             self._guard,
-            lambda fds: self._steering.joined(place.slot, fds),
+            lambda fds: self._joined(place, fds),
         )
+        self._save(place)
         return place.process
 
-    def _watch(self, place: Place, process: Process) -> None:
-        place.says_ready = False
-        process.watch(self._loop, lambda gone, status: self._on_end(place, gone, status))
-        self._set_timer(place, process.launch.service.ready_timeout, Event.LATE)
-        self._look_s = _LOOK_FIRST_S
-        self._look_soon()
+    def _joined(self, place: Place, fds: Sequence[int]) -> None:
+        self.steering.joined(place.slot, fds)
+        self._save_steering()
 
-    def _take_slot(self, place: Place) -> None:
-        """A slot that nobody has, the next one round; what the old one counted is put aside.
+    def _left(self, place: Place) -> None:
+        self.steering.left(place.slot)
+        self._save_steering()
 
-        Not the old one again: what still speaks of that means the worker that died.
+    def _save_steering(self) -> None:
+        value, fds = self.steering.saved()
+        steered = _Steered(value, self.retired)
+        self._guard.put("steering", msgspec.json.encode(steered), fds)
+
+    def _watch(self, place: Place, worker: Process) -> None:
+        worker.watch(self._loop, lambda gone, status: self._on_end(place, gone, status))
+        if place.state is State.STARTING:
+            self._set_timer(place, worker.launch.service.ready_timeout, Event.LATE)
+            self._changed(place)
+        elif place.state is State.STOPPING:  # adopted
+            self._terminate(place)
+
+    def _save(self, place: Place, with_sockets: bool = True) -> None:
+        """Have the guard know what another controller would have to."""
+        if place.process is None:
+            return
+        saved = Saved(
+            place.process.running,
+            place.seat,
+            place.slot,
+            place.generation.number,
+            place.state.value,
+            place.held,
+            place.ready_s,
+            place.starts,
+            place.failures,
+            place.says_ready,
+            place.others,
+        )
+        held = self.steering.held(place.slot) if with_sockets else ()
+        place.process.keep(msgspec.json.encode(saved), held)
+
+    def _take_slot(self) -> int:
+        """A slot that nobody has, the next one round.
+
+        Not one that was just given up: what still speaks of that means the worker that
+        died.
+
+        Raises:
+            ControlError
         """
-        self.retired += self._steering.retire(place.slot) or Counts()
         taken = {each.slot for each in self.places}
+        if len(taken) >= self._slots:
+            raise ControlError(
+                "start a worker", f"all {self._slots} slots are taken", "some still finish: wait"
+            )
         while self._next_slot in taken:
             self._next_slot = (self._next_slot + 1) % self._slots
-        place.slot = self._next_slot
-        self._next_slot = (self._next_slot + 1) % self._slots
+        slot = self._next_slot
+        self._next_slot = (slot + 1) % self._slots
+        return slot
 
-    def _on_end(self, place: Place, process: Process, status: int) -> None:
+    def _give_slot_up(self, place: Place) -> None:
+        """What was counted for it is put aside."""
+        self.retired += self.steering.retire(place.slot) or Counts()
+        self._save_steering()
+
+    def _on_end(self, place: Place, gone: Process, status: int | None) -> None:
         self._cancel_timer(place)
-        self._steering.left(place.slot)
+        self._left(place)
         place.process = None
+        place.says_ready = False
         served_s = time.monotonic() - place.ready_s if place.ready_s is not None else 0.0
-        place.ready_s = None
         place.failures = 1 if served_s >= lifecycle.STABLE_S else place.failures + 1
-        if not self._ending:
-            self._log.warning(
-                "worker %d (pid %d): %s", place.slot, process.pid, how_it_ended(status)
+        if place.state is not State.STOPPING:
+            self.log.warning(
+                "worker %d (pid %d): %s", place.slot, gone.pid, process.how_it_ended(status)
             )
-            if process.problem and self.up.done():
-                self._log.error("%s", process.problem)
-        error = process.problem or WorkersFailed(
-            "start workers", how_it_ended(status), detail=process.last_words
+            if gone.problem and self.up.done():
+                self.log.error("%s", gone.problem)
+        error = gone.problem or WorkersFailed(
+            "start workers", process.how_it_ended(status), detail=gone.last_words
         )
         self._failed(place, error)
 
     def _failed(self, place: Place, error: SteerError) -> None:
         """Whether the service can still come up; `error` is told if it cannot."""
+        place.error = error
+        if place.held:
+            self._fail_held(place, error)
+            return
         self.report(place, Event.EXITED)
         if self.up.done() or self._ending:
             return
@@ -304,32 +556,39 @@ class Fleet:
             self.up.set_exception(error)
             self.up.exception()  # retrieved here: nobody may be waiting yet
 
-    def _look_soon(self) -> None:
-        if self._looking is None:
-            self._looking = self._loop.call_later(self._look_s, self._look)
+    def _fail_held(self, place: Place, error: SteerError) -> None:
+        """It is not tried again: whoever asked for it is told."""
+        self.report(place, Event.RETIRE)
+        self.report(place, Event.EXITED)
+        if place.came_up and not place.came_up.done():
+            place.came_up.set_exception(error)
+            place.came_up.exception()
 
-    def _look(self) -> None:
-        """See which workers wait on their sockets by now."""
-        self._looking = None
-        for place in self.places:
-            process = place.process if place.state is State.STARTING else None
-            if process and _waits(process) is Seen.YES:
-                self.report(place, Event.READY)
-        if any(place.state is State.STARTING for place in self.places):
-            self._look_s = min(self._look_s * 1.5, _LOOK_LAST_S)
-            self._look_soon()
+    def _steer_soon(self) -> None:
+        """Together with what else happens in the same turn of the loop."""
+        if self._flip_due is None:
+            self._flip_due = self._loop.call_soon(self._steer)
 
     def _steer(self) -> None:
         if self._flip_due is not None:
             self._flip_due.cancel()
             self._flip_due = None
-        self._steering.steer(
-            [
-                Member(place.slot, place.seat.weight, place.seat.cpu)
-                for place in self.places
-                if place.state is State.READY
-            ]
-        )
+        members = [
+            Member(place.slot, place.seat.weight, place.seat.cpu)
+            for place in self.places
+            if place.serves
+        ]
+        self.steering.steer(members)
+        self._watch_reserve(bool(members))
+
+    def _watch_reserve(self, somebody: bool) -> None:
+        """What gets into the reserve late, as its handshake began when nobody was there, is
+        moved on at once; while still nobody is, it waits."""
+        for sock in self.steering.reserve:
+            if somebody:
+                self._loop.add_reader(sock, self.steering.empty_reserve)
+            else:
+                self._loop.remove_reader(sock)
 
     # Clocks.
 
@@ -343,7 +602,7 @@ class Fleet:
             place.timer = None
 
 
-def _waits(process: Process) -> Seen:
+def waits(process: Process) -> Seen:
     return proc.waits_on(process.pid, process.inodes)
 
 
@@ -351,6 +610,8 @@ _DO: dict[Command, Callable[[Fleet, Place], None]] = {
     Command.SPAWN: Fleet._start_again,
     Command.ACTIVATE: Fleet._activate,
     Command.DEACTIVATE: Fleet._deactivate,
+    Command.RESCUE: Fleet._rescue,
+    Command.SETTLE: Fleet._start_settling,
     Command.TERMINATE: Fleet._terminate,
     Command.KILL: Fleet._kill,
     Command.BACK_OFF: Fleet._back_off,

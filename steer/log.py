@@ -24,6 +24,10 @@ class Log:
     """
 
     def __init__(self, level: str, form: str) -> None:
+        self.configure(level, form)
+
+    def configure(self, level: str, form: str) -> None:
+        """From now on."""
         self._least = LEVELS.index(level)
         self._write = _json if form == "json" else _text
 

@@ -27,16 +27,27 @@ class Listener:
 
     Args:
         trusted: users whose messages are looked at.
+        address, fd: of one that was made before; the descriptor becomes ours.
     """
 
-    def __init__(self, trusted: frozenset[int]) -> None:
+    def __init__(self, trusted: frozenset[int], address: str = "", fd: int = -1) -> None:
         self._trusted = trusted
+        self.address = address
+        if address:
+            self._socket = socket.socket(fileno=fd)
+        else:
+            self._make()
+
+    def _make(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         name = f"steer-{os.getpid()}-{os.urandom(8).hex()}"
         self._socket.bind(f"\0{name}")
         self.address = f"@{name}"
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def watch(
         self, loop: AbstractEventLoop, heard: Callable[[int, Mapping[str, str]], None]

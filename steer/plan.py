@@ -11,6 +11,7 @@ from steer import abi, cpus, ladder
 from steer.address import Bind
 from steer.config import Service
 from steer.cpus import Topology
+from steer.errors import ConfigError
 from steer.ladder import Finding, Rung
 from steer.policy import KERNEL, POLICIES, Policy
 
@@ -27,6 +28,13 @@ class Seat(msgspec.Struct, frozen=True):
     cpus: tuple[int, ...]
     cpu: int | None
     weight: int
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """The workers started from one configuration."""
+
+    number: int
+    plan: Plan
 
 
 class Act(Enum):
@@ -49,7 +57,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     Args:
         rungs: what to try, best first; see `ladder.rungs`.
-        slots: capacity of the maps: room for a second generation beside the first.
+        slots: capacity of the maps: room to grow, and for generations that still finish.
         hash_length: positions of the hash table: enough for shares within 2 %.
     """
 
@@ -65,8 +73,9 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def descriptors(self) -> int:
-        """How many files the controller may have open at once, with room to spare."""
-        return 64 + 8 * len(self.binds) + self.slots * (3 + len(self.binds))
+        """How many files the controller may have open at once, with room to spare and for
+        a second generation beside the first."""
+        return 64 + 8 * len(self.binds) + 2 * (len(self.seats) + 16) * (3 + len(self.binds))
 
     def steps(self) -> tuple[Step, ...]:
         rung = self.rungs[0]
@@ -131,7 +140,6 @@ def plan(service: Service, topology: Topology, findings: Mapping[str, Finding]) 
     """
     policy = POLICIES[service.policy]
     workers = len(topology.allowed) if service.workers == "auto" else service.workers
-    slots = max(64, 1 << (2 * workers - 1).bit_length())
     rungs = tuple(ladder.rungs(policy, service.backend, findings))
     ladder.choose(rungs[0], service.strict)
     return Plan(
@@ -142,14 +150,73 @@ def plan(service: Service, topology: Topology, findings: Mapping[str, Finding]) 
         rungs,
         _seats(service, policy, workers, topology),
         topology,
-        slots,
-        _hash_length(slots, [service.weight(number) for number in range(workers)]),
+        min(abi.MAX_SLOTS, max(_SLOTS_AT_LEAST, 2 * _two_generations(workers))),
+        _hash_length(workers, [service.weight(number) for number in range(workers)]),
     )
 
 
-def _hash_length(slots: int, weights: Sequence[int]) -> int:
+_SLOTS_AT_LEAST = 256
+FIXED = ("bind", "policy", "backend", "strict", "name", "pid", "control_socket")
+"""Keys that only a new start can change: sockets, program and files are made once."""
+
+
+def again(running: Plan, service: Service, topology: Topology, act: str = "") -> Plan:
+    """The plan for a running service that is to become `service`.
+
+    Args:
+        act: what that is for, for errors; a reload.
+
+    Raises:
+        ConfigError: something in it cannot change while the service runs.
+    """
+    for key in FIXED:
+        old, new = getattr(running.service, key), getattr(service, key)
+        if old != new:
+            raise ConfigError(
+                act or f"reload {running.name}",
+                f"{key} is {_text(old)} and would be {_text(new)}, which cannot change live",
+                f"stop and start it, or put {key} back",
+            )
+    workers = len(topology.allowed) if service.workers == "auto" else service.workers
+    return _with_workers(running, service, topology, workers)
+
+
+def scaled(running: Plan, workers: int, topology: Topology) -> Plan:
+    """The plan with another number of workers.
+
+    Raises:
+        ConfigError: so many cannot be.
+    """
+    service = running.service
+    if workers < len(service.weights):
+        service = msgspec.structs.replace(service, weights=service.weights[:workers])
+    service = msgspec.structs.replace(service, workers=workers)
+    return _with_workers(running, service, topology, workers)
+
+
+def _with_workers(running: Plan, service: Service, topology: Topology, workers: int) -> Plan:
+    if _two_generations(workers) > running.slots:
+        raise ConfigError(
+            f"run {workers} workers in {running.name}",
+            f"it was started with room for {running.slots // 2}, each of which can be replaced",
+            "start it anew with so many",
+        )
+    seats = _seats(service, running.policy, workers, topology)
+    return msgspec.structs.replace(running, service=service, seats=seats, topology=topology)
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+
+
+def _two_generations(workers: int) -> int:
+    return 1 << (2 * workers - 1).bit_length() if workers else 0
+
+
+def _hash_length(workers: int, weights: Sequence[int]) -> int:
     """Fifty positions for the lightest, so that rounding is a hundredth of its share."""
-    return min(abi.ENTRIES, max(64 * slots, 50 * -(-sum(weights) // min(weights))))
+    length = 64 * max(64, _two_generations(workers))
+    return min(abi.ENTRIES, max(length, 50 * -(-sum(weights) // min(weights))))
 
 
 def _seats(service: Service, policy: Policy, workers: int, topology: Topology) -> tuple[Seat, ...]:

@@ -24,7 +24,7 @@ class Connections(msgspec.Struct):
 
 
 class Worker(msgspec.Struct):
-    """One worker. `sockets` are the inodes of its sockets."""
+    """One worker. `sockets` are the inodes of its sockets; `said` is its last STATUS=."""
 
     slot: int
     pid: int | None
@@ -36,6 +36,7 @@ class Worker(msgspec.Struct):
     uptime_s: float | None
     connections: Connections
     sockets: list[int] = []
+    said: str | None = None
 
 
 class Address(msgspec.Struct):

@@ -1,10 +1,12 @@
-"""Tables on standard output: with rich where there is a terminal, plain text where not."""
+"""Tables on standard output: with rich where there is a terminal, plain text where not.
+And on standard error, if that is a terminal, how far something is."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from steer import report
@@ -12,6 +14,8 @@ from steer.report import Table
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+    from steer.client import Progress
 
 WATCH_S = 1.0
 
@@ -44,6 +48,24 @@ def again(tell: Callable[[], None]) -> NoReturn:
         tell()
         sys.stdout.flush()
         time.sleep(WATCH_S)
+
+
+@contextmanager
+def progress(words: str) -> Iterator[Progress | None]:
+    """While it lasts, a line that says how far it is; None where there is no terminal.
+
+    Args:
+        words: what is said until there is more to say.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.status import Status
+    from rich.text import Text
+
+    with Status(Text(words), console=Console(stderr=True), spinner="line") as line:
+        yield lambda text, done, of: line.update(Text(f"{text} {done}/{of}" if of else text))
 
 
 def _rich(found: Sequence[Table]) -> Group:

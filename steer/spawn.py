@@ -6,8 +6,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,7 +15,9 @@ import msgspec
 from steer import worker
 from steer.errors import AppLoadError, SteerError, WorkersFailed
 from steer.kernel import proc, process, sockets
-from steer.kernel.guard import Guard
+from steer.kernel.channel import MAX_FDS, receive
+from steer.kernel.custody import Guard
+from steer.kernel.listeners import Borrower
 from steer.worker import Launch, Message
 
 if TYPE_CHECKING:
@@ -30,8 +32,19 @@ _LINE_BYTES = 4096
 _CHUNK_BYTES = 65536
 _CHUNKS_AT_END = 16
 """More than a pipe holds (pipe(7))."""
-_MAX_FDS = 253
-"""SCM_MAX_FD of include/net/scm.h: so many binds a service can have."""
+
+
+class Running(msgspec.Struct, frozen=True):
+    """A process, for whoever goes on with it.
+
+    Args:
+        told: whether it was sent SIGTERM.
+    """
+
+    pid: int
+    started_s: float
+    bound: tuple[int, ...]
+    told: bool
 
 
 class Process:
@@ -42,8 +55,11 @@ class Process:
 
     Args:
         launch: what it is told.
-        guard: ends it should we be gone.
+        guard: has it too, should we be gone.
         joined: takes its sockets' duplicates; may raise KernelError.
+
+    Attributes:
+        bound: inodes of its sockets, one for each bind.
 
     Raises:
         BindError: an address cannot be had.
@@ -54,24 +70,75 @@ class Process:
     def __init__(
         self, launch: Launch, guard: Guard, joined: Callable[[Sequence[int]], None]
     ) -> None:
-        self.launch = launch
-        self._guard = guard
+        self._prepare(launch, guard)
         self.started_s = time.monotonic()
-        self.problem: SteerError | None = None
-        self._told = False
-        self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
-        self._unfinished = b""
-        self._loop: AbstractEventLoop | None = None
         try:
             self._fork()
         except OSError as error:
             raise process.fork_error(error) from None
-        guard.add(self.pid)
+        self.keep(b"")
         try:
             joined(self._bound())
         except SteerError:
             self.end()
             raise
+
+    @classmethod
+    def adopted(
+        cls, launch: Launch, guard: Guard, saved: Running, fds: Sequence[int]
+    ) -> Process | None:
+        """One that another controller started; None if it has ended. The fds become ours."""
+        if not fds:
+            return None
+        self = cls.__new__(cls)
+        self._prepare(launch, guard)
+        self.started_s, self._told = saved.started_s, saved.told
+        self.pid, (self._pidfd, self._stderr, channel) = saved.pid, fds[:3]
+        self._channel = socket.socket(fileno=channel)
+        self._is_child = proc.parent(saved.pid) == os.getpid()
+        self._meet(saved.bound)
+        return self
+
+    def _prepare(self, launch: Launch, guard: Guard) -> None:
+        self.launch = launch
+        self._guard = guard
+        self.problem: SteerError | None = None
+        self._told = False
+        self._is_child = True
+        self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
+        self._unfinished = b""
+        self._loop: AbstractEventLoop | None = None
+        self.bound: tuple[int, ...] = ()
+
+    def _meet(self, bound: Sequence[int]) -> None:
+        self.bound = tuple(bound)
+        self.inodes = frozenset(bound)
+        self._borrower = Borrower(self.pid, self.inodes)
+
+    @property
+    def key(self) -> str:
+        """Under which the guard has it."""
+        return f"worker {self.pid}"
+
+    @property
+    def running(self) -> Running:
+        """What `adopted` has to be told."""
+        return Running(self.pid, self.started_s, self.bound, self._told)
+
+    def keep(self, value: bytes, held: Sequence[int] = ()) -> None:
+        """Have the guard keep `value` with what ties the process to us, and `held`."""
+        fds = (self._pidfd, self._stderr, self._channel.fileno(), *held)
+        self._guard.put(self.key, value, fds, group=self.pid)
+
+    @contextmanager
+    def sockets(self) -> Iterator[Mapping[int, socket.socket]]:
+        """Its sockets, by bind, as far as it has them open; lent for a moment.
+
+        Raises:
+            KernelError: we may not.
+        """
+        with self._borrower.borrow() as lent:
+            yield {self.bound.index(inode): sock for inode, sock in lent.items()}
 
     def _fork(self) -> None:
         with ExitStack() as theirs, ExitStack() as ours:
@@ -97,10 +164,10 @@ class Process:
         if message.refused is not None:
             bind = self.launch.binds[message.refused]
             raise sockets.bind_error(bind, OSError(message.number, ""))
-        self.inodes = frozenset(message.bound)
+        self._meet(message.bound)
         return fds
 
-    def watch(self, loop: AbstractEventLoop, ended: Callable[[Process, int], None]) -> None:
+    def watch(self, loop: AbstractEventLoop, ended: Callable[[Process, int | None], None]) -> None:
         """Call `ended` once, with the exit status, when it is gone."""
         self._channel.setblocking(False)
         self._loop, self._ended = loop, ended
@@ -115,17 +182,20 @@ class Process:
         return "\n".join(line.decode(errors="replace") for line in lines[-LAST_WORDS:])
 
     def terminate(self) -> None:
-        self._told = True
-        process.terminate(self._pidfd)
+        """Once: asked again, some servers drop what they have."""
+        if not self._told:
+            self._told = True
+            process.terminate(self._pidfd)
 
     def kill(self) -> None:
         process.kill_group(self.pid)
 
-    def end(self) -> int:
-        """Kill what is left of it, and let go of it; the exit status."""
+    def end(self) -> int | None:
+        """Kill what is left of it, and let go of it; the exit status, if it is ours to know."""
         self.kill()
-        self._guard.remove(self.pid)
-        status = process.reap(self.pid, self._pidfd)
+        # Before it is waited for: until then its number is not another's.
+        self._guard.drop(self.key)
+        status = process.reap(self.pid, self._pidfd, self._is_child)
         self._channel.setblocking(False)
         while self._on_channel():
             pass
@@ -159,7 +229,7 @@ class Process:
             BlockingIOError: none yet.
         """
         try:
-            data, fds, _, _ = socket.recv_fds(self._channel, _CHUNK_BYTES, _MAX_FDS)
+            data, fds = receive(self._channel, MAX_FDS)
         except (ConnectionError, TimeoutError):
             return None, ()
         return (msgspec.json.decode(data, type=Message) if data else None), fds

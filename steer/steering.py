@@ -7,15 +7,16 @@ what it has to do to the kernel for that is its own affair.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
 import msgspec
 
-from steer import abi, cbpf, policy
+from steer import abi, cbpf, policy, table
 from steer.errors import KernelError, VerifierError
-from steer.kernel import bpf, compile, sockets
+from steer.kernel import bpf, compile, listeners, sockets
 from steer.plan import Plan
 from steer.policy import Scene
 from steer.table import Layout, Member
@@ -43,6 +44,22 @@ class Steering(Protocol):
     backend: str
     notes: Sequence[str]
     """What this backend cannot do here, in words."""
+    migrates: bool
+    """Whether what waits at a listener that closes goes to another."""
+
+    @property
+    def reserve(self) -> Sequence[socket.socket]:
+        """Listeners of our own, where connections wait while there is no worker."""
+
+    def open_reserve(self) -> None:
+        """Make the reserve, where it is of use.
+
+        Raises:
+            BindError, KernelError
+        """
+
+    def empty_reserve(self) -> None:
+        """Move what waits there to workers."""
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """Take in the sockets of a new worker, one for each bind; the fds become ours."""
@@ -52,6 +69,12 @@ class Steering(Protocol):
 
     def steer(self, members: Sequence[Member]) -> None:
         """From now on choose among these, and these only."""
+
+    def settle(self) -> None:
+        """Return once all that was chosen before the last `steer` is in its queue."""
+
+    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+        """Move what waits at these sockets of `slot`, by bind, to others; it must be no member."""
 
     def release(self) -> None:
         """The service ends: hold no socket open that its worker closes."""
@@ -64,6 +87,16 @@ class Steering(Protocol):
 
     def unsteered(self) -> int | None:
         """Selections that were left to the kernel's hash, as no live slot was found."""
+
+    def held(self, slot: int) -> Sequence[int]:
+        """Descriptors of the slot's sockets that are held here."""
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        """What `restore` makes the same of again: a value for JSON, and descriptors."""
+
+    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        """Go on where one that is gone stopped, with what it saved and held of each slot;
+        the fds become ours."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -78,26 +111,18 @@ def open_backend(backend: str, plan: Plan) -> Steering:
     return _BACKENDS[backend](plan)
 
 
-class Kernel:
-    """No program: the kernel hashes over all sockets of a group."""
+class _Countless:
+    """What is the same on backends that run no program of ours."""
 
-    backend = "kernel"
-    notes: Sequence[str] = ()
+    reserve: Sequence[socket.socket] = ()
 
-    def __init__(self, plan: Plan) -> None:
+    def open_reserve(self) -> None:
+        """Nobody would move what waits there."""
+
+    def empty_reserve(self) -> None:
         pass
 
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
-        for fd in fds:
-            os.close(fd)
-
-    def left(self, slot: int) -> None:
-        pass
-
-    def steer(self, members: Sequence[Member]) -> None:
-        pass
-
-    def release(self) -> None:
+    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
         pass
 
     def counts(self, slot: int) -> Counts | None:
@@ -109,11 +134,59 @@ class Kernel:
     def unsteered(self) -> int | None:
         return None
 
+
+class Kernel(_Countless):
+    """No program: the kernel hashes over all sockets of a group."""
+
+    backend = "kernel"
+
+    def __init__(self, plan: Plan) -> None:
+        self.migrates = sockets.tcp_migrate_req() is True
+        self.notes: Sequence[str] = (_STILL_CHOSEN, *_may_be_lost())
+
+    def joined(self, slot: int, fds: Sequence[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+
+    def left(self, slot: int) -> None:
+        pass
+
+    def steer(self, members: Sequence[Member]) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def held(self, slot: int) -> Sequence[int]:
+        return ()
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        return None, ()
+
+    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
-class Cbpf:
+_STILL_CHOSEN = "a worker that is to end gets connections until it closes its socket"
+_LOST = "connections queued at a worker that crashes or hangs are lost"
+
+
+def _may_be_lost() -> Sequence[str]:
+    """Without a program of ours: the kernel can be told to move queues by its hash."""
+    told = sockets.tcp_migrate_req()
+    if told is None:
+        return (f"{_LOST}: migration needs Linux 5.14",)
+    by_sysctl = "ebpf would move them, and so would sysctl net.ipv4.tcp_migrate_req=1"
+    return () if told else (f"{_LOST}: {by_sysctl}",)
+
+
+class Cbpf(_Countless):
     """A classic program for each group, rewritten at every change.
 
     Such a program speaks in the kernel's own order of sockets, and that has to be
@@ -122,6 +195,8 @@ class Cbpf:
     """
 
     backend = "cbpf"
+    migrates = False
+    """Not while we hold a duplicate, which keeps a queue where it is."""
 
     def __init__(self, plan: Plan) -> None:
         assert plan.policy.assemble is not None
@@ -133,7 +208,8 @@ class Cbpf:
         self._try_out(plan)
         self._orders = [cbpf.Order() for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
-        self.notes: Sequence[str] = ()
+        self._lost = _may_be_lost()
+        self.notes: Sequence[str] = self._lost
 
     def _try_out(self, plan: Plan) -> None:
         """With all workers the program is as long as it gets: does the kernel take it?"""
@@ -163,8 +239,24 @@ class Cbpf:
     def steer(self, members: Sequence[Member]) -> None:
         scene = msgspec.structs.replace(self._scene, previous=self._layout)
         self._layout = policy.lay(self._policy, members, scene) if members else None
-        self.notes = _sharing(self._layout) if self._layout and self._policy.pinned else ()
+        sharing = _sharing(self._layout) if self._layout and self._policy.pinned else ()
+        self.notes = (*self._lost, *sharing)
         self._attach()
+
+    def settle(self) -> None:
+        bpf.wait_for_programs()
+
+    def held(self, slot: int) -> Sequence[int]:
+        return self._held.get(slot, ())
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        return _Orders(self._seed, [list(order.indexes()) for order in self._orders]), ()
+
+    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        saved = msgspec.convert(value, type=_Orders)
+        self._seed = saved.seed
+        self._orders = [cbpf.Order(slots) for slots in saved.slots]
+        self._held = dict(held)
 
     def _attach(self) -> None:
         if not self._held:
@@ -198,6 +290,13 @@ class Cbpf:
         self.release()
 
 
+class _Orders(msgspec.Struct):
+    """The slots of each group in the kernel's order, and the seed of the hash."""
+
+    seed: int
+    slots: list[list[int]]
+
+
 def _sharing(layout: Layout) -> Sequence[str]:
     if any(entry & abi.ROW for entry in layout.entries):
         return ("workers that share a CPU are taken by chance, as classic BPF cannot take turns",)
@@ -211,18 +310,26 @@ class _Group:
     connections of every CPU would all go to the first slot.
     """
 
-    def __init__(self, plan: Plan, table: bpf.Map) -> None:
+    def __init__(self, plan: Plan, shared: bpf.Map) -> None:
         cpus = len(plan.topology.possible)
         with ExitStack() as undo:
-            self.sockets = undo.enter_context(bpf.Map("sockets", plan.slots))
-            self.counts = undo.enter_context(bpf.Map("counts", plan.slots))
+            self.sockets = undo.enter_context(bpf.Map("sockets", plan.slots + 1))
+            self.counts = undo.enter_context(bpf.Map("counts", plan.slots + 1))
             self.cpus = undo.enter_context(bpf.Map("cpus"))
             starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
             self.cpus.put(0, b"".join(abi.CPU.pack(at, at, _seed(), 0, 0) for at in starts))
-            maps = {"table": table, "sockets": self.sockets, "counts": self.counts}
+            maps = {"table": shared, "sockets": self.sockets, "counts": self.counts}
             self.program, self.migrates = _load(plan, {**maps, "cpus": self.cpus})
             undo.callback(self.program.close)
             self.close = undo.pop_all().close
+
+    def descriptors(self) -> Sequence[int]:
+        return [each.fileno() for each in (self.sockets, self.counts, self.cpus, self.program)]
+
+    def receive(self, fds: Sequence[int]) -> None:
+        """Go on with the maps and program of one that is gone."""
+        for each, fd in zip((self.sockets, self.counts, self.cpus, self.program), fds, strict=True):
+            each.become(fd)
 
 
 class Ebpf:
@@ -231,44 +338,99 @@ class Ebpf:
     backend = "ebpf"
 
     def __init__(self, plan: Plan) -> None:
+        self._plan = plan
         self._policy = plan.policy
         self._scene = Scene(plan.topology, plan.hash_length)
         self._layout: Layout | None = None
         self._cpus = len(plan.topology.possible)
+        self._reserve: list[socket.socket | None] = [None for _ in plan.binds]
         with ExitStack() as undo:
             table_map = undo.enter_context(bpf.Map("table"))
             self._table = bpf.Table(table_map)
-            undo.callback(self._table.close)
+            undo.callback(lambda: self._table.close())
+            undo.callback(self._close_reserve)
             self._groups = []
             for _ in plan.binds:
                 self._groups.append(_Group(plan, table_map))
                 undo.callback(self._groups[-1].close)
             self.close = undo.pop_all().close
-        self.notes: Sequence[str] = () if self._groups[0].migrates else (_NO_MIGRATION,)
+        self.migrates = self._groups[0].migrates
+        self.notes: Sequence[str] = () if self.migrates else (_NO_MIGRATION,)
+
+    @property
+    def reserve(self) -> Sequence[socket.socket]:
+        return [sock for sock in self._reserve if sock is not None]
+
+    @property
+    def _reserve_slot(self) -> int:
+        return self._plan.slots
+
+    def open_reserve(self) -> None:
+        """Over TCP only, and only where what waits there can be moved."""
+        backlog = self._plan.service.backlog
+        for index, bind in enumerate(self._plan.binds):
+            if bind.protocol == "tcp" and self.migrates:
+                try:
+                    sock = self._reserve[index] = sockets.member(bind, backlog)
+                except OSError as error:
+                    raise sockets.bind_error(bind, error) from None
+                self._join(self._groups[index], self._reserve_slot, sock.fileno())
+        self.steer(())
+
+    def empty_reserve(self) -> None:
+        for group, sock in zip(self._groups, self._reserve, strict=True):
+            if sock is not None and listeners.waiting(sock).queued:
+                listeners.move_queue(sock)
+                group.sockets.put_socket(self._reserve_slot, sock.fileno())
+
+    def _close_reserve(self) -> None:
+        for sock in self.reserve:
+            sock.close()
+        self._reserve = [None for _ in self._reserve]
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """Our copies of the sockets are closed: one that is kept would go on listening,
         and being chosen, after its worker has died."""
         try:
             for group, fd in zip(self._groups, fds, strict=True):
-                group.sockets.put_socket(slot, fd)
-                # Each time: with the last socket of a group its program is gone too.
-                sockets.attach_ebpf(fd, group.program.fileno())
+                self._join(group, slot, fd)
         finally:
             for fd in fds:
                 os.close(fd)
+
+    @staticmethod
+    def _join(group: _Group, slot: int, fd: int) -> None:
+        group.sockets.put_socket(slot, fd)
+        # Each time: with the last socket of a group its program is gone too.
+        sockets.attach_ebpf(fd, group.program.fileno())
 
     def left(self, slot: int) -> None:
         for group in self._groups:
             group.sockets.delete(slot)
 
     def steer(self, members: Sequence[Member]) -> None:
-        scene = msgspec.structs.replace(self._scene, previous=self._layout)
-        self._layout = policy.lay(self._policy, members, scene)
-        self._table.flip(self._layout.parts())
+        if members:
+            scene = msgspec.structs.replace(self._scene, previous=self._layout)
+            self._layout = layout = policy.lay(self._policy, members, scene)
+        else:
+            # Not remembered: when somebody is there again, only what must move does.
+            layout = table.all_to(self._reserve_slot) if self.reserve else table.EMPTY
+        self._table.flip(layout.parts())
+
+    def settle(self) -> None:
+        self._table.settle()
+
+    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+        if not self.migrates:
+            return
+        for index, sock in owned.items():
+            if sock.type == socket.SOCK_STREAM and listeners.waiting(sock).queued:
+                listeners.move_queue(sock)
+                self._groups[index].sockets.put_socket(slot, sock.fileno())
 
     def release(self) -> None:
-        """None is held."""
+        """What still waits in the reserve goes to workers that have not closed yet."""
+        self._close_reserve()
 
     def counts(self, slot: int) -> Counts | None:
         raw = b"".join(group.counts.per_cpu(slot, self._cpus) for group in self._groups)
@@ -285,8 +447,28 @@ class Ebpf:
         raw = b"".join(group.cpus.per_cpu(0, self._cpus) for group in self._groups)
         return sum(int(last) for *_, last in abi.CPU.iter_unpack(raw))
 
+    def held(self, slot: int) -> Sequence[int]:
+        return ()
 
-_NO_MIGRATION = "queued connections of a closing worker are lost: migration needs Linux 5.14"
+    def saved(self) -> tuple[object, Sequence[int]]:
+        fds = [self._table.map.fileno()]
+        for group in self._groups:
+            fds += group.descriptors()
+        kept = [index for index, sock in enumerate(self._reserve) if sock is not None]
+        return kept, [*fds, *(sock.fileno() for sock in self.reserve)]
+
+    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        kept = msgspec.convert(value, type=list[int])
+        maps, socks = fds[: len(fds) - len(kept)], fds[len(fds) - len(kept) :]
+        self._table.become(maps[0])
+        for at, group in enumerate(self._groups):
+            group.receive(maps[1 + 4 * at : 5 + 4 * at])
+        for index, fd in zip(kept, socks, strict=True):
+            self._reserve[index] = socket.socket(fileno=fd)
+        self._layout = table.read(self._table.active())
+
+
+_NO_MIGRATION = f"{_LOST}: migration needs Linux 5.14"
 
 
 def _load(plan: Plan, maps: dict[str, bpf.Map]) -> tuple[bpf.Program, bool]:

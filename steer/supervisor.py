@@ -11,17 +11,28 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import msgspec
 
+from steer import plan as planning
 from steer import report
-from steer.control import Server
+from steer.change import Changes, unheard
+from steer.config import MAX_WORKERS
+from steer.control import Server, Tell
 from steer.controller import Controller
+from steer.errors import ConfigError, ControlError, SteerError
 from steer.fleet import QUICK_S, Place
-from steer.kernel import process, sockets
+from steer.health import Health
+from steer.kernel import process, sockets, topology
+from steer.lifecycle import State
 from steer.notify import tell_supervisor
+from steer.plan import Plan
+from steer.settle import settle
+
+_REVIVE_S = 0.5
+"""Not at once: whatever kills guards may do it again."""
 
 
 def supervise(started: Controller) -> None:
@@ -37,19 +48,34 @@ def supervise(started: Controller) -> None:
 class _Supervisor:
     def __init__(self, started: Controller) -> None:
         self._service = started
-        self._plan = started.plan
         self._fleet = started.fleet
         self._steering = started.steering
         self._log = started.log
         self._state = "starting"
+        self._has_terminal = not process.terminal_is_gone()
+        self._changes: Changes
+        self._health: Health
+        self._loop: asyncio.AbstractEventLoop
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_bug)
-        self._fleet.watch(loop)
-        self._service.listener.watch(loop, self._on_notify)
+        self._changes = Changes(self._fleet, self._service.keep)
+        self._health = Health(self._fleet, loop)
+        self._fleet.watch(loop, settle, self._on_change)
+        self._service.listener.watch(loop, self._fleet.notified)
+        self._watch_guard()
         self._watch_signals(loop)
-        commands = {"status": self._on_status, "stop": self._on_stop}
+        commands = {
+            "status": self._on_status,
+            "stop": self._on_stop,
+            "reload": self._on_reload,
+            "scale": self._on_scale,
+            "drain": self._on_drain,
+            "undrain": self._on_undrain,
+            "restart": self._on_restart,
+        }
         async with Server(self._service.claim.socket, commands):
             try:
                 await self._fleet.up
@@ -59,6 +85,10 @@ class _Supervisor:
             finally:
                 await self._end_workers()
 
+    @property
+    def _plan(self) -> Plan:
+        return self._service.plan
+
     def _refuse_strangers(self) -> None:
         """Somebody may have joined between our look at a port and our first bind there.
 
@@ -66,7 +96,8 @@ class _Supervisor:
             BindError
         """
         processes = [place.process for place in self._fleet.places if place.process]
-        ours = frozenset().union(*(process.inodes for process in processes))
+        reserve = frozenset(os.fstat(sock.fileno()).st_ino for sock in self._steering.reserve)
+        ours = reserve.union(*(each.inodes for each in processes))
         for bind in self._plan.binds:
             sockets.refuse_strangers(bind, ours)
 
@@ -77,40 +108,109 @@ class _Supervisor:
         self._log.info("serving %s", ", ".join(bind.label for bind in self._plan.binds))
         for line in self._plan.to_try(sys.argv[0]):
             self._log.info("try: %s", line)
-        tell_supervisor(f"READY=1\nMAINPID={os.getpid()}", self._service.environment)
+        self._tell_supervisor(f"READY=1\nMAINPID={os.getpid()}")
+        if self._service.wanted is not None:
+            wanted = self._service.wanted
+            self._begin("change to what was asked for", lambda: self._renew(wanted, unheard))
+
+    def _tell_supervisor(self, message: str) -> None:
+        tell_supervisor(message, self._service.environment)
 
     # What happens.
 
     def _watch_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.add_signal_handler(signal.SIGTERM, self._stop, False)
-        # Until there is a reload, what may come from a closing terminal ends gracefully.
+        handlers: Mapping[signal.Signals, Callable[[], object]] = {
+            signal.SIGTERM: lambda: self._stop(quick=False),
+            signal.SIGINT: lambda: self._stop(quick=True),
+            signal.SIGQUIT: lambda: self._stop(quick=True),
+            signal.SIGUSR1: self._reopen_log,
+            signal.SIGUSR2: lambda: self._begin("execute anew", self._execute_anew),
+            signal.SIGTTIN: lambda: self._begin("add a worker", lambda: self._scale_by(1)),
+            signal.SIGTTOU: lambda: self._begin("end a worker", lambda: self._scale_by(-1)),
+            signal.SIGWINCH: self._on_window_change,
+        }
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
-            loop.add_signal_handler(signal.SIGHUP, self._stop, False)
-        for number in (signal.SIGINT, signal.SIGQUIT):
-            loop.add_signal_handler(number, self._stop, True)
-        for number in process.WITHOUT_MEANING:
-            loop.add_signal_handler(number, self._log.info, "%s means nothing yet", number.name)
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         process.release_signals()
+
+    def _on_hangup(self) -> None:
+        """Asked to reload; or the terminal that it ran in was closed."""
+        if self._has_terminal and process.terminal_is_gone():
+            self._stop(quick=False)
+        else:
+            self._begin("reload", lambda: self._reload(unheard))
+
+    def _on_window_change(self) -> None:
+        """With a terminal it means that a window has another size."""
+        if not self._has_terminal:
+            self._begin("end all workers", lambda: self._scale(0, unheard))
+
+    def _reopen_log(self) -> None:
+        if self._service.log_file is None:
+            self._log.info("SIGUSR1: standard error is no file, so there is none to open anew")
+            return
+        try:
+            process.reopen(self._service.log_file)
+            self._service.guard.reopen()
+        except OSError as error:
+            self._log.error("open %s anew: %s", self._service.log_file, error.strerror)
 
     def _stop(self, quick: bool) -> None:
         """Asked a second time, quickly."""
         quick = quick or self._state == "stopping"
         self._log.info("stopping %s", "quickly" if quick else "gracefully")
         self._state = "stopping"
-        tell_supervisor("STOPPING=1", self._service.environment)
-        self._fleet.stop()
-        self._fleet.overdue_in(QUICK_S if quick else self._plan.service.graceful_timeout)
+        self._tell_supervisor("STOPPING=1")
+        self._changes.end()
+        self._fleet.stop(QUICK_S if quick else self._plan.service.graceful_timeout)
 
     async def _end_workers(self) -> None:
         """However we got here, no worker is left."""
+        self._changes.end()
         if not self._fleet.ended.done():
-            self._fleet.stop()
-            self._fleet.overdue_in(QUICK_S)
+            self._fleet.stop(QUICK_S)
             await self._fleet.ended
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _on_notify(self, pid: int, message: Mapping[str, str]) -> None:
-        if message.get("READY") == "1":
-            self._fleet.notified(pid)
+    def _on_change(self, place: Place) -> None:
+        self._health.changed(place)
+        if place.hangs and place.generation.plan.service.hang == "replace":
+            self._begin(f"replace worker {place.slot}", lambda: self._changes.relieve(place))
+
+    def _begin(self, act: str, change: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Do what nobody waits for; how it goes is logged."""
+        task = self._loop.create_task(self._logged(act, change))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _logged(self, act: str, change: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        try:
+            await change()
+        except SteerError as error:
+            self._log.error("%s: %s", act, error)
+            for line in error.detail.splitlines():
+                self._log.error("  | %s", line)
+
+    def _watch_guard(self) -> None:
+        self._loop.add_reader(self._service.guard, self._on_guard_end)
+
+    def _on_guard_end(self) -> None:
+        """Somebody killed it: until there is another nobody could take over from us."""
+        self._loop.remove_reader(self._service.guard)
+        self._log.warning("the guard process was killed; starting another")
+        self._loop.call_later(_REVIVE_S, self._revive_guard)
+
+    def _revive_guard(self) -> None:
+        try:
+            self._service.guard.revive()
+            self._watch_guard()
+        except OSError as error:
+            self._log.error("%s", process.fork_error(error))
+            self._loop.call_later(_REVIVE_S, self._revive_guard)
 
     def _on_bug(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Something we did not think of: one line for users, all of it for debugging."""
@@ -119,17 +219,125 @@ class _Supervisor:
         if error is not None:
             self._log.debug("%s", "".join(traceback.format_exception(error)))
 
+    # Changes.
+
+    async def _reload(self, tell: Tell) -> None:
+        """Raises SteerError: nothing has changed."""
+        self._tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            service = self._service.reread()
+            await self._renew(planning.again(self._plan, service, topology.read()), tell)
+        finally:
+            self._tell_supervisor("READY=1")
+
+    async def _renew(self, plan: Plan, tell: Tell) -> None:
+        generation = await self._changes.renew(plan, tell)
+        self._service.configure(plan)
+        self._health.retime()
+        self._log.info("generation %d serves", generation.number)
+
+    async def _scale_by(self, more: int) -> None:
+        workers = len(self._plan.seats) + more
+        if workers < 1:
+            raise ControlError(f"scale {self._plan.name}", "one worker is left", "see `steer stop`")
+        await self._scale(workers, unheard)
+
+    async def _scale(self, workers: int, tell: Tell) -> None:
+        plan = planning.scaled(self._plan, workers, topology.read())
+        await self._changes.scale(plan, tell)
+        self._service.configure(plan)
+        self._log.info("%d workers", workers)
+
+    async def _execute_anew(self) -> None:
+        """Become what is installed now, with the same arguments; workers serve on.
+
+        Raises:
+            ConfigError: what is there now, or the configuration, would not start.
+            ControlError: there is nobody to hold the workers meanwhile.
+        """
+        act = "execute anew"
+        if not self._plan.service.adopt_timeout or not self._service.guard.alive:
+            raise ControlError(act, "workers would end with us", "see --adopt-timeout")
+        at = sys.orig_argv.index("run") + 1
+        check = [sys.executable, *sys.orig_argv[1:at], "--check-config", *sys.orig_argv[at:]]
+        tried = await asyncio.create_subprocess_exec(
+            *check, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        )
+        _, words = await tried.communicate()
+        if tried.returncode != 0:
+            raise ConfigError(act, "it would not start", detail=words.decode(errors="replace"))
+        self._log.info("executing anew")
+        process.hold_signals()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
     # Requests.
 
-    async def _on_status(self, _request: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def _on_status(self, _request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._fleet.settle()
         return {"service": msgspec.to_builtins(self._report())}
 
-    async def _on_stop(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def _on_stop(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._stop(bool(request.get("quick")))
         # Shielded: others wait for it too.
         await asyncio.shield(self._fleet.ended)
         return {}
+
+    async def _on_reload(self, _request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        began_s = time.monotonic()
+        await self._reload(tell)
+        workers = len(self._plan.seats)
+        number = self._fleet.generation.number
+        return {"generation": number, "workers": workers, **_took(began_s)}
+
+    async def _on_scale(self, request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        began_s = time.monotonic()
+        workers = request.get("workers")
+        if not isinstance(workers, int) or not 0 < workers <= MAX_WORKERS:
+            act = f"scale {self._plan.name} to {workers!r}"
+            raise ControlError(
+                act, f"a number from 1 to {MAX_WORKERS} is wanted", "see `steer stop`"
+            )
+        await self._scale(workers, tell)
+        return {"workers": workers, **_took(began_s)}
+
+    async def _on_drain(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        place = self._place(request, "drain", State.READY)
+        if not any(each.serves for each in self._fleet.places if each is not place):
+            raise ControlError(
+                f"drain worker {place.slot}", "no other is ready", "start one, or `steer stop`"
+            )
+        await self._changes.drain(place)
+        return {"slot": place.slot}
+
+    async def _on_undrain(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        place = self._place(request, "undrain", State.DRAINING)
+        self._changes.undrain(place)
+        return {"slot": place.slot}
+
+    async def _on_restart(self, request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        began_s = time.monotonic()
+        wanted = (State.READY, State.DRAINING, State.HUNG, State.BACKOFF)
+        place = self._place(request, "restart", *wanted)
+        fresh = await self._changes.restart(place, tell)
+        return {"slot": request["slot"], "new_slot": fresh.slot, **_took(began_s)}
+
+    def _place(self, request: Mapping[str, Any], act: str, *wanted: State) -> Place:
+        """The place at the slot asked for.
+
+        Raises:
+            ControlError: there is none, or in no such state.
+        """
+        slot = request.get("slot")
+        found = next((place for place in self._fleet.places if place.slot == slot), None)
+        if found is None:
+            there = ", ".join(str(place.slot) for place in self._fleet.places)
+            raise ControlError(f"{act} worker {slot!r}", "no such slot", f"there are: {there}")
+        if found.state not in wanted:
+            states = " or ".join(state.value for state in wanted)
+            raise ControlError(
+                f"{act} worker {slot}", f"it is {found.state.value}", f"has to be {states}"
+            )
+        return found
 
     def _report(self) -> report.Service:
         plan, now_s = self._plan, time.monotonic()
@@ -137,7 +345,7 @@ class _Supervisor:
             name=plan.name,
             pid=os.getpid(),
             state=self._state,
-            generation=self._service.generation,
+            generation=self._fleet.generation.number,
             policy=plan.policy.name,
             backend=self._steering.backend,
             backend_reason=self._service.rung.reason,
@@ -154,8 +362,8 @@ class _Supervisor:
         return report.Worker(
             slot=place.slot,
             pid=process.pid if process else None,
-            state=place.state.value,
-            generation=self._service.generation,
+            state=State.STARTING.value if place.held else place.state.value,
+            generation=place.generation.number,
             cpus=list(place.seat.cpus),
             weight=place.seat.weight,
             restarts=max(0, place.starts - 1),
@@ -165,6 +373,7 @@ class _Supervisor:
                 migrated=counts.migrated if counts else None,
             ),
             sockets=sorted(process.inodes) if process else [],
+            said=place.said or None,
         )
 
     def _totals(self) -> report.Totals:
@@ -178,3 +387,7 @@ class _Supervisor:
             unsteered=unsteered,
             migrated=counts.migrated,
         )
+
+
+def _took(began_s: float) -> Mapping[str, float]:
+    return {"took_s": round(time.monotonic() - began_s, 3)}

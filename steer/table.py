@@ -63,10 +63,22 @@ class Layout(msgspec.Struct, frozen=True):
         return self.turns[start + 1 : start + 1 + self.turns[start]]
 
 
-EMPTY = Layout(
-    array("H", [abi.NO_SLOT]) * abi.ENTRIES, spares=array("H", [abi.NO_SLOT]) * abi.SPARES
-)
+def all_to(slot: int) -> Layout:
+    """Whatever the policy answers, it is `slot`."""
+    return Layout(array("H", [slot]) * abi.ENTRIES, spares=array("H", [slot]) * abi.SPARES)
+
+
+EMPTY = all_to(abi.NO_SLOT)
 """Nobody may be chosen: the kernel's hash decides."""
+
+
+def read(half: bytes) -> Layout:
+    """The layout that a half of the table holds; see `Layout.parts`."""
+    length, _ = abi.LENGTH.unpack_from(half)
+    words = array("H", half[abi.ENTRIES_OFFSET :])
+    at_turns = (abi.TURNS_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
+    at_spares = (abi.SPARES_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
+    return Layout(words[:length], words[at_turns:at_spares], words[at_spares:])
 
 
 def quotas(members: Sequence[Member], length: int) -> dict[int, int]:

@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgspec
 
@@ -88,6 +88,7 @@ class Worker:
         cpus: CPUs it may run on.
         name: the service's.
         generation: of the configuration it was started from.
+        watchdog_s: within which it has to `beat`; None: it need not.
     """
 
     def __init__(self, launch: Launch, own: Sequence[socket.socket]) -> None:
@@ -96,6 +97,7 @@ class Worker:
         self.cpus = launch.seat.cpus
         self.name = launch.name
         self.generation = launch.generation
+        self.watchdog_s = launch.service.watchdog
         self._notify = launch.notify
         self._stopping = False
         signal.signal(signal.SIGTERM, self._stop)
@@ -109,8 +111,19 @@ class Worker:
     def ready(self) -> None:
         """Tell the controller that connections may come; not needed by those that
         wait on their socket once they are."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"READY=1", "\0" + self._notify[1:])
+        self._tell(b"READY=1")
+
+    def beat(self) -> None:
+        """Tell the controller that all is well: within every `watchdog_s`, if that is set."""
+        self._tell(b"WATCHDOG=1")
+
+    def _tell(self, message: bytes) -> None:
+        """Nobody may be there for a while, or not take it at once: it is not waited for."""
+        with (
+            suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender,
+        ):
+            sender.sendto(message, "\0" + self._notify[1:])
 
     def _stop(self, _number: int, _frame: object) -> None:
         """From here on a socket does not wait: a loop of accept() takes what is
@@ -191,7 +204,8 @@ def _settle(launch: Launch) -> None:
             os.chdir(directory)
     with _needed(f"run as uid {who.uid}, gid {who.gid}"):
         process.become(who)
-    process.die_with_parent(launch.controller)
+    if not launch.service.adopt_timeout:
+        process.die_with_parent(launch.controller)
 
 
 @contextmanager
@@ -205,7 +219,8 @@ def _needed(act: str) -> Iterator[None]:
 
 
 def _environment(launch: Launch) -> dict[str, str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LISTEN_")}
+    not_ours = ("LISTEN_", "WATCHDOG_")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(not_ours)}
     given = dict(pair.split("=", 1) for pair in launch.service.env)
     return {
         **inherited,
@@ -215,7 +230,16 @@ def _environment(launch: Launch) -> dict[str, str]:
         "STEER_NAME": launch.name,
         "STEER_CPUS": cpu_list(launch.seat.cpus),
         "NOTIFY_SOCKET": launch.notify,
+        **_watchdog(launch.service),
     }
+
+
+def _watchdog(service: Service) -> dict[str, str]:
+    """As sd_watchdog_enabled(3) has it, but for WATCHDOG_PID: the one who says so may be a
+    child of the process we start."""
+    if service.watchdog is None:
+        return {}
+    return {"WATCHDOG_USEC": str(round(service.watchdog * 1e6))}
 
 
 def _execute(launch: Launch, own: Sequence[socket.socket], environment: Mapping[str, str]) -> None:

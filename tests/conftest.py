@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,9 @@ from support import (
     start_service,
 )
 
-from steer.kernel import compile, probe
+from steer.errors import KernelError
+from steer.kernel import compile, probe, proc
+from steer.kernel.listeners import Borrower
 from steer.ladder import Answer, Finding
 
 
@@ -78,6 +81,16 @@ def _has_headers() -> str:
     return "" if Path("/usr/include/asm-generic/socket.h").exists() else "no linux-libc-dev"
 
 
+def _has_pidfd_getfd() -> str:
+    with socket.socket() as sock:
+        lender = Borrower(os.getpid(), frozenset({proc.socket_inode(sock.fileno())}))
+        try:
+            with lender.borrow():
+                return ""
+        except KernelError as error:
+            return str(error)
+
+
 _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "bcc": _has_bcc,
     "bpf": lambda: _found(probe.ebpf()),
@@ -87,6 +100,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "migrate": lambda: _found(probe.migrate()),
     "netns": _has_netns,
     "nobody": _has_nobody,
+    "pidfd_getfd": _has_pidfd_getfd,
     "root": _is_root,
     "userns": _has_userns,
     "uvicorn": _has_module("uvicorn"),

@@ -30,7 +30,7 @@ from support import (
     udp_ask,
 )
 
-from steer.kernel import bpf
+from steer.kernel import bpf, proc
 
 PORT = 8080
 ALONE = 40_000 + os.getpid() % 20_000
@@ -152,11 +152,11 @@ def test_port_that_another_user_has(steer: RunSteer, kind: str) -> None:
 def test_port_that_another_service_has(service: StartService) -> None:
     running = service("-w", "2")
     done = running.steer("run", "--name", "other", "-w", "2")
-    pids = sorted(each["pid"] for each in running.workers())
+    holders = ", ".join(sorted(f"steer (pid {pid})" for pid in proc.descendants(running.pid)))
     assert done.returncode == 1
     assert done.stderr == (
-        f"steer: bind tcp 127.0.0.1:{PORT}: EADDRINUSE, in use by steer (pid {pids[0]}), "
-        f"steer (pid {pids[1]}); stop it, or choose another port\n"
+        f"steer: bind tcp 127.0.0.1:{PORT}: EADDRINUSE, in use by {holders}; "
+        "stop it, or choose another port\n"
     )
     assert {http_get("127.0.0.1", PORT)[1]["name"] for _ in range(20)} == {"test"}
 
@@ -181,7 +181,8 @@ def test_port_taken_while_all_workers_were_down_is_not_joined(
     service: StartService, home: Path
 ) -> None:
     (home / "app.py").write_text(APP)
-    running = service("app:serve", "-w", "1")
+    # On ebpf the reserve keeps it.
+    running = service("app:serve", "-w", "1", "--backend", "cbpf")
     (home / "broken").touch()
     os.kill(running.workers()[0]["pid"], signal.SIGKILL)
     eventually(lambda: "another in 0.25 s" in running.log)

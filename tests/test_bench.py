@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
+import signal
+import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
 from click.testing import CliRunner
+from support import Netns
 
-from bench import figures, programs
+from bench import figures, load, outcome, peers, plot, programs, victims, wrk
 from bench.__main__ import BENCHES, main
-from bench.figures import Figure, Section
+from bench.figures import Figure, Section, Timeline
+from bench.load import Plan, Request
+from bench.peers import PEERS, Peer
+from bench.victims import Stop
 from steer import abi, report
 from steer.bytecode import Code
+from steer.errors import SteerError
 
 
 def test_median_and_middle_half() -> None:
@@ -83,6 +97,183 @@ def test_unknown_bench_is_a_usage_error_that_names_those_there_are() -> None:
 def test_help_lists_every_bench() -> None:
     done = CliRunner().invoke(main, ["--help"])
     assert all(f"{name} " in done.output for name in BENCHES)
+
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n"
+RESET = struct.pack("ii", 1, 0)  # struct linger of socket(7): close() sends a reset
+
+
+def _reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+def _answer(sock: socket.socket, answer: bytes = ANSWER, part: int | None = None) -> None:
+    with sock:
+        sock.recv(4096)
+        sock.sendall(answer[:part])
+
+
+@contextmanager
+def _serving(handle: Callable[[socket.socket], object]) -> Iterator[int]:
+    """One connection after the other is handled, then closed."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    sock, _ = listener.accept()
+                except OSError:
+                    return
+                with sock:
+                    handle(sock)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "handle, wanted",
+    [
+        (_answer, load.OK),
+        (_reset, load.RESET),
+        (lambda sock: sock.recv(4096), load.CLOSED),
+        (lambda sock: _answer(sock, part=-1), load.CLOSED),
+        (lambda sock: time.sleep(0.3), load.TIMEOUT),
+        (lambda sock: _answer(sock, ANSWER.replace(b"200", b"503")), load.BAD),
+    ],
+)
+def test_client_knows_what_became_of_each_request(
+    handle: Callable[[socket.socket], object], wanted: str
+) -> None:
+    with _serving(handle) as port, load.load(Plan(port, 1, at_least=3, timeout_s=0.2)) as client:
+        found = client.finish()
+    assert len(found) == 3
+    assert {request.outcome for request in found} == {wanted}
+
+
+def test_client_is_refused_where_nobody_listens(netns: Netns) -> None:
+    with load.load(Plan(9, concurrency=2, at_least=4)) as client:
+        found = client.finish()
+    assert {request.outcome for request in found} == {load.REFUSED}
+    assert all(request.port for request in found)
+
+
+def test_closed_loop_keeps_as_many_at_once_as_it_was_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with load.load(Plan(listener.getsockname()[1], 3)):
+            taken = [listener.accept()[0] for _ in range(3)]
+            listener.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                listener.accept()
+            _answer(taken.pop())  # it is closed with that
+            taken.append(listener.accept()[0])
+        for sock in taken:
+            sock.close()
+
+
+def test_open_loop_counts_from_when_a_request_was_due() -> None:
+    with _serving(_answer) as port, load.load(Plan(port, rate=100)) as client:
+        time.sleep(1)
+        client.send_signal(signal.SIGSTOP)  # as if the client had no CPU
+        time.sleep(0.5)
+        client.send_signal(signal.SIGCONT)
+        time.sleep(0.2)
+        found = client.finish()
+    begun_s = sorted(request.begun_s for request in found)
+    assert begun_s[-1] - begun_s[0] == pytest.approx((len(found) - 1) / 100)
+    assert sum(request.took_s > 0.25 for request in found) in range(20, 40)
+
+
+def test_failed_requests_are_counted_and_named() -> None:
+    outcomes = ["ok", "reset", "ok", "closed", "reset"]
+    figure = outcome.failed("us", [Request(0, 1, each, 9) for each in outcomes], at_most=0)
+    assert (figure.name, figure.values) == ("us, of 5: 2 reset, 1 closed", (3,))
+    assert figure.reached is False
+    assert outcome.failed("us", [], 0).reached is True
+
+
+def test_percentile_and_slow_ones() -> None:
+    requests = [Request(0, took_ms / 1000, "ok", 9) for took_ms in range(1000, 0, -1)]
+    assert outcome.percentile_ms(requests, 0.999) == 1000
+    assert outcome.percentile_ms(requests, 0.5) == 501
+    assert outcome.over(requests, 0.9) == 100
+
+
+def test_accepted_are_those_on_its_ports_that_were_under_way() -> None:
+    stop = Stop(10.0, frozenset({1, 2}))
+    before, under_way, after = Request(8, 1, "ok", 1), Request(9, 2, "ok", 1), Request(11, 1, "", 2)
+    another = Request(9, 2, "ok", 3)
+    requests = [before, under_way, after, another]
+    assert victims.apart(requests, [stop]) == ([before, after, another], [under_way])
+
+
+@pytest.mark.needs("root", "pidfd_getfd")
+def test_stopped_worker_tells_what_it_had_accepted_and_not_what_waits() -> None:
+    code = """
+import socket, time
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    print(listener.getsockname()[1], flush=True)
+    sock, _ = listener.accept()
+    print("accepted", flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        address = ("127.0.0.1", int(process.stdout.readline()))
+        with socket.create_connection(address) as taken, victims.victim(process.pid) as victim:
+            process.stdout.readline()
+            with socket.create_connection(address):
+                stop = victim.stop(address[1])
+            assert stop.ports == {taken.getsockname()[1]}
+            victim.kill()
+
+
+def test_wrks_words_are_understood() -> None:
+    words = "  1 threads\n  36848 requests in 3.02s, 5.20MB read\n"
+    assert wrk.counts(words) == wrk.Counts(36848, 0)
+    more = "  Socket errors: connect 1, read 2, write 0, timeout 3\n  Non-2xx or 3xx responses: 4\n"
+    assert wrk.counts(words + more) == wrk.Counts(36848, 10)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no module matplotlib")
+def test_sections_are_drawn(tmp_path: Path) -> None:
+    lines = [Timeline("us", [(0.1, 2.0)], [], [0.2]), Timeline("them", [], [0.3], [])]
+    counts = [Figure("us", "failed", (0,), 0), Figure("them", "failed", (380,))]
+    found = {"reload": [Section("reload", counts, (), lines), Section("empty", [])]}
+    paths = list(plot.draw(found, tmp_path / "new"))
+    assert [path.name for path in paths] == ["reload-1.svg", "reload-1-timeline.svg"]
+    for path in paths:
+        assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def _is_installed(peer: Peer) -> bool:
+    try:
+        peer.command(peers.Site(0, Path("/nowhere"), {}))
+    except FileNotFoundError:
+        return True
+    except SteerError:
+        return False
+    return True
+
+
+@pytest.mark.needs("root", "netns")
+@pytest.mark.parametrize("peer", [pytest.param(peer, id=peer.name) for peer in PEERS])
+def test_peer_runs_and_reloads(peer: Peer, netns: Netns) -> None:
+    if not _is_installed(peer):
+        pytest.skip("not installed; see ./dev setup bench")
+    with peers.running(peer, 9900) as running:
+        workers = running.workers()
+        assert len(workers) == peers.WORKERS
+        if peer.reload:
+            peer.reload(running)
+            assert not set(workers).intersection(running.workers())
+        if peer.scale:
+            peer.scale(running, 2)
+            assert len(running.workers()) == 2
 
 
 @pytest.mark.needs("root", "netns", "bpf", "bpftool", "gunicorn", "uvicorn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -12,16 +13,26 @@ import signal
 import struct
 import subprocess
 import termios
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+import msgspec
 import pytest
 from conftest import RunSteer, StartService
+from fake_service import fake_service
 from support import DEADLINE_S, STEER, Service, clean_environment, eventually, run_steer
 
 import steer as package
+from steer import config
+from steer.control import Tell
+from steer.errors import ConfigError, WorkersFailed
+from steer.options import Source, TakesCommand, service_options
 
 OPTIONS = (
     *("-b", "127.0.0.1:8080", "-b", "udp://[::1]:53", "-w", "3", "--policy", "hash"),
@@ -29,6 +40,7 @@ OPTIONS = (
     *("-e", 'B="\\ü', "--chdir", "/", "--backlog", "7", "--graceful-timeout", "1.5"),
     *("--ready-timeout", "9", "--pid", "x.pid", "--log-level", "debug", "--log-format", "json"),
     *("--control-socket", "x.sock", "--user", "root", "--group", "0"),
+    *("--hang-timeout", "0.5", "--hang", "skip", "--watchdog", "4", "--adopt-timeout", "0"),
 )
 
 
@@ -62,7 +74,10 @@ def alone(home: Path, environment: dict[str, str]) -> RunSteer:
 
 def test_version_and_help(cli: RunSteer) -> None:
     assert cli("--version").stdout == f"steer, version {package.__version__}\n"
-    commands = ("check", "doctor", "policies", "run", "status", "stop")
+    commands = (
+        *("check", "doctor", "drain", "policies", "reload", "restart", "run", "scale", "status"),
+        *("stop", "undrain"),
+    )
     said = cli("-h").stdout
     for command in commands:
         assert re.search(rf"^  {command} ", said, re.M)
@@ -80,6 +95,19 @@ def test_version_and_help(cli: RunSteer) -> None:
         ("run", "--"),
         ("run", "--policy", "hash", "--"),
         ("status", "a", "b"),
+        ("reload", "a", "b"),
+        ("scale",),
+        ("scale", "web"),
+        ("scale", "8", "web"),
+        ("scale", "web", "8", "9"),
+        ("scale", "web", "1.5"),
+        ("scale", "-1"),
+        ("scale", "--", "-1"),
+        ("scale", "1025"),
+        ("scale", "9" * 5000),
+        ("drain", "web", "4096"),
+        ("undrain", ""),
+        ("restart", "web", "x"),
     ],
 )
 def test_wrong_usage_is_exit_2(cli: RunSteer, arguments: tuple[str, ...]) -> None:
@@ -108,6 +136,10 @@ def test_wrong_usage_is_exit_2(cli: RunSteer, arguments: tuple[str, ...]) -> Non
         (("a:b", "--", "c"), "--app: app = 'a:b' and --command: command = 'c': both are given"),
         (("-c", "no.toml"), "read no.toml: no such file"),
         (("-c", "."), "read .: Is a directory"),
+        (("--hang-timeout", "-1"), "--hang-timeout: hang_timeout = '-1': Expected float >= 0"),
+        (("--hang", "x"), "--hang: hang = 'x': Invalid enum value 'x'; allowed: replace, skip"),
+        (("--watchdog", "0"), "--watchdog: watchdog = '0': Expected float > 0"),
+        (("--adopt-timeout", "x"), "--adopt-timeout: adopt_timeout = 'x': Expected float"),
         (("--user", "no-such-user"), "run workers as user 'no-such-user': no such user"),
         (("--group", "no-such-group"), "run workers as group 'no-such-group': no such group"),
     ],
@@ -160,6 +192,270 @@ def test_command_line_over_environment_over_file(
     environment["STEER_WORKERS"] = "5"
     assert configured() == "5"
     assert configured("-w", "6") == "6"
+
+
+# The configuration read again
+
+
+def source(*arguments: str) -> Source:
+    """What `run` reads from."""
+
+    @click.command(cls=TakesCommand)
+    @service_options
+    def run(**options: Any) -> Source:
+        return Source(options)
+
+    found: Source = run.main(list(arguments), standalone_mode=False)
+    return found
+
+
+def test_configuration_is_read_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same command line, environment and file, wherever the process is by now."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("STEER_BACKLOG", "7")
+    (home / "x.toml").write_text("[service]\nworkers = 2\nbacklog = 5\n")
+    read = source("-c", "x.toml", "--weights", "3,1", "--", "sleep", "-w")
+    first = read()
+    assert (first.workers, first.backlog, first.weights) == (2, 7, (3, 1))
+    assert first.command == ("sleep", "-w")
+    assert read() == first
+
+    monkeypatch.chdir(tmp_path)
+    (home / "x.toml").write_text("[service]\nworkers = 3\n")
+    assert read() == msgspec.structs.replace(first, workers=3)
+    (home / "x.toml").write_text("[service]\nworkers = 0\n")
+    with pytest.raises(ConfigError, match=r"^x\.toml: workers = 0: Expected int >= 1"):
+        read()
+    (home / "x.toml").unlink()
+    with pytest.raises(ConfigError, match=r"^read x\.toml: no such file$"):
+        read()
+
+
+def test_default_file_may_come_but_not_go(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    read = source()
+    assert read() == config.Service()
+    (home / "steer.toml").write_text("[service]\nworkers = 2\n")
+    assert read().workers == 2
+    (home / "steer.toml").unlink()
+    with pytest.raises(ConfigError, match=r"^read steer\.toml: no such file$"):
+        read()
+
+
+def test_directory_that_is_gone_holds_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert source()() == config.Service()
+    with pytest.raises(ConfigError, match=r"^read x\.toml: no such file$"):
+        source("-c", "x.toml")()
+
+
+# Acts on a running service
+
+Requests = list[Mapping[str, Any]]
+ANSWERS = {
+    "reload": {"generation": 3, "workers": 4, "took_s": 1.24},
+    "scale": {"workers": 1, "took_s": 0.06},
+    "drain": {"slot": 2},
+    "undrain": {"slot": 2},
+    "restart": {"slot": 2, "new_slot": 5, "took_s": 61},
+}
+
+
+@pytest.fixture
+def web(home: Path) -> Iterator[Requests]:
+    """A service of that name, the only one, to which all succeeds; what it is asked."""
+    with answering(home, "web") as asked:
+        yield asked
+
+
+@contextmanager
+def answering(home: Path, name: str) -> Iterator[Requests]:
+    asked: Requests = []
+
+    async def answer(request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        asked.append(request)
+        return ANSWERS[request["command"]]
+
+    async def status(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        return {}
+
+    handlers = {**dict.fromkeys(ANSWERS, answer), "status": status}
+    with fake_service(home / "run" / "steer" / f"{name}.sock", **handlers):
+        yield asked
+
+
+ACTS = [
+    (("reload", "web"), {}, "reloaded", "generation 3, 4 workers, 1.2 s"),
+    (("scale", "web", "1"), {"workers": 1}, "scaled", "1 worker, 0.1 s"),
+    (("drain", "web", "2"), {"slot": 2}, "drained", "slot 2"),
+    (("undrain", "web", "2"), {"slot": 2}, "undrained", "slot 2"),
+    (("restart", "web", "2"), {"slot": 2}, "restarted", "slot 5 in place of slot 2, 61.0 s"),
+]
+
+
+@pytest.mark.parametrize("arguments, request_, done, words", ACTS)
+def test_act_says_what_was_done(
+    cli: RunSteer,
+    web: Requests,
+    arguments: tuple[str, ...],
+    request_: dict[str, int],
+    done: str,
+    words: str,
+) -> None:
+    said = cli(*arguments)
+    assert (said.returncode, said.stdout, said.stderr) == (0, f"{done} web: {words}\n", "")
+    said = cli(*arguments, "--json")
+    assert (said.returncode, said.stderr) == (0, "")
+    assert json.loads(said.stdout) == {done: "web", **ANSWERS[arguments[0]]}
+    # Without a terminal no progress is asked for.
+    assert web == [{"command": arguments[0], **request_}] * 2
+
+
+@pytest.mark.parametrize("arguments, request_, done, words", ACTS)
+def test_act_needs_no_name_where_one_runs(
+    alone: RunSteer,
+    web: Requests,
+    arguments: tuple[str, ...],
+    request_: dict[str, int],
+    done: str,
+    words: str,
+) -> None:
+    command, _, *number = arguments
+    assert alone(command, *number).stdout == f"{done} web: {words}\n"
+    assert web == [{"command": command, **request_}]
+
+
+def test_service_may_have_a_number_for_a_name(cli: RunSteer, home: Path) -> None:
+    with answering(home, "8") as asked:
+        assert cli("drain", "8", "2").stdout == "drained 8: slot 2\n"
+    assert asked == [{"command": "drain", "slot": 2}]
+
+
+def test_act_goes_where_it_is_told_to(cli: RunSteer, home: Path, web: Requests) -> None:
+    path = str(home / "run" / "steer" / "web.sock")
+    assert cli("scale", "0", "--control-socket", path).stdout == "scaled web: 1 worker, 0.1 s\n"
+    assert web == [{"command": "scale", "workers": 0}]
+
+
+def test_act_on_none_and_on_one_of_several(alone: RunSteer, home: Path, web: Requests) -> None:
+    done = alone("scale", "other", "2")
+    words = "steer: find service 'other': not running; running: web\n"
+    assert (done.returncode, done.stderr) == (1, words)
+    with answering(home, "shop") as asked:
+        done = alone("reload")
+        words = "steer: find the service: several are running: shop, web; name one\n"
+        assert (done.returncode, done.stderr) == (1, words)
+        assert alone("drain", "shop", "2").returncode == 0
+    assert asked == [{"command": "drain", "slot": 2}]
+    assert web == []
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_act_that_failed_ends_as_its_error_does(
+    cli: RunSteer, home: Path, more: tuple[str, ...]
+) -> None:
+    async def reload(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        raise WorkersFailed("reload web", "no worker came up", detail="Traceback\nValueError: x")
+
+    with fake_service(home / "run" / "steer" / "web.sock", reload=reload):
+        done = cli("reload", "web", *more)
+    assert (done.returncode, done.stdout) == (3, "")
+    words = "steer: reload web: no worker came up\n  | Traceback\n  | ValueError: x\n"
+    assert done.stderr == words
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *command: str, environment: dict[str, str]) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
+        self.process = subprocess.Popen(
+            command,
+            env={**environment, "TERM": "xterm"},
+            preexec_fn=lambda: os.login_tty(slave),
+            pass_fds=[slave],
+        )
+        os.close(slave)
+        self.shown = ""
+
+    def read_until(self, done: Callable[[str], object]) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while not done(self.shown):
+            readable, _, _ = select.select([self._master], [], [], end_s - time.monotonic())
+            assert readable, self.shown
+            try:
+                self.shown += os.read(self._master, 65536).decode()
+            except OSError:  # EIO: nobody has the other end any more
+                assert done(self.shown), self.shown
+
+    def type(self, text: bytes) -> None:
+        os.write(self._master, text)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+@dataclass(frozen=True)
+class Reloading:
+    """A reload that was asked for on a terminal, and is under way until it is to finish."""
+
+    terminal: Terminal
+    finish: Callable[[], object]
+    done: threading.Event
+
+
+@contextmanager
+def reloading(home: Path, environment: dict[str, str]) -> Iterator[Reloading]:
+    go, done = asyncio.Event(), threading.Event()
+
+    async def reload(request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        assert request["progress"] is True
+        tell("starting [workers]", 1, 4)
+        await go.wait()
+        done.set()
+        return ANSWERS["reload"]
+
+    async def status(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        return {}
+
+    path = home / "run" / "steer" / "web.sock"
+    with fake_service(path, reload=reload, status=status) as loop:
+        terminal = Terminal(STEER, "reload", "web", environment=environment)
+        try:
+            terminal.read_until(lambda shown: "starting [workers] 1/4" in shown)
+            yield Reloading(terminal, lambda: loop.call_soon_threadsafe(go.set), done)
+        finally:
+            terminal.close()
+
+
+def test_terminal_shows_how_far_it_is(home: Path, environment: dict[str, str]) -> None:
+    with reloading(home, environment) as under_way:
+        assert under_way.terminal.process.poll() is None
+        under_way.finish()
+        last = "reloaded web: generation 3, 4 workers, 1.2 s\r\n"
+        under_way.terminal.read_until(lambda shown: shown.endswith(last))
+        assert under_way.terminal.process.wait(DEADLINE_S) == 0
+        # The line of progress is erased, and the cursor is back.
+        assert re.search(r"\x1b\[\?25h.*\x1b\[2K", under_way.terminal.shown, re.S)
+
+
+def test_interrupted_act_goes_on(home: Path, environment: dict[str, str]) -> None:
+    with reloading(home, environment) as under_way:
+        under_way.terminal.type(b"\x03")
+        assert under_way.terminal.process.wait(DEADLINE_S) == 130
+        under_way.terminal.read_until(lambda shown: "\x1b[?25h" in shown)
+        assert "Traceback" not in under_way.terminal.shown
+        under_way.finish()
+        assert under_way.done.wait(DEADLINE_S)
 
 
 # Other commands
@@ -249,40 +545,6 @@ def assert_contract(found: dict[str, Any], running: Service) -> None:
     assert {"pid", "generation", "cpus", "restarts", "uptime_s"} <= worker.keys()
     assert worker["connections"].keys() >= {"selected", "open", "queued", "migrated"}
     assert worker["connections"]["queued"] == 0
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, *command: str, environment: dict[str, str]) -> None:
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
-        self.process = subprocess.Popen(
-            command,
-            env={**environment, "TERM": "xterm"},
-            preexec_fn=lambda: os.login_tty(slave),
-            pass_fds=[slave],
-        )
-        os.close(slave)
-        self.shown = ""
-
-    def read_until(self, done: Callable[[str], object]) -> None:
-        end_s = time.monotonic() + DEADLINE_S
-        while not done(self.shown):
-            readable, _, _ = select.select([self._master], [], [], end_s - time.monotonic())
-            assert readable, self.shown
-            try:
-                self.shown += os.read(self._master, 65536).decode()
-            except OSError:  # EIO: nobody has the other end any more
-                assert done(self.shown), self.shown
-
-    def type(self, text: bytes) -> None:
-        os.write(self._master, text)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
 
 
 def test_watch_shows_what_changes_until_interrupted(

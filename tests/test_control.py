@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import stat
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import RunSteer, StartService
+from fake_service import fake_service, says
 from support import DEADLINE_S, NOBODY, STEER, Service, as_user, eventually
 
-from steer import client
-from steer.errors import ControlError, NotRunning
-from steer.kernel import rundir
+from steer import client, control
+from steer.control import Tell
+from steer.errors import ControlError, NotRunning, Refused, WorkersFailed
+from steer.kernel import proc, rundir
 
 PORT = 8080
 ALONE = 40_000 + os.getpid() % 20_000
@@ -68,9 +72,9 @@ def is_unharmed(running: Service) -> bool:
         (b'"status"\n', "request not understood"),
         (b'{"command":' + b"[" * 60_000 + b"\n", "request not understood"),
         (b"1" * 60_000 + b"\n", "request not understood"),
-        (b"{}\n", "unknown command; known: status, stop"),
-        (b'{"command": null}\n', "unknown command; known: status, stop"),
-        (b'{"command": {"stop": 1}}\n', "unknown command; known: status, stop"),
+        (b"{}\n", "unknown command; known: "),
+        (b'{"command": null}\n', "unknown command; known: "),
+        (b'{"command": {"stop": 1}}\n', "unknown command; known: "),
         (b"x" * 70_000 + b"\n", "request too long: 65536 bytes at most"),
     ],
 )
@@ -155,7 +159,7 @@ def test_another_user_is_told_whom_to_ask(
     service: StartService, steer: RunSteer, home: Path
 ) -> None:
     running = service("-w", "1")
-    for command in ("status", "stop"):
+    for command in ("status", "stop", "reload"):
         done = steer(command, "test", user=NOBODY)
         assert done.returncode == 1
         words = f"steer: {command} test: EACCES; ask as root or as the service's own user\n"
@@ -362,8 +366,12 @@ def test_second_of_one_name_is_told_who_has_it(service: StartService) -> None:
 
 
 def test_socket_of_a_dead_service_is_no_obstacle(service: StartService) -> None:
-    running = service("-w", "1")
-    running.send_signal(signal.SIGKILL)
+    running = service("-w", "1", "--adopt-timeout=0")
+    (worker,) = running.workers()
+    (guard,) = {*proc.descendants(running.pid)} - {running.pid, worker["pid"]}
+    running.send_signal(signal.SIGSTOP)
+    for pid in (guard, running.pid):
+        os.kill(pid, signal.SIGKILL)
     running.wait()
     assert running.control_socket.is_socket()
     for command in ("status", "stop"):
@@ -396,22 +404,199 @@ def test_controller_that_stands_still_is_not_taken_for_dead(service: StartServic
 @pytest.mark.parametrize("words", [b"", b"hello\n", b"[]\n", b'{"ok": true}\n'])
 def test_somebody_elses_socket_is_not_understood(tmp_path: Path, words: bytes) -> None:
     path = tmp_path / "x.sock"
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(path))
-        sock.listen()
+    wanted = NotRunning if not words else ControlError
+    why = "not understood" if words else "ended before"
+    with says(path, words), pytest.raises(wanted, match=why):
+        client.status(path)
 
-        def answer_once() -> None:
-            connection, _ = sock.accept()
-            with connection:
-                connection.recv(1000)
-                connection.sendall(words)
 
-        thread = threading.Thread(target=answer_once)
-        thread.start()
-        wanted = NotRunning if not words else ControlError
-        with pytest.raises(wanted, match="not understood" if words else "ended before"):
-            client.status(path)
-        thread.join(DEADLINE_S)
+# What takes its time
+
+
+CHATTY = 5000
+"""More lines of progress than a socket holds: each takes 768 bytes of its buffer at least."""
+
+
+async def answers_status(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    return {}
+
+
+async def counts_to_two(_request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+    tell("first", 1, 2)
+    tell("second", 2, 2)
+    return {"workers": 2, "took_s": 0.5}
+
+
+async def talks(_request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+    for number in range(CHATTY):
+        tell("still at it", number, CHATTY)
+        await asyncio.sleep(0)
+    return {}
+
+
+async def fails(_request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+    tell("starting", 0, 1)
+    raise WorkersFailed("scale web to 2", "exit 1", "see below", "boom\nbang")
+
+
+def request(path: Path, line: str) -> list[dict[str, Any]]:
+    """All that is said, until the other side closes."""
+    with rundir.connect(path, DEADLINE_S) as sock, sock.makefile("rb") as lines:
+        sock.sendall(line.encode() + b"\n")
+        return [json.loads(each) for each in lines]
+
+
+@pytest.fixture
+def place(home: Path) -> Path:
+    """Where a service called "web" listens."""
+    return home / "run" / "steer" / "web.sock"
+
+
+def test_progress_comes_before_the_answer(place: Path) -> None:
+    with fake_service(place, scale=counts_to_two):
+        assert request(place, '{"command": "scale", "progress": true}') == [
+            {"progress": "first", "done": 1, "of": 2},
+            {"progress": "second", "done": 2, "of": 2},
+            {"ok": True, "workers": 2, "took_s": 0.5},
+        ]
+
+
+@pytest.mark.parametrize("wanted", ["false", "null", "1", '"yes"', "[true]"])
+def test_progress_comes_to_none_who_did_not_ask_for_it(place: Path, wanted: str) -> None:
+    with fake_service(place, scale=counts_to_two):
+        (only,) = request(place, f'{{"command": "scale", "progress": {wanted}}}')
+    assert only == {"ok": True, "workers": 2, "took_s": 0.5}
+
+
+def test_failure_is_an_answer(place: Path) -> None:
+    with fake_service(place, scale=fails):
+        assert request(place, '{"command": "scale", "progress": true}') == [
+            {"progress": "starting", "done": 0, "of": 1},
+            {
+                "ok": False,
+                "error": "scale web to 2: exit 1; see below",
+                "detail": "boom\nbang",
+                "exit_code": 3,
+            },
+        ]
+
+
+def test_act_goes_on_when_the_asker_has_gone(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scale(asked: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        tell("begun", 0, 0)
+        await go.wait()
+        await talks(asked, tell)
+        done.set()
+        return {}
+
+    go, done = asyncio.Event(), threading.Event()
+    with fake_service(place, scale=scale, status=answers_status) as loop:
+        with rundir.connect(place, DEADLINE_S) as sock:
+            sock.sendall(b'{"command": "scale", "progress": true}\n')
+            assert answer(sock)["progress"] == "begun"
+        loop.call_soon_threadsafe(go.set)
+        assert done.wait(DEADLINE_S)
+        assert client.ask(place, "status") == {"ok": True}
+    assert caplog.records == []
+
+
+def test_slow_reader_holds_nobody_up_and_gets_the_answer(place: Path) -> None:
+    async def scale(asked: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        await talks(asked, tell)
+        done.set()
+        return {"workers": 2}
+
+    done = threading.Event()
+    with fake_service(place, scale=scale), rundir.connect(place, DEADLINE_S) as sock:
+        sock.sendall(b'{"command": "scale", "progress": true}\n')
+        assert done.wait(DEADLINE_S)
+        with sock.makefile("rb") as lines:
+            *told, last = [json.loads(line) for line in lines]
+    assert last == {"ok": True, "workers": 2}
+    assert 0 < len(told) < CHATTY
+    assert [each["done"] for each in told] == list(range(len(told)))
+
+
+def test_who_never_reads_is_let_go(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "TIMEOUT_S", 0.5)
+    with (
+        fake_service(place, scale=talks, status=answers_status),
+        rundir.connect(place, DEADLINE_S) as sock,
+    ):
+        sock.sendall(b'{"command": "scale", "progress": true}\n')
+        closed = select.poll()
+        closed.register(sock, 0)  # POLLHUP
+        assert closed.poll(DEADLINE_S * 1000)
+        assert client.ask(place, "status") == {"ok": True}
+
+
+def test_client_passes_progress_on(place: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    with fake_service(place, scale=counts_to_two):
+        found = client.ask(place, "scale", progress=lambda *how_far: told.append(how_far))
+        assert found == {"ok": True, "workers": 2, "took_s": 0.5}
+        assert client.ask(place, "scale") == found
+    assert told == [("first", 1, 2), ("second", 2, 2)]
+
+
+def test_client_raises_what_the_service_met(place: Path) -> None:
+    with fake_service(place, scale=fails), pytest.raises(Refused) as caught:
+        client.ask(place, "scale")
+    assert str(caught.value) == "scale web to 2: exit 1; see below"
+    assert (caught.value.detail, caught.value.exit_code) == ("boom\nbang", 3)
+
+
+@pytest.mark.parametrize("code", [None, 0, -1, 256, "3", [3]])
+def test_client_names_the_act_where_the_refusal_does_not(place: Path, code: object) -> None:
+    words = {"ok": False, "error": "nobody steers", "exit_code": code}
+    with says(place, json.dumps(words).encode() + b"\n"), pytest.raises(Refused) as caught:
+        client.ask(place, "scale")
+    assert str(caught.value) == "scale web: nobody steers"
+    assert (caught.value.detail, caught.value.exit_code) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    "words, error, why",
+    [
+        (b'{"progress": "x", "done": 1, "of": 2}\n', NotRunning, "controller ended before it"),
+        (b'{"progress": "x", "do', ControlError, "not understood"),
+        (b'{"progress": "x", "done": "y"}\n', ControlError, "not understood"),
+        (b'{"progress": null}\n', ControlError, "not understood"),
+        (b"{}\n", ControlError, "not understood"),
+        (b"[]\n", ControlError, "not understood"),
+    ],
+)
+def test_client_does_not_take_all_for_progress(
+    place: Path, words: bytes, error: type[ControlError], why: str
+) -> None:
+    with says(place, words), pytest.raises(error, match=why) as caught:
+        client.ask(place, "scale", progress=lambda *_: None)
+    assert type(caught.value) is error
+
+
+def test_long_acts_begin_with_whether_anybody_listens(place: Path) -> None:
+    """Whoever answers for a dead controller may refuse that and do this."""
+    asked: list[object] = []
+
+    async def status(request_: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        asked.append(request_)
+        raise ControlError("status web", "nobody steers")
+
+    async def scale(request_: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        asked.append(request_)
+        return await counts_to_two(request_, tell)
+
+    with fake_service(place, scale=scale, status=status):
+        assert client.perform(place, "scale", workers=2) == client.Scaled(2, 0.5)
+    assert asked == [{"command": "status"}, {"command": "scale", "workers": 2}]
+
+
+def test_outcome_of_another_version_is_not_understood(place: Path) -> None:
+    with (
+        fake_service(place, scale=answers_status, status=answers_status),
+        pytest.raises(ControlError, match=r"^scale web: answer not understood: .*this version"),
+    ):
+        client.perform(place, "scale", workers=2)
 
 
 # Stop

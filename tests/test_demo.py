@@ -42,6 +42,7 @@ class FakeWorker:
     slot: int = 3
     name: str = "demo"
     generation: int = 7
+    watchdog_s: float | None = None
     cpus: tuple[int, ...] = (0,)
 
     def ready(self) -> None:

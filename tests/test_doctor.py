@@ -277,11 +277,11 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ),
         ("files", a_case(), "ok", "needed, limit 1024", ""),
         ("files", a_case(facts=replace(GOOD, files=(None, None))), "ok", "no limit", ""),
-        ("files", a_case(facts=replace(GOOD, files=(328, 328))), "ok", "needed, limit 328", ""),
+        ("files", a_case(facts=replace(GOOD, files=(232, 232))), "ok", "needed, limit 232", ""),
         ("files", a_case(facts=replace(GOOD, files=(64, None))), "ok", "64, will be raised", ""),
         (
             *("files", a_case(facts=replace(GOOD, files=(64, 64)))),
-            *("fail", "hard limit 64, and 328 are needed", "ulimit -Hn 328"),
+            *("fail", "hard limit 64, and 232 are needed", "ulimit -Hn 232"),
         ),
         ("run-directory", a_case(), "ok", "/run/steer", ""),
         ("run-directory", a_case(facts=NOTHING), "fail", "not writable", "--control-socket"),

@@ -57,7 +57,7 @@ def gone(pids: list[int]) -> bool:
 
 
 def test_workers_end_whatever_they_do_with_signals(service: StartService, home: Path) -> None:
-    running = service("--graceful-timeout", "0.5", *in_shell(home, STUBBORN))
+    running = service("--adopt-timeout=0", "--graceful-timeout=0.5", *in_shell(home, STUBBORN))
     pids = [pid for worker in running.workers() for pid in proc.descendants(worker["pid"])]
     assert len(pids) == 4
     running.send_signal(signal.SIGKILL)
@@ -66,7 +66,7 @@ def test_workers_end_whatever_they_do_with_signals(service: StartService, home: 
 
 
 def test_workers_are_told_and_given_time(service: StartService, home: Path) -> None:
-    running = service(*in_shell(home, CAREFUL))
+    running = service("--adopt-timeout=0", *in_shell(home, CAREFUL))
     pids = [pid for worker in running.workers() for pid in proc.descendants(worker["pid"])]
     running.send_signal(signal.SIGKILL)
     running.wait()

@@ -14,12 +14,28 @@ EXPECTED: dict[tuple[State, Event], tuple[State, list[Command]]] = {
     (S.STARTING, E.READY): (S.READY, [C.ACTIVATE]),
     (S.STARTING, E.LATE): (S.STARTING, [C.KILL]),
     (S.STARTING, E.EXITED): (S.BACKOFF, [C.BACK_OFF]),
+    (S.STARTING, E.RETIRE): (S.STOPPING, [C.TERMINATE]),
     (S.STARTING, E.STOP): (S.STOPPING, [C.TERMINATE]),
     (S.READY, E.EXITED): (S.BACKOFF, [C.DEACTIVATE, C.BACK_OFF]),
+    (S.READY, E.DRAIN): (S.DRAINING, [C.DEACTIVATE]),
+    (S.READY, E.STUCK): (S.HUNG, [C.DEACTIVATE, C.RESCUE]),
+    (S.READY, E.RETIRE): (S.STOPPING, [C.DEACTIVATE, C.SETTLE]),
     (S.READY, E.STOP): (S.STOPPING, [C.DEACTIVATE, C.TERMINATE]),
+    (S.DRAINING, E.UNDRAIN): (S.READY, [C.ACTIVATE]),
+    (S.DRAINING, E.EXITED): (S.BACKOFF, [C.BACK_OFF]),
+    (S.DRAINING, E.RETIRE): (S.STOPPING, [C.SETTLE]),
+    (S.DRAINING, E.STOP): (S.STOPPING, [C.TERMINATE]),
+    (S.HUNG, E.BACK): (S.READY, [C.ACTIVATE]),
+    (S.HUNG, E.DRAIN): (S.DRAINING, []),
+    (S.HUNG, E.EXITED): (S.BACKOFF, [C.BACK_OFF]),
+    (S.HUNG, E.RETIRE): (S.STOPPING, [C.TERMINATE]),
+    (S.HUNG, E.STOP): (S.STOPPING, [C.TERMINATE]),
+    (S.STOPPING, E.SETTLED): (S.STOPPING, [C.TERMINATE]),
+    (S.STOPPING, E.STOP): (S.STOPPING, [C.TERMINATE]),
     (S.STOPPING, E.OVERDUE): (S.STOPPING, [C.KILL]),
     (S.STOPPING, E.EXITED): (S.GONE, [C.FORGET]),
     (S.BACKOFF, E.RETRY): (S.STARTING, [C.SPAWN]),
+    (S.BACKOFF, E.RETIRE): (S.GONE, [C.FORGET]),
     (S.BACKOFF, E.STOP): (S.GONE, [C.FORGET]),
 }
 ALL = list(product(State, Event))
@@ -49,10 +65,16 @@ def walk(*events: Event) -> list[Command]:
     "events, commands",
     [
         ([E.READY, E.STOP, E.EXITED], [C.ACTIVATE, C.DEACTIVATE, C.TERMINATE, C.FORGET]),
+        (
+            [E.READY, E.RETIRE, E.SETTLED, E.EXITED],
+            [C.ACTIVATE, C.DEACTIVATE, C.SETTLE, C.TERMINATE, C.FORGET],
+        ),
         ([E.LATE, E.EXITED, E.RETRY, E.READY], [C.KILL, C.BACK_OFF, C.SPAWN, C.ACTIVATE]),
         ([E.STOP, E.READY, E.OVERDUE, E.EXITED], [C.TERMINATE, C.KILL, C.FORGET]),
         ([E.EXITED, E.STOP, E.RETRY], [C.BACK_OFF, C.FORGET]),
         ([E.READY, E.LATE, E.READY, E.OVERDUE, E.RETRY], [C.ACTIVATE]),
+        ([E.READY, E.STUCK, E.BACK], [C.ACTIVATE, C.DEACTIVATE, C.RESCUE, C.ACTIVATE]),
+        ([E.READY, E.DRAIN, E.STUCK, E.UNDRAIN], [C.ACTIVATE, C.DEACTIVATE, C.ACTIVATE]),
     ],
 )
 def test_lives(events: list[Event], commands: list[Command]) -> None:
@@ -67,8 +89,9 @@ def test_in_the_table_when_ready_and_only_then() -> None:
 
 
 def test_out_of_the_table_comes_before_the_signal() -> None:
-    commands = step(S.READY, E.STOP)[1]
-    assert commands.index(C.DEACTIVATE) < commands.index(C.TERMINATE)
+    for event, then in ((E.STOP, C.TERMINATE), (E.RETIRE, C.SETTLE), (E.STUCK, C.RESCUE)):
+        commands = step(S.READY, event)[1]
+        assert commands.index(C.DEACTIVATE) < commands.index(then)
 
 
 def test_every_life_can_end_and_nothing_follows() -> None:
@@ -94,9 +117,10 @@ def test_every_life_can_end_and_nothing_follows() -> None:
     ],
 )
 def test_backoff(failures: int, wait_s: float) -> None:
-    assert backoff_s(failures) == wait_s
+    assert backoff_s(failures, served=False) == wait_s
+    assert backoff_s(failures, served=True) == min(wait_s, 1)
 
 
 def test_backoff_grows() -> None:
-    waits = [backoff_s(failures) for failures in range(50)]
+    waits = [backoff_s(failures, served=False) for failures in range(50)]
     assert all(earlier <= later for earlier, later in pairwise(waits))

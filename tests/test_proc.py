@@ -189,6 +189,165 @@ def test_network_namespace_of_nobody(ended_pid: int) -> None:
     assert str(caught.value) == f"read the network namespace of pid {ended_pid}: ENOENT"
 
 
+# ---- open sockets
+
+
+def test_open_sockets_of_a_family(listener: socket.socket, datagrams: socket.socket) -> None:
+    code = """
+import os, signal, socket, sys
+mine, other = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:])
+if os.fork():
+    other.close()
+    signal.pause()
+mine.close()
+print("here", flush=True)
+signal.pause()
+"""
+    fds = (listener.fileno(), datagrams.fileno())
+    with running(*python(code, *map(str, fds)), fds=fds) as process:
+        assert line_of(process) == "here"
+        eventually(lambda: len(list(proc.sockets_by_fd(process.pid))), 1)
+        assert proc.open_sockets(process.pid) == inodes_of(listener, datagrams)
+        (entry,) = proc.sockets_by_fd(process.pid)
+        assert entry == (fds[0], *inodes_of(listener))
+
+
+def test_connections_are_open_sockets(listener: socket.socket) -> None:
+    before = proc.open_sockets(os.getpid())
+    with socket.create_connection(listener.getsockname()) as client:
+        assert proc.open_sockets(os.getpid()) == before | inodes_of(client)
+        accepted, _ = listener.accept()
+        with accepted:
+            assert proc.open_sockets(os.getpid()) == before | inodes_of(client, accepted)
+    assert proc.open_sockets(os.getpid()) == before
+
+
+def test_nobody_has_open_sockets(ended_pid: int) -> None:
+    assert proc.open_sockets(ended_pid) == set()
+    with subprocess.Popen(["true"]) as process:
+        eventually(lambda: state(process.pid), "Z")
+        assert proc.open_sockets(process.pid) == set()
+
+
+@pytest.mark.needs("root")
+def test_open_sockets_of_another_user(listener: socket.socket) -> None:
+    look = """
+import os, sys
+from steer.errors import KernelError
+from steer.kernel import proc
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    print(proc.open_sockets(int(sys.argv[1])))
+except KernelError as error:
+    print(error)
+"""
+    with running(*python(look, str(os.getpid()))) as looker:
+        assert line_of(looker) == (
+            f"look at the open files of pid {os.getpid()}: EACCES; run as root, or as its user"
+        )
+
+
+@pytest.mark.needs("root")
+def test_a_zombie_that_may_not_be_looked_at_has_none() -> None:
+    """Not even by its parent, unless that is root."""
+    look = """
+import os
+from steer.kernel import proc
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+child = os.fork() or os._exit(0)
+os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+try:
+    os.listdir(f"/proc/{child}/fd")
+except PermissionError:
+    print(proc.open_sockets(child))
+"""
+    with running(*python(look)) as looker:
+        assert line_of(looker) == "set()"
+
+
+# ---- signs of life
+
+BUSY = "while True: pass"
+WAITS_FOR_LINES = "import sys\nprint('here', flush=True)\nfor _ in sys.stdin: pass"
+IN_A_CHILD = """
+import os, signal
+if os.fork():
+    signal.pause()
+print(os.getpid(), flush=True)
+"""
+IN_A_THREAD = """
+import signal, threading, time
+def run():
+    while True: time.sleep(0.01)
+threading.Thread(target=run).start()
+print("here", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(
+    "code", [BUSY, IN_A_CHILD + BUSY, IN_A_THREAD], ids=["busy", "child", "thread"]
+)
+def test_activity_of_one_that_runs(code: str) -> None:
+    with running(*python(code)) as process:
+        for _ in range(3):
+            before = proc.activity(process.pid)
+            eventually(lambda: proc.activity(process.pid) != before)  # noqa: B023
+
+
+def test_activity_of_one_that_waits() -> None:
+    with running(*python(WAITS_FOR_LINES)) as process:
+        assert line_of(process) == "here"
+        eventually(lambda: state(process.pid), "S")
+        before = proc.activity(process.pid)
+        time.sleep(0.05)
+        assert proc.activity(process.pid) == before
+        assert process.stdin
+        process.stdin.write("something\n")
+        process.stdin.flush()
+        eventually(lambda: proc.activity(process.pid) > before)
+
+
+def test_activity_of_one_that_is_stopped() -> None:
+    with running(*python(BUSY)) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        eventually(lambda: proc.is_stopped(process.pid))
+        before = proc.activity(process.pid)
+        time.sleep(0.05)
+        assert proc.activity(process.pid) == before
+        os.kill(process.pid, signal.SIGCONT)
+        eventually(lambda: proc.activity(process.pid) != before)
+        assert not proc.is_stopped(process.pid)
+
+
+def test_nobody_is_active_or_stopped(ended_pid: int) -> None:
+    assert proc.activity(ended_pid) == 0
+    assert not proc.is_stopped(ended_pid)
+
+
+def test_stopped_is_any_of_the_family() -> None:
+    with three_generations() as family:
+        for pid in family:
+            assert not proc.is_stopped(family[0])
+            os.kill(pid, signal.SIGSTOP)
+            eventually(lambda: proc.is_stopped(family[0]))
+            os.kill(pid, signal.SIGCONT)
+            eventually(lambda: not proc.is_stopped(family[0]))
+
+
+STATES = {"TT": True, "Tt": True, "TS": False, "ZT": True, "ZZ": False, "Z": False, "": False}
+
+
+@pytest.mark.parametrize("states, stopped", STATES.items())
+def test_stopped_is_all_threads(tmp_path: Path, states: str, stopped: bool) -> None:
+    (tmp_path / "7" / "task").mkdir(parents=True)
+    for tid, each in enumerate(states, 7):
+        (tmp_path / "7" / "task" / str(tid)).mkdir()
+        stat = tmp_path / "7" / "task" / str(tid) / "stat"
+        stat.write_text(f"{tid} (a b) {each} 1 " + "0 " * 48)
+    assert proc.is_stopped(7, str(tmp_path)) == stopped
+
+
 # ---- waiting on a socket
 
 SOCKET = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1]))\n"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import RunSteer, StartService
-from crew import CPUS, pinned
+from crew import CPUS
 from support import DEADLINE_S, NOBODY, Service, eventually, is_running, udp_ask
 
 from steer.lifecycle import Event
@@ -192,7 +192,8 @@ def test_runs_as_another_user_on_a_privileged_port(
 ) -> None:
     command = ("--", sys.executable, str(home / "app.py"), "{fd}")
     what = command if way == "command" else ("app:serve",)
-    running = service("-u", str(NOBODY), "-w", "2", "-b", "127.0.0.1:80", *what)
+    bind = ("-b", "127.0.0.1:80", "--adopt-timeout=0")
+    running = service("-u", str(NOBODY), "-w", "2", *bind, *what)
     pids = [each["pid"] for each in running.workers()]
     for pid in pids:
         found = proc_status(pid)
@@ -298,14 +299,6 @@ def test_answers_the_request_under_way(service: StartService, home: Path, number
     assert "WARNING" not in running.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN])
-def test_signal_without_a_meaning_yet_is_no_harm(service: StartService, number: int) -> None:
-    running = service("-w", "1")
-    running.send_signal(number)
-    eventually(lambda: f"{signal.Signals(number).name} means nothing yet" in running.log)
-    assert running.stop() == 0
-
-
 def test_stop_while_most_have_not_started_yet(service: StartService) -> None:
     running = service("-w", "100", ready=False)
     eventually(lambda: "100 workers" in running.log)
@@ -315,8 +308,9 @@ def test_stop_while_most_have_not_started_yet(service: StartService) -> None:
 def test_controller_that_is_killed_takes_its_workers_with_it(
     service: StartService, home: Path
 ) -> None:
-    a = service("app:serve", "-w", "2", name="a")
-    b = service("-w", "2", "-b", "127.0.0.1:8081", "--", sys.executable, str(home / "app.py"),
+    a = service("app:serve", "-w", "2", "--adopt-timeout=0", name="a")
+    bind = ("-b", "127.0.0.1:8081", "--adopt-timeout=0")
+    b = service("-w", "2", *bind, "--", sys.executable, str(home / "app.py"),
                 "{fd}", name="b")  # fmt: skip
     pids = worker_pids(a) + worker_pids(b)
     for running in (a, b):
@@ -326,22 +320,6 @@ def test_controller_that_is_killed_takes_its_workers_with_it(
 
     again = service("app:serve", "-w", "1", name="a")
     assert ask()["pid"] in worker_pids(again)
-
-
-@pytest.mark.needs("bpf")
-def test_workers_that_outlive_the_controller_stay_steered(service: StartService) -> None:
-    running = service("app:stays", "-w", "3", "--policy", "round-robin")
-    pids = worker_pids(running)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    try:
-        with pinned(CPUS[0]):
-            seen = [ask()["pid"] for _ in range(9)]
-        assert sorted(seen[:3]) == sorted(pids)
-        assert seen == seen[:3] * 3
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
 
 
 # When it fails

@@ -120,6 +120,11 @@ class _Descriptor:
     def fileno(self) -> int:
         return self._fd
 
+    def become(self, fd: int) -> None:
+        """Stand for another object of the same kind; the descriptor is ours."""
+        self.close()
+        self._fd = fd
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -208,16 +213,34 @@ class Table:
 
     def flip(self, parts: Mapping[int, bytes]) -> None:
         """Write `parts` (offset in a half → bytes) into the idle half and make it active."""
-        if self._readers_may_remain:
-            _wait_for_programs()
+        self.settle()
         idle = 1 - self._active
         base = abi.HEADER.size + idle * abi.HALF_BYTES
         for offset, data in parts.items():
             self._memory[base + offset : base + offset + len(data)] = data
         if os.uname().machine not in _STORES_IN_ORDER:
-            _wait_for_programs()
+            wait_for_programs()
         self._memory[0:4] = abi.HEADER.pack(idle, 0)[:4]
         self._active = idle
+        self._readers_may_remain = True
+
+    def settle(self) -> None:
+        """Return once no program reads the half that was active before the last flip."""
+        if self._readers_may_remain:
+            wait_for_programs()
+        self._readers_may_remain = False
+
+    def active(self) -> bytes:
+        """The half in use."""
+        base = abi.HEADER.size + self._active * abi.HALF_BYTES
+        return self._memory[base : base + abi.HALF_BYTES]
+
+    def become(self, fd: int) -> None:
+        """Stand for another table, as somebody else has left it; the descriptor is ours."""
+        self._memory.close()
+        self.map.become(fd)
+        self._memory = mmap.mmap(fd, _pages(abi.TABLE_BYTES))
+        self._active = abi.HEADER.unpack(self._memory[: abi.HEADER.size])[0] & 1
         self._readers_may_remain = True
 
     def _fill(self, half: int, data: bytes) -> None:
@@ -290,7 +313,7 @@ def _pages(size_bytes: int) -> int:
     return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _wait_for_programs() -> None:
+def wait_for_programs() -> None:
     """Return once every BPF program that is running now has ended."""
     number = _MEMBARRIER.get(os.uname().machine)
     if number is None or ctypes.CDLL(None).syscall(number, _MEMBARRIER_CMD_GLOBAL, 0, 0) != 0:

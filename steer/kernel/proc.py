@@ -48,7 +48,7 @@ def is_descendant(pid: int, ancestor: int, root: str = "/proc") -> bool:
     """Whether `pid` is `ancestor` or descends from it, as far as its living parents tell."""
     walk: int | None = pid
     while walk and walk != ancestor:
-        walk = _parent(walk, root)
+        walk = parent(walk, root)
     return walk == ancestor
 
 
@@ -88,6 +88,36 @@ def socket_inode(fd: int) -> int:
     return os.fstat(fd).st_ino
 
 
+def open_sockets(pid: int, root: str = "/proc") -> set[int]:
+    """The inodes of the sockets that `pid` and its descendants have open.
+
+    Raises:
+        KernelError: one of them is not ours to look at.
+    """
+    family = descendants(pid, root)
+    return {inode for member in family for _, inode in sockets_by_fd(member, root)}
+
+
+def sockets_by_fd(pid: int, root: str = "/proc") -> Iterator[tuple[int, int]]:
+    """Descriptor and inode of each socket that a process has open, in order; none if it has
+    ended.
+
+    Raises:
+        KernelError: the process is not ours to look at.
+    """
+    directory = f"{root}/{pid}"
+    try:
+        for fd, target in _open_files(directory):
+            if inode := _inode_of(target):
+                yield fd, inode
+    except PermissionError as error:
+        if not _is_zombie(directory):
+            cause, cure = errno.errorcode[error.errno or 0], "run as root, or as its user"
+            raise KernelError(f"look at the open files of pid {pid}", cause, cure) from error
+    except (FileNotFoundError, ProcessLookupError):
+        return
+
+
 def _children(pid: int, root: str) -> list[int]:
     found: list[int] = []
     with suppress(PermissionError):  # hidepid=1
@@ -98,7 +128,7 @@ def _children(pid: int, root: str) -> list[int]:
 
 
 def _parents(root: str) -> dict[int, int | None]:
-    return {pid: _parent(pid, root) for pid in _pids(root)}
+    return {pid: parent(pid, root) for pid in _pids(root)}
 
 
 def _children_by_scan(parents: dict[int, int | None], pid: int, root: str) -> list[int]:
@@ -106,7 +136,8 @@ def _children_by_scan(parents: dict[int, int | None], pid: int, root: str) -> li
     return [child for child, parent in parents.items() if parent == pid]
 
 
-def _parent(pid: int, root: str) -> int | None:
+def parent(pid: int, root: str = "/proc") -> int | None:
+    """Of a process; None if there is no such process."""
     stat = _stat(f"{root}/{pid}")
     return int(stat[1]) if stat else None
 
@@ -135,6 +166,53 @@ def _tasks(pid: int, root: str) -> list[str]:
 def _read(path: str) -> bytes:
     with open(path, "rb", buffering=0) as file:
         return file.readall()
+
+
+# ---- signs of life
+
+_STOPPED = (b"T", b"t")  # by a signal, by a debugger: proc_pid_stat(5)
+_SWITCHES = re.compile(rb"^(?:non)?voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
+
+
+def activity(pid: int, root: str = "/proc") -> int:
+    """A number that changes when `pid` or a descendant has done anything, 0 if there is no
+    such process: the clock ticks they ran, and how often their threads were switched.
+
+    It grows, but for threads and processes that end and take their share along: so compare
+    for equality. That of a stopped or frozen process stays, that of one that sleeps too.
+    """
+    return sum(_process_activity(member, root) for member in descendants(pid, root))
+
+
+def _process_activity(pid: int, root: str) -> int:
+    stat = _stat(f"{root}/{pid}")
+    if stat is None:
+        return 0
+    utime, stime = stat[11:13]  # of all threads, also of those that have ended
+    return int(utime) + int(stime) + sum(map(_switches, _tasks(pid, root)))
+
+
+def _switches(task: str) -> int:
+    try:
+        return sum(map(int, _SWITCHES.findall(_read(f"{task}/status"))))
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def is_stopped(pid: int, root: str = "/proc") -> bool:
+    """Whether `pid` or a descendant is stopped, with all its threads, by SIGSTOP or a debugger.
+
+    One process is enough: which of a worker takes the connections is not known, and the
+    shell or arbiter above it runs on. So it explains why nobody takes them, and is no sign
+    by itself that nobody does.
+    """
+    return any(_process_is_stopped(member, root) for member in descendants(pid, root))
+
+
+def _process_is_stopped(pid: int, root: str) -> bool:
+    stats = (_stat(task) for task in _tasks(pid, root))
+    states = {stat[0] for stat in stats if stat} - {b"Z", b"X"}
+    return bool(states) and states.issubset(_STOPPED)
 
 
 # ---- waiting on a socket

@@ -11,6 +11,7 @@ import pwd
 import resource
 import select
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
@@ -20,10 +21,9 @@ import msgspec
 from steer.errors import ConfigError, KernelError
 
 _PR_SET_PDEATHSIG = 1
-WITHOUT_MEANING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
-"""Signals that users of such servers send, and that would by default end or stop a controller."""
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-_HANDLED = (*_ENDING, *WITHOUT_MEANING)
+_ORDERING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
+_HANDLED = (*_ENDING, *_ORDERING)
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -156,6 +156,35 @@ def _flush() -> None:
             stream.flush()
 
 
+def log_file() -> str | None:
+    """The file that standard error goes to; None if it is none."""
+    try:
+        is_file = stat.S_ISREG(os.fstat(2).st_mode)
+        return os.readlink("/proc/self/fd/2") if is_file else None
+    except OSError:
+        return None
+
+
+def reopen(path: str) -> None:
+    """Have standard output and error, where they are that file or what it was, go to what
+    is now there under its name: for who rotates logs. Raises OSError."""
+    old = os.fstat(2)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    for number in (1, 2):
+        if os.path.samestat(os.fstat(number), old):
+            os.dup2(fd, number)
+    os.close(fd)
+
+
+def terminal_is_gone() -> bool:
+    """Whether there is no terminal that controls us."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return True
+    return False
+
+
 def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
     """Have the kernel send this process `number` when `parent` ends, however it ends.
 
@@ -229,22 +258,29 @@ def kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def reap(pid: int, pidfd: int) -> int:
+def reap(pid: int, pidfd: int, is_child: bool) -> int | None:
     """Take leave of a worker that has ended, and of what it leaves behind in its group.
 
     The group is killed before the process is waited for: until then its number
-    cannot be another's.
+    cannot be another's. Of one that was adopted somebody else is the parent, who may
+    have waited for it a moment ago.
 
     Returns:
-        Its exit status, negative for the signal that ended it.
+        Its exit status, negative for the signal that ended it; None of another's child.
     """
+    if not is_child:
+        select.select([pidfd], [], [])
+        kill_group(pid)
+        return None
     os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
     kill_group(pid)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def how_it_ended(status: int) -> str:
+def how_it_ended(status: int | None) -> str:
     """An exit status in words."""
+    if status is None:
+        return "ended"
     if status >= 0:
         return f"exit status {status}"
     try:

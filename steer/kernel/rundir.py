@@ -96,6 +96,8 @@ class Claim:
 
     Attributes:
         path: of the control socket.
+        socket: the control socket.
+        remove_directory: whether its directory is steer's own, and goes with it if empty.
         refusals: of better places, each with the reason.
 
     Raises:
@@ -103,10 +105,9 @@ class Claim:
     """
 
     def __init__(self, name: str, wanted: str | None, environment: Mapping[str, str]) -> None:
-        self._ours_to_remove = wanted is None
+        self.remove_directory = wanted is None
         self.refusals: list[str] = []
-        places = refuse_taken(name, wanted, environment)
-        for path in places:
+        for path in refuse_taken(name, wanted, environment):
             try:
                 self._take(name, path)
                 return
@@ -119,7 +120,7 @@ class Claim:
         )
 
     def _take(self, name: str, path: Path) -> None:
-        self._lock = _locked(path.parent, make=self._ours_to_remove)
+        self._lock = _locked(path.parent, make=self.remove_directory)
         try:
             _refuse_if_answering(name, path)
             _remove_dead(path)
@@ -130,11 +131,23 @@ class Claim:
             finally:
                 os.umask(mask)
             self.socket.listen(_BACKLOG)
-            self._inode = path.stat().st_ino
-            self.path = path
+            self._holds(path)
         except BaseException:
             self.others_may_start()
             raise
+
+    @classmethod
+    def inherited(cls, path: Path, control: socket.socket, remove_directory: bool) -> Claim:
+        """A name that stayed taken: a service's, whose last controller is gone."""
+        claim = cls.__new__(cls)
+        claim.remove_directory, claim.refusals, claim._lock = remove_directory, [], -1
+        claim.socket = control
+        claim._holds(path)
+        return claim
+
+    def _holds(self, path: Path) -> None:
+        self.path = path
+        self._inode = inode(path)
 
     def others_may_start(self) -> None:
         lock, self._lock = self._lock, -1
@@ -145,11 +158,27 @@ class Claim:
         """Leave nothing: remove the socket, and its directory if that was steer's and is empty."""
         self.others_may_start()
         self.socket.close()
-        with contextlib.suppress(OSError):
-            if self.path.stat().st_ino == self._inode:
-                self.path.unlink()
-            if self._ours_to_remove:
-                _remove_empty(self.path.parent)
+        remove(self.path, self._inode, self.remove_directory)
+
+
+def inode(path: Path) -> int | None:
+    """What tells this socket's path from that of another after it; None if there is none."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_ino
+    return None
+
+
+def remove(path: Path, wanted: int | None, directory: bool) -> None:
+    """Remove a control socket if it is the one of `inode`, and its directory if empty.
+
+    Args:
+        directory: whether that may go.
+    """
+    with contextlib.suppress(OSError):
+        if inode(path) == wanted:
+            path.unlink()
+        if directory:
+            _remove_empty(path.parent)
 
 
 def refuse_taken(name: str, wanted: str | None, environment: Mapping[str, str]) -> list[Path]:
@@ -158,12 +187,17 @@ def refuse_taken(name: str, wanted: str | None, environment: Mapping[str, str]) 
     Raises:
         ControlError: one is.
     """
-    places = [d / f"{name}.sock" for d in directories(environment)]
-    if wanted is not None:
-        places = [Path(wanted)]
-    for path in places:
+    found = places(name, wanted, environment)
+    for path in found:
         _refuse_if_answering(name, path)
-    return places
+    return found
+
+
+def places(name: str, wanted: str | None, environment: Mapping[str, str]) -> list[Path]:
+    """Where the control socket of a service may be, best first."""
+    if wanted is not None:
+        return [Path(wanted)]
+    return [directory / f"{name}.sock" for directory in directories(environment)]
 
 
 def _refuse_if_answering(name: str, path: Path) -> None:
@@ -175,7 +209,12 @@ def _refuse_if_answering(name: str, path: Path) -> None:
         holder = "it does not answer"
     except OSError:
         return
-    raise ControlError(
+    raise running(name, holder, path)
+
+
+def running(name: str, holder: str, path: Path) -> ControlError:
+    """What it means that somebody answers where a service's control socket is to be."""
+    return ControlError(
         f"start service {name!r}",
         f"one of that name is running ({holder}, {path})",
         f"stop it with `steer stop {name}`, or give this one another --name",

@@ -79,6 +79,16 @@ def bind_error(bind: Bind, error: OSError) -> BindError:
     return BindError(act, name, cures.get(error.errno or 0, ""))
 
 
+def tcp_migrate_req() -> bool | None:
+    """Whether the kernel itself moves what waits at a closing listener to another of the
+    group (ip-sysctl.rst, tcp_migrate_req); None before Linux 5.14, where nobody can."""
+    try:
+        with open("/proc/sys/net/ipv4/tcp_migrate_req") as stream:
+            return stream.read().strip() == "1"
+    except OSError:
+        return None
+
+
 def scratch() -> socket.socket:
     """A socket that is bound nowhere, to try on what a group would be given."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -1,0 +1,73 @@
+"""wrk, a client that others wrote: started, and what it says it found."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench import servers
+from bench.servers import HOST
+from steer.errors import SteerError
+
+_TIMEOUT_S = 10
+_PATIENCE_S = 20.0
+_LONG = "1h"
+"""It is told to end before."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Args: errors: of connections, and answers that are neither 2xx nor 3xx."""
+
+    requests: int
+    errors: int
+
+
+class Wrk:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def finish(self) -> Counts:
+        """Tell it to end. Raises SteerError: it does not, or says nothing that we know."""
+        self._process.send_signal(signal.SIGINT)
+        try:
+            words, _ = self._process.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise SteerError("run wrk", f"does not end in {_PATIENCE_S:g} s") from None
+        return counts(words)
+
+
+@contextlib.contextmanager
+def asking(port: int, concurrency: int) -> Iterator[Wrk]:
+    """Ask a server on loopback, in a connection for each request, until `finish()`.
+
+    Raises:
+        SteerError: wrk is not installed.
+    """
+    options = ["-t", "1", "-c", str(concurrency), "-d", _LONG, "--timeout", f"{_TIMEOUT_S}s"]
+    header = ["-H", "Connection: close"]
+    command = [servers.system_tool("wrk"), *options, *header, f"http://{HOST}:{port}/"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Wrk(process)
+        finally:
+            process.kill()
+
+
+def counts(words: str) -> Counts:
+    """From what it prints; of what never happened it has no line.
+
+    Raises:
+        SteerError: it does not say how many requests there were.
+    """
+    requests = re.search(r"^ *(\d+) requests in", words, re.MULTILINE)
+    if not requests:
+        raise SteerError("read what wrk says", "no number of requests", detail=words)
+    sockets = re.search(r"Socket errors: (.*)", words)
+    answers = re.search(r"Non-2xx or 3xx responses: (\d+)", words)
+    errors = sum(map(int, re.findall(r"\d+", sockets[1]))) if sockets else 0
+    return Counts(int(requests[1]), errors + (int(answers[1]) if answers else 0))

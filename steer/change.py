@@ -1,0 +1,161 @@
+"""Changes to a running service: one at a time, and new workers serve before old ones end.
+
+A change that does not succeed leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from steer import settle
+from steer.control import Tell
+from steer.errors import ControlError
+from steer.fleet import Fleet, Place
+from steer.lifecycle import Event, State
+from steer.plan import Generation, Plan, Seat
+
+
+def unheard(_text: str, _done: int, _of: int) -> None:
+    """For changes that nobody watches."""
+
+
+class Changes:
+    """What can be asked of a service's workers.
+
+    Args:
+        fleet: the workers.
+        keep: has the guard know a generation before there are workers of it, and which is
+            in force.
+    """
+
+    def __init__(self, fleet: Fleet, keep: Callable[[Generation, Generation], None]) -> None:
+        self._fleet = fleet
+        self._keep = keep
+        self._turn = asyncio.Lock()
+        self._ending = False
+
+    def end(self) -> None:
+        """No more: the service ends."""
+        self._ending = True
+
+    async def renew(self, plan: Plan, tell: Tell) -> Generation:
+        """Replace all workers by those of another plan.
+
+        Raises:
+            WorkersFailed, AppLoadError, BindError, KernelError: they do not come up.
+            ControlError: the service ends.
+        """
+        async with self._one_at_a_time(f"reload {plan.name}"):
+            generation = Generation(self._fleet.generation.number + 1, plan)
+            old = list(self._fleet.places)
+            await self._replace(plan.seats, generation, old, tell)
+            return generation
+
+    async def scale(self, plan: Plan, tell: Tell) -> None:
+        """Start and end workers until there is one on each seat of the plan.
+
+        Raises:
+            As `renew`.
+        """
+        async with self._one_at_a_time(f"scale {plan.name}"):
+            generation = Generation(self._fleet.generation.number, plan)
+            staying = [place for place in self._fleet.places if place.state is not State.STOPPING]
+            seats = {place.seat for place in staying}
+            new = [seat for seat in plan.seats if seat not in seats]
+            surplus = [place for place in staying if place.seat not in plan.seats]
+            await self._replace(new, generation, surplus, tell)
+
+    async def restart(self, place: Place, tell: Tell) -> Place:
+        """Another worker on the seat of this one.
+
+        Raises:
+            As `renew`.
+        """
+        async with self._one_at_a_time(f"restart worker {place.slot}"):
+            generation = self._fleet.generation
+            (fresh,) = await self._replace([place.seat], generation, [place], tell)
+            return fresh
+
+    async def relieve(self, place: Place) -> None:
+        """Another worker for one that hangs, unless that is back first."""
+        async with self._one_at_a_time(f"replace worker {place.slot}"):
+            if not _hangs(place):
+                return
+            seat = place.seat
+            fresh = await self._recruit([seat], self._fleet.generation, unheard)
+            if _hangs(place):
+                self._fleet.admit(fresh)
+                self._fleet.report(place, Event.RETIRE)
+            else:
+                self._dismiss(fresh)
+
+    async def drain(self, place: Place) -> None:
+        """Have it get nothing new, and wait until nothing waits for it."""
+        self._fleet.report(place, Event.DRAIN)
+        await settle.until_empty(self._fleet, place)
+
+    def undrain(self, place: Place) -> None:
+        self._fleet.report(place, Event.UNDRAIN)
+        self._fleet.settle()
+
+    async def _replace(
+        self, seats: Sequence[Seat], generation: Generation, old: Sequence[Place], tell: Tell
+    ) -> list[Place]:
+        self._keep(generation, self._fleet.generation)
+        fresh = await self._recruit(seats, generation, tell)
+        self._keep(generation, generation)
+        # In the same turn of the loop, so in one flip.
+        self._fleet.generation = generation
+        self._fleet.admit(fresh)
+        for place in old:
+            self._fleet.report(place, Event.RETIRE)
+        self._fleet.settle()
+        return fresh
+
+    async def _recruit(
+        self, seats: Sequence[Seat], generation: Generation, tell: Tell
+    ) -> list[Place]:
+        """Start workers and wait until all are ready; if one fails, none stays.
+
+        Not all at once: they would take the CPUs from those that serve.
+        """
+        fresh: list[Place] = []
+        at_once = max(1, len(os.sched_getaffinity(0)) // 2)
+        waiting: set[asyncio.Future[None]] = set()
+        try:
+            while len(fresh) < len(seats) or waiting:
+                while len(fresh) < len(seats) and len(waiting) < at_once:
+                    fresh.append(self._fleet.recruit(seats[len(fresh)], generation))
+                    waiting.add(_future(fresh[-1]))
+                tell("ready", len(fresh) - len(waiting), len(seats))
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for each in done:
+                    each.result()
+        except BaseException:
+            self._dismiss(fresh)
+            raise
+        tell("ready", len(fresh), len(seats))
+        return fresh
+
+    def _dismiss(self, fresh: Sequence[Place]) -> None:
+        for place in fresh:
+            self._fleet.report(place, Event.RETIRE)
+
+    @asynccontextmanager
+    async def _one_at_a_time(self, act: str) -> AsyncIterator[None]:
+        async with self._turn:
+            if self._ending:
+                raise ControlError(act, "the service is ending")
+            yield
+
+
+def _future(place: Place) -> asyncio.Future[None]:
+    assert place.came_up is not None
+    return place.came_up
+
+
+def _hangs(place: Place) -> bool:
+    return place.state is State.HUNG

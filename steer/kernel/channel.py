@@ -1,0 +1,124 @@
+"""Entries and their descriptors, sent from one process to another over a unix stream."""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+from collections.abc import Sequence
+
+import msgspec
+
+MAX_FDS = 253
+"""In one message: SCM_MAX_FD of include/net/scm.h."""
+SAME = -1
+"""In place of a number of descriptors: those that the entry already has."""
+_CHUNK_BYTES = 16384
+_HEADER_BYTES = 4
+
+
+class Frame(msgspec.Struct, array_like=True):
+    """What is said.
+
+    Args:
+        act: what to do with the rest.
+        fds: how many descriptors come along; or SAME.
+        group: a process group, or 0.
+        wait: whether an answer is wanted.
+    """
+
+    act: str
+    key: str = ""
+    value: bytes = b""
+    fds: int = 0
+    group: int = 0
+    wait: bool = False
+
+
+_DECODER = msgspec.msgpack.Decoder(Frame)
+
+
+class Channel:
+    """One end.
+
+    A frame is its length, then msgpack. Descriptors travel with its first bytes, at most
+    MAX_FDS with one byte; one read never goes past the message some came with (unix(7)),
+    so in the order they come they belong to the frames in theirs.
+
+    Args:
+        sock: SOCK_STREAM; its timeout holds for each send and receive.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._data = bytearray()
+        self._fds: list[int] = []
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def send(self, frame: Frame, fds: Sequence[int] = ()) -> None:
+        """Raises OSError as sendmsg(2): nothing can be sent after."""
+        body = msgspec.msgpack.encode(frame)
+        data = memoryview(len(body).to_bytes(_HEADER_BYTES, "big") + body)
+        for start in range(0, len(fds), MAX_FDS):
+            rights = array.array("i", fds[start : start + MAX_FDS])
+            self.sock.sendmsg([data[:1]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            data = data[1:]
+        self.sock.sendall(data)
+
+    def receive(self) -> tuple[Frame, list[int]] | None:
+        """The next frame and the descriptors with it, close-on-exec and the caller's to
+        close; None at the end.
+
+        Raises:
+            OSError: as recvmsg(2), BlockingIOError or TimeoutError where it may not wait;
+                EMFILE when descriptors were lost for want of room.
+        """
+        while (frame := self._complete()) is None:
+            data, fds = receive(self.sock, MAX_FDS)
+            self._fds += fds
+            if not data:
+                return None
+            self._data += data
+        count = max(frame.fds, 0)
+        fds, self._fds = self._fds[:count], self._fds[count:]
+        return frame, fds
+
+    def _complete(self) -> Frame | None:
+        end = _HEADER_BYTES + int.from_bytes(self._data[:_HEADER_BYTES], "big")
+        if len(self._data) < max(end, _HEADER_BYTES + 1):
+            return None
+        with memoryview(self._data) as data, data[_HEADER_BYTES:end] as body:
+            frame = _DECODER.decode(body)
+        del self._data[:end]
+        return frame
+
+    def close(self) -> None:
+        """With what has come and was not asked for."""
+        self.sock.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+
+def receive(sock: socket.socket, max_fds: int) -> tuple[bytes, list[int]]:
+    """What has come, and descriptors with it, close-on-exec.
+
+    Not socket.recv_fds(), which does not pass its flags on (Python 3.11).
+
+    Raises:
+        OSError: as recvmsg(2); EMFILE when descriptors were lost for want of room.
+    """
+    fds = array.array("i")
+    room = socket.CMSG_SPACE(max_fds * fds.itemsize)
+    data, parts, flags, _ = sock.recvmsg(_CHUNK_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, part in parts:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(part[: len(part) - len(part) % fds.itemsize])
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return data, list(fds)

@@ -1,0 +1,351 @@
+"""What a controller leaves in other hands, so that another can go on where it ended.
+
+All that must outlive the controller is kept twice: by itself, and by its keeper (see
+`keeper`), a small process forked from it, as systemd keeps descriptors for services
+(FDSTORE=1 of sd_notify(3)). When the controller goes, however it does, the keeper hands
+everything to the next one that asks, or after a time ends the workers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from steer.errors import ControlError
+from steer.kernel import keeper, orphanage, process, rundir
+from steer.kernel.channel import SAME, Channel, Frame, receive
+from steer.kernel.keeper import PATIENCE_S, Settings, Traces
+
+_LOOK_AGAIN_S = 0.01
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """Something kept.
+
+    Args:
+        value: what the controller wants to know of it again, up to some megabytes.
+        fds: descriptors. Of a worker: its pidfd, the read end of its standard error, then
+            any others; none once its first process has ended.
+        group: of a worker: its process group; 0 once nobody is left in it. Else 0.
+    """
+
+    value: bytes
+    fds: tuple[int, ...] = ()
+    group: int = 0
+
+
+class Guard:
+    """The controller's side.
+
+    Entries' descriptors stay the caller's, and open for as long as the entry is here.
+    Should the keeper be killed nothing here fails: what changes is remembered, and
+    `revive` starts another keeper with all of it.
+
+    Args:
+        control: the listening control socket. The keeper has a duplicate, so connections
+            wait while no controller is there.
+        say: how the keeper logs, in its own process; must not wait.
+        handover: of the service that is adopted. Until `handover.taken(guard)` the new
+            keeper steps back should we end.
+
+    Attributes:
+        entries: what is kept, by key.
+        pid: of the keeper.
+
+    Raises:
+        OSError: no more processes, or no more files; see `process.fork_error`.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        settings: Settings,
+        say: Callable[[str], None] = lambda _: None,
+        handover: Handover | None = None,
+    ) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._control = control
+        self._settings = settings
+        self._inode = rundir.inode(Path(settings.control))
+        self._say = say
+        self._predecessor = handover.channel.sock if handover is not None else None
+        self._channel: Channel | None = None
+        self._fork()
+
+    def _fork(self) -> None:
+        traces, predecessor = Traces(os.getpid(), self._inode), self._predecessor
+        ours, theirs = socket.socketpair()
+
+        def keep() -> int:
+            return orphanage.main(
+                traces, theirs, self._control, self._settings, self._say, predecessor
+            )
+
+        try:
+            self.pid, self._pidfd = process.fork(keep)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.settimeout(PATIENCE_S)
+        self._channel = Channel(ours)
+
+    def fileno(self) -> int:
+        """A pidfd of the keeper, readable once that has ended. Another after `revive`."""
+        return self._pidfd
+
+    @property
+    def alive(self) -> bool:
+        """Whether the keeper takes what it is told, as far as we know."""
+        return self._channel is not None
+
+    def configure(self, settings: Settings) -> None:
+        """From now on; the name and the control socket stay."""
+        self._settings = settings
+        self._tell(Frame("configure", value=msgspec.msgpack.encode(settings)))
+
+    def put(self, key: str, value: bytes, fds: Sequence[int] = (), group: int = 0) -> None:
+        """Keep an entry, or another in place of that of the same key, at once.
+
+        An entry that is the same in all is not sent again, and descriptors of the same
+        numbers are taken for the same: drop an entry before closing any of its.
+
+        Args:
+            group: not 0 makes it a worker's; see `Entry`.
+
+        Raises:
+            OSError: EBADF, a descriptor is not open.
+        """
+        assert not group or len(fds) != 1, "a worker has a pidfd and a standard error, or neither"
+        old, new = self.entries.get(key), Entry(value, tuple(fds), group)
+        if new == old:
+            return
+        if old is not None and old.fds == new.fds:
+            self._tell(Frame("put", key, value, SAME, group))
+        else:
+            self._send(key, new, wait=old is not None)
+        self.entries[key] = new
+
+    def update(self, key: str, value: bytes) -> None:
+        """Another value for an entry there is. Raises KeyError."""
+        entry = self.entries[key]
+        self.put(key, value, entry.fds, entry.group)
+
+    def drop(self, key: str) -> None:
+        """Forget an entry, if there; when this returns the keeper has closed its descriptors."""
+        if self.entries.pop(key, None) is not None:
+            self._tell(Frame("drop", key, wait=True))
+
+    def reopen(self) -> None:
+        """The keeper's standard output and error become what ours are now."""
+        self._tell(Frame("reopen", fds=2), (1, 2))
+
+    def close(self) -> None:
+        """Nothing is left to guard: the keeper ends, and ends nobody."""
+        self._tell(Frame("close"))
+        if not _has_ended(self._pidfd, PATIENCE_S):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._take_leave()
+        os.close(self._pidfd)
+
+    def revive(self) -> None:
+        """Start another keeper in place of one that was killed, with all entries.
+
+        To be called when `fileno()` is readable, after it was taken out of any loop.
+
+        Raises:
+            OSError: no more processes, or no more files; `alive` is then false, and this
+                may be tried again.
+        """
+        self._lose()
+        old = self._pidfd
+        self._fork()
+        os.close(old)
+        for key, entry in self.entries.items():
+            self._send(key, entry)
+
+    def settle(self, has_all: bool) -> None:
+        """Before (`has_all`) and after the keeper we adopted from has been relieved."""
+        self._tell(Frame("has-all" if has_all else "alone", wait=True))
+        if not has_all:
+            self._predecessor = None
+
+    def _send(self, key: str, entry: Entry, wait: bool = False) -> None:
+        frame = Frame("put", key, entry.value, len(entry.fds), entry.group, wait)
+        self._tell(frame, entry.fds)
+
+    def _tell(self, frame: Frame, fds: Sequence[int] = ()) -> None:
+        if self._channel is None:
+            return
+        try:
+            self._channel.send(frame, fds)
+            if frame.wait and self._channel.receive() is None:
+                self._lose()
+        except OSError as error:
+            self._lose()
+            if error.errno == errno.EBADF:
+                raise
+
+    def _lose(self) -> None:
+        """Whatever it is at: it may have been stopped, and must not wake to an end of the
+        channel that is none of the controller."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._take_leave()
+
+    def _take_leave(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        _reap(self._pidfd)
+
+
+class Handover:
+    """A service without a controller, handed to us by its keeper.
+
+    What workers write to standard error the keeper reads until `taken`, and nobody else may.
+
+    Attributes:
+        entries: by key; the descriptors are ours now.
+        settings: as the last controller had them.
+        control: the listening control socket, ours.
+        keeper_pid: of the keeper, which waits for `taken`, or carries on should we end or
+            `abandon`. Its adoption timeout does not strike meanwhile.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.keeper_pid = rundir.peer(channel.sock)[0]
+        self.entries: dict[str, Entry] = {}
+        self.settings: Settings
+        self.control: socket.socket
+        try:
+            self._receive()
+        except OSError:
+            self._close()
+            raise
+
+    def _receive(self) -> None:
+        """All there is, the control socket last."""
+        while (received := self.channel.receive()) is not None:
+            frame, fds = received
+            if frame.act == "put":
+                self.entries[frame.key] = Entry(frame.value, tuple(fds), frame.group)
+            elif frame.act == "configure":
+                self.settings = msgspec.msgpack.decode(frame.value, type=Settings)
+            elif frame.act == "control":
+                self.control = socket.socket(fileno=fds[0])
+                return
+        raise ConnectionResetError
+
+    def taken(self, guard: Guard) -> None:
+        """Everything is in `guard`, made with this handover: the old keeper ends, and when
+        this returns its descriptors are closed. It is waited for if it is our child."""
+        # Should we end in the middle of this the new keeper does the rest.
+        guard.settle(has_all=True)
+        pidfd = -1
+        with suppress(OSError):
+            pidfd = os.pidfd_open(self.keeper_pid)
+        keeper.relieve(self.channel)
+        if pidfd >= 0:
+            _has_ended(pidfd, PATIENCE_S)
+            _reap(pidfd)
+            os.close(pidfd)
+        guard.settle(has_all=False)
+
+    def abandon(self) -> None:
+        """Take nothing: what was handed over is closed, and the keeper carries on.
+
+        A guard made with this handover is to be closed first.
+        """
+        self.control.close()
+        self._close()
+
+    def _close(self) -> None:
+        for entry in self.entries.values():
+            for fd in entry.fds:
+                os.close(fd)
+        self.channel.close()
+
+
+def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
+    """Ask for what a service's last controller left.
+
+    Args:
+        path: of its control socket.
+        timeout_s: for the keeper to answer.
+
+    Returns:
+        None where nobody is: no socket, or one that nobody answers at.
+
+    Raises:
+        ControlError: a controller is there, or does not answer; or the service is
+            another user's, is ending, or is being adopted by another.
+    """
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        try:
+            with rundir.connect(path, timeout_s) as sock:
+                return _ask(sock, path)
+        except (ConnectionResetError, BrokenPipeError):
+            # A controller that has just gone: its keeper will answer.
+            time.sleep(_LOOK_AGAIN_S)
+        except PermissionError:
+            cure = "run as root or as the service's own user"
+            raise ControlError(f"adopt {path.stem}", "EACCES", cure) from None
+        except TimeoutError:
+            break
+        except OSError:
+            return None
+    raise rundir.running(path.stem, "it does not answer", path)
+
+
+def _ask(sock: socket.socket, path: Path) -> Handover:
+    sock.sendall(b'{"command": "adopt"}\n')
+    line, fds = b"", []
+    while not line.endswith(b"\n"):
+        data, more = receive(sock, max_fds=1)
+        fds += more
+        if not data:
+            raise ConnectionResetError
+        line += data
+    if not fds:
+        raise _refused(line, sock, path)
+    channel = socket.socket(fileno=fds[0])
+    channel.settimeout(sock.gettimeout())
+    return Handover(Channel(channel))
+
+
+def _refused(line: bytes, sock: socket.socket, path: Path) -> ControlError:
+    """Only a keeper says that it is one."""
+    try:
+        answer = msgspec.json.decode(line, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        return ControlError(f"adopt {path.stem}", f"answer not understood: {error}")
+    if "keeper" in answer:
+        return ControlError(f"adopt {path.stem}", str(answer.get("error")))
+    return rundir.running(path.stem, f"pid {rundir.peer(sock)[0]}", path)
+
+
+def _has_ended(pidfd: int, timeout_s: float) -> bool:
+    """Not `process.wait_for_end`: there may be more descriptors than select(2) takes."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def _reap(pidfd: int) -> None:
+    """If it is our child, and unless that was done before."""
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)

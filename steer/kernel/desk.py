@@ -1,0 +1,151 @@
+"""Takes requests on a control socket while no controller does, as `control` does else.
+
+Without an event loop of its own, as that is more than a keeper should weigh: it lives in
+somebody's `selectors` loop, whose keys' data are called when they are ready.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from selectors import EVENT_READ, BaseSelector
+from typing import Any
+
+import msgspec
+
+from steer.kernel import rundir
+
+REQUEST_MAX_BYTES = 65536
+TIMEOUT_S = 5.0
+"""For a request to be complete."""
+SILENT_MAX = 32
+"""So many connections may be without a request."""
+_BACKLOG = 16
+_CHUNK_BYTES = 16384
+_PAUSE_S = 0.05
+"""When no connection can be taken, before the next try."""
+
+Request = Mapping[str, Any]
+
+
+class Talk:
+    """One connection, with one request."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self.since_s = time.monotonic()
+        self.data = bytearray()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def pid(self) -> int:
+        """Of who asks."""
+        return rundir.peer(self._socket)[0]
+
+    def read(self) -> bool:
+        """Whether more may come."""
+        try:
+            data = self._socket.recv(_CHUNK_BYTES)
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        self.data += data
+        return bool(data)
+
+    def request(self) -> Request:
+        """What it wants.
+
+        Raises:
+            ValueError: it says why there is nothing to answer but that.
+        """
+        line, end, _ = self.data.partition(b"\n")
+        if len(line) > REQUEST_MAX_BYTES:
+            raise ValueError(f"request too long: {REQUEST_MAX_BYTES} bytes at most")
+        if not end:
+            raise ValueError("request not complete: a line of JSON is wanted")
+        if rundir.peer(self._socket)[1] not in (0, os.geteuid()):
+            raise ValueError("not permitted: only root and the service's own user may ask")
+        try:
+            request: Request = msgspec.json.decode(line, type=dict[str, Any])
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ValueError(f"request not understood: {error}") from None
+        return request
+
+    def answer(self, answer: Mapping[str, object], fds: Sequence[int] = ()) -> None:
+        """And take leave. It is short: the empty buffer takes it all, if anybody is there."""
+        with self._socket as sock, suppress(OSError):
+            socket.send_fds(sock, [msgspec.json.encode(answer) + b"\n"], fds)
+
+
+class Desk:
+    """Hands complete requests to `handle`, and keeps all others from doing harm.
+
+    Args:
+        control: listens; stays the caller's.
+        handle: takes a request and the talk, to be answered now or later.
+        refuse: makes an answer from the reason for a refusal.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        selector: BaseSelector,
+        handle: Callable[[Request, Talk], None],
+        refuse: Callable[[str], Mapping[str, object]],
+    ) -> None:
+        self._control = control
+        self._selector = selector
+        self._handle = handle
+        self._refuse = refuse
+        self._talks: dict[Talk, None] = {}
+        control.setblocking(False)
+        # Again, as now we are who is shown to be at the other end (unix(7), SO_PEERCRED).
+        control.listen(_BACKLOG)
+        selector.register(control, EVENT_READ, self._on_connection)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._talks)
+
+    def let_go(self) -> None:
+        """Take leave of those that have been silent for too long."""
+        limit_s = time.monotonic() - TIMEOUT_S
+        for talk in [each for each in self._talks if each.since_s < limit_s]:
+            self._finish(talk)
+
+    def _on_connection(self) -> None:
+        if len(self._talks) >= SILENT_MAX:
+            self._finish(next(iter(self._talks)))
+        try:
+            sock, _ = self._control.accept()
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptor to be had, say
+            select.select([], [], [], _PAUSE_S)
+            return
+        talk = Talk(sock)
+        self._talks[talk] = None
+        self._selector.register(talk, EVENT_READ, lambda: self._on_data(talk))
+
+    def _on_data(self, talk: Talk) -> None:
+        more = talk.read()
+        if not more or b"\n" in talk.data or len(talk.data) > REQUEST_MAX_BYTES:
+            self._finish(talk)
+
+    def _finish(self, talk: Talk) -> None:
+        del self._talks[talk]
+        self._selector.unregister(talk)
+        try:
+            request = talk.request()
+        except ValueError as error:
+            talk.answer(self._refuse(str(error)))
+        else:
+            self._handle(request, talk)

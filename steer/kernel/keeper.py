@@ -1,0 +1,185 @@
+"""The process that outlives a controller, while it does not yet have to.
+
+It keeps what it is given and signals nobody. When its channel ends, so has the controller,
+however it did, or it has executed itself anew and will be back: see `orphanage`. The
+controller's side is in `custody`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from steer.kernel import proc, rundir
+from steer.kernel.channel import SAME, Channel, Frame
+
+PATIENCE_S = 2.0
+"""For another process to answer or to end, before it is done without."""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What a keeper has to know once it is alone.
+
+    Args:
+        name: of the service.
+        control: path of the control socket; removed at the end.
+        remove_directory: whether its directory is steer's own, and goes too if empty.
+        pid_file: removed at the end if it still names the controller.
+        adopt_timeout_s: how long workers go on without a controller; 0 ends them at once.
+        graceful_timeout_s: from SIGTERM to SIGKILL.
+    """
+
+    name: str
+    control: str
+    remove_directory: bool = False
+    pid_file: str | None = None
+    adopt_timeout_s: float = 30.0
+    graceful_timeout_s: float = 30.0
+
+
+class Traces(msgspec.Struct, frozen=True):
+    """What tells the controller's files from others that may be in their place by now.
+
+    Args:
+        controller: its process id, as in its pid file.
+        inode: of the control socket's path.
+    """
+
+    controller: int
+    inode: int | None
+
+
+class Kept(msgspec.Struct, eq=False):
+    """An entry; see `custody.Entry`."""
+
+    value: bytes
+    fds: list[int]
+    group: int
+
+    @property
+    def is_worker(self) -> bool:
+        return self.group != 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Its first process; others of its group may be left."""
+        return not self.fds
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.group, number)
+
+    def look(self) -> None:
+        """Forget the group once nobody is in it: its number may then become another's."""
+        if self.has_ended and self.group and _is_empty(self.group):
+            self.group = 0
+
+
+def _is_empty(group: int) -> bool:
+    """Zombies do not count: where the first process is no init they stay."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return not proc.group_outlives(group)
+
+
+class Keeper:
+    """What is kept, as the controller says.
+
+    Args:
+        channel: to the controller.
+        predecessor: to the keeper that still has all this, until `relieve`.
+    """
+
+    def __init__(
+        self, settings: Settings, traces: Traces, channel: Channel, predecessor: Channel | None
+    ) -> None:
+        self.entries: dict[str, Kept] = {}
+        self.settings = settings
+        self._traces = traces
+        self._channel = channel
+        self._predecessor = predecessor
+        self._has_all = predecessor is None
+
+    def keep(self) -> bool:
+        """Until the controller ends. Whether its service is now ours to look after."""
+        try:
+            while (received := self._channel.receive()) is not None:
+                frame, fds = received
+                if frame.act == "close":
+                    return False
+                self._obey(frame, fds)
+                if frame.wait:
+                    self._channel.send(Frame("done"))
+        except ConnectionError:
+            pass
+        self._channel.close()
+        if self._predecessor is not None and self._has_all:
+            relieve(self._predecessor)
+        return self._has_all
+
+    def _obey(self, frame: Frame, fds: list[int]) -> None:
+        if frame.act == "put":
+            self._put(frame, fds)
+        elif frame.act == "drop":
+            self.entries.pop(frame.key).close()
+        elif frame.act == "configure":
+            self.settings = msgspec.msgpack.decode(frame.value, type=Settings)
+        elif frame.act == "reopen":
+            for number, fd in zip((1, 2), fds, strict=True):
+                os.dup2(fd, number)
+                os.close(fd)
+        elif frame.act == "has-all":
+            self._has_all = True
+        elif frame.act == "alone" and self._predecessor is not None:
+            self._predecessor.close()
+            self._predecessor = None
+
+    def _put(self, frame: Frame, fds: list[int]) -> None:
+        old = self.entries.get(frame.key)
+        if old is not None and frame.fds == SAME:
+            fds, old.fds = old.fds, []
+        self.entries[frame.key] = Kept(frame.value, fds, frame.group)
+        if old is not None:
+            old.close()
+
+    def leave_nothing(self) -> None:
+        """Remove what the controller would have."""
+        settings = self.settings
+        rundir.remove(Path(settings.control), self._traces.inode, settings.remove_directory)
+        if settings.pid_file is not None:
+            with suppress(OSError, ValueError):
+                if int(Path(settings.pid_file).read_text()) == self._traces.controller:
+                    os.unlink(settings.pid_file)
+
+
+def relieve(predecessor: Channel) -> None:
+    """Have the keeper that handed over end; return when it has.
+
+    It is killed if it takes too long: two that believe to be alone would be one too many.
+    """
+    pid = rundir.peer(predecessor.sock)[0]
+    predecessor.sock.settimeout(PATIENCE_S)
+    try:
+        predecessor.send(Frame("taken"))
+        while predecessor.receive() is not None:
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        if pid > 0:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    predecessor.close()

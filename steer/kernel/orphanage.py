@@ -1,0 +1,309 @@
+"""A service without a controller, in the care of the keeper that outlived it.
+
+It does what cannot wait: it reads what workers write, lets go of what belonged to one that
+has ended, and answers at the control socket; until another controller takes everything, or
+nobody has for too long and the workers are ended.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from selectors import EVENT_READ, DefaultSelector
+
+import msgspec
+
+from steer.kernel import process
+from steer.kernel.channel import Channel, Frame
+from steer.kernel.desk import Desk, Request, Talk
+from steer.kernel.keeper import PATIENCE_S, Keeper, Kept, Settings, Traces
+
+QUICK_S = 1.0
+"""From SIGTERM to SIGKILL when it has to be quick."""
+_IGNORED = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
+"""Meant for the controller, and sent to all of a service by some."""
+_LOOK_S = 0.1
+_PIPE_BUF = 4096
+_CHUNKS_AT_END = 32
+"""Of _PIPE_BUF: more than a pipe holds (pipe(7))."""
+
+Say = Callable[[str], None]
+"""Logs a line, without waiting for anybody."""
+
+
+class Orphanage:
+    """A service without a controller.
+
+    Args:
+        control: the listening control socket.
+    """
+
+    def __init__(self, keeper: Keeper, control: socket.socket, say: Say) -> None:
+        self._keeper = keeper
+        self._settings = keeper.settings
+        self._control = control
+        self._say = say
+        self._selector = DefaultSelector()
+        self._desk = Desk(control, self._selector, self._on_request, self._refusal)
+        self._adopter: Channel | None = None
+        self._adopter_pid = 0
+        self._unheard: set[int] = set()
+        self._listen_again_s = 0.0
+        self._ending = False
+        self._killed = False
+        # With nothing to hand over there is nothing to wait for.
+        after_s = self._settings.adopt_timeout_s if keeper.entries else 0.0
+        self._end_s = time.monotonic() + after_s
+        self._stoppers: list[Talk] = []
+        self._adopted = False
+        for kept in keeper.entries.values():
+            if kept.is_worker and not kept.has_ended:
+                self._watch(kept)
+
+    def run(self) -> None:
+        """Until it is adopted or nobody is left."""
+        self._tell()
+        while not self._is_over():
+            for key, _ in self._selector.select(self._patience_s()):
+                # One that came before may have done away with it.
+                if self._selector.get_map().get(key.fd) is key:
+                    key.data()
+            self._look()
+        if not self._adopted:
+            self._keeper.leave_nothing()
+        self._control.close()
+        for talk in self._stoppers:
+            talk.answer({"ok": True})
+
+    # Time.
+
+    def _tell(self) -> None:
+        after_s = self._settings.adopt_timeout_s
+        if after_s:
+            count = len(self._living())
+            self._say(
+                f"the controller is gone: {count} workers go on serving, and end"
+                f" in {after_s:g} s unless `steer run` adopts them"
+            )
+
+    def _is_over(self) -> bool:
+        return self._adopted or (self._ending and not self._living())
+
+    def _living(self) -> list[Kept]:
+        return [kept for kept in self._workers() if kept.group]
+
+    def _workers(self) -> Iterable[Kept]:
+        return (kept for kept in self._keeper.entries.values() if kept.is_worker)
+
+    def _patience_s(self) -> float | None:
+        """How long nothing but what is watched can want anything."""
+        leftovers = any(kept.has_ended for kept in self._living())
+        if self._desk.is_busy or self._unheard or self._ending or leftovers:
+            return _LOOK_S
+        left_s = math.inf if self._adopter is not None else self._end_s - time.monotonic()
+        return None if left_s == math.inf else max(left_s, 0.0)
+
+    def _look(self) -> None:
+        now_s = time.monotonic()
+        self._desk.let_go()
+        for kept in self._living():
+            kept.look()
+        if self._unheard and now_s >= self._listen_again_s:
+            self._listen_again()
+        # Who is about to adopt them may be slow, but not for nothing.
+        if now_s >= self._end_s and self._adopter is None:
+            self._overdue()
+
+    def _overdue(self) -> None:
+        if not self._ending:
+            self._end(self._settings.graceful_timeout_s)
+        elif not self._killed:
+            self._signal_all(signal.SIGKILL)
+            self._killed = True
+            self._end_s = time.monotonic() + PATIENCE_S
+        else:
+            # Not even SIGKILL ends what waits in the kernel.
+            self._keeper.entries.clear()
+
+    def _end(self, after_s: float) -> None:
+        self._ending = True
+        self._end_s = time.monotonic() + after_s
+        self._say(f"the controller is gone: ending {len(self._living())} workers")
+        self._signal_all(signal.SIGTERM)
+
+    def _signal_all(self, number: int) -> None:
+        for kept in self._living():
+            kept.signal(number)
+
+    # Workers.
+
+    def _watch(self, kept: Kept) -> None:
+        pidfd, stderr, *_ = kept.fds
+        os.set_blocking(stderr, False)
+        self._selector.register(pidfd, EVENT_READ, lambda: self._on_end(kept))
+        self._listen(stderr)
+
+    def _on_end(self, kept: Kept) -> None:
+        """Nothing of it may stay open: a listener would go on taking connections."""
+        pidfd, stderr, *_ = kept.fds
+        for _ in range(_CHUNKS_AT_END):
+            if not self._hear(stderr):
+                break
+        self._unheard.discard(stderr)
+        self._forget(stderr)
+        self._forget(pidfd)
+        kept.close()
+        kept.look()
+
+    def _listen(self, stderr: int) -> None:
+        self._selector.register(stderr, EVENT_READ, lambda: self._hear(stderr))
+
+    def _hear(self, stderr: int) -> bool:
+        """Pass on a piece of what a worker wrote; whether there was one.
+
+        While ours takes nothing theirs is not read: the worker waits, not we.
+        """
+        if not process.stderr_takes():
+            self._forget(stderr)
+            self._unheard.add(stderr)
+            self._listen_again_s = time.monotonic() + _LOOK_S
+            return False
+        try:
+            data = os.read(stderr, _PIPE_BUF)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._forget(stderr)
+        process.write_stderr(data)
+        return bool(data)
+
+    def _listen_again(self) -> None:
+        for stderr in self._unheard:
+            self._listen(stderr)
+        self._unheard.clear()
+
+    def _forget(self, fd: int) -> None:
+        with suppress(KeyError):
+            self._selector.unregister(fd)
+
+    # Requests.
+
+    def _on_request(self, request: Request, talk: Talk) -> None:
+        command = request.get("command")
+        if command == "stop" and self._adopter is None:
+            self._stoppers.append(talk)
+            self._stop(bool(request.get("quick")))
+        elif command == "adopt" and self._adopter is None and not self._ending:
+            self._hand_over(talk)
+        else:
+            talk.answer(self._refusal(self._state()))
+
+    def _refusal(self, why: str) -> dict[str, object]:
+        return {"ok": False, "error": why, "keeper": os.getpid()}
+
+    def _state(self) -> str:
+        name, count = self._settings.name, len(self._living())
+        if self._ending:
+            return f"the controller is gone; {count} workers are being ended"
+        if self._adopter is not None:
+            return f"the controller is gone; pid {self._adopter_pid} adopts it"
+        left_s = max(self._end_s - time.monotonic(), 0.0)
+        return (
+            f"the controller is gone; {count} workers go on serving and end in {left_s:.0f} s"
+            " unless `steer run` with the same name and configuration adopts them;"
+            f" or stop them: `steer stop {name}`"
+        )
+
+    def _stop(self, quick: bool) -> None:
+        after_s = min(QUICK_S, self._settings.graceful_timeout_s)
+        if not self._ending:
+            self._end(after_s if quick else self._settings.graceful_timeout_s)
+        elif quick:
+            self._end_s = min(self._end_s, time.monotonic() + after_s)
+
+    def _hand_over(self, talk: Talk) -> None:
+        ours, theirs = socket.socketpair()
+        self._adopter_pid = talk.pid
+        with theirs:
+            talk.answer({"ok": True, "pid": os.getpid()}, [theirs.fileno()])
+        ours.settimeout(PATIENCE_S)
+        self._adopter = Channel(ours)
+        try:
+            self._adopter.send(Frame("configure", value=msgspec.msgpack.encode(self._settings)))
+            for key, kept in self._keeper.entries.items():
+                frame = Frame("put", key, kept.value, len(kept.fds), kept.group)
+                self._adopter.send(frame, kept.fds)
+            self._adopter.send(Frame("control", fds=1), [self._control.fileno()])
+        except OSError:
+            self._carry_on()
+        else:
+            ours.setblocking(False)
+            self._selector.register(ours, EVENT_READ, self._on_adopter)
+
+    def _on_adopter(self) -> None:
+        assert self._adopter is not None
+        with suppress(BlockingIOError):
+            try:
+                self._adopted = self._adopter.receive() is not None
+            except ConnectionError:
+                self._adopted = False
+            self._forget(self._adopter.fileno())
+            if not self._adopted:
+                self._carry_on()
+
+    def _carry_on(self) -> None:
+        """It has gone without having taken them."""
+        assert self._adopter is not None
+        self._adopter.close()
+        self._adopter = None
+
+
+def main(
+    traces: Traces,
+    channel: socket.socket,
+    control: socket.socket,
+    settings: Settings,
+    say: Say,
+    predecessor: socket.socket | None,
+) -> int:
+    """Be a keeper. Runs in the forked child; returns its exit status."""
+    # Sockets that nobody refers to any more must not be found to be garbage here: they
+    # would close numbers that are by then another's.
+    gc.freeze()
+    used = [channel, control] if predecessor is None else [channel, control, predecessor]
+    process.keep_only(sock.fileno() for sock in used)
+    _allow_descriptors()
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    old = None if predecessor is None else Channel(predecessor)
+    keeper = Keeper(settings, traces, Channel(channel), old)
+    try:
+        is_ours = keeper.keep()
+    except OSError as error:
+        say(f"the keeper ends: {error.strerror}")
+        return 1
+    if is_ours:
+        Orphanage(keeper, control, say).run()
+    return 0
+
+
+def _allow_descriptors() -> None:
+    """Ours and all that we are given: nothing here selects, so there may be many."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,139 @@
+"""The options of `run`, and the configuration they are one source of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from steer.config import Service
+
+DEFAULT_FILE = "steer.toml"
+Command = Callable[..., Any]
+"""A function that is to be one of the command line's."""
+
+
+def service_options(command: Command) -> Command:
+    """The options of `run`: the keys of the configuration, with dashes."""
+    for option in reversed(_SERVICE_OPTIONS):
+        command = option(command)
+    return command
+
+
+_SERVICE_OPTIONS = (
+    click.argument("app", required=False, metavar="[MODULE:CALLABLE | -- CMD ARG...]"),
+    click.option(
+        "-b",
+        "--bind",
+        multiple=True,
+        metavar="ADDR",
+        help="host:port, [::1]:port, :port or udp://host:port; may be repeated.",
+    ),
+    click.option("-w", "--workers", metavar="N|auto", help="auto: one for each CPU."),
+    click.option("--policy", metavar="NAME", help="See `steer policies`. Default: cpu."),
+    click.option("--weights", metavar="N,N...", help="Each worker's share; default 1."),
+    click.option("--backend", metavar="NAME", help="auto, ebpf, cbpf or kernel."),
+    click.option("--strict", is_flag=True, default=None, help="Refuse to fall back."),
+    click.option("--name", help="Of the service; default from what it runs."),
+    click.option(
+        "-c",
+        "--config",
+        "file",
+        metavar="FILE",
+        help=f"TOML, table [service]; {DEFAULT_FILE} in this directory if there.",
+    ),
+    click.option("-u", "--user", help="Run workers as this user."),
+    click.option("-g", "--group", help="Run workers as this group."),
+    click.option("-e", "--env", multiple=True, metavar="K=V", help="Set in the workers."),
+    click.option("--chdir", metavar="DIR", help="Where the workers run."),
+    click.option("--backlog", metavar="N", help="Of each worker's socket; default 2048."),
+    click.option("--graceful-timeout", metavar="S", help="To finish, when ending; default 30."),
+    click.option("--ready-timeout", metavar="S", help="To get ready, when starting; default 30."),
+    click.option(
+        "--hang-timeout",
+        metavar="S",
+        help="For connections to wait at a worker that takes none; default 2, 0: for ever.",
+    ),
+    click.option("--hang", metavar="replace|skip", help="What to do with such a worker."),
+    click.option("--watchdog", metavar="S", help="For each worker to say WATCHDOG=1 again."),
+    click.option(
+        "--adopt-timeout",
+        metavar="S",
+        help="For workers to go on without a controller; default 30, 0: not at all.",
+    ),
+    click.option("--pid", metavar="FILE", help="Write the controller's process id there."),
+    click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
+    click.option("--log-format", metavar="FORMAT", help="text or json."),
+    click.option("--control-socket", metavar="PATH", help="Instead of /run/steer/NAME.sock."),
+)
+
+
+class TakesCommand(click.Command):
+    """What stands behind `--` is the worker's command, and not ours to read."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        if "--" in arguments:
+            at = arguments.index("--")
+            context.meta["command"] = arguments[at + 1 :]
+            if not arguments[at + 1 :]:
+                raise click.UsageError("no command after --", context)
+            arguments = arguments[:at]
+        return super().parse_args(context, arguments)
+
+
+class Source:
+    """Where the configuration comes from: called, it is read anew, all of it.
+
+    A relative FILE is looked for where the command was started. The default one may be
+    missing, but not once it has been there.
+
+    Args:
+        options: of the command that is under way, as `service_options` gives them.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._command_line = dict(options)
+        file = self._command_line.pop("file") or os.environ.get("STEER_CONFIG")
+        self._file = file or DEFAULT_FILE
+        self._must_be_there = bool(file)
+        self._directory = _directory()
+        self._command_line["command"] = click.get_current_context().meta.get("command", ())
+        if options["weights"] is not None:
+            self._command_line["weights"] = options["weights"].split(",")
+
+    def __call__(self) -> Service:
+        """The configuration as it is now.
+
+        Raises:
+            ConfigError: names what cannot be read, or cannot be.
+        """
+        from steer import config
+
+        return config.load(self._command_line, os.environ, self._table(), self._file)
+
+    def _table(self) -> dict[str, Any]:
+        from steer import config
+        from steer.errors import ConfigError
+
+        try:
+            with open(os.path.join(self._directory, self._file), "rb") as stream:
+                table = config.read(stream.read(), self._file)
+        except FileNotFoundError:
+            if self._must_be_there:
+                raise ConfigError(f"read {self._file}", "no such file") from None
+            return {}
+        except OSError as error:
+            raise ConfigError(f"read {self._file}", error.strerror or str(error)) from None
+        self._must_be_there = True
+        return table
+
+
+def _directory() -> str:
+    """Of this process; "" if it has been removed: then no relative file is in it either."""
+    with suppress(OSError):
+        return os.getcwd()
+    return ""

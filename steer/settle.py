@@ -1,0 +1,78 @@
+"""Waiting until nothing waits for a worker that is no longer chosen.
+
+What was chosen before the table changed may still be on its way into the worker's
+queue, in the queue, or accepted with its request not yet read. A server that is told to
+end then would drop it: uvicorn closes connections that have not asked for anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from steer.errors import KernelError
+from steer.kernel import listeners, proc
+from steer.lifecycle import Event
+
+if TYPE_CHECKING:
+    from steer.fleet import Fleet, Place
+    from steer.spawn import Process
+
+_TAKE_S = 0.1
+"""So long a worker may take itself what waits for it, before that is moved."""
+_LINGER_S = 1.0
+"""So long connections just accepted may take to be answered; idle ones stay longer."""
+_LOOK_S = 0.01
+_LOOK_AGAIN_S = 0.1
+
+
+async def settle(fleet: Fleet, place: Place) -> None:
+    """Report SETTLED once nothing waits for the worker; then see that it stays so.
+
+    A handshake that began before the table changed may end now, and the connection wait at
+    a listener that its worker has turned away from, but keeps open.
+    """
+    await until_empty(fleet, place)
+    await _until_answered(place)
+    fleet.report(place, Event.SETTLED)
+    while place.process:
+        fleet.move_queue(place)
+        await asyncio.sleep(_LOOK_AGAIN_S)
+
+
+async def until_empty(fleet: Fleet, place: Place) -> None:
+    """Until its queues are empty, or it is too late; what can be moved is not waited for long."""
+    fleet.settle()
+    fleet.steering.settle()
+    began_s = time.monotonic()
+    limit_s = fleet.generation.plan.service.graceful_timeout
+    while place.process and _queued(place.process):
+        waited_s = time.monotonic() - began_s
+        if waited_s > limit_s:
+            return
+        if waited_s > _TAKE_S:
+            fleet.move_queue(place)
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _until_answered(place: Place) -> None:
+    end_s = time.monotonic() + _LINGER_S
+    while place.process and _has_connections(place, place.process) and time.monotonic() < end_s:
+        await asyncio.sleep(_LOOK_S)
+
+
+def _queued(process: Process) -> bool:
+    """Where we may not look, what waits is the worker's to take."""
+    try:
+        with process.sockets() as owned:
+            return any(listeners.waiting(sock).queued for sock in owned.values())
+    except KernelError:
+        return False
+
+
+def _has_connections(place: Place, process: Process) -> bool:
+    try:
+        return bool(proc.open_sockets(process.pid) - place.others)
+    except KernelError:
+        return True
