@@ -10,15 +10,17 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import Protocol
 
 import msgspec
 
-from steer import abi, cbpf, policy, table
+from steer import abi, cbpf, policy, reserve, table
 from steer.errors import KernelError, VerifierError
 from steer.kernel import bpf, compile, listeners, sockets
 from steer.plan import Plan
 from steer.policy import Scene
+from steer.reserve import Reserve
 from steer.table import Layout, Member
 
 
@@ -313,15 +315,22 @@ class _Group:
     def __init__(self, plan: Plan, shared: bpf.Map) -> None:
         cpus = len(plan.topology.possible)
         with ExitStack() as undo:
-            self.sockets = undo.enter_context(bpf.Map("sockets", plan.slots + 1))
-            self.counts = undo.enter_context(bpf.Map("counts", plan.slots + 1))
+            self.sockets = undo.enter_context(bpf.Map("sockets", plan.slots + reserve.COUNT))
+            self.counts = undo.enter_context(bpf.Map("counts", plan.slots + reserve.COUNT))
             self.cpus = undo.enter_context(bpf.Map("cpus"))
             starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
             self.cpus.put(0, b"".join(abi.CPU.pack(at, at, _seed(), 0, 0) for at in starts))
             maps = {"table": shared, "sockets": self.sockets, "counts": self.counts}
             self.program, self.migrates = _load(plan, {**maps, "cpus": self.cpus})
             undo.callback(self.program.close)
+            self.reserve = Reserve(lambda place, fd: self.join(plan.slots + place, fd))
+            undo.callback(self.reserve.close)
             self.close = undo.pop_all().close
+
+    def join(self, slot: int, fd: int) -> None:
+        self.sockets.put_socket(slot, fd)
+        # Each time: with the last socket of a group its program is gone too.
+        sockets.attach_ebpf(fd, self.program.fileno())
 
     def descriptors(self) -> Sequence[int]:
         return [each.fileno() for each in (self.sockets, self.counts, self.cpus, self.program)]
@@ -343,12 +352,10 @@ class Ebpf:
         self._scene = Scene(plan.topology, plan.hash_length)
         self._layout: Layout | None = None
         self._cpus = len(plan.topology.possible)
-        self._reserve: list[socket.socket | None] = [None for _ in plan.binds]
         with ExitStack() as undo:
             table_map = undo.enter_context(bpf.Map("table"))
             self._table = bpf.Table(table_map)
-            undo.callback(lambda: self._table.close())
-            undo.callback(self._close_reserve)
+            undo.callback(self._table.close)
             self._groups = []
             for _ in plan.binds:
                 self._groups.append(_Group(plan, table_map))
@@ -359,50 +366,30 @@ class Ebpf:
 
     @property
     def reserve(self) -> Sequence[socket.socket]:
-        return [sock for sock in self._reserve if sock is not None]
-
-    @property
-    def _reserve_slot(self) -> int:
-        return self._plan.slots
+        return [sock for group in self._groups for sock in group.reserve.sockets]
 
     def open_reserve(self) -> None:
         """Over TCP only, and only where what waits there can be moved."""
-        backlog = self._plan.service.backlog
-        for index, bind in enumerate(self._plan.binds):
+        for group, bind in zip(self._groups, self._plan.binds, strict=True):
             if bind.protocol == "tcp" and self.migrates:
-                try:
-                    sock = self._reserve[index] = sockets.member(bind, backlog)
-                except OSError as error:
-                    raise sockets.bind_error(bind, error) from None
-                self._join(self._groups[index], self._reserve_slot, sock.fileno())
+                group.reserve.open(bind, self._plan.service.backlog)
         self.steer(())
 
     def empty_reserve(self) -> None:
-        for group, sock in zip(self._groups, self._reserve, strict=True):
-            if sock is not None and listeners.waiting(sock).queued:
-                listeners.move_queue(sock)
-                group.sockets.put_socket(self._reserve_slot, sock.fileno())
-
-    def _close_reserve(self) -> None:
-        for sock in self.reserve:
-            sock.close()
-        self._reserve = [None for _ in self._reserve]
+        # A handshake that still goes there would find it not listening, and be reset.
+        self._table.settle()
+        for group in self._groups:
+            group.reserve.empty()
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """Our copies of the sockets are closed: one that is kept would go on listening,
         and being chosen, after its worker has died."""
         try:
             for group, fd in zip(self._groups, fds, strict=True):
-                self._join(group, slot, fd)
+                group.join(slot, fd)
         finally:
             for fd in fds:
                 os.close(fd)
-
-    @staticmethod
-    def _join(group: _Group, slot: int, fd: int) -> None:
-        group.sockets.put_socket(slot, fd)
-        # Each time: with the last socket of a group its program is gone too.
-        sockets.attach_ebpf(fd, group.program.fileno())
 
     def left(self, slot: int) -> None:
         for group in self._groups:
@@ -414,7 +401,7 @@ class Ebpf:
             self._layout = layout = policy.lay(self._policy, members, scene)
         else:
             # Not remembered: when somebody is there again, only what must move does.
-            layout = table.all_to(self._reserve_slot) if self.reserve else table.EMPTY
+            layout = table.all_to(self._plan.slots) if self.reserve else table.EMPTY
         self._table.flip(layout.parts())
 
     def settle(self) -> None:
@@ -430,7 +417,8 @@ class Ebpf:
 
     def release(self) -> None:
         """What still waits in the reserve goes to workers that have not closed yet."""
-        self._close_reserve()
+        for group in self._groups:
+            group.reserve.close()
 
     def counts(self, slot: int) -> Counts | None:
         raw = b"".join(group.counts.per_cpu(slot, self._cpus) for group in self._groups)
@@ -454,17 +442,17 @@ class Ebpf:
         fds = [self._table.map.fileno()]
         for group in self._groups:
             fds += group.descriptors()
-        kept = [index for index, sock in enumerate(self._reserve) if sock is not None]
-        return kept, [*fds, *(sock.fileno() for sock in self.reserve)]
+        counts = [len(group.reserve.sockets) for group in self._groups]
+        return counts, [*fds, *(sock.fileno() for sock in self.reserve)]
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        kept = msgspec.convert(value, type=list[int])
-        maps, socks = fds[: len(fds) - len(kept)], fds[len(fds) - len(kept) :]
-        self._table.become(maps[0])
-        for at, group in enumerate(self._groups):
-            group.receive(maps[1 + 4 * at : 5 + 4 * at])
-        for index, fd in zip(kept, socks, strict=True):
-            self._reserve[index] = socket.socket(fileno=fd)
+        counts = msgspec.convert(value, type=list[int])
+        rest = iter(fds)
+        self._table.become(next(rest))
+        for group in self._groups:
+            group.receive(list(islice(rest, 4)))
+        for group, count in zip(self._groups, counts, strict=True):
+            group.reserve.receive(list(islice(rest, count)))
         self._layout = table.read(self._table.active())
 
 

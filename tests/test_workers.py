@@ -285,12 +285,11 @@ def test_is_killed_when_its_time_to_finish_is_over(service: StartService) -> Non
     assert running.log.count(Event.OVERDUE.value) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_answers_the_request_under_way(service: StartService, home: Path, number: int) -> None:
+def test_answers_the_request_under_way(service: StartService, home: Path) -> None:
     running = service("app:holds", "-w", "1")
     with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S) as sock:
         eventually((home / "under-way").exists)
-        running.send_signal(number)
+        running.send_signal(signal.SIGTERM)
         eventually((home / "stopping").exists)
         assert running.process.poll() is None
         (home / "go").touch()
