@@ -144,7 +144,7 @@ class Kernel(_Countless):
 
     def __init__(self, plan: Plan) -> None:
         self.migrates = sockets.tcp_migrate_req() is True
-        self.notes: Sequence[str] = (_STILL_CHOSEN, *_may_be_lost())
+        self.notes: Sequence[str] = (_STILL_CHOSEN, *_may_be_lost(plan))
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         for fd in fds:
@@ -176,16 +176,26 @@ class Kernel(_Countless):
 
 
 _STILL_CHOSEN = "a worker that is to end gets connections until it closes its socket"
-_LOST = "connections queued at a worker that crashes or hangs are lost"
+_LOST = "queued at a worker that crashes or hangs are lost"
 
 
-def _may_be_lost() -> Sequence[str]:
-    """Without a program of ours: the kernel can be told to move queues by its hash."""
+def _may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
+    """What is gone with a worker that crashes or hangs.
+
+    Args:
+        migrates: whether our program moves queues; None where there is none that could.
+    """
+    protocols = {bind.protocol for bind in plan.binds}
     told = sockets.tcp_migrate_req()
-    if told is None:
-        return (f"{_LOST}: migration needs Linux 5.14",)
-    by_sysctl = "ebpf would move them, and so would sysctl net.ipv4.tcp_migrate_req=1"
-    return () if told else (f"{_LOST}: {by_sysctl}",)
+    notes = []
+    if "tcp" in protocols and not migrates and not told:
+        by_sysctl = "ebpf would move them, and so would sysctl net.ipv4.tcp_migrate_req=1"
+        too_old = told is None or migrates is False
+        why = "migration needs Linux 5.14" if too_old else by_sysctl
+        notes.append(f"connections {_LOST}: {why}")
+    if "udp" in protocols:
+        notes.append(f"datagrams {_LOST}: the kernel moves none")
+    return tuple(notes)
 
 
 class Cbpf(_Countless):
@@ -210,7 +220,7 @@ class Cbpf(_Countless):
         self._try_out(plan)
         self._orders = [cbpf.Order() for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
-        self._lost = _may_be_lost()
+        self._lost = _may_be_lost(plan)
         self.notes: Sequence[str] = self._lost
 
     def _try_out(self, plan: Plan) -> None:
@@ -362,7 +372,7 @@ class Ebpf:
                 undo.callback(self._groups[-1].close)
             self.close = undo.pop_all().close
         self.migrates = self._groups[0].migrates
-        self.notes: Sequence[str] = () if self.migrates else (_NO_MIGRATION,)
+        self.notes: Sequence[str] = _may_be_lost(plan, self.migrates)
 
     @property
     def reserve(self) -> Sequence[socket.socket]:
@@ -454,9 +464,6 @@ class Ebpf:
         for group, count in zip(self._groups, counts, strict=True):
             group.reserve.receive(list(islice(rest, count)))
         self._layout = table.read(self._table.active())
-
-
-_NO_MIGRATION = f"{_LOST}: migration needs Linux 5.14"
 
 
 def _load(plan: Plan, maps: dict[str, bpf.Map]) -> tuple[bpf.Program, bool]:

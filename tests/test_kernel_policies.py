@@ -169,7 +169,7 @@ def test_cpu_takes_the_worker_pinned_to_it(backend: str, kind: str, order: int) 
             with pinned(cpu):
                 [slot] = [seat.number for seat in crew.plan.seats if seat.cpu == cpu]
                 assert crew.count(50) == {slot: 50}
-        assert crew.steering.notes == ()
+        assert "by chance" not in " ".join(crew.steering.notes)
 
 
 @all_kinds
