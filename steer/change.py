@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 from steer import settle
 from steer.control import Tell
-from steer.errors import ControlError
+from steer.errors import ControlError, SteerError, WorkersFailed
 from steer.fleet import Fleet, Place
 from steer.lifecycle import Event, State
 from steer.plan import Generation, Plan, Seat
@@ -23,7 +23,7 @@ def unheard(_text: str, _done: int, _of: int) -> None:
 
 
 class Changes:
-    """What can be asked of a service's workers.
+    """What can be asked of a service's workers: `renew`, `scale` and `restart` in a `turn`.
 
     Args:
         fleet: the workers.
@@ -41,32 +41,55 @@ class Changes:
         """No more: the service ends."""
         self._ending = True
 
+    @asynccontextmanager
+    async def turn(self, act: str) -> AsyncIterator[None]:
+        """One change after the other: what each is made from is what the last one left.
+
+        Raises:
+            ControlError: the service ends.
+        """
+        async with self._turn:
+            try:
+                self._refuse_at_the_end(act)
+                yield
+            except SteerError:
+                self._refuse_at_the_end(act)
+                raise
+
+    def _refuse_at_the_end(self, act: str) -> None:
+        if self._ending:
+            raise ControlError(act, "the service is ending")
+
     async def renew(self, plan: Plan, tell: Tell) -> Generation:
         """Replace all workers by those of another plan.
 
         Raises:
             WorkersFailed, AppLoadError, BindError, KernelError: they do not come up.
-            ControlError: the service ends.
+            ControlError: the service ends, or there is no room for them.
         """
-        async with self._one_at_a_time(f"reload {plan.name}"):
-            generation = Generation(self._fleet.generation.number + 1, plan)
-            old = list(self._fleet.places)
-            await self._replace(plan.seats, generation, old, tell)
-            return generation
+        generation = Generation(self._fleet.generation.number + 1, plan)
+        old = list(self._fleet.places)
+        await self._replace(plan.seats, generation, old, tell)
+        return generation
 
     async def scale(self, plan: Plan, tell: Tell) -> None:
         """Start and end workers until there is one on each seat of the plan.
 
+        If none of those who would stay serves, as they are drained, hang or fail, others
+        take their seats: the last that serves is not ended.
+
         Raises:
             As `renew`.
         """
-        async with self._one_at_a_time(f"scale {plan.name}"):
-            generation = Generation(self._fleet.generation.number, plan)
-            staying = [place for place in self._fleet.places if place.state is not State.STOPPING]
-            seats = {place.seat for place in staying}
-            new = [seat for seat in plan.seats if seat not in seats]
-            surplus = [place for place in staying if place.seat not in plan.seats]
-            await self._replace(new, generation, surplus, tell)
+        generation = Generation(self._fleet.generation.number, plan)
+        there = [place for place in self._fleet.places if place.state is not State.STOPPING]
+        staying = [place for place in there if place.seat in plan.seats]
+        if any(map(_serves, there)) and not any(map(_serves, staying)):
+            staying = []
+        seats = {place.seat for place in staying}
+        new = [seat for seat in plan.seats if seat not in seats]
+        surplus = [place for place in there if place not in staying]
+        await self._replace(new, generation, surplus, tell)
 
     async def restart(self, place: Place, tell: Tell) -> Place:
         """Another worker on the seat of this one.
@@ -74,18 +97,16 @@ class Changes:
         Raises:
             As `renew`.
         """
-        async with self._one_at_a_time(f"restart worker {place.slot}"):
-            generation = self._fleet.generation
-            (fresh,) = await self._replace([place.seat], generation, [place], tell)
-            return fresh
+        (fresh,) = await self._replace([place.seat], self._fleet.generation, [place], tell)
+        return fresh
 
     async def relieve(self, place: Place) -> None:
         """Another worker for one that hangs, unless that is back first."""
-        async with self._one_at_a_time(f"replace worker {place.slot}"):
+        async with self.turn(f"replace worker {place.slot}"):
             if not _hangs(place):
                 return
             seat = place.seat
-            fresh = await self._recruit([seat], self._fleet.generation, unheard)
+            fresh = await self._recruit([seat], self._fleet.generation, unheard, modest=False)
             if _hangs(place):
                 self._fleet.admit(fresh)
                 self._fleet.report(place, Event.RETIRE)
@@ -93,9 +114,19 @@ class Changes:
                 self._dismiss(fresh)
 
     async def drain(self, place: Place) -> None:
-        """Have it get nothing new, and wait until nothing waits for it."""
+        """Have it get nothing new, and wait until nothing waits for it.
+
+        Raises:
+            ControlError: something still does, and it does not take it.
+        """
         self._fleet.report(place, Event.DRAIN)
-        await settle.until_empty(self._fleet, place)
+        limit_s = self._fleet.generation.plan.service.graceful_timeout
+        if not await settle.until_empty(self._fleet, place, limit_s):
+            raise ControlError(
+                f"drain worker {place.slot}",
+                f"it gets nothing new, but has not taken what waits for it in {limit_s:g} s",
+                "see `steer restart`",
+            )
 
     def undrain(self, place: Place) -> None:
         self._fleet.report(place, Event.UNDRAIN)
@@ -105,7 +136,7 @@ class Changes:
         self, seats: Sequence[Seat], generation: Generation, old: Sequence[Place], tell: Tell
     ) -> list[Place]:
         self._keep(generation, self._fleet.generation)
-        fresh = await self._recruit(seats, generation, tell)
+        fresh = await self._recruit(seats, generation, tell, modest=True)
         self._keep(generation, generation)
         # In the same turn of the loop, so in one flip.
         self._fleet.generation = generation
@@ -116,7 +147,7 @@ class Changes:
         return fresh
 
     async def _recruit(
-        self, seats: Sequence[Seat], generation: Generation, tell: Tell
+        self, seats: Sequence[Seat], generation: Generation, tell: Tell, *, modest: bool
     ) -> list[Place]:
         """Start workers and wait until all are ready; if one fails, none stays.
 
@@ -127,13 +158,15 @@ class Changes:
         waiting: set[asyncio.Future[None]] = set()
         try:
             while len(fresh) < len(seats) or waiting:
+                self._refuse_at_the_end("start workers")
                 while len(fresh) < len(seats) and len(waiting) < at_once:
-                    fresh.append(self._fleet.recruit(seats[len(fresh)], generation))
+                    fresh.append(self._fleet.recruit(seats[len(fresh)], generation, modest))
                     waiting.add(_future(fresh[-1]))
                 tell("ready", len(fresh) - len(waiting), len(seats))
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for each in done:
                     each.result()
+                _see_that_all_stayed(fresh)
         except BaseException:
             self._dismiss(fresh)
             raise
@@ -144,17 +177,25 @@ class Changes:
         for place in fresh:
             self._fleet.report(place, Event.RETIRE)
 
-    @asynccontextmanager
-    async def _one_at_a_time(self, act: str) -> AsyncIterator[None]:
-        async with self._turn:
-            if self._ending:
-                raise ControlError(act, "the service is ending")
-            yield
-
 
 def _future(place: Place) -> asyncio.Future[None]:
     assert place.came_up is not None
     return place.came_up
+
+
+def _see_that_all_stayed(fresh: Sequence[Place]) -> None:
+    """One may have been ready and ended since.
+
+    Raises:
+        WorkersFailed
+    """
+    for place in fresh:
+        if place.state not in (State.STARTING, State.READY):
+            raise place.error or WorkersFailed("start workers", f"one is {place.state.value}")
+
+
+def _serves(place: Place) -> bool:
+    return place.serves
 
 
 def _hangs(place: Place) -> bool:

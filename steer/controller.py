@@ -148,6 +148,7 @@ class Controller:
         self.listener: Listener
         self._undo = undo
         self._files = process.allow_descriptors(plan.descriptors)
+        self._may_hurry = process.may_hurry_others()
         process.identity(plan.service.user, plan.service.group)
 
     def adopt(self) -> bool:
@@ -318,6 +319,7 @@ class Controller:
             self.listener.address,
             self._files,
             os.getpid(),
+            self._may_hurry and place.modest,
         )
 
 

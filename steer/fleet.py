@@ -37,6 +37,7 @@ class Place(msgspec.Struct, eq=False):
 
     Args:
         held: not to be chosen yet, as it comes together with others.
+        modest: to leave the CPUs to those that serve until it is ready.
         came_up: of one that is held: done once it is ready, or with what went wrong.
         failures: ends in a row before `lifecycle.STABLE_S` of service.
         says_ready: whether it sent READY=1.
@@ -52,6 +53,7 @@ class Place(msgspec.Struct, eq=False):
     generation: Generation
     state: State = State.STARTING
     held: bool = False
+    modest: bool = False
     came_up: Future[None] | None = None
     process: Process | None = None
     ready_s: float | None = None
@@ -259,14 +261,18 @@ class Fleet:
 
     # What is asked of it.
 
-    def recruit(self, seat: Seat, generation: Generation) -> Place:
+    def recruit(self, seat: Seat, generation: Generation, modest: bool) -> Place:
         """Start a worker that is held until `admit`; its `came_up` tells how it goes.
+
+        Args:
+            modest: see `Place`.
 
         Raises:
             BindError, KernelError, WorkersFailed: it could not be started.
             ControlError: too many are there.
         """
         place = self._take_place(seat, generation, held=True)
+        place.modest = modest
         place.came_up = self._loop.create_future()
         try:
             self._watch(place, self._spawn(place))
@@ -366,6 +372,8 @@ class Fleet:
         self._cancel_timer(place)
         if place.process:
             place.others = proc.open_sockets(place.process.pid)
+            if place.process.launch.modest:
+                process.hurry(proc.descendants(place.process.pid))
         self.log.info("worker %d ready", place.slot)
         self._steer_soon()
         if place.came_up and not place.came_up.done():
@@ -390,11 +398,14 @@ class Fleet:
                 self.steering.rescue(place.slot, owned)
 
     def _start_settling(self, place: Place) -> None:
+        self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
         place.settling = self._loop.create_task(self._settle(self, place))
 
     def _terminate(self, place: Place) -> None:
-        within_s = self._ending_in_s if self._ending else self._graceful_timeout_s
-        self._set_timer(place, within_s, Event.OVERDUE)
+        if self._ending:
+            self._set_timer(place, self._ending_in_s, Event.OVERDUE)
+        elif place.settling is None:  # else its time runs already
+            self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
         if place.process:
             place.process.terminate()
 

@@ -182,15 +182,14 @@ def again(running: Plan, service: Service, topology: Topology, act: str = "") ->
 
 
 def scaled(running: Plan, workers: int, topology: Topology) -> Plan:
-    """The plan with another number of workers.
+    """The plan with another number of workers; with 0 for a while, it is configured as before.
 
     Raises:
         ConfigError: so many cannot be.
     """
     service = running.service
-    if workers < len(service.weights):
-        service = msgspec.structs.replace(service, weights=service.weights[:workers])
-    service = msgspec.structs.replace(service, workers=workers)
+    if workers:
+        service = msgspec.structs.replace(service, workers=workers)
     return _with_workers(running, service, topology, workers)
 
 

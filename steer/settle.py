@@ -33,31 +33,37 @@ async def settle(fleet: Fleet, place: Place) -> None:
     A handshake that began before the table changed may end now, and the connection wait at
     a listener that its worker has turned away from, but keeps open.
     """
-    await until_empty(fleet, place)
-    await _until_answered(place)
+    # The other half of its time is for finishing what it has.
+    limit_s = fleet.generation.plan.service.graceful_timeout / 2
+    end_s = time.monotonic() + limit_s
+    await until_empty(fleet, place, limit_s)
+    await _until_answered(place, min(end_s, time.monotonic() + _LINGER_S))
     fleet.report(place, Event.SETTLED)
     while place.process:
         fleet.move_queue(place)
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-async def until_empty(fleet: Fleet, place: Place) -> None:
-    """Until its queues are empty, or it is too late; what can be moved is not waited for long."""
+async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
+    """Until nothing waits for the worker; what can be moved is not waited for long.
+
+    Returns:
+        Whether that is so: false after `limit_s`.
+    """
     fleet.settle()
     fleet.steering.settle()
     began_s = time.monotonic()
-    limit_s = fleet.generation.plan.service.graceful_timeout
-    while place.process and _queued(place.process):
+    while place.process and not place.serves and _queued(place.process):
         waited_s = time.monotonic() - began_s
         if waited_s > limit_s:
-            return
+            return False
         if waited_s > _TAKE_S:
             fleet.move_queue(place)
         await asyncio.sleep(_LOOK_S)
+    return True
 
 
-async def _until_answered(place: Place) -> None:
-    end_s = time.monotonic() + _LINGER_S
+async def _until_answered(place: Place, end_s: float) -> None:
     while place.process and _has_connections(place, place.process) and time.monotonic() < end_s:
         await asyncio.sleep(_LOOK_S)
 

@@ -28,7 +28,7 @@ from steer.health import Health
 from steer.kernel import process, sockets, topology
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
-from steer.plan import Plan
+from steer.plan import Generation, Plan
 from steer.settle import settle
 
 _REVIVE_S = 0.5
@@ -111,7 +111,7 @@ class _Supervisor:
         self._tell_supervisor(f"READY=1\nMAINPID={os.getpid()}")
         if self._service.wanted is not None:
             wanted = self._service.wanted
-            self._begin("change to what was asked for", lambda: self._renew(wanted, unheard))
+            self._begin("change to what was asked for", lambda: self._become(wanted))
 
     def _tell_supervisor(self, message: str) -> None:
         tell_supervisor(message, self._service.environment)
@@ -221,29 +221,45 @@ class _Supervisor:
 
     # Changes.
 
-    async def _reload(self, tell: Tell) -> None:
+    async def _reload(self, tell: Tell) -> Generation:
         """Raises SteerError: nothing has changed."""
-        self._tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        try:
-            service = self._service.reread()
-            await self._renew(planning.again(self._plan, service, topology.read()), tell)
-        finally:
-            self._tell_supervisor("READY=1")
+        async with self._changes.turn(f"reload {self._plan.name}"):
+            self._tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                service = self._service.reread()
+                plan = planning.again(self._plan, service, topology.read())
+                return await self._renew(plan, tell)
+            finally:
+                if self._state == "running":
+                    self._tell_supervisor("READY=1")
 
-    async def _renew(self, plan: Plan, tell: Tell) -> None:
+    async def _become(self, plan: Plan) -> None:
+        async with self._changes.turn(f"reload {plan.name}"):
+            await self._renew(plan, unheard)
+
+    async def _renew(self, plan: Plan, tell: Tell) -> Generation:
+        process.allow_descriptors(plan.descriptors)
         generation = await self._changes.renew(plan, tell)
         self._service.configure(plan)
         self._health.retime()
         self._log.info("generation %d serves", generation.number)
+        return generation
 
     async def _scale_by(self, more: int) -> None:
-        workers = len(self._plan.seats) + more
-        if workers < 1:
-            raise ControlError(f"scale {self._plan.name}", "one worker is left", "see `steer stop`")
-        await self._scale(workers, unheard)
+        async with self._changes.turn(f"scale {self._plan.name}"):
+            workers = len(self._plan.seats) + more
+            if workers < 1:
+                cause = "no more than one worker is there"
+                raise ControlError(f"scale {self._plan.name}", cause, "see `steer stop`")
+            await self._scale_to(workers, unheard)
 
     async def _scale(self, workers: int, tell: Tell) -> None:
+        async with self._changes.turn(f"scale {self._plan.name} to {workers}"):
+            await self._scale_to(workers, tell)
+
+    async def _scale_to(self, workers: int, tell: Tell) -> None:
         plan = planning.scaled(self._plan, workers, topology.read())
+        process.allow_descriptors(plan.descriptors)
         await self._changes.scale(plan, tell)
         self._service.configure(plan)
         self._log.info("%d workers", workers)
@@ -284,10 +300,9 @@ class _Supervisor:
 
     async def _on_reload(self, _request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
         began_s = time.monotonic()
-        await self._reload(tell)
-        workers = len(self._plan.seats)
-        number = self._fleet.generation.number
-        return {"generation": number, "workers": workers, **_took(began_s)}
+        generation = await self._reload(tell)
+        workers = len(generation.plan.seats)
+        return {"generation": generation.number, "workers": workers, **_took(began_s)}
 
     async def _on_scale(self, request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
         began_s = time.monotonic()
@@ -317,8 +332,9 @@ class _Supervisor:
     async def _on_restart(self, request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
         began_s = time.monotonic()
         wanted = (State.READY, State.DRAINING, State.HUNG, State.BACKOFF)
-        place = self._place(request, "restart", *wanted)
-        fresh = await self._changes.restart(place, tell)
+        async with self._changes.turn(f"restart worker {request.get('slot')!r}"):
+            place = self._place(request, "restart", *wanted)
+            fresh = await self._changes.restart(place, tell)
         return {"slot": request["slot"], "new_slot": fresh.slot, **_took(began_s)}
 
     def _place(self, request: Mapping[str, Any], act: str, *wanted: State) -> Place:

@@ -65,6 +65,7 @@ class Launch(msgspec.Struct, frozen=True):
     Args:
         notify: address of the notification socket, as NOTIFY_SOCKET has it.
         files: limits on open files, as the controller found them.
+        modest: to leave the CPUs to those that serve, until it is ready.
     """
 
     service: Service
@@ -77,6 +78,7 @@ class Launch(msgspec.Struct, frozen=True):
     notify: str
     files: tuple[int, int]
     controller: int
+    modest: bool = False
 
 
 class Worker:
@@ -204,6 +206,8 @@ def _settle(launch: Launch) -> None:
             os.chdir(directory)
     with _needed(f"run as uid {who.uid}, gid {who.gid}"):
         process.become(who)
+    if launch.modest:
+        process.be_modest()
     if not launch.service.adopt_timeout:
         process.die_with_parent(launch.controller)
 

@@ -156,6 +156,32 @@ def _flush() -> None:
             stream.flush()
 
 
+_CAP_SYS_NICE = 23  # include/uapi/linux/capability.h
+_MODEST = 10
+
+
+def may_hurry_others() -> bool:
+    """Whether we may take a process's niceness back (setpriority(2), CAP_SYS_NICE)."""
+    with open("/proc/self/status") as lines:
+        effective = next(line.split()[1] for line in lines if line.startswith("CapEff:"))
+    return bool(int(effective, 16) >> _CAP_SYS_NICE & 1)
+
+
+def be_modest() -> None:
+    """Leave the CPUs to whoever is not, until somebody calls `hurry`."""
+    os.setpriority(os.PRIO_PROCESS, 0, _MODEST)
+
+
+def hurry(pids: Iterable[int]) -> None:
+    """Have processes no longer be modest: each thread of theirs as eager as we are."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, int(task), own)
+
+
 def log_file() -> str | None:
     """The file that standard error goes to; None if it is none."""
     try:
