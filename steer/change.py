@@ -135,12 +135,15 @@ class Changes:
     async def _replace(
         self, seats: Sequence[Seat], generation: Generation, old: Sequence[Place], tell: Tell
     ) -> list[Place]:
-        self._keep(generation, self._fleet.generation)
+        in_force = self._fleet.generation
+        if generation.number != in_force.number:
+            self._keep(generation, in_force)
         fresh = await self._recruit(seats, generation, tell, modest=True)
-        self._keep(generation, generation)
-        # In the same turn of the loop, so in one flip.
+        # In the same turn of the loop, so in one flip; and in this order, as who adopts us, if
+        # we are killed meanwhile, takes for serving what is admitted and of what is in force.
         self._fleet.generation = generation
         self._fleet.admit(fresh)
+        self._keep(generation, generation)
         for place in old:
             self._fleet.report(place, Event.RETIRE)
         self._fleet.settle()

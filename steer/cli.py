@@ -117,13 +117,15 @@ def check(as_json: bool, **options: Any) -> None:
     from steer.plan import plan
 
     decided = plan(Source(options)(), topology.read(), probe.findings())
-    controller.rehearse(decided, os.environ)
+    notes = controller.rehearse(decided, os.environ)
     if as_json:
-        _print_json(decided.describe())
+        _print_json({**decided.describe(), "notes": notes})
         return
     for number, step in enumerate(decided.steps(), 1):
         reason = f"  ({step.reason})" if step.reason else ""
         click.echo(f"{number}. {step.act.value} {step.object}{reason}")
+    for note in notes:
+        click.echo(f"note: {note}")
 
 
 @cli.command()
@@ -141,7 +143,9 @@ def status(name: str | None, as_json: bool, watch: bool, control_socket: str | N
         return client.status_of_all(os.environ)
 
     def tables() -> list[Table]:
-        return [report.service_table(service) for service in current().services]
+        found = current()
+        services = [report.service_table(service) for service in found.services]
+        return [*services, *([report.orphans_table(found.orphaned)] if found.orphaned else [])]
 
     if watch:
         show.again(lambda: _print_json(current())) if as_json else show.watch(tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from steer import report
-from steer.errors import ControlError, KernelError, NotRunning, Refused
+from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
 from steer.kernel import diag, proc, rundir
 
 _TIMEOUT_S = 5.0
+_REPLACED_S, _ASK_AGAIN_S = 10.0, 0.05
+"""While a controller executes itself anew, somebody else says that it will be back."""
 _T = TypeVar("_T")
 _DECODER = msgspec.json.Decoder(dict[str, Any])
 
@@ -93,18 +96,21 @@ def ask(
 
     Raises:
         NotRunning: nobody is there.
-        Refused: with the exit code and detail of the error that the service met.
+        Refused: with the exit code and detail of the error that the service met;
+            Orphaned: its controller is gone.
         ControlError: no answer within `timeout_s`, or none of steer's.
     """
     act = act or f"{command} {path.stem}"
     limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
+    end_s = time.monotonic() + _REPLACED_S
     if progress is not None:
         more["progress"] = True
+    request = msgspec.json.encode({"command": command, **more}) + b"\n"
     try:
-        with rundir.connect(path, limit_s) as sock, sock.makefile("rb") as lines:
-            sock.settimeout(timeout_s)
-            sock.sendall(msgspec.json.encode({"command": command, **more}) + b"\n")
-            answer = _answer(lines, progress)
+        answer = _exchange(path, request, timeout_s, progress)
+        while answer and answer.get("again") and time.monotonic() < end_s:
+            time.sleep(_ASK_AGAIN_S)
+            answer = _exchange(path, request, timeout_s, progress)
     except msgspec.DecodeError as error:
         raise ControlError(act, f"answer not understood: {error}", "is it steer's?") from None
     except TimeoutError:
@@ -122,6 +128,16 @@ def ask(
     return answer
 
 
+def _exchange(
+    path: Path, request: bytes, timeout_s: float | None, progress: Progress | None
+) -> dict[str, Any] | None:
+    limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
+    with rundir.connect(path, limit_s) as sock, sock.makefile("rb") as lines:
+        sock.settimeout(timeout_s)
+        sock.sendall(request)
+        return _answer(lines, progress)
+
+
 def _answer(lines: Iterable[bytes], progress: Progress | None) -> dict[str, Any] | None:
     """The first line that tells no progress."""
     for line in lines:
@@ -135,7 +151,8 @@ def _answer(lines: Iterable[bytes], progress: Progress | None) -> dict[str, Any]
 
 def _refused(act: str, answer: Mapping[str, Any]) -> Refused:
     code = answer.get("exit_code")
-    return Refused(
+    kind = Orphaned if "keeper" in answer else Refused
+    return kind(
         act,
         str(answer.get("error")),
         str(answer.get("detail", "")),
@@ -179,16 +196,20 @@ def status(path: Path) -> report.Status:
 
 
 def status_of_all(environment: Mapping[str, str]) -> report.Status:
-    """The same of every service that runs.
+    """The same of every service that runs, and which go on without a controller.
 
     Raises:
         ControlError
     """
-    services = []
+    found = report.Status(schema=1, services=[])
     for path in running(environment):
-        with suppress(NotRunning):  # it has ended since
-            services += status(path).services
-    return report.Status(schema=1, services=services)
+        try:
+            found.services += status(path).services
+        except Orphaned as error:
+            found.orphaned.append(report.Orphan(path.stem, error.cause))
+        except NotRunning:
+            pass  # it has ended since
+    return found
 
 
 def _status(path: Path) -> report.Service:

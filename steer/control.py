@@ -26,6 +26,8 @@ TIMEOUT_S = 5.0
 SILENT_MAX = 32
 """So many connections may be without a request: descriptors are kept for workers."""
 _AT_ONCE = 16
+_TURNS = 8
+_LAST_S = 0.2
 
 Tell = Callable[[str, int, int], None]
 """Says how far it is: in words, so many done, of so many (0: not counted). Never blocks."""
@@ -58,7 +60,13 @@ class Server:
     async def __aexit__(self, *_: object) -> None:
         """Whoever still waits for an answer gets it first."""
         assert self._server is not None
+        # Those that have just come take asyncio some turns, and would be lost if it were closed.
+        asyncio.get_running_loop().remove_reader(self._socket)
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         self._server.close()
+        if self._silent:
+            await asyncio.wait(self._silent, timeout=_LAST_S)
         for silent in self._silent:
             silent.cancel()
         if self._talks:

@@ -7,11 +7,16 @@ has ended and its workers go on, it takes them over instead.
 
 from __future__ import annotations
 
+import importlib
 import os
+import select
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -27,7 +32,10 @@ from steer.log import Log
 from steer.notify import Listener
 from steer.plan import Act, Generation, Plan, Step
 from steer.steering import Steering, open_backend
+from steer.table import Member
 from steer.worker import Launch
+
+_LOOK_S = 0.002
 
 Reread = Callable[[], Service]
 """The configuration as it is now. May raise ConfigError."""
@@ -49,16 +57,21 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
         if not started.adopt():
             for step in plan.steps():
                 _CARRY_OUT[step.act](started, step)
-        # Only now, as it takes long to import: the workers are already starting.
+        started.await_loop()
         from steer.supervisor import supervise
 
-        supervise(started)
+        if supervise(started):
+            undo.pop_all()
+            started.execute_anew()
     log.info("ended")
     return 0
 
 
-def rehearse(plan: Plan, environment: Mapping[str, str]) -> None:
+def rehearse(plan: Plan, environment: Mapping[str, str]) -> Sequence[str]:
     """Try all of a plan that changes nothing.
+
+    Returns:
+        What the backend that would be used cannot do here, in words.
 
     Raises:
         SteerError: what `run` would end with.
@@ -73,9 +86,12 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> None:
         raise AppLoadError(f"run {service.command[0]}", "no such command")
     rundir.refuse_taken(plan.name, service.control_socket, environment)
     backend, _ = first_that_holds(plan, lambda _: None)
+    backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
+    notes = backend.notes
     backend.close()
     for bind in plan.binds:
         sockets.check_free(bind)
+    return notes
 
 
 def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering, ladder.Rung]:
@@ -104,6 +120,7 @@ class Left(msgspec.Struct, frozen=True):
     Args:
         slots, hash_length: of the maps there are.
         generation: the one in force.
+        configured: what was asked for when the service was started or last reloaded.
         notify: address of the notification socket.
     """
 
@@ -112,6 +129,7 @@ class Left(msgspec.Struct, frozen=True):
     slots: int
     hash_length: int
     generation: int
+    configured: Service
     notify: str
 
 
@@ -122,6 +140,8 @@ class Controller:
         undo: what to undo, in reverse, at the end or when a step fails.
 
     Attributes:
+        configured: what was asked for; the plan may since have been scaled.
+        early: what workers said before there was a loop, with their process ids.
         wanted: a plan to change to once it runs, as what was adopted is of another.
     """
 
@@ -138,7 +158,9 @@ class Controller:
         self.log = log
         self.reread = reread
         self.started_s = time.monotonic()
+        self.configured = plan.service
         self.wanted: Plan | None = None
+        self.early: list[tuple[int, Mapping[str, str]]] = []
         self.log_file = process.log_file()
         self.rung: ladder.Rung
         self.claim: rundir.Claim
@@ -170,46 +192,68 @@ class Controller:
 
     def _adopt(self, path: Path, handover: Handover) -> None:
         entries = handover.entries
-        try:
-            left = msgspec.json.decode(entries["service"].value, type=Left)
-            generations = self._generations(left, handover)
-        except BaseException:
-            handover.abandon()
-            raise
+        left = msgspec.json.decode(entries["service"].value, type=Left)
+        generations = self._generations(left, handover)
+        self.started_s, self.rung = left.started_s, left.rung
         self.claim = rundir.Claim.inherited(
             path, handover.control, handover.settings.remove_directory
         )
-        self._undo.callback(self.claim.release)
-        self._write_pid()
-        self.started_s, self.rung = left.started_s, left.rung
         self.steering = open_backend(left.rung.backend, self.plan)
-        self._undo.callback(self.steering.close)
         self.listener = Listener(self._trusted(), left.notify, entries["service"].fds[0])
-        self._undo.callback(self.listener.close)
         self._open_guard(handover)
         self._make_fleet(generations[left.generation])
-        self.keep(generations[left.generation])
         workers = {key: each for key, each in entries.items() if key.startswith("worker ")}
         self.fleet.adopt(generations, workers, entries["steering"])
+        for place in self.fleet.places:
+            self._keep_generation(place.generation)
+        self.keep(generations[left.generation])
+        remove_pid = self._write_pid()
         handover.taken(self.guard)
-        self.log.info("adopted %d workers", len(self.fleet.places))
+        # Not before: had anything failed, the keeper would carry on with all of it.
+        for undo in (self.claim.release, remove_pid, self.steering.close, self.listener.close):
+            self._undo.callback(undo)
+        self._undo.callback(self.guard.close)
+        self._undo.callback(self.fleet.abandon)
+        living = sum(place.process is not None for place in self.fleet.places)
+        self.log.info("adopted %d workers", living)
 
     def _generations(self, left: Left, handover: Handover) -> Mapping[int, Generation]:
         """Those that workers may be of; notes whether the one in force is not what we want."""
-        found = {}
-        ours = self.plan
-        same_maps = msgspec.structs.replace(
-            ours, slots=left.slots, hash_length=left.hash_length, rungs=(left.rung,)
+        ours, act = self.plan, f"adopt {self.plan.name}"
+        services = {
+            int(key.split()[1]): msgspec.json.decode(entry.value, type=Service)
+            for key, entry in handover.entries.items()
+            if key.startswith("generation ")
+        }
+        running = msgspec.structs.replace(
+            ours,
+            service=services[left.generation],
+            slots=left.slots,
+            hash_length=left.hash_length,
+            rungs=(left.rung,),
         )
-        for key, entry in handover.entries.items():
-            if key.startswith("generation "):
-                service = msgspec.json.decode(entry.value, type=Service)
-                plan = planning.again(same_maps, service, ours.topology, f"adopt {ours.name}")
-                found[int(key.split()[1])] = Generation(int(key.split()[1]), plan)
-        self.plan = found[left.generation].plan
-        if self.plan.service != ours.service:
-            self.wanted = msgspec.structs.replace(same_maps, service=ours.service, seats=ours.seats)
+        wanted = planning.again(running, ours.service, ours.topology, act)
+        found = {
+            number: Generation(number, planning.again(running, service, ours.topology, act))
+            for number, service in services.items()
+        }
+        self.plan, self.configured = found[left.generation].plan, left.configured
+        if left.configured != ours.service:
+            self.wanted = wanted
         return found
+
+    def await_loop(self) -> None:
+        """Import the loop, only now that workers are starting, as it takes as long as they
+        do. The first that is ready meanwhile does not wait for it."""
+        importing = threading.Thread(target=importlib.import_module, args=("steer.supervisor",))
+        importing.start()
+        while importing.is_alive() and not self.early:
+            select.select([self.listener], [], [], _LOOK_S)
+            self.early += self.listener.receive()
+        for pid, message in self.early:
+            if message.get("READY") == "1":
+                self.fleet.serve_early(pid)
+        importing.join()
 
     def keep(self, generation: Generation, current: Generation | None = None) -> None:
         """Have the guard know what the next controller has to.
@@ -218,12 +262,31 @@ class Controller:
             generation: one that there are or will be workers of.
             current: the one in force, if that is another.
         """
-        number, service = generation.number, generation.plan.service
-        self.guard.put(f"generation {number}", msgspec.json.encode(service))
-        plan = self.plan
         in_force = (current or generation).number
+        self._keep_generation(generation)
+        self._keep_service(in_force)
+        used = {generation.number, in_force}
+        used.update(place.generation.number for place in self.fleet.places)
+        for key in [key for key in self.guard.entries if key.startswith("generation ")]:
+            if int(key.split()[1]) not in used:
+                self.guard.drop(key)
+
+    def _keep_generation(self, generation: Generation) -> None:
+        service = generation.plan.service
+        user = process.identity(service.user, service.group).uid
+        if user is not None:
+            self.listener.trust(user)
+        self.guard.put(f"generation {generation.number}", msgspec.json.encode(service))
+
+    def _keep_service(self, in_force: int) -> None:
         left = Left(
-            self.started_s, self.rung, plan.slots, plan.hash_length, in_force, self.listener.address
+            self.started_s,
+            self.rung,
+            self.plan.slots,
+            self.plan.hash_length,
+            in_force,
+            self.configured,
+            self.listener.address,
         )
         self.guard.put("service", msgspec.json.encode(left), [self.listener.fileno()])
 
@@ -232,6 +295,25 @@ class Controller:
         self.plan = plan
         self.log.configure(plan.service.log_level, plan.service.log_format)
         self.guard.configure(self._settings())
+
+    def reconfigured(self, plan: Plan) -> None:
+        """It is, and is what was asked for."""
+        self.configured = plan.service
+        self.configure(plan)
+        self._keep_service(self.fleet.generation.number)
+
+    def execute_anew(self) -> NoReturn:
+        """Become what is installed now, in the same process: the guard has all else.
+
+        Raises:
+            KernelError: the kernel refuses.
+        """
+        process.limit_descriptors(self._files)
+        try:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        except OSError as error:
+            cure = "start it again: `steer run` adopts the workers"
+            raise KernelError("execute anew", error.strerror or str(error), cure) from None
 
     def _settings(self) -> Settings:
         service = self.plan.service
@@ -251,11 +333,11 @@ class Controller:
         if self.claim.refusals:
             places = "; ".join(self.claim.refusals)
             self.log.info("control socket %s, as not at %s", self.claim.path, places)
-        self._write_pid()
+        self._undo.callback(self._write_pid())
 
-    def _write_pid(self) -> None:
-        if self.plan.service.pid:
-            self._undo.callback(_write_pid(self.plan.service.pid))
+    def _write_pid(self) -> Callable[[], None]:
+        path = self.plan.service.pid
+        return _write_pid(path) if path else _nothing
 
     def _check_free(self, step: Step) -> None:
         for bind in self.plan.binds:
@@ -282,8 +364,10 @@ class Controller:
         self.listener = Listener(self._trusted())
         self._undo.callback(self.listener.close)
         self._open_guard(None)
+        self._undo.callback(self.guard.close)
         self.steering.open_reserve()
         self._make_fleet(generation)
+        self._undo.callback(self.fleet.abandon)
         self.keep(generation)
         self.fleet.start(self.claim.others_may_start)
 
@@ -293,13 +377,11 @@ class Controller:
             self.guard = Guard(self.claim.socket, self._settings(), say, handover)
         except OSError as error:
             raise process.fork_error(error) from None
-        self._undo.callback(self.guard.close)
 
     def _make_fleet(self, generation: Generation) -> None:
         slots = self.plan.slots
         launch = self._launch
         self.fleet = Fleet(generation, slots, self.steering, self.guard, launch, self.log)
-        self._undo.callback(self.fleet.abandon)
 
     def _trusted(self) -> frozenset[int]:
         service = self.plan.service
@@ -356,6 +438,10 @@ def _write_pid(path: str) -> Callable[[], None]:
                 os.unlink(path)
 
     return remove
+
+
+def _nothing() -> None:
+    pass
 
 
 def _read(path: str) -> str:

@@ -27,7 +27,7 @@ from steer.ladder import Answer
 from steer.plan import Plan
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, POLICIES, Policy
 from steer.report import cpu_list
-from steer.steering import open_backend
+from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN, open_backend
 
 T = TypeVar("T")
 Verdict = Literal["ok", "warn", "fail", "unknown"]
@@ -392,6 +392,17 @@ def _backend(case: Case) -> Iterator[Opinion]:
         yield Opinion("warn", found, _climb(case))
 
 
+def _draining(case: Case) -> Iterator[Opinion]:
+    rung = _known(case.plan, _MOUNT_SYSFS).rungs[0]
+    cure = f"choose a policy and a backend that leave workers out: {EBPF} or {CBPF}"
+    if rung.backend == KERNEL:
+        yield Opinion("warn", STILL_CHOSEN, _climb(case) if rung.fallback else cure)
+    else:
+        yield Opinion("ok", "a worker that is to end gets nothing new, and ends when it is done")
+    if any(bind.protocol == "udp" for bind in case.service.binds):
+        yield Opinion("ok", DATAGRAMS_LOST)
+
+
 def _climb(case: Case) -> str:
     """How to get to what was asked for."""
     asked = case.service.backend
@@ -618,6 +629,7 @@ CHECKS: Mapping[str, Check] = {
     "files": _files,
     "run-directory": _places,
     "receive-queues": _receive_queues,
+    "draining": _draining,
     "backend": _backend,
 }
 """By topic, in the order they are told. The topics are what scripts look for: keep them."""

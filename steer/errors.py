@@ -68,6 +68,10 @@ class Refused(ControlError):
         return self.cause if self._whole else super().__str__()
 
 
+class Orphaned(Refused):
+    """A service whose controller is gone; `cause` says till when its workers go on."""
+
+
 class WorkersFailed(SteerError):
     """No worker came up."""
 

@@ -42,7 +42,10 @@ class Place(msgspec.Struct, eq=False):
         failures: ends in a row before `lifecycle.STABLE_S` of service.
         says_ready: whether it sent READY=1.
         heard_s: when it last sent WATCHDOG=1, or was ready.
-        activity: see `proc.activity`: at the last look at it.
+        takers: its processes that were seen to wait on its sockets.
+        activity: see `proc.activity`: of these, at the last look at them.
+        hung: when it was retired.
+        relief_s: not before then is another asked for in its place.
         others: sockets it had open when it got ready, which so are no connections.
         said: what it sent as STATUS=.
         error: why there is no process.
@@ -61,7 +64,10 @@ class Place(msgspec.Struct, eq=False):
     failures: int = 0
     says_ready: bool = False
     heard_s: float = 0.0
+    takers: frozenset[int] = frozenset()
     activity: int = 0
+    hung: bool = False
+    relief_s: float = 0.0
     others: set[int] = set()
     said: str = ""
     timer: TimerHandle | None = None
@@ -76,6 +82,13 @@ class Place(msgspec.Struct, eq=False):
     @property
     def hangs(self) -> bool:
         return self.state is State.HUNG
+
+    def has_acted(self) -> bool:
+        """Whether those who take its connections did anything since this was last asked."""
+        before = self.activity
+        if self.process:
+            self.activity = proc.activity(self.process.pid, among=self.takers)
+        return self.activity != before
 
 
 Settle = Callable[["Fleet", Place], Coroutine[Any, Any, None]]
@@ -96,13 +109,15 @@ class Saved(msgspec.Struct, frozen=True):
     failures: int
     says_ready: bool
     others: set[int]
+    hung: bool
 
 
 class _Steered(msgspec.Struct, frozen=True):
-    """The steering, and what was counted, as another controller left them."""
+    """The steering, what was counted, and the next slot, as another controller left them."""
 
     value: Any
     retired: Counts
+    next_slot: int
 
 
 class Fleet:
@@ -184,41 +199,55 @@ class Fleet:
             steering: its guard's, of the steering.
         """
         left = msgspec.json.decode(steering.value, type=_Steered)
-        self.retired = left.retired
+        self.retired, self._next_slot = left.retired, left.next_slot
         held: dict[int, Sequence[int]] = {}
         for entry in entries.values():
-            saved = msgspec.json.decode(entry.value, type=Saved)
-            if not entry.fds and entry.group:
-                process.kill_group(entry.group)
-            place = Place(saved.seat, saved.slot, generations[saved.generation])
-            place.state = State(saved.state)
-            place.held, place.ready_s, place.starts = saved.held, saved.ready_s, saved.starts
-            place.failures, place.says_ready = saved.failures, saved.says_ready
-            place.others, place.heard_s = saved.others, time.monotonic()
+            place = self._adopt(entry, generations)
             self.places.append(place)
-            launch = self._launch(place)
-            place.process = Process.adopted(launch, self._guard, saved.running, entry.fds[:3])
             held[place.slot] = entry.fds[3:]
         self.steering.restore(left.value, steering.fds, held)
+        # One may have been on its way out, and its slot not yet given up.
+        for slot in set(range(self._slots)).difference(held):
+            self.retired += self.steering.retire(slot) or Counts()
         for place in self.places:
             self._save(place)
         self._save_steering()
         self.places.sort(key=lambda place: (place.generation.number, place.seat.number))
 
+    def _adopt(self, entry: Entry, generations: Mapping[int, Generation]) -> Place:
+        saved = msgspec.json.decode(entry.value, type=Saved)
+        place = Place(saved.seat, saved.slot, generations[saved.generation])
+        place.state = State(saved.state)
+        place.held, place.ready_s, place.starts = saved.held, saved.ready_s, saved.starts
+        place.failures, place.says_ready = saved.failures, saved.says_ready
+        place.others, place.heard_s = saved.others, time.monotonic()
+        place.hung = saved.hung
+        launch = self._launch(place)
+        place.process = Process.adopted(launch, self._guard, saved.running, entry)
+        return place
+
     def fill(self) -> None:
-        """Start a worker on each seat of the generation that nobody has, and let those go
-        that are of another, or came with a change that was not finished."""
-        number = self.generation.number
+        """After `watch`: start a worker on each seat of the generation that nobody has, and
+        let those go that are of another, or came with a change that was not finished."""
+        seats = self.generation.plan.seats
+        seated: dict[int, Place] = {}
+        for place in self.places:
+            # Of two on a seat the later one: the earlier was to be replaced by it.
+            if self._belongs(place) and (place.process or place.seat.number not in seated):
+                seated[place.seat.number] = place
         for place in list(self.places):
-            if place.held or place.generation.number != number:
+            if seated.get(place.seat.number) is not place:
                 self.report(place, Event.RETIRE)
-        staying = [place for place in self.places if place.state is not State.STOPPING]
-        taken = {place.seat.number for place in staying}
-        for seat in self.generation.plan.seats:
-            if seat.number not in taken:
+        for seat in seats:
+            if seat.number not in seated:
                 place = self._take_place(seat)
                 place.state = State.BACKOFF
                 self.report(place, Event.RETRY)
+
+    def _belongs(self, place: Place) -> bool:
+        now, comes_or_goes = self.generation, place.held or place.state is State.STOPPING
+        there_is_such_a_seat = place.seat.number < len(now.plan.seats)
+        return place.generation.number == now.number and there_is_such_a_seat and not comes_or_goes
 
     def watch(
         self,
@@ -246,7 +275,6 @@ class Fleet:
                 self._failed(place, place.error)
             else:
                 self.log.warning("worker %d ended while there was no controller", place.slot)
-                self._left(place)
                 self.report(place, Event.EXITED)
         if any(place.serves for place in self.places):
             self.up.set_result(None)
@@ -291,6 +319,7 @@ class Fleet:
     def stop(self, within_s: float) -> None:
         """Ask every worker to finish what it has; those that have not by then are killed."""
         self._ending, self._ending_in_s = True, within_s
+        self._guard.give_up()
         for place in list(self.places):
             if place.process is not None:
                 self._save(place, with_sockets=False)
@@ -302,6 +331,16 @@ class Fleet:
         if not self.up.done():
             self.up.set_result(None)
         self._end_if_empty()
+
+    def serve_early(self, pid: int) -> None:
+        """The process `pid` is ready before there is a loop: it alone is chosen until then.
+
+        Only so much: whoever called this has to tell `notified` the same once there is one.
+        """
+        for place in self.places:
+            if place.process and place.process.pid == pid and place.process.is_callable:
+                self.steering.steer([Member(place.slot, place.seat.weight, place.seat.cpu)])
+                self.steering.empty_reserve()
 
     def notified(self, pid: int, message: Mapping[str, str]) -> None:
         """The process `pid` sent this, see sd_notify(3).
@@ -331,15 +370,23 @@ class Fleet:
         """Something happened to a worker: do what follows."""
         if event is Event.LATE and place.says_ready:
             event = Event.READY  # it waits in a way that is not seen
+        if event is Event.OVERDUE and self._is_busy(place):
+            self._set_timer(place, self._graceful_timeout_s, event)
+            return
         if event in (Event.LATE, Event.OVERDUE):
             self.log.warning("worker %d: %s", place.slot, event.value)
         before = place.state
+        place.hung |= place.hangs and event is Event.RETIRE
         place.state, commands = lifecycle.step(before, event)
         for command in commands:
             _DO[command](self, place)
         self._save(place)
         if place.state is not before:
             self._changed(place)
+
+    def _is_busy(self, place: Place) -> bool:
+        """Taken for hung, it still may be at a request that takes long."""
+        return place.hung and not self._ending and place.has_acted()
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now."""
@@ -371,7 +418,9 @@ class Fleet:
         place.heard_s = now_s
         self._cancel_timer(place)
         if place.process:
-            place.others = proc.open_sockets(place.process.pid)
+            with suppress(KernelError):
+                place.others = proc.open_sockets(place.process.pid)
+            place.takers = proc.waiters(place.process.pid, place.process.inodes)
             if place.process.launch.modest:
                 process.hurry(proc.descendants(place.process.pid))
         self.log.info("worker %d ready", place.slot)
@@ -406,6 +455,7 @@ class Fleet:
             self._set_timer(place, self._ending_in_s, Event.OVERDUE)
         elif place.settling is None:  # else its time runs already
             self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
+        place.has_acted()
         if place.process:
             place.process.terminate()
 
@@ -480,7 +530,7 @@ class Fleet:
 
     def _save_steering(self) -> None:
         value, fds = self.steering.saved()
-        steered = _Steered(value, self.retired)
+        steered = _Steered(value, self.retired, self._next_slot)
         self._guard.put("steering", msgspec.json.encode(steered), fds)
 
     def _watch(self, place: Place, worker: Process) -> None:
@@ -488,8 +538,18 @@ class Fleet:
         if place.state is State.STARTING:
             self._set_timer(place, worker.launch.service.ready_timeout, Event.LATE)
             self._changed(place)
-        elif place.state is State.STOPPING:  # adopted
+        else:  # adopted
+            self._go_on(place, worker)
+
+    def _go_on(self, place: Place, worker: Process) -> None:
+        """With what was under way with it."""
+        if place.hangs:
+            place.activity = proc.activity(worker.pid)
+            self._changed(place)
+        elif place.state is State.STOPPING and worker.told:
             self._terminate(place)
+        elif place.state is State.STOPPING:
+            self._start_settling(place)
 
     def _save(self, place: Place, with_sockets: bool = True) -> None:
         """Have the guard know what another controller would have to."""
@@ -507,6 +567,7 @@ class Fleet:
             place.failures,
             place.says_ready,
             place.others,
+            place.hung,
         )
         held = self.steering.held(place.slot) if with_sockets else ()
         place.process.keep(msgspec.json.encode(saved), held)
@@ -591,6 +652,8 @@ class Fleet:
         ]
         self.steering.steer(members)
         self._watch_reserve(bool(members))
+        if not self._ending:
+            self._save_steering()
 
     def _watch_reserve(self, somebody: bool) -> None:
         """What gets into the reserve late, as its handshake began when nobody was there, is

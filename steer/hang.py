@@ -15,8 +15,8 @@ class Look(msgspec.Struct, frozen=True):
     Args:
         queued: connections, or bytes of datagrams, that wait.
         is_full: whether there is room for no more.
-        taken: how many the worker has taken so far, but for what never arrived; None where
-            nobody counts.
+        taken: how many the worker has taken so far, and how many are on their way to it or
+            never arrived; None where nobody counts.
         activity: changes when the process does anything.
     """
 
@@ -36,21 +36,25 @@ class Patience:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._last: Look | None = None
+        self._most_taken = 0
         self._since_s = 0.0
 
     def is_over(self, now_s: float, look: Look) -> bool:
         """Whether with this look it has lasted too long."""
-        if self._last is None or _has_taken(self._last, look):
+        if self._last is None or self._has_taken(self._last, look):
             self._since_s = now_s
         self._last = look
+        self._most_taken = max(self._most_taken, look.taken or 0)
         return now_s - self._since_s >= self._timeout_s
 
-
-def _has_taken(last: Look, look: Look) -> bool:
-    if look.queued == 0 or look.queued < last.queued:
-        return True
-    if look.is_full:
-        # What does not fit is chosen and dropped, so the count grows for nothing; and a queue
-        # filled up as fast as it is emptied is that of a worker at work.
-        return look.activity != last.activity
-    return look.taken is not None and look.taken != last.taken
+    def _has_taken(self, last: Look, look: Look) -> bool:
+        if look.queued == 0 or look.queued < last.queued:
+            return True
+        if look.activity == last.activity:
+            return False
+        if look.taken is None or look.is_full:
+            # It is at work, and nobody can tell on what: the bytes of datagrams fall by a
+            # quarter of the buffer at a time, and who is chosen for a full queue is dropped.
+            return True
+        # More than ever before: what is on its way goes up and down.
+        return look.taken > self._most_taken

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from steer.errors import KernelError
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
 
 _FIRST_S, _LAST_S = 0.01, 0.25
 """How often a worker that does not notify is looked at: often at first, then less."""
-_LOOKS = 4
+_LOOKS = 3
 """In one --hang-timeout; more while something waits."""
+_RELIEF_AGAIN_S = 30.0
+"""So long after it was asked for, another that did not come is asked for again."""
 
 
 class Health:
@@ -28,11 +32,15 @@ class Health:
 
     Args:
         fleet: is told what they show.
+        relieve: asks for another worker in place of one that hangs.
     """
 
-    def __init__(self, fleet: Fleet, loop: AbstractEventLoop) -> None:
+    def __init__(
+        self, fleet: Fleet, loop: AbstractEventLoop, relieve: Callable[[Place], None]
+    ) -> None:
         self._fleet = fleet
         self._loop = loop
+        self._relieve = relieve
         self._starting_s = _FIRST_S
         self._starting: TimerHandle | None = None
         self._patience: dict[tuple[int, int], Patience] = {}
@@ -86,8 +94,10 @@ class Health:
         for place in list(self._fleet.places):
             if place.process and place.state is State.READY:
                 something_waits |= self._look_at_ready(place, place.process)
-            elif place.process and place.state is State.HUNG:
+            elif place.process and place.hangs:
                 self._look_at_hung(place, place.process)
+            elif place.hung:
+                self._fleet.move_queue(place)
         self._tick_in(0.25 if something_waits else 1.0)
 
     def _look_at_ready(self, place: Place, process: Process) -> bool:
@@ -95,16 +105,16 @@ class Health:
         now_s = time.monotonic()
         looks = self._looks(place, process)
         over = [self._patience_with(process, at).is_over(now_s, look) for at, look in looks.items()]
-        service = place.generation.plan.service
-        silent = service.watchdog is not None and now_s - place.heard_s > service.watchdog
+        silent = _is_silent(place, now_s)
         # Not the last: that would help nobody.
         others = any(each.serves for each in self._fleet.places if each is not place)
         if (any(over) or silent) and others and place.serves:
             why = "missed its watchdog" if silent else "takes no connections, and some wait"
             self._fleet.log.warning("worker %d hangs: it %s", place.slot, why)
-            place.activity = proc.activity(process.pid)
+            place.has_acted()
             self._forget(process)
             self._fleet.report(place, Event.STUCK)
+            self._relieve_if_due(place)
         return any(look.queued for look in looks.values())
 
     def _looks(self, place: Place, process: Process) -> dict[int, Look]:
@@ -115,24 +125,20 @@ class Health:
             with process.sockets() as owned:
                 found = {at: listeners.waiting(sock) for at, sock in owned.items()}
         except KernelError as error:
-            self._may_look = False
-            self._fleet.log.warning("%s; only a watchdog shows who hangs", error)
+            self._may_look = error.cause not in ("EPERM", "ENOSYS")
+            if not self._may_look:
+                self._fleet.log.warning("%s; only a watchdog shows who hangs", error)
             return {}
         if not any(each.queued for each in found.values()):
             return {at: Look(0) for at in found}
-        taken, activity = self._taken(place, found), proc.activity(process.pid)
-        return {
-            at: Look(each.queued, each.queued >= each.limit, taken, activity)
-            for at, each in found.items()
-        }
+        activity = proc.activity(process.pid, among=place.takers)
+        return {at: self._look(place, at, each, activity) for at, each in found.items()}
 
-    def _taken(self, place: Place, found: dict[int, listeners.Waiting]) -> int | None:
-        """With several binds nobody tells whose connections are taken."""
-        counts = self._fleet.steering.counts(place.slot)
-        binds = place.generation.plan.binds
-        if counts is None or len(binds) != 1 or binds[0].protocol == "udp":
-            return None
-        return counts.selected - sum(each.queued for each in found.values())
+    def _look(self, place: Place, at: int, found: listeners.Waiting, activity: int) -> Look:
+        counts = self._fleet.steering.counts(place.slot, at)
+        is_counted = counts and place.generation.plan.binds[at].protocol == "tcp"
+        taken = counts.selected - found.queued if counts and is_counted else None
+        return Look(found.queued, found.queued >= found.limit, taken, activity)
 
     def _patience_with(self, process: Process, at: int) -> Patience:
         timeout_s = process.launch.service.hang_timeout
@@ -143,14 +149,35 @@ class Health:
             del self._patience[key]
 
     def _look_at_hung(self, place: Place, process: Process) -> None:
-        """Whether it is back: it did something, and waits for more."""
-        self._fleet.move_queue(place)
-        service = place.generation.plan.service
-        if service.watchdog is not None and time.monotonic() - place.heard_s > service.watchdog:
-            return
-        activity = proc.activity(process.pid)
-        if activity == place.activity or proc.is_stopped(process.pid):
-            return
-        if waits(process) is not Seen.NO:
+        if self._is_back(place, process):
             self._fleet.log.info("worker %d is back", place.slot)
             self._fleet.report(place, Event.BACK)
+        else:
+            # One that is back may be at it, and would find its listener shut down.
+            self._fleet.move_queue(place)
+            self._relieve_if_due(place)
+
+    def _is_back(self, place: Place, process: Process) -> bool:
+        """It did something, and waits for more."""
+        if _is_silent(place, time.monotonic()):
+            return False
+        if not place.has_acted() or proc.is_stopped(process.pid):
+            return False
+        return waits(process) is not Seen.NO
+
+    def _relieve_if_due(self, place: Place) -> None:
+        """One at a time on each seat: where all that is asked takes long, there would soon be
+        any number of workers at it."""
+        if place.generation.plan.service.hang != "replace":
+            return
+        others = (each for each in self._fleet.places if each.seat.number == place.seat.number)
+        now_s = time.monotonic()
+        if now_s >= place.relief_s and not any(each.hung for each in others):
+            place.relief_s = now_s + _RELIEF_AGAIN_S
+            self._relieve(place)
+
+
+def _is_silent(place: Place, now_s: float) -> bool:
+    """It missed its watchdog, or asked for what follows from that (WATCHDOG=trigger)."""
+    limit_s = place.generation.plan.service.watchdog or math.inf
+    return now_s - place.heard_s >= limit_s

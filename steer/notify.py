@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -49,14 +49,22 @@ class Listener:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def trust(self, user: int) -> None:
+        """Look at the messages of this user too, from now on."""
+        self._trusted |= {user}
+
     def watch(
         self, loop: AbstractEventLoop, heard: Callable[[int, Mapping[str, str]], None]
     ) -> None:
         """Call `heard` with each sender's process id and its message, by key."""
-        self._heard = heard
-        loop.add_reader(self._socket, self._receive)
+        loop.add_reader(self._socket, lambda: self._pass_on(heard))
 
-    def _receive(self) -> None:
+    def _pass_on(self, heard: Callable[[int, Mapping[str, str]], None]) -> None:
+        for pid, message in self.receive():
+            heard(pid, message)
+
+    def receive(self) -> Iterator[tuple[int, Mapping[str, str]]]:
+        """The next message, if there is one and it may be looked at, and who sent it."""
         try:
             data, ancillary, _, _ = self._socket.recvmsg(
                 _MESSAGE_MAX_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size)
@@ -67,7 +75,7 @@ class Listener:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
                 pid, uid, _ = _CREDENTIALS.unpack(value)
                 if uid in self._trusted:
-                    self._heard(pid, parse(data))
+                    yield pid, parse(data)
 
     def close(self) -> None:
         self._socket.close()

@@ -70,9 +70,21 @@ class Service(msgspec.Struct):
     notes: list[str] = []
 
 
+class Orphan(msgspec.Struct):
+    """A service without a controller: its workers serve on, and nobody can tell how.
+
+    Args:
+        state: till when, and what can be done.
+    """
+
+    name: str
+    state: str
+
+
 class Status(msgspec.Struct):
     schema: int
     services: list[Service]
+    orphaned: list[Orphan] = []
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -113,6 +125,11 @@ def service_table(service: Service) -> Table:
         for worker in service.workers
     ]
     return Table(title, columns, rows)
+
+
+def orphans_table(orphans: Sequence[Orphan]) -> Table:
+    """The services that nobody can tell more of."""
+    return Table("", ("service", "state"), [(each.name, each.state) for each in orphans])
 
 
 def plain(table: Table) -> str:

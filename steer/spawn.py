@@ -7,7 +7,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,7 +16,7 @@ from steer import worker
 from steer.errors import AppLoadError, SteerError, WorkersFailed
 from steer.kernel import proc, process, sockets
 from steer.kernel.channel import MAX_FDS, receive
-from steer.kernel.custody import Guard
+from steer.kernel.custody import Entry, Guard
 from steer.kernel.listeners import Borrower
 from steer.worker import Launch, Message
 
@@ -29,6 +29,8 @@ _BIND_TIMEOUT_S = 10.0
 _LOOK_AGAIN_S = 0.05
 _LINE_BYTES = 4096
 """So much is kept of each."""
+_LEFTOVERS_S = 2.0
+"""For what a killed process leaves behind to be gone as well."""
 _CHUNK_BYTES = 65536
 _CHUNKS_AT_END = 16
 """More than a pipe holds (pipe(7))."""
@@ -60,6 +62,7 @@ class Process:
 
     Attributes:
         bound: inodes of its sockets, one for each bind.
+        told: whether it was sent SIGTERM.
 
     Raises:
         BindError: an address cannot be had.
@@ -77,6 +80,8 @@ class Process:
         except OSError as error:
             raise process.fork_error(error) from None
         self.keep(b"")
+        with suppress(OSError):  # it has ended: seen below
+            self._channel.send(b"\0")
         try:
             joined(self._bound())
         except SteerError:
@@ -84,16 +89,16 @@ class Process:
             raise
 
     @classmethod
-    def adopted(
-        cls, launch: Launch, guard: Guard, saved: Running, fds: Sequence[int]
-    ) -> Process | None:
-        """One that another controller started; None if it has ended. The fds become ours."""
-        if not fds:
+    def adopted(cls, launch: Launch, guard: Guard, saved: Running, entry: Entry) -> Process | None:
+        """One that another controller started, with what its guard has of it; None if it has
+        ended. The descriptors become ours, but for those of its sockets."""
+        if not entry.fds:
+            _see_off(saved.pid, entry.group)
             return None
         self = cls.__new__(cls)
         self._prepare(launch, guard)
-        self.started_s, self._told = saved.started_s, saved.told
-        self.pid, (self._pidfd, self._stderr, channel) = saved.pid, fds[:3]
+        self.started_s, self.told = saved.started_s, saved.told
+        self.pid, (self._pidfd, self._stderr, channel) = saved.pid, entry.fds[:3]
         self._channel = socket.socket(fileno=channel)
         self._is_child = proc.parent(saved.pid) == os.getpid()
         self._meet(saved.bound)
@@ -103,7 +108,7 @@ class Process:
         self.launch = launch
         self._guard = guard
         self.problem: SteerError | None = None
-        self._told = False
+        self.told = False
         self._is_child = True
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._unfinished = b""
@@ -123,7 +128,7 @@ class Process:
     @property
     def running(self) -> Running:
         """What `adopted` has to be told."""
-        return Running(self.pid, self.started_s, self.bound, self._told)
+        return Running(self.pid, self.started_s, self.bound, self.told)
 
     def keep(self, value: bytes, held: Sequence[int] = ()) -> None:
         """Have the guard keep `value` with what ties the process to us, and `held`."""
@@ -176,6 +181,11 @@ class Process:
         loop.add_reader(self._pidfd, self._on_end)
 
     @property
+    def is_callable(self) -> bool:
+        """Whether it is Python of ours that calls the application, and no other program."""
+        return not self.launch.service.command
+
+    @property
     def last_words(self) -> str:
         """The last lines it wrote to standard error."""
         lines = [*self._words, *([self._unfinished] if self._unfinished else [])]
@@ -183,8 +193,8 @@ class Process:
 
     def terminate(self) -> None:
         """Once: asked again, some servers drop what they have."""
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             process.terminate(self._pidfd)
 
     def kill(self) -> None:
@@ -212,12 +222,12 @@ class Process:
         """Its first process is gone. Told to finish, the others may still be at it; or have
         to be told, as a shell passes nothing on."""
         self._forget(self._pidfd)
-        if self._told:
+        if self.told:
             process.terminate_group(self.pid)
         self._when_all_are_gone()
 
     def _when_all_are_gone(self) -> None:
-        if self._told and self._loop is not None and proc.group_outlives(self.pid):
+        if self.told and self._loop is not None and proc.group_outlives(self.pid):
             self._loop.call_later(_LOOK_AGAIN_S, self._when_all_are_gone)
         else:
             self._ended(self, self.end())
@@ -286,3 +296,15 @@ class Process:
     def _forget(self, fd: int) -> None:
         if self._loop is not None:
             self._loop.remove_reader(fd)
+
+
+def _see_off(pid: int, group: int) -> None:
+    """Take leave of a worker that ended while others looked after it. What it left behind
+    may still listen."""
+    end_s = time.monotonic() + _LEFTOVERS_S
+    if group:
+        process.kill_group(group)
+        while proc.group_outlives(group) and time.monotonic() < end_s:
+            time.sleep(_LOOK_AGAIN_S)
+    with suppress(ChildProcessError):  # it is ours if we have executed ourselves anew
+        os.waitpid(pid, os.WNOHANG)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -81,8 +82,8 @@ class Steering(Protocol):
     def release(self) -> None:
         """The service ends: hold no socket open that its worker closes."""
 
-    def counts(self, slot: int) -> Counts | None:
-        """What was selected so far; None where nobody counts."""
+    def counts(self, slot: int, bind: int | None = None) -> Counts | None:
+        """What was selected so far, for one bind or for all; None where nobody counts."""
 
     def retire(self, slot: int) -> Counts | None:
         """The same, and begin anew at nothing: the slot is somebody else's from now on."""
@@ -97,8 +98,12 @@ class Steering(Protocol):
         """What `restore` makes the same of again: a value for JSON, and descriptors."""
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        """Go on where one that is gone stopped, with what it saved and held of each slot;
-        the fds become ours."""
+        """Go on where one that is gone stopped, with what it saved; the fds become ours.
+
+        Args:
+            held: what it held of each slot that it knew of; none of those whose workers
+                have ended since, in that order.
+        """
 
     def close(self) -> None:
         """Let go of everything."""
@@ -127,7 +132,7 @@ class _Countless:
     def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
         pass
 
-    def counts(self, slot: int) -> Counts | None:
+    def counts(self, slot: int, bind: int | None = None) -> Counts | None:
         return None
 
     def retire(self, slot: int) -> Counts | None:
@@ -144,7 +149,7 @@ class Kernel(_Countless):
 
     def __init__(self, plan: Plan) -> None:
         self.migrates = sockets.tcp_migrate_req() is True
-        self.notes: Sequence[str] = (_STILL_CHOSEN, *_may_be_lost(plan))
+        self.notes: Sequence[str] = (STILL_CHOSEN, *_may_be_lost(plan))
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         for fd in fds:
@@ -175,8 +180,9 @@ class Kernel(_Countless):
         pass
 
 
-_STILL_CHOSEN = "a worker that is to end gets connections until it closes its socket"
+STILL_CHOSEN = "a worker that is to end gets connections until it closes its socket"
 _LOST = "queued at a worker that crashes or hangs are lost"
+DATAGRAMS_LOST = f"datagrams {_LOST}: the kernel moves none"
 
 
 def _may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
@@ -194,7 +200,7 @@ def _may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
         why = "migration needs Linux 5.14" if too_old else by_sysctl
         notes.append(f"connections {_LOST}: {why}")
     if "udp" in protocols:
-        notes.append(f"datagrams {_LOST}: the kernel moves none")
+        notes.append(DATAGRAMS_LOST)
     return tuple(notes)
 
 
@@ -262,13 +268,23 @@ class Cbpf(_Countless):
         return self._held.get(slot, ())
 
     def saved(self) -> tuple[object, Sequence[int]]:
-        return _Orders(self._seed, [list(order.indexes()) for order in self._orders]), ()
+        slots = [list(order.indexes()) for order in self._orders]
+        now = self._layout
+        layout = None if now is None else (list(now.entries), list(now.turns))
+        return _Orders(self._seed, slots, layout), ()
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
         saved = msgspec.convert(value, type=_Orders)
         self._seed = saved.seed
         self._orders = [cbpf.Order(slots) for slots in saved.slots]
-        self._held = dict(held)
+        self._held = {slot: mine for slot, mine in held.items() if mine}
+        for order in self._orders:
+            # Of some only the order speaks: they were about to come or go when it ended.
+            unknown = [slot for slot in order.indexes() if slot not in held]
+            for slot in (*unknown, *(slot for slot in held if slot not in self._held)):
+                order.left(slot)
+        if saved.layout is not None:
+            self._layout = Layout(*(array("H", words) for words in saved.layout))
 
     def _attach(self) -> None:
         if not self._held:
@@ -285,7 +301,7 @@ class Cbpf(_Countless):
             os.close(fd)
             order.left(slot)
 
-    def counts(self, slot: int) -> Counts | None:
+    def counts(self, slot: int, bind: int | None = None) -> Counts | None:
         return None
 
     def retire(self, slot: int) -> Counts | None:
@@ -303,10 +319,12 @@ class Cbpf(_Countless):
 
 
 class _Orders(msgspec.Struct):
-    """The slots of each group in the kernel's order, and the seed of the hash."""
+    """The slots of each group in the kernel's order, the seed of the hash, and entries and
+    turns of the layout."""
 
     seed: int
     slots: list[list[int]]
+    layout: tuple[list[int], list[int]] | None
 
 
 def _sharing(layout: Layout) -> Sequence[str]:
@@ -361,6 +379,7 @@ class Ebpf:
         self._policy = plan.policy
         self._scene = Scene(plan.topology, plan.hash_length)
         self._layout: Layout | None = None
+        self._has_served = False
         self._cpus = len(plan.topology.possible)
         with ExitStack() as undo:
             table_map = undo.enter_context(bpf.Map("table"))
@@ -380,14 +399,17 @@ class Ebpf:
 
     def open_reserve(self) -> None:
         """Over TCP only, and only where what waits there can be moved."""
+        self._table.fill(table.all_to(self._plan.slots).parts())
         for group, bind in zip(self._groups, self._plan.binds, strict=True):
             if bind.protocol == "tcp" and self.migrates:
                 group.reserve.open(bind, self._plan.service.backlog)
-        self.steer(())
 
     def empty_reserve(self) -> None:
-        # A handshake that still goes there would find it not listening, and be reset.
-        self._table.settle()
+        # A handshake that still goes there would find it not listening, and be reset. Not
+        # while a service starts, which that would delay: who comes so early may come again.
+        if self._has_served:
+            self._table.settle()
+        self._has_served = True
         for group in self._groups:
             group.reserve.empty()
 
@@ -430,8 +452,9 @@ class Ebpf:
         for group in self._groups:
             group.reserve.close()
 
-    def counts(self, slot: int) -> Counts | None:
-        raw = b"".join(group.counts.per_cpu(slot, self._cpus) for group in self._groups)
+    def counts(self, slot: int, bind: int | None = None) -> Counts | None:
+        groups = self._groups if bind is None else [self._groups[bind]]
+        raw = b"".join(group.counts.per_cpu(slot, self._cpus) for group in groups)
         columns = zip(*abi.COUNT.iter_unpack(raw), strict=True)
         return Counts(*(sum(column) for column in columns))
 
@@ -464,6 +487,7 @@ class Ebpf:
         for group, count in zip(self._groups, counts, strict=True):
             group.reserve.receive(list(islice(rest, count)))
         self._layout = table.read(self._table.active())
+        self._has_served = True
 
 
 def _load(plan: Plan, maps: dict[str, bpf.Map]) -> tuple[bpf.Program, bool]:

@@ -19,7 +19,7 @@ import msgspec
 from steer import plan as planning
 from steer import report
 from steer.change import Changes, unheard
-from steer.config import MAX_WORKERS
+from steer.config import FIELDS, MAX_WORKERS
 from steer.control import Server, Tell
 from steer.controller import Controller
 from steer.errors import ConfigError, ControlError, SteerError
@@ -29,20 +29,25 @@ from steer.kernel import process, sockets, topology
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.plan import Generation, Plan
+from steer.policy import KERNEL
 from steer.settle import settle
 
+_FIRST = asyncio.FIRST_COMPLETED
 _REVIVE_S = 0.5
 """Not at once: whatever kills guards may do it again."""
 
 
-def supervise(started: Controller) -> None:
-    """Until it is told to end and every worker has.
+def supervise(started: Controller) -> bool:
+    """Until it is told to end and every worker has, or to execute itself anew.
+
+    Returns:
+        Whether it is the latter; then signals are held.
 
     Raises:
         AppLoadError: the application cannot be loaded.
         WorkersFailed: all workers failed before any was ready.
     """
-    asyncio.run(_Supervisor(started).run())
+    return asyncio.run(_Supervisor(started).run())
 
 
 class _Supervisor:
@@ -55,17 +60,23 @@ class _Supervisor:
         self._has_terminal = not process.terminal_is_gone()
         self._changes: Changes
         self._health: Health
+        self._anew: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
         self._loop = loop = asyncio.get_running_loop()
+        self._anew = asyncio.Event()
         loop.set_exception_handler(self._on_bug)
         self._changes = Changes(self._fleet, self._service.keep)
-        self._health = Health(self._fleet, loop)
+        self._health = Health(self._fleet, loop, self._relieve)
         self._fleet.watch(loop, settle, self._on_change)
+        for pid, message in self._service.early:
+            self._fleet.notified(pid, message)
         self._service.listener.watch(loop, self._fleet.notified)
         self._watch_guard()
+        # Where workers were adopted, some may be missing.
+        self._fleet.fill()
         self._watch_signals(loop)
         commands = {
             "status": self._on_status,
@@ -81,9 +92,12 @@ class _Supervisor:
                 await self._fleet.up
                 self._refuse_strangers()
                 self._say_ready()
-                await self._fleet.ended
+                anew = loop.create_task(self._anew.wait())
+                await asyncio.wait((self._fleet.ended, anew), return_when=_FIRST)
             finally:
-                await self._end_workers()
+                if not self._anew.is_set():
+                    await self._end_workers()
+        return self._anew.is_set()
 
     @property
     def _plan(self) -> Plan:
@@ -110,7 +124,9 @@ class _Supervisor:
             self._log.info("try: %s", line)
         self._tell_supervisor(f"READY=1\nMAINPID={os.getpid()}")
         if self._service.wanted is not None:
-            wanted = self._service.wanted
+            wanted, now = self._service.wanted, self._service.configured
+            differs = [key for key in FIELDS if getattr(wanted.service, key) != getattr(now, key)]
+            self._log.info("changing to the configuration as it is now: %s", ", ".join(differs))
             self._begin("change to what was asked for", lambda: self._become(wanted))
 
     def _tell_supervisor(self, message: str) -> None:
@@ -178,8 +194,9 @@ class _Supervisor:
 
     def _on_change(self, place: Place) -> None:
         self._health.changed(place)
-        if place.hangs and place.generation.plan.service.hang == "replace":
-            self._begin(f"replace worker {place.slot}", lambda: self._changes.relieve(place))
+
+    def _relieve(self, place: Place) -> None:
+        self._begin(f"replace worker {place.slot}", lambda: self._changes.relieve(place))
 
     def _begin(self, act: str, change: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Do what nobody waits for; how it goes is logged."""
@@ -240,7 +257,7 @@ class _Supervisor:
     async def _renew(self, plan: Plan, tell: Tell) -> Generation:
         process.allow_descriptors(plan.descriptors)
         generation = await self._changes.renew(plan, tell)
-        self._service.configure(plan)
+        self._service.reconfigured(plan)
         self._health.retime()
         self._log.info("generation %d serves", generation.number)
         return generation
@@ -269,11 +286,25 @@ class _Supervisor:
 
         Raises:
             ConfigError: what is there now, or the configuration, would not start.
-            ControlError: there is nobody to hold the workers meanwhile.
+            ControlError: there is nobody to hold the workers meanwhile, or no worker.
         """
         act = "execute anew"
-        if not self._plan.service.adopt_timeout or not self._service.guard.alive:
-            raise ControlError(act, "workers would end with us", "see --adopt-timeout")
+        async with self._changes.turn(act):
+            await self._see_that_it_would_start(act)
+            if not self._plan.service.adopt_timeout:
+                raise ControlError(act, "workers would end with us", "see --adopt-timeout")
+            if self._state != "running" or not any(each.process for each in self._fleet.places):
+                raise ControlError(act, "no worker would be there meanwhile")
+            if not self._service.guard.expect_back():
+                raise ControlError(act, "the guard process is gone", "there is another soon")
+            self._log.info("executing anew")
+            process.hold_signals()
+            self._anew.set()
+            # No other change begins.
+            await self._fleet.ended
+
+    async def _see_that_it_would_start(self, act: str) -> None:
+        """Raises ConfigError."""
         at = sys.orig_argv.index("run") + 1
         check = [sys.executable, *sys.orig_argv[1:at], "--check-config", *sys.orig_argv[at:]]
         tried = await asyncio.create_subprocess_exec(
@@ -282,9 +313,6 @@ class _Supervisor:
         _, words = await tried.communicate()
         if tried.returncode != 0:
             raise ConfigError(act, "it would not start", detail=words.decode(errors="replace"))
-        self._log.info("executing anew")
-        process.hold_signals()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
     # Requests.
 
@@ -307,7 +335,7 @@ class _Supervisor:
     async def _on_scale(self, request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
         began_s = time.monotonic()
         workers = request.get("workers")
-        if not isinstance(workers, int) or not 0 < workers <= MAX_WORKERS:
+        if type(workers) is not int or not 0 < workers <= MAX_WORKERS:
             act = f"scale {self._plan.name} to {workers!r}"
             raise ControlError(
                 act, f"a number from 1 to {MAX_WORKERS} is wanted", "see `steer stop`"
@@ -317,6 +345,12 @@ class _Supervisor:
 
     async def _on_drain(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         place = self._place(request, "drain", State.READY)
+        if self._steering.backend == KERNEL:
+            raise ControlError(
+                f"drain worker {place.slot}",
+                "the kernel's own hash leaves nobody out",
+                "use ebpf or cbpf, see `steer doctor`",
+            )
         if not any(each.serves for each in self._fleet.places if each is not place):
             raise ControlError(
                 f"drain worker {place.slot}", "no other is ready", "start one, or `steer stop`"

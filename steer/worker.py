@@ -171,8 +171,13 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
 
 
 def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
-    """Make the sockets and hand duplicates over; None if one cannot be had."""
+    """Make the sockets and hand duplicates over; None if one cannot be had.
+
+    Not before we are told to: were the controller killed now, nobody would know of us.
+    """
     own: list[socket.socket] = []
+    if not channel.recv(1):
+        return None
     for index, bind in enumerate(launch.binds):
         try:
             own.append(sockets.member(bind, launch.service.backlog))
@@ -184,7 +189,9 @@ def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
 
 
 def _tell(channel: socket.socket, message: Message, own: Sequence[socket.socket] = ()) -> None:
-    socket.send_fds(channel, [msgspec.json.encode(message)], [sock.fileno() for sock in own])
+    """The controller may be gone."""
+    with suppress(OSError):
+        socket.send_fds(channel, [msgspec.json.encode(message)], [sock.fileno() for sock in own])
 
 
 def _short(text: str) -> str:

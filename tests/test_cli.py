@@ -491,14 +491,15 @@ def test_check_sees_who_has_the_port(service: StartService, steer: RunSteer) -> 
     running = service("-w", "1")
     done = steer("check", "--name", "other")
     assert done.returncode == 1
-    pid = running.workers()[0]["pid"]
-    assert f"bind tcp 127.0.0.1:8080: EADDRINUSE, in use by steer (pid {pid})" in done.stderr
+    assert "bind tcp 127.0.0.1:8080: EADDRINUSE, in use by steer (pid " in done.stderr
+    assert f"steer (pid {running.workers()[0]['pid']})" in done.stderr
 
 
 @pytest.mark.needs("root", "netns")
 def test_status_of_none_one_and_several(service: StartService, alone: RunSteer) -> None:
     assert alone("status").stdout == "no service is running\n"
-    assert json.loads(alone("status", "--json").stdout) == {"schema": 1, "services": []}
+    nothing = {"schema": 1, "services": [], "orphaned": []}
+    assert json.loads(alone("status", "--json").stdout) == nothing
     for command in ("status", "stop"):
         done = alone(command, "one")
         words = "steer: find service 'one': not running; no service is running\n"

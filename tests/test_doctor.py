@@ -126,7 +126,8 @@ def test_topics_that_scripts_look_for() -> None:
     assert list(CHECKS) == [
         *("kernel", "cpus", "privileges", "unprivileged-bpf", "confinement", "libbpf", "bcc"),
         *("ebpf", "migration", "cbpf", "jit", "ports", "somaxconn", "syncookies"),
-        *("tcp-migrate-req", "files", "run-directory", "receive-queues", "backend"),
+        *("tcp-migrate-req", "files", "run-directory", "receive-queues", "draining"),
+        "backend",
     ]
 
 
@@ -285,6 +286,15 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ),
         ("run-directory", a_case(), "ok", "/run/steer", ""),
         ("run-directory", a_case(facts=NOTHING), "fail", "not writable", "--control-socket"),
+        ("draining", a_case(), "ok", "gets nothing new", ""),
+        (
+            *("draining", a_case(serving(policy="kernel"))),
+            *("warn", "gets connections until it closes its socket", "ebpf or cbpf"),
+        ),
+        (
+            *("draining", a_case(serving(policy="round-robin", backend="cbpf"))),
+            *("warn", "gets connections until", "a policy that runs on cbpf"),
+        ),
         ("backend", a_case(), "ok", "ebpf", ""),
         ("backend", a_case(serving(policy="kernel")), "ok", "kernel", ""),
         ("backend", a_case(serving(backend="cbpf")), "ok", "cbpf; --backend cbpf", ""),
@@ -323,6 +333,11 @@ def test_strict_turns_a_fallback_into_a_failure() -> None:
 @pytest.mark.parametrize("topic", ["somaxconn", "syncookies", "tcp-migrate-req", "migration"])
 def test_udp_has_no_queue_of_connections(topic: str) -> None:
     assert told(topic, a_case(serving(bind=("udp://:53",)))) == []
+
+
+def test_udp_has_a_queue_that_cannot_be_moved() -> None:
+    _, datagrams = told("draining", a_case(serving(bind=("udp://[::]:53",))))
+    assert (datagrams.verdict, datagrams.found.split(" queued")[0]) == ("ok", "datagrams")
 
 
 def test_the_kernels_own_hash_needs_no_compiled_code() -> None:

@@ -271,6 +271,7 @@ def test_name_stays_taken(puppet: Puppet) -> None:
 def test_more_descriptors_than_one_message_takes(puppet: Puppet) -> None:
     puppet.start(adopt_timeout_s=600)
     puppet.do("guard.put('many', b'value', [os.dup(0) for _ in range(600)])")
+    puppet.worker("worker", *PLAIN)
     puppet.die()
     found = adopt(puppet)
     assert len(found.entries["many"].fds) == 600

@@ -208,16 +208,19 @@ class Table:
         self._memory = mmap.mmap(table_map.fileno(), _pages(abi.TABLE_BYTES))
         self._active = 0
         self._readers_may_remain = False
+        nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
+        self.fill({0: nobody * (abi.HALF_BYTES // 2)})
+
+    def fill(self, parts: Mapping[int, bytes]) -> None:
+        """Write `parts` (offset in a half → bytes) into both halves, before any program runs."""
         for half in (0, 1):
-            self._fill(half, abi.NO_SLOT.to_bytes(2, sys.byteorder) * (abi.HALF_BYTES // 2))
+            self._write(half, parts)
 
     def flip(self, parts: Mapping[int, bytes]) -> None:
-        """Write `parts` (offset in a half → bytes) into the idle half and make it active."""
+        """Write `parts` into the idle half and make it active."""
         self.settle()
         idle = 1 - self._active
-        base = abi.HEADER.size + idle * abi.HALF_BYTES
-        for offset, data in parts.items():
-            self._memory[base + offset : base + offset + len(data)] = data
+        self._write(idle, parts)
         if os.uname().machine not in _STORES_IN_ORDER:
             wait_for_programs()
         self._memory[0:4] = abi.HEADER.pack(idle, 0)[:4]
@@ -243,9 +246,10 @@ class Table:
         self._active = abi.HEADER.unpack(self._memory[: abi.HEADER.size])[0] & 1
         self._readers_may_remain = True
 
-    def _fill(self, half: int, data: bytes) -> None:
+    def _write(self, half: int, parts: Mapping[int, bytes]) -> None:
         base = abi.HEADER.size + half * abi.HALF_BYTES
-        self._memory[base : base + len(data)] = data
+        for offset, data in parts.items():
+            self._memory[base + offset : base + offset + len(data)] = data
 
     def close(self) -> None:
         self._memory.close()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import socket
 import time
@@ -33,7 +32,9 @@ class Entry(msgspec.Struct, frozen=True):
     """Something kept.
 
     Args:
-        value: what the controller wants to know of it again, up to some megabytes.
+        value: what the controller wants to know of it again, up to some megabytes. A
+            worker's is empty until it is complete: should the controller end before, so does
+            the worker.
         fds: descriptors. Of a worker: its pidfd, the read end of its standard error, then
             any others; none once its first process has ended.
         group: of a worker: its process group; 0 once nobody is left in it. Else 0.
@@ -110,10 +111,20 @@ class Guard:
         """Whether the keeper takes what it is told, as far as we know."""
         return self._channel is not None
 
+    def expect_back(self) -> bool:
+        """We end now, but another that is to adopt all is on its way: who asks meanwhile is
+        to ask again. Whether the keeper is there."""
+        self._tell(Frame("expect-back", wait=True))
+        return self.alive
+
     def configure(self, settings: Settings) -> None:
         """From now on; the name and the control socket stay."""
         self._settings = settings
         self._tell(Frame("configure", value=msgspec.msgpack.encode(settings)))
+
+    def give_up(self) -> None:
+        """Should we end now, nobody is to adopt what is left: the workers end, too."""
+        self.configure(msgspec.structs.replace(self._settings, adopt_timeout_s=0.0))
 
     def put(self, key: str, value: bytes, fds: Sequence[int] = (), group: int = 0) -> None:
         """Keep an entry, or another in place of that of the same key, at once.
@@ -154,7 +165,7 @@ class Guard:
     def close(self) -> None:
         """Nothing is left to guard: the keeper ends, and ends nobody."""
         self._tell(Frame("close"))
-        if not _has_ended(self._pidfd, PATIENCE_S):
+        if not process.wait_for_end(self._pidfd, PATIENCE_S):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self._take_leave()
         os.close(self._pidfd)
@@ -259,7 +270,7 @@ class Handover:
             pidfd = os.pidfd_open(self.keeper_pid)
         keeper.relieve(self.channel)
         if pidfd >= 0:
-            _has_ended(pidfd, PATIENCE_S)
+            process.wait_for_end(pidfd, PATIENCE_S)
             _reap(pidfd)
             os.close(pidfd)
         guard.settle(has_all=False)
@@ -336,13 +347,6 @@ def _refused(line: bytes, sock: socket.socket, path: Path) -> ControlError:
     if "keeper" in answer:
         return ControlError(f"adopt {path.stem}", str(answer.get("error")))
     return rundir.running(path.stem, f"pid {rundir.peer(sock)[0]}", path)
-
-
-def _has_ended(pidfd: int, timeout_s: float) -> bool:
-    """Not `process.wait_for_end`: there may be more descriptors than select(2) takes."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
 
 
 def _reap(pidfd: int) -> None:

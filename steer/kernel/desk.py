@@ -49,6 +49,12 @@ class Talk:
         """Of who asks."""
         return rundir.peer(self._socket)[0]
 
+    def says_something(self, end_s: float) -> bool:
+        """Wait until then for more to read."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(max(0.0, end_s - time.monotonic()) * 1000))
+
     def read(self) -> bool:
         """Whether more may come."""
         try:
@@ -120,6 +126,16 @@ class Desk:
         limit_s = time.monotonic() - TIMEOUT_S
         for talk in [each for each in self._talks if each.since_s < limit_s]:
             self._finish(talk)
+
+    def close(self, within_s: float) -> None:
+        """Take no more connections; who has not asked yet may do so within that time."""
+        self._selector.unregister(self._control)
+        end_s = time.monotonic() + within_s
+        for talk in list(self._talks):
+            while talk in self._talks and talk.says_something(end_s):
+                self._on_data(talk)
+            if talk in self._talks:
+                self._finish(talk)
 
     def _on_connection(self) -> None:
         if len(self._talks) >= SILENT_MAX:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from steer.kernel import proc, rundir
+from steer.kernel import proc, process, rundir
 from steer.kernel.channel import SAME, Channel, Frame
 
 PATIENCE_S = 2.0
@@ -74,9 +74,22 @@ class Kept(msgspec.Struct, eq=False):
             os.close(fd)
         self.fds = []
 
-    def signal(self, number: int) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.group, number)
+    def let_go(self) -> None:
+        """Of a worker keep what it takes to see it end; of all else nothing."""
+        kept = self.fds[:2] if self.is_worker else []
+        for fd in self.fds[len(kept) :]:
+            os.close(fd)
+        self.fds = kept
+
+    def terminate(self) -> None:
+        """As the controller does: the first process, or what that has left behind."""
+        if self.has_ended:
+            process.terminate_group(self.group)
+        else:
+            process.terminate(self.fds[0])
+
+    def kill(self) -> None:
+        process.kill_group(self.group)
 
     def look(self) -> None:
         """Forget the group once nobody is in it: its number may then become another's."""
@@ -101,6 +114,9 @@ class Keeper:
     Args:
         channel: to the controller.
         predecessor: to the keeper that still has all this, until `relieve`.
+
+    Attributes:
+        is_to_be_back: whether the controller, once it is gone, will be again in a moment.
     """
 
     def __init__(
@@ -108,6 +124,7 @@ class Keeper:
     ) -> None:
         self.entries: dict[str, Kept] = {}
         self.settings = settings
+        self.is_to_be_back = False
         self._traces = traces
         self._channel = channel
         self._predecessor = predecessor
@@ -141,6 +158,8 @@ class Keeper:
             for number, fd in zip((1, 2), fds, strict=True):
                 os.dup2(fd, number)
                 os.close(fd)
+        elif frame.act == "expect-back":
+            self.is_to_be_back = True
         elif frame.act == "has-all":
             self._has_all = True
         elif frame.act == "alone" and self._predecessor is not None:

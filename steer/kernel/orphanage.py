@@ -38,6 +38,10 @@ _IGNORED = (
     signal.SIGTTOU,
 )
 """Meant for the controller, and sent to all of a service by some."""
+_BACK_S = 10.0
+"""So long a controller that executes itself anew may take to be back."""
+_LAST_S = 0.2
+"""For who has connected to say what it wants, when somebody else is to answer the next."""
 _LOOK_S = 0.1
 _PIPE_BUF = 4096
 _CHUNKS_AT_END = 32
@@ -57,6 +61,7 @@ class Orphanage:
     def __init__(self, keeper: Keeper, control: socket.socket, say: Say) -> None:
         self._keeper = keeper
         self._settings = keeper.settings
+        self._back_s = time.monotonic() + (_BACK_S if keeper.is_to_be_back else 0.0)
         self._control = control
         self._say = say
         self._selector = DefaultSelector()
@@ -67,14 +72,15 @@ class Orphanage:
         self._listen_again_s = 0.0
         self._ending = False
         self._killed = False
-        # With nothing to hand over there is nothing to wait for.
-        after_s = self._settings.adopt_timeout_s if keeper.entries else 0.0
-        self._end_s = time.monotonic() + after_s
         self._stoppers: list[Talk] = []
         self._adopted = False
-        for kept in keeper.entries.values():
+        self._end_unfinished()
+        # With nobody to hand over there is nothing to wait for.
+        after_s = self._settings.adopt_timeout_s if self._living() else 0.0
+        self._end_s = time.monotonic() + after_s
+        for key, kept in keeper.entries.items():
             if kept.is_worker and not kept.has_ended:
-                self._watch(kept)
+                self._watch(key, kept)
 
     def run(self) -> None:
         """Until it is adopted or nobody is left."""
@@ -85,8 +91,11 @@ class Orphanage:
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
             self._look()
-        if not self._adopted:
+        if self._adopted:
+            self._back_s = math.inf
+        else:
             self._keeper.leave_nothing()
+        self._desk.close(_LAST_S)
         self._control.close()
         for talk in self._stoppers:
             talk.answer({"ok": True})
@@ -95,7 +104,7 @@ class Orphanage:
 
     def _tell(self) -> None:
         after_s = self._settings.adopt_timeout_s
-        if after_s:
+        if after_s and not self._keeper.is_to_be_back:
             count = len(self._living())
             self._say(
                 f"the controller is gone: {count} workers go on serving, and end"
@@ -134,7 +143,8 @@ class Orphanage:
         if not self._ending:
             self._end(self._settings.graceful_timeout_s)
         elif not self._killed:
-            self._signal_all(signal.SIGKILL)
+            for kept in self._living():
+                kept.kill()
             self._killed = True
             self._end_s = time.monotonic() + PATIENCE_S
         else:
@@ -145,21 +155,32 @@ class Orphanage:
         self._ending = True
         self._end_s = time.monotonic() + after_s
         self._say(f"the controller is gone: ending {len(self._living())} workers")
-        self._signal_all(signal.SIGTERM)
-
-    def _signal_all(self, number: int) -> None:
+        # First, or what they no longer listen for would still get in, and wait for nothing.
+        for kept in self._keeper.entries.values():
+            kept.let_go()
         for kept in self._living():
-            kept.signal(number)
+            kept.terminate()
 
     # Workers.
 
-    def _watch(self, kept: Kept) -> None:
+    def _end_unfinished(self) -> None:
+        """Of some no more is known than that they are there: not what for."""
+        entries = self._keeper.entries
+        for key, kept in list(entries.items()):
+            if kept.is_worker and not kept.value:
+                kept.kill()
+                if not kept.has_ended:
+                    process.wait_for_end(kept.fds[0], PATIENCE_S)
+                kept.close()
+                del entries[key]
+
+    def _watch(self, key: str, kept: Kept) -> None:
         pidfd, stderr, *_ = kept.fds
         os.set_blocking(stderr, False)
-        self._selector.register(pidfd, EVENT_READ, lambda: self._on_end(kept))
+        self._selector.register(pidfd, EVENT_READ, lambda: self._on_end(key, kept))
         self._listen(stderr)
 
-    def _on_end(self, kept: Kept) -> None:
+    def _on_end(self, key: str, kept: Kept) -> None:
         """Nothing of it may stay open: a listener would go on taking connections."""
         pidfd, stderr, *_ = kept.fds
         for _ in range(_CHUNKS_AT_END):
@@ -170,6 +191,11 @@ class Orphanage:
         self._forget(pidfd)
         kept.close()
         kept.look()
+        if self._ending and kept.group:
+            kept.terminate()
+        # To the end: whoever adopts the others learns in which order sockets closed.
+        entries = self._keeper.entries
+        entries[key] = entries.pop(key)
 
     def _listen(self, stderr: int) -> None:
         self._selector.register(stderr, EVENT_READ, lambda: self._hear(stderr))
@@ -206,11 +232,13 @@ class Orphanage:
 
     def _on_request(self, request: Request, talk: Talk) -> None:
         command = request.get("command")
-        if command == "stop" and self._adopter is None:
+        if command == "adopt" and self._adopter is None and not self._ending:
+            self._hand_over(talk)
+        elif command != "adopt" and time.monotonic() < self._back_s:
+            talk.answer({**self._refusal("the controller is being replaced"), "again": True})
+        elif command == "stop" and self._adopter is None:
             self._stoppers.append(talk)
             self._stop(bool(request.get("quick")))
-        elif command == "adopt" and self._adopter is None and not self._ending:
-            self._hand_over(talk)
         else:
             talk.answer(self._refusal(self._state()))
 

@@ -15,7 +15,7 @@ import re
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Literal
@@ -174,14 +174,19 @@ _STOPPED = (b"T", b"t")  # by a signal, by a debugger: proc_pid_stat(5)
 _SWITCHES = re.compile(rb"^(?:non)?voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
 
-def activity(pid: int, root: str = "/proc") -> int:
+def activity(pid: int, root: str = "/proc", among: Collection[int] = ()) -> int:
     """A number that changes when `pid` or a descendant has done anything, 0 if there is no
     such process: the clock ticks they ran, and how often their threads were switched.
 
     It grows, but for threads and processes that end and take their share along: so compare
     for equality. That of a stopped or frozen process stays, that of one that sleeps too.
+
+    Args:
+        among: those of them to look at, as far as they are still there; if none is, all.
     """
-    return sum(_process_activity(member, root) for member in descendants(pid, root))
+    family = descendants(pid, root)
+    members = [member for member in family if member in among] or family
+    return sum(_process_activity(member, root) for member in members)
 
 
 def _process_activity(pid: int, root: str) -> int:
@@ -250,9 +255,19 @@ def waits_on(
         inodes: of TCP listeners or UDP sockets, see `socket_inode`.
         machine: what uname(2) calls the processor: it decides the system call numbers.
     """
+    return max(_waits(pid, inodes, root, machine).values(), default=Seen.NO)
+
+
+def waiters(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[int]:
+    """Those of `pid` and its descendants that wait, as `waits_on` has it."""
+    seen = _waits(pid, inodes, root, os.uname().machine)
+    return frozenset(member for member, look in seen.items() if look is Seen.YES)
+
+
+def _waits(pid: int, inodes: frozenset[int], root: str, machine: str) -> dict[int, Seen]:
     calls = _BLOCKING_CALLS.get(machine)
-    looks = (_process_waits(member, inodes, root, calls) for member in descendants(pid, root))
-    return max(looks, default=Seen.NO)
+    family = descendants(pid, root)
+    return {member: _process_waits(member, inodes, root, calls) for member in family}
 
 
 # from a thread's directory and the arguments of its call to the descriptors it waits for
@@ -382,6 +397,12 @@ def _polled(task: str, arguments: list[int]) -> list[int]:
     return [fd for fd, events, _ in entries if events & select.POLLIN]
 
 
+def _restarted(task: str, arguments: list[int]) -> list[int]:
+    """A call that SIGSTOP and SIGCONT interrupted, with the arguments it had: poll(2), or one
+    that sleeps or waits for a lock (restart_syscall(2))."""
+    return _polled(task, arguments) if b"poll" in _read(f"{task}/wchan") else []
+
+
 def _selected(task: str, arguments: list[int]) -> list[int]:
     """The fd_set of readers is an array of long with one bit for each descriptor."""
     count, address = _int(arguments[0]), arguments[1]
@@ -418,6 +439,7 @@ _X86_64: dict[int, _Fds] = {
     426: _entered,  # io_uring_enter
     **dict.fromkeys((7, 271), _polled),  # poll, ppoll
     **dict.fromkeys((23, 270), _selected),  # select, pselect6
+    219: _restarted,  # restart_syscall
 }
 # include/uapi/asm-generic/unistd.h
 _GENERIC: dict[int, _Fds] = {
@@ -428,6 +450,7 @@ _GENERIC: dict[int, _Fds] = {
     426: _entered,  # io_uring_enter
     73: _polled,  # ppoll
     72: _selected,  # pselect6
+    128: _restarted,  # restart_syscall
 }
 _BLOCKING_CALLS = {"x86_64": _X86_64, "aarch64": _GENERIC, "riscv64": _GENERIC}
 

@@ -260,9 +260,13 @@ def release_signals() -> None:
 
 
 def wait_for_end(pidfd: int, timeout_s: float) -> bool:
-    """Whether the process ended within the time (pidfd_open(2): readable when it has)."""
-    ready, _, _ = select.select([pidfd], [], [], timeout_s)
-    return bool(ready)
+    """Whether the process ended within the time (pidfd_open(2): readable when it has).
+
+    Not by select(2), which takes no descriptor above 1023.
+    """
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
 
 
 def terminate(pidfd: int) -> None:
@@ -295,7 +299,8 @@ def reap(pid: int, pidfd: int, is_child: bool) -> int | None:
         Its exit status, negative for the signal that ended it; None of another's child.
     """
     if not is_child:
-        select.select([pidfd], [], [])
+        while not wait_for_end(pidfd, 60.0):
+            pass
         kill_group(pid)
         return None
     os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
