@@ -1,0 +1,351 @@
+"""Changes, step by step: workers that come up, fail and end just when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from steer import lifecycle
+from steer import plan as planning
+from steer.change import Changes, unheard
+from steer.config import Service
+from steer.cpus import Topology
+from steer.errors import ControlError, WorkersFailed
+from steer.fleet import Fleet, Place
+from steer.ladder import Answer, Finding
+from steer.lifecycle import Command, Event, State
+from steer.plan import Generation, Plan, Seat
+
+CPUS = (0, 1, 2, 3)
+ENDED = WorkersFailed("start workers", "exit status 7")
+
+
+def plan_for(workers: int, **keys: Any) -> Plan:
+    topology = Topology(CPUS, CPUS, {})
+    service = Service(workers=workers, **keys)
+    return planning.plan(service, topology, {"ebpf": Finding(Answer.YES)})
+
+
+class FakeFleet:
+    """Places without processes.
+
+    Attributes:
+        flips: at each, the slots that may be chosen.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.generation = Generation(1, plan_for(workers))
+        self.places: list[Place] = []
+        self.flips: list[list[int]] = []
+        self.kept: list[tuple[int, int]] = []
+        self.steering = SimpleNamespace(settle=lambda: None)
+        self._slot = 0
+        for seat in self.generation.plan.seats:
+            self._take(seat, self.generation).state = State.READY
+
+    def _take(self, seat: Seat, generation: Generation) -> Place:
+        place = Place(seat, self._slot, generation)
+        self._slot += 1
+        self.places.append(place)
+        return place
+
+    def recruit(self, seat: Seat, generation: Generation, _modest: bool) -> Place:
+        place = self._take(seat, generation)
+        place.held = True
+        place.came_up = asyncio.get_running_loop().create_future()
+        return place
+
+    def admit(self, places: Sequence[Place]) -> None:
+        for place in places:
+            place.held = False
+
+    def report(self, place: Place, event: Event) -> None:
+        place.state, commands = lifecycle.step(place.state, event)
+        if Command.FORGET in commands:
+            self.places.remove(place)
+
+    def settle(self) -> None:
+        self.flips.append([place.slot for place in self.places if place.serves])
+
+    # What happens to workers.
+
+    def get_ready(self, slot: int) -> None:
+        place = self.at(slot)
+        self.report(place, Event.READY)
+        assert place.came_up is not None
+        place.came_up.set_result(None)
+
+    def fail(self, slot: int) -> None:
+        place = self.at(slot)
+        place.error = ENDED
+        self.report(place, Event.RETIRE)
+        self.report(place, Event.EXITED)
+        assert place.came_up is not None
+        if not place.came_up.done():
+            place.came_up.set_exception(ENDED)
+
+    def at(self, slot: int) -> Place:
+        return next(place for place in self.places if place.slot == slot)
+
+    def states(self) -> dict[int, State]:
+        return {place.slot: place.state for place in self.places}
+
+
+Script = Callable[[FakeFleet, Changes], Coroutine[Any, Any, None]]
+
+
+def play(workers: int, script: Script) -> FakeFleet:
+    """A service of so many workers, and what happens to it."""
+    fleet = FakeFleet(workers)
+
+    async def run() -> None:
+        changes = Changes(
+            cast(Fleet, fleet), lambda new, now: fleet.kept.append((new.number, now.number))
+        )
+        await asyncio.wait_for(script(fleet, changes), 10)
+
+    asyncio.run(run())
+    return fleet
+
+
+async def rest() -> None:
+    """Until everybody waits for something."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def begin(change: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    return asyncio.get_running_loop().create_task(change)
+
+
+@pytest.fixture(autouse=True)
+def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(CPUS))
+
+
+def test_half_the_cpus_start_workers_and_all_are_told_of() -> None:
+    told: list[tuple[str, int, int]] = []
+
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        renewal = begin(changes.renew(plan_for(3), lambda *how_far: told.append(how_far)))
+        await rest()
+        assert [place.slot for place in fleet.places] == [0, 1, 2]
+        fleet.get_ready(2)
+        await rest()
+        assert [place.slot for place in fleet.places] == [0, 1, 2, 3]
+        fleet.get_ready(1)
+        await rest()
+        assert fleet.flips == []
+        fleet.get_ready(3)
+        assert (await renewal).number == 2
+
+    fleet = play(1, script)
+    assert told == [("ready", done, 3) for done in (0, 1, 2, 3)]
+    assert fleet.flips == [[1, 2, 3]]
+    assert fleet.states()[0] is State.STOPPING
+    # The guard knows of the new one before there are workers of it.
+    assert fleet.kept == [(2, 1), (2, 2)]
+
+
+def test_one_that_fails_takes_the_others_with_it() -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        renewal = begin(changes.renew(plan_for(3), unheard))
+        await rest()
+        fleet.get_ready(2)
+        await rest()
+        fleet.fail(3)
+        with pytest.raises(WorkersFailed, match="exit status 7"):
+            await renewal
+
+    fleet = play(2, script)
+    assert fleet.generation.number == 1
+    assert fleet.flips == []
+    assert fleet.states() == {
+        0: State.READY,
+        1: State.READY,
+        2: State.STOPPING,
+        4: State.STOPPING,
+    }
+    assert fleet.kept == [(2, 1)]
+
+
+def test_one_that_was_ready_and_failed_since_counts_as_failed() -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        renewal = begin(changes.renew(plan_for(2), unheard))
+        await rest()
+        fleet.get_ready(1)
+        await rest()
+        fleet.fail(1)
+        fleet.get_ready(2)
+        with pytest.raises(WorkersFailed, match="exit status 7"):
+            await renewal
+
+    fleet = play(1, script)
+    assert fleet.states() == {0: State.READY, 2: State.STOPPING}
+
+
+def test_one_that_is_ready_and_says_that_it_ends_counts_as_failed() -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        renewal = begin(changes.renew(plan_for(1), unheard))
+        await rest()
+        fleet.get_ready(1)
+        fleet.report(fleet.at(1), Event.DRAIN)
+        with pytest.raises(WorkersFailed, match="one is draining"):
+            await renewal
+
+    assert play(1, script).states()[0] is State.READY
+
+
+@pytest.mark.parametrize("when", ["before any is ready", "just as all are"])
+def test_end_of_the_service_ends_a_change(when: str) -> None:
+    async def renew(changes: Changes) -> None:
+        async with changes.turn("reload demo"):
+            await changes.renew(plan_for(4), unheard)
+
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        first, second = begin(renew(changes)), begin(renew(changes))
+        await rest()
+        if when == "just as all are":
+            for slot in (1, 2, 3):
+                fleet.get_ready(slot)
+                await rest()
+            fleet.get_ready(4)
+        changes.end()
+        for place in list(fleet.places):
+            fleet.report(place, Event.STOP)
+        if when == "before any is ready":
+            fleet.fail(1)
+        for change in (first, second):
+            with pytest.raises(ControlError, match=r"^reload demo: the service is ending$"):
+                await change
+
+    fleet = play(1, script)
+    # None was started since, and none admitted.
+    assert len(fleet.places) == (2 if when == "before any is ready" else 5)
+    assert set(fleet.states().values()) == {State.STOPPING}
+    assert fleet.flips == []
+    assert fleet.generation.number == 1
+
+
+def test_changes_take_turns() -> None:
+    async def renew(changes: Changes) -> int:
+        async with changes.turn("reload demo"):
+            return (await changes.renew(plan_for(1), unheard)).number
+
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        first, second = begin(renew(changes)), begin(renew(changes))
+        for slot in (1, 2):
+            await rest()
+            assert list(fleet.states()) == list(range(slot + 1))
+            fleet.get_ready(slot)
+        assert [await first, await second] == [2, 3]
+
+    assert play(1, script).flips == [[1], [2]]
+
+
+def test_no_change_begins_when_the_service_ends() -> None:
+    async def script(_fleet: FakeFleet, changes: Changes) -> None:
+        changes.end()
+        with pytest.raises(ControlError, match=r"^divide: the service is ending$"):
+            async with changes.turn("divide"):
+                pytest.fail("it began")
+
+    play(1, script)
+
+
+OUT = [State.DRAINING, State.HUNG, State.BACKOFF, State.STARTING]
+
+
+@pytest.mark.parametrize("state", OUT)
+def test_last_that_serves_is_not_scaled_away(state: State) -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        fleet.at(0).state = state
+        scaling = begin(changes.scale(plan_for(1), unheard))
+        await rest()
+        assert fleet.at(1).state is State.READY
+        fleet.get_ready(2)
+        await scaling
+
+    fleet = play(2, script)
+    assert fleet.flips == [[2]]
+    assert fleet.at(1).state is State.STOPPING
+    assert fleet.at(2).seat == fleet.generation.plan.seats[0]
+
+
+@pytest.mark.parametrize("state", OUT)
+def test_who_stays_need_not_serve_where_another_does(state: State) -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        fleet.at(0).state = state
+        await changes.scale(plan_for(2), unheard)
+
+    fleet = play(3, script)
+    assert fleet.flips == [[1]]
+    assert fleet.states() == {0: state, 1: State.READY, 2: State.STOPPING}
+
+
+def test_one_on_its_way_out_leaves_its_seat() -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        fleet.at(1).state = State.STOPPING
+        scaling = begin(changes.scale(plan_for(2), unheard))
+        await rest()
+        fleet.get_ready(2)
+        await scaling
+
+    fleet = play(2, script)
+    assert fleet.flips == [[0, 2]]
+    assert fleet.at(2).seat == fleet.at(1).seat
+    assert fleet.generation.number == 1
+
+
+def test_none_serves_when_scaled_to_none() -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        running = fleet.generation.plan
+        await changes.scale(planning.scaled(running, 0, running.topology), unheard)
+
+    fleet = play(2, script)
+    assert fleet.flips == [[]]
+    assert set(fleet.states().values()) == {State.STOPPING}
+
+
+def test_restart_takes_the_seat_over() -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        restarting = begin(changes.restart(fleet.at(1), unheard))
+        await rest()
+        assert fleet.at(1).state is State.READY
+        fleet.get_ready(3)
+        assert await restarting is fleet.at(3)
+
+    fleet = play(3, script)
+    assert fleet.flips == [[0, 2, 3]]
+    assert fleet.at(3).seat == fleet.at(1).seat
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        fleet.at(1).state = State.HUNG
+        relief = begin(changes.relieve(fleet.at(1)))
+        await rest()
+        if back:
+            fleet.report(fleet.at(1), Event.BACK)
+        fleet.get_ready(2)
+        await relief
+
+    fleet = play(2, script)
+    gone, stays = (2, 1) if back else (1, 2)
+    assert fleet.at(gone).state is State.STOPPING
+    assert fleet.at(stays).serves
+
+
+@pytest.mark.parametrize("state", [State.READY, State.STOPPING, State.BACKOFF])
+def test_one_that_does_not_hang_any_more_is_not_replaced(state: State) -> None:
+    async def script(fleet: FakeFleet, changes: Changes) -> None:
+        fleet.at(1).state = state
+        await changes.relieve(fleet.at(1))
+
+    assert list(play(2, script).states()) == [0, 1]
