@@ -12,7 +12,15 @@ from contextlib import asynccontextmanager
 
 from steer import settle
 from steer.control import Tell
-from steer.errors import ControlError, SteerError, WorkersFailed
+from steer.errors import (
+    AppLoadError,
+    BindError,
+    ControlError,
+    KernelError,
+    Postponed,
+    SteerError,
+    WorkersFailed,
+)
 from steer.fleet import Fleet, Place
 from steer.lifecycle import Event, State
 from steer.plan import Generation, Plan, Seat
@@ -35,7 +43,19 @@ class Changes:
         self._fleet = fleet
         self._keep = keep
         self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._act = ""
         self._ending = False
+        self._postponing = False
+
+    @property
+    def others_wait(self) -> bool:
+        """Whether, in a turn, another change waits for its own."""
+        return self._waiting > 0
+
+    def postpone(self) -> None:
+        """No more: the next controller is to be asked."""
+        self._postponing = True
 
     def end(self) -> None:
         """No more: the service ends."""
@@ -47,14 +67,24 @@ class Changes:
 
         Raises:
             ControlError: the service ends.
+            Postponed: so does this controller.
         """
-        async with self._turn:
-            try:
-                self._refuse_at_the_end(act)
-                yield
-            except SteerError:
-                self._refuse_at_the_end(act)
-                raise
+        self._waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            if self._postponing:
+                raise Postponed(act, "the controller is being replaced", "ask again")
+            self._refuse_at_the_end(act)
+            self._act = act
+            yield
+        except SteerError:
+            self._refuse_at_the_end(act)
+            raise
+        finally:
+            self._turn.release()
 
     def _refuse_at_the_end(self, act: str) -> None:
         if self._ending:
@@ -138,7 +168,11 @@ class Changes:
         in_force = self._fleet.generation
         if generation.number != in_force.number:
             self._keep(generation, in_force)
-        fresh = await self._recruit(seats, generation, tell, modest=True)
+        try:
+            fresh = await self._recruit(seats, generation, tell, modest=True)
+        except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
+            goes_on = f"nothing has changed: generation {in_force.number} serves on"
+            raise type(error)(self._act, str(error), goes_on, error.detail) from None
         # In the same turn of the loop, so in one flip; and in this order, as who adopts us, if
         # we are killed meanwhile, takes for serving what is admitted and of what is in force.
         self._fleet.generation = generation
@@ -161,7 +195,6 @@ class Changes:
         waiting: set[asyncio.Future[None]] = set()
         try:
             while len(fresh) < len(seats) or waiting:
-                self._refuse_at_the_end("start workers")
                 while len(fresh) < len(seats) and len(waiting) < at_once:
                     fresh.append(self._fleet.recruit(seats[len(fresh)], generation, modest))
                     waiting.add(_future(fresh[-1]))

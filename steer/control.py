@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from steer.errors import SteerError
+from steer.errors import Postponed, SteerError
 from steer.kernel import rundir
 
 REQUEST_MAX_BYTES = 65536
@@ -62,7 +62,7 @@ class Server:
         assert self._server is not None
         # Those that have just come take asyncio some turns, and would be lost if it were closed.
         asyncio.get_running_loop().remove_reader(self._socket)
-        for _ in range(_TURNS):
+        for _turn in range(_TURNS):
             await asyncio.sleep(0)
         self._server.close()
         if self._silent:
@@ -113,6 +113,8 @@ class Server:
             return _refusal(f"unknown command; known: {', '.join(sorted(self._commands))}")
         try:
             return {"ok": True, **await handler(request, _teller(request, writer.transport))}
+        except Postponed as error:
+            return {**_refusal(str(error)), "again": True}
         except SteerError as error:
             return _refusal(str(error), detail=error.detail, exit_code=error.exit_code)
 

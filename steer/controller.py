@@ -20,14 +20,14 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import ladder
+from steer import abi, ladder
 from steer import plan as planning
 from steer.config import Service
-from steer.errors import AppLoadError, ConfigError, KernelError
+from steer.errors import AppLoadError, ConfigError, ControlError, KernelError
 from steer.fleet import Fleet, Place
-from steer.kernel import custody, process, rundir, sockets
+from steer.kernel import custody, mail, process, rundir, sockets
 from steer.kernel.custody import Guard, Handover
-from steer.kernel.keeper import Settings
+from steer.kernel.keeper import MAILBOX, Settings
 from steer.log import Log
 from steer.notify import Listener
 from steer.plan import Act, Generation, Plan, Step
@@ -57,7 +57,7 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
         if not started.adopt():
             for step in plan.steps():
                 _CARRY_OUT[step.act](started, step)
-        started.await_loop()
+            started.await_loop()
         from steer.supervisor import supervise
 
         if supervise(started):
@@ -120,6 +120,7 @@ class Left(msgspec.Struct, frozen=True):
     Args:
         slots, hash_length: of the maps there are.
         generation: the one in force.
+        maps: the shapes of the maps there are, in words.
         configured: what was asked for when the service was started or last reloaded.
         notify: address of the notification socket.
     """
@@ -129,6 +130,7 @@ class Left(msgspec.Struct, frozen=True):
     slots: int
     hash_length: int
     generation: int
+    maps: str
     configured: Service
     notify: str
 
@@ -177,7 +179,7 @@ class Controller:
         """Take over what a controller of this service left; whether there was anything.
 
         Raises:
-            ControlError: it has not ended.
+            ControlError: it has not ended, or another version of steer left it.
             ConfigError: it ran something that cannot become what we are to run.
             KernelError: the kernel refuses.
         """
@@ -186,20 +188,29 @@ class Controller:
             # Another user's is none of ours; whether a place is left is seen to later.
             handover = custody.adopt(path) if os.access(path, os.W_OK) else None
             if handover is not None:
-                self._adopt(path, handover)
+                try:
+                    self._adopt(path, handover)
+                except msgspec.ValidationError as error:
+                    raise self._differs(str(error)) from None
                 return True
         return False
+
+    def _differs(self, how: str) -> ControlError:
+        act, cure = f"adopt {self.plan.name}", f"`steer stop {self.plan.name}` before you start it"
+        return ControlError(act, f"another version of steer has left it: {how}", cure)
 
     def _adopt(self, path: Path, handover: Handover) -> None:
         entries = handover.entries
         left = msgspec.json.decode(entries["service"].value, type=Left)
+        if left.maps != repr(abi.MAPS):
+            raise self._differs("its maps have other shapes")
         generations = self._generations(left, handover)
         self.started_s, self.rung = left.started_s, left.rung
         self.claim = rundir.Claim.inherited(
             path, handover.control, handover.settings.remove_directory
         )
         self.steering = open_backend(left.rung.backend, self.plan)
-        self.listener = Listener(self._trusted(), left.notify, entries["service"].fds[0])
+        self.listener = Listener(self._trusted(), left.notify, entries[MAILBOX].fds[0])
         self._open_guard(handover)
         self._make_fleet(generations[left.generation])
         workers = {key: each for key, each in entries.items() if key.startswith("worker ")}
@@ -207,6 +218,7 @@ class Controller:
         for place in self.fleet.places:
             self._keep_generation(place.generation)
         self.keep(generations[left.generation])
+        self.early += self.listener.read(mail.letters(entries[MAILBOX].value))
         remove_pid = self._write_pid()
         handover.taken(self.guard)
         # Not before: had anything failed, the keeper would carry on with all of it.
@@ -285,10 +297,12 @@ class Controller:
             self.plan.slots,
             self.plan.hash_length,
             in_force,
+            repr(abi.MAPS),
             self.configured,
             self.listener.address,
         )
-        self.guard.put("service", msgspec.json.encode(left), [self.listener.fileno()])
+        self.guard.put("service", msgspec.json.encode(left))
+        self.guard.put(MAILBOX, b"", [self.listener.fileno()])
 
     def configure(self, plan: Plan) -> None:
         """The plan is in force."""

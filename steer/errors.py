@@ -72,6 +72,10 @@ class Orphaned(Refused):
     """A service whose controller is gone; `cause` says till when its workers go on."""
 
 
+class Postponed(ControlError):
+    """The controller is about to be another, which is to be asked again."""
+
+
 class WorkersFailed(SteerError):
     """No worker came up."""
 

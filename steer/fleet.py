@@ -109,6 +109,7 @@ class Saved(msgspec.Struct, frozen=True):
     failures: int
     says_ready: bool
     others: set[int]
+    takers: frozenset[int]
     hung: bool
 
 
@@ -221,7 +222,7 @@ class Fleet:
         place.held, place.ready_s, place.starts = saved.held, saved.ready_s, saved.starts
         place.failures, place.says_ready = saved.failures, saved.says_ready
         place.others, place.heard_s = saved.others, time.monotonic()
-        place.hung = saved.hung
+        place.takers, place.hung = saved.takers, saved.hung
         launch = self._launch(place)
         place.process = Process.adopted(launch, self._guard, saved.running, entry)
         return place
@@ -544,8 +545,7 @@ class Fleet:
     def _go_on(self, place: Place, worker: Process) -> None:
         """With what was under way with it."""
         if place.hangs:
-            place.activity = proc.activity(worker.pid)
-            self._changed(place)
+            place.has_acted()
         elif place.state is State.STOPPING and worker.told:
             self._terminate(place)
         elif place.state is State.STOPPING:
@@ -567,6 +567,7 @@ class Fleet:
             place.failures,
             place.says_ready,
             place.others,
+            place.takers,
             place.hung,
         )
         held = self.steering.held(place.slot) if with_sockets else ()

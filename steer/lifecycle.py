@@ -78,7 +78,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
         E.DRAIN: (S.DRAINING, ()),
         E.EXITED: (S.BACKOFF, (C.BACK_OFF,)),
         # What was busy and not hung finishes what it has; it is killed no sooner than others.
-        E.RETIRE: (S.STOPPING, (C.TERMINATE,)),
+        E.RETIRE: (S.STOPPING, (C.SETTLE,)),
         E.STOP: (S.STOPPING, (C.TERMINATE,)),
     },
     S.STOPPING: {

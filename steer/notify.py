@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from steer.kernel import mail
+from steer.kernel.mail import Letter
+
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-
-_CREDENTIALS = struct.Struct("3i")
-"""struct ucred of unix(7): pid, uid, gid."""
-_MESSAGE_MAX_BYTES = 4096
 
 
 class Listener:
@@ -65,17 +63,13 @@ class Listener:
 
     def receive(self) -> Iterator[tuple[int, Mapping[str, str]]]:
         """The next message, if there is one and it may be looked at, and who sent it."""
-        try:
-            data, ancillary, _, _ = self._socket.recvmsg(
-                _MESSAGE_MAX_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size)
-            )
-        except BlockingIOError:
-            return
-        for level, kind, value in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                pid, uid, _ = _CREDENTIALS.unpack(value)
-                if uid in self._trusted:
-                    yield pid, parse(data)
+        yield from self.read(mail.receive(self._socket))
+
+    def read(self, letters: Iterable[Letter]) -> Iterator[tuple[int, Mapping[str, str]]]:
+        """The messages in these that may be looked at, and who sent them."""
+        for letter in letters:
+            if letter.uid in self._trusted:
+                yield letter.pid, parse(letter.text)
 
     def close(self) -> None:
         self._socket.close()

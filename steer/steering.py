@@ -130,7 +130,15 @@ class _Countless:
         pass
 
     def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
-        pass
+        """By the kernel's hash, if that was told to move queues."""
+        if sockets.tcp_migrate_req():
+            for index, sock in owned.items():
+                if listeners.is_waited_for(sock):
+                    listeners.move_queue(sock)
+                    self._rejoined(index, slot)
+
+    def _rejoined(self, bind: int, slot: int) -> None:
+        """The slot's socket left its group for a moment."""
 
     def counts(self, slot: int, bind: int | None = None) -> Counts | None:
         return None
@@ -248,6 +256,11 @@ class Cbpf(_Countless):
         for order in self._orders:
             order.joined(slot)
         # Indexes past its own are not touched by a newcomer: the program stays right.
+
+    def _rejoined(self, bind: int, slot: int) -> None:
+        self._orders[bind].left(slot)
+        self._orders[bind].joined(slot)
+        self._attach()
 
     def left(self, slot: int) -> None:
         """The last socket of a group moves into the hole, so its index has to be told anew."""
@@ -443,7 +456,7 @@ class Ebpf:
         if not self.migrates:
             return
         for index, sock in owned.items():
-            if sock.type == socket.SOCK_STREAM and listeners.waiting(sock).queued:
+            if listeners.is_waited_for(sock):
                 listeners.move_queue(sock)
                 self._groups[index].sockets.put_socket(slot, sock.fileno())
 

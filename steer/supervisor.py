@@ -20,9 +20,9 @@ from steer import plan as planning
 from steer import report
 from steer.change import Changes, unheard
 from steer.config import FIELDS, MAX_WORKERS
-from steer.control import Server, Tell
+from steer.control import Handler, Server, Tell
 from steer.controller import Controller
-from steer.errors import ConfigError, ControlError, SteerError
+from steer.errors import ConfigError, ControlError, Postponed, SteerError
 from steer.fleet import QUICK_S, Place
 from steer.health import Health
 from steer.kernel import process, sockets, topology
@@ -33,6 +33,8 @@ from steer.policy import KERNEL
 from steer.settle import settle
 
 _FIRST = asyncio.FIRST_COMPLETED
+Change = Callable[[], Coroutine[Any, Any, object]]
+
 _REVIVE_S = 0.5
 """Not at once: whatever kills guards may do it again."""
 
@@ -87,7 +89,8 @@ class _Supervisor:
             "undrain": self._on_undrain,
             "restart": self._on_restart,
         }
-        async with Server(self._service.claim.socket, commands):
+        told_of = {name: self._told_of(name, each) for name, each in commands.items()}
+        async with Server(self._service.claim.socket, told_of):
             try:
                 await self._fleet.up
                 self._refuse_strangers()
@@ -97,6 +100,7 @@ class _Supervisor:
             finally:
                 if not self._anew.is_set():
                     await self._end_workers()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         return self._anew.is_set()
 
     @property
@@ -141,8 +145,12 @@ class _Supervisor:
             signal.SIGQUIT: lambda: self._stop(quick=True),
             signal.SIGUSR1: self._reopen_log,
             signal.SIGUSR2: lambda: self._begin("execute anew", self._execute_anew),
-            signal.SIGTTIN: lambda: self._begin("add a worker", lambda: self._scale_by(1)),
-            signal.SIGTTOU: lambda: self._begin("end a worker", lambda: self._scale_by(-1)),
+            signal.SIGTTIN: lambda: self._begin(
+                "add a worker", lambda: self._scale_by(1), signal.SIGTTIN
+            ),
+            signal.SIGTTOU: lambda: self._begin(
+                "end a worker", lambda: self._scale_by(-1), signal.SIGTTOU
+            ),
             signal.SIGWINCH: self._on_window_change,
         }
         for number, handler in handlers.items():
@@ -156,12 +164,12 @@ class _Supervisor:
         if self._has_terminal and process.terminal_is_gone():
             self._stop(quick=False)
         else:
-            self._begin("reload", lambda: self._reload(unheard))
+            self._begin("reload", lambda: self._reload(unheard), signal.SIGHUP)
 
     def _on_window_change(self) -> None:
         """With a terminal it means that a window has another size."""
         if not self._has_terminal:
-            self._begin("end all workers", lambda: self._scale(0, unheard))
+            self._begin("end all workers", lambda: self._scale(0, unheard), signal.SIGWINCH)
 
     def _reopen_log(self) -> None:
         if self._service.log_file is None:
@@ -198,19 +206,40 @@ class _Supervisor:
     def _relieve(self, place: Place) -> None:
         self._begin(f"replace worker {place.slot}", lambda: self._changes.relieve(place))
 
-    def _begin(self, act: str, change: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    def _begin(self, act: str, change: Change, asked_by: signal.Signals | None = None) -> None:
         """Do what nobody waits for; how it goes is logged."""
-        task = self._loop.create_task(self._logged(act, change))
+        task = self._loop.create_task(self._logged(act, change, asked_by))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _logged(self, act: str, change: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    async def _logged(self, act: str, change: Change, asked_by: signal.Signals | None) -> None:
         try:
             await change()
+        except Postponed:
+            # Signals are held by now: it waits for the next controller.
+            if asked_by is not None:
+                os.kill(os.getpid(), asked_by)
         except SteerError as error:
-            self._log.error("%s: %s", act, error)
-            for line in error.detail.splitlines():
-                self._log.error("  | %s", line)
+            self._log_failure(act, error)
+
+    def _log_failure(self, act: str, error: SteerError) -> None:
+        self._log.error("%s: %s", act, error)
+        for line in error.detail.splitlines():
+            self._log.error("  | %s", line)
+
+    def _told_of(self, command: str, handler: Handler) -> Handler:
+        """The log tells of what failed, too, not only who asked for it."""
+
+        async def handle(request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+            try:
+                return await handler(request, tell)
+            except Postponed:
+                raise
+            except SteerError as error:
+                self._log_failure(f"{command}, as asked", error)
+                raise
+
+        return handle
 
     def _watch_guard(self) -> None:
         self._loop.add_reader(self._service.guard, self._on_guard_end)
@@ -279,7 +308,7 @@ class _Supervisor:
         process.allow_descriptors(plan.descriptors)
         await self._changes.scale(plan, tell)
         self._service.configure(plan)
-        self._log.info("%d workers", workers)
+        self._log.info("%d worker%s", workers, "" if workers == 1 else "s")
 
     async def _execute_anew(self) -> None:
         """Become what is installed now, with the same arguments; workers serve on.
@@ -289,19 +318,25 @@ class _Supervisor:
             ControlError: there is nobody to hold the workers meanwhile, or no worker.
         """
         act = "execute anew"
-        async with self._changes.turn(act):
-            await self._see_that_it_would_start(act)
-            if not self._plan.service.adopt_timeout:
-                raise ControlError(act, "workers would end with us", "see --adopt-timeout")
-            if self._state != "running" or not any(each.process for each in self._fleet.places):
-                raise ControlError(act, "no worker would be there meanwhile")
-            if not self._service.guard.expect_back():
-                raise ControlError(act, "the guard process is gone", "there is another soon")
-            self._log.info("executing anew")
-            process.hold_signals()
-            self._anew.set()
-            # No other change begins.
-            await self._fleet.ended
+        await self._see_that_it_would_start(act)
+        while not self._anew.is_set():
+            async with self._changes.turn(act):
+                # Who asked before us comes first.
+                if not self._changes.others_wait:
+                    self._leave(act)
+
+    def _leave(self, act: str) -> None:
+        """Raises ControlError: not now."""
+        if not self._plan.service.adopt_timeout:
+            raise ControlError(act, "workers would end with us", "see --adopt-timeout")
+        if self._state != "running" or not any(each.process for each in self._fleet.places):
+            raise ControlError(act, "no worker would be there meanwhile")
+        if not self._service.guard.expect_back():
+            raise ControlError(act, "the guard process is gone", "there is another soon")
+        self._log.info("executing anew")
+        process.hold_signals()
+        self._changes.postpone()
+        self._anew.set()
 
     async def _see_that_it_would_start(self, act: str) -> None:
         """Raises ConfigError."""
@@ -378,14 +413,15 @@ class _Supervisor:
             ControlError: there is none, or in no such state.
         """
         slot = request.get("slot")
-        found = next((place for place in self._fleet.places if place.slot == slot), None)
+        there_are = {place.slot: place for place in self._fleet.places}
+        found = there_are.get(slot) if type(slot) is int else None
         if found is None:
             there = ", ".join(str(place.slot) for place in self._fleet.places)
             raise ControlError(f"{act} worker {slot!r}", "no such slot", f"there are: {there}")
-        if found.state not in wanted:
+        if _shown(found) not in wanted:
             states = " or ".join(state.value for state in wanted)
             raise ControlError(
-                f"{act} worker {slot}", f"it is {found.state.value}", f"has to be {states}"
+                f"{act} worker {slot}", f"it is {_shown(found).value}", f"has to be {states}"
             )
         return found
 
@@ -412,7 +448,7 @@ class _Supervisor:
         return report.Worker(
             slot=place.slot,
             pid=process.pid if process else None,
-            state=State.STARTING.value if place.held else place.state.value,
+            state=_shown(place).value,
             generation=place.generation.number,
             cpus=list(place.seat.cpus),
             weight=place.seat.weight,
@@ -437,6 +473,11 @@ class _Supervisor:
             unsteered=unsteered,
             migrated=counts.migrated,
         )
+
+
+def _shown(place: Place) -> State:
+    """One that is ready, but comes together with others that are not, is not chosen yet."""
+    return State.STARTING if place.held else place.state
 
 
 def _took(began_s: float) -> Mapping[str, float]:

@@ -28,7 +28,7 @@ EXPECTED: dict[tuple[State, Event], tuple[State, list[Command]]] = {
     (S.HUNG, E.BACK): (S.READY, [C.ACTIVATE]),
     (S.HUNG, E.DRAIN): (S.DRAINING, []),
     (S.HUNG, E.EXITED): (S.BACKOFF, [C.BACK_OFF]),
-    (S.HUNG, E.RETIRE): (S.STOPPING, [C.TERMINATE]),
+    (S.HUNG, E.RETIRE): (S.STOPPING, [C.SETTLE]),
     (S.HUNG, E.STOP): (S.STOPPING, [C.TERMINATE]),
     (S.STOPPING, E.SETTLED): (S.STOPPING, [C.TERMINATE]),
     (S.STOPPING, E.STOP): (S.STOPPING, [C.TERMINATE]),

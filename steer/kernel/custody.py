@@ -93,7 +93,7 @@ class Guard:
             )
 
         try:
-            self.pid, self._pidfd = process.fork(keep)
+            self.pid, self._pidfd = process.fork(keep, orphanage.IGNORED)
         except OSError:
             ours.close()
             raise

@@ -17,6 +17,9 @@ import msgspec
 from steer.kernel import proc, process, rundir
 from steer.kernel.channel import SAME, Channel, Frame
 
+MAILBOX = "mailbox"
+"""Key of an entry with a socket: without a controller it is read, and the value becomes what
+was; see `mail`."""
 PATIENCE_S = 2.0
 """For another process to answer or to end, before it is done without."""
 

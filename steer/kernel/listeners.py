@@ -171,6 +171,11 @@ def waiting(sock: socket.socket) -> Waiting:
     return Waiting(queued, backlog) if state == _TCP_LISTEN else Waiting(0, 0)
 
 
+def is_waited_for(sock: socket.socket) -> bool:
+    """Whether connections wait at it; a UDP socket's datagrams cannot be moved, so do not count."""
+    return sock.type == socket.SOCK_STREAM and waiting(sock).queued > 0
+
+
 # ---- moving a queue
 
 

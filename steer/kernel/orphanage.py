@@ -23,11 +23,12 @@ import msgspec
 from steer.kernel import process
 from steer.kernel.channel import Channel, Frame
 from steer.kernel.desk import Desk, Request, Talk
-from steer.kernel.keeper import PATIENCE_S, Keeper, Kept, Settings, Traces
+from steer.kernel.keeper import MAILBOX, PATIENCE_S, Keeper, Kept, Settings, Traces
+from steer.kernel.mail import Mailbox
 
 QUICK_S = 1.0
 """From SIGTERM to SIGKILL when it has to be quick."""
-_IGNORED = (
+IGNORED = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGQUIT,
@@ -74,6 +75,10 @@ class Orphanage:
         self._killed = False
         self._stoppers: list[Talk] = []
         self._adopted = False
+        self._mailbox: Mailbox | None = None
+        if MAILBOX in keeper.entries:
+            self._mailbox = Mailbox(keeper.entries[MAILBOX].fds[0])
+        self._read_mail()
         self._end_unfinished()
         # With nobody to hand over there is nothing to wait for.
         after_s = self._settings.adopt_timeout_s if self._living() else 0.0
@@ -156,6 +161,7 @@ class Orphanage:
         self._end_s = time.monotonic() + after_s
         self._say(f"the controller is gone: ending {len(self._living())} workers")
         # First, or what they no longer listen for would still get in, and wait for nothing.
+        self._leave_mail()
         for kept in self._keeper.entries.values():
             kept.let_go()
         for kept in self._living():
@@ -228,6 +234,18 @@ class Orphanage:
         with suppress(KeyError):
             self._selector.unregister(fd)
 
+    # What they tell.
+
+    def _read_mail(self) -> None:
+        if self._mailbox is not None:
+            self._selector.register(self._mailbox, EVENT_READ, self._mailbox.take)
+
+    def _leave_mail(self) -> None:
+        """It is another's to read; what we have is kept."""
+        if self._mailbox is not None:
+            self._forget(self._mailbox.fileno())
+            self._keeper.entries[MAILBOX].value = self._mailbox.contents()
+
     # Requests.
 
     def _on_request(self, request: Request, talk: Talk) -> None:
@@ -268,6 +286,7 @@ class Orphanage:
     def _hand_over(self, talk: Talk) -> None:
         ours, theirs = socket.socketpair()
         self._adopter_pid = talk.pid
+        self._leave_mail()
         with theirs:
             talk.answer({"ok": True, "pid": os.getpid()}, [theirs.fileno()])
         ours.settimeout(PATIENCE_S)
@@ -300,6 +319,7 @@ class Orphanage:
         assert self._adopter is not None
         self._adopter.close()
         self._adopter = None
+        self._read_mail()
 
 
 def main(
@@ -317,8 +337,6 @@ def main(
     used = [channel, control] if predecessor is None else [channel, control, predecessor]
     process.keep_only(sock.fileno() for sock in used)
     _allow_descriptors()
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
     old = None if predecessor is None else Channel(predecessor)
     keeper = Keeper(settings, traces, Channel(channel), old)
     try:

@@ -13,7 +13,7 @@ import select
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import msgspec
@@ -77,11 +77,14 @@ def become(who: Identity) -> None:
         os.setuid(who.uid)
 
 
-def fork(child: Callable[[], int]) -> tuple[int, int]:
+def fork(child: Callable[[], int], ignored: Collection[int] = ()) -> tuple[int, int]:
     """Run `child` in a new process, in a process group of its own; its result is the exit code.
 
     Signals are held until the child has put aside the handlers it inherits: one that
     came before would be handled as if it were meant for this process.
+
+    Args:
+        ignored: signals that the child is to ignore, from the first on.
 
     Returns:
         The child's process id, and a pidfd of it.
@@ -94,7 +97,7 @@ def fork(child: Callable[[], int]) -> tuple[int, int]:
     try:
         pid = os.fork()
         if pid == 0:
-            _in_child(child, blocked)
+            _in_child(child, blocked, ignored)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     # Here and in the child, as either may be first to rely on it.
@@ -122,13 +125,13 @@ def fork_error(error: OSError) -> KernelError:
     return KernelError("start a worker", os.strerror(number), cures.get(number, ""))
 
 
-def _in_child(child: Callable[[], int], mask: Iterable[int]) -> NoReturn:
+def _in_child(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]) -> NoReturn:
     """Never returns into the parent's stack, whatever happens."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         for number in _HANDLED:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_HANDLED))
         code = child()
