@@ -152,7 +152,8 @@ def test_port_that_another_user_has(steer: RunSteer, kind: str) -> None:
 def test_port_that_another_service_has(service: StartService) -> None:
     running = service("-w", "2")
     done = running.steer("run", "--name", "other", "-w", "2")
-    holders = ", ".join(sorted(f"steer (pid {pid})" for pid in proc.descendants(running.pid)))
+    named = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in proc.descendants(running.pid)}
+    holders = ", ".join(sorted(f"{name.strip()} (pid {pid})" for pid, name in named.items()))
     assert done.returncode == 1
     assert done.stderr == (
         f"steer: bind tcp 127.0.0.1:{PORT}: EADDRINUSE, in use by {holders}; "

@@ -331,6 +331,8 @@ def main(
     predecessor: socket.socket | None,
 ) -> int:
     """Be a keeper. Runs in the forked child; returns its exit status."""
+    # So that who kills all that is called steer does not kill the guard with the controller.
+    process.rename("reuseport-guard")
     # Sockets that nobody refers to any more must not be found to be garbage here: they
     # would close numbers that are by then another's.
     gc.freeze()

@@ -21,6 +21,7 @@ import msgspec
 from steer.errors import ConfigError, KernelError
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _ORDERING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
 _HANDLED = (*_ENDING, *_ORDERING)
@@ -212,6 +213,11 @@ def terminal_is_gone() -> bool:
     except OSError:
         return True
     return False
+
+
+def rename(name: str) -> None:
+    """Be called so by ps(1) and killall(1): at most 15 characters (prctl(2), PR_SET_NAME)."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
