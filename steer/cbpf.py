@@ -54,6 +54,10 @@ class Order:
         if place < len(self._slots):
             self._slots[place] = last
 
+    @property
+    def last(self) -> int | None:
+        return self._slots[-1] if self._slots else None
+
     def indexes(self) -> dict[int, int]:
         return {slot: index for index, slot in enumerate(self._slots)}
 

@@ -27,7 +27,7 @@ from steer.errors import AppLoadError, ConfigError, ControlError, KernelError
 from steer.fleet import Fleet, Place
 from steer.kernel import custody, mail, process, rundir, sockets
 from steer.kernel.custody import Guard, Handover
-from steer.kernel.keeper import MAILBOX, Settings
+from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.log import Log
 from steer.notify import Listener
 from steer.plan import Act, Generation, Plan, Step
@@ -214,7 +214,7 @@ class Controller:
         self._open_guard(handover)
         self._make_fleet(generations[left.generation])
         workers = {key: each for key, each in entries.items() if key.startswith("worker ")}
-        self.fleet.adopt(generations, workers, entries["steering"])
+        self.fleet.adopt(generations, workers, entries[STEERING])
         for place in self.fleet.places:
             self._keep_generation(place.generation)
         self.keep(generations[left.generation])

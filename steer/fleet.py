@@ -16,6 +16,7 @@ from steer import lifecycle
 from steer.errors import AppLoadError, ControlError, KernelError, SteerError, WorkersFailed
 from steer.kernel import proc, process, sockets
 from steer.kernel.custody import Entry, Guard
+from steer.kernel.keeper import STEERING
 from steer.kernel.proc import Seen
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
@@ -325,7 +326,7 @@ class Fleet:
             if place.process is not None:
                 self._save(place, with_sockets=False)
         self._watch_reserve(False)
-        self._guard.drop("steering")
+        self._guard.drop(STEERING)
         self.steering.release()
         for place in list(self.places):
             self.report(place, Event.STOP)
@@ -532,7 +533,7 @@ class Fleet:
     def _save_steering(self) -> None:
         value, fds = self.steering.saved()
         steered = _Steered(value, self.retired, self._next_slot)
-        self._guard.put("steering", msgspec.json.encode(steered), fds)
+        self._guard.put(STEERING, msgspec.json.encode(steered), fds)
 
     def _watch(self, place: Place, worker: Process) -> None:
         worker.watch(self._loop, lambda gone, status: self._on_end(place, gone, status))

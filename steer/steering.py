@@ -229,6 +229,7 @@ class Cbpf(_Countless):
         self._policy = plan.policy
         self._assemble = plan.policy.assemble
         self._scene = Scene(plan.topology, cbpf.HASH_LENGTH, cbpf.HASH_LENGTH)
+        self._members: Sequence[Member] = ()
         self._layout: Layout | None = None
         self._seed = int.from_bytes(os.urandom(4))
         self._try_out(plan)
@@ -260,19 +261,31 @@ class Cbpf(_Countless):
     def _rejoined(self, bind: int, slot: int) -> None:
         self._orders[bind].left(slot)
         self._orders[bind].joined(slot)
-        self._attach()
+        self._attach(self._layout)
 
     def left(self, slot: int) -> None:
-        """The last socket of a group moves into the hole, so its index has to be told anew."""
+        """The last socket of a group moves into the hole, so its index has to be told anew.
+
+        It is not chosen while it moves: its old index is past the end, and the kernel's hash
+        would take any socket, also one that is about to be closed.
+        """
+        moving = {slot, *(order.last for order in self._orders)}
+        staying = [member for member in self._members if member.slot not in moving]
+        if staying and slot in self._held:
+            self._attach(self._lay(staying))
         self._close_sockets(slot)
-        self._attach()
+        self._attach(self._layout)
 
     def steer(self, members: Sequence[Member]) -> None:
-        scene = msgspec.structs.replace(self._scene, previous=self._layout)
-        self._layout = policy.lay(self._policy, members, scene) if members else None
+        self._members = members
+        self._layout = self._lay(members) if members else None
         sharing = _sharing(self._layout) if self._layout and self._policy.pinned else ()
         self.notes = (*self._lost, *sharing)
-        self._attach()
+        self._attach(self._layout)
+
+    def _lay(self, members: Sequence[Member]) -> Layout:
+        scene = msgspec.structs.replace(self._scene, previous=self._layout)
+        return policy.lay(self._policy, members, scene)
 
     def settle(self) -> None:
         bpf.wait_for_programs()
@@ -299,29 +312,20 @@ class Cbpf(_Countless):
         if saved.layout is not None:
             self._layout = Layout(*(array("H", words) for words in saved.layout))
 
-    def _attach(self) -> None:
+    def _attach(self, layout: Layout | None) -> None:
         if not self._held:
             return
         for order, fd in zip(self._orders, next(iter(self._held.values())), strict=True):
-            if self._layout is None:
+            if layout is None:
                 sockets.detach(fd)
             else:
-                program = self._assemble(self._layout, order.indexes(), self._seed)
+                program = self._assemble(layout, order.indexes(), self._seed)
                 sockets.attach_cbpf(fd, program)
 
     def _close_sockets(self, slot: int) -> None:
         for order, fd in zip(self._orders, self._held.pop(slot, ()), strict=False):
             os.close(fd)
             order.left(slot)
-
-    def counts(self, slot: int, bind: int | None = None) -> Counts | None:
-        return None
-
-    def retire(self, slot: int) -> Counts | None:
-        return None
-
-    def unsteered(self) -> int | None:
-        return None
 
     def release(self) -> None:
         for slot in list(self._held):

@@ -20,6 +20,8 @@ from steer.kernel.channel import SAME, Channel, Frame
 MAILBOX = "mailbox"
 """Key of an entry with a socket: without a controller it is read, and the value becomes what
 was; see `mail`."""
+STEERING = "steering"
+"""Key of an entry there is while a service runs: where connections wait for its workers."""
 PATIENCE_S = 2.0
 """For another process to answer or to end, before it is done without."""
 

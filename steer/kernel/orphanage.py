@@ -23,7 +23,7 @@ import msgspec
 from steer.kernel import process
 from steer.kernel.channel import Channel, Frame
 from steer.kernel.desk import Desk, Request, Talk
-from steer.kernel.keeper import MAILBOX, PATIENCE_S, Keeper, Kept, Settings, Traces
+from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
 from steer.kernel.mail import Mailbox
 
 QUICK_S = 1.0
@@ -80,8 +80,9 @@ class Orphanage:
             self._mailbox = Mailbox(keeper.entries[MAILBOX].fds[0])
         self._read_mail()
         self._end_unfinished()
-        # With nobody to hand over there is nothing to wait for.
-        after_s = self._settings.adopt_timeout_s if self._living() else 0.0
+        # All workers may have ended a moment ago: connections wait for the next.
+        is_service = self._living() or STEERING in keeper.entries
+        after_s = self._settings.adopt_timeout_s if is_service else 0.0
         self._end_s = time.monotonic() + after_s
         for key, kept in keeper.entries.items():
             if kept.is_worker and not kept.has_ended:
