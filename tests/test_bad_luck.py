@@ -172,7 +172,7 @@ def test_of_two_that_start_at_the_same_moment_one_wins(
         loser, winner = sorted(both, key=lambda one: one.process.poll() is None)
         winner.wait_ready()
         assert loser.wait() == 1
-        reason = "EADDRINUSE, in use by steer" if len({*names}) == 2 else "is running (pid "
+        reason = "EADDRINUSE, in use by " if len({*names}) == 2 else "is running (pid "
         assert reason in loser.log
         assert len(winner.workers()) == 2
         assert winner.stop() == 0
