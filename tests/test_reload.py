@@ -525,7 +525,7 @@ def test_scale_to_what_makes_no_sense(service: StartService, workers: str, words
     running = service("-w", "1")
     before = running.workers()
     done = running.steer("scale", "test", workers)
-    assert (done.returncode, done.stderr) == (1, f"steer: reload test: {words}")
+    assert (done.returncode, done.stderr) == (1, f"steer: {words}")
     assert is_as_before(running, before)
 
 
