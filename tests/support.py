@@ -50,6 +50,13 @@ def eventually(ask: Callable[[], T], wanted: object = _TRUE, timeout_s: float = 
 
 # Network namespaces
 
+
+def tcp_count(name: str) -> int:
+    """One of netstat(8)'s, of this thread's network namespace."""
+    names, values = Path("/proc/thread-self/net/netstat").read_text().splitlines()[:2]
+    return int(dict(zip(names.split(), values.split(), strict=True))[name])
+
+
 _CLONE_NEWNET = 0x40000000
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
 

@@ -7,7 +7,6 @@ deviations: wrong once in half a billion times.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import struct
@@ -17,12 +16,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from math import sqrt
-from pathlib import Path
 
 import pytest
 from conftest import StartService
 from crew import CPUS, KINDS, PORT, Crew, host_of, pinned, sources
-from support import DEADLINE_S, Netns, eventually, http_get, udp_ask
+from support import DEADLINE_S, Netns, eventually, http_get, tcp_count, udp_ask
 
 from steer.abi import SO_DETACH_REUSEPORT_BPF
 from steer.cpus import Topology
@@ -270,13 +268,7 @@ def test_turns_with_syn_cookies(netns: Netns, kind: str, workers: int) -> None:
         evenly = dict.fromkeys(range(workers), 40 // workers)
         assert crew.count(40) == evenly
         assert crew.selected() == evenly
-    assert cookies_accepted() == 40
-
-
-def cookies_accepted() -> int:
-    text = Path("/proc/net/netstat").read_text()
-    names, values = (line.split() for line in re.findall(r"^TcpExt:(.*)", text, re.MULTILINE))
-    return int(values[names.index("SyncookiesRecv")])
+    assert tcp_count("SyncookiesRecv") == 40
 
 
 @all_kinds
