@@ -12,7 +12,20 @@ from types import FrameType
 import click
 import msgspec
 
-from bench import cost, crash, hang, leaks, locality, machine, memory, plot, reload, start
+from bench import (
+    cost,
+    crash,
+    hang,
+    leaks,
+    locality,
+    machine,
+    memory,
+    plot,
+    reload,
+    start,
+    swap,
+    tail,
+)
 from bench.figures import Section
 from steer import show
 from steer.errors import SteerError
@@ -34,6 +47,8 @@ BENCHES: Mapping[str, Bench] = {
     "locality": Bench("connections handled on the CPU of their packets", locality.run),
     "reload": Bench("requests that fail while workers are replaced", reload.run),
     "hang": Bench("what becomes of requests when a worker is stopped", hang.run),
+    "tail": Bench("how long requests take, by policy and beside others", tail.run),
+    "swap": Bench("what is lost while policies are changed, and how long that takes", swap.run),
     "crash": Bench("requests that fail while workers are killed", crash.run),
 }
 EPILOG = "\b\n" + "\n".join(f"{name:<9} {bench.summary}" for name, bench in BENCHES.items())

@@ -9,50 +9,83 @@ For each policy there is also a program of nothing but the helper that every cho
 ends with, on slots found in the same way. What is above that one is steer's own: the
 helper reads the chosen socket, which among a thousand is in no cache near by, and so
 pays for what delivering the datagram would else have waited for.
+
+Handshakes are what a policy that knows load is asked for: over TCP it does more than with
+a datagram. There the sockets listen, and each packet is a SYN.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import NamedTuple
 
-from bench import machine, programs
+from bench import machine, opens, programs
 from bench.figures import Figure, Section, above, interleaved, ratio
-from bench.flood import Flood
-from steer import abi, policy
-from steer.address import Bind
+from bench.flood import Flood, Handshakes
+from steer import abi, address, policies, table
 from steer.bytecode import Code
+from steer.choice import Choice
 from steer.config import Service
 from steer.cpus import Topology
-from steer.kernel import bpf, compile, process, sockets, topology
+from steer.kernel import bpf, measure, process, sockets, topology
 from steer.plan import plan
-from steer.policy import POLICIES, Scene
 from steer.table import Member
 
-SLOTS = (4, 1024)
-FLOWS = {"one flow": 1, "many flows": 250}
+SLOTS = (8, 64, 1024)
 EMPTY = "empty program"
 AT_MOST_GROWTH = 1.2
+_CAPACITY = 2048
+"""Of a map of sockets: slots, and room for two generations."""
+_LOADS = 4
+"""Workers have 1 to so many connections open: nobody is idle, which would end the search."""
 _PORT = 9000
+
+
+class Traffic(NamedTuple):
+    """What is sent.
+
+    Args:
+        protocol: "udp" or "tcp".
+        flows: how many clients.
+        share: of the batches.
+    """
+
+    protocol: str
+    flows: int
+    share: float
+
+
+TRAFFIC = {
+    "one flow": Traffic("udp", 1, 1),
+    "many flows": Traffic("udp", 250, 1),
+    "handshakes": Traffic("tcp", 250, 0.2),
+}
 
 
 class Entry(NamedTuple):
     """A policy to measure.
 
     Args:
-        at_most_ns: above the empty program.
+        at_most_ns: above the empty program, by slots.
         helper: the helper alone, on slots found in the same way.
         crowded: all workers on this machine's CPUs, so that those of a CPU take turns;
             else as many CPUs as workers.
+        even: it is to cost as much with many slots as with few.
     """
 
     policy: str
-    at_most_ns: float | None
+    at_most_ns: Mapping[int, float]
     helper: str
     crowded: bool = False
+    even: bool = True
+
+
+def _always(at_most_ns: float) -> Mapping[int, float]:
+    return dict.fromkeys(SLOTS, at_most_ns)
 
 
 HELPERS: Mapping[str, Callable[[int], Code]] = {
@@ -63,20 +96,23 @@ HELPERS: Mapping[str, Callable[[int], Code]] = {
 }
 _ONE, _HASH, _TURN, _CHANCE = HELPERS
 ENTRIES = {
-    "cpu": Entry("cpu", 25, _ONE),
-    "cpu, CPUs shared": Entry("cpu", None, _TURN, crowded=True),
-    "hash": Entry("hash", 25, _HASH),
-    "random": Entry("random", 35, _CHANCE),
-    "round-robin": Entry("round-robin", 35, _TURN),
+    "cpu": Entry("cpu", _always(25), _ONE),
+    "cpu, CPUs shared": Entry("cpu", {}, _TURN, crowded=True, even=False),
+    "hash": Entry("hash", _always(25), _HASH),
+    "random": Entry("random", _always(35), _CHANCE),
+    "round-robin": Entry("round-robin", _always(35), _TURN),
+    "source": Entry("source", _always(35), _HASH),
+    "flow": Entry("flow", _always(55), _HASH, even=False),
+    "least-conn": Entry("least-conn", {8: 40, 64: 120, 1024: 45}, _CHANCE, even=False),
 }
 
 
 class Subject(NamedTuple):
-    """What is measured: a program, on a group of so many slots, with so many flows."""
+    """What is measured: a program, on a group of so many slots, with which traffic."""
 
     program: str
     slots: int
-    flows: str
+    traffic: str
 
 
 Found = Mapping[Subject, Sequence[float]]
@@ -84,50 +120,67 @@ Found = Mapping[Subject, Sequence[float]]
 
 def run(quick: bool) -> list[Section]:
     """Measure. Raises KernelError: eBPF programs cannot be loaded here, or not timed."""
-    rounds, batches = (2, 1) if quick else (61, 10)
-    process.allow_descriptors(2 * sum(SLOTS))
+    rounds, batches = (1, 1) if quick else (31, 10)
+    process.allow_descriptors(4 * sum(SLOTS))
     with ExitStack() as stack:
-        stack.enter_context(_statistics())
+        stack.enter_context(measure.statistics())
         stack.enter_context(machine.pinned(max(os.sched_getaffinity(0))))
-        subjects: dict[Subject, Callable[[], float]] = {}
-        for slots in SLOTS:
-            group = Group(stack, _PORT + slots, slots)
-            loaded = group.load()
-            for flows, number in FLOWS.items():
-                flood = stack.enter_context(Flood(group.port, number))
-                for name, program in loaded.items():
-                    cost_ns = partial(group.cost_ns, program, flood, batches)
-                    subjects[Subject(name, slots, flows)] = cost_ns
-        return _sections(interleaved(subjects, rounds))
+        found = interleaved(_subjects(stack, batches), rounds)
+        return [*_sections(found), opens.section(quick)]
+
+
+def _subjects(stack: ExitStack, batches: int) -> dict[Subject, Callable[[], float]]:
+    subjects: dict[Subject, Callable[[], float]] = {}
+    for slots in SLOTS:
+        groups = {name: Group(stack, name, _PORT + slots, slots) for name in ("udp", "tcp")}
+        loaded = {name: group.load() for name, group in groups.items()}
+        for name, traffic in TRAFFIC.items():
+            group = groups[traffic.protocol]
+            kind = Handshakes if traffic.protocol == "tcp" else Flood
+            flood = stack.enter_context(kind(group.port, traffic.flows))
+            number = max(1, round(batches * traffic.share))
+            for program, each in loaded[traffic.protocol].items():
+                cost_ns = partial(group.cost_ns, each, flood, number)
+                subjects[Subject(program, slots, name)] = cost_ns
+    return subjects
 
 
 class Group:
-    """UDP sockets on one port, and every program that is tried on them.
+    """Sockets on one port, and every program that is tried on them.
 
     Args:
         stack: closes it all.
         slots: how many sockets.
     """
 
-    def __init__(self, stack: ExitStack, port: int, slots: int) -> None:
+    def __init__(self, stack: ExitStack, protocol: str, port: int, slots: int) -> None:
         self.port = port
         self._slots = slots
         self._stack = stack
         self._topology = topology.read()
-        self._sockets = stack.enter_context(bpf.Map("sockets", slots))
-        bind = Bind("udp", "0.0.0.0", port)
+        self._address = f"{protocol}://0.0.0.0:{port}"
+        self._maps = {
+            name: stack.enter_context(bpf.Map(name, _CAPACITY))
+            for name in ("sockets", "counts", "cpus", "slots", "listeners", "moved")
+        }
+        self._maps["cpus"].put(0, abi.CPU.pack(0, 0, 1, 0, 0) * len(self._topology.possible))
+        known = stack.enter_context(closing(bpf.Slots(self._maps["slots"])))
         for slot in range(slots):
-            sock = stack.enter_context(sockets.member(bind, 0))
-            self._sockets.put_socket(slot, sock.fileno())
+            known.set_open(slot, 1 + slot * 5 // 3 % _LOADS)
+            sock = stack.enter_context(sockets.member(address.parse(self._address), 1))
+            # Full at once: memory for what waits there would drive all else from the caches.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
+            self._maps["sockets"].put_socket(slot, sock.fileno())
         self._any = sock.fileno()
 
     def load(self) -> dict[str, bpf.Program]:
         """Every program, by name."""
-        maps = self._maps()
-        codes = {name: make(self._slots) for name, make in HELPERS.items()}
+        alone = {EMPTY: measure.EMPTY, **{name: of(self._slots) for name, of in HELPERS.items()}}
+        kind = abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE
+        maps = {**self._maps, "table": self._stack.enter_context(bpf.Map("table"))}
         loaded = {
-            name: self._program("alone", code, maps)
-            for name, code in {EMPTY: programs.EMPTY, **codes}.items()
+            name: self._stack.enter_context(bpf.Program("bench", code, maps, kind))
+            for name, code in alone.items()
         }
         return loaded | {name: self._policy(entry) for name, entry in ENTRIES.items()}
 
@@ -135,86 +188,60 @@ class Group:
         """The mean of one run."""
         sockets.attach_ebpf(self._any, program.fileno())
         flood.send(1)
-        before_ns, before = _spent(program)
+        before_ns, before = measure.spent(program)
         flood.send(batches)
-        after_ns, after = _spent(program)
+        after_ns, after = measure.spent(program)
         return (after_ns - before_ns) / (after - before)
 
     def _policy(self, entry: Entry) -> bpf.Program:
         """The policy, laid as steer would for as many workers as there are slots."""
         cpus = self._topology if entry.crowded else self._roomy()
-        decided = plan(Service(workers=self._slots, policy=entry.policy), cpus, {})
+        service = Service(workers=self._slots, bind=(self._address,), policy=entry.policy)
+        decided = plan(service, cpus, {}, policies.find(entry.policy))
         members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
-        layout = policy.lay(POLICIES[entry.policy], members, Scene(cpus, decided.hash_length))
-        maps = self._maps(decided.slots)
-        self._stack.enter_context(closing(bpf.Table(maps["table"]))).flip(layout.parts())
-        code = compile.load(compile.sources() / f"{entry.policy}.c").programs["migrate"]
-        return self._program(entry.policy, code, maps)
+        choice = self._stack.enter_context(closing(Choice(decided, [self._maps])))
+        choice.steer(members, table.EMPTY)
+        return choice.programs[0]
 
     def _roomy(self) -> Topology:
         """This machine, had it a CPU for every slot."""
         cpus = tuple(range(max(self._slots, self._topology.possible[-1] + 1)))
         return Topology(cpus[: self._slots], cpus, {})
 
-    def _maps(self, slots: int = 1) -> dict[str, bpf.Map]:
-        maps = {name: self._stack.enter_context(bpf.Map(name, slots)) for name in abi.MAPS}
-        maps["cpus"].put(0, abi.CPU.pack(0, 0, 1, 0, 0) * len(self._topology.possible))
-        return maps | {"sockets": self._sockets}
-
-    def _program(self, name: str, code: Code, maps: Mapping[str, bpf.Map]) -> bpf.Program:
-        kind = abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE
-        return self._stack.enter_context(bpf.Program(f"bench_{name}", code, maps, kind))
-
 
 def _sections(found: Found) -> list[Section]:
     costs = [
-        Section(f"cost, {slots} slots, {flows}", _costs(found, slots, flows))
-        for flows in FLOWS
+        Section(f"cost, {slots:,} slots, {traffic}", _costs(found, slots, traffic))
+        for traffic in TRAFFIC
         for slots in SLOTS
     ]
-    growth = [_growth(found, name, flows) for flows in FLOWS for name in ENTRIES]
-    return [*costs, Section(f"cost, {SLOTS[1]} slots to {SLOTS[0]}", growth)]
+    growth = [_growth(found, name, traffic) for traffic in TRAFFIC for name in ENTRIES]
+    return [*costs, Section(f"cost, {SLOTS[-1]:,} slots to {SLOTS[0]}", growth)]
 
 
-def _costs(found: Found, slots: int, flows: str) -> list[Figure]:
-    here = {name: found[Subject(name, slots, flows)] for name in (EMPTY, *HELPERS, *ENTRIES)}
+def _costs(found: Found, slots: int, traffic: str) -> list[Figure]:
+    here = {name: found[Subject(name, slots, traffic)] for name in (EMPTY, *HELPERS, *ENTRIES)}
     empty = here[EMPTY]
     return [
         Figure(f"{EMPTY}, clock and all", "ns", tuple(empty)),
         *(above(name, "ns", here[name], empty) for name in HELPERS),
-        *(above(name, "ns", here[name], empty, e.at_most_ns) for name, e in ENTRIES.items()),
         *(
-            above(f"{name}: steer's own", "ns", here[name], here[e.helper])
-            for name, e in ENTRIES.items()
+            above(name, "ns", here[name], empty, entry.at_most_ns.get(slots))
+            for name, entry in ENTRIES.items()
+        ),
+        *(
+            above(f"{name}: steer's own", "ns", here[name], here[entry.helper])
+            for name, entry in ENTRIES.items()
         ),
     ]
 
 
-def _growth(found: Found, name: str, flows: str) -> Figure:
+def _growth(found: Found, name: str, traffic: str) -> Figure:
     few, many = (
         above(
-            name, "ns", found[Subject(name, slots, flows)], found[Subject(EMPTY, slots, flows)]
+            name, "ns", found[Subject(name, slots, traffic)], found[Subject(EMPTY, slots, traffic)]
         ).values
-        for slots in SLOTS
+        for slots in (SLOTS[0], SLOTS[-1])
     )
-    at_most = AT_MOST_GROWTH if ENTRIES[name].at_most_ns else None
-    return ratio(f"{name}, {flows}", many, few, at_most)
-
-
-@contextmanager
-def _statistics() -> Iterator[None]:
-    """The kernel times programs until we let go, however we end."""
-    fd = bpf.libbpf().bpf_enable_stats(0)
-    if fd < 0:
-        raise bpf.refusal("enable BPF statistics", -fd)
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def _spent(program: bpf.Program) -> tuple[int, int]:
-    """Nanoseconds and runs so far."""
-    with open(f"/proc/self/fdinfo/{program.fileno()}") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["run_time_ns"]), int(fields["run_cnt"])
+    at_most = AT_MOST_GROWTH if ENTRIES[name].even else None
+    return ratio(f"{name}, {traffic}", many, few, at_most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from steer.report import Table
 
 Key = TypeVar("Key")
+Value = TypeVar("Value")
 COLUMNS = ("figure", "median", "middle half", "min", "max", "unit", "wanted", "")
 
 
@@ -86,29 +88,52 @@ class Timeline:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """How long the requests of one server took, for a plot of all of them.
+
+    Args:
+        name: the server.
+        took_ms: of each, the quickest first; not empty.
+    """
+
+    name: str
+    took_ms: Sequence[float]
+    is_steer: bool = False
+
+    def at_ms(self, percentile: float) -> float:
+        """So many percent took no longer."""
+        return self.took_ms[min(int(percentile / 100 * len(self.took_ms)), len(self.took_ms) - 1)]
+
+
+@dataclass(frozen=True)
 class Section:
     """Figures that belong together.
 
     Args:
         failures: what could not be measured, and why.
-        timelines: for a plot beside that of the figures.
+        timelines, curves: for plots beside that of the figures.
     """
 
     title: str
     figures: Sequence[Figure]
     failures: Sequence[str] = ()
     timelines: Sequence[Timeline] = ()
+    curves: Sequence[Curve] = ()
 
     def table(self) -> Table:
         return Table(self.title, COLUMNS, [_row(figure) for figure in self.figures])
 
 
 def ratio(
-    name: str, ours: Sequence[float], theirs: Sequence[float], at_most: float | None
+    name: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    at_most: float | None = None,
+    at_least: float | None = None,
 ) -> Figure:
     """Ours to theirs, round by round: what slows a whole round is then in both."""
     pairs = zip(ours, theirs, strict=True)
-    return Figure(name, "×", tuple(a / b for a, b in pairs), at_most)
+    return Figure(name, "×", tuple(a / b for a, b in pairs), at_most, at_least)
 
 
 def above(
@@ -124,19 +149,25 @@ def above(
 
 
 def interleaved(
-    subjects: Mapping[Key, Callable[[], float]], rounds: int
-) -> dict[Key, tuple[float, ...]]:
+    subjects: Mapping[Key, Callable[[], Value]], rounds: int
+) -> dict[Key, tuple[Value, ...]]:
     """Measure every subject once a round, so that a busy minute falls on all of them.
 
     Every other round goes backwards: nobody always follows the same one. A round
     before the first warms caches and is not counted.
     """
     names = list(subjects)
-    values: dict[Key, list[float]] = {name: [] for name in names}
+    values: dict[Key, list[Value]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names if turn % 2 else reversed(names):
             values[name].append(subjects[name]())
     return {name: tuple(found[1:]) for name, found in values.items()}
+
+
+def numbered(measure: Callable[[int], Value]) -> Callable[[], Value]:
+    """A subject that is told which turn it is, from 0, the round that is not counted."""
+    turns = itertools.count()
+    return lambda: measure(next(turns))
 
 
 def _row(figure: Figure) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 A process of its own with one thread and one epoll, and a connection for each request. Closed
 loop: so many at once, another whenever one has ended. Open loop: so many a second, whatever
 becomes of them, and each one's time counts from when it was due, so that what a stall holds up is
-counted even if the client itself was held up by it.
+counted even if the client itself was held up by it. When they are due, and how long each answer is
+to take, is drawn beforehand: with one seed every server is asked the very same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import itertools
+import os
 import random
 import resource
 import select
@@ -20,6 +23,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -27,7 +31,7 @@ from bench.servers import HOST, ROOT
 from steer.errors import SteerError
 
 OK, REFUSED, RESET, CLOSED, TIMEOUT, BAD = "ok", "refused", "reset", "closed", "timeout", "bad"
-_REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+_REQUEST = "GET /{} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
 _CHUNK_BYTES = 65536
 _AFTER_REFUSAL_S = 0.01
 """For so long a closed loop holds back: with nobody there it would only count its own speed."""
@@ -42,6 +46,11 @@ class Plan(msgspec.Struct, frozen=True):
         rate: open loop, with so many a second.
         seed: of the chance that spaces an open loop (Poisson); None: evenly.
         at_least: requests; if told to finish before, it does them first.
+        at_most: requests, of an open loop; 0: no limit.
+        mix: of an open loop's answers, shares and for how many seconds each of these keeps a
+            worker, which the path asks for; none: "/" is asked for.
+        roams: each request is made from a CPU taken by chance, as a network card's receive
+            queues spread connections; else from where the scheduler puts us.
         timeout_s: a request that takes longer from connect() on has failed.
     """
 
@@ -50,7 +59,34 @@ class Plan(msgspec.Struct, frozen=True):
     rate: float = 0.0
     seed: int | None = None
     at_least: int = 0
+    at_most: int = 0
+    mix: tuple[tuple[float, float], ...] = ()
+    roams: bool = False
     timeout_s: float = 10.0
+
+
+class Due(NamedTuple):
+    """A request of an open loop.
+
+    Args:
+        at_s: after the first.
+        takes_s: the worker is to be kept for so long.
+        place: where to ask from, from 0 to 1.
+    """
+
+    at_s: float
+    takes_s: float
+    place: float
+
+
+def schedule(plan: Plan) -> Iterator[Due]:
+    """All requests of an open loop; with the same seed always the same. Pure."""
+    chance = random.Random(plan.seed)
+    shares, times_s = zip(*(plan.mix or ((1.0, 0.0),)), strict=True)
+    at_s = 0.0
+    for _ in range(plan.at_most) if plan.at_most else itertools.count():
+        yield Due(at_s, chance.choices(times_s, shares)[0], chance.random())
+        at_s += 1 / plan.rate if plan.seed is None else chance.expovariate(plan.rate)
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -62,12 +98,14 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
         outcome: "ok"; "refused"; "reset"; "closed" before a whole answer; "timeout";
             "bad", an answer that is not 200.
         port: of our end.
+        body: of a whole answer, as far as it came at once.
     """
 
     begun_s: float
     took_s: float
     outcome: str
     port: int
+    body: str = ""
 
     @property
     def ended_s(self) -> float:
@@ -88,17 +126,21 @@ class Load:
         self._plan = plan
 
     def finish(self) -> list[Request]:
-        """Begin no more; what became of all of them.
+        """Begin no more, or no more than `at_most`; what became of all of them.
 
         Raises:
             SteerError: the client failed, which says nothing of the server.
         """
         with contextlib.suppress(subprocess.TimeoutExpired):
-            output, words = self._process.communicate(timeout=self._plan.timeout_s + _PATIENCE_S)
+            output, words = self._process.communicate(timeout=self._longest_s())
             if self._process.returncode == 0:
                 return msgspec.json.decode(output, type=list[Request])
             raise SteerError("ask a server", "the client failed", detail=words.decode())
-        raise SteerError("ask a server", f"the client does not end in {_PATIENCE_S:g} s")
+        raise SteerError("ask a server", f"the client does not end in {self._longest_s():g} s")
+
+    def _longest_s(self) -> float:
+        plan = self._plan
+        return plan.timeout_s + _PATIENCE_S + (plan.at_most / plan.rate if plan.at_most else 0)
 
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
@@ -130,10 +172,14 @@ class _Connection:
         late_s: when it has failed.
     """
 
-    __slots__ = ("answered_s", "begun_s", "data", "late_s", "open", "port", "sent", "sock")
+    __slots__ = (
+        *("answered_s", "begun_s", "data", "late_s", "open"),
+        *("port", "request", "sent", "sock"),
+    )
 
-    def __init__(self, sock: socket.socket, begun_s: float, late_s: float) -> None:
-        self.sock, self.begun_s, self.late_s = sock, begun_s, late_s
+    def __init__(self, sock: socket.socket, request: bytes, begun_s: float, late_s: float) -> None:
+        self.sock, self.request = sock, request
+        self.begun_s, self.late_s = begun_s, late_s
         self.port = sock.getsockname()[1]
         self.data = b""
         self.answered_s = 0.0
@@ -145,12 +191,14 @@ class _Client:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._address = (HOST, plan.port)
-        self._random = random.Random(plan.seed)
+        self._cpus = sorted(os.sched_getaffinity(0))
+        self._schedule = schedule(plan)
+        self._due = None if plan.concurrency else next(self._schedule, None)
         self._epoll = select.epoll()
         self._epoll.register(sys.stdin.fileno())
         self._open: dict[int, _Connection] = {}
         self._in_order: deque[_Connection] = deque()
-        self._next_s = time.monotonic()
+        self._started_s = self._next_s = time.monotonic()
         self._told = False
         self.done: list[Request] = []
 
@@ -164,6 +212,8 @@ class _Client:
             self._give_up()
 
     def _begins(self) -> bool:
+        if self._plan.at_most:
+            return self._due is not None
         return not self._told or len(self.done) < self._plan.at_least
 
     def _begin_due(self) -> None:
@@ -173,11 +223,12 @@ class _Client:
                 if now_s >= self._next_s:
                     self._begin(time.monotonic())
             return
-        while self._next_s <= now_s:
-            self._begin(self._next_s)
-            rate = self._plan.rate
-            even = self._plan.seed is None
-            self._next_s += 1 / rate if even else self._random.expovariate(rate)
+        while self._due and self._next_s <= now_s:
+            if self._plan.roams:
+                os.sched_setaffinity(0, {self._cpus[int(self._due.place * len(self._cpus))]})
+            self._begin(self._next_s, self._due.takes_s)
+            self._due = next(self._schedule, None)
+            self._next_s = self._started_s + self._due.at_s if self._due else 0.0
 
     def _wait(self, begins: bool) -> None:
         """Until something happens or is due. Not by epoll: it counts in whole milliseconds."""
@@ -187,13 +238,15 @@ class _Client:
         wait_s = max(min(until_s) - time.monotonic(), 0) if until_s else None
         select.select([self._epoll], [], [], wait_s)
 
-    def _begin(self, begun_s: float) -> None:
+    def _begin(self, begun_s: float, takes_s: float = 0.0) -> None:
         sock = socket.socket()
         sock.setblocking(False)
         error = sock.connect_ex(self._address)
         if error not in (0, errno.EINPROGRESS):
             raise OSError(error, "connect")
-        connection = _Connection(sock, begun_s, time.monotonic() + self._plan.timeout_s)
+        request = _REQUEST.format(takes_s or "").encode()
+        late_s = time.monotonic() + self._plan.timeout_s
+        connection = _Connection(sock, request, begun_s, late_s)
         self._open[sock.fileno()] = connection
         self._in_order.append(connection)
         self._epoll.register(sock, select.EPOLLOUT)
@@ -211,19 +264,17 @@ class _Client:
             if connection.sent:
                 self._receive(connection)
             else:
-                connection.sock.send(_REQUEST)
+                connection.sock.send(connection.request)
                 connection.sent = True
                 self._epoll.modify(connection.sock, select.EPOLLIN)
         except BlockingIOError:
             pass
         except ConnectionRefusedError:
-            self._next_s = max(self._next_s, time.monotonic() + self._pause_s())
+            if self._plan.concurrency:
+                self._next_s = time.monotonic() + _AFTER_REFUSAL_S
             self._end(connection, REFUSED)
         except (ConnectionError, TimeoutError):
             self._end(connection, RESET)
-
-    def _pause_s(self) -> float:
-        return _AFTER_REFUSAL_S if self._plan.concurrency else 0.0
 
     def _receive(self, connection: _Connection) -> None:
         data = connection.sock.recv(_CHUNK_BYTES)
@@ -247,7 +298,8 @@ class _Client:
         if connection.answered_s:
             outcome = OK if connection.data.startswith(b"HTTP/1.1 200 ") else BAD
         took_s = (connection.answered_s or time.monotonic()) - connection.begun_s
-        self.done.append(Request(connection.begun_s, took_s, outcome, connection.port))
+        body = connection.data.partition(b"\r\n\r\n")[2].decode(errors="replace")
+        self.done.append(Request(connection.begun_s, took_s, outcome, connection.port, body))
         del self._open[connection.sock.fileno()]
         connection.sock.close()
         connection.open = False

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,8 +152,31 @@ def each(peers: Sequence[Peer], measure: Callable[[Peer], T], failures: list[str
         try:
             found[peer] = measure(peer)
         except SteerError as error:
-            failures.append(f"{peer.name}: {error}\n{error.detail}".rstrip())
+            failures.append(_reason(peer, error))
     return found
+
+
+def all_running(
+    peers: Sequence[Peer], port: int, workers: int, stack: ExitStack, failures: list[str]
+) -> dict[str, Running]:
+    """Start them all, on `port` and those after it; who does not start is a line in `failures`.
+
+    Args:
+        stack: ends them.
+    """
+    found = {}
+    for number, peer in enumerate(peers):
+        print(f"bench:   {peer.name}", file=sys.stderr)
+        try:
+            started = running(peer, port + number, workers=workers)
+            found[peer.name] = stack.enter_context(started)
+        except SteerError as error:
+            failures.append(_reason(peer, error))
+    return found
+
+
+def _reason(peer: Peer, error: SteerError) -> str:
+    return f"{peer.name}: {error}\n{error.detail}".rstrip()
 
 
 def _kill_all(mark: Mapping[str, str]) -> None:
@@ -253,14 +277,6 @@ def steer(running: Running, *arguments: str) -> None:
 # ---- the table
 
 
-def _steer_command(policy: str, app: str) -> Callable[[Site], list[str]]:
-    def command(site: Site) -> list[str]:
-        uvicorn = [tool("uvicorn"), "--fd", "{fd}", *_UVICORN, app]
-        return servers.steer_run(site.port, WORKERS, "--policy", policy, "--", *uvicorn)
-
-    return command
-
-
 def _nginx(site: Site) -> list[str]:
     _configure_nginx(site, WORKERS)
     return [servers.system_tool("nginx"), "-c", str(site.directory / _NGINX)]
@@ -275,11 +291,37 @@ def _gunicorn(*options: str) -> Callable[[Site], list[str]]:
     return lambda site: [*servers.gunicorn(site.port, WORKERS), *options]
 
 
+def plain(name: str, command: Callable[[Site], list[str]]) -> Peer:
+    """One that is only to be asked."""
+    return Peer(name, command, None, None, _children)
+
+
+def under_steer(name: str, workers: int, *arguments: str) -> Peer:
+    """The same, of `steer run ARGUMENTS`."""
+    command = partial(_under_steer, workers, arguments)
+    return Peer(name, command, None, None, _steers, is_steer=True)
+
+
+def _under_steer(workers: int, arguments: Sequence[str], site: Site) -> list[str]:
+    return servers.steer_run(site.port, workers, *arguments)
+
+
+def carrying_uvicorn(app: str) -> tuple[str, ...]:
+    """The end of a `steer run`."""
+    return ("--", tool("uvicorn"), "--fd", "{fd}", *_UVICORN, app)
+
+
+def uvicorn(workers: int, app: str) -> Callable[[Site], list[str]]:
+    return lambda at: [
+        *(tool("uvicorn"), "--port", str(at.port), "--workers", str(workers), *_UVICORN, app)
+    ]
+
+
 def steered(policy: str, app: str = "bench.apps:asgi") -> Peer:
     """uvicorn under steer."""
     return Peer(
         f"steer, {policy}",
-        _steer_command(policy, app),
+        lambda at: servers.steer_run(at.port, WORKERS, "--policy", policy, *carrying_uvicorn(app)),
         lambda running: steer(running, "reload"),
         lambda running, count: steer(running, "scale", str(count)),
         _steers,
@@ -297,7 +339,7 @@ PEERS = (
     Peer("gunicorn --reuse-port", _gunicorn("--reuse-port"), _hang_up, _one_by_one, _children),
     Peer(
         "uvicorn --workers",
-        lambda at: [tool("uvicorn"), "--port", str(at.port), "--workers", _MORE, *_UVICORN, _ASGI],
+        uvicorn(WORKERS, _ASGI),
         _hang_up,
         _one_by_one,
         _children,

@@ -1,6 +1,6 @@
 """Programs to compare with, written out by hand: nothing in them is steer's.
 
-Beside the empty one, each only calls the helper that every choice ends with, on a
+Each only calls the helper that every choice ends with, on a
 slot found as cheaply as can be in one of the ways that policies find theirs.
 """
 
@@ -34,8 +34,6 @@ def _spread(slots: int) -> list[str]:
 _STATE = _map(5, abi.BPF_PSEUDO_MAP_VALUE)  # r5 = the first number of the table
 _LOAD, _STORE = _insn(0x61, 0, 5), _insn(0x63, 5, 0)  # r0 = *r5; *r5 = r0
 _PASS = [_insn(0xB7, 0, value=1), _insn(0x95)]  # r0 = SK_PASS; exit
-
-EMPTY = Code(_PASS, {})
 
 
 def one_slot(_slots: int) -> Code:

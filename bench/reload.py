@@ -5,7 +5,6 @@ Each part runs every server that can do it, one after the other, with the same c
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,8 +60,7 @@ _QUICK = Size(peers.FEW, 2, 1, 100, 1, 1.0, 0.1, 1, 8, 500)
 def run(quick: bool) -> Iterator[Section]:
     size = _QUICK if quick else Size()
     yield _reloads(size)
-    if not quick or shutil.which("wrk"):
-        yield _through_wrk(size)
+    yield _through_wrk(size)
     yield _scales(size)
     yield _adoption(size)
     yield slow.section(size.import_s, size.window_s, size.rounds)

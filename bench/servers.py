@@ -170,5 +170,5 @@ def name(port: int) -> str:
     return f"bench-{os.getpid()}-{port}"
 
 
-def gunicorn(port: int, workers: int) -> list[str]:
-    return [tool("gunicorn"), "-w", str(workers), "-b", f"{HOST}:{port}", "bench.apps:wsgi"]
+def gunicorn(port: int, workers: int, app: str = "bench.apps:wsgi") -> list[str]:
+    return [tool("gunicorn"), "-w", str(workers), "-b", f"{HOST}:{port}", app]

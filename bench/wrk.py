@@ -25,6 +25,7 @@ class Counts:
 
     requests: int
     errors: int
+    per_second: float = 0.0
 
 
 class Wrk:
@@ -70,4 +71,9 @@ def counts(words: str) -> Counts:
     sockets = re.search(r"Socket errors: (.*)", words)
     answers = re.search(r"Non-2xx or 3xx responses: (\d+)", words)
     errors = sum(map(int, re.findall(r"\d+", sockets[1]))) if sockets else 0
-    return Counts(int(requests[1]), errors + (int(answers[1]) if answers else 0))
+    rate = re.search(r"^Requests/sec: +([\d.]+)", words, re.MULTILINE)
+    return Counts(
+        int(requests[1]),
+        errors + (int(answers[1]) if answers else 0),
+        float(rate[1]) if rate else 0.0,
+    )

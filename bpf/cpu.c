@@ -12,6 +12,8 @@
  */
 #include "steer.h"
 
+STEER_TABLE(cpus)
+
 STEER_POLICY(ctx, table)
 {
 	return bpf_get_smp_processor_id();

@@ -8,6 +8,8 @@
  */
 #include "steer.h"
 
+STEER_TABLE(shares)
+
 STEER_POLICY(ctx, table)
 {
 	return steer_spread(table, steer_random());

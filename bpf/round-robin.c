@@ -9,6 +9,8 @@
  */
 #include "steer.h"
 
+STEER_TABLE(turns)
+
 STEER_POLICY(ctx, table)
 {
 	return 0;

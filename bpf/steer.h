@@ -7,7 +7,7 @@
  * connection. Weights, drains, reloads and CPU maps are all in how the table is
  * filled, so none of them is code here.
  *
- * A policy file is a head comment, one STEER_POLICY block, and nothing else:
+ * A policy file is a head comment, what it declares, and one STEER_POLICY block:
  *
  *	STEER_POLICY(ctx, table)
  *	{
@@ -30,12 +30,25 @@
 #define STEER_MAP_TABLE 0x57ee0002
 #define STEER_MAP_COUNTS 0x57ee0003
 #define STEER_MAP_CPUS 0x57ee0004
+#define STEER_MAP_SLOTS 0x57ee0005
+#define STEER_MAP_PARAMS 0x57ee0006
+#define STEER_MAP_OWN 0x57ee0007
+#define STEER_MAP_FLOWS 0x57ee0008
+#define STEER_MAP_OWNERS 0x57ee0009
+#define STEER_MAP_LISTENERS 0x57ee000a
+#define STEER_MAP_MOVED 0x57ee000b
 
+#define STEER_SLOTS 8192
 #define STEER_ENTRIES 65536 /* positions in the table */
 #define STEER_TURNS 32768 /* room for rows */
 #define STEER_SPARES 256 /* live slots to try when the chosen one fails */
 #define STEER_TRIES 4
 #define STEER_ROW 0x8000 /* in an entry: not a slot, but where its row starts in turns */
+#define STEER_SLOT 0x80000000u /* in a position: a slot, whatever the table says */
+#define STEER_VALUES 16 /* parameters, counters */
+#define STEER_HISTOGRAMS 4
+#define STEER_BUCKETS 32
+#define STEER_IPV4 __builtin_bswap16(0x0800) /* sk_reuseport_md.eth_protocol */
 
 /*
  * An entry is a slot, or a row of slots that are taken in turn. A row is its
@@ -44,7 +57,7 @@
  */
 struct steer_half {
 	u32 length; /* entries that steer_spread() spreads over */
-	u32 reserved;
+	u32 deck; /* entries until they begin anew, where a deck is laid */
 	u16 entries[STEER_ENTRIES];
 	u16 turns[STEER_TURNS];
 	u16 spares[STEER_SPARES];
@@ -73,6 +86,53 @@ struct steer_cpu {
 	u64 unsteered; /* no live slot found: left to the kernel's hash */
 };
 
+/* Per slot, of the service: all its groups and CPUs together. */
+struct steer_slot {
+	u32 open; /* connections that the worker has, or that wait for it */
+	u32 pending; /* handshakes sent its way: the second, 16 bits, and how many since */
+	u32 stamp; /* another for each worker that has the slot */
+	u32 flows; /* another when flows known to be here are so no more */
+};
+
+/* Whose a connection is: of the worker that has the slot while it has that stamp. */
+struct steer_owner {
+	u16 slot;
+	u16 counted;
+	u32 stamp;
+};
+
+struct steer_params {
+	u32 ticks_per_s; /* of steer_ticks() */
+	u32 second; /* so many bits of these are about a second */
+	u32 values[STEER_VALUES];
+};
+
+/* Per CPU: what a policy counts for itself. */
+struct steer_own {
+	u64 counters[STEER_VALUES];
+	u64 histograms[STEER_HISTOGRAMS][STEER_BUCKETS];
+};
+
+/*
+ * What a policy declares. The controller reads it in the text of the file, and tells the
+ * compiler where each value is.
+ */
+#define STEER_TABLE(kind) /* how the table is filled: consistent if not said */
+#define STEER_PARAM(name, initial, least, most, help) /* a u32 that users set */
+#define STEER_COUNTER(name, help)
+#define STEER_HISTOGRAM(name, unit, help)
+
+#define steer_param(name) steer_param_at(STEER_PARAM_##name)
+#define steer_add(name, number) steer_add_at(STEER_COUNTER_##name, number)
+#define steer_record(name, value) steer_record_at(STEER_HISTOGRAM_##name, value)
+
+/*
+ * Have `value` computed by now. The compiler may else choose between two addresses and then
+ * read, and the verifier takes no context at an address that was chosen; or make a branch
+ * of what is written without one.
+ */
+#define steer_settle(value) asm volatile("" : "+r"(value))
+
 /* Stand-in `map` as a pointer that bcc puts into the bytecode as it stands. */
 #define steer_map(map) ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_FD, map))
 
@@ -90,6 +150,104 @@ static __always_inline const struct steer_half *steer_active(void)
 	return &table->halves[table->active & 1];
 }
 
+static __always_inline const struct steer_params *steer_params(void)
+{
+	return (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_PARAMS);
+}
+
+static __always_inline u32 steer_param_at(u32 index)
+{
+	return steer_params()->values[index & (STEER_VALUES - 1)];
+}
+
+static __always_inline struct steer_own *steer_own(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_OWN), &zero);
+}
+
+static __always_inline void steer_add_at(u32 index, u64 number)
+{
+	struct steer_own *own = steer_own();
+
+	if (own)
+		own->counters[index & (STEER_VALUES - 1)] += number;
+}
+
+/* Into the bucket of all values with as many binary digits. */
+static __always_inline void steer_record_at(u32 index, u32 value)
+{
+	struct steer_own *own = steer_own();
+	u32 bucket = 0, bits;
+
+#pragma unroll
+	for (bits = 16; bits; bits >>= 1)
+		if (value >> bits) {
+			value >>= bits;
+			bucket += bits;
+		}
+	bucket += value; /* 1, or 0 if it was 0 from the start */
+	if (bucket > STEER_BUCKETS - 1)
+		bucket = STEER_BUCKETS - 1;
+	steer_settle(bucket); /* or the mask below goes, which is what the verifier understands */
+	if (own)
+		own->histograms[index & (STEER_HISTOGRAMS - 1)][bucket & (STEER_BUCKETS - 1)]++;
+}
+
+/* The kernel's clock, coarse but for nothing; it runs over. Linux 5.5+. */
+static __always_inline u32 steer_ticks(void)
+{
+	return bpf_jiffies64();
+}
+
+/* Of the same clock, about seconds. */
+static __always_inline u32 steer_second(void)
+{
+	return steer_ticks() >> (steer_params()->second & 31);
+}
+
+static __always_inline struct steer_slot *steer_slot_at(u64 slot)
+{
+	struct steer_slot *slots = (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_SLOTS);
+
+	return &slots[slot & (STEER_SLOTS - 1)];
+}
+
+/*
+ * How much a slot has to do: its open connections, and the handshakes that were sent its
+ * way in this second or the last and have not ended. Those that never do are forgotten.
+ */
+static __always_inline u64 steer_load(u64 slot, u64 second)
+{
+	const struct steer_slot *at = steer_slot_at(slot);
+	u64 pending = at->pending, recent = (second - (pending >> 16)) & 0xffff;
+
+	/* 1 if less than 2. No branch, as the verifier would follow both ways from each. */
+	recent = (recent - 2) >> 63;
+	steer_settle(recent);
+	return at->open + (pending & 0xffff) * recent;
+}
+
+/* A handshake goes there. Not atomic: CPUs that do so at once may forget one. */
+static __always_inline void steer_expect(u32 slot, u32 second)
+{
+	struct steer_slot *at = steer_slot_at(slot);
+	u32 pending = at->pending, age = (second - (pending >> 16)) & 0xffff, some = 0;
+
+	if (age == 0)
+		some = pending & 0xffff;
+	else if (age == 1)
+		some = (pending & 0xffff) / 2;
+	at->pending = second << 16 | (some < 0xffff ? some + 1 : some);
+}
+
+/* A position for a slot that the policy knows by itself. */
+static __always_inline u32 steer_to(u32 slot)
+{
+	return STEER_SLOT | slot;
+}
+
 static __always_inline struct steer_cpu *steer_this_cpu(void)
 {
 	u32 zero = 0;
@@ -103,13 +261,23 @@ static __always_inline struct steer_cpu *steer_this_cpu(void)
  * taken by SYNs and by such ACKs are counted apart: with one counter and an even
  * number of workers every connection would end on the same half of them.
  */
-static __always_inline bool steer_is_ack(const struct sk_reuseport_md *ctx)
+static __always_inline u32 steer_is_ack(const struct sk_reuseport_md *ctx)
+{
+	const u8 *header = ctx->data;
+
+	if (ctx->ip_protocol != 6 /* TCP */ || header + 14 > (const u8 *)ctx->data_end)
+		return 0;
+	return (header[13] >> 1 & 1) ^ 1; /* SYN */
+}
+
+/* What begins a connection; not one that migrates, of which there may be no packet. */
+static __always_inline bool steer_is_syn(const struct sk_reuseport_md *ctx)
 {
 	const u8 *header = ctx->data;
 
 	if (ctx->ip_protocol != 6 /* TCP */ || header + 14 > (const u8 *)ctx->data_end)
 		return false;
-	return !(header[13] & 0x02 /* SYN */);
+	return header[13] & 0x02 /* SYN */;
 }
 
 /* The next slot of a row. Each CPU takes its own turns, so none ever waits or races. */
@@ -131,8 +299,11 @@ static __always_inline u32 steer_turn(const struct sk_reuseport_md *ctx,
 static __always_inline u32 steer_slot(const struct sk_reuseport_md *ctx,
 				      const struct steer_half *table, u32 position)
 {
-	u32 entry = table->entries[position & (STEER_ENTRIES - 1)];
+	u32 entry;
 
+	if (position & STEER_SLOT)
+		return position & ~STEER_SLOT;
+	entry = table->entries[position & (STEER_ENTRIES - 1)];
 	return entry & STEER_ROW ? steer_turn(ctx, table, entry) : entry;
 }
 
@@ -152,19 +323,68 @@ static __always_inline u32 steer_random(void)
 	return number;
 }
 
-static __always_inline bool steer_select(struct sk_reuseport_md *ctx, u32 slot, bool fallback,
-					 bool migrating)
+/* bcc's own declaration has but 32 bits. */
+static u64 (*steer_cookie)(void *) = (void *)BPF_FUNC_get_socket_cookie;
+
+/* Whether a connection is open: the worker has it, or is to get it, and has not closed it. */
+static __always_inline bool steer_is_open(u32 state)
+{
+	return state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT;
+}
+
+static __always_inline void steer_counted(const struct steer_owner *owner, s32 more)
+{
+	struct steer_slot *at = steer_slot_at(owner->slot);
+
+	if (at->stamp == owner->stamp)
+		__sync_fetch_and_add(&at->open, more);
+}
+
+/*
+ * A connection goes from the queue of one worker to another's: it is counted where it is.
+ * What is written at the socket itself cannot be reached from here, so it stays in a map
+ * until it is closed. One whose handshake has not ended is nobody's yet.
+ */
+static __always_inline void steer_moved(struct sk_reuseport_md *ctx, struct bpf_sock *connection,
+					u32 slot)
+{
+	u64 listener, cookie;
+	struct steer_owner *from, was, now = {.slot = slot, .counted = 1};
+
+	/* SYN_RECV is one of TCP Fast Open, which is counted; else it would be NEW_SYN_RECV. */
+	if (!steer_is_open(connection->state) && connection->state != BPF_TCP_SYN_RECV)
+		return;
+	listener = steer_cookie(ctx->sk);
+	from = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_LISTENERS), &listener);
+	if (!from)
+		return;
+	was = *from;
+	now.stamp = steer_slot_at(slot)->stamp;
+	cookie = steer_cookie(connection);
+	if (bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie, &now, BPF_ANY))
+		return;
+	steer_counted(&was, -1);
+	steer_counted(&now, 1);
+}
+
+static __always_inline bool steer_select(struct sk_reuseport_md *ctx, u32 slot)
+{
+	return !bpf_sk_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), &slot, 0);
+}
+
+static __always_inline void steer_selected(struct sk_reuseport_md *ctx, u32 slot, bool fallback,
+					   struct bpf_sock *migrating)
 {
 	struct steer_count *count;
 
-	if (bpf_sk_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), &slot, 0))
-		return false;
 	/*
 	 * A connection is counted once, by its SYN, and what is late not at all. Once more
 	 * where it migrates: half-open ones do with the ACK that ends their handshake.
 	 */
-	if (!migrating && steer_is_ack(ctx))
-		return true;
+	if (migrating)
+		steer_moved(ctx, migrating, slot);
+	else if (steer_is_ack(ctx))
+		return;
 	count = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_COUNTS), &slot);
 	if (count) {
 		count->selected++;
@@ -173,43 +393,45 @@ static __always_inline bool steer_select(struct sk_reuseport_md *ctx, u32 slot, 
 		if (migrating)
 			count->migrated++;
 	}
-	return true;
 }
 
 /* SK_PASS with nothing selected leaves the choice to the kernel's hash. */
 static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 					 const struct steer_half *table, u32 position,
-					 bool migrating)
+					 struct bpf_sock *migrating)
 {
+	u32 slot = steer_slot(ctx, table, position), i;
+	bool found = steer_select(ctx, slot), fallback = !found;
 	struct steer_cpu *cpu;
-	u32 i;
 
-	if (steer_select(ctx, steer_slot(ctx, table, position), false, migrating))
-		return SK_PASS;
 #pragma unroll
 	for (i = 0; i < STEER_TRIES; i++)
-		if (steer_select(ctx, table->spares[(ctx->hash + i) & (STEER_SPARES - 1)], true,
-				 migrating))
-			return SK_PASS;
-	cpu = steer_this_cpu();
-	if (cpu && !steer_is_ack(ctx))
-		cpu->unsteered++;
+		if (!found) {
+			slot = table->spares[(ctx->hash + i) & (STEER_SPARES - 1)];
+			found = steer_select(ctx, slot);
+		}
+	if (found) {
+		steer_selected(ctx, slot, fallback, migrating);
+	} else {
+		cpu = steer_this_cpu();
+		if (cpu && !steer_is_ack(ctx))
+			cpu->unsteered++;
+	}
 	return SK_PASS;
 }
-
-/*
- * Have `value` read by now. The compiler may else choose between two addresses and then
- * read, and the verifier takes no context at an address that was chosen.
- */
-#define steer_settle(value) asm volatile("" : "+r"(value))
 
 /*
  * Two programs from one policy: steer_migrate is also asked where the queue of a
  * closing listener goes (Linux 5.14+); steer_plain is for kernels that never ask.
  *
  * A connection that migrates has no packet, and the CPU is that of whoever closed the
- * listener: its hash is the position then, or a whole queue would land on one worker.
+ * listener: its hash is the position then, or a whole queue would land on one worker. A
+ * policy that can do better defines steer_position() before it includes this.
  */
+#ifndef steer_position
+#define steer_position(ctx, table, migrating, hash)                                                \
+	(migrating ? steer_spread(table, hash) : steer_policy(ctx, table))
+#endif
 #define STEER_POLICY(ctx, table)                                                                   \
 	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                       \
 						const struct steer_half *table);                   \
@@ -217,18 +439,17 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 	{                                                                                          \
 		const struct steer_half *half = steer_active();                                    \
                                                                                                    \
-		return steer_deliver(ctx, half, steer_policy(ctx, half), false);                   \
+		return steer_deliver(ctx, half, steer_policy(ctx, half), NULL);                    \
 	}                                                                                          \
 	int steer_migrate(struct sk_reuseport_md *ctx)                                             \
 	{                                                                                          \
 		const struct steer_half *half = steer_active();                                    \
-		bool migrating = ctx->migrating_sk != NULL;                                        \
+		struct bpf_sock *migrating = ctx->migrating_sk;                                    \
 		u32 hash = ctx->hash;                                                              \
                                                                                                    \
 		steer_settle(hash);                                                                \
-		return steer_deliver(                                                              \
-			ctx, half, migrating ? steer_spread(half, hash) : steer_policy(ctx, half), \
-			migrating);                                                                \
+		return steer_deliver(ctx, half, steer_position(ctx, half, migrating, hash),        \
+				     migrating);                                                   \
 	}                                                                                          \
 	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                       \
 						const struct steer_half *table)

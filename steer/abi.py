@@ -18,12 +18,19 @@ SO_ATTACH_REUSEPORT_EBPF: Final = 52
 SO_DETACH_REUSEPORT_BPF: Final = 68
 
 # include/uapi/linux/bpf.h
+BPF_MAP_TYPE_HASH: Final = 1
 BPF_MAP_TYPE_ARRAY: Final = 2
 BPF_MAP_TYPE_PERCPU_ARRAY: Final = 6
+BPF_MAP_TYPE_LRU_HASH: Final = 9
 BPF_MAP_TYPE_REUSEPORT_SOCKARRAY: Final = 20
+BPF_MAP_TYPE_SK_STORAGE: Final = 24
+BPF_PROG_TYPE_SOCK_OPS: Final = 13
 BPF_PROG_TYPE_SK_REUSEPORT: Final = 21
+BPF_CGROUP_SOCK_OPS: Final = 3
 BPF_SK_REUSEPORT_SELECT: Final = 39
 BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: Final = 40
+BPF_F_NO_PREALLOC: Final = 1 << 0
+BPF_F_CLONE: Final = 1 << 9
 BPF_F_MMAPABLE: Final = 1 << 10
 BPF_LD_IMM64: Final = 0x18
 BPF_PSEUDO_MAP_FD: Final = 1
@@ -35,7 +42,15 @@ TURNS: Final = 32768
 SPARES: Final = 256
 ROW: Final = 0x8000
 NO_SLOT: Final = 0x7FFF
+SLOTS: Final = 8192
 MAX_SLOTS: Final = 4096
+ALL: Final = 64
+"""bpf/least-conn.c: so many positions of a deck are all looked at."""
+NEIGHBOURS: Final = 4
+"""The same: of more, so many next to each other."""
+VALUES: Final = 16
+HISTOGRAMS: Final = 4
+BUCKETS: Final = 32
 
 HEADER: Final = struct.Struct("=II")
 """Mirrors the head of struct steer_table: active, reserved."""
@@ -44,8 +59,20 @@ COUNT: Final = struct.Struct("=QQQ")
 CPU: Final = struct.Struct("=IIIIQ")
 """Mirrors struct steer_cpu: turn, turn_ack, random, reserved, unsteered."""
 
+SLOT: Final = struct.Struct("=IIII")
+"""Mirrors struct steer_slot: open, pending, stamp, flows."""
+OWNER: Final = struct.Struct("=HHI")
+"""Mirrors struct steer_owner: slot, counted, stamp."""
+PARAMS: Final = struct.Struct(f"=II{VALUES}I")
+"""Mirrors struct steer_params: ticks_per_s, second, values."""
+OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
+"""Mirrors struct steer_own: counters, and the buckets of each histogram."""
+FLOW_KEY_BYTES: Final = 20
+FLOW_BYTES: Final = 16
+"""Struct source and struct flow of bpf/flow.c."""
+
 LENGTH: Final = struct.Struct("=II")
-"""Mirrors the head of struct steer_half: length, reserved."""
+"""Mirrors the head of struct steer_half: length, deck."""
 
 ENTRIES_OFFSET: Final = LENGTH.size
 TURNS_OFFSET: Final = ENTRIES_OFFSET + 2 * ENTRIES
@@ -61,19 +88,29 @@ class MapSpec(msgspec.Struct, frozen=True):
         number: what stands in the bytecode in place of its file descriptor.
         kind: BPF_MAP_TYPE_*.
         value_bytes: size of a value.
-        entries: how many, or None for one per slot.
+        entries: how many, or None for as many as are asked for.
     """
 
     number: int
     kind: int
     value_bytes: int
-    entries: int | None
+    entries: int | None = 1
     flags: int = 0
+    key_bytes: int = 4
 
 
 MAPS: Final = {
     "sockets": MapSpec(0x57EE0001, BPF_MAP_TYPE_REUSEPORT_SOCKARRAY, 8, None),
-    "table": MapSpec(0x57EE0002, BPF_MAP_TYPE_ARRAY, TABLE_BYTES, 1, BPF_F_MMAPABLE),
+    "table": MapSpec(0x57EE0002, BPF_MAP_TYPE_ARRAY, TABLE_BYTES, flags=BPF_F_MMAPABLE),
     "counts": MapSpec(0x57EE0003, BPF_MAP_TYPE_PERCPU_ARRAY, COUNT.size, None),
-    "cpus": MapSpec(0x57EE0004, BPF_MAP_TYPE_PERCPU_ARRAY, CPU.size, 1),
+    "cpus": MapSpec(0x57EE0004, BPF_MAP_TYPE_PERCPU_ARRAY, CPU.size),
+    "slots": MapSpec(0x57EE0005, BPF_MAP_TYPE_ARRAY, SLOTS * SLOT.size, flags=BPF_F_MMAPABLE),
+    "params": MapSpec(0x57EE0006, BPF_MAP_TYPE_ARRAY, PARAMS.size, flags=BPF_F_MMAPABLE),
+    "own": MapSpec(0x57EE0007, BPF_MAP_TYPE_PERCPU_ARRAY, OWN.size),
+    "flows": MapSpec(0x57EE0008, BPF_MAP_TYPE_LRU_HASH, FLOW_BYTES, None, 0, FLOW_KEY_BYTES),
+    "owners": MapSpec(
+        0x57EE0009, BPF_MAP_TYPE_SK_STORAGE, OWNER.size, 0, BPF_F_NO_PREALLOC | BPF_F_CLONE
+    ),
+    "listeners": MapSpec(0x57EE000A, BPF_MAP_TYPE_HASH, OWNER.size, None, BPF_F_NO_PREALLOC, 8),
+    "moved": MapSpec(0x57EE000B, BPF_MAP_TYPE_HASH, OWNER.size, 65536, BPF_F_NO_PREALLOC, 8),
 }

@@ -33,18 +33,21 @@ class Code(msgspec.Struct, frozen=True):
         return b"".join(insns)
 
 
-class PolicyObject(msgspec.Struct, frozen=True):
+class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
     """A compiled policy.
 
     Args:
         digest: of the sources it was compiled from; see `kernel.compile.digest`.
         compiler: what compiled it, "bcc 0.26.0, clang 14".
         programs: "plain", and "migrate" for kernels that let a program migrate.
+        lines: by program, for a policy of one's own: index of an instruction -> the line
+            of the source that begins there.
     """
 
     digest: str
     compiler: str
     programs: dict[str, Code]
+    lines: dict[str, dict[int, int]] = {}
 
     def encode(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"

@@ -77,10 +77,27 @@ def by_share(layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
 
 def by_hash(layout: Layout, indexes: Mapping[int, int], seed: int) -> list[Insn]:
     """The slot at the flow's hash."""
+    return _hashed(_packet_hash(_FLOW_4, _FLOW_6, seed), layout, indexes)
+
+
+def by_source(
+    layout: Layout, indexes: Mapping[int, int], seed: int, prefix4: int, prefix6: int
+) -> list[Insn]:
+    """The slot at the hash of so many bits of the client's address."""
+    version_4 = [_address_word(12, prefix4)]
+    version_6 = [_address_word(8 + 4 * i, prefix6 - 32 * i) for i in range(4)]
+    return _hashed(_packet_hash(version_4, version_6, seed), layout, indexes)
+
+
+def _hashed(number: Sequence[Insn], layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
     length = len(layout.entries)
-    return _checked(
-        [*_flow_hash(seed), (_MOD_K, 0, 0, length), *_choose(_returns(layout.entries, indexes))]
-    )
+    return _checked([*number, (_MOD_K, 0, 0, length), *_choose(_returns(layout.entries, indexes))])
+
+
+def _address_word(at: int, bits: int) -> list[Insn]:
+    """Leaves the first `bits` of the word `at` that offset of the IP header in A."""
+    mask = 0xFFFFFFFF << 32 - min(max(bits, 0), 32) & 0xFFFFFFFF
+    return [(_LD_W_ABS, 0, 0, _NET_OFF + at), (_AND_K, 0, 0, mask)]
 
 
 def pack(program: Sequence[Insn]) -> bytes:
@@ -104,29 +121,33 @@ def flow_hash(source: bytes, source_port: int, port: int, seed: int) -> int:
     return mixed ^ mixed >> 13
 
 
-def _flow_hash(seed: int) -> list[Insn]:
-    """Leaves the hash of client address and ports in A.
+_FLOW_4: Sequence[Sequence[Insn]] = (
+    [(_LD_W_ABS, 0, 0, _NET_OFF + 12)],
+    [(_LDX_B_MSH, 0, 0, _NET_OFF), (_LD_W_IND, 0, 0, _NET_OFF)],
+)
+_FLOW_6: Sequence[Sequence[Insn]] = [
+    [(_LD_W_ABS, 0, 0, _NET_OFF + at)] for at in (8, 12, 16, 20, 40)
+]
+"""Each leaves one word of the flow in A: client address, ports."""
+
+
+def _packet_hash(
+    version_4: Sequence[Sequence[Insn]], version_6: Sequence[Sequence[Insn]], seed: int
+) -> list[Insn]:
+    """Leaves the hash of these words of the packet in A.
 
     The data start behind the transport header; what lies before is reached from
     the network header. IPv6 extension headers would be taken for ports: still
     the same for every packet of a flow that carries them.
     """
-    version_4 = [
-        *_mix((_LD_W_ABS, 0, 0, _NET_OFF + 12), seed),
-        (_LDX_B_MSH, 0, 0, _NET_OFF),
-        *_mix((_LD_W_IND, 0, 0, _NET_OFF)),
-    ]
-    version_6 = [
-        *_mix((_LD_W_ABS, 0, 0, _NET_OFF + 8), seed),
-        *(i for at in (12, 16, 20, 40) for i in _mix((_LD_W_ABS, 0, 0, _NET_OFF + at))),
-    ]
+    mixed_4, mixed_6 = _mix_all(version_4, seed), _mix_all(version_6, seed)
     return [
         (_LD_B_ABS, 0, 0, _NET_OFF),
         (_AND_K, 0, 0, 0xF0),
-        (_JEQ_K, 0, len(version_6) + 1, 0x60),
-        *version_6,
-        (_JA, 0, 0, len(version_4)),
-        *version_4,
+        (_JEQ_K, 0, len(mixed_6) + 1, 0x60),
+        *mixed_6,
+        (_JA, 0, 0, len(mixed_4)),
+        *mixed_4,
         (_MUL_K, 0, 0, 0x85EBCA6B),
         (_TAX, 0, 0, 0),
         (_RSH_K, 0, 0, 13),
@@ -134,20 +155,23 @@ def _flow_hash(seed: int) -> list[Insn]:
     ]
 
 
-def _mix(load: Insn, seed: int | None = None) -> list[Insn]:
-    """Mix a word of the packet into what M[0] holds, or into the seed."""
-    start: list[Insn] = (
-        [(_LDX_MEM, 0, 0, 0), (_XOR_X, 0, 0, 0)] if seed is None else [(_XOR_K, 0, 0, seed)]
-    )
-    return [
-        load,
-        *start,
-        (_MUL_K, 0, 0, 0x9E3779B1),
-        (_TAX, 0, 0, 0),
-        (_RSH_K, 0, 0, 15),
-        (_XOR_X, 0, 0, 0),
-        (_ST, 0, 0, 0),
-    ]
+def _mix_all(words: Sequence[Sequence[Insn]], seed: int) -> list[Insn]:
+    """Mix the seed and then each word into what M[0] holds."""
+    found: list[Insn] = []
+    for load in words:
+        start: list[Insn] = (
+            [(_LDX_MEM, 0, 0, 0), (_XOR_X, 0, 0, 0)] if found else [(_XOR_K, 0, 0, seed)]
+        )
+        found += [
+            *load,
+            *start,
+            (_MUL_K, 0, 0, 0x9E3779B1),
+            (_TAX, 0, 0, 0),
+            (_RSH_K, 0, 0, 15),
+            (_XOR_X, 0, 0, 0),
+            (_ST, 0, 0, 0),
+        ]
+    return found
 
 
 def _by_chance(slots: Sequence[int], indexes: Mapping[int, int]) -> list[Insn]:

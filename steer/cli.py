@@ -98,11 +98,11 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
         click.echo(as_toml(service))
     if check_config or print_config:
         return
-    from steer import controller, log
+    from steer import controller, log, policies
     from steer.kernel import probe, topology
     from steer.plan import plan
 
-    decided = plan(service, topology.read(), probe.findings())
+    decided = plan(service, topology.read(), probe.findings(), policies.find(service.policy))
     logger = log.Log(service.log_level, service.log_format)
     sys.exit(controller.run(decided, os.environ, logger, read))
 
@@ -112,19 +112,25 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
 @_AS_JSON
 def check(as_json: bool, **options: Any) -> None:
     """Say what `run` with the same options would do, and why; change nothing."""
-    from steer import controller
+    import msgspec
+
+    from steer import controller, policies
     from steer.kernel import probe, topology
     from steer.plan import plan
 
-    decided = plan(Source(options)(), topology.read(), probe.findings())
-    notes = controller.rehearse(decided, os.environ)
+    service = Source(options)()
+    chosen = policies.find(service.policy)
+    decided = plan(service, topology.read(), probe.findings(), chosen)
+    found = controller.rehearse(decided, os.environ)
     if as_json:
-        _print_json({**decided.describe(), "notes": notes})
+        _print_json({**decided.describe(), **msgspec.to_builtins(found)})
         return
     for number, step in enumerate(decided.steps(), 1):
         reason = f"  ({step.reason})" if step.reason else ""
         click.echo(f"{number}. {step.act.value} {step.object}{reason}")
-    for note in notes:
+    if found.memory_bytes:
+        click.echo(f"memory: {found.memory_bytes / 1e6:.1f} MB of the kernel's, for maps")
+    for note in found.notes:
         click.echo(f"note: {note}")
 
 
@@ -225,13 +231,38 @@ def restart(named: _Named, **how: Any) -> None:
     _perform("restart", "restarted", named[0], slot=named[1], **how)
 
 
+@cli.command()
+@click.argument("named", nargs=-1, required=True, metavar="[NAME] POLICY")
+@click.option("--weights", metavar="N,N...", help="Each worker's share; else as they are.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="Of the policy.")
+@_AS_JSON
+@_CONTROL_SOCKET
+def policy(
+    named: tuple[str, ...], weights: str | None, params: tuple[str, ...], **how: Any
+) -> None:
+    """Choose by another POLICY from now on, or by the same with other parameters.
+
+    POLICY is a name, or the path of a file: ./mine.c. No connection is lost or goes astray.
+    """
+    from steer.policy import OWN_SUFFIX
+
+    *name, chosen = named
+    if len(name) > 1:
+        raise click.UsageError(f"Got unexpected extra argument ({chosen})")
+    if chosen.endswith(OWN_SUFFIX):
+        chosen = os.path.abspath(chosen)
+    shares = weights.split(",") if weights else None
+    whom = name[0] if name else None
+    _perform("policy", "changed", whom, policy=chosen, params=params or None, weights=shares, **how)
+
+
 def _perform(
     command: str,
     done: str,
     name: str | None,
     as_json: bool,
     control_socket: str | None,
-    **more: int,
+    **more: Any,
 ) -> None:
     """Have a service do it, and say what was done."""
     import msgspec
@@ -247,26 +278,49 @@ def _perform(
         click.echo(f"{done} {path.stem}: {outcome}")
 
 
-@cli.command()
+@cli.group(invoke_without_command=True)
 @_AS_JSON
-def policies(as_json: bool) -> None:
-    """List the policies and the backends each can run on."""
-    from steer import show
-    from steer.policy import POLICIES
-    from steer.report import Table
+@click.pass_context
+def policies(context: click.Context, as_json: bool) -> None:
+    """List the policies and the backends each can run on; or see to one of your own."""
+    if context.invoked_subcommand:
+        return
+    from steer import own, show
 
     if as_json:
-        _print_json(
-            {
-                "policies": [
-                    {"name": each.name, "backends": each.backends, "summary": each.summary}
-                    for each in POLICIES.values()
-                ]
-            }
-        )
-        return
-    rows = [(each.name, ", ".join(each.backends), each.summary) for each in POLICIES.values()]
-    show.tables([Table("", ("policy", "backends", "chooses"), rows)])
+        _print_json({"policies": own.described()})
+    else:
+        show.tables(own.overview())
+
+
+@policies.command()
+@click.argument("name")
+@_AS_JSON
+def new(name: str, as_json: bool) -> None:
+    """Write NAME.c, a commented policy to start from."""
+    from steer import own
+
+    file = own.begin(name)
+    if as_json:
+        _print_json({"written": str(file)})
+    else:
+        click.echo(f"wrote {file}. Edit it, then try:")
+        for command in ("policies check", "run --policy"):
+            click.echo(f"  steer {command} ./{file}")
+
+
+@policies.command("check")
+@click.argument("file")
+@_AS_JSON
+def check_policy(file: str, as_json: bool) -> None:
+    """Compile the policy in FILE, have the kernel verify it, and say what it costs."""
+    from steer import own, show
+
+    checked = own.check(file)
+    if as_json:
+        _print_json(checked)
+    else:
+        show.tables(own.tables(checked))
 
 
 @cli.command(cls=TakesCommand)

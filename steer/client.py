@@ -61,7 +61,16 @@ class Restarted(msgspec.Struct):
         return f"slot {self.new_slot} in place of slot {self.slot}, {self.took_s:.1f} s"
 
 
-Outcome = Reloaded | Scaled | Drained | Restarted
+class Swapped(msgspec.Struct):
+    policy: str
+    backend: str
+    took_s: float
+
+    def __str__(self) -> str:
+        return f"{self.policy} on {self.backend}, {1000 * self.took_s:.1f} ms"
+
+
+Outcome = Reloaded | Scaled | Drained | Restarted | Swapped
 """What was done, in the words of the answer; as text, what to tell of it."""
 
 _OUTCOMES: Mapping[str, type[Outcome]] = {
@@ -70,6 +79,7 @@ _OUTCOMES: Mapping[str, type[Outcome]] = {
     "drain": Drained,
     "undrain": Drained,
     "restart": Restarted,
+    "policy": Swapped,
 }
 
 
@@ -232,10 +242,11 @@ def running(environment: Mapping[str, str]) -> list[Path]:
 
 
 def perform(path: Path, command: str, progress: Progress | None = None, **more: Any) -> Outcome:
-    """Have a service reload, scale, drain, undrain or restart; return when it is done.
+    """Have a service reload, scale, drain, undrain, restart or change its policy; return when
+    it is done.
 
     Args:
-        more: of the request: `workers` or `slot`.
+        more: of the request: `workers`, `slot`, or `policy`, `params` and `weights`.
 
     Raises:
         NotRunning, ControlError

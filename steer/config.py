@@ -16,10 +16,12 @@ from msgspec import Meta
 from steer import address
 from steer.address import Bind
 from steer.errors import ConfigError
-from steer.policy import POLICIES
+from steer.policy import OWN_SUFFIX, POLICIES
 
 MAX_WORKERS = 1024
 MAX_WEIGHT = 1000
+_OPTIONS = {"params": "param"}
+"""By key, where they are called otherwise."""
 DEFAULT_BIND = "127.0.0.1:8080"
 
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
@@ -33,6 +35,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         app: "module:callable" for a Python callable; None for the demo or a command.
         command: the worker's command line, with {fd}, {slot}, {port} to be filled in.
         workers: how many, or "auto": one for each CPU this process may use.
+        policy: a built-in's name, or the path of a C file.
+        params: "NAME=VALUE", of the policy; the others have the values it declares.
         weights: each worker's share, in the workers' order; missing ones are 1.
         hang_timeout: seconds that connections may wait while a worker takes none; 0: for ever.
         watchdog: seconds within which a worker has to say WATCHDOG=1; None: it need not.
@@ -44,6 +48,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     bind: tuple[str, ...] = (DEFAULT_BIND,)
     workers: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] = "auto"
     policy: str = "cpu"
+    params: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     backend: Literal["auto", "ebpf", "cbpf", "kernel"] = "auto"
     strict: bool = False
     weights: tuple[Annotated[int, Meta(ge=1, le=MAX_WEIGHT)], ...] = ()
@@ -111,11 +116,27 @@ def load(
         merged[key] = _checked(key, text, shown[key], strict=False)
     for key, value in command_line.items():
         if value is not None and value != ():
-            shown[key] = _shown(key, value, f"--{key.replace('_', '-')}")
+            option = _OPTIONS.get(key, key.replace("_", "-"))
+            shown[key] = _shown(key, value, f"--{option}")
             merged[key] = _checked(key, value, shown[key], strict=False)
     service = Service(**merged)
     _check_whole(service, shown)
     return service
+
+
+def changed(service: Service, values: Mapping[str, Any], act: str) -> Service:
+    """The configuration with other values, each checked as by `load`.
+
+    Raises:
+        ConfigError: names the key, the value and what is allowed.
+    """
+    checked = {
+        key: _checked(key, value, _shown(key, value, act), strict=False)
+        for key, value in values.items()
+    }
+    result = msgspec.structs.replace(service, **checked)
+    _check_whole(result, {key: _shown(key, getattr(result, key), act) for key in FIELDS})
+    return result
 
 
 def read(text: bytes, path: str) -> dict[str, Any]:
@@ -174,7 +195,7 @@ def _check_meaning(key: str, value: Any) -> None:
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str):
             _check_text(text)
-    if key == "policy" and value not in POLICIES:
+    if key == "policy" and value not in POLICIES and not value.endswith(OWN_SUFFIX):
         raise msgspec.ValidationError("unknown policy")
     if key == "bind":
         _check_binds(value)
@@ -219,7 +240,8 @@ def _allowed(key: str) -> str:
         "log_format": "text, json",
         "log_level": "debug, info, warning, error",
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
-        "policy": ", ".join(POLICIES),
+        "params": "NAME=VALUE",
+        "policy": f"{', '.join(POLICIES)}, or a path/to/file{OWN_SUFFIX}",
         "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
         "workers": f"1 to {MAX_WORKERS}, or auto",
     }

@@ -10,7 +10,6 @@ user that runs the service are answered.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -18,20 +17,15 @@ from typing import Any
 import msgspec
 
 from steer.errors import Postponed, SteerError
-from steer.kernel import rundir
+from steer.kernel import desk
+from steer.kernel.desk import BACKLOG, REQUEST_MAX_BYTES, SILENT_MAX, TIMEOUT_S, Request
 
-REQUEST_MAX_BYTES = 65536
-TIMEOUT_S = 5.0
-"""For a request to be complete, and for an answer to be taken."""
-SILENT_MAX = 32
-"""So many connections may be without a request: descriptors are kept for workers."""
-_AT_ONCE = 16
 _TURNS = 8
 _LAST_S = 0.2
 
 Tell = Callable[[str, int, int], None]
 """Says how far it is: in words, so many done, of so many (0: not counted). Never blocks."""
-Handler = Callable[[Mapping[str, Any], Tell], Awaitable[Mapping[str, Any]]]
+Handler = Callable[[Request, Tell], Awaitable[Mapping[str, Any]]]
 """From a request to its answer. May raise SteerError: that is an answer too."""
 
 
@@ -53,7 +47,7 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._server = await asyncio.start_unix_server(
-            self._on_connection, sock=self._socket, limit=REQUEST_MAX_BYTES, backlog=_AT_ONCE
+            self._on_connection, sock=self._socket, limit=REQUEST_MAX_BYTES, backlog=BACKLOG
         )
         return self
 
@@ -99,15 +93,13 @@ class Server:
     ) -> Mapping[str, Any]:
         try:
             line = await self._request(reader)
-            if not _is_trusted(writer.get_extra_info("socket")):
-                return _refusal("not permitted: only root and the service's own user may ask")
-            request = msgspec.json.decode(line, type=dict[str, Any])
+            request = desk.understood(line, writer.get_extra_info("socket"))
         except asyncio.LimitOverrunError:
-            return _refusal(f"request too long: {REQUEST_MAX_BYTES} bytes at most")
+            return _refusal(desk.TOO_LONG)
         except (asyncio.IncompleteReadError, TimeoutError):
-            return _refusal("request not complete: a line of JSON is wanted")
-        except (msgspec.DecodeError, RecursionError) as error:
-            return _refusal(f"request not understood: {error}")
+            return _refusal(desk.NOT_COMPLETE)
+        except ValueError as error:
+            return _refusal(str(error))
         handler = self._commands.get(str(request.get("command")))
         if handler is None:
             return _refusal(f"unknown command; known: {', '.join(sorted(self._commands))}")
@@ -133,7 +125,7 @@ class Server:
             self._silent.pop(task, None)
 
 
-def _teller(request: Mapping[str, Any], transport: asyncio.WriteTransport) -> Tell:
+def _teller(request: Request, transport: asyncio.WriteTransport) -> Tell:
     """Who did not ask for progress gets none; who is slow to read it misses some."""
 
     def tell(text: str, done: int, of: int) -> None:
@@ -149,7 +141,3 @@ def _line(message: Mapping[str, Any]) -> bytes:
 
 def _refusal(text: str, **more: Any) -> Mapping[str, Any]:
     return {"ok": False, "error": text, **more}
-
-
-def _is_trusted(sock: socket.socket) -> bool:
-    return rundir.peer(sock)[1] in (0, os.geteuid())

@@ -20,10 +20,18 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import abi, ladder
+from steer import abi, ladder, policies
 from steer import plan as planning
+from steer.backends import open_backend
 from steer.config import Service
-from steer.errors import AppLoadError, ConfigError, ControlError, KernelError
+from steer.errors import (
+    AppLoadError,
+    CompileError,
+    ConfigError,
+    ControlError,
+    KernelError,
+    VerifierError,
+)
 from steer.fleet import Fleet, Place
 from steer.kernel import custody, mail, process, rundir, sockets
 from steer.kernel.custody import Guard, Handover
@@ -31,7 +39,7 @@ from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.log import Log
 from steer.notify import Listener
 from steer.plan import Act, Generation, Plan, Step
-from steer.steering import Steering, open_backend
+from steer.steering import Steering
 from steer.table import Member
 from steer.worker import Launch
 
@@ -67,11 +75,20 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
     return 0
 
 
-def rehearse(plan: Plan, environment: Mapping[str, str]) -> Sequence[str]:
-    """Try all of a plan that changes nothing.
+class Rehearsed(msgspec.Struct, frozen=True):
+    """What was found to be.
 
-    Returns:
-        What the backend that would be used cannot do here, in words.
+    Args:
+        notes: what the backend that would be used cannot do here, in words.
+        memory_bytes: what its maps take of the kernel's memory.
+    """
+
+    notes: Sequence[str]
+    memory_bytes: int
+
+
+def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
+    """Try all of a plan that changes nothing.
 
     Raises:
         SteerError: what `run` would end with.
@@ -87,11 +104,11 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Sequence[str]:
     rundir.refuse_taken(plan.name, service.control_socket, environment)
     backend, _ = first_that_holds(plan, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
-    notes = backend.notes
+    found = Rehearsed(backend.notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
         sockets.check_free(bind)
-    return notes
+    return found
 
 
 def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering, ladder.Rung]:
@@ -99,6 +116,7 @@ def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering,
 
     Raises:
         FallbackRefused: --strict, and none but a fallback holds.
+        KernelError: none holds; of the kernel's own hash, where it is among them, one does.
     """
     failed: list[tuple[str, KernelError]] = []
     for rung in plan.rungs:
@@ -108,10 +126,12 @@ def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering,
         try:
             return open_backend(rung.backend, plan), rung
         except KernelError as error:
+            if plan.policy.is_own and isinstance(error, CompileError | VerifierError):
+                raise  # it is not the machine that lacks something
             failed.append((rung.backend, error))
             if error.detail:
                 warn(f"{error}\n{error.detail}")
-    raise AssertionError("the kernel's own hash always holds")
+    raise failed[0][1]
 
 
 class Left(msgspec.Struct, frozen=True):
@@ -122,6 +142,7 @@ class Left(msgspec.Struct, frozen=True):
         generation: the one in force.
         maps: the shapes of the maps there are, in words.
         configured: what was asked for when the service was started or last reloaded.
+        digest: of the policy, if it is the user's own.
         notify: address of the notification socket.
     """
 
@@ -132,6 +153,7 @@ class Left(msgspec.Struct, frozen=True):
     generation: int
     maps: str
     configured: Service
+    digest: str
     notify: str
 
 
@@ -222,7 +244,7 @@ class Controller:
         remove_pid = self._write_pid()
         handover.taken(self.guard)
         # Not before: had anything failed, the keeper would carry on with all of it.
-        for undo in (self.claim.release, remove_pid, self.steering.close, self.listener.close):
+        for undo in (self.claim.release, remove_pid, self._close_steering, self.listener.close):
             self._undo.callback(undo)
         self._undo.callback(self.guard.close)
         self._undo.callback(self.fleet.abandon)
@@ -237,20 +259,30 @@ class Controller:
             for key, entry in handover.entries.items()
             if key.startswith("generation ")
         }
+        in_force = services[left.generation]
+        policy = msgspec.structs.replace(policies.find(in_force.policy), digest=left.digest)
         running = msgspec.structs.replace(
             ours,
-            service=services[left.generation],
+            service=in_force,
+            policy=policy,
             slots=left.slots,
             hash_length=left.hash_length,
             rungs=(left.rung,),
         )
-        wanted = planning.again(running, ours.service, ours.topology, act)
+        wanted = planning.again(running, ours.service, ours.topology, act, ours.policy)
+        # Whatever those of another generation were to be chosen by: there is one policy.
+        chosen = {"policy": in_force.policy, "params": in_force.params}
         found = {
-            number: Generation(number, planning.again(running, service, ours.topology, act))
+            number: Generation(
+                number,
+                planning.again(
+                    running, msgspec.structs.replace(service, **chosen), ours.topology, act
+                ),
+            )
             for number, service in services.items()
         }
         self.plan, self.configured = found[left.generation].plan, left.configured
-        if left.configured != ours.service:
+        if left.configured != ours.service or left.digest != ours.policy.digest:
             self.wanted = wanted
         return found
 
@@ -299,10 +331,27 @@ class Controller:
             in_force,
             repr(abi.MAPS),
             self.configured,
+            self.plan.policy.digest,
             self.listener.address,
         )
         self.guard.put("service", msgspec.json.encode(left))
         self.guard.put(MAILBOX, b"", [self.listener.fileno()])
+
+    def choose_by(self, plan: Plan) -> None:
+        """Another policy, other parameters or weights, on all workers at once.
+
+        Raises:
+            KernelError: nothing has changed.
+        """
+        if plan.rungs[0].backend == self.steering.backend:
+            self.fleet.choose_by(plan)
+        else:
+            steering, rung = first_that_holds(plan, self.log.warning)
+            plan = msgspec.structs.replace(plan, rungs=(rung,))
+            self.fleet.choose_by(plan, steering)
+            self.steering, self.rung = self.fleet.steering, rung
+        self.plan = plan
+        self.keep(self.fleet.generation)
 
     def configure(self, plan: Plan) -> None:
         """The plan is in force."""
@@ -359,9 +408,12 @@ class Controller:
                 sockets.check_free(bind)
 
     def _load(self, _step: Step) -> None:
-        self.steering, rung = first_that_holds(self.plan, self.log.warning)
-        self._undo.callback(self.steering.close)
-        self.rung = rung
+        self.steering, self.rung = first_that_holds(self.plan, self.log.warning)
+        self._undo.callback(self._close_steering)
+        self.plan = msgspec.structs.replace(self.plan, rungs=(self.rung,))
+
+    def _close_steering(self) -> None:
+        self.steering.close()
 
     def _announce(self) -> None:
         plan, rung = self.plan, self.rung

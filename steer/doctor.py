@@ -10,14 +10,17 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from steer import cpus, ladder
+from steer import cpus, ladder, policies
 from steer import plan as planning
+from steer.backends import open_backend
 from steer.config import Service
+from steer.counting import Counting
 from steer.errors import KernelError, SteerError, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe, topology
@@ -25,13 +28,13 @@ from steer.kernel.diag import Interface, cpus_taking_packets
 from steer.kernel.facts import Facts, Unknown
 from steer.ladder import Answer
 from steer.plan import Plan
-from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, POLICIES, Policy
+from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, Policy
 from steer.report import cpu_list
-from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN, open_backend
+from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN
 
 T = TypeVar("T")
 Verdict = Literal["ok", "warn", "fail", "unknown"]
-MIGRATE = "migrate"
+MIGRATE, COUNT = "migrate", "count"
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -69,7 +72,7 @@ class Case:
     """All there is to judge.
 
     Args:
-        probes: by backend, and MIGRATE.
+        probes: by backend, MIGRATE and COUNT.
         plan: as if without --strict; Unknown where even the CPUs could not be read.
     """
 
@@ -80,7 +83,7 @@ class Case:
 
     @property
     def policy(self) -> Policy:
-        return POLICIES[self.service.policy]
+        return policies.find(self.service.policy)
 
     @property
     def wanted(self) -> Sequence[str]:
@@ -147,11 +150,21 @@ def _opinions(check: Check, case: Case) -> Sequence[Opinion]:
 
 def look(service: Service) -> Case:
     """Ask the system, and try in the small what `run` would do."""
-    asked = {EBPF: probe.ebpf, CBPF: probe.cbpf, MIGRATE: probe.migrate}
+    asked = {EBPF: probe.ebpf, CBPF: probe.cbpf, MIGRATE: probe.migrate, COUNT: _can_count}
     probes = {name: _probed(ask) for name, ask in asked.items()}
     plan = _try_out(service, probes)
     found = kernel_facts.read(os.environ, service.control_socket)
     return Case(service, found, probes, plan)
+
+
+def _can_count() -> ladder.Finding:
+    """Whether the kernel counts open connections for us."""
+    try:
+        with closing(Counting(1)) as counting:
+            answer = Answer.NO if counting.why_not else Answer.YES
+            return ladder.Finding(answer, counting.why_not)
+    except KernelError as error:
+        return ladder.Finding(Answer.NO, str(error))
 
 
 def _probed(ask: Callable[[], ladder.Finding]) -> Probed:
@@ -180,7 +193,7 @@ def _try_out(service: Service, probes: dict[str, Probed]) -> Plan | Unknown:
 def _plan(service: Service, probes: Mapping[str, Probed]) -> Plan | Unknown:
     lenient = msgspec.structs.replace(service, strict=False)
     try:
-        return planning.plan(lenient, topology.read(), probes)
+        return planning.plan(lenient, topology.read(), probes, policies.find(service.policy))
     except SteerError as error:
         return Unknown(f"{error.what}: {error.cause}")
     except (OSError, ValueError) as error:
@@ -379,6 +392,22 @@ def _migration(case: Case) -> Iterator[Opinion]:
     else:
         told = f"could not tell: {found.reason}"
         yield Opinion("unknown", told, found.cure or "ask again")
+
+
+def _counting(case: Case) -> Iterator[Opinion]:
+    """Without it least-conn has to do with less, and status shows none."""
+    if not case.has_tcp or EBPF not in case.wanted:
+        return
+    found = case.probes[COUNT]
+    if found.answer is Answer.YES:
+        yield Opinion("ok", "yes: open connections are counted by worker")
+    elif found.answer is Answer.NO:
+        yield Opinion("warn", f"no: {found.reason}", found.cure or _COUNT_CURE)
+    else:
+        yield Opinion("unknown", f"could not tell: {found.reason}", found.cure or "ask again")
+
+
+_COUNT_CURE = "give CAP_BPF and CAP_NET_ADMIN, and mount cgroup2 where it can be read"
 
 
 def _backend(case: Case) -> Iterator[Opinion]:
@@ -620,6 +649,7 @@ CHECKS: Mapping[str, Check] = {
     "bcc": _bcc,
     "ebpf": _ebpf,
     "migration": _migration,
+    "counting": _counting,
     "cbpf": _cbpf,
     "jit": _jit,
     "ports": _ports,

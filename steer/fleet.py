@@ -5,9 +5,11 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,7 +22,7 @@ from steer.kernel.keeper import STEERING
 from steer.kernel.proc import Seen
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
-from steer.plan import Generation, Seat
+from steer.plan import Generation, Plan, Seat
 from steer.spawn import Process, Running
 from steer.steering import Counts, Steering
 from steer.table import Member
@@ -341,7 +343,7 @@ class Fleet:
         """
         for place in self.places:
             if place.process and place.process.pid == pid and place.process.is_callable:
-                self.steering.steer([Member(place.slot, place.seat.weight, place.seat.cpu)])
+                self.steering.steer([_member(place, place.seat)])
                 self.steering.empty_reserve()
 
     def notified(self, pid: int, message: Mapping[str, str]) -> None:
@@ -389,6 +391,88 @@ class Fleet:
     def _is_busy(self, place: Place) -> bool:
         """Taken for hung, it still may be at a request that takes long."""
         return place.hung and not self._ending and place.has_acted()
+
+    def choose_by(self, plan: Plan, steering: Steering | None = None) -> None:
+        """Another policy, other parameters or weights, from now on.
+
+        Args:
+            steering: another backend for it, to which all sockets are new; None: the same.
+
+        Raises:
+            KernelError: nothing has changed.
+        """
+        self.settle()
+        seats = {seat.number: seat for seat in plan.seats}
+        moves = {place.slot: seats.get(place.seat.number, place.seat) for place in self.places}
+        members = [_member(place, moves[place.slot]) for place in self.places if place.serves]
+        if steering is None:
+            self.steering.swap(plan, members, self.lend)
+        else:
+            self._move_to(steering, members)
+        for place in self.places:
+            place.generation = self._with(place.generation, plan)
+            self._seat(place, moves[place.slot])
+        self.generation = Generation(self.generation.number, plan)
+        self._watch_reserve(bool(members))
+        self._save_steering()
+
+    def _with(self, generation: Generation, plan: Plan) -> Generation:
+        in_force = generation.number == self.generation.number
+        return Generation(generation.number, plan) if in_force else generation
+
+    def _seat(self, place: Place, seat: Seat) -> None:
+        before, place.seat = place.seat, seat
+        if place.process and before.cpus != seat.cpus:
+            process.pin(proc.descendants(place.process.pid), seat.cpus)
+        self._save(place)
+
+    def _move_to(self, steering: Steering, members: Sequence[Member]) -> None:
+        """Have another backend choose; it takes the sockets over with the next flip.
+
+        Raises:
+            KernelError: there is no program in the group any more, or nothing has changed.
+        """
+        binds = range(len(self.generation.plan.binds))
+        with ExitStack() as lent:
+            there = {
+                place.slot: lent.enter_context(place.process.sockets())
+                for place in self.places
+                if place.process
+            }
+            steering.steer(members)
+            counted = self.counts()
+            self._watch_reserve(False)
+            self.steering.detach(self.lend)
+            try:
+                for slot, socks in there.items():
+                    if len(socks) == len(binds):
+                        steering.joined(slot, [os.dup(socks[index].fileno()) for index in binds])
+                steering.open_reserve()
+            except SteerError:
+                steering.detach(self.lend)
+                steering.close()
+                self.steering.steer(members)
+                raise
+        self.retired = counted or self.retired
+        self.steering.close()
+        self.steering = steering
+
+    @contextmanager
+    def lend(self) -> Iterator[Mapping[int, socket.socket]]:
+        """The sockets of one that serves, else of any, by bind; none where nobody is.
+
+        Raises:
+            KernelError: we may not.
+        """
+        there = [place for place in self.places if place.process]
+        there.sort(key=lambda place: not place.serves)
+        for place in there:
+            assert place.process is not None
+            with place.process.sockets() as lent:
+                if lent:
+                    yield lent
+                    return
+        yield {}
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now."""
@@ -439,6 +523,7 @@ class Fleet:
     def _rescue(self, place: Place) -> None:
         """Out of the table before its queue is moved, or that would come back to it."""
         self.settle()
+        self.steering.let_go(place.slot)
         self.steering.settle()
         self.move_queue(place)
 
@@ -647,15 +732,14 @@ class Fleet:
         if self._flip_due is not None:
             self._flip_due.cancel()
             self._flip_due = None
-        members = [
-            Member(place.slot, place.seat.weight, place.seat.cpu)
-            for place in self.places
-            if place.serves
-        ]
+        members = self._members()
         self.steering.steer(members)
         self._watch_reserve(bool(members))
         if not self._ending:
             self._save_steering()
+
+    def _members(self) -> list[Member]:
+        return [_member(place, place.seat) for place in self.places if place.serves]
 
     def _watch_reserve(self, somebody: bool) -> None:
         """What gets into the reserve late, as its handshake began when nobody was there, is
@@ -676,6 +760,10 @@ class Fleet:
         if place.timer is not None:
             place.timer.cancel()
             place.timer = None
+
+
+def _member(place: Place, seat: Seat) -> Member:
+    return Member(place.slot, seat.weight, seat.cpu)
 
 
 def waits(process: Process) -> Seen:

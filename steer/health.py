@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ _FIRST_S, _LAST_S = 0.01, 0.25
 """How often a worker that does not notify is looked at: often at first, then less."""
 _LOOKS = 3
 """In one --hang-timeout; more while something waits."""
+_SAMPLE_S = 0.02
 _RELIEF_AGAIN_S = 30.0
 """So long after it was asked for, another that did not come is asked for again."""
 
@@ -46,6 +48,7 @@ class Health:
         self._patience: dict[tuple[int, int], Patience] = {}
         self._ticking: TimerHandle | None = None
         self._may_look = True
+        self._sampling: TimerHandle | None = None
         self.retime()
 
     def changed(self, place: Place) -> None:
@@ -62,6 +65,21 @@ class Health:
             self._ticking.cancel()
             self._ticking = None
         self._tick_in(1.0)
+        if self._sampling is None:
+            self._sample()
+
+    # Load, where the kernel does not count it.
+
+    def _sample(self) -> None:
+        """Tell the steering what waits at each worker, as long as it has to be told."""
+        self._sampling = None
+        steering = self._fleet.steering
+        if not steering.samples():
+            return
+        for place in self._fleet.places:
+            if place.process and place.serves:
+                steering.sample(place.slot, _waiting(place.process))
+        self._sampling = self._loop.call_later(_SAMPLE_S, self._sample)
 
     # Starting.
 
@@ -175,6 +193,19 @@ class Health:
         if now_s >= place.relief_s and not any(each.hung for each in others):
             place.relief_s = now_s + _RELIEF_AGAIN_S
             self._relieve(place)
+
+
+def _waiting(process: Process) -> int:
+    """Connections in its queues; 0 where we may not look."""
+    try:
+        with process.sockets() as owned:
+            return sum(
+                listeners.waiting(sock).queued
+                for sock in owned.values()
+                if sock.type == socket.SOCK_STREAM
+            )
+    except KernelError:
+        return 0
 
 
 def _is_silent(place: Place, now_s: float) -> bool:

@@ -34,7 +34,14 @@ _SERVICE_OPTIONS = (
         help="host:port, [::1]:port, :port or udp://host:port; may be repeated.",
     ),
     click.option("-w", "--workers", metavar="N|auto", help="auto: one for each CPU."),
-    click.option("--policy", metavar="NAME", help="See `steer policies`. Default: cpu."),
+    click.option("--policy", metavar="NAME|FILE.c", help="See `steer policies`. Default: cpu."),
+    click.option(
+        "--param",
+        "params",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Of the policy; may be repeated.",
+    ),
     click.option("--weights", metavar="N,N...", help="Each worker's share; default 1."),
     click.option("--backend", metavar="NAME", help="auto, ebpf, cbpf or kernel."),
     click.option("--strict", is_flag=True, default=None, help="Refuse to fall back."),
@@ -88,8 +95,8 @@ class TakesCommand(click.Command):
 class Source:
     """Where the configuration comes from: called, it is read anew, all of it.
 
-    A relative FILE is looked for where the command was started. The default one may be
-    missing, but not once it has been there.
+    A relative FILE is looked for where the command was started, and so is a policy's. The
+    default one may be missing, but not once it has been there.
 
     Args:
         options: of the command that is under way, as `service_options` gives them.
@@ -111,9 +118,16 @@ class Source:
         Raises:
             ConfigError: names what cannot be read, or cannot be.
         """
-        from steer import config
+        import msgspec
 
-        return config.load(self._command_line, os.environ, self._table(), self._file)
+        from steer import config
+        from steer.policy import OWN_SUFFIX
+
+        service = config.load(self._command_line, os.environ, self._table(), self._file)
+        if not service.policy.endswith(OWN_SUFFIX):
+            return service
+        path = os.path.normpath(os.path.join(self._directory, service.policy))
+        return msgspec.structs.replace(service, policy=path)
 
     def _table(self) -> dict[str, Any]:
         from steer import config

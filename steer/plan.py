@@ -7,13 +7,13 @@ from enum import Enum
 
 import msgspec
 
-from steer import abi, cpus, ladder
+from steer import abi, cpus, declared, ladder
 from steer.address import Bind
 from steer.config import Service
 from steer.cpus import Topology
 from steer.errors import ConfigError
 from steer.ladder import Finding, Rung
-from steer.policy import KERNEL, POLICIES, Policy
+from steer.policy import CBPF, KERNEL, POLICIES, Policy
 
 
 class Seat(msgspec.Struct, frozen=True):
@@ -57,6 +57,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     Args:
         rungs: what to try, best first; see `ladder.rungs`.
+        params: the policy's, in the order in which it declares them.
         slots: capacity of the maps: room to grow, and for generations that still finish.
         hash_length: positions of the hash table: enough for shares within 2 %.
     """
@@ -65,6 +66,7 @@ class Plan(msgspec.Struct, frozen=True):
     name: str
     binds: tuple[Bind, ...]
     policy: Policy
+    params: tuple[int, ...]
     rungs: tuple[Rung, ...]
     seats: tuple[Seat, ...]
     topology: Topology
@@ -97,6 +99,7 @@ class Plan(msgspec.Struct, frozen=True):
         return {
             "name": self.name,
             "policy": self.policy.name,
+            "params": dict(zip(_names(self.policy), self.params, strict=True)),
             "backend": best.backend,
             "backend_reason": best.reason,
             "workers": [
@@ -129,16 +132,24 @@ class Plan(msgspec.Struct, frozen=True):
         return "on CPUs " + ", ".join(str(seat.cpu) for seat in self.seats)
 
 
-def plan(service: Service, topology: Topology, findings: Mapping[str, Finding]) -> Plan:
+def plan(
+    service: Service,
+    topology: Topology,
+    findings: Mapping[str, Finding],
+    policy: Policy | None = None,
+) -> Plan:
     """Decide.
 
     Args:
         findings: what the probes found, by backend.
+        policy: as `policies.find` finds it; if not given, a built-in one that declares nothing.
 
     Raises:
+        ConfigError: its parameters are not right.
         FallbackRefused: --strict, and the best rung that holds is a fallback.
     """
-    policy = POLICIES[service.policy]
+    policy = policy or POLICIES[service.policy]
+    params = declared.values(policy.declared, service.params, f"--policy {policy.name}")
     workers = len(topology.allowed) if service.workers == "auto" else service.workers
     rungs = tuple(ladder.rungs(policy, service.backend, findings))
     ladder.choose(rungs[0], service.strict)
@@ -147,6 +158,7 @@ def plan(service: Service, topology: Topology, findings: Mapping[str, Finding]) 
         service.service_name,
         service.binds,
         policy,
+        params,
         rungs,
         _seats(service, policy, workers, topology),
         topology,
@@ -156,15 +168,18 @@ def plan(service: Service, topology: Topology, findings: Mapping[str, Finding]) 
 
 
 _SLOTS_AT_LEAST = 256
-FIXED = ("bind", "policy", "backend", "strict", "name", "pid", "control_socket")
-"""Keys that only a new start can change: sockets, program and files are made once."""
+FIXED = ("bind", "backend", "strict", "name", "pid", "control_socket")
+"""Keys that only a new start can change: sockets and files are made once."""
 
 
-def again(running: Plan, service: Service, topology: Topology, act: str = "") -> Plan:
+def again(
+    running: Plan, service: Service, topology: Topology, act: str = "", policy: Policy | None = None
+) -> Plan:
     """The plan for a running service that is to become `service`.
 
     Args:
         act: what that is for, for errors; a reload.
+        policy: another, if it is to be.
 
     Raises:
         ConfigError: something in it cannot change while the service runs.
@@ -178,7 +193,55 @@ def again(running: Plan, service: Service, topology: Topology, act: str = "") ->
                 f"stop and start it, or put {key} back",
             )
     workers = len(topology.allowed) if service.workers == "auto" else service.workers
-    return _with_workers(running, service, topology, workers)
+    act = act or f"reload {running.name}"
+    chosen = _choosing_by(running, service, policy or running.policy, workers, act)
+    return _with_workers(chosen, service, topology, workers)
+
+
+def choosing_by(
+    running: Plan, service: Service, policy: Policy, topology: Topology, act: str
+) -> Plan:
+    """The plan for a running service with another policy, parameters or weights.
+
+    Raises:
+        ConfigError: it cannot be on the backend there is.
+    """
+    workers = len(running.seats)
+    chosen = _choosing_by(running, service, policy, workers, act)
+    return _with_workers(chosen, service, topology, workers)
+
+
+def _choosing_by(running: Plan, service: Service, policy: Policy, workers: int, act: str) -> Plan:
+    """With this policy, on a rung that it can stand on. Raises ConfigError."""
+    weights = [service.weight(number) for number in range(workers)]
+    return msgspec.structs.replace(
+        running,
+        policy=policy,
+        params=declared.values(policy.declared, service.params, act),
+        rungs=_rungs(running, policy, act),
+        hash_length=max(running.hash_length, _positions(weights or [1])),
+    )
+
+
+def _rungs(running: Plan, policy: Policy, act: str) -> tuple[Rung, ...]:
+    """What to try for it: the backend there is; where no program was wanted so far, what a
+    start would, but not to do without one. Raises ConfigError."""
+    if policy.source is None:
+        return (Rung(KERNEL, None, False),)
+    there, asked = running.rungs, running.service.backend
+    if running.policy.source is None:
+        rungs = ladder.rungs(policy, asked, {})
+        there = tuple(rung for rung in rungs if rung.backend != KERNEL or asked == KERNEL)
+    if not there or there[0].backend not in policy.backends:
+        # Classic BPF is all there is, or all that may be.
+        others = (each for each in POLICIES.values() if not each.source or each.assemble)
+        cause = f"{policy.name} cannot be on {CBPF}: {policy.no_cbpf}"
+        raise ConfigError(act, cause, f"allowed: {', '.join(each.name for each in others)}")
+    return there
+
+
+def _names(policy: Policy) -> list[str]:
+    return [param.name for param in policy.declared.params]
 
 
 def scaled(running: Plan, workers: int, topology: Topology) -> Plan:
@@ -213,9 +276,12 @@ def _two_generations(workers: int) -> int:
 
 
 def _hash_length(workers: int, weights: Sequence[int]) -> int:
-    """Fifty positions for the lightest, so that rounding is a hundredth of its share."""
-    length = 64 * max(64, _two_generations(workers))
-    return min(abi.ENTRIES, max(length, 50 * -(-sum(weights) // min(weights))))
+    return min(abi.ENTRIES, max(64 * max(64, _two_generations(workers)), _positions(weights)))
+
+
+def _positions(weights: Sequence[int]) -> int:
+    """Fifty for the lightest, so that rounding is a hundredth of its share."""
+    return min(abi.ENTRIES, 50 * -(-sum(weights) // min(weights)))
 
 
 def _seats(service: Service, policy: Policy, workers: int, topology: Topology) -> tuple[Seat, ...]:

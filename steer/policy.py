@@ -8,6 +8,7 @@ import msgspec
 
 from steer import cbpf, table
 from steer.cpus import Topology
+from steer.declared import Declared
 from steer.table import Layout, Member
 
 EBPF, CBPF, KERNEL = "ebpf", "cbpf", "kernel"
@@ -31,27 +32,53 @@ class Scene(msgspec.Struct, frozen=True):
 
 
 Fill = Callable[[Sequence[Member], Scene], Layout]
-Assemble = Callable[[Layout, Mapping[int, int], int], list[cbpf.Insn]]
+FILLS: Mapping[str, Fill] = {
+    "consistent": lambda members, scene: table.consistent(
+        members, scene.previous, scene.hash_length
+    ),
+    "shares": lambda members, scene: table.by_share(members, scene.longest),
+    "turns": lambda members, _scene: table.by_turn(members),
+    "cpus": lambda members, scene: table.by_cpu(members, scene.topology, scene.longest),
+    "deck": lambda members, _scene: table.by_load(members),
+}
+"""By what a policy declares as its STEER_TABLE."""
+PINNING = "cpus"
+
+Assemble = Callable[[Layout, Mapping[int, int], int, Sequence[int]], list[cbpf.Insn]]
+"""From table, indexes, the seed of a hash, and parameters."""
 
 
 class Policy(msgspec.Struct, frozen=True):
     """One way to choose.
 
     Args:
-        source: its file in bpf/, without the ending; None: the kernel's own choice.
-        fill: makes the table from the members.
-        assemble: makes the classic BPF program from table, indexes and hash seed; None
-            where classic BPF cannot do it, and `no_cbpf` says why.
-        pinned: each worker is pinned to a CPU.
+        source: its file in bpf/, without the ending, or the path of one of the user's own;
+            None: the kernel's own choice.
+        table: how the table is filled, a key of `FILLS`.
+        assemble: makes the classic BPF program; None where that cannot be, and `no_cbpf` says
+            why.
+        declared: what the file says of itself; see `policies.find`.
+        digest: of one of the user's own: another when its text is.
     """
 
     name: str
     summary: str
     source: str | None = None
-    fill: Fill | None = None
+    table: str = "consistent"
     assemble: Assemble | None = None
     no_cbpf: str = ""
-    pinned: bool = False
+    declared: Declared = Declared()
+    digest: str = ""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether each worker is pinned to a CPU."""
+        return self.table == PINNING
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is one of the user's own."""
+        return self.source is not None and self.source.endswith(OWN_SUFFIX)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -60,35 +87,69 @@ class Policy(msgspec.Struct, frozen=True):
         return BACKENDS if self.assemble else (EBPF, KERNEL)
 
 
+OWN_SUFFIX = ".c"
+
+
+def own(name: str, path: str, declared: Declared, digest: str) -> Policy:
+    """One of the user's own.
+
+    Args:
+        path: of its file.
+        digest: of the text.
+    """
+    why_not = "classic BPF cannot run a policy of one's own"
+    return Policy(name, declared.summary, path, declared.table, None, why_not, declared, digest)
+
+
 _ALL = (
     Policy(
         "cpu",
         "the worker pinned to the CPU that takes in the packet",
         "cpu",
-        lambda members, scene: table.by_cpu(members, scene.topology, scene.longest),
-        lambda layout, indexes, _seed: cbpf.by_cpu(layout, indexes),
-        pinned=True,
+        "cpus",
+        lambda layout, indexes, _seed, _params: cbpf.by_cpu(layout, indexes),
     ),
     Policy(
         "round-robin",
         "each worker in its turn",
         "round-robin",
-        lambda members, _scene: table.by_turn(members),
+        "turns",
         no_cbpf="classic BPF keeps no state, so it cannot take turns",
+    ),
+    Policy(
+        "least-conn",
+        "the worker with the fewest open connections",
+        "least-conn",
+        "deck",
+        no_cbpf="classic BPF cannot read what is counted",
     ),
     Policy(
         "hash",
         "by the flow's four-tuple; when a worker goes, only its flows move",
         "hash",
-        lambda members, scene: table.consistent(members, scene.previous, scene.hash_length),
-        cbpf.by_hash,
+        "consistent",
+        lambda layout, indexes, seed, _params: cbpf.by_hash(layout, indexes, seed),
+    ),
+    Policy(
+        "source",
+        "a client's address keeps its worker",
+        "source",
+        "consistent",
+        lambda layout, indexes, seed, params: cbpf.by_source(layout, indexes, seed, *params),
+    ),
+    Policy(
+        "flow",
+        "over UDP, a flow stays with the worker that first got it",
+        "flow",
+        "consistent",
+        no_cbpf="classic BPF remembers nothing",
     ),
     Policy(
         "random",
         "by chance, in proportion to the weights",
         "random",
-        lambda members, scene: table.by_share(members, scene.longest),
-        lambda layout, indexes, _seed: cbpf.by_share(layout, indexes),
+        "shares",
+        lambda layout, indexes, _seed, _params: cbpf.by_share(layout, indexes),
     ),
     Policy("kernel", "the kernel's own hash; no program"),
 )
@@ -98,6 +159,6 @@ POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in _ALL}
 
 def lay(policy: Policy, members: Sequence[Member], scene: Scene) -> Layout:
     """The layout for these members; with none, one that leaves the choice to the kernel."""
-    if policy.fill is None or not members:
+    if policy.source is None or not members:
         return table.EMPTY
-    return policy.fill(members, scene)
+    return FILLS[policy.table](members, scene)

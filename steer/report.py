@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import msgspec
+
+_BAR = 40
+"""Characters of the longest bar."""
 
 
 class Connections(msgspec.Struct):
@@ -12,6 +16,7 @@ class Connections(msgspec.Struct):
 
     Args:
         selected: connections (UDP: datagrams) the program sent to it.
+        open: TCP connections established, and not yet closed by the worker.
         queued: TCP connections waiting in its accept queues.
         queued_bytes: UDP data waiting in its receive queues.
     """
@@ -55,7 +60,21 @@ class Totals(msgspec.Struct):
     migrated: int | None = None
 
 
+class Histogram(msgspec.Struct):
+    """Of values that a policy records.
+
+    Args:
+        unit: of the values: "us".
+        buckets: pairs of the least value in it, ascending, and how many there were.
+    """
+
+    unit: str
+    buckets: list[tuple[int, int]]
+
+
 class Service(msgspec.Struct):
+    """A service that runs. `params`, `counters` and `histograms` are the policy's own, by name."""
+
     name: str
     pid: int
     state: str
@@ -68,6 +87,9 @@ class Service(msgspec.Struct):
     workers: list[Worker]
     totals: Totals
     notes: list[str] = []
+    params: dict[str, int] = {}
+    counters: dict[str, int] = {}
+    histograms: dict[str, Histogram] = {}
 
 
 class Orphan(msgspec.Struct):
@@ -88,15 +110,17 @@ class Status(msgspec.Struct):
 
 
 class Table(msgspec.Struct, frozen=True):
-    """Something to print: a title, column heads, and rows of text."""
+    """Something to print: a title, column heads, rows of text, and lines below them."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    below: Sequence[str] = ()
 
 
 def service_table(service: Service) -> Table:
-    """A service for people: its state in the title, a row for each worker."""
+    """A service for people: its state in the title, a row for each worker, and what is the
+    policy's own."""
     binds = ", ".join(_bind(bind) for bind in service.binds)
     title = (
         f"{service.name}  {service.state}  {service.policy} on {service.backend}  {binds}  "
@@ -107,7 +131,7 @@ def service_table(service: Service) -> Table:
     title += "".join(f"\nnote: {note}" for note in service.notes)
     columns = (
         *("slot", "pid", "state", "gen", "cpus", "weight"),
-        *("selected", "queued", "restarts", "up"),
+        *("selected", "open", "queued", "restarts", "up"),
     )
     rows = [
         (
@@ -118,13 +142,14 @@ def service_table(service: Service) -> Table:
             cpu_list(worker.cpus),
             str(worker.weight),
             _or_dash(worker.connections.selected),
+            _or_dash(worker.connections.open),
             _queued(worker.connections),
             str(worker.restarts),
             duration(worker.uptime_s),
         )
         for worker in service.workers
     ]
-    return Table(title, columns, rows)
+    return Table(title, columns, rows, _own(service))
 
 
 def orphans_table(orphans: Sequence[Orphan]) -> Table:
@@ -140,7 +165,7 @@ def plain(table: Table) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-    return "\n".join([*([table.title] if table.title else []), *padded])
+    return "\n".join([*([table.title] if table.title else []), *padded, *table.below])
 
 
 def duration(seconds: float | None) -> str:
@@ -165,6 +190,31 @@ def cpu_list(cpus: Sequence[int]) -> str:
         else:
             ranges.append([cpu, cpu])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges) or "-"
+
+
+def _own(service: Service) -> Sequence[str]:
+    """A line for the policy's parameters, one for each counter, and its histograms."""
+    lines = [f"{name}: {count}" for name, count in service.counters.items()]
+    if service.params:
+        pairs = ", ".join(f"{name}={value}" for name, value in service.params.items())
+        lines.insert(0, f"with {pairs}")
+    for name, histogram in service.histograms.items():
+        lines += [f"{name}, {histogram.unit}:", *_bars(histogram.buckets)]
+    return lines
+
+
+def _bars(buckets: Sequence[tuple[int, int]]) -> Sequence[str]:
+    """From the first to the last that has anything; what it has is seen at all."""
+    full = [place for place, (_, count) in enumerate(buckets) if count]
+    if not full:
+        return ["  nothing yet"]
+    shown = buckets[full[0] : full[-1] + 1]
+    most = max(count for _, count in shown)
+    widths = len(str(shown[-1][0])), len(str(most))
+    return [
+        f"  {least:>{widths[0]}}  {count:>{widths[1]}}  {'#' * ceil(count * _BAR / most)}".rstrip()
+        for least, count in shown
+    ]
 
 
 def _bind(bind: Address) -> str:

@@ -25,6 +25,7 @@ _LINGER_S = 1.0
 """So long connections just accepted may take to be answered; idle ones stay longer."""
 _LOOK_S = 0.01
 _LOOK_AGAIN_S = 0.1
+_LOOK_AT_FLOWS_S = 0.25
 
 
 async def settle(fleet: Fleet, place: Place) -> None:
@@ -36,6 +37,7 @@ async def settle(fleet: Fleet, place: Place) -> None:
     # The other half of its time is for finishing what it has.
     limit_s = fleet.generation.plan.service.graceful_timeout / 2
     end_s = time.monotonic() + limit_s
+    await _until_forgotten(fleet, place, end_s)
     await until_empty(fleet, place, limit_s)
     await _until_answered(place, min(end_s, time.monotonic() + _LINGER_S))
     fleet.report(place, Event.SETTLED)
@@ -61,6 +63,28 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
             fleet.move_queue(place)
         await asyncio.sleep(_LOOK_S)
     return True
+
+
+async def _until_forgotten(fleet: Fleet, place: Place, end_s: float) -> None:
+    """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
+    fleet.settle()
+    steering, got = fleet.steering, _datagrams(fleet, place)
+    if got is None or not steering.remembers():
+        return
+    idle_s, last_s = steering.own().params.get("idle", 0), time.monotonic()
+    while place.process and (now_s := time.monotonic()) < min(end_s, last_s + idle_s):
+        await asyncio.sleep(min(_LOOK_AT_FLOWS_S, end_s - now_s))
+        if (now := _datagrams(fleet, place)) != got:
+            got, last_s = now, now_s
+    steering.let_go(place.slot)
+
+
+def _datagrams(fleet: Fleet, place: Place) -> int | None:
+    """Sent to it so far; None where it takes none, or nobody counts."""
+    binds = place.generation.plan.binds
+    over_udp = [at for at, bind in enumerate(binds) if bind.protocol == "udp"]
+    counts = [fleet.steering.counts(place.slot, at) for at in over_udp]
+    return sum(each.selected for each in counts if each) if any(counts) else None
 
 
 async def _until_answered(place: Place, end_s: float) -> None:

@@ -73,7 +73,7 @@ def _rich(found: Sequence[Table]) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    drawn = []
+    drawn: list[table.Table | Text] = []
     for each in found:
         grid = table.Table(
             title=Text(each.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
@@ -82,5 +82,5 @@ def _rich(found: Sequence[Table]) -> Group:
             grid.add_column(column, overflow="fold")
         for row in each.rows:
             grid.add_row(*(Text(cell) for cell in row))
-        drawn.append(grid)
+        drawn += [grid, *map(Text, each.below)]
     return Group(*drawn)

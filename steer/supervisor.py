@@ -1,4 +1,4 @@
-"""Looks after a service that has been started: the loop, signals, requests, reports.
+"""Looks after a service that has been started: the loop, signals, requests.
 
 One thread, one loop; a signal handler only says which signal came.
 """
@@ -16,25 +16,26 @@ from typing import Any
 
 import msgspec
 
+from steer import config, policies, status
 from steer import plan as planning
-from steer import report
 from steer.change import Changes, unheard
-from steer.config import FIELDS, MAX_WORKERS
+from steer.config import FIELDS, MAX_WORKERS, Service
 from steer.control import Handler, Server, Tell
 from steer.controller import Controller
-from steer.errors import ConfigError, ControlError, Postponed, SteerError
+from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.fleet import QUICK_S, Place
 from steer.health import Health
-from steer.kernel import process, sockets, topology
+from steer.kernel import compile, process, sockets, topology
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.plan import Generation, Plan
-from steer.policy import KERNEL
+from steer.policy import KERNEL, Policy
 from steer.settle import settle
 
 _FIRST = asyncio.FIRST_COMPLETED
 Change = Callable[[], Coroutine[Any, Any, object]]
 
+_POLICY_KEYS = ("policy", "params", "weights")
 _REVIVE_S = 0.5
 """Not at once: whatever kills guards may do it again."""
 
@@ -56,7 +57,6 @@ class _Supervisor:
     def __init__(self, started: Controller) -> None:
         self._service = started
         self._fleet = started.fleet
-        self._steering = started.steering
         self._log = started.log
         self._state = "starting"
         self._has_terminal = not process.terminal_is_gone()
@@ -72,7 +72,7 @@ class _Supervisor:
         loop.set_exception_handler(self._on_bug)
         self._changes = Changes(self._fleet, self._service.keep)
         self._health = Health(self._fleet, loop, self._relieve)
-        self._fleet.watch(loop, settle, self._on_change)
+        self._fleet.watch(loop, settle, self._health.changed)
         for pid, message in self._service.early:
             self._fleet.notified(pid, message)
         self._service.listener.watch(loop, self._fleet.notified)
@@ -88,6 +88,7 @@ class _Supervisor:
             "drain": self._on_drain,
             "undrain": self._on_undrain,
             "restart": self._on_restart,
+            "policy": self._on_policy,
         }
         told_of = {name: self._told_of(name, each) for name, each in commands.items()}
         async with Server(self._service.claim.socket, told_of):
@@ -114,7 +115,8 @@ class _Supervisor:
             BindError
         """
         processes = [place.process for place in self._fleet.places if place.process]
-        reserve = frozenset(os.fstat(sock.fileno()).st_ino for sock in self._steering.reserve)
+        spare = self._service.steering.reserve
+        reserve = frozenset(os.fstat(sock.fileno()).st_ino for sock in spare)
         ours = reserve.union(*(each.inodes for each in processes))
         for bind in self._plan.binds:
             sockets.refuse_strangers(bind, ours)
@@ -200,9 +202,6 @@ class _Supervisor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _on_change(self, place: Place) -> None:
-        self._health.changed(place)
-
     def _relieve(self, place: Place) -> None:
         self._begin(f"replace worker {place.slot}", lambda: self._changes.relieve(place))
 
@@ -273,7 +272,8 @@ class _Supervisor:
             self._tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 service = self._service.reread()
-                plan = planning.again(self._plan, service, topology.read())
+                policy = await _ready_to_load(service.policy)
+                plan = planning.again(self._plan, service, topology.read(), policy=policy)
                 return await self._renew(plan, tell)
             finally:
                 if self._state == "running":
@@ -285,11 +285,47 @@ class _Supervisor:
 
     async def _renew(self, plan: Plan, tell: Tell) -> Generation:
         process.allow_descriptors(plan.descriptors)
-        generation = await self._changes.renew(plan, tell)
+        before = self._plan
+        self._choose_as(plan)
+        plan = msgspec.structs.replace(plan, rungs=self._plan.rungs)
+        try:
+            generation = await self._changes.renew(plan, tell)
+        except SteerError:
+            self._choose_as(before)
+            raise
         self._service.reconfigured(plan)
         self._health.retime()
         self._log.info("generation %d serves", generation.number)
         return generation
+
+    def _choose_as(self, other: Plan) -> None:
+        """By the policy of another plan, over the workers there are. Raises SteerError."""
+        now = self._plan
+        if (other.policy, other.params) == (now.policy, now.params):
+            return
+        keys = {"policy": other.service.policy, "params": other.service.params}
+        service = msgspec.structs.replace(now.service, **keys)
+        act = f"change the policy of {now.name}"
+        self._service.choose_by(
+            planning.choosing_by(now, service, other.policy, topology.read(), act)
+        )
+
+    async def _change_policy(self, asked: Mapping[str, Any]) -> None:
+        """Raises SteerError: nothing has changed."""
+        act = f"change the policy of {self._plan.name}"
+        async with self._changes.turn(act):
+            now = self._plan
+            service = _choosing(now.service, asked, act)
+            try:
+                policy = await _ready_to_load(service.policy)
+                self._service.choose_by(
+                    planning.choosing_by(now, service, policy, topology.read(), act)
+                )
+            except KernelError as error:
+                goes_on = f"nothing has changed: {now.policy.name} goes on"
+                raise type(error)(act, str(error), goes_on, error.detail) from None
+            self._health.retime()
+            self._log.info("%s on %s", policy.name, self._service.steering.backend)
 
     async def _scale_by(self, more: int) -> None:
         async with self._changes.turn(f"scale {self._plan.name}"):
@@ -353,7 +389,7 @@ class _Supervisor:
 
     async def _on_status(self, _request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._fleet.settle()
-        return {"service": msgspec.to_builtins(self._report())}
+        return {"service": msgspec.to_builtins(status.report_of(self._service, self._state))}
 
     async def _on_stop(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._stop(bool(request.get("quick")))
@@ -380,7 +416,7 @@ class _Supervisor:
 
     async def _on_drain(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         place = self._place(request, "drain", State.READY)
-        if self._steering.backend == KERNEL:
+        if self._service.steering.backend == KERNEL:
             raise ControlError(
                 f"drain worker {place.slot}",
                 "the kernel's own hash leaves nobody out",
@@ -397,6 +433,12 @@ class _Supervisor:
         place = self._place(request, "undrain", State.DRAINING)
         self._changes.undrain(place)
         return {"slot": place.slot}
+
+    async def _on_policy(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        began_s = time.monotonic()
+        await self._change_policy(request)
+        chosen, backend = self._plan.policy.name, self._service.steering.backend
+        return {"policy": chosen, "backend": backend, **_took(began_s)}
 
     async def _on_restart(self, request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
         began_s = time.monotonic()
@@ -418,66 +460,43 @@ class _Supervisor:
         if found is None:
             there = ", ".join(str(place.slot) for place in self._fleet.places)
             raise ControlError(f"{act} worker {slot!r}", "no such slot", f"there are: {there}")
-        if _shown(found) not in wanted:
+        if status.shown(found) not in wanted:
             states = " or ".join(state.value for state in wanted)
             raise ControlError(
-                f"{act} worker {slot}", f"it is {_shown(found).value}", f"has to be {states}"
+                f"{act} worker {slot}", f"it is {status.shown(found).value}", f"has to be {states}"
             )
         return found
 
-    def _report(self) -> report.Service:
-        plan, now_s = self._plan, time.monotonic()
-        return report.Service(
-            name=plan.name,
-            pid=os.getpid(),
-            state=self._state,
-            generation=self._fleet.generation.number,
-            policy=plan.policy.name,
-            backend=self._steering.backend,
-            backend_reason=self._service.rung.reason,
-            notes=list(self._steering.notes),
-            uptime_s=round(now_s - self._service.started_s, 3),
-            binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],
-            workers=[self._worker(place, now_s) for place in self._fleet.places],
-            totals=self._totals(),
-        )
 
-    def _worker(self, place: Place, now_s: float) -> report.Worker:
-        counts = self._steering.counts(place.slot)
-        process = place.process
-        return report.Worker(
-            slot=place.slot,
-            pid=process.pid if process else None,
-            state=_shown(place).value,
-            generation=place.generation.number,
-            cpus=list(place.seat.cpus),
-            weight=place.seat.weight,
-            restarts=max(0, place.starts - 1),
-            uptime_s=round(now_s - process.started_s, 3) if process else None,
-            connections=report.Connections(
-                selected=counts.selected if counts else None,
-                migrated=counts.migrated if counts else None,
-            ),
-            sockets=sorted(process.inodes) if process else [],
-            said=place.said or None,
-        )
+def _choosing(service: Service, asked: Mapping[str, Any], act: str) -> Service:
+    """The configuration with the policy, parameters and weights asked for. With the policy
+    there is, parameters that are not named stay as they are.
 
-    def _totals(self) -> report.Totals:
-        counts = self._fleet.counts()
-        if counts is None:
-            return report.Totals()
-        unsteered = self._steering.unsteered() or 0
-        return report.Totals(
-            selected=counts.selected,
-            fallback=counts.fallback + unsteered,
-            unsteered=unsteered,
-            migrated=counts.migrated,
-        )
+    Raises:
+        ConfigError
+    """
+    values = {key: asked[key] for key in _POLICY_KEYS if asked.get(key) is not None}
+    changed = config.changed(service, values, act)
+    kept = service.params if changed.policy == service.policy else ()
+    named = dict(text.partition("=")[::2] for text in (*kept, *values.get("params", ())))
+    params = tuple(f"{name}={value}" for name, value in named.items())
+    return msgspec.structs.replace(changed, params=params)
 
 
-def _shown(place: Place) -> State:
-    """One that is ready, but comes together with others that are not, is not chosen yet."""
-    return State.STARTING if place.held else place.state
+async def _ready_to_load(asked: str) -> Policy:
+    """The policy, compiled: that takes its time, and is not done again when it is loaded.
+
+    Raises:
+        ConfigError, CompileError
+    """
+
+    def find() -> Policy:
+        policy = policies.find(asked)
+        if policy.is_own:
+            compile.load(policies.file_of(policy))
+        return policy
+
+    return await asyncio.to_thread(find)
 
 
 def _took(began_s: float) -> Mapping[str, float]:

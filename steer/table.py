@@ -40,16 +40,18 @@ class Layout(msgspec.Struct, frozen=True):
         entries: slots by position, or abi.ROW + where the row starts in `turns`.
         turns: rows, each its length and then its slots.
         spares: live slots to try when the chosen one fails.
+        deck: positions until the entries begin anew; 0 where they do not.
     """
 
     entries: array[int]
     turns: array[int] = msgspec.field(default_factory=lambda: array("H"))
     spares: array[int] = msgspec.field(default_factory=lambda: array("H"))
+    deck: int = 0
 
     def parts(self) -> dict[int, bytes]:
         """The bytes to write, by offset in struct steer_half."""
         return {
-            0: abi.LENGTH.pack(len(self.entries), 0),
+            0: abi.LENGTH.pack(len(self.entries), self.deck),
             abi.ENTRIES_OFFSET: self.entries.tobytes(),
             abi.TURNS_OFFSET: self.turns.tobytes(),
             abi.SPARES_OFFSET: self.spares.tobytes(),
@@ -74,11 +76,11 @@ EMPTY = all_to(abi.NO_SLOT)
 
 def read(half: bytes) -> Layout:
     """The layout that a half of the table holds; see `Layout.parts`."""
-    length, _ = abi.LENGTH.unpack_from(half)
+    length, laid = abi.LENGTH.unpack_from(half)
     words = array("H", half[abi.ENTRIES_OFFSET :])
     at_turns = (abi.TURNS_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
     at_spares = (abi.SPARES_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
-    return Layout(words[:length], words[at_turns:at_spares], words[at_spares:])
+    return Layout(words[:length], words[at_turns:at_spares], words[at_spares:], laid)
 
 
 def quotas(members: Sequence[Member], length: int) -> dict[int, int]:
@@ -162,20 +164,46 @@ def consistent(members: Sequence[Member], previous: Layout | None, length: int) 
     there can be.
 
     Args:
-        previous: the layout in force, of the same policy and length, or None.
+        previous: the layout in force, of the same policy, or None. Of another length, it is
+            stretched: a number is spread over either alike.
         length: positions.
     """
     room = quotas(members, length)
     entries = array("H", [abi.NO_SLOT]) * length
-    if previous is None or len(previous.entries) != length:
+    if previous is None:
         moving: Sequence[int] = range(length)
     else:
-        entries[:] = previous.entries
+        was = previous.entries
+        entries[:] = was if len(was) == length else _stretched(was, length)
         moving = _over_quota(entries, room)
     receivers = chain.from_iterable(repeat(slot, left) for slot, left in room.items())
     for position, slot in zip(moving, receivers, strict=True):
         entries[position] = slot
     return Layout(entries, spares=_spares(members))
+
+
+def by_load(members: Sequence[Member]) -> Layout:
+    """For `least-conn`: a deck, with the scale of each of its slots, the inverse of its weight,
+    where rows would be.
+
+    It is laid anew after its end, as far as a look that starts anywhere in it goes.
+    """
+    few = len(members) <= abi.ALL
+    laid = deck(members, abi.ALL if few else MAX_DECK)
+    lightest = min(member.weight for member in members)
+    scales = {
+        member.slot: max(1, round(_FULL_SCALE * lightest / member.weight)) for member in members
+    }
+    entries = laid + list(islice(cycle(laid), abi.ALL if few else abi.NEIGHBOURS))
+    turns = array("H", [scales[slot] for slot in entries])
+    return Layout(array("H", entries), turns, _spares(members), len(laid))
+
+
+_FULL_SCALE = 0xFFFF
+
+
+def _stretched(entries: array[int], length: int) -> array[int]:
+    return array("H", [entries[at * len(entries) // length] for at in range(length)])
 
 
 def _over_quota(entries: array[int], room: dict[int, int]) -> list[int]:

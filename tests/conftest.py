@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -95,16 +96,20 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "bcc": _has_bcc,
     "bpf": lambda: _found(probe.ebpf()),
     "bpftool": _has_command("bpftool"),
+    "granian": _has_module("granian"),
     "gunicorn": _has_module("gunicorn"),
     "hypercorn": _has_module("hypercorn"),
+    "matplotlib": _has_module("matplotlib"),
     "migrate": lambda: _found(probe.migrate()),
     "netns": _has_netns,
+    "nginx": _has_command("nginx"),
     "nobody": _has_nobody,
     "pidfd_getfd": _has_pidfd_getfd,
     "root": _is_root,
     "userns": _has_userns,
     "uvicorn": _has_module("uvicorn"),
     "headers": _has_headers,
+    "wrk": _has_command("wrk"),
 }
 """Each says why the machine has not got it, or nothing."""
 
@@ -134,6 +139,27 @@ def netns() -> Iterator[Netns]:
     """The test, and what it starts, in a network namespace of its own; see `support`."""
     require("netns")
     with network_namespace() as made:
+        yield made
+
+
+@pytest.fixture
+def clients() -> Iterator[ExitStack]:
+    """For sockets that are to be closed when the test ends."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        yield made
+
+
+@pytest.fixture
+def datagrams() -> Iterator[socket.socket]:
+    """A socket that takes them, over IPv6."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as made:
+        made.bind(("::1", 0))
         yield made
 
 

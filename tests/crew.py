@@ -18,13 +18,13 @@ from typing import Self
 
 from support import DEADLINE_S
 
-from steer import address
+from steer import address, policies
 from steer.address import Bind
+from steer.backends import open_backend
 from steer.config import Service
 from steer.cpus import Topology
 from steer.kernel import sockets, topology
 from steer.plan import plan
-from steer.steering import open_backend
 from steer.table import Member
 
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
@@ -81,11 +81,18 @@ class Crew:
         *kinds: str,
         workers: int = 4,
         weights: Sequence[int] = (),
+        params: Sequence[str] = (),
         machine: Topology | None = None,
     ) -> None:
         bind = tuple(KINDS.get(kind, kind) for kind in kinds)
-        service = Service(policy=policy, workers=workers, bind=bind, weights=tuple(weights))
-        self.plan = plan(service, machine or topology.read(), {})
+        service = Service(
+            policy=policy,
+            workers=workers,
+            bind=bind,
+            weights=tuple(weights),
+            params=tuple(params),
+        )
+        self.plan = plan(service, machine or topology.read(), {}, policies.find(policy))
         self.binds = self.plan.binds
         self.sockets: dict[int, list[socket.socket]] = {}
         self.steering = open_backend(backend, self.plan)

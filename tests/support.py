@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,52 @@ def eventually(ask: Callable[[], T], wanted: object = _TRUE, timeout_s: float = 
             return found
         assert time.monotonic() < end_s, f"still {found!r} after {timeout_s:g} s"
         time.sleep(0.01)
+
+
+# Processes
+
+
+@contextmanager
+def running(
+    *argv: str, fds: Sequence[int] = (), cwd: Path | None = None, stderr: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
+    """A process and the family it starts, all ended afterwards; it has `fds` open."""
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        pass_fds=fds,
+        cwd=cwd,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def python(code: str, *arguments: object) -> tuple[str, ...]:
+    """The command that runs it."""
+    return (sys.executable, "-c", code, *map(str, arguments))
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """The next that it prints; waits for it."""
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def is_running(pid: int) -> bool:
+    """Orphans that have ended may stay as zombies where the first process is no init."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in (b"Z", b"X")
 
 
 # Network namespaces
@@ -97,9 +143,16 @@ def network_namespace() -> Iterator[Netns]:
 # Clients
 
 
-def http_get(host: str, port: int, target: str = "/") -> tuple[dict[str, str], dict[str, Any]]:
-    """One request in a connection of its own: header fields by lower-case name, and the JSON."""
-    with socket.create_connection((host, port), DEADLINE_S) as sock:
+def http_get(
+    host: str, port: int, target: str = "/", source: str = ""
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """One request in a connection of its own: header fields by lower-case name, and the JSON.
+
+    Args:
+        source: address to come from; any if not given.
+    """
+    here = (source, 0) if source else None
+    with socket.create_connection((host, port), DEADLINE_S, here) as sock:
         sock.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         with sock.makefile("rb") as answer:
             head, _, body = answer.read().partition(b"\r\n\r\n")
@@ -323,14 +376,13 @@ def run_steer(
     )
 
 
-def start_service(
-    *arguments: str, name: str, environment: Mapping[str, str], home: Path, user: int | None = None
-) -> Service:
-    """`steer run ARGUMENTS`, in a session of its own; not yet ready."""
-    records = Path(tempfile.mkdtemp(prefix="records-", dir=home))
+def launch(
+    command: Sequence[str], *, environment: Mapping[str, str], home: Path, records: Path
+) -> subprocess.Popen[bytes]:
+    """A command in a session of its own, that writes to `stdout` and `stderr` in `records`."""
     with (records / "stdout").open("wb") as out, (records / "stderr").open("wb") as err:
-        process = subprocess.Popen(
-            as_user(user, STEER, "run", "--name", name, *arguments),
+        return subprocess.Popen(
+            command,
             env=environment,
             cwd=home,
             stdin=subprocess.DEVNULL,
@@ -338,13 +390,13 @@ def start_service(
             stderr=err,
             start_new_session=True,
         )
+
+
+def start_service(
+    *arguments: str, name: str, environment: Mapping[str, str], home: Path, user: int | None = None
+) -> Service:
+    """`steer run ARGUMENTS`, in a session of its own; not yet ready."""
+    records = Path(tempfile.mkdtemp(prefix="records-", dir=home))
+    command = as_user(user, STEER, "run", "--name", name, *arguments)
+    process = launch(command, environment=environment, home=home, records=records)
     return Service(process, name, home, records, environment)
-
-
-def is_running(pid: int) -> bool:
-    """Orphans that have ended may stay as zombies where the first process is no init."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in (b"Z", b"X")

@@ -16,12 +16,16 @@ from steer.kernel import compile
 
 HEADS = {
     "steer_table": (abi.HEADER, "active reserved"),
-    "steer_half": (abi.LENGTH, "length reserved"),
+    "steer_half": (abi.LENGTH, "length deck"),
     "steer_count": (abi.COUNT, "selected fallback migrated"),
     "steer_cpu": (abi.CPU, "turn turn_ack random reserved unsteered"),
+    "steer_slot": (abi.SLOT, "open pending stamp flows"),
+    "steer_owner": (abi.OWNER, "slot counted stamp"),
+    "steer_params": (abi.PARAMS, "ticks_per_s second"),
 }
-"""The fields that Python packs and unpacks, in their order."""
+"""The fields that Python packs and unpacks, in their order; arrays are in MIRRORED."""
 
+UAPI = ("BPF_MAP_TYPE_", "BPF_PROG_TYPE_", "BPF_CGROUP_", "BPF_SK_", "BPF_F_", "BPF_PSEUDO_")
 MIRRORED = {
     # bpf/steer.h
     "STEER_ENTRIES": abi.ENTRIES,
@@ -36,27 +40,44 @@ MIRRORED = {
     "OFFSET(steer_half, entries)": abi.ENTRIES_OFFSET,
     "OFFSET(steer_half, turns)": abi.TURNS_OFFSET,
     "OFFSET(steer_half, spares)": abi.SPARES_OFFSET,
+    "STEER_SLOTS": abi.SLOTS,
+    "STEER_VALUES": abi.VALUES,
+    "STEER_HISTOGRAMS": abi.HISTOGRAMS,
+    "STEER_BUCKETS": abi.BUCKETS,
+    "sizeof(struct steer_slot)": abi.SLOT.size,
+    "sizeof(struct steer_owner)": abi.OWNER.size,
+    "sizeof(struct steer_params)": abi.PARAMS.size,
+    "sizeof(struct steer_own)": abi.OWN.size,
+    "OFFSET(steer_params, values)": struct.calcsize("II"),
+    "SIZE(steer_params, values)": struct.calcsize(f"{abi.VALUES}I"),
+    "OFFSET(steer_own, counters)": 0,
+    "SIZE(steer_own, counters)": struct.calcsize(f"{abi.VALUES}Q"),
+    "OFFSET(steer_own, histograms)": struct.calcsize(f"{abi.VALUES}Q"),
+    "SIZE(steer_own, histograms[0])": struct.calcsize(f"{abi.BUCKETS}Q"),
+    "SIZE(steer_own, histograms)": struct.calcsize(f"{abi.HISTOGRAMS * abi.BUCKETS}Q"),
+    # bpf/flow.c
+    "sizeof(struct source)": abi.FLOW_KEY_BYTES,
+    "sizeof(struct flow)": abi.FLOW_BYTES,
+    # bpf/least-conn.c
+    "ALL": abi.ALL,
+    "NEIGHBOURS": abi.NEIGHBOURS,
     "SIZE(steer_half, entries[0])": struct.calcsize("H"),
     "SIZE(steer_half, turns[0])": struct.calcsize("H"),
     "SIZE(steer_half, spares[0])": struct.calcsize("H"),
-    "STEER_MAP_SOCKETS": abi.MAPS["sockets"].number,
-    "STEER_MAP_TABLE": abi.MAPS["table"].number,
-    "STEER_MAP_COUNTS": abi.MAPS["counts"].number,
-    "STEER_MAP_CPUS": abi.MAPS["cpus"].number,
+    **{f"STEER_MAP_{name.upper()}": spec.number for name, spec in abi.MAPS.items()},
     # include/uapi/linux/bpf.h
-    "BPF_MAP_TYPE_ARRAY": abi.BPF_MAP_TYPE_ARRAY,
-    "BPF_MAP_TYPE_PERCPU_ARRAY": abi.BPF_MAP_TYPE_PERCPU_ARRAY,
-    "BPF_MAP_TYPE_REUSEPORT_SOCKARRAY": abi.BPF_MAP_TYPE_REUSEPORT_SOCKARRAY,
-    "BPF_PROG_TYPE_SK_REUSEPORT": abi.BPF_PROG_TYPE_SK_REUSEPORT,
-    "BPF_SK_REUSEPORT_SELECT": abi.BPF_SK_REUSEPORT_SELECT,
-    "BPF_SK_REUSEPORT_SELECT_OR_MIGRATE": abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE,
-    "BPF_F_MMAPABLE": abi.BPF_F_MMAPABLE,
-    "BPF_PSEUDO_MAP_FD": abi.BPF_PSEUDO_MAP_FD,
-    "BPF_PSEUDO_MAP_VALUE": abi.BPF_PSEUDO_MAP_VALUE,
+    **{name: getattr(abi, name) for name in dir(abi) if name.startswith(UAPI)},
 }
+
+FROM_POLICIES = (
+    ("flow.c", r"^struct (?:source|flow) \{.*?^\};"),
+    ("least-conn.c", r"^#define (?:ALL|NEIGHBOURS) .*?$"),
+)
+"""What of a policy's file is mirrored too."""
 
 ASKING = """
 #include "steer.h"
+%s
 #define OFFSET(type, field) __builtin_offsetof(struct type, field)
 #define SIZE(type, field) sizeof(((struct type *)0)->field)
 
@@ -87,10 +108,19 @@ def fields() -> Iterator[tuple[str, int]]:
             yield f"SIZE({name}, {field})", struct.calcsize(codes[index])
 
 
+def of_policies() -> Iterator[str]:
+    for name, pattern in FROM_POLICIES:
+        text = (compile.sources() / name).read_text()
+        found = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+        assert len(found) == 2, f"{name} is written in another way"
+        yield from found
+
+
 def compiled(expressions: Sequence[str], directory: Path) -> list[int]:
     """What the compiler makes of constant expressions."""
     source = directory / "asking.c"
-    source.write_text(ASKING % "\n\t".join(f"number = {each};" for each in expressions))
+    stores = "\n\t".join(f"number = {each};" for each in expressions)
+    source.write_text(ASKING % ("\n".join(of_policies()), stores))
     code = compile.compile_source(source).programs["plain"]
     registers, stored = {}, []
     for line in code.instructions:
@@ -116,14 +146,37 @@ def test_maps_hold_what_the_structs_say() -> None:
         "table": abi.TABLE_BYTES,
         "counts": abi.COUNT.size,
         "cpus": abi.CPU.size,
+        "slots": abi.SLOTS * abi.SLOT.size,
+        "params": abi.PARAMS.size,
+        "own": abi.OWN.size,
+        "flows": abi.FLOW_BYTES,
+        "owners": abi.OWNER.size,
+        "listeners": abi.OWNER.size,
+        "moved": abi.OWNER.size,
     }
-    # Per-CPU values are read back to back, and the kernel rounds each up to 8.
-    assert sizes["counts"] % 8 == sizes["cpus"] % 8 == 0
+    per_cpu = abi.BPF_MAP_TYPE_PERCPU_ARRAY
+    read_back_to_back = {name for name, spec in abi.MAPS.items() if spec.kind == per_cpu}
+    assert read_back_to_back == {"counts", "cpus", "own"}
+    assert all(sizes[name] % 8 == 0 for name in read_back_to_back), "the kernel rounds up to 8"
+
+
+def test_maps_are_found_by_what_they_are_keyed_with() -> None:
+    """A number of 4 bytes, if not a flow's source or the 8 bytes of a socket's cookie. Of socket
+    storage it is a descriptor (bpf_fd_sk_storage_update_elem())."""
+    keys = {name: spec.key_bytes for name, spec in abi.MAPS.items() if spec.key_bytes != 4}
+    assert keys == {"flows": abi.FLOW_KEY_BYTES, "listeners": 8, "moved": 8}
 
 
 def test_slots_fit_an_entry() -> None:
     assert abi.MAX_SLOTS <= abi.NO_SLOT < abi.ROW
     assert abi.TURNS <= abi.ROW
+    assert abi.MAX_SLOTS < abi.SLOTS, "of the reserve too it is known what is open"
+    assert abi.SLOTS & abi.SLOTS - 1 == abi.VALUES & abi.VALUES - 1 == 0, "masked with it less one"
+
+
+def test_a_deck_fits_the_table() -> None:
+    assert 2 * abi.ALL <= abi.TURNS
+    assert abi.TURNS // 2 + abi.NEIGHBOURS <= abi.TURNS
 
 
 @pytest.mark.needs("headers")

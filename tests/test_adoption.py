@@ -563,7 +563,7 @@ def test_who_tells_something_does_not_wait(service: StartService, home: Path) ->
     (home / "teller.py").write_text(TELLER)
     arguments = ("-w", "1", "--watchdog=60", "--", "python3", "teller.py")
     orphan(service(*arguments))
-    told = int((home / "told").read_text())
+    told = int(eventually((home / "told").read_text))
     eventually(lambda: int((home / "told").read_text() or 0) > told + 30)
     second = service(*arguments)
     eventually(lambda: int(second.workers()[0]["said"]) > told + 30)
@@ -626,9 +626,16 @@ def test_scaling_that_was_not_finished_is_undone(
     eventually(lambda: "adopted" in second.log and by_slot(second) == workers)
 
 
-@pytest.mark.parametrize("change", [("-w", "3"), ("-w", "2", "-e", "COLOUR=blue")])
+@pytest.mark.parametrize(
+    "change, keys",
+    [
+        (("-w", "3"), "workers"),
+        (("-w", "2", "-e", "COLOUR=blue"), "env"),
+        (("-w", "2", "--policy=source", "--param=prefix4=24"), "policy, params"),
+    ],
+)
 def test_changes_to_the_configuration_as_it_is(
-    service: StartService, change: tuple[str, ...]
+    service: StartService, change: tuple[str, ...], keys: str
 ) -> None:
     first = service("-w", "2")
     old = set(by_slot(first).values())
@@ -640,8 +647,8 @@ def test_changes_to_the_configuration_as_it_is(
         load.goes_on()
     assert load.failures == []
     assert not old & set(by_slot(second).values())
-    key = "env" if "-e" in change else "workers"
-    assert f"changing to the configuration as it is now: {key}\n" in second.log
+    assert f"changing to the configuration as it is now: {keys}\n" in second.log
+    assert second.status()["policy"] == ("source" if "policy" in keys else "cpu")
     orphan(second)
     third = service(*change)
     assert by_slot(third) == by_slot(third)
@@ -665,7 +672,6 @@ def test_change_that_does_not_come_up_leaves_the_old(
 
 CANNOT_CHANGE = {
     ("-b", f"{HOST}:9999"): f"bind is {HOST}:{PORT} and would be {HOST}:9999",
-    ("--policy=random",): "policy is 'hash' and would be 'random'",
     ("--backend=cbpf",): "backend is 'auto' and would be 'cbpf'",
     ("--pid=pid",): "pid is None and would be 'pid'",
     ("-w", "900"): "with room for 128",

@@ -26,6 +26,7 @@ from support import (
     as_user,
     eventually,
     http_get,
+    launch,
     session,
     udp_ask,
 )
@@ -71,16 +72,7 @@ def started(
     *command: str, environment: dict[str, str], home: Path, name: str = "test"
 ) -> Iterator[Service]:
     """A command that becomes `steer run`, by way of something else."""
-    with (home / "stdout").open("wb") as out, (home / "stderr").open("wb") as err:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            cwd=home,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
+    process = launch(command, environment=environment, home=home, records=home)
     running = Service(process, name, home, home, environment)
     try:
         yield running

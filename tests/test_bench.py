@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import re
 import signal
 import socket
 import struct
@@ -11,24 +11,26 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import msgspec
 import pytest
 from click.testing import CliRunner
-from support import Netns
+from support import DEADLINE_S, Netns, eventually
 
-from bench import figures, load, outcome, peers, plot, programs, victims, wrk
+from bench import figures, light, load, outcome, peers, plot, programs, swap, tail, victims, wrk
 from bench.__main__ import BENCHES, main
-from bench.figures import Figure, Section, Timeline
-from bench.load import Plan, Request
-from bench.peers import PEERS, Peer
+from bench.figures import Curve, Figure, Section, Timeline
+from bench.flood import BATCH, Flood, Handshakes
+from bench.load import Plan, Request, schedule
+from bench.peers import Peer
 from bench.victims import Stop
 from steer import abi, report
 from steer.bytecode import Code
-from steer.errors import SteerError
 
 
 def test_median_and_middle_half() -> None:
@@ -76,6 +78,11 @@ def test_table_shows_spread_and_what_was_wanted() -> None:
 
 def test_counts_are_shown_whole() -> None:
     assert Section("leaks", [Figure("left", "", (0,), 0)]).table().rows[0][1] == "0"
+
+
+def test_curve_says_what_so_many_percent_did_not_exceed() -> None:
+    curve = Curve("us", [float(ms) for ms in range(1, 1001)])
+    assert [curve.at_ms(percent) for percent in (50, 99, 99.9, 100)] == [501, 991, 1000, 1000]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +194,51 @@ def test_open_loop_counts_from_when_a_request_was_due() -> None:
     assert sum(request.took_s > 0.25 for request in found) in range(20, 40)
 
 
+MIX = ((0.75, 0.01), (0.25, 0.5))
+
+
+def test_open_loop_is_drawn_beforehand_and_with_one_seed_the_same() -> None:
+    plan = Plan(1, rate=50, seed=3, at_most=4000, mix=MIX)
+    drawn = list(schedule(plan))
+    assert drawn == list(schedule(msgspec.structs.replace(plan, port=2)))
+    assert drawn != list(schedule(msgspec.structs.replace(plan, seed=4)))
+    assert drawn[-1].at_s == pytest.approx(4000 / 50, rel=0.1)
+    assert sum(due.takes_s == 0.5 for due in drawn) / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_client_asks_for_as_long_as_was_drawn_and_ends_by_itself() -> None:
+    paths = []
+
+    def note(sock: socket.socket) -> None:
+        paths.append(sock.recv(4096).split()[1].decode())
+        sock.sendall(ANSWER)
+
+    with _serving(note) as port:
+        plan = Plan(port, rate=200, seed=3, at_most=20, mix=MIX, roams=True)
+        with load.load(plan) as client:
+            found = client.finish()
+    assert [request.body for request in found] == ["hello\n"] * 20
+    assert sorted(paths) == sorted(f"/{due.takes_s}" for due in schedule(plan))
+
+
+def test_one_queue_gives_the_next_to_whoever_is_idle() -> None:
+    plan = Plan(1, rate=2, at_most=4, mix=((1, 1.0),))  # one every 0.5 s, that takes 1
+    assert [each.took_s for each in tail.one_queue(plan, 1)] == [1, 1.5, 2, 2.5]
+    assert [each.took_s for each in tail.one_queue(plan, 2)] == [1, 1, 1, 1]
+
+
+def test_uneven_is_the_share_of_whoever_is_farthest_off() -> None:
+    assert light.off_even(Counter({"1": 25, "2": 25, "3": 25, "4": 25})) == 0
+    assert light.off_even(Counter({"1": 40, "2": 20, "3": 20, "4": 20})) == 60
+    assert light.off_even(Counter({"1": 30, "2": 30, "3": 40})) == 100  # the fourth had none
+
+
+def test_walk_goes_from_each_policy_to_each() -> None:
+    way = list(swap.walk("abcd", 400))
+    steps = set(pairwise(way))
+    assert steps == set(permutations("abcd", 2))
+
+
 def test_failed_requests_are_counted_and_named() -> None:
     outcomes = ["ok", "reset", "ok", "closed", "reset"]
     figure = outcome.failed("us", [Request(0, 1, each, 9) for each in outcomes], at_most=0)
@@ -232,39 +284,66 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
             victim.kill()
 
 
+def test_flood_comes_from_as_many_addresses_as_there_are_flows(netns: Netns) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(DEADLINE_S)
+        with Flood(sock.getsockname()[1], 7) as flood:
+            flood.send(1)
+        assert len({sock.recvfrom(64)[1] for _ in range(50)}) == 7
+
+
+@pytest.mark.needs("root")
+def test_handshakes_are_taken_for_such(netns: Netns) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Handshakes(listener.getsockname()[1], 7) as flood,
+    ):
+        flood.send(1)
+        # Each is answered, and taken back by the reset that says that nobody asked.
+        eventually(lambda: tcp_total("AttemptFails"), BATCH)
+    assert tcp_total("InCsumErrors") == 0
+
+
+def tcp_total(name: str) -> int:
+    """One of RFC 4022's, of this thread's network namespace."""
+    lines = Path("/proc/thread-self/net/snmp").read_text().splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+    return int(dict(zip(names, values, strict=True))[name])
+
+
 def test_wrks_words_are_understood() -> None:
     words = "  1 threads\n  36848 requests in 3.02s, 5.20MB read\n"
     assert wrk.counts(words) == wrk.Counts(36848, 0)
     more = "  Socket errors: connect 1, read 2, write 0, timeout 3\n  Non-2xx or 3xx responses: 4\n"
-    assert wrk.counts(words + more) == wrk.Counts(36848, 10)
+    rate = "Requests/sec:  12186.41\n"
+    assert wrk.counts(words + more + rate) == wrk.Counts(36848, 10, 12186.41)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no module matplotlib")
+@pytest.mark.needs("matplotlib")
 def test_sections_are_drawn(tmp_path: Path) -> None:
     lines = [Timeline("us", [(0.1, 2.0)], [], [0.2]), Timeline("them", [], [0.3], [])]
     counts = [Figure("us", "failed", (0,), 0), Figure("them", "failed", (380,))]
-    found = {"reload": [Section("reload", counts, (), lines), Section("empty", [])]}
+    curves = [Curve("us", [1.0, 2.0, 3.0], is_steer=True), Curve("them", [5.0])]
+    drawn = Section("reload: failed", counts, (), lines, curves)
+    found = {"reload": [drawn, Section("empty", [])]}
     paths = list(plot.draw(found, tmp_path / "new"))
-    assert [path.name for path in paths] == ["reload-1.svg", "reload-1-timeline.svg"]
+    names = ["reload-1.svg", "reload-1-timeline.svg", "reload-1-percentiles.svg"]
+    assert [path.name for path in paths] == names
     for path in paths:
         assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
-def _is_installed(peer: Peer) -> bool:
-    try:
-        peer.command(peers.Site(0, Path("/nowhere"), {}))
-    except FileNotFoundError:
-        return True
-    except SteerError:
-        return False
-    return True
+def _needs(peer: Peer) -> pytest.MarkDecorator:
+    """A peer is called by what it is of."""
+    words = re.findall(r"\w+", peer.name)
+    return pytest.mark.needs("root", "netns", *(("bpf", "uvicorn") if peer.is_steer else words[:1]))
 
 
-@pytest.mark.needs("root", "netns")
-@pytest.mark.parametrize("peer", [pytest.param(peer, id=peer.name) for peer in PEERS])
+@pytest.mark.parametrize(
+    "peer", [pytest.param(peer, id=peer.name, marks=_needs(peer)) for peer in peers.ALL]
+)
 def test_peer_runs_and_reloads(peer: Peer, netns: Netns) -> None:
-    if not _is_installed(peer):
-        pytest.skip("not installed; see ./dev setup bench")
     with peers.running(peer, 9900) as running:
         workers = running.workers()
         assert len(workers) == peers.WORKERS
@@ -276,7 +355,7 @@ def test_peer_runs_and_reloads(peer: Peer, netns: Netns) -> None:
             assert len(running.workers()) == 2
 
 
-@pytest.mark.needs("root", "netns", "bpf", "bpftool", "gunicorn", "uvicorn")
+@pytest.mark.needs("root", "netns", "bpf", "bpftool", "gunicorn", "uvicorn", "wrk")
 @pytest.mark.parametrize("name", BENCHES)
 def test_bench_runs(name: str) -> None:
     done = subprocess.run(

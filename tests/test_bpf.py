@@ -7,20 +7,23 @@ import errno
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from crew import KINDS, Crew, sources
+from msgspec.structs import replace
 from support import NOBODY, as_user, bpf_exists, bpf_ids, eventually
 
 from steer import abi, address
-from steer.bytecode import Code
+from steer.bytecode import Code, PolicyObject
 from steer.errors import KernelError, VerifierError
-from steer.kernel import bpf, compile, sockets, topology
+from steer.kernel import bpf, cgroup, compile, sockets, topology
 from steer.policy import EBPF, POLICIES
 from steer.table import Layout
 
@@ -66,7 +69,10 @@ def no_leaks() -> Iterator[None]:
     [
         ("cpu", "steer_cpu"),
         ("round-robin", "steer_round_rob"),
+        ("least-conn", "steer_least_con"),
         ("hash", "steer_hash"),
+        ("source", "steer_source"),
+        ("flow", "steer_flow"),
         ("random", "steer_random"),
     ],
 )
@@ -76,15 +82,31 @@ def test_bpftool_shows_names(name: str, program: str) -> None:
         made = own_bpf() - before
         programs = [shown("prog", number) for kind, number in made if kind == "prog"]
         maps = [shown("map", number) for kind, number in made if kind == "map"]
-    assert [(each["name"], each["type"]) for each in programs] == [(program, "sk_reuseport")] * 2
+    assert sorted((each["name"], each["type"]) for each in programs) == sorted(
+        [(program, "sk_reuseport"), (program, "sk_reuseport"), ("steer_open", "sock_ops")]
+    )
     per_group = [
         ("steer_counts", "percpu_array"),
         ("steer_cpus", "percpu_array"),
         ("steer_sockets", "reuseport_sockarray"),
     ]
     assert sorted((each["name"], each["type"]) for each in maps) == sorted(
-        [*per_group, *per_group, ("steer_table", "array")]
+        [*per_group, *per_group, *of_policy(name), *COUNTING]
     )
+
+
+def of_policy(name: str) -> list[tuple[str, str]]:
+    flows = [("steer_flows", "lru_hash")] if name == "flow" else []
+    always = [("steer_table", "array"), ("steer_params", "array"), ("steer_own", "percpu_array")]
+    return [*always, *flows]
+
+
+COUNTING = [
+    ("steer_slots", "array"),
+    ("steer_owners", "sk_storage"),
+    ("steer_listeners", "hash"),
+    ("steer_moved", "hash"),
+]
 
 
 # ---- programs that are refused
@@ -119,12 +141,21 @@ def test_shortening_keeps_the_end() -> None:
 def test_refused_policy_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compile.load(compile.sources() / "hash.c")
     bad = {**made.programs, "migrate": Code(["9500000000000000"], {})}
-    monkeypatch.setattr(compile, "load", lambda _source: type("Bad", (), {"programs": bad}))
+    load = compile.load
+
+    def load_bad(source: Path) -> PolicyObject:
+        found = load(source)
+        return replace(found, programs=bad) if source.name == "hash.c" else found
+
+    monkeypatch.setattr(compile, "load", load_bad)
     with pytest.raises(VerifierError, match="load program steer_hash"):
         Crew(EBPF, "hash", "tcp4")
 
 
-def test_attach_type_that_no_kernel_knows_is_no_fault_of_the_program() -> None:
+def test_attach_type_that_no_kernel_knows_is_no_fault_of_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(bpf._KINDS, 9999, abi.BPF_PROG_TYPE_SK_REUSEPORT)
     with pytest.raises(KernelError) as caught:
         bpf.Program("steer_probe", PASS, {}, 9999)
     assert type(caught.value) is KernelError
@@ -164,12 +195,12 @@ def test_older_kernel_gets_the_plain_program(
     """One that does not know of migration refuses the attach type with EINVAL and no log."""
     load = bpf.Program._load
 
-    def before_5_14(name: str, insns: bytes, options: Any) -> int:
+    def before_5_14(self: bpf.Program, name: str, insns: bytes, options: Any) -> int:
         if options.expected_attach_type == abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE:
             return -errno.EINVAL
-        return load(name, insns, options)
+        return load(self, name, insns, options)
 
-    monkeypatch.setattr(bpf.Program, "_load", staticmethod(before_5_14))
+    monkeypatch.setattr(bpf.Program, "_load", before_5_14)
     with Crew(EBPF, "round-robin", "tcp4").serving() as crew:
         assert "migration needs Linux 5.14" in " ".join(crew.steering.notes)
         assert crew.count(40).total() == sum(crew.selected().values()) == 40
@@ -227,6 +258,175 @@ def test_socket_that_cannot_be_chosen_is_not_taken_in(netns: object) -> None:
             made.put_socket(0, listener.fileno())
 
 
+def looked_up(made: bpf.Map, key: int) -> bytes | None:
+    """What the kernel has there."""
+    buffer = ctypes.create_string_buffer(made.spec.value_bytes)
+    key_bytes = key.to_bytes(made.spec.key_bytes, sys.byteorder)
+    found = bpf.libbpf().bpf_map_lookup_elem(made.fileno(), key_bytes, buffer) == 0
+    return buffer.raw if found else None
+
+
+def test_cookies_are_keys_of_8_bytes() -> None:
+    cookie = 0x1122334455667788
+    with bpf.Map("moved") as made:
+        made.put(cookie, abi.OWNER.pack(3, 1, 7))
+        assert looked_up(made, cookie) == abi.OWNER.pack(3, 1, 7)
+        assert looked_up(made, cookie & 0xFFFFFFFF) is None
+        made.delete(cookie)
+        assert looked_up(made, cookie) is None
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_what_is_stored_at_a_listener_is_inherited_by_its_connections(netns: object) -> None:
+    with (
+        bpf.Map("owners") as made,
+        sockets.member(address.parse(KINDS["tcp4"]), 16) as listener,
+        socket.create_connection(listener.getsockname()) as before,
+    ):
+        # As it is when the handshake ends that counts, not when it is accepted.
+        made.put(listener.fileno(), abi.OWNER.pack(5, 0, 9))
+        with socket.create_connection(listener.getsockname()) as client:
+            accepted = [listener.accept()[0] for _ in (before, client)]
+            stored = [looked_up(made, sock.fileno()) for sock in accepted]
+            assert stored == [None, abi.OWNER.pack(5, 0, 9)]
+            assert looked_up(made, client.fileno()) is None
+            made.put(listener.fileno(), abi.OWNER.pack(6, 0, 9))
+            assert looked_up(made, accepted[1].fileno()) == abi.OWNER.pack(5, 0, 9)
+            for sock in accepted:
+                sock.close()
+
+
+def test_only_at_sockets_something_is_stored() -> None:
+    with (
+        bpf.Map("owners") as made,
+        open(os.devnull) as other,
+        pytest.raises(KernelError, match="ENOTSOCK"),
+    ):
+        made.put(other.fileno(), bytes(abi.OWNER.size))
+
+
+def test_a_map_that_somebody_else_made_is_the_same() -> None:
+    with bpf.Map("moved") as made, bpf.Map.received("moved", os.dup(made.fileno())) as other:
+        other.put(4, abi.OWNER.pack(1, 2, 3))
+        assert looked_up(made, 4) == abi.OWNER.pack(1, 2, 3)
+
+
+# ---- slots
+
+
+@pytest.fixture
+def slots() -> Iterator[bpf.Slots]:
+    with bpf.Map("slots") as made:
+        all_slots = bpf.Slots(made)
+        yield all_slots
+        all_slots.close()
+
+
+def state(slots: bpf.Slots, slot: int) -> tuple[int, ...]:
+    """Open, pending, stamp and flows, as the kernel has them."""
+    raw = looked_up(slots.map, 0)
+    assert raw
+    return abi.SLOT.unpack_from(raw, slot * abi.SLOT.size)
+
+
+def play(slots: bpf.Slots, slot: int, *values: int) -> None:
+    """What programs do."""
+    abi.SLOT.pack_into(slots._memory, slot * abi.SLOT.size, *values)
+
+
+def test_who_has_a_slot_next_has_another_stamp(slots: bpf.Slots) -> None:
+    first = slots.begin(3)
+    play(slots, 3, 7, 2, first, 0)
+    assert slots.open(3) == 7
+    slots.end(3)
+    # What is still open is not lost sight of before the next comes.
+    assert slots.open(3) == 7
+    second = slots.begin(3)
+    assert second != first
+    assert state(slots, 3) == (0, 0, second, 1)
+    # Without an end: the worker in a place has died, but its child may live on.
+    assert slots.begin(3) not in (first, second)
+    assert state(slots, 2) == state(slots, 4) == (0, 0, 0, 0)
+
+
+def test_stamps_run_over(slots: bpf.Slots) -> None:
+    play(slots, 1, 0, 0, 2**32 - 1, 2**32 - 1)
+    slots.end(1)
+    assert state(slots, 1) == (0, 0, 0, 0)
+    play(slots, 1, 0, 0, 2**32 - 1, 5)
+    assert slots.begin(1) == 0
+    assert state(slots, 1) == (0, 0, 0, 5)
+
+
+def test_flows_are_forgotten_and_nothing_else(slots: bpf.Slots) -> None:
+    play(slots, 2, 5, 6, 7, 2**32 - 1)
+    slots.forget_flows(2)
+    assert state(slots, 2) == (5, 6, 7, 0)
+    # What a program takes for a slot that is none: steer_slot_at() in bpf/steer.h.
+    slots.forget_flows(abi.NO_SLOT)
+    assert state(slots, abi.SLOTS - 1) == (0, 0, 0, 1)
+
+
+def test_fewer_than_none_are_none(slots: bpf.Slots) -> None:
+    play(slots, 2, 2**32 - 1, 0, 0, 0)
+    assert slots.open(2) == 0
+    slots.set_open(2, 12)
+    assert slots.open(2) == 12
+    assert state(slots, 2) == (12, 0, 0, 0)
+
+
+def test_slots_can_be_gone_on_with(slots: bpf.Slots) -> None:
+    play(slots, abi.SLOTS - 1, 1, 2, 3, 4)
+    with bpf.Map("slots") as other:
+        later = bpf.Slots(other)
+        later.become(os.dup(slots.map.fileno()))
+        assert state(later, abi.SLOTS - 1) == (1, 2, 3, 4)
+        later.end(abi.SLOTS - 1)
+        assert state(slots, abi.SLOTS - 1) == (1, 2, 4, 5)
+        later.close()
+
+
+# ---- on a cgroup
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_link_keeps_its_program_on_the_cgroup_as_long_as_it_is_open() -> None:
+    before = own_bpf()
+    with cgroup.own() as directory:
+        program = bpf.Program("steer_probe", PASS, {}, abi.BPF_CGROUP_SOCK_OPS)
+        link = bpf.Link(program, directory)
+        [made] = own_bpf() - before
+        program.close()
+        assert bpf_exists(*made)
+        link.close()
+        eventually(lambda: not bpf_exists(*made))
+
+
+def test_a_link_needs_a_cgroup(tmp_path: Path) -> None:
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with (
+            bpf.Program("steer_probe", PASS, {}, abi.BPF_CGROUP_SOCK_OPS) as program,
+            pytest.raises(KernelError, match=r"^attach to the cgroup: EBADF"),
+        ):
+            bpf.Link(program, directory)
+    finally:
+        os.close(directory)
+
+
+def test_only_such_programs_go_on_a_cgroup() -> None:
+    with (
+        cgroup.own() as directory,
+        bpf.Program("steer_probe", PASS, {}, SELECT) as program,
+        pytest.raises(KernelError, match=r"^attach to the cgroup: E"),
+    ):
+        bpf.Link(program, directory)
+
+
+def test_ticks_are_those_of_the_kernel() -> None:
+    assert bpf.ticks_per_s() in (100, 250, 300, 1000)
+
+
 # ---- the table
 
 
@@ -236,7 +436,7 @@ def test_flip_is_seen_by_programs(netns: object) -> None:
         [flow] = sources("127.0.0.1", 1)
         for slot in (0, 2, 1, 1, 0):
             everywhere = Layout(array("H", [slot]) * 7, spares=array("H", [slot]) * abi.SPARES)
-            crew.steering._table.flip(everywhere.parts())
+            crew.steering._choice._table.flip(everywhere.parts())
             assert crew.flows([flow]) == {flow: slot}
 
 
@@ -269,9 +469,9 @@ def test_table_starts_with_nobody_and_flips_between_halves() -> None:
 
 def content(table: bpf.Map) -> bytes:
     """All of the table, as the kernel has it."""
-    buffer = ctypes.create_string_buffer(abi.TABLE_BYTES)
-    assert bpf.libbpf().bpf_map_lookup_elem(table.fileno(), bytes(4), buffer) == 0
-    return buffer.raw
+    found = looked_up(table, 0)
+    assert found
+    return found
 
 
 # ---- nothing is left
@@ -289,7 +489,9 @@ def test_backend_lets_go_of_everything(name: str, backend: str) -> None:
         crew.leave(1)
         crew.steer()
         made = own_bpf() - before
-        assert len(made) == (len(KINDS) * 4 + 1 if backend == EBPF else 0)
+        # A program and its maps for each group, those of the policy, and what counts.
+        due = len(KINDS) * 4 + len(of_policy(name)) + len(COUNTING) + 1
+        assert len(made) == (due if backend == EBPF else 0)
     eventually(lambda: [each for each in made if bpf_exists(*each)], [])
 
 

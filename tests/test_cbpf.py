@@ -13,13 +13,13 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer import cbpf, policy, table
+from steer import cbpf, policies, policy, table
 from steer.cbpf import HASH_LENGTH, MAX_INSNS, Insn, Order, TooLong
 from steer.cpus import Topology
 from steer.policy import POLICIES, Scene
@@ -310,6 +310,130 @@ def test_flow_hash_by_hand() -> None:
     assert cbpf.flow_hash(bytes([10, 0, 0, 1]), 1234, 80, 7) == fold(second, 0x85EBCA6B, 13)
 
 
+# by_source
+
+
+def prefix(source: str, bits: int) -> bytes:
+    """The address with only its first `bits` left."""
+    packed = ip_address(source).packed
+    network = ip_network((packed, bits), strict=False)
+    return network.network_address.packed
+
+
+def source_hash(address: bytes, seed: int) -> int:
+    """A second writing of what the program is to compute: multiply and fold, word by word."""
+
+    def folded(value: int, factor: int, shift: int) -> int:
+        value = value * factor % 2**32
+        return value ^ value >> shift
+
+    mixed = seed
+    for (word,) in struct.iter_unpack(">I", address):
+        mixed = folded(mixed ^ word, 0x9E3779B1, 15)
+    return folded(mixed, 0x85EBCA6B, 13)
+
+
+def of_source(source: str, bits: int, layout: Layout, seed: int = SEED) -> int:
+    number = source_hash(prefix(source, bits), seed)
+    return layout.entries[number % len(layout.entries)]
+
+
+@quick
+@given(st.ip_addresses(v=4), ports, seeds, st.integers(0, 32), st.binary(max_size=10))
+def test_by_source_over_ipv4(
+    source: object, ports: tuple[int, int], seed: int, bits: int, options: bytes
+) -> None:
+    """Of the whole address or of some bits; neither ports nor options of IP matter."""
+    layout, indexes = hash_layout(1, 2, 3, 4, 5), scrambled(5)
+    program = cbpf.by_source(layout, indexes, seed, bits, 64)
+    accept(program)
+    packet = Packet(ipv4(str(source), ports, options * 4))
+    assert run(program, packet) == indexes[of_source(str(source), bits, layout, seed)]
+
+
+@quick
+@given(st.ip_addresses(v=6), ports, seeds, st.integers(0, 128), st.integers(0, 255))
+def test_by_source_over_ipv6(
+    source: object, ports: tuple[int, int], seed: int, bits: int, klass: int
+) -> None:
+    layout, indexes = hash_layout(1, 2, 3, 4, 5), scrambled(5)
+    program = cbpf.by_source(layout, indexes, seed, 32, bits)
+    accept(program)
+    packet = Packet(ipv6(str(source), ports, klass))
+    assert run(program, packet) == indexes[of_source(str(source), bits, layout, seed)]
+
+
+@pytest.mark.parametrize("bits", [0, 1, 31, 32, 33, 48, 63, 64, 65, 96, 97, 127, 128])
+def test_by_source_looks_at_so_many_bits_of_ipv6(bits: int) -> None:
+    """A change of the last of them is another source, one of the bit after it is not."""
+    layout = many(HASH_LENGTH)
+    indexes = {slot: slot for slot in range(HASH_LENGTH)}
+    program = cbpf.by_source(layout, indexes, SEED, 32, bits)
+    here = int(ip_address("2001:db8:1234:5678:9abc:def0:1234:5678"))
+
+    def chosen(address: int) -> int:
+        return run(program, Packet(ipv6(str(ip_address(address)), (1, 2))))
+
+    if bits:
+        assert chosen(here ^ 1 << 128 - bits) != chosen(here)
+    for bit in range(bits, 128):
+        assert chosen(here ^ 1 << 127 - bit) == chosen(here)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 8, 24, 31, 32])
+def test_by_source_looks_at_so_many_bits_of_ipv4(bits: int) -> None:
+    layout = many(HASH_LENGTH)
+    indexes = {slot: slot for slot in range(HASH_LENGTH)}
+    program = cbpf.by_source(layout, indexes, SEED, bits, 64)
+    here = int(ip_address("192.0.2.129"))
+
+    def chosen(address: int) -> int:
+        return run(program, Packet(ipv4(str(ip_address(address)), (1, 2))))
+
+    if bits:
+        assert chosen(here ^ 1 << 32 - bits) != chosen(here)
+    for bit in range(bits, 32):
+        assert chosen(here ^ 1 << 31 - bit) == chosen(here)
+
+
+def test_by_source_looks_at_the_address_only() -> None:
+    program = cbpf.by_source(many(700), {slot: slot for slot in range(700)}, SEED, 32, 64)
+    packet = ipv4("192.0.2.1", (1024, 80))
+    other = packet[:1] + b"\xff" * 11 + packet[12:16] + b"x" * 24
+    assert run(program, Packet(packet)) == run(program, Packet(other, b"data", 3, 77))
+    packet = ipv6("2001:db8::1", (1024, 80))
+    other = packet[:1] + b"\xff" * 7 + packet[8:16] + b"y" * 44
+    assert run(program, Packet(packet)) == run(program, Packet(other, b"data", 3, 77))
+
+
+def test_by_source_follows_the_table_when_a_worker_goes() -> None:
+    before = hash_layout(1, 1, 1, 1)
+    after = table.consistent(members(1, 1, 1), before, HASH_LENGTH)
+    programs = [cbpf.by_source(each, scrambled(4), SEED, 32, 64) for each in (before, after)]
+    moved = 0
+    for number in range(600):
+        source = str(ip_address(int(ip_address("198.51.0.0")) + number))
+        packet = Packet(ipv4(source, (1, 443)))
+        if of_source(source, 32, before) == 3:
+            moved += 1
+        else:
+            assert run(programs[0], packet) == run(programs[1], packet)
+    assert 100 < moved < 200
+
+
+@pytest.mark.parametrize("step", [1, 256])
+def test_sources_spread_evenly(step: int) -> None:
+    """Clients of one network, which a weak hash would stripe: over 8 equal workers chi-square
+    (7 degrees of freedom) stays below its 99.9th percentile."""
+    layout = hash_layout(*[1] * 8)
+    first = int(ip_address("10.0.0.0"))
+    drawn = Counter(
+        of_source(str(ip_address(first + step * number)), 32, layout) for number in range(8192)
+    )
+    due = sum(drawn.values()) / 8
+    assert sum((drawn[slot] - due) ** 2 / due for slot in range(8)) < 24.3
+
+
 # by_share
 
 
@@ -376,9 +500,11 @@ ASSEMBLED = [name for name, row in POLICIES.items() if row.assemble]
 
 
 def assembled(name: str, layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
-    row = POLICIES[name]
+    """With the parameters as they are if nobody sets any."""
+    row = policies.find(name)
     assert row.assemble is not None
-    return row.assemble(layout, indexes, SEED)
+    params = [param.default for param in row.declared.params]
+    return row.assemble(layout, indexes, SEED, params)
 
 
 @pytest.mark.parametrize("name", ASSEMBLED)
@@ -396,7 +522,7 @@ def test_the_kernel_would_take_it(name: str, workers: int) -> None:
 def test_a_slot_without_socket_is_left_to_the_kernel(name: str) -> None:
     program = assembled(name, slots(0, 9), {0: 0})
     answers = {
-        run(program, Packet(ipv4("192.0.2.1", (port, 80)), cpu=port % 2, random=port))
+        run(program, Packet(ipv4(f"192.0.2.{port}", (port, 80)), cpu=port % 2, random=port))
         for port in range(64)
     }
     assert answers == {0, NO_SOCKET}
@@ -412,6 +538,7 @@ def test_with_nobody_all_is_left_to_the_kernel(name: str) -> None:
 def test_1024_runs_fit() -> None:
     layout, indexes = many(1024), {slot: slot for slot in range(1024)}
     accept(cbpf.by_hash(layout, indexes, SEED))
+    accept(cbpf.by_source(layout, indexes, SEED, 32, 64))
     by_cpu, by_share = cbpf.by_cpu(layout, indexes), cbpf.by_share(layout, indexes)
     for at in range(1024):
         assert run(by_cpu, Packet(cpu=at)) == run(by_share, Packet(random=at)) == at
@@ -421,9 +548,21 @@ def test_the_largest_hash_table_fits_an_older_kernel() -> None:
     """Measured: what does not choose takes 1,224 bytes, a return 16, a jump 8."""
     program = cbpf.by_hash(many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED)
     accept(program)
-    start = [code for code, *_ in program].index(0x94) + 1
-    chosen = sum(16 if code == 0x06 else 8 for code, *_ in program[start:])
-    assert 1224 + chosen <= OPTMEM_BYTES
+    start, chosen = _halves(program)
+    assert 1224 + sum(16 if code == 0x06 else 8 for code in chosen) <= OPTMEM_BYTES
+    by_source = cbpf.by_source(
+        many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED, 32, 64
+    )
+    shorter, same = _halves(by_source)
+    assert len(shorter) < len(start)
+    assert same == chosen
+
+
+def _halves(program: Sequence[Insn]) -> tuple[list[int], list[int]]:
+    """The codes that make the number, and those that choose by it."""
+    codes = [code for code, *_ in program]
+    end = codes.index(0x94) + 1
+    return codes[:end], codes[end:]
 
 
 def test_as_long_as_the_kernel_takes_and_no_longer() -> None:

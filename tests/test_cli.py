@@ -33,6 +33,7 @@ from steer import config
 from steer.control import Tell
 from steer.errors import ConfigError, WorkersFailed
 from steer.options import Source, TakesCommand, service_options
+from steer.policy import POLICIES
 
 OPTIONS = (
     *("-b", "127.0.0.1:8080", "-b", "udp://[::1]:53", "-w", "3", "--policy", "hash"),
@@ -462,9 +463,11 @@ def test_interrupted_act_goes_on(home: Path, environment: dict[str, str]) -> Non
 
 
 def test_policies(cli: RunSteer) -> None:
-    names = ["cpu", "round-robin", "hash", "random", "kernel"]
+    names = list(POLICIES)
     found = json.loads(cli("policies", "--json").stdout)["policies"]
     assert [each["name"] for each in found] == names
+    [prefix4, _] = next(each["params"] for each in found if each["name"] == "source")
+    assert (prefix4["name"], prefix4["default"], prefix4["most"]) == ("prefix4", 32, 32)
     lines = cli("policies").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["policy", *names]
     assert "\x1b" not in cli("policies").stdout
@@ -475,15 +478,18 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
     before = sorted(home.rglob("*"))
     done = steer("check", "-w", "2", "--policy", "round-robin", "--name", "shop")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [
+    *steps, memory = done.stdout.splitlines()
+    assert steps == [
         "1. claim the name shop",
         "2. load round-robin as ebpf",
         "3. see that nobody is on tcp 127.0.0.1:8080",
         "4. start 2 workers",
     ]
+    assert re.fullmatch(r"memory: \d+\.\d MB of the kernel's, for maps", memory)
     found = json.loads(steer("check", "--json", "-w", "2", "--name", "shop").stdout)
     assert (found["policy"], found["backend"], found["backend_reason"]) == ("cpu", "ebpf", None)
     assert len(found["workers"]) == 2
+    assert 10**6 < found["memory_bytes"] < 10**7
     assert sorted(home.rglob("*")) == before
 
 

@@ -57,6 +57,7 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "bind": ([":1"], (":2,:22", (":2", ":22")), ((":3", ":33"), (":3", ":33"))),
     "workers": (1, ("2", 2), ("3", 3)),
     "policy": ("hash", ("random", "random"), ("round-robin", "round-robin")),
+    "params": (["a=1"], ("b=2, c=3", ("b=2", "c=3")), (("d=4",), ("d=4",))),
     "backend": ("ebpf", ("cbpf", "cbpf"), ("kernel", "kernel")),
     "strict": (True, ("false", False), (True, True)),
     "weights": ([1, 2], ("3, 4", (3, 4)), (("5", "6"), (5, 6))),
@@ -171,13 +172,58 @@ def test_every_policy_can_be_asked_for(policy: str) -> None:
     assert load({"policy": policy}).policy == policy
 
 
+@pytest.mark.parametrize("path", ["mine.c", "./mine.c", "/srv/policies/mine.c", "../a b.c"])
+def test_a_policy_of_ones_own_is_the_path_of_its_file(path: str) -> None:
+    """Whether there is one is seen when it is read."""
+    assert load({"policy": path}).policy == path
+
+
+# Changed while it runs
+
+
+def test_changed_checks_and_converts_as_a_start_does() -> None:
+    running = Service(workers=4, weights=(1, 2))
+    asked = {"policy": "source", "params": ["prefix4=24"], "weights": ["3", "4"]}
+    after = config.changed(running, asked, "change it")
+    assert after == Service(workers=4, policy="source", params=("prefix4=24",), weights=(3, 4))
+    assert config.changed(running, {}, "change it") == running
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"policy": "x"}, "change it: policy = 'x': unknown policy; allowed: cpu, round-robin"),
+        ({"policy": 3}, "change it: policy = 3: Expected str, got int; allowed: cpu, "),
+        ({"params": ["prefix4"]}, "change it: params = 'prefix4': malformed; allowed: NAME=VALUE"),
+        ({"params": "a=1"}, "change it: params = 'a=1': Expected array, got str; allowed: NAME="),
+        ({"weights": ["0"]}, "change it: weights = '0': Expected int >= 1; allowed: whole numbers"),
+        ({"weights": ["x"]}, "change it: weights = 'x': Expected int, got str; allowed: whole"),
+        (
+            {"weights": [1, 2, 3]},
+            "change it: weights = '1,2,3' and change it: workers = 2: 3 weights for 2 workers; "
+            "give each worker one at most",
+        ),
+        (
+            {"weights": [1, 2], "policy": "kernel"},
+            "change it: weights = '1,2' and change it: policy = 'kernel': the kernel's own hash",
+        ),
+    ],
+)
+def test_changed_refuses_what_a_start_would(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.changed(Service(workers=2), asked, "change it")
+    assert str(caught.value).startswith(said)
+
+
 # What is refused
 
 ADDRESSES = "allowed: host:port, [::1]:port, :port, udp://host:port"
 NAMES = "allowed: letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"
 WORKERS = "allowed: 1 to 1024, or auto"
 WEIGHTS = "allowed: whole numbers from 1 to 1000"
-EVERY_POLICY = "allowed: cpu, round-robin, hash, random, kernel"
+EVERY_POLICY = (
+    "allowed: cpu, round-robin, least-conn, hash, source, flow, random, kernel, or a path/to/file.c"
+)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +238,8 @@ EVERY_POLICY = "allowed: cpu, round-robin, hash, random, kernel"
         ("workers", 2.5, f"Expected int | str, got float; {WORKERS}"),
         ("policy", "fastest", f"unknown policy; {EVERY_POLICY}"),
         ("policy", "", f"unknown policy; {EVERY_POLICY}"),
+        ("policy", "mine.h", f"unknown policy; {EVERY_POLICY}"),
+        ("policy", "mine\0.c", f"a null byte; {EVERY_POLICY}"),
         ("policy", 1, f"Expected str, got int; {EVERY_POLICY}"),
         ("backend", "xdp", "Invalid enum value 'xdp'; allowed: auto, ebpf, cbpf, kernel"),
         ("app", "shop", "malformed; allowed: MODULE:CALLABLE"),
@@ -248,6 +296,9 @@ def test_a_bad_value(key: str, value: Any, cause: str) -> None:
         ("weights", [1001], f"Expected int <= 1000; {WEIGHTS}"),
         ("weights", ["heavy"], f"Expected int, got str; {WEIGHTS}"),
         ("weights", [1.5], f"Expected int, got float; {WEIGHTS}"),
+        ("params", ["prefix4"], "malformed; allowed: NAME=VALUE"),
+        ("params", ["a=1", "=2"], "malformed; allowed: NAME=VALUE"),
+        ("params", [24], "Expected str, got int; allowed: NAME=VALUE"),
         ("env", ["PATH"], "malformed; allowed: NAME=VALUE"),
         ("env", ["A=1", "=2"], "malformed; allowed: NAME=VALUE"),
         ("command", [1], "Expected str, got int"),
@@ -258,7 +309,9 @@ def test_a_bad_list(key: str, value: list[Any], cause: str) -> None:
     assert str(refused({}, {}, {key: value})) == f"{FILE}: {key} = '{shown}': {cause}"
 
 
-@pytest.mark.parametrize("key, value", [("bind", ":80"), ("weights", 3), ("env", {"A": "1"})])
+@pytest.mark.parametrize(
+    "key, value", [("bind", ":80"), ("weights", 3), ("env", {"A": "1"}), ("params", "a=1")]
+)
 def test_one_where_a_list_belongs(key: str, value: Any) -> None:
     error = refused({}, {}, {key: value})
     assert error.what == f"{FILE}: {key} = {value!r}"
@@ -282,6 +335,8 @@ def test_an_unknown_key(key: str) -> None:
         (({"graceful_timeout": "-1"}, None, None), "--graceful-timeout: graceful_timeout = '-1'"),
         (({"bind": (":0",)}, None, None), "--bind: bind = ':0'"),
         (({"policy": "x"}, {"STEER_POLICY": "hash"}, None), "--policy: policy = 'x'"),
+        (({"params": ("x",)}, None, None), "--param: params = 'x'"),
+        ((None, {"STEER_PARAMS": "a=1,x"}, None), "STEER_PARAMS: params = 'a=1,x'"),
         ((None, {"STEER_WORKERS": "0"}, None), "STEER_WORKERS: workers = '0'"),
         ((None, {"WEB_CONCURRENCY": "0"}, None), "WEB_CONCURRENCY: workers = '0'"),
         ((None, {"STEER_BIND": ""}, None), "STEER_BIND: bind = ''"),
@@ -313,7 +368,7 @@ def test_the_source_is_named(sources: tuple[Any, Any, Any], what: str) -> None:
         (
             ({"policy": "kernel"}, None, {"weights": [1, 2]}),
             f"{FILE}: weights = '1,2' and --policy: policy = 'kernel': the kernel's own hash "
-            "knows no weights; allowed: cpu, round-robin, hash, random",
+            "knows no weights; allowed: cpu, round-robin, least-conn, hash, source, flow, random",
         ),
     ],
 )
@@ -372,7 +427,8 @@ words = st.text("aZ09 =,'\"\\#[]\t\n\u00e9\u2192", max_size=8)
         optional={
             "bind": st.just((":80", "udp://[::1]:53")),
             "workers": st.just("auto") | st.integers(1, MAX_WORKERS),
-            "policy": st.sampled_from(["cpu", "hash"]),
+            "policy": st.sampled_from(["cpu", "hash", '/srv/"my" policy.c']),
+            "params": st.lists(words.map(lambda text: f"a={text}"), max_size=3).map(tuple),
             "strict": st.booleans(),
             "env": st.lists(words.map(lambda text: f"A={text}"), max_size=3).map(tuple),
             "user": words,

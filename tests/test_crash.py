@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clients import answer, freeze, is_answered, queue, request
 from conftest import StartService
-from crew import CPUS, pinned
-from support import DEADLINE_S, Netns, Service, eventually, is_running, tcp_count
+from support import Netns, Service, eventually, is_running, tcp_count
 
 from steer.kernel import proc
 
 pytestmark = pytest.mark.needs("netns")
-PORT = 8080
-BIND = ("-b", f"127.0.0.1:{PORT}")
 MANY = 17
 """One more than the backlog, which is what fits."""
 BACKLOG = str(MANY - 1)
@@ -94,48 +90,11 @@ def application(home: Path) -> None:
     (home / "app.py").write_text(APP)
 
 
-# Clients
-
-
-@pytest.fixture
-def clients() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-def ask(path: str = "/") -> socket.socket:
-    """A connection with a request sent."""
-    sock = socket.create_connection(("127.0.0.1", PORT), DEADLINE_S)
-    sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-    return sock
-
-
-def answer(sock: socket.socket) -> dict[str, Any]:
-    """Raises ConnectionResetError where it is dropped."""
-    with sock, sock.makefile("rb") as stream:
-        head, _, body = stream.read().partition(b"\r\n\r\n")
-    assert b" 200 " in head, head
-    found: dict[str, Any] = json.loads(body)
-    return found
+# Workers and clients
 
 
 def answered_by(waiting: list[socket.socket]) -> set[int]:
     return {answer(sock)["pid"] for sock in waiting}
-
-
-def is_answered(sock: socket.socket) -> bool:
-    return bool(select.select([sock], [], [], 0)[0])
-
-
-# Workers
-
-
-def freeze(worker: dict[str, Any]) -> None:
-    """Stop all processes of a worker, and see that they stand still."""
-    family = proc.descendants(worker["pid"])
-    for pid in family:
-        os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: all(proc.is_stopped(pid) for pid in family))
 
 
 def kill(*workers: dict[str, Any]) -> None:
@@ -146,32 +105,6 @@ def kill(*workers: dict[str, Any]) -> None:
 
 def gone(*workers: dict[str, Any]) -> bool:
     return not any(is_running(worker["pid"]) for worker in workers)
-
-
-def queue(
-    running: Service, slots: set[int], number: int, clients: ExitStack
-) -> list[socket.socket]:
-    """Connections, with requests sent, until `number` wait at stopped workers.
-
-    The others, which came to workers that run, are answered.
-    """
-    waiting: list[socket.socket] = []
-    selected = chosen(running, slots)
-    for turn in count():
-        if len(waiting) == number:
-            return waiting
-        with pinned(CPUS[turn % len(CPUS)]):
-            sock = clients.enter_context(ask())
-        if chosen(running, slots) == selected + len(waiting):
-            answer(sock)
-        else:
-            waiting.append(sock)
-    raise AssertionError
-
-
-def chosen(running: Service, slots: set[int]) -> int:
-    selected = running.selected()
-    return sum(selected[slot] for slot in slots)
 
 
 def queued(running: Service) -> dict[int, int]:
@@ -192,7 +125,7 @@ def crash_with_queue(running: Service, clients: ExitStack) -> tuple[list[socket.
     """Kill one with connections in its queue; these, and its process id."""
     dead = running.workers()[1]
     freeze(dead)
-    waiting = queue(running, {dead["slot"]}, MANY, clients)
+    waiting = queue(running, clients, MANY, dead)
     assert queued(running)[dead["slot"]] == MANY
     kill(dead)
     return waiting, dead["pid"]
@@ -235,7 +168,7 @@ def test_crash_after_crash(service: StartService, clients: ExitStack) -> None:
     first, second, third = running.workers()
     freeze(first)
     freeze(second)
-    waiting = queue(running, {first["slot"], second["slot"]}, 10, clients)
+    waiting = queue(running, clients, 10, first, second)
     for each in (first, second):
         kill(each)
         eventually(lambda each=each: gone(each))
@@ -252,7 +185,7 @@ def test_no_duplicate_of_a_listener_stays_behind(service: StartService, clients:
                       "--graceful-timeout=0")  # fmt: skip
     dead = running.workers()[1]
     freeze(dead)
-    waiting = queue(running, {dead["slot"]}, 3, clients)
+    waiting = queue(running, clients, 3, dead)
     answered_by(waiting)  # it was looked at, and its queue moved
     workers = running.workers()
     guard = set(proc.descendants(running.pid)) - {running.pid, *(each["pid"] for each in workers)}
@@ -281,13 +214,13 @@ def test_all_killed_at_once(
     workers = running.workers()
     for each in workers:
         freeze(each)
-    waiting = queue(running, {each["slot"] for each in workers}, 12, clients)
+    waiting = queue(running, clients, 12, *workers)
     (home / "broken").touch()
     kill(*workers)
     eventually(lambda: gone(*workers))
-    waiting += [clients.enter_context(ask()) for _ in range(5)]
+    waiting += [clients.enter_context(request()) for _ in range(5)]
     eventually(lambda: {each["state"] for each in running.workers()}, {"backoff"})
-    waiting += [clients.enter_context(ask()) for _ in range(5)]
+    waiting += [clients.enter_context(request()) for _ in range(5)]
     cut_off = [sock for sock in waiting if is_answered(sock)]
     assert len(cut_off) == tcp_count("TCPMigrateReqFailure")
     for sock in cut_off:
@@ -309,7 +242,7 @@ def test_the_only_one(service: StartService, clients: ExitStack) -> None:
     for _ in range(3):
         (only,) = running.workers()
         freeze(only)
-        waiting = queue(running, {only["slot"]}, 4, clients)
+        waiting = queue(running, clients, 4, only)
         kill(only)
         assert only["pid"] not in answered_by(waiting)
         running.wait_ready()
@@ -338,7 +271,7 @@ def test_without_ebpf_what_waits_is_lost_and_notes_say_so(
         with pytest.raises(ConnectionResetError):
             answer(sock)
     assert any("lost" in note for note in running.status()["notes"])
-    with clients.enter_context(ask()) as sock:
+    with clients.enter_context(request()) as sock:
         assert answer(sock)
 
 
@@ -349,7 +282,7 @@ def crash_uncounted(
     running = service("--backend", backend, "--policy=hash", "-w", "2", "--hang-timeout=0")
     dead = running.workers()[1]
     freeze(dead)
-    socks = [clients.enter_context(ask()) for _ in range(40)]
+    socks = [clients.enter_context(request()) for _ in range(40)]
     there = eventually(lambda: queued(running)[dead["slot"]])
     eventually(lambda: sum(map(is_answered, socks)), len(socks) - there)
     waiting = [sock for sock in socks if not is_answered(sock)]
@@ -397,8 +330,8 @@ def test_one_that_exits_without_a_fault(service: StartService, clients: ExitStac
     """It was not told to: another takes its place all the same."""
     running = service("app:accepts", "-w", "1")
     (before,) = running.workers()
-    assert answer(ask("/exit"))["pid"] == before["pid"]
-    assert answer(ask())["pid"] != before["pid"]
+    assert answer(request("/exit"))["pid"] == before["pid"]
+    assert answer(request())["pid"] != before["pid"]
     running.wait_ready()
     assert "exit status 0" in running.log
     assert running.workers()[0]["restarts"] == 1
@@ -407,24 +340,24 @@ def test_one_that_exits_without_a_fault(service: StartService, clients: ExitStac
 @ebpf
 def test_one_that_says_that_it_stops_gets_nothing_new(service: StartService) -> None:
     running = service("app:accepts", "-w", "3", "--policy=round-robin")
-    stopping = answer(ask("/stopping"))
+    stopping = answer(request("/stopping"))
     state: Callable[[], str] = lambda: next(  # noqa: E731
         each["state"] for each in running.workers() if each["pid"] == stopping["pid"]
     )
     eventually(state, "draining")
-    assert stopping["pid"] not in {answer(ask())["pid"] for _ in range(12)}
+    assert stopping["pid"] not in {answer(request())["pid"] for _ in range(12)}
     os.kill(stopping["pid"], signal.SIGKILL)
     running.wait_ready(3)
-    assert len({answer(ask())["pid"] for _ in range(12)}) == 3
+    assert len({answer(request())["pid"] for _ in range(12)}) == 3
 
 
 @ebpf
 def test_all_say_that_they_stop(service: StartService, clients: ExitStack) -> None:
     """Connections wait for the next."""
     running = service("app:accepts", "-w", "1")
-    stopping = answer(ask("/stopping"))
+    stopping = answer(request("/stopping"))
     eventually(lambda: running.workers()[0]["state"], "draining")
-    waiting = clients.enter_context(ask())
+    waiting = clients.enter_context(request())
     eventually(lambda: queued(running)[stopping["slot"]], 0)
     assert not is_answered(waiting)
     os.kill(stopping["pid"], signal.SIGKILL)

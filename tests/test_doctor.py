@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from support import NOBODY, STEER, Netns
 
 from steer import doctor, ladder, plan
+from steer.backends import Kernel
 from steer.config import Service
 from steer.cpus import Topology
-from steer.doctor import CHECKS, MIGRATE, Case, Finding, Probed, cpumask
+from steer.doctor import CHECKS, COUNT, MIGRATE, Case, Finding, Probed, cpumask
 from steer.errors import CompileError, KernelError, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe
@@ -30,7 +31,7 @@ from steer.kernel.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Un
 from steer.kernel.topology import parse_cpumask
 from steer.ladder import Answer
 from steer.policy import CBPF, EBPF
-from steer.steering import Kernel, Steering
+from steer.steering import Steering
 
 # ---- a machine where all is well, and what may be otherwise
 
@@ -61,7 +62,7 @@ GOOD = Facts(
     places=(Place(Path("/run/steer"), ""),),
     interfaces=(LO, CARD),
 )
-PROBES = {name: Probed(Answer.YES) for name in (EBPF, CBPF, MIGRATE)}
+PROBES = {name: Probed(Answer.YES) for name in (EBPF, CBPF, MIGRATE, COUNT)}
 REFUSED = Probed(Answer.NO, "create BPF map steer_sockets: EPERM")
 NO_BPF = {EBPF: REFUSED, MIGRATE: REFUSED}
 FOUR = Topology(allowed=(0, 1, 2, 3), possible=(0, 1, 2, 3), node_of={})
@@ -125,7 +126,7 @@ def test_all_is_well() -> None:
 def test_topics_that_scripts_look_for() -> None:
     assert list(CHECKS) == [
         *("kernel", "cpus", "privileges", "unprivileged-bpf", "confinement", "libbpf", "bcc"),
-        *("ebpf", "migration", "cbpf", "jit", "ports", "somaxconn", "syncookies"),
+        *("ebpf", "migration", "counting", "cbpf", "jit", "ports", "somaxconn", "syncookies"),
         *("tcp-migrate-req", "files", "run-directory", "receive-queues", "draining"),
         "backend",
     ]
@@ -233,6 +234,8 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ),
         ("migration", a_case(probes={MIGRATE: OLD}), "warn", "no: Linux 5.10.0", "Linux 5.14"),
         ("migration", a_case(probes={MIGRATE: HALF}), "unknown", "could not tell", "RLIMIT"),
+        ("counting", a_case(probes={COUNT: REFUSED}), "warn", "no: create BPF", "CAP_NET_ADMIN"),
+        ("counting", a_case(probes={COUNT: HALF}), "unknown", "could not tell", "RLIMIT"),
         ("cbpf", a_case(), "ok", "no privilege", ""),
         ("cbpf", a_case(probes={CBPF: Probed(Answer.NO, "x")}), "warn", "no: x", "Linux 4.6"),
         ("cbpf", a_case(ROUND_ROBIN, probes={CBPF: OLD}), "ok", "not ask for it", ""),

@@ -8,15 +8,14 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clients import answer, freeze, is_answered, queue, request, send
 from conftest import StartService
-from crew import CPUS, pinned
+from crew import CPUS, PORT, pinned
 from support import DEADLINE_S, Service, eventually, is_running, udp_ask
 
 from steer.hang import Look, Patience
@@ -96,7 +95,6 @@ def test_datagrams_taken_slowly() -> None:
 
 # Workers
 
-PORT = 8080
 APP = '''
 import json, os, signal, socket, threading, time
 from pathlib import Path
@@ -208,30 +206,6 @@ def application(home: Path) -> None:
 pytestmark = pytest.mark.usefixtures("application")
 
 
-@pytest.fixture
-def clients() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-def request(target: str = "/") -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", PORT), DEADLINE_S)
-    sock.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-    return sock
-
-
-def answer(sock: socket.socket) -> dict[str, Any]:
-    with sock, sock.makefile("rb") as stream:
-        head, _, body = stream.read().partition(b"\r\n\r\n")
-    assert b" 200 " in head, head
-    found: dict[str, Any] = json.loads(body)
-    return found
-
-
-def is_answered(sock: socket.socket) -> bool:
-    return bool(select.select([sock], [], [], 0)[0])
-
-
 def answers(number: int) -> set[int]:
     """The slots that answer so many, one after the other, from every CPU."""
     slots = set()
@@ -244,19 +218,6 @@ def answers(number: int) -> set[int]:
 def slots_of(waiting: list[socket.socket]) -> set[int]:
     """Who answers these."""
     return {answer(sock)["slot"] for sock in waiting}
-
-
-def send(worker: dict[str, Any], number: int) -> None:
-    """A signal to all processes of a worker."""
-    for pid in proc.descendants(worker["pid"]):
-        os.kill(pid, number)
-
-
-def freeze(worker: dict[str, Any]) -> None:
-    """Until all of it stands still."""
-    send(worker, signal.SIGSTOP)
-    family = proc.descendants(worker["pid"])
-    eventually(lambda: all(proc.is_stopped(pid) for pid in family))
 
 
 def state(running: Service, worker: dict[str, Any]) -> str | None:
@@ -272,24 +233,6 @@ def queued(worker: dict[str, Any]) -> int:
     """Connections, or bytes of datagrams."""
     with Borrower(worker["pid"], frozenset(worker["sockets"])).borrow() as lent:
         return sum(waiting(sock).queued for sock in lent.values())
-
-
-def queue(
-    running: Service, worker: dict[str, Any], number: int, clients: ExitStack, target: str = "/"
-) -> list[socket.socket]:
-    """Requests until so many have gone to this worker; the others are answered."""
-    chosen: list[socket.socket] = []
-    before = running.selected()[worker["slot"]]
-    for turn in count():
-        if len(chosen) == number:
-            return chosen
-        with pinned(CPUS[turn % len(CPUS)]):
-            sock = clients.enter_context(request(target))
-        if running.selected()[worker["slot"]] > before + len(chosen):
-            chosen.append(sock)
-        else:
-            answer(sock)
-    raise AssertionError
 
 
 def begin(running: Service, target: str) -> tuple[dict[str, Any], socket.socket]:
@@ -325,7 +268,7 @@ def test_stopped_and_back(service: StartService, clients: ExitStack, server: str
     before = {each["pid"] for each in running.workers()}
     stopped = running.workers()[1]
     freeze(stopped)
-    chosen = queue(running, stopped, 3, clients)
+    chosen = queue(running, clients, 3, stopped)
     wait_for(running, stopped, "hung")
 
     assert stopped["slot"] not in slots_of(chosen)
@@ -349,7 +292,7 @@ def test_stopped_for_good(service: StartService, clients: ExitStack, server: str
     stopped = running.workers()[1]
     family = proc.descendants(stopped["pid"])
     freeze(stopped)
-    chosen = queue(running, stopped, 3, clients)
+    chosen = queue(running, clients, 3, stopped)
 
     assert stopped["slot"] not in slots_of(chosen)
     wait_for(running, stopped, None)
@@ -371,7 +314,7 @@ def test_only_the_process_that_accepts_is_stopped(
     _, child = proc.descendants(stopped["pid"])
     os.kill(child, signal.SIGSTOP)
     eventually(lambda: proc.is_stopped(child))
-    chosen = queue(running, stopped, 3, clients)  # and there is room for no more
+    chosen = queue(running, clients, 3, stopped)  # and there is room for no more
     wait_for(running, stopped, "hung")
     assert stopped["slot"] not in slots_of(chosen)
     os.kill(child, signal.SIGCONT)
@@ -384,7 +327,7 @@ def test_back_after_it_was_replaced(service: StartService, clients: ExitStack) -
     running = service("--policy=round-robin", "--hang-timeout=0.3", "-w", "2")
     stopped, begun = begin(running, "/?sleep_ms=500")
     freeze(stopped)
-    (chosen,) = queue(running, stopped, 1, clients)
+    (chosen,) = queue(running, clients, 1, stopped)
     wait_for(running, stopped, "stopping")
     assert answer(chosen)["pid"] != stopped["pid"]
 
@@ -469,7 +412,7 @@ def test_busy_with_one_request(
     running = service(*OPTIONS, "--hang=skip", "-w", "2", *COMMANDS[server])
     pids = {each["pid"] for each in running.workers()}
     busy, begun = begin(running, target)
-    chosen = queue(running, busy, 3, clients)
+    chosen = queue(running, clients, 3, busy)
     assert busy["slot"] not in slots_of(chosen)
     assert not is_answered(begun)
 
@@ -490,7 +433,7 @@ def test_replaced_it_is_not_killed_while_it_does_something(
     options = ("--policy=round-robin", "--hang-timeout=0.3", "--graceful-timeout=0.5", "-w", "2")
     running = service(*options, *COMMANDS[server])
     busy, begun = begin(running, AWAKE)
-    chosen = queue(running, busy, 2, clients)
+    chosen = queue(running, clients, 2, busy)
     assert busy["slot"] not in slots_of(chosen)
     wait_for(running, busy, "stopping")
     assert select.select([begun], [], [], 2.0)[0] == []
@@ -511,7 +454,7 @@ def test_replaced_it_does_not_keep_the_service_from_ending(
     running = service(*options, "app:accepts")
     busy, begun = begin(running, AWAKE)
     clients.enter_context(begun)
-    queue(running, busy, 2, clients)
+    queue(running, clients, 2, busy)
     wait_for(running, busy, "stopping")
     assert running.stop() == 0
 
@@ -522,7 +465,7 @@ def test_asleep_it_has_its_time_to_finish(
 ) -> None:
     running = service("--policy=round-robin", "--hang-timeout=0.3", "-w", "2", "app:accepts")
     busy, begun = begin(running, ASLEEP)
-    queue(running, busy, 2, clients)
+    queue(running, clients, 2, busy)
     wait_for(running, busy, "stopping")
     release(home, ASLEEP)
     assert answer(begun)["slot"] == busy["slot"]
@@ -539,7 +482,7 @@ def test_hung_when_the_controller_is_replaced(
     first = service(*options)
     busy, begun = begin(first, ASLEEP)
     (home / "broken").touch()
-    queue(first, busy, 1, clients)
+    queue(first, clients, 1, busy)
     eventually(lambda: "replace worker" in first.log)
     assert state(first, busy) == "hung"
     first.send_signal(signal.SIGKILL)
@@ -558,7 +501,7 @@ def test_two_binds(service: StartService, home: Path, clients: ExitStack) -> Non
     binds = ("-b", f"127.0.0.1:{PORT}", "-b", "[::1]:8081")
     running = service(*OPTIONS, "--hang=skip", "-w", "2", *binds, "app:accepts")
     busy, begun = begin(running, AWAKE)
-    chosen = queue(running, busy, 3, clients)
+    chosen = queue(running, clients, 3, busy)
     assert busy["slot"] not in slots_of(chosen)
     release(home, AWAKE)
     assert answer(begun)["slot"] == busy["slot"]
@@ -601,7 +544,7 @@ def test_datagrams_read_slowly(service: StartService) -> None:
 def test_not_looked_for(service: StartService, clients: ExitStack) -> None:
     running = service("--policy=round-robin", "--hang-timeout=0", "-w", "2", "app:accepts")
     busy, begun = begin(running, "/?sleep=0.3")
-    (chosen,) = queue(running, busy, 1, clients)
+    (chosen,) = queue(running, clients, 1, busy)
     assert answer(begun)["slot"] == answer(chosen)["slot"] == busy["slot"]
     assert "hangs" not in running.log
 

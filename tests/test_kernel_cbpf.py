@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import random
 import socket
+import struct
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
+from ipaddress import ip_network
 
 import pytest
 from conftest import StartService
@@ -15,9 +17,9 @@ from crew import CPUS, KINDS, PORT, Crew, pinned, sources
 from support import NOBODY, http_get
 
 from steer import cbpf
+from steer.classic import Cbpf
 from steer.errors import KernelError
 from steer.policy import CBPF, KERNEL
-from steer.steering import Cbpf
 
 pytestmark = pytest.mark.usefixtures("netns")
 
@@ -93,6 +95,65 @@ def test_hash_behind_ip_options_goes_where_foretold(scheme: str) -> None:
             assert {flow: taken.slot} == foretold(crew, [flow])
 
 
+def source_foretold(crew: Crew, hosts: Iterable[str]) -> dict[str, int]:
+    """The slot of each client, by the layout in force."""
+    steering = crew.steering
+    assert isinstance(steering, Cbpf)
+    assert steering._layout
+    entries = steering._layout.entries
+    prefix4, prefix6 = crew.plan.params
+    found = {}
+    for host in hosts:
+        bits = prefix6 if ":" in host else prefix4
+        address = ip_network((host, bits), strict=False).network_address.packed
+        # Its last word stands where ports do in a flow.
+        *_, high, low = struct.unpack(f">{len(address) // 2}H", address)
+        number = cbpf.flow_hash(address[:-4], high, low, steering._seed)
+        found[host] = entries[number % len(entries)]
+    return found
+
+
+def hosts_of(kind: str) -> list[str]:
+    return ["::1", OTHER_HOST] if kind.endswith("6") else [f"127.{n}.{n}.{n}" for n in range(1, 41)]
+
+
+@all_kinds
+@pytest.mark.parametrize("prefixes", [(32, 64), (20, 128), (9, 1)])
+def test_source_goes_where_foretold(kind: str, prefixes: tuple[int, int]) -> None:
+    """Whatever the port."""
+    params = [f"prefix4={prefixes[0]}", f"prefix6={prefixes[1]}"]
+    hosts = hosts_of(kind)
+    with Crew(CBPF, "source", kind, workers=5, weights=[1, 3], params=params).serving() as crew:
+        expected = source_foretold(crew, hosts)
+        for port in (1, 8079, 32768, 65535):
+            got = crew.flows([(host, port) for host in hosts])
+            assert {host: slot for (host, _), slot in got.items()} == expected
+
+
+@all_kinds
+def test_an_address_keeps_its_worker_while_others_come_and_go(kind: str) -> None:
+    chance = random.Random(kind)
+    hosts = hosts_of(kind)
+    with Crew(CBPF, "source", kind, workers=6).serving() as crew:
+        following, before = 6, source_foretold(crew, hosts)
+        for _ in range(20):
+            gone = None
+            if chance.random() < 0.5 and len(crew.sockets) > 2:
+                gone = chance.choice(sorted(crew.sockets))
+                crew.leave(gone)
+            else:
+                crew.join(following)
+                following += 1
+            crew.steer()
+            got = {host: slot for (host, _), slot in crew.flows([(h, 0) for h in hosts]).items()}
+            assert got == source_foretold(crew, hosts)
+            if gone is not None:
+                # Only what was at the one that has gone has moved.
+                kept = {host for host in hosts if before[host] != gone}
+                assert {host: got[host] for host in kept} == {host: before[host] for host in kept}
+            before = got
+
+
 @all_kinds
 @pytest.mark.parametrize("gone", [[0], [2], [4], [1, 3], [4, 0], [0, 4, 1, 3]], ids=str)
 def test_last_socket_moves_into_the_hole(kind: str, gone: list[int]) -> None:
@@ -164,26 +225,36 @@ def test_by_chance_all_of_32_are_found(kind: str) -> None:
         assert set(got) == set(range(32)) - {0, 5, 31}
 
 
-@pytest.mark.parametrize("policy", ["cpu", "hash", "random"])
+@pytest.mark.parametrize("policy", ["cpu", "hash", "source", "random"])
 def test_many_workers(policy: str) -> None:
     """As long as programs get, on this kernel; one worker more than fits is refused."""
     with Crew(CBPF, policy, "udp4", workers=cbpf.HASH_LENGTH).serving() as crew:
-        got = crew.count(500)
-        assert len(got) > (100 if policy != "cpu" else 1)
+        got = crew.flows(sources("127.0.0.1", 20) + [(f"127.0.{n}.9", 0) for n in range(250)])
+        assert len(set(got.values())) > (1 if policy == "cpu" else 100)
     with pytest.raises(KernelError, match="room for 768 workers"):
         Crew(CBPF, policy, "udp4", workers=cbpf.HASH_LENGTH + 1)
 
 
-def test_taking_turns_is_left_to_the_kernel(service: StartService) -> None:
-    made = service("-w", "2", "--policy", "round-robin", "--backend", "cbpf")
+@pytest.mark.parametrize(
+    "policy, why",
+    [
+        ("round-robin", "classic BPF keeps no state, so it cannot take turns"),
+        ("least-conn", "classic BPF cannot read what is counted"),
+        ("flow", "classic BPF remembers nothing"),
+    ],
+)
+def test_what_classic_bpf_cannot_is_left_to_the_kernel(
+    service: StartService, policy: str, why: str
+) -> None:
+    made = service("-w", "2", "--policy", policy, "--backend", "cbpf")
     status = made.status()
     assert status["backend"] == KERNEL
-    assert "keeps no state" in status["backend_reason"]
-    assert "keeps no state" in made.log
+    assert why in status["backend_reason"]
+    assert why in made.log
 
 
 @pytest.mark.needs("nobody")
-@pytest.mark.parametrize("policy", ["cpu", "hash", "random"])
+@pytest.mark.parametrize("policy", ["cpu", "hash", "source", "random"])
 def test_without_privilege(service: StartService, policy: str) -> None:
     workers = 2 * len(CPUS)
     made = service("-w", str(workers), "--policy", policy, user=NOBODY)
@@ -191,7 +262,8 @@ def test_without_privilege(service: StartService, policy: str) -> None:
     answers: Counter[int] = Counter()
     for cpu in CPUS:
         with pinned(cpu):
-            slots = [http_get("127.0.0.1", PORT)[1]["slot"] for _ in range(40)]
+            hosts = (f"127.0.0.{number}" for number in range(1, 41))
+            slots = [http_get("127.0.0.1", PORT, source=host)[1]["slot"] for host in hosts]
         answers.update(slots)
         if policy == "cpu":
             assert {cpus_of[slot][0] for slot in slots} == {cpu}

@@ -443,9 +443,14 @@ def test_with_nobody_to_choose_the_kernel_does(
             crew.join(2)
             crew.leave(2)
         before = crew.selected()
+        known = crew.steering.own().counters.get("known", 0)
         assert fair(crew.count(200), [1, 1])
         if backend == EBPF:
-            assert crew.steering.unsteered() == 200
+            # A source port may be one of before, and then its flow may have a worker.
+            known = crew.steering.own().counters.get("known", 0) - known
+            unsteered = crew.steering.unsteered()
+            assert unsteered is not None
+            assert 200 - known <= unsteered <= 200
             assert crew.selected() == before
 
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 
 import pytest
 from crew import PORT, Crew
-from support import NOBODY, eventually
+from support import NOBODY, eventually, line_of, python, running
 
 from steer.errors import KernelError
 from steer.kernel import listeners, proc
@@ -33,31 +33,9 @@ UNTIL_TOLD = "sys.stdin.readline()\n"
 def process(code: str, *sockets: socket.socket) -> Iterator[subprocess.Popen[str]]:
     """Python that has the sockets, as sys.argv says, and has said "here"."""
     fds = [each.fileno() for each in sockets]
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, fds)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=fds,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    with running(*python(code, *fds), fds=fds, stderr=subprocess.STDOUT) as child:
         assert line_of(child) == "here"
         yield child
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-
-
-def line_of(child: subprocess.Popen[str]) -> str:
-    assert child.stdout
-    return child.stdout.readline().strip()
 
 
 def tell(child: subprocess.Popen[str]) -> None:
@@ -81,19 +59,6 @@ def is_refused(port: int) -> bool:
             return False
     except ConnectionRefusedError:
         return True
-
-
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        yield made
-
-
-@pytest.fixture
-def datagrams() -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as made:
-        made.bind(("::1", 0))
-        yield made
 
 
 # ---- borrowing
@@ -283,21 +248,12 @@ def test_datagrams_that_wait(datagrams: socket.socket) -> None:
 moves = pytest.mark.needs("bpf", "migrate", "netns")
 
 
-@pytest.fixture
-def clients() -> Iterator[list[socket.socket]]:
-    made: list[socket.socket] = []
-    yield made
-    for client in made:
-        client.close()
-
-
-def queue(crew: Crew, clients: list[socket.socket], slot: int, number: int) -> list[bytes]:
+def queue(crew: Crew, clients: ExitStack, slot: int, number: int) -> list[bytes]:
     """Connections that wait at `slot`, the only one chosen, and what each has sent."""
     crew.steer(slot)
-    sent = [b"%d" % at for at in range(len(clients), len(clients) + number)]
+    sent = [os.urandom(8) for _ in range(number)]
     for data in sent:
-        clients.append(crew.send(crew.binds[0]))
-        clients[-1].send(data)
+        clients.enter_context(crew.send(crew.binds[0])).send(data)
     eventually(lambda: queued(crew)[slot], number)
     return sent
 
@@ -323,9 +279,7 @@ def put_again(crew: Crew, slot: int) -> None:
 @moves
 @pytest.mark.usefixtures("netns")
 @pytest.mark.parametrize("kind", ["tcp4", "tcp6"])
-def test_queue_of_a_reserve_goes_to_a_worker_that_joins(
-    kind: str, clients: list[socket.socket]
-) -> None:
+def test_queue_of_a_reserve_goes_to_a_worker_that_joins(kind: str, clients: ExitStack) -> None:
     """Connections wait where nobody accepts, until there is somebody; twice over."""
     worker, reserve = 0, 1
     with Crew(EBPF, "hash", kind, workers=2) as crew:
@@ -347,7 +301,7 @@ def test_queue_of_a_reserve_goes_to_a_worker_that_joins(
 
 @moves
 @pytest.mark.usefixtures("netns")
-def test_queue_is_spread_over_the_workers(clients: list[socket.socket]) -> None:
+def test_queue_is_spread_over_the_workers(clients: ExitStack) -> None:
     """By a hash of each connection's addresses: 6 standard deviations are allowed."""
     with Crew(EBPF, "hash", "tcp4", workers=5) as crew:
         crew.join(*range(5))
@@ -428,7 +382,7 @@ def accept():
 @moves
 @pytest.mark.usefixtures("netns")
 @pytest.mark.parametrize("code", OWNERS.values(), ids=OWNERS.keys())
-def test_stopped_owner_does_not_notice(clients: list[socket.socket], code: str) -> None:
+def test_stopped_owner_does_not_notice(clients: ExitStack, code: str) -> None:
     with Crew(EBPF, "hash", "tcp4", workers=2) as crew:
         crew.join(0, 1)
         [sock] = crew.sockets[0]
@@ -448,7 +402,8 @@ def test_stopped_owner_does_not_notice(clients: list[socket.socket], code: str) 
                 assert received(crew.sockets[1][0], 10) == sent
             os.kill(owner.pid, signal.SIGCONT)
             crew.steer(0)
-            clients += [crew.send(crew.binds[0]) for _ in range(3)]
+            for _ in range(3):
+                clients.enter_context(crew.send(crew.binds[0]))
             assert [line_of(owner) for _ in range(3)] == ["accepted"] * 3
 
 
@@ -471,14 +426,13 @@ asyncio.run(serve())
 
 @moves
 @pytest.mark.usefixtures("netns")
-def test_busy_asyncio_server_does_not_notice(clients: list[socket.socket]) -> None:
+def test_busy_asyncio_server_does_not_notice(clients: ExitStack) -> None:
     with Crew(EBPF, "hash", "tcp4", workers=2) as crew:
         crew.join(0, 1)
         crew.steer(0)
         [sock] = crew.sockets[0]
         with process(SOCKET + ASYNCIO, sock) as owner:
-            first = crew.send(crew.binds[0])
-            clients.append(first)
+            first = clients.enter_context(crew.send(crew.binds[0]))
             first.send(b"busy")
             assert line_of(owner) == "busy"
             sent = queue(crew, clients, 0, 10)
@@ -490,9 +444,9 @@ def test_busy_asyncio_server_does_not_notice(clients: list[socket.socket]) -> No
             crew.steer(0)
             tell(owner)
             assert first.recv(100) == b"answer"
-            clients.append(crew.send(crew.binds[0]))
-            clients[-1].send(b"quick")
-            assert clients[-1].recv(100) == b"answer"
+            quick = clients.enter_context(crew.send(crew.binds[0]))
+            quick.send(b"quick")
+            assert quick.recv(100) == b"answer"
             owner.kill()
             assert line_of(owner) == ""  # nothing on stderr
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from steer import abi, policy
+from steer import abi, declared, policies, policy
 from steer.cbpf import HASH_LENGTH
 from steer.cpus import Topology
-from steer.policy import BACKENDS, POLICIES, Policy, Scene
+from steer.policy import BACKENDS, FILLS, POLICIES, Policy, Scene
 from steer.table import Member
 
 BPF = Path(__file__).parent.parent / "bpf"
@@ -19,7 +19,16 @@ CREW = [Member(4, 1, 0), Member(7, 3, 1), Member(9, 2, 0)]
 
 
 def test_names() -> None:
-    assert list(POLICIES) == ["cpu", "round-robin", "hash", "random", "kernel"]
+    assert list(POLICIES) == [
+        "cpu",
+        "round-robin",
+        "least-conn",
+        "hash",
+        "source",
+        "flow",
+        "random",
+        "kernel",
+    ]
     assert all(name == row.name for name, row in POLICIES.items())
 
 
@@ -28,7 +37,10 @@ def test_names() -> None:
     [
         ("cpu", ("ebpf", "cbpf", "kernel")),
         ("round-robin", ("ebpf", "kernel")),
+        ("least-conn", ("ebpf", "kernel")),
         ("hash", ("ebpf", "cbpf", "kernel")),
+        ("source", ("ebpf", "cbpf", "kernel")),
+        ("flow", ("ebpf", "kernel")),
         ("random", ("ebpf", "cbpf", "kernel")),
         ("kernel", ("kernel",)),
     ],
@@ -42,20 +54,47 @@ def test_backends(name: str, backends: tuple[str, ...]) -> None:
 def test_a_row_is_whole(row: Policy) -> None:
     assert row.summary
     assert "\n" not in row.summary
-    assert (row.source is None) == (row.fill is None)
+    assert row.table in FILLS
+    assert not row.is_own
     assert bool(row.no_cbpf) == (row.source is not None and row.assemble is None)
 
 
 @pytest.mark.parametrize("row", [row for row in ALL if row.source], ids=lambda row: row.name)
 def test_a_row_has_its_file(row: Policy) -> None:
-    """And the file's head comment starts with its name."""
+    """The file's head comment starts with its name, and the row says what the file declares."""
     text = (BPF / f"{row.source}.c").read_text()
     assert f" * {row.name} - " in text.split("*/")[0]
+    found = policies.find(row.name)
+    assert found.declared == declared.parse(text, "read")
+    assert found.table == found.declared.table
+    assert found.declared.summary
 
 
 def test_every_file_has_its_row() -> None:
+    """Open.c chooses nothing: it counts."""
     files = {path.stem for path in BPF.glob("*.c")}
-    assert files == {row.source for row in ALL if row.source}
+    assert files == {row.source for row in ALL if row.source} | {"open"}
+
+
+def test_every_table_can_be_declared() -> None:
+    assert set(FILLS) == set(declared.TABLES)
+    assert {row.table for row in ALL} == set(FILLS), "each is of use to somebody"
+
+
+def test_what_a_policy_takes_has_its_place() -> None:
+    """In abi.PARAMS and abi.OWN."""
+    assert declared.MAX_PARAMS == declared.MAX_COUNTERS == abi.VALUES
+    assert declared.MAX_HISTOGRAMS == abi.HISTOGRAMS
+
+
+def test_one_of_ones_own_runs_as_ebpf_or_not_at_all() -> None:
+    says = declared.Declared("mine", "deck")
+    mine = policy.own("mine", "/srv/mine.c", says, "0123")
+    assert mine.is_own
+    assert mine.backends == ("ebpf", "kernel")
+    assert mine.no_cbpf == "classic BPF cannot run a policy of one's own"
+    assert (mine.summary, mine.table, mine.declared, mine.digest) == ("mine", "deck", says, "0123")
+    assert mine != policy.own("mine", "/srv/mine.c", says, "4567"), "another text is another policy"
 
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
@@ -70,13 +109,18 @@ def test_a_layout_names_live_slots_only(row: Policy) -> None:
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
 def test_shares_follow_the_weights(row: Policy) -> None:
-    """Positions for hash and random, turns for round-robin and for cpu among one CPU's crew."""
+    """Positions for most, turns for round-robin and for cpu among one CPU's crew; for least-conn
+    turns of which each counts for the less, the more there are."""
     layout = policy.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
     match row.name:
-        case "hash":
+        case "hash" | "source" | "flow":
             drawn, shares = list(layout.entries), {4: 128, 7: 384, 9: 256}
         case "random":
             drawn, shares = list(layout.entries), {4: 1, 7: 3, 9: 2}
+        case "least-conn":
+            drawn, shares = list(layout.entries[: layout.deck]), {4: 1, 7: 3, 9: 2}
+            scales = dict(zip(layout.entries, layout.turns, strict=True))
+            assert scales == {4: 65535, 7: 21845, 9: 32768}
         case "round-robin":
             drawn, shares = list(layout.row(layout.entries[0])), {4: 1, 7: 3, 9: 2}
         case "cpu":
@@ -103,8 +147,9 @@ def test_only_cpu_pins() -> None:
     assert [row.name for row in ALL if row.pinned] == ["cpu"]
 
 
-def test_hash_starts_from_the_layout_in_force() -> None:
-    before = policy.lay(POLICIES["hash"], CREW, Scene(TOPOLOGY, HASH_LENGTH))
-    after = policy.lay(POLICIES["hash"], CREW[:2], Scene(TOPOLOGY, HASH_LENGTH, previous=before))
+@pytest.mark.parametrize("name", ["hash", "source", "flow"])
+def test_the_consistent_start_from_the_layout_in_force(name: str) -> None:
+    before = policy.lay(POLICIES[name], CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    after = policy.lay(POLICIES[name], CREW[:2], Scene(TOPOLOGY, HASH_LENGTH, previous=before))
     kept = zip(before.entries, after.entries, strict=True)
     assert all(old == new for old, new in kept if old != 9)

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from support import eventually
+from support import eventually, line_of, python, running
 
 from steer.errors import KernelError
 from steer.kernel import proc
@@ -23,52 +23,8 @@ from steer.kernel.proc import Seen
 ROOT = Path(__file__).parent.parent
 
 
-@contextmanager
-def running(
-    *argv: str, fds: tuple[int, ...] = (), cwd: Path = ROOT
-) -> Iterator[subprocess.Popen[str]]:
-    """A process and the family it starts, all ended afterwards."""
-    process = subprocess.Popen(
-        argv,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        pass_fds=fds,
-        cwd=cwd,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def python(code: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-c", code, *arguments)
-
-
-def line_of(process: subprocess.Popen[str]) -> str:
-    assert process.stdout
-    return process.stdout.readline().strip()
-
-
 def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        yield made
-
-
-@pytest.fixture
-def datagrams() -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-        made.bind(("127.0.0.1", 0))
-        yield made
 
 
 def inodes_of(*sockets: socket.socket) -> frozenset[int]:

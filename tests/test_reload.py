@@ -461,13 +461,83 @@ def test_another_user_is_heard_from_then_on(service: StartService, home: Path) -
     assert running.ask("reload", timeout_s=None)["generation"] == 2
 
 
+@pytest.mark.parametrize("command", ["reload", "SIGHUP"])
+def test_policy_params_and_weights_follow_the_configuration(
+    service: StartService, home: Path, command: str
+) -> None:
+    configure(home, policy="hash")
+    running = service("-w", "2")
+    with Clients(2) as clients:
+        clients.get(20)
+        before = running.status()["totals"]["selected"]
+        configure(home, policy="source", params=["prefix4=24"], weights=[2, 3])
+        if command == "SIGHUP":
+            reload_by_hangup(running)
+        else:
+            assert running.ask("reload", timeout_s=None)["generation"] == 2
+        clients.get(20)
+    status = running.status()
+    assert (status["policy"], status["backend"]) == ("source", "ebpf")
+    assert status["params"] == {"prefix4": 24, "prefix6": 64}
+    fresh = [each for each in status["workers"] if each["generation"] == 2]
+    assert [each["weight"] for each in fresh] == [2, 3]
+    assert status["totals"]["selected"] >= before + 20
+    # One client, one address: one worker.
+    assert len({answer.pid for answer in clients.answers[-10:]}) == 1
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"policy": "fastest"}, "steer.toml: policy = 'fastest': unknown policy"),
+        ({"params": ["prefix4=24"]}, "reload test: no parameter 'prefix4' (of 'prefix4=24')"),
+        (
+            {"policy": "source", "params": ["prefix4=33"]},
+            "reload test: parameter prefix4 = '33'; allowed: whole numbers from 0 to 32",
+        ),
+        ({"policy": "missing.c"}, "read {home}/missing.c: No such file or directory"),
+        ({"policy": "kernel", "weights": [1, 2]}, "steer.toml: weights = '1,2' and steer.toml: "),
+    ],
+)
+def test_policy_that_cannot_be_leaves_the_old(
+    service: StartService, home: Path, keys: dict[str, Any], said: str
+) -> None:
+    configure(home, policy="hash")
+    running = service("-w", "2")
+    before, status = running.workers(), running.status()
+    configure(home, **{"policy": "hash", **keys})
+    assert refusal(running, "reload").startswith(said.format(home=home))
+    assert is_as_before(running, before)
+    after = running.status()
+    assert [after[key] for key in ("policy", "generation")] == ["hash", status["generation"]]
+    assert ask()["generation"] == 1
+
+
+def test_policy_of_workers_that_do_not_come_up_is_taken_back(
+    service: StartService, home: Path
+) -> None:
+    """It was in force for the old ones meanwhile: `cpu` had them pinned."""
+    configure(home, app="app:serve", policy="hash")
+    running = service("-w", "2")
+    before, cpus = running.workers(), [each["cpus"] for each in running.workers()]
+    configure(home, app="app:exits", policy="cpu")
+    with Clients(2) as clients:
+        clients.get(20)
+        with pytest.raises(Refused, match="start workers: exit status 7; nothing has changed"):
+            running.ask("reload", timeout_s=None)
+        clients.get(20)
+    assert is_as_before(running, before)
+    assert running.status()["policy"] == "hash"
+    assert [each["cpus"] for each in running.workers()] == cpus
+    assert all(os.sched_getaffinity(each["pid"]) == set(each["cpus"]) for each in before)
+
+
 def test_what_cannot_change_live_is_named_and_refused(service: StartService, home: Path) -> None:
     configure(home, bind=["127.0.0.1:8080"])
     running = service("-w", "2")
     before = running.workers()
     for key, old, new in [
         ("bind", ["127.0.0.1:8080"], ["127.0.0.1:8080", "127.0.0.1:8081"]),
-        ("policy", "cpu", "hash"),
         ("backend", "auto", "kernel"),
         ("strict", False, True),
         ("pid", None, str(home / "pid")),

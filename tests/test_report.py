@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from steer.report import (
     Address,
     Connections,
+    Histogram,
     Service,
     Status,
     Table,
@@ -43,18 +44,23 @@ def worker(slot: int = 0, **changes: Any) -> Worker:
     )
 
 
+PLAIN: dict[str, Any] = {
+    "name": "demo",
+    "pid": 1,
+    "state": "running",
+    "generation": 1,
+    "policy": "cpu",
+    "backend": "ebpf",
+    "backend_reason": None,
+    "uptime_s": 3.2,
+}
+
+
 def service(*workers: Worker, **changes: Any) -> Service:
     return Service(
         workers=list(workers),
         **{
-            "name": "demo",
-            "pid": 1,
-            "state": "running",
-            "generation": 1,
-            "policy": "cpu",
-            "backend": "ebpf",
-            "backend_reason": None,
-            "uptime_s": 3.2,
+            **PLAIN,
             "binds": [Address("tcp", "127.0.0.1", 8080)],
             "totals": Totals(selected=40, fallback=0, migrated=0),
             **changes,
@@ -66,14 +72,7 @@ CONTRACT = {
     "schema": 1,
     "services": [
         {
-            "name": "demo",
-            "pid": 1,
-            "state": "running",
-            "generation": 1,
-            "policy": "cpu",
-            "backend": "ebpf",
-            "backend_reason": None,
-            "uptime_s": 3.2,
+            **PLAIN,
             "binds": [{"protocol": "tcp", "address": "127.0.0.1", "port": 8080}],
             "workers": [
                 {
@@ -156,6 +155,7 @@ def test_a_row() -> None:
             "cpus": "0-2,8",
             "weight": "5",
             "selected": "10",
+            "open": "1",
             "queued": "0",
             "restarts": "2",
             "up": "3m05s",
@@ -166,8 +166,63 @@ def test_a_row() -> None:
 def test_what_is_not_known_is_a_dash() -> None:
     (row,) = cells(worker(pid=None, cpus=[], uptime_s=None, connections=Connections()))
     assert {key for key, cell in row.items() if cell == "-"} == {
-        *("pid", "cpus", "selected", "queued", "up")
+        *("pid", "cpus", "selected", "open", "queued", "up")
     }
+
+
+def below(**own: Any) -> list[str]:
+    """What is printed under the workers."""
+    return plain(service_table(service(worker(), **own))).splitlines()[3:]
+
+
+def test_nothing_is_said_of_a_policy_that_has_nothing_of_its_own() -> None:
+    assert below() == []
+
+
+def test_the_policy_s_own() -> None:
+    found = below(
+        params={"capacity": 1 << 20, "idle": 120},
+        counters={"known": 41, "new": 0},
+        histograms={
+            "pause": Histogram("us", [(0, 0), (1, 1), (2, 80), (4, 0), (8, 40), (16, 0)]),
+            "depth": Histogram("connections", [(0, 0), (1, 0)]),
+        },
+    )
+    assert found == [
+        "with capacity=1048576, idle=120",
+        "known: 41",
+        "new: 0",
+        "pause, us:",
+        "  1   1  #",
+        "  2  80  " + "#" * 40,
+        "  4   0",
+        "  8  40  " + "#" * 20,
+        "depth, connections:",
+        "  nothing yet",
+    ]
+
+
+@quick
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=32))
+def test_bars_are_as_long_as_counts_are_large(counts: list[int]) -> None:
+    """To one character, and what there is at all is seen."""
+    buckets = [(1 << place >> 1, count) for place, count in enumerate(counts)]
+    lines = below(histograms={"size": Histogram("bytes", buckets)})[1:]
+    drawn = {int(line.split()[0]): line.count("#") for line in lines if any(counts)}
+    for least, count in buckets:
+        bar = drawn.get(least, 0)
+        assert abs(bar - count * 40 / (max(counts) or 1)) <= 1
+        assert bool(bar) == bool(count)
+
+
+def test_a_policy_s_own_in_json() -> None:
+    own = {
+        "params": {"idle": 120},
+        "counters": {"known": 41},
+        "histograms": {"pause": {"unit": "us", "buckets": [[1, 2], [2, 0]]}},
+    }
+    found = msgspec.convert(own | msgspec.to_builtins(service()) | own, Service)
+    assert covers(msgspec.json.decode(msgspec.json.encode(found)), own)
 
 
 @pytest.mark.parametrize(

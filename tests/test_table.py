@@ -383,6 +383,21 @@ def test_one_at_1024_workers_is_replaced_without_touching_the_others() -> None:
     assert moved == table.shares(before)[1023]
 
 
+@pytest.mark.parametrize("length", [4097, 5050, 8192, 50050, abi.ENTRIES])
+def test_in_a_longer_table_a_flow_stays_where_it_is(length: int) -> None:
+    """By its hash, as steer_spread() in bpf/steer.h takes it; but for one at the seam of two."""
+    before = table.consistent(members(1, 2, 3), None, 4096)
+    before = table.consistent(members(1, 2, 3, 4), before, 4096)
+    after = table.consistent(members(1, 2, 3, 4), before, length)
+    numbers = range(0, 2**32, 2**32 // 10007)
+    moved = sum(
+        before.entries[number * 4096 >> 32] != after.entries[number * length >> 32]
+        for number in numbers
+    )
+    assert moved <= len(numbers) / 50
+    assert table.shares(after) == table.quotas(members(1, 2, 3, 4), length)
+
+
 def test_the_previous_layout_is_left_alone() -> None:
     before = table.consistent(members(1, 1), None, 8)
     entries = array("H", before.entries)
@@ -394,6 +409,100 @@ def test_the_previous_layout_is_left_alone() -> None:
 def test_a_previous_layout_of_another_kind_is_no_hindrance(previous: Layout | None) -> None:
     layout = table.consistent(members(1, 1), previous, abi.ENTRIES)
     assert table.shares(layout) == {0: abi.ENTRIES // 2, 1: abi.ENTRIES // 2}
+
+
+# by_load
+
+
+def scales(layout: Layout) -> dict[int, int]:
+    found = dict(zip(layout.entries, layout.turns, strict=True))
+    assert [found[slot] for slot in layout.entries] == list(layout.turns), "one for each slot"
+    return found
+
+
+def test_by_load_is_the_deck_laid_out_and_begun_anew() -> None:
+    layout = table.by_load(members(1, 3))
+    assert layout.deck == 4
+    assert list(layout.entries) == [1, 0, 1, 1] * 17, "4 and 64 more"
+    assert scales(layout) == {0: 65535, 1: 21845}
+
+
+@quick
+@given(some_members(most=90))
+def test_by_load_can_be_looked_at_from_anywhere(some: list[Member]) -> None:
+    """As far as bpf/least-conn.c looks, what is past the end is what is at the beginning."""
+    layout = table.by_load(some)
+    far = abi.ALL if len(some) <= abi.ALL else abi.NEIGHBOURS
+    assert len(layout.entries) == len(layout.turns) == layout.deck + far
+    assert (layout.deck <= abi.ALL) == (len(some) <= abi.ALL), "by that the program knows"
+    for at, slot in enumerate(layout.entries):
+        assert slot == layout.entries[at % layout.deck]
+        assert layout.turns[at] == layout.turns[at % layout.deck]
+
+
+@quick
+@given(some_members(most=90))
+def test_by_load_leaves_nobody_out(some: list[Member]) -> None:
+    layout = table.by_load(some)
+    everybody = {member.slot for member in some}
+    assert set(layout.entries[: layout.deck]) == set(layout.spares) == everybody
+
+
+@quick
+@given(some_members(most=90, heaviest=6))
+def test_a_look_at_all_of_a_deck_sees_everybody_as_often_as_they_weigh(some: list[Member]) -> None:
+    """Or as nearly as 64 looks can: then by the same quotas as other tables."""
+    layout = table.by_load(some)
+    longest = abi.ALL if len(some) <= abi.ALL else MAX_DECK
+    drawn = counts(layout.entries[: layout.deck])
+    assert drawn == counts(table.deck(some, longest))
+    heavy = max(some, key=lambda member: member.weight)
+    assert drawn[heavy.slot] == max(drawn.values())
+
+
+@quick
+@given(some_members())
+def test_scales_are_the_inverse_of_the_weights(some: list[Member]) -> None:
+    """The lightest has the full one; the others are as near as 16 bits allow."""
+    found = scales(table.by_load(some))
+    lightest = min(member.weight for member in some)
+    for member in some:
+        exact = Fraction(0xFFFF * lightest, member.weight)
+        assert abs(found[member.slot] - exact) <= Fraction(1, 2)
+        assert 1 <= found[member.slot] <= 0xFFFF
+        assert (found[member.slot] == 0xFFFF) == (member.weight == lightest)
+
+
+def test_a_scale_is_never_nothing() -> None:
+    """Or the slot would be taken for idle, whatever it has to do."""
+    assert scales(table.by_load([Member(0, 1), Member(1, 1_000_000)]))[1] == 1
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 2), (3, 1, 4, 1, 5), (10, 1), (7, 5)])
+def test_connections_that_stay_are_in_proportion_to_the_weights(weights: tuple[int, ...]) -> None:
+    """Played as the program does: the lowest load by scale, ties in turn. Nobody has one that
+    another, for what it weighs, would have had more room for."""
+    layout = table.by_load(members(*weights))
+    load, turn = dict.fromkeys(range(len(weights)), 0), 0
+    for _ in range(40 * sum(weights)):
+        looks = [
+            (load[layout.entries[at]] * layout.turns[at], at - turn, at)
+            for at in range(turn, turn + layout.deck)
+        ]
+        at = min(looks)[2] % layout.deck
+        load[layout.entries[at]] += 1
+        turn = (at + 1) % layout.deck
+        for one, other in permutations(range(len(weights)), 2):
+            assert (load[one] - 1) / weights[one] <= load[other] / weights[other] + 0.01
+    assert load == {slot: 40 * weight for slot, weight in enumerate(weights)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 63, 64, 65, 100, 1024, abi.MAX_SLOTS])
+def test_by_load_of_many_has_room(workers: int) -> None:
+    layout = table.by_load([Member(slot, 1 + slot % 1000) for slot in range(workers)])
+    assert len(layout.entries) <= abi.ENTRIES
+    assert len(layout.turns) <= abi.TURNS
+    assert set(layout.entries) == set(range(workers))
 
 
 # Layout
@@ -417,6 +526,8 @@ def test_with_nobody_the_kernel_decides(name: str) -> None:
         table.by_turn(members(2, 1, 5)),
         table.by_cpu(at_cpus(0, 1, 0), topology(range(5))),
         table.consistent(members(1, 2, 3), None, abi.ENTRIES),
+        table.by_load(members(1, 2, 3)),
+        table.by_load(members(*range(1, 100))),
     ],
 )
 def test_parts_read_back_as_struct_steer_half(layout: Layout) -> None:
@@ -424,13 +535,16 @@ def test_parts_read_back_as_struct_steer_half(layout: Layout) -> None:
     for offset, data in layout.parts().items():
         half[offset : offset + len(data)] = data
     assert len(half) == abi.HALF_BYTES, "a part runs over the end"
-    length, _, *rest = struct.unpack(f"=II{abi.ENTRIES}H{abi.TURNS}H{abi.SPARES}H", half)
+    length, deck, *rest = struct.unpack(f"=II{abi.ENTRIES}H{abi.TURNS}H{abi.SPARES}H", half)
     entries, rest = rest[: abi.ENTRIES], rest[abi.ENTRIES :]
     turns, spares = rest[: abi.TURNS], rest[abi.TURNS :]
-    assert length == len(layout.entries)
+    assert (length, deck) == (len(layout.entries), layout.deck)
     assert entries[:length] == list(layout.entries)
     assert turns[: len(layout.turns)] == list(layout.turns)
     assert spares == list(layout.spares)
+    again = table.read(bytes(half))
+    assert (again.entries, again.deck, again.spares) == (layout.entries, deck, layout.spares)
+    assert again.turns[: len(layout.turns)] == layout.turns
 
 
 def test_offsets_are_those_of_steer_h() -> None:

@@ -1,43 +1,148 @@
 """Compile one policy with bcc: run by a Python that has it, never imported.
 
-    python3 bcc_child.py SOURCE INCLUDE_DIR
+    python3 bcc_child.py SOURCE INCLUDE_DIR [-g] [-mllvm=OPTION] [-DNAME=VALUE]...
 
-Writes to standard output, as JSON, the compiler's version and the bytecode of
-each program in hexadecimal; the compiler's messages go to standard error. Exit
-status 3: this Python has no bcc. No maps are made and nothing is loaded, so no
-privilege is needed.
+Writes to standard output, as JSON, the compiler's version, the bytecode of each program
+in hexadecimal and, with -g, where each line of the source begins in it; the compiler's
+messages go to standard error. Exit status 3: this Python has no bcc. No maps are made and
+nothing is loaded, so no privilege is needed.
 
 Stands alone, as the system's Python that runs it may not have steer.
 """
 
+import ctypes
+import difflib
 import json
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
 
-PROGRAMS = ("plain", "migrate")
+PROGRAMS = ("plain", "migrate", "count")
 NO_BCC = 3
+# Errors are what the kernel would refuse later, in words that do not name the line.
+WARNINGS = (
+    "-Wno-unused-function",
+    "-Werror=implicit-function-declaration",
+    "-Werror=return-type",
+    "-Werror=uninitialized",
+)
+Lines = dict[str, dict[int, int]]
+"""By program: index of an instruction -> the line of the source that begins there."""
+_FUNCTION = "Disassembly of function steer_"
+_INSTRUCTION = re.compile(r" *(\d+):\t")
+_LINE = re.compile(r"; .* // Line +(\d+)")
 
 
-def main(source: str, include: str) -> int:
+def main(source: str, include: str, *flags: str) -> int:
     # bcc takes "kernel headers" from here: the few of our own, so none have to be installed.
     os.environ["BCC_KERNEL_SOURCE"] = include
+    # It has words of its own for standard output, and those as late as at the exit.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         import bcc
-        from bcc import BPF
+        from bcc import BPF, lib
     except ImportError as error:
         print(error, file=sys.stderr)
         return NO_BCC
     if not hasattr(BPF, "dump_func"):
         print("this bcc is not the BPF Compiler Collection", file=sys.stderr)
         return NO_BCC
+    tell_llvm([flag.removeprefix("-mllvm=") for flag in flags if flag.startswith("-mllvm=")])
     try:
-        module = BPF(src_file=source.encode(), cflags=[f"-I{include}", "-Wno-unused-function"])
+        module, lines = compiled(BPF, source, [f"-I{include}", *flags])
     except Exception as error:  # noqa: BLE001 - bcc raises nothing more exact
         print(error, file=sys.stderr)
         return 1
-    programs = {name: module.dump_func(f"steer_{name}".encode()).hex() for name in PROGRAMS}
-    json.dump({"compiler": f"bcc {bcc.__version__}", "programs": programs}, sys.stdout)
+    count = lib.bpf_num_functions(module.module)
+    functions = {lib.bpf_function_name(module.module, number) for number in range(count)}
+    named = {name: f"steer_{name}".encode() for name in PROGRAMS}
+    programs = {
+        name: module.dump_func(function).hex()
+        for name, function in named.items()
+        if function in functions
+    }
+    found = {"compiler": f"bcc {bcc.__version__}", "programs": programs, "lines": lines}
+    with answer:
+        json.dump(found, answer)
     return 0
+
+
+def compiled(compiler: Any, source: str, flags: list[str]) -> tuple[Any, Lines]:
+    """The module and, if -g is among the flags, the lines of its programs."""
+    cflags = [*WARNINGS, *(flag for flag in flags if flag[:2] in ("-I", "-D"))]
+    if "-g" not in flags:
+        return compiler(src_file=source.encode(), cflags=cflags), {}
+    with tempfile.TemporaryFile("w+", errors="replace") as told:
+        try:
+            with errors_to(told):
+                module = compiler(src_file=source.encode(), cflags=cflags, debug=0x4 | 0x8)
+        except Exception:  # noqa: BLE001 - bcc raises nothing more exact
+            # Once more, for its messages without all the rest.
+            return compiler(src_file=source.encode(), cflags=cflags), {}
+        told.seek(0)
+        output = told.read()
+    with open(source, errors="replace") as file:
+        return module, lines_of(output, file.read().splitlines())
+
+
+def tell_llvm(options: list[str]) -> None:
+    """bcc itself does not hand them on. Where its library has LLVM inside, nobody can."""
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split()[-1] for line in maps if "/libLLVM" in line}
+    argv = [b"bcc_child", *(option.encode() for option in options)]
+    for library in libraries if options else ():
+        parse = ctypes.CDLL(library).LLVMParseCommandLineOptions
+        parse(len(argv), (ctypes.c_char_p * len(argv))(*argv), None)
+
+
+@contextmanager
+def errors_to(file: IO[str]) -> Iterator[None]:
+    """What the C++ underneath writes to standard error goes to `file`."""
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def lines_of(output: str, source: list[str]) -> Lines:
+    """What -g is for.
+
+    bcc numbers the lines of a text of its own, which is the source with others put
+    between; it prints that text (DEBUG_PREPROCESSOR) and what became of it (DEBUG_SOURCE).
+    """
+    text, *functions = output.split(_FUNCTION)
+    begin = text.find("\n", text.find("clang -cc1")) + 1
+    matcher = difflib.SequenceMatcher(None, text[begin:].splitlines(), source, autojunk=False)
+    origin = {
+        block.a + i + 1: block.b + i + 1
+        for block in matcher.get_matching_blocks()
+        for i in range(block.size)
+    }
+    return {
+        name: dict(beginnings(body, origin))
+        for name, _, body in (function.partition("\n") for function in functions)
+        if name in PROGRAMS
+    }
+
+
+def beginnings(body: str, origin: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """(index, line) wherever a line begins in the annotated bytecode of one program."""
+    line = None
+    for row in body.splitlines():
+        told, instruction = _LINE.match(row), _INSTRUCTION.match(row)
+        if told:
+            line = origin.get(int(told[1]))
+        elif instruction and line is not None:
+            yield int(instruction[1]), line
+            line = None
 
 
 if __name__ == "__main__":

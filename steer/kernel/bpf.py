@@ -10,9 +10,11 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cache
 from types import TracebackType
 from typing import Self
@@ -90,6 +92,13 @@ def libbpf() -> ctypes.CDLL:
         ctypes.c_size_t,
         ctypes.c_void_p,
     )
+    lib.bpf_btf_load.argtypes = (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p)
+    lib.bpf_link_create.argtypes = (
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    )
     lib.bpf_map_update_elem.argtypes = (
         ctypes.c_int,
         ctypes.c_char_p,
@@ -111,7 +120,7 @@ def refusal(act: str, code: int) -> KernelError:
     return KernelError(act, errno.errorcode.get(code, str(code)), cures.get(code, ""))
 
 
-class _Descriptor:
+class Descriptor:
     """A file descriptor of bpf(2), closed once."""
 
     def __init__(self, fd: int) -> None:
@@ -142,36 +151,49 @@ class _Descriptor:
         self.close()
 
 
-class Map(_Descriptor):
+class Map(Descriptor):
     """A map of the kind that `abi.MAPS` names.
 
     Args:
         name: key of `abi.MAPS`; bpftool shows it as steer_NAME.
-        slots: capacity, for maps with an entry per slot.
+        entries: capacity, for maps that have none of their own.
 
     Raises:
         KernelError: the kernel refuses, or libbpf is missing.
     """
 
-    def __init__(self, name: str, slots: int = 1) -> None:
+    def __init__(self, name: str, entries: int = 1) -> None:
         self.spec = abi.MAPS[name]
-        self.entries = self.spec.entries or slots
+        self.entries = entries if self.spec.entries is None else self.spec.entries
+        act = f"create BPF map steer_{name}"
         options = _MapOptions(sz=ctypes.sizeof(_MapOptions), map_flags=self.spec.flags)
-        fd = libbpf().bpf_map_create(
-            self.spec.kind,
-            f"steer_{name}".encode(),
-            4,
-            self.spec.value_bytes,
-            self.entries,
-            ctypes.byref(options),
-        )
+        with ExitStack() as stack:
+            if self.spec.kind == abi.BPF_MAP_TYPE_SK_STORAGE:
+                btf = stack.enter_context(_Btf(act))
+                options.btf[:3] = (btf.fileno(), btf.KEY, btf.VALUE)
+            fd = libbpf().bpf_map_create(
+                self.spec.kind,
+                f"steer_{name}".encode(),
+                self.spec.key_bytes,
+                self.spec.value_bytes,
+                self.entries,
+                ctypes.byref(options),
+            )
         if fd < 0:
-            raise refusal(f"create BPF map steer_{name}", -fd)
+            raise refusal(act, -fd)
         super().__init__(fd)
+
+    @classmethod
+    def received(cls, name: str, fd: int) -> Self:
+        """One that somebody else made; the descriptor is ours."""
+        self = cls.__new__(cls)
+        self.spec = abi.MAPS[name]
+        self._fd = fd
+        return self
 
     def put(self, key: int, value: bytes) -> None:
         """Set one entry. Raises KernelError."""
-        status = libbpf().bpf_map_update_elem(self._fd, _key(key), value, 0)
+        status = libbpf().bpf_map_update_elem(self._fd, self._key(key), value, 0)
         if status < 0:
             raise refusal(f"put entry {key}", -status)
 
@@ -181,17 +203,114 @@ class Map(_Descriptor):
 
     def delete(self, key: int) -> None:
         """Empty one entry; one that is empty already is left so."""
-        status = libbpf().bpf_map_delete_elem(self._fd, _key(key))
+        status = libbpf().bpf_map_delete_elem(self._fd, self._key(key))
         if status < 0 and status != -errno.ENOENT:
             raise refusal(f"delete entry {key}", -status)
 
     def per_cpu(self, key: int, cpus: int) -> bytes:
         """The values of one entry of a per-CPU map, one for each of `cpus` possible CPUs."""
         buffer = ctypes.create_string_buffer(cpus * self.spec.value_bytes)
-        status = libbpf().bpf_map_lookup_elem(self._fd, _key(key), buffer)
+        status = libbpf().bpf_map_lookup_elem(self._fd, self._key(key), buffer)
         if status < 0:
             raise refusal(f"read entry {key}", -status)
         return buffer.raw
+
+    def memory_bytes(self) -> int:
+        """What it takes of the kernel's, as proc_pid_fdinfo(5) has it."""
+        with open(f"/proc/self/fdinfo/{self._fd}") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields.get("memlock", 0))
+
+    def memory(self) -> mmap.mmap:
+        """The value of a map that can be mapped, in place."""
+        return mmap.mmap(self._fd, _pages(self.spec.value_bytes))
+
+    def _key(self, key: int) -> bytes:
+        return key.to_bytes(self.spec.key_bytes, sys.byteorder)
+
+
+class _Btf(Descriptor):
+    """The types that the kernel wants to be told of socket storage: numbers of 4 and of 8 bytes.
+
+    See Documentation/bpf/btf.rst. Raises KernelError.
+    """
+
+    KEY, VALUE = 1, 2
+
+    def __init__(self, act: str) -> None:
+        names = b"\0u32\0u64\0"
+        types = b"".join(
+            struct.pack("=IIII", names.index(name), _BTF_INT, size_bytes, 8 * size_bytes)
+            for name, size_bytes in ((b"u32", 4), (b"u64", 8))
+        )
+        header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names))
+        data = header + types + names
+        fd = libbpf().bpf_btf_load(data, len(data), None)
+        if fd < 0:
+            raise refusal(act, -fd)
+        super().__init__(fd)
+
+
+_BTF_INT = 1 << 24
+"""BTF_KIND_INT, as it stands in btf_type.info."""
+
+
+class Slots:
+    """What is known of every slot beside its place in the table, shared with programs."""
+
+    def __init__(self, slots_map: Map) -> None:
+        self.map = slots_map
+        self._memory = slots_map.memory()
+
+    def begin(self, slot: int) -> int:
+        """Somebody new gets the slot, with nothing open; its stamp.
+
+        Another than before: a child of who had it may have connections yet to close.
+        """
+        _, _, stamp, flows = self._at(slot)
+        stamp = (stamp + 1) & _U32
+        self._put(slot, 0, 0, stamp, flows)
+        return stamp
+
+    def end(self, slot: int) -> None:
+        """Nothing that was counted for it, or is known to be there, means who comes next."""
+        opened, pending, stamp, flows = self._at(slot)
+        self._put(slot, opened, pending, (stamp + 1) & _U32, (flows + 1) & _U32)
+
+    def forget_flows(self, slot: int) -> None:
+        """Flows known to be there are to be chosen for anew."""
+        slot %= abi.SLOTS  # as programs take a number that is none
+        *_, flows = self._at(slot)
+        struct.pack_into("=I", self._memory, slot * abi.SLOT.size + 12, (flows + 1) & _U32)
+
+    def open(self, slot: int) -> int:
+        """Connections open there."""
+        opened: int
+        (opened,) = struct.unpack_from("=i", self._memory, slot * abi.SLOT.size)
+        return max(0, opened)
+
+    def set_open(self, slot: int, number: int) -> None:
+        """Where they are not counted: what may stand for it, with all handshakes until now."""
+        struct.pack_into("=II", self._memory, slot * abi.SLOT.size, number, 0)
+
+    def become(self, fd: int) -> None:
+        """Stand for another map, as somebody else has left it; the descriptor is ours."""
+        self._memory.close()
+        self.map.become(fd)
+        self._memory = self.map.memory()
+
+    def close(self) -> None:
+        self._memory.close()
+
+    def _at(self, slot: int) -> tuple[int, int, int, int]:
+        found: tuple[int, int, int, int] = abi.SLOT.unpack_from(self._memory, slot * abi.SLOT.size)
+        return found
+
+    def _put(self, slot: int, *values: int) -> None:
+        abi.SLOT.pack_into(self._memory, slot * abi.SLOT.size, *values)
+
+
+_U32 = 0xFFFFFFFF
 
 
 class Table:
@@ -205,7 +324,7 @@ class Table:
 
     def __init__(self, table_map: Map) -> None:
         self.map = table_map
-        self._memory = mmap.mmap(table_map.fileno(), _pages(abi.TABLE_BYTES))
+        self._memory = table_map.memory()
         self._active = 0
         self._readers_may_remain = False
         nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
@@ -242,7 +361,7 @@ class Table:
         """Stand for another table, as somebody else has left it; the descriptor is ours."""
         self._memory.close()
         self.map.become(fd)
-        self._memory = mmap.mmap(fd, _pages(abi.TABLE_BYTES))
+        self._memory = self.map.memory()
         self._active = abi.HEADER.unpack(self._memory[: abi.HEADER.size])[0] & 1
         self._readers_may_remain = True
 
@@ -255,14 +374,14 @@ class Table:
         self._memory.close()
 
 
-class Program(_Descriptor):
-    """A loaded sk_reuseport program.
+class Program(Descriptor):
+    """A loaded program.
 
     Args:
         name: bpftool shows its first 15 characters.
         code: the bytecode.
         maps: the maps it speaks of, by name.
-        attach_type: BPF_SK_REUSEPORT_SELECT or …_SELECT_OR_MIGRATE.
+        attach_type: BPF_SK_REUSEPORT_SELECT, …_SELECT_OR_MIGRATE or BPF_CGROUP_SOCK_OPS.
 
     Raises:
         VerifierError: the verifier refuses; its log is in `detail`.
@@ -271,6 +390,7 @@ class Program(_Descriptor):
 
     def __init__(self, name: str, code: Code, maps: Mapping[str, Map], attach_type: int) -> None:
         insns = code.linked({key: value.fileno() for key, value in maps.items()})
+        self._kind = _KINDS[attach_type]
         options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=attach_type)
         fd = self._load(name, insns, options)
         if fd < 0 and fd not in (-errno.EPERM, -errno.ENOSYS):
@@ -290,10 +410,9 @@ class Program(_Descriptor):
             raise refusal(f"load program {name}", -fd)
         super().__init__(fd)
 
-    @staticmethod
-    def _load(name: str, insns: bytes, options: _LoadOptions) -> int:
+    def _load(self, name: str, insns: bytes, options: _LoadOptions) -> int:
         fd: int = libbpf().bpf_prog_load(
-            abi.BPF_PROG_TYPE_SK_REUSEPORT,
+            self._kind,
             name.replace("-", "_").encode()[:15],
             b"GPL",
             insns,
@@ -303,18 +422,49 @@ class Program(_Descriptor):
         return fd
 
 
+_KINDS = {
+    abi.BPF_SK_REUSEPORT_SELECT: abi.BPF_PROG_TYPE_SK_REUSEPORT,
+    abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: abi.BPF_PROG_TYPE_SK_REUSEPORT,
+    abi.BPF_CGROUP_SOCK_OPS: abi.BPF_PROG_TYPE_SOCK_OPS,
+}
+"""Type by attach type."""
+
+
+class Link(Descriptor):
+    """A program on a cgroup and all below it, until this is closed. Linux 5.7+.
+
+    Args:
+        directory: a descriptor of the cgroup's directory.
+
+    Raises:
+        KernelError
+    """
+
+    def __init__(self, program: Descriptor, directory: int) -> None:
+        attach_type = abi.BPF_CGROUP_SOCK_OPS
+        fd = libbpf().bpf_link_create(program.fileno(), directory, attach_type, None)
+        if fd < 0:
+            raise refusal("attach to the cgroup", -fd)
+        super().__init__(fd)
+
+
 def shorten(log: str, lines: int = 12) -> str:
     """What matters of a verifier log: its last lines, where it says why it refused."""
     kept = [line for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
     return "\n".join(kept[-lines:])
 
 
-def _key(key: int) -> bytes:
-    return key.to_bytes(4, sys.byteorder)
-
-
 def _pages(size_bytes: int) -> int:
     return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def ticks_per_s() -> int:
+    """Of the clock that bpf_jiffies64() reads: CONFIG_HZ, by the resolution of the coarse
+    clock, see clock_getres(2)."""
+    return round(1 / time.clock_getres(_CLOCK_MONOTONIC_COARSE))
+
+
+_CLOCK_MONOTONIC_COARSE = 6
 
 
 def wait_for_programs() -> None:

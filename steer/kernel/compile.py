@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from steer import declared
 from steer.bytecode import PolicyObject, unlink
 from steer.errors import CompileError
 
@@ -21,6 +22,9 @@ _CHILD = _HERE / "bcc_child.py"
 _NO_BCC = 3
 _TIMEOUT_S = 60
 SYSTEM_PYTHON = "/usr/bin/python3"
+_FOR_OWN = ["-g", "-mllvm=-sink-common-insts=false"]
+"""Line numbers; and no reading of what two branches read after they meet, from an address
+that each has chosen: the verifier takes no context at such an address."""
 _BCC_CALLS_IT = "/virtual/main.c"
 """The file it compiles, in its messages."""
 
@@ -43,6 +47,7 @@ def digest(source: Path) -> str:
         CompileError: `source` cannot be read.
     """
     headers = sources()
+    # Nothing of declared.py: it gives each name the number of its place in the source.
     files = [source, _CHILD, headers / "steer.h", *sorted((headers / "include").rglob("*.h"))]
     total = hashlib.sha256(sys.byteorder.encode())
     for file in files:
@@ -81,10 +86,11 @@ def compile_source(source: Path) -> PolicyObject:
     import subprocess
 
     act = f"compile {source.name}"
+    flags = _flags(source)
     for python in interpreters():
         try:
             done = subprocess.run(
-                [python, "-I", str(_CHILD), str(source.resolve()), str(sources())],
+                [python, "-I", str(_CHILD), str(source.resolve()), str(sources()), *flags],
                 capture_output=True,
                 stdin=subprocess.DEVNULL,
                 timeout=_TIMEOUT_S,
@@ -101,13 +107,48 @@ def compile_source(source: Path) -> PolicyObject:
     raise CompileError(act, "no bcc here", "install it (Debian, Ubuntu: python3-bpfcc)")
 
 
+class _Answer(msgspec.Struct):
+    """What the child writes."""
+
+    compiler: str
+    programs: dict[str, str]
+    lines: dict[str, dict[int, int]]
+
+
 def _object(source: Path, output: bytes) -> PolicyObject:
-    answer = msgspec.json.decode(output)
+    answer = msgspec.json.decode(output, type=_Answer)
+    act = f"compile {source.name}"
+    if not answer.programs:
+        raise CompileError(act, "no STEER_POLICY in it", "see `steer policies new`")
     try:
-        programs = {name: unlink(bytes.fromhex(code)) for name, code in answer["programs"].items()}
+        programs = {name: unlink(bytes.fromhex(code)) for name, code in answer.programs.items()}
     except ValueError as error:
-        raise CompileError(f"compile {source.name}", str(error)) from None
-    return PolicyObject(digest(source), answer["compiler"], programs)
+        raise CompileError(act, str(error)) from None
+    return PolicyObject(digest(source), answer.compiler, programs, answer.lines)
+
+
+def _flags(source: Path) -> list[str]:
+    """What the child is told: the numbers of what the file declares, and what makes it
+    easier to write a policy of one's own."""
+    flags = _FOR_OWN if source.parent != sources() else []
+    content = text(source)
+    if "STEER_POLICY" in content:
+        return flags + declared.defines(declared.parse(content, f"compile {source.name}"))
+    return flags
+
+
+def text(source: Path) -> str:
+    """What is in a policy's file.
+
+    Raises:
+        CompileError: it cannot be read, or is no text.
+    """
+    try:
+        return source.read_text("utf-8")
+    except OSError as error:
+        raise CompileError(f"read {source}", error.strerror or str(error)) from None
+    except UnicodeDecodeError as error:
+        raise CompileError(f"read {source}", f"not UTF-8 at byte {error.start}") from None
 
 
 def interpreters() -> list[str]:

@@ -21,15 +21,32 @@ from steer.kernel import rundir
 
 REQUEST_MAX_BYTES = 65536
 TIMEOUT_S = 5.0
-"""For a request to be complete."""
+"""For a request to be complete, and for an answer to be taken."""
 SILENT_MAX = 32
-"""So many connections may be without a request."""
-_BACKLOG = 16
+"""So many connections may be without a request: descriptors are kept for workers."""
+BACKLOG = 16
+TOO_LONG = f"request too long: {REQUEST_MAX_BYTES} bytes at most"
+NOT_COMPLETE = "request not complete: a line of JSON is wanted"
 _CHUNK_BYTES = 16384
 _PAUSE_S = 0.05
 """When no connection can be taken, before the next try."""
 
 Request = Mapping[str, Any]
+
+
+def understood(line: bytes, sock: socket.socket) -> Request:
+    """What a line asks for that came over `sock`.
+
+    Raises:
+        ValueError: it says why there is nothing to answer but that.
+    """
+    if rundir.peer(sock)[1] not in (0, os.geteuid()):
+        raise ValueError("not permitted: only root and the service's own user may ask")
+    try:
+        request: Request = msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(f"request not understood: {error}") from None
+    return request
 
 
 class Talk:
@@ -67,23 +84,13 @@ class Talk:
         return bool(data)
 
     def request(self) -> Request:
-        """What it wants.
-
-        Raises:
-            ValueError: it says why there is nothing to answer but that.
-        """
+        """What it wants. Raises ValueError, as `understood` does."""
         line, end, _ = self.data.partition(b"\n")
         if len(line) > REQUEST_MAX_BYTES:
-            raise ValueError(f"request too long: {REQUEST_MAX_BYTES} bytes at most")
+            raise ValueError(TOO_LONG)
         if not end:
-            raise ValueError("request not complete: a line of JSON is wanted")
-        if rundir.peer(self._socket)[1] not in (0, os.geteuid()):
-            raise ValueError("not permitted: only root and the service's own user may ask")
-        try:
-            request: Request = msgspec.json.decode(line, type=dict[str, Any])
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise ValueError(f"request not understood: {error}") from None
-        return request
+            raise ValueError(NOT_COMPLETE)
+        return understood(bytes(line), self._socket)
 
     def answer(self, answer: Mapping[str, object], fds: Sequence[int] = ()) -> None:
         """And take leave. It is short: the empty buffer takes it all, if anybody is there."""
@@ -114,7 +121,7 @@ class Desk:
         self._talks: dict[Talk, None] = {}
         control.setblocking(False)
         # Again, as now we are who is shown to be at the other end (unix(7), SO_PEERCRED).
-        control.listen(_BACKLOG)
+        control.listen(BACKLOG)
         selector.register(control, EVENT_READ, self._on_connection)
 
     @property

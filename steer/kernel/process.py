@@ -186,6 +186,15 @@ def hurry(pids: Iterable[int]) -> None:
                     os.setpriority(os.PRIO_PROCESS, int(task), own)
 
 
+def pin(pids: Iterable[int], cpus: Sequence[int]) -> None:
+    """Have each thread of these processes run on these CPUs, as far as we may tell them to."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(int(task), cpus)
+
+
 def log_file() -> str | None:
     """The file that standard error goes to; None if it is none."""
     try:

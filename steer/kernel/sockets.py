@@ -130,6 +130,16 @@ def detach(sock: int) -> None:
             raise
 
 
+def cookie(fd: int) -> int:
+    """What names the socket as long as the machine is up, see SO_COOKIE in socket(7)."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+
+
+_SO_COOKIE = 57
+"""include/uapi/asm-generic/socket.h"""
+
+
 class _Fprog(ctypes.Structure):
     """Mirrors struct sock_fprog of include/uapi/linux/filter.h."""
 

@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * flow - over UDP, a flow stays with the worker that first got it.
+ *
+ * A flow is a client's address and port. New ones go where the table of `hash` says, so
+ * after a reload to the new workers, while those known go on with the old ones until these
+ * end: QUIC, WireGuard, SIP, games. No socket, no process and no lock is in the way:
+ * what is known is written when a datagram comes in. When there is room for no more, those
+ * that were idle longest are forgotten; what cannot be remembered goes where the table
+ * says all the same.
+ *
+ * Not for clients whose port changes from one datagram to the next: each is a new flow.
+ * Nor for flows that move to another address (QUIC does): then it is a new one. Over TCP
+ * it is `hash`.
+ */
+#include "steer.h"
+
+STEER_TABLE(consistent)
+STEER_PARAM(capacity, 65536, 1024, 16777216, "flows that are remembered; 104 bytes each")
+STEER_PARAM(idle, 60, 1, 86400, "seconds without a datagram after which a flow is forgotten")
+STEER_COUNTER(total, "datagrams")
+STEER_COUNTER(known, "of a flow that is known")
+STEER_COUNTER(new, "of one that is not")
+STEER_COUNTER(expired, "of one that was known, but was idle for too long or has lost its worker")
+STEER_COUNTER(refused, "of one that is not, and could not be remembered")
+
+struct source {
+	u32 address[4];
+	u16 port;
+	u16 reserved;
+};
+
+struct flow {
+	u32 slot;
+	u32 stamp; /* as steer_slot.flows was */
+	u32 seen; /* ticks */
+	u32 reserved;
+};
+
+static __always_inline struct source source_of(struct sk_reuseport_md *ctx)
+{
+	struct source found = {};
+
+	if (ctx->eth_protocol == STEER_IPV4)
+		bpf_skb_load_bytes_relative(ctx, 12, found.address, 4, BPF_HDR_START_NET);
+	else
+		bpf_skb_load_bytes_relative(ctx, 8, found.address, 16, BPF_HDR_START_NET);
+	bpf_skb_load_bytes(ctx, 0, &found.port, 2);
+	return found;
+}
+
+static __always_inline bool is_alive(const struct flow *flow, u32 now)
+{
+	u64 idle = (u64)steer_param(idle) * steer_params()->ticks_per_s;
+
+	return now - flow->seen < idle && steer_slot_at(flow->slot)->flows == flow->stamp;
+}
+
+STEER_POLICY(ctx, table)
+{
+	u32 position = steer_spread(table, ctx->hash), now = steer_ticks();
+	struct flow *flow, fresh = {.seen = now};
+	struct steer_own *own = steer_own();
+	struct source source;
+
+	if (ctx->ip_protocol != 17 /* UDP */ || !own)
+		return position;
+	own->counters[STEER_COUNTER_total]++;
+	source = source_of(ctx);
+	flow = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_FLOWS), &source);
+	if (flow && is_alive(flow, now)) {
+		own->counters[STEER_COUNTER_known]++;
+		if (flow->seen != now)
+			flow->seen = now;
+		return steer_to(flow->slot);
+	}
+	fresh.slot = steer_slot(ctx, table, position);
+	fresh.stamp = steer_slot_at(fresh.slot)->flows;
+	if (flow) {
+		own->counters[STEER_COUNTER_expired]++;
+		*flow = fresh;
+	} else if (bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_FLOWS), &source, &fresh,
+					BPF_ANY)) {
+		own->counters[STEER_COUNTER_refused]++;
+	} else {
+		own->counters[STEER_COUNTER_new]++;
+	}
+	return steer_to(fresh.slot);
+}

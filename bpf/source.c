@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * source - a client's address keeps its worker, whatever its ports.
+ *
+ * The number is made of as many bits of the address as the parameters say. The table is
+ * that of `hash`: when a worker goes only its clients move, and weights are honoured.
+ * For workers that remember something of their clients: sessions, caches, limits.
+ *
+ * Blind to load. Clients behind one address, of a proxy or a carrier's NAT, all go to one
+ * worker.
+ */
+#define steer_position(ctx, table, migrating, hash)                                                \
+	(migrating ? of_socket(table, migrating) : steer_policy(ctx, table))
+#include "steer.h"
+
+STEER_TABLE(consistent)
+STEER_PARAM(prefix4, 32, 0, 32, "bits of an IPv4 address that make a source")
+STEER_PARAM(prefix6, 64, 0, 128, "bits of an IPv6 address that make a source")
+
+/* The finalizer of MurmurHash3 (Appleby): every bit of the input changes half of the output. */
+static __always_inline u32 mixed(u32 number)
+{
+	number ^= number >> 16;
+	number *= 0x85ebca6b;
+	number ^= number >> 13;
+	number *= 0xc2b2ae35;
+	return number ^ number >> 16;
+}
+
+/* The first `bits` of a word in network order. */
+static __always_inline u32 first(u32 word, s32 bits)
+{
+	if (bits <= 0)
+		return 0;
+	word = __builtin_bswap32(word);
+	return bits < 32 ? word >> (32 - bits) : word;
+}
+
+static __always_inline u32 of_v4(const struct steer_half *table, u32 address)
+{
+	return steer_spread(table, mixed(first(address, steer_param(prefix4))));
+}
+
+static __always_inline u32 of_v6(const struct steer_half *table, const u32 *address)
+{
+	u32 number = 0;
+	s32 bits = steer_param(prefix6), i;
+
+#pragma unroll
+	for (i = 0; i < 4; i++)
+		number = mixed(number ^ first(address[i], bits - 32 * i));
+	return steer_spread(table, number);
+}
+
+/* A connection that migrates: there is no packet to read. */
+static __always_inline u32 of_socket(const struct steer_half *table, struct bpf_sock *sk)
+{
+	u32 address[4];
+
+	if (sk->family == 2 /* AF_INET */)
+		return of_v4(table, sk->dst_ip4);
+	address[0] = sk->dst_ip6[0];
+	address[1] = sk->dst_ip6[1];
+	address[2] = sk->dst_ip6[2];
+	address[3] = sk->dst_ip6[3];
+	if (!address[0] && !address[1] && address[2] == __builtin_bswap32(0xffff))
+		return of_v4(table, address[3]); /* ::ffff:a.b.c.d */
+	return of_v6(table, address);
+}
+
+STEER_POLICY(ctx, table)
+{
+	u32 address[4] = {};
+
+	if (ctx->eth_protocol == STEER_IPV4) {
+		bpf_skb_load_bytes_relative(ctx, 12, address, 4, BPF_HDR_START_NET);
+		return of_v4(table, address[0]);
+	}
+	bpf_skb_load_bytes_relative(ctx, 8, address, 16, BPF_HDR_START_NET);
+	return of_v6(table, address);
+}

@@ -1,0 +1,168 @@
+"""The backend that asks for no privilege: a classic program for each group."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from steer import abi, cbpf, policy
+from steer.errors import KernelError
+from steer.kernel import bpf, sockets
+from steer.plan import Plan
+from steer.policy import Scene
+from steer.steering import Countless, Lend, may_be_lost
+from steer.table import Layout, Member
+
+
+class Cbpf(Countless):
+    """A classic program for each group, rewritten at every change.
+
+    Such a program speaks in the kernel's own order of sockets, and that has to be
+    known. So we hold a duplicate of each socket: then a socket leaves its group
+    when we close ours, one at a time, and not whenever its process dies.
+    """
+
+    backend = "cbpf"
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._scene = Scene(plan.topology, cbpf.HASH_LENGTH, cbpf.HASH_LENGTH)
+        self._members: Sequence[Member] = ()
+        self._layout: Layout | None = None
+        self._seed = int.from_bytes(os.urandom(4))
+        self._try_out(plan)
+        self._orders = [cbpf.Order() for _ in plan.binds]
+        self._held: dict[int, Sequence[int]] = {}
+        self._lost = may_be_lost(plan)
+        self.notes: Sequence[str] = self._lost
+
+    def _try_out(self, plan: Plan) -> None:
+        """With all workers the program is as long as it gets: does the kernel take it?"""
+        members = [Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats]
+        indexes = {member.slot: member.slot for member in members}
+        layout = policy.lay(plan.policy, members, self._scene)
+        try:
+            if len(members) > cbpf.HASH_LENGTH:
+                raise cbpf.TooLong(f"room for {cbpf.HASH_LENGTH} workers, not {len(members)}")
+            program = _assemble(plan, layout, indexes, self._seed)
+        except cbpf.TooLong as error:
+            raise KernelError(f"assemble {plan.policy.name}", str(error)) from None
+        with sockets.scratch() as sock:
+            sockets.attach_cbpf(sock.fileno(), program)
+
+    def joined(self, slot: int, fds: Sequence[int]) -> None:
+        self._held[slot] = fds
+        for order in self._orders:
+            order.joined(slot)
+        # Indexes past its own are not touched by a newcomer: the program stays right.
+
+    def _rejoined(self, bind: int, slot: int) -> None:
+        self._orders[bind].left(slot)
+        self._orders[bind].joined(slot)
+        self._attach(self._layout)
+
+    def left(self, slot: int) -> None:
+        """The last socket of a group moves into the hole, so its index has to be told anew.
+
+        It is not chosen while it moves: its old index is past the end, and the kernel's hash
+        would take any socket, also one that is about to be closed.
+        """
+        moving = {slot, *(order.last for order in self._orders)}
+        staying = [member for member in self._members if member.slot not in moving]
+        if staying and slot in self._held:
+            self._attach(self._lay(staying))
+        self._close_sockets(slot)
+        self._attach(self._layout)
+
+    def steer(self, members: Sequence[Member]) -> None:
+        self._members = members
+        self._layout = self._lay(members) if members else None
+        sharing = _sharing(self._layout) if self._layout and self._plan.policy.pinned else ()
+        self.notes = (*self._lost, *sharing)
+        self._attach(self._layout)
+
+    def _lay(self, members: Sequence[Member]) -> Layout:
+        scene = msgspec.structs.replace(self._scene, previous=self._layout)
+        return policy.lay(self._plan.policy, members, scene)
+
+    def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
+        self._try_out(plan)
+        if plan.policy != self._plan.policy:
+            self._layout = None  # another's is no start
+        self._plan = plan
+        self.steer(members)
+
+    def detach(self, lend: Lend) -> None:
+        self._layout = None
+        self._attach(None)
+
+    def settle(self) -> None:
+        bpf.wait_for_programs()
+
+    def held(self, slot: int) -> Sequence[int]:
+        return self._held.get(slot, ())
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        slots = [list(order.indexes()) for order in self._orders]
+        now = self._layout
+        layout = None if now is None else (list(now.entries), list(now.turns))
+        return _Orders(self._seed, slots, layout), ()
+
+    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        saved = msgspec.convert(value, type=_Orders)
+        self._seed = saved.seed
+        self._orders = [cbpf.Order(slots) for slots in saved.slots]
+        self._held = {slot: mine for slot, mine in held.items() if mine}
+        for order in self._orders:
+            # Of some only the order speaks: they were about to come or go when it ended.
+            unknown = [slot for slot in order.indexes() if slot not in held]
+            for slot in (*unknown, *(slot for slot in held if slot not in self._held)):
+                order.left(slot)
+        if saved.layout is not None:
+            entries, turns = (array("H", words) for words in saved.layout)
+            self._layout = Layout(entries, turns)
+
+    def _attach(self, layout: Layout | None) -> None:
+        if not self._held:
+            return
+        for order, fd in zip(self._orders, next(iter(self._held.values())), strict=True):
+            if layout is None:
+                sockets.detach(fd)
+            else:
+                program = _assemble(self._plan, layout, order.indexes(), self._seed)
+                sockets.attach_cbpf(fd, program)
+
+    def _close_sockets(self, slot: int) -> None:
+        for order, fd in zip(self._orders, self._held.pop(slot, ()), strict=False):
+            os.close(fd)
+            order.left(slot)
+
+    def release(self) -> None:
+        for slot in list(self._held):
+            self._close_sockets(slot)
+
+    def close(self) -> None:
+        self.release()
+
+
+def _assemble(plan: Plan, layout: Layout, indexes: Mapping[int, int], seed: int) -> list[cbpf.Insn]:
+    assert plan.policy.assemble is not None
+    return plan.policy.assemble(layout, indexes, seed, plan.params)
+
+
+class _Orders(msgspec.Struct):
+    """The slots of each group in the kernel's order, the seed of the hash, and entries and
+    turns of the layout."""
+
+    seed: int
+    slots: list[list[int]]
+    layout: tuple[list[int], list[int]] | None
+
+
+def _sharing(layout: Layout) -> Sequence[str]:
+    if any(entry & abi.ROW for entry in layout.entries):
+        return ("workers that share a CPU are taken by chance, as classic BPF cannot take turns",)
+    return ()

@@ -1,0 +1,128 @@
+"""How many connections each worker has open, counted by the kernel; see bpf/open.c."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import msgspec
+
+from steer import abi
+from steer.errors import KernelError
+from steer.kernel import bpf, cgroup, compile, sockets
+
+
+class Saved(msgspec.Struct):
+    """For who goes on with it: the cgroups, and each slot's listeners by their cookies."""
+
+    cgroups: list[int]
+    cookies: dict[int, list[int]]
+
+
+class Counting:
+    """Of one service.
+
+    The program is on the cgroup this process is in, which is that of the workers' sockets
+    too. Nothing is made there, and it is gone with its link.
+
+    Args:
+        listeners: at most so many.
+
+    Attributes:
+        slots: what programs read and write of each slot, whether it is counted or not.
+        why_not: why nothing is; empty if it is.
+
+    Raises:
+        KernelError: not even the maps can be made.
+    """
+
+    def __init__(self, listeners: int) -> None:
+        self.why_not = ""
+        self._cookies: dict[int, list[int]] = {}
+        self._cgroups: list[int] = []
+        self._owners: bpf.Map | None = None
+        self._attached: list[bpf.Descriptor] = []
+        with ExitStack() as undo:
+            self._listeners = undo.enter_context(bpf.Map("listeners", listeners))
+            self._moved = undo.enter_context(bpf.Map("moved"))
+            slots = undo.enter_context(bpf.Map("slots"))
+            self.slots = bpf.Slots(slots)
+            undo.callback(self.slots.close)
+            self.maps: Mapping[str, bpf.Map] = {
+                "slots": slots,
+                "listeners": self._listeners,
+                "moved": self._moved,
+            }
+            undo.callback(self._stop)
+            self._start()
+            self.close: Callable[[], None] = undo.pop_all().close
+
+    def _start(self) -> None:
+        code = compile.load(compile.sources() / "open.c").programs["count"]
+        try:
+            self._owners = bpf.Map("owners")
+            maps = {**self.maps, "owners": self._owners}
+            self._attached.append(bpf.Program("steer_open", code, maps, abi.BPF_CGROUP_SOCK_OPS))
+            self._watch_ours()
+        except KernelError as error:
+            self._stop()
+            self.why_not = str(error)
+
+    def _watch_ours(self) -> None:
+        """Count in the cgroup we are in, if that is not done already."""
+        with cgroup.own() as directory:
+            number = os.fstat(directory).st_ino
+            if number not in self._cgroups:
+                self._attached.append(bpf.Link(self._attached[0], directory))
+                self._cgroups.append(number)
+
+    def _stop(self) -> None:
+        while self._attached:
+            self._attached.pop().close()
+        if self._owners is not None:
+            self._owners.close()
+            self._owners = None
+
+    def listens(self, slot: int, fd: int, stamp: int) -> None:
+        """What comes from this listener is of the worker in `slot`.
+
+        Args:
+            stamp: as `slots.begin` gave it.
+        """
+        if self._owners is None:
+            return
+        value = abi.OWNER.pack(slot, 0, stamp)
+        cookie = sockets.cookie(fd)
+        self._listeners.put(cookie, value)
+        self._owners.put(fd, value)
+        self._cookies.setdefault(slot, []).append(cookie)
+
+    def left(self, slot: int) -> None:
+        """Its listeners are closed."""
+        for cookie in self._cookies.pop(slot, ()):
+            self._listeners.delete(cookie)
+
+    def open(self, slot: int) -> int | None:
+        return None if self._owners is None else self.slots.open(slot)
+
+    def saved(self) -> tuple[Saved, Sequence[int]]:
+        """See `restore`."""
+        kept: list[bpf.Descriptor] = [self.slots.map, self._listeners, self._moved]
+        if self._owners is not None:
+            kept += [self._owners, *self._attached]
+        return Saved(self._cgroups, self._cookies), [each.fileno() for each in kept]
+
+    def restore(self, saved: Saved, fds: Sequence[int]) -> None:
+        """Go on with what another controller left; the fds become ours."""
+        slots, listeners, moved, *counted = fds
+        self.slots.become(slots)
+        self._listeners.become(listeners)
+        self._moved.become(moved)
+        self._cgroups, self._cookies = saved.cgroups, saved.cookies
+        self._stop()
+        self.why_not = "" if counted else "nor were they before this controller"
+        if counted:
+            self._owners = bpf.Map.received("owners", counted[0])
+            self._attached = [bpf.Descriptor(fd) for fd in counted[1:]]
+            self._watch_ours()

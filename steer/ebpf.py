@@ -1,0 +1,293 @@
+"""The backend that does all there is: an eBPF program for each group."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
+
+import msgspec
+
+from steer import abi, counting, reserve, table
+from steer.choice import Choice
+from steer.counting import Counting
+from steer.kernel import bpf, listeners, sockets
+from steer.plan import Plan
+from steer.reserve import Reserve
+from steer.steering import Counts, Lend, Own, may_be_lost
+from steer.table import Layout, Member
+
+SAMPLED = "chosen by what waits at each worker, looked at every so often"
+
+
+class _Group:
+    """One bind's own maps and sockets; whatever the policy, they stay.
+
+    The turn counters of the CPUs start apart: were they together, the first
+    connections of every CPU would all go to the first slot.
+    """
+
+    def __init__(self, plan: Plan, put_reserve: Callable[[int, int], None]) -> None:
+        cpus = len(plan.topology.possible)
+        with ExitStack() as undo:
+            self.maps = {
+                name: undo.enter_context(bpf.Map(name, plan.slots + reserve.COUNT))
+                for name in ("sockets", "counts", "cpus")
+            }
+            self.sockets, self.counts, self.cpus = self.maps.values()
+            starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
+            self.cpus.put(0, b"".join(abi.CPU.pack(at, at, _seed(), 0, 0) for at in starts))
+            self.reserve = Reserve(put_reserve)
+            undo.callback(self.reserve.close)
+            self.close = undo.pop_all().close
+
+    def descriptors(self) -> Sequence[int]:
+        return [each.fileno() for each in self.maps.values()]
+
+    def receive(self, fds: Sequence[int]) -> None:
+        """Go on with the maps of one that is gone."""
+        for each, fd in zip(self.maps.values(), fds, strict=True):
+            each.become(fd)
+
+
+class _Saved(msgspec.Struct):
+    """For who goes on: how many descriptors are whose, and what was counted."""
+
+    choice: int
+    reserves: list[int]
+    counting: counting.Saved
+
+
+class Ebpf:
+    """One program for each group; the policy's table is shared by all of them."""
+
+    backend = "ebpf"
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._has_served = self._somebody = False
+        self._cpus = len(plan.topology.possible)
+        capacity = plan.slots + reserve.COUNT
+        with ExitStack() as undo:
+            self._counting = Counting(capacity * len(plan.binds))
+            undo.callback(self._counting.close)
+            self._groups: list[_Group] = []
+            for index in range(len(plan.binds)):
+                self._groups.append(_Group(plan, self._reserve_at(index)))
+                undo.callback(self._groups[-1].close)
+            self._choice = self._choose(plan)
+            undo.callback(lambda: self._choice.close())
+            self.close = undo.pop_all().close
+
+    def _choose(self, plan: Plan) -> Choice:
+        return Choice(plan, [{**each.maps, **self._counting.maps} for each in self._groups])
+
+    def _reserve_at(self, index: int) -> Callable[[int, int], None]:
+        return lambda place, fd: self._join(index, self._plan.slots + place, fd)
+
+    def _join(self, index: int, slot: int, fd: int) -> None:
+        self._groups[index].sockets.put_socket(slot, fd)
+        # Each time: with the last socket of a group its program is gone too.
+        sockets.attach_ebpf(fd, self._choice.programs[index].fileno())
+
+    @property
+    def notes(self) -> Sequence[str]:
+        lost = may_be_lost(self._plan, self._choice.migrates)
+        return (*lost, *self._notes_on_load(), *self._notes_on_open())
+
+    def _notes_on_load(self) -> Sequence[str]:
+        if not self._reads_load:
+            return ()
+        datagrams = [bind.label for bind in self._plan.binds if bind.protocol == "udp"]
+        return [f"{label}: datagrams are no connections, and go in turn" for label in datagrams]
+
+    def _notes_on_open(self) -> Sequence[str]:
+        why_not = self._counting.why_not
+        if not why_not or all(bind.protocol == "udp" for bind in self._plan.binds):
+            return ()
+        instead = f"; {SAMPLED}" if self.samples() else ""
+        return (f"open connections are not counted: {why_not}{instead}",)
+
+    @property
+    def _reads_load(self) -> bool:
+        return self._plan.policy.table == "deck"
+
+    @property
+    def reserve(self) -> Sequence[socket.socket]:
+        return [sock for group in self._groups for sock in group.reserve.sockets]
+
+    def open_reserve(self) -> None:
+        """Over TCP only, and only where what waits there can be moved."""
+        if not self._somebody:
+            self._choice.prepare(self._plan.slots)
+        stamps = [self._counting.slots.begin(self._plan.slots + i) for i in range(reserve.COUNT)]
+        for group, bind in zip(self._groups, self._plan.binds, strict=True):
+            if bind.protocol == "tcp" and self._choice.migrates:
+                group.reserve.open(bind, self._plan.service.backlog)
+                for place, sock in enumerate(group.reserve.sockets):
+                    slot = self._plan.slots + place
+                    self._counting.listens(slot, sock.fileno(), stamps[place])
+
+    def empty_reserve(self) -> None:
+        # A handshake that still goes there would find it not listening, and be reset. Not
+        # while a service starts, which that would delay: who comes so early may come again.
+        if self._has_served:
+            self._choice.settle()
+        self._has_served = True
+        for group in self._groups:
+            group.reserve.empty()
+
+    def joined(self, slot: int, fds: Sequence[int]) -> None:
+        """Our copies of the sockets are closed: one that is kept would go on listening,
+        and being chosen, after its worker has died."""
+        try:
+            stamp = self._counting.slots.begin(slot)
+            for index, (bind, fd) in enumerate(zip(self._plan.binds, fds, strict=True)):
+                if bind.protocol == "tcp":
+                    self._counting.listens(slot, fd, stamp)
+                self._join(index, slot, fd)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def left(self, slot: int) -> None:
+        self._counting.left(slot)
+        self.let_go(slot)
+        for group in self._groups:
+            group.sockets.delete(slot)
+
+    def steer(self, members: Sequence[Member]) -> None:
+        if members and not self._somebody:
+            # What came meanwhile is known to be where nobody is.
+            self.let_go(self._plan.slots)
+            self.let_go(abi.NO_SLOT)
+        self._choice.steer(members, self._nobody())
+        self._somebody = bool(members)
+
+    def _nobody(self) -> Layout:
+        return table.all_to(self._plan.slots) if self.reserve else table.EMPTY
+
+    def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
+        if self._choice.can_become(plan):
+            self._plan = plan
+            self._choice.become(plan)
+            self.steer(members)
+            return
+        fresh = self._choose(plan)
+        try:
+            fresh.steer(members, self._nobody())
+            with lend() as lent:
+                self._attach(fresh, lent)
+        except BaseException:
+            fresh.close()
+            raise
+        self._plan = plan
+        old, self._choice = self._choice, fresh
+        old.close()
+
+    def _attach(self, choice: Choice, lent: Mapping[int, socket.socket]) -> None:
+        """To every group; a group without a socket gets it with the first."""
+        with ExitStack() as undo:
+            for index, sock in self._members(lent).items():
+                sockets.attach_ebpf(sock.fileno(), choice.programs[index].fileno())
+                before = self._choice.programs[index].fileno()
+                undo.callback(sockets.attach_ebpf, sock.fileno(), before)
+            undo.pop_all()
+
+    def _members(self, lent: Mapping[int, socket.socket]) -> Mapping[int, socket.socket]:
+        """A socket of each group, as far as there are any."""
+        ours = {i: each.reserve.sockets for i, each in enumerate(self._groups)}
+        return {**lent, **{index: mine[0] for index, mine in ours.items() if mine}}
+
+    def detach(self, lend: Lend) -> None:
+        with lend() as lent:
+            # Or the kernel's hash would choose it as well.
+            self.release()
+            for sock in lent.values():
+                sockets.detach(sock.fileno())
+
+    def settle(self) -> None:
+        self._choice.settle()
+
+    def let_go(self, slot: int) -> None:
+        self._counting.slots.forget_flows(slot)
+
+    def remembers(self) -> bool:
+        return self._choice.remembers()
+
+    def samples(self) -> bool:
+        return self._reads_load and bool(self._counting.why_not)
+
+    def sample(self, slot: int, waiting: int) -> None:
+        self._counting.slots.set_open(slot, waiting)
+
+    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+        if not self._choice.migrates:
+            return
+        for index, sock in owned.items():
+            if listeners.is_waited_for(sock):
+                listeners.move_queue(sock)
+                self._groups[index].sockets.put_socket(slot, sock.fileno())
+
+    def release(self) -> None:
+        """What still waits in the reserve goes to workers that have not closed yet."""
+        for group in self._groups:
+            group.reserve.close()
+
+    def counts(self, slot: int, bind: int | None = None) -> Counts | None:
+        groups = self._groups if bind is None else [self._groups[bind]]
+        raw = b"".join(group.counts.per_cpu(slot, self._cpus) for group in groups)
+        columns = zip(*abi.COUNT.iter_unpack(raw), strict=True)
+        return Counts(*(sum(column) for column in columns))
+
+    def retire(self, slot: int) -> Counts | None:
+        counted = self.counts(slot)
+        self._counting.slots.end(slot)
+        for group in self._groups:
+            group.counts.put(slot, bytes(abi.COUNT.size * self._cpus))
+        return counted
+
+    def open(self, slot: int) -> int | None:
+        return self._counting.open(slot)
+
+    def memory_bytes(self) -> int:
+        groups = (each for group in self._groups for each in group.maps.values())
+        shared = self._counting.maps.values()
+        return self._choice.memory_bytes() + sum(m.memory_bytes() for m in (*groups, *shared))
+
+    def own(self) -> Own:
+        return self._choice.own()
+
+    def unsteered(self) -> int | None:
+        raw = b"".join(group.cpus.per_cpu(0, self._cpus) for group in self._groups)
+        return sum(int(last) for *_, last in abi.CPU.iter_unpack(raw))
+
+    def held(self, slot: int) -> Sequence[int]:
+        return ()
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        chosen = self._choice.descriptors()
+        counted, counting_fds = self._counting.saved()
+        groups = [fd for group in self._groups for fd in group.descriptors()]
+        reserves = [len(group.reserve.sockets) for group in self._groups]
+        spare = [sock.fileno() for sock in self.reserve]
+        value = _Saved(len(chosen), reserves, counted)
+        return value, [*chosen, *groups, *spare, *counting_fds]
+
+    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        saved = msgspec.convert(value, type=_Saved, strict=False)
+        rest = iter(fds)
+        self._choice.receive(list(islice(rest, saved.choice)))
+        for group in self._groups:
+            group.receive(list(islice(rest, len(group.maps))))
+        for group, count in zip(self._groups, saved.reserves, strict=True):
+            group.reserve.receive(list(islice(rest, count)))
+        self._counting.restore(saved.counting, list(rest))
+        self._has_served = True
+
+
+def _seed() -> int:
+    """For steer_random(), which never leaves 0."""
+    return int.from_bytes(os.urandom(4)) | 1

@@ -1,0 +1,57 @@
+"""The cgroup v2 that this process is in, see cgroups(7)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from steer.errors import KernelError
+
+_ACT = "open our cgroup"
+
+
+@contextmanager
+def own() -> Iterator[int]:
+    """Its directory, as a descriptor for a moment.
+
+    Raises:
+        KernelError: there is none, or we may not see it.
+    """
+    path = _directory()
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(f"{_ACT} {path}", error.strerror or str(error)) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def name() -> str:
+    """Of it, from the root that is seen from here; empty if there is none."""
+    with open("/proc/self/cgroup") as file:
+        for line in file:
+            if line.startswith("0::"):
+                return line[len("0::") :].rstrip("\n")
+    return ""
+
+
+def _directory() -> str:
+    path = name()
+    if not path:
+        raise KernelError(_ACT, "this kernel has no cgroup v2, or it is switched off")
+    with open("/proc/self/mountinfo") as file:
+        for line in file:
+            left, _, right = line.partition(" - ")
+            if right.split()[0] == "cgroup2":
+                _, _, _, root, point = left.split()[:5]
+                below = os.path.relpath(path, root)
+                return _unescaped(point) if below == "." else f"{_unescaped(point)}/{below}"
+    raise KernelError(_ACT, "no cgroup v2 is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+
+
+def _unescaped(text: str) -> str:
+    r"""As proc_pid_mountinfo(5) writes it: a space is \040."""
+    return text.encode().decode("unicode_escape")

@@ -1,0 +1,217 @@
+"""Policies of the user's own: a start for a new one, and what is to be said of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import msgspec
+
+from steer import abi, policies, policy, table
+from steer.bytecode import PolicyObject
+from steer.choice import Choice
+from steer.config import Service
+from steer.declared import Counter, Histogram, Param
+from steer.errors import ConfigError, KernelError, VerifierError
+from steer.kernel import bpf, compile, measure, topology, verifier
+from steer.kernel.verifier import Figures
+from steer.plan import plan
+from steer.policy import POLICIES, Policy
+from steer.report import Table
+from steer.table import Member
+
+_TEMPLATE = Path(__file__).with_name("template.c")
+_SHARED = ("sockets", "counts", "cpus", "slots", "listeners", "moved")
+"""The maps that are not the policy's."""
+
+
+def begin(name: str) -> Path:
+    """Write a commented starting point as NAME.c here.
+
+    Raises:
+        ConfigError: it is there already, cannot be written, or cannot be called that.
+    """
+    name = name.removesuffix(policy.OWN_SUFFIX)
+    act = f"write {name}{policy.OWN_SUFFIX}"
+    policies.check_name(name, act)
+    file = Path(name + policy.OWN_SUFFIX)
+    try:
+        with file.open("x") as stream:
+            stream.write(_TEMPLATE.read_text().replace("@NAME@", name))
+    except FileExistsError:
+        raise ConfigError(act, "it is there already", "give it another name") from None
+    except OSError as error:
+        raise ConfigError(act, error.strerror or str(error)) from None
+    return file
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What is to be said of a policy.
+
+    Args:
+        programs: what each asks of the verifier; those that could be loaded.
+        cost_ns: of a call, above an empty program; None where that cannot be measured.
+        notes: what could not be tried, and why.
+    """
+
+    name: str
+    summary: str
+    table: str
+    compiler: str
+    params: tuple[Param, ...]
+    counters: tuple[Counter, ...]
+    histograms: tuple[Histogram, ...]
+    programs: dict[str, Figures]
+    cost_ns: float | None
+    notes: list[str]
+
+
+def check(asked: str) -> Checked:
+    """Compile a policy, have the verifier look at it, and time it.
+
+    Args:
+        asked: as --policy takes it.
+
+    Raises:
+        ConfigError: there is no such policy, or it has no program.
+        CompileError: it does not compile; `detail` names the line.
+        VerifierError: the kernel refuses it; `detail` names the line.
+    """
+    found = policies.find(asked)
+    if found.source is None:
+        raise ConfigError(f"check {found.name}", "it has no program", "it is the kernel's own")
+    built = compile.load(policies.file_of(found))
+    notes: list[str] = []
+    with ExitStack() as stack:
+        programs = _verify(found, built, stack, notes)
+        cost_ns = _time(found, notes) if programs else None
+    says = found.declared
+    return Checked(
+        found.name,
+        found.summary,
+        found.table,
+        built.compiler,
+        says.params,
+        says.counters,
+        says.histograms,
+        programs,
+        cost_ns,
+        notes,
+    )
+
+
+def _verify(
+    found: Policy, built: PolicyObject, stack: ExitStack, notes: list[str]
+) -> dict[str, Figures]:
+    figures = {}
+    try:
+        maps = verifier.maps_of(built.programs.values(), stack)
+    except KernelError as error:
+        notes.append(f"not loaded: {error}")
+        return {}
+    for kind, code in built.programs.items():
+        try:
+            figures[kind] = verifier.figures(kind, code, maps)
+        except VerifierError as error:
+            source = policies.file_of(found)
+            detail = verifier.point(error.detail, built.lines.get(kind, {}), source)
+            cause = "the kernel's verifier refuses it"
+            raise VerifierError(f"load {source.name}", cause, detail=detail) from None
+        except KernelError as error:
+            notes.append(f"{kind} not loaded: {error}")
+    return figures
+
+
+def _time(found: Policy, notes: list[str]) -> float | None:
+    """As it would run for as many workers as are measured with."""
+    cpus = topology.read()
+    decided = plan(Service(workers=measure.SLOTS), cpus, {}, found)
+    members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
+    with ExitStack() as stack:
+        try:
+            maps = {name: stack.enter_context(bpf.Map(name, decided.slots)) for name in _SHARED}
+            maps["cpus"].put(0, abi.CPU.pack(0, 0, 1, 0, 0) * len(cpus.possible))
+            choice = stack.enter_context(closing(Choice(decided, [maps])))
+            choice.steer(members, table.EMPTY)
+            return round(measure.cost_ns(choice.programs[0], maps["sockets"]), 1)
+        except (KernelError, OSError) as error:
+            notes.append(f"cost of a call not measured: {error}")
+            return None
+
+
+def described() -> list[dict[str, object]]:
+    """Of every built-in policy, what `steer policies --json` prints."""
+    return [
+        {
+            "name": each.name,
+            "backends": each.backends,
+            "summary": each.summary,
+            "params": each.declared.params,
+        }
+        for each in map(policies.find, POLICIES)
+    ]
+
+
+# ---- for people
+
+
+def overview() -> list[Table]:
+    """What `steer policies` prints."""
+    rows = [
+        (each.name, ", ".join(each.backends), each.summary, _defaults(each))
+        for each in map(policies.find, POLICIES)
+    ]
+    return [Table("", ("policy", "backends", "chooses", "parameters"), rows)]
+
+
+def _defaults(found: Policy) -> str:
+    return " ".join(f"{param.name}={param.default}" for param in found.declared.params)
+
+
+def tables(checked: Checked) -> list[Table]:
+    """What `steer policies check` prints; those with nothing in them left out."""
+    found = [
+        Table(": ".join(filter(None, (checked.name, checked.summary))), ("", ""), _whole(checked)),
+        Table("verifier", _VERIFIER, _figures(checked.programs)),
+        Table("parameters", ("name", "default", "allowed", "means"), _params(checked.params)),
+        Table("counters", ("name", "counts"), [(one.name, one.help) for one in checked.counters]),
+        Table(
+            "histograms",
+            ("name", "unit", "measures"),
+            [(one.name, one.unit, one.help) for one in checked.histograms],
+        ),
+    ]
+    return [table for table in found if table.rows]
+
+
+_VERIFIER = ("program", "instructions", "processed", "states", "at once", "stack", "time")
+
+
+def _whole(checked: Checked) -> list[tuple[str, ...]]:
+    rows = [("table", checked.table), ("compiled by", checked.compiler)]
+    if checked.cost_ns is not None:
+        workers = f"{measure.SLOTS} workers, one client, UDP"
+        rows.append(
+            ("cost of a call", f"{checked.cost_ns:.0f} ns above an empty program, {workers}")
+        )
+    return [*rows, *(("note", note) for note in checked.notes)]
+
+
+def _figures(programs: Mapping[str, Figures]) -> list[tuple[str, ...]]:
+    return [
+        (
+            kind,
+            str(one.instructions),
+            str(one.processed),
+            str(one.states_total),
+            str(one.states_peak),
+            f"{one.stack_bytes} bytes",
+            f"{one.time_us} µs",
+        )
+        for kind, one in programs.items()
+    ]
+
+
+def _params(params: Sequence[Param]) -> list[tuple[str, ...]]:
+    return [(one.name, str(one.default), f"{one.least} to {one.most}", one.help) for one in params]

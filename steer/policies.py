@@ -1,0 +1,60 @@
+"""From what is asked for as a policy to the policy: a built-in's name, or a file of C."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import msgspec
+
+from steer import declared
+from steer.errors import ConfigError
+from steer.kernel import compile
+from steer.policy import OWN_SUFFIX, POLICIES, Policy, own
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+
+
+def find(asked: str) -> Policy:
+    """The policy of that name, or, where it ends in ".c", the one in that file.
+
+    Raises:
+        ConfigError: there is none, or the file's name cannot be a policy's.
+        CompileError: what the file declares cannot be; or it cannot be read.
+    """
+    if asked.endswith(OWN_SUFFIX):
+        return _own(Path(os.path.abspath(asked)))
+    if asked not in POLICIES:
+        names = ", ".join(POLICIES)
+        raise ConfigError(f"policy {asked!r}", "unknown", f"allowed: {names}, or a path/to/file.c")
+    policy = POLICIES[asked]
+    if policy.source is None:
+        return policy
+    source = file_of(policy)
+    says = declared.parse(compile.text(source), f"read {source}")
+    return msgspec.structs.replace(policy, declared=says)
+
+
+def file_of(policy: Policy) -> Path:
+    """Where the C of a policy that has any is."""
+    assert policy.source is not None
+    if policy.is_own:
+        return Path(policy.source)
+    return compile.sources() / f"{policy.source}.c"
+
+
+def check_name(name: str, act: str) -> None:
+    """Raises ConfigError: a policy of one's own cannot be called that."""
+    if name in POLICIES:
+        raise ConfigError(act, f"there is a built-in policy {name}", "give it another name")
+    if not re.fullmatch(_NAME, name):
+        allowed = "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"
+        raise ConfigError(act, f"{name!r} cannot be a policy's name", f"allowed: {allowed}")
+
+
+def _own(source: Path) -> Policy:
+    act = f"read {source}"
+    check_name(source.stem, act)
+    says = declared.parse(compile.text(source), act)
+    return own(source.stem, str(source), says, compile.digest(source))

@@ -1,0 +1,92 @@
+"""What `steer status` tells of a service that runs, gathered from its parts."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from steer import report
+from steer.controller import Controller
+from steer.declared import Declared
+from steer.fleet import Fleet, Place
+from steer.lifecycle import State
+from steer.steering import Own, Steering
+
+
+def report_of(service: Controller, state: str) -> report.Service:
+    """All that is known of it now.
+
+    Args:
+        state: of the service as a whole: starting, running, stopping.
+    """
+    plan, steering, now_s = service.plan, service.steering, time.monotonic()
+    own = steering.own()
+    return report.Service(
+        name=plan.name,
+        pid=os.getpid(),
+        state=state,
+        generation=service.fleet.generation.number,
+        policy=plan.policy.name,
+        backend=steering.backend,
+        backend_reason=service.rung.reason,
+        notes=list(steering.notes),
+        uptime_s=round(now_s - service.started_s, 3),
+        binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],
+        workers=[_worker(place, steering, now_s) for place in service.fleet.places],
+        totals=_totals(service.fleet, steering),
+        params=own.params,
+        counters=own.counters,
+        histograms=_histograms(own, plan.policy.declared),
+    )
+
+
+def shown(place: Place) -> State:
+    """One that is ready, but comes together with others that are not, is not chosen yet."""
+    return State.STARTING if place.held else place.state
+
+
+def _worker(place: Place, steering: Steering, now_s: float) -> report.Worker:
+    process = place.process
+    return report.Worker(
+        slot=place.slot,
+        pid=process.pid if process else None,
+        state=shown(place).value,
+        generation=place.generation.number,
+        cpus=list(place.seat.cpus),
+        weight=place.seat.weight,
+        restarts=max(0, place.starts - 1),
+        uptime_s=round(now_s - process.started_s, 3) if process else None,
+        connections=_connections(steering, place.slot),
+        sockets=sorted(process.inodes) if process else [],
+        said=place.said or None,
+    )
+
+
+def _connections(steering: Steering, slot: int) -> report.Connections:
+    counts = steering.counts(slot)
+    return report.Connections(
+        selected=counts.selected if counts else None,
+        open=steering.open(slot),
+        migrated=counts.migrated if counts else None,
+    )
+
+
+def _histograms(own: Own, declared: Declared) -> dict[str, report.Histogram]:
+    units = {each.name: each.unit for each in declared.histograms}
+    return {
+        name: report.Histogram(units[name], [(1 << n >> 1, count) for n, count in enumerate(times)])
+        for name, times in own.histograms.items()
+    }
+
+
+def _totals(fleet: Fleet, steering: Steering) -> report.Totals:
+    counts = fleet.counts()
+    if counts is None:
+        return report.Totals()
+    unsteered = steering.unsteered() or 0
+    return report.Totals(
+        selected=counts.selected,
+        fallback=counts.fallback + unsteered,
+        unsteered=unsteered,
+        migrated=counts.migrated,
+    )

@@ -1,0 +1,88 @@
+"""What the documentation names is there, and what is there it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from steer import plan, policies, policy
+from steer.cli import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_CODE = re.compile(r"^```.*?^```|`[^`]*`", re.DOTALL | re.MULTILINE)
+
+every_policy = pytest.mark.parametrize("name", policy.POLICIES)
+
+
+def page(name: str) -> str:
+    return (DOCS / "policies" / f"{name}.md").read_text()
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as they are made of them where the pages are shown."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_a_page_for_every_policy() -> None:
+    assert {file.stem for file in (DOCS / "policies").iterdir()} == set(policy.POLICIES)
+
+
+@every_policy
+def test_page_is_found_and_says_where_the_policy_runs(name: str) -> None:
+    assert page(name).startswith(f"# {name}\n")
+    assert f"[`{name}`](docs/policies/{name}.md)" in (ROOT / "README.md").read_text()
+    assert f"[`{name}`](policies/{name}.md)" in (DOCS / "CHOOSE-A-POLICY.md").read_text()
+    found = policy.POLICIES[name]
+    if found.source is not None:
+        assert ("`ebpf` only" in page(name)) == (found.assemble is None)
+
+
+@every_policy
+def test_page_names_all_that_the_policy_declares(name: str) -> None:
+    declared = policies.find(name).declared
+    for param in declared.params:
+        row = f"| `{param.name}` | {param.default} | {param.least:,} to {param.most:,} |"
+        assert row in page(name)
+    for each in (*declared.counters, *declared.histograms):
+        assert f"| `{each.name}` |" in page(name)
+    if not declared.params:
+        assert "No parameters" in page(name)
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_links_resolve(file: Path) -> None:
+    for link in _LINK.findall(_CODE.sub("", file.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        there = file.parent / path if path else file
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there.read_text()), link
+
+
+def test_every_command_is_told_of() -> None:
+    text = "".join(file.read_text() for file in PAGES)
+    for name in cli.commands:
+        assert f"steer {name}" in text, name
+    for option in cli.commands["policy"].params:
+        for spelt in option.opts:
+            assert re.search(rf"{spelt}\b", text), spelt
+
+
+def test_what_cannot_change_live_is_told() -> None:
+    words = (DOCS / "RELOAD.md").read_text().split("cannot change while the service runs")[1]
+    told = re.findall(r"`(\w+)`", words.partition("is named")[0])
+    assert sorted(told) == sorted(plan.FIXED)
+
+
+def test_every_module_has_its_floor() -> None:
+    floors = (DOCS / "ARCHITECTURE.md").read_text().split("## Floors")[1].partition("\n## ")[0]
+    told = set(re.findall(r"\w+", floors))
+    there = {file.stem for file in (ROOT / "steer").glob("*.py")} - {"__init__", "__main__"}
+    assert there <= told, there - told
