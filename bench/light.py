@@ -43,7 +43,7 @@ _PORT = 9880
 
 def sections(quick: bool) -> Iterator[Section]:
     """How even, and how many are stranded."""
-    rounds, connections, stopped = (1, 100, 40) if quick else (5, 1500, 400)
+    rounds, connections, stopped = (1, 100, 40) if quick else (3, 1500, 400)
     failures: list[str] = []
     with ExitStack() as stack:
         running = peers.all_running(_peers(quick), _PORT, WORKERS, stack, failures)

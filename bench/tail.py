@@ -120,7 +120,7 @@ def _gunicorns(quick: bool) -> Case:
         ((1.0, 0.05),),
         0.6,
         False,
-        60 if quick else 1500,
+        60 if quick else 1000,
         [*ours, *_wsgi_servers(workers)[: 1 if quick else None]],
         {(GUNICORN, "p99"): 1.05},
     )

@@ -4,8 +4,8 @@
  *
  * A flow is a client's address and port. New ones go where the table of `hash` says, so
  * after a reload to the new workers, while those known go on with the old ones until these
- * end: QUIC, WireGuard, SIP, games. No socket, no process and no lock is in the way:
- * what is known is written when a datagram comes in. When there is room for no more, those
+ * end: QUIC, WireGuard, SIP, games. What is known is written when a datagram comes in: no
+ * process has a part in it. When there is room for no more, those
  * that were idle longest are forgotten; what cannot be remembered goes where the table
  * says all the same.
  *
@@ -37,16 +37,12 @@ struct flow {
 	u32 reserved;
 };
 
-static __always_inline struct source source_of(struct sk_reuseport_md *ctx)
+static __always_inline void read_address(struct sk_reuseport_md *ctx, struct source *found)
 {
-	struct source found = {};
-
 	if (ctx->eth_protocol == STEER_IPV4)
-		bpf_skb_load_bytes_relative(ctx, 12, found.address, 4, BPF_HDR_START_NET);
+		bpf_skb_load_bytes_relative(ctx, 12, found->address, 4, BPF_HDR_START_NET);
 	else
-		bpf_skb_load_bytes_relative(ctx, 8, found.address, 16, BPF_HDR_START_NET);
-	bpf_skb_load_bytes(ctx, 0, &found.port, 2);
-	return found;
+		bpf_skb_load_bytes_relative(ctx, 8, found->address, 16, BPF_HDR_START_NET);
 }
 
 static __always_inline bool is_alive(const struct flow *flow, u32 now)
@@ -61,12 +57,14 @@ STEER_POLICY(ctx, table)
 	u32 position = steer_spread(table, ctx->hash), now = steer_ticks();
 	struct flow *flow, fresh = {.seen = now};
 	struct steer_own *own = steer_own();
-	struct source source;
+	const u16 *port = ctx->data;
+	struct source source = {};
 
-	if (ctx->ip_protocol != 17 /* UDP */ || !own)
+	if (ctx->ip_protocol != 17 /* UDP */ || !own || port + 1 > (const u16 *)ctx->data_end)
 		return position;
 	own->counters[STEER_COUNTER_total]++;
-	source = source_of(ctx);
+	source.port = *port;
+	read_address(ctx, &source);
 	flow = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_FLOWS), &source);
 	if (flow && is_alive(flow, now)) {
 		own->counters[STEER_COUNTER_known]++;

@@ -27,50 +27,51 @@ static __always_inline u32 mixed(u32 number)
 	return number ^ number >> 16;
 }
 
-/* The first `bits` of a word in network order. */
-static __always_inline u32 first(u32 word, s32 bits)
+/* The first `bits`, of 64. */
+static __always_inline u64 first(u64 half, s32 bits)
 {
 	if (bits <= 0)
 		return 0;
-	word = __builtin_bswap32(word);
-	return bits < 32 ? word >> (32 - bits) : word;
+	return bits < 64 ? half >> (64 - bits) : half;
+}
+
+static __always_inline u32 with(u32 number, u64 half)
+{
+	return mixed(mixed(number ^ (u32)half) ^ (u32)(half >> 32));
 }
 
 static __always_inline u32 of_v4(const struct steer_half *table, u32 address)
 {
-	return steer_spread(table, mixed(first(address, steer_param(prefix4))));
+	u64 half = (u64)__builtin_bswap32(address) << 32;
+
+	return steer_spread(table, with(steer_params()->seed, first(half, steer_param(prefix4))));
 }
 
-static __always_inline u32 of_v6(const struct steer_half *table, const u32 *address)
+static __always_inline u32 of_v6(const struct steer_half *table, const u64 *address)
 {
-	u32 number = 0;
-	s32 bits = steer_param(prefix6), i;
+	s32 bits = steer_param(prefix6);
+	u32 number = with(steer_params()->seed, first(__builtin_bswap64(address[0]), bits));
 
-#pragma unroll
-	for (i = 0; i < 4; i++)
-		number = mixed(number ^ first(address[i], bits - 32 * i));
-	return steer_spread(table, number);
+	return steer_spread(table, with(number, first(__builtin_bswap64(address[1]), bits - 64)));
 }
 
 /* A connection that migrates: there is no packet to read. */
 static __always_inline u32 of_socket(const struct steer_half *table, struct bpf_sock *sk)
 {
-	u32 address[4];
+	u64 address[2];
 
 	if (sk->family == 2 /* AF_INET */)
 		return of_v4(table, sk->dst_ip4);
-	address[0] = sk->dst_ip6[0];
-	address[1] = sk->dst_ip6[1];
-	address[2] = sk->dst_ip6[2];
-	address[3] = sk->dst_ip6[3];
-	if (!address[0] && !address[1] && address[2] == __builtin_bswap32(0xffff))
-		return of_v4(table, address[3]); /* ::ffff:a.b.c.d */
+	address[0] = sk->dst_ip6[0] | (u64)sk->dst_ip6[1] << 32;
+	address[1] = sk->dst_ip6[2] | (u64)sk->dst_ip6[3] << 32;
+	if (!address[0] && (u32)address[1] == __builtin_bswap32(0xffff))
+		return of_v4(table, address[1] >> 32); /* ::ffff:a.b.c.d */
 	return of_v6(table, address);
 }
 
 STEER_POLICY(ctx, table)
 {
-	u32 address[4] = {};
+	u64 address[2] = {};
 
 	if (ctx->eth_protocol == STEER_IPV4) {
 		bpf_skb_load_bytes_relative(ctx, 12, address, 4, BPF_HDR_START_NET);

@@ -104,6 +104,8 @@ struct steer_owner {
 struct steer_params {
 	u32 ticks_per_s; /* of steer_ticks() */
 	u32 second; /* so many bits of these are about a second */
+	u32 seed; /* by chance: so that nobody outside can tell what goes where */
+	u32 reserved;
 	u32 values[STEER_VALUES];
 };
 

@@ -63,8 +63,8 @@ SLOT: Final = struct.Struct("=IIII")
 """Mirrors struct steer_slot: open, pending, stamp, flows."""
 OWNER: Final = struct.Struct("=HHI")
 """Mirrors struct steer_owner: slot, counted, stamp."""
-PARAMS: Final = struct.Struct(f"=II{VALUES}I")
-"""Mirrors struct steer_params: ticks_per_s, second, values."""
+PARAMS: Final = struct.Struct(f"=IIII{VALUES}I")
+"""Mirrors struct steer_params: ticks_per_s, second, seed, reserved, values."""
 OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
 """Mirrors struct steer_own: counters, and the buckets of each histogram."""
 FLOW_KEY_BYTES: Final = 20

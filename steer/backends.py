@@ -13,13 +13,13 @@ from steer.steering import STILL_CHOSEN, Countless, Lend, Steering, may_be_lost
 from steer.table import Member
 
 
-def open_backend(backend: str, plan: Plan) -> Steering:
+def open_backend(backend: str, plan: Plan, empty: bool = False) -> Steering:
     """Make the backend ready, before there is any socket.
 
     Raises:
         KernelError: this rung does not hold; the reason is in it.
     """
-    return _BACKENDS[backend](plan)
+    return _BACKENDS[backend](plan, empty)
 
 
 class Kernel(Countless):
@@ -27,7 +27,7 @@ class Kernel(Countless):
 
     backend = "kernel"
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, _empty: bool = False) -> None:
         self.notes: Sequence[str] = (STILL_CHOSEN, *may_be_lost(plan))
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ class Kernel(Countless):
         pass
 
 
-_BACKENDS: dict[str, Callable[[Plan], Steering]] = {
+_BACKENDS: dict[str, Callable[[Plan, bool], Steering]] = {
     policy.EBPF: Ebpf,
     policy.CBPF: Cbpf,
     policy.KERNEL: Kernel,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Self
+
+import msgspec
 
 from steer import abi, policies, policy, table
 from steer.bytecode import PolicyObject
@@ -19,42 +25,95 @@ _FLOWS = 65536
 _CAPACITY = "capacity"
 
 
+class Saved(msgspec.Struct):
+    """For who goes on with it: the maps in their order; the programs come after them."""
+
+    maps: list[str]
+    migrates: bool
+
+
 class Choice:
-    """One policy, as long as it is in force.
+    """One policy, from `load` or `receive` on.
 
     Args:
         plan: what to choose by.
-        groups: of each group, the maps that are not the policy's.
-
-    Attributes:
+        maps: the policy's own, by name.
         programs: one for each group.
         migrates: whether these are asked where the queue of a closing listener goes.
-
-    Raises:
-        CompileError, VerifierError: a policy of the user's own is not right.
-        KernelError: the kernel refuses.
     """
 
-    def __init__(self, plan: Plan, groups: Sequence[Mapping[str, bpf.Map]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        maps: Mapping[str, bpf.Map],
+        programs: Sequence[bpf.Descriptor],
+        migrates: bool,
+    ) -> None:
+        self.programs = programs
+        self.migrates = migrates
         self._plan = plan
+        self._maps = maps
+        self._table = bpf.Table(maps["table"])
         self._cpus = len(plan.topology.possible)
         self._layout: Layout | None = None
+        self._left_s = -math.inf
+        self._seed = int.from_bytes(os.urandom(4))
+
+    @classmethod
+    def load(cls, plan: Plan, groups: Sequence[Mapping[str, bpf.Map]]) -> Self:
+        """Put it into the kernel.
+
+        Args:
+            groups: of each group, the maps that are not the policy's.
+
+        Raises:
+            CompileError, VerifierError: a policy of the user's own is not right.
+            KernelError: the kernel refuses.
+        """
         code = compile.load(policies.file_of(plan.policy))
         with ExitStack() as undo:
-            self._maps = {"table": undo.enter_context(bpf.Map("table"))}
-            self._table = bpf.Table(self._maps["table"])
-            undo.callback(self._table.close)
-            self._maps["params"] = undo.enter_context(bpf.Map("params"))
-            self._maps["own"] = undo.enter_context(bpf.Map("own"))
+            maps = {name: undo.enter_context(bpf.Map(name)) for name in ("table", "params", "own")}
             if any("flows" in each.relocations.values() for each in code.programs.values()):
-                self._maps["flows"] = undo.enter_context(bpf.Map("flows", _capacity(plan)))
-            self.programs = []
-            self.migrates = True
-            for maps in groups:
-                program, self.migrates = _load(plan.policy, code, {**self._maps, **maps})
-                self.programs.append(undo.enter_context(program))
-            self._write_params()
-            self.close: Callable[[], None] = undo.pop_all().close
+                maps["flows"] = undo.enter_context(bpf.Map("flows", _capacity(plan)))
+            programs, migrates = [], True
+            for group in groups:
+                program, migrates = _load(plan.policy, code, {**maps, **group})
+                programs.append(undo.enter_context(program))
+            loaded = cls(plan, maps, programs, migrates)
+            loaded._table.forget()
+            loaded._write_params()
+            undo.pop_all()
+        return loaded
+
+    @classmethod
+    def receive(cls, plan: Plan, saved: Saved, fds: Sequence[int]) -> Self:
+        """Go on with what another controller left of the same plan; the fds become ours."""
+        maps = {name: bpf.Map.received(name, fd) for name, fd in zip(saved.maps, fds, strict=False)}
+        programs = [bpf.Descriptor(fd) for fd in fds[len(maps) :]]
+        received = cls(plan, maps, programs, saved.migrates)
+        received._layout = table.read(received._table.active())
+        params = maps["params"].per_cpu(0, cpus=1)
+        _, _, received._seed, *_ = abi.PARAMS.unpack(params)
+        return received
+
+    def saved(self) -> tuple[Saved, Sequence[int]]:
+        """See `receive`."""
+        held = [each.fileno() for each in (*self._maps.values(), *self.programs)]
+        return Saved(list(self._maps), self.migrates), held
+
+    def close(self) -> None:
+        self._table.close()
+        for each in (*self._maps.values(), *self.programs):
+            each.close()
+
+    def left(self) -> None:
+        """Another is in force from now on."""
+        self._left_s = time.monotonic()
+
+    @property
+    def has_rested(self) -> bool:
+        """Whether no program of its that ran when it was left can be running still."""
+        return time.monotonic() - self._left_s > bpf.PROGRAMS_END_S
 
     def can_become(self, plan: Plan) -> bool:
         """Whether its programs would do for another plan."""
@@ -62,6 +121,9 @@ class Choice:
 
     def become(self, plan: Plan) -> None:
         """The same policy, with other parameters; `steer` is to follow."""
+        if self.has_rested:
+            self._table.rested()
+        self._left_s = math.inf
         self._plan = plan
         self._write_params()
 
@@ -69,7 +131,7 @@ class Choice:
         given = self._plan.params
         rest = [0] * (abi.VALUES - len(given))
         ticks = bpf.ticks_per_s()
-        value = abi.PARAMS.pack(ticks, (ticks - 1).bit_length(), *given, *rest)
+        value = abi.PARAMS.pack(ticks, (ticks - 1).bit_length(), self._seed, 0, *given, *rest)
         self._maps["params"].put(0, value)
 
     def prepare(self, slot: int) -> None:
@@ -113,18 +175,6 @@ class Choice:
                 for index, each in enumerate(declared.histograms)
             },
         )
-
-    def descriptors(self) -> Sequence[int]:
-        return [each.fileno() for each in (*self._maps.values(), *self.programs)]
-
-    def receive(self, fds: Sequence[int]) -> None:
-        """Go on with what another controller left of the same plan; the fds become ours."""
-        for each, fd in zip((*self._maps.values(), *self.programs), fds, strict=True):
-            if each is self._maps["table"]:
-                self._table.become(fd)
-            else:
-                each.become(fd)
-        self._layout = table.read(self._table.active())
 
 
 def _capacity(plan: Plan) -> int:

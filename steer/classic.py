@@ -27,13 +27,14 @@ class Cbpf(Countless):
 
     backend = "cbpf"
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, empty: bool = False) -> None:
         self._plan = plan
         self._scene = Scene(plan.topology, cbpf.HASH_LENGTH, cbpf.HASH_LENGTH)
         self._members: Sequence[Member] = ()
         self._layout: Layout | None = None
         self._seed = int.from_bytes(os.urandom(4))
-        self._try_out(plan)
+        if not empty:
+            self._try_out(plan)
         self._orders = [cbpf.Order() for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
         self._lost = may_be_lost(plan)

@@ -96,9 +96,12 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
         from steer.config import as_toml
 
         click.echo(as_toml(service))
+    from steer import controller, log, policies
+
+    if check_config:
+        policies.prepare(service.policy)
     if check_config or print_config:
         return
-    from steer import controller, log, policies
     from steer.kernel import probe, topology
     from steer.plan import plan
 

@@ -24,6 +24,7 @@ from steer import abi, ladder, policies
 from steer import plan as planning
 from steer.backends import open_backend
 from steer.config import Service
+from steer.declared import Declared
 from steer.errors import (
     AppLoadError,
     CompileError,
@@ -116,7 +117,6 @@ def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering,
 
     Raises:
         FallbackRefused: --strict, and none but a fallback holds.
-        KernelError: none holds; of the kernel's own hash, where it is among them, one does.
     """
     failed: list[tuple[str, KernelError]] = []
     for rung in plan.rungs:
@@ -131,7 +131,7 @@ def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering,
             failed.append((rung.backend, error))
             if error.detail:
                 warn(f"{error}\n{error.detail}")
-    raise failed[0][1]
+    raise AssertionError("the kernel's own hash always holds")
 
 
 class Left(msgspec.Struct, frozen=True):
@@ -142,7 +142,7 @@ class Left(msgspec.Struct, frozen=True):
         generation: the one in force.
         maps: the shapes of the maps there are, in words.
         configured: what was asked for when the service was started or last reloaded.
-        digest: of the policy, if it is the user's own.
+        declared, digest: the policy's. Its file may be another by then, or gone.
         notify: address of the notification socket.
     """
 
@@ -153,6 +153,7 @@ class Left(msgspec.Struct, frozen=True):
     generation: int
     maps: str
     configured: Service
+    declared: Declared
     digest: str
     notify: str
 
@@ -231,7 +232,7 @@ class Controller:
         self.claim = rundir.Claim.inherited(
             path, handover.control, handover.settings.remove_directory
         )
-        self.steering = open_backend(left.rung.backend, self.plan)
+        self.steering = open_backend(left.rung.backend, self.plan, empty=True)
         self.listener = Listener(self._trusted(), left.notify, entries[MAILBOX].fds[0])
         self._open_guard(handover)
         self._make_fleet(generations[left.generation])
@@ -260,7 +261,7 @@ class Controller:
             if key.startswith("generation ")
         }
         in_force = services[left.generation]
-        policy = msgspec.structs.replace(policies.find(in_force.policy), digest=left.digest)
+        policy = policies.as_left(in_force.policy, left.declared, left.digest)
         running = msgspec.structs.replace(
             ours,
             service=in_force,
@@ -282,7 +283,9 @@ class Controller:
             for number, service in services.items()
         }
         self.plan, self.configured = found[left.generation].plan, left.configured
-        if left.configured != ours.service or left.digest != ours.policy.digest:
+        # One that was set live is left as it is.
+        is_edited = policy.source == ours.policy.source and policy != ours.policy
+        if left.configured != ours.service or is_edited:
             self.wanted = wanted
         return found
 
@@ -331,6 +334,7 @@ class Controller:
             in_force,
             repr(abi.MAPS),
             self.configured,
+            self.plan.policy.declared,
             self.plan.policy.digest,
             self.listener.address,
         )
@@ -343,12 +347,11 @@ class Controller:
         Raises:
             KernelError: nothing has changed.
         """
-        if plan.rungs[0].backend == self.steering.backend:
+        rung = plan.rungs[0]
+        if rung.backend == self.steering.backend:
             self.fleet.choose_by(plan)
         else:
-            steering, rung = first_that_holds(plan, self.log.warning)
-            plan = msgspec.structs.replace(plan, rungs=(rung,))
-            self.fleet.choose_by(plan, steering)
+            self.fleet.choose_by(plan, open_backend(rung.backend, plan))
             self.steering, self.rung = self.fleet.steering, rung
         self.plan = plan
         self.keep(self.fleet.generation)

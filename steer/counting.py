@@ -27,7 +27,7 @@ class Counting:
     too. Nothing is made there, and it is gone with its link.
 
     Args:
-        listeners: at most so many.
+        listeners: at most so many; with none there is nothing to count.
 
     Attributes:
         slots: what programs read and write of each slot, whether it is counted or not.
@@ -44,7 +44,7 @@ class Counting:
         self._owners: bpf.Map | None = None
         self._attached: list[bpf.Descriptor] = []
         with ExitStack() as undo:
-            self._listeners = undo.enter_context(bpf.Map("listeners", listeners))
+            self._listeners = undo.enter_context(bpf.Map("listeners", max(1, listeners)))
             self._moved = undo.enter_context(bpf.Map("moved"))
             slots = undo.enter_context(bpf.Map("slots"))
             self.slots = bpf.Slots(slots)
@@ -55,7 +55,8 @@ class Counting:
                 "moved": self._moved,
             }
             undo.callback(self._stop)
-            self._start()
+            if listeners:
+                self._start()
             self.close: Callable[[], None] = undo.pop_all().close
 
     def _start(self) -> None:

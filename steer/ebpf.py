@@ -10,7 +10,7 @@ from itertools import islice
 
 import msgspec
 
-from steer import abi, counting, reserve, table
+from steer import abi, choice, counting, reserve, table
 from steer.choice import Choice
 from steer.counting import Counting
 from steer.kernel import bpf, listeners, sockets
@@ -19,6 +19,9 @@ from steer.reserve import Reserve
 from steer.steering import Counts, Lend, Own, may_be_lost
 from steer.table import Layout, Member
 
+_KEPT = 8
+"""Policies that were in force, to be so again without loading."""
+NO_CONNECTIONS = "datagrams are no connections: only those over TCP count, and ties go in turn"
 SAMPLED = "chosen by what waits at each worker, looked at every so often"
 
 
@@ -55,7 +58,7 @@ class _Group:
 class _Saved(msgspec.Struct):
     """For who goes on: how many descriptors are whose, and what was counted."""
 
-    choice: int
+    choice: choice.Saved
     reserves: list[int]
     counting: counting.Saved
 
@@ -65,24 +68,32 @@ class Ebpf:
 
     backend = "ebpf"
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, empty: bool) -> None:
         self._plan = plan
         self._has_served = self._somebody = False
         self._cpus = len(plan.topology.possible)
-        capacity = plan.slots + reserve.COUNT
+        self._choice: Choice
+        self._choices: list[Choice] = []
+        over_tcp = sum(bind.protocol == "tcp" for bind in plan.binds)
         with ExitStack() as undo:
-            self._counting = Counting(capacity * len(plan.binds))
+            self._counting = Counting((plan.slots + reserve.COUNT) * over_tcp)
             undo.callback(self._counting.close)
             self._groups: list[_Group] = []
             for index in range(len(plan.binds)):
                 self._groups.append(_Group(plan, self._reserve_at(index)))
                 undo.callback(self._groups[-1].close)
-            self._choice = self._choose(plan)
-            undo.callback(lambda: self._choice.close())
+            undo.callback(self._close_choices)
+            if not empty:
+                self._put_in_force(self._load(plan))
             self.close = undo.pop_all().close
 
-    def _choose(self, plan: Plan) -> Choice:
-        return Choice(plan, [{**each.maps, **self._counting.maps} for each in self._groups])
+    def _close_choices(self) -> None:
+        for each in self._choices:
+            each.close()
+
+    def _load(self, plan: Plan) -> Choice:
+        groups = [{**each.maps, **self._counting.maps} for each in self._groups]
+        return Choice.load(plan, groups)
 
     def _reserve_at(self, index: int) -> Callable[[int, int], None]:
         return lambda place, fd: self._join(index, self._plan.slots + place, fd)
@@ -101,7 +112,7 @@ class Ebpf:
         if not self._reads_load:
             return ()
         datagrams = [bind.label for bind in self._plan.binds if bind.protocol == "udp"]
-        return [f"{label}: datagrams are no connections, and go in turn" for label in datagrams]
+        return [f"{label}: {NO_CONNECTIONS}" for label in datagrams]
 
     def _notes_on_open(self) -> Sequence[str]:
         why_not = self._counting.why_not
@@ -175,23 +186,45 @@ class Ebpf:
             self._choice.become(plan)
             self.steer(members)
             return
-        fresh = self._choose(plan)
+        fresh = self._known(plan) or self._load(plan)
         try:
+            fresh.become(plan)
             fresh.steer(members, self._nobody())
             with lend() as lent:
                 self._attach(fresh, lent)
         except BaseException:
-            fresh.close()
+            self._forget(fresh)
             raise
         self._plan = plan
-        old, self._choice = self._choice, fresh
-        old.close()
+        self._choice.left()
+        self._put_in_force(fresh)
 
-    def _attach(self, choice: Choice, lent: Mapping[int, socket.socket]) -> None:
+    def _known(self, plan: Plan) -> Choice | None:
+        """One that was in force before, and is not to be loaded anew."""
+        for each in self._choices:
+            if each.has_rested and each.can_become(plan):
+                return each
+        return None
+
+    def _put_in_force(self, chosen: Choice) -> None:
+        """The last of those that are kept."""
+        if chosen in self._choices:
+            self._choices.remove(chosen)
+        self._choices.append(chosen)
+        self._choice = chosen
+        while len(self._choices) > _KEPT:
+            self._forget(self._choices[0])
+
+    def _forget(self, chosen: Choice) -> None:
+        if chosen in self._choices:
+            self._choices.remove(chosen)
+        chosen.close()
+
+    def _attach(self, chosen: Choice, lent: Mapping[int, socket.socket]) -> None:
         """To every group; a group without a socket gets it with the first."""
         with ExitStack() as undo:
             for index, sock in self._members(lent).items():
-                sockets.attach_ebpf(sock.fileno(), choice.programs[index].fileno())
+                sockets.attach_ebpf(sock.fileno(), chosen.programs[index].fileno())
                 before = self._choice.programs[index].fileno()
                 undo.callback(sockets.attach_ebpf, sock.fileno(), before)
             undo.pop_all()
@@ -207,6 +240,10 @@ class Ebpf:
             self.release()
             for sock in lent.values():
                 sockets.detach(sock.fileno())
+        # The maps may live on for a while, and a socket is in one such map only.
+        for group in self._groups:
+            for slot in range(self._plan.slots + reserve.COUNT):
+                group.sockets.delete(slot)
 
     def settle(self) -> None:
         self._choice.settle()
@@ -268,24 +305,25 @@ class Ebpf:
         return ()
 
     def saved(self) -> tuple[object, Sequence[int]]:
-        chosen = self._choice.descriptors()
+        chosen, choice_fds = self._choice.saved()
         counted, counting_fds = self._counting.saved()
         groups = [fd for group in self._groups for fd in group.descriptors()]
         reserves = [len(group.reserve.sockets) for group in self._groups]
         spare = [sock.fileno() for sock in self.reserve]
-        value = _Saved(len(chosen), reserves, counted)
-        return value, [*chosen, *groups, *spare, *counting_fds]
+        value = _Saved(chosen, reserves, counted)
+        return value, [*choice_fds, *groups, *spare, *counting_fds]
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
         saved = msgspec.convert(value, type=_Saved, strict=False)
         rest = iter(fds)
-        self._choice.receive(list(islice(rest, saved.choice)))
+        of_choice = list(islice(rest, len(saved.choice.maps) + len(self._groups)))
+        self._put_in_force(Choice.receive(self._plan, saved.choice, of_choice))
         for group in self._groups:
             group.receive(list(islice(rest, len(group.maps))))
         for group, count in zip(self._groups, saved.reserves, strict=True):
             group.reserve.receive(list(islice(rest, count)))
         self._counting.restore(saved.counting, list(rest))
-        self._has_served = True
+        self._has_served = self._somebody = True
 
 
 def _seed() -> int:

@@ -440,9 +440,9 @@ class Fleet:
                 if place.process
             }
             steering.steer(members)
-            counted = self.counts()
             self._watch_reserve(False)
             self.steering.detach(self.lend)
+            counted = self.counts()
             try:
                 for slot, socks in there.items():
                     if len(socks) == len(binds):

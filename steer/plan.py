@@ -224,16 +224,17 @@ def _choosing_by(running: Plan, service: Service, policy: Policy, workers: int, 
 
 
 def _rungs(running: Plan, policy: Policy, act: str) -> tuple[Rung, ...]:
-    """What to try for it: the backend there is; where no program was wanted so far, what a
-    start would, but not to do without one. Raises ConfigError."""
-    if policy.source is None:
-        return (Rung(KERNEL, None, False),)
+    """The backend there is; where no program was wanted so far, the best. Raises ConfigError."""
     there, asked = running.rungs, running.service.backend
-    if running.policy.source is None:
-        rungs = ladder.rungs(policy, asked, {})
-        there = tuple(rung for rung in rungs if rung.backend != KERNEL or asked == KERNEL)
-    if not there or there[0].backend not in policy.backends:
-        # Classic BPF is all there is, or all that may be.
+    if policy.source is None:
+        there = (Rung(KERNEL, None, False),)
+    elif running.policy.source is None:
+        there = tuple(ladder.rungs(policy, asked, {})[:1])
+        if asked == CBPF:
+            # It speaks in the kernel's order of sockets, and nobody has kept track of that.
+            cause = f"{policy.name} cannot follow the kernel's own hash on {CBPF}"
+            raise ConfigError(act, cause, "stop and start it")
+    elif there[0].backend not in policy.backends:
         others = (each for each in POLICIES.values() if not each.source or each.assemble)
         cause = f"{policy.name} cannot be on {CBPF}: {policy.no_cbpf}"
         raise ConfigError(act, cause, f"allowed: {', '.join(each.name for each in others)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from steer import declared
+from steer.declared import Declared
 from steer.errors import ConfigError
 from steer.kernel import compile
 from steer.policy import OWN_SUFFIX, POLICIES, Policy, own
@@ -34,6 +35,25 @@ def find(asked: str) -> Policy:
     source = file_of(policy)
     says = declared.parse(compile.text(source), f"read {source}")
     return msgspec.structs.replace(policy, declared=says)
+
+
+def prepare(asked: str) -> Policy:
+    """The policy, compiled if it is the user's own: that takes its time, and is not done again.
+
+    Raises:
+        As `find`; CompileError: it does not compile.
+    """
+    policy = find(asked)
+    if policy.is_own:
+        compile.load(file_of(policy))
+    return policy
+
+
+def as_left(asked: str, says: Declared, digest: str) -> Policy:
+    """The policy of that name as another controller had it, whatever is in the file by now."""
+    if asked.endswith(OWN_SUFFIX):
+        return own(Path(asked).stem, asked, says, digest)
+    return msgspec.structs.replace(POLICIES[asked], declared=says)
 
 
 def file_of(policy: Policy) -> Path:

@@ -26,6 +26,8 @@ _LINGER_S = 1.0
 _LOOK_S = 0.01
 _LOOK_AGAIN_S = 0.1
 _LOOK_AT_FLOWS_S = 0.25
+_FLOWS_UNTIL = 0.9
+"""So much of --graceful-timeout flows may go on."""
 
 
 async def settle(fleet: Fleet, place: Place) -> None:
@@ -34,10 +36,11 @@ async def settle(fleet: Fleet, place: Place) -> None:
     A handshake that began before the table changed may end now, and the connection wait at
     a listener that its worker has turned away from, but keeps open.
     """
-    # The other half of its time is for finishing what it has.
-    limit_s = fleet.generation.plan.service.graceful_timeout / 2
+    whole_s, began_s = fleet.generation.plan.service.graceful_timeout, time.monotonic()
+    await _until_forgotten(fleet, place, began_s + _FLOWS_UNTIL * whole_s)
+    # Half of what is left is for finishing what it has.
+    limit_s = (began_s + whole_s - time.monotonic()) / 2
     end_s = time.monotonic() + limit_s
-    await _until_forgotten(fleet, place, end_s)
     await until_empty(fleet, place, limit_s)
     await _until_answered(place, min(end_s, time.monotonic() + _LINGER_S))
     fleet.report(place, Event.SETTLED)
@@ -69,7 +72,7 @@ async def _until_forgotten(fleet: Fleet, place: Place, end_s: float) -> None:
     """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
     fleet.settle()
     steering, got = fleet.steering, _datagrams(fleet, place)
-    if got is None or not steering.remembers():
+    if not got or place.hung or not steering.remembers():
         return
     idle_s, last_s = steering.own().params.get("idle", 0), time.monotonic()
     while place.process and (now_s := time.monotonic()) < min(end_s, last_s + idle_s):
@@ -80,7 +83,7 @@ async def _until_forgotten(fleet: Fleet, place: Place, end_s: float) -> None:
 
 
 def _datagrams(fleet: Fleet, place: Place) -> int | None:
-    """Sent to it so far; None where it takes none, or nobody counts."""
+    """Sent to it so far; None where nobody counts."""
     binds = place.generation.plan.binds
     over_udp = [at for at, bind in enumerate(binds) if bind.protocol == "udp"]
     counts = [fleet.steering.counts(place.slot, at) for at in over_udp]

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,7 +25,7 @@ from steer.controller import Controller
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.fleet import QUICK_S, Place
 from steer.health import Health
-from steer.kernel import compile, process, sockets, topology
+from steer.kernel import process, sockets, topology
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.plan import Generation, Plan
@@ -272,7 +272,7 @@ class _Supervisor:
             self._tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 service = self._service.reread()
-                policy = await _ready_to_load(service.policy)
+                policy = await asyncio.to_thread(policies.prepare, service.policy)
                 plan = planning.again(self._plan, service, topology.read(), policy=policy)
                 return await self._renew(plan, tell)
             finally:
@@ -287,7 +287,6 @@ class _Supervisor:
         process.allow_descriptors(plan.descriptors)
         before = self._plan
         self._choose_as(plan)
-        plan = msgspec.structs.replace(plan, rungs=self._plan.rungs)
         try:
             generation = await self._changes.renew(plan, tell)
         except SteerError:
@@ -317,7 +316,8 @@ class _Supervisor:
             now = self._plan
             service = _choosing(now.service, asked, act)
             try:
-                policy = await _ready_to_load(service.policy)
+                policy = await asyncio.to_thread(policies.prepare, service.policy)
+                service = _keeping(now, service, policy)
                 self._service.choose_by(
                     planning.choosing_by(now, service, policy, topology.read(), act)
                 )
@@ -469,34 +469,31 @@ class _Supervisor:
 
 
 def _choosing(service: Service, asked: Mapping[str, Any], act: str) -> Service:
-    """The configuration with the policy, parameters and weights asked for. With the policy
-    there is, parameters that are not named stay as they are.
+    """The configuration with the policy, parameters and weights asked for.
 
     Raises:
         ConfigError
     """
     values = {key: asked[key] for key in _POLICY_KEYS if asked.get(key) is not None}
-    changed = config.changed(service, values, act)
-    kept = service.params if changed.policy == service.policy else ()
-    named = dict(text.partition("=")[::2] for text in (*kept, *values.get("params", ())))
-    params = tuple(f"{name}={value}" for name, value in named.items())
-    return msgspec.structs.replace(changed, params=params)
+    if values.get("policy") == KERNEL:
+        values.setdefault("weights", ())  # it knows none
+    return config.changed(service, {"params": (), **values}, act)
 
 
-async def _ready_to_load(asked: str) -> Policy:
-    """The policy, compiled: that takes its time, and is not done again when it is loaded.
+def _keeping(now: Plan, service: Service, policy: Policy) -> Service:
+    """With the policy there is, parameters that are not named stay as they are."""
+    if service.policy != now.service.policy:
+        return service
+    known = {param.name for param in policy.declared.params}
+    kept = {name: value for name, value in _pairs(now.service.params) if name in known}
+    params = tuple(f"{name}={value}" for name, value in {**kept, **dict(_pairs(service.params))}.items())
+    return msgspec.structs.replace(service, params=params)
 
-    Raises:
-        ConfigError, CompileError
-    """
 
-    def find() -> Policy:
-        policy = policies.find(asked)
-        if policy.is_own:
-            compile.load(policies.file_of(policy))
-        return policy
-
-    return await asyncio.to_thread(find)
+def _pairs(params: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for text in params:
+        name, _, value = text.partition("=")
+        yield name, value
 
 
 def _took(began_s: float) -> Mapping[str, float]:

@@ -109,7 +109,7 @@ def gone(*workers: dict[str, Any]) -> bool:
 
 def queued(running: Service) -> dict[int, int]:
     """By slot, as the kernel has it."""
-    (service,) = json.loads(running.steer("status", "--json").stdout)["services"]
+    (service,) = json.loads(running.steer("status", running.name, "--json").stdout)["services"]
     return {each["slot"]: each["connections"]["queued"] for each in service["workers"]}
 
 
@@ -311,7 +311,7 @@ def test_one_that_is_never_ready_is_tried_less_and_less_often(
     looping = eventually(lambda: next(e for e in running.workers() if e["state"] == "backoff"))
     assert looping["pid"] is None
     assert looping["restarts"] >= 4
-    shown = running.steer("status").stdout
+    shown = running.steer("status", running.name).stdout
     assert "backoff" in shown
 
 

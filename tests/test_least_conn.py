@@ -497,7 +497,7 @@ def test_status_says_what_is_open(service: StartService) -> None:
     with ExitStack() as held:
         assert Counter(kept_alive(held, 6)) == {0: 2, 1: 2, 2: 2}
         assert open_at(running) == {0: 2, 1: 2, 2: 2}
-        table = running.steer("status").stdout.splitlines()[1:]
+        table = running.steer("status", running.name).stdout.splitlines()[1:]
         column = table[0].split().index("open")
         assert [line.split()[column] for line in table[1:4]] == ["2", "2", "2"]
     eventually(lambda: is_idle(running))

@@ -208,4 +208,4 @@ def test_service(service: StartService) -> None:
     found = {http_get("127.0.0.1", PORT)[1]["slot"] for _ in range(12)}
     assert len(found) == 1
     assert running.status()["params"] == {"prefix4": 32, "prefix6": 64}
-    assert "with prefix4=32, prefix6=64" in running.steer("status").stdout
+    assert "with prefix4=32, prefix6=64" in running.steer("status", running.name).stdout

@@ -325,15 +325,23 @@ class Table:
     def __init__(self, table_map: Map) -> None:
         self.map = table_map
         self._memory = table_map.memory()
-        self._active = 0
-        self._readers_may_remain = False
+        self._active = abi.HEADER.unpack(self._memory[: abi.HEADER.size])[0] & 1
+        self._readers_may_remain = True
+
+    def forget(self) -> None:
+        """Choose nobody, before any program runs."""
         nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
         self.fill({0: nobody * (abi.HALF_BYTES // 2)})
+
+    def rested(self) -> None:
+        """No program has run since `PROGRAMS_END_S`."""
+        self._readers_may_remain = False
 
     def fill(self, parts: Mapping[int, bytes]) -> None:
         """Write `parts` (offset in a half → bytes) into both halves, before any program runs."""
         for half in (0, 1):
             self._write(half, parts)
+        self._readers_may_remain = False
 
     def flip(self, parts: Mapping[int, bytes]) -> None:
         """Write `parts` into the idle half and make it active."""
@@ -356,14 +364,6 @@ class Table:
         """The half in use."""
         base = abi.HEADER.size + self._active * abi.HALF_BYTES
         return self._memory[base : base + abi.HALF_BYTES]
-
-    def become(self, fd: int) -> None:
-        """Stand for another table, as somebody else has left it; the descriptor is ours."""
-        self._memory.close()
-        self.map.become(fd)
-        self._memory = self.map.memory()
-        self._active = abi.HEADER.unpack(self._memory[: abi.HEADER.size])[0] & 1
-        self._readers_may_remain = True
 
     def _write(self, half: int, parts: Mapping[int, bytes]) -> None:
         base = abi.HEADER.size + half * abi.HALF_BYTES
@@ -467,9 +467,12 @@ def ticks_per_s() -> int:
 _CLOCK_MONOTONIC_COARSE = 6
 
 
+PROGRAMS_END_S = 0.1
+"""No program runs so long."""
+
+
 def wait_for_programs() -> None:
     """Return once every BPF program that is running now has ended."""
     number = _MEMBARRIER.get(os.uname().machine)
     if number is None or ctypes.CDLL(None).syscall(number, _MEMBARRIER_CMD_GLOBAL, 0, 0) != 0:
-        # nohz_full kernels refuse. No program runs for a tenth of a second.
-        time.sleep(0.1)
+        time.sleep(PROGRAMS_END_S)  # nohz_full kernels refuse

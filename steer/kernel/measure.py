@@ -42,14 +42,14 @@ def statistics() -> Iterator[None]:
         os.close(fd)
 
 
-def spent(program: bpf.Program) -> tuple[int, int]:
+def spent(program: bpf.Descriptor) -> tuple[int, int]:
     """Nanoseconds and runs so far."""
     with open(f"/proc/self/fdinfo/{program.fileno()}") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["run_time_ns"]), int(fields["run_cnt"])
 
 
-def cost_ns(program: bpf.Program, sockets_map: bpf.Map) -> float:
+def cost_ns(program: bpf.Descriptor, sockets_map: bpf.Map) -> float:
     """For datagrams from one client to as many sockets as SLOTS, on loopback.
 
     Args:
@@ -83,7 +83,7 @@ def _group(sockets_map: bpf.Map, stack: ExitStack) -> socket.socket:
     return first
 
 
-def _mean_ns(program: bpf.Program, member: socket.socket, flood: _Flood) -> float:
+def _mean_ns(program: bpf.Descriptor, member: socket.socket, flood: _Flood) -> float:
     sockets.attach_ebpf(member.fileno(), program.fileno())
     flood.send(1)
     before_ns, before = spent(program)

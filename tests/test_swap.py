@@ -1,0 +1,676 @@
+"""`steer policy`: another policy on a service that runs, from any to any, and no client notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clients import BIND, answer, freeze, request, send
+from conftest import StartService
+from crew import CPUS, KINDS, PORT, Crew, pinned, sources
+from support import NOBODY, Service, bpf_ids, eventually, http_get, udp_ask
+
+from steer.errors import KernelError, Refused
+from steer.kernel import sockets
+from steer.plan import choosing_by
+from steer.policies import find
+from steer.policy import CBPF, EBPF, KERNEL, POLICIES
+
+pytestmark = [pytest.mark.needs("bpf", "migrate", "netns"), pytest.mark.usefixtures("netns")]
+
+HOST = "127.0.0.1"
+BOTH = (*BIND, "-b", f"udp://{HOST}:{PORT}")
+BUILT_IN = [name for name in POLICIES if name != KERNEL]
+MINE = """
+/* mine - all to one slot. */
+#include "steer.h"
+
+STEER_PARAM(slot, 0, 0, 4095, "all go there")
+STEER_COUNTER(calls, "times that it was asked")
+
+STEER_POLICY(ctx, table)
+{
+	steer_add(calls, 1);
+	return steer_to(steer_param(slot));
+}
+"""
+
+
+@pytest.fixture
+def mine(home: Path) -> Path:
+    """A policy of one's own."""
+    return write(home, MINE)
+
+
+def write(home: Path, text: str, name: str = "mine.c") -> Path:
+    file = home / name
+    file.write_text(text)
+    return file
+
+
+class Load:
+    """Clients that ask all the time, each time from another socket, over TCP and over UDP.
+
+    Attributes:
+        answered: how often, by protocol.
+        failures: what went wrong instead.
+    """
+
+    def __init__(self) -> None:
+        self.answered: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self._over = threading.Event()
+        asks = {"tcp": _ask_over_tcp, "udp": lambda _: udp_ask(HOST, PORT)}
+        self._threads = [
+            threading.Thread(target=self._ask, args=each, daemon=True) for each in asks.items()
+        ]
+
+    def _ask(self, protocol: str, ask: Callable[[int], object]) -> None:
+        for number in count():
+            if self._over.wait(0.001):
+                return
+            try:
+                ask(number)
+                self.answered[protocol] += 1
+            except (OSError, ValueError) as error:
+                self.failures.append(f"{protocol}: {error!r}")
+
+    def goes_on(self, requests: int = 3) -> None:
+        """Until so many more of each were answered, and all of them were."""
+        wanted = {name: self.answered[name] + requests for name in ("tcp", "udp")}
+        eventually(
+            lambda: self.failures or all(self.answered[name] >= wanted[name] for name in wanted)
+        )
+        assert not self.failures
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        self.goes_on()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        assert not self.failures
+
+
+def _ask_over_tcp(number: int) -> object:
+    return http_get(HOST, PORT, source=f"127.0.0.{number % 250 + 1}")
+
+
+class Kept:
+    """A connection that stays open: who has it answers, whenever it is asked."""
+
+    def __init__(self, clients: ExitStack, source: str = HOST) -> None:
+        made = socket.create_connection((HOST, PORT), 60, (source, 0))
+        self._sock = clients.enter_context(made)
+        self._stream = clients.enter_context(made.makefile("rb"))
+        self.pid = self.who()["pid"]
+
+    def who(self) -> dict[str, Any]:
+        self._sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        length = 0
+        while line := self._stream.readline().strip():
+            name, _, value = line.partition(b": ")
+            length = int(value) if name.lower() == b"content-length" else length
+        found: dict[str, Any] = json.loads(self._stream.read(length))
+        return found
+
+
+def keep(clients: ExitStack, number: int) -> list[Kept]:
+    return [Kept(clients) for _ in range(number)]
+
+
+def swap(running: Service, policy: str | Path, *params: str, **more: Any) -> dict[str, Any]:
+    """Of the status afterwards."""
+    asked = {"policy": str(policy), **({"params": params} if params else {}), **more}
+    running.ask("policy", timeout_s=None, **asked)
+    return running.status()
+
+
+def refusal(running: Service, policy: str | Path, *params: str, **more: Any) -> Refused:
+    with pytest.raises(Refused) as caught:
+        swap(running, policy, *params, **more)
+    return caught.value
+
+
+def opened(running: Service) -> dict[int, int]:
+    return {each["slot"]: each["connections"]["open"] for each in running.workers()}
+
+
+def answers(number: int, sources: Sequence[str] = ()) -> Counter[int]:
+    """How many of so many requests each slot answers; all come in on one CPU."""
+    with pinned(CPUS[0]):
+        hosts = sources or [""] * number
+        return Counter(http_get(HOST, PORT, source=host)[1]["slot"] for host in hosts)
+
+
+def clients_of(number: int) -> list[str]:
+    return [f"127.0.{each % 200}.9" for each in range(number)]
+
+
+def programs(running: Service) -> set[tuple[str, int]]:
+    """Its programs and maps, by their numbers: one that is made anew has another."""
+    return bpf_ids(running.pid)
+
+
+def as_it_was(running: Service) -> Callable[[], None]:
+    """Says whether it still is."""
+    keys = ("policy", "params", "backend", "generation", "notes")
+    before, made = running.status(), programs(running)
+    slots = [
+        (each["slot"], each["pid"], each["weight"], each["cpus"]) for each in before["workers"]
+    ]
+
+    def check() -> None:
+        after = running.status()
+        assert {key: after[key] for key in keys} == {key: before[key] for key in keys}
+        assert [
+            (each["slot"], each["pid"], each["weight"], each["cpus"]) for each in after["workers"]
+        ] == slots
+        assert programs(running) == made
+        assert answers(4).total() == 4
+
+    return check
+
+
+# ---- from any to any
+
+
+def tour(names: Sequence[str]) -> Iterator[str]:
+    """Through each of the pairs once, in both directions (Hierholzer)."""
+    left = {name: [other for other in names if other != name] for name in names}
+    path = [names[0]]
+    while path:
+        if left[path[-1]]:
+            path.append(left[path[-1]].pop())
+        else:
+            yield path.pop()
+
+
+def test_a_tour_has_each_pair_once() -> None:
+    stops = list(tour("abcd"))
+    pairs = list(pairwise(stops))
+    assert sorted(pairs) == [(a, b) for a in "abcd" for b in "abcd" if a != b]
+
+
+@pytest.mark.needs("bcc")
+def test_any_to_any_under_load(service: StartService, mine: Path) -> None:
+    """TCP and UDP: every request is answered, by workers that all stay."""
+    first, *stops = tour([*BUILT_IN, str(mine), KERNEL])
+    running = service("-w", "3", *BOTH, "--policy", first)
+    pids, selected = [each["pid"] for each in running.workers()], 0
+    with Load() as load:
+        for policy in stops:
+            status = swap(running, policy)
+            assert status["policy"] == Path(policy).stem
+            assert status["backend"] == (KERNEL if policy == KERNEL else EBPF)
+            if policy != KERNEL:
+                assert status["totals"]["selected"] >= selected, "a count has fallen"
+                selected = status["totals"]["selected"]
+            load.goes_on()
+    assert [each["pid"] for each in running.workers()] == pids
+    assert [each["restarts"] for each in running.workers()] == [0, 0, 0]
+    assert running.status()["generation"] == 1
+
+
+@pytest.mark.needs("bcc")
+def test_every_request_is_counted_once(service: StartService, mine: Path) -> None:
+    running = service("-w", "3", *BOTH, "--policy", "hash")
+    with Load() as load:
+        for policy in tour(["least-conn", "random", "flow", str(mine)]):
+            swap(running, policy)
+            load.goes_on()
+    totals = running.status()["totals"]
+    assert totals["selected"] == load.answered.total()
+    assert totals["migrated"] == totals["fallback"] == totals["unsteered"] == 0
+    assert sum(running.selected().values()) == totals["selected"]
+
+
+def test_the_command_says_what_it_did(service: StartService) -> None:
+    running = service("-w", "2")
+    done = running.steer("policy", "source", "--param", "prefix4=24")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("changed test: source on ebpf, ")
+    assert done.stdout.endswith(" ms\n")
+    found = json.loads(running.steer("policy", "test", "kernel", "--json").stdout)
+    assert (found["policy"], found["backend"]) == ("kernel", "kernel")
+    assert 0 < found["took_s"] < 60
+    assert "source on ebpf" in running.log
+
+
+@pytest.mark.needs("bcc")
+def test_the_command_takes_a_path_as_seen_from_where_it_is_called(
+    service: StartService, mine: Path, home: Path
+) -> None:
+    (home / "below").mkdir()
+    running = service("-w", "2", "--chdir", str(home / "below"))
+    done = running.steer("policy", "./mine.c", "--param", "slot=1")
+    assert done.stdout.startswith("changed test: mine on ebpf, "), done.stderr
+    assert answers(6) == {1: 6}
+
+
+# ---- connections that stay
+
+
+def test_connections_stay_and_stay_counted(service: StartService, clients: ExitStack) -> None:
+    """Through policies that know nothing of them."""
+    running = service("-w", "2", *BIND, "--policy", "source")
+    held = keep(clients, 8)
+    [slot] = [slot for slot, number in opened(running).items() if number == 8]
+    for policy in tour(BUILT_IN):
+        swap(running, policy)
+        assert opened(running) == {slot: 8, 1 - slot: 0}
+    swap(running, "least-conn")
+    # The other makes up for it first, to the one.
+    more = keep(clients, 8)
+    assert opened(running) == {0: 8, 1: 8}
+    more += keep(clients, 2)
+    assert opened(running) == {0: 9, 1: 9}
+    assert all(each.who()["pid"] == each.pid for each in held + more)
+    clients.close()
+    eventually(lambda: opened(running), {0: 0, 1: 0})
+
+
+def test_the_kernels_own_hash_counts_nothing_but_loses_no_connection(
+    service: StartService, clients: ExitStack
+) -> None:
+    """What was open before it is not known after it, and is never fewer than none."""
+    running = service("-w", "2", *BIND, "--policy", "least-conn")
+    held = keep(clients, 6)
+    assert opened(running) == {0: 3, 1: 3}
+    swap(running, KERNEL)
+    assert opened(running) == {0: None, 1: None}
+    held += keep(clients, 6)
+    swap(running, "least-conn")
+    fresh = ExitStack()
+    with fresh:
+        held_now = keep(fresh, 4)
+        assert opened(running) == {0: 2, 1: 2}
+        assert all(each.who()["pid"] == each.pid for each in held + held_now)
+        clients.close()
+        assert answers(20).total() == 20
+        eventually(lambda: opened(running), {0: 2, 1: 2})
+    eventually(lambda: opened(running), {0: 0, 1: 0})
+
+
+def test_queued_connections_are_left_where_they_are(
+    service: StartService, clients: ExitStack
+) -> None:
+    """Those of a worker that stands still: it answers when it goes on."""
+    running = service("-w", "2", *BIND, "--policy", "source", "--hang-timeout", "0")
+    [slot] = answers(1)
+    [worker] = [each for each in running.workers() if each["slot"] == slot]
+    freeze(worker)
+    waiting = [clients.enter_context(request()) for _ in range(6)]
+    eventually(lambda: opened(running)[slot], 6)
+    for policy in ("cpu", KERNEL, "random", "least-conn"):
+        swap(running, policy)
+    send(worker, signal.SIGCONT)
+    assert {answer(sock)["slot"] for sock in waiting} == {slot}
+
+
+def test_with_nobody_there_connections_wait_for_the_new_policy() -> None:
+    """The group has no sockets then but those where they wait."""
+    with Crew(EBPF, "source", "tcp4", workers=2).serving() as crew, ExitStack() as clients:
+        crew.steering.open_reserve()
+        crew.steer()
+        crew.leave(0, 1)
+        crew.steering.steer(())
+        for policy in ("least-conn", "random", "round-robin"):
+            clients.enter_context(crew.send(crew.binds[0]))
+            swap_crew(crew, policy)
+        assert crew.take_ready() == []
+        crew.join(0, 1)
+        crew.steer()
+        crew.steering.empty_reserve()
+        assert Counter(each.slot for each in crew.take(3)).total() == 3
+        assert crew.sequence(4) in ([0, 1, 0, 1], [1, 0, 1, 0])
+
+
+# ---- weights and parameters
+
+
+def test_weights_change_with_the_policy_or_without(service: StartService) -> None:
+    running = service("-w", "2", *BIND, "--policy", "hash")
+    status = swap(running, "round-robin", weights=["3", "1"])
+    assert [each["weight"] for each in status["workers"]] == [3, 1]
+    assert answers(40) == {0: 30, 1: 10}
+    made = programs(running)
+    swap(running, "round-robin", weights=[1, 4])
+    assert answers(40) == {0: 8, 1: 32}
+    assert programs(running) == made, "the same program reads another table"
+    # They stay until they are changed.
+    status = swap(running, "random")
+    assert [each["weight"] for each in status["workers"]] == [1, 4]
+
+
+def test_open_connections_are_weighed(service: StartService, clients: ExitStack) -> None:
+    running = service("-w", "2", *BIND, "--policy", "hash")
+    swap(running, "least-conn", weights=[3, 1])
+    held = keep(clients, 16)
+    assert opened(running) == {0: 12, 1: 4}
+    swap(running, "least-conn", weights=[1, 1])
+    held += keep(clients, 8)
+    assert opened(running) == {0: 12, 1: 12}
+
+
+@pytest.mark.needs("bcc")
+def test_params_change_without_a_compiler(service: StartService, home: Path, mine: Path) -> None:
+    running = service("-w", "2", *BIND, "--policy", str(mine), "--param", "slot=1")
+    made, cached = programs(running), set((home / "cache").rglob("*.json"))
+    assert answers(6) == {1: 6}
+    for slot in (0, 1, 0):
+        status = swap(running, mine, f"slot={slot}")
+        assert status["params"] == {"slot": slot}
+        assert answers(6) == {slot: 6}
+    assert programs(running) == made
+    assert set((home / "cache").rglob("*.json")) == cached
+    assert running.status()["counters"] == {"calls": 24}, "what it counts goes on"
+
+
+def test_params_of_a_built_in_change_live(service: StartService) -> None:
+    running = service("-w", "3", *BIND, "--policy", "source")
+    made, hosts = programs(running), clients_of(40)
+    assert set(answers(40, hosts)) == {0, 1, 2}
+    assert swap(running, "source", "prefix4=8")["params"] == {"prefix4": 8, "prefix6": 64}
+    assert len(answers(40, hosts)) == 1
+    # One that is not named stays as it is.
+    assert swap(running, "source", "prefix6=48")["params"] == {"prefix4": 8, "prefix6": 48}
+    assert programs(running) == made
+    # With another policy in between they are as it declares them.
+    swap(running, "hash")
+    assert swap(running, "source")["params"] == {"prefix4": 32, "prefix6": 64}
+
+
+def test_room_for_flows_changes_live(service: StartService) -> None:
+    """It is the size of a map, so there is another; the time for which they are kept is not."""
+    running = service("-w", "2", *BOTH, "--policy", "flow")
+    with Load() as load:
+        made = programs(running)
+        assert swap(running, "flow", "idle=5")["params"] == {"capacity": 65536, "idle": 5}
+        assert programs(running) == made
+        load.goes_on()
+        status = swap(running, "flow", "capacity=2048")
+        assert status["params"] == {"capacity": 2048, "idle": 5}
+        assert programs(running) != made
+        load.goes_on()
+
+
+# ---- what is refused
+
+
+BROKEN = {
+    "no C": (MINE.replace("return steer_to", "retrun steer_to"), "compile mine.c: "),
+    "no verifier's": (
+        MINE.replace("return steer_to(steer_param(slot));", "return *(u32 *)0;"),
+        "load ",
+    ),
+    "bad declaration": (MINE.replace("0, 0, 4095", "9, 0, 3"), "line 5: the default of slot, 9"),
+    "no policy": ("int nothing;\n", "no STEER_POLICY in it"),
+}
+
+
+@pytest.mark.needs("bcc")
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_policy_leaves_the_old(service: StartService, home: Path, kind: str) -> None:
+    running = service("-w", "2", *BOTH, "--policy", "source", "--param", "prefix4=24")
+    still = as_it_was(running)
+    text, words = BROKEN[kind]
+    broken = write(home, text)
+    with Load() as load:
+        assert words in str(refusal(running, broken))
+        load.goes_on()
+    still()
+    done = running.steer("policy", "./mine.c")
+    assert done.returncode == 1
+    assert words in done.stderr
+    # And then it is mended.
+    assert swap(running, write(home, MINE))["policy"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "policy, params, more, words",
+    [
+        ("fastest", (), {}, "policy = 'fastest': unknown policy; allowed: cpu, round-robin, "),
+        ("missing.c", (), {}, "/missing.c: No such file or directory"),
+        ("source", ("prefix4=33",), {}, "parameter prefix4 = '33'; allowed: whole numbers from 0"),
+        ("source", ("prefix=3",), {}, "no parameter 'prefix' (of 'prefix=3'); allowed: prefix4"),
+        ("source", ("prefix4",), {}, "params = 'prefix4': malformed; allowed: NAME=VALUE"),
+        ("hash", ("prefix4=3",), {}, "no parameter 'prefix4' (of 'prefix4=3'); this policy has no"),
+        ("hash", (), {"weights": [0]}, "weights = '0': Expected int >= 1; allowed: whole numbers"),
+        ("hash", (), {"weights": [1, 2, 3]}, "3 weights for 2 workers; give each worker one at"),
+        ("kernel", (), {"weights": [1, 2]}, "the kernel's own hash knows no weights"),
+    ],
+)
+def test_what_cannot_be_leaves_the_old(
+    service: StartService, policy: str, params: tuple[str, ...], more: dict[str, Any], words: str
+) -> None:
+    running = service("-w", "2", *BOTH, "--policy", "least-conn")
+    still = as_it_was(running)
+    said = str(refusal(running, policy, *params, **more))
+    assert said.startswith("change the policy of test: ") or policy == "missing.c"
+    assert words in said
+    still()
+
+
+@pytest.mark.parametrize("request_", [{"policy": 3}, {"policy": ["hash"]}, {"params": "a=1"}])
+def test_requests_that_are_none(service: StartService, request_: dict[str, Any]) -> None:
+    running = service("-w", "1", "--policy", "hash")
+    with pytest.raises(Refused, match=r"change the policy of test: (policy|params) = .*Expected"):
+        running.ask("policy", **request_)
+    assert "bug" not in running.log
+
+
+def test_at_a_group_that_fails_the_others_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no program of the new policy is left."""
+    with Crew(EBPF, "hash", *KINDS).serving() as crew:
+        flows = sources("127.0.0.1", 40)
+        before, made = crew.flows(flows), bpf_ids(os.getpid())
+        attach, calls = sockets.attach_ebpf, count()
+
+        def fails_at_the_third(fd: int, program: int) -> None:
+            if next(calls) == 2:
+                raise KernelError("attach", "ENOMEM")
+            attach(fd, program)
+
+        monkeypatch.setattr(sockets, "attach_ebpf", fails_at_the_third)
+        with pytest.raises(KernelError, match="ENOMEM"):
+            swap_crew(crew, "source")
+        assert bpf_ids(os.getpid()) == made
+        assert crew.flows(flows) == before
+        monkeypatch.undo()
+        swap_crew(crew, "source")
+        assert len(set(crew.flows(flows).values())) == 1
+
+
+def swap_crew(crew: Crew, policy: str) -> None:
+    """As the fleet does it."""
+    service = crew.plan.service
+    plan = choosing_by(crew.plan, service, find(policy), crew.plan.topology, "change it")
+    members = [crew.member(slot) for slot in sorted(crew.sockets)]
+    crew.steering.swap(plan, members, lambda: _lent(crew))
+
+
+@contextmanager
+def _lent(crew: Crew) -> Iterator[dict[int, socket.socket]]:
+    yield dict(enumerate(next(iter(crew.sockets.values()), ())))
+
+
+# ---- without privilege
+
+
+@pytest.mark.needs("nobody")
+def test_on_classic_bpf(service: StartService, mine: Path) -> None:
+    running = service("-w", "3", *BIND, "--policy", "hash", user=NOBODY)
+    reason = running.status()["backend_reason"]
+    for policy in ("random", "cpu", "source", "hash"):
+        status = swap(running, policy)
+        assert (status["policy"], status["backend"]) == (policy, CBPF)
+        assert status["backend_reason"] == reason
+        if policy == "cpu":
+            assert answers(6).total() == 6
+        else:
+            assert set(answers(60, clients_of(60))) == {0, 1, 2}
+    for policy, why in [
+        ("round-robin", "classic BPF keeps no state, so it cannot take turns"),
+        ("least-conn", "classic BPF cannot read what is counted"),
+        ("flow", "classic BPF remembers nothing"),
+        (str(mine), "classic BPF cannot run a policy of one's own"),
+    ]:
+        assert str(refusal(running, policy)) == (
+            f"change the policy of test: {Path(policy).stem} cannot be on cbpf: {why}; "
+            "allowed: cpu, hash, source, random, kernel"
+        )
+        assert (running.status()["policy"], running.status()["backend"]) == ("hash", CBPF)
+    assert set(answers(60)) == {0, 1, 2}
+
+
+@pytest.mark.needs("nobody")
+def test_without_privilege_there_is_no_way_back_from_the_kernels_own_hash(
+    service: StartService,
+) -> None:
+    """Sockets come and go then, and nobody keeps track of the order that classic BPF speaks in."""
+    running = service("-w", "2", *BIND, "--policy", "hash", user=NOBODY)
+    assert swap(running, KERNEL)["backend"] == KERNEL
+    still = as_it_was(running)
+    assert "EPERM; needs CAP_BPF: run as root" in str(refusal(running, "hash"))
+    still()
+
+
+def test_a_backend_that_was_asked_for_is_kept_to(service: StartService) -> None:
+    running = service("-w", "2", *BIND, "--policy", "hash", "--backend", "cbpf")
+    assert swap(running, KERNEL)["backend"] == KERNEL
+    assert str(refusal(running, "random")) == (
+        "change the policy of test: random cannot follow the kernel's own hash on cbpf; "
+        "stop and start it"
+    )
+    assert running.status()["policy"] == KERNEL
+
+
+# ---- what comes after
+
+
+def test_reload_puts_the_policy_of_the_configuration_back(
+    service: StartService, home: Path
+) -> None:
+    configure(home, policy="source", params=["prefix4=24"], weights=[1, 2], workers=2)
+    running = service(*BOTH)
+    swap(running, "round-robin", weights=[5, 1])
+    assert answers(12) == {0: 10, 1: 2}
+    with Load() as load:
+        running.ask("reload", timeout_s=None)
+        load.goes_on()
+    status = running.status()
+    assert (status["policy"], status["generation"]) == ("source", 2)
+    assert status["params"] == {"prefix4": 24, "prefix6": 64}
+    fresh = [each for each in status["workers"] if each["generation"] == 2]
+    assert [each["weight"] for each in fresh] == [1, 2]
+    assert len(answers(20)) == 1
+
+
+def configure(home: Path, **keys: object) -> None:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    (home / "steer.toml").write_text("\n".join(["[service]", *lines]))
+
+
+@pytest.mark.needs("bcc")
+def test_reload_takes_what_is_in_the_file_by_then(service: StartService, mine: Path) -> None:
+    running = service("-w", "2", *BIND, "--policy", str(mine))
+    assert answers(6) == {0: 6}
+    mine.write_text(MINE.replace("return steer_to(steer_param(slot))", "return steer_to(1)"))
+    assert answers(6) == {0: 6}, "not before it is asked to"
+    running.ask("reload", timeout_s=None)
+    slots = {each["seat" if "seat" in each else "slot"] for each in running.workers()}
+    assert slots
+    assert running.status()["generation"] == 2
+
+
+@pytest.mark.needs("bcc")
+def test_the_same_file_with_another_text_is_another_policy(
+    service: StartService, mine: Path
+) -> None:
+    running = service("-w", "2", *BIND, "--policy", str(mine))
+    assert answers(6) == {0: 6}
+    mine.write_text(MINE.replace("steer_to(steer_param(slot))", "steer_to(1)"))
+    swap(running, mine)
+    assert answers(6) == {1: 6}
+
+
+def orphan(running: Service) -> None:
+    """End its controller, and nothing but that."""
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+
+
+@pytest.mark.needs("bcc")
+@pytest.mark.parametrize("policy", ["least-conn", "source", "flow", "mine", KERNEL])
+def test_a_new_controller_goes_on_with_it(
+    service: StartService, mine: Path, policy: str, clients: ExitStack
+) -> None:
+    arguments = ("-w", "2", *BIND, "--policy", "hash")
+    first = service(*arguments)
+    weights = {} if policy == KERNEL else {"weights": [1, 3]}
+    params = {"source": ("prefix4=8",), "mine": ("slot=1",)}.get(policy, ())
+    swap(first, mine if policy == "mine" else policy, *params, **weights)
+    answers(8)
+    held, before, made = keep(clients, 8), first.status(), programs(first)
+    orphan(first)
+    second = service(*arguments)
+    after = second.status()
+    same = ("policy", "params", "backend", "generation", "counters", "totals")
+    assert {key: after[key] for key in same} == {key: before[key] for key in same}
+    assert [each["weight"] for each in after["workers"]] == ([1, 1] if not weights else [1, 3])
+    assert opened(second) == {
+        each["slot"]: each["connections"]["open"] for each in before["workers"]
+    }
+    assert programs(second) <= made, "something was made anew"
+    assert all(each.who()["pid"] == each.pid for each in held)
+    # And can be changed, and reloaded, as if nothing had been.
+    assert swap(second, "round-robin")["policy"] == "round-robin"
+    second.ask("reload", timeout_s=None)
+    assert second.status()["policy"] == "hash"
+
+
+# ---- CPUs
+
+
+@pytest.mark.parametrize("user", [None, pytest.param(NOBODY, marks=pytest.mark.needs("nobody"))])
+def test_cpu_pins_workers_that_run_and_leaving_it_unpins_them(
+    service: StartService, user: int | None
+) -> None:
+    workers = 2 * len(CPUS)
+    running = service("-w", str(workers), *BIND, "--policy", "hash", user=user)
+    pids = [each["pid"] for each in running.workers()]
+    assert {frozenset(os.sched_getaffinity(pid)) for pid in pids} == {frozenset(CPUS)}
+    status = swap(running, "cpu")
+    assert [each["pid"] for each in status["workers"]] == pids
+    pinned_to = {each["slot"]: each["cpus"] for each in status["workers"]}
+    assert sorted(cpu for cpus in pinned_to.values() for cpu in cpus) == sorted(2 * CPUS)
+    for each in status["workers"]:
+        assert affinities(each["pid"]) == {frozenset(each["cpus"])}
+    for cpu in CPUS:
+        with pinned(cpu):
+            slots = {http_get(HOST, PORT)[1]["slot"] for _ in range(20)}
+        assert {pinned_to[slot][0] for slot in slots} == {cpu}
+    swap(running, "random")
+    for pid in pids:
+        assert affinities(pid) == {frozenset(CPUS)}
+
+
+def affinities(pid: int) -> set[frozenset[int]]:
+    """Of all its threads."""
+    tasks = os.listdir(f"/proc/{pid}/task")
+    return {frozenset(os.sched_getaffinity(int(task))) for task in tasks}
