@@ -39,12 +39,13 @@ def serve_on(listener: socket.socket) -> None:
         except BlockingIOError:  # told to stop, and nothing left
             return
         with sock, contextlib.suppress(ConnectionError):
-            _answer(sock)
+            _answer(sock, time.monotonic())
 
 
-def _answer(sock: socket.socket) -> None:
+def _answer(sock: socket.socket, begun_s: float) -> None:
     _, _, path = sock.recv(4096).partition(b" /")
-    time.sleep(float(path.partition(b" ")[0] or 0))
+    until_s = begun_s + float(path.partition(b" ")[0] or 0)
+    time.sleep(max(until_s - time.monotonic(), 0))
     sock.sendall(_ANSWER)
 
 

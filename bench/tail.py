@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
+import msgspec
+
 from bench import light, load, outcome, peers, servers, throughput
 from bench.figures import Curve, Figure, Section, interleaved, numbered, ratio
 from bench.load import OK, Plan, Request, schedule
 from bench.peers import Peer, Running, plain, under_steer
 from bench.servers import tool
+from steer.errors import SteerError
 
 OURS, KERNEL, SHARED = "least-conn", "kernel", "one shared socket"
 GUNICORN, IDEAL = "gunicorn", "one queue, computed"
@@ -39,9 +42,10 @@ class Case:
 
     Args:
         mix: shares of the requests, and for how many seconds each of them keeps its worker.
-        load: share of what all workers could just do.
+        load: share of what all workers of `base` can just do.
         roams: see `Plan`.
         requests: in a round.
+        base: who tells what can be done.
         wishes: what the median ratio of OURS to another is to be at most, by percentile.
     """
 
@@ -52,22 +56,17 @@ class Case:
     roams: bool
     requests: int
     peers: Sequence[Peer]
+    base: str
     wishes: Mapping[tuple[str, str], float]
 
     @property
-    def rate(self) -> float:
-        """A second."""
-        return self.load * self.workers / sum(share * time_s for share, time_s in self.mix)
+    def ideal_rate(self) -> float:
+        """Requests a second, were answers all that takes time."""
+        return self.workers / sum(share * time_s for share, time_s in self.mix)
 
-    def plan(self, port: int, turn: int) -> Plan:
-        return Plan(
-            port,
-            rate=self.rate,
-            seed=turn,
-            at_most=self.requests if turn else _WARM,
-            mix=self.mix,
-            roams=self.roams,
-        )
+    def plan(self, port: int, turn: int, rate: float) -> Plan:
+        at_most = self.requests if turn else _WARM
+        return Plan(port, rate=rate, seed=turn, at_most=at_most, mix=self.mix, roams=self.roams)
 
 
 Found = Mapping[str, Sequence[Sequence[Request]]]
@@ -93,13 +92,14 @@ def _mixed(quick: bool) -> Case:
     module = [sys.executable, "-m", "bench.blocking"]
     shared = plain(SHARED, lambda at: [*module, str(at.port), str(workers)])
     return Case(
-        f"mixed load: {workers} workers, 4 ms and 1 in 10 takes 100, 70 %",
+        f"mixed load: {workers} workers, 4 ms and 1 in 10 takes 100, 70 % of what the shared socket can",
         workers,
         ((0.9, 0.004), (0.1, 0.1)),
         0.7,
         True,
         400 if quick else 5000,
         [*ours, shared, *(() if quick else _wsgi_servers(workers))],
+        SHARED,
         {
             (KERNEL, "p50"): 0.25,
             (KERNEL, "p99"): 0.45,
@@ -115,13 +115,14 @@ def _gunicorns(quick: bool) -> Case:
     policies = (OURS,) if quick else (OURS, KERNEL, "round-robin")
     ours = [under_steer(name, workers, "--policy", name, *one_each) for name in policies]
     return Case(
-        f"gunicorn's sync workers: {workers}, 50 ms, 60 %",
+        f"gunicorn's sync workers: {workers}, 50 ms, 60 % of what gunicorn can",
         workers,
         ((1.0, 0.05),),
         0.6,
         False,
         60 if quick else 1000,
         [*ours, *_wsgi_servers(workers)[: 1 if quick else None]],
+        GUNICORN,
         {(GUNICORN, "p99"): 1.05},
     )
 
@@ -151,11 +152,15 @@ def _sections(case: Case, rounds: int) -> Iterator[Section]:
     failures: list[str] = []
     with ExitStack() as stack:
         running = peers.all_running(case.peers, _PORT, case.workers, stack, failures)
-        subjects = {name: numbered(partial(_ask, case, one)) for name, one in running.items()}
+        if case.base not in running:
+            raise SteerError(case.title, f"without {case.base}", detail="\n".join(failures))
+        rate = case.load * _can_do(case, running[case.base])
+        subjects = {name: numbered(partial(_ask, case, rate, one)) for name, one in running.items()}
         found = interleaved(subjects, rounds)
     found[IDEAL] = tuple(
-        one_queue(case.plan(0, turn), case.workers) for turn in range(1, rounds + 1)
+        one_queue(case.plan(0, turn, rate), case.workers) for turn in range(1, rounds + 1)
     )
+    yield Section(case.title, [Figure("requests", "/s", (rate,))])
     yield Section(f"{case.title}: p50", _times(found, "p50"), failures, (), _curves(case, found))
     yield Section(f"{case.title}: p99", _times(found, "p99"), _failed(found))
     for base in dict.fromkeys(base for base, _ in case.wishes):
@@ -164,9 +169,24 @@ def _sections(case: Case, rounds: int) -> Iterator[Section]:
                 yield Section(f"{case.title}: {share} to {base}", _ratios(case, found, share, base))
 
 
-def _ask(case: Case, running: Running, turn: int) -> list[Request]:
-    with load.load(case.plan(running.site.port, turn)) as client:
+def _ask(case: Case, rate: float, running: Running, turn: int) -> list[Request]:
+    with load.load(case.plan(running.site.port, turn, rate)) as client:
         return client.finish()
+
+
+def _can_do(case: Case, running: Running) -> float:
+    """How many a second, from how long it takes with what comes twice as fast as it could be done
+    were answers all that takes time."""
+    plan = case.plan(running.site.port, 1, 2 * case.ideal_rate)
+    plan = msgspec.structs.replace(plan, at_most=plan.at_most // 2)
+    with load.load(plan) as client:
+        requests = client.finish()
+    began_s, ended_s = (
+        min(each.begun_s for each in requests),
+        max(each.ended_s for each in requests),
+    )
+    busy_s = sum(due.takes_s for due in schedule(plan)) / case.workers
+    return case.ideal_rate * busy_s / (ended_s - began_s)
 
 
 def one_queue(plan: Plan, workers: int) -> list[Request]:

@@ -9,14 +9,38 @@
  */
 #include "steer.h"
 
+#define LONGEST (1 << 20) /* about a second: longer counts as this */
+
+/* In about microseconds, and never 0; it runs over in an hour or so. */
+static __always_inline u32 now(void)
+{
+	return bpf_ktime_get_ns() >> 10 | 1;
+}
+
+/* What the last hundred or so took. Not atomic: of two at once one may be forgotten. */
+static __always_inline void learn(u64 spent)
+{
+	struct steer_pace *pace = steer_pace();
+	u64 mean, square;
+
+	if (spent > LONGEST)
+		spent = LONGEST;
+	mean = pace->mean - (pace->mean >> 7) + spent;
+	square = pace->square - (pace->square >> 7) + spent * spent;
+	pace->mean = mean;
+	pace->square = square;
+	/* The variance is more than the square of the mean: more than if they ended by chance. */
+	pace->varied = square << 7 > 2 * mean * mean;
+}
+
 static __always_inline void opened(struct bpf_sock_ops *ctx, struct steer_owner *owner)
 {
 	struct steer_slot *at = steer_slot_at(owner->slot);
 	u32 pending = at->pending;
 
-	if (owner->counted || at->stamp != owner->stamp)
+	if (owner->since || at->stamp != owner->stamp)
 		return;
-	owner->counted = 1;
+	owner->since = now();
 	__sync_fetch_and_add(&at->open, 1);
 	if (pending & 0xffff)
 		at->pending = pending - 1;
@@ -28,9 +52,10 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, struct steer_owner 
 	u64 cookie = steer_cookie(ctx);
 	struct steer_owner *moved;
 
-	if (!owner->counted)
+	if (!owner->since)
 		return;
-	owner->counted = 0;
+	learn(now() - owner->since);
+	owner->since = 0;
 	moved = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie);
 	steer_counted(moved ? moved : owner, -1);
 	if (moved)

@@ -90,15 +90,29 @@ struct steer_cpu {
 struct steer_slot {
 	u32 open; /* connections that the worker has, or that wait for it */
 	u32 pending; /* handshakes sent its way: the second, 16 bits, and how many since */
-	u32 stamp; /* another for each worker that has the slot */
-	u32 flows; /* another when flows known to be here are so no more */
+	u16 stamp; /* another for each worker that has the slot */
+	u16 flows; /* another when flows known to be here are so no more */
+	u32 given; /* when a connection was last sent its way, in connections */
+};
+
+/* How long connections are open, the last hundred or so, in about microseconds. */
+struct steer_pace {
+	u64 mean; /* 128 times */
+	u64 square; /* 128 times the mean square */
+	u32 varied; /* 1 if some last much longer than others */
+	u32 given; /* connections so far */
+};
+
+struct steer_load {
+	struct steer_slot slots[STEER_SLOTS];
+	struct steer_pace pace;
 };
 
 /* Whose a connection is: of the worker that has the slot while it has that stamp. */
 struct steer_owner {
 	u16 slot;
-	u16 counted;
-	u32 stamp;
+	u16 stamp;
+	u32 since; /* when it was opened, in about microseconds; 0 if it is not counted */
 };
 
 struct steer_params {
@@ -211,9 +225,16 @@ static __always_inline u32 steer_second(void)
 
 static __always_inline struct steer_slot *steer_slot_at(u64 slot)
 {
-	struct steer_slot *slots = (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_SLOTS);
+	struct steer_load *load = (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_SLOTS);
 
-	return &slots[slot & (STEER_SLOTS - 1)];
+	return &load->slots[slot & (STEER_SLOTS - 1)];
+}
+
+static __always_inline struct steer_pace *steer_pace(void)
+{
+	struct steer_load *load = (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_SLOTS);
+
+	return &load->pace;
 }
 
 /*
@@ -236,6 +257,8 @@ static __always_inline void steer_expect(u32 slot, u32 second)
 {
 	struct steer_slot *at = steer_slot_at(slot);
 	u32 pending = at->pending, age = (second - (pending >> 16)) & 0xffff, some = 0;
+
+	at->given = ++steer_pace()->given;
 
 	if (age == 0)
 		some = pending & 0xffff;
@@ -351,7 +374,7 @@ static __always_inline void steer_moved(struct sk_reuseport_md *ctx, struct bpf_
 					u32 slot)
 {
 	u64 listener, cookie;
-	struct steer_owner *from, was, now = {.slot = slot, .counted = 1};
+	struct steer_owner *from, was, now = {.slot = slot};
 
 	/* SYN_RECV is one of TCP Fast Open, which is counted; else it would be NEW_SYN_RECV. */
 	if (!steer_is_open(connection->state) && connection->state != BPF_TCP_SYN_RECV)

@@ -59,10 +59,14 @@ COUNT: Final = struct.Struct("=QQQ")
 CPU: Final = struct.Struct("=IIIIQ")
 """Mirrors struct steer_cpu: turn, turn_ack, random, reserved, unsteered."""
 
-SLOT: Final = struct.Struct("=IIII")
-"""Mirrors struct steer_slot: open, pending, stamp, flows."""
+SLOT: Final = struct.Struct("=IIHHI")
+"""Mirrors struct steer_slot: open, pending, stamp, flows, given."""
+PACE: Final = struct.Struct("=QQII")
+"""Mirrors struct steer_pace: mean, square, varied, given."""
 OWNER: Final = struct.Struct("=HHI")
-"""Mirrors struct steer_owner: slot, counted, stamp."""
+"""Mirrors struct steer_owner: slot, stamp, since."""
+LOAD_BYTES: Final = SLOTS * SLOT.size + PACE.size
+"""Struct steer_load."""
 PARAMS: Final = struct.Struct(f"=IIII{VALUES}I")
 """Mirrors struct steer_params: ticks_per_s, second, seed, reserved, values."""
 OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
@@ -104,7 +108,7 @@ MAPS: Final = {
     "table": MapSpec(0x57EE0002, BPF_MAP_TYPE_ARRAY, TABLE_BYTES, flags=BPF_F_MMAPABLE),
     "counts": MapSpec(0x57EE0003, BPF_MAP_TYPE_PERCPU_ARRAY, COUNT.size, None),
     "cpus": MapSpec(0x57EE0004, BPF_MAP_TYPE_PERCPU_ARRAY, CPU.size),
-    "slots": MapSpec(0x57EE0005, BPF_MAP_TYPE_ARRAY, SLOTS * SLOT.size, flags=BPF_F_MMAPABLE),
+    "slots": MapSpec(0x57EE0005, BPF_MAP_TYPE_ARRAY, LOAD_BYTES, flags=BPF_F_MMAPABLE),
     "params": MapSpec(0x57EE0006, BPF_MAP_TYPE_ARRAY, PARAMS.size, flags=BPF_F_MMAPABLE),
     "own": MapSpec(0x57EE0007, BPF_MAP_TYPE_PERCPU_ARRAY, OWN.size),
     "flows": MapSpec(0x57EE0008, BPF_MAP_TYPE_LRU_HASH, FLOW_BYTES, None, 0, FLOW_KEY_BYTES),

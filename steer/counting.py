@@ -93,7 +93,7 @@ class Counting:
         """
         if self._owners is None:
             return
-        value = abi.OWNER.pack(slot, 0, stamp)
+        value = abi.OWNER.pack(slot, stamp, 0)
         cookie = sockets.cookie(fd)
         self._listeners.put(cookie, value)
         self._owners.put(fd, value)

@@ -236,7 +236,9 @@ class Ebpf:
 
     def detach(self, lend: Lend) -> None:
         with lend() as lent:
-            # Or the kernel's hash would choose it as well.
+            # Or the kernel's hash would choose it as well; the guard has it open too.
+            for sock in self.reserve:
+                sock.shutdown(socket.SHUT_RDWR)
             self.release()
             for sock in lent.values():
                 sockets.detach(sock.fileno())

@@ -265,23 +265,23 @@ class Slots:
     def begin(self, slot: int) -> int:
         """Somebody new gets the slot, with nothing open; its stamp.
 
-        Another than before: a child of who had it may have connections yet to close.
+        Another, as a process that the last one left behind may still have connections open.
         """
-        _, _, stamp, flows = self._at(slot)
-        stamp = (stamp + 1) & _U32
-        self._put(slot, 0, 0, stamp, flows)
-        return stamp
+        _, _, stamp, flows, given = self._at(slot)
+        self._put(slot, 0, 0, _after(stamp), flows, given)
+        return _after(stamp)
 
     def end(self, slot: int) -> None:
         """Nothing that was counted for it, or is known to be there, means who comes next."""
-        opened, pending, stamp, flows = self._at(slot)
-        self._put(slot, opened, pending, (stamp + 1) & _U32, (flows + 1) & _U32)
+        opened, pending, stamp, flows, given = self._at(slot)
+        self._put(slot, opened, pending, _after(stamp), _after(flows), given)
 
     def forget_flows(self, slot: int) -> None:
         """Flows known to be there are to be chosen for anew."""
         slot %= abi.SLOTS  # as programs take a number that is none
-        *_, flows = self._at(slot)
-        struct.pack_into("=I", self._memory, slot * abi.SLOT.size + 12, (flows + 1) & _U32)
+        at = slot * abi.SLOT.size + _FLOWS_OFFSET
+        (flows,) = struct.unpack_from("=H", self._memory, at)
+        struct.pack_into("=H", self._memory, at, _after(flows))
 
     def open(self, slot: int) -> int:
         """Connections open there."""
@@ -302,15 +302,20 @@ class Slots:
     def close(self) -> None:
         self._memory.close()
 
-    def _at(self, slot: int) -> tuple[int, int, int, int]:
-        found: tuple[int, int, int, int] = abi.SLOT.unpack_from(self._memory, slot * abi.SLOT.size)
+    def _at(self, slot: int) -> tuple[int, ...]:
+        found: tuple[int, ...] = abi.SLOT.unpack_from(self._memory, slot * abi.SLOT.size)
         return found
 
     def _put(self, slot: int, *values: int) -> None:
         abi.SLOT.pack_into(self._memory, slot * abi.SLOT.size, *values)
 
 
-_U32 = 0xFFFFFFFF
+_FLOWS_OFFSET = 10
+"""Of `flows` in struct steer_slot."""
+
+
+def _after(stamp: int) -> int:
+    return (stamp + 1) & 0xFFFF
 
 
 class Table:
