@@ -486,7 +486,8 @@ def _keeping(now: Plan, service: Service, policy: Policy) -> Service:
         return service
     known = {param.name for param in policy.declared.params}
     kept = {name: value for name, value in _pairs(now.service.params) if name in known}
-    params = tuple(f"{name}={value}" for name, value in {**kept, **dict(_pairs(service.params))}.items())
+    all_of_them = {**kept, **dict(_pairs(service.params))}
+    params = tuple(f"{name}={value}" for name, value in all_of_them.items())
     return msgspec.structs.replace(service, params=params)
 
 
