@@ -173,18 +173,18 @@ class Group:
             self._maps["sockets"].put_socket(slot, sock.fileno())
         self._any = sock.fileno()
 
-    def load(self) -> dict[str, bpf.Program]:
+    def load(self) -> dict[str, bpf.Descriptor]:
         """Every program, by name."""
         alone = {EMPTY: measure.EMPTY, **{name: of(self._slots) for name, of in HELPERS.items()}}
         kind = abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE
         maps = {**self._maps, "table": self._stack.enter_context(bpf.Map("table"))}
-        loaded = {
+        loaded: dict[str, bpf.Descriptor] = {
             name: self._stack.enter_context(bpf.Program("bench", code, maps, kind))
             for name, code in alone.items()
         }
         return loaded | {name: self._policy(entry) for name, entry in ENTRIES.items()}
 
-    def cost_ns(self, program: bpf.Program, flood: Flood, batches: int) -> float:
+    def cost_ns(self, program: bpf.Descriptor, flood: Flood, batches: int) -> float:
         """The mean of one run."""
         sockets.attach_ebpf(self._any, program.fileno())
         flood.send(1)
@@ -193,13 +193,13 @@ class Group:
         after_ns, after = measure.spent(program)
         return (after_ns - before_ns) / (after - before)
 
-    def _policy(self, entry: Entry) -> bpf.Program:
+    def _policy(self, entry: Entry) -> bpf.Descriptor:
         """The policy, laid as steer would for as many workers as there are slots."""
         cpus = self._topology if entry.crowded else self._roomy()
         service = Service(workers=self._slots, bind=(self._address,), policy=entry.policy)
         decided = plan(service, cpus, {}, policies.find(entry.policy))
         members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
-        choice = self._stack.enter_context(closing(Choice(decided, [self._maps])))
+        choice = self._stack.enter_context(closing(Choice.load(decided, [self._maps])))
         choice.steer(members, table.EMPTY)
         return choice.programs[0]
 

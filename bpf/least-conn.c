@@ -22,6 +22,7 @@
 STEER_TABLE(deck)
 
 #define ALL 64
+#define AT_ONCE 4 /* looks; the deck is laid on and on, so that some may be of the same */
 #define PLACES 2
 #define NEIGHBOURS 4
 #define LOOK 63u /* in a score, the lowest bits: the look that it is of */
@@ -29,60 +30,50 @@ STEER_TABLE(deck)
 #define LOOK_BITS 6
 #define TIE_BITS 20
 #define NONE ((u64)1 << 62)
-#define NEVER 0x8000 /* seconds from now: no handshake began in that or the one before */
-
-/* What all looks at once have in common. */
-struct now {
-	u64 second;
-	u64 given;
-	u64 ago; /* AGO if ties among the busy go to whoever was given one last, else 0 */
-};
 
 /*
  * Of two looks the lower: the fewer connections, and among ties the one that comes first.
  * There is no branch in it, as the verifier would follow each of 64 both ways.
+ *
+ * Args: counts: of each slot.
+ *       given: connections so far, if ties of the busy go to whoever was given one last.
  */
-static __always_inline u64 lower(u64 best, const struct steer_half *table, u64 position,
-				 u64 look, const struct now *now)
+static __always_inline u64 lower(u64 best, const struct steer_half *table, const u32 *counts,
+				 u64 position, u64 look, bool varied, u64 given)
 {
-	u64 slot = table->entries[position & (STEER_ENTRIES - 1)];
-	u64 ago = now->given - steer_slot_at(slot)->given & now->ago;
-	u64 load = steer_load(slot, now->second), busy, score;
+	u64 slot = table->entries[position & (STEER_ENTRIES - 1)] & (STEER_SLOTS - 1);
+	u64 count = counts[slot], ago = 0, busy;
 	s64 less;
 
-	busy = -load >> 63;
-	steer_settle(busy);
-	score = load * table->turns[position & (STEER_TURNS - 1)] << TIE_BITS;
-	less = (score | ago * busy << LOOK_BITS | look) - best;
+	if (varied) {
+		steer_settle(count);
+		busy = -count >> 63;
+		steer_settle(busy);
+		ago = (given - steer_slot_at(slot)->given & AGO) * busy << LOOK_BITS;
+	}
+	count *= table->turns[position & (STEER_TURNS - 1)];
+	less = (count << TIE_BITS | ago | look) - best;
 	busy = less >> 63;
 	steer_settle(busy);
 	return best + (less & busy);
 }
 
-static __always_inline u32 of_all(const struct steer_half *table, u32 is_ack,
-				  const struct now *now)
+/* From the turn on. No fewer than none: then the rest is not looked at. */
+static __always_inline u64 of_all(const struct steer_half *table, const u32 *counts, u64 turn,
+				  bool varied, u64 given)
 {
-	struct steer_cpu *cpu = steer_this_cpu();
-	u64 deck = table->deck, turn, best = NONE, i;
-	u32 *next;
+	u64 best = NONE, i, j;
 
-	if (!cpu)
-		return 0;
-	next = &cpu->turn + is_ack; /* turn_ack comes next */
-	turn = *next;
-	if (turn >= deck)
-		turn -= deck;
-	if (turn >= deck) /* there were more */
-		turn = 0;
-	/* No fewer than none. */
-	for (i = 0; i < ALL && i < deck && best > LOOK; i++)
-		best = lower(best, table, turn + i, i, now);
-	turn += best & LOOK;
-	*next = turn + 1;
-	return turn;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < ALL && i < table->deck && best > LOOK; i += AT_ONCE)
+#pragma unroll
+		for (j = 0; j < AT_ONCE; j++)
+			best = lower(best, table, counts, turn + i + j, i + j, varied, given);
+	return turn + (best & LOOK);
 }
 
-static __always_inline u32 of_some(const struct steer_half *table, const struct now *now)
+static __always_inline u64 of_some(const struct steer_half *table, const u32 *counts,
+				   bool varied, u64 given)
 {
 	u64 best = NONE, look, places[PLACES];
 
@@ -91,20 +82,57 @@ static __always_inline u32 of_some(const struct steer_half *table, const struct 
 		places[look] = (u64)steer_random() * table->deck >> 32;
 #pragma unroll
 	for (look = 0; look < PLACES * NEIGHBOURS; look++)
-		best = lower(best, table, places[look / NEIGHBOURS] + look % NEIGHBOURS, look, now);
+		best = lower(best, table, counts, places[look / NEIGHBOURS] + look % NEIGHBOURS,
+			     look, varied, given);
 	look = best & (PLACES * NEIGHBOURS - 1);
 	return (look < NEIGHBOURS ? places[0] : places[1]) + look % NEIGHBOURS;
 }
 
+static __always_inline u32 *turn_of(struct steer_cpu *cpu, u32 is_ack, u64 deck)
+{
+	u32 *turn = &cpu->turn + is_ack; /* turn_ack comes next */
+
+	if (*turn >= deck)
+		*turn -= deck;
+	if (*turn >= deck) /* there were more */
+		*turn = 0;
+	return turn;
+}
+
+/* One slot at each choice is looked after. */
+static __always_inline void tend(const struct steer_half *table)
+{
+	u32 *tended = &steer_pace()->tended, position = *tended + 1;
+
+	if (position >= table->deck)
+		position = 0;
+	*tended = position;
+	steer_tend(table->entries[position & (STEER_ENTRIES - 1)]);
+}
+
 STEER_POLICY(ctx, table)
 {
-	u32 second = steer_second(), is_ack = steer_is_ack(ctx), position;
+	u32 is_ack = steer_is_ack(ctx), *turn;
 	const struct steer_pace *pace = steer_pace();
-	/* It answers a SYN cookie: no handshake was ever under way where its SYN was sent. */
-	struct now now = {(u64)second + is_ack * NEVER, pace->given, -pace->varied & AGO};
+	struct steer_cpu *cpu = steer_this_cpu();
+	const u32 *counts = steer_loads()->load;
+	u64 position;
 
-	position = table->deck <= ALL ? of_all(table, is_ack, &now) : of_some(table, &now);
-	if (steer_is_syn(ctx))
-		steer_expect(table->entries[position & (STEER_ENTRIES - 1)], second);
+	if (!cpu)
+		return 0;
+	/* It answers a SYN cookie: no handshake was ever under way where its SYN was sent. */
+	counts += is_ack * STEER_SLOTS;
+	if (table->deck > ALL) {
+		position = of_some(table, counts, true, pace->given);
+	} else {
+		turn = turn_of(cpu, is_ack, table->deck);
+		position = pace->varied ? of_all(table, counts, *turn, true, pace->given)
+					: of_all(table, counts, *turn, false, 0);
+		*turn = position + 1;
+	}
+	if (steer_is_syn(ctx)) {
+		tend(table);
+		steer_expect(table->entries[position & (STEER_ENTRIES - 1)]);
+	}
 	return position;
 }

@@ -41,9 +41,9 @@ static __always_inline void opened(struct bpf_sock_ops *ctx, struct steer_owner 
 	if (owner->since || at->stamp != owner->stamp)
 		return;
 	owner->since = now();
-	__sync_fetch_and_add(&at->open, 1);
 	if (pending & 0xffff)
 		at->pending = pending - 1;
+	steer_opened(owner->slot, 1, pending & 0xffff ? 0 : 1);
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 

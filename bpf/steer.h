@@ -88,11 +88,11 @@ struct steer_cpu {
 
 /* Per slot, of the service: all its groups and CPUs together. */
 struct steer_slot {
-	u32 open; /* connections that the worker has, or that wait for it */
 	u32 pending; /* handshakes sent its way: the second, 16 bits, and how many since */
+	u32 given; /* when a connection was last sent its way, in connections */
 	u16 stamp; /* another for each worker that has the slot */
 	u16 flows; /* another when flows known to be here are so no more */
-	u32 given; /* when a connection was last sent its way, in connections */
+	u32 reserved;
 };
 
 /* How long connections are open, the last hundred or so, in about microseconds. */
@@ -101,9 +101,14 @@ struct steer_pace {
 	u64 square; /* 128 times the mean square */
 	u32 varied; /* 1 if some last much longer than others */
 	u32 given; /* connections so far */
+	u32 tended; /* the position whose slot was looked after last */
+	u32 reserved;
 };
 
+/* What is read of every slot again and again lies close together. */
 struct steer_load {
+	u32 load[STEER_SLOTS]; /* connections and handshakes, see steer_load() */
+	u32 open[STEER_SLOTS]; /* connections that the worker has, or that wait for it */
 	struct steer_slot slots[STEER_SLOTS];
 	struct steer_pace pace;
 };
@@ -223,48 +228,66 @@ static __always_inline u32 steer_second(void)
 	return steer_ticks() >> (steer_params()->second & 31);
 }
 
+static __always_inline struct steer_load *steer_loads(void)
+{
+	return (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_SLOTS);
+}
+
 static __always_inline struct steer_slot *steer_slot_at(u64 slot)
 {
-	struct steer_load *load = (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_SLOTS);
-
-	return &load->slots[slot & (STEER_SLOTS - 1)];
+	return &steer_loads()->slots[slot & (STEER_SLOTS - 1)];
 }
 
 static __always_inline struct steer_pace *steer_pace(void)
 {
-	struct steer_load *load = (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_SLOTS);
-
-	return &load->pace;
+	return &steer_loads()->pace;
 }
 
 /*
  * How much a slot has to do: its open connections, and the handshakes that were sent its
- * way in this second or the last and have not ended. Those that never do are forgotten.
+ * way and have not ended. Those that never do are forgotten after a second or two.
  */
-static __always_inline u64 steer_load(u64 slot, u64 second)
+static __always_inline u64 steer_load(u64 slot)
 {
-	const struct steer_slot *at = steer_slot_at(slot);
-	u64 pending = at->pending, recent = (second - (pending >> 16)) & 0xffff;
+	return steer_loads()->load[slot & (STEER_SLOTS - 1)];
+}
 
-	/* 1 if less than 2. No branch, as the verifier would follow both ways from each. */
-	recent = (recent - 2) >> 63;
-	steer_settle(recent);
-	return at->open + (pending & 0xffff) * recent;
+/* Connections were opened there, or closed. */
+static __always_inline void steer_opened(u64 slot, s32 more, s32 load)
+{
+	__sync_fetch_and_add(&steer_loads()->open[slot & (STEER_SLOTS - 1)], more);
+	if (load)
+		__sync_fetch_and_add(&steer_loads()->load[slot & (STEER_SLOTS - 1)], load);
 }
 
 /* A handshake goes there. Not atomic: CPUs that do so at once may forget one. */
-static __always_inline void steer_expect(u32 slot, u32 second)
+static __always_inline void steer_expect(u32 slot)
 {
 	struct steer_slot *at = steer_slot_at(slot);
-	u32 pending = at->pending, age = (second - (pending >> 16)) & 0xffff, some = 0;
+	u32 second = steer_second(), pending = at->pending;
 
 	at->given = ++steer_pace()->given;
+	if ((second & 0xffff) != pending >> 16)
+		pending = second << 16 | (pending & 0xffff);
+	at->pending = pending + ((pending & 0xffff) < 0xffff);
+	__sync_fetch_and_add(&steer_loads()->load[slot & (STEER_SLOTS - 1)], 1);
+}
 
-	if (age == 0)
-		some = pending & 0xffff;
-	else if (age == 1)
-		some = (pending & 0xffff) / 2;
-	at->pending = second << 16 | (some < 0xffff ? some + 1 : some);
+/*
+ * Forget the handshakes of a slot if the last was sent there more than a second ago, and put
+ * right what CPUs that wrote at once have got wrong. To be done of each slot now and then.
+ */
+static __always_inline void steer_tend(u32 slot)
+{
+	struct steer_slot *at = steer_slot_at(slot);
+	u32 pending = at->pending, number = pending & 0xffff;
+
+	if (number && (u16)(steer_second() - (pending >> 16)) > 1) {
+		at->pending = 0;
+		number = 0;
+	}
+	slot &= STEER_SLOTS - 1;
+	steer_loads()->load[slot] = steer_loads()->open[slot] + number;
 }
 
 /* A position for a slot that the policy knows by itself. */
@@ -359,10 +382,8 @@ static __always_inline bool steer_is_open(u32 state)
 
 static __always_inline void steer_counted(const struct steer_owner *owner, s32 more)
 {
-	struct steer_slot *at = steer_slot_at(owner->slot);
-
-	if (at->stamp == owner->stamp)
-		__sync_fetch_and_add(&at->open, more);
+	if (steer_slot_at(owner->slot)->stamp == owner->stamp)
+		steer_opened(owner->slot, more, more);
 }
 
 /*

@@ -60,13 +60,15 @@ CPU: Final = struct.Struct("=IIIIQ")
 """Mirrors struct steer_cpu: turn, turn_ack, random, reserved, unsteered."""
 
 SLOT: Final = struct.Struct("=IIHHI")
-"""Mirrors struct steer_slot: open, pending, stamp, flows, given."""
-PACE: Final = struct.Struct("=QQII")
-"""Mirrors struct steer_pace: mean, square, varied, given."""
+"""Mirrors struct steer_slot: pending, given, stamp, flows, reserved."""
+PACE: Final = struct.Struct("=QQIIII")
+"""Mirrors struct steer_pace: mean, square, varied, given, tended, reserved."""
 OWNER: Final = struct.Struct("=HHI")
 """Mirrors struct steer_owner: slot, stamp, since."""
-LOAD_BYTES: Final = SLOTS * SLOT.size + PACE.size
-"""Struct steer_load."""
+OPEN_OFFSET: Final = SLOTS * 4
+SLOTS_OFFSET: Final = 2 * OPEN_OFFSET
+LOAD_BYTES: Final = SLOTS_OFFSET + SLOTS * SLOT.size + PACE.size
+"""Struct steer_load: load, open, slots, pace."""
 PARAMS: Final = struct.Struct(f"=IIII{VALUES}I")
 """Mirrors struct steer_params: ticks_per_s, second, seed, reserved, values."""
 OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import struct
 import resource
 import socket
 import subprocess
@@ -329,14 +330,18 @@ def state(slots: bpf.Slots, slot: int) -> tuple[int, ...]:
     """Open, pending, stamp and flows, as the kernel has them."""
     raw = looked_up(slots.map, 0)
     assert raw
-    *found, given = abi.SLOT.unpack_from(raw, slot * abi.SLOT.size)
+    (opened,) = struct.unpack_from("=I", raw, abi.OPEN_OFFSET + 4 * slot)
+    at = abi.SLOTS_OFFSET + slot * abi.SLOT.size
+    pending, given, stamp, flows, _ = abi.SLOT.unpack_from(raw, at)
     assert given in (0, GIVEN), "only programs change that"
-    return tuple(found)
+    return opened, pending, stamp, flows
 
 
-def play(slots: bpf.Slots, slot: int, *values: int) -> None:
+def play(slots: bpf.Slots, slot: int, opened: int, pending: int, *stamps: int) -> None:
     """What programs do."""
-    abi.SLOT.pack_into(slots._memory, slot * abi.SLOT.size, *values, GIVEN)
+    struct.pack_into("=I", slots._memory, abi.OPEN_OFFSET + 4 * slot, opened)
+    at = abi.SLOTS_OFFSET + slot * abi.SLOT.size
+    abi.SLOT.pack_into(slots._memory, at, pending, GIVEN, *stamps, 0)
 
 
 def test_who_has_a_slot_next_has_another_stamp(slots: bpf.Slots) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from crew import Crew
 from support import NOBODY, as_user
 
+from steer import abi
 from steer.bytecode import PolicyObject
 from steer.errors import CompileError
 from steer.kernel import compile
@@ -242,6 +244,85 @@ def test_map_that_steer_does_not_have(source: Path) -> None:
 def test_source_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"read .*own\.c: No such file or directory"):
         compile.load(tmp_path / "own.c")
+
+
+@pytest.mark.parametrize("content, where", [(b"\xff", 0), (b"/* \xe9 */", 3)])
+def test_source_that_is_no_text(source: Path, content: bytes, where: int) -> None:
+    source.write_bytes(content)
+    with pytest.raises(CompileError, match=rf"^read .*own\.c: not UTF-8 at byte {where}$"):
+        compile.load(source)
+
+
+# ---- what a policy declares
+
+DECLARES = """
+#include "steer.h"
+STEER_PARAM(one, %d, 0, 9, "the first")
+STEER_PARAM(two, 2, 0, 9, "the second")
+STEER_COUNTER(all, "calls")
+
+STEER_POLICY(ctx, table)
+{
+	steer_add(all, 1);
+	return steer_param(%s);
+}
+"""
+
+
+def offsets(made: PolicyObject) -> set[int]:
+    """Of all that the program reads 4 bytes of."""
+    code = b"".join(bytes.fromhex(line) for line in made.programs["plain"].instructions)
+    return {offset for insn, _, offset, _ in struct.iter_unpack("=BBhi", code) if insn == 0x61}
+
+
+@pytest.mark.needs("bcc")
+def test_names_are_told_to_the_compiler_as_places(source: Path) -> None:
+    made = {}
+    for name in ("one", "two"):
+        source.write_text(DECLARES % (1, name))
+        made[name] = offsets(compile.load(source))
+    first = abi.PARAMS.size - 4 * abi.VALUES
+    assert first in made["one"]
+    assert made["two"] - made["one"] == {first + 4}
+
+
+@pytest.mark.needs("bcc")
+def test_defaults_are_no_part_of_the_program(source: Path) -> None:
+    source.write_text(DECLARES % (1, "one"))
+    before = compile.load(source)
+    source.write_text(DECLARES % (9, "one"))
+    assert compile.load(source).programs == before.programs
+
+
+@pytest.mark.needs("bcc")
+def test_name_that_is_not_declared_is_the_compilers_affair(source: Path) -> None:
+    source.write_text(DECLARES % (1, "three"))
+    with pytest.raises(CompileError, match=r"^compile own\.c: bcc refuses it") as caught:
+        compile.load(source)
+    assert f"{source}:10:" in caught.value.detail
+    assert "STEER_PARAM_three" in caught.value.detail
+
+
+def test_declaration_that_cannot_be_needs_no_compiler(source: Path) -> None:
+    source.write_text(DECLARES % (10, "one"))
+    with pytest.raises(CompileError, match=r"^compile own\.c: line 3: the default of one, 10,"):
+        compile.load(source)
+
+
+@pytest.mark.needs("bcc")
+def test_lines_of_the_source_are_kept_for_ones_own_only(source: Path) -> None:
+    """Where the verifier stops is told as a line of C."""
+    source.write_text(POLICY % "ctx->len *\n\t\tctx->hash")
+    made = compile.load(source)
+    assert set(made.lines) == set(made.programs)
+    for kind, lines in made.lines.items():
+        assert {6, 7} <= set(lines.values())
+        assert all(0 <= at < len(made.programs[kind].instructions) for at in lines)
+    assert compile.load(source) == made, "as it is read from the cache"
+    assert compile.load(compile.sources() / "hash.c").lines == {}
+
+
+# ---- without a compiler
 
 
 @pytest.mark.usefixtures("no_bcc")

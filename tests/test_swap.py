@@ -9,6 +9,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import count, pairwise
 from pathlib import Path
@@ -586,16 +587,34 @@ def configure(home: Path, **keys: object) -> None:
     (home / "steer.toml").write_text("\n".join(["[service]", *lines]))
 
 
+EDITED = MINE.replace("calls", "others")
+
+
 @pytest.mark.needs("bcc")
 def test_reload_takes_what_is_in_the_file_by_then(service: StartService, mine: Path) -> None:
     running = service("-w", "2", *BIND, "--policy", str(mine))
     assert answers(6) == {0: 6}
-    mine.write_text(MINE.replace("return steer_to(steer_param(slot))", "return steer_to(1)"))
-    assert answers(6) == {0: 6}, "not before it is asked to"
+    mine.write_text(EDITED)
+    assert answers(6) == {0: 6}
+    assert running.status()["counters"] == {"calls": 12}, "not before it is asked to"
     running.ask("reload", timeout_s=None)
-    slots = {each["seat" if "seat" in each else "slot"] for each in running.workers()}
-    assert slots
-    assert running.status()["generation"] == 2
+    assert answers(6).total() == 6
+    assert running.status()["counters"] == {"others": 6}
+
+
+@pytest.mark.needs("bcc")
+def test_reload_that_fails_leaves_what_was_in_the_file_before(
+    service: StartService, mine: Path, home: Path
+) -> None:
+    configure(home, policy="mine.c", workers=2, params=["slot=1"])
+    running = service(*BIND)
+    assert answers(6) == {1: 6}
+    mine.write_text(EDITED)
+    configure(home, policy="mine.c", workers=2, params=["slot=1"], command=["false"])
+    with pytest.raises(Refused, match="nothing has changed"):
+        running.ask("reload", timeout_s=None)
+    assert answers(6) == {1: 6}
+    assert running.status()["counters"].keys() == {"calls"}
 
 
 @pytest.mark.needs("bcc")
@@ -644,6 +663,84 @@ def test_a_new_controller_goes_on_with_it(
     assert second.status()["policy"] == "hash"
 
 
+@pytest.mark.needs("bcc")
+@pytest.mark.parametrize("text", [EDITED, "broken", None], ids=["edited", "broken", "deleted"])
+def test_a_policy_that_runs_needs_its_file_no_more(
+    service: StartService, mine: Path, text: str | None
+) -> None:
+    """A new controller goes on with the program that there is."""
+    arguments = ("-w", "2", *BIND, "--policy", "hash")
+    first = service(*arguments)
+    swap(first, mine, "slot=1")
+    assert answers(6) == {1: 6}
+    if text is None:
+        mine.unlink()
+    else:
+        mine.write_text(text)
+    orphan(first)
+    second = service(*arguments)
+    assert answers(6) == {1: 6}
+    assert second.status()["counters"] == {"calls": 12}
+    assert second.status()["params"] == {"slot": 1}
+
+
+@pytest.mark.needs("bcc")
+def test_a_new_controller_takes_what_is_in_the_file_of_the_configuration(
+    service: StartService, mine: Path
+) -> None:
+    arguments = ("-w", "2", *BIND, "--policy", str(mine))
+    first = service(*arguments)
+    mine.write_text(EDITED)
+    orphan(first)
+    second = service(*arguments)
+    eventually(lambda: second.status()["generation"], 2)
+    eventually(lambda: second.status()["counters"].keys(), {"others"})
+
+
+def test_who_is_left_out_stays_left_out(service: StartService) -> None:
+    running = service("-w", "3", *BOTH, "--policy", "hash")
+    running.ask("drain", slot=1)
+    with Load() as load:
+        load.goes_on()
+        before = running.selected()[1]
+        for policy in tour(["cpu", "random", "least-conn", "round-robin"]):
+            swap(running, policy)
+            load.goes_on()
+        assert running.selected()[1] == before
+    running.ask("undrain", slot=1)
+    swap(running, "round-robin")
+    assert answers(9) == {0: 3, 1: 3, 2: 3}
+
+
+def test_who_comes_later_is_chosen_by_the_policy_of_then(service: StartService) -> None:
+    """Also where all had gone: a group has no program without a socket."""
+    running = service("-w", "2", *BIND, "--policy", "hash")
+    swap(running, "round-robin", weights=[3, 1])
+    for each in running.workers():
+        os.kill(each["pid"], signal.SIGKILL)
+    eventually(lambda: [each["restarts"] for each in running.workers()], [1, 1])
+    running.wait_ready(2)
+    first, second = (each["slot"] for each in running.workers())
+    assert answers(8) == {first: 6, second: 2}
+    running.ask("scale", timeout_s=None, workers=3)
+    *_, third = (each["slot"] for each in running.workers())
+    assert answers(10) == {first: 6, second: 2, third: 2}
+
+
+def test_one_after_the_other_however_many_ask(service: StartService) -> None:
+    running = service("-w", "2", *BOTH, "--policy", "hash")
+    policies = [*BUILT_IN, KERNEL] * 3
+    with Load() as load, ThreadPoolExecutor(8) as pool:
+        for policy in policies:
+            pool.submit(running.ask, "policy", timeout_s=None, policy=policy)
+        load.goes_on()
+    assert running.log.count(" on ebpf") >= 3 * len(BUILT_IN)
+    last = running.status()
+    assert last["backend"] == (KERNEL if last["policy"] == KERNEL else EBPF)
+    assert swap(running, "round-robin")["policy"] == "round-robin"
+    assert answers(4) == {0: 2, 1: 2}
+
+
 # ---- CPUs
 
 
@@ -674,3 +771,13 @@ def affinities(pid: int) -> set[frozenset[int]]:
     """Of all its threads."""
     tasks = os.listdir(f"/proc/{pid}/task")
     return {frozenset(os.sched_getaffinity(int(task))) for task in tasks}
+
+
+def test_who_comes_later_is_pinned_too(service: StartService) -> None:
+    running = service("-w", "1", *BIND, "--policy", "hash")
+    swap(running, "cpu")
+    running.ask("scale", timeout_s=None, workers=2 * len(CPUS))
+    workers = running.workers()
+    assert sorted(cpu for each in workers for cpu in each["cpus"]) == sorted(2 * CPUS)
+    for each in workers:
+        assert affinities(each["pid"]) == {frozenset(each["cpus"])}

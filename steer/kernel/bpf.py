@@ -267,31 +267,34 @@ class Slots:
 
         Another, as a process that the last one left behind may still have connections open.
         """
-        _, _, stamp, flows, given = self._at(slot)
-        self._put(slot, 0, 0, _after(stamp), flows, given)
+        _, given, stamp, flows, _ = self._at(slot)
+        self._put(slot, 0, given, _after(stamp), flows, 0)
+        self.set_open(slot, 0)
         return _after(stamp)
 
     def end(self, slot: int) -> None:
         """Nothing that was counted for it, or is known to be there, means who comes next."""
-        opened, pending, stamp, flows, given = self._at(slot)
-        self._put(slot, opened, pending, _after(stamp), _after(flows), given)
+        pending, given, stamp, flows, _ = self._at(slot)
+        self._put(slot, pending, given, _after(stamp), _after(flows), 0)
 
     def forget_flows(self, slot: int) -> None:
         """Flows known to be there are to be chosen for anew."""
         slot %= abi.SLOTS  # as programs take a number that is none
-        at = slot * abi.SLOT.size + _FLOWS_OFFSET
+        at = abi.SLOTS_OFFSET + slot * abi.SLOT.size + _FLOWS_OFFSET
         (flows,) = struct.unpack_from("=H", self._memory, at)
         struct.pack_into("=H", self._memory, at, _after(flows))
 
     def open(self, slot: int) -> int:
         """Connections open there."""
         opened: int
-        (opened,) = struct.unpack_from("=i", self._memory, slot * abi.SLOT.size)
+        (opened,) = struct.unpack_from("=i", self._memory, abi.OPEN_OFFSET + 4 * slot)
         return max(0, opened)
 
     def set_open(self, slot: int, number: int) -> None:
         """Where they are not counted: what may stand for it, with all handshakes until now."""
-        struct.pack_into("=II", self._memory, slot * abi.SLOT.size, number, 0)
+        struct.pack_into("=I", self._memory, abi.SLOTS_OFFSET + slot * abi.SLOT.size, 0)
+        for at in (abi.OPEN_OFFSET, 0):
+            struct.pack_into("=I", self._memory, at + 4 * slot, number)
 
     def become(self, fd: int) -> None:
         """Stand for another map, as somebody else has left it; the descriptor is ours."""
@@ -303,11 +306,12 @@ class Slots:
         self._memory.close()
 
     def _at(self, slot: int) -> tuple[int, ...]:
-        found: tuple[int, ...] = abi.SLOT.unpack_from(self._memory, slot * abi.SLOT.size)
+        at = abi.SLOTS_OFFSET + slot * abi.SLOT.size
+        found: tuple[int, ...] = abi.SLOT.unpack_from(self._memory, at)
         return found
 
     def _put(self, slot: int, *values: int) -> None:
-        abi.SLOT.pack_into(self._memory, slot * abi.SLOT.size, *values)
+        abi.SLOT.pack_into(self._memory, abi.SLOTS_OFFSET + slot * abi.SLOT.size, *values)
 
 
 _FLOWS_OFFSET = 10
