@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -25,13 +25,13 @@ from bench.load import Plan, Request
 from bench.peers import WORKERS, Running, under_steer
 from bench.servers import HOST, ROOT, tool
 from steer import client
-from steer.policy import POLICIES
+from steer.policy import KERNEL, POLICIES
 
 AT_MOST_MS = 5.0
 RATE = 300.0
 """Connections a second."""
 OWN = "own"
-_PAUSE_S = 0.005
+_PAUSE_S = 0.12
 _SETTLE_S = 0.5
 _PORT = 9850
 
@@ -42,10 +42,12 @@ class _Found:
 
     Args:
         took_ms: of each change, by the policy it was to.
+        without_ms: the same, every other one to the kernel's own hash, where no program is.
         lines: what workers wrote down, a datagram each.
     """
 
     took_ms: Mapping[str, Sequence[float]]
+    without_ms: Mapping[str, Sequence[float]]
     requests: Sequence[Request]
     sent: int
     lines: Counter[str]
@@ -59,7 +61,7 @@ def run(quick: bool) -> list[Section]:
     with tempfile.TemporaryDirectory(prefix="steer-bench-") as directory:
         file = Path(directory, "received")
         file.touch()
-        policies = [*POLICIES, _own(Path(directory))]
+        policies = [*(name for name in POLICIES if name != KERNEL), _own(Path(directory))]
         with peers.running(peer, _PORT, {datagrams.FILE: str(file)}) as running:
             found = _swap(running, file, policies, swaps)
     about = f"{swaps:,} changes of policy, a flood of datagrams and {RATE:g} connections/s"
@@ -80,14 +82,21 @@ def _swap(running: Running, file: Path, policies: Sequence[str], swaps: int) -> 
         _change(path, each)
     with load.load(Plan(_PORT, rate=RATE, seed=1)) as requests, _flood(file) as flood:
         time.sleep(_SETTLE_S)
-        took_ms: dict[str, list[float]] = {Path(each).stem: [] for each in policies}
-        for policy in walk(policies, swaps):
-            took_ms[Path(policy).stem].append(_change(path, policy))
-            time.sleep(_PAUSE_S)
+        took_ms = _changes(path, walk(policies, swaps))
+        without_ms = _changes(path, chain.from_iterable((KERNEL, each) for each in policies))
         sent = int(flood.communicate()[0])
         time.sleep(_SETTLE_S)
         done = requests.finish()
-    return _Found(took_ms, done, sent, Counter(file.read_text().split()))
+    return _Found(took_ms, without_ms, done, sent, Counter(file.read_text().split()))
+
+
+def _changes(path: Path, policies: Iterable[str]) -> dict[str, list[float]]:
+    """To one after the other."""
+    took_ms: dict[str, list[float]] = {}
+    for policy in policies:
+        took_ms.setdefault(Path(policy).stem, []).append(_change(path, policy))
+        time.sleep(_PAUSE_S)
+    return took_ms
 
 
 def walk(policies: Sequence[str], steps: int) -> Iterator[str]:
@@ -130,9 +139,13 @@ def _lost(found: _Found) -> list[Figure]:
 
 def _took(found: _Found) -> list[Figure]:
     every_ms = sorted(chain.from_iterable(found.took_ms.values()))
+    from_kernel_ms = dict(found.without_ms)
+    to_kernel_ms = from_kernel_ms.pop(KERNEL)
     p99_ms = every_ms[int(0.99 * len(every_ms))]
     return [
         Figure("all", "ms", tuple(every_ms), AT_MOST_MS),
         Figure("all, p99", "ms", (p99_ms,), AT_MOST_MS),
-        *(Figure(f"to {name}", "ms", tuple(ms)) for name, ms in found.took_ms.items() if ms),
+        *(Figure(f"to {name}", "ms", tuple(ms)) for name, ms in sorted(found.took_ms.items())),
+        Figure("to the kernel's hash", "ms", tuple(to_kernel_ms)),
+        Figure("from there", "ms", tuple(chain.from_iterable(from_kernel_ms.values()))),
     ]

@@ -73,9 +73,9 @@ PARAMS: Final = struct.Struct(f"=IIII{VALUES}I")
 """Mirrors struct steer_params: ticks_per_s, second, seed, reserved, values."""
 OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
 """Mirrors struct steer_own: counters, and the buckets of each histogram."""
-FLOW_KEY_BYTES: Final = 20
-FLOW_BYTES: Final = 16
-"""Struct source and struct flow of bpf/flow.c."""
+FLOW_KEY_BYTES: Final = 8
+FLOW_BYTES: Final = 8
+"""Struct key and struct flow of bpf/flow.c."""
 
 LENGTH: Final = struct.Struct("=II")
 """Mirrors the head of struct steer_half: length, deck."""

@@ -61,7 +61,7 @@ MIRRORED = {
     "SIZE(steer_own, histograms[0])": struct.calcsize(f"{abi.BUCKETS}Q"),
     "SIZE(steer_own, histograms)": struct.calcsize(f"{abi.HISTOGRAMS * abi.BUCKETS}Q"),
     # bpf/flow.c
-    "sizeof(struct source)": abi.FLOW_KEY_BYTES,
+    "sizeof(struct key)": abi.FLOW_KEY_BYTES,
     "sizeof(struct flow)": abi.FLOW_BYTES,
     # bpf/least-conn.c
     "ALL": abi.ALL,
