@@ -2,7 +2,7 @@
  *
  * flow - over UDP, a flow stays with the worker that first got it.
  *
- * A flow is what goes from one address and port of a client to one of ours. New ones go
+ * A flow is what goes from one address and port of a client to one bind. New ones go
  * where the table of `hash` says, so after a reload to the new workers, while those known
  * go on with the old ones until these end: QUIC, WireGuard, SIP, games. What is known is
  * written when a datagram comes in: no process has a part in it. When there is room for no
