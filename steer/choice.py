@@ -56,7 +56,7 @@ class Choice:
         self._table = bpf.Table(maps["table"])
         self._cpus = len(plan.topology.possible)
         self._layout: Layout | None = None
-        self._left_s = -math.inf
+        self._left_s = math.inf
         self._seed = int.from_bytes(os.urandom(4))
 
     @classmethod
