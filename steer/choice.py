@@ -56,6 +56,7 @@ class Choice:
         self._table = bpf.Table(maps["table"])
         self._cpus = len(plan.topology.possible)
         self._layout: Layout | None = None
+        self._in_table: Layout | None = None
         self._left_s = math.inf
         self._seed = int.from_bytes(os.urandom(4))
 
@@ -137,6 +138,7 @@ class Choice:
     def prepare(self, slot: int) -> None:
         """Before any program runs: whatever the policy answers, it is `slot`."""
         self._table.fill(table.all_to(slot).parts())
+        self._in_table = None
 
     def steer(self, members: Sequence[Member], nobody: Layout) -> None:
         """Choose among these.
@@ -149,7 +151,9 @@ class Choice:
             scene = Scene(self._plan.topology, self._plan.hash_length, previous=self._layout)
             # That of nobody is not kept: when somebody is there again, only what must moves.
             self._layout = layout = policy.lay(self._plan.policy, members, scene)
-        self._table.flip(layout.parts())
+        if layout != self._in_table:
+            self._table.flip(layout.parts())
+            self._in_table = layout
 
     def settle(self) -> None:
         self._table.settle()
