@@ -6,9 +6,9 @@ import ctypes
 import errno
 import json
 import os
-import struct
 import resource
 import socket
+import struct
 import subprocess
 import sys
 from array import array
