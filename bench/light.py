@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
+import msgspec
+
 from bench import load, outcome, peers, victims
 from bench.figures import Figure, Section, interleaved, numbered
 from bench.load import Plan
@@ -91,8 +93,9 @@ def _counts(connections: int, running: Running, turn: int) -> Counter[str]:
 
 
 def _stranded(connections: int, running: Running, turn: int) -> int:
-    """How many were not answered while a worker was stopped."""
-    plan = _plan(connections, running, turn)
+    """How many were not answered while a worker was stopped. Evenly spaced: in a burst the others
+    have work too, and one more for the worker that is stopped is fair."""
+    plan = msgspec.structs.replace(_plan(connections, running, turn), seed=None)
     workers = running.workers()
     with victims.victim(workers[turn % len(workers)]) as victim:
         victim.stop(plan.port)

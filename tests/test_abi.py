@@ -75,7 +75,7 @@ MIRRORED = {
 }
 
 FROM_POLICIES = (
-    ("flow.c", r"^struct (?:source|flow) \{.*?^\};"),
+    ("flow.c", r"^struct (?:key|flow) \{.*?^\};"),
     ("least-conn.c", r"^#define (?:ALL|NEIGHBOURS) .*?$"),
 )
 """What of a policy's file is mirrored too."""
