@@ -42,9 +42,10 @@ struct flow {
 
 static __always_inline bool is_alive(const struct flow *flow, u32 now)
 {
-	u64 idle = (u64)steer_param(idle) * steer_params()->ticks_per_s;
+	/* Another CPU may have seen it since, then it is less than nothing. */
+	s64 age = (s32)(now - flow->seen), idle = (u64)steer_param(idle) * steer_params()->ticks_per_s;
 
-	return now - flow->seen < idle && steer_slot_at(flow->slot)->flows == flow->stamp;
+	return age < idle && steer_slot_at(flow->slot)->flows == flow->stamp;
 }
 
 STEER_POLICY(ctx, table)

@@ -99,15 +99,16 @@ static __always_inline u32 *turn_of(struct steer_cpu *cpu, u32 is_ack, u64 deck)
 	return turn;
 }
 
-/* One slot at each choice is looked after. */
+/*
+ * One slot at each choice is looked after. The position is read back, as without
+ * CAP_PERFMON the verifier takes no index that is a constant on one way and none on another.
+ */
 static __always_inline void tend(const struct steer_half *table)
 {
-	u32 *tended = &steer_pace()->tended, position = *tended + 1;
+	volatile u32 *tended = &steer_pace()->tended;
 
-	if (position >= table->deck)
-		position = 0;
-	*tended = position;
-	steer_tend(table->entries[position & (STEER_ENTRIES - 1)]);
+	*tended = *tended + 1 < table->deck ? *tended + 1 : 0;
+	steer_tend(table->entries[*tended & (STEER_ENTRIES - 1)]);
 }
 
 STEER_POLICY(ctx, table)
@@ -119,7 +120,7 @@ STEER_POLICY(ctx, table)
 	u64 position;
 
 	if (!cpu)
-		return 0;
+		return steer_spread(table, ctx->hash);
 	/* It answers a SYN cookie: no handshake was ever under way where its SYN was sent. */
 	counts += is_ack * STEER_SLOTS;
 	if (table->deck > ALL) {

@@ -281,13 +281,15 @@ static __always_inline void steer_tend(u32 slot)
 {
 	struct steer_slot *at = steer_slot_at(slot);
 	u32 pending = at->pending, number = pending & 0xffff;
+	s32 open;
 
 	if (number && (u16)(steer_second() - (pending >> 16)) > 1) {
 		at->pending = 0;
 		number = 0;
 	}
 	slot &= STEER_SLOTS - 1;
-	steer_loads()->load[slot] = steer_loads()->open[slot] + number;
+	open = steer_loads()->open[slot];
+	steer_loads()->load[slot] = (open < 0 ? 0 : open) + number;
 }
 
 /* A position for a slot that the policy knows by itself. */

@@ -3,39 +3,76 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import socket
+from collections.abc import Mapping, Sequence
 
-from steer import policy
+import msgspec
+
+from steer import counting, policy
 from steer.classic import Cbpf
+from steer.counting import Counting
 from steer.ebpf import Ebpf
+from steer.kernel import sockets
 from steer.plan import Plan
-from steer.steering import STILL_CHOSEN, Countless, Lend, Steering, may_be_lost
+from steer.steering import STILL_CHOSEN, Countless, Counts, Lend, Steering, may_be_lost
 from steer.table import Member
 
 
-def open_backend(backend: str, plan: Plan, empty: bool = False) -> Steering:
+def open_backend(
+    backend: str, plan: Plan, empty: bool = False, counting: Counting | None = None
+) -> Steering:
     """Make the backend ready, before there is any socket.
+
+    Args:
+        empty: nothing is loaded, as `restore` is to follow.
+        counting: of the backend that was there before.
 
     Raises:
         KernelError: this rung does not hold; the reason is in it.
     """
-    return _BACKENDS[backend](plan, empty)
+    if backend == policy.CBPF:
+        return Cbpf(plan, empty)
+    return (Ebpf if backend == policy.EBPF else Kernel)(plan, empty, counting)
 
 
 class Kernel(Countless):
-    """No program: the kernel hashes over all sockets of a group."""
+    """No program: the kernel hashes over all sockets of a group.
+
+    Where another backend was there before, open connections are counted on.
+    """
 
     backend = "kernel"
 
-    def __init__(self, plan: Plan, _empty: bool = False) -> None:
+    def __init__(self, plan: Plan, _empty: bool = False, counting: Counting | None = None) -> None:
         self.notes: Sequence[str] = (STILL_CHOSEN, *may_be_lost(plan))
+        self._plan = plan
+        self._counting = counting
+        self.owns_counting = False
+
+    @property
+    def counting(self) -> Counting | None:
+        return self._counting
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
+        if self._counting:
+            self._counting.joined(slot, fds, self._plan.binds)
+        self.taken_over(slot, fds)
+
+    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
         for fd in fds:
             os.close(fd)
 
     def left(self, slot: int) -> None:
-        pass
+        if self._counting:
+            self._counting.left(slot)
+
+    def retire(self, slot: int) -> Counts | None:
+        if self._counting:
+            self._counting.slots.end(slot)
+        return None
+
+    def open(self, slot: int) -> int | None:
+        return self._counting.open(slot) if self._counting else None
 
     def steer(self, members: Sequence[Member]) -> None:
         pass
@@ -45,6 +82,11 @@ class Kernel(Countless):
 
     def detach(self, lend: Lend) -> None:
         pass
+
+    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        for socks in there.values():
+            for sock in socks.values():
+                sockets.detach(sock.fileno())
 
     def settle(self) -> None:
         pass
@@ -56,17 +98,13 @@ class Kernel(Countless):
         return ()
 
     def saved(self) -> tuple[object, Sequence[int]]:
-        return None, ()
+        return self._counting.saved() if self._counting else (None, ())
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        pass
+        if value is not None:
+            self._counting, self.owns_counting = Counting(0), True
+            self._counting.restore(msgspec.convert(value, counting.Saved, strict=False), fds)
 
     def close(self) -> None:
-        pass
-
-
-_BACKENDS: dict[str, Callable[[Plan, bool], Steering]] = {
-    policy.EBPF: Ebpf,
-    policy.CBPF: Cbpf,
-    policy.KERNEL: Kernel,
-}
+        if self._counting and self.owns_counting:
+            self._counting.close()

@@ -116,9 +116,16 @@ class Choice:
         """Whether no program of its that ran when it was left can be running still."""
         return time.monotonic() - self._left_s > bpf.PROGRAMS_END_S
 
+    def follow(self, before: Self) -> None:
+        """Take the place of another: where both fill their table alike, as little as can be
+        goes elsewhere."""
+        if before._plan.policy.table == self._plan.policy.table:
+            self._layout = before._layout
+
     def can_become(self, plan: Plan) -> bool:
         """Whether its programs would do for another plan."""
-        return plan.policy == self._plan.policy and _capacity(plan) == _capacity(self._plan)
+        has_room = not self.remembers() or _capacity(plan) == _capacity(self._plan)
+        return plan.policy == self._plan.policy and has_room
 
     def become(self, plan: Plan) -> None:
         """The same policy, with other parameters; `steer` is to follow."""
@@ -208,7 +215,13 @@ def _load(
 
 def _pointed(error: VerifierError, chosen: Policy, code: PolicyObject) -> VerifierError:
     """Of the user's own: with the line of C that it is about."""
+    from steer.kernel import facts
+
+    cure = "" if facts.may_perfmon() else _NEEDS_PERFMON
     if not chosen.is_own:
-        return error
+        return VerifierError(error.what, error.cause, cure, error.detail)
     detail = verifier.point(error.detail, code.lines.get("migrate", {}), policies.file_of(chosen))
-    return VerifierError(error.what, error.cause, error.cure, detail)
+    return VerifierError(error.what, error.cause, cure, detail)
+
+
+_NEEDS_PERFMON = "give CAP_PERFMON too: without it the verifier is far stricter"

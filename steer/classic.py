@@ -60,6 +60,9 @@ class Cbpf(Countless):
             order.joined(slot)
         # Indexes past its own are not touched by a newcomer: the program stays right.
 
+    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+        raise AssertionError("nobody knows the order of sockets that were there before")
+
     def _rejoined(self, bind: int, slot: int) -> None:
         self._orders[bind].left(slot)
         self._orders[bind].joined(slot)

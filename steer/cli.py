@@ -105,7 +105,9 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
     from steer.kernel import probe, topology
     from steer.plan import plan
 
-    decided = plan(service, topology.read(), probe.findings(), policies.find(service.policy))
+    # If it is broken there may be workers that do not need it.
+    policy = policies.find_or_not(service.policy)
+    decided = plan(service, topology.read(), probe.findings(), policy)
     logger = log.Log(service.log_level, service.log_format)
     sys.exit(controller.run(decided, os.environ, logger, read))
 

@@ -30,6 +30,7 @@ from steer.errors import (
     CompileError,
     ConfigError,
     ControlError,
+    FallbackRefused,
     KernelError,
     VerifierError,
 )
@@ -37,6 +38,7 @@ from steer.fleet import Fleet, Place
 from steer.kernel import custody, mail, process, rundir, sockets
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
+from steer.lifecycle import State
 from steer.log import Log
 from steer.notify import Listener
 from steer.plan import Act, Generation, Plan, Step
@@ -64,6 +66,8 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
     with ExitStack() as undo:
         started = Controller(plan, environment, log, reread, undo)
         if not started.adopt():
+            if plan.policy.problem is not None:
+                raise plan.policy.problem
             for step in plan.steps():
                 _CARRY_OUT[step.act](started, step)
             started.await_loop()
@@ -124,7 +128,9 @@ def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering,
             rung = ladder.after(rung, backend, str(error))
         ladder.choose(rung, plan.service.strict)
         try:
-            return open_backend(rung.backend, plan), rung
+            opened = open_backend(rung.backend, plan)
+            _refuse_samples(opened, plan)
+            return opened, rung
         except KernelError as error:
             if plan.policy.is_own and isinstance(error, CompileError | VerifierError):
                 raise  # it is not the machine that lacks something
@@ -132,6 +138,18 @@ def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering,
             if error.detail:
                 warn(f"{error}\n{error.detail}")
     raise AssertionError("the kernel's own hash always holds")
+
+
+def _refuse_samples(backend: Steering, plan: Plan) -> None:
+    """Raises FallbackRefused: what was asked for would be done by halves."""
+    if plan.service.strict and backend.samples():
+        why = backend.notes[-1]
+        backend.close()
+        raise FallbackRefused(
+            f"use {plan.policy.name}",
+            f"--strict, and {why}",
+            "drop --strict, or see `steer doctor`",
+        )
 
 
 class Left(msgspec.Struct, frozen=True):
@@ -270,7 +288,6 @@ class Controller:
             hash_length=left.hash_length,
             rungs=(left.rung,),
         )
-        wanted = planning.again(running, ours.service, ours.topology, act, ours.policy)
         # Whatever those of another generation were to be chosen by: there is one policy.
         chosen = {"policy": in_force.policy, "params": in_force.params}
         found = {
@@ -285,8 +302,10 @@ class Controller:
         self.plan, self.configured = found[left.generation].plan, left.configured
         # One that was set live is left as it is.
         is_edited = policy.source == ours.policy.source and policy != ours.policy
-        if left.configured != ours.service or is_edited:
-            self.wanted = wanted
+        if ours.policy.problem is not None:
+            self.log.error("%s; what runs goes on as it is", ours.policy.problem)
+        elif left.configured != ours.service or is_edited:
+            self.wanted = planning.again(running, ours.service, ours.topology, act, ours.policy)
         return found
 
     def await_loop(self) -> None:
@@ -351,10 +370,22 @@ class Controller:
         if rung.backend == self.steering.backend:
             self.fleet.choose_by(plan)
         else:
-            self.fleet.choose_by(plan, open_backend(rung.backend, plan))
+            self._see_that_all_serve(plan)
+            counting = self.steering.counting
+            self.fleet.choose_by(plan, open_backend(rung.backend, plan, counting=counting))
             self.steering, self.rung = self.fleet.steering, rung
         self.plan = plan
         self.keep(self.fleet.generation)
+
+    def _see_that_all_serve(self, plan: Plan) -> None:
+        """Raises ControlError: one that should get nothing would."""
+        for place in self.fleet.places:
+            if place.state in (State.DRAINING, State.HUNG):
+                raise ControlError(
+                    f"change the policy of {plan.name} to {plan.policy.name}",
+                    f"worker {place.slot} is {place.state.value}, and nothing would keep it so",
+                    "see `steer undrain` and `steer restart`",
+                )
 
     def configure(self, plan: Plan) -> None:
         """The plan is in force."""
@@ -424,6 +455,8 @@ class Controller:
         self.log.info("%s: %d workers, %s on %s", plan.name, count, plan.policy.name, rung.backend)
         if rung.reason:
             self.log.warning("not higher up the ladder: %s", rung.reason)
+        if self.steering.samples():
+            self.log.warning("%s", self.steering.notes[-1])
         if rung.fallback:
             self.log.info("ebpf would add: %s", ladder.EBPF_ADDS)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import msgspec
 
 from steer import abi
+from steer.address import Bind
 from steer.errors import KernelError
-from steer.kernel import bpf, cgroup, compile, sockets
+from steer.kernel import bpf, cgroup, compile, listeners, sockets
 
 
 class Saved(msgspec.Struct):
@@ -27,7 +29,7 @@ class Counting:
     too. Nothing is made there, and it is gone with its link.
 
     Args:
-        listeners: at most so many; with none there is nothing to count.
+        at_most: so many listeners; with none there is nothing to count.
 
     Attributes:
         slots: what programs read and write of each slot, whether it is counted or not.
@@ -37,14 +39,14 @@ class Counting:
         KernelError: not even the maps can be made.
     """
 
-    def __init__(self, listeners: int) -> None:
+    def __init__(self, at_most: int) -> None:
         self.why_not = ""
         self._cookies: dict[int, list[int]] = {}
         self._cgroups: list[int] = []
         self._owners: bpf.Map | None = None
         self._attached: list[bpf.Descriptor] = []
         with ExitStack() as undo:
-            self._listeners = undo.enter_context(bpf.Map("listeners", max(1, listeners)))
+            self._listeners = undo.enter_context(bpf.Map("listeners", max(1, at_most)))
             self._moved = undo.enter_context(bpf.Map("moved"))
             slots = undo.enter_context(bpf.Map("slots"))
             self.slots = bpf.Slots(slots)
@@ -55,7 +57,7 @@ class Counting:
                 "moved": self._moved,
             }
             undo.callback(self._stop)
-            if listeners:
+            if at_most:
                 self._start()
             self.close: Callable[[], None] = undo.pop_all().close
 
@@ -68,7 +70,8 @@ class Counting:
             self._watch_ours()
         except KernelError as error:
             self._stop()
-            self.why_not = str(error)
+            cure = "needs CAP_BPF and CAP_NET_ADMIN" if error.cause == "EPERM" else error.cure
+            self.why_not = str(KernelError(error.what, error.cause, cure))
 
     def _watch_ours(self) -> None:
         """Count in the cgroup we are in, if that is not done already."""
@@ -85,6 +88,13 @@ class Counting:
             self._owners.close()
             self._owners = None
 
+    def joined(self, slot: int, fds: Sequence[int], binds: Sequence[Bind]) -> None:
+        """A worker comes to the slot, with a socket for each bind."""
+        stamp = self.slots.begin(slot)
+        for bind, fd in zip(binds, fds, strict=True):
+            if bind.protocol == "tcp":
+                self.listens(slot, fd, stamp)
+
     def listens(self, slot: int, fd: int, stamp: int) -> None:
         """What comes from this listener is of the worker in `slot`.
 
@@ -95,8 +105,10 @@ class Counting:
             return
         value = abi.OWNER.pack(slot, stamp, 0)
         cookie = sockets.cookie(fd)
-        self._listeners.put(cookie, value)
         self._owners.put(fd, value)
+        if is_empty(fd):
+            # Else what waits there came before, and is not counted when it is moved either.
+            self._listeners.put(cookie, value)
         self._cookies.setdefault(slot, []).append(cookie)
 
     def left(self, slot: int) -> None:
@@ -127,3 +139,9 @@ class Counting:
             self._owners = bpf.Map.received("owners", counted[0])
             self._attached = [bpf.Descriptor(fd) for fd in counted[1:]]
             self._watch_ours()
+
+
+def is_empty(fd: int) -> bool:
+    """Whether nothing waits at a socket."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return not listeners.waiting(sock).queued

@@ -252,8 +252,8 @@ _MEMLOCK_UNTIL = (5, 11)
 _PURPOSES = {
     "CAP_BPF": "eBPF programs",
     "CAP_NET_BIND_SERVICE": "low ports",
-    "CAP_NET_ADMIN": "no built-in policy",
-    "CAP_PERFMON": "no built-in policy",
+    "CAP_NET_ADMIN": "counting open connections",
+    "CAP_PERFMON": "least-conn, and policies with loops",
 }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 
 import msgspec
@@ -13,9 +14,10 @@ import msgspec
 from steer import abi, choice, counting, reserve, table
 from steer.choice import Choice
 from steer.counting import Counting
+from steer.errors import KernelError
 from steer.kernel import bpf, listeners, sockets
 from steer.plan import Plan
-from steer.reserve import Reserve
+from steer.reserve import Put, Reserve
 from steer.steering import Counts, Lend, Own, may_be_lost
 from steer.table import Layout, Member
 
@@ -32,7 +34,7 @@ class _Group:
     connections of every CPU would all go to the first slot.
     """
 
-    def __init__(self, plan: Plan, put_reserve: Callable[[int, int], None]) -> None:
+    def __init__(self, plan: Plan, reserve_bound: Put, put_reserve: Put) -> None:
         cpus = len(plan.topology.possible)
         with ExitStack() as undo:
             self.maps = {
@@ -42,7 +44,7 @@ class _Group:
             self.sockets, self.counts, self.cpus = self.maps.values()
             starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
             self.cpus.put(0, b"".join(abi.CPU.pack(at, at, _seed(), 0, 0) for at in starts))
-            self.reserve = Reserve(put_reserve)
+            self.reserve = Reserve(reserve_bound, put_reserve)
             undo.callback(self.reserve.close)
             self.close = undo.pop_all().close
 
@@ -68,19 +70,22 @@ class Ebpf:
 
     backend = "ebpf"
 
-    def __init__(self, plan: Plan, empty: bool) -> None:
+    def __init__(self, plan: Plan, empty: bool = False, counting: Counting | None = None) -> None:
         self._plan = plan
+        self._is_counted = counting is not None
+        self.owns_counting = counting is None
         self._has_served = self._somebody = False
         self._cpus = len(plan.topology.possible)
         self._choice: Choice
         self._choices: list[Choice] = []
         over_tcp = sum(bind.protocol == "tcp" for bind in plan.binds)
         with ExitStack() as undo:
-            self._counting = Counting((plan.slots + reserve.COUNT) * over_tcp)
-            undo.callback(self._counting.close)
+            self._counting = counting or Counting((plan.slots + reserve.COUNT) * over_tcp)
+            undo.callback(self._close_counting)
             self._groups: list[_Group] = []
             for index in range(len(plan.binds)):
-                self._groups.append(_Group(plan, self._reserve_at(index)))
+                at = partial(self._join_reserve, index)
+                self._groups.append(_Group(plan, self._count_reserve, at))
                 undo.callback(self._groups[-1].close)
             undo.callback(self._close_choices)
             if not empty:
@@ -95,8 +100,20 @@ class Ebpf:
         groups = [{**each.maps, **self._counting.maps} for each in self._groups]
         return Choice.load(plan, groups)
 
-    def _reserve_at(self, index: int) -> Callable[[int, int], None]:
-        return lambda place, fd: self._join(index, self._plan.slots + place, fd)
+    def _close_counting(self) -> None:
+        if self.owns_counting:
+            self._counting.close()
+
+    @property
+    def counting(self) -> Counting:
+        return self._counting
+
+    def _count_reserve(self, place: int, fd: int) -> None:
+        slot = self._plan.slots + place
+        self._counting.listens(slot, fd, self._counting.slots.begin(slot))
+
+    def _join_reserve(self, index: int, place: int, fd: int) -> None:
+        self._join(index, self._plan.slots + place, fd)
 
     def _join(self, index: int, slot: int, fd: int) -> None:
         self._groups[index].sockets.put_socket(slot, fd)
@@ -133,13 +150,9 @@ class Ebpf:
         """Over TCP only, and only where what waits there can be moved."""
         if not self._somebody:
             self._choice.prepare(self._plan.slots)
-        stamps = [self._counting.slots.begin(self._plan.slots + i) for i in range(reserve.COUNT)]
         for group, bind in zip(self._groups, self._plan.binds, strict=True):
             if bind.protocol == "tcp" and self._choice.migrates:
                 group.reserve.open(bind, self._plan.service.backlog)
-                for place, sock in enumerate(group.reserve.sockets):
-                    slot = self._plan.slots + place
-                    self._counting.listens(slot, sock.fileno(), stamps[place])
 
     def empty_reserve(self) -> None:
         # A handshake that still goes there would find it not listening, and be reset. Not
@@ -154,14 +167,24 @@ class Ebpf:
         """Our copies of the sockets are closed: one that is kept would go on listening,
         and being chosen, after its worker has died."""
         try:
-            stamp = self._counting.slots.begin(slot)
-            for index, (bind, fd) in enumerate(zip(self._plan.binds, fds, strict=True)):
-                if bind.protocol == "tcp":
-                    self._counting.listens(slot, fd, stamp)
-                self._join(index, slot, fd)
+            self._counting.joined(slot, fds, self._plan.binds)
+            self._join_all(slot, fds)
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+        try:
+            if not self._is_counted:
+                self._counting.joined(slot, fds, self._plan.binds)
+            self._join_all(slot, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _join_all(self, slot: int, fds: Sequence[int]) -> None:
+        for index, fd in enumerate(fds):
+            self._join(index, slot, fd)
 
     def left(self, slot: int) -> None:
         self._counting.left(slot)
@@ -188,16 +211,20 @@ class Ebpf:
             return
         fresh = self._known(plan) or self._load(plan)
         try:
+            fresh.follow(self._choice)
             fresh.become(plan)
             fresh.steer(members, self._nobody())
-            with lend() as lent:
-                self._attach(fresh, lent)
+            self._attach(fresh, lend)
         except BaseException:
             self._forget(fresh)
             raise
         self._plan = plan
-        self._choice.left()
+        before = self._choice
         self._put_in_force(fresh)
+        before.left()
+        if before.remembers():
+            # What it knows is soon not true any more, and may be large.
+            self._forget(before)
 
     def _known(self, plan: Plan) -> Choice | None:
         """One that was in force before, and is not to be loaded anew."""
@@ -220,19 +247,43 @@ class Ebpf:
             self._choices.remove(chosen)
         chosen.close()
 
-    def _attach(self, chosen: Choice, lent: Mapping[int, socket.socket]) -> None:
+    def _attach(self, chosen: Choice, lend: Lend) -> None:
         """To every group; a group without a socket gets it with the first."""
-        with ExitStack() as undo:
-            for index, sock in self._members(lent).items():
+        with ExitStack() as undo, self._members(lend) as members:
+            for index, sock in members.items():
                 sockets.attach_ebpf(sock.fileno(), chosen.programs[index].fileno())
                 before = self._choice.programs[index].fileno()
                 undo.callback(sockets.attach_ebpf, sock.fileno(), before)
             undo.pop_all()
 
-    def _members(self, lent: Mapping[int, socket.socket]) -> Mapping[int, socket.socket]:
-        """A socket of each group, as far as there are any."""
-        ours = {i: each.reserve.sockets for i, each in enumerate(self._groups)}
-        return {**lent, **{index: mine[0] for index, mine in ours.items() if mine}}
+    @contextmanager
+    def _members(self, lend: Lend) -> Iterator[Mapping[int, socket.socket]]:
+        """A socket of each group, as far as there are any; our own if they do."""
+        reserves = {i: each.reserve.sockets for i, each in enumerate(self._groups)}
+        ours = {index: mine[0] for index, mine in reserves.items() if mine}
+        if len(ours) == len(self._groups):
+            yield ours
+            return
+        with lend() as lent:
+            yield {**lent, **ours}
+
+    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        for place, sock in enumerate(self.reserve):
+            index, at = divmod(place, reserve.COUNT)
+            if not listeners.waiting(sock).limit:
+                sock.listen(self._plan.service.backlog)
+            self._rejoin(index, self._plan.slots + at, sock)
+        for slot, socks in there.items():
+            for index, sock in socks.items():
+                self._rejoin(index, slot, sock)
+
+    def _rejoin(self, index: int, slot: int, sock: socket.socket) -> None:
+        try:
+            self._groups[index].sockets.put_socket(slot, sock.fileno())
+        except KernelError as error:
+            if error.cause not in ("EBUSY", "EINVAL"):  # it is there, or does not listen
+                raise
+        sockets.attach_ebpf(sock.fileno(), self._choice.programs[index].fileno())
 
     def detach(self, lend: Lend) -> None:
         with lend() as lent:

@@ -213,10 +213,23 @@ class Fleet:
         # One may have been on its way out, and its slot not yet given up.
         for slot in set(range(self._slots)).difference(held):
             self.retired += self.steering.retire(slot) or Counts()
+        self._reassert()
         for place in self.places:
             self._save(place)
         self._save_steering()
         self.places.sort(key=lambda place: (place.generation.number, place.seat.number))
+
+    def _reassert(self) -> None:
+        with ExitStack() as lent:
+            try:
+                there = {
+                    place.slot: lent.enter_context(place.process.sockets())
+                    for place in self.places
+                    if place.process
+                }
+                self.steering.reassert(there)
+            except KernelError as error:
+                self.log.warning("not seen whether the kernel steers as it should: %s", error)
 
     def _adopt(self, entry: Entry, generations: Mapping[int, Generation]) -> Place:
         saved = msgspec.json.decode(entry.value, type=Saved)
@@ -446,7 +459,8 @@ class Fleet:
             try:
                 for slot, socks in there.items():
                     if len(socks) == len(binds):
-                        steering.joined(slot, [os.dup(socks[index].fileno()) for index in binds])
+                        fds = [os.dup(socks[index].fileno()) for index in binds]
+                        steering.taken_over(slot, fds)
                 steering.open_reserve()
             except SteerError:
                 steering.detach(self.lend)
@@ -454,6 +468,8 @@ class Fleet:
                 self.steering.steer(members)
                 raise
         self.retired = counted or self.retired
+        steering.owns_counting = True
+        self.steering.owns_counting = False
         self.steering.close()
         self.steering = steering
 
@@ -466,13 +482,12 @@ class Fleet:
         """
         there = [place for place in self.places if place.process]
         there.sort(key=lambda place: not place.serves)
-        for place in there:
-            assert place.process is not None
-            with place.process.sockets() as lent:
-                if lent:
-                    yield lent
-                    return
-        yield {}
+        found: dict[int, socket.socket] = {}
+        with ExitStack() as lent:
+            for place in there:
+                if len(found) < len(self.generation.plan.binds) and place.process:
+                    found = {**lent.enter_context(place.process.sockets()), **found}
+            yield found
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now."""

@@ -149,7 +149,9 @@ def plan(
         FallbackRefused: --strict, and the best rung that holds is a fallback.
     """
     policy = policy or POLICIES[service.policy]
-    params = declared.values(policy.declared, service.params, f"--policy {policy.name}")
+    params: tuple[int, ...] = ()
+    if policy.problem is None:
+        params = declared.values(policy.declared, service.params, f"--policy {policy.name}")
     workers = len(topology.allowed) if service.workers == "auto" else service.workers
     rungs = tuple(ladder.rungs(policy, service.backend, findings))
     ladder.choose(rungs[0], service.strict)

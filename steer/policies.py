@@ -10,7 +10,7 @@ import msgspec
 
 from steer import declared
 from steer.declared import Declared
-from steer.errors import ConfigError
+from steer.errors import ConfigError, SteerError
 from steer.kernel import compile
 from steer.policy import OWN_SUFFIX, POLICIES, Policy, own
 
@@ -35,6 +35,17 @@ def find(asked: str) -> Policy:
     source = file_of(policy)
     says = declared.parse(compile.text(source), f"read {source}")
     return msgspec.structs.replace(policy, declared=says)
+
+
+def find_or_not(asked: str) -> Policy:
+    """As `find`; what is wrong with one of the user's own is its `problem`."""
+    try:
+        return find(asked)
+    except SteerError as error:
+        if not asked.endswith(OWN_SUFFIX):
+            raise
+        broken = own(Path(asked).stem, asked, Declared(), "")
+        return msgspec.structs.replace(broken, problem=error)
 
 
 def prepare(asked: str) -> Policy:

@@ -9,6 +9,7 @@ import msgspec
 from steer import cbpf, table
 from steer.cpus import Topology
 from steer.declared import Declared
+from steer.errors import SteerError
 from steer.table import Layout, Member
 
 EBPF, CBPF, KERNEL = "ebpf", "cbpf", "kernel"
@@ -59,6 +60,7 @@ class Policy(msgspec.Struct, frozen=True):
             why.
         declared: what the file says of itself; see `policies.find`.
         digest: of one of the user's own: another when its text is.
+        problem: why it cannot be, where only a service that runs already can go on.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Policy(msgspec.Struct, frozen=True):
     no_cbpf: str = ""
     declared: Declared = Declared()
     digest: str = ""
+    problem: SteerError | None = None
 
     @property
     def pinned(self) -> bool:

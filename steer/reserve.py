@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from steer.address import Bind
 from steer.kernel import listeners, sockets
@@ -25,10 +26,12 @@ class Reserve:
     """Of one group.
 
     Args:
+        bound: called for each socket before it listens.
         put: called for each socket, and each time it listens anew.
     """
 
-    def __init__(self, put: Put) -> None:
+    def __init__(self, bound: Put, put: Put) -> None:
+        self._bound = bound
         self._put = put
         self.sockets: list[socket.socket] = []
 
@@ -36,7 +39,8 @@ class Reserve:
         """Raises BindError, KernelError."""
         for place in range(COUNT):
             try:
-                self.sockets.append(sockets.member(bind, backlog))
+                bound = partial(self._bound, place)
+                self.sockets.append(sockets.member(bind, backlog, bound))
             except OSError as error:
                 raise sockets.bind_error(bind, error) from None
             self._put(place, self.sockets[place].fileno())

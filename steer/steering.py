@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from steer.counting import Counting
 from steer.kernel import listeners, sockets
 from steer.plan import Plan
 from steer.table import Member
@@ -75,6 +76,27 @@ class Steering(Protocol):
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """Take in the sockets of a new worker, one for each bind; the fds become ours."""
+
+    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+        """The same of a worker that was another backend's before; it may be serving."""
+
+    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        """After `restore`: have the kernel be as we take it to be. Who was there before may
+        have been killed in the middle of a change.
+
+        Args:
+            there: sockets of the workers there are, by slot and bind.
+
+        Raises:
+            KernelError
+        """
+
+    @property
+    def counting(self) -> Counting | None:
+        """What counts open connections, which outlives a change of backend."""
+
+    owns_counting: bool
+    """Whether it is closed with this backend."""
 
     def left(self, slot: int) -> None:
         """The worker in `slot` has ended, or lost its sockets."""
@@ -157,6 +179,7 @@ class Countless:
     """What is the same on backends that run no eBPF program."""
 
     reserve: Sequence[socket.socket] = ()
+    owns_counting = False
 
     def open_reserve(self) -> None:
         """Nobody would move what waits there."""
@@ -174,6 +197,13 @@ class Countless:
 
     def _rejoined(self, bind: int, slot: int) -> None:
         """The slot's socket left its group for a moment."""
+
+    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        pass
+
+    @property
+    def counting(self) -> Counting | None:
+        return None
 
     def let_go(self, slot: int) -> None:
         pass

@@ -199,7 +199,7 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
             *("may use 1.5 at a time", "--workers 1,"),
         ),
         ("privileges", a_case(), "ok", "uid 0 with CAP_BPF, CAP_NET_BIND_SERVICE", ""),
-        ("privileges", a_case(facts=without("CAP_PERFMON")), "ok", "CAP_PERFMON (no built", ""),
+        ("privileges", a_case(facts=without("CAP_PERFMON")), "ok", "CAP_PERFMON (least-conn", ""),
         (
             *("privileges", a_case(facts=without("CAP_BPF", "CAP_SYS_ADMIN"))),
             *("warn", "uid 1000 without CAP_BPF (eBPF programs)", "AmbientCapabilities="),

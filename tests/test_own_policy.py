@@ -179,6 +179,9 @@ def test_check_without_privilege_compiles(cli: RunSteer, mine: Path) -> None:
         ("none.c", "read HOME/none.c: No such file or directory"),
         ("directory.c", "read HOME/directory.c: Is a directory"),
         ("binary.c", "read HOME/binary.c: not UTF-8 at byte 1"),
+        ("pipe.c", "read HOME/pipe.c: it is no regular file"),
+        ("endless.c", "read HOME/endless.c: it is no regular file"),
+        ("large.c", "read HOME/large.c: it has more than 1048576 bytes"),
         ("empty.c", "read HOME/empty.c: no STEER_POLICY in it; see `steer policies new`"),
         ("hash.c", "read HOME/hash.c: there is a built-in policy hash; give it another name"),
         ("a b.c", "read HOME/a b.c: 'a b' cannot be a policy's name"),
@@ -188,12 +191,27 @@ def test_check_without_privilege_compiles(cli: RunSteer, mine: Path) -> None:
 )
 def test_file_that_is_no_policy(cli: RunSteer, home: Path, file: str, words: str) -> None:
     (home / "directory.c").mkdir()
+    os.mkfifo(home / "pipe.c")
+    (home / "endless.c").symlink_to("/dev/zero")
+    (home / "large.c").write_text("/*" + " " * (1 << 20) + "*/")
     (home / "binary.c").write_bytes(b"x\xff")
     for name in ("empty.c", "hash.c", "a b.c"):
         (home / name).touch()
     done = cli("policies", "check", file)
     assert done.returncode == 1
     assert done.stderr.startswith("steer: " + words.replace("HOME", str(home)))
+
+
+def test_what_it_includes_is_compiled_anew(home: Path) -> None:
+    """And so is what that includes."""
+    source = write(home, '#include "one.h"\n' + policy("return ANSWER;"))
+    (home / "one.h").write_text('#include "two.h"\n')
+    (home / "two.h").write_text("#define ANSWER 1\n")
+    first = compile.digest(source)
+    (home / "two.h").write_text("#define ANSWER 2\n")
+    assert compile.digest(source) != first
+    (home / "two.h").write_text("#define ANSWER 1\n")
+    assert compile.digest(source) == first
 
 
 def test_wrong_declaration_is_named_with_its_line(cli: RunSteer, home: Path) -> None:

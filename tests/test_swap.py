@@ -19,10 +19,20 @@ import pytest
 from clients import BIND, answer, freeze, request, send
 from conftest import StartService
 from crew import CPUS, KINDS, PORT, Crew, pinned, sources
-from support import NOBODY, Service, bpf_ids, eventually, http_get, run_steer, udp_ask
+from support import (
+    NOBODY,
+    Service,
+    bpf_ids,
+    eventually,
+    http_get,
+    is_running,
+    run_steer,
+    udp_ask,
+)
 
 from steer.errors import KernelError, Refused
 from steer.kernel import sockets
+from steer.kernel.listeners import Borrower
 from steer.plan import choosing_by
 from steer.policies import find
 from steer.policy import CBPF, EBPF, KERNEL, POLICIES
@@ -288,26 +298,42 @@ def test_connections_stay_and_stay_counted(service: StartService, clients: ExitS
     eventually(lambda: opened(running), {0: 0, 1: 0})
 
 
-def test_the_kernels_own_hash_counts_nothing_but_loses_no_connection(
+def test_under_the_kernels_own_hash_connections_are_counted_on(
     service: StartService, clients: ExitStack
 ) -> None:
-    """What was open before it is not known after it, and is never fewer than none."""
+    """Those from before, those that come meanwhile, and those of a worker that comes then."""
     running = service("-w", "2", *BIND, "--policy", "least-conn")
     held = keep(clients, 6)
     assert opened(running) == {0: 3, 1: 3}
     swap(running, KERNEL)
-    assert opened(running) == {0: None, 1: None}
+    assert opened(running) == {0: 3, 1: 3}
     held += keep(clients, 6)
+    assert sum(opened(running).values()) == 12
     swap(running, "least-conn")
-    fresh = ExitStack()
-    with fresh:
-        held_now = keep(fresh, 4)
-        assert opened(running) == {0: 2, 1: 2}
-        assert all(each.who()["pid"] == each.pid for each in held + held_now)
-        clients.close()
-        assert answers(20).total() == 20
-        eventually(lambda: opened(running), {0: 2, 1: 2})
+    held += keep(clients, 8)
+    assert opened(running) == {0: 10, 1: 10}
+    assert all(each.who()["pid"] == each.pid for each in held)
+    clients.close()
     eventually(lambda: opened(running), {0: 0, 1: 0})
+
+
+def test_what_came_uncounted_is_not_taken_off(service: StartService, clients: ExitStack) -> None:
+    """A service that began with the kernel's own hash: nobody counted what waits."""
+    running = service("-w", "2", *BIND, "--policy", KERNEL, "--hang-timeout", "0")
+    assert opened(running) == {0: None, 1: None}
+    workers = running.workers()
+    for each in workers:
+        freeze(each)
+    waiting = [clients.enter_context(request()) for _ in range(12)]
+    swap(running, "least-conn")
+    os.kill(workers[0]["pid"], signal.SIGKILL)
+    eventually(lambda: not is_running(workers[0]["pid"]))
+    send(workers[1], signal.SIGCONT)
+    assert [answer(sock) for sock in waiting]
+    running.wait_ready()
+    clients.close()
+    eventually(lambda: set(opened(running).values()), {0})
+    assert max(answers(20).values()) == 10
 
 
 def test_queued_connections_are_left_where_they_are(
@@ -696,6 +722,53 @@ def test_a_new_controller_takes_what_is_in_the_file_of_the_configuration(
     second = service(*arguments)
     eventually(lambda: second.status()["generation"], 2)
     eventually(lambda: second.status()["counters"].keys(), {"others"})
+
+
+@pytest.mark.needs("bcc")
+@pytest.mark.parametrize("text", ["broken", MINE.replace("return", "retrun"), None])
+def test_a_broken_file_of_the_configuration_ends_nothing(
+    service: StartService, mine: Path, text: str | None
+) -> None:
+    arguments = ("-w", "2", *BIND, "--policy", str(mine), "--param", "slot=1")
+    first = service(*arguments)
+    workers = [each["pid"] for each in first.workers()]
+    if text is None:
+        mine.unlink()
+    else:
+        mine.write_text(text)
+    orphan(first)
+    second = service(*arguments)
+    eventually(lambda: "mine.c" in second.log)
+    assert [each["pid"] for each in second.workers()] == workers
+    assert answers(6) == {1: 6}
+    mine.write_text(EDITED)
+    swap(second, mine)
+    assert second.status()["counters"].keys() == {"others"}
+
+
+@pytest.mark.needs("bcc", "pidfd_getfd")
+def test_a_controller_that_was_killed_in_the_middle_of_a_swap(
+    service: StartService, mine: Path
+) -> None:
+    """The kernel is made to be as the next one takes it to be."""
+    arguments = ("-w", "2", *BOTH, "--policy", str(mine), "--param", "slot=1")
+    first = service(*arguments)
+    worker = first.workers()[0]
+    orphan(first)
+    with Borrower(worker["pid"], frozenset(worker["sockets"])).borrow() as lent:
+        for sock in lent.values():
+            sockets.detach(sock.fileno())
+    service(*arguments)
+    assert answers(20) == {1: 20}
+
+
+def test_what_gets_nothing_would_under_the_kernels_own_hash(service: StartService) -> None:
+    running = service("-w", "2", *BIND, "--policy", "hash")
+    running.ask("drain", slot=1)
+    assert "worker 1 is draining, and nothing would keep it so" in str(refusal(running, KERNEL))
+    assert answers(8) == {0: 8}
+    running.ask("undrain", slot=1)
+    swap(running, KERNEL)
 
 
 def test_who_is_left_out_stays_left_out(service: StartService) -> None:

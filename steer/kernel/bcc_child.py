@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 import re
+import resource
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from typing import IO, Any
 
 PROGRAMS = ("plain", "migrate", "count")
 NO_BCC = 3
+CPU_S = 20
+MEMORY_BYTES = 2 << 30
 # Errors are what the kernel would refuse later, in words that do not name the line.
 WARNINGS = (
     "-Wno-unused-function",
@@ -38,6 +41,9 @@ _LINE = re.compile(r"; .* // Line +(\d+)")
 
 
 def main(source: str, include: str, *flags: str) -> int:
+    # A policy is small: whatever makes clang go on for ever is a mistake in it.
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     # bcc takes "kernel headers" from here: the few of our own, so none have to be installed.
     os.environ["BCC_KERNEL_SOURCE"] = include
     # It has words of its own for standard output, and those as late as at the exit.

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,7 +23,7 @@ from steer.errors import CompileError
 _HERE = Path(__file__).resolve().parent
 _CHILD = _HERE / "bcc_child.py"
 _NO_BCC = 3
-_TIMEOUT_S = 60
+_TIMEOUT_S = 30
 SYSTEM_PYTHON = "/usr/bin/python3"
 _FOR_OWN = ["-g", "-mllvm=-sink-common-insts=false"]
 """Line numbers; and no reading of what two branches read after they meet, from an address
@@ -41,22 +44,53 @@ def prebuilt(name: str) -> Path:
 
 
 def digest(source: Path) -> str:
-    """What names an object: a hash of the policy, steer.h and our headers.
+    """What names an object: a hash of the policy, what it includes, steer.h and our headers.
 
     Raises:
         CompileError: `source` cannot be read.
     """
     headers = sources()
     # Nothing of declared.py: it gives each name the number of its place in the source.
-    files = [source, _CHILD, headers / "steer.h", *sorted((headers / "include").rglob("*.h"))]
+    own = [_CHILD, headers / "steer.h", *sorted((headers / "include").rglob("*.h"))]
     total = hashlib.sha256(sys.byteorder.encode())
-    for file in files:
-        try:
-            total.update(file.read_bytes())
-        except OSError as error:
-            raise CompileError(f"read {file}", error.strerror or str(error)) from None
+    for data in (_read_file(source), *_included(source), *map(_read_file, own)):
+        total.update(data)
         total.update(b"\0")
     return total.hexdigest()
+
+
+def _included(source: Path) -> Iterator[bytes]:
+    """What it includes by name from its own directory, and what that does."""
+    seen, left = {source}, [source]
+    while left:
+        for name in _INCLUDE.findall(_read_file(left.pop())):
+            file = source.parent / os.fsdecode(name)
+            if file not in seen and file.is_file():
+                seen.add(file)
+                left.append(file)
+                yield _read_file(file)
+
+
+_INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"\n]+)"', re.MULTILINE)
+
+
+def _read_file(file: Path) -> bytes:
+    """A regular file, and no endless one. Raises CompileError."""
+    act = f"read {file}"
+    try:
+        # Not to wait for somebody to write into a pipe.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise CompileError(act, "it is no regular file")
+            data = stream.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise CompileError(act, error.strerror or str(error)) from None
+    if len(data) > _MOST_BYTES:
+        raise CompileError(act, f"it has more than {_MOST_BYTES} bytes")
+    return data
+
+
+_MOST_BYTES = 1 << 20
 
 
 def load(source: Path) -> PolicyObject:
@@ -144,9 +178,7 @@ def text(source: Path) -> str:
         CompileError: it cannot be read, or is no text.
     """
     try:
-        return source.read_text("utf-8")
-    except OSError as error:
-        raise CompileError(f"read {source}", error.strerror or str(error)) from None
+        return _read_file(source).decode()
     except UnicodeDecodeError as error:
         raise CompileError(f"read {source}", f"not UTF-8 at byte {error.start}") from None
 

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 from steer import abi, cbpf
 from steer.address import Bind
@@ -14,8 +15,13 @@ from steer.errors import BindError, KernelError
 from steer.kernel import proc
 
 
-def member(bind: Bind, backlog: int) -> socket.socket:
+def member(
+    bind: Bind, backlog: int, bound: Callable[[int], None] = lambda fd: None
+) -> socket.socket:
     """A new socket of the group at `bind`; over TCP it listens.
+
+    Args:
+        bound: told the descriptor before anything can come in.
 
     Raises:
         OSError: as bind(2) and listen(2) say; see `bind_error`.
@@ -24,9 +30,10 @@ def member(bind: Bind, backlog: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((bind.address, bind.port))
+        bound(sock.fileno())
         if bind.protocol == "tcp":
             sock.listen(backlog)
-    except OSError:
+    except BaseException:
         sock.close()
         raise
     return sock
