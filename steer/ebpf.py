@@ -78,6 +78,7 @@ class Ebpf:
         self._cpus = len(plan.topology.possible)
         self._choice: Choice
         self._choices: list[Choice] = []
+        self._reserve_stamps: Sequence[int] = ()
         over_tcp = sum(bind.protocol == "tcp" for bind in plan.binds)
         with ExitStack() as undo:
             self._counting = counting or Counting((plan.slots + reserve.COUNT) * over_tcp)
@@ -109,8 +110,7 @@ class Ebpf:
         return self._counting
 
     def _count_reserve(self, place: int, fd: int) -> None:
-        slot = self._plan.slots + place
-        self._counting.listens(slot, fd, self._counting.slots.begin(slot))
+        self._counting.listens(self._plan.slots + place, fd, self._reserve_stamps[place])
 
     def _join_reserve(self, index: int, place: int, fd: int) -> None:
         self._join(index, self._plan.slots + place, fd)
@@ -150,6 +150,8 @@ class Ebpf:
         """Over TCP only, and only where what waits there can be moved."""
         if not self._somebody:
             self._choice.prepare(self._plan.slots)
+        begin, first = self._counting.slots.begin, self._plan.slots
+        self._reserve_stamps = [begin(first + place) for place in range(reserve.COUNT)]
         for group, bind in zip(self._groups, self._plan.binds, strict=True):
             if bind.protocol == "tcp" and self._choice.migrates:
                 group.reserve.open(bind, self._plan.service.backlog)
@@ -268,11 +270,11 @@ class Ebpf:
             yield {**lent, **ours}
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
-        for place, sock in enumerate(self.reserve):
-            index, at = divmod(place, reserve.COUNT)
-            if not listeners.waiting(sock).limit:
-                sock.listen(self._plan.service.backlog)
-            self._rejoin(index, self._plan.slots + at, sock)
+        for index, group in enumerate(self._groups):
+            for place, sock in enumerate(group.reserve.sockets):
+                if not listeners.waiting(sock).limit:
+                    sock.listen(self._plan.service.backlog)
+                self._rejoin(index, self._plan.slots + place, sock)
         for slot, socks in there.items():
             for index, sock in socks.items():
                 self._rejoin(index, slot, sock)

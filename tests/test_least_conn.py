@@ -662,3 +662,21 @@ def test_without_the_capability_queues_are_sampled(
         before += lost
         eventually(lambda batch=batch, lost=lost: sum(map(is_answered, batch)) == 20 - lost)
     assert running.selected()[hung["slot"]] <= 66, "blindly it would be 133 of 400"
+
+
+def test_what_waits_in_two_reserves_is_counted(clients: ExitStack) -> None:
+    """From the first connection on, and wherever it goes."""
+    with Crew(EBPF, "least-conn", "tcp4", "tcp6", workers=2) as crew:
+        crew.steering.open_reserve()
+        waiting = [clients.enter_context(crew.send(bind)) for bind in crew.binds for _ in range(4)]
+        spare = crew.plan.slots
+        count = crew.steering.open
+        eventually(lambda: (count(spare) or 0) + (count(spare + 1) or 0), len(waiting))
+        crew.join(0, 1)
+        crew.steer()
+        crew.steering.empty_reserve()
+        eventually(lambda: (count(0) or 0) + (count(1) or 0), len(waiting))
+        assert (count(spare), count(spare + 1)) == (0, 0)
+        crew.take(len(waiting))
+        clients.close()
+        eventually(lambda: {count(slot) for slot in (0, 1, spare, spare + 1)}, {0})
