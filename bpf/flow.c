@@ -43,7 +43,8 @@ struct flow {
 static __always_inline bool is_alive(const struct flow *flow, u32 now)
 {
 	/* Another CPU may have seen it since, then it is less than nothing. */
-	s64 age = (s32)(now - flow->seen), idle = (u64)steer_param(idle) * steer_params()->ticks_per_s;
+	s64 age = (s32)(now - flow->seen),
+	    idle = (u64)steer_param(idle) * steer_params()->ticks_per_s;
 
 	return age < idle && steer_slot_at(flow->slot)->flows == flow->stamp;
 }

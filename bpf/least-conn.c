@@ -72,8 +72,8 @@ static __always_inline u64 of_all(const struct steer_half *table, const u32 *cou
 	return turn + (best & LOOK);
 }
 
-static __always_inline u64 of_some(const struct steer_half *table, const u32 *counts,
-				   bool varied, u64 given)
+static __always_inline u64 of_some(const struct steer_half *table, const u32 *counts, bool varied,
+				   u64 given)
 {
 	u64 best = NONE, look, places[PLACES];
 

@@ -9,7 +9,7 @@
  * Blind to load. Clients behind one address, of a proxy or a carrier's NAT, all go to one
  * worker.
  */
-#define steer_position(ctx, table, migrating, hash)                                                \
+#define steer_position(ctx, table, migrating, hash) \
 	(migrating ? of_socket(table, migrating) : steer_policy(ctx, table))
 #include "steer.h"
 

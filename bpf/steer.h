@@ -477,29 +477,29 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
  * policy that can do better defines steer_position() before it includes this.
  */
 #ifndef steer_position
-#define steer_position(ctx, table, migrating, hash)                                                \
+#define steer_position(ctx, table, migrating, hash) \
 	(migrating ? steer_spread(table, hash) : steer_policy(ctx, table))
 #endif
-#define STEER_POLICY(ctx, table)                                                                   \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                       \
-						const struct steer_half *table);                   \
-	int steer_plain(struct sk_reuseport_md *ctx)                                               \
-	{                                                                                          \
-		const struct steer_half *half = steer_active();                                    \
-                                                                                                   \
-		return steer_deliver(ctx, half, steer_policy(ctx, half), NULL);                    \
-	}                                                                                          \
-	int steer_migrate(struct sk_reuseport_md *ctx)                                             \
-	{                                                                                          \
-		const struct steer_half *half = steer_active();                                    \
-		struct bpf_sock *migrating = ctx->migrating_sk;                                    \
-		u32 hash = ctx->hash;                                                              \
-                                                                                                   \
-		steer_settle(hash);                                                                \
-		return steer_deliver(ctx, half, steer_position(ctx, half, migrating, hash),        \
-				     migrating);                                                   \
-	}                                                                                          \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                       \
+#define STEER_POLICY(ctx, table)                                                            \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
+						const struct steer_half *table);            \
+	int steer_plain(struct sk_reuseport_md *ctx)                                        \
+	{                                                                                   \
+		const struct steer_half *half = steer_active();                             \
+                                                                                            \
+		return steer_deliver(ctx, half, steer_policy(ctx, half), NULL);             \
+	}                                                                                   \
+	int steer_migrate(struct sk_reuseport_md *ctx)                                      \
+	{                                                                                   \
+		const struct steer_half *half = steer_active();                             \
+		struct bpf_sock *migrating = ctx->migrating_sk;                             \
+		u32 hash = ctx->hash;                                                       \
+                                                                                            \
+		steer_settle(hash);                                                         \
+		return steer_deliver(ctx, half, steer_position(ctx, half, migrating, hash), \
+				     migrating);                                            \
+	}                                                                                   \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
 						const struct steer_half *table)
 
 #endif
