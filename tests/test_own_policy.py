@@ -31,6 +31,8 @@ STEER_HISTOGRAM(slots, "slots", "chosen")
 
 STEER_POLICY(ctx, table)
 {
+	if (steer_is_ack(ctx)) /* of a connection that is gone, now and then */
+		return steer_to(steer_param(slot));
 	steer_add(all, 1);
 	if (steer_param(slot))
 		steer_add(late, 2);

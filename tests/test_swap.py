@@ -51,7 +51,8 @@ STEER_COUNTER(calls, "times that it was asked")
 
 STEER_POLICY(ctx, table)
 {
-	steer_add(calls, 1);
+	if (!steer_is_ack(ctx)) /* late ones come too, now and then */
+		steer_add(calls, 1);
 	return steer_to(steer_param(slot));
 }
 """
