@@ -451,6 +451,9 @@ def test_with_nobody_to_choose_the_kernel_does(
             unsteered = crew.steering.unsteered()
             assert unsteered is not None
             assert 200 - known <= unsteered <= 200
+            steered = sum(crew.selected().values()) - sum(before.values())
+            assert steered == 200 - unsteered
+        else:
             assert crew.selected() == before
 
 
