@@ -6,11 +6,10 @@
  * connections take about the same time. If some take much longer than others, they go to
  * whoever was given one last: who was given none since is likely to be at a long one.
  *
- * A handshake counts as soon as it is sent
- * somewhere: those of a burst, of which none has ended yet, do not all go to one worker.
- * Up to 64 workers are all looked at; of more only eight, next to two places taken by
- * chance (the power of two choices: Mitzenmacher 2001, with neighbours, as they cost
- * little).
+ * A handshake counts as soon as it is sent somewhere: those of a burst, of which none has
+ * ended yet, do not all go to one worker. Up to 64 workers are all looked at; of more only
+ * eight, next to two places taken by chance (the power of two choices: Mitzenmacher 2001,
+ * with neighbours, as they cost little).
  *
  * For requests that differ in what they cost, and workers that do one thing at a time.
  * Connections are what is counted: where each carries many requests, how many are under

@@ -305,6 +305,18 @@ static __always_inline struct steer_cpu *steer_this_cpu(void)
 	return bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_CPUS), &zero);
 }
 
+/* Of a TCP header, SYN among them; `none` where there is no such header. */
+static __always_inline u32 steer_tcp_flags(const struct sk_reuseport_md *ctx, u32 none)
+{
+	const u8 *header = ctx->data;
+
+	if (ctx->ip_protocol != 6 /* TCP */ || header + 14 > (const u8 *)ctx->data_end)
+		return none;
+	return header[13];
+}
+
+#define STEER_SYN 0x02
+
 /*
  * A lone ACK reaches a listener when it answers a SYN cookie, after the program
  * has already run for the SYN; or it is late, and its connection gone. Turns
@@ -313,21 +325,13 @@ static __always_inline struct steer_cpu *steer_this_cpu(void)
  */
 static __always_inline u32 steer_is_ack(const struct sk_reuseport_md *ctx)
 {
-	const u8 *header = ctx->data;
-
-	if (ctx->ip_protocol != 6 /* TCP */ || header + 14 > (const u8 *)ctx->data_end)
-		return 0;
-	return (header[13] >> 1 & 1) ^ 1; /* SYN */
+	return (steer_tcp_flags(ctx, STEER_SYN) >> 1 & 1) ^ 1;
 }
 
 /* What begins a connection; not one that migrates, of which there may be no packet. */
 static __always_inline bool steer_is_syn(const struct sk_reuseport_md *ctx)
 {
-	const u8 *header = ctx->data;
-
-	if (ctx->ip_protocol != 6 /* TCP */ || header + 14 > (const u8 *)ctx->data_end)
-		return false;
-	return header[13] & 0x02 /* SYN */;
+	return steer_tcp_flags(ctx, 0) & STEER_SYN;
 }
 
 /* The next slot of a row. Each CPU takes its own turns, so none ever waits or races. */

@@ -117,8 +117,6 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
 @_AS_JSON
 def check(as_json: bool, **options: Any) -> None:
     """Say what `run` with the same options would do, and why; change nothing."""
-    import msgspec
-
     from steer import controller, policies
     from steer.kernel import probe, topology
     from steer.plan import plan
@@ -128,9 +126,10 @@ def check(as_json: bool, **options: Any) -> None:
     decided = plan(service, topology.read(), probe.findings(), chosen)
     found = controller.rehearse(decided, os.environ)
     if as_json:
-        _print_json({**decided.describe(), **msgspec.to_builtins(found)})
+        whole = {"memory_bytes": found.memory_bytes, "notes": found.notes}
+        _print_json({**found.plan.describe(), **whole})
         return
-    for number, step in enumerate(decided.steps(), 1):
+    for number, step in enumerate(found.plan.steps(), 1):
         reason = f"  ({step.reason})" if step.reason else ""
         click.echo(f"{number}. {step.act.value} {step.object}{reason}")
     if found.memory_bytes:

@@ -84,10 +84,12 @@ class Rehearsed(msgspec.Struct, frozen=True):
     """What was found to be.
 
     Args:
-        notes: what the backend that would be used cannot do here, in words.
+        plan: with the rung that holds, and why no better one does.
+        notes: what its backend cannot do here, in words.
         memory_bytes: what its maps take of the kernel's memory.
     """
 
+    plan: Plan
     notes: Sequence[str]
     memory_bytes: int
 
@@ -107,9 +109,10 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     if service.command and shutil.which(service.command[0]) is None:
         raise AppLoadError(f"run {service.command[0]}", "no such command")
     rundir.refuse_taken(plan.name, service.control_socket, environment)
-    backend, _ = first_that_holds(plan, lambda _: None)
+    backend, rung = first_that_holds(plan, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
-    found = Rehearsed(backend.notes, backend.memory_bytes())
+    stands = msgspec.structs.replace(plan, rungs=(rung,))
+    found = Rehearsed(stands, backend.notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
         sockets.check_free(bind)
@@ -371,9 +374,13 @@ class Controller:
             self.fleet.choose_by(plan)
         else:
             self._see_that_all_serve(plan)
-            counting = self.steering.counting
-            self.fleet.choose_by(plan, open_backend(rung.backend, plan, counting=counting))
-            self.steering, self.rung = self.fleet.steering, rung
+            fresh = open_backend(rung.backend, plan, counting=self.steering.counting)
+            try:
+                self.fleet.choose_by(plan, fresh)
+            except BaseException:
+                fresh.close()
+                raise
+            self.steering, self.rung = fresh, rung
         self.plan = plan
         self.keep(self.fleet.generation)
 

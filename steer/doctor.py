@@ -382,16 +382,10 @@ def _migration(case: Case) -> Iterator[Opinion]:
     """The ladder knows nothing of it: it comes with eBPF or does not."""
     if not case.has_tcp or EBPF not in case.wanted:
         return
-    found = case.probes[MIGRATE]
-    if found.answer is Answer.YES:
-        yield Opinion("ok", "yes: a program says where a closing worker's queue goes")
-    elif found.answer is Answer.NO:
-        is_there = case.probes[EBPF].answer is Answer.YES
-        cure = "use Linux 5.14 or later" if is_there else _ebpf_cure(case)
-        yield Opinion("warn", f"no: {found.reason}", cure)
-    else:
-        told = f"could not tell: {found.reason}"
-        yield Opinion("unknown", told, found.cure or "ask again")
+    is_there = case.probes[EBPF].answer is Answer.YES
+    cure = "use Linux 5.14 or later" if is_there else _ebpf_cure(case)
+    words = "a program says where a closing worker's queue goes"
+    yield _opinion(case.probes[MIGRATE], words, cure)
 
 
 def _counting(case: Case) -> Iterator[Opinion]:
@@ -399,12 +393,17 @@ def _counting(case: Case) -> Iterator[Opinion]:
     if not case.has_tcp or EBPF not in case.wanted:
         return
     found = case.probes[COUNT]
+    words = "open connections are counted by worker"
+    yield _opinion(found, words, found.cure or _COUNT_CURE)
+
+
+def _opinion(found: Probed, words: str, cure: str) -> Opinion:
+    """What a probe found, in `words` if it is a yes."""
     if found.answer is Answer.YES:
-        yield Opinion("ok", "yes: open connections are counted by worker")
-    elif found.answer is Answer.NO:
-        yield Opinion("warn", f"no: {found.reason}", found.cure or _COUNT_CURE)
-    else:
-        yield Opinion("unknown", f"could not tell: {found.reason}", found.cure or "ask again")
+        return Opinion("ok", f"yes: {words}")
+    if found.answer is Answer.NO:
+        return Opinion("warn", f"no: {found.reason}", cure)
+    return Opinion("unknown", f"could not tell: {found.reason}", found.cure or "ask again")
 
 
 _COUNT_CURE = "give CAP_BPF and CAP_NET_ADMIN, and mount cgroup2 where it can be read"

@@ -153,7 +153,7 @@ class Ebpf:
         begin, first = self._counting.slots.begin, self._plan.slots
         self._reserve_stamps = [begin(first + place) for place in range(reserve.COUNT)]
         for group, bind in zip(self._groups, self._plan.binds, strict=True):
-            if bind.protocol == "tcp" and self._choice.migrates:
+            if bind.protocol == "tcp" and self._choice.migrates and not group.reserve.sockets:
                 group.reserve.open(bind, self._plan.service.backlog)
 
     def empty_reserve(self) -> None:

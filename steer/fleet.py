@@ -443,7 +443,7 @@ class Fleet:
         """Have another backend choose; it takes the sockets over with the next flip.
 
         Raises:
-            KernelError: there is no program in the group any more, or nothing has changed.
+            KernelError: nothing has changed.
         """
         binds = range(len(self.generation.plan.binds))
         with ExitStack() as lent:
@@ -454,9 +454,9 @@ class Fleet:
             }
             steering.steer(members)
             self._watch_reserve(False)
-            self.steering.detach(self.lend)
-            counted = self.counts()
             try:
+                self.steering.detach(self.lend)
+                counted = self.counts()
                 for slot, socks in there.items():
                     if len(socks) == len(binds):
                         fds = [os.dup(socks[index].fileno()) for index in binds]
@@ -464,8 +464,9 @@ class Fleet:
                 steering.open_reserve()
             except SteerError:
                 steering.detach(self.lend)
-                steering.close()
-                self.steering.steer(members)
+                self.steering.reassert(there)
+                self.steering.open_reserve()
+                self._watch_reserve(bool(members))
                 raise
         self.retired = counted or self.retired
         steering.owns_counting = True

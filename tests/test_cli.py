@@ -493,6 +493,19 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
     assert sorted(home.rglob("*")) == before
 
 
+@pytest.mark.needs("bpf", "nobody")
+@pytest.mark.usefixtures("netns")
+def test_check_tells_of_the_rung_that_holds(home: Path, environment: dict[str, str]) -> None:
+    """Which probes alone do not tell: without CAP_PERFMON only this policy is refused."""
+    less = "-sys_admin,-perfmon"
+    without = ["setpriv", "--bounding-set", less, "--inh-caps", less]
+    check = [STEER, "check", "--policy", "least-conn", "--json"]
+    done = subprocess.run([*without, *check], capture_output=True, env=environment, cwd=home)
+    found = json.loads(done.stdout)
+    assert found["backend"] == "kernel"
+    assert "give CAP_PERFMON too" in found["backend_reason"]
+
+
 def test_check_sees_who_has_the_port(service: StartService, steer: RunSteer) -> None:
     running = service("-w", "1")
     done = steer("check", "--name", "other")

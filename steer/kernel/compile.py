@@ -49,8 +49,8 @@ def digest(source: Path) -> str:
     Raises:
         CompileError: `source` cannot be read.
     """
-    headers = sources()
     # Nothing of declared.py: it gives each name the number of its place in the source.
+    headers = sources()
     own = [_CHILD, headers / "steer.h", *sorted((headers / "include").rglob("*.h"))]
     total = hashlib.sha256(sys.byteorder.encode())
     for data in (_read_file(source), *_included(source), *map(_read_file, own)):
