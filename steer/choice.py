@@ -13,7 +13,7 @@ import msgspec
 
 from steer import abi, policies, policy, table
 from steer.bytecode import PolicyObject
-from steer.errors import KernelError, VerifierError
+from steer.errors import VerifierError
 from steer.kernel import bpf, compile, verifier
 from steer.plan import Plan
 from steer.policy import Policy, Scene
@@ -201,26 +201,23 @@ def _load(
     chosen: Policy, code: PolicyObject, maps: Mapping[str, bpf.Map]
 ) -> tuple[bpf.Program, bool]:
     """The policy's program, and whether it migrates: not where the kernel cannot."""
-    name = f"steer_{chosen.name}"
-    kind, programs = abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE, code.programs
+    migrates = not verifier.why_not("migrate")
+    kind = "migrate" if migrates else "plain"
+    name, attach_type = f"steer_{chosen.name}", verifier.ATTACH_TYPES[kind]
     try:
-        return bpf.Program(name, programs["migrate"], maps, kind), True
+        return bpf.Program(name, code.programs[kind], maps, attach_type), migrates
     except VerifierError as error:
-        raise _pointed(error, chosen, code) from None
-    except KernelError as error:
-        if error.cause != "EINVAL":
-            raise
-    return bpf.Program(name, programs["plain"], maps, abi.BPF_SK_REUSEPORT_SELECT), False
+        raise _pointed(error, chosen, code.lines.get(kind, {})) from None
 
 
-def _pointed(error: VerifierError, chosen: Policy, code: PolicyObject) -> VerifierError:
+def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> VerifierError:
     """Of the user's own: with the line of C that it is about."""
     from steer.kernel import facts
 
     cure = "" if facts.may_perfmon() else _NEEDS_PERFMON
     if not chosen.is_own:
         return VerifierError(error.what, error.cause, cure, error.detail)
-    detail = verifier.point(error.detail, code.lines.get("migrate", {}), policies.file_of(chosen))
+    detail = verifier.point(error.detail, lines, policies.file_of(chosen))
     return VerifierError(error.what, error.cause, cure, detail)
 
 

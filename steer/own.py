@@ -111,6 +111,9 @@ def _verify(
         notes.append(f"not loaded: {error}")
         return {}
     for kind, code in built.programs.items():
+        if why_not := verifier.why_not(kind):
+            notes.append(f"{kind} not loaded: {why_not}")
+            continue
         try:
             figures[kind] = verifier.figures(kind, code, maps)
         except VerifierError as error:

@@ -24,7 +24,8 @@ from support import NOBODY, as_user, bpf_exists, bpf_ids, eventually
 from steer import abi, address
 from steer.bytecode import Code, PolicyObject
 from steer.errors import KernelError, VerifierError
-from steer.kernel import bpf, cgroup, compile, sockets, topology
+from steer.kernel import bpf, cgroup, compile, probe, sockets, topology
+from steer.ladder import Answer
 from steer.policy import EBPF, POLICIES
 from steer.table import Layout
 
@@ -161,6 +162,20 @@ def test_attach_type_that_no_kernel_knows_is_no_fault_of_the_program(
         bpf.Program("steer_probe", PASS, {}, 9999)
     assert type(caught.value) is KernelError
     assert caught.value.cause == "EINVAL"
+
+
+def test_kernel_that_asks_no_program_gets_the_plain_one(
+    netns: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux 5.10 takes any attach type, and refuses the field: here one that nobody has yet."""
+    monkeypatch.setattr(probe, "_ASKED", Code(["7910380000000000", *PASS.instructions], {}))
+    found = probe.migrate()
+    assert found.answer is Answer.NO
+    assert found.reason.endswith("has not got it; 5.14 has")
+    with Crew(EBPF, "hash", "tcp4").serving() as crew:
+        assert not crew.steering._choice.migrates
+        got = crew.count(20)
+        assert crew.selected() == got
 
 
 @pytest.mark.needs("nobody")

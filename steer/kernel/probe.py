@@ -7,12 +7,15 @@ import os
 
 from steer import abi
 from steer.bytecode import Code
-from steer.errors import KernelError
+from steer.errors import KernelError, VerifierError
 from steer.kernel import bpf, sockets
 from steer.ladder import Answer, Finding
 
 _PASS = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
+_ASKED = Code(["7910300000000000", *_PASS.instructions], {})
+"""Before that, read ctx->migrating_sk. The attach type tells nothing: a kernel that has not got it
+takes any (5.10, bpf_prog_load_check_attach)."""
 
 _NO = {
     errno.errorcode[code]
@@ -32,7 +35,7 @@ def ebpf() -> Finding:
     try:
         for name in abi.MAPS:
             bpf.Map(name).close()
-        with _program(abi.BPF_SK_REUSEPORT_SELECT) as program, sockets.scratch() as sock:
+        with _program(_PASS, abi.BPF_SK_REUSEPORT_SELECT) as program, sockets.scratch() as sock:
             sockets.attach_ebpf(sock.fileno(), program.fileno())
     except KernelError as error:
         return _finding(error)
@@ -42,9 +45,9 @@ def ebpf() -> Finding:
 def migrate() -> Finding:
     """Can a program be asked where the queue of a closing listener goes? Linux 5.14+."""
     try:
-        _program(abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE).close()
+        _program(_ASKED, abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE).close()
     except KernelError as error:
-        if error.cause == "EINVAL":
+        if isinstance(error, VerifierError) or error.cause == "EINVAL":
             return Finding(Answer.NO, f"Linux {os.uname().release} has not got it; 5.14 has")
         return _finding(error)
     return Finding(Answer.YES)
@@ -65,8 +68,8 @@ def findings() -> dict[str, Finding]:
     return {"ebpf": ebpf(), "cbpf": cbpf()}
 
 
-def _program(attach_type: int) -> bpf.Program:
-    return bpf.Program("steer_probe", _PASS, {}, attach_type)
+def _program(code: Code, attach_type: int) -> bpf.Program:
+    return bpf.Program("steer_probe", code, {}, attach_type)
 
 
 def _finding(error: KernelError) -> Finding:

@@ -20,8 +20,9 @@ import msgspec
 from steer import abi
 from steer.bytecode import Code
 from steer.errors import SteerError
-from steer.kernel import bpf
+from steer.kernel import bpf, probe
 from steer.kernel import compile as compiler
+from steer.ladder import Answer
 
 ATTACH_TYPES = {
     "plain": abi.BPF_SK_REUSEPORT_SELECT,
@@ -91,6 +92,12 @@ def maps_of(codes: Iterable[Code], stack: ExitStack) -> dict[str, bpf.Map]:
     return {name: stack.enter_context(bpf.Map(name, _SLOTS)) for name in sorted(names)}
 
 
+def why_not(kind: str) -> str:
+    """Why this kernel takes no such programs, or nothing."""
+    found = probe.migrate() if kind == "migrate" else None
+    return found.reason if found and found.answer is Answer.NO else ""
+
+
 def figures(kind: str, code: Code, maps: Mapping[str, bpf.Map]) -> Figures:
     """Load a program to see what it asks of the verifier.
 
@@ -151,7 +158,7 @@ def _line(detail: str, lines: Mapping[int, int], source: Path) -> str:
 
 
 def built_in() -> dict[str, Figures]:
-    """Of every program of every built-in policy, by "policy/program".
+    """Of every program of every built-in policy, by "policy/program", that this kernel may take.
 
     Raises:
         CompileError, KernelError
@@ -162,6 +169,8 @@ def built_in() -> dict[str, Figures]:
         with ExitStack() as stack:
             maps = maps_of(programs.values(), stack)
             for kind, code in programs.items():
+                if why_not(kind):
+                    continue
                 found[f"{source.stem}/{kind}"] = figures(kind, code, maps)
     return found
 
