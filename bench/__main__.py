@@ -15,6 +15,7 @@ import msgspec
 from bench import (
     cost,
     crash,
+    experiment,
     hang,
     leaks,
     locality,
@@ -49,9 +50,10 @@ BENCHES: Mapping[str, Bench] = {
     "hang": Bench("what becomes of requests when a worker is stopped", hang.run),
     "tail": Bench("how long requests take, by policy and beside others", tail.run),
     "swap": Bench("what is lost while policies are changed, and how long that takes", swap.run),
+    "experiment": Bench("from an edited policy to its figures", experiment.run),
     "crash": Bench("requests that fail while workers are killed", crash.run),
 }
-EPILOG = "\b\n" + "\n".join(f"{name:<9} {bench.summary}" for name, bench in BENCHES.items())
+EPILOG = "\b\n" + "\n".join(f"{name:<10} {bench.summary}" for name, bench in BENCHES.items())
 
 
 @click.command(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -234,11 +233,6 @@ def _sysctl(case: Case, name: str) -> int:
     return value
 
 
-def _kernel_version(release: str) -> tuple[int, int]:
-    match = re.match(r"(\d+)\.(\d+)", release)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
-
-
 # ---- privileges, and what limits them
 
 _GET_CAP_BPF = "run with CAP_BPF: as root, by AmbientCapabilities= in systemd, --cap-add in Docker"
@@ -297,8 +291,9 @@ def _lockdown(facts: Facts) -> str:
 
 
 def _memlock(facts: Facts) -> str:
-    counts = _kernel_version(facts.release) < _MEMLOCK_UNTIL and facts.memlock_bytes is not None
-    return f"RLIMIT_MEMLOCK of {facts.memlock_bytes} bytes" if counts else ""
+    counts = ladder.kernel_version(facts.release) < _MEMLOCK_UNTIL
+    is_limited = counts and facts.memlock_bytes is not None
+    return f"RLIMIT_MEMLOCK of {facts.memlock_bytes} bytes" if is_limited else ""
 
 
 _OBSTACLES = (
@@ -507,7 +502,10 @@ def _migrate_req(case: Case) -> Iterator[Opinion]:
     value = case.facts.sysctls["net.ipv4.tcp_migrate_req"]
     shown = "not here" if isinstance(value, Unknown) else value
     on_ebpf = _known(case.plan, _MOUNT_SYSFS).rungs[0].backend == EBPF
-    if on_ebpf and case.probes[MIGRATE].answer is Answer.YES:
+    if ladder.kernel_version(case.facts.release) < ladder.MIGRATES_SINCE:
+        lost = f"{shown}, for nothing: connections that wait in a closing worker's queue are reset"
+        yield Opinion("warn", lost, "use Linux 5.14 or later")
+    elif on_ebpf and case.probes[MIGRATE].answer is Answer.YES:
         yield Opinion("ok", f"{shown}: the program migrates whatever this says")
     elif isinstance(value, Unknown):
         lost = f"{value.reason}: what waits in a closing worker's queue may be reset"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -106,8 +107,10 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "nobody": _has_nobody,
     "pidfd_getfd": _has_pidfd_getfd,
     "root": _is_root,
+    "ruby": _has_command("ruby"),
     "userns": _has_userns,
     "uvicorn": _has_module("uvicorn"),
+    "vagrant": _has_command("vagrant"),
     "headers": _has_headers,
     "wrk": _has_command("wrk"),
 }
@@ -127,6 +130,12 @@ def require(*capabilities: str) -> None:
             pytest.fail(f"needs {capability}: {why}", pytrace=False)
         elif why:
             pytest.skip(f"needs {capability}: {why}")
+
+
+def pytest_configure() -> None:
+    """Some tests stand for hundreds of workers, whose sockets one process seldom holds."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -178,6 +178,13 @@ def test_kernel_that_asks_no_program_gets_the_plain_one(
         assert crew.selected() == got
 
 
+def test_sysctl_that_does_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's 5.10.262 has net.ipv4.tcp_migrate_req, and no code that looks at it."""
+    assert sockets.tcp_migrate_req() is not None
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("", "", "5.10.0-46-amd64", "", "")))
+    assert sockets.tcp_migrate_req() is None
+
+
 @pytest.mark.needs("nobody")
 @pytest.mark.parametrize(
     "attempt",

@@ -279,6 +279,10 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
             *("tcp-migrate-req", a_case(facts=sysctl(SYSCTLS[4], Unknown("ENOENT")))),
             *("ok", "not here: the program migrates", ""),
         ),
+        (
+            *("tcp-migrate-req", a_case(facts=replace(GOOD, release="5.10.0-46-amd64"))),
+            *("warn", "0, for nothing: connections that wait", "use Linux 5.14"),
+        ),
         ("files", a_case(), "ok", "needed, limit 1024", ""),
         ("files", a_case(facts=replace(GOOD, files=(None, None))), "ok", "no limit", ""),
         ("files", a_case(facts=replace(GOOD, files=(232, 232))), "ok", "needed, limit 232", ""),

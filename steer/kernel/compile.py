@@ -23,7 +23,7 @@ from steer.errors import CompileError
 _HERE = Path(__file__).resolve().parent
 _CHILD = _HERE / "bcc_child.py"
 _NO_BCC = 3
-_TIMEOUT_S = 30
+_TIMEOUT_S = 120
 SYSTEM_PYTHON = "/usr/bin/python3"
 _FOR_OWN = ["-g", "-mllvm=-sink-common-insts=false"]
 """Line numbers; and no reading of what two branches read after they meet, from an address

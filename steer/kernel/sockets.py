@@ -13,6 +13,7 @@ from steer import abi, cbpf
 from steer.address import Bind
 from steer.errors import BindError, KernelError
 from steer.kernel import proc
+from steer.ladder import MIGRATES_SINCE, kernel_version
 
 
 def member(
@@ -88,7 +89,10 @@ def bind_error(bind: Bind, error: OSError) -> BindError:
 
 def tcp_migrate_req() -> bool | None:
     """Whether the kernel itself moves what waits at a closing listener to another of the
-    group (ip-sysctl.rst, tcp_migrate_req); None before Linux 5.14, where nobody can."""
+    group (ip-sysctl.rst, tcp_migrate_req); None before Linux 5.14, where nobody can, though
+    Debian's 5.10.262 has such a file."""
+    if kernel_version(os.uname().release) < MIGRATES_SINCE:
+        return None
     try:
         with open("/proc/sys/net/ipv4/tcp_migrate_req") as stream:
             return stream.read().strip() == "1"

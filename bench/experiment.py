@@ -1,0 +1,81 @@
+"""From an edited policy to its figures on a live service: the wait of who tries things.
+
+As one would by hand: the file is changed, `steer policy` compiles it and puts it in force, a few
+connections come, and `steer status` tells who got them. The VM's side of it is `./dev vm run`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+
+from bench import peers, servers
+from bench.figures import Figure, Section
+from bench.peers import WORKERS, Running, under_steer
+from bench.servers import tool
+
+AT_MOST_MS = 1000.0
+CONNECTIONS = 200
+_PORT = 9860
+_POLICY = "mine.c"
+
+
+def run(quick: bool) -> list[Section]:
+    """Raises SteerError: steer is not installed beside this Python."""
+    rounds = 2 if quick else 21
+    peer = under_steer("steer", WORKERS, "--policy", "hash")
+    with peers.running(peer, _PORT) as running, tempfile.TemporaryDirectory() as home:
+        file = Path(home, _POLICY)
+        _steer(running, "policies", "new", _POLICY, cwd=home)
+        parts_ms = [_try(running, file, number) for number in range(rounds + 1)][1:]
+    policy_ms, load_ms, status_ms = zip(*parts_ms, strict=True)
+    all_ms = tuple(sum(each) for each in parts_ms)
+    about = f"from an edited policy to its figures, {CONNECTIONS} connections on a live service"
+    return [
+        Section(
+            about,
+            [
+                Figure("all", "ms", all_ms, AT_MOST_MS),
+                Figure("steer policy, which compiles it", "ms", policy_ms),
+                Figure("the connections", "ms", load_ms),
+                Figure("steer status", "ms", status_ms),
+            ],
+        )
+    ]
+
+
+def _try(running: Running, file: Path, number: int) -> tuple[float, float, float]:
+    """Each edit is another file to the compiler: nothing of it is kept from before."""
+    service = servers.name(_PORT)
+    with file.open("a") as edited:
+        edited.write(f"static const int edit_{number} __attribute__((unused)) = {number};\n")
+    begun_s = time.perf_counter()
+    _steer(running, "policy", service, str(file))
+    chosen_s = time.perf_counter()
+    for _ in range(CONNECTIONS):
+        servers.get(_PORT)
+    served_s = time.perf_counter()
+    status = msgspec.json.decode(_steer(running, "status", service, "--json"))
+    told_s = time.perf_counter()
+    workers = status["services"][0]["workers"]
+    assert sum(each["connections"]["selected"] for each in workers) >= CONNECTIONS
+    return (
+        1000 * (chosen_s - begun_s),
+        1000 * (served_s - chosen_s),
+        1000 * (told_s - served_s),
+    )
+
+
+def _steer(running: Running, *arguments: str, cwd: str | None = None) -> bytes:
+    done = subprocess.run(
+        [tool("steer"), *arguments],
+        env=running.site.environment,
+        cwd=cwd,
+        capture_output=True,
+        check=True,
+    )
+    return done.stdout

@@ -1,0 +1,228 @@
+"""`./dev vm`, as far as it goes without a VM: what is chosen, and what is said."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vm import __main__ as command
+from vm import accel, boot, cache, kernels, matrix, root
+from vm.boot import Machine
+from vm.errors import VmError
+from vm.kernels import Kernel
+
+KERNEL = Kernel("6.1.0-56-amd64", Path("/somewhere/vmlinuz-6.1.0-56-amd64"))
+Tool = Callable[[str, str], None]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Put a program, a shell script, before those that are there."""
+    place = tmp_path / "bin"
+    place.mkdir()
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+
+    def make(name: str, script: str) -> None:
+        (place / name).write_text(f"#!/bin/sh\n{script}\n")
+        (place / name).chmod(0o755)
+
+    return make
+
+
+# ---- kernels
+
+APT_CACHE = """
+shift 3  # -q -c FILE
+case $1 in
+pkgnames) printf '%s\\n' linux-image-6.1.0-9-amd64 linux-image-6.1.0-56-amd64 \\
+    linux-image-6.1.0-56-cloud-amd64 linux-image-6.1.0-56-amd64-dbg \\
+    linux-image-6.1.0-0.deb11.52-amd64 linux-image-6.1.0-57-rt-amd64 ;;
+madison) shift; for each; do case $each in
+    *-9-amd64) echo "$each | 6.1.99-9 | somewhere" ;;
+    *) echo "$each | 6.1.192-2 | somewhere" ;; esac; done ;;
+esac
+"""
+
+
+def test_newest_generic_kernel_of_a_series(tmp_path: Path, tool: Tool) -> None:
+    tool("apt-get", "exit 0")
+    tool("apt-cache", APT_CACHE)
+    apt = kernels._Apt(tmp_path)
+    assert kernels._newest(apt, "6.1") == "linux-image-6.1.0-56-amd64"
+    with pytest.raises(VmError, match=r"kernel 6\.2: Debian's .* have none, or are out of reach"):
+        kernels._newest(apt, "6.2")
+
+
+def test_kept_kernel_is_not_fetched_again(tool: Tool) -> None:
+    tool("apt-get", "exit 1")
+    for release in ("6.1.0-9-amd64", "6.1.0-56-amd64", "6.12.0-1-amd64"):
+        (cache.directory("kernels") / release).mkdir()
+    found = kernels.find("6.1")
+    assert found.release == "6.1.0-56-amd64"
+    assert found.image.name == "vmlinuz-6.1.0-56-amd64"
+
+
+def test_kernel_by_its_file(tmp_path: Path) -> None:
+    image = tmp_path / "bzImage"
+    image.touch()
+    assert kernels.find(str(image)) == Kernel("bzImage", image)
+    with pytest.raises(VmError, match=r"kernel \./none: no such file; a series"):
+        kernels.find("./none")
+
+
+# ---- the accelerator
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A /dev/kvm, which this machine may lack."""
+    monkeypatch.setattr(accel.os, "access", lambda *_: True)
+
+
+def test_kvm_that_works(device: None, tool: Tool) -> None:
+    tool(accel.QEMU, "echo 'Linux version 6.1'")
+    assert accel.why_not(KERNEL, 8) == ""
+
+
+@pytest.mark.parametrize(
+    "does, why_not",
+    [
+        ("echo 'x: error: failed to set MSR 0x10a' >&2; exit 134", "x: error: failed to set MSR"),
+        ("exit 0", "KVM does not come up"),
+        ("exec sleep 60", "a kernel is not up under KVM within 0.1 s"),
+    ],
+)
+def test_kvm_that_does_not(
+    device: None, tool: Tool, does: str, why_not: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accel, "_LIMIT_S", 0.1)
+    tool(accel.QEMU, does)
+    assert accel.why_not(KERNEL, 8).startswith(why_not)
+
+
+def test_kvm_is_tried_once_for_a_kernel(device: None, tool: Tool, tmp_path: Path) -> None:
+    tool(accel.QEMU, f"echo once >> {tmp_path}/tries; echo 'qemu: error: no' >&2; exit 1")
+    assert accel.why_not(KERNEL, 8) == accel.why_not(KERNEL, 8) == "qemu: error: no"
+    accel.why_not(KERNEL, 4)
+    assert (tmp_path / "tries").read_text().split() == ["once", "once"]
+
+
+def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accel.os, "access", lambda *_: False)
+    assert accel.why_not(KERNEL, 8) == "no /dev/kvm that may be used"
+
+
+# ---- the machine
+
+
+@pytest.fixture
+def image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(root, "image", lambda: Path("/root.squashfs"))
+    monkeypatch.setattr(accel, "why_not", lambda *_: "no KVM here")
+
+
+@pytest.mark.parametrize("nodes, wanted", [(1, []), (2, ["0-3", "4-7"]), (4, ["0-1", "2-3"])])
+def test_numa_nodes(image: None, tool: Tool, nodes: int, wanted: list[str]) -> None:
+    tool(accel.QEMU, "")
+    command = boot._vng(Machine(KERNEL, nodes=nodes), Path("/share"))
+    given = [after for each, after in pairwise(command) if each == "--numa"]
+    assert given[: len(wanted)] == [f"{4096 // nodes}M,cpus={cpus}" for cpus in wanted]
+    assert len(given) == (nodes if nodes > 1 else 0)
+    assert "--disable-kvm" in command
+
+
+def test_guest_sees_the_tree_and_the_files(image: None, tool: Tool, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.c"
+    mine.write_text("int x;")
+    with boot._share([mine]) as share:
+        assert (share / "mine.c").read_text() == "int x;"
+        assert os.access(share / "enter", os.X_OK)
+        with tarfile.open(share / "tree.tar") as tar:
+            names = set(tar.getnames())
+    assert not share.exists()
+    assert {"dev", "steer/cli.py", "bpf/steer.h", "tests/test_vm.py"} <= names
+    assert not any(name.startswith((".git/", ".venv/")) for name in names)
+
+
+def test_output_and_status_are_the_commands(
+    image: None, tool: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool(accel.QEMU, "")
+    tool("vng", "echo early >&2; echo 'steer: up' >&2; echo late >&2; echo said; exit 3")
+    assert boot.run(Machine(KERNEL), ["true"]) == 3
+    assert capsys.readouterr() == ("said\n", "vm: 6.1.0-56-amd64, emulated: no KVM here\nlate\n")
+
+
+@pytest.mark.parametrize(
+    "does, cause",
+    [
+        ("echo 'Kernel panic' >&2; exit 0", "it did not come up"),
+        ("echo 'Kernel panic' >&2; exec sleep 60", r"the guest was not up within 0\.3 s"),
+    ],
+)
+def test_guest_that_does_not_come_up(
+    image: None, tool: Tool, does: str, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boot, "_UP_S", 0.3)
+    tool(accel.QEMU, "")
+    tool("vng", does)
+    with pytest.raises(VmError, match=rf"^boot 6\.1\.0-56-amd64: {cause}") as caught:
+        boot.run(Machine(KERNEL), ["true"])
+    assert "Kernel panic" in caught.value.detail
+
+
+def test_no_qemu(image: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(VmError, match="install qemu-system-x86"):
+        boot._vng(Machine(KERNEL), Path("/share"))
+
+
+# ---- the command
+
+
+def test_boot_is_meant_where_no_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    booted = []
+    monkeypatch.setattr(kernels, "find", lambda name: Kernel(name, Path("/k")))
+    monkeypatch.setattr(boot, "run", lambda machine, words: booted.append((machine, words)) or 0)
+    monkeypatch.setattr(boot, "shell", lambda machine: booted.append((machine, ())) or 0)
+    for words in (["--kernel", "5.10", "--", "uname", "-r"], [], ["boot", "--cpus", "4"]):
+        assert CliRunner().invoke(command.main, words).exit_code == 0
+    assert [(each.kernel.release, each.cpus, words) for each, words in booted] == [
+        ("5.10", 8, ("uname", "-r")),
+        (kernels.SERIES[-1], 8, ()),
+        (kernels.SERIES[-1], 4, ()),
+    ]
+
+
+def test_cpus_that_no_nodes_can_share() -> None:
+    done = CliRunner().invoke(command.main, ["--cpus", "7"])
+    assert done.exit_code == 2
+    assert "7 CPUs cannot be parted among 2 nodes of equal size" in done.output
+
+
+# ---- the matrix
+
+
+def test_what_pytest_said() -> None:
+    seen = matrix.Tests()
+    for line in (
+        "....ss [ 10%]",
+        "SKIPPED [14] tests/conftest.py:129: needs migrate: Linux 5.10 has not got it; 5.14 has",
+        "SKIPPED [2] tests/conftest.py:129: needs migrate: Linux 5.10 has not got it; 5.14 has",
+        "667 passed, 16 skipped in 750.63s (0:12:30)",
+    ):
+        seen.hear(line)
+    assert seen.outcome == "667 passed, 16 skipped"
+    assert list(seen.skipped.values()) == [16]
+    assert "needs migrate" in next(iter(seen.skipped))

@@ -1,0 +1,161 @@
+"""`./dev vm`: kernels other than this machine's, with this tree in them."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from steer.errors import SteerError
+from vm import boot, kernels, matrix
+from vm.boot import Machine
+from vm.errors import VmError
+
+_KERNEL_HELP = f"Debian's newest of a series ({', '.join(kernels.SERIES)}, ...), or a bzImage."
+_Command = Callable[..., int]
+
+
+class _Commands(click.Group):
+    """Where no command is named, `boot` is meant."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args.insert(0, "boot")
+        return super().parse_args(ctx, args)
+
+
+def _machine(command: _Command) -> _Command:
+    """The options of the machine."""
+    for option in (
+        click.option("--qemu", default="", metavar="ARGS", help="Further arguments for qemu."),
+        click.option("--memory", "memory_mib", default=4096, show_default=True, metavar="MIB"),
+        click.option("--nodes", default=2, show_default=True, help="NUMA nodes of equal size."),
+        click.option("--cpus", default=8, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+_kernel = click.option(
+    "--kernel", default=kernels.SERIES[-1], show_default=True, metavar="KERNEL", help=_KERNEL_HELP
+)
+
+
+@click.group("./dev vm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Boot a kernel with this tree, through virtme-ng: 8 CPUs, nothing of this machine at risk.
+
+    Under KVM where that works, else emulated, which is some 15 times slower. Kernels and the
+    guest's root file system are kept in ~/.cache/steer/vm. Where no command is named: boot.
+    """
+
+
+@main.command("boot")
+@_kernel
+@_machine
+@click.argument("command", nargs=-1)
+def boot_(kernel: str, command: Sequence[str], **options: Any) -> int:
+    """Run COMMAND in the tree, or a shell: ./dev vm -- uname -r"""
+    machine = _wanted(kernel, **options)
+    return boot.run(machine, command) if command else boot.shell(machine)
+
+
+@main.command()
+@click.option(
+    "--kernel",
+    "wanted",
+    multiple=True,
+    default=(*kernels.SERIES, matrix.HOST),
+    show_default=True,
+    metavar="KERNEL",
+    help=f"{_KERNEL_HELP} Or {matrix.HOST}, this machine's. Again and again.",
+)
+@_machine
+@click.option("--report", type=click.Path(path_type=Path), help="Write what was found there.")
+@click.option("--cells", is_flag=True, help="Only see what becomes of every policy; no tests.")
+@click.argument("tests", nargs=-1)
+def test(
+    wanted: Sequence[str], report: Path | None, cells: bool, tests: Sequence[str], **options: Any
+) -> int:
+    """Every policy on every backend of every kernel, and the tests of the kernel's doing, or TESTS,
+    as pytest takes them. Exits with 1 unless every policy works, or falls back and says why."""
+    ran = []
+    for name in wanted:
+        machine = None if name == matrix.HOST else _wanted(name, **options)
+        chosen = tests or matrix.tests_for(machine)
+        ran.append(matrix.run(machine, () if cells else chosen, _echo))
+    if report:
+        command = shlex.join(["./dev", "vm", *sys.argv[1:]])
+        matrix.write(report, matrix.markdown(ran, command))
+    matrix.show(ran)
+    wrong = matrix.unexplained(ran)
+    for each in wrong:
+        click.echo(f"vm: {each}", err=True)
+    return 1 if wrong else 0
+
+
+@main.command()
+@_kernel
+@_machine
+@click.option("--policy", required=True, metavar="NAME|FILE.c", help="A name, or a file.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="Of the policy.")
+@click.option("--connections", default=400, show_default=True, help="From all CPUs in turn.")
+@click.option("--udp", is_flag=True, help="Datagrams instead, each of a flow of its own.")
+def run(
+    kernel: str,
+    policy: str,
+    params: Sequence[str],
+    connections: int,
+    udp: bool,
+    **options: Any,
+) -> int:
+    """Try a policy in the VM, on the demo with a small load: what the kernel's verifier says of it,
+    what a call costs, and which worker got how many. The cost is of an emulated machine, unless KVM
+    works: compare it with another policy's."""
+    machine = _wanted(kernel, **options)
+    is_file = policy.endswith(".c")
+    if is_file and not Path(policy).is_file():
+        raise VmError(f"policy {policy}", "no such file")
+    command = ["python", "-m", "vm.trial", f"/host/{Path(policy).name}" if is_file else policy]
+    command += ["--connections", str(connections), *(["--udp"] if udp else [])]
+    command += [f"--option={word}" for param in params for word in ("--param", param)]
+    return boot.run(machine, command, [Path(policy)] if is_file else [])
+
+
+def _echo(line: str) -> None:
+    click.echo(line, nl=False)
+
+
+def _wanted(kernel: str, cpus: int, nodes: int, memory_mib: int, qemu: str) -> Machine:
+    if nodes < 1 or cpus < 1 or cpus % nodes:
+        raise click.UsageError(f"{cpus} CPUs cannot be parted among {nodes} nodes of equal size")
+    return Machine(kernels.find(kernel), cpus, nodes, memory_mib, qemu)
+
+
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def complaining(command: click.Command) -> int:
+    """Run it, and say what went wrong as `steer` does."""
+    signal.signal(signal.SIGTERM, _leave)  # so that what was started is ended
+    try:
+        return int(command(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except SteerError as error:
+        print("\n".join(filter(None, (f"vm: {error}", error.detail))), file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(complaining(main))

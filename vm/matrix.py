@@ -1,0 +1,158 @@
+"""Every policy on every backend of several kernels, and the tests that are about the kernel."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from steer.show import tables
+from vm import boot, cache, report, root
+from vm.boot import Machine
+
+HOST = "host"
+"""The kernel of this machine, without a VM."""
+KERNEL_TESTS = (
+    "tests/test_bpf.py",
+    "tests/test_kernel_policies.py",
+    "tests/test_kernel_cbpf.py",
+    "tests/test_source.py",
+    "tests/test_flow.py",
+    "tests/test_least_conn.py",
+    "tests/test_listeners.py",
+    "tests/test_diag.py",
+)
+"""About what the kernel does more than about what we do: these the matrix runs everywhere."""
+VM_TESTS = "vm/tests"
+"""Of many CPUs, receive queues and NUMA nodes, which the guest has whatever this machine has."""
+_CELLS = ("python", "-m", "vm.cells")
+_PYTEST = ("python", "-m", "pytest", "-q", "-rs", "--timeout=900", "-p", "no:cacheprovider")
+_SKIPPED = re.compile(r"SKIPPED \[(\d+)\] \S+ (.*)")
+_COUNTED = re.compile(r"^=*\s*((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s")
+
+
+class Tests(msgspec.Struct):
+    """What pytest said.
+
+    Args:
+        outcome: "520 passed, 14 skipped".
+        skipped: how many, by why.
+    """
+
+    status: int = 0
+    outcome: str = "did not end"
+    skipped: dict[str, int] = {}
+
+    def hear(self, line: str) -> None:
+        if found := _SKIPPED.match(line):
+            self.skipped[found[2]] = self.skipped.get(found[2], 0) + int(found[1])
+        elif found := _COUNTED.match(line):
+            self.outcome = found[1]
+
+
+class Ran(msgspec.Struct):
+    """What was seen on one kernel."""
+
+    kernel: report.Kernel
+    tests: Tests
+
+
+def run(machine: Machine | None, tests: Sequence[str], show: Callable[[str], None]) -> Ran:
+    """Cells, and then tests.
+
+    Args:
+        machine: None for the kernel of this one.
+        tests: for pytest; none run none.
+        show: gets what pytest prints.
+
+    Raises:
+        VmError: the guest did not come up.
+    """
+    cells: list[str] = []
+    seen = Tests()
+
+    def hear(line: str) -> None:
+        if line.startswith("{"):
+            cells.append(line)
+            cache.say(_summary(line))
+        else:
+            seen.hear(line)
+            show(line)
+
+    steps = [_CELLS, *([(*_PYTEST, *tests)] if tests else [])]
+    seen.status = _steps(machine, steps, hear)
+    if not tests:
+        seen.outcome = "none were run"
+    return Ran(report.read(cells), seen)
+
+
+def tests_for(machine: Machine | None) -> Sequence[str]:
+    return (*KERNEL_TESTS, VM_TESTS) if machine else KERNEL_TESTS
+
+
+def show(ran: Sequence[Ran]) -> None:
+    tables(report.tables([each.kernel for each in ran]))
+    for line in _tests(ran):
+        print(line)
+
+
+def _summary(line: str) -> str:
+    record = msgspec.json.decode(line, type=report.Record)
+    if isinstance(record, report.Machine):
+        return f"{record.release}, {record.version}"
+    if isinstance(record, report.Verified):
+        return f"{record.program}: {record.error or f'{record.processed} processed'}"
+    works = f"works on {record.got}" if record.works else "DOES NOT WORK"
+    return f"{record.policy} on {record.asked}: {works}, {record.took_s} s"
+
+
+def _steps(
+    machine: Machine | None, steps: Sequence[Sequence[str]], hear: Callable[[str], None]
+) -> int:
+    """One after the other, whatever becomes of them; the worst exit status."""
+    if machine:
+        script = "s=0; " + "".join(f"{' '.join(step)} || s=$?; " for step in steps) + "exit $s"
+        return boot.run(machine, ["sh", "-c", script], heard=hear)
+    return max(_on_host(step, hear) for step in steps)
+
+
+def _on_host(step: Sequence[str], hear: Callable[[str], None]) -> int:
+    command = [sys.executable, *step[1:]]
+    with subprocess.Popen(command, cwd=root.TREE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout
+        for line in child.stdout:
+            hear(line)
+    return child.returncode
+
+
+def unexplained(ran: Sequence[Ran]) -> list[str]:
+    """What is wrong with what was seen: none of it should be there."""
+    failed = [
+        f"{each.kernel.name}: tests: {each.tests.outcome}" for each in ran if each.tests.status
+    ]
+    return report.unexplained([each.kernel for each in ran]) + failed
+
+
+def markdown(ran: Sequence[Ran], command: str) -> str:
+    """The report, for docs/KERNELS.md."""
+    return report.markdown([each.kernel for each in ran], command) + "\n".join(_tests(ran))
+
+
+def _tests(ran: Iterable[Ran]) -> Iterable[str]:
+    yield "\n## Tests\n"
+    for each in ran:
+        yield f"- {each.kernel.name}: {each.tests.outcome}"
+        for why, number in sorted(each.tests.skipped.items()):
+            yield f"    - {number} skipped: {why}"
+    yield ""
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.rename(path)

@@ -1,0 +1,115 @@
+"""The guest's root file system: a minimal Debian 12 on which ./dev has been set up, in one file.
+
+An image rather than this machine's own root: emulated, 9p takes ten times as long to import a
+Python module, and what is measured should not depend on what is installed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tarfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vm import cache
+from vm.errors import VmError
+
+TREE = Path(__file__).resolve().parent.parent
+SUITE = "bookworm"
+GUEST_TREE = "/steer"
+_GUEST = TREE / "vm" / "guest"
+_MADE_FROM = (TREE / "dev", _GUEST / "systemd-udevd", Path(__file__))
+_LEFT_OUT = {".git", ".venv"}
+_HOSTS = ("/etc/pip.conf", "~/.config/pip/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
+"""How this machine reaches PyPI, wherever it does so in a way of its own."""
+
+
+def image() -> Path:
+    """The image, made if there is none for the packages that ./dev and pyproject.toml name.
+
+    Raises:
+        VmError: it cannot be made.
+    """
+    name = f"root-{_digest()}.squashfs"
+    kept = cache.directory("roots") / name
+    if kept.exists():
+        return kept
+    _require("mmdebstrap", "tar2sqfs")
+    cache.say("making the guest's root file system: Debian 12, and what ./dev sets up (minutes)")
+    with cache.making() as scratch:
+        _make(scratch, scratch / name)
+        for old in cache.directory("roots").iterdir():
+            old.unlink()
+        return cache.keep(scratch / name, "roots")
+
+
+def tree(archive: Path) -> None:
+    """This tree as it is now, as a tar file for the guest."""
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(_files(TREE)):
+            tar.add(path, path.relative_to(TREE), recursive=False)
+
+
+def _files(top: Path) -> Iterator[Path]:
+    for directory, below, names in os.walk(top):
+        below[:] = [name for name in below if name not in _LEFT_OUT and "_cache" not in name]
+        yield from (Path(directory, name) for name in names)
+
+
+def _digest() -> str:
+    project = tomllib.loads((TREE / "pyproject.toml").read_text())["project"]
+    asked = repr((project["dependencies"], project["optional-dependencies"]))
+    made_from = hashlib.sha256(asked.encode())
+    for path in _MADE_FROM:
+        made_from.update(path.read_bytes())
+    return made_from.hexdigest()[:12]
+
+
+def _require(*tools: str) -> None:
+    for tool in tools:
+        if not shutil.which(tool):
+            cure = "install it: Debian has it in mmdebstrap and squashfs-tools-ng"
+            raise VmError("make the guest's root file system", f"no command {tool}", cure)
+
+
+def _make(scratch: Path, made: Path) -> None:
+    """mmdebstrap(1) runs its hooks outside of the new root, which is $1, as root or as good as."""
+    tree(scratch / "tree.tar")
+    log = scratch / "log"
+    debian = ["mmdebstrap", "--variant=minbase", "--include=ca-certificates,python3,kmod"]
+    packed = ["tar2sqfs", "--quiet", "--compressor", "lz4", "--no-skip", "--force", str(made)]
+    with log.open("wb") as heard:
+        source = subprocess.Popen(
+            [*debian, *_hooks(scratch), SUITE, "-"], stdout=subprocess.PIPE, stderr=heard
+        )
+        sink = subprocess.run(packed, stdin=source.stdout, stderr=heard, check=False)
+        assert source.stdout
+        source.stdout.close()
+    if source.wait() or sink.returncode:
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise VmError("make the guest's root file system", "mmdebstrap failed", detail=last)
+
+
+def _hooks(scratch: Path) -> Sequence[str]:
+    """Set up what the tree asks for at the place it will have, and leave only that."""
+    hosts = [path for path in (Path(each).expanduser() for each in _HOSTS) if path.is_file()]
+    copied = [f'install -D "{path}" "$1{_in_guest(path)}"' for path in hosts]
+    steps = [
+        *copied,
+        f'mkdir "$1{GUEST_TREE}" "$1/host"',
+        f'tar -C "$1{GUEST_TREE}" --no-same-owner -xf "{scratch}/tree.tar"',
+        f'chroot "$1" {GUEST_TREE}/dev setup bench',
+        f'cd "$1{GUEST_TREE}" && find . -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -r {{}} +',
+        f'install -D "{_GUEST}/systemd-udevd" "$1/usr/lib/systemd/systemd-udevd"',
+        'ln -s true "$1/usr/bin/udevadm"',
+        'rm -rf "$1/var/cache/apt/archives" "$1/var/lib/apt/lists"',
+    ]
+    return [f"--customize-hook={step}" for step in steps]
+
+
+def _in_guest(path: Path) -> Path:
+    return Path("/root") / path.relative_to(Path.home()) if Path.home() in path.parents else path
