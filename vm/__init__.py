@@ -1,1 +1,1 @@
-"""Kernels to try steer on: booted in a VM, and what was found there. See docs/VM.md."""
+"""Kernels to try steer on: booted in a VM, and what was found there. See docs/KERNELS.md."""

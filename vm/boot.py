@@ -63,7 +63,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": str(share)},  # what virtme-ng leaves goes with it
+            env=_environment(share),
             process_group=0,
             text=True,
             errors="replace",
@@ -78,7 +78,12 @@ def shell(machine: Machine) -> int:
     """A shell on this terminal."""
     with _share(()) as share:
         command = [*_vng(machine, share), "--shell", "/host/shell"]
-        return subprocess.run(command, check=False).returncode
+        return subprocess.run(command, env=_environment(share), check=False).returncode
+
+
+def _environment(share: Path) -> dict[str, str]:
+    """What virtme-ng leaves behind is to go with the share."""
+    return {**os.environ, "TMPDIR": str(share)}
 
 
 @contextmanager
