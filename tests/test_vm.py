@@ -226,3 +226,53 @@ def test_what_pytest_said() -> None:
     assert seen.outcome == "667 passed, 16 skipped"
     assert list(seen.skipped.values()) == [16]
     assert "needs migrate" in next(iter(seen.skipped))
+
+
+MACHINE = '{"kind":"machine","release":"6.1","version":"","cpu":"","cpus":8,"probes":{}}'
+CELL = '{"kind":"cell","policy":"cpu","asked":"ebpf","got":"ebpf","works":%s,"took_s":1.0}'
+
+
+@pytest.mark.parametrize(
+    "lines, status, said",
+    [
+        ([MACHINE, CELL % "true", "3 passed in 1.00s"], 0, ""),
+        ([MACHINE, CELL % "false", "3 passed in 1.00s"], 1, "cpu on ebpf: does not work"),
+        ([MACHINE, CELL % "true", "1 failed in 1.00s", "exit 1"], 1, "6.1: tests: 1 failed"),
+        ([MACHINE, MACHINE[:20]], 1, "5.10: read what was seen: "),
+        ([], 1, "5.10: read what was seen: 0 machines"),
+    ],
+)
+def test_matrix_fails_on_what_is_not_explained(
+    lines: list[str], status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(machine: Machine, words: list[str], heard: Callable[[str], None]) -> int:
+        for line in lines:
+            heard(f"{line}\n")
+        return int("exit 1" in lines)
+
+    monkeypatch.setattr(boot, "run", run)
+    monkeypatch.setattr(kernels, "find", lambda name: Kernel(name, Path("/k")))
+    done = CliRunner().invoke(
+        command.main, ["test", "--kernel", "5.10"], standalone_mode=False, catch_exceptions=False
+    )
+    assert done.return_value == status
+    assert said in done.output
+
+
+def test_matrix_goes_on_after_a_kernel_that_does_not_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(machine: Machine, words: list[str], heard: Callable[[str], None]) -> int:
+        if machine.kernel.release == "5.10":
+            raise VmError("boot 5.10", "it did not come up", detail="Kernel panic")
+        heard(MACHINE)
+        heard(CELL % "true")
+        return 0
+
+    monkeypatch.setattr(boot, "run", run)
+    monkeypatch.setattr(kernels, "find", lambda name: Kernel(name, Path("/k")))
+    asked = ["test", "--cells", "--kernel", "5.10", "--kernel", "6.1", "--report"]
+    done = CliRunner().invoke(command.main, [*asked, f"{tmp_path}/K.md"], standalone_mode=False)
+    assert done.return_value == 1
+    assert "5.10: boot 5.10: it did not come up\nKernel panic" in done.output
+    assert "| cpu | ebpf | works |" in (tmp_path / "K.md").read_text()

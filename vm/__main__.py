@@ -85,16 +85,19 @@ def test(
 ) -> int:
     """Every policy on every backend of every kernel, and the tests of the kernel's doing, or TESTS,
     as pytest takes them. Exits with 1 unless every policy works, or falls back and says why."""
-    ran = []
+    ran, wrong = [], []
     for name in wanted:
-        machine = None if name == matrix.HOST else _wanted(name, **options)
-        chosen = tests or matrix.tests_for(machine)
-        ran.append(matrix.run(machine, () if cells else chosen, _echo))
+        try:
+            machine = None if name == matrix.HOST else _wanted(name, **options)
+            chosen = tests or matrix.tests_for(machine)
+            ran.append(matrix.run(machine, () if cells else chosen, _echo))
+        except SteerError as error:  # the others are still to come
+            wrong.append("\n".join(filter(None, (f"{name}: {error}", error.detail))))
     if report:
         command = shlex.join(["./dev", "vm", *sys.argv[1:]])
         matrix.write(report, matrix.markdown(ran, command))
     matrix.show(ran)
-    wrong = matrix.unexplained(ran)
+    wrong += matrix.unexplained(ran)
     for each in wrong:
         click.echo(f"vm: {each}", err=True)
     return 1 if wrong else 0

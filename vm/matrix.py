@@ -13,6 +13,7 @@ import msgspec
 from steer.show import tables
 from vm import boot, cache, report, root
 from vm.boot import Machine
+from vm.errors import VmError
 
 HOST = "host"
 """The kernel of this machine, without a VM."""
@@ -81,7 +82,7 @@ def run(machine: Machine | None, tests: Sequence[str], show: Callable[[str], Non
         show: gets what pytest prints.
 
     Raises:
-        VmError: the guest did not come up.
+        VmError: the guest did not come up, or broke off.
     """
     cells: list[str] = []
     seen = Tests()
@@ -98,7 +99,10 @@ def run(machine: Machine | None, tests: Sequence[str], show: Callable[[str], Non
     seen.status = _steps(machine, steps, hear)
     if not tests:
         seen.outcome = "none were run"
-    return Ran(report.read(cells), seen)
+    try:
+        return Ran(report.read(cells), seen)
+    except ValueError as error:  # a guest that broke off in the middle
+        raise VmError("read what was seen", str(error)) from None
 
 
 def tests_for(machine: Machine | None) -> Sequence[str]:
@@ -112,7 +116,10 @@ def show(ran: Sequence[Ran]) -> None:
 
 
 def _summary(line: str) -> str:
-    record = msgspec.json.decode(line, type=report.Record)
+    try:
+        record = msgspec.json.decode(line, type=report.Record)
+    except msgspec.DecodeError:
+        return line.rstrip()
     if isinstance(record, report.Machine):
         return f"{record.release}, {record.version}"
     if isinstance(record, report.Verified):
