@@ -237,7 +237,7 @@ def _sysctl(case: Case, name: str) -> int:
 
 _GET_CAP_BPF = "run with CAP_BPF: as root, by AmbientCapabilities= in systemd, --cap-add in Docker"
 _GET_LIBBPF = "install libbpf 1.0 or later (Debian, Ubuntu: libbpf1)"
-_GET_EBPF = "use Linux 4.19 or later with CONFIG_BPF_SYSCALL"
+_GET_EBPF = "use Linux 5.5 or later with CONFIG_BPF_SYSCALL"
 _GET_CBPF = "use Linux 4.6 or later"
 _GET_BCC = "for policies of your own install bcc (Debian, Ubuntu: python3-bpfcc)"
 _MEMLOCK_UNTIL = (5, 11)

@@ -11,6 +11,8 @@ import msgspec
 from steer.errors import FallbackRefused
 from steer.policy import BACKENDS, EBPF, KERNEL, Policy
 
+EBPF_SINCE = (5, 5)
+"""The Linux from which on arrays can be mapped into memory (BPF_F_MMAPABLE), as our tables are."""
 MIGRATES_SINCE = (5, 14)
 """The Linux from which on what waits at a closing listener can go to another."""
 

@@ -25,7 +25,7 @@ from steer import abi, address
 from steer.bytecode import Code, PolicyObject
 from steer.errors import KernelError, VerifierError
 from steer.kernel import bpf, cgroup, compile, probe, sockets, topology
-from steer.ladder import Answer
+from steer.ladder import Answer, Finding
 from steer.policy import EBPF, POLICIES
 from steer.table import Layout
 
@@ -176,6 +176,17 @@ def test_kernel_that_asks_no_program_gets_the_plain_one(
         assert not crew.steering._choice.migrates
         got = crew.count(20)
         assert crew.selected() == got
+
+
+def test_kernel_too_old_for_a_table_is_told_which_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def before_5_5(*_: object) -> None:
+        raise KernelError("create BPF map steer_table", "EINVAL")
+
+    monkeypatch.setattr(bpf, "Map", before_5_5)
+    assert probe.ebpf().reason == "create BPF map steer_table: EINVAL"
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("", "", "5.4.0-1", "", "")))
+    found = probe.ebpf()
+    assert found == Finding(Answer.NO, "Linux 5.4.0-1 cannot map arrays into memory; 5.5 can")
 
 
 def test_sysctl_that_does_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ("ebpf", a_case(serving(backend="cbpf"), probes=NO_BPF), "ok", "not ask for it", ""),
         (
             *("ebpf", a_case(probes={EBPF: Probed(Answer.NO, "load: EINVAL")})),
-            *("warn", "no: load: EINVAL", "Linux 4.19"),
+            *("warn", "no: load: EINVAL", "Linux 5.5"),
         ),
         ("migration", a_case(probes={MIGRATE: OLD}), "warn", "no: Linux 5.10.0", "Linux 5.14"),
         ("migration", a_case(probes={MIGRATE: HALF}), "unknown", "could not tell", "RLIMIT"),

@@ -9,7 +9,7 @@ from steer import abi
 from steer.bytecode import Code
 from steer.errors import KernelError, VerifierError
 from steer.kernel import bpf, sockets
-from steer.ladder import Answer, Finding
+from steer.ladder import EBPF_SINCE, Answer, Finding, kernel_version
 
 _PASS = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
@@ -38,6 +38,9 @@ def ebpf() -> Finding:
         with _program(_PASS, abi.BPF_SK_REUSEPORT_SELECT) as program, sockets.scratch() as sock:
             sockets.attach_ebpf(sock.fileno(), program.fileno())
     except KernelError as error:
+        release = os.uname().release
+        if kernel_version(release) < EBPF_SINCE:
+            return Finding(Answer.NO, f"Linux {release} cannot map arrays into memory; 5.5 can")
         return _finding(error)
     return Finding(Answer.YES)
 
