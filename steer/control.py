@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from steer.errors import Postponed, SteerError
 from steer.kernel import desk
 from steer.kernel.desk import BACKLOG, REQUEST_MAX_BYTES, SILENT_MAX, TIMEOUT_S, Request
 
+_KEEP_PATH: Mapping[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+"""The socket is the caller's, and so is its path: who comes after a re-exec goes on with both."""
 _TURNS = 8
 _LAST_S = 0.2
 
@@ -47,7 +50,11 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._server = await asyncio.start_unix_server(
-            self._on_connection, sock=self._socket, limit=REQUEST_MAX_BYTES, backlog=BACKLOG
+            self._on_connection,
+            sock=self._socket,
+            limit=REQUEST_MAX_BYTES,
+            backlog=BACKLOG,
+            **_KEEP_PATH,
         )
         return self
 

@@ -36,6 +36,8 @@ from steer.kernel import compile, probe, proc
 from steer.kernel.listeners import Borrower
 from steer.ladder import Answer, Finding
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def _is_root() -> str:
     return "" if os.geteuid() == 0 else "not root"
@@ -83,6 +85,17 @@ def _has_headers() -> str:
     return "" if Path("/usr/include/asm-generic/socket.h").exists() else "no linux-libc-dev"
 
 
+def _has_vm() -> str:
+    """`./dev vm` would install what it needs, and maybe make .venv anew, which we run from."""
+    made = ROOT / ".venv" / "made-vm"
+    pyproject = (ROOT / "pyproject.toml").read_bytes()
+    stamp = subprocess.run(["cksum"], input=pyproject, capture_output=True, check=True).stdout
+    if not made.exists() or not made.read_bytes().endswith(stamp):
+        return "not set up: ./dev setup vm"
+    missing = filter(None, (_has_command(name)() for name in ("qemu-system-x86_64", "mmdebstrap")))
+    return ", ".join(missing)
+
+
 def _has_pidfd_getfd() -> str:
     with socket.socket() as sock:
         lender = Borrower(os.getpid(), frozenset({proc.socket_inode(sock.fileno())}))
@@ -111,6 +124,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "userns": _has_userns,
     "uvicorn": _has_module("uvicorn"),
     "vagrant": _has_command("vagrant"),
+    "vm": _has_vm,
     "headers": _has_headers,
     "wrk": _has_command("wrk"),
 }

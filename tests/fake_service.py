@@ -63,4 +63,4 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         sock.bind(str(path))
         sock.listen()
         yield sock
-    path.unlink()
+    path.unlink(missing_ok=True)  # asyncio has done it from Python 3.13 on

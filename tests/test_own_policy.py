@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_wrong_declaration_is_named_with_its_line(cli: RunSteer, home: Path) -> 
     [
         ("return steer_param(percent);", "8: error: use of undeclared identifier 'STEER_PARAM_"),
         # The kernel would refuse these too, and not say where.
-        ("return steer_rand();", "8: error: implicit declaration of function 'steer_rand'"),
+        ("return steer_rand();", "8: error: .* function 'steer_rand'"),
         ("u32 i; return steer_to(i);", "24: error: variable 'i' is uninitialized"),
     ],
 )
@@ -237,7 +238,7 @@ def test_compiler_error_names_the_line(home: Path, body: str, error: str) -> Non
     file = write(home, policy(body))
     with pytest.raises(CompileError) as caught:
         own.check(str(file))
-    assert f"{file}:5:{error}" in caught.value.detail
+    assert re.search(f"{re.escape(str(file))}:5:{error}", caught.value.detail)
 
 
 @pytest.mark.needs("bcc")

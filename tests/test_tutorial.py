@@ -29,7 +29,9 @@ def blocks() -> list[Block]:
 
 
 def shape(line: str) -> str:
-    """A line without what differs from run to run: numbers, and the blanks between columns."""
+    """A line without what differs from run to run: numbers, and the blanks between columns. Of a
+    compiler's words, which differ from one to the next, where they are about."""
+    line = re.sub(r"^  \| (\S+:\d+:\d+: \w+:)?.*", r"| \1", line)
     return re.sub(r"\s+", " ", re.sub(r"[\d.]+-\d+|\d+(\.\d+)*", "0", line.strip()))
 
 

@@ -130,6 +130,7 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(root, "image", lambda: Path("/root.squashfs"))
     monkeypatch.setattr(accel, "why_not", lambda *_: "no KVM here")
+    monkeypatch.setattr(boot, "_can_wire", lambda: False)
 
 
 @pytest.mark.parametrize("nodes, wanted", [(1, []), (2, ["0-3", "4-7"]), (4, ["0-1", "2-3"])])
@@ -140,6 +141,15 @@ def test_numa_nodes(image: None, tool: Tool, nodes: int, wanted: list[str]) -> N
     assert given[: len(wanted)] == [f"{4096 // nodes}M,cpus={cpus}" for cpus in wanted]
     assert len(given) == (nodes if nodes > 1 else 0)
     assert "--disable-kvm" in command
+
+
+def test_network_cards(image: None, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with a queue for every CPU, where their other ends can be had."""
+    assert boot._cards(Machine(KERNEL)) == ()
+    monkeypatch.setattr(boot, "_can_wire", lambda: True)
+    [cards] = boot._cards(Machine(KERNEL, cpus=4))
+    assert "ifname=many,script=no,downscript=no,vhost=off,queues=4 " in cards
+    assert boot._wired(["vng"])[-2:] == ["wires", "vng"]
 
 
 def test_guest_sees_the_tree_and_the_files(image: None, tool: Tool, tmp_path: Path) -> None:

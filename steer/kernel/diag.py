@@ -240,10 +240,12 @@ def _interrupts(procfs: str) -> Iterator[tuple[str, str]]:
 
 
 def _affinity(irq: str, procfs: str) -> tuple[int, ...]:
-    """Where the interrupt goes, or, before it was first started, where it may go."""
+    """Where the interrupt goes, or may go: before it was first started, and from when it is bound
+    elsewhere until the next one comes, the kernel does not tell more (kernel/irq/migration.c)."""
     directory = f"{procfs}/irq/{irq}"
-    effective = _read(f"{directory}/effective_affinity_list").strip()
-    return parse_cpulist(effective or _read(f"{directory}/smp_affinity_list"))
+    effective = parse_cpulist(_read(f"{directory}/effective_affinity_list"))
+    wanted = parse_cpulist(_read(f"{directory}/smp_affinity_list"))
+    return effective if effective and set(effective) <= set(wanted) else wanted
 
 
 def _link_name(path: str) -> str | None:
