@@ -161,6 +161,7 @@ def test_guest_sees_the_tree_and_the_files(image: None, tool: Tool, tmp_path: Pa
         with tarfile.open(share / "tree.tar") as tar:
             names = set(tar.getnames())
     assert not share.exists()
+    assert any(name.startswith("steer/__pycache__/cli.") for name in names)
     assert {"dev", "steer/cli.py", "bpf/steer.h", "tests/test_vm.py"} <= names
     assert not any(name.startswith((".git/", ".venv/")) for name in names)
 
