@@ -176,9 +176,11 @@ def test_cpu_with_seats_dealt_in_reverse(backend: str, kind: str) -> None:
     real = topology.read()
     backward = Topology(CPUS[::-1], real.possible, real.node_of)
     with Crew(backend, "cpu", kind, workers=len(CPUS), machine=backward).serving() as crew:
-        for slot, cpu in enumerate(reversed(CPUS)):
+        seat_on = {seat.cpu: seat.number for seat in crew.plan.seats}
+        assert seat_on[CPUS[-1]] == 0
+        for cpu in CPUS:
             with pinned(cpu):
-                assert crew.count(50) == {slot: 50}
+                assert crew.count(50) == {seat_on[cpu]: 50}
 
 
 @all_kinds

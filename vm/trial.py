@@ -15,6 +15,7 @@ import click
 
 from bench.machine import pinned
 from steer.cli import cli
+from steer.policy import KERNEL
 from vm import service
 from vm.promises import Broken, Clients
 
@@ -32,8 +33,9 @@ def main(policy: str, connections: int, udp: bool, options: Sequence[str]) -> No
     if policy.endswith(".c"):
         policy = str(Path(policy).resolve())
     with service.home():
-        _steer("policies", "check", policy)
-        click.echo()
+        if policy != KERNEL:  # which has no program
+            _steer("policies", "check", policy)
+            click.echo()
         try:
             _try(policy, connections, udp, options)
         except Broken as error:
