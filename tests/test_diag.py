@@ -244,6 +244,13 @@ def test_queues_named_after_the_interface(machine: Machine) -> None:
     assert (found.driver, found.irq_cpus, found.note) == ("ixgbe", (2, 3), "")
 
 
+def test_queue_bound_elsewhere_since_its_last_interrupt(machine: Machine) -> None:
+    """Until the next, the kernel tells where the last one was handled."""
+    machine.device("0000:3b:00.0", "igb")
+    machine.irq(30, f"{machine.name}-rx-0", "5", effective="0")
+    assert machine.found().irq_cpus == (5,)
+
+
 def test_sending_queues_do_not_count(machine: Machine) -> None:
     machine.device("0000:3b:00.0", "igb")
     machine.irq(30, f"i40e-{machine.name}-rx-0", "1")

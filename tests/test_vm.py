@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from vm import __main__ as command
-from vm import accel, boot, cache, kernels, matrix, root
+from vm import accel, boot, cache, cards, kernels, matrix, root
 from vm.boot import Machine
 from vm.errors import VmError
 from vm.kernels import Kernel
@@ -130,7 +130,7 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(root, "image", lambda: Path("/root.squashfs"))
     monkeypatch.setattr(accel, "why_not", lambda *_: "no KVM here")
-    monkeypatch.setattr(boot, "_can_wire", lambda: False)
+    monkeypatch.setattr(cards, "can_wire", lambda: False)
 
 
 @pytest.mark.parametrize("nodes, wanted", [(1, []), (2, ["0-3", "4-7"]), (4, ["0-1", "2-3"])])
@@ -145,11 +145,13 @@ def test_numa_nodes(image: None, tool: Tool, nodes: int, wanted: list[str]) -> N
 
 def test_network_cards(image: None, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One with a queue for every CPU, where their other ends can be had."""
-    assert boot._cards(Machine(KERNEL)) == ()
-    monkeypatch.setattr(boot, "_can_wire", lambda: True)
-    [cards] = boot._cards(Machine(KERNEL, cpus=4))
-    assert "ifname=many,script=no,downscript=no,vhost=off,queues=4 " in cards
-    assert boot._wired(["vng"])[-2:] == ["wires", "vng"]
+    tool(accel.QEMU, "")
+    machine = Machine(KERNEL, cpus=4)
+    assert "ifname=many" not in " ".join(boot._vng(machine, Path("/share")))
+    monkeypatch.setattr(cards, "can_wire", lambda: True)
+    told = " ".join(boot._vng(machine, Path("/share")))
+    assert "ifname=many,script=no,downscript=no,vhost=off,queues=4 " in told
+    assert cards.wired(["vng"])[-2:] == ["wires", "vng"]
 
 
 def test_guest_sees_the_tree_and_the_files(image: None, tool: Tool, tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO
 
-from vm import accel, root
+from vm import accel, cards, root
 from vm.cache import say
 from vm.errors import VmError
 from vm.kernels import Kernel
@@ -25,15 +24,6 @@ from vm.kernels import Kernel
 _UP = "steer: up"
 _UP_S = 180
 """Emulated on a loaded machine; 15 where nothing else runs."""
-_TAP = "script=no,downscript=no,vhost=off"
-_WIRES = """set -e
-ip link add br0 type bridge
-ip link set br0 up
-ip tuntap add dev many mode tap multi_queue
-ip tuntap add dev single mode tap
-for end in many single; do ip link set $end master br0 up; done
-exec "$@"
-"""
 _APPEND = "mitigations=off nokaslr audit=0"
 """Where nobody else is, there is nobody to be guarded against."""
 
@@ -70,7 +60,7 @@ def run(
     with _share(files) as share:
         script = shlex.join(["/host/enter", *command])
         with subprocess.Popen(
-            _wired([*_vng(machine, share), *_cards(machine), "--exec", script]),
+            cards.wired([*_vng(machine, share), "--exec", script]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -88,7 +78,7 @@ def run(
 def shell(machine: Machine) -> int:
     """A shell on this terminal."""
     with _share(()) as share:
-        command = _wired([*_vng(machine, share), *_cards(machine), "--shell", "/host/shell"])
+        command = cards.wired([*_vng(machine, share), "--shell", "/host/shell"])
         return subprocess.run(command, env=_environment(share), check=False).returncode
 
 
@@ -120,6 +110,8 @@ def _vng(machine: Machine, share: Path) -> Sequence[str]:
     command += ["--memory", f"{machine.memory_mib}M", *_nodes(machine)]
     if machine.qemu:
         command += [f"--qemu-opts={machine.qemu}"]
+    if cards.can_wire():
+        command += [f"--qemu-opts={cards.arguments(machine.cpus)}"]
     if why_not := accel.why_not(kernel, machine.cpus):
         say(f"{kernel.release}, emulated: {why_not}")
         command += ["--disable-kvm"]
@@ -132,39 +124,6 @@ def _nodes(machine: Machine) -> Iterator[str]:
         first = node * cpus
         yield "--numa"
         yield f"{machine.memory_mib // machine.nodes}M,cpus={first}-{first + cpus - 1}"
-
-
-def _cards(machine: Machine) -> Sequence[str]:
-    """Two network cards on one wire, one with a queue for every CPU. No option ROM: nothing boots
-    from them."""
-    if not _can_wire():
-        return ()
-    queues, vectors = machine.cpus, 2 * machine.cpus + 2
-    cards = f"""-netdev tap,id=many,ifname=many,{_TAP},queues={queues}
-        -device virtio-net-pci,netdev=many,romfile=,mq=on,vectors={vectors}
-        -netdev tap,id=single,ifname=single,{_TAP}
-        -device virtio-net-pci,netdev=single,romfile="""
-    return (f"--qemu-opts={' '.join(cards.split())}",)
-
-
-@cache
-def _can_wire() -> bool:
-    """Whether the other ends of the cards can be had: /dev/net/tun, and a network namespace."""
-    done = subprocess.run(_in_namespace(["true"]), capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["unshare failed"])[-1]
-        say(f"without network cards: {said}")
-    return done.returncode == 0
-
-
-def _wired(command: Sequence[str]) -> Sequence[str]:
-    return _in_namespace(command) if _can_wire() else command
-
-
-def _in_namespace(command: Sequence[str]) -> Sequence[str]:
-    """A network of the VM's own, gone with it."""
-    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
-    return ["unshare", *user, "--net", "sh", "-c", _WIRES, "wires", *command]
 
 
 def _listen(vng: subprocess.Popen[str], heard: Callable[[str], None], machine: Machine) -> int:
