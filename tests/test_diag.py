@@ -352,11 +352,13 @@ def told_away(*argv: str) -> Any:
 def test_veth_queues_and_packet_steering() -> None:
     found = told_away("sh", "-ec", VETH, "sh", sys.executable, "-c", LOOK)
     lo, v0, v1 = sorted(found, key=lambda each: str(each["name"]))
-    assert (v0["name"], v0["driver"], v0["channels"]) == ("v0", None, 4)
+    assert (v0["name"], v0["driver"]) == ("v0", None)
+    # Linux 5.10 does not tell of a veth's.
+    assert (v0["channels"], v1["channels"], lo["channels"]) in ((4, 2, None), (None, None, None))
     assert (v0["rps"], v0["irq_cpus"], v0["cpus"]) == ([[], [], [0], []], [], [])
     assert v0["note"] == "no interrupts of its own: packets stay on the CPU that brought them"
-    assert (v1["channels"], v1["rps"], v1["cpus"], v1["note"]) == (2, [[0], [0]], [0], "")
-    assert (lo["channels"], lo["rps"], lo["cpus"]) == (None, [[]], [])
+    assert (v1["rps"], v1["cpus"], v1["note"]) == ([[0], [0]], [0], "")
+    assert (lo["rps"], lo["cpus"]) == ([[]], [])
     assert lo["note"] == "same-host clients arrive on the CPU they run on"
 
 

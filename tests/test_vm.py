@@ -18,6 +18,8 @@ from vm.errors import VmError
 from vm.kernels import Kernel
 
 KERNEL = Kernel("6.1.0-56-amd64", Path("/somewhere/vmlinuz-6.1.0-56-amd64"))
+UP, DONE = "echo 'steer: up' >&2", "echo 'steer: done' >&2"
+KERNEL_SAYS = "[   11.151159] Kernel panic"
 Tool = Callable[[str, str], None]
 
 
@@ -172,9 +174,20 @@ def test_output_and_status_are_the_commands(
     image: None, tool: Tool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool(accel.QEMU, "")
-    tool("vng", "echo early >&2; echo 'steer: up' >&2; echo late >&2; echo said; exit 3")
+    tool(
+        "vng",
+        f"echo early >&2; {UP}; echo late >&2; echo said; echo '{KERNEL_SAYS}' >&2; {DONE}; exit 3",
+    )
     assert boot.run(Machine(KERNEL), ["true"]) == 3
     assert capsys.readouterr() == ("said\n", "vm: 6.1.0-56-amd64, emulated: no KVM here\nlate\n")
+
+
+def test_guest_whose_kernel_dies(image: None, tool: Tool) -> None:
+    tool(accel.QEMU, "")
+    tool("vng", f"{UP}; echo said; echo '{KERNEL_SAYS}' >&2; exit 255")
+    with pytest.raises(VmError, match=r"^run in 6\.1\.0-56-amd64: its kernel died$") as caught:
+        boot.run(Machine(KERNEL), ["true"])
+    assert caught.value.detail == KERNEL_SAYS
 
 
 @pytest.mark.parametrize(

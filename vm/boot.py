@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,11 +23,14 @@ from vm.cache import say
 from vm.errors import VmError
 from vm.kernels import Kernel
 
-_UP = "steer: up"
+_UP, _DONE = "steer: up", "steer: done"
+"""What vm/guest/enter says."""
 _UP_S = 180
 """Emulated on a loaded machine; 15 where nothing else runs."""
 _APPEND = "mitigations=off nokaslr audit=0"
 """Where nobody else is, there is nobody to be guarded against."""
+_KERNEL_SAYS = re.compile(r"\[ *[0-9]+\.[0-9]{6}\] ")
+_LAST_LINES = 60
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def run(
     with _share(files) as share:
         script = shlex.join(["/host/enter", *command])
         with subprocess.Popen(
-            cards.wired([*_vng(machine, share), "--exec", script]),
+            cards.wired([*_vng(machine, share), "--verbose", "--exec", script]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -129,31 +134,51 @@ def _nodes(machine: Machine) -> Iterator[str]:
 def _listen(vng: subprocess.Popen[str], heard: Callable[[str], None], machine: Machine) -> int:
     assert vng.stdout
     assert vng.stderr
-    up = threading.Event()
-    said: list[str] = []
-    errors = threading.Thread(target=_watch, args=(vng.stderr, up, said))
+    told = _Told()
+    errors = threading.Thread(target=told.listen, args=(vng.stderr,))
     errors.start()
-    limit = threading.Timer(_UP_S, _end_unless, (up, vng))
+    limit = threading.Timer(_UP_S, _end_unless, (told.up, vng))
     limit.start()
-    for line in vng.stdout:
-        heard(line)
-    status = vng.wait()
-    limit.cancel()
+    try:
+        for line in vng.stdout:
+            heard(line)
+        status = vng.wait()
+    finally:
+        limit.cancel()  # or Python waits for it before it ends
     errors.join()
-    if not up.is_set():
-        cause = f"the guest was not up within {_UP_S} s" if status < 0 else "it did not come up"
-        raise VmError(f"boot {machine.kernel.release}", cause, detail="".join(said[-20:]))
+    if not (told.up.is_set() and told.is_done):
+        raise _broke_off(told, machine, status)
     return status
 
 
-def _watch(stderr: IO[str], up: threading.Event, said: list[str]) -> None:
-    for line in stderr:
-        if line.strip() == _UP:
-            up.set()
-        elif up.is_set():
-            print(line, end="", file=sys.stderr, flush=True)
-        else:
-            said.append(line)
+def _broke_off(told: _Told, machine: Machine, status: int) -> VmError:
+    detail, release = "\n".join(told.last), machine.kernel.release
+    if told.up.is_set():
+        return VmError(f"run in {release}", "its kernel died", detail=detail)
+    cause = f"the guest was not up within {_UP_S} s" if status < 0 else "it did not come up"
+    return VmError(f"boot {release}", cause, detail=detail)
+
+
+class _Told:
+    """What comes on standard error: the guest's two marks, what its kernel says, which is kept in
+    case it is its last word, and what the command says, which is passed on."""
+
+    def __init__(self) -> None:
+        self.up = threading.Event()
+        self.is_done = False
+        self.last: deque[str] = deque(maxlen=_LAST_LINES)
+
+    def listen(self, stderr: IO[str]) -> None:
+        for line in stderr:
+            mark = line.strip()
+            if mark == _UP:
+                self.up.set()
+            elif mark == _DONE:
+                self.is_done = True
+            elif self.up.is_set() and not _KERNEL_SAYS.match(line):
+                print(line, end="", file=sys.stderr, flush=True)
+            else:
+                self.last.append(line.rstrip())
 
 
 def _show(line: str) -> None:
