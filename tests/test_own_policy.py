@@ -242,6 +242,16 @@ def test_compiler_error_names_the_line(home: Path, body: str, error: str) -> Non
 
 
 @pytest.mark.needs("bcc")
+def test_header_beside_a_policy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From wherever it is compiled."""
+    (home / "beside.h").write_text("#define NOBODY 0\n")
+    file = write(home, '#include "beside.h"\n' + policy("return NOBODY;"))
+    monkeypatch.chdir("/")
+    assert own.check(str(file)).compiler
+    assert list(compile.included(file)) == [home / "beside.h"]
+
+
+@pytest.mark.needs("bcc")
 def test_policy_that_answers_nothing(home: Path) -> None:
     file = write(home, policy(""))
     with pytest.raises(CompileError) as caught:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from support import DEADLINE_S
 
 from vm import __main__ as command
 from vm import accel, boot, cache, cards, kernels, matrix, root
@@ -17,7 +21,7 @@ from vm.boot import Machine
 from vm.errors import VmError
 from vm.kernels import Kernel
 
-KERNEL = Kernel("6.1.0-56-amd64", Path("/somewhere/vmlinuz-6.1.0-56-amd64"))
+KERNEL = Kernel("6.1.0-56-amd64", Path("/bin/true"))
 UP, DONE = "echo 'steer: up' >&2", "echo 'steer: done' >&2"
 KERNEL_SAYS = "[   11.151159] Kernel panic"
 Tool = Callable[[str, str], None]
@@ -77,9 +81,14 @@ def test_kept_kernel_is_not_fetched_again(tool: Tool) -> None:
 
 def test_kernel_by_its_file(tmp_path: Path) -> None:
     image = tmp_path / "bzImage"
-    image.touch()
+    image.write_bytes(bytes(0x202) + b"HdrS" + bytes(100))
     assert kernels.find(str(image)) == Kernel("bzImage", image)
-    with pytest.raises(VmError, match=r"kernel \./none: no such file; a series"):
+    image.write_bytes(b"ELF" * 1000)
+    with pytest.raises(VmError, match=rf"kernel {image}: it is no bzImage; vmlinux is none either"):
+        kernels.find(str(image))
+    with pytest.raises(VmError, match=rf"kernel {tmp_path}: Is a directory"):
+        kernels.find(str(tmp_path))
+    with pytest.raises(VmError, match=r"kernel none: No such file or directory; give a series"):
         kernels.find("./none")
 
 
@@ -113,6 +122,17 @@ def test_kvm_that_does_not(
     assert accel.why_not(KERNEL, 8).startswith(why_not)
 
 
+def test_kernel_built_anew_is_tried_again(device: None, tool: Tool, tmp_path: Path) -> None:
+    (tmp_path / "bzImage").touch()
+    kernel = Kernel("bzImage", tmp_path / "bzImage")
+    tool(accel.QEMU, "exit 1")
+    assert accel.why_not(kernel, 8)
+    tool(accel.QEMU, "echo 'Linux version 6.1'")
+    assert accel.why_not(kernel, 8)
+    (tmp_path / "bzImage").write_text("better")
+    assert not accel.why_not(kernel, 8)
+
+
 def test_kvm_is_tried_once_for_a_kernel(device: None, tool: Tool, tmp_path: Path) -> None:
     tool(accel.QEMU, f"echo once >> {tmp_path}/tries; echo 'qemu: error: no' >&2; exit 1")
     assert accel.why_not(KERNEL, 8) == accel.why_not(KERNEL, 8) == "qemu: error: no"
@@ -129,10 +149,12 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def image(monkeypatch: pytest.MonkeyPatch) -> None:
+def image(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(root, "image", lambda: Path("/root.squashfs"))
     monkeypatch.setattr(accel, "why_not", lambda *_: "no KVM here")
     monkeypatch.setattr(cards, "can_wire", lambda: False)
+    tool(accel.QEMU, "")
+    tool("vng", "")
 
 
 @pytest.mark.parametrize("nodes, wanted", [(1, []), (2, ["0-3", "4-7"]), (4, ["0-1", "2-3"])])
@@ -231,10 +253,60 @@ def test_boot_is_meant_where_no_command_is_named(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_cpus_that_no_nodes_can_share() -> None:
-    done = CliRunner().invoke(command.main, ["--cpus", "7"])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--cpus", "7", "--nodes", "2"], "7 CPUs cannot be parted among 2 nodes of equal size"),
+        (["--cpus", "0"], "0 is not in the range"),
+        (["--memory", "10"], "10 is not in the range"),
+        (["--kernel", "6.1", "test"], "test comes before its options; or say: -- test"),
+        (["run", "--policy", "hash", "--connections", "0"], "0 is not in the range"),
+    ],
+)
+def test_machine_that_cannot_be(words: list[str], said: str) -> None:
+    done = CliRunner().invoke(command.main, words)
     assert done.exit_code == 2
-    assert "7 CPUs cannot be parted among 2 nodes of equal size" in done.output
+    assert said in done.output
+
+
+@pytest.mark.parametrize(
+    "words, cause",
+    [
+        (["--policy", "nonsense"], "policy nonsense: unknown; cpu, round-robin"),
+        (["--policy", "./none.c"], "policy ./none.c: no such file"),
+    ],
+)
+def test_policy_that_is_not_there_boots_nothing(words: list[str], cause: str) -> None:
+    done = CliRunner().invoke(command.main, ["run", *words], standalone_mode=False)
+    assert str(done.exception).startswith(cause)
+
+
+@pytest.mark.parametrize("number, status", [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_guest_ends_with_its_command(tmp_path: Path, tool: Tool, number: str, status: int) -> None:
+    """At once, and with nothing left."""
+    tool(accel.QEMU, "")
+    tool("vng", f"{UP}; echo $$ > {tmp_path}/pid; echo begun; exec sleep 300")
+    program = """
+from pathlib import Path
+from vm import __main__ as vm, accel, boot, cards, command, kernels, root
+root.image = lambda: Path("/root.squashfs")
+accel.why_not = lambda *_: ""
+cards.can_wire = lambda: False
+kernels.find = lambda name: kernels.Kernel(name, Path("/bin/true"))
+raise SystemExit(command.run(vm.main, "vm"))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "--", "true"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.Signals[f"SIG{number}"])
+        assert process.wait(DEADLINE_S) == status
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    assert not list(tmp_path.glob("steer-vm-*"))
 
 
 # ---- the matrix
@@ -264,8 +336,8 @@ CELL = '{"kind":"cell","policy":"cpu","asked":"ebpf","got":"ebpf","works":%s,"to
         ([MACHINE, CELL % "true", "3 passed in 1.00s"], 0, ""),
         ([MACHINE, CELL % "false", "3 passed in 1.00s"], 1, "cpu on ebpf: does not work"),
         ([MACHINE, CELL % "true", "1 failed in 1.00s", "exit 1"], 1, "6.1: tests: 1 failed"),
-        ([MACHINE, MACHINE[:20]], 1, "5.10: read what was seen: "),
-        ([], 1, "5.10: read what was seen: 0 machines"),
+        ([MACHINE, MACHINE[:20]], 1, "read what 5.10 said: "),
+        ([], 1, "read what 5.10 said: 0 machines"),
     ],
 )
 def test_matrix_fails_on_what_is_not_explained(
@@ -300,5 +372,5 @@ def test_matrix_goes_on_after_a_kernel_that_does_not_boot(
     asked = ["test", "--cells", "--kernel", "5.10", "--kernel", "6.1", "--report"]
     done = CliRunner().invoke(command.main, [*asked, f"{tmp_path}/K.md"], standalone_mode=False)
     assert done.return_value == 1
-    assert "5.10: boot 5.10: it did not come up\nKernel panic" in done.output
+    assert "vm: boot 5.10: it did not come up\nKernel panic" in done.output
     assert "| cpu | ebpf | works |" in (tmp_path / "K.md").read_text()

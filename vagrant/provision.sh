@@ -16,7 +16,7 @@ END
 }
 
 case $(uname -r) in
-"${1:-}"*) ;;
+"${1:-$(uname -r)}" | "${1:-}".*) ;;
 *)
     echo "provision.sh: wanted Linux $1, and GRUB has booted $(uname -r)" >&2
     exit 1

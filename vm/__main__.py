@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from steer.errors import SteerError
-from vm import boot, kernels, matrix
+from steer.kernel import compile
+from steer.policy import POLICIES
+from vm import boot, command, kernels, matrix
 from vm.boot import Machine
 from vm.errors import VmError
 
@@ -26,6 +28,9 @@ class _Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            for word in takewhile(lambda word: word != "--", args):
+                if word in self.commands:
+                    raise click.UsageError(f"{word} comes before its options; or say: -- {word}")
             args.insert(0, "boot")
         return super().parse_args(ctx, args)
 
@@ -34,9 +39,16 @@ def _machine(command: _Command) -> _Command:
     """The options of the machine."""
     for option in (
         click.option("--qemu", default="", metavar="ARGS", help="Further arguments for qemu."),
-        click.option("--memory", "memory_mib", default=4096, show_default=True, metavar="MIB"),
-        click.option("--nodes", default=2, show_default=True, help="NUMA nodes of equal size."),
-        click.option("--cpus", default=8, show_default=True),
+        click.option(
+            "--memory",
+            "memory_mib",
+            type=click.IntRange(512),
+            default=4096,
+            show_default=True,
+            metavar="MIB",
+        ),
+        click.option("--nodes", type=click.IntRange(1), help="NUMA nodes; two if CPUs are even."),
+        click.option("--cpus", type=click.IntRange(1, 255), default=8, show_default=True),
     ):
         command = option(command)
     return command
@@ -85,6 +97,8 @@ def test(
 ) -> int:
     """Every policy on every backend of every kernel, and the tests of the kernel's doing, or TESTS,
     as pytest takes them. Exits with 1 unless every policy works, or falls back and says why."""
+    if report and not os.access(report.absolute().parent, os.W_OK):
+        raise VmError(f"write {report}", "its directory is not there, or not to be written to")
     ran, wrong = [], []
     for name in wanted:
         try:
@@ -92,11 +106,12 @@ def test(
             chosen = tests or matrix.tests_for(machine)
             ran.append(matrix.run(machine, () if cells else chosen, _echo))
         except SteerError as error:  # the others are still to come
-            wrong.append("\n".join(filter(None, (f"{name}: {error}", error.detail))))
-    if report:
+            wrong.append("\n".join(filter(None, (str(error), error.detail))))
+    if ran:
+        matrix.show(ran)
+    if report and ran:
         command = shlex.join(["./dev", "vm", *sys.argv[1:]])
         matrix.write(report, matrix.markdown(ran, command))
-    matrix.show(ran)
     wrong += matrix.unexplained(ran)
     for each in wrong:
         click.echo(f"vm: {each}", err=True)
@@ -108,7 +123,13 @@ def test(
 @_machine
 @click.option("--policy", required=True, metavar="NAME|FILE.c", help="A name, or a file.")
 @click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="Of the policy.")
-@click.option("--connections", default=400, show_default=True, help="From all CPUs in turn.")
+@click.option(
+    "--connections",
+    type=click.IntRange(1),
+    default=400,
+    show_default=True,
+    help="From all CPUs in turn.",
+)
 @click.option("--udp", is_flag=True, help="Datagrams instead, each of a flow of its own.")
 def run(
     kernel: str,
@@ -121,44 +142,29 @@ def run(
     """Try a policy in the VM, on the demo with a small load: what the kernel's verifier says of it,
     what a call costs, and which worker got how many. The cost is of an emulated machine, unless KVM
     works: compare it with another policy's."""
-    machine = _wanted(kernel, **options)
     is_file = policy.endswith(".c")
     if is_file and not Path(policy).is_file():
         raise VmError(f"policy {policy}", "no such file")
+    if not is_file and policy not in POLICIES:
+        raise VmError(f"policy {policy}", "unknown", f"{', '.join(POLICIES)}, or a FILE.c")
+    machine = _wanted(kernel, **options)
     command = ["python", "-m", "vm.trial", f"/host/{Path(policy).name}" if is_file else policy]
     command += ["--connections", str(connections), *(["--udp"] if udp else [])]
     command += [f"--option={word}" for param in params for word in ("--param", param)]
-    return boot.run(machine, command, [Path(policy)] if is_file else [])
+    files = (Path(policy), *compile.included(Path(policy))) if is_file else ()
+    return boot.run(machine, command, files)
 
 
 def _echo(line: str) -> None:
     click.echo(line, nl=False)
 
 
-def _wanted(kernel: str, cpus: int, nodes: int, memory_mib: int, qemu: str) -> Machine:
-    if nodes < 1 or cpus < 1 or cpus % nodes:
+def _wanted(kernel: str, cpus: int, nodes: int | None, memory_mib: int, qemu: str) -> Machine:
+    nodes = nodes or 2 - cpus % 2
+    if cpus % nodes:
         raise click.UsageError(f"{cpus} CPUs cannot be parted among {nodes} nodes of equal size")
-    return Machine(kernels.find(kernel), cpus, nodes, memory_mib, qemu)
-
-
-def _leave(number: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
-def complaining(command: click.Command) -> int:
-    """Run it, and say what went wrong as `steer` does."""
-    signal.signal(signal.SIGTERM, _leave)  # so that what was started is ended
-    try:
-        return int(command(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    except SteerError as error:
-        print("\n".join(filter(None, (f"vm: {error}", error.detail))), file=sys.stderr)
-        return error.exit_code
+    return Machine(kernels.find(kernel), cpus, nodes, memory_mib - memory_mib % nodes, qemu)
 
 
 if __name__ == "__main__":
-    sys.exit(complaining(main))
+    sys.exit(command.run(main, "./dev vm"))

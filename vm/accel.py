@@ -19,7 +19,9 @@ def why_not(kernel: Kernel, cpus: int) -> str:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "no /dev/kvm that may be used"
     known = cache.directory() / "kvm"
-    asked = f"{_BOOT_ID.read_text().strip()} {kernel.release} {cpus}"
+    state = kernel.image.stat()
+    made = f"{kernel.image} {state.st_mtime_ns} {state.st_size}"
+    asked = f"{_BOOT_ID.read_text().strip()} {made} {cpus}"
     if known.exists():
         first, _, rest = known.read_text().partition("\n")
         if first == asked:

@@ -27,6 +27,7 @@ _UP, _DONE = "steer: up", "steer: done"
 """What vm/guest/enter says."""
 _UP_S = 180
 """Emulated on a loaded machine; 15 where nothing else runs."""
+_TOOLS = {accel.QEMU: "qemu-system-x86", "vng": "virtme-ng, from PyPI", "unshare": "util-linux"}
 _APPEND = "mitigations=off nokaslr audit=0"
 """Where nobody else is, there is nobody to be guarded against."""
 _KERNEL_SAYS = re.compile(r"\[ *[0-9]+\.[0-9]{6}\] ")
@@ -105,8 +106,12 @@ def _share(files: Sequence[Path]) -> Iterator[Path]:
 
 def _vng(machine: Machine, share: Path) -> Sequence[str]:
     kernel = machine.kernel
-    if not shutil.which(accel.QEMU):
-        raise VmError("boot", f"no {accel.QEMU}", "install qemu-system-x86")
+    for tool, package in _TOOLS.items():
+        if not shutil.which(tool):
+            raise VmError(f"boot {kernel.release}", f"no command {tool}", f"install {package}")
+    for path in (kernel.image, share, root.image()):
+        if shlex.quote(str(path)) != str(path):
+            raise VmError(f"boot {kernel.release}", f"virtme-ng cannot take the path {path}")
     command = ["vng", "--run", str(kernel.image)]
     command += ["--root-disk", str(root.image()), "--root-dev", "/dev/vda"]
     command += ["--root-fstype", "squashfs", "--force-9p", "--disable-microvm"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +20,14 @@ def directory(kind: str = "") -> Path:
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """One at a time makes or fetches; others wait, and then find what was made."""
+    with open(directory() / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def making() -> Iterator[Path]:
     """A scratch directory in the same file system, gone at the end."""
     with tempfile.TemporaryDirectory(dir=directory(), prefix="making-") as name:
@@ -27,11 +35,8 @@ def making() -> Iterator[Path]:
 
 
 def keep(made: Path, kind: str) -> Path:
-    """From the scratch directory to where it stays, in the place of what was there."""
-    kept = directory(kind) / made.name
-    if kept.is_dir():
-        shutil.rmtree(kept)
-    return made.rename(kept)
+    """From the scratch directory to where it stays."""
+    return made.rename(directory(kind) / made.name)
 
 
 def say(words: str) -> None:

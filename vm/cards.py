@@ -49,5 +49,7 @@ def wired(command: Sequence[str]) -> Sequence[str]:
 
 
 def _in_namespace(command: Sequence[str]) -> Sequence[str]:
+    """Processes have one, too: so that all end with the first of them, however that ends."""
     user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
-    return ["unshare", *user, "--net", "sh", "-c", _WIRES, "wires", *command]
+    ending = ("--pid", "--fork", "--kill-child")
+    return ["unshare", *user, "--net", *ending, "sh", "-c", _WIRES, "wires", *command]

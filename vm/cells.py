@@ -8,14 +8,11 @@ of Python takes longer than all the rest.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import click
 import msgspec
@@ -28,7 +25,7 @@ from steer.errors import SteerError
 from steer.kernel import compile, probe, verifier
 from steer.ladder import Answer, Finding
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, POLICIES
-from vm import promises, service
+from vm import command, promises, service
 from vm.promises import DATAGRAMS, OWN, Broken, Clients
 from vm.report import COUNT, MIGRATE, Cell, Machine, Record, Verified
 
@@ -40,7 +37,6 @@ _OWN_OPTIONS = ("--policy", f"./{_OWN_FILE}", "--param", "percent=100")
 @click.command(help="Say how each policy does on each backend; all, or those named. Needs root.")
 @click.argument("names", nargs=-1, type=click.Choice(NAMES), metavar="[POLICY]...")
 def main(names: Sequence[str]) -> None:
-    signal.signal(signal.SIGTERM, _leave)  # so that what was started is ended
     with service.home():
         own.begin(_OWN_FILE)
         for each in _records(names or NAMES):
@@ -137,9 +133,5 @@ def _seen(cell: Cell) -> str:
     return seen
 
 
-def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    main(prog_name="python -m vm.cells")
+    sys.exit(command.run(main, "python -m vm.cells"))

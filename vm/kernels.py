@@ -15,6 +15,8 @@ from vm.errors import VmError
 SERIES = ("5.10", "6.1", "6.12")
 """Of the matrix: before migration, Debian 12's, and Debian 13's."""
 _SUITES = ("bullseye", "bookworm", "trixie")
+_MAGIC, _MAGIC_AT = b"HdrS", 0x202
+"""Documentation/arch/x86/boot.rst."""
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _SERIES = re.compile(r"[0-9]+\.[0-9]+")
 _PACKAGE = r"^linux-image-{series}\.[0-9.]+(\+deb[0-9]+(\.[0-9]+)?)?(-[0-9]+)?-amd64$"
@@ -39,12 +41,21 @@ def find(wanted: str) -> Kernel:
         VmError: no such file, no such kernel at Debian, or it cannot be had.
     """
     if not _SERIES.fullmatch(wanted):
-        image = Path(wanted)
-        if not image.is_file():
-            raise VmError(f"kernel {wanted}", "no such file", "a series (6.1) or a bzImage's path")
-        return Kernel(image.name, image.resolve())
-    kept = _kept(wanted)
-    return kept or _fetch(wanted)
+        return _file(Path(wanted))
+    with cache.alone():
+        return _kept(wanted) or _fetch(wanted)
+
+
+def _file(image: Path) -> Kernel:
+    cure = "give a series (6.1), or the path of a bzImage"
+    try:
+        with image.open("rb") as stream:
+            head = stream.read(_MAGIC_AT + len(_MAGIC))
+    except OSError as error:
+        raise VmError(f"kernel {image}", error.strerror or str(error), cure) from None
+    if not head.endswith(_MAGIC):
+        raise VmError(f"kernel {image}", "it is no bzImage", f"vmlinux is none either; {cure}")
+    return Kernel(image.name, image.resolve())
 
 
 def _kept(series: str) -> Kernel | None:

@@ -105,7 +105,8 @@ def run(machine: Machine | None, tests: Sequence[str], show: Callable[[str], Non
     try:
         return Ran(report.read(cells), seen)
     except ValueError as error:  # a guest that broke off in the middle
-        raise VmError("read what was seen", str(error)) from None
+        release = machine.kernel.release if machine else HOST
+        raise VmError(f"read what {release} said", str(error)) from None
 
 
 def tests_for(machine: Machine | None) -> Sequence[str]:

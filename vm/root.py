@@ -10,6 +10,7 @@ import compileall
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import tomllib
@@ -25,6 +26,7 @@ GUEST_TREE = "/steer"
 _GUEST = TREE / "vm" / "guest"
 _MADE_FROM = (TREE / "dev", _GUEST / "systemd-udevd", Path(__file__))
 _LEFT_OUT = {".git", ".venv"}
+_KEPT = 3
 _HOSTS = ("/etc/pip.conf", "~/.config/pip/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
 """How this machine reaches PyPI, wherever it does so in a way of its own."""
 
@@ -36,16 +38,26 @@ def image() -> Path:
         VmError: it cannot be made.
     """
     name = f"root-{_digest()}.squashfs"
-    kept = cache.directory("roots") / name
-    if kept.exists():
+    with cache.alone():
+        kept = cache.directory("roots") / name
+        if kept.exists():
+            os.utime(kept)
+            return kept
+        _require("mmdebstrap", "tar2sqfs", "unshare")
+        cache.say("making the guest's root: Debian 12, and what ./dev sets up (minutes)")
+        with cache.making() as scratch:
+            _make(scratch, scratch / name)
+            (scratch / name).chmod(0o600)  # pip's configuration may have a password in it
+            cache.keep(scratch / name, "roots")
+        _leave_only_newest(cache.directory("roots"))
         return kept
-    _require("mmdebstrap", "tar2sqfs")
-    cache.say("making the guest's root file system: Debian 12, and what ./dev sets up (minutes)")
-    with cache.making() as scratch:
-        _make(scratch, scratch / name)
-        for old in cache.directory("roots").iterdir():
-            old.unlink()
-        return cache.keep(scratch / name, "roots")
+
+
+def _leave_only_newest(roots: Path) -> None:
+    """Other checkouts have theirs; what a VM still reads stays until it ends."""
+    by_use = sorted(roots.iterdir(), key=lambda path: path.stat().st_mtime)
+    for old in by_use[:-_KEPT]:
+        old.unlink()
 
 
 def tree(archive: Path) -> None:
@@ -102,17 +114,29 @@ def _make(scratch: Path, made: Path) -> None:
     tree(scratch / "tree.tar")
     log = scratch / "log"
     debian = ["mmdebstrap", "--variant=minbase", "--include=ca-certificates,python3,kmod"]
+    command = [*_contained(), *debian, *_hooks(scratch), SUITE, "-"]
     packed = ["tar2sqfs", "--quiet", "--compressor", "lz4", "--no-skip", "--force", str(made)]
-    with log.open("wb") as heard:
-        source = subprocess.Popen(
-            [*debian, *_hooks(scratch), SUITE, "-"], stdout=subprocess.PIPE, stderr=heard
-        )
-        sink = subprocess.run(packed, stdin=source.stdout, stderr=heard, check=False)
-        assert source.stdout
-        source.stdout.close()
-    if source.wait() or sink.returncode:
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    with (
+        log.open("wb") as heard,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=heard, env=environment, process_group=0
+        ) as source,
+    ):
+        try:
+            sink = subprocess.run(packed, stdin=source.stdout, stderr=heard, check=False)
+        except BaseException:
+            os.killpg(source.pid, signal.SIGKILL)
+            raise
+    if source.returncode or sink.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise VmError("make the guest's root file system", "mmdebstrap failed", detail=last)
+
+
+def _contained() -> Sequence[str]:
+    """So that nothing it mounts or starts outlives it. Where we are not root it does so itself."""
+    own = ("--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
+    return ("unshare", *own, "--mount-proc") if os.geteuid() == 0 else ()
 
 
 def _hooks(scratch: Path) -> Sequence[str]:

@@ -16,7 +16,7 @@ import click
 from bench.machine import pinned
 from steer.cli import cli
 from steer.policy import KERNEL
-from vm import service
+from vm import command, service
 from vm.promises import Broken, Clients
 
 _LOG = Path("service.log")
@@ -68,6 +68,4 @@ def _steer(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    from vm.__main__ import complaining
-
-    sys.exit(complaining(main))
+    sys.exit(command.run(main, "python -m vm.trial"))

@@ -60,7 +60,8 @@ def main(source: str, include: str, *flags: str) -> int:
         return NO_BCC
     tell_llvm([flag.removeprefix("-mllvm=") for flag in flags if flag.startswith("-mllvm=")])
     try:
-        module, lines = compiled(BPF, source, [f"-I{include}", *flags])
+        places = [f"-I{include}", f"-I{os.path.dirname(source)}"]
+        module, lines = compiled(BPF, source, [*places, *flags])
     except Exception as error:  # noqa: BLE001 - bcc raises nothing more exact
         print(error, file=sys.stderr)
         return 1

@@ -53,13 +53,13 @@ def digest(source: Path) -> str:
     headers = sources()
     own = [_CHILD, headers / "steer.h", *sorted((headers / "include").rglob("*.h"))]
     total = hashlib.sha256(sys.byteorder.encode())
-    for data in (_read_file(source), *_included(source), *map(_read_file, own)):
+    for data in map(_read_file, (source, *included(source), *own)):
         total.update(data)
         total.update(b"\0")
     return total.hexdigest()
 
 
-def _included(source: Path) -> Iterator[bytes]:
+def included(source: Path) -> Iterator[Path]:
     """What it includes by name from its own directory, and what that does."""
     seen, left = {source}, [source]
     while left:
@@ -68,7 +68,7 @@ def _included(source: Path) -> Iterator[bytes]:
             if file not in seen and file.is_file():
                 seen.add(file)
                 left.append(file)
-                yield _read_file(file)
+                yield file
 
 
 _INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"\n]+)"', re.MULTILINE)
