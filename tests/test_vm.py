@@ -357,6 +357,21 @@ def test_matrix_fails_on_what_is_not_explained(
     assert said in done.output
 
 
+def test_steps_of_the_matrix_are_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are taken, and the worst status is told."""
+
+    def run(_: Machine, words: list[str], heard: Callable[[str], None]) -> int:
+        done = subprocess.run(words, capture_output=True, text=True)
+        heard(done.stdout)
+        return done.returncode
+
+    monkeypatch.setattr(boot, "run", run)
+    heard: list[str] = []
+    steps = [["sh", "-c", "exit 3"], ["printf", "%s-", "not a and not b", "c"]]
+    assert matrix._steps(Machine(KERNEL), steps, heard.append) == 3
+    assert heard == ["not a and not b-c-"]
+
+
 def test_matrix_goes_on_after_a_kernel_that_does_not_boot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
