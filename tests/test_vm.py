@@ -287,8 +287,12 @@ def test_guest_ends_with_its_command(tmp_path: Path, tool: Tool, number: str, st
     tool(accel.QEMU, "")
     tool("vng", f"{UP}; echo $$ > {tmp_path}/pid; echo begun; exec sleep 300")
     program = """
+import signal
 from pathlib import Path
 from vm import __main__ as vm, accel, boot, cards, command, kernels, root
+# Whoever runs the tests may ignore them, and that is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 root.image = lambda: Path("/root.squashfs")
 accel.why_not = lambda *_: ""
 cards.can_wire = lambda: False
