@@ -6,22 +6,19 @@ connections come, and `steer status` tells who got them. The VM's side of it is 
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import msgspec
 
-from bench import peers, servers
+from bench import peers, servers, swap
 from bench.figures import Figure, Section
 from bench.peers import WORKERS, Running, under_steer
-from bench.servers import tool
 
 AT_MOST_MS = 1000.0
 CONNECTIONS = 200
 _PORT = 9860
-_POLICY = "mine.c"
 
 
 def run(quick: bool) -> list[Section]:
@@ -29,8 +26,7 @@ def run(quick: bool) -> list[Section]:
     rounds = 2 if quick else 21
     peer = under_steer("steer", WORKERS, "--policy", "hash")
     with peers.running(peer, _PORT) as running, tempfile.TemporaryDirectory() as home:
-        file = Path(home, _POLICY)
-        _steer(running, "policies", "new", _POLICY, cwd=home)
+        file = Path(swap.own_policy(Path(home)))
         parts_ms = [_try(running, file, number) for number in range(rounds + 1)][1:]
     policy_ms, load_ms, status_ms = zip(*parts_ms, strict=True)
     all_ms = tuple(sum(each) for each in parts_ms)
@@ -50,16 +46,15 @@ def run(quick: bool) -> list[Section]:
 
 def _try(running: Running, file: Path, number: int) -> tuple[float, float, float]:
     """Each edit is another file to the compiler: nothing of it is kept from before."""
-    service = servers.name(_PORT)
     with file.open("a") as edited:
         edited.write(f"static const int edit_{number} __attribute__((unused)) = {number};\n")
     begun_s = time.perf_counter()
-    _steer(running, "policy", service, str(file))
+    peers.steer(running, "policy", str(file))
     chosen_s = time.perf_counter()
     for _ in range(CONNECTIONS):
         servers.get(_PORT)
     served_s = time.perf_counter()
-    status = msgspec.json.decode(_steer(running, "status", service, "--json"))
+    status = msgspec.json.decode(peers.steer(running, "status", "--json"))
     told_s = time.perf_counter()
     workers = status["services"][0]["workers"]
     assert sum(each["connections"]["selected"] for each in workers) >= CONNECTIONS
@@ -68,14 +63,3 @@ def _try(running: Running, file: Path, number: int) -> tuple[float, float, float
         1000 * (served_s - chosen_s),
         1000 * (told_s - served_s),
     )
-
-
-def _steer(running: Running, *arguments: str, cwd: str | None = None) -> bytes:
-    done = subprocess.run(
-        [tool("steer"), *arguments],
-        env=running.site.environment,
-        cwd=cwd,
-        capture_output=True,
-        check=True,
-    )
-    return done.stdout

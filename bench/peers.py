@@ -259,8 +259,8 @@ def _reconfigure_nginx(running: Running, count: int) -> None:
     running.wait_for_workers(count, old)
 
 
-def steer(running: Running, *arguments: str) -> None:
-    """`steer COMMAND NAME [MORE]`. Raises SteerError: refused, or failed."""
+def steer(running: Running, *arguments: str) -> str:
+    """What `steer COMMAND NAME [MORE]` prints. Raises SteerError: refused, or failed."""
     command, *more = arguments
     name = servers.name(running.site.port)
     done = subprocess.run(
@@ -272,6 +272,7 @@ def steer(running: Running, *arguments: str) -> None:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise SteerError(f"steer {command}", lines[0], detail="\n".join(lines[1:]))
+    return done.stdout
 
 
 # ---- the table

@@ -76,10 +76,12 @@ class Choice:
             maps = {name: undo.enter_context(bpf.Map(name)) for name in ("table", "params", "own")}
             if any("flows" in each.relocations.values() for each in code.programs.values()):
                 maps["flows"] = undo.enter_context(bpf.Map("flows", _capacity(plan)))
-            programs, migrates = [], True
-            for group in groups:
-                program, migrates = _load(plan.policy, code, {**maps, **group})
-                programs.append(undo.enter_context(program))
+            migrates = not verifier.why_not("migrate")
+            kind = "migrate" if migrates else "plain"
+            programs = [
+                undo.enter_context(_load(plan.policy, code, kind, {**maps, **group}))
+                for group in groups
+            ]
             loaded = cls(plan, maps, programs, migrates)
             loaded._table.forget()
             loaded._write_params()
@@ -198,14 +200,12 @@ def _named(plan: Plan) -> dict[str, int]:
 
 
 def _load(
-    chosen: Policy, code: PolicyObject, maps: Mapping[str, bpf.Map]
-) -> tuple[bpf.Program, bool]:
-    """The policy's program, and whether it migrates: not where the kernel cannot."""
-    migrates = not verifier.why_not("migrate")
-    kind = "migrate" if migrates else "plain"
-    name, attach_type = f"steer_{chosen.name}", verifier.ATTACH_TYPES[kind]
+    chosen: Policy, code: PolicyObject, kind: str, maps: Mapping[str, bpf.Map]
+) -> bpf.Program:
+    """Args: kind: which of its programs."""
     try:
-        return bpf.Program(name, code.programs[kind], maps, attach_type), migrates
+        name, attach_type = f"steer_{chosen.name}", verifier.ATTACH_TYPES[kind]
+        return bpf.Program(name, code.programs[kind], maps, attach_type)
     except VerifierError as error:
         raise _pointed(error, chosen, code.lines.get(kind, {})) from None
 

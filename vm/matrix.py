@@ -147,8 +147,12 @@ def _on_host(step: Sequence[str], hear: Callable[[str], None]) -> int:
     command = [sys.executable, *step[1:]]
     with subprocess.Popen(command, cwd=root.TREE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout
-        for line in child.stdout:
-            hear(line)
+        try:
+            for line in child.stdout:
+                hear(line)
+        except BaseException:
+            child.terminate()
+            raise
     return child.returncode
 
 

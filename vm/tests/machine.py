@@ -18,6 +18,7 @@ from support import eventually, network_namespace
 
 from steer.cpus import Topology
 from steer.kernel import topology
+from steer.policy import CBPF, EBPF
 
 PROCESSORS = Path("/sys/devices/system/cpu")
 NODE_OF = {
@@ -28,6 +29,7 @@ NODES = {
 }
 
 eight_cpus = pytest.mark.skipif(len(CPUS) < 8, reason=f"needs 8 CPUs: {len(CPUS)}")
+both_backends = pytest.mark.parametrize("backend", [EBPF, CBPF])
 two_nodes = pytest.mark.skipif(len(NODES) < 2, reason=f"needs 2 NUMA nodes: {len(NODES)}")
 
 
@@ -164,6 +166,19 @@ def arrivals(crew: Crew, number: int, bind: int = 0) -> list[Arrival]:
         found: dict[tuple[str, int], Arrival] = {}
         eventually(lambda: found.update(_accepted(crew, bind)) or len(found) == number)
     return [arrival for peer, arrival in found.items() if peer in steady]
+
+
+def assert_each_at_its_cpu(clients: Namespace, backend: str, cpus: Sequence[int]) -> None:
+    """Nobody decides where a connection comes in, but who gets it is decided by that."""
+    with Crew(backend, "cpu", *TCP_KINDS, workers=len(CPUS)).serving() as crew:
+        for bind in range(len(TCP_KINDS)):
+            with clients.entered():
+                found = arrivals(crew, 60, bind)
+            for each in found:
+                assert cpu_of(crew, each.slot) == each.cpu
+            seen = {each.cpu for each in found}
+            assert seen <= set(cpus)
+            assert len(seen) > len(cpus) // 2, "on half of them by chance: once in a million times"
 
 
 def _accepted(crew: Crew, bind: int) -> Iterator[tuple[tuple[str, int], Arrival]]:

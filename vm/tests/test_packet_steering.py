@@ -15,14 +15,13 @@ import pytest
 from crew import CPUS, Crew
 from support import Netns
 
-from steer.policy import CBPF, EBPF
 from vm.tests.machine import (
     CLIENT,
     KINDS,
     SERVER,
-    TCP_KINDS,
     Namespace,
-    arrivals,
+    assert_each_at_its_cpu,
+    both_backends,
     count_everywhere,
     cpu_of,
     eight_cpus,
@@ -31,8 +30,6 @@ from vm.tests.machine import (
 )
 
 pytestmark = [eight_cpus, pytest.mark.needs("bpf", "root")]
-
-both_backends = pytest.mark.parametrize("backend", [EBPF, CBPF])
 
 
 class Link:
@@ -88,14 +85,14 @@ def test_all_packets_to_one_cpu(link: StartLink, backend: str) -> None:
 def test_packets_to_all_cpus(link: StartLink, backend: str) -> None:
     pair = link(1)
     pair.steer_packets(CPUS)
-    assert_each_at_its_cpu(pair, backend, CPUS)
+    assert_each_at_its_cpu(pair.clients, backend, CPUS)
 
 
 @both_backends
 def test_several_queues_each_to_its_cpu(link: StartLink, backend: str) -> None:
     pair = link(len(CPUS))
     pair.steer_packets(*([cpu] for cpu in reversed(CPUS)))
-    assert_each_at_its_cpu(pair, backend, CPUS)
+    assert_each_at_its_cpu(pair.clients, backend, CPUS)
 
 
 @both_backends
@@ -104,17 +101,4 @@ def test_packets_to_half_of_the_cpus(link: StartLink, backend: str) -> None:
     odd = CPUS[1::2]
     pair = link(4)
     pair.steer_packets(odd[:2], odd[2:], odd[:2], odd[2:])
-    assert_each_at_its_cpu(pair, backend, odd)
-
-
-def assert_each_at_its_cpu(pair: Link, backend: str, cpus: Sequence[int]) -> None:
-    """Nobody decides where a connection comes in, but who gets it is decided by that."""
-    with Crew(backend, "cpu", *TCP_KINDS, workers=len(CPUS)).serving() as crew:
-        for bind in range(len(TCP_KINDS)):
-            with pair.clients.entered():
-                found = arrivals(crew, 60, bind)
-            for each in found:
-                assert cpu_of(crew, each.slot) == each.cpu
-            seen = {each.cpu for each in found}
-            assert seen <= set(cpus)
-            assert len(seen) > len(cpus) // 2, "on half of them by chance: once in a million times"
+    assert_each_at_its_cpu(pair.clients, backend, odd)

@@ -20,14 +20,13 @@ from support import eventually
 
 from steer.kernel import diag
 from steer.kernel.topology import parse_cpulist
-from steer.policy import CBPF, EBPF
 from vm.tests.machine import (
     CLIENT,
     KINDS,
     SERVER,
-    TCP_KINDS,
     Namespace,
-    arrivals,
+    assert_each_at_its_cpu,
+    both_backends,
     count_everywhere,
     cpu_of,
     eight_cpus,
@@ -36,7 +35,6 @@ from vm.tests.machine import (
 
 pytestmark = [eight_cpus, pytest.mark.needs("bpf", "root")]
 
-both_backends = pytest.mark.parametrize("backend", [EBPF, CBPF])
 NET = Path("/sys/class/net")
 IRQ = Path("/proc/irq")
 
@@ -132,13 +130,7 @@ def test_all_queues_bound_to_one_cpu(card: Card, backend: str) -> None:
 @both_backends
 def test_each_queue_bound_to_its_cpu(card: Card, backend: str, order: int) -> None:
     card.move_queues(CPUS[::order])
-    with Crew(backend, "cpu", *TCP_KINDS, workers=len(CPUS)).serving() as crew:
-        for bind in range(len(TCP_KINDS)):
-            with card.clients.entered():
-                found = arrivals(crew, 60, bind)
-            for each in found:
-                assert cpu_of(crew, each.slot) == each.cpu
-            assert len({each.cpu for each in found}) > len(CPUS) // 2
+    assert_each_at_its_cpu(card.clients, backend, CPUS)
 
 
 def test_doctor_is_told_where_packets_come_in(card: Card) -> None:
