@@ -43,6 +43,7 @@
 #define STEER_TURNS 32768 /* room for rows */
 #define STEER_SPARES 256 /* live slots to try when the chosen one fails */
 #define STEER_TRIES 4
+#define STEER_RESERVES 2
 #define STEER_ROW 0x8000 /* in an entry: not a slot, but where its row starts in turns */
 #define STEER_SLOT 0x80000000u /* in a position: a slot, whatever the table says */
 #define STEER_VALUES 16 /* parameters, counters */
@@ -124,7 +125,7 @@ struct steer_params {
 	u32 ticks_per_s; /* of steer_ticks() */
 	u32 second; /* so many bits of these are about a second */
 	u32 seed; /* by chance: so that nobody outside can tell what goes where */
-	u32 reserved;
+	u32 reserve; /* the first slot of the reserve: where what finds nobody waits */
 	u32 values[STEER_VALUES];
 };
 
@@ -457,9 +458,10 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 	struct steer_cpu *cpu;
 
 #pragma unroll
-	for (i = 0; i < STEER_TRIES; i++)
+	for (i = 0; i < STEER_TRIES + STEER_RESERVES; i++)
 		if (!found) {
-			slot = table->spares[(ctx->hash + i) & (STEER_SPARES - 1)];
+			slot = i < STEER_TRIES ? table->spares[(ctx->hash + i) & (STEER_SPARES - 1)]
+					       : steer_params()->reserve + i - STEER_TRIES;
 			found = steer_select(ctx, slot);
 		}
 	if (found) {

@@ -40,6 +40,7 @@ BPF_PSEUDO_MAP_VALUE: Final = 2
 ENTRIES: Final = 65536
 TURNS: Final = 32768
 SPARES: Final = 256
+RESERVES: Final = 2
 ROW: Final = 0x8000
 NO_SLOT: Final = 0x7FFF
 SLOTS: Final = 8192
@@ -70,7 +71,7 @@ SLOTS_OFFSET: Final = 2 * OPEN_OFFSET
 LOAD_BYTES: Final = SLOTS_OFFSET + SLOTS * SLOT.size + PACE.size
 """Struct steer_load: load, open, slots, pace."""
 PARAMS: Final = struct.Struct(f"=IIII{VALUES}I")
-"""Mirrors struct steer_params: ticks_per_s, second, seed, reserved, values."""
+"""Mirrors struct steer_params: ticks_per_s, second, seed, reserve, values."""
 OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
 """Mirrors struct steer_own: counters, and the buckets of each histogram."""
 FLOW_KEY_BYTES: Final = 8

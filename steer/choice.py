@@ -141,7 +141,8 @@ class Choice:
         given = self._plan.params
         rest = [0] * (abi.VALUES - len(given))
         ticks = bpf.ticks_per_s()
-        value = abi.PARAMS.pack(ticks, (ticks - 1).bit_length(), self._seed, 0, *given, *rest)
+        known = (ticks, (ticks - 1).bit_length(), self._seed, self._plan.slots)
+        value = abi.PARAMS.pack(*known, *given, *rest)
         self._maps["params"].put(0, value)
 
     def prepare(self, slot: int) -> None:

@@ -13,10 +13,11 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from steer import abi
 from steer.address import Bind
 from steer.kernel import listeners, sockets
 
-COUNT = 2
+COUNT = abi.RESERVES
 
 Put = Callable[[int, int], None]
 """Puts a socket into the group's sockarray: from its place here, and a descriptor."""

@@ -22,7 +22,7 @@ HEADS = {
     "steer_slot": (abi.SLOT, "pending given stamp flows reserved"),
     "steer_owner": (abi.OWNER, "slot stamp since"),
     "steer_pace": (abi.PACE, "mean square varied given tended reserved"),
-    "steer_params": (abi.PARAMS, "ticks_per_s second seed reserved"),
+    "steer_params": (abi.PARAMS, "ticks_per_s second seed reserve"),
 }
 """The fields that Python packs and unpacks, in their order; arrays are in MIRRORED."""
 
@@ -32,6 +32,7 @@ MIRRORED = {
     "STEER_ENTRIES": abi.ENTRIES,
     "STEER_TURNS": abi.TURNS,
     "STEER_SPARES": abi.SPARES,
+    "STEER_RESERVES": abi.RESERVES,
     "STEER_ROW": abi.ROW,
     "sizeof(struct steer_table)": abi.TABLE_BYTES,
     "sizeof(struct steer_half)": abi.HALF_BYTES,

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import cycle
 from math import sqrt
 
@@ -24,7 +25,7 @@ from support import DEADLINE_S, Netns, eventually, http_get, tcp_count, udp_ask
 
 from steer.abi import SO_DETACH_REUSEPORT_BPF
 from steer.cpus import Topology
-from steer.kernel import proc, topology
+from steer.kernel import listeners, proc, sockets, topology
 from steer.policy import CBPF, EBPF, KERNEL, POLICIES
 
 pytestmark = [pytest.mark.needs("bpf"), pytest.mark.usefixtures("netns")]
@@ -427,6 +428,26 @@ def test_no_live_slot_leaves_the_choice_to_the_kernel(policy: str, backend: str,
         if backend == EBPF:
             assert crew.steering.unsteered() == 200
             assert crew.selected() == {}
+
+
+@pytest.mark.needs("migrate")
+@tcp_kinds
+@pytest.mark.parametrize("policy", [name for name, backend in PROGRAMS if backend == EBPF])
+def test_no_live_slot_and_all_waits_in_the_reserve(policy: str, kind: str) -> None:
+    """Before anybody has seen that they are gone, and whoever else is in the group: slot 2
+    listens there already, but has not joined."""
+    with Crew(EBPF, policy, kind, workers=3) as crew:
+        crew.join(0, 1)
+        crew.steering.open_reserve()
+        crew.steer()
+        with sockets.member(crew.binds[0], 64) as starting, ExitStack() as clients:
+            crew.leave(0, 1)
+            for _ in range(40):
+                clients.enter_context(crew.send(crew.binds[0]))
+            everybody = [starting, *crew.steering.reserve]
+            eventually(lambda: sum(listeners.waiting(sock).queued for sock in everybody), 40)
+            assert crew.steering.open(crew.plan.slots) == 40
+            assert crew.steering.unsteered() == 0
 
 
 @all_kinds
