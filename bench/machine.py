@@ -39,7 +39,8 @@ def leave_network() -> None:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "unshare")
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "unshare: a network namespace")
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 

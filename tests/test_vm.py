@@ -261,6 +261,7 @@ def test_boot_is_meant_where_no_command_is_named(monkeypatch: pytest.MonkeyPatch
         (["--memory", "10"], "10 is not in the range"),
         (["--kernel", "6.1", "test"], "test comes before its options; or say: -- test"),
         (["run", "--policy", "hash", "--connections", "0"], "0 is not in the range"),
+        (["test", "--cells", "vm/tests"], "--cells runs no tests, but some are named"),
     ],
 )
 def test_machine_that_cannot_be(words: list[str], said: str) -> None:

@@ -46,6 +46,7 @@ def _machine(command: _Command) -> _Command:
             default=4096,
             show_default=True,
             metavar="MIB",
+            help="Of the guest.",
         ),
         click.option("--nodes", type=click.IntRange(1), help="NUMA nodes; two if CPUs are even."),
         click.option("--cpus", type=click.IntRange(1, 255), default=8, show_default=True),
@@ -61,10 +62,11 @@ _kernel = click.option(
 
 @click.group("./dev vm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Boot a kernel with this tree, through virtme-ng: 8 CPUs, nothing of this machine at risk.
+    """Boot a kernel with this tree in it, through virtme-ng, with 8 CPUs.
 
     Under KVM where that works, else emulated, which is some 15 times slower. Kernels and the
-    guest's root file system are kept in ~/.cache/steer/vm. Where no command is named: boot.
+    guest's root file system are kept in ~/.cache/steer/vm. Where no command is named it is boot,
+    whose options ./dev vm boot --help tells.
     """
 
 
@@ -96,7 +98,10 @@ def test(
     wanted: Sequence[str], report: Path | None, cells: bool, tests: Sequence[str], **options: Any
 ) -> int:
     """Every policy on every backend of every kernel, and the tests of the kernel's doing, or TESTS,
-    as pytest takes them. Exits with 1 unless every policy works, or falls back and says why."""
+    as pytest takes them. Exits with 1 unless every policy works, or falls back and says why. Also
+    on this machine's own kernel, for which it needs root, unless --kernel names others."""
+    if cells and tests:
+        raise click.UsageError("--cells runs no tests, but some are named")
     if report and not os.access(report.absolute().parent, os.W_OK):
         raise VmError(f"write {report}", "its directory is not there, or not to be written to")
     ran, wrong = [], []
@@ -150,7 +155,7 @@ def run(
     machine = _wanted(kernel, **options)
     command = ["python", "-m", "vm.trial", f"/host/{Path(policy).name}" if is_file else policy]
     command += ["--connections", str(connections), *(["--udp"] if udp else [])]
-    command += [f"--option={word}" for param in params for word in ("--param", param)]
+    command += [f"--param={param}" for param in params]
     files = (Path(policy), *compile.included(Path(policy))) if is_file else ()
     return boot.run(machine, command, files)
 

@@ -15,7 +15,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def why_not(kernel: Kernel, cpus: int) -> str:
-    """Why KVM cannot be used here, or nothing. Tried once in a boot of this machine."""
+    """Why KVM cannot be used here, or nothing. The last answer is kept for this boot."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "no /dev/kvm that may be used"
     known = cache.directory() / "kvm"

@@ -1,6 +1,6 @@
 """The guest's root file system: a minimal Debian 12 on which ./dev has been set up, in one file.
 
-An image rather than this machine's own root: emulated, 9p takes ten times as long to import a
+An image rather than this machine's own root: emulated, 9p takes several times as long to import a
 Python module, and what is measured should not depend on what is installed here.
 """
 

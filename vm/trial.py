@@ -26,10 +26,8 @@ _LOG = Path("service.log")
 @click.argument("policy")
 @click.option("--connections", default=400, show_default=True, help="From all CPUs in turn.")
 @click.option("--udp", is_flag=True, help="Datagrams instead, each of a flow of its own.")
-@click.option(
-    "--option", "options", multiple=True, help="Of `steer run`, as it is: again and again."
-)
-def main(policy: str, connections: int, udp: bool, options: Sequence[str]) -> None:
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="Of the policy.")
+def main(policy: str, connections: int, udp: bool, params: Sequence[str]) -> None:
     if policy.endswith(".c"):
         policy = str(Path(policy).resolve())
     with service.home():
@@ -37,14 +35,15 @@ def main(policy: str, connections: int, udp: bool, options: Sequence[str]) -> No
             _steer("policies", "check", policy)
             click.echo()
         try:
-            _try(policy, connections, udp, options)
+            _try(policy, connections, udp, params)
         except Broken as error:
             sys.exit(f"{error}\n{service.last_words(_LOG)}")
 
 
-def _try(policy: str, connections: int, udp: bool, options: Sequence[str]) -> None:
+def _try(policy: str, connections: int, udp: bool, params: Sequence[str]) -> None:
     scheme = "udp" if udp else "tcp"
-    with service.serving(scheme, ("--policy", policy, *options), _LOG):
+    options = ("--policy", policy, *(f"--param={param}" for param in params))
+    with service.serving(scheme, options, _LOG):
         clients = Clients(service.status, sorted(os.sched_getaffinity(0)))
         for cpu, number in _shares(clients.cpus, connections):
             with pinned(cpu):
