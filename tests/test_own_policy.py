@@ -205,15 +205,17 @@ def test_file_that_is_no_policy(cli: RunSteer, home: Path, file: str, words: str
     assert done.stderr.startswith("steer: " + words.replace("HOME", str(home)))
 
 
-def test_what_it_includes_is_compiled_anew(home: Path) -> None:
-    """And so is what that includes."""
-    source = write(home, '#include "one.h"\n' + policy("return ANSWER;"))
-    (home / "one.h").write_text('#include "two.h"\n')
-    (home / "two.h").write_text("#define ANSWER 1\n")
+@pytest.mark.parametrize("two", ["two.h", "lib/two.h"])
+def test_what_it_includes_is_compiled_anew(home: Path, two: str) -> None:
+    """And so is what that includes, from beside it or beside the policy."""
+    source = write(home, '#include "lib/one.h"\n' + policy("return ANSWER;"))
+    (home / "lib").mkdir()
+    (home / "lib" / "one.h").write_text('#include "two.h"\n')
+    (home / two).write_text("#define ANSWER 1\n")
     first = compile.digest(source)
-    (home / "two.h").write_text("#define ANSWER 2\n")
+    (home / two).write_text("#define ANSWER 2\n")
     assert compile.digest(source) != first
-    (home / "two.h").write_text("#define ANSWER 1\n")
+    (home / two).write_text("#define ANSWER 1\n")
     assert compile.digest(source) == first
 
 

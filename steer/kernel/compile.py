@@ -60,12 +60,14 @@ def digest(source: Path) -> str:
 
 
 def included(source: Path) -> Iterator[Path]:
-    """What it includes by name from its own directory, and what that does."""
+    """What it includes by name from where it is itself, and what that does."""
     seen, left = {source}, [source]
     while left:
-        for name in _INCLUDE.findall(_read_file(left.pop())):
-            file = source.parent / os.fsdecode(name)
-            if file not in seen and file.is_file():
+        here = left.pop()
+        for name in _INCLUDE.findall(_read_file(here)):
+            beside = (at / os.fsdecode(name) for at in (here.parent, source.parent))
+            file = next(filter(Path.is_file, beside), None)
+            if file and file not in seen:
                 seen.add(file)
                 left.append(file)
                 yield file
