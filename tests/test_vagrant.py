@@ -1,4 +1,5 @@
-"""The Vagrantfile: valid for both providers, and its options reach the machines.
+"""The Vagrantfile: valid for both providers, and its options reach the machines; and its scripts,
+with tools that are played.
 
 `vagrant validate` looks at the settings of one provider, and only where that is installed. For
 libvirt its plugin is enough, for VirtualBox a VBoxManage that tells a version.
@@ -7,13 +8,17 @@ libvirt its plugin is enough, for VirtualBox a VBoxManage that tells a version.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+FRESH_ROOT = ROOT / "vagrant" / "fresh-root.sh"
+KERNEL = ROOT / "vagrant" / "kernel.sh"
 
 # Stands in for Vagrant: prints each setting of the machines as a line of Ruby.
 RECORDER = """
@@ -145,3 +150,130 @@ def test_a_box_of_ones_own_is_that_of_both_providers() -> None:
     boxes = [line for line in settings(STEER_VM_BOX="./my.box") if ".box= " in line]
     assert len(boxes) == 4
     assert {line.split("= ")[1] for line in boxes} == {"./my.box"}
+
+
+@pytest.mark.needs("ruby")
+def test_what_is_written_in_the_machine_stays_there() -> None:
+    [tree] = [line for line in settings() if line.startswith("config.vm.synced_folder ., /steer,")]
+    found = re.search(r"rsync__args: \[(.*?)\]", tree)
+    assert found, "with those of Vagrant rsync deletes"
+    arguments = found[1].replace('"', "").split(", ")
+    assert "--archive" in arguments
+    assert not [each for each in arguments if each.startswith("--del")]
+
+
+def test_tests_that_rewire_network_cards_do_not_run_here() -> None:
+    """In such a machine they would end the connection of whoever runs them."""
+    pytest = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only")
+    done = run(*pytest, str(ROOT / "vm" / "tests"), PYTHONPATH=str(ROOT))
+    assert done.returncode != 0
+    assert "this one is not the guest of ./dev vm" in done.stdout + done.stderr
+
+
+# ---- scripts
+
+
+Tools = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Tools:
+    """Programs, as shell scripts, that are found before those that are there."""
+
+    def make(**scripts: str) -> dict[str, str]:
+        place = tmp_path / "bin"
+        place.mkdir()
+        for name, script in scripts.items():
+            tool = place / name.replace("_", "-")
+            tool.write_text(f"#!/bin/sh\n{script}\n")
+            tool.chmod(0o755)
+        return {"PATH": f"{place}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path)}
+
+    return make
+
+
+def test_fresh_root_of_a_tree_that_git_does_not_list(tools: Tools) -> None:
+    made = tools(id="echo 0", git="exit 128", debootstrap="exit 1", unshare="")
+    done = run(str(FRESH_ROOT), **made)
+    assert done.returncode == 1
+    wanted = f"cannot list {ROOT}: needs git and a checkout that root may read"
+    assert done.stderr == f"fresh-root.sh: {wanted}\n"
+
+
+def test_fresh_root_that_another_run_has_made_meanwhile(tools: Tools, tmp_path: Path) -> None:
+    base = tmp_path / "steer" / "fresh" / "bookworm"
+    debootstrap = f'mkdir {base}; touch {base}/theirs "$3/mine"'
+    made = tools(id="echo 0", git="", debootstrap=debootstrap, unshare="echo up")
+    done = run(str(FRESH_ROOT), **made)
+    assert (done.returncode, done.stdout) == (0, "up\n")
+    assert [path.name for path in base.iterdir()] == ["theirs"]
+    assert sorted(path.name for path in base.parent.iterdir()) == [
+        "bookworm",
+        "bookworm.log",
+        "room",
+    ]
+
+
+@pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"])
+def test_fresh_root_is_told_of_proxies(name: str) -> None:
+    [passed_on] = re.findall(r"^passed_on='(.*)'$", FRESH_ROOT.read_text(), re.MULTILINE)
+    assert re.match(passed_on, f"{name}=http://proxy:3128")
+    assert not re.match(passed_on, "LS_COLORS=")
+
+
+ENTRY = "menuentry 'Linux' $menuentry_id_option 'gnulinux-{}-advanced-1234' {{"
+SUBMENU = "submenu 'More' $menuentry_id_option 'gnulinux-advanced-1234' {{"
+Kernel = Callable[[str | None], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def kernel(tools: Tools, tmp_path: Path) -> Kernel:
+    """kernel.sh 6.1, with another /boot and /etc."""
+    script = tmp_path / "kernel.sh"
+    script.write_text(re.sub(r"/(?=boot/|etc/)", f"{tmp_path}/", KERNEL.read_text()))
+    (tmp_path / "boot" / "grub").mkdir(parents=True)
+    (tmp_path / "etc" / "default").mkdir(parents=True)
+
+    def call(menu: str | None) -> subprocess.CompletedProcess[str]:
+        if menu is not None:
+            (tmp_path / "boot" / "grub" / "grub.cfg").write_text(menu)
+        made = tools(
+            dpkg="echo amd64",
+            apt_get="",
+            apt_cache="echo linux-image-6.1.0-9-amd64",
+            update_grub="",
+        )
+        return run("sh", str(script), "6.1", **made)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("menu", "default"),
+    [
+        ([SUBMENU, ENTRY], "gnulinux-advanced-1234>gnulinux-6.1.0-9-amd64-advanced-1234"),
+        ([ENTRY], "gnulinux-6.1.0-9-amd64-advanced-1234"),
+    ],
+    ids=["submenu", "none"],
+)
+def test_grub_is_told_of_the_kernel(
+    kernel: Kernel, tmp_path: Path, menu: list[str], default: str
+) -> None:
+    done = kernel("\n".join([each.format("6.1.0-9-amd64") for each in menu]))
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "etc" / "default" / "grub.d" / "90-steer.cfg").read_text()
+    assert written == f"GRUB_DEFAULT='{default}'\n"
+
+
+@pytest.mark.parametrize(
+    ("menu", "said"),
+    [
+        (None, "needs a machine that GRUB boots"),
+        (ENTRY.format("5.10.0-1-amd64"), "GRUB has no entry for 6.1.0-9-amd64"),
+    ],
+)
+def test_kernel_that_grub_does_not_know(kernel: Kernel, menu: str | None, said: str) -> None:
+    done = kernel(menu)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kernel.sh: ")
+    assert done.stderr.endswith(f"{said}\n")

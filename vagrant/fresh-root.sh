@@ -16,7 +16,7 @@ release=${STEER_FRESH_RELEASE:-bookworm}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/steer/fresh
 base=$cache/$release
 room=$cache/room
-passed_on='^([a-z]+_proxy|PIP_|SSL_CERT_|CURL_CA_|REQUESTS_CA_|STEER_|CI=|TERM=)'
+passed_on='^([a-z]+_proxy|[A-Z]+_PROXY|PIP_|SSL_CERT_|CURL_CA_|REQUESTS_CA_|STEER_|CI=|TERM=)'
 
 die() {
     echo "fresh-root.sh: $*" >&2
@@ -52,16 +52,23 @@ make_base() {
     debootstrap --variant=minbase "$release" "$partial" $(debian_mirror) >"$base.log" ||
         die "debootstrap $release failed: see $base.log"
     chmod 755 "$partial"
-    mv "$partial" "$base"
+    # Not into the one that another run has made meanwhile, which is as good.
+    mv -T "$partial" "$base" 2>/dev/null || [ -d "$base" ] || die "cannot rename $partial to $base"
+    rm -rf "$partial"
     trap - EXIT HUP INT TERM
 }
 
 # What git knows, or would add.
+list_tree() {
+    git -C "$tree" ls-files -z --cached --others --exclude-standard ||
+        die "cannot list $tree: needs git and a checkout that root may read"
+}
+
 copy_tree() {
     mkdir "$1"
+    list_tree >"$room/files"
     cd "$tree"
-    git ls-files -z --cached --others --exclude-standard |
-        tar --create --null --ignore-failed-read --files-from - 2>/dev/null |
+    tar --create --null --ignore-failed-read --files-from "$room/files" 2>/dev/null |
         tar --extract --no-same-owner --directory "$1"
 }
 
@@ -96,6 +103,7 @@ if [ "${1:-}" = --inside ]; then
     exit
 fi
 [ "$(id -u)" = 0 ] || die "needs root: for debootstrap, mounts and namespaces"
+list_tree >/dev/null
 [ -d "$base" ] || make_base
 mkdir -p "$room"
 exec unshare --mount --propagation private --pid --fork --kill-child --ipc --uts "$self" --inside "$@"

@@ -32,12 +32,15 @@ add_release() {
     apt-get -q update
 }
 
-# By default GRUB boots the newest, which this need not be. An entry of a submenu is named by both.
+# By default GRUB boots the newest, which this need not be. An entry of a submenu is named by both;
+# with GRUB_DISABLE_SUBMENU there is none.
 boot() {
+    [ -e /boot/grub/grub.cfg ] || die "boot $1: no /boot/grub/grub.cfg: needs a machine that GRUB boots"
     entries=$(sed -n "s/.*menuentry_id_option '\(gnulinux-[^']*\)'.*/\1/p" /boot/grub/grub.cfg)
-    menu=$(echo "$entries" | grep -m 1 '^gnulinux-advanced-')
+    menu=$(echo "$entries" | grep -m 1 '^gnulinux-advanced-') || :
     entry=$(echo "$entries" | grep -m 1 -F "gnulinux-$1-advanced-") || die "GRUB has no entry for $1"
-    echo "GRUB_DEFAULT='$menu>$entry'" >/etc/default/grub.d/90-steer.cfg
+    mkdir -p /etc/default/grub.d
+    echo "GRUB_DEFAULT='${menu:+$menu>}$entry'" >/etc/default/grub.d/90-steer.cfg
     update-grub
 }
 

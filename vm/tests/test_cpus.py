@@ -15,19 +15,24 @@ from support import http_get
 
 from steer.cpus import Topology
 from steer.kernel import topology
-from steer.policy import CBPF, EBPF
-from vm.tests.machine import allowed, assert_near, eight_cpus, served_by
+from vm.tests.machine import (
+    EVEN,
+    ODD,
+    allowed,
+    assert_near,
+    both_backends,
+    eight_cpus,
+    served_by,
+)
 
 pytestmark = [eight_cpus, pytest.mark.needs("bpf"), pytest.mark.usefixtures("netns")]
 
-EVEN, ODD = CPUS[0::2], CPUS[1::2]
 ORDERS = {
     "forward": CPUS,
     "reverse": CPUS[::-1],
     "even-then-odd": EVEN + ODD,
     "odd-then-even": ODD + EVEN,
 }
-both_backends = pytest.mark.parametrize("backend", [EBPF, CBPF])
 all_orders = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 
 

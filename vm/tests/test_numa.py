@@ -11,12 +11,19 @@ from crew import CPUS, KINDS, PORT, Crew, pinned
 from support import http_get
 
 from steer.kernel import topology
-from steer.policy import CBPF, EBPF
-from vm.tests.machine import NODE_OF, NODES, allowed, assert_near, cpu_of, served_by, two_nodes
+from vm.tests.machine import (
+    NODE_OF,
+    NODES,
+    allowed,
+    assert_near,
+    both_backends,
+    cpu_of,
+    served_by,
+    two_nodes,
+)
 
 pytestmark = [two_nodes, pytest.mark.needs("bpf"), pytest.mark.usefixtures("netns")]
 
-both_backends = pytest.mark.parametrize("backend", [EBPF, CBPF])
 Pick = Callable[[Sequence[int]], int]
 
 

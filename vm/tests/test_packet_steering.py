@@ -18,6 +18,7 @@ from support import Netns
 from vm.tests.machine import (
     CLIENT,
     KINDS,
+    ODD,
     SERVER,
     Namespace,
     assert_each_at_its_cpu,
@@ -98,7 +99,6 @@ def test_several_queues_each_to_its_cpu(link: StartLink, backend: str) -> None:
 @both_backends
 def test_packets_to_half_of_the_cpus(link: StartLink, backend: str) -> None:
     """Several queues, each to two CPUs. A veth takes its first two for one, its last for none."""
-    odd = CPUS[1::2]
     pair = link(4)
-    pair.steer_packets(odd[:2], odd[2:], odd[:2], odd[2:])
-    assert_each_at_its_cpu(pair.clients, backend, odd)
+    pair.steer_packets(ODD[:2], ODD[2:], ODD[:2], ODD[2:])
+    assert_each_at_its_cpu(pair.clients, backend, ODD)
