@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import termios
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import pytest
 from click.testing import CliRunner
+from conftest import require
 from support import DEADLINE_S
 
 from vm import __main__ as command
-from vm import accel, boot, cache, cards, kernels, matrix, root
+from vm import accel, boot, cache, cards, kernels, root
 from vm.boot import Machine
 from vm.errors import VmError
 from vm.kernels import Kernel
@@ -62,12 +69,14 @@ esac
 
 
 def test_newest_generic_kernel_of_a_series(tmp_path: Path, tool: Tool) -> None:
-    tool("apt-get", "exit 0")
+    tool("apt-get", "echo 'W: no network' >&2")
     tool("apt-cache", APT_CACHE)
     apt = kernels._Apt(tmp_path)
     assert kernels._newest(apt, "6.1") == "linux-image-6.1.0-56-amd64"
-    with pytest.raises(VmError, match=r"kernel 6\.2: Debian's .* have none, or are out of reach"):
+    said = r"kernel 6\.2: Debian's .* have none, or are out of reach"
+    with pytest.raises(VmError, match=said) as caught:
         kernels._newest(apt, "6.2")
+    assert caught.value.detail == "W: no network"
 
 
 def test_kept_kernel_is_not_fetched_again(tool: Tool) -> None:
@@ -111,15 +120,17 @@ def test_kvm_that_works(device: None, tool: Tool) -> None:
     [
         ("echo 'x: error: failed to set MSR 0x10a' >&2; exit 134", "x: error: failed to set MSR"),
         ("exit 0", "KVM does not come up"),
-        ("exec sleep 60", "a kernel is not up under KVM within 0.1 s"),
     ],
 )
-def test_kvm_that_does_not(
-    device: None, tool: Tool, does: str, why_not: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accel, "_LIMIT_S", 0.1)
+def test_kvm_that_does_not(device: None, tool: Tool, does: str, why_not: str) -> None:
     tool(accel.QEMU, does)
     assert accel.why_not(KERNEL, 8).startswith(why_not)
+
+
+def test_kvm_that_hangs(device: None, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accel, "_LIMIT_S", 0.1)
+    tool(accel.QEMU, "exec sleep 60")
+    assert accel.why_not(KERNEL, 8) == "a kernel is not up under KVM within 0.1 s"
 
 
 def test_kernel_built_anew_is_tried_again(device: None, tool: Tool, tmp_path: Path) -> None:
@@ -133,11 +144,38 @@ def test_kernel_built_anew_is_tried_again(device: None, tool: Tool, tmp_path: Pa
     assert not accel.why_not(kernel, 8)
 
 
-def test_kvm_is_tried_once_for_a_kernel(device: None, tool: Tool, tmp_path: Path) -> None:
+def test_kvm_is_tried_once_for_a_kernel_and_its_cpus(
+    device: None, tool: Tool, tmp_path: Path
+) -> None:
     tool(accel.QEMU, f"echo once >> {tmp_path}/tries; echo 'qemu: error: no' >&2; exit 1")
-    assert accel.why_not(KERNEL, 8) == accel.why_not(KERNEL, 8) == "qemu: error: no"
-    accel.why_not(KERNEL, 4)
-    assert (tmp_path / "tries").read_text().split() == ["once", "once"]
+    other = Kernel("other", Path("/bin/false"))
+    for kernel, cpus in 2 * [(KERNEL, 8), (KERNEL, 4), (other, 8)]:
+        assert accel.why_not(kernel, cpus) == "qemu: error: no"
+    assert (tmp_path / "tries").read_text().split() == 3 * ["once"]
+
+
+@pytest.mark.parametrize("answer, tries", [("no", 2), ("Linux version", 1)])
+def test_kvm_that_did_not_work_is_tried_again_later(
+    device: None, tool: Tool, tmp_path: Path, answer: str, tries: int
+) -> None:
+    tool(accel.QEMU, f"echo once >> {tmp_path}/tries; echo {answer}")
+    accel.why_not(KERNEL, 8)
+    [kept] = cache.directory("kvm-answers").iterdir()
+    then_s = kept.stat().st_mtime - accel._NO_HOLDS_S
+    os.utime(kept, (then_s, then_s))
+    accel.why_not(KERNEL, 8)
+    assert (tmp_path / "tries").read_text().split() == tries * ["once"]
+
+
+def test_kvm_is_tried_again_after_a_boot(
+    device: None, tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool(accel.QEMU, "echo 'Linux version 6.1'")
+    assert not accel.why_not(KERNEL, 8)
+    (tmp_path / "boot_id").write_text("another\n")
+    monkeypatch.setattr(accel, "_BOOT_ID", tmp_path / "boot_id")
+    tool(accel.QEMU, "exit 1")
+    assert accel.why_not(KERNEL, 8)
 
 
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +197,6 @@ def image(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("nodes, wanted", [(1, []), (2, ["0-3", "4-7"]), (4, ["0-1", "2-3"])])
 def test_numa_nodes(image: None, tool: Tool, nodes: int, wanted: list[str]) -> None:
-    tool(accel.QEMU, "")
     command = boot._vng(Machine(KERNEL, nodes=nodes), Path("/share"))
     given = [after for each, after in pairwise(command) if each == "--numa"]
     assert given[: len(wanted)] == [f"{4096 // nodes}M,cpus={cpus}" for cpus in wanted]
@@ -169,33 +206,143 @@ def test_numa_nodes(image: None, tool: Tool, nodes: int, wanted: list[str]) -> N
 
 def test_network_cards(image: None, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One with a queue for every CPU, where their other ends can be had."""
-    tool(accel.QEMU, "")
     machine = Machine(KERNEL, cpus=4)
     assert "ifname=many" not in " ".join(boot._vng(machine, Path("/share")))
     monkeypatch.setattr(cards, "can_wire", lambda: True)
     told = " ".join(boot._vng(machine, Path("/share")))
     assert "ifname=many,script=no,downscript=no,vhost=off,queues=4 " in told
-    assert cards.wired(["vng"])[-2:] == ["wires", "vng"]
 
 
-def test_guest_sees_the_tree_and_the_files(image: None, tool: Tool, tmp_path: Path) -> None:
-    mine = tmp_path / "mine.c"
-    mine.write_text("int x;")
-    with boot._share([mine]) as share:
-        assert (share / "mine.c").read_text() == "int x;"
+@pytest.mark.parametrize("queues", [1, 2])
+def test_tap_has_several_queues_where_the_card_has(
+    queues: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """qemu cannot open one that is made otherwise than it asks for (tun_set_iff: EINVAL)."""
+    monkeypatch.setattr(cards, "can_wire", lambda: True)
+    command = cards.wired(["vng"], queues)
+    assert command[-2:] == ["wires", "vng"]
+    assert ("multi_queue" in command[-3]) == (queues > 1)
+    assert ("queues=" in cards.arguments(queues)) == (queues > 1)
+    assert ("mq=on" in cards.arguments(queues)) == (queues > 1)
+
+
+def test_guest_sees_the_tree(image: None) -> None:
+    with boot._share(()) as share:
         assert os.access(share / "enter", os.X_OK)
         with tarfile.open(share / "tree.tar") as tar:
             names = set(tar.getnames())
     assert not share.exists()
-    assert any(name.startswith("steer/__pycache__/cli.") for name in names)
     assert {"dev", "steer/cli.py", "bpf/steer.h", "tests/test_vm.py"} <= names
     assert not any(name.startswith((".git/", ".venv/")) for name in names)
 
 
-def test_output_and_status_are_the_commands(
-    image: None, tool: Tool, capsys: pytest.CaptureFixture[str]
+def test_guest_sees_a_policy_and_what_it_includes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool(accel.QEMU, "")
+    """Its name may be that of a file of ours."""
+    names = ("enter", "lib/x.h", "other/../y.h")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"of {name}")
+    monkeypatch.chdir(tmp_path)
+    with boot._share([Path(name) for name in names]) as share:
+        for name in names:
+            assert (share / "policy" / name).read_text() == f"of {name}"
+        assert (share / "enter").read_text() == (root.TREE / "vm/guest/enter").read_text()
+
+
+@pytest.mark.parametrize(
+    "policy, included",
+    [
+        ("p.c", "../x.h"),
+        ("p.c", "lib/../../x.h"),
+        ("p.c", "{here}/x.h"),
+        ("{here}/p.c", "{here}/../x.h"),
+        ("{here}/p.c", "/proc/version"),
+    ],
+)
+def test_policy_that_includes_what_the_guest_does_not_see(
+    policy: str, included: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.c").touch()
+    monkeypatch.chdir(tmp_path)
+    policy, included = (each.format(here=tmp_path) for each in (policy, included))
+    said = f"share {policy} with the guest: it includes {included}, which is not below its dir"
+    with pytest.raises(VmError, match=said), boot._share([Path(policy), Path(included)]):
+        pass
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tree = tmp_path / "tree"
+    for name in ("steer/good.py", "steer/wrong.py", "tests/test.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("if" if "wrong" in name else "pass")
+    monkeypatch.setattr(root, "TREE", tree)
+    root._is_guests_python.cache_clear()
+    return tree
+
+
+def test_guest_gets_the_tree_compiled(
+    small_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a way that Python takes for that of these very files; ours stay without."""
+    monkeypatch.setattr(root, "_PYTHON", sys.version_info[:2])
+    root.tree(tmp_path / "tree.tar")
+    assert not list(small_tree.rglob("__pycache__"))
+    with tarfile.open(tmp_path / "tree.tar") as tar:
+        [name] = [name for name in tar.getnames() if name.endswith(".pyc")]
+        assert name == f"steer/__pycache__/good.{sys.implementation.cache_tag}.pyc"
+        compiled = tar.extractfile(name)
+        assert compiled
+        [flags, mtime, size] = struct.unpack("<III", compiled.read(16)[4:])
+        source = tar.getmember("steer/good.py")
+        assert (flags, mtime, size) == (0, int(source.mtime), source.size)
+
+
+def test_what_another_python_compiles_is_left_out(
+    small_tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(root, "_PYTHON", (3, 0))
+    for _ in range(2):
+        root.tree(tmp_path / "tree.tar")
+    with tarfile.open(tmp_path / "tree.tar") as tar:
+        assert "steer/good.py" in tar.getnames()
+        assert not [name for name in tar.getnames() if name.endswith(".pyc")]
+    assert capsys.readouterr().err.count("here, 3.0 in the guest") == 1
+
+
+def test_image_is_made_by_root(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool("mmdebstrap", "exit 1")
+    monkeypatch.setattr(root.os, "geteuid", lambda: 1000)
+    with pytest.raises(VmError, match=r"file system: it takes root; run \./dev vm as root$"):
+        root.image()
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("failing", ["mmdebstrap", "tar2sqfs"])
+def test_image_that_cannot_be_made(failing: str, tool: Tool) -> None:
+    for name in ("mmdebstrap", "tar2sqfs"):
+        tool(name, f"echo {name} says >&2; exit {int(name == failing)}")
+    with pytest.raises(VmError, match=rf"file system: {failing} failed$") as caught:
+        root.image()
+    assert f"{failing} says" in caught.value.detail
+    assert not list(cache.directory().glob("making-*"))
+
+
+@pytest.fixture
+def contained() -> None:
+    """A VM has a namespace for its processes."""
+    if os.geteuid():
+        require("userns")
+
+
+def test_output_and_status_are_the_commands(
+    image: None, contained: None, tool: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool(
         "vng",
         f"echo early >&2; {UP}; echo late >&2; echo said; echo '{KERNEL_SAYS}' >&2; {DONE}; exit 3",
@@ -204,30 +351,61 @@ def test_output_and_status_are_the_commands(
     assert capsys.readouterr() == ("said\n", "vm: 6.1.0-56-amd64, emulated: no KVM here\nlate\n")
 
 
-def test_guest_whose_kernel_dies(image: None, tool: Tool) -> None:
-    tool(accel.QEMU, "")
+def test_marks_that_follow_an_unfinished_line(
+    image: None, contained: None, tool: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel's console is the same pipe, and a command need not end its last line."""
+    tool(
+        "vng",
+        """printf '[    1.000000] clocksosteer: up\\nurce\\n' >&2
+        printf 'late' >&2; echo 'steer: done' >&2""",
+    )
+    assert boot.run(Machine(KERNEL), ["true"]) == 0
+    assert capsys.readouterr().err.endswith("emulated: no KVM here\nurce\nlate")
+
+
+def test_standard_error_is_read_to_its_end(
+    image: None, contained: None, tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where we are interrupted; before it is closed."""
+    was_closed = []
+
+    def listen(_: boot._Told, stderr: IO[str]) -> None:
+        stderr.read()
+        time.sleep(0.1)  # for who does not wait for us
+        was_closed.append(stderr.closed)
+
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(boot._Told, "listen", listen)
+    tool("vng", "echo said; exec sleep 60")
+    with pytest.raises(KeyboardInterrupt):
+        boot.run(Machine(KERNEL), ["true"], heard=interrupted)
+    assert was_closed == [False]
+
+
+def test_guest_whose_kernel_dies(image: None, contained: None, tool: Tool) -> None:
     tool("vng", f"{UP}; echo said; echo '{KERNEL_SAYS}' >&2; exit 255")
     with pytest.raises(VmError, match=r"^run in 6\.1\.0-56-amd64: its kernel died$") as caught:
         boot.run(Machine(KERNEL), ["true"])
     assert caught.value.detail == KERNEL_SAYS
 
 
-@pytest.mark.parametrize(
-    "does, cause",
-    [
-        ("echo 'Kernel panic' >&2; exit 0", "it did not come up"),
-        ("echo 'Kernel panic' >&2; exec sleep 60", r"the guest was not up within 0\.3 s"),
-    ],
-)
-def test_guest_that_does_not_come_up(
-    image: None, tool: Tool, does: str, cause: str, monkeypatch: pytest.MonkeyPatch
+def test_guest_that_does_not_come_up(image: None, contained: None, tool: Tool) -> None:
+    tool("vng", "printf '[    1.000000] Kernel panic' >&2; exit 0")
+    with pytest.raises(VmError, match=r"^boot 6\.1\.0-56-amd64: it did not come up$") as caught:
+        boot.run(Machine(KERNEL), ["true"])
+    assert caught.value.detail == "[    1.000000] Kernel panic"
+
+
+def test_guest_that_hangs(
+    image: None, contained: None, tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(boot, "_UP_S", 0.3)
-    tool(accel.QEMU, "")
-    tool("vng", does)
-    with pytest.raises(VmError, match=rf"^boot 6\.1\.0-56-amd64: {cause}") as caught:
+    tool("vng", "exec sleep 60")
+    with pytest.raises(VmError, match=r"the guest was not up within 0\.3 s"):
         boot.run(Machine(KERNEL), ["true"])
-    assert "Kernel panic" in caught.value.detail
 
 
 def test_no_qemu(image: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,15 +460,10 @@ def test_policy_that_is_not_there_boots_nothing(words: list[str], cause: str) ->
     assert str(done.exception).startswith(cause)
 
 
-@pytest.mark.parametrize("number, status", [("INT", 130), ("TERM", 143), ("HUP", 129)])
-def test_guest_ends_with_its_command(tmp_path: Path, tool: Tool, number: str, status: int) -> None:
-    """At once, and with nothing left."""
-    tool(accel.QEMU, "")
-    tool("vng", f"{UP}; echo $$ > {tmp_path}/pid; echo begun; exec sleep 300")
-    program = """
+PROGRAM = """
 import signal
 from pathlib import Path
-from vm import __main__ as vm, accel, boot, cards, command, kernels, root
+from vm import __main__ as vm, accel, boot, cards, ending, kernels, root
 # Whoever runs the tests may ignore them, and that is inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -298,99 +471,64 @@ root.image = lambda: Path("/root.squashfs")
 accel.why_not = lambda *_: ""
 cards.can_wire = lambda: False
 kernels.find = lambda name: kernels.Kernel(name, Path("/bin/true"))
-raise SystemExit(command.run(vm.main, "vm"))
+raise SystemExit(ending.run(vm.main, "vm"))
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", program, "--", "true"],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        stdout=subprocess.PIPE,
-    ) as process:
-        assert process.stdout
-        assert process.stdout.readline() == b"begun\n"
-        process.send_signal(signal.Signals[f"SIG{number}"])
-        assert process.wait(DEADLINE_S) == status
-    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
-    assert not list(tmp_path.glob("steer-vm-*"))
+SIGNALS = pytest.mark.parametrize("number, status", [("INT", 130), ("TERM", 143), ("HUP", 129)])
 
 
-# ---- the matrix
+@pytest.fixture
+def end(contained: None, tool: Tool, tmp_path: Path) -> Callable[..., int]:
+    """Start the command, end it by a signal once its VM is up, and see that nothing is left."""
+
+    def start_and_end(number: str, *words: str, vng: str, stdin: int) -> int:
+        tool(accel.QEMU, "")
+        alive = tmp_path / "alive"  # what has it open is
+        leaves_its_group = "setsid sleep 300 &"
+        script = (f"exec 9>{alive}", leaves_its_group, vng, "echo begun", "exec sleep 300")
+        tool("vng", "\n".join(script))
+        os.mkfifo(alive)
+        with (
+            open(os.open(alive, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as guest,
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *words],
+                cwd=Path(__file__).parents[1],
+                env={**os.environ, "TMPDIR": str(tmp_path)},
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            ) as process,
+        ):
+            assert process.stdout
+            assert process.stdout.readline() == "begun\n"
+            process.send_signal(signal.Signals[f"SIG{number}"])
+            said = "\n" if number == "INT" else ""  # click's
+            assert process.communicate(timeout=DEADLINE_S) == ("", said)
+            assert select.select([guest], [], [], DEADLINE_S)[0]
+            assert guest.read() == b""
+        assert not list(tmp_path.glob("steer-vm-*"))
+        return process.returncode
+
+    return start_and_end
 
 
-def test_what_pytest_said() -> None:
-    seen = matrix.Tests()
-    for line in (
-        "....ss [ 10%]",
-        "SKIPPED [14] tests/conftest.py:129: needs migrate: Linux 5.10 has not got it; 5.14 has",
-        "SKIPPED [2] tests/conftest.py:129: needs migrate: Linux 5.10 has not got it; 5.14 has",
-        "667 passed, 16 skipped in 750.63s (0:12:30)",
-    ):
-        seen.hear(line)
-    assert seen.outcome == "667 passed, 16 skipped"
-    assert list(seen.skipped.values()) == [16]
-    assert "needs migrate" in next(iter(seen.skipped))
+@SIGNALS
+def test_guest_ends_with_its_command(end: Callable[..., int], number: str, status: int) -> None:
+    assert end(number, "--", "true", vng=UP, stdin=subprocess.DEVNULL) == status
 
 
-MACHINE = '{"kind":"machine","release":"6.1","version":"","cpu":"","cpus":8,"probes":{}}'
-CELL = '{"kind":"cell","policy":"cpu","asked":"ebpf","got":"ebpf","works":%s,"took_s":1.0}'
-
-
-@pytest.mark.parametrize(
-    "lines, status, said",
-    [
-        ([MACHINE, CELL % "true", "3 passed in 1.00s"], 0, ""),
-        ([MACHINE, CELL % "false", "3 passed in 1.00s"], 1, "cpu on ebpf: does not work"),
-        ([MACHINE, CELL % "true", "1 failed in 1.00s", "exit 1"], 1, "6.1: tests: 1 failed"),
-        ([MACHINE, MACHINE[:20]], 1, "read what 5.10 said: "),
-        ([], 1, "read what 5.10 said: 0 machines"),
-    ],
-)
-def test_matrix_fails_on_what_is_not_explained(
-    lines: list[str], status: int, said: str, monkeypatch: pytest.MonkeyPatch
+@SIGNALS
+def test_terminal_after_a_shell_that_was_ended(
+    end: Callable[..., int], number: str, status: int
 ) -> None:
-    def run(machine: Machine, words: list[str], heard: Callable[[str], None]) -> int:
-        for line in lines:
-            heard(f"{line}\n")
-        return int("exit 1" in lines)
-
-    monkeypatch.setattr(boot, "run", run)
-    monkeypatch.setattr(kernels, "find", lambda name: Kernel(name, Path("/k")))
-    done = CliRunner().invoke(
-        command.main, ["test", "--kernel", "5.10"], standalone_mode=False, catch_exceptions=False
-    )
-    assert done.return_value == status
-    assert said in done.output
-
-
-def test_steps_of_the_matrix_are_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are taken, and the worst status is told."""
-
-    def run(_: Machine, words: list[str], heard: Callable[[str], None]) -> int:
-        done = subprocess.run(words, capture_output=True, text=True)
-        heard(done.stdout)
-        return done.returncode
-
-    monkeypatch.setattr(boot, "run", run)
-    heard: list[str] = []
-    steps = [["sh", "-c", "exit 3"], ["printf", "%s-", "not a and not b", "c"]]
-    assert matrix._steps(Machine(KERNEL), steps, heard.append) == 3
-    assert heard == ["not a and not b-c-"]
-
-
-def test_matrix_goes_on_after_a_kernel_that_does_not_boot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(machine: Machine, words: list[str], heard: Callable[[str], None]) -> int:
-        if machine.kernel.release == "5.10":
-            raise VmError("boot 5.10", "it did not come up", detail="Kernel panic")
-        heard(MACHINE)
-        heard(CELL % "true")
-        return 0
-
-    monkeypatch.setattr(boot, "run", run)
-    monkeypatch.setattr(kernels, "find", lambda name: Kernel(name, Path("/k")))
-    asked = ["test", "--cells", "--kernel", "5.10", "--kernel", "6.1", "--report"]
-    done = CliRunner().invoke(command.main, [*asked, f"{tmp_path}/K.md"], standalone_mode=False)
-    assert done.return_value == 1
-    assert "vm: boot 5.10: it did not come up\nKernel panic" in done.output
-    assert "| cpu | ebpf | works |" in (tmp_path / "K.md").read_text()
+    """What qemu does to it is undone."""
+    master, terminal = pty.openpty()
+    try:
+        modes = termios.tcgetattr(terminal)
+        unblock = f"{sys.executable} -c 'import os; os.set_blocking(0, False)'"
+        assert end(number, vng=f"stty raw -echo; {unblock}", stdin=terminal) == status
+        assert termios.tcgetattr(terminal) == modes
+        assert os.get_blocking(terminal)
+    finally:
+        os.close(master)
+        os.close(terminal)

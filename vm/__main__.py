@@ -15,7 +15,7 @@ import click
 from steer.errors import SteerError
 from steer.kernel import compile
 from steer.policy import POLICIES
-from vm import boot, command, kernels, matrix
+from vm import boot, ending, kernels, matrix
 from vm.boot import Machine
 from vm.errors import VmError
 
@@ -70,7 +70,7 @@ def main() -> None:
     """
 
 
-@main.command("boot")
+@main.command("boot", context_settings={"allow_interspersed_args": False})
 @_kernel
 @_machine
 @click.argument("command", nargs=-1)
@@ -91,7 +91,11 @@ def boot_(kernel: str, command: Sequence[str], **options: Any) -> int:
     help=f"{_KERNEL_HELP} Or {matrix.HOST}, this machine's. Again and again.",
 )
 @_machine
-@click.option("--report", type=click.Path(path_type=Path), help="Write what was found there.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write what was found there.",
+)
 @click.option("--cells", is_flag=True, help="Only see what becomes of every policy; no tests.")
 @click.argument("tests", nargs=-1)
 def test(
@@ -114,10 +118,10 @@ def test(
             wrong.append("\n".join(filter(None, (str(error), error.detail))))
     if ran:
         matrix.show(ran)
-    if report and ran:
-        command = shlex.join(["./dev", "vm", *sys.argv[1:]])
-        matrix.write(report, matrix.markdown(ran, command))
     wrong += matrix.unexplained(ran)
+    if report and ran:
+        asked = shlex.join(["./dev", "vm", *sys.argv[1:]])
+        matrix.write(report, matrix.markdown(ran, asked, wrong))
     for each in wrong:
         click.echo(f"vm: {each}", err=True)
     return 1 if wrong else 0
@@ -153,7 +157,8 @@ def run(
     if not is_file and policy not in POLICIES:
         raise VmError(f"policy {policy}", "unknown", f"{', '.join(POLICIES)}, or a FILE.c")
     machine = _wanted(kernel, **options)
-    command = ["python", "-m", "vm.trial", f"/host/{Path(policy).name}" if is_file else policy]
+    tried = f"/host/policy/{Path(policy).name}" if is_file else policy
+    command = ["python", "-m", "vm.trial", tried]
     command += ["--connections", str(connections), *(["--udp"] if udp else [])]
     command += [f"--param={param}" for param in params]
     files = (Path(policy), *compile.included(Path(policy))) if is_file else ()
@@ -172,4 +177,4 @@ def _wanted(kernel: str, cpus: int, nodes: int | None, memory_mib: int, qemu: st
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, "./dev vm"))
+    sys.exit(ending.run(main, "./dev vm"))

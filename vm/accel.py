@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
+import time
 from pathlib import Path
 
 from vm import cache
@@ -11,24 +13,33 @@ from vm.kernels import Kernel
 
 QEMU = "qemu-system-x86_64"
 _LIMIT_S = 15
+_NO_HOLDS_S = 3600
+"""It may be due to what passes, such as memory that others had."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def why_not(kernel: Kernel, cpus: int) -> str:
-    """Why KVM cannot be used here, or nothing. The last answer is kept for this boot."""
+    """Why KVM cannot be used here, or nothing. The answer is kept: a yes for this boot."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "no /dev/kvm that may be used"
-    known = cache.directory() / "kvm"
+    name = hashlib.sha256(f"{kernel.image} {cpus}".encode()).hexdigest()[:12]
+    kept = cache.directory("kvm-answers") / name
     state = kernel.image.stat()
-    made = f"{kernel.image} {state.st_mtime_ns} {state.st_size}"
-    asked = f"{_BOOT_ID.read_text().strip()} {made} {cpus}"
-    if known.exists():
-        first, _, rest = known.read_text().partition("\n")
-        if first == asked:
-            return rest
-    found = _try(kernel, cpus)
-    known.write_text(f"{asked}\n{found}")
-    return found
+    asked = f"{_BOOT_ID.read_text().strip()} {state.st_mtime_ns} {state.st_size}"
+    answer = _known(kept, asked)
+    if answer is None:
+        answer = _try(kernel, cpus)
+        kept.write_text(f"{asked}\n{answer}")
+    return answer
+
+
+def _known(kept: Path, asked: str) -> str | None:
+    """The answer that was kept, while it holds."""
+    if not kept.exists():
+        return None
+    first, _, answer = kept.read_text().partition("\n")
+    is_fresh = not answer or time.time() - kept.stat().st_mtime < _NO_HOLDS_S
+    return answer if first == asked and is_fresh else None
 
 
 def _try(kernel: Kernel, cpus: int) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ _UP_S = 180
 _TOOLS = {accel.QEMU: "qemu-system-x86", "vng": "virtme-ng, from PyPI", "unshare": "util-linux"}
 _APPEND = "mitigations=off nokaslr audit=0"
 """Where nobody else is, there is nobody to be guarded against."""
+_REQUIRED = "STEER_REQUIRE_KERNEL=1"
+"""What the guest lacks then fails its tests, as it would here: tests/conftest.py."""
 _KERNEL_SAYS = re.compile(r"\[ *[0-9]+\.[0-9]{6}\] ")
 _LAST_LINES = 60
 
@@ -54,19 +57,21 @@ def run(
     """Boot, run, power off.
 
     Args:
-        files: seen by the guest in /host, by their names.
+        files: a policy and what it includes; the guest sees them in /host/policy, as they lie.
         heard: gets the lines that the command prints; else they are printed.
 
     Returns:
         The command's exit status.
 
     Raises:
-        VmError: the guest did not come up.
+        VmError: the guest did not come up, or its kernel died.
     """
     with _share(files) as share:
-        script = shlex.join(["/host/enter", *command])
+        required = [_REQUIRED] if os.environ.get("STEER_REQUIRE_KERNEL") == "1" else []
+        script = shlex.join([*required, "/host/enter", *command])
+        booting = [*_vng(machine, share), "--verbose", "--exec", script]
         with subprocess.Popen(
-            cards.wired([*_vng(machine, share), "--verbose", "--exec", script]),
+            cards.wired(booting, machine.cpus),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -75,17 +80,30 @@ def run(
             text=True,
             errors="replace",
         ) as vng:
-            try:
-                return _listen(vng, heard or _show, machine)
-            finally:
-                _end(vng)
+            return _listen(vng, heard or _show, machine)
 
 
 def shell(machine: Machine) -> int:
     """A shell on this terminal."""
-    with _share(()) as share:
-        command = cards.wired([*_vng(machine, share), "--shell", "/host/shell"])
+    with _share(()) as share, _terminal_kept():
+        booting = [*_vng(machine, share), "--shell", "/host/shell"]
+        command = cards.wired(booting, machine.cpus)
         return subprocess.run(command, env=_environment(share), check=False).returncode
+
+
+@contextmanager
+def _terminal_kept() -> Iterator[None]:
+    """qemu makes it raw, and where it is killed leaves it so."""
+    if not os.isatty(0):
+        yield
+        return
+    modes, is_blocking = termios.tcgetattr(0), os.get_blocking(0)
+    try:
+        yield
+    finally:
+        with suppress(OSError, termios.error):  # it may have gone
+            os.set_blocking(0, is_blocking)
+            termios.tcsetattr(0, termios.TCSANOW, modes)
 
 
 def _environment(share: Path) -> dict[str, str]:
@@ -98,22 +116,34 @@ def _share(files: Sequence[Path]) -> Iterator[Path]:
     """What the guest finds in /host."""
     with tempfile.TemporaryDirectory(prefix="steer-vm-") as name:
         share = Path(name)
-        root.tree(share / "tree.tar")
-        for path in (*(root.TREE / "vm" / "guest").iterdir(), *files):
+        _copy_policy(files, share / "policy")
+        for path in (root.TREE / "vm" / "guest").iterdir():
             shutil.copy(path, share)
+        root.tree(share / "tree.tar")
         yield share
 
 
+def _copy_policy(files: Sequence[Path], to: Path) -> None:
+    for path in files:
+        home = files[0].parent
+        if not path.is_relative_to(home) or os.path.relpath(path, home).startswith("../"):
+            cause = f"it includes {path}, which is not below its directory"
+            raise VmError(f"share {files[0]} with the guest", cause, "put it there")
+        copy = to / path.relative_to(home)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+
+
 def _vng(machine: Machine, share: Path) -> Sequence[str]:
+    """Its command."""
     kernel = machine.kernel
-    for tool, package in _TOOLS.items():
-        if not shutil.which(tool):
-            raise VmError(f"boot {kernel.release}", f"no command {tool}", f"install {package}")
-    for path in (kernel.image, share, root.image()):
+    _look_for_tools(kernel)
+    image = root.image()
+    for path in (kernel.image, share, image):
         if shlex.quote(str(path)) != str(path):
             raise VmError(f"boot {kernel.release}", f"virtme-ng cannot take the path {path}")
     command = ["vng", "--run", str(kernel.image)]
-    command += ["--root-disk", str(root.image()), "--root-dev", "/dev/vda"]
+    command += ["--root-disk", str(image), "--root-dev", "/dev/vda"]
     command += ["--root-fstype", "squashfs", "--force-9p", "--disable-microvm"]
     command += ["--rodir", f"/host={share}", "--cwd", "/", "--user", "root"]
     command += ["--cpus", str(machine.cpus), "--append", _APPEND]
@@ -122,10 +152,13 @@ def _vng(machine: Machine, share: Path) -> Sequence[str]:
         command += [f"--qemu-opts={machine.qemu}"]
     if cards.can_wire():
         command += [f"--qemu-opts={cards.arguments(machine.cpus)}"]
-    if why_not := accel.why_not(kernel, machine.cpus):
-        say(f"{kernel.release}, emulated: {why_not}")
-        command += ["--disable-kvm"]
-    return command
+    return [*command, *_accelerator(machine)]
+
+
+def _look_for_tools(kernel: Kernel) -> None:
+    for tool, package in _TOOLS.items():
+        if not shutil.which(tool):
+            raise VmError(f"boot {kernel.release}", f"no command {tool}", f"install {package}")
 
 
 def _nodes(machine: Machine) -> Iterator[str]:
@@ -136,21 +169,31 @@ def _nodes(machine: Machine) -> Iterator[str]:
         yield f"{machine.memory_mib // machine.nodes}M,cpus={first}-{first + cpus - 1}"
 
 
+def _accelerator(machine: Machine) -> Sequence[str]:
+    """KVM, unless it is said why not."""
+    why_not = accel.why_not(machine.kernel, machine.cpus)
+    if not why_not:
+        return ()
+    say(f"{machine.kernel.release}, emulated: {why_not}")
+    return ["--disable-kvm"]
+
+
 def _listen(vng: subprocess.Popen[str], heard: Callable[[str], None], machine: Machine) -> int:
     assert vng.stdout
     assert vng.stderr
     told = _Told()
     errors = threading.Thread(target=told.listen, args=(vng.stderr,))
-    errors.start()
     limit = threading.Timer(_UP_S, _end_unless, (told.up, vng))
-    limit.start()
     try:
+        errors.start()
+        limit.start()
         for line in vng.stdout:
             heard(line)
         status = vng.wait()
     finally:
         limit.cancel()  # or Python waits for it before it ends
-    errors.join()
+        _end(vng)  # or its standard error has no end
+        errors.join()
     if not (told.up.is_set() and told.is_done):
         raise _broke_off(told, machine, status)
     return status
@@ -175,15 +218,27 @@ class _Told:
 
     def listen(self, stderr: IO[str]) -> None:
         for line in stderr:
-            mark = line.strip()
+            said, mark = _parted(line)
+            self._take(said)
             if mark == _UP:
                 self.up.set()
             elif mark == _DONE:
                 self.is_done = True
-            elif self.up.is_set() and not _KERNEL_SAYS.match(line):
-                print(line, end="", file=sys.stderr, flush=True)
-            else:
-                self.last.append(line.rstrip())
+
+    def _take(self, said: str) -> None:
+        if self.up.is_set() and not _KERNEL_SAYS.match(said):
+            print(said, end="", file=sys.stderr, flush=True)
+        elif said:
+            self.last.append(said.rstrip())
+
+
+def _parted(line: str) -> tuple[str, str]:
+    """What was said, and the mark that followed it: on the same line where it was not yet ended,
+    by the command, or by the kernel, which writes a line in pieces."""
+    for mark in (_UP, _DONE):
+        if line.rstrip().endswith(mark):
+            return line.rstrip().removesuffix(mark), mark
+    return line, ""
 
 
 def _show(line: str) -> None:
@@ -196,6 +251,7 @@ def _end_unless(up: threading.Event, vng: subprocess.Popen[str]) -> None:
 
 
 def _end(vng: subprocess.Popen[str]) -> None:
-    """virtme-ng, and qemu, which it has for a grandchild."""
-    with suppress(ProcessLookupError):
-        os.killpg(vng.pid, signal.SIGKILL)
+    """With all that it has started, qemu among it."""
+    if vng.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(vng.pid, signal.SIGKILL)

@@ -25,7 +25,7 @@ from steer.errors import SteerError
 from steer.kernel import compile, probe, verifier
 from steer.ladder import Answer, Finding
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, POLICIES
-from vm import command, promises, service
+from vm import ending, promises, service
 from vm.promises import DATAGRAMS, OWN, Broken, Clients
 from vm.report import COUNT, MIGRATE, Cell, Machine, Record, Verified
 
@@ -134,4 +134,4 @@ def _seen(cell: Cell) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, "python -m vm.cells"))
+    sys.exit(ending.run(main, "python -m vm.cells"))

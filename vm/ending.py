@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -27,6 +28,9 @@ def run(command: click.Command, name: str) -> int:
     except SteerError as error:
         print("\n".join(filter(None, (f"vm: {error}", error.detail))), file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # who read what we print has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except OSError as error:
         print(f"vm: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 1

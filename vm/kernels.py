@@ -17,6 +17,7 @@ SERIES = ("5.10", "6.1", "6.12")
 _SUITES = ("bullseye", "bookworm", "trixie")
 _MAGIC, _MAGIC_AT = b"HdrS", 0x202
 """Documentation/arch/x86/boot.rst."""
+_LAST_LINES = 10
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _SERIES = re.compile(r"[0-9]+\.[0-9]+")
 _PACKAGE = r"^linux-image-{series}\.[0-9.]+(\+deb[0-9]+(\.[0-9]+)?)?(-[0-9]+)?-amd64$"
@@ -104,7 +105,9 @@ class _Apt:
         lines = [f'{name} "{value}";' for name, value in settings.items()]
         self._options.write_text("\n".join(lines) + "\n")
         # A suite that has moved away does not keep us from the others.
-        subprocess.run([*self("apt-get"), "update"], capture_output=True, check=False)
+        update = [*self("apt-get"), "update"]
+        done = subprocess.run(update, capture_output=True, text=True, check=False)
+        self.last_words = "\n".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
 
     def __call__(self, tool: str) -> Sequence[str]:
         return [tool, "-q", "-c", str(self._options)]
@@ -122,8 +125,8 @@ def _newest(apt: _Apt, series: str) -> str:
     named = _run([*apt("apt-cache"), "pkgnames", f"linux-image-{series}."], "ask apt")
     names = [name for name in named.split() if re.match(pattern, name)]
     if not names:
-        known = ", ".join(_SUITES)
-        raise VmError(f"kernel {series}", f"Debian's {known} have none, or are out of reach")
+        cause = f"Debian's {', '.join(_SUITES)} have none, or are out of reach"
+        raise VmError(f"kernel {series}", cause, detail=apt.last_words)
     listed = _run([*apt("apt-cache"), "madison", *names], "ask apt")
     rows = [[field.strip() for field in line.split("|")] for line in listed.splitlines()]
     return max((row for row in rows if len(row) > 1), key=lambda row: _numbers(row[1]))[0]

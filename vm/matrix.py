@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from textwrap import indent
+from typing import NamedTuple
 
 import msgspec
 
+from steer.kernel.process import how_it_ended
 from steer.show import tables
 from vm import boot, cache, report, root
 from vm.boot import Machine
@@ -37,6 +41,8 @@ VM_TESTS = "vm/tests"
 """Of many CPUs, receive queues and NUMA nodes, which the guest has whatever this machine has."""
 _CELLS = ("python", "-m", "vm.cells")
 _PYTEST = ("python", "-m", "pytest", "-q", "-rs", "--timeout=900", "-p", "no:cacheprovider")
+_ENDED = "steer: ended with"
+_CLEANED_UP_S = 60.0
 _SKIPPED = re.compile(r"SKIPPED \[(\d+)\] \S+ (.*)")
 _COUNTED = re.compile(r"^=*\s*((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s")
 
@@ -71,10 +77,22 @@ class Tests(msgspec.Struct):
 
 
 class Ran(msgspec.Struct):
-    """What was seen on one kernel."""
+    """What was seen on one kernel.
+
+    Args:
+        cells_status: that `vm.cells` ended with.
+    """
 
     kernel: report.Kernel
+    cells_status: int
     tests: Tests
+
+
+class _Step(NamedTuple):
+    """Args: hear: gets each line that the command prints."""
+
+    command: Sequence[str]
+    hear: Callable[[str], None]
 
 
 def run(machine: Machine | None, tests: Sequence[str], show: Callable[[str], None]) -> Ran:
@@ -89,22 +107,26 @@ def run(machine: Machine | None, tests: Sequence[str], show: Callable[[str], Non
         VmError: the guest did not come up, or broke off.
     """
     cells: list[str] = []
-    seen = Tests()
+    seen = Tests() if tests else Tests(0, "none were run")
 
-    def hear(line: str) -> None:
+    def hear_cells(line: str) -> None:
         if line.startswith("{"):
             cells.append(line)
             cache.say(_summary(line))
         else:
-            seen.hear(line)
             show(line)
 
-    steps = [_CELLS, *([(*_PYTEST, *tests)] if tests else [])]
-    seen.status = _steps(machine, steps, hear)
-    if not tests:
-        seen.outcome = "none were run"
+    def hear_tests(line: str) -> None:
+        seen.hear(line)
+        show(line)
+
+    steps = [_Step(_CELLS, hear_cells)]
+    if tests:
+        steps.append(_Step((*_PYTEST, *tests), hear_tests))
+    cells_status, *rest = _in_guest(machine, steps) if machine else [*map(_on_host, steps)]
+    seen.status = rest[0] if rest else 0
     try:
-        return Ran(report.read(cells), seen)
+        return Ran(report.read(cells), cells_status, seen)
     except ValueError as error:  # a guest that broke off in the middle
         release = machine.kernel.release if machine else HOST
         raise VmError(f"read what {release} said", str(error)) from None
@@ -133,41 +155,71 @@ def _summary(line: str) -> str:
     return f"{record.policy} on {record.asked}: {works}, {record.took_s} s"
 
 
-def _steps(
-    machine: Machine | None, steps: Sequence[Sequence[str]], hear: Callable[[str], None]
-) -> int:
-    """One after the other, whatever becomes of them; the worst exit status."""
-    if machine:
-        script = "s=0; " + "".join(f"{shlex.join(step)} || s=$?; " for step in steps) + "exit $s"
-        return boot.run(machine, ["sh", "-c", script], heard=hear)
-    return max(_on_host(step, hear) for step in steps)
+def _in_guest(machine: Machine, steps: Sequence[_Step]) -> list[int]:
+    """In one boot, one after the other whatever becomes of them; what each ended with."""
+    script = "".join(f"{shlex.join(each.command)}; echo {_ENDED} $?; " for each in steps)
+    statuses: list[int] = []
+
+    def hear(line: str) -> None:
+        said, mark, status = line.rpartition(_ENDED)
+        if not mark:
+            steps[len(statuses)].hear(line)
+            return
+        if said:  # it was killed in the middle of a line
+            steps[len(statuses)].hear(f"{said}\n")
+        statuses.append(int(status))
+
+    broken_off = boot.run(machine, ["sh", "-c", f"{script}exit 0"], heard=hear)
+    return statuses + [broken_off] * (len(steps) - len(statuses))
 
 
-def _on_host(step: Sequence[str], hear: Callable[[str], None]) -> int:
-    command = [sys.executable, *step[1:]]
-    with subprocess.Popen(command, cwd=root.TREE, stdout=subprocess.PIPE, text=True) as child:
+def _on_host(step: _Step) -> int:
+    """In a session of its own: told to end once, by us, it has the time to clean up."""
+    command = [sys.executable, *step.command[1:]]
+    with subprocess.Popen(
+        command, cwd=root.TREE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
         assert child.stdout
         try:
             for line in child.stdout:
-                hear(line)
+                step.hear(line)
         except BaseException:
-            child.terminate()
+            _interrupt(child)
             raise
     return child.returncode
 
 
+def _interrupt(child: subprocess.Popen[str]) -> None:
+    child.send_signal(signal.SIGINT)
+    try:
+        child.communicate(timeout=_CLEANED_UP_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+
+
 def unexplained(ran: Sequence[Ran]) -> list[str]:
     """What is wrong with what was seen: none of it should be there."""
-    failed = [
-        f"{each.kernel.name}: tests: {each.tests.outcome}" for each in ran if each.tests.status
-    ]
-    return report.unexplained([each.kernel for each in ran]) + failed
+    found = report.unexplained([each.kernel for each in ran])
+    for each in ran:
+        name = each.kernel.name
+        if each.cells_status:
+            found.append(f"{name}: cells: {how_it_ended(each.cells_status)}")
+        if each.tests.status:
+            found.append(f"{name}: tests: {each.tests.outcome}")
+    return found
 
 
-def markdown(ran: Sequence[Ran], command: str) -> str:
-    """The whole of docs/KERNELS.md."""
+def markdown(ran: Sequence[Ran], command: str, wrong: Sequence[str]) -> str:
+    """The whole of docs/KERNELS.md. Args: wrong: what is not as it should be."""
     kernels = [each.kernel for each in ran]
-    return "\n".join([_HEAD, report.markdown(kernels, command), *_tests(ran)])
+    return "\n".join([_HEAD, report.markdown(kernels, command), *_tests(ran), *_wrong(wrong)])
+
+
+def _wrong(wrong: Sequence[str]) -> Iterable[str]:
+    if wrong:
+        yield "## Not as it should be\n"
+        yield from (f"- {indent(each, '    ').strip()}" for each in wrong)
+        yield ""
 
 
 def _tests(ran: Iterable[Ran]) -> Iterable[str]:

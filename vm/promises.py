@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import msgspec
@@ -67,26 +68,36 @@ class Clients:
         return self.answer(host, port).slot
 
     def answer(self, host: str = "", port: int = 0) -> Answer:
-        with self.connect(host, port) as sock:
+        with self.connect(host, port) as sock, self._told():
             return _answer(sock)
 
     def connect(self, host: str = "", port: int = 0) -> socket.socket:
         """A connection with a request sent."""
         self.asked += 1
-        sock = socket.create_connection((HOST, PORT), _TIMEOUT_S, (host, port))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        sock.sendall(_REQUEST)
+        with self._told():
+            sock = socket.create_connection((HOST, PORT), _TIMEOUT_S, (host, port))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            sock.sendall(_REQUEST)
         return sock
 
     def send(self, port: int) -> int:
         """The slot that a datagram from there goes to."""
         self.asked += 1
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, self._told():
             sock.settimeout(_TIMEOUT_S)
             sock.bind((HOST, port))
             sock.connect((HOST, PORT))
             sock.send(b"x")
             return msgspec.json.decode(sock.recv(65536), type=Answer).slot
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Which one it was that got no answer, or none that can be read."""
+        try:
+            yield
+        except (OSError, msgspec.DecodeError) as error:
+            cpus = sorted(os.sched_getaffinity(0))
+            raise Broken(f"the {self.asked}. from CPU {cpus[0]}: {error}") from error
 
 
 def _answer(sock: socket.socket) -> Answer:

@@ -6,15 +6,18 @@ Python module, and what is measured should not depend on what is installed here.
 
 from __future__ import annotations
 
-import compileall
 import hashlib
 import os
+import py_compile
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
+import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
+from functools import cache as once
 from pathlib import Path
 
 from vm import cache
@@ -22,11 +25,17 @@ from vm.errors import VmError
 
 TREE = Path(__file__).resolve().parent.parent
 SUITE = "bookworm"
+_PYTHON = (3, 11)
+"""That suite's."""
 GUEST_TREE = "/steer"
 _GUEST = TREE / "vm" / "guest"
 _MADE_FROM = (TREE / "dev", _GUEST / "systemd-udevd", Path(__file__))
-_LEFT_OUT = {".git", ".venv"}
+_LEFT_OUT = {".git", ".venv", "__pycache__"}
+_COMPILED = {"bench", "steer", "vm"}
 _KEPT = 3
+_MAKE = "make the guest's root file system"
+_CONTAINED = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
+"""So that nothing that is mounted or started outlives it."""
 _HOSTS = ("/etc/pip.conf", "~/.config/pip/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
 """How this machine reaches PyPI, wherever it does so in a way of its own."""
 
@@ -43,6 +52,8 @@ def image() -> Path:
         if kept.exists():
             os.utime(kept)
             return kept
+        if os.geteuid():
+            raise VmError(_MAKE, "it takes root", "run ./dev vm as root")
         _require("mmdebstrap", "tar2sqfs", "unshare")
         cache.say("making the guest's root: Debian 12, and what ./dev sets up (minutes)")
         with cache.making() as scratch:
@@ -62,19 +73,40 @@ def _leave_only_newest(roots: Path) -> None:
 
 def tree(archive: Path) -> None:
     """This tree as it is now, as a tar file for the guest."""
-    for package in ("bench", "steer", "vm"):
-        compileall.compile_dir(TREE / package, quiet=2)
+    files = sorted(_files(TREE))
     with tarfile.open(archive, "w") as tar:
-        for path in sorted(_files(TREE)):
+        for path in files:
             tar.add(path, path.relative_to(TREE), recursive=False)
+        if _is_guests_python():
+            _add_compiled(tar, files)
+
+
+def _add_compiled(tar: tarfile.TarFile, files: Sequence[Path]) -> None:
+    """As Python would leave it in the tree: to compile takes long in the guest."""
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = Path(scratch, "pyc")
+        for path in files:
+            name = path.relative_to(TREE)
+            if path.suffix != ".py" or name.parts[0] not in _COMPILED:
+                continue
+            if py_compile.compile(str(path), str(compiled), quiet=2):
+                kept = f"{path.stem}.{sys.implementation.cache_tag}.pyc"
+                tar.add(compiled, name.parent / "__pycache__" / kept)
+
+
+@once
+def _is_guests_python() -> bool:
+    """No other reads what ours compiles."""
+    ours = sys.version_info[:2]
+    if ours != _PYTHON:
+        named = "Python {}.{} here, {}.{} in the guest".format(*ours, *_PYTHON)
+        cache.say(f"{named}, which has to compile this tree: slow where it is emulated")
+    return ours == _PYTHON
 
 
 def _files(top: Path) -> Iterator[Path]:
-    """What is the tree's, and what Python has compiled of it, which takes long in the guest."""
     found = [top / name for name in _known_to_git(top) or _all_names(top)]
     yield from (path for path in found if path.is_symlink() or path.is_file())
-    for directory in {path.parent for path in found if path.suffix == ".py"}:
-        yield from (directory / "__pycache__").glob("*.pyc")
 
 
 def _known_to_git(top: Path) -> Sequence[str]:
@@ -106,15 +138,15 @@ def _require(*tools: str) -> None:
     for tool in tools:
         if not shutil.which(tool):
             cure = "install it: Debian has it in mmdebstrap and squashfs-tools-ng"
-            raise VmError("make the guest's root file system", f"no command {tool}", cure)
+            raise VmError(_MAKE, f"no command {tool}", cure)
 
 
 def _make(scratch: Path, made: Path) -> None:
-    """mmdebstrap(1) runs its hooks outside of the new root, which is $1, as root or as good as."""
+    """mmdebstrap(1) runs its hooks outside of the new root, which is $1."""
     tree(scratch / "tree.tar")
     log = scratch / "log"
     debian = ["mmdebstrap", "--variant=minbase", "--include=ca-certificates,python3,kmod"]
-    command = [*_contained(), *debian, *_hooks(scratch), SUITE, "-"]
+    command = [*_CONTAINED, "--mount-proc", *debian, *_hooks(scratch), SUITE, "-"]
     packed = ["tar2sqfs", "--quiet", "--compressor", "lz4", "--no-skip", "--force", str(made)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with (
@@ -128,15 +160,10 @@ def _make(scratch: Path, made: Path) -> None:
         except BaseException:
             os.killpg(source.pid, signal.SIGKILL)
             raise
-    if source.returncode or sink.returncode:
+    statuses = {"mmdebstrap": source.returncode, "tar2sqfs": sink.returncode}
+    if failed := [tool for tool, status in statuses.items() if status]:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise VmError("make the guest's root file system", "mmdebstrap failed", detail=last)
-
-
-def _contained() -> Sequence[str]:
-    """So that nothing it mounts or starts outlives it. Where we are not root it does so itself."""
-    own = ("--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
-    return ("unshare", *own, "--mount-proc") if os.geteuid() == 0 else ()
+        raise VmError(_MAKE, f"{' and '.join(failed)} failed", detail=last)
 
 
 def _hooks(scratch: Path) -> Sequence[str]:

@@ -21,6 +21,7 @@ from steer import cli, client, controller, demo  # noqa: F401 - for all that are
 from steer.errors import ControlError
 from steer.kernel.process import how_it_ended, wait_for_end
 from steer.report import Service
+from vm.errors import VmError
 from vm.promises import HOST, PORT, Broken
 
 NAME = "demo"
@@ -33,7 +34,13 @@ _LAST_WORDS = 10
 
 @contextmanager
 def home() -> Iterator[None]:
-    """A network and a directory of its own for all that is done; we are there."""
+    """A network and a directory of its own for all that is done; we are there.
+
+    Raises:
+        VmError: that may only root.
+    """
+    if not machine.is_root():
+        raise VmError("make a network namespace to try policies in", "needs root")
     machine.leave_network()
     with tempfile.TemporaryDirectory(prefix="steer-vm-") as name:
         environment = servers.environment(name, XDG_CACHE_HOME=name)

@@ -16,7 +16,7 @@ import click
 from bench.machine import pinned
 from steer.cli import cli
 from steer.policy import KERNEL
-from vm import command, service
+from vm import ending, service
 from vm.promises import Broken, Clients
 
 _LOG = Path("service.log")
@@ -67,4 +67,4 @@ def _steer(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, "python -m vm.trial"))
+    sys.exit(ending.run(main, "python -m vm.trial"))
