@@ -21,8 +21,9 @@ from steer.errors import (
     SteerError,
     WorkersFailed,
 )
-from steer.fleet import Fleet, Place
+from steer.fleet import Fleet
 from steer.lifecycle import Event, State
+from steer.place import Place
 from steer.plan import Generation, Plan, Seat
 
 

@@ -34,13 +34,14 @@ from steer.errors import (
     KernelError,
     VerifierError,
 )
-from steer.fleet import Fleet, Place
+from steer.fleet import Fleet
 from steer.kernel import custody, mail, process, rundir, sockets
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.lifecycle import State
 from steer.log import Log
 from steer.notify import Listener
+from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
 from steer.steering import Steering
 from steer.table import Member

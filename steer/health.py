@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from steer.errors import KernelError
-from steer.fleet import Fleet, Place, waits
+from steer.fleet import Fleet
 from steer.hang import Look, Patience
 from steer.kernel import listeners, proc
 from steer.kernel.proc import Seen
 from steer.lifecycle import Event, State
+from steer.place import Place, waits
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, TimerHandle

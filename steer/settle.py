@@ -16,7 +16,8 @@ from steer.kernel import listeners, proc
 from steer.lifecycle import Event
 
 if TYPE_CHECKING:
-    from steer.fleet import Fleet, Place
+    from steer.fleet import Fleet
+    from steer.place import Place
     from steer.spawn import Process
 
 _TAKE_S = 0.1

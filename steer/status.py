@@ -8,8 +8,9 @@ import time
 from steer import report
 from steer.controller import Controller
 from steer.declared import Declared
-from steer.fleet import Fleet, Place
+from steer.fleet import Fleet
 from steer.lifecycle import State
+from steer.place import Place
 from steer.steering import Own, Steering
 
 

@@ -23,11 +23,12 @@ from steer.config import FIELDS, MAX_WORKERS, Service
 from steer.control import Handler, Server, Tell
 from steer.controller import Controller
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
-from steer.fleet import QUICK_S, Place
+from steer.fleet import QUICK_S
 from steer.health import Health
 from steer.kernel import process, sockets, topology
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
+from steer.place import Place
 from steer.plan import Generation, Plan
 from steer.policy import KERNEL, Policy
 from steer.settle import settle

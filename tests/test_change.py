@@ -16,9 +16,10 @@ from steer.change import Changes, unheard
 from steer.config import Service
 from steer.cpus import Topology
 from steer.errors import ControlError, WorkersFailed
-from steer.fleet import Fleet, Place
+from steer.fleet import Fleet
 from steer.ladder import Answer, Finding
 from steer.lifecycle import Command, Event, State
+from steer.place import Place
 from steer.plan import Generation, Plan, Seat
 
 CPUS = (0, 1, 2, 3)

@@ -1,0 +1,203 @@
+"""A seat of a service and who is in it, as far as that is known without the others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from steer.errors import KernelError, SteerError
+from steer.kernel import proc, process
+from steer.kernel.proc import Seen
+from steer.lifecycle import STABLE_S, State
+from steer.plan import Generation, Seat
+from steer.spawn import Process, Running
+from steer.table import Member
+
+if TYPE_CHECKING:
+    from asyncio import Future, Task, TimerHandle
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """A place with a process, as another controller left it."""
+
+    running: Running
+    seat: Seat
+    slot: int
+    generation: int
+    state: str
+    held: bool
+    ready_s: float | None
+    starts: int
+    failures: int
+    says_ready: bool
+    others: set[int]
+    takers: frozenset[int]
+    hung: bool
+
+
+class Place(msgspec.Struct, eq=False):
+    """A seat and who is in it: a process, or the wait for the next one.
+
+    Args:
+        held: not to be chosen yet, as it comes together with others.
+        modest: to leave the CPUs to those that serve until it is ready.
+        came_up: of one that is held: done once it is ready, or with what went wrong.
+        failures: ends in a row before `lifecycle.STABLE_S` of service.
+        says_ready: whether it sent READY=1.
+        heard_s: when it last sent WATCHDOG=1, or was ready.
+        takers: its processes that were seen to wait on its sockets.
+        activity: see `proc.activity`: of these, at the last look at them.
+        hung: when it was retired.
+        relief_s: not before then is another asked for in its place.
+        others: sockets it had open when it got ready, which so are no connections.
+        said: what it sent as STATUS=.
+        error: why there is no process.
+    """
+
+    seat: Seat
+    slot: int
+    generation: Generation
+    state: State = State.STARTING
+    held: bool = False
+    modest: bool = False
+    came_up: Future[None] | None = None
+    process: Process | None = None
+    ready_s: float | None = None
+    starts: int = 0
+    failures: int = 0
+    says_ready: bool = False
+    heard_s: float = 0.0
+    takers: frozenset[int] = frozenset()
+    activity: int = 0
+    hung: bool = False
+    relief_s: float = 0.0
+    others: set[int] = set()
+    said: str = ""
+    timer: TimerHandle | None = None
+    settling: Task[None] | None = None
+    error: SteerError | None = None
+
+    @classmethod
+    def restored(cls, saved: Saved, generation: Generation) -> Place:
+        """As another controller left it, but for its process.
+
+        Args:
+            generation: that of the number saved.
+        """
+        return cls(
+            saved.seat,
+            saved.slot,
+            generation,
+            State(saved.state),
+            held=saved.held,
+            ready_s=saved.ready_s,
+            starts=saved.starts,
+            failures=saved.failures,
+            says_ready=saved.says_ready,
+            heard_s=time.monotonic(),
+            takers=saved.takers,
+            hung=saved.hung,
+            others=saved.others,
+        )
+
+    @property
+    def serves(self) -> bool:
+        """Whether it may be chosen."""
+        return self.state is State.READY and not self.held
+
+    @property
+    def hangs(self) -> bool:
+        return self.state is State.HUNG
+
+    def member(self, seat: Seat | None = None) -> Member:
+        """What the table is told of it, where it is or would be on another seat."""
+        seat = seat or self.seat
+        return Member(self.slot, seat.weight, seat.cpu)
+
+    def reseat(self, seat: Seat) -> None:
+        """Another seat from now on, and its CPUs."""
+        before, self.seat = self.seat, seat
+        if self.process and before.cpus != seat.cpus:
+            process.pin(proc.descendants(self.process.pid), seat.cpus)
+
+    def hear(self, message: Mapping[str, str]) -> None:
+        """What it tells of itself, see sd_notify(3)."""
+        self.said = message.get("STATUS", self.said)
+        if message.get("WATCHDOG") == "1":
+            self.heard_s = time.monotonic()
+        elif message.get("WATCHDOG") == "trigger":
+            self.heard_s = -math.inf
+
+    def got_ready(self) -> None:
+        """What can be seen of its process only now; from here on it need not be modest."""
+        now_s = time.monotonic()
+        self.ready_s = self.ready_s or now_s
+        self.heard_s = now_s
+        if self.process:
+            with suppress(KernelError):
+                self.others = proc.open_sockets(self.process.pid)
+            self.takers = proc.waiters(self.process.pid, self.process.inodes)
+            if self.process.launch.modest:
+                process.hurry(proc.descendants(self.process.pid))
+
+    def lost_process(self) -> None:
+        """It has ended. One that served for long begins a new row of failures."""
+        self.process = None
+        self.says_ready = False
+        served_s = time.monotonic() - self.ready_s if self.ready_s is not None else 0.0
+        self.failures = 1 if served_s >= STABLE_S else self.failures + 1
+
+    def has_acted(self) -> bool:
+        """Whether those who take its connections did anything since this was last asked."""
+        before = self.activity
+        if self.process:
+            self.activity = proc.activity(self.process.pid, among=self.takers)
+        return self.activity != before
+
+    def set_timer(self, timer: TimerHandle) -> None:
+        """It waits for this now, and for nothing that it waited for before."""
+        self.cancel_timer()
+        self.timer = timer
+
+    def cancel_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def keep(self, held: Sequence[int]) -> None:
+        """Have the guard know what another controller would have to; nothing if it has no
+        process.
+
+        Args:
+            held: descriptors of its sockets.
+        """
+        if self.process is not None:
+            saved = self._saved(self.process.running)
+            self.process.keep(msgspec.json.encode(saved), held)
+
+    def _saved(self, running: Running) -> Saved:
+        return Saved(
+            running,
+            self.seat,
+            self.slot,
+            self.generation.number,
+            self.state.value,
+            self.held,
+            self.ready_s,
+            self.starts,
+            self.failures,
+            self.says_ready,
+            self.others,
+            self.takers,
+            self.hung,
+        )
+
+
+def waits(worker: Process) -> Seen:
+    """Whether it waits on its sockets."""
+    return proc.waits_on(worker.pid, worker.inodes)

@@ -1,0 +1,263 @@
+"""Who is in rotation: the slots of a service, those of them that are chosen now, and by what.
+
+All that changes in one turn of the loop is one flip.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from steer.errors import ControlError, KernelError, SteerError
+from steer.kernel.custody import Guard
+from steer.kernel.keeper import STEERING
+from steer.log import Log
+from steer.place import Place
+from steer.plan import Plan
+from steer.steering import Counts, Steering
+from steer.table import Member
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Handle
+
+_Sockets = Mapping[int, socket.socket]
+"""By bind."""
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """The steering, what was counted, and the next slot, as another controller left them."""
+
+    value: Any
+    retired: Counts
+    next_slot: int
+
+
+class Rotation:
+    """Which workers are chosen, on which backend, and what that has to remember.
+
+    Slots can be taken and joined at once; to flip it takes a loop, see `watch`.
+
+    Args:
+        places: all that have a slot, at any time: the list that others add to and remove from.
+        slots: capacity; a slot is below it.
+        guard: has all that another controller needs.
+
+    Attributes:
+        steering: the backend in force.
+        retired: what was counted for slots since given up.
+    """
+
+    def __init__(
+        self, steering: Steering, places: Sequence[Place], slots: int, guard: Guard, log: Log
+    ) -> None:
+        self.steering = steering
+        self.retired = Counts()
+        self._places = places
+        self._slots = slots
+        self._next_slot = 0
+        self._guard = guard
+        self._log = log
+        self._flip_due: Handle | None = None
+        self._released = False
+        self._loop: AbstractEventLoop
+
+    # For another controller.
+
+    def keep(self) -> None:
+        """Have the guard know how it is now."""
+        value, fds = self.steering.saved()
+        saved = Saved(value, self.retired, self._next_slot)
+        self._guard.put(STEERING, msgspec.json.encode(saved), fds)
+
+    def restore(self, saved: Saved, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        """Go on where another controller stopped.
+
+        Args:
+            fds: kept with what it saved; they become ours.
+            held: by slots that are still taken, the descriptors it held of each.
+        """
+        self.retired, self._next_slot = saved.retired, saved.next_slot
+        self.steering.restore(saved.value, fds, held)
+        # One may have been on its way out, and its slot not yet given up.
+        for slot in set(range(self._slots)).difference(held):
+            self._put_aside(slot)
+        try:
+            with self._borrow_all() as there:
+                self.steering.reassert(there)
+        except KernelError as error:
+            self._log.warning("not seen whether the kernel steers as it should: %s", error)
+
+    # Slots.
+
+    def take_slot(self) -> int:
+        """A slot that nobody has, the next one round.
+
+        Not one that was just given up: what still speaks of that means the worker that
+        died.
+
+        Raises:
+            ControlError
+        """
+        taken = {place.slot for place in self._places}
+        if len(taken) >= self._slots:
+            raise ControlError(
+                "start a worker", f"all {self._slots} slots are taken", "some still finish: wait"
+            )
+        while self._next_slot in taken:
+            self._next_slot = (self._next_slot + 1) % self._slots
+        slot = self._next_slot
+        self._next_slot = (slot + 1) % self._slots
+        return slot
+
+    def joined(self, slot: int, fds: Sequence[int]) -> None:
+        """A new worker's sockets; see `Steering.joined`. Raises KernelError."""
+        self.steering.joined(slot, fds)
+        self.keep()
+
+    def left(self, slot: int) -> None:
+        """The worker there has ended."""
+        self.steering.left(slot)
+        self.keep()
+
+    def give_up(self, slot: int) -> None:
+        """It is nobody's any more; what was counted for it is put aside."""
+        self._put_aside(slot)
+        self.keep()
+
+    def _put_aside(self, slot: int) -> None:
+        self.retired += self.steering.retire(slot) or Counts()
+
+    def counts(self) -> Counts | None:
+        """Of the whole service since its start; None where nobody counts."""
+        now = [self.steering.counts(place.slot) for place in self._places]
+        if self.steering.unsteered() is None:
+            return None
+        return sum((count for count in now if count is not None), self.retired)
+
+    # Who is chosen.
+
+    def watch(self, loop: AbstractEventLoop) -> None:
+        """From here on there is a loop to flip in."""
+        self._loop = loop
+
+    def flip_soon(self) -> None:
+        """Together with what else happens in the same turn of the loop."""
+        if self._flip_due is None:
+            self._flip_due = self._loop.call_soon(self.flip)
+
+    def flip(self) -> None:
+        """Have those who serve chosen, and nobody else."""
+        if self._flip_due is not None:
+            self._flip_due.cancel()
+            self._flip_due = None
+        members = [place.member() for place in self._places if place.serves]
+        self.steering.steer(members)
+        self._watch_reserve(bool(members))
+        if not self._released:
+            self.keep()
+
+    def settle(self) -> None:
+        """Have who is said to be ready in the table by now."""
+        if self._flip_due is not None:
+            self.flip()
+
+    def release(self) -> None:
+        """The service ends: hold no socket open, and have nobody adopt what steers."""
+        self._released = True
+        self._watch_reserve(False)
+        self._guard.drop(STEERING)
+        self.steering.release()
+
+    def _watch_reserve(self, somebody: bool) -> None:
+        """What gets into the reserve late, as its handshake began when nobody was there, is
+        moved on at once; while still nobody is, it waits."""
+        for sock in self.steering.reserve:
+            if somebody:
+                self._loop.add_reader(sock, self.steering.empty_reserve)
+            else:
+                self._loop.remove_reader(sock)
+
+    # By what.
+
+    def choose_by(
+        self, plan: Plan, members: Sequence[Member], steering: Steering | None = None
+    ) -> None:
+        """The policy, parameters and weights of this plan from now on. Not kept yet: the
+        places come first.
+
+        Args:
+            members: those who serve, as the plan has them.
+            steering: another backend for it, to which all sockets are new; None: the same.
+
+        Raises:
+            KernelError: nothing has changed.
+        """
+        self.settle()
+        if steering is None:
+            self.steering.swap(plan, members, self._lend)
+        else:
+            self._move_to(steering, members, len(plan.binds))
+        self._watch_reserve(bool(members))
+
+    def _move_to(self, steering: Steering, members: Sequence[Member], binds: int) -> None:
+        """Have another backend choose; it takes the sockets over with the next flip.
+
+        Raises:
+            KernelError: nothing has changed.
+        """
+        with self._borrow_all() as there:
+            steering.steer(members)
+            self._watch_reserve(False)
+            try:
+                self.steering.detach(self._lend)
+                counted = self.counts()
+                _take_over(steering, there, binds)
+                steering.open_reserve()
+            except SteerError:
+                steering.detach(self._lend)
+                self.steering.reassert(there)
+                self.steering.open_reserve()
+                self._watch_reserve(bool(members))
+                raise
+        self.retired = counted or self.retired
+        steering.owns_counting = True
+        self.steering.owns_counting = False
+        self.steering.close()
+        self.steering = steering
+
+    @contextmanager
+    def _borrow_all(self) -> Iterator[Mapping[int, _Sockets]]:
+        """The sockets of every worker by slot, for a moment. Raises KernelError."""
+        with ExitStack() as lent:
+            yield {
+                place.slot: lent.enter_context(place.process.sockets())
+                for place in self._places
+                if place.process
+            }
+
+    @contextmanager
+    def _lend(self) -> Iterator[_Sockets]:
+        """The sockets of one that serves, else of any; none where nobody is.
+
+        Raises:
+            KernelError: we may not.
+        """
+        by_use = sorted(self._places, key=lambda place: not place.serves)
+        found: _Sockets = {}
+        with ExitStack() as lent:
+            for worker in [place.process for place in by_use if place.process]:
+                if len(found) < len(worker.bound):
+                    found = {**lent.enter_context(worker.sockets()), **found}
+            yield found
+
+
+def _take_over(steering: Steering, there: Mapping[int, _Sockets], binds: int) -> None:
+    """Have it take in copies of the sockets of all who still have theirs. Raises KernelError."""
+    for slot, socks in there.items():
+        if len(socks) == binds:
+            steering.taken_over(slot, [os.dup(socks[bind].fileno()) for bind in range(binds)])
