@@ -399,6 +399,39 @@ def test_guest_that_does_not_come_up(image: None, contained: None, tool: Tool) -
     assert caught.value.detail == "[    1.000000] Kernel panic"
 
 
+CRASHES = (
+    "echo crashed >> {0}/tries; echo '[    2.264118] pci 0000:00:03.0: reg 0x20' >&2; exit 255"
+)
+
+
+def test_qemu_that_crashes_in_the_middle_is_started_once_more(
+    image: None, contained: None, tool: Tool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    crashes = CRASHES.format(tmp_path)
+    tool("vng", f"[ -e {tmp_path}/tries ] || {{ {crashes}; }}; {UP}; echo said; {DONE}; exit 3")
+    assert boot.run(Machine(KERNEL), ["true"]) == 3
+    printed = capfd.readouterr()
+    assert printed.out == "said\n"
+    assert "boot 6.1.0-56-amd64: qemu ended in the middle of it: once more" in printed.err
+
+
+def test_qemu_that_crashes_always(image: None, contained: None, tool: Tool, tmp_path: Path) -> None:
+    tool("vng", CRASHES.format(tmp_path))
+    with pytest.raises(VmError, match=r"qemu ended in the middle of it$") as caught:
+        boot.run(Machine(KERNEL), ["true"])
+    assert "reg 0x20" in caught.value.detail
+    assert (tmp_path / "tries").read_text() == "crashed\ncrashed\n"
+
+
+def test_qemu_that_does_not_start_is_started_once(
+    image: None, contained: None, tool: Tool, tmp_path: Path
+) -> None:
+    tool("vng", f"echo once >> {tmp_path}/tries; echo 'qemu: -bad: invalid option' >&2; exit 1")
+    with pytest.raises(VmError, match=r"it did not come up$"):
+        boot.run(Machine(KERNEL), ["true"])
+    assert (tmp_path / "tries").read_text() == "once\n"
+
+
 def test_guest_that_hangs(
     image: None, contained: None, tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ _APPEND = "mitigations=off nokaslr audit=0"
 _REQUIRED = "STEER_REQUIRE_KERNEL=1"
 """What the guest lacks then fails its tests, as it would here: tests/conftest.py."""
 _KERNEL_SAYS = re.compile(r"\[ *[0-9]+\.[0-9]{6}\] ")
+_PANIC = "Kernel panic"
 _LAST_LINES = 60
 
 
@@ -69,18 +70,33 @@ def run(
     with _share(files) as share:
         required = [_REQUIRED] if os.environ.get("STEER_REQUIRE_KERNEL") == "1" else []
         script = shlex.join([*required, "/host/enter", *command])
-        booting = [*_vng(machine, share), "--verbose", "--exec", script]
-        with subprocess.Popen(
-            cards.wired(booting, machine.cpus),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=_environment(share),
-            process_group=0,
-            text=True,
-            errors="replace",
-        ) as vng:
-            return _listen(vng, heard or _show, machine)
+        booting = cards.wired([*_vng(machine, share), "--verbose", "--exec", script], machine.cpus)
+        try:
+            return _boot(booting, share, heard or _show, machine)
+        except _QemuCrashed as error:
+            say(f"{error}: once more")
+            return _boot(booting, share, heard or _show, machine)
+
+
+class _QemuCrashed(VmError):
+    """Emulating several CPUs, qemu 7.2 may: seen as a segmentation fault in one of some hundred
+    boots, while the kernel gave its devices their addresses."""
+
+
+def _boot(
+    booting: Sequence[str], share: Path, heard: Callable[[str], None], machine: Machine
+) -> int:
+    with subprocess.Popen(
+        booting,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=_environment(share),
+        process_group=0,
+        text=True,
+        errors="replace",
+    ) as vng:
+        return _listen(vng, heard, machine)
 
 
 def shell(machine: Machine) -> int:
@@ -203,8 +219,11 @@ def _broke_off(told: _Told, machine: Machine, status: int) -> VmError:
     detail, release = "\n".join(told.last), machine.kernel.release
     if told.up.is_set():
         return VmError(f"run in {release}", "its kernel died", detail=detail)
-    cause = f"the guest was not up within {_UP_S} s" if status < 0 else "it did not come up"
-    return VmError(f"boot {release}", cause, detail=detail)
+    if status < 0:
+        return VmError(f"boot {release}", f"the guest was not up within {_UP_S} s", detail=detail)
+    if any(map(_KERNEL_SAYS.match, told.last)) and _PANIC not in detail:
+        return _QemuCrashed(f"boot {release}", "qemu ended in the middle of it", detail=detail)
+    return VmError(f"boot {release}", "it did not come up", detail=detail)
 
 
 class _Told:
