@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import pytest
 from support import (
@@ -139,11 +139,15 @@ def _why_not(capability: str) -> str:
 def require(*capabilities: str) -> None:
     """Skip, or fail where everything has to be there, unless the machine has them all."""
     for capability in capabilities:
-        why = _why_not(capability)
-        if why and os.environ.get("STEER_REQUIRE_KERNEL") == "1":
-            pytest.fail(f"needs {capability}: {why}", pytrace=False)
-        elif why:
-            pytest.skip(f"needs {capability}: {why}")
+        if why := _why_not(capability):
+            do_without(f"needs {capability}: {why}")
+
+
+def do_without(what: str) -> NoReturn:
+    """Skip, or fail where everything has to be there. Args: what: what is needed, and why not."""
+    if os.environ.get("STEER_REQUIRE_KERNEL") == "1":
+        pytest.fail(what, pytrace=False)
+    pytest.skip(what)
 
 
 def pytest_configure() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,28 @@ def test_the_kernels_own_choice_is_by_flow_whatever_was_asked_for() -> None:
         promises.check("round-robin", KERNEL, Scripted(*FIRST, *SECOND))
     with pytest.raises(Broken, match="not in turn"):
         promises.check("round-robin", EBPF, Scripted(1))
+
+
+@pytest.mark.needs("netns")
+@pytest.mark.usefixtures("netns")
+def test_request_that_is_not_answered_is_named() -> None:
+    clients = Clients(lambda: service(1), [0])
+    with pytest.raises(Broken, match=r"^request 1, from CPUs \[0.*\]: .*Connection refused"):
+        clients.ask()
+    with pytest.raises(Broken, match=r"^request 2, .* Connection refused"):
+        clients.send(0)
+    with (
+        socket.create_server((promises.HOST, promises.PORT)) as server,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        answered = threads.submit(answer_nothing, server)
+        with pytest.raises(Broken, match=r"^request 3, .* truncated"):
+            clients.ask()
+        answered.result()
+
+
+def answer_nothing(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")

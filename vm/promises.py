@@ -97,7 +97,7 @@ class Clients:
             yield
         except (OSError, msgspec.DecodeError) as error:
             cpus = sorted(os.sched_getaffinity(0))
-            raise Broken(f"the {self.asked}. from CPU {cpus[0]}: {error}") from error
+            raise Broken(f"request {self.asked}, from CPUs {cpus}: {error}") from error
 
 
 def _answer(sock: socket.socket) -> Answer:

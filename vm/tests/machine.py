@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from crew import CPUS, PORT, Crew, pinned
@@ -34,13 +33,6 @@ EVEN, ODD = CPUS[0::2], CPUS[1::2]
 eight_cpus = pytest.mark.skipif(len(CPUS) < 8, reason=f"needs 8 CPUs: {len(CPUS)}")
 both_backends = pytest.mark.parametrize("backend", [EBPF, CBPF])
 two_nodes = pytest.mark.skipif(len(NODES) < 2, reason=f"needs 2 NUMA nodes: {len(NODES)}")
-
-
-def do_without(needs: str) -> NoReturn:
-    """Skip, or fail where everything has to be there: as `require` of tests/conftest.py."""
-    if os.environ.get("STEER_REQUIRE_KERNEL") == "1":
-        pytest.fail(needs, pytrace=False)
-    pytest.skip(needs)
 
 
 # CPUs

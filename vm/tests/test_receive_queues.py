@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from conftest import do_without
 from crew import CPUS, Crew
 from support import eventually
 
@@ -31,7 +32,6 @@ from vm.tests.machine import (
     both_backends,
     count_everywhere,
     cpu_of,
-    do_without,
     eight_cpus,
     take_addresses,
 )
