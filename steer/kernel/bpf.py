@@ -222,8 +222,14 @@ class Map(Descriptor):
         return int(fields.get("memlock", 0))
 
     def memory(self) -> mmap.mmap:
-        """The value of a map that can be mapped, in place."""
-        return mmap.mmap(self._fd, _pages(self.spec.value_bytes))
+        """The value of a map that can be mapped, in place.
+
+        No child has it (madvise(2), MADV_DONTFORK): a worker runs other people's code, and
+        could write there whom the kernel is to choose.
+        """
+        memory = mmap.mmap(self._fd, _pages(self.spec.value_bytes))
+        memory.madvise(mmap.MADV_DONTFORK)
+        return memory
 
     def _key(self, key: int) -> bytes:
         return key.to_bytes(self.spec.key_bytes, sys.byteorder)

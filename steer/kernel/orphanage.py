@@ -7,7 +7,6 @@ nobody has for too long and the workers are ended.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import resource
@@ -334,9 +333,6 @@ def main(
     """Be a keeper. Runs in the forked child; returns its exit status."""
     # So that who kills all that is called steer does not kill the guard with the controller.
     process.rename("reuseport-guard")
-    # Sockets that nobody refers to any more must not be found to be garbage here: they
-    # would close numbers that are by then another's.
-    gc.freeze()
     used = [channel, control] if predecessor is None else [channel, control, predecessor]
     process.keep_only(sock.fileno() for sock in used)
     _allow_descriptors()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import grp
 import os
 import pwd
@@ -130,6 +131,9 @@ def _in_child(child: Callable[[], int], mask: Iterable[int], ignored: Collection
     """Never returns into the parent's stack, whatever happens."""
     code = 1
     try:
+        # What nobody refers to any more must not be found to be garbage here: it would close
+        # numbers that are by then another's, or unmap what was never mapped here.
+        gc.freeze()
         signal.set_wakeup_fd(-1)
         for number in _HANDLED:
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
@@ -241,11 +245,17 @@ def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
 
 def keep_only(fds: Iterable[int]) -> None:
     """Close every descriptor but these and 0, 1, 2."""
+    kept = sorted(fd for fd in fds if fd >= 3)
     low = 3
-    for fd in sorted(fd for fd in fds if fd >= 3):
+    for fd in kept:
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    # Those above the limit are from before it was lowered.
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in kept:
+            with contextlib.suppress(OSError):  # that of the directory itself
+                os.close(fd)
 
 
 def is_running(pid: int) -> bool:
