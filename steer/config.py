@@ -36,6 +36,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         command: the worker's command line, with {fd}, {slot}, {port} to be filled in.
         workers: how many, or "auto": one for each CPU this process may use.
         policy: a built-in's name, or the path of a C file.
+        keep_privileges: whether workers keep the capabilities that steer itself has, and may
+            gain others by executing a program that has some.
         params: "NAME=VALUE", of the policy; the others have the values it declares.
         weights: each worker's share, in the workers' order; missing ones are 1.
         hang_timeout: seconds that connections may wait while a worker takes none; 0: for ever.
@@ -55,6 +57,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     name: Name | None = None
     user: str | None = None
     group: str | None = None
+    keep_privileges: bool = False
     env: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     chdir: str | None = None
     backlog: Annotated[int, Meta(ge=1, le=65535)] = 2048

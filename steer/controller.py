@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import abi, ladder, policies
+from steer import abi, ladder, policies, privileges
 from steer import plan as planning
 from steer.backends import open_backend
 from steer.config import Service
@@ -86,7 +86,7 @@ class Rehearsed(msgspec.Struct, frozen=True):
 
     Args:
         plan: with the rung that holds, and why no better one does.
-        notes: what its backend cannot do here, in words.
+        notes: what its backend cannot do here, and as whom workers run if that is to be known.
         memory_bytes: what its maps take of the kernel's memory.
     """
 
@@ -113,7 +113,8 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     backend, rung = first_that_holds(plan, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
     stands = msgspec.structs.replace(plan, rungs=(rung,))
-    found = Rehearsed(stands, backend.notes, backend.memory_bytes())
+    notes = [*backend.notes, *filter(None, [privileges.note(service)])]
+    found = Rehearsed(stands, notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
         sockets.check_free(bind)
@@ -465,6 +466,8 @@ class Controller:
             self.log.warning("not higher up the ladder: %s", rung.reason)
         if self.steering.samples():
             self.log.warning("%s", self.steering.notes[-1])
+        if as_whom := privileges.note(plan.service):
+            self.log.info("%s", as_whom)
         if rung.fallback:
             self.log.info("ebpf would add: %s", ladder.EBPF_ADDS)
 

@@ -55,6 +55,12 @@ _SERVICE_OPTIONS = (
     ),
     click.option("-u", "--user", help="Run workers as this user."),
     click.option("-g", "--group", help="Run workers as this group."),
+    click.option(
+        "--keep-privileges",
+        is_flag=True,
+        default=None,
+        help="Leave workers steer's capabilities, and let them gain others.",
+    ),
     click.option("-e", "--env", multiple=True, metavar="K=V", help="Set in the workers."),
     click.option("--chdir", metavar="DIR", help="Where the workers run."),
     click.option("--backlog", metavar="N", help="Of each worker's socket; default 2048."),

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
-from steer import demo
+from steer import demo, privileges
 from steer.address import Bind
 from steer.config import Service
 from steer.kernel import process, sockets
@@ -212,7 +212,7 @@ def _settle(launch: Launch) -> None:
         with _needed(f"chdir {directory}"):
             os.chdir(directory)
     with _needed(f"run as uid {who.uid}, gid {who.gid}"):
-        process.become(who)
+        privileges.settle(launch.service, who)
     if launch.modest:
         process.be_modest()
     if not launch.service.adopt_timeout:

@@ -64,6 +64,7 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "name": ("a", ("b", "b"), ("c", "c")),
     "user": ("a", ("b", "b"), ("c", "c")),
     "group": ("a", ("b", "b"), ("c", "c")),
+    "keep_privileges": (True, ("false", False), (True, True)),
     "env": (["A=1"], ("A=2,B=", ("A=2", "B=")), (("A=3",), ("A=3",))),
     "chdir": ("/a", ("/b", "/b"), ("/c", "/c")),
     "backlog": (1, ("2", 2), ("3", 3)),

@@ -1,0 +1,92 @@
+"""What a process may do beyond its user, and what execve(2) could add to that.
+
+See capabilities(7), and PR_SET_NO_NEW_PRIVS in prctl(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+_VERSION_3 = 0x20080522
+"""_LINUX_CAPABILITY_VERSION_3 of include/uapi/linux/capability.h: two words a set."""
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_HIGHEST = 63
+
+
+class _Header(ctypes.Structure):
+    """Mirrors struct __user_cap_header_struct."""
+
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Word(ctypes.Structure):
+    """Mirrors struct __user_cap_data_struct: 32 capabilities of each set."""
+
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+def drop_bounding() -> None:
+    """Empty the bounding set, as far as CAP_SETPCAP lets us. The other sets stay."""
+    libc = _libc()
+    for number in range(_HIGHEST + 1):
+        # EPERM for all, or EINVAL from the first on that this kernel does not know.
+        if libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
+            return
+
+
+def drop_all() -> None:
+    """Have no capability, and let no program that is executed add any (set-user-ID, file
+    capabilities).
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = _libc()
+    _clear_ambient(libc)
+    _set(libc, (_Word * 2)())
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise _error("set no_new_privs")
+
+
+def drop_inheritable() -> None:
+    """Hand no capability on to a program that is executed, but for what root has anyway.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = _libc()
+    _clear_ambient(libc)
+    words = (_Word * 2)()
+    if libc.capget(ctypes.byref(_Header(_VERSION_3, 0)), words) != 0:
+        raise _error("read capabilities")
+    for word in words:
+        word.inheritable = 0
+    _set(libc, words)
+
+
+def _clear_ambient(libc: ctypes.CDLL) -> None:
+    # EINVAL before Linux 4.3: there is no such set.
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+
+
+def _set(libc: ctypes.CDLL, words: ctypes.Array[Any]) -> None:
+    if libc.capset(ctypes.byref(_Header(_VERSION_3, 0)), words) != 0:
+        raise _error("set capabilities")
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _error(act: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{act}: {os.strerror(number)}")
