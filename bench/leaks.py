@@ -39,7 +39,7 @@ def run(quick: bool) -> list[Section]:
     times = 4 if quick else 100
     with tempfile.TemporaryDirectory(prefix="steer-bench-") as directory:
         ours = servers.environment(directory, **{_MARK: _NAME})
-        systems = {key: value for key, value in ours.items() if key != "XDG_RUNTIME_DIR"}
+        systems = {key: value for key, value in ours.items() if key != "STEER_RUNTIME_DIR"}
         before = _kept(ours)
         took_ms = tuple(
             _start_and_stop(systems if turn % _SYSTEMS_EVERY == 1 else ours, turn % 2 == 0)
@@ -134,7 +134,7 @@ def _processes() -> set[str]:
 def _files(environment: Mapping[str, str]) -> set[str]:
     """Ours, and directories that stand empty."""
     found = set()
-    for directory in rundir.directories(environment):
+    for directory in (*rundir.directories(environment), *rundir.directories({})):
         try:
             names = os.listdir(directory)
         except FileNotFoundError:

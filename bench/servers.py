@@ -58,7 +58,7 @@ def environment(run_directory: str, **more: str) -> dict[str, str]:
         for key, value in os.environ.items()
         if not key.startswith(("STEER_", "PYTHON")) and key not in _CHANGING
     }
-    return {**kept, "XDG_RUNTIME_DIR": run_directory, **more}
+    return {**kept, "STEER_RUNTIME_DIR": f"{run_directory}/steer", **more}
 
 
 class Server:

@@ -179,9 +179,9 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     """
     if control_socket:
         return Path(control_socket)
-    known = rundir.find(environment, name)
-    if name is not None and name in known and _answers(known[name]):
-        return known[name]
+    for path in rundir.find(environment, name):
+        if path.stem == name and _answers(path):
+            return path
     paths = running(environment)
     names = ", ".join(path.stem for path in paths)
     if name is not None:
@@ -237,7 +237,7 @@ def _understood(answer: Any, kind: type[_T], act: str) -> _T:
 
 def running(environment: Mapping[str, str]) -> list[Path]:
     """The control sockets at which somebody answers; other users' only if none is ours."""
-    found = [path for path in rundir.find(environment).values() if _answers(path)]
+    found = [path for path in rundir.find(environment) if _answers(path)]
     return [path for path in found if os.access(path, os.W_OK)] or found
 
 

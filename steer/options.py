@@ -81,7 +81,11 @@ _SERVICE_OPTIONS = (
     click.option("--pid", metavar="FILE", help="Write the controller's process id there."),
     click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
     click.option("--log-format", metavar="FORMAT", help="text or json."),
-    click.option("--control-socket", metavar="PATH", help="Instead of /run/steer/NAME.sock."),
+    click.option(
+        "--control-socket",
+        metavar="PATH",
+        help="Instead of /run/steer/NAME.sock; see also STEER_RUNTIME_DIR.",
+    ),
 )
 
 

@@ -240,7 +240,7 @@ class Service:
 
     @property
     def control_socket(self) -> Path:
-        return Path(self.environment["XDG_RUNTIME_DIR"], "steer", f"{self.name}.sock")
+        return self.home / "run" / "steer" / f"{self.name}.sock"
 
     @property
     def log(self) -> str:
@@ -351,6 +351,7 @@ def clean_environment(home: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     return {
         **kept,
+        "STEER_RUNTIME_DIR": str(home / "run" / "steer"),
         "XDG_RUNTIME_DIR": str(home / "run"),
         "XDG_CACHE_HOME": str(home / "cache"),
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -228,10 +228,10 @@ def lines_until(process: subprocess.Popen[str], word: str) -> list[str]:
     raise AssertionError("".join(lines))
 
 
-PRIVATE_RUN = 'mount -t tmpfs none /run && {} && exec "$@"'
+PRIVATE_RUN = 'mount -t tmpfs none /run && install -d -o {} /run/steer && {} && exec "$@"'
 
 
-@pytest.mark.needs("root")
+@pytest.mark.needs("nobody")
 @pytest.mark.parametrize(
     "prepare, runtime, why",
     [
@@ -249,11 +249,12 @@ PRIVATE_RUN = 'mount -t tmpfs none /run && {} && exec "$@"'
 def test_goes_to_the_next_place_and_says_so(
     netns: object, environment: dict[str, str], home: Path, prepare: str, runtime: str, why: str
 ) -> None:
+    del environment["STEER_RUNTIME_DIR"]
     environment["XDG_RUNTIME_DIR"] = runtime
     if len(runtime) > 100:
-        prepare = f"mkdir {runtime}"
-    shell = ("unshare", "-m", "sh", "-c", PRIVATE_RUN.format(prepare), "sh")
-    run = (*shell, STEER, "run", "-w", "1", "--name", "test")
+        prepare = f"install -d -o {ALONE} {runtime}"
+    shell = ("unshare", "-m", "sh", "-c", PRIVATE_RUN.format(ALONE, prepare), "sh")
+    run = (*shell, *as_user(ALONE, STEER, "run", "-w", "1", "--name", "test"))
     with started(*run, environment=environment, home=home) as process:
         lines = lines_until(process, "serving")
         where = f"control socket /run/steer/test.sock, as not at {runtime}/steer/test.sock: "
@@ -265,10 +266,43 @@ def test_goes_to_the_next_place_and_says_so(
 
 
 @pytest.mark.needs("nobody")
+def test_root_is_found_in_one_place_and_finds_the_services_of_all(
+    netns: object, environment: dict[str, str], home: Path
+) -> None:
+    """A login shell has XDG_RUNTIME_DIR, cron and systemd have not."""
+    del environment["STEER_RUNTIME_DIR"]
+    theirs = f"/run/user/{ALONE}"
+    prepare = f"mkdir -p /run/user/0 && install -d -m 700 -o {ALONE} {theirs}"
+    shell = ("unshare", "-m", "sh", "-c", PRIVATE_RUN.format(0, prepare), "sh")
+    run = (STEER, "run", "-w", "1", "--policy", "kernel")
+    login = {**environment, "XDG_RUNTIME_DIR": "/run/user/0"}
+    cron = {name: value for name, value in environment.items() if name != "XDG_RUNTIME_DIR"}
+    at = ("-b", "127.0.0.1:8081")
+    with started(*shell, *run, "--name", "test", environment=login, home=home) as ours:
+        lines_until(ours, "serving")
+        inside = ("nsenter", f"--mount=/proc/{ours.pid}/ns/mnt")
+        one_of_theirs = (*inside, *as_user(ALONE, *run, *at, "--name", "theirs"))
+        with started(*one_of_theirs, environment=cron, home=home) as other:
+            lines_until(other, "serving")
+            there = Path(f"/proc/{ours.pid}/root")
+            assert (there / "run/steer/test.sock").is_socket()
+            assert (there / theirs[1:] / "steer/theirs.sock").is_socket()
+            for shells in (login, cron):
+                shown = subprocess.run(
+                    (*inside, STEER, "status", "--json"), env=shells, capture_output=True
+                )
+                names = [each["name"] for each in json.loads(shown.stdout)["services"]]
+                assert names == ["test", "theirs"], shown
+            for name in ("theirs", "test"):
+                done = subprocess.run((*inside, STEER, "stop", name), env=cron)
+                assert done.returncode == 0
+
+
+@pytest.mark.needs("nobody")
 def test_directory_that_somebody_else_made_in_tmp(
     netns: object, environment: dict[str, str], home: Path, steer: RunSteer
 ) -> None:
-    del environment["XDG_RUNTIME_DIR"]
+    del environment["STEER_RUNTIME_DIR"], environment["XDG_RUNTIME_DIR"]
     squatted = Path(f"/tmp/steer-{ALONE}")
     squatted.mkdir(mode=0o777)
     try:
@@ -292,6 +326,7 @@ def test_user_without_a_run_directory_has_one_in_tmp(
     service: StartService, environment: dict[str, str]
 ) -> None:
     """Where /run/steer is no place for them."""
+    del environment["STEER_RUNTIME_DIR"]
     environment["XDG_RUNTIME_DIR"] = "/nowhere"
     place = Path(f"/tmp/steer-{ALONE}")
     running = service("-w", "1", user=ALONE, ready=False)
@@ -674,7 +709,7 @@ def test_start_waits_for_its_turn_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rundir, "_TURN_S", 0.1)
-    environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    environment = {"STEER_RUNTIME_DIR": str(tmp_path / "steer")}
     first = rundir.Claim("a", None, environment)
     with pytest.raises(ControlError, match=r"another has been starting for 0\.1 s"):
         rundir.Claim("b", None, environment)

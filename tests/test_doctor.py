@@ -585,7 +585,7 @@ def test_interfaces_that_are_down_are_left_out(tmp_path: Path) -> None:
 
 
 def place_of(directory: Path) -> str:
-    environment = {"XDG_RUNTIME_DIR": str(directory)}
+    environment = {"STEER_RUNTIME_DIR": str(directory / "steer")}
     return kernel_facts.read(environment).places[0].obstacle
 
 

@@ -98,7 +98,7 @@ def test_nobody_reads_what_workers_say(home: Path, netns: object) -> None:
     """The loop goes on: it answers, and ends when it is told to."""
     (home / "server.py").write_text(CHATTY)
     ours, theirs = os.pipe()
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(home)}
+    environment = {**os.environ, "STEER_RUNTIME_DIR": str(home / "steer")}
     program = [sys.executable, "-m", "steer"]
     arguments = ["run", "--name", "mute", "-w", "2", "--", sys.executable, "server.py"]
     with subprocess.Popen(

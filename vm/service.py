@@ -54,7 +54,7 @@ def home() -> Iterator[None]:
 
 
 def status() -> Service:
-    path = Path(os.environ["XDG_RUNTIME_DIR"], "steer", f"{NAME}.sock")
+    path = Path(os.environ["STEER_RUNTIME_DIR"], f"{NAME}.sock")
     answer = client.ask(path, "status", _ANSWER_S)
     return msgspec.convert(answer["service"], Service)
 

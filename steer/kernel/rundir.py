@@ -10,12 +10,14 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from steer.errors import ControlError
 from steer.kernel import process
 
+_SYSTEM = Path("/run/steer")
+_LOGINS = Path("/run/user")
 _TMP = Path("/tmp")
 _BACKLOG = 16
 _CREDENTIALS = struct.Struct("3i")
@@ -29,29 +31,65 @@ without end: a process that is stopped would keep all others from starting."""
 
 
 def directories(environment: Mapping[str, str]) -> list[Path]:
-    """Where control sockets may be, best first: the user's run directory, the system's,
-    and for a user who can write to neither, one of their own in /tmp."""
-    runtime = environment.get("XDG_RUNTIME_DIR")
-    own = [Path(runtime) / "steer"] if runtime else []
-    return [*own, Path("/run/steer"), _TMP / f"steer-{os.geteuid()}"]
+    """Where the control socket of a service of ours may be, best first.
+
+    STEER_RUNTIME_DIR is the only place if it is set. Root's is always the system's, whatever
+    a login shell has in XDG_RUNTIME_DIR: cron and systemd have to find it, too. Another user's
+    is their run directory, the system's if it was made for them, else one of their own in /tmp.
+    """
+    override = environment.get("STEER_RUNTIME_DIR")
+    if override:
+        return [Path(override)]
+    user = os.geteuid()
+    own = [] if user == 0 else [_of_login(environment, user)]
+    return [*own, _SYSTEM, _TMP / f"steer-{user}"]
 
 
-def find(environment: Mapping[str, str], name: str | None = None) -> dict[str, Path]:
-    """Control sockets by the name of their service, whether anybody answers there or not.
+def _of_login(environment: Mapping[str, str], user: int) -> Path:
+    """Where XDG_RUNTIME_DIR is, or would be in a login shell (pam_systemd(8))."""
+    return Path(environment.get("XDG_RUNTIME_DIR") or _LOGINS / str(user), "steer")
+
+
+def _directories_to_look_in(environment: Mapping[str, str]) -> Iterator[Path]:
+    """All in which a service that we may ask can be: for root, those of all users."""
+    yield from directories(environment)
+    if environment.get("STEER_RUNTIME_DIR"):
+        return
+    user = os.geteuid()
+    yield _of_login(environment, user)
+    yield _LOGINS / str(user) / "steer"
+    if user == 0:
+        yield from sorted(_LOGINS.glob("*/steer"))
+        yield from sorted(_TMP.glob("steer-*"))
+
+
+def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
+    """Control sockets, whether anybody answers there or not; our own services' first.
 
     Another user's directory does not let us list it, but one that we can name is found
-    there. In /tmp anybody could have made the directory: then it is passed over.
+    there. Where anybody could have made the directory it is passed over unless its owner is
+    whom it is named after.
     """
-    found: dict[str, Path] = {}
-    for directory in directories(environment):
-        with contextlib.suppress(OSError):
-            if directory.parent == _TMP and directory.lstat().st_uid != os.geteuid():
-                continue
-            named = directory / f"{name}.sock"
-            there = [named] if name and named.exists() else sorted(directory.glob("*.sock"))
-            for path in there:
-                found.setdefault(path.stem, path)
-    return found
+    found: dict[Path, None] = {}
+    for directory in _directories_to_look_in(environment):
+        with contextlib.suppress(OSError, ValueError):
+            if _is_whose_it_says(directory):
+                named = directory / f"{name}.sock"
+                there = [named] if name and named.exists() else sorted(directory.glob("*.sock"))
+                found.update(dict.fromkeys(there))
+    return list(found)
+
+
+def _is_whose_it_says(directory: Path) -> bool:
+    """Raises OSError, ValueError: there is none, or its name tells of no user."""
+    if directory.parent == _TMP:
+        user = int(directory.name.removeprefix("steer-"))
+    elif directory.parent.parent == _LOGINS:
+        user = int(directory.parent.name)
+    else:
+        return True
+    found = directory.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == user
 
 
 def connect(path: Path, timeout_s: float | None = None) -> socket.socket:
