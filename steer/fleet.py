@@ -16,7 +16,7 @@ from steer import lifecycle, rotation
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
 from steer.kernel import proc, process, sockets
 from steer.kernel.custody import Entry, Guard
-from steer.kernel.proc import Seen
+from steer.kernel.waits import Seen
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
 from steer.place import Place, Saved, waits

@@ -12,7 +12,7 @@ from steer.errors import KernelError
 from steer.fleet import Fleet
 from steer.hang import Look, Patience
 from steer.kernel import listeners, proc
-from steer.kernel.proc import Seen
+from steer.kernel.waits import Seen
 from steer.lifecycle import Event, State
 from steer.place import Place, waits
 

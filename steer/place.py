@@ -12,7 +12,7 @@ import msgspec
 
 from steer.errors import KernelError, SteerError
 from steer.kernel import proc, process
-from steer.kernel.proc import Seen
+from steer.kernel.waits import Seen, waiters, waits_on
 from steer.lifecycle import STABLE_S, State
 from steer.plan import Generation, Seat
 from steer.spawn import Process, Running
@@ -141,7 +141,7 @@ class Place(msgspec.Struct, eq=False):
         if self.process:
             with suppress(KernelError):
                 self.others = proc.open_sockets(self.process.pid)
-            self.takers = proc.waiters(self.process.pid, self.process.inodes)
+            self.takers = waiters(self.process.pid, self.process.inodes)
             if self.process.launch.modest:
                 process.hurry(proc.descendants(self.process.pid))
 
@@ -200,4 +200,4 @@ class Place(msgspec.Struct, eq=False):
 
 def waits(worker: Process) -> Seen:
     """Whether it waits on its sockets."""
-    return proc.waits_on(worker.pid, worker.inodes)
+    return waits_on(worker.pid, worker.inodes)

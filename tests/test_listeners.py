@@ -17,7 +17,7 @@ from crew import PORT, Crew
 from support import NOBODY, eventually, line_of, python, running
 
 from steer.errors import KernelError
-from steer.kernel import listeners, proc
+from steer.kernel import listeners, proc, waits
 from steer.kernel.listeners import Borrower, Waiting, move_queue, waiting
 from steer.policy import EBPF
 from steer.steering import Counts
@@ -388,7 +388,7 @@ def test_stopped_owner_does_not_notice(clients: ExitStack, code: str) -> None:
         [sock] = crew.sockets[0]
         sock.setblocking(code == OWNERS["accept"])
         with process(SOCKET + ACCEPT + HERE + code, sock) as owner:
-            eventually(lambda: proc.waits_on(owner.pid, frozenset({inode(sock)})), proc.Seen.YES)
+            eventually(lambda: waits.waits_on(owner.pid, frozenset({inode(sock)})), waits.Seen.YES)
             os.kill(owner.pid, signal.SIGSTOP)
             eventually(lambda: proc.is_stopped(owner.pid))
             lender = borrower(owner.pid, sock)

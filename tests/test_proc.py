@@ -17,8 +17,8 @@ import pytest
 from support import eventually, line_of, python, running
 
 from steer.errors import KernelError
-from steer.kernel import proc
-from steer.kernel.proc import Seen
+from steer.kernel import proc, waits
+from steer.kernel.waits import Seen
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,7 +190,7 @@ def test_open_sockets_of_another_user(listener: socket.socket) -> None:
     look = """
 import os, sys
 from steer.errors import KernelError
-from steer.kernel import proc
+from steer.kernel import proc, waits
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
     print(proc.open_sockets(int(sys.argv[1])))
@@ -208,7 +208,7 @@ def test_a_zombie_that_may_not_be_looked_at_has_none() -> None:
     """Not even by its parent, unless that is root."""
     look = """
 import os
-from steer.kernel import proc
+from steer.kernel import proc, waits
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 child = os.fork() or os._exit(0)
 os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
@@ -402,13 +402,13 @@ f = select.epoll(); f.register(other, select.EPOLLIN); f.poll()""",
 @pytest.mark.parametrize("code", WAITS.values(), ids=WAITS.keys())
 def test_waits_on_a_listener(listener: socket.socket, code: str) -> None:
     with running(*python(SOCKET + code, str(listener.fileno())), fds=(listener.fileno(),)) as it:
-        eventually(lambda: proc.waits_on(it.pid, inodes_of(listener)), Seen.YES)
+        eventually(lambda: waits.waits_on(it.pid, inodes_of(listener)), Seen.YES)
 
 
 @pytest.mark.parametrize("code", WAITS_FOR_DATAGRAMS.values(), ids=WAITS_FOR_DATAGRAMS.keys())
 def test_waits_on_a_udp_socket(datagrams: socket.socket, code: str) -> None:
     with running(*python(SOCKET + code, str(datagrams.fileno())), fds=(datagrams.fileno(),)) as it:
-        eventually(lambda: proc.waits_on(it.pid, inodes_of(datagrams)), Seen.YES)
+        eventually(lambda: waits.waits_on(it.pid, inodes_of(datagrams)), Seen.YES)
 
 
 @pytest.mark.parametrize("code", DOES_NOT_WAIT.values(), ids=DOES_NOT_WAIT.keys())
@@ -417,34 +417,34 @@ def test_has_a_listener_but_does_not_wait_on_it(listener: socket.socket, code: s
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as process:
         assert line_of(process) == "here"
         eventually(lambda: state(process.pid), "S")
-        assert proc.waits_on(process.pid, inodes_of(listener)) is Seen.NO
+        assert waits.waits_on(process.pid, inodes_of(listener)) is Seen.NO
 
 
 def test_waits_on_one_of_several(listener: socket.socket, datagrams: socket.socket) -> None:
     code, number = SOCKET + "s.accept()", listener.fileno()
     with running(*python(code, str(number)), fds=(number,)) as it:
-        eventually(lambda: proc.waits_on(it.pid, inodes_of(listener, datagrams)), Seen.YES)
-        assert proc.waits_on(it.pid, inodes_of(datagrams)) is Seen.NO
-        assert proc.waits_on(it.pid, frozenset()) is Seen.NO
+        eventually(lambda: waits.waits_on(it.pid, inodes_of(listener, datagrams)), Seen.YES)
+        assert waits.waits_on(it.pid, inodes_of(datagrams)) is Seen.NO
+        assert waits.waits_on(it.pid, frozenset()) is Seen.NO
 
 
 def test_nobody_waits(listener: socket.socket, ended_pid: int) -> None:
-    assert proc.waits_on(ended_pid, inodes_of(listener)) is Seen.NO
+    assert waits.waits_on(ended_pid, inodes_of(listener)) is Seen.NO
 
 
 def test_a_zombie_does_not_wait(listener: socket.socket) -> None:
     with subprocess.Popen(["true"]) as process:
         eventually(lambda: state(process.pid), "Z")
-        assert proc.waits_on(process.pid, inodes_of(listener)) is Seen.NO
-        assert proc.waits_on(process.pid, inodes_of(listener), machine="pdp11") is Seen.NO
+        assert waits.waits_on(process.pid, inodes_of(listener)) is Seen.NO
+        assert waits.waits_on(process.pid, inodes_of(listener), machine="pdp11") is Seen.NO
 
 
 def test_wait_that_ends_is_no_longer_seen(listener: socket.socket) -> None:
     code = SOCKET + "import signal; s.accept(); signal.pause()"
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as process:
-        eventually(lambda: proc.waits_on(process.pid, inodes_of(listener)), Seen.YES)
+        eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), Seen.YES)
         with socket.create_connection(listener.getsockname()):
-            eventually(lambda: proc.waits_on(process.pid, inodes_of(listener)), Seen.NO)
+            eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), Seen.NO)
 
 
 @pytest.mark.needs("root")
@@ -452,13 +452,13 @@ def test_a_process_of_another_user_cannot_be_looked_at(listener: socket.socket) 
     """The looker imports before it becomes nobody, who may not read this checkout."""
     look = """
 import os, sys
-from steer.kernel import proc
+from steer.kernel import proc, waits
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-print(proc.waits_on(int(sys.argv[1]), frozenset({int(sys.argv[2])})).name)
+print(waits.waits_on(int(sys.argv[1]), frozenset({int(sys.argv[2])})).name)
 """
     code, (inode,) = SOCKET + "s.accept()", inodes_of(listener)
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as process:
-        eventually(lambda: proc.waits_on(process.pid, frozenset({inode})), Seen.YES)
+        eventually(lambda: waits.waits_on(process.pid, frozenset({inode})), Seen.YES)
         with running(*python(look, str(process.pid), str(inode))) as looker:
             assert line_of(looker) == "UNKNOWN"
 
@@ -469,14 +469,14 @@ print(proc.waits_on(int(sys.argv[1]), frozenset({int(sys.argv[2])})).name)
 def test_unknown_machine_takes_registration_for_waiting(listener: socket.socket) -> None:
     code = SOCKET + "import select; e = select.epoll(); e.register(s, select.EPOLLIN); e.poll()"
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as it:
-        eventually(lambda: proc.waits_on(it.pid, inodes_of(listener), machine="pdp11"), Seen.YES)
+        eventually(lambda: waits.waits_on(it.pid, inodes_of(listener), machine="pdp11"), Seen.YES)
 
 
 def test_unknown_machine_cannot_tell_of_accept(listener: socket.socket) -> None:
     code = SOCKET + "s.accept()"
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as it:
-        eventually(lambda: proc.waits_on(it.pid, inodes_of(listener)), Seen.YES)
-        assert proc.waits_on(it.pid, inodes_of(listener), machine="pdp11") is Seen.UNKNOWN
+        eventually(lambda: waits.waits_on(it.pid, inodes_of(listener)), Seen.YES)
+        assert waits.waits_on(it.pid, inodes_of(listener), machine="pdp11") is Seen.UNKNOWN
 
 
 def task(at: Path, syscall: str, memory: bytes = b"", fdinfo: dict[int, str] | None = None) -> None:
@@ -515,8 +515,8 @@ CALLS = {
 @pytest.mark.parametrize(("machine", "syscall", "memory"), CALLS.values(), ids=CALLS.keys())
 def test_system_calls(tmp_path: Path, machine: str, syscall: str, memory: bytes) -> None:
     task(tmp_path, syscall, memory, {4: EPOLL_OF_100})
-    assert proc.waits_on(7, frozenset({100}), str(tmp_path), machine) is Seen.YES
-    assert proc.waits_on(7, frozenset({101}), str(tmp_path), machine) is Seen.NO
+    assert waits.waits_on(7, frozenset({100}), str(tmp_path), machine) is Seen.YES
+    assert waits.waits_on(7, frozenset({101}), str(tmp_path), machine) is Seen.NO
 
 
 QUIET = {
@@ -534,7 +534,7 @@ QUIET = {
 @pytest.mark.parametrize(("syscall", "memory"), QUIET.values(), ids=QUIET.keys())
 def test_what_is_not_waiting(tmp_path: Path, syscall: str, memory: bytes) -> None:
     task(tmp_path, syscall, memory)
-    assert proc.waits_on(7, frozenset({100}), str(tmp_path), "x86_64") is Seen.NO
+    assert waits.waits_on(7, frozenset({100}), str(tmp_path), "x86_64") is Seen.NO
 
 
 # ---- io_uring
@@ -572,7 +572,7 @@ def test_io_uring(listener: socket.socket, request_: tuple[str, str], seen: Seen
         answer = line_of(process)
         if answer != "here":
             pytest.skip(f"io_uring_setup: {answer}")
-        eventually(lambda: proc.waits_on(process.pid, inodes_of(listener)), seen)
+        eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), seen)
 
 
 RING_STATES = {
@@ -592,7 +592,7 @@ def test_ring_states(tmp_path: Path, flags: str, fdinfo: str, held: str, seen: S
     (fd / "5").symlink_to("anon_inode:[io_uring]")
     (fd / "3").unlink()
     (fd / "3").symlink_to(held)
-    assert proc.waits_on(7, frozenset({100}), str(tmp_path), "x86_64") is seen
+    assert waits.waits_on(7, frozenset({100}), str(tmp_path), "x86_64") is seen
 
 
 # ---- real servers
@@ -634,7 +634,7 @@ def test_servers(tmp_path: Path, listener: socket.socket, server: str, command: 
     fd = listener.fileno()
     argv = [sys.executable, *command.format(fd=fd).split()]
     with running(*argv, fds=(fd,), cwd=tmp_path) as process:
-        eventually(lambda: proc.waits_on(process.pid, inodes_of(listener)), Seen.YES)
+        eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), Seen.YES)
 
 
 @pytest.mark.needs("uvicorn")
@@ -648,11 +648,11 @@ def test_uvicorn_is_not_ready_before_its_application(
     with running(*argv, fds=(fd,), cwd=tmp_path) as process:
         assert line_of(process) == "starting up"
         eventually(lambda: state(process.pid), "S")
-        assert proc.waits_on(process.pid, inodes_of(listener)) is Seen.NO
+        assert waits.waits_on(process.pid, inodes_of(listener)) is Seen.NO
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-        eventually(lambda: proc.waits_on(process.pid, inodes_of(listener)), Seen.YES)
+        eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), Seen.YES)
 
 
 # ---- who has a port

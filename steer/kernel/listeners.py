@@ -20,6 +20,7 @@ import msgspec
 
 from steer.errors import KernelError
 from steer.kernel import proc
+from steer.kernel.procfs import Files
 
 _SYS_PIDFD_GETFD = 438
 """The same on every architecture but alpha: calls since 5.1 are numbered together."""
@@ -73,13 +74,17 @@ class Borrower:
             yield lent
 
     def _search(self, refusals: list[KernelError]) -> Iterator[_Place]:
-        for pid in proc.descendants(self._pid):
+        files = Files(most_reads=proc.MOST_OPEN)
+        for pid in proc.family(self._pid, files):
             try:
-                for fd, inode in proc.sockets_by_fd(pid):
+                for fd, inode in proc.sockets_by_fd(pid, files=files):
                     if inode in self._inodes:
                         yield _Place(pid, fd, inode)
             except KernelError as error:
                 refusals.append(error)
+        if not files.whole:
+            act = f"find the sockets of pid {self._pid}"
+            refusals.append(KernelError(act, f"more than {proc.MOST_OPEN} files to look through"))
 
 
 class _Place(msgspec.Struct, frozen=True):

@@ -1,18 +1,17 @@
-"""What /proc tells of other processes: their children, their sockets, what they wait for.
+"""What /proc tells of other processes: their children, their sockets, signs of life.
 
 Cheap to import: the controller asks on every tick while a worker starts. Where a
-question may be refused, "could not look" is an answer of its own.
+question may be refused, "could not look" is an answer of its own. What a worker can make
+large is read through `procfs.Files`, which bounds a look.
 
 `root` is where proc(5) is mounted; tests put a made tree there.
 """
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
 import re
-import select
 import socket
 import struct
 from collections.abc import Callable, Collection, Iterator
@@ -23,6 +22,7 @@ from typing import Literal
 import msgspec
 
 from steer.errors import KernelError
+from steer.kernel.procfs import EVERYTHING, Files, TooMuch
 
 Protocol = Literal["tcp", "udp"]
 
@@ -32,16 +32,43 @@ Protocol = Literal["tcp", "udp"]
 def descendants(pid: int, root: str = "/proc") -> list[int]:
     """`pid` and all its descendants, parents first; empty if there is no such process.
 
-    A child that starts or ends meanwhile may be missed (proc(5), "children").
+    A child that starts or ends meanwhile may be missed (proc(5), "children"). All of them,
+    however many: for acts. Looks use `family`.
     """
+    return family(pid, Files(root, most_reads=EVERYTHING, most_bytes=EVERYTHING), EVERYTHING)
+
+
+MOST_OF_FAMILY = 64
+
+
+def family(pid: int, files: Files, most: int = MOST_OF_FAMILY) -> list[int]:
+    """`pid` and its descendants, parents first, as far as one look goes; see `Files.whole`.
+
+    Args:
+        most: processes, and threads of each of them.
+    """
+    root = files.root
     if not os.path.exists(f"{root}/{pid}"):
         return []
-    has_children_file = os.path.exists(f"{root}/{pid}/task/{pid}/children")
-    children_of = _children if has_children_file else partial(_children_by_scan, _parents(root))
-    family = [pid]
-    for member in family:
-        family.extend(children_of(member, root))
-    return family
+    if not os.path.exists(f"{root}/{pid}/task/{pid}/children"):
+        return _family_by_scan(pid, root)
+    found = [pid]
+    with suppress(TooMuch):
+        for member in found:
+            found.extend(_children(member, files, most))
+            if len(found) > most:
+                files.whole = False
+                return found[:most]
+    return found
+
+
+def _family_by_scan(pid: int, root: str) -> list[int]:
+    """For kernels without CONFIG_PROC_CHILDREN."""
+    parents = {each: parent(each, root) for each in _pids(root)}
+    found = [pid]
+    for member in found:
+        found.extend(child for child, its_parent in parents.items() if its_parent == member)
+    return found
 
 
 def is_descendant(pid: int, ancestor: int, root: str = "/proc") -> bool:
@@ -92,48 +119,50 @@ def open_sockets(pid: int, root: str = "/proc") -> set[int]:
     """The inodes of the sockets that `pid` and its descendants have open.
 
     Raises:
-        KernelError: one of them is not ours to look at.
+        KernelError: one of them is not ours to look at, or they have more open than one
+            look goes through.
     """
-    family = descendants(pid, root)
-    return {inode for member in family for _, inode in sockets_by_fd(member, root)}
+    files = Files(root, MOST_OPEN)
+    members = family(pid, files)
+    found = {inode for member in members for _, inode in sockets_by_fd(member, root, files)}
+    if not files.whole:
+        raise KernelError(f"look at the open files of pid {pid}", f"more than {MOST_OPEN}")
+    return found
 
 
-def sockets_by_fd(pid: int, root: str = "/proc") -> Iterator[tuple[int, int]]:
+MOST_OPEN = 2048
+
+
+def sockets_by_fd(
+    pid: int, root: str = "/proc", files: Files | None = None
+) -> Iterator[tuple[int, int]]:
     """Descriptor and inode of each socket that a process has open, in order; none if it has
-    ended.
+    ended, and no more than one look goes through.
 
     Raises:
         KernelError: the process is not ours to look at.
     """
     directory = f"{root}/{pid}"
+    files = files or Files(root, MOST_OPEN)
     try:
-        for fd, target in _open_files(directory):
-            if inode := _inode_of(target):
+        for fd, target in files.open_files(directory):
+            if inode := inode_of(target):
                 yield fd, inode
     except PermissionError as error:
-        if not _is_zombie(directory):
+        if not is_zombie(directory):
             cause, cure = errno.errorcode[error.errno or 0], "run as root, or as its user"
             raise KernelError(f"look at the open files of pid {pid}", cause, cure) from error
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, TooMuch):
         return
 
 
-def _children(pid: int, root: str) -> list[int]:
+def _children(pid: int, files: Files, most_threads: int) -> list[int]:
     found: list[int] = []
     with suppress(PermissionError):  # hidepid=1
-        for task in _tasks(pid, root):
+        for task in files.tasks(pid, most_threads):
             with suppress(FileNotFoundError, ProcessLookupError):
-                found.extend(int(child) for child in _read(f"{task}/children").split())
+                found.extend(int(child) for child in files.read(f"{task}/children").split())
     return found
-
-
-def _parents(root: str) -> dict[int, int | None]:
-    return {pid: parent(pid, root) for pid in _pids(root)}
-
-
-def _children_by_scan(parents: dict[int, int | None], pid: int, root: str) -> list[int]:
-    """For kernels without CONFIG_PROC_CHILDREN."""
-    return [child for child, parent in parents.items() if parent == pid]
 
 
 def parent(pid: int, root: str = "/proc") -> int | None:
@@ -142,25 +171,19 @@ def parent(pid: int, root: str = "/proc") -> int | None:
     return int(stat[1]) if stat else None
 
 
-def _stat(directory: str) -> list[bytes] | None:
-    """The fields of proc_pid_stat(5) from the third, the state, on."""
+def _stat(directory: str, read: Callable[[str], bytes] | None = None) -> list[bytes] | None:
+    """The fields of proc_pid_stat(5) from the third, the state, on. Raises TooMuch."""
     try:
         # the second field is the command, which may hold spaces and brackets
-        return _read(f"{directory}/stat").rpartition(b")")[2].split()
+        return (read or _read)(f"{directory}/stat").rpartition(b")")[2].split()
+    except TooMuch:
+        raise
     except OSError:
         return None
 
 
 def _pids(root: str) -> Iterator[int]:
     return (int(name) for name in os.listdir(root) if name.isdigit())
-
-
-def _tasks(pid: int, root: str) -> list[str]:
-    """The directories of its threads; none once it is gone."""
-    try:
-        return [f"{root}/{pid}/task/{tid}" for tid in os.listdir(f"{root}/{pid}/task")]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
 
 
 def _read(path: str) -> bytes:
@@ -179,27 +202,32 @@ def activity(pid: int, root: str = "/proc", among: Collection[int] = ()) -> int:
     such process: the clock ticks they ran, and how often their threads were switched.
 
     It grows, but for threads and processes that end and take their share along: so compare
-    for equality. That of a stopped or frozen process stays, that of one that sleeps too.
+    for equality. That of a stopped or frozen process stays, that of one that sleeps too. Of
+    very many threads only the ticks are seen, and how often the first were switched.
 
     Args:
         among: those of them to look at, as far as they are still there; if none is, all.
     """
-    family = descendants(pid, root)
-    members = [member for member in family if member in among] or family
-    return sum(_process_activity(member, root) for member in members)
+    files = Files(root)
+    there = family(pid, files)
+    members = [member for member in there if member in among] or there
+    ticks = sum(map(partial(_ticks, root=root), members))
+    switches = 0
+    with suppress(TooMuch, PermissionError):
+        for member in members:
+            switches += sum(_switches(task, files) for task in files.tasks(member))
+    return ticks + switches
 
 
-def _process_activity(pid: int, root: str) -> int:
+def _ticks(pid: int, root: str) -> int:
+    """Of CPU time, by all its threads, also those that have ended."""
     stat = _stat(f"{root}/{pid}")
-    if stat is None:
-        return 0
-    utime, stime = stat[11:13]  # of all threads, also of those that have ended
-    return int(utime) + int(stime) + sum(map(_switches, _tasks(pid, root)))
+    return int(stat[11]) + int(stat[12]) if stat else 0
 
 
-def _switches(task: str) -> int:
+def _switches(task: str, files: Files) -> int:
     try:
-        return sum(map(int, _SWITCHES.findall(_read(f"{task}/status"))))
+        return sum(map(int, _SWITCHES.findall(files.read(f"{task}/status"))))
     except (FileNotFoundError, ProcessLookupError):
         return 0
 
@@ -209,250 +237,28 @@ def is_stopped(pid: int, root: str = "/proc") -> bool:
 
     One process is enough: which of a worker takes the connections is not known, and the
     shell or arbiter above it runs on. So it explains why nobody takes them, and is no sign
-    by itself that nobody does.
+    by itself that nobody does. Of very many threads the first are looked at.
     """
-    return any(_process_is_stopped(member, root) for member in descendants(pid, root))
+    files = Files(root)
+    with suppress(TooMuch, PermissionError):
+        return any(_process_is_stopped(member, files) for member in family(pid, files))
+    return False
 
 
-def _process_is_stopped(pid: int, root: str) -> bool:
-    stats = (_stat(task) for task in _tasks(pid, root))
+def _process_is_stopped(pid: int, files: Files) -> bool:
+    stats = (_stat(task, files.read) for task in files.tasks(pid))
     states = {stat[0] for stat in stats if stat} - {b"Z", b"X"}
     return bool(states) and states.issubset(_STOPPED)
 
 
-# ---- waiting on a socket
-
-
-class Seen(enum.IntEnum):
-    """What a look at another process showed; max() of several looks is what they say together.
-
-    Compare with `is`: UNKNOWN is true.
-    """
-
-    NO = 0
-    UNKNOWN = 1  # it could not be looked at
-    YES = 2
-
-
-def waits_on(
-    pid: int, inodes: frozenset[int], root: str = "/proc", machine: str = os.uname().machine
-) -> Seen:
-    """Whether a thread of `pid`, or of a descendant, is asleep until one of these sockets has
-    something for it: how a server that never notifies is found to be ready.
-
-    A thread waits on the sockets named by the system call it is blocked in: accept and the
-    receiving calls, poll, select, and an epoll that has the socket registered. Being
-    registered is not enough by itself: Tornado and Twisted register first and go on
-    starting up. A thread caught running is seen to wait the next time.
-
-    io_uring does not tell which socket a request is for: an accept pending in a process
-    that has one of the sockets counts, other requests are UNKNOWN.
-
-    Where the system call may not be read (kernel.yama.ptrace_scope 2) or its numbers are
-    not known here, being registered with an epoll is taken for waiting.
-
-    Args:
-        inodes: of TCP listeners or UDP sockets, see `socket_inode`.
-        machine: what uname(2) calls the processor: it decides the system call numbers.
-    """
-    return max(_waits(pid, inodes, root, machine).values(), default=Seen.NO)
-
-
-def waiters(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[int]:
-    """Those of `pid` and its descendants that wait, as `waits_on` has it."""
-    seen = _waits(pid, inodes, root, os.uname().machine)
-    return frozenset(member for member, look in seen.items() if look is Seen.YES)
-
-
-def _waits(pid: int, inodes: frozenset[int], root: str, machine: str) -> dict[int, Seen]:
-    calls = _BLOCKING_CALLS.get(machine)
-    family = descendants(pid, root)
-    return {member: _process_waits(member, inodes, root, calls) for member in family}
-
-
-# from a thread's directory and the arguments of its call to the descriptors it waits for
-_Fds = Callable[[str, list[int]], list[int]]
-
-
-def _process_waits(
-    pid: int, inodes: frozenset[int], root: str, calls: dict[int, _Fds] | None
-) -> Seen:
-    try:
-        looks = [_task_waits(task, inodes, calls) for task in _tasks(pid, root)]
-    except PermissionError:  # hidepid=1
-        return Seen.UNKNOWN
-    return max(looks, default=Seen.NO)
-
-
-def _task_waits(task: str, inodes: frozenset[int], calls: dict[int, _Fds] | None) -> Seen:
-    try:
-        fds = _awaited_fds(task, calls) if calls else None
-    except PermissionError:
-        fds = None
-    except OSError:  # gone, or its memory is
-        return Seen.NO
-    if fds is not None:
-        return _look(task, fds, inodes)
-    if _is_zombie(task):  # nobody but root may look at one
-        return Seen.NO
-    return max(Seen.UNKNOWN, _look(task, _anonymous(task, _EPOLL), inodes))
-
-
-def _is_zombie(task: str) -> bool:
+def is_zombie(task: str) -> bool:
     stat = _stat(task)
     return stat is not None and stat[0] in (b"Z", b"X")
 
 
-def _awaited_fds(task: str, calls: dict[int, _Fds]) -> list[int]:
-    """The descriptors that the system call a thread is blocked in waits for."""
-    number, *arguments = _read(f"{task}/syscall").split()
-    if number == b"running" or int(number) not in calls:
-        return []
-    return calls[int(number)](task, [int(argument, 16) for argument in arguments])
-
-
-def _look(task: str, fds: list[int], inodes: frozenset[int]) -> Seen:
-    return max((_covers(task, fd, inodes) for fd in fds), default=Seen.NO)
-
-
-def _covers(task: str, fd: int, inodes: frozenset[int]) -> Seen:
-    """Whether a wait for this descriptor is a wait for one of the sockets."""
-    try:
-        target = os.readlink(f"{task}/fd/{fd}")
-        if target == _EPOLL:
-            return Seen.NO if inodes.isdisjoint(_registered(task, fd)) else Seen.YES
-        if target == _RING:
-            return _ring_covers(task, fd, inodes)
-    except PermissionError:
-        return Seen.UNKNOWN
-    except OSError:
-        return Seen.NO
-    return Seen.YES if _inode_of(target) in inodes else Seen.NO
-
-
-_EPOLL, _RING = "anon_inode:[eventpoll]", "anon_inode:[io_uring]"
-
-
-def _anonymous(task: str, kind: str) -> list[int]:
-    """The descriptors of one kind of file that has no name."""
-    try:
-        return [fd for fd, target in _open_files(task) if target == kind]
-    except OSError:
-        return []
-
-
-def _registered(task: str, epoll: int) -> set[int]:
-    """The inodes of what is registered with an epoll (proc(5), fdinfo; "ino:" since 4.13)."""
-    found = re.findall(rb"^tfd:.* ino:([0-9a-f]+)", _read(f"{task}/fdinfo/{epoll}"), re.MULTILINE)
-    return {int(inode, 16) for inode in found}
-
-
-_IORING_OP_ACCEPT = b"13"
-
-
-def _ring_covers(task: str, ring: int, inodes: frozenset[int]) -> Seen:
-    """From the pending requests that io_uring/fdinfo.c lists, which name no socket."""
-    pending = re.findall(rb"^\s+op=(\d+)", _read(f"{task}/fdinfo/{ring}"), re.MULTILINE)
-    if not pending:
-        return Seen.NO
-    has_one = not inodes.isdisjoint(_sockets(task))
-    return Seen.YES if has_one and _IORING_OP_ACCEPT in pending else Seen.UNKNOWN
-
-
-def _sockets(directory: str) -> set[int]:
-    """The inodes of the sockets that a process or thread has open."""
-    return {_inode_of(target) for _, target in _open_files(directory)} - {0}
-
-
-def _open_files(directory: str) -> Iterator[tuple[int, str]]:
-    for fd in os.listdir(f"{directory}/fd"):
-        with suppress(FileNotFoundError):  # closed since
-            yield int(fd), os.readlink(f"{directory}/fd/{fd}")
-
-
-def _inode_of(target: str) -> int:
-    """The inode of a socket, 0 for any other file."""
+def inode_of(target: str) -> int:
+    """Of a socket, by what the link of a descriptor says; 0 of any other file."""
     return int(target[8:-1]) if target.startswith("socket:[") else 0
-
-
-def _first(task: str, arguments: list[int]) -> list[int]:
-    return [_int(arguments[0])]
-
-
-_IORING_ENTER_REGISTERED_RING = 1 << 4
-
-
-def _entered(task: str, arguments: list[int]) -> list[int]:
-    """The ring of an io_uring_enter(2); all rings where it was named by a registered index."""
-    if arguments[3] & _IORING_ENTER_REGISTERED_RING:
-        return _anonymous(task, _RING)
-    return _first(task, arguments)
-
-
-def _polled(task: str, arguments: list[int]) -> list[int]:
-    """struct pollfd { int fd; short events; short revents; }, see poll(2)."""
-    address, count = arguments[0], _int(arguments[1])
-    array = _memory(task, address, count * 8)
-    entries = struct.iter_unpack("=ihh", array[: len(array) // 8 * 8])
-    return [fd for fd, events, _ in entries if events & select.POLLIN]
-
-
-def _restarted(task: str, arguments: list[int]) -> list[int]:
-    """A call that SIGSTOP and SIGCONT interrupted, with the arguments it had: poll(2), or one
-    that sleeps or waits for a lock (restart_syscall(2))."""
-    return _polled(task, arguments) if b"poll" in _read(f"{task}/wchan") else []
-
-
-def _selected(task: str, arguments: list[int]) -> list[int]:
-    """The fd_set of readers is an array of long with one bit for each descriptor."""
-    count, address = _int(arguments[0]), arguments[1]
-    if not address:
-        return []
-    bits = int.from_bytes(_memory(task, address, (count + 63) // 64 * 8), "little")
-    return [fd for fd in range(bits.bit_length()) if bits >> fd & 1]
-
-
-_MOST_BYTES = 1 << 20
-
-
-def _memory(task: str, address: int, count_bytes: int) -> bytes:
-    fd = os.open(f"{task}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(fd, min(count_bytes, _MOST_BYTES), address)
-    except OverflowError:  # a 32-bit process, whose calls have other numbers
-        return b""
-    finally:
-        os.close(fd)
-
-
-def _int(register: int) -> int:
-    """An int argument is the lower half of its register; the upper may hold anything."""
-    return register & 0xFFFFFFFF
-
-
-# arch/x86/entry/syscalls/syscall_64.tbl
-_X86_64: dict[int, _Fds] = {
-    **dict.fromkeys((0, 19), _first),  # read, readv
-    **dict.fromkeys((43, 288), _first),  # accept, accept4
-    **dict.fromkeys((45, 47, 299), _first),  # recvfrom, recvmsg, recvmmsg
-    **dict.fromkeys((232, 281, 441), _first),  # epoll_wait, epoll_pwait, epoll_pwait2
-    426: _entered,  # io_uring_enter
-    **dict.fromkeys((7, 271), _polled),  # poll, ppoll
-    **dict.fromkeys((23, 270), _selected),  # select, pselect6
-    219: _restarted,  # restart_syscall
-}
-# include/uapi/asm-generic/unistd.h
-_GENERIC: dict[int, _Fds] = {
-    **dict.fromkeys((63, 65), _first),  # read, readv
-    **dict.fromkeys((202, 242), _first),  # accept, accept4
-    **dict.fromkeys((207, 212, 243), _first),  # recvfrom, recvmsg, recvmmsg
-    **dict.fromkeys((22, 441), _first),  # epoll_pwait, epoll_pwait2
-    426: _entered,  # io_uring_enter
-    73: _polled,  # ppoll
-    72: _selected,  # pselect6
-    128: _restarted,  # restart_syscall
-}
-_BLOCKING_CALLS = {"x86_64": _X86_64, "aarch64": _GENERIC, "riscv64": _GENERIC}
 
 
 # ---- who has a port
@@ -573,9 +379,15 @@ def _pids_of(inodes: set[int], root: str) -> dict[int, tuple[int, ...]]:
     found: dict[int, tuple[int, ...]] = {}
     for pid in sorted(_pids(root)):
         try:
-            mine = inodes & _sockets(f"{root}/{pid}")
+            mine = inodes & {inode for _, inode in _all_sockets(f"{root}/{pid}")}
         except OSError:  # gone, or not ours to look at
             continue
         for inode in mine:
             found[inode] = (*found.get(inode, ()), pid)
     return found
+
+
+def _all_sockets(directory: str) -> Iterator[tuple[int, int]]:
+    """However many: once, where a port is taken, to say by whom. Raises OSError."""
+    for fd, target in Files(most_reads=EVERYTHING).open_files(directory):
+        yield fd, inode_of(target)
