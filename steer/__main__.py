@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 
 def main() -> None:
     """Until there is somebody to handle it ctrl-C simply ends us, without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from steer import cli
+    try:
+        from steer import cli
+    except ImportError as error:
+        sys.exit(f"steer: {error}; install it again: pip install --force-reinstall steer-reuseport")
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()

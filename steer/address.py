@@ -7,6 +7,7 @@ import socket
 
 import msgspec
 
+from steer import values
 from steer.errors import ConfigError
 
 _FORM = re.compile(
@@ -44,13 +45,30 @@ def parse(text: str) -> Bind:
         ConfigError: it is not one of ALLOWED.
     """
     match = _FORM.fullmatch(text.strip())
-    act = f"read address {text!r}"
+    act = f"read address {values.shown(text)}"
     if not match:
-        raise ConfigError(act, "malformed", f"allowed: {ALLOWED}")
+        raise ConfigError(act, "malformed", f"{did_you_mean(text)} allowed: {ALLOWED}".lstrip())
     port = int(match["port"])
     if not 1 <= port <= 65535:
         raise ConfigError(act, f"port {port} is not in 1..65535")
     return Bind(match["protocol"] or "tcp", _numeric(match["v6"], match["host"], act), port)
+
+
+def did_you_mean(text: str) -> str:
+    """A question that names the address that a malformed one was probably meant to be; or ""."""
+    bare = text.strip()
+    for form, meant in _MISTAKES.items():
+        if form.fullmatch(bare):
+            return f"did you mean {form.sub(meant, bare)!r}?"
+    return ""
+
+
+_MISTAKES = {
+    re.compile(r"([0-9]{1,5})"): r":\1",
+    re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3}){3}|localhost)"): r"\1:8080",
+    re.compile(r"https?://([^/:]+:[0-9]{1,5})/*"): r"\1",
+}
+"""What is written instead of an address -> what it becomes."""
 
 
 def _numeric(v6: str | None, host: str | None, act: str) -> str:
@@ -64,5 +82,7 @@ def _numeric(v6: str | None, host: str | None, act: str) -> str:
         return socket.inet_ntop(family, socket.inet_pton(family, text))
     except (OSError, ValueError):
         raise ConfigError(
-            act, f"{text!r} is no numeric address", "write it as 192.0.2.1 or [2001:db8::1]"
+            act,
+            f"{values.shown(text)} is no numeric address",
+            "write it as 192.0.2.1 or [2001:db8::1]",
         ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +26,7 @@ def main() -> None:
     _open_standard_streams()
     try:
         try:
+            _check_arguments(sys.argv[1:])
             cli(standalone_mode=False)
         finally:
             sys.stdout.flush()
@@ -44,7 +45,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
-        _complain(f"bug in steer: {type(error).__name__}: {error}", _where(error))
+        _complain_of_bug(error)
         sys.exit(1)
 
 
@@ -64,20 +65,17 @@ def _numbered(number: str) -> Callable[[Command], Command]:
     """The arguments [NAME] and a number; one alone is the number."""
 
     def read(context: click.Context, _: click.Parameter, given: tuple[str, ...]) -> _Named:
-        from steer import abi, config
+        from steer import abi, config, values
 
         most = {"N": config.MAX_WORKERS, "SLOT": abi.MAX_SLOTS - 1}[number]
         *name, text = given
         if len(name) > 1:
             raise click.UsageError(f"Got unexpected extra argument ({text})", context)
         try:
-            value = int(text)
-        except ValueError:
-            value = -1
-        if not 0 <= value <= most:
-            words = f"{text!r} is not a whole number from 0 to {most}."
-            raise click.BadParameter(words, context, param_hint=number)
-        return (name[0] if name else None, value)
+            return (name[0] if name else None, values.whole_number(text, 0, most))
+        except values.Invalid as error:
+            words = f"{values.shown(text)} is {error}."
+            raise click.BadParameter(words, context, param_hint=number) from None
 
     return click.argument(
         "named", nargs=-1, required=True, metavar=f"[NAME] {number}", callback=read
@@ -357,18 +355,37 @@ def _print_json(value: object) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Where one is closed, a file opened later would stand there, and be written to."""
+    """Where one is closed, a file opened later would stand there, and be written to. And what
+    a terminal's character set lacks must not fail."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
             os.set_inheritable(number, True)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
-def _where(error: BaseException) -> str:
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raises ConfigError: one is no text, and could be in no message, answer or log."""
+    from steer import values
+    from steer.errors import ConfigError
+
+    for argument in arguments:
+        try:
+            values.check_text(argument)
+        except values.Invalid as error:
+            raise ConfigError(f"read argument {values.shown(argument)}", str(error)) from None
+
+
+def _complain_of_bug(error: Exception) -> None:
+    """In one line, with the place; whoever debugs asks for all places on the way there."""
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
-    return "\n".join(f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames)
+    at = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
+    what = f"bug in steer: {type(error).__name__}: {error}".replace("\n", " ")
+    places = "\n".join(f"{each.filename}:{each.lineno}: {each.line}" for each in frames)
+    wanted = "debug" in (os.environ.get("STEER_LOG_LEVEL"), *sys.argv)
+    _complain(f"{what} ({at}); please report it", places if wanted else "")
 
 
 def _complain(message: str, detail: str) -> None:

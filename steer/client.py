@@ -15,6 +15,7 @@ import msgspec
 from steer import report
 from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
 from steer.kernel import diag, proc, rundir
+from steer.values import shown
 
 _TIMEOUT_S = 5.0
 _REPLACED_S, _ASK_AGAIN_S = 10.0, 0.05
@@ -121,8 +122,8 @@ def ask(
         while answer and answer.get("again") and time.monotonic() < end_s:
             time.sleep(_ASK_AGAIN_S)
             answer = _exchange(path, request, timeout_s, progress)
-    except msgspec.DecodeError as error:
-        raise ControlError(act, f"answer not understood: {error}", "is it steer's?") from None
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        raise ControlError(act, "answer not understood", "is it steer's?") from None
     except TimeoutError:
         cure = "is it stopped? see ps(1), then kill -CONT or -KILL"
         raise ControlError(act, f"no answer within {limit_s:g} s", cure) from None
@@ -186,7 +187,7 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     names = ", ".join(path.stem for path in paths)
     if name is not None:
         others = f"running: {names}" if names else "no service is running"
-        raise NotRunning(f"find service {name!r}", "not running", others)
+        raise NotRunning(f"find service {shown(name)}", "not running", others)
     if not paths:
         raise NotRunning("find a service", "none is running", "start one with `steer run`")
     if len(paths) > 1:
@@ -229,10 +230,8 @@ def _status(path: Path) -> report.Service:
 def _understood(answer: Any, kind: type[_T], act: str) -> _T:
     try:
         return msgspec.convert(answer, kind)
-    except msgspec.ValidationError as error:
-        raise ControlError(
-            act, f"answer not understood: {error}", "is it of this version?"
-        ) from None
+    except msgspec.ValidationError:
+        raise ControlError(act, "answer not understood", "is it of this version?") from None
 
 
 def running(environment: Mapping[str, str]) -> list[Path]:

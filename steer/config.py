@@ -13,18 +13,28 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from steer import address
+from steer import address, values
 from steer.address import Bind
 from steer.errors import ConfigError
 from steer.policy import OWN_SUFFIX, POLICIES
+from steer.values import Invalid
 
 MAX_WORKERS = 1024
 MAX_WEIGHT = 1000
-_OPTIONS = {"params": "param"}
-"""By key, where they are called otherwise."""
+_GIVEN_AS: Mapping[str, str] = {
+    "app": "argument {value}",
+    "command": "command after --: {value}",
+    "params": "--param: params = {value}",
+}
+"""How the command line has a key, where it is not an option of the same name."""
 DEFAULT_BIND = "127.0.0.1:8080"
 
+SHORTEST_S = 0.05
+"""Waiting for less would be a busy loop, and no process is that punctual."""
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
+"""0, which switches something off or does it at once, or SHORTEST_S and more."""
+Wait = Annotated[float, Meta(ge=SHORTEST_S, le=86400)]
+"""Seconds that cannot be 0."""
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]
 
 
@@ -62,10 +72,10 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     chdir: str | None = None
     backlog: Annotated[int, Meta(ge=1, le=65535)] = 2048
     graceful_timeout: Seconds = 30.0
-    ready_timeout: Annotated[float, Meta(gt=0, le=86400)] = 30.0
+    ready_timeout: Wait = 30.0
     hang_timeout: Seconds = 2.0
     hang: Literal["replace", "skip"] = "replace"
-    watchdog: Annotated[float, Meta(gt=0, le=86400)] | None = None
+    watchdog: Wait | None = None
     adopt_timeout: Seconds = 30.0
     pid: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -119,15 +129,15 @@ def load(
         merged[key] = _checked(key, text, shown[key], strict=False)
     for key, value in command_line.items():
         if value is not None and value != ():
-            option = _OPTIONS.get(key, key.replace("_", "-"))
-            shown[key] = _shown(key, value, f"--{option}")
+            form = _GIVEN_AS.get(key, f"--{key.replace('_', '-')}: {key} = {{value}}")
+            shown[key] = form.format(value=values.shown(value))
             merged[key] = _checked(key, value, shown[key], strict=False)
     service = Service(**merged)
     _check_whole(service, shown)
     return service
 
 
-def changed(service: Service, values: Mapping[str, Any], act: str) -> Service:
+def changed(service: Service, asked: Mapping[str, Any], act: str) -> Service:
     """The configuration with other values, each checked as by `load`.
 
     Raises:
@@ -135,7 +145,7 @@ def changed(service: Service, values: Mapping[str, Any], act: str) -> Service:
     """
     checked = {
         key: _checked(key, value, _shown(key, value, act), strict=False)
-        for key, value in values.items()
+        for key, value in asked.items()
     }
     result = msgspec.structs.replace(service, **checked)
     _check_whole(result, {key: _shown(key, getattr(result, key), act) for key in FIELDS})
@@ -150,18 +160,24 @@ def read(text: bytes, path: str) -> dict[str, Any]:
     """
     import tomllib
 
+    act = f"read {path}"
     try:
         document = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"read {path}", str(error)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(act, f"not UTF-8 at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(act, str(error)) from None
+    except RecursionError:
+        raise ConfigError(act, "lists or tables are nested too deep") from None
+    except ValueError:  # of int()
+        raise ConfigError(act, "a number has too many digits") from None
     others = sorted(set(document) - {"service"})
     if others:
-        raise ConfigError(
-            f"read {path}", f"unknown table or key {others[0]!r}", "allowed: [service]"
-        )
+        unknown = f"unknown table or key {values.shown(others[0])}"
+        raise ConfigError(act, unknown, "allowed: [service]")
     table = document.get("service", {})
     if not isinstance(table, dict):
-        raise ConfigError(f"read {path}", "service is no table", "write [service]")
+        raise ConfigError(act, "service is no table", "write [service]")
     return table
 
 
@@ -178,58 +194,60 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, An
 
 
 def _shown(key: str, value: Any, source: str) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-    return f"{source}: {key} = {text!r}"
+    name = key if key in FIELDS else values.shown(key).strip("'")
+    return f"{source}: {name} = {values.shown(value)}"
 
 
 def _checked(key: str, value: Any, shown: str, *, strict: bool) -> Any:
     if key not in FIELDS:
-        raise ConfigError(shown, "unknown key", f"allowed: {', '.join(sorted(FIELDS))}")
+        hint = values.did_you_mean(key, FIELDS)
+        raise ConfigError(
+            shown, "unknown key", _cure(hint, f"allowed: {', '.join(sorted(FIELDS))}")
+        )
     try:
-        converted = msgspec.convert(value, FIELDS[key].type, strict=strict)
+        _check_texts(value)
+        converted = values.convert(value, FIELDS[key].type, strict=strict)
         _check_meaning(key, converted)
-    except msgspec.ValidationError as error:
-        raise ConfigError(shown, _plain(error), _allowed(key)) from None
+    except Invalid as error:
+        raise ConfigError(shown, str(error), _cure(error.hint, _allowed(key))) from None
     return converted
 
 
-def _check_meaning(key: str, value: Any) -> None:
-    """What its type does not tell of a value. Raises msgspec.ValidationError."""
-    for text in value if isinstance(value, tuple) else (value,):
+def _cure(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def _check_texts(value: Any) -> None:
+    """Raises Invalid."""
+    for text in value if isinstance(value, list | tuple) else (value,):
         if isinstance(text, str):
-            _check_text(text)
+            values.check_text(text)
+
+
+def _check_meaning(key: str, value: Any) -> None:
+    """What its type does not tell of a value. Raises Invalid."""
+    if FIELDS[key].type == Seconds and 0 < value < SHORTEST_S:
+        raise Invalid("too small")
     if key == "policy" and value not in POLICIES and not value.endswith(OWN_SUFFIX):
-        raise msgspec.ValidationError("unknown policy")
+        raise Invalid("unknown policy", values.did_you_mean(value, POLICIES))
     if key == "bind":
         _check_binds(value)
 
 
-def _check_text(text: str) -> None:
-    """What no argument, variable or path can hold."""
-    if "\0" in text:
-        raise msgspec.ValidationError("a null byte")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise msgspec.ValidationError("not UTF-8") from None
-
-
 def _check_binds(texts: Sequence[str]) -> None:
     if not texts:
-        raise msgspec.ValidationError("no address given")
-    try:
-        binds = [address.parse(text) for text in texts]
-    except ConfigError as error:
-        raise msgspec.ValidationError(f"{error.what}: {error.cause}") from None
+        raise Invalid("no address given")
+    binds = [_bind(text) for text in texts]
     for bind in binds:
         if binds.count(bind) > 1:
-            raise msgspec.ValidationError(f"{bind.label} is given twice")
+            raise Invalid(f"{bind.label} is given twice")
 
 
-def _plain(error: msgspec.ValidationError) -> str:
-    """msgspec's words, without the path into the value, quotes around types and patterns."""
-    text = str(error).partition(" - at ")[0].replace("`", "")
-    return "malformed" if "matching regex" in text else text
+def _bind(text: str) -> Bind:
+    try:
+        return address.parse(text)
+    except ConfigError as error:
+        raise Invalid(f"{error.what}: {error.cause}", address.did_you_mean(text)) from None
 
 
 def _allowed(key: str) -> str:
@@ -248,7 +266,16 @@ def _allowed(key: str) -> str:
         "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
         "workers": f"1 to {MAX_WORKERS}, or auto",
     }
-    return f"allowed: {words[key]}" if key in words else ""
+    allowed = words.get(key) or _ALLOWED_TYPES.get(FIELDS[key].type, "")
+    return f"allowed: {allowed}" if allowed else ""
+
+
+_ALLOWED_TYPES: Mapping[Any, str] = {
+    bool: "true, false",
+    Seconds: f"seconds, 0 or from {SHORTEST_S:g} to 86400",
+    Wait: f"seconds, from {SHORTEST_S:g} to 86400",
+    Wait | None: f"seconds, from {SHORTEST_S:g} to 86400",
+}
 
 
 def _check_whole(service: Service, shown: Mapping[str, str]) -> None:

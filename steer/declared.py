@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from steer import values as inputs
 from steer.errors import CompileError, ConfigError
+from steer.values import Invalid
 
 TABLES = ("consistent", "shares", "turns", "cpus", "deck")
 """How the controller can fill the table; see `policy.FILLS`."""
@@ -112,7 +114,9 @@ def values(declared: Declared, given: Sequence[str], act: str) -> tuple[int, ...
         name, _, value = text.partition("=")
         if name not in known:
             allowed = f"allowed: {', '.join(known)}" if known else "this policy has none"
-            raise ConfigError(act, f"no parameter {name!r} (of {text!r})", allowed)
+            given_as = f"no parameter {inputs.shown(name)} (of {inputs.shown(text)})"
+            hint = inputs.did_you_mean(name, known)
+            raise ConfigError(act, given_as, f"{hint} {allowed}".strip())
         if name in named:
             raise ConfigError(act, f"parameter {name} is given twice", "give it once")
         named.add(name)
@@ -136,16 +140,13 @@ def defines(declared: Declared) -> list[str]:
 
 def _value(param: Param, text: str, act: str) -> int:
     try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not param.least <= value <= param.most:
+        return inputs.whole_number(text.strip(), param.least, param.most)
+    except Invalid:
         raise ConfigError(
             act,
-            f"parameter {param.name} = {text!r}",
+            f"parameter {param.name} = {inputs.shown(text)}",
             f"allowed: whole numbers from {param.least} to {param.most}",
-        )
-    return value
+        ) from None
 
 
 # ---- the text
@@ -221,7 +222,9 @@ def _declare(
 def _name(tokens: Sequence[_Token]) -> str:
     text = _source(tokens)
     if len(tokens) != 1 or not re.fullmatch(r"[A-Za-z_]\w{0,30}", text, re.ASCII):
-        raise ValueError(f"{text!r} is no name; allowed: letters, digits and '_', 31 at most")
+        raise ValueError(
+            f"{inputs.shown(text)} is no name; allowed: letters, digits and '_', 31 at most"
+        )
     return text
 
 
@@ -232,14 +235,14 @@ def _number(tokens: Sequence[_Token]) -> int:
     except ValueError:
         value = -1
     if not 0 <= value <= _MOST:
-        raise ValueError(f"{text!r} is no number from 0 to {_MOST}")
+        raise ValueError(f"{inputs.shown(text)} is no number from 0 to {_MOST}")
     return value
 
 
 def _words(tokens: Sequence[_Token]) -> str:
     """String literals that stand side by side are one."""
     if not tokens or any(token.kind != "string" for token in tokens):
-        raise ValueError(f"{_source(tokens)!r} is no string")
+        raise ValueError(f"{inputs.shown(_source(tokens))} is no string")
     return "".join(re.sub(r"\\(.)", r"\1", token.text[1:-1]) for token in tokens)
 
 
@@ -249,7 +252,7 @@ def _source(tokens: Sequence[_Token]) -> str:
 
 def _table(name: str) -> str:
     if name not in TABLES:
-        raise ValueError(f"no table {name!r}; allowed: {', '.join(TABLES)}")
+        raise ValueError(f"no table {inputs.shown(name)}; allowed: {', '.join(TABLES)}")
     return name
 
 

@@ -13,6 +13,7 @@ from steer.declared import Declared
 from steer.errors import ConfigError, SteerError
 from steer.kernel import compile
 from steer.policy import OWN_SUFFIX, POLICIES, Policy, own
+from steer.values import did_you_mean, shown
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 
@@ -27,8 +28,9 @@ def find(asked: str) -> Policy:
     if asked.endswith(OWN_SUFFIX):
         return _own(Path(os.path.abspath(asked)))
     if asked not in POLICIES:
-        names = ", ".join(POLICIES)
-        raise ConfigError(f"policy {asked!r}", "unknown", f"allowed: {names}, or a path/to/file.c")
+        allowed = f"allowed: {', '.join(POLICIES)}, or a path/to/file.c"
+        cure = f"{did_you_mean(asked, POLICIES)} {allowed}".lstrip()
+        raise ConfigError(f"policy {shown(asked)}", "unknown", cure)
     policy = POLICIES[asked]
     if policy.source is None:
         return policy
@@ -81,7 +83,7 @@ def check_name(name: str, act: str) -> None:
         raise ConfigError(act, f"there is a built-in policy {name}", "give it another name")
     if not re.fullmatch(_NAME, name):
         allowed = "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"
-        raise ConfigError(act, f"{name!r} cannot be a policy's name", f"allowed: {allowed}")
+        raise ConfigError(act, f"{shown(name)} cannot be a policy's name", f"allowed: {allowed}")
 
 
 def _own(source: Path) -> Policy:

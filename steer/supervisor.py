@@ -32,6 +32,7 @@ from steer.place import Place
 from steer.plan import Generation, Plan
 from steer.policy import KERNEL, Policy
 from steer.settle import settle
+from steer.values import shown
 
 _FIRST = asyncio.FIRST_COMPLETED
 Change = Callable[[], Coroutine[Any, Any, object]]
@@ -408,7 +409,7 @@ class _Supervisor:
         began_s = time.monotonic()
         workers = request.get("workers")
         if type(workers) is not int or not 0 < workers <= MAX_WORKERS:
-            act = f"scale {self._plan.name} to {workers!r}"
+            act = f"scale {self._plan.name} to {shown(workers)}"
             raise ControlError(
                 act, f"a number from 1 to {MAX_WORKERS} is wanted", "see `steer stop`"
             )
@@ -444,7 +445,7 @@ class _Supervisor:
     async def _on_restart(self, request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
         began_s = time.monotonic()
         wanted = (State.READY, State.DRAINING, State.HUNG, State.BACKOFF)
-        async with self._changes.turn(f"restart worker {request.get('slot')!r}"):
+        async with self._changes.turn(f"restart worker {shown(request.get('slot'))}"):
             place = self._place(request, "restart", *wanted)
             fresh = await self._changes.restart(place, tell)
         return {"slot": request["slot"], "new_slot": fresh.slot, **_took(began_s)}
@@ -460,7 +461,7 @@ class _Supervisor:
         found = there_are.get(slot) if type(slot) is int else None
         if found is None:
             there = ", ".join(str(place.slot) for place in self._fleet.places)
-            raise ControlError(f"{act} worker {slot!r}", "no such slot", f"there are: {there}")
+            raise ControlError(f"{act} worker {shown(slot)}", "no such slot", f"there are: {there}")
         if status.shown(found) not in wanted:
             states = " or ".join(state.value for state in wanted)
             raise ControlError(

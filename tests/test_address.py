@@ -55,7 +55,24 @@ def test_parse(text: str, bind: Bind) -> None:
 def test_malformed(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(text)
-    assert str(caught.value) == f"read address {text!r}: malformed; allowed: {ALLOWED}"
+    assert (caught.value.what, caught.value.cause) == (f"read address {text!r}", "malformed")
+    assert caught.value.cure.endswith(f"allowed: {ALLOWED}")
+
+
+@pytest.mark.parametrize(
+    "text, meant",
+    [
+        ("25082", ":25082"),
+        (" 80 ", ":80"),
+        ("127.0.0.1", "127.0.0.1:8080"),
+        ("localhost", "localhost:8080"),
+        ("http://127.0.0.1:80/", "127.0.0.1:80"),
+    ],
+)
+def test_what_was_probably_meant_is_asked(text: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"; did you mean '{meant}'. allowed: "):
+        parse(text)
+    parse(meant)
 
 
 @pytest.mark.parametrize("text, port", [(":0", 0), (":65536", 65536), ("[::1]:99999", 99999)])

@@ -194,11 +194,11 @@ def test_changed_checks_and_converts_as_a_start_does() -> None:
     "asked, said",
     [
         ({"policy": "x"}, "change it: policy = 'x': unknown policy; allowed: cpu, round-robin"),
-        ({"policy": 3}, "change it: policy = 3: Expected str, got int; allowed: cpu, "),
+        ({"policy": 3}, "change it: policy = 3: a whole number, not a string; allowed: "),
         ({"params": ["prefix4"]}, "change it: params = 'prefix4': malformed; allowed: NAME=VALUE"),
-        ({"params": "a=1"}, "change it: params = 'a=1': Expected array, got str; allowed: NAME="),
-        ({"weights": ["0"]}, "change it: weights = '0': Expected int >= 1; allowed: whole numbers"),
-        ({"weights": ["x"]}, "change it: weights = 'x': Expected int, got str; allowed: whole"),
+        ({"params": "a=1"}, "change it: params = 'a=1': not a list; allowed: NAME=VALUE"),
+        ({"weights": ["0"]}, "change it: weights = '0': too small; allowed: whole numbers"),
+        ({"weights": ["x"]}, "change it: weights = 'x': not a whole number; allowed: whole"),
         (
             {"weights": [1, 2, 3]},
             "change it: weights = '1,2,3' and change it: workers = 2: 3 weights for 2 workers; "
@@ -221,6 +221,8 @@ def test_changed_refuses_what_a_start_would(asked: dict[str, Any], said: str) ->
 ADDRESSES = "allowed: host:port, [::1]:port, :port, udp://host:port"
 NAMES = "allowed: letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"
 WORKERS = "allowed: 1 to 1024, or auto"
+TIMES = "allowed: seconds, 0 or from 0.05 to 86400"
+WAITS = "allowed: seconds, from 0.05 to 86400"
 WEIGHTS = "allowed: whole numbers from 1 to 1000"
 EVERY_POLICY = (
     "allowed: cpu, round-robin, least-conn, hash, source, flow, random, kernel, or a path/to/file.c"
@@ -230,47 +232,48 @@ EVERY_POLICY = (
 @pytest.mark.parametrize(
     "key, value, cause",
     [
-        ("workers", 0, f"Expected int >= 1; {WORKERS}"),
-        ("workers", -1, f"Expected int >= 1; {WORKERS}"),
-        ("workers", 10000, f"Expected int <= 1024; {WORKERS}"),
-        ("workers", "many", f"Invalid enum value 'many'; {WORKERS}"),
-        ("workers", "4", f"Invalid enum value '4'; {WORKERS}"),
-        ("workers", True, f"Expected int | str, got bool; {WORKERS}"),
-        ("workers", 2.5, f"Expected int | str, got float; {WORKERS}"),
+        ("workers", 0, f"too small; {WORKERS}"),
+        ("workers", -1, f"too small; {WORKERS}"),
+        ("workers", 10000, f"too large; {WORKERS}"),
+        ("workers", "many", f"a string, not a whole number or auto; {WORKERS}"),
+        ("workers", "4", f"a string, not a whole number or auto; {WORKERS}"),
+        ("workers", True, f"a boolean, not a whole number or auto; {WORKERS}"),
+        ("workers", 2.5, f"a number, not a whole number or auto; {WORKERS}"),
         ("policy", "fastest", f"unknown policy; {EVERY_POLICY}"),
         ("policy", "", f"unknown policy; {EVERY_POLICY}"),
         ("policy", "mine.h", f"unknown policy; {EVERY_POLICY}"),
         ("policy", "mine\0.c", f"a null byte; {EVERY_POLICY}"),
-        ("policy", 1, f"Expected str, got int; {EVERY_POLICY}"),
-        ("backend", "xdp", "Invalid enum value 'xdp'; allowed: auto, ebpf, cbpf, kernel"),
+        ("policy", 1, f"a whole number, not a string; {EVERY_POLICY}"),
+        ("backend", "xdp", "unknown; allowed: auto, ebpf, cbpf, kernel"),
         ("app", "shop", "malformed; allowed: MODULE:CALLABLE"),
         ("app", ":main", "malformed; allowed: MODULE:CALLABLE"),
         ("app", "shop:", "malformed; allowed: MODULE:CALLABLE"),
         ("app", "shop:main\n", "malformed; allowed: MODULE:CALLABLE"),
         ("app", "../shop:main", "malformed; allowed: MODULE:CALLABLE"),
         ("app", "shop:main:x", "malformed; allowed: MODULE:CALLABLE"),
-        ("command", "nginx -g x", "Expected array, got str"),
-        ("strict", "yes", "Expected bool, got str"),
-        ("strict", 1, "Expected bool, got int"),
+        ("command", "nginx -g x", "a string, not a list"),
+        ("strict", "yes", "a string, not true or false; allowed: true, false"),
+        ("strict", 1, "a whole number, not true or false; allowed: true, false"),
         ("name", "a/b", f"malformed; {NAMES}"),
         ("name", ".hidden", f"malformed; {NAMES}"),
         ("name", "", f"malformed; {NAMES}"),
         ("name", "a\n", f"malformed; {NAMES}"),
         ("name", "a" * 64, f"malformed; {NAMES}"),
-        ("user", 0, "Expected str | null, got int"),
-        ("chdir", {}, "Expected str | null, got object"),
-        ("backlog", 0, "Expected int >= 1; allowed: 1 to 65535"),
-        ("backlog", 65536, "Expected int <= 65535; allowed: 1 to 65535"),
-        ("graceful_timeout", -1, "Expected float >= 0.0"),
-        ("graceful_timeout", -0.001, "Expected float >= 0.0"),
-        ("graceful_timeout", 86401, "Expected float <= 86400.0"),
-        ("graceful_timeout", float("nan"), "Expected float >= 0.0"),
-        ("graceful_timeout", "30s", "Expected float, got str"),
-        ("ready_timeout", 0, "Expected float > 0.0"),
-        ("ready_timeout", -5, "Expected float > 0.0"),
-        ("ready_timeout", float("inf"), "Expected float <= 86400.0"),
-        ("log_level", "loud", "Invalid enum value 'loud'; allowed: debug, info, warning, error"),
-        ("log_format", "xml", "Invalid enum value 'xml'; allowed: text, json"),
+        ("user", 0, "a whole number, not a string"),
+        ("chdir", {}, "a table, not a string"),
+        ("backlog", 0, "too small; allowed: 1 to 65535"),
+        ("backlog", 65536, "too large; allowed: 1 to 65535"),
+        ("graceful_timeout", -1, f"too small; {TIMES}"),
+        ("graceful_timeout", 1e-300, f"too small; {TIMES}"),
+        ("hang_timeout", 0.0499, f"too small; {TIMES}"),
+        ("graceful_timeout", 86401, f"too large; {TIMES}"),
+        ("graceful_timeout", float("nan"), f"not a number; {TIMES}"),
+        ("graceful_timeout", "30s", f"a string, not a number; {TIMES}"),
+        ("ready_timeout", 0, f"too small; {WAITS}"),
+        ("watchdog", 1e-9, f"too small; {WAITS}"),
+        ("ready_timeout", float("inf"), f"too large; {WAITS}"),
+        ("log_level", "loud", "unknown; allowed: debug, info, warning, error"),
+        ("log_format", "xml", "unknown; allowed: text, json"),
     ],
 )
 def test_a_bad_value(key: str, value: Any, cause: str) -> None:
@@ -280,7 +283,7 @@ def test_a_bad_value(key: str, value: Any, cause: str) -> None:
 @pytest.mark.parametrize(
     "key, value, cause",
     [
-        ("bind", ["80"], f"read address '80': malformed; {ADDRESSES}"),
+        ("bind", ["80"], f"read address '80': malformed; did you mean ':80'? {ADDRESSES}"),
         ("bind", [":80", "host"], f"read address 'host': malformed; {ADDRESSES}"),
         ("bind", [":0"], f"read address ':0': port 0 is not in 1..65535; {ADDRESSES}"),
         ("bind", [":70000"], f"read address ':70000': port 70000 is not in 1..65535; {ADDRESSES}"),
@@ -291,18 +294,18 @@ def test_a_bad_value(key: str, value: Any, cause: str) -> None:
         ),
         ("bind", [":80", "0.0.0.0:80"], f"tcp 0.0.0.0:80 is given twice; {ADDRESSES}"),
         ("bind", [], f"no address given; {ADDRESSES}"),
-        ("bind", [80], f"Expected str, got int; {ADDRESSES}"),
-        ("weights", [1, 0], f"Expected int >= 1; {WEIGHTS}"),
-        ("weights", [-3], f"Expected int >= 1; {WEIGHTS}"),
-        ("weights", [1001], f"Expected int <= 1000; {WEIGHTS}"),
-        ("weights", ["heavy"], f"Expected int, got str; {WEIGHTS}"),
-        ("weights", [1.5], f"Expected int, got float; {WEIGHTS}"),
+        ("bind", [80], f"a whole number, not a string; {ADDRESSES}"),
+        ("weights", [1, 0], f"too small; {WEIGHTS}"),
+        ("weights", [-3], f"too small; {WEIGHTS}"),
+        ("weights", [1001], f"too large; {WEIGHTS}"),
+        ("weights", ["heavy"], f"a string, not a whole number; {WEIGHTS}"),
+        ("weights", [1.5], f"a number, not a whole number; {WEIGHTS}"),
         ("params", ["prefix4"], "malformed; allowed: NAME=VALUE"),
         ("params", ["a=1", "=2"], "malformed; allowed: NAME=VALUE"),
-        ("params", [24], "Expected str, got int; allowed: NAME=VALUE"),
+        ("params", [24], "a whole number, not a string; allowed: NAME=VALUE"),
         ("env", ["PATH"], "malformed; allowed: NAME=VALUE"),
         ("env", ["A=1", "=2"], "malformed; allowed: NAME=VALUE"),
-        ("command", [1], "Expected str, got int"),
+        ("command", [1], "a whole number, not a string"),
     ],
 )
 def test_a_bad_list(key: str, value: list[Any], cause: str) -> None:
@@ -316,16 +319,15 @@ def test_a_bad_list(key: str, value: list[Any], cause: str) -> None:
 def test_one_where_a_list_belongs(key: str, value: Any) -> None:
     error = refused({}, {}, {key: value})
     assert error.what == f"{FILE}: {key} = {value!r}"
-    assert error.cause.startswith("Expected array, got ")
+    assert error.cause.endswith(", not a list")
     assert error.cure.startswith("allowed: ")
 
 
 @pytest.mark.parametrize("key", ["worker", "graceful-timeout", "Workers", "", "service"])
 def test_an_unknown_key(key: str) -> None:
     error = refused({}, {}, {key: 3})
-    assert str(error).startswith(
-        f"{FILE}: {key} = 3: unknown key; allowed: adopt_timeout, app, backend, backlog, "
-    )
+    assert (error.what, error.cause) == (f"{FILE}: {key} = 3", "unknown key")
+    assert "allowed: adopt_timeout, app, backend, backlog, " in error.cure
     assert all(name in error.cure for name in config.FIELDS)
 
 
@@ -358,8 +360,7 @@ def test_the_source_is_named(sources: tuple[Any, Any, Any], what: str) -> None:
     [
         (
             ({"command": ("nginx", "-q")}, None, {"app": "shop:main"}),
-            f"{FILE}: app = 'shop:main' and --command: command = 'nginx,-q': "
-            "both are given; give one",
+            f"{FILE}: app = 'shop:main' and command after --: 'nginx,-q': both are given; give one",
         ),
         (
             ({"workers": "2"}, {"STEER_WEIGHTS": "1,2,3"}, None),
@@ -403,7 +404,7 @@ def test_a_file() -> None:
     [
         (b"[service", "read steer.toml: Expected ']' at the end of a table declaration"),
         (b"workers 3", "read steer.toml: Expected '=' after a key"),
-        (b"name = '\xff'", "read steer.toml: 'utf-8' codec can't decode byte 0xff"),
+        (b"name = '\xff'", "read steer.toml: not UTF-8 at byte 8"),
         (b"[service]\nname = 'a'\nname = 'b'", "read steer.toml: Cannot overwrite a value"),
         (b"[servce]", "read steer.toml: unknown table or key 'servce'; allowed: [service]"),
         (b"workers = 3", "read steer.toml: unknown table or key 'workers'; allowed: [service]"),
@@ -434,7 +435,7 @@ words = st.text("aZ09 =,'\"\\#[]\t\n\u00e9\u2192", max_size=8)
             "env": st.lists(words.map(lambda text: f"A={text}"), max_size=3).map(tuple),
             "user": words,
             "command": st.lists(words, max_size=3).map(tuple),
-            "graceful_timeout": st.floats(0, 86400),
+            "graceful_timeout": st.floats(config.SHORTEST_S, 86400),
             "backlog": st.integers(1, 65535),
         },
     )

@@ -629,7 +629,7 @@ def test_long_acts_begin_with_whether_anybody_listens(place: Path) -> None:
 def test_outcome_of_another_version_is_not_understood(place: Path) -> None:
     with (
         fake_service(place, scale=answers_status, status=answers_status),
-        pytest.raises(ControlError, match=r"^scale web: answer not understood: .*this version"),
+        pytest.raises(ControlError, match=r"^scale web: answer not understood; .*this version"),
     ):
         client.perform(place, "scale", workers=2)
 

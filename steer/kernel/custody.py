@@ -342,8 +342,8 @@ def _refused(line: bytes, sock: socket.socket, path: Path) -> ControlError:
     """Only a keeper says that it is one."""
     try:
         answer = msgspec.json.decode(line, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        return ControlError(f"adopt {path.stem}", f"answer not understood: {error}")
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return ControlError(f"adopt {path.stem}", "answer not understood")
     if "keeper" in answer:
         return ControlError(f"adopt {path.stem}", str(answer.get("error")))
     return rundir.running(path.stem, f"pid {rundir.peer(sock)[0]}", path)

@@ -27,6 +27,7 @@ SILENT_MAX = 32
 BACKLOG = 16
 TOO_LONG = f"request too long: {REQUEST_MAX_BYTES} bytes at most"
 NOT_COMPLETE = "request not complete: a line of JSON is wanted"
+NOT_UNDERSTOOD = "request not understood: an object of JSON is wanted"
 _CHUNK_BYTES = 16384
 _PAUSE_S = 0.05
 """When no connection can be taken, before the next try."""
@@ -44,8 +45,8 @@ def understood(line: bytes, sock: socket.socket) -> Request:
         raise ValueError("not permitted: only root and the service's own user may ask")
     try:
         request: Request = msgspec.json.decode(line, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"request not understood: {error}") from None
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        raise ValueError(NOT_UNDERSTOOD) from None
     return request
 
 

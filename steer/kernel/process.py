@@ -20,6 +20,7 @@ from typing import NoReturn
 import msgspec
 
 from steer.errors import ConfigError, KernelError
+from steer.values import shown, whole_number
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -53,19 +54,24 @@ def identity(user: str | None, group: str | None) -> Identity:
     uid, gid, name, home = None, None, None, "/"
     try:
         if user is not None:
-            entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+            entry = pwd.getpwuid(_number(user)) if user.isdecimal() else pwd.getpwnam(user)
             uid, gid, name, home = entry.pw_uid, entry.pw_gid, entry.pw_name, entry.pw_dir
-    except KeyError:
-        raise ConfigError(f"run workers as user {user!r}", "no such user") from None
+    except (KeyError, ValueError):
+        raise ConfigError(f"run workers as user {shown(user)}", "no such user") from None
     try:
         if group is not None:
-            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise ConfigError(f"run workers as group {group!r}", "no such group") from None
+            gid = _number(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except (KeyError, ValueError):
+        raise ConfigError(f"run workers as group {shown(group)}", "no such group") from None
     changes = (uid not in (None, os.geteuid())) or (gid not in (None, os.getegid()))
     if changes and os.geteuid() != 0:
         raise ConfigError("run workers as another user", "EPERM", "run steer as root")
     return Identity(uid, gid, name, home)
+
+
+def _number(text: str) -> int:
+    """A uid or gid. Not (uid_t)-1, which means "leave it" to setreuid(2). Raises Invalid."""
+    return whole_number(text, 0, 2**32 - 2)
 
 
 def become(who: Identity) -> None:

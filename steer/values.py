@@ -1,0 +1,187 @@
+"""Values from outside, converted once, with what is wrong with them in plain words. Pure.
+
+Two rules. Nothing but `Invalid` comes out of here, whatever goes in: int(), a decoder and a
+recursive parser each raise errors of their own for a value that is merely odd. And what a user
+reads is ours: no words of a library, and no value longer than a line.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+import msgspec
+from msgspec import inspect
+
+_SHOWN_CHARS = 80
+_DIGITS = re.compile(r"[0-9]{1,20}")
+"""More than any number we take has, and few enough for int() to convert."""
+_NUMBER = re.compile(r"[+-]?(\d++\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_REFUSALS = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
+
+
+class Invalid(ValueError):
+    """A value that cannot be; as text, why not.
+
+    Args:
+        hint: what was probably meant, as a question; "" if nothing is like it.
+    """
+
+    def __init__(self, why: str, hint: str = "") -> None:
+        super().__init__(why)
+        self.hint = hint
+
+
+def whole_number(text: str, least: int, most: int) -> int:
+    """Read a decimal number.
+
+    Not by int() alone: that also takes "1_000", " 1" and the digits of every script.
+
+    Raises:
+        Invalid: `text` is anything but digits, or out of range.
+    """
+    value = int(text) if _DIGITS.fullmatch(text) else -1
+    if not least <= value <= most:
+        raise Invalid(f"not a whole number from {least} to {most}")
+    return value
+
+
+def convert(value: object, kind: Any, *, strict: bool) -> Any:
+    """Convert a value to a type that msgspec knows.
+
+    Args:
+        strict: whether text is only text; else "3" may be a number.
+
+    Raises:
+        Invalid: in words, what is wrong with it.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=strict)
+    except _REFUSALS:
+        raise _fault(value, kind, strict) from None
+
+
+def check_text(text: str) -> None:
+    """Raises Invalid: it holds what no argument, variable or path can."""
+    if "\0" in text:
+        raise Invalid("a null byte")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Invalid("not UTF-8") from None
+
+
+def shown(value: object) -> str:
+    """As Python would write it, a list as its items with commas; never more than a line."""
+    try:
+        text = repr(",".join(map(str, value)) if isinstance(value, list | tuple) else value)
+    except _REFUSALS:  # of a number of more than 4,300 digits, or of lists in lists in lists
+        return kind_of(value)
+    if len(text) <= _SHOWN_CHARS:
+        return text
+    return f"{text[: _SHOWN_CHARS - 20]}... ({len(text)} characters)"
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """A question that names the known word most like the given one; "" if none is like it."""
+    import difflib
+
+    near = difflib.get_close_matches(str(given)[:_SHOWN_CHARS], list(known), n=1, cutoff=0.7)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+_KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
+    ((bool,), "a boolean"),
+    ((int,), "a whole number"),
+    ((float,), "a number"),
+    ((str,), "a string"),
+    ((list, tuple), "a list"),
+    ((dict,), "a table"),
+    ((datetime.date, datetime.time), "a date or time"),
+)
+"""TOML's words. bool comes before int, whose subclass it is."""
+
+
+def kind_of(value: object) -> str:
+    """What kind of value it is, in words."""
+    return next((name for types, name in _KINDS if isinstance(value, types)), "no value")
+
+
+def _fault(value: object, kind: Any, strict: bool) -> Invalid:
+    """What is wrong with a value that was refused.
+
+    Raises:
+        Invalid: the fault of the first item that has one.
+    """
+    info = inspect.type_info(kind)
+    if isinstance(info, inspect.VarTupleType) and isinstance(value, list | tuple):
+        for item in value:
+            convert(item, get_args(kind)[0], strict=strict)
+    types = info.types if isinstance(info, inspect.UnionType) else (info,)
+    alternatives = [each for each in types if type(each) in _FORMS]
+    # Of "N or auto" only N has bounds.
+    form = _FORMS[type(alternatives[0])]
+    if form.is_one(value, strict):
+        return form.fault(value, alternatives[0])
+    wanted = " or ".join(_FORMS[type(each)].wanted(each) for each in alternatives)
+    given = "" if isinstance(value, str) and not strict else f"{kind_of(value)}, "
+    return Invalid(f"{given}not {wanted}")
+
+
+class _Form(msgspec.Struct, frozen=True):
+    """How a type is spoken of.
+
+    Args:
+        wanted: its name.
+        is_one: whether a value is of that kind, if not of that very type.
+        fault: what is then wrong with it.
+    """
+
+    wanted: Callable[[Any], str]
+    is_one: Callable[[object, bool], bool] = lambda *_: False
+    fault: Callable[[Any, Any], Invalid] = lambda *_: Invalid("malformed")
+
+
+def _is_number(value: object, strict: bool) -> bool:
+    if isinstance(value, str):
+        return not strict and bool(_NUMBER.fullmatch(value.strip()))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object, strict: bool) -> bool:
+    text = str(value) if isinstance(value, float) else value
+    if isinstance(text, str):
+        return not strict and bool(re.fullmatch(r"\s*[+-]?\d+\s*", text, re.ASCII))
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: object, _strict: bool) -> bool:
+    return isinstance(value, str)
+
+
+def _out_of_range(value: Any, info: Any) -> Invalid:
+    least = info.ge if info.ge is not None else info.gt
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
+    if math.isnan(number):
+        return Invalid("not a number")
+    return Invalid("too small" if least is not None and number <= least else "too large")
+
+
+def _unknown(value: str, info: Any) -> Invalid:
+    return Invalid("unknown", did_you_mean(value, info.values))
+
+
+_FORMS: Mapping[type, _Form] = {
+    inspect.IntType: _Form(lambda _: "a whole number", _is_whole, _out_of_range),
+    inspect.FloatType: _Form(lambda _: "a number", _is_number, _out_of_range),
+    inspect.BoolType: _Form(lambda _: "true or false"),
+    inspect.StrType: _Form(lambda _: "a string", _is_text),
+    inspect.LiteralType: _Form(lambda info: " or ".join(info.values), _is_text, _unknown),
+    inspect.VarTupleType: _Form(lambda _: "a list"),
+}
