@@ -7,12 +7,14 @@ or a Python callable called with a `Worker`.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import importlib
 import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -132,7 +134,7 @@ class Worker:
         queued, then gets BlockingIOError and so ends."""
         self._stopping = True
         for sock in self.sockets:
-            if sock.fileno() >= 0:
+            with suppress(OSError):  # the application may have closed it by its number
                 os.set_blocking(sock.fileno(), False)
         # A signal that comes just before accept() does not interrupt it: knock again.
         signal.signal(signal.SIGALRM, lambda *_: None)
@@ -164,7 +166,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         os.environ.update(environment)
         application = _load(launch.service)
         channel.close()
-        return _call(application, Worker(launch, own))
+        return _call(application, Worker(launch, own), launch.service.graceful_timeout)
     except Unloadable as error:
         _tell(channel, Message(unloadable=_short(str(error)), detail=_short(error.detail)))
         return COMMAND_NOT_RUN
@@ -307,10 +309,19 @@ def _load(service: Service) -> Callable[[Worker], object]:
             found = getattr(found, name)
     # Whatever a module does while it is imported is the user's; steer has to say it.
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        raise Unloadable(f"{type(error).__name__}: {error}", _where(error)) from None
+        raise Unloadable(_in_words(error), _where(error)) from None
     if not callable(found):
         raise Unloadable(f"{path} is not callable")
     return found
+
+
+def _in_words(error: BaseException) -> str:
+    """Its class is the user's, and may fail to say anything."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:  # noqa: BLE001
+        return name
 
 
 def _where(error: BaseException) -> str:
@@ -326,11 +337,37 @@ def _where(error: BaseException) -> str:
     return "\n".join(lines)
 
 
-def _call(application: Callable[[Worker], object], worker: Worker) -> int:
+def _call(application: Callable[[Worker], object], worker: Worker, limit_s: float) -> int:
+    # Inherited: the controller's to do, at its own end.
+    atexit._clear()
+    if "logging" in sys.modules:
+        atexit.register(sys.modules["logging"].shutdown)
     try:
-        application(worker)
-    except BlockingIOError:
-        # The end of an accept loop whose listener was told not to wait any more.
-        if not worker.stopping:
+        try:
+            application(worker)
+        except BlockingIOError:
+            # The end of an accept loop whose listener was told not to wait any more.
+            if not worker.stopping:
+                raise
+        except SystemExit:
+            _await_threads(worker, limit_s)
             raise
+        _await_threads(worker, limit_s)
+    finally:
+        atexit._run_exitfuncs()
     return 0
+
+
+def _await_threads(worker: Worker, limit_s: float) -> None:
+    """Those that are no daemons finish what they have, as at the end of any Python program.
+
+    But not for ever: nobody may have told us to end. One that waits for a connection gets
+    an error, as there will be none.
+    """
+    signal.setitimer(signal.ITIMER_REAL, max(limit_s, _KNOCK_S))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for sock in worker.sockets:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+    # Not public; but what concurrent.futures registers there wakes its threads.
+    threading._shutdown()  # type: ignore[attr-defined]

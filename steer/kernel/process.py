@@ -134,8 +134,18 @@ def fork_error(error: OSError) -> KernelError:
 
 
 def _in_child(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]) -> NoReturn:
-    """Never returns into the parent's stack, whatever happens."""
+    """Never returns into the parent's stack, whatever happens: what runs here may have
+    replaced anything of Python's that we use."""
     code = 1
+    try:
+        code = _run(child, mask, ignored)
+        _flush()
+    finally:
+        os._exit(code)
+
+
+def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]) -> int:
+    """The exit code of what a child is to do, from 0 to 255."""
     try:
         # What nobody refers to any more must not be found to be garbage here: it would close
         # numbers that are by then another's, or unmap what was never mapped here.
@@ -145,29 +155,61 @@ def _in_child(child: Callable[[], int], mask: Iterable[int], ignored: Collection
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_HANDLED))
-        code = child()
+        return child()
     except SystemExit as done:
-        code = _exit_code(done.code)
-    except BaseException:  # noqa: BLE001 - shown, and this process ends here
-        sys.excepthook(*sys.exc_info())
-    finally:
-        _flush()
-        os._exit(code)
+        return _exit_code(done.code)
+    except BaseException as error:  # noqa: BLE001 - shown, and this process ends here
+        _show(error)
+        return 1
 
 
 def _exit_code(value: object) -> int:
-    """As Python's own end of a program has it: what is no number is shown, and a failure."""
+    """As Python's own end of a program has it: what is no number is shown, and a failure.
+
+    A number that is none of a C long is -1 (handle_system_exit() of CPython's pythonrun.c).
+    """
     if value is None or isinstance(value, int):
-        return value or 0
-    print(value, file=sys.stderr)
+        number = value or 0
+        return number & 0xFF if -(1 << 63) <= number < 1 << 63 else 0xFF
+    _complain(f"{value}\n")
     return 1
 
 
+def _show(error: BaseException) -> None:
+    """As Python does, or to descriptor 2 where that cannot be."""
+    try:
+        if _takes_text(sys.stderr):
+            sys.excepthook(type(error), error, error.__traceback__)
+            return
+    except Exception:  # noqa: BLE001 - the application's hook
+        pass
+    import traceback
+
+    _complain("".join(traceback.format_exception(error)))
+
+
+def _complain(text: str) -> None:
+    """Say it on standard error, whatever that is by now."""
+    if _takes_text(sys.stderr):
+        sys.stderr.write(text)
+    else:
+        write_stderr(text.encode(errors="backslashreplace"))
+
+
+def _takes_text(stream: object) -> bool:
+    try:
+        stream.write("")  # type: ignore[attr-defined]
+        stream.flush()  # type: ignore[attr-defined]
+    except Exception:  # noqa: BLE001 - it may be any object
+        return False
+    return True
+
+
 def _flush() -> None:
-    """What nobody can take is dropped."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    """What nobody can take is dropped. An application may have put anything in their place."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(Exception):
+            stream.flush()  # type: ignore[union-attr]
 
 
 _CAP_SYS_NICE = 23  # include/uapi/linux/capability.h
