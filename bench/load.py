@@ -231,12 +231,12 @@ class _Client:
             self._next_s = self._started_s + self._due.at_s if self._due else 0.0
 
     def _wait(self, begins: bool) -> None:
-        """Until something happens or is due. Not by epoll: it counts in whole milliseconds."""
+        """Until something happens or is due. Not by epoll or poll: they count in milliseconds."""
         until_s = [self._in_order[0].late_s] if self._in_order else []
         if begins and (self._plan.rate or len(self._open) < self._plan.concurrency):
             until_s.append(self._next_s)
         wait_s = max(min(until_s) - time.monotonic(), 0) if until_s else None
-        select.select([self._epoll], [], [], wait_s)
+        select.select([self._epoll], [], [], wait_s)  # noqa: TID251 - of few descriptors
 
     def _begin(self, begun_s: float, takes_s: float = 0.0) -> None:
         sock = socket.socket()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -14,7 +13,7 @@ import msgspec
 
 from steer import report
 from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
-from steer.kernel import diag, proc, rundir
+from steer.kernel import diag, proc, process, rundir
 from steer.values import shown
 
 _TIMEOUT_S = 5.0
@@ -266,7 +265,7 @@ def stop(path: Path, quick: bool, progress: Progress | None = None) -> None:
         pidfd = os.pidfd_open(rundir.peer(sock)[0])
     _ask_at_length(path, "stop", progress, quick=quick)
     if pidfd is not None:
-        select.select([pidfd], [], [])
+        process.wait_for_end(pidfd, None)
         os.close(pidfd)
 
 

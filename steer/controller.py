@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import select
 import sys
 import threading
 import time
@@ -105,6 +104,7 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
 
     service = plan.service
     process.identity(service.user, service.group)
+    process.allow_descriptors(plan.descriptors)
     if service.chdir is not None and not os.path.isdir(service.chdir):
         raise AppLoadError(f"chdir {service.chdir}", "no such directory")
     if service.command and shutil.which(service.command[0]) is None:
@@ -319,7 +319,7 @@ class Controller:
         importing = threading.Thread(target=importlib.import_module, args=("steer.supervisor",))
         importing.start()
         while importing.is_alive() and not self.early:
-            select.select([self.listener], [], [], _LOOK_S)
+            process.wait_until_readable(self.listener.fileno(), _LOOK_S)
             self.early += self.listener.receive()
         for pid, message in self.early:
             if message.get("READY") == "1":

@@ -158,19 +158,33 @@ class Process:
             ours.pop_all()
 
     def _bound(self) -> Sequence[int]:
-        """Wait for the sockets."""
+        """Wait for the sockets. A message takes no more than MAX_FDS of them."""
         self._channel.settimeout(_BIND_TIMEOUT_S)
-        message, fds = self._receive()
-        if message is None:
-            process.wait_for_end(self._pidfd, _BIND_TIMEOUT_S)
-            self._hear_out()
-            what = f"start worker {self.launch.slot}"
-            raise WorkersFailed(what, "it ended at once", detail=self.last_words)
-        if message.refused is not None:
-            bind = self.launch.binds[message.refused]
-            raise sockets.bind_error(bind, OSError(message.number, ""))
-        self._meet(message.bound)
+        bound: list[int] = []
+        fds: list[int] = []
+        try:
+            while True:
+                message, some = self._receive()
+                fds += some
+                if message is None:
+                    raise self._ended_at_once()
+                if message.refused is not None:
+                    bind = self.launch.binds[message.refused]
+                    raise sockets.bind_error(bind, OSError(message.number, ""))
+                bound += message.bound
+                if not message.more:
+                    break
+        except SteerError:
+            process.close_all(fds)
+            raise
+        self._meet(bound)
         return fds
+
+    def _ended_at_once(self) -> WorkersFailed:
+        process.wait_for_end(self._pidfd, _BIND_TIMEOUT_S)
+        self._hear_out()
+        what = f"start worker {self.launch.slot}"
+        return WorkersFailed(what, "it ended at once", detail=self.last_words)
 
     def watch(self, loop: AbstractEventLoop, ended: Callable[[Process, int | None], None]) -> None:
         """Call `ended` once, with the exit status, when it is gone."""

@@ -25,6 +25,7 @@ from steer import demo, privileges
 from steer.address import Bind
 from steer.config import Service
 from steer.kernel import process, sockets
+from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
 from steer.plan import Seat
 from steer.report import cpu_list
@@ -33,6 +34,8 @@ FIRST_FD = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
 COMMAND_NOT_RUN = 127
 _KNOCK_S = 0.05
+_DESCRIPTORS = 64
+"""Room for what a server opens until it serves, beside its sockets."""
 _TEXT_MAX = 4000
 
 
@@ -41,12 +44,14 @@ class Message(msgspec.Struct, omit_defaults=True):
 
     Args:
         bound: inodes of its sockets; their duplicates come along.
+        more: whether the next message has more of them.
         refused: index of a bind that failed with `number`, an errno.
         unloadable: why the application could not be loaded.
         detail: more lines on that.
     """
 
     bound: list[int] = []
+    more: bool = False
     refused: int | None = None
     number: int = 0
     unloadable: str = ""
@@ -153,7 +158,8 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
     above = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(launch.binds))
     channel = socket.socket(fileno=above)
     process.keep_only([above])
-    process.limit_descriptors(launch.files)
+    # While they are put where a command looks for them each socket is there twice.
+    process.limit_descriptors(launch.files, _DESCRIPTORS + 2 * len(launch.binds))
     try:
         own = _bind(launch, channel)
         if own is None:
@@ -186,7 +192,10 @@ def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
         except OSError as error:
             _tell(channel, Message(refused=index, number=error.errno or 0))
             return None
-    _tell(channel, Message(bound=[os.fstat(s.fileno()).st_ino for s in own]), own)
+    for start in range(0, len(own), MAX_FDS):
+        part = own[start : start + MAX_FDS]
+        inodes = [os.fstat(sock.fileno()).st_ino for sock in part]
+        _tell(channel, Message(bound=inodes, more=start + MAX_FDS < len(own)), part)
     return own
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 from contextlib import ExitStack
@@ -12,7 +11,7 @@ from itertools import count
 from typing import Any
 
 from crew import CPUS, PORT, pinned
-from support import DEADLINE_S, Service, eventually
+from support import DEADLINE_S, Service, eventually, is_ready
 
 from steer.kernel import proc
 
@@ -37,7 +36,7 @@ def answer(sock: socket.socket) -> dict[str, Any]:
 
 def is_answered(sock: socket.socket) -> bool:
     """Or dropped."""
-    return bool(select.select([sock], [], [], 0)[0])
+    return is_ready(sock)
 
 
 def queue(

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
@@ -34,6 +35,10 @@ T = TypeVar("T")
 _TRUE = object()
 
 
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
 def eventually(ask: Callable[[], T], wanted: object = _TRUE, timeout_s: float = DEADLINE_S) -> T:
     """What `ask` answers once it is `wanted`, or once it is true.
 
@@ -46,6 +51,13 @@ def eventually(ask: Callable[[], T], wanted: object = _TRUE, timeout_s: float = 
             return found
         assert time.monotonic() < end_s, f"still {found!r} after {timeout_s:g} s"
         time.sleep(0.01)
+
+
+def is_ready(what: HasFileno | int, within_s: float = 0.0, event: int = select.POLLIN) -> bool:
+    """Whether there is, within that time, something to read; with POLLOUT, room to write."""
+    poll = select.poll()
+    poll.register(what, event)
+    return bool(poll.poll(1000 * max(0.0, within_s)))
 
 
 # Processes

@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import struct
 import subprocess
@@ -26,7 +25,7 @@ import msgspec
 import pytest
 from conftest import RunSteer, StartService
 from fake_service import fake_service
-from support import DEADLINE_S, STEER, Service, clean_environment, eventually, run_steer
+from support import DEADLINE_S, STEER, Service, clean_environment, eventually, is_ready, run_steer
 
 import steer as package
 from steer import config
@@ -391,8 +390,7 @@ class Terminal:
     def read_until(self, done: Callable[[str], object]) -> None:
         end_s = time.monotonic() + DEADLINE_S
         while not done(self.shown):
-            readable, _, _ = select.select([self._master], [], [], end_s - time.monotonic())
-            assert readable, self.shown
+            assert is_ready(self._master, end_s - time.monotonic()), self.shown
             try:
                 self.shown += os.read(self._master, 65536).decode()
             except OSError:  # EIO: nobody has the other end any more

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 import pytest
-from support import DEADLINE_S, eventually
+from support import DEADLINE_S, eventually, is_ready
 
 from steer import demo
 from steer.kernel.cpu import current_cpu
@@ -98,7 +98,7 @@ class Running:
     def wait(self) -> int:
         """The exit code."""
         pidfd = os.pidfd_open(self.pid)
-        assert select.select([pidfd], [], [], DEADLINE_S)[0], "does not end"
+        assert is_ready(pidfd, DEADLINE_S), "does not end"
         os.close(pidfd)
         _, status = os.waitpid(self.pid, 0)
         self.ended = True
@@ -198,7 +198,7 @@ def has_ended(client: Client) -> bool:
 
 
 def is_silent(sock: socket.socket) -> bool:
-    return not select.select([sock], [], [], 0)[0]
+    return not is_ready(sock)
 
 
 def refuses(running: Running) -> bool:
@@ -360,7 +360,7 @@ def test_client_that_reads_late_is_waited_for(start: Start) -> None:
     client[0].setblocking(False)
     sent_bytes = 0
     # A second without room to send, while the server is idle, is the end of its patience.
-    while select.select([], [client[0]], [], 1.0)[1]:
+    while is_ready(client[0], 1.0, select.POLLOUT):
         sent_bytes += client[0].send(GET * 1000)
         assert sent_bytes < 100 << 20, "reads on without bound"
     assert peak_kib(running.pid) - before_kib < 8192

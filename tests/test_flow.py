@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import struct
@@ -19,7 +18,7 @@ import pytest
 from clients import freeze, send
 from conftest import StartService
 from crew import PORT, Crew, host_of, sources
-from support import DEADLINE_S, eventually
+from support import DEADLINE_S, eventually, is_ready
 
 from steer.policy import EBPF
 
@@ -295,7 +294,7 @@ class Flow:
     def insist(self) -> dict[str, int]:
         """Ask again what is not answered: what waits for a worker that is killed is lost."""
         self._sock.send(b"")
-        while not select.select([self._sock], [], [], 1.0)[0]:
+        while not is_ready(self._sock, 1.0):
             self._sock.send(b"")
         return self._answer()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ import pytest
 from clients import answer, freeze, is_answered, queue, request, send
 from conftest import StartService
 from crew import CPUS, PORT, pinned
-from support import DEADLINE_S, Service, eventually, is_running, udp_ask
+from support import DEADLINE_S, Service, eventually, is_ready, is_running, udp_ask
 
 from steer.hang import Look, Patience
 from steer.kernel import proc
@@ -436,7 +435,7 @@ def test_replaced_it_is_not_killed_while_it_does_something(
     chosen = queue(running, clients, 2, busy)
     assert busy["slot"] not in slots_of(chosen)
     wait_for(running, busy, "stopping")
-    assert select.select([begun], [], [], 2.0)[0] == []
+    assert not is_ready(begun, 2.0)
     assert state(running, busy) == "stopping"
 
     release(home, AWAKE)

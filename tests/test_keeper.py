@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DEADLINE_S, NOBODY, as_user, eventually, is_running, session
+from support import DEADLINE_S, NOBODY, as_user, eventually, is_ready, is_running, session
 
 from steer.errors import ControlError
 from steer.kernel import custody, process, rundir
@@ -395,7 +395,7 @@ def test_nobody_reads_what_workers_say(home: Path) -> None:
 
 
 def is_writable(fd: int) -> bool:
-    return bool(select.select([], [fd], [], 0)[1])
+    return is_ready(fd, event=select.POLLOUT)
 
 
 def test_what_belonged_to_a_dead_worker_is_closed(puppet: Puppet) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import select
 import signal
 import socket
 import sys
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import RunSteer, StartService
-from support import DEADLINE_S, Service, eventually, http_get, is_running, session
+from support import DEADLINE_S, Service, eventually, http_get, is_ready, is_running, session
 
 from steer.errors import Refused
 from steer.kernel import diag, proc, rundir
@@ -969,7 +968,7 @@ def test_no_datagram_is_lost(service: StartService) -> None:
 
 
 def at_hand(client: socket.socket) -> Iterator[bytes]:
-    while select.select([client], [], [], 0)[0]:
+    while is_ready(client):
         yield client.recv(1000)
 
 

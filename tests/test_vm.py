@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import select
 import signal
 import struct
 import subprocess
@@ -20,7 +19,7 @@ from typing import IO
 import pytest
 from click.testing import CliRunner
 from conftest import require
-from support import DEADLINE_S
+from support import DEADLINE_S, is_ready
 
 from vm import __main__ as command
 from vm import accel, boot, cache, cards, kernels, root
@@ -538,7 +537,7 @@ def end(contained: None, tool: Tool, tmp_path: Path) -> Callable[..., int]:
             process.send_signal(signal.Signals[f"SIG{number}"])
             said = "\n" if number == "INT" else ""  # click's
             assert process.communicate(timeout=DEADLINE_S) == ("", said)
-            assert select.select([guest], [], [], DEADLINE_S)[0]
+            assert is_ready(guest, DEADLINE_S)
             assert guest.read() == b""
         assert not list(tmp_path.glob("steer-vm-*"))
         return process.returncode

@@ -153,7 +153,7 @@ class Desk:
         except BlockingIOError:
             return
         except OSError:  # no descriptor to be had, say
-            select.select([], [], [], _PAUSE_S)
+            time.sleep(_PAUSE_S)
             return
         talk = Talk(sock)
         self._talks[talk] = None

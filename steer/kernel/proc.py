@@ -295,7 +295,13 @@ class _Bound(msgspec.Struct, frozen=True):
     inode: int
 
 
-def holders(protocol: Protocol, address: str, port: int, root: str = "/proc") -> list[Holder]:
+def holders(
+    protocol: Protocol,
+    address: str,
+    port: int,
+    root: str = "/proc",
+    ours: frozenset[int] = frozenset(),
+) -> list[Holder]:
     """Who holds a port of this network namespace, on the address or one that overlaps it.
 
     The likeliest cause of an EADDRINUSE comes first: the same address before a wildcard of
@@ -306,11 +312,14 @@ def holders(protocol: Protocol, address: str, port: int, root: str = "/proc") ->
 
     Args:
         address: an IP address; "" is any.
+        ours: inodes of sockets to leave out. Looking for the process that has a socket takes
+            far longer than to find the socket.
     """
     wanted = _pack(address)
     table = [bound for bound in _bound(protocol, root) if bound.port == port and bound.inode]
     found = [bound for bound in table if _overlap(wanted, bound.ip) is not None]
     found = [bound for bound in found if bound.waiting] or found
+    found = [bound for bound in found if bound.inode not in ours]
     found.sort(key=lambda bound: _overlap(wanted, bound.ip) or 0)
     pids = _pids_of({bound.inode for bound in found}, root) if found else {}
     return [_holder(bound, pid, root) for bound in found for pid in pids.get(bound.inode, (None,))]

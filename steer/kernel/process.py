@@ -335,14 +335,24 @@ def release_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
 
-def wait_for_end(pidfd: int, timeout_s: float) -> bool:
-    """Whether the process ended within the time (pidfd_open(2): readable when it has).
+def wait_until_readable(fd: int, timeout_s: float | None) -> bool:
+    """Whether there was something to read within the time; None waits for as long as it takes.
 
     Not by select(2), which takes no descriptor above 1023.
     """
     poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+def wait_for_end(pidfd: int, timeout_s: float | None) -> bool:
+    """Whether the process ended within the time (pidfd_open(2): readable when it has)."""
+    return wait_until_readable(pidfd, timeout_s)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def terminate(pidfd: int) -> None:
@@ -397,7 +407,7 @@ def how_it_ended(status: int | None) -> str:
 
 
 def allow_descriptors(needed: int) -> tuple[int, int]:
-    """Raise the soft limit on open files to `needed` if it is lower.
+    """Raise the soft limit on open files, if it is lower, to what is open now and `needed`.
 
     Returns:
         The limits as they were, to be given back to workers.
@@ -405,22 +415,30 @@ def allow_descriptors(needed: int) -> tuple[int, int]:
     Raises:
         ConfigError: the hard limit is lower.
     """
+    needed += len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise ConfigError(
-                f"open {needed} files, as so many workers need",
+                f"open {needed} files, as so many workers and addresses need",
                 f"the limit is {hard}",
-                "raise it (ulimit -Hn, LimitNOFILE=) or run fewer workers",
+                "raise it (ulimit -Hn, LimitNOFILE=), or fewer workers or addresses",
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return soft, hard
 
 
-def limit_descriptors(limits: tuple[int, int]) -> None:
+def limit_descriptors(limits: tuple[int, int], needed: int = 0) -> None:
     """Give a worker the limits that the controller was started with: programs that
-    use select(2) break on a higher one."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    use select(2) break on a higher one.
+
+    Args:
+        needed: it has that many all the same.
+    """
+    soft, hard = limits
+    if soft != resource.RLIM_INFINITY:
+        soft = max(soft, needed)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def stderr_takes() -> bool:

@@ -63,8 +63,9 @@ def refuse_strangers(bind: Bind, ours: frozenset[int]) -> None:
     Raises:
         BindError: somebody else is.
     """
-    here = proc.holders("udp" if bind.protocol == "udp" else "tcp", bind.address, bind.port)
-    strangers = [one for one in here if one.inode not in ours and one.address == bind.address]
+    protocol: proc.Protocol = "udp" if bind.protocol == "udp" else "tcp"
+    others = proc.holders(protocol, bind.address, bind.port, ours=ours)
+    strangers = [one for one in others if one.address == bind.address]
     if strangers:
         names = ", ".join(sorted({str(one) for one in strangers}))
         raise BindError(f"bind {bind.label}", f"{names} joined it too", "stop that first")
