@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from steer import lifecycle, rotation
+from steer.clock import Clock
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
 from steer.kernel import proc, process, sockets
 from steer.kernel.custody import Entry, Guard
@@ -50,6 +51,7 @@ class Fleet:
 
     Attributes:
         generation: the one in force; a place may be of an earlier one, and on its way out.
+        clock: what workers are given time for goes by it.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Fleet:
         self.places: list[Place] = []
         self._rotation = Rotation(steering, self.places, slots, guard, log)
         self.log = log
+        self.clock = Clock()
         self._guard = guard
         self._launch = launch
         self._ending = False
@@ -120,7 +123,7 @@ class Fleet:
 
     def _adopt(self, entry: Entry, generations: Mapping[int, Generation]) -> Place:
         saved = msgspec.json.decode(entry.value, type=Saved)
-        place = Place.restored(saved, generations[saved.generation])
+        place = Place.restored(saved, generations[saved.generation], self.clock.now_s())
         launch = self._launch(place)
         place.process = Process.adopted(launch, self._guard, saved.running, entry)
         return place
@@ -162,6 +165,7 @@ class Fleet:
         """
         self._loop, self._settle, self._changed = loop, settle, changed
         self._rotation.watch(loop)
+        self.clock.run(loop)
         self.up = loop.create_future()
         self.ended = loop.create_future()
         for place in list(self.places):
@@ -260,7 +264,7 @@ class Fleet:
                 self._hear(place, place.process, message)
 
     def _hear(self, place: Place, worker: Process, message: Mapping[str, str]) -> None:
-        place.hear(message)
+        place.hear(message, self.clock.now_s())
         if message.get("STOPPING") == "1":
             self.report(place, Event.DRAIN)
         if message.get("READY") == "1" and place.state is State.STARTING:
@@ -328,7 +332,7 @@ class Fleet:
 
     def _activate(self, place: Place) -> None:
         place.cancel_timer()
-        place.got_ready()
+        place.got_ready(self.clock.now_s())
         self.log.info("worker %d ready", place.slot)
         self._rotation.flip_soon()
         if place.came_up and not place.came_up.done():
@@ -481,7 +485,7 @@ class Fleet:
             place.came_up.exception()
 
     def _set_timer(self, place: Place, after_s: float, event: Event) -> None:
-        place.set_timer(self._loop.call_later(after_s, self.report, place, event))
+        place.set_timer(self.clock.call_later(after_s, self.report, place, event))
 
 
 _DO: dict[Command, Callable[[Fleet, Place], None]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import socket
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,8 @@ _FIRST_S, _LAST_S = 0.01, 0.25
 _LOOKS = 3
 """In one --hang-timeout; more while something waits."""
 _SAMPLE_S = 0.02
+_TOLD_S = 1.0
+"""A gap of so long is logged."""
 _RELIEF_AGAIN_S = 30.0
 """So long after it was asked for, another that did not come is asked for again."""
 
@@ -36,14 +37,21 @@ class Health:
     Args:
         fleet: is told what they show.
         relieve: asks for another worker in place of one that hangs.
+        hear: takes in what workers have notified of and was not read yet.
     """
 
     def __init__(
-        self, fleet: Fleet, loop: AbstractEventLoop, relieve: Callable[[Place], None]
+        self,
+        fleet: Fleet,
+        loop: AbstractEventLoop,
+        relieve: Callable[[Place], None],
+        hear: Callable[[], None],
     ) -> None:
         self._fleet = fleet
         self._loop = loop
         self._relieve = relieve
+        self._hear = hear
+        self._missed_s = 0.0
         self._starting_s = _FIRST_S
         self._starting: TimerHandle | None = None
         self._patience: dict[tuple[int, int], Patience] = {}
@@ -62,6 +70,7 @@ class Health:
     def retime(self) -> None:
         """The configuration may be another."""
         self._patience.clear()
+        self._fleet.clock.measure(*self._limits_s)
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None
@@ -101,12 +110,32 @@ class Health:
     # Hanging.
 
     def _tick_in(self, times: float) -> None:
-        service = self._fleet.generation.plan.service
-        limits_s = [each for each in (service.hang_timeout, service.watchdog) if each]
-        if limits_s:
+        if limits_s := self._limits_s:
             self._ticking = self._loop.call_later(times * min(limits_s) / _LOOKS, self._tick)
 
+    @property
+    def _limits_s(self) -> list[float]:
+        service = self._fleet.generation.plan.service
+        return [each for each in (service.hang_timeout, service.watchdog) if each]
+
+    def _start_again_after_a_gap(self) -> None:
+        """While we did not run nobody was heard, and workers may have stood still, too."""
+        now_s, before_s = self._fleet.clock.now_s(), self._missed_s
+        self._missed_s = self._fleet.clock.missed_s
+        if self._missed_s == before_s:
+            return
+        if self._missed_s - before_s >= _TOLD_S:
+            gap_s = self._missed_s - before_s
+            self._fleet.log.warning("this controller did not run for %.1f s", gap_s)
+        self._patience.clear()
+        for place in self._fleet.places:
+            if math.isfinite(place.heard_s):  # else it asked to be taken for hung
+                place.heard_s = now_s
+
     def _tick(self) -> None:
+        self._start_again_after_a_gap()
+        if any(_is_silent(place, self._fleet.clock.now_s()) for place in self._fleet.places):
+            self._hear()
         something_waits = False
         there = {place.process.pid for place in self._fleet.places if place.process}
         self._patience = {key: each for key, each in self._patience.items() if key[0] in there}
@@ -121,7 +150,7 @@ class Health:
 
     def _look_at_ready(self, place: Place, process: Process) -> bool:
         """Whether something waits for it."""
-        now_s = time.monotonic()
+        now_s = self._fleet.clock.now_s()
         looks = self._looks(place, process)
         over = [self._patience_with(process, at).is_over(now_s, look) for at, look in looks.items()]
         silent = _is_silent(place, now_s)
@@ -178,7 +207,7 @@ class Health:
 
     def _is_back(self, place: Place, process: Process) -> bool:
         """It did something, and waits for more."""
-        if _is_silent(place, time.monotonic()):
+        if _is_silent(place, self._fleet.clock.now_s()):
             return False
         if not place.has_acted() or proc.is_stopped(process.pid):
             return False
@@ -190,7 +219,7 @@ class Health:
         if place.generation.plan.service.hang != "replace":
             return
         others = (each for each in self._fleet.places if each.seat.number == place.seat.number)
-        now_s = time.monotonic()
+        now_s = self._fleet.clock.now_s()
         if now_s >= place.relief_s and not any(each.hung for each in others):
             place.relief_s = now_s + _RELIEF_AGAIN_S
             self._relieve(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -13,6 +14,9 @@ from steer.kernel.mail import Letter
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
+
+_FLOOD = 4096
+"""Messages: each of as many workers may have sent one."""
 
 
 class Listener:
@@ -60,6 +64,15 @@ class Listener:
     def _pass_on(self, heard: Callable[[int, Mapping[str, str]], None]) -> None:
         for pid, message in self.receive():
             heard(pid, message)
+
+    def hear_all(self, heard: Callable[[int, Mapping[str, str]], None]) -> None:
+        """Call `heard` with all that waits now, but for a flood of it."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        for _ in range(_FLOOD):
+            if not poll.poll(0):
+                return
+            self._pass_on(heard)
 
     def receive(self) -> Iterator[tuple[int, Mapping[str, str]]]:
         """The next message, if there is one and it may be looked at, and who sent it."""

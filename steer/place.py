@@ -19,7 +19,9 @@ from steer.spawn import Process, Running
 from steer.table import Member
 
 if TYPE_CHECKING:
-    from asyncio import Future, Task, TimerHandle
+    from asyncio import Future, Task
+
+    from steer.clock import Timer
 
 
 class Saved(msgspec.Struct, frozen=True):
@@ -49,7 +51,7 @@ class Place(msgspec.Struct, eq=False):
         came_up: of one that is held: done once it is ready, or with what went wrong.
         failures: ends in a row before `lifecycle.STABLE_S` of service.
         says_ready: whether it sent READY=1.
-        heard_s: when it last sent WATCHDOG=1, or was ready.
+        heard_s: when it last sent WATCHDOG=1, or was ready, by the controller's clock.
         takers: its processes that were seen to wait on its sockets.
         activity: see `proc.activity`: of these, at the last look at them.
         hung: when it was retired.
@@ -78,12 +80,12 @@ class Place(msgspec.Struct, eq=False):
     relief_s: float = 0.0
     others: set[int] = set()
     said: str = ""
-    timer: TimerHandle | None = None
+    timer: Timer | None = None
     settling: Task[None] | None = None
     error: SteerError | None = None
 
     @classmethod
-    def restored(cls, saved: Saved, generation: Generation) -> Place:
+    def restored(cls, saved: Saved, generation: Generation, heard_s: float) -> Place:
         """As another controller left it, but for its process.
 
         Args:
@@ -99,7 +101,7 @@ class Place(msgspec.Struct, eq=False):
             starts=saved.starts,
             failures=saved.failures,
             says_ready=saved.says_ready,
-            heard_s=time.monotonic(),
+            heard_s=heard_s,
             takers=saved.takers,
             hung=saved.hung,
             others=saved.others,
@@ -125,18 +127,17 @@ class Place(msgspec.Struct, eq=False):
         if self.process and before.cpus != seat.cpus:
             process.pin(proc.descendants(self.process.pid), seat.cpus)
 
-    def hear(self, message: Mapping[str, str]) -> None:
+    def hear(self, message: Mapping[str, str], now_s: float) -> None:
         """What it tells of itself, see sd_notify(3)."""
         self.said = message.get("STATUS", self.said)
         if message.get("WATCHDOG") == "1":
-            self.heard_s = time.monotonic()
+            self.heard_s = now_s
         elif message.get("WATCHDOG") == "trigger":
             self.heard_s = -math.inf
 
-    def got_ready(self) -> None:
+    def got_ready(self, now_s: float) -> None:
         """What can be seen of its process only now; from here on it need not be modest."""
-        now_s = time.monotonic()
-        self.ready_s = self.ready_s or now_s
+        self.ready_s = self.ready_s or time.monotonic()
         self.heard_s = now_s
         if self.process:
             with suppress(KernelError):
@@ -159,7 +160,7 @@ class Place(msgspec.Struct, eq=False):
             self.activity = proc.activity(self.process.pid, among=self.takers)
         return self.activity != before
 
-    def set_timer(self, timer: TimerHandle) -> None:
+    def set_timer(self, timer: Timer) -> None:
         """It waits for this now, and for nothing that it waited for before."""
         self.cancel_timer()
         self.timer = timer

@@ -8,7 +8,6 @@ end then would drop it: uvicorn closes connections that have not asked for anyth
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING
 
 from steer.errors import KernelError
@@ -37,13 +36,14 @@ async def settle(fleet: Fleet, place: Place) -> None:
     A handshake that began before the table changed may end now, and the connection wait at
     a listener that its worker has turned away from, but keeps open.
     """
-    whole_s, began_s = fleet.generation.plan.service.graceful_timeout, time.monotonic()
+    clock = fleet.clock
+    whole_s, began_s = fleet.generation.plan.service.graceful_timeout, clock.now_s()
     await _until_forgotten(fleet, place, began_s + _FLOWS_UNTIL * whole_s)
     # Half of what is left is for finishing what it has.
-    limit_s = (began_s + whole_s - time.monotonic()) / 2
-    end_s = time.monotonic() + limit_s
+    limit_s = (began_s + whole_s - clock.now_s()) / 2
+    end_s = clock.now_s() + limit_s
     await until_empty(fleet, place, limit_s)
-    await _until_answered(place, min(end_s, time.monotonic() + _LINGER_S))
+    await _until_answered(fleet, place, min(end_s, clock.now_s() + _LINGER_S))
     fleet.report(place, Event.SETTLED)
     while place.process:
         fleet.move_queue(place)
@@ -58,9 +58,9 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
     """
     fleet.settle()
     fleet.steering.settle()
-    began_s = time.monotonic()
+    began_s = fleet.clock.now_s()
     while place.process and not place.serves and _queued(place.process):
-        waited_s = time.monotonic() - began_s
+        waited_s = fleet.clock.now_s() - began_s
         if waited_s > limit_s:
             return False
         if waited_s > _TAKE_S:
@@ -75,8 +75,8 @@ async def _until_forgotten(fleet: Fleet, place: Place, end_s: float) -> None:
     steering, got = fleet.steering, _datagrams(fleet, place)
     if not got or place.hung or not steering.remembers():
         return
-    idle_s, last_s = steering.own().params.get("idle", 0), time.monotonic()
-    while place.process and (now_s := time.monotonic()) < min(end_s, last_s + idle_s):
+    idle_s, last_s = steering.own().params.get("idle", 0), fleet.clock.now_s()
+    while place.process and (now_s := fleet.clock.now_s()) < min(end_s, last_s + idle_s):
         await asyncio.sleep(min(_LOOK_AT_FLOWS_S, end_s - now_s))
         if (now := _datagrams(fleet, place)) != got:
             got, last_s = now, now_s
@@ -91,8 +91,8 @@ def _datagrams(fleet: Fleet, place: Place) -> int | None:
     return sum(each.selected for each in counts if each) if any(counts) else None
 
 
-async def _until_answered(place: Place, end_s: float) -> None:
-    while place.process and _has_connections(place, place.process) and time.monotonic() < end_s:
+async def _until_answered(fleet: Fleet, place: Place, end_s: float) -> None:
+    while place.process and _has_connections(place, place.process) and fleet.clock.now_s() < end_s:
         await asyncio.sleep(_LOOK_S)
 
 

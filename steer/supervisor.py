@@ -73,7 +73,7 @@ class _Supervisor:
         self._anew = asyncio.Event()
         loop.set_exception_handler(self._on_bug)
         self._changes = Changes(self._fleet, self._service.keep)
-        self._health = Health(self._fleet, loop, self._relieve)
+        self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
         self._fleet.watch(loop, settle, self._health.changed)
         for pid, message in self._service.early:
             self._fleet.notified(pid, message)
@@ -241,6 +241,9 @@ class _Supervisor:
                 raise
 
         return handle
+
+    def _hear_all(self) -> None:
+        self._service.listener.hear_all(self._fleet.notified)
 
     def _watch_guard(self) -> None:
         self._loop.add_reader(self._service.guard, self._on_guard_end)

@@ -1,0 +1,103 @@
+"""The controller's own time: it stands still while the controller does not run.
+
+Stopped by a signal or a cgroup's freezer, suspended with the machine, or left without CPU, the
+controller hears nothing of its workers, and they may have stood still as well. That time is
+nobody's delay. So what workers are given time for is measured with this clock: their watchdog,
+how long they take nothing, getting ready, finishing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Handle
+
+_BEAT_S = 0.5
+_SOON_S = 0.001
+"""Timers may be early by so much: the loop rounds."""
+
+
+class _Loop(Protocol):
+    """What of an event loop is used."""
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: object
+    ) -> Handle: ...
+
+
+def boottime_s() -> float:
+    """With the time in which the machine was suspended (clock_gettime(2))."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Clock:
+    """Looks at the time every so often. Where a look comes late by as much again, what passed
+    since the last one is a gap, and does not count.
+
+    Args:
+        read_s: the time that it is made from.
+
+    Attributes:
+        missed_s: for how long the controller did not run, in all.
+    """
+
+    def __init__(self, read_s: Callable[[], float] = boottime_s) -> None:
+        self._read_s = read_s
+        self._seen_s = read_s()
+        self._beat_s = _BEAT_S
+        self.loop: _Loop
+        self.missed_s = 0.0
+
+    def run(self, loop: AbstractEventLoop | _Loop) -> None:
+        """Look at the time every so often from here on."""
+        self.loop = loop
+        self._seen_s = self._read_s()
+        self._beat()
+
+    def measure(self, *limits_s: float) -> None:
+        """Notice a gap in time for these limits; those that are 0 are none."""
+        self._beat_s = min((limit_s / 4 for limit_s in limits_s if limit_s), default=_BEAT_S)
+        self._beat_s = min(self._beat_s, _BEAT_S)
+
+    def now_s(self) -> float:
+        """Seconds that the controller was there to see, from some point on."""
+        read_s = self._read_s()
+        passed_s = read_s - self._seen_s
+        if passed_s > 2 * self._beat_s:
+            self.missed_s += passed_s
+        self._seen_s = read_s
+        return read_s - self.missed_s
+
+    def call_later(self, after_s: float, callback: Callable[..., object], *args: object) -> Timer:
+        """As the loop's, but `after_s` of this clock."""
+        return Timer(self, after_s, lambda: callback(*args))
+
+    def _beat(self) -> None:
+        self.now_s()
+        self.loop.call_later(self._beat_s, self._beat)
+
+
+class Timer:
+    """A call to come; see `Clock.call_later`."""
+
+    def __init__(self, clock: Clock, after_s: float, call: Callable[[], object]) -> None:
+        self._clock = clock
+        self._due_s = clock.now_s() + after_s
+        self._call = call
+        self._wait(after_s)
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+
+    def _wait(self, after_s: float) -> None:
+        self._handle = self._clock.loop.call_later(after_s, self._on_time)
+
+    def _on_time(self) -> None:
+        left_s = self._due_s - self._clock.now_s()
+        if left_s > _SOON_S:
+            self._wait(left_s)
+        else:
+            self._call()
