@@ -33,6 +33,21 @@ class Code(msgspec.Struct, frozen=True):
         return b"".join(insns)
 
 
+class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The files that decided about an object, beside its source and our own headers.
+
+    Args:
+        digests: of what was read, by path.
+        absent: paths that are searched earlier, where nothing was.
+    """
+
+    digests: dict[str, str] = {}
+    absent: tuple[str, ...] = ()
+
+
+NO_INPUTS = Inputs()
+
+
 class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
     """A compiled policy.
 
@@ -42,12 +57,14 @@ class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
         programs: "plain", and "migrate" for kernels that let a program migrate.
         lines: by program, for a policy of one's own: index of an instruction -> the line
             of the source that begins there.
+        inputs: what was read to compile it; None where that cannot be told.
     """
 
     digest: str
     compiler: str
     programs: dict[str, Code]
     lines: dict[str, dict[int, int]] = {}
+    inputs: Inputs | None = NO_INPUTS
 
     def encode(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"

@@ -71,7 +71,7 @@ class Choice:
             CompileError, VerifierError: a policy of the user's own is not right.
             KernelError: the kernel refuses.
         """
-        code = compile.load(policies.file_of(plan.policy))
+        code = compile.load(policies.file_of(plan.policy), plan.policy.digest)
         with ExitStack() as undo:
             maps = {name: undo.enter_context(bpf.Map(name)) for name in ("table", "params", "own")}
             if any("flows" in each.relocations.values() for each in code.programs.values()):

@@ -42,6 +42,7 @@ from steer.log import Log
 from steer.notify import Listener
 from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
+from steer.policy import EBPF
 from steer.steering import Steering
 from steer.table import Member
 from steer.worker import Launch
@@ -451,6 +452,10 @@ class Controller:
                 sockets.check_free(bind)
 
     def _load(self, _step: Step) -> None:
+        policy = self.plan.policy
+        if policy.is_own and self.plan.rungs[0].backend == EBPF:
+            # First: only then it is known what it is made from, and so what a reload compares.
+            self.plan = msgspec.structs.replace(self.plan, policy=policies.compiled(policy))
         self.steering, self.rung = first_that_holds(self.plan, self.log.warning)
         self._undo.callback(self._close_steering)
         self.plan = msgspec.structs.replace(self.plan, rungs=(self.rung,))

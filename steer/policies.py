@@ -57,9 +57,13 @@ def prepare(asked: str) -> Policy:
         As `find`; CompileError: it does not compile.
     """
     policy = find(asked)
-    if policy.is_own:
-        compile.load(file_of(policy))
-    return policy
+    return compiled(policy) if policy.is_own else policy
+
+
+def compiled(policy: Policy) -> Policy:
+    """One of the user's own, as it is once it has been compiled: only then is it known what it
+    is made from. Raises CompileError."""
+    return msgspec.structs.replace(policy, digest=compile.load(file_of(policy)).digest)
 
 
 def as_left(asked: str, says: Declared, digest: str) -> Policy:
@@ -90,4 +94,4 @@ def _own(source: Path) -> Policy:
     act = f"read {source}"
     check_name(source.stem, act)
     says = declared.parse(compile.text(source), act)
-    return own(source.stem, str(source), says, compile.digest(source))
+    return own(source.stem, str(source), says, compile.version(source))

@@ -286,6 +286,8 @@ class _Supervisor:
 
     async def _become(self, plan: Plan) -> None:
         async with self._changes.turn(f"reload {plan.name}"):
+            policy = await asyncio.to_thread(policies.prepare, plan.service.policy)
+            plan = msgspec.structs.replace(plan, policy=policy)
             await self._renew(plan, unheard)
 
     async def _renew(self, plan: Plan, tell: Tell) -> Generation:

@@ -205,20 +205,6 @@ def test_file_that_is_no_policy(cli: RunSteer, home: Path, file: str, words: str
     assert done.stderr.startswith("steer: " + words.replace("HOME", str(home)))
 
 
-@pytest.mark.parametrize("two", ["two.h", "lib/two.h"])
-def test_what_it_includes_is_compiled_anew(home: Path, two: str) -> None:
-    """And so is what that includes, from beside it or beside the policy."""
-    source = write(home, '#include "lib/one.h"\n' + policy("return ANSWER;"))
-    (home / "lib").mkdir()
-    (home / "lib" / "one.h").write_text('#include "two.h"\n')
-    (home / two).write_text("#define ANSWER 1\n")
-    first = compile.digest(source)
-    (home / two).write_text("#define ANSWER 2\n")
-    assert compile.digest(source) != first
-    (home / two).write_text("#define ANSWER 1\n")
-    assert compile.digest(source) == first
-
-
 def test_wrong_declaration_is_named_with_its_line(cli: RunSteer, home: Path) -> None:
     write(home, 'STEER_PARAM(slot, 9, 0, 8, "x")\n' + policy("return 0;"))
     done = cli("policies", "check", "mine.c")
@@ -250,7 +236,7 @@ def test_header_beside_a_policy(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file = write(home, '#include "beside.h"\n' + policy("return NOBODY;"))
     monkeypatch.chdir("/")
     assert own.check(str(file)).compiler
-    assert list(compile.included(file)) == [home / "beside.h"]
+    assert compile.read_by(file) == [home / "beside.h"]
 
 
 @pytest.mark.needs("bcc")

@@ -157,11 +157,12 @@ def run(
     if not is_file and policy not in POLICIES:
         raise VmError(f"policy {policy}", "unknown", f"{', '.join(POLICIES)}, or a FILE.c")
     machine = _wanted(kernel, **options)
-    tried = f"/host/policy/{Path(policy).name}" if is_file else policy
+    source = Path(policy).resolve()
+    tried = f"/host/policy/{source.name}" if is_file else policy
     command = ["python", "-m", "vm.trial", tried]
     command += ["--connections", str(connections), *(["--udp"] if udp else [])]
     command += [f"--param={param}" for param in params]
-    files = (Path(policy), *compile.included(Path(policy))) if is_file else ()
+    files = (source, *compile.read_by(source)) if is_file else ()
     return boot.run(machine, command, files)
 
 

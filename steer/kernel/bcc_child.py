@@ -3,9 +3,9 @@
     python3 bcc_child.py SOURCE INCLUDE_DIR [-g] [-mllvm=OPTION] [-DNAME=VALUE]...
 
 Writes to standard output, as JSON, the compiler's version, the bytecode of each program
-in hexadecimal and, with -g, where each line of the source begins in it; the compiler's
-messages go to standard error. Exit status 3: this Python has no bcc. No maps are made and
-nothing is loaded, so no privilege is needed.
+in hexadecimal, with -g where each line of the source begins in it, and the files that were
+read, as a rule for make; the compiler's messages go to standard error. Exit status 3: this
+Python has no bcc. No maps are made and nothing is loaded, so no privilege is needed.
 
 Stands alone, as the system's Python that runs it may not have steer.
 """
@@ -60,8 +60,10 @@ def main(source: str, include: str, *flags: str) -> int:
         return NO_BCC
     tell_llvm([flag.removeprefix("-mllvm=") for flag in flags if flag.startswith("-mllvm=")])
     try:
+        read = os.memfd_create("read")
+        to_read = ["-MD", "-MF", f"/proc/self/fd/{read}"]
         places = [f"-I{include}", f"-I{os.path.dirname(source)}"]
-        module, lines = compiled(BPF, source, [*places, *flags])
+        module, lines = compiled(BPF, source, [*to_read, *places, *flags])
     except Exception as error:  # noqa: BLE001 - bcc raises nothing more exact
         print(error, file=sys.stderr)
         return 1
@@ -73,7 +75,14 @@ def main(source: str, include: str, *flags: str) -> int:
         for name, function in named.items()
         if function in functions
     }
-    found = {"compiler": f"bcc {bcc.__version__}", "programs": programs, "lines": lines}
+    with open(f"/proc/self/fd/{read}", errors="replace") as file:
+        rule = file.read()
+    found = {
+        "compiler": f"bcc {bcc.__version__}",
+        "programs": programs,
+        "lines": lines,
+        "read": rule,
+    }
     with answer:
         json.dump(found, answer)
     return 0
@@ -81,7 +90,10 @@ def main(source: str, include: str, *flags: str) -> int:
 
 def compiled(compiler: Any, source: str, flags: list[str]) -> tuple[Any, Lines]:
     """The module and, if -g is among the flags, the lines of its programs."""
-    cflags = [*WARNINGS, *(flag for flag in flags if flag[:2] in ("-I", "-D"))]
+    cflags = [
+        *WARNINGS,
+        *(flag for flag in flags if flag != "-g" and not flag.startswith("-mllvm")),
+    ]
     if "-g" not in flags:
         return compiler(src_file=source.encode(), cflags=cflags), {}
     with tempfile.TemporaryFile("w+", errors="replace") as told:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from steer import declared
-from steer.bytecode import PolicyObject, unlink
+from steer.bytecode import NO_INPUTS, Inputs, PolicyObject, unlink
 from steer.errors import CompileError
+from steer.kernel import inputs
 
 _HERE = Path(__file__).resolve().parent
 _CHILD = _HERE / "bcc_child.py"
@@ -44,7 +45,9 @@ def prebuilt(name: str) -> Path:
 
 
 def digest(source: Path) -> str:
-    """What names an object: a hash of the policy, what it includes, steer.h and our headers.
+    """Names what is compiled: a hash of the policy's text, steer.h, our headers and how we compile.
+
+    For one of the user's own also of where it is, as that decides what it includes.
 
     Raises:
         CompileError: `source` cannot be read.
@@ -53,27 +56,12 @@ def digest(source: Path) -> str:
     headers = sources()
     own = [_CHILD, headers / "steer.h", *sorted((headers / "include").rglob("*.h"))]
     total = hashlib.sha256(sys.byteorder.encode())
-    for data in map(_read_file, (source, *included(source), *own)):
+    if source.parent != headers:
+        total.update(os.fsencode(source.resolve().parent) + b"\0")
+    for data in map(_read_file, (source, *own)):
         total.update(data)
         total.update(b"\0")
     return total.hexdigest()
-
-
-def included(source: Path) -> Iterator[Path]:
-    """What it includes by name from where it is itself, and what that does."""
-    seen, left = {source}, [source]
-    while left:
-        here = left.pop()
-        for name in _INCLUDE.findall(_read_file(here)):
-            beside = (at / os.fsdecode(name) for at in (here.parent, source.parent))
-            file = next(filter(Path.is_file, beside), None)
-            if file and file not in seen:
-                seen.add(file)
-                left.append(file)
-                yield file
-
-
-_INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"\n]+)"', re.MULTILINE)
 
 
 def _read_file(file: Path) -> bytes:
@@ -95,22 +83,60 @@ def _read_file(file: Path) -> bytes:
 _MOST_BYTES = 1 << 20
 
 
-def load(source: Path) -> PolicyObject:
+_made: dict[str, PolicyObject] = {}
+"""By digest of the source: what this process compiled last, whether it can be cached or not."""
+
+
+def load(source: Path, wanted: str = "") -> PolicyObject:
     """The object of a policy's source file, compiling only where nothing is at hand.
+
+    Args:
+        wanted: its digest, if it was compiled before in this process: then it is that one.
 
     Raises:
         CompileError: it does not compile, or there is no compiler.
     """
-    wanted = digest(source)
-    cached = _cache_dir() / f"{wanted}.json"
-    shipped = [prebuilt(source.stem)] if source.parent == sources() else []
-    for file in [*shipped, cached]:
-        found = _read(file, trusted=file is not cached)
-        if found is not None and found.digest == wanted:
-            return found
-    fresh = compile_source(source)
-    _store(cached, fresh)
-    return fresh
+    key = digest(source)
+    found = _made.get(key)
+    if found is not None and found.digest == wanted:
+        return found
+    found = _at_hand(source, key)
+    if found is None:
+        found = _made[key] = compile_source(source)
+        if found.inputs is not None:
+            _store(key, found)
+    return found
+
+
+def version(source: Path) -> str:
+    """Another one when anything that the object is made from is another. As long as it has not
+    been compiled that is its own text; from then on also what it includes.
+
+    Raises:
+        CompileError: `source` cannot be read.
+    """
+    key = digest(source)
+    found = _at_hand(source, key)
+    return found.digest if found is not None else key
+
+
+def _at_hand(source: Path, key: str) -> PolicyObject | None:
+    """An object that is as good as one compiled now."""
+    if source.parent == sources():
+        shipped = _read(prebuilt(source.stem), trusted=True)
+        if shipped is not None and shipped.digest == key:
+            return shipped
+    found = _cached(key)
+    if found is None or found.inputs is None:
+        return None
+    return found if inputs.are_the_same(found.inputs, _read_file) else None
+
+
+def _cached(key: str) -> PolicyObject | None:
+    file = _cache_file(key)
+    found = _read(file, trusted=False) if file else None
+    is_whole = found and found.inputs and found.digest == inputs.version(key, found.inputs)
+    return found if is_whole else None
 
 
 def compile_source(source: Path) -> PolicyObject:
@@ -123,6 +149,7 @@ def compile_source(source: Path) -> PolicyObject:
 
     act = f"compile {source.name}"
     flags = _flags(source)
+    began_ns = time.time_ns()
     for python in interpreters():
         try:
             done = subprocess.run(
@@ -139,7 +166,7 @@ def compile_source(source: Path) -> PolicyObject:
             message = done.stderr.decode(errors="replace").strip()
             message = message.replace(_BCC_CALLS_IT, str(source))
             raise CompileError(act, "bcc refuses it", detail=message)
-        return _object(source, done.stdout)
+        return _object(source, done.stdout, began_ns)
     raise CompileError(act, "no bcc here", "install it (Debian, Ubuntu: python3-bpfcc)")
 
 
@@ -149,9 +176,11 @@ class _Answer(msgspec.Struct):
     compiler: str
     programs: dict[str, str]
     lines: dict[str, dict[int, int]]
+    read: str
 
 
-def _object(source: Path, output: bytes) -> PolicyObject:
+def _object(source: Path, output: bytes, began_ns: int) -> PolicyObject:
+    """Args: began_ns: when the compiler was started."""
     answer = msgspec.json.decode(output, type=_Answer)
     act = f"compile {source.name}"
     if not answer.programs:
@@ -160,7 +189,31 @@ def _object(source: Path, output: bytes) -> PolicyObject:
         programs = {name: unlink(bytes.fromhex(code)) for name, code in answer.programs.items()}
     except ValueError as error:
         raise CompileError(act, str(error)) from None
-    return PolicyObject(digest(source), answer.compiler, programs, answer.lines)
+    read = _inputs(source, answer.read, began_ns)
+    # Where that is not known any other program is another version.
+    made_from = inputs.version(digest(source), read or Inputs({"": inputs.digest(output)}))
+    return PolicyObject(made_from, answer.compiler, programs, answer.lines, read)
+
+
+def _inputs(source: Path, rule: str, began_ns: int) -> Inputs | None:
+    """What the compiler read; None where that cannot be told for sure."""
+    files = inputs.parse(rule, sources())
+    if not files:
+        return None
+    try:
+        found = inputs.of(files, sources(), source.resolve(), _read_file)
+        # Edited while the compiler ran: who knows which of the two it saw.
+        is_settled = all(os.stat(path).st_ctime_ns <= began_ns for path in found.digests)
+    except (CompileError, OSError):
+        return None
+    # That of the built-in ones is not written into their files.
+    return (NO_INPUTS if found == NO_INPUTS else found) if is_settled else None
+
+
+def read_by(source: Path) -> Sequence[Path]:
+    """What it includes that is not ours. Raises CompileError."""
+    read = load(source).inputs
+    return [Path(path) for path in read.digests] if read is not None else []
 
 
 def _flags(source: Path) -> list[str]:
@@ -193,9 +246,19 @@ def interpreters() -> list[str]:
     return [path for path in dict.fromkeys(found) if path and os.access(path, os.X_OK)]
 
 
-def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "steer"
+def _cache_file(key: str) -> Path | None:
+    """None where this user has no directory for it.
+
+    A relative XDG_CACHE_HOME is to be passed over (XDG Base Directory Specification), and where
+    nobody has told of a home directory "~" stays "~".
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home) or home == "/":
+            return None
+        base = os.path.join(home, ".cache")
+    return Path(base) / "steer" / f"{key}.json"
 
 
 def _read(file: Path, *, trusted: bool) -> PolicyObject | None:
@@ -210,10 +273,13 @@ def _read(file: Path, *, trusted: bool) -> PolicyObject | None:
         return None
 
 
-def _store(file: Path, compiled: PolicyObject) -> None:
+def _store(key: str, compiled: PolicyObject) -> None:
     """Keep for next time; where nothing can be written, the next time compiles again."""
     import tempfile
 
+    file = _cache_file(key)
+    if file is None:
+        return
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
