@@ -237,8 +237,8 @@ class Controller:
             if handover is not None:
                 try:
                     self._adopt(path, handover)
-                except msgspec.ValidationError as error:
-                    raise self._differs(str(error)) from None
+                except (msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
+                    raise self._differs(f"{type(error).__name__}: {error}") from None
                 return True
         return False
 

@@ -18,7 +18,8 @@ from steer.kernel import proc, process, sockets
 from steer.kernel.channel import MAX_FDS, receive
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.listeners import Borrower
-from steer.worker import Launch, Message
+from steer.values import Invalid
+from steer.worker import MESSAGE_MAX_BYTES, Launch
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -110,6 +111,7 @@ class Process:
         self.problem: SteerError | None = None
         self.told = False
         self._is_child = True
+        self._is_heard = False
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._unfinished = b""
         self._loop: AbstractEventLoop | None = None
@@ -163,22 +165,36 @@ class Process:
         bound: list[int] = []
         fds: list[int] = []
         try:
-            while True:
-                message, some = self._receive()
-                fds += some
-                if message is None:
-                    raise self._ended_at_once()
-                if message.refused is not None:
-                    bind = self.launch.binds[message.refused]
-                    raise sockets.bind_error(bind, OSError(message.number, ""))
-                bound += message.bound
-                if not message.more:
-                    break
+            while len(bound) < len(self.launch.binds):
+                bound += self._some_bound(fds, len(bound))
         except SteerError:
             process.close_all(fds)
             raise
         self._meet(bound)
         return fds
+
+    def _some_bound(self, fds: list[int], known: int) -> Sequence[int]:
+        """The next of them, whose duplicates come to `fds`.
+
+        Raises:
+            BindError: an address cannot be had.
+            WorkersFailed: it ended, or says what is not understood.
+        """
+        data, some = b"", list[int]()
+        with suppress(ConnectionError, TimeoutError):
+            data, some = receive(self._channel, MAX_FDS)
+        fds += some
+        if not data:
+            raise self._ended_at_once()
+        binds = self.launch.binds
+        try:
+            message = worker.read_first(data, len(binds), known, len(some))
+        except Invalid as error:
+            raise self._not_understood(error) from None
+        if message.refused is not None:
+            bind = binds[message.refused]
+            raise sockets.bind_error(bind, OSError(message.number, ""))
+        return message.bound
 
     def _ended_at_once(self) -> WorkersFailed:
         process.wait_for_end(self._pidfd, _BIND_TIMEOUT_S)
@@ -221,8 +237,7 @@ class Process:
         self._guard.drop(self.key)
         status = process.reap(self.pid, self._pidfd, self._is_child)
         self._channel.setblocking(False)
-        while self._on_channel():
-            pass
+        self._hear_last()
         self._hear_out()
         for fd in (self._channel.fileno(), self._stderr, self._pidfd):
             self._forget(fd)
@@ -246,31 +261,40 @@ class Process:
         else:
             self._ended(self, self.end())
 
-    def _receive(self) -> tuple[Message | None, Sequence[int]]:
-        """One message; None when there will be no more.
+    def _on_channel(self) -> None:
+        """It had something to tell, or has nothing more to."""
+        if not self._hear_last():
+            self.kill()
 
-        Raises:
-            BlockingIOError: none yet.
+    def _hear_last(self) -> bool:
+        """Take what it still had to tell; whether that is understood, if there was anything.
+
+        It may be anything, as an application can write there, too. No descriptor is taken in:
+        those that come along the kernel closes (unix(7): there is no room for them).
         """
         try:
-            data, fds = receive(self._channel, MAX_FDS)
-        except (ConnectionError, TimeoutError):
-            return None, ()
-        return (msgspec.json.decode(data, type=Message) if data else None), fds
-
-    def _on_channel(self) -> bool:
-        """After the sockets there is only one thing it may have to tell."""
-        try:
-            message, _ = self._receive()
+            data = self._channel.recv(MESSAGE_MAX_BYTES)
         except BlockingIOError:
-            return False
-        if message is None:
-            self._forget(self._channel.fileno())
+            return True
+        except OSError:
+            data = b""
+        self._forget(self._channel.fileno())
+        if self._is_heard or not data:
+            return True
+        self._is_heard = True
+        try:
+            message = worker.read_last(data)
+        except Invalid as error:
+            self.problem = self._not_understood(error)
             return False
         app = self.launch.service.app
         what = f"load {app}" if app else f"start {self.launch.name}"
         self.problem = AppLoadError(what, message.unloadable, detail=message.detail)
         return True
+
+    def _not_understood(self, error: Invalid) -> WorkersFailed:
+        what = f"worker {self.launch.slot} sent what steer does not understand"
+        return WorkersFailed(what, str(error), "it is replaced")
 
     def _on_stderr(self) -> bool:
         """Pass on what there is, and keep the last lines for when they are asked for.

@@ -11,11 +11,12 @@ import datetime
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from msgspec import inspect
 
+T = TypeVar("T")
 _SHOWN_CHARS = 80
 _DIGITS = re.compile(r"[0-9]{1,20}")
 """More than any number we take has, and few enough for int() to convert."""
@@ -62,6 +63,18 @@ def convert(value: object, kind: Any, *, strict: bool) -> Any:
         return msgspec.convert(value, kind, strict=strict)
     except _REFUSALS:
         raise _fault(value, kind, strict) from None
+
+
+def decode(data: bytes | bytearray | memoryview, kind: type[T]) -> T:
+    """What is in a message of JSON that may be anything.
+
+    Raises:
+        Invalid: it is no such message.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except _REFUSALS:
+        raise Invalid(f"{len(data)} bytes that are no such message") from None
 
 
 def check_text(text: str) -> None:

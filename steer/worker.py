@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
-from steer import demo, privileges
+from steer import demo, privileges, values
 from steer.address import Bind
 from steer.config import Service
 from steer.kernel import process, sockets
@@ -29,6 +29,7 @@ from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
 from steer.plan import Seat
 from steer.report import cpu_list
+from steer.values import Invalid
 
 FIRST_FD = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
@@ -43,19 +44,56 @@ class Message(msgspec.Struct, omit_defaults=True):
     """From a worker to its controller, before the application runs.
 
     Args:
-        bound: inodes of its sockets; their duplicates come along.
-        more: whether the next message has more of them.
+        bound: inodes of its sockets, or of the next of them; their duplicates come along.
         refused: index of a bind that failed with `number`, an errno.
         unloadable: why the application could not be loaded.
         detail: more lines on that.
     """
 
     bound: list[int] = []
-    more: bool = False
     refused: int | None = None
     number: int = 0
     unloadable: str = ""
     detail: str = ""
+
+
+MESSAGE_MAX_BYTES = 65536
+"""More than any message of ours: of text there are twice _TEXT_MAX characters."""
+_ERRNO_MAX = 4095
+"""MAX_ERRNO of include/linux/err.h."""
+
+
+def read_first(data: bytes, binds: int, known: int, fds: int) -> Message:
+    """What a worker says of its sockets, or of some of them.
+
+    Args:
+        binds: that it was told.
+        known: how many it has spoken of before.
+        fds: how many descriptors came along.
+
+    Raises:
+        Invalid: it is nothing that a worker says.
+    """
+    message = values.decode(data, Message)
+    if message.refused is not None:
+        if not 0 <= message.refused < binds or not 0 <= message.number <= _ERRNO_MAX:
+            raise Invalid("no such bind, or no such errno")
+    elif not 0 < len(message.bound) == fds <= binds - known:
+        raise Invalid(f"{len(message.bound)} sockets and {fds} descriptors for {binds} binds")
+    return message
+
+
+def read_last(data: bytes) -> Message:
+    """Why a worker could not load its application. It may be anything: what the application
+    does when it is imported can write to the channel, too.
+
+    Raises:
+        Invalid: it is nothing that a worker says.
+    """
+    message = values.decode(data, Message)
+    if not message.unloadable:
+        raise Invalid("not why it could not be loaded")
+    return message
 
 
 class Unloadable(Exception):
@@ -195,7 +233,7 @@ def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
     for start in range(0, len(own), MAX_FDS):
         part = own[start : start + MAX_FDS]
         inodes = [os.fstat(sock.fileno()).st_ino for sock in part]
-        _tell(channel, Message(bound=inodes, more=start + MAX_FDS < len(own)), part)
+        _tell(channel, Message(bound=inodes), part)
     return own
 
 
@@ -291,12 +329,12 @@ def fill_in(command: Sequence[str], slot: int, binds: Sequence[Bind]) -> list[st
     {fd} and {port} are the first bind's; {fd1} and {port1} the second's, and so on.
     Other braces are left alone.
     """
-    values = {"{slot}": str(slot), "{fd}": str(FIRST_FD), "{port}": str(binds[0].port)}
+    marks = {"{slot}": str(slot), "{fd}": str(FIRST_FD), "{port}": str(binds[0].port)}
     for index, bind in enumerate(binds):
-        values[f"{{fd{index}}}"] = str(FIRST_FD + index)
-        values[f"{{port{index}}}"] = str(bind.port)
+        marks[f"{{fd{index}}}"] = str(FIRST_FD + index)
+        marks[f"{{port{index}}}"] = str(bind.port)
     filled = list(command)
-    for mark, value in values.items():
+    for mark, value in marks.items():
         filled = [argument.replace(mark, value) for argument in filled]
     return filled
 

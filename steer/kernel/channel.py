@@ -18,6 +18,17 @@ _CHUNK_BYTES = 16384
 _HEADER_BYTES = 4
 
 
+FRAME_MAX_BYTES = 64 << 20
+"""More than any there is: a value has up to some megabytes."""
+
+
+class NotUnderstood(OSError):
+    """What came is no frame: another version of steer sent it, or it is damaged."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.EBADMSG, why)
+
+
 class Frame(msgspec.Struct, array_like=True):
     """What is said.
 
@@ -73,6 +84,7 @@ class Channel:
         close; None at the end.
 
         Raises:
+            NotUnderstood: it is none; nothing can be received after.
             OSError: as recvmsg(2), BlockingIOError or TimeoutError where it may not wait;
                 EMFILE when descriptors were lost for want of room.
         """
@@ -83,15 +95,22 @@ class Channel:
                 return None
             self._data += data
         count = max(frame.fds, 0)
+        if count > len(self._fds):
+            raise NotUnderstood(f"{len(self._fds)} descriptors came where {count} were to")
         fds, self._fds = self._fds[:count], self._fds[count:]
         return frame, fds
 
     def _complete(self) -> Frame | None:
         end = _HEADER_BYTES + int.from_bytes(self._data[:_HEADER_BYTES], "big")
+        if end > FRAME_MAX_BYTES:
+            raise NotUnderstood(f"a frame of {end} bytes")
         if len(self._data) < max(end, _HEADER_BYTES + 1):
             return None
         with memoryview(self._data) as data, data[_HEADER_BYTES:end] as body:
-            frame = _DECODER.decode(body)
+            try:
+                frame = _DECODER.decode(body)
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                raise NotUnderstood(f"{len(body)} bytes that are no frame") from None
         del self._data[:end]
         return frame
 

@@ -22,7 +22,8 @@ import msgspec
 
 from steer.errors import ControlError
 from steer.kernel import keeper, orphanage, process, rundir
-from steer.kernel.channel import SAME, Channel, Frame, receive
+from steer.kernel.channel import SAME, Channel, Frame, NotUnderstood, receive
+from steer.kernel.desk import REQUEST_MAX_BYTES
 from steer.kernel.keeper import PATIENCE_S, Settings, Traces
 
 _LOOK_AGAIN_S = 0.01
@@ -254,9 +255,12 @@ class Handover:
             if frame.act == "put":
                 self.entries[frame.key] = Entry(frame.value, tuple(fds), frame.group)
             elif frame.act == "configure":
-                self.settings = msgspec.msgpack.decode(frame.value, type=Settings)
-            elif frame.act == "control":
-                self.control = socket.socket(fileno=fds[0])
+                self.settings = _settings(frame.value)
+            elif frame.act == "control" and fds and hasattr(self, "settings"):
+                try:
+                    self.control = socket.socket(fileno=fds[0])
+                except OSError:
+                    raise NotUnderstood("its control socket is none") from None
                 return
         raise ConnectionResetError
 
@@ -317,15 +321,31 @@ def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
             raise ControlError(f"adopt {path.stem}", "EACCES", cure) from None
         except TimeoutError:
             break
+        except NotUnderstood as error:
+            act, cure = f"adopt {path.stem}", f"end it: `steer stop {path.stem}`"
+            cause = f"what its guard says is not understood: {error.strerror}"
+            raise ControlError(act, cause, cure) from None
         except OSError:
             return None
     raise rundir.running(path.stem, "it does not answer", path)
 
 
+def _settings(value: bytes) -> Settings:
+    try:
+        return msgspec.msgpack.decode(value, type=Settings)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise NotUnderstood(f"settings: {error}") from None
+
+
 def _ask(sock: socket.socket, path: Path) -> Handover:
+    if rundir.peer(sock)[1] not in (0, os.geteuid()):
+        # It could name any process for one of its workers, and have us kill that.
+        raise PermissionError
     sock.sendall(b'{"command": "adopt"}\n')
     line, fds = b"", []
     while not line.endswith(b"\n"):
+        if len(line) > REQUEST_MAX_BYTES:
+            raise NotUnderstood(f"an answer of more than {REQUEST_MAX_BYTES} bytes")
         data, more = receive(sock, max_fds=1)
         fds += more
         if not data:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from steer.kernel import proc, process, rundir
-from steer.kernel.channel import SAME, Channel, Frame
+from steer.kernel.channel import SAME, Channel, Frame, NotUnderstood
 
 MAILBOX = "mailbox"
 """Key of an entry with a socket: without a controller it is read, and the value becomes what
@@ -142,7 +142,7 @@ class Keeper:
                 frame, fds = received
                 if frame.act == "close":
                     return False
-                self._obey(frame, fds)
+                self._understand(frame, fds)
                 if frame.wait:
                     self._channel.send(Frame("done"))
         except ConnectionError:
@@ -151,6 +151,13 @@ class Keeper:
         if self._predecessor is not None and self._has_all:
             relieve(self._predecessor)
         return self._has_all
+
+    def _understand(self, frame: Frame, fds: list[int]) -> None:
+        """Raises NotUnderstood: there is nothing to obey in it."""
+        try:
+            self._obey(frame, fds)
+        except (msgspec.MsgspecError, LookupError, ValueError) as error:
+            raise NotUnderstood(f"{frame.act}: {error}") from None
 
     def _obey(self, frame: Frame, fds: list[int]) -> None:
         if frame.act == "put":

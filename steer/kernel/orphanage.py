@@ -305,14 +305,15 @@ class Orphanage:
 
     def _on_adopter(self) -> None:
         assert self._adopter is not None
-        with suppress(BlockingIOError):
-            try:
-                self._adopted = self._adopter.receive() is not None
-            except ConnectionError:
-                self._adopted = False
-            self._forget(self._adopter.fileno())
-            if not self._adopted:
-                self._carry_on()
+        try:
+            self._adopted = self._adopter.receive() is not None
+        except BlockingIOError:
+            return
+        except OSError:  # it has gone, or says what is not understood
+            self._adopted = False
+        self._forget(self._adopter.fileno())
+        if not self._adopted:
+            self._carry_on()
 
     def _carry_on(self) -> None:
         """It has gone without having taken them."""
