@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from steer import address, values
+from steer import address, socket_options, values
 from steer.address import Bind
 from steer.errors import ConfigError
 from steer.policy import OWN_SUFFIX, POLICIES
+from steer.socket_options import Setting
 from steer.values import Invalid
 
 MAX_WORKERS = 1024
@@ -25,6 +26,7 @@ _GIVEN_AS: Mapping[str, str] = {
     "app": "argument {value}",
     "command": "command after --: {value}",
     "params": "--param: params = {value}",
+    "socket_options": "--socket-option: socket_options = {value}",
 }
 """How the command line has a key, where it is not an option of the same name."""
 DEFAULT_BIND = "127.0.0.1:8080"
@@ -50,6 +52,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
             gain others by executing a program that has some.
         params: "NAME=VALUE", of the policy; the others have the values it declares.
         weights: each worker's share, in the workers' order; missing ones are 1.
+        socket_options: "NAME=VALUE", names and values as in `socket_options.OPTIONS`.
         hang_timeout: seconds that connections may wait while a worker takes none; 0: for ever.
         watchdog: seconds within which a worker has to say WATCHDOG=1; None: it need not.
         adopt_timeout: seconds that workers go on without a controller; 0: none.
@@ -71,6 +74,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     env: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     chdir: str | None = None
     backlog: Annotated[int, Meta(ge=1, le=65535)] = 2048
+    socket_options: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     graceful_timeout: Seconds = 30.0
     ready_timeout: Wait = 30.0
     hang_timeout: Seconds = 2.0
@@ -94,6 +98,13 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         if self.app:
             return self.app.partition(":")[0].replace(".", "-")
         return self.command[0].rpartition("/")[2] if self.command else "demo"
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """All that sockets are given, defaults too."""
+        all_of_them = socket_options.parse(self.socket_options)
+        protocols = {bind.protocol for bind in self.binds}
+        return tuple(each for each in all_of_them if protocols & set(each.option.protocols))
 
     def weight(self, seat: int) -> int:
         return self.weights[seat] if seat < len(self.weights) else 1
@@ -232,6 +243,8 @@ def _check_meaning(key: str, value: Any) -> None:
         raise Invalid("unknown policy", values.did_you_mean(value, POLICIES))
     if key == "bind":
         _check_binds(value)
+    if key == "socket_options":
+        socket_options.parse(value)
 
 
 def _check_binds(texts: Sequence[str]) -> None:
@@ -263,6 +276,7 @@ def _allowed(key: str) -> str:
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
         "params": "NAME=VALUE",
         "policy": f"{', '.join(POLICIES)}, or a path/to/file{OWN_SUFFIX}",
+        "socket_options": socket_options.ALLOWED,
         "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
         "workers": f"1 to {MAX_WORKERS}, or auto",
     }
@@ -289,11 +303,24 @@ def _check_whole(service: Service, shown: Mapping[str, str]) -> None:
             f"{len(weights)} weights for {workers} workers",
             "give each worker one at most",
         )
+    _check_options_have_sockets(service, shown)
     if weights and service.policy == "kernel":
         raise ConfigError(
             f"{shown['weights']} and {shown['policy']}",
             "the kernel's own hash knows no weights",
             f"allowed: {', '.join(name for name in POLICIES if name != 'kernel')}",
+        )
+
+
+def _check_options_have_sockets(service: Service, shown: Mapping[str, str]) -> None:
+    """Raises ConfigError."""
+    protocols = [bind.protocol for bind in service.binds]
+    settings = socket_options.parse(service.socket_options)
+    if unused := socket_options.without_socket(settings, protocols):
+        raise ConfigError(
+            shown["socket_options"],
+            f"{unused.name} is for {' and '.join(unused.option.protocols).upper()}, and no bind is",
+            "leave it out, or add such a bind",
         )
 
 

@@ -34,7 +34,7 @@ from steer.errors import (
     VerifierError,
 )
 from steer.fleet import Fleet
-from steer.kernel import custody, mail, process, rundir, sockets
+from steer.kernel import custody, mail, process, rundir, sockets, sockopt
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.lifecycle import State
@@ -114,11 +114,12 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     backend, rung = first_that_holds(plan, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
     stands = msgspec.structs.replace(plan, rungs=(rung,))
-    notes = [*backend.notes, *filter(None, [privileges.note(service)])]
+    own_notes = (*filter(None, [privileges.note(service)]), *sockopt.shortfalls(service.settings))
+    notes = [*backend.notes, *own_notes]
     found = Rehearsed(stands, notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
-        sockets.check_free(bind)
+        sockets.check_free(bind, service.settings)
     return found
 
 
@@ -407,6 +408,7 @@ class Controller:
         """It is, and is what was asked for."""
         self.configured = plan.service
         self.configure(plan)
+        self.fleet.renew_reserve(plan.service)
         self._keep_service(self.fleet.generation.number)
 
     def execute_anew(self) -> NoReturn:
@@ -449,7 +451,7 @@ class Controller:
     def _check_free(self, step: Step) -> None:
         for bind in self.plan.binds:
             if bind.label == step.object:
-                sockets.check_free(bind)
+                sockets.check_free(bind, self.plan.service.settings)
 
     def _load(self, _step: Step) -> None:
         policy = self.plan.policy
@@ -473,6 +475,8 @@ class Controller:
             self.log.warning("%s", self.steering.notes[-1])
         if as_whom := privileges.note(plan.service):
             self.log.info("%s", as_whom)
+        for shortfall in sockopt.shortfalls(plan.service.settings):
+            self.log.warning("socket option %s", shortfall)
         if rung.fallback:
             self.log.info("ebpf would add: %s", ladder.EBPF_ADDS)
 

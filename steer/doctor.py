@@ -20,9 +20,9 @@ from steer import plan as planning
 from steer.backends import open_backend
 from steer.config import Service
 from steer.counting import Counting
-from steer.errors import KernelError, SteerError, VerifierError
+from steer.errors import BindError, KernelError, SteerError, VerifierError
 from steer.kernel import facts as kernel_facts
-from steer.kernel import probe, topology
+from steer.kernel import probe, sockopt, topology
 from steer.kernel.diag import Interface, cpus_taking_packets
 from steer.kernel.facts import Facts, Unknown
 from steer.ladder import Answer
@@ -66,6 +66,21 @@ class Probed(ladder.Finding, frozen=True):
     cure: str = ""
 
 
+class Options(NamedTuple):
+    """How the kernel takes the service's socket options.
+
+    Args:
+        refused: by it, each with why.
+        shortfalls: taken, but will not do.
+    """
+
+    refused: Sequence[BindError]
+    shortfalls: Sequence[str]
+
+
+_NO_OPTIONS = Options((), ())
+
+
 @dataclass(frozen=True)
 class Case:
     """All there is to judge.
@@ -73,12 +88,14 @@ class Case:
     Args:
         probes: by backend, MIGRATE and COUNT.
         plan: as if without --strict; Unknown where even the CPUs could not be read.
+        options: not looked at if not given.
     """
 
     service: Service
     facts: Facts
     probes: Mapping[str, Probed]
     plan: Plan | Unknown
+    options: Options = _NO_OPTIONS
 
     @property
     def policy(self) -> Policy:
@@ -153,7 +170,11 @@ def look(service: Service) -> Case:
     probes = {name: _probed(ask) for name, ask in asked.items()}
     plan = _try_out(service, probes)
     found = kernel_facts.read(os.environ, service.control_socket)
-    return Case(service, found, probes, plan)
+    options = Options(
+        tuple(sockopt.refused(service.binds, service.settings)),
+        tuple(sockopt.shortfalls(service.settings)),
+    )
+    return Case(service, found, probes, plan, options)
 
 
 def _can_count() -> ladder.Finding:
@@ -343,6 +364,16 @@ def _ports(case: Case) -> Iterator[Opinion]:
     else:
         cure = f"run as root, add CAP_NET_BIND_SERVICE, or choose ports from {first_free} up"
         yield Opinion("fail", f"{', '.join(low)}: CAP_NET_BIND_SERVICE is needed", cure)
+
+
+def _socket_options(case: Case) -> Iterator[Opinion]:
+    for error in case.options.refused:
+        yield Opinion("fail", f"{error.what}: {error.cause}", error.cure)
+    for shortfall in case.options.shortfalls:
+        found, _, cure = shortfall.partition("; ")
+        yield Opinion("warn", found, cure)
+    if not any(case.options) and case.service.settings:
+        yield Opinion("ok", ", ".join(map(str, case.service.settings)))
 
 
 # ---- the ladder
@@ -650,6 +681,7 @@ CHECKS: Mapping[str, Check] = {
     "cbpf": _cbpf,
     "jit": _jit,
     "ports": _ports,
+    "socket-options": _socket_options,
     "somaxconn": _somaxconn,
     "syncookies": _syncookies,
     "tcp-migrate-req": _migrate_req,

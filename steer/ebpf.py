@@ -13,6 +13,7 @@ import msgspec
 
 from steer import abi, choice, counting, reserve, table
 from steer.choice import Choice
+from steer.config import Service
 from steer.counting import Counting
 from steer.errors import KernelError
 from steer.kernel import bpf, listeners, sockets
@@ -150,11 +151,26 @@ class Ebpf:
         """Over TCP only, and only where what waits there can be moved."""
         if not self._somebody:
             self._choice.prepare(self._plan.slots)
-        begin, first = self._counting.slots.begin, self._plan.slots
-        self._reserve_stamps = [begin(first + place) for place in range(reserve.COUNT)]
+        self._stamp_reserve()
         for group, bind in zip(self._groups, self._plan.binds, strict=True):
             if bind.protocol == "tcp" and self._choice.migrates and not group.reserve.sockets:
-                group.reserve.open(bind, self._plan.service.backlog)
+                group.reserve.open(bind, self._plan.service)
+
+    def _stamp_reserve(self) -> None:
+        begin, first = self._counting.slots.begin, self._plan.slots
+        self._reserve_stamps = [begin(first + place) for place in range(reserve.COUNT)]
+
+    def renew_reserve(self, service: Service) -> None:
+        before = self._plan.service
+        self._plan = msgspec.structs.replace(self._plan, service=service)
+        if (before.backlog, before.settings) == (service.backlog, service.settings):
+            return
+        self._stamp_reserve()
+        with ExitStack() as gone:
+            for group, bind in zip(self._groups, self._plan.binds, strict=True):
+                group.reserve.renew(bind, service, gone)
+            # As in `empty_reserve`: nothing may be on its way to those that go.
+            self._choice.settle()
 
     def empty_reserve(self) -> None:
         # A handshake that still goes there would find it not listening, and be reset. Not

@@ -14,6 +14,7 @@ import msgspec
 
 from steer import lifecycle, rotation
 from steer.clock import Clock
+from steer.config import Service
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
 from steer.kernel import proc, process, sockets
 from steer.kernel.custody import Entry, Guard
@@ -294,6 +295,13 @@ class Fleet:
         """Taken for hung, it still may be at a request that takes long."""
         return place.hung and not self._ending and place.has_acted()
 
+    def renew_reserve(self, service: Service) -> None:
+        """The reserve is to listen as the workers do from now on."""
+        try:
+            self._rotation.renew_reserve(service)
+        except SteerError as error:
+            self.log.error("the reserve is not as configured: %s", error)
+
     def choose_by(self, plan: Plan, steering: Steering | None = None) -> None:
         """Another policy, other parameters or weights, from now on.
 
@@ -422,7 +430,7 @@ class Fleet:
         if not self.steering.reserve and not any(each.process for each in self.places):
             # Nobody of ours keeps the ports: somebody else may be there by now.
             for bind in launch.binds:
-                sockets.check_free(bind)
+                sockets.check_free(bind, launch.service.settings)
         joined = partial(self._rotation.joined, place.slot)
         place.process = Process(launch, self._guard, joined)
         self._save(place)

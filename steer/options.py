@@ -64,6 +64,14 @@ _SERVICE_OPTIONS = (
     click.option("-e", "--env", multiple=True, metavar="K=V", help="Set in the workers."),
     click.option("--chdir", metavar="DIR", help="Where the workers run."),
     click.option("--backlog", metavar="N", help="Of each worker's socket; default 2048."),
+    click.option(
+        "--socket-option",
+        "socket_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Of each worker's socket: keepalive=yes, rcvbuf=4M; may be repeated; nodelay is on."
+        " See docs/SOCKETS.md.",
+    ),
     click.option("--graceful-timeout", metavar="S", help="To finish, when ending; default 30."),
     click.option("--ready-timeout", metavar="S", help="To get ready, when starting; default 30."),
     click.option(

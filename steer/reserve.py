@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from steer import abi
 from steer.address import Bind
+from steer.config import Service
 from steer.kernel import listeners, sockets
 
 COUNT = abi.RESERVES
@@ -36,15 +38,32 @@ class Reserve:
         self._put = put
         self.sockets: list[socket.socket] = []
 
-    def open(self, bind: Bind, backlog: int) -> None:
+    def open(self, bind: Bind, service: Service) -> None:
         """Raises BindError, KernelError."""
         for place in range(COUNT):
-            try:
-                bound = partial(self._bound, place)
-                self.sockets.append(sockets.member(bind, backlog, bound))
-            except OSError as error:
-                raise sockets.bind_error(bind, error) from None
+            self.sockets.append(self._member(place, bind, service))
             self._put(place, self.sockets[place].fileno())
+
+    def renew(self, bind: Bind, service: Service, gone: ExitStack) -> None:
+        """Others in their place, with the backlog and options of another configuration.
+
+        Args:
+            gone: ends those that were there, which moves what waits at them.
+
+        Raises:
+            BindError, KernelError: some are as they were.
+        """
+        for place, old in enumerate(self.sockets):
+            self.sockets[place] = self._member(place, bind, service)
+            gone.callback(_end, old)
+            self._put(place, self.sockets[place].fileno())
+
+    def _member(self, place: int, bind: Bind, service: Service) -> socket.socket:
+        bound = partial(self._bound, place)
+        try:
+            return sockets.member(bind, service.backlog, bound, service.settings)
+        except OSError as error:
+            raise sockets.bind_error(bind, error) from None
 
     def receive(self, fds: Sequence[int]) -> None:
         """Go on with those that another controller opened; the descriptors become ours."""
@@ -61,3 +80,10 @@ class Reserve:
         for sock in self.sockets:
             sock.close()
         self.sockets = []
+
+
+def _end(sock: socket.socket) -> None:
+    """Closing is not enough: the guard has a duplicate."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()

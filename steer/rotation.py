@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from steer.config import Service
 from steer.errors import ControlError, KernelError, SteerError
 from steer.kernel.custody import Guard
 from steer.kernel.keeper import STEERING
@@ -181,6 +182,16 @@ class Rotation:
                 self._loop.add_reader(sock, self.steering.empty_reserve)
             else:
                 self._loop.remove_reader(sock)
+
+    def renew_reserve(self, service: Service) -> None:
+        """See `Steering.renew_reserve`. Raises BindError, KernelError."""
+        self._watch_reserve(False)
+        try:
+            self.steering.renew_reserve(service)
+        finally:
+            self._watch_reserve(any(place.serves for place in self._places))
+            if not self._released:
+                self.keep()
 
     # By what.
 

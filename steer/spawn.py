@@ -18,6 +18,7 @@ from steer.kernel import proc, process, sockets
 from steer.kernel.channel import MAX_FDS, receive
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.listeners import Borrower
+from steer.kernel.sockopt import Refused
 from steer.values import Invalid
 from steer.worker import MESSAGE_MAX_BYTES, Launch
 
@@ -177,7 +178,7 @@ class Process:
         """The next of them, whose duplicates come to `fds`.
 
         Raises:
-            BindError: an address cannot be had.
+            BindError: an address, or an option, cannot be had.
             WorkersFailed: it ended, or says what is not understood.
         """
         data, some = b"", list[int]()
@@ -192,8 +193,9 @@ class Process:
         except Invalid as error:
             raise self._not_understood(error) from None
         if message.refused is not None:
-            bind = binds[message.refused]
-            raise sockets.bind_error(bind, OSError(message.number, ""))
+            number, setting = message.number, message.setting
+            refusal = Refused(number, setting) if setting else OSError(number, "")
+            raise sockets.bind_error(binds[message.refused], refusal)
         return message.bound
 
     def _ended_at_once(self) -> WorkersFailed:

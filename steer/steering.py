@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from steer.config import Service
 from steer.counting import Counting
 from steer.kernel import listeners, sockets
 from steer.plan import Plan
@@ -69,6 +70,13 @@ class Steering(Protocol):
 
         Raises:
             BindError, KernelError
+        """
+
+    def renew_reserve(self, service: Service) -> None:
+        """Have it listen as workers of another configuration do.
+
+        Raises:
+            BindError, KernelError: it does not, or not all of it.
         """
 
     def empty_reserve(self) -> None:
@@ -183,6 +191,9 @@ class Countless:
 
     def open_reserve(self) -> None:
         """Nobody would move what waits there."""
+
+    def renew_reserve(self, service: Service) -> None:
+        pass
 
     def empty_reserve(self) -> None:
         pass

@@ -27,6 +27,7 @@ from steer.config import Service
 from steer.kernel import process, sockets
 from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
+from steer.kernel.sockopt import Refused
 from steer.plan import Seat
 from steer.report import cpu_list
 from steer.values import Invalid
@@ -45,7 +46,8 @@ class Message(msgspec.Struct, omit_defaults=True):
 
     Args:
         bound: inodes of its sockets, or of the next of them; their duplicates come along.
-        refused: index of a bind that failed with `number`, an errno.
+        refused: index of a bind that failed with `number`, an errno; of its socket option
+            `setting`, if there is one.
         unloadable: why the application could not be loaded.
         detail: more lines on that.
     """
@@ -53,6 +55,7 @@ class Message(msgspec.Struct, omit_defaults=True):
     bound: list[int] = []
     refused: int | None = None
     number: int = 0
+    setting: str = ""
     unloadable: str = ""
     detail: str = ""
 
@@ -222,13 +225,15 @@ def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
     Not before we are told to: were the controller killed now, nobody would know of us.
     """
     own: list[socket.socket] = []
+    service = launch.service
     if not channel.recv(1):
         return None
     for index, bind in enumerate(launch.binds):
         try:
-            own.append(sockets.member(bind, launch.service.backlog))
+            own.append(sockets.member(bind, service.backlog, settings=service.settings))
         except OSError as error:
-            _tell(channel, Message(refused=index, number=error.errno or 0))
+            setting = error.setting if isinstance(error, Refused) else ""
+            _tell(channel, Message(refused=index, number=error.errno or 0, setting=setting))
             return None
     for start in range(0, len(own), MAX_FDS):
         part = own[start : start + MAX_FDS]

@@ -68,6 +68,11 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "env": (["A=1"], ("A=2,B=", ("A=2", "B=")), (("A=3",), ("A=3",))),
     "chdir": ("/a", ("/b", "/b"), ("/c", "/c")),
     "backlog": (1, ("2", 2), ("3", 3)),
+    "socket_options": (
+        ["mark=1"],
+        ("keepalive=yes, mark=2", ("keepalive=yes", "mark=2")),
+        (("mark=3",), ("mark=3",)),
+    ),
     "graceful_timeout": (1, ("2.5", 2.5), ("3", 3.0)),
     "ready_timeout": (1.5, ("2", 2.0), ("3", 3.0)),
     "hang_timeout": (1, ("0", 0.0), ("3", 3.0)),

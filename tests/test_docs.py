@@ -9,6 +9,7 @@ import pytest
 
 from steer import plan, policies, policy
 from steer.cli import cli
+from steer.socket_options import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -79,6 +80,11 @@ def test_what_cannot_change_live_is_told() -> None:
     words = (DOCS / "RELOAD.md").read_text().split("cannot change while the service runs")[1]
     told = re.findall(r"`(\w+)`", words.partition("is named")[0])
     assert sorted(told) == sorted(plan.FIXED)
+
+
+def test_every_socket_option_is_told() -> None:
+    rows = re.findall(r"^\| (`.+?`) \|", (DOCS / "SOCKETS.md").read_text(), re.MULTILINE)
+    assert re.findall(r"`(.+?)`", " ".join(rows)) == list(OPTIONS)
 
 
 def test_every_module_has_its_floor() -> None:

@@ -126,8 +126,8 @@ def test_all_is_well() -> None:
 def test_topics_that_scripts_look_for() -> None:
     assert list(CHECKS) == [
         *("kernel", "cpus", "privileges", "unprivileged-bpf", "confinement", "libbpf", "bcc"),
-        *("ebpf", "migration", "counting", "cbpf", "jit", "ports", "somaxconn", "syncookies"),
-        *("tcp-migrate-req", "files", "run-directory", "receive-queues", "draining"),
+        *("ebpf", "migration", "counting", "cbpf", "jit", "ports", "socket-options", "somaxconn"),
+        *("syncookies", "tcp-migrate-req", "files", "run-directory", "receive-queues", "draining"),
         "backend",
     ]
 

@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     "env": ("A=1",),
     "chdir": "/tmp",
     "backlog": 7,
+    "socket_options": ("mark=7",),
     "graceful_timeout": 1.0,
     "ready_timeout": 1.0,
     "hang_timeout": 1.0,

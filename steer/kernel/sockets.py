@@ -7,28 +7,34 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from steer import abi, cbpf
+from steer import abi, cbpf, socket_options
 from steer.address import Bind
 from steer.errors import BindError, KernelError
-from steer.kernel import proc
+from steer.kernel import proc, sockopt
 from steer.ladder import MIGRATES_SINCE, kernel_version
+from steer.socket_options import Setting
 
 
 def member(
-    bind: Bind, backlog: int, bound: Callable[[int], None] = lambda fd: None
+    bind: Bind,
+    backlog: int,
+    bound: Callable[[int], None] = lambda fd: None,
+    settings: Sequence[Setting] = (),
 ) -> socket.socket:
     """A new socket of the group at `bind`; over TCP it listens.
 
     Args:
         bound: told the descriptor before anything can come in.
+        settings: its options; accepted sockets have them, too.
 
     Raises:
-        OSError: as bind(2) and listen(2) say; see `bind_error`.
+        OSError: as bind(2) and listen(2) say, or `sockopt.Refused`; see `bind_error`.
     """
     sock = _socket(bind)
     try:
+        sockopt.apply(sock, socket_options.of(settings, bind.protocol))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((bind.address, bind.port))
         bound(sock.fileno())
@@ -40,15 +46,16 @@ def member(
     return sock
 
 
-def check_free(bind: Bind) -> None:
+def check_free(bind: Bind, settings: Sequence[Setting] = ()) -> None:
     """Make sure that nobody is on the port: with SO_REUSEPORT another process of the
     same user would be joined without a word.
 
     Raises:
-        BindError: somebody is, or the address cannot be had.
+        BindError: somebody is, or the address or an option cannot be had.
     """
     try:
         with _socket(bind) as sock:
+            sockopt.apply(sock, socket_options.of(settings, bind.protocol))
             sock.bind((bind.address, bind.port))
     except OSError as error:
         raise bind_error(bind, error) from None
@@ -72,7 +79,9 @@ def refuse_strangers(bind: Bind, ours: frozenset[int]) -> None:
 
 
 def bind_error(bind: Bind, error: OSError) -> BindError:
-    """What a failed bind(2) means, and who is in the way."""
+    """What a failed `member` means, and who is in the way."""
+    if isinstance(error, sockopt.Refused):
+        return sockopt.error_of(bind, error.errno or 0, error.setting)
     act = f"bind {bind.label}"
     name = errno.errorcode.get(error.errno or 0, str(error.errno))
     if error.errno == errno.EADDRINUSE:

@@ -1,0 +1,289 @@
+"""Socket options that a service may set on its sockets: a row each. Pure.
+
+A name is the kernel's constant without SO_ or TCP_, in lower case, with dashes (socket(7),
+tcp(7)). All but `defer-accept` and `fastopen`, which are about listening, are options that
+accepted sockets have from their listener: that is how steer sets them without a word from
+the worker. Left out are options for which that does not hold: SO_PRIORITY over TCP (an
+accepted socket begins with 0: sk_clone() of net/core/sock.c), and TCP_MAXSEG and
+TCP_WINDOW_CLAMP, which a listener loses when its queue is moved (`listeners.move_queue`).
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from steer import values
+from steer.values import Invalid
+
+_TCP, _UDP = ("tcp",), ("udp",)
+_BOTH = ("tcp", "udp")
+_NOTSENT_LOWAT = 25
+"""TCP_NOTSENT_LOWAT of include/uapi/linux/tcp.h; Python names it from 3.12 on."""
+_NEEDS_NET_ADMIN = "needs CAP_NET_ADMIN: run as root, or leave it out"
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """How a value is written.
+
+    Args:
+        allowed: that, in words.
+        read: the value for setsockopt(2). Raises ValueError.
+    """
+
+    allowed: str
+    read: Callable[[str], int | bytes]
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One option.
+
+    Args:
+        protocols: whose sockets it is set on; those of others are left alone.
+        does: in a few words, for users.
+        cap: the sysctl that the kernel silently cuts a larger value down to, or "".
+        refusals: what would help, by the errno that refuses it.
+    """
+
+    level: int
+    number: int
+    kind: Kind
+    protocols: Sequence[str]
+    does: str
+    cap: str = ""
+    refusals: Mapping[str, str] = {}
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """An option and what it is to be.
+
+    Args:
+        text: the value as it was written.
+    """
+
+    name: str
+    text: str
+    value: int | bytes
+
+    @property
+    def option(self) -> Option:
+        return OPTIONS[self.name]
+
+    @property
+    def raw(self) -> bytes:
+        """As setsockopt(2) takes it."""
+        if isinstance(self.value, bytes):
+            return self.value
+        return self.value.to_bytes(4, sys.byteorder)
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.text}"
+
+
+_FLAGS = {
+    **dict.fromkeys(("yes", "on", "true", "1"), 1),
+    **dict.fromkeys(("no", "off", "false", "0"), 0),
+}
+_WHOLE = re.compile("0|[1-9][0-9]{0,9}|0x[0-9a-fA-F]{1,8}")
+_DECIMAL = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?")
+_BYTES = re.compile("[0-9]{1,10}[KMG]?")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_NAME_BYTES = 15
+"""TCP_CA_NAME_MAX of include/net/tcp.h, without its final zero."""
+
+
+def _flag(text: str) -> int:
+    return _FLAGS[text.lower()]
+
+
+def _whole(low: int, high: int, what: str) -> Kind:
+    """A number; hexadecimal too, as `ip rule` and nft write marks."""
+
+    def read(text: str) -> int:
+        return _within(int(_matched(_WHOLE, text), 0), low, high)
+
+    return Kind(f"{what} from {low} to {high}", read)
+
+
+def _seconds(low_s: int, high_s: int) -> Kind:
+    return _whole(low_s, high_s, "whole seconds")
+
+
+def _milliseconds_of(text: str) -> int:
+    return _within(round(float(_matched(_DECIMAL, text)) * 1000), 0, 86_400_000)
+
+
+def _bytes(low: int) -> Kind:
+    high = (1 << 30) - 1  # the kernel doubles it, in an int
+
+    def read(text: str) -> int:
+        number, unit = _matched(_BYTES, text.upper()).rstrip("KMG"), text[-1:].upper()
+        return _within(int(number) * _UNITS.get(unit, 1), low, high)
+
+    return Kind(f"bytes from {low} to {high}, or with K, M or G", read)
+
+
+def _algorithm(text: str) -> bytes:
+    name = text.encode("ascii")
+    if not 0 < len(name) <= _NAME_BYTES or not text.isprintable():
+        raise ValueError(text)
+    return name
+
+
+def _matched(form: re.Pattern[str], text: str) -> str:
+    if not form.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
+def _within(value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise ValueError(value)
+    return value
+
+
+_FLAG = Kind("yes or no", _flag)
+_SOCKET, _IPPROTO_TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
+
+OPTIONS: Mapping[str, Option] = {
+    "nodelay": Option(
+        _IPPROTO_TCP,
+        socket.TCP_NODELAY,
+        _FLAG,
+        _TCP,
+        "send what is written at once, not when the last was acknowledged; default yes",
+    ),
+    "keepalive": Option(
+        _SOCKET, socket.SO_KEEPALIVE, _FLAG, _TCP, "probe idle connections, end dead ones"
+    ),
+    "keepidle": Option(
+        _IPPROTO_TCP, socket.TCP_KEEPIDLE, _seconds(1, 32767), _TCP, "idle before the first probe"
+    ),
+    "keepintvl": Option(
+        _IPPROTO_TCP, socket.TCP_KEEPINTVL, _seconds(1, 32767), _TCP, "from probe to probe"
+    ),
+    "keepcnt": Option(
+        _IPPROTO_TCP, socket.TCP_KEEPCNT, _whole(1, 127, "probes"), _TCP, "unanswered probes to end"
+    ),
+    "user-timeout": Option(
+        _IPPROTO_TCP,
+        socket.TCP_USER_TIMEOUT,
+        Kind("seconds from 0 to 86400", _milliseconds_of),
+        _TCP,
+        "for sent data to be acknowledged, or the connection ends",
+    ),
+    "notsent-lowat": Option(
+        _IPPROTO_TCP, _NOTSENT_LOWAT, _bytes(0), _TCP, "not writable with more than so much unsent"
+    ),
+    "congestion": Option(
+        _IPPROTO_TCP,
+        socket.TCP_CONGESTION,
+        Kind("a congestion control's name: bbr", _algorithm),
+        _TCP,
+        "the congestion control",
+        refusals={
+            "ENOENT": "this kernel has none of that name; those it has: sysctl "
+            "net.ipv4.tcp_available_congestion_control",
+            "EPERM": "without CAP_NET_ADMIN only those of sysctl "
+            "net.ipv4.tcp_allowed_congestion_control",
+        },
+    ),
+    "defer-accept": Option(
+        _IPPROTO_TCP,
+        socket.TCP_DEFER_ACCEPT,
+        _seconds(0, 600),
+        _TCP,
+        "about so long a connection is not given to a worker before it sends",
+    ),
+    "fastopen": Option(
+        _IPPROTO_TCP,
+        socket.TCP_FASTOPEN,
+        _whole(0, 65535, "connections"),
+        _TCP,
+        "so many may send with their SYN at a time",
+        "net.core.somaxconn",
+    ),
+    "rcvbuf": Option(
+        _SOCKET,
+        socket.SO_RCVBUF,
+        _bytes(1152),
+        _BOTH,
+        "receive buffer; over TCP it then does not grow by itself",
+        "net.core.rmem_max",
+    ),
+    "sndbuf": Option(
+        _SOCKET,
+        socket.SO_SNDBUF,
+        _bytes(2304),
+        _BOTH,
+        "send buffer; over TCP it then does not grow by itself",
+        "net.core.wmem_max",
+    ),
+    "priority": Option(
+        _SOCKET,
+        socket.SO_PRIORITY,
+        _whole(0, 2**31 - 1, "a number"),
+        _UDP,
+        "queueing priority of what is sent; over TCP an accepted socket does not have it",
+        refusals={"EPERM": "above 6 it needs CAP_NET_ADMIN: run as root, or choose 0 to 6"},
+    ),
+    "mark": Option(
+        _SOCKET,
+        socket.SO_MARK,
+        _whole(0, 2**32 - 1, "a number"),
+        _BOTH,
+        "for routing rules and firewalls",
+        refusals={"EPERM": _NEEDS_NET_ADMIN},
+    ),
+}
+DEFAULTS = {"nodelay": "yes"}
+"""What is set where nothing else is asked for. Without it a server that sends head and body apart
+takes 40 ms a request on a kept connection: Nagle's algorithm waits for an acknowledgement
+that the client delays."""
+ALLOWED = f"NAME=VALUE; {', '.join(OPTIONS)}"
+
+
+def parse(texts: Sequence[str]) -> tuple[Setting, ...]:
+    """Read "NAME=VALUE"s; those of DEFAULTS that are not among them come first.
+
+    Raises:
+        Invalid: what is wrong with which of them, in words.
+    """
+    given: dict[str, Setting] = {}
+    for text in texts:
+        setting = _parse(text)
+        if setting.name in given:
+            raise Invalid(f"{setting.name} is given twice")
+        given[setting.name] = setting
+    defaults = [_parse(f"{name}={v}") for name, v in DEFAULTS.items() if name not in given]
+    return (*defaults, *given.values())
+
+
+def _parse(text: str) -> Setting:
+    name, _, value = text.partition("=")
+    name, value = name.strip().lower().replace("_", "-"), value.strip()
+    option = OPTIONS.get(name)
+    if option is None:
+        raise Invalid(f"unknown {values.shown(name)}", values.did_you_mean(name, OPTIONS))
+    try:
+        return Setting(name, value, option.kind.read(value))
+    except (ValueError, KeyError):
+        raise Invalid(f"{name} is {option.kind.allowed}, not {values.shown(value)}") from None
+
+
+def of(settings: Sequence[Setting], protocol: str) -> tuple[Setting, ...]:
+    """Those that sockets of this protocol are given."""
+    return tuple(each for each in settings if protocol in each.option.protocols)
+
+
+def without_socket(settings: Sequence[Setting], protocols: Sequence[str]) -> Setting | None:
+    """One that was asked for and that no socket of these protocols is given."""
+    for each in settings:
+        is_default = DEFAULTS.get(each.name) == each.text
+        if not is_default and not set(protocols).intersection(each.option.protocols):
+            return each
+    return None
