@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "name": "other",
     "user": "nobody",
     "group": "nogroup",
+    "keep_privileges": True,
     "env": ("A=1",),
     "chdir": "/tmp",
     "backlog": 7,
