@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from itertools import product
@@ -230,6 +230,7 @@ class StartService(Protocol):
         name: str = "test",
         ready: bool = True,
         user: int | None = None,
+        under: Sequence[str] = (),
     ) -> Service: ...
 
 
@@ -244,15 +245,22 @@ def service(netns: Netns, home: Path, environment: dict[str, str]) -> Iterator[S
         name: of the service.
         ready: False returns at once, for services that are not to come up.
         user: uid to run it as, see `support.NOBODY`; needs "nobody".
+        under: a command that executes steer in its own place.
     """
     started: list[Service] = []
 
     def start(
-        *arguments: str, name: str = "test", ready: bool = True, user: int | None = None
+        *arguments: str,
+        name: str = "test",
+        ready: bool = True,
+        user: int | None = None,
+        under: Sequence[str] = (),
     ) -> Service:
         if user is not None:
             require("nobody")
-        one = start_service(*arguments, name=name, environment=environment, home=home, user=user)
+        one = start_service(
+            *arguments, name=name, environment=environment, home=home, user=user, under=under
+        )
         started.append(one)
         return one.wait_ready() if ready else one
 

@@ -406,10 +406,15 @@ def launch(
 
 
 def start_service(
-    *arguments: str, name: str, environment: Mapping[str, str], home: Path, user: int | None = None
+    *arguments: str,
+    name: str,
+    environment: Mapping[str, str],
+    home: Path,
+    user: int | None = None,
+    under: Sequence[str] = (),
 ) -> Service:
     """`steer run ARGUMENTS`, in a session of its own; not yet ready."""
     records = Path(tempfile.mkdtemp(prefix="records-", dir=home))
-    command = as_user(user, STEER, "run", "--name", name, *arguments)
+    command = [*under, *as_user(user, STEER, "run", "--name", name, *arguments)]
     process = launch(command, environment=environment, home=home, records=records)
     return Service(process, name, home, records, environment)

@@ -151,7 +151,7 @@ def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]
         # numbers that are by then another's, or unmap what was never mapped here.
         gc.freeze()
         signal.set_wakeup_fd(-1)
-        for number in _HANDLED:
+        for number in (*_HANDLED, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_HANDLED))
@@ -317,8 +317,15 @@ def is_running(pid: int) -> bool:
 
 
 def hold_signals() -> None:
-    """Let signals that end us wait until `release_signals`; no child inherits that."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    """Let signals that are handled wait until `release_signals`; no child inherits that.
+
+    Whatever else the parent left us with is undone: a mask, and signals that are ignored
+    (execve(2) keeps both), as under sudo(8) and some job runners. SIGHUP stays ignored: nohup(1).
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, _HANDLED)
+    for number in signal.valid_signals() - {signal.SIGHUP, *_IGNORED_BY_PYTHON}:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def pause(seconds: float) -> None:
@@ -382,16 +389,17 @@ def reap(pid: int, pidfd: int, is_child: bool) -> int | None:
     have waited for it a moment ago.
 
     Returns:
-        Its exit status, negative for the signal that ended it; None of another's child.
+        Its exit status, negative for the signal that ended it; None if somebody else is its
+        parent, or has waited for it.
     """
-    if not is_child:
-        while not wait_for_end(pidfd, 60.0):
-            pass
-        kill_group(pid)
-        return None
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+    wait_for_end(pidfd, None)
     kill_group(pid)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if not is_child:
+        return None
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return None
 
 
 def how_it_ended(status: int | None) -> str:
