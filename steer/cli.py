@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from steer import __version__
 from steer.options import Command, Source, TakesCommand, service_options
-
-if TYPE_CHECKING:
-    from steer.report import Table
 
 _Named = tuple[str | None, int]
 """A service's name, if given, and a number."""
@@ -144,26 +141,27 @@ def check(as_json: bool, **options: Any) -> None:
 def status(name: str | None, as_json: bool, watch: bool, control_socket: str | None) -> None:
     """Show what runs: policy, backend and why, workers, counters."""
     from steer import client, report, show
+    from steer.errors import NotRunning
 
     def current() -> report.Status:
         if name or control_socket:
             return client.status(client.locate(name, control_socket, os.environ))
         return client.status_of_all(os.environ)
 
-    def tables() -> list[Table]:
-        found = current()
-        services = [report.service_table(service) for service in found.services]
-        return [*services, *([report.orphans_table(found.orphaned)] if found.orphaned else [])]
-
     if watch:
-        show.again(lambda: _print_json(current())) if as_json else show.watch(tables)
-    elif as_json:
-        _print_json(current())
+        if as_json:
+            show.again(lambda: _print_json(current()))
+        show.watch(lambda: report.tables(current()))
+    found = current()
+    if as_json:
+        _print_json(found)
     else:
-        found = tables()
-        show.tables(found)
-        if not found:
-            click.echo("no service is running")
+        show.tables(report.tables(found))
+    others = client.of_others(os.environ) if found.others else ()
+    if others and not (found.services or found.orphaned):
+        raise NotRunning("status", *client.none_of_ours(others))
+    if not (as_json or found.services or found.orphaned):
+        click.echo("no service is running")
 
 
 @cli.command()

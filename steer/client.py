@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,9 +184,14 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
             return path
     paths = running(environment)
     names = ", ".join(path.stem for path in paths)
+    others = of_others(environment)
     if name is not None:
-        others = f"running: {names}" if names else "no service is running"
-        raise NotRunning(f"find service {shown(name)}", "not running", others)
+        there = f"running: {names}" if names else "no service is running"
+        if others:
+            there += f"; of other users: {_names(others)}"
+        raise NotRunning(f"find service {shown(name)}", "not running", there)
+    if not paths and others:
+        raise NotRunning("find a service", *none_of_ours(others))
     if not paths:
         raise NotRunning("find a service", "none is running", "start one with `steer run`")
     if len(paths) > 1:
@@ -219,6 +224,7 @@ def status_of_all(environment: Mapping[str, str]) -> report.Status:
             found.orphaned.append(report.Orphan(path.stem, error.cause))
         except NotRunning:
             pass  # it has ended since
+    found.others = len(of_others(environment))
     return found
 
 
@@ -234,9 +240,25 @@ def _understood(answer: Any, kind: type[_T], act: str) -> _T:
 
 
 def running(environment: Mapping[str, str]) -> list[Path]:
-    """The control sockets at which somebody answers; other users' only if none is ours."""
+    """The control sockets at which somebody answers whom we may ask."""
     found = [path for path in rundir.find(environment) if _answers(path)]
-    return [path for path in found if os.access(path, os.W_OK)] or found
+    return [path for path in found if os.access(path, os.W_OK)]
+
+
+def of_others(environment: Mapping[str, str]) -> list[str]:
+    """The names of services that run and that we may not ask."""
+    return [path.stem for path in rundir.of_others(environment)]
+
+
+def none_of_ours(others: Sequence[str]) -> tuple[str, str]:
+    """Cause and cure where only these run."""
+    count = f"{report.plural(len(others), 'service')} of other users"
+    user = "its user" if len(others) == 1 else "their users"
+    return f"{count}: {_names(others)}; none of yours", f"ask as root or as {user}"
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names)
 
 
 def perform(path: Path, command: str, progress: Progress | None = None, **more: Any) -> Outcome:
@@ -306,4 +328,4 @@ def _add_queues(service: report.Service) -> None:
 
 
 def _workers(count: int) -> str:
-    return f"{count} worker" if count == 1 else f"{count} workers"
+    return report.plural(count, "worker")

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from steer import cpus, ladder, policies
+from steer import cpus, features, ladder, policies
 from steer import plan as planning
 from steer.backends import open_backend
 from steer.config import Service
@@ -33,7 +33,7 @@ from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN
 
 T = TypeVar("T")
 Verdict = Literal["ok", "warn", "fail", "unknown"]
-MIGRATE, COUNT = "migrate", "count"
+RUN, MIGRATE, COUNT = "run", "migrate", "count"
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -86,7 +86,7 @@ class Case:
     """All there is to judge.
 
     Args:
-        probes: by backend, MIGRATE and COUNT.
+        probes: by backend, RUN, MIGRATE and COUNT.
         plan: as if without --strict; Unknown where even the CPUs could not be read.
         options: not looked at if not given.
     """
@@ -166,7 +166,13 @@ def _opinions(check: Check, case: Case) -> Sequence[Opinion]:
 
 def look(service: Service) -> Case:
     """Ask the system, and try in the small what `run` would do."""
-    asked = {EBPF: probe.ebpf, CBPF: probe.cbpf, MIGRATE: probe.migrate, COUNT: _can_count}
+    asked = {
+        RUN: probe.run,
+        EBPF: probe.ebpf,
+        CBPF: probe.cbpf,
+        MIGRATE: probe.migrate,
+        COUNT: _can_count,
+    }
     probes = {name: _probed(ask) for name, ask in asked.items()}
     plan = _try_out(service, probes)
     found = kernel_facts.read(os.environ, service.control_socket)
@@ -224,8 +230,7 @@ def _refusal(backend: str, plan: Plan) -> Probed | None:
     try:
         open_backend(backend, plan).close()
     except VerifierError as error:
-        cure = "report it with the verifier's words, which `steer run` shows"
-        return Probed(Answer.NO, f"{error.what}: {error.cause}", cure)
+        return Probed(Answer.NO, f"{error.what}: {error.cause}", error.cure or _REPORT)
     except KernelError as error:
         cure = "" if error.cause == _ERRNO_REFUSED else error.cure
         return Probed(Answer.NO, f"{error.what}: {error.cause}", cure)
@@ -258,8 +263,9 @@ def _sysctl(case: Case, name: str) -> int:
 
 _GET_CAP_BPF = "run with CAP_BPF: as root, by AmbientCapabilities= in systemd, --cap-add in Docker"
 _GET_LIBBPF = "install libbpf 1.0 or later (Debian, Ubuntu: libbpf1)"
-_GET_EBPF = "use Linux 5.5 or later with CONFIG_BPF_SYSCALL"
-_GET_CBPF = "use Linux 4.6 or later"
+_GET_EBPF = f"{features.EBPF.cure} with CONFIG_BPF_SYSCALL"
+_GET_CBPF = features.RUN.cure
+_REPORT = "report it with the verifier's words, which `steer run` shows"
 _GET_BCC = "for policies of your own install bcc (Debian, Ubuntu: python3-bpfcc)"
 _MEMLOCK_UNTIL = (5, 11)
 """From then on memory of maps counts against the memory cgroup."""
@@ -312,7 +318,7 @@ def _lockdown(facts: Facts) -> str:
 
 
 def _memlock(facts: Facts) -> str:
-    counts = ladder.kernel_version(facts.release) < _MEMLOCK_UNTIL
+    counts = features.kernel_version(facts.release) < _MEMLOCK_UNTIL
     is_limited = counts and facts.memlock_bytes is not None
     return f"RLIMIT_MEMLOCK of {facts.memlock_bytes} bytes" if is_limited else ""
 
@@ -380,7 +386,20 @@ def _socket_options(case: Case) -> Iterator[Opinion]:
 
 
 def _kernel(case: Case) -> Iterator[Opinion]:
-    yield Opinion("ok", f"Linux {case.facts.release} on {case.facts.machine}")
+    here, found = f"Linux {case.facts.release} on {case.facts.machine}", case.probes[RUN]
+    if found.answer is Answer.NO:
+        yield Opinion("fail", f"{here}: {found.reason}", found.cure or probe.LET_PASS)
+    elif found.answer is Answer.UNKNOWN:
+        yield Opinion("unknown", f"{here}: could not tell: {found.reason}", "ask again")
+    else:
+        yield Opinion("ok", f"{here}{_lacking(case.facts.release)}")
+
+
+def _lacking(release: str) -> str:
+    """What later kernels give; nothing where the version is not to be read out of `release`."""
+    version = features.kernel_version(release)
+    later = [each for each in features.FEATURES if (0, 0) < version < each.since]
+    return "".join(f"; {each.version} is needed {each.gives}" for each in later)
 
 
 def _rung(case: Case, backend: str, works: str, cure: str) -> Opinion:
@@ -409,7 +428,7 @@ def _migration(case: Case) -> Iterator[Opinion]:
     if not case.has_tcp or EBPF not in case.wanted:
         return
     is_there = case.probes[EBPF].answer is Answer.YES
-    cure = "use Linux 5.14 or later" if is_there else _ebpf_cure(case)
+    cure = features.MIGRATE.cure if is_there else _ebpf_cure(case)
     words = "a program says where a closing worker's queue goes"
     yield _opinion(case.probes[MIGRATE], words, cure)
 
@@ -533,14 +552,14 @@ def _migrate_req(case: Case) -> Iterator[Opinion]:
     value = case.facts.sysctls["net.ipv4.tcp_migrate_req"]
     shown = "not here" if isinstance(value, Unknown) else value
     on_ebpf = _known(case.plan, _MOUNT_SYSFS).rungs[0].backend == EBPF
-    if ladder.kernel_version(case.facts.release) < ladder.MIGRATES_SINCE:
+    if features.kernel_version(case.facts.release) < features.MIGRATE.since:
         lost = f"{shown}, for nothing: connections that wait in a closing worker's queue are reset"
-        yield Opinion("warn", lost, "use Linux 5.14 or later")
+        yield Opinion("warn", lost, features.MIGRATE.cure)
     elif on_ebpf and case.probes[MIGRATE].answer is Answer.YES:
         yield Opinion("ok", f"{shown}: the program migrates whatever this says")
     elif isinstance(value, Unknown):
         lost = f"{value.reason}: what waits in a closing worker's queue may be reset"
-        yield Opinion("unknown", lost, f"use Linux 5.14 or later, or {_LOOK}")
+        yield Opinion("unknown", lost, f"{features.MIGRATE.cure}, or {_LOOK}")
     elif value == 0:
         lost = "0: connections that wait in a closing worker's queue are reset"
         yield Opinion("warn", lost, "sysctl -w net.ipv4.tcp_migrate_req=1, or steer by eBPF")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from enum import Enum
 
@@ -10,11 +9,6 @@ import msgspec
 
 from steer.errors import FallbackRefused
 from steer.policy import BACKENDS, EBPF, KERNEL, Policy
-
-EBPF_SINCE = (5, 5)
-"""The Linux from which on arrays can be mapped into memory (BPF_F_MMAPABLE), as our tables are."""
-MIGRATES_SINCE = (5, 14)
-"""The Linux from which on what waits at a closing listener can go to another."""
 
 
 class Answer(Enum):
@@ -100,9 +94,3 @@ def _why_not(policy: Policy, backend: str, findings: Mapping[str, Finding]) -> s
         return policy.no_cbpf
     finding = findings.get(backend, UNTRIED)
     return finding.reason if finding.answer is Answer.NO else ""
-
-
-def kernel_version(release: str) -> tuple[int, int]:
-    """Of uname(2)'s release: "6.1.0-56-amd64" is (6, 1)."""
-    match = re.match(r"(\d+)\.(\d+)", release)
-    return (int(match[1]), int(match[2])) if match else (0, 0)

@@ -104,9 +104,12 @@ class Orphan(msgspec.Struct):
 
 
 class Status(msgspec.Struct):
+    """What runs. `others` counts the services of other users, of which nothing more is known."""
+
     schema: int
     services: list[Service]
     orphaned: list[Orphan] = []
+    others: int = 0
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -150,6 +153,23 @@ def service_table(service: Service) -> Table:
         for worker in service.workers
     ]
     return Table(title, columns, rows, _own(service))
+
+
+def tables(status: Status) -> list[Table]:
+    """One for each service, and one of all that go on without a controller; below the last, how
+    many there are beside."""
+    found = [service_table(service) for service in status.services]
+    if status.orphaned:
+        found.append(orphans_table(status.orphaned))
+    if found and status.others:
+        below = [*found[-1].below, f"and {plural(status.others, 'service')} of other users"]
+        found[-1] = msgspec.structs.replace(found[-1], below=below)
+    return found
+
+
+def plural(count: int, noun: str) -> str:
+    """The two together: "1 worker", "3 workers"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def orphans_table(orphans: Sequence[Orphan]) -> Table:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from steer import features
 from steer.config import Service
 from steer.counting import Counting
 from steer.kernel import listeners, sockets
@@ -264,7 +265,7 @@ def may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
     if "tcp" in protocols and not migrates and not told:
         by_sysctl = "ebpf would move them, and so would sysctl net.ipv4.tcp_migrate_req=1"
         too_old = told is None or migrates is False
-        why = "migration needs Linux 5.14" if too_old else by_sysctl
+        why = f"migration needs Linux {features.MIGRATE.version}" if too_old else by_sysctl
         notes.append(f"connections {_LOST}: {why}")
     if "udp" in protocols:
         notes.append(DATAGRAMS_LOST)

@@ -517,7 +517,7 @@ def test_check_sees_who_has_the_port(service: StartService, steer: RunSteer) -> 
 @pytest.mark.needs("root", "netns")
 def test_status_of_none_one_and_several(service: StartService, alone: RunSteer) -> None:
     assert alone("status").stdout == "no service is running\n"
-    nothing = {"schema": 1, "services": [], "orphaned": []}
+    nothing = {"schema": 1, "services": [], "orphaned": [], "others": 0}
     assert json.loads(alone("status", "--json").stdout) == nothing
     for command in ("status", "stop"):
         done = alone(command, "one")

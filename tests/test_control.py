@@ -228,6 +228,35 @@ def lines_until(process: subprocess.Popen[str], word: str) -> list[str]:
     raise AssertionError("".join(lines))
 
 
+def sees_only_others(inside: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Whose services they are is no secret of the kernel's; that there is none would be wrong."""
+
+    def run(*command: str, user: int) -> subprocess.CompletedProcess[str]:
+        argv = (*inside, *as_user(user, STEER, *command))
+        return subprocess.run(argv, env=environment, capture_output=True, text=True)
+
+    words = "2 services of other users: test, theirs; none of yours; ask as root or as their users"
+    for command in (("status",), ("status", "--json"), ("reload",)):
+        done = run(*command, user=ALONE + 1)
+        act = "status" if "status" in command else "find a service"
+        assert (done.returncode, done.stderr) == (1, f"steer: {act}: {words}\n")
+        if "--json" in command:
+            assert json.loads(done.stdout) == {
+                "schema": 1,
+                "services": [],
+                "orphaned": [],
+                "others": 2,
+            }
+    done = run("stop", "nothing", user=ALONE + 1)
+    assert done.stderr.endswith(
+        "not running; no service is running; of other users: test, theirs\n"
+    )
+    done = run("status", user=ALONE)
+    assert done.returncode == 0
+    assert done.stdout.startswith("theirs  running  ")
+    assert done.stdout.endswith("\nand 1 service of other users\n")
+
+
 PRIVATE_RUN = 'mount -t tmpfs none /run && install -d -o {} /run/steer && {} && exec "$@"'
 
 
@@ -293,6 +322,7 @@ def test_root_is_found_in_one_place_and_finds_the_services_of_all(
                 )
                 names = [each["name"] for each in json.loads(shown.stdout)["services"]]
                 assert names == ["test", "theirs"], shown
+            sees_only_others(inside, cron)
             for name in ("theirs", "test"):
                 done = subprocess.run((*inside, STEER, "stop", name), env=cron)
                 assert done.returncode == 0

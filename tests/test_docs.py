@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from steer import plan, policies, policy
+from steer import features, plan, policies, policy
 from steer.cli import cli
 from steer.socket_options import OPTIONS
 
@@ -92,3 +92,9 @@ def test_every_module_has_its_floor() -> None:
     told = set(re.findall(r"\w+", floors))
     there = {file.stem for file in (ROOT / "steer").glob("*.py")} - {"__init__", "__main__"}
     assert there <= told, there - told
+
+
+def test_readme_names_the_kernels_that_are_needed() -> None:
+    said = " ".join((ROOT / "README.md").read_text().split())
+    for feature in features.FEATURES:
+        assert f"{feature.version} {feature.gives}" in said

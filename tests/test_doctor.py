@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from conftest import RunSteer, require
@@ -22,7 +22,7 @@ from steer import doctor, ladder, plan
 from steer.backends import Kernel
 from steer.config import Service
 from steer.cpus import Topology
-from steer.doctor import CHECKS, COUNT, MIGRATE, Case, Finding, Probed, cpumask
+from steer.doctor import CHECKS, COUNT, MIGRATE, RUN, Case, Finding, Probed, cpumask
 from steer.errors import CompileError, KernelError, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe
@@ -62,7 +62,7 @@ GOOD = Facts(
     places=(Place(Path("/run/steer"), ""),),
     interfaces=(LO, CARD),
 )
-PROBES = {name: Probed(Answer.YES) for name in (EBPF, CBPF, MIGRATE, COUNT)}
+PROBES = {name: Probed(Answer.YES) for name in (RUN, EBPF, CBPF, MIGRATE, COUNT)}
 REFUSED = Probed(Answer.NO, "create BPF map steer_sockets: EPERM")
 NO_BPF = {EBPF: REFUSED, MIGRATE: REFUSED}
 FOUR = Topology(allowed=(0, 1, 2, 3), possible=(0, 1, 2, 3), node_of={})
@@ -237,7 +237,7 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ("counting", a_case(probes={COUNT: REFUSED}), "warn", "no: create BPF", "CAP_NET_ADMIN"),
         ("counting", a_case(probes={COUNT: HALF}), "unknown", "could not tell", "RLIMIT"),
         ("cbpf", a_case(), "ok", "no privilege", ""),
-        ("cbpf", a_case(probes={CBPF: Probed(Answer.NO, "x")}), "warn", "no: x", "Linux 4.6"),
+        ("cbpf", a_case(probes={CBPF: Probed(Answer.NO, "x")}), "warn", "no: x", "Linux 5.4"),
         ("cbpf", a_case(ROUND_ROBIN, probes={CBPF: OLD}), "ok", "not ask for it", ""),
         ("jit", a_case(), "ok", "1: ", ""),
         ("jit", a_case(facts=sysctl("net.core.bpf_jit_enable", 0)), "warn", "0: ", "enable=1"),
@@ -319,7 +319,7 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ),
         (
             *("backend", a_case(serving(backend="cbpf"), probes={CBPF: OLD})),
-            *("warn", "kernel; --backend cbpf; cbpf: ", "Linux 4.6"),
+            *("warn", "kernel; --backend cbpf; cbpf: ", "Linux 5.4"),
         ),
     ],
 )
@@ -768,3 +768,77 @@ def test_the_cure_for_idle_workers_cures() -> None:
     assert [before[0][0], after[0][0]] == ["warn", "ok"]
     assert "get none" in before[0][1]
     assert after[0][1].endswith("some for every worker")
+
+
+# One source for what would help
+
+
+@pytest.mark.needs("bpf", "nobody")
+def test_doctor_and_check_name_the_same_capability(
+    netns: Netns, environment: dict[str, str], home: Path
+) -> None:
+    """With CAP_BPF alone the verifier refuses a loop over memory that it knows nothing of."""
+    caps = "-all,+bpf"
+    user = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    drop = (*user, f"--bounding-set={caps}", f"--inh-caps={caps}", f"--ambient-caps={caps}")
+    said = {}
+    for command in ("check", "doctor"):
+        argv = ("setpriv", *drop, "--", STEER, command, "--policy", "least-conn", "--json")
+        done = subprocess.run(argv, env=environment, cwd=home, capture_output=True, text=True)
+        said[command] = json.loads(done.stdout)
+    reason = said["check"]["backend_reason"]
+    by_topic = {each["topic"]: each for each in said["doctor"]["findings"]}
+    for topic in ("ebpf", "backend"):
+        assert by_topic[topic]["verdict"] == "warn"
+        assert by_topic[topic]["cure"].startswith("give CAP_PERFMON too: ")
+        assert by_topic[topic]["cure"] in reason
+
+
+@pytest.mark.parametrize(
+    "number, answer, words",
+    [
+        (errno.EINVAL, Answer.NO, "waitid(P_PIDFD): EINVAL; use Linux 5.4 or later"),
+        (errno.ENOSYS, Answer.NO, "waitid(P_PIDFD): ENOSYS; use Linux 5.4 or later"),
+        (errno.EPERM, Answer.NO, "waitid(P_PIDFD): EPERM; let the seccomp filter pass pidfd_open"),
+        (errno.EMFILE, Answer.UNKNOWN, "waitid(P_PIDFD): EMFILE"),
+    ],
+)
+@pytest.mark.parametrize("call", ["pidfd_open", "waitid"])
+def test_what_every_backend_needs(
+    monkeypatch: pytest.MonkeyPatch, call: str, number: int, answer: Answer, words: str
+) -> None:
+    """Whatever else could be used: it is said before any worker is started."""
+    assert probe.run() == ladder.Finding(Answer.YES)
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refuse)
+    found = probe.run()
+    assert found.answer is answer
+    assert found.reason.startswith(words)
+    if answer is Answer.NO:
+        with pytest.raises(KernelError, match=r"^run workers: waitid"):
+            probe.findings()
+    probed = doctor._probed(probe.run)
+    [said] = [each for each in doctor.judge(a_case(probes={RUN: probed})) if each.topic == "kernel"]
+    assert said.verdict == ("fail" if answer is Answer.NO else "unknown")
+    if answer is Answer.NO:
+        assert words.partition("; ")[2] in said.cure
+
+
+@pytest.mark.parametrize(
+    "release, lacking",
+    [
+        ("5.4.0", {"5.5", "5.6", "5.7", "5.14"}),
+        ("5.10.0-46-amd64", {"5.14"}),
+        ("6.1", set()),
+        ("custom", set()),
+    ],
+)
+def test_kernel_says_what_a_later_one_would_give(release: str, lacking: set[str]) -> None:
+    case = a_case()
+    case = replace(case, facts=replace(case.facts, release=release))
+    [said] = [each for each in doctor.judge(case) if each.topic == "kernel"]
+    assert said.verdict == "ok"
+    assert {each.split()[0] for each in said.found.split("; ")[1:]} == lacking

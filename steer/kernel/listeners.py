@@ -18,6 +18,7 @@ from itertools import chain
 
 import msgspec
 
+from steer import features
 from steer.errors import KernelError
 from steer.kernel import proc
 from steer.kernel.procfs import Files
@@ -126,7 +127,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _CURES = {
     errno.EPERM: "needs ptrace(2) access: run as root with CAP_SYS_PTRACE, or as the worker's "
     "user with kernel.yama.ptrace_scope 0 (1 does for an ancestor)",
-    errno.ENOSYS: "Linux 5.6 has it",
+    errno.ENOSYS: f"Linux {features.BORROW.version} has it",
     errno.EMFILE: "raise the limit on open files (ulimit -n, LimitNOFILE=)",
 }
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
-from steer import abi
+from steer import abi, features
 from steer.bytecode import Code
 from steer.errors import KernelError, VerifierError
 from steer.kernel import bpf, sockets
-from steer.ladder import EBPF_SINCE, Answer, Finding, kernel_version
+from steer.ladder import Answer, Finding
 
 _PASS = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
@@ -30,6 +30,36 @@ _NO = {
 }
 
 
+def run() -> Finding:
+    """Can processes be waited for and signalled by descriptor, as we do on every backend?"""
+    try:
+        pidfd = os.pidfd_open(os.getpid())
+    except OSError as error:
+        return _cannot_run(error)
+    try:
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:  # we are no child of ours: it was understood
+        return Finding(Answer.YES)
+    except OSError as error:
+        return _cannot_run(error)
+    finally:
+        os.close(pidfd)
+    return Finding(Answer.YES)
+
+
+LET_PASS = "let the seccomp filter pass pidfd_open and waitid"
+
+
+def _cannot_run(error: OSError) -> Finding:
+    name = errno.errorcode.get(error.errno or 0, str(error))
+    lacking = f"{features.RUN.name}: {name}"
+    if error.errno in (errno.EINVAL, errno.ENOSYS):
+        return Finding(Answer.NO, f"{lacking}; {features.RUN.cure}")
+    if name in _NO:
+        return Finding(Answer.NO, f"{lacking}; {LET_PASS}")
+    return Finding(Answer.UNKNOWN, lacking)
+
+
 def ebpf() -> Finding:
     """Can sk_reuseport programs be loaded and attached, with the maps they need?"""
     try:
@@ -39,25 +69,29 @@ def ebpf() -> Finding:
             sockets.attach_ebpf(sock.fileno(), program.fileno())
     except KernelError as error:
         release = os.uname().release
-        if kernel_version(release) < EBPF_SINCE:
-            return Finding(Answer.NO, f"Linux {release} cannot map arrays into memory; 5.5 can")
+        if features.kernel_version(release) < features.EBPF.since:
+            has = f"{features.EBPF.version} can"
+            return Finding(Answer.NO, f"Linux {release} cannot map arrays into memory; {has}")
         return _finding(error)
     return Finding(Answer.YES)
 
 
 def migrate() -> Finding:
-    """Can a program be asked where the queue of a closing listener goes? Linux 5.14+."""
+    """Can a program be asked where the queue of a closing listener goes?"""
     try:
         _program(_ASKED, abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE).close()
     except KernelError as error:
         if isinstance(error, VerifierError) or error.cause == "EINVAL":
-            return Finding(Answer.NO, f"Linux {os.uname().release} has not got it; 5.14 has")
+            return Finding(
+                Answer.NO,
+                f"Linux {os.uname().release} has not got it; {features.MIGRATE.version} has",
+            )
         return _finding(error)
     return Finding(Answer.YES)
 
 
 def cbpf() -> Finding:
-    """Can a classic program be attached? Needs Linux 4.6 and no privilege."""
+    """Can a classic program be attached? Needs no privilege."""
     try:
         with sockets.scratch() as sock:
             sockets.attach_cbpf(sock.fileno(), [(0x06, 0, 0, 0)])
@@ -67,7 +101,14 @@ def cbpf() -> Finding:
 
 
 def findings() -> dict[str, Finding]:
-    """All that the ladder asks for, by backend."""
+    """All that the ladder asks for, by backend.
+
+    Raises:
+        KernelError: steer can run on no backend here.
+    """
+    found = run()
+    if found.answer is Answer.NO:
+        raise KernelError("run workers", found.reason)
     return {"ebpf": ebpf(), "cbpf": cbpf()}
 
 

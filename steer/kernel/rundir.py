@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from steer.errors import ControlError
-from steer.kernel import process
+from steer.kernel import process, unix
 
 _SYSTEM = Path("/run/steer")
 _LOGINS = Path("/run/user")
@@ -78,6 +78,29 @@ def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
                 there = [named] if name and named.exists() else sorted(directory.glob("*.sock"))
                 found.update(dict.fromkeys(there))
     return list(found)
+
+
+def of_others(environment: Mapping[str, str]) -> list[Path]:
+    """Control sockets at which somebody listens, of services that we may not ask.
+
+    Where a directory does not let us list it, the kernel's table of sockets still names them.
+    """
+    override = environment.get("STEER_RUNTIME_DIR")
+    listed = find(environment)
+    found = set(unix.listening())
+    ours = {path for path in listed if os.access(path, os.W_OK)}
+    return sorted(path for path in found - ours if _may_be_control(path, override))
+
+
+def _may_be_control(path: Path, override: str | None) -> bool:
+    directory = path.parent
+    if path.suffix != ".sock":
+        return False
+    if override:
+        return directory == Path(override)
+    in_run_directory = directory.name == "steer" and directory.parent.parent == _LOGINS
+    in_tmp = directory.parent == _TMP and directory.name.startswith("steer-")
+    return directory == _SYSTEM or in_run_directory or in_tmp
 
 
 def _is_whose_it_says(directory: Path) -> bool:

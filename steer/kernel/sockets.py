@@ -9,11 +9,10 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from steer import abi, cbpf, socket_options
+from steer import abi, cbpf, features, socket_options
 from steer.address import Bind
 from steer.errors import BindError, KernelError
 from steer.kernel import proc, sockopt
-from steer.ladder import MIGRATES_SINCE, kernel_version
 from steer.socket_options import Setting
 
 
@@ -101,7 +100,7 @@ def tcp_migrate_req() -> bool | None:
     """Whether the kernel itself moves what waits at a closing listener to another of the
     group (ip-sysctl.rst, tcp_migrate_req); None before Linux 5.14, where nobody can, though
     Debian's 5.10.262 has such a file."""
-    if kernel_version(os.uname().release) < MIGRATES_SINCE:
+    if features.kernel_version(os.uname().release) < features.MIGRATE.since:
         return None
     try:
         with open("/proc/sys/net/ipv4/tcp_migrate_req") as stream:

@@ -1,0 +1,52 @@
+"""What steer takes from the kernel, and since which Linux it is there. Pure.
+
+For words only: whether a feature is there is found out by trying it (`kernel.probe`), as
+distributions backport some and containers refuse others.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """Something that not every kernel has.
+
+    Args:
+        name: as the man pages have it.
+        since: the first Linux that has it.
+        gives: what steer does with it, and without it does not.
+    """
+
+    name: str
+    since: tuple[int, int]
+    gives: str
+
+    @property
+    def version(self) -> str:
+        """As uname(2) writes it."""
+        return f"{self.since[0]}.{self.since[1]}"
+
+    @property
+    def cure(self) -> str:
+        """What to do where it is not there."""
+        return f"use Linux {self.version} or later"
+
+
+# pidfd_open(2) is from 5.3; reuseport programs for TCP are from 4.6, those for UDP from 4.5.
+RUN = Feature("waitid(P_PIDFD)", (5, 4), "to run at all and to steer by classic BPF")
+EBPF = Feature("BPF_F_MMAPABLE", (5, 5), "to steer by eBPF")
+BORROW = Feature("pidfd_getfd", (5, 6), "to move the queue of a worker that hangs")
+COUNT = Feature("BPF_LINK_CREATE", (5, 7), "to count open connections")
+MIGRATE = Feature(
+    "BPF_SK_REUSEPORT_SELECT_OR_MIGRATE", (5, 14), "to move the queue of a worker that ends"
+)
+FEATURES = (RUN, EBPF, BORROW, COUNT, MIGRATE)
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """Of uname(2)'s release: "6.1.0-56-amd64" is (6, 1)."""
+    match = re.match(r"(\d{1,5})\.(\d{1,5})", release, re.ASCII)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
