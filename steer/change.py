@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from steer import settle
 from steer.control import Tell
@@ -45,6 +46,7 @@ class Changes:
         self._keep = keep
         self._turn = asyncio.Lock()
         self._waiting = 0
+        self._changing: asyncio.Task[Any] | None = None
         self._act = ""
         self._ending = False
         self._postponing = False
@@ -59,7 +61,9 @@ class Changes:
         self._postponing = True
 
     def end(self) -> None:
-        """No more: the service ends."""
+        """No more: the service ends, and what is under way ends where it waits."""
+        if not self._ending and self._changing is not None:
+            self._changing.cancel()
         self._ending = True
 
     @asynccontextmanager
@@ -75,16 +79,23 @@ class Changes:
             await self._turn.acquire()
         finally:
             self._waiting -= 1
+        self._changing = task = asyncio.current_task()
+        assert task is not None
         try:
             if self._postponing:
                 raise Postponed(act, "the controller is being replaced", "ask again")
             self._refuse_at_the_end(act)
             self._act = act
             yield
+        except asyncio.CancelledError:
+            if self._ending and not task.uncancel():
+                self._refuse_at_the_end(act)
+            raise
         except SteerError:
             self._refuse_at_the_end(act)
             raise
         finally:
+            self._changing = None
             self._turn.release()
 
     def _refuse_at_the_end(self, act: str) -> None:

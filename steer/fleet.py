@@ -371,6 +371,8 @@ class Fleet:
 
     def _terminate(self, place: Place) -> None:
         if self._ending:
+            # There is nobody left to whom what waits for it could be moved.
+            place.cancel_settling()
             self._set_timer(place, self._ending_in_s, Event.OVERDUE)
         elif place.settling is None:  # else its time runs already
             self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
@@ -404,8 +406,7 @@ class Fleet:
 
     def _forget(self, place: Place) -> None:
         place.cancel_timer()
-        if place.settling is not None:
-            place.settling.cancel()
+        place.cancel_settling()
         self._rotation.give_up(place.slot)
         self.places.remove(place)
         self._end_if_empty()

@@ -154,9 +154,7 @@ class Health:
         looks = self._looks(place, process)
         over = [self._patience_with(process, at).is_over(now_s, look) for at, look in looks.items()]
         silent = _is_silent(place, now_s)
-        # Not the last: that would help nobody.
-        others = any(each.serves for each in self._fleet.places if each is not place)
-        if (any(over) or silent) and others and place.serves:
+        if (any(over) or silent) and place.serves and self._others_serve(place):
             why = "missed its watchdog" if silent else "takes no connections, and some wait"
             self._fleet.log.warning("worker %d hangs: it %s", place.slot, why)
             place.has_acted()
@@ -195,6 +193,10 @@ class Health:
     def _forget(self, process: Process) -> None:
         for key in [key for key in self._patience if key[0] == process.pid]:
             del self._patience[key]
+
+    def _others_serve(self, place: Place) -> bool:
+        """To take the last one for hung would help nobody."""
+        return any(each.serves for each in self._fleet.places if each is not place)
 
     def _look_at_hung(self, place: Place, process: Process) -> None:
         if self._is_back(place, process):

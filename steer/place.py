@@ -170,6 +170,11 @@ class Place(msgspec.Struct, eq=False):
             self.timer.cancel()
             self.timer = None
 
+    def cancel_settling(self) -> None:
+        if self.settling is not None:
+            self.settling.cancel()
+            self.settling = None
+
     def keep(self, held: Sequence[int]) -> None:
         """Have the guard know what another controller would have to; nothing if it has no
         process.

@@ -123,12 +123,16 @@ class Rotation:
     def left(self, slot: int) -> None:
         """The worker there has ended."""
         self.steering.left(slot)
-        self.keep()
+        self._keep_unless_released()
+
+    def _keep_unless_released(self) -> None:
+        if not self._released:
+            self.keep()
 
     def give_up(self, slot: int) -> None:
         """It is nobody's any more; what was counted for it is put aside."""
         self._put_aside(slot)
-        self.keep()
+        self._keep_unless_released()
 
     def _put_aside(self, slot: int) -> None:
         self.retired += self.steering.retire(slot) or Counts()
@@ -159,8 +163,7 @@ class Rotation:
         members = [place.member() for place in self._places if place.serves]
         self.steering.steer(members)
         self._watch_reserve(bool(members))
-        if not self._released:
-            self.keep()
+        self._keep_unless_released()
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now."""

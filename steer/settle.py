@@ -24,7 +24,8 @@ _TAKE_S = 0.1
 _LINGER_S = 1.0
 """So long connections just accepted may take to be answered; idle ones stay longer."""
 _LOOK_S = 0.01
-_LOOK_AGAIN_S = 0.1
+_LOOK_AGAIN_S, _SELDOM_S = 0.1, 1.0
+"""Ever more seldom, as most handshakes end soon: hundreds may take long to finish."""
 _LOOK_AT_FLOWS_S = 0.25
 _FLOWS_UNTIL = 0.9
 """So much of --graceful-timeout flows may go on."""
@@ -45,9 +46,11 @@ async def settle(fleet: Fleet, place: Place) -> None:
     await until_empty(fleet, place, limit_s)
     await _until_answered(fleet, place, min(end_s, clock.now_s() + _LINGER_S))
     fleet.report(place, Event.SETTLED)
+    pause_s = _LOOK_AGAIN_S
     while place.process:
         fleet.move_queue(place)
-        await asyncio.sleep(_LOOK_AGAIN_S)
+        await asyncio.sleep(pause_s)
+        pause_s = min(_SELDOM_S, 1.1 * pause_s)
 
 
 async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:

@@ -18,6 +18,7 @@ import msgspec
 
 from steer import config, policies, status
 from steer import plan as planning
+from steer.background import in_background
 from steer.change import Changes, unheard
 from steer.config import FIELDS, MAX_WORKERS, Service
 from steer.control import Handler, Server, Tell
@@ -277,7 +278,7 @@ class _Supervisor:
             self._tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 service = self._service.reread()
-                policy = await asyncio.to_thread(policies.prepare, service.policy)
+                policy = await in_background(policies.prepare, service.policy)
                 plan = planning.again(self._plan, service, topology.read(), policy=policy)
                 return await self._renew(plan, tell)
             finally:
@@ -323,7 +324,7 @@ class _Supervisor:
             now = self._plan
             service = _choosing(now.service, asked, act)
             try:
-                policy = await asyncio.to_thread(policies.prepare, service.policy)
+                policy = await in_background(policies.prepare, service.policy)
                 service = _keeping(now, service, policy)
                 self._service.choose_by(
                     planning.choosing_by(now, service, policy, topology.read(), act)
@@ -388,7 +389,11 @@ class _Supervisor:
         tried = await asyncio.create_subprocess_exec(
             *check, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
         )
-        _, words = await tried.communicate()
+        try:
+            _, words = await tried.communicate()
+        except asyncio.CancelledError:
+            tried.kill()
+            raise
         if tried.returncode != 0:
             raise ConfigError(act, "it would not start", detail=words.decode(errors="replace"))
 

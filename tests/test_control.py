@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import RunSteer, StartService
 from fake_service import fake_service, says
-from support import DEADLINE_S, NOBODY, STEER, Service, as_user, eventually
+from support import DEADLINE_S, NOBODY, STEER, Service, as_user, eventually, session
 
 from steer import client, control
 from steer.control import Tell
@@ -42,6 +42,21 @@ def serve(worker):
             while not Path("go").exists():
                 time.sleep(0.01)
             client.sendall(b"done")
+"""
+
+MINE = """
+#include "steer.h"
+
+STEER_POLICY(ctx, table)
+{
+    return steer_spread(table, ctx->hash);
+}
+"""
+ENDLESS = """
+#if __INCLUDE_LEVEL__ < 60
+#include "endless.h"
+#include "endless.h"
+#endif
 """
 
 
@@ -721,6 +736,59 @@ def test_stop_quick_does_not_wait_for_what_is_under_way(service: StartService, h
         done = running.steer("stop", "test", "--quick", "--json")
     assert json.loads(done.stdout) == {"stopped": "test"}
     assert running.process.poll() == 0
+
+
+@pytest.mark.needs("bcc", "bpf")
+def test_stop_quick_waits_for_no_change_either(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    """A generation that never finishes, one whose turn it is and that compiles for ever,
+    one that waits for its turn, and a drain that waits for a queue."""
+    (home / "holds.py").write_text(HOLDS)
+    (home / "endless.h").write_text(ENDLESS)
+    (home / "endless.c").write_text('#include "endless.h"\n' + MINE)
+    running = service(
+        "holds:serve", "-w", "2", "--graceful-timeout", "86400", "--hang-timeout", "0"
+    )
+
+    def hold() -> dict[int, int]:
+        clients.enter_context(socket.create_connection(("127.0.0.1", PORT), DEADLINE_S))
+        return running.selected()
+
+    while set(hold().values()) & {0, 1}:  # one that is served, and others that wait
+        pass
+    assert running.ask("reload")["generation"] == 2
+    while set(hold().values()) & {0, 1}:
+        pass
+    drained = next(each["slot"] for each in running.workers() if each["generation"] == 2)
+    asked = [
+        {"command": "drain", "slot": drained},
+        {"command": "policy", "policy": str(home / "endless.c")},
+        {"command": "reload"},
+    ]
+    waiting = []
+    for request in asked:
+        waiting.append(clients.enter_context(connect(running)))
+        waiting[-1].sendall(json.dumps(request).encode() + b"\n")
+    eventually(lambda: compiler_of(running))
+    done = running.steer("stop", "test", "--quick", "--json")
+    assert json.loads(done.stdout) == {"stopped": "test"}
+    assert running.process.poll() == 0
+    drain, *changes = map(answer, waiting)
+    assert drain["ok"], drain
+    assert [each["error"].partition(": ")[2] for each in changes] == ["the service is ending"] * 2
+    assert "bug in steer" not in running.log
+
+
+def compiler_of(running: Service) -> list[int]:
+    return [pid for pid in session(running.pid) if b"bcc_child" in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_two_may_wait_for_the_same_stop(service: StartService) -> None:

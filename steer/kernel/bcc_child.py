@@ -16,6 +16,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +41,12 @@ _INSTRUCTION = re.compile(r" *(\d+):\t")
 _LINE = re.compile(r"; .* // Line +(\d+)")
 
 
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+
 def main(source: str, include: str, *flags: str) -> int:
+    # Nobody waits for the answer of one that outlives who wants it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     # A policy is small: whatever makes clang go on for ever is a mistake in it.
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

@@ -79,13 +79,22 @@ def is_descendant(pid: int, ancestor: int, root: str = "/proc") -> bool:
     return walk == ancestor
 
 
-def group_outlives(leader: int, root: str = "/proc") -> bool:
+def group_outlives(leader: int) -> bool:
     """Whether a process group has members beside its leader that have not ended."""
-    for pid in _pids(root):
-        stat = _stat(f"{root}/{pid}") if pid != leader else None
-        if stat and int(stat[2]) == leader and stat[0] not in (b"Z", b"X"):
-            return True
+    for pid in _pids("/proc"):
+        # Of most one call is enough; hundreds of workers may end at once.
+        if pid != leader and _group(pid) == leader:
+            stat = _stat(f"/proc/{pid}")
+            if stat and stat[0] not in (b"Z", b"X"):
+                return True
     return False
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def start_time_ticks(pid: int, root: str = "/proc") -> int | None:
