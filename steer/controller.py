@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import abi, ladder, policies, privileges
+from steer import abi, ladder, policies, privileges, visibility
 from steer import plan as planning
 from steer.backends import open_backend
 from steer.config import Service
@@ -115,12 +115,20 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
     stands = msgspec.structs.replace(plan, rungs=(rung,))
     own_notes = (*filter(None, [privileges.note(service)]), *sockopt.shortfalls(service.settings))
-    notes = [*backend.notes, *own_notes]
+    notes = [*backend.notes, *own_notes, *_unseen(service)]
     found = Rehearsed(stands, notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
         sockets.check_free(bind, service.settings)
     return found
+
+
+def _unseen(service: Service) -> list[str]:
+    """What of workers could not be seen. Not worth an error."""
+    try:
+        return visibility.notes_on(visibility.of(service))
+    except OSError:
+        return []
 
 
 def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering, ladder.Rung]:

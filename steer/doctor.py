@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from steer import cpus, features, ladder, policies
+from steer import cpus, features, ladder, policies, visibility
 from steer import plan as planning
 from steer.backends import open_backend
 from steer.config import Service
@@ -23,6 +23,7 @@ from steer.counting import Counting
 from steer.errors import BindError, KernelError, SteerError, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe, sockopt, topology
+from steer.kernel.access import Access
 from steer.kernel.diag import Interface, cpus_taking_packets
 from steer.kernel.facts import Facts, Unknown
 from steer.ladder import Answer
@@ -30,6 +31,7 @@ from steer.plan import Plan
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, Policy
 from steer.report import cpu_list
 from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN
+from steer.visibility import BORROW, INSTEAD, WAITS
 
 T = TypeVar("T")
 Verdict = Literal["ok", "warn", "fail", "unknown"]
@@ -79,6 +81,7 @@ class Options(NamedTuple):
 
 
 _NO_OPTIONS = Options((), ())
+_ALL_ACCESS = Access()
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Case:
         probes: by backend, RUN, MIGRATE and COUNT.
         plan: as if without --strict; Unknown where even the CPUs could not be read.
         options: not looked at if not given.
+        access: to workers, from outside.
     """
 
     service: Service
@@ -96,6 +100,7 @@ class Case:
     probes: Mapping[str, Probed]
     plan: Plan | Unknown
     options: Options = _NO_OPTIONS
+    access: Access | Unknown = _ALL_ACCESS
 
     @property
     def policy(self) -> Policy:
@@ -180,7 +185,16 @@ def look(service: Service) -> Case:
         tuple(sockopt.refused(service.binds, service.settings)),
         tuple(sockopt.shortfalls(service.settings)),
     )
-    return Case(service, found, probes, plan, options)
+    return Case(service, found, probes, plan, options, _access(service))
+
+
+def _access(service: Service) -> Access | Unknown:
+    try:
+        return visibility.of(service)
+    except SteerError as error:
+        return Unknown(str(error))
+    except OSError as error:
+        return Unknown(f"try with a process: {error.strerror or error}")
 
 
 def _can_count() -> ladder.Finding:
@@ -589,6 +603,19 @@ def _places(case: Case) -> Iterator[Opinion]:
         yield Opinion("fail", "; ".join(obstacles), "name another place: --control-socket PATH")
 
 
+# ---- workers, from outside
+
+
+def _workers(case: Case) -> Iterator[Opinion]:
+    found = _known(case.access)
+    if not (found.look or found.borrow):
+        yield Opinion("ok", "what they wait for is seen, and their sockets can be borrowed")
+    refusals = {WAITS: found.look, BORROW: found.borrow}
+    for what, refusal in refusals.items():
+        if refusal is not None:
+            yield Opinion("warn", f"{refusal.cause}: {INSTEAD[what]}", refusal.cure)
+
+
 # ---- CPUs and packets
 
 
@@ -706,6 +733,7 @@ CHECKS: Mapping[str, Check] = {
     "tcp-migrate-req": _migrate_req,
     "files": _files,
     "run-directory": _places,
+    "workers": _workers,
     "receive-queues": _receive_queues,
     "draining": _draining,
     "backend": _backend,

@@ -6,7 +6,6 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,11 @@ from steer.lifecycle import Command, Event, State
 from steer.log import Log
 from steer.place import Place, Saved, waits
 from steer.plan import Generation, Plan, Seat
+from steer.queues import Queues
 from steer.rotation import Rotation
 from steer.spawn import Process
 from steer.steering import Counts, Steering
+from steer.visibility import BORROW, WAITS, Visibility
 from steer.worker import Launch
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Fleet:
     Attributes:
         generation: the one in force; a place may be of an earlier one, and on its way out.
         clock: what workers are given time for goes by it.
+        queues: what waits at workers.
+        visibility: what of workers cannot be seen.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Fleet:
         self._rotation = Rotation(steering, self.places, slots, guard, log)
         self.log = log
         self.clock = Clock()
+        self.queues = Queues()
+        self.visibility = Visibility(log)
         self._guard = guard
         self._launch = launch
         self._ending = False
@@ -275,7 +280,7 @@ class Fleet:
 
     def report(self, place: Place, event: Event) -> None:
         """Something happened to a worker: do what follows."""
-        if event is Event.LATE and place.says_ready:
+        if event is Event.LATE and (place.says_ready or self._is_unseen(place)):
             event = Event.READY  # it waits in a way that is not seen
         if event is Event.OVERDUE and self._is_busy(place):
             self._set_timer(place, self._graceful_timeout_s, event)
@@ -290,6 +295,13 @@ class Fleet:
         self._save(place)
         if place.state is not before:
             self._changed(place)
+
+    def _is_unseen(self, place: Place) -> bool:
+        """Whether nobody can tell if it waits on its sockets."""
+        if place.process is None or waits(place.process) is not Seen.UNKNOWN:
+            return False
+        self.visibility.refused(WAITS, place.process)
+        return True
 
     def _is_busy(self, place: Place) -> bool:
         """Taken for hung, it still may be at a request that takes long."""
@@ -362,8 +374,11 @@ class Fleet:
     def move_queue(self, place: Place) -> None:
         """What waits for a worker that is not chosen goes to others, if the kernel can."""
         if place.process:
-            with suppress(KernelError), place.process.sockets() as owned:
-                self.steering.rescue(place.slot, owned)
+            try:
+                with place.process.sockets() as owned:
+                    self.steering.rescue(place.slot, owned)
+            except KernelError:
+                self.visibility.refused(BORROW, place.process)
 
     def _start_settling(self, place: Place) -> None:
         self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)

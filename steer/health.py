@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from steer.errors import KernelError
 from steer.fleet import Fleet
 from steer.hang import Look, Patience
 from steer.kernel import listeners, proc
 from steer.kernel.waits import Seen
 from steer.lifecycle import Event, State
 from steer.place import Place, waits
+from steer.visibility import QUEUES, WAITS
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, TimerHandle
@@ -24,6 +23,8 @@ _FIRST_S, _LAST_S = 0.01, 0.25
 """How often a worker that does not notify is looked at: often at first, then less."""
 _LOOKS = 3
 """In one --hang-timeout; more while something waits."""
+_REST_S = 1.0
+"""One that cannot be looked at is taken to be ready when it has done nothing for so long."""
 _SAMPLE_S = 0.02
 _TOLD_S = 1.0
 """A gap of so long is logged."""
@@ -56,7 +57,6 @@ class Health:
         self._starting: TimerHandle | None = None
         self._patience: dict[tuple[int, int], Patience] = {}
         self._ticking: TimerHandle | None = None
-        self._may_look = True
         self._sampling: TimerHandle | None = None
         self.retime()
 
@@ -70,6 +70,7 @@ class Health:
     def retime(self) -> None:
         """The configuration may be another."""
         self._patience.clear()
+        self._fleet.visibility.forget()
         self._fleet.clock.measure(*self._limits_s)
         if self._ticking is not None:
             self._ticking.cancel()
@@ -88,8 +89,14 @@ class Health:
             return
         for place in self._fleet.places:
             if place.process and place.serves:
-                steering.sample(place.slot, _waiting(place.process))
+                steering.sample(place.slot, self._waiting(place.process))
         self._sampling = self._loop.call_later(_SAMPLE_S, self._sample)
+
+    def _waiting(self, process: Process) -> int:
+        """Connections in its queues; 0 where that cannot be seen."""
+        over_tcp = [bind.protocol == "tcp" for bind in process.launch.binds]
+        queues = self._fleet.queues.of(process) or {}
+        return sum(found.queued for at, found in queues.items() if over_tcp[at])
 
     # Starting.
 
@@ -101,11 +108,26 @@ class Health:
         self._starting = None
         for place in list(self._fleet.places):
             process = place.process if place.state is State.STARTING else None
-            if process and waits(process) is Seen.YES:
+            if process and self._is_ready(place, process):
                 self._fleet.report(place, Event.READY)
         if self._some_start() and self._starting is None:
             self._starting_s = min(self._starting_s * 1.5, _LAST_S)
             self._starting = self._loop.call_later(self._starting_s, self._look_at_starting)
+
+    def _is_ready(self, place: Place, process: Process) -> bool:
+        """Seen to wait; or at rest, where nobody can see what for."""
+        seen = waits(process)
+        if seen is Seen.UNKNOWN and self._is_at_rest(place):
+            self._fleet.visibility.refused(WAITS, process)
+            return True
+        return seen is Seen.YES
+
+    def _is_at_rest(self, place: Place) -> bool:
+        """Whether it has done nothing for a while."""
+        now_s = self._fleet.clock.now_s()
+        if place.has_acted() or not place.active_s:
+            place.active_s = now_s
+        return now_s - place.active_s >= _REST_S
 
     # Hanging.
 
@@ -165,15 +187,11 @@ class Health:
 
     def _looks(self, place: Place, process: Process) -> dict[int, Look]:
         service = place.generation.plan.service
-        if not service.hang_timeout or not self._may_look:
+        if not service.hang_timeout:
             return {}
-        try:
-            with process.sockets() as owned:
-                found = {at: listeners.waiting(sock) for at, sock in owned.items()}
-        except KernelError as error:
-            self._may_look = error.cause not in ("EPERM", "ENOSYS")
-            if not self._may_look:
-                self._fleet.log.warning("%s; only a watchdog shows who hangs", error)
+        found = self._fleet.queues.of(process)
+        if found is None:
+            self._fleet.visibility.refused(QUEUES, process)
             return {}
         if not any(each.queued for each in found.values()):
             return {at: Look(0) for at in found}
@@ -225,19 +243,6 @@ class Health:
         if now_s >= place.relief_s and not any(each.hung for each in others):
             place.relief_s = now_s + _RELIEF_AGAIN_S
             self._relieve(place)
-
-
-def _waiting(process: Process) -> int:
-    """Connections in its queues; 0 where we may not look."""
-    try:
-        with process.sockets() as owned:
-            return sum(
-                listeners.waiting(sock).queued
-                for sock in owned.values()
-                if sock.type == socket.SOCK_STREAM
-            )
-    except KernelError:
-        return 0
 
 
 def _is_silent(place: Place, now_s: float) -> bool:

@@ -54,6 +54,7 @@ class Place(msgspec.Struct, eq=False):
         heard_s: when it last sent WATCHDOG=1, or was ready, by the controller's clock.
         takers: its processes that were seen to wait on its sockets.
         activity: see `proc.activity`: of these, at the last look at them.
+        active_s: when it was last seen to do anything, while it starts.
         hung: when it was retired.
         relief_s: not before then is another asked for in its place.
         others: sockets it had open when it got ready, which so are no connections.
@@ -76,6 +77,7 @@ class Place(msgspec.Struct, eq=False):
     heard_s: float = 0.0
     takers: frozenset[int] = frozenset()
     activity: int = 0
+    active_s: float = 0.0
     hung: bool = False
     relief_s: float = 0.0
     others: set[int] = set()
@@ -150,6 +152,7 @@ class Place(msgspec.Struct, eq=False):
         """It has ended. One that served for long begins a new row of failures."""
         self.process = None
         self.says_ready = False
+        self.active_s = 0.0
         served_s = time.monotonic() - self.ready_s if self.ready_s is not None else 0.0
         self.failures = 1 if served_s >= STABLE_S else self.failures + 1
 

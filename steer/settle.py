@@ -8,10 +8,11 @@ end then would drop it: uvicorn closes connections that have not asked for anyth
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from steer.errors import KernelError
-from steer.kernel import listeners, proc
+from steer.kernel import proc
 from steer.lifecycle import Event
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ _TAKE_S = 0.1
 """So long a worker may take itself what waits for it, before that is moved."""
 _LINGER_S = 1.0
 """So long connections just accepted may take to be answered; idle ones stay longer."""
+_UNSEEN_S = 1.0
+"""So long a worker may take to take what waits for it, where that cannot be seen."""
 _LOOK_S = 0.01
 _LOOK_AGAIN_S, _SELDOM_S = 0.1, 1.0
 """Ever more seldom, as most handshakes end soon: hundreds may take long to finish."""
@@ -61,9 +64,13 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
     """
     fleet.settle()
     fleet.steering.settle()
-    began_s = fleet.clock.now_s()
-    while place.process and not place.serves and _queued(place.process):
-        waited_s = fleet.clock.now_s() - began_s
+    settled_s, began_s = time.monotonic(), fleet.clock.now_s()
+    while place.process and not place.serves:
+        queues, waited_s = fleet.queues.of(place.process, settled_s), fleet.clock.now_s() - began_s
+        if queues is None and waited_s > _UNSEEN_S:
+            return True
+        if queues is not None and not any(each.queued for each in queues.values()):
+            return True
         if waited_s > limit_s:
             return False
         if waited_s > _TAKE_S:
@@ -97,15 +104,6 @@ def _datagrams(fleet: Fleet, place: Place) -> int | None:
 async def _until_answered(fleet: Fleet, place: Place, end_s: float) -> None:
     while place.process and _has_connections(place, place.process) and fleet.clock.now_s() < end_s:
         await asyncio.sleep(_LOOK_S)
-
-
-def _queued(process: Process) -> bool:
-    """Where we may not look, what waits is the worker's to take."""
-    try:
-        with process.sockets() as owned:
-            return any(listeners.waiting(sock).queued for sock in owned.values())
-    except KernelError:
-        return False
 
 
 def _has_connections(place: Place, process: Process) -> bool:

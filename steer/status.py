@@ -30,7 +30,7 @@ def report_of(service: Controller, state: str) -> report.Service:
         policy=plan.policy.name,
         backend=steering.backend,
         backend_reason=service.rung.reason,
-        notes=list(steering.notes),
+        notes=[*steering.notes, *service.fleet.visibility.notes.values()],
         uptime_s=round(now_s - service.started_s, 3),
         binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],
         workers=[_worker(place, steering, now_s) for place in service.fleet.places],

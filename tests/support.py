@@ -357,6 +357,41 @@ def as_user(uid: int | None, *command: str) -> list[str]:
     return ["setpriv", *drop, "--inh-caps=-all", "--", *command]
 
 
+DOCKER_CAPABILITIES = (
+    *("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap"),
+    *("net_bind_service", "net_raw", "sys_chroot", "mknod", "audit_write", "setfcap"),
+)
+AS_IN_DOCKER = (
+    "setpriv",
+    f"--bounding-set=-all,{','.join(f'+{name}' for name in DOCKER_CAPABILITIES)}",
+    "--inh-caps=-all",
+    "--",
+)
+"""Executes a command as root with the capabilities that Docker gives by default."""
+
+_REFUSE = """
+import ctypes, errno, os, struct, sys
+calls, command = sys.argv[1].split(","), sys.argv[2:]
+ALLOW, ERRNO = 0x7FFF0000, 0x00050000
+code = [(0x20, 0, 0, 0)]  # the number
+for number in calls:
+    code += [(0x15, 0, 1, int(number)), (0x06, 0, 0, ERRNO | errno.EPERM)]
+code += [(0x06, 0, 0, ALLOW)]
+insns = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in code))
+program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(code), ctypes.addressof(insns)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, program, 0, 0) == 0, os.strerror(ctypes.get_errno())  # PR_SET_SECCOMP
+os.execvp(command[0], command)
+"""
+PIDFD_GETFD = 438
+
+
+def refusing(*calls: int) -> tuple[str, ...]:
+    """Executes a command whose system calls of these numbers fail with EPERM (seccomp(2))."""
+    return (sys.executable, "-c", _REFUSE, ",".join(map(str, calls)))
+
+
 def clean_environment(home: Path) -> dict[str, str]:
     """Nothing that would configure steer, and its directories in `home`."""
     unwanted = ("STEER_", "LISTEN_", "NOTIFY_SOCKET", "WEB_CONCURRENCY", "XDG_", "PYTHON")

@@ -26,6 +26,7 @@ from steer.doctor import CHECKS, COUNT, MIGRATE, RUN, Case, Finding, Probed, cpu
 from steer.errors import CompileError, KernelError, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe
+from steer.kernel.access import Access, Refusal
 from steer.kernel.diag import Interface
 from steer.kernel.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
 from steer.kernel.topology import parse_cpumask
@@ -82,15 +83,18 @@ NOTHING = replace(
     interfaces=Unknown("EPERM"),
 )
 
+ALL_ACCESS = Access()
+
 
 def a_case(
     service: Service = SERVICE,
     facts: Facts = GOOD,
     probes: Mapping[str, Probed] = PROBES,
     topology: Topology = FOUR,
+    access: Access | Unknown = ALL_ACCESS,
 ) -> Case:
     probes = {**PROBES, **probes}
-    return Case(service, facts, probes, plan.plan(service, topology, probes))
+    return Case(service, facts, probes, plan.plan(service, topology, probes), access=access)
 
 
 def serving(**keys: Any) -> Service:
@@ -127,7 +131,8 @@ def test_topics_that_scripts_look_for() -> None:
     assert list(CHECKS) == [
         *("kernel", "cpus", "privileges", "unprivileged-bpf", "confinement", "libbpf", "bcc"),
         *("ebpf", "migration", "counting", "cbpf", "jit", "ports", "socket-options", "somaxconn"),
-        *("syncookies", "tcp-migrate-req", "files", "run-directory", "receive-queues", "draining"),
+        *("syncookies", "tcp-migrate-req", "files", "run-directory", "workers"),
+        *("receive-queues", "draining"),
         "backend",
     ]
 
@@ -842,3 +847,20 @@ def test_kernel_says_what_a_later_one_would_give(release: str, lacking: set[str]
     [said] = [each for each in doctor.judge(case) if each.topic == "kernel"]
     assert said.verdict == "ok"
     assert {each.split()[0] for each in said.found.split("; ")[1:]} == lacking
+
+
+# ---- workers
+
+
+def test_workers_that_can_be_looked_at() -> None:
+    assert one("workers", a_case()).verdict == "ok"
+
+
+def test_workers_that_cannot() -> None:
+    """Each with what is done instead, the cause and the cure."""
+    refusal = Refusal("/proc is mounted with hidepid", "remount it")
+    look, borrow = told("workers", a_case(access=Access(refusal, refusal)))
+    assert (look.verdict, borrow.verdict) == ("warn", "warn")
+    assert look.found.startswith("/proc is mounted with hidepid: what workers wait for")
+    assert borrow.cure == "remount it"
+    assert one("workers", a_case(access=Unknown("EAGAIN"))).verdict == "unknown"

@@ -260,6 +260,17 @@ def _process_is_stopped(pid: int, files: Files) -> bool:
     return bool(states) and states.issubset(_STOPPED)
 
 
+def is_hidden(pid: int) -> bool:
+    """Whether the process runs, and /proc does not show it to us (hidepid=2)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return not os.path.exists(f"/proc/{pid}")
+
+
 def is_zombie(task: str) -> bool:
     stat = _stat(task)
     return stat is not None and stat[0] in (b"Z", b"X")

@@ -12,7 +12,7 @@ import select
 import struct
 from collections.abc import Callable, Iterable
 
-from steer.kernel.proc import family, inode_of, is_zombie
+from steer.kernel.proc import family, inode_of, is_hidden, is_zombie
 from steer.kernel.procfs import Files, TooMuch
 
 
@@ -49,7 +49,10 @@ def waits_on(
         machine: what uname(2) calls the processor: it decides the system call numbers.
     """
     files = Files(root)
-    seen = max(_waits(pid, inodes, files, machine).values(), default=Seen.NO)
+    looks = _waits(pid, inodes, files, machine)
+    if not looks and root == "/proc" and is_hidden(pid):
+        return Seen.UNKNOWN
+    seen = max(looks.values(), default=Seen.NO)
     return seen if files.whole else max(seen, Seen.UNKNOWN)
 
 

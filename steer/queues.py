@@ -1,0 +1,72 @@
+"""What waits at each worker, by whichever way we may see it."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+from steer.address import Bind
+from steer.errors import KernelError
+from steer.kernel import listeners, sockdiag
+from steer.kernel.listeners import Waiting
+from steer.spawn import Process
+
+_FRESH_S = 0.005
+"""Whoever asks within this gets the same answer: a hundred workers may be asked after at once."""
+
+_Ask = Callable[[str, int, int], dict[int, Waiting]]
+
+
+class Queues:
+    """Asks the kernel by the port, for all workers at once; where that is refused, borrows the
+    sockets of each.
+
+    Args:
+        ask: see `sockdiag.waiting`.
+        now_s: a time.
+    """
+
+    def __init__(
+        self, ask: _Ask = sockdiag.waiting, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ask = ask
+        self._now_s = now_s
+        self._tables: dict[tuple[str, int, int], tuple[float, dict[int, Waiting]]] = {}
+        self._may_ask = True
+
+    def of(self, worker: Process, after_s: float = -math.inf) -> Mapping[int, Waiting] | None:
+        """By bind, of those sockets of a worker that listen; None where it cannot be seen.
+
+        Args:
+            after_s: not as it was before that time.
+        """
+        if self._may_ask:
+            try:
+                return self._by_port(worker, after_s)
+            except KernelError as error:
+                # EMFILE and its like pass.
+                self._may_ask = error.cause not in ("EPERM", "EACCES", "EAFNOSUPPORT", "ENOENT")
+        try:
+            with worker.sockets() as owned:
+                return {at: listeners.waiting(sock) for at, sock in owned.items()}
+        except KernelError:
+            return None
+
+    def _by_port(self, worker: Process, after_s: float) -> Mapping[int, Waiting]:
+        found = {}
+        for at, bind in enumerate(worker.launch.binds[: len(worker.bound)]):
+            waiting = self._at(bind, after_s).get(worker.bound[at])
+            if waiting is not None:
+                found[at] = waiting
+        return found
+
+    def _at(self, bind: Bind, after_s: float) -> dict[int, Waiting]:
+        family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+        key, now_s = (bind.protocol, family, bind.port), self._now_s()
+        asked_s, found = self._tables.get(key, (-math.inf, {}))
+        if asked_s < after_s or now_s - asked_s >= _FRESH_S:
+            found = self._ask(*key)
+            self._tables[key] = (now_s, found)
+        return found

@@ -1,0 +1,166 @@
+"""What waits at workers: asked for by the port, or seen in borrowed sockets."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import eventually
+
+from steer import address
+from steer.errors import KernelError
+from steer.kernel import listeners, proc, sockdiag
+from steer.kernel.listeners import Waiting
+from steer.queues import Queues
+
+# The kernel
+
+FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
+
+
+@pytest.mark.parametrize("host", FAMILIES)
+def test_it_says_what_the_listener_says(host: str) -> None:
+    with ExitStack() as stack:
+        family = FAMILIES[host]
+        listener = stack.enter_context(socket.create_server((host, 0), family=family, backlog=7))
+        port = listener.getsockname()[1]
+        inode = proc.socket_inode(listener.fileno())
+        for number in range(3):
+            assert sockdiag.waiting("tcp", family, port)[inode] == Waiting(number, 7)
+            stack.enter_context(socket.create_connection((host, port)))
+            eventually(lambda: listeners.waiting(listener).queued, number + 1)
+        assert sockdiag.waiting("tcp", family, port)[inode] == listeners.waiting(listener)
+        assert sockdiag.waiting("tcp", family, 1) == {}
+        listener.shutdown(socket.SHUT_RDWR)
+        assert inode not in sockdiag.waiting("tcp", family, port)
+
+
+@pytest.mark.parametrize("host", FAMILIES)
+def test_it_says_what_the_datagram_socket_says(host: str) -> None:
+    family = FAMILIES[host]
+    with (
+        socket.socket(family, socket.SOCK_DGRAM) as sock,
+        socket.socket(family, socket.SOCK_DGRAM) as sender,
+    ):
+        sock.bind((host, 0))
+        port, inode = sock.getsockname()[1], proc.socket_inode(sock.fileno())
+        assert sockdiag.waiting("udp", family, port)[inode] == listeners.waiting(sock)
+        sender.sendto(b"x" * 100, (host, port))
+        eventually(lambda: listeners.waiting(sock).queued)
+        assert sockdiag.waiting("udp", family, port)[inode] == listeners.waiting(sock)
+
+
+def test_hundreds_are_read_whole() -> None:
+    """More than one answer of the kernel holds."""
+    with ExitStack() as stack:
+        first = stack.enter_context(socket.create_server(("127.0.0.1", 0), reuse_port=True))
+        port = first.getsockname()[1]
+        others = [
+            stack.enter_context(socket.create_server(("127.0.0.1", port), reuse_port=True))
+            for _ in range(399)
+        ]
+        inodes = {proc.socket_inode(each.fileno()) for each in (first, *others)}
+        assert sockdiag.waiting("tcp", socket.AF_INET, port).keys() == inodes
+
+
+def test_what_connections_move(listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    with socket.create_connection(listener.getsockname()) as client:
+        client.sendall(b"12345")
+        assert sockdiag.connections(socket.AF_INET, port, 10) == []  # nobody accepted it
+        accepted, _ = listener.accept()
+        with accepted:
+            inode = proc.socket_inode(accepted.fileno())
+
+            def seen() -> tuple[int, int]:
+                (found,) = sockdiag.connections(socket.AF_INET, port, 10)
+                assert found.inode == inode
+                return found.unread, found.moved
+
+            eventually(seen, (5, 0))
+            assert accepted.recv(2) == b"12"
+            eventually(seen, (3, 2))
+            accepted.sendall(b"abc")
+            eventually(seen, (3, 5))
+            assert sockdiag.connections(socket.AF_INET, port, 0) == []
+
+
+# Which way
+
+
+class FakeKernel:
+    """Answers for port 80, or refuses.
+
+    Args:
+        cause: of the refusal.
+    """
+
+    def __init__(self, cause: str = "") -> None:
+        self.asked = 0
+        self.cause = cause
+
+    def __call__(self, protocol: str, family: int, port: int) -> dict[int, Waiting]:
+        self.asked += 1
+        if self.cause:
+            raise KernelError("ask", self.cause)
+        return {100 + each: Waiting(each, 9) for each in range(3)}
+
+
+def worker(*inodes: int, borrowed: Mapping[int, socket.socket] | None = None) -> Any:
+    """One with its sockets on port 80.
+
+    Args:
+        borrowed: what it lends; None: that is refused.
+    """
+
+    @contextmanager
+    def sockets() -> Iterator[Mapping[int, socket.socket]]:
+        if borrowed is None:
+            raise KernelError("borrow", "EPERM")
+        yield borrowed
+
+    binds = [address.parse("127.0.0.1:80") for _ in inodes]
+    return SimpleNamespace(launch=SimpleNamespace(binds=binds), bound=inodes, sockets=sockets)
+
+
+def test_one_answer_is_for_all_workers() -> None:
+    now_s = 100.0
+    kernel = FakeKernel()
+    queues = Queues(kernel, lambda: now_s)
+    assert queues.of(worker(101)) == {0: Waiting(1, 9)}
+    assert queues.of(worker(102, 100)) == {0: Waiting(2, 9), 1: Waiting(0, 9)}
+    assert queues.of(worker(7)) == {}
+    assert kernel.asked == 1
+    now_s += 0.01
+    queues.of(worker(101))
+    assert kernel.asked == 2
+
+
+def test_an_answer_from_before_is_not_taken() -> None:
+    kernel = FakeKernel()
+    queues = Queues(kernel, lambda: 100.0)
+    queues.of(worker(101))
+    queues.of(worker(101), after_s=100.0)
+    assert kernel.asked == 1
+    queues.of(worker(101), after_s=100.001)
+    assert kernel.asked == 2
+
+
+def test_where_the_kernel_may_not_be_asked_sockets_are_borrowed(listener: socket.socket) -> None:
+    kernel = FakeKernel("EPERM")
+    queues = Queues(kernel)
+    assert queues.of(worker(101, borrowed={0: listener})) == {0: listeners.waiting(listener)}
+    assert queues.of(worker(101)) is None
+    assert kernel.asked == 1
+
+
+def test_a_refusal_that_passes_is_not_remembered(listener: socket.socket) -> None:
+    kernel = FakeKernel("EMFILE")
+    queues = Queues(kernel)
+    assert queues.of(worker(101)) is None
+    kernel.cause = ""
+    assert queues.of(worker(101)) == {0: Waiting(1, 9)}

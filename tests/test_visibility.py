@@ -1,0 +1,174 @@
+"""Workers that cannot be looked at: "could not tell" is not taken for "no", and is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from clients import BIND, answer, freeze, queue, request, send
+from conftest import StartService
+from support import (
+    AS_IN_DOCKER,
+    PIDFD_GETFD,
+    STEER,
+    eventually,
+    refusing,
+)
+
+from steer.kernel import access
+from steer.kernel.access import Access, Facts, Refusal, why_no_borrowing, why_no_look
+from steer.visibility import notes_on
+
+# Causes, without processes
+
+CAUSES = {
+    "hidden": (Facts(is_hidden=True), "hidepid", "gid="),
+    "hidepid": (Facts(hidepid=True, same_user=False), "hidepid", "gid="),
+    "another user": (Facts(same_user=False), "CAP_SYS_PTRACE is not held", "--cap-add SYS_PTRACE"),
+    "yama": (Facts(ptrace_scope=2), "ptrace_scope is 2", "ptrace_scope=1"),
+    "yama for all": (Facts(ptrace_scope=3, may_ptrace=True), "ptrace_scope is 3", "reboot"),
+    "something else": (Facts(ptrace_scope=1), "access is refused", "security module"),
+}
+
+
+@pytest.mark.parametrize(("facts", "cause", "cure"), CAUSES.values(), ids=CAUSES.keys())
+def test_why_it_cannot_be_looked_at(facts: Facts, cause: str, cure: str) -> None:
+    found = why_no_look(facts)
+    assert cause in found.cause
+    assert cure in found.cure
+
+
+def test_why_sockets_cannot_be_borrowed() -> None:
+    new = Facts(release="6.1.0", is_filtered=True)
+    assert "seccomp" in why_no_borrowing(new, "EPERM", None).cause
+    assert "5.6" in why_no_borrowing(Facts(release="5.4.0"), "ENOSYS", None).cure
+    look = Refusal("hidepid", "remount")
+    assert why_no_borrowing(new, "EPERM", look) == look
+    assert "EMFILE" in why_no_borrowing(new, "EMFILE", None).cause
+
+
+def test_nothing_is_said_of_what_can_be_seen() -> None:
+    assert notes_on(Access()) == []
+
+
+def test_we_may_do_all_to_our_like() -> None:
+    assert access.access_to(lambda: None) == Access()
+
+
+@pytest.mark.needs("root")
+def test_a_process_that_proc_hides_is_unknown(tmp_path: Path) -> None:
+    """And one that has ended is not."""
+    look = """
+import os, sys
+from steer.kernel import access, waits
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+for pid in sys.argv[1:]:
+    print(waits.waits_on(int(pid), frozenset({1})).name, access.read(int(pid)).is_hidden)
+"""
+    # 2 is the first that the shell starts, and root's
+    script = f"mount -t proc -o hidepid=2 proc /proc && exec {sys.executable} -c '{look}' 2 999999"
+    done = subprocess.run(
+        ["unshare", "--mount", "--pid", "--fork", "sh", "-c", f"sleep 60 & {script}"],
+        capture_output=True,
+        text=True,
+    )
+    if "mount" in done.stderr:
+        pytest.skip(f"needs a mount of proc: {done.stderr}")
+    assert done.stdout.split("\n")[:2] == ["UNKNOWN True", "NO False"], done.stderr
+
+
+# Services
+
+SILENT = """
+import socket
+s = socket.socket(fileno=3)
+while True:
+    c, _ = s.accept()
+    with c:
+        c.recv(1000)
+        c.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n{}")
+"""
+"""Never says that it is ready; the system's Python runs it, which any user may."""
+COMMAND = ("--", "/usr/bin/python3", "-Ic", SILENT)
+OPTIONS = ("-w", "2", "-u", "nobody", "--hang-timeout=0.3", *BIND)
+
+
+@pytest.mark.needs("netns", "nobody")
+def test_as_in_docker(service: StartService) -> None:
+    """With its default capabilities, and workers that are somebody else: ready, hung, said."""
+    options = (*OPTIONS, "--policy=hash", "--graceful-timeout=0.3", "--ready-timeout=20")
+    running = service(*options, *COMMAND, under=AS_IN_DOCKER)
+    assert running.status()["backend"] == "cbpf"
+    notes = "\n".join(running.status()["notes"])
+    assert "CAP_SYS_PTRACE is not held" in notes
+    assert "--cap-add SYS_PTRACE" in notes
+    assert "taken to be ready when it has been idle" in running.log
+
+    stopped = running.workers()[1]
+    os.kill(stopped["pid"], signal.SIGSTOP)
+    with ExitStack() as clients:
+        while all(
+            each["pid"] != stopped["pid"] or each["state"] == "ready" for each in running.workers()
+        ):
+            clients.enter_context(request())
+    eventually(lambda: stopped["pid"] not in [each["pid"] for each in running.workers()])
+    running.wait_ready(2)
+    assert "worker 1 hangs" in running.log
+    assert "bug in steer" not in running.log
+
+    for command in ("doctor", "check"):
+        arguments = ("-u", "nobody", "-b", "127.0.0.1:1234", "--policy=hash", "--json")
+        done = subprocess.run(
+            [*AS_IN_DOCKER, STEER, command, *arguments], capture_output=True, text=True
+        )
+        assert "CAP_SYS_PTRACE is not held" in done.stdout, done.stderr
+        json.loads(done.stdout)
+
+
+FILTERED = ("--policy=round-robin", "--hang-timeout=0.3", "-w", "3")
+
+
+@pytest.mark.needs("netns", "bpf", "migrate")
+def test_pidfd_getfd_is_filtered(service: StartService) -> None:
+    """A stopped worker is found by its queue and replaced; and the right cause is told."""
+    running = service(*FILTERED, "--graceful-timeout=0.3", under=refusing(PIDFD_GETFD))
+    stopped = running.workers()[1]
+    freeze(stopped)
+    with ExitStack() as clients:
+        queue(running, clients, 2, stopped)
+        eventually(lambda: stopped["pid"] not in [each["pid"] for each in running.workers()])
+        running.wait_ready(3)
+    assert f"worker {stopped['slot']} hangs" in running.log
+    (note,) = (note for note in running.status()["notes"] if "borrowed" in note)
+    assert "a seccomp filter refuses pidfd_getfd(2)" in note
+    assert "SystemCallFilter=pidfd_getfd" in note
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+def test_netlink_is_refused(service: StartService) -> None:
+    """As by RestrictAddressFamilies=: sockets are borrowed instead."""
+    script = """
+import ctypes, struct, sys, os, errno
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, 41), (0x20, 0, 0, 16), (0x15, 0, 1, 16),
+        (0x06, 0, 0, 0x00050000 | errno.EAFNOSUPPORT), (0x06, 0, 0, 0x7FFF0000)]
+insns = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in code))
+program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(code), ctypes.addressof(insns)))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, program, 0, 0) == 0
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+    running = service(*FILTERED, "--hang=skip", under=(sys.executable, "-c", script))
+    stopped = running.workers()[1]
+    freeze(stopped)
+    with ExitStack() as clients:
+        chosen = queue(running, clients, 2, stopped)
+        assert stopped["slot"] not in {answer(each)["slot"] for each in chosen}
+        send(stopped, signal.SIGCONT)
+        running.wait_ready(3)
