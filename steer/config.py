@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from signal import Signals
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from steer import address, socket_options, values
+from steer import address, servers, socket_options, values
 from steer.address import Bind
 from steer.errors import ConfigError
 from steer.policy import OWN_SUFFIX, POLICIES
@@ -53,6 +54,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         params: "NAME=VALUE", of the policy; the others have the values it declares.
         weights: each worker's share, in the workers' order; missing ones are 1.
         socket_options: "NAME=VALUE", names and values as in `socket_options.OPTIONS`.
+        stop_signal: what tells a worker to finish; None: as `servers.SERVERS` has it for the
+            command's program, else TERM.
         hang_timeout: seconds that connections may wait while a worker takes none; 0: for ever.
         watchdog: seconds within which a worker has to say WATCHDOG=1; None: it need not.
         adopt_timeout: seconds that workers go on without a controller; 0: none.
@@ -76,6 +79,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     backlog: Annotated[int, Meta(ge=1, le=65535)] = 2048
     socket_options: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     graceful_timeout: Seconds = 30.0
+    stop_signal: str | None = None
     ready_timeout: Wait = 30.0
     hang_timeout: Seconds = 2.0
     hang: Literal["replace", "skip"] = "replace"
@@ -105,6 +109,13 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         all_of_them = socket_options.parse(self.socket_options)
         protocols = {bind.protocol for bind in self.binds}
         return tuple(each for each in all_of_them if protocols & set(each.option.protocols))
+
+    @property
+    def told_by(self) -> Signals:
+        """The signal that tells a worker to finish what it has and end."""
+        if self.stop_signal is not None:
+            return servers.read_signal(self.stop_signal)
+        return servers.stop_signal(self.command)
 
     def weight(self, seat: int) -> int:
         return self.weights[seat] if seat < len(self.weights) else 1
@@ -243,6 +254,8 @@ def _check_meaning(key: str, value: Any) -> None:
         raise Invalid("unknown policy", values.did_you_mean(value, POLICIES))
     if key == "bind":
         _check_binds(value)
+    if key == "stop_signal" and value is not None:
+        servers.read_signal(value)
     if key == "socket_options":
         socket_options.parse(value)
 
@@ -277,6 +290,7 @@ def _allowed(key: str) -> str:
         "params": "NAME=VALUE",
         "policy": f"{', '.join(POLICIES)}, or a path/to/file{OWN_SUFFIX}",
         "socket_options": socket_options.ALLOWED,
+        "stop_signal": servers.ALLOWED,
         "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
         "workers": f"1 to {MAX_WORKERS}, or auto",
     }

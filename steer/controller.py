@@ -12,14 +12,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from steer import abi, ladder, policies, privileges, visibility
+from steer import abi, ladder, policies, privileges, servers, visibility
 from steer import plan as planning
 from steer.backends import open_backend
 from steer.config import Service
@@ -114,8 +114,7 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     backend, rung = first_that_holds(plan, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
     stands = msgspec.structs.replace(plan, rungs=(rung,))
-    own_notes = (*filter(None, [privileges.note(service)]), *sockopt.shortfalls(service.settings))
-    notes = [*backend.notes, *own_notes, *_unseen(service)]
+    notes = [*backend.notes, *_notes(service)]
     found = Rehearsed(stands, notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
@@ -123,12 +122,15 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     return found
 
 
-def _unseen(service: Service) -> list[str]:
-    """What of workers could not be seen. Not worth an error."""
-    try:
-        return visibility.notes_on(visibility.of(service))
-    except OSError:
-        return []
+def _notes(service: Service) -> Iterator[str]:
+    """What is to be known of a service, whatever its backend."""
+    if as_whom := privileges.note(service):
+        yield as_whom
+    if service.stop_signal is None and (told := servers.note(service.command)):
+        yield told
+    yield from sockopt.shortfalls(service.settings)
+    with suppress(OSError):  # that it could not be looked at is not worth an error
+        yield from visibility.notes_on(visibility.of(service))
 
 
 def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering, ladder.Rung]:

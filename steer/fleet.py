@@ -78,6 +78,7 @@ class Fleet:
         self._launch = launch
         self._ending = False
         self._ending_in_s = 0.0
+        self._ending_quickly = False
         self._changed: Callable[[Place], None]
         self._settle: Settle
         self._loop: AbstractEventLoop
@@ -236,9 +237,13 @@ class Fleet:
             self._save(place)
         self._rotation.flip_soon()
 
-    def stop(self, within_s: float) -> None:
-        """Ask every worker to finish what it has; those that have not by then are killed."""
-        self._ending, self._ending_in_s = True, within_s
+    def stop(self, within_s: float, quick: bool) -> None:
+        """Ask every worker to finish what it has; those that have not by then are killed.
+
+        Args:
+            quick: they need not finish.
+        """
+        self._ending, self._ending_in_s, self._ending_quickly = True, within_s, quick
         self._guard.give_up()
         for place in self.places:
             place.keep(())
@@ -393,7 +398,7 @@ class Fleet:
             self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
         place.has_acted()
         if place.process:
-            place.process.terminate()
+            place.process.terminate(self._ending_quickly)
 
     @property
     def _graceful_timeout_s(self) -> float:

@@ -73,6 +73,11 @@ _SERVICE_OPTIONS = (
         " See docs/SOCKETS.md.",
     ),
     click.option("--graceful-timeout", metavar="S", help="To finish, when ending; default 30."),
+    click.option(
+        "--stop-signal",
+        metavar="SIG",
+        help="Tells a worker to finish: QUIT; default what the server is known for, else TERM.",
+    ),
     click.option("--ready-timeout", metavar="S", help="To get ready, when starting; default 30."),
     click.option(
         "--hang-timeout",

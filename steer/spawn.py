@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from signal import Signals
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -42,7 +44,7 @@ class Running(msgspec.Struct, frozen=True):
     """A process, for whoever goes on with it.
 
     Args:
-        told: whether it was sent SIGTERM.
+        told: whether it was told to finish.
     """
 
     pid: int
@@ -64,7 +66,7 @@ class Process:
 
     Attributes:
         bound: inodes of its sockets, one for each bind.
-        told: whether it was sent SIGTERM.
+        told: whether it was told to finish.
 
     Raises:
         BindError: an address cannot be had.
@@ -110,7 +112,7 @@ class Process:
         self.launch = launch
         self._guard = guard
         self.problem: SteerError | None = None
-        self.told = False
+        self.told = self._hurried = False
         self._is_child = True
         self._is_heard = False
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
@@ -136,7 +138,7 @@ class Process:
     def keep(self, value: bytes, held: Sequence[int] = ()) -> None:
         """Have the guard keep `value` with what ties the process to us, and `held`."""
         fds = (self._pidfd, self._stderr, self._channel.fileno(), *held)
-        self._guard.put(self.key, value, fds, group=self.pid)
+        self._guard.put(self.key, value, fds, self.pid, self.launch.service.told_by)
 
     @contextmanager
     def sockets(self) -> Iterator[Mapping[int, socket.socket]]:
@@ -223,11 +225,21 @@ class Process:
         lines = [*self._words, *([self._unfinished] if self._unfinished else [])]
         return "\n".join(line.decode(errors="replace") for line in lines[-LAST_WORDS:])
 
-    def terminate(self) -> None:
-        """Once: asked again, some servers drop what they have."""
-        if not self.told:
-            self.told = True
-            process.terminate(self._pidfd)
+    def terminate(self, quick: bool = False) -> None:
+        """Tell it to finish; once, as some servers that are asked again drop what they have.
+
+        Args:
+            quick: it need not finish: by SIGTERM, which a server that finishes on another
+                signal ends at once on; also where it was told to finish before.
+        """
+        hurry = quick and not self._hurried and self._told_by != signal.SIGTERM
+        if not self.told or hurry:
+            self.told, self._hurried = True, quick
+            process.terminate(self._pidfd, self._told_by)
+
+    @property
+    def _told_by(self) -> Signals:
+        return signal.SIGTERM if self._hurried else self.launch.service.told_by
 
     def kill(self) -> None:
         process.kill_group(self.pid)
@@ -254,7 +266,7 @@ class Process:
         to be told, as a shell passes nothing on."""
         self._forget(self._pidfd)
         if self.told:
-            process.terminate_group(self.pid)
+            process.terminate_group(self.pid, self._told_by)
         self._when_all_are_gone()
 
     def _when_all_are_gone(self) -> None:

@@ -193,13 +193,13 @@ class _Supervisor:
         self._state = "stopping"
         self._tell_supervisor("STOPPING=1")
         self._changes.end()
-        self._fleet.stop(QUICK_S if quick else self._plan.service.graceful_timeout)
+        self._fleet.stop(QUICK_S if quick else self._plan.service.graceful_timeout, quick)
 
     async def _end_workers(self) -> None:
         """However we got here, no worker is left."""
         self._changes.end()
         if not self._fleet.ended.done():
-            self._fleet.stop(QUICK_S)
+            self._fleet.stop(QUICK_S, quick=True)
             await self._fleet.ended
         for task in self._tasks:
             task.cancel()

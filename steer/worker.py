@@ -150,12 +150,13 @@ class Worker:
         self.watchdog_s = launch.service.watchdog
         self._notify = launch.notify
         self._stopping = False
-        signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGTERM, launch.service.told_by):
+            signal.signal(number, self._stop)
 
     @property
     def stopping(self) -> bool:
-        """Whether the worker was told to finish (SIGTERM)."""
+        """Whether the worker was told to finish (SIGTERM, `--stop-signal`)."""
         return self._stopping
 
     def ready(self) -> None:
@@ -270,7 +271,7 @@ def _settle(launch: Launch) -> None:
     if launch.modest:
         process.be_modest()
     if not launch.service.adopt_timeout:
-        process.die_with_parent(launch.controller)
+        process.die_with_parent(launch.controller, launch.service.told_by)
 
 
 @contextmanager

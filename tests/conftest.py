@@ -112,6 +112,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "bpftool": _has_command("bpftool"),
     "granian": _has_module("granian"),
     "gunicorn": _has_module("gunicorn"),
+    "haproxy": _has_command("haproxy"),
     "hypercorn": _has_module("hypercorn"),
     "matplotlib": _has_module("matplotlib"),
     "migrate": lambda: _found(probe.migrate()),

@@ -74,6 +74,7 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
         (("mark=3",), ("mark=3",)),
     ),
     "graceful_timeout": (1, ("2.5", 2.5), ("3", 3.0)),
+    "stop_signal": ("QUIT", ("SIGUSR1", "SIGUSR1"), ("winch", "winch")),
     "ready_timeout": (1.5, ("2", 2.0), ("3", 3.0)),
     "hang_timeout": (1, ("0", 0.0), ("3", 3.0)),
     "hang": ("skip", ("replace", "replace"), ("skip", "skip")),

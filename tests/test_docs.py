@@ -9,6 +9,7 @@ import pytest
 
 from steer import features, plan, policies, policy
 from steer.cli import cli
+from steer.servers import SERVERS
 from steer.socket_options import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +86,12 @@ def test_what_cannot_change_live_is_told() -> None:
 def test_every_socket_option_is_told() -> None:
     rows = re.findall(r"^\| (`.+?`) \|", (DOCS / "SOCKETS.md").read_text(), re.MULTILINE)
     assert re.findall(r"`(.+?)`", " ".join(rows)) == list(OPTIONS)
+
+
+def test_every_known_server_is_told() -> None:
+    rows = re.findall(r"^\| (`.+?) \| (SIG\w+) \|", (DOCS / "RELOAD.md").read_text(), re.MULTILINE)
+    told = {name: number for names, number in rows for name in re.findall(r"`(.+?)`", names)}
+    assert told == {name: server.stop_signal.name for name, server in SERVERS.items()}
 
 
 def test_every_module_has_its_floor() -> None:

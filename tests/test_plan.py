@@ -39,6 +39,7 @@ OTHER: dict[str, Any] = {
     "backlog": 7,
     "socket_options": ("mark=7",),
     "graceful_timeout": 1.0,
+    "stop_signal": "QUIT",
     "ready_timeout": 1.0,
     "hang_timeout": 1.0,
     "hang": "skip",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import signal
 import socket
 from collections.abc import Sequence
 
@@ -37,6 +38,7 @@ class Frame(msgspec.Struct, array_like=True):
         fds: how many descriptors come along; or SAME.
         group: a process group, or 0.
         wait: whether an answer is wanted.
+        stop_signal: of a worker, what tells it to finish.
     """
 
     act: str
@@ -45,6 +47,7 @@ class Frame(msgspec.Struct, array_like=True):
     fds: int = 0
     group: int = 0
     wait: bool = False
+    stop_signal: int = signal.SIGTERM
 
 
 _DECODER = msgspec.msgpack.Decoder(Frame)

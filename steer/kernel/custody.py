@@ -39,11 +39,13 @@ class Entry(msgspec.Struct, frozen=True):
         fds: descriptors. Of a worker: its pidfd, the read end of its standard error, then
             any others; none once its first process has ended.
         group: of a worker: its process group; 0 once nobody is left in it. Else 0.
+        stop_signal: of a worker: what tells it to finish.
     """
 
     value: bytes
     fds: tuple[int, ...] = ()
     group: int = 0
+    stop_signal: int = signal.SIGTERM
 
 
 class Guard:
@@ -127,7 +129,14 @@ class Guard:
         """Should we end now, nobody is to adopt what is left: the workers end, too."""
         self.configure(msgspec.structs.replace(self._settings, adopt_timeout_s=0.0))
 
-    def put(self, key: str, value: bytes, fds: Sequence[int] = (), group: int = 0) -> None:
+    def put(
+        self,
+        key: str,
+        value: bytes,
+        fds: Sequence[int] = (),
+        group: int = 0,
+        stop_signal: int = signal.SIGTERM,
+    ) -> None:
         """Keep an entry, or another in place of that of the same key, at once.
 
         An entry that is the same in all is not sent again, and descriptors of the same
@@ -140,11 +149,11 @@ class Guard:
             OSError: EBADF, a descriptor is not open.
         """
         assert not group or len(fds) != 1, "a worker has a pidfd and a standard error, or neither"
-        old, new = self.entries.get(key), Entry(value, tuple(fds), group)
+        old, new = self.entries.get(key), Entry(value, tuple(fds), group, stop_signal)
         if new == old:
             return
         if old is not None and old.fds == new.fds:
-            self._tell(Frame("put", key, value, SAME, group))
+            self._tell(Frame("put", key, value, SAME, group, stop_signal=stop_signal))
         else:
             self._send(key, new, wait=old is not None)
         self.entries[key] = new
@@ -152,7 +161,7 @@ class Guard:
     def update(self, key: str, value: bytes) -> None:
         """Another value for an entry there is. Raises KeyError."""
         entry = self.entries[key]
-        self.put(key, value, entry.fds, entry.group)
+        self.put(key, value, entry.fds, entry.group, entry.stop_signal)
 
     def drop(self, key: str) -> None:
         """Forget an entry, if there; when this returns the keeper has closed its descriptors."""
@@ -194,7 +203,8 @@ class Guard:
             self._predecessor = None
 
     def _send(self, key: str, entry: Entry, wait: bool = False) -> None:
-        frame = Frame("put", key, entry.value, len(entry.fds), entry.group, wait)
+        count, number = len(entry.fds), entry.stop_signal
+        frame = Frame("put", key, entry.value, count, entry.group, wait, number)
         self._tell(frame, entry.fds)
 
     def _tell(self, frame: Frame, fds: Sequence[int] = ()) -> None:

@@ -35,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True):
         remove_directory: whether its directory is steer's own, and goes too if empty.
         pid_file: removed at the end if it still names the controller.
         adopt_timeout_s: how long workers go on without a controller; 0 ends them at once.
-        graceful_timeout_s: from SIGTERM to SIGKILL.
+        graceful_timeout_s: from the signal to finish to SIGKILL.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Kept(msgspec.Struct, eq=False):
     value: bytes
     fds: list[int]
     group: int
+    stop_signal: int = signal.SIGTERM
 
     @property
     def is_worker(self) -> bool:
@@ -86,12 +87,13 @@ class Kept(msgspec.Struct, eq=False):
             os.close(fd)
         self.fds = kept
 
-    def terminate(self) -> None:
+    def terminate(self, quick: bool) -> None:
         """As the controller does: the first process, or what that has left behind."""
+        number = signal.SIGTERM if quick else self.stop_signal
         if self.has_ended:
-            process.terminate_group(self.group)
+            process.terminate_group(self.group, number)
         else:
-            process.terminate(self.fds[0])
+            process.terminate(self.fds[0], number)
 
     def kill(self) -> None:
         process.kill_group(self.group)
@@ -182,7 +184,7 @@ class Keeper:
         old = self.entries.get(frame.key)
         if old is not None and frame.fds == SAME:
             fds, old.fds = old.fds, []
-        self.entries[frame.key] = Kept(frame.value, fds, frame.group)
+        self.entries[frame.key] = Kept(frame.value, fds, frame.group, frame.stop_signal)
         if old is not None:
             old.close()
 

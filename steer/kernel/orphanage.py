@@ -70,7 +70,7 @@ class Orphanage:
         self._adopter_pid = 0
         self._unheard: set[int] = set()
         self._listen_again_s = 0.0
-        self._ending = False
+        self._ending = self._is_quick = False
         self._killed = False
         self._stoppers: list[Talk] = []
         self._adopted = False
@@ -165,7 +165,7 @@ class Orphanage:
         for kept in self._keeper.entries.values():
             kept.let_go()
         for kept in self._living():
-            kept.terminate()
+            kept.terminate(self._is_quick)
 
     # Workers.
 
@@ -198,7 +198,7 @@ class Orphanage:
         kept.close()
         kept.look()
         if self._ending and kept.group:
-            kept.terminate()
+            kept.terminate(self._is_quick)
         # To the end: whoever adopts the others learns in which order sockets closed.
         entries = self._keeper.entries
         entries[key] = entries.pop(key)
@@ -278,10 +278,14 @@ class Orphanage:
 
     def _stop(self, quick: bool) -> None:
         after_s = min(QUICK_S, self._settings.graceful_timeout_s)
+        hurry, self._is_quick = quick and not self._is_quick, quick or self._is_quick
         if not self._ending:
             self._end(after_s if quick else self._settings.graceful_timeout_s)
-        elif quick:
+        elif hurry:
             self._end_s = min(self._end_s, time.monotonic() + after_s)
+            for kept in self._living():
+                if kept.stop_signal != signal.SIGTERM:  # else it was told so, and once is enough
+                    kept.terminate(quick)
 
     def _hand_over(self, talk: Talk) -> None:
         ours, theirs = socket.socketpair()

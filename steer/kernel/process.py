@@ -368,17 +368,17 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def terminate(pidfd: int) -> None:
-    """SIGTERM to a worker's first process, and not to all: hypercorn's own workers would
+def terminate(pidfd: int, number: int = signal.SIGTERM) -> None:
+    """A signal to a worker's first process, and not to all: hypercorn's own workers would
     drop what they have."""
     with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        signal.pidfd_send_signal(pidfd, number)
 
 
-def terminate_group(pid: int) -> None:
-    """SIGTERM to what is left of a worker's process group."""
+def terminate_group(pid: int, number: int = signal.SIGTERM) -> None:
+    """The same to what is left of a worker's process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGTERM)
+        os.killpg(pid, number)
 
 
 def kill_group(pid: int) -> None:

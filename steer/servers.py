@@ -1,0 +1,74 @@
+"""What is known of servers that steer may run as workers, by the name of their program. Pure."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from signal import Signals
+
+import msgspec
+
+from steer.values import Invalid, did_you_mean
+
+
+class Server(msgspec.Struct, frozen=True):
+    """A server that differs from what steer does by default.
+
+    Args:
+        stop_signal: on which it finishes the requests it has and ends. SIGTERM ends it at once.
+        source: where its documentation says so.
+    """
+
+    stop_signal: Signals
+    source: str
+
+
+SERVERS: Mapping[str, Server] = {
+    "nginx": Server(signal.SIGQUIT, "https://nginx.org/en/docs/control.html"),
+    "openresty": Server(signal.SIGQUIT, "https://nginx.org/en/docs/control.html"),
+    "angie": Server(signal.SIGQUIT, "https://en.angie.software/angie/docs/configuration/control/"),
+    "haproxy": Server(signal.SIGUSR1, "HAProxy Management Guide, 4. Stopping and restarting"),
+    "apache2": Server(signal.SIGWINCH, "https://httpd.apache.org/docs/2.4/stopping.html"),
+    "httpd": Server(signal.SIGWINCH, "https://httpd.apache.org/docs/2.4/stopping.html"),
+    "lighttpd": Server(signal.SIGINT, "doc/initscripts.txt of lighttpd"),
+    "php-fpm": Server(signal.SIGQUIT, "php-fpm(8)"),
+    "unicorn": Server(signal.SIGQUIT, "SIGNALS of unicorn"),
+}
+"""Left out: uWSGI, which finishes gracefully on no signal unless it is configured to
+(hook-master-start), and all that do so on SIGTERM, as gunicorn, uvicorn, hypercorn and granian."""
+
+ALLOWED = "a signal's name, as QUIT or SIGQUIT; not KILL or STOP, which no process can act on"
+_NOT_SEEN = (signal.SIGKILL, signal.SIGSTOP)
+
+
+def stop_signal(command: Sequence[str]) -> Signals:
+    """What tells a worker to finish, if nothing else is asked for.
+
+    Args:
+        command: the worker's command line; empty for a Python callable.
+    """
+    program = command[0].rpartition("/")[2] if command else ""
+    # Distributions add versions: php-fpm8.2.
+    known = SERVERS.get(program) or SERVERS.get(program.rstrip("0123456789.").rstrip("-"))
+    return known.stop_signal if known else signal.SIGTERM
+
+
+def note(command: Sequence[str]) -> str:
+    """What is done differently for a command's program, in words; "" if nothing is."""
+    number = stop_signal(command)
+    if number == signal.SIGTERM:
+        return ""
+    return f"workers are told to finish by {number.name}, as {command[0]} ends at once on SIGTERM"
+
+
+def read_signal(name: str) -> Signals:
+    """A signal by its name, with or without SIG.
+
+    Raises:
+        Invalid: there is none of that name, or no process sees it.
+    """
+    names = {each.name.removeprefix("SIG"): each for each in Signals if each not in _NOT_SEEN}
+    short = name.strip().upper().removeprefix("SIG")
+    if short not in names:
+        raise Invalid("no such signal, or none to act on", did_you_mean(short, names))
+    return names[short]

@@ -1,0 +1,246 @@
+"""Servers that finish on another signal than SIGTERM: a reload cuts none of their requests."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import pytest
+from conftest import RunSteer, StartService
+from support import DEADLINE_S, Netns, eventually
+
+from steer import config
+from steer.config import Service
+from steer.errors import ConfigError
+
+HOST, PORT, BEHIND = "127.0.0.1", 8080, 8081
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+NGINX = f"""
+daemon off;
+worker_processes 1;
+error_log stderr crit;
+events {{}}
+http {{
+    access_log off;
+    server {{
+        listen {HOST}:{PORT};
+        location / {{ proxy_pass http://{HOST}:{BEHIND}; }}
+    }}
+}}
+"""
+HAPROXY = f"""
+defaults
+    mode http
+    timeout connect 60s
+    timeout client 60s
+    timeout server 60s
+frontend in
+    bind fd@3
+    default_backend behind
+backend behind
+    server one {HOST}:{BEHIND}
+"""
+COMMANDS = {
+    # NGINX is its own name for inherited listeners, from before there was LISTEN_FDS.
+    "nginx": (
+        *("-e", "NGINX=3;", "--", "nginx", "-c", "{home}/nginx.conf"),
+        *("-g", "pid {home}/{{slot}}.pid;"),
+    ),
+    "haproxy": ("--", "haproxy", "-db", "-f", "{home}/haproxy.cfg"),
+}
+each_server = pytest.mark.parametrize(
+    "server", [pytest.param(name, marks=pytest.mark.needs(name)) for name in COMMANDS]
+)
+
+
+class Behind:
+    """A server behind others, that answers when it is told to.
+
+    Attributes:
+        waiting: for an answer.
+    """
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server((HOST, BEHIND), backlog=64)
+        self.waiting: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                self.waiting.append(self._listener.accept()[0])
+
+    def answer(self) -> None:
+        for sock in self.waiting:
+            with sock:
+                sock.recv(65536)
+                with suppress(OSError):
+                    sock.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for sock in (self._listener, *self.waiting):
+            sock.close()
+
+
+@pytest.fixture
+def behind(netns: Netns) -> Iterator[Behind]:
+    made = Behind()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def command(home: Path, server: str) -> Sequence[str]:
+    """The end of a `steer run`."""
+    (home / "nginx.conf").write_text(NGINX)
+    (home / "haproxy.cfg").write_text(HAPROXY)
+    return [word.format(home=home) for word in COMMANDS[server]]
+
+
+def under_way(clients: ExitStack, behind: Behind, number: int = 6) -> list[socket.socket]:
+    """Requests that are not answered yet."""
+    socks = []
+    for _ in range(number):
+        sock = clients.enter_context(socket.create_connection((HOST, PORT), DEADLINE_S))
+        sock.sendall(REQUEST)
+        socks.append(sock)
+    eventually(lambda: len(behind.waiting) == number)
+    return socks
+
+
+def answered(socks: Sequence[socket.socket]) -> int:
+    def whole(sock: socket.socket) -> bytes:
+        with sock, sock.makefile("rb") as stream, suppress(ConnectionError):
+            return stream.read()
+        return b""
+
+    return [whole(sock).endswith(b"ok") for sock in socks].count(True)
+
+
+@each_server
+def test_a_reload_lets_it_finish_all_requests(
+    service: StartService,
+    behind: Behind,
+    clients: ExitStack,
+    home: Path,
+    server: str,
+    command: Sequence[str],
+) -> None:
+    running = service("-w", "2", *command)
+    old = {worker["pid"] for worker in running.workers()}
+    requests = under_way(clients, behind)
+    assert running.steer("reload").returncode == 0
+    eventually(
+        lambda: {each["pid"] for each in running.workers() if each["state"] == "ready"} - old
+    )
+    behind.answer()
+    assert answered(requests) == len(requests)
+    eventually(lambda: not old & {worker["pid"] for worker in running.workers()})
+
+    # Without a controller it is the guard that ends them, and as gracefully.
+    behind.waiting.clear()
+    requests = under_way(clients, behind)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    stopping = threading.Thread(target=running.steer, args=("stop",))
+    stopping.start()
+    eventually(lambda: "ending 2 workers" in running.log)
+    behind.answer()
+    assert answered(requests) == len(requests)
+    stopping.join()
+
+
+@pytest.mark.needs("nginx")
+@pytest.mark.parametrize("server", ["nginx"])
+def test_a_quick_stop_is_by_sigterm(
+    service: StartService, behind: Behind, clients: ExitStack, home: Path, command: Sequence[str]
+) -> None:
+    """On which nginx ends at once, and removes its pid file; killed it would leave that."""
+    running = service("-w", "2", *command)
+    under_way(clients, behind)
+    assert sorted(home.glob("*.pid")) == [home / "0.pid", home / "1.pid"]
+    running.send_signal(signal.SIGTERM)
+    eventually(lambda: "stopping gracefully" in running.log)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert not list(home.glob("*.pid"))
+
+
+CALLABLE = """
+import pathlib, signal, time
+
+def serve(worker):
+    signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("terminated").touch())
+    worker.sockets[0].settimeout(0.02)
+    worker.ready()
+    while not worker.stopping:
+        try:
+            worker.sockets[0].accept()[0].close()
+        except (TimeoutError, BlockingIOError):
+            pass
+    pathlib.Path(f"finished-{worker.slot}").touch()
+"""
+
+
+@pytest.mark.parametrize("adopt_timeout", ["0", "30"])
+def test_a_callable_is_told_by_the_signal_of_choice(
+    service: StartService, home: Path, adopt_timeout: str
+) -> None:
+    (home / "app.py").write_text(CALLABLE)
+    running = service(
+        *("-w", "2", "--stop-signal", "usr2", "--adopt-timeout", adopt_timeout, "app:serve")
+    )
+    if adopt_timeout == "0":
+        running.send_signal(signal.SIGKILL)  # the kernel tells them, and the guard
+        running.wait()
+        running.leaves_nothing()
+    else:
+        assert running.stop() == 0
+    assert not (home / "terminated").exists()
+    assert sorted(home.glob("finished-*")) == [home / "finished-0", home / "finished-1"]
+
+
+@pytest.mark.needs("nginx")
+def test_check_tells_it(steer: RunSteer) -> None:
+    told = "note: workers are told to finish by SIGQUIT, as nginx ends at once on SIGTERM\n"
+    assert told in steer("check", "--", "nginx").stdout
+    assert "told to finish" not in steer("check", "--stop-signal", "TERM", "--", "nginx").stdout
+
+
+@pytest.mark.parametrize(
+    "command, number",
+    [
+        ((), signal.SIGTERM),
+        (("uvicorn", "app:app"), signal.SIGTERM),
+        (("/usr/sbin/nginx", "-g", "daemon off;"), signal.SIGQUIT),
+        (("haproxy", "-db"), signal.SIGUSR1),
+        (("/usr/sbin/php-fpm8.2", "-F"), signal.SIGQUIT),
+        (("php-fpm-8.2",), signal.SIGQUIT),
+        (("apache2", "-DFOREGROUND"), signal.SIGWINCH),
+        (("nginx-prometheus-exporter",), signal.SIGTERM),
+    ],
+)
+def test_known_servers_are_told_by_their_own_signal(
+    command: tuple[str, ...], number: Signals
+) -> None:
+    assert Service(command=command).told_by is number
+    assert Service(command=command, stop_signal="SIGHUP").told_by is signal.SIGHUP
+
+
+@pytest.mark.parametrize("name, hint", [("QIUT", "QUIT"), ("KILL", ""), ("9", ""), ("SIG", "")])
+def test_what_is_no_signal_is_refused(name: str, hint: str) -> None:
+    keys: dict[str, Any] = {"stop_signal": name}
+    with pytest.raises(ConfigError) as caught:
+        config.load({}, {}, keys, "steer.toml")
+    assert str(caught.value).startswith(
+        f"steer.toml: stop_signal = '{name}': no such signal, or none to act on; "
+    )
+    assert f"did you mean {hint!r}? allowed: a signal's name" in str(caught.value) or not hint
