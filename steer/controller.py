@@ -31,10 +31,11 @@ from steer.errors import (
     ControlError,
     FallbackRefused,
     KernelError,
+    SteerError,
     VerifierError,
 )
 from steer.fleet import Fleet
-from steer.kernel import custody, mail, process, rundir, sockets, sockopt
+from steer.kernel import custody, mail, process, rundir, sockets, sockopt, topology
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.lifecycle import State
@@ -43,6 +44,7 @@ from steer.notify import Listener
 from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
 from steer.policy import EBPF
+from steer.report import cpu_list
 from steer.steering import Steering
 from steer.table import Member
 from steer.worker import Launch
@@ -520,7 +522,26 @@ class Controller:
         identity = process.identity(service.user, service.group)
         return frozenset({0, os.geteuid(), identity.uid or 0})
 
+    def follow_cpus(self) -> None:
+        """Seats and table by the CPUs that may be used now: those of the plan may be gone."""
+        try:
+            now = topology.changed(self.plan.topology)
+            if now is None:
+                return
+            before, allowed = self.plan.topology.allowed, now.allowed
+            self.log.warning(
+                "this service may now run on CPUs %s, and no longer on %s: workers move",
+                cpu_list(allowed),
+                cpu_list(before),
+            )
+            self.choose_by(planning.on(self.plan, now))
+            self.fleet.pin()
+        except SteerError as error:
+            self.log.error("follow the CPUs that may be used: %s", error)
+
     def _launch(self, place: Place) -> Launch:
+        if self.fleet.is_watched:
+            self.follow_cpus()
         plan = place.generation.plan
         return Launch(
             plan.service,

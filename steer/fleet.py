@@ -53,6 +53,7 @@ class Fleet:
 
     Attributes:
         generation: the one in force; a place may be of an earlier one, and on its way out.
+        is_watched: whether there is a loop to look after them in.
         clock: what workers are given time for goes by it.
         queues: what waits at workers.
         visibility: what of workers cannot be seen.
@@ -74,6 +75,7 @@ class Fleet:
         self.clock = Clock()
         self.queues = Queues()
         self.visibility = Visibility(log)
+        self.is_watched = False
         self._guard = guard
         self._launch = launch
         self._ending = False
@@ -171,6 +173,7 @@ class Fleet:
             changed: told that a worker is in another state.
         """
         self._loop, self._settle, self._changed = loop, settle, changed
+        self.is_watched = True
         self._rotation.watch(loop)
         self.clock.run(loop)
         self.up = loop.create_future()
@@ -338,6 +341,11 @@ class Fleet:
             self._save(place)
         self.generation = Generation(self.generation.number, plan)
         self._rotation.keep()
+
+    def pin(self) -> None:
+        """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
+        for place in self.places:
+            place.pin()
 
     def _with(self, generation: Generation, plan: Plan) -> Generation:
         in_force = generation.number == self.generation.number

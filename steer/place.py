@@ -126,8 +126,13 @@ class Place(msgspec.Struct, eq=False):
     def reseat(self, seat: Seat) -> None:
         """Another seat from now on, and its CPUs."""
         before, self.seat = self.seat, seat
-        if self.process and before.cpus != seat.cpus:
-            process.pin(proc.descendants(self.process.pid), seat.cpus)
+        if before.cpus != seat.cpus:
+            self.pin()
+
+    def pin(self) -> None:
+        """To the CPUs of its seat."""
+        if self.process:
+            process.pin(proc.descendants(self.process.pid), self.seat.cpus)
 
     def hear(self, message: Mapping[str, str], now_s: float) -> None:
         """What it tells of itself, see sd_notify(3)."""

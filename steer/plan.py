@@ -259,6 +259,11 @@ def scaled(running: Plan, workers: int, topology: Topology) -> Plan:
     return _with_workers(running, service, topology, workers)
 
 
+def on(running: Plan, topology: Topology) -> Plan:
+    """The plan for a running service on other CPUs: as many workers, seated anew."""
+    return _with_workers(running, running.service, topology, len(running.seats))
+
+
 def _with_workers(running: Plan, service: Service, topology: Topology, workers: int) -> Plan:
     if _two_generations(workers) > running.slots:
         raise ConfigError(

@@ -277,6 +277,7 @@ class _Supervisor:
         async with self._changes.turn(f"reload {self._plan.name}"):
             self._tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
+                self._service.follow_cpus()
                 service = self._service.reread()
                 policy = await in_background(policies.prepare, service.policy)
                 plan = planning.again(self._plan, service, topology.read(), policy=policy)
@@ -287,7 +288,7 @@ class _Supervisor:
 
     async def _become(self, plan: Plan) -> None:
         async with self._changes.turn(f"reload {plan.name}"):
-            policy = await asyncio.to_thread(policies.prepare, plan.service.policy)
+            policy = await in_background(policies.prepare, plan.service.policy)
             plan = msgspec.structs.replace(plan, policy=policy)
             await self._renew(plan, unheard)
 
@@ -348,6 +349,7 @@ class _Supervisor:
             await self._scale_to(workers, tell)
 
     async def _scale_to(self, workers: int, tell: Tell) -> None:
+        self._service.follow_cpus()
         plan = planning.scaled(self._plan, workers, topology.read())
         process.allow_descriptors(plan.descriptors)
         await self._changes.scale(plan, tell)

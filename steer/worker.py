@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import msgspec
+from msgspec.structs import replace
 
 from steer import demo, privileges, values
 from steer.address import Bind
@@ -200,13 +201,14 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
     above = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(launch.binds))
     channel = socket.socket(fileno=above)
     process.keep_only([above])
-    # While they are put where a command looks for them each socket is there twice.
-    process.limit_descriptors(launch.files, _DESCRIPTORS + 2 * len(launch.binds))
+    with _if_allowed(launch, "set the limits on open files"):
+        # While they are put where a command looks for them each socket is there twice.
+        process.limit_descriptors(launch.files, _DESCRIPTORS + 2 * len(launch.binds))
     try:
         own = _bind(launch, channel)
         if own is None:
             return 1
-        _settle(launch)
+        launch = _settle(launch)
         environment = _environment(launch)
         if launch.service.command:
             _execute(launch, own, environment)
@@ -254,24 +256,40 @@ def _short(text: str) -> str:
     return text[:_TEXT_MAX].encode(errors="backslashreplace").decode()
 
 
-def _settle(launch: Launch) -> None:
+def _settle(launch: Launch) -> Launch:
     """Take the place that was planned: CPUs, directory, user; and go with the controller.
+
+    Returns:
+        The same, with the CPUs that it came to be.
 
     Raises:
         Unloadable: the kernel does not let us.
     """
-    cpus, directory, who = launch.seat.cpus, launch.service.chdir, launch.identity
-    with _needed(f"run on CPUs {cpu_list(cpus)}"):
-        os.sched_setaffinity(0, cpus)
+    directory, who = launch.service.chdir, launch.identity
+    with _if_allowed(launch, f"run on CPUs {cpu_list(launch.seat.cpus)}"):
+        os.sched_setaffinity(0, launch.seat.cpus)
+    cpus = tuple(sorted(os.sched_getaffinity(0)))
     if directory is not None:
         with _needed(f"chdir {directory}"):
             os.chdir(directory)
     with _needed(f"run as uid {who.uid}, gid {who.gid}"):
         privileges.settle(launch.service, who)
     if launch.modest:
-        process.be_modest()
+        with _if_allowed(launch, "leave the CPUs to others until it is ready"):
+            process.be_modest()
     if not launch.service.adopt_timeout:
         process.die_with_parent(launch.controller, launch.service.told_by)
+    return replace(launch, seat=replace(launch.seat, cpus=cpus))
+
+
+@contextmanager
+def _if_allowed(launch: Launch, act: str) -> Iterator[None]:
+    """For what a worker can do without: a cpuset may just have changed, seccomp may refuse."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        print(f"steer: worker {launch.slot}: {act}: {why}; it does without", file=sys.stderr)
 
 
 @contextmanager

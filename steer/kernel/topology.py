@@ -28,6 +28,16 @@ def read(sysfs: str = "/sys") -> Topology:
     )
 
 
+def changed(before: Topology) -> Topology | None:
+    """The topology as it is now, if this process may use other CPUs than before: its cpuset
+    was changed, or a CPU went on- or offline (cpuset(7), sched_getaffinity(2)).
+
+    Raises:
+        KernelError: as `read`.
+    """
+    return None if os.sched_getaffinity(0) == set(before.allowed) else read()
+
+
 def parse_cpulist(text: str) -> tuple[int, ...]:
     """The CPUs of the kernel's list format: "0-2,8" is (0, 1, 2, 8), "" is ().
 
