@@ -14,7 +14,7 @@ import msgspec
 from steer import report
 from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
 from steer.kernel import diag, proc, process, rundir
-from steer.values import shown
+from steer.values import plural, shown
 
 _TIMEOUT_S = 5.0
 _REPLACED_S, _ASK_AGAIN_S = 10.0, 0.05
@@ -252,7 +252,7 @@ def of_others(environment: Mapping[str, str]) -> list[str]:
 
 def none_of_ours(others: Sequence[str]) -> tuple[str, str]:
     """Cause and cure where only these run."""
-    count = f"{report.plural(len(others), 'service')} of other users"
+    count = f"{plural(len(others), 'service')} of other users"
     user = "its user" if len(others) == 1 else "their users"
     return f"{count}: {_names(others)}; none of yours", f"ask as root or as {user}"
 
@@ -328,4 +328,4 @@ def _add_queues(service: report.Service) -> None:
 
 
 def _workers(count: int) -> str:
-    return report.plural(count, "worker")
+    return plural(count, "worker")

@@ -19,7 +19,7 @@ from steer.address import Bind
 from steer.errors import ConfigError
 from steer.policy import OWN_SUFFIX, POLICIES
 from steer.socket_options import Setting
-from steer.values import Invalid
+from steer.values import Invalid, plural
 
 MAX_WORKERS = 1024
 MAX_WEIGHT = 1000
@@ -314,7 +314,7 @@ def _check_whole(service: Service, shown: Mapping[str, str]) -> None:
     if isinstance(workers, int) and len(weights) > workers:
         raise ConfigError(
             f"{shown['weights']} and {shown['workers']}",
-            f"{len(weights)} weights for {workers} workers",
+            f"{len(weights)} weights for {plural(workers, 'worker')}",
             "give each worker one at most",
         )
     _check_options_have_sockets(service, shown)

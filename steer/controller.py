@@ -35,7 +35,7 @@ from steer.errors import (
     VerifierError,
 )
 from steer.fleet import Fleet
-from steer.kernel import custody, mail, process, rundir, sockets, sockopt, topology
+from steer.kernel import custody, mail, process, rundir, sockets, sockopt, title, topology
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.lifecycle import State
@@ -47,6 +47,7 @@ from steer.policy import EBPF
 from steer.report import cpu_list
 from steer.steering import Steering
 from steer.table import Member
+from steer.values import plural
 from steer.worker import Launch
 
 _LOOK_S = 0.002
@@ -66,6 +67,7 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
     """
     # From here on a signal waits until the loop can take it.
     process.hold_signals()
+    title.show(f"steer: controller {plan.name}")
     with ExitStack() as undo:
         started = Controller(plan, environment, log, reread, undo)
         if not started.adopt():
@@ -287,7 +289,7 @@ class Controller:
         self._undo.callback(self.guard.close)
         self._undo.callback(self.fleet.abandon)
         living = sum(place.process is not None for place in self.fleet.places)
-        self.log.info("adopted %d workers", living)
+        self.log.info("adopted %s", plural(living, "worker"))
 
     def _generations(self, left: Left, handover: Handover) -> Mapping[int, Generation]:
         """Those that workers may be of; notes whether the one in force is not what we want."""
@@ -479,8 +481,8 @@ class Controller:
 
     def _announce(self) -> None:
         plan, rung = self.plan, self.rung
-        count = len(plan.seats)
-        self.log.info("%s: %d workers, %s on %s", plan.name, count, plan.policy.name, rung.backend)
+        count = plural(len(plan.seats), "worker")
+        self.log.info("%s: %s, %s on %s", plan.name, count, plan.policy.name, rung.backend)
         if rung.reason:
             self.log.warning("not higher up the ladder: %s", rung.reason)
         if self.steering.samples():

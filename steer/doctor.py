@@ -31,6 +31,7 @@ from steer.plan import Plan
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, Policy
 from steer.report import cpu_list
 from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN
+from steer.values import plural
 from steer.visibility import BORROW, INSTEAD, WAITS
 
 T = TypeVar("T")
@@ -624,7 +625,7 @@ def _cpus(case: Case) -> Iterator[Opinion]:
         yield Opinion("fail", case.plan.reason, _MOUNT_SYSFS)
         return
     allowed, workers = case.plan.topology.allowed, len(case.plan.seats)
-    found = f"{workers} workers on CPUs {cpu_list(allowed)}"
+    found = f"{plural(workers, 'worker')} on CPUs {cpu_list(allowed)}"
     quota = case.facts.cpu_quota
     if isinstance(quota, float) and workers > quota:
         cure = f"--workers {max(1, int(quota))}, or raise the cgroup's cpu.max"

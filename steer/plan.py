@@ -14,6 +14,7 @@ from steer.cpus import Topology
 from steer.errors import ConfigError
 from steer.ladder import Finding, Rung
 from steer.policy import CBPF, KERNEL, POLICIES, Policy
+from steer.values import plural
 
 
 class Seat(msgspec.Struct, frozen=True):
@@ -90,7 +91,7 @@ class Plan(msgspec.Struct, frozen=True):
             Step(Act.CLAIM, self.name),
             Step(Act.LOAD, program, rung.reason or ""),
             *ports,
-            Step(Act.START, f"{len(self.seats)} workers", self._seating()),
+            Step(Act.START, plural(len(self.seats), "worker"), self._seating()),
         )
 
     def describe(self) -> dict[str, object]:
@@ -267,7 +268,7 @@ def on(running: Plan, topology: Topology) -> Plan:
 def _with_workers(running: Plan, service: Service, topology: Topology, workers: int) -> Plan:
     if _two_generations(workers) > running.slots:
         raise ConfigError(
-            f"run {workers} workers in {running.name}",
+            f"run {plural(workers, 'worker')} in {running.name}",
             f"it was started with room for {running.slots // 2}, each of which can be replaced",
             "start it anew with so many",
         )

@@ -7,6 +7,8 @@ from math import ceil
 
 import msgspec
 
+from steer.values import plural
+
 _BAR = 40
 """Characters of the longest bar."""
 
@@ -165,11 +167,6 @@ def tables(status: Status) -> list[Table]:
         below = [*found[-1].below, f"and {plural(status.others, 'service')} of other users"]
         found[-1] = msgspec.structs.replace(found[-1], below=below)
     return found
-
-
-def plural(count: int, noun: str) -> str:
-    """The two together: "1 worker", "3 workers"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def orphans_table(orphans: Sequence[Orphan]) -> Table:

@@ -33,7 +33,7 @@ from steer.place import Place
 from steer.plan import Generation, Plan
 from steer.policy import KERNEL, Policy
 from steer.settle import settle
-from steer.values import shown
+from steer.values import plural, shown
 
 _FIRST = asyncio.FIRST_COMPLETED
 Change = Callable[[], Coroutine[Any, Any, object]]
@@ -354,7 +354,7 @@ class _Supervisor:
         process.allow_descriptors(plan.descriptors)
         await self._changes.scale(plan, tell)
         self._service.configure(plan)
-        self._log.info("%d worker%s", workers, "" if workers == 1 else "s")
+        self._log.info("%s", plural(workers, "worker"))
 
     async def _execute_anew(self) -> None:
         """Become what is installed now, with the same arguments; workers serve on.

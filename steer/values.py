@@ -106,6 +106,11 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def plural(count: int, noun: str) -> str:
+    """The two together: "1 worker", "3 workers"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
     ((bool,), "a boolean"),
     ((int,), "a whole number"),

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from steer import demo, privileges, values
 from steer.address import Bind
 from steer.config import Service
-from steer.kernel import process, sockets
+from steer.kernel import process, sockets, title
 from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
 from steer.kernel.sockopt import Refused
@@ -197,6 +197,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         stderr: what to write standard error to.
     """
     os.dup2(stderr, 2)
+    title.show(f"steer: worker {launch.slot} {launch.name}")
     # Above the range that a command finds its sockets in.
     above = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(launch.binds))
     channel = socket.socket(fileno=above)

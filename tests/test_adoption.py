@@ -282,7 +282,7 @@ def test_status_tells_that_the_controller_is_gone(service: StartService, steer: 
     orphan(service("-w", "2", "--adopt-timeout=300"))
     told = steer("status", "test")
     assert told.returncode == 1
-    assert "controller is gone; 2 workers go on serving and end in " in told.stderr
+    assert "controller is gone; 2 workers still serving, for " in told.stderr
     assert "unless `steer run`" in told.stderr
     told = steer("reload", "test")
     assert told.returncode == 1
@@ -298,7 +298,7 @@ def test_status_of_all_is_not_kept_from_telling(service: StartService, steer: Ru
     assert told.returncode == 0
     assert "well  running" in told.stdout
     assert "lost" in told.stdout
-    assert "controller is gone; 2 workers go on" in told.stdout
+    assert "controller is gone; 2 workers still serving" in told.stdout
     found = json.loads(steer("status", "--json").stdout)
     assert [one["name"] for one in found["services"]] == ["well"]
     assert [one["name"] for one in found["orphaned"]] == ["lost"]
@@ -534,7 +534,7 @@ def test_service_that_was_ending_ends(service: StartService, script: tuple[str, 
     eventually(lambda: "stopping gracefully" in first.log)
     eventually(lambda: {worker["state"] for worker in first.workers()} == {"stopping"})
     orphan(first)
-    assert "2 workers are being ended" in refused("-w", "2", *script, running=first)
+    assert "ending 2 workers" in refused("-w", "2", *script, running=first)
     (first.home / "busy").unlink()
     eventually(lambda: not any(map(is_running, workers.values())))
     eventually(lambda: not first.control_socket.exists())
@@ -591,9 +591,9 @@ while True:
     orphan(first)
     (home / "go").touch()
     eventually((home / "told").exists)
-    eventually(lambda: "1 workers go on" in orphaned_words(first))
+    eventually(lambda: "1 worker still serving" in orphaned_words(first))
     second = service(*arguments, ready=False)
-    eventually(lambda: "adopted 1 workers" in second.log)
+    eventually(lambda: "adopted 1 worker\n" in second.log)
     eventually(lambda: second.workers()[0]["said"] == "here")
 
 
@@ -685,7 +685,7 @@ def test_what_cannot_change_live_is_refused(service: StartService) -> None:
     orphan(first)
     for change, words in CANNOT_CHANGE.items():
         assert words in refused(*arguments, *change, running=first)
-        assert "2 workers go on serving" in orphaned_words(first)
+        assert "2 workers still serving" in orphaned_words(first)
     assert set(ask(20)) == {0, 1}
     assert by_slot(service(*arguments)) == workers
 
@@ -697,7 +697,7 @@ def test_adoption_that_fails_late_has_changed_nothing(service: StartService, hom
     orphan(first)
     (home / "pid").write_text(f"{os.getpid()}\n")
     assert "names a running process" in refused(*arguments, running=first)
-    assert "2 workers go on serving" in orphaned_words(first)
+    assert "2 workers still serving" in orphaned_words(first)
     (home / "pid").unlink()
     assert by_slot(service(*arguments)) == workers
 
@@ -881,7 +881,7 @@ def test_workers_end_in_time(service: StartService, home: Path, timeout: str) ->
     running = service("-w", "2", f"--adopt-timeout={timeout}", f"--pid={home}/pid")
     orphan(running)
     if timeout != "0":
-        eventually(lambda: "2 workers go on serving, and end in 1 s" in running.log)
+        eventually(lambda: "2 workers still serving, for 1 s" in running.log)
     eventually(lambda: session(running.pid), [])
     assert not running.control_socket.exists()
     assert not (home / "pid").exists()

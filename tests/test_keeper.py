@@ -385,7 +385,7 @@ def test_nobody_reads_what_workers_say(home: Path) -> None:
         workers = [puppet.worker(key, sys.executable, "-c", ON_AND_ON) for key in "ab"]
         puppet.die()
         eventually(lambda: not is_writable(theirs))
-        assert "2 workers go on" in ask(puppet, b'{"command": "status"}\n')["error"]
+        assert "2 workers still serving" in ask(puppet, b'{"command": "status"}\n')["error"]
         assert ask(puppet, b'{"command": "stop"}\n')["ok"]
         assert gone(*workers)
     finally:
@@ -521,8 +521,8 @@ def test_quick_stop_does_not_wait_for_long(puppet: Puppet) -> None:
     puppet.die()
     with rundir.connect(Path(puppet.path), DEADLINE_S) as patient:
         patient.sendall(b'{"command": "stop"}\n')
-        eventually(lambda: "being ended" in ask(puppet, b'{"command": "status"}\n')["error"])
-        with pytest.raises(ControlError, match="being ended"):
+        eventually(lambda: "ending" in ask(puppet, b'{"command": "status"}\n')["error"])
+        with pytest.raises(ControlError, match="ending 1 worker"):
             adopt(puppet)
         assert ask(puppet, b'{"command": "stop", "quick": true}\n') == {"ok": True}
         assert answer(patient) == {"ok": True}
@@ -543,7 +543,7 @@ def test_nothing_left_is_nothing_to_wait_for(puppet: Puppet) -> None:
 @pytest.mark.parametrize(
     "request_, error",
     [
-        (b'{"command": "reload"}\n', "the controller is gone; 1 workers go on serving and end in"),
+        (b'{"command": "reload"}\n', "the controller is gone; 1 worker still serving, for "),
         (b"{}\n", "the controller is gone"),
         (b"\n", "request not understood"),
         (b"\xff\xfe\x00\n", "request not understood"),
@@ -684,4 +684,4 @@ def test_log_goes_where_ours_goes(puppet: Puppet, home: Path) -> None:
     puppet.do(f"os.dup2(os.open({str(new)!r}, os.O_WRONLY | os.O_CREAT), 2)")
     puppet.do("guard.reopen()")
     puppet.die()
-    eventually(lambda: new.exists() and "ending 1 workers" in new.read_text())
+    eventually(lambda: new.exists() and "ending 1 worker\n" in new.read_text())

@@ -19,11 +19,12 @@ from selectors import EVENT_READ, DefaultSelector
 
 import msgspec
 
-from steer.kernel import process
+from steer.kernel import process, title
 from steer.kernel.channel import Channel, Frame
 from steer.kernel.desk import Desk, Request, Talk
 from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
 from steer.kernel.mail import Mailbox
+from steer.values import plural
 
 QUICK_S = 1.0
 """From SIGTERM to SIGKILL when it has to be quick."""
@@ -110,10 +111,9 @@ class Orphanage:
     def _tell(self) -> None:
         after_s = self._settings.adopt_timeout_s
         if after_s and not self._keeper.is_to_be_back:
-            count = len(self._living())
             self._say(
-                f"the controller is gone: {count} workers go on serving, and end"
-                f" in {after_s:g} s unless `steer run` adopts them"
+                f"the controller is gone: {self._count()} still serving, for {after_s:g} s"
+                " unless `steer run` adopts the service"
             )
 
     def _is_over(self) -> bool:
@@ -121,6 +121,9 @@ class Orphanage:
 
     def _living(self) -> list[Kept]:
         return [kept for kept in self._workers() if kept.group]
+
+    def _count(self) -> str:
+        return plural(len(self._living()), "worker")
 
     def _workers(self) -> Iterable[Kept]:
         return (kept for kept in self._keeper.entries.values() if kept.is_worker)
@@ -159,7 +162,7 @@ class Orphanage:
     def _end(self, after_s: float) -> None:
         self._ending = True
         self._end_s = time.monotonic() + after_s
-        self._say(f"the controller is gone: ending {len(self._living())} workers")
+        self._say(f"the controller is gone: ending {self._count()}")
         # First, or what they no longer listen for would still get in, and wait for nothing.
         self._leave_mail()
         for kept in self._keeper.entries.values():
@@ -264,16 +267,15 @@ class Orphanage:
         return {"ok": False, "error": why, "keeper": os.getpid()}
 
     def _state(self) -> str:
-        name, count = self._settings.name, len(self._living())
         if self._ending:
-            return f"the controller is gone; {count} workers are being ended"
+            return f"the controller is gone; ending {self._count()}"
         if self._adopter is not None:
             return f"the controller is gone; pid {self._adopter_pid} adopts it"
         left_s = max(self._end_s - time.monotonic(), 0.0)
         return (
-            f"the controller is gone; {count} workers go on serving and end in {left_s:.0f} s"
-            " unless `steer run` with the same name and configuration adopts them;"
-            f" or stop them: `steer stop {name}`"
+            f"the controller is gone; {self._count()} still serving, for {left_s:.0f} s more"
+            " unless `steer run` with the same name and configuration adopts the service;"
+            f" or stop it: `steer stop {self._settings.name}`"
         )
 
     def _stop(self, quick: bool) -> None:
@@ -338,6 +340,7 @@ def main(
     """Be a keeper. Runs in the forked child; returns its exit status."""
     # So that who kills all that is called steer does not kill the guard with the controller.
     process.rename("reuseport-guard")
+    title.show(f"steer: guard {settings.name}")
     used = [channel, control] if predecessor is None else [channel, control, predecessor]
     process.keep_only(sock.fileno() for sock in used)
     _allow_descriptors()
