@@ -35,7 +35,7 @@ from steer.errors import (
     VerifierError,
 )
 from steer.fleet import Fleet
-from steer.kernel import custody, mail, process, rundir, sockets, sockopt, title, topology
+from steer.kernel import custody, family, mail, process, rundir, sockets, sockopt, title, topology
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.lifecycle import State
@@ -68,6 +68,7 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
     # From here on a signal waits until the loop can take it.
     process.hold_signals()
     title.show(f"steer: controller {plan.name}")
+    family.become_subreaper()
     with ExitStack() as undo:
         started = Controller(plan, environment, log, reread, undo)
         if not started.adopt():

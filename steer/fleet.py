@@ -5,6 +5,7 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,10 @@ from steer import lifecycle, rotation
 from steer.clock import Clock
 from steer.config import Service
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
-from steer.kernel import proc, process, sockets
+from steer.kernel import family, proc, process, sockets
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.waits import Seen
+from steer.leftovers import Leftovers
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
 from steer.place import Place, Saved, waits
@@ -79,6 +81,8 @@ class Fleet:
         self._guard = guard
         self._launch = launch
         self._ending = False
+        self._leftovers = Leftovers(self._end_if_empty)
+        self._strays_told = False
         self._ending_in_s = 0.0
         self._ending_quickly = False
         self._changed: Callable[[Place], None]
@@ -197,6 +201,7 @@ class Fleet:
             if place.process is not None:
                 place.process.end()
                 place.process = None
+        self._leftovers.kill()
 
     # What is asked of it.
 
@@ -440,7 +445,15 @@ class Fleet:
         self._end_if_empty()
 
     def _end_if_empty(self) -> None:
-        if self._ending and not self.places and not self.ended.done():
+        """What no worker is known to have left behind ends with the last of them."""
+        if not self._ending or self.places or self._leftovers or self.ended.done():
+            return
+        strays = [] if self._strays_told else [p for p in family.orphans() if proc.is_alive(p)]
+        if strays:
+            self._strays_told = True
+            family.send(signal.SIGTERM, strays)
+            self._leftovers.take(self._loop, strays)
+        else:
             self.ended.set_result(None)
 
     # What happens to workers.
@@ -466,7 +479,8 @@ class Fleet:
         return place.process
 
     def _watch(self, place: Place, worker: Process) -> None:
-        worker.watch(self._loop, lambda gone, status: self._on_end(place, gone, status))
+        ended, lost = partial(self._on_end, place), partial(self._on_lost, place)
+        worker.watch(self._loop, ended, lost)
         if place.state is State.STARTING:
             self._set_timer(place, worker.launch.service.ready_timeout, Event.LATE)
             self._changed(place)
@@ -485,9 +499,14 @@ class Fleet:
     def _save(self, place: Place) -> None:
         place.keep(self.steering.held(place.slot))
 
+    def _on_lost(self, place: Place, worker: Process) -> None:
+        """Its first process has ended, and others of it may have its sockets open."""
+        self._rotation.left(place.slot)
+
     def _on_end(self, place: Place, gone: Process, status: int | None) -> None:
         place.cancel_timer()
         self._rotation.left(place.slot)
+        self._leftovers.take(self._loop, gone.left_behind)
         place.lost_process()
         if place.state is not State.STOPPING:
             self.log.warning(

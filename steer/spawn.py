@@ -16,9 +16,10 @@ import msgspec
 
 from steer import worker
 from steer.errors import AppLoadError, SteerError, WorkersFailed
-from steer.kernel import proc, process, sockets
+from steer.kernel import family, proc, process, sockets
 from steer.kernel.channel import MAX_FDS, receive
 from steer.kernel.custody import Entry, Guard
+from steer.kernel.family import Family
 from steer.kernel.listeners import Borrower
 from steer.kernel.sockopt import Refused
 from steer.values import Invalid
@@ -67,6 +68,8 @@ class Process:
     Attributes:
         bound: inodes of its sockets, one for each bind.
         told: whether it was told to finish.
+        left_behind: its processes that were there when the first ended by itself; they were
+            told to end.
 
     Raises:
         BindError: an address cannot be had.
@@ -105,6 +108,9 @@ class Process:
         self.pid, (self._pidfd, self._stderr, channel) = saved.pid, entry.fds[:3]
         self._channel = socket.socket(fileno=channel)
         self._is_child = proc.parent(saved.pid) == os.getpid()
+        self._family = Family(saved.pid, self._is_child)
+        if self._is_child:
+            process.began(saved.pid)
         self._meet(saved.bound)
         return self
 
@@ -113,6 +119,7 @@ class Process:
         self._guard = guard
         self.problem: SteerError | None = None
         self.told = self._hurried = False
+        self.left_behind: Sequence[int] = ()
         self._is_child = True
         self._is_heard = False
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
@@ -124,6 +131,7 @@ class Process:
         self.bound = tuple(bound)
         self.inodes = frozenset(bound)
         self._borrower = Borrower(self.pid, self.inodes)
+        self._family.sockets = self.inodes
 
     @property
     def key(self) -> str:
@@ -160,6 +168,7 @@ class Process:
             theirs.callback(os.close, stderr)
             os.set_blocking(self._stderr, False)
             self.pid, self._pidfd = process.fork(lambda: worker.main(self.launch, channel, stderr))
+            self._family = Family(self.pid)
             ours.pop_all()
 
     def _bound(self) -> Sequence[int]:
@@ -206,10 +215,21 @@ class Process:
         what = f"start worker {self.launch.slot}"
         return WorkersFailed(what, "it ended at once", detail=self.last_words)
 
-    def watch(self, loop: AbstractEventLoop, ended: Callable[[Process, int | None], None]) -> None:
-        """Call `ended` once, with the exit status, when it is gone."""
+    def watch(
+        self,
+        loop: AbstractEventLoop,
+        ended: Callable[[Process, int | None], None],
+        lost: Callable[[Process], None],
+    ) -> None:
+        """Look after it in this loop.
+
+        Args:
+            ended: called once, with the exit status, when it is gone.
+            lost: called once if its first process has ended as it was told to, but not all
+                the others soon after.
+        """
         self._channel.setblocking(False)
-        self._loop, self._ended = loop, ended
+        self._loop, self._ended, self._lost = loop, ended, lost
         loop.add_reader(self._channel, self._on_channel)
         loop.add_reader(self._stderr, self._on_stderr)
         loop.add_reader(self._pidfd, self._on_end)
@@ -235,6 +255,7 @@ class Process:
         hurry = quick and not self._hurried and self._told_by != signal.SIGTERM
         if not self.told or hurry:
             self.told, self._hurried = True, quick
+            self._family.remember()
             process.terminate(self._pidfd, self._told_by)
 
     @property
@@ -242,11 +263,15 @@ class Process:
         return signal.SIGTERM if self._hurried else self.launch.service.told_by
 
     def kill(self) -> None:
-        process.kill_group(self.pid)
+        """All of its processes."""
+        self._family.kill()
 
     def end(self) -> int | None:
         """Kill what is left of it, and let go of it; the exit status, if it is ours to know."""
         self.kill()
+        return self._let_go()
+
+    def _let_go(self) -> int | None:
         # Before it is waited for: until then its number is not another's.
         self._guard.drop(self.key)
         status = process.reap(self.pid, self._pidfd, self._is_child)
@@ -262,18 +287,28 @@ class Process:
         return status
 
     def _on_end(self) -> None:
-        """Its first process is gone. Told to finish, the others may still be at it; or have
-        to be told, as a shell passes nothing on."""
+        """Its first process is gone. The others are told to end, as a shell passes nothing on.
+        They may take their time where the worker was told to; else they are left behind."""
         self._forget(self._pidfd)
-        if self.told:
-            process.terminate_group(self.pid, self._told_by)
-        self._when_all_are_gone()
-
-    def _when_all_are_gone(self) -> None:
-        if self.told and self._loop is not None and proc.group_outlives(self.pid):
-            self._loop.call_later(_LOOK_AGAIN_S, self._when_all_are_gone)
+        others = self._family.others()
+        family.send(self._told_by, others)
+        if self.told and others:
+            self._call_later(self._while_others_remain, True)
         else:
-            self._ended(self, self.end())
+            self.left_behind = others
+            self._ended(self, self._let_go())
+
+    def _while_others_remain(self, first: bool) -> None:
+        if not self._family.others():
+            self._ended(self, self._let_go())
+            return
+        if first:
+            self._lost(self)
+        self._call_later(self._while_others_remain, False)
+
+    def _call_later(self, then: Callable[[bool], None], first: bool) -> None:
+        assert self._loop is not None
+        self._loop.call_later(_LOOK_AGAIN_S, then, first)
 
     def _on_channel(self) -> None:
         """It had something to tell, or has nothing more to."""
@@ -355,8 +390,9 @@ def _see_off(pid: int, group: int) -> None:
     may still listen."""
     end_s = time.monotonic() + _LEFTOVERS_S
     if group:
-        process.kill_group(group)
-        while proc.group_outlives(group) and time.monotonic() < end_s:
+        left = Family(group, is_child=False)
+        left.kill()
+        while left.others() and time.monotonic() < end_s:
             time.sleep(_LOOK_AGAIN_S)
     with suppress(ChildProcessError):  # it is ours if we have executed ourselves anew
         os.waitpid(pid, os.WNOHANG)

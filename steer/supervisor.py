@@ -26,7 +26,7 @@ from steer.controller import Controller
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.fleet import QUICK_S
 from steer.health import Health
-from steer.kernel import process, sockets, topology
+from steer.kernel import family, process, sockets, topology
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.place import Place
@@ -39,6 +39,7 @@ _FIRST = asyncio.FIRST_COMPLETED
 Change = Callable[[], Coroutine[Any, Any, object]]
 
 _POLICY_KEYS = ("policy", "params", "weights")
+_REAP_S = 0.05
 _REVIVE_S = 0.5
 """Not at once: whatever kills guards may do it again."""
 
@@ -67,6 +68,7 @@ class _Supervisor:
         self._health: Health
         self._anew: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
+        self._reaping: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> bool:
@@ -160,6 +162,8 @@ class _Supervisor:
         }
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
+        loop.add_signal_handler(signal.SIGCHLD, self._on_child_end)
+        self._on_child_end()
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         process.release_signals()
@@ -170,6 +174,16 @@ class _Supervisor:
             self._stop(quick=False)
         else:
             self._begin("reload", lambda: self._reload(unheard), signal.SIGHUP)
+
+    def _on_child_end(self) -> None:
+        """It may be one that others started, and which nobody else waits for. Many may end at
+        once, and one look is enough."""
+        if self._reaping is None:
+            self._reaping = self._loop.call_later(_REAP_S, self._reap)
+
+    def _reap(self) -> None:
+        self._reaping = None
+        family.reap_orphans()
 
     def _on_window_change(self) -> None:
         """With a terminal it means that a window has another size."""

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from steer import demo, privileges, values
 from steer.address import Bind
 from steer.config import Service
-from steer.kernel import process, sockets, title
+from steer.kernel import family, process, sockets, title
 from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
 from steer.kernel.sockopt import Refused
@@ -314,6 +314,7 @@ def _environment(launch: Launch) -> dict[str, str]:
         "STEER_SLOT": str(launch.slot),
         "STEER_NAME": launch.name,
         "STEER_CPUS": cpu_list(launch.seat.cpus),
+        family.MARK: str(os.getpid()),
         "NOTIFY_SOCKET": launch.notify,
         **_watchdog(launch.service),
     }

@@ -382,4 +382,5 @@ def _refused(line: bytes, sock: socket.socket, path: Path) -> ControlError:
 def _reap(pidfd: int) -> None:
     """If it is our child, and unless that was done before."""
     with suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        if ended := os.waitid(os.P_PIDFD, pidfd, os.WEXITED):
+            process.is_done(ended.si_pid)

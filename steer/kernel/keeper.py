@@ -14,8 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from steer.kernel import proc, process, rundir
+from steer.kernel import family, process, rundir
 from steer.kernel.channel import SAME, Channel, Frame, NotUnderstood
+from steer.kernel.family import Family
 
 MAILBOX = "mailbox"
 """Key of an entry with a socket: without a controller it is read, and the value becomes what
@@ -65,6 +66,7 @@ class Kept(msgspec.Struct, eq=False):
     fds: list[int]
     group: int
     stop_signal: int = signal.SIGTERM
+    family: Family | None = None
 
     @property
     def is_worker(self) -> bool:
@@ -72,7 +74,7 @@ class Kept(msgspec.Struct, eq=False):
 
     @property
     def has_ended(self) -> bool:
-        """Its first process; others of its group may be left."""
+        """Its first process; others of it may be left."""
         return not self.fds
 
     def close(self) -> None:
@@ -91,28 +93,24 @@ class Kept(msgspec.Struct, eq=False):
         """As the controller does: the first process, or what that has left behind."""
         number = signal.SIGTERM if quick else self.stop_signal
         if self.has_ended:
-            process.terminate_group(self.group, number)
+            family.send(number, self._family.others())
         else:
+            self._family.remember()
             process.terminate(self.fds[0], number)
 
     def kill(self) -> None:
-        process.kill_group(self.group)
+        self._family.kill()
 
     def look(self) -> None:
-        """Forget the group once nobody is in it: its number may then become another's."""
-        if self.has_ended and self.group and _is_empty(self.group):
+        """Forget the worker once nobody is left of it: its number may then become another's."""
+        if self.has_ended and self.group and not self._family.others():
             self.group = 0
 
-
-def _is_empty(group: int) -> bool:
-    """Zombies do not count: where the first process is no init they stay."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return not proc.group_outlives(group)
+    @property
+    def _family(self) -> Family:
+        if self.family is None:
+            self.family = Family(self.group, is_child=False)
+        return self.family
 
 
 class Keeper:

@@ -64,7 +64,7 @@ def family(pid: int, files: Files, most: int = MOST_OF_FAMILY) -> list[int]:
 
 def _family_by_scan(pid: int, root: str) -> list[int]:
     """For kernels without CONFIG_PROC_CHILDREN."""
-    parents = {each: parent(each, root) for each in _pids(root)}
+    parents = {each: parent(each, root) for each in all_pids(root)}
     found = [pid]
     for member in found:
         found.extend(child for child, its_parent in parents.items() if its_parent == member)
@@ -79,22 +79,17 @@ def is_descendant(pid: int, ancestor: int, root: str = "/proc") -> bool:
     return walk == ancestor
 
 
-def group_outlives(leader: int) -> bool:
-    """Whether a process group has members beside its leader that have not ended."""
-    for pid in _pids("/proc"):
-        # Of most one call is enough; hundreds of workers may end at once.
-        if pid != leader and _group(pid) == leader:
-            stat = _stat(f"/proc/{pid}")
-            if stat and stat[0] not in (b"Z", b"X"):
-                return True
-    return False
+def is_alive(pid: int, root: str = "/proc") -> bool:
+    """Whether there is such a process and it has not ended: a zombie has."""
+    stat = _stat(f"{root}/{pid}")
+    return stat is not None and stat[0] not in (b"Z", b"X")
 
 
-def _group(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
+def children(pid: int, root: str = "/proc") -> list[int]:
+    """Of a process, zombies among them."""
+    if os.path.exists(f"{root}/{pid}/task/{pid}/children"):
+        return _children(pid, Files(root, EVERYTHING, EVERYTHING), EVERYTHING)
+    return [each for each in all_pids(root) if parent(each, root) == pid]
 
 
 def start_time_ticks(pid: int, root: str = "/proc") -> int | None:
@@ -191,7 +186,8 @@ def _stat(directory: str, read: Callable[[str], bytes] | None = None) -> list[by
         return None
 
 
-def _pids(root: str) -> Iterator[int]:
+def all_pids(root: str = "/proc") -> Iterator[int]:
+    """Of the processes that can be seen."""
     return (int(name) for name in os.listdir(root) if name.isdigit())
 
 
@@ -406,7 +402,7 @@ def _unmapped(ip: bytes) -> bytes:
 
 def _pids_of(inodes: set[int], root: str) -> dict[int, tuple[int, ...]]:
     found: dict[int, tuple[int, ...]] = {}
-    for pid in sorted(_pids(root)):
+    for pid in sorted(all_pids(root)):
         try:
             mine = inodes & {inode for _, inode in _all_sockets(f"{root}/{pid}")}
         except OSError:  # gone, or not ours to look at

@@ -29,6 +29,8 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _ORDERING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
 _HANDLED = (*_ENDING, *_ORDERING)
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+_started: set[int] = set()
+"""Children of this process that somebody here waits for."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -112,7 +114,24 @@ def fork(child: Callable[[], int], ignored: Collection[int] = ()) -> tuple[int, 
     # Here and in the child, as either may be first to rely on it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.setpgid(pid, pid)
-    return pid, _pidfd(pid)
+    pidfd = _pidfd(pid)
+    _started.add(pid)
+    return pid, pidfd
+
+
+def started() -> frozenset[int]:
+    """The children of this process that were forked here, and not yet waited for."""
+    return frozenset(_started)
+
+
+def began(pid: int) -> None:
+    """A child that this process forked before it was executed again."""
+    _started.add(pid)
+
+
+def is_done(pid: int) -> None:
+    """It was waited for."""
+    _started.discard(pid)
 
 
 def _pidfd(pid: int) -> int:
@@ -152,6 +171,7 @@ def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]
         # numbers that are by then another's, or unmap what was never mapped here.
         gc.freeze()
         signal.set_wakeup_fd(-1)
+        _started.clear()
         for number in (*_HANDLED, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         os.setpgid(0, 0)
@@ -375,12 +395,6 @@ def terminate(pidfd: int, number: int = signal.SIGTERM) -> None:
         signal.pidfd_send_signal(pidfd, number)
 
 
-def terminate_group(pid: int, number: int = signal.SIGTERM) -> None:
-    """The same to what is left of a worker's process group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
-
-
 def kill_group(pid: int) -> None:
     """SIGKILL all that is left of a worker's process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -388,18 +402,16 @@ def kill_group(pid: int) -> None:
 
 
 def reap(pid: int, pidfd: int, is_child: bool) -> int | None:
-    """Take leave of a worker that has ended, and of what it leaves behind in its group.
+    """Take leave of a worker's first process once it has ended.
 
-    The group is killed before the process is waited for: until then its number
-    cannot be another's. Of one that was adopted somebody else is the parent, who may
-    have waited for it a moment ago.
+    Of one that was adopted somebody else is the parent, who may have waited for it a moment ago.
 
     Returns:
         Its exit status, negative for the signal that ended it; None if somebody else is its
         parent, or has waited for it.
     """
     wait_for_end(pidfd, None)
-    kill_group(pid)
+    is_done(pid)
     if not is_child:
         return None
     try:

@@ -1,0 +1,208 @@
+"""Processes of a worker that have left its process group: found, told to end, and reaped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import StartService
+from crew import PORT
+from support import DEADLINE_S, eventually, http_get, is_running, python
+
+from steer.kernel import proc
+
+pytestmark = pytest.mark.needs("netns")
+BIND = ("-b", f"127.0.0.1:{PORT}")
+SERVER = f'''
+import json, os, signal, socket, sys
+
+def daemon():
+    """Forks twice, and so is nobody's child; of what it inherited it keeps the sockets."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execve({sys.executable!r}, [{sys.executable!r}, "server.py", "helper"], {{}})
+        os._exit(0)
+    os.wait()
+
+def helper():
+    """Has everything open, and says so."""
+    signal.signal(signal.SIGTERM, stop)
+    with open("helpers", "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    while True:
+        signal.pause()
+
+def stop(number, frame):
+    with open("told", "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    os._exit(0)
+
+def serve(listener):
+    while True:
+        client, _ = listener.accept()
+        with client:
+            client.recv(1000)
+            body = json.dumps({{"pid": os.getpid()}}).encode()
+            client.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n" + body)
+
+def call(worker):
+    """Starts a daemon first; the listeners are kept open in it."""
+    for sock in worker.sockets:
+        sock.set_inheritable(True)
+    daemon()
+    serve(worker.sockets[0])
+
+def orphans(worker):
+    """Ten children of children that end at once, and are nobody's."""
+    for _ in range(10):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os._exit(0)
+            os._exit(0)
+        os.wait()
+    serve(worker.sockets[0])
+
+if __name__ == "__main__":
+    if "helper" in sys.argv:
+        helper()
+    signal.signal(signal.SIGTERM, stop)
+    serve(socket.socket(fileno=3))
+'''
+SERVE = (sys.executable, "server.py")
+
+
+@pytest.fixture(autouse=True)
+def application(home: Path) -> None:
+    (home / "server.py").write_text(SERVER)
+
+
+def pids_in(path: Path) -> list[int]:
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def server_pid() -> int:
+    """Of the process that serves, which is not the worker's first."""
+    found: int = http_get("127.0.0.1", PORT)[1]["pid"]
+    return found
+
+
+def is_free() -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", PORT))
+        except OSError:
+            return False
+        return True
+
+
+WRAPPERS = {
+    "setsid": ("setsid", "-w"),
+    "tini": ("tini", "--"),
+    "dumb-init": ("dumb-init",),
+}
+
+
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param(name, marks=pytest.mark.needs(name)) for name in WRAPPERS]
+)
+def test_server_in_a_session_of_its_own_ends_with_its_worker(
+    service: StartService, home: Path, wrapper: str
+) -> None:
+    """After a stop, and after what was its parent was killed."""
+    one = service(*BIND, "-w", "1", "--", *WRAPPERS[wrapper], *SERVE)
+    first, server = one.workers()[0]["pid"], server_pid()
+    assert server != first
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: not is_running(server))
+    eventually(lambda: server in pids_in(home / "told"))
+    one.wait_ready()
+
+    server = server_pid()
+    assert one.steer("stop").returncode == 0
+    assert not is_running(server)
+    assert server in pids_in(home / "told")
+    assert is_free()
+
+
+@pytest.mark.needs("setsid")
+def test_without_a_controller_the_guard_ends_all_of_a_worker(
+    service: StartService, home: Path
+) -> None:
+    one = service(*BIND, "-w", "2", "--", *WRAPPERS["setsid"], *SERVE)
+    server = server_pid()
+    one.send_signal(signal.SIGKILL)
+    one.wait()
+    assert one.steer("stop").returncode == 0
+    assert not is_running(server)
+    assert server in pids_in(home / "told")
+    assert is_free()
+
+
+@pytest.mark.parametrize("end", ["stop", "restart", "crash", "adopted"])
+def test_daemon_of_a_worker_ends_with_it(service: StartService, home: Path, end: str) -> None:
+    """It has another session, no parent, and nothing in its environment."""
+    arguments = (*BIND, "-w", "1", "server:call")
+    one = service(*arguments)
+    (helper,) = eventually(lambda: pids_in(home / "helpers"))
+    if end == "adopted":
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+        one = service(*arguments)
+    if end == "crash":
+        os.kill(one.workers()[0]["pid"], signal.SIGKILL)
+    elif end == "restart":
+        assert one.steer("restart", "0").returncode == 0
+    else:
+        assert one.steer("stop").returncode == 0
+    eventually(lambda: not is_running(helper))
+    assert helper in pids_in(home / "told")
+
+
+def zombies(pid: int) -> list[int]:
+    """Children of a process that have ended and were not waited for."""
+    return [child for child in proc.children(pid) if not proc.is_alive(child)]
+
+
+@pytest.mark.parametrize("way", ["subreaper", "first process"])
+def test_what_a_worker_leaves_to_nobody_is_reaped(
+    service: StartService, home: Path, way: str
+) -> None:
+    under = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    one = service(*BIND, "-w", "3", "server:orphans", under=under if way != "subreaper" else ())
+    controller = one.pid if way == "subreaper" else proc.children(one.pid)[0]
+    eventually(lambda: zombies(controller), [])
+    assert len(proc.children(controller)) == 4, "three workers and the guard"
+    assert one.steer("stop").returncode == 0
+    assert one.wait() == 0
+
+
+def test_orphans_are_told_from_children_that_somebody_waits_for() -> None:
+    """In a process of its own, which becomes a subreaper for good."""
+    code = """
+import os, subprocess, sys
+from steer.kernel import family, process
+family.become_subreaper()
+ours = subprocess.Popen(["sleep", "60"])
+pid, pidfd = process.fork(lambda: 0)
+orphan = int(subprocess.check_output(["sh", "-c", "setsid sleep 60 >&- & echo $!"]))
+process.wait_for_end(pidfd, None)
+while os.getpgid(orphan) != orphan:
+    os.sched_yield()
+found = family.orphans()
+os.kill(orphan, 9)
+process.wait_for_end(os.pidfd_open(orphan), None)
+family.reap_orphans()
+print(found == [orphan], family.orphans() == [], process.reap(pid, pidfd, True))
+ours.kill()
+ours.wait()
+"""
+    done = subprocess.run(python(code), capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.stdout.split() == ["True", "True", "0"], done.stderr
