@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from steer.errors import KernelError
@@ -77,7 +77,7 @@ class Family:
 
     def others(self) -> list[int]:
         """Those but the first that have not ended."""
-        candidates = orphans() if self._is_child else proc.all_pids()
+        candidates = orphans() if self._is_child else _not_ours()
         owned = (pid for pid in candidates if pid != self._pid and self._owns(pid))
         roots = [self._pid, *owned]
         found = {pid for root in roots for pid in proc.descendants(root)} - {self._pid}
@@ -113,6 +113,13 @@ class Family:
         with suppress(KernelError):
             return any(inode in self.sockets for _, inode in proc.sockets_by_fd(pid))
         return False
+
+
+def _not_ours() -> Iterator[int]:
+    """All processes but this one and those that were forked here, which may hold a worker's
+    sockets for it."""
+    ours = {os.getpid(), *process.started()}
+    return (pid for pid in proc.all_pids() if pid not in ours)
 
 
 def send(number: int, pids: Iterable[int]) -> None:
