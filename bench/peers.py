@@ -330,7 +330,11 @@ def steered(policy: str, app: str = "bench.apps:asgi") -> Peer:
     )
 
 
-_UVICORN = ("--lifespan", "off", "--no-access-log", "--log-level", "warning")
+_UVICORN = (
+    *("--lifespan", "off", "--no-access-log", "--log-level", "warning"),
+    # Not what else is installed: figures are to be of the same thing everywhere.
+    *("--loop", "asyncio", "--http", "h11"),
+)
 _ASGI = "bench.apps:asgi"
 _MORE = str(WORKERS)
 

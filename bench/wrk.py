@@ -6,14 +6,16 @@ import contextlib
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from bench import servers
 from bench.servers import HOST
 from steer.errors import SteerError
 
 _TIMEOUT_S = 10
+_TOOK = re.compile(r"^ +(\d+)% +([\d.]+)(us|ms|s) *$", re.MULTILINE)
+_US = {"us": 1.0, "ms": 1e3, "s": 1e6}
 _PATIENCE_S = 20.0
 _LONG = "1h"
 """It is told to end before."""
@@ -21,11 +23,15 @@ _LONG = "1h"
 
 @dataclass(frozen=True)
 class Counts:
-    """Args: errors: of connections, and answers that are neither 2xx nor 3xx."""
+    """Args: errors: of connections, and answers that are neither 2xx nor 3xx.
+
+    took_us: how long a request took, by percentile, where that was asked for.
+    """
 
     requests: int
     errors: int
     per_second: float = 0.0
+    took_us: Mapping[int, float] = field(default_factory=dict)
 
 
 class Wrk:
@@ -43,15 +49,19 @@ class Wrk:
 
 
 @contextlib.contextmanager
-def asking(port: int, concurrency: int) -> Iterator[Wrk]:
-    """Ask a server on loopback, in a connection for each request, until `finish()`.
+def asking(port: int, concurrency: int, kept: bool = False) -> Iterator[Wrk]:
+    """Ask a server on loopback until `finish()`.
+
+    Args:
+        kept: in as many connections as there are requests at a time, else in one for each
+            request.
 
     Raises:
         SteerError: wrk is not installed.
     """
     options = ["-t", "1", "-c", str(concurrency), "-d", _LONG, "--timeout", f"{_TIMEOUT_S}s"]
-    header = ["-H", "Connection: close"]
-    command = [servers.system_tool("wrk"), *options, *header, f"http://{HOST}:{port}/"]
+    more = ["--latency"] if kept else ["-H", "Connection: close"]
+    command = [servers.system_tool("wrk"), *options, *more, f"http://{HOST}:{port}/"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Wrk(process)
@@ -76,4 +86,5 @@ def counts(words: str) -> Counts:
         int(requests[1]),
         errors + (int(answers[1]) if answers else 0),
         float(rate[1]) if rate else 0.0,
+        {int(percent): float(took) * _US[unit] for percent, took, unit in _TOOK.findall(words)},
     )

@@ -318,6 +318,8 @@ def test_wrks_words_are_understood() -> None:
     more = "  Socket errors: connect 1, read 2, write 0, timeout 3\n  Non-2xx or 3xx responses: 4\n"
     rate = "Requests/sec:  12186.41\n"
     assert wrk.counts(words + more + rate) == wrk.Counts(36848, 10, 12186.41)
+    took = "     50%   60.00us\n     75%    2.50ms\n     99%    1.01s \n"
+    assert wrk.counts(words + took).took_us == {50: 60.0, 75: 2500.0, 99: 1_010_000.0}
 
 
 @pytest.mark.needs("matplotlib")
