@@ -47,9 +47,25 @@ def main() -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="steer")
+@click.version_option(__version__, "-V", "--version", prog_name="steer")
 def cli() -> None:
     """Choose, in the kernel, which worker gets the next connection."""
+
+
+@cli.command("help")
+@click.argument("names", nargs=-1, metavar="[COMMAND]...")
+@click.pass_context
+def help_(context: click.Context, names: tuple[str, ...]) -> None:
+    """Show what a command does and takes, or which commands there are."""
+    assert context.parent is not None
+    about, command = context.parent, context.parent.command
+    for name in names:
+        if not isinstance(command, click.Group):
+            raise click.UsageError(f"No such command {name!r}.", about)
+        _, found, _ = command.resolve_command(about, [name])
+        assert found is not None
+        about, command = click.Context(found, about, info_name=name), found
+    click.echo(command.get_help(about))
 
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -342,7 +358,8 @@ def doctor(as_json: bool, **options: Any) -> None:
         _print_json({"findings": found})
     else:
         rows = [(each.topic, each.verdict, each.found, each.cure) for each in found]
-        show.tables([Table("", ("topic", "", "found", "what would help"), rows)])
+        columns = ("topic", "", "found", "what would help")
+        show.tables([Table("", columns, rows, verdicts="")])
     sys.exit(any(each.verdict == "fail" for each in found))
 
 

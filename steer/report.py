@@ -115,12 +115,25 @@ class Status(msgspec.Struct):
 
 
 class Table(msgspec.Struct, frozen=True):
-    """Something to print: a title, column heads, rows of text, and lines below them."""
+    """Something to print: a title, column heads, rows of text, and lines below them.
+
+    Args:
+        optional: columns that may be left out where there is no room, the first first.
+        verdicts: the column that says how something is: it may be in colour.
+        is_prose: whether its cells are sentences, which may be broken into lines.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     below: Sequence[str] = ()
+    optional: Sequence[str] = ()
+    verdicts: str | None = None
+    is_prose: bool = True
+
+
+GAP = "  "
+"""Between columns, and between the parts of a title."""
 
 
 def service_table(service: Service) -> Table:
@@ -154,7 +167,10 @@ def service_table(service: Service) -> Table:
         )
         for worker in service.workers
     ]
-    return Table(title, columns, rows, _own(service))
+    return Table(title, columns, rows, _own(service), _OPTIONAL, "state", False)
+
+
+_OPTIONAL = ("weight", "gen", "restarts", "cpus", "up", "pid")
 
 
 def tables(status: Status) -> list[Table]:
@@ -176,13 +192,22 @@ def orphans_table(orphans: Sequence[Orphan]) -> Table:
 
 def plain(table: Table) -> str:
     """The table as aligned text."""
-    lines = [table.columns, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    lines, widths = [table.columns, *table.rows], _widths(table)
     padded = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        GAP.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
     return "\n".join([*([table.title] if table.title else []), *padded, *table.below])
+
+
+def plain_width(table: Table) -> int:
+    """Of its rows, in characters."""
+    return sum(_widths(table)) + len(GAP) * (len(table.columns) - 1)
+
+
+def _widths(table: Table) -> list[int]:
+    lines = [table.columns, *table.rows]
+    return [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
 
 
 def duration(seconds: float | None) -> str:

@@ -244,7 +244,8 @@ class _Supervisor:
             self._log.error("  | %s", line)
 
     def _told_of(self, command: str, handler: Handler) -> Handler:
-        """The log tells of what failed, too, not only who asked for it."""
+        """What was asked for and refused is in the log, too, but as no error of the service's:
+        in one line, as whoever asked is told the rest."""
 
         async def handle(request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
             try:
@@ -252,7 +253,9 @@ class _Supervisor:
             except Postponed:
                 raise
             except SteerError as error:
-                self._log_failure(f"{command}, as asked", error)
+                self._log.warning("request refused: %s: %s", command, error)
+                for line in error.detail.splitlines():
+                    self._log.debug("  | %s", line)
                 raise
 
         return handle

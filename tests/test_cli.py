@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +21,7 @@ import msgspec
 import pytest
 from conftest import RunSteer, StartService
 from fake_service import fake_service
-from support import DEADLINE_S, STEER, Service, clean_environment, eventually, is_ready, run_steer
+from support import DEADLINE_S, STEER, Service, Terminal, clean_environment, eventually, run_steer
 
 import steer as package
 from steer import config
@@ -370,39 +366,6 @@ def test_act_that_failed_ends_as_its_error_does(
     assert (done.returncode, done.stdout) == (3, "")
     words = "steer: reload web: no worker came up\n  | Traceback\n  | ValueError: x\n"
     assert done.stderr == words
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, *command: str, environment: dict[str, str]) -> None:
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
-        self.process = subprocess.Popen(
-            command,
-            env={**environment, "TERM": "xterm"},
-            preexec_fn=lambda: os.login_tty(slave),
-            pass_fds=[slave],
-        )
-        os.close(slave)
-        self.shown = ""
-
-    def read_until(self, done: Callable[[str], object]) -> None:
-        end_s = time.monotonic() + DEADLINE_S
-        while not done(self.shown):
-            assert is_ready(self._master, end_s - time.monotonic()), self.shown
-            try:
-                self.shown += os.read(self._master, 65536).decode()
-            except OSError:  # EIO: nobody has the other end any more
-                assert done(self.shown), self.shown
-
-    def type(self, text: bytes) -> None:
-        os.write(self._master, text)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
 
 
 @dataclass(frozen=True)
