@@ -389,6 +389,17 @@ class Fleet:
         self.steering.settle()
         self.move_queue(place)
 
+    def shed(self, place: Place, is_shed: bool) -> None:
+        """One that is at capacity is chosen no more, and others get what waits for it; or is
+        chosen again."""
+        place.shed = is_shed
+        self._rotation.flip_soon()
+        if is_shed:
+            # Out of the table before its queue is moved, or that would come back to it.
+            self.settle()
+            self.steering.settle()
+            self.move_queue(place)
+
     def move_queue(self, place: Place) -> None:
         """What waits for a worker that is not chosen goes to others, if the kernel can."""
         if place.process:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from steer.evidence import Closer
 from steer.fleet import Fleet
-from steer.hang import Look, Patience
+from steer.hang import History, Look, Verdict
 from steer.kernel import listeners, proc
 from steer.kernel.waits import Seen
 from steer.lifecycle import Event, State
@@ -55,7 +57,8 @@ class Health:
         self._missed_s = 0.0
         self._starting_s = _FIRST_S
         self._starting: TimerHandle | None = None
-        self._patience: dict[tuple[int, int], Patience] = {}
+        self._histories: dict[int, History] = {}
+        self._closer = Closer()
         self._ticking: TimerHandle | None = None
         self._sampling: TimerHandle | None = None
         self.retime()
@@ -69,7 +72,7 @@ class Health:
 
     def retime(self) -> None:
         """The configuration may be another."""
-        self._patience.clear()
+        self._histories.clear()
         self._fleet.visibility.forget()
         self._fleet.clock.measure(*self._limits_s)
         if self._ticking is not None:
@@ -149,7 +152,7 @@ class Health:
         if self._missed_s - before_s >= _TOLD_S:
             gap_s = self._missed_s - before_s
             self._fleet.log.warning("this controller did not run for %.1f s", gap_s)
-        self._patience.clear()
+        self._histories.clear()
         for place in self._fleet.places:
             if math.isfinite(place.heard_s):  # else it asked to be taken for hung
                 place.heard_s = now_s
@@ -160,35 +163,80 @@ class Health:
             self._hear()
         something_waits = False
         there = {place.process.pid for place in self._fleet.places if place.process}
-        self._patience = {key: each for key, each in self._patience.items() if key[0] in there}
+        self._histories = {pid: each for pid, each in self._histories.items() if pid in there}
         for place in list(self._fleet.places):
             if place.process and place.state is State.READY:
-                something_waits |= self._look_at_ready(place, place.process)
+                self._look_at_ready(place, place.process)
+                something_waits |= bool(place.queued)
             elif place.process and place.hangs:
                 self._look_at_hung(place, place.process)
             elif place.hung:
                 self._fleet.move_queue(place)
+        self._shed()
         self._tick_in(0.25 if something_waits else 1.0)
 
-    def _look_at_ready(self, place: Place, process: Process) -> bool:
-        """Whether something waits for it."""
-        now_s = self._fleet.clock.now_s()
+    def _look_at_ready(self, place: Place, process: Process) -> None:
+        if _is_silent(place, self._fleet.clock.now_s()):
+            self._take_for_hung(place, process, "missed its watchdog")
+        elif place.generation.plan.service.hang_timeout:
+            verdict = self._judge(place, process)
+            if verdict is Verdict.HUNG:
+                self._take_for_hung(place, process, "takes no connections, and some wait")
+            elif place.full != (verdict is Verdict.FULL):
+                self._set_full(place, verdict is Verdict.FULL)
+
+    def _take_for_hung(self, place: Place, process: Process, why: str) -> None:
+        if not (place.is_in_service and self._others_serve(place)):
+            return
+        self._fleet.log.warning("worker %d hangs: it %s", place.slot, why)
+        place.has_acted()
+        place.full = place.shed = False
+        self._histories.pop(process.pid, None)
+        self._fleet.report(place, Event.STUCK)
+        self._relieve_if_due(place)
+
+    def _judge(self, place: Place, process: Process) -> Verdict:
+        now_s, open_now = self._fleet.clock.now_s(), self._fleet.steering.open(place.slot)
+        history = self._histories.setdefault(
+            process.pid, History(place.generation.plan.service.hang_timeout)
+        )
+        look_closer = partial(self._closer.look, place, process, open_now)
         looks = self._looks(place, process)
-        over = [self._patience_with(process, at).is_over(now_s, look) for at, look in looks.items()]
-        silent = _is_silent(place, now_s)
-        if (any(over) or silent) and place.serves and self._others_serve(place):
-            why = "missed its watchdog" if silent else "takes no connections, and some wait"
-            self._fleet.log.warning("worker %d hangs: it %s", place.slot, why)
-            place.has_acted()
-            self._forget(process)
-            self._fleet.report(place, Event.STUCK)
-            self._relieve_if_due(place)
-        return any(look.queued for look in looks.values())
+        place.queued = sum(look.queued for look in looks.values())
+        if place.full:
+            # An empty queue tells nothing: others may have got what waited there.
+            has_room = self._has_room(place, process)
+            return Verdict.FINE if has_room else history.judge_full(now_s, look_closer)
+        return history.judge(now_s, looks, open_now, look_closer)
+
+    def _has_room(self, place: Place, process: Process) -> bool:
+        """One that was at capacity: it waits for connections, as far as can be seen."""
+        seen = waits(process)
+        return seen is Seen.YES or (seen is Seen.UNKNOWN and self._is_back(place, process))
+
+    # At capacity.
+
+    def _set_full(self, place: Place, is_full: bool) -> None:
+        place.full = is_full
+        self._fleet.log.info(
+            "worker %d %s", place.slot, "is at capacity" if is_full else "takes connections again"
+        )
+
+    def _shed(self) -> None:
+        """Those who are at capacity get nothing new while another has room. When nobody has,
+        nothing is done: what waits may as well wait there."""
+        there = [place for place in self._fleet.places if place.is_in_service]
+        some_have_room = any(not place.full and not place.queued for place in there)
+        all_are_full = all(place.full for place in there)
+        for place in there:
+            if place.full and not place.shed and some_have_room:
+                self._fleet.shed(place, True)
+            elif place.shed and (all_are_full or not place.full):
+                self._fleet.shed(place, False)
+            elif place.shed and place.queued:
+                self._fleet.move_queue(place)
 
     def _looks(self, place: Place, process: Process) -> dict[int, Look]:
-        service = place.generation.plan.service
-        if not service.hang_timeout:
-            return {}
         found = self._fleet.queues.of(process)
         if found is None:
             self._fleet.visibility.refused(QUEUES, process)
@@ -203,14 +251,6 @@ class Health:
         is_counted = counts and place.generation.plan.binds[at].protocol == "tcp"
         taken = counts.selected - found.queued if counts and is_counted else None
         return Look(found.queued, found.queued >= found.limit, taken, activity)
-
-    def _patience_with(self, process: Process, at: int) -> Patience:
-        timeout_s = process.launch.service.hang_timeout
-        return self._patience.setdefault((process.pid, at), Patience(timeout_s))
-
-    def _forget(self, process: Process) -> None:
-        for key in [key for key in self._patience if key[0] == process.pid]:
-            del self._patience[key]
 
     def _others_serve(self, place: Place) -> bool:
         """To take the last one for hung would help nobody."""

@@ -12,7 +12,7 @@ import msgspec
 
 from steer.errors import KernelError, SteerError
 from steer.kernel import proc, process
-from steer.kernel.waits import Seen, waiters, waits_on
+from steer.kernel.waits import Seen, acceptors, waiters, waits_on
 from steer.lifecycle import STABLE_S, State
 from steer.plan import Generation, Seat
 from steer.spawn import Process, Running
@@ -39,6 +39,7 @@ class Saved(msgspec.Struct, frozen=True):
     says_ready: bool
     others: set[int]
     takers: frozenset[int]
+    acceptors: frozenset[int]
     hung: bool
 
 
@@ -53,9 +54,13 @@ class Place(msgspec.Struct, eq=False):
         says_ready: whether it sent READY=1.
         heard_s: when it last sent WATCHDOG=1, or was ready, by the controller's clock.
         takers: its processes that were seen to wait on its sockets.
+        acceptors: threads of theirs that did.
         activity: see `proc.activity`: of these, at the last look at them.
         active_s: when it was last seen to do anything, while it starts.
         hung: when it was retired.
+        full: at capacity: it takes nothing, and gets on with what it has.
+        shed: so not chosen, as others have room.
+        queued: what waited for it at the last look.
         relief_s: not before then is another asked for in its place.
         others: sockets it had open when it got ready, which so are no connections.
         said: what it sent as STATUS=.
@@ -76,9 +81,13 @@ class Place(msgspec.Struct, eq=False):
     says_ready: bool = False
     heard_s: float = 0.0
     takers: frozenset[int] = frozenset()
+    acceptors: frozenset[int] = frozenset()
     activity: int = 0
     active_s: float = 0.0
     hung: bool = False
+    full: bool = False
+    shed: bool = False
+    queued: int = 0
     relief_s: float = 0.0
     others: set[int] = set()
     said: str = ""
@@ -105,6 +114,7 @@ class Place(msgspec.Struct, eq=False):
             says_ready=saved.says_ready,
             heard_s=heard_s,
             takers=saved.takers,
+            acceptors=saved.acceptors,
             hung=saved.hung,
             others=saved.others,
         )
@@ -112,6 +122,11 @@ class Place(msgspec.Struct, eq=False):
     @property
     def serves(self) -> bool:
         """Whether it may be chosen."""
+        return self.is_in_service and not self.shed
+
+    @property
+    def is_in_service(self) -> bool:
+        """Whether it may be chosen, or could be if it were not at capacity."""
         return self.state is State.READY and not self.held
 
     @property
@@ -146,17 +161,19 @@ class Place(msgspec.Struct, eq=False):
         """What can be seen of its process only now; from here on it need not be modest."""
         self.ready_s = self.ready_s or time.monotonic()
         self.heard_s = now_s
+        self.full = self.shed = False
         if self.process:
             with suppress(KernelError):
                 self.others = proc.open_sockets(self.process.pid)
             self.takers = waiters(self.process.pid, self.process.inodes)
+            self.acceptors = acceptors(self.process.pid, self.process.inodes)
             if self.process.launch.modest:
                 process.hurry(proc.descendants(self.process.pid))
 
     def lost_process(self) -> None:
         """It has ended. One that served for long begins a new row of failures."""
         self.process = None
-        self.says_ready = False
+        self.says_ready = self.full = self.shed = False
         self.active_s = 0.0
         served_s = time.monotonic() - self.ready_s if self.ready_s is not None else 0.0
         self.failures = 1 if served_s >= STABLE_S else self.failures + 1
@@ -208,6 +225,7 @@ class Place(msgspec.Struct, eq=False):
             self.says_ready,
             self.others,
             self.takers,
+            self.acceptors,
             self.hung,
         )
 

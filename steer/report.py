@@ -31,7 +31,8 @@ class Connections(msgspec.Struct):
 
 
 class Worker(msgspec.Struct):
-    """One worker. `sockets` are the inodes of its sockets; `said` is its last STATUS=."""
+    """One worker. `sockets` are the inodes of its sockets; `said` is its last STATUS=;
+    `at_capacity`: it takes no more connections, and gets on with those that it has."""
 
     slot: int
     pid: int | None
@@ -44,6 +45,7 @@ class Worker(msgspec.Struct):
     connections: Connections
     sockets: list[int] = []
     said: str | None = None
+    at_capacity: bool = False
 
 
 class Address(msgspec.Struct):

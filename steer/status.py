@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 from steer import report
 from steer.controller import Controller
@@ -30,7 +31,11 @@ def report_of(service: Controller, state: str) -> report.Service:
         policy=plan.policy.name,
         backend=steering.backend,
         backend_reason=service.rung.reason,
-        notes=[*steering.notes, *service.fleet.visibility.notes.values()],
+        notes=[
+            *steering.notes,
+            *service.fleet.visibility.notes.values(),
+            *_at_capacity(service.fleet.places),
+        ],
         uptime_s=round(now_s - service.started_s, 3),
         binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],
         workers=[_worker(place, steering, now_s) for place in service.fleet.places],
@@ -39,6 +44,16 @@ def report_of(service: Controller, state: str) -> report.Service:
         counters=own.counters,
         histograms=_histograms(own, plan.policy.declared),
     )
+
+
+def _at_capacity(places: Sequence[Place]) -> list[str]:
+    """What it means for connections that wait."""
+    full = [str(place.slot) for place in places if place.full]
+    if not full:
+        return []
+    if all(place.full for place in places if place.is_in_service):
+        return ["at capacity: every worker; connections wait until one takes them"]
+    return [f"at capacity: worker {', '.join(full)}; others get what waits there"]
 
 
 def shown(place: Place) -> State:
@@ -60,6 +75,7 @@ def _worker(place: Place, steering: Steering, now_s: float) -> report.Worker:
         connections=_connections(steering, place.slot),
         sockets=sorted(process.inodes) if process else [],
         said=place.said or None,
+        at_capacity=place.full,
     )
 
 

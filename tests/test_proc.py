@@ -802,3 +802,33 @@ print(*set(sys.modules) - before)
 """
     out = subprocess.run(python(code), cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert not {"pyroute2", "ctypes", "pathlib", "asyncio", "rich"} & set(out.split())
+
+
+# ---- event loops
+
+LOOPS = {
+    "epoll": ("import select; e = select.epoll(); e.register(s, 1); e.poll()", Seen.YES),
+    "poll": ("import select; p = select.poll(); p.register(s, 1); p.poll()", Seen.YES),
+    "select": ("import select; select.select([s], [], [])", Seen.YES),
+    "accept": ("s.accept()", Seen.NO),
+    "sleep": ("import time; time.sleep(1000)", Seen.NO),
+    "read": ("import os; os.read(os.pipe()[0], 1)", Seen.NO),
+}
+
+
+@pytest.mark.parametrize(("code", "seen"), LOOPS.values(), ids=LOOPS.keys())
+def test_asleep_in_an_event_loop(listener: socket.socket, code: str, seen: Seen) -> None:
+    """Whatever is in its set."""
+    code = f"{SOCKET}print('here', flush=True)\n{code}"
+    with running(*python(code, listener.fileno()), fds=(listener.fileno(),)) as process:
+        assert line_of(process) == "here"
+        eventually(lambda: state(process.pid), "S")
+        eventually(lambda: waits.in_event_loop([process.pid]), seen)
+        waiting = waits.waits_on(process.pid, inodes_of(listener)) is Seen.YES
+        expected = {process.pid} if waiting else set()
+        assert waits.acceptors(process.pid, inodes_of(listener)) == expected
+
+
+def test_a_thread_that_has_ended_is_in_no_event_loop(ended_pid: int) -> None:
+    assert waits.in_event_loop([ended_pid]) is Seen.NO
+    assert waits.in_event_loop([]) is Seen.NO

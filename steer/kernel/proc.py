@@ -224,6 +224,12 @@ def activity(pid: int, root: str = "/proc", among: Collection[int] = ()) -> int:
     return ticks + switches
 
 
+def cpu_s(pid: int, root: str = "/proc") -> float:
+    """CPU time that `pid` and its descendants have had so far."""
+    ticks = sum(map(partial(_ticks, root=root), family(pid, Files(root))))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _ticks(pid: int, root: str) -> int:
     """Of CPU time, by all its threads, also those that have ended."""
     stat = _stat(f"{root}/{pid}")

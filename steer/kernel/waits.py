@@ -11,6 +11,7 @@ import re
 import select
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from steer.kernel.proc import family, inode_of, is_hidden, is_zombie
 from steer.kernel.procfs import Files, TooMuch
@@ -60,6 +61,40 @@ def waiters(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[
     """Those of `pid` and its descendants that wait, as `waits_on` has it."""
     seen = _waits(pid, inodes, Files(root), os.uname().machine)
     return frozenset(member for member, look in seen.items() if look is Seen.YES)
+
+
+def acceptors(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[int]:
+    """The threads of `pid` and its descendants that wait, as `waits_on` has it."""
+    files, calls = Files(root), _BLOCKING_CALLS.get(os.uname().machine)
+    found: set[int] = set()
+    with suppress(PermissionError, TooMuch):
+        for member in family(pid, files):
+            for task in files.tasks(member):
+                if _task_waits(task, inodes, files, calls) is Seen.YES:
+                    found.add(int(os.path.basename(task)))
+    return frozenset(found)
+
+
+def in_event_loop(
+    tids: Iterable[int], root: str = "/proc", machine: str = os.uname().machine
+) -> Seen:
+    """Whether one of these threads is asleep in epoll_wait(2), poll(2), select(2) or
+    io_uring_enter(2), on whatever: it takes the next thing that happens.
+
+    That of a stopped process is, too: see `proc.is_stopped`.
+    """
+    calls = {number for number, fds in _BLOCKING_CALLS.get(machine, {}).items() if fds is not _one}
+    return max((_is_in(tid, calls, root) for tid in tids), default=Seen.NO)
+
+
+def _is_in(tid: int, calls: set[int], root: str) -> Seen:
+    try:
+        number = Files(root).read(f"{root}/{tid}/syscall").split()[0]
+    except PermissionError:
+        return Seen.UNKNOWN
+    except (OSError, IndexError):  # it has ended
+        return Seen.NO
+    return Seen.YES if number != b"running" and int(number) in calls else Seen.NO
 
 
 def _waits(pid: int, inodes: frozenset[int], files: Files, machine: str) -> dict[int, Seen]:
@@ -171,6 +206,11 @@ def _first(_files: Files, _task: str, arguments: list[int]) -> list[int]:
     return [_int(arguments[0])]
 
 
+def _one(files: Files, task: str, arguments: list[int]) -> list[int]:
+    """Of a call that waits for nothing else."""
+    return _first(files, task, arguments)
+
+
 _IORING_ENTER_REGISTERED_RING = 1 << 4
 
 
@@ -217,9 +257,9 @@ def _int(register: int) -> int:
 
 # arch/x86/entry/syscalls/syscall_64.tbl
 _X86_64: dict[int, _Fds] = {
-    **dict.fromkeys((0, 19), _first),  # read, readv
-    **dict.fromkeys((43, 288), _first),  # accept, accept4
-    **dict.fromkeys((45, 47, 299), _first),  # recvfrom, recvmsg, recvmmsg
+    **dict.fromkeys((0, 19), _one),  # read, readv
+    **dict.fromkeys((43, 288), _one),  # accept, accept4
+    **dict.fromkeys((45, 47, 299), _one),  # recvfrom, recvmsg, recvmmsg
     **dict.fromkeys((232, 281, 441), _first),  # epoll_wait, epoll_pwait, epoll_pwait2
     426: _entered,  # io_uring_enter
     **dict.fromkeys((7, 271), _polled),  # poll, ppoll
@@ -228,9 +268,9 @@ _X86_64: dict[int, _Fds] = {
 }
 # include/uapi/asm-generic/unistd.h
 _GENERIC: dict[int, _Fds] = {
-    **dict.fromkeys((63, 65), _first),  # read, readv
-    **dict.fromkeys((202, 242), _first),  # accept, accept4
-    **dict.fromkeys((207, 212, 243), _first),  # recvfrom, recvmsg, recvmmsg
+    **dict.fromkeys((63, 65), _one),  # read, readv
+    **dict.fromkeys((202, 242), _one),  # accept, accept4
+    **dict.fromkeys((207, 212, 243), _one),  # recvfrom, recvmsg, recvmmsg
     **dict.fromkeys((22, 441), _first),  # epoll_pwait, epoll_pwait2
     426: _entered,  # io_uring_enter
     73: _polled,  # ppoll

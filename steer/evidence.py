@@ -1,0 +1,77 @@
+"""A closer look at a worker: what it computes, holds, moves and waits for.
+
+Dear, and so only taken of one that is suspect; see `hang.History`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from steer.address import Bind
+from steer.errors import KernelError
+from steer.hang import Evidence
+from steer.kernel import proc, sockdiag
+from steer.kernel.procfs import Files
+from steer.kernel.sockdiag import Connection
+from steer.kernel.waits import Seen, in_event_loop
+from steer.place import Place
+from steer.spawn import Process
+
+_MOST = 4096
+"""Connections of a port in one look: some 20 ms. Of more, these stand for all."""
+_FRESH_S = 0.05
+"""Several workers that are suspect at once share a look at their ports."""
+
+
+class Closer:
+    """Looks closer.
+
+    Args:
+        now_s: a time.
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._ports: dict[tuple[int, int], tuple[float, Sequence[Connection]]] = {}
+
+    def look(self, place: Place, worker: Process, open_now: int | None) -> Evidence:
+        """What can be seen of it.
+
+        Args:
+            open_now: its connections as they are counted, if they are.
+        """
+        held = self._connections(place, worker)
+        return Evidence(proc.cpu_s(worker.pid), open_now, held, _awaits(place, worker))
+
+    def _connections(self, place: Place, worker: Process) -> dict[int, tuple[int, int]] | None:
+        try:
+            own = proc.open_sockets(worker.pid) - place.others - worker.inodes
+            there = [each for bind in worker.launch.binds for each in self._at(bind)]
+        except KernelError:
+            return None
+        return {each.inode: (each.unread, each.moved) for each in there if each.inode in own}
+
+    def _at(self, bind: Bind) -> Sequence[Connection]:
+        if bind.protocol != "tcp":
+            return ()
+        key = (socket.AF_INET6 if bind.is_v6 else socket.AF_INET, bind.port)
+        now_s = self._now_s()
+        asked_s, found = self._ports.get(key, (-_FRESH_S, ()))
+        if now_s - asked_s >= _FRESH_S:
+            found = sockdiag.connections(*key, _MOST)
+            self._ports[key] = (now_s, found)
+        return found
+
+
+def _awaits(place: Place, worker: Process) -> bool | None:
+    """Whether a thread that took its connections is asleep in its event loop. Where none is known
+    any more, the first of each process may be one."""
+    if proc.is_stopped(worker.pid):
+        return False
+    family = proc.family(worker.pid, Files())
+    there = [tid for tid in place.acceptors if os.path.exists(f"/proc/{tid}")]
+    seen = in_event_loop(there or family)
+    return {Seen.YES: True, Seen.NO: False, Seen.UNKNOWN: None}[seen]
