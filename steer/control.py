@@ -116,6 +116,12 @@ class Server:
             return {**_refusal(str(error)), "again": True}
         except SteerError as error:
             return _refusal(str(error), detail=error.detail, exit_code=error.exit_code)
+        except Exception as error:  # noqa: BLE001 - whoever asks is told, and the service goes on
+            message = f"request {request.get('command')}"
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": message, "exception": error}
+            )
+            return _refusal(f"bug in steer: {type(error).__name__}: {error}; see the service's log")
 
     async def _request(self, reader: asyncio.StreamReader) -> bytes:
         """A request. Where too many keep us waiting, the one that does longest is let go."""

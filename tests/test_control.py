@@ -532,6 +532,26 @@ def place(home: Path) -> Path:
     return home / "run" / "steer" / "web.sock"
 
 
+def test_a_bug_is_told_to_whoever_asked_and_to_the_log(place: Path) -> None:
+    """And the next request is answered."""
+
+    async def broken(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        raise ZeroDivisionError("of nothing")
+
+    async def well(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        return {}
+
+    told: list[dict[str, Any]] = []
+    with fake_service(place, status=well, reload=broken) as loop:
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        with pytest.raises(Refused, match=r"bug in steer: ZeroDivisionError: of nothing; see the"):
+            client.ask(place, "reload")
+        assert client.ask(place, "status") == {"ok": True}
+    [context] = told
+    assert context["message"] == "request reload"
+    assert isinstance(context["exception"], ZeroDivisionError)
+
+
 def test_progress_comes_before_the_answer(place: Path) -> None:
     with fake_service(place, scale=counts_to_two):
         assert request(place, '{"command": "scale", "progress": true}') == [
