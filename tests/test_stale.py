@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import as_user
+from conftest import StartService
+from support import as_user, bpf_ids
 
 from steer import policies
 from steer.bytecode import Inputs
+from steer.errors import Refused
 from steer.kernel import compile, inputs
 
 POLICY = """
@@ -149,3 +151,26 @@ def test_no_folder_named_after_a_tilde(home: Path, environment: dict[str, str]) 
     assert done.stdout.startswith("bcc "), done.stderr
     assert sorted(home.iterdir()) == before
     assert not Path("/.cache/steer").exists()
+
+
+@pytest.mark.needs("bpf", "bcc")
+def test_reload_runs_what_the_headers_say_now(service: StartService, home: Path) -> None:
+    """And where nothing was edited the program stays, with what it remembers."""
+    source = write(home, INCLUDES["by_macro"], "+ VALUE_by_macro")
+    running = service("-w", "2", "--policy", str(source))
+
+    def programs() -> set[tuple[str, int]]:
+        return {each for each in bpf_ids(running.pid) if each[0] == "prog"}
+
+    before = programs()
+    assert before
+    running.ask("reload", timeout_s=None)
+    assert programs() == before
+    (home / "by_macro.h").write_text("#define VALUE_by_macro 0\n")
+    running.ask("reload", timeout_s=None)
+    assert programs() != before
+    (home / "by_macro.h").write_text("#define VALUE_by_macro nonsense\n")
+    after = programs()
+    with pytest.raises(Refused, match=r"^compile mine\.c: bcc refuses it"):
+        running.ask("reload", timeout_s=None)
+    assert programs() == after
