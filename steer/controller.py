@@ -35,7 +35,18 @@ from steer.errors import (
     VerifierError,
 )
 from steer.fleet import Fleet
-from steer.kernel import custody, family, mail, process, rundir, sockets, sockopt, title, topology
+from steer.kernel import (
+    custody,
+    family,
+    mail,
+    output,
+    process,
+    rundir,
+    sockets,
+    sockopt,
+    title,
+    topology,
+)
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.lifecycle import State
@@ -51,6 +62,8 @@ from steer.values import plural
 from steer.worker import Launch
 
 _LOOK_S = 0.002
+_LAST_LINES_S = 1.0
+"""For who reads standard error to take what waits at our end."""
 
 Reread = Callable[[], Service]
 """The configuration as it is now. May raise ConfigError."""
@@ -65,6 +78,13 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
     Raises:
         SteerError: it could not be started.
     """
+    try:
+        return _run(plan, environment, log, reread)
+    finally:
+        output.stderr.finish(_LAST_LINES_S)
+
+
+def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
     # From here on a signal waits until the loop can take it.
     process.hold_signals()
     title.show(f"steer: controller {plan.name}")
@@ -433,6 +453,10 @@ class Controller:
             KernelError: the kernel refuses.
         """
         process.limit_descriptors(self._files)
+        for place in self.fleet.places:
+            if place.process:
+                place.process.pass_rest_on()
+        output.stderr.finish(_LAST_LINES_S)
         try:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         except OSError as error:
@@ -448,6 +472,7 @@ class Controller:
             service.pid,
             service.adopt_timeout,
             service.graceful_timeout,
+            service.log_format,
         )
 
     def _claim_name(self, _step: Step) -> None:

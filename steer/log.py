@@ -10,9 +10,11 @@ import time
 
 import msgspec
 
-from steer.kernel.process import write_stderr
+from steer.kernel import output
 
 LEVELS = ("debug", "info", "warning", "error")
+
+_DROPPED = "%d lines are missing here: nobody read standard error, and too many waited"
 
 
 class Log:
@@ -29,7 +31,8 @@ class Log:
     def configure(self, level: str, form: str) -> None:
         """From now on."""
         self._least = LEVELS.index(level)
-        self._write = _json if form == "json" else _text
+        self._write = write = _json if form == "json" else _text
+        output.stderr.describe = lambda count: write("warning", _DROPPED % count).encode() + b"\n"
 
     def debug(self, text: str, *values: object) -> None:
         self._log("debug", text, values)
@@ -46,7 +49,7 @@ class Log:
     def _log(self, level: str, text: str, values: tuple[object, ...]) -> None:
         if LEVELS.index(level) >= self._least:
             line = self._write(level, text % values if values else text)
-            write_stderr(line.encode(errors="replace") + b"\n")
+            output.stderr.say(line.encode(errors="replace") + b"\n")
 
 
 def _text(level: str, message: str) -> str:

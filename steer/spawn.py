@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from signal import Signals
 from typing import TYPE_CHECKING
@@ -16,12 +16,13 @@ import msgspec
 
 from steer import worker
 from steer.errors import AppLoadError, SteerError, WorkersFailed
-from steer.kernel import family, proc, process, sockets
+from steer.kernel import family, output, proc, process, sockets
 from steer.kernel.channel import MAX_FDS, receive
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.family import Family
 from steer.kernel.listeners import Borrower
 from steer.kernel.sockopt import Refused
+from steer.lines import Line, Lines, shown
 from steer.values import Invalid
 from steer.worker import MESSAGE_MAX_BYTES, Launch
 
@@ -123,7 +124,7 @@ class Process:
         self._is_child = True
         self._is_heard = False
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
-        self._unfinished = b""
+        self._lines = Lines()
         self._loop: AbstractEventLoop | None = None
         self.bound: tuple[int, ...] = ()
 
@@ -242,7 +243,7 @@ class Process:
     @property
     def last_words(self) -> str:
         """The last lines it wrote to standard error."""
-        lines = [*self._words, *([self._unfinished] if self._unfinished else [])]
+        lines = [*self._words, *([self._lines.rest] if self._lines.rest else [])]
         return "\n".join(line.decode(errors="replace") for line in lines[-LAST_WORDS:])
 
     def terminate(self, quick: bool = False) -> None:
@@ -350,9 +351,9 @@ class Process:
 
         While ours takes nothing theirs is not read: the worker waits, not we.
         """
-        if self._loop is not None and not process.stderr_takes():
+        if not output.stderr.is_clear:
             self._forget(self._stderr)
-            self._loop.call_later(_LOOK_AGAIN_S, self._listen_again)
+            output.stderr.when_clear(self._listen_again)
             return False
         return self._hear()
 
@@ -368,17 +369,25 @@ class Process:
         if not data:
             self._forget(self._stderr)
             return False
-        process.write_stderr(data)
-        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
-        self._words.extend(line[:_LINE_BYTES] for line in lines[-LAST_WORDS:])
-        self._unfinished = self._unfinished[:_LINE_BYTES]
+        self._pass_on(self._lines.feed(data))
         return True
+
+    def pass_rest_on(self) -> None:
+        """Of a line that has no end yet, as somebody else may read the next piece."""
+        self._pass_on(self._lines.end())
+
+    def _pass_on(self, lines: Iterable[Line]) -> None:
+        now = list(lines)
+        self._words.extend(line[:_LINE_BYTES] for line, _ in now[-LAST_WORDS:])
+        form, slot = self.launch.service.log_format, self.launch.slot
+        output.stderr.pass_on(shown(now, form, self.pid, slot, time.time()))
 
     def _hear_out(self) -> None:
         """What is in the pipe, but not for ever: a process that outlives it may go on writing."""
         for _ in range(_CHUNKS_AT_END):
             if not self._hear():
-                return
+                break
+        self.pass_rest_on()
 
     def _forget(self, fd: int) -> None:
         if self._loop is not None:

@@ -26,7 +26,7 @@ from steer.controller import Controller
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.fleet import QUICK_S
 from steer.health import Health
-from steer.kernel import family, process, sockets, topology
+from steer.kernel import family, output, process, sockets, topology
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.place import Place
@@ -54,7 +54,10 @@ def supervise(started: Controller) -> bool:
         AppLoadError: the application cannot be loaded.
         WorkersFailed: all workers failed before any was ready.
     """
-    return asyncio.run(_Supervisor(started).run())
+    try:
+        return asyncio.run(_Supervisor(started).run())
+    finally:
+        output.stderr.watch(None)
 
 
 class _Supervisor:
@@ -75,6 +78,7 @@ class _Supervisor:
         self._loop = loop = asyncio.get_running_loop()
         self._anew = asyncio.Event()
         loop.set_exception_handler(self._on_bug)
+        output.stderr.watch(self._on_blocked)
         self._changes = Changes(self._fleet, self._service.keep)
         self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
         self._fleet.watch(loop, settle, self._health.changed)
@@ -199,6 +203,14 @@ class _Supervisor:
             self._service.guard.reopen()
         except OSError as error:
             self._log.error("open %s anew: %s", self._service.log_file, error.strerror)
+
+    def _on_blocked(self) -> None:
+        """Standard error takes nothing now."""
+        self._loop.add_writer(output.stderr.fileno(), self._write_on)
+
+    def _write_on(self) -> None:
+        if output.stderr.flush():
+            self._loop.remove_writer(output.stderr.fileno())
 
     def _stop(self, quick: bool) -> None:
         """Asked a second time, quickly."""

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from steer import demo, privileges, values
 from steer.address import Bind
 from steer.config import Service
-from steer.kernel import family, process, sockets, title
+from steer.kernel import family, output, process, sockets, title
 from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
 from steer.kernel.sockopt import Refused
@@ -196,7 +196,11 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         channel: to the controller.
         stderr: what to write standard error to.
     """
+    if process.log_file() and process.is_the_log(1):
+        # So that it goes where the log goes from the day that somebody rotates it.
+        os.dup2(stderr, 1)
     os.dup2(stderr, 2)
+    output.stderr.reset()
     title.show(f"steer: worker {launch.slot} {launch.name}")
     # Above the range that a command finds its sockets in.
     above = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(launch.binds))

@@ -37,6 +37,7 @@ class Settings(msgspec.Struct, frozen=True):
         pid_file: removed at the end if it still names the controller.
         adopt_timeout_s: how long workers go on without a controller; 0 ends them at once.
         graceful_timeout_s: from the signal to finish to SIGKILL.
+        log_format: "text" or "json": of what workers write.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True):
     pid_file: str | None = None
     adopt_timeout_s: float = 30.0
     graceful_timeout_s: float = 30.0
+    log_format: str = "text"
 
 
 class Traces(msgspec.Struct, frozen=True):

@@ -15,15 +15,16 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from selectors import EVENT_READ, DefaultSelector
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 import msgspec
 
-from steer.kernel import process, title
+from steer.kernel import output, process, title
 from steer.kernel.channel import Channel, Frame
 from steer.kernel.desk import Desk, Request, Talk
 from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
 from steer.kernel.mail import Mailbox
+from steer.lines import Line, Lines, shown
 from steer.values import plural
 
 QUICK_S = 1.0
@@ -44,9 +45,9 @@ _BACK_S = 10.0
 _LAST_S = 0.2
 """For who has connected to say what it wants, when somebody else is to answer the next."""
 _LOOK_S = 0.1
-_PIPE_BUF = 4096
-_CHUNKS_AT_END = 32
-"""Of _PIPE_BUF: more than a pipe holds (pipe(7))."""
+_CHUNK_BYTES = 65536
+_CHUNKS_AT_END = 16
+"""More than a pipe holds (pipe(7))."""
 
 Say = Callable[[str], None]
 """Logs a line, without waiting for anybody."""
@@ -69,8 +70,7 @@ class Orphanage:
         self._desk = Desk(control, self._selector, self._on_request, self._refusal)
         self._adopter: Channel | None = None
         self._adopter_pid = 0
-        self._unheard: set[int] = set()
-        self._listen_again_s = 0.0
+        self._lines: dict[int, _Lines] = {}
         self._ending = self._is_quick = False
         self._killed = False
         self._stoppers: list[Talk] = []
@@ -90,6 +90,7 @@ class Orphanage:
 
     def run(self) -> None:
         """Until it is adopted or nobody is left."""
+        output.stderr.watch(self._on_blocked)
         self._tell()
         while not self._is_over():
             for key, _ in self._selector.select(self._patience_s()):
@@ -97,6 +98,10 @@ class Orphanage:
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
             self._look()
+        for lines in self._lines.values():
+            lines.end()
+        output.stderr.watch(None)
+        output.stderr.finish(_LAST_S)
         if self._adopted:
             self._back_s = math.inf
         else:
@@ -131,7 +136,7 @@ class Orphanage:
     def _patience_s(self) -> float | None:
         """How long nothing but what is watched can want anything."""
         leftovers = any(kept.has_ended for kept in self._living())
-        if self._desk.is_busy or self._unheard or self._ending or leftovers:
+        if self._desk.is_busy or self._ending or leftovers:
             return _LOOK_S
         left_s = math.inf if self._adopter is not None else self._end_s - time.monotonic()
         return None if left_s == math.inf else max(left_s, 0.0)
@@ -141,8 +146,6 @@ class Orphanage:
         self._desk.let_go()
         for kept in self._living():
             kept.look()
-        if self._unheard and now_s >= self._listen_again_s:
-            self._listen_again()
         # Who is about to adopt them may be slow, but not for nothing.
         if now_s >= self._end_s and self._adopter is None:
             self._overdue()
@@ -186,6 +189,7 @@ class Orphanage:
     def _watch(self, key: str, kept: Kept) -> None:
         pidfd, stderr, *_ = kept.fds
         os.set_blocking(stderr, False)
+        self._lines[stderr] = _Lines(kept, self._settings.log_format)
         self._selector.register(pidfd, EVENT_READ, lambda: self._on_end(key, kept))
         self._listen(stderr)
 
@@ -195,7 +199,7 @@ class Orphanage:
         for _ in range(_CHUNKS_AT_END):
             if not self._hear(stderr):
                 break
-        self._unheard.discard(stderr)
+        self._lines.pop(stderr).end()
         self._forget(stderr)
         self._forget(pidfd)
         kept.close()
@@ -207,31 +211,34 @@ class Orphanage:
         entries[key] = entries.pop(key)
 
     def _listen(self, stderr: int) -> None:
-        self._selector.register(stderr, EVENT_READ, lambda: self._hear(stderr))
+        if stderr in self._lines:
+            self._selector.register(stderr, EVENT_READ, lambda: self._on_stderr(stderr))
+
+    def _on_stderr(self, stderr: int) -> None:
+        """While ours takes nothing theirs is not read: the worker waits, not we."""
+        if output.stderr.is_clear:
+            self._hear(stderr)
+        else:
+            self._forget(stderr)
+            output.stderr.when_clear(lambda: self._listen(stderr))
 
     def _hear(self, stderr: int) -> bool:
-        """Pass on a piece of what a worker wrote; whether there was one.
-
-        While ours takes nothing theirs is not read: the worker waits, not we.
-        """
-        if not process.stderr_takes():
-            self._forget(stderr)
-            self._unheard.add(stderr)
-            self._listen_again_s = time.monotonic() + _LOOK_S
-            return False
+        """Pass on a piece of what a worker wrote; whether there was one."""
         try:
-            data = os.read(stderr, _PIPE_BUF)
+            data = os.read(stderr, _CHUNK_BYTES)
         except BlockingIOError:
             return False
         if not data:
             self._forget(stderr)
-        process.write_stderr(data)
+        self._lines[stderr].pass_on(data)
         return bool(data)
 
-    def _listen_again(self) -> None:
-        for stderr in self._unheard:
-            self._listen(stderr)
-        self._unheard.clear()
+    def _on_blocked(self) -> None:
+        self._selector.register(output.stderr, EVENT_WRITE, self._write_on)
+
+    def _write_on(self) -> None:
+        if output.stderr.flush():
+            self._forget(output.stderr.fileno())
 
     def _forget(self, fd: int) -> None:
         with suppress(KeyError):
@@ -329,6 +336,33 @@ class Orphanage:
         self._read_mail()
 
 
+class _Seated(msgspec.Struct):
+    """What of a worker's entry tells its slot; the rest is the controller's."""
+
+    slot: int | None = None
+
+
+class _Lines:
+    """What one worker writes, passed on."""
+
+    def __init__(self, kept: Kept, form: str) -> None:
+        self._lines = Lines()
+        self._form, self._pid = form, kept.group
+        self._slot: int | None = None
+        with suppress(msgspec.MsgspecError):  # what is kept need not tell
+            self._slot = msgspec.json.decode(kept.value, type=_Seated).slot
+
+    def pass_on(self, data: bytes) -> None:
+        self._show(self._lines.feed(data))
+
+    def end(self) -> None:
+        """Of a line that has no end yet, as the next piece is another's to read."""
+        self._show(self._lines.end())
+
+    def _show(self, lines: Iterable[Line]) -> None:
+        output.stderr.pass_on(shown(lines, self._form, self._pid, self._slot, time.time()))
+
+
 def main(
     traces: Traces,
     channel: socket.socket,
@@ -343,6 +377,7 @@ def main(
     title.show(f"steer: guard {settings.name}")
     used = [channel, control] if predecessor is None else [channel, control, predecessor]
     process.keep_only(sock.fileno() for sock in used)
+    output.stderr.reset()
     _allow_descriptors()
     old = None if predecessor is None else Channel(predecessor)
     keeper = Keeper(settings, traces, Channel(channel), old)

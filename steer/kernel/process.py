@@ -277,6 +277,14 @@ def log_file() -> str | None:
         return None
 
 
+def is_the_log(number: int) -> bool:
+    """Whether a descriptor is of the very file that standard error goes to."""
+    try:
+        return os.path.samestat(os.fstat(number), os.fstat(2))
+    except OSError:
+        return False
+
+
 def reopen(path: str) -> None:
     """Have standard output and error, where they are that file or what it was, go to what
     is now there under its name: for who rotates logs. Raises OSError."""
