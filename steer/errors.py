@@ -104,3 +104,7 @@ class VerifierError(KernelError):
 
 class CompileError(KernelError):
     """A policy that does not compile, or nothing here to compile it with."""
+
+
+class NoCompiler(CompileError):
+    """There is none here; the policy may be right."""

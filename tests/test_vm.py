@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from conftest import require
 from support import DEADLINE_S, is_ready
 
+from steer.kernel import compile
 from vm import __main__ as command
 from vm import accel, boot, cache, cards, kernels, root
 from vm.boot import Machine
@@ -565,3 +566,20 @@ def test_terminal_after_a_shell_that_was_ended(
     finally:
         os.close(master)
         os.close(terminal)
+
+
+@pytest.mark.needs("bcc")
+def test_what_a_policy_includes_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler tells; where there is none here, all headers beside it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compile, "_made", {})
+    for name in ("read.h", "not.h"):
+        (tmp_path / name).touch()
+    policy = tmp_path / "mine.c"
+    policy.write_text(
+        '#include "steer.h"\n#include "read.h"\nSTEER_POLICY(ctx, table)\n{\n\treturn 0;\n}\n'
+    )
+    assert list(command._with_headers(policy)) == [policy, tmp_path / "read.h"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(compile, "interpreters", list)
+    assert set(command._with_headers(policy)) == {policy, tmp_path / "read.h", tmp_path / "not.h"}

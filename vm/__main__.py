@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from steer.errors import SteerError
+from steer.errors import NoCompiler, SteerError
 from steer.kernel import compile
 from steer.policy import POLICIES
 from vm import boot, ending, kernels, matrix
@@ -162,8 +162,15 @@ def run(
     command = ["python", "-m", "vm.trial", tried]
     command += ["--connections", str(connections), *(["--udp"] if udp else [])]
     command += [f"--param={param}" for param in params]
-    files = (source, *compile.read_by(source)) if is_file else ()
-    return boot.run(machine, command, files)
+    return boot.run(machine, command, _with_headers(source) if is_file else ())
+
+
+def _with_headers(source: Path) -> Sequence[Path]:
+    """The policy and what it includes; where only the guest has a compiler, all that may be."""
+    try:
+        return (source, *compile.read_by(source))
+    except NoCompiler:
+        return (source, *sorted(source.parent.glob("*.h")))
 
 
 def _echo(line: str) -> None:

@@ -18,7 +18,7 @@ import msgspec
 
 from steer import declared
 from steer.bytecode import NO_INPUTS, Inputs, PolicyObject, unlink
-from steer.errors import CompileError
+from steer.errors import CompileError, NoCompiler
 from steer.kernel import inputs
 
 _HERE = Path(__file__).resolve().parent
@@ -167,7 +167,7 @@ def compile_source(source: Path) -> PolicyObject:
             message = message.replace(_BCC_CALLS_IT, str(source))
             raise CompileError(act, "bcc refuses it", detail=message)
         return _object(source, done.stdout, began_ns)
-    raise CompileError(act, "no bcc here", "install it (Debian, Ubuntu: python3-bpfcc)")
+    raise NoCompiler(act, "no bcc here", "install it (Debian, Ubuntu: python3-bpfcc)")
 
 
 class _Answer(msgspec.Struct):
