@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
 
-from steer import features, plan, policies, policy
+from steer import config, features, plan, policies, policy
 from steer.cli import cli
+from steer.errors import ConfigError
 from steer.servers import SERVERS
 from steer.socket_options import OPTIONS
 
@@ -105,3 +107,34 @@ def test_readme_names_the_kernels_that_are_needed() -> None:
     said = " ".join((ROOT / "README.md").read_text().split())
     for feature in features.FEATURES:
         assert f"{feature.version} {feature.gives}" in said
+
+
+def options(command: click.Command) -> set[str]:
+    """Of it, and of the commands below it."""
+    own = {option for param in command.params for option in param.opts}
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    return own.union(*map(options, below))
+
+
+OF_OTHERS = {
+    "--bind",
+    "--cap-add",
+    "--check",
+    "--fd",
+    "--force-reinstall",
+    "--reuse-port",
+    "--scope",
+}
+"""Options of docker, pip, systemd-run, servers and our own tools that messages name."""
+
+
+def test_what_is_said_names_options_that_there_are() -> None:
+    known = options(cli) | OF_OTHERS | {"--help"}
+    for file in (ROOT / "steer").rglob("*.py"):
+        for named in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", file.read_text()):
+            assert named in known, (file, named)
+    for key in config.FIELDS:
+        with pytest.raises(ConfigError) as caught:
+            config.load({key: {}}, {}, {}, "steer.toml")
+        source = str(caught.value).partition(": ")[0]
+        assert source in known or not source.startswith("--")
