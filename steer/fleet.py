@@ -422,7 +422,9 @@ class Fleet:
             self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
         place.has_acted()
         if place.process:
-            place.process.terminate(self._ending_quickly)
+            # One that was never ready has nothing to finish, and may not yet know its own signal.
+            quick = self._ending_quickly or place.ready_s is None
+            place.process.terminate(quick)
 
     @property
     def _graceful_timeout_s(self) -> float:

@@ -174,6 +174,15 @@ def test_a_quick_stop_is_by_sigterm(
     assert not list(home.glob("*.pid"))
 
 
+def test_one_that_is_not_ready_yet_is_ended_by_sigterm(service: StartService) -> None:
+    """SIGWINCH it would not notice (signal(7): by default it is ignored)."""
+    chosen = ("--stop-signal", "WINCH", "--graceful-timeout", "1")
+    running = service("-w", "1", *chosen, "--", "sleep", "1000", ready=False)
+    eventually(lambda: "1 worker" in running.log and running.workers())
+    assert running.stop() == 0
+    assert "not finished in its time" not in running.log
+
+
 CALLABLE = """
 import pathlib, signal, time
 
