@@ -10,7 +10,7 @@ import msgspec
 
 from steer import abi, cbpf, policy
 from steer.errors import KernelError
-from steer.kernel import bpf, sockets
+from steer.kernel import bpf, listeners, sockets
 from steer.plan import Plan
 from steer.policy import Scene
 from steer.steering import Countless, Lend, may_be_lost
@@ -78,6 +78,7 @@ class Cbpf(Countless):
         staying = [member for member in self._members if member.slot not in moving]
         if staying and slot in self._held:
             self._attach(self._lay(staying))
+        self._shut_down(slot)
         self._close_sockets(slot)
         self._attach(self._layout)
 
@@ -138,6 +139,12 @@ class Cbpf(Countless):
             else:
                 program = _assemble(self._plan, layout, order.indexes(), self._seed)
                 sockets.attach_cbpf(fd, program)
+
+    def _shut_down(self, slot: int) -> None:
+        """Who else has a listener of a worker that has ended takes nothing from it."""
+        for bind, fd in zip(self._plan.binds, self._held.get(slot, ()), strict=False):
+            if bind.protocol == "tcp":
+                listeners.end(fd)
 
     def _close_sockets(self, slot: int) -> None:
         for order, fd in zip(self._orders, self._held.pop(slot, ()), strict=False):

@@ -16,7 +16,7 @@ from steer import lifecycle, rotation
 from steer.clock import Clock
 from steer.config import Service
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
-from steer.kernel import family, proc, process, sockets
+from steer.kernel import family, proc, process, sockets, strays
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.waits import Seen
 from steer.leftovers import Leftovers
@@ -514,11 +514,22 @@ class Fleet:
 
     def _on_lost(self, place: Place, worker: Process) -> None:
         """Its first process has ended, and others of it may have its sockets open."""
+        self._take_sockets(place, worker, worker.others())
+
+    def _take_sockets(self, place: Place, worker: Process, family: Sequence[int]) -> None:
+        """Nobody is to be chosen any more who has a socket of this worker open."""
+        # Where we hold a duplicate ourselves it is shut down in any case.
+        everywhere = not self._ending and not self.steering.held(place.slot)
+        binds = place.generation.plan.binds
+        found = strays.find(binds, worker.bound, family, everywhere) if worker.bound else []
         self._rotation.left(place.slot)
+        for stray, refusal in strays.shut_down(found):
+            then = f": {refusal}" if refusal else ", and is cut off from it"
+            self.log.warning("worker %d has ended, but %s%s", place.slot, stray, then)
 
     def _on_end(self, place: Place, gone: Process, status: int | None) -> None:
         place.cancel_timer()
-        self._rotation.left(place.slot)
+        self._take_sockets(place, gone, gone.left_behind)
         self._leftovers.take(self._loop, gone.left_behind)
         place.lost_process()
         if place.state is not State.STOPPING:

@@ -263,6 +263,10 @@ class Process:
     def _told_by(self) -> Signals:
         return signal.SIGTERM if self._hurried else self.launch.service.told_by
 
+    def others(self) -> Sequence[int]:
+        """Its processes but the first."""
+        return self._family.others()
+
     def kill(self) -> None:
         """All of its processes."""
         self._family.kill()

@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 
 import msgspec
@@ -180,6 +180,12 @@ def waiting(sock: socket.socket) -> Waiting:
 def is_waited_for(sock: socket.socket) -> bool:
     """Whether connections wait at it; a UDP socket's datagrams cannot be moved, so do not count."""
     return sock.type == socket.SOCK_STREAM and waiting(sock).queued > 0
+
+
+def end(fd: int) -> None:
+    """Have a listener listen no more, whoever has it open."""
+    with suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 # ---- moving a queue

@@ -350,10 +350,11 @@ def holders(
 def _holder(bound: _Bound, pid: int | None, root: str) -> Holder:
     family = socket.AF_INET if len(bound.ip) == 4 else socket.AF_INET6
     address = socket.inet_ntop(family, bound.ip)
-    return Holder(pid, _command(pid, root) if pid else None, bound.uid, bound.inode, address)
+    return Holder(pid, command(pid, root) if pid else None, bound.uid, bound.inode, address)
 
 
-def _command(pid: int, root: str) -> str | None:
+def command(pid: int, root: str = "/proc") -> str | None:
+    """The name of a process, as ps(1) has it; None if there is no such process."""
     try:
         return _read(f"{root}/{pid}/comm").decode(errors="replace").strip()
     except OSError:

@@ -1,0 +1,105 @@
+"""Sockets of a worker that has ended, and that others still have open.
+
+A program that a worker started has its listeners unless they were closed on execve(2). The
+kernel goes on choosing such a listener, and nobody takes what waits there.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+
+import msgspec
+
+from steer.address import Bind
+from steer.errors import KernelError
+from steer.kernel import proc, sockdiag
+from steer.kernel.listeners import Borrower
+
+
+class Stray(msgspec.Struct, frozen=True):
+    """A socket that outlived its worker, and who has it open.
+
+    Args:
+        pid, command: None where no process could be seen to have it open.
+    """
+
+    bind: Bind
+    inode: int
+    pid: int | None
+    command: str | None
+
+    def __str__(self) -> str:
+        who = f"{self.command or '?'} (pid {self.pid})" if self.pid else "an unseen process"
+        return f"{who} still has its socket of {self.bind.label} open"
+
+
+def find(
+    binds: Sequence[Bind], inodes: Sequence[int], family: Iterable[int], everywhere: bool
+) -> list[Stray]:
+    """Those of one worker.
+
+    Args:
+        inodes: of its sockets, one for each bind, see `proc.socket_inode`.
+        family: processes that are left of it.
+        everywhere: also where other processes have them, but for ones of steer's own.
+    """
+    by_inode = dict(zip(inodes, binds, strict=True))
+    found = [
+        Stray(by_inode[inode], inode, pid, proc.command(pid))
+        for pid in family
+        for inode in sorted(by_inode.keys() & _open_in(pid))
+    ]
+    if everywhere:
+        known = {stray.inode for stray in found}
+        for inode, bind in by_inode.items():
+            if inode not in known and _is_open(bind, inode):
+                found += _elsewhere(bind, inode)
+    return found
+
+
+def shut_down(strays: Iterable[Stray]) -> Iterator[tuple[Stray, str]]:
+    """End them, whoever has them: what waits at a listener moves on as if that were closed
+    (shutdown(2); inet_csk_listen_stop() of the kernel).
+
+    Returns:
+        Each, with the reason why that could not be done; empty if it was.
+    """
+    for stray in strays:
+        yield stray, _shut_down(stray)
+
+
+def _open_in(pid: int) -> set[int]:
+    with suppress(KernelError):
+        return {inode for _, inode in proc.sockets_by_fd(pid)}
+    return set()
+
+
+def _is_open(bind: Bind, inode: int) -> bool:
+    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+    try:
+        return inode in sockdiag.waiting(bind.protocol, family, bind.port)
+    except KernelError:
+        return False  # it cannot be told
+
+
+def _elsewhere(bind: Bind, inode: int) -> list[Stray]:
+    protocol: proc.Protocol = "udp" if bind.protocol == "udp" else "tcp"
+    here = proc.holders(protocol, bind.address, bind.port)
+    return [Stray(bind, inode, each.pid, each.command) for each in here if each.inode == inode]
+
+
+def _shut_down(stray: Stray) -> str:
+    if stray.bind.protocol == "udp":
+        return "datagrams that the kernel gives it are lost until that process ends"
+    if stray.pid is None:
+        return "what comes for it waits for nobody; end that process"
+    try:
+        with Borrower(stray.pid, frozenset({stray.inode})).borrow() as lent:
+            for sock in lent.values():
+                with suppress(OSError):  # it was already, through another process
+                    sock.shutdown(socket.SHUT_RDWR)
+    except KernelError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,138 @@
+"""A worker's sockets that a program it started still has open when it has ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from clients import answer, request
+from conftest import StartService
+from crew import PORT
+from support import Service, eventually, is_running
+
+from steer.kernel.listeners import Borrower
+
+pytestmark = pytest.mark.needs("netns", "pidfd_getfd")
+BIND = ("-b", f"127.0.0.1:{PORT}")
+APP = f'''
+import json, os, signal, socket, subprocess, sys
+
+def call(worker):
+    """Has started a program that has its listeners, and does not end when it is told to."""
+    fds = [sock.fileno() for sock in worker.sockets]
+    subprocess.Popen([{sys.executable!r}, "app.py"], pass_fds=fds)
+    while True:
+        try:
+            client, _ = worker.sockets[0].accept()
+        except BlockingIOError:
+            return
+        with client:
+            client.recv(1000)
+            body = json.dumps({{"pid": os.getpid()}}).encode()
+            client.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n" + body)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open("helpers", "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    signal.pause()
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open("helpers", "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    signal.pause()
+'''
+backends = pytest.mark.parametrize(
+    "backend",
+    [pytest.param("ebpf", marks=pytest.mark.needs("bpf", "migrate")), "cbpf", "kernel"],
+)
+
+
+@pytest.fixture(autouse=True)
+def application(home: Path) -> None:
+    (home / "app.py").write_text(APP)
+
+
+def start(service: StartService, home: Path, backend: str) -> Service:
+    policy = "kernel" if backend == "kernel" else "hash"
+    arguments = ("--policy", policy, "--backend", backend, "-w", "2", "--hang-timeout=0")
+    running = service(*BIND, *arguments, "--graceful-timeout=1", "app:call")
+    eventually(lambda: len(helpers(home)), 2)
+    return running
+
+
+def helpers(home: Path) -> list[int]:
+    path = home / "helpers"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def named(running: Service) -> set[int]:
+    """Those that the log says to have had a socket."""
+    return {int(pid) for pid in re.findall(r"pid (\d+)\) still has its socket", running.log)}
+
+
+def all_are_answered(running: Service) -> None:
+    now = {each["pid"] for each in running.workers()}
+    waiting = [request() for _ in range(40)]
+    assert {answer(each)["pid"] for each in waiting} <= now
+
+
+@backends
+def test_after_a_reload_nothing_waits_at_what_a_helper_has_open(
+    service: StartService, home: Path, backend: str
+) -> None:
+    running = start(service, home, backend)
+    old = set(helpers(home))
+    assert running.steer("reload").returncode == 0
+    eventually(lambda: named(running) >= old)
+    all_are_answered(running)
+
+
+@backends
+def test_after_a_crash_nothing_waits_at_what_a_helper_has_open(
+    service: StartService, home: Path, backend: str
+) -> None:
+    running = start(service, home, backend)
+    before = set(helpers(home))
+    crashed = running.workers()[0]["pid"]
+    os.kill(crashed, signal.SIGKILL)
+    eventually(lambda: len(named(running) & before), 1)
+    eventually(lambda: len(helpers(home)), 3)
+    running.wait_ready()
+    all_are_answered(running)
+    (helper,) = named(running)
+    eventually(lambda: not is_running(helper))
+
+
+def test_after_a_stop_the_port_is_free(service: StartService, home: Path) -> None:
+    running = start(service, home, "kernel")
+    assert running.steer("stop", "--quick").returncode == 0
+    assert not any(is_running(each) for each in helpers(home))
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", PORT))
+
+
+def test_process_of_somebody_else_that_was_sent_a_listener_is_named(
+    service: StartService, home: Path
+) -> None:
+    """Which is no process of the worker."""
+    running = service(*BIND, "--policy=hash", "--backend=auto", "-w", "2")
+    worker = running.workers()[0]
+    with _taken(worker["pid"], worker["sockets"][0]):
+        os.kill(worker["pid"], signal.SIGKILL)
+        eventually(lambda: named(running), {os.getpid()})
+        running.wait_ready()
+        all_are_answered(running)
+
+
+def _taken(pid: int, inode: int) -> socket.socket:
+    """A duplicate of another process's socket, in this one."""
+    with Borrower(pid, frozenset({inode})).borrow() as lent:
+        return lent[inode].dup()
