@@ -40,7 +40,7 @@ class Command(Enum):
     DEACTIVATE = "take it out of the table"
     RESCUE = "move what waits for it to others"
     SETTLE = "wait until nothing waits for it"
-    TERMINATE = "send SIGTERM"
+    TERMINATE = "tell it to finish"
     KILL = "send SIGKILL"
     BACK_OFF = "start another after a while"
     SPAWN = "start a process"
