@@ -318,7 +318,7 @@ class Fleet:
 
     def _is_busy(self, place: Place) -> bool:
         """Taken for hung, it still may be at a request that takes long."""
-        return place.hung and not self._ending and place.has_acted()
+        return place.hung and not self._ending and place.has_computed(self.clock.now_s())
 
     def renew_reserve(self, service: Service) -> None:
         """The reserve is to listen as the workers do from now on."""
@@ -420,7 +420,7 @@ class Fleet:
             self._set_timer(place, self._ending_in_s, Event.OVERDUE)
         elif place.settling is None:  # else its time runs already
             self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
-        place.has_acted()
+        place.has_computed(self.clock.now_s())
         if place.process:
             # One that was never ready has nothing to finish, and may not yet know its own signal.
             quick = self._ending_quickly or place.ready_s is None

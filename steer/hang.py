@@ -58,9 +58,13 @@ _BUSY = 0.05
 """Of a CPU; less is what heartbeats and timers take."""
 
 
+def is_busy(cpu_s: float, elapsed_s: float) -> bool:
+    """Whether so much CPU time is more than it takes to look at a clock now and then."""
+    return cpu_s > _BUSY * elapsed_s
+
+
 def computes(before: Evidence, now: Evidence, elapsed_s: float) -> bool:
-    """Whether it had the CPU for more than looking at a clock."""
-    return now.cpu_s - before.cpu_s > _BUSY * elapsed_s
+    return is_busy(now.cpu_s - before.cpu_s, elapsed_s)
 
 
 def serves(before: Evidence, now: Evidence) -> bool:
@@ -126,9 +130,8 @@ class Growth:
     tells when to look closer at a worker that has no queue."""
 
     def __init__(self) -> None:
-        self._last: int | None = None
-        self._least = 0
-        self._since_s = 0.0
+        self._last = self._least = 0
+        self._since_s: float | None = None
 
     def grew_s(self, now_s: float, open_now: int) -> float:
         """Until now.
@@ -136,7 +139,9 @@ class Growth:
         Args:
             open_now: connections.
         """
-        if self._last is None or open_now < self._last or open_now <= self._least:
+        if self._since_s is None:
+            self._since_s = now_s
+        if open_now < self._last or open_now <= self._least:
             self.restart(now_s, open_now)
         self._last = open_now
         return now_s - self._since_s

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from steer.errors import KernelError, SteerError
+from steer.hang import is_busy
 from steer.kernel import proc, process
 from steer.kernel.waits import Seen, acceptors, waiters, waits_on
 from steer.lifecycle import STABLE_S, State
@@ -57,6 +58,7 @@ class Place(msgspec.Struct, eq=False):
         acceptors: threads of theirs that did.
         activity: see `proc.activity`: of these, at the last look at them.
         active_s: when it was last seen to do anything, while it starts.
+        cpu_s, cpu_at_s: CPU time that it had had, and when that was.
         hung: when it was retired.
         full: at capacity: it takes nothing, and gets on with what it has.
         shed: so not chosen, as others have room.
@@ -84,6 +86,8 @@ class Place(msgspec.Struct, eq=False):
     acceptors: frozenset[int] = frozenset()
     activity: int = 0
     active_s: float = 0.0
+    cpu_s: float = 0.0
+    cpu_at_s: float = 0.0
     hung: bool = False
     full: bool = False
     shed: bool = False
@@ -184,6 +188,15 @@ class Place(msgspec.Struct, eq=False):
         if self.process:
             self.activity = proc.activity(self.process.pid, among=self.takers)
         return self.activity != before
+
+    def has_computed(self, now_s: float) -> bool:
+        """Whether it had the CPU since this was last asked, for more than to look at a clock: a
+        worker that is told to end may be woken again and again for nothing else."""
+        before, before_s = self.cpu_s, self.cpu_at_s
+        self.cpu_s, self.cpu_at_s = 0.0, now_s
+        if self.process:
+            self.cpu_s = proc.cpu_s(self.process.pid)
+        return is_busy(self.cpu_s - before, now_s - before_s)
 
     def set_timer(self, timer: Timer) -> None:
         """It waits for this now, and for nothing that it waited for before."""

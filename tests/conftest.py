@@ -7,6 +7,7 @@ everything (STEER_REQUIRE_KERNEL=1, in CI) it fails it: a test that never runs t
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import resource
@@ -71,6 +72,16 @@ def _has_bcc() -> str:
     return "no bcc in the system's Python"
 
 
+def _has_io_uring() -> str:
+    """With a ring made and closed; 425 is io_uring_setup(2) everywhere."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    ring = libc.syscall(425, 8, ctypes.create_string_buffer(120))
+    if ring < 0:
+        return os.strerror(ctypes.get_errno())
+    os.close(ring)
+    return ""
+
+
 def _has_nobody() -> str:
     return _is_root() or _has_command("setpriv")()
 
@@ -115,6 +126,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "gunicorn": _has_module("gunicorn"),
     "haproxy": _has_command("haproxy"),
     "hypercorn": _has_module("hypercorn"),
+    "io_uring": _has_io_uring,
     "matplotlib": _has_module("matplotlib"),
     "migrate": lambda: _found(probe.migrate()),
     "netns": _has_netns,

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from clients import request
+from clients import answer, request
 from conftest import StartService
 from crew import PORT
 from support import Service, eventually, is_ready
@@ -132,3 +132,111 @@ def test_haproxy_at_maxconn(service: StartService, home: Path, clients: ExitStac
         for _ in range(4):
             assert is_ok(clients.enter_context(request()))
         assert all(each["restarts"] == 0 for each in running.workers())
+
+
+# Connections that are taken for a worker, and not served by it
+
+URING = '''
+import ctypes, mmap, os, socket, struct, time
+from pathlib import Path
+
+libc = ctypes.CDLL(None, use_errno=True)
+SETUP, ENTER, GETEVENTS, SQES = 425, 426, 1, 0x10000000
+ACCEPT, MULTISHOT = 13, 1
+
+class Ring:
+    """With one request, over and over: a multishot accept."""
+
+    def __init__(self, listener):
+        parameters = ctypes.create_string_buffer(120)
+        self.fd = libc.syscall(SETUP, 256, parameters)
+        assert self.fd >= 0, os.strerror(ctypes.get_errno())
+        _, self.tail, _, _, _, _, self.array = struct.unpack_from("=7I", parameters, 40)
+        self.head_at, self.tail_at, _, _, _, self.cqes = struct.unpack_from("=6I", parameters, 80)
+        size = max(self.cqes + 512 * 16, self.array + 4 * 256)
+        self.memory = mmap.mmap(self.fd, size, offset=0)
+        self.entries = mmap.mmap(self.fd, 256 * 64, offset=SQES)
+        self.listener = listener
+        self.arm()
+
+    def arm(self):
+        fd = self.listener.fileno()
+        self.entries[:64] = struct.pack("=BBHiQQIIQ24x", ACCEPT, 0, MULTISHOT, fd, 0, 0, 0, 0, 7)
+        (tail,) = struct.unpack_from("=I", self.memory, self.tail)
+        struct.pack_into("=I", self.memory, self.array + 4 * (tail % 256), 0)
+        struct.pack_into("=I", self.memory, self.tail, tail + 1)
+        libc.syscall(ENTER, self.fd, 1, 0, 0, 0, 0)
+
+    def accepted(self):
+        libc.syscall(ENTER, self.fd, 0, 1, GETEVENTS, 0, 0)
+        head, = struct.unpack_from("=I", self.memory, self.head_at)
+        tail, = struct.unpack_from("=I", self.memory, self.tail_at)
+        while head != tail:
+            at = self.cqes + 16 * (head % 512)
+            _, result, flags = struct.unpack_from("=QiI", self.memory, at)
+            head += 1
+            struct.pack_into("=I", self.memory, self.head_at, head)
+            if not flags & 2:  # no more will come of it
+                self.arm()
+            if result >= 0:
+                yield socket.socket(fileno=result)
+
+def serve(worker):
+    ring = Ring(worker.sockets[0])
+    while not worker.stopping:
+        for client in ring.accepted():
+            with client:
+                target = client.recv(1000).split()[1]
+                if target == b"/sleeps":
+                    time.sleep(1000)
+                while target == b"/spins" and not Path("go").exists():
+                    pass
+                answer = b'{"slot":%d,"pid":%d}' % (worker.slot, os.getpid())
+                client.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n" + answer)
+'''
+
+
+def uring(service: StartService, home: Path, *more: str) -> Service:
+    (home / "ring.py").write_text(URING)
+    options = ("--policy=round-robin", "--hang-timeout=0.5", "--graceful-timeout=0.5", "-w", "2")
+    return service(*options, *more, "ring:serve")
+
+
+def taken_by(running: Service, target: str, clients: ExitStack) -> int:
+    """The slot whose worker has this request, and then more that it does not read."""
+    before = running.selected()
+    clients.enter_context(request(target))
+    (slot,) = (slot for slot, times in running.selected().items() if times > before[slot])
+    for _ in range(6):
+        clients.enter_context(request())
+    eventually(lambda: running.selected()[slot] >= before[slot] + 4)
+    return slot
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd", "io_uring")
+def test_asleep_with_a_multishot_accept(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    """The kernel takes connections for it, so it has no queue; it reads none, and is replaced."""
+    running = uring(service, home)
+    slot = taken_by(running, "/sleeps", clients)
+    eventually(lambda: f"worker {slot} hangs" in running.log)
+    running.wait_ready(2)
+    eventually(lambda: slot not in [each["slot"] for each in running.workers()])
+    assert slot not in {answer(clients.enter_context(request()))["slot"] for _ in range(8)}
+    assert running.log.count("hangs") == 1
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd", "io_uring")
+def test_spinning_with_a_multishot_accept(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    """It computes: so it gets nothing new until it waits again, and is let be."""
+    running = uring(service, home)
+    slot = taken_by(running, "/spins", clients)
+    eventually(lambda: full(running), [slot])
+    assert slot not in {answer(clients.enter_context(request()))["slot"] for _ in range(8)}
+    (home / "go").touch()
+    eventually(lambda: full(running), [])
+    eventually(lambda: answer(clients.enter_context(request()))["slot"] == slot)
+    assert "hangs" not in running.log

@@ -224,13 +224,18 @@ def test_one_that_may_be_fine_is_left_alone(evidence: Callable[[float], Evidence
 
 
 def test_nobody_looks_closer_where_connections_come_and_go() -> None:
-    """Nor where they are as they were."""
+    """Nor where they are as they were, once that is known."""
+    looked: list[float] = []
 
-    def never(_: float) -> Evidence:
-        raise AssertionError
+    def look(now_s: float) -> Evidence:
+        looked.append(now_s)
+        return Evidence(0.0, 5, IDLE, True)
 
-    for opened in (lambda at: at % 4, lambda _: 7, lambda _: None):
-        verdicts(*NOTHING_QUEUED, opened=opened, evidence=never)
+    for opened in (lambda at: at % 4, lambda _: None):
+        verdicts(*NOTHING_QUEUED, opened=opened, evidence=look)
+    assert looked == []
+    verdicts(*NOTHING_QUEUED, opened=lambda _: 7, evidence=look)
+    assert looked == [1.0, 2.0]
 
 
 # Workers

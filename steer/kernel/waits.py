@@ -83,18 +83,22 @@ def in_event_loop(
 
     That of a stopped process is, too: see `proc.is_stopped`.
     """
-    calls = {number for number, fds in _BLOCKING_CALLS.get(machine, {}).items() if fds is not _one}
-    return max((_is_in(tid, calls, root) for tid in tids), default=Seen.NO)
+    calls = _BLOCKING_CALLS.get(machine, {})
+    return max((_is_in_event_loop(tid, Files(root), calls) for tid in tids), default=Seen.NO)
 
 
-def _is_in(tid: int, calls: set[int], root: str) -> Seen:
+def _is_in_event_loop(tid: int, files: Files, calls: dict[int, _Fds]) -> Seen:
+    task = f"{files.root}/{tid}"
     try:
-        number = Files(root).read(f"{root}/{tid}/syscall").split()[0]
+        number = files.read(f"{task}/syscall").split()[0]
+        fds = None if number == b"running" else calls.get(int(number))
+        if fds is _restarted:
+            return Seen.YES if _is_polling(files, task) else Seen.NO
     except PermissionError:
         return Seen.UNKNOWN
     except (OSError, IndexError):  # it has ended
         return Seen.NO
-    return Seen.YES if number != b"running" and int(number) in calls else Seen.NO
+    return Seen.NO if fds in (None, _one) else Seen.YES
 
 
 def _waits(pid: int, inodes: frozenset[int], files: Files, machine: str) -> dict[int, Seen]:
@@ -236,7 +240,11 @@ def _polled(files: Files, task: str, arguments: list[int]) -> list[int]:
 def _restarted(files: Files, task: str, arguments: list[int]) -> list[int]:
     """A call that SIGSTOP and SIGCONT interrupted, with the arguments it had: poll(2), or one
     that sleeps or waits for a lock (restart_syscall(2))."""
-    return _polled(files, task, arguments) if b"poll" in files.read(f"{task}/wchan") else []
+    return _polled(files, task, arguments) if _is_polling(files, task) else []
+
+
+def _is_polling(files: Files, task: str) -> bool:
+    return b"poll" in files.read(f"{task}/wchan")
 
 
 def _selected(files: Files, task: str, arguments: list[int]) -> Iterable[int]:
