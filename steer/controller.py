@@ -51,7 +51,7 @@ from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.lifecycle import State
 from steer.log import Log
-from steer.notify import Listener
+from steer.notify import Listener, Notification
 from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
 from steer.policy import EBPF
@@ -245,7 +245,7 @@ class Controller:
         self.started_s = time.monotonic()
         self.configured = plan.service
         self.wanted: Plan | None = None
-        self.early: list[tuple[int, Mapping[str, str]]] = []
+        self.early: list[Notification] = []
         self.log_file = process.log_file()
         self.rung: ladder.Rung
         self.claim: rundir.Claim
@@ -358,9 +358,9 @@ class Controller:
         while importing.is_alive() and not self.early:
             process.wait_until_readable(self.listener.fileno(), _LOOK_S)
             self.early += self.listener.receive()
-        for pid, message in self.early:
+        for lineage, message in self.early:
             if message.get("READY") == "1":
-                self.fleet.serve_early(pid)
+                self.fleet.serve_early(lineage[0])
         importing.join()
 
     def keep(self, generation: Generation, current: Generation | None = None) -> None:

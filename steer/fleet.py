@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from steer import lifecycle, rotation
+from steer import lifecycle, rotation, servers
 from steer.clock import Clock
 from steer.config import Service
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
@@ -272,23 +272,24 @@ class Fleet:
                 self.steering.steer([place.member()])
                 self.steering.empty_reserve()
 
-    def notified(self, pid: int, message: Mapping[str, str]) -> None:
-        """The process `pid` sent this, see sd_notify(3).
+    def notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
+        """A process sent this, see sd_notify(3).
 
-        A command that says READY=1 is looked at all the same: gunicorn says so before its
-        workers have loaded the application.
+        Args:
+            lineage: see `proc.lineage`; the sender first.
         """
         for place in self.places:
-            if place.process and proc.is_descendant(pid, place.process.pid):
-                self._hear(place, place.process, message)
+            if place.process and place.process.pid in lineage:
+                self._hear(place, place.process, lineage[0], message)
 
-    def _hear(self, place: Place, worker: Process, message: Mapping[str, str]) -> None:
+    def _hear(self, place: Place, worker: Process, sender: int, message: Mapping[str, str]) -> None:
         place.hear(message, self.clock.now_s())
         if message.get("STOPPING") == "1":
             self.report(place, Event.DRAIN)
         if message.get("READY") == "1" and place.state is State.STARTING:
             place.says_ready = True
-            if worker.is_callable or waits(worker) is not Seen.NO:
+            too_early = servers.says_ready_early(proc.arguments(sender))
+            if not too_early or waits(worker) is not Seen.NO:
                 self.report(place, Event.READY)
 
     def report(self, place: Place, event: Event) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,10 @@ from steer.kernel.mail import Letter
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
+
+Notification = tuple[Sequence[int], Mapping[str, str]]
+"""The lineage of who sent it, himself first (`proc.lineage`), and the message by key."""
+Heard = Callable[[Sequence[int], Mapping[str, str]], None]
 
 _FLOOD = 4096
 """Messages: each of as many workers may have sent one."""
@@ -55,17 +59,15 @@ class Listener:
         """Look at the messages of this user too, from now on."""
         self._trusted |= {user}
 
-    def watch(
-        self, loop: AbstractEventLoop, heard: Callable[[int, Mapping[str, str]], None]
-    ) -> None:
-        """Call `heard` with each sender's process id and its message, by key."""
+    def watch(self, loop: AbstractEventLoop, heard: Heard) -> None:
+        """Call `heard` with each message."""
         loop.add_reader(self._socket, lambda: self._pass_on(heard))
 
-    def _pass_on(self, heard: Callable[[int, Mapping[str, str]], None]) -> None:
-        for pid, message in self.receive():
-            heard(pid, message)
+    def _pass_on(self, heard: Heard) -> None:
+        for lineage, message in self.receive():
+            heard(lineage, message)
 
-    def hear_all(self, heard: Callable[[int, Mapping[str, str]], None]) -> None:
+    def hear_all(self, heard: Heard) -> None:
         """Call `heard` with all that waits now, but for a flood of it."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
@@ -74,15 +76,15 @@ class Listener:
                 return
             self._pass_on(heard)
 
-    def receive(self) -> Iterator[tuple[int, Mapping[str, str]]]:
+    def receive(self) -> Iterator[Notification]:
         """The next message, if there is one and it may be looked at, and who sent it."""
         yield from self.read(mail.receive(self._socket))
 
-    def read(self, letters: Iterable[Letter]) -> Iterator[tuple[int, Mapping[str, str]]]:
+    def read(self, letters: Iterable[Letter]) -> Iterator[Notification]:
         """The messages in these that may be looked at, and who sent them."""
         for letter in letters:
             if letter.uid in self._trusted:
-                yield letter.pid, parse(letter.text)
+                yield letter.lineage or (letter.pid,), parse(letter.text)
 
     def close(self) -> None:
         self._socket.close()

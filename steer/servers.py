@@ -37,6 +37,9 @@ SERVERS: Mapping[str, Server] = {
 """Left out: uWSGI, which finishes gracefully on no signal unless it is configured to
 (hook-master-start), and all that do so on SIGTERM, as gunicorn, uvicorn, hypercorn and granian."""
 
+SAY_READY_EARLY = ("gunicorn",)
+"""They send READY=1 before their own workers have loaded the application."""
+
 ALLOWED = "a signal's name, as QUIT or SIGQUIT; not KILL or STOP, which no process can act on"
 _NOT_SEEN = (signal.SIGKILL, signal.SIGSTOP)
 
@@ -51,6 +54,17 @@ def stop_signal(command: Sequence[str]) -> Signals:
     # Distributions add versions: php-fpm8.2.
     known = SERVERS.get(program) or SERVERS.get(program.rstrip("0123456789.").rstrip("-"))
     return known.stop_signal if known else signal.SIGTERM
+
+
+def says_ready_early(arguments: Sequence[str]) -> bool:
+    """Whether READY=1 of this process does not mean that it can serve.
+
+    Args:
+        arguments: its command line: the program, or Python with a script or `-m`; or what the
+            program shows in its place ("gunicorn: master [app]").
+    """
+    names = (each.rpartition("/")[2].partition(":")[0] for each in arguments[:3])
+    return not set(SAY_READY_EARLY).isdisjoint(names)
 
 
 def note(command: Sequence[str]) -> str:

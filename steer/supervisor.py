@@ -82,8 +82,8 @@ class _Supervisor:
         self._changes = Changes(self._fleet, self._service.keep)
         self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
         self._fleet.watch(loop, settle, self._health.changed)
-        for pid, message in self._service.early:
-            self._fleet.notified(pid, message)
+        for lineage, message in self._service.early:
+            self._fleet.notified(lineage, message)
         self._service.listener.watch(loop, self._fleet.notified)
         self._watch_guard()
         # Where workers were adopted, some may be missing.

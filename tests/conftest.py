@@ -136,6 +136,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "root": _is_root,
     "ruby": _has_command("ruby"),
     "setsid": _has_command("setsid"),
+    "systemd-notify": _has_command("systemd-notify"),
     "tini": _has_command("tini"),
     "userns": _has_userns,
     "uvicorn": _has_module("uvicorn"),

@@ -6,15 +6,18 @@ import asyncio
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import StartService
-from support import DEADLINE_S, eventually
+from support import DEADLINE_S, eventually, is_ready
 
-from steer.notify import Listener, parse, tell_supervisor
+from steer.kernel import mail
+from steer.notify import Listener, Notification, parse, tell_supervisor
+from steer.servers import says_ready_early
 
 APP = '''
 """Workers that get ready only when they are told to, and wait where nobody sees it."""
@@ -75,7 +78,7 @@ def test_assignments_of_a_message(message: bytes, found: Mapping[str, str]) -> N
 
 
 def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
-    heard: list[tuple[int, Mapping[str, str]]] = []
+    heard: list[Notification] = []
 
     async def listen() -> None:
         listener = Listener(frozenset({os.geteuid()}))
@@ -93,7 +96,7 @@ def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
         listener.close()
 
     asyncio.run(listen())
-    assert {pid for pid, _ in heard} == {os.getpid()}
+    assert {lineage[0] for lineage, _ in heard} == {os.getpid()}
     early, barrier, long = [message for _, message in heard]
     assert (early, barrier) == ({"EARLY": "1"}, {"BARRIER": "1"})
     assert set(long["LONG"]) == {"x"}
@@ -175,10 +178,82 @@ def test_worker_may_have_a_child_say_so_but_no_stranger(service: StartService, h
     running.wait_ready()
 
 
-def test_command_that_says_so_and_is_never_seen_to_wait_is_believed_in_the_end(
+POLLS = """
+import socket, time
+listener = socket.socket(fileno=3)
+listener.setblocking(False)
+while True:
+    try:
+        listener.accept()[0].close()
+    except BlockingIOError:
+        pass
+    time.sleep(0.01)
+"""
+SCRIPTS = {
+    "a helper": "systemd-notify --ready",
+    "a helper that does not wait": "systemd-notify --ready --no-block",
+    "a helper's helper": "sh -c 'systemd-notify --ready; true'",
+}
+
+
+@pytest.mark.needs("systemd-notify")
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_command_is_believed_at_once_that_polls_its_socket_and_has_another_say_so(
+    service: StartService, home: Path, script: str
+) -> None:
+    """It is never seen to wait, and would be believed after --ready-timeout."""
+    (home / "polls.py").write_text(POLLS)
+    (home / "start.sh").write_text(f"{script}\nexec {sys.executable} polls.py\n")
+    service("-w", "2", "--ready-timeout", "3600", "--", "sh", "start.sh")
+
+
+@pytest.mark.needs("gunicorn")
+def test_gunicorn_is_not_believed_before_its_own_workers_wait(
     service: StartService, home: Path
 ) -> None:
-    (home / "app.py").write_text(APP)
-    script = "import app; (app.Path('tell')).touch(); app.has_a_child_that_tells(None)"
-    running = service("-w", "1", "--ready-timeout", "3", "--", "/usr/bin/python3", "-c", script)
-    assert running.workers()[0]["restarts"] == 0
+    (home / "slow.py").write_text(
+        "import time, pathlib\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.01)\n"
+        "def app(environ, start): start('200 OK', []); return [b'']\n"
+    )
+    gunicorn = ("--", sys.executable, "-m", "gunicorn", "slow:app")
+    running = service("-w", "1", *gunicorn, ready=False)
+    eventually(lambda: running.control_socket.exists())
+    eventually(lambda: "booted" in (running.workers()[0]["said"] or ""))
+    assert running.workers()[0]["state"] == "starting"
+    (home / "go").touch()
+    running.wait_ready()
+
+
+@pytest.mark.parametrize(
+    "arguments, early",
+    [
+        (["gunicorn", "-w", "1", "app:app"], True),
+        (["/usr/bin/python3", "/usr/bin/gunicorn", "app:app"], True),
+        (["python3", "-m", "gunicorn", "app:app"], True),
+        (["gunicorn: master [app:app]"], True),
+        (["python3", "serve.py", "--name", "gunicorn"], False),
+        (["uvicorn", "app:app"], False),
+        ([], False),
+    ],
+)
+def test_who_says_ready_early(arguments: list[str], early: bool) -> None:
+    assert says_ready_early(arguments) is early
+
+
+def test_whose_process_sent_it_is_known_after_that_has_ended() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        sock.bind(f"\0steer-test-{os.getpid()}")
+        sock.setblocking(False)
+        box = mail.Mailbox(sock.fileno())
+        pid = os.fork()
+        if pid == 0:
+            send(f"@steer-test-{os.getppid()}", b"READY=1")
+            os._exit(0)
+        eventually(lambda: is_ready(sock))
+        box.take()
+        os.waitpid(pid, 0)
+        (letter,) = mail.letters(box.contents())
+        box.close()
+    assert letter.lineage[:2] == (pid, os.getpid())

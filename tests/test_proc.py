@@ -88,17 +88,21 @@ def test_descendants_of_nobody(ended_pid: int) -> None:
     assert proc.descendants(ended_pid) == []
 
 
-def test_is_descendant() -> None:
+def test_lineage() -> None:
     with three_generations() as (first, second, third):
-        assert proc.is_descendant(third, first)
-        assert proc.is_descendant(second, first)
-        assert proc.is_descendant(first, first)
-        assert not proc.is_descendant(first, third)
-        assert not proc.is_descendant(os.getpid(), first)
+        assert proc.lineage(third)[:4] == (third, second, first, os.getpid())
+        assert {os.getpgid(third), os.getsid(third)} <= set(proc.lineage(third))
+        assert third not in proc.lineage(first)
 
 
-def test_is_descendant_of_nobody(ended_pid: int) -> None:
-    assert not proc.is_descendant(ended_pid, os.getpid())
+def test_lineage_of_nobody(ended_pid: int) -> None:
+    assert proc.lineage(ended_pid) == (ended_pid,)
+
+
+def test_arguments(ended_pid: int) -> None:
+    with running("cat", "-", "") as process:
+        eventually(lambda: proc.arguments(process.pid), ["cat", "-", ""])
+    assert proc.arguments(ended_pid) == []
 
 
 @pytest.fixture
@@ -111,8 +115,7 @@ def ended_pid() -> int:
 def test_command_with_spaces_and_brackets(tmp_path: Path) -> None:
     (tmp_path / "12").mkdir()
     (tmp_path / "12" / "stat").write_text("12 (a) R 1 (b) S 7 " + " ".join(map(str, range(5, 53))))
-    assert proc.is_descendant(12, 7, str(tmp_path))
-    assert not proc.is_descendant(12, 1, str(tmp_path))
+    assert proc.parent(12, str(tmp_path)) == 7
     assert proc.start_time_ticks(12, str(tmp_path)) == 22
 
 

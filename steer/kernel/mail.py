@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from steer.kernel import proc
+
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
 _MESSAGE_MAX_BYTES = 4096
@@ -17,15 +19,25 @@ _HEARTBEAT = b"WATCHDOG=1"
 
 
 class Letter(msgspec.Struct, frozen=True, array_like=True):
-    """A datagram; the kernel vouches for its sender."""
+    """A datagram; the kernel vouches for its sender.
+
+    Args:
+        lineage: of its sender, as it was when the datagram was read: see `proc.lineage`. Most
+            clients end soon after, or wait until it is read (sd_notify_barrier(3)).
+    """
 
     pid: int
     uid: int
     text: bytes
+    lineage: tuple[int, ...] = ()
 
 
 def receive(sock: socket.socket) -> Iterator[Letter]:
-    """The next one, if there is any. The socket has SO_PASSCRED set, and does not wait."""
+    """The next one, if there is any. The socket has SO_PASSCRED set, and does not wait.
+
+    No descriptor is taken in. That of a BARRIER=1, by whose end the sender knows that all it sent
+    before was read, is so closed at the right time.
+    """
     room = socket.CMSG_SPACE(_CREDENTIALS.size)
     try:
         text, ancillary, _, _ = sock.recvmsg(_MESSAGE_MAX_BYTES, room)
@@ -34,7 +46,7 @@ def receive(sock: socket.socket) -> Iterator[Letter]:
     for level, kind, value in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
             pid, uid, _ = _CREDENTIALS.unpack(value)
-            yield Letter(pid, uid, text)
+            yield Letter(pid, uid, text, proc.lineage(pid))
 
 
 class Mailbox:

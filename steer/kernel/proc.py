@@ -71,12 +71,29 @@ def _family_by_scan(pid: int, root: str) -> list[int]:
     return found
 
 
-def is_descendant(pid: int, ancestor: int, root: str = "/proc") -> bool:
-    """Whether `pid` is `ancestor` or descends from it, as far as its living parents tell."""
+_MOST_ANCESTORS = 64
+
+
+def lineage(pid: int) -> tuple[int, ...]:
+    """The process itself, its living ancestors, and who leads its process group and session, as
+    far as that can be told: of a zombie it can, of one that was waited for it cannot."""
+    found: dict[int, None] = {}
     walk: int | None = pid
-    while walk and walk != ancestor:
-        walk = parent(walk, root)
-    return walk == ancestor
+    while walk and walk not in found and len(found) < _MOST_ANCESTORS:
+        found[walk] = None
+        walk = parent(walk)
+    with suppress(ProcessLookupError):
+        found |= dict.fromkeys((os.getpgid(pid), os.getsid(pid)))
+    return tuple(found)
+
+
+def arguments(pid: int, root: str = "/proc") -> list[str]:
+    """The command line of a process; empty if there is no such process."""
+    try:
+        text = _read(f"{root}/{pid}/cmdline").decode(errors="replace")
+    except OSError:
+        return []
+    return text.removesuffix("\0").split("\0")
 
 
 def is_alive(pid: int, root: str = "/proc") -> bool:
