@@ -76,10 +76,13 @@ class Cbpf(Countless):
         """
         moving = {slot, *(order.last for order in self._orders)}
         staying = [member for member in self._members if member.slot not in moving]
-        if staying and slot in self._held:
-            self._attach(self._lay(staying))
-        self._shut_down(slot)
-        self._close_sockets(slot)
+        try:
+            if staying and slot in self._held:
+                self._attach(self._lay(staying))
+        finally:
+            # Whatever fails: a socket that stays open is chosen, and nobody takes what waits.
+            self._shut_down(slot)
+            self._close_sockets(slot)
         self._attach(self._layout)
 
     def steer(self, members: Sequence[Member]) -> None:

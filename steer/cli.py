@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -39,7 +40,8 @@ def main() -> None:
         if not isinstance(error, BrokenPipeError):  # who read our output has had enough of it
             _complain(str(error), "")
         # Or what could not be written would be tried, and complained of, once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
         _complain_of_bug(error)

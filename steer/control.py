@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
 from steer.errors import Postponed, SteerError
 from steer.kernel import desk
-from steer.kernel.desk import BACKLOG, REQUEST_MAX_BYTES, SILENT_MAX, TIMEOUT_S, Request
+from steer.kernel.desk import ASKERS_MAX, BACKLOG, REQUEST_MAX_BYTES, SILENT_MAX, TIMEOUT_S, Request
+from steer.retry import AGAIN_S, Retry
 
-_KEEP_PATH: Mapping[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-"""The socket is the caller's, and so is its path: who comes after a re-exec goes on with both."""
+_ACT = "answer at the control socket"
 _TURNS = 8
 _LAST_S = 0.2
 
@@ -37,35 +37,37 @@ class Server:
 
     Args:
         sock: listens; stays the caller's.
+        retry: takes connections, with descriptors to spare.
         commands: handlers by the name of the command. Once begun, one is carried to its
             end, whether or not the asker waits for it.
     """
 
-    def __init__(self, sock: socket.socket, commands: Mapping[str, Handler]) -> None:
+    def __init__(self, sock: socket.socket, commands: Mapping[str, Handler], retry: Retry) -> None:
         self._socket = sock
         self._commands = commands
-        self._server: asyncio.Server | None = None
+        self._retry = retry
+        self._is_open = True
+        self._loop: asyncio.AbstractEventLoop
         self._talks: set[asyncio.Task[Any]] = set()
         self._silent: dict[asyncio.Task[Any], None] = {}
 
     async def __aenter__(self) -> Server:
-        self._server = await asyncio.start_unix_server(
-            self._on_connection,
-            sock=self._socket,
-            limit=REQUEST_MAX_BYTES,
-            backlog=BACKLOG,
-            **_KEEP_PATH,
-        )
+        self._loop = asyncio.get_running_loop()
+        self._socket.setblocking(False)
+        # Again, as now we are who is shown to be at the other end (unix(7), SO_PEERCRED).
+        self._socket.listen(BACKLOG)
+        self._listen()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Whoever still waits for an answer gets it first."""
-        assert self._server is not None
-        # Those that have just come take asyncio some turns, and would be lost if it were closed.
-        asyncio.get_running_loop().remove_reader(self._socket)
+        """Whoever still waits for an answer gets it first, and so does who has just come."""
+        while self._retry.result(_ACT, self._take, False):
+            pass
+        self._is_open = False
+        self._loop.remove_reader(self._socket)
+        # Those that have just come take asyncio some turns to be heard.
         for _turn in range(_TURNS):
             await asyncio.sleep(0)
-        self._server.close()
         if self._silent:
             await asyncio.wait(self._silent, timeout=_LAST_S)
         for silent in self._silent:
@@ -75,13 +77,36 @@ class Server:
         for talk in self._talks:
             talk.cancel()
 
-    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Not a coroutine: asyncio of 3.11.7 takes a task of its own that is cancelled for a bug.
-        task = asyncio.create_task(self._talk(reader, writer))
+    def _listen(self) -> None:
+        if self._is_open:
+            self._loop.add_reader(self._socket, self._on_connection)
+
+    def _on_connection(self) -> None:
+        if not self._retry.attempt(_ACT, self._take):
+            # It stays readable: until there is a descriptor, we would only turn in circles.
+            self._loop.remove_reader(self._socket)
+            self._loop.call_later(AGAIN_S, self._listen)
+
+    def _take(self) -> bool:
+        """The next connection; whether there was one. Raises OSError as accept(2)."""
+        try:
+            connection, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return False
+        if len(self._talks) >= ASKERS_MAX:
+            with connection, suppress(OSError):
+                connection.setblocking(False)
+                connection.send(_line(_refusal(f"more than {ASKERS_MAX} requests are under way")))
+            return True
+        task = self._loop.create_task(self._talk(connection))
         self._talks.add(task)
         task.add_done_callback(self._talks.discard)
+        return True
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _talk(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_unix_connection(
+            sock=connection, limit=REQUEST_MAX_BYTES
+        )
         # Or what is left in our own buffer would count as taken.
         writer.transport.set_write_buffer_limits(0)
         try:
@@ -153,4 +178,5 @@ def _line(message: Mapping[str, Any]) -> bytes:
 
 
 def _refusal(text: str, **more: Any) -> Mapping[str, Any]:
-    return {"ok": False, "error": text, **more}
+    # A path may hold what is no UTF-8.
+    return {"ok": False, "error": text.encode(errors="backslashreplace").decode(), **more}

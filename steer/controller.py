@@ -49,6 +49,7 @@ from steer.kernel import (
 )
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
+from steer.kernel.spare import Spare
 from steer.lifecycle import State
 from steer.log import Log
 from steer.notify import Listener, Notification
@@ -56,6 +57,7 @@ from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
 from steer.policy import EBPF
 from steer.report import cpu_list
+from steer.retry import Retry
 from steer.steering import Steering
 from steer.table import Member
 from steer.values import plural
@@ -64,6 +66,9 @@ from steer.worker import Launch
 _LOOK_S = 0.002
 _LAST_LINES_S = 1.0
 """For who reads standard error to take what waits at our end."""
+_SPARE = 8
+"""Descriptors that the start of a worker takes, beside one for each of its sockets: two pairs,
+a pidfd, and what is looked at in /proc; and some to spare."""
 
 Reread = Callable[[], Service]
 """The configuration as it is now. May raise ConfigError."""
@@ -255,6 +260,8 @@ class Controller:
         self.listener: Listener
         self._undo = undo
         self._files = process.allow_descriptors(plan.descriptors)
+        self._spare = Spare(_SPARE + len(plan.binds))
+        undo.callback(self._spare.close)
         self._may_hurry = process.may_hurry_others()
         process.identity(plan.service.user, plan.service.group)
 
@@ -543,7 +550,8 @@ class Controller:
     def _make_fleet(self, generation: Generation) -> None:
         slots = self.plan.slots
         launch = self._launch
-        self.fleet = Fleet(generation, slots, self.steering, self.guard, launch, self.log)
+        retry = Retry(self.log, self._spare)
+        self.fleet = Fleet(generation, slots, self.steering, self.guard, launch, self.log, retry)
 
     def _trusted(self) -> frozenset[int]:
         service = self.plan.service

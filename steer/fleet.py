@@ -25,6 +25,7 @@ from steer.log import Log
 from steer.place import Place, Saved, waits
 from steer.plan import Generation, Plan, Seat
 from steer.queues import Queues
+from steer.retry import Retry, as_refusal
 from steer.rotation import Rotation
 from steer.spawn import Process
 from steer.steering import Counts, Steering
@@ -52,6 +53,7 @@ class Fleet:
         slots: capacity; a worker's slot is below it.
         guard: has all that another controller needs.
         launch: makes a worker's instructions.
+        retry: does what has to go on.
 
     Attributes:
         generation: the one in force; a place may be of an earlier one, and on its way out.
@@ -69,11 +71,13 @@ class Fleet:
         guard: Guard,
         launch: Callable[[Place], Launch],
         log: Log,
+        retry: Retry,
     ) -> None:
         self.generation = generation
         self.places: list[Place] = []
-        self._rotation = Rotation(steering, self.places, slots, guard, log)
+        self._rotation = Rotation(steering, self.places, slots, guard, log, retry)
         self.log = log
+        self.retry = retry
         self.clock = Clock()
         self.queues = Queues()
         self.visibility = Visibility(log)
@@ -178,6 +182,7 @@ class Fleet:
         """
         self._loop, self._settle, self._changed = loop, settle, changed
         self.is_watched = True
+        self.retry.watch(loop)
         self._rotation.watch(loop)
         self.clock.run(loop)
         self.up = loop.create_future()
@@ -232,7 +237,7 @@ class Fleet:
         place.modest = modest
         place.came_up = self._loop.create_future()
         try:
-            self._watch(place, self._spawn(place))
+            self._begin(place)
         except SteerError:
             self._forget(place)
             raise
@@ -252,15 +257,18 @@ class Fleet:
             quick: they need not finish.
         """
         self._ending, self._ending_in_s, self._ending_quickly = True, within_s, quick
-        self._guard.give_up()
-        for place in self.places:
-            place.keep(())
-        self._rotation.release()
+        self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
+        self.retry.attempt("let go of the ports", self._rotation.release)
         for place in list(self.places):
             self.report(place, Event.STOP)
         if not self.up.done():
             self.up.set_result(None)
         self._end_if_empty()
+
+    def _leave_nothing_to_adopt(self) -> None:
+        self._guard.give_up()
+        for place in self.places:
+            place.keep(())
 
     def serve_early(self, pid: int) -> None:
         """The process `pid` is ready before there is a loop: it alone is chosen until then.
@@ -305,7 +313,7 @@ class Fleet:
         place.hung |= place.hangs and event is Event.RETIRE
         place.state, commands = lifecycle.step(before, event)
         for command in commands:
-            _DO[command](self, place)
+            self._carry_out(place, command, place.state)
         self._save(place)
         if place.state is not before:
             self._changed(place)
@@ -316,6 +324,14 @@ class Fleet:
             return False
         self.visibility.refused(WAITS, place.process)
         return True
+
+    def _carry_out(self, place: Place, command: Command, state: State) -> None:
+        """Now, and where that fails again, as long as the worker is in this state."""
+        self.retry.until_done(
+            f"worker {place.slot}: {command.value}",
+            partial(_DO[command], self, place),
+            wanted=lambda: place.state is state and place in self.places,
+        )
 
     def _is_busy(self, place: Place) -> bool:
         """Taken for hung, it still may be at a request that takes long."""
@@ -363,7 +379,7 @@ class Fleet:
         self._rotation.give_up(place.slot)
         place.slot = self._rotation.take_slot()
         try:
-            self._watch(place, self._spawn(place))
+            self._begin(place)
         except SteerError as error:
             self.log.error("%s", error)
             place.failures += 1
@@ -371,9 +387,10 @@ class Fleet:
 
     def _activate(self, place: Place) -> None:
         place.cancel_timer()
-        place.got_ready(self.clock.now_s())
-        self.log.info("worker %d ready", place.slot)
         self._rotation.flip_soon()
+        got_ready = partial(place.got_ready, self.clock.now_s())
+        self.retry.attempt(f"look at worker {place.slot}", got_ready)
+        self.log.info("worker %d ready", place.slot)
         if place.came_up and not place.came_up.done():
             place.came_up.set_result(None)
         if not self.up.done():
@@ -421,11 +438,16 @@ class Fleet:
             self._set_timer(place, self._ending_in_s, Event.OVERDUE)
         elif place.settling is None:  # else its time runs already
             self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
-        place.has_computed(self.clock.now_s())
         if place.process:
             # One that was never ready has nothing to finish, and may not yet know its own signal.
             quick = self._ending_quickly or place.ready_s is None
             place.process.terminate(quick)
+        self._note_activity(place)
+
+    def _note_activity(self, place: Place) -> None:
+        """So that it can be asked later whether it has acted since."""
+        look = partial(place.has_computed, self.clock.now_s())
+        self.retry.attempt(f"look at worker {place.slot}", look)
 
     @property
     def _graceful_timeout_s(self) -> float:
@@ -462,11 +484,13 @@ class Fleet:
         """What no worker is known to have left behind ends with the last of them."""
         if not self._ending or self.places or self._leftovers or self.ended.done():
             return
-        strays = [] if self._strays_told else [p for p in family.orphans() if proc.is_alive(p)]
-        if strays:
+        act = "look for what workers left behind"
+        nobody: list[int] = []
+        left = nobody if self._strays_told else self.retry.result(act, _left_behind, nobody)
+        if left:
             self._strays_told = True
-            family.send(signal.SIGTERM, strays)
-            self._leftovers.take(self._loop, strays)
+            family.send(signal.SIGTERM, left)
+            self._leftovers.take(self._loop, left)
         else:
             self.ended.set_result(None)
 
@@ -478,6 +502,22 @@ class Fleet:
         place = Place(seat, self._rotation.take_slot(), generation or self.generation, held=held)
         self.places.append(place)
         return place
+
+    def _begin(self, place: Place) -> None:
+        """Start a process and look after it.
+
+        Raises:
+            SteerError: it could not be started; there is none.
+        """
+        try:
+            with self.retry.spare.lent():
+                self._watch(place, self._spawn(place))
+        except Exception as error:  # noqa: BLE001 - no seat stays empty for it
+            if place.process is not None:
+                place.process.end()
+                place.process = None
+                self._rotation.left(place.slot)
+            raise as_refusal(f"start worker {place.slot}", error) from None
 
     def _spawn(self, place: Place) -> Process:
         """Start a process. Raises BindError, KernelError, WorkersFailed."""
@@ -494,7 +534,7 @@ class Fleet:
 
     def _watch(self, place: Place, worker: Process) -> None:
         ended, lost = partial(self._on_end, place), partial(self._on_lost, place)
-        worker.watch(self._loop, ended, lost)
+        worker.watch(self._loop, self.retry, ended, lost)
         if place.state is State.STARTING:
             self._set_timer(place, worker.launch.service.ready_timeout, Event.LATE)
             self._changed(place)
@@ -504,26 +544,36 @@ class Fleet:
     def _go_on(self, place: Place, worker: Process) -> None:
         """With what was under way with it."""
         if place.hangs:
-            place.has_acted()
+            self.retry.attempt(f"look at worker {place.slot}", place.has_acted)
         elif place.state is State.STOPPING and worker.told:
             self._terminate(place)
         elif place.state is State.STOPPING:
             self._start_settling(place)
 
     def _save(self, place: Place) -> None:
-        place.keep(self.steering.held(place.slot))
+        def keep() -> None:
+            place.keep(self.steering.held(place.slot))
+
+        self.retry.attempt(f"have the guard know of worker {place.slot}", keep)
 
     def _on_lost(self, place: Place, worker: Process) -> None:
         """Its first process has ended, and others of it may have its sockets open."""
-        self._take_sockets(place, worker, worker.others())
+        nobody: list[int] = []
+        act = f"see what is left of worker {place.slot}"
+        self._take_sockets(place, worker, self.retry.result(act, worker.others, nobody))
 
     def _take_sockets(self, place: Place, worker: Process, family: Sequence[int]) -> None:
         """Nobody is to be chosen any more who has a socket of this worker open."""
         # Where we hold a duplicate ourselves it is shut down in any case.
         everywhere = not self._ending and not self.steering.held(place.slot)
-        binds = place.generation.plan.binds
-        found = strays.find(binds, worker.bound, family, everywhere) if worker.bound else []
-        self._rotation.left(place.slot)
+        find = partial(strays.find, place.generation.plan.binds, worker.bound, family, everywhere)
+        act, nobody = f"take worker {place.slot} out", list[strays.Stray]()
+        found = self.retry.result(act, find, nobody) if worker.bound else nobody
+        if not self.retry.attempt(act, partial(self._rotation.left, place.slot)):
+            self._rotation.flip_soon()  # that does the rest
+        self.retry.attempt(act, partial(self._cut_off, place, found))
+
+    def _cut_off(self, place: Place, found: Sequence[strays.Stray]) -> None:
         for stray, refusal in strays.shut_down(found):
             then = f": {refusal}" if refusal else ", and is cut off from it"
             self.log.warning("worker %d has ended, but %s%s", place.slot, stray, then)
@@ -531,7 +581,8 @@ class Fleet:
     def _on_end(self, place: Place, gone: Process, status: int | None) -> None:
         place.cancel_timer()
         self._take_sockets(place, gone, gone.left_behind)
-        self._leftovers.take(self._loop, gone.left_behind)
+        take = partial(self._leftovers.take, self._loop, gone.left_behind)
+        self.retry.attempt(f"end what worker {place.slot} left behind", take)
         place.lost_process()
         if place.state is not State.STOPPING:
             self.log.warning(
@@ -566,7 +617,16 @@ class Fleet:
             place.came_up.exception()
 
     def _set_timer(self, place: Place, after_s: float, event: Event) -> None:
-        place.set_timer(self.clock.call_later(after_s, self.report, place, event))
+        place.set_timer(self.clock.call_later(after_s, self._on_time, place, event))
+
+    def _on_time(self, place: Place, event: Event) -> None:
+        act = f"worker {place.slot}: {event.value}"
+        wanted = partial(self.places.__contains__, place)
+        self.retry.until_done(act, partial(self.report, place, event), wanted)
+
+
+def _left_behind() -> list[int]:
+    return [pid for pid in family.orphans() if proc.is_alive(pid)]
 
 
 _DO: dict[Command, Callable[[Fleet, Place], None]] = {

@@ -51,6 +51,7 @@ class Health:
         hear: Callable[[], None],
     ) -> None:
         self._fleet = fleet
+        self._retry = fleet.retry
         self._loop = loop
         self._relieve = relieve
         self._hear = hear
@@ -92,7 +93,8 @@ class Health:
             return
         for place in self._fleet.places:
             if place.process and place.serves:
-                steering.sample(place.slot, self._waiting(place.process))
+                sample = partial(steering.sample, place.slot, self._waiting(place.process))
+                self._retry.attempt(f"tell what waits for worker {place.slot}", sample)
         self._sampling = self._loop.call_later(_SAMPLE_S, self._sample)
 
     def _waiting(self, process: Process) -> int:
@@ -111,11 +113,16 @@ class Health:
         self._starting = None
         for place in list(self._fleet.places):
             process = place.process if place.state is State.STARTING else None
-            if process and self._is_ready(place, process):
-                self._fleet.report(place, Event.READY)
+            if process:
+                look = partial(self._look_at_start, place, process)
+                self._retry.attempt(f"look at worker {place.slot}", look)
         if self._some_start() and self._starting is None:
             self._starting_s = min(self._starting_s * 1.5, _LAST_S)
             self._starting = self._loop.call_later(self._starting_s, self._look_at_starting)
+
+    def _look_at_start(self, place: Place, process: Process) -> None:
+        if self._is_ready(place, process):
+            self._fleet.report(place, Event.READY)
 
     def _is_ready(self, place: Place, process: Process) -> bool:
         """Seen to wait; or at rest, where nobody can see what for."""
@@ -158,22 +165,31 @@ class Health:
                 place.heard_s = now_s
 
     def _tick(self) -> None:
+        self._retry.attempt("keep the time of workers", self._begin_looks)
+        something_waits = False
+        for place in list(self._fleet.places):
+            look = partial(self._look_at, place)
+            something_waits |= self._retry.result(f"look at worker {place.slot}", look, False)
+        self._retry.attempt("see who is at capacity", self._shed)
+        self._tick_in(0.25 if something_waits else 1.0)
+
+    def _begin_looks(self) -> None:
         self._start_again_after_a_gap()
         if any(_is_silent(place, self._fleet.clock.now_s()) for place in self._fleet.places):
             self._hear()
-        something_waits = False
         there = {place.process.pid for place in self._fleet.places if place.process}
         self._histories = {pid: each for pid, each in self._histories.items() if pid in there}
-        for place in list(self._fleet.places):
-            if place.process and place.state is State.READY:
-                self._look_at_ready(place, place.process)
-                something_waits |= bool(place.queued)
-            elif place.process and place.hangs:
-                self._look_at_hung(place, place.process)
-            elif place.hung:
-                self._fleet.move_queue(place)
-        self._shed()
-        self._tick_in(0.25 if something_waits else 1.0)
+
+    def _look_at(self, place: Place) -> bool:
+        """Whether something waits for it."""
+        if place.process and place.state is State.READY:
+            self._look_at_ready(place, place.process)
+            return bool(place.queued)
+        if place.process and place.hangs:
+            self._look_at_hung(place, place.process)
+        elif place.hung:
+            self._fleet.move_queue(place)
+        return False
 
     def _look_at_ready(self, place: Place, process: Process) -> None:
         if _is_silent(place, self._fleet.clock.now_s()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from steer.kernel import family, proc
@@ -43,7 +44,8 @@ class Leftovers:
 
     def kill(self) -> None:
         """All that are left, now."""
-        family.send(signal.SIGKILL, self._there())
+        with suppress(OSError):
+            family.send(signal.SIGKILL, self._there())
 
     def _there(self) -> list[int]:
         """Those that have not ended; their start time tells them from others of that number."""
@@ -54,7 +56,9 @@ class Leftovers:
         ]
 
     def _look(self, loop: AbstractEventLoop, end_s: float) -> None:
-        there = self._there()
+        there = list(self._began)
+        with suppress(OSError):  # else it cannot be told
+            there = self._there()
         self._began = {pid: self._began[pid] for pid in there}
         if loop.time() >= end_s:
             self.kill()

@@ -20,6 +20,7 @@ from steer.kernel.keeper import STEERING
 from steer.log import Log
 from steer.place import Place
 from steer.plan import Plan
+from steer.retry import AGAIN_S, Retry
 from steer.steering import Counts, Steering
 from steer.table import Member
 
@@ -54,7 +55,13 @@ class Rotation:
     """
 
     def __init__(
-        self, steering: Steering, places: Sequence[Place], slots: int, guard: Guard, log: Log
+        self,
+        steering: Steering,
+        places: Sequence[Place],
+        slots: int,
+        guard: Guard,
+        log: Log,
+        retry: Retry,
     ) -> None:
         self.steering = steering
         self.retired = Counts()
@@ -63,6 +70,7 @@ class Rotation:
         self._next_slot = 0
         self._guard = guard
         self._log = log
+        self._retry = retry
         self._flip_due: Handle | None = None
         self._released = False
         self._loop: AbstractEventLoop
@@ -153,17 +161,22 @@ class Rotation:
     def flip_soon(self) -> None:
         """Together with what else happens in the same turn of the loop."""
         if self._flip_due is None:
-            self._flip_due = self._loop.call_soon(self.flip)
+            self._flip_due = self._loop.call_soon(self._flip_in_its_turn)
+
+    def _flip_in_its_turn(self) -> None:
+        self._retry.attempt("choose among the workers", self.flip)
 
     def flip(self) -> None:
-        """Have those who serve chosen, and nobody else."""
+        """Have those who serve chosen, and nobody else. If that fails it is tried again."""
         if self._flip_due is not None:
             self._flip_due.cancel()
-            self._flip_due = None
+        self._flip_due = self._loop.call_later(AGAIN_S, self._flip_in_its_turn)
         members = [place.member() for place in self._places if place.serves]
         self.steering.steer(members)
         self._watch_reserve(bool(members))
         self._keep_unless_released()
+        self._flip_due.cancel()
+        self._flip_due = None
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from steer.errors import KernelError
 from steer.kernel import proc
 from steer.lifecycle import Event
+from steer.retry import AGAIN_S
 
 if TYPE_CHECKING:
     from steer.fleet import Fleet
@@ -35,7 +36,19 @@ _FLOWS_UNTIL = 0.9
 
 
 async def settle(fleet: Fleet, place: Place) -> None:
-    """Report SETTLED once nothing waits for the worker; then see that it stays so.
+    """Report SETTLED once nothing waits for the worker; then see that it stays so. What
+    fails is tried again."""
+    act = f"see that nothing waits for worker {place.slot}"
+    while place.process:
+        try:
+            await _settle(fleet, place)
+        except Exception as error:  # noqa: BLE001 - or it would never be told to finish
+            fleet.retry.failed(act, error)
+            await asyncio.sleep(AGAIN_S)
+
+
+async def _settle(fleet: Fleet, place: Place) -> None:
+    """As `settle`, once.
 
     A handshake that began before the table changed may end now, and the connection wait at
     a listener that its worker has turned away from, but keeps open.
@@ -66,7 +79,9 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
     fleet.steering.settle()
     settled_s, began_s = time.monotonic(), fleet.clock.now_s()
     while place.process and not place.serves:
-        queues, waited_s = fleet.queues.of(place.process, settled_s), fleet.clock.now_s() - began_s
+        with fleet.retry.spare.lent():
+            queues = fleet.queues.of(place.process, settled_s)
+        waited_s = fleet.clock.now_s() - began_s
         if queues is None and waited_s > _UNSEEN_S:
             return True
         if queues is not None and not any(each.queued for each in queues.values()):

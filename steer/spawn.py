@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from signal import Signals
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ from steer.worker import MESSAGE_MAX_BYTES, Launch
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
+
+    from steer.retry import Retry
 
 LAST_WORDS = 20
 """Lines of standard error that are kept of each worker."""
@@ -87,12 +90,15 @@ class Process:
             self._fork()
         except OSError as error:
             raise process.fork_error(error) from None
-        self.keep(b"")
-        with suppress(OSError):  # it has ended: seen below
-            self._channel.send(b"\0")
         try:
+            self.keep(b"")
+            with suppress(OSError):  # it has ended: seen below
+                self._channel.send(b"\0")
             joined(self._bound())
-        except SteerError:
+        except OSError as error:
+            self.end()
+            raise process.fork_error(error) from None
+        except BaseException:
             self.end()
             raise
 
@@ -123,6 +129,7 @@ class Process:
         self.left_behind: Sequence[int] = ()
         self._is_child = True
         self._is_heard = False
+        self._is_killed = False
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._lines = Lines()
         self._loop: AbstractEventLoop | None = None
@@ -180,7 +187,7 @@ class Process:
         try:
             while len(bound) < len(self.launch.binds):
                 bound += self._some_bound(fds, len(bound))
-        except SteerError:
+        except BaseException:
             process.close_all(fds)
             raise
         self._meet(bound)
@@ -219,18 +226,19 @@ class Process:
     def watch(
         self,
         loop: AbstractEventLoop,
+        retry: Retry,
         ended: Callable[[Process, int | None], None],
         lost: Callable[[Process], None],
     ) -> None:
         """Look after it in this loop.
 
         Args:
+            retry: sees to its end.
             ended: called once, with the exit status, when it is gone.
             lost: called once if its first process has ended as it was told to, but not all
                 the others soon after.
         """
-        self._channel.setblocking(False)
-        self._loop, self._ended, self._lost = loop, ended, lost
+        self._loop, self._retry, self._ended, self._lost = loop, retry, ended, lost
         loop.add_reader(self._channel, self._on_channel)
         loop.add_reader(self._stderr, self._on_stderr)
         loop.add_reader(self._pidfd, self._on_end)
@@ -256,8 +264,10 @@ class Process:
         hurry = quick and not self._hurried and self._told_by != signal.SIGTERM
         if not self.told or hurry:
             self.told, self._hurried = True, quick
-            self._family.remember()
-            process.terminate(self._pidfd, self._told_by)
+            try:
+                self._family.remember()
+            finally:
+                process.terminate(self._pidfd, self._told_by)
 
     @property
     def _told_by(self) -> Signals:
@@ -269,51 +279,83 @@ class Process:
 
     def kill(self) -> None:
         """All of its processes."""
+        self._is_killed = True
         self._family.kill()
 
     def end(self) -> int | None:
         """Kill what is left of it, and let go of it; the exit status, if it is ours to know."""
-        self.kill()
+        with suppress(OSError):  # those of others groups cannot be looked for
+            self.kill()
         return self._let_go()
 
     def _let_go(self) -> int | None:
-        # Before it is waited for: until then its number is not another's.
-        self._guard.drop(self.key)
-        status = process.reap(self.pid, self._pidfd, self._is_child)
-        self._channel.setblocking(False)
-        self._hear_last()
-        self._hear_out()
+        """Whatever fails of this, the rest is done."""
+        with ExitStack() as then:
+            then.callback(self._close)
+            then.callback(self._hear_out)
+            then.callback(self._hear_last)
+            # Before it is waited for: until then its number is not another's.
+            self._guard.drop(self.key)
+            return process.reap(self.pid, self._pidfd, self._is_child)
+
+    def _close(self) -> None:
         for fd in (self._channel.fileno(), self._stderr, self._pidfd):
             self._forget(fd)
         self._channel.close()
         os.close(self._stderr)
         os.close(self._pidfd)
         self._stderr = -1
-        return status
 
     def _on_end(self) -> None:
         """Its first process is gone. The others are told to end, as a shell passes nothing on.
         They may take their time where the worker was told to; else they are left behind."""
         self._forget(self._pidfd)
-        others = self._family.others()
+        self._see_to(self._first_has_ended)
+
+    def _see_to(self, what: Callable[[], None]) -> None:
+        act = f"see the end of worker {self.launch.slot}"
+        self._retry.until_done(act, what, lambda: self._stderr >= 0)
+
+    def _first_has_ended(self) -> None:
+        try:
+            others = self._others()
+        except OSError:
+            self._lost(self)  # its sockets at least
+            raise
         family.send(self._told_by, others)
         if self.told and others:
             self._call_later(self._while_others_remain, True)
         else:
             self.left_behind = others
-            self._ended(self, self._let_go())
+            self._has_ended()
 
     def _while_others_remain(self, first: bool) -> None:
-        if not self._family.others():
-            self._ended(self, self._let_go())
+        if not self._others():
+            self._has_ended()
             return
         if first:
             self._lost(self)
         self._call_later(self._while_others_remain, False)
 
+    def _others(self) -> Sequence[int]:
+        """Once they were killed nobody waits for what cannot be seen."""
+        try:
+            return self.others()
+        except OSError:
+            if self._is_killed:
+                return []
+            raise
+
     def _call_later(self, then: Callable[[bool], None], first: bool) -> None:
         assert self._loop is not None
-        self._loop.call_later(_LOOK_AGAIN_S, then, first)
+        self._loop.call_later(_LOOK_AGAIN_S, self._see_to, partial(then, first))
+
+    def _has_ended(self) -> None:
+        status = None
+        try:
+            status = self._let_go()
+        finally:
+            self._ended(self, status)
 
     def _on_channel(self) -> None:
         """It had something to tell, or has nothing more to."""
@@ -326,6 +368,7 @@ class Process:
         It may be anything, as an application can write there, too. No descriptor is taken in:
         those that come along the kernel closes (unix(7): there is no room for them).
         """
+        self._channel.setblocking(False)
         try:
             data = self._channel.recv(MESSAGE_MAX_BYTES)
         except BlockingIOError:

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -32,6 +33,7 @@ from steer.notify import tell_supervisor
 from steer.place import Place
 from steer.plan import Generation, Plan
 from steer.policy import KERNEL, Policy
+from steer.retry import as_refusal, is_lack
 from steer.settle import settle
 from steer.values import plural, shown
 
@@ -64,6 +66,7 @@ class _Supervisor:
     def __init__(self, started: Controller) -> None:
         self._service = started
         self._fleet = started.fleet
+        self._retry = started.fleet.retry
         self._log = started.log
         self._state = "starting"
         self._has_terminal = not process.terminal_is_gone()
@@ -77,14 +80,14 @@ class _Supervisor:
     async def run(self) -> bool:
         self._loop = loop = asyncio.get_running_loop()
         self._anew = asyncio.Event()
-        loop.set_exception_handler(self._on_bug)
+        loop.set_exception_handler(self._on_exception)
         output.stderr.watch(self._on_blocked)
         self._changes = Changes(self._fleet, self._service.keep)
         self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
         self._fleet.watch(loop, settle, self._health.changed)
         for lineage, message in self._service.early:
             self._fleet.notified(lineage, message)
-        self._service.listener.watch(loop, self._fleet.notified)
+        self._service.listener.watch(loop, self._notified)
         self._watch_guard()
         # Where workers were adopted, some may be missing.
         self._fleet.fill()
@@ -100,7 +103,7 @@ class _Supervisor:
             "policy": self._on_policy,
         }
         told_of = {name: self._told_of(name, each) for name, each in commands.items()}
-        async with Server(self._service.claim.socket, told_of):
+        async with Server(self._service.claim.socket, told_of, self._retry):
             try:
                 await self._fleet.up
                 self._refuse_strangers()
@@ -112,6 +115,11 @@ class _Supervisor:
                     await self._end_workers()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         return self._anew.is_set()
+
+    def _notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
+        """It is read, and would not be heard again."""
+        heard = partial(self._fleet.notified, lineage, message)
+        self._retry.until_done(f"hear process {lineage[0] if lineage else 0}", heard)
 
     @property
     def _plan(self) -> Plan:
@@ -187,7 +195,7 @@ class _Supervisor:
 
     def _reap(self) -> None:
         self._reaping = None
-        family.reap_orphans()
+        self._retry.until_done("wait for what has ended", family.reap_orphans)
 
     def _on_window_change(self) -> None:
         """With a terminal it means that a window has another size."""
@@ -247,8 +255,13 @@ class _Supervisor:
             # Signals are held by now: it waits for the next controller.
             if asked_by is not None:
                 os.kill(os.getpid(), asked_by)
-        except SteerError as error:
-            self._log_failure(act, error)
+        except Exception as error:  # noqa: BLE001 - logged; nobody else is there to be told
+            self._log_failure(act, self._as_refusal(act, error))
+
+    def _as_refusal(self, act: str, error: Exception) -> SteerError:
+        if not is_lack(error):
+            self._log.debug("%s", "".join(traceback.format_exception(error)))
+        return as_refusal(act, error)
 
     def _log_failure(self, act: str, error: SteerError) -> None:
         self._log.error("%s: %s", act, error)
@@ -264,16 +277,17 @@ class _Supervisor:
                 return await handler(request, tell)
             except Postponed:
                 raise
-            except SteerError as error:
-                self._log.warning("request refused: %s: %s", command, error)
-                for line in error.detail.splitlines():
+            except Exception as error:  # noqa: BLE001 - who asked is told
+                refusal = self._as_refusal(f"{command} {self._plan.name}", error)
+                self._log.warning("request refused: %s: %s", command, refusal)
+                for line in refusal.detail.splitlines():
                     self._log.debug("  | %s", line)
-                raise
+                raise refusal from None
 
         return handle
 
     def _hear_all(self) -> None:
-        self._service.listener.hear_all(self._fleet.notified)
+        self._service.listener.hear_all(self._notified)
 
     def _watch_guard(self) -> None:
         self._loop.add_reader(self._service.guard, self._on_guard_end)
@@ -282,22 +296,18 @@ class _Supervisor:
         """Somebody killed it: until there is another nobody could take over from us."""
         self._loop.remove_reader(self._service.guard)
         self._log.warning("the guard process was killed; starting another")
-        self._loop.call_later(_REVIVE_S, self._revive_guard)
+        act = "start another guard process"
+        self._loop.call_later(_REVIVE_S, self._retry.until_done, act, self._revive_guard)
 
     def _revive_guard(self) -> None:
-        try:
-            self._service.guard.revive()
-            self._watch_guard()
-        except OSError as error:
-            self._log.error("%s", process.fork_error(error))
-            self._loop.call_later(_REVIVE_S, self._revive_guard)
+        self._service.guard.revive()
+        self._watch_guard()
 
-    def _on_bug(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Something we did not think of: one line for users, all of it for debugging."""
-        error = context.get("exception")
-        self._log.error("bug in steer: %s: %r", context.get("message"), error)
-        if error is not None:
-            self._log.debug("%s", "".join(traceback.format_exception(error)))
+    def _on_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Something failed where nothing of ours catches it: of a callback that stays, as of
+        a descriptor that is watched, it is tried again when there is something to do."""
+        error = context.get("exception") or RuntimeError(context.get("message"))
+        self._retry.failed(str(context.get("message")), error)
 
     # Changes.
 

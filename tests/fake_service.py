@@ -12,6 +12,9 @@ from pathlib import Path
 from support import DEADLINE_S
 
 from steer.control import Handler, Server
+from steer.kernel.spare import Spare
+from steer.log import Log
+from steer.retry import Retry
 
 
 @contextmanager
@@ -22,7 +25,7 @@ def fake_service(path: Path, **commands: Handler) -> Iterator[asyncio.AbstractEv
     async def serve() -> None:
         nonlocal running
         running = loop.create_future()
-        async with Server(sock, commands):
+        async with Server(sock, commands, Retry(Log("error", "text"), Spare(0))):
             started.set()
             await running
 

@@ -12,6 +12,7 @@ import stat
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -160,6 +161,9 @@ def compile_source(source: Path) -> PolicyObject:
             )
         except subprocess.TimeoutExpired:
             raise CompileError(act, f"bcc took longer than {_TIMEOUT_S} s") from None
+        except OSError as error:  # EAGAIN of fork(2), say
+            cause = f"start {python}: {error.strerror}"
+            raise CompileError(act, cause) from None
         if done.returncode == _NO_BCC:
             continue
         if done.returncode != 0:
@@ -282,8 +286,13 @@ def _store(key: str, compiled: PolicyObject) -> None:
         return
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-            temporary.write(compiled.encode())
-        os.replace(temporary.name, file)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent)
     except OSError:
         return
+    try:
+        with open(descriptor, "wb") as stream:
+            stream.write(compiled.encode())
+        os.replace(temporary, file)
+    except OSError:  # ENOSPC: what got there would only make the disk fuller
+        with suppress(OSError):
+            os.unlink(temporary)

@@ -24,6 +24,8 @@ TIMEOUT_S = 5.0
 """For a request to be complete, and for an answer to be taken."""
 SILENT_MAX = 32
 """So many connections may be without a request: descriptors are kept for workers."""
+ASKERS_MAX = 64
+"""So many connections at once, with those that wait for what they asked for."""
 BACKLOG = 16
 TOO_LONG = f"request too long: {REQUEST_MAX_BYTES} bytes at most"
 NOT_COMPLETE = "request not complete: a line of JSON is wanted"

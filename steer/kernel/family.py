@@ -92,8 +92,10 @@ class Family:
 
     def kill(self) -> None:
         """SIGKILL to all, the first process included."""
-        self.remember()
-        process.kill_group(self._pid)
+        try:
+            self.remember()
+        finally:
+            process.kill_group(self._pid)
         send(signal.SIGKILL, self.others())
 
     def _owns(self, pid: int) -> bool:

@@ -21,9 +21,10 @@ import msgspec
 
 from steer.kernel import output, process, title
 from steer.kernel.channel import Channel, Frame
-from steer.kernel.desk import Desk, Request, Talk
+from steer.kernel.desk import ASKERS_MAX, Desk, Request, Talk
 from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
 from steer.kernel.mail import Mailbox
+from steer.kernel.spare import Spare
 from steer.lines import Line, Lines, shown
 from steer.values import plural
 
@@ -45,6 +46,8 @@ _BACK_S = 10.0
 _LAST_S = 0.2
 """For who has connected to say what it wants, when somebody else is to answer the next."""
 _LOOK_S = 0.1
+_SPARE = 4
+"""Descriptors that a request takes: its connection, and a channel to who adopts."""
 _CHUNK_BYTES = 65536
 _CHUNKS_AT_END = 16
 """More than a pipe holds (pipe(7))."""
@@ -74,6 +77,8 @@ class Orphanage:
         self._ending = self._is_quick = False
         self._killed = False
         self._stoppers: list[Talk] = []
+        self._spare = Spare(_SPARE)
+        self._is_failing = False
         self._adopted = False
         self._mailbox: Mailbox | None = None
         if MAILBOX in keeper.entries:
@@ -96,8 +101,8 @@ class Orphanage:
             for key, _ in self._selector.select(self._patience_s()):
                 # One that came before may have done away with it.
                 if self._selector.get_map().get(key.fd) is key:
-                    key.data()
-            self._look()
+                    self._do(key.data)
+            self._do(self._look)
         for lines in self._lines.values():
             lines.end()
         output.stderr.watch(None)
@@ -110,6 +115,19 @@ class Orphanage:
         self._control.close()
         for talk in self._stoppers:
             talk.answer({"ok": True})
+
+    def _do(self, act: Callable[[], object]) -> None:
+        """Whatever the machine lacks, the workers are not left alone for it."""
+        try:
+            with self._spare.lent():
+                act()
+        except (OSError, MemoryError) as error:
+            if not self._is_failing:
+                self._say(f"the guard: {error}; it is tried again")
+            self._is_failing = True
+            time.sleep(_LOOK_S)
+        else:
+            self._is_failing = False
 
     # Time.
 
@@ -265,7 +283,10 @@ class Orphanage:
         elif command != "adopt" and time.monotonic() < self._back_s:
             talk.answer({**self._refusal("the controller is being replaced"), "again": True})
         elif command == "stop" and self._adopter is None:
-            self._stoppers.append(talk)
+            if len(self._stoppers) < ASKERS_MAX:
+                self._stoppers.append(talk)
+            else:
+                talk.answer(self._refusal(self._state()))
             self._stop(bool(request.get("quick")))
         else:
             talk.answer(self._refusal(self._state()))
