@@ -15,6 +15,7 @@ import msgspec
 
 from steer.config import Service
 from steer.errors import ControlError, KernelError, SteerError
+from steer.kernel import listeners
 from steer.kernel.custody import Guard
 from steer.kernel.keeper import STEERING
 from steer.log import Log
@@ -27,6 +28,7 @@ from steer.table import Member
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Handle
 
+_AGAIN_S = 0.1
 _Sockets = Mapping[int, socket.socket]
 """By bind."""
 
@@ -195,9 +197,21 @@ class Rotation:
         moved on at once; while still nobody is, it waits."""
         for sock in self.steering.reserve:
             if somebody:
-                self._loop.add_reader(sock, self.steering.empty_reserve)
+                self._loop.add_reader(sock, self._empty_reserve)
             else:
                 self._loop.remove_reader(sock)
+
+    def _empty_reserve(self) -> None:
+        """What came back waits a moment: a worker that was told to end by others has closed its
+        listeners, and is in the table until it has finished what it has."""
+        self.steering.empty_reserve()
+        if any(listeners.is_waited_for(sock) for sock in self.steering.reserve):
+            self._watch_reserve(False)
+            self._loop.call_later(_AGAIN_S, self._watch_reserve_again)
+
+    def _watch_reserve_again(self) -> None:
+        if not self._released:
+            self._watch_reserve(any(place.serves for place in self._places))
 
     def renew_reserve(self, service: Service) -> None:
         """See `Steering.renew_reserve`. Raises BindError, KernelError."""

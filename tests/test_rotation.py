@@ -1,0 +1,95 @@
+"""Who is chosen, with a fake backend and a real loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import pytest
+
+from steer.log import Log
+from steer.rotation import Rotation
+from steer.table import Member
+
+TURNS = 500
+
+
+class FakeSteering:
+    """Has one backup listener. What waits there comes back to it, for `returns` times."""
+
+    backend = "fake"
+
+    def __init__(self, sock: socket.socket, returns: int) -> None:
+        self.reserve = [sock]
+        self.emptied = 0
+        self._returns = returns
+
+    def empty_reserve(self) -> None:
+        self.emptied += 1
+        if self.emptied > self._returns:
+            self.reserve[0].accept()[0].close()
+
+    def steer(self, members: Sequence[Member]) -> None:
+        pass
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        return None, ()
+
+
+class FakeGuard:
+    def put(self, *_: object) -> None:
+        pass
+
+
+class FakePlace:
+    serves = True
+
+    def member(self) -> Member:
+        return Member(0)
+
+
+@pytest.fixture
+def waited_for() -> Iterator[socket.socket]:
+    """A listener with a connection in its queue."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as made,
+        socket.create_connection(made.getsockname()),
+    ):
+        made.setblocking(False)
+        yield made
+
+
+async def until_emptied(steering: FakeSteering, times: int, turns: int = 0) -> None:
+    """So often, and so many turns of the loop more."""
+    rotation = Rotation(
+        cast(Any, steering),
+        [cast(Any, FakePlace())],
+        4,
+        cast(Any, FakeGuard()),
+        Log("error", "text"),
+    )
+    loop = asyncio.get_running_loop()
+    rotation.watch(loop)
+    rotation.flip()
+    async with asyncio.timeout(60):
+        while steering.emptied < times:
+            await asyncio.sleep(0.001)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    loop.remove_reader(steering.reserve[0])
+
+
+def test_what_comes_back_to_the_reserve_is_not_moved_at_every_turn(
+    waited_for: socket.socket,
+) -> None:
+    steering = FakeSteering(waited_for, returns=TURNS)
+    asyncio.run(until_emptied(steering, 1, TURNS))
+    assert steering.emptied < TURNS / 10
+
+
+def test_what_comes_back_to_the_reserve_is_moved_again_later(waited_for: socket.socket) -> None:
+    steering = FakeSteering(waited_for, returns=2)
+    asyncio.run(until_emptied(steering, 3))
+    assert steering.emptied == 3
