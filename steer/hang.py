@@ -90,10 +90,15 @@ def starves(before: Evidence, now: Evidence) -> bool:
 def gets_on(before: Evidence, now: Evidence, elapsed_s: float) -> bool:
     """Whether it holds connections and gets on with them: computes, moves, closes, or is asleep
     in its event loop, and so turns to others by its own choice."""
-    holds = now.open if now.connections is None else len(now.connections)
-    if holds == 0:
+    if _holds_none(before) and _holds_none(now):
         return False
     return bool(now.awaits) or serves(before, now) or computes(before, now, elapsed_s)
+
+
+def _holds_none(evidence: Evidence) -> bool:
+    """As far as can be seen."""
+    held = evidence.connections
+    return evidence.open == 0 if held is None else not held
 
 
 class Patience:

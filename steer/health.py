@@ -197,7 +197,9 @@ class Health:
         elif place.generation.plan.service.hang_timeout:
             verdict = self._judge(place, process)
             if verdict is Verdict.HUNG:
-                self._take_for_hung(place, process, "takes no connections, and some wait")
+                waits_in_vain = "takes no connections, and some wait"
+                unserved = "serves none of the connections that it has taken"
+                self._take_for_hung(place, process, waits_in_vain if place.queued else unserved)
             elif place.full != (verdict is Verdict.FULL):
                 self._set_full(place, verdict is Verdict.FULL)
 

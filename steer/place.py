@@ -40,8 +40,8 @@ class Saved(msgspec.Struct, frozen=True):
     says_ready: bool
     others: set[int]
     takers: frozenset[int]
-    acceptors: frozenset[int]
     hung: bool
+    acceptors: frozenset[int] = frozenset()
 
 
 class Place(msgspec.Struct, eq=False):
@@ -238,8 +238,8 @@ class Place(msgspec.Struct, eq=False):
             self.says_ready,
             self.others,
             self.takers,
-            self.acceptors,
             self.hung,
+            self.acceptors,
         )
 
 

@@ -220,7 +220,7 @@ def test_asleep_with_a_multishot_accept(
     """The kernel takes connections for it, so it has no queue; it reads none, and is replaced."""
     running = uring(service, home)
     slot = taken_by(running, "/sleeps", clients)
-    eventually(lambda: f"worker {slot} hangs" in running.log)
+    eventually(lambda: f"worker {slot} hangs: it serves none of the connections" in running.log)
     running.wait_ready(2)
     eventually(lambda: slot not in [each["slot"] for each in running.workers()])
     assert slot not in {answer(clients.enter_context(request()))["slot"] for _ in range(8)}

@@ -152,6 +152,13 @@ def test_one_that_gets_on_is_at_capacity(evidence: Callable[[float], Evidence]) 
     assert set(found[8:]) == {Verdict.FULL}
 
 
+def test_one_that_closes_its_last_connection_gets_on() -> None:
+    def evidence(now_s: float) -> Evidence:
+        return Evidence(0.0, None, {1: (0, 0)} if now_s < 2 else {}, False)
+
+    assert verdicts(*STALLED, evidence=evidence)[8] is Verdict.FULL
+
+
 @pytest.mark.parametrize("evidence", DOES_NOT.values(), ids=DOES_NOT.keys())
 def test_one_that_does_not_is_hung(evidence: Callable[[float], Evidence]) -> None:
     found = verdicts(*STALLED, evidence=evidence)
