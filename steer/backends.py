@@ -11,7 +11,8 @@ import msgspec
 from steer import counting, policy
 from steer.classic import Cbpf
 from steer.counting import Counting
-from steer.ebpf import Ebpf
+from steer.ebpf import NOT_COUNTED, SAMPLED, Ebpf
+from steer.errors import FallbackRefused, KernelError, SteerError
 from steer.kernel import sockets
 from steer.plan import Plan
 from steer.steering import STILL_CHOSEN, Countless, Counts, Lend, Steering, may_be_lost
@@ -35,6 +36,40 @@ def open_backend(
     return (Ebpf if backend == policy.EBPF else Kernel)(plan, empty, counting)
 
 
+def open_whole(plan: Plan, counting: Counting | None = None) -> Steering:
+    """Open the backend that a plan is to stand on, unless it would do by halves what is asked.
+
+    Raises:
+        As `open_backend` and `refuse_uncounted`.
+    """
+    opened = open_backend(plan.rungs[0].backend, plan, counting=counting)
+    try:
+        refuse_uncounted(plan, opened.counting)
+    except SteerError:
+        opened.close()
+        raise
+    return opened
+
+
+def refuse_uncounted(plan: Plan, counting: Counting | None) -> None:
+    """See that what goes by open connections has them counted, or may do without.
+
+    Raises:
+        KernelError: they are not, and `auto` has another policy for that.
+        FallbackRefused: they are not, and --strict.
+    """
+    if counting is None or not counting.why_not or not plan.policy.reads_load:
+        return
+    if plan.policy_reason is not None:
+        raise KernelError("count open connections", counting.why_not)
+    if plan.service.strict:
+        raise FallbackRefused(
+            f"use {plan.policy.name}",
+            f"--strict, and {NOT_COUNTED}: {counting.why_not}; {SAMPLED}",
+            "drop --strict, or see `steer doctor`",
+        )
+
+
 class Kernel(Countless):
     """No program: the kernel hashes over all sockets of a group.
 
@@ -42,12 +77,20 @@ class Kernel(Countless):
     """
 
     backend = "kernel"
+    needs_order = False
 
     def __init__(self, plan: Plan, _empty: bool = False, counting: Counting | None = None) -> None:
         self.notes: Sequence[str] = (STILL_CHOSEN, *may_be_lost(plan))
         self._plan = plan
         self._counting = counting
         self.owns_counting = False
+        self._order: list[int] | None = []
+
+    @property
+    def order(self) -> Sequence[int] | None:
+        """Known as long as sockets only come. When one goes the last takes its place, and of two
+        workers that end nobody here sees which closed its sockets first."""
+        return self._order
 
     @property
     def counting(self) -> Counting | None:
@@ -56,13 +99,21 @@ class Kernel(Countless):
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         if self._counting:
             self._counting.joined(slot, fds, self._plan.binds)
-        self.taken_over(slot, fds)
-
-    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+        if self._order is not None:
+            self._order.append(slot)
         for fd in fds:
             os.close(fd)
 
+    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+        self._order = None
+        for fd in fds:
+            os.close(fd)
+
+    def _rejoined(self, _bind: int, _slot: int) -> None:
+        self._order = None
+
     def left(self, slot: int) -> None:
+        self._order = None
         if self._counting:
             self._counting.left(slot)
 
@@ -101,6 +152,7 @@ class Kernel(Countless):
         return self._counting.saved() if self._counting else (None, ())
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        self._order = None
         if value is not None:
             self._counting, self.owns_counting = Counting(0), True
             self._counting.restore(msgspec.convert(value, counting.Saved, strict=False), fds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from array import array
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +27,7 @@ class Cbpf(Countless):
     """
 
     backend = "cbpf"
+    needs_order = True
 
     def __init__(self, plan: Plan, empty: bool = False) -> None:
         self._plan = plan
@@ -61,7 +63,7 @@ class Cbpf(Countless):
         # Indexes past its own are not touched by a newcomer: the program stays right.
 
     def taken_over(self, slot: int, fds: Sequence[int]) -> None:
-        raise AssertionError("nobody knows the order of sockets that were there before")
+        self.joined(slot, fds)
 
     def _rejoined(self, bind: int, slot: int) -> None:
         self._orders[bind].left(slot)
@@ -104,8 +106,10 @@ class Cbpf(Countless):
         self.steer(members)
 
     def detach(self, lend: Lend) -> None:
-        self._layout = None
         self._attach(None)
+
+    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        self._attach(self._layout)
 
     def settle(self) -> None:
         bpf.wait_for_programs()

@@ -17,7 +17,7 @@ from msgspec import Meta
 from steer import address, servers, socket_options, values
 from steer.address import Bind
 from steer.errors import ConfigError
-from steer.policy import OWN_SUFFIX, POLICIES
+from steer.policy import AUTO, OWN_SUFFIX, POLICIES
 from steer.socket_options import Setting
 from steer.values import Invalid, plural
 
@@ -48,7 +48,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         app: "module:callable" for a Python callable; None for the demo or a command.
         command: the worker's command line, with {fd}, {slot}, {port} to be filled in.
         workers: how many, or "auto": one for each CPU this process may use.
-        policy: a built-in's name, or the path of a C file.
+        policy: "auto", a built-in's name, or the path of a C file.
         keep_privileges: whether workers keep the capabilities that steer itself has, and may
             gain others by executing a program that has some.
         params: "NAME=VALUE", of the policy; the others have the values it declares.
@@ -65,7 +65,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     command: tuple[str, ...] = ()
     bind: tuple[str, ...] = (DEFAULT_BIND,)
     workers: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] = "auto"
-    policy: str = "cpu"
+    policy: str = AUTO
     params: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     backend: Literal["auto", "ebpf", "cbpf", "kernel"] = "auto"
     strict: bool = False
@@ -122,6 +122,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(Service)}
+_NAMED = (AUTO, *POLICIES)
 _LISTS = {name for name, field in FIELDS.items() if isinstance(field.default, tuple)}
 
 
@@ -250,8 +251,8 @@ def _check_meaning(key: str, value: Any) -> None:
     """What its type does not tell of a value. Raises Invalid."""
     if FIELDS[key].type == Seconds and 0 < value < SHORTEST_S:
         raise Invalid("too small")
-    if key == "policy" and value not in POLICIES and not value.endswith(OWN_SUFFIX):
-        raise Invalid("unknown policy", values.did_you_mean(value, POLICIES))
+    if key == "policy" and value not in _NAMED and not value.endswith(OWN_SUFFIX):
+        raise Invalid("unknown policy", values.did_you_mean(value, _NAMED))
     if key == "bind":
         _check_binds(value)
     if key == "stop_signal" and value is not None:
@@ -288,7 +289,7 @@ def _allowed(key: str) -> str:
         "log_level": "debug, info, warning, error",
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
         "params": "NAME=VALUE",
-        "policy": f"{', '.join(POLICIES)}, or a path/to/file{OWN_SUFFIX}",
+        "policy": f"{', '.join(_NAMED)}, or a path/to/file{OWN_SUFFIX}",
         "socket_options": socket_options.ALLOWED,
         "stop_signal": servers.ALLOWED,
         "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
@@ -322,7 +323,7 @@ def _check_whole(service: Service, shown: Mapping[str, str]) -> None:
         raise ConfigError(
             f"{shown['weights']} and {shown['policy']}",
             "the kernel's own hash knows no weights",
-            f"allowed: {', '.join(name for name in POLICIES if name != 'kernel')}",
+            f"allowed: {', '.join(name for name in _NAMED if name != 'kernel')}",
         )
 
 

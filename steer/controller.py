@@ -19,20 +19,17 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import abi, ladder, policies, privileges, servers, visibility
+from steer import abi, fallback, ladder, policies, privileges, servers, visibility
 from steer import plan as planning
-from steer.backends import open_backend
+from steer.backends import open_backend, open_whole, refuse_uncounted
 from steer.config import Service
 from steer.declared import Declared
 from steer.errors import (
     AppLoadError,
-    CompileError,
     ConfigError,
     ControlError,
-    FallbackRefused,
     KernelError,
     SteerError,
-    VerifierError,
 )
 from steer.fleet import Fleet
 from steer.kernel import (
@@ -55,7 +52,7 @@ from steer.log import Log
 from steer.notify import Listener, Notification
 from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
-from steer.policy import EBPF
+from steer.policy import AUTO, EBPF
 from steer.report import cpu_list
 from steer.retry import Retry
 from steer.steering import Steering
@@ -141,9 +138,8 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     if service.command and shutil.which(service.command[0]) is None:
         raise AppLoadError(f"run {service.command[0]}", "no such command")
     rundir.refuse_taken(plan.name, service.control_socket, environment)
-    backend, rung = first_that_holds(plan, lambda _: None)
+    backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
-    stands = msgspec.structs.replace(plan, rungs=(rung,))
     notes = [*backend.notes, *_notes(service)]
     found = Rehearsed(stands, notes, backend.memory_bytes())
     backend.close()
@@ -163,42 +159,6 @@ def _notes(service: Service) -> Iterator[str]:
         yield from visibility.notes_on(visibility.of(service))
 
 
-def first_that_holds(plan: Plan, warn: Callable[[str], None]) -> tuple[Steering, ladder.Rung]:
-    """Open the first rung that holds; each that does not leaves its reason with the next.
-
-    Raises:
-        FallbackRefused: --strict, and none but a fallback holds.
-    """
-    failed: list[tuple[str, KernelError]] = []
-    for rung in plan.rungs:
-        for backend, error in failed:
-            rung = ladder.after(rung, backend, str(error))
-        ladder.choose(rung, plan.service.strict)
-        try:
-            opened = open_backend(rung.backend, plan)
-            _refuse_samples(opened, plan)
-            return opened, rung
-        except KernelError as error:
-            if plan.policy.is_own and isinstance(error, CompileError | VerifierError):
-                raise  # it is not the machine that lacks something
-            failed.append((rung.backend, error))
-            if error.detail:
-                warn(f"{error}\n{error.detail}")
-    raise AssertionError("the kernel's own hash always holds")
-
-
-def _refuse_samples(backend: Steering, plan: Plan) -> None:
-    """Raises FallbackRefused: what was asked for would be done by halves."""
-    if plan.service.strict and backend.samples():
-        why = backend.notes[-1]
-        backend.close()
-        raise FallbackRefused(
-            f"use {plan.policy.name}",
-            f"--strict, and {why}",
-            "drop --strict, or see `steer doctor`",
-        )
-
-
 class Left(msgspec.Struct, frozen=True):
     """What the guard has of a service as a whole, for the next controller.
 
@@ -207,6 +167,7 @@ class Left(msgspec.Struct, frozen=True):
         generation: the one in force.
         maps: the shapes of the maps there are, in words.
         configured: what was asked for when the service was started or last reloaded.
+        policy, policy_reason: what `auto` became, and why; None if the user named the policy.
         declared, digest: the policy's. Its file may be another by then, or gone.
         notify: address of the notification socket.
     """
@@ -218,6 +179,8 @@ class Left(msgspec.Struct, frozen=True):
     generation: int
     maps: str
     configured: Service
+    policy: str
+    policy_reason: str | None
     declared: Declared
     digest: str
     notify: str
@@ -328,11 +291,14 @@ class Controller:
             if key.startswith("generation ")
         }
         in_force = services[left.generation]
-        policy = policies.as_left(in_force.policy, left.declared, left.digest)
+        named = left.policy if in_force.policy == AUTO else in_force.policy
+        policy = policies.as_left(named, left.declared, left.digest)
         running = msgspec.structs.replace(
             ours,
             service=in_force,
             policy=policy,
+            policy_reason=left.policy_reason,
+            others=(),
             slots=left.slots,
             hash_length=left.hash_length,
             rungs=(left.rung,),
@@ -354,7 +320,7 @@ class Controller:
         if ours.policy.problem is not None:
             self.log.error("%s; what runs goes on as it is", ours.policy.problem)
         elif left.configured != ours.service or is_edited:
-            self.wanted = planning.again(running, ours.service, ours.topology, act, ours.policy)
+            self.wanted = planning.again(running, ours.service, ours.topology, act, ours.candidates)
         return found
 
     def await_loop(self) -> None:
@@ -402,6 +368,8 @@ class Controller:
             in_force,
             repr(abi.MAPS),
             self.configured,
+            self.plan.policy.name,
+            self.plan.policy_reason,
             self.plan.policy.declared,
             self.plan.policy.digest,
             self.listener.address,
@@ -410,25 +378,34 @@ class Controller:
         self.guard.put(MAILBOX, b"", [self.listener.fileno()])
 
     def choose_by(self, plan: Plan) -> None:
-        """Another policy, other parameters or weights, on all workers at once.
+        """Another policy, other parameters or weights, on all workers at once, and on the best
+        backend that works.
 
         Raises:
-            KernelError: nothing has changed.
+            SteerError: nothing has changed.
         """
-        rung = plan.rungs[0]
-        if rung.backend == self.steering.backend:
-            self.fleet.choose_by(plan)
-        else:
-            self._see_that_all_serve(plan)
-            fresh = open_backend(rung.backend, plan, counting=self.steering.counting)
-            try:
-                self.fleet.choose_by(plan, fresh)
-            except BaseException:
-                fresh.close()
-                raise
-            self.steering, self.rung = fresh, rung
-        self.plan = plan
+        _, self.plan = fallback.first_that_works(plan, self._move_to, lambda _: None)
+        self.rung = self.plan.rungs[0]
         self.keep(self.fleet.generation)
+
+    def _move_to(self, plan: Plan) -> None:
+        """Have the workers there are chosen by this policy, on this backend.
+
+        Raises:
+            SteerError: nothing has changed.
+        """
+        if plan.rungs[0].backend == self.steering.backend:
+            refuse_uncounted(plan, self.steering.counting)
+            self.fleet.choose_by(plan)
+            return
+        self._see_that_all_serve(plan)
+        fresh = open_whole(plan, self.steering.counting)
+        try:
+            self.fleet.choose_by(plan, fresh)
+        except BaseException:
+            fresh.close()
+            raise
+        self.steering = fresh
 
     def _see_that_all_serve(self, plan: Plan) -> None:
         """Raises ControlError: one that should get nothing would."""
@@ -505,9 +482,11 @@ class Controller:
         if policy.is_own and self.plan.rungs[0].backend == EBPF:
             # First: only then it is known what it is made from, and so what a reload compares.
             self.plan = msgspec.structs.replace(self.plan, policy=policies.compiled(policy))
-        self.steering, self.rung = first_that_holds(self.plan, self.log.warning)
+        self.steering, self.plan = fallback.first_that_works(
+            self.plan, open_whole, self.log.warning
+        )
         self._undo.callback(self._close_steering)
-        self.plan = msgspec.structs.replace(self.plan, rungs=(self.rung,))
+        self.rung = self.plan.rungs[0]
 
     def _close_steering(self) -> None:
         self.steering.close()
@@ -516,6 +495,8 @@ class Controller:
         plan, rung = self.plan, self.rung
         count = plural(len(plan.seats), "worker")
         self.log.info("%s: %s, %s on %s", plan.name, count, plan.policy.name, rung.backend)
+        if plan.became:
+            self.log.info("policy %s", plan.became)
         if rung.reason:
             self.log.warning("not higher up the ladder: %s", rung.reason)
         if self.steering.samples():

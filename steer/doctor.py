@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from steer import cpus, features, ladder, policies, visibility
+from steer import auto, cpus, features, ladder, policies, visibility
 from steer import plan as planning
-from steer.backends import open_backend
+from steer.backends import open_whole
 from steer.config import Service
 from steer.counting import Counting
 from steer.errors import BindError, KernelError, SteerError, VerifierError
@@ -91,7 +91,8 @@ class Case:
 
     Args:
         probes: by backend, RUN, MIGRATE and COUNT.
-        plan: as if without --strict; Unknown where even the CPUs could not be read.
+        plan: as if without --strict, with what `auto` becomes; Unknown where even the CPUs
+            could not be read.
         options: not looked at if not given.
         access: to workers, from outside.
     """
@@ -105,14 +106,20 @@ class Case:
 
     @property
     def policy(self) -> Policy:
-        return policies.find(self.service.policy)
+        return self._last if isinstance(self.plan, Unknown) else self.plan.policy
+
+    @property
+    def _last(self) -> Policy:
+        """Of the policies to try the one that stands on the most backends."""
+        asked = policies.find(self.service.policy)
+        return asked.candidates[-1] if asked.candidates else asked
 
     @property
     def wanted(self) -> Sequence[str]:
         """The backends that this service may stand on."""
         asked = self.service.backend
         first = 0 if asked == "auto" else BACKENDS.index(asked)
-        return tuple(each for each in BACKENDS[first:] if each in self.policy.backends)
+        return tuple(each for each in BACKENDS[first:] if each in self._last.backends)
 
     @property
     def is_steered(self) -> bool:
@@ -220,15 +227,20 @@ def _probed(ask: Callable[[], ladder.Finding]) -> Probed:
 
 def _try_out(service: Service, probes: dict[str, Probed]) -> Plan | Unknown:
     """The plan whose first rung takes the policy itself; what does not is noted in `probes`."""
-    while True:
-        plan = _plan(service, probes)
-        if isinstance(plan, Unknown):
-            return plan
+    plan = _plan(service, probes)
+    while not isinstance(plan, Unknown):
         backend = plan.rungs[0].backend
-        refusal = _refusal(backend, plan)
+        refusal = _refusal(plan)
         if refusal is None:
-            return plan
-        probes[backend] = refusal
+            break
+        if plan.others:
+            following, *rest = plan.others
+            why_not = f"{plan.policy.name}: {refusal.reason}"
+            plan = plan.choosing_by([auto.because(following, why_not), *rest])
+        else:
+            probes[backend] = refusal
+            plan = _plan(service, probes)
+    return plan
 
 
 def _plan(service: Service, probes: Mapping[str, Probed]) -> Plan | Unknown:
@@ -241,9 +253,9 @@ def _plan(service: Service, probes: Mapping[str, Probed]) -> Plan | Unknown:
         return Unknown(f"read the CPUs: {error}")
 
 
-def _refusal(backend: str, plan: Plan) -> Probed | None:
+def _refusal(plan: Plan) -> Probed | None:
     try:
-        open_backend(backend, plan).close()
+        open_whole(plan).close()
     except VerifierError as error:
         return Probed(Answer.NO, f"{error.what}: {error.cause}", error.cure or _REPORT)
     except KernelError as error:
@@ -251,7 +263,7 @@ def _refusal(backend: str, plan: Plan) -> Probed | None:
         return Probed(Answer.NO, f"{error.what}: {error.cause}", cure)
     except OSError as error:
         # A no though it tells little: what is unknown would be tried again, for ever.
-        return Probed(Answer.NO, f"try {backend}: {error.strerror or error}")
+        return Probed(Answer.NO, f"try {plan.rungs[0].backend}: {error.strerror or error}")
     return None
 
 
@@ -467,6 +479,29 @@ def _opinion(found: Probed, words: str, cure: str) -> Opinion:
 
 
 _COUNT_CURE = "give CAP_BPF and CAP_NET_ADMIN, and mount cgroup2 where it can be read"
+
+
+def _policy(case: Case) -> Iterator[Opinion]:
+    """What `auto` becomes. That it is not by load is less than there could be, unless it is by
+    the kind of traffic or by the backend that was asked for."""
+    plan = _known(case.plan, _MOUNT_SYSFS)
+    if not plan.became:
+        return
+    as_it_should_be = plan.policy_reason in (auto.COUNTED, auto.DATAGRAMS)
+    if as_it_should_be or case.service.backend not in ("auto", EBPF):
+        yield Opinion("ok", plan.became)
+    else:
+        yield Opinion("warn", plan.became, _count_cure(case))
+
+
+def _count_cure(case: Case) -> str:
+    """What would have `auto` go by load."""
+    if case.probes[EBPF].answer is not Answer.YES:
+        return _ebpf_cure(case)
+    counting = case.probes[COUNT]
+    if counting.answer is not Answer.YES:
+        return counting.cure or _COUNT_CURE
+    return "give CAP_PERFMON too: without it the verifier takes no program that compares workers"
 
 
 def _backend(case: Case) -> Iterator[Opinion]:
@@ -737,6 +772,7 @@ CHECKS: Mapping[str, Check] = {
     "workers": _workers,
     "receive-queues": _receive_queues,
     "draining": _draining,
+    "policy": _policy,
     "backend": _backend,
 }
 """By topic, in the order they are told. The topics are what scripts look for: keep them."""

@@ -25,6 +25,7 @@ from steer.table import Layout, Member
 _KEPT = 8
 """Policies that were in force, to be so again without loading."""
 NO_CONNECTIONS = "datagrams are no connections: only those over TCP count, and ties go in turn"
+NOT_COUNTED = "open connections are not counted"
 SAMPLED = "chosen by what waits at each worker, looked at every so often"
 
 
@@ -70,6 +71,8 @@ class Ebpf:
     """One program for each group; the policy's table is shared by all of them."""
 
     backend = "ebpf"
+    order = None
+    needs_order = False
 
     def __init__(self, plan: Plan, empty: bool = False, counting: Counting | None = None) -> None:
         self._plan = plan
@@ -137,11 +140,11 @@ class Ebpf:
         if not why_not or all(bind.protocol == "udp" for bind in self._plan.binds):
             return ()
         instead = f"; {SAMPLED}" if self.samples() else ""
-        return (f"open connections are not counted: {why_not}{instead}",)
+        return (f"{NOT_COUNTED}: {why_not}{instead}",)
 
     @property
     def _reads_load(self) -> bool:
-        return self._plan.policy.table == "deck"
+        return self._plan.policy.reads_load
 
     @property
     def reserve(self) -> Sequence[socket.socket]:

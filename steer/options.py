@@ -34,7 +34,11 @@ _SERVICE_OPTIONS = (
         help="host:port, [::1]:port, :port or udp://host:port; may be repeated.",
     ),
     click.option("-w", "--workers", metavar="N|auto", help="auto: one for each CPU."),
-    click.option("--policy", metavar="NAME|FILE.c", help="See `steer policies`. Default: cpu."),
+    click.option(
+        "--policy",
+        metavar="auto|NAME|FILE.c",
+        help="Default auto: least-conn where open connections can be counted, else hash.",
+    ),
     click.option(
         "--param",
         "params",

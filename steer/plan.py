@@ -7,13 +7,14 @@ from enum import Enum
 
 import msgspec
 
-from steer import abi, cpus, declared, ladder
+from steer import abi, auto, cpus, declared, ladder
 from steer.address import Bind
+from steer.auto import Candidate
 from steer.config import Service
 from steer.cpus import Topology
 from steer.errors import ConfigError
 from steer.ladder import Finding, Rung
-from steer.policy import CBPF, KERNEL, POLICIES, Policy
+from steer.policy import CBPF, KERNEL, POLICIES, Policy, built_in
 from steer.values import plural
 
 
@@ -59,6 +60,8 @@ class Plan(msgspec.Struct, frozen=True):
     Args:
         rungs: what to try, best first; see `ladder.rungs`.
         params: the policy's, in the order in which it declares them.
+        policy_reason: why `auto` became this policy; None if the user named it.
+        others: policies to try if this one stands on none of its rungs, best first.
         slots: capacity of the maps: room to grow, and for generations that still finish.
         hash_length: positions of the hash table: enough for shares within 2 %.
     """
@@ -73,6 +76,31 @@ class Plan(msgspec.Struct, frozen=True):
     topology: Topology
     slots: int
     hash_length: int
+    policy_reason: str | None = None
+    others: tuple[Candidate, ...] = ()
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The policies to try, best first."""
+        first = Candidate(self.policy, self.params, self.policy_reason, self.rungs)
+        return (first, *self.others)
+
+    def is_by(self, candidate: Candidate) -> bool:
+        """Whether it is the policy in force, named or not as it is now."""
+        now = (self.policy, self.params, self.policy_reason is None)
+        return now == (candidate.policy, candidate.params, candidate.reason is None)
+
+    def choosing_by(self, candidates: Sequence[Candidate]) -> Plan:
+        """The plan with other policies to try."""
+        first, *others = candidates
+        return msgspec.structs.replace(
+            self,
+            policy=first.policy,
+            params=first.params,
+            policy_reason=first.reason,
+            rungs=first.rungs,
+            others=tuple(others),
+        )
 
     @property
     def descriptors(self) -> int:
@@ -89,10 +117,15 @@ class Plan(msgspec.Struct, frozen=True):
             program = "no program"
         return (
             Step(Act.CLAIM, self.name),
-            Step(Act.LOAD, program, rung.reason or ""),
+            Step(Act.LOAD, program, "; ".join(filter(None, [self.became, rung.reason]))),
             *ports,
             Step(Act.START, plural(len(self.seats), "worker"), self._seating()),
         )
+
+    @property
+    def became(self) -> str:
+        """What `auto` became and why, in words; "" if the user named the policy."""
+        return auto.became(self.policy.name, self.policy_reason)
 
     def describe(self) -> dict[str, object]:
         """For `steer check --json`."""
@@ -100,6 +133,8 @@ class Plan(msgspec.Struct, frozen=True):
         return {
             "name": self.name,
             "policy": self.policy.name,
+            "policy_asked": self.service.policy,
+            "policy_reason": self.policy_reason,
             "params": dict(zip(_names(self.policy), self.params, strict=True)),
             "backend": best.backend,
             "backend_reason": best.reason,
@@ -149,24 +184,24 @@ def plan(
         ConfigError: its parameters are not right.
         FallbackRefused: --strict, and the best rung that holds is a fallback.
     """
-    policy = policy or POLICIES[service.policy]
-    params: tuple[int, ...] = ()
-    if policy.problem is None:
-        params = declared.values(policy.declared, service.params, f"--policy {policy.name}")
+    policy = policy or built_in(service.policy)
+    act = f"--policy {policy.name}"
+    first, *others = auto.candidates(policy, service, findings, act)
     workers = len(topology.allowed) if service.workers == "auto" else service.workers
-    rungs = tuple(ladder.rungs(policy, service.backend, findings))
-    ladder.choose(rungs[0], service.strict)
+    ladder.choose(first.rungs[0], service.strict)
     return Plan(
         service,
         service.service_name,
         service.binds,
-        policy,
-        params,
-        rungs,
-        _seats(service, policy, workers, topology),
+        first.policy,
+        first.params,
+        first.rungs,
+        _seats(service, first.policy, workers, topology),
         topology,
         min(abi.MAX_SLOTS, max(_SLOTS_AT_LEAST, 2 * _two_generations(workers))),
         _hash_length(workers, [service.weight(number) for number in range(workers)]),
+        first.reason,
+        tuple(others),
     )
 
 
@@ -176,72 +211,114 @@ FIXED = ("bind", "backend", "strict", "name", "pid", "control_socket")
 
 
 def again(
-    running: Plan, service: Service, topology: Topology, act: str = "", policy: Policy | None = None
+    running: Plan,
+    service: Service,
+    topology: Topology,
+    act: str = "",
+    candidates: Sequence[Candidate] = (),
 ) -> Plan:
     """The plan for a running service that is to become `service`.
 
     Args:
         act: what that is for, for errors; a reload.
-        policy: another, if it is to be.
+        candidates: policies to try, best first; none: the one it has, on the rung it stands on.
 
     Raises:
         ConfigError: something in it cannot change while the service runs.
     """
+    act = act or f"reload {running.name}"
     for key in FIXED:
         old, new = getattr(running.service, key), getattr(service, key)
         if old != new:
             raise ConfigError(
-                act or f"reload {running.name}",
+                act,
                 f"{key} is {_text(old)} and would be {_text(new)}, which cannot change live",
                 f"stop and start it, or put {key} back",
             )
     workers = len(topology.allowed) if service.workers == "auto" else service.workers
-    act = act or f"reload {running.name}"
-    chosen = _choosing_by(running, service, policy or running.policy, workers, act)
+    if not candidates:
+        params = declared.values(running.policy.declared, service.params, act)
+        as_it_is = msgspec.structs.replace(running, params=params)
+        candidates = as_it_is.candidates
+    else:
+        candidates = _steered(running, candidates, act, asked_for_is_enough=True)
+    chosen = _choosing_by(running, service, candidates, workers)
     return _with_workers(chosen, service, topology, workers)
 
 
 def choosing_by(
-    running: Plan, service: Service, policy: Policy, topology: Topology, act: str
+    running: Plan, service: Service, candidates: Sequence[Candidate], topology: Topology, act: str
 ) -> Plan:
     """The plan for a running service with another policy, parameters or weights.
 
+    Args:
+        candidates: policies to try, best first.
+
     Raises:
-        ConfigError: it cannot be on the backend there is.
+        ConfigError: none of them would be steered.
     """
     workers = len(running.seats)
-    chosen = _choosing_by(running, service, policy, workers, act)
-    return _with_workers(chosen, service, topology, workers)
-
-
-def _choosing_by(running: Plan, service: Service, policy: Policy, workers: int, act: str) -> Plan:
-    """With this policy, on a rung that it can stand on. Raises ConfigError."""
-    weights = [service.weight(number) for number in range(workers)]
-    return msgspec.structs.replace(
-        running,
-        policy=policy,
-        params=declared.values(policy.declared, service.params, act),
-        rungs=_rungs(running, policy, act),
-        hash_length=max(running.hash_length, _positions(weights or [1])),
+    candidates = _steered(running, candidates, act, asked_for_is_enough=False)
+    return _with_workers(
+        _choosing_by(running, service, candidates, workers), service, topology, workers
     )
 
 
-def _rungs(running: Plan, policy: Policy, act: str) -> tuple[Rung, ...]:
-    """The backend there is; where no program was wanted so far, the best. Raises ConfigError."""
-    there, asked = running.rungs, running.service.backend
-    if policy.source is None:
-        there = (Rung(KERNEL, None, False),)
-    elif running.policy.source is None:
-        there = tuple(ladder.rungs(policy, asked, {})[:1])
-        if asked == CBPF:
-            # It speaks in the kernel's order of sockets, and nobody has kept track of that.
-            cause = f"{policy.name} cannot follow the kernel's own hash on {CBPF}"
-            raise ConfigError(act, cause, "stop and start it")
-    elif there[0].backend not in policy.backends:
-        others = (each for each in POLICIES.values() if not each.source or each.assemble)
-        cause = f"{policy.name} cannot be on {CBPF}: {policy.no_cbpf}"
-        raise ConfigError(act, cause, f"allowed: {', '.join(each.name for each in others)}")
-    return there
+def with_policy_of(running: Plan, other: Plan, topology: Topology) -> Plan:
+    """The plan for a running service with the policies to try, and parameters, of another plan."""
+    by = {"policy": other.service.policy, "params": other.service.params}
+    service = msgspec.structs.replace(running.service, **by)
+    workers = len(running.seats)
+    chosen = _choosing_by(running, service, other.candidates, workers)
+    return _with_workers(chosen, service, topology, workers)
+
+
+def _choosing_by(
+    running: Plan, service: Service, candidates: Sequence[Candidate], workers: int
+) -> Plan:
+    weights = [service.weight(number) for number in range(workers)]
+    hash_length = max(running.hash_length, _positions(weights or [1]))
+    return msgspec.structs.replace(running.choosing_by(candidates), hash_length=hash_length)
+
+
+def _steered(
+    running: Plan, candidates: Sequence[Candidate], act: str, *, asked_for_is_enough: bool
+) -> Sequence[Candidate]:
+    """The candidates without rungs on which they would steer nothing. A start falls that low, as
+    a service that answers is better than none; a service that runs is not changed to that.
+
+    Args:
+        asked_for_is_enough: whether the kernel's own hash will do if that is the backend asked for.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+
+    def is_of_use(candidate: Candidate, rung: Rung) -> bool:
+        if rung.backend != KERNEL or candidate.policy.source is None:
+            return True
+        is_there = running.rungs[0].backend == KERNEL and (
+            (candidate.policy, candidate.params) == (running.policy, running.params)
+        )
+        return asked_for_is_enough and (is_there or not rung.fallback)
+
+    kept = [
+        msgspec.structs.replace(each, rungs=rungs)
+        for each in candidates
+        if (rungs := tuple(rung for rung in each.rungs if is_of_use(each, rung)))
+    ]
+    if not kept:
+        last = candidates[-1]
+        cause = f"{last.policy.name} would steer nothing: {last.rungs[-1].reason}"
+        raise ConfigError(act, cause, _what_would(running))
+    return kept
+
+
+def _what_would(running: Plan) -> str:
+    if running.rungs[0].backend != CBPF:
+        return "see `steer doctor`"
+    others = (each for each in POLICIES.values() if not each.source or each.assemble)
+    return f"allowed: {', '.join(each.name for each in others)}"
 
 
 def _names(policy: Policy) -> list[str]:

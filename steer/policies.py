@@ -12,14 +12,14 @@ from steer import declared
 from steer.declared import Declared
 from steer.errors import ConfigError, SteerError
 from steer.kernel import compile
-from steer.policy import OWN_SUFFIX, POLICIES, Policy, own
+from steer.policy import AUTO, AUTO_BECOMES, OWN_SUFFIX, POLICIES, Policy, auto, own
 from steer.values import did_you_mean, shown
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 
 
 def find(asked: str) -> Policy:
-    """The policy of that name, or, where it ends in ".c", the one in that file.
+    """The policy of that name, `auto`, or, where it ends in ".c", the one in that file.
 
     Raises:
         ConfigError: there is none, or the file's name cannot be a policy's.
@@ -27,8 +27,10 @@ def find(asked: str) -> Policy:
     """
     if asked.endswith(OWN_SUFFIX):
         return _own(Path(os.path.abspath(asked)))
+    if asked == AUTO:
+        return auto(*map(find, AUTO_BECOMES))
     if asked not in POLICIES:
-        allowed = f"allowed: {', '.join(POLICIES)}, or a path/to/file.c"
+        allowed = f"allowed: {AUTO}, {', '.join(POLICIES)}, or a path/to/file.c"
         cure = f"{did_you_mean(asked, POLICIES)} {allowed}".lstrip()
         raise ConfigError(f"policy {shown(asked)}", "unknown", cure)
     policy = POLICIES[asked]
@@ -83,7 +85,7 @@ def file_of(policy: Policy) -> Path:
 
 def check_name(name: str, act: str) -> None:
     """Raises ConfigError: a policy of one's own cannot be called that."""
-    if name in POLICIES:
+    if name in (AUTO, *POLICIES):
         raise ConfigError(act, f"there is a built-in policy {name}", "give it another name")
     if not re.fullmatch(_NAME, name):
         allowed = "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"

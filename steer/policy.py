@@ -44,6 +44,7 @@ FILLS: Mapping[str, Fill] = {
 }
 """By what a policy declares as its STEER_TABLE."""
 PINNING = "cpus"
+BY_LOAD = "deck"
 
 Assemble = Callable[[Layout, Mapping[int, int], int, Sequence[int]], list[cbpf.Insn]]
 """From table, indexes, the seed of a hash, and parameters."""
@@ -61,6 +62,8 @@ class Policy(msgspec.Struct, frozen=True):
         declared: what the file says of itself; see `policies.find`.
         digest: of one of the user's own: another when its text is.
         problem: why it cannot be, where only a service that runs already can go on.
+        candidates: of `auto`, which is no policy by itself: the policies that it may become. By
+            load where that can be counted, else by flow.
     """
 
     name: str
@@ -72,11 +75,17 @@ class Policy(msgspec.Struct, frozen=True):
     declared: Declared = Declared()
     digest: str = ""
     problem: SteerError | None = None
+    candidates: tuple[Policy, ...] = ()
 
     @property
     def pinned(self) -> bool:
         """Whether each worker is pinned to a CPU."""
         return self.table == PINNING
+
+    @property
+    def reads_load(self) -> bool:
+        """Whether it goes by how many connections each worker has open."""
+        return self.table == BY_LOAD
 
     @property
     def is_own(self) -> bool:
@@ -158,6 +167,21 @@ _ALL = (
 )
 
 POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in _ALL}
+AUTO = "auto"
+"""What may be asked for in place of a policy."""
+
+
+def auto(by_load: Policy, by_flow: Policy) -> Policy:
+    """What is asked for as `auto`."""
+    return Policy(AUTO, "least-conn, or hash", candidates=(by_load, by_flow))
+
+
+def built_in(name: str) -> Policy:
+    """The policy of that name, or `auto`; as long as nobody reads its file it declares nothing."""
+    return auto(*(POLICIES[each] for each in AUTO_BECOMES)) if name == AUTO else POLICIES[name]
+
+
+AUTO_BECOMES = ("least-conn", "hash")
 
 
 def lay(policy: Policy, members: Sequence[Member], scene: Scene) -> Layout:

@@ -7,6 +7,7 @@ from math import ceil
 
 import msgspec
 
+from steer import auto
 from steer.values import plural
 
 _BAR = 40
@@ -77,7 +78,12 @@ class Histogram(msgspec.Struct):
 
 
 class Service(msgspec.Struct):
-    """A service that runs. `params`, `counters` and `histograms` are the policy's own, by name."""
+    """A service that runs. `params`, `counters` and `histograms` are the policy's own, by name.
+
+    Args:
+        policy_asked: what the user named; "auto" becomes another.
+        policy_reason: why `auto` became this policy; None if the user named it.
+    """
 
     name: str
     pid: int
@@ -94,6 +100,8 @@ class Service(msgspec.Struct):
     params: dict[str, int] = {}
     counters: dict[str, int] = {}
     histograms: dict[str, Histogram] = {}
+    policy_asked: str = ""
+    policy_reason: str | None = None
 
 
 class Orphan(msgspec.Struct):
@@ -146,6 +154,8 @@ def service_table(service: Service) -> Table:
         f"{service.name}  {service.state}  {service.policy} on {service.backend}  {binds}  "
         f"pid {service.pid}  up {duration(service.uptime_s)}"
     )
+    if service.policy_reason:
+        title += f"\npolicy {auto.became(service.policy, service.policy_reason)}"
     if service.backend_reason:
         title += f"\nnot higher up the ladder: {service.backend_reason}"
     title += "".join(f"\nnote: {note}" for note in service.notes)

@@ -251,13 +251,15 @@ class Rotation:
         Raises:
             KernelError: nothing has changed.
         """
-        with self._borrow_all() as there:
+        with self._borrow_all() as borrowed:
+            there = self._in_order(borrowed, binds) if steering.needs_order else borrowed
             steering.steer(members)
             self._watch_reserve(False)
             try:
                 self.steering.detach(self._lend)
                 counted = self.counts()
                 _take_over(steering, there, binds)
+                steering.steer(members)
                 steering.open_reserve()
             except SteerError:
                 steering.detach(self._lend)
@@ -270,6 +272,22 @@ class Rotation:
         self.steering.owns_counting = False
         self.steering.close()
         self.steering = steering
+
+    def _in_order(self, there: Mapping[int, _Sockets], binds: int) -> Mapping[int, _Sockets]:
+        """The sockets of every worker in the order in which the kernel has them.
+
+        Raises:
+            KernelError: that is not known.
+        """
+        order = self.steering.order
+        whole = {slot for slot, socks in there.items() if len(socks) == binds}
+        if order is None or not whole == set(order) == set(there):
+            raise KernelError(
+                "take over the sockets there are",
+                "the order in which the kernel has them is not known any more",
+                "stop and start the service",
+            )
+        return {slot: there[slot] for slot in order}
 
     @contextmanager
     def _borrow_all(self) -> Iterator[Mapping[int, _Sockets]]:

@@ -29,6 +29,8 @@ def report_of(service: Controller, state: str) -> report.Service:
         state=state,
         generation=service.fleet.generation.number,
         policy=plan.policy.name,
+        policy_asked=plan.service.policy,
+        policy_reason=plan.policy_reason,
         backend=steering.backend,
         backend_reason=service.rung.reason,
         notes=[

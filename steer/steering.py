@@ -86,8 +86,17 @@ class Steering(Protocol):
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """Take in the sockets of a new worker, one for each bind; the fds become ours."""
 
+    needs_order: bool
+    """Whether it can take over only sockets whose order in the kernel is known."""
+
+    @property
+    def order(self) -> Sequence[int] | None:
+        """The slots in the order in which the kernel has their sockets, in every group; None
+        where that is not known."""
+
     def taken_over(self, slot: int, fds: Sequence[int]) -> None:
-        """The same of a worker that was another backend's before; it may be serving."""
+        """The same of a worker that was another backend's before; it may be serving. One after
+        the other as they stand in `order`, if that is needed; `steer` is to follow."""
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
         """After `restore`: have the kernel be as we take it to be. Who was there before may
@@ -189,6 +198,10 @@ class Countless:
 
     reserve: Sequence[socket.socket] = ()
     owns_counting = False
+
+    @property
+    def order(self) -> Sequence[int] | None:
+        return None
 
     def open_reserve(self) -> None:
         """Nobody would move what waits there."""

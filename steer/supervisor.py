@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from steer import config, policies, status
+from steer import auto, config, policies, status
 from steer import plan as planning
 from steer.background import in_background
 from steer.change import Changes, unheard
@@ -27,7 +27,7 @@ from steer.controller import Controller
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.fleet import QUICK_S
 from steer.health import Health
-from steer.kernel import family, output, process, sockets, topology
+from steer.kernel import family, output, probe, process, sockets, topology
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.place import Place
@@ -317,45 +317,70 @@ class _Supervisor:
             self._tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 self._service.follow_cpus()
-                service = self._service.reread()
-                policy = await in_background(policies.prepare, service.policy)
-                plan = planning.again(self._plan, service, topology.read(), policy=policy)
-                return await self._renew(plan, tell)
+                return await self._renew(await self._planned(self._service.reread()), tell)
             finally:
                 if self._state == "running":
                     self._tell_supervisor("READY=1")
 
     async def _become(self, plan: Plan) -> None:
         async with self._changes.turn(f"reload {plan.name}"):
-            policy = await in_background(policies.prepare, plan.service.policy)
-            plan = msgspec.structs.replace(plan, policy=policy)
-            await self._renew(plan, unheard)
+            await self._renew(await self._planned(plan.service), unheard)
+
+    async def _planned(self, service: Service) -> Plan:
+        """Raises SteerError: it cannot become that."""
+        act = f"reload {self._plan.name}"
+        policy = await in_background(policies.prepare, service.policy)
+        candidates = auto.candidates(policy, service, probe.findings(), act)
+        return planning.again(self._plan, service, topology.read(), act, candidates)
 
     async def _renew(self, plan: Plan, tell: Tell) -> Generation:
         process.allow_descriptors(plan.descriptors)
         before = self._plan
-        self._choose_as(plan)
+        plan = self._choose_as(plan)
         try:
             generation = await self._changes.renew(plan, tell)
         except SteerError:
-            self._choose_as(before)
+            self._choose_again(before)
             raise
         self._service.reconfigured(plan)
         self._health.retime()
         self._log.info("generation %d serves", generation.number)
         return generation
 
-    def _choose_as(self, other: Plan) -> None:
-        """By the policy of another plan, over the workers there are. Raises SteerError."""
-        now = self._plan
-        if (other.policy, other.params) == (now.policy, now.params):
+    def _choose_as(self, other: Plan) -> Plan:
+        """By the policy of another plan, over the workers there are.
+
+        Returns:
+            The other plan, with what it came to: the policy and the backend.
+
+        Raises:
+            SteerError: nothing has changed.
+        """
+        now, first = self._plan, other.candidates[0]
+        if not now.is_by(first) or now.rungs[0].fallback:
+            self._service.choose_by(planning.with_policy_of(now, other, topology.read()))
+            self._tell_policy()
+        return other.choosing_by(self._plan.candidates)
+
+    def _choose_again(self, before: Plan) -> None:
+        """By the policy that was in force before, where it is not: on the backend there is now,
+        else on that which there was."""
+        (old,) = before.candidates
+        if self._plan.is_by(old):
             return
-        keys = {"policy": other.service.policy, "params": other.service.params}
-        service = msgspec.structs.replace(now.service, **keys)
-        act = f"change the policy of {now.name}"
-        self._service.choose_by(
-            planning.choosing_by(now, service, other.policy, topology.read(), act)
-        )
+        rungs = {each.backend: each for each in (*self._plan.rungs, *before.rungs)}
+        may_be = tuple(each for each in rungs.values() if each.backend in old.policy.backends)
+        plan = before.choosing_by([msgspec.structs.replace(old, rungs=may_be)])
+        try:
+            self._service.choose_by(planning.with_policy_of(self._plan, plan, topology.read()))
+        except SteerError as error:
+            self._log_failure(f"choose by {old.policy.name} again", error)
+
+    def _tell_policy(self) -> None:
+        plan = self._plan
+        self._log.info("%s on %s", plan.policy.name, self._service.steering.backend)
+        if plan.became:
+            self._log.info("policy %s", plan.became)
 
     async def _change_policy(self, asked: Mapping[str, Any]) -> None:
         """Raises SteerError: nothing has changed."""
@@ -366,14 +391,15 @@ class _Supervisor:
             try:
                 policy = await in_background(policies.prepare, service.policy)
                 service = _keeping(now, service, policy)
+                candidates = auto.candidates(policy, service, probe.findings(), act)
                 self._service.choose_by(
-                    planning.choosing_by(now, service, policy, topology.read(), act)
+                    planning.choosing_by(now, service, candidates, topology.read(), act)
                 )
             except KernelError as error:
                 goes_on = f"nothing has changed: {now.policy.name} goes on"
                 raise type(error)(act, str(error), goes_on, error.detail) from None
             self._health.retime()
-            self._log.info("%s on %s", policy.name, self._service.steering.backend)
+            self._tell_policy()
 
     async def _scale_by(self, more: int) -> None:
         async with self._changes.turn(f"scale {self._plan.name}"):

@@ -648,7 +648,7 @@ def test_changes_to_the_configuration_as_it_is(
     assert load.failures == []
     assert not old & set(by_slot(second).values())
     assert f"changing to the configuration as it is now: {keys}\n" in second.log
-    assert second.status()["policy"] == ("source" if "policy" in keys else "cpu")
+    assert second.status()["policy"] == ("source" if "policy" in keys else "least-conn")
     orphan(second)
     third = service(*change)
     assert by_slot(third) == by_slot(third)

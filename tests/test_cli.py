@@ -116,7 +116,7 @@ def test_wrong_usage_is_exit_2(cli: RunSteer, arguments: tuple[str, ...]) -> Non
 @pytest.mark.parametrize(
     "arguments, error",
     [
-        (("--policy", "x"), "--policy: policy = 'x': unknown policy; allowed: cpu, round-robin, "),
+        (("--policy", "x"), "--policy: policy = 'x': unknown policy; allowed: auto, cpu, "),
         (("--backend", "x"), "--backend: backend = 'x': "),
         (("-w", "0"), "--workers: workers = '0': too small; allowed: 1 to 1024, or auto"),
         (("-w", "10000"), "--workers: workers = '10000': too large; allowed: 1 to 1024"),
@@ -450,7 +450,9 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
     ]
     assert re.fullmatch(r"memory: \d+\.\d MB of the kernel's, for maps", memory)
     found = json.loads(steer("check", "--json", "-w", "2", "--name", "shop").stdout)
-    assert (found["policy"], found["backend"], found["backend_reason"]) == ("cpu", "ebpf", None)
+    became = found["policy"], found["policy_asked"], found["policy_reason"]
+    assert became == ("least-conn", "auto", "open connections are counted")
+    assert (found["backend"], found["backend_reason"]) == ("ebpf", None)
     assert len(found["workers"]) == 2
     assert 10**6 < found["memory_bytes"] < 10**7
     assert sorted(home.rglob("*")) == before
@@ -573,7 +575,7 @@ def test_watch_ends_when_nobody_reads_it(
         stderr=subprocess.PIPE,
     ) as watching:
         assert watching.stdout is not None
-        assert watching.stdout.readline().startswith(b"test  running  cpu on ")
+        assert watching.stdout.readline().startswith(b"test  running  least-conn on ")
         watching.stdout.close()
         assert watching.wait(DEADLINE_S) == 1
         assert watching.stderr is not None

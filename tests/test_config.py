@@ -46,7 +46,7 @@ def refused(*sources: Mapping[str, Any] | None) -> ConfigError:
 def test_with_nothing_given_all_is_default() -> None:
     assert load() == Service()
     assert load().binds == (Bind("tcp", "127.0.0.1", 8080),)
-    assert (load().workers, load().policy, load().backend) == ("auto", "cpu", "auto")
+    assert (load().workers, load().policy, load().backend) == ("auto", "auto", "auto")
 
 
 # Of each key: a value in the file, in the environment (its text and what it means), on the
@@ -199,7 +199,10 @@ def test_changed_checks_and_converts_as_a_start_does() -> None:
 @pytest.mark.parametrize(
     "asked, said",
     [
-        ({"policy": "x"}, "change it: policy = 'x': unknown policy; allowed: cpu, round-robin"),
+        (
+            {"policy": "x"},
+            "change it: policy = 'x': unknown policy; allowed: auto, cpu, round-robin",
+        ),
         ({"policy": 3}, "change it: policy = 3: a whole number, not a string; allowed: "),
         ({"params": ["prefix4"]}, "change it: params = 'prefix4': malformed; allowed: NAME=VALUE"),
         ({"params": "a=1"}, "change it: params = 'a=1': not a list; allowed: NAME=VALUE"),
@@ -231,7 +234,8 @@ TIMES = "allowed: seconds, 0 or from 0.05 to 86400"
 WAITS = "allowed: seconds, from 0.05 to 86400"
 WEIGHTS = "allowed: whole numbers from 1 to 1000"
 EVERY_POLICY = (
-    "allowed: cpu, round-robin, least-conn, hash, source, flow, random, kernel, or a path/to/file.c"
+    "allowed: auto, cpu, round-robin, least-conn, hash, source, flow, random, kernel, "
+    "or a path/to/file.c"
 )
 
 
@@ -376,7 +380,8 @@ def test_the_source_is_named(sources: tuple[Any, Any, Any], what: str) -> None:
         (
             ({"policy": "kernel"}, None, {"weights": [1, 2]}),
             f"{FILE}: weights = '1,2' and --policy: policy = 'kernel': the kernel's own hash "
-            "knows no weights; allowed: cpu, round-robin, least-conn, hash, source, flow, random",
+            "knows no weights; allowed: auto, cpu, round-robin, least-conn, hash, source, flow, "
+            "random",
         ),
     ],
 )

@@ -12,13 +12,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import pytest
 from conftest import RunSteer, require
 from hypothesis import given
 from hypothesis import strategies as st
 from support import NOBODY, STEER, Netns
 
-from steer import doctor, ladder, plan
+from steer import auto, doctor, ladder, plan
 from steer.backends import Kernel
 from steer.config import Service
 from steer.cpus import Topology
@@ -67,7 +68,8 @@ PROBES = {name: Probed(Answer.YES) for name in (RUN, EBPF, CBPF, MIGRATE, COUNT)
 REFUSED = Probed(Answer.NO, "create BPF map steer_sockets: EPERM")
 NO_BPF = {EBPF: REFUSED, MIGRATE: REFUSED}
 FOUR = Topology(allowed=(0, 1, 2, 3), possible=(0, 1, 2, 3), node_of={})
-SERVICE = Service(bind=("0.0.0.0:8080",))
+SERVICE = Service(bind=("0.0.0.0:8080",), policy="cpu")
+AUTO = Service(bind=("0.0.0.0:8080",))
 NOTHING = replace(
     GOOD,
     capabilities=Unknown("EACCES"),
@@ -98,7 +100,7 @@ def a_case(
 
 
 def serving(**keys: Any) -> Service:
-    return Service(**{"bind": ("0.0.0.0:8080",), **keys})
+    return Service(**{"bind": ("0.0.0.0:8080",), "policy": "cpu", **keys})
 
 
 def sysctl(name: str, value: int | Unknown) -> Facts:
@@ -122,9 +124,51 @@ def one(topic: str, case: Case) -> Finding:
 
 
 def test_all_is_well() -> None:
-    found = doctor.judge(a_case())
-    assert {each.verdict for each in found} == {"ok"}
-    assert list(dict.fromkeys(each.topic for each in found)) == list(CHECKS)
+    by_cpu, by_auto = doctor.judge(a_case()), doctor.judge(a_case(AUTO))
+    assert {each.verdict for each in (*by_cpu, *by_auto)} == {"ok"}
+    told = {each.topic for each in (*by_cpu, *by_auto)}
+    assert [topic for topic in CHECKS if topic in told] == list(CHECKS)
+    assert [each.found for each in by_auto if each.topic == "policy"] == [
+        "auto is least-conn, as open connections are counted"
+    ]
+
+
+REFUSES = Probed(Answer.NO, "attach: EPERM")
+
+
+@pytest.mark.parametrize(
+    "service, probes, verdict, reason, cure",
+    [
+        (AUTO, NO_BPF, "warn", "least-conn needs ebpf", "run with CAP_BPF"),
+        (msgspec.structs.replace(AUTO, backend="cbpf"), {}, "ok", "least-conn needs ebpf", ""),
+        (msgspec.structs.replace(AUTO, bind=("udp://:1",)), {}, "ok", auto.DATAGRAMS, ""),
+    ],
+)
+def test_what_auto_becomes_and_what_would_have_it_go_by_load(
+    service: Service, probes: dict[str, Probed], verdict: str, reason: str, cure: str
+) -> None:
+    facts = without("CAP_BPF", "CAP_SYS_ADMIN") if probes else GOOD
+    found = {each.topic: each for each in doctor.judge(a_case(service, facts, probes))}["policy"]
+    assert (found.verdict, found.found) == (verdict, f"auto is hash, as {reason}")
+    assert found.cure.startswith(cure)
+
+
+def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def uncounted(plan: plan.Plan) -> Steering:
+        if plan.policy.reads_load:
+            raise KernelError("count open connections", "EACCES")
+        return Kernel(plan)
+
+    monkeypatch.setattr(doctor, "open_whole", uncounted)
+    monkeypatch.setattr(doctor, "_can_count", lambda: REFUSES)
+    monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
+    found = {each.topic: each for each in doctor.examine(AUTO)}
+    assert found["policy"].verdict == "warn"
+    assert found["policy"].found == ("auto is hash, as least-conn: count open connections: EACCES")
+    assert "CAP_NET_ADMIN" in found["policy"].cure
+    assert found["backend"].found == "ebpf"
 
 
 def test_topics_that_scripts_look_for() -> None:
@@ -133,7 +177,7 @@ def test_topics_that_scripts_look_for() -> None:
         *("ebpf", "migration", "counting", "cbpf", "jit", "ports", "socket-options", "somaxconn"),
         *("syncookies", "tcp-migrate-req", "files", "run-directory", "workers"),
         *("receive-queues", "draining"),
-        "backend",
+        *("policy", "backend"),
     ]
 
 
@@ -625,12 +669,12 @@ def test_place_of_another_user(tmp_path: Path) -> None:
 def test_a_policy_that_is_refused_is_stepped_down_from(
     monkeypatch: pytest.MonkeyPatch, error: KernelError, cure: str
 ) -> None:
-    def open_backend(backend: str, plan: plan.Plan) -> Steering:
-        if backend == EBPF:
+    def open_whole(plan: plan.Plan) -> Steering:
+        if plan.rungs[0].backend == EBPF:
             raise error
         return Kernel(plan)
 
-    monkeypatch.setattr(doctor, "open_backend", open_backend)
+    monkeypatch.setattr(doctor, "open_whole", open_whole)
     monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
     monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
     found = {each.topic: each for each in doctor.examine(SERVICE)}
@@ -747,7 +791,7 @@ from steer import doctor
 from steer.config import Service
 
 def told():
-    found = doctor.examine(Service(bind=("0.0.0.0:8080",)))
+    found = doctor.examine(Service(bind=("0.0.0.0:8080",), policy="cpu"))
     return [[e.verdict, e.found, e.cure] for e in found if e.found.startswith("v0:")]
 
 def sh(command):

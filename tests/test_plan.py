@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 from msgspec.structs import asdict, replace
 
+from steer import auto, policies
 from steer import plan as planning
-from steer import policies
+from steer.auto import Candidate
 from steer.config import FIELDS, Service
 from steer.cpus import Topology
 from steer.declared import Declared
-from steer.errors import ConfigError
+from steer.errors import ConfigError, FallbackRefused, KernelError
+from steer.fallback import first_that_works
 from steer.ladder import Answer, Finding, Rung
 from steer.plan import FIXED, Plan, again, choosing_by, scaled
-from steer.policy import POLICIES, own
+from steer.policy import POLICIES, Policy, own
 
 FOUR = Topology((0, 1, 2, 3), (0, 1, 2, 3), {})
 TWO = Topology((0, 1), (0, 1, 2, 3), {})
@@ -78,8 +81,8 @@ def test_what_cannot_change_live_is_named(key: str) -> None:
 @pytest.mark.parametrize("key", FIELDS.keys() - set(FIXED))
 def test_all_else_can_change(key: str) -> None:
     service = Service(**{key: OTHER[key]})
-    policy = policies.find("source") if key == "params" else None
-    assert again(running(), service, FOUR, policy=policy).service == service
+    chosen = candidates(service, "source") if key == "params" else ()
+    assert again(running(), service, FOUR, "", chosen).service == service
 
 
 def test_what_is_made_once_stays() -> None:
@@ -114,9 +117,24 @@ def on(there: str, policy: str, **keys: Any) -> Plan:
     return replace(plan, rungs=(Rung(there, "so it is", False),))
 
 
-def swapped(before: Plan, policy: str, **keys: Any) -> Plan:
+NO = Finding(Answer.NO, "EPERM")
+UP_TO: dict[str, Mapping[str, Finding]] = {
+    "ebpf": YES,
+    "cbpf": {**YES, "ebpf": NO},
+    "kernel": {"ebpf": NO, "cbpf": NO},
+}
+"""By the best backend, what the probes find."""
+
+
+def candidates(service: Service, policy: Policy | str, best: str = "ebpf") -> Sequence[Candidate]:
+    found = policies.find(policy) if isinstance(policy, str) else policy
+    return auto.candidates(found, service, UP_TO[best], "change it")
+
+
+def swapped(before: Plan, policy: str, best: str = "ebpf", **keys: Any) -> Plan:
+    """Args: best: the backend that the probes find to work."""
     service = replace(before.service, policy=policy, **{"params": (), **keys})
-    return choosing_by(before, service, policies.find(policy), FOUR, "change it")
+    return choosing_by(before, service, candidates(service, policy, best), FOUR, "change it")
 
 
 BUILT_IN = list(POLICIES)
@@ -137,9 +155,9 @@ def test_any_policy_can_become_any_other(before: str, after: str) -> None:
     assert [asdict(then)[key] for key in kept] == [asdict(first)[key] for key in kept]
 
 
-@pytest.mark.parametrize("backend", ["ebpf", "cbpf", "kernel"])
-def test_the_backend_there_is_stays_and_so_does_its_reason(backend: str) -> None:
-    assert swapped(on(backend, "hash"), "source").rungs == (Rung(backend, "so it is", False),)
+def backends(plan: Plan) -> list[list[str]]:
+    """Those to try, for each policy to try."""
+    return [[rung.backend for rung in each.rungs] for each in plan.candidates]
 
 
 @pytest.mark.parametrize("backend", ["ebpf", "cbpf"])
@@ -148,58 +166,170 @@ def test_the_kernels_own_hash_needs_no_program(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked, policy, backends",
+    "there, policy, best, tried",
     [
-        ("auto", "hash", ["ebpf"]),
-        ("ebpf", "least-conn", ["ebpf"]),
-        ("kernel", "hash", ["kernel"]),
-        ("kernel", "flow", ["kernel"]),
+        ("cbpf", "hash", "ebpf", ["ebpf", "cbpf"]),
+        ("cbpf", "hash", "cbpf", ["cbpf"]),
+        ("kernel", "hash", "cbpf", ["cbpf"]),
+        ("kernel", "least-conn", "ebpf", ["ebpf"]),
+        ("ebpf", "hash", "ebpf", ["ebpf", "cbpf"]),
     ],
 )
-def test_after_the_kernels_own_hash_it_is_as_at_a_start(
-    asked: Any, policy: str, backends: list[str]
+def test_every_backend_on_which_it_would_steer_is_tried(
+    there: str, policy: str, best: str, tried: list[str]
 ) -> None:
-    """But with no fallback: that would be another order of sockets than we know, or no program."""
-    plan = swapped(on("kernel", "kernel", backend=asked), policy)
-    assert [rung.backend for rung in plan.rungs] == backends
+    """Whichever there is: up as well as down."""
+    assert backends(swapped(on(there, "source"), policy, best)) == [tried]
 
 
-NOT_ON_CBPF = {
-    "round-robin": "classic BPF keeps no state, so it cannot take turns",
-    "least-conn": "classic BPF cannot read what is counted",
-    "flow": "classic BPF remembers nothing",
-}
-
-
-@pytest.mark.parametrize("policy", NOT_ON_CBPF)
-def test_what_classic_bpf_cannot_is_refused(policy: str) -> None:
+@pytest.mark.parametrize(
+    "there, policy, best, asked, said",
+    [
+        (
+            "cbpf",
+            "least-conn",
+            "cbpf",
+            "auto",
+            "least-conn would steer nothing: ebpf: EPERM; cbpf: classic BPF cannot read what is "
+            "counted; allowed: cpu, hash, source, random, kernel",
+        ),
+        (
+            "cbpf",
+            "flow",
+            "ebpf",
+            "cbpf",
+            "flow would steer nothing: --backend cbpf; cbpf: classic BPF remembers nothing; "
+            "allowed: cpu, hash, source, random, kernel",
+        ),
+        (
+            "kernel",
+            "hash",
+            "kernel",
+            "auto",
+            "hash would steer nothing: ebpf: EPERM; cbpf: EPERM; see `steer doctor`",
+        ),
+        (
+            "kernel",
+            "hash",
+            "ebpf",
+            "kernel",
+            "hash would steer nothing: --backend kernel; see `steer doctor`",
+        ),
+    ],
+)
+def test_what_would_steer_nothing_is_refused(
+    there: str, policy: str, best: str, asked: Any, said: str
+) -> None:
+    before = on(there, "source", backend=asked)
     with pytest.raises(ConfigError) as caught:
-        swapped(on("cbpf", "hash"), policy)
-    assert str(caught.value) == (
-        f"change it: {policy} cannot be on cbpf: {NOT_ON_CBPF[policy]}; "
-        "allowed: cpu, hash, source, random, kernel"
-    )
+        swapped(before, policy, best)
+    assert str(caught.value) == f"change it: {said}"
 
 
-@pytest.mark.parametrize("policy", ["hash", "flow"])
-def test_what_was_asked_for_is_kept_to(policy: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        swapped(on("kernel", "kernel", backend="cbpf"), policy)
-    assert str(caught.value) == (
-        f"change it: {policy} cannot follow the kernel's own hash on cbpf; stop and start it"
-    )
+def reloaded(before: Plan, policy: str, best: str, **keys: Any) -> Plan:
+    service = replace(before.service, policy=policy, **keys)
+    return again(before, service, FOUR, "", candidates(service, policy, best))
+
+
+def test_a_reload_leaves_the_kernels_own_hash_where_nothing_better_is_to_be_had() -> None:
+    """What fell so low goes on, what was asked to be there may be, but nothing is put there."""
+    fallen = on("kernel", "least-conn")
+    assert backends(reloaded(fallen, "least-conn", "cbpf", workers=2)) == [["kernel"]]
+    assert backends(reloaded(fallen, "hash", "cbpf")) == [["cbpf"]]
+    with pytest.raises(ConfigError, match=r"^reload demo: round-robin would steer nothing: "):
+        reloaded(fallen, "round-robin", "cbpf")
+    as_asked = on("kernel", "hash", backend="kernel")
+    assert backends(reloaded(as_asked, "source", "ebpf")) == [["kernel"]]
 
 
 def test_one_of_ones_own_cannot_be_on_classic_bpf() -> None:
     mine = own("mine", "/srv/mine.c", Declared(), "")
     service = Service(policy="/srv/mine.c")
-    with pytest.raises(
-        ConfigError, match=r"^change it: mine cannot be on cbpf: classic BPF cannot"
-    ):
-        choosing_by(on("cbpf", "hash"), service, mine, FOUR, "change it")
-    with pytest.raises(ConfigError, match=r"^reload demo: mine cannot be on cbpf: "):
-        again(on("cbpf", "hash"), service, FOUR, policy=mine)
-    assert choosing_by(on("ebpf", "hash"), service, mine, FOUR, "").policy is mine
+    why_not = r"mine would steer nothing: ebpf: EPERM; cbpf: classic BPF cannot"
+    chosen = candidates(service, mine, "cbpf")
+    with pytest.raises(ConfigError, match=f"^change it: {why_not}"):
+        choosing_by(on("cbpf", "hash"), service, chosen, FOUR, "change it")
+    with pytest.raises(ConfigError, match=f"^reload demo: {why_not}"):
+        again(on("cbpf", "hash"), service, FOUR, "", chosen)
+    chosen = candidates(service, mine)
+    assert choosing_by(on("ebpf", "hash"), service, chosen, FOUR, "").policy is mine
+
+
+# auto
+
+
+UDP = ("udp://127.0.0.1:1",)
+NEEDS_EBPF = "least-conn needs ebpf"
+
+
+@pytest.mark.parametrize(
+    "bind, backend, best, policy, reason, tried",
+    [
+        ((), "auto", "ebpf", "least-conn", auto.COUNTED, [["ebpf"], ["ebpf", "cbpf", "kernel"]]),
+        ((), "ebpf", "ebpf", "least-conn", auto.COUNTED, [["ebpf"], ["ebpf", "cbpf", "kernel"]]),
+        ((), "auto", "cbpf", "hash", NEEDS_EBPF, [["cbpf", "kernel"]]),
+        ((), "cbpf", "ebpf", "hash", NEEDS_EBPF, [["cbpf", "kernel"]]),
+        ((), "auto", "kernel", "hash", NEEDS_EBPF, [["kernel"]]),
+        (UDP, "auto", "ebpf", "hash", auto.DATAGRAMS, [["ebpf", "cbpf", "kernel"]]),
+        (
+            ("127.0.0.1:1", *UDP),
+            "auto",
+            "ebpf",
+            "hash",
+            auto.DATAGRAMS,
+            [["ebpf", "cbpf", "kernel"]],
+        ),
+    ],
+)
+def test_auto_is_by_load_where_that_can_be_counted(
+    bind: tuple[str, ...], backend: Any, best: str, policy: str, reason: str, tried: list[list[str]]
+) -> None:
+    service = Service(bind=bind or ("127.0.0.1:1",), backend=backend)
+    plan = planning.plan(service, FOUR, UP_TO[best])
+    assert (plan.policy.name, plan.policy_reason, backends(plan)) == (policy, reason, tried)
+    assert plan.describe()["policy_asked"] == "auto"
+    assert f"auto is {policy}, as {reason}" in plan.steps()[1].reason
+
+
+def test_that_auto_has_become_hash_is_no_fallback_but_a_lower_backend_is() -> None:
+    strict = Service(strict=True)
+    planning.plan(replace(strict, bind=UDP), FOUR, UP_TO["ebpf"])
+    with pytest.raises(FallbackRefused):
+        planning.plan(strict, FOUR, UP_TO["cbpf"])
+
+
+def opened(*works: tuple[str, str]) -> Callable[[Plan], str]:
+    """An attempt that works for these policies and backends only."""
+
+    def attempt(plan: Plan) -> str:
+        at = plan.policy.name, plan.rungs[0].backend
+        if at not in works:
+            raise KernelError(f"try {at[1]}", "EPERM", detail="lines")
+        return at[1]
+
+    return attempt
+
+
+def test_where_load_cannot_be_counted_after_all_auto_is_hash_on_the_best_backend() -> None:
+    first = planning.plan(Service(), FOUR, YES)
+    told: list[str] = []
+    got, stands = first_that_works(first, opened(("hash", "ebpf")), told.append)
+    assert (got, stands.policy.name, backends(stands)) == ("ebpf", "hash", [["ebpf"]])
+    assert stands.policy_reason == "least-conn: try ebpf: EPERM"
+    assert (stands.rungs[0].reason, stands.rungs[0].fallback, told) == (None, False, [])
+    got, stands = first_that_works(first, opened(("hash", "cbpf")), told.append)
+    assert (got, stands.rungs[0].reason) == ("cbpf", "ebpf: try ebpf: EPERM")
+    assert (stands.rungs[0].fallback, told) == (True, ["try ebpf: EPERM\nlines"])
+
+
+def test_where_nothing_works_all_that_failed_is_said() -> None:
+    chosen = swapped(on("kernel", "least-conn"), "hash")
+    with pytest.raises(KernelError) as caught:
+        first_that_works(chosen, opened(), str)
+    assert str(caught.value) == "steer by hash: ebpf: try ebpf: EPERM; cbpf: try cbpf: EPERM"
+    with pytest.raises(KernelError) as caught:
+        first_that_works(swapped(on("kernel", "hash"), "flow"), opened(), str)
+    assert (str(caught.value), caught.value.detail) == ("try ebpf: EPERM", "lines")
 
 
 def test_params_are_checked_and_stand_in_the_order_of_their_declaration() -> None:
@@ -222,20 +352,22 @@ def test_params_are_checked_and_stand_in_the_order_of_their_declaration() -> Non
         ("source", ("idle=3",), "no parameter 'idle' (of 'idle=3'); allowed: prefix4, prefix6"),
         ("flow", ("idle=1", "idle=2"), "parameter idle is given twice; give it once"),
         ("hash", ("a=1",), "no parameter 'a' (of 'a=1'); this policy has none"),
+        (
+            "auto",
+            ("a=1",),
+            "parameters are of one policy, and auto may become another; "
+            "name the policy, see `steer policies`",
+        ),
     ],
 )
 def test_params_that_cannot_be(policy: str, params: tuple[str, ...], said: str) -> None:
     first = on("ebpf", "hash")
     service = replace(first.service, policy=policy, params=params)
-    chosen = policies.find(policy)
     with pytest.raises(ConfigError) as caught:
-        choosing_by(first, service, chosen, FOUR, "change it")
+        candidates(service, policy)
     assert str(caught.value) == f"change it: {said}"
     with pytest.raises(ConfigError) as caught:
-        again(first, service, FOUR, policy=chosen)
-    assert str(caught.value) == f"reload demo: {said}"
-    with pytest.raises(ConfigError) as caught:
-        planning.plan(service, FOUR, YES, chosen)
+        planning.plan(service, FOUR, YES, policies.find(policy))
     assert str(caught.value) == f"--policy {policy}: {said}"
 
 
@@ -255,8 +387,8 @@ def test_a_swap_starts_no_workers() -> None:
 
 
 def test_auto_follows_the_cpus_there_are_now() -> None:
-    before = running()
-    after = again(before, Service(), TWO)
+    before = running(policy="cpu")
+    after = again(before, Service(policy="cpu"), TWO)
     assert (cpus(before), cpus(after)) == ([0, 1, 2, 3], [0, 1])
     assert after.topology == TWO
 

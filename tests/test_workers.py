@@ -146,7 +146,8 @@ def test_command_gets_the_protocol_of_systemd(service: StartService, home: Path)
 
 def test_everyone_gets_the_environment(service: StartService, environment: dict[str, str]) -> None:
     environment |= {"LISTEN_FDS": "7", "LISTEN_PID": "1", "NOTIFY_SOCKET": "/nowhere", "KEPT": "1"}
-    running = service("app:serve", "-w", "1", "-e", "A=b=c", "-e", "STEER_SLOT=99")
+    arguments = ("-w", "1", "--policy", "cpu", "-e", "A=b=c", "-e", "STEER_SLOT=99")
+    running = service("app:serve", *arguments)
     found = ask()["env"]
     (worker,) = running.workers()
     assert found["STEER_SLOT"] == "0"
