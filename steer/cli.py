@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,8 +13,8 @@ import click
 from steer import __version__
 from steer.options import Command, Source, TakesCommand, service_options
 
-_Named = tuple[str | None, int]
-"""A service's name, if given, and a number."""
+_Named = tuple[str | None, Mapping[str, Any]]
+"""A service's name, if given, and the number, as a request has it."""
 
 
 def main() -> None:
@@ -80,21 +80,47 @@ def _numbered(number: str) -> Callable[[Command], Command]:
     """The arguments [NAME] and a number; one alone is the number."""
 
     def read(context: click.Context, _: click.Parameter, given: tuple[str, ...]) -> _Named:
-        from steer import abi, config, values
+        from steer import values
 
-        most = {"N": config.MAX_WORKERS, "SLOT": abi.MAX_SLOTS - 1}[number]
         *name, text = given
         if len(name) > 1:
             raise click.UsageError(f"Got unexpected extra argument ({text})", context)
+        if name and name[0].startswith("-"):
+            raise click.NoSuchOption(name[0], ctx=context)
         try:
-            return (name[0] if name else None, values.whole_number(text, 0, most))
+            return (name[0] if name else None, _READ[number](text))
         except values.Invalid as error:
             words = f"{values.shown(text)} is {error}."
             raise click.BadParameter(words, context, param_hint=number) from None
 
     return click.argument(
-        "named", nargs=-1, required=True, metavar=f"[NAME] {number}", callback=read
+        "named",
+        nargs=-1,
+        required=True,
+        metavar=f"[NAME] {number}",
+        callback=read,
+        type=click.UNPROCESSED,
     )
+
+
+def _workers(text: str) -> Mapping[str, int]:
+    """So many, or with a sign so many more or fewer. Raises values.Invalid."""
+    from steer import config, values
+
+    if text[:1] not in ("+", "-"):
+        return {"workers": values.whole_number(text, 0, config.MAX_WORKERS)}
+    number = values.whole_number(text[1:], 1, config.MAX_WORKERS)
+    return {"more": number if text[0] == "+" else -number}
+
+
+def _slot(text: str) -> Mapping[str, int]:
+    """Raises values.Invalid."""
+    from steer import abi, values
+
+    return {"slot": values.whole_number(text, 0, abi.MAX_SLOTS - 1)}
+
+
+_READ: Mapping[str, Callable[[str], Mapping[str, int]]] = {"N": _workers, "SLOT": _slot}
 
 
 @cli.command(cls=TakesCommand)
@@ -213,13 +239,13 @@ def reload(name: str | None, **how: Any) -> None:
     _perform("reload", "reloaded", name, **how)
 
 
-@cli.command()
+@cli.command(context_settings={"ignore_unknown_options": True})  # -1 is none
 @_numbered("N")
 @_AS_JSON
 @_CONTROL_SOCKET
 def scale(named: _Named, **how: Any) -> None:
-    """Run N workers from now on."""
-    _perform("scale", "scaled", named[0], workers=named[1], **how)
+    """Run N workers from now on; +N or -N: so many more, or fewer, than there are."""
+    _perform("scale", "scaled", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -228,7 +254,7 @@ def scale(named: _Named, **how: Any) -> None:
 @_CONTROL_SOCKET
 def drain(named: _Named, **how: Any) -> None:
     """Send nothing new to the worker in SLOT; it goes on with what it has."""
-    _perform("drain", "drained", named[0], slot=named[1], **how)
+    _perform("drain", "drained", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -237,7 +263,7 @@ def drain(named: _Named, **how: Any) -> None:
 @_CONTROL_SOCKET
 def undrain(named: _Named, **how: Any) -> None:
     """Send to the worker in SLOT again."""
-    _perform("undrain", "undrained", named[0], slot=named[1], **how)
+    _perform("undrain", "undrained", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -246,7 +272,7 @@ def undrain(named: _Named, **how: Any) -> None:
 @_CONTROL_SOCKET
 def restart(named: _Named, **how: Any) -> None:
     """Replace the worker in SLOT; it ends when the new one is ready."""
-    _perform("restart", "restarted", named[0], slot=named[1], **how)
+    _perform("restart", "restarted", named[0], **named[1], **how)
 
 
 @cli.command()

@@ -165,10 +165,10 @@ class _Supervisor:
             signal.SIGUSR1: self._reopen_log,
             signal.SIGUSR2: lambda: self._begin("execute anew", self._execute_anew),
             signal.SIGTTIN: lambda: self._begin(
-                "add a worker", lambda: self._scale_by(1), signal.SIGTTIN
+                "add a worker", lambda: self._scale_by(1, unheard), signal.SIGTTIN
             ),
             signal.SIGTTOU: lambda: self._begin(
-                "end a worker", lambda: self._scale_by(-1), signal.SIGTTOU
+                "end a worker", lambda: self._scale_by(-1, unheard), signal.SIGTTOU
             ),
             signal.SIGWINCH: self._on_window_change,
         }
@@ -401,13 +401,17 @@ class _Supervisor:
             self._health.retime()
             self._tell_policy()
 
-    async def _scale_by(self, more: int) -> None:
-        async with self._changes.turn(f"scale {self._plan.name}"):
-            workers = len(self._plan.seats) + more
-            if workers < 1:
-                cause = "no more than one worker is there"
-                raise ControlError(f"scale {self._plan.name}", cause, "see `steer stop`")
-            await self._scale_to(workers, unheard)
+    async def _scale_by(self, more: int, tell: Tell) -> int:
+        """How many there are then."""
+        act = f"scale {self._plan.name} by {more:+}"
+        async with self._changes.turn(act):
+            there = len(self._plan.seats)
+            if not 0 < there + more <= MAX_WORKERS:
+                there_are = f"{plural(there, 'worker')} there"
+                cause = f"{there_are}, and there may be 1 to {MAX_WORKERS}"
+                raise ControlError(act, cause, "see `steer stop`" if more < 0 else "")
+            await self._scale_to(there + more, tell)
+            return there + more
 
     async def _scale(self, workers: int, tell: Tell) -> None:
         async with self._changes.turn(f"scale {self._plan.name} to {workers}"):
@@ -484,7 +488,9 @@ class _Supervisor:
 
     async def _on_scale(self, request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
         began_s = time.monotonic()
-        workers = request.get("workers")
+        workers, more = request.get("workers"), request.get("more")
+        if workers is None and type(more) is int:
+            return {"workers": await self._scale_by(more, tell), **_took(began_s)}
         if type(workers) is not int or not 0 < workers <= MAX_WORKERS:
             act = f"scale {self._plan.name} to {shown(workers)}"
             raise ControlError(

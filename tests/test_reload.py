@@ -784,8 +784,16 @@ def test_one_worker_more_or_less(service: StartService) -> None:
     running.send_signal(signal.SIGTTOU)
     eventually(lambda: slots(running), [0])
     running.send_signal(signal.SIGTTOU)
-    eventually(lambda: "no more than one worker is there" in running.log)
-    assert slots(running, "ready") == [0]
+    refusal = "by -1: 1 worker there, and there may be 1 to 1024; see `steer stop`"
+    eventually(lambda: refusal in running.log)
+    assert running.steer("scale", "+2").returncode == 0
+    assert slots(running, "ready") == [0, 2, 3]
+    assert running.steer("scale", "-1").returncode == 0
+    eventually(lambda: slots(running), [0, 2])
+    done = running.steer("scale", running.name, "-2")
+    assert done.returncode == 1
+    assert refusal.replace("-1: 1 worker", "-2: 2 workers") in done.stderr
+    assert slots(running, "ready") == [0, 2]
 
 
 def test_each_signal_counts(service: StartService, home: Path) -> None:
