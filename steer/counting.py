@@ -25,8 +25,12 @@ class Saved(msgspec.Struct):
 class Counting:
     """Of one service.
 
-    The program is on the cgroup this process is in, which is that of the workers' sockets
-    too. Nothing is made there, and it is gone with its link.
+    The program is on every cgroup that this process was in when a worker started. A socket
+    counts where its creator was when it made it, for good (sk_cgrp_data, cgroup_sk_alloc()
+    of kernel/cgroup/cgroup.c): so when the service is moved, the old workers count in the old
+    cgroup, and the new ones in the new. Where one cgroup is below the other the program runs
+    twice for a connection, and counts it once. Nothing is made there, and it is gone with
+    its links.
 
     Args:
         at_most: so many listeners; with none there is nothing to count.
@@ -43,6 +47,7 @@ class Counting:
         self.why_not = ""
         self._cookies: dict[int, list[int]] = {}
         self._cgroups: list[int] = []
+        self._watched = ""
         self._owners: bpf.Map | None = None
         self._attached: list[bpf.Descriptor] = []
         with ExitStack() as undo:
@@ -74,12 +79,27 @@ class Counting:
             self.why_not = str(KernelError(error.what, error.cause, cure))
 
     def _watch_ours(self) -> None:
-        """Count in the cgroup we are in, if that is not done already."""
+        """Count in the cgroup we are in, if that is not done already. Raises KernelError."""
+        name = cgroup.name()
+        if name and name == self._watched:
+            return
         with cgroup.own() as directory:
             number = os.fstat(directory).st_ino
             if number not in self._cgroups:
                 self._attached.append(bpf.Link(self._attached[0], directory))
                 self._cgroups.append(number)
+        self._watched = name
+
+    def _follow(self) -> None:
+        """Count where a worker that was just forked made its sockets."""
+        if self._owners is None:
+            return
+        try:
+            self._watch_ours()
+        except KernelError as error:
+            # What counts only some of the workers would send everything to the others.
+            self._stop()
+            self.why_not = f"not in cgroup {cgroup.name()}, where this process is now: {error}"
 
     def _stop(self) -> None:
         while self._attached:
@@ -90,6 +110,7 @@ class Counting:
 
     def joined(self, slot: int, fds: Sequence[int], binds: Sequence[Bind]) -> None:
         """A worker comes to the slot, with a socket for each bind."""
+        self._follow()
         stamp = self.slots.begin(slot)
         for bind, fd in zip(binds, fds, strict=True):
             if bind.protocol == "tcp":

@@ -66,6 +66,8 @@ class Health:
 
     def changed(self, place: Place) -> None:
         """A worker is in another state."""
+        if self._sampling is None:
+            self._sample()
         if place.state is State.STARTING:
             self._starting_s = _FIRST_S
         if self._starting is None and self._some_start():

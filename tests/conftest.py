@@ -27,6 +27,7 @@ from support import (
     Netns,
     Service,
     clean_environment,
+    eventually,
     network_namespace,
     run_steer,
     start_service,
@@ -291,3 +292,20 @@ def service(netns: Netns, home: Path, environment: dict[str, str]) -> Iterator[S
             errors.append(error)
     if errors:
         raise ExceptionGroup("services were not left in order", errors)
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """One of version 2, of our own."""
+    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    roots = [mount[4] for mount in mounts if mount[mount.index("-") + 1] == "cgroup2"]
+    made = Path(roots[0] if roots else "/nowhere", f"steer-test-{os.getpid()}")
+    try:
+        made.mkdir()
+    except OSError as error:
+        do_without(f"needs a cgroup: {error}")
+    yield made
+    (made / "cgroup.freeze").write_text("0")
+    (made.parent / "cgroup.procs").write_text(str(os.getpid()))
+    eventually(lambda: (made / "cgroup.procs").read_text() == "")
+    made.rmdir()

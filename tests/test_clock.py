@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import StartService, do_without
+from conftest import StartService
 from support import Service, eventually
 
 from steer.clock import Clock, Timer
@@ -206,23 +206,6 @@ def serve(worker):
         let_pass(2.0)
     assert running.wait() == 0
     assert running.output == "finished\n"
-
-
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """One of version 2, of our own."""
-    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    roots = [mount[4] for mount in mounts if mount[mount.index("-") + 1] == "cgroup2"]
-    made = Path(roots[0] if roots else "/nowhere", f"steer-test-{os.getpid()}")
-    try:
-        made.mkdir()
-    except OSError as error:
-        do_without(f"needs a cgroup: {error}")
-    yield made
-    (made / "cgroup.freeze").write_text("0")
-    (made.parent / "cgroup.procs").write_text(str(os.getpid()))
-    eventually(lambda: (made / "cgroup.procs").read_text() == "")
-    made.rmdir()
 
 
 @pytest.mark.needs("netns")

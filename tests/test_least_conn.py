@@ -503,6 +503,41 @@ def test_status_says_what_is_open(service: StartService) -> None:
     eventually(lambda: is_idle(running))
 
 
+@pytest.fixture
+def moved(cgroup: Path) -> Iterator[Sequence[Path]]:
+    """Three cgroups to be in one after the other, the last in the second; we are in the first."""
+    places = (cgroup / "first", cgroup / "second", cgroup / "second" / "below")
+    for place in places:
+        place.mkdir()
+    (places[0] / "cgroup.procs").write_text(str(os.getpid()))
+    yield places
+    for place in reversed(places):
+        for pid in (place / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                (cgroup.parent / "cgroup.procs").write_text(pid)
+        place.rmdir()
+
+
+def test_service_that_is_moved_to_another_cgroup(
+    moved: Sequence[Path], service: StartService, clients: ExitStack
+) -> None:
+    """The workers that start from then on are counted there."""
+    running = service(*OPTIONS, "-w", "2")
+    kept_alive(clients, 2)
+    (moved[1] / "cgroup.procs").write_text(str(running.pid))
+    assert running.steer("reload").returncode == 0
+    new = [each["slot"] for each in running.workers() if each["generation"] == 2]
+    assert Counter(kept_alive(clients, 6)) == dict.fromkeys(new, 3)
+    assert open_at(running) == {**open_at(running), **dict.fromkeys(new, 3)}
+    # Of one in both cgroups each connection is counted once.
+    (moved[2] / "cgroup.procs").write_text(str(running.pid))
+    assert running.steer("restart", str(new[0])).returncode == 0
+    clients.close()
+    eventually(lambda: is_idle(running))
+    kept_alive(clients, 4)
+    assert sorted(filter(None, open_at(running).values())) == [2, 2]
+
+
 def test_whatever_the_policy(service: StartService) -> None:
     running = service("--policy=hash", "-w", "2")
     with ExitStack() as clients:
