@@ -588,12 +588,16 @@ class Fleet:
             self.log.warning(
                 "worker %d (pid %d): %s", place.slot, gone.pid, process.how_it_ended(status)
             )
-            if gone.problem and self.up.done():
+            if gone.problem and self._has_come_up():
                 self.log.error("%s", gone.problem)
         error = gone.problem or WorkersFailed(
             "start workers", process.how_it_ended(status), detail=gone.last_words
         )
         self._failed(place, error)
+
+    def _has_come_up(self) -> bool:
+        """Else whoever waits for that is told of an error, once."""
+        return self.up.done() and self.up.exception() is None
 
     def _failed(self, place: Place, error: SteerError) -> None:
         """Whether the service can still come up; `error` is told if it cannot."""

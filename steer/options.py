@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from steer.config import Service
 
 DEFAULT_FILE = "steer.toml"
+_APP = re.compile(r"[\w.]+:[\w.]+")
 Command = Callable[..., Any]
 """A function that is to be one of the command line's."""
 
@@ -116,7 +118,32 @@ class TakesCommand(click.Command):
             if not arguments[at + 1 :]:
                 raise click.UsageError("no command after --", context)
             arguments = arguments[:at]
+        else:
+            _see_no_command(self, context, arguments)
         return super().parse_args(context, arguments)
+
+
+def _see_no_command(
+    command: click.Command, context: click.Context, arguments: Sequence[str]
+) -> None:
+    """Raises UsageError: of these, one begins a command, and `--` was forgotten."""
+    parser = command.make_parser(context)
+    parser.allow_interspersed_args = False
+    try:
+        given, rest, _ = parser.parse_args(list(arguments))
+    except click.UsageError:  # before it: told as ever
+        return
+    at = len(arguments) - len(rest) - 1
+    first = given.get("app")
+    if at < 0 or first != arguments[at] or _APP.fullmatch(first):
+        return
+    import shlex
+    import shutil
+
+    if (rest and not rest[0].startswith("-")) or shutil.which(first):
+        line = shlex.join((*context.command_path.split(), *arguments[:at], "--", *arguments[at:]))
+        words = f"{first} is no MODULE:CALLABLE. A command goes after --: {line}"
+        raise click.UsageError(words, context)
 
 
 class Source:

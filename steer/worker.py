@@ -389,6 +389,11 @@ def _load(service: Service) -> Callable[[Worker], object]:
         raise Unloadable(_in_words(error), _where(error)) from None
     if not callable(found):
         raise Unloadable(f"{path} is not callable")
+    # Takes time to import, and a command does not need it.
+    from steer import applications
+
+    if why := applications.why_not(found, service.app):
+        raise Unloadable(why)
     return found
 
 
