@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from steer import lifecycle, rotation, servers
+from steer import elsewhere, lifecycle, rotation, servers
 from steer.clock import Clock
 from steer.config import Service
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
@@ -302,8 +302,8 @@ class Fleet:
 
     def report(self, place: Place, event: Event) -> None:
         """Something happened to a worker: do what follows."""
-        if event is Event.LATE and (place.says_ready or self._is_unseen(place)):
-            event = Event.READY  # it waits in a way that is not seen
+        if event is Event.LATE and self._may_be_ready(place):
+            event = Event.READY
         if event is Event.OVERDUE and self._is_busy(place):
             self._set_timer(place, self._graceful_timeout_s, event)
             return
@@ -317,6 +317,13 @@ class Fleet:
         self._save(place)
         if place.state is not before:
             self._changed(place)
+
+    def _may_be_ready(self, place: Place) -> bool:
+        """Whether it may wait in a way that is not seen."""
+        if self._is_unseen(place):
+            return True
+        is_elsewhere = place.process and elsewhere.diagnosis(place.process)
+        return place.says_ready and not is_elsewhere
 
     def _is_unseen(self, place: Place) -> bool:
         """Whether nobody can tell if it waits on its sockets."""
@@ -457,13 +464,7 @@ class Fleet:
         if not place.process:
             return
         if place.state is State.STARTING:
-            limit_s = place.process.launch.service.ready_timeout
-            place.process.problem = WorkersFailed(
-                "start workers",
-                f"not ready within {limit_s:g} s",
-                "see --ready-timeout; ready is who says READY=1 or waits on its socket",
-                detail=place.process.last_words,
-            )
+            place.process.problem = elsewhere.not_ready(place.process)
         place.process.kill()
 
     def _back_off(self, place: Place) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from steer.elsewhere import Lookout
 from steer.evidence import Closer
 from steer.fleet import Fleet
 from steer.hang import History, Look, Verdict
@@ -60,6 +62,7 @@ class Health:
         self._starting: TimerHandle | None = None
         self._histories: dict[int, History] = {}
         self._closer = Closer()
+        self._lookout = Lookout(fleet.log)
         self._ticking: TimerHandle | None = None
         self._sampling: TimerHandle | None = None
         self.retime()
@@ -121,10 +124,14 @@ class Health:
         if self._some_start() and self._starting is None:
             self._starting_s = min(self._starting_s * 1.5, _LAST_S)
             self._starting = self._loop.call_later(self._starting_s, self._look_at_starting)
+        elif not self._some_start():
+            self._lookout.forget()
 
     def _look_at_start(self, place: Place, process: Process) -> None:
         if self._is_ready(place, process):
             self._fleet.report(place, Event.READY)
+        else:
+            self._lookout.look(place, process, time.monotonic() - process.started_s)
 
     def _is_ready(self, place: Place, process: Process) -> bool:
         """Seen to wait; or at rest, where nobody can see what for."""

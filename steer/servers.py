@@ -40,6 +40,19 @@ SERVERS: Mapping[str, Server] = {
 SAY_READY_EARLY = ("gunicorn",)
 """They send READY=1 before their own workers have loaded the application."""
 
+HAND_OVER: Mapping[str, str] = {
+    "uvicorn": "add to its command: --fd {fd}",
+    "hypercorn": "give it --bind fd://{fd}, and no other --bind",
+    "daphne": "add to its command: --fd {fd}",
+    "gunicorn": "leave out reuse_port, with which it ignores LISTEN_FDS",
+    "granian": "it takes no socket from others: run another server",
+    "nginx": "give steer -e 'NGINX=3;', and nginx the same address to listen on",
+    "haproxy": "write in its configuration: bind fd@3",
+}
+"""What has each server listen on the socket that it is given."""
+_HAND_OVER = "have it take descriptor 3, {fd} in its arguments; see LISTEN_FDS of sd_listen_fds(3)"
+_HAND_OVER_CALLABLE = "have it accept from worker.sockets"
+
 ALLOWED = "a signal's name, as QUIT or SIGQUIT; not KILL or STOP, which no process can act on"
 _NOT_SEEN = (signal.SIGKILL, signal.SIGSTOP)
 
@@ -63,8 +76,25 @@ def says_ready_early(arguments: Sequence[str]) -> bool:
         arguments: its command line: the program, or Python with a script or `-m`; or what the
             program shows in its place ("gunicorn: master [app]").
     """
-    names = (each.rpartition("/")[2].partition(":")[0] for each in arguments[:3])
-    return not set(SAY_READY_EARLY).isdisjoint(names)
+    return not set(SAY_READY_EARLY).isdisjoint(_names(arguments))
+
+
+def how_to_hand_over(command: Sequence[str], arguments: Sequence[str]) -> str:
+    """What to change, that a server listens on the socket it is given.
+
+    Args:
+        command: the worker's command line; empty for a Python callable.
+        arguments: the command line of its process that listens, as `says_ready_early` has it.
+    """
+    if not command:
+        return _HAND_OVER_CALLABLE
+    names = (*_names(command), *_names(arguments))
+    return next((HAND_OVER[name] for name in names if name in HAND_OVER), _HAND_OVER)
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    """What may be the name of the program."""
+    return [each.rpartition("/")[2].partition(":")[0] for each in arguments[:3]]
 
 
 def note(command: Sequence[str]) -> str:

@@ -324,7 +324,7 @@ class Holder(msgspec.Struct, frozen=True):
         return f"{self.command or '?'} (pid {self.pid})"
 
 
-class _Bound(msgspec.Struct, frozen=True):
+class Bound(msgspec.Struct, frozen=True):
     """A socket of /proc/net, its address as inet_pton(3) packs it."""
 
     ip: bytes
@@ -355,7 +355,7 @@ def holders(
             far longer than to find the socket.
     """
     wanted = _pack(address)
-    table = [bound for bound in _bound(protocol, root) if bound.port == port and bound.inode]
+    table = [bound for bound in bound_sockets(protocol, root) if bound.port == port and bound.inode]
     found = [bound for bound in table if _overlap(wanted, bound.ip) is not None]
     found = [bound for bound in found if bound.waiting] or found
     found = [bound for bound in found if bound.inode not in ours]
@@ -364,7 +364,7 @@ def holders(
     return [_holder(bound, pid, root) for bound in found for pid in pids.get(bound.inode, (None,))]
 
 
-def _holder(bound: _Bound, pid: int | None, root: str) -> Holder:
+def _holder(bound: Bound, pid: int | None, root: str) -> Holder:
     family = socket.AF_INET if len(bound.ip) == 4 else socket.AF_INET6
     address = socket.inet_ntop(family, bound.ip)
     return Holder(pid, command(pid, root) if pid else None, bound.uid, bound.inode, address)
@@ -393,7 +393,7 @@ def _overlap(wanted: bytes, held: bytes) -> int | None:
 _TCP_LISTEN, _UDP_UNCONNECTED = "0A", "07"  # include/net/tcp_states.h
 
 
-def _bound(protocol: Protocol, root: str) -> Iterator[_Bound]:
+def bound_sockets(protocol: Protocol, root: str) -> Iterator[Bound]:
     """The lines of /proc/net/tcp and its siblings (proc_pid_net(5))."""
     waiting = _TCP_LISTEN if protocol == "tcp" else _UDP_UNCONNECTED
     for name in (protocol, f"{protocol}6"):
@@ -404,7 +404,7 @@ def _bound(protocol: Protocol, root: str) -> Iterator[_Bound]:
         for line in lines:
             _, local, _, state, _, _, _, uid, _, inode, *_ = line.split()
             ip, _, port = local.partition(":")
-            yield _Bound(_unhex(ip), int(port, 16), state == waiting, int(uid), int(inode))
+            yield Bound(_unhex(ip), int(port, 16), state == waiting, int(uid), int(inode))
 
 
 def _unhex(ip: str) -> bytes:

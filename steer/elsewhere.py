@@ -1,0 +1,70 @@
+"""Workers that listen elsewhere: nobody waits on the sockets that they were given."""
+
+from __future__ import annotations
+
+from steer import servers
+from steer.errors import WorkersFailed
+from steer.kernel import elsewhere, proc
+from steer.kernel.waits import Seen
+from steer.log import Log
+from steer.place import Place, waits
+from steer.spawn import Process
+from steer.worker import FIRST_FD
+
+_FIRST_LOOK_S = 1.0
+"""After a worker's start; each next look is twice as late, as a large table may be read."""
+
+
+def diagnosis(worker: Process) -> tuple[str, str] | None:
+    """Where it listens instead, and what to add to its command; None if it does not, if it
+    waits on its sockets, too, or if that cannot be seen."""
+    if all(bind.protocol != "tcp" for bind in worker.launch.binds):
+        return None
+    if waits(worker) is not Seen.NO:
+        return None
+    found = elsewhere.find(worker.pid, worker.inodes)
+    if found is None:
+        return None
+    ports = f"port{'s' * (len(found.ports) > 1)} {', '.join(map(str, found.ports))}"
+    who = f"{proc.command(found.pid) or 'it'} (pid {found.pid})"
+    command = worker.launch.service.command
+    cure = servers.how_to_hand_over(command, proc.arguments(found.pid))
+    if command:
+        return f"{who} listens on {ports}, and nobody waits on descriptor {FIRST_FD}", cure
+    return f"it listens on {ports}, and does not wait on worker.sockets", cure
+
+
+def not_ready(worker: Process) -> WorkersFailed:
+    """Why a worker is killed at its --ready-timeout."""
+    limit = f"not ready within {worker.launch.service.ready_timeout:g} s"
+    if found := diagnosis(worker):
+        cause, cure = f"{limit}: {found[0]}", found[1]
+    else:
+        cause = limit
+        cure = "see --ready-timeout; ready is who says READY=1 or waits on its socket"
+    return WorkersFailed("start workers", cause, cure, detail=worker.last_words)
+
+
+class Lookout:
+    """Says so of workers that start, before their time is over: they may still come round."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._after_s: dict[int, float] = {}
+
+    def look(self, place: Place, worker: Process, age_s: float) -> None:
+        """Where it is due: once for each process if there is something to say.
+
+        Args:
+            age_s: of the process.
+        """
+        if age_s < self._after_s.setdefault(worker.pid, _FIRST_LOOK_S):
+            return
+        self._after_s[worker.pid] *= 2
+        if found := diagnosis(worker):
+            self._after_s[worker.pid] = float("inf")
+            self._log.warning("worker %d: %s; %s", place.slot, *found)
+
+    def forget(self) -> None:
+        """No worker starts any more."""
+        self._after_s.clear()
