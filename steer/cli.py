@@ -217,9 +217,13 @@ def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | Non
     """Stop a service; return when it has ended."""
     from steer import client, show
 
-    path = client.locate(name, control_socket, os.environ)
+    left = client.abandoned(os.environ, name, control_socket)
+    path = left[0] if len(left) == 1 else client.locate(name, control_socket, os.environ)
     with show.progress(f"stop {path.stem}") as progress:
-        client.stop(path, quick, progress)
+        if left:
+            client.end_abandoned(path, quick, directory=control_socket is None)
+        else:
+            client.stop(path, quick, progress)
     if as_json:
         _print_json({"stopped": path.stem})
     else:

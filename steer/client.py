@@ -13,9 +13,11 @@ import msgspec
 
 from steer import report
 from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
-from steer.kernel import diag, proc, process, rundir
+from steer.kernel import diag, proc, process, record, rundir
 from steer.values import plural, shown
 
+FINISH_S, QUICK_S = 30.0, 1.0
+"""What workers get to finish that nobody looks after any more."""
 _TIMEOUT_S = 5.0
 _REPLACED_S, _ASK_AGAIN_S = 10.0, 0.05
 """While a controller executes itself anew, somebody else says that it will be back."""
@@ -185,6 +187,8 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     paths = running(environment)
     names = ", ".join(path.stem for path in paths)
     others = of_others(environment)
+    if not paths:
+        _tell_abandoned(name, environment)
     if name is not None:
         there = f"running: {names}" if names else "no service is running"
         if others:
@@ -197,6 +201,44 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     if len(paths) > 1:
         raise ControlError("find the service", f"several are running: {names}", "name one")
     return paths[0]
+
+
+def abandoned(
+    environment: Mapping[str, str], name: str | None = None, control_socket: str | None = None
+) -> list[Path]:
+    """The control sockets of services, or of the one of that name, whose controller and guard
+    were killed while workers go on."""
+    found = [Path(control_socket)] if control_socket else rundir.find(environment, name)
+    named = (path for path in found if name is None or control_socket or path.stem == name)
+    return [path for path in named if not _answers(path) and record.left(path)]
+
+
+def end_abandoned(path: Path, quick: bool, directory: bool) -> None:
+    """End the workers of a service whose controller and guard were killed.
+
+    Args:
+        directory: whether that of the control socket may go, too, if it is empty then.
+
+    Raises:
+        ControlError: some are still there.
+    """
+    record.end(path, QUICK_S if quick else FINISH_S, directory)
+    if there := record.left(path):
+        pids = ", ".join(str(pid) for pid, _ in there)
+        raise ControlError(f"stop {path.stem}", f"pid {pids} cannot be ended", "see ps(1)")
+
+
+def _tell_abandoned(name: str | None, environment: Mapping[str, str]) -> None:
+    """Raises NotRunning: that is what there is of the service."""
+    for path in abandoned(environment, name):
+        raise NotRunning(f"find service {shown(path.stem)}", *_of_abandoned(path))
+
+
+def _of_abandoned(path: Path) -> tuple[str, str]:
+    """What there is of such a service, and what can be done."""
+    count = plural(len(record.left(path)), "worker")
+    state = f"its controller and guard were killed, and {count} go on, which nobody steers"
+    return state, f"`steer stop {path.stem}` ends them, and so does `steer run`"
 
 
 def status(path: Path) -> report.Status:
@@ -224,6 +266,8 @@ def status_of_all(environment: Mapping[str, str]) -> report.Status:
             found.orphaned.append(report.Orphan(path.stem, error.cause))
         except NotRunning:
             pass  # it has ended since
+    for path in abandoned(environment):
+        found.orphaned.append(report.Orphan(path.stem, "; ".join(_of_abandoned(path))))
     found.others = len(of_others(environment))
     return found
 

@@ -38,6 +38,7 @@ from steer.kernel import (
     mail,
     output,
     process,
+    record,
     rundir,
     sockets,
     sockopt,
@@ -461,12 +462,24 @@ class Controller:
 
     def _claim_name(self, _step: Step) -> None:
         service = self.plan.service
+        self._end_abandoned()
         self.claim = rundir.Claim(self.plan.name, service.control_socket, self.environment)
         self._undo.callback(self.claim.release)
         if self.claim.refusals:
             places = "; ".join(self.claim.refusals)
             self.log.info("control socket %s, as not at %s", self.claim.path, places)
         self._undo.callback(self._write_pid())
+
+    def _end_abandoned(self) -> None:
+        """Workers whose controller and guard were both killed hold the ports, and nobody can
+        adopt them."""
+        service = self.plan.service
+        where = service.control_socket
+        for path in rundir.refuse_taken(self.plan.name, where, self.environment):
+            if there := record.left(path):
+                count = plural(len(there), "worker")
+                self.log.warning("ending %s whose controller and guard were killed", count)
+                record.end(path, service.graceful_timeout)
 
     def _write_pid(self) -> Callable[[], None]:
         path = self.plan.service.pid

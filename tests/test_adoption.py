@@ -1040,21 +1040,3 @@ def test_killed_while_it_reloads(
     totals = second.status()["totals"]
     if totals["selected"] is not None:
         assert totals["selected"] - totals["migrated"] == load.answered.total() + asked
-
-
-def test_with_its_guard(service: StartService, home: Path) -> None:
-    """Nobody is left who knows of the workers: they serve on, and a new start says who they are."""
-    first = service("-w", "2", "--policy=hash")
-    workers, guard = by_slot(first), guard_of(first)
-    os.kill(guard, signal.SIGSTOP)
-    os.kill(guard, signal.SIGKILL)
-    orphan(first)
-    try:
-        assert set(ask(20)) == {0, 1}
-        log = refused("-w", "2", "--policy=hash", running=first)
-        assert "EADDRINUSE" in log
-        assert all(f"(pid {pid})" in log for pid in workers.values())
-    finally:
-        for pid in workers.values():
-            os.kill(pid, signal.SIGTERM)
-    service("-w", "2", "--policy=hash")

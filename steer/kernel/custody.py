@@ -25,6 +25,7 @@ from steer.kernel import keeper, orphanage, process, rundir
 from steer.kernel.channel import SAME, Channel, Frame, NotUnderstood, receive
 from steer.kernel.desk import REQUEST_MAX_BYTES
 from steer.kernel.keeper import PATIENCE_S, Settings, Traces
+from steer.kernel.record import Record
 
 _LOOK_AGAIN_S = 0.01
 
@@ -84,6 +85,7 @@ class Guard:
         self._say = say
         self._predecessor = handover.channel.sock if handover is not None else None
         self._channel: Channel | None = None
+        self._record = Record(Path(settings.control))
         self._fork()
 
     def _fork(self) -> None:
@@ -152,6 +154,9 @@ class Guard:
         old, new = self.entries.get(key), Entry(value, tuple(fds), group, stop_signal)
         if new == old:
             return
+        if group and old is None:
+            there = [(each.group, each.stop_signal) for each in self.entries.values() if each.group]
+            self._record.add((group, stop_signal), there)
         if old is not None and old.fds == new.fds:
             self._tell(Frame("put", key, value, SAME, group, stop_signal=stop_signal))
         else:

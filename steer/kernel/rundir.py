@@ -229,15 +229,22 @@ def inode(path: Path) -> int | None:
     return None
 
 
+def record_of(path: Path) -> Path:
+    """The file that tells of a service's workers; see `record`."""
+    return path.parent / f"{path.name}.workers"
+
+
 def remove(path: Path, wanted: int | None, directory: bool) -> None:
-    """Remove a control socket if it is the one of `inode`, and its directory if empty.
+    """Remove a control socket if it is the one of `inode`, with the record of its workers, and
+    its directory if empty.
 
     Args:
         directory: whether that may go.
     """
     with contextlib.suppress(OSError):
         if inode(path) == wanted:
-            path.unlink()
+            path.unlink(missing_ok=True)
+            record_of(path).unlink(missing_ok=True)
         if directory:
             _remove_empty(path.parent)
 

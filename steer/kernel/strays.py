@@ -81,7 +81,7 @@ def _is_open(bind: Bind, inode: int) -> bool:
     try:
         return inode in sockdiag.waiting(bind.protocol, family, bind.port)
     except KernelError:
-        return False  # it cannot be told
+        return True  # it cannot be told so cheaply: look for who has it
 
 
 def _elsewhere(bind: Bind, inode: int) -> list[Stray]:

@@ -1,0 +1,123 @@
+"""Which processes are the workers of a service, in a file beside its control socket.
+
+Nobody looks at it as long as the controller or its guard is there to be asked. Where both have
+been killed, it is all that tells of the workers, which serve on and hold the port.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from steer.kernel import proc, rundir
+from steer.kernel.family import Family
+
+_LONG = 4
+"""A file with so many lines for each worker is written anew."""
+_MAX_BYTES = 1 << 20
+_LOOK_AGAIN_S = 0.05
+_KILLED_S = 2.0
+
+Worker = tuple[int, int]
+"""Its first process, and the signal that tells it to finish."""
+
+
+class Record:
+    """The file, as a controller writes it. Where it cannot be written there is none.
+
+    Args:
+        control: path of the control socket.
+    """
+
+    def __init__(self, control: Path) -> None:
+        self._path = rundir.record_of(control)
+        self._lines = 0
+
+    def add(self, worker: Worker, others: Iterable[Worker]) -> None:
+        """One more.
+
+        Args:
+            others: those there are beside it.
+        """
+        known = [worker, *others]
+        is_long = self._lines >= _LONG * len(known) + 64
+        text = "".join(_line(each) for each in (known if is_long else [worker]))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with suppress(OSError):
+            fd = os.open(self._path, flags | (os.O_TRUNC if is_long else 0), 0o600)
+            with os.fdopen(fd, "w") as stream:
+                stream.write(text)
+        self._lines = len(known) if is_long else self._lines + 1
+
+
+def left(control: Path) -> list[Worker]:
+    """The workers in the file of a service that have not ended.
+
+    Of a file that is not root's only processes of its owner count: it may name any.
+    """
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(rundir.record_of(control), flags)
+    except OSError:
+        return []
+    with os.fdopen(fd, "rb") as stream:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            return []
+        lines = stream.read(_MAX_BYTES).splitlines()
+    return list(dict.fromkeys(_living(lines, found.st_uid)))
+
+
+def _living(lines: Iterable[bytes], owner: int) -> Iterator[Worker]:
+    for line in lines:
+        try:
+            pid, ticks, number = map(int, line.split())
+            is_theirs = owner == 0 or os.stat(f"/proc/{pid}").st_uid == owner
+        except (ValueError, OverflowError, OSError):
+            continue
+        known = pid > 1 and number in signal.valid_signals() and is_theirs
+        if known and proc.start_time_ticks(pid) == ticks and proc.is_alive(pid):
+            yield pid, number
+
+
+def end(control: Path, within_s: float, directory: bool = False) -> int:
+    """Have the workers that are left finish, then kill them and all that belongs to them.
+
+    Args:
+        within_s: for those that are told to finish.
+        directory: whether that of the control socket may go, too, if it is empty then.
+
+    Returns:
+        How many there were.
+    """
+    there = left(control)
+    families = {pid: Family(pid, is_child=False) for pid, _ in there}
+    for pid, number in there:
+        families[pid].remember()
+        with suppress(OSError):
+            os.kill(pid, number)
+    _until_none_is_left(control, within_s)
+    for family in families.values():
+        if family.others() or left(control):
+            family.kill()
+    _until_none_is_left(control, _KILLED_S)
+    if not left(control):
+        rundir.remove(control, rundir.inode(control), directory)
+    return len(there)
+
+
+def _until_none_is_left(control: Path, within_s: float) -> None:
+    end_s = time.monotonic() + within_s
+    while left(control) and time.monotonic() < end_s:
+        time.sleep(_LOOK_AGAIN_S)
+
+
+def _line(worker: Worker) -> str:
+    """With its start, which together with its number names it for ever."""
+    pid, number = worker
+    return f"{pid} {proc.start_time_ticks(pid) or 0} {int(number)}\n"
