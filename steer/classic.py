@@ -140,12 +140,12 @@ class Cbpf(Countless):
     def _attach(self, layout: Layout | None) -> None:
         if not self._held:
             return
-        for order, fd in zip(self._orders, next(iter(self._held.values())), strict=True):
+        for order, group in zip(self._orders, zip(*self._held.values(), strict=True), strict=True):
             if layout is None:
-                sockets.detach(fd)
+                sockets.detach(group[0])
             else:
                 program = _assemble(self._plan, layout, order.indexes(), self._seed)
-                sockets.attach_cbpf(fd, program)
+                sockets.attach_cbpf(sockets.unlocked(group), program)
 
     def _shut_down(self, slot: int) -> None:
         """Who else has a listener of a worker that has ended takes nothing from it."""

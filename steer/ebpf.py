@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
 
@@ -122,7 +122,12 @@ class Ebpf:
     def _join(self, index: int, slot: int, fd: int) -> None:
         self._groups[index].sockets.put_socket(slot, fd)
         # Each time: with the last socket of a group its program is gone too.
-        sockets.attach_ebpf(fd, self._choice.programs[index].fileno())
+        self._attach_through(index, fd)
+
+    def _attach_through(self, index: int, fd: int) -> None:
+        """For the whole group; where this member is locked, through another one."""
+        with suppress(sockets.Locked):
+            sockets.attach_ebpf(fd, self._choice.programs[index].fileno())
 
     @property
     def notes(self) -> Sequence[str]:
@@ -304,7 +309,7 @@ class Ebpf:
         except KernelError as error:
             if error.cause not in ("EBUSY", "EINVAL"):  # it is there, or does not listen
                 raise
-        sockets.attach_ebpf(sock.fileno(), self._choice.programs[index].fileno())
+        self._attach_through(index, sock.fileno())
 
     def detach(self, lend: Lend) -> None:
         with lend() as lent:

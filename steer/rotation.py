@@ -15,12 +15,13 @@ import msgspec
 
 from steer.config import Service
 from steer.errors import ControlError, KernelError, SteerError
-from steer.kernel import listeners
+from steer.kernel import listeners, sockets
 from steer.kernel.custody import Guard
 from steer.kernel.keeper import STEERING
 from steer.log import Log
 from steer.place import Place
 from steer.plan import Plan
+from steer.policy import KERNEL
 from steer.retry import AGAIN_S, Retry
 from steer.steering import Counts, Steering
 from steer.table import Member
@@ -251,7 +252,9 @@ class Rotation:
         Raises:
             KernelError: nothing has changed.
         """
-        with self._borrow_all() as borrowed:
+        with self._borrow_all() as borrowed, self._lend() as lent:
+            if steering.backend != KERNEL:
+                sockets.refuse_locked(lent.values())
             there = self._in_order(borrowed, binds) if steering.needs_order else borrowed
             steering.steer(members)
             self._watch_reserve(False)
@@ -301,18 +304,26 @@ class Rotation:
 
     @contextmanager
     def _lend(self) -> Iterator[_Sockets]:
-        """The sockets of one that serves, else of any; none where nobody is.
+        """The sockets of one that serves, else of any; none where nobody is. Those through
+        which no program can be attached (`sockets.Locked`) only where there is no other.
 
         Raises:
             KernelError: we may not.
         """
         by_use = sorted(self._places, key=lambda place: not place.serves)
         found: _Sockets = {}
+        locked: _Sockets = {}
         with ExitStack() as lent:
             for worker in [place.process for place in by_use if place.process]:
                 if len(found) < len(worker.bound):
-                    found = {**lent.enter_context(worker.sockets()), **found}
-            yield found
+                    theirs = lent.enter_context(worker.sockets())
+                    free = {at: each for at, each in theirs.items() if not _is_locked(each)}
+                    found, locked = {**free, **found}, {**theirs, **locked}
+            yield {**locked, **found}
+
+
+def _is_locked(sock: socket.socket) -> bool:
+    return sockets.is_locked(sock.fileno())
 
 
 def _take_over(steering: Steering, there: Mapping[int, _Sockets], binds: int) -> None:

@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from steer import abi, cbpf, features, socket_options
 from steer.address import Bind
@@ -156,8 +156,24 @@ def cookie(fd: int) -> int:
         return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
 
 
-_SO_COOKIE = 57
+_SO_COOKIE, _SO_LOCK_FILTER = 57, 44
 """include/uapi/asm-generic/socket.h"""
+
+
+class Locked(KernelError):
+    """A member of the group has SO_LOCK_FILTER, see socket(7): no program can be attached
+    through it. Through another one it can, and detached through any."""
+
+
+def is_locked(sock: int) -> bool:
+    """Whether no program can be attached to its group through it."""
+    with socket.socket(fileno=os.dup(sock)) as member_of:
+        return bool(member_of.getsockopt(socket.SOL_SOCKET, _SO_LOCK_FILTER))
+
+
+def unlocked(members: Sequence[int]) -> int:
+    """One of the sockets of a group that a program can be attached through; else the first."""
+    return next((fd for fd in members if not is_locked(fd)), members[0])
 
 
 class _Fprog(ctypes.Structure):
@@ -176,11 +192,31 @@ def _socket(bind: Bind) -> socket.socket:
     return sock
 
 
+def refuse_locked(members: Iterable[socket.socket]) -> None:
+    """Raises Locked: no program can be attached through one of them."""
+    for sock in members:
+        if is_locked(sock.fileno()):
+            raise _locked(sock, "attach a program")
+
+
 def _set(fd: int, option: int, value: bytes, act: str) -> None:
     with socket.socket(fileno=os.dup(fd)) as sock:
         try:
             sock.setsockopt(socket.SOL_SOCKET, option, value)
         except OSError as error:
+            if error.errno == errno.EPERM and is_locked(fd):
+                raise _locked(sock, act) from None
             name = errno.errorcode.get(error.errno or 0, str(error.errno))
             cure = "needs CAP_BPF, or the program's owner" if error.errno == errno.EPERM else ""
             raise KernelError(act, name, cure) from None
+
+
+def _locked(sock: socket.socket, act: str) -> Locked:
+    """The error that names whose socket it is."""
+    protocol: proc.Protocol = "udp" if sock.type == socket.SOCK_DGRAM else "tcp"
+    address, port, *_ = sock.getsockname()
+    inode = proc.socket_inode(sock.fileno())
+    found = [each for each in proc.holders(protocol, address, port) if each.inode == inode]
+    whose = ", ".join(sorted({str(one) for one in found if one.pid != os.getpid()})) or "a worker"
+    cause = f"EPERM, as {whose} set SO_LOCK_FILTER on its socket"
+    return Locked(act, cause, "leave one socket of the group without it, or restart that worker")
