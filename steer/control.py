@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -76,6 +76,16 @@ class Server:
             await asyncio.wait(self._talks, timeout=TIMEOUT_S)
         for talk in self._talks:
             talk.cancel()
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """While it lasts nobody is answered; the descriptor may become another socket."""
+        self._loop.remove_reader(self._socket)
+        try:
+            yield
+        finally:
+            self._socket.setblocking(False)
+            self._listen()
 
     def _listen(self) -> None:
         if self._is_open:

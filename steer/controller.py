@@ -470,6 +470,17 @@ class Controller:
             self.log.info("control socket %s, as not at %s", self.claim.path, places)
         self._undo.callback(self._write_pid())
 
+    def renew_control_socket(self) -> None:
+        """Its path has gone, and so nobody could find the service: make it again.
+
+        Raises:
+            ControlError: another service of the name is there, or no socket can be made.
+        """
+        before = self.claim.path
+        self.claim.renew(self.plan.name, self.plan.service.control_socket, self.environment)
+        self.guard.relocate(self._settings())
+        self.log.warning("control socket %s was gone; it is %s now", before, self.claim.path)
+
     def _end_abandoned(self) -> None:
         """Workers whose controller and guard were both killed hold the ports, and nobody can
         adopt them."""

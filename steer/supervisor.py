@@ -41,6 +41,8 @@ _FIRST = asyncio.FIRST_COMPLETED
 Change = Callable[[], Coroutine[Any, Any, object]]
 
 _POLICY_KEYS = ("policy", "params", "weights")
+_CONTROL_S = 2.0
+"""How often it is looked whether the control socket can still be found."""
 _REAP_S = 0.05
 _REVIVE_S = 0.5
 """Not at once: whatever kills guards may do it again."""
@@ -72,6 +74,7 @@ class _Supervisor:
         self._has_terminal = not process.terminal_is_gone()
         self._changes: Changes
         self._health: Health
+        self._server: Server
         self._anew: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
         self._reaping: asyncio.TimerHandle | None = None
@@ -103,7 +106,8 @@ class _Supervisor:
             "policy": self._on_policy,
         }
         told_of = {name: self._told_of(name, each) for name, each in commands.items()}
-        async with Server(self._service.claim.socket, told_of, self._retry):
+        async with Server(self._service.claim.socket, told_of, self._retry) as self._server:
+            self._look_at_control_socket()
             try:
                 await self._fleet.up
                 self._refuse_strangers()
@@ -298,6 +302,19 @@ class _Supervisor:
         self._log.warning("the guard process was killed; starting another")
         act = "start another guard process"
         self._loop.call_later(_REVIVE_S, self._retry.until_done, act, self._revive_guard)
+
+    def _look_at_control_socket(self) -> None:
+        self._loop.call_later(_CONTROL_S, self._look_at_control_socket)
+        if not self._service.claim.is_there and self._state == "running":
+            self._retry.attempt("make the control socket again", self._renew_control_socket)
+
+    def _renew_control_socket(self) -> None:
+        self._loop.remove_reader(self._service.guard)
+        try:
+            with self._server.elsewhere():
+                self._service.renew_control_socket()
+        finally:
+            self._watch_guard()
 
     def _revive_guard(self) -> None:
         self._service.guard.revive()

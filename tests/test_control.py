@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -857,3 +858,24 @@ def test_start_that_waits_for_its_turn_can_be_ended(service: StartService, home:
 def holds_signals(pid: int) -> bool:
     blocked = Path(f"/proc/{pid}/status").read_text().partition("SigBlk:")[2].split()[0]
     return bool(int(blocked, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_control_socket_that_is_removed_is_made_again(service: StartService) -> None:
+    """As by a logout, which removes the whole run directory."""
+    running = service("-w", "1")
+    directory = running.control_socket.parent
+    for what in (directory, running.control_socket):
+        if what.is_dir():
+            shutil.rmtree(what)
+        else:
+            what.unlink()
+        eventually(lambda: running.steer("status", "test").returncode, 0)
+    assert running.log.count("was gone; it is") == 2
+    assert running.steer("reload").returncode == 0
+    # The guard has the new one, too.
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    running = service("-w", "1")
+    assert "adopted 1 worker" in running.log
+    assert running.steer("stop").returncode == 0
+    assert not directory.exists()

@@ -25,7 +25,7 @@ from steer.kernel import keeper, orphanage, process, rundir
 from steer.kernel.channel import SAME, Channel, Frame, NotUnderstood, receive
 from steer.kernel.desk import REQUEST_MAX_BYTES
 from steer.kernel.keeper import PATIENCE_S, Settings, Traces
-from steer.kernel.record import Record
+from steer.kernel.record import Record, Worker
 
 _LOOK_AGAIN_S = 0.01
 
@@ -155,8 +155,7 @@ class Guard:
         if new == old:
             return
         if group and old is None:
-            there = [(each.group, each.stop_signal) for each in self.entries.values() if each.group]
-            self._record.add((group, stop_signal), there)
+            self._record.add((group, stop_signal), self._workers())
         if old is not None and old.fds == new.fds:
             self._tell(Frame("put", key, value, SAME, group, stop_signal=stop_signal))
         else:
@@ -200,6 +199,24 @@ class Guard:
         os.close(old)
         for key, entry in self.entries.items():
             self._send(key, entry)
+
+    def relocate(self, settings: Settings) -> None:
+        """The control socket is another, under the same descriptor: so is the keeper, which
+        has its own copy. To be called after `fileno()` was taken out of any loop.
+
+        Raises:
+            OSError: as `revive`.
+        """
+        self._settings = settings
+        control = Path(settings.control)
+        self._inode = rundir.inode(control)
+        self._record = Record(control)
+        for each in self._workers():
+            self._record.add(each, ())
+        self.revive()
+
+    def _workers(self) -> list[Worker]:
+        return [(each.group, each.stop_signal) for each in self.entries.values() if each.group]
 
     def settle(self, has_all: bool) -> None:
         """Before (`has_all`) and after the keeper we adopted from has been relieved."""

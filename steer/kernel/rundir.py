@@ -210,6 +210,24 @@ class Claim:
         self.path = path
         self._inode = inode(path)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it can be found: a logout removes a run directory with all that is in it."""
+        return inode(self.path) == self._inode
+
+    def renew(self, name: str, wanted: str | None, environment: Mapping[str, str]) -> None:
+        """Make the control socket again, as at the start; `socket` keeps its descriptor.
+
+        Raises:
+            ControlError: the name is taken by now, or no socket can be made anywhere.
+        """
+        fresh = Claim(name, wanted, environment)
+        fresh.others_may_start()
+        os.dup2(fresh.socket.fileno(), self.socket.fileno(), inheritable=False)
+        fresh.socket.close()
+        self.refusals = fresh.refusals
+        self._holds(fresh.path)
+
     def others_may_start(self) -> None:
         lock, self._lock = self._lock, -1
         if lock >= 0:
