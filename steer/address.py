@@ -13,6 +13,9 @@ from steer.errors import ConfigError
 _FORM = re.compile(
     r"(?:(?P<protocol>tcp|udp)://)?(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*)):(?P<port>[0-9]{1,5})"
 )
+COPIES = "every worker would get a copy of each datagram, whatever the policy"
+"""What the kernel does with multicast and broadcast: see udp(7) on SO_REUSEADDR, and
+__udp4_lib_mcast_deliver() of net/ipv4/udp.c, which never runs a group's program."""
 ALLOWED = "host:port, [::1]:port, :port, udp://host:port"
 
 
@@ -31,6 +34,14 @@ class Bind(msgspec.Struct, frozen=True):
     @property
     def is_v6(self) -> bool:
         return ":" in self.address
+
+    @property
+    def is_multicast(self) -> bool:
+        """To many hosts at once, or to all: 224.0.0.0/4, ff00::/8, 255.255.255.255."""
+        if self.is_v6:
+            return socket.inet_pton(socket.AF_INET6, self.address.partition("%")[0])[0] == 0xFF
+        first = socket.inet_aton(self.address)
+        return first[0] >> 4 == 0xE or first == b"\xff" * 4
 
     @property
     def label(self) -> str:

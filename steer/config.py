@@ -266,6 +266,8 @@ def _check_binds(texts: Sequence[str]) -> None:
         raise Invalid("no address given")
     binds = [_bind(text) for text in texts]
     for bind in binds:
+        if bind.is_multicast:
+            raise Invalid(f"{bind.label} is multicast or broadcast: {address.COPIES}")
         if binds.count(bind) > 1:
             raise Invalid(f"{bind.label} is given twice")
 

@@ -219,6 +219,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
             _execute(launch, own, environment)
         os.environ.clear()
         os.environ.update(environment)
+        process.limit_descriptors(launch.files)
         application = _load(launch.service)
         channel.close()
         return _call(application, Worker(launch, own), launch.service.graceful_timeout)
@@ -349,6 +350,7 @@ def _execute(launch: Launch, own: Sequence[socket.socket], environment: Mapping[
         "LISTEN_PID": str(os.getpid()),
         "LISTEN_FDNAMES": names,
     }
+    process.limit_descriptors(launch.files)
     with _needed(f"run {arguments[0]}"):
         process.execute(arguments, {**environment, **protocol})
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer import config
+from steer import address, config
 from steer.address import Bind
 from steer.config import MAX_WEIGHT, MAX_WORKERS, Service
 from steer.errors import ConfigError
@@ -231,6 +231,7 @@ ADDRESSES = "allowed: host:port, [::1]:port, :port, udp://host:port"
 NAMES = "allowed: letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"
 WORKERS = "allowed: 1 to 1024, or auto"
 TIMES = "allowed: seconds, 0 or from 0.05 to 86400"
+COPIES = f"is multicast or broadcast: {address.COPIES}"
 WAITS = "allowed: seconds, from 0.05 to 86400"
 WEIGHTS = "allowed: whole numbers from 1 to 1000"
 EVERY_POLICY = (
@@ -303,6 +304,9 @@ def test_a_bad_value(key: str, value: Any, cause: str) -> None:
             "read address 'example.com:80': 'example.com' is no numeric address; " + ADDRESSES,
         ),
         ("bind", [":80", "0.0.0.0:80"], f"tcp 0.0.0.0:80 is given twice; {ADDRESSES}"),
+        ("bind", ["udp://224.0.0.251:5353"], f"udp 224.0.0.251:5353 {COPIES}; {ADDRESSES}"),
+        ("bind", ["udp://[ff02::fb]:5353"], f"udp [ff02::fb]:5353 {COPIES}; {ADDRESSES}"),
+        ("bind", ["udp://255.255.255.255:1"], f"udp 255.255.255.255:1 {COPIES}; {ADDRESSES}"),
         ("bind", [], f"no address given; {ADDRESSES}"),
         ("bind", [80], f"a whole number, not a string; {ADDRESSES}"),
         ("weights", [1, 0], f"too small; {WEIGHTS}"),

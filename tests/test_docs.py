@@ -120,6 +120,7 @@ OF_OTHERS = {
     "--bind",
     "--cap-add",
     "--check",
+    "--factory",
     "--fd",
     "--force-reinstall",
     "--reuse-port",

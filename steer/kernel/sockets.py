@@ -8,9 +8,10 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from steer import abi, cbpf, features, socket_options
-from steer.address import Bind
+from steer.address import COPIES, Bind
 from steer.errors import BindError, KernelError
 from steer.kernel import proc, sockopt
 from steer.socket_options import Setting
@@ -52,12 +53,29 @@ def check_free(bind: Bind, settings: Sequence[Setting] = ()) -> None:
     Raises:
         BindError: somebody is, or the address or an option cannot be had.
     """
+    if bind.protocol == "udp" and _is_broadcast(bind.address):
+        cause = f"a broadcast address of this machine: {COPIES}"
+        raise BindError(f"bind {bind.label}", cause, "choose another address")
     try:
         with _socket(bind) as sock:
             sockopt.apply(sock, socket_options.of(settings, bind.protocol))
             sock.bind((bind.address, bind.port))
     except OSError as error:
         raise bind_error(bind, error) from None
+
+
+def _is_broadcast(address: str) -> bool:
+    """Whether an IPv4 address is the broadcast address of a network of ours, as the kernel's
+    routes have it (/proc/net/fib_trie)."""
+    here = False
+    with suppress(OSError), open("/proc/net/fib_trie") as lines:
+        for line in lines:
+            node = line.strip()
+            if node.startswith("|-- "):
+                here = node[4:] == address
+            elif here and node.endswith("BROADCAST"):
+                return True
+    return False
 
 
 def refuse_strangers(bind: Bind, ours: frozenset[int]) -> None:
