@@ -872,6 +872,7 @@ def test_a_control_socket_that_is_removed_is_made_again(service: StartService) -
         eventually(lambda: running.steer("status", "test").returncode, 0)
     assert running.log.count("was gone; it is") == 2
     assert running.steer("reload").returncode == 0
+    eventually(lambda: len(running.workers()) == 1)  # the old one has ended
     # The guard has the new one, too.
     running.send_signal(signal.SIGKILL)
     running.wait()
