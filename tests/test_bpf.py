@@ -145,8 +145,8 @@ def test_refused_policy_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = dict.fromkeys(made.programs, Code(["9500000000000000"], {}))
     load = compile.load
 
-    def load_bad(source: Path) -> PolicyObject:
-        found = load(source)
+    def load_bad(source: Path, *more: Any) -> PolicyObject:
+        found = load(source, *more)
         return replace(found, programs=bad) if source.name == "hash.c" else found
 
     monkeypatch.setattr(compile, "load", load_bad)

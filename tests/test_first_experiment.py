@@ -164,7 +164,7 @@ def test_vm_takes_the_options(
     monkeypatch.setattr(boot, "run", lambda *_: 0)
     monkeypatch.setattr(boot, "shell", lambda *_: 0)
     monkeypatch.chdir(tmp_path)
-    Path(POLICY).touch()
+    Path(POLICY).write_text('#include "steer.h"\nSTEER_POLICY(ctx, table) { return 0; }\n')
     done = CliRunner().invoke(vm.main, shlex.split(command)[2:])
     assert done.exit_code == 0, done.output or done.exception
 

@@ -188,7 +188,7 @@ def test_check_without_privilege_compiles(cli: RunSteer, mine: Path) -> None:
         ("empty.c", "read HOME/empty.c: no STEER_POLICY in it; see `steer policies new`"),
         ("hash.c", "read HOME/hash.c: there is a built-in policy hash; give it another name"),
         ("a b.c", "read HOME/a b.c: 'a b' cannot be a policy's name"),
-        ("nonsense", "policy 'nonsense': unknown; allowed: cpu, round-robin, "),
+        ("nonsense", "policy 'nonsense': unknown; allowed: auto, cpu, round-robin, "),
         ("kernel", "check kernel: it has no program"),
     ],
 )

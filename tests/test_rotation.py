@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import pytest
@@ -41,6 +41,12 @@ class FakeSteering:
 class FakeGuard:
     def put(self, *_: object) -> None:
         pass
+
+
+class FakeRetry:
+    def attempt(self, act: str, do: Callable[[], object]) -> bool:
+        do()
+        return True
 
 
 class FakePlace:
