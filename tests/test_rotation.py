@@ -75,6 +75,7 @@ async def until_emptied(steering: FakeSteering, times: int, turns: int = 0) -> N
         4,
         cast(Any, FakeGuard()),
         Log("error", "text"),
+        cast(Any, FakeRetry()),
     )
     loop = asyncio.get_running_loop()
     rotation.watch(loop)
