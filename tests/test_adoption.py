@@ -88,12 +88,8 @@ def orphan(running: Service) -> Service:
 
 def guard_of(running: Service) -> int:
     workers = {worker["pid"] for worker in running.workers()}
-    (guard,) = set(proc.descendants(running.pid)[1:]) - workers - _below(workers)
+    (guard,) = eventually(lambda: set(proc.children(running.pid)) - workers)
     return guard
-
-
-def _below(workers: set[int]) -> set[int]:
-    return {pid for worker in workers for pid in proc.descendants(worker)}
 
 
 def by_slot(running: Service) -> dict[int, int]:
