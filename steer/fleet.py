@@ -304,6 +304,8 @@ class Fleet:
         """Something happened to a worker: do what follows."""
         if event is Event.LATE and self._may_be_ready(place):
             event = Event.READY
+        if event is Event.READY and place.process and place.process.problem:
+            return  # it is about to end
         if event is Event.OVERDUE and self._is_busy(place):
             self._set_timer(place, self._graceful_timeout_s, event)
             return

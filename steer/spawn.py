@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from steer import worker
-from steer.errors import AppLoadError, SteerError, WorkersFailed
+from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
 from steer.kernel import family, output, proc, process, sockets
 from steer.kernel.channel import MAX_FDS, receive
 from steer.kernel.custody import Entry, Guard
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 LAST_WORDS = 20
 """Lines of standard error that are kept of each worker."""
 _BIND_TIMEOUT_S = 10.0
+_ENDING_S = 1.0
 _LOOK_AGAIN_S = 0.05
 _LINE_BYTES = 4096
 """So much is kept of each."""
@@ -94,13 +95,29 @@ class Process:
             self.keep(b"")
             with suppress(OSError):  # it has ended: seen below
                 self._channel.send(b"\0")
-            joined(self._bound())
+            self._join(joined, self._bound())
         except OSError as error:
             self.end()
             raise process.fork_error(error) from None
         except BaseException:
             self.end()
             raise
+
+    def _join(self, joined: Callable[[Sequence[int]], None], fds: Sequence[int]) -> None:
+        """One that ends at once has shut its listeners down before it is told to the kernel.
+
+        Raises:
+            WorkersFailed: it has ended.
+            KernelError: from `joined`.
+        """
+        try:
+            joined(fds)
+        except KernelError as error:
+            if error.cause != "EINVAL" or not process.wait_for_end(self._pidfd, _ENDING_S):
+                raise
+            self._hear_out()
+            how = process.how_it_ended(process.status_of(self._pidfd))
+            raise WorkersFailed("start workers", how, detail=self.last_words) from None
 
     @classmethod
     def adopted(cls, launch: Launch, guard: Guard, saved: Running, entry: Entry) -> Process | None:

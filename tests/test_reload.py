@@ -602,7 +602,7 @@ def test_scale_wants_a_number(service: StartService) -> None:
     running = service("-w", "2")
     for workers in (-1, 0, 1025, 10**30, 1.5, "2", None, True, [2]):
         assert "a number from 1 to 1024" in refusal(running, "scale", workers=workers)
-    assert running.steer("scale", "test", "-1").returncode == 2
+    assert running.steer("scale", "test", "+0").returncode == 2
     assert slots(running, "ready") == [0, 1]
 
 

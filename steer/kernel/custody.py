@@ -285,7 +285,9 @@ class Handover:
         while (received := self.channel.receive()) is not None:
             frame, fds = received
             if frame.act == "put":
-                self.entries[frame.key] = Entry(frame.value, tuple(fds), frame.group)
+                self.entries[frame.key] = Entry(
+                    frame.value, tuple(fds), frame.group, frame.stop_signal
+                )
             elif frame.act == "configure":
                 self.settings = _settings(frame.value)
             elif frame.act == "control" and fds and hasattr(self, "settings"):

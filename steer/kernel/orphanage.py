@@ -328,7 +328,8 @@ class Orphanage:
         try:
             self._adopter.send(Frame("configure", value=msgspec.msgpack.encode(self._settings)))
             for key, kept in self._keeper.entries.items():
-                frame = Frame("put", key, kept.value, len(kept.fds), kept.group)
+                count, number = len(kept.fds), kept.stop_signal
+                frame = Frame("put", key, kept.value, count, kept.group, stop_signal=number)
                 self._adopter.send(frame, kept.fds)
             self._adopter.send(Frame("control", fds=1), [self._control.fileno()])
         except OSError:

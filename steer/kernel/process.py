@@ -428,6 +428,15 @@ def reap(pid: int, pidfd: int, is_child: bool) -> int | None:
         return None
 
 
+def status_of(pidfd: int) -> int | None:
+    """As `reap` tells it, of a child that has ended and is still to be waited for."""
+    with contextlib.suppress(ChildProcessError):
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if ended:
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+    return None
+
+
 def how_it_ended(status: int | None) -> str:
     """An exit status in words."""
     if status is None:

@@ -86,7 +86,10 @@ def _is_open(bind: Bind, inode: int) -> bool:
 
 def _elsewhere(bind: Bind, inode: int) -> list[Stray]:
     protocol: proc.Protocol = "udp" if bind.protocol == "udp" else "tcp"
-    here = proc.holders(protocol, bind.address, bind.port)
+    try:
+        here = proc.holders(protocol, bind.address, bind.port)
+    except OSError:  # no descriptor to look with: the worker's place does not wait for that
+        return []
     return [Stray(bind, inode, each.pid, each.command) for each in here if each.inode == inode]
 
 
