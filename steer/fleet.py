@@ -489,7 +489,7 @@ class Fleet:
             return
         act = "look for what workers left behind"
         nobody: list[int] = []
-        left = nobody if self._strays_told else self.retry.result(act, _left_behind, nobody)
+        left = nobody if self._strays_told else self.retry.result(act, family.left_behind, nobody)
         if left:
             self._strays_told = True
             family.send(signal.SIGTERM, left)
@@ -630,10 +630,6 @@ class Fleet:
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)
-
-
-def _left_behind() -> list[int]:
-    return [pid for pid in family.orphans() if proc.is_alive(pid)]
 
 
 _DO: dict[Command, Callable[[Fleet, Place], None]] = {

@@ -199,7 +199,11 @@ class _Supervisor:
 
     def _reap(self) -> None:
         self._reaping = None
-        self._retry.until_done("wait for what has ended", family.reap_orphans)
+        self._retry.until_done("wait for what has ended", self._reap_orphans)
+
+    def _reap_orphans(self) -> None:
+        if not family.reap_orphans():
+            self._on_child_end()
 
     def _on_window_change(self) -> None:
         """With a terminal it means that a window has another size."""
@@ -474,14 +478,17 @@ class _Supervisor:
         """Raises ConfigError."""
         at = sys.orig_argv.index("run") + 1
         check = [sys.executable, *sys.orig_argv[1:at], "--check-config", *sys.orig_argv[at:]]
-        tried = await asyncio.create_subprocess_exec(
-            *check, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-        )
+        with process.starting() as began_as:
+            tried = await asyncio.create_subprocess_exec(
+                *check, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+            )
+            began_as(tried.pid)
         try:
             _, words = await tried.communicate()
         except asyncio.CancelledError:
             tried.kill()
             raise
+        process.is_done(tried.pid)
         if tried.returncode != 0:
             raise ConfigError(act, "it would not start", detail=words.decode(errors="replace"))
 

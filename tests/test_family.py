@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ from conftest import StartService
 from crew import PORT
 from support import DEADLINE_S, eventually, http_get, is_running, python
 
-from steer.kernel import proc
+from steer.kernel import compile, proc
 
 pytestmark = pytest.mark.needs("netns")
 BIND = ("-b", f"127.0.0.1:{PORT}")
 SERVER = f'''
-import json, os, signal, socket, sys
+import json, os, signal, socket, sys, threading, time
 
 def daemon():
     """Forks twice, and so is nobody's child; of what it inherited it keeps the sockets."""
@@ -67,6 +68,19 @@ def orphans(worker):
                 os._exit(0)
             os._exit(0)
         os.wait()
+    serve(worker.sockets[0])
+
+def forks_on(worker):
+    """Orphans all the time, a hundred and more a second."""
+    def leave():
+        while True:
+            if os.fork() == 0:
+                if os.fork() == 0:
+                    os._exit(0)
+                os._exit(0)
+            os.wait()
+            time.sleep(0.005)
+    threading.Thread(target=leave, daemon=True).start()
     serve(worker.sockets[0])
 
 if __name__ == "__main__":
@@ -184,25 +198,77 @@ def test_what_a_worker_leaves_to_nobody_is_reaped(
     assert one.wait() == 0
 
 
+CONTROLLERS = {
+    "subreaper": (),
+    "first process": ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc"),
+}
+
+
+@pytest.mark.needs("setsid")
+@pytest.mark.parametrize("under", CONTROLLERS.values(), ids=CONTROLLERS)
+def test_children_from_before_steer_are_reaped_and_else_left_alone(
+    service: StartService, home: Path, under: tuple[str, ...]
+) -> None:
+    """As a container's script leaves them: in steer's process group, and in another session;
+    and what they leave behind themselves."""
+    (home / "start.sh").write_text(
+        'cat fifo &\n(cat fifo & exec sleep 3600) &\nsetsid sleep 3600 &\nexec "$@"\n'
+    )
+    os.mkfifo(home / "fifo")
+    one = service(*BIND, "-w", "2", under=(*under, "sh", "start.sh"))
+    controller = proc.children(one.pid)[0] if under else one.pid
+    first = set(proc.children(controller))
+    (parent,) = [pid for pid in first if proc.arguments(pid)[0] == "sleep" and proc.children(pid)]
+    (stays,) = [pid for pid in first - {parent} if proc.arguments(pid)[0] == "sleep"]
+    left = proc.children(parent)
+    try:
+        os.kill(parent, signal.SIGKILL)
+        eventually(lambda: set(proc.children(controller)), {*first, *left} - {parent})
+        (home / "fifo").write_text("")
+        eventually(lambda: len(proc.children(controller)), len(first) - 2)
+        assert not zombies(controller)
+        assert one.steer("stop").returncode == 0
+        assert one.wait() == 0
+        assert is_running(stays) is not bool(under)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(stays, signal.SIGKILL)
+
+
+def test_policy_is_compiled_while_orphans_end(service: StartService, home: Path) -> None:
+    """The compiler is a child of the controller, too, and its exit status is not to be lost."""
+    one = service(*BIND, "-w", "1", "server:forks_on")
+    (home / "mine.c").write_text((compile.sources() / "hash.c").read_text())
+    assert one.steer("policy", "./mine.c").returncode == 0
+    eventually(lambda: zombies(one.pid), [])
+
+
 def test_orphans_are_told_from_children_that_somebody_waits_for() -> None:
     """In a process of its own, which becomes a subreaper for good."""
     code = """
-import os, subprocess, sys
+import os, subprocess, sys, threading
 from steer.kernel import family, process
+before = subprocess.Popen(["sleep", "60"])
 family.become_subreaper()
-ours = subprocess.Popen(["sleep", "60"])
+told = []
+ours = threading.Thread(target=lambda: told.append(process.run(["sh", "-c", "read x; exit 7"], 60)))
 pid, pidfd = process.fork(lambda: 0)
 orphan = int(subprocess.check_output(["sh", "-c", "setsid sleep 60 >&- & echo $!"]))
 process.wait_for_end(pidfd, None)
 while os.getpgid(orphan) != orphan:
     os.sched_yield()
-found = family.orphans()
-os.kill(orphan, 9)
-process.wait_for_end(os.pidfd_open(orphan), None)
-family.reap_orphans()
-print(found == [orphan], family.orphans() == [], process.reap(pid, pidfd, True))
-ours.kill()
-ours.wait()
+found, left = family.orphans(), family.left_behind()
+ours.start()
+while ours.is_alive():
+    family.reap_orphans()
+with process.starting():
+    assert before.pid not in family.orphans() and not family.reap_orphans()
+for each in (orphan, before.pid):
+    os.kill(each, 9)
+    process.wait_for_end(os.pidfd_open(each), None)
+assert family.reap_orphans()
+print(found == [before.pid, orphan], left == [orphan], family.orphans() == [], told[0].returncode)
+print(process.reap(pid, pidfd, True))
 """
     done = subprocess.run(python(code), capture_output=True, text=True, timeout=DEADLINE_S)
-    assert done.stdout.split() == ["True", "True", "0"], done.stderr
+    assert done.stdout.split() == ["True", "True", "True", "7", "0"], done.stderr

@@ -20,7 +20,7 @@ import msgspec
 from steer import declared
 from steer.bytecode import NO_INPUTS, Inputs, PolicyObject, unlink
 from steer.errors import CompileError, NoCompiler
-from steer.kernel import inputs
+from steer.kernel import inputs, process
 
 _HERE = Path(__file__).resolve().parent
 _CHILD = _HERE / "bcc_child.py"
@@ -153,12 +153,8 @@ def compile_source(source: Path) -> PolicyObject:
     began_ns = time.time_ns()
     for python in interpreters():
         try:
-            done = subprocess.run(
-                [python, "-I", str(_CHILD), str(source.resolve()), str(sources()), *flags],
-                capture_output=True,
-                stdin=subprocess.DEVNULL,
-                timeout=_TIMEOUT_S,
-            )
+            child = [python, "-I", str(_CHILD), str(source.resolve()), str(sources()), *flags]
+            done = process.run(child, _TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise CompileError(act, f"bcc took longer than {_TIMEOUT_S} s") from None
         except OSError as error:  # EAGAIN of fork(2), say

@@ -20,30 +20,51 @@ from steer.kernel import proc, process
 MARK = "STEER_WORKER"
 """Environment variable with the process id of the worker's first process."""
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_GET_CHILD_SUBREAPER = 37
 _ENVIRON_MAX_BYTES = 1 << 18
+_inherited: dict[int, int] = {}
+"""Children that were there before steer was executed in this process, and when they started."""
 
 
 def become_subreaper() -> None:
     """From now on orphans below this process become its children. Kept over execve(2)."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl = ctypes.CDLL(None).prctl
+    before = ctypes.c_int()
+    prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    if not before.value:  # else it was steer that was executed here before, and they are its own
+        _inherited.update(_starts(orphans()))
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def orphans() -> list[int]:
-    """Children of this process that others started and left behind, zombies among them.
+    """Children of this process that it did not fork, zombies among them: what workers left
+    behind, and what was there before steer was executed in this process."""
+    found = set(proc.children(os.getpid()))
+    # While a program of ours is being started it is in our group, and not yet known.
+    own = os.getpgrp() if process.is_starting() else None
+    return sorted(pid for pid in found - process.started() if _group(pid) not in (own, None))
 
-    Not those in our own process group: what was there before steer was executed in this
-    process, and short-lived helpers of ours, which somebody waits for.
-    """
+
+def left_behind() -> list[int]:
+    """Orphans that have not ended and that a worker may have started: none that was there
+    before steer, or is in its process group, as what such a one has started is."""
     own = os.getpgrp()
-    found = set(proc.children(os.getpid())) - process.started()
-    return sorted(pid for pid in found if _group(pid) not in (own, None))
+    found = [pid for pid in orphans() if proc.is_alive(pid) and _group(pid) not in (own, None)]
+    return [pid for pid in found if _inherited.get(pid) != proc.start_time_ticks(pid)]
 
 
-def reap_orphans() -> None:
-    """Wait for those that have ended, so that they do not stay as zombies (wait(2))."""
+def reap_orphans() -> bool:
+    """Wait for those that have ended, so that they do not stay as zombies (wait(2)). Whether
+    all were looked at."""
     for pid in orphans():
         with suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
+    return not process.is_starting()
+
+
+def _starts(pids: Iterable[int]) -> dict[int, int]:
+    found = {pid: proc.start_time_ticks(pid) for pid in pids}
+    return {pid: began_ticks for pid, began_ticks in found.items() if began_ticks is not None}
 
 
 def _group(pid: int) -> int | None:

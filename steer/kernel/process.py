@@ -14,13 +14,16 @@ import select
 import signal
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from steer.errors import ConfigError, KernelError
 from steer.values import shown, whole_number
+
+if TYPE_CHECKING:
+    import subprocess
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -31,6 +34,8 @@ _HANDLED = (*_ENDING, *_ORDERING)
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 _started: set[int] = set()
 """Children of this process that somebody here waits for."""
+_starting: set[object] = set()
+"""Of programs that are being started, each by whoever starts it."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -134,6 +139,52 @@ def is_done(pid: int) -> None:
     _started.discard(pid)
 
 
+@contextlib.contextmanager
+def starting() -> Iterator[Callable[[int], None]]:
+    """While a program is started whose process id is known only then. To be told to what is
+    given: from then on until `is_done` the program is one of `started`."""
+    token = object()
+    _starting.add(token)
+    try:
+        yield began
+    finally:
+        _starting.discard(token)
+
+
+def is_starting() -> bool:
+    """Whether there may be a child that will be among `started`, and is not yet. To be asked
+    after the children were listed."""
+    return bool(_starting)
+
+
+def run(arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end, in any thread; nobody else waits for it.
+
+    Returns:
+        With what it wrote to standard output and error.
+
+    Raises:
+        OSError: it cannot be started.
+        subprocess.TimeoutExpired: it took longer, and was killed.
+    """
+    import subprocess
+
+    pipe = subprocess.PIPE
+    with starting() as began_as:
+        child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+        began_as(child.pid)
+    try:
+        with child:
+            try:
+                output, errors = child.communicate(timeout=timeout_s)
+            except BaseException:
+                child.kill()
+                raise
+    finally:
+        is_done(child.pid)
+    return subprocess.CompletedProcess(arguments, child.returncode, output, errors)
+
+
 def _pidfd(pid: int) -> int:
     try:
         return os.pidfd_open(pid)
@@ -172,6 +223,7 @@ def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]
         gc.freeze()
         signal.set_wakeup_fd(-1)
         _started.clear()
+        _starting.clear()
         for number in (*_HANDLED, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         os.setpgid(0, 0)
