@@ -1,7 +1,7 @@
 """Socket options that a service may set on its sockets: a row each. Pure.
 
-A name is the kernel's constant without SO_ or TCP_, in lower case, with dashes (socket(7),
-tcp(7)). All but `defer-accept` and `fastopen`, which are about listening, are options that
+A name is the kernel's constant without SO_, TCP_ or IP_, in lower case, with dashes (socket(7),
+tcp(7), ip(7)). All but `defer-accept` and `fastopen`, which are about listening, are options that
 accepted sockets have from their listener: that is how steer sets them without a word from
 the worker. Left out are options for which that does not hold: SO_PRIORITY over TCP (an
 accepted socket begins with 0: sk_clone() of net/core/sock.c), and TCP_MAXSEG and
@@ -24,6 +24,9 @@ _TCP, _UDP = ("tcp",), ("udp",)
 _BOTH = ("tcp", "udp")
 _NOTSENT_LOWAT = 25
 """TCP_NOTSENT_LOWAT of include/uapi/linux/tcp.h; Python names it from 3.12 on."""
+_IP_TRANSPARENT = 19
+"""Of include/uapi/linux/in.h; Python has no name for it. It is the same bit of the socket that
+IPV6_TRANSPARENT sets (inet_sk(sk)->transparent), and sockets of IPv6 take it at this level too."""
 _NEEDS_NET_ADMIN = "needs CAP_NET_ADMIN: run as root, or leave it out"
 
 
@@ -238,6 +241,14 @@ OPTIONS: Mapping[str, Option] = {
         _BOTH,
         "for routing rules and firewalls",
         refusals={"EPERM": _NEEDS_NET_ADMIN},
+    ),
+    "transparent": Option(
+        socket.IPPROTO_IP,
+        _IP_TRANSPARENT,
+        _FLAG,
+        _BOTH,
+        "take what TPROXY rules send here, and bind to addresses that are not local",
+        refusals={"EPERM": "needs CAP_NET_ADMIN or CAP_NET_RAW: run as root, or leave it out"},
     ),
 }
 DEFAULTS = {"nodelay": "yes"}

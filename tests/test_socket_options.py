@@ -31,13 +31,14 @@ NUMBERS = {
     "nodelay": (6, 1), "keepalive": (1, 9), "keepidle": (6, 4), "keepintvl": (6, 5),
     "keepcnt": (6, 6), "user-timeout": (6, 18), "notsent-lowat": (6, 25),
     "rcvbuf": (1, 8), "sndbuf": (1, 7), "mark": (1, 36), "priority": (1, 12),
+    "transparent": (0, 19),
 }
 
 def options(sock):
     over_tcp = sock.type == socket.SOCK_STREAM
     found = {
         name: sock.getsockopt(level, number)
-        for name, (level, number) in NUMBERS.items() if over_tcp or level == 1
+        for name, (level, number) in NUMBERS.items() if over_tcp or level != 6
     }
     if over_tcp:
         found["congestion"] = sock.getsockopt(6, 13, 16).rstrip(b"\0").decode()
@@ -86,6 +87,7 @@ ALL = {
     "sndbuf": "60K",
     "priority": "5",
     "mark": "0x7",
+    "transparent": "yes",
 }
 ACCEPTED = {
     "nodelay": 0,
@@ -102,8 +104,16 @@ ACCEPTED = {
     "sndbuf": 122_880,
     "mark": 7,
     "priority": 0,
+    "transparent": 1,
 }
-BOUND = {"rcvbuf": 200_000, "sndbuf": 122_880, "mark": 7, "priority": 5, "keepalive": 0}
+BOUND = {
+    "rcvbuf": 200_000,
+    "sndbuf": 122_880,
+    "mark": 7,
+    "priority": 5,
+    "keepalive": 0,
+    "transparent": 1,
+}
 
 
 def arguments(options: dict[str, str]) -> Sequence[str]:
@@ -308,6 +318,7 @@ def test_a_connection_that_is_deferred_is_no_hang_and_outlives_a_reload(
     "given, says",
     [
         ("mark=7", "set socket option mark=7 on tcp 127.0.0.1:8080: EPERM; needs CAP_NET_ADMIN"),
+        ("transparent=yes", "transparent=yes on tcp 127.0.0.1:8080: EPERM; needs CAP_NET_ADMIN or"),
         ("congestion=nope", "congestion=nope on tcp 127.0.0.1:8080: ENOENT; this kernel has none"),
     ],
 )
@@ -345,6 +356,19 @@ def test_what_the_kernel_would_not_do_is_told(
         assert f"note: {word}" in checked.stdout
         assert f"socket option {word}" in running.log
         assert finding["cure"].startswith("sysctl -w ")
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("away", ["198.51.100.7", "2001:db8::7"])
+def test_transparent_binds_to_an_address_that_is_not_local(
+    service: StartService, steer: RunSteer, away: str
+) -> None:
+    bind = f"[{away}]:8080" if ":" in away else f"{away}:8080"
+    refused = steer("check", "-b", bind)
+    assert refused.returncode == 1
+    assert f"bind tcp {bind}: EADDRNOTAVAIL" in refused.stderr
+    running = service("-b", bind, "-w", "2", *arguments({"transparent": "yes"}))
+    assert [each["address"] for each in running.status()["binds"]] == [away]
 
 
 @pytest.mark.needs("root")
