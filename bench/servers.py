@@ -161,7 +161,7 @@ def get(port: int) -> bytes:
 def steer_run(port: int, workers: int, *arguments: str) -> list[str]:
     """The service's name is `name(port)`; with no arguments that say else, it is the demo."""
     bind = f"{HOST}:{port}"
-    base = [tool("steer"), "run", "-w", str(workers), "-b", bind, "--name", name(port)]
+    base = [tool("steer"), "run", "--demo", "-w", str(workers), "-b", bind, "--name", name(port)]
     return [*base, *arguments]
 
 

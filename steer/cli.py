@@ -353,7 +353,7 @@ def new(name: str, as_json: bool) -> None:
         _print_json({"written": str(file)})
     else:
         click.echo(f"wrote {file}. Edit it, then try:")
-        for command in ("policies check", "run --policy"):
+        for command in ("policies check", "run --demo --policy"):
             click.echo(f"  steer {command} ./{file}")
 
 
@@ -385,7 +385,7 @@ def doctor(as_json: bool, **options: Any) -> None:
     from steer import show
     from steer.report import Table
 
-    found = examination.examine(Source(options)())
+    found = examination.examine(Source(options, runs=False)())
     if as_json:
         _print_json({"findings": found})
     else:

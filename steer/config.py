@@ -47,6 +47,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         app: "module:callable" for a Python callable; None for the demo or a command.
         command: the worker's command line, with {fd}, {slot}, {port} to be filled in.
+        demo: whether the demo is what is wanted where there is neither app nor command.
         workers: how many, or "auto": one for each CPU this process may use.
         policy: "auto", a built-in's name, or the path of a C file.
         keep_privileges: whether workers keep the capabilities that steer itself has, and may
@@ -63,6 +64,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
     app: Annotated[str, Meta(pattern=r"^[\w.]+:[\w.]+\Z")] | None = None
     command: tuple[str, ...] = ()
+    demo: bool = False
     bind: tuple[str, ...] = (DEFAULT_BIND,)
     workers: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] = "auto"
     policy: str = AUTO
@@ -131,6 +133,8 @@ def load(
     environment: Mapping[str, str],
     file: Mapping[str, Any],
     path: str,
+    *,
+    runs: bool = False,
 ) -> Service:
     """Merge the sources and check every value.
 
@@ -138,25 +142,34 @@ def load(
         command_line: values given as options, by key; None: not given.
         file: the [service] table, as `read` returns it.
         path: the file's name, for errors.
+        runs: whether the service is to be run, and so has to have something to run: an app, a
+            command or the demo. The demo is also what it is if nothing at all was given.
 
     Raises:
         ConfigError: names the source, the key, the value and what is allowed.
     """
     merged: dict[str, Any] = {}
     shown: dict[str, str] = {}
+    sources = [path] if file else []
     for key, value in file.items():
         shown[key] = _shown(key, value, path)
         merged[key] = _checked(key, value, shown[key], strict=True)
     for key, (name, text) in _from_environment(environment).items():
         shown[key] = _shown(key, text, name)
         merged[key] = _checked(key, text, shown[key], strict=False)
+        sources.append(name)
     for key, value in command_line.items():
         if value is not None and value != ():
             form = _GIVEN_AS.get(key, f"--{key.replace('_', '-')}: {key} = {{value}}")
             shown[key] = form.format(value=values.shown(value))
             merged[key] = _checked(key, value, shown[key], strict=False)
+            sources.append(form.partition(":")[0])
+    if runs and not merged:
+        return Service(demo=True)
     service = Service(**merged)
     _check_whole(service, shown)
+    if runs:
+        _check_runs_something(service, sources)
     return service
 
 
@@ -327,6 +340,18 @@ def _check_whole(service: Service, shown: Mapping[str, str]) -> None:
             "the kernel's own hash knows no weights",
             f"allowed: {', '.join(name for name in _NAMED if name != 'kernel')}",
         )
+
+
+def _check_runs_something(service: Service, sources: Sequence[str]) -> None:
+    """Raises ConfigError: what to run was forgotten, and the demo would serve in its place."""
+    if service.app or service.command or service.demo:
+        return
+    raise ConfigError(
+        f"find what to run in {', '.join(sources)}",
+        "neither an app nor a command is given",
+        "give one: MODULE:CALLABLE or -- COMMAND (in a file: app or command); or have the demo"
+        " run: --demo (demo = true)",
+    )
 
 
 def _check_options_have_sockets(service: Service, shown: Mapping[str, str]) -> None:

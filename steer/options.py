@@ -29,6 +29,12 @@ def service_options(command: Command) -> Command:
 _SERVICE_OPTIONS = (
     click.argument("app", required=False, metavar="[MODULE:CALLABLE | -- CMD ARG...]"),
     click.option(
+        "--demo",
+        is_flag=True,
+        default=None,
+        help="Run the demo if neither is given; without any option that is the default.",
+    ),
+    click.option(
         "-b",
         "--bind",
         multiple=True,
@@ -154,9 +160,11 @@ class Source:
 
     Args:
         options: of the command that is under way, as `service_options` gives them.
+        runs: whether it is to be of something that can run: see `config.load`.
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], *, runs: bool = True) -> None:
+        self._runs = runs
         self._command_line = dict(options)
         file = self._command_line.pop("file") or os.environ.get("STEER_CONFIG")
         self._file = file or DEFAULT_FILE
@@ -177,7 +185,8 @@ class Source:
         from steer import config
         from steer.policy import OWN_SUFFIX
 
-        service = config.load(self._command_line, os.environ, self._table(), self._file)
+        sources = self._command_line, os.environ, self._table(), self._file
+        service = config.load(*sources, runs=self._runs)
         if not service.policy.endswith(OWN_SUFFIX):
             return service
         path = os.path.normpath(os.path.join(self._directory, service.policy))

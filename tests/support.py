@@ -437,11 +437,13 @@ def refusing(*calls: int) -> tuple[str, ...]:
 
 
 def clean_environment(home: Path) -> dict[str, str]:
-    """Nothing that would configure steer, and its directories in `home`."""
+    """Nothing that would configure steer, but for the demo, which may run without being asked for
+    in each test; and its directories, in `home`."""
     unwanted = ("STEER_", "LISTEN_", "NOTIFY_SOCKET", "WEB_CONCURRENCY", "XDG_", "PYTHON")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     return {
         **kept,
+        "STEER_DEMO": "true",
         "STEER_RUNTIME_DIR": str(home / "run" / "steer"),
         "XDG_RUNTIME_DIR": str(home / "run"),
         "XDG_CACHE_HOME": str(home / "cache"),

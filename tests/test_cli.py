@@ -21,7 +21,16 @@ import msgspec
 import pytest
 from conftest import RunSteer, StartService
 from fake_service import fake_service
-from support import DEADLINE_S, STEER, Service, Terminal, clean_environment, eventually, run_steer
+from support import (
+    DEADLINE_S,
+    STEER,
+    Service,
+    Terminal,
+    clean_environment,
+    eventually,
+    http_get,
+    run_steer,
+)
 
 import steer as package
 from steer import config
@@ -193,6 +202,48 @@ def test_command_line_over_environment_over_file(
     assert configured("-w", "6") == "6"
 
 
+# What is run
+
+
+def test_what_has_nothing_to_run_is_refused(
+    cli: RunSteer, home: Path, environment: dict[str, str]
+) -> None:
+    del environment["STEER_DEMO"]
+    (home / "x.toml").write_text("[service]\nworkers = 2\n")
+    (home / "empty.toml").touch()
+    words = "steer: find what to run in {}: neither an app nor a command is given; give one: "
+    for command in ("run", "check"):
+        for file, options, named in (
+            ("", ("--policy", "hash"), "--policy"),
+            ("x.toml", (), "x.toml"),
+            ("empty.toml", ("-w", "2"), "--workers"),
+        ):
+            environment["STEER_CONFIG"] = file
+            done = cli(command, *options)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.startswith(words.format(named))
+            assert done.stderr.count("\n") == 1
+    for given in ((), ("-c", "empty.toml"), ("-c", "x.toml", "--demo")):
+        done = cli("run", "--print-config", *given)
+        assert "\ndemo = true\n" in done.stdout
+    assert cli("doctor", "-w", "2", "--json").stderr == ""
+
+
+def test_the_demo_runs_where_nothing_is_given(
+    netns: object, home: Path, environment: dict[str, str]
+) -> None:
+    del environment["STEER_DEMO"]
+    with subprocess.Popen([STEER, "run"], env=environment, cwd=home) as process:
+        running = Service(process, "demo", home, home, environment)
+        try:
+            (home / "stderr").touch()
+            running.wait_ready()
+            assert http_get("127.0.0.1", 8080)[1]["name"] == "demo"
+        finally:
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 0
+
+
 # The configuration read again
 
 
@@ -235,8 +286,8 @@ def test_configuration_is_read_again(
 def test_default_file_may_come_but_not_go(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     read = source()
-    assert read() == config.Service()
-    (home / "steer.toml").write_text("[service]\nworkers = 2\n")
+    assert read() == config.Service(demo=True)
+    (home / "steer.toml").write_text("[service]\nworkers = 2\ndemo = true\n")
     assert read().workers == 2
     (home / "steer.toml").unlink()
     with pytest.raises(ConfigError, match=r"^read steer\.toml: no such file$"):
@@ -249,7 +300,7 @@ def test_directory_that_is_gone_holds_no_file(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert source()() == config.Service()
+    assert source()() == config.Service(demo=True)
     with pytest.raises(ConfigError, match=r"^read x\.toml: no such file$"):
         source("-c", "x.toml")()
 

@@ -54,6 +54,7 @@ def test_with_nothing_given_all_is_default() -> None:
 SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "app": ("a:f", ("b:f", "b:f"), ("c:f", "c:f")),
     "command": (["a", "x y"], ("b -v", ("b", "-v")), (("c", "-v"), ("c", "-v"))),
+    "demo": (True, ("false", False), (True, True)),
     "bind": ([":1"], (":2,:22", (":2", ":22")), ((":3", ":33"), (":3", ":33"))),
     "workers": (1, ("2", 2), ("3", 3)),
     "policy": ("hash", ("random", "random"), ("round-robin", "round-robin")),
@@ -147,6 +148,60 @@ def test_an_option_that_was_not_given_hides_nothing(option: object) -> None:
 
 def test_a_flag_that_is_off_is_given() -> None:
     assert not load({"strict": False}, {}, {"strict": True}).strict
+
+
+# What is run
+
+Sources = tuple[Mapping[str, Any], Mapping[str, str], Mapping[str, Any]]
+
+
+def to_run(given_: Sources) -> Service:
+    return config.load(*given_, FILE, runs=True)
+
+
+@pytest.mark.parametrize(
+    "given_, named",
+    [
+        (({"workers": "2"}, {}, {}), "--workers"),
+        (({"params": ("a=1",), "strict": True}, {}, {}), "--param, --strict"),
+        (({}, {"STEER_BACKLOG": "7"}, {}), "STEER_BACKLOG"),
+        (({}, {"WEB_CONCURRENCY": "2"}, {}), "WEB_CONCURRENCY"),
+        (({}, {}, {"policy": "hash", "workers": 2}), FILE),
+        (({}, {}, {"demo": False}), FILE),
+        (
+            ({"name": "web"}, {"STEER_DEMO": "false"}, {"bind": [":1"]}),
+            f"{FILE}, STEER_DEMO, --name",
+        ),
+        (({}, {"STEER_COMMAND": ""}, {}), "STEER_COMMAND"),
+    ],
+)
+def test_a_service_without_anything_to_run_is_refused(given_: Sources, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        to_run(given_)
+    what = f"find what to run in {named}: neither an app nor a command is given; give one: "
+    assert str(caught.value).startswith(what)
+    for cure in ("MODULE:CALLABLE", "-- COMMAND", "--demo", "demo = true"):
+        assert cure in caught.value.cure
+    assert config.load(*given_, FILE), "what only looks at a machine may do without"
+
+
+@pytest.mark.parametrize(
+    "given_",
+    [
+        ({"workers": "2", "app": "a:f"}, {}, {}),
+        ({"command": ("a",)}, {}, {"workers": 2}),
+        ({"demo": True, "workers": "2"}, {}, {}),
+        ({}, {"STEER_DEMO": "true", "STEER_WORKERS": "2"}, {}),
+        ({"workers": "2"}, {}, {"demo": True}),
+        ({"workers": "2"}, {}, {"command": ["a"]}),
+    ],
+)
+def test_a_service_with_something_to_run_is_not_refused(given_: Sources) -> None:
+    assert to_run(given_) == config.load(*given_, FILE)
+
+
+def test_who_gives_nothing_at_all_gets_the_demo() -> None:
+    assert to_run(({"bind": (), "demo": None}, {"PATH": "/bin"}, {})) == Service(demo=True)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ YES = {"ebpf": Finding(Answer.YES), "cbpf": Finding(Answer.YES)}
 OTHER: dict[str, Any] = {
     "app": "app:other",
     "command": ("sleep", "1"),
+    "demo": True,
     "bind": ("127.0.0.1:8081",),
     "workers": 3,
     "policy": "hash",

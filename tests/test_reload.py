@@ -452,6 +452,21 @@ def test_reload_reads_the_configuration_anew(service: StartService, home: Path) 
     assert (done.returncode, done.stderr) == (1, "steer: read steer.toml: no such file\n")
 
 
+def test_a_file_that_lost_its_application_is_refused(
+    service: StartService, home: Path, environment: dict[str, str]
+) -> None:
+    """Instead of the demo in its place."""
+    del environment["STEER_DEMO"]
+    configure(home, app="app:serve", workers=1)
+    running = service()
+    configure(home, workers=2)
+    done = running.steer("reload")
+    words = "steer: find what to run in steer.toml, --name: neither an app nor a command is given"
+    assert done.returncode == 1
+    assert done.stderr.startswith(words)
+    assert [ask()[key] for key in ("app", "generation")] == ["serve", 1]
+
+
 @pytest.mark.needs("root")
 def test_another_user_is_heard_from_then_on(service: StartService, home: Path) -> None:
     configure(home, app="app:notifies", user="1")

@@ -73,7 +73,7 @@ def serving(scheme: str, options: Sequence[str], log: Path) -> Iterator[None]:
     """
     bind = ("--bind", f"{scheme}://{HOST}:{PORT}", "--name", NAME)
     with ExitStack() as undo:
-        pid = _start(("run", *options, *bind, *_PATIENT), log)
+        pid = _start(("run", "--demo", *options, *bind, *_PATIENT), log)
         undo.callback(_kill, pid)
         pidfd = os.pidfd_open(pid)
         undo.callback(os.close, pidfd)
