@@ -296,8 +296,9 @@ class Fleet:
             self.report(place, Event.DRAIN)
         if message.get("READY") == "1" and place.state is State.STARTING:
             place.says_ready = True
-            too_early = servers.says_ready_early(proc.arguments(sender))
-            if not too_early or waits(worker) is not Seen.NO:
+            arguments = proc.arguments(sender) or worker.launch.service.command
+            too_early = servers.says_ready_early(arguments)
+            if not too_early or waits(worker) is Seen.YES:
                 self.report(place, Event.READY)
 
     def report(self, place: Place, event: Event) -> None:

@@ -63,6 +63,28 @@ def is_busy(cpu_s: float, elapsed_s: float) -> bool:
     return cpu_s > _BUSY * elapsed_s
 
 
+class Rest:
+    """For how long a process has been at rest: asleep, but for what timers take. Most servers
+    look at a clock or at a file several times in a second, so that one wakes means nothing."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+        self._at_s = self._cpu_s = 0.0
+
+    def lasted_s(self, now_s: float, cpu_s: float, is_asleep: bool) -> float:
+        """Until this look.
+
+        Args:
+            cpu_s: CPU time of it so far.
+            is_asleep: whether it slept when it was looked at.
+        """
+        was_busy = is_busy(cpu_s - self._cpu_s, now_s - self._at_s)
+        if self._since_s is None or was_busy or not is_asleep:
+            self._since_s = now_s
+        self._at_s, self._cpu_s = now_s, cpu_s
+        return now_s - self._since_s
+
+
 def computes(before: Evidence, now: Evidence, elapsed_s: float) -> bool:
     return is_busy(now.cpu_s - before.cpu_s, elapsed_s)
 

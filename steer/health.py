@@ -28,7 +28,7 @@ _FIRST_S, _LAST_S = 0.01, 0.25
 _LOOKS = 3
 """In one --hang-timeout; more while something waits."""
 _REST_S = 1.0
-"""One that cannot be looked at is taken to be ready when it has done nothing for so long."""
+"""One that cannot be looked at is taken to be ready when it has been at rest for so long."""
 _SAMPLE_S = 0.02
 _TOLD_S = 1.0
 """A gap of so long is logged."""
@@ -136,17 +136,10 @@ class Health:
     def _is_ready(self, place: Place, process: Process) -> bool:
         """Seen to wait; or at rest, where nobody can see what for."""
         seen = waits(process)
-        if seen is Seen.UNKNOWN and self._is_at_rest(place):
+        if seen is Seen.UNKNOWN and place.rested_s(self._fleet.clock.now_s()) >= _REST_S:
             self._fleet.visibility.refused(WAITS, process)
             return True
         return seen is Seen.YES
-
-    def _is_at_rest(self, place: Place) -> bool:
-        """Whether it has done nothing for a while."""
-        now_s = self._fleet.clock.now_s()
-        if place.has_acted() or not place.active_s:
-            place.active_s = now_s
-        return now_s - place.active_s >= _REST_S
 
     # Hanging.
 

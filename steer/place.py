@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from steer.errors import KernelError, SteerError
-from steer.hang import is_busy
+from steer.hang import Rest, is_busy
 from steer.kernel import proc, process
 from steer.kernel.waits import Seen, acceptors, waiters, waits_on
 from steer.lifecycle import STABLE_S, State
@@ -57,7 +57,7 @@ class Place(msgspec.Struct, eq=False):
         takers: its processes that were seen to wait on its sockets.
         acceptors: threads of theirs that did.
         activity: see `proc.activity`: of these, at the last look at them.
-        active_s: when it was last seen to do anything, while it starts.
+        rest: of one that starts and cannot be looked at.
         cpu_s, cpu_at_s: CPU time that it had had, and when that was.
         hung: when it was retired.
         full: at capacity: it takes nothing, and gets on with what it has.
@@ -85,7 +85,7 @@ class Place(msgspec.Struct, eq=False):
     takers: frozenset[int] = frozenset()
     acceptors: frozenset[int] = frozenset()
     activity: int = 0
-    active_s: float = 0.0
+    rest: Rest | None = None
     cpu_s: float = 0.0
     cpu_at_s: float = 0.0
     hung: bool = False
@@ -178,7 +178,7 @@ class Place(msgspec.Struct, eq=False):
         """It has ended. One that served for long begins a new row of failures."""
         self.process = None
         self.says_ready = self.full = self.shed = False
-        self.active_s = 0.0
+        self.rest = None
         served_s = time.monotonic() - self.ready_s if self.ready_s is not None else 0.0
         self.failures = 1 if served_s >= STABLE_S else self.failures + 1
 
@@ -197,6 +197,13 @@ class Place(msgspec.Struct, eq=False):
         if self.process:
             self.cpu_s = proc.cpu_s(self.process.pid)
         return is_busy(self.cpu_s - before, now_s - before_s)
+
+    def rested_s(self, now_s: float) -> float:
+        """For how long it has been at rest, as far as it was asked for."""
+        assert self.process
+        self.rest = self.rest or Rest()
+        pid = self.process.pid
+        return self.rest.lasted_s(now_s, proc.cpu_s(pid), proc.is_asleep(pid))
 
     def set_timer(self, timer: Timer) -> None:
         """It waits for this now, and for nothing that it waited for before."""

@@ -19,7 +19,7 @@ from conftest import StartService
 from crew import CPUS, PORT, pinned
 from support import DEADLINE_S, Service, eventually, is_ready, is_running, udp_ask
 
-from steer.hang import Evidence, History, Look, Verdict
+from steer.hang import Evidence, History, Look, Rest, Verdict
 from steer.kernel import proc
 from steer.kernel.listeners import Borrower, waiting
 
@@ -122,6 +122,30 @@ def test_datagrams_taken_slowly() -> None:
     """Their bytes fall by a quarter of the buffer at a time."""
     assert when_over(*[Look(50_000 + 768 * now, activity=now) for now in range(10)]) is None
     assert when_over(*[Look(50_000 + 768 * now) for now in range(10)]) == 2
+
+
+# At rest
+
+
+def rested_s(*looks: tuple[float, bool]) -> float:
+    """After looks four times a second, each with the CPU time since the last, and whether it was
+    asleep."""
+    rest, cpu_s, found_s = Rest(), 0.0, 0.0
+    for at, (more_s, is_asleep) in enumerate(looks):
+        cpu_s += more_s
+        found_s = rest.lasted_s(at / 4, cpu_s, is_asleep)
+    return found_s
+
+
+def test_one_that_only_looks_at_a_clock_rests() -> None:
+    assert rested_s(*[(0.0, True)] * 9) == 2
+    assert rested_s(*[(0.01, True)] * 9) == 2
+
+
+def test_one_that_computes_or_waits_for_a_disk_does_not() -> None:
+    assert rested_s(*[(0.05, True)] * 9) == 0
+    assert rested_s(*[(0.0, False)] * 9) == 0
+    assert rested_s(*[(0.2, False)] * 5, *[(0.0, True)] * 4) == 1
 
 
 # At capacity

@@ -21,7 +21,7 @@ from support import (
     refusing,
 )
 
-from steer.kernel import access
+from steer.kernel import access, proc
 from steer.kernel.access import Access, Facts, Refusal, why_no_borrowing, why_no_look
 from steer.visibility import notes_on
 
@@ -108,7 +108,7 @@ def test_as_in_docker(service: StartService) -> None:
     notes = "\n".join(running.status()["notes"])
     assert "CAP_SYS_PTRACE is not held" in notes
     assert "--cap-add SYS_PTRACE" in notes
-    assert "taken to be ready when it has been idle" in running.log
+    assert "taken to be ready when it has used next to no CPU" in running.log
 
     stopped = running.workers()[1]
     os.kill(stopped["pid"], signal.SIGSTOP)
@@ -129,6 +129,53 @@ def test_as_in_docker(service: StartService) -> None:
         )
         assert "CAP_SYS_PTRACE is not held" in done.stdout, done.stderr
         json.loads(done.stdout)
+
+
+TICKS = """
+import select, time
+def serve(worker):
+    while time.process_time() < 2:
+        pass
+    while not worker.stopping:
+        if select.select(worker.sockets, [], [], 0.05)[0]:
+            worker.sockets[0].accept()[0].close()
+"""
+
+
+@pytest.mark.needs("netns", "nobody")
+def test_one_that_looks_at_a_clock_is_at_rest(service: StartService, home: Path) -> None:
+    """As most servers do; but not while it computes, as one does that imports its application."""
+    (home / "ticks.py").write_text(TICKS)
+    options = (*OPTIONS, "--policy=hash", "--ready-timeout=1000", "ticks:serve")
+    running = service(*options, under=AS_IN_DOCKER)
+    assert all(proc.cpu_s(each["pid"]) >= 2 for each in running.workers())
+    assert "taken to be ready when it has used next to no CPU" in running.log
+
+
+ARBITER = """
+import ctypes, os, socket, subprocess, sys, time
+ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nobody may look at it
+if sys.argv[1] == "arbiter":
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", chr(0), 1))
+    subprocess.run([sys.executable, "-I", __file__, "worker"], pass_fds=[3])
+while time.process_time() < 2:
+    pass
+socket.socket(fileno=3).accept()
+"""
+
+
+@pytest.mark.needs("netns", "nobody")
+def test_ready_said_too_early_is_not_believed_where_nothing_is_seen(
+    service: StartService, home: Path
+) -> None:
+    """As gunicorn's is, before its own workers have imported the application."""
+    (home / "gunicorn").write_text(ARBITER)
+    options = (*OPTIONS, "-w", "1", "--policy=hash", "--ready-timeout=1000", "--")
+    command = ("/usr/bin/python3", "-I", str(home / "gunicorn"), "arbiter")
+    running = service(*options, *command, under=AS_IN_DOCKER)
+    (worker,) = running.workers()
+    assert proc.cpu_s(worker["pid"]) >= 2
 
 
 FILTERED = ("--policy=round-robin", "--hang-timeout=0.3", "-w", "3")

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import struct
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
@@ -241,10 +242,35 @@ def activity(pid: int, root: str = "/proc", among: Collection[int] = ()) -> int:
     return ticks + switches
 
 
-def cpu_s(pid: int, root: str = "/proc") -> float:
-    """CPU time that `pid` and its descendants have had so far."""
-    ticks = sum(map(partial(_ticks, root=root), family(pid, Files(root))))
-    return ticks / os.sysconf("SC_CLK_TCK")
+def cpu_s(pid: int) -> float:
+    """CPU time that `pid` and its descendants have had so far; of a process that /proc hides,
+    its own."""
+    return sum(map(_cpu_clock_s, family(pid, Files()) or [pid]))
+
+
+def _cpu_clock_s(pid: int) -> float:
+    """0 once it is gone. Anybody may read it, hidepid or not (clock_getcpuclockid(3))."""
+    try:
+        return time.clock_gettime(~pid << 3 | _CPUCLOCK_SCHED)
+    except OSError:
+        return 0.0
+
+
+_CPUCLOCK_SCHED = 2  # include/linux/posix-timers_types.h
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether `pid` and its descendants sleep until something happens: none of them runs, waits
+    for a CPU or a disk, or is stopped. Of a process that /proc hides nothing else is known."""
+    states = {stat[0] for stat in map(_stat_of, family(pid, Files())) if stat}
+    return states.issubset(_ASLEEP)
+
+
+def _stat_of(pid: int) -> list[bytes] | None:
+    return _stat(f"/proc/{pid}")
+
+
+_ASLEEP = (b"S", b"I", b"Z", b"X")
 
 
 def _ticks(pid: int, root: str) -> int:
