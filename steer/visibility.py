@@ -28,7 +28,7 @@ def of(service: Service) -> Access:
         OSError: it cannot be tried.
     """
     who = process.identity(service.user, service.group)
-    return access.access_to(lambda: privileges.settle(service, who))
+    return access.access_to(lambda: privileges.settle(service, who), executes=not service.app)
 
 
 def notes_on(found: Access) -> list[str]:

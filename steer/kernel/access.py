@@ -20,6 +20,7 @@ from steer.features import kernel_version
 from steer.kernel import process
 from steer.kernel.listeners import Borrower
 from steer.kernel.proc import is_hidden, socket_inode
+from steer.kernel.procfs import Files
 
 _CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
 _GETFD_SINCE = (5, 6)
@@ -34,6 +35,12 @@ class Refusal(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.cause}; {self.cure}"
+
+
+_OF_ANOTHER_USER = Refusal(
+    "workers run as another user, and CAP_SYS_PTRACE is not held",
+    f"{_GIVE_PTRACE}, or run steer as that user",
+)
 
 
 class Access(msgspec.Struct, frozen=True):
@@ -77,8 +84,7 @@ def why_no_look(facts: Facts) -> Refusal:
         cure = "mount it without hidepid, or with gid= of a group of ours"
         return Refusal("/proc is mounted with hidepid", cure)
     if not facts.same_user and not facts.may_ptrace:
-        cause = "workers run as another user, and CAP_SYS_PTRACE is not held"
-        return Refusal(cause, f"{_GIVE_PTRACE}, or run steer as that user")
+        return _OF_ANOTHER_USER
     if scope >= 3 or (scope == 2 and not facts.may_ptrace):
         cure = "sysctl -w kernel.yama.ptrace_scope=1" + (", after a reboot" if scope >= 3 else "")
         return Refusal(f"kernel.yama.ptrace_scope is {scope}", cure)
@@ -96,6 +102,8 @@ def why_no_borrowing(facts: Facts, cause: str, look: Refusal | None) -> Refusal:
         return Refusal(f"Linux {facts.release} has no pidfd_getfd(2)", "Linux 5.6 has it")
     if look is not None:
         return look
+    if not facts.same_user and not facts.may_ptrace:
+        return _OF_ANOTHER_USER
     if cause in ("EPERM", "ENOSYS", "EACCES") and facts.is_filtered:
         cure = "let it pass (Docker: --cap-add SYS_PTRACE; systemd: SystemCallFilter=pidfd_getfd)"
         return Refusal("a seccomp filter refuses pidfd_getfd(2)", cure)
@@ -115,18 +123,20 @@ def access(pid: int, inodes: frozenset[int]) -> Access:
     return Access(look, borrow)
 
 
-def access_to(become: Callable[[], None]) -> Access:
+def access_to(become: Callable[[], None], executes: bool = True) -> Access:
     """What we may do to a worker: tried with one that only sleeps.
 
     Args:
         become: gives up what a worker gives up; may raise OSError.
+        executes: whether a worker executes a command, and so is dumpable (prctl(2),
+            PR_SET_DUMPABLE): one that is not only CAP_SYS_PTRACE may look at.
 
     Raises:
         OSError: it cannot be made.
     """
     with socket.socket() as sock:
         reading, writing = os.pipe()
-        pid, pidfd = process.fork(lambda: _sleep(become, writing))
+        pid, pidfd = process.fork(lambda: _sleep(become, executes, writing))
         os.close(writing)
         try:
             if not os.read(reading, 1):
@@ -140,20 +150,21 @@ def access_to(become: Callable[[], None]) -> Access:
             os.close(pidfd)
 
 
-def _sleep(become: Callable[[], None], told: int) -> int:
-    """Be one, as a command that was executed would be: dumpable (prctl(2), PR_SET_DUMPABLE)."""
+def _sleep(become: Callable[[], None], executes: bool, told: int) -> int:
+    """Be one. A change of user took away that it is dumpable, and executing gives it back."""
     become()
-    process.be_dumpable()
+    if executes:
+        process.be_dumpable()
     os.write(told, b"\0")
     signal.pause()
     return 0
 
 
 def _may_look(pid: int, root: str = "/proc") -> bool:
+    files = Files(root)
     try:
-        os.listdir(f"{root}/{pid}/fd")
-        with open(f"{root}/{pid}/syscall") as file:
-            file.read()
+        files.names(f"{root}/{pid}/fd")
+        files.read(f"{root}/{pid}/syscall")
     except PermissionError:
         return False
     except OSError as error:

@@ -3,13 +3,23 @@
 A worker is not trusted. It may have 5,000 threads, wait for a million descriptors, or grow a
 tree of processes; a look at it costs no more for that. What does not fit into one look is left
 out, and `whole` says so: the answer is then "could not tell", never "no".
+
+Where we may not look at a process, it is looked at as its user, if we may become that one.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 
 MOST_READS = 1024
 """Files, links and directories in one look: some 5 to 10 ms."""
@@ -46,6 +56,7 @@ class Files:
         self.reads = 0
         self._most_reads = most_reads
         self._most_bytes = self._bytes_left = most_bytes
+        self._owners: dict[str, tuple[int, int]] = {}
 
     @property
     def bytes_read(self) -> int:
@@ -54,6 +65,9 @@ class Files:
     def read(self, path: str) -> bytes:
         """The contents of a file. Raises OSError, TooMuch."""
         self._spend()
+        return self._as_owner(path, partial(self._read, path))
+
+    def _read(self, path: str) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             chunks = []
@@ -74,7 +88,7 @@ class Files:
             OSError, TooMuch
         """
         self._spend()
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = self._as_owner(path, partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
         try:
             found = os.pread(fd, min(count_bytes, most_bytes), address)
         except OverflowError:  # a 32-bit process, whose calls have other numbers
@@ -88,13 +102,12 @@ class Files:
     def link(self, path: str) -> str:
         """What a symbolic link says. Raises OSError, TooMuch."""
         self._spend()
-        return os.readlink(path)
+        return self._as_owner(path, partial(os.readlink, path))
 
     def names(self, directory: str, most: int = MOST_NAMES) -> list[str]:
         """The first `most` names in a directory. Raises OSError, TooMuch."""
         self._spend()
-        with os.scandir(directory) as entries:
-            found = [entry.name for entry in islice(entries, most + 1)]
+        found = self._as_owner(directory, partial(_first_names, directory, most + 1))
         self.whole &= len(found) <= most
         return found[:most]
 
@@ -118,6 +131,37 @@ class Files:
             except FileNotFoundError:  # closed since
                 continue
 
+    def _as_owner(self, path: str, act: Callable[[], T]) -> T:
+        """What `act` gives, done as the owner of the process where we may not do it ourselves,
+        and for all that is looked at of it from then on."""
+        process = path.removeprefix(f"{self.root}/").partition("/")[0]
+        try:
+            with self._looking_at(process):
+                return act()
+        except PermissionError:
+            if not self._take_owner(process):
+                raise
+        with self._looking_at(process):
+            return act()
+
+    def _looking_at(self, process: str) -> AbstractContextManager[None]:
+        owner = self._owners.get(process)
+        if owner is None:
+            return nullcontext()
+        from steer.kernel.fsuid import looking_as  # takes ctypes, which is slow to import
+
+        return looking_as(*owner)
+
+    def _take_owner(self, process: str) -> bool:
+        """Whether it is worth another try: a process that is not dumpable is root's here."""
+        if process in self._owners or os.geteuid() != 0:
+            return False
+        stat = os.stat(f"{self.root}/{process}")
+        if stat.st_uid == 0:
+            return False
+        self._owners[process] = stat.st_uid, stat.st_gid
+        return True
+
     def _spend(self) -> None:
         if self.reads >= self._most_reads:
             self._give_up()
@@ -131,3 +175,8 @@ class Files:
     def _give_up(self) -> None:
         self.whole = False
         raise TooMuch("as much as one look may cost")
+
+
+def _first_names(directory: str, most: int) -> list[str]:
+    with os.scandir(directory) as entries:
+        return [entry.name for entry in islice(entries, most)]
