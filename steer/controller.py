@@ -50,7 +50,7 @@ from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.kernel.spare import Spare
 from steer.lifecycle import State
 from steer.log import Log
-from steer.notify import Listener, Notification
+from steer.notify import Listener, Notification, Unheard
 from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
 from steer.policy import AUTO, EBPF
@@ -223,6 +223,7 @@ class Controller:
         self.fleet: Fleet
         self.listener: Listener
         self._undo = undo
+        self._unheard = Unheard(log.warning)
         self._files = process.allow_descriptors(plan.descriptors)
         self._spare = Spare(_SPARE + len(plan.binds))
         undo.callback(self._spare.close)
@@ -264,7 +265,8 @@ class Controller:
             path, handover.control, handover.settings.remove_directory
         )
         self.steering = open_backend(left.rung.backend, self.plan, empty=True)
-        self.listener = Listener(self._trusted(), left.notify, entries[MAILBOX].fds[0])
+        address, fd = left.notify, entries[MAILBOX].fds[0]
+        self.listener = Listener(self._trusted(), self._unheard, address, fd)
         self._open_guard(handover)
         self._make_fleet(generations[left.generation])
         workers = {key: each for key, each in entries.items() if key.startswith("worker ")}
@@ -535,7 +537,7 @@ class Controller:
     def _start_workers(self, _step: Step) -> None:
         self._announce()
         generation = Generation(1, self.plan)
-        self.listener = Listener(self._trusted())
+        self.listener = Listener(self._trusted(), self._unheard)
         self._undo.callback(self.listener.close)
         self._open_guard(None)
         self._undo.callback(self.guard.close)
@@ -556,7 +558,9 @@ class Controller:
         slots = self.plan.slots
         launch = self._launch
         retry = Retry(self.log, self._spare)
-        self.fleet = Fleet(generation, slots, self.steering, self.guard, launch, self.log, retry)
+        self.fleet = Fleet(
+            generation, slots, self.steering, self.guard, launch, self.log, retry, self._unheard
+        )
 
     def _trusted(self) -> frozenset[int]:
         service = self.plan.service

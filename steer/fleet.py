@@ -5,23 +5,25 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from steer import elsewhere, lifecycle, rotation, servers
+from steer import elsewhere, lifecycle, notify, rotation, servers
 from steer.clock import Clock
 from steer.config import Service
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
-from steer.kernel import family, proc, process, sockets, strays
+from steer.kernel import family, mail, proc, process, sockets, strays
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.waits import Seen
 from steer.leftovers import Leftovers
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
+from steer.notify import Unheard
 from steer.place import Place, Saved, waits
 from steer.plan import Generation, Plan, Seat
 from steer.queues import Queues
@@ -54,6 +56,7 @@ class Fleet:
         guard: has all that another controller needs.
         launch: makes a worker's instructions.
         retry: does what has to go on.
+        unheard: is told who says to be ready and is of no worker.
 
     Attributes:
         generation: the one in force; a place may be of an earlier one, and on its way out.
@@ -72,6 +75,7 @@ class Fleet:
         launch: Callable[[Place], Launch],
         log: Log,
         retry: Retry,
+        unheard: Unheard,
     ) -> None:
         self.generation = generation
         self.places: list[Place] = []
@@ -85,6 +89,7 @@ class Fleet:
         self._guard = guard
         self._launch = launch
         self._ending = False
+        self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
         self._ending_in_s = 0.0
@@ -284,11 +289,34 @@ class Fleet:
         """A process sent this, see sd_notify(3).
 
         Args:
-            lineage: see `proc.lineage`; the sender first.
+            lineage: see `mail.Letter`; the sender first.
         """
-        for place in self.places:
-            if place.process and place.process.pid in lineage:
+        senders = self._senders(lineage, message)
+        for place in senders:
+            if place.process:
                 self._hear(place, place.process, lineage[0], message)
+        is_missed = any(place.state is State.STARTING for place in self.places)
+        if not senders and is_missed and notify.is_ready(message):
+            self._unheard.tell(lineage[0], *_why_unknown(lineage))
+
+    def _senders(self, lineage: Sequence[int], message: Mapping[str, str]) -> Collection[Place]:
+        """Whose process sent it. One whose parent has ended, so that it is our child now, comes
+        from some worker of ours: from the one that is starting, if it is the only one.
+
+        Returns:
+            None or one; or of several one is, and the others are about to send the same.
+        """
+        by_pid = {each.process.pid: each for each in self.places if each.process}
+        known = next((by_pid[pid] for pid in lineage if pid in by_pid), None)
+        if known is not None or not notify.is_ready(message):
+            return [known] if known else []
+        is_ours = lineage[0] == os.getpid()
+        starting = {pid: each for pid, each in by_pid.items() if each.state is State.STARTING}
+        telling = _say_ready_for_us(starting) if is_ours else {}
+        if telling:
+            return telling.values()
+        is_one = len(starting) == 1 and (is_ours or _is_orphan(lineage))
+        return starting.values() if is_one else []
 
     def _hear(self, place: Place, worker: Process, sender: int, message: Mapping[str, str]) -> None:
         place.hear(message, self.clock.now_s())
@@ -631,6 +659,37 @@ class Fleet:
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)
+
+
+def _say_ready_for_us(starting: Mapping[int, Place]) -> Mapping[int, Place]:
+    """Of workers, by process id of their first, those of which a systemd-notify(1) was left to
+    us, and says READY=1: in its parent's name, where it may, and so in ours."""
+    telling = (mail.lineage(pid) for pid in family.orphans() if _says_ready(pid))
+    whose = {pid for lineage in telling for pid in lineage}
+    return {pid: place for pid, place in starting.items() if pid in whose}
+
+
+def _says_ready(pid: int) -> bool:
+    """Whether it is a systemd-notify(1) that does, or did: one that has ended has no arguments."""
+    words = proc.arguments(pid)
+    return "--ready" in words or (words == [""] and proc.command(pid) == "systemd-notify")
+
+
+def _is_orphan(lineage: Sequence[int]) -> bool:
+    """Whether the sender's parent had ended, so that it was our child when it was looked at."""
+    return len(lineage) > 1 and lineage[1] == os.getpid()
+
+
+def _why_unknown(lineage: Sequence[int]) -> tuple[str, str]:
+    """Why nobody knows which worker sent something, and what would help."""
+    cure = "let the worker itself send it, or a child of its that it waits for"
+    if lineage[0] == os.getpid():
+        return "it was sent in the name of its sender's parent, and that has ended", cure
+    if _is_orphan(lineage):
+        return "its parent has ended, and nothing tells whose it is", cure
+    if len(lineage) < 2:
+        return "it had ended before its message was read", f"{cure}, without --no-block"
+    return "it is no process of a worker", cure
 
 
 _DO: dict[Command, Callable[[Fleet, Place], None]] = {

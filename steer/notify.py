@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from steer.kernel import mail
+from steer.kernel import mail, proc
 from steer.kernel.mail import Letter
 
 if TYPE_CHECKING:
@@ -21,6 +21,32 @@ Heard = Callable[[Sequence[int], Mapping[str, str]], None]
 
 _FLOOD = 4096
 """Messages: each of as many workers may have sent one."""
+_KINDS_MAX = 16
+
+
+class Unheard:
+    """Says why READY=1 of somebody is not taken for a worker's: of each kind of sender once, and
+    of very many kinds not at all, as anybody may send it.
+
+    Args:
+        warn: takes the words.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._kinds: set[tuple[str | None, str]] = set()
+
+    def tell(self, pid: int, cause: str, cure: str) -> None:
+        command = proc.command(pid)
+        if (command, cause) in self._kinds or len(self._kinds) >= _KINDS_MAX:
+            return
+        self._kinds.add((command, cause))
+        self._warn(f"READY=1 of {command or 'a process'} (pid {pid}) is not heard: {cause}; {cure}")
+
+
+def is_ready(message: Mapping[str, str]) -> bool:
+    """Whether it says so."""
+    return message.get("READY") == "1"
 
 
 class Listener:
@@ -33,11 +59,15 @@ class Listener:
 
     Args:
         trusted: users whose messages are looked at.
+        unheard: is told of those of others.
         address, fd: of one that was made before; the descriptor becomes ours.
     """
 
-    def __init__(self, trusted: frozenset[int], address: str = "", fd: int = -1) -> None:
+    def __init__(
+        self, trusted: frozenset[int], unheard: Unheard, address: str = "", fd: int = -1
+    ) -> None:
         self._trusted = trusted
+        self._unheard = unheard
         self.address = address
         if address:
             self._socket = socket.socket(fileno=fd)
@@ -83,8 +113,12 @@ class Listener:
     def read(self, letters: Iterable[Letter]) -> Iterator[Notification]:
         """The messages in these that may be looked at, and who sent them."""
         for letter in letters:
+            message = parse(letter.text)
             if letter.uid in self._trusted:
-                yield letter.lineage or (letter.pid,), parse(letter.text)
+                yield letter.lineage or (letter.pid,), message
+            elif is_ready(message):
+                cause = f"user {letter.uid} is not the one that workers are started as"
+                self._unheard.tell(letter.pid, cause, "have steer change the user: --user")
 
     def close(self) -> None:
         self._socket.close()

@@ -16,7 +16,7 @@ from conftest import StartService
 from support import DEADLINE_S, eventually, is_ready
 
 from steer.kernel import mail
-from steer.notify import Listener, Notification, parse, tell_supervisor
+from steer.notify import Listener, Notification, Unheard, parse, tell_supervisor
 from steer.servers import says_ready_early
 
 APP = '''
@@ -81,7 +81,7 @@ def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
     heard: list[Notification] = []
 
     async def listen() -> None:
-        listener = Listener(frozenset({os.geteuid()}))
+        listener = Listener(frozenset({os.geteuid()}), Unheard(pytest.fail))
         send(listener.address, b"EARLY=1")
         listener.watch(asyncio.get_running_loop(), lambda *what: heard.append(what))
         files = os.listdir("/proc/self/fd")
@@ -102,13 +102,18 @@ def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
     assert set(long["LONG"]) == {"x"}
 
 
-def test_listener_passes_over_users_it_does_not_trust() -> None:
+def test_listener_passes_over_users_it_does_not_trust_and_says_so_once() -> None:
+    told: list[str] = []
+
     async def listen() -> None:
         heard: list[object] = []
-        strict, lenient = Listener(frozenset({12345})), Listener(frozenset({os.geteuid()}))
+        strict = Listener(frozenset({12345}), Unheard(told.append))
+        lenient = Listener(frozenset({os.geteuid()}), Unheard(pytest.fail))
         for listener in (strict, lenient):
             listener.watch(asyncio.get_running_loop(), lambda *what: heard.append(what))
             send(listener.address, b"READY=1")
+        for message in (b"READY=1", b"WATCHDOG=1"):
+            send(strict.address, message)
         while not heard:
             await asyncio.sleep(0)
         assert len(heard) == 1
@@ -117,6 +122,17 @@ def test_listener_passes_over_users_it_does_not_trust() -> None:
             listener.close()
 
     asyncio.run(listen())
+    (line,) = told
+    assert f"(pid {os.getpid()}) is not heard: user {os.geteuid()} is not the one" in line
+
+
+def test_not_everything_that_anybody_sends_is_told() -> None:
+    told: list[str] = []
+    unheard = Unheard(told.append)
+    for number in range(100):
+        unheard.tell(os.getpid(), f"cause {number}", "cure")
+        unheard.tell(os.getpid(), "cause 0", "cure")
+    assert 1 < len(told) < 20
 
 
 @contextmanager
@@ -173,6 +189,7 @@ def test_worker_may_have_a_child_say_so_but_no_stranger(service: StartService, h
     send(str(address), b"READY=1")
     # What was sent before a request is heard before the next one.
     assert [running.workers()[0]["state"] for _ in range(2)] == ["starting"] * 2
+    assert f"(pid {os.getpid()}) is not heard: it is no process of a worker; let" in running.log
 
     (home / "tell").touch()
     running.wait_ready()
@@ -193,10 +210,14 @@ SCRIPTS = {
     "a helper": "systemd-notify --ready",
     "a helper that does not wait": "systemd-notify --ready --no-block",
     "a helper's helper": "sh -c 'systemd-notify --ready; true'",
+    "one whose parent has ended": "(systemd-notify --ready &)",
+    "one whose parent has ended, which does not wait": "(systemd-notify --ready --no-block &)",
+    "one in a session of its own": "setsid systemd-notify --ready",
+    "one in a session of its own, whose parent has ended": "(setsid systemd-notify --ready &)",
 }
 
 
-@pytest.mark.needs("systemd-notify")
+@pytest.mark.needs("systemd-notify", "setsid")
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_command_is_believed_at_once_that_polls_its_socket_and_has_another_say_so(
     service: StartService, home: Path, script: str
@@ -205,6 +226,57 @@ def test_command_is_believed_at_once_that_polls_its_socket_and_has_another_say_s
     (home / "polls.py").write_text(POLLS)
     (home / "start.sh").write_text(f"{script}\nexec {sys.executable} polls.py\n")
     service("-w", "2", "--ready-timeout", "3600", "--", "sh", "start.sh")
+
+
+@pytest.mark.needs("systemd-notify", "setsid", "nobody")
+def test_helper_of_another_user_in_a_session_of_its_own_is_known_by_its_environment(
+    service: StartService, home: Path
+) -> None:
+    (home / "polls.py").write_text(POLLS)
+    helper = SCRIPTS["one in a session of its own, whose parent has ended"]
+    (home / "start.sh").write_text(f"{helper}\nexec {sys.executable} polls.py\n")
+    as_nobody = ("-u", "nobody", "--ready-timeout", "3600")
+    service("-w", "2", *as_nobody, "--", "sh", "start.sh")
+
+
+NAMELESS = f"""
+import os, socket, sys
+
+def send(address):
+    socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1", address)
+
+if sys.argv[1:]:
+    while os.getppid() == int(sys.argv[2]):
+        pass
+    send(sys.argv[1].replace("@", "\\0", 1))
+else:
+    if os.fork() == 0:
+        os.setsid()
+        words = ["nameless.py", os.environ["NOTIFY_SOCKET"], str(os.getpid())]
+        if os.fork() == 0:
+            os.execve({sys.executable!r}, [{sys.executable!r}, *words], {{}})
+        os._exit(0)
+    os.wait()
+    os.execv({sys.executable!r}, [{sys.executable!r}, "polls.py"])
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_helper_of_which_nothing_tells_whose_it_is_is_believed_where_only_one_can_be_meant(
+    service: StartService, home: Path, workers: int
+) -> None:
+    (home / "polls.py").write_text(POLLS)
+    (home / "nameless.py").write_text(NAMELESS)
+    command = ("--", sys.executable, "nameless.py")
+    arguments = ("-w", str(workers), "--ready-timeout", "3600", *command)
+    running = service(*arguments, ready=workers == 1)
+    why = "is not heard: its parent has ended, and nothing tells whose it is; let the worker"
+    if workers == 1:
+        assert why not in running.log
+    else:
+        eventually(lambda: why in running.log)
+        assert {each["state"] for each in running.workers()} == {"starting"}
+        assert running.log.count(why) == 1
 
 
 @pytest.mark.needs("gunicorn")

@@ -128,7 +128,7 @@ class Family:
         began_ticks = self._seen.get(pid)
         if began_ticks is not None and began_ticks == proc.start_time_ticks(pid):
             return True
-        return _mark(pid) == self._pid or self._has_socket(pid)
+        return mark(pid) == self._pid or self._has_socket(pid)
 
     def _has_socket(self, pid: int) -> bool:
         if not self.sockets:
@@ -152,8 +152,9 @@ def send(number: int, pids: Iterable[int]) -> None:
             os.kill(pid, number)
 
 
-def _mark(pid: int) -> int | None:
-    """Whose the process says that it is; None where that may not be read or is not said."""
+def mark(pid: int) -> int | None:
+    """Whose the process says that it is; None where that may not be read or is not said, as of
+    one that has ended."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             pairs = file.read(_ENVIRON_MAX_BYTES).split(b"\0")

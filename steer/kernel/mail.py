@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from steer.kernel import proc
+from steer.kernel import family, proc
 
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
@@ -22,8 +22,9 @@ class Letter(msgspec.Struct, frozen=True, array_like=True):
     """A datagram; the kernel vouches for its sender.
 
     Args:
-        lineage: of its sender, as it was when the datagram was read: see `proc.lineage`. Most
-            clients end soon after, or wait until it is read (sd_notify_barrier(3)).
+        lineage: of its sender, as it was when the datagram was read: see `proc.lineage`; last
+            whose it says that it is (`family.mark`). Most clients end soon after, or wait until
+            it is read (sd_notify_barrier(3)).
     """
 
     pid: int
@@ -46,7 +47,13 @@ def receive(sock: socket.socket) -> Iterator[Letter]:
     for level, kind, value in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
             pid, uid, _ = _CREDENTIALS.unpack(value)
-            yield Letter(pid, uid, text, proc.lineage(pid))
+            yield Letter(pid, uid, text, lineage(pid))
+
+
+def lineage(pid: int) -> tuple[int, ...]:
+    """As `Letter` has it."""
+    said = family.mark(pid)
+    return proc.lineage(pid) + (() if said is None else (said,))
 
 
 class Mailbox:
