@@ -4,10 +4,14 @@ Stopped by a signal or a cgroup's freezer, suspended with the machine, or left w
 controller hears nothing of its workers, and they may have stood still as well. That time is
 nobody's delay. So what workers are given time for is measured with this clock: their watchdog,
 how long they take nothing, getting ready, finishing.
+
+A machine that is always late is something else: there the clock goes slower, but it goes on, or
+nobody would ever be found to hang.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Handle
 
 _BEAT_S = 0.5
+_LIMIT_S = 4 * _BEAT_S
 _SOON_S = 0.001
 """Timers may be early by so much: the loop rounds."""
 
@@ -35,21 +40,26 @@ def boottime_s() -> float:
 
 class Clock:
     """Looks at the time every so often. Where a look comes late by as much again, what passed
-    since the last one is a gap, and does not count.
+    since the last one is a gap. One that comes alone does not count, and everybody's time is to
+    begin anew; of others so much counts as if the look had come in time.
 
     Args:
         read_s: the time that it is made from.
 
     Attributes:
         missed_s: for how long the controller did not run, in all.
+        stops: how many gaps came alone.
+        stopped_s: how long the last of them was.
     """
 
     def __init__(self, read_s: Callable[[], float] = boottime_s) -> None:
         self._read_s = read_s
         self._seen_s = read_s()
-        self._beat_s = _BEAT_S
+        self._beat_s, self._limit_s = _BEAT_S, _LIMIT_S
+        self._alone_from_s = -math.inf
         self.loop: _Loop
-        self.missed_s = 0.0
+        self.missed_s = self.stopped_s = 0.0
+        self.stops = 0
 
     def run(self, loop: AbstractEventLoop | _Loop) -> None:
         """Look at the time every so often from here on."""
@@ -59,17 +69,27 @@ class Clock:
 
     def measure(self, *limits_s: float) -> None:
         """Notice a gap in time for these limits; those that are 0 are none."""
-        self._beat_s = min((limit_s / 4 for limit_s in limits_s if limit_s), default=_BEAT_S)
-        self._beat_s = min(self._beat_s, _BEAT_S)
+        given_s = [limit_s for limit_s in limits_s if limit_s] or [_LIMIT_S]
+        self._beat_s, self._limit_s = min(*given_s, _LIMIT_S) / 4, max(given_s)
 
     def now_s(self) -> float:
         """Seconds that the controller was there to see, from some point on."""
         read_s = self._read_s()
         passed_s = read_s - self._seen_s
-        if passed_s > 2 * self._beat_s:
-            self.missed_s += passed_s
         self._seen_s = read_s
+        if passed_s > 2 * self._beat_s:
+            self._miss(passed_s)
         return read_s - self.missed_s
+
+    def _miss(self, passed_s: float) -> None:
+        before_s = self._seen_s - passed_s - self.missed_s
+        if before_s >= self._alone_from_s:
+            self.stops, self.stopped_s = self.stops + 1, passed_s
+            self.missed_s += passed_s
+        else:
+            self.missed_s += passed_s - self._beat_s
+        # Everybody has all of its time until then, so whoever hangs was found.
+        self._alone_from_s = before_s + 2 * self._limit_s
 
     def call_later(self, after_s: float, callback: Callable[..., object], *args: object) -> Timer:
         """As the loop's, but `after_s` of this clock."""

@@ -57,7 +57,7 @@ class Health:
         self._loop = loop
         self._relieve = relieve
         self._hear = hear
-        self._missed_s = 0.0
+        self._stops = 0
         self._starting_s = _FIRST_S
         self._starting: TimerHandle | None = None
         self._histories: dict[int, History] = {}
@@ -154,13 +154,13 @@ class Health:
 
     def _start_again_after_a_gap(self) -> None:
         """While we did not run nobody was heard, and workers may have stood still, too."""
-        now_s, before_s = self._fleet.clock.now_s(), self._missed_s
-        self._missed_s = self._fleet.clock.missed_s
-        if self._missed_s == before_s:
+        clock = self._fleet.clock
+        now_s = clock.now_s()
+        if clock.stops == self._stops:
             return
-        if self._missed_s - before_s >= _TOLD_S:
-            gap_s = self._missed_s - before_s
-            self._fleet.log.warning("this controller did not run for %.1f s", gap_s)
+        self._stops = clock.stops
+        if clock.stopped_s >= _TOLD_S:
+            self._fleet.log.warning("this controller did not run for %.1f s", clock.stopped_s)
         self._histories.clear()
         for place in self._fleet.places:
             if math.isfinite(place.heard_s):  # else it asked to be taken for hung

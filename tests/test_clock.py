@@ -19,6 +19,10 @@ from steer.kernel import proc
 # The clock, with a time that is wound
 
 
+LIMIT_S = 2.0
+BEAT_S = LIMIT_S / 4
+
+
 class Time:
     """A time, and an event loop that calls what is due when it is wound."""
 
@@ -76,7 +80,7 @@ def wound() -> Time:
 @pytest.fixture
 def clock(wound: Time) -> Clock:
     made = Clock(wound.read_s)
-    made.measure(2.0)
+    made.measure(LIMIT_S)
     made.run(wound)  # type: ignore[arg-type]
     return made
 
@@ -93,8 +97,41 @@ def test_it_stands_still_in_a_gap(wound: Time, clock: Clock) -> None:
     wound.jump_s(500.0)
     assert clock.now_s() == began_s
     assert clock.missed_s == 500.0
+    assert (clock.stops, clock.stopped_s) == (1, 500.0)
     wound.pass_s(10.0)
     assert clock.now_s() - began_s == pytest.approx(10.0)
+
+
+def test_it_goes_slower_where_every_look_is_late(wound: Time, clock: Clock) -> None:
+    began_s = clock.now_s()
+    for _ in range(101):
+        wound.jump_s(3 * BEAT_S)
+    assert clock.now_s() - began_s == pytest.approx(100 * BEAT_S)
+    assert clock.stops == 1
+
+
+@pytest.mark.parametrize("on_time", range(0, 20, 3))
+def test_who_is_silent_is_found_however_often_looks_are_late(
+    wound: Time, clock: Clock, on_time: int
+) -> None:
+    """Though everybody's time begins anew with each gap that comes alone."""
+    heard_s, stops = clock.now_s(), 0
+    for _ in range(50):
+        wound.jump_s(3 * BEAT_S)
+        if clock.stops > stops:
+            heard_s, stops = clock.now_s(), clock.stops
+        wound.pass_s(on_time * BEAT_S)
+        if clock.now_s() - heard_s >= LIMIT_S:
+            return
+    raise AssertionError
+
+
+def test_it_stands_still_again_after_a_while(wound: Time, clock: Clock) -> None:
+    for _ in range(3):
+        wound.jump_s(500.0)
+        wound.pass_s(2 * LIMIT_S)
+    assert clock.stops == 3
+    assert clock.missed_s == 1500.0
 
 
 def test_a_look_that_is_a_little_late_is_no_gap(wound: Time, clock: Clock) -> None:
@@ -109,8 +146,7 @@ def test_a_timer_gives_the_time_that_it_says(wound: Time, clock: Clock, before_s
     clock.call_later(30.0, lambda: rung.append(wound.now_s))
     began_s = wound.now_s
     wound.pass_s(before_s)
-    wound.jump_s(25.0)
-    wound.jump_s(300.0)
+    wound.jump_s(325.0)
     wound.pass_s(30.0 - before_s - 0.1)
     assert rung == []
     wound.pass_s(1.0)
@@ -185,6 +221,23 @@ def test_a_controller_that_stood_still(service: StartService, home: Path, all_of
     eventually(lambda: hung(running) != [])
     assert "worker 1 hangs: it missed its watchdog" in running.log
     os.kill(before[1]["pid"], signal.SIGCONT)
+
+
+@pytest.mark.needs("netns")
+def test_a_controller_that_is_always_late(service: StartService, home: Path) -> None:
+    """It finds the one that is silent, and nobody else."""
+    (home / "beats.py").write_text(BEATS)
+    running = service(*WATCHED)
+    silent = running.workers()[1]["pid"]
+
+    def found_late() -> list[str]:
+        with stopped(running.pid):
+            let_pass(0.3)
+        return hung(running)
+
+    with stopped(silent):
+        (line,) = eventually(found_late)
+    assert "worker 1 hangs: it missed its watchdog" in line
 
 
 @pytest.mark.needs("netns")
