@@ -85,13 +85,17 @@ def _numbered(number: str) -> Callable[[Command], Command]:
         *name, text = given
         if len(name) > 1:
             raise click.UsageError(f"Got unexpected extra argument ({text})", context)
-        if name and name[0].startswith("-"):
-            raise click.NoSuchOption(name[0], ctx=context)
         try:
-            return (name[0] if name else None, _READ[number](text))
+            found = _READ[number](text)
         except values.Invalid as error:
+            if name and _is_number(number, name[0]):
+                right = f"{context.command_path} {text} {name[0]}"
+                raise click.UsageError(f"The name comes first: {right}", context) from None
             words = f"{values.shown(text)} is {error}."
             raise click.BadParameter(words, context, param_hint=number) from None
+        if name and name[0].startswith("-"):
+            raise click.NoSuchOption(name[0], ctx=context)
+        return (name[0] if name else None, found)
 
     return click.argument(
         "named",
@@ -118,6 +122,15 @@ def _slot(text: str) -> Mapping[str, int]:
     from steer import abi, values
 
     return {"slot": values.whole_number(text, 0, abi.MAX_SLOTS - 1)}
+
+
+def _is_number(number: str, text: str) -> bool:
+    from steer import values
+
+    try:
+        return bool(_READ[number](text))
+    except values.Invalid:
+        return False
 
 
 _READ: Mapping[str, Callable[[str], Mapping[str, int]]] = {"N": _workers, "SLOT": _slot}

@@ -124,6 +124,21 @@ def test_wrong_usage_is_exit_2(cli: RunSteer, arguments: tuple[str, ...]) -> Non
 
 
 @pytest.mark.parametrize(
+    "arguments, right",
+    [
+        (("scale", "+1", "web"), "scale web +1"),
+        (("scale", "-1", "web"), "scale web -1"),
+        (("scale", "8", "web"), "scale web 8"),
+        (("drain", "3", "web"), "drain web 3"),
+    ],
+)
+def test_number_before_the_name(cli: RunSteer, arguments: tuple[str, ...], right: str) -> None:
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"\nError: The name comes first: steer {right}\n")
+
+
+@pytest.mark.parametrize(
     "arguments, error",
     [
         (("--policy", "x"), "--policy: policy = 'x': unknown policy; allowed: auto, cpu, "),
