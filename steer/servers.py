@@ -53,8 +53,13 @@ HAND_OVER: Mapping[str, str] = {
 _HAND_OVER = "have it take descriptor 3, {fd} in its arguments; see LISTEN_FDS of sd_listen_fds(3)"
 _HAND_OVER_CALLABLE = "have it accept from worker.sockets"
 
-ALLOWED = "a signal's name, as QUIT or SIGQUIT; not KILL or STOP, which no process can act on"
-_NOT_SEEN = (signal.SIGKILL, signal.SIGSTOP)
+ALLOWED = "the name of a signal on which a server ends: QUIT or SIGQUIT, TERM, INT, USR1, ..."
+_NO_END: Mapping[Signals, str] = {
+    **dict.fromkeys((signal.SIGKILL, signal.SIGSTOP), "no process can act on it"),
+    **dict.fromkeys((signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU), "it stops a process"),
+    **dict.fromkeys((signal.SIGCHLD, signal.SIGURG, signal.SIGCONT), "it ends no process"),
+}
+"""Why these are refused. SIGWINCH is not, which ends no process either, as Apache ends on it."""
 
 
 def stop_signal(command: Sequence[str]) -> Signals:
@@ -109,10 +114,13 @@ def read_signal(name: str) -> Signals:
     """A signal by its name, with or without SIG.
 
     Raises:
-        Invalid: there is none of that name, or no process sees it.
+        Invalid: there is none of that name, or no server ends on it.
     """
-    names = {each.name.removeprefix("SIG"): each for each in Signals if each not in _NOT_SEEN}
+    names = {each.removeprefix("SIG"): Signals[each] for each in Signals.__members__}
     short = name.strip().upper().removeprefix("SIG")
     if short not in names:
-        raise Invalid("no such signal, or none to act on", did_you_mean(short, names))
+        likely = [each for each, found in names.items() if found not in _NO_END]
+        raise Invalid("no such signal", did_you_mean(short, likely))
+    if names[short] in _NO_END:
+        raise Invalid(_NO_END[names[short]])
     return names[short]
