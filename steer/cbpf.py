@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from steer.table import Layout
+from steer.values import plural
 
 Insn = tuple[int, int, int, int]
 """code, jt, jf, k of struct sock_filter."""
@@ -220,5 +221,5 @@ def _choose(runs: Sequence[tuple[int, list[Insn]]]) -> list[Insn]:
 
 def _checked(program: list[Insn]) -> list[Insn]:
     if len(program) > MAX_INSNS:
-        raise TooLong(f"{len(program)} instructions; classic BPF takes {MAX_INSNS}")
+        raise TooLong(f"{plural(len(program), 'instruction')}; classic BPF takes {MAX_INSNS}")
     return program

@@ -14,7 +14,7 @@ import msgspec
 from steer import report
 from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
 from steer.kernel import diag, proc, process, record, rundir
-from steer.values import plural, shown
+from steer.values import plural, several, shown
 
 FINISH_S, QUICK_S = 30.0, 1.0
 """What workers get to finish that nobody looks after any more."""
@@ -224,8 +224,8 @@ def end_abandoned(path: Path, quick: bool, directory: bool) -> None:
     """
     record.end(path, QUICK_S if quick else FINISH_S, directory)
     if there := record.left(path):
-        pids = ", ".join(str(pid) for pid, _ in there)
-        raise ControlError(f"stop {path.stem}", f"pid {pids} cannot be ended", "see ps(1)")
+        pids = several("pid", (pid for pid, _ in there))
+        raise ControlError(f"stop {path.stem}", f"{pids} cannot be ended", "see ps(1)")
 
 
 def _tell_abandoned(name: str | None, environment: Mapping[str, str]) -> None:

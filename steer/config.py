@@ -300,6 +300,7 @@ def _allowed(key: str) -> str:
         "bind": address.ALLOWED,
         "env": "NAME=VALUE",
         "hang": "replace, skip",
+        "hang_timeout": f"seconds, 0 (for ever) or from {SHORTEST_S:g} to 86400",
         "log_format": "text, json",
         "log_level": "debug, info, warning, error",
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
@@ -330,7 +331,7 @@ def _check_whole(service: Service, shown: Mapping[str, str]) -> None:
     if isinstance(workers, int) and len(weights) > workers:
         raise ConfigError(
             f"{shown['weights']} and {shown['workers']}",
-            f"{len(weights)} weights for {plural(workers, 'worker')}",
+            f"{plural(len(weights), 'weight')} for {plural(workers, 'worker')}",
             "give each worker one at most",
         )
     _check_options_have_sockets(service, shown)

@@ -54,7 +54,7 @@ from steer.notify import Listener, Notification, Unheard
 from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
 from steer.policy import AUTO, EBPF
-from steer.report import cpu_list
+from steer.report import cpus_named
 from steer.retry import Retry
 from steer.steering import Steering
 from steer.table import Member
@@ -575,9 +575,9 @@ class Controller:
                 return
             before, allowed = self.plan.topology.allowed, now.allowed
             self.log.warning(
-                "this service may now run on CPUs %s, and no longer on %s: workers move",
-                cpu_list(allowed),
-                cpu_list(before),
+                "this service may now run on %s, and no longer on %s: workers move",
+                cpus_named(allowed),
+                cpus_named(before),
             )
             self.choose_by(planning.on(self.plan, now))
             self.fleet.pin()

@@ -16,7 +16,7 @@ import msgspec
 
 from steer import values as inputs
 from steer.errors import CompileError, ConfigError
-from steer.values import Invalid
+from steer.values import Invalid, plural
 
 TABLES = ("consistent", "shares", "turns", "cpus", "deck")
 """How the controller can fill the table; see `policy.FILLS`."""
@@ -210,7 +210,8 @@ def _declare(
     """Add what the macro declares. Raises ValueError: what is wrong."""
     form = _MACROS[macro]
     if len(arguments) != len(form.readers):
-        raise ValueError(f"{macro} is given {len(arguments)} arguments; write {macro}{form.usage}")
+        count = plural(len(arguments), "argument")
+        raise ValueError(f"{macro} is given {count}; write {macro}{form.usage}")
     made = form.make(*(read(each) for read, each in zip(form.readers, arguments, strict=True)))
     if len(found[macro]) == form.at_most:
         raise ValueError(f"more than {form.at_most} {macro}")

@@ -29,7 +29,7 @@ from steer.kernel.facts import Facts, Unknown
 from steer.ladder import Answer
 from steer.plan import Plan
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, Policy
-from steer.report import cpu_list
+from steer.report import cpus_named
 from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN
 from steer.values import plural
 from steer.visibility import BORROW, INSTEAD, WAITS
@@ -660,7 +660,7 @@ def _cpus(case: Case) -> Iterator[Opinion]:
         yield Opinion("fail", case.plan.reason, _MOUNT_SYSFS)
         return
     allowed, workers = case.plan.topology.allowed, len(case.plan.seats)
-    found = f"{plural(workers, 'worker')} on CPUs {cpu_list(allowed)}"
+    found = f"{plural(workers, 'worker')} on {cpus_named(allowed)}"
     quota = case.facts.cpu_quota
     if isinstance(quota, float) and workers > quota:
         cure = f"--workers {max(1, int(quota))}, or raise the cgroup's cpu.max"
@@ -716,9 +716,9 @@ def _spread(interface: Interface, plan: Plan) -> Opinion:
         return Opinion("unknown", f"{interface.name}: its interrupts cannot be told", cure)
     home = cpus.nearest(manned, plan.topology)
     idle = manned - {home[cpu] for cpu in taking if cpu in home}
-    found = f"{interface.name}: packets come in on CPU {cpu_list(sorted(taking))}"
+    found = f"{interface.name}: packets come in on {cpus_named(sorted(taking))}"
     if idle:
-        return Opinion("warn", f"{found}; workers on {cpu_list(sorted(idle))} get none", cure)
+        return Opinion("warn", f"{found}; workers on {cpus_named(sorted(idle))} get none", cure)
     if taking.isdisjoint(manned):
         return Opinion("warn", f"{found}, where no worker is", cure)
     return Opinion("ok", f"{found}, some for every worker")

@@ -9,6 +9,7 @@ from steer.kernel.waits import Seen
 from steer.log import Log
 from steer.place import Place, waits
 from steer.spawn import Process
+from steer.values import several
 from steer.worker import FIRST_FD
 
 _FIRST_LOOK_S = 1.0
@@ -25,7 +26,7 @@ def diagnosis(worker: Process) -> tuple[str, str] | None:
     found = elsewhere.find(worker.pid, worker.inodes)
     if found is None:
         return None
-    ports = f"port{'s' * (len(found.ports) > 1)} {', '.join(map(str, found.ports))}"
+    ports = several("port", found.ports)
     who = f"{proc.command(found.pid) or 'it'} (pid {found.pid})"
     command = worker.launch.service.command
     cure = servers.how_to_hand_over(command, proc.arguments(found.pid))

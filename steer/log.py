@@ -11,10 +11,11 @@ import time
 import msgspec
 
 from steer.kernel import output
+from steer.values import plural
 
 LEVELS = ("debug", "info", "warning", "error")
 
-_DROPPED = "%d lines are missing here: nobody read standard error, and too many waited"
+_DROPPED = "missing here: %s, as nobody read standard error and too many waited"
 
 
 class Log:
@@ -32,7 +33,9 @@ class Log:
         """From now on."""
         self._least = LEVELS.index(level)
         self._write = write = _json if form == "json" else _text
-        output.stderr.describe = lambda count: write("warning", _DROPPED % count).encode() + b"\n"
+        output.stderr.describe = lambda count: (
+            write("warning", _DROPPED % plural(count, "line")).encode() + b"\n"
+        )
 
     def debug(self, text: str, *values: object) -> None:
         self._log("debug", text, values)

@@ -20,6 +20,7 @@ from steer.plan import plan
 from steer.policy import POLICIES, Policy
 from steer.report import Table
 from steer.table import Member
+from steer.values import plural
 
 _TEMPLATE = Path(__file__).with_name("template.c")
 _SHARED = ("sockets", "counts", "cpus", "slots", "listeners", "moved")
@@ -209,7 +210,7 @@ def _figures(programs: Mapping[str, Figures]) -> list[tuple[str, ...]]:
             str(one.processed),
             str(one.states_total),
             str(one.states_peak),
-            f"{one.stack_bytes} bytes",
+            plural(one.stack_bytes, "byte"),
             f"{one.time_us} µs",
         )
         for kind, one in programs.items()

@@ -15,7 +15,7 @@ from steer.cpus import Topology
 from steer.errors import ConfigError
 from steer.ladder import Finding, Rung
 from steer.policy import CBPF, KERNEL, POLICIES, Policy, built_in
-from steer.values import plural
+from steer.values import plural, several
 
 
 class Seat(msgspec.Struct, frozen=True):
@@ -165,7 +165,7 @@ class Plan(msgspec.Struct, frozen=True):
     def _seating(self) -> str:
         if not self.policy.pinned:
             return ""
-        return "on CPUs " + ", ".join(str(seat.cpu) for seat in self.seats)
+        return f"on {several('CPU', (seat.cpu for seat in self.seats))}"
 
 
 def plan(

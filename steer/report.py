@@ -246,6 +246,11 @@ def cpu_list(cpus: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges) or "-"
 
 
+def cpus_named(cpus: Sequence[int]) -> str:
+    """With the noun: "CPU 1", "CPUs 0-3,8"."""
+    return f"{'CPU' if len(cpus) == 1 else 'CPUs'} {cpu_list(cpus)}"
+
+
 def _own(service: Service) -> Sequence[str]:
     """A line for the policy's parameters, one for each counter, and its histograms."""
     lines = [f"{name}: {count}" for name, count in service.counters.items()]

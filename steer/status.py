@@ -13,6 +13,7 @@ from steer.fleet import Fleet
 from steer.lifecycle import State
 from steer.place import Place
 from steer.steering import Own, Steering
+from steer.values import several
 
 
 def report_of(service: Controller, state: str) -> report.Service:
@@ -50,12 +51,12 @@ def report_of(service: Controller, state: str) -> report.Service:
 
 def _at_capacity(places: Sequence[Place]) -> list[str]:
     """What it means for connections that wait."""
-    full = [str(place.slot) for place in places if place.full]
+    full = [place.slot for place in places if place.full]
     if not full:
         return []
     if all(place.full for place in places if place.is_in_service):
         return ["at capacity: every worker; connections wait until one takes them"]
-    return [f"at capacity: worker {', '.join(full)}; others get what waits there"]
+    return [f"at capacity: {several('worker', full)}; others get what waits there"]
 
 
 def shown(place: Place) -> State:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 _SHOWN_CHARS = 80
 _DIGITS = re.compile(r"[0-9]{1,20}")
 """More than any number we take has, and few enough for int() to convert."""
-_NUMBER = re.compile(r"[+-]?(\d++\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?((\d++\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?)", re.ASCII | re.IGNORECASE)
 _REFUSALS = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -74,7 +74,7 @@ def decode(data: bytes | bytearray | memoryview, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except _REFUSALS:
-        raise Invalid(f"{len(data)} bytes that are no such message") from None
+        raise Invalid(f"no such message: {plural(len(data), 'byte')}") from None
 
 
 def check_text(text: str) -> None:
@@ -95,7 +95,7 @@ def shown(value: object) -> str:
         return kind_of(value)
     if len(text) <= _SHOWN_CHARS:
         return text
-    return f"{text[: _SHOWN_CHARS - 20]}... ({len(text)} characters)"
+    return f"{text[: _SHOWN_CHARS - 20]}... ({plural(len(text), 'character')})"
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
@@ -109,6 +109,12 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
 def plural(count: int, noun: str) -> str:
     """The two together: "1 worker", "3 workers"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def several(noun: str, things: Iterable[object]) -> str:
+    """The two together: "worker 1", "workers 1, 3"."""
+    names = [str(each) for each in things]
+    return f"{noun} {names[0]}" if len(names) == 1 else f"{noun}s {', '.join(names)}"
 
 
 _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (

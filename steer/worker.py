@@ -30,8 +30,8 @@ from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
 from steer.kernel.sockopt import Refused
 from steer.plan import Seat
-from steer.report import cpu_list
-from steer.values import Invalid
+from steer.report import cpu_list, cpus_named
+from steer.values import Invalid, plural
 
 FIRST_FD = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
@@ -83,7 +83,10 @@ def read_first(data: bytes, binds: int, known: int, fds: int) -> Message:
         if not 0 <= message.refused < binds or not 0 <= message.number <= _ERRNO_MAX:
             raise Invalid("no such bind, or no such errno")
     elif not 0 < len(message.bound) == fds <= binds - known:
-        raise Invalid(f"{len(message.bound)} sockets and {fds} descriptors for {binds} binds")
+        raise Invalid(
+            f"{plural(len(message.bound), 'socket')} and {plural(fds, 'descriptor')}"
+            f" for {plural(binds, 'bind')}"
+        )
     return message
 
 
@@ -272,7 +275,7 @@ def _settle(launch: Launch) -> Launch:
         Unloadable: the kernel does not let us.
     """
     directory, who = launch.service.chdir, launch.identity
-    with _if_allowed(launch, f"run on CPUs {cpu_list(launch.seat.cpus)}"):
+    with _if_allowed(launch, f"run on {cpus_named(launch.seat.cpus)}"):
         os.sched_setaffinity(0, launch.seat.cpus)
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     if directory is not None:

@@ -108,7 +108,7 @@ def test_follows_the_cpuset(service: StartService, cpuset: Cpuset, policy: str) 
     running.wait_ready(2)
     assert cpus_of(running) == [[first]] * 2
     was = f"{first}-{second}" if second == first + 1 else f"{first},{second}"
-    assert f"may now run on CPUs {first}, and no longer on {was}: workers move" in running.log
+    assert f"may now run on CPU {first}, and no longer on CPUs {was}: workers move" in running.log
     # Wherever the connections come in.
     with_each = set()
     for cpu in CPUS:
@@ -141,7 +141,7 @@ def test_what_is_refused_is_done_without(
     running = Service(process, "test", home, home, environment)
     try:
         running.wait_ready()
-        refused = f"worker 1: run on CPUs {CPUS[1 % len(CPUS)]}: Operation not permitted; it does"
+        refused = f"worker 1: run on CPU {CPUS[1 % len(CPUS)]}: Operation not permitted; it does"
         assert refused in running.log
         assert running.ask("reload")["generation"] == 2
         modest = "leave the CPUs to others until it is ready: Operation not permitted"

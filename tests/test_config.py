@@ -286,6 +286,7 @@ ADDRESSES = "allowed: host:port, [::1]:port, :port, udp://host:port"
 NAMES = "allowed: letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"
 WORKERS = "allowed: 1 to 1024, or auto"
 TIMES = "allowed: seconds, 0 or from 0.05 to 86400"
+HANG_TIMES = "allowed: seconds, 0 (for ever) or from 0.05 to 86400"
 COPIES = f"is multicast or broadcast: {address.COPIES}"
 WAITS = "allowed: seconds, from 0.05 to 86400"
 WEIGHTS = "allowed: whole numbers from 1 to 1000"
@@ -331,7 +332,8 @@ EVERY_POLICY = (
         ("backlog", 65536, "too large; allowed: 1 to 65535"),
         ("graceful_timeout", -1, f"too small; {TIMES}"),
         ("graceful_timeout", 1e-300, f"too small; {TIMES}"),
-        ("hang_timeout", 0.0499, f"too small; {TIMES}"),
+        ("adopt_timeout", 0.0499, f"too small; {TIMES}"),
+        ("hang_timeout", 0.0499, f"too small; {HANG_TIMES}"),
         ("graceful_timeout", 86401, f"too large; {TIMES}"),
         ("graceful_timeout", float("nan"), f"not a number; {TIMES}"),
         ("graceful_timeout", "30s", f"a string, not a number; {TIMES}"),
@@ -344,6 +346,27 @@ EVERY_POLICY = (
 )
 def test_a_bad_value(key: str, value: Any, cause: str) -> None:
     assert str(refused({}, {}, {key: value})) == f"{FILE}: {key} = {value!r}: {cause}"
+
+
+@pytest.mark.parametrize(
+    "text, cause",
+    [
+        ("inf", "too large"),
+        ("+Infinity", "too large"),
+        ("1e999", "too large"),
+        ("-inf", "too small"),
+        ("nan", "not a number"),
+        ("infinite", "not a number"),
+        ("", "not a number"),
+    ],
+)
+def test_an_endless_time(text: str, cause: str) -> None:
+    """In words that tell what to write for it, and the same ones from every source."""
+    error = refused({"hang_timeout": text})
+    assert str(error) == f"--hang-timeout: hang_timeout = {text!r}: {cause}; {HANG_TIMES}"
+    if text in ("inf", "nan"):
+        assert refused({}, {}, {"hang_timeout": float(text)}).cause == cause
+        assert refused({}, {"STEER_HANG_TIMEOUT": text}).cause == cause
 
 
 @pytest.mark.parametrize(

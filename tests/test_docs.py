@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from steer import config, features, plan, policies, policy
+from steer import config, features, plan, policies, policy, values
 from steer.cli import cli
 from steer.errors import ConfigError
 from steer.servers import SERVERS
@@ -114,6 +114,15 @@ def options(command: click.Command) -> set[str]:
     own = {option for param in command.params for option in param.opts}
     below = command.commands.values() if isinstance(command, click.Group) else ()
     return own.union(*map(options, below))
+
+
+def test_counts_agree_with_what_is_counted() -> None:
+    """Neither "1 workers" nor "worker 1, 2"."""
+    assert [values.plural(count, "byte") for count in (0, 1, 2)] == ["0 bytes", "1 byte", "2 bytes"]
+    assert [values.several("pid", iter(pids)) for pids in ((7,), (7, 9))] == ["pid 7", "pids 7, 9"]
+    always_plural = re.compile(r"""["'(]%d [a-z]+s\b|\{len\([^{}]*\} [a-z]+s\b""")
+    for file in (ROOT / "steer").rglob("*.py"):
+        assert not always_plural.findall(file.read_text()), file
 
 
 OF_OTHERS = {

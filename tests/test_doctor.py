@@ -478,24 +478,24 @@ def card(**keys: Any) -> Interface:
 @pytest.mark.parametrize(
     "interface, workers, verdict, found, cure",
     [
-        (card(), 4, "ok", "eth0: packets come in on CPU 0-3, some for every worker", ""),
+        (card(), 4, "ok", "eth0: packets come in on CPUs 0-3, some for every worker", ""),
         (
             *(card(channels=1, irq_cpus=(1,)), 4, "warn"),
-            "eth0: packets come in on CPU 1; workers on 0,2-3 get none",
+            "eth0: packets come in on CPU 1; workers on CPUs 0,2-3 get none",
             f"ethtool -L eth0 combined 4; else {ALL_CPUS}",
         ),
         (
             *(card(irq_cpus=(0, 1)), 4, "warn"),
-            "eth0: packets come in on CPU 0-1; workers on 2-3 get none",
+            "eth0: packets come in on CPUs 0-1; workers on CPUs 2-3 get none",
             f"start irqbalance, or set /proc/irq/*/smp_affinity_list; else {ALL_CPUS}",
         ),
-        (card(channels=None, irq_cpus=(2,)), 4, "warn", "CPU 2; workers on 0-1,3", ALL_CPUS),
-        (card(irq_cpus=(1,), rps=((0, 1, 2, 3),)), 4, "ok", "CPU 0-3", ""),
+        (card(channels=None, irq_cpus=(2,)), 4, "warn", "CPU 2; workers on CPUs 0-1,3", ALL_CPUS),
+        (card(irq_cpus=(1,), rps=((0, 1, 2, 3),)), 4, "ok", "CPUs 0-3", ""),
         (card(irq_cpus=()), 4, "unknown", "eth0: its interrupts cannot be told", ALL_CPUS),
-        (card(irq_cpus=(0, 1)), 2, "ok", "CPU 0-1, some for every worker", ""),
-        (card(irq_cpus=(2, 3)), 2, "warn", "CPU 2-3, where no worker is", "irqbalance"),
+        (card(irq_cpus=(0, 1)), 2, "ok", "CPUs 0-1, some for every worker", ""),
+        (card(irq_cpus=(2, 3)), 2, "warn", "CPUs 2-3, where no worker is", "irqbalance"),
         (card(irq_cpus=(1,)), 1, "warn", "CPU 1, where no worker is", "echo 1 | tee"),
-        (card(irq_cpus=(0, 7)), 1, "ok", "CPU 0,7, some for every worker", ""),
+        (card(irq_cpus=(0, 7)), 1, "ok", "CPUs 0,7, some for every worker", ""),
     ],
 )
 def test_spread_of_a_card(

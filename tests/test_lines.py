@@ -89,7 +89,7 @@ def test_own_lines_never_wait_and_how_many_are_missing_is_said() -> None:
     *lines, last = taken.decode().splitlines()
     assert cleared == [True]
     assert [int(line.split()[0]) for line in lines] == list(range(len(lines)))
-    assert last == f"{10_000 - len(lines)} lines were dropped"
+    assert last == f"dropped: {10_000 - len(lines)} lines"
 
 
 # From a worker to whoever reads

@@ -19,6 +19,7 @@ from steer.report import (
     Totals,
     Worker,
     cpu_list,
+    cpus_named,
     duration,
     plain,
     service_table,
@@ -294,6 +295,10 @@ def test_a_duration_is_short_and_near(seconds: float) -> None:
 )
 def test_cpu_list(cpus: list[int], shown: str) -> None:
     assert cpu_list(cpus) == shown
+
+
+def test_cpus_named() -> None:
+    assert [cpus_named(cpus) for cpus in ([3], [0, 1, 8], [])] == ["CPU 3", "CPUs 0-1,8", "CPUs -"]
 
 
 @quick

@@ -131,7 +131,7 @@ def test_service_whose_workers_all_write_junk_does_not_start(
     one = service("app:serve", "-w", "2", ready=False)
     assert one.wait() == 3
     assert "steer: worker " in one.log
-    assert "sent what steer does not understand: 4 bytes that are no such message" in one.log
+    assert "sent what steer does not understand: no such message: 4 bytes" in one.log
 
 
 # Pure: what is said of sockets, and why nothing could be loaded

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from steer.values import plural
+
 MAX_FDS = 253
 """In one message: SCM_MAX_FD of include/net/scm.h."""
 SAME = -1
@@ -99,21 +101,21 @@ class Channel:
             self._data += data
         count = max(frame.fds, 0)
         if count > len(self._fds):
-            raise NotUnderstood(f"{len(self._fds)} descriptors came where {count} were to")
+            raise NotUnderstood(f"{plural(len(self._fds), 'descriptor')}, not {count}")
         fds, self._fds = self._fds[:count], self._fds[count:]
         return frame, fds
 
     def _complete(self) -> Frame | None:
         end = _HEADER_BYTES + int.from_bytes(self._data[:_HEADER_BYTES], "big")
         if end > FRAME_MAX_BYTES:
-            raise NotUnderstood(f"a frame of {end} bytes")
+            raise NotUnderstood(f"a frame of {plural(end, 'byte')}")
         if len(self._data) < max(end, _HEADER_BYTES + 1):
             return None
         with memoryview(self._data) as data, data[_HEADER_BYTES:end] as body:
             try:
                 frame = _DECODER.decode(body)
             except (msgspec.MsgspecError, ValueError, RecursionError):
-                raise NotUnderstood(f"{len(body)} bytes that are no frame") from None
+                raise NotUnderstood(f"no frame: {plural(len(body), 'byte')}") from None
         del self._data[:end]
         return frame
 

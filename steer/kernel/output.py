@@ -13,10 +13,16 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from steer.values import plural
+
 _OWN_MOST_BYTES = 1 << 18
 """Of lines of steer's own that wait; more are dropped, and counted."""
 _MOST_BYTES = 1 << 24
 """In all: only the last words of very many workers come to so much."""
+
+
+def _dropped(count: int) -> bytes:
+    return f"dropped: {plural(count, 'line')}\n".encode()
 
 
 class Output:
@@ -31,7 +37,7 @@ class Output:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self.describe: Callable[[int], bytes] = lambda count: b"%d lines were dropped\n" % count
+        self.describe: Callable[[int], bytes] = _dropped
         self.reset()
 
     def reset(self) -> None:
