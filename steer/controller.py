@@ -137,7 +137,8 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     if service.chdir is not None and not os.path.isdir(service.chdir):
         raise AppLoadError(f"chdir {service.chdir}", "no such directory")
     if service.command and shutil.which(service.command[0]) is None:
-        raise AppLoadError(f"run {service.command[0]}", "no such command")
+        program = service.command[0]
+        raise AppLoadError(f"run {program}", "no such command", process.beside_us(program))
     rundir.refuse_taken(plan.name, service.control_socket, environment)
     backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])

@@ -302,11 +302,13 @@ def _if_allowed(launch: Launch, act: str) -> Iterator[None]:
 
 
 @contextmanager
-def _needed(act: str) -> Iterator[None]:
+def _needed(act: str, if_missing: str = "") -> Iterator[None]:
+    """Raises Unloadable for what fails in it. Args: if_missing: what would help against ENOENT."""
     try:
         yield
     except OSError as error:
-        raise Unloadable(f"{act}: {error.strerror}") from None
+        cure = f"; {if_missing}" if if_missing and isinstance(error, FileNotFoundError) else ""
+        raise Unloadable(f"{act}: {error.strerror}{cure}") from None
     except ValueError as error:  # a null byte, which only a file can hold
         raise Unloadable(f"{act}: {error}") from None
 
@@ -354,7 +356,7 @@ def _execute(launch: Launch, own: Sequence[socket.socket], environment: Mapping[
         "LISTEN_FDNAMES": names,
     }
     process.limit_descriptors(launch.files)
-    with _needed(f"run {arguments[0]}"):
+    with _needed(f"run {arguments[0]}", process.beside_us(arguments[0])):
         process.execute(arguments, {**environment, **protocol})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import RunSteer, StartService
 from crew import CPUS
-from support import DEADLINE_S, NOBODY, Service, eventually, is_running, udp_ask
+from support import DEADLINE_S, NOBODY, STEER, Service, eventually, is_running, udp_ask
 
 from steer.lifecycle import Event
 
@@ -486,6 +486,22 @@ def test_command_that_cannot_be_run(
     assert running.wait() == 4
     assert f"steer: start test: run {command}: {why}\n" in running.log
     assert "Traceback" not in running.log
+
+
+@pytest.mark.needs("uvicorn")
+def test_command_that_is_only_beside_steer(
+    service: StartService, steer: RunSteer, environment: dict[str, str]
+) -> None:
+    """In its virtual environment, which is not activated."""
+    directory = Path(STEER).parent
+    elsewhere = [each for each in environment["PATH"].split(":") if each != str(directory)]
+    environment["PATH"] = ":".join(elsewhere)
+    running = service("-w", "2", "--", "uvicorn", "app:app", ready=False)
+    assert running.wait() == 4
+    cure = f"; it is in {directory}, which is not on PATH: write {directory}/uvicorn\n"
+    assert f"steer: start test: run uvicorn: No such file or directory{cure}" in running.log
+    done = steer("check", "--", "uvicorn", "app:app")
+    assert (done.returncode, done.stderr) == (4, f"steer: run uvicorn: no such command{cure}")
 
 
 @pytest.mark.parametrize("where", ["nowhere", "app.py"])

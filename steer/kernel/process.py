@@ -551,6 +551,19 @@ def write_stderr(data: bytes) -> None:
             data = data[os.write(2, data[: select.PIPE_BUF]) :]
 
 
+def beside_us(program: str) -> str:
+    """Where a program that is not on PATH is nevertheless, as a sentence's end; "" if it is not.
+
+    In the virtual environment that steer is installed in, that is: it need not be activated for
+    steer to start, and sudo has a PATH of its own.
+    """
+    directory = os.path.dirname(sys.executable)
+    path = os.path.join(directory, program)
+    if "/" in program or not os.access(path, os.X_OK):
+        return ""
+    return f"it is in {directory}, which is not on PATH: write {path}"
+
+
 def execute(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     """Become another program, found on PATH. Raises OSError as execve(2)."""
     for number in _IGNORED_BY_PYTHON:
