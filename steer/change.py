@@ -183,8 +183,7 @@ class Changes:
         try:
             fresh = await self._recruit(seats, generation, tell, modest=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
-            goes_on = f"nothing has changed: generation {in_force.number} serves on"
-            raise type(error)(self._act, str(error), goes_on, error.detail) from None
+            raise type(error)(self._act, str(error), self._as_before(), error.detail) from None
         # In the same turn of the loop, so in one flip; and in this order, as who adopts us, if
         # we are killed meanwhile, takes for serving what is admitted and of what is in force.
         self._fleet.generation = generation
@@ -194,6 +193,13 @@ class Changes:
             self._fleet.report(place, Event.RETIRE)
         self._fleet.settle()
         return fresh
+
+    def _as_before(self) -> str:
+        """What there is after a change that failed."""
+        number = self._fleet.generation.number
+        if any(place.is_in_service for place in self._fleet.places):
+            return f"nothing has changed: generation {number} serves on"
+        return f"nothing has changed: generation {number} goes on, and no worker of it is ready"
 
     async def _recruit(
         self, seats: Sequence[Seat], generation: Generation, tell: Tell, *, modest: bool

@@ -620,7 +620,8 @@ class Fleet:
             self.log.warning(
                 "worker %d (pid %d): %s", place.slot, gone.pid, process.how_it_ended(status)
             )
-            if gone.problem and self._has_come_up():
+            # Who asked for one that is held is told of it.
+            if gone.problem and self._has_come_up() and not place.held:
                 self.log.error("%s", gone.problem)
         error = gone.problem or WorkersFailed(
             "start workers", process.how_it_ended(status), detail=gone.last_words

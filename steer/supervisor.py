@@ -264,7 +264,9 @@ class _Supervisor:
             if asked_by is not None:
                 os.kill(os.getpid(), asked_by)
         except Exception as error:  # noqa: BLE001 - logged; nobody else is there to be told
-            self._log_failure(act, self._as_refusal(act, error))
+            # Whoever ended the service knows what does not happen any more.
+            if self._state != "stopping" or not isinstance(error, ControlError):
+                self._log_failure(act, self._as_refusal(act, error))
 
     def _as_refusal(self, act: str, error: Exception) -> SteerError:
         if not is_lack(error):
@@ -272,7 +274,7 @@ class _Supervisor:
         return as_refusal(act, error)
 
     def _log_failure(self, act: str, error: SteerError) -> None:
-        self._log.error("%s: %s", act, error)
+        self._log.error("%s", _of(act, error))
         for line in error.detail.splitlines():
             self._log.error("  | %s", line)
 
@@ -287,7 +289,7 @@ class _Supervisor:
                 raise
             except Exception as error:  # noqa: BLE001 - who asked is told
                 refusal = self._as_refusal(f"{command} {self._plan.name}", error)
-                self._log.warning("request refused: %s: %s", command, refusal)
+                self._log.warning("request refused: %s", _of(command, refusal))
                 for line in refusal.detail.splitlines():
                     self._log.debug("  | %s", line)
                 raise refusal from None
@@ -604,6 +606,12 @@ def _pairs(params: Sequence[str]) -> Iterator[tuple[str, str]]:
     for text in params:
         name, _, value = text.partition("=")
         yield name, value
+
+
+def _of(act: str, error: SteerError) -> str:
+    """The error, with the act it kept from being done, named once."""
+    line = str(error)
+    return line if line.startswith((f"{act} ", f"{act}:")) else f"{act}: {line}"
 
 
 def _took(began_s: float) -> Mapping[str, float]:

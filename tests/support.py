@@ -348,6 +348,19 @@ class Service:
         self._note_bpf()
         return self
 
+    def wait_asked(self) -> dict[str, Any]:
+        """Until it answers, whether any worker is ready or not; what it says then."""
+
+        def answer() -> dict[str, Any] | None:
+            assert self.process.poll() is None, f"exit {self.process.returncode}\n{self.log}"
+            with suppress(ControlError):
+                return self.status()
+            return None
+
+        found = eventually(answer)
+        assert found is not None
+        return found
+
     def send_signal(self, number: int) -> None:
         self.process.send_signal(number)
 

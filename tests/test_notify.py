@@ -174,7 +174,7 @@ def test_service_tells_its_supervisor(
 def test_worker_is_ready_when_it_says_so(service: StartService, home: Path) -> None:
     (home / "app.py").write_text(APP)
     running = service("app:tells", "-w", "1", ready=False)
-    eventually(lambda: running.control_socket.exists())
+    running.wait_asked()
     assert running.workers()[0]["state"] == "starting"
     (home / "tell").touch()
     running.wait_ready()
@@ -290,7 +290,7 @@ def test_gunicorn_is_not_believed_before_its_own_workers_wait(
     )
     gunicorn = ("--", sys.executable, "-m", "gunicorn", "slow:app")
     running = service("-w", "1", *gunicorn, ready=False)
-    eventually(lambda: running.control_socket.exists())
+    running.wait_asked()
     eventually(lambda: "booted" in (running.workers()[0]["said"] or ""))
     assert running.workers()[0]["state"] == "starting"
     (home / "go").touch()

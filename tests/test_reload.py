@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,15 @@ def slow(worker):
     while worker.generation > 1 and not Path(f"go-{worker.slot}").exists():
         if worker.stopping:
             return
+        time.sleep(0.01)
+    serve(worker)
+
+def nothing(worker):
+    while not worker.stopping:
+        time.sleep(0.01)
+
+def first_two(worker):
+    while worker.slot > 1 and not worker.stopping:
         time.sleep(0.01)
     serve(worker)
 
@@ -405,6 +414,40 @@ def test_reload_whose_workers_do_not_come_up_changes_nothing(
     if app == "serve":
         (home / "app.py").write_text(APP)
         assert running.ask("reload", timeout_s=None)["generation"] == 2
+
+
+def test_reload_that_fails_before_any_worker_was_ready_does_not_say_that_one_serves(
+    service: StartService, home: Path
+) -> None:
+    running = service("app:nothing", "-w", "1", "--ready-timeout", "3600", ready=False)
+    running.wait_asked()
+    (home / "app.py").write_text(BROKEN)
+    done = running.steer("reload", "test")
+    assert done.returncode == 4
+    assert "nothing has changed: generation 1 goes on, and no worker of it is ready" in done.stderr
+    assert running.stop(signal.SIGINT) == 0
+
+
+def test_reload_by_a_signal_that_fails_is_one_error(service: StartService, home: Path) -> None:
+    running = service("app:serve", "-w", "2")
+    (home / "app.py").write_text(BROKEN)
+    running.send_signal(signal.SIGHUP)
+    eventually(lambda: UNCHANGED in running.log)
+    (line,) = [line for line in running.log.splitlines() if "[ERROR]" in line and " | " not in line]
+    assert f"[ERROR] reload test: load app:serve: ModuleNotFoundError: {NO_MODULE}" in line
+
+
+def test_replacement_that_a_stop_ends_is_no_error(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    options = ("--policy=round-robin", "--hang-timeout=0.3", "-w", "2")
+    running = service(*options, "app:first_two")
+    os.kill(running.workers()[0]["pid"], signal.SIGSTOP)
+    while len(slots(running)) < 3:
+        clients.enter_context(socket.create_connection(("127.0.0.1", PORT), DEADLINE_S))
+    assert running.steer("stop", "--quick").returncode == 0
+    assert running.wait() == 0
+    assert "ERROR" not in running.log
 
 
 def test_worker_that_ends_while_others_get_ready_is_not_counted_in(
