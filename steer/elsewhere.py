@@ -47,14 +47,17 @@ def not_ready(worker: Process) -> WorkersFailed:
 
 
 class Lookout:
-    """Says so of workers that start, before their time is over: they may still come round."""
+    """Says so of workers that start, before their time is over: they may still come round.
+
+    All of them are alike, so it is said of one."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self._after_s: dict[int, float] = {}
+        self._told: set[str] = set()
 
     def look(self, place: Place, worker: Process, age_s: float) -> None:
-        """Where it is due: once for each process if there is something to say.
+        """Where it is due: once if there is something to say.
 
         Args:
             age_s: of the process.
@@ -64,8 +67,12 @@ class Lookout:
         self._after_s[worker.pid] *= 2
         if found := diagnosis(worker):
             self._after_s[worker.pid] = float("inf")
-            self._log.warning("worker %d: %s; %s", place.slot, *found)
+            cause, cure = found
+            if cure not in self._told:
+                self._told.add(cure)
+                self._log.warning("worker %d: %s; %s", place.slot, cause, cure)
 
     def forget(self) -> None:
         """No worker starts any more."""
         self._after_s.clear()
+        self._told.clear()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from steer import elsewhere, lifecycle, notify, rotation, servers
+from steer import elsewhere, endings, lifecycle, notify, rotation, servers
 from steer.clock import Clock
 from steer.config import Service
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
@@ -92,6 +92,7 @@ class Fleet:
         self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
+        self._told_ends: set[str] = set()
         self._ending_in_s = 0.0
         self._ending_quickly = False
         self._changed: Callable[[Place], None]
@@ -338,7 +339,7 @@ class Fleet:
         if event is Event.OVERDUE and self._is_busy(place):
             self._set_timer(place, self._graceful_timeout_s, event)
             return
-        if event in (Event.LATE, Event.OVERDUE):
+        if event is Event.OVERDUE or (event is Event.LATE and self._has_come_up()):
             self.log.warning("worker %d: %s", place.slot, event.value)
         before = place.state
         place.hung |= place.hangs and event is Event.RETIRE
@@ -433,6 +434,9 @@ class Fleet:
             place.came_up.set_result(None)
         if not self.up.done():
             self.up.set_result(None)
+            for each in self.places:
+                if each.state is State.BACKOFF:  # it may have waited for this
+                    self._set_timer(each, 0.0, Event.RETRY)
 
     def _deactivate(self, _place: Place) -> None:
         if not self._ending:
@@ -501,9 +505,19 @@ class Fleet:
     def _back_off(self, place: Place) -> None:
         after_s = lifecycle.backoff_s(place.failures, place.ready_s is not None)
         place.ready_s = None
-        if after_s:
+        if self._some_listen_elsewhere():
+            # Each of them alike would fail to: that one is waited for, which will come up or not.
+            after_s = place.generation.plan.service.ready_timeout
+        elif after_s and self._has_come_up():
             self.log.warning("worker %d failed again; another in %g s", place.slot, after_s)
         self._set_timer(place, after_s, Event.RETRY)
+
+    def _some_listen_elsewhere(self) -> bool:
+        """Whether, before there is one that serves, a worker has an address of its own."""
+        if self.up.done() or self._ending:
+            return False
+        starting = [each.process for each in self.places if each.state is State.STARTING]
+        return any(each and elsewhere.diagnosis(each) for each in starting)
 
     def _forget(self, place: Place) -> None:
         place.cancel_timer()
@@ -615,22 +629,30 @@ class Fleet:
         self._take_sockets(place, gone, gone.left_behind)
         take = partial(self._leftovers.take, self._loop, gone.left_behind)
         self.retry.attempt(f"end what worker {place.slot} left behind", take)
+        has_served = place.ready_s is not None
         place.lost_process()
+        error = gone.problem or endings.why(gone, status, has_served=has_served)
         if place.state is not State.STOPPING:
-            self.log.warning(
-                "worker %d (pid %d): %s", place.slot, gone.pid, process.how_it_ended(status)
-            )
-            # Who asked for one that is held is told of it.
-            if gone.problem and self._has_come_up() and not place.held:
-                self.log.error("%s", gone.problem)
-        error = gone.problem or WorkersFailed(
-            "start workers", process.how_it_ended(status), detail=gone.last_words
-        )
+            self._tell_end(place, gone, error, process.how_it_ended(status))
         self._failed(place, error)
+
+    def _tell_end(self, place: Place, gone: Process, error: SteerError, how: str) -> None:
+        if self._has_come_up():
+            self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, how)
+            # Who asked for one that is held is told of it.
+            if gone.problem and not place.held:
+                self.log.error("%s", gone.problem)
+        elif how not in self._told_ends and not self._ends_the_start(error):
+            self._told_ends.add(how)
+            self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, error.cause)
 
     def _has_come_up(self) -> bool:
         """Else whoever waits for that is told of an error, once."""
         return self.up.done() and self.up.exception() is None
+
+    def _ends_the_start(self, error: SteerError) -> bool:
+        """Of a service that has not come up: no worker is left of which it could still do so."""
+        return isinstance(error, AppLoadError) or all(each.failures for each in self.places)
 
     def _failed(self, place: Place, error: SteerError) -> None:
         """Whether the service can still come up; `error` is told if it cannot."""
@@ -641,7 +663,7 @@ class Fleet:
         self.report(place, Event.EXITED)
         if self.up.done() or self._ending:
             return
-        if isinstance(error, AppLoadError) or all(each.failures for each in self.places):
+        if self._ends_the_start(error):
             self.up.set_exception(error)
             self.up.exception()  # retrieved here: nobody may be waiting yet
 

@@ -40,18 +40,35 @@ SERVERS: Mapping[str, Server] = {
 SAY_READY_EARLY = ("gunicorn",)
 """They send READY=1 before their own workers have loaded the application."""
 
+_WAITRESS = (
+    "its command takes no socket from others: give steer a function that calls "
+    "waitress.serve(APPLICATION, sockets=worker.sockets), and raises SystemExit on SIGTERM"
+)
 HAND_OVER: Mapping[str, str] = {
     "uvicorn": "add to its command: --fd {fd}",
     "hypercorn": "give it --bind fd://{fd}, and no other --bind",
     "daphne": "add to its command: --fd {fd}",
     "gunicorn": "leave out reuse_port, with which it ignores LISTEN_FDS",
     "granian": "it takes no socket from others: run another server",
+    "waitress-serve": _WAITRESS,
+    "waitress": _WAITRESS,
     "nginx": "give steer -e 'NGINX=3;', and nginx the same address to listen on",
     "haproxy": "write in its configuration: bind fd@3",
 }
 """What has each server listen on the socket that it is given."""
 _HAND_OVER = "have it take descriptor 3, {fd} in its arguments; see LISTEN_FDS of sd_listen_fds(3)"
 _HAND_OVER_CALLABLE = "have it accept from worker.sockets"
+
+_IN_USE = ("address already in use", "eaddrinuse")
+"""What servers write when bind(2) fails with it: of strerror(3), and of libuv."""
+FOREGROUND: Mapping[str, str] = {
+    "nginx": "add to its command: -g 'daemon off;'",
+    "haproxy": "add to its command: -db",
+    "gunicorn": "leave out --daemon",
+}
+"""What has each server not end its first process, and serve on in another."""
+_FOREGROUND = "have it stay in the foreground, as long as it serves"
+_FOREGROUND_CALLABLE = "have it serve until worker.stopping; see examples/"
 
 ALLOWED = "the name of a signal on which a server ends: QUIT or SIGQUIT, TERM, INT, USR1, ..."
 _NO_END: Mapping[Signals, str] = {
@@ -95,6 +112,26 @@ def how_to_hand_over(command: Sequence[str], arguments: Sequence[str]) -> str:
         return _HAND_OVER_CALLABLE
     names = (*_names(command), *_names(arguments))
     return next((HAND_OVER[name] for name in names if name in HAND_OVER), _HAND_OVER)
+
+
+def why_it_ended(command: Sequence[str], status: int | None, words: str) -> tuple[str, str]:
+    """Why a worker ended before it served, and what to change; twice "" if that is not known.
+
+    Args:
+        command: the worker's command line; empty for a Python callable.
+        status: its exit status.
+        words: the last lines that it wrote to standard error.
+    """
+    if any(each in words.lower() for each in _IN_USE):
+        at_fault = "it binds an address itself, which is in use"
+        return at_fault, how_to_hand_over(command, ())
+    if status != 0:
+        return "", ""
+    if not command:
+        return "the callable returned", _FOREGROUND_CALLABLE
+    names = _names(command)
+    cure = next((FOREGROUND[name] for name in names if name in FOREGROUND), _FOREGROUND)
+    return "its first process ended as if all was done", cure
 
 
 def _names(arguments: Sequence[str]) -> list[str]:

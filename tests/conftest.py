@@ -144,6 +144,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "vagrant": _has_command("vagrant"),
     "vm": _has_vm,
     "headers": _has_headers,
+    "waitress": _has_module("waitress"),
     "wrk": _has_command("wrk"),
 }
 """Each says why the machine has not got it, or nothing."""
