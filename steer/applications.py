@@ -10,13 +10,23 @@ import inspect
 from collections.abc import Callable
 
 _ASGI = "run a server for it: steer run ... -- uvicorn {app} --fd {{fd}}"
+_ASGI_UNSEEN = "run a server for it: steer run ... -- uvicorn --interface asgi3 {app} --fd {{fd}}"
 _ASGI_FACTORY = "run a server for it: steer run ... -- uvicorn --factory {app} --fd {{fd}}"
 _WSGI = "run a server for it: steer run ... -- gunicorn -w 1 {app}"
+_WSGI_DOTTED = "run a server for it: steer run ... -- hypercorn {app} --bind fd://{{fd}}"
+"""gunicorn imports no attribute of an attribute."""
 _FACTORY = (
     "if it returns an application, run a server: steer run ... -- gunicorn -w 1 '{app}()', "
     "or for ASGI: steer run ... -- uvicorn --factory {app} --fd {{fd}}"
 )
+_AIOHTTP = (
+    "run a server for it: "
+    "steer run ... -- gunicorn -w 1 --worker-class aiohttp.GunicornWebWorker {app}"
+)
 _WORKER = "give a function that takes one argument, the worker; see examples/"
+_SOCKETS = (
+    "give a function of the worker, that has a server listen on worker.sockets; see examples/"
+)
 _AWAIT = "give a plain function that calls asyncio.run(...)"
 _ITERATE = "give a plain function, without yield"
 
@@ -33,6 +43,8 @@ def why_not(found: Callable[..., object], app: str) -> str:
     # An object of the user's may do anything when it is looked at: its call will show.
     except Exception:  # noqa: BLE001
         return ""
+    if cure == _WSGI and "." in app.partition(":")[2]:
+        cure = _WSGI_DOTTED
     return f"{looks}; {cure.format(app=app)}" if looks else ""
 
 
@@ -45,14 +57,17 @@ def _judge(found: Callable[..., object]) -> tuple[str, str]:
     if inspect.isclass(found):
         return _judge_class(found)
     takes, waits = _takes(found), _is_async(found)
+    asgi3 = "it looks like an ASGI 3 application (scope, receive, send)"
     if waits and takes(3):
-        return "it looks like an ASGI 3 application (scope, receive, send)", _ASGI
+        return asgi3, _ASGI if _uvicorn_sees(found) else _ASGI_UNSEEN
     if takes(1):
         return _judge_call(found, waits)
     if takes(3):
-        return "it looks like an ASGI 3 application (scope, receive, send)", _ASGI
+        return asgi3, _ASGI_UNSEEN
     if takes(2) and not waits:
         return "it looks like a WSGI application (environ, start_response)", _WSGI
+    if type(found).__module__.startswith("aiohttp."):
+        return "it looks like an application of aiohttp", _AIOHTTP
     if takes(0):
         return "it takes no argument, so no worker", _FACTORY
     return f"it takes {inspect.signature(found)}, not one argument", _WORKER
@@ -64,7 +79,33 @@ def _judge_call(found: Callable[..., object], waits: bool) -> tuple[str, str]:
         return "it is a coroutine function, which nobody would await", _AWAIT
     if inspect.isgeneratorfunction(_code(found)):
         return "it is a generator function, which nobody would iterate", _ITERATE
-    return "", ""
+    # What its only argument is called tells more than that there is one.
+    return _CALLED.get(" ".join(inspect.signature(found).parameters), ("", ""))
+
+
+_CALLED = {
+    "scope": ("it looks like an ASGI 2 application, a function of (scope)", _ASGI),
+    "request": ("it looks like a handler of requests, a function of (request)", _SOCKETS),
+}
+
+
+def why_not_returned(returned: object, app: str) -> str:
+    """Why what a callable returned shows that it did not serve, and what to type instead; "" if
+    it shows nothing.
+
+    Args:
+        app: its name, MODULE:CALLABLE.
+    """
+    if inspect.iscoroutine(returned):
+        returned.close()  # or Python warns that nobody awaited it
+        return f"it returned a coroutine, which nobody awaits; {_AWAIT}"
+    if inspect.isgenerator(returned):
+        return f"it returned a generator, which nobody iterates; {_ITERATE}"
+    if not callable(returned):
+        return ""
+    if _is_async(returned):
+        return f"it returned what looks like an ASGI application; {_ASGI_FACTORY.format(app=app)}"
+    return f"it returned a callable, which nobody calls; {_FACTORY.format(app=app)}"
 
 
 def _judge_class(found: type) -> tuple[str, str]:
@@ -98,6 +139,11 @@ def _takes(found: Callable[..., object]) -> Callable[[int], bool]:
 
 def _is_async(found: Callable[..., object]) -> bool:
     return inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(_code(found))
+
+
+def _uvicorn_sees(found: Callable[..., object]) -> bool:
+    """Whether uvicorn takes it for ASGI 3 when it is not told so (uvicorn.config.Config.load)."""
+    return inspect.iscoroutinefunction(found if inspect.isfunction(found) else type(found).__call__)
 
 
 def _code(found: Callable[..., object]) -> Callable[..., object]:

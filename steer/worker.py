@@ -225,7 +225,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         process.limit_descriptors(launch.files)
         application = _load(launch.service)
         channel.close()
-        return _call(application, Worker(launch, own), launch.service.graceful_timeout)
+        return _call(application, Worker(launch, own), launch.service)
     except Unloadable as error:
         _tell(channel, Message(unloadable=_short(str(error)), detail=_short(error.detail)))
         return COMMAND_NOT_RUN
@@ -426,14 +426,15 @@ def _where(error: BaseException) -> str:
     return "\n".join(lines)
 
 
-def _call(application: Callable[[Worker], object], worker: Worker, limit_s: float) -> int:
+def _call(application: Callable[[Worker], object], worker: Worker, service: Service) -> int:
+    limit_s, returned = service.graceful_timeout, None
     # Inherited: the controller's to do, at its own end.
     atexit._clear()
     if "logging" in sys.modules:
         atexit.register(sys.modules["logging"].shutdown)
     try:
         try:
-            application(worker)
+            returned = application(worker)
         except BlockingIOError:
             # The end of an accept loop whose listener was told not to wait any more.
             if not worker.stopping:
@@ -444,7 +445,17 @@ def _call(application: Callable[[Worker], object], worker: Worker, limit_s: floa
         _await_threads(worker, limit_s)
     finally:
         atexit._run_exitfuncs()
-    return 0
+    return 0 if returned is None or worker.stopping else _judge(returned, worker, service)
+
+
+def _judge(returned: object, worker: Worker, service: Service) -> int:
+    """The exit status of a worker whose callable returned this, though nobody told it to finish."""
+    from steer import applications
+
+    why = applications.why_not_returned(returned, service.app or "")
+    if why:
+        print(f"steer: worker {worker.slot}: {service.app}: {why}", file=sys.stderr)
+    return int(bool(why))
 
 
 def _await_threads(worker: Worker, limit_s: float) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import RunSteer, StartService
+from support import http_get
 
 from steer import applications
 
@@ -77,14 +81,26 @@ class Hostile:
     def __call__(self, *args: Any) -> None: ...
 
 
+def asgi2(scope: Any) -> Asgi2:
+    return Asgi2(scope)
+
+
+def handler(request: Any) -> None: ...
+
+
+AIOHTTP = type("Application", (), {"__module__": "aiohttp.web_app", "__call__": lambda self: self})
+
 UVICORN, GUNICORN = "-- uvicorn m:a --fd {fd}", "-- gunicorn -w 1 m:a"
 REFUSED: list[tuple[Callable[..., Any], str, str]] = [
     (asgi3, "ASGI 3", UVICORN),
     (Asgi3(), "ASGI 3", UVICORN),
-    (functools.partial(asgi3), "ASGI 3", UVICORN),
+    (functools.partial(asgi3), "ASGI 3", "-- uvicorn --interface asgi3 m:a --fd {fd}"),
     (asgi_behind_a_decorator, "ASGI 3", UVICORN),
-    (lambda scope, receive, send: None, "ASGI 3", UVICORN),
+    (lambda scope, receive, send: None, "ASGI 3", "-- uvicorn --interface asgi3 m:a --fd {fd}"),
     (Asgi2, "ASGI 2", UVICORN),
+    (asgi2, "ASGI 2", UVICORN),
+    (handler, "handler of requests", "worker.sockets"),
+    (AIOHTTP(), "aiohttp", "-- gunicorn -w 1 --worker-class aiohttp.GunicornWebWorker m:a"),
     (Asgi3, "class of ASGI 3", "-- uvicorn --factory m:a --fd {fd}"),
     (wsgi, "WSGI", GUNICORN),
     (Wsgi(), "WSGI", GUNICORN),
@@ -103,6 +119,10 @@ def test_is_refused_with_what_to_type(found: Callable[..., Any], looks: str, cur
     said = applications.why_not(found, "m:a")
     assert looks in said
     assert cure in said
+
+
+def test_gunicorn_finds_no_attribute_of_an_attribute() -> None:
+    assert "-- hypercorn m:a.b --bind fd://{fd}" in applications.why_not(wsgi, "m:a.b")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +152,128 @@ def test_one_error_and_no_traceback(
     assert running.log.count(wanted) == 1
     assert "steer: load m:app: it looks like a" in running.log
     assert "Traceback" not in running.log
+    assert "WARNING" not in running.log
+
+
+ANSWERS = """
+import functools
+
+LENGTH = [(b"content-length", b"14")]
+
+def answer(start_response):
+    start_response("200 OK", [("Content-Length", "14")])
+    return [b'{"by": "wsgi"}']
+
+async def speak(scope, receive, send):
+    while scope["type"] == "lifespan":
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind.endswith("shutdown"):
+            return
+    await send({"type": "http.response.start", "status": 200, "headers": LENGTH})
+    await send({"type": "http.response.body", "body": b'{"by": "asgi"}'})
+
+async def function(scope, receive, send):
+    await speak(scope, receive, send)
+
+class Application:
+    async def __call__(self, scope, receive, send):
+        await speak(scope, receive, send)
+
+class Plain:
+    def __call__(self, environ, start_response):
+        return answer(start_response)
+
+class Asgi2:
+    def __init__(self, scope):
+        self.scope = scope
+
+    async def __call__(self, receive, send):
+        await speak(self.scope, receive, send)
+
+instance, partial, plain = Application(), functools.partial(function), Plain()
+
+def synchronous(scope, receive, send):
+    return speak(scope, receive, send)
+
+def asgi2(scope):
+    return Asgi2(scope)
+
+def wsgi(environ, start_response):
+    return answer(start_response)
+
+class WsgiClass:
+    def __init__(self, environ, start_response):
+        self.start = start_response
+
+    def __iter__(self):
+        return iter(answer(self.start))
+
+class Holder:
+    application = plain
+
+def make_asgi():
+    return instance
+
+def make_wsgi():
+    return wsgi
+
+def returns_asgi(thing=None):
+    return instance
+"""
+TYPED = {
+    **dict.fromkeys(
+        ("function", "instance", "partial", "synchronous", "Application", "Asgi2", "asgi2"),
+        "asgi",
+    ),
+    **dict.fromkeys(("wsgi", "plain", "WsgiClass", "Holder.application", "make_wsgi"), "wsgi"),
+    "make_asgi": "asgi",
+    "returns_asgi": "asgi",
+}
+
+
+@pytest.mark.needs("bpf", "gunicorn", "hypercorn", "uvicorn")
+@pytest.mark.parametrize("name, by", TYPED.items())
+def test_what_to_type_serves_it(service: StartService, home: Path, name: str, by: str) -> None:
+    """With the servers as they are."""
+    (home / "m.py").write_text(ANSWERS)
+    refused = service("-w", "2", f"m:{name}", ready=False)
+    assert refused.wait() in (3, 4)
+    # Of a factory nobody knows what it makes.
+    typed = re.findall(r"steer run \.\.\. -- (.*?)(?:$|, or for)", refused.log, re.M)
+    command = typed[1 if name == "make_asgi" else 0]
+    running = service("-w", "2", "--", sys.executable, "-m", *shlex.split(command))
+    assert http_get("127.0.0.1", 8080)[1]["by"] == by
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "source, wanted",
+    [
+        ("async def f(w): pass\ndef app(w): return f(w)", "it returned a coroutine"),
+        ("def f(w): yield\ndef app(w): return f(w)", "it returned a generator"),
+        ("def app(w): return print", "it returned a callable, which nobody calls; if it"),
+    ],
+)
+def test_what_returned_instead_of_serving_is_told(
+    service: StartService, home: Path, source: str, wanted: str
+) -> None:
+    (home / "m.py").write_text(source + "\n")
+    running = service("m:app", "-w", "2", ready=False)
+    assert running.wait() == 3
+    said = running.log.partition("steer: start workers: exit status 1\n")[2]
+    assert f": m:app: {wanted}" in said
+    assert "Warning" not in running.log.replace("WARNING", "")
+
+
+def test_one_that_returns_at_once_is_told_to_serve(service: StartService, home: Path) -> None:
+    (home / "m.py").write_text("def app(worker): pass\n")
+    running = service("m:app", "-w", "2", ready=False)
+    assert running.wait() == 3
+    assert (
+        "steer: start workers: exit status 0: the callable returned; have it serve until "
+        "worker.stopping; see examples/\n" in running.log
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +293,10 @@ def test_forgotten_dashes(steer: RunSteer, given: tuple[str, ...], wanted: str) 
         assert f"A command goes after --: steer {command} {wanted}\n" in done.stderr
 
 
-@pytest.mark.parametrize("given", [("m:app", "cat"), ("nosuch", "-w", "2"), ("-u", "cat", "--bad")])
+@pytest.mark.parametrize(
+    "given",
+    [("m:app", "cat"), ("nosuch", "-w", "2"), ("-u", "cat", "--bad")],
+)
 def test_nothing_is_taken_for_a_command_that_is_none(
     steer: RunSteer, given: tuple[str, ...]
 ) -> None:
