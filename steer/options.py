@@ -123,16 +123,52 @@ class TakesCommand(click.Command):
             context.meta["command"] = arguments[at + 1 :]
             if not arguments[at + 1 :]:
                 raise click.UsageError("no command after --", context)
+            _see_no_option(self, context, arguments[:at], arguments[at + 1 :])
+            _see_no_command(self, context, arguments[:at], arguments[at + 1 :])
             arguments = arguments[:at]
         else:
             _see_no_command(self, context, arguments)
         return super().parse_args(context, arguments)
 
 
-def _see_no_command(
-    command: click.Command, context: click.Context, arguments: Sequence[str]
+def _see_no_option(
+    command: click.Command, context: click.Context, before: Sequence[str], after: Sequence[str]
 ) -> None:
-    """Raises UsageError: of these, one begins a command, and `--` was forgotten."""
+    """Raises UsageError: what stands behind `--` begins with an option of ours."""
+    if not after[0].startswith("-"):
+        return
+    parser = command.make_parser(context)
+    parser.allow_interspersed_args = False
+    try:
+        given, rest, _ = parser.parse_args(list(after))
+    except click.UsageError:
+        return
+    at = len(after) - len(rest) - 1
+    if given.get("app") == after[at]:
+        words = f"{after[0]} stands behind --, where the command begins."
+        line = _line(context, [*before, *after[:at]], after[at:])
+        raise click.UsageError(f"{words} {line}", context)
+
+
+def _line(context: click.Context, options: Sequence[str], command: Sequence[str]) -> str:
+    """What to type."""
+    import shlex
+
+    line = shlex.join((*context.command_path.split(), *options, "--", *command))
+    return f"A command goes after --: {line}"
+
+
+def _see_no_command(
+    command: click.Command,
+    context: click.Context,
+    arguments: Sequence[str],
+    after: Sequence[str] = (),
+) -> None:
+    """Raises UsageError: of these, one begins a command, and `--` was forgotten.
+
+    Args:
+        after: what stands behind a `--` that came too late.
+    """
     parser = command.make_parser(context)
     parser.allow_interspersed_args = False
     try:
@@ -143,13 +179,14 @@ def _see_no_command(
     first = given.get("app")
     if at < 0 or first != arguments[at] or _APP.fullmatch(first):
         return
-    import shlex
     import shutil
 
-    if (rest and not rest[0].startswith("-")) or shutil.which(first):
-        line = shlex.join((*context.command_path.split(), *arguments[:at], "--", *arguments[at:]))
-        words = f"{first} is no MODULE:CALLABLE. A command goes after --: {line}"
-        raise click.UsageError(words, context)
+    from steer import servers
+
+    is_command = first in servers.HAND_OVER or shutil.which(first)
+    if is_command or (rest and not rest[0].startswith("-")):
+        line = _line(context, arguments[:at], [*arguments[at:], *after])
+        raise click.UsageError(f"{first} is no MODULE:CALLABLE. {line}", context)
 
 
 class Source:

@@ -284,6 +284,10 @@ def test_one_that_returns_at_once_is_told_to_serve(service: StartService, home: 
         (("-w", "2", "gunicorn", "-w", "1", "m:app"), "-w 2 -- gunicorn -w 1 m:app"),
         (("cat",), "-- cat"),
         (("/bin/sh", "-c", "exec cat"), "-- /bin/sh -c 'exec cat'"),
+        (("cat", "--", "m:app"), "-- cat m:app"),
+        (("-w", "2", "sh", "-m", "x", "--", "m:app"), "-w 2 -- sh -m x m:app"),
+        (("--", "-w", "2", "cat", "-n"), "-w 2 -- cat -n"),
+        (("-b", ":80", "--", "--strict", "cat"), "-b :80 --strict -- cat"),
     ],
 )
 def test_forgotten_dashes(steer: RunSteer, given: tuple[str, ...], wanted: str) -> None:
@@ -295,7 +299,7 @@ def test_forgotten_dashes(steer: RunSteer, given: tuple[str, ...], wanted: str) 
 
 @pytest.mark.parametrize(
     "given",
-    [("m:app", "cat"), ("nosuch", "-w", "2"), ("-u", "cat", "--bad")],
+    [("m:app", "cat"), ("nosuch", "-w", "2"), ("-u", "cat", "--bad"), ("nosuch", "--", "x")],
 )
 def test_nothing_is_taken_for_a_command_that_is_none(
     steer: RunSteer, given: tuple[str, ...]
