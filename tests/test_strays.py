@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -13,8 +14,10 @@ import pytest
 from clients import answer, request
 from conftest import StartService
 from crew import PORT
-from support import Service, eventually, is_running
+from support import Netns, Service, eventually, is_running, line_of, python, running
 
+from steer import address
+from steer.kernel import listeners, proc, sockets, strays
 from steer.kernel.listeners import Borrower
 
 pytestmark = pytest.mark.needs("netns", "pidfd_getfd")
@@ -130,6 +133,41 @@ def test_process_of_somebody_else_that_was_sent_a_listener_is_named(
         eventually(lambda: named(running), {os.getpid()})
         running.wait_ready()
         all_are_answered(running)
+
+
+def test_who_refuses_to_lend_a_listener_is_not_the_only_one_asked(
+    monkeypatch: pytest.MonkeyPatch, netns: Netns
+) -> None:
+    """As with yama(8), where who descends from us may be borrowed from, and others not."""
+    sleeps = python("import time; print(flush=True); time.sleep(600)")
+    refusing = set[int]()
+
+    def lend(pid: int, fd: int) -> int:
+        if pid in refusing:
+            raise PermissionError(errno.EPERM, "refused")
+        return borrowed(pid, fd)
+
+    borrowed = listeners._pidfd_getfd
+    monkeypatch.setattr(listeners, "_pidfd_getfd", lend)
+    bind = address.parse(f"127.0.0.1:{PORT}")
+    listener = sockets.member(bind, 16)
+    inode, fd = proc.socket_inode(listener.fileno()), listener.fileno()
+    with running(*sleeps, fds=[fd]) as first, running(*sleeps, fds=[fd]) as second:
+        for each in (first, second):
+            line_of(each)
+        known = strays.find([bind], [inode], [first.pid], everywhere=False)
+        assert [stray.pid for stray in known] == [first.pid]
+        refusing.update((first.pid, os.getpid()))
+        told = {stray.pid: refusal for stray, refusal in strays.shut_down(known)}
+        assert told == dict.fromkeys((first.pid, second.pid, os.getpid()), "")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", PORT))
+        refusing.add(second.pid)
+        listener.listen()
+        refused = {stray.pid: refusal for stray, refusal in strays.shut_down(known)}
+        assert refused.keys() == told.keys()
+        assert all("EPERM" in refusal for refusal in refused.values())
+    listener.close()
 
 
 def _taken(pid: int, inode: int) -> socket.socket:

@@ -63,11 +63,39 @@ def shut_down(strays: Iterable[Stray]) -> Iterator[tuple[Stray, str]]:
     """End them, whoever has them: what waits at a listener moves on as if that were closed
     (shutdown(2); inet_csk_listen_stop() of the kernel).
 
+    One process that lends a socket is enough for all that have it open. Where those that are
+    known do not, others are looked for.
+
     Returns:
         Each, with the reason why that could not be done; empty if it was.
     """
+    by_inode: dict[int, list[Stray]] = {}
     for stray in strays:
-        yield stray, _shut_down(stray)
+        by_inode.setdefault(stray.inode, []).append(stray)
+    for holders in by_inode.values():
+        yield from _shut_down_one(holders)
+
+
+def _shut_down_one(holders: list[Stray]) -> Iterator[tuple[Stray, str]]:
+    """The same of one socket, with all that are known to have it open."""
+    refusals = _refusals(holders)
+    if all(refusals) and holders[0].bind.protocol != "udp":
+        tried = {stray.pid for stray in holders}
+        more = _elsewhere(holders[0].bind, holders[0].inode)
+        more = [stray for stray in more if stray.pid not in tried]
+        refusals += _refusals(more)
+        holders = holders + more
+    is_done = not all(refusals)
+    for stray, refusal in zip(holders, refusals, strict=True):
+        yield stray, "" if is_done else refusal
+
+
+def _refusals(holders: Iterable[Stray]) -> list[str]:
+    """Why each does not lend it; those that come after one who did are not asked."""
+    refusals: list[str] = []
+    for stray in holders:
+        refusals.append("" if "" in refusals else _shut_down(stray))
+    return refusals
 
 
 def _open_in(pid: int) -> set[int]:
