@@ -232,15 +232,16 @@ def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | Non
 
     left = client.abandoned(os.environ, name, control_socket)
     path = left[0] if len(left) == 1 else client.locate(name, control_socket, os.environ)
-    with show.progress(f"stop {path.stem}") as progress:
+    called = name or path.stem
+    with show.progress(f"stop {called}") as progress:
         if left:
             client.end_abandoned(path, quick, directory=control_socket is None)
         else:
             client.stop(path, quick, progress)
     if as_json:
-        _print_json({"stopped": path.stem})
+        _print_json({"stopped": called})
     else:
-        click.echo(f"stopped {path.stem}")
+        click.echo(f"stopped {called}")
 
 
 @cli.command()
@@ -331,12 +332,13 @@ def _perform(
     from steer import client, show
 
     path = client.locate(name, control_socket, os.environ)
-    with show.progress(f"{command} {path.stem}") as progress:
+    called = name or path.stem
+    with show.progress(f"{command} {called}") as progress:
         outcome = client.perform(path, command, progress, **more)
     if as_json:
-        _print_json({done: path.stem, **msgspec.to_builtins(outcome)})
+        _print_json({done: called, **msgspec.to_builtins(outcome)})
     else:
-        click.echo(f"{done} {path.stem}: {outcome}")
+        click.echo(f"{done} {called}: {outcome}")
 
 
 @cli.group(invoke_without_command=True)

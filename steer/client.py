@@ -13,7 +13,8 @@ import msgspec
 
 from steer import report
 from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
-from steer.kernel import diag, proc, process, record, rundir
+from steer.kernel import diag, proc, process, record, rundir, services
+from steer.kernel.title import Title
 from steer.values import plural, several, shown
 
 FINISH_S, QUICK_S = 30.0, 1.0
@@ -184,23 +185,65 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     for path in rundir.find(environment, name):
         if path.stem == name and _answers(path):
             return path
-    paths = running(environment)
-    names = ", ".join(path.stem for path in paths)
-    others = of_others(environment)
-    if not paths:
+    there = _running(environment)
+    named = [each for each in there if name is None or each.is_named(name)]
+    if not named:
+        raise _not_found(name, there, environment)
+    if len(named) > 1:
+        if name is None:
+            cause, cure = f"several are running: {_names(named)}", "name one"
+        else:
+            cause = "several of that name are running"
+            cure = " or ".join(f"--control-socket {each.path}" for each in named)
+        raise ControlError("find the service", cause, cure)
+    return named[0].path
+
+
+class _Found(msgspec.Struct, frozen=True):
+    """A service at whose control socket somebody answers.
+
+    Args:
+        shown: what its process shows, where that is how it was found.
+    """
+
+    path: Path
+    shown: Title | None = None
+
+    @property
+    def name(self) -> str:
+        return self.shown.name if self.shown else self.path.stem
+
+    def is_named(self, name: str) -> bool:
+        return self.shown.may_name(name) if self.shown else self.path.stem == name
+
+
+def _not_found(
+    name: str | None, there: Sequence[_Found], environment: Mapping[str, str]
+) -> NotRunning:
+    if not there:
         _tell_abandoned(name, environment)
+    for each in services.find(environment):
+        if each.is_gone and (name is None or each.title.may_name(name)):
+            return NotRunning(f"find service {shown(name or each.title.name)}", *_of_lost(each))
+    others = of_others(environment)
     if name is not None:
-        there = f"running: {names}" if names else "no service is running"
+        words = f"running: {_names(there)}" if there else "no service is running"
         if others:
-            there += f"; of other users: {_names(others)}"
-        raise NotRunning(f"find service {shown(name)}", "not running", there)
-    if not paths and others:
-        raise NotRunning("find a service", *none_of_ours(others))
-    if not paths:
-        raise NotRunning("find a service", "none is running", "start one with `steer run`")
-    if len(paths) > 1:
-        raise ControlError("find the service", f"several are running: {names}", "name one")
-    return paths[0]
+            words += f"; of other users: {', '.join(others)}"
+        return NotRunning(f"find service {shown(name)}", "not running", words)
+    if others:
+        return NotRunning("find a service", *none_of_ours(others))
+    return NotRunning("find a service", "none is running", "start one with `steer run`")
+
+
+def _of_lost(service: services.Running) -> tuple[str, str]:
+    """Cause and cure where a service cannot be asked."""
+    cause = f"its control socket {service.path} was removed, and is not made again"
+    return cause, f"is pid {service.pid} stopped? see ps(1) and its log"
+
+
+def _names(found: Iterable[_Found]) -> str:
+    return ", ".join(each.name for each in found)
 
 
 def abandoned(
@@ -268,6 +311,9 @@ def status_of_all(environment: Mapping[str, str]) -> report.Status:
             pass  # it has ended since
     for path in abandoned(environment):
         found.orphaned.append(report.Orphan(path.stem, "; ".join(_of_abandoned(path))))
+    for each in services.find(environment):
+        if each.is_gone:
+            found.orphaned.append(report.Orphan(each.title.name, "; ".join(_of_lost(each))))
     found.others = len(of_others(environment))
     return found
 
@@ -284,9 +330,30 @@ def _understood(answer: Any, kind: type[_T], act: str) -> _T:
 
 
 def running(environment: Mapping[str, str]) -> list[Path]:
-    """The control sockets at which somebody answers whom we may ask."""
-    found = [path for path in rundir.find(environment) if _answers(path)]
-    return [path for path in found if os.access(path, os.W_OK)]
+    """The control sockets at which somebody answers whom we may ask, wherever they are."""
+    return [each.path for each in _running(environment)]
+
+
+def _running(environment: Mapping[str, str]) -> list[_Found]:
+    """Those in the usual places, then those that are found by their processes: they listen
+    elsewhere, or make a socket again that was removed."""
+    usual = [_Found(path) for path in rundir.find(environment) if _may_ask(path)]
+    known = {each.path for each in usual}
+    elsewhere = [each for each in _by_process(environment) if each.path not in known]
+    return [*usual, *(each for each in elsewhere if _may_ask(each.path))]
+
+
+def _by_process(environment: Mapping[str, str]) -> list[_Found]:
+    end_s = time.monotonic() + rundir.RENEWED_S
+    while True:
+        found = services.find(environment)
+        if time.monotonic() >= end_s or not any(each.is_gone for each in found):
+            return [_Found(each.path, each.title) for each in found]
+        time.sleep(_ASK_AGAIN_S)
+
+
+def _may_ask(path: Path) -> bool:
+    return os.access(path, os.W_OK) and _answers(path)
 
 
 def of_others(environment: Mapping[str, str]) -> list[str]:
@@ -298,11 +365,7 @@ def none_of_ours(others: Sequence[str]) -> tuple[str, str]:
     """Cause and cure where only these run."""
     count = f"{plural(len(others), 'service')} of other users"
     user = "its user" if len(others) == 1 else "their users"
-    return f"{count}: {_names(others)}; none of yours", f"ask as root or as {user}"
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names)
+    return f"{count}: {', '.join(others)}; none of yours", f"ask as root or as {user}"
 
 
 def perform(path: Path, command: str, progress: Progress | None = None, **more: Any) -> Outcome:

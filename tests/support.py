@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -412,6 +413,13 @@ def as_user(uid: int | None, *command: str) -> list[str]:
         return list(command)
     drop = (f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all")
     return ["setpriv", *drop, "--inh-caps=-all", "--", *command]
+
+
+def lose_directory(running: Service) -> None:
+    """Remove its run directory, at once: the control socket may be made again meanwhile."""
+    gone = running.home / f"gone-{time.monotonic_ns()}"
+    running.control_socket.parent.rename(gone)
+    shutil.rmtree(gone)
 
 
 DOCKER_CAPABILITIES = (

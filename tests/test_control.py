@@ -390,7 +390,11 @@ def test_goes_where_it_is_told_to(service: StartService, home: Path) -> None:
     running = service("-w", "1", "--control-socket", str(place), ready=False)
     eventually(lambda: "serving" in running.log)
     assert json.loads(running.steer("status", "--json", "--control-socket", str(place)).stdout)
-    assert "not running" in running.steer("status", "test").stderr
+    for named in ((), ("test",)):  # it is found by its processes
+        told = json.loads(running.steer("status", "--json", *named).stdout)
+        assert [each["name"] for each in told["services"]] == ["test"]
+    assert "not running" in running.steer("status", "tes").stderr
+    assert running.steer("reload", "test").stdout.startswith("reloaded test: ")
     assert running.steer("stop", "--control-socket", str(place)).returncode == 0
     assert running.wait() == 0
     assert list(place.parent.iterdir()) == []

@@ -21,7 +21,6 @@ MARK = "STEER_WORKER"
 """Environment variable with the process id of the worker's first process."""
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_GET_CHILD_SUBREAPER = 37
-_ENVIRON_MAX_BYTES = 1 << 18
 _inherited: dict[int, int] = {}
 """Children that were there before steer was executed in this process, and when they started."""
 
@@ -155,11 +154,5 @@ def send(number: int, pids: Iterable[int]) -> None:
 def mark(pid: int) -> int | None:
     """Whose the process says that it is; None where that may not be read or is not said, as of
     one that has ended."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            pairs = file.read(_ENVIRON_MAX_BYTES).split(b"\0")
-    except OSError:
-        return None
-    prefix = f"{MARK}=".encode()
-    value = next((pair[len(prefix) :] for pair in pairs if pair.startswith(prefix)), b"")
-    return int(value) if value.isdigit() and len(value) < 10 else None
+    value = proc.environment(pid).get(MARK, "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None

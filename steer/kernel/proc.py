@@ -97,6 +97,20 @@ def arguments(pid: int, root: str = "/proc") -> list[str]:
     return text.removesuffix("\0").split("\0")
 
 
+MOST_ENVIRONMENT_BYTES = 1 << 18
+
+
+def environment(pid: int, root: str = "/proc") -> dict[str, str]:
+    """What a process was started with; empty if there is no such process, or it is not ours to
+    look at, or there is very much of it."""
+    try:
+        text = Files(root, most_bytes=MOST_ENVIRONMENT_BYTES).read(f"{root}/{pid}/environ")
+    except OSError:
+        return {}
+    pairs = (pair.partition("=") for pair in text.decode(errors="replace").split("\0"))
+    return {name: value for name, sign, value in pairs if sign}
+
+
 def is_alive(pid: int, root: str = "/proc") -> bool:
     """Whether there is such a process and it has not ended: a zombie has."""
     stat = _stat(f"{root}/{pid}")

@@ -10,11 +10,13 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from steer.errors import ControlError
-from steer.kernel import process, unix
+from steer.kernel import process, services, unix
+from steer.kernel.services import RUNTIME_DIR
+from steer.kernel.title import GUARD
 
 _SYSTEM = Path("/run/steer")
 _LOGINS = Path("/run/user")
@@ -25,6 +27,8 @@ _CREDENTIALS = struct.Struct("3i")
 _TIMEVAL = struct.Struct("@ll")
 """struct timeval of socket(7): seconds, microseconds."""
 _ANSWER_S = 1.0
+RENEWED_S, _RENEWAL_S = 4.0, 0.05
+"""A control socket that was removed is made again within 2 s."""
 _TURN_S, _LOOK_AGAIN_S = 30.0, 0.01
 """How long to wait for another service of the user to be done with its start. Not
 without end: a process that is stopped would keep all others from starting."""
@@ -37,7 +41,7 @@ def directories(environment: Mapping[str, str]) -> list[Path]:
     a login shell has in XDG_RUNTIME_DIR: cron and systemd have to find it, too. Another user's
     is their run directory, the system's if it was made for them, else one of their own in /tmp.
     """
-    override = environment.get("STEER_RUNTIME_DIR")
+    override = environment.get(RUNTIME_DIR)
     if override:
         return [Path(override)]
     user = os.geteuid()
@@ -53,7 +57,7 @@ def _of_login(environment: Mapping[str, str], user: int) -> Path:
 def _directories_to_look_in(environment: Mapping[str, str]) -> Iterator[Path]:
     """All in which a service that we may ask can be: for root, those of all users."""
     yield from directories(environment)
-    if environment.get("STEER_RUNTIME_DIR"):
+    if environment.get(RUNTIME_DIR):
         return
     user = os.geteuid()
     yield _of_login(environment, user)
@@ -81,26 +85,46 @@ def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
 
 
 def of_others(environment: Mapping[str, str]) -> list[Path]:
-    """Control sockets at which somebody listens, of services that we may not ask.
+    """Control sockets at which somebody listens, of services that we may not ask; for root there
+    are none.
 
-    Where a directory does not let us list it, the kernel's table of sockets still names them.
+    Where a directory does not let us list it, the kernel's table of sockets still names them. That
+    tells no user: what is ours is known by its directory's name, or by its processes.
     """
-    override = environment.get("STEER_RUNTIME_DIR")
-    listed = find(environment)
-    found = set(unix.listening())
-    ours = {path for path in listed if os.access(path, os.W_OK)}
-    return sorted(path for path in found - ours if _may_be_control(path, override))
+    user = os.geteuid()
+    if user == 0:
+        return []
+    override = environment.get(RUNTIME_DIR)
+    ours = {path for path in find(environment) if os.access(path, os.W_OK)}
+    there = {path for _, path in unix.listening()} - ours
+    others = [path for path in there if _may_be_control(path, override) and _user_of(path) != user]
+    unnamed = any(_user_of(path) is None for path in others)
+    by_process = services.names_of_ours() if unnamed else set()
+    return sorted(path for path in others if not _is_gone(path, by_process))
+
+
+def _is_gone(path: Path, ours: set[str]) -> bool:
+    """Whether it was the socket of one of our services, in a directory that is no user's."""
+    return _user_of(path) is None and path.stem in ours and not os.path.lexists(path)
 
 
 def _may_be_control(path: Path, override: str | None) -> bool:
-    directory = path.parent
     if path.suffix != ".sock":
         return False
     if override:
-        return directory == Path(override)
-    in_run_directory = directory.name == "steer" and directory.parent.parent == _LOGINS
-    in_tmp = directory.parent == _TMP and directory.name.startswith("steer-")
-    return directory == _SYSTEM or in_run_directory or in_tmp
+        return path.parent == Path(override)
+    return path.parent == _SYSTEM or _user_of(path) is not None
+
+
+def _user_of(path: Path) -> int | None:
+    """Whose control socket it is, where its directory is named after a user."""
+    directory = path.parent
+    with contextlib.suppress(ValueError):
+        if directory.name == "steer" and directory.parent.parent == _LOGINS:
+            return int(directory.parent.name)
+        if directory.parent == _TMP and directory.name.startswith("steer-"):
+            return int(directory.name.removeprefix("steer-"))
+    return None
 
 
 def _is_whose_it_says(directory: Path) -> bool:
@@ -154,6 +178,8 @@ class Claim:
 
     Args:
         wanted: path of the control socket; None looks for a directory.
+        turn_s: how long to wait for another service that is starting; None: as a start does.
+        ours: inode of a control socket that may have the name already.
 
     Attributes:
         path: of the control socket.
@@ -165,12 +191,19 @@ class Claim:
         ControlError: the name is taken, or no socket can be made anywhere.
     """
 
-    def __init__(self, name: str, wanted: str | None, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        wanted: str | None,
+        environment: Mapping[str, str],
+        turn_s: float | None = None,
+        ours: int | None = None,
+    ) -> None:
         self.remove_directory = wanted is None
         self.refusals: list[str] = []
-        for path in refuse_taken(name, wanted, environment):
+        for path in refuse_taken(name, wanted, environment, ours):
             try:
-                self._take(name, path)
+                self._take(name, path, _TURN_S if turn_s is None else turn_s)
                 return
             except OSError as error:
                 self.refusals.append(f"{path}: {error.strerror or error}")
@@ -180,8 +213,8 @@ class Claim:
             "name another place: --control-socket PATH",
         )
 
-    def _take(self, name: str, path: Path) -> None:
-        self._lock = _locked(path.parent, make=self.remove_directory)
+    def _take(self, name: str, path: Path, turn_s: float) -> None:
+        self._lock = _locked(path.parent, self.remove_directory, turn_s)
         try:
             _refuse_if_answering(name, path)
             _remove_dead(path)
@@ -199,7 +232,8 @@ class Claim:
 
     @classmethod
     def inherited(cls, path: Path, control: socket.socket, remove_directory: bool) -> Claim:
-        """A name that stayed taken: a service's, whose last controller is gone."""
+        """A name that stayed taken: a service's, whose last controller is gone. So may be the
+        path."""
         claim = cls.__new__(cls)
         claim.remove_directory, claim.refusals, claim._lock = remove_directory, [], -1
         claim.socket = control
@@ -213,15 +247,16 @@ class Claim:
     @property
     def is_there(self) -> bool:
         """Whether it can be found: a logout removes a run directory with all that is in it."""
-        return inode(self.path) == self._inode
+        return self._inode is not None and inode(self.path) == self._inode
 
     def renew(self, name: str, wanted: str | None, environment: Mapping[str, str]) -> None:
-        """Make the control socket again, as at the start; `socket` keeps its descriptor.
+        """Make the control socket again, as at the start; `socket` keeps its descriptor. It does
+        not wait for others that are starting.
 
         Raises:
             ControlError: the name is taken by now, or no socket can be made anywhere.
         """
-        fresh = Claim(name, wanted, environment)
+        fresh = Claim(name, wanted, environment, 0.0, os.fstat(self.socket.fileno()).st_ino)
         fresh.others_may_start()
         os.dup2(fresh.socket.fileno(), self.socket.fileno(), inheritable=False)
         fresh.socket.close()
@@ -267,8 +302,13 @@ def remove(path: Path, wanted: int | None, directory: bool) -> None:
             _remove_empty(path.parent)
 
 
-def refuse_taken(name: str, wanted: str | None, environment: Mapping[str, str]) -> list[Path]:
+def refuse_taken(
+    name: str, wanted: str | None, environment: Mapping[str, str], ours: int | None = None
+) -> list[Path]:
     """Where the control socket may be, unless a service of that name is running.
+
+    Args:
+        ours: inode of a control socket that may have the name.
 
     Raises:
         ControlError: one is.
@@ -276,7 +316,31 @@ def refuse_taken(name: str, wanted: str | None, environment: Mapping[str, str]) 
     found = places(name, wanted, environment)
     for path in found:
         _refuse_if_answering(name, path)
+    for each in unreachable(found, environment):
+        if each.inode != ours:
+            raise running(name, f"pid {each.pid}", each.path)
     return found
+
+
+def unreachable(paths: Iterable[Path], environment: Mapping[str, str]) -> list[services.Running]:
+    """The services of this user whose control sockets were at one of these paths, and are gone.
+    They are made again soon."""
+    missing = {path.absolute() for path in paths if not os.path.lexists(path)}
+    if missing.isdisjoint(path for _, path in unix.listening()):
+        return []
+    found = services.find(environment)
+    return [each for each in found if each.path in missing and each.is_gone]
+
+
+def await_guard(paths: Iterable[Path], environment: Mapping[str, str]) -> None:
+    """Where a control socket at one of these was removed while no controller is there, wait until
+    the guard process has made it again: for a moment, as it may be stopped."""
+    end_s = time.monotonic() + RENEWED_S
+    places = list(paths)
+    while time.monotonic() < end_s:
+        if not any(each.title.role == GUARD for each in unreachable(places, environment)):
+            return
+        process.pause(_RENEWAL_S)
 
 
 def places(name: str, wanted: str | None, environment: Mapping[str, str]) -> list[Path]:
@@ -337,11 +401,11 @@ def _make_directory(directory: Path) -> None:
         raise PermissionError(errno.EPERM, f"{directory} is another user's")
 
 
-def _locked(directory: Path, make: bool) -> int:
+def _locked(directory: Path, make: bool, turn_s: float) -> int:
     """A lock on the directory itself, so no lock file is left. It may be removed while we wait."""
-    end_s = time.monotonic() + _TURN_S
+    end_s = time.monotonic() + turn_s
     passing = (BlockingIOError, FileNotFoundError) if make else (BlockingIOError,)
-    while time.monotonic() < end_s:
+    while True:
         if make:
             _make_directory(directory)
         with contextlib.suppress(*passing), contextlib.ExitStack() as undo:
@@ -351,9 +415,11 @@ def _locked(directory: Path, make: bool) -> int:
             if os.path.samestat(os.fstat(fd), directory.stat()):
                 undo.pop_all()
                 return fd
+        if time.monotonic() >= end_s:
+            break
         process.pause(_LOOK_AGAIN_S)
     raise ControlError(
         "start a service",
-        f"another has been starting for {_TURN_S:g} s",
+        f"another has been starting for {turn_s:g} s" if turn_s else "another is starting",
         f"see who has {directory} locked: fuser {directory}",
     )

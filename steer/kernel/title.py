@@ -5,6 +5,12 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
+import msgspec
+
+from steer.kernel import proc
+
+CONTROLLER, GUARD, WORKER = "controller", "guard", "worker"
+_BEGINS = "steer: "
 _BEHIND_COMM = 3
 """The first field after the name in parentheses is the third of proc_pid_stat(5)."""
 _ARG_START, _ARG_END = 48, 49
@@ -25,3 +31,33 @@ def show(title: str, stat: str = "/proc/self/stat") -> None:
             room = end - start
             # The last byte stays 0: else the kernel takes the environment for a part of it.
             ctypes.memmove(start, title.encode()[: room - 1].ljust(room, b"\0"), room)
+
+
+class Title(msgspec.Struct, frozen=True):
+    """What a process of a service shows.
+
+    Args:
+        role: CONTROLLER, GUARD or WORKER.
+        name: of the service.
+        is_cut: whether there was no room for more: the name may be longer.
+    """
+
+    role: str
+    name: str
+    is_cut: bool = False
+
+    def may_name(self, service: str) -> bool:
+        """Whether it may be a process of that service."""
+        return service.startswith(self.name) if self.is_cut else service == self.name
+
+
+def of(pid: int) -> Title | None:
+    """What a process shows; None if it is none of a service, or has ended. Anybody can show
+    what they like: it is a hint where to look."""
+    first, *rest = proc.arguments(pid) or [""]
+    role, _, name = first.removeprefix(_BEGINS).partition(" ")
+    if not first.startswith(_BEGINS) or role not in (CONTROLLER, GUARD, WORKER):
+        return None
+    if role == WORKER:
+        _, _, name = name.partition(" ")
+    return Title(role, name, is_cut=not rest)

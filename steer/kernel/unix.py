@@ -11,11 +11,12 @@ _LISTENS = 0x10000
 _FIELDS = 8
 
 
-def listening(table: str = "/proc/net/unix") -> Iterator[Path]:
-    """The paths at which somebody listens, also in directories that we may not read."""
+def listening(table: str = "/proc/net/unix") -> Iterator[tuple[int, Path]]:
+    """Inode and path of each, also in directories that we may not read, or that are gone. Where
+    one was bound by a relative path, that is what it is."""
     with suppress(OSError), open(table, errors="surrogateescape") as lines:
         next(lines, "")
         for line in lines:
             fields = line.rstrip("\n").split(maxsplit=_FIELDS - 1)
             if len(fields) == _FIELDS and int(fields[3], 16) & _LISTENS:
-                yield Path(fields[-1])
+                yield int(fields[-2]), Path(fields[-1])
