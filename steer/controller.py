@@ -240,7 +240,9 @@ class Controller:
             KernelError: the kernel refuses.
         """
         service = self.plan.service
-        for path in rundir.places(self.plan.name, service.control_socket, self.environment):
+        places = rundir.places(self.plan.name, service.control_socket, self.environment)
+        rundir.await_guard(places, self.environment)
+        for path in places:
             # Another user's is none of ours; whether a place is left is seen to later.
             handover = custody.adopt(path) if os.access(path, os.W_OK) else None
             if handover is not None:

@@ -313,6 +313,7 @@ class _Supervisor:
         self._loop.call_later(_CONTROL_S, self._look_at_control_socket)
         if not self._service.claim.is_there and self._state == "running":
             self._retry.attempt("make the control socket again", self._renew_control_socket)
+        self._retry.attempt("write down the workers", self._service.guard.renew_record)
 
     def _renew_control_socket(self) -> None:
         self._loop.remove_reader(self._service.guard)

@@ -211,9 +211,14 @@ class Guard:
         control = Path(settings.control)
         self._inode = rundir.inode(control)
         self._record = Record(control)
-        for each in self._workers():
-            self._record.add(each, ())
+        self.renew_record()
         self.revive()
+
+    def renew_record(self) -> None:
+        """Have a file that tells of the workers, should both of us be killed. It may have been
+        removed, with its directory or by who cleans directories."""
+        if not self._record.is_there:
+            self._record.renew(self._workers())
 
     def _workers(self) -> list[Worker]:
         return [(each.group, each.stop_signal) for each in self.entries.values() if each.group]

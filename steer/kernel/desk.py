@@ -10,8 +10,8 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from selectors import EVENT_READ, BaseSelector
 from typing import Any
 
@@ -122,10 +122,22 @@ class Desk:
         self._handle = handle
         self._refuse = refuse
         self._talks: dict[Talk, None] = {}
-        control.setblocking(False)
+        self._listen()
+
+    def _listen(self) -> None:
+        self._control.setblocking(False)
         # Again, as now we are who is shown to be at the other end (unix(7), SO_PEERCRED).
-        control.listen(BACKLOG)
-        selector.register(control, EVENT_READ, self._on_connection)
+        self._control.listen(BACKLOG)
+        self._selector.register(self._control, EVENT_READ, self._on_connection)
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """While it lasts no connection is taken; the descriptor may become another socket."""
+        self._selector.unregister(self._control)
+        try:
+            yield
+        finally:
+            self._listen()
 
     @property
     def is_busy(self) -> bool:

@@ -188,6 +188,11 @@ class Keeper:
         if old is not None:
             old.close()
 
+    def relocated(self, control: Path) -> None:
+        """The control socket is another: that is what is to be removed at the end."""
+        self.settings = msgspec.structs.replace(self.settings, control=str(control))
+        self._traces = msgspec.structs.replace(self._traces, inode=rundir.inode(control))
+
     def leave_nothing(self) -> None:
         """Remove what the controller would have."""
         settings = self.settings

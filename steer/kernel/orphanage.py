@@ -15,15 +15,18 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 import msgspec
 
-from steer.kernel import output, process, title
+from steer.errors import ControlError
+from steer.kernel import output, process, rundir, title
 from steer.kernel.channel import Channel, Frame
 from steer.kernel.desk import ASKERS_MAX, Desk, Request, Talk
 from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
 from steer.kernel.mail import Mailbox
+from steer.kernel.record import Record
 from steer.kernel.spare import Spare
 from steer.lines import Line, Lines, shown
 from steer.values import plural
@@ -46,6 +49,8 @@ _BACK_S = 10.0
 _LAST_S = 0.2
 """For who has connected to say what it wants, when somebody else is to answer the next."""
 _LOOK_S = 0.1
+_CONTROL_S = 2.0
+"""How often it is looked whether the control socket can still be found, as a controller does."""
 _SPARE = 4
 """Descriptors that a request takes: its connection, and a channel to who adopts."""
 _CHUNK_BYTES = 65536
@@ -66,6 +71,12 @@ class Orphanage:
     def __init__(self, keeper: Keeper, control: socket.socket, say: Say) -> None:
         self._keeper = keeper
         self._settings = keeper.settings
+        self._claim = rundir.Claim.inherited(
+            Path(self._settings.control), control, self._settings.remove_directory
+        )
+        self._record = Record(self._claim.path)
+        self._control_s = time.monotonic()
+        self._is_lost = False
         self._back_s = time.monotonic() + (_BACK_S if keeper.is_to_be_back else 0.0)
         self._control = control
         self._say = say
@@ -151,22 +162,53 @@ class Orphanage:
     def _workers(self) -> Iterable[Kept]:
         return (kept for kept in self._keeper.entries.values() if kept.is_worker)
 
-    def _patience_s(self) -> float | None:
+    def _patience_s(self) -> float:
         """How long nothing but what is watched can want anything."""
         leftovers = any(kept.has_ended for kept in self._living())
         if self._desk.is_busy or self._ending or leftovers:
             return _LOOK_S
-        left_s = math.inf if self._adopter is not None else self._end_s - time.monotonic()
-        return None if left_s == math.inf else max(left_s, 0.0)
+        now_s = time.monotonic()
+        left_s = math.inf if self._adopter is not None else self._end_s - now_s
+        return max(min(left_s, self._control_s - now_s), 0.0)
 
     def _look(self) -> None:
         now_s = time.monotonic()
         self._desk.let_go()
         for kept in self._living():
             kept.look()
+        if now_s >= self._control_s:
+            self._control_s = now_s + _CONTROL_S
+            self._see_that_it_is_found()
         # Who is about to adopt them may be slow, but not for nothing.
         if now_s >= self._end_s and self._adopter is None:
             self._overdue()
+
+    def _see_that_it_is_found(self) -> None:
+        """A logout removes a run directory with all that is in it: then nobody could adopt the
+        service, or stop it."""
+        if self._adopter is not None:
+            return
+        if not self._claim.is_there:
+            self._make_control_socket()
+        if not self._record.is_there:
+            self._record.renew([(kept.group, kept.stop_signal) for kept in self._living()])
+
+    def _make_control_socket(self) -> None:
+        before, settings = self._claim.path, self._settings
+        wanted = None if settings.remove_directory else settings.control
+        try:
+            with self._desk.elsewhere():
+                self._claim.renew(settings.name, wanted, os.environ)
+        except ControlError as error:
+            if not self._is_lost:
+                self._say(f"the guard: make the control socket again: {error}; it is tried again")
+            self._is_lost = True
+            return
+        self._is_lost = False
+        self._keeper.relocated(self._claim.path)
+        self._settings = self._keeper.settings
+        self._record = Record(self._claim.path)
+        self._say(f"control socket {before} was gone; it is {self._claim.path} now")
 
     def _overdue(self) -> None:
         if not self._ending:

@@ -10,7 +10,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,7 +36,13 @@ class Record:
 
     def __init__(self, control: Path) -> None:
         self._path = rundir.record_of(control)
+        self._inode: int | None = None
         self._lines = 0
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is still what we wrote: whoever cleans directories may have removed it."""
+        return self._inode is not None and rundir.inode(self._path) == self._inode
 
     def add(self, worker: Worker, others: Iterable[Worker]) -> None:
         """One more.
@@ -45,14 +51,21 @@ class Record:
             others: those there are beside it.
         """
         known = [worker, *others]
-        is_long = self._lines >= _LONG * len(known) + 64
-        text = "".join(_line(each) for each in (known if is_long else [worker]))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with suppress(OSError):
-            fd = os.open(self._path, flags | (os.O_TRUNC if is_long else 0), 0o600)
-            with os.fdopen(fd, "w") as stream:
-                stream.write(text)
-        self._lines = len(known) if is_long else self._lines + 1
+        if self.is_there and self._lines < _LONG * len(known) + 64:
+            self._write([worker], os.O_APPEND)
+            self._lines += 1
+        else:
+            self.renew(known)
+
+    def renew(self, workers: Sequence[Worker]) -> None:
+        """Write it anew, with these."""
+        self._write(workers, os.O_TRUNC)
+        self._inode, self._lines = rundir.inode(self._path), len(workers)
+
+    def _write(self, workers: Iterable[Worker], how: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how
+        with suppress(OSError), open(os.open(self._path, flags, 0o600), "w") as stream:
+            stream.write("".join(map(_line, workers)))
 
 
 def left(control: Path) -> list[Worker]:
