@@ -16,6 +16,8 @@ from steer.kernel import listeners, proc
 from steer.kernel.waits import Seen
 from steer.lifecycle import Event, State
 from steer.place import Place, waits
+from steer.policy import KERNEL
+from steer.steering import CHOSEN_ALL_THE_SAME
 from steer.visibility import QUEUES, WAITS
 
 if TYPE_CHECKING:
@@ -208,6 +210,8 @@ class Health:
     def _take_for_hung(self, place: Place, process: Process, why: str) -> None:
         if not (place.is_in_service and self._others_serve(place)):
             return
+        if self._fleet.steering.backend == KERNEL:
+            why = f"{why}; {CHOSEN_ALL_THE_SAME}"
         self._fleet.log.warning("worker %d hangs: it %s", place.slot, why)
         place.has_acted()
         place.full = place.shed = False

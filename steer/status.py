@@ -12,7 +12,8 @@ from steer.declared import Declared
 from steer.fleet import Fleet
 from steer.lifecycle import State
 from steer.place import Place
-from steer.steering import Own, Steering
+from steer.policy import KERNEL
+from steer.steering import CHOSEN_ALL_THE_SAME, Own, Steering
 from steer.values import several
 
 
@@ -37,7 +38,7 @@ def report_of(service: Controller, state: str) -> report.Service:
         notes=[
             *steering.notes,
             *service.fleet.visibility.notes.values(),
-            *_at_capacity(service.fleet.places),
+            *_left_out(service.fleet.places, steering.backend == KERNEL),
         ],
         uptime_s=round(now_s - service.started_s, 3),
         binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],
@@ -49,14 +50,23 @@ def report_of(service: Controller, state: str) -> report.Service:
     )
 
 
-def _at_capacity(places: Sequence[Place]) -> list[str]:
-    """What it means for connections that wait."""
+def _left_out(places: Sequence[Place], still_chosen: bool) -> list[str]:
+    """What it means for connections that there are workers that take none.
+
+    Args:
+        still_chosen: whether such a worker cannot be left out.
+    """
+    hung = [place.slot for place in places if place.process and place.hangs]
     full = [place.slot for place in places if place.full]
-    if not full:
-        return []
-    if all(place.full for place in places if place.is_in_service):
-        return ["at capacity: every worker; connections wait until one takes them"]
-    return [f"at capacity: {several('worker', full)}; others get what waits there"]
+    notes = []
+    if hung and still_chosen:
+        notes.append(f"hung: {several('worker', hung)}; {CHOSEN_ALL_THE_SAME}")
+    if full and all(place.full for place in places if place.is_in_service):
+        notes.append("at capacity: every worker; connections wait until one takes them")
+    elif full:
+        then = CHOSEN_ALL_THE_SAME if still_chosen else "others get what comes"
+        notes.append(f"at capacity: {several('worker', full)}; {then}")
+    return notes
 
 
 def shown(place: Place) -> State:

@@ -261,7 +261,10 @@ class Countless:
         return None
 
 
-STILL_CHOSEN = "a worker that is to end gets connections until it closes its socket"
+STILL_CHOSEN = (
+    "a worker that hangs, is at capacity or is to end gets connections until it closes its socket"
+)
+CHOSEN_ALL_THE_SAME = "the kernel's own hash chooses it all the same"
 _LOST = "queued at a worker that crashes or hangs are lost"
 DATAGRAMS_LOST = f"datagrams {_LOST}: the kernel moves none"
 

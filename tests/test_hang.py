@@ -744,6 +744,29 @@ def test_without_ebpf_it_is_replaced(service: StartService, backend: str) -> Non
     assert any("lost" in note for note in running.status()["notes"])
 
 
+@needs
+def test_the_kernel_chooses_one_that_hangs_all_the_same(service: StartService) -> None:
+    """Which is said, as nobody can do anything about it."""
+    options = ("--backend=kernel", "--policy=kernel", "--hang-timeout=0.3", "--hang=skip")
+    running = service(*options, "-w", "2")
+    stopped = running.workers()[1]
+    freeze(stopped)
+    with ExitStack() as clients:
+        while not queued(stopped):
+            clients.enter_context(request())
+        wait_for(running, stopped, "hung")
+        before = queued(stopped)
+        while queued(stopped) == before:
+            clients.enter_context(request())
+        note = "hung: worker 1; the kernel's own hash chooses it all the same"
+        assert note in running.status()["notes"]
+        (line,) = (line for line in running.log.splitlines() if "worker 1 hangs" in line)
+        assert line.endswith("the kernel's own hash chooses it all the same")
+        send(stopped, signal.SIGCONT)
+        wait_for(running, stopped, "ready")
+        assert note not in running.status()["notes"]
+
+
 # Watchdog
 
 WATCHED = ("--policy=round-robin", "--hang-timeout=0", "--watchdog=0.5", "--hang=skip", "-w", "2")
