@@ -6,12 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from steer import __version__
 from steer.options import Command, Source, TakesCommand, service_options
+
+if TYPE_CHECKING:
+    from steer.log import Log
 
 _Named = tuple[str | None, Mapping[str, Any]]
 """A service's name, if given, and the number, as a request has it."""
@@ -32,7 +36,10 @@ def main() -> None:
         _complain(str(error), error.detail)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        if _log_format() == "json":
+            _complain(error.format_message(), "")
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
@@ -161,6 +168,7 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
     policy = policies.find_or_not(service.policy)
     decided = plan(service, topology.read(), probe.findings(), policy)
     logger = log.Log(service.log_level, service.log_format)
+    _in_force.append(logger)
     sys.exit(controller.run(decided, os.environ, logger, read))
 
 
@@ -450,7 +458,32 @@ def _complain_of_bug(error: Exception) -> None:
     _complain(f"{what} ({at}); please report it", places if wanted else "")
 
 
+_in_force: list[Log] = []
+"""The log of the service that this process runs, once its configuration is known."""
+
+
+def _log_format() -> str:
+    """Of the log that `run` writes, or is about to: as the configuration has it, or before that
+    is read, as the command line or the environment has."""
+    if _in_force:
+        return _in_force[0].form
+    command, *rest = sys.argv[1:] or [""]
+    if command != "run":
+        return "text"
+    own = rest[: rest.index("--")] if "--" in rest else rest
+    pairs = (
+        word.split("=", 1) if "=" in word else (word, then) for word, then in pairwise([*own, ""])
+    )
+    told = [value for name, value in pairs if name == "--log-format"]
+    return told[-1] if told else os.environ.get("STEER_LOG_FORMAT", "text")
+
+
 def _complain(message: str, detail: str) -> None:
-    click.echo(f"steer: {message}", err=True)
-    for line in detail.splitlines():
-        click.echo(f"  | {line}", err=True)
+    lines = [message, *(f"  | {line}" for line in detail.splitlines())]
+    if _log_format() == "json":
+        from steer.log import error_lines
+
+        lines = error_lines(lines)
+    else:
+        lines[0] = f"steer: {message}"
+    click.echo("\n".join(lines), err=True)

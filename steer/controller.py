@@ -551,11 +551,15 @@ class Controller:
         self.fleet.start(self.claim.others_may_start)
 
     def _open_guard(self, handover: Handover | None) -> None:
-        say = self.log.warning
         try:
-            self.guard = Guard(self.claim.socket, self._settings(), say, handover)
+            self.guard = Guard(self.claim.socket, self._settings(), self._say_as_guard, handover)
         except OSError as error:
             raise process.fork_error(error) from None
+
+    def _say_as_guard(self, words: str, form: str) -> None:
+        """In the guard's process, where nobody else says what the format is by now."""
+        self.log.configure(self.plan.service.log_level, form)
+        self.log.warning("%s", words)
 
     def _make_fleet(self, generation: Generation) -> None:
         slots = self.plan.slots

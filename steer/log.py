@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -24,6 +25,9 @@ class Log:
     Args:
         level: the least of LEVELS that is written.
         form: "text" or "json".
+
+    Attributes:
+        form: as it is now.
     """
 
     def __init__(self, level: str, form: str) -> None:
@@ -32,6 +36,7 @@ class Log:
     def configure(self, level: str, form: str) -> None:
         """From now on."""
         self._least = LEVELS.index(level)
+        self.form = form
         self._write = write = _json if form == "json" else _text
         output.stderr.describe = lambda count: (
             write("warning", _DROPPED % plural(count, "line")).encode() + b"\n"
@@ -53,6 +58,11 @@ class Log:
         if LEVELS.index(level) >= self._least:
             line = self._write(level, text % values if values else text)
             output.stderr.say(line.encode(errors="replace") + b"\n")
+
+
+def error_lines(messages: Sequence[str]) -> list[str]:
+    """As JSON, without their ends: for an error that ends a process, after its log."""
+    return [_json("error", message) for message in messages]
 
 
 def _text(level: str, message: str) -> str:

@@ -43,7 +43,7 @@ def claim(path):
 def start(path, **more):
     global guard
     claim(path)
-    say = lambda text: process.write_stderr(text.encode() + b"\\n")
+    say = lambda text, _: process.write_stderr(text.encode() + b"\\n")
     guard = Guard(control, Settings("test", path, **more), say)
     return guard.pid
 

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Guard:
         self,
         control: socket.socket,
         settings: Settings,
-        say: Callable[[str], None] = lambda _: None,
+        say: orphanage.Say = lambda *_: None,
         handover: Handover | None = None,
     ) -> None:
         self.entries: dict[str, Entry] = {}

@@ -57,8 +57,8 @@ _CHUNK_BYTES = 65536
 _CHUNKS_AT_END = 16
 """More than a pipe holds (pipe(7))."""
 
-Say = Callable[[str], None]
-"""Logs a line, without waiting for anybody."""
+Say = Callable[[str, str], None]
+"""Logs a line in a format, "text" or "json", without waiting for anybody."""
 
 
 class Orphanage:
@@ -79,7 +79,7 @@ class Orphanage:
         self._is_lost = False
         self._back_s = time.monotonic() + (_BACK_S if keeper.is_to_be_back else 0.0)
         self._control = control
-        self._say = say
+        self._say: Callable[[str], None] = lambda words: say(words, self._settings.log_format)
         self._selector = DefaultSelector()
         self._desk = Desk(control, self._selector, self._on_request, self._refusal)
         self._adopter: Channel | None = None
@@ -448,7 +448,7 @@ def main(
     try:
         is_ours = keeper.keep()
     except OSError as error:
-        say(f"the keeper ends: {error.strerror}")
+        say(f"the keeper ends: {error.strerror}", keeper.settings.log_format)
         return 1
     if is_ours:
         Orphanage(keeper, control, say).run()
