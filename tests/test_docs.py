@@ -132,6 +132,8 @@ OF_OTHERS = {
     "--factory",
     "--fd",
     "--force-reinstall",
+    "--no-block",
+    "--ready",
     "--reuse-port",
     "--scope",
 }
