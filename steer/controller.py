@@ -91,6 +91,7 @@ def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -
     # From here on a signal waits until the loop can take it.
     process.hold_signals()
     title.show(f"steer: controller {plan.name}")
+    process.rename("steer")  # started by `python -m steer` it is "python"
     family.become_subreaper()
     with ExitStack() as undo:
         started = Controller(plan, environment, log, reread, undo)

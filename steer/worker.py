@@ -205,6 +205,8 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
     os.dup2(stderr, 2)
     output.stderr.reset()
     title.show(f"steer: worker {launch.slot} {launch.name}")
+    # Whoever kills all that is called steer ends the service by its controller, gracefully.
+    process.rename("steer-worker")
     # Above the range that a command finds its sockets in.
     above = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(launch.binds))
     channel = socket.socket(fileno=above)

@@ -720,7 +720,7 @@ def test_another_name_on_the_port_is_refused(service: StartService) -> None:
     other = start_service("-w", "2", name="other", environment=first.environment, home=first.home)
     assert other.wait() == 1
     assert "EADDRINUSE" in other.log
-    assert f"steer (pid {pid})" in other.log
+    assert f"steer-worker (pid {pid})" in other.log
     service("-w", "2")
 
 

@@ -545,7 +545,7 @@ def test_check_sees_who_has_the_port(service: StartService, steer: RunSteer) -> 
     done = steer("check", "--name", "other")
     assert done.returncode == 1
     assert "bind tcp 127.0.0.1:8080: EADDRINUSE, in use by " in done.stderr
-    assert f"steer (pid {running.workers()[0]['pid']})" in done.stderr
+    assert f"steer-worker (pid {running.workers()[0]['pid']})" in done.stderr
 
 
 @pytest.mark.needs("root", "netns")

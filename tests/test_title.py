@@ -44,6 +44,11 @@ def titles(controller: int) -> list[str]:
     return sorted(title(pid) for pid in proc.descendants(controller) if pid != controller)
 
 
+def names(controller: int) -> list[str]:
+    """As ps(1) without arguments and top(1) have them."""
+    return sorted(proc.command(pid) or "" for pid in proc.descendants(controller))
+
+
 def test_each_process_of_a_service_is_named(
     service: StartService, home: Path, environment: dict[str, str]
 ) -> None:
@@ -59,12 +64,14 @@ def test_each_process_of_a_service_is_named(
         ["ps", "-o", "args=", "-p", str(running.pid)], capture_output=True, text=True
     )
     assert shown.stdout.strip() == "steer: controller web"
+    assert names(running.pid) == ["reuseport-guard", "steer", "steer-worker", "steer-worker"]
     # What it was started with is what it executes anew.
     generation = running.status()["generation"]
     running.process.send_signal(signal.SIGUSR2)
     eventually(lambda: "adopted 2 workers" in running.log)
     eventually(lambda: titles(running.pid), ours)
     assert title(running.pid) == "steer: controller web"
+    assert proc.command(running.pid) == "steer"
     assert running.status()["generation"] == generation
 
 
