@@ -89,6 +89,8 @@ def _numbered(number: str) -> Callable[[Command], Command]:
     def read(context: click.Context, _: click.Parameter, given: tuple[str, ...]) -> _Named:
         from steer import values
 
+        if not given:
+            raise click.UsageError(f"Missing argument '{number}'.", context)
         *name, text = given
         if len(name) > 1:
             raise click.UsageError(f"Got unexpected extra argument ({text})", context)
@@ -107,7 +109,6 @@ def _numbered(number: str) -> Callable[[Command], Command]:
     return click.argument(
         "named",
         nargs=-1,
-        required=True,
         metavar=f"[NAME] {number}",
         callback=read,
         type=click.UNPROCESSED,
@@ -148,7 +149,10 @@ _READ: Mapping[str, Callable[[str], Mapping[str, int]]] = {"N": _workers, "SLOT"
 @click.option("--check-config", is_flag=True, help="Read the configuration, then end.")
 @click.option("--print-config", is_flag=True, help="Print what is configured, then end.")
 def run(check_config: bool, print_config: bool, **options: Any) -> None:
-    """Run a service in the foreground: a Python callable, a command, or the demo."""
+    """Run a service: a Python callable, a command, or the demo.
+
+    It stays in the foreground.
+    """
     read = Source(options)
     service = read()
     if print_config:
@@ -176,7 +180,10 @@ def run(check_config: bool, print_config: bool, **options: Any) -> None:
 @service_options
 @_AS_JSON
 def check(as_json: bool, **options: Any) -> None:
-    """Say what `run` with the same options would do, and why; change nothing."""
+    """Say what `run` would do, and why.
+
+    Takes the options of `run`; changes nothing.
+    """
     from steer import controller, policies
     from steer.kernel import probe, topology
     from steer.plan import plan
@@ -270,7 +277,7 @@ def reload(name: str | None, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def scale(named: _Named, **how: Any) -> None:
-    """Run N workers from now on; +N or -N: so many more, or fewer, than there are."""
+    """Run N workers from now on; +N or -N: so many more or fewer."""
     _perform("scale", "scaled", named[0], **named[1], **how)
 
 
@@ -279,7 +286,10 @@ def scale(named: _Named, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def drain(named: _Named, **how: Any) -> None:
-    """Send nothing new to the worker in SLOT; it goes on with what it has."""
+    """Send nothing new to the worker in SLOT.
+
+    It goes on with what it has.
+    """
     _perform("drain", "drained", named[0], **named[1], **how)
 
 
@@ -302,7 +312,7 @@ def restart(named: _Named, **how: Any) -> None:
 
 
 @cli.command()
-@click.argument("named", nargs=-1, required=True, metavar="[NAME] POLICY")
+@click.argument("named", nargs=-1, metavar="[NAME] POLICY")
 @click.option("--weights", metavar="N,N...", help="Each worker's share; else as they are.")
 @click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="Of the policy.")
 @_AS_JSON
@@ -310,12 +320,14 @@ def restart(named: _Named, **how: Any) -> None:
 def policy(
     named: tuple[str, ...], weights: str | None, params: tuple[str, ...], **how: Any
 ) -> None:
-    """Choose by another POLICY from now on, or by the same with other parameters.
+    """Choose by another POLICY, or by other parameters, from now on.
 
     POLICY is a name, or the path of a file: ./mine.c. No connection is lost or goes astray.
     """
     from steer.policy import OWN_SUFFIX
 
+    if not named:
+        raise click.UsageError("Missing argument 'POLICY'.")
     *name, chosen = named
     if len(name) > 1:
         raise click.UsageError(f"Got unexpected extra argument ({chosen})")
@@ -353,7 +365,10 @@ def _perform(
 @_AS_JSON
 @click.pass_context
 def policies(context: click.Context, as_json: bool) -> None:
-    """List the policies and the backends each can run on; or see to one of your own."""
+    """List the policies; write and check one of your own.
+
+    Of each policy it says on which backends it can run, and what it lets be set.
+    """
     if context.invoked_subcommand:
         return
     from steer import own, show
@@ -384,7 +399,10 @@ def new(name: str, as_json: bool) -> None:
 @click.argument("file")
 @_AS_JSON
 def check_policy(file: str, as_json: bool) -> None:
-    """Compile the policy in FILE, have the kernel verify it, and say what it costs."""
+    """Compile the policy in FILE, and say what it costs.
+
+    The kernel verifies it; what it refuses is shown at the line of C.
+    """
     from steer import own, show
 
     checked = own.check(file)
@@ -398,7 +416,7 @@ def check_policy(file: str, as_json: bool) -> None:
 @service_options
 @_AS_JSON
 def doctor(as_json: bool, **options: Any) -> None:
-    """Say what this machine can do, what is missing, and how to get it.
+    """Say what this machine can do, and how to get what is missing.
 
     Takes the options of `run`, to look with a service in mind: "warn" is what it would
     do without, "fail" what would keep it from starting as asked. Exit status 1 if

@@ -41,7 +41,9 @@ _SERVICE_OPTIONS = (
         metavar="ADDR",
         help="host:port, [::1]:port, :port or udp://host:port; may be repeated.",
     ),
-    click.option("-w", "--workers", metavar="N|auto", help="auto: one for each CPU."),
+    click.option(
+        "-w", "--workers", metavar="N|auto", help="How many; default auto: one for each CPU."
+    ),
     click.option(
         "--policy",
         metavar="auto|NAME|FILE.c",
@@ -57,7 +59,7 @@ _SERVICE_OPTIONS = (
     click.option("--weights", metavar="N,N...", help="Each worker's share; default 1."),
     click.option("--backend", metavar="NAME", help="auto, ebpf, cbpf or kernel."),
     click.option("--strict", is_flag=True, default=None, help="Refuse to fall back."),
-    click.option("--name", help="Of the service; default from what it runs."),
+    click.option("--name", metavar="NAME", help="Of the service; default from what it runs."),
     click.option(
         "-c",
         "--config",
@@ -65,8 +67,8 @@ _SERVICE_OPTIONS = (
         metavar="FILE",
         help=f"TOML, table [service]; {DEFAULT_FILE} in this directory if there.",
     ),
-    click.option("-u", "--user", help="Run workers as this user."),
-    click.option("-g", "--group", help="Run workers as this group."),
+    click.option("-u", "--user", metavar="NAME|UID", help="Run workers as this user."),
+    click.option("-g", "--group", metavar="NAME|GID", help="Run workers as this group."),
     click.option(
         "--keep-privileges",
         is_flag=True,
@@ -84,24 +86,36 @@ _SERVICE_OPTIONS = (
         help="Of each worker's socket: keepalive=yes, rcvbuf=4M; may be repeated; nodelay is on."
         " See docs/SOCKETS.md.",
     ),
-    click.option("--graceful-timeout", metavar="S", help="To finish, when ending; default 30."),
+    click.option(
+        "--graceful-timeout",
+        metavar="S",
+        help="Seconds a worker gets to finish open requests before it is killed; default 30.",
+    ),
     click.option(
         "--stop-signal",
         metavar="SIG",
         help="Tells a worker to finish: QUIT; default what the server is known for, else TERM.",
     ),
-    click.option("--ready-timeout", metavar="S", help="To get ready, when starting; default 30."),
+    click.option(
+        "--ready-timeout", metavar="S", help="Seconds a worker gets to become ready; default 30."
+    ),
     click.option(
         "--hang-timeout",
         metavar="S",
-        help="For connections to wait at a worker that takes none; default 2, 0: for ever.",
+        help="Seconds connections may wait at a worker that takes none; default 2, 0: for ever.",
     ),
-    click.option("--hang", metavar="replace|skip", help="What to do with such a worker."),
-    click.option("--watchdog", metavar="S", help="For each worker to say WATCHDOG=1 again."),
+    click.option(
+        "--hang", metavar="replace|skip", help="What to do with such a worker; default replace."
+    ),
+    click.option(
+        "--watchdog",
+        metavar="S",
+        help="Seconds within which each worker has to say WATCHDOG=1 again.",
+    ),
     click.option(
         "--adopt-timeout",
         metavar="S",
-        help="For workers to go on without a controller; default 30, 0: not at all.",
+        help="Seconds workers go on without a controller; default 30, 0: not at all.",
     ),
     click.option("--pid", metavar="FILE", help="Write the controller's process id there."),
     click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),

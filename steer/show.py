@@ -110,7 +110,9 @@ def _rich(found: Sequence[Table], width: int) -> Group:
             collapse_padding=True,
         )
         for column in each.columns:
-            grid.add_column(column, no_wrap=not each.is_prose, overflow="fold")
+            # Where not even these columns fit, values break rather than being cut off.
+            whole = not each.is_prose and report.plain_width(each) <= width
+            grid.add_column(column, no_wrap=whole, overflow="fold")
         at = each.columns.index(each.verdicts) if each.verdicts in each.columns else -1
         for row in each.rows:
             grid.add_row(

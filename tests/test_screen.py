@@ -100,6 +100,16 @@ def test_status_in_80_columns_has_a_line_for_each_worker_in_colour(
     assert "bug in steer" not in again
 
 
+def test_nothing_is_cut_off_where_nothing_fits(
+    service: StartService, environment: dict[str, str]
+) -> None:
+    service("-w", "1", "--policy", "hash", "--hang-timeout=0")
+    narrow = shown_on(STEER, "status", environment=environment, size=(24, 20))
+    letters = re.sub(r"\s", "", _CODES.sub("", narrow))
+    for part in ("st", "at", "re", "ady", "ed"):
+        assert part in letters
+
+
 def test_states_have_their_colours(environment: dict[str, str], home: Path) -> None:
     environment["STEER_CONTROL_SOCKET"] = "/proc/none/steer.sock"
     shown = shown_on(STEER, "doctor", "--backlog", "65535", environment=environment, size=(50, 90))
@@ -149,6 +159,26 @@ def test_what_is_refused_is_one_line_in_the_log_and_no_error(
         assert act in line
         assert f"{act}: {command[0]}" not in line
     assert "ERROR" not in running.log
+
+
+def test_lists_of_commands_are_whole_in_80_columns(environment: dict[str, str]) -> None:
+    for group in ((), ("policies",)):
+        shown = shown_on(STEER, *group, "--help", environment=environment, size=(50, 80))
+        assert "..." not in shown.partition("Commands:\r\n")[2].strip()
+        assert "Commands:" in shown
+
+
+@pytest.mark.parametrize(
+    "command, argument",
+    [("drain", "SLOT"), ("scale", "N"), ("policy", "POLICY"), ("restart", "SLOT")],
+)
+def test_missing_argument_is_the_one_that_is_missing(
+    steer: RunSteer, command: str, argument: str
+) -> None:
+    done = steer(command)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"\nError: Missing argument '{argument}'.\n")
+    assert f"steer {command} [OPTIONS] [NAME] {argument}\n" in done.stderr
 
 
 def test_help_and_version(steer: RunSteer) -> None:
