@@ -198,6 +198,7 @@ class Controller:
     Attributes:
         configured: what was asked for; the plan may since have been scaled.
         early: what workers said before there was a loop, with their process ids.
+        files: that standard output and error go to, by descriptor; None where that is no file.
         wanted: a plan to change to once it runs, as what was adopted is of another.
     """
 
@@ -217,7 +218,7 @@ class Controller:
         self.configured = plan.service
         self.wanted: Plan | None = None
         self.early: list[Notification] = []
-        self.log_file = process.log_file()
+        self.files = {number: process.file_of(number) for number in (1, 2)}
         self.rung: ladder.Rung
         self.claim: rundir.Claim
         self.guard: Guard

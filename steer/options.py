@@ -119,7 +119,7 @@ _SERVICE_OPTIONS = (
     ),
     click.option("--pid", metavar="FILE", help="Write the controller's process id there."),
     click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
-    click.option("--log-format", metavar="FORMAT", help="text or json."),
+    click.option("--log-format", metavar="FORMAT", help="text or json, of all on standard error."),
     click.option(
         "--control-socket",
         metavar="PATH",

@@ -211,14 +211,18 @@ class _Supervisor:
             self._begin("end all workers", lambda: self._scale(0, unheard), signal.SIGWINCH)
 
     def _reopen_log(self) -> None:
-        if self._service.log_file is None:
-            self._log.info("SIGUSR1: standard error is no file, so there is none to open anew")
-            return
-        try:
-            process.reopen(self._service.log_file)
-            self._service.guard.reopen()
-        except OSError as error:
-            self._log.error("open %s anew: %s", self._service.log_file, error.strerror)
+        files = {number: path for number, path in self._service.files.items() if path}
+        if not files:
+            self._log.info("SIGUSR1: no output goes to a file, so there is none to open anew")
+        for number, path in files.items():
+            try:
+                process.reopen(number, path)
+            except OSError as error:
+                self._log.error("open %s anew: %s", path, error.strerror)
+        self._service.guard.reopen()
+        if 1 in files and not process.is_the_log(1):
+            words = "workers that run now write to what it was until a reload"
+            self._log.info("standard output goes to %s anew; %s", files[1], words)
 
     def _on_blocked(self) -> None:
         """Standard error takes nothing now."""

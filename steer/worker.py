@@ -199,7 +199,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         channel: to the controller.
         stderr: what to write standard error to.
     """
-    if process.log_file() and process.is_the_log(1):
+    if process.file_of(2) and process.is_the_log(1):
         # So that it goes where the log goes from the day that somebody rotates it.
         os.dup2(stderr, 1)
     os.dup2(stderr, 2)

@@ -205,6 +205,24 @@ def test_both_outputs_follow_the_log(
         process.wait()
 
 
+def test_both_outputs_follow_into_files_of_their_own(service: StartService, home: Path) -> None:
+    """That of workers, which they write to themselves, with those that a reload starts."""
+    (home / "say").write_text("before")
+    (home / "app.py").write_text(SAYS)
+    running = service("-w", "1", "app:serve")
+    out, err = (running.records / name for name in ("stdout", "stderr"))
+    eventually(lambda: "out 0 says before" in running.output)
+    for file in (out, err):
+        file.rename(f"{file}.1")
+    running.send_signal(signal.SIGUSR1)
+    eventually(lambda: err.exists() and "goes to" in running.log)
+    assert out.exists()
+    assert running.ask("reload", timeout_s=None)["ok"]
+    (home / "say").write_text("after")
+    eventually(lambda: "out 1 says after" in running.output and "err 1 says after" in running.log)
+    assert "after" not in err.with_suffix(".1").read_text()
+
+
 def lines_of(log: Path) -> list[str]:
     return log.read_text().splitlines()
 

@@ -320,11 +320,11 @@ def pin(pids: Iterable[int], cpus: Sequence[int]) -> None:
                     os.sched_setaffinity(int(task), cpus)
 
 
-def log_file() -> str | None:
-    """The file that standard error goes to; None if it is none."""
+def file_of(number: int) -> str | None:
+    """The regular file that a descriptor is of, by the name it has now; None if it is none."""
     try:
-        is_file = stat.S_ISREG(os.fstat(2).st_mode)
-        return os.readlink("/proc/self/fd/2") if is_file else None
+        is_file = stat.S_ISREG(os.fstat(number).st_mode)
+        return os.readlink(f"/proc/self/fd/{number}") if is_file else None
     except OSError:
         return None
 
@@ -337,14 +337,11 @@ def is_the_log(number: int) -> bool:
         return False
 
 
-def reopen(path: str) -> None:
-    """Have standard output and error, where they are that file or what it was, go to what
-    is now there under its name: for who rotates logs. Raises OSError."""
-    old = os.fstat(2)
+def reopen(number: int, path: str) -> None:
+    """Have a descriptor be of what is now there under that name: for who rotates logs. Raises
+    OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    for number in (1, 2):
-        if os.path.samestat(os.fstat(number), old):
-            os.dup2(fd, number)
+    os.dup2(fd, number)
     os.close(fd)
 
 
