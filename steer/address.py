@@ -44,6 +44,10 @@ class Bind(msgspec.Struct, frozen=True):
         return first[0] >> 4 == 0xE or first == b"\xff" * 4
 
     @property
+    def is_wildcard(self) -> bool:
+        return self.address in ("0.0.0.0", "::")
+
+    @property
     def label(self) -> str:
         host = f"[{self.address}]" if self.is_v6 else self.address
         return f"{self.protocol} {host}:{self.port}"

@@ -109,7 +109,10 @@ class Kernel(Countless):
         for fd in fds:
             os.close(fd)
 
-    def _rejoined(self, _bind: int, _slot: int) -> None:
+    def lost(self, slot: int, bind: int) -> None:
+        self._order = None
+
+    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
         self._order = None
 
     def left(self, slot: int) -> None:

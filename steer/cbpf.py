@@ -50,6 +50,9 @@ class Order:
         self._slots.append(slot)
 
     def left(self, slot: int) -> None:
+        """One that had left before is not there to leave again."""
+        if slot not in self._slots:
+            return
         place = self._slots.index(slot)
         last = self._slots.pop()
         if place < len(self._slots):

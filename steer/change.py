@@ -142,14 +142,18 @@ class Changes:
         (fresh,) = await self._replace([place.seat], self._fleet.generation, [place], tell)
         return fresh
 
-    async def relieve(self, place: Place) -> None:
-        """Another worker for one that hangs, unless that is back first."""
+    async def relieve(self, place: Place, is_due: Callable[[Place], bool]) -> None:
+        """Another worker for one that is in a bad way.
+
+        Args:
+            is_due: whether that is still so: it may be back first, or have ended.
+        """
         async with self.turn(f"replace worker {place.slot}"):
-            if not _hangs(place):
+            if not is_due(place):
                 return
             seat = place.seat
             fresh = await self._recruit([seat], self._fleet.generation, unheard, modest=False)
-            if _hangs(place):
+            if is_due(place):
                 self._fleet.admit(fresh)
                 self._fleet.report(place, Event.RETIRE)
             else:
@@ -250,7 +254,3 @@ def _see_that_all_stayed(fresh: Sequence[Place]) -> None:
 
 def _serves(place: Place) -> bool:
     return place.serves
-
-
-def _hangs(place: Place) -> bool:
-    return place.state is State.HUNG

@@ -38,6 +38,7 @@ class Cbpf(Countless):
         if not empty:
             self._try_out(plan)
         self._orders = [cbpf.Order() for _ in plan.binds]
+        self._programs: list[list[cbpf.Insn] | None] = [None for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
         self._lost = may_be_lost(plan)
         self.notes: Sequence[str] = self._lost
@@ -65,7 +66,22 @@ class Cbpf(Countless):
     def taken_over(self, slot: int, fds: Sequence[int]) -> None:
         self.joined(slot, fds)
 
-    def _rejoined(self, bind: int, slot: int) -> None:
+    def is_member(self, slot: int, bind: int) -> bool | None:
+        """By attaching through it what is attached: to a socket that is in no group the kernel
+        says EINVAL (reuseport_attach_prog() of net/core/sock_reuseport.c)."""
+        program, fds = self._programs[bind], self._held.get(slot, ())
+        if program is None or not fds or self._plan.binds[bind].protocol == "tcp":
+            return None  # a listener is in its group as long as it listens
+        if sockets.is_locked(fds[bind]):
+            return None
+        return _is_attached(fds[bind], program)
+
+    def lost(self, slot: int, bind: int) -> None:
+        """As when one leaves: the last is in its place now."""
+        self._orders[bind].left(slot)
+        self._attach(self._layout)
+
+    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
         self._orders[bind].left(slot)
         self._orders[bind].joined(slot)
         self._attach(self._layout)
@@ -140,12 +156,34 @@ class Cbpf(Countless):
     def _attach(self, layout: Layout | None) -> None:
         if not self._held:
             return
-        for order, group in zip(self._orders, zip(*self._held.values(), strict=True), strict=True):
-            if layout is None:
-                sockets.detach(group[0])
-            else:
-                program = _assemble(self._plan, layout, order.indexes(), self._seed)
-                sockets.attach_cbpf(sockets.unlocked(group), program)
+        for bind, order in enumerate(self._orders):
+            members = {
+                slot: self._held[slot][bind] for slot in order.indexes() if slot in self._held
+            }
+            if members and layout is None:
+                self._programs[bind] = None
+                sockets.detach(next(iter(members.values())))
+            elif members and layout is not None:
+                self._attach_to(bind, members, layout)
+
+    def _attach_to(self, bind: int, members: Mapping[int, int], layout: Layout) -> None:
+        """Through any member. One that turns out to be none has left its group, and another is in
+        its place there.
+
+        Args:
+            members: descriptors by slot.
+        """
+        order = self._orders[bind]
+        program = _assemble(self._plan, layout, order.indexes(), self._seed)
+        through = sockets.unlocked(list(members.values()))
+        if not _is_attached(through, program):
+            there = {slot: fd for slot, fd in members.items() if fd != through}
+            if not there:
+                raise KernelError("attach classic BPF program", "EINVAL: no socket is in its group")
+            order.left(next(slot for slot, fd in members.items() if fd == through))
+            self._attach_to(bind, there, layout)
+            return
+        self._programs[bind] = program
 
     def _shut_down(self, slot: int) -> None:
         """Who else has a listener of a worker that has ended takes nothing from it."""
@@ -164,6 +202,17 @@ class Cbpf(Countless):
 
     def close(self) -> None:
         self.release()
+
+
+def _is_attached(fd: int, program: list[cbpf.Insn]) -> bool:
+    """Attach it to the group of a socket; whether there is one. Raises KernelError."""
+    try:
+        sockets.attach_cbpf(fd, program)
+    except KernelError as error:
+        if error.cause != "EINVAL":
+            raise
+        return False
+    return True
 
 
 def _assemble(plan: Plan, layout: Layout, indexes: Mapping[int, int], seed: int) -> list[cbpf.Insn]:

@@ -293,6 +293,16 @@ class Ebpf:
         with lend() as lent:
             yield {**lent, **ours}
 
+    def is_member(self, slot: int, bind: int) -> bool | None:
+        """The kernel empties the entry of a socket that leaves its group."""
+        return self._groups[bind].sockets.has(slot)
+
+    def lost(self, slot: int, bind: int) -> None:
+        """Where it is chosen all the same, another is taken (`steer_select` of bpf/steer.h)."""
+
+    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+        self._rejoin(bind, slot, sock)
+
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
         for index, group in enumerate(self._groups):
             for place, sock in enumerate(group.reserve.sockets):

@@ -64,6 +64,7 @@ class Fleet:
         clock: what workers are given time for goes by it.
         queues: what waits at workers.
         visibility: what of workers cannot be seen.
+        group_notes: on sockets that left their groups, see `groups`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Fleet:
         self.clock = Clock()
         self.queues = Queues()
         self.visibility = Visibility(log)
+        self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self._guard = guard
         self._launch = launch
@@ -220,6 +222,11 @@ class Fleet:
     def steering(self) -> Steering:
         """The backend in force."""
         return self._rotation.steering
+
+    @property
+    def own_pids(self) -> set[int | None]:
+        """Of this controller and its guard, who may have sockets of workers open."""
+        return {os.getpid(), self._guard.pid}
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now."""

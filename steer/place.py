@@ -15,6 +15,7 @@ from steer.hang import Rest, is_busy
 from steer.kernel import proc, process
 from steer.kernel.waits import Seen, acceptors, waiters, waits_on
 from steer.lifecycle import STABLE_S, State
+from steer.membership import Departure
 from steer.plan import Generation, Seat
 from steer.spawn import Process, Running
 from steer.table import Member
@@ -64,6 +65,7 @@ class Place(msgspec.Struct, eq=False):
         shed: so not chosen, as others have room.
         queued: what waited for it at the last look.
         relief_s: not before then is another asked for in its place.
+        left: by bind, why its socket there is not in the group as it was.
         others: sockets it had open when it got ready, which so are no connections.
         said: what it sent as STATUS=.
         error: why there is no process.
@@ -93,6 +95,7 @@ class Place(msgspec.Struct, eq=False):
     shed: bool = False
     queued: int = 0
     relief_s: float = 0.0
+    left: dict[int, Departure] = {}
     others: set[int] = set()
     said: str = ""
     timer: Timer | None = None
@@ -132,6 +135,10 @@ class Place(msgspec.Struct, eq=False):
     def is_in_service(self) -> bool:
         """Whether it may be chosen, or could be if it were not at capacity."""
         return self.state is State.READY and not self.held
+
+    @property
+    def closed_its_listeners(self) -> bool:
+        return Departure.CLOSED in self.left.values()
 
     @property
     def hangs(self) -> bool:
@@ -179,6 +186,8 @@ class Place(msgspec.Struct, eq=False):
         self.process = None
         self.says_ready = self.full = self.shed = False
         self.rest = None
+        self.left = {}
+        self.relief_s = 0.0
         served_s = time.monotonic() - self.ready_s if self.ready_s is not None else 0.0
         self.failures = 1 if served_s >= STABLE_S else self.failures + 1
 

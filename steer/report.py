@@ -33,7 +33,8 @@ class Connections(msgspec.Struct):
 
 class Worker(msgspec.Struct):
     """One worker. `sockets` are the inodes of its sockets; `said` is its last STATUS=;
-    `at_capacity`: it takes no more connections, and gets on with those that it has."""
+    `at_capacity`: it takes no more connections, and gets on with those that it has; `left_group`:
+    the addresses where its socket is not in the group as it was, and why."""
 
     slot: int
     pid: int | None
@@ -47,6 +48,7 @@ class Worker(msgspec.Struct):
     sockets: list[int] = []
     said: str | None = None
     at_capacity: bool = False
+    left_group: list[str] = []
 
 
 class Address(msgspec.Struct):

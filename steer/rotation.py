@@ -305,12 +305,13 @@ class Rotation:
     @contextmanager
     def _lend(self) -> Iterator[_Sockets]:
         """The sockets of one that serves, else of any; none where nobody is. Those through
-        which no program can be attached (`sockets.Locked`) only where there is no other.
+        which no program can be attached (`sockets.Locked`, or out of their group) only where
+        there is no other.
 
         Raises:
             KernelError: we may not.
         """
-        by_use = sorted(self._places, key=lambda place: not place.serves)
+        by_use = sorted(self._places, key=lambda place: (bool(place.left), not place.serves))
         found: _Sockets = {}
         locked: _Sockets = {}
         with ExitStack() as lent:

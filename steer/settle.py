@@ -60,7 +60,9 @@ async def _settle(fleet: Fleet, place: Place) -> None:
     limit_s = (began_s + whole_s - clock.now_s()) / 2
     end_s = clock.now_s() + limit_s
     await until_empty(fleet, place, limit_s)
-    await _until_answered(fleet, place, min(end_s, clock.now_s() + _LINGER_S))
+    # One that closed its listeners by itself may be finishing: a signal could cut that short.
+    linger_s = limit_s if place.closed_its_listeners else _LINGER_S
+    await _until_answered(fleet, place, min(end_s, clock.now_s() + linger_s))
     fleet.report(place, Event.SETTLED)
     pause_s = _LOOK_AGAIN_S
     while place.process:

@@ -39,6 +39,7 @@ def report_of(service: Controller, state: str) -> report.Service:
             *steering.notes,
             *service.fleet.visibility.notes.values(),
             *_left_out(service.fleet.places, steering.backend == KERNEL),
+            *service.fleet.group_notes.values(),
         ],
         uptime_s=round(now_s - service.started_s, 3),
         binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],
@@ -89,7 +90,13 @@ def _worker(place: Place, steering: Steering, now_s: float) -> report.Worker:
         sockets=sorted(process.inodes) if process else [],
         said=place.said or None,
         at_capacity=place.full,
+        left_group=_left_group(place),
     )
+
+
+def _left_group(place: Place) -> list[str]:
+    binds = place.generation.plan.binds
+    return [f"{binds[at].label}: {each.value}" for at, each in place.left.items()]
 
 
 def _connections(steering: Steering, slot: int) -> report.Connections:

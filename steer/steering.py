@@ -119,6 +119,16 @@ class Steering(Protocol):
     def left(self, slot: int) -> None:
         """The worker in `slot` has ended, or lost its sockets."""
 
+    def is_member(self, slot: int, bind: int) -> bool | None:
+        """Whether the slot's socket is in its group as it was when it joined; None where that
+        cannot be told. May take as long as to attach a program."""
+
+    def lost(self, slot: int, bind: int) -> None:
+        """The slot's socket was seen to be in its group no more."""
+
+    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+        """It was out of its group for a moment, and is a member again. Raises KernelError."""
+
     def steer(self, members: Sequence[Member]) -> None:
         """From now on choose among these, and these only."""
 
@@ -218,10 +228,16 @@ class Countless:
             for index, sock in owned.items():
                 if listeners.is_waited_for(sock):
                     listeners.move_queue(sock)
-                    self._rejoined(index, slot)
+                    self.rejoined(slot, index, sock)
 
-    def _rejoined(self, bind: int, slot: int) -> None:
-        """The slot's socket left its group for a moment."""
+    def is_member(self, slot: int, bind: int) -> bool | None:
+        return None
+
+    def lost(self, slot: int, bind: int) -> None:
+        pass
+
+    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+        pass
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
         pass

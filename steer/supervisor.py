@@ -26,6 +26,7 @@ from steer.control import Handler, Server, Tell
 from steer.controller import Controller
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.fleet import QUICK_S
+from steer.groups import Groups
 from steer.health import Health
 from steer.kernel import family, output, probe, process, sockets, topology
 from steer.lifecycle import State
@@ -74,6 +75,7 @@ class _Supervisor:
         self._has_terminal = not process.terminal_is_gone()
         self._changes: Changes
         self._health: Health
+        self._groups: Groups
         self._server: Server
         self._anew: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
@@ -87,6 +89,7 @@ class _Supervisor:
         output.stderr.watch(self._on_blocked)
         self._changes = Changes(self._fleet, self._service.keep)
         self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
+        self._groups = Groups(self._fleet, loop, self._renew_sockets)
         self._fleet.watch(loop, settle, self._health.changed)
         for lineage, message in self._service.early:
             self._fleet.notified(lineage, message)
@@ -252,7 +255,12 @@ class _Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _relieve(self, place: Place) -> None:
-        self._begin(f"replace worker {place.slot}", lambda: self._changes.relieve(place))
+        relieve = partial(self._changes.relieve, place, lambda each: each.hangs)
+        self._begin(f"replace worker {place.slot}", relieve)
+
+    def _renew_sockets(self, place: Place) -> None:
+        relieve = partial(self._changes.relieve, place, lambda each: each.is_in_service)
+        self._begin(f"replace worker {place.slot}", relieve)
 
     def _begin(self, act: str, change: Change, asked_by: signal.Signals | None = None) -> None:
         """Do what nobody waits for; how it goes is logged."""
@@ -372,6 +380,7 @@ class _Supervisor:
             raise
         self._service.reconfigured(plan)
         self._health.retime()
+        self._groups.forget()
         self._log.info("generation %d serves", generation.number)
         return generation
 

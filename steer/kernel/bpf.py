@@ -207,6 +207,18 @@ class Map(Descriptor):
         if status < 0 and status != -errno.ENOENT:
             raise refusal(f"delete entry {key}", -status)
 
+    def has(self, key: int) -> bool:
+        """Whether there is such an entry; of sockets, whether it is one that is still in a group.
+
+        Raises:
+            KernelError
+        """
+        value = ctypes.create_string_buffer(self.spec.value_bytes)
+        status = libbpf().bpf_map_lookup_elem(self._fd, self._key(key), value)
+        if status < 0 and status != -errno.ENOENT:
+            raise refusal(f"look for entry {key}", -status)
+        return bool(status >= 0)
+
     def per_cpu(self, key: int, cpus: int) -> bytes:
         """The values of one entry of a per-CPU map, one for each of `cpus` possible CPUs."""
         buffer = ctypes.create_string_buffer(cpus * self.spec.value_bytes)

@@ -1,4 +1,5 @@
-"""What sock_diag(7) tells of sockets by their port: their queues, and what their connections move.
+"""What sock_diag(7) tells of sockets by their port: their queues, what their connections move, and
+how they are bound.
 
 No descriptor of them is needed, and no privilege: it asks for no ptrace(2) access to whoever has
 them open, and a thousand listeners take a millisecond. For the controller, which cannot afford to
@@ -13,6 +14,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 
@@ -29,8 +31,8 @@ _REQUEST = struct.Struct("=BBBxI")
 """The head of struct inet_diag_req_v2 of linux/inet_diag.h: family, protocol, ext, states."""
 _ID = struct.Struct("!HH16s16s4s8s")
 """struct inet_diag_sockid: ports in network byte order; a cookie of ones is none."""
-_MESSAGE = struct.Struct("=BB2x48x4xIIII")
-"""struct inet_diag_msg: family, state, rqueue, wqueue, uid, inode."""
+_MESSAGE = struct.Struct("=BB2x36xI8x4xIIII")
+"""struct inet_diag_msg: family, state, id.idiag_if, rqueue, wqueue, uid, inode."""
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO, _INET_DIAG_SKMEMINFO = 2, 7
 _MEMORY = struct.Struct("=II")
@@ -38,6 +40,8 @@ _MEMORY = struct.Struct("=II")
 _BYTES = struct.Struct("=120xQQ")
 """tcpi_bytes_acked and tcpi_bytes_received of struct tcp_info, linux/tcp.h."""
 _ESTABLISHED, _CLOSE, _CLOSE_WAIT, _LISTEN = 1, 7, 8, 10  # include/net/tcp_states.h
+_UDP_STATES = 1 << _CLOSE | 1 << _ESTABLISHED
+"""An open UDP socket is in the former unless it is connected."""
 _CHUNK_BYTES = 1 << 17
 _DEAF_S = 1.0
 """The kernel answers at once; a filter that drops what it does not know may not."""
@@ -71,10 +75,36 @@ def waiting(protocol: str, family: int, port: int) -> dict[int, Waiting]:
     if protocol == "tcp":
         states = 1 << _LISTEN
         found = _dump(family, socket.IPPROTO_TCP, states, port)
-        return {inode: Waiting(queued, limit) for _, queued, limit, inode, _ in found}
-    states = 1 << _CLOSE | 1 << _ESTABLISHED
-    found = _dump(family, socket.IPPROTO_UDP, states, port, _INET_DIAG_SKMEMINFO)
-    return {inode: Waiting(*_MEMORY.unpack_from(memory)) for *_, inode, memory in found}
+        return {each.inode: Waiting(each.rqueue, each.wqueue) for each in found}
+    found = _dump(family, socket.IPPROTO_UDP, _UDP_STATES, port, _INET_DIAG_SKMEMINFO)
+    return {each.inode: Waiting(*_MEMORY.unpack_from(each.extension)) for each in found}
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """How a socket is bound.
+
+    Args:
+        is_connected: over UDP: to one peer.
+        device: index of the network interface; 0: to none.
+    """
+
+    is_connected: bool
+    device: int
+
+
+def standing(protocol: str, family: int, port: int) -> dict[int, Standing]:
+    """Of the TCP listeners or UDP sockets bound to a port, by socket inode; as `waiting`.
+
+    Raises:
+        KernelError: the kernel, or a filter, does not let us ask.
+    """
+    over_tcp = protocol == "tcp"
+    states = 1 << _LISTEN if over_tcp else _UDP_STATES
+    number = socket.IPPROTO_TCP if over_tcp else socket.IPPROTO_UDP
+    return {
+        each.inode: Standing(each.state == _ESTABLISHED, each.device)
+        for each in _dump(family, number, states, port)
+    }
 
 
 def connections(family: int, port: int, most: int) -> list[Connection]:
@@ -90,17 +120,28 @@ def connections(family: int, port: int, most: int) -> list[Connection]:
     seen = _dump(family, socket.IPPROTO_TCP, states, port, _INET_DIAG_INFO)
     # those without an inode wait to be accepted
     accepted = (
-        Connection(inode, unread, sum(_BYTES.unpack_from(info)) - unread)
-        for _, unread, _, inode, info in seen
-        if inode
+        Connection(each.inode, each.rqueue, sum(_BYTES.unpack_from(each.extension)) - each.rqueue)
+        for each in seen
+        if each.inode
     )
     return list(islice(accepted, most))
 
 
+class _Found(NamedTuple):
+    """A socket: fields of struct inet_diag_msg, and the data of one attribute."""
+
+    state: int
+    device: int
+    rqueue: int
+    wqueue: int
+    inode: int
+    extension: memoryview
+
+
 def _dump(
     family: int, protocol: int, states: int, port: int, extension: int = 0
-) -> Iterator[tuple[int, int, int, int, memoryview]]:
-    """State, rqueue, wqueue, inode, and the extension asked for, of each socket.
+) -> Iterator[_Found]:
+    """Each socket, with the extension asked for.
 
     Raises:
         KernelError
@@ -120,8 +161,9 @@ def _dump(
                 for kind, content in _messages(answer):
                     if kind == _NLMSG_DONE:
                         return
-                    _, state, rqueue, wqueue, _, inode = _MESSAGE.unpack_from(content)
-                    yield state, rqueue, wqueue, inode, _attribute(content, extension)
+                    _, state, device, rqueue, wqueue, _, inode = _MESSAGE.unpack_from(content)
+                    more = _attribute(content, extension)
+                    yield _Found(state, device, rqueue, wqueue, inode, more)
     except OSError as error:
         cause = errno.errorcode.get(error.errno or 0, str(error))
         raise KernelError("ask for the queues of sockets", cause, _CURES.get(cause, "")) from None

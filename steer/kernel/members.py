@@ -1,0 +1,52 @@
+"""What takes a socket past the program of its group, seen and undone through a duplicate."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+_SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h
+_NOBODY: Mapping[int, Sequence[str]] = {
+    socket.AF_INET: ("192.0.2.1", "127.0.0.1"),
+    socket.AF_INET6: ("2001:db8::1", "::1"),
+}
+"""Addresses that nobody has (RFC 5737, RFC 3849), and where there is no route to them our own."""
+_DISCARD = 9
+"""A port that nobody sends from."""
+
+
+def usual_device() -> int:
+    """Index of the network interface that new sockets of ours are bound to, 0 for none: those of
+    a VRF's cgroup (`ip vrf exec`) are."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
+
+
+def shares(sock: socket.socket) -> bool:
+    """Whether it has SO_REUSEPORT. Where that was taken back the kernel may find this one socket
+    before its group, and then asks no program."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT))
+
+
+def share(sock: socket.socket) -> None:
+    """Set it again, which is all that is needed: it never left the group."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
+def cut_off(sock: socket.socket) -> bool:
+    """Have a UDP socket that is in no group get nothing more; what is in it can still be read.
+
+    Outside its group it may be found before it, and get everything. It is connected to somebody
+    who sends nothing: that is undone by connect(2), closes nothing, and loses no datagram. An
+    answer that its owner still sends over a socket bound to a wildcard may go out with the
+    address that this route has.
+
+    Returns:
+        Whether it was; it is not where there is no route.
+    """
+    for address in _NOBODY[sock.family]:
+        with suppress(OSError):
+            sock.connect((address, _DISCARD))
+            return True
+    return False

@@ -1,0 +1,302 @@
+"""Workers that take their sockets out of their groups, or past the program: seen, said, mended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clients import answer, request
+from conftest import StartService
+from crew import PORT
+from support import Service, eventually, http_get, is_ready, udp_ask
+
+from steer import address, settle
+from steer.membership import Cure, Departure, Sighting, Tries, cure, departure
+from steer.policy import CBPF, EBPF, KERNEL
+
+# What follows from what is seen
+
+D = Departure
+
+
+@pytest.mark.parametrize(
+    ("protocol", "seen", "expected"),
+    [
+        ("tcp", Sighting(), None),
+        ("udp", Sighting(), None),
+        ("tcp", Sighting(True, False, False, True, True), None),
+        ("udp", Sighting(True, False, False, True, True), None),
+        ("tcp", Sighting(False), D.CLOSED),
+        ("udp", Sighting(False), D.CLOSED),
+        ("udp", Sighting(True, True, False, False, True), D.CONNECTED),
+        ("udp", Sighting(True, False, True, False, True), D.ON_DEVICE),
+        ("tcp", Sighting(True, False, True, True, True), D.ON_DEVICE),
+        ("udp", Sighting(True, False, False, False, True), D.DISSOLVED),
+        ("tcp", Sighting(True, False, False, False, True), D.RELISTENS),
+        ("udp", Sighting(True, False, False, True, False), D.ALONE),
+        ("tcp", Sighting(shares=False), D.ALONE),
+        ("udp", Sighting(is_member=False), D.DISSOLVED),
+    ],
+)
+def test_departures(protocol: str, seen: Sighting, expected: Departure | None) -> None:
+    assert departure(protocol, seen) is expected
+
+
+def test_replacements_are_ever_more_seldom_and_then_none() -> None:
+    tries = Tries()
+    begun = [now_s for now_s in range(500) if tries.begin(now_s)]
+    assert begun == [0, 2, 12]
+    assert tries.are_over
+
+
+def test_replacements_of_long_ago_do_not_count() -> None:
+    tries = Tries()
+    assert [now_s for now_s in (0, 1000, 2000, 3000, 4000) if tries.begin(now_s)]
+    assert not tries.are_over
+
+
+# What workers do
+
+APP = """
+import ctypes, os, select, socket, struct, time
+from pathlib import Path
+
+def connect(sock):
+    sock.connect(("127.0.0.1", 9))
+
+def dissolve(sock):
+    connect(sock)
+    ctypes.CDLL(None).connect(sock.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16)
+
+def device(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\\0")
+
+def alone(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+def close(sock):
+    sock.close()
+
+def shutdown(sock):
+    sock.shutdown(socket.SHUT_RDWR)
+
+def relisten(sock):
+    sock.shutdown(socket.SHUT_RDWR)
+    sock.listen(100)
+
+def about(worker):
+    told = int(worker.stopping)
+    return b'{"slot":%d,"pid":%d,"told":%d}' % (worker.slot, os.getpid(), told)
+
+def answer(worker, sock):
+    if sock.type == socket.SOCK_DGRAM:
+        _, peer = sock.recvfrom(1000)
+        sock.sendto(about(worker), peer)
+        return
+    client, _ = sock.accept()
+    with client:
+        if b"/slow" in client.recv(1000):
+            sock.close()
+            while not Path("go").exists():
+                time.sleep(0.01)
+        client.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n" + about(worker))
+
+def serve(worker):
+    orders = Path(f"orders-{os.getpid()}")
+    always = Path("always")
+    (sock,) = worker.sockets
+    while Path("late").exists():
+        time.sleep(0.01)
+    worker.ready()
+    if always.exists():
+        globals()[always.read_text()](sock)
+    while not worker.stopping:
+        if orders.exists():
+            globals()[orders.read_text()](sock)
+            orders.unlink()
+        if sock.fileno() >= 0 and select.select([sock], [], [], 0.02)[0]:
+            try:
+                answer(worker, sock)
+            except OSError:
+                pass
+"""
+ADDRESS = {
+    "tcp": f"127.0.0.1:{PORT}",
+    "udp": f"udp://127.0.0.1:{PORT}",
+    "udp any": f"udp://0.0.0.0:{PORT}",
+}
+
+
+def start(service: StartService, home: Path, bind: str, backend: str, *more: str) -> Service:
+    (home / "leaves.py").write_text(APP)
+    policy = {EBPF: "round-robin", CBPF: "hash", KERNEL: "kernel"}[backend]
+    options = (f"--policy={policy}", f"--backend={backend}", "-w3", "-b", bind)
+    return service(*options, "--graceful-timeout=5", *more, "leaves:serve")
+
+
+def order(running: Service, home: Path, slot: int, act: str) -> int:
+    """Have the worker there do it; its pid."""
+    (pid,) = (each["pid"] for each in running.workers() if each["slot"] == slot)
+    orders = home / f"orders-{pid}"
+    (home / "orders").write_text(act)
+    (home / "orders").rename(orders)
+    eventually(lambda: not orders.exists())
+    return int(pid)
+
+
+def states(running: Service) -> dict[int, str]:
+    return {each["slot"]: each["state"] for each in running.workers()}
+
+
+def ask(protocol: str) -> dict[str, Any]:
+    if protocol == "udp":
+        return udp_ask("127.0.0.1", PORT)
+    return http_get("127.0.0.1", PORT)[1]
+
+
+def spread(running: Service, protocol: str, requests: int = 60) -> Counter[int]:
+    """Who answers, by slot."""
+    return Counter(ask(protocol)["slot"] for _ in range(requests))
+
+
+def sees_all(running: Service, protocol: str, backend: str) -> None:
+    """New requests are all answered, and by every worker in its share."""
+    slots = {each["slot"] for each in running.workers()}
+    found = spread(running, protocol)
+    assert set(found) == slots, found
+    for slot in slots if backend == CBPF else ():
+        # Its program goes by the order in which the kernel has the sockets: is that known?
+        assert running.steer("drain", str(slot)).returncode == 0
+        assert set(spread(running, protocol, 30)) <= slots - {slot}
+        assert running.steer("undrain", str(slot)).returncode == 0
+    if backend == EBPF:
+        assert min(found.values()) >= 60 / len(slots) - 2, found  # one turn for each CPU
+
+
+REPLACED = [
+    ("udp any", "connect", D.CONNECTED, (EBPF, CBPF, KERNEL)),
+    ("udp any", "dissolve", D.DISSOLVED, (EBPF, CBPF)),
+    ("udp any", "device", D.ON_DEVICE, (EBPF, CBPF, KERNEL)),
+    ("udp", "device", D.ON_DEVICE, (EBPF, CBPF, KERNEL)),
+    ("udp", "close", D.CLOSED, (EBPF, CBPF, KERNEL)),
+    ("tcp", "device", D.ON_DEVICE, (EBPF, CBPF, KERNEL)),
+    ("tcp", "close", D.CLOSED, (EBPF, CBPF, KERNEL)),
+    ("tcp", "shutdown", D.CLOSED, (EBPF, CBPF, KERNEL)),
+]
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+@pytest.mark.parametrize(
+    ("backend", "where", "act", "cause"),
+    [(backend, *each[:3]) for each in REPLACED for backend in each[3]],
+)
+def test_a_worker_whose_socket_left_is_replaced(
+    service: StartService, home: Path, backend: str, where: str, act: str, cause: Departure
+) -> None:
+    running = start(service, home, ADDRESS[where], backend)
+    slot = 0 if backend == CBPF else 2  # the last of its group changes no order
+    pid = order(running, home, slot, act)
+    label = address.parse(ADDRESS[where]).label
+    told = f"worker {slot}'s socket on {label} left the group: {cause.value}"
+    eventually(lambda: told in running.log)
+    eventually(lambda: pid not in [each["pid"] for each in running.workers()])
+    running.wait_ready(3)
+    sees_all(running, where[:3], backend)
+    assert running.log.count("left the group") == 1
+    assert [note for note in running.status()["notes"] if told in note]
+    assert all(not each["left_group"] for each in running.workers())
+
+
+MENDED = [
+    ("udp", "alone", D.ALONE, (EBPF, CBPF, KERNEL)),
+    ("tcp", "alone", D.ALONE, (EBPF, CBPF, KERNEL)),
+    ("tcp", "relisten", D.RELISTENS, (EBPF,)),
+]
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+@pytest.mark.parametrize(
+    ("backend", "protocol", "act", "cause"),
+    [(backend, *each[:3]) for each in MENDED for backend in each[3]],
+)
+def test_what_can_be_undone_is(
+    service: StartService, home: Path, backend: str, protocol: str, act: str, cause: Departure
+) -> None:
+    running = start(service, home, ADDRESS[protocol], backend)
+    before = [each["pid"] for each in running.workers()]
+    order(running, home, 2, act)
+    how = cure(cause, splits=False).value
+    eventually(lambda: f"left the group: {cause.value}; {how}" in running.log)
+    sees_all(running, protocol, backend)
+    assert [each["pid"] for each in running.workers()] == before
+    assert any(cause.value in note for note in running.status()["notes"])
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+def test_one_that_takes_everything_is_cut_off_before_another_is_there(
+    service: StartService, home: Path
+) -> None:
+    """It may take long to start."""
+    running = start(service, home, ADDRESS["udp any"], EBPF)
+    (home / "late").touch()
+    order(running, home, 2, "dissolve")
+    eventually(lambda: "left the group" in running.log)
+    assert [each["left_group"] for each in running.workers() if each["slot"] == 2] == [
+        [f"udp 0.0.0.0:{PORT}: {D.DISSOLVED.value}"]
+    ]
+    assert set(spread(running, "udp")) == {0, 1}
+    (home / "late").unlink()
+    running.wait_ready(3)
+
+
+@pytest.mark.needs("netns", "pidfd_getfd")
+def test_on_the_kernels_hash_one_that_is_connected_is_only_told_of(
+    service: StartService, home: Path
+) -> None:
+    """A new socket would be in a group with that one, and get everything. A reload heals."""
+    running = start(service, home, ADDRESS["udp"], KERNEL)
+    before = order(running, home, 2, "connect")
+    told = f"left the group: {D.CONNECTED.value}; {Cure.TELL.value}"
+    eventually(lambda: told in running.log)
+    assert set(spread(running, "udp")) == {0, 1}
+    assert before in [each["pid"] for each in running.workers()]
+    assert any(told in note for note in running.status()["notes"])
+    assert running.steer("reload").returncode == 0
+    eventually(lambda: len(running.workers()), 3)
+    sees_all(running, "udp", KERNEL)
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+@pytest.mark.parametrize("backend", [EBPF, CBPF])
+def test_one_that_always_does_it_is_only_told_of_in_the_end(
+    service: StartService, home: Path, backend: str
+) -> None:
+    running = start(service, home, ADDRESS["tcp"], backend)
+    (home / "always").write_text("device")
+    order(running, home, 1, "device")
+    told = "is not replaced again for its sockets, as that did not help"
+    eventually(lambda: told in running.log)
+    assert running.log.count("left the group") == 4
+    assert any(told in note for note in running.status()["notes"])
+    sees_all(running, "tcp", backend)
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+def test_a_worker_that_closed_its_listener_finishes_in_its_own_time(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    """Others may have told it to end: a second signal could have it drop what it has."""
+    running = start(service, home, ADDRESS["tcp"], EBPF, "--graceful-timeout=60")
+    sock = clients.enter_context(request("/slow"))
+    eventually(lambda: f"left the group: {D.CLOSED.value}" in running.log)
+    running.wait_ready(3)  # a new one is there at once
+    (old,) = (each for each in running.workers() if each["left_group"])
+    eventually(lambda: states(running)[old["slot"]] == "stopping")
+    assert set(spread(running, "tcp")) == states(running).keys() - {old["slot"]}
+    assert not is_ready(sock, 2 * settle._LINGER_S)
+    (home / "go").touch()
+    assert answer(sock) == {"slot": old["slot"], "pid": old["pid"], "told": 0}
+    eventually(lambda: old["pid"] not in [each["pid"] for each in running.workers()])
