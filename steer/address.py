@@ -75,7 +75,18 @@ def did_you_mean(text: str) -> str:
     for form, meant in _MISTAKES.items():
         if form.fullmatch(bare):
             return f"did you mean {form.sub(meant, bare)!r}?"
-    return ""
+    host, _, port = bare.rpartition(":")
+    if port.isascii() and port.isdigit() and _is_v6(host):
+        return f"did you mean {f'[{host}]:{port}'!r}?"
+    return f"did you mean {f'[{bare}]:8080'!r}?" if _is_v6(bare) else ""
+
+
+def _is_v6(text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, text)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 _MISTAKES = {

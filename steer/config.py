@@ -125,6 +125,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(Service)}
 _NAMED = (AUTO, *POLICIES)
+_PROGRAM = re.compile(r"[\w./][\w./-]{,79}", re.ASCII)
+"""A module, or a path that stands where a module's callable is to be named."""
 _LISTS = {name for name, field in FIELDS.items() if isinstance(field.default, tuple)}
 
 
@@ -209,8 +211,11 @@ def read(text: bytes, path: str) -> dict[str, Any]:
         raise ConfigError(act, "a number has too many digits") from None
     others = sorted(set(document) - {"service"})
     if others:
+        if others[0] in FIELDS:
+            raise ConfigError(act, f"{others[0]} stands in no table", "write [service] above it")
         unknown = f"unknown table or key {values.shown(others[0])}"
-        raise ConfigError(act, unknown, "allowed: [service]")
+        hint = values.did_you_mean(others[0], ["service"])
+        raise ConfigError(act, unknown, _cure(hint, "allowed: [service]"))
     table = document.get("service", {})
     if not isinstance(table, dict):
         raise ConfigError(act, "service is no table", "write [service]")
@@ -245,8 +250,18 @@ def _checked(key: str, value: Any, shown: str, *, strict: bool) -> Any:
         converted = values.convert(value, FIELDS[key].type, strict=strict)
         _check_meaning(key, converted)
     except Invalid as error:
-        raise ConfigError(shown, str(error), _cure(error.hint, _allowed(key))) from None
+        hint = error.hint or _meant(key, value)
+        raise ConfigError(shown, str(error), _cure(hint, _allowed(key))) from None
     return converted
+
+
+def _meant(key: str, value: Any) -> str:
+    """What was probably meant by an app that is none, as a question; else ""."""
+    if key != "app" or not isinstance(value, str) or not _PROGRAM.fullmatch(value):
+        return ""
+    if value.endswith(".py") or "/" in value:
+        return f"did you mean the command -- {'python ' if value.endswith('.py') else ''}{value}?"
+    return f"did you mean '{value}:NAME', a callable in it?"
 
 
 def _cure(*parts: str) -> str:

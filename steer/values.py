@@ -197,6 +197,11 @@ def _out_of_range(value: Any, info: Any) -> Invalid:
     return Invalid("too small" if least is not None and number <= least else "too large")
 
 
+def _one_of(info: Any) -> str:
+    """Which words are allowed is said elsewhere, if there are several."""
+    return info.values[0] if len(info.values) == 1 else "a string"
+
+
 def _unknown(value: str, info: Any) -> Invalid:
     return Invalid("unknown", did_you_mean(value, info.values))
 
@@ -206,6 +211,6 @@ _FORMS: Mapping[type, _Form] = {
     inspect.FloatType: _Form(lambda _: "a number", _is_number, _out_of_range),
     inspect.BoolType: _Form(lambda _: "true or false"),
     inspect.StrType: _Form(lambda _: "a string", _is_text),
-    inspect.LiteralType: _Form(lambda info: " or ".join(info.values), _is_text, _unknown),
+    inspect.LiteralType: _Form(_one_of, _is_text, _unknown),
     inspect.VarTupleType: _Form(lambda _: "a list"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,10 +69,14 @@ def test_malformed(text: str) -> None:
         ("127.0.0.1", "127.0.0.1:8080"),
         ("localhost", "localhost:8080"),
         ("http://127.0.0.1:80/", "127.0.0.1:80"),
+        ("::1:80", "[::1]:80"),
+        ("2001:db8::5:443", "[2001:db8::5]:443"),
+        ("::1", "[::1]:8080"),
+        ("fe80::a", "[fe80::a]:8080"),
     ],
 )
 def test_what_was_probably_meant_is_asked(text: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"; did you mean '{meant}'. allowed: "):
+    with pytest.raises(ConfigError, match=f"; did you mean '{re.escape(meant)}'. allowed: "):
         parse(text)
     parse(meant)
 

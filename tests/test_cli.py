@@ -153,7 +153,7 @@ def test_number_before_the_name(cli: RunSteer, arguments: tuple[str, ...], right
         (("-b", "h.example:80"), "--bind: bind = 'h.example:80': read address 'h.example:80': "),
         (("-b", ":80", "-b", "0.0.0.0:80"), "--bind: bind = ':80,0.0.0.0:80': tcp 0.0.0.0:80 is"),
         (("--name", "a/b"), "--name: name = 'a/b': malformed; allowed: letters, digits"),
-        (("a", ), "argument 'a': malformed; allowed: MODULE:CALLABLE"),
+        (("a", ), "argument 'a': malformed; did you mean 'a:NAME', a "),
         (("a:b", "--", "c"), "argument 'a:b' and command after --: 'c': both are given"),
         (("-c", "no.toml"), "read no.toml: no such file"),
         (("-c", "."), "read .: Is a directory"),

@@ -286,6 +286,7 @@ ADDRESSES = "allowed: host:port, [::1]:port, :port, udp://host:port"
 NAMES = "allowed: letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit"
 WORKERS = "allowed: 1 to 1024, or auto"
 TIMES = "allowed: seconds, 0 or from 0.05 to 86400"
+APPS = "allowed: MODULE:CALLABLE"
 HANG_TIMES = "allowed: seconds, 0 (for ever) or from 0.05 to 86400"
 COPIES = f"is multicast or broadcast: {address.COPIES}"
 WAITS = "allowed: seconds, from 0.05 to 86400"
@@ -311,8 +312,12 @@ EVERY_POLICY = (
         ("policy", "mine.h", f"unknown policy; {EVERY_POLICY}"),
         ("policy", "mine\0.c", f"a null byte; {EVERY_POLICY}"),
         ("policy", 1, f"a whole number, not a string; {EVERY_POLICY}"),
+        ("backend", 3, "a whole number, not a string; allowed: auto, ebpf, cbpf, kernel"),
         ("backend", "xdp", "unknown; allowed: auto, ebpf, cbpf, kernel"),
-        ("app", "shop", "malformed; allowed: MODULE:CALLABLE"),
+        ("app", "shop", f"malformed; did you mean 'shop:NAME', a callable in it? {APPS}"),
+        ("app", "shop.py", f"malformed; did you mean the command -- python shop.py? {APPS}"),
+        ("app", "./serve", f"malformed; did you mean the command -- ./serve? {APPS}"),
+        ("app", "two words", f"malformed; {APPS}"),
         ("app", ":main", "malformed; allowed: MODULE:CALLABLE"),
         ("app", "shop:", "malformed; allowed: MODULE:CALLABLE"),
         ("app", "shop:main\n", "malformed; allowed: MODULE:CALLABLE"),
@@ -499,8 +504,9 @@ def test_a_file() -> None:
         (b"workers 3", "read steer.toml: Expected '=' after a key"),
         (b"name = '\xff'", "read steer.toml: not UTF-8 at byte 8"),
         (b"[service]\nname = 'a'\nname = 'b'", "read steer.toml: Cannot overwrite a value"),
-        (b"[servce]", "read steer.toml: unknown table or key 'servce'; allowed: [service]"),
-        (b"workers = 3", "read steer.toml: unknown table or key 'workers'; allowed: [service]"),
+        (b"[servce]", "read steer.toml: unknown table or key 'servce'; did you mean 'service'? "),
+        (b"[web]", "read steer.toml: unknown table or key 'web'; allowed: [service]"),
+        (b"workers = 3", "read steer.toml: workers stands in no table; write [service] above it"),
         (b"service = 3", "read steer.toml: service is no table; write [service]"),
         (b"[[service]]", "read steer.toml: service is no table; write [service]"),
     ],
