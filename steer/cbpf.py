@@ -50,13 +50,13 @@ class Order:
         self._slots.append(slot)
 
     def left(self, slot: int) -> None:
-        """One that had left before is not there to leave again."""
-        if slot not in self._slots:
-            return
         place = self._slots.index(slot)
         last = self._slots.pop()
         if place < len(self._slots):
             self._slots[place] = last
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._slots
 
     @property
     def last(self) -> int | None:

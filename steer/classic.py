@@ -78,11 +78,11 @@ class Cbpf(Countless):
 
     def lost(self, slot: int, bind: int) -> None:
         """As when one leaves: the last is in its place now."""
-        self._orders[bind].left(slot)
+        _leave(self._orders[bind], slot)
         self._attach(self._layout)
 
     def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
-        self._orders[bind].left(slot)
+        _leave(self._orders[bind], slot)
         self._orders[bind].joined(slot)
         self._attach(self._layout)
 
@@ -148,7 +148,7 @@ class Cbpf(Countless):
             # Of some only the order speaks: they were about to come or go when it ended.
             unknown = [slot for slot in order.indexes() if slot not in held]
             for slot in (*unknown, *(slot for slot in held if slot not in self._held)):
-                order.left(slot)
+                _leave(order, slot)
         if saved.layout is not None:
             entries, turns = (array("H", words) for words in saved.layout)
             self._layout = Layout(entries, turns)
@@ -194,7 +194,7 @@ class Cbpf(Countless):
     def _close_sockets(self, slot: int) -> None:
         for order, fd in zip(self._orders, self._held.pop(slot, ()), strict=False):
             os.close(fd)
-            order.left(slot)
+            _leave(order, slot)
 
     def release(self) -> None:
         for slot in list(self._held):
@@ -202,6 +202,12 @@ class Cbpf(Countless):
 
     def close(self) -> None:
         self.release()
+
+
+def _leave(order: cbpf.Order, slot: int) -> None:
+    """One whose socket left its group by itself is not there to leave again."""
+    if slot in order:
+        order.left(slot)
 
 
 def _is_attached(fd: int, program: list[cbpf.Insn]) -> bool:

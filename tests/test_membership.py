@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from clients import answer, request
 from conftest import StartService
-from crew import PORT
-from support import Service, eventually, http_get, is_ready, udp_ask
+from crew import PORT, Crew
+from support import Netns, Service, eventually, http_get, is_ready, udp_ask
 
 from steer import address, settle
 from steer.membership import Cure, Departure, Sighting, Tries, cure, departure
@@ -174,6 +174,20 @@ def sees_all(running: Service, protocol: str, backend: str) -> None:
         assert running.steer("undrain", str(slot)).returncode == 0
     if backend == EBPF:
         assert min(found.values()) >= 60 / len(slots) - 2, found  # one turn for each CPU
+
+
+@pytest.mark.needs("netns", "bpf")
+@pytest.mark.parametrize("backend", [EBPF, CBPF])
+def test_a_backend_goes_on_with_those_who_stay(netns: Netns, backend: str) -> None:
+    """Before anybody has looked, too: the first socket is not one to attach through any more."""
+    with Crew(backend, "hash", "udp4") as crew:
+        crew.serving()
+        crew.sockets[0][0].connect(("127.0.0.1", 9))
+        found = [crew.steering.is_member(slot, 0) for slot in range(4)]
+        assert found == [False, True, True, True]
+        for chosen in range(1, 4):
+            crew.steer(chosen)
+            assert crew.count(20) == {chosen: 20}
 
 
 REPLACED = [
