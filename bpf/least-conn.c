@@ -112,7 +112,7 @@ static __always_inline void tend(const struct steer_half *table)
 
 STEER_POLICY(ctx, table)
 {
-	u32 is_ack = steer_is_ack(ctx), *turn;
+	u32 segment = steer_segment(ctx), is_ack = segment & STEER_ACK, *turn;
 	const struct steer_pace *pace = steer_pace();
 	struct steer_cpu *cpu = steer_this_cpu();
 	const u32 *counts = steer_loads()->load;
@@ -130,7 +130,7 @@ STEER_POLICY(ctx, table)
 					: of_all(table, counts, *turn, false, 0);
 		*turn = position + 1;
 	}
-	if (steer_is_syn(ctx)) {
+	if (segment & STEER_SYN) {
 		tend(table);
 		steer_expect(table->entries[position & (STEER_ENTRIES - 1)]);
 	}

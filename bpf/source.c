@@ -74,9 +74,9 @@ STEER_POLICY(ctx, table)
 	u64 address[2] = {};
 
 	if (ctx->eth_protocol == STEER_IPV4) {
-		bpf_skb_load_bytes_relative(ctx, 12, address, 4, BPF_HDR_START_NET);
+		steer_read_ip(ctx, 12, address, 4);
 		return of_v4(table, address[0]);
 	}
-	bpf_skb_load_bytes_relative(ctx, 8, address, 16, BPF_HDR_START_NET);
+	steer_read_ip(ctx, 8, address, 16);
 	return of_v6(table, address);
 }

@@ -37,6 +37,7 @@
 #define STEER_MAP_OWNERS 0x57ee0009
 #define STEER_MAP_LISTENERS 0x57ee000a
 #define STEER_MAP_MOVED 0x57ee000b
+#define STEER_MAP_EARLY 0x57ee000c
 
 #define STEER_SLOTS 8192
 #define STEER_ENTRIES 65536 /* positions in the table */
@@ -50,6 +51,8 @@
 #define STEER_HISTOGRAMS 4
 #define STEER_BUCKETS 32
 #define STEER_IPV4 __builtin_bswap16(0x0800) /* sk_reuseport_md.eth_protocol */
+#define STEER_TCP 6 /* sk_reuseport_md.ip_protocol, and in IP headers */
+#define STEER_IPV6_BYTES 40 /* of its header */
 
 /*
  * An entry is a slot, or a row of slots that are taken in turn. A row is its
@@ -67,7 +70,7 @@ struct steer_half {
 /* Two halves, one active: the controller fills the other, then flips. */
 struct steer_table {
 	u32 active;
-	u32 reserved;
+	u32 early; /* 1 once there was an early lookup, see steer_tcp_at() */
 	struct steer_half halves[2];
 };
 
@@ -121,6 +124,19 @@ struct steer_owner {
 	u32 since; /* when it was opened, in about microseconds; 0 if it is not counted */
 };
 
+/* What tells a packet of TCP from others, for as long as it may come again. */
+struct steer_packet {
+	u32 client[4]; /* IPv4: the first */
+	u32 ports;
+	u32 sequence;
+};
+
+/* Where it went that was looked up early. */
+struct steer_early {
+	u32 slot;
+	u32 seen; /* ticks */
+};
+
 struct steer_params {
 	u32 ticks_per_s; /* of steer_ticks() */
 	u32 second; /* so many bits of these are about a second */
@@ -164,10 +180,16 @@ static __always_inline u32 steer_spread(const struct steer_half *table, u32 numb
 	return (u64)number * table->length >> 32;
 }
 
-/* The half in use. Its address is part of the program, so there is no look-up to pay for. */
+/* Its address is part of the program, so there is no look-up to pay for. */
+static __always_inline struct steer_table *steer_table(void)
+{
+	return (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_TABLE);
+}
+
+/* The half in use. */
 static __always_inline const struct steer_half *steer_active(void)
 {
-	struct steer_table *table = (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_TABLE);
+	const struct steer_table *table = steer_table();
 
 	return &table->halves[table->active & 1];
 }
@@ -306,44 +328,127 @@ static __always_inline struct steer_cpu *steer_this_cpu(void)
 	return bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_CPUS), &zero);
 }
 
-/* Of a TCP header, SYN among them; `none` where there is no such header. */
-static __always_inline u32 steer_tcp_flags(const struct sk_reuseport_md *ctx, u32 none)
-{
-	const u8 *header = ctx->data;
+/* The first bytes of an IP header, of version 4 or 6. */
+struct steer_ip {
+	u8 version; /* the high half; the low half: IPv4's length in words */
+	u8 class;
+	u16 total4; /* bytes */
+	u16 payload6; /* bytes */
+	u8 next6;
+	u8 hops6;
+};
 
-	if (ctx->ip_protocol != 6 /* TCP */ || header + 14 > (const u8 *)ctx->data_end)
-		return none;
-	return header[13];
+/* The helpers take no const; they fail if so many bytes are not there. */
+static __always_inline long steer_read(const struct sk_reuseport_md *ctx, u32 at, void *to,
+				       u32 bytes)
+{
+	return bpf_skb_load_bytes((void *)ctx, at, to, bytes);
 }
 
-#define STEER_SYN 0x02
+/* Args: at: in the IP header, wherever the data begin. */
+static __always_inline long steer_read_ip(const struct sk_reuseport_md *ctx, u32 at, void *to,
+					  u32 bytes)
+{
+	return bpf_skb_load_bytes_relative((void *)ctx, at, to, bytes, BPF_HDR_START_NET);
+}
+
+#define STEER_NOWHERE 0xffff /* no helper loads a byte from there */
+
+/* The end of the IPv6 header and of at most two extension headers (RFC 8200, 4). */
+static __always_inline u32 steer_behind_ipv6(const struct sk_reuseport_md *ctx, u8 next)
+{
+	u8 header[2] = {next};
+	u32 at = STEER_IPV6_BYTES, i;
+
+#pragma unroll
+	for (i = 0; i < 2; i++)
+		if (header[0] == 0 /* hop by hop */ || header[0] == 60 /* destination */ ||
+		    header[0] == 43 /* routing */) {
+			if (steer_read(ctx, at, header, sizeof(header)))
+				return STEER_NOWHERE;
+			at += (header[1] + 1) * 8;
+		}
+	return header[0] == STEER_TCP ? at : STEER_NOWHERE;
+}
 
 /*
- * A lone ACK reaches a listener when it answers a SYN cookie, after the program
- * has already run for the SYN; or it is late, and its connection gone. Turns
- * taken by SYNs and by such ACKs are counted apart: with one counter and an even
- * number of workers every connection would end on the same half of them.
+ * Where the TCP header begins in the data: at 0, except in an early lookup, by a rule of
+ * netfilter, when the data begin with the IP header. `tproxy` hands the packet to the listener
+ * that was chosen; `socket` only looks, and the packet comes again.
+ *
+ * The first byte of a TCP header, of the source port, may look like that of an IP header. The
+ * length tells them apart: ctx->len is what the IP header says only if that is included.
  */
-static __always_inline u32 steer_is_ack(const struct sk_reuseport_md *ctx)
+static __always_inline u32 steer_tcp_at(const struct sk_reuseport_md *ctx)
 {
-	return (steer_tcp_flags(ctx, STEER_SYN) >> 1 & 1) ^ 1;
+	const u8 *data = ctx->data;
+	struct steer_ip ip;
+
+	if (ctx->ip_protocol != STEER_TCP || data + 1 > (const u8 *)ctx->data_end ||
+	    (*data & 0xd0) != 0x40)
+		return 0;
+	if (steer_read_ip(ctx, 0, &ip, sizeof(ip)))
+		return 0;
+	if (ip.version >> 4 == 4)
+		return ctx->len == __builtin_bswap16(ip.total4) ? (ip.version & 15) * 4 : 0;
+	if (ctx->len != __builtin_bswap16(ip.payload6) + STEER_IPV6_BYTES)
+		return 0;
+	return steer_behind_ipv6(ctx, ip.next6);
 }
 
-/* What begins a connection; not one that migrates, of which there may be no packet. */
+/*
+ * What a segment is. A lone ACK reaches a listener when it answers a SYN cookie, after the
+ * program has already run for the SYN; or it is late, and its connection gone. Turns taken
+ * by SYNs and by such ACKs are counted apart: with one counter and an even number of workers
+ * every connection would end on the same half of them.
+ */
+#define STEER_NONE 0 /* not TCP, or no packet, as where a connection migrates */
+#define STEER_ACK 1 /* anything but a SYN */
+#define STEER_SYN 2 /* as in the flags of the header */
+
+/* Args: at: where the TCP header begins, see steer_tcp_at(). */
+static __always_inline u32 steer_segment_at(const struct sk_reuseport_md *ctx, u32 at)
+{
+	const u8 *header = ctx->data;
+	u8 flags = 0;
+
+	if (ctx->ip_protocol != STEER_TCP)
+		return STEER_NONE;
+	if (at) {
+		if (steer_read(ctx, at + 13, &flags, 1))
+			return STEER_NONE;
+	} else {
+		if (header + 14 > (const u8 *)ctx->data_end)
+			return STEER_NONE;
+		flags = header[13];
+	}
+	/* Without a branch, as the verifier would follow all that comes both ways. */
+	return (flags & STEER_SYN) | ((flags & STEER_SYN) >> 1 ^ STEER_ACK);
+}
+
+static __always_inline u32 steer_segment(const struct sk_reuseport_md *ctx)
+{
+	return steer_segment_at(ctx, steer_tcp_at(ctx));
+}
+
+static __always_inline u32 steer_is_ack(const struct sk_reuseport_md *ctx)
+{
+	return steer_segment(ctx) & STEER_ACK;
+}
+
 static __always_inline bool steer_is_syn(const struct sk_reuseport_md *ctx)
 {
-	return steer_tcp_flags(ctx, 0) & STEER_SYN;
+	return steer_segment(ctx) & STEER_SYN;
 }
 
 /* The next slot of a row. Each CPU takes its own turns, so none ever waits or races. */
-static __always_inline u32 steer_turn(const struct sk_reuseport_md *ctx,
-				      const struct steer_half *table, u32 row)
+static __always_inline u32 steer_turn(const struct steer_half *table, u32 row, u32 is_ack)
 {
 	u32 length = table->turns[row & (STEER_TURNS - 1)], turn = 0, *next;
 	struct steer_cpu *cpu = steer_this_cpu();
 
 	if (cpu) {
-		next = steer_is_ack(ctx) ? &cpu->turn_ack : &cpu->turn;
+		next = is_ack ? &cpu->turn_ack : &cpu->turn;
 		if (*next < length)
 			turn = *next;
 		*next = turn + 1;
@@ -351,15 +456,20 @@ static __always_inline u32 steer_turn(const struct sk_reuseport_md *ctx,
 	return table->turns[(row + 1 + turn) & (STEER_TURNS - 1)];
 }
 
-static __always_inline u32 steer_slot(const struct sk_reuseport_md *ctx,
-				      const struct steer_half *table, u32 position)
+static __always_inline u32 steer_slot_of(const struct steer_half *table, u32 position, u32 is_ack)
 {
 	u32 entry;
 
 	if (position & STEER_SLOT)
 		return position & ~STEER_SLOT;
 	entry = table->entries[position & (STEER_ENTRIES - 1)];
-	return entry & STEER_ROW ? steer_turn(ctx, table, entry) : entry;
+	return entry & STEER_ROW ? steer_turn(table, entry, is_ack) : entry;
+}
+
+static __always_inline u32 steer_slot(const struct sk_reuseport_md *ctx,
+				      const struct steer_half *table, u32 position)
+{
+	return steer_slot_of(table, position, steer_is_ack(ctx));
 }
 
 /* Chance, for policies: xorshift32 (Marsaglia 2003), at a third of the helper's cost. */
@@ -425,8 +535,49 @@ static __always_inline bool steer_select(struct sk_reuseport_md *ctx, u32 slot)
 	return !bpf_sk_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), &slot, 0);
 }
 
+/* Returns false if it cannot be read. */
+static __always_inline bool steer_know(const struct sk_reuseport_md *ctx, u32 at,
+				       struct steer_packet *packet)
+{
+	if (steer_read(ctx, at, &packet->ports, 8))
+		return false;
+	if (ctx->eth_protocol == STEER_IPV4)
+		return !steer_read_ip(ctx, 12, packet->client, 4);
+	return !steer_read_ip(ctx, 8, packet->client, 16);
+}
+
+/*
+ * A packet that was looked up early may come again, to be delivered or for another rule. It
+ * goes to the same slot: it takes no other turn, and is not counted again. A client that is
+ * not answered sends it again after about a second. By then it is forgotten.
+ */
+static __always_inline bool steer_again(struct sk_reuseport_md *ctx)
+{
+	struct steer_packet packet = {};
+	struct steer_early *early;
+
+	if (!steer_table()->early || ctx->ip_protocol != STEER_TCP ||
+	    !steer_know(ctx, steer_tcp_at(ctx), &packet))
+		return false;
+	early = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_EARLY), &packet);
+	return early && steer_ticks() - early->seen < steer_params()->ticks_per_s / 4 &&
+	       steer_select(ctx, early->slot);
+}
+
+static __always_inline void steer_remember(const struct sk_reuseport_md *ctx, u32 at, u32 slot)
+{
+	struct steer_early early = {.slot = slot, .seen = steer_ticks()};
+	struct steer_packet packet = {};
+
+	if (!steer_know(ctx, at, &packet))
+		return;
+	bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_EARLY), &packet, &early, BPF_ANY);
+	if (!steer_table()->early) /* no store where it is set: all CPUs read this cache line */
+		steer_table()->early = 1;
+}
+
 static __always_inline void steer_selected(struct sk_reuseport_md *ctx, u32 slot, bool fallback,
-					   struct bpf_sock *migrating)
+					   bool is_ack, struct bpf_sock *migrating)
 {
 	struct steer_count *count;
 
@@ -436,7 +587,7 @@ static __always_inline void steer_selected(struct sk_reuseport_md *ctx, u32 slot
 	 */
 	if (migrating)
 		steer_moved(ctx, migrating, slot);
-	else if (steer_is_ack(ctx))
+	else if (is_ack)
 		return;
 	count = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_COUNTS), &slot);
 	if (count) {
@@ -453,7 +604,8 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 					 const struct steer_half *table, u32 position,
 					 struct bpf_sock *migrating)
 {
-	u32 slot = steer_slot(ctx, table, position), i;
+	u32 at = steer_tcp_at(ctx), is_ack = steer_segment_at(ctx, at) & STEER_ACK;
+	u32 slot = steer_slot_of(table, position, is_ack), i;
 	bool found = steer_select(ctx, slot), fallback = !found;
 	struct steer_cpu *cpu;
 
@@ -465,10 +617,12 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 			found = steer_select(ctx, slot);
 		}
 	if (found) {
-		steer_selected(ctx, slot, fallback, migrating);
+		if (at)
+			steer_remember(ctx, at, slot);
+		steer_selected(ctx, slot, fallback, is_ack, migrating);
 	} else {
 		cpu = steer_this_cpu();
-		if (cpu && !steer_is_ack(ctx))
+		if (cpu && !is_ack)
 			cpu->unsteered++;
 	}
 	return SK_PASS;
@@ -486,26 +640,30 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 #define steer_position(ctx, table, migrating, hash) \
 	(migrating ? steer_spread(table, hash) : steer_policy(ctx, table))
 #endif
-#define STEER_POLICY(ctx, table)                                                            \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
-						const struct steer_half *table);            \
-	int steer_plain(struct sk_reuseport_md *ctx)                                        \
-	{                                                                                   \
-		const struct steer_half *half = steer_active();                             \
-                                                                                            \
-		return steer_deliver(ctx, half, steer_policy(ctx, half), NULL);             \
-	}                                                                                   \
-	int steer_migrate(struct sk_reuseport_md *ctx)                                      \
-	{                                                                                   \
-		const struct steer_half *half = steer_active();                             \
-		struct bpf_sock *migrating = ctx->migrating_sk;                             \
-		u32 hash = ctx->hash;                                                       \
-                                                                                            \
-		steer_settle(hash);                                                         \
-		return steer_deliver(ctx, half, steer_position(ctx, half, migrating, hash), \
-				     migrating);                                            \
-	}                                                                                   \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
+#define STEER_POLICY(ctx, table)                                                 \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,     \
+						const struct steer_half *table); \
+	int steer_plain(struct sk_reuseport_md *ctx)                             \
+	{                                                                        \
+		const struct steer_half *half = steer_active();                  \
+                                                                                 \
+		if (steer_again(ctx))                                            \
+			return SK_PASS;                                          \
+		return steer_deliver(ctx, half, steer_policy(ctx, half), NULL);  \
+	}                                                                        \
+	int steer_migrate(struct sk_reuseport_md *ctx)                           \
+	{                                                                        \
+		const struct steer_half *half = steer_active();                  \
+		struct bpf_sock *migrating = ctx->migrating_sk;                  \
+		u32 hash = ctx->hash, position;                                  \
+                                                                                 \
+		steer_settle(hash);                                              \
+		if (!migrating && steer_again(ctx))                              \
+			return SK_PASS;                                          \
+		position = steer_position(ctx, half, migrating, hash);           \
+		return steer_deliver(ctx, half, position, migrating);            \
+	}                                                                        \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,     \
 						const struct steer_half *table)
 
 #endif

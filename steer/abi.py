@@ -54,7 +54,7 @@ HISTOGRAMS: Final = 4
 BUCKETS: Final = 32
 
 HEADER: Final = struct.Struct("=II")
-"""Mirrors the head of struct steer_table: active, reserved."""
+"""Mirrors the head of struct steer_table: active, early."""
 COUNT: Final = struct.Struct("=QQQ")
 """Mirrors struct steer_count: selected, fallback, migrated."""
 CPU: Final = struct.Struct("=IIIIQ")
@@ -74,6 +74,9 @@ PARAMS: Final = struct.Struct(f"=IIII{VALUES}I")
 """Mirrors struct steer_params: ticks_per_s, second, seed, reserve, values."""
 OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
 """Mirrors struct steer_own: counters, and the buckets of each histogram."""
+PACKET_BYTES: Final = 24
+EARLY_BYTES: Final = 8
+"""Struct steer_packet and struct steer_early."""
 FLOW_KEY_BYTES: Final = 8
 FLOW_BYTES: Final = 8
 """Struct key and struct flow of bpf/flow.c."""
@@ -120,4 +123,5 @@ MAPS: Final = {
     ),
     "listeners": MapSpec(0x57EE000A, BPF_MAP_TYPE_HASH, OWNER.size, None, BPF_F_NO_PREALLOC, 8),
     "moved": MapSpec(0x57EE000B, BPF_MAP_TYPE_HASH, OWNER.size, 65536, BPF_F_NO_PREALLOC, 8),
+    "early": MapSpec(0x57EE000C, BPF_MAP_TYPE_LRU_HASH, EARLY_BYTES, 1024, 0, PACKET_BYTES),
 }

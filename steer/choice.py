@@ -23,6 +23,7 @@ from steer.table import Layout, Member
 _FLOWS = 65536
 """Room for so many where a policy remembers flows, but has no parameter for it."""
 _CAPACITY = "capacity"
+_OWN_MAPS = ("table", "params", "own", "early")
 
 
 class Saved(msgspec.Struct):
@@ -73,7 +74,7 @@ class Choice:
         """
         code = compile.load(policies.file_of(plan.policy), plan.policy.digest)
         with ExitStack() as undo:
-            maps = {name: undo.enter_context(bpf.Map(name)) for name in ("table", "params", "own")}
+            maps = {name: undo.enter_context(bpf.Map(name)) for name in _OWN_MAPS}
             if any("flows" in each.relocations.values() for each in code.programs.values()):
                 maps["flows"] = undo.enter_context(bpf.Map("flows", _capacity(plan)))
             migrates = not verifier.why_not("migrate")

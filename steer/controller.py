@@ -157,7 +157,7 @@ def _notes(service: Service) -> Iterator[str]:
         yield as_whom
     if service.stop_signal is None and (told := servers.note(service.command)):
         yield told
-    yield from sockopt.shortfalls(service.settings)
+    yield from sockopt.shortfalls(service.binds, service.settings)
     with suppress(OSError):  # that it could not be looked at is not worth an error
         yield from visibility.notes_on(visibility.of(service))
 
@@ -534,7 +534,7 @@ class Controller:
             self.log.warning("%s", self.steering.notes[-1])
         if as_whom := privileges.note(plan.service):
             self.log.info("%s", as_whom)
-        for shortfall in sockopt.shortfalls(plan.service.settings):
+        for shortfall in sockopt.shortfalls(plan.binds, plan.service.settings):
             self.log.warning("socket option %s", shortfall)
         if rung.fallback:
             self.log.info("ebpf would add: %s", ladder.EBPF_ADDS)

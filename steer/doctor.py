@@ -191,7 +191,7 @@ def look(service: Service) -> Case:
     found = kernel_facts.read(os.environ, service.control_socket)
     options = Options(
         tuple(sockopt.refused(service.binds, service.settings)),
-        tuple(sockopt.shortfalls(service.settings)),
+        tuple(sockopt.shortfalls(service.binds, service.settings)),
     )
     return Case(service, found, probes, plan, options, _access(service))
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 import pytest
+from gateway import ruleset, socket_match, tproxy
 from support import (
     Netns,
     Service,
@@ -118,6 +119,16 @@ def _has_pidfd_getfd() -> str:
             return str(error)
 
 
+def _has_tproxy() -> str:
+    """With rules that the kernel takes, in a namespace of no use."""
+    if why := _is_root() or _has_command("nft")() or _has_netns():
+        return why
+    rules = ruleset(socket_match(), tproxy(), tproxy("udp"))
+    with network_namespace():
+        done = subprocess.run(["nft", "-f", "-"], input=rules, capture_output=True, text=True)
+    return done.stderr.strip()
+
+
 _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "bcc": _has_bcc,
     "bpf": lambda: _found(probe.ebpf()),
@@ -139,6 +150,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "setsid": _has_command("setsid"),
     "systemd-notify": _has_command("systemd-notify"),
     "tini": _has_command("tini"),
+    "tproxy": _has_tproxy,
     "userns": _has_userns,
     "uvicorn": _has_module("uvicorn"),
     "vagrant": _has_command("vagrant"),

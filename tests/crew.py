@@ -11,7 +11,7 @@ import selectors
 import socket
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -72,6 +72,8 @@ class Crew:
         backend, policy: the backend is opened as it is, whatever the ladder would say.
         kinds: keys of KINDS, or addresses.
         workers: seats, at slots 0, 1, ...; their sockets are made by `join`.
+        options: socket options of theirs, NAME=VALUE.
+        new_socket: makes a client's socket, of a family and a kind.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class Crew:
         weights: Sequence[int] = (),
         params: Sequence[str] = (),
         machine: Topology | None = None,
+        options: Sequence[str] = (),
+        new_socket: Callable[[int, int], socket.socket] = socket.socket,
     ) -> None:
         bind = tuple(KINDS.get(kind, kind) for kind in kinds)
         service = Service(
@@ -91,7 +95,9 @@ class Crew:
             bind=bind,
             weights=tuple(weights),
             params=tuple(params),
+            socket_options=tuple(options),
         )
+        self._new_socket = new_socket
         self.plan = plan(service, machine or topology.read(), {}, policies.find(policy))
         self.binds = self.plan.binds
         self.sockets: dict[int, list[socket.socket]] = {}
@@ -121,7 +127,10 @@ class Crew:
     def join(self, *slots: int) -> None:
         """A worker comes to each slot, in this order."""
         for slot in slots:
-            self.sockets[slot] = [sockets.member(bind, 4096) for bind in self.binds]
+            self.sockets[slot] = [
+                sockets.member(bind, 4096, settings=self.plan.service.settings)
+                for bind in self.binds
+            ]
             for index, sock in enumerate(self.sockets[slot]):
                 sock.setblocking(False)
                 self._ready.register(sock, selectors.EVENT_READ, (slot, index))
@@ -160,7 +169,7 @@ class Crew:
         host = host or bind.address
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         kind = socket.SOCK_DGRAM if bind.protocol == "udp" else socket.SOCK_STREAM
-        client = socket.socket(family, kind)
+        client = self._new_socket(family, kind)
         try:
             client.settimeout(DEADLINE_S)
             if source != ("", 0):

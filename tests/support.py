@@ -118,6 +118,7 @@ def tcp_count(name: str) -> int:
     return int(dict(zip(names.split(), values.split(), strict=True))[name])
 
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET = 0x40000000
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
 
@@ -139,20 +140,41 @@ def network_namespace() -> Iterator[Netns]:
     the thread, and pytest has but one. Entering takes a millisecond, a process to send
     commands to would take 50; with the last socket and process in it the namespace is gone.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    old = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if libc.unshare(_CLONE_NEWNET) != 0:
+    with this_network_namespace() as old:
+        if _LIBC.unshare(_CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
                 fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP_RUNNING))
             yield Netns()
         finally:
-            if libc.setns(old, _CLONE_NEWNET) != 0:
-                pytest.exit(f"setns: {os.strerror(ctypes.get_errno())}: all to come would be lost")
+            _enter(old)
+
+
+@contextmanager
+def this_network_namespace() -> Iterator[int]:
+    """A descriptor of the one that we are in."""
+    fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
     finally:
-        os.close(old)
+        os.close(fd)
+
+
+@contextmanager
+def in_network_namespace(fd: int) -> Iterator[None]:
+    """Be in another one. Sockets that are made there stay there."""
+    with this_network_namespace() as before:
+        _enter(fd)
+        try:
+            yield
+        finally:
+            _enter(before)
+
+
+def _enter(fd: int) -> None:
+    if _LIBC.setns(fd, _CLONE_NEWNET) != 0:
+        pytest.exit(f"setns: {os.strerror(ctypes.get_errno())}: all to come would be lost")
 
 
 # Terminals

@@ -15,7 +15,7 @@ from steer import abi
 from steer.kernel import compile
 
 HEADS = {
-    "steer_table": (abi.HEADER, "active reserved"),
+    "steer_table": (abi.HEADER, "active early"),
     "steer_half": (abi.LENGTH, "length deck"),
     "steer_count": (abi.COUNT, "selected fallback migrated"),
     "steer_cpu": (abi.CPU, "turn turn_ack random reserved unsteered"),
@@ -54,6 +54,8 @@ MIRRORED = {
     "OFFSET(steer_load, slots)": abi.SLOTS_OFFSET,
     "sizeof(struct steer_params)": abi.PARAMS.size,
     "sizeof(struct steer_own)": abi.OWN.size,
+    "sizeof(struct steer_packet)": abi.PACKET_BYTES,
+    "sizeof(struct steer_early)": abi.EARLY_BYTES,
     "OFFSET(steer_params, values)": struct.calcsize("4I"),
     "SIZE(steer_params, values)": struct.calcsize(f"{abi.VALUES}I"),
     "OFFSET(steer_own, counters)": 0,
@@ -159,6 +161,7 @@ def test_maps_hold_what_the_structs_say() -> None:
         "owners": abi.OWNER.size,
         "listeners": abi.OWNER.size,
         "moved": abi.OWNER.size,
+        "early": abi.EARLY_BYTES,
     }
     per_cpu = abi.BPF_MAP_TYPE_PERCPU_ARRAY
     read_back_to_back = {name for name, spec in abi.MAPS.items() if spec.kind == per_cpu}
@@ -167,10 +170,15 @@ def test_maps_hold_what_the_structs_say() -> None:
 
 
 def test_maps_are_found_by_what_they_are_keyed_with() -> None:
-    """A number of 4 bytes, if not a flow's source or the 8 bytes of a socket's cookie. Of socket
-    storage it is a descriptor (bpf_fd_sk_storage_update_elem())."""
+    """A number of 4 bytes, if not a packet, a flow's source or the 8 bytes of a socket's cookie.
+    Of socket storage it is a descriptor (bpf_fd_sk_storage_update_elem())."""
     keys = {name: spec.key_bytes for name, spec in abi.MAPS.items() if spec.key_bytes != 4}
-    assert keys == {"flows": abi.FLOW_KEY_BYTES, "listeners": 8, "moved": 8}
+    assert keys == {
+        "flows": abi.FLOW_KEY_BYTES,
+        "listeners": 8,
+        "moved": 8,
+        "early": abi.PACKET_BYTES,
+    }
 
 
 def test_slots_fit_an_entry() -> None:

@@ -99,8 +99,13 @@ def test_bpftool_shows_names(name: str, program: str) -> None:
 
 def of_policy(name: str) -> list[tuple[str, str]]:
     flows = [("steer_flows", "lru_hash")] if name == "flow" else []
-    always = [("steer_table", "array"), ("steer_params", "array"), ("steer_own", "percpu_array")]
-    return [*always, *flows]
+    return [
+        ("steer_table", "array"),
+        ("steer_params", "array"),
+        ("steer_own", "percpu_array"),
+        ("steer_early", "lru_hash"),
+        *flows,
+    ]
 
 
 COUNTING = [

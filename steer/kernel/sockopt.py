@@ -15,6 +15,13 @@ _FASTOPEN = "net.ipv4.tcp_fastopen"
 _FASTOPEN_SERVER = 2
 """In that (ip-sysctl.rst): listeners may take it."""
 
+_UNSTEERED = (
+    "over UDP what TPROXY delivers goes by the kernel's hash, whatever the policy, also to workers "
+    "that drain; steer it with a rule that redirects instead"
+)
+"""nf_tproxy_get_sock_v4() looks the socket up without the packet, and without one no program is
+asked (reuseport_select_sock() of net/core/sock_reuseport.c)."""
+
 
 class Refused(OSError):
     """The kernel refuses an option.
@@ -75,12 +82,13 @@ def _refusal(bind: Bind, setting: Setting) -> int:
     return 0
 
 
-def shortfalls(settings: Iterable[Setting]) -> list[str]:
-    """What the kernel takes without a word, but will not do."""
-    return [each for setting in settings for each in _shortfalls(setting)]
+def shortfalls(binds: Iterable[Bind], settings: Iterable[Setting]) -> list[str]:
+    """What the kernel takes without a word, but will not do for these binds."""
+    over_udp = any(bind.protocol == "udp" for bind in binds)
+    return [each for setting in settings for each in _shortfalls(setting, over_udp)]
 
 
-def _shortfalls(setting: Setting) -> Iterator[str]:
+def _shortfalls(setting: Setting, over_udp: bool) -> Iterator[str]:
     cap, value = setting.option.cap, setting.value
     if not isinstance(value, int) or not value:
         return
@@ -91,6 +99,8 @@ def _shortfalls(setting: Setting) -> Iterator[str]:
     if flags is not None and not flags & _FASTOPEN_SERVER:
         on = flags | _FASTOPEN_SERVER
         yield f"{setting}: not answered while {_FASTOPEN} is {flags}; sysctl -w {_FASTOPEN}={on}"
+    if setting.name == "transparent" and over_udp:
+        yield f"{setting}: {_UNSTEERED}"
 
 
 def _sysctl(name: str) -> int | None:
