@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,6 +57,7 @@ from steer.plan import Act, Generation, Plan, Step
 from steer.policy import AUTO, EBPF
 from steer.report import cpus_named
 from steer.retry import Retry
+from steer.startup import while_heard
 from steer.steering import Steering
 from steer.table import Member
 from steer.values import plural
@@ -497,7 +499,8 @@ class Controller:
             if there := record.left(path):
                 count = plural(len(there), "worker")
                 self.log.warning("ending %s whose controller and guard were killed", count)
-                record.end(path, service.graceful_timeout)
+                end = partial(record.end, path, service.graceful_timeout)
+                while_heard("end workers that were left", end)
 
     def _write_pid(self) -> Callable[[], None]:
         path = self.plan.service.pid
@@ -512,7 +515,12 @@ class Controller:
         policy = self.plan.policy
         if policy.is_own and self.plan.rungs[0].backend == EBPF:
             # First: only then it is known what it is made from, and so what a reload compares.
-            self.plan = msgspec.structs.replace(self.plan, policy=policies.compiled(policy))
+            compiled = while_heard(
+                f"compile policy {policy.name}",
+                lambda: policies.compiled(policy),
+                self.claim.socket,
+            )
+            self.plan = msgspec.structs.replace(self.plan, policy=compiled)
         self.steering, self.plan = fallback.first_that_works(
             self.plan, open_whole, self.log.warning
         )

@@ -806,6 +806,26 @@ def test_stop_quick_waits_for_no_change_either(
     assert "bug in steer" not in running.log
 
 
+@pytest.mark.needs("bcc", "bpf")
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGINT", "stop", "stop --quick"])
+def test_a_start_that_compiles_can_be_ended(service: StartService, home: Path, way: str) -> None:
+    """It has no loop yet; what it says then is what it is at."""
+    (home / "endless.h").write_text(ENDLESS)
+    (home / "endless.c").write_text('#include "endless.h"\n' + MINE)
+    running = service("-w", "2", "--policy", "./endless.c", ready=False)
+    eventually(lambda: compiler_of(running))
+    told = running.steer("status", "test")
+    assert told.returncode == 1
+    assert "status test: it is starting: compile policy endless" in told.stderr
+    if way.startswith("stop"):
+        done = running.steer(*way.split())
+        assert (done.returncode, done.stdout) == (0, "stopped test\n"), done.stderr
+    else:
+        running.send_signal(signal.Signals[way])
+    assert running.wait() == 0
+    assert not running.log
+
+
 def compiler_of(running: Service) -> list[int]:
     return [pid for pid in session(running.pid) if b"bcc_child" in command_line(pid)]
 
