@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 QUICK_S = 1.0
 """How long a quick stop waits between SIGTERM and SIGKILL."""
 
+STRAYS_NAMED = 4
+"""Of those who have a socket of a worker that has ended so many are named in the log."""
+
 Settle = Callable[["Fleet", Place], Coroutine[Any, Any, None]]
 """Waits until nothing waits for a worker, reports it, and sees that it stays so."""
 
@@ -627,9 +630,15 @@ class Fleet:
         self.retry.attempt(act, partial(self._cut_off, place, found))
 
     def _cut_off(self, place: Place, found: Sequence[strays.Stray]) -> None:
-        for stray, refusal in strays.shut_down(found):
+        told = list(strays.shut_down(found))
+        for stray, refusal in told[:STRAYS_NAMED]:
             then = f": {refusal}" if refusal else ", and is cut off from it"
             self.log.warning("worker %d has ended, but %s%s", place.slot, stray, then)
+        if len(told) > STRAYS_NAMED:
+            more = len(told) - STRAYS_NAMED
+            self.log.warning(
+                "worker %d has ended, and %d more have a socket of it", place.slot, more
+            )
 
     def _on_end(self, place: Place, gone: Process, status: int | None) -> None:
         place.cancel_timer()

@@ -37,6 +37,8 @@ LAST_WORDS = 20
 _BIND_TIMEOUT_S = 10.0
 _ENDING_S = 1.0
 _LOOK_AGAIN_S = 0.05
+_MOST_LOOKING = 0.05
+"""Of the time may be spent on looking for what is left of one worker."""
 _LINE_BYTES = 4096
 """So much is kept of each."""
 _LEFTOVERS_S = 2.0
@@ -347,12 +349,14 @@ class Process:
             self._has_ended()
 
     def _while_others_remain(self, first: bool) -> None:
+        began_s = time.monotonic()
         if not self._others():
             self._has_ended()
             return
+        took_s = time.monotonic() - began_s
         if first:
             self._lost(self)
-        self._call_later(self._while_others_remain, False)
+        self._call_later(self._while_others_remain, False, look_again_s(took_s))
 
     def _others(self) -> Sequence[int]:
         """Once they were killed nobody waits for what cannot be seen."""
@@ -363,9 +367,11 @@ class Process:
                 return []
             raise
 
-    def _call_later(self, then: Callable[[bool], None], first: bool) -> None:
+    def _call_later(
+        self, then: Callable[[bool], None], first: bool, after_s: float = _LOOK_AGAIN_S
+    ) -> None:
         assert self._loop is not None
-        self._loop.call_later(_LOOK_AGAIN_S, self._see_to, partial(then, first))
+        self._loop.call_later(after_s, self._see_to, partial(then, first))
 
     def _has_ended(self) -> None:
         status = None
@@ -469,3 +475,12 @@ def _see_off(pid: int, group: int) -> None:
             time.sleep(_LOOK_AGAIN_S)
     with suppress(ChildProcessError):  # it is ours if we have executed ourselves anew
         os.waitpid(pid, os.WNOHANG)
+
+
+def look_again_s(took_s: float) -> float:
+    """After how long to look again for what is left of a worker. It may be hundreds of processes.
+
+    Args:
+        took_s: a look.
+    """
+    return max(_LOOK_AGAIN_S, took_s / _MOST_LOOKING)

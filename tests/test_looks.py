@@ -13,6 +13,7 @@ import pytest
 from conftest import StartService
 from support import Service, eventually
 
+from steer import spawn
 from steer.errors import ControlError, KernelError
 from steer.kernel import proc, procfs, waits
 from steer.kernel.procfs import Files
@@ -31,7 +32,7 @@ class Tree:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def process(self, pid: int, syscall: str = ASLEEP, children: str = "") -> Path:
+    def process(self, pid: int, syscall: str = ASLEEP, children: str = "", parent: int = 1) -> Path:
         """With one thread, and the listener as descriptor 3."""
         at = self.root / str(pid)
         task = at / "task" / str(pid)
@@ -41,7 +42,7 @@ class Tree:
         (task / "children").write_text(children)
         (task / "syscall").write_text(syscall)
         (task / "status").write_text("voluntary_ctxt_switches:\t1\n")
-        (task / "stat").write_text(f"{pid} (a) S 1 " + "1 " * 48)
+        (task / "stat").write_text(f"{pid} (a) S {parent} " + "1 " * 48)
         (at / "stat").symlink_to(task / "stat")
         (at / "fd").symlink_to(task / "fd")
         return task
@@ -137,6 +138,22 @@ def test_what_a_look_costs(
 def test_all_of_a_large_family_is_found_for_acts(tmp_path: Path) -> None:
     generations(Tree(tmp_path))
     assert len(proc.descendants(FIRST, str(tmp_path))) == 301
+
+
+def test_for_acts_not_every_thread_is_asked(tmp_path: Path, made: list[Files]) -> None:
+    """Each may have children of its own, so with many of them all processes are looked through."""
+    tree = Tree(tmp_path)
+    threads(tree)
+    for pid in (LISTENER, LISTENER + 1):
+        tree.process(pid + MANY, parent=FIRST)
+    found = proc.descendants(FIRST, str(tmp_path))
+    assert (found[0], set(found[1:])) == (FIRST, {LISTENER + MANY, LISTENER + MANY + 1})
+    assert sum(files.reads for files in made) <= procfs.MOST_READS
+
+
+def test_what_is_left_of_a_large_worker_is_looked_for_more_rarely() -> None:
+    assert spawn.look_again_s(0.001) == 0.05
+    assert spawn.look_again_s(0.1) == pytest.approx(2.0)
 
 
 def test_sockets_of_one_with_many_files_are_not_told_in_part(tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ def call(worker):
             body = json.dumps({{"pid": os.getpid()}}).encode()
             client.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n" + body)
 
+def crowd(worker):
+    """Has started a dozen."""
+    fds = [sock.fileno() for sock in worker.sockets]
+    for _ in range(12):
+        subprocess.Popen(["sleep", "1000"], pass_fds=fds)
+    while not worker.stopping:
+        worker.sockets[0].accept()[0].close()
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with open("helpers", "a") as file:
@@ -111,6 +119,13 @@ def test_after_a_crash_nothing_waits_at_what_a_helper_has_open(
     all_are_answered(running)
     (helper,) = named(running)
     eventually(lambda: not is_running(helper))
+
+
+def test_a_crowd_of_helpers_does_not_fill_the_log(service: StartService) -> None:
+    running = service(*BIND, "--policy=hash", "--backend=cbpf", "-w", "2", "app:crowd")
+    os.kill(running.workers()[0]["pid"], signal.SIGKILL)
+    eventually(lambda: "worker 0 has ended, and 8 more have a socket of it" in running.log)
+    assert len(named(running)) == 4
 
 
 def test_after_a_stop_the_port_is_free(service: StartService, home: Path) -> None:

@@ -36,7 +36,10 @@ def descendants(pid: int, root: str = "/proc") -> list[int]:
     A child that starts or ends meanwhile may be missed (proc(5), "children"). All of them,
     however many: for acts. Looks use `family`.
     """
-    return family(pid, Files(root, most_reads=EVERYTHING, most_bytes=EVERYTHING), EVERYTHING)
+    files = Files(root, most_bytes=EVERYTHING)
+    found = family(pid, files, EVERYTHING)
+    # Of thousands of threads each has its own list of children: then all processes are fewer.
+    return found if files.whole else _family_by_scan(pid, root)
 
 
 MOST_OF_FAMILY = 64
@@ -64,11 +67,13 @@ def family(pid: int, files: Files, most: int = MOST_OF_FAMILY) -> list[int]:
 
 
 def _family_by_scan(pid: int, root: str) -> list[int]:
-    """For kernels without CONFIG_PROC_CHILDREN."""
-    parents = {each: parent(each, root) for each in all_pids(root)}
+    """By the parents of all processes; also for kernels without CONFIG_PROC_CHILDREN."""
+    children: dict[int | None, list[int]] = {}
+    for each in all_pids(root):
+        children.setdefault(parent(each, root), []).append(each)
     found = [pid]
     for member in found:
-        found.extend(child for child, its_parent in parents.items() if its_parent == member)
+        found.extend(children.get(member, ()))
     return found
 
 
