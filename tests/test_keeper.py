@@ -286,7 +286,10 @@ def test_one_is_adopted_by_one(puppet: Puppet) -> None:
     found = adopt(puppet)
     with pytest.raises(ControlError, match=f"pid {os.getpid()} adopts it"):
         adopt(puppet)
-    assert "adopts it" in ask(puppet, b'{"command": "stop"}\n')["error"]
+    stop, status = (ask(puppet, b'{"command": "%s"}\n' % act) for act in (b"stop", b"status"))
+    assert "adopts it" in stop["error"]
+    assert "adopts it" in status["error"]
+    assert (stop.get("again"), status.get("again")) == (True, None), "who asks, asks again"
     found.abandon()
     adopt(puppet).abandon()
 

@@ -324,7 +324,10 @@ class Orphanage:
             self._hand_over(talk)
         elif command != "adopt" and time.monotonic() < self._back_s:
             talk.answer({**self._refusal("the controller is being replaced"), "again": True})
-        elif command == "stop" and self._adopter is None:
+        elif command not in ("adopt", "status") and self._adopter is not None:
+            # In a moment there is a controller to do it, or we do it as before.
+            talk.answer({**self._refusal(self._state()), "again": True})
+        elif command == "stop":
             if len(self._stoppers) < ASKERS_MAX:
                 self._stoppers.append(talk)
             else:
