@@ -40,10 +40,11 @@ def call(worker):
             client.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n" + body)
 
 def crowd(worker):
-    """Has started a dozen."""
+    """Has started a dozen that do not end when they are told to."""
     fds = [sock.fileno() for sock in worker.sockets]
+    ignore = lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for _ in range(12):
-        subprocess.Popen(["sleep", "1000"], pass_fds=fds)
+        subprocess.Popen(["sleep", "1000"], pass_fds=fds, preexec_fn=ignore)
     while not worker.stopping:
         worker.sockets[0].accept()[0].close()
 
@@ -122,7 +123,8 @@ def test_after_a_crash_nothing_waits_at_what_a_helper_has_open(
 
 
 def test_a_crowd_of_helpers_does_not_fill_the_log(service: StartService) -> None:
-    running = service(*BIND, "--policy=hash", "--backend=cbpf", "-w", "2", "app:crowd")
+    options = ("--policy=hash", "--backend=cbpf", "-w", "2", "--graceful-timeout=0.3")
+    running = service(*BIND, *options, "app:crowd")
     os.kill(running.workers()[0]["pid"], signal.SIGKILL)
     eventually(lambda: "worker 0 has ended, and 8 more have a socket of it" in running.log)
     assert len(named(running)) == 4
