@@ -444,14 +444,24 @@ static __always_inline bool steer_is_syn(const struct sk_reuseport_md *ctx)
 /* The next slot of a row. Each CPU takes its own turns, so none ever waits or races. */
 static __always_inline u32 steer_turn(const struct steer_half *table, u32 row, u32 is_ack)
 {
-	u32 length = table->turns[row & (STEER_TURNS - 1)], turn = 0, *next;
+	u32 length = table->turns[row & (STEER_TURNS - 1)], turn = 0;
 	struct steer_cpu *cpu = steer_this_cpu();
 
 	if (cpu) {
-		next = is_ack ? &cpu->turn_ack : &cpu->turn;
-		if (*next < length)
-			turn = *next;
-		*next = turn + 1;
+		/*
+		 * Not a pointer to one of the two, as without CAP_PERFMON none may be computed;
+		 * nor a branch, as the verifier would follow all that comes both ways.
+		 */
+		u32 acks = 0 - is_ack, syns, next;
+
+		steer_settle(acks);
+		syns = ~acks;
+		next = (cpu->turn_ack & acks) | (cpu->turn & syns);
+		if (next < length)
+			turn = next;
+		next = turn + 1;
+		cpu->turn = (cpu->turn & acks) | (next & syns);
+		cpu->turn_ack = (cpu->turn_ack & syns) | (next & acks);
 	}
 	return table->turns[(row + 1 + turn) & (STEER_TURNS - 1)];
 }
