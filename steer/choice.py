@@ -24,6 +24,7 @@ _FLOWS = 65536
 """Room for so many where a policy remembers flows, but has no parameter for it."""
 _CAPACITY = "capacity"
 _OWN_MAPS = ("table", "params", "own", "early")
+_NEEDS_PERFMON = "give CAP_PERFMON too: without it the verifier is far stricter"
 
 
 class Saved(msgspec.Struct):
@@ -72,6 +73,7 @@ class Choice:
             CompileError, VerifierError: a policy of the user's own is not right.
             KernelError: the kernel refuses.
         """
+        _refuse_long_verification(plan.policy)
         code = compile.load(policies.file_of(plan.policy), plan.policy.digest)
         with ExitStack() as undo:
             maps = {name: undo.enter_context(bpf.Map(name)) for name in _OWN_MAPS}
@@ -192,6 +194,19 @@ class Choice:
         )
 
 
+def _refuse_long_verification(chosen: Policy) -> None:
+    """Without CAP_PERFMON the verifier prunes no state of the loop of least-conn: it takes ten
+    seconds, while nothing else is done, and then refuses it with E2BIG.
+
+    Raises:
+        VerifierError: so it would be.
+    """
+    from steer.kernel import facts
+
+    if chosen.reads_load and not chosen.is_own and not facts.may_perfmon():
+        raise VerifierError(f"load {chosen.name}", "the verifier refuses its loop", _NEEDS_PERFMON)
+
+
 def _capacity(plan: Plan) -> int:
     return _named(plan).get(_CAPACITY, _FLOWS)
 
@@ -221,6 +236,3 @@ def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> 
         return VerifierError(error.what, error.cause, cure, error.detail)
     detail = verifier.point(error.detail, lines, policies.file_of(chosen))
     return VerifierError(error.what, error.cause, cure, detail)
-
-
-_NEEDS_PERFMON = "give CAP_PERFMON too: without it the verifier is far stricter"

@@ -448,12 +448,15 @@ DOCKER_CAPABILITIES = (
     *("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap"),
     *("net_bind_service", "net_raw", "sys_chroot", "mknod", "audit_write", "setfcap"),
 )
-AS_IN_DOCKER = (
-    "setpriv",
-    f"--bounding-set=-all,{','.join(f'+{name}' for name in DOCKER_CAPABILITIES)}",
-    "--inh-caps=-all",
-    "--",
-)
+
+
+def setpriv(*held: str) -> tuple[str, ...]:
+    """Executes a command as root with no capabilities but these."""
+    bounding = ",".join(["-all", *(f"+{name}" for name in held)])
+    return ("setpriv", f"--bounding-set={bounding}", "--inh-caps=-all", "--")
+
+
+AS_IN_DOCKER = setpriv(*DOCKER_CAPABILITIES)
 """Executes a command as root with the capabilities that Docker gives by default."""
 
 _REFUSE = """
