@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from steer import counting, policy
+from steer import cbpf, counting, policy
 from steer.classic import Cbpf
 from steer.counting import Counting
 from steer.ebpf import NOT_COUNTED, SAMPLED, Ebpf
@@ -20,29 +20,35 @@ from steer.table import Member
 
 
 def open_backend(
-    backend: str, plan: Plan, empty: bool = False, counting: Counting | None = None
+    backend: str, plan: Plan, empty: bool = False, before: Steering | None = None
 ) -> Steering:
     """Make the backend ready, before there is any socket.
 
     Args:
         empty: nothing is loaded, as `restore` is to follow.
-        counting: of the backend that was there before.
+        before: the backend that is there now, whose sockets it is to take over.
 
     Raises:
         KernelError: this rung does not hold; the reason is in it.
     """
+    counting = before.counting if before else None
     if backend == policy.CBPF:
         return Cbpf(plan, empty)
-    return (Ebpf if backend == policy.EBPF else Kernel)(plan, empty, counting)
+    if backend == policy.EBPF:
+        return Ebpf(plan, empty, counting)
+    return Kernel(plan, empty, counting, before.order if before else ())
 
 
-def open_whole(plan: Plan, counting: Counting | None = None) -> Steering:
+def open_whole(plan: Plan, before: Steering | None = None) -> Steering:
     """Open the backend that a plan is to stand on, unless it would do by halves what is asked.
+
+    Args:
+        before: see `open_backend`.
 
     Raises:
         As `open_backend` and `refuse_uncounted`.
     """
-    opened = open_backend(plan.rungs[0].backend, plan, counting=counting)
+    opened = open_backend(plan.rungs[0].backend, plan, before=before)
     try:
         refuse_uncounted(plan, opened.counting)
     except SteerError:
@@ -74,23 +80,30 @@ class Kernel(Countless):
     """No program: the kernel hashes over all sockets of a group.
 
     Where another backend was there before, open connections are counted on.
+
+    Args:
+        order: see `Steering.order`, of the sockets that are there.
     """
 
     backend = "kernel"
     needs_order = False
 
-    def __init__(self, plan: Plan, _empty: bool = False, counting: Counting | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        _empty: bool = False,
+        counting: Counting | None = None,
+        order: Sequence[int] | None = (),
+    ) -> None:
         self.notes: Sequence[str] = (STILL_CHOSEN, *may_be_lost(plan))
         self._plan = plan
         self._counting = counting
         self.owns_counting = False
-        self._order: list[int] | None = []
+        self._order = cbpf.SeenOrder(order)
 
     @property
     def order(self) -> Sequence[int] | None:
-        """Known as long as sockets only come. When one goes the last takes its place, and of two
-        workers that end nobody here sees which closed its sockets first."""
-        return self._order
+        return self._order.slots
 
     @property
     def counting(self) -> Counting | None:
@@ -99,24 +112,24 @@ class Kernel(Countless):
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         if self._counting:
             self._counting.joined(slot, fds, self._plan.binds)
-        if self._order is not None:
-            self._order.append(slot)
+        self._order.joined(slot)
         for fd in fds:
             os.close(fd)
 
     def taken_over(self, slot: int, fds: Sequence[int]) -> None:
-        self._order = None
+        """It stands where it stood."""
         for fd in fds:
             os.close(fd)
 
     def lost(self, slot: int, bind: int) -> None:
-        self._order = None
+        self._order.left(slot)
 
     def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
-        self._order = None
+        self._order.left(slot)
+        self._order.joined(slot)
 
     def left(self, slot: int) -> None:
-        self._order = None
+        self._order.left(slot)
         if self._counting:
             self._counting.left(slot)
 
@@ -155,7 +168,7 @@ class Kernel(Countless):
         return self._counting.saved() if self._counting else (None, ())
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        self._order = None
+        self._order = cbpf.SeenOrder(None)
         if value is not None:
             self._counting, self.owns_counting = Counting(0), True
             self._counting.restore(msgspec.convert(value, counting.Saved, strict=False), fds)

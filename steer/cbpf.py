@@ -66,6 +66,41 @@ class Order:
         return {slot: index for index, slot in enumerate(self._slots)}
 
 
+class SeenOrder:
+    """The same where sockets close by themselves, as far as it is known.
+
+    Of two that end nobody sees which was the first. So of those that had joined behind one that
+    has left the order is not known any more, and of all that join later; of those before it is.
+
+    Args:
+        slots: in order; None: it is not known.
+    """
+
+    def __init__(self, slots: Iterable[int] | None = ()) -> None:
+        self._known: list[int] = list(slots or ())
+        self._unknown: set[int] = set()
+        self._is_whole = slots is not None
+
+    def joined(self, slot: int) -> None:
+        if self._is_whole:
+            self._known.append(slot)
+        else:
+            self._unknown.add(slot)
+
+    def left(self, slot: int) -> None:
+        self._is_whole = False
+        if slot in self._known:
+            at = self._known.index(slot)
+            self._unknown.update(self._known[at:])
+            del self._known[at:]
+        self._unknown.discard(slot)
+
+    @property
+    def slots(self) -> list[int] | None:
+        """All of them in order; None: it is not known."""
+        return None if self._unknown else list(self._known)
+
+
 def by_cpu(layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
     """The CPU's slot; among several on one CPU by chance, as turns need state."""
     rows: dict[int, list[Insn]] = {

@@ -57,6 +57,11 @@ class Cbpf(Countless):
         with sockets.scratch() as sock:
             sockets.attach_cbpf(sock.fileno(), program)
 
+    @property
+    def order(self) -> Sequence[int] | None:
+        found = {tuple(order.indexes()) for order in self._orders}
+        return found.pop() if len(found) == 1 else None
+
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         self._held[slot] = fds
         for order in self._orders:

@@ -409,7 +409,7 @@ class Controller:
             self.fleet.choose_by(plan)
             return
         self._see_that_all_serve(plan)
-        fresh = open_whole(plan, self.steering.counting)
+        fresh = open_whole(plan, self.steering)
         try:
             self.fleet.choose_by(plan, fresh)
         except BaseException:

@@ -14,7 +14,7 @@ from steer.config import Service
 from steer.cpus import Topology
 from steer.errors import ConfigError
 from steer.ladder import Finding, Rung
-from steer.policy import CBPF, KERNEL, POLICIES, Policy, built_in
+from steer.policy import BACKENDS, CBPF, KERNEL, POLICIES, Policy, built_in
 from steer.values import plural, several
 
 
@@ -271,6 +271,18 @@ def with_policy_of(running: Plan, other: Plan, topology: Topology) -> Plan:
     workers = len(running.seats)
     chosen = _choosing_by(running, service, other.candidates, workers)
     return _with_workers(chosen, service, topology, workers)
+
+
+def back_to(before: Plan, running: Plan, topology: Topology) -> Plan:
+    """The plan for a running service with the policy that was in force before a change that has
+    failed: on the better of the two backends, as the change may have found a better one."""
+    (old,) = before.candidates
+    rungs = {each.backend: each for each in (*running.rungs, *before.rungs)}
+    may_be = tuple(
+        rungs[name] for name in BACKENDS if name in rungs and name in old.policy.backends
+    )
+    plan = before.choosing_by([msgspec.structs.replace(old, rungs=may_be)])
+    return with_policy_of(running, plan, topology)
 
 
 def _choosing_by(

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from steer.address import Bind
 from steer.config import Service
-from steer.errors import ControlError, KernelError, SteerError
+from steer.errors import BindError, ControlError, KernelError, SteerError
 from steer.kernel import listeners, sockets
 from steer.kernel.custody import Guard
 from steer.kernel.keeper import STEERING
@@ -243,10 +244,12 @@ class Rotation:
         if steering is None:
             self.steering.swap(plan, members, self._lend)
         else:
-            self._move_to(steering, members, len(plan.binds))
+            self._move_to(steering, members, plan.binds)
         self._watch_reserve(bool(members))
 
-    def _move_to(self, steering: Steering, members: Sequence[Member], binds: int) -> None:
+    def _move_to(
+        self, steering: Steering, members: Sequence[Member], binds: Sequence[Bind]
+    ) -> None:
         """Have another backend choose; it takes the sockets over with the next flip.
 
         Raises:
@@ -261,7 +264,7 @@ class Rotation:
             try:
                 self.steering.detach(self._lend)
                 counted = self.counts()
-                _take_over(steering, there, binds)
+                _take_over(steering, there, len(binds))
                 steering.steer(members)
                 steering.open_reserve()
             except SteerError:
@@ -276,20 +279,29 @@ class Rotation:
         self.steering.close()
         self.steering = steering
 
-    def _in_order(self, there: Mapping[int, _Sockets], binds: int) -> Mapping[int, _Sockets]:
+    def _in_order(
+        self, there: Mapping[int, _Sockets], binds: Sequence[Bind]
+    ) -> Mapping[int, _Sockets]:
         """The sockets of every worker in the order in which the kernel has them.
 
         Raises:
-            KernelError: that is not known.
+            KernelError: that is not known, or there are others among them.
         """
-        order = self.steering.order
-        whole = {slot for slot, socks in there.items() if len(socks) == binds}
+        act, order = "take over the sockets there are", self.steering.order
+        whole = {slot for slot, socks in there.items() if len(socks) == len(binds)}
         if order is None or not whole == set(order) == set(there):
+            cause = "classic BPF has to know in which order the kernel has them, and that is known"
             raise KernelError(
-                "take over the sockets there are",
-                "the order in which the kernel has them is not known any more",
+                act,
+                f"{cause} only as long as no worker has left",
                 "stop and start the service",
             )
+        ours = frozenset[int]().union(*(one.process.inodes for one in self._places if one.process))
+        for bind in binds:
+            try:
+                sockets.refuse_strangers(bind, ours)
+            except BindError as error:
+                raise KernelError(act, error.cause, error.cure) from None
         return {slot: there[slot] for slot in order}
 
     @contextmanager

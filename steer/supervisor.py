@@ -45,6 +45,8 @@ _POLICY_KEYS = ("policy", "params", "weights")
 _CONTROL_S = 2.0
 """How often it is looked whether the control socket can still be found."""
 _REAP_S = 0.05
+_GONE_S, _AGAIN_S = 2.0, 0.05
+"""For workers that failed to be gone, and how often that is looked at."""
 _REVIVE_S = 0.5
 """Not at once: whatever kills guards may do it again."""
 
@@ -376,7 +378,7 @@ class _Supervisor:
         try:
             generation = await self._changes.renew(plan, tell)
         except SteerError:
-            self._choose_again(before)
+            await self._choose_again(before)
             raise
         self._service.reconfigured(plan)
         self._health.retime()
@@ -399,19 +401,22 @@ class _Supervisor:
             self._tell_policy()
         return other.choosing_by(self._plan.candidates)
 
-    def _choose_again(self, before: Plan) -> None:
-        """By the policy that was in force before, where it is not: on the backend there is now,
-        else on that which there was."""
-        (old,) = before.candidates
-        if self._plan.is_by(old):
+    async def _choose_again(self, before: Plan) -> None:
+        """By the policy that was in force before, where it is not. Classic BPF can only once
+        those who were not to stay have gone."""
+        if self._plan.is_by(before.candidates[0]):
             return
-        rungs = {each.backend: each for each in (*self._plan.rungs, *before.rungs)}
-        may_be = tuple(each for each in rungs.values() if each.backend in old.policy.backends)
-        plan = before.choosing_by([msgspec.structs.replace(old, rungs=may_be)])
-        try:
-            self._service.choose_by(planning.with_policy_of(self._plan, plan, topology.read()))
-        except SteerError as error:
-            self._log_failure(f"choose by {old.policy.name} again", error)
+        plan = planning.back_to(before, self._plan, topology.read())
+        end_s = self._loop.time() + _GONE_S
+        while True:
+            try:
+                self._service.choose_by(plan)
+                return
+            except SteerError as error:
+                if self._loop.time() > end_s:
+                    self._log_failure(f"choose by {plan.policy.name} again", error)
+                    return
+            await asyncio.sleep(_AGAIN_S)
 
     def _tell_policy(self) -> None:
         plan = self._plan

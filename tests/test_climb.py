@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 from collections import Counter
@@ -14,9 +16,10 @@ import pytest
 from clients import BIND
 from conftest import StartService
 from crew import CPUS, PORT, pinned
-from support import AS_IN_DOCKER, STEER, Service, http_get, setpriv
+from support import AS_IN_DOCKER, NOBODY, STEER, Service, eventually, http_get, setpriv
 
-from steer.policy import CBPF, EBPF
+from steer.errors import Refused
+from steer.policy import CBPF, EBPF, KERNEL
 
 pytestmark = [
     pytest.mark.needs("bpf", "migrate", "netns", "nobody"),
@@ -102,3 +105,190 @@ def test_auto_is_what_the_capabilities_allow(
             for _ in range(6):
                 clients.enter_context(socket.create_connection((HOST, PORT)))
             assert [each["connections"]["open"] for each in running.workers()] == [3, 3]
+
+
+# ---- up
+
+
+def test_from_the_kernels_own_hash_to_cbpf(service: StartService) -> None:
+    """Started with least-conn, which needs ebpf: any policy that cbpf can is steered."""
+    running = service("-w", "3", *BIND, "--policy", "least-conn", user=NOBODY)
+    assert chosen(running) == ("least-conn", "least-conn", KERNEL)
+    assert "cbpf: classic BPF cannot read what is counted" in running.status()["backend_reason"]
+    assert is_by_kernel()
+
+    done = running.steer("policy", "source")
+    assert done.stdout.startswith("changed test: source on cbpf, "), done.stderr
+    assert chosen(running) == ("source", "source", CBPF)
+    assert running.status()["backend_reason"].startswith(NO_BPF)
+    assert is_by_source()
+
+    running.ask("policy", timeout_s=None, policy="auto")
+    assert chosen(running) == ("hash", "auto", CBPF)
+    assert running.status()["policy_reason"] == "least-conn needs ebpf"
+    with pytest.raises(
+        Refused, match=r"least-conn would steer nothing: ebpf: [^;]*; needs CAP_BPF"
+    ):
+        running.ask("policy", timeout_s=None, policy="least-conn")
+    assert chosen(running) == ("hash", "auto", CBPF)
+
+
+def test_there_and_back_as_long_as_no_worker_has_left(service: StartService) -> None:
+    running = service("-w", "3", *BIND, "--policy", "source", user=NOBODY)
+    for _ in range(2):
+        running.ask("policy", timeout_s=None, policy=KERNEL)
+        assert is_by_kernel()
+        running.ask("scale", timeout_s=None, workers=len(running.workers()) + 1)
+        running.ask("policy", timeout_s=None, policy="source")
+        assert chosen(running) == ("source", "source", CBPF)
+        assert is_by_source()
+
+
+def test_that_a_worker_has_left_is_why_it_is_refused(service: StartService) -> None:
+    running = service("-w", "3", *BIND, "--policy", "least-conn", user=NOBODY)
+    os.kill(running.workers()[0]["pid"], signal.SIGKILL)
+    eventually(lambda: running.workers()[0]["restarts"], 1)
+    running.wait_ready(3)
+    with pytest.raises(Refused) as caught:
+        running.ask("policy", timeout_s=None, policy="source")
+    assert (
+        "take over the sockets there are: classic BPF has to know in which order the kernel has "
+        "them, and that is known only as long as no worker has left; stop and start the service; "
+        "nothing has changed: least-conn goes on" in str(caught.value)
+    )
+    assert chosen(running) == ("least-conn", "least-conn", KERNEL)
+    assert slots(8).total() == 8
+
+
+@pytest.mark.parametrize("asked", ["auto", "source"])
+def test_from_cbpf_to_ebpf_when_there_are_privileges_again(
+    service: StartService, asked: str
+) -> None:
+    """The controller is killed, and started with more: it adopts what there is as it is, and a
+    reload climbs; with the policy it was to have."""
+    options = ("-w", "3", *BIND, "--policy", asked)
+    first = service(*options, under=AS_IN_DOCKER)
+    was = "hash" if asked == "auto" else asked
+    assert chosen(first) == (was, asked, CBPF)
+    before = {key: first.status()[key] for key in KEYS}
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = service(*options)
+    assert {key: second.status()[key] for key in KEYS} == before
+    assert slots(6).total() == 6
+
+    second.ask("reload", timeout_s=None)
+    assert chosen(second) == ("least-conn" if asked == "auto" else asked, asked, EBPF)
+    assert second.status()["backend_reason"] is None
+    second.wait_ready(3)
+    count = sum(second.selected().values())
+    if asked == "source":
+        assert is_by_source()
+    else:
+        assert slots(9).total() == 9
+        assert sum(second.selected().values()) == count + 9
+
+
+# ---- changes that fail in the middle
+
+
+def configure(home: Path, **keys: object) -> None:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    (home / "steer.toml").write_text("\n".join(["[service]", *lines]))
+
+
+FAILS = ["sh", "-c", "exit 7"]
+BACK = {
+    "within ebpf": ((), "source", EBPF, "round-robin"),
+    "from the kernel's own hash to ebpf": ((), "source", EBPF, KERNEL),
+    "within cbpf": (AS_IN_DOCKER, "source", CBPF, "random"),
+    "from the kernel's own hash to cbpf": (AS_IN_DOCKER, "source", CBPF, KERNEL),
+    "from cbpf to the kernel's own hash": (AS_IN_DOCKER, "least-conn", KERNEL, "source"),
+}
+
+
+@pytest.mark.parametrize("under, policy, backend, to", BACK.values(), ids=BACK)
+def test_a_reload_that_fails_goes_back(
+    service: StartService, home: Path, under: Sequence[str], policy: str, backend: str, to: str
+) -> None:
+    """The old policy chooses again, on its backend; and it can be tried again."""
+    configure(home, policy=policy, workers=3, demo=True)
+    running = service(*BIND, under=under)
+    before = {key: running.status()[key] for key in (*KEYS, "generation", "notes")}
+    pids = [each["pid"] for each in running.workers()]
+    for _ in range(2):
+        configure(home, policy=to, workers=3, command=FAILS)
+        with pytest.raises(Refused, match=r"exit status 7.*nothing has changed"):
+            running.ask("reload", timeout_s=None)
+        assert {key: running.status()[key] for key in before} == before
+        assert [each["pid"] for each in running.workers()] == pids
+        assert "again: " not in running.log
+        assert is_by_kernel() if backend == KERNEL else is_by_source()
+    if backend == EBPF:
+        counted = running.selected()
+        ((slot, number),) = slots(20, "127.0.3.3").items()
+        assert running.selected() == {**counted, slot: counted[slot] + number}
+    configure(home, policy=to, workers=3, demo=True)
+    running.ask("reload", timeout_s=None)
+    assert running.status()["policy"] == to
+
+
+def test_a_reload_that_fails_keeps_the_better_backend(service: StartService, home: Path) -> None:
+    """With the policy that there was."""
+    configure(home, policy="source", workers=2, demo=True)
+    first = service(*BIND, under=AS_IN_DOCKER)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = service(*BIND)
+    configure(home, policy="round-robin", workers=2, command=FAILS)
+    with pytest.raises(Refused, match="exit status 7"):
+        second.ask("reload", timeout_s=None)
+    assert chosen(second) == ("source", "source", EBPF)
+    assert is_by_source()
+
+
+SHUTS = """
+import socket, time
+
+def serve(worker):
+    worker.ready()
+    for sock in worker.sockets:
+        sock.setblocking(False)
+    shut = False
+    while not worker.stopping:
+        try:
+            with worker.sockets[0].accept()[0] as client:
+                client.recv(1000)
+                client.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n" + b'{"slot": %d}' % worker.slot)
+        except OSError:
+            time.sleep(0.002)
+        if worker.slot == 2 and not shut and os.path.exists("shut"):
+            worker.sockets[0].shutdown(socket.SHUT_RD)
+            shut = True
+            open("is-shut", "w").close()
+"""
+
+
+@pytest.mark.parametrize(
+    "policy, under", [("source", AS_IN_DOCKER), (KERNEL, ())], ids=[CBPF, KERNEL]
+)
+def test_a_climb_that_fails_in_the_middle(
+    service: StartService, home: Path, policy: str, under: Sequence[str]
+) -> None:
+    """The kernel takes the first workers' sockets, and refuses the last one's, which listens no
+    more: all goes back to the backend there was."""
+    (home / "shuts.py").write_text("import os" + SHUTS)
+    options = ("-w", "3", *BIND, "--policy", policy, "--hang-timeout", "0", "shuts:serve")
+    running = service(*options, under=under)
+    if under:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        running = service(*options)
+    before = {key: running.status()[key] for key in KEYS}
+    (home / "shut").touch()
+    eventually((home / "is-shut").exists)
+    with pytest.raises(Refused, match="nothing has changed"):
+        running.ask("policy", timeout_s=None, policy="round-robin")
+    assert {key: running.status()[key] for key in KEYS} == before
+    if policy == KERNEL:
+        assert set(slots(60)) == {0, 1}
