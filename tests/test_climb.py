@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from clients import BIND
+from clients import BIND, freeze, request, send
 from conftest import StartService
 from crew import CPUS, PORT, pinned
 from support import AS_IN_DOCKER, NOBODY, STEER, Service, eventually, http_get, setpriv
@@ -187,6 +187,46 @@ def test_from_cbpf_to_ebpf_when_there_are_privileges_again(
     else:
         assert slots(9).total() == 9
         assert sum(second.selected().values()) == count + 9
+
+
+@pytest.mark.parametrize("command", ["reload", "policy"])
+def test_a_climb_leaves_out_who_was_left_out(service: StartService, command: str) -> None:
+    options = ("-w", "3", *BIND, "--policy", "hash")
+    first = service(*options, under=AS_IN_DOCKER)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = service(*options)
+    second.ask("drain", slot=1)
+    assert 1 not in slots(20)
+    more = {"policy": "random"} if command == "policy" else {}
+    second.ask(command, timeout_s=None, **more)
+    assert chosen(second)[2] == EBPF
+    if command == "policy":
+        assert 1 not in slots(40)
+        assert [each["state"] for each in second.workers()] == ["ready", "draining", "ready"]
+        with pytest.raises(Refused, match="worker 1 is draining, and nothing would keep it so"):
+            second.ask("policy", timeout_s=None, policy=KERNEL)
+
+
+@pytest.mark.parametrize("policy, to", [(KERNEL, EBPF), ("source", CBPF)])
+def test_a_hung_worker_keeps_nobody_from_climbing(
+    service: StartService, policy: str, to: str, clients: ExitStack
+) -> None:
+    """The kernel's own hash goes on choosing it: to leave that is what helps."""
+    user = None if to == EBPF else NOBODY
+    more = ("--hang", "skip", "--hang-timeout", "0.3")
+    started = policy if to == EBPF else "least-conn"
+    running = service("-w", "3", *BIND, *more, "--policy", started, user=user)
+    worker = running.workers()[1]
+    freeze(worker)
+    while running.workers()[1]["state"] != "hung":
+        clients.enter_context(request())
+    running.ask("policy", timeout_s=None, policy="source")
+    assert chosen(running)[2] == to
+    assert slots(20).total() == 20
+    assert is_by_source()
+    send(worker, signal.SIGCONT)
+    running.wait_ready(3)
 
 
 # ---- changes that fail in the middle
