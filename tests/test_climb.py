@@ -19,7 +19,7 @@ from crew import CPUS, PORT, pinned
 from support import AS_IN_DOCKER, NOBODY, STEER, Service, eventually, http_get, setpriv
 
 from steer.errors import Refused
-from steer.policy import CBPF, EBPF, KERNEL
+from steer.policy import CBPF, EBPF, KERNEL, POLICIES
 
 pytestmark = [
     pytest.mark.needs("bpf", "migrate", "netns", "nobody"),
@@ -105,6 +105,18 @@ def test_auto_is_what_the_capabilities_allow(
             for _ in range(6):
                 clients.enter_context(socket.create_connection((HOST, PORT)))
             assert [each["connections"]["open"] for each in running.workers()] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "policy", [name for name in POLICIES if name not in (KERNEL, "least-conn")]
+)
+def test_every_policy_but_least_conn_runs_with_cap_bpf_alone(
+    home: Path, environment: dict[str, str], policy: str
+) -> None:
+    command = (*setpriv("bpf"), STEER, "check", *BIND, "--demo", "--json", "--policy", policy)
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert (found["backend"], found["backend_reason"]) == (EBPF, None)
 
 
 # ---- up
