@@ -835,3 +835,22 @@ def test_asleep_in_an_event_loop(listener: socket.socket, code: str, seen: Seen)
 def test_a_thread_that_has_ended_is_in_no_event_loop(ended_pid: int) -> None:
     assert waits.in_event_loop([ended_pid]) is Seen.NO
     assert waits.in_event_loop([]) is Seen.NO
+
+
+def test_a_process_that_calls_itself_something_odd() -> None:
+    """15 is PR_SET_NAME; the name is in brackets in /proc/PID/stat."""
+    name = b"a) Z 1\n(\x1b[31mB"
+    rename = f"import ctypes; ctypes.CDLL(None).prctl(15, {name!r}, 0, 0, 0)"
+    with running(*python(f"{rename}; print(flush=True); input()")) as it:
+        line_of(it)
+        assert proc.command(it.pid) == "a) Z 1([31mB"
+        assert proc.is_alive(it.pid)
+        assert proc.parent(it.pid) == os.getpid()
+
+
+def test_a_very_long_command_line(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/cmdline").write_bytes(b"python3\0-m\0gunicorn\0" + b"x" * (1 << 23))
+    found = proc.arguments(7, str(tmp_path))
+    assert found[:3] == ["python3", "-m", "gunicorn"]
+    assert sum(map(len, found)) <= proc.MOST_ARGUMENT_BYTES

@@ -94,14 +94,17 @@ def lineage(pid: int) -> tuple[int, ...]:
 
 
 def arguments(pid: int, root: str = "/proc") -> list[str]:
-    """The command line of a process; empty if there is no such process."""
+    """The command line of a process, as far as anybody reads it; empty if there is no such
+    process."""
     try:
-        text = _read(f"{root}/{pid}/cmdline").decode(errors="replace")
+        with open(f"{root}/{pid}/cmdline", "rb", buffering=0) as file:
+            text = file.read(MOST_ARGUMENT_BYTES).decode(errors="replace")
     except OSError:
         return []
     return text.removesuffix("\0").split("\0")
 
 
+MOST_ARGUMENT_BYTES = 1 << 12
 MOST_ENVIRONMENT_BYTES = 1 << 18
 
 
@@ -416,11 +419,13 @@ def _holder(bound: Bound, pid: int | None, root: str) -> Holder:
 
 
 def command(pid: int, root: str = "/proc") -> str | None:
-    """The name of a process, as ps(1) has it; None if there is no such process."""
+    """The name of a process, as ps(1) has it; None if there is no such process. It says of itself
+    what that is: what could not be printed is left out."""
     try:
-        return _read(f"{root}/{pid}/comm").decode(errors="replace").strip()
+        name = _read(f"{root}/{pid}/comm").decode(errors="replace")
     except OSError:
         return None
+    return "".join(filter(str.isprintable, name)).strip()
 
 
 def _overlap(wanted: bytes, held: bytes) -> int | None:
