@@ -326,11 +326,15 @@ def test_restart_takes_the_seat_over() -> None:
     assert fleet.at(3).seat == fleet.at(1).seat
 
 
+def is_hung(place: Place) -> bool:
+    return place.state is State.HUNG
+
+
 @pytest.mark.parametrize("back", [False, True])
 def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
     async def script(fleet: FakeFleet, changes: Changes) -> None:
         fleet.at(1).state = State.HUNG
-        relief = begin(changes.relieve(fleet.at(1)))
+        relief = begin(changes.relieve(fleet.at(1), is_hung))
         await rest()
         if back:
             fleet.report(fleet.at(1), Event.BACK)
@@ -347,6 +351,6 @@ def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
 def test_one_that_does_not_hang_any_more_is_not_replaced(state: State) -> None:
     async def script(fleet: FakeFleet, changes: Changes) -> None:
         fleet.at(1).state = state
-        await changes.relieve(fleet.at(1))
+        await changes.relieve(fleet.at(1), is_hung)
 
     assert list(play(2, script).states()) == [0, 1]
