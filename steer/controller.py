@@ -271,7 +271,7 @@ class Controller:
         self.claim = rundir.Claim.inherited(
             path, handover.control, handover.settings.remove_directory
         )
-        self.steering = open_backend(left.rung.backend, self.plan, empty=True)
+        self.steering = self._open_left(left.rung.backend)
         address, fd = left.notify, entries[MAILBOX].fds[0]
         self.listener = Listener(self._trusted(), self._unheard, address, fd)
         self._open_guard(handover)
@@ -291,6 +291,15 @@ class Controller:
         self._undo.callback(self.fleet.abandon)
         living = sum(place.process is not None for place in self.fleet.places)
         self.log.info("adopted %s", plural(living, "worker"))
+
+    def _open_left(self, backend: str) -> Steering:
+        """Raises KernelError: we may do less than who was here before."""
+        try:
+            return open_backend(backend, self.plan, empty=True)
+        except KernelError as error:
+            act, why = f"adopt {self.plan.name}", f"its workers are steered by {backend}: {error}"
+            cure = f"run it with what it had, or `steer stop {self.plan.name}` first"
+            raise KernelError(act, why, cure) from None
 
     def _generations(self, left: Left, handover: Handover) -> Mapping[int, Generation]:
         """Those that workers may be of; notes whether the one in force is not what we want."""

@@ -241,6 +241,62 @@ def test_a_hung_worker_keeps_nobody_from_climbing(
     running.wait_ready(3)
 
 
+# ---- another controller
+
+ASKED = {
+    "auto": ("auto", None, ("least-conn", "auto", "open connections are counted")),
+    "auto, then by name": ("auto", "hash", ("hash", "hash", None)),
+    "by name, then auto": ("hash", "auto", ("least-conn", "auto", "open connections are counted")),
+}
+
+
+def told(running: Service) -> tuple[str, str, str | None]:
+    status = running.status()
+    return status["policy"], status["policy_asked"], status["policy_reason"]
+
+
+@pytest.mark.parametrize("started, asked, wanted", ASKED.values(), ids=ASKED)
+def test_what_was_asked_for_is_told_on(
+    service: StartService, started: str, asked: str | None, wanted: tuple[str, str, str | None]
+) -> None:
+    """By a controller that executed itself anew, and by one that adopted; a reload puts back what
+    is configured."""
+    options = ("-w", "2", *BIND, "--policy", started)
+    first = service(*options)
+    configured = told(first)
+    if asked:
+        first.ask("policy", timeout_s=None, policy=asked)
+    assert told(first) == wanted
+    first.send_signal(signal.SIGUSR2)
+    eventually(lambda: "adopted 2 workers" in first.log)
+    first.wait_ready(2)
+    assert told(first) == wanted
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = service(*options)
+    assert told(second) == wanted
+    assert slots(4).total() == 4
+    second.ask("reload", timeout_s=None)
+    assert told(second) == configured
+    assert f'"policy_asked": "{started}"' in second.steer("status", "--json").stdout
+
+
+def test_an_adopter_that_may_do_less_leaves_them_to_one_that_may(service: StartService) -> None:
+    options = ("-w", "3", *BIND, "--policy", "hash")
+    first = service(*options)
+    pids = [each["pid"] for each in first.workers()]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    less = service(*options, under=AS_IN_DOCKER, ready=False)
+    assert less.wait() == 1
+    assert "steer: adopt test: its workers are steered by ebpf: create BPF map " in less.log
+    assert "; run it with what it had, or `steer stop test` first\n" in less.log
+    assert slots(20).total() == 20
+    second = service(*options)
+    assert chosen(second) == ("hash", "hash", EBPF)
+    assert [each["pid"] for each in second.workers()] == pids
+
+
 # ---- changes that fail in the middle
 
 
