@@ -13,7 +13,7 @@ from support import as_user, bpf_ids
 
 from steer import policies
 from steer.bytecode import Inputs
-from steer.errors import Refused
+from steer.errors import CompileError, Refused
 from steer.kernel import compile, inputs
 
 POLICY = """
@@ -93,6 +93,29 @@ def test_header_that_takes_the_place_of_one_that_was_read(home: Path, name: str)
     (home / name).parent.mkdir(exist_ok=True, parents=True)
     (home / name).write_text("")
     assert policies.find(str(source)).digest != first.digest
+
+
+@pytest.mark.needs("bcc")
+@pytest.mark.parametrize("way", ["directory", "CPATH", "C_INCLUDE_PATH"])
+def test_where_steer_is_started_has_no_part_in_what_is_read(
+    home: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What is in the cache would be of one place, and used in another."""
+    source = write(home, INCLUDES["deeper"], "+ VALUE_deeper")
+    other = home / "other"
+    (other / "lib").mkdir(parents=True)
+    (other / "lib" / "deeper.h").write_text("#define VALUE_deeper 7\n")
+    if way == "directory":
+        monkeypatch.chdir(other)
+    else:
+        monkeypatch.setenv(way, str(other))
+    compile.load(source)
+    assert set(compile.read_by(source)) == {home / "lib" / "deeper.h", home / "lib" / "two.h"}
+    (other / "only.h").touch()
+    source.write_text(POLICY % ('#include "only.h"', ""))
+    with pytest.raises(CompileError) as caught:
+        compile.load(source)
+    assert "'only.h' file not found" in caught.value.detail
 
 
 @pytest.mark.needs("bcc")

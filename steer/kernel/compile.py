@@ -25,6 +25,8 @@ from steer.kernel import inputs, process
 _HERE = Path(__file__).resolve().parent
 _CHILD = _HERE / "bcc_child.py"
 _NO_BCC = 3
+_SEARCHED = frozenset({"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "OBJC_INCLUDE_PATH"})
+"""As the clang command has them, "ENVIRONMENT"."""
 _TIMEOUT_S = 120
 SYSTEM_PYTHON = "/usr/bin/python3"
 _FOR_OWN = ["-g", "-mllvm=-sink-common-insts=false"]
@@ -154,7 +156,8 @@ def compile_source(source: Path) -> PolicyObject:
     for python in interpreters():
         try:
             child = [python, "-I", str(_CHILD), str(source.resolve()), str(sources()), *flags]
-            done = process.run(child, _TIMEOUT_S)
+            # bcc searches the current directory before all others (its ClangLoader::parse).
+            done = process.run(child, _TIMEOUT_S, str(sources()), _environment())
         except subprocess.TimeoutExpired:
             raise CompileError(act, f"bcc took longer than {_TIMEOUT_S} s") from None
         except OSError as error:  # EAGAIN of fork(2), say
@@ -168,6 +171,11 @@ def compile_source(source: Path) -> PolicyObject:
             raise CompileError(act, "bcc refuses it", detail=message)
         return _object(source, done.stdout, began_ns)
     raise NoCompiler(act, "no bcc here", "install it (Debian, Ubuntu: python3-bpfcc)")
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what has clang search other directories, which nobody would notice."""
+    return {name: value for name, value in os.environ.items() if name not in _SEARCHED}
 
 
 class _Answer(msgspec.Struct):

@@ -157,8 +157,16 @@ def is_starting() -> bool:
     return bool(_starting)
 
 
-def run(arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[bytes]:
+def run(
+    arguments: Sequence[str],
+    timeout_s: float,
+    directory: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end, in any thread; nobody else waits for it.
+
+    Args:
+        directory, environment: None: ours.
 
     Returns:
         With what it wrote to standard output and error.
@@ -171,7 +179,14 @@ def run(arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProce
 
     pipe = subprocess.PIPE
     with starting() as began_as:
-        child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+        child = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            cwd=directory,
+            env=environment,
+        )
         began_as(child.pid)
     try:
         with child:
