@@ -625,7 +625,6 @@ class Controller:
             process.identity(plan.service.user, plan.service.group),
             self.listener.address,
             self._files,
-            os.getpid(),
             self._may_hurry and place.modest,
         )
 

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from steer import demo, privileges, values
 from steer.address import Bind
 from steer.config import Service
-from steer.kernel import family, output, process, sockets, title
+from steer.kernel import family, lifeline, output, process, sockets, title
 from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
 from steer.kernel.sockopt import Refused
@@ -129,7 +129,6 @@ class Launch(msgspec.Struct, frozen=True):
     identity: Identity
     notify: str
     files: tuple[int, int]
-    controller: int
     modest: bool = False
 
 
@@ -220,13 +219,14 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
             return 1
         launch = _settle(launch)
         environment = _environment(launch)
+        lifeline.tie(channel, launch.service.told_by)
         if launch.service.command:
+            channel.set_inheritable(True)
             _execute(launch, own, environment)
         os.environ.clear()
         os.environ.update(environment)
         process.limit_descriptors(launch.files)
         application = _load(launch.service)
-        channel.close()
         return _call(application, Worker(launch, own), launch.service)
     except Unloadable as error:
         _tell(channel, Message(unloadable=_short(str(error)), detail=_short(error.detail)))
@@ -288,8 +288,6 @@ def _settle(launch: Launch) -> Launch:
     if launch.modest:
         with _if_allowed(launch, "leave the CPUs to others until it is ready"):
             process.be_modest()
-    if not launch.service.adopt_timeout:
-        process.die_with_parent(launch.controller, launch.service.told_by)
     return replace(launch, seat=replace(launch.seat, cpus=cpus))
 
 

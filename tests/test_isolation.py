@@ -107,9 +107,19 @@ def own_descriptors(worker: dict[str, Any]) -> set[str]:
     return {name for fd, name in descriptors(worker["pid"]).items() if fd > 2}
 
 
+def channel_of(pid: int) -> str:
+    """Its end of its channel to the controller, as /proc shows it."""
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    sequential = {f"socket:[{line.split()[6]}]" for line in lines if line.split()[4] == "0005"}
+    (found,) = sequential & set(descriptors(pid).values())
+    return found
+
+
 def has_only_its_own(running: Service, worker: dict[str, Any]) -> None:
+    """Its listeners, and the channel that tells it when nobody looks after it any more."""
     assert shared_and_writable(worker["pid"]) == []
-    assert own_descriptors(worker) == {f"socket:[{inode}]" for inode in worker["sockets"]}
+    listeners = {f"socket:[{inode}]" for inode in worker["sockets"]}
+    assert own_descriptors(worker) == {*listeners, channel_of(worker["pid"])}
     stderr = descriptors(worker["pid"])[2]
     assert stderr.startswith("pipe:")
     assert stderr in descriptors(running.pid).values()

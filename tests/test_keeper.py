@@ -50,10 +50,12 @@ def start(path, **more):
 def worker(key, *command):
     listener = socket.create_server(("127.0.0.1", 0))
     ours, theirs = os.pipe()
+    channel, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, process_group=0)
     os.close(theirs)
     child.stdout.readline()
-    guard.put(key, b"old", [os.pidfd_open(child.pid), ours, listener.detach()], child.pid)
+    fds = [os.pidfd_open(child.pid), ours, channel.detach(), listener.detach()]
+    guard.put(key, b"old", fds, child.pid)
     return child.pid
 
 def take_over(path, **more):
@@ -183,7 +185,7 @@ def serials(fds: tuple[int, ...]) -> list[list[int]]:
 def port(puppet: Puppet, key: str) -> int:
     """Of the listener among a worker's descriptors."""
     found: int = puppet.do(
-        f"socket.socket(fileno=os.dup(guard.entries[{key!r}].fds[2])).getsockname()[1]"
+        f"socket.socket(fileno=os.dup(guard.entries[{key!r}].fds[3])).getsockname()[1]"
     )
     return found
 

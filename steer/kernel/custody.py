@@ -37,8 +37,8 @@ class Entry(msgspec.Struct, frozen=True):
         value: what the controller wants to know of it again, up to some megabytes. A
             worker's is empty until it is complete: should the controller end before, so does
             the worker.
-        fds: descriptors. Of a worker: its pidfd, the read end of its standard error, then
-            any others; none once its first process has ended.
+        fds: descriptors. Of a worker: its pidfd, the read end of its standard error, its
+            channel (see `lifeline`), then any others; none once its first process has ended.
         group: of a worker: its process group; 0 once nobody is left in it. Else 0.
         stop_signal: of a worker: what tells it to finish.
     """

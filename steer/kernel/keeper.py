@@ -85,8 +85,9 @@ class Kept(msgspec.Struct, eq=False):
         self.fds = []
 
     def let_go(self) -> None:
-        """Of a worker keep what it takes to see it end; of all else nothing."""
-        kept = self.fds[:2] if self.is_worker else []
+        """Of a worker keep what it takes to see it end, and its channel, which would tell it
+        to finish once more; of all else nothing."""
+        kept = self.fds[:3] if self.is_worker else []
         for fd in self.fds[len(kept) :]:
             os.close(fd)
         self.fds = kept

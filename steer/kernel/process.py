@@ -1,4 +1,4 @@
-"""Processes: fork, signals to a whole worker, death of the parent, identity."""
+"""Processes: fork, signals to a whole worker, identity."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from steer.values import shown, whole_number
 if TYPE_CHECKING:
     import subprocess
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -372,16 +371,6 @@ def terminal_is_gone() -> bool:
 def rename(name: str) -> None:
     """Be called so by ps(1) and killall(1): at most 15 characters (prctl(2), PR_SET_NAME)."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
-
-
-def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process `number` when `parent` ends, however it ends.
-
-    Set after any change of user, which clears it (prctl(2), PR_SET_PDEATHSIG).
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), number)
 
 
 def be_dumpable() -> None:
