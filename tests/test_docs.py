@@ -129,13 +129,16 @@ OF_OTHERS = {
     "--bind",
     "--cap-add",
     "--check",
+    "--daemon",
     "--factory",
     "--fd",
     "--force-reinstall",
+    "--interface",
     "--no-block",
     "--ready",
     "--reuse-port",
     "--scope",
+    "--worker-class",
 }
 """Options of docker, pip, systemd-run, servers and our own tools that messages name."""
 
