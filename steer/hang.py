@@ -109,12 +109,20 @@ def starves(before: Evidence, now: Evidence) -> bool:
     )
 
 
+def awaited(before: Evidence, now: Evidence) -> bool | None:
+    """Whether it was asleep in its event loop at one look or the other; None if that cannot be
+    seen. One look is not enough: an event loop wakes up now and then, and may wait for a CPU."""
+    if before.awaits or now.awaits:
+        return True
+    return None if before.awaits is None or now.awaits is None else False
+
+
 def gets_on(before: Evidence, now: Evidence, elapsed_s: float) -> bool:
     """Whether it holds connections and gets on with them: computes, moves, closes, or is asleep
     in its event loop, and so turns to others by its own choice."""
     if _holds_none(before) and _holds_none(now):
         return False
-    return bool(now.awaits) or serves(before, now) or computes(before, now, elapsed_s)
+    return bool(awaited(before, now)) or serves(before, now) or computes(before, now, elapsed_s)
 
 
 def _holds_none(evidence: Evidence) -> bool:
@@ -238,7 +246,7 @@ class History:
         elapsed_s = now_s - before_s
         if in_queue:
             return Verdict.FULL if gets_on(before, now, elapsed_s) else Verdict.HUNG
-        if now.awaits is not False or serves(before, now) or not starves(before, now):
+        if awaited(before, now) is not False or serves(before, now) or not starves(before, now):
             return Verdict.FINE
         return Verdict.FULL if computes(before, now, elapsed_s) else Verdict.HUNG
 

@@ -158,6 +158,9 @@ GETS_ON: dict[str, Callable[[float], Evidence]] = {
     "closes": lambda now_s: Evidence(0.0, None, {int(now_s * 8): (0, 0), 1: (0, 0)}, False),
     "closes, as is counted": lambda now_s: Evidence(0.0, 90 - int(now_s * 8), None, False),
     "is in its event loop": lambda _: Evidence(0.0, 2, IDLE, True),
+    "is in its event loop but for a moment": lambda now_s: Evidence(
+        0.0, 2, IDLE, now_s % 3.25 != 2
+    ),
 }
 DOES_NOT: dict[str, Callable[[float], Evidence]] = {
     "nothing is seen": lambda _: UNSEEN,
