@@ -44,6 +44,11 @@ class Bind(msgspec.Struct, frozen=True):
         return first[0] >> 4 == 0xE or first == b"\xff" * 4
 
     @property
+    def is_scoped(self) -> bool:
+        """Of one interface only: fe80::/10, which names it behind a percent sign."""
+        return "%" in self.address
+
+    @property
     def is_wildcard(self) -> bool:
         return self.address in ("0.0.0.0", "::")
 

@@ -32,6 +32,9 @@ _AD_OFF, _NET_OFF = 0xFFFFF000, 0xFFF00000
 _AD_CPU, _AD_RANDOM = _AD_OFF + 36, _AD_OFF + 56
 _NO_SOCKET = 0xFFFFFFFF
 
+NOTHING: Sequence[Insn] = ((_RET_K, 0, 0, 0),)
+"""As a socket filter: keep no byte of any packet."""
+
 _INSN = struct.Struct("=HBBI")
 
 

@@ -168,6 +168,11 @@ class Choice:
             self._table.flip(layout.parts())
             self._in_table = layout
 
+    def spare(self, slots: Sequence[int]) -> None:
+        """While nobody is chosen: try one of these."""
+        self._table.amend({abi.SPARES_OFFSET: table.spares(slots).tobytes()})
+        self._in_table = None
+
     def settle(self) -> None:
         self._table.settle()
 

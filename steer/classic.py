@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from steer import abi, cbpf, policy
+from steer import abi, cbpf, policy, table
+from steer.anchor import Anchors
 from steer.errors import KernelError
 from steer.kernel import bpf, listeners, sockets
 from steer.plan import Plan
@@ -37,6 +38,7 @@ class Cbpf(Countless):
         self._seed = int.from_bytes(os.urandom(4))
         if not empty:
             self._try_out(plan)
+        self._anchors = Anchors()
         self._orders = [cbpf.Order() for _ in plan.binds]
         self._programs: list[list[cbpf.Insn] | None] = [None for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
@@ -59,14 +61,28 @@ class Cbpf(Countless):
 
     @property
     def order(self) -> Sequence[int] | None:
-        found = {tuple(order.indexes()) for order in self._orders}
+        """As it is once the anchors have left."""
+        found = {tuple(_of_workers(order).indexes()) for order in self._orders}
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def anchors(self) -> Mapping[int, socket.socket]:
+        return self._anchors
+
+    def open_anchors(self) -> None:
+        self._anchors.open(self._plan.binds)
+        for index in self._anchors:
+            self._orders[index].joined(_ANCHOR)
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         self._held[slot] = fds
         for order in self._orders:
             order.joined(slot)
+        for index, bind in enumerate(self._plan.binds):
+            self._anchors.renew(index, bind)
         # Indexes past its own are not touched by a newcomer: the program stays right.
+        if self._layout is None and self._anchors:
+            self._attach(None)
 
     def taken_over(self, slot: int, fds: Sequence[int]) -> None:
         self.joined(slot, fds)
@@ -127,7 +143,13 @@ class Cbpf(Countless):
         self.steer(members)
 
     def detach(self, lend: Lend) -> None:
+        self._close_anchors()
         self._attach(None)
+
+    def _close_anchors(self) -> None:
+        for index in self._anchors:
+            self._orders[index].left(_ANCHOR)
+        self._anchors.close()
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
         self._attach(self._layout)
@@ -142,16 +164,18 @@ class Cbpf(Countless):
         slots = [list(order.indexes()) for order in self._orders]
         now = self._layout
         layout = None if now is None else (list(now.entries), list(now.turns))
-        return _Orders(self._seed, slots, layout), ()
+        anchors = [sock.fileno() for sock in self._anchors.values()]
+        return _Orders(self._seed, slots, layout, list(self._anchors)), anchors
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
         saved = msgspec.convert(value, type=_Orders)
         self._seed = saved.seed
         self._orders = [cbpf.Order(slots) for slots in saved.slots]
         self._held = {slot: mine for slot, mine in held.items() if mine}
+        self._anchors.receive(saved.anchored, fds)
         for order in self._orders:
             # Of some only the order speaks: they were about to come or go when it ended.
-            unknown = [slot for slot in order.indexes() if slot not in held]
+            unknown = [slot for slot in order.indexes() if slot not in (_ANCHOR, *held)]
             for slot in (*unknown, *(slot for slot in held if slot not in self._held)):
                 _leave(order, slot)
         if saved.layout is not None:
@@ -159,17 +183,23 @@ class Cbpf(Countless):
             self._layout = Layout(entries, turns)
 
     def _attach(self, layout: Layout | None) -> None:
+        """Args: layout: None where nobody serves: all who have a socket are as good."""
         if not self._held:
             return
         for bind, order in enumerate(self._orders):
             members = {
                 slot: self._held[slot][bind] for slot in order.indexes() if slot in self._held
             }
-            if members and layout is None:
+            chosen = layout or self._anyone(bind, members)
+            if members and chosen is None:
                 self._programs[bind] = None
                 sockets.detach(next(iter(members.values())))
-            elif members and layout is not None:
-                self._attach_to(bind, members, layout)
+            elif members and chosen is not None:
+                self._attach_to(bind, members, chosen)
+
+    def _anyone(self, bind: int, members: Mapping[int, int]) -> Layout | None:
+        """Where the kernel's hash would choose an anchor, too."""
+        return table.by_share([Member(slot) for slot in members]) if bind in self._anchors else None
 
     def _attach_to(self, bind: int, members: Mapping[int, int], layout: Layout) -> None:
         """Through any member. One that turns out to be none has left its group, and another is in
@@ -202,11 +232,18 @@ class Cbpf(Countless):
             _leave(order, slot)
 
     def release(self) -> None:
+        self._close_anchors()
         for slot in list(self._held):
             self._close_sockets(slot)
 
     def close(self) -> None:
         self.release()
+
+
+def _of_workers(order: cbpf.Order) -> cbpf.Order:
+    found = cbpf.Order(order.indexes())
+    _leave(found, _ANCHOR)
+    return found
 
 
 def _leave(order: cbpf.Order, slot: int) -> None:
@@ -238,6 +275,11 @@ class _Orders(msgspec.Struct):
     seed: int
     slots: list[list[int]]
     layout: tuple[list[int], list[int]] | None
+    anchored: list[int] = []
+
+
+_ANCHOR = -1
+"""In the place of a slot, in the kernel's order."""
 
 
 def _sharing(layout: Layout) -> Sequence[str]:

@@ -564,6 +564,7 @@ class Controller:
         self._undo.callback(self.listener.close)
         self._open_guard(None)
         self._undo.callback(self.guard.close)
+        self.steering.open_anchors()
         self.steering.open_reserve()
         self._make_fleet(generation)
         self._undo.callback(self.fleet.abandon)
@@ -626,6 +627,7 @@ class Controller:
             self.listener.address,
             self._files,
             self._may_hurry and place.modest,
+            frozenset(self.steering.anchors),
         )
 
 

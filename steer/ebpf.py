@@ -12,6 +12,7 @@ from itertools import islice
 import msgspec
 
 from steer import abi, choice, counting, reserve, table
+from steer.anchor import Anchors
 from steer.choice import Choice
 from steer.config import Service
 from steer.counting import Counting
@@ -65,6 +66,7 @@ class _Saved(msgspec.Struct):
     choice: choice.Saved
     reserves: list[int]
     counting: counting.Saved
+    anchored: list[int] = []
 
 
 class Ebpf:
@@ -79,6 +81,8 @@ class Ebpf:
         self._is_counted = counting is not None
         self.owns_counting = counting is None
         self._has_served = self._somebody = False
+        self._anchors = Anchors()
+        self._joined: set[int] = set()
         self._cpus = len(plan.topology.possible)
         self._choice: Choice
         self._choices: list[Choice] = []
@@ -92,6 +96,7 @@ class Ebpf:
                 at = partial(self._join_reserve, index)
                 self._groups.append(_Group(plan, self._count_reserve, at))
                 undo.callback(self._groups[-1].close)
+            undo.callback(self._anchors.close)
             undo.callback(self._close_choices)
             if not empty:
                 self._put_in_force(self._load(plan))
@@ -123,6 +128,7 @@ class Ebpf:
         self._groups[index].sockets.put_socket(slot, fd)
         # Each time: with the last socket of a group its program is gone too.
         self._attach_through(index, fd)
+        self._anchors.renew(index, self._plan.binds[index])
 
     def _attach_through(self, index: int, fd: int) -> None:
         """For the whole group; where this member is locked, through another one."""
@@ -154,6 +160,13 @@ class Ebpf:
     @property
     def reserve(self) -> Sequence[socket.socket]:
         return [sock for group in self._groups for sock in group.reserve.sockets]
+
+    @property
+    def anchors(self) -> Mapping[int, socket.socket]:
+        return self._anchors
+
+    def open_anchors(self) -> None:
+        self._anchors.open(self._plan.binds)
 
     def open_reserve(self) -> None:
         """Over TCP only, and only where what waits there can be moved."""
@@ -211,12 +224,22 @@ class Ebpf:
     def _join_all(self, slot: int, fds: Sequence[int]) -> None:
         for index, fd in enumerate(fds):
             self._join(index, slot, fd)
+        self._joined.add(slot)
+        self._spare_those_there()
+
+    def _spare_those_there(self) -> None:
+        """While nobody serves, datagrams wait at workers that start. The kernel's hash would
+        see to that, but it would choose anchors, too."""
+        if self._anchors and not self._somebody:
+            self._choice.spare(sorted(self._joined))
 
     def left(self, slot: int) -> None:
         self._counting.left(slot)
         self.let_go(slot)
         for group in self._groups:
             group.sockets.delete(slot)
+        self._joined.discard(slot)
+        self._spare_those_there()
 
     def steer(self, members: Sequence[Member]) -> None:
         if members and not self._somebody:
@@ -227,7 +250,8 @@ class Ebpf:
         self._somebody = bool(members)
 
     def _nobody(self) -> Layout:
-        return table.all_to(self._plan.slots) if self.reserve else table.EMPTY
+        slot = self._plan.slots if self.reserve else abi.NO_SLOT
+        return table.all_to(slot, sorted(self._joined) if self._anchors else ())
 
     def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
         if self._choice.can_become(plan):
@@ -309,6 +333,7 @@ class Ebpf:
                 if not listeners.waiting(sock).limit:
                     sock.listen(self._plan.service.backlog)
                 self._rejoin(index, self._plan.slots + place, sock)
+        self._joined = set(there)
         for slot, socks in there.items():
             for index, sock in socks.items():
                 self._rejoin(index, slot, sock)
@@ -361,6 +386,7 @@ class Ebpf:
         """What still waits in the reserve goes to workers that have not closed yet."""
         for group in self._groups:
             group.reserve.close()
+        self._anchors.close()
 
     def counts(self, slot: int, bind: int | None = None) -> Counts | None:
         groups = self._groups if bind is None else [self._groups[bind]]
@@ -398,8 +424,8 @@ class Ebpf:
         counted, counting_fds = self._counting.saved()
         groups = [fd for group in self._groups for fd in group.descriptors()]
         reserves = [len(group.reserve.sockets) for group in self._groups]
-        spare = [sock.fileno() for sock in self.reserve]
-        value = _Saved(chosen, reserves, counted)
+        spare = [sock.fileno() for sock in (*self.reserve, *self._anchors.values())]
+        value = _Saved(chosen, reserves, counted, list(self._anchors))
         return value, [*choice_fds, *groups, *spare, *counting_fds]
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
@@ -411,6 +437,7 @@ class Ebpf:
             group.receive(list(islice(rest, len(group.maps))))
         for group, count in zip(self._groups, saved.reserves, strict=True):
             group.reserve.receive(list(islice(rest, count)))
+        self._anchors.receive(saved.anchored, islice(rest, len(saved.anchored)))
         self._counting.restore(saved.counting, list(rest))
         self._has_served = self._somebody = True
 

@@ -581,8 +581,9 @@ class Fleet:
         launch = self._launch(place)
         if not self.steering.reserve and not any(each.process for each in self.places):
             # Nobody of ours keeps the ports: somebody else may be there by now.
-            for bind in launch.binds:
-                sockets.check_free(bind, launch.service.settings)
+            for index, bind in enumerate(launch.binds):
+                if index not in self.steering.anchors:
+                    sockets.check_free(bind, launch.service.settings)
         joined = partial(self._rotation.joined, place.slot)
         place.process = Process(launch, self._guard, joined)
         self._save(place)

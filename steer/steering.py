@@ -66,6 +66,13 @@ class Steering(Protocol):
     def reserve(self) -> Sequence[socket.socket]:
         """Listeners of our own, where connections wait while there is no worker."""
 
+    @property
+    def anchors(self) -> Mapping[int, socket.socket]:
+        """By bind, a socket of our own that workers join the group through."""
+
+    def open_anchors(self) -> None:
+        """Make them, where they are of use, before any worker has a socket."""
+
     def open_reserve(self) -> None:
         """Make the reserve, where it is of use.
 
@@ -212,6 +219,13 @@ class Countless:
     @property
     def order(self) -> Sequence[int] | None:
         return None
+
+    @property
+    def anchors(self) -> Mapping[int, socket.socket]:
+        return {}
+
+    def open_anchors(self) -> None:
+        """The kernel's hash would choose them."""
 
     def open_reserve(self) -> None:
         """Nobody would move what waits there."""

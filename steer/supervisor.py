@@ -141,9 +141,10 @@ class _Supervisor:
             BindError
         """
         processes = [place.process for place in self._fleet.places if place.process]
-        spare = self._service.steering.reserve
-        reserve = frozenset(os.fstat(sock.fileno()).st_ino for sock in spare)
-        ours = reserve.union(*(each.inodes for each in processes))
+        steering = self._service.steering
+        own = (*steering.reserve, *steering.anchors.values())
+        inodes = frozenset(os.fstat(sock.fileno()).st_ino for sock in own)
+        ours = inodes.union(*(each.inodes for each in processes))
         for bind in self._plan.binds:
             sockets.refuse_strangers(bind, ours)
 

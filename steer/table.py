@@ -65,9 +65,18 @@ class Layout(msgspec.Struct, frozen=True):
         return self.turns[start + 1 : start + 1 + self.turns[start]]
 
 
-def all_to(slot: int) -> Layout:
-    """Whatever the policy answers, it is `slot`."""
-    return Layout(array("H", [slot]) * abi.ENTRIES, spares=array("H", [slot]) * abi.SPARES)
+def spares(slots: Sequence[int]) -> array[int]:
+    """What is tried, from any place on, when the slot that was chosen fails."""
+    return array("H", islice(cycle(slots or [abi.NO_SLOT]), abi.SPARES))
+
+
+def all_to(slot: int, else_to: Sequence[int] = ()) -> Layout:
+    """Whatever the policy answers, it is `slot`.
+
+    Args:
+        else_to: where nothing listens there, one of these.
+    """
+    return Layout(array("H", [slot]) * abi.ENTRIES, spares=spares(else_to or [slot]))
 
 
 EMPTY = all_to(abi.NO_SLOT)
@@ -219,8 +228,7 @@ def _over_quota(entries: array[int], room: dict[int, int]) -> list[int]:
 
 
 def _spares(members: Sequence[Member]) -> array[int]:
-    slots = [member.slot for member in members] or [abi.NO_SLOT]
-    return array("H", islice(cycle(slots), abi.SPARES))
+    return spares([member.slot for member in members])
 
 
 class _Rows:

@@ -117,6 +117,7 @@ class Launch(msgspec.Struct, frozen=True):
     Args:
         notify: address of the notification socket, as NOTIFY_SOCKET has it.
         files: limits on open files, as the controller found them.
+        anchored: the binds whose group is joined through a socket of the controller's.
         modest: to leave the CPUs to those that serve, until it is ready.
     """
 
@@ -130,6 +131,7 @@ class Launch(msgspec.Struct, frozen=True):
     notify: str
     files: tuple[int, int]
     modest: bool = False
+    anchored: frozenset[int] = frozenset()
 
 
 class Worker:
@@ -243,8 +245,11 @@ def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
     if not channel.recv(1):
         return None
     for index, bind in enumerate(launch.binds):
+        anchored = index in launch.anchored
         try:
-            own.append(sockets.member(bind, service.backlog, settings=service.settings))
+            own.append(
+                sockets.member(bind, service.backlog, settings=service.settings, anchored=anchored)
+            )
         except OSError as error:
             setting = error.setting if isinstance(error, Refused) else ""
             _tell(channel, Message(refused=index, number=error.errno or 0, setting=setting))

@@ -370,6 +370,10 @@ class Table:
             self._write(half, parts)
         self._readers_may_remain = False
 
+    def amend(self, parts: Mapping[int, bytes]) -> None:
+        """Write `parts` into the half in use, where programs may find old and new mixed."""
+        self._write(self._active, parts)
+
     def flip(self, parts: Mapping[int, bytes]) -> None:
         """Write `parts` into the idle half and make it active."""
         self.settle()

@@ -22,12 +22,14 @@ def member(
     backlog: int,
     bound: Callable[[int], None] = lambda fd: None,
     settings: Sequence[Setting] = (),
+    anchored: bool = False,
 ) -> socket.socket:
     """A new socket of the group at `bind`; over TCP it listens.
 
     Args:
         bound: told the descriptor before anything can come in.
         settings: its options; accepted sockets have them, too.
+        anchored: join the group that an `anchor` is in.
 
     Raises:
         OSError: as bind(2) and listen(2) say, or `sockopt.Refused`; see `bind_error`.
@@ -36,7 +38,11 @@ def member(
     try:
         sockopt.apply(sock, socket_options.of(settings, bind.protocol))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if anchored:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _LOOPBACK)
         sock.bind((bind.address, bind.port))
+        if anchored:
+            _leave_device(sock)
         bound(sock.fileno())
         if bind.protocol == "tcp":
             sock.listen(backlog)
@@ -44,6 +50,66 @@ def member(
         sock.close()
         raise
     return sock
+
+
+def anchor(bind: Bind) -> socket.socket:
+    """A UDP socket that later ones join the group through (`member`, with `anchored`); it takes
+    nothing in.
+
+    A socket that is bound joins the group of the first socket it finds that has the same
+    address, user and interface, and no other socket of the group can be named
+    (udp_reuseport_add_sock() of net/ipv4/udp.c). Servers that open a connected socket for a
+    client, with SO_REUSEPORT and at the same address, as those of DTLS do, have it found
+    first; since Linux 6.13 such a socket is in no group, so the two make a group of their own,
+    without a program, and the newcomer gets all datagrams of new clients. So ours are told
+    apart by their interface: all are bound to the loopback, where they find the anchor, which
+    stays bound to it. Then they are released from it: by connect(2) to AF_UNSPEC
+    (__udp_disconnect()), as with another SO_BINDTOIFINDEX they would leave the group.
+
+    Raises:
+        OSError: as bind(2) says; EPERM before Linux 5.7 without CAP_NET_RAW.
+    """
+    sock = _socket(bind)
+    try:
+        _take_nothing(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _LOOPBACK)
+        sock.bind((bind.address, bind.port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+_LOOPBACK = 1
+"""LOOPBACK_IFINDEX of include/net/net_namespace.h: its number in every network namespace."""
+
+
+def take_out(anchor: socket.socket) -> None:
+    """Have it leave its group at once, whoever else has it open, and be found by nobody.
+
+    Raises:
+        OSError
+    """
+    _leave_device(anchor)
+    # Whatever it is set to, where it was not bound to one: sock_bindtoindex() of net/core/sock.c.
+    anchor.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
+    anchor.connect(anchor.getsockname())
+
+
+def _leave_device(sock: socket.socket) -> None:
+    """Raises OSError."""
+    nowhere = socket.AF_UNSPEC.to_bytes(2, sys.byteorder) + bytes(14)
+    if _LIBC.connect(sock.fileno(), nowhere, len(nowhere)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _take_nothing(sock: socket.socket) -> None:
+    """By a classic socket filter that keeps no byte, see socket(7)."""
+    code = ctypes.create_string_buffer(cbpf.pack(cbpf.NOTHING))
+    head = _Fprog(len(cbpf.NOTHING), ctypes.addressof(code))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(head))
 
 
 def check_free(bind: Bind, settings: Sequence[Setting] = ()) -> None:
@@ -174,7 +240,7 @@ def cookie(fd: int) -> int:
         return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
 
 
-_SO_COOKIE, _SO_LOCK_FILTER = 57, 44
+_SO_ATTACH_FILTER, _SO_LOCK_FILTER, _SO_COOKIE, _SO_BINDTOIFINDEX = 26, 44, 57, 62
 """include/uapi/asm-generic/socket.h"""
 
 
@@ -192,6 +258,9 @@ def is_locked(sock: int) -> bool:
 def unlocked(members: Sequence[int]) -> int:
     """One of the sockets of a group that a program can be attached through; else the first."""
     return next((fd for fd in members if not is_locked(fd)), members[0])
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class _Fprog(ctypes.Structure):

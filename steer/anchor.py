@@ -1,0 +1,86 @@
+"""Sockets of ours that hold UDP groups together while workers open others at the same address.
+
+See `sockets.anchor` for why. They are opened before the first worker, as no other socket may
+be there yet, and are never chosen: nothing that comes to them is taken in. So where the
+kernel's hash alone chooses, there are none.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from steer.address import Bind
+from steer.kernel import members, sockets
+
+
+class Anchors(Mapping[int, socket.socket]):
+    """Of one service, by bind."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[int, socket.socket] = {}
+
+    def __getitem__(self, bind: int) -> socket.socket:
+        return self._sockets[bind]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._sockets)
+
+    def __len__(self) -> int:
+        return len(self._sockets)
+
+    def open(self, binds: Sequence[Bind]) -> None:
+        """One for each bind that has use for one; where it cannot be had, none.
+
+        What is wrong with an address the first worker tells. Sockets of a VRF's cgroup are bound
+        to its interface, and stay so.
+        """
+        if members.usual_device():
+            return
+        for index, bind in enumerate(binds):
+            if is_split(bind):
+                try:
+                    self._sockets[index] = sockets.anchor(bind)
+                except OSError:
+                    continue
+
+    def renew(self, index: int, bind: Bind) -> None:
+        """Another in its place, as it has to be newer than all others at its address, because
+        the kernel looks at the newest first. Over IPv6 it looks at the oldest first, which is
+        the anchor.
+
+        Who binds next might else find one that a worker has bound to the loopback. And to a
+        datagram from there the anchor is nearer than a socket of any interface: where a connected
+        socket ever was in the group the kernel would run the program for one of these, look
+        further, and run it again for the anchor.
+
+        In the kernel's array the new one is in the place of the old one, if it is the first.
+        """
+        if index in self._sockets and not bind.is_v6:
+            with suppress(OSError):
+                fresh = sockets.anchor(bind)
+                sockets.take_out(self._sockets[index])
+                self._sockets[index].close()
+                self._sockets[index] = fresh
+
+    def receive(self, binds: Iterable[int], fds: Iterable[int]) -> None:
+        """Go on with those that another controller opened; the descriptors become ours."""
+        found = {bind: socket.socket(fileno=fd) for bind, fd in zip(binds, fds, strict=True)}
+        self._sockets.update(found)
+
+    def close(self) -> None:
+        """The kernel's hash may choose from here on: have it choose none of them, also while
+        the guard still has them open."""
+        for sock in self._sockets.values():
+            with suppress(OSError):
+                sockets.take_out(sock)
+            sock.close()
+        self._sockets = {}
+
+
+def is_split(bind: Bind) -> bool:
+    """Whether its group may come apart when a worker opens a connected socket there. At a
+    wildcard that has an address of its own; an address of one interface cannot be bound to
+    another."""
+    return bind.protocol == "udp" and not bind.is_wildcard and not bind.is_scoped

@@ -1,0 +1,278 @@
+"""Workers that open a connected SO_REUSEPORT socket for a client, as servers of DTLS do.
+
+Such a socket is in no group. At an address that is no wildcard one that is bound later must not
+make a group of its own with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import StartService
+from crew import CPUS, PORT, pinned
+from support import DEADLINE_S, Service, eventually
+
+from steer.errors import ControlError
+from steer.kernel import sockdiag
+from steer.policy import CBPF, EBPF
+
+pytestmark = pytest.mark.usefixtures("netns")
+
+APP = """
+import json, os, pathlib, select, socket, time
+
+def serve(worker):
+    while pathlib.Path("wait").exists() and not worker.stopping:
+        time.sleep(0.01)
+    (listener,) = worker.sockets
+    waits, of_clients = select.poll(), {}
+    waits.register(listener, select.POLLIN)
+    worker.ready()
+    while not worker.stopping or of_clients:  # those say good bye
+        if worker.stopping and listener.fileno() >= 0:
+            waits.unregister(listener)
+            listener.close()
+        for fd, _ in waits.poll(50):
+            sock = of_clients.get(fd, listener)
+            data, peer = sock.recvfrom(100)
+            if data == b"connect":
+                sock = connected(listener, peer)
+                of_clients[sock.fileno()] = sock
+                waits.register(sock, select.POLLIN)
+            if data == b"bye":
+                waits.unregister(sock)
+                of_clients.pop(fd).close()
+            else:
+                answer(worker, sock, sock in of_clients.values(), peer)
+
+def connected(listener, peer):
+    here = listener.getsockname()
+    sock = socket.socket(listener.family, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind((peer[0], *here[1:]) if here[0] in ("0.0.0.0", "::") else here)
+    sock.connect(peer)
+    return sock
+
+def answer(worker, sock, is_connected, peer):
+    told = {"slot": worker.slot, "pid": os.getpid(), "connected": is_connected}
+    data = json.dumps(told).encode()
+    sock.send(data) if is_connected else sock.sendto(data, peer)
+"""
+HOSTS = {"127.0.0.1": "127.0.0.1", "[::1]": "::1", "0.0.0.0": "127.0.0.1", "[::]": "::1"}
+"""Where it listens, and where clients send to."""
+WORKERS, DATAGRAMS = 4, 200
+
+
+class Client:
+    """One of its own address and port."""
+
+    def __init__(self, host: str) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._sock = socket.socket(family, socket.SOCK_DGRAM)
+        self._sock.settimeout(DEADLINE_S)
+        self._sock.connect((host, PORT))
+        self._has_one_of_its_own = False
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._has_one_of_its_own:
+            with suppress(OSError):
+                self.send(b"bye")
+        self._sock.close()
+
+    def send(self, data: bytes = b"") -> None:
+        self._sock.send(data)
+
+    def ask(self, data: bytes = b"") -> dict[str, Any]:
+        self.send(data)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._sock.recv(1000))
+        self._has_one_of_its_own |= found["connected"]
+        return found
+
+
+def spread(host: str, number: int = DATAGRAMS) -> Counter[int]:
+    """How many datagrams of new clients each slot gets; all are answered. They come in on one CPU,
+    as each CPU takes turns of its own."""
+    found: Counter[int] = Counter()
+    with pinned(CPUS[0]):
+        for _ in range(number):
+            with Client(host) as client:
+                found[client.ask()["slot"]] += 1
+    return found
+
+
+def slots(running: Service) -> set[int]:
+    return {each["slot"] for each in running.workers() if each["state"] == "ready"}
+
+
+def restart(running: Service, other: dict[str, Any]) -> None:
+    running.ask("restart", slot=other["slot"])
+
+
+def scale(running: Service, _other: dict[str, Any]) -> None:
+    running.ask("scale", workers=WORKERS + 1)
+
+
+def kill(running: Service, other: dict[str, Any]) -> None:
+    os.kill(other["pid"], signal.SIGKILL)
+    eventually(lambda: other["pid"] not in {each["pid"] for each in running.workers()})
+    running.wait_ready(WORKERS)
+
+
+def execute_anew(running: Service, other: dict[str, Any]) -> None:
+    before = running.log.count("adopted ")
+    running.send_signal(signal.SIGUSR2)
+    eventually(lambda: running.log.count("adopted ") > before)
+    running.wait_ready(WORKERS)
+    restart(running, other)
+
+
+ACTS: list[Callable[[Service, dict[str, Any]], None]] = [restart, scale, kill, execute_anew]
+act = pytest.mark.parametrize("act", ACTS, ids=lambda each: each.__name__)
+
+
+def start(service: StartService, home: Path, at: str, *options: str) -> Service:
+    (home / "dtls.py").write_text(APP)
+    bind = ("-b", f"udp://{at}:{PORT}", "-w", str(WORKERS))
+    return service(*bind, "--hang-timeout=0", *options, "dtls:serve").wait_ready(WORKERS)
+
+
+def connect(running: Service, client: Client) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The worker that has opened a socket for the client, and another one."""
+    told = client.ask(b"connect")
+    assert told["connected"]
+    workers = sorted(running.workers(), key=lambda each: bool(each["slot"] != told["slot"]))
+    return workers[0], workers[1]
+
+
+@pytest.mark.needs("bpf")
+@pytest.mark.parametrize("at", HOSTS)
+@act
+def test_turns_go_on(
+    service: StartService,
+    home: Path,
+    clients: ExitStack,
+    at: str,
+    act: Callable[[Service, dict[str, Any]], None],
+) -> None:
+    running = start(service, home, at, "--policy=round-robin", "--backend=ebpf")
+    client = clients.enter_context(Client(HOSTS[at]))
+    mine, other = connect(running, client)
+    act(running, other)
+    there = slots(running)
+    found = spread(HOSTS[at])
+    assert set(found) == there
+    assert max(found.values()) - min(found.values()) <= 1
+    assert client.ask()["pid"] == mine["pid"]
+    assert client.ask()["connected"]
+    assert running.status()["totals"]["unsteered"] == 0
+
+
+@pytest.mark.parametrize("at", ["127.0.0.1", "[::1]"])
+@act
+def test_shares_go_on_without_privilege(
+    service: StartService,
+    home: Path,
+    clients: ExitStack,
+    at: str,
+    act: Callable[[Service, dict[str, Any]], None],
+) -> None:
+    running = start(service, home, at, "--policy=random", "--backend=cbpf")
+    client = clients.enter_context(Client(HOSTS[at]))
+    mine, other = connect(running, client)
+    act(running, other)
+    there = slots(running)
+    found = spread(HOSTS[at])
+    assert set(found) == there
+    assert max(found.values()) < DATAGRAMS / 2
+    assert client.ask()["pid"] == mine["pid"]
+
+
+@pytest.mark.needs("bpf")
+@pytest.mark.parametrize("at", ["127.0.0.1", "[::1]"])
+def test_the_client_outlives_all_who_were_there(
+    service: StartService, home: Path, clients: ExitStack, at: str
+) -> None:
+    """Its worker finishes with it, without a listener: its socket is the oldest there is."""
+    running = start(service, home, at, "--policy=round-robin", "--backend=ebpf")
+    client = clients.enter_context(Client(HOSTS[at]))
+    mine, _ = connect(running, client)
+    running.ask("reload")
+    old = set(range(WORKERS)) - {mine["slot"]}
+    eventually(lambda: old.isdisjoint(each["slot"] for each in running.workers()))
+    family = socket.AF_INET6 if ":" in at else socket.AF_INET
+    eventually(lambda: set(sockdiag.waiting("udp", family, PORT)).isdisjoint(mine["sockets"]))
+    assert set(spread(HOSTS[at])) == slots(running)
+    restart(running, next(each for each in running.workers() if each["pid"] != mine["pid"]))
+    found = spread(HOSTS[at])
+    assert set(found) == slots(running)
+    assert max(found.values()) - min(found.values()) <= 1
+    assert client.ask() == {"slot": mine["slot"], "pid": mine["pid"], "connected": True}
+
+
+@pytest.mark.needs("bpf")
+def test_adopted(service: StartService, home: Path, clients: ExitStack) -> None:
+    options = ("127.0.0.1", "--policy=round-robin", "--backend=ebpf")
+    first = start(service, home, *options)
+    client = clients.enter_context(Client("127.0.0.1"))
+    mine, other = connect(first, client)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = start(service, home, *options)
+    restart(second, other)
+    found = spread("127.0.0.1")
+    assert set(found) == slots(second)
+    assert max(found.values()) - min(found.values()) <= 1
+    assert client.ask()["pid"] == mine["pid"]
+
+
+@pytest.mark.needs("bpf")
+@pytest.mark.parametrize("backend, policy", [(EBPF, "round-robin"), (CBPF, "random")])
+def test_what_comes_while_nobody_serves_waits_at_who_starts(
+    service: StartService, home: Path, clients: ExitStack, backend: str, policy: str
+) -> None:
+    """And not at what holds the group together. It is so at the start, and when all have died."""
+    (home / "dtls.py").write_text(APP)
+    options = ("-b", f"udp://127.0.0.1:{PORT}", "-w2", f"--policy={policy}", f"--backend={backend}")
+    (home / "wait").touch()
+    running = service(*options, "--hang-timeout=0", "dtls:serve", ready=False)
+    eventually(lambda: "2 workers" in running.log and len(bound(running)) == 2)
+    for is_first in (True, False):
+        waiting = [clients.enter_context(Client("127.0.0.1")) for _ in range(100)]
+        for client in waiting:
+            client.send()
+        (home / "wait").unlink()
+        for client in waiting:
+            client.answer()
+        running.wait_ready(2)
+        if is_first:
+            (home / "wait").touch()
+            old = running.workers()
+            for each in old:
+                os.kill(each["pid"], signal.SIGKILL)
+            gone = {each["pid"] for each in old}
+            eventually(
+                lambda gone=gone: len(bound(running) - gone) == 2 and not bound(running) & gone
+            )
+
+
+def bound(running: Service) -> set[int]:
+    """The processes of workers that have bound their sockets, once the service can be asked."""
+    try:
+        return {each["pid"] for each in running.workers() if each["pid"] and each["sockets"]}
+    except ControlError:
+        return set()
