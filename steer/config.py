@@ -342,17 +342,17 @@ def _check_whole(service: Service, shown: Mapping[str, str]) -> None:
     """What no single key can tell. Raises ConfigError."""
     weights, workers = service.weights, service.workers
     if service.app and service.command:
-        raise ConfigError(f"{shown['app']} and {shown['command']}", "both are given", "give one")
+        raise ConfigError(_together(shown, "app", "command"), "both are given", "give one")
     if isinstance(workers, int) and len(weights) > workers:
         raise ConfigError(
-            f"{shown['weights']} and {shown['workers']}",
+            _together(shown, "weights", "workers"),
             f"{plural(len(weights), 'weight')} for {plural(workers, 'worker')}",
             "give each worker one at most",
         )
     _check_options_have_sockets(service, shown)
     if weights and service.policy == "kernel":
         raise ConfigError(
-            f"{shown['weights']} and {shown['policy']}",
+            _together(shown, "weights", "policy"),
             "the kernel's own hash knows no weights",
             f"allowed: {', '.join(name for name in _NAMED if name != 'kernel')}",
         )
@@ -368,6 +368,12 @@ def _check_runs_something(service: Service, sources: Sequence[str]) -> None:
         "give one: MODULE:CALLABLE or -- COMMAND (in a file: app or command); or have the demo"
         " run: --demo (demo = true)",
     )
+
+
+def _together(shown: Mapping[str, str], one: str, other: str) -> str:
+    """Both; where they are from is named once if it is the same."""
+    source = shown[one].removesuffix(shown[one].partition(": ")[2])
+    return f"{shown[one]} and {shown[other].removeprefix(source)}"
 
 
 def _check_options_have_sockets(service: Service, shown: Mapping[str, str]) -> None:

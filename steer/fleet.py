@@ -349,7 +349,8 @@ class Fleet:
         if event is Event.OVERDUE and self._is_busy(place):
             self._set_timer(place, self._graceful_timeout_s, event)
             return
-        if event is Event.OVERDUE or (event is Event.LATE and self._has_come_up()):
+        is_told_by_others = place.held or not self._has_come_up()
+        if event is Event.OVERDUE or (event is Event.LATE and not is_told_by_others):
             self.log.warning("worker %d: %s", place.slot, event.value)
         before = place.state
         place.hung |= place.hangs and event is Event.RETIRE
@@ -654,10 +655,11 @@ class Fleet:
         self._failed(place, error)
 
     def _tell_end(self, place: Place, gone: Process, error: SteerError, how: str) -> None:
+        if place.held:
+            return  # who asked for it is told
         if self._has_come_up():
             self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, how)
-            # Who asked for one that is held is told of it.
-            if gone.problem and not place.held:
+            if gone.problem:
                 self.log.error("%s", gone.problem)
         elif how not in self._told_ends and not self._ends_the_start(error):
             self._told_ends.add(how)

@@ -265,12 +265,12 @@ def test_changed_checks_and_converts_as_a_start_does() -> None:
         ({"weights": ["x"]}, "change it: weights = 'x': not a whole number; allowed: whole"),
         (
             {"weights": [1, 2, 3]},
-            "change it: weights = '1,2,3' and change it: workers = 2: 3 weights for 2 workers; "
+            "change it: weights = '1,2,3' and workers = 2: 3 weights for 2 workers; "
             "give each worker one at most",
         ),
         (
             {"weights": [1, 2], "policy": "kernel"},
-            "change it: weights = '1,2' and change it: policy = 'kernel': the kernel's own hash",
+            "change it: weights = '1,2' and policy = 'kernel': the kernel's own hash",
         ),
     ],
 )

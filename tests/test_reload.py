@@ -407,6 +407,8 @@ def test_reload_whose_workers_do_not_come_up_changes_nothing(
     assert done.returncode == code
     assert done.stderr.startswith(f"steer: reload test: {words}")
     assert ("  | out of order\n" in done.stderr) == (code == 3)
+    assert "[WARNING] request refused: reload test: " in running.log
+    assert "[WARNING] worker " not in running.log, "who asked is told, once"
     assert clients.failures == []
     assert clients.pids() <= {each["pid"] for each in before}
     eventually(lambda: is_as_before(running, before))
@@ -553,7 +555,7 @@ def test_policy_params_and_weights_follow_the_configuration(
             "reload test: parameter prefix4 = '33'; allowed: whole numbers from 0 to 32",
         ),
         ({"policy": "missing.c"}, "read {home}/missing.c: No such file or directory"),
-        ({"policy": "kernel", "weights": [1, 2]}, "steer.toml: weights = '1,2' and steer.toml: "),
+        ({"policy": "kernel", "weights": [1, 2]}, "steer.toml: weights = '1,2' and policy = "),
     ],
 )
 def test_policy_that_cannot_be_leaves_the_old(
