@@ -331,6 +331,15 @@ def test_pointing_into_a_file_that_has_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("bcc")
+def test_lines_are_right_where_the_compiler_warns(home: Path) -> None:
+    """What it says stands before the text that the lines are of."""
+    file = write(home, policy("u16 *port = ctx->data;\nconst u32 *hash = port;\nreturn !hash;"))
+    made = compile.compile_source(file)
+    assert set(made.lines["plain"].values()) <= {3, 5, 6, 7}
+    assert 3 in made.lines["plain"].values()
+
+
+@pytest.mark.needs("bcc")
 def test_lines_are_kept_with_the_object(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     file = write(home, policy("return steer_spread(table, ctx->hash ^ ctx->len);"))

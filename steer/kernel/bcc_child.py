@@ -36,6 +36,8 @@ WARNINGS = (
 )
 Lines = dict[str, dict[int, int]]
 """By program: index of an instruction -> the line of the source that begins there."""
+_BEGINS = "#if defined(BPF_LICENSE)"
+"""The first line of that text (preamble of bcc's BFrontendAction). Warnings may stand before."""
 _FUNCTION = "Disassembly of function steer_"
 _INSTRUCTION = re.compile(r" *(\d+):\t")
 _LINE = re.compile(r"; .* // Line +(\d+)")
@@ -144,7 +146,9 @@ def lines_of(output: str, source: list[str]) -> Lines:
     between; it prints that text (DEBUG_PREPROCESSOR) and what became of it (DEBUG_SOURCE).
     """
     text, *functions = output.split(_FUNCTION)
-    begin = text.find("\n", text.find("clang -cc1")) + 1
+    begin = text.find(_BEGINS)
+    if begin < 0:
+        begin = text.find("\n", text.find("clang -cc1")) + 1
     matcher = difflib.SequenceMatcher(None, text[begin:].splitlines(), source, autojunk=False)
     origin = {
         block.a + i + 1: block.b + i + 1
