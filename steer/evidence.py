@@ -17,7 +17,7 @@ from steer.kernel import proc, sockdiag
 from steer.kernel.procfs import Files
 from steer.kernel.sockdiag import Connection
 from steer.kernel.waits import Seen, in_event_loop
-from steer.place import Place
+from steer.place import Place, waits
 from steer.spawn import Process
 
 _MOST = 4096
@@ -67,11 +67,14 @@ class Closer:
 
 
 def _awaits(place: Place, worker: Process) -> bool | None:
-    """Whether a thread that took its connections is asleep in its event loop. Where none is known
-    any more, the first of each process may be one."""
+    """Whether a thread that took its connections is asleep in its event loop, or in accept(2).
+    Where none is known any more, the first of each process may be one."""
     if proc.is_stopped(worker.pid):
         return False
+    for_more = waits(worker)
+    if for_more is Seen.YES:
+        return True
     family = proc.family(worker.pid, Files())
     there = [tid for tid in place.acceptors if os.path.exists(f"/proc/{tid}")]
-    seen = in_event_loop(there or family)
+    seen = max(for_more, in_event_loop(there or family))
     return {Seen.YES: True, Seen.NO: False, Seen.UNKNOWN: None}[seen]

@@ -45,7 +45,8 @@ class Evidence(msgspec.Struct, frozen=True):
         open: connections that it holds or that wait for it.
         connections: of those that it holds, by inode: bytes that wait to be read, and bytes
             moved so far.
-        awaits: whether it is asleep in its event loop, and so takes the next thing that happens.
+        awaits: whether it is asleep in its event loop or in accept(2), and so takes the next thing
+            that happens.
     """
 
     cpu_s: float = 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -132,6 +134,41 @@ def test_haproxy_at_maxconn(service: StartService, home: Path, clients: ExitStac
         for _ in range(4):
             assert is_ok(clients.enter_context(request()))
         assert all(each["restarts"] == 0 for each in running.workers())
+
+
+POOL = """
+import os, queue, socket, threading
+listener, accepted = socket.socket(fileno=3), queue.Queue()
+
+def serve():
+    while True:
+        with accepted.get() as client:
+            client.recv(1000)
+            os.close(os.open("gate", os.O_RDONLY))  # once somebody may write to it
+            client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nok")
+
+for _ in range(2):
+    threading.Thread(target=serve, daemon=True).start()
+while True:
+    accepted.put(listener.accept()[0])
+"""
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+def test_an_acceptor_whose_threads_are_all_at_work(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    """It takes whatever comes, and what it has taken waits for a thread."""
+    os.mkfifo(home / "gate")
+    options = ("--policy=round-robin", "--hang-timeout=0.3", "--graceful-timeout=0.3", "-w", "2")
+    running = service(*options, "--", "/usr/bin/python3", "-Ic", POOL)
+    began_s, waiting = time.monotonic(), []
+    while time.monotonic() < began_s + 2:  # several times --hang-timeout
+        waiting.append(clients.enter_context(request()))
+        running.status()
+    assert "hangs" not in running.log
+    with (home / "gate").open("w"):
+        assert all(map(is_ok, waiting))
 
 
 # Connections that are taken for a worker, and not served by it
