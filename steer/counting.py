@@ -102,6 +102,7 @@ class Counting:
             self.why_not = f"not in cgroup {cgroup.name()}, where this process is now: {error}"
 
     def _stop(self) -> None:
+        self._watched = ""
         while self._attached:
             self._attached.pop().close()
         if self._owners is not None:

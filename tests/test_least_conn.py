@@ -538,6 +538,20 @@ def test_service_that_is_moved_to_another_cgroup(
     assert sorted(filter(None, open_at(running).values())) == [2, 2]
 
 
+def test_service_that_is_adopted_in_another_cgroup(
+    moved: Sequence[Path], service: StartService, clients: ExitStack
+) -> None:
+    first = service(*OPTIONS, "-w", "2")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    (moved[1] / "cgroup.procs").write_text(str(os.getpid()))
+    second = service(*OPTIONS, "-w", "2")
+    assert second.steer("reload").returncode == 0
+    new = [each["slot"] for each in second.workers() if each["generation"] == 2]
+    assert Counter(kept_alive(clients, 6)) == dict.fromkeys(new, 3)
+    assert open_at(second) == {**open_at(second), **dict.fromkeys(new, 3)}
+
+
 def test_whatever_the_policy(service: StartService) -> None:
     running = service("--policy=hash", "-w", "2")
     with ExitStack() as clients:
