@@ -172,16 +172,23 @@ def test_that_a_worker_has_left_is_why_it_is_refused(service: StartService) -> N
     assert slots(8).total() == 8
 
 
-@pytest.mark.parametrize("asked", ["auto", "source"])
-def test_from_cbpf_to_ebpf_when_there_are_privileges_again(
-    service: StartService, asked: str
+@pytest.mark.parametrize(
+    "asked, was, at_first",
+    [
+        ("auto", "hash", CBPF),
+        ("source", "source", CBPF),
+        ("least-conn", "least-conn", KERNEL),
+        ("round-robin", "round-robin", KERNEL),
+    ],
+)
+def test_to_ebpf_when_there_are_privileges_again(
+    service: StartService, asked: str, was: str, at_first: str
 ) -> None:
     """The controller is killed, and started with more: it adopts what there is as it is, and a
     reload climbs; with the policy it was to have."""
     options = ("-w", "3", *BIND, "--policy", asked)
     first = service(*options, under=AS_IN_DOCKER)
-    was = "hash" if asked == "auto" else asked
-    assert chosen(first) == (was, asked, CBPF)
+    assert chosen(first) == (was, asked, at_first)
     before = {key: first.status()[key] for key in KEYS}
     first.send_signal(signal.SIGKILL)
     first.wait()
