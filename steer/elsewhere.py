@@ -29,7 +29,7 @@ def diagnosis(worker: Process) -> tuple[str, str] | None:
     ports = several("port", found.ports)
     who = f"{proc.command(found.pid) or 'it'} (pid {found.pid})"
     command = worker.launch.service.command
-    cure = servers.how_to_hand_over(command, proc.arguments(found.pid))
+    cure = servers.how_to_hand_over(command, proc.arguments(worker.pid), proc.arguments(found.pid))
     if command:
         return f"{who} listens on {ports}, and nobody waits on descriptor {FIRST_FD}", cure
     return f"it listens on {ports}, and does not wait on worker.sockets", cure

@@ -56,6 +56,11 @@ HAND_OVER: Mapping[str, str] = {
     "haproxy": "write in its configuration: bind fd@3",
 }
 """What has each server listen on the socket that it is given."""
+WRAPPED: Mapping[str, str] = {
+    "gunicorn": "LISTEN_FDS counts only for the process that steer starts: have that exec it, or "
+    "add to its command: --bind fd://{fd}",
+}
+"""The same where another program starts the server as its child."""
 _HAND_OVER = "have it take descriptor 3, {fd} in its arguments; see LISTEN_FDS of sd_listen_fds(3)"
 _HAND_OVER_CALLABLE = "have it accept from worker.sockets"
 
@@ -101,17 +106,22 @@ def says_ready_early(arguments: Sequence[str]) -> bool:
     return not set(SAY_READY_EARLY).isdisjoint(_names(arguments))
 
 
-def how_to_hand_over(command: Sequence[str], arguments: Sequence[str]) -> str:
+def how_to_hand_over(
+    command: Sequence[str], first: Sequence[str] = (), arguments: Sequence[str] = ()
+) -> str:
     """What to change, that a server listens on the socket it is given.
 
     Args:
         command: the worker's command line; empty for a Python callable.
-        arguments: the command line of its process that listens, as `says_ready_early` has it.
+        first: that of its first process now, as `says_ready_early` has it.
+        arguments: that of its process that listens.
     """
     if not command:
         return _HAND_OVER_CALLABLE
     names = (*_names(command), *_names(arguments))
-    return next((HAND_OVER[name] for name in names if name in HAND_OVER), _HAND_OVER)
+    is_wrapped = _names(first) != _names(arguments)
+    cures = {**HAND_OVER, **WRAPPED} if is_wrapped else HAND_OVER
+    return next((cures[name] for name in names if name in cures), _HAND_OVER)
 
 
 def why_it_ended(command: Sequence[str], status: int | None, words: str) -> tuple[str, str]:
@@ -124,7 +134,8 @@ def why_it_ended(command: Sequence[str], status: int | None, words: str) -> tupl
     """
     if any(each in words.lower() for each in _IN_USE):
         at_fault = "it binds an address itself, which is in use"
-        return at_fault, how_to_hand_over(command, ())
+        # Of one that was given its sockets as it expects them this cannot be.
+        return at_fault, how_to_hand_over(command, first=command)
     if status != 0:
         return "", ""
     if not command:

@@ -92,6 +92,7 @@ ELSEWHERE = {
     "uvicorn": ("--", "uvicorn", "m:asgi", "--port", "8097"),
     "hypercorn": ("--", "hypercorn", "m:asgi", "--bind", "127.0.0.1:8097"),
     "gunicorn": ("--", "gunicorn", "-b", "127.0.0.1:8097", "--reuse-port", "m:wsgi"),
+    "gunicorn, wrapped": ("--", "{home}/wrap", "gunicorn", "-b", "127.0.0.1:8097", "m:wsgi"),
     "nginx": ("--", "nginx", "-c", "{home}/nginx.conf", "-g", "daemon off; pid {home}/{{slot}};"),
     "haproxy": ("--", "haproxy", "-db", "-f", "{home}/haproxy.cfg"),
     "waitress": ("--", "waitress-serve", "--listen", "127.0.0.1:8097", "m:wsgi"),
@@ -120,16 +121,18 @@ def put_right(arguments: list[str], told: str, home: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "server", [pytest.param(name, marks=pytest.mark.needs(name)) for name in ELSEWHERE]
+    "server",
+    [pytest.param(name, marks=pytest.mark.needs(name.split(",")[0])) for name in ELSEWHERE],
 )
 def test_what_is_told_puts_it_right(service: StartService, home: Path, server: str) -> None:
     """With the servers as they are."""
     (home / "m.py").write_text(APP)
     (home / "nginx.conf").write_text(NGINX_ELSEWHERE)
     (home / "haproxy.cfg").write_text(HAPROXY)
+    (home / "wrap").write_text('#!/bin/sh\n"$@"\nexit\n')
+    (home / "wrap").chmod(0o755)
     arguments = [word.format(home=home) if "{home}" in word else word for word in ELSEWHERE[server]]
-    if (SERVERS / arguments[1]).exists():
-        arguments[1] = str(SERVERS / arguments[1])
+    arguments = [str(SERVERS / word) if (SERVERS / word).is_file() else word for word in arguments]
     wrong = service("-w", "2", *arguments, ready=False)
     listens = "listens on port 8097, and nobody waits on descriptor 3; "
     eventually(lambda: listens in wrong.log)
@@ -235,9 +238,19 @@ def test_finds_ports_but_those_it_was_given() -> None:
         (("uvicorn", "m:a"), (), "--fd {fd}"),
         ((sys.executable, "-m", "hypercorn", "m:a"), (), "--bind fd://{fd}"),
         (("sh", "-c", "exec gunicorn m:a"), ("gunicorn: master [m:a]",), "reuse_port"),
+        (("uv", "run", "gunicorn", "m:a"), ("python", "/bin/gunicorn"), "--bind fd://{fd}"),
         (("./mine",), ("./mine",), "LISTEN_FDS"),
         ((), (), "worker.sockets"),
     ],
 )
 def test_what_to_change(command: tuple[str, ...], arguments: tuple[str, ...], wanted: str) -> None:
-    assert wanted in servers.how_to_hand_over(command, arguments)
+    first = command if "uv" in command else arguments
+    assert wanted in servers.how_to_hand_over(command, first, arguments)
+
+
+def test_one_whose_address_is_in_use_was_not_given_its_sockets() -> None:
+    words = "[ERROR] Can't connect to ('127.0.0.1', 8080): [Errno 98] Address already in use"
+    cause, cure = servers.why_it_ended(("./start", "gunicorn", "m:a"), 1, words)
+    assert cause == "it binds an address itself, which is in use"
+    assert cure.endswith("add to its command: --bind fd://{fd}")
+    assert servers.why_it_ended(("./start",), 1, "no such file") == ("", "")
