@@ -151,6 +151,10 @@ class Cbpf(Countless):
             self._orders[index].left(_ANCHOR)
         self._anchors.close()
 
+    def attach_again(self, lend: Lend) -> None:
+        if self._layout is not None:
+            self._attach(self._layout)
+
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
         self._attach(self._layout)
 
@@ -256,9 +260,7 @@ def _is_attached(fd: int, program: list[cbpf.Insn]) -> bool:
     """Attach it to the group of a socket; whether there is one. Raises KernelError."""
     try:
         sockets.attach_cbpf(fd, program)
-    except KernelError as error:
-        if error.cause != "EINVAL":
-            raise
+    except sockets.NoMember:
         return False
     return True
 

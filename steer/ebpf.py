@@ -306,6 +306,12 @@ class Ebpf:
                 undo.callback(sockets.attach_ebpf, sock.fileno(), before)
             undo.pop_all()
 
+    def attach_again(self, lend: Lend) -> None:
+        with self._members(lend) as members:
+            for index, sock in members.items():
+                with suppress(sockets.Locked, sockets.NoMember):
+                    sockets.attach_ebpf(sock.fileno(), self._choice.programs[index].fileno())
+
     @contextmanager
     def _members(self, lend: Lend) -> Iterator[Mapping[int, socket.socket]]:
         """A socket of each group, as far as there are any; our own if they do."""
@@ -344,7 +350,8 @@ class Ebpf:
         except KernelError as error:
             if error.cause not in ("EBUSY", "EINVAL"):  # it is there, or does not listen
                 raise
-        self._attach_through(index, sock.fileno())
+        with suppress(sockets.NoMember):
+            self._attach_through(index, sock.fileno())
 
     def detach(self, lend: Lend) -> None:
         with lend() as lent:

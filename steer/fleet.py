@@ -414,6 +414,10 @@ class Fleet:
         self.generation = Generation(self.generation.number, plan)
         self._rotation.keep()
 
+    def attach_again(self) -> None:
+        """What steers to every group, as a worker may have attached something else."""
+        self._rotation.attach_again()
+
     def pin(self) -> None:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
         for place in self.places:

@@ -22,6 +22,7 @@ from steer.lifecycle import State
 from steer.membership import Cure, Departure, Sighting, Tries, cure, departure
 from steer.place import Place
 from steer.policy import KERNEL
+from steer.programs import Programs
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -80,6 +81,7 @@ class Groups:
         self._suspects: set[tuple[int, int]] = set()
         self._told: set[tuple[int, int, Departure]] = set()
         self._refused: set[int] = set()
+        self._programs = Programs(fleet)
         loop.call_later(_LOOK_S, self._tick)
 
     def forget(self) -> None:
@@ -104,6 +106,8 @@ class Groups:
                 look = partial(self._look_at, place, place.process)
                 act = f"see whether worker {place.slot} is in its groups"
                 self._fleet.retry.attempt(act, look)
+        look_at_programs = partial(self._programs.look, self._standing_at)
+        self._fleet.retry.attempt("see that groups have their program", look_at_programs)
 
     def _whose_turn_it_is(self, places: Sequence[Place]) -> Iterator[Place]:
         """All, or where there are many the next of them."""

@@ -6,6 +6,7 @@ or, over UDP, everything; others leave it there but have the kernel go past the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 import msgspec
@@ -104,3 +105,46 @@ class Tries:
     @property
     def are_over(self) -> bool:
         return len(self._begun_s) >= len(_AFTER_S)
+
+
+class Advice(Enum):
+    NOTHING = "all is well, as far as can be seen"
+    ATTACH = "attach the program again, as that costs nothing while it chooses nobody"
+    TELL = "attach it again, and say so: it chooses nobody, and somebody gets something"
+
+
+_IDLE_LOOKS, _ARRIVALS = 4, 3
+"""A connection may arrive long after its SYN, for which it was chosen: one is no proof."""
+
+
+class Bypass:
+    """Whether what arrives at one address goes by the program.
+
+    The kernel tells nobody which program a group has. But ours counts what it chooses: where
+    that stays the same, and queues or open connections become more, it was not asked.
+    """
+
+    def __init__(self) -> None:
+        self._chosen = -1
+        self._waiting: Mapping[int, int] = {}
+        self._looks = self._arrivals = 0
+
+    def look(self, chosen: int, waiting: Mapping[int, int]) -> Advice:
+        """What to do.
+
+        Args:
+            chosen: by the program so far.
+            waiting: of each socket, by inode: connections that are open, or what is in its queue.
+        """
+        before = self._waiting
+        has_more = any(now > before.get(inode, now) for inode, now in waiting.items())
+        self._waiting = waiting
+        if chosen != self._chosen:
+            self._chosen, self._looks, self._arrivals = chosen, 0, 0
+            return Advice.NOTHING
+        self._looks += 1
+        self._arrivals += has_more
+        if self._arrivals == _ARRIVALS:
+            self._looks = self._arrivals = 0
+            return Advice.TELL
+        return Advice.NOTHING if self._looks % _IDLE_LOOKS else Advice.ATTACH

@@ -205,7 +205,12 @@ class Rotation:
 
     def _empty_reserve(self) -> None:
         """What came back waits a moment: a worker that was told to end by others has closed its
-        listeners, and is in the table until it has finished what it has."""
+        listeners, and is in the table until it has finished what it has.
+
+        Or the group has another program than ours, or none, as a worker may have done that: by
+        ours what waits is moved, by any other it would be reset.
+        """
+        self._retry.attempt("attach the policy's program again", self.attach_again)
         self.steering.empty_reserve()
         if any(listeners.is_waited_for(sock) for sock in self.steering.reserve):
             self._watch_reserve(False)
@@ -246,6 +251,10 @@ class Rotation:
         else:
             self._move_to(steering, members, plan.binds)
         self._watch_reserve(bool(members))
+
+    def attach_again(self) -> None:
+        """What is in force to every group, whatever it has. Raises KernelError."""
+        self.steering.attach_again(self._lend)
 
     def _move_to(
         self, steering: Steering, members: Sequence[Member], binds: Sequence[Bind]

@@ -136,6 +136,13 @@ class Steering(Protocol):
     def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
         """It was out of its group for a moment, and is a member again. Raises KernelError."""
 
+    def attach_again(self, lend: Lend) -> None:
+        """What is attached already, as a member may have attached something else to its group.
+
+        Raises:
+            KernelError
+        """
+
     def steer(self, members: Sequence[Member]) -> None:
         """From now on choose among these, and these only."""
 
@@ -251,6 +258,9 @@ class Countless:
         pass
 
     def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+        pass
+
+    def attach_again(self, lend: Lend) -> None:
         pass
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:

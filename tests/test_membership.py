@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from clients import answer, request
 from conftest import StartService
 from crew import PORT, Crew
-from support import Netns, Service, eventually, http_get, is_ready, udp_ask
+from support import Netns, Service, eventually, http_get, is_ready
 
 from steer import address, settle
-from steer.membership import Cure, Departure, Sighting, Tries, cure, departure
+from steer.membership import Advice, Bypass, Cure, Departure, Sighting, Tries, cure, departure
 from steer.policy import CBPF, EBPF, KERNEL
 
 # What follows from what is seen
@@ -58,10 +60,32 @@ def test_replacements_of_long_ago_do_not_count() -> None:
     assert not tries.are_over
 
 
+def advice(*looks: tuple[int, Mapping[int, int]]) -> list[Advice]:
+    bypass = Bypass()
+    return [bypass.look(*look) for look in looks]
+
+
+def test_a_program_that_chooses_is_ours() -> None:
+    assert set(advice(*[(chosen, {1: chosen}) for chosen in range(20)])) == {Advice.NOTHING}
+
+
+def test_a_program_that_chooses_nobody_is_attached_again_now_and_then() -> None:
+    found = advice(*[(7, {1: 3, 2: 0})] * 12)
+    assert [at for at, each in enumerate(found) if each is Advice.ATTACH] == [4, 8]
+    assert Advice.TELL not in found
+
+
+def test_what_arrives_and_was_not_chosen_is_told_of() -> None:
+    found = advice(*[(7, {1: number, 2: 0}) for number in range(4)])
+    assert found == [Advice.NOTHING] * 3 + [Advice.TELL]
+    late = advice((7, {1: 0}), (7, {1: 1}), (8, {1: 2}), (8, {1: 3}), (8, {1: 0}), (8, {1: 1}))
+    assert Advice.TELL not in late
+
+
 # What workers do
 
 APP = """
-import ctypes, os, select, socket, struct, time
+import ctypes, os, select, socket, struct, threading, time
 from pathlib import Path
 
 def connect(sock):
@@ -87,9 +111,41 @@ def relisten(sock):
     sock.shutdown(socket.SHUT_RDWR)
     sock.listen(100)
 
+held = []
+
+def sleep(sock):
+    Path(f"orders-{os.getpid()}").unlink()
+    while not Path("go").exists():
+        time.sleep(0.01)
+
 def about(worker):
     told = int(worker.stopping)
     return b'{"slot":%d,"pid":%d,"told":%d}' % (worker.slot, os.getpid(), told)
+
+def attach(sock, index=0):
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, index))  # return it
+    head = struct.pack("=HxxxxxxQ", 1, ctypes.addressof(program))
+    sock.setsockopt(socket.SOL_SOCKET, 51, head)  # SO_ATTACH_REUSEPORT_CBPF
+
+def insist(sock, do=lambda sock: attach(sock, 2)):
+    def run():
+        while not Path("go").exists():
+            do(sock)
+            time.sleep(0.001)
+
+    threading.Thread(target=run).start()
+
+def insist_on_none(sock):
+    def do(sock):
+        try:
+            detach(sock)
+        except FileNotFoundError:
+            pass  # there is none
+
+    insist(sock, do)
+
+def detach(sock):
+    sock.setsockopt(socket.SOL_SOCKET, 68, 0)  # SO_DETACH_REUSEPORT_BPF
 
 def answer(worker, sock):
     if sock.type == socket.SOCK_DGRAM:
@@ -98,6 +154,8 @@ def answer(worker, sock):
         return
     client, _ = sock.accept()
     with client:
+        if b"/held" in client.recv(1000, socket.MSG_PEEK):
+            held.append(client.dup())
         if b"/slow" in client.recv(1000):
             sock.close()
             while not Path("go").exists():
@@ -116,7 +174,7 @@ def serve(worker):
     while not worker.stopping:
         if orders.exists():
             globals()[orders.read_text()](sock)
-            orders.unlink()
+            orders.unlink(missing_ok=True)
         if sock.fileno() >= 0 and select.select([sock], [], [], 0.02)[0]:
             try:
                 answer(worker, sock)
@@ -151,15 +209,30 @@ def states(running: Service) -> dict[int, str]:
     return {each["slot"]: each["state"] for each in running.workers()}
 
 
-def ask(protocol: str) -> dict[str, Any]:
-    if protocol == "udp":
-        return udp_ask("127.0.0.1", PORT)
-    return http_get("127.0.0.1", PORT)[1]
+_LOST_S = 5.0
 
 
-def spread(running: Service, protocol: str, requests: int = 60) -> Counter[int]:
+def ask(protocol: str) -> int | None:
+    """The slot that answers; None if the datagram is lost."""
+    if protocol == "tcp":
+        return int(http_get("127.0.0.1", PORT)[1]["slot"])
+    with send("udp") as sock:
+        return int(json.loads(sock.recv(1000))["slot"]) if is_ready(sock, _LOST_S) else None
+
+
+def send(protocol: str) -> socket.socket:
+    """A datagram that is not waited for, or a request in a connection that is kept."""
+    if protocol == "tcp":
+        return request("/held")
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect(("127.0.0.1", PORT))
+    sock.send(b"")
+    return sock
+
+
+def spread(running: Service, protocol: str, requests: int = 60) -> Counter[int | None]:
     """Who answers, by slot."""
-    return Counter(ask(protocol)["slot"] for _ in range(requests))
+    return Counter(ask(protocol) for _ in range(requests))
 
 
 def sees_all(running: Service, protocol: str, backend: str) -> None:
@@ -193,6 +266,8 @@ def test_a_backend_goes_on_with_those_who_stay(netns: Netns, backend: str) -> No
 REPLACED = [
     ("udp any", "connect", D.CONNECTED, (EBPF, CBPF, KERNEL)),
     ("udp any", "dissolve", D.DISSOLVED, (EBPF, CBPF)),
+    ("udp", "connect", D.CONNECTED, (EBPF, CBPF)),
+    ("udp", "dissolve", D.DISSOLVED, (EBPF, CBPF)),
     ("udp any", "device", D.ON_DEVICE, (EBPF, CBPF, KERNEL)),
     ("udp", "device", D.ON_DEVICE, (EBPF, CBPF, KERNEL)),
     ("udp", "close", D.CLOSED, (EBPF, CBPF, KERNEL)),
@@ -314,3 +389,50 @@ def test_a_worker_that_closed_its_listener_finishes_in_its_own_time(
     (home / "go").touch()
     assert answer(sock) == {"slot": old["slot"], "pid": old["pid"], "told": 0}
     eventually(lambda: old["pid"] not in [each["pid"] for each in running.workers()])
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+@pytest.mark.parametrize("backend", [EBPF, CBPF])
+@pytest.mark.parametrize("where", ["tcp", "udp any"])
+@pytest.mark.parametrize("act", ["attach", "detach"])
+def test_a_program_that_a_worker_replaced_is_attached_again(
+    service: StartService, home: Path, act: str, where: str, backend: str
+) -> None:
+    protocol = where[:3]
+    running = start(service, home, ADDRESS[where], backend)
+    assert running.steer("drain", "0").returncode == 0
+    order(running, home, 0, act)
+    eventually(lambda: 0 not in spread(running, protocol))
+    assert set(spread(running, protocol)) == {1, 2}
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+@pytest.mark.parametrize(
+    ("where", "act", "backend"),
+    [
+        ("tcp", "insist", EBPF),
+        ("udp any", "insist", EBPF),
+        ("udp", "insist_on_none", EBPF),
+        ("udp", "insist_on_none", CBPF),
+    ],
+)
+def test_what_goes_past_the_program_is_told_of(
+    service: StartService, home: Path, clients: ExitStack, where: str, act: str, backend: str
+) -> None:
+    """One worker attaches a program of its own again and again, or detaches steer's."""
+    protocol = where[:3]
+    running = start(service, home, ADDRESS[where], backend, "--hang-timeout=0")
+    label = address.parse(ADDRESS[where]).label
+    told = f"what comes to {label} does not go by the policy: a worker may"
+    order(running, home, 1, act)
+    for slot in (0, 2) if protocol == "udp" else ():
+        order(running, home, slot, "sleep")
+    nobody = clients.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    while told not in running.log:
+        clients.enter_context(send(protocol))
+        is_ready(nobody, 0.2)
+    assert any(told in note for note in running.status()["notes"])
+    (home / "go").touch()
+    eventually(lambda: set(spread(running, protocol)) == states(running).keys())
+    sees_all(running, protocol, backend)
+    assert running.log.count(told) == 1

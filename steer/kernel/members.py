@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -21,6 +22,16 @@ def usual_device() -> int:
     a VRF's cgroup (`ip vrf exec`) are."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         return sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
+
+
+def drops(sock: socket.socket) -> int:
+    """Datagrams that it was given and did not take in."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * (_SK_MEMINFO_DROPS + 1))
+    return int.from_bytes(raw[-4:], sys.byteorder)
+
+
+_SO_MEMINFO = 55  # include/uapi/asm-generic/socket.h
+_SK_MEMINFO_DROPS = 8  # include/uapi/linux/sock_diag.h
 
 
 def shares(sock: socket.socket) -> bool:

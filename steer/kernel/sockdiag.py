@@ -86,10 +86,12 @@ class Standing(msgspec.Struct, frozen=True):
     Args:
         is_connected: over UDP: to one peer.
         device: index of the network interface; 0: to none.
+        queued: what waits in it, see `Waiting`.
     """
 
     is_connected: bool
     device: int
+    queued: int
 
 
 def standing(protocol: str, family: int, port: int) -> dict[int, Standing]:
@@ -102,7 +104,7 @@ def standing(protocol: str, family: int, port: int) -> dict[int, Standing]:
     states = 1 << _LISTEN if over_tcp else _UDP_STATES
     number = socket.IPPROTO_TCP if over_tcp else socket.IPPROTO_UDP
     return {
-        each.inode: Standing(each.state == _ESTABLISHED, each.device)
+        each.inode: Standing(each.state == _ESTABLISHED, each.device, each.rqueue)
         for each in _dump(family, number, states, port)
     }
 

@@ -249,6 +249,11 @@ class Locked(KernelError):
     through it. Through another one it can, and detached through any."""
 
 
+class NoMember(KernelError):
+    """Not through a socket that is bound and in no group (reuseport_attach_prog() of
+    net/core/sock_reuseport.c)."""
+
+
 def is_locked(sock: int) -> bool:
     """Whether no program can be attached to its group through it."""
     with socket.socket(fileno=os.dup(sock)) as member_of:
@@ -293,6 +298,8 @@ def _set(fd: int, option: int, value: bytes, act: str) -> None:
         except OSError as error:
             if error.errno == errno.EPERM and is_locked(fd):
                 raise _locked(sock, act) from None
+            if error.errno == errno.EINVAL and sock.getsockname()[1]:
+                raise NoMember(act, "EINVAL") from None
             name = errno.errorcode.get(error.errno or 0, str(error.errno))
             cure = "needs CAP_BPF, or the program's owner" if error.errno == errno.EPERM else ""
             raise KernelError(act, name, cure) from None
