@@ -43,6 +43,9 @@ QUICK_S = 1.0
 STRAYS_NAMED = 4
 """Of those who have a socket of a worker that has ended so many are named in the log."""
 
+_LOOKED_AT = 8
+"""So many that start, at each end of another: all are alike, and to look takes time."""
+
 Settle = Callable[["Fleet", Place], Coroutine[Any, Any, None]]
 """Waits until nothing waits for a worker, reports it, and sees that it stays so."""
 
@@ -98,6 +101,7 @@ class Fleet:
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
         self._told_ends: set[str] = set()
+        self._elsewhere: Process | None = None
         self._ending_in_s = 0.0
         self._ending_quickly = False
         self._changed: Callable[[Place], None]
@@ -531,8 +535,12 @@ class Fleet:
         """Whether, before there is one that serves, a worker has an address of its own."""
         if self.up.done() or self._ending:
             return False
-        starting = [each.process for each in self.places if each.state is State.STARTING]
-        return any(each and elsewhere.diagnosis(each) for each in starting)
+        starting = [one.process for one in self.places if one.state is State.STARTING]
+        there = [process for process in starting if process]
+        if self._elsewhere not in there:
+            look = (process for process in there[:_LOOKED_AT] if elsewhere.diagnosis(process))
+            self._elsewhere = next(look, None)
+        return self._elsewhere is not None
 
     def _forget(self, place: Place) -> None:
         place.cancel_timer()

@@ -150,11 +150,11 @@ def test_one_error_however_many_find_the_address_in_use(service: StartService, h
     """One worker listens, and the others wait for what becomes of it."""
     (home / "m.py").write_text(APP)
     command = (str(SERVERS / "uvicorn"), "m:asgi", "--port", "8097")
-    wrong = service("-w", "4", "--ready-timeout", "8", "--", *command, ready=False)
+    wrong = service("-w", "4", "--ready-timeout", "9", "--", *command, ready=False)
     assert wrong.wait() == 3
     told = wrong.log.partition("steer: start workers: ")[2].splitlines()[0]
     assert "listens on port 8097, and nobody waits on descriptor 3; add to its comm" in told
-    assert wrong.log.count("add to its command") == 2
+    assert wrong.log.count("add to its command") <= 2
     assert wrong.log.count("exit status") <= 1
     assert wrong.log.count("Started server process") <= 9
 
