@@ -14,7 +14,7 @@ import pytest
 from clients import answer, request
 from conftest import StartService
 from crew import PORT
-from support import Netns, Service, eventually, is_running, line_of, python, running
+from support import Netns, Service, eventually, is_running, line_of, python, running, udp_ask
 
 from steer import address
 from steer.kernel import listeners, proc, sockets, strays
@@ -23,7 +23,7 @@ from steer.kernel.listeners import Borrower
 pytestmark = pytest.mark.needs("netns", "pidfd_getfd")
 BIND = ("-b", f"127.0.0.1:{PORT}")
 APP = f'''
-import json, os, signal, socket, subprocess, sys
+import json, os, select, signal, socket, subprocess, sys
 
 def call(worker):
     """Has started a program that has its listeners, and does not end when it is told to."""
@@ -48,11 +48,14 @@ def crowd(worker):
     while not worker.stopping:
         worker.sockets[0].accept()[0].close()
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with open("helpers", "a") as file:
-        file.write(f"{{os.getpid()}}\\n")
-    signal.pause()
+def datagrams(worker):
+    """The same, over UDP."""
+    (sock,) = worker.sockets
+    subprocess.Popen([{sys.executable!r}, "app.py"], pass_fds=[sock.fileno()])
+    while not worker.stopping:
+        if select.select([sock], [], [], 0.02)[0]:
+            _, peer = sock.recvfrom(1000)
+            sock.sendto(json.dumps({{"pid": os.getpid()}}).encode(), peer)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -104,6 +107,24 @@ def test_after_a_reload_nothing_waits_at_what_a_helper_has_open(
     assert running.steer("reload").returncode == 0
     eventually(lambda: named(running) >= old)
     all_are_answered(running)
+
+
+@backends
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_after_a_reload_no_datagram_goes_to_what_a_helper_has_open(
+    service: StartService, home: Path, host: str, backend: str
+) -> None:
+    policy = "kernel" if backend == "kernel" else "hash"
+    options = ("--policy", policy, "--backend", backend, "-w", "2", "--hang-timeout=0")
+    at = f"udp://{host}:{PORT}"
+    running = service("-b", at, *options, "--graceful-timeout=3", "app:datagrams")
+    eventually(lambda: len(helpers(home)), 2)
+    old = set(helpers(home))
+    assert running.steer("reload").returncode == 0
+    eventually(lambda: named(running) >= old)
+    eventually(lambda: running.log.count("and is cut off from it"), 2)
+    now = {each["pid"] for each in running.workers() if each["state"] == "ready"}
+    assert {udp_ask("127.0.0.1", PORT)["pid"] for _ in range(40)} == now
 
 
 @backends

@@ -14,7 +14,7 @@ import msgspec
 
 from steer.address import Bind
 from steer.errors import KernelError
-from steer.kernel import proc, sockdiag
+from steer.kernel import members, proc, sockdiag
 from steer.kernel.listeners import Borrower
 
 
@@ -79,7 +79,7 @@ def shut_down(strays: Iterable[Stray]) -> Iterator[tuple[Stray, str]]:
 def _shut_down_one(holders: list[Stray]) -> Iterator[tuple[Stray, str]]:
     """The same of one socket, with all that are known to have it open."""
     refusals = _refusals(holders)
-    if all(refusals) and holders[0].bind.protocol != "udp":
+    if all(refusals):
         tried = {stray.pid for stray in holders}
         more = _elsewhere(holders[0].bind, holders[0].inode)
         more = [stray for stray in more if stray.pid not in tried]
@@ -122,13 +122,14 @@ def _elsewhere(bind: Bind, inode: int) -> list[Stray]:
 
 
 def _shut_down(stray: Stray) -> str:
-    if stray.bind.protocol == "udp":
-        return "datagrams that the kernel gives it are lost until that process ends"
+    """A UDP socket cannot be shut down; but connected to nobody it gets nothing more."""
     if stray.pid is None:
         return "what comes for it waits for nobody; end that process"
     try:
         with Borrower(stray.pid, frozenset({stray.inode})).borrow() as lent:
             for sock in lent.values():
+                if stray.bind.protocol == "udp" and not members.cut_off(sock):
+                    return "datagrams that the kernel gives it are lost until that process ends"
                 with suppress(OSError):  # it was already, through another process
                     sock.shutdown(socket.SHUT_RDWR)
     except KernelError as error:
