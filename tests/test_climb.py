@@ -348,6 +348,34 @@ def test_a_reload_that_fails_goes_back(
     assert running.status()["policy"] == to
 
 
+SERVES = """
+import socket
+listener = socket.socket(fileno=3)
+while True:
+    listener.accept()[0].close()
+"""
+ODD_ONES_SERVE = ["sh", "-c", f"[ $((STEER_SLOT % 2)) = 0 ] && exit 7; exec python3 -c '{SERVES}'"]
+
+
+@pytest.mark.parametrize("under", [(), AS_IN_DOCKER], ids=[EBPF, CBPF])
+def test_a_reload_that_fails_after_some_were_ready_goes_back(
+    service: StartService, home: Path, under: Sequence[str]
+) -> None:
+    """Those that were are still there when the old policy is to choose again, or just end."""
+    configure(home, policy="source", workers=3, demo=True)
+    running = service(*BIND, under=under)
+    before = {key: running.status()[key] for key in (*KEYS, "generation", "notes")}
+    pids = [each["pid"] for each in running.workers()]
+    for _ in range(3):
+        configure(home, policy=KERNEL, workers=3, command=ODD_ONES_SERVE)
+        with pytest.raises(Refused, match=r"exit status 7.*nothing has changed"):
+            running.ask("reload", timeout_s=None)
+        assert {key: running.status()[key] for key in before} == before
+        assert "again: " not in running.log
+        eventually(lambda: [each["pid"] for each in running.workers()], pids)
+        assert is_by_source()
+
+
 def test_a_reload_that_fails_keeps_the_better_backend(service: StartService, home: Path) -> None:
     """With the policy that there was."""
     configure(home, policy="source", workers=2, demo=True)
