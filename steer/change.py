@@ -176,7 +176,7 @@ class Changes:
 
     def undrain(self, place: Place) -> None:
         self._fleet.report(place, Event.UNDRAIN)
-        self._fleet.settle()
+        self._fleet.try_settle()
 
     async def _replace(
         self, seats: Sequence[Seat], generation: Generation, old: Sequence[Place], tell: Tell
@@ -195,7 +195,7 @@ class Changes:
         self._keep(generation, generation)
         for place in old:
             self._fleet.report(place, Event.RETIRE)
-        self._fleet.settle()
+        self._fleet.try_settle()
         return fresh
 
     def _as_before(self) -> str:

@@ -51,7 +51,7 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
-        _complain_of_bug(error)
+        _complain_of(error)
         sys.exit(1)
 
 
@@ -462,6 +462,16 @@ def _check_arguments(arguments: Sequence[str]) -> None:
             values.check_text(argument)
         except values.Invalid as error:
             raise ConfigError(f"read argument {values.shown(argument)}", str(error)) from None
+
+
+def _complain_of(error: Exception) -> None:
+    """Of what the machine lacks, or else of a bug."""
+    from steer import retry
+
+    if retry.is_lack(error):
+        _complain(retry.in_words(error), "")
+    else:
+        _complain_of_bug(error)
 
 
 def _complain_of_bug(error: Exception) -> None:

@@ -344,8 +344,20 @@ class Controller:
 
     def await_loop(self) -> None:
         """Import the loop, only now that workers are starting, as it takes as long as they
-        do. The first that is ready meanwhile does not wait for it."""
-        importing = threading.Thread(target=importlib.import_module, args=("steer.supervisor",))
+        do. The first that is ready meanwhile does not wait for it.
+
+        Raises:
+            Exception: as an import does, MemoryError for one.
+        """
+        failed: list[Exception] = []
+
+        def load() -> None:
+            try:
+                importlib.import_module("steer.supervisor")
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed.append(error)
+
+        importing = threading.Thread(target=load)
         importing.start()
         while importing.is_alive() and not self.early:
             process.wait_until_readable(self.listener.fileno(), _LOOK_S)
@@ -354,6 +366,8 @@ class Controller:
             if message.get("READY") == "1":
                 self.fleet.serve_early(lineage[0])
         importing.join()
+        if failed:
+            raise failed[0]
 
     def keep(self, generation: Generation, current: Generation | None = None) -> None:
         """Have the guard know what the next controller has to.

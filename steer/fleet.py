@@ -239,6 +239,10 @@ class Fleet:
         """Have who is said to be ready in the table by now."""
         self._rotation.settle()
 
+    def try_settle(self) -> None:
+        """The same where nothing depends on it: if it fails it is tried again."""
+        self.retry.attempt("choose among the workers", self.settle)
+
     def counts(self) -> Counts | None:
         """Of the whole service since its start; None where nobody counts."""
         return self._rotation.counts()
@@ -659,11 +663,18 @@ class Fleet:
         self._take_sockets(place, gone, gone.left_behind)
         take = partial(self._leftovers.take, self._loop, gone.left_behind)
         self.retry.attempt(f"end what worker {place.slot} left behind", take)
+        act = f"worker {place.slot}: it has ended"
+        end = partial(self._see_end, place, gone, status)
+        self.retry.until_done(act, end, lambda: place.process is gone)
+
+    def _see_end(self, place: Place, gone: Process, status: int | None) -> None:
+        """Its place is free only after the last thing that may fail."""
         has_served = place.ready_s is not None
-        place.lost_process()
         error = gone.problem or endings.why(gone, status, has_served=has_served)
+        how = process.how_it_ended(status)
+        place.lost_process()
         if place.state is not State.STOPPING:
-            self._tell_end(place, gone, error, process.how_it_ended(status))
+            self._tell_end(place, gone, error, how)
         self._failed(place, error)
 
     def _tell_end(self, place: Place, gone: Process, error: SteerError, how: str) -> None:

@@ -98,6 +98,8 @@ def in_words(error: BaseException) -> str:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return "out of memory"
+    if str(error) == _NO_THREAD:
+        return "no more threads; raise the limit on processes (ulimit -u, TasksMax=) or on memory"
     return str(error) if is_lack(error) else repr(error)
 
 

@@ -517,7 +517,7 @@ class _Supervisor:
     # Requests.
 
     async def _on_status(self, _request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
-        self._fleet.settle()
+        self._fleet.try_settle()
         return {"service": msgspec.to_builtins(status.report_of(self._service, self._state))}
 
     async def _on_stop(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:

@@ -70,7 +70,7 @@ class FakeFleet:
         if Command.FORGET in commands:
             self.places.remove(place)
 
-    def settle(self) -> None:
+    def try_settle(self) -> None:
         self.flips.append([place.slot for place in self.places if place.serves])
 
     # What happens to workers.

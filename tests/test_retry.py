@@ -89,7 +89,11 @@ def test_same_failure_is_said_once_until_it_succeeds(tries: Retry, log: Lines) -
     "error, said",
     [
         (KernelError("attach", "ENOMEM"), "look: attach: ENOMEM; "),
-        (RuntimeError("can't start new thread"), "look: can't start new thread; "),
+        (
+            RuntimeError("can't start new thread"),
+            "look: no more threads; raise the limit on processes (ulimit -u, TasksMax=)"
+            " or on memory; ",
+        ),
         (ZeroDivisionError("by nothing"), "bug in steer: look: ZeroDivisionError('by nothing'); "),
         (OSError("odd"), "look: odd; "),
     ],
@@ -356,13 +360,14 @@ def test_compiler_that_cannot_be_started_is_said_so(
 
 SITE = """
 import errno, os
-from importlib import import_module
+from importlib.util import find_spec
 from importlib.abc import MetaPathFinder
 import sys
 
 where, which, kind, first, last = os.environ["FAILS"].split()
 ERRORS = {"OSError": OSError(errno.ENOMEM, "Cannot allocate memory"), "MemoryError": MemoryError(),
-          "ZeroDivisionError": ZeroDivisionError("of nothing")}
+          "ZeroDivisionError": ZeroDivisionError("of nothing"),
+          "RuntimeError": RuntimeError("can't start new thread")}
 calls = 0
 
 def breaks(real):
@@ -371,6 +376,7 @@ def breaks(real):
         if os.path.exists("armed") and os.getpid() == int(open("armed").read()):
             calls += 1
             if int(first) <= calls <= int(last):
+                open("failed", "w").close()
                 raise ERRORS[kind]
         return real(*args, **kwargs)
     return call
@@ -380,13 +386,17 @@ class Finder(MetaPathFinder):
         if name != where:
             return None
         sys.meta_path.remove(self)
-        module = import_module(name)
-        owner = module
-        *path, last_name = which.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        setattr(owner, last_name, breaks(getattr(owner, last_name)))
-        return module.__spec__
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            owner = module
+            *path, last_name = which.split(".")
+            for part in path:
+                owner = getattr(owner, part)
+            setattr(owner, last_name, breaks(getattr(owner, last_name)))
+        spec.loader.exec_module = exec_module
+        return spec
 
 sys.meta_path.insert(0, Finder())
 """
@@ -398,14 +408,14 @@ BREAKS = [
     ("steer.rotation Rotation.keep", "OSError 1 2"),
     ("steer.ebpf Ebpf.steer", "OSError 1 2"),
     ("steer.place Place.got_ready", "MemoryError 1 1"),
-    ("steer.place Place.lost_process", "ZeroDivisionError 9 9"),
+    ("steer.place Place.lost_process", "ZeroDivisionError 1 1"),
     ("steer.spawn Process._hear_out", "OSError 1 1"),
     ("steer.spawn Process._fork", "MemoryError 1 2"),
     ("steer.spawn Process.watch", "OSError 1 1"),
     ("steer.kernel.process reap", "ZeroDivisionError 1 1"),
     ("steer.kernel.custody Guard.drop", "OSError 1 1"),
     ("steer.kernel.family Family.others", "OSError 1 2"),
-    ("steer.fleet Fleet._back_off", "MemoryError 1 1"),
+    ("steer.lifecycle backoff_s", "MemoryError 1 1"),
     ("steer.health Health._look_at_start", "OSError 1 3"),
 ]
 
@@ -424,8 +434,37 @@ def test_seat_is_filled_again_whatever_fails(
     eventually(lambda: killed not in {each["pid"] for each in running.workers()})
     eventually(lambda: ready(running), 2)
     assert {ask() for _ in range(20)} == {b"done"}
+    assert (home / "failed").exists()
     if "ZeroDivisionError" not in how:
         assert "bug in steer" not in running.log
     restarted = running.ask("restart", slot=running.workers()[0]["slot"])
     assert restarted["ok"]
     assert running.stop() == 0
+
+
+LACKS = {
+    "memory": ("steer.controller Controller._announce MemoryError", "out of memory"),
+    "memory, in a thread": (
+        "steer.controller importlib.import_module MemoryError",
+        "out of memory",
+    ),
+    "threads": (
+        "steer.controller Controller.await_loop RuntimeError",
+        "no more threads; raise the limit on processes (ulimit -u, TasksMax=) or on memory",
+    ),
+    "something": ("steer.controller Controller._make_fleet OSError", "Cannot allocate memory"),
+}
+
+
+@pytest.mark.parametrize("what, words", LACKS.values(), ids=LACKS)
+def test_what_the_machine_lacks_for_a_start_is_said_in_a_line(
+    service: StartService, home: Path, environment: dict[str, str], what: str, words: str
+) -> None:
+    (home / "sitecustomize.py").write_text(SITE)
+    environment |= {"PYTHONPATH": str(home), "FAILS": f"{what} 1 1"}
+    under = ("sh", "-c", 'echo $$ > armed; exec "$@"', "sh")
+    running = service("-w", "1", ready=False, under=under)
+    assert running.wait() == 1
+    last = running.log.splitlines()[-1]
+    assert (last.startswith("steer: "), last.endswith(words)) == (True, True), last
+    assert "Traceback" not in running.log
