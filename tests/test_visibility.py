@@ -162,7 +162,7 @@ def test_as_in_docker(service: StartService) -> None:
     assert "bug in steer" not in running.log
 
     for command in ("doctor", "check"):
-        arguments = ("-u", "nobody", "-b", "127.0.0.1:1234", "--policy=hash", "--json")
+        arguments = ("--demo", "-u", "nobody", "-b", "127.0.0.1:1234", "--policy=hash", "--json")
         done = subprocess.run(
             [*AS_IN_DOCKER, STEER, command, *arguments], capture_output=True, text=True
         )

@@ -110,8 +110,8 @@ def test_steps_on_the_host() -> None:
 
 CLEANS_UP = """
 import pathlib, sys, time
-print("begun", flush=True)
 try:
+    print("begun", flush=True)
     time.sleep(600)
 finally:
     time.sleep(0.2)
