@@ -39,7 +39,8 @@ class Anchors(Mapping[int, socket.socket]):
         if members.usual_device():
             return
         for index, bind in enumerate(binds):
-            if is_split(bind):
+            # One of an interface, as fe80::1%eth0, cannot be bound to another.
+            if may_split(bind) and not bind.is_scoped:
                 try:
                     self._sockets[index] = sockets.anchor(bind)
                 except OSError:
@@ -79,8 +80,28 @@ class Anchors(Mapping[int, socket.socket]):
         self._sockets = {}
 
 
-def is_split(bind: Bind) -> bool:
+def may_split(bind: Bind) -> bool:
     """Whether its group may come apart when a worker opens a connected socket there. At a
-    wildcard that has an address of its own; an address of one interface cannot be bound to
-    another."""
-    return bind.protocol == "udp" and not bind.is_wildcard and not bind.is_scoped
+    wildcard that has an address of its own."""
+    return bind.protocol == "udp" and not bind.is_wildcard
+
+
+def is_at_risk(at: int, bind: Bind, anchors: Mapping[int, object]) -> bool:
+    """Whether the group of a service's bind number `at` may come apart."""
+    return may_split(bind) and at not in anchors
+
+
+def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[str]:
+    """What is to be known of such binds."""
+    return [
+        f"{bind.label}: if workers open connected sockets there, as servers of DTLS do, one that "
+        f"starts later gets all new clients until all are replaced; {cure(bind)}"
+        for at, bind in enumerate(binds)
+        if is_at_risk(at, bind, anchors)
+    ]
+
+
+def cure(bind: Bind) -> str:
+    """What would help, in words."""
+    everywhere = "udp://[::]" if bind.is_v6 else "udp://0.0.0.0"
+    return f"{everywhere}:{bind.port} has no such trouble, nor has a start on ebpf or cbpf"

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import abi, fallback, ladder, policies, privileges, servers, visibility
+from steer import abi, anchor, fallback, ladder, policies, privileges, servers, visibility
 from steer import plan as planning
 from steer.backends import open_backend, open_whole, refuse_uncounted
 from steer.config import Service
@@ -146,6 +146,8 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
     notes = [*backend.notes, *_notes(service)]
+    if stands.rungs[0].backend == KERNEL:
+        notes += anchor.notes(plan.binds, {})
     found = Rehearsed(stands, notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:

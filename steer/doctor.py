@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from steer import auto, cpus, features, ladder, policies, visibility
+from steer import anchor, auto, cpus, features, ladder, policies, visibility
 from steer import plan as planning
 from steer.backends import open_whole
 from steer.config import Service
@@ -524,6 +524,10 @@ def _draining(case: Case) -> Iterator[Opinion]:
         yield Opinion("ok", "a worker that is to end gets nothing new, and ends when it is done")
     if any(bind.protocol == "udp" for bind in case.service.binds):
         yield Opinion("ok", DATAGRAMS_LOST)
+    if rung.backend == KERNEL:
+        for note in anchor.notes(case.service.binds, {}):
+            found, _, cure = note.rpartition("; ")
+            yield Opinion("warn", found, cure)
 
 
 def _climb(case: Case) -> str:

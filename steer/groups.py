@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from steer import anchor
 from steer.address import Bind
 from steer.errors import KernelError
 from steer.fleet import Fleet
@@ -21,7 +22,6 @@ from steer.kernel.sockdiag import Standing
 from steer.lifecycle import State
 from steer.membership import Cure, Departure, Sighting, Tries, cure, departure
 from steer.place import Place
-from steer.policy import KERNEL
 from steer.programs import Programs
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Groups:
         if found is None:
             self._is_in(one)
         elif found is not Departure.CLOSED or self._is_certain(one):
-            self._mend(one, found, cure(found, self._splits(one.bind)))
+            self._mend(one, found, cure(found, self._splits(one)))
 
     def _mend(self, one: _Socket, found: Departure, how: Cure) -> None:
         self._tell(one, found, how)
@@ -151,9 +151,9 @@ class Groups:
             if how is Cure.REPLACE and one.place.is_in_service:
                 self._replace_if_due(one.place)
 
-    def _splits(self, bind: Bind) -> bool:
+    def _splits(self, one: _Socket) -> bool:
         """Whether a socket that is bound now may join a connected one instead of the group."""
-        return self._fleet.steering.backend == KERNEL and not bind.is_wildcard
+        return anchor.is_at_risk(one.at, one.bind, self._fleet.steering.anchors)
 
     def _is_certain(self, one: _Socket) -> bool:
         """Of one that is closed. Not the first time: a worker that ends closes its sockets as

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from steer import report
+from steer import anchor, report
 from steer.controller import Controller
 from steer.declared import Declared
 from steer.fleet import Fleet
@@ -40,6 +40,7 @@ def report_of(service: Controller, state: str) -> report.Service:
             *service.fleet.visibility.notes.values(),
             *_left_out(service.fleet.places, steering.backend == KERNEL),
             *service.fleet.group_notes.values(),
+            *anchor.notes(plan.binds, steering.anchors),
         ],
         uptime_s=round(now_s - service.started_s, 3),
         binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],

@@ -36,6 +36,7 @@ from steer.plan import Generation, Plan
 from steer.policy import KERNEL, Policy
 from steer.retry import as_refusal, is_lack
 from steer.settle import settle
+from steer.split import Splits
 from steer.values import plural, shown
 
 _FIRST = asyncio.FIRST_COMPLETED
@@ -78,6 +79,7 @@ class _Supervisor:
         self._changes: Changes
         self._health: Health
         self._groups: Groups
+        self._splits: Splits
         self._server: Server
         self._anew: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
@@ -92,7 +94,8 @@ class _Supervisor:
         self._changes = Changes(self._fleet, self._service.keep)
         self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
         self._groups = Groups(self._fleet, loop, self._renew_sockets)
-        self._fleet.watch(loop, settle, self._health.changed)
+        self._splits = Splits(self._fleet, self._renew_all)
+        self._fleet.watch(loop, settle, self._changed)
         for lineage, message in self._service.early:
             self._fleet.notified(lineage, message)
         self._service.listener.watch(loop, self._notified)
@@ -264,6 +267,18 @@ class _Supervisor:
     def _renew_sockets(self, place: Place) -> None:
         relieve = partial(self._changes.relieve, place, lambda each: each.is_in_service)
         self._begin(f"replace worker {place.slot}", relieve)
+
+    def _renew_all(self) -> None:
+        self._begin(f"replace all workers of {self._plan.name}", self._renew_as_it_is)
+
+    async def _renew_as_it_is(self) -> None:
+        async with self._changes.turn(f"replace all workers of {self._plan.name}"):
+            generation = await self._changes.renew(self._plan, unheard)
+            self._log.info("generation %d serves", generation.number)
+
+    def _changed(self, place: Place) -> None:
+        self._health.changed(place)
+        self._splits.changed(place)
 
     def _begin(self, act: str, change: Change, asked_by: signal.Signals | None = None) -> None:
         """Do what nobody waits for; how it goes is logged."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartService
+from conftest import RunSteer, StartService
 from crew import CPUS, PORT, pinned
 from support import DEADLINE_S, Service, eventually
 
@@ -276,3 +276,40 @@ def bound(running: Service) -> set[int]:
         return {each["pid"] for each in running.workers() if each["pid"] and each["sockets"]}
     except ControlError:
         return set()
+
+
+def test_all_are_replaced_where_the_kernel_chooses(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    """Nothing holds such a group together, as the kernel's hash would choose it."""
+    running = start(service, home, "127.0.0.1", "--policy=kernel")
+    client = clients.enter_context(Client("127.0.0.1"))
+    mine, other = connect(running, client)
+    restart(running, other)
+    eventually(lambda: running.status()["generation"], 2)
+    # One that ends loses what the hash has just sent it.
+    eventually(
+        lambda: [each["pid"] for each in running.workers() if each["generation"] < 2], [mine["pid"]]
+    )
+    found = spread("127.0.0.1")
+    assert set(found) == slots(running)
+    assert max(found.values()) < DATAGRAMS / 2
+    assert client.ask() == {"slot": mine["slot"], "pid": mine["pid"], "connected": True}
+    assert "all workers are replaced; udp://0.0.0.0:" in running.log
+    assert any("as servers of DTLS do" in note for note in running.status()["notes"])
+
+
+@pytest.mark.parametrize(
+    "at, options, is_told",
+    [
+        ("127.0.0.1", ("--policy=kernel",), True),
+        ("0.0.0.0", ("--policy=kernel",), False),
+        ("127.0.0.1", ("--policy=random", "--backend=cbpf"), False),
+    ],
+)
+def test_check_tells_of_it(
+    steer: RunSteer, at: str, options: tuple[str, ...], is_told: bool
+) -> None:
+    done = steer("check", "-b", f"udp://{at}:{PORT}", *options, "--demo")
+    assert done.returncode == 0, done.stderr
+    assert ("as servers of DTLS do" in " ".join(done.stdout.split())) == is_told

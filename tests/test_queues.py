@@ -54,6 +54,23 @@ def test_it_says_what_the_datagram_socket_says(host: str) -> None:
         assert sockdiag.waiting("udp", family, port)[inode] == listeners.waiting(sock)
 
 
+@pytest.mark.parametrize(("host", "other"), [("127.0.0.1", "127.0.0.2"), ("::1", "::")])
+def test_it_knows_connected_datagram_sockets_by_address_and_device(host: str, other: str) -> None:
+    family = FAMILIES[host]
+    with (
+        socket.socket(family, socket.SOCK_DGRAM) as sock,
+        socket.socket(family, socket.SOCK_DGRAM) as peer,
+    ):
+        sock.bind((host, 0))
+        peer.bind((host, 0))
+        port = sock.getsockname()[1]
+        assert not sockdiag.connected(family, host, port, 0)
+        sock.connect(peer.getsockname())
+        assert sockdiag.connected(family, host, port, 0)
+        assert not sockdiag.connected(family, other, port, 0)
+        assert not sockdiag.connected(family, host, port, 1)
+
+
 def test_hundreds_are_read_whole() -> None:
     """More than one answer of the kernel holds."""
     with ExitStack() as stack:

@@ -31,8 +31,8 @@ _REQUEST = struct.Struct("=BBBxI")
 """The head of struct inet_diag_req_v2 of linux/inet_diag.h: family, protocol, ext, states."""
 _ID = struct.Struct("!HH16s16s4s8s")
 """struct inet_diag_sockid: ports in network byte order; a cookie of ones is none."""
-_MESSAGE = struct.Struct("=BB2x36xI8x4xIIII")
-"""struct inet_diag_msg: family, state, id.idiag_if, rqueue, wqueue, uid, inode."""
+_MESSAGE = struct.Struct("=BB2x4x16s16xI8x4xIIII")
+"""struct inet_diag_msg: family, state, id.idiag_src, id.idiag_if, rqueue, wqueue, uid, inode."""
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO, _INET_DIAG_SKMEMINFO = 2, 7
 _MEMORY = struct.Struct("=II")
@@ -109,6 +109,22 @@ def standing(protocol: str, family: int, port: int) -> dict[int, Standing]:
     }
 
 
+def connected(family: int, address: str, port: int, device: int) -> bool:
+    """Whether there is a UDP socket that is bound there, and connected to a peer.
+
+    Args:
+        device: index of the network interface that it is bound to; 0: to none.
+
+    Raises:
+        KernelError: the kernel, or a filter, does not let us ask.
+    """
+    here = socket.inet_pton(family, address.partition("%")[0])
+    found = _dump(family, socket.IPPROTO_UDP, 1 << _ESTABLISHED, port)
+    return any(
+        each.address[: len(here)] == here and each.device == device and each.inode for each in found
+    )
+
+
 def connections(family: int, port: int, most: int) -> list[Connection]:
     """The TCP connections that were accepted at a port, in no order.
 
@@ -133,6 +149,7 @@ class _Found(NamedTuple):
     """A socket: fields of struct inet_diag_msg, and the data of one attribute."""
 
     state: int
+    address: bytes
     device: int
     rqueue: int
     wqueue: int
@@ -163,9 +180,9 @@ def _dump(
                 for kind, content in _messages(answer):
                     if kind == _NLMSG_DONE:
                         return
-                    _, state, device, rqueue, wqueue, _, inode = _MESSAGE.unpack_from(content)
+                    _, state, here, device, rqueue, wqueue, _, inode = _MESSAGE.unpack_from(content)
                     more = _attribute(content, extension)
-                    yield _Found(state, device, rqueue, wqueue, inode, more)
+                    yield _Found(state, here, device, rqueue, wqueue, inode, more)
     except OSError as error:
         cause = errno.errorcode.get(error.errno or 0, str(error))
         raise KernelError("ask for the queues of sockets", cause, _CURES.get(cause, "")) from None

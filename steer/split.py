@@ -1,0 +1,75 @@
+"""Sees where a new worker's UDP socket has parted from the group, and has all workers replaced.
+
+At an address without an anchor (see `anchor`) the kernel puts a newcomer together with a connected
+socket that a worker has there, and it then gets all new clients, or none. Sockets that are made
+together are together: so the cure is a new generation.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from functools import partial
+
+from steer import anchor
+from steer.address import Bind
+from steer.errors import KernelError
+from steer.fleet import Fleet
+from steer.kernel import members, sockdiag
+from steer.lifecycle import State
+from steer.place import Place
+
+_AGAIN_S = 30.0
+"""Workers that crash and crash do not have all others replaced each time."""
+
+
+class Splits:
+    """The looks, at each worker that starts.
+
+    Args:
+        renew: asks for a new generation of all workers.
+    """
+
+    def __init__(self, fleet: Fleet, renew: Callable[[], None]) -> None:
+        self._fleet = fleet
+        self._renew = renew
+        self._not_before_s = -math.inf
+
+    def changed(self, place: Place) -> None:
+        """A worker is in another state."""
+        if place.state is State.STARTING and place.process and self._others_stay(place):
+            act = f"see whether worker {place.slot} is in its groups"
+            for at, bind in enumerate(place.process.launch.binds):
+                if anchor.is_at_risk(at, bind, self._fleet.steering.anchors):
+                    self._fleet.retry.attempt(act, partial(self._look, place, bind))
+
+    def _others_stay(self, place: Place) -> bool:
+        """Else all sockets of its generation are new, and none is apart from the others."""
+        is_in_force = place.generation.number == self._fleet.generation.number
+        others = (each for each in self._fleet.places if each is not place)
+        return is_in_force and any(each.process and each.serves for each in others)
+
+    def _look(self, place: Place, bind: Bind) -> None:
+        if not _has_connected(bind):
+            return
+        words = (
+            f"{bind.label}: workers have connected sockets there, so that worker {place.slot}, "
+            "which started later, gets all new clients, or none; all workers are replaced; "
+            f"{anchor.cure(bind)}"
+        )
+        self._fleet.log.warning("%s", words)
+        self._fleet.group_notes[f"{bind.label} split"] = words
+        now_s = self._fleet.clock.now_s()
+        if now_s >= self._not_before_s:
+            self._not_before_s = now_s + _AGAIN_S
+            self._renew()
+
+
+def _has_connected(bind: Bind) -> bool:
+    """Whether there are, on the interface of new sockets; where the kernel does not tell, no."""
+    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+    try:
+        return sockdiag.connected(family, bind.address, bind.port, members.usual_device())
+    except KernelError:
+        return False
