@@ -18,7 +18,7 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -460,12 +460,12 @@ AS_IN_DOCKER = setpriv(*DOCKER_CAPABILITIES)
 """Executes a command as root with the capabilities that Docker gives by default."""
 
 _REFUSE = """
-import ctypes, errno, os, struct, sys
-calls, command = sys.argv[1].split(","), sys.argv[2:]
-ALLOW, ERRNO = 0x7FFF0000, 0x00050000
+import ctypes, os, struct, sys
+calls, action, command = sys.argv[1].split(","), int(sys.argv[2]), sys.argv[3:]
+ALLOW = 0x7FFF0000
 code = [(0x20, 0, 0, 0)]  # the number
 for number in calls:
-    code += [(0x15, 0, 1, int(number)), (0x06, 0, 0, ERRNO | errno.EPERM)]
+    code += [(0x15, 0, 1, int(number)), (0x06, 0, 0, action)]
 code += [(0x06, 0, 0, ALLOW)]
 insns = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in code))
 program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(code), ctypes.addressof(insns)))
@@ -479,7 +479,16 @@ PIDFD_GETFD = 438
 
 def refusing(*calls: int) -> tuple[str, ...]:
     """Executes a command whose system calls of these numbers fail with EPERM (seccomp(2))."""
-    return (sys.executable, "-c", _REFUSE, ",".join(map(str, calls)))
+    return _filtered(calls, 0x00050000 | errno.EPERM)
+
+
+def killing(*calls: int) -> tuple[str, ...]:
+    """Executes a command that these system calls end, as systemd's SystemCallFilter= does."""
+    return _filtered(calls, 0x80000000)
+
+
+def _filtered(calls: Iterable[int], action: int) -> tuple[str, ...]:
+    return (sys.executable, "-c", _REFUSE, ",".join(map(str, calls)), str(action))
 
 
 def clean_environment(home: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from support import (
     Netns,
     as_user,
     eventually,
+    killing,
     line_of,
     python,
     refusing,
 )
 
-from steer.kernel import access, proc
+from steer.kernel import access, filtered, proc
 from steer.kernel.access import Access, Facts, Refusal, why_no_borrowing, why_no_look
 from steer.visibility import notes_on
 
@@ -222,9 +224,13 @@ FILTERED = ("--policy=round-robin", "--hang-timeout=0.3", "-w", "3")
 
 
 @pytest.mark.needs("netns", "bpf", "migrate")
-def test_pidfd_getfd_is_filtered(service: StartService) -> None:
-    """A stopped worker is found by its queue and replaced; and the right cause is told."""
-    running = service(*FILTERED, "--graceful-timeout=0.3", under=refusing(PIDFD_GETFD))
+@pytest.mark.parametrize("filtering", [refusing, killing])
+def test_pidfd_getfd_is_filtered(
+    service: StartService, filtering: Callable[[int], Sequence[str]]
+) -> None:
+    """A stopped worker is found by its queue and replaced; and the right cause is told. A filter
+    that ends who makes the call does not end the service."""
+    running = service(*FILTERED, "--graceful-timeout=0.3", under=filtering(PIDFD_GETFD))
     stopped = running.workers()[1]
     freeze(stopped)
     with ExitStack() as clients:
@@ -235,6 +241,20 @@ def test_pidfd_getfd_is_filtered(service: StartService) -> None:
     (note,) = (note for note in running.status()["notes"] if "borrowed" in note)
     assert "a seccomp filter refuses pidfd_getfd(2)" in note
     assert "SystemCallFilter=pidfd_getfd" in note
+
+
+@pytest.mark.needs("netns")
+def test_a_filter_that_ends_who_calls_bpf(service: StartService) -> None:
+    assert filtered.BPF, "not known on this machine"
+    under = killing(filtered.BPF)
+    running = service("-w", "2", under=under)
+    assert running.status()["backend"] == "cbpf"
+    assert "call bpf(2): EPERM" in running.status()["backend_reason"]
+    elsewhere = ("-b", "127.0.0.1:1234", "--demo")
+    for command in ("doctor", "check"):
+        done = subprocess.run([*under, STEER, command, *elsewhere, "--json"], capture_output=True)
+        assert b"call bpf(2): EPERM" in done.stdout, done.stderr
+        assert done.returncode >= 0
 
 
 @pytest.mark.needs("netns", "bpf", "pidfd_getfd")

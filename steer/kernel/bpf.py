@@ -22,6 +22,7 @@ from typing import Self
 from steer import abi
 from steer.bytecode import Code
 from steer.errors import KernelError, VerifierError
+from steer.kernel import filtered
 
 LOG_BYTES = 1 << 20
 _MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283}
@@ -59,6 +60,18 @@ class _LoadOptions(ctypes.Structure):
         ("log_size", ctypes.c_uint32),
         ("log_buf", ctypes.c_void_p),
     )
+
+
+def calls() -> ctypes.CDLL:
+    """The library, to make system calls with.
+
+    Raises:
+        KernelError: it is not installed, or a filter would end us.
+    """
+    if filtered.is_deadly(filtered.BPF):
+        cure = "let the seccomp filter pass it (systemd: SystemCallFilter=bpf)"
+        raise KernelError("call bpf(2)", "EPERM", cure)
+    return libbpf()
 
 
 @cache
@@ -171,7 +184,7 @@ class Map(Descriptor):
             if self.spec.kind == abi.BPF_MAP_TYPE_SK_STORAGE:
                 btf = stack.enter_context(_Btf(act))
                 options.btf[:3] = (btf.fileno(), btf.KEY, btf.VALUE)
-            fd = libbpf().bpf_map_create(
+            fd = calls().bpf_map_create(
                 self.spec.kind,
                 f"steer_{name}".encode(),
                 self.spec.key_bytes,
@@ -193,7 +206,7 @@ class Map(Descriptor):
 
     def put(self, key: int, value: bytes) -> None:
         """Set one entry. Raises KernelError."""
-        status = libbpf().bpf_map_update_elem(self._fd, self._key(key), value, 0)
+        status = calls().bpf_map_update_elem(self._fd, self._key(key), value, 0)
         if status < 0:
             raise refusal(f"put entry {key}", -status)
 
@@ -203,7 +216,7 @@ class Map(Descriptor):
 
     def delete(self, key: int) -> None:
         """Empty one entry; one that is empty already is left so."""
-        status = libbpf().bpf_map_delete_elem(self._fd, self._key(key))
+        status = calls().bpf_map_delete_elem(self._fd, self._key(key))
         if status < 0 and status != -errno.ENOENT:
             raise refusal(f"delete entry {key}", -status)
 
@@ -214,7 +227,7 @@ class Map(Descriptor):
             KernelError
         """
         value = ctypes.create_string_buffer(self.spec.value_bytes)
-        status = libbpf().bpf_map_lookup_elem(self._fd, self._key(key), value)
+        status = calls().bpf_map_lookup_elem(self._fd, self._key(key), value)
         if status < 0 and status != -errno.ENOENT:
             raise refusal(f"look for entry {key}", -status)
         return bool(status >= 0)
@@ -222,7 +235,7 @@ class Map(Descriptor):
     def per_cpu(self, key: int, cpus: int) -> bytes:
         """The values of one entry of a per-CPU map, one for each of `cpus` possible CPUs."""
         buffer = ctypes.create_string_buffer(cpus * self.spec.value_bytes)
-        status = libbpf().bpf_map_lookup_elem(self._fd, self._key(key), buffer)
+        status = calls().bpf_map_lookup_elem(self._fd, self._key(key), buffer)
         if status < 0:
             raise refusal(f"read entry {key}", -status)
         return buffer.raw
@@ -263,7 +276,7 @@ class _Btf(Descriptor):
         )
         header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names))
         data = header + types + names
-        fd = libbpf().bpf_btf_load(data, len(data), None)
+        fd = calls().bpf_btf_load(data, len(data), None)
         if fd < 0:
             raise refusal(act, -fd)
         super().__init__(fd)
@@ -442,7 +455,7 @@ class Program(Descriptor):
         super().__init__(fd)
 
     def _load(self, name: str, insns: bytes, options: _LoadOptions) -> int:
-        fd: int = libbpf().bpf_prog_load(
+        fd: int = calls().bpf_prog_load(
             self._kind,
             name.replace("-", "_").encode()[:15],
             b"GPL",
@@ -473,7 +486,7 @@ class Link(Descriptor):
 
     def __init__(self, program: Descriptor, directory: int) -> None:
         attach_type = abi.BPF_CGROUP_SOCK_OPS
-        fd = libbpf().bpf_link_create(program.fileno(), directory, attach_type, None)
+        fd = calls().bpf_link_create(program.fileno(), directory, attach_type, None)
         if fd < 0:
             raise refusal("attach to the cgroup", -fd)
         super().__init__(fd)

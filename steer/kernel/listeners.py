@@ -20,11 +20,8 @@ import msgspec
 
 from steer import features
 from steer.errors import KernelError
-from steer.kernel import proc
+from steer.kernel import filtered, proc
 from steer.kernel.procfs import Files
-
-_SYS_PIDFD_GETFD = 438
-"""The same on every architecture but alpha: calls since 5.1 are numbered together."""
 
 
 class Borrower:
@@ -112,9 +109,11 @@ def _duplicate(place: _Place, refusals: list[KernelError]) -> socket.socket | No
 
 def _pidfd_getfd(pid: int, fd: int) -> int:
     """A duplicate of another process's descriptor. Raises OSError."""
+    if filtered.is_deadly(filtered.PIDFD_GETFD):
+        raise OSError(errno.EPERM, "pidfd_getfd")
     pidfd = os.pidfd_open(pid)
     try:
-        mine: int = _LIBC.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0)
+        mine: int = _LIBC.syscall(filtered.PIDFD_GETFD, pidfd, fd, 0)
     finally:
         os.close(pidfd)
     if mine < 0:

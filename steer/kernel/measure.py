@@ -33,7 +33,7 @@ def statistics() -> Iterator[None]:
     Raises:
         KernelError: not permitted, or not known to this kernel.
     """
-    fd = bpf.libbpf().bpf_enable_stats(0)
+    fd = bpf.calls().bpf_enable_stats(0)
     if fd < 0:
         raise bpf.refusal("enable BPF statistics", -fd)
     try:
