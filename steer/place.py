@@ -200,12 +200,14 @@ class Place(msgspec.Struct, eq=False):
 
     def has_computed(self, now_s: float) -> bool:
         """Whether it had the CPU since this was last asked, for more than to look at a clock: a
-        worker that is told to end may be woken again and again for nothing else."""
+        worker that is told to end may be woken again and again for nothing else. One that waits
+        for a CPU computes, too: on a machine with too much to do it may get none for long."""
         before, before_s = self.cpu_s, self.cpu_at_s
         self.cpu_s, self.cpu_at_s = 0.0, now_s
         if self.process:
             self.cpu_s = proc.cpu_s(self.process.pid)
-        return is_busy(self.cpu_s - before, now_s - before_s)
+        waits_for_cpu = self.process is not None and proc.is_runnable(self.process.pid)
+        return waits_for_cpu or is_busy(self.cpu_s - before, now_s - before_s)
 
     def rested_s(self, now_s: float) -> float:
         """For how long it has been at rest, as far as it was asked for."""

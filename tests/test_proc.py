@@ -274,12 +274,26 @@ def test_activity_of_one_that_is_stopped() -> None:
         before = proc.activity(process.pid)
         time.sleep(0.05)
         assert proc.activity(process.pid) == before
+        assert not proc.is_runnable(process.pid)
         os.kill(process.pid, signal.SIGCONT)
         eventually(lambda: proc.activity(process.pid) != before)
         assert not proc.is_stopped(process.pid)
 
 
+def test_one_that_waits_for_a_cpu_is_runnable() -> None:
+    """Three on one CPU: two wait for it, and none sleeps."""
+    cpu = min(os.sched_getaffinity(0))
+    with ExitStack() as there:
+        spinning = [there.enter_context(running(*python(BUSY))) for _ in range(3)]
+        for each in spinning:
+            os.sched_setaffinity(each.pid, {cpu})
+        eventually(lambda: all(proc.is_runnable(each.pid) for each in spinning))
+    with three_generations() as family:
+        eventually(lambda: not proc.is_runnable(family[0]))
+
+
 def test_nobody_is_active_or_stopped(ended_pid: int) -> None:
+    assert not proc.is_runnable(ended_pid)
     assert proc.activity(ended_pid) == 0
     assert not proc.is_stopped(ended_pid)
 

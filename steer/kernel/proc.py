@@ -284,12 +284,17 @@ _CPUCLOCK_SCHED = 2  # include/linux/posix-timers_types.h
 def is_asleep(pid: int) -> bool:
     """Whether `pid` and its descendants sleep until something happens: none of them runs, waits
     for a CPU or a disk, or is stopped. Of a process that /proc hides nothing else is known."""
-    states = {stat[0] for stat in map(_stat_of, family(pid, Files())) if stat}
-    return states.issubset(_ASLEEP)
+    return _states(pid).issubset(_ASLEEP)
 
 
-def _stat_of(pid: int) -> list[bytes] | None:
-    return _stat(f"/proc/{pid}")
+def is_runnable(pid: int) -> bool:
+    """Whether `pid` or a descendant runs, or waits for a CPU to run on."""
+    return b"R" in _states(pid)
+
+
+def _states(pid: int) -> set[bytes]:
+    stats = (_stat(f"/proc/{member}") for member in family(pid, Files()))
+    return {stat[0] for stat in stats if stat}
 
 
 _ASLEEP = (b"S", b"I", b"Z", b"X")
