@@ -245,13 +245,15 @@ def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | Non
     """Stop a service; return when it has ended."""
     from steer import client, show
 
-    left = client.abandoned(os.environ, name, control_socket)
-    path = left[0] if len(left) == 1 else client.locate(name, control_socket, os.environ)
-    called = name or path.stem
-    with show.progress(f"stop {called}") as progress:
-        if left:
-            client.end_abandoned(path, quick, directory=control_socket is None)
-        else:
+    left = client.left(os.environ, name, control_socket)
+    if len(left) == 1:
+        called = left[0].name
+        with show.progress(f"stop {called}"):
+            client.end_left(left[0], quick, directory=control_socket is None)
+    else:
+        path = client.locate(name, control_socket, os.environ)
+        called = name or path.stem
+        with show.progress(f"stop {called}") as progress:
             client.stop(path, quick, progress)
     if as_json:
         _print_json({"stopped": called})

@@ -13,7 +13,8 @@ import msgspec
 
 from steer import report
 from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
-from steer.kernel import diag, proc, process, record, rundir, services
+from steer.kernel import abandoned, diag, proc, process, rundir, services
+from steer.kernel.abandoned import Abandoned
 from steer.kernel.title import Title
 from steer.values import plural, several, shown
 
@@ -221,7 +222,7 @@ def _not_found(
     name: str | None, there: Sequence[_Found], environment: Mapping[str, str]
 ) -> NotRunning:
     if not there:
-        _tell_abandoned(name, environment)
+        _tell_left(name, environment)
     for each in services.find(environment):
         if each.is_gone and (name is None or each.title.may_name(name)):
             return NotRunning(f"find service {shown(name or each.title.name)}", *_of_lost(each))
@@ -246,17 +247,20 @@ def _names(found: Iterable[_Found]) -> str:
     return ", ".join(each.name for each in found)
 
 
-def abandoned(
+def left(
     environment: Mapping[str, str], name: str | None = None, control_socket: str | None = None
-) -> list[Path]:
-    """The control sockets of services, or of the one of that name, whose controller and guard
-    were killed while workers go on."""
-    found = [Path(control_socket)] if control_socket else rundir.find(environment, name)
-    named = (path for path in found if name is None or control_socket or path.stem == name)
-    return [path for path in named if not _answers(path) and record.left(path)]
+) -> list[Abandoned]:
+    """What is left of services, or of the one of that name or control socket, whose controller
+    and guard were killed while workers go on."""
+    paths = [Path(control_socket)] if control_socket else rundir.find(environment, name)
+    named = (path for path in paths if name is None or control_socket or path.stem == name)
+    found = abandoned.find(environment, [path for path in named if not _answers(path)])
+    if control_socket:
+        return [each for each in found if each.control is not None]
+    return [each for each in found if name in (None, each.name)]
 
 
-def end_abandoned(path: Path, quick: bool, directory: bool) -> None:
+def end_left(what: Abandoned, quick: bool, directory: bool) -> None:
     """End the workers of a service whose controller and guard were killed.
 
     Args:
@@ -265,23 +269,23 @@ def end_abandoned(path: Path, quick: bool, directory: bool) -> None:
     Raises:
         ControlError: some are still there.
     """
-    record.end(path, QUICK_S if quick else FINISH_S, directory)
-    if there := record.left(path):
-        pids = several("pid", (pid for pid, _ in there))
-        raise ControlError(f"stop {path.stem}", f"{pids} cannot be ended", "see ps(1)")
+    if there := abandoned.end(what, QUICK_S if quick else FINISH_S, directory):
+        pids = several("pid", there)
+        raise ControlError(f"stop {what.name}", f"{pids} cannot be ended", "see ps(1)")
 
 
-def _tell_abandoned(name: str | None, environment: Mapping[str, str]) -> None:
+def _tell_left(name: str | None, environment: Mapping[str, str]) -> None:
     """Raises NotRunning: that is what there is of the service."""
-    for path in abandoned(environment, name):
-        raise NotRunning(f"find service {shown(path.stem)}", *_of_abandoned(path))
+    for each in left(environment, name):
+        raise NotRunning(f"find service {shown(each.name)}", *_of_left(each))
 
 
-def _of_abandoned(path: Path) -> tuple[str, str]:
+def _of_left(what: Abandoned) -> tuple[str, str]:
     """What there is of such a service, and what can be done."""
-    count = plural(len(record.left(path)), "worker")
-    state = f"its controller and guard were killed, and {count} go on, which nobody steers"
-    return state, f"`steer stop {path.stem}` ends them, and so does `steer run`"
+    count = plural(len(what.workers), "worker")
+    pids = several("pid", (pid for pid, _ in what.workers))
+    state = f"its controller and guard were killed, and {count} ({pids}) go on, unsteered"
+    return state, f"`steer stop {what.name}` ends them, and so does `steer run`"
 
 
 def status(path: Path) -> report.Status:
@@ -309,8 +313,8 @@ def status_of_all(environment: Mapping[str, str]) -> report.Status:
             found.orphaned.append(report.Orphan(path.stem, error.cause))
         except NotRunning:
             pass  # it has ended since
-    for path in abandoned(environment):
-        found.orphaned.append(report.Orphan(path.stem, "; ".join(_of_abandoned(path))))
+    for left_over in left(environment):
+        found.orphaned.append(report.Orphan(left_over.name, "; ".join(_of_left(left_over))))
     for each in services.find(environment):
         if each.is_gone:
             found.orphaned.append(report.Orphan(each.title.name, "; ".join(_of_lost(each))))

@@ -34,6 +34,7 @@ from steer.errors import (
 )
 from steer.fleet import Fleet
 from steer.kernel import (
+    abandoned,
     custody,
     family,
     mail,
@@ -519,13 +520,17 @@ class Controller:
     def _end_abandoned(self) -> None:
         """Workers whose controller and guard were both killed hold the ports, and nobody can
         adopt them."""
-        service = self.plan.service
-        where = service.control_socket
-        for path in rundir.refuse_taken(self.plan.name, where, self.environment):
-            if there := record.left(path):
-                count = plural(len(there), "worker")
+        service, name = self.plan.service, self.plan.name
+        places = rundir.refuse_taken(name, service.control_socket, self.environment)
+        # To look through all processes takes time, and is for nothing where ports are free.
+        is_held = any(map(sockets.is_held, self.plan.binds))
+        for left in abandoned.find(self.environment, places, by_process=is_held):
+            is_here = left.control is not None and bool(record.left(left.control))
+            is_ours = left.name == name and abandoned.is_in_the_way(left, self.plan.binds)
+            if is_here or is_ours:
+                count = plural(len(left.workers), "worker")
                 self.log.warning("ending %s whose controller and guard were killed", count)
-                end = partial(record.end, path, service.graceful_timeout)
+                end = partial(abandoned.end, left, service.graceful_timeout, False)
                 while_heard("end workers that were left", end)
 
     def _write_pid(self) -> Callable[[], None]:

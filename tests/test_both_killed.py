@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 from clients import answer, request
 from conftest import StartService
 from crew import PORT
-from support import Service, eventually, is_running, lose_directory
+from support import DEADLINE_S, STEER, Service, eventually, is_running, lose_directory
 
+from steer import client
 from steer.kernel import proc, record
 
 pytestmark = pytest.mark.needs("netns")
@@ -49,12 +51,14 @@ while "lingers" in sys.argv and not os.path.exists("go"):
 """"closes": all descriptors that it does not know. "lingers": until there is a file `go`."""
 
 
-def kill_both(running: Service) -> list[int]:
-    """The workers that are left."""
+def kill_both(running: Service, directory: bool = True) -> list[int]:
+    """The workers that are left. Args: directory: whether the run directory stays."""
     workers = [each["pid"] for each in running.workers()]
     (guard,) = set(proc.children(running.pid)) - set(workers)
     for pid in (running.pid, guard):  # not to be noticed by the other
         os.kill(pid, signal.SIGSTOP)
+    if not directory:
+        lose_directory(running)
     for pid in (guard, running.pid):
         os.kill(pid, signal.SIGKILL)
     running.wait()
@@ -177,9 +181,10 @@ def test_stop_finds_and_ends_the_workers_and_status_tells_of_them(
 
     told = json.loads(running.steer("status", "--json").stdout)
     assert [each["name"] for each in told["orphaned"]] == ["test"]
-    assert "2 workers go on" in told["orphaned"][0]["state"]
-    named = running.steer("status", "test")
-    assert (named.returncode, "controller and guard were killed" in named.stderr) == (1, True)
+    named = ", ".join(map(str, workers))
+    assert f"2 workers (pids {named}) go on" in told["orphaned"][0]["state"]
+    one = running.steer("status", "test")
+    assert (one.returncode, "controller and guard were killed" in one.stderr) == (1, True)
 
     stopped = running.steer("stop", "test")
     assert (stopped.returncode, stopped.stdout) == (0, "stopped test\n"), stopped.stderr
@@ -208,6 +213,118 @@ def test_one_that_does_not_end_when_told_to_is_killed(service: StartService, hom
     (worker,) = kill_both(running)
     assert running.steer("stop", "--quick").returncode == 0
     assert not is_running(worker)
+
+
+STUBBORN = """
+import signal
+def serve(worker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        worker.sockets[0].accept()[0].close()
+"""
+LEFT = {
+    "command": command("closes"),
+    "callable": ("app:serve",),
+    "shell": ("--", "sh", "-c", f"{sys.executable} server.py; true"),
+    "setsid": ("--", "setsid", "-w", *command()[1:]),
+}
+"""Those that go on, as they are not told or do not listen."""
+
+
+@pytest.fixture
+def stubborn(home: Path) -> None:
+    (home / "app.py").write_text(STUBBORN)
+
+
+def is_free() -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", PORT))
+        except OSError:
+            return False
+        return True
+
+
+@pytest.mark.needs("setsid")
+@pytest.mark.parametrize("directory", [True, False], ids=["record", "no-record"])
+@pytest.mark.parametrize("what", LEFT)
+def test_they_are_found_without_a_record(
+    service: StartService, stubborn: None, what: str, directory: bool
+) -> None:
+    """And where the first process of a worker has ended, which the record tells of."""
+    running = service(*BIND, "-w", "2", *LEFT[what])
+    kill_both(running, directory)
+    assert not is_free()
+    told = json.loads(running.steer("status", "--json").stdout)
+    assert [each["name"] for each in told["orphaned"]] == ["test"]
+    quick = ("--quick",) if what == "callable" else ()
+    stopped = running.steer("stop", "test", *quick)
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped test\n"), stopped.stderr
+    assert is_free()
+    assert json.loads(running.steer("status", "--json").stdout)["orphaned"] == []
+    assert not running.control_socket.parent.exists()
+
+
+def test_what_a_wrapper_left_finishes_what_it_has(service: StartService, home: Path) -> None:
+    running = service(*BIND, "-w", "1", *LEFT["shell"])
+    waiting = request("/wait")
+    eventually(lambda: sum(running.selected().values()), 1)
+    kill_both(running)
+    stopping = subprocess.Popen((STEER, "stop", "test"), env=running.environment)
+    eventually(lambda: any(home.glob("told-*")))
+    assert stopping.poll() is None
+    (home / "go").touch()
+    assert answer(waiting)["pid"]
+    assert stopping.wait(DEADLINE_S) == 0
+    assert [path.read_text() for path in home.glob("told-*")] == ["15\n"]
+
+
+def test_a_new_start_finds_them_without_a_record(service: StartService) -> None:
+    workers = kill_both(service(*BIND, "-w", "2", *command("closes")), directory=False)
+    again = service(*BIND, "-w", "2")
+    assert "ending 2 workers whose controller and guard were killed" in again.log
+    assert not any(map(is_running, workers))
+
+
+def test_another_service_is_told_who_has_the_port(service: StartService) -> None:
+    first = service(*BIND, "-w", "2", *command("closes"), name="first")
+    living = service(*BIND, "-w", "1", name="second", ready=False)
+    assert living.wait() == 1
+    words = "of service 'first'; `steer stop first`, or choose another port"
+    assert words in living.log
+    workers = kill_both(first, directory=False)
+    other = service(*BIND, "-w", "1", name="second", ready=False)
+    assert other.wait() == 1
+    assert words in other.log
+    assert all(f"(pid {pid})" in other.log for pid in workers)
+    assert first.steer("stop", "first").returncode == 0
+    service(*BIND, "-w", "1", name="second")
+
+
+@pytest.mark.parametrize("without", ["controller", "nobody"])
+def test_those_of_a_living_service_are_not_left(
+    service: StartService, environment: dict[str, str], without: str
+) -> None:
+    """Whose control socket may be gone, too."""
+    running = service(*BIND, "-w", "2", "--adopt-timeout=300", *command("closes"))
+    workers = [each["pid"] for each in running.workers()]
+    for pid in set(proc.children(running.pid)) - set(workers):
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(running.pid, signal.SIGSTOP)
+    lose_directory(running)
+    assert client.left(environment) == []
+    if without == "controller":
+        guard = set(proc.children(running.pid)) - set(workers)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        assert client.left(environment) == []
+        for pid in guard:
+            os.kill(pid, signal.SIGCONT)
+        eventually(lambda: running.steer("stop", "test").returncode, 0)
+    else:
+        for pid in (running.pid, *proc.children(running.pid)):
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_nothing_is_left_of_the_record(service: StartService) -> None:

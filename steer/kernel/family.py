@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from steer.errors import KernelError
@@ -154,5 +154,10 @@ def send(number: int, pids: Iterable[int]) -> None:
 def mark(pid: int) -> int | None:
     """Whose the process says that it is; None where that may not be read or is not said, as of
     one that has ended."""
-    value = proc.environment(pid).get(MARK, "")
+    return mark_of(proc.environment(pid))
+
+
+def mark_of(environment: Mapping[str, str]) -> int | None:
+    """The same, of a process with this environment."""
+    value = environment.get(MARK, "")
     return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None

@@ -13,6 +13,11 @@ import fcntl
 import os
 import select
 import socket
+from contextlib import suppress
+
+from steer.errors import KernelError
+from steer.kernel import proc, unix
+from steer.kernel.listeners import Borrower
 
 
 def tie(channel: socket.socket, stop_signal: int) -> None:
@@ -28,6 +33,23 @@ def tie(channel: socket.socket, stop_signal: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
     if has_closed(fd):  # before somebody asked to be told
         os.kill(os.getpid(), stop_signal)
+
+
+def has_told(pid: int) -> bool:
+    """Whether that happened to a process, as far as we may look: a server that is told once more
+    may drop what it has."""
+    with suppress(OSError, KernelError):
+        inodes = {inode for _, inode in proc.sockets_by_fd(pid)} & unix.sequential()
+        for inode in inodes:
+            with Borrower(pid, frozenset({inode})).borrow() as lent:
+                if any(_has_told(pid, sock.fileno()) for sock in lent.values()):
+                    return True
+    return False
+
+
+def _has_told(pid: int, fd: int) -> bool:
+    """It may be open in a child, too, and that was not told."""
+    return fcntl.fcntl(fd, fcntl.F_GETOWN) == pid and has_closed(fd)
 
 
 def has_closed(fd: int) -> bool:

@@ -9,19 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from steer.kernel import proc, rundir
-from steer.kernel.family import Family
 
 _LONG = 4
 """A file with so many lines for each worker is written anew."""
 _MAX_BYTES = 1 << 20
-_LOOK_AGAIN_S = 0.05
-_KILLED_S = 2.0
 
 Worker = tuple[int, int]
 """Its first process, and the signal that tells it to finish."""
@@ -96,38 +92,6 @@ def _living(lines: Iterable[bytes], owner: int) -> Iterator[Worker]:
         known = pid > 1 and number in signal.valid_signals() and is_theirs
         if known and proc.start_time_ticks(pid) == ticks and proc.is_alive(pid):
             yield pid, number
-
-
-def end(control: Path, within_s: float, directory: bool = False) -> int:
-    """Have the workers that are left finish, then kill them and all that belongs to them.
-
-    Args:
-        within_s: for those that are told to finish.
-        directory: whether that of the control socket may go, too, if it is empty then.
-
-    Returns:
-        How many there were.
-    """
-    there = left(control)
-    families = {pid: Family(pid, is_child=False) for pid, _ in there}
-    for pid, number in there:
-        families[pid].remember()
-        with suppress(OSError):
-            os.kill(pid, number)
-    _until_none_is_left(control, within_s)
-    for family in families.values():
-        if family.others() or left(control):
-            family.kill()
-    _until_none_is_left(control, _KILLED_S)
-    if not left(control):
-        rundir.remove(control, rundir.inode(control), directory)
-    return len(there)
-
-
-def _until_none_is_left(control: Path, within_s: float) -> None:
-    end_s = time.monotonic() + within_s
-    while left(control) and time.monotonic() < end_s:
-        time.sleep(_LOOK_AGAIN_S)
 
 
 def _line(worker: Worker) -> str:

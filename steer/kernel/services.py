@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 
 from steer.errors import KernelError
-from steer.kernel import proc, title, unix
+from steer.kernel import family, proc, title, unix
 from steer.kernel.title import GUARD, WORKER, Title
 
-RUNTIME_DIR = "STEER_RUNTIME_DIR"
+RUNTIME_DIR, NAME = "STEER_RUNTIME_DIR", "STEER_NAME"
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -54,6 +54,79 @@ def find(environment: Mapping[str, str]) -> list[Running]:
             if known is None or known.title.role == GUARD:
                 found[inode] = Running(shown, pid, inode, _absolute(pid, listening[inode]))
     return list(found.values())
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A process of a worker.
+
+    Args:
+        name: of its service.
+        runtime_dir: STEER_RUNTIME_DIR of that; None if it was not set.
+        first: the worker's first process, as it says; None where its title says what it is.
+    """
+
+    pid: int
+    name: str
+    runtime_dir: str | None
+    first: int | None
+
+
+def unattended(environment: Mapping[str, str]) -> list[Member]:
+    """Processes of workers of this user (for root: of all), where neither a controller nor a
+    guard of their service is there. Of this network and pid namespace.
+
+    Where STEER_RUNTIME_DIR is set, only those that were started with the same.
+    """
+    found = list(_members(environment))
+    if not found:
+        return []
+    attended = [
+        (shown, proc.environment(pid).get(RUNTIME_DIR))
+        for pid, shown in _shown()
+        if pid != os.getpid() and _is_here(pid)
+    ]
+    return [
+        each
+        for each in found
+        if not any(
+            shown.may_name(each.name) and at in (None, each.runtime_dir) for shown, at in attended
+        )
+    ]
+
+
+def name_of(pid: int) -> str | None:
+    """The name of the service that a process is of; None if it is of none, or cannot be seen."""
+    shown = title.of(pid)
+    if shown is not None:
+        return shown.name
+    given = proc.environment(pid)
+    return given.get(NAME) if family.MARK in given else None
+
+
+def _members(environment: Mapping[str, str]) -> Iterator[Member]:
+    user, wanted = os.geteuid(), environment.get(RUNTIME_DIR)
+    for pid in proc.all_pids():
+        if user not in (0, _owner(pid)):
+            continue
+        given = proc.environment(pid)
+        shown, first = title.of(pid), family.mark_of(given)
+        at = given.get(RUNTIME_DIR)
+        if wanted not in (None, at) or not _is_here(pid):
+            continue
+        if shown is not None and shown.role == WORKER:
+            yield Member(pid, shown.name, at, None)
+        elif shown is None and first is not None and NAME in given:
+            yield Member(pid, given[NAME], at, first)
+
+
+def _is_here(pid: int) -> bool:
+    """Whether it is in our network and pid namespaces."""
+    with suppress(OSError):
+        return all(
+            os.readlink(f"/proc/{pid}/ns/{each}") == os.readlink(f"/proc/self/ns/{each}")
+            for each in ("net", "pid")
+        )
+    return False
 
 
 def names_of_ours() -> set[str]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from steer import abi, cbpf, features, socket_options
 from steer.address import COPIES, Bind
 from steer.errors import BindError, KernelError
-from steer.kernel import proc, sockopt
+from steer.kernel import proc, services, sockopt
 from steer.socket_options import Setting
 
 
@@ -168,9 +168,7 @@ def bind_error(bind: Bind, error: OSError) -> BindError:
     act = f"bind {bind.label}"
     name = errno.errorcode.get(error.errno or 0, str(error.errno))
     if error.errno == errno.EADDRINUSE:
-        found = proc.holders("udp" if bind.protocol == "udp" else "tcp", bind.address, bind.port)
-        by = f"in use by {', '.join(sorted({str(one) for one in found}))}" if found else "in use"
-        return BindError(act, f"{name}, {by}", "stop it, or choose another port")
+        return BindError(act, *_in_use(name, holders(bind)))
     cures = {
         errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE: "
         "run as root, or choose a higher port",
@@ -178,6 +176,30 @@ def bind_error(bind: Bind, error: OSError) -> BindError:
         errno.EAFNOSUPPORT: "IPv6 is off on this machine",
     }
     return BindError(act, name, cures.get(error.errno or 0, ""))
+
+
+def holders(bind: Bind) -> list[proc.Holder]:
+    """Who holds a port; see `proc.holders`."""
+    return proc.holders("udp" if bind.protocol == "udp" else "tcp", bind.address, bind.port)
+
+
+def is_held(bind: Bind) -> bool:
+    """Whether anybody may hold its port."""
+    protocol: proc.Protocol = "udp" if bind.protocol == "udp" else "tcp"
+    return any(bound.port == bind.port for bound in proc.bound_sockets(protocol, "/proc"))
+
+
+def _in_use(name: str, found: Sequence[proc.Holder]) -> tuple[str, str]:
+    """Cause and cure: of a service of ours it is not a process that is to be stopped."""
+    if not found:
+        return f"{name}, in use", "stop it, or choose another port"
+    by = ", ".join(sorted({str(one) for one in found}))
+    named = sorted({of for one in found if one.pid and (of := services.name_of(one.pid))})
+    if not named:
+        return f"{name}, in use by {by}", "stop it, or choose another port"
+    whose = ", ".join(repr(each) for each in named)
+    commands = " and ".join(f"`steer stop {each}`" for each in named)
+    return f"{name}, in use by {by}, of service {whose}", f"{commands}, or choose another port"
 
 
 def tcp_migrate_req() -> bool | None:
