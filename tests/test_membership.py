@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from collections import Counter
 from collections.abc import Mapping
@@ -188,10 +189,12 @@ ADDRESS = {
 }
 
 
+POLICY = {EBPF: "round-robin", CBPF: "hash", KERNEL: "kernel"}
+
+
 def start(service: StartService, home: Path, bind: str, backend: str, *more: str) -> Service:
     (home / "leaves.py").write_text(APP)
-    policy = {EBPF: "round-robin", CBPF: "hash", KERNEL: "kernel"}[backend]
-    options = (f"--policy={policy}", f"--backend={backend}", "-w3", "-b", bind)
+    options = (f"--policy={POLICY[backend]}", f"--backend={backend}", "-w3", "-b", bind)
     return service(*options, "--graceful-timeout=5", *more, "leaves:serve")
 
 
@@ -436,3 +439,32 @@ def test_what_goes_past_the_program_is_told_of(
     eventually(lambda: set(spread(running, protocol)) == states(running).keys())
     sees_all(running, protocol, backend)
     assert running.log.count(told) == 1
+
+
+@pytest.mark.needs("netns", "bpf", "pidfd_getfd")
+@pytest.mark.parametrize("backend", [EBPF, CBPF])
+@pytest.mark.parametrize("where", ["tcp", "udp", "udp any"])
+def test_one_that_left_hinders_no_change(
+    service: StartService, home: Path, where: str, backend: str
+) -> None:
+    """No program can be attached through its socket, nor can it be put into a table."""
+    protocol = where[:3]
+    running = start(service, home, ADDRESS[where], backend)
+    assert running.steer("drain", "0").returncode == 0  # so it is not replaced
+    order(running, home, 0, "connect" if protocol == "udp" else "shutdown")
+    eventually(lambda: "left the group" in running.log)
+    for policy in ("source", POLICY[backend]):
+        done = running.steer("policy", policy)
+        assert done.returncode == 0, done.stderr
+    assert running.steer("drain", "1").returncode == 0
+    assert set(spread(running, protocol, 20)) == {2}
+    assert running.steer("undrain", "1").returncode == 0
+    running.send_signal(signal.SIGUSR2)
+    eventually(lambda: running.log.count("left the group"), 2)
+    assert "not seen whether" not in running.log
+    assert "[ERROR]" not in running.log
+    assert set(spread(running, protocol)) == {1, 2}
+    assert running.steer("undrain", "0").returncode == 0
+    eventually(lambda: 0 not in states(running))
+    running.wait_ready(3)
+    sees_all(running, protocol, backend)
