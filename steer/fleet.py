@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+import socket
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -487,10 +489,25 @@ class Fleet:
         """What waits for a worker that is not chosen goes to others, if the kernel can."""
         if place.process:
             try:
-                with place.process.sockets() as owned:
+                with self._lent(place, place.process) as owned:
                     self.steering.rescue(place.slot, owned)
             except KernelError:
                 self.visibility.refused(BORROW, place.process)
+
+    @contextmanager
+    def _lent(self, place: Place, worker: Process) -> Iterator[Mapping[int, socket.socket]]:
+        """Its sockets by bind, for a moment: ours, where the steering holds them, else its own.
+
+        Raises:
+            KernelError: we may not borrow them.
+        """
+        with ExitStack() as stack:
+            held = self.steering.held(place.slot)
+            if held:
+                ours = map(sockets.duplicate, held)
+                yield {at: stack.enter_context(sock) for at, sock in enumerate(ours)}
+            else:
+                yield stack.enter_context(worker.sockets())
 
     def _start_settling(self, place: Place) -> None:
         self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)

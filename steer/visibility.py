@@ -16,7 +16,8 @@ INSTEAD: Mapping[str, str] = {
     WAITS: "what workers wait for cannot be seen, so one that never says READY=1 is taken to be "
     "ready when it has used next to no CPU for a second",
     QUEUES: "what waits at workers cannot be seen, so only a watchdog shows who hangs",
-    BORROW: "workers' sockets cannot be borrowed, so what waits at one that hangs is not moved",
+    BORROW: "workers' sockets cannot be borrowed, so what waits at one that hangs is moved only on "
+    "cbpf",
 }
 
 

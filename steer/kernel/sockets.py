@@ -336,3 +336,16 @@ def _locked(sock: socket.socket, act: str) -> Locked:
     whose = ", ".join(sorted({str(one) for one in found if one.pid != os.getpid()})) or "a worker"
     cause = f"EPERM, as {whose} set SO_LOCK_FILTER on its socket"
     return Locked(act, cause, "leave one socket of the group without it, or restart that worker")
+
+
+def duplicate(fd: int) -> socket.socket:
+    """Another descriptor of the same socket.
+
+    Raises:
+        KernelError: there is none left.
+    """
+    try:
+        return socket.socket(fileno=os.dup(fd))
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        raise KernelError("duplicate a socket", name, "raise the limit on open files") from None
