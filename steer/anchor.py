@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from steer.address import Bind
+from steer.config import Service
 from steer.kernel import members, sockets
 
 
@@ -30,13 +31,13 @@ class Anchors(Mapping[int, socket.socket]):
     def __len__(self) -> int:
         return len(self._sockets)
 
-    def open(self, binds: Sequence[Bind]) -> None:
+    def open(self, binds: Sequence[Bind], service: Service) -> None:
         """One for each bind that has use for one; where it cannot be had, none.
 
         What is wrong with an address the first worker tells. Sockets of a VRF's cgroup are bound
         to its interface, and stay so.
         """
-        if members.usual_device():
+        if members.usual_device() or is_left_to_hash(service):
             return
         for index, bind in enumerate(binds):
             # One of an interface, as fe80::1%eth0, cannot be bound to another.
@@ -80,6 +81,12 @@ class Anchors(Mapping[int, socket.socket]):
         self._sockets = {}
 
 
+def is_left_to_hash(service: Service) -> bool:
+    """Whether the kernel's hash chooses, whatever the program: over UDP it does for TPROXY (see
+    `sockopt.shortfalls`)."""
+    return any(each.name == "transparent" and each.value for each in service.settings)
+
+
 def may_split(bind: Bind) -> bool:
     """Whether its group may come apart when a worker opens a connected socket there. At a
     wildcard that has an address of its own."""
@@ -104,4 +111,7 @@ def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[str]:
 def cure(bind: Bind) -> str:
     """What would help, in words."""
     everywhere = "udp://[::]" if bind.is_v6 else "udp://0.0.0.0"
-    return f"{everywhere}:{bind.port} has no such trouble, nor has a start on ebpf or cbpf"
+    return (
+        f"{everywhere}:{bind.port} has no such trouble, nor has a start on ebpf or cbpf "
+        "without transparent=yes"
+    )

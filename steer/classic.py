@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from steer import abi, cbpf, policy, table
-from steer.anchor import Anchors
+from steer.anchor import Anchors, is_left_to_hash
+from steer.config import Service
 from steer.errors import KernelError
 from steer.kernel import bpf, listeners, sockets
 from steer.plan import Plan
@@ -70,9 +71,14 @@ class Cbpf(Countless):
         return self._anchors
 
     def open_anchors(self) -> None:
-        self._anchors.open(self._plan.binds)
+        self._anchors.open(self._plan.binds, self._plan.service)
         for index in self._anchors:
             self._orders[index].joined(_ANCHOR)
+
+    def renew_reserve(self, service: Service) -> None:
+        if self._anchors and is_left_to_hash(service):
+            self._close_anchors()
+            self._attach(self._layout)
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         self._held[slot] = fds

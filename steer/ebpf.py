@@ -12,7 +12,7 @@ from itertools import islice
 import msgspec
 
 from steer import abi, choice, counting, reserve, table
-from steer.anchor import Anchors
+from steer.anchor import Anchors, is_left_to_hash
 from steer.choice import Choice
 from steer.config import Service
 from steer.counting import Counting
@@ -166,7 +166,7 @@ class Ebpf:
         return self._anchors
 
     def open_anchors(self) -> None:
-        self._anchors.open(self._plan.binds)
+        self._anchors.open(self._plan.binds, self._plan.service)
 
     def open_reserve(self) -> None:
         """Over TCP only, and only where what waits there can be moved."""
@@ -182,6 +182,8 @@ class Ebpf:
         self._reserve_stamps = [begin(first + place) for place in range(reserve.COUNT)]
 
     def renew_reserve(self, service: Service) -> None:
+        if is_left_to_hash(service):
+            self._anchors.close()
         before = self._plan.service
         self._plan = msgspec.structs.replace(self._plan, service=service)
         if (before.backlog, before.settings) == (service.backlog, service.settings):

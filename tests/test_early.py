@@ -33,6 +33,7 @@ from gateway import (
 from support import DEADLINE_S, Netns, eventually, tcp_count
 from test_kernel_policies import segment
 
+from steer.kernel import proc
 from steer.policy import CBPF, EBPF, POLICIES
 
 pytestmark = [
@@ -322,3 +323,36 @@ def test_that_is_said(steer: RunSteer, service: StartService) -> None:
     assert (found["verdict"], words in found["found"]) == ("warn", True)
     assert words in service("-w", "1", *asked).log
     assert "UDP" not in steer("check", *asked[2:]).stdout
+
+
+@every_family
+@pytest.mark.parametrize("backend", [EBPF, CBPF])
+@pytest.mark.parametrize("since", ["the start", "a reload"])
+def test_over_udp_all_that_tproxy_delivers_is_answered(
+    since: str,
+    backend: str,
+    family: int,
+    new_socket: NewSocket,
+    service: StartService,
+    clients: ExitStack,
+    home: Path,
+) -> None:
+    """At an address that is no wildcard, too: the kernel's hash chooses among all that is there."""
+    put_rules(ruleset(tproxy("udp")))
+    here = f"[{HERE[family]}]" if family == socket.AF_INET6 else HERE[family]
+    asked = ("-b", f"udp://{here}:{PORT}", "-w", "2", "--policy", "hash", "--backend", backend)
+    if since == "the start":
+        service(*asked, "--demo", "--socket-option", "transparent=yes")
+    else:
+        running = service(*asked, "--demo")
+        (home / "steer.toml").write_text('[service]\nsocket_options = ["transparent=yes"]\n')
+        assert running.steer("reload").returncode == 0
+        # The old workers' sockets are not transparent, and may be chosen until they are closed.
+        eventually(lambda: len({x.inode for x in proc.holders("udp", HERE[family], PORT)}), 2)
+    waiting = []
+    for _ in range(40):
+        sock = clients.enter_context(new_socket(family, socket.SOCK_DGRAM))
+        sock.settimeout(DEADLINE_S)
+        sock.sendto(b"", (AWAY[family], PORT))
+        waiting.append(sock)
+    assert len({json.loads(sock.recv(65536))["slot"] for sock in waiting}) == 2
