@@ -132,7 +132,9 @@ def ask(
         raise ControlError(act, f"no answer within {limit_s:g} s", cure) from None
     except PermissionError:
         raise ControlError(act, "EACCES", "ask as root or as the service's own user") from None
-    except OSError:
+    except OSError as error:
+        if error.errno is None:  # Python's own, of a path that no socket can have
+            raise ControlError(act, f"{error}: {rundir.PATH_MAX_BYTES} bytes at most") from None
         raise NotRunning(act, "not running", "see `steer status`") from None
     if answer is None:
         cause = "the controller ended before it answered"

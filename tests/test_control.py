@@ -384,6 +384,31 @@ def test_user_without_a_run_directory_has_one_in_tmp(
     assert not place.exists()
 
 
+def test_path_that_no_socket_can_have_is_told_by_all_commands(
+    steer: RunSteer, environment: dict[str, str]
+) -> None:
+    path = "/tmp/" + "x" * 100 + "/web.sock"
+    environment["STEER_RUNTIME_DIR"] = os.path.dirname(path)
+    for command in ("run", "check"):
+        done = steer(command, "--demo", "--name", "web", "-b", "127.0.0.1:8099")
+        assert done.returncode == 1
+        assert f"a socket's path has 107 bytes at most, {path} has 114; name" in done.stderr
+    for command in ("status", "stop", "reload"):
+        done = steer(command, "--control-socket", path)
+        assert done.returncode == 1
+        assert "AF_UNIX path too long: 107 bytes at most" in done.stderr, done.stderr
+
+
+def test_what_stands_in_the_place_of_the_directory_is_named(
+    steer: RunSteer, home: Path, environment: dict[str, str]
+) -> None:
+    environment["STEER_RUNTIME_DIR"] = str(home / "file")
+    (home / "file").touch()
+    done = steer("run", "--demo", "--name", "web")
+    assert f"{home}/file/web.sock: {home}/file is no directory; name another" in done.stderr
+    assert done.returncode == 1
+
+
 def test_goes_where_it_is_told_to(service: StartService, home: Path) -> None:
     place = home / "elsewhere" / "my.socket"
     place.parent.mkdir()

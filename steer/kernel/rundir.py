@@ -22,6 +22,8 @@ _SYSTEM = Path("/run/steer")
 _LOGINS = Path("/run/user")
 _TMP = Path("/tmp")
 _BACKLOG = 16
+PATH_MAX_BYTES = 107
+"""sun_path of unix(7), less the null byte at its end."""
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
 _TIMEVAL = struct.Struct("@ll")
@@ -311,15 +313,26 @@ def refuse_taken(
         ours: inode of a control socket that may have the name.
 
     Raises:
-        ControlError: one is.
+        ControlError: one is; or no path is short enough.
     """
     found = places(name, wanted, environment)
+    _refuse_too_long(name, found)
     for path in found:
         _refuse_if_answering(name, path)
     for each in unreachable(found, environment):
         if each.inode != ours:
             raise running(name, f"pid {each.pid}", each.path)
     return found
+
+
+def _refuse_too_long(name: str, paths: Iterable[Path]) -> None:
+    """Raises ControlError: none of them can be that of a socket."""
+    lengths = {path: len(os.fsencode(path)) for path in paths}
+    if all(length > PATH_MAX_BYTES for length in lengths.values()):
+        causes = "; ".join(f"{path} has {length}" for path, length in lengths.items())
+        cause = f"a socket's path has {PATH_MAX_BYTES} bytes at most, {causes}"
+        cure = "name another place: --control-socket PATH, STEER_RUNTIME_DIR"
+        raise ControlError(f"make the control socket of {name!r}", cause, cure)
 
 
 def unreachable(paths: Iterable[Path], environment: Mapping[str, str]) -> list[services.Running]:
@@ -397,7 +410,9 @@ def _make_directory(directory: Path) -> None:
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700 if directory.parent == _TMP else 0o711)
     found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, f"{directory} is no directory")
+    if found.st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, f"{directory} is another user's")
 
 
