@@ -11,6 +11,9 @@
 # closed its listener and finishes with that client, a newcomer gets nothing, whatever the program says.
 # A wildcard address is not concerned, as a connected socket has an address of its own there.
 #
+# Before Linux 6.13 nothing is split. But the connected socket stays in the group, and the indexes of a classic
+# program count it: what the program sends to the index that it takes for the newcomer's, the connected one gets.
+#
 # A way round, which needs no privilege since Linux 5.7: one more socket in the group, bound to an interface
 # (SO_BINDTOIFINDEX), and all others bound to the same interface, so that they find it and nobody else, then
 # released from it by connect(2) to AF_UNSPEC, which leaves them in the group.
@@ -67,7 +70,8 @@ def drain(sock):
 
 
 def look(address, anchored, outlives):
-    """What the third gets while the program chooses another, and while it chooses the third."""
+    """What the third gets while the program chooses another, and while it chooses index 2, which is the
+    third unless the connected socket is counted; and what the connected one gets then."""
     to = "127.0.0.1" if address == "0.0.0.0" else address
     how = (LOOPBACK, True) if anchored else ()
     anchors = [bound(address, LOOPBACK)] if anchored else []
@@ -84,27 +88,42 @@ def look(address, anchored, outlives):
     third = bound(address, *how)
     found = []
     for index in (0, 2):
+        drain(connected)
         choose(others[0], len(anchors) + index)
         found.append(received(third, to))
+    found.append(drain(connected))
     for sock in (*anchors, server, peer, connected, *others, third):
         sock.close()
     return found
 
 
-failed = False
-for address, outlives, anchored, expected in (
-    ("127.0.0.1", False, False, [200, 200]),
-    ("::1", False, False, [0, 200]),
-    ("::1", True, False, [0, 0]),
-    ("0.0.0.0", False, False, [0, 200]),
-    ("127.0.0.1", False, True, [0, 200]),
-    ("::1", True, True, [0, 200]),
+def connected_stay():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", 0))
+        sock.connect(("127.0.0.1", 9))
+        try:
+            choose(sock, 0)
+            return True
+        except OSError:  # EINVAL: it is in no group
+            return False
+
+
+failed, stay = False, connected_stay()
+print("a connected socket", "stays in its group" if stay else "is in no group")
+for address, outlives, anchored, now, before in (
+    ("127.0.0.1", False, False, [200, 200, 0], [0, 0, 200]),
+    ("::1", False, False, [0, 200, 0], [0, 0, 200]),
+    ("::1", True, False, [0, 0, 0], [0, 0, 0]),
+    ("0.0.0.0", False, False, [0, 200, 0], [0, 200, 0]),
+    ("127.0.0.1", False, True, [0, 200, 0], [0, 0, 200]),
+    ("::1", True, True, [0, 200, 0], [0, 0, 0]),
 ):
-    found = look(address, anchored, outlives)
+    found, expected = look(address, anchored, outlives), before if stay else now
     what = f"{address}, connected socket {'outlives' if outlives else 'beside'} its server's"
     what += ", by an interface" if anchored else ""
     verdict = "as expected" if found == expected else f"CHANGED: expected {expected}"
-    print(f"{what:<64} third gets {found[0]:3} while another is chosen, {found[1]:3} while it is  {verdict}")
+    print(f"{what:<63} third gets {found[0]:3}, and {found[1]:3} (connected one {found[2]:3})  {verdict}")
     failed |= found != expected
 sys.exit(failed)
 PYTHON

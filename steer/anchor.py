@@ -74,11 +74,13 @@ class Anchors(Mapping[int, socket.socket]):
     def close(self) -> None:
         """The kernel's hash may choose from here on: have it choose none of them, also while
         the guard still has them open."""
-        for sock in self._sockets.values():
-            with suppress(OSError):
-                sockets.take_out(sock)
-            sock.close()
-        self._sockets = {}
+        for index in list(self._sockets):
+            self.drop(index)
+
+    def drop(self, index: int) -> None:
+        """The same of one."""
+        with self._sockets.pop(index) as sock, suppress(OSError):
+            sockets.take_out(sock)
 
 
 def is_left_to_hash(service: Service) -> bool:
@@ -95,7 +97,7 @@ def may_split(bind: Bind) -> bool:
 
 def is_at_risk(at: int, bind: Bind, anchors: Mapping[int, object]) -> bool:
     """Whether the group of a service's bind number `at` may come apart."""
-    return may_split(bind) and at not in anchors
+    return may_split(bind) and at not in anchors and not members.connected_stay()
 
 
 def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[str]:

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from steer import abi, cbpf, policy, table
+from steer import abi, anchor, cbpf, policy, table
 from steer.anchor import Anchors, is_left_to_hash
 from steer.config import Service
 from steer.errors import KernelError
-from steer.kernel import bpf, listeners, sockets
+from steer.kernel import bpf, listeners, members, sockets
 from steer.plan import Plan
 from steer.policy import Scene
 from steer.steering import Countless, Lend, may_be_lost
@@ -40,20 +40,21 @@ class Cbpf(Countless):
         if not empty:
             self._try_out(plan)
         self._anchors = Anchors()
+        self._upset: set[int] = set()
         self._orders = [cbpf.Order() for _ in plan.binds]
         self._programs: list[list[cbpf.Insn] | None] = [None for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
         self._lost = may_be_lost(plan)
-        self.notes: Sequence[str] = self._lost
+        self._sharing: Sequence[str] = ()
 
     def _try_out(self, plan: Plan) -> None:
         """With all workers the program is as long as it gets: does the kernel take it?"""
-        members = [Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats]
-        indexes = {member.slot: member.slot for member in members}
-        layout = policy.lay(plan.policy, members, self._scene)
+        all_seats = [Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats]
+        indexes = {member.slot: member.slot for member in all_seats}
+        layout = policy.lay(plan.policy, all_seats, self._scene)
         try:
-            if len(members) > cbpf.HASH_LENGTH:
-                raise cbpf.TooLong(f"room for {cbpf.HASH_LENGTH} workers, not {len(members)}")
+            if len(all_seats) > cbpf.HASH_LENGTH:
+                raise cbpf.TooLong(f"room for {cbpf.HASH_LENGTH} workers, not {len(all_seats)}")
             program = _assemble(plan, layout, indexes, self._seed)
         except cbpf.TooLong as error:
             raise KernelError(f"assemble {plan.policy.name}", str(error)) from None
@@ -63,6 +64,8 @@ class Cbpf(Countless):
     @property
     def order(self) -> Sequence[int] | None:
         """As it is once the anchors have left."""
+        if self._upset:
+            return None
         found = {tuple(_of_workers(order).indexes()) for order in self._orders}
         return found.pop() if len(found) == 1 else None
 
@@ -80,15 +83,31 @@ class Cbpf(Countless):
             self._close_anchors()
             self._attach(self._layout)
 
+    @property
+    def notes(self) -> Sequence[str]:
+        upset = [f"{self._plan.binds[index].label}: {_UPSET}" for index in sorted(self._upset)]
+        return (*self._lost, *self._sharing, *upset)
+
+    def _see_order(self) -> None:
+        """When one has come or is about to go: is it where we take it to be? A connected socket
+        that a worker has at the address may stand in the order, too, and who knows where."""
+        for index, bind in enumerate(self._plan.binds):
+            is_known = index not in self._upset and anchor.may_split(bind)
+            if is_known and members.connected_stay() and members.has_connected(bind):
+                self._upset.add(index)
+                if index in self._anchors:
+                    self._anchors.drop(index)
+
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         self._held[slot] = fds
         for order in self._orders:
             order.joined(slot)
         for index, bind in enumerate(self._plan.binds):
             self._anchors.renew(index, bind)
+        self._see_order()
         # Indexes past its own are not touched by a newcomer: the program stays right.
-        if self._layout is None and self._anchors:
-            self._attach(None)
+        if self._upset or (self._layout is None and self._anchors):
+            self._attach(self._layout)
 
     def taken_over(self, slot: int, fds: Sequence[int]) -> None:
         self.joined(slot, fds)
@@ -119,6 +138,7 @@ class Cbpf(Countless):
         It is not chosen while it moves: its old index is past the end, and the kernel's hash
         would take any socket, also one that is about to be closed.
         """
+        self._see_order()
         moving = {slot, *(order.last for order in self._orders)}
         staying = [member for member in self._members if member.slot not in moving]
         try:
@@ -133,8 +153,8 @@ class Cbpf(Countless):
     def steer(self, members: Sequence[Member]) -> None:
         self._members = members
         self._layout = self._lay(members) if members else None
-        sharing = _sharing(self._layout) if self._layout and self._plan.policy.pinned else ()
-        self.notes = (*self._lost, *sharing)
+        is_shared = self._layout and self._plan.policy.pinned
+        self._sharing = _sharing(self._layout) if self._layout and is_shared else ()
         self._attach(self._layout)
 
     def _lay(self, members: Sequence[Member]) -> Layout:
@@ -154,7 +174,7 @@ class Cbpf(Countless):
 
     def _close_anchors(self) -> None:
         for index in self._anchors:
-            self._orders[index].left(_ANCHOR)
+            _leave(self._orders[index], _ANCHOR)
         self._anchors.close()
 
     def attach_again(self, lend: Lend) -> None:
@@ -175,7 +195,8 @@ class Cbpf(Countless):
         now = self._layout
         layout = None if now is None else (list(now.entries), list(now.turns))
         anchors = [sock.fileno() for sock in self._anchors.values()]
-        return _Orders(self._seed, slots, layout, list(self._anchors)), anchors
+        upset = sorted(self._upset)
+        return _Orders(self._seed, slots, layout, list(self._anchors), upset), anchors
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
         saved = msgspec.convert(value, type=_Orders)
@@ -183,6 +204,7 @@ class Cbpf(Countless):
         self._orders = [cbpf.Order(slots) for slots in saved.slots]
         self._held = {slot: mine for slot, mine in held.items() if mine}
         self._anchors.receive(saved.anchored, fds)
+        self._upset = set(saved.upset)
         for order in self._orders:
             # Of some only the order speaks: they were about to come or go when it ended.
             unknown = [slot for slot in order.indexes() if slot not in (_ANCHOR, *held)]
@@ -200,7 +222,7 @@ class Cbpf(Countless):
             members = {
                 slot: self._held[slot][bind] for slot in order.indexes() if slot in self._held
             }
-            chosen = layout or self._anyone(bind, members)
+            chosen = None if bind in self._upset else layout or self._anyone(bind, members)
             if members and chosen is None:
                 self._programs[bind] = None
                 sockets.detach(next(iter(members.values())))
@@ -284,10 +306,16 @@ class _Orders(msgspec.Struct):
     slots: list[list[int]]
     layout: tuple[list[int], list[int]] | None
     anchored: list[int] = []
+    upset: list[int] = []
 
 
 _ANCHOR = -1
 """In the place of a slot, in the kernel's order."""
+_UPSET = (
+    "workers have connected sockets there, as servers of DTLS do, and before Linux 6.13 classic "
+    "BPF cannot tell them from those of workers that start later: the kernel's hash chooses; ebpf, "
+    "and a wildcard address, have no such trouble"
+)
 
 
 def _sharing(layout: Layout) -> Sequence[str]:

@@ -8,15 +8,13 @@ together are together: so the cure is a new generation.
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable
 from functools import partial
 
 from steer import anchor
 from steer.address import Bind
-from steer.errors import KernelError
 from steer.fleet import Fleet
-from steer.kernel import members, sockdiag
+from steer.kernel import members
 from steer.lifecycle import State
 from steer.place import Place
 
@@ -51,7 +49,7 @@ class Splits:
         return is_in_force and any(each.process and each.serves for each in others)
 
     def _look(self, place: Place, bind: Bind) -> None:
-        if not _has_connected(bind):
+        if not members.has_connected(bind):
             return
         words = (
             f"{bind.label}: workers have connected sockets there, so that worker {place.slot}, "
@@ -64,12 +62,3 @@ class Splits:
         if now_s >= self._not_before_s:
             self._not_before_s = now_s + _AGAIN_S
             self._renew()
-
-
-def _has_connected(bind: Bind) -> bool:
-    """Whether there are, on the interface of new sockets; where the kernel does not tell, no."""
-    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
-    try:
-        return sockdiag.connected(family, bind.address, bind.port, members.usual_device())
-    except KernelError:
-        return False

@@ -6,6 +6,12 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
+
+from steer import cbpf
+from steer.address import Bind
+from steer.errors import KernelError
+from steer.kernel import sockdiag, sockets
 
 _SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h
 _NOBODY: Mapping[int, Sequence[str]] = {
@@ -32,6 +38,33 @@ def drops(sock: socket.socket) -> int:
 
 _SO_MEMINFO = 55  # include/uapi/asm-generic/socket.h
 _SK_MEMINFO_DROPS = 8  # include/uapi/linux/sock_diag.h
+
+
+@cache
+def connected_stay() -> bool:
+    """Whether a UDP socket stays in its group when it is connected: before Linux 6.13, see
+    udp_lib_hash4() of net/ipv4/udp.c. To one in no group no program can be attached."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            sock.bind(("127.0.0.1", 0))
+            sock.connect(("127.0.0.1", _DISCARD))
+            sockets.attach_cbpf(sock.fileno(), list(cbpf.NOTHING))
+        except KernelError as error:
+            return error.cause != "EINVAL"
+        except OSError:
+            return False  # it cannot be told, and there is no loopback
+    return True
+
+
+def has_connected(bind: Bind) -> bool:
+    """Whether a process has a connected UDP socket there, on the interface of new sockets of ours;
+    where the kernel does not tell, no."""
+    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+    try:
+        return sockdiag.connected(family, bind.address, bind.port, usual_device())
+    except KernelError:
+        return False
 
 
 def shares(sock: socket.socket) -> bool:

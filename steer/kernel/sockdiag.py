@@ -31,8 +31,9 @@ _REQUEST = struct.Struct("=BBBxI")
 """The head of struct inet_diag_req_v2 of linux/inet_diag.h: family, protocol, ext, states."""
 _ID = struct.Struct("!HH16s16s4s8s")
 """struct inet_diag_sockid: ports in network byte order; a cookie of ones is none."""
-_MESSAGE = struct.Struct("=BB2x4x16s16xI8x4xIIII")
-"""struct inet_diag_msg: family, state, id.idiag_src, id.idiag_if, rqueue, wqueue, uid, inode."""
+_MESSAGE = struct.Struct("=BB2x4s16s16sI8x4xIIII")
+"""struct inet_diag_msg: family, state, both ports of id, id.idiag_src, id.idiag_dst, id.idiag_if,
+rqueue, wqueue, uid, inode."""
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO, _INET_DIAG_SKMEMINFO = 2, 7
 _MEMORY = struct.Struct("=II")
@@ -110,7 +111,8 @@ def standing(protocol: str, family: int, port: int) -> dict[int, Standing]:
 
 
 def connected(family: int, address: str, port: int, device: int) -> bool:
-    """Whether there is a UDP socket that is bound there, and connected to a peer.
+    """Whether there is a UDP socket that is bound there, and connected to a peer. One that is
+    connected to itself is an anchor that was taken out of its group.
 
     Args:
         device: index of the network interface that it is bound to; 0: to none.
@@ -121,7 +123,11 @@ def connected(family: int, address: str, port: int, device: int) -> bool:
     here = socket.inet_pton(family, address.partition("%")[0])
     found = _dump(family, socket.IPPROTO_UDP, 1 << _ESTABLISHED, port)
     return any(
-        each.address[: len(here)] == here and each.device == device and each.inode for each in found
+        each.address[: len(here)] == here
+        and each.device == device
+        and each.inode
+        and not each.is_its_own_peer
+        for each in found
     )
 
 
@@ -150,6 +156,7 @@ class _Found(NamedTuple):
 
     state: int
     address: bytes
+    is_its_own_peer: bool
     device: int
     rqueue: int
     wqueue: int
@@ -180,9 +187,12 @@ def _dump(
                 for kind, content in _messages(answer):
                     if kind == _NLMSG_DONE:
                         return
-                    _, state, here, device, rqueue, wqueue, _, inode = _MESSAGE.unpack_from(content)
+                    _, state, ports, here, there, device, rqueue, wqueue, _, inode = (
+                        _MESSAGE.unpack_from(content)
+                    )
+                    is_own = here == there and ports[:2] == ports[2:]
                     more = _attribute(content, extension)
-                    yield _Found(state, here, device, rqueue, wqueue, inode, more)
+                    yield _Found(state, here, is_own, device, rqueue, wqueue, inode, more)
     except OSError as error:
         cause = errno.errorcode.get(error.errno or 0, str(error))
         raise KernelError("ask for the queues of sockets", cause, _CURES.get(cause, "")) from None
