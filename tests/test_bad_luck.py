@@ -148,8 +148,8 @@ def test_port_that_another_service_has(service: StartService) -> None:
     holders = ", ".join(sorted(f"{name.strip()} (pid {pid})" for pid, name in named.items()))
     assert done.returncode == 1
     assert done.stderr == (
-        f"steer: bind tcp 127.0.0.1:{PORT}: EADDRINUSE, in use by {holders}; "
-        "stop it, or choose another port\n"
+        f"steer: bind tcp 127.0.0.1:{PORT}: EADDRINUSE, in use by {holders}, "
+        "of service 'test'; `steer stop test`, or choose another port\n"
     )
     assert {http_get("127.0.0.1", PORT)[1]["name"] for _ in range(20)} == {"test"}
 
