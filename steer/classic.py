@@ -243,7 +243,10 @@ class Cbpf(Countless):
         order = self._orders[bind]
         program = _assemble(self._plan, layout, order.indexes(), self._seed)
         through = sockets.unlocked(list(members.values()))
-        if not _is_attached(through, program):
+        if bind in self._anchors and sockets.is_locked(through):
+            # All of those there are so far may have locked theirs: ours is not.
+            sockets.attach_cbpf(self._anchors[bind].fileno(), program)
+        elif not _is_attached(through, program):
             there = {slot: fd for slot, fd in members.items() if fd != through}
             if not there:
                 raise KernelError("attach classic BPF program", "EINVAL: no socket is in its group")
