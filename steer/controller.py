@@ -137,7 +137,7 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
 
     service = plan.service
     process.identity(service.user, service.group)
-    process.allow_descriptors(plan.descriptors)
+    process.allow_descriptors(process.open_descriptors() + plan.descriptors)
     if service.chdir is not None and not os.path.isdir(service.chdir):
         raise AppLoadError(f"chdir {service.chdir}", "no such directory")
     if service.command and shutil.which(service.command[0]) is None:
@@ -232,7 +232,8 @@ class Controller:
         self.listener: Listener
         self._undo = undo
         self._unheard = Unheard(log.warning)
-        self._files = process.allow_descriptors(plan.descriptors)
+        self._open_before = process.open_descriptors()
+        self._files = process.allow_descriptors(self._open_before + plan.descriptors)
         self._spare = Spare(_SPARE + len(plan.binds))
         undo.callback(self._spare.close)
         self._may_hurry = process.may_hurry_others()
@@ -466,6 +467,18 @@ class Controller:
         self.configure(plan)
         self.fleet.renew_reserve(plan.service)
         self._keep_service(self.fleet.generation.number)
+
+    def allow_descriptors(self, plan: Plan) -> None:
+        """Have room for what a changed plan starts, and for what it may start thereafter.
+
+        What is open by now is of the plan in force, and so is in its own count already: only
+        one more generation comes on top of it.
+
+        Raises:
+            ConfigError: the hard limit on open files is lower.
+        """
+        one_more = process.open_descriptors() + plan.generation_descriptors
+        process.allow_descriptors(max(self._open_before + plan.descriptors, one_more))
 
     def execute_anew(self) -> NoReturn:
         """Become what is installed now, in the same process: the guard has all else.

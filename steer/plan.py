@@ -106,7 +106,12 @@ class Plan(msgspec.Struct, frozen=True):
     def descriptors(self) -> int:
         """How many files the controller may have open at once, with room to spare and for
         a second generation beside the first."""
-        return 64 + 8 * len(self.binds) + 2 * (len(self.seats) + 16) * (3 + len(self.binds))
+        return 64 + 8 * len(self.binds) + 2 * self.generation_descriptors
+
+    @property
+    def generation_descriptors(self) -> int:
+        """Of these, how many are of one generation of workers."""
+        return (len(self.seats) + 16) * (3 + len(self.binds))
 
     def steps(self) -> tuple[Step, ...]:
         rung = self.rungs[0]

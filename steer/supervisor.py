@@ -388,7 +388,7 @@ class _Supervisor:
         return planning.again(self._plan, service, topology.read(), act, candidates)
 
     async def _renew(self, plan: Plan, tell: Tell) -> Generation:
-        process.allow_descriptors(plan.descriptors)
+        self._service.allow_descriptors(plan)
         before = self._plan
         plan = self._choose_as(plan)
         try:
@@ -478,7 +478,7 @@ class _Supervisor:
     async def _scale_to(self, workers: int, tell: Tell) -> None:
         self._service.follow_cpus()
         plan = planning.scaled(self._plan, workers, topology.read())
-        process.allow_descriptors(plan.descriptors)
+        self._service.allow_descriptors(plan)
         await self._changes.scale(plan, tell)
         self._service.configure(plan)
         self._log.info("%s", plural(workers, "worker"))

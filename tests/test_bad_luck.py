@@ -254,6 +254,35 @@ def test_limit_on_open_files_that_is_too_low(
         assert running.log.count("\n") == 1
 
 
+@pytest.mark.parametrize("backend", ["ebpf", "cbpf", "kernel"])
+@pytest.mark.parametrize("addresses", [1, 10])
+def test_what_starts_under_a_limit_on_open_files_can_be_changed(
+    netns: Netns, environment: dict[str, str], home: Path, addresses: int, backend: str
+) -> None:
+    """The limit is what 5 workers need. The count has a second generation in it, and must not
+    have the first once more when that serves."""
+    binds = [word for port in range(addresses) for word in ("-b", f"127.0.0.1:{PORT + port}")]
+    run = (STEER, "run", *binds, "--backend", backend, "--policy", "hash", "--name", "test")
+    refused = launch(
+        ("prlimit", "--nofile=32:32", *run, "-w", "5"),
+        environment=environment,
+        home=home,
+        records=home,
+    )
+    assert refused.wait() == 1
+    needed = (home / "stderr").read_text().split()[2]
+    limited = ("prlimit", f"--nofile={needed}:{needed}", *run, "-w", "4")
+    with started(*limited, environment=environment, home=home) as running:
+        running.wait_ready()
+        for arguments in (["reload"], ["scale", "+1"], ["reload"], ["scale", "+1"]):
+            done = running.steer(*arguments)
+            assert done.returncode == 0, done.stderr
+        assert len(running.workers()) == 5
+        too_many = running.steer("scale", "+1")
+        assert too_many.returncode == 1
+        assert f"the limit is {needed}; raise it" in too_many.stderr
+
+
 def test_soft_limit_on_open_files_is_raised_for_itself_alone(
     netns: Netns, environment: dict[str, str], home: Path
 ) -> None:

@@ -502,8 +502,13 @@ def how_it_ended(status: int | None) -> str:
         return f"killed by signal {-status}"
 
 
+def open_descriptors() -> int:
+    """How many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd")) - 1  # without that of the directory
+
+
 def allow_descriptors(needed: int) -> tuple[int, int]:
-    """Raise the soft limit on open files, if it is lower, to what is open now and `needed`.
+    """Raise the soft limit on open files, if it is lower, to `needed` in all.
 
     Returns:
         The limits as they were, to be given back to workers.
@@ -511,7 +516,6 @@ def allow_descriptors(needed: int) -> tuple[int, int]:
     Raises:
         ConfigError: the hard limit is lower.
     """
-    needed += len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
