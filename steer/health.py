@@ -214,7 +214,7 @@ class Health:
             why = f"{why}; {CHOSEN_ALL_THE_SAME}"
         self._fleet.log.warning("worker %d hangs: it %s", place.slot, why)
         place.has_acted()
-        place.full = place.shed = False
+        place.full = place.shed = place.acted = False
         self._histories.pop(process.pid, None)
         self._fleet.report(place, Event.STUCK)
         self._relieve_if_due(place)
@@ -293,7 +293,10 @@ class Health:
         """It did something, and waits for more."""
         if _is_silent(place, self._fleet.clock.now_s()):
             return False
-        if not place.has_acted() or proc.is_stopped(process.pid):
+        # Looked at between the two, it has acted and does not wait yet; then it rests, as others
+        # have got all that waited for it.
+        place.acted = place.has_acted() or (place.acted and place.hangs)
+        if not place.acted or proc.is_stopped(process.pid):
             return False
         return waits(process) is not Seen.NO
 

@@ -58,6 +58,7 @@ class Place(msgspec.Struct, eq=False):
         takers: its processes that were seen to wait on its sockets.
         acceptors: threads of theirs that did.
         activity: see `proc.activity`: of these, at the last look at them.
+        acted: whether these did anything since it was taken for hung.
         rest: of one that starts and cannot be looked at.
         cpu_s, cpu_at_s: CPU time that it had had, and when that was.
         hung: when it was retired.
@@ -87,6 +88,7 @@ class Place(msgspec.Struct, eq=False):
     takers: frozenset[int] = frozenset()
     acceptors: frozenset[int] = frozenset()
     activity: int = 0
+    acted: bool = False
     rest: Rest | None = None
     cpu_s: float = 0.0
     cpu_at_s: float = 0.0

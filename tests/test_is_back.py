@@ -1,0 +1,34 @@
+"""A hung worker that goes on: it is seen to, whenever it is looked at."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from steer import health
+from steer.health import Health
+from steer.kernel.waits import Seen
+
+
+def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have got all that waited for it, so it does nothing more."""
+    looks = iter([(False, Seen.YES), (True, Seen.NO), (False, Seen.YES)])
+    acted, seen = zip(*looks, strict=True)
+    service = SimpleNamespace(watchdog=None)
+    place: Any = SimpleNamespace(
+        has_acted=iter(acted).__next__,
+        acted=False,
+        hangs=True,
+        heard_s=0.0,
+        generation=SimpleNamespace(plan=SimpleNamespace(service=service)),
+    )
+    waiting = iter(seen[1:])  # not asked of one that has not acted
+    monkeypatch.setattr(health, "waits", lambda _: next(waiting))
+    monkeypatch.setattr(health.proc, "is_stopped", lambda _: False)
+    made = Health.__new__(Health)
+    fleet: Any = SimpleNamespace(clock=SimpleNamespace(now_s=lambda: 0.0))
+    made._fleet = fleet
+    process: Any = SimpleNamespace(pid=1)
+    assert [made._is_back(place, process) for _ in acted] == [False, False, True]
