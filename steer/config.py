@@ -133,7 +133,7 @@ _LISTS = {name for name, field in FIELDS.items() if isinstance(field.default, tu
 def load(
     command_line: Mapping[str, Any],
     environment: Mapping[str, str],
-    file: Mapping[str, Any],
+    file: Mapping[str, Any] | None,
     path: str,
     *,
     runs: bool = False,
@@ -142,18 +142,19 @@ def load(
 
     Args:
         command_line: values given as options, by key; None: not given.
-        file: the [service] table, as `read` returns it.
+        file: the [service] table, as `read` returns it; None: there is no file.
         path: the file's name, for errors.
         runs: whether the service is to be run, and so has to have something to run: an app, a
-            command or the demo. The demo is also what it is if nothing at all was given.
+            command or the demo. The demo is also what it is if nothing at all was given; a file
+            is something, even an empty one.
 
     Raises:
         ConfigError: names the source, the key, the value and what is allowed.
     """
     merged: dict[str, Any] = {}
     shown: dict[str, str] = {}
-    sources = [path] if file else []
-    for key, value in file.items():
+    sources = [] if file is None else [path]
+    for key, value in (file or {}).items():
         shown[key] = _shown(key, value, path)
         merged[key] = _checked(key, value, shown[key], strict=True)
     for key, (name, text) in _from_environment(environment).items():
@@ -166,7 +167,7 @@ def load(
             shown[key] = form.format(value=values.shown(value))
             merged[key] = _checked(key, value, shown[key], strict=False)
             sources.append(form.partition(":")[0])
-    if runs and not merged:
+    if runs and not sources:
         return Service(demo=True)
     service = Service(**merged)
     _check_whole(service, shown)

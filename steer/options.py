@@ -32,7 +32,7 @@ _SERVICE_OPTIONS = (
         "--demo",
         is_flag=True,
         default=None,
-        help="Run the demo if neither is given; without any option that is the default.",
+        help="Run the demo if neither is given; the default without any option and file.",
     ),
     click.option(
         "-b",
@@ -243,7 +243,8 @@ class Source:
         path = os.path.normpath(os.path.join(self._directory, service.policy))
         return msgspec.structs.replace(service, policy=path)
 
-    def _table(self) -> dict[str, Any]:
+    def _table(self) -> dict[str, Any] | None:
+        """What the file says; None if there is none. Raises ConfigError."""
         from steer import config
         from steer.errors import ConfigError
 
@@ -253,7 +254,7 @@ class Source:
         except FileNotFoundError:
             if self._must_be_there:
                 raise ConfigError(f"read {self._file}", "no such file") from None
-            return {}
+            return None
         except OSError as error:
             raise ConfigError(f"read {self._file}", error.strerror or str(error)) from None
         self._must_be_there = True

@@ -231,16 +231,23 @@ def test_what_has_nothing_to_run_is_refused(
         for file, options, named in (
             ("", ("--policy", "hash"), "--policy"),
             ("x.toml", (), "x.toml"),
-            ("empty.toml", ("-w", "2"), "--workers"),
+            ("empty.toml", (), "empty.toml"),
+            ("empty.toml", ("-w", "2"), "empty.toml, --workers"),
+            ("/dev/null", (), "/dev/null"),
         ):
             environment["STEER_CONFIG"] = file
             done = cli(command, *options)
             assert (done.returncode, done.stdout) == (1, "")
             assert done.stderr.startswith(words.format(named))
             assert done.stderr.count("\n") == 1
-    for given in ((), ("-c", "empty.toml"), ("-c", "x.toml", "--demo")):
+    del environment["STEER_CONFIG"]
+    for given in ((), ("-c", "x.toml", "--demo"), ("-c", "empty.toml", "--demo")):
         done = cli("run", "--print-config", *given)
         assert "\ndemo = true\n" in done.stdout
+    (home / "steer.toml").touch()
+    done = cli("run", "--print-config")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(words.format("steer.toml"))
     assert cli("doctor", "-w", "2", "--json").stderr == ""
 
 
@@ -302,6 +309,9 @@ def test_default_file_may_come_but_not_go(home: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(home)
     read = source()
     assert read() == config.Service(demo=True)
+    (home / "steer.toml").touch()
+    with pytest.raises(ConfigError, match=r"^find what to run in steer\.toml: neither an app "):
+        read()
     (home / "steer.toml").write_text("[service]\nworkers = 2\ndemo = true\n")
     assert read().workers == 2
     (home / "steer.toml").unlink()

@@ -152,7 +152,7 @@ def test_a_flag_that_is_off_is_given() -> None:
 
 # What is run
 
-Sources = tuple[Mapping[str, Any], Mapping[str, str], Mapping[str, Any]]
+Sources = tuple[Mapping[str, Any], Mapping[str, str], Mapping[str, Any] | None]
 
 
 def to_run(given_: Sources) -> Service:
@@ -162,17 +162,19 @@ def to_run(given_: Sources) -> Service:
 @pytest.mark.parametrize(
     "given_, named",
     [
-        (({"workers": "2"}, {}, {}), "--workers"),
-        (({"params": ("a=1",), "strict": True}, {}, {}), "--param, --strict"),
-        (({}, {"STEER_BACKLOG": "7"}, {}), "STEER_BACKLOG"),
-        (({}, {"WEB_CONCURRENCY": "2"}, {}), "WEB_CONCURRENCY"),
+        (({"workers": "2"}, {}, None), "--workers"),
+        (({"params": ("a=1",), "strict": True}, {}, None), "--param, --strict"),
+        (({}, {"STEER_BACKLOG": "7"}, None), "STEER_BACKLOG"),
+        (({}, {"WEB_CONCURRENCY": "2"}, None), "WEB_CONCURRENCY"),
         (({}, {}, {"policy": "hash", "workers": 2}), FILE),
         (({}, {}, {"demo": False}), FILE),
+        (({}, {}, {}), FILE),
+        (({"workers": "2"}, {}, {}), f"{FILE}, --workers"),
         (
             ({"name": "web"}, {"STEER_DEMO": "false"}, {"bind": [":1"]}),
             f"{FILE}, STEER_DEMO, --name",
         ),
-        (({}, {"STEER_COMMAND": ""}, {}), "STEER_COMMAND"),
+        (({}, {"STEER_COMMAND": ""}, None), "STEER_COMMAND"),
     ],
 )
 def test_a_service_without_anything_to_run_is_refused(given_: Sources, named: str) -> None:
@@ -201,7 +203,7 @@ def test_a_service_with_something_to_run_is_not_refused(given_: Sources) -> None
 
 
 def test_who_gives_nothing_at_all_gets_the_demo() -> None:
-    assert to_run(({"bind": (), "demo": None}, {"PATH": "/bin"}, {})) == Service(demo=True)
+    assert to_run(({"bind": (), "demo": None}, {"PATH": "/bin"}, None)) == Service(demo=True)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +23,16 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import RunSteer, StartService
-from support import DEADLINE_S, Service, eventually, http_get, is_ready, is_running, session
+from support import (
+    DEADLINE_S,
+    STEER,
+    Service,
+    eventually,
+    http_get,
+    is_ready,
+    is_running,
+    session,
+)
 
 from steer.errors import Refused
 from steer.kernel import diag, proc, rundir
@@ -497,19 +507,41 @@ def test_reload_reads_the_configuration_anew(service: StartService, home: Path) 
     assert (done.returncode, done.stderr) == (1, "steer: read steer.toml: no such file\n")
 
 
+@pytest.mark.parametrize("left", ["[service]\nworkers = 2\n", "[service]\n", ""])
 def test_a_file_that_lost_its_application_is_refused(
-    service: StartService, home: Path, environment: dict[str, str]
+    service: StartService, home: Path, environment: dict[str, str], left: str
 ) -> None:
     """Instead of the demo in its place."""
     del environment["STEER_DEMO"]
     configure(home, app="app:serve", workers=1)
     running = service()
-    configure(home, workers=2)
+    (home / "steer.toml").write_text(left)
     done = running.steer("reload")
     words = "steer: find what to run in steer.toml, --name: neither an app nor a command is given"
     assert done.returncode == 1
     assert done.stderr.startswith(words)
     assert [ask()[key] for key in ("app", "generation")] == ["serve", 1]
+
+
+def test_an_emptied_file_gives_no_demo_without_any_option(
+    netns: object, home: Path, environment: dict[str, str]
+) -> None:
+    """Which `service` gives."""
+    del environment["STEER_DEMO"]
+    configure(home, app="app:serve", workers=1)
+    with subprocess.Popen([STEER, "run", "-c", "steer.toml"], env=environment, cwd=home) as process:
+        running = Service(process, "app", home, home, environment)
+        try:
+            (home / "stderr").touch()
+            running.wait_ready()
+            (home / "steer.toml").write_text("")
+            done = running.steer("reload")
+            words = "steer: find what to run in steer.toml: neither an app nor a command is given"
+            assert (done.returncode, done.stderr.startswith(words)) == (1, True)
+            assert {each["generation"] for each in running.workers()} == {1}
+        finally:
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.needs("root")
