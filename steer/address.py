@@ -19,6 +19,10 @@ __udp4_lib_mcast_deliver() of net/ipv4/udp.c, which never runs a group's program
 ALLOWED = "host:port, [::1]:port, :port, udp://host:port"
 
 
+_MAPPED = bytes(10) + b"\xff\xff"
+"""How an IPv6 address begins that stands for an IPv4 one."""
+
+
 class Bind(msgspec.Struct, frozen=True):
     """One address of a service, and so one group.
 
@@ -36,12 +40,25 @@ class Bind(msgspec.Struct, frozen=True):
         return ":" in self.address
 
     @property
+    def ipv4(self) -> str | None:
+        """The IPv4 address that packets to it have: also of an IPv4-mapped one, ::ffff:0:0/96,
+        see ipv6(7)."""
+        if not self.is_v6:
+            return self.address
+        packed = self._packed_v6
+        return socket.inet_ntoa(packed[12:]) if packed.startswith(_MAPPED) else None
+
+    @property
     def is_multicast(self) -> bool:
         """To many hosts at once, or to all: 224.0.0.0/4, ff00::/8, 255.255.255.255."""
-        if self.is_v6:
-            return socket.inet_pton(socket.AF_INET6, self.address.partition("%")[0])[0] == 0xFF
-        first = socket.inet_aton(self.address)
+        if self.ipv4 is None:
+            return self._packed_v6[0] == 0xFF
+        first = socket.inet_aton(self.ipv4)
         return first[0] >> 4 == 0xE or first == b"\xff" * 4
+
+    @property
+    def _packed_v6(self) -> bytes:
+        return socket.inet_pton(socket.AF_INET6, self.address.partition("%")[0])
 
     @property
     def is_scoped(self) -> bool:

@@ -217,12 +217,13 @@ def test_address_that_is_not_on_this_machine(steer: RunSteer) -> None:
     assert done.stderr == words
 
 
-def test_broadcast_address_of_a_network_of_ours(steer: RunSteer) -> None:
+@pytest.mark.parametrize("form", ["udp://{}:5353", "udp://[::ffff:{}]:5353"])
+def test_broadcast_address_of_a_network_of_ours(steer: RunSteer, form: str) -> None:
     for command in ("run", "check"):
-        done = steer(command, "-b", "udp://127.255.255.255:5353")
+        done = steer(command, "-b", form.format("127.255.255.255"))
         assert done.returncode == 1
         assert "a broadcast address of this machine: every worker would get a copy" in done.stderr
-    assert steer("check", "-b", "udp://127.255.255.254:5353").returncode == 0
+    assert steer("check", "-b", form.format("127.255.255.254")).returncode == 0
 
 
 def test_ipv6_that_is_switched_off(steer: RunSteer, netns: Netns) -> None:

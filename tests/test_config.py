@@ -391,6 +391,16 @@ def test_an_endless_time(text: str, cause: str) -> None:
         ("bind", [":80", "0.0.0.0:80"], f"tcp 0.0.0.0:80 is given twice; {ADDRESSES}"),
         ("bind", ["udp://224.0.0.251:5353"], f"udp 224.0.0.251:5353 {COPIES}; {ADDRESSES}"),
         ("bind", ["udp://[ff02::fb]:5353"], f"udp [ff02::fb]:5353 {COPIES}; {ADDRESSES}"),
+        (
+            "bind",
+            ["udp://[::ffff:224.0.0.1]:1"],
+            f"udp [::ffff:224.0.0.1]:1 {COPIES}; {ADDRESSES}",
+        ),
+        (
+            "bind",
+            ["udp://[::ffff:255.255.255.255]:1"],
+            f"udp [::ffff:255.255.255.255]:1 {COPIES}; {ADDRESSES}",
+        ),
         ("bind", ["udp://255.255.255.255:1"], f"udp 255.255.255.255:1 {COPIES}; {ADDRESSES}"),
         ("bind", [], f"no address given; {ADDRESSES}"),
         ("bind", [80], f"a whole number, not a string; {ADDRESSES}"),

@@ -119,7 +119,7 @@ def check_free(bind: Bind, settings: Sequence[Setting] = ()) -> None:
     Raises:
         BindError: somebody is, or the address or an option cannot be had.
     """
-    if bind.protocol == "udp" and _is_broadcast(bind.address):
+    if bind.protocol == "udp" and bind.ipv4 and _is_broadcast(bind.ipv4):
         cause = f"a broadcast address of this machine: {COPIES}"
         raise BindError(f"bind {bind.label}", cause, "choose another address")
     try:
