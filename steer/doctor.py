@@ -604,7 +604,7 @@ def _migrate_req(case: Case) -> Iterator[Opinion]:
     if not case.has_tcp:
         return
     value = case.facts.sysctls["net.ipv4.tcp_migrate_req"]
-    shown = "not here" if isinstance(value, Unknown) else value
+    shown = f"could not be read ({value.reason})" if isinstance(value, Unknown) else value
     on_ebpf = _known(case.plan, _MOUNT_SYSFS).rungs[0].backend == EBPF
     if features.kernel_version(case.facts.release) < features.MIGRATE.since:
         lost = f"{shown}, for nothing: connections that wait in a closing worker's queue are reset"
@@ -613,7 +613,7 @@ def _migrate_req(case: Case) -> Iterator[Opinion]:
         yield Opinion("ok", f"{shown}: the program migrates whatever this says")
     elif isinstance(value, Unknown):
         lost = f"{value.reason}: what waits in a closing worker's queue may be reset"
-        yield Opinion("unknown", lost, f"{features.MIGRATE.cure}, or {_LOOK}")
+        yield Opinion("unknown", lost, _LOOK)
     elif value == 0:
         lost = "0: connections that wait in a closing worker's queue are reset"
         yield Opinion("warn", lost, "sysctl -w net.ipv4.tcp_migrate_req=1, or steer by eBPF")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from steer import features
 from steer.config import Service
 from steer.counting import Counting
+from steer.errors import KernelError
 from steer.kernel import listeners, sockets
 from steer.plan import Plan
 from steer.table import Member
@@ -244,8 +245,9 @@ class Countless:
         pass
 
     def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
-        """By the kernel's hash, if that was told to move queues."""
-        if sockets.tcp_migrate_req():
+        """By the kernel's hash, if that was told to move queues, for all we know: without, closing
+        the listener would reset what waits."""
+        if _kernel_migrates():
             for index, sock in owned.items():
                 if listeners.is_waited_for(sock):
                     listeners.move_queue(sock)
@@ -306,6 +308,8 @@ STILL_CHOSEN = (
 )
 CHOSEN_ALL_THE_SAME = "the kernel's own hash chooses it all the same"
 _LOST = "queued at a worker that crashes or hangs are lost"
+_MAY_BE_LOST = "queued at a worker that crashes or hangs may be lost"
+_UNTOLD = "it could not be told whether the kernel moves them"
 DATAGRAMS_LOST = f"datagrams {_LOST}: the kernel moves none"
 
 
@@ -316,13 +320,30 @@ def may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
         migrates: whether our program moves queues; None where there is none that could.
     """
     protocols = {bind.protocol for bind in plan.binds}
-    told = sockets.tcp_migrate_req()
     notes = []
-    if "tcp" in protocols and not migrates and not told:
-        by_sysctl = "ebpf would move them, and so would sysctl net.ipv4.tcp_migrate_req=1"
-        too_old = told is None or migrates is False
-        why = f"migration needs Linux {features.MIGRATE.version}" if too_old else by_sysctl
-        notes.append(f"connections {_LOST}: {why}")
+    if "tcp" in protocols and not migrates and (note := _connections_lost(migrates)):
+        notes.append(note)
     if "udp" in protocols:
         notes.append(DATAGRAMS_LOST)
     return tuple(notes)
+
+
+def _connections_lost(migrates: bool | None) -> str:
+    """Where our program does not move them; "" where the kernel does."""
+    try:
+        told = sockets.tcp_migrate_req()
+    except KernelError as error:
+        return f"connections {_MAY_BE_LOST}: {_UNTOLD} ({error})"
+    if told:
+        return ""
+    if told is None or migrates is False:
+        return f"connections {_LOST}: migration needs Linux {features.MIGRATE.version}"
+    by_sysctl = "ebpf would move them, and so would sysctl net.ipv4.tcp_migrate_req=1"
+    return f"connections {_LOST}: {by_sysctl}"
+
+
+def _kernel_migrates() -> bool:
+    """Whether it is known to."""
+    with suppress(KernelError):
+        return bool(sockets.tcp_migrate_req())
+    return False

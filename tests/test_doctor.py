@@ -322,11 +322,11 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ),
         (
             *("tcp-migrate-req", a_case(SERVICE, sysctl(SYSCTLS[4], Unknown("ENOENT")), NO_BPF)),
-            *("unknown", "ENOENT: what waits", "Linux 5.14"),
+            *("unknown", "ENOENT: what waits", "with /proc and /sys mounted"),
         ),
         (
             *("tcp-migrate-req", a_case(facts=sysctl(SYSCTLS[4], Unknown("ENOENT")))),
-            *("ok", "not here: the program migrates", ""),
+            *("ok", "could not be read (ENOENT): the program migrates", ""),
         ),
         (
             *("tcp-migrate-req", a_case(facts=replace(GOOD, release="5.10.0-46-amd64"))),

@@ -1122,6 +1122,36 @@ def test_on_lower_rungs_it_says_what_may_be_lost(
     assert (notes[0] in told) == (backend == "kernel")
 
 
+@pytest.mark.needs("root")
+def test_whether_the_kernel_migrates_may_be_hidden(
+    service: StartService, environment: dict[str, str], home: Path
+) -> None:
+    """By a /proc that has no /proc/sys: then it is not said to be too old."""
+    mounts = 'mount -t proc -o subset=pid proc /proc && exec "$@"'
+    hidden = ("unshare", "--mount", "sh", "-c", mounts, "-")
+    done = subprocess.run([*hidden, "true"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs a mount of proc with subset=pid (Linux 5.8): {done.stderr}")
+    options = ("-w", "1", "--policy", "hash", "--backend", "cbpf")
+    words = (
+        "connections queued at a worker that crashes or hangs may be lost: it could not be told"
+        " whether the kernel moves them (read /proc/sys/net/ipv4/tcp_migrate_req: ENOENT;"
+        " mount /proc without subset=pid)"
+    )
+    running = service(*options, under=hidden)
+    assert running.status()["notes"] == [words]
+    done = subprocess.run(
+        [*hidden, STEER, "doctor", *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=home,
+        check=False,
+    )
+    assert "ENOENT: what waits in a closing worker's queue may be reset" in done.stdout
+    assert "5.14" not in running.log + done.stdout
+
+
 @pytest.mark.needs("bpf", "migrate")
 def test_where_nothing_is_lost_nothing_is_noted(service: StartService, steer: RunSteer) -> None:
     assert service("-w", "1").status()["notes"] == []

@@ -205,14 +205,21 @@ def _in_use(name: str, found: Sequence[proc.Holder]) -> tuple[str, str]:
 def tcp_migrate_req() -> bool | None:
     """Whether the kernel itself moves what waits at a closing listener to another of the
     group (ip-sysctl.rst, tcp_migrate_req); None before Linux 5.14, where nobody can, though
-    Debian's 5.10.262 has such a file."""
+    Debian's 5.10.262 has such a file.
+
+    Raises:
+        KernelError: it cannot be read, as where /proc is mounted with subset=pid.
+    """
     if features.kernel_version(os.uname().release) < features.MIGRATE.since:
         return None
+    path = "/proc/sys/net/ipv4/tcp_migrate_req"
     try:
-        with open("/proc/sys/net/ipv4/tcp_migrate_req") as stream:
+        with open(path) as stream:
             return stream.read().strip() == "1"
-    except OSError:
-        return None
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        cure = "mount /proc without subset=pid" if error.errno == errno.ENOENT else ""
+        raise KernelError(f"read {path}", name, cure) from None
 
 
 def scratch() -> socket.socket:
