@@ -219,6 +219,8 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         own = _bind(launch, channel)
         if own is None:
             return 1
+        if launch.service.app:
+            _import_for_callables()
         launch = _settle(launch)
         environment = _environment(launch)
         lifeline.tie(channel, launch.service.told_by)
@@ -233,6 +235,12 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
     except Unloadable as error:
         _tell(channel, Message(unloadable=_short(str(error)), detail=_short(error.detail)))
         return COMMAND_NOT_RUN
+
+
+def _import_for_callables() -> None:
+    """What takes time to import, and a command does not need. As the user that steer was
+    started by: another may not reach it."""
+    from steer import applications  # noqa: F401
 
 
 def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
@@ -401,7 +409,6 @@ def _load(service: Service) -> Callable[[Worker], object]:
         raise Unloadable(_in_words(error), _where(error)) from None
     if not callable(found):
         raise Unloadable(f"{path} is not callable")
-    # Takes time to import, and a command does not need it.
     from steer import applications
 
     if why := applications.why_not(found, service.app):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -502,6 +504,20 @@ def test_command_that_is_only_beside_steer(
     assert f"steer: start test: run uvicorn: No such file or directory{cure}" in running.log
     done = steer("check", "--", "uvicorn", "app:app")
     assert (done.returncode, done.stderr) == (4, f"steer: run uvicorn: no such command{cure}")
+
+
+@pytest.mark.needs("nobody")
+def test_steer_that_its_workers_cannot_reach(
+    service: StartService, home: Path, environment: dict[str, str]
+) -> None:
+    """As where it is installed below /root: what a worker imports is imported before."""
+    (home / "answers.py").write_text("def serve(worker): worker.sockets[0].accept()")
+    private = home / "private"
+    private.mkdir(mode=0o700)
+    shutil.copytree(Path(inspect.getfile(Event)).parent, private / "steer")
+    environment["PYTHONPATH"] = str(private)
+    running = service("answers:serve", "-w", "1", "--user", "nobody", "--policy=kernel")
+    assert len(running.workers()) == 1
 
 
 @pytest.mark.parametrize("where", ["nowhere", "app.py"])
