@@ -7,6 +7,7 @@ together are together: so the cure is a new generation.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from steer.kernel import members
 from steer.lifecycle import State
 from steer.place import Place
 
-_AGAIN_S = 30.0
+_AGAIN_S = 5.0
 """Workers that crash and crash do not have all others replaced each time."""
 
 
@@ -26,13 +27,21 @@ class Splits:
     """The looks, at each worker that starts.
 
     Args:
-        renew: asks for a new generation of all workers.
+        renew: asks for a new generation of all workers, unless there is one since this number.
     """
 
-    def __init__(self, fleet: Fleet, renew: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        loop: asyncio.AbstractEventLoop,
+        renew: Callable[[int], asyncio.Task[None]],
+    ) -> None:
         self._fleet = fleet
+        self._loop = loop
         self._renew = renew
+        self._split = 0
         self._not_before_s = -math.inf
+        self._is_due = False
 
     def changed(self, place: Place) -> None:
         """A worker is in another state."""
@@ -58,7 +67,28 @@ class Splits:
         )
         self._fleet.log.warning("%s", words)
         self._fleet.group_notes[f"{bind.label} split"] = words
-        now_s = self._fleet.clock.now_s()
-        if now_s >= self._not_before_s:
-            self._not_before_s = now_s + _AGAIN_S
-            self._renew()
+        self._split = place.generation.number
+        self._heal_soon()
+
+    def _heal_soon(self) -> None:
+        """At once, or so long after the last time."""
+        if not self._is_due:
+            self._is_due = True
+            wait_s = self._not_before_s - self._fleet.clock.now_s()
+            self._loop.call_later(max(0.0, wait_s), self._heal)
+
+    def _heal(self) -> None:
+        if not self._is_split():
+            self._is_due = False
+            return
+        self._renew(self._split).add_done_callback(self._healed)
+
+    def _healed(self, _renewing: asyncio.Task[None]) -> None:
+        """Or not, as the new workers did not come up; why is logged."""
+        self._is_due = False
+        self._not_before_s = self._fleet.clock.now_s() + _AGAIN_S
+        if self._is_split():
+            self._heal_soon()
+
+    def _is_split(self) -> bool:
+        return self._fleet.generation.number == self._split

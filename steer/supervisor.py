@@ -94,7 +94,7 @@ class _Supervisor:
         self._changes = Changes(self._fleet, self._service.keep)
         self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
         self._groups = Groups(self._fleet, loop, self._renew_sockets)
-        self._splits = Splits(self._fleet, self._renew_all)
+        self._splits = Splits(self._fleet, loop, self._renew_all)
         self._fleet.watch(loop, settle, self._changed)
         for lineage, message in self._service.early:
             self._fleet.notified(lineage, message)
@@ -268,23 +268,29 @@ class _Supervisor:
         relieve = partial(self._changes.relieve, place, lambda each: each.is_in_service)
         self._begin(f"replace worker {place.slot}", relieve)
 
-    def _renew_all(self) -> None:
-        self._begin(f"replace all workers of {self._plan.name}", self._renew_as_it_is)
+    def _renew_all(self, number: int) -> asyncio.Task[None]:
+        act = f"replace all workers of {self._plan.name}"
+        return self._begin(act, lambda: self._renew_as_it_is(number))
 
-    async def _renew_as_it_is(self) -> None:
+    async def _renew_as_it_is(self, number: int) -> None:
+        """Unless generation `number` has been replaced meanwhile."""
         async with self._changes.turn(f"replace all workers of {self._plan.name}"):
-            generation = await self._changes.renew(self._plan, unheard)
-            self._log.info("generation %d serves", generation.number)
+            if self._fleet.generation.number == number:
+                generation = await self._changes.renew(self._plan, unheard)
+                self._log.info("generation %d serves", generation.number)
 
     def _changed(self, place: Place) -> None:
         self._health.changed(place)
         self._splits.changed(place)
 
-    def _begin(self, act: str, change: Change, asked_by: signal.Signals | None = None) -> None:
+    def _begin(
+        self, act: str, change: Change, asked_by: signal.Signals | None = None
+    ) -> asyncio.Task[None]:
         """Do what nobody waits for; how it goes is logged."""
         task = self._loop.create_task(self._logged(act, change, asked_by))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _logged(self, act: str, change: Change, asked_by: signal.Signals | None) -> None:
         try:

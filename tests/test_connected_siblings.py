@@ -33,6 +33,8 @@ import json, os, pathlib, select, socket, time
 def serve(worker):
     while pathlib.Path("wait").exists() and not worker.stopping:
         time.sleep(0.01)
+    if pathlib.Path("fail").exists() and worker.generation > 1:
+        raise SystemExit(1)
     (listener,) = worker.sockets
     waits, of_clients = select.poll(), {}
     waits.register(listener, select.POLLIN)
@@ -304,6 +306,85 @@ def test_all_are_replaced_where_the_kernel_chooses(
     assert client.ask() == {"slot": mine["slot"], "pid": mine["pid"], "connected": True}
     assert "all workers are replaced; udp://0.0.0.0:" in running.log
     assert any("as servers of DTLS do" in note for note in running.status()["notes"])
+
+
+@pytest.mark.parametrize("at", ["127.0.0.1", "[::1]"])
+def test_all_are_replaced_each_time(
+    service: StartService, home: Path, clients: ExitStack, at: str
+) -> None:
+    """Also where another worker starts soon after the last time: a little later then."""
+    if members.connected_stay():
+        do_without("Linux 6.13: until then no group comes apart")
+    running = start(service, home, at, "--policy=kernel")
+    mine = [connect(running, clients.enter_context(Client(HOSTS[at])))[0]]
+    for generation in (2, 3):
+        young = [each for each in running.workers() if each["generation"] == generation - 1]
+        restart(running, next(each for each in young if each["pid"] != mine[-1]["pid"]))
+        is_whole(running, generation, mine)
+        found = spread(HOSTS[at])
+        assert set(found) == slots(running)
+        assert max(found.values()) < DATAGRAMS / 2
+        mine += [connect(running, clients.enter_context(Client(HOSTS[at])))[0]]
+
+
+def is_whole(running: Service, generation: int, mine: list[dict[str, Any]]) -> None:
+    """All workers are of this generation but those that have clients of their own, and these have
+    closed what new clients came to."""
+    eventually(lambda: running.status()["generation"], generation)
+    have = {each["pid"] for each in mine if each["generation"] < generation}
+    eventually(
+        lambda: (
+            {each["pid"] for each in running.workers() if each["generation"] < generation} <= have
+        )
+    )
+    old = {inode for each in mine for inode in each["sockets"] if each["pid"] in have}
+    families = (socket.AF_INET, socket.AF_INET6)
+    eventually(
+        lambda: all(old.isdisjoint(sockdiag.waiting("udp", each, PORT)) for each in families)
+    )
+
+
+def test_it_is_tried_again_where_new_workers_do_not_come_up(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    if members.connected_stay():
+        do_without("Linux 6.13: until then no group comes apart")
+    running = start(service, home, "127.0.0.1", "--policy=kernel")
+    mine, other = connect(running, clients.enter_context(Client("127.0.0.1")))
+    (home / "fail").touch()
+    restart(running, other)
+    eventually(lambda: "generation 1 serves on" in running.log)
+    assert running.status()["generation"] == 1
+    (home / "fail").unlink()
+    is_whole(running, 2, [mine])
+    assert max(spread("127.0.0.1").values()) < DATAGRAMS / 2
+
+
+@pytest.mark.needs("bpf")
+@pytest.mark.parametrize("at", ["127.0.0.1", "[::1]"])
+def test_back_from_the_kernel(
+    service: StartService, home: Path, clients: ExitStack, at: str
+) -> None:
+    """What held the group together had to go with the program, and workers start meanwhile."""
+    if members.connected_stay():
+        do_without("Linux 6.13: until then no group comes apart")
+    running = start(service, home, at, "--policy=hash", "--backend=ebpf")
+    client = clients.enter_context(Client(HOSTS[at]))
+    mine, other = connect(running, client)
+    running.ask("policy", policy="kernel")
+    restart(running, other)
+    is_whole(running, 2, [mine])
+    old = {mine["pid"]}
+    restart(running, next(each for each in running.workers() if each["pid"] not in old))
+    assert running.ask("policy", policy="hash")["backend"] == "ebpf"
+    is_whole(running, 3, [mine])
+    before = running.selected()
+    found = spread(HOSTS[at])
+    assert set(found) == slots(running)
+    assert max(found.values()) < DATAGRAMS / 2
+    after = running.selected()
+    assert {slot: after[slot] - before[slot] for slot in found} == found
+    assert client.ask()["pid"] == mine["pid"]
 
 
 @pytest.mark.parametrize(
