@@ -143,10 +143,13 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     if service.command and shutil.which(service.command[0]) is None:
         program = service.command[0]
         raise AppLoadError(f"run {program}", "no such command", process.beside_us(program))
+    barriers = privileges.barriers(service, environment)
+    if barrier := barriers.command:
+        raise AppLoadError(f"run {service.command[0]}", str(barrier), barrier.cure)
     rundir.refuse_taken(plan.name, service.control_socket, environment)
     backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
-    notes = [*backend.notes, *_notes(service)]
+    notes = [*backend.notes, *_notes(service), *filter(None, [barriers.note])]
     if stands.rungs[0].backend == KERNEL:
         notes += anchor.notes(plan.binds, {})
     found = Rehearsed(stands, notes, backend.memory_bytes())
@@ -586,6 +589,8 @@ class Controller:
             self.log.warning("%s", self.steering.notes[-1])
         if as_whom := privileges.note(plan.service):
             self.log.info("%s", as_whom)
+        if unreachable := privileges.barriers(plan.service, self.environment).note:
+            self.log.warning("%s", unreachable)
         for shortfall in sockopt.shortfalls(plan.binds, plan.service.settings):
             self.log.warning("socket option %s", shortfall)
         if rung.fallback:

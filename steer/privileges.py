@@ -1,4 +1,4 @@
-"""What a worker may do: whom it runs as, and which capabilities it keeps.
+"""What a worker may do: whom it runs as, which capabilities it keeps, and what it can reach.
 
 Root's are left to root: nginx, haproxy, and gunicorn with `-u`, are started as root, open
 what only root may, and give the rest up themselves.
@@ -7,10 +7,16 @@ what only root may, and give the rest up themselves.
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+
+import msgspec
 
 from steer.config import Service
-from steer.kernel import capabilities, process
+from steer.kernel import capabilities, process, reach
 from steer.kernel.process import Identity
+from steer.kernel.reach import Barrier
 
 
 def settle(service: Service, who: Identity) -> None:
@@ -37,6 +43,59 @@ def note(service: Service) -> str:
     if is_given or os.geteuid() != 0:
         return ""
     return "workers run as root: --user NAME runs them as somebody else"
+
+
+class Barriers(msgspec.Struct, frozen=True):
+    """What keeps workers from their command, and from what they import. None: nothing that is
+    known of."""
+
+    command: Barrier | None = None
+    imports: Barrier | None = None
+
+    @property
+    def note(self) -> str:
+        """What whoever starts the service is to be told, as a worker may need none of it."""
+        if self.imports is None:
+            return ""
+        what = "workers may not find the application"
+        return f"{what}: {self.imports}; {self.imports.cure}"
+
+
+def barriers(service: Service, environment: Mapping[str, str]) -> Barriers:
+    """Looked for as the user of its workers, if that is given.
+
+    Raises:
+        ConfigError: it is not ours to run as that user.
+    """
+    who = process.identity(service.user, service.group)
+    if who.uid is None and who.gid is None:
+        return Barriers()
+
+    def become() -> None:
+        if service.chdir is not None:
+            os.chdir(service.chdir)
+        settle(service, who)
+
+    given = dict(pair.split("=", 1) for pair in service.env)
+    search = os.get_exec_path({**environment, **given})
+
+    def look() -> list[Barrier | None]:
+        program = service.command[0] if service.command else None
+        to_command = reach.to_command(program, search) if program else None
+        return [to_command, to_imports(service)]
+
+    with suppress(OSError):  # a worker's own error will tell
+        return Barriers(*reach.tried(become, look))
+    return Barriers()
+
+
+def to_imports(service: Service) -> Barrier | None:
+    """What keeps the user that we are from where a worker finds its modules: the current
+    directory, and for a callable the Python that runs us. Raises OSError."""
+    if not service.app and not service.command:
+        return None
+    places = [os.getcwd(), *([sys.prefix, sys.base_prefix] if service.app else [])]
+    return next(filter(None, map(reach.to_path, places)), None)
 
 
 def _uid(who: Identity) -> int:

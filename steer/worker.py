@@ -25,9 +25,10 @@ from msgspec.structs import replace
 from steer import demo, privileges, values
 from steer.address import Bind
 from steer.config import Service
-from steer.kernel import family, lifeline, output, process, sockets, title
+from steer.kernel import family, lifeline, output, process, reach, sockets, title
 from steer.kernel.channel import MAX_FDS
 from steer.kernel.process import Identity
+from steer.kernel.reach import Barrier
 from steer.kernel.sockopt import Refused
 from steer.plan import Seat
 from steer.report import cpu_list, cpus_named
@@ -315,13 +316,13 @@ def _if_allowed(launch: Launch, act: str) -> Iterator[None]:
 
 
 @contextmanager
-def _needed(act: str, if_missing: str = "") -> Iterator[None]:
-    """Raises Unloadable for what fails in it. Args: if_missing: what would help against ENOENT."""
+def _needed(act: str, more: Callable[[OSError], str] = lambda _: "") -> Iterator[None]:
+    """Raises Unloadable for what fails in it. Args: more: what else is known of a failure."""
     try:
         yield
     except OSError as error:
-        cure = f"; {if_missing}" if if_missing and isinstance(error, FileNotFoundError) else ""
-        raise Unloadable(f"{act}: {error.strerror}{cure}") from None
+        known = more(error)
+        raise Unloadable(f"{act}: {error.strerror}{known and '; '}{known}") from None
     except ValueError as error:  # a null byte, which only a file can hold
         raise Unloadable(f"{act}: {error}") from None
 
@@ -369,8 +370,22 @@ def _execute(launch: Launch, own: Sequence[socket.socket], environment: Mapping[
         "LISTEN_FDNAMES": names,
     }
     process.limit_descriptors(launch.files)
-    with _needed(f"run {arguments[0]}", process.beside_us(arguments[0])):
+    with _needed(f"run {arguments[0]}", lambda error: _why(error, arguments[0], environment)):
         process.execute(arguments, {**environment, **protocol})
+
+
+def _why(error: OSError, program: str, environment: Mapping[str, str]) -> str:
+    """What is known of a program's not being executed, and would help."""
+    if isinstance(error, FileNotFoundError):
+        return process.beside_us(program)
+    with suppress(OSError):  # the current directory was removed
+        if isinstance(error, PermissionError):
+            return _told(reach.to_command(program, os.get_exec_path(dict(environment))))
+    return ""
+
+
+def _told(barrier: Barrier | None) -> str:
+    return f"{barrier}; {barrier.cure}" if barrier else ""
 
 
 def fill_in(command: Sequence[str], slot: int, binds: Sequence[Bind]) -> list[str]:
@@ -406,7 +421,8 @@ def _load(service: Service) -> Callable[[Worker], object]:
             found = getattr(found, name)
     # Whatever a module does while it is imported is the user's; steer has to say it.
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        raise Unloadable(_in_words(error), _where(error)) from None
+        known = _why_not_found(error, service)
+        raise Unloadable(f"{_in_words(error)}{known and '; '}{known}", _where(error)) from None
     if not callable(found):
         raise Unloadable(f"{path} is not callable")
     from steer import applications
@@ -414,6 +430,14 @@ def _load(service: Service) -> Callable[[Worker], object]:
     if why := applications.why_not(found, service.app):
         raise Unloadable(why)
     return found
+
+
+def _why_not_found(error: BaseException, service: Service) -> str:
+    """What keeps our user from modules, where one is missing: importlib says no more than that."""
+    if isinstance(error, ImportError | PermissionError):
+        with suppress(OSError):  # the current directory was removed
+            return _told(privileges.to_imports(service))
+    return ""
 
 
 def _in_words(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -473,7 +474,11 @@ def test_application_that_cannot_be_loaded(service: StartService, home: Path, ap
     [
         ("no-such-command", "No such file or directory"),
         ("./directory", "Permission denied"),
-        ("./not-executable", "Permission denied"),
+        (
+            "./not-executable",
+            "Permission denied; {user} may not execute {home}/not-executable (mode 0644); "
+            "chmod a+x {home}/not-executable",
+        ),
         ("./garbage", "Exec format error"),
     ],
 )
@@ -481,11 +486,12 @@ def test_command_that_cannot_be_run(
     service: StartService, home: Path, command: str, why: str
 ) -> None:
     (home / "directory").mkdir()
-    (home / "not-executable").touch()
+    (home / "not-executable").touch(mode=0o644)
     (home / "garbage").write_bytes(b"\x00\x01")
     (home / "garbage").chmod(0o755)
     running = service("-w", "2", "--", command, ready=False)
     assert running.wait() == 4
+    why = why.format(home=home, user=pwd.getpwuid(os.geteuid()).pw_name)
     assert f"steer: start test: run {command}: {why}\n" in running.log
     assert "Traceback" not in running.log
 
