@@ -303,7 +303,8 @@ class Fleet:
         """
         for place in self.places:
             if place.process and place.process.pid == pid and place.process.is_callable:
-                self.steering.steer([place.member()])
+                with self._rotation.naming_locked():
+                    self.steering.steer([place.member()])
                 self.steering.empty_reserve()
 
     def notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:

@@ -129,12 +129,14 @@ class Rotation:
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """A new worker's sockets; see `Steering.joined`. Raises KernelError."""
-        self.steering.joined(slot, fds)
+        with self.naming_locked():
+            self.steering.joined(slot, fds)
         self.keep()
 
     def left(self, slot: int) -> None:
         """The worker there has ended."""
-        self.steering.left(slot)
+        with self.naming_locked():
+            self.steering.left(slot)
         self._keep_unless_released()
 
     def _keep_unless_released(self) -> None:
@@ -176,7 +178,8 @@ class Rotation:
             self._flip_due.cancel()
         self._flip_due = self._loop.call_later(AGAIN_S, self._flip_in_its_turn)
         members = [place.member() for place in self._places if place.serves]
-        self.steering.steer(members)
+        with self.naming_locked():
+            self.steering.steer(members)
         self._watch_reserve(bool(members))
         self._keep_unless_released()
         self._flip_due.cancel()
@@ -246,15 +249,17 @@ class Rotation:
             KernelError: nothing has changed.
         """
         self.settle()
-        if steering is None:
-            self.steering.swap(plan, members, self._lend)
-        else:
-            self._move_to(steering, members, plan.binds)
+        with self.naming_locked():
+            if steering is None:
+                self.steering.swap(plan, members, self._lend)
+            else:
+                self._move_to(steering, members, plan.binds)
         self._watch_reserve(bool(members))
 
     def attach_again(self) -> None:
         """What is in force to every group, whatever it has. Raises KernelError."""
-        self.steering.attach_again(self._lend)
+        with self.naming_locked():
+            self.steering.attach_again(self._lend)
 
     def _move_to(
         self, steering: Steering, members: Sequence[Member], binds: Sequence[Bind]
@@ -322,6 +327,29 @@ class Rotation:
                 for place in self._places
                 if place.process
             }
+
+    @contextmanager
+    def naming_locked(self) -> Iterator[None]:
+        """What `sockets.Locked` is raised in names the workers whose sockets are."""
+        try:
+            yield
+        except sockets.Locked as error:
+            raise sockets.locked(error.what, self._locked_slots()) from None
+
+    def _locked_slots(self) -> Sequence[int]:
+        """Of the groups that no program can be attached to through any member; none where that
+        cannot be told."""
+        try:
+            with self._borrow_all() as there:
+                at = {index for socks in there.values() for index in socks}
+                groups = [
+                    {slot: socks[index] for slot, socks in there.items() if index in socks}
+                    for index in at
+                ]
+                locked = [group for group in groups if all(map(_is_locked, group.values()))]
+                return sorted({slot for group in locked for slot in group})
+        except KernelError:
+            return ()
 
     @contextmanager
     def _lend(self) -> Iterator[_Sockets]:

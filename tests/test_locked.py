@@ -7,22 +7,31 @@ from pathlib import Path
 import pytest
 from conftest import StartService
 from crew import PORT
+from support import eventually
 
 from steer.policy import CBPF, EBPF
 
 pytestmark = pytest.mark.usefixtures("netns")
 
 APP = """
-import socket, time
+import os, socket, time
+from pathlib import Path
+
+def lock(worker):
+    for sock in worker.sockets:
+        sock.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
 
 def serve(worker):
     if worker.slot in LOCKED:
-        for sock in worker.sockets:
-            sock.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+        lock(worker)
     worker.ready()
     while not worker.stopping:
         time.sleep(0.05)
+        if os.path.exists("lock"):
+            lock(worker)
+            Path(f"locked-{worker.slot}").touch()
 """
+BOTH = "EPERM, as workers 0, 1 set SO_LOCK_FILTER on their sockets; leave one socket of"
 UDP, TCP = f"udp://127.0.0.1:{PORT}", f"127.0.0.1:{PORT}"
 
 
@@ -55,12 +64,33 @@ def test_a_change_that_no_member_allows_names_them(service: StartService, home: 
     running = service("--policy=hash", "--hang-timeout=0", "-w2", "-b", UDP, "locks:serve")
     done = running.steer("policy", "source")
     assert done.returncode == 1
-    assert " set SO_LOCK_FILTER on its socket" in done.stderr
-    assert any(f" (pid {each['pid']}) set" in done.stderr for each in running.workers())
+    assert BOTH in done.stderr
     assert "CAP_BPF" not in done.stderr
     # Detached it can be through any; back from there it is refused, and the hash goes on.
     assert running.steer("policy", "kernel").returncode == 0
     done = running.steer("policy", "hash")
     assert done.returncode == 1
-    assert "attach a program: EPERM, as " in done.stderr
+    assert f"attach a program: {BOTH}" in done.stderr
     assert running.status()["backend"] == "kernel"
+
+
+def test_on_cbpf_it_names_nobody_but_workers(service: StartService, home: Path) -> None:
+    """The guard process has their sockets open, too."""
+    write(home, ())
+    options = ("--policy=hash", "--backend=cbpf", "--hang-timeout=0", "-w2")
+    running = service(*options, "-b", TCP, "locks:serve")
+    (home / "lock").touch()
+    eventually(lambda: len(list(home.glob("locked-*"))), 2)
+    done = running.steer("policy", "source")
+    assert done.returncode == 1
+    assert BOTH in done.stderr
+    done = running.steer("drain", "1")
+    eventually(lambda: BOTH in running.log + done.stderr)
+    assert "(pid " not in done.stderr + running.log
+
+
+def test_workers_that_lock_theirs_at_the_start_are_named(service: StartService, home: Path) -> None:
+    write(home, (0, 1))
+    options = ("--policy=hash", "--backend=cbpf", "--hang-timeout=0", "-w2")
+    running = service(*options, "-b", TCP, "locks:serve", ready=False)
+    eventually(lambda: BOTH in running.log)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
-from steer import abi, cbpf, features, socket_options
+from steer import abi, cbpf, features, socket_options, values
 from steer.address import COPIES, Bind
 from steer.errors import BindError, KernelError
 from steer.kernel import proc, services, sockopt
@@ -278,6 +278,19 @@ class Locked(KernelError):
     through it. Through another one it can, and detached through any."""
 
 
+def locked(act: str, workers: Sequence[int] = ()) -> Locked:
+    """The error for it.
+
+    Args:
+        act: what was to be done.
+        workers: the slots of the members that have it; none: not known.
+    """
+    whose = values.several("worker", workers) if workers else "a worker"
+    owned = "their sockets" if len(workers) > 1 else "its socket"
+    cause = f"EPERM, as {whose} set SO_LOCK_FILTER on {owned}"
+    return Locked(act, cause, "leave one socket of the group without it, or restart that worker")
+
+
 class NoMember(KernelError):
     """Not through a socket that is bound and in no group (reuseport_attach_prog() of
     net/core/sock_reuseport.c)."""
@@ -317,7 +330,7 @@ def refuse_locked(members: Iterable[socket.socket]) -> None:
     """Raises Locked: no program can be attached through one of them."""
     for sock in members:
         if is_locked(sock.fileno()):
-            raise _locked(sock, "attach a program")
+            raise locked("attach a program")
 
 
 def _set(fd: int, option: int, value: bytes, act: str) -> None:
@@ -326,23 +339,12 @@ def _set(fd: int, option: int, value: bytes, act: str) -> None:
             sock.setsockopt(socket.SOL_SOCKET, option, value)
         except OSError as error:
             if error.errno == errno.EPERM and is_locked(fd):
-                raise _locked(sock, act) from None
+                raise locked(act) from None
             if error.errno == errno.EINVAL and sock.getsockname()[1]:
                 raise NoMember(act, "EINVAL") from None
             name = errno.errorcode.get(error.errno or 0, str(error.errno))
             cure = "needs CAP_BPF, or the program's owner" if error.errno == errno.EPERM else ""
             raise KernelError(act, name, cure) from None
-
-
-def _locked(sock: socket.socket, act: str) -> Locked:
-    """The error that names whose socket it is."""
-    protocol: proc.Protocol = "udp" if sock.type == socket.SOCK_DGRAM else "tcp"
-    address, port, *_ = sock.getsockname()
-    inode = proc.socket_inode(sock.fileno())
-    found = [each for each in proc.holders(protocol, address, port) if each.inode == inode]
-    whose = ", ".join(sorted({str(one) for one in found if one.pid != os.getpid()})) or "a worker"
-    cause = f"EPERM, as {whose} set SO_LOCK_FILTER on its socket"
-    return Locked(act, cause, "leave one socket of the group without it, or restart that worker")
 
 
 def duplicate(fd: int) -> socket.socket:
