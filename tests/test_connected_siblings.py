@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from conftest import RunSteer, StartService, do_without
 from crew import CPUS, PORT, Crew, pinned
-from support import DEADLINE_S, Netns, Service, eventually
+from support import DEADLINE_S, NOBODY, Netns, Service, eventually
 
 from steer.errors import ControlError
 from steer.kernel import members, sockdiag
@@ -72,6 +72,15 @@ def answer(worker, sock, is_connected, peer):
 HOSTS = {"127.0.0.1": "127.0.0.1", "[::1]": "::1", "0.0.0.0": "127.0.0.1", "[::]": "::1"}
 """Where it listens, and where clients send to."""
 WORKERS, DATAGRAMS = 4, 200
+_CAPS = "-all,+bpf,+net_admin,+perfmon"
+AS_NOBODY_WITH_BPF = (
+    "setpriv",
+    "--reuid=nobody",
+    f"--regid={NOBODY}",
+    "--clear-groups",
+    f"--inh-caps={_CAPS}",
+    f"--ambient-caps={_CAPS}",
+)
 
 
 class Client:
@@ -152,10 +161,12 @@ ACTS: list[Callable[[Service, dict[str, Any]], None]] = [restart, scale, kill, e
 act = pytest.mark.parametrize("act", ACTS, ids=lambda each: each.__name__)
 
 
-def start(service: StartService, home: Path, at: str, *options: str) -> Service:
+def start(
+    service: StartService, home: Path, at: str, *options: str, under: Sequence[str] = ()
+) -> Service:
     (home / "dtls.py").write_text(APP)
-    bind = ("-b", f"udp://{at}:{PORT}", "-w", str(WORKERS))
-    return service(*bind, "--hang-timeout=0", *options, "dtls:serve").wait_ready(WORKERS)
+    arguments = ("-b", f"udp://{at}:{PORT}", "-w", str(WORKERS), "--hang-timeout=0", *options)
+    return service(*arguments, "dtls:serve", under=under).wait_ready(WORKERS)
 
 
 def connect(running: Service, client: Client) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -229,6 +240,32 @@ def test_the_client_outlives_all_who_were_there(
     assert set(found) == slots(running)
     assert max(found.values()) - min(found.values()) <= 1
     assert client.ask() == {"slot": mine["slot"], "pid": mine["pid"], "connected": True}
+
+
+@pytest.mark.needs("bpf", "nobody")
+@pytest.mark.parametrize("at", ["127.0.0.1", "[::1]", "0.0.0.0"])
+def test_under_the_user_of_steer_itself(
+    service: StartService, home: Path, clients: ExitStack, at: str
+) -> None:
+    """As docs/SOCKETS.md says to start it: not as root with --user, where the kernel refuses such
+    a socket, as steer's are root's."""
+    client = clients.enter_context(Client(HOSTS[at]))
+    running = start(service, home, at, "--policy=round-robin", under=AS_NOBODY_WITH_BPF)
+    assert running.status()["backend"] == EBPF
+    assert client.ask(b"connect")["connected"]
+    assert client.ask()["connected"]
+
+
+@pytest.mark.needs("nobody")
+@pytest.mark.parametrize("at", ["127.0.0.1", "[::1]", "0.0.0.0"])
+def test_under_another_user_the_kernel_refuses(
+    service: StartService, home: Path, clients: ExitStack, at: str
+) -> None:
+    """Should that change, docs/SOCKETS.md has to."""
+    client = clients.enter_context(Client(HOSTS[at]))
+    running = start(service, home, at, "--policy=random", "--backend=cbpf", "--user=nobody")
+    client.send(b"connect")
+    eventually(lambda: "Address already in use" in running.log)
 
 
 @pytest.mark.needs("bpf")
