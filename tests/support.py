@@ -109,6 +109,19 @@ def is_running(pid: int) -> bool:
     return state not in (b"Z", b"X")
 
 
+def descriptors(pid: int) -> dict[int, str]:
+    """What a process has open, as /proc shows it."""
+    return {int(each.name): os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def channel_of(pid: int) -> str:
+    """Its end of its channel to the controller, as /proc shows it."""
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    sequential = {f"socket:[{line.split()[6]}]" for line in lines if line.split()[4] == "0005"}
+    (found,) = sequential & set(descriptors(pid).values())
+    return found
+
+
 # Network namespaces
 
 

@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 from conftest import RunSteer, StartService
-from support import DEADLINE_S, NOBODY, STEER, Netns, Service, eventually, is_running, launch
+from support import (
+    DEADLINE_S,
+    NOBODY,
+    STEER,
+    Netns,
+    Service,
+    channel_of,
+    descriptors,
+    eventually,
+    is_running,
+    launch,
+)
 
 from steer.kernel import proc
 
@@ -98,21 +109,9 @@ def bpf_descriptors(pid: int) -> list[str]:
     return [name for name in names if "bpf" in name]
 
 
-def descriptors(pid: int) -> dict[int, str]:
-    return {int(each.name): os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
-
-
 def own_descriptors(worker: dict[str, Any]) -> set[str]:
     """Of a worker, but for standard input, output and error."""
     return {name for fd, name in descriptors(worker["pid"]).items() if fd > 2}
-
-
-def channel_of(pid: int) -> str:
-    """Its end of its channel to the controller, as /proc shows it."""
-    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
-    sequential = {f"socket:[{line.split()[6]}]" for line in lines if line.split()[4] == "0005"}
-    (found,) = sequential & set(descriptors(pid).values())
-    return found
 
 
 def has_only_its_own(running: Service, worker: dict[str, Any]) -> None:

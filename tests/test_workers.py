@@ -18,7 +18,17 @@ from typing import Any
 import pytest
 from conftest import RunSteer, StartService
 from crew import CPUS
-from support import DEADLINE_S, NOBODY, STEER, Service, eventually, is_running, udp_ask
+from support import (
+    DEADLINE_S,
+    NOBODY,
+    STEER,
+    Service,
+    channel_of,
+    descriptors,
+    eventually,
+    is_running,
+    udp_ask,
+)
 
 from steer.lifecycle import Event
 
@@ -115,10 +125,6 @@ def is_pending(pid: int, number: int) -> bool:
     return bool(int(proc_status(pid)["ShdPnd"], 16) >> (number - 1) & 1)
 
 
-def open_files(pid: int) -> dict[int, str]:
-    return {int(path.name): os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
-
-
 # What a worker is given
 
 
@@ -176,16 +182,17 @@ def test_chdir_comes_before_the_application(service: StartService, home: Path) -
 
 
 @pytest.mark.parametrize("way", ["callable", "command"])
-def test_inherits_no_descriptor_but_its_sockets(
+def test_inherits_no_descriptor_but_its_sockets_and_channel(
     service: StartService, home: Path, way: str
 ) -> None:
     command = ("--", sys.executable, str(home / "app.py"), "{fd}")
     what = command if way == "command" else ("app:serve",)
     running = service("-w", "3", "-b", f"127.0.0.1:{PORT}", "-b", "[::1]:8081", *what)
     for worker in running.workers():
-        files = open_files(worker["pid"])
+        files = descriptors(worker["pid"])
         sockets = {files.pop(fd) for fd in list(files) if fd > 2}
-        assert sockets == {f"socket:[{inode}]" for inode in worker["sockets"]}
+        listeners = {f"socket:[{inode}]" for inode in worker["sockets"]}
+        assert sockets == {*listeners, channel_of(worker["pid"])}
         assert set(files) == {0, 1, 2}
 
 
