@@ -194,6 +194,8 @@ def _out_of_range(value: Any, info: Any) -> Invalid:
         number = math.inf if value > 0 else -math.inf
     if math.isnan(number):
         return Invalid("not a number")
+    if (least is None or number >= least) and (info.le is None or number <= info.le):
+        return Invalid("malformed: write it without sign, space or leading zero")
     return Invalid("too small" if least is not None and number <= least else "too large")
 
 

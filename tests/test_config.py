@@ -355,6 +355,14 @@ def test_a_bad_value(key: str, value: Any, cause: str) -> None:
     assert str(refused({}, {}, {key: value})) == f"{FILE}: {key} = {value!r}: {cause}"
 
 
+@pytest.mark.parametrize("text", ["+2", " 2", "02"])
+def test_a_number_that_is_written_otherwise_is_not_called_too_large(text: str) -> None:
+    for key, allowed in (("workers", WORKERS), ("hang_timeout", HANG_TIMES)):
+        error = refused({key: text})
+        assert error.cause == "malformed: write it without sign, space or leading zero"
+        assert error.cure == allowed
+
+
 @pytest.mark.parametrize(
     "text, cause",
     [
