@@ -7,13 +7,14 @@ has ended and its workers go on, it takes them over instead.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -147,6 +148,8 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     if barrier := barriers.command:
         raise AppLoadError(f"run {service.command[0]}", str(barrier), barrier.cure)
     rundir.refuse_taken(plan.name, service.control_socket, environment)
+    if service.pid:
+        _check_pid_file(service.pid)
     backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
     notes = [*backend.notes, *_notes(service), *filter(None, [barriers.note])]
@@ -684,18 +687,9 @@ def _write_pid(path: str) -> Callable[[], None]:
     Raises:
         ConfigError: it cannot be written, or a living process is in it.
     """
-    act = f"write pid file {path}"
     own = f"{os.getpid()}\n"
-    try:
-        with suppress(FileNotFoundError, ValueError):
-            holder = int(_read(path))
-            # In a container we may well have the number we had the last time.
-            if holder != os.getpid() and process.is_running(holder):
-                raise ConfigError(act, f"it names a running process, {holder}", "stop that first")
-        with open(path, "w") as stream:
-            stream.write(own)
-    except OSError as error:
-        raise ConfigError(act, error.strerror or str(error), "name another: --pid FILE") from None
+    with _writing_pid_file(path), open(path, "w") as stream:
+        stream.write(own)
 
     def remove() -> None:
         with suppress(OSError):
@@ -703,6 +697,33 @@ def _write_pid(path: str) -> Callable[[], None]:
                 os.unlink(path)
 
     return remove
+
+
+def _check_pid_file(path: str) -> None:
+    """What `_write_pid` would raise, without writing. Raises ConfigError."""
+    with _writing_pid_file(path):
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        except FileNotFoundError:
+            directory = os.path.dirname(path) or "."
+            os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+            if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+
+
+@contextmanager
+def _writing_pid_file(path: str) -> Iterator[None]:
+    """Raises ConfigError: a living process is in it, or what is done fails."""
+    act = f"write pid file {path}"
+    try:
+        with suppress(FileNotFoundError, ValueError):
+            holder = int(_read(path))
+            # In a container we may well have the number we had the last time.
+            if holder != os.getpid() and process.is_running(holder):
+                raise ConfigError(act, f"it names a running process, {holder}", "stop that first")
+        yield
+    except OSError as error:
+        raise ConfigError(act, error.strerror or str(error), "name another: --pid FILE") from None
 
 
 def _nothing() -> None:

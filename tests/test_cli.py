@@ -23,6 +23,7 @@ from conftest import RunSteer, StartService
 from fake_service import fake_service
 from support import (
     DEADLINE_S,
+    NOBODY,
     STEER,
     Service,
     Terminal,
@@ -775,12 +776,37 @@ def test_pid_file_that_is_somebody_elses_by_now_is_left(service: StartService, h
     assert (home / "pid").read_text() == "1\n"
 
 
-@pytest.mark.parametrize("path", [".", "nowhere/pid"])
-def test_pid_file_that_cannot_be_written(service: StartService, path: str) -> None:
+@pytest.mark.parametrize("path", [".", "nowhere/pid", "file/pid"])
+def test_pid_file_that_cannot_be_written(
+    service: StartService, steer: RunSteer, home: Path, path: str
+) -> None:
+    (home / "file").touch()
     running = service("-w", "1", "--pid", path, ready=False)
     assert running.wait() == 1
     assert f"steer: write pid file {path}: " in running.log
     assert running.log.endswith("; name another: --pid FILE\n")
+    checked = steer("check", "--pid", path)
+    assert (checked.returncode, checked.stderr) == (1, running.log.splitlines(True)[-1])
+
+
+@pytest.mark.needs("nobody")
+def test_check_sees_whether_a_pid_file_can_be_written(steer: RunSteer, home: Path) -> None:
+    """It writes none."""
+    directory = home / "roots"
+    directory.mkdir(mode=0o755)
+    done = steer("check", "--pid", f"{directory}/pid", user=NOBODY)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"steer: write pid file {directory}/pid: Permission denied; ")
+    assert steer("check", "--pid", f"{directory}/pid").returncode == 0
+    assert not list(directory.iterdir())
+    (directory / "pid").write_text(f"{os.getpid()}\n")
+    assert (
+        f"it names a running process, {os.getpid()}"
+        in steer("check", "--pid", f"{directory}/pid").stderr
+    )
+    (directory / "pid").write_text("old\n")
+    assert steer("check", "--pid", f"{directory}/pid").returncode == 0
+    assert (directory / "pid").read_text() == "old\n"
 
 
 def test_start_up_of_the_command_imports_nothing_heavy() -> None:
