@@ -142,7 +142,20 @@ class TakesCommand(click.Command):
             arguments = arguments[:at]
         else:
             _see_no_command(self, context, arguments)
-        return super().parse_args(context, arguments)
+        try:
+            return super().parse_args(context, arguments)
+        except click.NoSuchOption as error:
+            if cure := _NO_OPTIONS.get(error.option_name):
+                words = f"No such option '{error.option_name}'. {cure}"
+                raise click.UsageError(words, context) from None
+            raise
+
+
+_NO_OPTIONS = {
+    "--app": "The app is an argument: MODULE:CALLABLE.",
+    "--command": "The command goes after --.",
+}
+"""Keys of the configuration that are not given as options -> how they are."""
 
 
 def _see_no_option(

@@ -809,6 +809,21 @@ def test_check_sees_whether_a_pid_file_can_be_written(steer: RunSteer, home: Pat
     assert (directory / "pid").read_text() == "old\n"
 
 
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("--app", "The app is an argument: MODULE:CALLABLE."),
+        ("--command", "The command goes after --."),
+        ("--workrs", "Did you mean '--workers'?"),
+    ],
+)
+def test_what_is_no_option_is_said_how_to_give(steer: RunSteer, option: str, words: str) -> None:
+    for command in ("run", "check"):
+        done = steer(command, option, "x")
+        assert done.returncode == 2
+        assert done.stderr.endswith(f"Error: No such option '{option}'. {words}\n")
+
+
 def test_start_up_of_the_command_imports_nothing_heavy() -> None:
     heavy = "{'asyncio', 'pyroute2', 'rich', 'bcc', 'ctypes'}"
     code = f"import sys, steer.cli; print(sorted({heavy} & sys.modules.keys()))"
