@@ -32,6 +32,7 @@ def finish(number, _):
     listener.setblocking(False)
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, finish)
+pathlib.Path(f"hears-{os.getpid()}").touch()
 if "closes" in sys.argv:
     os.closerange(4, 256)
 while not done:
@@ -78,6 +79,11 @@ def told(home: Path, pid: int) -> list[int]:
     """The signals that a server got."""
     path = home / f"told-{pid}"
     return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def hearing(home: Path) -> list[int]:
+    """The servers that would note a signal by now."""
+    return [int(path.name.removeprefix("hears-")) for path in home.glob("hears-*")]
 
 
 # They are told by the kernel
@@ -267,21 +273,91 @@ def test_they_are_found_without_a_record(
 
 
 def test_what_a_wrapper_left_finishes_what_it_has(service: StartService, home: Path) -> None:
-    running = service(*BIND, "-w", "1", *LEFT["shell"])
-    waiting = request("/wait")
-    eventually(lambda: sum(running.selected().values()), 1)
+    """Each at once, while the other waits."""
+    running = service(*BIND, "-w", "2", "--policy", "round-robin", *LEFT["shell"])
+    waiting = [request("/wait") for _ in range(2)]
+    eventually(lambda: list(running.selected().values()), [1, 1])
+    eventually(lambda: len(hearing(home)), 2)
     kill_both(running)
     stopping = subprocess.Popen((STEER, "stop", "test"), env=running.environment)
-    eventually(lambda: any(home.glob("told-*")))
+    eventually(lambda: len(list(home.glob("told-*"))), 2)
+    assert stopping.poll() is None
+    (home / "go").touch()
+    assert {answer(each)["pid"] for each in waiting} == set(hearing(home))
+    assert stopping.wait(DEADLINE_S) == 0
+    assert [path.read_text() for path in home.glob("told-*")] == ["15\n"] * 2
+
+
+@pytest.mark.parametrize("directory", [True, False], ids=["record", "no-record"])
+def test_a_server_below_three_wrappers_is_told_once_by_stop(
+    service: StartService, home: Path, directory: bool
+) -> None:
+    """The kernel ends the outermost, and each of the others is what is left of that worker."""
+    (home / "inner").write_text(f"{sys.executable} server.py; true\n")
+    (home / "middle").write_text("sh inner; true\n")
+    running = service(*BIND, "-w", "2", "--", "sh", "-c", "sh middle; true")
+    waiting = request("/wait")
+    eventually(lambda: sum(running.selected().values()), 1)
+    eventually(lambda: len(hearing(home)), 2)
+    workers = kill_both(running, directory)
+    eventually(lambda: not any(map(is_running, workers)))
+    (left,) = json.loads(running.steer("status", "--json").stdout)["orphaned"]
+    assert "2 workers (pids " in left["state"]
+    stopping = subprocess.Popen((STEER, "stop", "test"), env=running.environment)
+    eventually(lambda: len(list(home.glob("told-*"))), 2)
     assert stopping.poll() is None
     (home / "go").touch()
     assert answer(waiting)["pid"]
     assert stopping.wait(DEADLINE_S) == 0
-    assert [path.read_text() for path in home.glob("told-*")] == ["15\n"]
+    assert [path.read_text() for path in home.glob("told-*")] == ["15\n"] * 2
+    assert is_free()
 
 
-def test_a_new_start_finds_them_without_a_record(service: StartService) -> None:
-    workers = kill_both(service(*BIND, "-w", "2", *command("closes")), directory=False)
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("directory", [True, False], ids=["record", "no-record"])
+def test_a_server_that_changed_its_user_is_found(
+    service: StartService, home: Path, directory: bool
+) -> None:
+    """Below a wrapper that has ended, and it does not end when it is told to."""
+    (home / "drops.py").write_text(
+        "import os, pathlib, signal, socket\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "pathlib.Path(f'hears-{os.getpid()}').touch()\n"
+        "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
+        "listener = socket.socket(fileno=3)\n"
+        "while True: listener.accept()[0].close()\n"
+    )
+    wrapped = f"{sys.executable} drops.py; true"
+    running = service(*BIND, "-w", "2", "--", "sh", "-c", wrapped)
+    eventually(lambda: [os.stat(f"/proc/{pid}").st_uid for pid in hearing(home)], [65534] * 2)
+    kill_both(running, directory)
+    (left,) = json.loads(running.steer("status", "--json").stdout)["orphaned"]
+    assert left["name"] == "test"
+    assert running.steer("stop", "test", "--quick").returncode == 0
+    assert is_free()
+
+
+def test_one_that_forgot_whose_it_is_is_named_at_the_port(
+    service: StartService, home: Path
+) -> None:
+    """Below a wrapper that has ended, and without the environment that steer gave it."""
+    forgets = f"env -i {sys.executable} server.py; true"
+    running = service(*BIND, "-w", "1", "--", "sh", "-c", forgets)
+    (server,) = eventually(lambda: hearing(home))
+    (first,) = kill_both(running)
+    eventually(lambda: not is_running(first))
+    assert is_running(server)
+    again = service(*BIND, "-w", "1", ready=False)
+    assert again.wait() == 1
+    assert f"(pid {server})" in again.log
+    os.kill(server, signal.SIGTERM)
+    eventually(is_free)
+
+
+@pytest.mark.needs("setsid")
+@pytest.mark.parametrize("what", ["command", "shell", "setsid"])
+def test_a_new_start_finds_them_without_a_record(service: StartService, what: str) -> None:
+    workers = kill_both(service(*BIND, "-w", "2", *LEFT[what]), directory=False)
     again = service(*BIND, "-w", "2")
     assert "ending 2 workers whose controller and guard were killed" in again.log
     assert not any(map(is_running, workers))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from steer.address import Bind
 from steer.kernel import family, lifeline, proc, record, rundir, services, sockets
 from steer.kernel.family import Family
 from steer.kernel.record import Worker
+from steer.kernel.services import Member
 
 _LOOK_AGAIN_S = 0.05
 _KILLED_S = 2.0
@@ -52,9 +53,8 @@ def find(
     recorded = [Abandoned(path.stem, path, tuple(record.left(path))) for path in controls]
     known = {pid for each in recorded for pid, _ in each.workers}
     unrecorded: dict[str, list[Worker]] = {}
-    for name, worker in _by_process(environment) if by_process else ():
-        if worker[0] not in known:
-            unrecorded.setdefault(name, []).append(worker)
+    for name, worker in _by_process(environment, known) if by_process else ():
+        unrecorded.setdefault(name, []).append(worker)
     found = []
     for each in recorded:
         workers = (*each.workers, *unrecorded.pop(each.name, ()))
@@ -64,13 +64,29 @@ def find(
     return found
 
 
-def _by_process(environment: Mapping[str, str]) -> Iterator[tuple[str, Worker]]:
-    """The first process of each worker; of one whose first has ended, all the others."""
+def _by_process(
+    environment: Mapping[str, str], known: Collection[int]
+) -> Iterator[tuple[str, Worker]]:
+    """The first process of each worker but those known; of one whose first has ended, the eldest
+    of the others, which is to pass on that it is to finish, as the first would have."""
     members = {member.pid: member for member in services.unattended(environment)}
+    firsts = {*known, *members}
+    eldest = {}
     for member in members.values():
-        if member.first in (None, member.pid) or member.first not in members:
-            told_by = servers.stop_signal(proc.arguments(member.pid))
-            yield member.name, (member.pid, told_by)
+        if member.first in (None, member.pid) or member.first not in firsts:
+            eldest[_eldest(member, members)] = member.name
+    for pid in sorted(eldest.keys() - set(known)):
+        yield eldest[pid], (pid, servers.stop_signal(proc.arguments(pid)))
+
+
+def _eldest(member: Member, members: Mapping[int, Member]) -> int:
+    """The farthest of its ancestors that say they are of the same worker, too. What one says of
+    another is not believed: anybody may say it."""
+    above: Member | None = member
+    while above is not None and (above.name, above.first) == (member.name, member.first):
+        pid = above.pid
+        above = members.get(proc.parent(pid) or 0)
+    return pid
 
 
 def end(left: Abandoned, within_s: float, remove_directory: bool) -> Sequence[int]:
@@ -96,7 +112,8 @@ def end(left: Abandoned, within_s: float, remove_directory: bool) -> Sequence[in
 
 def _until_gone(ending: Iterable[_Ending], within_s: float) -> None:
     end_s = time.monotonic() + within_s
-    while not all(each.is_gone() for each in ending) and time.monotonic() < end_s:
+    # Each is asked, as that tells what it left behind: not only those up to one that lingers.
+    while [each for each in ending if not each.is_gone()] and time.monotonic() < end_s:
         time.sleep(_LOOK_AGAIN_S)
 
 
