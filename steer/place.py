@@ -43,6 +43,7 @@ class Saved(msgspec.Struct, frozen=True):
     takers: frozenset[int]
     hung: bool
     acceptors: frozenset[int] = frozenset()
+    is_apart: bool = False
 
 
 class Place(msgspec.Struct, eq=False):
@@ -67,6 +68,7 @@ class Place(msgspec.Struct, eq=False):
         queued: what waited for it at the last look.
         relief_s: not before then is another asked for in its place.
         left: by bind, why its socket there is not in the group as it was.
+        is_apart: since it started, a socket of its own is in another group, see `split`.
         others: sockets it had open when it got ready, which so are no connections.
         said: what it sent as STATUS=.
         error: why there is no process.
@@ -98,6 +100,7 @@ class Place(msgspec.Struct, eq=False):
     queued: int = 0
     relief_s: float = 0.0
     left: dict[int, Departure] = {}
+    is_apart: bool = False
     others: set[int] = set()
     said: str = ""
     timer: Timer | None = None
@@ -126,6 +129,7 @@ class Place(msgspec.Struct, eq=False):
             acceptors=saved.acceptors,
             hung=saved.hung,
             others=saved.others,
+            is_apart=saved.is_apart,
         )
 
     @property
@@ -260,6 +264,7 @@ class Place(msgspec.Struct, eq=False):
             self.takers,
             self.hung,
             self.acceptors,
+            self.is_apart,
         )
 
 

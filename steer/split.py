@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from steer import anchor
@@ -47,9 +47,9 @@ class Splits:
         """A worker is in another state."""
         if place.state is State.STARTING and place.process and self._others_stay(place):
             act = f"see whether worker {place.slot} is in its groups"
-            for at, bind in enumerate(place.process.launch.binds):
-                if anchor.is_at_risk(at, bind, self._fleet.steering.anchors):
-                    self._fleet.retry.attempt(act, partial(self._look, place, bind))
+            place.is_apart = False
+            for bind in self._at_risk(place.process.launch.binds):
+                self._fleet.retry.attempt(act, partial(self._look, place, bind))
 
     def _others_stay(self, place: Place) -> bool:
         """Else all sockets of its generation are new, and none is apart from the others."""
@@ -58,8 +58,28 @@ class Splits:
         return is_in_force and any(each.process and each.serves for each in others)
 
     def _look(self, place: Place, bind: Bind) -> None:
-        if not members.has_connected(bind):
-            return
+        if members.has_connected(bind):
+            place.is_apart = True
+            place.keep(self._fleet.steering.held(place.slot))
+            self._found(place, bind)
+
+    def go_on(self) -> None:
+        """With what another controller saw, and had no time to mend."""
+        for place in self._fleet.places:
+            if place.is_apart and place.generation.number == self._fleet.generation.number:
+                for bind in self._at_risk(place.generation.plan.binds):
+                    self._found(place, bind)
+
+    def _found(self, place: Place, bind: Bind) -> None:
+        self._tell(place, bind)
+        self._split = place.generation.number
+        self._heal_soon()
+
+    def _at_risk(self, binds: Sequence[Bind]) -> Sequence[Bind]:
+        anchors = self._fleet.steering.anchors
+        return [bind for at, bind in enumerate(binds) if anchor.is_at_risk(at, bind, anchors)]
+
+    def _tell(self, place: Place, bind: Bind) -> None:
         words = (
             f"{bind.label}: workers have connected sockets there, so that worker {place.slot}, "
             "which started later, gets all new clients, or none; all workers are replaced; "
@@ -67,8 +87,6 @@ class Splits:
         )
         self._fleet.log.warning("%s", words)
         self._fleet.group_notes[f"{bind.label} split"] = words
-        self._split = place.generation.number
-        self._heal_soon()
 
     def _heal_soon(self) -> None:
         """At once, or so long after the last time."""

@@ -102,6 +102,7 @@ class _Supervisor:
         self._watch_guard()
         # Where workers were adopted, some may be missing.
         self._fleet.fill()
+        self._splits.go_on()
         self._watch_signals(loop)
         commands = {
             "status": self._on_status,

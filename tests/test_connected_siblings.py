@@ -397,6 +397,28 @@ def test_it_is_tried_again_where_new_workers_do_not_come_up(
     assert max(spread("127.0.0.1").values()) < DATAGRAMS / 2
 
 
+def test_the_next_controller_replaces_them(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    """Where the one that saw it is killed before it could."""
+    if members.connected_stay():
+        do_without("Linux 6.13: until then no group comes apart")
+    options = ("127.0.0.1", "--policy=kernel")
+    first = start(service, home, *options)
+    mine, other = connect(first, clients.enter_context(Client("127.0.0.1")))
+    (home / "fail").touch()
+    restart(first, other)
+    eventually(lambda: "generation 1 serves on" in first.log)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    (home / "fail").unlink()
+    second = start(service, home, *options)
+    is_whole(second, 2, [mine])
+    assert max(spread("127.0.0.1").values()) < DATAGRAMS / 2
+    assert any("as servers of DTLS do" in note for note in second.status()["notes"])
+    assert "all workers are replaced; udp://0.0.0.0:" in second.log
+
+
 @pytest.mark.needs("bpf")
 @pytest.mark.parametrize("at", ["127.0.0.1", "[::1]"])
 def test_back_from_the_kernel(
