@@ -8,7 +8,7 @@ import msgspec
 
 from steer import declared, ladder
 from steer.config import Service
-from steer.errors import ConfigError
+from steer.errors import ConfigError, KernelError, Uncounted
 from steer.ladder import Finding, Rung
 from steer.policy import AUTO, EBPF, Policy
 
@@ -65,6 +65,11 @@ def candidates(
 def became(name: str, reason: str | None) -> str:
     """In words; "" if it was not `auto` that became it."""
     return f"{AUTO} is {name}, as {reason}" if reason else ""
+
+
+def why_not(name: str, error: KernelError) -> str:
+    """Why `auto` becomes another policy than the one of this name, with which that happened."""
+    return str(error) if isinstance(error, Uncounted) else f"{name}: {error}"
 
 
 def because(candidate: Candidate, reason: str) -> Candidate:

@@ -12,7 +12,7 @@ from steer import cbpf, counting, policy
 from steer.classic import Cbpf
 from steer.counting import Counting
 from steer.ebpf import NOT_COUNTED, SAMPLED, Ebpf
-from steer.errors import FallbackRefused, KernelError, SteerError
+from steer.errors import FallbackRefused, SteerError, Uncounted
 from steer.kernel import sockets
 from steer.plan import Plan
 from steer.steering import STILL_CHOSEN, Countless, Counts, Lend, Steering, may_be_lost
@@ -61,13 +61,13 @@ def refuse_uncounted(plan: Plan, counting: Counting | None) -> None:
     """See that what goes by open connections has them counted, or may do without.
 
     Raises:
-        KernelError: they are not, and `auto` has another policy for that.
+        Uncounted: they are not, and `auto` has another policy for that.
         FallbackRefused: they are not, and --strict.
     """
     if counting is None or not counting.why_not or not plan.policy.reads_load:
         return
     if plan.policy_reason is not None:
-        raise KernelError("count open connections", counting.why_not)
+        raise Uncounted("open connections cannot be counted", counting.why_not)
     if plan.service.strict:
         raise FallbackRefused(
             f"use {plan.policy.name}",

@@ -73,6 +73,9 @@ class Counting:
             maps = {**self.maps, "owners": self._owners}
             self._attached.append(bpf.Program("steer_open", code, maps, abi.BPF_CGROUP_SOCK_OPS))
             self._watch_ours()
+        except cgroup.NoCgroup as error:
+            self._stop()
+            self.why_not = "; ".join(filter(None, (error.cause, error.cure)))
         except KernelError as error:
             self._stop()
             cure = "needs CAP_BPF and CAP_NET_ADMIN" if error.cause == "EPERM" else error.cure

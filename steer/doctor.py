@@ -20,7 +20,7 @@ from steer import plan as planning
 from steer.backends import open_whole
 from steer.config import Service
 from steer.counting import Counting
-from steer.errors import BindError, KernelError, SteerError, VerifierError
+from steer.errors import BindError, KernelError, SteerError, Uncounted, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe, sockopt, topology
 from steer.kernel.access import Access
@@ -235,8 +235,7 @@ def _try_out(service: Service, probes: dict[str, Probed]) -> Plan | Unknown:
             break
         if plan.others:
             following, *rest = plan.others
-            why_not = f"{plan.policy.name}: {refusal.reason}"
-            plan = plan.choosing_by([auto.because(following, why_not), *rest])
+            plan = plan.choosing_by([auto.because(following, refusal.reason), *rest])
         else:
             probes[backend] = refusal
             plan = _plan(service, probes)
@@ -254,16 +253,19 @@ def _plan(service: Service, probes: Mapping[str, Probed]) -> Plan | Unknown:
 
 
 def _refusal(plan: Plan) -> Probed | None:
+    whose = f"{plan.policy.name}: " if plan.others else ""
     try:
         open_whole(plan).close()
+    except Uncounted as error:
+        return Probed(Answer.NO, str(error))
     except VerifierError as error:
-        return Probed(Answer.NO, f"{error.what}: {error.cause}", error.cure or _REPORT)
+        return Probed(Answer.NO, f"{whose}{error.what}: {error.cause}", error.cure or _REPORT)
     except KernelError as error:
         cure = "" if error.cause == _ERRNO_REFUSED else error.cure
-        return Probed(Answer.NO, f"{error.what}: {error.cause}", cure)
+        return Probed(Answer.NO, f"{whose}{error.what}: {error.cause}", cure)
     except OSError as error:
         # A no though it tells little: what is unknown would be tried again, for ever.
-        return Probed(Answer.NO, f"try {plan.rungs[0].backend}: {error.strerror or error}")
+        return Probed(Answer.NO, f"{whose}try {plan.rungs[0].backend}: {error.strerror or error}")
     return None
 
 

@@ -98,6 +98,10 @@ class KernelError(SteerError):
     """A system call that the kernel refused: a reason to step down the ladder."""
 
 
+class Uncounted(KernelError):
+    """Nobody counts open connections, and another policy than one that goes by them will do."""
+
+
 class VerifierError(KernelError):
     """The verifier refused a program; `detail` is what matters of its log."""
 

@@ -53,8 +53,8 @@ def first_that_works(
                     warn(f"{error}\n{error.detail}")
         if not plan.others:
             raise _nothing_works(plan, failed)
-        why_not = f"{plan.policy.name}: {failed[-1][1]}"
         following, *rest = plan.others
+        why_not = auto.why_not(plan.policy.name, failed[-1][1])
         plan = plan.choosing_by([auto.because(following, why_not), *rest])
 
 

@@ -53,7 +53,10 @@ def chosen(running: Service) -> tuple[str, str, str]:
 # ---- what is there at the start
 
 NO_PERFMON = "least-conn: load least-conn: the verifier refuses its loop; give CAP_PERFMON too"
-NOT_COUNTED = "least-conn: count open connections: load program steer_open: EPERM; needs CAP_BPF"
+NOT_COUNTED = (
+    "open connections cannot be counted: load program steer_open: EPERM;"
+    " needs CAP_BPF and CAP_NET_ADMIN"
+)
 NO_BPF = "ebpf: create BPF map steer_sockets: EPERM; needs CAP_BPF"
 HELD = {
     "none": ((), "hash", CBPF, "least-conn needs ebpf", NO_BPF),

@@ -24,7 +24,7 @@ from steer.backends import Kernel
 from steer.config import Service
 from steer.cpus import Topology
 from steer.doctor import CHECKS, COUNT, MIGRATE, RUN, Case, Finding, Probed, cpumask
-from steer.errors import CompileError, KernelError, VerifierError
+from steer.errors import CompileError, KernelError, Uncounted, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe
 from steer.kernel.access import Access, Refusal
@@ -158,7 +158,7 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
 ) -> None:
     def uncounted(plan: plan.Plan) -> Steering:
         if plan.policy.reads_load:
-            raise KernelError("count open connections", "EACCES")
+            raise Uncounted("open connections cannot be counted", "EACCES")
         return Kernel(plan)
 
     monkeypatch.setattr(doctor, "open_whole", uncounted)
@@ -166,7 +166,7 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
     monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
     found = {each.topic: each for each in doctor.examine(AUTO)}
     assert found["policy"].verdict == "warn"
-    assert found["policy"].found == ("auto is hash, as least-conn: count open connections: EACCES")
+    assert found["policy"].found == ("auto is hash, as open connections cannot be counted: EACCES")
     assert "CAP_NET_ADMIN" in found["policy"].cure
     assert found["backend"].found == "ebpf"
 

@@ -690,7 +690,28 @@ def uncounted(
 def test_without_a_cgroup(environment: dict[str, str], home: Path, clients: ExitStack) -> None:
     unmounted = ("unshare", "--mount", "sh", "-c", 'umount -a -t cgroup2 && exec "$@"', "sh")
     _, note = uncounted(*unmounted, environment=environment, home=home, clients=clients)
-    assert "no cgroup v2 is mounted" in note
+    why_not = "no cgroup v2 is mounted; mount -t cgroup2 none /sys/fs/cgroup"
+    assert note.startswith(f"open connections are not counted: {why_not}; ")
+
+
+@pytest.mark.needs("root")
+def test_why_auto_does_not_count_is_said_once(
+    environment: dict[str, str], home: Path, clients: ExitStack
+) -> None:
+    unmounted = ("unshare", "--mount", "sh", "-c", 'umount -a -t cgroup2 && exec "$@"', "sh")
+    run = (*unmounted, STEER, "run", "--name", "test", "-w", "1")
+    process = launch(run, environment=environment, home=home, records=home)
+    running = Service(process, "test", home, home, environment)
+    clients.callback(running.clean_up)
+    running.wait_ready()
+    words = (
+        "policy auto is hash, as open connections cannot be counted: no cgroup v2 is mounted;"
+        " mount -t cgroup2 none /sys/fs/cgroup"
+    )
+    shown = running.steer("status").stdout.replace("\n  ", " ")
+    assert words in shown
+    assert shown.count("no cgroup v2") == 1
+    assert running.log.count("no cgroup v2") == 1
 
 
 @pytest.mark.needs("root")

@@ -11,6 +11,10 @@ from steer.errors import KernelError
 _ACT = "open our cgroup"
 
 
+class NoCgroup(KernelError):
+    """There is no cgroup v2; the cause is a whole sentence."""
+
+
 @contextmanager
 def own() -> Iterator[int]:
     """Its directory, as a descriptor for a moment.
@@ -41,7 +45,7 @@ def name() -> str:
 def _directory() -> str:
     path = name()
     if not path:
-        raise KernelError(_ACT, "this kernel has no cgroup v2, or it is switched off")
+        raise NoCgroup(_ACT, "this kernel has no cgroup v2, or it is switched off")
     with open("/proc/self/mountinfo") as file:
         for line in file:
             left, _, right = line.partition(" - ")
@@ -49,7 +53,7 @@ def _directory() -> str:
                 _, _, _, root, point = left.split()[:5]
                 below = os.path.relpath(path, root)
                 return _unescaped(point) if below == "." else f"{_unescaped(point)}/{below}"
-    raise KernelError(_ACT, "no cgroup v2 is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+    raise NoCgroup(_ACT, "no cgroup v2 is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
 
 
 def _unescaped(text: str) -> str:
