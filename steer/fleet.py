@@ -103,6 +103,7 @@ class Fleet:
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
         self._told_ends: set[str] = set()
+        self._said_how_told: set[str] = set()
         self._elsewhere: Process | None = None
         self._ending_in_s = 0.0
         self._ending_quickly = False
@@ -525,7 +526,15 @@ class Fleet:
             # One that was never ready has nothing to finish, and may not yet know its own signal.
             quick = self._ending_quickly or place.ready_s is None
             place.process.terminate(quick)
+            self._say_how_told(place.process)
         self._note_activity(place)
+
+    def _say_how_told(self, worker: Process) -> None:
+        """All of them are alike, so it is said once."""
+        why = worker.why_told_so
+        if why and why not in self._said_how_told:
+            self._said_how_told.add(why)
+            self.log.info("workers are told to finish by %s", why)
 
     def _note_activity(self, place: Place) -> None:
         """So that it can be asked later whether it has acted since."""

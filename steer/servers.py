@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from signal import Signals
 
 import msgspec
@@ -36,6 +36,39 @@ SERVERS: Mapping[str, Server] = {
 }
 """Left out: uWSGI, which finishes gracefully on no signal unless it is configured to
 (hook-master-start), and all that do so on SIGTERM, as gunicorn, uvicorn, hypercorn and granian."""
+
+FORWARD = ("tini", "tini-static", "docker-init", "dumb-init", "catatonit")
+"""They send each signal that they get on to the child they started. Others end on it, as shells
+do, or send on some only, as sudo and timeout."""
+
+
+class Shown(msgspec.Struct, frozen=True):
+    """What a process shows of itself.
+
+    Args:
+        arguments: its command line, or the title that it has written over it.
+        name: as in ps(1).
+    """
+
+    arguments: Sequence[str]
+    name: str = ""
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """How a worker is told to finish.
+
+    Args:
+        first: sent to its first process.
+        others: sent to those that are left once that has ended.
+        why: in words, where it was found out by what runs; else "".
+    """
+
+    first: Signals
+    others: Signals
+    why: str = ""
+
+
+BY_DEFAULT = Finish(signal.SIGTERM, signal.SIGTERM)
 
 SAY_READY_EARLY = ("gunicorn",)
 """They send READY=1 before their own workers have loaded the application."""
@@ -90,10 +123,47 @@ def stop_signal(command: Sequence[str]) -> Signals:
     Args:
         command: the worker's command line; empty for a Python callable.
     """
-    program = command[0].rpartition("/")[2] if command else ""
+    name = known(command)
+    return SERVERS[name].stop_signal if name else signal.SIGTERM
+
+
+def known(arguments: Sequence[str], name: str = "") -> str | None:
+    """Which of `SERVERS` a program is; None if it is none of them.
+
+    Args:
+        arguments: its command line, or a title in its place ("nginx: master process nginx").
+        name: as in ps(1).
+    """
+    shown = arguments[0].partition(": ")[0] if arguments else ""
+    programs = [each.rpartition("/")[2] for each in (shown, shown.partition(" ")[0], name)]
     # Distributions add versions: php-fpm8.2.
-    known = SERVERS.get(program) or SERVERS.get(program.rstrip("0123456789.").rstrip("-"))
-    return known.stop_signal if known else signal.SIGTERM
+    plain = [each.rstrip("0123456789.").rstrip("-") for each in programs]
+    return next((each for each in (*programs, *plain) if each in SERVERS), None)
+
+
+def finish(line: Iterable[Shown]) -> Finish:
+    """How a worker is told to finish whose command is no known server.
+
+    Args:
+        line: its first process, then the only child of each; read as far as needed.
+    """
+    wrappers: list[str] = []
+    for process in line:
+        server = known(process.arguments, process.name)
+        if server is not None:
+            return _finish(server, wrappers)
+        wrappers.append(process.name)
+    return BY_DEFAULT
+
+
+def _finish(server: str, wrappers: Sequence[str]) -> Finish:
+    number = SERVERS[server].stop_signal
+    why = f"{number.name}, as they run {server}, which ends at once on SIGTERM"
+    ends = next((each for each in wrappers if each not in FORWARD), None)
+    if ends is None:
+        return Finish(number, number, why)
+    why += f"; {ends}, which starts it, by SIGTERM before"
+    return Finish(signal.SIGTERM, number, why)
 
 
 def says_ready_early(arguments: Sequence[str]) -> bool:

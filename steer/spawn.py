@@ -10,20 +10,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from signal import Signals
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from steer import worker
 from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
-from steer.kernel import family, output, proc, process, sockets
+from steer.kernel import family, finish, output, proc, process, sockets
 from steer.kernel.channel import MAX_FDS, receive
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.family import Family
 from steer.kernel.listeners import Borrower
 from steer.kernel.sockopt import Refused
 from steer.lines import Line, Lines, shown
+from steer.servers import BY_DEFAULT, Finish
 from steer.values import Invalid
 from steer.worker import MESSAGE_MAX_BYTES, Launch
 
@@ -145,6 +145,7 @@ class Process:
         self._guard = guard
         self.problem: SteerError | None = None
         self.told = self._hurried = False
+        self._finish = BY_DEFAULT
         self.left_behind: Sequence[int] = ()
         self._is_child = True
         self._is_heard = False
@@ -173,7 +174,7 @@ class Process:
     def keep(self, value: bytes, held: Sequence[int] = ()) -> None:
         """Have the guard keep `value` with what ties the process to us, and `held`."""
         fds = (self._pidfd, self._stderr, self._channel.fileno(), *held)
-        self._guard.put(self.key, value, fds, self.pid, self.launch.service.told_by)
+        self._guard.put(self.key, value, fds, self.pid, self._how_to_finish().first)
 
     @contextmanager
     def sockets(self) -> Iterator[Mapping[int, socket.socket]]:
@@ -280,17 +281,29 @@ class Process:
             quick: it need not finish: by SIGTERM, which a server that finishes on another
                 signal ends at once on; also where it was told to finish before.
         """
-        hurry = quick and not self._hurried and self._told_by != signal.SIGTERM
+        hurry = quick and not self._hurried and self._how_to_finish().others != signal.SIGTERM
         if not self.told or hurry:
             self.told, self._hurried = True, quick
             try:
                 self._family.remember()
             finally:
-                process.terminate(self._pidfd, self._told_by)
+                process.terminate(self._pidfd, self._told_by.first)
 
     @property
-    def _told_by(self) -> Signals:
-        return signal.SIGTERM if self._hurried else self.launch.service.told_by
+    def why_told_so(self) -> str:
+        """By which signal it was told to finish, and why, where what it runs decided that; else
+        ""."""
+        return self._told_by.why
+
+    @property
+    def _told_by(self) -> Finish:
+        return BY_DEFAULT if self._hurried else self._how_to_finish()
+
+    def _how_to_finish(self) -> Finish:
+        """Once that is known it stays: of who has ended it cannot be seen any more."""
+        if self._finish == BY_DEFAULT:
+            self._finish = finish.how(self.launch.service, self.pid)
+        return self._finish
 
     def others(self) -> Sequence[int]:
         """Its processes but the first."""
@@ -341,7 +354,7 @@ class Process:
         except OSError:
             self._lost(self)  # its sockets at least
             raise
-        family.send(self._told_by, others)
+        family.send(self._told_by.others, others)
         if self.told and others:
             self._call_later(self._while_others_remain, True)
         else:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from conftest import RunSteer, StartService
 from support import DEADLINE_S, Netns, eventually
+from support import Service as Running
 
 from steer import config
 from steer.config import Service
 from steer.errors import ConfigError
-from steer.servers import SERVERS
+from steer.servers import SERVERS, Shown, finish
 
 HOST, PORT, BEHIND = "127.0.0.1", 8080, 8081
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -145,8 +146,57 @@ def test_a_reload_lets_it_finish_all_requests(
     behind.answer()
     assert answered(requests) == len(requests)
     eventually(lambda: not old & {worker["pid"] for worker in running.workers()})
+    the_guard_lets_it_finish(running, behind, clients)
 
-    # Without a controller it is the guard that ends them, and as gracefully.
+
+STARTERS = {
+    "env": ("env", "A=1"),
+    "nice": ("nice", "-n", "1"),
+    "tini": ("tini", "-s", "--"),
+    "dumb-init": ("dumb-init",),
+    "setsid": ("setsid", "-w"),
+    "sh": ("sh", "-c", '"$@"; true', "sh"),
+}
+PASS_NOTHING_ON = ("setsid", "sh")
+EVERYWHERE = ("env", "nice", "sh")
+each_starter = pytest.mark.parametrize(
+    "starter",
+    [
+        pytest.param(name, marks=() if name in EVERYWHERE else pytest.mark.needs(name))
+        for name in STARTERS
+    ],
+)
+
+
+@each_server
+@each_starter
+def test_a_reload_lets_it_finish_below_another_program(
+    service: StartService,
+    behind: Behind,
+    clients: ExitStack,
+    server: str,
+    command: Sequence[str],
+    starter: str,
+) -> None:
+    at = command.index("--") + 1
+    running = service("-w", "2", *command[:at], *STARTERS[starter], *command[at:])
+    old = {worker["pid"] for worker in running.workers()}
+    requests = under_way(clients, behind)
+    assert running.steer("reload").returncode == 0
+    number = SERVERS[server].stop_signal.name
+    said = f"workers are told to finish by {number}, as they run {server}, which ends at once on"
+    eventually(lambda: said in running.log)
+    by_two = f"; {starter}, which starts it, by SIGTERM before\n" in running.log
+    assert by_two == (starter in PASS_NOTHING_ON)
+    behind.answer()
+    assert answered(requests) == len(requests)
+    eventually(lambda: not old & {worker["pid"] for worker in running.workers()})
+    if starter not in PASS_NOTHING_ON:
+        the_guard_lets_it_finish(running, behind, clients)
+
+
+def the_guard_lets_it_finish(running: Running, behind: Behind, clients: ExitStack) -> None:
+    """Without a controller it is the guard that ends them, and as gracefully."""
     behind.waiting.clear()
     requests = under_way(clients, behind)
     running.send_signal(signal.SIGKILL)
@@ -157,6 +207,20 @@ def test_a_reload_lets_it_finish_all_requests(
     behind.answer()
     assert answered(requests) == len(requests)
     stopping.join()
+
+
+@pytest.mark.needs("nginx")
+@pytest.mark.parametrize("server", ["nginx"])
+def test_a_signal_of_choice_wins_over_what_runs(
+    service: StartService, behind: Behind, clients: ExitStack, command: Sequence[str]
+) -> None:
+    at = command.index("--")
+    chosen = ("--stop-signal", "TERM", *command[:at], "--", "env", *command[at + 1 :])
+    running = service("-w", "1", *chosen)
+    requests = under_way(clients, behind)
+    assert running.steer("reload").returncode == 0
+    assert answered(requests) == 0  # ended at once
+    assert "told to finish by" not in running.log
 
 
 @pytest.mark.needs("nginx")
@@ -243,6 +307,30 @@ def test_known_servers_are_told_by_their_own_signal(
 ) -> None:
     assert Service(command=command).told_by is number
     assert Service(command=command, stop_signal="SIGHUP").told_by is signal.SIGHUP
+
+
+def shown(*arguments: str, name: str = "") -> Shown:
+    return Shown(arguments, name)
+
+
+@pytest.mark.parametrize(
+    "line, first, others",
+    [
+        ([], "TERM", "TERM"),
+        ([shown("nginx: master process /usr/sbin/nginx -c /etc/x.conf")], "QUIT", "QUIT"),
+        ([shown("php-fpm: master process (/etc/php/fpm.conf)")], "QUIT", "QUIT"),
+        ([shown("unicorn master -c /srv/config.rb")], "QUIT", "QUIT"),
+        ([shown("web", name="php-fpm8.2")], "QUIT", "QUIT"),
+        ([shown("gunicorn: master [nginx]", name="gunicorn")], "TERM", "TERM"),
+        ([shown("sh", name="tini"), shown("/usr/sbin/haproxy", "-db")], "USR1", "USR1"),
+        ([shown("sh", name="sh"), shown("httpd")], "TERM", "WINCH"),
+        ([shown("sh", name="tini"), shown("sh", name="sh"), shown("nginx")], "TERM", "QUIT"),
+        ([shown("sh", name="sh"), shown("sleep", "nginx", name="sleep")], "TERM", "TERM"),
+    ],
+)
+def test_a_server_is_known_by_what_it_shows(line: list[Shown], first: str, others: str) -> None:
+    found = finish(line)
+    assert (found.first, found.others) == (Signals[f"SIG{first}"], Signals[f"SIG{others}"])
 
 
 @pytest.mark.parametrize(

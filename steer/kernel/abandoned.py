@@ -76,7 +76,8 @@ def _by_process(
         if member.first in (None, member.pid) or member.first not in firsts:
             eldest[_eldest(member, members)] = member.name
     for pid in sorted(eldest.keys() - set(known)):
-        yield eldest[pid], (pid, servers.stop_signal(proc.arguments(pid)))
+        shown = servers.Shown(proc.arguments(pid), proc.command(pid) or "")
+        yield eldest[pid], (pid, servers.finish([shown]).first)
 
 
 def _eldest(member: Member, members: Mapping[int, Member]) -> int:

@@ -154,8 +154,9 @@ class Guard:
         old, new = self.entries.get(key), Entry(value, tuple(fds), group, stop_signal)
         if new == old:
             return
-        if group and old is None:
-            self._record.add((group, stop_signal), self._workers())
+        if group and (old is None or old.stop_signal != stop_signal):
+            others = [each for each in self._workers() if each[0] != group]
+            self._record.add((group, stop_signal), others)
         if old is not None and old.fds == new.fds:
             self._tell(Frame("put", key, value, SAME, group, stop_signal=stop_signal))
         else:

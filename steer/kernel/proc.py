@@ -132,6 +132,16 @@ def children(pid: int, root: str = "/proc") -> list[int]:
     return [each for each in all_pids(root) if parent(each, root) == pid]
 
 
+def only_child(pid: int, root: str = "/proc") -> int | None:
+    """That of a process which has started one, as wrappers have; None of one with more, or with
+    none, or where that cannot be seen. Threads but the first are not looked at."""
+    try:
+        found = Files(root).read(f"{root}/{pid}/task/{pid}/children").split()
+    except (OSError, TooMuch):
+        return None
+    return int(found[0]) if len(found) == 1 else None
+
+
 def start_time_ticks(pid: int, root: str = "/proc") -> int | None:
     """When the process started, in clock ticks since boot: with its pid this names one
     process for ever. None if there is no such process."""

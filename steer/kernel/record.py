@@ -79,7 +79,8 @@ def left(control: Path) -> list[Worker]:
         if not stat.S_ISREG(found.st_mode):
             return []
         lines = stream.read(_MAX_BYTES).splitlines()
-    return list(dict.fromkeys(_living(lines, found.st_uid)))
+    # The last word on each: its signal may become known only once it runs.
+    return list(dict(_living(lines, found.st_uid)).items())
 
 
 def _living(lines: Iterable[bytes], owner: int) -> Iterator[Worker]:
