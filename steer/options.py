@@ -145,15 +145,15 @@ class TakesCommand(click.Command):
         try:
             return super().parse_args(context, arguments)
         except click.NoSuchOption as error:
-            if cure := _NO_OPTIONS.get(error.option_name):
+            if cure := _NO_OPTIONS.get(error.option_name.removeprefix("--")):
                 words = f"No such option '{error.option_name}'. {cure}"
                 raise click.UsageError(words, context) from None
             raise
 
 
 _NO_OPTIONS = {
-    "--app": "The app is an argument: MODULE:CALLABLE.",
-    "--command": "The command goes after --.",
+    "app": "The app is an argument: MODULE:CALLABLE.",
+    "command": "The command goes after --.",
 }
 """Keys of the configuration that are not given as options -> how they are."""
 
