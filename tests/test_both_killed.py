@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,49 @@ def test_they_are_found_without_a_record(
     assert is_free()
     assert json.loads(running.steer("status", "--json").stdout)["orphaned"] == []
     assert not running.control_socket.parent.exists()
+
+
+APPS = """
+async def asgi(scope, receive, send):
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"served"})
+def wsgi(environ, start):
+    start("200 OK", [])
+    return [b"served"]
+"""
+REAL = {
+    "uvicorn": f"{sys.executable} -m uvicorn apps:asgi --fd 3",
+    "gunicorn": f"{sys.executable} -m gunicorn --bind fd://3 apps:wsgi",
+}
+
+
+@pytest.mark.needs("gunicorn", "setsid", "uvicorn")
+@pytest.mark.parametrize("wrapper", ["shell", "setsid"])
+@pytest.mark.parametrize("server", REAL)
+def test_real_servers_below_a_wrapper_are_ended(
+    service: StartService, home: Path, server: str, wrapper: str
+) -> None:
+    (home / "apps.py").write_text(APPS)
+    line = REAL[server]
+    how = ("sh", "-c", f"{line}; true") if wrapper == "shell" else ("setsid", "-w", *line.split())
+    running = service(*BIND, "-w", "2", "--", *how)
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/", timeout=DEADLINE_S) as response:
+        assert response.read() == b"served"
+    workers = kill_both(running)
+    eventually(lambda: not any(map(is_running, workers)))
+    assert not is_free()
+    (left,) = json.loads(running.steer("status", "--json").stdout)["orphaned"]
+    assert "2 workers (pids " in left["state"]  # and not the processes that gunicorn forks, too
+    assert running.steer("stop", "test").returncode == 0
+    assert is_free()
+
+
+def test_a_new_start_kills_what_does_not_end_in_time(service: StartService, stubborn: None) -> None:
+    workers = kill_both(service(*BIND, "-w", "2", "app:serve"), directory=False)
+    again = service(*BIND, "-w", "2", "--graceful-timeout", "0.5", "app:serve")
+    assert "ending 2 workers whose controller and guard were killed" in again.log
+    assert not any(map(is_running, workers))
 
 
 def test_what_a_wrapper_left_finishes_what_it_has(service: StartService, home: Path) -> None:
