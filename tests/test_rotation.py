@@ -34,6 +34,9 @@ class FakeSteering:
     def steer(self, members: Sequence[Member]) -> None:
         pass
 
+    def attach_again(self, lend: object) -> None:
+        pass
+
     def saved(self) -> tuple[object, Sequence[int]]:
         return None, ()
 
