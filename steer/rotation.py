@@ -214,8 +214,8 @@ class Rotation:
         ours what waits is moved, by any other it would be reset.
         """
         self._retry.attempt("attach the policy's program again", self.attach_again)
-        self.steering.empty_reserve()
-        if any(listeners.is_waited_for(sock) for sock in self.steering.reserve):
+        moved = self._retry.attempt("move what waits in reserve", self.steering.empty_reserve)
+        if not moved or any(map(listeners.is_waited_for, self.steering.reserve)):
             self._watch_reserve(False)
             self._loop.call_later(_AGAIN_S, self._watch_reserve_again)
 

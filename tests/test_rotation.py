@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -41,6 +43,14 @@ class FakeSteering:
         return None, ()
 
 
+class RefusingSteering(FakeSteering):
+    """As where no descriptor is left."""
+
+    def empty_reserve(self) -> None:
+        super().empty_reserve()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 class FakeGuard:
     def put(self, *_: object) -> None:
         pass
@@ -48,7 +58,10 @@ class FakeGuard:
 
 class FakeRetry:
     def attempt(self, act: str, do: Callable[[], object]) -> bool:
-        do()
+        try:
+            do()
+        except OSError:
+            return False
         return True
 
 
@@ -103,3 +116,9 @@ def test_what_comes_back_to_the_reserve_is_moved_again_later(waited_for: socket.
     steering = FakeSteering(waited_for, returns=2)
     asyncio.run(until_emptied(steering, 3))
     assert steering.emptied == 3
+
+
+def test_when_it_cannot_be_moved_that_is_not_tried_at_every_turn(waited_for: socket.socket) -> None:
+    steering = RefusingSteering(waited_for, returns=TURNS)
+    asyncio.run(until_emptied(steering, 1, TURNS))
+    assert steering.emptied < TURNS / 10
