@@ -83,5 +83,5 @@ def test_the_guard_writes_as_the_service_does_after_a_reload(
     running.wait()
     eventually(lambda: "the controller is gone" in running.log[before:])
     assert running.steer("stop").returncode == 0
-    eventually(lambda: "ending 1 worker" in running.log[before:])
+    eventually(lambda: "the controller is gone: ending " in running.log[before:])
     assert all(json.loads(line)["message"] for line in running.log[before:].splitlines())
