@@ -28,7 +28,7 @@ import pytest
 
 from steer import client
 from steer.errors import ControlError
-from steer.kernel import bpf
+from steer.kernel import bpf, proc
 
 DEADLINE_S = 60.0
 """For what should happen at once: long, as the machine may be busy with other things."""
@@ -54,6 +54,19 @@ def eventually(ask: Callable[[], T], wanted: object = _TRUE, timeout_s: float = 
             return found
         assert time.monotonic() < end_s, f"still {found!r} after {timeout_s:g} s"
         time.sleep(0.01)
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """By SIGSTOP, all of them, before it begins."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: all(map(proc.is_stopped, pids)))
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def is_ready(what: HasFileno | int, within_s: float = 0.0, event: int = select.POLLIN) -> bool:

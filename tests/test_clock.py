@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import StartService
-from support import Service, eventually
+from support import Service, eventually, stopped
 
 from steer.clock import Clock, Timer
-from steer.kernel import proc
 
 # The clock, with a time that is wound
 
@@ -183,18 +181,6 @@ def let_pass(seconds: float) -> None:
     """What is tested is that time passes."""
     end_s = time.monotonic() + seconds
     eventually(lambda: time.monotonic() > end_s)
-
-
-@contextmanager
-def stopped(*pids: int) -> Iterator[None]:
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: all(map(proc.is_stopped, pids)))
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def hung(running: Service) -> list[str]:

@@ -9,13 +9,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import StartService
-from support import DEADLINE_S, STEER, Service, eventually, lose_directory
+from support import DEADLINE_S, STEER, Service, eventually, lose_directory, stopped
 
 from steer.errors import ControlError
 from steer.kernel import proc, record, rundir, title
@@ -35,15 +33,6 @@ def orphan(running: Service) -> int:
     running.send_signal(signal.SIGKILL)
     running.wait()
     return guard
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def orphaned(running: Service) -> list[str]:

@@ -4,28 +4,15 @@ their control socket is gone."""
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import RunSteer, StartService
-from support import NOBODY, Service, eventually, lose_directory
+from support import NOBODY, Service, eventually, lose_directory, stopped
 
 from steer.kernel import title, unix
 
 pytestmark = pytest.mark.needs("netns")
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_services_are_found_wherever_they_listen(
