@@ -177,6 +177,21 @@ def connect(running: Service, client: Client) -> tuple[dict[str, Any], dict[str,
     return workers[0], workers[1]
 
 
+Act = Callable[[Service, dict[str, Any]], None]
+
+
+def spread_after(act: Act, running: Service, client: Client, at: str) -> Counter[int]:
+    """How new datagrams are spread, by slot, over all workers there are after `act` on one that
+    is not the client's; and that it keeps its own."""
+    mine, other = connect(running, client)
+    act(running, other)
+    there = slots(running)
+    found = spread(HOSTS[at])
+    assert set(found) == there
+    assert client.ask()["pid"] == mine["pid"]
+    return found
+
+
 @pytest.mark.needs("bpf")
 @pytest.mark.parametrize("at", HOSTS)
 @act
@@ -185,17 +200,12 @@ def test_turns_go_on(
     home: Path,
     clients: ExitStack,
     at: str,
-    act: Callable[[Service, dict[str, Any]], None],
+    act: Act,
 ) -> None:
     running = start(service, home, at, "--policy=round-robin", "--backend=ebpf")
     client = clients.enter_context(Client(HOSTS[at]))
-    mine, other = connect(running, client)
-    act(running, other)
-    there = slots(running)
-    found = spread(HOSTS[at])
-    assert set(found) == there
+    found = spread_after(act, running, client, at)
     assert max(found.values()) - min(found.values()) <= 1
-    assert client.ask()["pid"] == mine["pid"]
     assert client.ask()["connected"]
     assert running.status()["totals"]["unsteered"] == 0
 
@@ -207,17 +217,12 @@ def test_shares_go_on_without_privilege(
     home: Path,
     clients: ExitStack,
     at: str,
-    act: Callable[[Service, dict[str, Any]], None],
+    act: Act,
 ) -> None:
     running = start(service, home, at, "--policy=random", "--backend=cbpf")
     client = clients.enter_context(Client(HOSTS[at]))
-    mine, other = connect(running, client)
-    act(running, other)
-    there = slots(running)
-    found = spread(HOSTS[at])
-    assert set(found) == there
+    found = spread_after(act, running, client, at)
     assert max(found.values()) < DATAGRAMS / 2
-    assert client.ask()["pid"] == mine["pid"]
 
 
 @pytest.mark.needs("bpf")
