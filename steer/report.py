@@ -79,12 +79,30 @@ class Histogram(msgspec.Struct):
     buckets: list[tuple[int, int]]
 
 
+class LoopDelay(msgspec.Struct):
+    """How long the controller's loop was busy at a time since this controller began, in
+    milliseconds: so long may a request have to wait before it is read.
+
+    Args:
+        buckets: pairs of the least delay in it, ascending, and how many there were.
+        p50, p99, p99_9: so large a share of them was no longer; to the end of a bucket.
+    """
+
+    buckets: list[tuple[float, int]]
+    count: int
+    max: float
+    p50: float
+    p99: float
+    p99_9: float
+
+
 class Service(msgspec.Struct):
     """A service that runs. `params`, `counters` and `histograms` are the policy's own, by name.
 
     Args:
         policy_asked: what the user named; "auto" becomes another.
         policy_reason: why `auto` became this policy; None if the user named it.
+        loop_delay_ms: None from a controller that does not tell it.
     """
 
     name: str
@@ -104,6 +122,7 @@ class Service(msgspec.Struct):
     histograms: dict[str, Histogram] = {}
     policy_asked: str = ""
     policy_reason: str | None = None
+    loop_delay_ms: LoopDelay | None = None
 
 
 class Orphan(msgspec.Struct):

@@ -17,11 +17,12 @@ from steer.steering import CHOSEN_ALL_THE_SAME, Own, Steering
 from steer.values import several
 
 
-def report_of(service: Controller, state: str) -> report.Service:
+def report_of(service: Controller, state: str, loop_delay_ms: report.LoopDelay) -> report.Service:
     """All that is known of it now.
 
     Args:
         state: of the service as a whole: starting, running, stopping.
+        loop_delay_ms: of the controller, see `delays`.
     """
     plan, steering, now_s = service.plan, service.steering, time.monotonic()
     own = steering.own()
@@ -49,6 +50,7 @@ def report_of(service: Controller, state: str) -> report.Service:
         params=own.params,
         counters=own.counters,
         histograms=_histograms(own, plan.policy.declared),
+        loop_delay_ms=loop_delay_ms,
     )
 
 

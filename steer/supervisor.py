@@ -24,6 +24,7 @@ from steer.change import Changes, unheard
 from steer.config import FIELDS, MAX_WORKERS, Service
 from steer.control import Handler, Server, Tell
 from steer.controller import Controller
+from steer.delays import Delays, timed_loop
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.fleet import QUICK_S
 from steer.groups import Groups
@@ -63,14 +64,17 @@ def supervise(started: Controller) -> bool:
         WorkersFailed: all workers failed before any was ready.
     """
     try:
-        return asyncio.run(_Supervisor(started).run())
+        delays = Delays()
+        with asyncio.Runner(loop_factory=partial(timed_loop, delays)) as runner:
+            return runner.run(_Supervisor(started, delays).run())
     finally:
         output.stderr.watch(None)
 
 
 class _Supervisor:
-    def __init__(self, started: Controller) -> None:
+    def __init__(self, started: Controller, delays: Delays) -> None:
         self._service = started
+        self._delays = delays
         self._fleet = started.fleet
         self._retry = started.fleet.retry
         self._log = started.log
@@ -540,7 +544,8 @@ class _Supervisor:
 
     async def _on_status(self, _request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._fleet.try_settle()
-        return {"service": msgspec.to_builtins(status.report_of(self._service, self._state))}
+        found = status.report_of(self._service, self._state, self._delays.report())
+        return {"service": msgspec.to_builtins(found)}
 
     async def _on_stop(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._stop(bool(request.get("quick")))
