@@ -152,6 +152,19 @@ def test_spare_descriptors_are_there_when_no_others_are() -> None:
     spare.close()
 
 
+def test_spare_descriptors_stay_open_where_there_is_room() -> None:
+    if not os.stat("/proc/self/fd").st_size:
+        pytest.skip("before Linux 6.2 the kernel does not tell how many are open")
+    before = fds(os.getpid())
+    spare = Spare(3)
+    kept = [fd for fd in fds(os.getpid()) if fd not in before]
+    with spare.lent():
+        assert set(kept) <= set(fds(os.getpid()))
+    with limit_on_files(max(kept) + 2), spare.lent():
+        assert not set(kept) & set(fds(os.getpid()))
+    spare.close()
+
+
 # Real limits
 
 
