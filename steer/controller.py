@@ -631,6 +631,7 @@ class Controller:
         self.fleet = Fleet(
             generation, slots, self.steering, self.guard, launch, self.log, retry, self._unheard
         )
+        self.listener.known = self.fleet.by_pid
 
     def _trusted(self) -> frozenset[int]:
         service = self.plan.service

@@ -68,6 +68,7 @@ class Fleet:
 
     Attributes:
         generation: the one in force; a place may be of an earlier one, and on its way out.
+        by_pid: places with a process, by the process id of its first.
         is_watched: whether there is a loop to look after them in.
         clock: what workers are given time for goes by it.
         queues: what waits at workers.
@@ -88,6 +89,7 @@ class Fleet:
     ) -> None:
         self.generation = generation
         self.places: list[Place] = []
+        self.by_pid: dict[int, Place] = {}
         self._rotation = Rotation(steering, self.places, slots, guard, log, retry)
         self.log = log
         self.retry = retry
@@ -161,6 +163,8 @@ class Fleet:
         place = Place.restored(saved, generations[saved.generation], self.clock.now_s())
         launch = self._launch(place)
         place.process = Process.adopted(launch, self._guard, saved.running, entry)
+        if place.process is not None:
+            self.by_pid[place.process.pid] = place
         return place
 
     def fill(self) -> None:
@@ -302,11 +306,11 @@ class Fleet:
 
         Only so much: whoever called this has to tell `notified` the same once there is one.
         """
-        for place in self.places:
-            if place.process and place.process.pid == pid and place.process.is_callable:
-                with self._rotation.naming_locked():
-                    self.steering.steer([place.member()])
-                self.steering.empty_reserve()
+        place = self._of(pid)
+        if place is not None and place.process and place.process.is_callable:
+            with self._rotation.naming_locked():
+                self.steering.steer([place.member()])
+            self.steering.empty_reserve()
 
     def notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
         """A process sent this, see sd_notify(3).
@@ -318,9 +322,15 @@ class Fleet:
         for place in senders:
             if place.process:
                 self._hear(place, place.process, lineage[0], message)
-        is_missed = any(place.state is State.STARTING for place in self.places)
-        if not senders and is_missed and notify.is_ready(message):
+        is_unknown = not senders and notify.is_ready(message)
+        if is_unknown and any(place.state is State.STARTING for place in self.places):
             self._unheard.tell(lineage[0], *_why_unknown(lineage))
+
+    def _of(self, pid: int) -> Place | None:
+        """The place whose process it is the first of."""
+        place = self.by_pid.get(pid)
+        is_there = place and place.process and place.process.pid == pid
+        return place if is_there else None
 
     def _senders(self, lineage: Sequence[int], message: Mapping[str, str]) -> Collection[Place]:
         """Whose process sent it. One whose parent has ended, so that it is our child now, comes
@@ -329,12 +339,11 @@ class Fleet:
         Returns:
             None or one; or of several one is, and the others are about to send the same.
         """
-        by_pid = {each.process.pid: each for each in self.places if each.process}
-        known = next((by_pid[pid] for pid in lineage if pid in by_pid), None)
+        known = next(filter(None, map(self._of, lineage)), None)
         if known is not None or not notify.is_ready(message):
             return [known] if known else []
         is_ours = lineage[0] == os.getpid()
-        starting = {pid: each for pid, each in by_pid.items() if each.state is State.STARTING}
+        starting = {pid: each for pid, each in self.by_pid.items() if each.state is State.STARTING}
         telling = _say_ready_for_us(starting) if is_ours else {}
         if telling:
             return telling.values()
@@ -615,6 +624,7 @@ class Fleet:
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
             if place.process is not None:
                 place.process.end()
+                self.by_pid.pop(place.process.pid, None)
                 place.process = None
                 self._rotation.left(place.slot)
             raise as_refusal(f"start worker {place.slot}", error) from None
@@ -630,6 +640,7 @@ class Fleet:
                     sockets.check_free(bind, launch.service.settings)
         joined = partial(self._rotation.joined, place.slot)
         place.process = Process(launch, self._guard, joined)
+        self.by_pid[place.process.pid] = place
         self._save(place)
         return place.process
 
@@ -699,6 +710,7 @@ class Fleet:
         has_served = place.ready_s is not None
         error = gone.problem or endings.why(gone, status, has_served=has_served)
         how = process.how_it_ended(status)
+        self.by_pid.pop(gone.pid, None)
         place.lost_process()
         if place.state is not State.STOPPING:
             self._tell_end(place, gone, error, how)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
 Notification = tuple[Sequence[int], Mapping[str, str]]
-"""The lineage of who sent it, himself first (`proc.lineage`), and the message by key."""
+"""The lineage of who sent it, himself first (`mail.lineage`), and the message by key."""
 Heard = Callable[[Sequence[int], Mapping[str, str]], None]
 
 _FLOOD = 4096
 """Messages: each of as many workers may have sent one."""
+_AT_ONCE = 16
+"""Messages that are taken in one turn of the loop, so that what follows is done once for all."""
 _KINDS_MAX = 16
 
 
@@ -61,6 +63,9 @@ class Listener:
         trusted: users whose messages are looked at.
         unheard: is told of those of others.
         address, fd: of one that was made before; the descriptor becomes ours.
+
+    Attributes:
+        known: the first processes of workers: nobody is looked for beyond one of these.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Listener:
     ) -> None:
         self._trusted = trusted
         self._unheard = unheard
+        self.known: Container[int] = ()
         self.address = address
         if address:
             self._socket = socket.socket(fileno=fd)
@@ -94,21 +100,21 @@ class Listener:
         loop.add_reader(self._socket, lambda: self._pass_on(heard))
 
     def _pass_on(self, heard: Heard) -> None:
-        for lineage, message in self.receive():
+        for lineage, message in self.receive(_AT_ONCE):
             heard(lineage, message)
 
     def hear_all(self, heard: Heard) -> None:
         """Call `heard` with all that waits now, but for a flood of it."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        for _ in range(_FLOOD):
+        for _ in range(_FLOOD // _AT_ONCE):
             if not poll.poll(0):
                 return
             self._pass_on(heard)
 
-    def receive(self) -> Iterator[Notification]:
-        """The next message, if there is one and it may be looked at, and who sent it."""
-        yield from self.read(mail.receive(self._socket))
+    def receive(self, at_most: int = 1) -> Iterator[Notification]:
+        """The next messages, as far as there are any that may be looked at, and who sent them."""
+        yield from self.read(mail.receive(self._socket, self.known, at_most))
 
     def read(self, letters: Iterable[Letter]) -> Iterator[Notification]:
         """The messages in these that may be looked at, and who sent them."""

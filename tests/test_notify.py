@@ -329,3 +329,31 @@ def test_whose_process_sent_it_is_known_after_that_has_ended() -> None:
         (letter,) = mail.letters(box.contents())
         box.close()
     assert letter.lineage[:2] == (pid, os.getpid())
+
+
+def test_of_a_worker_that_is_known_nobody_further_is_looked_for() -> None:
+    parent = os.getppid()
+    assert mail.lineage(os.getpid(), {os.getpid(), parent}) == (os.getpid(),)
+    assert mail.lineage(os.getpid(), {parent}) == (os.getpid(), parent)
+    assert parent in mail.lineage(os.getpid())
+
+
+def test_all_that_waits_is_taken_in_one_turn() -> None:
+    """So that workers that get ready at once are one change of the table."""
+    turns: list[int] = []
+
+    async def listen() -> None:
+        listener = Listener(frozenset({os.geteuid()}), Unheard(pytest.fail))
+        for _ in range(5):
+            send(listener.address, b"READY=1")
+        loop = asyncio.get_running_loop()
+        turn = 0
+        listener.watch(loop, lambda *_: turns.append(turn))
+        while len(turns) < 5:
+            await asyncio.sleep(0)
+            turn += 1
+        loop.remove_reader(listener.fileno())
+        listener.close()
+
+    asyncio.run(listen())
+    assert len(set(turns)) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import msgspec
 
@@ -22,9 +22,8 @@ class Letter(msgspec.Struct, frozen=True, array_like=True):
     """A datagram; the kernel vouches for its sender.
 
     Args:
-        lineage: of its sender, as it was when the datagram was read: see `proc.lineage`; last
-            whose it says that it is (`family.mark`). Most clients end soon after, or wait until
-            it is read (sd_notify_barrier(3)).
+        lineage: of its sender, as it was when the datagram was read: see `lineage`. Most clients
+            end soon after, or wait until it is read (sd_notify_barrier(3)).
     """
 
     pid: int
@@ -33,27 +32,39 @@ class Letter(msgspec.Struct, frozen=True, array_like=True):
     lineage: tuple[int, ...] = ()
 
 
-def receive(sock: socket.socket) -> Iterator[Letter]:
-    """The next one, if there is any. The socket has SO_PASSCRED set, and does not wait.
+def receive(sock: socket.socket, known: Container[int] = (), at_most: int = 1) -> Iterator[Letter]:
+    """The next ones, as far as there are any. The socket has SO_PASSCRED set, and does not wait.
 
     No descriptor is taken in. That of a BARRIER=1, by whose end the sender knows that all it sent
     before was read, is so closed at the right time.
+
+    Args:
+        known: the first processes of workers.
     """
     room = socket.CMSG_SPACE(_CREDENTIALS.size)
-    try:
-        text, ancillary, _, _ = sock.recvmsg(_MESSAGE_MAX_BYTES, room)
-    except BlockingIOError:
-        return
-    for level, kind, value in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-            pid, uid, _ = _CREDENTIALS.unpack(value)
-            yield Letter(pid, uid, text, lineage(pid))
+    for _ in range(at_most):
+        try:
+            text, ancillary, _, _ = sock.recvmsg(_MESSAGE_MAX_BYTES, room)
+        except BlockingIOError:
+            return
+        for level, kind, value in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                pid, uid, _ = _CREDENTIALS.unpack(value)
+                yield Letter(pid, uid, text, lineage(pid, known))
 
 
-def lineage(pid: int) -> tuple[int, ...]:
-    """As `Letter` has it."""
+def lineage(pid: int, known: Container[int] = ()) -> tuple[int, ...]:
+    """That of `proc.lineage`, last whose it says that it is (`family.mark`).
+
+    Args:
+        known: with the first of these that is found nobody else is looked for. Most messages are
+            of a worker's first process itself: of these nothing is read.
+    """
+    found = proc.lineage(pid, known)
+    if any(each in known for each in found):
+        return found
     said = family.mark(pid)
-    return proc.lineage(pid) + (() if said is None else (said,))
+    return found if said is None else (*found, said)
 
 
 class Mailbox:
@@ -62,9 +73,11 @@ class Mailbox:
 
     Args:
         fd: of the socket; stays the caller's.
+        known: the first processes of workers.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, known: Container[int] = ()) -> None:
+        self._known = known
         self._socket = socket.socket(fileno=os.dup(fd))
         self._letters: list[Letter] = []
 
@@ -73,7 +86,8 @@ class Mailbox:
 
     def take(self) -> None:
         """One; heartbeats are of no interest later, nor are the oldest of very many."""
-        self._letters += (one for one in receive(self._socket) if one.text.strip() != _HEARTBEAT)
+        come = receive(self._socket, self._known)
+        self._letters += (one for one in come if one.text.strip() != _HEARTBEAT)
         del self._letters[:-_LETTERS_MAX]
 
     def contents(self) -> bytes:

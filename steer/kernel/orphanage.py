@@ -93,7 +93,8 @@ class Orphanage:
         self._adopted = False
         self._mailbox: Mailbox | None = None
         if MAILBOX in keeper.entries:
-            self._mailbox = Mailbox(keeper.entries[MAILBOX].fds[0])
+            groups = frozenset(kept.group for kept in self._living())
+            self._mailbox = Mailbox(keeper.entries[MAILBOX].fds[0], groups)
         self._read_mail()
         self._end_unfinished()
         # All workers may have ended a moment ago: connections wait for the next.

@@ -15,7 +15,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Literal
@@ -80,13 +80,19 @@ def _family_by_scan(pid: int, root: str) -> list[int]:
 _MOST_ANCESTORS = 64
 
 
-def lineage(pid: int) -> tuple[int, ...]:
+def lineage(pid: int, known: Container[int] = ()) -> tuple[int, ...]:
     """The process itself, its living ancestors, and who leads its process group and session, as
-    far as that can be told: of a zombie it can, of one that was waited for it cannot."""
+    far as that can be told: of a zombie it can, of one that was waited for it cannot.
+
+    Args:
+        known: nobody is looked for beyond the first of these.
+    """
     found: dict[int, None] = {}
     walk: int | None = pid
     while walk and walk not in found and len(found) < _MOST_ANCESTORS:
         found[walk] = None
+        if walk in known:
+            return tuple(found)
         walk = parent(walk)
     with suppress(ProcessLookupError):
         found |= dict.fromkeys((os.getpgid(pid), os.getsid(pid)))
