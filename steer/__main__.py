@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import sys
+from collections.abc import Callable
 
 
 def main() -> None:
@@ -11,13 +14,45 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Where the parent left it ignored, the kernel would reap our children itself (wait(2)).
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # What is imported stays: to look for garbage among it is for nothing.
+    gc.disable()
     try:
-        from steer import cli
+        perform = _command()
     except ImportError as error:
         sys.exit(f"steer: {error}; install it again: pip install --force-reinstall steer-reuseport")
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    perform()
+
+
+def _command() -> Callable[[], None]:
+    """What is asked for: `run`, as it is mostly given, without click."""
+    name, *arguments = sys.argv[1:] or [""]
+    if name == "run" and "_STEER_COMPLETE" not in os.environ:
+        from steer import options
+
+        given = options.plain(arguments)
+        if given is not None:
+            _import_msgspec()
+            from steer import entry, run
+
+            return lambda: entry.guarded(lambda: run.perform(given))
+    from steer import cli
+
+    gc.enable()
+    return cli.main
+
+
+def _import_msgspec() -> None:
+    """Without typing_extensions, which it uses where that is installed. It takes as long as msgspec
+    itself, and since Python 3.11 has nothing for msgspec that `typing` has not."""
+    if "typing_extensions" in sys.modules:
+        return
+    sys.modules["typing_extensions"] = None  # type: ignore[assignment]
+    try:
+        import msgspec  # noqa: F401
+    finally:
+        del sys.modules["typing_extensions"]
 
 
 if __name__ == "__main__":

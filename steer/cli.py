@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import click
 
-from steer import __version__
-from steer.options import Command, Source, TakesCommand, service_options
-
-if TYPE_CHECKING:
-    from steer.log import Log
+from steer import __version__, entry
+from steer.arguments import Command, TakesCommand, given_command, service_options, with_options
+from steer.options import RUN_OPTIONS, Given, Source
 
 _Named = tuple[str | None, Mapping[str, Any]]
 """A service's name, if given, and the number, as a request has it."""
@@ -23,36 +19,20 @@ _Named = tuple[str | None, Mapping[str, Any]]
 
 def main() -> None:
     """The `steer` command."""
-    from steer.errors import SteerError
+    entry.guarded(_perform)
 
-    _open_standard_streams()
+
+def _perform() -> None:
     try:
-        try:
-            _check_arguments(sys.argv[1:])
-            cli(standalone_mode=False)
-        finally:
-            sys.stdout.flush()
-    except SteerError as error:
-        _complain(str(error), error.detail)
-        sys.exit(error.exit_code)
+        cli(standalone_mode=False)
     except click.ClickException as error:
-        if _log_format() == "json":
-            _complain(error.format_message(), "")
+        if entry.log_format() == "json":
+            entry.complain(error.format_message())
         else:
             error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
         sys.exit(130)
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # who read our output has had enough of it
-            _complain(str(error), "")
-        # Or what could not be written would be tried, and complained of, once more.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
-    except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
-        _complain_of(error)
-        sys.exit(1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -146,34 +126,15 @@ _READ: Mapping[str, Callable[[str], Mapping[str, int]]] = {"N": _workers, "SLOT"
 
 @cli.command(cls=TakesCommand)
 @service_options
-@click.option("--check-config", is_flag=True, help="Read the configuration, then end.")
-@click.option("--print-config", is_flag=True, help="Print what is configured, then end.")
-def run(check_config: bool, print_config: bool, **options: Any) -> None:
+@with_options(RUN_OPTIONS)
+def run(**options: Any) -> None:
     """Run a service: a Python callable, a command, or the demo.
 
     It stays in the foreground.
     """
-    read = Source(options)
-    service = read()
-    if print_config:
-        from steer.config import as_toml
+    from steer import run
 
-        click.echo(as_toml(service))
-    from steer import controller, log, policies
-
-    if check_config:
-        policies.prepare(service.policy)
-    if check_config or print_config:
-        return
-    from steer.kernel import probe, topology
-    from steer.plan import plan
-
-    # If it is broken there may be workers that do not need it.
-    policy = policies.find_or_not(service.policy)
-    decided = plan(service, topology.read(), probe.findings(), policy)
-    logger = log.Log(service.log_level, service.log_format)
-    _in_force.append(logger)
-    sys.exit(controller.run(decided, os.environ, logger, read))
+    run.perform(Given(options, given_command()))
 
 
 @cli.command(cls=TakesCommand)
@@ -188,7 +149,7 @@ def check(as_json: bool, **options: Any) -> None:
     from steer.kernel import probe, topology
     from steer.plan import plan
 
-    service = Source(options)()
+    service = Source(options, given_command())()
     chosen = policies.find(service.policy)
     decided = plan(service, topology.read(), probe.findings(), chosen)
     found = controller.rehearse(decided, os.environ)
@@ -271,7 +232,7 @@ def reload(name: str | None, **how: Any) -> None:
     The old ones end when as many new ones are ready. If those do not come up, nothing
     changes.
     """
-    _perform("reload", "reloaded", name, **how)
+    _ask("reload", "reloaded", name, **how)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})  # -1 is none
@@ -280,7 +241,7 @@ def reload(name: str | None, **how: Any) -> None:
 @_CONTROL_SOCKET
 def scale(named: _Named, **how: Any) -> None:
     """Run N workers from now on; +N or -N: so many more or fewer."""
-    _perform("scale", "scaled", named[0], **named[1], **how)
+    _ask("scale", "scaled", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -292,7 +253,7 @@ def drain(named: _Named, **how: Any) -> None:
 
     It goes on with what it has.
     """
-    _perform("drain", "drained", named[0], **named[1], **how)
+    _ask("drain", "drained", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -301,7 +262,7 @@ def drain(named: _Named, **how: Any) -> None:
 @_CONTROL_SOCKET
 def undrain(named: _Named, **how: Any) -> None:
     """Send to the worker in SLOT again."""
-    _perform("undrain", "undrained", named[0], **named[1], **how)
+    _ask("undrain", "undrained", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -310,7 +271,7 @@ def undrain(named: _Named, **how: Any) -> None:
 @_CONTROL_SOCKET
 def restart(named: _Named, **how: Any) -> None:
     """Replace the worker in SLOT; it ends when the new one is ready."""
-    _perform("restart", "restarted", named[0], **named[1], **how)
+    _ask("restart", "restarted", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -337,10 +298,10 @@ def policy(
         chosen = os.path.abspath(chosen)
     shares = weights.split(",") if weights else None
     whom = name[0] if name else None
-    _perform("policy", "changed", whom, policy=chosen, params=params or None, weights=shares, **how)
+    _ask("policy", "changed", whom, policy=chosen, params=params or None, weights=shares, **how)
 
 
-def _perform(
+def _ask(
     command: str,
     done: str,
     name: str | None,
@@ -428,7 +389,7 @@ def doctor(as_json: bool, **options: Any) -> None:
     from steer import show
     from steer.report import Table
 
-    found = examination.examine(Source(options, runs=False)())
+    found = examination.examine(Source(options, given_command(), runs=False)())
     if as_json:
         _print_json({"findings": found})
     else:
@@ -442,78 +403,3 @@ def _print_json(value: object) -> None:
     import msgspec
 
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
-
-
-def _open_standard_streams() -> None:
-    """Where one is closed, a file opened later would stand there, and be written to. And what
-    a terminal's character set lacks must not fail."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
-            os.set_inheritable(number, True)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-
-
-def _check_arguments(arguments: Sequence[str]) -> None:
-    """Raises ConfigError: one is no text, and could be in no message, answer or log."""
-    from steer import values
-    from steer.errors import ConfigError
-
-    for argument in arguments:
-        try:
-            values.check_text(argument)
-        except values.Invalid as error:
-            raise ConfigError(f"read argument {values.shown(argument)}", str(error)) from None
-
-
-def _complain_of(error: Exception) -> None:
-    """Of what the machine lacks, or else of a bug."""
-    from steer import retry
-
-    if retry.is_lack(error):
-        _complain(retry.in_words(error), "")
-    else:
-        _complain_of_bug(error)
-
-
-def _complain_of_bug(error: Exception) -> None:
-    """In one line, with the place; whoever debugs asks for all places on the way there."""
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    at = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
-    what = f"bug in steer: {type(error).__name__}: {error}".replace("\n", " ")
-    places = "\n".join(f"{each.filename}:{each.lineno}: {each.line}" for each in frames)
-    wanted = "debug" in (os.environ.get("STEER_LOG_LEVEL"), *sys.argv)
-    _complain(f"{what} ({at}); please report it", places if wanted else "")
-
-
-_in_force: list[Log] = []
-"""The log of the service that this process runs, once its configuration is known."""
-
-
-def _log_format() -> str:
-    """Of the log that `run` writes, or is about to: as the configuration has it, or before that
-    is read, as the command line or the environment has."""
-    if _in_force:
-        return _in_force[0].form
-    command, *rest = sys.argv[1:] or [""]
-    if command != "run":
-        return "text"
-    own = rest[: rest.index("--")] if "--" in rest else rest
-    pairs = (
-        word.split("=", 1) if "=" in word else (word, then) for word, then in pairwise([*own, ""])
-    )
-    told = [value for name, value in pairs if name == "--log-format"]
-    return told[-1] if told else os.environ.get("STEER_LOG_FORMAT", "text")
-
-
-def _complain(message: str, detail: str) -> None:
-    lines = [message, *(f"  | {line}" for line in detail.splitlines())]
-    if _log_format() == "json":
-        from steer.log import error_lines
-
-        lines = error_lines(lines)
-    else:
-        lines[0] = f"steer: {message}"
-    click.echo("\n".join(lines), err=True)

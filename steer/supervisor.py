@@ -6,6 +6,7 @@ One thread, one loop; a signal handler only says which signal came.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -63,6 +64,7 @@ def supervise(started: Controller) -> bool:
         AppLoadError: the application cannot be loaded.
         WorkersFailed: all workers failed before any was ready.
     """
+    gc.enable()
     try:
         delays = Delays()
         with asyncio.Runner(loop_factory=partial(timed_loop, delays)) as runner:

@@ -27,7 +27,6 @@ from support import (
     STEER,
     Service,
     Terminal,
-    clean_environment,
     eventually,
     http_get,
     run_steer,
@@ -35,9 +34,10 @@ from support import (
 
 import steer as package
 from steer import config
+from steer.arguments import TakesCommand, given_command, service_options
 from steer.control import Tell
 from steer.errors import ConfigError, WorkersFailed
-from steer.options import Source, TakesCommand, service_options
+from steer.options import Source
 from steer.policy import POLICIES
 
 OPTIONS = (
@@ -276,7 +276,7 @@ def source(*arguments: str) -> Source:
     @click.command(cls=TakesCommand)
     @service_options
     def run(**options: Any) -> Source:
-        return Source(options)
+        return Source(options, given_command())
 
     found: Source = run.main(list(arguments), standalone_mode=False)
     return found
@@ -822,16 +822,3 @@ def test_what_is_no_option_is_said_how_to_give(steer: RunSteer, option: str, wor
         done = steer(command, option, "x")
         assert done.returncode == 2
         assert done.stderr.endswith(f"Error: No such option '{option}'. {words}\n")
-
-
-def test_start_up_of_the_command_imports_nothing_heavy() -> None:
-    heavy = "{'asyncio', 'pyroute2', 'rich', 'bcc', 'ctypes'}"
-    code = f"import sys, steer.cli; print(sorted({heavy} & sys.modules.keys()))"
-    python = Path(STEER).parent / "python"
-    done = subprocess.run(
-        [python, "-c", code],
-        env=clean_environment(Path("/")),
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "[]\n"

@@ -235,6 +235,7 @@ def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]
         # What nobody refers to any more must not be found to be garbage here: it would close
         # numbers that are by then another's, or unmap what was never mapped here.
         gc.freeze()
+        gc.enable()
         signal.set_wakeup_fd(-1)
         _started.clear()
         _starting.clear()

@@ -1,0 +1,41 @@
+"""The command `run`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from steer import entry
+from steer.options import Given, Source
+
+
+def perform(given: Given) -> None:
+    """Run a service until it ends.
+
+    Raises:
+        SteerError: it cannot be started.
+        SystemExit: with its exit status.
+    """
+    options = dict(given.options)
+    check_config, print_config = options.pop("check_config"), options.pop("print_config")
+    read = Source(options, given.command)
+    service = read()
+    if print_config:
+        from steer.config import as_toml
+
+        print(as_toml(service))
+    from steer import controller, log, policies
+
+    if check_config:
+        policies.prepare(service.policy)
+    if check_config or print_config:
+        return
+    from steer.kernel import probe, topology
+    from steer.plan import plan
+
+    # If it is broken there may be workers that do not need it.
+    policy = policies.find_or_not(service.policy)
+    decided = plan(service, topology.read(), probe.findings(), policy)
+    logger = log.Log(service.log_level, service.log_format)
+    entry.logs_to(logger)
+    sys.exit(controller.run(decided, os.environ, logger, read))

@@ -1,0 +1,73 @@
+"""What there is to do from the first instruction to the first answer, and what there is not."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+from support import clean_environment
+
+from steer.kernel import process
+
+HEAVY = {"asyncio", "bcc", "click", "inspect", "pyroute2", "rich", "ssl", "subprocess"}
+
+SHOW = """
+import sys
+from steer import __main__
+
+sys.argv = ["steer", *{arguments!r}]
+try:
+    __main__.main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(*sorted(sys.modules))
+"""
+
+
+def loaded_by(home: Path, *arguments: str) -> Collection[str]:
+    """The modules that a command has imported by its end."""
+    code = SHOW.format(arguments=arguments)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=clean_environment(home), cwd=home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("what", [["--demo"], ["shop:app"], ["--", "sleep", "1"]])
+def test_run_imports_nothing_heavy(home: Path, what: list[str]) -> None:
+    """Up to where the controller would start."""
+    loaded = loaded_by(home, "run", "--check-config", "-w", "2", "--policy", "cpu", *what)
+    assert "steer.controller" in loaded
+    assert not HEAVY.intersection(loaded)
+
+
+def test_help_imports_only_click(home: Path) -> None:
+    loaded = loaded_by(home, "--help")
+    assert "click" in loaded
+    assert not (HEAVY | {"ctypes", "msgspec"}).difference({"click", "inspect"}).intersection(loaded)
+
+
+@pytest.mark.parametrize("arguments", [["run", "--help"], ["run", "--demo", "--workrs", "2"]])
+def test_what_run_cannot_read_click_does(home: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "steer", *arguments]
+    done = subprocess.run(command, env=clean_environment(home), capture_output=True, text=True)
+    assert (done.stdout or done.stderr).startswith("Usage: ")
+
+
+def test_a_worker_collects_its_garbage() -> None:
+    """Though the controller does not while it starts."""
+    gc.disable()
+    try:
+        pid, pidfd = process.fork(lambda: int(gc.isenabled()))
+    finally:
+        gc.enable()
+    os.close(pidfd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    process.is_done(pid)
