@@ -1,4 +1,4 @@
-"""`./dev bench [NAME...] [--json] [--plot DIR] [--quick]`. A bench is a module and a row here."""
+"""`./dev bench [NAME...] [--json] [--quick] ...`. A bench is a module and a row here."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from bench import (
     cost,
     crash,
     experiment,
+    growth,
     hang,
     kept,
     leaks,
     locality,
     machine,
+    markdown,
     memory,
     plot,
     reload,
@@ -45,6 +47,7 @@ BENCHES: Mapping[str, Bench] = {
     "cost": Bench("what a choice costs, by policy", cost.run),
     "start": Bench("from exec to the first answer", start.run),
     "memory": Bench("what the controller holds, and does while idle", memory.run),
+    "growth": Bench("how everything grows with the number of workers", growth.run),
     "leaks": Bench("what starts and stops leave behind", leaks.run),
     "locality": Bench("connections handled on the CPU of their packets", locality.run),
     "reload": Bench("requests that fail while workers are replaced", reload.run),
@@ -64,10 +67,15 @@ EPILOG = "\b\n" + "\n".join(f"{name:<10} {bench.summary}" for name, bench in BEN
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHES)), metavar="[NAME]...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every single value.")
 @click.option(
+    "--markdown", "tables", type=click.Path(path_type=Path), metavar="FILE", help="Write tables."
+)
+@click.option(
     "--plot", "directory", type=click.Path(path_type=Path), metavar="DIR", help="Draw them there."
 )
 @click.option("--quick", is_flag=True, help="Only see that it runs: figures mean little.")
-def main(names: Sequence[str], as_json: bool, directory: Path | None, quick: bool) -> None:
+def main(
+    names: Sequence[str], as_json: bool, tables: Path | None, directory: Path | None, quick: bool
+) -> None:
     if not machine.is_root():
         raise click.ClickException("measuring needs root: BPF, and a network namespace of its own")
     signal.signal(signal.SIGTERM, _leave)  # so that what was started is ended
@@ -82,6 +90,8 @@ def main(names: Sequence[str], as_json: bool, directory: Path | None, quick: boo
         click.echo("  ".join(f"{key} {value}" for key, value in here.items()) + "\n")
         sections = [section for each in found.values() for section in each]
         show.tables([section.table() for section in sections if section.figures])
+    if tables:
+        tables.write_text("\n".join(markdown.text(each) for each in found.values()))
     if directory:
         for path in plot.draw(found, directory):
             click.echo(f"bench: drawn: {path}", err=True)

@@ -106,12 +106,29 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Something measured of one server at several sizes, for a plot over these, and a row.
+
+    Args:
+        name: the server.
+        values: by size, in the order they were taken; not empty.
+        more_than: the sizes at which it was given up, so that what it takes is more.
+    """
+
+    name: str
+    values: Mapping[int, Sequence[float]]
+    more_than: frozenset[int] = frozenset()
+    is_steer: bool = False
+
+
+@dataclass(frozen=True)
 class Section:
     """Figures that belong together.
 
     Args:
         failures: what could not be measured, and why.
         timelines, curves: for plots beside that of the figures.
+        growths: for one in its place; all of one quantity, in `unit`.
     """
 
     title: str
@@ -119,6 +136,8 @@ class Section:
     failures: Sequence[str] = ()
     timelines: Sequence[Timeline] = ()
     curves: Sequence[Curve] = ()
+    growths: Sequence[Growth] = ()
+    unit: str = ""
 
     def table(self) -> Table:
         return Table(self.title, COLUMNS, [_row(figure) for figure in self.figures])
@@ -175,22 +194,22 @@ def _row(figure: Figure) -> tuple[str, ...]:
     varies = len(figure.values) > 1
     return (
         figure.name,
-        _number(figure.median),
-        f"{_number(low)} – {_number(high)}" if varies else "",
-        _number(min(figure.values)) if varies else "",
-        _number(max(figure.values)) if varies else "",
+        number(figure.median),
+        f"{number(low)} – {number(high)}" if varies else "",
+        number(min(figure.values)) if varies else "",
+        number(max(figure.values)) if varies else "",
         figure.unit,
-        _wanted(figure),
+        wanted(figure),
         {None: "", True: "yes", False: "no"}[figure.reached],
     )
 
 
-def _wanted(figure: Figure) -> str:
+def wanted(figure: Figure) -> str:
     limits = (("≤", figure.at_most), ("≥", figure.at_least))
     return ", ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """A count as it is; else three digits that count, and never an exponent."""
     if isinstance(value, int):
         return str(value)

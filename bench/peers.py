@@ -61,6 +61,11 @@ class Site:
     directory: Path
     environment: Mapping[str, str]
 
+    @property
+    def log(self) -> Path:
+        """What it writes."""
+        return self.directory / "log"
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -118,16 +123,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(
-    peer: Peer, port: int, environment: Mapping[str, str] | None = None, workers: int = WORKERS
+def started(
+    peer: Peer, port: int, environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
-    """Start one, with all its workers; it and all that it started are killed after the block.
+    """Start one, and wait for nothing; it and all that it started are killed after the block.
 
     Args:
         environment: more variables for it.
-
-    Raises:
-        SteerError: it does not start.
     """
     mark = {_MARK: f"{os.getpid()}-{port}"}
     with ExitStack() as stack:
@@ -135,13 +137,25 @@ def running(
         stack.callback(_kill_all, mark)
         all_of_it = servers.environment(directory, **mark, **(environment or {}))
         site = Site(port, Path(directory), all_of_it)
-        server = Server(peer.command(site), port, site.environment, site.directory / "log")
+        server = Server(peer.command(site), port, site.environment, site.log)
         stack.callback(server.kill)
-        started = Running(peer, site, server)
+        yield Running(peer, site, server)
+
+
+@contextlib.contextmanager
+def running(
+    peer: Peer, port: int, environment: Mapping[str, str] | None = None, workers: int = WORKERS
+) -> Iterator[Running]:
+    """As `started`, once it has all its workers.
+
+    Raises:
+        SteerError: it does not start.
+    """
+    with started(peer, port, environment) as it:
         if not peer.is_steer:
-            server.first_answer_s()
-        started.wait_for_workers(workers)
-        yield started
+            it.server.first_answer_s()
+        it.wait_for_workers(workers)
+        yield it
 
 
 def each(peers: Sequence[Peer], measure: Callable[[Peer], T], failures: list[str]) -> dict[Peer, T]:

@@ -1,20 +1,22 @@
-"""Sections as pictures, SVG by matplotlib: a dot for each figure, a point for each request, or a
-line through all requests of one server, by percentile."""
+"""Sections as pictures, SVG by matplotlib: a dot for each figure, a point for each request, a line
+through all requests of one server, by percentile, or one for each server, over its sizes."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.figures import Curve, Figure, Section, Timeline
+from bench.figures import Curve, Figure, Growth, Section, Timeline
 
 _OURS, _THEIRS, _FAILED, _MARK = "#0b6e4f", "#5b6470", "#c1121f", "#b8bec6"
 _WIDTH_IN, _ROW_IN, _PANEL_IN = 9.0, 0.32, 1.3
 _CURVES_IN = 4.5
+_GROWTH_IN = (5.5, 3.6)
+_GRID_IN, _GRID_COLUMNS = (3.1, 2.3), 3
 _CURVE_POINTS = 200
 _PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 _COLOURS = ("#0b6e4f", "#2a6fbb", "#7a4fb5", "#c9a227", "#e07a1f", "#c1121f")
@@ -31,13 +33,25 @@ def draw(found: Mapping[str, Iterable[Section]], directory: Path) -> Iterator[Pa
     """Write what there is to see into files, named by bench and number; says which."""
     import matplotlib
 
-    # the salt makes the same picture the same file
-    matplotlib.rcParams.update({"svg.hashsalt": "steer", "font.size": 9})
+    # The salt makes the same picture the same file. Text stays text, as outlines are larger.
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "steer",
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "font.sans-serif": ["DejaVu Sans"],
+        }
+    )
     directory.mkdir(parents=True, exist_ok=True)
-    for bench, sections in found.items():
+    for bench, each in found.items():
+        sections = list(each)
+        if growing := [section for section in sections if section.growths]:
+            yield _save(_grid(growing), directory / f"{bench}.svg")
         for number, section in enumerate(sections, 1):
             stem = directory / f"{bench}-{number}"
-            if section.figures:
+            if section.growths:
+                yield _save(_growth(section), stem.with_suffix(".svg"))
+            elif section.figures:
                 yield _save(_dots(section), stem.with_suffix(".svg"))
             if section.timelines:
                 yield _save(_timelines(section), stem.with_name(f"{stem.name}-timeline.svg"))
@@ -133,6 +147,85 @@ def _draw_curve(axes: Any, curve: Curve, last: float, line: Mapping[str, Any]) -
 def _rarity(percentile: float) -> float:
     """One in so many takes longer."""
     return 100 / (100 - percentile)
+
+
+def _growth(section: Section) -> Any:
+    from matplotlib.figure import Figure as Picture
+
+    picture = Picture(figsize=_GROWTH_IN, layout="constrained")
+    axes = picture.subplots()
+    _grow(axes, section)
+    axes.set_xlabel("workers")
+    axes.legend(frameon=False)
+    return picture
+
+
+def _grid(sections: Sequence[Section]) -> Any:
+    """All of them in one picture, small."""
+    from matplotlib.figure import Figure as Picture
+
+    rows = math.ceil(len(sections) / _GRID_COLUMNS)
+    width_in, height_in = _GRID_IN
+    size = (width_in * _GRID_COLUMNS, height_in * rows + 0.4)
+    picture = Picture(figsize=size, layout="constrained")
+    panels = list(picture.subplots(rows, _GRID_COLUMNS, squeeze=False).flat)
+    for section, axes in itertools.zip_longest(sections, panels):
+        if section is None:
+            axes.set_axis_off()
+        else:
+            _grow(axes, section)
+    named = {
+        label: line
+        for axes in panels
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    picture.legend(
+        named.values(),
+        named.keys(),
+        loc="outside lower center",
+        ncols=len(named),
+        frameon=False,
+    )
+    return picture
+
+
+def _grow(axes: Any, section: Section) -> None:
+    """A band is the middle half; an arrow up, where it was given up."""
+    ours, theirs = itertools.cycle(_COLOURS), itertools.cycle(_DASHES)
+    for growth in section.growths:
+        line = {"color": next(ours)} if growth.is_steer else {"ls": next(theirs), "color": _THEIRS}
+        _draw_growth(axes, growth, line)
+    sizes = sorted({size for growth in section.growths for size in growth.values})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    if all(
+        value > 0 for growth in section.growths for of in growth.values.values() for value in of
+    ):
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(bottom=0, top=max(1, axes.get_ylim()[1]))
+    axes.minorticks_off()
+    axes.yaxis.set(major_formatter=_plain_number)
+    what = section.title.rpartition(": ")[2]
+    axes.set_title(f"{what}, {section.unit}" if section.unit else what, size=9)
+    axes.grid(color=_MARK, linewidth=0.4)
+    _plain(axes)
+
+
+def _draw_growth(axes: Any, growth: Growth, line: Mapping[str, Any]) -> None:
+    figures = [Figure("", "", tuple(values)) for _, values in sorted(growth.values.items())]
+    sizes, medians = sorted(growth.values), [figure.median for figure in figures]
+    axes.plot(sizes, medians, label=growth.name, linewidth=1.4, marker=".", **line)
+    low, high = zip(*(figure.quartiles for figure in figures), strict=True)
+    axes.fill_between(sizes, low, high, color=line["color"], alpha=0.15, linewidth=0)
+    for size, median in zip(sizes, medians, strict=True):
+        if size in growth.more_than:
+            axes.plot(size, median, "^", color=line["color"])
+
+
+def _plain_number(value: float, _position: int) -> str:
+    return f"{value:,g}"
 
 
 def _plain(axes: Any) -> None:

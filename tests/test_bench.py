@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -20,17 +21,37 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner
-from support import DEADLINE_S, Netns, eventually
+from support import DEADLINE_S, Netns, eventually, is_running
 
-from bench import figures, light, load, outcome, peers, plot, programs, swap, tail, victims, wrk
+from bench import (
+    crowd,
+    figures,
+    growth,
+    lifetime,
+    light,
+    load,
+    markdown,
+    outcome,
+    peers,
+    plot,
+    programs,
+    swap,
+    tail,
+    victims,
+    wrk,
+)
 from bench.__main__ import BENCHES, main
-from bench.figures import Curve, Figure, Section, Timeline
+from bench.crowd import Contender
+from bench.figures import Curve, Figure, Growth, Section, Timeline
 from bench.flood import BATCH, Flood, Handshakes
+from bench.growth import Subject
+from bench.lifetime import Life
 from bench.load import Plan, Request, schedule
 from bench.peers import Peer
 from bench.victims import Stop
 from steer import abi, report
 from steer.bytecode import Code
+from steer.errors import SteerError
 
 
 def test_median_and_middle_half() -> None:
@@ -320,6 +341,151 @@ def test_wrks_words_are_understood() -> None:
     assert wrk.counts(words + more + rate) == wrk.Counts(36848, 10, 12186.41)
     took = "     50%   60.00us\n     75%    2.50ms\n     99%    1.01s \n"
     assert wrk.counts(words + took).took_us == {50: 60.0, 75: 2500.0, 99: 1_010_000.0}
+
+
+STEER, GUNICORN = (
+    Contender(name, lambda _site, _workers: [], re.compile(b""), 10, tool)
+    for name, tool in ((growth.STEER, "steer"), (growth.GUNICORN, None))
+)
+SLOW = Contender("slow", lambda _site, _workers: [], re.compile(b""), 25, is_slow=True)
+
+
+def test_rounds_of_growth_go_there_and_back_and_fewer_are_of_many() -> None:
+    wanted = list(growth.subjects([STEER, GUNICORN, SLOW], {4: 2, 64: 1}))
+    assert [(each.contender, each.workers, each.round) for each in wanted] == [
+        *((contender, 4, 0) for contender in (STEER, GUNICORN, SLOW)),
+        *((contender, 64, 0) for contender in (STEER, GUNICORN, SLOW)),
+        *((contender, 4, 1) for contender in (GUNICORN, STEER)),
+    ]
+
+
+def life(**values: list[float]) -> Life:
+    return Life({getattr(lifetime, name): each for name, each in values.items()})
+
+
+LIVES = {
+    Subject(STEER, 4, 0): life(FIRST=[0.2], POLICY=[1.0, 9.0], RELOAD=[0.1]),
+    Subject(STEER, 1000, 0): life(FIRST=[0.3], POLICY=[60.0], RELOAD=[3.0]),
+    Subject(GUNICORN, 1000, 0): life(FIRST=[0.5], RELOAD=[30.0]),
+    Subject(STEER, 4, 1): life(FIRST=[0.4], POLICY=[2.0], RELOAD=[0.1]),
+}
+
+
+def test_growth_is_told_by_quantity_and_compared_within_a_round() -> None:
+    first, reload, policy = growth.sections(LIVES, [STEER, GUNICORN, SLOW], ["one failed"])
+    assert [each.title for each in (first, reload, policy)] == [
+        *("growth: first answer", "growth: reload", "growth: policy change")
+    ]
+    assert (first.failures, reload.failures, policy.failures) == (["one failed"], (), ())
+    assert [each.name for each in first.growths] == ["steer", "gunicorn"]
+    assert first.growths[0].values == {4: [0.2, 0.4], 1000: [0.3]}
+    ratio = first.figures[-1]
+    assert (ratio.name, ratio.at_most) == ("steer, 1,000 workers to 4", 1.3)
+    assert ratio.values == pytest.approx([1.5])
+    to_gunicorn = reload.figures[-1]
+    assert (to_gunicorn.name, to_gunicorn.at_most) == ("steer to gunicorn, 1,000 workers", 0.15)
+    assert to_gunicorn.values == pytest.approx([0.1])
+    wished = [(each.name, each.values, each.reached) for each in policy.figures]
+    assert wished == [
+        ("steer, 4 workers", (1.0, 9.0, 2.0), None),
+        ("steer, 4 workers, p99", (9.0,), False),
+        ("steer, 1,000 workers", (60.0,), False),
+    ]
+
+
+def test_what_was_given_up_is_shown_as_more() -> None:
+    lives = {Subject(STEER, 4, 0): life(RELOAD=[120.0])}
+    lives[Subject(STEER, 4, 0)].given_up.add(lifetime.RELOAD)
+    (section,) = growth.sections(lives, [STEER])
+    assert section.growths[0].more_than == {4}
+    assert section.figures[0].name == "steer, 4 workers, given up"
+    assert "| reload, s | steer | > 120 |\n" in markdown.text([section])
+
+
+def test_growth_in_markdown_is_a_row_for_each_server_and_then_what_was_wished() -> None:
+    sections = list(growth.sections(LIVES, [STEER, GUNICORN]))
+    assert markdown.text(sections[1:2]).splitlines() == [
+        "|  |  | 4 workers | 1,000 workers |",
+        "| --- | --- | --- | --- |",
+        "| reload, s | steer | 0.10 | 3.00 |",
+        "|  | gunicorn |  | 30.0 |",
+        "",
+        "| reload | median (middle half) | wish |  |",
+        "| --- | --- | --- | --- |",
+        "| steer to gunicorn, 1,000 workers | 0.10 × | ≤ 0.15 | yes |",
+    ]
+
+
+def test_figures_in_markdown_show_spread_and_what_was_wanted() -> None:
+    section = Section("start", [Figure("ours", "ms", (9.876, 123.4, 55.55), at_most=50)])
+    assert markdown.text([section]).splitlines() == [
+        "| start | median (middle half) | wish |  |",
+        "| --- | --- | --- | --- |",
+        "| ours | 55.5 (32.7 – 89.5) ms | ≤ 50 | **no** |",
+    ]
+
+
+def test_delays_between_two_looks_are_told_by_the_end_of_their_bucket() -> None:
+    def look(*counts: int) -> dict[str, object]:
+        return {"buckets": list(zip((0.0, 1.0, 5.0, 20.0), counts, strict=True)), "max": 31.5}
+
+    before, after = look(1000, 0, 9, 0), look(1998, 1, 9, 1)
+    assert lifetime.delay_ms(before, after, 0.99) == 1.0
+    assert lifetime.delay_ms(before, after, 0.999) == 5.0
+    assert lifetime.delay_ms(before, after, 1.0) == 31.5
+
+
+def test_there_is_room_for_so_many_workers_or_it_is_said_what_they_would_take() -> None:
+    assert growth.no_room(Subject(SLOW, 256, 0), 6400) == ""
+    assert "6,400 MB of memory, and 6,399 are" in growth.no_room(Subject(SLOW, 256, 0), 6399)
+    assert growth.available_mb() > 0
+
+
+def test_the_other_build_has_to_be_set_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(growth.BASE, raising=False)
+    assert growth.OTHER not in [each.name for each in growth.contenders()]
+    assert f"left out, as {growth.BASE} names no checkout" in capsys.readouterr().err
+    monkeypatch.setenv(growth.BASE, str(tmp_path))
+    with pytest.raises(SteerError, match="set it up"):
+        growth.contenders()
+
+
+@pytest.mark.needs("root", "netns", "bpf", "gunicorn", "pidfd_getfd")
+@pytest.mark.parametrize("name", [growth.STEER, growth.GUNICORN])
+def test_crowd_is_replaced_killed_and_stopped(netns: Netns, name: str) -> None:
+    (contender,) = (each for each in growth.contenders() if each.name == name)
+    with crowd.crowd(contender, 3, 9900) as it:
+        it.wait_ready(3)
+        first = it.pids()
+        it.reload()
+        second = it.pids()
+        assert (len(first), len(second)) == (3, 3)
+        assert not set(first) & set(second)
+        it.kill_one()
+        assert len(set(it.pids()) & set(second)) == 2
+        last = it.pids()
+        it.stop()
+        assert not any(map(is_running, last))
+
+
+def test_who_does_not_go_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crowd, "LIMIT_S", 0.01)
+    with crowd.Leaving([os.getpid()]) as leaving, pytest.raises(crowd.TooLong):
+        leaving.wait()
+
+
+@pytest.mark.needs("matplotlib")
+def test_growth_is_drawn_over_the_sizes(tmp_path: Path) -> None:
+    none = Growth("us", {4: [0, 0], 1000: [0]}, frozenset({1000}), is_steer=True)
+    some = Growth("them", {4: [1.0, 3.0], 1000: [8.0]})
+    drawn = [Section("growth: failed", [], growths=[none, some])]
+    drawn += [Section("growth: reload", [], growths=[some], unit="s")]
+    paths = list(plot.draw({"growth": drawn}, tmp_path))
+    assert [path.name for path in paths] == ["growth.svg", "growth-1.svg", "growth-2.svg"]
+    for path in paths:
+        assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
 @pytest.mark.needs("matplotlib")

@@ -1,0 +1,254 @@
+"""What many workers take: steer beside gunicorn, uvicorn and another build, at several sizes.
+
+Each server lives through the same, see `lifetime`, one after the other, every other round in
+reverse. Of many workers there are fewer rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench import lifetime, servers
+from bench.crowd import Contender
+from bench.figures import Figure, Growth, Section
+from bench.lifetime import Life, Pace, Quantity
+from bench.peers import Site
+from bench.servers import HOST, tool
+from steer.errors import SteerError
+from steer.kernel import process
+
+BASE = "STEER_BENCH_BASE"
+"""In the environment: the checkout of another build, set up."""
+STEER, OTHER, GUNICORN, UVICORN = "steer", "steer, the other build", "gunicorn", "uvicorn"
+ROUNDS: Mapping[int, int] = {4: 3, 16: 2, 64: 2, 256: 2, 1000: 1}
+"""How many, by the number of workers."""
+SLOW_ROUNDS = 1
+"""Of those that take longest."""
+FEW, MANY = 4, 1000
+
+AT_MOST: Mapping[tuple[Quantity, int], float] = {
+    (lifetime.POLICY, MANY): 50,
+    (lifetime.AFTER, MANY): 50,
+    (lifetime.IDLE, MANY): 0.05,
+    (lifetime.STATUS, FEW): 60,
+    (lifetime.STATUS, MANY): 250,
+    (lifetime.DELAY, MANY): 20,
+    **{(lifetime.FAILED, workers): 0 for workers in ROUNDS},
+}
+POLICY_P99_MS = 5.0
+TO_GUNICORN: Mapping[Quantity, Mapping[int, float]] = {
+    lifetime.READY: {256: 0.06, MANY: 0.06},
+    lifetime.RELOAD: {64: 0.3, 256: 0.2, MANY: 0.15},
+    lifetime.LOADED: {64: 0.3, 256: 0.2, MANY: 0.15},
+    lifetime.STOP: {MANY: 0.06},
+}
+TO_FEW: Mapping[Quantity, float] = {
+    lifetime.FIRST: 1.3,
+    lifetime.REPLACED: 2,
+    lifetime.OTHERS: 2,
+    lifetime.RSS: 1.3,
+}
+"""With MANY workers, to the same with FEW."""
+
+_STEERS_READY = re.compile(rb"worker \d+ ready")
+_GUNICORNS_READY = re.compile(rb"Booting worker with pid: (?P<pid>\d+)")
+_UVICORNS_READY = re.compile(rb"Started server process \[(?P<pid>\d+)\]")
+_DESCRIPTORS = 256
+"""Beside one for each worker."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Args: round: from 0."""
+
+    contender: Contender
+    workers: int
+    round: int
+
+
+Found = Mapping[Subject, Life]
+
+
+def run(quick: bool) -> Iterator[Section]:
+    sizes = {4: 1, 16: 1} if quick else ROUNDS
+    pace = Pace(idle_s=0.5, changes=4, statuses=1, kills=1) if quick else Pace()
+    process.allow_descriptors(max(sizes) + _DESCRIPTORS)
+    there, failures = contenders(), list[str]()
+    found = _measure(list(subjects(there, sizes)), pace, failures)
+    yield from sections(found, there, failures)
+
+
+# ---- who is measured
+
+
+def contenders() -> list[Contender]:
+    """Raises SteerError: one is not installed."""
+    ours = tool("steer")
+    return [
+        Contender(STEER, partial(_steer, ours), _STEERS_READY, 6, ours),
+        *_other_build(),
+        Contender(GUNICORN, _gunicorn, _GUNICORNS_READY, 10),
+        Contender(UVICORN, _uvicorn, _UVICORNS_READY, 25, is_slow=True),
+    ]
+
+
+def _other_build() -> Iterator[Contender]:
+    home = os.environ.get(BASE)
+    if not home:
+        _say(f"{OTHER}: left out, as {BASE} names no checkout")
+        return
+    command = Path(home, ".venv/bin/steer")
+    if not command.exists():
+        raise SteerError(f"run {OTHER}", f"no {command}", "set it up: ./dev setup there")
+    yield Contender(OTHER, partial(_steer, str(command)), _STEERS_READY, 6, str(command))
+
+
+def _steer(command: str, site: Site, workers: int) -> list[str]:
+    _, *run = servers.steer_run(site.port, workers, "--policy", "cpu", "--ready-timeout", "120")
+    return [command, *run]
+
+
+def _gunicorn(site: Site, workers: int) -> list[str]:
+    return servers.gunicorn(site.port, workers)
+
+
+def _uvicorn(site: Site, workers: int) -> list[str]:
+    """Not by `peers`: without its log it does not say who is ready."""
+    return [
+        *(tool("uvicorn"), "--host", HOST, "--port", str(site.port), "--workers", str(workers)),
+        *("--lifespan", "off", "--no-access-log", "--loop", "asyncio", "--http", "h11"),
+        "bench.apps:asgi",
+    ]
+
+
+# ---- measuring
+
+
+def subjects(there: Sequence[Contender], sizes: Mapping[int, int]) -> Iterator[Subject]:
+    """All of a round before the next; every other one in reverse."""
+    for turn in range(max(sizes.values())):
+        for workers in (workers for workers, rounds in sizes.items() if turn < rounds):
+            able = [each for each in there if turn < SLOW_ROUNDS or not each.is_slow]
+            for contender in able[:: -1 if turn % 2 else 1]:
+                yield Subject(contender, workers, turn)
+
+
+def _measure(wanted: Iterable[Subject], pace: Pace, failures: list[str]) -> Found:
+    found = {}
+    begun_s = time.monotonic()
+    for each in wanted:
+        who = f"{each.contender.name}, {each.workers} workers"
+        if why := no_room(each, available_mb()):
+            _say(f"{who}: left out, as {why}")
+            continue
+        _say(f"{who}, round {each.round + 1}, after {time.monotonic() - begun_s:.0f} s")
+        try:
+            found[each] = lifetime.live(each.contender, each.workers, pace)
+        except SteerError as error:
+            failures.append(f"{who}: {error}\n{error.detail}".rstrip())
+    return found
+
+
+def no_room(subject: Subject, available_mb: float) -> str:
+    """Why it cannot be measured; empty if it can. A reload may take twice the workers."""
+    needed_mb = subject.workers * subject.contender.worker_mb
+    if needed_mb <= available_mb:
+        return ""
+    return f"it would take {needed_mb:,.0f} MB of memory, and {available_mb:,.0f} are available"
+
+
+def available_mb() -> float:
+    """MemAvailable of proc_meminfo(5)."""
+    with open("/proc/meminfo") as file:
+        (line,) = (line for line in file if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) / 1024
+
+
+def _say(words: str) -> None:
+    print(f"bench:   {words}", file=sys.stderr)
+
+
+# ---- what was found
+
+
+def sections(
+    found: Found, there: Sequence[Contender], failures: Sequence[str] = ()
+) -> Iterator[Section]:
+    """One for each quantity that was measured of anybody."""
+    for quantity in lifetime.ALL:
+        grown = [growth for each in there if (growth := _growth(found, each, quantity)).values]
+        if not grown:
+            continue
+        figures = [
+            figure
+            for growth in grown
+            for figure in _figures(growth, quantity, is_ours=growth.name == STEER)
+        ]
+        figures += [*_to_gunicorn(found, quantity), *_to_few(found, quantity)]
+        title = f"growth: {quantity.name}"
+        yield Section(title, figures, failures, growths=grown, unit=quantity.unit)
+        failures = ()
+
+
+def _growth(found: Found, contender: Contender, quantity: Quantity) -> Growth:
+    values: dict[int, list[float]] = {}
+    more_than = set()
+    for subject, life in found.items():
+        if subject.contender is contender and quantity in life.values:
+            values.setdefault(subject.workers, []).extend(life.values[quantity])
+            if quantity in life.given_up:
+                more_than.add(subject.workers)
+    is_steer = contender.tool is not None
+    return Growth(contender.name, values, frozenset(more_than), is_steer)
+
+
+def _figures(growth: Growth, quantity: Quantity, is_ours: bool) -> Iterator[Figure]:
+    for workers, values in sorted(growth.values.items()):
+        name = f"{growth.name}, {workers:,} workers"
+        given_up = ", given up" if workers in growth.more_than else ""
+        at_most = AT_MOST.get((quantity, workers)) if is_ours else None
+        yield Figure(name + given_up, quantity.unit, tuple(values), at_most)
+        if is_ours and quantity is lifetime.POLICY and workers == FEW:
+            p99 = sorted(values)[int(0.99 * len(values))]
+            yield Figure(f"{name}, p99", quantity.unit, (p99,), POLICY_P99_MS)
+
+
+def _to_gunicorn(found: Found, quantity: Quantity) -> Iterator[Figure]:
+    """Within a round."""
+    for workers, at_most in TO_GUNICORN.get(quantity, {}).items():
+        ours = _by_round(found, STEER, workers, quantity)
+        theirs = _by_round(found, GUNICORN, workers, quantity)
+        name = f"{STEER} to {GUNICORN}, {workers:,} workers"
+        yield from _ratio(name, ours, theirs, at_most)
+
+
+def _to_few(found: Found, quantity: Quantity) -> Iterator[Figure]:
+    if quantity in TO_FEW:
+        many = _by_round(found, STEER, MANY, quantity)
+        few = _by_round(found, STEER, FEW, quantity)
+        name = f"{STEER}, {MANY:,} workers to {FEW}"
+        yield from _ratio(name, many, few, TO_FEW[quantity])
+
+
+def _ratio(
+    name: str, ours: Mapping[int, float], theirs: Mapping[int, float], at_most: float
+) -> Iterator[Figure]:
+    values = tuple(ours[turn] / theirs[turn] for turn in sorted(ours.keys() & theirs.keys()))
+    if values:
+        yield Figure(name, "×", values, at_most)
+
+
+def _by_round(found: Found, name: str, workers: int, quantity: Quantity) -> dict[int, float]:
+    return {
+        subject.round: median
+        for subject, life in found.items()
+        if (subject.contender.name, subject.workers) == (name, workers)
+        if (median := life.median(quantity)) is not None
+    }
