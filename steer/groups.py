@@ -17,8 +17,7 @@ from steer import anchor
 from steer.address import Bind
 from steer.errors import KernelError
 from steer.fleet import Fleet
-from steer.kernel import members, proc, sockdiag
-from steer.kernel.sockdiag import Standing
+from steer.kernel import members, proc
 from steer.lifecycle import State
 from steer.membership import Cure, Departure, Sighting, Tries, cure, departure
 from steer.place import Place
@@ -76,7 +75,6 @@ class Groups:
         self._replace = replace
         self._next = 0
         self._usual_device = 0
-        self._standing: dict[tuple[str, int, int], Mapping[int, Standing] | None] = {}
         self._tries: dict[int, Tries] = {}
         self._suspects: set[tuple[int, int]] = set()
         self._told: set[tuple[int, int, Departure]] = set()
@@ -94,7 +92,6 @@ class Groups:
         self._loop.call_later(_LOOK_S, self._tick)
 
     def _look(self) -> None:
-        self._standing.clear()
         self._usual_device = members.usual_device()
         there = [each for each in self._fleet.places if each.state is not State.STARTING]
         pids = {place.process.pid for place in there if place.process}
@@ -106,7 +103,7 @@ class Groups:
                 look = partial(self._look_at, place, place.process)
                 act = f"see whether worker {place.slot} is in its groups"
                 self._fleet.retry.attempt(act, look)
-        look_at_programs = partial(self._programs.look, self._standing_at)
+        look_at_programs = partial(self._programs.look, self._fleet.queues.at)
         self._fleet.retry.attempt("see that groups have their program", look_at_programs)
 
     def _whose_turn_it_is(self, places: Sequence[Place]) -> Iterator[Place]:
@@ -186,7 +183,7 @@ class Groups:
             return Sighting(is_open=False)
         is_member = self._fleet.steering.is_member(one.place.slot, one.at)
         shares = members.shares(one.sock) if one.sock else None
-        here = (self._standing_at(one.bind) or {}).get(one.inode)
+        here = (self._fleet.queues.at(one.bind) or {}).get(one.inode)
         if here is None:
             return Sighting(None, None, None, is_member, shares)
         is_on_device = here.device not in (0, self._usual_device)
@@ -194,19 +191,8 @@ class Groups:
 
     def _is_gone(self, one: _Socket) -> bool:
         """Whether nobody has it open, or it does not listen."""
-        there = self._standing_at(one.bind)
+        there = self._fleet.queues.at(one.bind)
         return there is not None and one.inode not in there
-
-    def _standing_at(self, bind: Bind) -> Mapping[int, Standing] | None:
-        """By inode; None where the kernel does not tell."""
-        family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
-        key = (bind.protocol, family, bind.port)
-        if key not in self._standing:
-            try:
-                self._standing[key] = sockdiag.standing(*key)
-            except KernelError:
-                self._standing[key] = None
-        return self._standing[key]
 
     def _is_in(self, one: _Socket) -> None:
         if one.place.left.pop(one.at, None) is not None:

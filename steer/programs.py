@@ -6,21 +6,21 @@ themselves. What follows from what is seen is in `membership.Bypass`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from steer import reserve
 from steer.address import Bind
 from steer.fleet import Fleet
 from steer.kernel import members, proc
-from steer.kernel.sockdiag import Standing
 from steer.membership import Advice, Bypass
+from steer.queues import Table
 
 _AT_ONCE = 512
 """So many counters, some microseconds each, are read a second."""
 _BLIND_LOOKS = 5
 """Where nobody counts the program is attached again every so often."""
 
-Standings = Callable[[Bind], Mapping[int, Standing] | None]
+Standings = Callable[[Bind], Table | None]
 
 
 class Programs:

@@ -11,12 +11,14 @@ from steer.address import Bind
 from steer.errors import KernelError
 from steer.kernel import listeners, sockdiag
 from steer.kernel.listeners import Waiting
+from steer.kernel.sockdiag import Bound
 from steer.spawn import Process
 
 _FRESH_S = 0.005
 """Whoever asks within this gets the same answer: a hundred workers may be asked after at once."""
 
-_Ask = Callable[[str, int, int], dict[int, Waiting]]
+Table = Mapping[int, Bound]
+_Ask = Callable[[str, int, int], Table]
 
 
 class Queues:
@@ -24,16 +26,16 @@ class Queues:
     sockets of each.
 
     Args:
-        ask: see `sockdiag.waiting`.
+        ask: see `sockdiag.Ports.at`.
         now_s: a time.
     """
 
     def __init__(
-        self, ask: _Ask = sockdiag.waiting, now_s: Callable[[], float] = time.monotonic
+        self, ask: _Ask | None = None, now_s: Callable[[], float] = time.monotonic
     ) -> None:
-        self._ask = ask
+        self._ask = ask or sockdiag.Ports().at
         self._now_s = now_s
-        self._tables: dict[tuple[str, int, int], tuple[float, dict[int, Waiting]]] = {}
+        self._tables: dict[tuple[str, int, int], tuple[float, Table]] = {}
         self._may_ask = True
 
     def of(self, worker: Process, after_s: float = -math.inf) -> Mapping[int, Waiting] | None:
@@ -54,6 +56,18 @@ class Queues:
         except KernelError:
             return None
 
+    def at(self, bind: Bind, after_s: float = -math.inf) -> Table | None:
+        """The sockets there, by inode; None where the kernel does not tell. The same object as
+        before if nothing has changed.
+
+        Args:
+            after_s: not as they were before that time.
+        """
+        try:
+            return self._at(bind, after_s) if self._may_ask else None
+        except KernelError:
+            return None
+
     def _by_port(self, worker: Process, after_s: float) -> Mapping[int, Waiting]:
         found = {}
         for at, bind in enumerate(worker.launch.binds[: len(worker.bound)]):
@@ -62,7 +76,7 @@ class Queues:
                 found[at] = waiting
         return found
 
-    def _at(self, bind: Bind, after_s: float) -> dict[int, Waiting]:
+    def _at(self, bind: Bind, after_s: float) -> Table:
         family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
         key, now_s = (bind.protocol, family, bind.port), self._now_s()
         asked_s, found = self._tables.get(key, (-math.inf, {}))

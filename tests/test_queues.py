@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -82,6 +83,45 @@ def test_hundreds_are_read_whole() -> None:
         ]
         inodes = {proc.socket_inode(each.fileno()) for each in (first, *others)}
         assert sockdiag.waiting("tcp", socket.AF_INET, port).keys() == inodes
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_what_is_said_again_is_not_read_again(protocol: str) -> None:
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    ports = sockdiag.Ports()
+    with socket.socket(socket.AF_INET, kind) as sock, ExitStack() as stack:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            sock.listen(7)
+        port = sock.getsockname()[1]
+        first = ports.at(protocol, socket.AF_INET, port)
+        assert first.keys() == {proc.socket_inode(sock.fileno())}
+        assert ports.at(protocol, socket.AF_INET, port) is first
+        sender = stack.enter_context(socket.socket(socket.AF_INET, kind))
+        sender.connect(sock.getsockname())
+        sender.send(b"x")
+        eventually(lambda: listeners.waiting(sock).queued)
+        (seen,) = ports.at(protocol, socket.AF_INET, port).values()
+        assert seen.queued == listeners.waiting(sock).queued
+
+
+def test_answers_that_are_not_alike_are_read_one_by_one() -> None:
+    """One bound to a device may be told of in more bytes than others."""
+    alike, longer = (message(inode, more) for inode, more in ((1, b""), (2, bytes(8))))
+    for answer in (alike * 2, alike + longer, longer + alike, alike + longer + longer):
+        found = list(sockdiag._listeners(answer))
+        assert [each for _, each in found] == [sockdiag.Bound(3, 9, False, 5)] * len(found)
+        assert len(found) == answer.count(b"NODE")
+        assert {inode for inode, _ in found} <= {1, 2}
+
+
+def message(inode: int, more: bytes) -> bytes:
+    """A listener with a queue of 3 of 9, bound to device 5 (struct inet_diag_msg)."""
+    identity = struct.pack("=4s16s16sI8s", b"PORT", bytes(16), bytes(16), 5, b"NODE" * 2)[:-4]
+    body = struct.pack("=BB2x", socket.AF_INET, 10) + identity + bytes(4)
+    body += struct.pack("=IIIII", 0, 3, 9, 0, inode) + more
+    return struct.pack("=IHHII", 16 + len(body), 20, 2, 1, 0) + body
 
 
 def test_what_connections_move(listener: socket.socket) -> None:

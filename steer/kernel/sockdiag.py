@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ _BYTES = struct.Struct("=120xQQ")
 _ESTABLISHED, _CLOSE, _CLOSE_WAIT, _LISTEN = 1, 7, 8, 10  # include/net/tcp_states.h
 _UDP_STATES = 1 << _CLOSE | 1 << _ESTABLISHED
 """An open UDP socket is in the former unless it is connected."""
+_DONE_BYTES = _HEADER.size + 4
 _CHUNK_BYTES = 1 << 17
 _DEAF_S = 1.0
 """The kernel answers at once; a filter that drops what it does not know may not."""
@@ -73,41 +74,88 @@ def waiting(protocol: str, family: int, port: int) -> dict[int, Waiting]:
     Raises:
         KernelError: the kernel, or a filter, does not let us ask.
     """
-    if protocol == "tcp":
-        states = 1 << _LISTEN
-        found = _dump(family, socket.IPPROTO_TCP, states, port)
-        return {each.inode: Waiting(each.rqueue, each.wqueue) for each in found}
-    found = _dump(family, socket.IPPROTO_UDP, _UDP_STATES, port, _INET_DIAG_SKMEMINFO)
-    return {each.inode: Waiting(*_MEMORY.unpack_from(each.extension)) for each in found}
+    found = Ports().at(protocol, family, port)
+    return {inode: Waiting(each.queued, each.limit) for inode, each in found.items()}
 
 
-class Standing(msgspec.Struct, frozen=True):
-    """How a socket is bound.
+class Bound(Waiting, frozen=True):
+    """What waits in a socket, and how it is bound.
 
     Args:
         is_connected: over UDP: to one peer.
         device: index of the network interface; 0: to none.
-        queued: what waits in it, see `Waiting`.
     """
 
-    is_connected: bool
-    device: int
-    queued: int
+    is_connected: bool = False
+    device: int = 0
 
 
-def standing(protocol: str, family: int, port: int) -> dict[int, Standing]:
-    """Of the TCP listeners or UDP sockets bound to a port, by socket inode; as `waiting`.
+class Ports:
+    """The TCP listeners or UDP sockets bound to a port, looked at again and again.
 
-    Raises:
-        KernelError: the kernel, or a filter, does not let us ask.
+    Where the kernel answers with the same bytes as before, they are not read anew: for a thousand
+    listeners that nobody uses reading would take several times as long as the answer.
     """
-    over_tcp = protocol == "tcp"
-    states = 1 << _LISTEN if over_tcp else _UDP_STATES
-    number = socket.IPPROTO_TCP if over_tcp else socket.IPPROTO_UDP
-    return {
-        each.inode: Standing(each.state == _ESTABLISHED, each.device, each.rqueue)
-        for each in _dump(family, number, states, port)
-    }
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, int, int], tuple[list[bytes], dict[int, Bound]]] = {}
+
+    def at(self, protocol: str, family: int, port: int) -> dict[int, Bound]:
+        """By socket inode; as `waiting`. The same object as before if nothing has changed.
+
+        Raises:
+            KernelError: the kernel, or a filter, does not let us ask.
+        """
+        key = (protocol, family, port)
+        answers = _answers(*_asking_for(*key))
+        before, found = self._last.get(key, ([], {}))
+        if answers != before:
+            found = dict(_bound(protocol, answers))
+            self._last[key] = (answers, found)
+        return found
+
+
+def _asking_for(protocol: str, family: int, port: int) -> tuple[int, int, int, int, int]:
+    """What `_answers` is to be called with."""
+    if protocol == "tcp":
+        return family, socket.IPPROTO_TCP, 1 << _LISTEN, port, 0
+    return family, socket.IPPROTO_UDP, _UDP_STATES, port, _INET_DIAG_SKMEMINFO
+
+
+def _bound(protocol: str, answers: Iterable[bytes]) -> Iterator[tuple[int, Bound]]:
+    if protocol == "tcp":
+        for each in answers:
+            yield from _listeners(each)
+    else:
+        for one in _found(answers, _INET_DIAG_SKMEMINFO):
+            queued, limit = _MEMORY.unpack_from(one.extension)
+            yield one.inode, Bound(queued, limit, one.state == _ESTABLISHED, one.device)
+
+
+def _listeners(answer: bytes) -> Iterator[tuple[int, Bound]]:
+    """All are alike, so all their messages are as long, and can be read at once."""
+    first_bytes = _HEADER.unpack_from(answer)[0]
+    if len(answer) % first_bytes or first_bytes < _LISTENER_BYTES:
+        yield from _one_by_one(answer)
+        return
+    layout = struct.Struct(f"{_LISTENER}{first_bytes - _LISTENER_BYTES}x")
+    found = list(layout.iter_unpack(answer))
+    if any(length != first_bytes or kind != _SOCK_DIAG_BY_FAMILY for length, kind, *_ in found):
+        yield from _one_by_one(answer)
+        return
+    for _, _, device, queued, limit, inode in found:
+        yield inode, Bound(queued, limit, False, device)
+
+
+_LISTENER = "=IH10x4x4x32xI8x4xII4xI"
+"""Of `_HEADER` and `_MESSAGE`, as far as they are read: length, type, id.idiag_if, rqueue, wqueue,
+inode."""
+_LISTENER_BYTES = struct.calcsize(_LISTENER)
+
+
+def _one_by_one(answer: bytes) -> Iterator[tuple[int, Bound]]:
+    for one in _found([answer], 0):
+        yield one.inode, Bound(one.rqueue, one.wqueue, False, one.device)
 
 
 def connected(family: int, address: str, port: int, device: int) -> bool:
@@ -172,6 +220,18 @@ def _dump(
     Raises:
         KernelError
     """
+    return _found(_ask(family, protocol, states, port, extension), extension)
+
+
+def _answers(family: int, protocol: int, states: int, port: int, extension: int) -> list[bytes]:
+    """All that the kernel says, but for the message that ends it. Raises KernelError."""
+    *answers, last = _ask(family, protocol, states, port, extension)
+    kinds = [kind for kind, _ in _messages(memoryview(last))]
+    return answers if kinds == [_NLMSG_DONE] else [*answers, last]
+
+
+def _ask(family: int, protocol: int, states: int, port: int, extension: int) -> Iterator[bytes]:
+    """What the kernel says of the sockets at a port, in parts. Raises KernelError."""
     extensions = 1 << (extension - 1) if extension else 0
     body = _REQUEST.pack(family, protocol, extensions, states)
     body += _ID.pack(port, 0, bytes(16), bytes(16), bytes(4), b"\xff" * 8)
@@ -183,19 +243,35 @@ def _dump(
             asking.settimeout(_DEAF_S)
             asking.send(head + body)
             while True:
-                answer = memoryview(asking.recv(_CHUNK_BYTES))
-                for kind, content in _messages(answer):
-                    if kind == _NLMSG_DONE:
-                        return
-                    _, state, ports, here, there, device, rqueue, wqueue, _, inode = (
-                        _MESSAGE.unpack_from(content)
-                    )
-                    is_own = here == there and ports[:2] == ports[2:]
-                    more = _attribute(content, extension)
-                    yield _Found(state, here, is_own, device, rqueue, wqueue, inode, more)
+                answer = asking.recv(_CHUNK_BYTES)
+                yield answer
+                if _is_last(answer):
+                    return
     except OSError as error:
         cause = errno.errorcode.get(error.errno or 0, str(error))
         raise KernelError("ask for the queues of sockets", cause, _CURES.get(cause, "")) from None
+
+
+def _is_last(answer: bytes) -> bool:
+    """Whether a dump ends with it: with a message that stands alone (netlink_dump() of
+    net/netlink/af_netlink.c), or comes after what still found room. Raises OSError: a refusal."""
+    ends = (answer[:_DONE_BYTES], answer[-_DONE_BYTES:])
+    if all(_HEADER.unpack_from(each)[1] not in (_NLMSG_DONE, _NLMSG_ERROR) for each in ends):
+        return False
+    return any(kind == _NLMSG_DONE for kind, _ in _messages(memoryview(answer)))
+
+
+def _found(answers: Iterable[bytes], extension: int) -> Iterator[_Found]:
+    for answer in answers:
+        for kind, content in _messages(memoryview(answer)):
+            if kind == _NLMSG_DONE:
+                return
+            _, state, ports, here, there, device, rqueue, wqueue, _, inode = _MESSAGE.unpack_from(
+                content
+            )
+            is_own = here == there and ports[:2] == ports[2:]
+            more = _attribute(content, extension)
+            yield _Found(state, here, is_own, device, rqueue, wqueue, inode, more)
 
 
 _CURES = {
