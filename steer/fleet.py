@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -39,6 +39,8 @@ from steer.worker import Launch
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
 
+    from steer.settle import Settling
+
 QUICK_S = 1.0
 """How long a quick stop waits between SIGTERM and SIGKILL."""
 
@@ -48,8 +50,9 @@ STRAYS_NAMED = 4
 _LOOKED_AT = 8
 """So many that start, at each end of another: all are alike, and to look takes time."""
 
-Settle = Callable[["Fleet", Place], Coroutine[Any, Any, None]]
-"""Waits until nothing waits for a worker, reports it, and sees that it stays so."""
+Settle = Callable[[Place], "Settling"]
+"""Has it looked whether anything waits for a worker, until nothing does, that reported, and that
+it stays so."""
 
 
 class Fleet:
@@ -522,7 +525,7 @@ class Fleet:
 
     def _start_settling(self, place: Place) -> None:
         self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
-        place.settling = self._loop.create_task(self._settle(self, place))
+        place.settling = self._settle(place)
 
     def _terminate(self, place: Place) -> None:
         if self._ending:

@@ -21,9 +21,10 @@ from steer.spawn import Process, Running
 from steer.table import Member
 
 if TYPE_CHECKING:
-    from asyncio import Future, Task
+    from asyncio import Future
 
     from steer.clock import Timer
+    from steer.settle import Settling
 
 
 class Saved(msgspec.Struct, frozen=True):
@@ -104,7 +105,7 @@ class Place(msgspec.Struct, eq=False):
     others: set[int] = set()
     said: str = ""
     timer: Timer | None = None
-    settling: Task[None] | None = None
+    settling: Settling | None = None
     error: SteerError | None = None
 
     @classmethod

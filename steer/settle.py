@@ -1,15 +1,23 @@
-"""Waiting until nothing waits for a worker that is no longer chosen.
+"""Waiting until nothing waits for workers that are no longer chosen.
 
 What was chosen before the table changed may still be on its way into the worker's
 queue, in the queue, or accepted with its request not yet read. A server that is told to
 end then would drop it: uvicorn closes connections that have not asked for anything.
+
+A reload makes all old workers wait at once. They are looked at a few in each turn of the loop,
+so that whoever else asks for something is not kept waiting, and what the kernel tells of all of
+them is asked for once a turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import math
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator
+from itertools import count
+from typing import TYPE_CHECKING, Protocol
 
 from steer.errors import KernelError
 from steer.kernel import proc
@@ -33,42 +41,132 @@ _LOOK_AGAIN_S, _SELDOM_S = 0.1, 1.0
 _LOOK_AT_FLOWS_S = 0.25
 _FLOWS_UNTIL = 0.9
 """So much of --graceful-timeout flows may go on."""
+_TURN_S = _REST_S = 0.005
+"""So long workers are looked at without a break, and so long the loop is others' then."""
+
+_Pauses = Generator[float, None, None]
+"""What is done for one worker, with so many seconds in between."""
 
 
-async def settle(fleet: Fleet, place: Place) -> None:
-    """Report SETTLED once nothing waits for the worker; then see that it stays so. What
-    fails is tried again."""
-    act = f"see that nothing waits for worker {place.slot}"
-    while place.process:
-        try:
-            await _settle(fleet, place)
-        except Exception as error:  # noqa: BLE001 - or it would never be told to finish
-            fleet.retry.failed(act, error)
-            await asyncio.sleep(AGAIN_S)
+class _Loop(Protocol):
+    """What of an event loop is used."""
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> _Handle: ...
 
 
-async def _settle(fleet: Fleet, place: Place) -> None:
-    """As `settle`, once.
+class _Handle(Protocol):
+    def cancel(self) -> None: ...
 
-    A handshake that began before the table changed may end now, and the connection wait at
-    a listener that its worker has turned away from, but keeps open.
+
+class Settling:
+    """One worker's."""
+
+    def __init__(self, place: Place, pauses: _Pauses) -> None:
+        self.place = place
+        self.pauses = pauses
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        """Nobody is to look any more."""
+        self.is_cancelled = True
+
+
+class Settler:
+    """Reports SETTLED of each worker once nothing waits for it; then sees that it stays so.
+
+    Args:
+        now_s: a time.
     """
-    clock = fleet.clock
-    whole_s, began_s = fleet.generation.plan.service.graceful_timeout, clock.now_s()
-    await _until_forgotten(fleet, place, began_s + _FLOWS_UNTIL * whole_s)
-    # Half of what is left is for finishing what it has.
-    limit_s = (began_s + whole_s - clock.now_s()) / 2
-    end_s = clock.now_s() + limit_s
-    await until_empty(fleet, place, limit_s)
-    # One that closed its listeners by itself may be finishing: a signal could cut that short.
-    linger_s = limit_s if place.closed_its_listeners else _LINGER_S
-    await _until_answered(fleet, place, min(end_s, clock.now_s() + linger_s))
-    fleet.report(place, Event.SETTLED)
-    pause_s = _LOOK_AGAIN_S
-    while place.process:
-        fleet.move_queue(place)
-        await asyncio.sleep(pause_s)
-        pause_s = min(_SELDOM_S, 1.1 * pause_s)
+
+    def __init__(
+        self, fleet: Fleet, loop: _Loop, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._fleet = fleet
+        self._loop = loop
+        self._now_s = now_s
+        self._due: list[tuple[float, int, Settling]] = []
+        self._number = count()
+        self._turn_s = math.inf
+        self._next: _Handle | None = None
+        self._settled_s: float | None = None
+
+    def begin(self, place: Place) -> Settling:
+        """For a worker that was just taken out of the table, or is about to be in this turn."""
+        settling = Settling(place, self._settle(place))
+        self._put(settling, 0.0)
+        self._call(0.0)
+        return settling
+
+    def _put(self, settling: Settling, pause_s: float) -> None:
+        heapq.heappush(self._due, (self._now_s() + pause_s, next(self._number), settling))
+
+    def _call(self, after_s: float) -> None:
+        """Those who are due by then are looked at in one turn."""
+        turn_s = self._now_s() + after_s
+        if turn_s < self._turn_s:
+            if self._next is not None:
+                self._next.cancel()
+            self._turn_s, self._next = turn_s, self._loop.call_later(after_s, self._turn)
+
+    def _turn(self) -> None:
+        """Look at those who are due, as long as there is time."""
+        self._turn_s, self._next, self._settled_s = math.inf, None, None
+        now_s = began_s = self._now_s()
+        with self._fleet.retry.spare.lent():
+            while self._due and self._due[0][0] <= began_s and now_s - began_s < _TURN_S:
+                self._go_on(heapq.heappop(self._due)[-1])
+                now_s = self._now_s()
+        if self._due:
+            self._call(max(_REST_S, self._due[0][0] - now_s))
+
+    def _go_on(self, settling: Settling) -> None:
+        """What fails is tried again."""
+        place = settling.place
+        if settling.is_cancelled or not place.process:
+            return
+        try:
+            pause_s = next(settling.pauses, None)
+        except Exception as error:  # noqa: BLE001 - or it would never be told to finish
+            self._fleet.retry.failed(f"see that nothing waits for worker {place.slot}", error)
+            settling.pauses, pause_s = self._settle(place), AGAIN_S
+        if pause_s is not None and not settling.is_cancelled:
+            self._put(settling, pause_s)
+
+    def _settle(self, place: Place) -> _Pauses:
+        """A handshake that began before the table changed may end now, and the connection wait
+        at a listener that its worker has turned away from, but keeps open."""
+        fleet, clock = self._fleet, self._fleet.clock
+        whole_s, began_s = fleet.generation.plan.service.graceful_timeout, clock.now_s()
+        self._settle_all()
+        yield from _until_forgotten(fleet, place, began_s + _FLOWS_UNTIL * whole_s)
+        # Half of what is left is for finishing what it has.
+        limit_s = (began_s + whole_s - clock.now_s()) / 2
+        end_s = clock.now_s() + limit_s
+        yield from _emptying(fleet, place, limit_s, self._settle_all())
+        # One that closed its listeners by itself may be finishing: a signal could cut that short.
+        linger_s = limit_s if place.closed_its_listeners else _LINGER_S
+        yield from _until_answered(fleet, place, min(end_s, clock.now_s() + linger_s))
+        fleet.report(place, Event.SETTLED)
+        pause_s = _LOOK_AGAIN_S
+        while place.process:
+            if _may_wait(fleet, place.process):
+                fleet.move_queue(place)
+            yield pause_s
+            pause_s = min(_SELDOM_S, 1.1 * pause_s)
+
+    def _settle_all(self) -> float:
+        """When all that was chosen before this turn was in its queue: it takes as long for one
+        worker as for all."""
+        if self._settled_s is None:
+            self._settled_s = _settled(self._fleet, self._now_s)
+        return self._settled_s
+
+
+def _settled(fleet: Fleet, now_s: Callable[[], float]) -> float:
+    """Have all that was chosen so far in its queue; when that was so."""
+    fleet.settle()
+    fleet.steering.settle()
+    return now_s()
 
 
 async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
@@ -77,9 +175,24 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
     Returns:
         Whether that is so: false after `limit_s`.
     """
-    fleet.settle()
-    fleet.steering.settle()
-    settled_s, began_s = time.monotonic(), fleet.clock.now_s()
+    looks = _emptying(fleet, place, limit_s, _settled(fleet, time.monotonic))
+    while True:
+        try:
+            pause_s = next(looks)
+        except StopIteration as end:
+            return bool(end.value)
+        await asyncio.sleep(pause_s)
+
+
+def _emptying(
+    fleet: Fleet, place: Place, limit_s: float, settled_s: float
+) -> Generator[float, None, bool]:
+    """As `until_empty`, with the pauses.
+
+    Args:
+        settled_s: as it was after that time.
+    """
+    began_s = fleet.clock.now_s()
     while place.process and not place.serves:
         with fleet.retry.spare.lent():
             queues = fleet.queues.of(place.process, settled_s)
@@ -92,19 +205,27 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
             return False
         if waited_s > _TAKE_S:
             fleet.move_queue(place)
-        await asyncio.sleep(_LOOK_S)
+        yield _LOOK_S
     return True
 
 
-async def _until_forgotten(fleet: Fleet, place: Place, end_s: float) -> None:
+def _may_wait(fleet: Fleet, worker: Process) -> bool:
+    """Whether something waits for it, or that cannot be seen without its sockets."""
+    queues = fleet.queues.of(worker)
+    return queues is None or any(each.queued for each in queues.values())
+
+
+def _until_forgotten(fleet: Fleet, place: Place, end_s: float) -> Iterator[float]:
     """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
-    fleet.settle()
-    steering, got = fleet.steering, _datagrams(fleet, place)
-    if not got or place.hung or not steering.remembers():
+    steering = fleet.steering
+    if place.hung or not steering.remembers():
+        return
+    got = _datagrams(fleet, place)
+    if not got:
         return
     idle_s, last_s = steering.own().params.get("idle", 0), fleet.clock.now_s()
     while place.process and (now_s := fleet.clock.now_s()) < min(end_s, last_s + idle_s):
-        await asyncio.sleep(min(_LOOK_AT_FLOWS_S, end_s - now_s))
+        yield min(_LOOK_AT_FLOWS_S, end_s - now_s)
         if (now := _datagrams(fleet, place)) != got:
             got, last_s = now, now_s
     steering.let_go(place.slot)
@@ -118,12 +239,19 @@ def _datagrams(fleet: Fleet, place: Place) -> int | None:
     return sum(each.selected for each in counts if each) if any(counts) else None
 
 
-async def _until_answered(fleet: Fleet, place: Place, end_s: float) -> None:
-    while place.process and _has_connections(place, place.process) and fleet.clock.now_s() < end_s:
-        await asyncio.sleep(_LOOK_S)
+def _until_answered(fleet: Fleet, place: Place, end_s: float) -> Iterator[float]:
+    pause_s = _LOOK_S
+    while place.process and _has_connections(fleet, place, place.process):
+        if fleet.clock.now_s() >= end_s:
+            return
+        yield pause_s
+        pause_s = min(_LOOK_AGAIN_S, 1.5 * pause_s)
 
 
-def _has_connections(place: Place, process: Process) -> bool:
+def _has_connections(fleet: Fleet, place: Place, process: Process) -> bool:
+    """Where they are counted and there are some, its files need no look."""
+    if fleet.steering.open(place.slot):
+        return True
     try:
         return bool(proc.open_sockets(process.pid) - place.others)
     except KernelError:

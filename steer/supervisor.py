@@ -37,7 +37,7 @@ from steer.place import Place
 from steer.plan import Generation, Plan
 from steer.policy import KERNEL, Policy
 from steer.retry import as_refusal, is_lack
-from steer.settle import settle
+from steer.settle import Settler
 from steer.split import Splits
 from steer.values import plural, shown
 
@@ -101,7 +101,7 @@ class _Supervisor:
         self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
         self._groups = Groups(self._fleet, loop, self._renew_sockets)
         self._splits = Splits(self._fleet, loop, self._renew_all)
-        self._fleet.watch(loop, settle, self._changed)
+        self._fleet.watch(loop, Settler(self._fleet, loop).begin, self._changed)
         for lineage, message in self._service.early:
             self._fleet.notified(lineage, message)
         self._service.listener.watch(loop, self._notified)
