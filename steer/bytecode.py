@@ -26,11 +26,12 @@ class Code(msgspec.Struct, frozen=True):
 
     def linked(self, descriptors: Mapping[str, int]) -> bytes:
         """The instructions with file descriptors in place of map names."""
-        insns = [bytes.fromhex(line) for line in self.instructions]
+        insns = bytearray.fromhex("".join(self.instructions))
         for index, name in self.relocations.items():
-            code, registers, offset, _ = _INSN.unpack(insns[index])
-            insns[index] = _INSN.pack(code, registers, offset, descriptors[name])
-        return b"".join(insns)
+            at = index * INSN_BYTES
+            code, registers, offset, _ = _INSN.unpack_from(insns, at)
+            _INSN.pack_into(insns, at, code, registers, offset, descriptors[name])
+        return bytes(insns)
 
 
 class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -14,7 +14,8 @@ import msgspec
 from steer import abi, policies, policy, table
 from steer.bytecode import PolicyObject
 from steer.errors import VerifierError
-from steer.kernel import bpf, compile, verifier
+from steer.kernel import bpf, capabilities, compile, probe
+from steer.ladder import Answer
 from steer.plan import Plan
 from steer.policy import Policy, Scene
 from steer.steering import Own
@@ -79,7 +80,7 @@ class Choice:
             maps = {name: undo.enter_context(bpf.Map(name)) for name in _OWN_MAPS}
             if any("flows" in each.relocations.values() for each in code.programs.values()):
                 maps["flows"] = undo.enter_context(bpf.Map("flows", _capacity(plan)))
-            migrates = not verifier.why_not("migrate")
+            migrates = probe.migrate().answer is not Answer.NO
             kind = "migrate" if migrates else "plain"
             programs = [
                 undo.enter_context(_load(plan.policy, code, kind, {**maps, **group}))
@@ -206,9 +207,7 @@ def _refuse_long_verification(chosen: Policy) -> None:
     Raises:
         VerifierError: so it would be.
     """
-    from steer.kernel import facts
-
-    if chosen.reads_load and not chosen.is_own and not facts.may_perfmon():
+    if chosen.reads_load and not chosen.is_own and not capabilities.may_perfmon():
         raise VerifierError(f"load {chosen.name}", "the verifier refuses its loop", _NEEDS_PERFMON)
 
 
@@ -226,7 +225,7 @@ def _load(
 ) -> bpf.Program:
     """Args: kind: which of its programs."""
     try:
-        name, attach_type = f"steer_{chosen.name}", verifier.ATTACH_TYPES[kind]
+        name, attach_type = f"steer_{chosen.name}", bpf.ATTACH_TYPES[kind]
         return bpf.Program(name, code.programs[kind], maps, attach_type)
     except VerifierError as error:
         raise _pointed(error, chosen, code.lines.get(kind, {})) from None
@@ -234,10 +233,10 @@ def _load(
 
 def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> VerifierError:
     """Of the user's own: with the line of C that it is about."""
-    from steer.kernel import facts
-
-    cure = "" if facts.may_perfmon() else _NEEDS_PERFMON
+    cure = "" if capabilities.may_perfmon() else _NEEDS_PERFMON
     if not chosen.is_own:
         return VerifierError(error.what, error.cause, cure, error.detail)
+    from steer.kernel import verifier
+
     detail = verifier.point(error.detail, lines, policies.file_of(chosen))
     return VerifierError(error.what, error.cause, cure, detail)

@@ -11,7 +11,6 @@ import errno
 import importlib
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +20,7 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import abi, anchor, fallback, ladder, policies, privileges, servers, visibility
+from steer import abi, anchor, fallback, ladder, policies, privileges, servers, visibility, worker
 from steer import plan as planning
 from steer.backends import open_backend, open_whole, refuse_uncounted
 from steer.config import Service
@@ -367,6 +366,8 @@ class Controller:
             except Exception as error:  # noqa: BLE001 - raised below
                 failed.append(error)
 
+        import threading
+
         importing = threading.Thread(target=load)
         importing.start()
         while importing.is_alive() and not self.early:
@@ -601,6 +602,7 @@ class Controller:
 
     def _start_workers(self, _step: Step) -> None:
         self._announce()
+        worker.import_for(self.plan.service)
         generation = Generation(1, self.plan)
         self.listener = Listener(self._trusted(), self._unheard)
         self._undo.callback(self.listener.close)

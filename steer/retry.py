@@ -7,7 +7,6 @@ that, and any other as a bug.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
@@ -83,6 +82,8 @@ class Retry:
                 self._log.error("%s: %s; it is tried again", act, cause)
             else:
                 self._log.error("bug in steer: %s: %s; it is tried again", act, cause)
+                import traceback
+
                 self._log.debug("%s", "".join(traceback.format_exception(error)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable
 from selectors import DefaultSelector
 from typing import TypeVar
@@ -27,6 +26,8 @@ def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = N
     Raises:
         SystemExit: a signal or a request says to end; `do` is not waited for.
     """
+    import threading
+
     outcome: list[Callable[[], T]] = []
 
     def call() -> None:

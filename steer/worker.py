@@ -14,15 +14,13 @@ import os
 import signal
 import socket
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import msgspec
 from msgspec.structs import replace
 
-from steer import demo, privileges, values
+from steer import privileges, values
 from steer.address import Bind
 from steer.config import Service
 from steer.kernel import family, lifeline, output, process, reach, sockets, title
@@ -220,8 +218,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         own = _bind(launch, channel)
         if own is None:
             return 1
-        if launch.service.app:
-            _import_for_callables()
+        import_for(launch.service)
         launch = _settle(launch)
         environment = _environment(launch)
         lifeline.tie(channel, launch.service.told_by)
@@ -238,10 +235,16 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
         return COMMAND_NOT_RUN
 
 
-def _import_for_callables() -> None:
-    """What takes time to import, and a command does not need. As the user that steer was
+def import_for(service: Service) -> None:
+    """What takes time to import, and not every worker needs. As the user that steer was
     started by: another may not reach it."""
-    from steer import applications  # noqa: F401
+    if service.app:
+        from steer import applications  # noqa: F401
+
+        if service.user is not None:
+            import traceback  # noqa: F401
+    elif not service.command:
+        from steer import demo  # noqa: F401
 
 
 def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
@@ -411,6 +414,8 @@ def _load(service: Service) -> Callable[[Worker], object]:
         Unloadable
     """
     if service.app is None:
+        from steer import demo
+
         return demo.serve
     module_name, _, path = service.app.partition(":")
     try:
@@ -451,6 +456,8 @@ def _in_words(error: BaseException) -> str:
 
 def _where(error: BaseException) -> str:
     """The lines of the user's code that led to an error; importlib's and ours left out."""
+    import traceback
+
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -505,5 +512,6 @@ def _await_threads(worker: Worker, limit_s: float) -> None:
     for sock in worker.sockets:
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-    # Not public; but what concurrent.futures registers there wakes its threads.
-    threading._shutdown()  # type: ignore[attr-defined]
+    if "threading" in sys.modules:
+        # Not public; but what concurrent.futures registers there wakes its threads.
+        sys.modules["threading"]._shutdown()

@@ -24,6 +24,12 @@ from steer.bytecode import Code
 from steer.errors import KernelError, VerifierError
 from steer.kernel import filtered
 
+ATTACH_TYPES = {
+    "plain": abi.BPF_SK_REUSEPORT_SELECT,
+    "migrate": abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE,
+    "count": abi.BPF_CGROUP_SOCK_OPS,
+}
+"""By the name of the program in its object."""
 LOG_BYTES = 1 << 20
 _MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283}
 _MEMBARRIER_CMD_GLOBAL = 1

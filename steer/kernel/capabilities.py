@@ -16,6 +16,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _HIGHEST = 63
+_SYS_ADMIN, _PERFMON = 21, 38  # include/uapi/linux/capability.h
 
 
 class _Header(ctypes.Structure):
@@ -32,6 +33,13 @@ class _Word(ctypes.Structure):
         ("permitted", ctypes.c_uint32),
         ("inheritable", ctypes.c_uint32),
     )
+
+
+def may_perfmon() -> bool:
+    """Whether the verifier lets us do all that it lets root do, see capabilities(7)."""
+    words = _read(_libc())
+    effective = words[0].effective | words[1].effective << 32
+    return bool(effective & (1 << _SYS_ADMIN | 1 << _PERFMON))
 
 
 def drop_bounding() -> None:
@@ -65,9 +73,7 @@ def drop_inheritable() -> None:
     """
     libc = _libc()
     _clear_ambient(libc)
-    words = (_Word * 2)()
-    if libc.capget(ctypes.byref(_Header(_VERSION_3, 0)), words) != 0:
-        raise _error("read capabilities")
+    words = _read(libc)
     for word in words:
         word.inheritable = 0
     _set(libc, words)
@@ -76,6 +82,13 @@ def drop_inheritable() -> None:
 def _clear_ambient(libc: ctypes.CDLL) -> None:
     # EINVAL before Linux 4.3: there is no such set.
     libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+
+
+def _read(libc: ctypes.CDLL) -> ctypes.Array[_Word]:
+    words = (_Word * 2)()
+    if libc.capget(ctypes.byref(_Header(_VERSION_3, 0)), words) != 0:
+        raise _error("read capabilities")
+    return words
 
 
 def _set(libc: ctypes.CDLL, words: ctypes.Array[Any]) -> None:

@@ -6,7 +6,6 @@ this process.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import sys
@@ -57,14 +56,28 @@ def digest(source: Path) -> str:
     """
     # Nothing of declared.py: it gives each name the number of its place in the source.
     headers = sources()
-    own = [_CHILD, headers / "steer.h", *sorted((headers / "include").rglob("*.h"))]
-    total = hashlib.sha256(sys.byteorder.encode())
-    if source.parent != headers:
-        total.update(os.fsencode(source.resolve().parent) + b"\0")
-    for data in map(_read_file, (source, *own)):
-        total.update(data)
-        total.update(b"\0")
-    return total.hexdigest()
+    whose = [] if source.parent == headers else [os.fsencode(source.resolve().parent)]
+    return inputs.digest(b"\0".join([_digest_of_ours(headers), *whose, _read_file(source)]))
+
+
+_ours: dict[tuple[object, ...], bytes] = {}
+"""What `_digest_of_ours` is, by what stat(2) says of the files."""
+
+
+def _digest_of_ours(headers: Path) -> bytes:
+    """Of what goes into every object. A start asks for it twice, and it takes a while to read."""
+    found = os.walk(headers / "include")
+    names = sorted(os.path.join(at, name) for at, _, there in found for name in there)
+    files = (str(_CHILD), f"{headers}/steer.h", *(name for name in names if name.endswith(".h")))
+    try:
+        seen = tuple((name, *os.stat(name)[:7], os.stat(name).st_ctime_ns) for name in files)
+    except OSError as error:
+        raise CompileError(f"read {error.filename}", error.strerror or str(error)) from None
+    if seen not in _ours:
+        _ours.clear()
+        contents = (_read_file(Path(name)) for name in files)
+        _ours[seen] = inputs.digest(b"\0".join([sys.byteorder.encode(), *contents])).encode()
+    return _ours[seen]
 
 
 def _read_file(file: Path) -> bytes:

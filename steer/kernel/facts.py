@@ -168,11 +168,6 @@ def _capabilities(procfs: str) -> frozenset[str]:
     return frozenset(name for name, bit in CAPABILITIES.items() if held >> bit & 1)
 
 
-def may_perfmon() -> bool:
-    """Whether the verifier lets us do all that it lets root do, see capabilities(7)."""
-    return not {"CAP_PERFMON", "CAP_SYS_ADMIN"}.isdisjoint(_capabilities("/proc"))
-
-
 def _user_namespace(procfs: str) -> bool:
     return os.readlink(f"{procfs}/self/ns/user") != _FIRST_USER_NAMESPACE
 

@@ -8,15 +8,27 @@ takes the place of one that was read.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steer.bytecode import Inputs
 from steer.errors import CompileError
+
+if TYPE_CHECKING:
+    from hashlib import sha256 as sha256
+else:
+    # hashlib brings OpenSSL, which takes longer to load than to hash all that there is here.
+    try:
+        from _sha256 import sha256
+    except ImportError:
+        try:
+            from _sha2 import sha256  # its name since Python 3.12
+        except ImportError:
+            from hashlib import sha256
 
 Read = Callable[[Path], bytes]
 """The content of a file. Raises CompileError."""
@@ -62,7 +74,7 @@ def version(key: str, found: Inputs) -> str:
 
 
 def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return sha256(data).hexdigest()
 
 
 def parse(rule: str, directory: Path) -> Sequence[Path]:

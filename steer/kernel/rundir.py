@@ -339,7 +339,7 @@ def unreachable(paths: Iterable[Path], environment: Mapping[str, str]) -> list[s
     """The services of this user whose control sockets were at one of these paths, and are gone.
     They are made again soon."""
     missing = {path.absolute() for path in paths if not os.path.lexists(path)}
-    if missing.isdisjoint(path for _, path in unix.listening()):
+    if not unix.may_listen(missing):
         return []
     found = services.find(environment)
     return [each for each in found if each.path in missing and each.is_gone]

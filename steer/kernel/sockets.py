@@ -184,9 +184,16 @@ def holders(bind: Bind) -> list[proc.Holder]:
 
 
 def is_held(bind: Bind) -> bool:
-    """Whether anybody may hold its port."""
-    protocol: proc.Protocol = "udp" if bind.protocol == "udp" else "tcp"
-    return any(bound.port == bind.port for bound in proc.bound_sockets(protocol, "/proc"))
+    """Whether anybody may hold its address. Asked of the kernel by a bind, as its table of sockets
+    takes milliseconds to read, however few there are."""
+    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+    kind = socket.SOCK_DGRAM if bind.protocol == "udp" else socket.SOCK_STREAM
+    try:
+        with socket.socket(family, kind) as sock:
+            sock.bind((bind.address, bind.port))
+    except OSError:
+        return True
+    return False
 
 
 def _in_use(name: str, found: Sequence[proc.Holder]) -> tuple[str, str]:

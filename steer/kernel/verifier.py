@@ -17,19 +17,12 @@ from pathlib import Path
 
 import msgspec
 
-from steer import abi
 from steer.bytecode import Code
 from steer.errors import SteerError
 from steer.kernel import bpf, probe
 from steer.kernel import compile as compiler
 from steer.ladder import Answer
 
-ATTACH_TYPES = {
-    "plain": abi.BPF_SK_REUSEPORT_SELECT,
-    "migrate": abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE,
-    "count": abi.BPF_CGROUP_SOCK_OPS,
-}
-"""By the name of the program in its object."""
 _LOG_STATS = 4
 """BPF_LOG_STATS, include/linux/bpf_verifier.h; Linux 5.2+."""
 _SLOTS = 64
@@ -102,13 +95,13 @@ def figures(kind: str, code: Code, maps: Mapping[str, bpf.Map]) -> Figures:
     """Load a program to see what it asks of the verifier.
 
     Args:
-        kind: key of ATTACH_TYPES.
+        kind: key of bpf.ATTACH_TYPES.
 
     Raises:
         VerifierError: refused.
         KernelError: not permitted, or not known to this kernel.
     """
-    with _Verified(f"steer_{kind}", code, maps, ATTACH_TYPES[kind]) as program:
+    with _Verified(f"steer_{kind}", code, maps, bpf.ATTACH_TYPES[kind]) as program:
         told = program.told
     return Figures(
         len(code.instructions),
