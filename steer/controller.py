@@ -494,6 +494,7 @@ class Controller:
             KernelError: the kernel refuses.
         """
         process.limit_descriptors(self._files)
+        self.fleet.save()
         for place in self.fleet.places:
             if place.process:
                 place.process.pass_rest_on()

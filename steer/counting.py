@@ -16,10 +16,9 @@ from steer.kernel import bpf, cgroup, compile, listeners, sockets
 
 
 class Saved(msgspec.Struct):
-    """For who goes on with it: the cgroups, and each slot's listeners by their cookies."""
+    """For who goes on with it: the cgroups. What belongs to each slot is read from the map."""
 
     cgroups: list[int]
-    cookies: dict[int, list[int]]
 
 
 class Counting:
@@ -149,7 +148,7 @@ class Counting:
         kept: list[bpf.Descriptor] = [self.slots.map, self._listeners, self._moved]
         if self._owners is not None:
             kept += [self._owners, *self._attached]
-        return Saved(self._cgroups, self._cookies), [each.fileno() for each in kept]
+        return Saved(self._cgroups), [each.fileno() for each in kept]
 
     def restore(self, saved: Saved, fds: Sequence[int]) -> None:
         """Go on with what another controller left; the fds become ours."""
@@ -157,7 +156,11 @@ class Counting:
         self.slots.become(slots)
         self._listeners.become(listeners)
         self._moved.become(moved)
-        self._cgroups, self._cookies = saved.cgroups, saved.cookies
+        self._cgroups = saved.cgroups
+        self._cookies = {}
+        for cookie, value in self._listeners.items():
+            slot, _, _ = abi.OWNER.unpack(value)
+            self._cookies.setdefault(slot, []).append(cookie)
         self._stop()
         self.why_not = "" if counted else "nor were they before this controller"
         if counted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from steer.leftovers import Leftovers
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
 from steer.notify import Unheard
-from steer.place import Place, Saved, waits
+from steer.place import Place, Places, Saved, waits
 from steer.plan import Generation, Plan, Seat
 from steer.queues import Queues
 from steer.retry import Retry, as_refusal
@@ -91,7 +91,7 @@ class Fleet:
         unheard: Unheard,
     ) -> None:
         self.generation = generation
-        self.places: list[Place] = []
+        self.places = Places()
         self.by_pid: dict[int, Place] = {}
         self._rotation = Rotation(steering, self.places, slots, guard, log, retry)
         self.log = log
@@ -104,6 +104,7 @@ class Fleet:
         self._guard = guard
         self._launch = launch
         self._ending = False
+        self._unsaved: dict[Place, None] = {}
         self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
@@ -153,7 +154,7 @@ class Fleet:
         held: dict[int, Sequence[int]] = {}
         for entry in entries.values():
             place = self._adopt(entry, generations)
-            self.places.append(place)
+            self.places.add(place)
             held[place.slot] = entry.fds[3:]
         self._rotation.restore(left, steering.fds, held)
         for place in self.places:
@@ -281,7 +282,7 @@ class Fleet:
         """From now on they may be chosen, all at once."""
         for place in places:
             place.held = False
-            self._save(place)
+        self._save_together(places)
         self._rotation.flip_soon()
 
     def stop(self, within_s: float, quick: bool) -> None:
@@ -381,7 +382,7 @@ class Fleet:
         place.state, commands = lifecycle.step(before, event)
         for command in commands:
             self._carry_out(place, command, place.state)
-        self._save(place)
+        self._save_soon(place)
         if place.state is not before:
             self._changed(place)
 
@@ -434,7 +435,7 @@ class Fleet:
         for place in self.places:
             place.generation = self._with(place.generation, plan)
             place.reseat(moves[place.slot])
-            self._save(place)
+        self._save_together(self.places)
         self.generation = Generation(self.generation.number, plan)
         self._rotation.keep()
 
@@ -465,7 +466,8 @@ class Fleet:
 
     def _activate(self, place: Place) -> None:
         place.cancel_timer()
-        self._rotation.flip_soon()
+        if not place.held:
+            self._rotation.flip_soon()
         got_ready = partial(place.got_ready, self.clock.now_s())
         self.retry.attempt(f"look at worker {place.slot}", got_ready)
         self.log.info("worker %d ready", place.slot)
@@ -612,7 +614,7 @@ class Fleet:
         self, seat: Seat, generation: Generation | None = None, held: bool = False
     ) -> Place:
         place = Place(seat, self._rotation.take_slot(), generation or self.generation, held=held)
-        self.places.append(place)
+        self.places.add(place)
         return place
 
     def _begin(self, place: Place) -> None:
@@ -664,6 +666,27 @@ class Fleet:
             self._terminate(place)
         elif place.state is State.STOPPING:
             self._start_settling(place)
+
+    def _save_soon(self, place: Place) -> None:
+        """Once for all that happens in one turn of the loop: until then it is adopted as it was
+        a moment ago."""
+        if not self._unsaved:
+            self._loop.call_soon(self._save_in_its_turn)
+        self._unsaved[place] = None
+
+    def save(self) -> None:
+        """Have the guard know all that it is to be told of in a moment: there is none."""
+        self._save_in_its_turn()
+        self._rotation.keep_if_due()
+
+    def _save_in_its_turn(self) -> None:
+        unsaved, self._unsaved = self._unsaved, {}
+        self._save_together(unsaved)
+
+    def _save_together(self, places: Iterable[Place]) -> None:
+        with self._guard.together():
+            for place in places:
+                self._save(place)
 
     def _save(self, place: Place) -> None:
         def keep() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,34 @@ class Saved(msgspec.Struct, frozen=True):
     hung: bool
     acceptors: frozenset[int] = frozenset()
     is_apart: bool = False
+
+
+class Places:
+    """Those of a service, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._there: dict[Place, None] = {}
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._there)
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    def __contains__(self, place: object) -> bool:
+        return place in self._there
+
+    def add(self, place: Place) -> None:
+        """As the last."""
+        self._there[place] = None
+
+    def remove(self, place: Place) -> None:
+        """Raises KeyError: it is not there."""
+        del self._there[place]
+
+    def sort(self, key: Callable[[Place], tuple[int, int]]) -> None:
+        """Put them into another order."""
+        self._there = dict.fromkeys(sorted(self._there, key=key))
 
 
 class Place(msgspec.Struct, eq=False):

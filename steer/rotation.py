@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class Rotation:
     Slots can be taken and joined at once; to flip it takes a loop, see `watch`.
 
     Args:
-        places: all that have a slot, at any time: the list that others add to and remove from.
+        places: all that have a slot, at any time: others add to them and remove.
         slots: capacity; a slot is below it.
         guard: has all that another controller needs.
 
@@ -61,7 +61,7 @@ class Rotation:
     def __init__(
         self,
         steering: Steering,
-        places: Sequence[Place],
+        places: Collection[Place],
         slots: int,
         guard: Guard,
         log: Log,
@@ -72,20 +72,48 @@ class Rotation:
         self._places = places
         self._slots = slots
         self._next_slot = 0
+        self._taken: set[int] = set()
         self._guard = guard
         self._log = log
         self._retry = retry
         self._flip_due: Handle | None = None
+        self._keep_due = self._is_kept = False
         self._released = False
-        self._loop: AbstractEventLoop
+        self._loop: AbstractEventLoop | None = None
 
     # For another controller.
 
     def keep(self) -> None:
         """Have the guard know how it is now."""
+        self._is_kept = True
         value, fds = self.steering.saved()
         saved = Saved(value, self.retired, self._next_slot)
         self._guard.put(STEERING, msgspec.json.encode(saved), fds)
+
+    def _keep_soon(self) -> None:
+        """Once for all that changes in one turn of the loop, as who is killed meanwhile leaves
+        what can be adopted all the same: a slot that was taken is not taken again, as its worker
+        is known, and who is chosen is found anew. Only in which order the kernel has sockets
+        nobody else can tell."""
+        if self._released or self._keep_due:
+            return
+        if self.steering.needs_order or not self._is_kept:
+            self.keep()
+        elif self._loop is None:
+            self._keep_due = True  # see `watch`
+        else:
+            self._keep_due = True
+            self._loop.call_soon(self._keep_in_its_turn)
+
+    def keep_if_due(self) -> None:
+        """Do not wait for the next turn of the loop: there may be none."""
+        if self._keep_due:
+            self._keep_in_its_turn()
+
+    def _keep_in_its_turn(self) -> None:
+        self._keep_due = False
+        if not self._released:
+            self._retry.until_done("have the guard know who is chosen", self.keep)
 
     def restore(self, saved: Saved, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
         """Go on where another controller stopped.
@@ -95,6 +123,7 @@ class Rotation:
             held: by slots that are still taken, the descriptors it held of each.
         """
         self.retired, self._next_slot = saved.retired, saved.next_slot
+        self._taken = set(held)
         self.steering.restore(saved.value, fds, held)
         # One may have been on its way out, and its slot not yet given up.
         for slot in set(range(self._slots)).difference(held):
@@ -116,7 +145,7 @@ class Rotation:
         Raises:
             ControlError
         """
-        taken = {place.slot for place in self._places}
+        taken = self._taken
         if len(taken) >= self._slots:
             raise ControlError(
                 "start a worker", f"all {self._slots} slots are taken", "some still finish: wait"
@@ -125,28 +154,26 @@ class Rotation:
             self._next_slot = (self._next_slot + 1) % self._slots
         slot = self._next_slot
         self._next_slot = (slot + 1) % self._slots
+        taken.add(slot)
         return slot
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """A new worker's sockets; see `Steering.joined`. Raises KernelError."""
         with self.naming_locked():
             self.steering.joined(slot, fds)
-        self.keep()
+        self._keep_soon()
 
     def left(self, slot: int) -> None:
         """The worker there has ended."""
         with self.naming_locked():
             self.steering.left(slot)
-        self._keep_unless_released()
-
-    def _keep_unless_released(self) -> None:
-        if not self._released:
-            self.keep()
+        self._keep_soon()
 
     def give_up(self, slot: int) -> None:
         """It is nobody's any more; what was counted for it is put aside."""
         self._put_aside(slot)
-        self._keep_unless_released()
+        self._taken.discard(slot)
+        self._keep_soon()
 
     def _put_aside(self, slot: int) -> None:
         self.retired += self.steering.retire(slot) or Counts()
@@ -163,9 +190,12 @@ class Rotation:
     def watch(self, loop: AbstractEventLoop) -> None:
         """From here on there is a loop to flip in."""
         self._loop = loop
+        if self._keep_due:
+            loop.call_soon(self._keep_in_its_turn)
 
     def flip_soon(self) -> None:
         """Together with what else happens in the same turn of the loop."""
+        assert self._loop
         if self._flip_due is None:
             self._flip_due = self._loop.call_soon(self._flip_in_its_turn)
 
@@ -174,6 +204,7 @@ class Rotation:
 
     def flip(self) -> None:
         """Have those who serve chosen, and nobody else. If that fails it is tried again."""
+        assert self._loop
         if self._flip_due is not None:
             self._flip_due.cancel()
         self._flip_due = self._loop.call_later(AGAIN_S, self._flip_in_its_turn)
@@ -181,7 +212,7 @@ class Rotation:
         with self.naming_locked():
             self.steering.steer(members)
         self._watch_reserve(bool(members))
-        self._keep_unless_released()
+        self._keep_soon()
         self._flip_due.cancel()
         self._flip_due = None
 
@@ -200,6 +231,7 @@ class Rotation:
     def _watch_reserve(self, somebody: bool) -> None:
         """What gets into the reserve late, as its handshake began when nobody was there, is
         moved on at once; while still nobody is, it waits."""
+        assert self._loop
         for sock in self.steering.reserve:
             if somebody:
                 self._loop.add_reader(sock, self._empty_reserve)
@@ -216,6 +248,7 @@ class Rotation:
         self._retry.attempt("attach the policy's program again", self.attach_again)
         moved = self._retry.attempt("move what waits in reserve", self.steering.empty_reserve)
         if not moved or any(map(listeners.is_waited_for, self.steering.reserve)):
+            assert self._loop
             self._watch_reserve(False)
             self._loop.call_later(_AGAIN_S, self._watch_reserve_again)
 

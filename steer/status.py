@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from steer import anchor, report
 from steer.controller import Controller
@@ -54,7 +54,7 @@ def report_of(service: Controller, state: str, loop_delay_ms: report.LoopDelay) 
     )
 
 
-def _left_out(places: Sequence[Place], still_chosen: bool) -> list[str]:
+def _left_out(places: Collection[Place], still_chosen: bool) -> list[str]:
     """What it means for connections that there are workers that take none.
 
     Args:

@@ -22,6 +22,7 @@ class FakeSteering:
     """Has one backup listener. What waits there comes back to it, for `returns` times."""
 
     backend = "fake"
+    needs_order = False
 
     def __init__(self, sock: socket.socket, returns: int) -> None:
         self.reserve = [sock]

@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
 from types import TracebackType
@@ -126,6 +126,7 @@ def libbpf() -> ctypes.CDLL:
     )
     lib.bpf_map_lookup_elem.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
     lib.bpf_map_delete_elem.argtypes = (ctypes.c_int, ctypes.c_char_p)
+    lib.bpf_map_get_next_key.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
     return lib
 
 
@@ -237,6 +238,18 @@ class Map(Descriptor):
         if status < 0 and status != -errno.ENOENT:
             raise refusal(f"look for entry {key}", -status)
         return bool(status >= 0)
+
+    def items(self) -> Iterator[tuple[int, bytes]]:
+        """The keys and values of a hash map that nobody else writes to. Raises KernelError."""
+        key = None
+        after = ctypes.create_string_buffer(self.spec.key_bytes)
+        value = ctypes.create_string_buffer(self.spec.value_bytes)
+        while (status := calls().bpf_map_get_next_key(self._fd, key, after)) >= 0:
+            key = after.raw
+            if calls().bpf_map_lookup_elem(self._fd, key, value) >= 0:
+                yield int.from_bytes(key, sys.byteorder), value.raw
+        if status != -errno.ENOENT:
+            raise refusal("read a map", -status)
 
     def per_cpu(self, key: int, cpus: int) -> bytes:
         """The values of one entry of a per-CPU map, one for each of `cpus` possible CPUs."""

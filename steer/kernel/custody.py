@@ -13,12 +13,13 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from steer.errors import ControlError
 from steer.kernel import keeper, orphanage, process, rundir
@@ -28,6 +29,8 @@ from steer.kernel.keeper import PATIENCE_S, Settings, Traces
 from steer.kernel.record import Record, Worker
 
 _LOOK_AGAIN_S = 0.01
+_TIES = 3
+"""Descriptors of a worker's that are no sockets of its; see `Entry`."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -79,6 +82,8 @@ class Guard:
         handover: Handover | None = None,
     ) -> None:
         self.entries: dict[str, Entry] = {}
+        self._workers: dict[str, Worker] = {}
+        self._put_together: dict[str, bytes] | None = None
         self._control = control
         self._settings = settings
         self._inode = rundir.inode(Path(settings.control))
@@ -155,13 +160,32 @@ class Guard:
         if new == old:
             return
         if group and (old is None or old.stop_signal != stop_signal):
-            others = [each for each in self._workers() if each[0] != group]
-            self._record.add((group, stop_signal), others)
-        if old is not None and old.fds == new.fds:
-            self._tell(Frame("put", key, value, SAME, group, stop_signal=stop_signal))
-        else:
+            self._workers[key] = group, stop_signal
+            self._record.add((group, stop_signal), self._workers.values())
+        if old is None or old.fds != new.fds:
             self._send(key, new, wait=old is not None)
+        elif self._put_together is not None and new == replace(old, value=value):
+            self._put_together[key] = value
+        else:
+            self._tell(Frame("put", key, value, SAME, group, stop_signal=stop_signal))
         self.entries[key] = new
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is put meanwhile, and of which only the value is another, is sent at once: the
+        keeper has all of it or nothing, and it costs one message."""
+        self._put_together = {}
+        try:
+            yield
+        finally:
+            self._send_together()
+            self._put_together = None
+
+    def _send_together(self) -> None:
+        values = self._put_together
+        if values:
+            self._put_together = {}
+            self._tell(Frame("update", value=msgspec.msgpack.encode(values)))
 
     def update(self, key: str, value: bytes) -> None:
         """Another value for an entry there is. Raises KeyError."""
@@ -169,9 +193,13 @@ class Guard:
         self.put(key, value, entry.fds, entry.group, entry.stop_signal)
 
     def drop(self, key: str) -> None:
-        """Forget an entry, if there; when this returns the keeper has closed its descriptors."""
-        if self.entries.pop(key, None) is not None:
-            self._tell(Frame("drop", key, wait=True))
+        """Forget an entry, if there; when this returns the keeper has closed its sockets. What
+        ties a worker to us (see `Entry`) it closes soon: nobody has to wait for that."""
+        entry = self.entries.pop(key, None)
+        self._workers.pop(key, None)
+        if entry is not None:
+            sockets = entry.fds[_TIES:] if entry.group else entry.fds
+            self._tell(Frame("drop", key, wait=bool(sockets)))
 
     def reopen(self) -> None:
         """The keeper's standard output and error become what ours are now."""
@@ -219,10 +247,7 @@ class Guard:
         """Have a file that tells of the workers, should both of us be killed. It may have been
         removed, with its directory or by who cleans directories."""
         if not self._record.is_there:
-            self._record.renew(self._workers())
-
-    def _workers(self) -> list[Worker]:
-        return [(each.group, each.stop_signal) for each in self.entries.values() if each.group]
+            self._record.renew(self._workers.values())
 
     def settle(self, has_all: bool) -> None:
         """Before (`has_all`) and after the keeper we adopted from has been relieved."""
@@ -236,6 +261,7 @@ class Guard:
         self._tell(frame, entry.fds)
 
     def _tell(self, frame: Frame, fds: Sequence[int] = ()) -> None:
+        self._send_together()  # the keeper does all in order
         if self._channel is None:
             return
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -165,14 +166,14 @@ class Keeper:
     def _obey(self, frame: Frame, fds: list[int]) -> None:
         if frame.act == "put":
             self._put(frame, fds)
+        elif frame.act == "update":
+            self._update(frame.value)
         elif frame.act == "drop":
             self.entries.pop(frame.key).close()
         elif frame.act == "configure":
             self.settings = msgspec.msgpack.decode(frame.value, type=Settings)
         elif frame.act == "reopen":
-            for number, fd in zip((1, 2), fds, strict=True):
-                os.dup2(fd, number)
-                os.close(fd)
+            _reopen(fds)
         elif frame.act == "expect-back":
             self.is_to_be_back = True
         elif frame.act == "has-all":
@@ -189,6 +190,10 @@ class Keeper:
         if old is not None:
             old.close()
 
+    def _update(self, values: bytes) -> None:
+        for key, value in msgspec.msgpack.decode(values, type=dict[str, bytes]).items():
+            self.entries[key].value = value
+
     def relocated(self, control: Path) -> None:
         """The control socket is another: that is what is to be removed at the end."""
         self.settings = msgspec.structs.replace(self.settings, control=str(control))
@@ -202,6 +207,12 @@ class Keeper:
             with suppress(OSError, ValueError):
                 if int(Path(settings.pid_file).read_text()) == self._traces.controller:
                     os.unlink(settings.pid_file)
+
+
+def _reopen(fds: Sequence[int]) -> None:
+    for number, fd in zip((1, 2), fds, strict=True):
+        os.dup2(fd, number)
+        os.close(fd)
 
 
 def relieve(predecessor: Channel) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,20 +40,19 @@ class Record:
         """Whether it is still what we wrote: whoever cleans directories may have removed it."""
         return self._inode is not None and rundir.inode(self._path) == self._inode
 
-    def add(self, worker: Worker, others: Iterable[Worker]) -> None:
+    def add(self, worker: Worker, known: Collection[Worker]) -> None:
         """One more.
 
         Args:
-            others: those there are beside it.
+            known: all there are, with this one.
         """
-        known = [worker, *others]
         if self.is_there and self._lines < _LONG * len(known) + 64:
             self._write([worker], os.O_APPEND)
             self._lines += 1
         else:
             self.renew(known)
 
-    def renew(self, workers: Sequence[Worker]) -> None:
+    def renew(self, workers: Collection[Worker]) -> None:
         """Write it anew, with these."""
         self._write(workers, os.O_TRUNC)
         self._inode, self._lines = rundir.inode(self._path), len(workers)

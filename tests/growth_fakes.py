@@ -1,0 +1,340 @@
+"""A service of any number of workers without processes, and what it costs to run it.
+
+The fleet, its rotation, the guard's client and the changes are the real ones. Workers, the
+backend and the guard's process are fakes, which count what they are asked to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any, cast
+
+from steer import plan as planning
+from steer import policy
+from steer.change import Changes
+from steer.config import Service
+from steer.cpus import Topology
+from steer.fleet import Fleet
+from steer.kernel.channel import Frame
+from steer.kernel.custody import Guard
+from steer.kernel.keeper import Settings
+from steer.kernel.spare import Spare
+from steer.ladder import Answer, Finding
+from steer.lifecycle import Event
+from steer.log import Log
+from steer.notify import Unheard
+from steer.place import Place
+from steer.plan import Generation, Plan
+from steer.policy import Scene
+from steer.retry import Retry
+from steer.servers import BY_DEFAULT
+from steer.steering import Counts
+from steer.table import Member
+
+FEW, MANY = 10, 1000
+READY = {"READY": "1"}
+_CPUS = (0, 1)
+_NO_PID = 1 << 23
+"""Beyond any there can be (PID_MAX_LIMIT of include/linux/threads.h)."""
+_OURS = str(Path(__file__).parent)
+
+
+class Cost(Counter[str]):
+    """What was done, by kind: `steps` are instructions of Python, `proc` files of /proc that were
+    opened, and the rest is counted by the fakes."""
+
+    @contextmanager
+    def of_steps(self) -> Iterator[None]:
+        """Count instructions of all but tests, and files of /proc."""
+
+        def look(frame: FrameType, event: str, _: object) -> Any:
+            if frame.f_code.co_filename.startswith(_OURS):
+                return None
+            frame.f_trace_opcodes = True
+            frame.f_trace_lines = False
+            return step
+
+        def step(_frame: FrameType, event: str, _: object) -> Any:
+            self["steps"] += event == "opcode"
+            return step
+
+        before, _counted[:] = sys.gettrace(), [self]
+        sys.settrace(look)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+            _counted.clear()
+
+
+_counted: list[Cost] = []
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    """See audit hooks of sys: one cannot be taken away."""
+    if _counted and event in ("open", "os.listdir", "os.scandir"):
+        _counted[0]["proc"] += str(arguments[0]).startswith("/proc/")
+
+
+sys.addaudithook(_audit)
+
+
+class FakeChannel:
+    """To a guard's process that does all it is told."""
+
+    def __init__(self, cost: Cost) -> None:
+        self._cost = cost
+
+    def send(self, frame: Frame, _fds: Sequence[int] = ()) -> None:
+        self._cost["messages to the guard"] += 1
+        self._cost["bytes to the guard"] += len(frame.value)
+        self._cost["waits for the guard"] += frame.wait
+
+    def receive(self) -> object:
+        return ()
+
+    def close(self) -> None:
+        pass
+
+
+class FakeGuard(Guard):
+    """Without its process."""
+
+    def __init__(self, home: Path, cost: Cost) -> None:
+        self._cost = cost
+        with socket.socket() as control:
+            super().__init__(control, Settings("growth", str(home / "growth.sock")))
+
+    def _fork(self) -> None:
+        self.pid = self._pidfd = _NO_PID
+        self._channel = cast(Any, FakeChannel(self._cost))
+
+
+class FakeSteering:
+    """Lays out a table as the real ones do, and puts it nowhere."""
+
+    backend = "ebpf"
+    needs_order = False
+    reserve = ()
+    counting = None
+    anchors: Mapping[int, socket.socket] = {0: cast(Any, None)}
+
+    def __init__(self, plan: Plan, cost: Cost) -> None:
+        self._plan = plan
+        self._cost = cost
+        self.members: Sequence[Member] = ()
+
+    def joined(self, _slot: int, _fds: Sequence[int]) -> None:
+        self._cost["joined"] += 1
+
+    def left(self, _slot: int) -> None:
+        self._cost["left"] += 1
+
+    def retire(self, _slot: int) -> Counts:
+        self._cost["looks at counts"] += 1
+        return Counts()
+
+    def counts(self, _slot: int) -> Counts:
+        self._cost["looks at counts"] += 1
+        return Counts()
+
+    def unsteered(self) -> int:
+        return 0
+
+    def steer(self, members: Sequence[Member]) -> None:
+        self._cost["flips"] += 1
+        self.members = members
+        policy.lay(self._plan.policy, members, Scene(self._plan.topology, self._plan.hash_length))
+
+    def swap(self, plan: Plan, members: Sequence[Member], _lend: object) -> None:
+        self._plan = plan
+        self.steer(members)
+
+    def settle(self) -> None:
+        self._cost["waits for programs"] += 1
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        return None, ()
+
+    def held(self, _slot: int) -> Sequence[int]:
+        return ()
+
+    def empty_reserve(self) -> None:
+        pass
+
+    def let_go(self, _slot: int) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+class FakeProcess:
+    """A worker that is there as long as nobody ends it."""
+
+    problem = None
+    left_behind: Sequence[int] = ()
+    last_words = why_told_so = ""
+    is_callable = True
+    inodes: frozenset[int] = frozenset()
+    bound: tuple[int, ...] = ()
+    pids = count(_NO_PID)
+
+    def __init__(
+        self, launch: Any, guard: Guard, joined: Callable[[Sequence[int]], None], cost: Cost
+    ) -> None:
+        self.launch = launch
+        self.pid = next(self.pids)
+        self.told = False
+        self.started_s = 0.0
+        self._guard = guard
+        self._cost = cost
+        cost["processes"] += 1
+        self.keep(b"")
+        joined(())
+
+    @property
+    def key(self) -> str:
+        return f"worker {self.pid}"
+
+    @property
+    def running(self) -> Any:
+        from steer.spawn import Running
+
+        return Running(self.pid, self.started_s, self.bound, self.told)
+
+    def keep(self, value: bytes, held: Sequence[int] = ()) -> None:
+        self._cost["saves of a worker"] += 1
+        self._guard.put(self.key, value, (0, 1, 2, *held), self.pid, BY_DEFAULT.first)
+
+    def watch(self, loop: Any, _retry: object, ended: Any, _lost: object) -> None:
+        self._loop, self._ended = loop, ended
+
+    def terminate(self, _quick: bool = False) -> None:
+        self.told = True
+        self._loop.call_soon(self.exit, signal.SIGTERM)
+
+    kill = terminate
+
+    def end(self) -> None:
+        self._guard.drop(self.key)
+
+    def exit(self, number: int) -> None:
+        """Its end is seen."""
+        self._guard.drop(self.key)
+        self._ended(self, number)
+
+    def others(self) -> Sequence[int]:
+        return ()
+
+    @contextmanager
+    def sockets(self) -> Iterator[Mapping[int, socket.socket]]:
+        yield {}
+
+
+class FakeService:
+    """Its workers, once it is `up`; each that is started gets ready in the next turn of the loop.
+
+    Attributes:
+        cost: of what was done since `count`.
+    """
+
+    def __init__(self, home: Path, workers: int, policy_name: str = "hash") -> None:
+        self.cost = Cost()
+        self.plan = plan_for(workers, policy_name)
+        self.guard = FakeGuard(home, self.cost)
+        self.steering = FakeSteering(self.plan, self.cost)
+        self.fleet = Fleet(
+            Generation(1, self.plan),
+            self.plan.slots,
+            cast(Any, self.steering),
+            self.guard,
+            cast(Any, self._launch),
+            Log("error", "text"),
+            Retry(Log("error", "text"), Spare(0)),
+            Unheard(lambda _: None),
+        )
+        self.changes = Changes(self.fleet, lambda *_: None)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _launch(self, place: Place) -> object:
+        service = place.generation.plan.service
+        return SimpleNamespace(service=service, binds=(), slot=place.slot, modest=False)
+
+    def begin(self, launch: Any, guard: Guard, joined: Any) -> FakeProcess:
+        """Take the place of `spawn.Process`."""
+        begun = FakeProcess(launch, guard, joined, self.cost)
+        if self._loop is not None:
+            self._loop.call_soon(self.fleet.notified, (begun.pid,), READY)
+        return begun
+
+    async def up(self) -> None:
+        """Start all workers and have them ready."""
+        self.fleet.start(lambda: None)
+        self._loop = asyncio.get_running_loop()
+        self.fleet.watch(self._loop, _settle, lambda _: None)
+        for place in list(self.fleet.places):
+            self.fleet.notified((pid_of(place),), READY)
+        await rest()
+
+    @contextmanager
+    def counted(self) -> Iterator[Cost]:
+        """What is done meanwhile."""
+        self.cost.clear()
+        with self.cost.of_steps():
+            yield self.cost
+
+    def ready(self, workers: int = 1) -> list[Place]:
+        """The first that serve."""
+        return [place for place in self.fleet.places if place.serves][:workers]
+
+
+async def _settle(fleet: Fleet, place: Place) -> None:
+    fleet.report(place, Event.SETTLED)
+
+
+def pid_of(place: Place) -> int:
+    assert place.process
+    return place.process.pid
+
+
+def plan_for(workers: int, policy_name: str = "hash", **keys: Any) -> Plan:
+    service = Service(workers=workers, policy=policy_name, **keys)
+    return planning.plan(service, Topology(_CPUS, _CPUS, {}), {"ebpf": Finding(Answer.YES)})
+
+
+async def rest() -> None:
+    """Until everybody waits for something."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+Script = Callable[[FakeService], Coroutine[Any, Any, None]]
+
+
+def cost_of(script: Script, home: Path, workers: int, **keys: Any) -> Cost:
+    """Of what a script counts, in a service of so many."""
+    import steer.fleet
+
+    service = FakeService(home, workers, **keys)
+    real = steer.fleet.Process
+    steer.fleet.Process = cast(Any, service.begin)
+
+    async def run() -> None:
+        await service.up()
+        await script(service)
+
+    try:
+        asyncio.run(run())
+    finally:
+        steer.fleet.Process = real  # type: ignore[misc]
+    return service.cost

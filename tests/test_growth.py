@@ -1,0 +1,73 @@
+"""What is done once costs the same among ten workers and among a thousand, and what is done to
+all of them costs as much for each. Operations are counted, never time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from growth_fakes import FEW, MANY, READY, Cost, FakeService, Script, cost_of, pid_of, rest
+
+from steer.lifecycle import Event
+
+ONCE = ("messages to the guard", "waits for the guard", "flips", "proc")
+
+
+def both(script: Script, home: Path) -> tuple[Cost, Cost]:
+    few, many = (cost_of(script, home, workers) for workers in (FEW, MANY))
+    return few, many
+
+
+def test_a_notification(tmp_path: Path) -> None:
+    async def script(service: FakeService) -> None:
+        (place,) = service.ready()
+        with service.counted():
+            service.fleet.notified((pid_of(place),), {"WATCHDOG": "1"})
+            service.fleet.notified((pid_of(place),), READY)
+            await rest()
+
+    few, many = both(script, tmp_path)
+    assert many == few
+    assert not many["proc"]
+
+
+def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
+    async def script(service: FakeService) -> None:
+        fleet, seat = service.fleet, service.plan.seats[0]
+        with service.counted():
+            fleet.recruit(seat, fleet.generation, modest=True)
+            await rest()
+
+    few, many = both(script, tmp_path)
+    assert not many["flips"]
+    assert [many[kind] for kind in ONCE] == [few[kind] for kind in ONCE]
+    assert many["steps"] < 1.1 * few["steps"]
+
+
+def test_a_flip_for_all_that_get_ready_in_one_turn(tmp_path: Path) -> None:
+    async def script(service: FakeService) -> None:
+        for place in service.ready(MANY):
+            service.fleet.report(place, Event.DRAIN)
+        await rest()
+        with service.counted():
+            for place in list(service.fleet.places):
+                service.fleet.report(place, Event.UNDRAIN)
+            await rest()
+
+    few, many = both(script, tmp_path)
+    assert few["flips"] == many["flips"] == 1
+    assert few["messages to the guard"] == many["messages to the guard"] == 1
+    assert many["steps"] / MANY < few["steps"] / FEW
+
+
+def test_an_end_is_not_waited_for_by_the_guard(tmp_path: Path) -> None:
+    """Which has nothing of its open that is chosen."""
+
+    async def script(service: FakeService) -> None:
+        (place,) = service.ready()
+        with service.counted():
+            assert place.process
+            service.guard.drop(place.process.key)
+
+    few, many = both(script, tmp_path)
+    assert many == few
+    assert not many["waits for the guard"]
