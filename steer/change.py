@@ -124,13 +124,14 @@ class Changes:
             As `renew`.
         """
         generation = Generation(self._fleet.generation.number, plan)
-        there = [place for place in self._fleet.places if place.state is not State.STOPPING]
-        staying = [place for place in there if place.seat in plan.seats]
+        wanted = frozenset(plan.seats)
+        there = [place for place in self._fleet.places if not place.is_on_its_way_out]
+        staying = [place for place in there if place.seat in wanted]
         if any(map(_serves, there)) and not any(map(_serves, staying)):
             staying = []
         seats = {place.seat for place in staying}
         new = [seat for seat in plan.seats if seat not in seats]
-        surplus = [place for place in there if place not in staying]
+        surplus = [place for place in there if place.seat not in seats]
         await self._replace(new, generation, surplus, tell)
 
     async def restart(self, place: Place, tell: Tell) -> Place:
@@ -193,8 +194,7 @@ class Changes:
         self._fleet.generation = generation
         self._fleet.admit(fresh)
         self._keep(generation, generation)
-        for place in old:
-            self._fleet.report(place, Event.RETIRE)
+        self._fleet.retire(old)
         self._fleet.try_settle()
         return fresh
 
@@ -210,25 +210,31 @@ class Changes:
     ) -> list[Place]:
         """Start workers and wait until all are ready; if one fails, none stays.
 
-        Not all at once: they would take the CPUs from those that serve.
+        Not all at once: they would take the CPUs from those that serve. One more than that, so
+        that the next begins while the last gets ready.
         """
         fresh: list[Place] = []
-        at_once = max(1, len(os.sched_getaffinity(0)) // 2)
-        waiting: set[asyncio.Future[None]] = set()
+        at_once = 1 + max(1, len(os.sched_getaffinity(0)) // 2)
+        starting: set[Place] = set()
+        news: asyncio.Queue[Place] = asyncio.Queue()
+        recruit, told = self._fleet.recruit, news.put_nowait
+        tell("ready", 0, len(seats))
         try:
-            while len(fresh) < len(seats) or waiting:
-                while len(fresh) < len(seats) and len(waiting) < at_once:
-                    fresh.append(self._fleet.recruit(seats[len(fresh)], generation, modest))
-                    waiting.add(_future(fresh[-1]))
-                tell("ready", len(fresh) - len(waiting), len(seats))
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for each in done:
-                    each.result()
-                _see_that_all_stayed(fresh)
+            while len(fresh) < len(seats) or starting:
+                if news.empty() and len(fresh) < len(seats) and len(starting) < at_once:
+                    fresh.append(recruit(seats[len(fresh)], generation, modest, told))
+                    starting.add(fresh[-1])
+                    await asyncio.sleep(0)  # to start one takes long enough
+                else:
+                    place = await news.get()
+                    _see_that_it_stayed(place)
+                    starting.discard(place)
+                    tell("ready", len(fresh) - len(starting), len(seats))
+            for place in fresh:
+                _see_that_it_stayed(place)
         except BaseException:
             self._dismiss(fresh)
             raise
-        tell("ready", len(fresh), len(seats))
         return fresh
 
     def _dismiss(self, fresh: Sequence[Place]) -> None:
@@ -236,20 +242,15 @@ class Changes:
             self._fleet.report(place, Event.RETIRE)
 
 
-def _future(place: Place) -> asyncio.Future[None]:
-    assert place.came_up is not None
-    return place.came_up
-
-
-def _see_that_all_stayed(fresh: Sequence[Place]) -> None:
-    """One may have been ready and ended since.
+def _see_that_it_stayed(place: Place) -> None:
+    """It may have failed, or been ready and ended since.
 
     Raises:
+        SteerError: as it failed with.
         WorkersFailed
     """
-    for place in fresh:
-        if place.state not in (State.STARTING, State.READY):
-            raise place.error or WorkersFailed("start workers", f"one is {place.state.value}")
+    if place.state not in (State.STARTING, State.READY):
+        raise place.error or WorkersFailed("start workers", f"one is {place.state.value}")
 
 
 def _serves(place: Place) -> bool:

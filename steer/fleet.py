@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -46,6 +47,9 @@ QUICK_S = 1.0
 
 STRAYS_NAMED = 4
 """Of those who have a socket of a worker that has ended so many are named in the log."""
+
+_RETIRED_AT_ONCE = 32
+"""In one turn of the loop: some milliseconds."""
 
 _LOOKED_AT = 8
 """So many that start, at each end of another: all are alike, and to look takes time."""
@@ -105,6 +109,7 @@ class Fleet:
         self._launch = launch
         self._ending = False
         self._unsaved: dict[Place, None] = {}
+        self._leaving: deque[Place] = deque()
         self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
@@ -190,7 +195,7 @@ class Fleet:
                 self.report(place, Event.RETRY)
 
     def _belongs(self, place: Place) -> bool:
-        now, comes_or_goes = self.generation, place.held or place.state is State.STOPPING
+        now, comes_or_goes = self.generation, place.held or place.is_on_its_way_out
         there_is_such_a_seat = place.seat.number < len(now.plan.seats)
         return place.generation.number == now.number and there_is_such_a_seat and not comes_or_goes
 
@@ -258,11 +263,13 @@ class Fleet:
         """Of the whole service since its start; None where nobody counts."""
         return self._rotation.counts()
 
-    def recruit(self, seat: Seat, generation: Generation, modest: bool) -> Place:
-        """Start a worker that is held until `admit`; its `came_up` tells how it goes.
+    def recruit(
+        self, seat: Seat, generation: Generation, modest: bool, told: Callable[[Place], None]
+    ) -> Place:
+        """Start a worker that is held until `admit`.
 
         Args:
-            modest: see `Place`.
+            modest, told: see `Place`.
 
         Raises:
             BindError, KernelError, WorkersFailed: it could not be started.
@@ -270,7 +277,7 @@ class Fleet:
         """
         place = self._take_place(seat, generation, held=True)
         place.modest = modest
-        place.came_up = self._loop.create_future()
+        place.told = told
         try:
             self._begin(place)
         except SteerError:
@@ -281,9 +288,28 @@ class Fleet:
     def admit(self, places: Sequence[Place]) -> None:
         """From now on they may be chosen, all at once."""
         for place in places:
-            place.held = False
+            place.held, place.told = False, None
         self._save_together(places)
         self._rotation.flip_soon()
+
+    def retire(self, places: Iterable[Place]) -> None:
+        """They are chosen no more, all at once. The rest of what follows is done for a few in a
+        turn of the loop, which would else do nothing else for long. Who adopts us if we are
+        killed meanwhile retires those whose seats others have."""
+        for place in places:
+            if place.is_in_service:
+                place.leaving = True
+                self._leaving.append(place)
+            else:
+                self.report(place, Event.RETIRE)
+        self._rotation.flip_soon()
+        self._loop.call_soon(self._retire_some)
+
+    def _retire_some(self) -> None:
+        for _ in range(min(_RETIRED_AT_ONCE, len(self._leaving))):
+            self.report(self._leaving.popleft(), Event.RETIRE)
+        if self._leaving:
+            self._loop.call_soon(self._retire_some)
 
     def stop(self, within_s: float, quick: bool) -> None:
         """Ask every worker to finish what it has; those that have not by then are killed.
@@ -471,16 +497,16 @@ class Fleet:
         got_ready = partial(place.got_ready, self.clock.now_s())
         self.retry.attempt(f"look at worker {place.slot}", got_ready)
         self.log.info("worker %d ready", place.slot)
-        if place.came_up and not place.came_up.done():
-            place.came_up.set_result(None)
+        if place.told:
+            place.told(place)
         if not self.up.done():
             self.up.set_result(None)
             for each in self.places:
                 if each.state is State.BACKOFF:  # it may have waited for this
                     self._set_timer(each, 0.0, Event.RETRY)
 
-    def _deactivate(self, _place: Place) -> None:
-        if not self._ending:
+    def _deactivate(self, place: Place) -> None:
+        if not self._ending and not place.leaving:
             self._rotation.flip_soon()
 
     def _rescue(self, place: Place) -> None:
@@ -765,8 +791,10 @@ class Fleet:
         """Whether the service can still come up; `error` is told if it cannot."""
         place.error = error
         if place.held:
-            self._fail_held(place, error)
+            self._fail_held(place)
             return
+        if place.leaving:
+            self.report(place, Event.RETIRE)
         self.report(place, Event.EXITED)
         if self.up.done() or self._ending:
             return
@@ -774,13 +802,12 @@ class Fleet:
             self.up.set_exception(error)
             self.up.exception()  # retrieved here: nobody may be waiting yet
 
-    def _fail_held(self, place: Place, error: SteerError) -> None:
+    def _fail_held(self, place: Place) -> None:
         """It is not tried again: whoever asked for it is told."""
         self.report(place, Event.RETIRE)
         self.report(place, Event.EXITED)
-        if place.came_up and not place.came_up.done():
-            place.came_up.set_exception(error)
-            place.came_up.exception()
+        if place.told:
+            place.told(place)
 
     def _set_timer(self, place: Place, after_s: float, event: Event) -> None:
         place.set_timer(self.clock.call_later(after_s, self._on_time, place, event))

@@ -21,8 +21,6 @@ from steer.spawn import Process, Running
 from steer.table import Member
 
 if TYPE_CHECKING:
-    from asyncio import Future
-
     from steer.clock import Timer
     from steer.settle import Settling
 
@@ -81,7 +79,8 @@ class Place(msgspec.Struct, eq=False):
     Args:
         held: not to be chosen yet, as it comes together with others.
         modest: to leave the CPUs to those that serve until it is ready.
-        came_up: of one that is held: done once it is ready, or with what went wrong.
+        leaving: it is about to be retired with others, and is not chosen any more.
+        told: of one that is held: called when it is ready, and when it has failed.
         failures: ends in a row before `lifecycle.STABLE_S` of service.
         says_ready: whether it sent READY=1.
         heard_s: when it last sent WATCHDOG=1, or was ready, by the controller's clock.
@@ -109,7 +108,8 @@ class Place(msgspec.Struct, eq=False):
     state: State = State.STARTING
     held: bool = False
     modest: bool = False
-    came_up: Future[None] | None = None
+    leaving: bool = False
+    told: Callable[[Place], None] | None = None
     process: Process | None = None
     ready_s: float | None = None
     starts: int = 0
@@ -169,7 +169,12 @@ class Place(msgspec.Struct, eq=False):
     @property
     def is_in_service(self) -> bool:
         """Whether it may be chosen, or could be if it were not at capacity."""
-        return self.state is State.READY and not self.held
+        return self.state is State.READY and not self.held and not self.leaving
+
+    @property
+    def is_on_its_way_out(self) -> bool:
+        """Whether it is there for no more than to finish what it has."""
+        return self.leaving or self.state is State.STOPPING
 
     @property
     def closed_its_listeners(self) -> bool:

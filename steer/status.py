@@ -74,8 +74,11 @@ def _left_out(places: Collection[Place], still_chosen: bool) -> list[str]:
 
 
 def shown(place: Place) -> State:
-    """One that is ready, but comes together with others that are not, is not chosen yet."""
-    return State.STARTING if place.held else place.state
+    """One that is ready, but comes together with others that are not, is not chosen yet; one
+    that goes together with others is chosen no more."""
+    if place.held:
+        return State.STARTING
+    return State.STOPPING if place.leaving else place.state
 
 
 def _worker(place: Place, steering: Steering, now_s: float) -> report.Worker:

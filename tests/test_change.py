@@ -55,10 +55,12 @@ class FakeFleet:
         self.places.append(place)
         return place
 
-    def recruit(self, seat: Seat, generation: Generation, _modest: bool) -> Place:
+    def recruit(
+        self, seat: Seat, generation: Generation, _modest: bool, told: Callable[[Place], None]
+    ) -> Place:
         place = self._take(seat, generation)
         place.held = True
-        place.came_up = asyncio.get_running_loop().create_future()
+        place.told = told
         return place
 
     def admit(self, places: Sequence[Place]) -> None:
@@ -70,6 +72,10 @@ class FakeFleet:
         if Command.FORGET in commands:
             self.places.remove(place)
 
+    def retire(self, places: Sequence[Place]) -> None:
+        for place in places:
+            self.report(place, Event.RETIRE)
+
     def try_settle(self) -> None:
         self.flips.append([place.slot for place in self.places if place.serves])
 
@@ -78,17 +84,16 @@ class FakeFleet:
     def get_ready(self, slot: int) -> None:
         place = self.at(slot)
         self.report(place, Event.READY)
-        assert place.came_up is not None
-        place.came_up.set_result(None)
+        assert place.told is not None
+        place.told(place)
 
     def fail(self, slot: int) -> None:
         place = self.at(slot)
         place.error = ENDED
         self.report(place, Event.RETIRE)
         self.report(place, Event.EXITED)
-        assert place.came_up is not None
-        if not place.came_up.done():
-            place.came_up.set_exception(ENDED)
+        assert place.told is not None
+        place.told(place)
 
     def at(self, slot: int) -> Place:
         return next(place for place in self.places if place.slot == slot)
@@ -129,25 +134,26 @@ def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(CPUS))
 
 
-def test_half_the_cpus_start_workers_and_all_are_told_of() -> None:
+def test_half_the_cpus_start_workers_and_one_more_begins_and_all_are_told_of() -> None:
     told: list[tuple[str, int, int]] = []
 
     async def script(fleet: FakeFleet, changes: Changes) -> None:
-        renewal = begin(changes.renew(plan_for(3), lambda *how_far: told.append(how_far)))
-        await rest()
-        assert [place.slot for place in fleet.places] == [0, 1, 2]
-        fleet.get_ready(2)
+        renewal = begin(changes.renew(plan_for(4), lambda *how_far: told.append(how_far)))
         await rest()
         assert [place.slot for place in fleet.places] == [0, 1, 2, 3]
+        fleet.get_ready(2)
+        await rest()
+        assert [place.slot for place in fleet.places] == [0, 1, 2, 3, 4]
         fleet.get_ready(1)
+        fleet.get_ready(4)
         await rest()
         assert fleet.flips == []
         fleet.get_ready(3)
         assert (await renewal).number == 2
 
     fleet = play(1, script)
-    assert told == [("ready", done, 3) for done in (0, 1, 2, 3)]
-    assert fleet.flips == [[1, 2, 3]]
+    assert told == [("ready", done, 4) for done in (0, 1, 2, 3, 4)]
+    assert fleet.flips == [[1, 2, 3, 4]]
     assert fleet.states()[0] is State.STOPPING
     # The guard knows of the new one before there are workers of it.
     assert fleet.kept == [(2, 1), (2, 2)]
@@ -227,7 +233,7 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
 
     fleet = play(1, script)
     # None was started since, and none admitted.
-    assert len(fleet.places) == (2 if when == "before any is ready" else 5)
+    assert len(fleet.places) == (3 if when == "before any is ready" else 5)
     assert set(fleet.states().values()) == {State.STOPPING}
     assert fleet.flips == []
     assert fleet.generation.number == 1

@@ -5,10 +5,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from growth_fakes import FEW, MANY, READY, Cost, FakeService, Script, cost_of, pid_of, rest
+from growth_fakes import (
+    FEW,
+    MANY,
+    READY,
+    Cost,
+    FakeService,
+    Script,
+    cost_of,
+    pid_of,
+    plan_for,
+    rest,
+)
 
+from steer.change import unheard
 from steer.lifecycle import Event
 
+EACH = ("messages to the guard", "processes", "joined", "proc")
 ONCE = ("messages to the guard", "waits for the guard", "flips", "proc")
 
 
@@ -34,7 +47,7 @@ def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         fleet, seat = service.fleet, service.plan.seats[0]
         with service.counted():
-            fleet.recruit(seat, fleet.generation, modest=True)
+            fleet.recruit(seat, fleet.generation, True, lambda _: None)
             await rest()
 
     few, many = both(script, tmp_path)
@@ -71,3 +84,32 @@ def test_an_end_is_not_waited_for_by_the_guard(tmp_path: Path) -> None:
     few, many = both(script, tmp_path)
     assert many == few
     assert not many["waits for the guard"]
+
+
+def test_a_reload(tmp_path: Path) -> None:
+    async def script(service: FakeService) -> None:
+        with service.counted():
+            await service.changes.renew(service.plan, unheard)
+            assert {place.generation.number for place in service.ready(MANY)} == {2}
+            assert service.cost["flips"] == 1
+            while len(service.fleet.places) > len(service.plan.seats):
+                await rest()
+
+    few, many = both(script, tmp_path)
+    assert [many[kind] / MANY for kind in EACH] <= [few[kind] / FEW for kind in EACH]
+    assert many["flips"] / MANY < few["flips"] / FEW
+    assert not many["waits for the guard"]
+    assert many["steps"] / MANY < 1.2 * few["steps"] / FEW
+
+
+def test_a_scale(tmp_path: Path) -> None:
+    async def script(service: FakeService) -> None:
+        half = plan_for(len(service.plan.seats) // 2)
+        with service.counted():
+            await service.changes.scale(half, unheard)
+            while len(service.fleet.places) > len(half.seats):
+                await rest()
+
+    few, many = both(script, tmp_path)
+    assert many["flips"] / MANY < few["flips"] / FEW
+    assert many["steps"] / MANY < 1.2 * few["steps"] / FEW

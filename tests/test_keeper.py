@@ -696,7 +696,7 @@ def test_what_is_put_together_is_adopted(puppet: Puppet) -> None:
     puppet.start()
     for key in ("a", "b"):
         puppet.worker(key, *PLAIN)
-    puppet.do("exec('with guard.together(): [guard.update(k, k.encode()) for k in (\"a\", \"b\")]')")
+    puppet.do('exec(\'with guard.together(): [guard.update(k, k.encode()) for k in ("a", "b")]\')')
     puppet.die()
     adopted = adopt(puppet)
     assert {key: entry.value for key, entry in adopted.entries.items()} == {"a": b"a", "b": b"b"}
