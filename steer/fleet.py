@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -48,8 +49,8 @@ QUICK_S = 1.0
 STRAYS_NAMED = 4
 """Of those who have a socket of a worker that has ended so many are named in the log."""
 
-_RETIRED_AT_ONCE = 32
-"""In one turn of the loop: some milliseconds."""
+_AT_ONCE = 32
+"""Workers that are retired, or pinned, in one turn of the loop: some milliseconds."""
 
 _LOOKED_AT = 8
 """So many that start, at each end of another: all are alike, and to look takes time."""
@@ -110,6 +111,7 @@ class Fleet:
         self._ending = False
         self._unsaved: dict[Place, None] = {}
         self._leaving: deque[Place] = deque()
+        self._unpinned: dict[Place, None] = {}
         self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
@@ -289,7 +291,7 @@ class Fleet:
         """From now on they may be chosen, all at once."""
         for place in places:
             place.held, place.told = False, None
-        self._save_together(places)
+        self._save_together(places, look=False)
         self._rotation.flip_soon()
 
     def retire(self, places: Iterable[Place]) -> None:
@@ -306,7 +308,7 @@ class Fleet:
         self._loop.call_soon(self._retire_some)
 
     def _retire_some(self) -> None:
-        for _ in range(min(_RETIRED_AT_ONCE, len(self._leaving))):
+        for _ in range(min(_AT_ONCE, len(self._leaving))):
             self.report(self._leaving.popleft(), Event.RETIRE)
         if self._leaving:
             self._loop.call_soon(self._retire_some)
@@ -458,12 +460,15 @@ class Fleet:
         moves = {place.slot: seats.get(place.seat.number, place.seat) for place in self.places}
         members = [place.member(moves[place.slot]) for place in self.places if place.serves]
         self._rotation.choose_by(plan, members, steering)
+        now = Generation(self.generation.number, plan)
         for place in self.places:
-            place.generation = self._with(place.generation, plan)
-            place.reseat(moves[place.slot])
-        self._save_together(self.places)
-        self.generation = Generation(self.generation.number, plan)
+            if place.generation.number == now.number:
+                place.generation = now
+        moved = [place for place in self.places if place.reseat(moves[place.slot])]
+        self._save_together(self.places, look=False)
+        self.generation = now
         self._rotation.keep()
+        self._pin_soon(moved)
 
     def attach_again(self) -> None:
         """What steers to every group, as a worker may have attached something else."""
@@ -471,12 +476,22 @@ class Fleet:
 
     def pin(self) -> None:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
-        for place in self.places:
-            place.pin()
+        self._pin_soon(self.places)
 
-    def _with(self, generation: Generation, plan: Plan) -> Generation:
-        in_force = generation.number == self.generation.number
-        return Generation(generation.number, plan) if in_force else generation
+    def _pin_soon(self, places: Iterable[Place]) -> None:
+        """A few in a turn of the loop, the first at once. Nobody has to wait for it: wherever
+        they run, they get what the table says."""
+        is_under_way = bool(self._unpinned)
+        self._unpinned |= dict.fromkeys(places)
+        if not is_under_way:
+            self._pin_some()
+
+    def _pin_some(self) -> None:
+        for place in list(islice(self._unpinned, _AT_ONCE)):
+            del self._unpinned[place]
+            self.retry.attempt(f"pin worker {place.slot}", place.pin)
+        if self._unpinned:
+            self._loop.call_soon(self._pin_some)
 
     # Commands.
 
@@ -709,8 +724,13 @@ class Fleet:
         unsaved, self._unsaved = self._unsaved, {}
         self._save_together(unsaved)
 
-    def _save_together(self, places: Iterable[Place]) -> None:
-        with self._guard.together():
+    def _save_together(self, places: Collection[Place], look: bool = True) -> None:
+        def keep() -> None:
+            with self._guard.together():
+                for place in places:
+                    place.keep(self.steering.held(place.slot), look)
+
+        if not self.retry.attempt("have the guard know of workers", keep):
             for place in places:
                 self._save(place)
 

@@ -189,11 +189,10 @@ class Place(msgspec.Struct, eq=False):
         seat = seat or self.seat
         return Member(self.slot, seat.weight, seat.cpu)
 
-    def reseat(self, seat: Seat) -> None:
-        """Another seat from now on, and its CPUs."""
+    def reseat(self, seat: Seat) -> bool:
+        """Another seat from now on; whether it is to be pinned to other CPUs."""
         before, self.seat = self.seat, seat
-        if before.cpus != seat.cpus:
-            self.pin()
+        return before.cpus != seat.cpus
 
     def pin(self) -> None:
         """To the CPUs of its seat."""
@@ -271,16 +270,17 @@ class Place(msgspec.Struct, eq=False):
             self.settling.cancel()
             self.settling = None
 
-    def keep(self, held: Sequence[int]) -> None:
+    def keep(self, held: Sequence[int], look: bool = True) -> None:
         """Have the guard know what another controller would have to; nothing if it has no
         process.
 
         Args:
             held: descriptors of its sockets.
+            look: see `Process.keep`.
         """
         if self.process is not None:
             saved = self._saved(self.process.running)
-            self.process.keep(msgspec.json.encode(saved), held)
+            self.process.keep(msgspec.json.encode(saved), held, look)
 
     def _saved(self, running: Running) -> Saved:
         return Saved(

@@ -171,10 +171,16 @@ class Process:
         """What `adopted` has to be told."""
         return Running(self.pid, self.started_s, self.bound, self.told)
 
-    def keep(self, value: bytes, held: Sequence[int] = ()) -> None:
-        """Have the guard keep `value` with what ties the process to us, and `held`."""
+    def keep(self, value: bytes, held: Sequence[int] = (), look: bool = True) -> None:
+        """Have the guard keep `value` with what ties the process to us, and `held`.
+
+        Args:
+            look: whether it may run another program by now, that is to be told to finish in
+                another way.
+        """
         fds = (self._pidfd, self._stderr, self._channel.fileno(), *held)
-        self._guard.put(self.key, value, fds, self.pid, self._how_to_finish().first)
+        how = self._how_to_finish() if look else self._finish
+        self._guard.put(self.key, value, fds, self.pid, how.first)
 
     @contextmanager
     def sockets(self) -> Iterator[Mapping[int, socket.socket]]:

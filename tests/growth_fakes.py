@@ -212,8 +212,9 @@ class FakeProcess:
 
         return Running(self.pid, self.started_s, self.bound, self.told)
 
-    def keep(self, value: bytes, held: Sequence[int] = ()) -> None:
+    def keep(self, value: bytes, held: Sequence[int] = (), look: bool = True) -> None:
         self._cost["saves of a worker"] += 1
+        self._cost["looks at a worker"] += look
         self._guard.put(self.key, value, (0, 1, 2, *held), self.pid, BY_DEFAULT.first)
 
     def watch(self, loop: Any, _retry: object, ended: Any, _lost: object) -> None:
@@ -281,10 +282,15 @@ class FakeService:
         """Start all workers and have them ready."""
         self.fleet.start(lambda: None)
         self._loop = asyncio.get_running_loop()
-        self.fleet.watch(self._loop, _settle, lambda _: None)
+        self.fleet.watch(self._loop, self._settle, lambda _: None)
         for place in list(self.fleet.places):
             self.fleet.notified((pid_of(place),), READY)
         await rest()
+
+    def _settle(self, place: Place) -> Any:
+        """Nothing waits for it: see `settle.Settler.begin`."""
+        assert self._loop
+        return self._loop.call_soon(self.fleet.report, place, Event.SETTLED)
 
     @contextmanager
     def counted(self) -> Iterator[Cost]:
@@ -296,10 +302,6 @@ class FakeService:
     def ready(self, workers: int = 1) -> list[Place]:
         """The first that serve."""
         return [place for place in self.fleet.places if place.serves][:workers]
-
-
-async def _settle(fleet: Fleet, place: Place) -> None:
-    fleet.report(place, Event.SETTLED)
 
 
 def pid_of(place: Place) -> int:

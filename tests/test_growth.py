@@ -3,6 +3,9 @@ all of them costs as much for each. Operations are counted, never time."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from growth_fakes import (
@@ -113,3 +116,37 @@ def test_a_scale(tmp_path: Path) -> None:
     few, many = both(script, tmp_path)
     assert many["flips"] / MANY < few["flips"] / FEW
     assert many["steps"] / MANY < 1.2 * few["steps"] / FEW
+
+
+def test_a_policy_change(tmp_path: Path) -> None:
+    async def script(service: FakeService) -> None:
+        with service.counted():
+            service.fleet.choose_by(plan_for(len(service.plan.seats), "cpu"))
+
+    few, many = both(script, tmp_path)
+    assert many["flips"] == few["flips"] == 1
+    assert many["messages to the guard"] == few["messages to the guard"]
+    assert not many["looks at a worker"]
+    assert many["steps"] / MANY < few["steps"] / FEW
+
+
+def test_workers_are_pinned_a_few_in_a_turn(tmp_path: Path) -> None:
+    turns: list[int] = []
+
+    async def script(service: FakeService) -> None:
+        was = service.fleet.retry.attempt
+        pinned = 0
+
+        def attempt(act: str, do: Callable[[], object]) -> bool:
+            nonlocal pinned
+            pinned += act.startswith("pin ")
+            return was(act, do)
+
+        service.fleet.retry.attempt = attempt  # type: ignore[method-assign]
+        service.fleet.choose_by(plan_for(len(service.plan.seats), "cpu"))
+        while pinned < len(service.plan.seats):
+            turns.append(pinned)
+            await asyncio.sleep(0)
+
+    cost_of(script, tmp_path, MANY)
+    assert max(after - before for before, after in pairwise(turns)) <= 32
