@@ -11,6 +11,7 @@ import os
 import re
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,9 @@ class Contender:
             not needed of steer, which can be asked.
         worker_mb: what a worker takes, for who has to know whether there is room.
         tool: the `steer` command; None: it is not steer.
-        is_slow: replaces one worker after the other, which takes minutes, and hours under load.
+        most: workers that it is measured with; more would take too long.
+        most_again: that it is measured with more than once.
+        is_slow: replaces one worker after the other, which takes hours under load.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Contender:
     ready: re.Pattern[bytes]
     worker_mb: float
     tool: str | None = None
+    most: int = sys.maxsize
+    most_again: int = sys.maxsize
     is_slow: bool = False
 
 
@@ -83,7 +88,8 @@ class Crowd:
         """Of the workers, the oldest first."""
         if self.contender.tool:
             workers = self.ask("status")["service"]["workers"]
-            return [each["pid"] for each in sorted(workers, key=_age_s, reverse=True)]
+            by_age = sorted(workers, key=_age_s, reverse=True)
+            return [each["pid"] for each in by_age if each["pid"]]
         self._log.read()
         return self._log.pids[-self.workers :]
 
@@ -167,7 +173,7 @@ def _command(contender: Contender, workers: int, site: Site) -> list[str]:
 
 
 def _age_s(worker: Mapping[str, Any]) -> float:
-    return float(worker["uptime_s"])
+    return worker["uptime_s"] or 0.0
 
 
 class Leaving:

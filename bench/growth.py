@@ -1,7 +1,7 @@
 """What many workers take: steer beside gunicorn, uvicorn and another build, at several sizes.
 
 Each server lives through the same, see `lifetime`, one after the other, every other round in
-reverse. Of many workers there are fewer rounds.
+reverse. Of many workers there are fewer rounds, and all that is done twice comes last.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BASE = "STEER_BENCH_BASE"
 STEER, OTHER, GUNICORN, UVICORN = "steer", "steer, the other build", "gunicorn", "uvicorn"
 ROUNDS: Mapping[int, int] = {4: 3, 16: 2, 64: 2, 256: 2, 1000: 1}
 """How many, by the number of workers."""
-SLOW_ROUNDS = 1
-"""Of those that take longest."""
+AGAIN_S = 780.0
+"""What was measured once is not begun again when that is over."""
 FEW, MANY = 4, 1000
 
 AT_MOST: Mapping[tuple[Quantity, int], float] = {
@@ -92,10 +92,10 @@ def contenders() -> list[Contender]:
     """Raises SteerError: one is not installed."""
     ours = tool("steer")
     return [
-        Contender(STEER, partial(_steer, ours), _STEERS_READY, 6, ours),
+        Contender(STEER, partial(_steer, ours), _STEERS_READY, 12, ours),
         *_other_build(),
         Contender(GUNICORN, _gunicorn, _GUNICORNS_READY, 10),
-        Contender(UVICORN, _uvicorn, _UVICORNS_READY, 25, is_slow=True),
+        Contender(UVICORN, _uvicorn, _UVICORNS_READY, 25, most=64, most_again=0, is_slow=True),
     ]
 
 
@@ -107,7 +107,8 @@ def _other_build() -> Iterator[Contender]:
     command = Path(home, ".venv/bin/steer")
     if not command.exists():
         raise SteerError(f"run {OTHER}", f"no {command}", "set it up: ./dev setup there")
-    yield Contender(OTHER, partial(_steer, str(command)), _STEERS_READY, 6, str(command))
+    starts = partial(_steer, str(command))
+    yield Contender(OTHER, starts, _STEERS_READY, 12, str(command), most_again=64)
 
 
 def _steer(command: str, site: Site, workers: int) -> list[str]:
@@ -135,7 +136,7 @@ def subjects(there: Sequence[Contender], sizes: Mapping[int, int]) -> Iterator[S
     """All of a round before the next; every other one in reverse."""
     for turn in range(max(sizes.values())):
         for workers in (workers for workers, rounds in sizes.items() if turn < rounds):
-            able = [each for each in there if turn < SLOW_ROUNDS or not each.is_slow]
+            able = [each for each in there if workers <= (each.most_again if turn else each.most)]
             for contender in able[:: -1 if turn % 2 else 1]:
                 yield Subject(contender, workers, turn)
 
@@ -144,11 +145,12 @@ def _measure(wanted: Iterable[Subject], pace: Pace, failures: list[str]) -> Foun
     found = {}
     begun_s = time.monotonic()
     for each in wanted:
-        who = f"{each.contender.name}, {each.workers} workers"
-        if why := no_room(each, available_mb()):
+        after_s = time.monotonic() - begun_s
+        who = f"{each.contender.name}, {each.workers} workers, round {each.round + 1}"
+        if why := no_room(each, available_mb()) or no_time(each, after_s):
             _say(f"{who}: left out, as {why}")
             continue
-        _say(f"{who}, round {each.round + 1}, after {time.monotonic() - begun_s:.0f} s")
+        _say(f"{who}, after {after_s:.0f} s")
         try:
             found[each] = lifetime.live(each.contender, each.workers, pace)
         except SteerError as error:
@@ -156,8 +158,13 @@ def _measure(wanted: Iterable[Subject], pace: Pace, failures: list[str]) -> Foun
     return found
 
 
+def no_time(subject: Subject, after_s: float) -> str:
+    """Why it is not to be measured again; empty if it is."""
+    return f"{AGAIN_S:.0f} s are over" if subject.round and after_s > AGAIN_S else ""
+
+
 def no_room(subject: Subject, available_mb: float) -> str:
-    """Why it cannot be measured; empty if it can. A reload may take twice the workers."""
+    """Why it cannot be measured; empty if it can."""
     needed_mb = subject.workers * subject.contender.worker_mb
     if needed_mb <= available_mb:
         return ""

@@ -26,6 +26,7 @@ _SETTLE_S = 1.0
 _LOAD_S = 0.8
 """For a client to start, and for what follows an act."""
 _BETWEEN_CHANGES_S = 0.01
+_CHANGES_S = 5.0
 _PORT = 9950
 
 
@@ -60,13 +61,13 @@ class Pace:
     """How much is done in a life.
 
     Args:
-        changes: of policy, while nothing else happens.
+        changes: of policy, while nothing else happens; fewer where they take long.
     """
 
     idle_s: float = 3.0
     changes: int = 20
     statuses: int = 3
-    kills: int = 3
+    kills: int = 2
 
 
 @dataclass
@@ -139,7 +140,10 @@ def _change_policies(life: Life, it: Crowd, pace: Pace) -> None:
     """Each has been there once before, as in `swap`."""
     for policy in _POLICIES:
         _change_ms(it, policy)
+    end_s = time.monotonic() + _CHANGES_S
     for turn in range(pace.changes):
+        if turn and time.monotonic() > end_s:
+            return
         time.sleep(_BETWEEN_CHANGES_S)
         life.add(POLICY, _change_ms(it, _POLICIES[turn % len(_POLICIES)]))
 

@@ -347,14 +347,15 @@ STEER, GUNICORN = (
     Contender(name, lambda _site, _workers: [], re.compile(b""), 10, tool)
     for name, tool in ((growth.STEER, "steer"), (growth.GUNICORN, None))
 )
-SLOW = Contender("slow", lambda _site, _workers: [], re.compile(b""), 25, is_slow=True)
+SLOW = Contender("slow", lambda _site, _workers: [], re.compile(b""), 25, most=64, most_again=0)
 
 
 def test_rounds_of_growth_go_there_and_back_and_fewer_are_of_many() -> None:
-    wanted = list(growth.subjects([STEER, GUNICORN, SLOW], {4: 2, 64: 1}))
+    wanted = list(growth.subjects([STEER, GUNICORN, SLOW], {4: 2, 64: 1, 256: 1}))
     assert [(each.contender, each.workers, each.round) for each in wanted] == [
         *((contender, 4, 0) for contender in (STEER, GUNICORN, SLOW)),
         *((contender, 64, 0) for contender in (STEER, GUNICORN, SLOW)),
+        *((contender, 256, 0) for contender in (STEER, GUNICORN)),
         *((contender, 4, 1) for contender in (GUNICORN, STEER)),
     ]
 
@@ -439,6 +440,12 @@ def test_there_is_room_for_so_many_workers_or_it_is_said_what_they_would_take() 
     assert growth.no_room(Subject(SLOW, 256, 0), 6400) == ""
     assert "6,400 MB of memory, and 6,399 are" in growth.no_room(Subject(SLOW, 256, 0), 6399)
     assert growth.available_mb() > 0
+
+
+def test_time_is_for_what_was_not_measured_yet() -> None:
+    assert growth.no_time(Subject(SLOW, 256, 0), 10 * growth.AGAIN_S) == ""
+    assert growth.no_time(Subject(SLOW, 4, 1), growth.AGAIN_S) == ""
+    assert growth.no_time(Subject(SLOW, 4, 1), growth.AGAIN_S + 1) == "780 s are over"
 
 
 def test_the_other_build_has_to_be_set_up(
