@@ -67,8 +67,8 @@ from steer.worker import Launch
 _LOOK_S = 0.002
 _LAST_LINES_S = 1.0
 """For who reads standard error to take what waits at our end."""
-_SPARE = 8
-"""Descriptors that the start of a worker takes, beside one for each of its sockets: two pairs,
+_SPARE = 10
+"""Descriptors that the start of a worker takes, beside two for each of its sockets: three pairs,
 a pidfd, and what is looked at in /proc; and some to spare."""
 
 Reread = Callable[[], Service]
@@ -239,7 +239,7 @@ class Controller:
         self._unheard = Unheard(log.warning)
         self._open_before = process.open_descriptors()
         self._files = process.allow_descriptors(self._open_before + plan.descriptors)
-        self._spare = Spare(_SPARE + len(plan.binds))
+        self._spare = Spare(_SPARE + 2 * len(plan.binds))
         undo.callback(self._spare.close)
         self._may_hurry = process.may_hurry_others()
         process.identity(plan.service.user, plan.service.group)

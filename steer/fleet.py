@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from steer import elsewhere, endings, lifecycle, notify, rotation, servers
+from steer import elsewhere, endings, lifecycle, notify, rotation, servers, spawn
 from steer.clock import Clock
 from steer.config import Service
-from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
+from steer.errors import AppLoadError, KernelError, SteerError
 from steer.kernel import family, mail, proc, process, sockets, strays
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.waits import Seen
@@ -140,12 +140,8 @@ class Fleet:
         for seat in self.generation.plan.seats:
             place = self._take_place(seat)
             process.pause(0)
-            try:
-                self._spawn(place)
-                holds_ports()
-            except WorkersFailed as error:
-                # Like one that ends later: the others start, and it is tried again.
-                place.error = error
+            self._spawn(place)
+            holds_ports()
 
     def adopt(
         self, generations: Mapping[int, Generation], entries: Mapping[str, Entry], steering: Entry
@@ -223,9 +219,6 @@ class Fleet:
         for place in list(self.places):
             if place.process is not None:
                 self._watch(place, place.process)
-            elif place.error is not None:
-                place.failures += 1
-                self._failed(place, place.error)
             else:
                 self.log.warning("worker %d ended while there was no controller", place.slot)
                 self.report(place, Event.EXITED)
@@ -672,11 +665,11 @@ class Fleet:
                 place.process.end()
                 self.by_pid.pop(place.process.pid, None)
                 place.process = None
-                self._rotation.left(place.slot)
+                self._leave(place)
             raise as_refusal(f"start worker {place.slot}", error) from None
 
     def _spawn(self, place: Place) -> Process:
-        """Start a process. Raises BindError, KernelError, WorkersFailed."""
+        """Start a process. Raises BindError, KernelError."""
         place.starts += 1
         launch = self._launch(place)
         if not self.steering.reserve and not any(each.process for each in self.places):
@@ -684,11 +677,27 @@ class Fleet:
             for index, bind in enumerate(launch.binds):
                 if index not in self.steering.anchors:
                     sockets.check_free(bind, launch.service.settings)
-        joined = partial(self._rotation.joined, place.slot)
-        place.process = Process(launch, self._guard, joined)
+        with spawn.bound(launch) as own:
+            try:
+                # Before the fork: it may end at once, and shut its listeners down.
+                self._rotation.joined(place.slot, sockets.duplicates(own))
+                place.process = Process(launch, self._guard, own)
+            except BaseException:
+                self._leave(place)
+                raise
         self.by_pid[place.process.pid] = place
         self._save(place)
         return place.process
+
+    def _leave(self, place: Place) -> bool:
+        """Its sockets leave their groups; whether all of that was done.
+
+        Where the order in a group matters they leave it now, and not when a worker that was
+        forked a moment ago has closed its copies.
+        """
+        process.await_apart()
+        act = f"take worker {place.slot} out"
+        return self.retry.attempt(act, partial(self._rotation.left, place.slot))
 
     def _watch(self, place: Place, worker: Process) -> None:
         ended, lost = partial(self._on_end, place), partial(self._on_lost, place)
@@ -748,12 +757,13 @@ class Fleet:
 
     def _take_sockets(self, place: Place, worker: Process, family: Sequence[int]) -> None:
         """Nobody is to be chosen any more who has a socket of this worker open."""
+        process.await_apart()  # else those who start would be found to have it
         # Where we hold a duplicate ourselves it is shut down in any case.
         everywhere = not self._ending and not self.steering.held(place.slot)
         find = partial(strays.find, place.generation.plan.binds, worker.bound, family, everywhere)
         act, nobody = f"take worker {place.slot} out", list[strays.Stray]()
         found = self.retry.result(act, find, nobody) if worker.bound else nobody
-        if not self.retry.attempt(act, partial(self._rotation.left, place.slot)):
+        if not self._leave(place):
             self._rotation.flip_soon()  # that does the rest
         self.retry.attempt(act, partial(self._cut_off, place, found))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -15,13 +16,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from steer import worker
-from steer.errors import AppLoadError, KernelError, SteerError, WorkersFailed
+from steer.address import Bind
+from steer.errors import AppLoadError, SteerError, WorkersFailed
 from steer.kernel import family, finish, output, proc, process, sockets
-from steer.kernel.channel import MAX_FDS, receive
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.family import Family
 from steer.kernel.listeners import Borrower
-from steer.kernel.sockopt import Refused
 from steer.lines import Line, Lines, shown
 from steer.servers import BY_DEFAULT, Finish
 from steer.values import Invalid
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 LAST_WORDS = 20
 """Lines of standard error that are kept of each worker."""
-_BIND_TIMEOUT_S = 10.0
-_ENDING_S = 1.0
 _LOOK_AGAIN_S = 0.05
 _MOST_LOOKING = 0.05
 """Of the time may be spent on looking for what is left of one worker."""
@@ -61,16 +59,41 @@ class Running(msgspec.Struct, frozen=True):
     told: bool
 
 
+@contextmanager
+def bound(launch: Launch) -> Iterator[Sequence[socket.socket]]:
+    """The sockets of a new worker, one for each bind; over TCP they listen. Closed at the end.
+
+    Made by whoever forks it, one worker after the other: so it is known in which order they
+    join their groups, and nobody waits to be told.
+
+    Raises:
+        BindError: an address, or an option, cannot be had.
+        KernelError: no more files.
+    """
+    with ExitStack() as own:
+        yield [
+            own.enter_context(_bound_to(bind, launch, index in launch.anchored))
+            for index, bind in enumerate(launch.binds)
+        ]
+
+
+def _bound_to(bind: Bind, launch: Launch, anchored: bool) -> socket.socket:
+    service = launch.service
+    try:
+        return sockets.member(bind, service.backlog, settings=service.settings, anchored=anchored)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise process.fork_error(error) from None
+        raise sockets.bind_error(bind, error) from None
+
+
 class Process:
     """A worker, from fork to the end.
-
-    Made once its sockets are bound, a millisecond or two after the fork: they join
-    their groups one worker after the other, so the order there is known.
 
     Args:
         launch: what it is told.
         guard: has it too, should we be gone.
-        joined: takes its sockets' duplicates; may raise KernelError.
+        own: its sockets, see `bound`; they stay the caller's, who closes them.
 
     Attributes:
         bound: inodes of its sockets, one for each bind.
@@ -79,47 +102,27 @@ class Process:
             told to end.
 
     Raises:
-        BindError: an address cannot be had.
-        KernelError: no more processes, or no more files, or from `joined`.
-        WorkersFailed: it ended before its sockets were bound.
+        KernelError: no more processes, or no more files.
     """
 
-    def __init__(
-        self, launch: Launch, guard: Guard, joined: Callable[[Sequence[int]], None]
-    ) -> None:
+    def __init__(self, launch: Launch, guard: Guard, own: Sequence[socket.socket]) -> None:
         self._prepare(launch, guard)
         self.started_s = time.monotonic()
         try:
-            self._fork()
+            self._fork(own)
         except OSError as error:
             raise process.fork_error(error) from None
         try:
+            self._meet([proc.socket_inode(sock.fileno()) for sock in own])
             self.keep(b"")
-            with suppress(OSError):  # it has ended: seen below
+            with suppress(OSError):  # it has ended: `watch` tells
                 self._channel.send(b"\0")
-            self._join(joined, self._bound())
         except OSError as error:
             self.end()
             raise process.fork_error(error) from None
         except BaseException:
             self.end()
             raise
-
-    def _join(self, joined: Callable[[Sequence[int]], None], fds: Sequence[int]) -> None:
-        """One that ends at once has shut its listeners down before it is told to the kernel.
-
-        Raises:
-            WorkersFailed: it has ended.
-            KernelError: from `joined`.
-        """
-        try:
-            joined(fds)
-        except KernelError as error:
-            if error.cause != "EINVAL" or not process.wait_for_end(self._pidfd, _ENDING_S):
-                raise
-            self._hear_out()
-            how = process.how_it_ended(process.status_of(self._pidfd))
-            raise WorkersFailed("start workers", how, detail=self.last_words) from None
 
     @classmethod
     def adopted(cls, launch: Launch, guard: Guard, saved: Running, entry: Entry) -> Process | None:
@@ -192,7 +195,7 @@ class Process:
         with self._borrower.borrow() as lent:
             yield {self.bound.index(inode): sock for inode, sock in lent.items()}
 
-    def _fork(self) -> None:
+    def _fork(self, own: Sequence[socket.socket]) -> None:
         with ExitStack() as theirs, ExitStack() as ours:
             self._channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ours.callback(self._channel.close)
@@ -201,53 +204,11 @@ class Process:
             ours.callback(os.close, self._stderr)
             theirs.callback(os.close, stderr)
             os.set_blocking(self._stderr, False)
-            self.pid, self._pidfd = process.fork(lambda: worker.main(self.launch, channel, stderr))
+            self.pid, self._pidfd = process.fork(
+                lambda: worker.main(self.launch, channel, stderr, own)
+            )
             self._family = Family(self.pid)
             ours.pop_all()
-
-    def _bound(self) -> Sequence[int]:
-        """Wait for the sockets. A message takes no more than MAX_FDS of them."""
-        self._channel.settimeout(_BIND_TIMEOUT_S)
-        bound: list[int] = []
-        fds: list[int] = []
-        try:
-            while len(bound) < len(self.launch.binds):
-                bound += self._some_bound(fds, len(bound))
-        except BaseException:
-            process.close_all(fds)
-            raise
-        self._meet(bound)
-        return fds
-
-    def _some_bound(self, fds: list[int], known: int) -> Sequence[int]:
-        """The next of them, whose duplicates come to `fds`.
-
-        Raises:
-            BindError: an address, or an option, cannot be had.
-            WorkersFailed: it ended, or says what is not understood.
-        """
-        data, some = b"", list[int]()
-        with suppress(ConnectionError, TimeoutError):
-            data, some = receive(self._channel, MAX_FDS)
-        fds += some
-        if not data:
-            raise self._ended_at_once()
-        binds = self.launch.binds
-        try:
-            message = worker.read_first(data, len(binds), known, len(some))
-        except Invalid as error:
-            raise self._not_understood(error) from None
-        if message.refused is not None:
-            number, setting = message.number, message.setting
-            refusal = Refused(number, setting) if setting else OSError(number, "")
-            raise sockets.bind_error(binds[message.refused], refusal)
-        return message.bound
-
-    def _ended_at_once(self) -> WorkersFailed:
-        process.wait_for_end(self._pidfd, _BIND_TIMEOUT_S)
-        self._hear_out()
-        what = f"start worker {self.launch.slot}"
-        return WorkersFailed(what, "it ended at once", detail=self.last_words)
 
     def watch(
         self,
@@ -422,7 +383,7 @@ class Process:
             return True
         self._is_heard = True
         try:
-            message = worker.read_last(data)
+            message = worker.read(data)
         except Invalid as error:
             self.problem = self._not_understood(error)
             return False

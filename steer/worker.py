@@ -1,8 +1,8 @@
 """The worker's side: from a fresh process to the application, and what the application sees.
 
-Here sockets are made, before privileges are dropped, and their duplicates handed to
-the controller over a channel; then a command is executed in this process's place,
-or a Python callable called with a `Worker`.
+It comes with its sockets. Here everything else of the controller's is let go of and
+privileges are dropped; then a command is executed in this process's place, or a Python
+callable called with a `Worker`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from msgspec.structs import replace
 from steer import privileges, values
 from steer.address import Bind
 from steer.config import Service
-from steer.kernel import family, lifeline, output, process, reach, sockets, title
-from steer.kernel.channel import MAX_FDS
+from steer.kernel import family, lifeline, output, process, reach, title
 from steer.kernel.process import Identity
 from steer.kernel.reach import Barrier
-from steer.kernel.sockopt import Refused
 from steer.plan import Seat
 from steer.report import cpu_list, cpus_named
-from steer.values import Invalid, plural
+from steer.values import Invalid
 
 FIRST_FD = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
@@ -45,51 +43,19 @@ class Message(msgspec.Struct, omit_defaults=True):
     """From a worker to its controller, before the application runs.
 
     Args:
-        bound: inodes of its sockets, or of the next of them; their duplicates come along.
-        refused: index of a bind that failed with `number`, an errno; of its socket option
-            `setting`, if there is one.
         unloadable: why the application could not be loaded.
         detail: more lines on that.
     """
 
-    bound: list[int] = []
-    refused: int | None = None
-    number: int = 0
-    setting: str = ""
     unloadable: str = ""
     detail: str = ""
 
 
 MESSAGE_MAX_BYTES = 65536
 """More than any message of ours: of text there are twice _TEXT_MAX characters."""
-_ERRNO_MAX = 4095
-"""MAX_ERRNO of include/linux/err.h."""
 
 
-def read_first(data: bytes, binds: int, known: int, fds: int) -> Message:
-    """What a worker says of its sockets, or of some of them.
-
-    Args:
-        binds: that it was told.
-        known: how many it has spoken of before.
-        fds: how many descriptors came along.
-
-    Raises:
-        Invalid: it is nothing that a worker says.
-    """
-    message = values.decode(data, Message)
-    if message.refused is not None:
-        if not 0 <= message.refused < binds or not 0 <= message.number <= _ERRNO_MAX:
-            raise Invalid("no such bind, or no such errno")
-    elif not 0 < len(message.bound) == fds <= binds - known:
-        raise Invalid(
-            f"{plural(len(message.bound), 'socket')} and {plural(fds, 'descriptor')}"
-            f" for {plural(binds, 'bind')}"
-        )
-    return message
-
-
-def read_last(data: bytes) -> Message:
+def read(data: bytes) -> Message:
     """Why a worker could not load its application. It may be anything: what the application
     does when it is imported can write to the channel, too.
 
@@ -192,12 +158,13 @@ class Worker:
         signal.setitimer(signal.ITIMER_REAL, _KNOCK_S, _KNOCK_S)
 
 
-def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
+def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[socket.socket]) -> int:
     """Be a worker. Runs in the forked child; returns its exit status.
 
     Args:
         channel: to the controller.
         stderr: what to write standard error to.
+        own: its sockets, one for each bind.
     """
     if process.file_of(2) and process.is_the_log(1):
         # So that it goes where the log goes from the day that somebody rotates it.
@@ -207,24 +174,20 @@ def main(launch: Launch, channel: socket.socket, stderr: int) -> int:
     title.show(f"steer: worker {launch.slot} {launch.name}")
     # Whoever kills all that is called steer ends the service by its controller, gracefully.
     process.rename("steer-worker")
-    # Above the range that a command finds its sockets in.
-    above = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(launch.binds))
-    channel = socket.socket(fileno=above)
-    process.keep_only([above])
+    channel, *own = _keep_only(channel, own)
+    # Not before we are told to: were the controller killed now, nobody would know of us.
+    if not channel.recv(1):
+        return 1
     with _if_allowed(launch, "set the limits on open files"):
-        # While they are put where a command looks for them each socket is there twice.
-        process.limit_descriptors(launch.files, _DESCRIPTORS + 2 * len(launch.binds))
+        process.limit_descriptors(launch.files, _DESCRIPTORS + len(launch.binds))
     try:
-        own = _bind(launch, channel)
-        if own is None:
-            return 1
         import_for(launch.service)
         launch = _settle(launch)
         environment = _environment(launch)
         lifeline.tie(channel, launch.service.told_by)
         if launch.service.command:
             channel.set_inheritable(True)
-            _execute(launch, own, environment)
+            _execute(launch, environment)
         os.environ.clear()
         os.environ.update(environment)
         process.limit_descriptors(launch.files)
@@ -247,36 +210,30 @@ def import_for(service: Service) -> None:
         from steer import demo  # noqa: F401
 
 
-def _bind(launch: Launch, channel: socket.socket) -> list[socket.socket] | None:
-    """Make the sockets and hand duplicates over; None if one cannot be had.
+def _keep_only(channel: socket.socket, own: Sequence[socket.socket]) -> list[socket.socket]:
+    """Close all that is the controller's, and put the sockets where sd_listen_fds(3) has them:
+    also where nobody looks for them there, as select(2) takes no descriptor above 1023.
 
-    Not before we are told to: were the controller killed now, nobody would know of us.
+    Returns:
+        The channel, now above them, and the sockets.
     """
-    own: list[socket.socket] = []
-    service = launch.service
-    if not channel.recv(1):
-        return None
-    for index, bind in enumerate(launch.binds):
-        anchored = index in launch.anchored
-        try:
-            own.append(
-                sockets.member(bind, service.backlog, settings=service.settings, anchored=anchored)
-            )
-        except OSError as error:
-            setting = error.setting if isinstance(error, Refused) else ""
-            _tell(channel, Message(refused=index, number=error.errno or 0, setting=setting))
-            return None
-    for start in range(0, len(own), MAX_FDS):
-        part = own[start : start + MAX_FDS]
-        inodes = [os.fstat(sock.fileno()).st_ino for sock in part]
-        _tell(channel, Message(bound=inodes), part)
-    return own
+    process.keep_only([channel.fileno(), *(sock.fileno() for sock in own)])
+    beyond = FIRST_FD + len(own)
+    # Above the range first: one may stand where another has to go.
+    above, *theirs = (
+        fcntl.fcntl(sock.detach(), fcntl.F_DUPFD_CLOEXEC, beyond) for sock in (channel, *own)
+    )
+    for index, fd in enumerate(theirs):
+        os.dup2(fd, FIRST_FD + index, inheritable=False)
+    process.keep_only([above, *range(FIRST_FD, beyond)])
+    places = {channel: above, **{sock: FIRST_FD + at for at, sock in enumerate(own)}}
+    return [socket.socket(each.family, each.type, each.proto, fd) for each, fd in places.items()]
 
 
-def _tell(channel: socket.socket, message: Message, own: Sequence[socket.socket] = ()) -> None:
+def _tell(channel: socket.socket, message: Message) -> None:
     """The controller may be gone."""
     with suppress(OSError):
-        socket.send_fds(channel, [msgspec.json.encode(message)], [sock.fileno() for sock in own])
+        channel.send(msgspec.json.encode(message))
 
 
 def _short(text: str) -> str:
@@ -355,20 +312,18 @@ def _watchdog(service: Service) -> dict[str, str]:
     return {"WATCHDOG_USEC": str(round(service.watchdog * 1e6))}
 
 
-def _execute(launch: Launch, own: Sequence[socket.socket], environment: Mapping[str, str]) -> None:
+def _execute(launch: Launch, environment: Mapping[str, str]) -> None:
     """Become the command, with the sockets from fd 3 on as sd_listen_fds(3) has it.
 
     Raises:
         Unloadable: there is no such command, or it cannot be run.
     """
     arguments = fill_in(launch.service.command, launch.slot, launch.binds)
-    # Duplicates above the range first: a socket may stand where another has to go.
-    above = [fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, FIRST_FD + len(own)) for sock in own]
-    for index, fd in enumerate(above):
-        os.dup2(fd, FIRST_FD + index, inheritable=True)
+    for index in range(len(launch.binds)):
+        os.set_inheritable(FIRST_FD + index, True)
     names = ":".join(f"{bind.protocol}-{bind.port}" for bind in launch.binds)
     protocol = {
-        "LISTEN_FDS": str(len(own)),
+        "LISTEN_FDS": str(len(launch.binds)),
         "LISTEN_PID": str(os.getpid()),
         "LISTEN_FDNAMES": names,
     }

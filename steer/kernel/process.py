@@ -30,9 +30,14 @@ _PR_SET_NAME = 15
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _ORDERING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
 _HANDLED = (*_ENDING, *_ORDERING)
+_OURS = (*_HANDLED, signal.SIGCHLD)
+"""All that there may be a handler for."""
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 _started: set[int] = set()
 """Children of this process that somebody here waits for."""
+_inherited: list[int] = []
+"""A pipe that those of them have a copy of who still have all that was open here."""
+_APART_S = 1.0
 _starting: set[object] = set()
 """Of programs that are being started, each by whoever starts it."""
 
@@ -108,7 +113,10 @@ def fork(child: Callable[[], int], ignored: Collection[int] = ()) -> tuple[int, 
         OSError: no more processes, or no more files; see `fork_error`.
     """
     _flush()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    if not _inherited:
+        _inherited[:] = os.pipe()
+    # Of the others none has a handler, and to name all 64 takes a third of a millisecond.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
     try:
         pid = os.fork()
         if pid == 0:
@@ -121,6 +129,24 @@ def fork(child: Callable[[], int], ignored: Collection[int] = ()) -> tuple[int, 
     pidfd = _pidfd(pid)
     _started.add(pid)
     return pid, pidfd
+
+
+def await_apart() -> bool:
+    """Return once no child that was forked here has what was open here any more, but for what it
+    is to keep: it closes the rest first (`keep_only`), and not before it gets a CPU.
+
+    Returns:
+        Whether that is so; one that is stopped is not waited for.
+    """
+    if not _inherited:
+        return True
+    reading, writing = _inherited
+    _inherited.clear()
+    os.close(writing)
+    try:
+        return wait_until_readable(reading, _APART_S)
+    finally:
+        os.close(reading)
 
 
 def started() -> frozenset[int]:
@@ -239,7 +265,8 @@ def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]
         signal.set_wakeup_fd(-1)
         _started.clear()
         _starting.clear()
-        for number in (*_HANDLED, signal.SIGCHLD):
+        _inherited.clear()
+        for number in _OURS:
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_HANDLED))

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from steer import abi, cbpf, features, socket_options, values
 from steer.address import COPIES, Bind
@@ -352,6 +352,18 @@ def _set(fd: int, option: int, value: bytes, act: str) -> None:
             name = errno.errorcode.get(error.errno or 0, str(error.errno))
             cure = "needs CAP_BPF, or the program's owner" if error.errno == errno.EPERM else ""
             raise KernelError(act, name, cure) from None
+
+
+def duplicates(own: Iterable[socket.socket]) -> list[int]:
+    """Another descriptor of each; all or none.
+
+    Raises:
+        KernelError: there is none left.
+    """
+    with ExitStack() as undo:
+        made = [undo.enter_context(duplicate(sock.fileno())) for sock in own]
+        undo.pop_all()
+    return [sock.detach() for sock in made]
 
 
 def duplicate(fd: int) -> socket.socket:
