@@ -52,6 +52,9 @@ STRAYS_NAMED = 4
 _AT_ONCE = 32
 """Workers that are retired, or pinned, in one turn of the loop: some milliseconds."""
 
+_FORKS_AT_ONCE = 4
+"""So many start in one turn of the loop, which is to take no longer than 20 ms."""
+
 _LOOKED_AT = 8
 """So many that start, at each end of another: all are alike, and to look takes time."""
 
@@ -118,16 +121,20 @@ class Fleet:
         self._told_ends: set[str] = set()
         self._said_how_told: set[str] = set()
         self._elsewhere: Process | None = None
+        self._unstarted: deque[Place] = deque()
+        self._is_new = False
         self._ending_in_s = 0.0
         self._ending_quickly = False
         self._changed: Callable[[Place], None]
         self._settle: Settle
         self._loop: AbstractEventLoop
         self.up: Future[None]
+        self.refused: Future[None]
         self.ended: Future[None]
 
     def start(self, holds_ports: Callable[[], None]) -> None:
-        """Start every worker of the generation.
+        """Start the first workers of the generation. The others start once there is a loop, see
+        `watch`: a few at a time, so that who is ready serves meanwhile.
 
         Args:
             holds_ports: called when a worker has bound all addresses.
@@ -137,11 +144,56 @@ class Fleet:
             KernelError: the kernel refuses processes, or sockets in the group.
             SystemExit: a signal says to end.
         """
+        self._is_new = True
         for seat in self.generation.plan.seats:
-            place = self._take_place(seat)
-            process.pause(0)
-            self._spawn(place)
-            holds_ports()
+            self._await_start(seat)
+        process.pause(0)
+        self._spawn(self._next_few())
+        holds_ports()
+
+    def _await_start(self, seat: Seat) -> None:
+        place = self._take_place(seat)
+        place.state = State.BACKOFF
+        self._unstarted.append(place)
+
+    def _next_few(self) -> Sequence[Place]:
+        """Of those that were never started, unless they are not wanted any more."""
+        few: list[Place] = []
+        while self._unstarted and len(few) < _FORKS_AT_ONCE:
+            place = self._unstarted.popleft()
+            if place.state is State.BACKOFF:
+                place.state, _ = lifecycle.step(place.state, Event.RETRY)
+                few.append(place)
+        return few
+
+    def _start_more(self) -> None:
+        """A few, and in the next turn of the loop more."""
+        few = self._next_few() if not self._ending else ()
+        if not few:
+            return
+        try:
+            self._begin(*few)
+        except SteerError as error:
+            for place in few:
+                self._not_started(place, error)
+        self._loop.call_soon(self._start_more)
+
+    def _not_started(self, place: Place, error: SteerError) -> None:
+        """What cannot be started from the first on is not; of what was adopted others serve."""
+        if not self._is_new:
+            self._fail_to_start(place, error)
+            return
+        place.state, _ = lifecycle.step(place.state, Event.EXITED)
+        self._unstarted.clear()
+        future = self.refused if self.up.done() else self.up
+        if not future.done():
+            future.set_exception(error)
+            future.exception()  # retrieved here: nobody may be waiting yet
+
+    def _fail_to_start(self, place: Place, error: SteerError) -> None:
+        self.log.error("%s", error)
+        place.failures += 1
+        self._failed(place, error)
 
     def adopt(
         self, generations: Mapping[int, Generation], entries: Mapping[str, Entry], steering: Entry
@@ -188,9 +240,8 @@ class Fleet:
                 self.report(place, Event.RETIRE)
         for seat in seats:
             if seat.number not in seated:
-                place = self._take_place(seat)
-                place.state = State.BACKOFF
-                self.report(place, Event.RETRY)
+                self._await_start(seat)
+        self._start_more()
 
     def _belongs(self, place: Place) -> bool:
         now, comes_or_goes = self.generation, place.held or place.is_on_its_way_out
@@ -203,8 +254,9 @@ class Fleet:
         """Look after the workers from here on.
 
         `up` is then done when the first is ready; or holds AppLoadError if the
-        application cannot be loaded, WorkersFailed if all failed before. `ended` is
-        done when all have ended after `stop`.
+        application cannot be loaded, WorkersFailed if all failed before. `refused` holds
+        what keeps the rest from being started once some serve. `ended` is done when all have
+        ended after `stop`.
 
         Args:
             changed: told that a worker is in another state.
@@ -215,11 +267,12 @@ class Fleet:
         self._rotation.watch(loop)
         self.clock.run(loop)
         self.up = loop.create_future()
+        self.refused = loop.create_future()
         self.ended = loop.create_future()
         for place in list(self.places):
             if place.process is not None:
                 self._watch(place, place.process)
-            else:
+            elif place.starts:
                 self.log.warning("worker %d ended while there was no controller", place.slot)
                 self.report(place, Event.EXITED)
         if any(place.serves for place in self.places):
@@ -229,9 +282,7 @@ class Fleet:
     def abandon(self) -> None:
         """Leave no process, whatever happened."""
         for place in self.places:
-            if place.process is not None:
-                place.process.end()
-                place.process = None
+            self._end_at_once(place)
         self._leftovers.kill()
 
     # What is asked of it.
@@ -494,9 +545,7 @@ class Fleet:
         try:
             self._begin(place)
         except SteerError as error:
-            self.log.error("%s", error)
-            place.failures += 1
-            self._failed(place, error)
+            self._fail_to_start(place, error)
 
     def _activate(self, place: Place) -> None:
         place.cancel_timer()
@@ -510,7 +559,7 @@ class Fleet:
         if not self.up.done():
             self.up.set_result(None)
             for each in self.places:
-                if each.state is State.BACKOFF:  # it may have waited for this
+                if each.state is State.BACKOFF and each.starts:  # it may have waited for this
                     self._set_timer(each, 0.0, Event.RETRY)
 
     def _deactivate(self, place: Place) -> None:
@@ -651,43 +700,69 @@ class Fleet:
         self.places.add(place)
         return place
 
-    def _begin(self, place: Place) -> None:
-        """Start a process and look after it.
+    def _begin(self, *places: Place) -> None:
+        """Start a process for each, and look after it.
 
         Raises:
-            SteerError: it could not be started; there is none.
+            SteerError: one could not be started; there is none.
         """
         try:
             with self.retry.spare.lent():
-                self._watch(place, self._spawn(place))
+                for place, worker in zip(places, self._spawn(places), strict=True):
+                    self._watch(place, worker)
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
-            if place.process is not None:
-                place.process.end()
-                self.by_pid.pop(place.process.pid, None)
-                place.process = None
+            for place in places:
+                self._end_at_once(place)
                 self._leave(place)
-            raise as_refusal(f"start worker {place.slot}", error) from None
+            raise as_refusal(f"start worker {places[0].slot}", error) from None
 
-    def _spawn(self, place: Place) -> Process:
-        """Start a process. Raises BindError, KernelError."""
-        place.starts += 1
-        launch = self._launch(place)
-        if not self.steering.reserve and not any(each.process for each in self.places):
-            # Nobody of ours keeps the ports: somebody else may be there by now.
-            for index, bind in enumerate(launch.binds):
-                if index not in self.steering.anchors:
-                    sockets.check_free(bind, launch.service.settings)
-        with spawn.bound(launch) as own:
-            try:
+    def _spawn(self, places: Sequence[Place]) -> Sequence[Process]:
+        """Start a process for each.
+
+        One fork comes right after the other: what we write to in between is copied for each
+        child once more (fork(2), copy on write).
+
+        Raises:
+            BindError, KernelError: some of them may be there.
+        """
+        launches = [self._launch(place) for place in places]
+        self._check_free(launches[0])
+        with ExitStack() as stack:
+            owned = []
+            for place, launch in zip(places, launches, strict=True):
+                place.starts += 1
+                own = stack.enter_context(spawn.bound(launch))
                 # Before the fork: it may end at once, and shut its listeners down.
                 self._rotation.joined(place.slot, sockets.duplicates(own))
-                place.process = Process(launch, self._guard, own)
-            except BaseException:
-                self._leave(place)
-                raise
-        self.by_pid[place.process.pid] = place
-        self._save(place)
-        return place.process
+                owned.append(own)
+            workers = [
+                self._fork(place, launch, own)
+                for place, launch, own in zip(places, launches, owned, strict=True)
+            ]
+        for worker in workers:
+            worker.begin()
+        self._save_together(places, look=False)
+        return workers
+
+    def _check_free(self, launch: Launch) -> None:
+        """Where nobody of ours keeps the ports somebody else may be there by now. Raises
+        BindError."""
+        if self.steering.reserve or any(each.process for each in self.places):
+            return
+        for index, bind in enumerate(launch.binds):
+            if index not in self.steering.anchors:
+                sockets.check_free(bind, launch.service.settings)
+
+    def _fork(self, place: Place, launch: Launch, own: Sequence[socket.socket]) -> Process:
+        place.process = worker = Process(launch, self._guard, own)
+        self.by_pid[worker.pid] = place
+        return worker
+
+    def _end_at_once(self, place: Place) -> None:
+        if place.process is not None:
+            self.by_pid.pop(place.process.pid, None)
+            place.process.end()
+            place.process = None
 
     def _leave(self, place: Place) -> bool:
         """Its sockets leave their groups; whether all of that was done.

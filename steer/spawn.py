@@ -95,6 +95,8 @@ class Process:
         guard: has it too, should we be gone.
         own: its sockets, see `bound`; they stay the caller's, who closes them.
 
+    It does nothing before `begin`.
+
     Attributes:
         bound: inodes of its sockets, one for each bind.
         told: whether it was told to finish.
@@ -108,21 +110,25 @@ class Process:
     def __init__(self, launch: Launch, guard: Guard, own: Sequence[socket.socket]) -> None:
         self._prepare(launch, guard)
         self.started_s = time.monotonic()
+        bound = [proc.socket_inode(sock.fileno()) for sock in own]
         try:
             self._fork(own)
         except OSError as error:
             raise process.fork_error(error) from None
+        self._meet(bound)
+
+    def begin(self) -> None:
+        """Have the guard know of it, and only then go on.
+
+        Raises:
+            KernelError: the guard cannot.
+        """
         try:
-            self._meet([proc.socket_inode(sock.fileno()) for sock in own])
             self.keep(b"")
-            with suppress(OSError):  # it has ended: `watch` tells
-                self._channel.send(b"\0")
         except OSError as error:
-            self.end()
             raise process.fork_error(error) from None
-        except BaseException:
-            self.end()
-            raise
+        with suppress(OSError):  # it has ended: `watch` tells
+            self._channel.send(b"\0")
 
     @classmethod
     def adopted(cls, launch: Launch, guard: Guard, saved: Running, entry: Entry) -> Process | None:

@@ -75,8 +75,9 @@ def _left_out(places: Collection[Place], still_chosen: bool) -> list[str]:
 
 def shown(place: Place) -> State:
     """One that is ready, but comes together with others that are not, is not chosen yet; one
-    that goes together with others is chosen no more."""
-    if place.held:
+    that goes together with others is chosen no more. One that was never started has not failed,
+    but waits for its turn."""
+    if place.held or not place.starts:
         return State.STARTING
     return State.STOPPING if place.leaving else place.state
 

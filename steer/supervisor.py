@@ -128,7 +128,10 @@ class _Supervisor:
                 self._refuse_strangers()
                 self._say_ready()
                 anew = loop.create_task(self._anew.wait())
-                await asyncio.wait((self._fleet.ended, anew), return_when=_FIRST)
+                ends = (self._fleet.ended, self._fleet.refused, anew)
+                await asyncio.wait(ends, return_when=_FIRST)
+                if self._fleet.refused.done():
+                    self._fleet.refused.result()
             finally:
                 if not self._anew.is_set():
                     await self._end_workers()

@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 from conftest import StartService
 from crew import PORT
-from support import eventually, http_get
+from support import DEADLINE_S, eventually, http_get
 
 from steer import address, spawn, worker
 from steer.config import Service
@@ -70,7 +70,7 @@ def forked() -> Iterator[list[int]]:
         process.is_done(pid)
 
 
-def start(launch: Launch, guard: FakeGuard) -> Process:
+def fork(launch: Launch, guard: FakeGuard) -> Process:
     with spawn.bound(launch) as own:
         return Process(launch, cast(Any, guard), own)
 
@@ -83,9 +83,10 @@ def open_here() -> int:
 def test_start_does_not_wait_for_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that never gets to anything is known all the same, with all its sockets."""
     monkeypatch.setattr(worker, "main", lambda *_: signal.pause())
-    launch, guard = launch_on(HERE, f"udp://{HERE}"), FakeGuard()
-    begun = start(launch, guard)
+    guard = FakeGuard()
+    begun = fork(launch_on(HERE, f"udp://{HERE}"), guard)
     try:
+        begun.begin()
         assert guard.known == [begun.pid]
         assert len(begun.bound) == 2
     finally:
@@ -93,16 +94,36 @@ def test_start_does_not_wait_for_the_worker(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("netns")
+@pytest.mark.parametrize("is_told", [False, True])
 def test_worker_that_no_guard_knows_of_runs_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_told: bool
 ) -> None:
-    monkeypatch.setattr(worker, "_load", lambda _: (tmp_path / "loaded").touch())
-    process.fork(lambda: 0)  # so that the pipe which all children have for a while is there
+    """Its controller ends before it has told the guard."""
+
+    def load(_service: object) -> Callable[[object], int]:
+        (tmp_path / "loaded").touch()
+        return lambda _worker: 7
+
+    monkeypatch.setattr(worker, "_load", load)
+    forked = fork(launch_on(HERE), FakeGuard())
+    if is_told:
+        forked.begin()
+    else:
+        forked._channel.shutdown(socket.SHUT_RDWR)  # as the kernel does with what is nobody's
+    assert process.wait_for_end(forked._pidfd, DEADLINE_S)
+    assert (tmp_path / "loaded").exists() == is_told
+    forked.end()
+
+
+@pytest.mark.usefixtures("netns")
+def test_worker_that_the_guard_cannot_take_leaves_nothing_open() -> None:
+    fork(launch_on(HERE), FakeGuard()).end()  # makes the pipe that all children have for a while
     before = open_here()
+    forked = fork(launch_on(HERE), FakeGuard(fails_at=0))
     with pytest.raises(KernelError, match="Bad file descriptor"):
-        start(launch_on(HERE), FakeGuard(fails_at=0))
+        forked.begin()
+    forked.end()
     assert open_here() == before
-    assert not (tmp_path / "loaded").exists()
 
 
 @pytest.mark.usefixtures("netns")
@@ -114,7 +135,7 @@ def test_address_that_is_taken_is_told_before_anything_is_forked(
     with socket.create_server(("127.0.0.1", PORT + 1)):
         before = open_here()
         with pytest.raises(BindError, match=f"bind tcp {there}: EADDRINUSE"):
-            start(launch_on(HERE, there), FakeGuard())
+            fork(launch_on(HERE, there), FakeGuard())
         assert open_here() == before
 
 
@@ -125,7 +146,7 @@ def test_no_descriptor_left_for_a_socket(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(sockets, "member", none_left)
     with pytest.raises(KernelError, match="raise the limit on open files"):
-        start(launch_on(HERE), FakeGuard())
+        fork(launch_on(HERE), FakeGuard())
 
 
 def test_children_are_apart_once_they_have_closed_what_they_inherited(

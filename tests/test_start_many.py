@@ -1,0 +1,268 @@
+"""A service of many workers starts: a few in each turn of the loop. With fakes, so that what is
+counted is what the fleet does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+import pytest
+
+from steer import fleet as fleets
+from steer import policies, spawn, status
+from steer.config import Service
+from steer.cpus import Topology
+from steer.errors import KernelError, SteerError
+from steer.fleet import Fleet
+from steer.kernel import process
+from steer.kernel.spare import Spare
+from steer.lifecycle import Event, State
+from steer.log import Log
+from steer.place import Place
+from steer.plan import Generation, plan
+from steer.retry import Retry
+from steer.steering import Counts
+
+_CPUS = tuple(sorted(os.sched_getaffinity(0)))
+_TIMEOUT_S = 60.0
+
+
+class FakeSteering:
+    """Counts what it is asked for."""
+
+    backend = "ebpf"
+    reserve = ()
+    needs_order = False
+
+    def __init__(self) -> None:
+        self.anchors: dict[int, object] = {}
+        self.asked: Counter[str] = Counter()
+        self.there: set[int] = set()
+
+    def joined(self, slot: int, _fds: Sequence[int]) -> None:
+        self.there.add(slot)
+
+    def left(self, slot: int) -> None:
+        self.there.discard(slot)
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        self.asked["saved"] += 1
+        return None, ()
+
+    def steer(self, _members: Sequence[object]) -> None:
+        self.asked["flips"] += 1
+
+    def held(self, _slot: int) -> Sequence[int]:
+        return ()
+
+    def retire(self, _slot: int) -> Counts:
+        return Counts()
+
+    def release(self) -> None:
+        pass
+
+
+class FakeGuard:
+    pid = 0
+
+    def put(self, *_: object) -> None:
+        pass
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
+    def drop(self, _key: str) -> None:
+        pass
+
+    def give_up(self) -> None:
+        pass
+
+
+class FakeProcess:
+    """Never ends by itself.
+
+    Args:
+        fails_at: so many can be forked, and no more.
+    """
+
+    turn = 0
+    forked: ClassVar[list[int]] = []
+    fails_at: int | None = None
+
+    def __init__(self, launch: Any, *_: object) -> None:
+        if len(self.forked) == self.fails_at:
+            raise KernelError("start a worker", "no more processes")
+        self.forked.append(self.turn)
+        self.pid = 1_000 + len(self.forked)
+        self.launch, self.problem, self.bound = launch, None, ()
+
+    def begin(self) -> None:
+        pass
+
+    def watch(self, *_: object) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class FakePlace(Place, eq=False):
+    """Nothing of it is kept, and nothing is looked at."""
+
+    def keep(self, held: Sequence[int], look: bool = True) -> None:
+        pass
+
+    def got_ready(self, now_s: float) -> None:
+        pass
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The turn of the loop in which each worker was forked."""
+
+    @contextmanager
+    def bound(_launch: object) -> Iterator[Sequence[object]]:
+        yield ()
+
+    monkeypatch.setattr(FakeProcess, "forked", [])
+    monkeypatch.setattr(FakeProcess, "fails_at", None)
+    monkeypatch.setattr(FakeProcess, "turn", 0)
+    monkeypatch.setattr(spawn, "bound", bound)
+    monkeypatch.setattr(fleets, "Process", FakeProcess)
+    monkeypatch.setattr(fleets, "Place", FakePlace)
+    monkeypatch.setattr(process, "pause", lambda _seconds: None)
+    return FakeProcess.forked
+
+
+def fleet_of(number: int, steering: FakeSteering) -> Fleet:
+    cpus = Topology(_CPUS, _CPUS, dict.fromkeys(_CPUS, 0))
+    decided = plan(Service(workers=number), cpus, {}, policies.find("hash"))
+    log = Log("error", "text")
+
+    def launch(place: Place) -> Any:
+        return SimpleNamespace(service=decided.service, binds=(), slot=place.slot)
+
+    return Fleet(
+        Generation(1, decided),
+        2 * number,
+        cast(Any, steering),
+        cast(Any, FakeGuard()),
+        launch,
+        log,
+        Retry(log, Spare(0)),
+        cast(Any, None),
+    )
+
+
+async def watched(fleet: Fleet) -> None:
+    """Until every worker has been started, or it is known that one cannot be."""
+
+    async def nothing_waits(_fleet: Fleet, _place: Place) -> None:
+        pass
+
+    fleet.watch(asyncio.get_running_loop(), nothing_waits, lambda _place: None)
+    fleet.fill()
+    async with asyncio.timeout(_TIMEOUT_S):
+        while any(not place.starts for place in fleet.places) and not fleet.refused.done():
+            FakeProcess.turn += 1
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("number", [10, 1_000])
+def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
+    forked: list[int], number: int
+) -> None:
+    """However many there are, so that who is ready is heard, and serves, after so many forks."""
+
+    async def run() -> None:
+        fleet = fleet_of(number, steering := FakeSteering())
+        fleet.start(lambda: None)
+        assert forked == [0] * fleets._FORKS_AT_ONCE
+        await watched(fleet)
+        assert len(forked) == len(steering.there) == number
+        assert max(Counter(forked).values()) <= 2 * fleets._FORKS_AT_ONCE  # the first turn has two
+        assert steering.asked["saved"] <= number / fleets._FORKS_AT_ONCE + 1
+
+    asyncio.run(run())
+
+
+def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[int]) -> None:
+    async def run() -> None:
+        fleet = fleet_of(100, FakeSteering())
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        fleet.report(next(iter(fleet.places)), Event.READY)
+        await fleet.up
+        fleet.settle()
+        assert fleet.steering.asked["flips"] == 1  # type: ignore[attr-defined]
+        assert len(forked) == fleets._FORKS_AT_ONCE
+        # those that wait for their turn have not failed, and are not asked to hurry
+        waiting = list(fleet.places)[fleets._FORKS_AT_ONCE :]
+        assert {place.state for place in waiting} == {State.BACKOFF}
+        assert {status.shown(place) for place in waiting} == {State.STARTING}
+        assert not any(place.timer for place in waiting)
+
+    asyncio.run(run())
+
+
+def test_stop_before_all_are_started_starts_no_more(forked: list[int]) -> None:
+    async def run() -> None:
+        fleet = fleet_of(100, FakeSteering())
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        fleet.fill()
+        begun = len(forked)
+        for place in fleet.places:
+            place.process = None  # nobody is there to be told
+        fleet.stop(0.0, quick=True)
+        await asyncio.sleep(0)
+        assert len(forked) == len(fleet.places) == begun < 100
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_service_of_which_not_all_can_be_started_ends(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int], serves: bool
+) -> None:
+    monkeypatch.setattr(FakeProcess, "fails_at", 50)
+
+    async def run() -> None:
+        fleet = fleet_of(100, steering := FakeSteering())
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        if serves:
+            fleet.report(next(iter(fleet.places)), Event.READY)
+        fleet.fill()
+        with pytest.raises(SteerError, match="no more processes"):
+            async with asyncio.timeout(_TIMEOUT_S):
+                await (fleet.refused if serves else fleet.up)
+        assert len(steering.there) == sum(place.process is not None for place in fleet.places)
+        states = {place.state for place in fleet.places if not place.process}
+        assert states == {State.BACKOFF}  # so that to stop is to forget them
+
+    asyncio.run(run())
+
+
+def test_seats_that_an_adopter_cannot_fill_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int]
+) -> None:
+    """Others serve: that it cannot start more is no reason to end."""
+    monkeypatch.setattr(FakeProcess, "fails_at", 6)
+
+    async def run() -> None:
+        fleet = fleet_of(20, FakeSteering())
+        await watched(fleet)
+        assert not fleet.refused.done()
+        failed = [place for place in fleet.places if not place.process]
+        assert len(failed) == 20 - 4
+        assert all(place.failures for place in failed)
+        assert len(forked) == 6
+
+    asyncio.run(run())
