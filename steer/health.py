@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from steer import pace
 from steer.elsewhere import Lookout
 from steer.evidence import Closer
 from steer.fleet import Fleet
@@ -15,18 +16,18 @@ from steer.hang import History, Look, Verdict
 from steer.kernel import listeners, proc
 from steer.kernel.waits import Seen
 from steer.lifecycle import Event, State
+from steer.pace import Pace
 from steer.place import Place, waits
 from steer.policy import KERNEL
+from steer.spawn import Process
 from steer.steering import CHOSEN_ALL_THE_SAME
 from steer.visibility import QUEUES, WAITS
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, TimerHandle
 
-    from steer.spawn import Process
-
-_FIRST_S, _LAST_S = 0.01, 0.25
-"""How often a worker that does not notify is looked at: often at first, then less."""
+_LOOKING_S = 0.005
+"""Looks at those who start go on no longer than that, and then in another turn of the loop."""
 _LOOKS = 3
 """In one --hang-timeout; more while something waits."""
 _REST_S = 1.0
@@ -60,8 +61,10 @@ class Health:
         self._relieve = relieve
         self._hear = hear
         self._stops = 0
-        self._starting_s = _FIRST_S
+        self._pace = Pace[tuple[Place, Process]]()
         self._starting: TimerHandle | None = None
+        self._is_looking = False
+        self._notifies: int | None = None
         self._histories: dict[int, History] = {}
         self._closer = Closer()
         self._lookout = Lookout(fleet.log)
@@ -73,10 +76,15 @@ class Health:
         """A worker is in another state."""
         if self._sampling is None:
             self._sample()
-        if place.state is State.STARTING:
-            self._starting_s = _FIRST_S
-        if self._starting is None and self._some_start():
-            self._starting = self._loop.call_later(self._starting_s, self._look_at_starting)
+        if place.state is State.STARTING and place.process:
+            # What says so itself is seldom looked at, and most often all do or none.
+            says_so = self._notifies == place.generation.number
+            after_s = pace.LAST_S if says_so else pace.FIRST_S
+            self._pace.add((place, place.process), self._loop.time(), after_s)
+            if not self._is_looking:
+                self._look_later()
+        elif place.state is State.READY and place.says_ready and not self._is_looking:
+            self._notifies = place.generation.number
 
     def retime(self) -> None:
         """The configuration may be another."""
@@ -112,22 +120,32 @@ class Health:
 
     # Starting.
 
-    def _some_start(self) -> bool:
-        return any(place.state is State.STARTING for place in self._fleet.places)
+    def _look_later(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
+        after_s = self._pace.next_in_s(self._loop.time())
+        if after_s is not None:
+            self._starting = self._loop.call_later(after_s, self._look_at_starting)
+        else:
+            self._lookout.forget()
 
     def _look_at_starting(self) -> None:
         """See which workers wait on their sockets by now."""
-        self._starting = None
-        for place in list(self._fleet.places):
-            process = place.process if place.state is State.STARTING else None
-            if process:
+        began_s = now_s = self._loop.time()
+        self._is_looking = True
+        for place, process in self._pace.due(began_s):
+            if place.state is State.STARTING and place.process is process:
                 look = partial(self._look_at_start, place, process)
                 self._retry.attempt(f"look at worker {place.slot}", look)
-        if self._some_start() and self._starting is None:
-            self._starting_s = min(self._starting_s * 1.5, _LAST_S)
-            self._starting = self._loop.call_later(self._starting_s, self._look_at_starting)
-        elif not self._some_start():
-            self._lookout.forget()
+            if place.state is not State.STARTING or place.process is not process:
+                self._pace.remove((place, process))
+            now_s = self._loop.time()
+            if now_s - began_s >= _LOOKING_S:
+                break
+        self._is_looking = False
+        self._pace.took(now_s - began_s, now_s)
+        self._look_later()
 
     def _look_at_start(self, place: Place, process: Process) -> None:
         if self._is_ready(place, process):
