@@ -163,10 +163,7 @@ def fleet_of(number: int, steering: FakeSteering) -> Fleet:
 async def watched(fleet: Fleet) -> None:
     """Until every worker has been started, or it is known that one cannot be."""
 
-    async def nothing_waits(_fleet: Fleet, _place: Place) -> None:
-        pass
-
-    fleet.watch(asyncio.get_running_loop(), nothing_waits, lambda _place: None)
+    fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
     fleet.fill()
     async with asyncio.timeout(_TIMEOUT_S):
         while any(not place.starts for place in fleet.places) and not fleet.refused.done():

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from steer import abi, cbpf, features, socket_options, values
 from steer.address import COPIES, Bind
 from steer.errors import BindError, KernelError
-from steer.kernel import proc, services, sockopt
+from steer.kernel import proc, services, sockdiag, sockopt
 from steer.socket_options import Setting
 
 
@@ -153,12 +153,30 @@ def refuse_strangers(bind: Bind, ours: frozenset[int]) -> None:
     Raises:
         BindError: somebody else is.
     """
-    protocol: proc.Protocol = "udp" if bind.protocol == "udp" else "tcp"
-    others = proc.holders(protocol, bind.address, bind.port, ours=ours)
+    # That takes long where there are many processes and connections, and most often nobody is.
+    if _are_all(bind, ours):
+        return
+    others = proc.holders(_protocol(bind), bind.address, bind.port, ours=ours)
     strangers = [one for one in others if one.address == bind.address]
     if strangers:
         names = ", ".join(sorted({str(one) for one in strangers}))
         raise BindError(f"bind {bind.label}", f"{names} joined it too", "stop that first")
+
+
+def _are_all(bind: Bind, ours: frozenset[int]) -> bool:
+    """Whether these are known to be all that is bound to its port and not connected."""
+    ports, there = sockdiag.Ports(), set[int]()
+    try:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            found = ports.at(bind.protocol, family, bind.port)
+            there |= {inode for inode, each in found.items() if not each.is_connected}
+    except KernelError:
+        return False
+    return there <= ours
+
+
+def _protocol(bind: Bind) -> proc.Protocol:
+    return "udp" if bind.protocol == "udp" else "tcp"
 
 
 def bind_error(bind: Bind, error: OSError) -> BindError:
@@ -180,7 +198,7 @@ def bind_error(bind: Bind, error: OSError) -> BindError:
 
 def holders(bind: Bind) -> list[proc.Holder]:
     """Who holds a port; see `proc.holders`."""
-    return proc.holders("udp" if bind.protocol == "udp" else "tcp", bind.address, bind.port)
+    return proc.holders(_protocol(bind), bind.address, bind.port)
 
 
 def is_held(bind: Bind) -> bool:
