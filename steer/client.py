@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from steer import report
-from steer.errors import ControlError, KernelError, NotRunning, Orphaned, Refused
-from steer.kernel import abandoned, diag, proc, process, rundir, services
+from steer.errors import ControlError, NotRunning, Orphaned, Refused
+from steer.kernel import abandoned, process, rundir, services
 from steer.kernel.abandoned import Abandoned
 from steer.kernel.title import Title
 from steer.values import plural, several, shown
@@ -291,13 +291,13 @@ def _of_left(what: Abandoned) -> tuple[str, str]:
 
 
 def status(path: Path) -> report.Status:
-    """What a service says, with the lengths of its queues as the kernel tells them.
+    """What a service says.
 
     Raises:
         ControlError
     """
-    service = _status(path)
-    _add_queues(service)
+    answer = ask(path, "status").get("service")
+    service = _understood(answer, report.Service, f"status {path.stem}")
     return report.Status(schema=1, services=[service])
 
 
@@ -322,10 +322,6 @@ def status_of_all(environment: Mapping[str, str]) -> report.Status:
             found.orphaned.append(report.Orphan(each.title.name, "; ".join(_of_lost(each))))
     found.others = len(of_others(environment))
     return found
-
-
-def _status(path: Path) -> report.Service:
-    return _understood(ask(path, "status").get("service"), report.Service, f"status {path.stem}")
 
 
 def _understood(answer: Any, kind: type[_T], act: str) -> _T:
@@ -423,21 +419,6 @@ def _answers(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _add_queues(service: report.Service) -> None:
-    """Left out where the kernel does not let us look."""
-    try:
-        here = proc.network_namespace() == proc.network_namespace(service.pid)
-        queues = diag.listen_queues(None if here else service.pid)
-    except (KernelError, OSError):
-        return
-    for worker in service.workers:
-        own = [queues[inode] for inode in worker.sockets if inode in queues]
-        tcp = [queue.queued for queue in own if queue.queued is not None]
-        udp = [queue.queued_bytes for queue in own if queue.queued_bytes is not None]
-        worker.connections.queued = sum(tcp) if tcp else None
-        worker.connections.queued_bytes = sum(udp) if udp else None
 
 
 def _workers(count: int) -> str:

@@ -305,9 +305,10 @@ class Fleet:
         """The same where nothing depends on it: if it fails it is tried again."""
         self.retry.attempt("choose among the workers", self.settle)
 
-    def counts(self) -> Counts | None:
-        """Of the whole service since its start; None where nobody counts."""
-        return self._rotation.counts()
+    @property
+    def retired(self) -> Counts:
+        """What was counted for slots since given up."""
+        return self._rotation.retired
 
     def recruit(
         self, seat: Seat, generation: Generation, modest: bool, told: Callable[[Place], None]

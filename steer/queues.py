@@ -68,6 +68,12 @@ class Queues:
         except KernelError:
             return None
 
+    def at_one_moment(self) -> Queues:
+        """The same, but each port is asked once, however long it takes to go through workers."""
+        taken = Queues(self._ask, lambda: 0.0)
+        taken._may_ask = self._may_ask
+        return taken
+
     def _by_port(self, worker: Process, after_s: float) -> Mapping[int, Waiting]:
         found = {}
         for at, bind in enumerate(worker.launch.binds[: len(worker.bound)]):

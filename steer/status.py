@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from steer import anchor, report
 from steer.controller import Controller
@@ -13,19 +14,30 @@ from steer.fleet import Fleet
 from steer.lifecycle import State
 from steer.place import Place
 from steer.policy import KERNEL
-from steer.steering import CHOSEN_ALL_THE_SAME, Own, Steering
+from steer.queues import Queues
+from steer.spawn import Process
+from steer.steering import CHOSEN_ALL_THE_SAME, Counts, Own, Steering
 from steer.values import several
 
+_AT_ONCE = 50
+"""So many workers are looked at before the loop may do something else."""
 
-def report_of(service: Controller, state: str, loop_delay_ms: report.LoopDelay) -> report.Service:
+
+async def report_of(
+    service: Controller, state: str, loop_delay_ms: report.LoopDelay
+) -> report.Service:
     """All that is known of it now.
 
     Args:
         state: of the service as a whole: starting, running, stopping.
         loop_delay_ms: of the controller, see `delays`.
     """
-    plan, steering, now_s = service.plan, service.steering, time.monotonic()
-    own = steering.own()
+    steering = service.steering
+    workers, counted = await _workers(service.fleet, steering)
+    if service.steering is not steering:
+        # Some would be counted on the backend before, some on this one.
+        return await report_of(service, state, loop_delay_ms)
+    plan, own = service.plan, steering.own()
     return report.Service(
         name=plan.name,
         pid=os.getpid(),
@@ -43,15 +55,34 @@ def report_of(service: Controller, state: str, loop_delay_ms: report.LoopDelay) 
             *service.fleet.group_notes.values(),
             *anchor.notes(plan.binds, steering.anchors),
         ],
-        uptime_s=round(now_s - service.started_s, 3),
+        uptime_s=round(time.monotonic() - service.started_s, 3),
         binds=[report.Address(b.protocol, b.address, b.port) for b in plan.binds],
-        workers=[_worker(place, steering, now_s) for place in service.fleet.places],
-        totals=_totals(service.fleet, steering),
+        workers=workers,
+        totals=_totals(service.fleet, steering, counted),
         params=own.params,
         counters=own.counters,
         histograms=_histograms(own, plan.policy.declared),
         loop_delay_ms=loop_delay_ms,
     )
+
+
+async def _workers(
+    fleet: Fleet, steering: Steering
+) -> tuple[list[report.Worker], Mapping[int, Counts]]:
+    """Each worker, and what was counted by slot."""
+    queues, workers, counted = fleet.queues.at_one_moment(), [], {}
+    there = list(fleet.places)
+    for first in range(0, len(there), _AT_ONCE):
+        if first:
+            await asyncio.sleep(0)
+        for place in there[first : first + _AT_ONCE]:
+            if place not in fleet.places:
+                continue  # it has left since
+            counts = steering.counts(place.slot)
+            if counts is not None:
+                counted[place.slot] = counts
+            workers.append(_worker(place, steering, queues, counts))
+    return workers, counted
 
 
 def _left_out(places: Collection[Place], still_chosen: bool) -> list[str]:
@@ -82,7 +113,9 @@ def shown(place: Place) -> State:
     return State.STOPPING if place.leaving else place.state
 
 
-def _worker(place: Place, steering: Steering, now_s: float) -> report.Worker:
+def _worker(
+    place: Place, steering: Steering, queues: Queues, counts: Counts | None
+) -> report.Worker:
     process = place.process
     return report.Worker(
         slot=place.slot,
@@ -92,8 +125,13 @@ def _worker(place: Place, steering: Steering, now_s: float) -> report.Worker:
         cpus=list(place.seat.cpus),
         weight=place.seat.weight,
         restarts=max(0, place.starts - 1),
-        uptime_s=round(now_s - process.started_s, 3) if process else None,
-        connections=_connections(steering, place.slot),
+        uptime_s=round(time.monotonic() - process.started_s, 3) if process else None,
+        connections=report.Connections(
+            selected=counts.selected if counts else None,
+            open=steering.open(place.slot),
+            migrated=counts.migrated if counts else None,
+            **(_queued(process, queues) if process else {}),
+        ),
         sockets=sorted(process.inodes) if process else [],
         said=place.said or None,
         at_capacity=place.full,
@@ -106,13 +144,15 @@ def _left_group(place: Place) -> list[str]:
     return [f"{binds[at].label}: {each.value}" for at, each in place.left.items()]
 
 
-def _connections(steering: Steering, slot: int) -> report.Connections:
-    counts = steering.counts(slot)
-    return report.Connections(
-        selected=counts.selected if counts else None,
-        open=steering.open(slot),
-        migrated=counts.migrated if counts else None,
-    )
+def _queued(process: Process, queues: Queues) -> Mapping[str, int]:
+    """What waits in its sockets; left out where there is none of that kind, or it cannot be
+    seen."""
+    found: dict[str, int] = {}
+    for at, waiting in (queues.of(process) or {}).items():
+        over_tcp = process.launch.binds[at].protocol == "tcp"
+        name = "queued" if over_tcp else "queued_bytes"
+        found[name] = found.get(name, 0) + waiting.queued
+    return found
 
 
 def _histograms(own: Own, declared: Declared) -> dict[str, report.Histogram]:
@@ -123,11 +163,13 @@ def _histograms(own: Own, declared: Declared) -> dict[str, report.Histogram]:
     }
 
 
-def _totals(fleet: Fleet, steering: Steering) -> report.Totals:
-    counts = fleet.counts()
-    if counts is None:
+def _totals(fleet: Fleet, steering: Steering, counted: Mapping[int, Counts]) -> report.Totals:
+    """Of those slots that are still somebody's, and of all that were given up by now."""
+    unsteered = steering.unsteered()
+    if unsteered is None:
         return report.Totals()
-    unsteered = steering.unsteered() or 0
+    now = [counted[place.slot] for place in fleet.places if place.slot in counted]
+    counts = sum(now, fleet.retired)
     return report.Totals(
         selected=counts.selected,
         fallback=counts.fallback + unsteered,

@@ -549,8 +549,8 @@ class _Supervisor:
 
     async def _on_status(self, _request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._fleet.try_settle()
-        found = status.report_of(self._service, self._state, self._delays.report())
-        return {"service": msgspec.to_builtins(found)}
+        delays = self._delays.report()
+        return {"service": await status.report_of(self._service, self._state, delays)}
 
     async def _on_stop(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._stop(bool(request.get("quick")))

@@ -517,6 +517,21 @@ def _filtered(calls: Iterable[int], action: int) -> tuple[str, ...]:
     return (sys.executable, "-c", _REFUSE, ",".join(map(str, calls)), str(action))
 
 
+_REFUSE_NETLINK = """
+import ctypes, struct, sys, os, errno
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, 41), (0x20, 0, 0, 16), (0x15, 0, 1, 16),
+        (0x06, 0, 0, 0x00050000 | errno.EAFNOSUPPORT), (0x06, 0, 0, 0x7FFF0000)]
+insns = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in code))
+program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(code), ctypes.addressof(insns)))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, program, 0, 0) == 0
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+WITHOUT_NETLINK = (sys.executable, "-c", _REFUSE_NETLINK)
+"""Executes a command that can make no netlink socket, as by RestrictAddressFamilies=."""
+
+
 def clean_environment(home: Path) -> dict[str, str]:
     """Nothing that would configure steer, but for the demo, which may run without being asked for
     in each test; and its directories, in `home`."""

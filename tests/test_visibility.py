@@ -19,6 +19,7 @@ from support import (
     NOBODY,
     PIDFD_GETFD,
     STEER,
+    WITHOUT_NETLINK,
     Netns,
     as_user,
     eventually,
@@ -274,18 +275,7 @@ def test_a_filter_that_ends_who_calls_bpf(service: StartService) -> None:
 @pytest.mark.needs("netns", "bpf", "pidfd_getfd")
 def test_netlink_is_refused(service: StartService) -> None:
     """As by RestrictAddressFamilies=: sockets are borrowed instead."""
-    script = """
-import ctypes, struct, sys, os, errno
-code = [(0x20, 0, 0, 0), (0x15, 0, 3, 41), (0x20, 0, 0, 16), (0x15, 0, 1, 16),
-        (0x06, 0, 0, 0x00050000 | errno.EAFNOSUPPORT), (0x06, 0, 0, 0x7FFF0000)]
-insns = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in code))
-program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(code), ctypes.addressof(insns)))
-libc = ctypes.CDLL(None)
-assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, program, 0, 0) == 0
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
-    running = service(*FILTERED, "--hang=skip", under=(sys.executable, "-c", script))
+    running = service(*FILTERED, "--hang=skip", under=WITHOUT_NETLINK)
     stopped = running.workers()[1]
     freeze(stopped)
     with ExitStack() as clients:
