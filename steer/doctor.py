@@ -24,8 +24,8 @@ from steer.errors import BindError, KernelError, SteerError, Uncounted, Verifier
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe, sockopt, topology
 from steer.kernel.access import Access
-from steer.kernel.diag import Interface, cpus_taking_packets
 from steer.kernel.facts import Facts, Unknown
+from steer.kernel.nic import Interface, cpus_taking_packets
 from steer.ladder import Answer
 from steer.plan import Plan
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, Policy

@@ -28,8 +28,8 @@ from steer.errors import CompileError, KernelError, Uncounted, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe
 from steer.kernel.access import Access, Refusal
-from steer.kernel.diag import Interface
 from steer.kernel.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
+from steer.kernel.nic import Interface
 from steer.kernel.topology import parse_cpumask
 from steer.ladder import Answer
 from steer.policy import CBPF, EBPF

@@ -818,7 +818,7 @@ import steer.kernel.proc, steer.kernel.topology
 print(*set(sys.modules) - before)
 """
     out = subprocess.run(python(code), cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert not {"pyroute2", "ctypes", "pathlib", "asyncio", "rich"} & set(out.split())
+    assert not {"ctypes", "pathlib", "asyncio", "rich"} & set(out.split())
 
 
 # ---- event loops

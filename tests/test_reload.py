@@ -35,7 +35,7 @@ from support import (
 )
 
 from steer.errors import Refused
-from steer.kernel import diag, proc, rundir
+from steer.kernel import proc, rundir
 
 PORT = 8080
 APP = '''
@@ -821,7 +821,9 @@ def test_drain_says_if_what_waits_is_not_taken(service: StartService) -> None:
     for worker in running.workers():
         freeze(worker["pid"])
     with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S):
-        (slot,) = eventually(lambda: [each["slot"] for each in running.workers() if queue(each)])
+        (slot,) = eventually(
+            lambda: [each["slot"] for each in running.workers() if each["connections"]["queued"]]
+        )
         done = running.steer("drain", str(slot))
         for worker in running.workers():
             os.kill(worker["pid"], signal.SIGCONT)
@@ -833,11 +835,6 @@ def test_drain_says_if_what_waits_is_not_taken(service: StartService) -> None:
 def freeze(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
     eventually(lambda: proc.is_stopped(pid))
-
-
-def queue(worker: dict[str, Any]) -> int:
-    queues = diag.listen_queues(None)
-    return sum(queues[inode].queued or 0 for inode in worker["sockets"])
 
 
 def test_kernels_own_hash_cannot_leave_one_out(service: StartService) -> None:

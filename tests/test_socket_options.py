@@ -18,8 +18,7 @@ from support import DEADLINE_S, NOBODY, Netns, Service, eventually, udp_ask
 
 from steer import config, socket_options
 from steer.errors import ConfigError
-from steer.kernel import sockopt
-from steer.kernel.diag import listen_queues
+from steer.kernel import sockdiag, sockopt
 from steer.socket_options import OPTIONS
 
 HOST, PORT = "127.0.0.1", 8080
@@ -172,8 +171,9 @@ def test_accepted_sockets_have_them_also_after_the_reserve_a_reload_and_adoption
             f"backlog = {1000 + len(options)}\n"
         )
 
-    def backlogs() -> set[int | None]:
-        return {each.limit for each in listen_queues().values() if each.protocol == "tcp"}
+    def backlogs() -> set[int]:
+        found = sockdiag.waiting("tcp", socket.AF_INET, PORT)
+        return {each.limit for each in found.values()}
 
     def seen(sock: socket.socket) -> dict[str, Any]:
         return {key: value for key, value in answer(sock).items() if key != "slot"}

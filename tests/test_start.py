@@ -15,7 +15,7 @@ from support import clean_environment
 from steer.kernel import process
 
 HEAVY = {
-    *("asyncio", "bcc", "click", "dataclasses", "hashlib", "inspect", "logging", "pyroute2"),
+    *("asyncio", "bcc", "click", "dataclasses", "hashlib", "inspect", "logging"),
     *("rich", "ssl", "subprocess", "threading", "traceback", "typing_extensions"),
 }
 

@@ -31,7 +31,7 @@ KERNEL_TESTS = (
     "tests/test_least_conn.py",
     "tests/test_early.py",
     "tests/test_listeners.py",
-    "tests/test_diag.py",
+    "tests/test_nic.py",
     "tests/test_own_policy.py::test_built_in_policies_ask_no_more_of_the_verifier",
     "-k",
     "not tcp6 and not udp6 and not dual_stack and not wildcard",

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from steer.errors import SteerError
-from steer.kernel import bpf, compile, diag, rundir
-from steer.kernel.diag import Interface
+from steer.kernel import bpf, compile, nic, rundir
+from steer.kernel.nic import Interface
 
 T = TypeVar("T")
 
@@ -248,7 +248,7 @@ def _no_writing(directory: Path) -> str:
 
 
 def _interfaces(sysfs: str, procfs: str) -> tuple[Interface, ...]:
-    found = diag.receive_queues(sysfs, procfs)
+    found = nic.receive_queues(sysfs, procfs)
     return tuple(each for each in found if not _is_down(sysfs, each.name))
 
 

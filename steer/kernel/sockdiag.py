@@ -2,8 +2,7 @@
 how they are bound.
 
 No descriptor of them is needed, and no privilege: it asks for no ptrace(2) access to whoever has
-them open, and a thousand listeners take a millisecond. For the controller, which cannot afford to
-import pyroute2; `diag` is for the short-lived commands.
+them open, and a thousand listeners take a millisecond.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from crew import CPUS, PORT, Crew, pinned
-from support import eventually, network_namespace
+from support import eventually, in_network_namespace, network_namespace
 
 from steer.cpus import Topology
 from steer.kernel import topology
@@ -111,15 +111,8 @@ class Namespace:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        from pyroute2 import netns
-
-        here = _open_own()
-        try:
-            netns.setns(self.path)
+        with in_network_namespace(self.fd):
             yield
-        finally:
-            netns.setns(f"/proc/{os.getpid()}/fd/{here}")
-            os.close(here)
 
 
 def _open_own() -> int:

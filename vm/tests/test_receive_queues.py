@@ -19,7 +19,7 @@ from conftest import do_without
 from crew import CPUS, Crew
 from support import eventually
 
-from steer.kernel import diag
+from steer.kernel import nic
 from steer.kernel.topology import parse_cpulist
 from vm.tests.machine import (
     CLIENT,
@@ -149,6 +149,6 @@ def test_doctor_is_told_where_packets_come_in(card: Card) -> None:
 
 
 def assert_doctor_is_told(card: Card, cpus: Sequence[int]) -> None:
-    [found] = [each for each in diag.receive_queues() if each.name == card.name]
+    [found] = [each for each in nic.receive_queues() if each.name == card.name]
     assert (found.driver, found.channels) == ("virtio_net", len(CPUS))
-    assert diag.cpus_taking_packets(found) == frozenset(cpus)
+    assert nic.cpus_taking_packets(found) == frozenset(cpus)

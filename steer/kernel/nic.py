@@ -1,129 +1,17 @@
-"""What sock_diag(7), ethtool and sysfs tell of queues: those of sockets, and those of network
-cards. For the short-lived commands and the tests, never the controller: importing pyroute2
-costs it more than everything else together.
-"""
+"""Network cards, and the CPUs that take what they receive: what sysfs, /proc and ethtool tell."""
 
 from __future__ import annotations
 
-import errno
+import ctypes
+import fcntl
 import os
 import re
 import socket
+import struct
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
 
-from steer.errors import KernelError
 from steer.kernel.topology import parse_cpulist, parse_cpumask
-
-# ---- queues of sockets
-
-
-@dataclass(frozen=True, slots=True)
-class Queue:
-    """What waits in a socket to be taken by its process.
-
-    Args:
-        address, port: what it is bound to.
-        queued: connections not yet accepted; None for UDP.
-        limit: the backlog, beyond which connections are dropped; None for UDP.
-        queued_bytes: memory that received datagrams take, overhead included; None for TCP.
-        limit_bytes: the receive buffer (SO_RCVBUF); None for TCP.
-        drops: what was dropped since the socket was made; None from a kernel that does
-            not say.
-    """
-
-    protocol: Literal["tcp", "udp"]
-    address: str
-    port: int
-    queued: int | None
-    limit: int | None
-    queued_bytes: int | None
-    limit_bytes: int | None
-    drops: int | None
-
-
-def listen_queues(netns_pid: int | None = None) -> dict[int, Queue]:
-    """The TCP listeners and UDP sockets of a network namespace, by socket inode.
-
-    UDP is missing from a kernel without CONFIG_INET_UDP_DIAG.
-
-    Args:
-        netns_pid: a process in that network namespace; None: the caller's own.
-
-    Raises:
-        KernelError: that namespace cannot be entered.
-    """
-    if netns_pid is None:
-        return _queues()
-    # setns(2) moves one thread: let it be one that ends
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(_queues_in, netns_pid).result()
-
-
-def _queues_in(pid: int) -> dict[int, Queue]:
-    from pyroute2 import netns
-
-    try:
-        netns.setns(f"/proc/{pid}/ns/net", flags=0)
-    except OSError as error:
-        cause = errno.errorcode.get(error.errno or 0, str(error))
-        cure = "run as root" if isinstance(error, PermissionError) else ""
-        raise KernelError(f"enter the network namespace of pid {pid}", cause, cure) from error
-    return _queues()
-
-
-_TCP_ESTABLISHED, _TCP_CLOSE, _TCP_LISTEN = 1, 7, 10  # include/net/tcp_states.h
-_WAITING = {
-    socket.IPPROTO_TCP: 1 << _TCP_LISTEN,
-    socket.IPPROTO_UDP: 1 << _TCP_CLOSE | 1 << _TCP_ESTABLISHED,
-}
-_INET_DIAG_SKMEMINFO = 7  # linux/inet_diag.h
-
-
-def _queues() -> dict[int, Queue]:
-    from pyroute2 import DiagSocket
-
-    found = {}
-    with DiagSocket() as diag:
-        diag.bind()
-        for protocol, states in _WAITING.items():
-            for family in (socket.AF_INET, socket.AF_INET6):
-                for message in diag.get_sock_stats(
-                    family=family,
-                    protocol=protocol,
-                    states=states,
-                    extensions=1 << (_INET_DIAG_SKMEMINFO - 1),
-                ):
-                    found[message["idiag_inode"]] = _queue(protocol, message)
-    return found
-
-
-def _queue(protocol: int, message: Any) -> Queue:
-    tcp = protocol == socket.IPPROTO_TCP
-    memory = _memory_info(message)
-    received, room = message["idiag_rqueue"], message["idiag_wqueue"]
-    return Queue(
-        protocol="tcp" if tcp else "udp",
-        address=message["idiag_src"],
-        port=message["idiag_sport"],
-        queued=received if tcp else None,
-        limit=room if tcp else None,
-        queued_bytes=None if tcp else received,
-        limit_bytes=None if tcp else memory.get("rcvbuf"),
-        drops=memory.get("drops"),
-    )
-
-
-def _memory_info(message: Any) -> dict[str, int]:
-    """The words of linux/sock_diag.h's SK_MEMINFO_* that are of use."""
-    octets = bytes.fromhex((message.get_attr("INET_DIAG_SKMEMINFO") or "").replace(":", ""))
-    words = memoryview(octets).cast("I") if octets else ()
-    return {name: words[at] for name, at in (("rcvbuf", 1), ("drops", 8)) if at < len(words)}
-
-
-# ---- queues of network cards
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +73,25 @@ def _interface(index: int, name: str, sysfs: str, procfs: str) -> Interface:
     return Interface(name, driver, _channels(name), _irq_cpus(name, directory, procfs), rps)
 
 
-def _channels(name: str) -> int | None:
-    from pyroute2.ethtool.ioctl import IoctlEthtool, NotSupportedError
+_SIOCETHTOOL = 0x8946  # linux/sockios.h
+_GET_CHANNELS = 0x3C  # ETHTOOL_GCHANNELS of linux/ethtool.h
+_CHANNELS = struct.Struct("=9I")
+"""struct ethtool_channels of linux/ethtool.h; its last are rx, tx, other and combined."""
+_REQUEST = struct.Struct("16sP16x")
+"""struct ifreq of netdevice(7), with a pointer to what is asked for."""
 
-    ethtool = IoctlEthtool(name)
+
+def _channels(name: str) -> int | None:
+    wanted = _CHANNELS.pack(_GET_CHANNELS, *[0] * 8)
+    answer = ctypes.create_string_buffer(wanted, _CHANNELS.size)
+    request = _REQUEST.pack(os.fsencode(name), ctypes.addressof(answer))
     try:
-        found = ethtool.get_channels()
-    except (NotSupportedError, OSError):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            fcntl.ioctl(asking, _SIOCETHTOOL, request)
+    except OSError:
         return None
-    finally:
-        ethtool.close()
-    return int(found["rx_count"] + found["combined_count"])
+    *_, receiving, _sending, _other, combined = _CHANNELS.unpack(answer.raw)
+    return int(receiving + combined)
 
 
 def _rps(directory: str) -> tuple[tuple[int, ...], ...]:

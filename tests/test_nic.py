@@ -1,5 +1,5 @@
-"""Queues of sockets and of network cards: real ones in namespaces of the tests' own, made sysfs
-trees for cards that are not here."""
+"""Network cards: real ones in namespaces of the tests' own, made sysfs trees for cards that are
+not here."""
 
 from __future__ import annotations
 
@@ -9,124 +9,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import eventually
 
-from steer.errors import KernelError
-from steer.kernel import diag, proc
-from steer.kernel.diag import Interface
+from steer.kernel import nic
+from steer.kernel.nic import Interface
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as made:
-        yield made
-
-
-def bound(stack: ExitStack, kind: socket.SocketKind, address: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    made = stack.enter_context(socket.socket(family, kind))
-    try:
-        made.bind((address, 0))
-    except OSError as error:
-        pytest.skip(f"bind {address}: {error.strerror}")
-    return made
-
-
-def queue_of(of: socket.socket) -> diag.Queue:
-    return diag.listen_queues()[proc.socket_inode(of.fileno())]
-
-
-# ---- sockets
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_connections_wait_in_a_listener(stack: ExitStack, address: str) -> None:
-    listener = bound(stack, socket.SOCK_STREAM, address)
-    listener.listen(7)
-    for _ in range(3):
-        stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
-    eventually(lambda: queue_of(listener).queued == 3)
-    found = queue_of(listener)
-    assert (found.protocol, found.address) == ("tcp", address)
-    assert found.port == listener.getsockname()[1]
-    assert (found.limit, found.drops) == (7, 0)
-    assert (found.queued_bytes, found.limit_bytes) == (None, None)
-    accepted, _ = listener.accept()
-    stack.enter_context(accepted)
-    assert queue_of(listener).queued == 2
-    assert proc.socket_inode(accepted.fileno()) not in diag.listen_queues()
-
-
-def test_full_listener_drops(stack: ExitStack) -> None:
-    listener = bound(stack, socket.SOCK_STREAM, "127.0.0.1")
-    listener.listen(0)  # room for one
-    stack.enter_context(socket.create_connection(listener.getsockname()))
-    eventually(lambda: queue_of(listener).queued == 1)
-    late = stack.enter_context(socket.socket())
-    late.settimeout(0.01)
-    with pytest.raises(TimeoutError):
-        late.connect(listener.getsockname())
-    eventually(lambda: bool(queue_of(listener).drops))
-    found = queue_of(listener)
-    assert (found.queued, found.limit) == (1, 0)
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_datagrams_wait_in_a_socket(stack: ExitStack, address: str) -> None:
-    receiver = bound(stack, socket.SOCK_DGRAM, address)
-    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
-    sender = bound(stack, socket.SOCK_DGRAM, address)
-    before = queue_of(receiver)
-    assert (before.protocol, before.address) == ("udp", address)
-    assert (before.queued, before.limit) == (None, None)
-    assert (before.queued_bytes, before.drops) == (0, 0)
-    assert before.limit_bytes == receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-    sender.sendto(bytes(100), receiver.getsockname())
-    eventually(lambda: queue_of(receiver).queued_bytes != 0)
-    one = queue_of(receiver).queued_bytes
-    assert one is not None
-    assert one >= 100
-    sender.sendto(bytes(100), receiver.getsockname())
-    eventually(lambda: queue_of(receiver).queued_bytes == 2 * one)
-
-
-def test_full_udp_socket_drops(stack: ExitStack) -> None:
-    receiver = bound(stack, socket.SOCK_DGRAM, "127.0.0.1")
-    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # the least there is
-    sender = bound(stack, socket.SOCK_DGRAM, "127.0.0.1")
-    for _ in range(30):
-        sender.sendto(bytes(1000), receiver.getsockname())
-    receiver.settimeout(60)
-    received = 0
-    while received + (queue_of(receiver).drops or 0) < 30:
-        assert receiver.recv(1000)
-        received += 1
-    assert 0 < received < 30
-
-
-def test_connected_udp_socket_has_a_queue(stack: ExitStack) -> None:
-    receiver = bound(stack, socket.SOCK_DGRAM, "127.0.0.1")
-    receiver.connect(receiver.getsockname())
-    assert queue_of(receiver).protocol == "udp"
-
-
-# ---- network namespaces
-
-AWAY = """
-import os, socket, subprocess, sys
-subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-listener = socket.create_server(("127.0.0.1", 80), backlog=9)
-clients = [socket.create_connection(("127.0.0.1", 80)) for _ in range(4)]
-print(os.fstat(listener.fileno()).st_ino, flush=True)
-sys.stdin.read()
-"""
 
 
 @contextmanager
@@ -145,27 +37,6 @@ def away(*argv: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
-
-
-@pytest.mark.needs("netns")
-def test_queues_of_another_network_namespace() -> None:
-    own = proc.network_namespace()
-    with away(sys.executable, "-c", AWAY) as process:
-        assert process.stdout
-        inode = int(process.stdout.readline())
-        eventually(lambda: diag.listen_queues(process.pid)[inode].queued == 4)
-        found = diag.listen_queues(process.pid)
-        assert found.keys() == {inode}
-        assert (found[inode].port, found[inode].queued, found[inode].limit) == (80, 4, 9)
-        assert proc.network_namespace() == own
-        assert inode not in diag.listen_queues()
-
-
-def test_namespace_of_nobody() -> None:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    with pytest.raises(KernelError, match=f"namespace of pid {process.pid}: ENOENT"):
-        diag.listen_queues(process.pid)
 
 
 # ---- which CPUs take packets
@@ -189,7 +60,7 @@ VIRTUAL = Interface("veth0", None, 2, irq_cpus=(), rps=((), ()))
     ],
 )
 def test_cpus_taking_packets(interface: Interface, cpus: set[int] | None) -> None:
-    assert diag.cpus_taking_packets(interface) == cpus
+    assert nic.cpus_taking_packets(interface) == cpus
 
 
 # ---- network cards, as sysfs and /proc/interrupts show them
@@ -225,7 +96,7 @@ class Machine:
     def found(self) -> Interface:
         rest = ["NMI:          0          0   Non-maskable interrupts", "ERR:          0", ""]
         self.write(self.at / "proc/interrupts", "\n".join([*self.interrupts, *rest]))
-        return diag.receive_queues(str(self.at / "sys"), str(self.at / "proc"))[0]
+        return nic.receive_queues(str(self.at / "sys"), str(self.at / "proc"))[0]
 
 
 @pytest.fixture
@@ -305,7 +176,7 @@ def test_card_whose_interrupts_are_not_known(machine: Machine) -> None:
     machine.irq(30, "nvme0q0", "0")
     found = machine.found()
     assert (found.driver, found.irq_cpus) == ("hv_netvsc", ())
-    assert diag.cpus_taking_packets(found) is None
+    assert nic.cpus_taking_packets(found) is None
 
 
 def test_receive_packet_steering_by_queue(machine: Machine) -> None:
@@ -326,9 +197,9 @@ def test_sysfs_of_another_network_namespace_is_not_believed(machine: Machine) ->
 
 LOOK = """
 import dataclasses, json
-from steer.kernel import diag
-found = diag.receive_queues()
-cpus = {each.name: diag.cpus_taking_packets(each) for each in found}
+from steer.kernel import nic
+found = nic.receive_queues()
+cpus = {each.name: nic.cpus_taking_packets(each) for each in found}
 print(json.dumps([dataclasses.asdict(each) | {"cpus": sorted(cpus[each.name] or ())}
                   for each in found]))
 """
@@ -364,7 +235,7 @@ def test_veth_queues_and_packet_steering() -> None:
 
 ARRIVALS = """
 import json, os, socket, subprocess, sys
-from steer.kernel import diag
+from steer.kernel import nic
 
 SO_INCOMING_CPU = 49
 client_cpu, steered_cpu = sorted(os.sched_getaffinity(0))[:2]
@@ -376,8 +247,8 @@ def arrival(server):
         return accepted.getsockopt(socket.SOL_SOCKET, SO_INCOMING_CPU)
 
 def told():
-    (lo,) = diag.receive_queues()
-    return sorted(diag.cpus_taking_packets(lo) or ())
+    (lo,) = nic.receive_queues()
+    return sorted(nic.cpus_taking_packets(lo) or ())
 
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 os.sched_setaffinity(0, {client_cpu})
@@ -399,5 +270,5 @@ def test_packets_arrive_where_it_says() -> None:
 
 
 def test_the_interfaces_of_this_machine() -> None:
-    names = [each.name for each in diag.receive_queues()]
+    names = [each.name for each in nic.receive_queues()]
     assert names == [name for _, name in socket.if_nameindex()]
