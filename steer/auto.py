@@ -62,11 +62,6 @@ def candidates(
     return (msgspec.structs.replace(first, rungs=countable), last)
 
 
-def became(name: str, reason: str | None) -> str:
-    """In words; "" if it was not `auto` that became it."""
-    return f"{AUTO} is {name}, as {reason}" if reason else ""
-
-
 def why_not(name: str, error: KernelError) -> str:
     """Why `auto` becomes another policy than the one of this name, with which that happened."""
     return str(error) if isinstance(error, Uncounted) else f"{name}: {error}"

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from steer import report
 from steer.errors import ControlError, NotRunning, Orphaned, Refused
-from steer.kernel import abandoned, process, rundir, services
-from steer.kernel.abandoned import Abandoned
+from steer.kernel import rundir, services
 from steer.kernel.title import Title
 from steer.values import plural, several, shown
+
+if TYPE_CHECKING:
+    from steer.kernel.abandoned import Abandoned
 
 FINISH_S, QUICK_S = 30.0, 1.0
 """What workers get to finish that nobody looks after any more."""
@@ -186,9 +188,9 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     if control_socket:
         return Path(control_socket)
     for path in rundir.find(environment, name):
-        if path.stem == name and _answers(path):
+        if path.stem == name and _listener(path) is not None:
             return path
-    there = _running(environment)
+    there = _look(environment).running
     named = [each for each in there if name is None or each.is_named(name)]
     if not named:
         raise _not_found(name, there, environment)
@@ -256,10 +258,25 @@ def left(
     and guard were killed while workers go on."""
     paths = [Path(control_socket)] if control_socket else rundir.find(environment, name)
     named = (path for path in paths if name is None or control_socket or path.stem == name)
-    found = abandoned.find(environment, [path for path in named if not _answers(path)])
+    dead = [path for path in named if _listener(path) is None]
+    found = _left_at(dead, environment)
     if control_socket:
         return [each for each in found if each.control is not None]
     return [each for each in found if name in (None, each.name)]
+
+
+def _left_at(dead: Sequence[Path], environment: Mapping[str, str]) -> list[Abandoned]:
+    """The same, wherever they were.
+
+    Args:
+        dead: control sockets at which nobody answers.
+    """
+    members = services.unattended(environment)
+    if not (dead or members):
+        return []
+    from steer.kernel import abandoned
+
+    return abandoned.find(dead, members)
 
 
 def end_left(what: Abandoned, quick: bool, directory: bool) -> None:
@@ -271,6 +288,8 @@ def end_left(what: Abandoned, quick: bool, directory: bool) -> None:
     Raises:
         ControlError: some are still there.
     """
+    from steer.kernel import abandoned
+
     if there := abandoned.end(what, QUICK_S if quick else FINISH_S, directory):
         pids = several("pid", there)
         raise ControlError(f"stop {what.name}", f"{pids} cannot be ended", "see ps(1)")
@@ -307,19 +326,19 @@ def status_of_all(environment: Mapping[str, str]) -> report.Status:
     Raises:
         ControlError
     """
+    seen = _look(environment)
     found = report.Status(schema=1, services=[])
-    for path in running(environment):
+    for each in seen.running:
         try:
-            found.services += status(path).services
+            found.services += status(each.path).services
         except Orphaned as error:
-            found.orphaned.append(report.Orphan(path.stem, error.cause))
+            found.orphaned.append(report.Orphan(each.path.stem, error.cause))
         except NotRunning:
             pass  # it has ended since
-    for left_over in left(environment):
+    for left_over in _left_at(seen.dead, environment):
         found.orphaned.append(report.Orphan(left_over.name, "; ".join(_of_left(left_over))))
-    for each in services.find(environment):
-        if each.is_gone:
-            found.orphaned.append(report.Orphan(each.title.name, "; ".join(_of_lost(each))))
+    for lost in seen.lost:
+        found.orphaned.append(report.Orphan(lost.title.name, "; ".join(_of_lost(lost))))
     found.others = len(of_others(environment))
     return found
 
@@ -331,31 +350,47 @@ def _understood(answer: Any, kind: type[_T], act: str) -> _T:
         raise ControlError(act, "answer not understood", "is it of this version?") from None
 
 
-def running(environment: Mapping[str, str]) -> list[Path]:
-    """The control sockets at which somebody answers whom we may ask, wherever they are."""
-    return [each.path for each in _running(environment)]
+class _Seen(msgspec.Struct):
+    """Of the services of this user.
+
+    Args:
+        running: those at whose control sockets somebody answers whom we may ask.
+        dead: control sockets in the usual places at which nobody answers.
+        lost: those whose control sockets were removed.
+    """
+
+    running: list[_Found]
+    dead: list[Path]
+    lost: list[services.Running]
 
 
-def _running(environment: Mapping[str, str]) -> list[_Found]:
-    """Those in the usual places, then those that are found by their processes: they listen
-    elsewhere, or make a socket again that was removed."""
-    usual = [_Found(path) for path in rundir.find(environment) if _may_ask(path)]
-    known = {each.path for each in usual}
-    elsewhere = [each for each in _by_process(environment) if each.path not in known]
-    return [*usual, *(each for each in elsewhere if _may_ask(each.path))]
+def _look(environment: Mapping[str, str]) -> _Seen:
+    """In the usual places, then for processes: they listen elsewhere, or make a socket again
+    that was removed."""
+    listeners = {path: _listener(path) for path in rundir.find(environment)}
+    usual = [
+        path for path, pid in listeners.items() if pid is not None and os.access(path, os.W_OK)
+    ]
+    by_process = _by_process(environment, {pid for path in usual if (pid := listeners[path])})
+    elsewhere = [_Found(each.path, each.title) for each in by_process if each.path not in usual]
+    return _Seen(
+        [*map(_Found, usual), *(each for each in elsewhere if _may_ask(each.path))],
+        [path for path, pid in listeners.items() if pid is None],
+        [each for each in by_process if each.is_gone],
+    )
 
 
-def _by_process(environment: Mapping[str, str]) -> list[_Found]:
+def _by_process(environment: Mapping[str, str], known: set[int]) -> list[services.Running]:
     end_s = time.monotonic() + rundir.RENEWED_S
     while True:
-        found = services.find(environment)
+        found = services.find(environment, known)
         if time.monotonic() >= end_s or not any(each.is_gone for each in found):
-            return [_Found(each.path, each.title) for each in found]
+            return found
         time.sleep(_ASK_AGAIN_S)
 
 
 def _may_ask(path: Path) -> bool:
-    return os.access(path, os.W_OK) and _answers(path)
+    return os.access(path, os.W_OK) and _listener(path) is not None
 
 
 def of_others(environment: Mapping[str, str]) -> list[str]:
@@ -391,6 +426,8 @@ def stop(path: Path, quick: bool, progress: Progress | None = None) -> None:
     Raises:
         NotRunning, ControlError
     """
+    from steer.kernel import process
+
     pidfd = None
     with suppress(OSError), rundir.connect(path, _TIMEOUT_S) as sock:
         pidfd = os.pidfd_open(rundir.peer(sock)[0])
@@ -410,15 +447,16 @@ def _ask_at_length(
     return ask(path, command, timeout_s=None, progress=progress, **more)
 
 
-def _answers(path: Path) -> bool:
-    """Also where we may not ask, or the answer takes long: the question then says so."""
+def _listener(path: Path) -> int | None:
+    """The process that answers there, None where nobody does; 0 where we may not ask, or the answer
+    takes long: the question then says so."""
     try:
-        rundir.connect(path, _TIMEOUT_S).close()
+        with rundir.connect(path, _TIMEOUT_S) as sock:
+            return rundir.peer(sock)[0]
     except (PermissionError, TimeoutError):
-        return True
+        return 0
     except OSError:
-        return False
-    return True
+        return None
 
 
 def _workers(count: int) -> str:

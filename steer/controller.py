@@ -42,6 +42,7 @@ from steer.kernel import (
     process,
     record,
     rundir,
+    services,
     sockets,
     sockopt,
     title,
@@ -545,7 +546,8 @@ class Controller:
         places = rundir.refuse_taken(name, service.control_socket, self.environment)
         # To look through all processes takes time, and is for nothing where ports are free.
         is_held = any(map(sockets.is_held, self.plan.binds))
-        for left in abandoned.find(self.environment, places, by_process=is_held):
+        unattended = services.unattended(self.environment) if is_held else ()
+        for left in abandoned.find(places, unattended):
             is_here = left.control is not None and bool(record.left(left.control))
             is_ours = left.name == name and abandoned.is_in_the_way(left, self.plan.binds)
             if is_here or is_ours:

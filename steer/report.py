@@ -7,7 +7,6 @@ from math import ceil
 
 import msgspec
 
-from steer import auto
 from steer.values import plural
 
 _BAR = 40
@@ -176,7 +175,7 @@ def service_table(service: Service) -> Table:
         f"pid {service.pid}  up {duration(service.uptime_s)}"
     )
     if service.policy_reason:
-        title += f"\npolicy {auto.became(service.policy, service.policy_reason)}"
+        title += f"\npolicy {became(service.policy, service.policy_reason)}"
     if service.backend_reason:
         title += f"\nnot higher up the ladder: {service.backend_reason}"
     title += "".join(f"\nnote: {note}" for note in service.notes)
@@ -201,6 +200,11 @@ def service_table(service: Service) -> Table:
         for worker in service.workers
     ]
     return Table(title, columns, rows, _own(service), _OPTIONAL, "state", False)
+
+
+def became(policy: str, reason: str | None) -> str:
+    """Of a policy, in words; "" if it was not `auto` that became it."""
+    return f"auto is {policy}, as {reason}" if reason else ""
 
 
 _OPTIONAL = ("weight", "gen", "restarts", "cpus", "up", "pid")

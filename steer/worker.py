@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from steer import privileges, values
 from steer.address import Bind
 from steer.config import Service
-from steer.kernel import family, lifeline, output, process, reach, title
+from steer.kernel import lifeline, output, process, reach, services, title
 from steer.kernel.process import Identity
 from steer.kernel.reach import Barrier
 from steer.plan import Seat
@@ -298,7 +298,7 @@ def _environment(launch: Launch) -> dict[str, str]:
         "STEER_SLOT": str(launch.slot),
         "STEER_NAME": launch.name,
         "STEER_CPUS": cpu_list(launch.seat.cpus),
-        family.MARK: str(os.getpid()),
+        services.MARK: str(os.getpid()),
         "NOTIFY_SOCKET": launch.notify,
         **_watchdog(launch.service),
     }

@@ -19,7 +19,7 @@ import msgspec
 
 from steer import servers
 from steer.address import Bind
-from steer.kernel import family, lifeline, proc, record, rundir, services, sockets
+from steer.kernel import family, lifeline, proc, record, rundir, sockets
 from steer.kernel.family import Family
 from steer.kernel.record import Worker
 from steer.kernel.services import Member
@@ -41,19 +41,17 @@ class Abandoned(msgspec.Struct, frozen=True):
     workers: tuple[Worker, ...]
 
 
-def find(
-    environment: Mapping[str, str], controls: Iterable[Path], by_process: bool = True
-) -> list[Abandoned]:
+def find(controls: Iterable[Path], unattended: Iterable[Member]) -> list[Abandoned]:
     """All there are that this user may end.
 
     Args:
         controls: paths of control sockets at which nobody answers.
-        by_process: look for those of which there is no record, too.
+        unattended: see `services`; those of which there is no record are found by them.
     """
     recorded = [Abandoned(path.stem, path, tuple(record.left(path))) for path in controls]
     known = {pid for each in recorded for pid, _ in each.workers}
     unrecorded: dict[str, list[Worker]] = {}
-    for name, worker in _by_process(environment, known) if by_process else ():
+    for name, worker in _by_process(unattended, known):
         unrecorded.setdefault(name, []).append(worker)
     found = []
     for each in recorded:
@@ -65,11 +63,11 @@ def find(
 
 
 def _by_process(
-    environment: Mapping[str, str], known: Collection[int]
+    unattended: Iterable[Member], known: Collection[int]
 ) -> Iterator[tuple[str, Worker]]:
     """The first process of each worker but those known; of one whose first has ended, the eldest
     of the others, which is to pass on that it is to finish, as the first would have."""
-    members = {member.pid: member for member in services.unattended(environment)}
+    members = {member.pid: member for member in unattended}
     firsts = {*known, *members}
     eldest = {}
     for member in members.values():

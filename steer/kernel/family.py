@@ -11,14 +11,13 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from steer.errors import KernelError
 from steer.kernel import proc, process
+from steer.kernel.services import first_of
 
-MARK = "STEER_WORKER"
-"""Environment variable with the process id of the worker's first process."""
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_GET_CHILD_SUBREAPER = 37
 _inherited: dict[int, int] = {}
@@ -154,10 +153,4 @@ def send(number: int, pids: Iterable[int]) -> None:
 def mark(pid: int) -> int | None:
     """Whose the process says that it is; None where that may not be read or is not said, as of
     one that has ended."""
-    return mark_of(proc.environment(pid))
-
-
-def mark_of(environment: Mapping[str, str]) -> int | None:
-    """The same, of a process with this environment."""
-    value = environment.get(MARK, "")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
+    return first_of(proc.environment(pid))

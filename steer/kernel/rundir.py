@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from steer.errors import ControlError
-from steer.kernel import process, services, unix
+from steer.kernel import services, unix
 from steer.kernel.services import RUNTIME_DIR
 from steer.kernel.title import GUARD
 
@@ -348,6 +348,8 @@ def unreachable(paths: Iterable[Path], environment: Mapping[str, str]) -> list[s
 def await_guard(paths: Iterable[Path], environment: Mapping[str, str]) -> None:
     """Where a control socket at one of these was removed while no controller is there, wait until
     the guard process has made it again: for a moment, as it may be stopped."""
+    from steer.kernel import process
+
     end_s = time.monotonic() + RENEWED_S
     places = list(paths)
     while time.monotonic() < end_s:
@@ -418,6 +420,8 @@ def _make_directory(directory: Path) -> None:
 
 def _locked(directory: Path, make: bool, turn_s: float) -> int:
     """A lock on the directory itself, so no lock file is left. It may be removed while we wait."""
+    from steer.kernel import process
+
     end_s = time.monotonic() + turn_s
     passing = (BlockingIOError, FileNotFoundError) if make else (BlockingIOError,)
     while True:

@@ -7,17 +7,19 @@ socket of theirs listens. Of this network namespace only, as the kernel's table 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from steer.errors import KernelError
-from steer.kernel import family, proc, title, unix
+from steer.kernel import proc, title, unix
 from steer.kernel.title import GUARD, WORKER, Title
 
 RUNTIME_DIR, NAME = "STEER_RUNTIME_DIR", "STEER_NAME"
+MARK = "STEER_WORKER"
+"""Environment variable with the process id of the worker's first process."""
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -41,14 +43,19 @@ class Running(msgspec.Struct, frozen=True):
         return not os.path.lexists(f"/proc/{self.pid}/root{self.path}") and proc.is_alive(self.pid)
 
 
-def find(environment: Mapping[str, str]) -> list[Running]:
+def find(environment: Mapping[str, str], but: Collection[int] = ()) -> list[Running]:
     """Those that this user may ask: their own, for root all.
 
     Where STEER_RUNTIME_DIR is set, only those that were started with the same.
+
+    Args:
+        but: controllers that are known already. They and their guards have much open.
     """
     found: dict[int, Running] = {}
     listening = dict(unix.listening())
     for pid, shown in _processes(environment):
+        if pid in but or (shown.role == GUARD and proc.parent(pid) in but):
+            continue
         for inode in _open_in(pid) & listening.keys():
             known = found.get(inode)
             if known is None or known.title.role == GUARD:
@@ -77,21 +84,12 @@ def unattended(environment: Mapping[str, str]) -> list[Member]:
 
     Where STEER_RUNTIME_DIR is set, only those that were started with the same.
     """
-    found = list(_members(environment))
-    if not found:
-        return []
     attended = [
         (shown, proc.environment(pid).get(RUNTIME_DIR))
         for pid, shown in _shown()
         if pid != os.getpid() and _is_here(pid)
     ]
-    return [
-        each
-        for each in found
-        if not any(
-            shown.may_name(each.name) and at in (None, each.runtime_dir) for shown, at in attended
-        )
-    ]
+    return [each for each in _members(environment, attended) if _is_here(each.pid)]
 
 
 def name_of(pid: int) -> str | None:
@@ -100,23 +98,42 @@ def name_of(pid: int) -> str | None:
     if shown is not None:
         return shown.name
     given = proc.environment(pid)
-    return given.get(NAME) if family.MARK in given else None
+    return given.get(NAME) if MARK in given else None
 
 
-def _members(environment: Mapping[str, str]) -> Iterator[Member]:
+def _members(
+    environment: Mapping[str, str], attended: Sequence[tuple[Title, str | None]]
+) -> Iterator[Member]:
+    """Those of services that are not `attended`.
+
+    Args:
+        attended: what a process shows that looks after one, and its STEER_RUNTIME_DIR.
+    """
     user, wanted = os.geteuid(), environment.get(RUNTIME_DIR)
     for pid in proc.all_pids():
         if user not in (0, _owner(pid)):
             continue
-        given = proc.environment(pid)
-        shown, first = title.of(pid), family.mark_of(given)
-        at = given.get(RUNTIME_DIR)
-        if wanted not in (None, at) or not _is_here(pid):
+        shown = title.of(pid)
+        if shown is not None and shown.role != WORKER:
             continue
-        if shown is not None and shown.role == WORKER:
-            yield Member(pid, shown.name, at, None)
-        elif shown is None and first is not None and NAME in given:
-            yield Member(pid, given[NAME], at, first)
+        given = proc.environment(pid)
+        at, first = given.get(RUNTIME_DIR), first_of(given)
+        if wanted not in (None, at):
+            continue
+        if shown is not None:
+            name, first = shown.name, None
+        elif first is not None and NAME in given:
+            name = given[NAME]
+        else:
+            continue
+        if not any(by.may_name(name) and place in (None, at) for by, place in attended):
+            yield Member(pid, name, at, first)
+
+
+def first_of(environment: Mapping[str, str]) -> int | None:
+    """The first process of the worker that a process with this environment says it is of."""
+    value = environment.get(MARK, "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
 
 
 def _is_here(pid: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import suppress
 
 import msgspec
@@ -24,6 +23,8 @@ def show(title: str, stat: str = "/proc/self/stat") -> None:
     comes behind is the environment, which C code may still look at. Where the kernel does not
     say where they are, nothing is changed.
     """
+    import ctypes  # not for those who only look
+
     with suppress(OSError, ValueError, IndexError), open(stat, "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
         start, end = (int(fields[number - _BEHIND_COMM]) for number in (_ARG_START, _ARG_END))
@@ -54,9 +55,12 @@ class Title(msgspec.Struct, frozen=True):
 def of(pid: int) -> Title | None:
     """What a process shows; None if it is none of a service, or has ended. Anybody can show
     what they like: it is a hint where to look."""
-    first, *rest = proc.arguments(pid) or [""]
+    line = proc.command_line(pid)
+    if line is None or not line.startswith(_BEGINS.encode()):
+        return None
+    first, *rest = line.decode(errors="replace").removesuffix("\0").split("\0")
     role, _, name = first.removeprefix(_BEGINS).partition(" ")
-    if not first.startswith(_BEGINS) or role not in (CONTROLLER, GUARD, WORKER):
+    if role not in (CONTROLLER, GUARD, WORKER):
         return None
     if role == WORKER:
         _, _, name = name.partition(" ")
