@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
+import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -101,6 +103,7 @@ def ask(
     timeout_s: float | None = _TIMEOUT_S,
     act: str = "",
     progress: Progress | None = None,
+    kept: Connections | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Send one request and wait for its answer.
@@ -109,6 +112,7 @@ def ask(
         timeout_s: for the answer; None: as long as it takes.
         act: what it is for, if not the command itself; for errors.
         progress: called with what the service says meanwhile.
+        kept: connections to ask by, where there is no harm in asking twice.
 
     Raises:
         NotRunning: nobody is there.
@@ -121,12 +125,33 @@ def ask(
     end_s = time.monotonic() + _REPLACED_S
     if progress is not None:
         more["progress"] = True
+    if kept is not None:
+        more["stay"] = True
     request = msgspec.json.encode({"command": command, **more}) + b"\n"
-    try:
-        answer = _exchange(path, request, timeout_s, progress)
+
+    def exchange() -> dict[str, Any] | None:
+        if kept is not None:
+            return kept.exchange(path, request, limit_s)
+        return _exchange(path, request, timeout_s, progress)
+
+    with _in_words(act, limit_s):
+        answer = exchange()
         while answer and answer.get("again") and time.monotonic() < end_s:
             time.sleep(_ASK_AGAIN_S)
-            answer = _exchange(path, request, timeout_s, progress)
+            answer = exchange()
+    if answer is None:
+        cause = "the controller ended before it answered"
+        raise NotRunning(act, cause, "see `steer status`")
+    if not answer.get("ok"):
+        raise _refused(act, answer)
+    return answer
+
+
+@contextmanager
+def _in_words(act: str, limit_s: float) -> Iterator[None]:
+    """Raises NotRunning, ControlError: as `ask` does."""
+    try:
+        yield
     except (msgspec.DecodeError, ValueError, RecursionError):
         raise ControlError(act, "answer not understood", "is it steer's?") from None
     except TimeoutError:
@@ -138,22 +163,65 @@ def ask(
         if error.errno is None:  # Python's own, of a path that no socket can have
             raise ControlError(act, f"{error}: {rundir.PATH_MAX_BYTES} bytes at most") from None
         raise NotRunning(act, "not running", "see `steer status`") from None
-    if answer is None:
-        cause = "the controller ended before it answered"
-        raise NotRunning(act, cause, "see `steer status`")
-    if not answer.get("ok"):
-        raise _refused(act, answer)
-    return answer
 
 
 def _exchange(
     path: Path, request: bytes, timeout_s: float | None, progress: Progress | None
 ) -> dict[str, Any] | None:
     limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
-    with rundir.connect(path, limit_s) as sock, sock.makefile("rb") as lines:
+    with rundir.connect(path, limit_s) as sock:
         sock.settimeout(timeout_s)
+        return _asked(sock, request, progress)
+
+
+def _asked(
+    sock: socket.socket, request: bytes, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    with sock.makefile("rb") as lines:
         sock.sendall(request)
         return _answer(lines, progress)
+
+
+class Connections:
+    """Those that stay open for another request, one to a path. A service may close one at any
+    time, as where its controller is replaced: then a new one is made."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, socket.socket] = {}
+
+    def exchange(self, path: Path, request: bytes, timeout_s: float) -> dict[str, Any] | None:
+        """Ask, and wait for the answer. Raises as `_exchange`."""
+        known = self._open.pop(path, None)
+        if known is not None:
+            with suppress(ConnectionError):
+                if answer := self._ask(path, known, request):
+                    return answer
+        return self._ask(path, rundir.connect(path, timeout_s), request)
+
+    def _ask(self, path: Path, sock: socket.socket, request: bytes) -> dict[str, Any] | None:
+        answer = None
+        try:
+            answer = _asked(sock, request)
+        finally:
+            if answer is None:
+                sock.close()
+            else:
+                self._open[path] = sock
+        return answer
+
+    def listener(self, path: Path) -> int | None:
+        """The process that one to `path` is to; None where there is none by now."""
+        sock = self._open.get(path)
+        if sock is None:
+            return None
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        # Nothing is said unasked: what can be read is its end.
+        return None if poll.poll(0) else rundir.peer(sock)[0]
+
+    def close(self) -> None:
+        for sock in self._open.values():
+            sock.close()
 
 
 def _answer(lines: Iterable[bytes], progress: Progress | None) -> dict[str, Any] | None:
@@ -178,7 +246,12 @@ def _refused(act: str, answer: Mapping[str, Any]) -> Refused:
     )
 
 
-def locate(name: str | None, control_socket: str | None, environment: Mapping[str, str]) -> Path:
+def locate(
+    name: str | None,
+    control_socket: str | None,
+    environment: Mapping[str, str],
+    kept: Connections | None = None,
+) -> Path:
     """The control socket of a service; NAME may be left out where one runs.
 
     Raises:
@@ -188,9 +261,9 @@ def locate(name: str | None, control_socket: str | None, environment: Mapping[st
     if control_socket:
         return Path(control_socket)
     for path in rundir.find(environment, name):
-        if path.stem == name and _listener(path) is not None:
+        if path.stem == name and _listener(path, kept) is not None:
             return path
-    there = _look(environment).running
+    there = _look(environment, kept).running
     named = [each for each in there if name is None or each.is_named(name)]
     if not named:
         raise _not_found(name, there, environment)
@@ -309,28 +382,28 @@ def _of_left(what: Abandoned) -> tuple[str, str]:
     return state, f"`steer stop {what.name}` ends them, and so does `steer run`"
 
 
-def status(path: Path) -> report.Status:
+def status(path: Path, kept: Connections | None = None) -> report.Status:
     """What a service says.
 
     Raises:
         ControlError
     """
-    answer = ask(path, "status").get("service")
+    answer = ask(path, "status", kept=kept).get("service")
     service = _understood(answer, report.Service, f"status {path.stem}")
     return report.Status(schema=1, services=[service])
 
 
-def status_of_all(environment: Mapping[str, str]) -> report.Status:
+def status_of_all(environment: Mapping[str, str], kept: Connections | None = None) -> report.Status:
     """The same of every service that runs, and which go on without a controller.
 
     Raises:
         ControlError
     """
-    seen = _look(environment)
+    seen = _look(environment, kept)
     found = report.Status(schema=1, services=[])
     for each in seen.running:
         try:
-            found.services += status(each.path).services
+            found.services += status(each.path, kept).services
         except Orphaned as error:
             found.orphaned.append(report.Orphan(each.path.stem, error.cause))
         except NotRunning:
@@ -364,17 +437,17 @@ class _Seen(msgspec.Struct):
     lost: list[services.Running]
 
 
-def _look(environment: Mapping[str, str]) -> _Seen:
+def _look(environment: Mapping[str, str], kept: Connections | None = None) -> _Seen:
     """In the usual places, then for processes: they listen elsewhere, or make a socket again
     that was removed."""
-    listeners = {path: _listener(path) for path in rundir.find(environment)}
+    listeners = {path: _listener(path, kept) for path in rundir.find(environment)}
     usual = [
         path for path, pid in listeners.items() if pid is not None and os.access(path, os.W_OK)
     ]
     by_process = _by_process(environment, {pid for path in usual if (pid := listeners[path])})
     elsewhere = [_Found(each.path, each.title) for each in by_process if each.path not in usual]
     return _Seen(
-        [*map(_Found, usual), *(each for each in elsewhere if _may_ask(each.path))],
+        [*map(_Found, usual), *(each for each in elsewhere if _may_ask(each.path, kept))],
         [path for path, pid in listeners.items() if pid is None],
         [each for each in by_process if each.is_gone],
     )
@@ -389,8 +462,8 @@ def _by_process(environment: Mapping[str, str], known: set[int]) -> list[service
         time.sleep(_ASK_AGAIN_S)
 
 
-def _may_ask(path: Path) -> bool:
-    return os.access(path, os.W_OK) and _listener(path) is not None
+def _may_ask(path: Path, kept: Connections | None) -> bool:
+    return os.access(path, os.W_OK) and _listener(path, kept) is not None
 
 
 def of_others(environment: Mapping[str, str]) -> list[str]:
@@ -447,9 +520,11 @@ def _ask_at_length(
     return ask(path, command, timeout_s=None, progress=progress, **more)
 
 
-def _listener(path: Path) -> int | None:
+def _listener(path: Path, kept: Connections | None = None) -> int | None:
     """The process that answers there, None where nobody does; 0 where we may not ask, or the answer
     takes long: the question then says so."""
+    if kept is not None and (known := kept.listener(path)) is not None:
+        return known
     try:
         with rundir.connect(path, _TIMEOUT_S) as sock:
             return rundir.peer(sock)[0]

@@ -1,10 +1,12 @@
-"""The control socket: one request and one answer to a connection, each a line of JSON.
+"""The control socket: a request and its answer, each a line of JSON.
 
 Requests are `{"command": NAME, ...}`; answers `{"ok": true, ...}` or
 `{"ok": false, "error": TEXT}`, with `"detail"` and `"exit_code"` where something was
 tried and failed. With `"progress": true` in the request, lines
-`{"progress": TEXT, "done": D, "of": N}` may come before the answer. Only root and the
-user that runs the service are answered.
+`{"progress": TEXT, "done": D, "of": N}` may come before the answer. With `"stay": true` the
+connection stays open for another request, else it is closed. It may be closed all the same
+before that is read: then nothing was done of it, and who asks connects again. Only root and
+the user that runs the service are answered.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from steer.kernel.desk import ASKERS_MAX, BACKLOG, REQUEST_MAX_BYTES, SILENT_MAX
 from steer.retry import AGAIN_S, Retry
 
 _ACT = "answer at the control socket"
+_PAUSE_S = 0.1
+"""Between the requests of one connection."""
 _TURNS = 8
 _LAST_S = 0.2
 
@@ -50,6 +54,7 @@ class Server:
         self._loop: asyncio.AbstractEventLoop
         self._talks: set[asyncio.Task[Any]] = set()
         self._silent: dict[asyncio.Task[Any], None] = {}
+        self._staying: dict[asyncio.Task[Any], None] = {}
 
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
@@ -65,6 +70,8 @@ class Server:
             pass
         self._is_open = False
         self._loop.remove_reader(self._socket)
+        for staying in self._staying:
+            staying.cancel()
         # Those that have just come take asyncio some turns to be heard.
         for _turn in range(_TURNS):
             await asyncio.sleep(0)
@@ -103,7 +110,7 @@ class Server:
             connection, _ = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return False
-        if len(self._talks) >= ASKERS_MAX:
+        if len(self._talks) >= ASKERS_MAX and not self._make_room():
             with connection, suppress(OSError):
                 connection.setblocking(False)
                 connection.send(_line(_refusal(f"more than {ASKERS_MAX} requests are under way")))
@@ -113,6 +120,13 @@ class Server:
         task.add_done_callback(self._talks.discard)
         return True
 
+    def _make_room(self) -> bool:
+        """By letting one go that has its answer."""
+        for staying in list(self._staying)[:1]:
+            del self._staying[staying]
+            return staying.cancel()
+        return False
+
     async def _talk(self, connection: socket.socket) -> None:
         reader, writer = await asyncio.open_unix_connection(
             sock=connection, limit=REQUEST_MAX_BYTES
@@ -120,28 +134,36 @@ class Server:
         # Or what is left in our own buffer would count as taken.
         writer.transport.set_write_buffer_limits(0)
         try:
-            answer = await self._answer(reader, writer)
-            writer.write(_line(answer))
-            await asyncio.wait_for(writer.drain(), TIMEOUT_S)
+            stays = await self._exchange(reader, writer, self._request(reader))
+            while stays:
+                stays = await self._exchange(reader, writer, self._another(reader))
         except TimeoutError:
             writer.transport.abort()
-        except ConnectionError:
+        except (ConnectionError, _Left):
             pass  # the asker has gone; what it asked for is done all the same
         finally:
             writer.close()
 
-    async def _answer(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> Mapping[str, Any]:
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: Awaitable[bytes]
+    ) -> bool:
+        """A request and its answer. Whether another may come."""
+        request: Request = {}
         try:
-            line = await self._request(reader)
-            request = desk.understood(line, writer.get_extra_info("socket"))
+            request = desk.understood(await line, writer.get_extra_info("socket"))
         except asyncio.LimitOverrunError:
-            return _refusal(desk.TOO_LONG)
+            answer = _refusal(desk.TOO_LONG)
         except (asyncio.IncompleteReadError, TimeoutError):
-            return _refusal(desk.NOT_COMPLETE)
+            answer = _refusal(desk.NOT_COMPLETE)
         except ValueError as error:
-            return _refusal(str(error))
+            answer = _refusal(str(error))
+        else:
+            answer = await self._answer(request, writer)
+        writer.write(_line(answer))
+        await asyncio.wait_for(writer.drain(), TIMEOUT_S)
+        return self._is_open and request.get("stay") is True
+
+    async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> Mapping[str, Any]:
         handler = self._commands.get(str(request.get("command")))
         if handler is None:
             return _refusal(f"unknown command; known: {', '.join(sorted(self._commands))}")
@@ -171,6 +193,27 @@ class Server:
             return await asyncio.wait_for(reader.readuntil(b"\n"), TIMEOUT_S)
         finally:
             self._silent.pop(task, None)
+
+    async def _another(self, reader: asyncio.StreamReader) -> bytes:
+        """One more request.
+
+        Raises:
+            _Left: there is none, and nobody to tell so.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._staying[task] = None
+        try:
+            await asyncio.sleep(_PAUSE_S)
+            return await self._request(reader)
+        except (asyncio.IncompleteReadError, TimeoutError):
+            raise _Left from None
+        finally:
+            self._staying.pop(task, None)
+
+
+class _Left(Exception):
+    """Who asked does not do so again."""
 
 
 def _teller(request: Request, transport: asyncio.WriteTransport) -> Tell:
