@@ -26,21 +26,35 @@ def main() -> None:
 
 
 def _command() -> Callable[[], None]:
-    """What is asked for: `run`, as it is mostly given, without click."""
-    name, *arguments = sys.argv[1:] or [""]
-    if name == "run" and "_STEER_COMPLETE" not in os.environ:
-        from steer import options
-
-        given = options.plain(arguments)
-        if given is not None:
-            _import_msgspec()
-            from steer import entry, run
-
-            return lambda: entry.guarded(lambda: run.perform(given))
+    """What is asked for."""
+    perform = _without_click(*sys.argv[1:])
+    if perform is not None:
+        return perform
     from steer import cli
 
     gc.enable()
     return cli.main
+
+
+def _without_click(name: str = "", *arguments: str) -> Callable[[], None] | None:
+    """`run` and `status`, as they are mostly given."""
+    if "_STEER_COMPLETE" in os.environ:
+        return None
+    if name == "run":
+        from steer import options
+
+        if (given := options.plain(arguments)) is not None:
+            _import_msgspec()
+            from steer import entry, run
+
+            return lambda: entry.guarded(lambda: run.perform(given))
+    elif name == "status":
+        _import_msgspec()
+        from steer import entry, look
+
+        if (asked := look.plain(arguments)) is not None:
+            return lambda: entry.guarded(lambda: look.perform(asked))
+    return None
 
 
 def _import_msgspec() -> None:

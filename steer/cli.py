@@ -173,28 +173,9 @@ def check(as_json: bool, **options: Any) -> None:
 @_CONTROL_SOCKET
 def status(name: str | None, as_json: bool, watch: bool, control_socket: str | None) -> None:
     """Show what runs: policy, backend and why, workers, counters."""
-    from steer import client, report, show
-    from steer.errors import NotRunning
+    from steer import look
 
-    def current() -> report.Status:
-        if name or control_socket:
-            return client.status(client.locate(name, control_socket, os.environ))
-        return client.status_of_all(os.environ)
-
-    if watch:
-        if as_json:
-            show.again(lambda: _print_json(current()))
-        show.watch(lambda: report.tables(current()))
-    found = current()
-    if as_json:
-        _print_json(found)
-    else:
-        show.tables(report.tables(found))
-    others = client.of_others(os.environ) if found.others else ()
-    if others and not (found.services or found.orphaned):
-        raise NotRunning("status", *client.none_of_ours(others))
-    if not (as_json or found.services or found.orphaned):
-        click.echo("no service is running")
+    look.perform(look.Asked(name, as_json, watch, control_socket))
 
 
 @cli.command()
@@ -400,6 +381,6 @@ def doctor(as_json: bool, **options: Any) -> None:
 
 
 def _print_json(value: object) -> None:
-    import msgspec
+    from steer import show
 
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    show.as_json(value)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+import msgspec
+
 from steer import report
 from steer.fit import fit
 from steer.report import Table
@@ -31,7 +33,11 @@ def tables(found: Sequence[Table]) -> None:
     print("\n\n".join(report.plain(table) for table in found), end="\n" if found else "")
 
 
-def watch(look: Callable[[], Sequence[Table]]) -> None:
+def as_json(found: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+
+
+def watch(look: Callable[[], Sequence[Table]]) -> NoReturn:
     """Print what `look` sees again and again, until interrupted: in place, on a screen of its
     own, as what is longer than the terminal would scroll; where there is no terminal, one after
     the other."""

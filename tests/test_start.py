@@ -6,12 +6,18 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_service import fake_service
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import clean_environment
 
+from steer import cli, look, report
+from steer.control import Tell
 from steer.kernel import process
 
 HEAVY = {
@@ -49,6 +55,30 @@ def test_run_imports_nothing_heavy(home: Path, what: list[str]) -> None:
     loaded = loaded_by(home, "run", "--check-config", "-w", "2", "--policy", "cpu", *what)
     assert "steer.controller" in loaded
     assert not HEAVY.intersection(loaded)
+
+
+@pytest.mark.parametrize("asked", [["web"], ["web", "--json"], ["--json"], []])
+def test_status_imports_only_what_it_shows(home: Path, asked: list[str]) -> None:
+    with fake_service(home / "run" / "steer" / "web.sock", status=tells):
+        loaded = loaded_by(home, "status", *asked)
+    assert "steer.report" in loaded
+    needless = {"ctypes", "steer.config", "steer.kernel.abandoned", "steer.kernel.process"}
+    assert not (HEAVY | needless).intersection(loaded)
+
+
+async def tells(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    totals = report.Totals()
+    web = report.Service("web", 1, "running", 1, "cpu", "ebpf", None, 1.0, [], [], totals)
+    return {"service": web}
+
+
+@given(st.lists(st.sampled_from(["web", "--json", "--watch", "-x", "--", "", "--jso"]), max_size=4))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_status_is_read_without_click_as_with_it(arguments: list[str]) -> None:
+    found = look.plain(arguments)
+    if found is not None:
+        context = cli.status.make_context("status", list(arguments))
+        assert found == look.Asked(**context.params)
 
 
 def test_help_imports_only_click(home: Path) -> None:

@@ -19,7 +19,7 @@ from support import WITHOUT_NETLINK, eventually
 from steer import address, report, status
 from steer.errors import KernelError
 from steer.kernel import sockdiag
-from steer.kernel.listeners import Waiting
+from steer.kernel.sockdiag import Bound
 from steer.lifecycle import State
 from steer.place import Places
 from steer.queues import Queues
@@ -145,11 +145,11 @@ class FakeService:
     def _open(self, _slot: int) -> int:
         return 0
 
-    def _queues(self, protocol: str, _family: int, _port: int) -> dict[int, Waiting]:
+    def _queues(self, protocol: str, _family: int, _port: int) -> dict[int, Bound]:
         self.asked["dumps"] += 1
         if self.refuses:
             raise KernelError("ask", "EPERM")
-        return {inode: Waiting(inode, 9) for inode in range(protocol == "udp", 2000, 2)}
+        return {inode: Bound(inode, 9) for inode in range(protocol == "udp", 2000, 2)}
 
     def _sockets(self) -> Any:
         self.asked["borrowed"] += 1

@@ -1,0 +1,74 @@
+"""The command `status`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from typing import NoReturn
+
+import msgspec
+
+from steer import client, report, show
+from steer.errors import NotRunning
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """Args:
+    name: of a service; None: all, unless there is a control socket.
+    """
+
+    name: str | None = None
+    as_json: bool = False
+    watch: bool = False
+    control_socket: str | None = None
+
+
+def plain(arguments: Sequence[str]) -> Asked | None:
+    """What is asked for by arguments that are as they mostly are.
+
+    Returns:
+        The same as click finds; None where only that can tell, or say what is wrong.
+    """
+    flags = {"--json", "--watch"}.intersection(arguments)
+    names = [word for word in arguments if word not in flags]
+    if len(names) > 1 or any(name.startswith("-") for name in names):
+        return None
+    return Asked(names[0] if names else None, "--json" in flags, "--watch" in flags)
+
+
+def perform(asked: Asked) -> None:
+    """Show what runs.
+
+    Raises:
+        ControlError
+        NotRunning: there is none of that name, or none of this user's.
+    """
+    if asked.watch:
+        _watch(asked)
+    found = _current(asked)
+    if asked.as_json:
+        show.as_json(found)
+    else:
+        show.tables(report.tables(found))
+    if found.services or found.orphaned:
+        return
+    others = client.of_others(os.environ) if found.others else ()
+    if others:
+        raise NotRunning("status", *client.none_of_ours(others))
+    if not asked.as_json:
+        print("no service is running")
+
+
+def _watch(asked: Asked) -> NoReturn:
+    with closing(client.Connections()) as kept:
+        if asked.as_json:
+            show.again(lambda: show.as_json(_current(asked, kept)))
+        show.watch(lambda: report.tables(_current(asked, kept)))
+
+
+def _current(asked: Asked, kept: client.Connections | None = None) -> report.Status:
+    if asked.name or asked.control_socket:
+        path = client.locate(asked.name, asked.control_socket, os.environ, kept)
+        return client.status(path, kept)
+    return client.status_of_all(os.environ, kept)
