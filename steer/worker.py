@@ -188,8 +188,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[sock
         if launch.service.command:
             channel.set_inheritable(True)
             _execute(launch, environment)
-        os.environ.clear()
-        os.environ.update(environment)
+        _change_environment(environment)
         process.limit_descriptors(launch.files)
         application = _load(launch.service)
         return _call(application, Worker(launch, own), launch.service)
@@ -302,6 +301,16 @@ def _environment(launch: Launch) -> dict[str, str]:
         "NOTIFY_SOCKET": launch.notify,
         **_watchdog(launch.service),
     }
+
+
+def _change_environment(wanted: Mapping[str, str]) -> None:
+    """To this. What stays is left alone: all of it anew takes a millisecond in a process that was
+    just forked."""
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    for name, value in wanted.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _watchdog(service: Service) -> dict[str, str]:

@@ -25,6 +25,7 @@ from steer.values import shown, whole_number
 if TYPE_CHECKING:
     import subprocess
 
+_LIBC = ctypes.CDLL(None)
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -398,12 +399,12 @@ def terminal_is_gone() -> bool:
 
 def rename(name: str) -> None:
     """Be called so by ps(1) and killall(1): at most 15 characters (prctl(2), PR_SET_NAME)."""
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+    _LIBC.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def be_dumpable() -> None:
     """Let others of our user look at us, as a change of user takes away (prctl(2))."""
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 def keep_only(fds: Iterable[int]) -> None:

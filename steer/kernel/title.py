@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from functools import cache
 
 import msgspec
 
@@ -25,13 +25,22 @@ def show(title: str, stat: str = "/proc/self/stat") -> None:
     """
     import ctypes  # not for those who only look
 
-    with suppress(OSError, ValueError, IndexError), open(stat, "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-        start, end = (int(fields[number - _BEHIND_COMM]) for number in (_ARG_START, _ARG_END))
-        if 0 < start < end:
-            room = end - start
-            # The last byte stays 0: else the kernel takes the environment for a part of it.
-            ctypes.memmove(start, title.encode()[: room - 1].ljust(room, b"\0"), room)
+    start, end = _arguments(stat)
+    if 0 < start < end:
+        room = end - start
+        # The last byte stays 0: else the kernel takes the environment for a part of it.
+        ctypes.memmove(start, title.encode()[: room - 1].ljust(room, b"\0"), room)
+
+
+@cache
+def _arguments(stat: str) -> tuple[int, int]:
+    """Where they begin and end. A child that is forked has them where its parent does."""
+    try:
+        with open(stat, "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return int(fields[_ARG_START - _BEHIND_COMM]), int(fields[_ARG_END - _BEHIND_COMM])
+    except (OSError, ValueError, IndexError):
+        return 0, 0
 
 
 class Title(msgspec.Struct, frozen=True):
