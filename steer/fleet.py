@@ -736,10 +736,10 @@ class Fleet:
                 # Before the fork: it may end at once, and shut its listeners down.
                 self._rotation.joined(place.slot, sockets.duplicates(own))
                 owned.append(own)
-            workers = [
-                self._fork(place, launch, own)
-                for place, launch, own in zip(places, launches, owned, strict=True)
-            ]
+            workers = spawn.fork_all(launches, self._guard, owned)
+        for place, worker in zip(places, workers, strict=True):
+            place.process = worker
+            self.by_pid[worker.pid] = place
         for worker in workers:
             worker.begin()
         self._save_together(places, look=False)
@@ -753,11 +753,6 @@ class Fleet:
         for index, bind in enumerate(launch.binds):
             if index not in self.steering.anchors:
                 sockets.check_free(bind, launch.service.settings)
-
-    def _fork(self, place: Place, launch: Launch, own: Sequence[socket.socket]) -> Process:
-        place.process = worker = Process(launch, self._guard, own)
-        self.by_pid[worker.pid] = place
-        return worker
 
     def _end_at_once(self, place: Place) -> None:
         if place.process is not None:

@@ -87,35 +87,89 @@ def _bound_to(bind: Bind, launch: Launch, anchored: bool) -> socket.socket:
         raise sockets.bind_error(bind, error) from None
 
 
+def fork_all(
+    launches: Sequence[Launch], guard: Guard, owned: Sequence[Sequence[socket.socket]]
+) -> list[Process]:
+    """A process for each, or for none. They do nothing before `begin`.
+
+    Args:
+        guard: has them too, should we be gone.
+        owned: the sockets of each, see `bound`; they stay the caller's, who closes them.
+
+    Raises:
+        KernelError: no more processes, or no more files.
+    """
+    made = [Process(launch, guard) for launch in launches]
+    with ExitStack() as theirs, ExitStack() as ours:
+        try:
+            pairs = zip(made, owned, strict=True)
+            children = [one.prepare(own, theirs, ours) for one, own in pairs]
+            for one, (pid, pidfd) in zip(made, process.fork_all(children), strict=True):
+                one.forked(pid, pidfd)
+        except OSError as error:
+            raise process.fork_error(error) from None
+        ours.pop_all()
+    return made
+
+
 class Process:
     """A worker, from fork to the end.
 
     Args:
         launch: what it is told.
         guard: has it too, should we be gone.
-        own: its sockets, see `bound`; they stay the caller's, who closes them.
-
-    It does nothing before `begin`.
 
     Attributes:
         bound: inodes of its sockets, one for each bind.
         told: whether it was told to finish.
         left_behind: its processes that were there when the first ended by itself; they were
             told to end.
-
-    Raises:
-        KernelError: no more processes, or no more files.
     """
 
-    def __init__(self, launch: Launch, guard: Guard, own: Sequence[socket.socket]) -> None:
-        self._prepare(launch, guard)
+    def __init__(self, launch: Launch, guard: Guard) -> None:
+        self.launch = launch
+        self._guard = guard
+        self.problem: SteerError | None = None
+        self.told = self._hurried = False
+        self._finish = BY_DEFAULT
+        self.left_behind: Sequence[int] = ()
+        self._is_child = True
+        self._is_heard = False
+        self._is_killed = False
+        self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
+        self._lines = Lines()
+        self._loop: AbstractEventLoop | None = None
+        self.bound: tuple[int, ...] = ()
+        self.inodes: frozenset[int] = frozenset()
+
+    def prepare(
+        self, own: Sequence[socket.socket], theirs: ExitStack, ours: ExitStack
+    ) -> Callable[[], int]:
+        """Open what ties it to us; what its process is to do.
+
+        Args:
+            theirs: closes what is only of use there.
+            ours: closes the rest, should there be no process.
+
+        Raises:
+            OSError: no more files.
+        """
+        self.bound = tuple(proc.socket_inode(sock.fileno()) for sock in own)
+        self._channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.callback(self._channel.close)
+        theirs.callback(channel.close)
+        self._stderr, stderr = os.pipe()
+        ours.callback(os.close, self._stderr)
+        theirs.callback(os.close, stderr)
+        os.set_blocking(self._stderr, False)
+        return partial(worker.main, self.launch, channel, stderr, own)
+
+    def forked(self, pid: int, pidfd: int) -> None:
+        """It is there."""
         self.started_s = time.monotonic()
-        bound = [proc.socket_inode(sock.fileno()) for sock in own]
-        try:
-            self._fork(own)
-        except OSError as error:
-            raise process.fork_error(error) from None
-        self._meet(bound)
+        self.pid, self._pidfd = pid, pidfd
+        self._family = Family(pid)
+        self._meet()
 
     def begin(self) -> None:
         """Have the guard know of it, and only then go on.
@@ -137,8 +191,7 @@ class Process:
         if not entry.fds:
             _see_off(saved.pid, entry.group)
             return None
-        self = cls.__new__(cls)
-        self._prepare(launch, guard)
+        self = cls(launch, guard)
         self.started_s, self.told = saved.started_s, saved.told
         self.pid, (self._pidfd, self._stderr, channel) = saved.pid, entry.fds[:3]
         self._channel = socket.socket(fileno=channel)
@@ -146,27 +199,12 @@ class Process:
         self._family = Family(saved.pid, self._is_child)
         if self._is_child:
             process.began(saved.pid)
-        self._meet(saved.bound)
+        self.bound = saved.bound
+        self._meet()
         return self
 
-    def _prepare(self, launch: Launch, guard: Guard) -> None:
-        self.launch = launch
-        self._guard = guard
-        self.problem: SteerError | None = None
-        self.told = self._hurried = False
-        self._finish = BY_DEFAULT
-        self.left_behind: Sequence[int] = ()
-        self._is_child = True
-        self._is_heard = False
-        self._is_killed = False
-        self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
-        self._lines = Lines()
-        self._loop: AbstractEventLoop | None = None
-        self.bound: tuple[int, ...] = ()
-
-    def _meet(self, bound: Sequence[int]) -> None:
-        self.bound = tuple(bound)
-        self.inodes = frozenset(bound)
+    def _meet(self) -> None:
+        self.inodes = frozenset(self.bound)
         self._borrower = Borrower(self.pid, self.inodes)
         self._family.sockets = self.inodes
 
@@ -200,21 +238,6 @@ class Process:
         """
         with self._borrower.borrow() as lent:
             yield {self.bound.index(inode): sock for inode, sock in lent.items()}
-
-    def _fork(self, own: Sequence[socket.socket]) -> None:
-        with ExitStack() as theirs, ExitStack() as ours:
-            self._channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            ours.callback(self._channel.close)
-            theirs.callback(channel.close)
-            self._stderr, stderr = os.pipe()
-            ours.callback(os.close, self._stderr)
-            theirs.callback(os.close, stderr)
-            os.set_blocking(self._stderr, False)
-            self.pid, self._pidfd = process.fork(
-                lambda: worker.main(self.launch, channel, stderr, own)
-            )
-            self._family = Family(self.pid)
-            ours.pop_all()
 
     def watch(
         self,

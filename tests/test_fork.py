@@ -72,7 +72,12 @@ def forked() -> Iterator[list[int]]:
 
 def fork(launch: Launch, guard: FakeGuard) -> Process:
     with spawn.bound(launch) as own:
-        return Process(launch, cast(Any, guard), own)
+        return spawn.fork_all([launch], cast(Any, guard), [own])[0]
+
+
+def idle() -> int:
+    signal.pause()
+    return 0
 
 
 def open_here() -> int:
@@ -126,11 +131,33 @@ def test_worker_that_the_guard_cannot_take_leaves_nothing_open() -> None:
     assert open_here() == before
 
 
+def test_of_several_that_cannot_all_be_forked_none_is_left(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int]
+) -> None:
+    forked.append(process.fork(idle)[0])
+    before, there = open_here(), process.started()
+    children: list[int] = []
+    fork_one = os.fork
+
+    def two_at_most() -> int:
+        if len(children) == 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        children.append(fork_one())
+        return children[-1]
+
+    monkeypatch.setattr(os, "fork", two_at_most)
+    with pytest.raises(BlockingIOError):
+        process.fork_all([idle] * 3)
+    assert len(children) == 2
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
+    assert (open_here(), process.started()) == (before, there)
+
+
 @pytest.mark.usefixtures("netns")
 def test_address_that_is_taken_is_told_before_anything_is_forked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(process, "fork", lambda *_: pytest.fail("forked"))
+    monkeypatch.setattr(process, "fork_all", lambda *_: pytest.fail("forked"))
     there = f"127.0.0.1:{PORT + 1}"
     with socket.create_server(("127.0.0.1", PORT + 1)):
         before = open_here()

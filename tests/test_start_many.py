@@ -134,7 +134,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(FakeProcess, "fails_at", None)
     monkeypatch.setattr(FakeProcess, "turn", 0)
     monkeypatch.setattr(spawn, "bound", bound)
-    monkeypatch.setattr(fleets, "Process", FakeProcess)
+    monkeypatch.setattr(spawn, "fork_all", lambda launches, *_: list(map(FakeProcess, launches)))
     monkeypatch.setattr(fleets, "Place", FakePlace)
     monkeypatch.setattr(process, "pause", lambda _seconds: None)
     return FakeProcess.forked

@@ -15,6 +15,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
@@ -99,16 +100,25 @@ def become(who: Identity) -> None:
 
 
 def fork(child: Callable[[], int], ignored: Collection[int] = ()) -> tuple[int, int]:
-    """Run `child` in a new process, in a process group of its own; its result is the exit code.
+    """As `fork_all`, of one."""
+    return fork_all([child], ignored)[0]
+
+
+def fork_all(
+    children: Sequence[Callable[[], int]], ignored: Collection[int] = ()
+) -> list[tuple[int, int]]:
+    """Run each in a new process, in a process group of its own, or none of them; its result is
+    the exit code.
 
     Signals are held until the child has put aside the handlers it inherits: one that
-    came before would be handled as if it were meant for this process.
+    came before would be handled as if it were meant for this process. Between two forks
+    nothing is done: all that we write to is copied for each child once more.
 
     Args:
-        ignored: signals that the child is to ignore, from the first on.
+        ignored: signals that the children are to ignore, from the first on.
 
     Returns:
-        The child's process id, and a pidfd of it.
+        Of each the process id, and a pidfd.
 
     Raises:
         OSError: no more processes, or no more files; see `fork_error`.
@@ -116,20 +126,35 @@ def fork(child: Callable[[], int], ignored: Collection[int] = ()) -> tuple[int, 
     _flush()
     if not _inherited:
         _inherited[:] = os.pipe()
-    # Of the others none has a handler, and to name all 64 takes a third of a millisecond.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
-    try:
-        pid = os.fork()
-        if pid == 0:
-            _in_child(child, blocked, ignored)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    # Here and in the child, as either may be first to rely on it.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.setpgid(pid, pid)
-    pidfd = _pidfd(pid)
-    _started.add(pid)
-    return pid, pidfd
+    pids: list[int] = []
+    with ExitStack() as undo:
+        undo.callback(_end_all, pids)
+        # Of the others none has a handler, and to name all 64 takes a third of a millisecond.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
+        try:
+            for child in children:
+                pid = os.fork()
+                if pid == 0:
+                    _in_child(child, blocked, ignored)
+                pids.append(pid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        pidfds = []
+        for pid in pids:
+            # Here and in the child, as either may be first to rely on it.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.setpgid(pid, pid)
+            pidfds.append(os.pidfd_open(pid))
+            undo.callback(os.close, pidfds[-1])
+        undo.pop_all()
+    _started.update(pids)
+    return list(zip(pids, pidfds, strict=True))
+
+
+def _end_all(pids: Iterable[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def await_apart() -> bool:
@@ -224,15 +249,6 @@ def run(
     finally:
         is_done(child.pid)
     return subprocess.CompletedProcess(arguments, child.returncode, output, errors)
-
-
-def _pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        raise
 
 
 def fork_error(error: OSError) -> KernelError:
