@@ -53,11 +53,17 @@ class RefusingSteering(FakeSteering):
 
 
 class FakeGuard:
-    def put(self, *_: object) -> None:
-        pass
+    def __init__(self) -> None:
+        self.puts: list[str] = []
+
+    def put(self, key: str, *_: object) -> None:
+        self.puts.append(key)
 
 
 class FakeRetry:
+    def until_done(self, act: str, do: Callable[[], object]) -> None:
+        do()
+
     def attempt(self, act: str, do: Callable[[], object]) -> bool:
         try:
             do()
@@ -123,3 +129,58 @@ def test_when_it_cannot_be_moved_that_is_not_tried_at_every_turn(waited_for: soc
     steering = RefusingSteering(waited_for, returns=TURNS)
     asyncio.run(until_emptied(steering, 1, TURNS))
     assert steering.emptied < TURNS / 10
+
+
+class JoinableSteering(FakeSteering):
+    """Of a kind that does, or does not, have to know in which order sockets are."""
+
+    def __init__(self, needs_order: bool) -> None:
+        self.reserve = []
+        self.needs_order = needs_order
+
+    def joined(self, slot: int, fds: Sequence[int]) -> None:
+        pass
+
+    def left(self, slot: int) -> None:
+        pass
+
+    def retire(self, slot: int) -> None:
+        pass
+
+
+def kept_after(needs_order: bool, *, has_loop: bool = True) -> list[int]:
+    """How often the guard was told: after each of three that joined, of one that left and gave
+    its slot up, and in the next turn of the loop."""
+    guard, told = FakeGuard(), list[int]()
+
+    async def run() -> None:
+        steering, retry = JoinableSteering(needs_order), FakeRetry()
+        args = (steering, [], 4, guard, Log("error", "text"), retry)
+        rotation = Rotation(*cast(Any, args))
+        loop = asyncio.get_running_loop()
+        if has_loop:
+            rotation.watch(loop)
+        for slot in range(3):
+            rotation.joined(slot, ())
+            told.append(len(guard.puts))
+        rotation.left(0)
+        rotation.give_up(0)
+        told.append(len(guard.puts))
+        if not has_loop:
+            rotation.watch(loop)
+        await asyncio.sleep(0)
+        told.append(len(guard.puts))
+
+    asyncio.run(run())
+    return told
+
+
+def test_who_adopts_knows_the_order_of_sockets_at_any_moment() -> None:
+    assert kept_after(needs_order=True) == [1, 2, 3, 5, 5]
+    assert kept_after(needs_order=True, has_loop=False) == [1, 2, 3, 5, 5]
+
+
+def test_all_else_is_told_once_in_a_turn_of_the_loop() -> None:
+    """But for the first, without which there would be nothing to adopt."""
+    assert kept_after(needs_order=False) == [1, 1, 1, 1, 2]
+    assert kept_after(needs_order=False, has_loop=False) == [1, 1, 1, 1, 2]
