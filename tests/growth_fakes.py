@@ -162,6 +162,9 @@ class FakeSteering:
     def settle(self) -> None:
         self._cost["waits for programs"] += 1
 
+    def unsettled(self) -> None:
+        """The next flip waits for nothing."""
+
     def saved(self) -> tuple[object, Sequence[int]]:
         return None, ()
 
@@ -189,9 +192,7 @@ class FakeProcess:
     bound: tuple[int, ...] = ()
     pids = count(_NO_PID)
 
-    def __init__(
-        self, launch: Any, guard: Guard, joined: Callable[[Sequence[int]], None], cost: Cost
-    ) -> None:
+    def __init__(self, launch: Any, guard: Guard, cost: Cost) -> None:
         self.launch = launch
         self.pid = next(self.pids)
         self.told = False
@@ -199,8 +200,9 @@ class FakeProcess:
         self._guard = guard
         self._cost = cost
         cost["processes"] += 1
+
+    def begin(self) -> None:
         self.keep(b"")
-        joined(())
 
     @property
     def key(self) -> str:
@@ -269,23 +271,25 @@ class FakeService:
 
     def _launch(self, place: Place) -> object:
         service = place.generation.plan.service
-        return SimpleNamespace(service=service, binds=(), slot=place.slot, modest=False)
+        return SimpleNamespace(
+            service=service, binds=(), anchored=(), slot=place.slot, modest=False
+        )
 
-    def begin(self, launch: Any, guard: Guard, joined: Any) -> FakeProcess:
+    def fork(self, launch: Any, guard: Guard, _own: Sequence[socket.socket]) -> FakeProcess:
         """Take the place of `spawn.Process`."""
-        begun = FakeProcess(launch, guard, joined, self.cost)
+        begun = FakeProcess(launch, guard, self.cost)
         if self._loop is not None:
             self._loop.call_soon(self.fleet.notified, (begun.pid,), READY)
         return begun
 
     async def up(self) -> None:
         """Start all workers and have them ready."""
-        self.fleet.start(lambda: None)
         self._loop = asyncio.get_running_loop()
+        self.fleet.start(lambda: None)
         self.fleet.watch(self._loop, self._settle, lambda _: None)
-        for place in list(self.fleet.places):
-            self.fleet.notified((pid_of(place),), READY)
-        await rest()
+        self.fleet.fill()
+        while len(self.ready(len(self.plan.seats))) < len(self.plan.seats):
+            await rest()
 
     def _settle(self, place: Place) -> Any:
         """Nothing waits for it: see `settle.Settler.begin`."""
@@ -329,7 +333,7 @@ def cost_of(script: Script, home: Path, workers: int, **keys: Any) -> Cost:
 
     service = FakeService(home, workers, **keys)
     real = steer.fleet.Process
-    steer.fleet.Process = cast(Any, service.begin)
+    steer.fleet.Process = cast(Any, service.fork)
 
     async def run() -> None:
         await service.up()
