@@ -1,4 +1,4 @@
-"""Tables on standard output: with rich where there is a terminal, plain text where not.
+"""Tables on standard output: fitted to the terminal where there is one, plain text where not.
 And on standard error, if that is a terminal, how far something is."""
 
 from __future__ import annotations
@@ -8,27 +8,34 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import cycle
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from steer import report
-from steer.fit import fit
 from steer.report import Table
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
-
     from steer.client import Progress
 
 WATCH_S = 1.0
+_TURN_S = 0.13
+_COLUMNS, _LINES = 80, 24
+"""Of a terminal that does not tell."""
+
+# console_codes(4), and of the alternate screen xterm's control sequences.
+_HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+_OTHER_SCREEN, _FIRST_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
+_CUT_LINES, _WRAP_LINES = "\x1b[?7l", "\x1b[?7h"
+_HOME, _ERASE_REST, _ERASE_BELOW, _ERASE_LINE = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[2K"
 
 
 def tables(found: Sequence[Table]) -> None:
     if sys.stdout.isatty():
-        console = _console()
-        console.print(_rich(found, console.width))
+        for line in _drawn(found):
+            print(line)
         return
     print("\n\n".join(report.plain(table) for table in found), end="\n" if found else "")
 
@@ -43,13 +50,17 @@ def watch(look: Callable[[], Sequence[Table]]) -> NoReturn:
     the other."""
     if not sys.stdout.isatty():
         again(lambda: tables(look()))
-    from rich.live import Live
-
-    console = _console()
-    with Live(console=console, auto_refresh=False, screen=True) as live:
+    sys.stdout.write(_OTHER_SCREEN + _HIDE_CURSOR + _CUT_LINES)
+    try:
         while True:
-            live.update(_rich(look(), console.width), refresh=True)
+            shown = _drawn(look())[: _size()[1]]
+            lines = f"{_ERASE_REST}\n".join(shown)
+            sys.stdout.write(_HOME + lines + _ERASE_REST + _ERASE_BELOW)
+            sys.stdout.flush()
             time.sleep(WATCH_S)
+    finally:
+        sys.stdout.write(_WRAP_LINES + _SHOW_CURSOR + _FIRST_SCREEN)
+        sys.stdout.flush()
 
 
 def again(tell: Callable[[], None]) -> NoReturn:
@@ -70,64 +81,63 @@ def progress(words: str) -> Iterator[Progress | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
-    from rich.status import Status
-    from rich.text import Text
+    import threading
 
-    with Status(Text(words), console=Console(stderr=True), spinner="line") as line:
-        yield lambda text, done, of: line.update(Text(f"{text} {done}/{of}" if of else text))
+    line, is_over = _Line(words), threading.Event()
+
+    def turn() -> None:
+        while not is_over.wait(_TURN_S):
+            line.draw()
+
+    turning = threading.Thread(target=turn, daemon=True)
+    sys.stderr.write(_HIDE_CURSOR)
+    line.draw()
+    turning.start()
+    try:
+        yield line.say
+    finally:
+        is_over.set()
+        turning.join()
+        sys.stderr.write(f"{_SHOW_CURSOR}\r{_ERASE_LINE}")
+        sys.stderr.flush()
 
 
-_STYLES = {
-    **dict.fromkeys(("ready", "ok"), "green"),
-    **dict.fromkeys(("starting", "draining", "backoff", "warn", "unknown"), "yellow"),
-    **dict.fromkeys(("hung", "fail"), "bold red"),
-    "stopping": "dim",
-}
-"""Of what says how something is."""
+class _Line:
+    """What is said of how far it is, behind something that turns."""
+
+    def __init__(self, words: str) -> None:
+        self._words = words
+        self._turns = cycle("-\\|/")
+
+    def say(self, text: str, done: int, of: int) -> None:
+        self._words = f"{text} {done}/{of}" if of else text
+        self.draw()
+
+    def draw(self) -> None:
+        shown = f"{next(self._turns)} {self._words}"[: _size()[0] - 1]
+        sys.stderr.write(f"\r{shown}{_ERASE_REST}")
+        sys.stderr.flush()
 
 
-def _console() -> Console:
-    """Of standard output. rich leaves out colour where NO_COLOR is set, but takes whatever
-    isdigit() for a number of columns."""
-    from rich.console import Console
+def _drawn(found: Sequence[Table]) -> list[str]:
+    from steer.drawing import Styles, draw
 
-    for name in ("COLUMNS", "LINES"):
-        if not _SIZE.fullmatch(os.environ.get(name, "")):
-            os.environ.pop(name, None)
-    return Console(highlight=False)
+    has_styles = os.environ.get("TERM") not in ("dumb", "unknown")
+    return draw(found, _size()[0], Styles(has_styles, not os.environ.get("NO_COLOR")))
+
+
+def _size() -> tuple[int, int]:
+    """Columns and lines: as the environment has them, or the terminal."""
+    columns, lines = 0, 0
+    for stream in (sys.stderr, sys.stdout):
+        with suppress(OSError, ValueError):
+            columns, lines = os.get_terminal_size(stream.fileno())
+    return _given("COLUMNS") or columns or _COLUMNS, _given("LINES") or lines or _LINES
+
+
+def _given(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if _SIZE.fullmatch(text) else 0
 
 
 _SIZE = re.compile(r"[1-9][0-9]{0,3}")
-
-
-def _rich(found: Sequence[Table], width: int) -> Group:
-    from rich import table
-    from rich.console import Group
-    from rich.text import Text
-
-    drawn: list[table.Table | Text] = []
-    for number, each in enumerate(fit(one, width) for one in found):
-        grid = table.Table(
-            box=None,
-            padding=(0, 2, 0, 0),
-            pad_edge=False,
-            header_style="bold",
-            collapse_padding=True,
-        )
-        for column in each.columns:
-            # Where not even these columns fit, values break rather than being cut off.
-            whole = not each.is_prose and report.plain_width(each) <= width
-            grid.add_column(column, no_wrap=whole, overflow="fold")
-        at = each.columns.index(each.verdicts) if each.verdicts in each.columns else -1
-        for row in each.rows:
-            grid.add_row(
-                *(
-                    Text(cell, _STYLES.get(cell, "") if place == at else "")
-                    for place, cell in enumerate(row)
-                )
-            )
-        if number:
-            drawn.append(Text())
-        drawn += [*([Text(each.title)] if each.title else []), grid, *map(Text, each.below)]
-    return Group(*drawn)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support import DEADLINE_S, STEER, Terminal
 
 from steer import report
+from steer.drawing import Styles, draw
 from steer.fit import fit
 from steer.report import Table
 
@@ -29,6 +30,19 @@ BUSY = Table(
     optional=("weight", "gen", "restarts", "cpus", "up", "pid"),
     verdicts="state",
     is_prose=False,
+)
+
+
+PROSE = Table(
+    "",
+    ("topic", "found", "what would help"),
+    [
+        (
+            "bcc",
+            "not installed: own policies cannot be compiled",
+            "apt-get install python3-bpfcc",
+        )
+    ],
 )
 
 
@@ -100,14 +114,39 @@ def test_status_in_80_columns_has_a_line_for_each_worker_in_colour(
     assert "bug in steer" not in again
 
 
-def test_nothing_is_cut_off_where_nothing_fits(
-    service: StartService, environment: dict[str, str]
-) -> None:
-    service("-w", "1", "--policy", "hash", "--hang-timeout=0")
-    narrow = shown_on(STEER, "status", environment=environment, size=(24, 20))
-    letters = re.sub(r"\s", "", _CODES.sub("", narrow))
-    for part in ("st", "at", "re", "ady", "ed"):
-        assert part in letters
+@pytest.mark.parametrize("table", [BUSY, PROSE], ids=["rows", "prose"])
+@pytest.mark.parametrize("width", [5, 20, 33, 80, 200])
+def test_nothing_is_cut_off_where_nothing_fits(table: Table, width: int) -> None:
+    drawn = [_CODES.sub("", line) for line in draw([table], width, Styles())]
+    fitted = report.plain(fit(table, width))
+    assert sorted("".join(drawn).replace(" ", "")) == sorted("".join(fitted.split()))
+    if width >= 41:
+        assert max(map(len, drawn)) <= width
+
+
+def test_what_fits_is_drawn_as_it_is_written_to_a_file() -> None:
+    drawn = draw([BUSY, PROSE], 200, Styles())
+    assert [_CODES.sub("", line) for line in drawn] == [
+        *report.plain(BUSY).split("\n"),
+        "",
+        *report.plain(PROSE).split("\n"),
+    ]
+    assert draw([BUSY], 200, Styles(has_any=False)) == report.plain(BUSY).split("\n")
+
+
+def test_prose_is_broken_between_words() -> None:
+    assert [_CODES.sub("", line) for line in draw([PROSE], 40, Styles())] == [
+        "topic  found             what would help",
+        "bcc    not installed:    apt-get install",
+        "       own policies      python3-bpfcc",
+        "       cannot be",
+        "       compiled",
+    ]
+
+
+def test_nothing_tells_the_terminal_to_do_something() -> None:
+    table = Table("a\x1b[2J", ("b\x07",), [("c\x1b]0;x\x07",)], ["d\r"])
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", "\n".join(draw([table], 80, Styles(False))))
 
 
 def test_states_have_their_colours(environment: dict[str, str], home: Path) -> None:
