@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from bench import lifetime, servers
-from bench.crowd import Contender
+from bench.crowd import LIMIT_S, Contender, TooLong
 from bench.figures import Figure, Growth, Section
 from bench.lifetime import Life, Pace, Quantity
 from bench.peers import Site
@@ -60,8 +60,8 @@ TO_FEW: Mapping[Quantity, float] = {
 _STEERS_READY = re.compile(rb"worker \d+ ready")
 _GUNICORNS_READY = re.compile(rb"Booting worker with pid: (?P<pid>\d+)")
 _UVICORNS_READY = re.compile(rb"Started server process \[(?P<pid>\d+)\]")
-_DESCRIPTORS = 256
-"""Beside one for each worker."""
+_DESCRIPTORS = 4
+"""For each worker: what we watch it by, or one of gunicorn's, for old and new ones."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ Found = Mapping[Subject, Life]
 def run(quick: bool) -> Iterator[Section]:
     sizes = {4: 1, 16: 1} if quick else ROUNDS
     pace = Pace(idle_s=0.5, changes=4, statuses=1, kills=1) if quick else Pace()
-    process.allow_descriptors(max(sizes) + _DESCRIPTORS)
+    process.allow_descriptors(_DESCRIPTORS * max(sizes))
     there, failures = contenders(), list[str]()
     found = _measure(list(subjects(there, sizes)), pace, failures)
     yield from sections(found, there, failures)
@@ -151,8 +151,11 @@ def _measure(wanted: Iterable[Subject], pace: Pace, failures: list[str]) -> Foun
             _say(f"{who}: left out, as {why}")
             continue
         _say(f"{who}, after {after_s:.0f} s")
+        found[each] = Life()
         try:
-            found[each] = lifetime.live(each.contender, each.workers, pace)
+            lifetime.live(each.contender, each.workers, pace, found[each])
+        except TooLong:
+            failures.append(f"{who}: something took longer than {LIMIT_S:.0f} s")
         except SteerError as error:
             failures.append(f"{who}: {error}\n{error.detail}".rstrip())
     return found

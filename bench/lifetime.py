@@ -99,9 +99,16 @@ class Life:
         return quantity not in self.given_up
 
 
-def live(contender: Contender, workers: int, pace: Pace) -> Life:
-    """Raises SteerError: it cannot be measured."""
-    life = Life()
+def live(contender: Contender, workers: int, pace: Pace, life: Life) -> None:
+    """Until what cannot be measured, or takes too long.
+
+    Args:
+        life: gets what was measured until then.
+
+    Raises:
+        SteerError
+        TooLong: something on the way.
+    """
     begun_s = time.monotonic()
     with crowd(contender, workers, _PORT) as it:
         life.add(FIRST, it.server.first_answer_s())
@@ -114,10 +121,9 @@ def live(contender: Contender, workers: int, pace: Pace) -> Life:
             _change_policies(life, it, pace)
         _kill(life, it, pace)
         if not _reload(life, it):
-            return life
+            return
         if contender.is_slow or _reload_under_load(life, it):
             life.take(STOP, it.stop)
-    return life
 
 
 def _be_idle(life: Life, it: Crowd, pace: Pace) -> None:
