@@ -387,6 +387,24 @@ def test_worker_that_is_ready_is_held_and_shown_as_starting(
     assert {ask()["generation"] for _ in range(10)} == {2}
 
 
+def niceness(running: Service, slot: int) -> int:
+    (pid,) = (each["pid"] for each in running.workers() if each["slot"] == slot)
+    return os.getpriority(os.PRIO_PROCESS, pid)
+
+
+@pytest.mark.parametrize("own, meanwhile", [(0, 10), (-15, -5), (15, 19)])
+def test_new_worker_is_nicer_than_the_service_until_it_is_ready(
+    service: StartService, home: Path, own: int, meanwhile: int
+) -> None:
+    """However nice that is itself."""
+    with asking(niced := service("app:slow", "-w", "1", under=("nice", "-n", f"{own}")), "reload"):
+        eventually(lambda: slots(niced), [0, 1])
+        eventually(lambda: niceness(niced, 1), meanwhile)
+        (home / "go-1").touch()
+        eventually(lambda: slots(niced), [1])
+        assert niceness(niced, 1) == own
+
+
 # Failure changes nothing
 
 

@@ -345,7 +345,7 @@ def _flush() -> None:
 
 
 _CAP_SYS_NICE = 23  # include/uapi/linux/capability.h
-_MODEST = 10
+_MODEST, _NICEST = 10, 19  # setpriority(2)
 
 
 def may_hurry_others() -> bool:
@@ -357,7 +357,8 @@ def may_hurry_others() -> bool:
 
 def be_modest() -> None:
     """Leave the CPUs to whoever is not, until somebody calls `hurry`."""
-    os.setpriority(os.PRIO_PROCESS, 0, _MODEST)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, min(own + _MODEST, _NICEST))
 
 
 def hurry(pids: Iterable[int]) -> None:
