@@ -54,6 +54,8 @@ _AT_ONCE = 32
 
 _FORKS_AT_ONCE = 4
 """So many start in one turn of the loop, which is to take no longer than 20 ms."""
+_FIRST_AT_MOST = 16
+"""Before there is a loop, where there are CPUs for so many."""
 
 _LOOKED_AT = 8
 """So many that start, at each end of another: all are alike, and to look takes time."""
@@ -148,7 +150,8 @@ class Fleet:
         for seat in self.generation.plan.seats:
             self._await_start(seat)
         process.pause(0)
-        self._spawn(self._next_few())
+        cpus = len(os.sched_getaffinity(0))
+        self._spawn(self._next_few(max(_FORKS_AT_ONCE, min(cpus, _FIRST_AT_MOST))))
         holds_ports()
 
     def _await_start(self, seat: Seat) -> None:
@@ -156,10 +159,10 @@ class Fleet:
         place.state = State.BACKOFF
         self._unstarted.append(place)
 
-    def _next_few(self) -> Sequence[Place]:
+    def _next_few(self, at_most: int = _FORKS_AT_ONCE) -> Sequence[Place]:
         """Of those that were never started, unless they are not wanted any more."""
         few: list[Place] = []
-        while self._unstarted and len(few) < _FORKS_AT_ONCE:
+        while self._unstarted and len(few) < at_most:
             place = self._unstarted.popleft()
             if place.state is State.BACKOFF:
                 place.state, _ = lifecycle.step(place.state, Event.RETRY)
@@ -664,12 +667,15 @@ class Fleet:
         """Whether, before there is one that serves, a worker has an address of its own."""
         if self.up.done() or self._ending:
             return False
-        starting = [one.process for one in self.places if one.state is State.STARTING]
-        there = [process for process in starting if process]
-        if self._elsewhere not in there:
-            look = (process for process in there[:_LOOKED_AT] if elsewhere.diagnosis(process))
-            self._elsewhere = next(look, None)
+        if self._elsewhere is None or not self._starts(self._elsewhere):
+            starting = (one.process for one in self.places if one.state is State.STARTING)
+            look = islice(filter(None, starting), _LOOKED_AT)
+            self._elsewhere = next(filter(elsewhere.diagnosis, look), None)
         return self._elsewhere is not None
+
+    def _starts(self, worker: Process) -> bool:
+        place = self._of(worker.pid)
+        return place is not None and place.state is State.STARTING
 
     def _forget(self, place: Place) -> None:
         place.cancel_timer()

@@ -45,10 +45,14 @@ class Splits:
 
     def changed(self, place: Place) -> None:
         """A worker is in another state."""
-        if place.state is State.STARTING and place.process and self._others_stay(place):
+        if place.state is not State.STARTING or not place.process:
+            return
+        at_risk = self._at_risk(place.process.launch.binds)
+        # In this order: the others are looked through for the few binds that may split.
+        if at_risk and self._others_stay(place):
             act = f"see whether worker {place.slot} is in its groups"
             place.is_apart = False
-            for bind in self._at_risk(place.process.launch.binds):
+            for bind in at_risk:
                 self._fleet.retry.attempt(act, partial(self._look, place, bind))
 
     def _others_stay(self, place: Place) -> bool:

@@ -137,6 +137,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(spawn, "fork_all", lambda launches, *_: list(map(FakeProcess, launches)))
     monkeypatch.setattr(fleets, "Place", FakePlace)
     monkeypatch.setattr(process, "pause", lambda _seconds: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
     return FakeProcess.forked
 
 
@@ -187,6 +188,16 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
         assert steering.asked["saved"] <= number / fleets._FORKS_AT_ONCE + 1
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("cpus", "first"), [(1, 4), (8, 8), (256, 16)])
+def test_first_are_as_many_as_there_are_cpus_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int], cpus: int, first: int
+) -> None:
+    fleet = fleet_of(300, FakeSteering())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cpus)))
+    fleet.start(lambda: None)
+    assert len(forked) == first
 
 
 def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[int]) -> None:
