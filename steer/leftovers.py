@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from steer.kernel import family, proc
 
@@ -15,6 +16,26 @@ if TYPE_CHECKING:
 WITHIN_S = 2.0
 """From SIGTERM to SIGKILL: nobody waits for what they still do."""
 _LOOK_S = 0.05
+_MOST_LOOKING = 0.05
+"""Of the time may be spent on looking at them. There may be hundreds."""
+
+
+class Left(msgspec.Struct, eq=False):
+    """A process.
+
+    Args:
+        began_ticks: when it started, which tells it from others of that number.
+        end_s: when it is killed.
+    """
+
+    pid: int
+    began_ticks: int
+    end_s: float
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not ended."""
+        return proc.is_still(self.pid, self.began_ticks)
 
 
 class Leftovers:
@@ -26,45 +47,42 @@ class Leftovers:
 
     def __init__(self, ended: Callable[[], None]) -> None:
         self._ended = ended
-        self._began: dict[int, int] = {}
+        self._left: list[Left] = []
+        self._is_due = False
 
     def __bool__(self) -> bool:
-        return bool(self._began)
+        return bool(self._left)
 
     def take(self, loop: AbstractEventLoop, pids: Iterable[int]) -> None:
         """Look after these from now on; they were sent SIGTERM."""
-        fresh = {}
+        end_s = loop.time() + WITHIN_S
         for pid in pids:
             began_ticks = proc.start_time_ticks(pid)
             if began_ticks is not None:
-                fresh[pid] = began_ticks
-        if fresh:
-            self._began.update(fresh)
-            loop.call_later(_LOOK_S, self._look, loop, loop.time() + WITHIN_S)
+                self._left.append(Left(pid, began_ticks, end_s))
+        self._look_in(loop, _LOOK_S)
 
     def kill(self) -> None:
         """All that are left, now."""
-        with suppress(OSError):
-            family.send(signal.SIGKILL, self._there())
+        _kill(each for each in self._left if each.is_there)
 
-    def _there(self) -> list[int]:
-        """Those that have not ended; their start time tells them from others of that number."""
-        return [
-            pid
-            for pid, began_ticks in self._began.items()
-            if proc.start_time_ticks(pid) == began_ticks and proc.is_alive(pid)
-        ]
+    def _look_in(self, loop: AbstractEventLoop, after_s: float) -> None:
+        if self._left and not self._is_due:
+            self._is_due = True
+            loop.call_later(after_s, self._look, loop)
 
-    def _look(self, loop: AbstractEventLoop, end_s: float) -> None:
-        there = list(self._began)
-        with suppress(OSError):  # else it cannot be told
-            there = self._there()
-        self._began = {pid: self._began[pid] for pid in there}
-        if loop.time() >= end_s:
-            self.kill()
+    def _look(self, loop: AbstractEventLoop) -> None:
+        self._is_due = False
+        began_s = loop.time()
+        self._left = [each for each in self._left if each.is_there]
+        now_s = loop.time()
+        _kill(each for each in self._left if each.end_s <= now_s)
         # Not even SIGKILL ends what waits in the kernel.
-        if there and loop.time() < end_s + WITHIN_S:
-            loop.call_later(_LOOK_S, self._look, loop, end_s)
-        else:
-            self._began.clear()
+        self._left = [each for each in self._left if now_s < each.end_s + WITHIN_S]
+        self._look_in(loop, max(_LOOK_S, (loop.time() - began_s) / _MOST_LOOKING))
+        if not self._left:
             self._ended()
+
+
+def _kill(left: Iterable[Left]) -> None:
+    family.send(signal.SIGKILL, [each.pid for each in left])

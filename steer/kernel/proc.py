@@ -168,6 +168,12 @@ def start_time_ticks(pid: int, root: str = "/proc") -> int | None:
     return int(stat[19]) if stat else None
 
 
+def is_still(pid: int, began_ticks: int) -> bool:
+    """Whether the process that started then has not ended."""
+    stat = _stat(f"/proc/{pid}")
+    return stat is not None and stat[0] not in (b"Z", b"X") and int(stat[19]) == began_ticks
+
+
 def network_namespace(pid: int | Literal["self"] = "self", root: str = "/proc") -> tuple[int, int]:
     """The network namespace of a process, as (device, inode), which name it together.
 
