@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ import msgspec
 from steer import elsewhere, endings, lifecycle, notify, rotation, servers, spawn
 from steer.clock import Clock
 from steer.config import Service
+from steer.ends import End, Ends
 from steer.errors import AppLoadError, KernelError, SteerError
 from steer.kernel import family, mail, proc, process, sockets, strays
 from steer.kernel.custody import Entry, Guard
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
     from steer.settle import Settling
 
+_STEP_S = 0.005
+"""So long a step of what is done to all workers may take; then the loop has its turn."""
 QUICK_S = 1.0
 """How long a quick stop waits between SIGTERM and SIGKILL."""
 
@@ -129,6 +133,7 @@ class Fleet:
         self._ending_quickly = False
         self._changed: Callable[[Place], None]
         self._settle: Settle
+        self._ends: Ends
         self._loop: AbstractEventLoop
         self.up: Future[None]
         self.refused: Future[None]
@@ -268,6 +273,7 @@ class Fleet:
         self.is_watched = True
         self.retry.watch(loop)
         self._rotation.watch(loop)
+        self._ends = Ends(loop, self.retry, self._on_lost, self._on_ends)
         self.clock.run(loop)
         self.up = loop.create_future()
         self.refused = loop.create_future()
@@ -284,6 +290,8 @@ class Fleet:
 
     def abandon(self) -> None:
         """Leave no process, whatever happened."""
+        with suppress(OSError):  # each of them is killed below
+            family.kill([place.process.family for place in self.places if place.process])
         for place in self.places:
             self._end_at_once(place)
         self._leftovers.kill()
@@ -370,16 +378,30 @@ class Fleet:
         self._ending, self._ending_in_s, self._ending_quickly = True, within_s, quick
         self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
         self.retry.attempt("let go of the ports", self._rotation.release)
-        for place in list(self.places):
-            self.report(place, Event.STOP)
+        self._tell_to_stop(deque(self.places))
         if not self.up.done():
             self.up.set_result(None)
-        self._end_if_empty()
 
     def _leave_nothing_to_adopt(self) -> None:
         self._guard.give_up()
         for place in self.places:
-            place.keep(())
+            if self.steering.held(place.slot):
+                place.keep(())
+
+    def _tell_to_stop(self, places: deque[Place]) -> None:
+        """In steps, as there may be a thousand."""
+        end_s = time.monotonic() + _STEP_S
+        with self.retry.spare.lent():
+            while places and time.monotonic() < end_s:
+                self.report(places.popleft(), Event.STOP)
+        if places:
+            self._loop.call_soon(self._tell_to_stop, places)
+        else:
+            self._end_if_empty()
+
+    def reaped(self, pids: Iterable[int]) -> None:
+        """Children of ours have ended that somebody had left behind."""
+        self._ends.reaped(pids)
 
     def serve_early(self, pid: int) -> None:
         """The process `pid` is ready before there is a loop: it alone is chosen until then.
@@ -628,7 +650,8 @@ class Fleet:
             quick = self._ending_quickly or place.ready_s is None
             place.process.terminate(quick)
             self._say_how_told(place.process)
-        self._note_activity(place)
+        if place.hung and not self._ending:
+            self._note_activity(place)
 
     def _say_how_told(self, worker: Process) -> None:
         """All of them are alike, so it is said once."""
@@ -651,7 +674,7 @@ class Fleet:
             return
         if place.state is State.STARTING:
             place.process.problem = elsewhere.not_ready(place.process)
-        place.process.kill()
+        self._ends.kill(place.process)
 
     def _back_off(self, place: Place) -> None:
         after_s = lifecycle.backoff_s(place.failures, place.ready_s is not None)
@@ -719,6 +742,8 @@ class Fleet:
                     self._watch(place, worker)
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
             for place in places:
+                if place.process is not None:
+                    self._ends.forget(place.process)
                 self._end_at_once(place)
                 self._leave(place)
             raise as_refusal(f"start worker {places[0].slot}", error) from None
@@ -777,8 +802,7 @@ class Fleet:
         return self.retry.attempt(act, partial(self._rotation.left, place.slot))
 
     def _watch(self, place: Place, worker: Process) -> None:
-        ended, lost = partial(self._on_end, place), partial(self._on_lost, place)
-        worker.watch(self._loop, self.retry, ended, lost)
+        self._ends.watch(place, worker)
         if place.state is State.STARTING:
             self._set_timer(place, worker.launch.service.ready_timeout, Event.LATE)
             self._changed(place)
@@ -797,6 +821,8 @@ class Fleet:
     def _save_soon(self, place: Place) -> None:
         """Once for all that happens in one turn of the loop: until then it is adopted as it was
         a moment ago."""
+        if self._ending:  # nobody is to adopt it, see `_leave_nothing_to_adopt`
+            return
         if not self._unsaved:
             self._loop.call_soon(self._save_in_its_turn)
         self._unsaved[place] = None
@@ -826,23 +852,41 @@ class Fleet:
 
         self.retry.attempt(f"have the guard know of worker {place.slot}", keep)
 
-    def _on_lost(self, place: Place, worker: Process) -> None:
-        """Its first process has ended, and others of it may have its sockets open."""
-        nobody: list[int] = []
-        act = f"see what is left of worker {place.slot}"
-        self._take_sockets(place, worker, self.retry.result(act, worker.others, nobody))
+    def _on_lost(self, ends: Sequence[End]) -> None:
+        """Their first processes have ended, and others of them may have their sockets open."""
+        self._take_sockets((each, each.others) for each in ends)
 
-    def _take_sockets(self, place: Place, worker: Process, family: Sequence[int]) -> None:
-        """Nobody is to be chosen any more who has a socket of this worker open."""
-        process.await_apart()  # else those who start would be found to have it
-        # Where we hold a duplicate ourselves it is shut down in any case.
+    def _take_sockets(self, ends: Iterable[tuple[End, Sequence[int]]]) -> None:
+        """Nobody is to be chosen any more who has a socket of these workers open.
+
+        Args:
+            ends: with the processes that are left of each.
+        """
+        process.await_apart()  # else those who start would be found to have them
+        look, nobody = strays.Look(), list[strays.Stray]()
+        for end, left in ends:
+            place, find = end.place, partial(self._strays, end, left, look)
+            act = f"take worker {place.slot} out"
+            found = self.retry.result(act, find, nobody) if end.worker.bound else nobody
+            if not self._leave(place):
+                self._rotation.flip_soon()  # that does the rest
+            if found:
+                self.retry.attempt(act, partial(self._cut_off, place, found))
+
+    def _strays(self, end: End, left: Sequence[int], look: strays.Look) -> list[strays.Stray]:
+        """Where we hold a duplicate ourselves it is shut down in any case."""
+        place, bound = end.place, end.worker.bound
         everywhere = not self._ending and not self.steering.held(place.slot)
-        find = partial(strays.find, place.generation.plan.binds, worker.bound, family, everywhere)
-        act, nobody = f"take worker {place.slot} out", list[strays.Stray]()
-        found = self.retry.result(act, find, nobody) if worker.bound else nobody
-        if not self._leave(place):
-            self._rotation.flip_soon()  # that does the rest
-        self.retry.attempt(act, partial(self._cut_off, place, found))
+        everywhere = everywhere and (end.is_lost or self._may_be_open(place))
+        return strays.find(place.generation.plan.binds, bound, left, everywhere, look)
+
+    def _may_be_open(self, place: Place) -> bool:
+        """Whether anybody may have its sockets open: not if all have left their groups just now,
+        which is told sooner than to look at all sockets of a port."""
+        binds = range(len(place.generation.plan.binds))
+        return bool(place.left) or any(
+            self.steering.is_member(place.slot, at) is not False for at in binds
+        )
 
     def _cut_off(self, place: Place, found: Sequence[strays.Stray]) -> None:
         told = list(strays.shut_down(found))
@@ -855,11 +899,17 @@ class Fleet:
                 "worker %d has ended, and %d more have a socket of it", place.slot, more
             )
 
+    def _on_ends(self, ends: Sequence[End]) -> None:
+        for each in ends:
+            each.place.cancel_timer()
+        self._take_sockets((each, each.worker.left_behind) for each in ends)
+        for each in ends:
+            self._on_end(each.place, each.worker, each.status)
+
     def _on_end(self, place: Place, gone: Process, status: int | None) -> None:
-        place.cancel_timer()
-        self._take_sockets(place, gone, gone.left_behind)
-        take = partial(self._leftovers.take, self._loop, gone.left_behind)
-        self.retry.attempt(f"end what worker {place.slot} left behind", take)
+        if gone.left_behind:
+            take = partial(self._leftovers.take, self._loop, gone.left_behind)
+            self.retry.attempt(f"end what worker {place.slot} left behind", take)
         act = f"worker {place.slot}: it has ended"
         end = partial(self._see_end, place, gone, status)
         self.retry.until_done(act, end, lambda: place.process is gone)
@@ -871,7 +921,7 @@ class Fleet:
         how = process.how_it_ended(status)
         self.by_pid.pop(gone.pid, None)
         place.lost_process()
-        if place.state is not State.STOPPING:
+        if place.state is not State.STOPPING and not self._ending:
             self._tell_end(place, gone, error, how)
         self._failed(place, error)
 
@@ -920,6 +970,8 @@ class Fleet:
         place.set_timer(self.clock.call_later(after_s, self._on_time, place, event))
 
     def _on_time(self, place: Place, event: Event) -> None:
+        if event is Event.RETRY and self._ending:
+            event = Event.STOP
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -30,13 +29,9 @@ from steer.worker import MESSAGE_MAX_BYTES, Launch
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-    from steer.retry import Retry
-
 LAST_WORDS = 20
 """Lines of standard error that are kept of each worker."""
 _LOOK_AGAIN_S = 0.05
-_MOST_LOOKING = 0.05
-"""Of the time may be spent on looking for what is left of one worker."""
 _LINE_BYTES = 4096
 """So much is kept of each."""
 _LEFTOVERS_S = 2.0
@@ -168,7 +163,7 @@ class Process:
         """It is there."""
         self.started_s = time.monotonic()
         self.pid, self._pidfd = pid, pidfd
-        self._family = Family(pid)
+        self.family = Family(pid)
         self._meet()
 
     def begin(self) -> None:
@@ -196,7 +191,7 @@ class Process:
         self.pid, (self._pidfd, self._stderr, channel) = saved.pid, entry.fds[:3]
         self._channel = socket.socket(fileno=channel)
         self._is_child = proc.parent(saved.pid) == os.getpid()
-        self._family = Family(saved.pid, self._is_child)
+        self.family = Family(saved.pid, self._is_child)
         if self._is_child:
             process.began(saved.pid)
         self.bound = saved.bound
@@ -206,7 +201,7 @@ class Process:
     def _meet(self) -> None:
         self.inodes = frozenset(self.bound)
         self._borrower = Borrower(self.pid, self.inodes)
-        self._family.sockets = self.inodes
+        self.family.sockets = self.inodes
 
     @property
     def key(self) -> str:
@@ -239,22 +234,13 @@ class Process:
         with self._borrower.borrow() as lent:
             yield {self.bound.index(inode): sock for inode, sock in lent.items()}
 
-    def watch(
-        self,
-        loop: AbstractEventLoop,
-        retry: Retry,
-        ended: Callable[[Process, int | None], None],
-        lost: Callable[[Process], None],
-    ) -> None:
+    def watch(self, loop: AbstractEventLoop, ended: Callable[[], None]) -> None:
         """Look after it in this loop.
 
         Args:
-            retry: sees to its end.
-            ended: called once, with the exit status, when it is gone.
-            lost: called once if its first process has ended as it was told to, but not all
-                the others soon after.
+            ended: called once, when its first process is gone; others of it may be left.
         """
-        self._loop, self._retry, self._ended, self._lost = loop, retry, ended, lost
+        self._loop, self._ended = loop, ended
         loop.add_reader(self._channel, self._on_channel)
         loop.add_reader(self._stderr, self._on_stderr)
         loop.add_reader(self._pidfd, self._on_end)
@@ -281,7 +267,7 @@ class Process:
         if not self.told or hurry:
             self.told, self._hurried = True, quick
             try:
-                self._family.remember()
+                self.family.remember()
             finally:
                 process.terminate(self._pidfd, self._told_by.first)
 
@@ -301,23 +287,39 @@ class Process:
             self._finish = finish.how(self.launch.service, self.pid)
         return self._finish
 
-    def others(self) -> Sequence[int]:
-        """Its processes but the first."""
-        return self._family.others()
+    @property
+    def is_open(self) -> bool:
+        """Until `let_go`."""
+        return self._stderr >= 0
+
+    @property
+    def is_killed(self) -> bool:
+        """Whether it was, and all of its processes with it."""
+        return self._is_killed
+
+    def tell_others(self, pids: Iterable[int]) -> None:
+        """These of its processes are to end, as the first has."""
+        family.send(self._told_by.others, pids)
+
+    def kill_group(self) -> None:
+        """All of its processes but those that have left its group, see `Family.others`."""
+        self._is_killed = True
+        self.family.kill_group()
 
     def kill(self) -> None:
         """All of its processes."""
         self._is_killed = True
-        self._family.kill()
+        self.family.kill()
 
     def end(self) -> int | None:
         """Kill what is left of it, and let go of it; the exit status, if it is ours to know."""
         with suppress(OSError):  # those of others groups cannot be looked for
             self.kill()
-        return self._let_go()
+        return self.let_go()
 
-    def _let_go(self) -> int | None:
-        """Whatever fails of this, the rest is done."""
+    def let_go(self) -> int | None:
+        """Take leave of it once its first process has ended; the exit status, if it is ours to
+        know. Whatever fails of this, the rest is done."""
         with ExitStack() as then:
             then.callback(self._close)
             then.callback(self._hear_out)
@@ -335,59 +337,8 @@ class Process:
         self._stderr = -1
 
     def _on_end(self) -> None:
-        """Its first process is gone. The others are told to end, as a shell passes nothing on.
-        They may take their time where the worker was told to; else they are left behind."""
         self._forget(self._pidfd)
-        self._see_to(self._first_has_ended)
-
-    def _see_to(self, what: Callable[[], None]) -> None:
-        act = f"see the end of worker {self.launch.slot}"
-        self._retry.until_done(act, what, lambda: self._stderr >= 0)
-
-    def _first_has_ended(self) -> None:
-        try:
-            others = self._others()
-        except OSError:
-            self._lost(self)  # its sockets at least
-            raise
-        family.send(self._told_by.others, others)
-        if self.told and others:
-            self._call_later(self._while_others_remain, True)
-        else:
-            self.left_behind = others
-            self._has_ended()
-
-    def _while_others_remain(self, first: bool) -> None:
-        began_s = time.monotonic()
-        if not self._others():
-            self._has_ended()
-            return
-        took_s = time.monotonic() - began_s
-        if first:
-            self._lost(self)
-        self._call_later(self._while_others_remain, False, look_again_s(took_s))
-
-    def _others(self) -> Sequence[int]:
-        """Once they were killed nobody waits for what cannot be seen."""
-        try:
-            return self.others()
-        except OSError:
-            if self._is_killed:
-                return []
-            raise
-
-    def _call_later(
-        self, then: Callable[[bool], None], first: bool, after_s: float = _LOOK_AGAIN_S
-    ) -> None:
-        assert self._loop is not None
-        self._loop.call_later(after_s, self._see_to, partial(then, first))
-
-    def _has_ended(self) -> None:
-        status = None
-        try:
-            status = self._let_go()
-        finally:
-            self._ended(self, status)
+        self._ended()
 
     def _on_channel(self) -> None:
         """It had something to tell, or has nothing more to."""
@@ -484,12 +435,3 @@ def _see_off(pid: int, group: int) -> None:
             time.sleep(_LOOK_AGAIN_S)
     with suppress(ChildProcessError):  # it is ours if we have executed ourselves anew
         os.waitpid(pid, os.WNOHANG)
-
-
-def look_again_s(took_s: float) -> float:
-    """After how long to look again for what is left of a worker. It may be hundreds of processes.
-
-    Args:
-        took_s: a look.
-    """
-    return max(_LOOK_AGAIN_S, took_s / _MOST_LOOKING)

@@ -221,7 +221,9 @@ class _Supervisor:
         self._retry.until_done("wait for what has ended", self._reap_orphans)
 
     def _reap_orphans(self) -> None:
-        if not family.reap_orphans():
+        reaped, is_all = family.reap_orphans()
+        self._fleet.reaped(reaped)
+        if not is_all:
             self._on_child_end()
 
     def _on_window_change(self) -> None:

@@ -26,6 +26,7 @@ from steer.cpus import Topology
 from steer.fleet import Fleet
 from steer.kernel.channel import Frame
 from steer.kernel.custody import Guard
+from steer.kernel.family import Family
 from steer.kernel.keeper import Settings
 from steer.kernel.spare import Spare
 from steer.ladder import Answer, Finding
@@ -177,6 +178,9 @@ class FakeSteering:
     def let_go(self, _slot: int) -> None:
         pass
 
+    def is_member(self, _slot: int, _bind: int) -> bool:
+        return False
+
     def release(self) -> None:
         pass
 
@@ -195,7 +199,9 @@ class FakeProcess:
     def __init__(self, launch: Any, guard: Guard, cost: Cost) -> None:
         self.launch = launch
         self.pid = next(self.pids)
-        self.told = False
+        self.family = Family(self.pid)
+        self.told = self.is_killed = False
+        self.is_open = True
         self.started_s = 0.0
         self._guard = guard
         self._cost = cost
@@ -219,25 +225,30 @@ class FakeProcess:
         self._cost["looks at a worker"] += look
         self._guard.put(self.key, value, (0, 1, 2, *held), self.pid, BY_DEFAULT.first)
 
-    def watch(self, loop: Any, _retry: object, ended: Any, _lost: object) -> None:
+    def watch(self, loop: Any, ended: Callable[[], None]) -> None:
         self._loop, self._ended = loop, ended
 
     def terminate(self, _quick: bool = False) -> None:
         self.told = True
         self._loop.call_soon(self.exit, signal.SIGTERM)
 
-    kill = terminate
+    kill_group = terminate
 
     def end(self) -> None:
         self._guard.drop(self.key)
 
     def exit(self, number: int) -> None:
         """Its end is seen."""
-        self._guard.drop(self.key)
-        self._ended(self, number)
+        self._status = -number
+        self._ended()
 
-    def others(self) -> Sequence[int]:
-        return ()
+    def tell_others(self, _pids: Sequence[int]) -> None:
+        pass
+
+    def let_go(self) -> int:
+        self._guard.drop(self.key)
+        self.is_open = False
+        return self._status
 
     @contextmanager
     def sockets(self) -> Iterator[Mapping[int, socket.socket]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import StartService
 from crew import PORT
-from support import DEADLINE_S, eventually, http_get, is_running, python
+from support import DEADLINE_S, Service, eventually, http_get, is_running, python, stopped
 
 from steer.kernel import compile, proc
 
@@ -22,18 +22,18 @@ BIND = ("-b", f"127.0.0.1:{PORT}")
 SERVER = f'''
 import json, os, signal, socket, sys, threading, time
 
-def daemon():
+def daemon(mode="helper"):
     """Forks twice, and so is nobody's child; of what it inherited it keeps the sockets."""
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
-            os.execve({sys.executable!r}, [{sys.executable!r}, "server.py", "helper"], {{}})
+            os.execve({sys.executable!r}, [{sys.executable!r}, "server.py", mode], {{}})
         os._exit(0)
     os.wait()
 
-def helper():
+def helper(on_term):
     """Has everything open, and says so."""
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, on_term)
     with open("helpers", "a") as file:
         file.write(f"{{os.getpid()}}\\n")
     while True:
@@ -57,6 +57,13 @@ def call(worker):
     for sock in worker.sockets:
         sock.set_inheritable(True)
     daemon()
+    serve(worker.sockets[0])
+
+def call_stubborn(worker):
+    """As `call`, but the daemon does not end when it is told to."""
+    for sock in worker.sockets:
+        sock.set_inheritable(True)
+    daemon("stubborn")
     serve(worker.sockets[0])
 
 def orphans(worker):
@@ -85,7 +92,9 @@ def forks_on(worker):
 
 if __name__ == "__main__":
     if "helper" in sys.argv:
-        helper()
+        helper(stop)
+    if "stubborn" in sys.argv:
+        helper(signal.SIG_IGN)
     signal.signal(signal.SIGTERM, stop)
     serve(socket.socket(fileno=3))
 '''
@@ -180,6 +189,71 @@ def test_daemon_of_a_worker_ends_with_it(service: StartService, home: Path, end:
     assert helper in pids_in(home / "told")
 
 
+MANY = 20
+"""More than one step sees to."""
+
+
+def end_all(service: StartService, one: Service, arguments: tuple[str, ...], end: str) -> None:
+    """All workers of a service at the same moment."""
+    if end.startswith("adopted"):
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+        one = service(*arguments)
+    if end == "reload":
+        assert one.steer("reload").returncode == 0
+    elif end.endswith("crash"):
+        before = one.workers()
+        with stopped(one.pid):
+            for worker in before:
+                os.kill(worker["pid"], signal.SIGKILL)
+        eventually(lambda: all(each["restarts"] for each in one.workers()))
+    else:
+        assert one.steer("stop").returncode == 0
+
+
+@pytest.mark.parametrize("end", ["stop", "reload", "crash", "adopted stop", "adopted crash"])
+def test_daemons_of_all_that_end_at_once_end_with_them(
+    service: StartService, home: Path, end: str
+) -> None:
+    arguments = (*BIND, "-w", str(MANY), "server:call")
+    one = service(*arguments)
+    eventually(lambda: len(pids_in(home / "helpers")), MANY)
+    first = pids_in(home / "helpers")
+    end_all(service, one, arguments, end)
+    eventually(lambda: not any(map(is_running, first)))
+    assert set(first) <= set(pids_in(home / "told"))
+
+
+@pytest.mark.parametrize("end", ["stop", "reload", "adopted stop"])
+def test_daemons_that_do_not_end_are_killed_with_all_that_are(
+    service: StartService, home: Path, end: str
+) -> None:
+    arguments = (*BIND, "-w", str(MANY), "--graceful-timeout=1", "server:call_stubborn")
+    one = service(*arguments)
+    eventually(lambda: len(pids_in(home / "helpers")), MANY)
+    first = pids_in(home / "helpers")
+    end_all(service, one, arguments, end)
+    eventually(lambda: not any(map(is_running, first)))
+
+
+@pytest.mark.needs("setsid")
+@pytest.mark.parametrize("way", ["stop", "guard"])
+def test_servers_below_wrappers_that_end_at_once_are_told_each(
+    service: StartService, home: Path, way: str
+) -> None:
+    """setsid(1) passes no signal on: what it started is told once it has ended."""
+    one = service(*BIND, "-w", str(MANY), "--", *WRAPPERS["setsid"], *SERVE)
+    servers = [child for each in one.workers() for child in proc.children(each["pid"])]
+    assert len(servers) == MANY
+    if way == "guard":
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+    assert one.steer("stop").returncode == 0
+    assert not any(map(is_running, servers))
+    assert sorted(pids_in(home / "told")) == sorted(servers)
+    assert is_free()
+
+
 def zombies(pid: int) -> list[int]:
     """Children of a process that have ended and were not waited for."""
     return [child for child in proc.children(pid) if not proc.is_alive(child)]
@@ -262,11 +336,11 @@ ours.start()
 while ours.is_alive():
     family.reap_orphans()
 with process.starting():
-    assert before.pid not in family.orphans() and not family.reap_orphans()
+    assert before.pid not in family.orphans() and not family.reap_orphans()[1]
 for each in (orphan, before.pid):
     os.kill(each, 9)
     process.wait_for_end(os.pidfd_open(each), None)
-assert family.reap_orphans()
+assert family.reap_orphans() == ([before.pid, orphan], True)
 print(found == [before.pid, orphan], left == [orphan], family.orphans() == [], told[0].returncode)
 print(process.reap(pid, pidfd, True))
 """

@@ -13,7 +13,6 @@ import pytest
 from conftest import StartService
 from support import Service, eventually
 
-from steer import spawn
 from steer.errors import ControlError, KernelError
 from steer.kernel import proc, procfs, waits
 from steer.kernel.procfs import Files
@@ -149,11 +148,6 @@ def test_for_acts_not_every_thread_is_asked(tmp_path: Path, made: list[Files]) -
     found = proc.descendants(FIRST, str(tmp_path))
     assert (found[0], set(found[1:])) == (FIRST, {LISTENER + MANY, LISTENER + MANY + 1})
     assert sum(files.reads for files in made) <= procfs.MOST_READS
-
-
-def test_what_is_left_of_a_large_worker_is_looked_for_more_rarely() -> None:
-    assert spawn.look_again_s(0.001) == 0.05
-    assert spawn.look_again_s(0.1) == pytest.approx(2.0)
 
 
 def test_sockets_of_one_with_many_files_are_not_told_in_part(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from steer.errors import KernelError
@@ -51,13 +51,20 @@ def left_behind() -> list[int]:
     return [pid for pid in found if _inherited.get(pid) != proc.start_time_ticks(pid)]
 
 
-def reap_orphans() -> bool:
-    """Wait for those that have ended, so that they do not stay as zombies (wait(2)). Whether
-    all were looked at."""
-    for pid in orphans():
-        with suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-    return not process.is_starting()
+def reap_orphans() -> tuple[list[int], bool]:
+    """Wait for those that have ended, so that they do not stay as zombies (wait(2)).
+
+    Returns:
+        Who had, and whether all were looked at.
+    """
+    return list(filter(_reap, orphans())), not process.is_starting()
+
+
+def _reap(pid: int) -> bool:
+    """Whether it has ended."""
+    with suppress(ChildProcessError):
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    return True
 
 
 def _starts(pids: Iterable[int]) -> dict[int, int]:
@@ -86,54 +93,113 @@ class Family:
 
     Attributes:
         sockets: inodes of the worker's own, as far as known.
+        seen: descendants that were there when last looked at, and when they started.
     """
 
     def __init__(self, pid: int, is_child: bool = True) -> None:
         self.sockets: frozenset[int] = frozenset()
-        self._pid = pid
-        self._is_child = is_child
-        self._seen: dict[int, int] = {}
+        self.seen: dict[int, int] = {}
+        self.pid = pid
+        self.is_child = is_child
 
     def others(self) -> list[int]:
         """Those but the first that have not ended."""
-        candidates = orphans() if self._is_child else _not_ours()
-        owned = (pid for pid in candidates if pid != self._pid and self._owns(pid))
-        roots = [self._pid, *owned]
-        found = {pid for root in roots for pid in proc.descendants(root)} - {self._pid}
-        return sorted(pid for pid in found if proc.is_alive(pid))
+        return others([self])[0]
 
     def remember(self) -> None:
         """Note who is there now: those who have left group and session are known later, too."""
-        for pid in proc.descendants(self._pid):
+        if not proc.may_have_children(self.pid):
+            return
+        for pid in proc.descendants(self.pid):
             started = proc.start_time_ticks(pid)
-            if pid != self._pid and started is not None:
-                self._seen[pid] = started
+            if pid != self.pid and started is not None:
+                self.seen[pid] = started
 
-    def kill(self) -> None:
-        """SIGKILL to all, the first process included."""
+    def kill_group(self) -> None:
+        """SIGKILL to the first process and its group. `others` finds who has left that."""
         try:
             self.remember()
         finally:
-            process.kill_group(self._pid)
-        send(signal.SIGKILL, self.others())
+            process.kill_group(self.pid)
 
-    def _owns(self, pid: int) -> bool:
+    def kill(self) -> None:
+        """SIGKILL to all, the first process included."""
+        kill([self])
+
+
+def kill(families: Sequence[Family]) -> None:
+    """All processes of these workers. Raises OSError, as `others`."""
+    for each in families:
+        with suppress(OSError):  # who cannot be remembered may still be found
+            each.kill_group()
+    for pids in others(families):
+        send(signal.SIGKILL, pids)
+
+
+def others(families: Sequence[Family], beside: Collection[int] = ()) -> list[list[int]]:
+    """Of each worker its processes but the first that have not ended.
+
+    Who there is is listed once for all of them, and asked once whose it is. What a first process
+    that has ended left behind is among our children by the time its pidfd is readable
+    (exit_notify() of kernel/exit.c).
+
+    Args:
+        beside: process groups of other workers, whose processes need no further look.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    roots: dict[Family, list[int]] = {each: [] for each in families}
+    for is_child in {each.is_child for each in families}:
+        owners = _Owners([each for each in families if each.is_child is is_child], beside)
+        for pid in orphans() if is_child else _not_ours():
+            for family in owners.of(pid):
+                roots[family].append(pid)
+    return [_below(each, roots[each]) for each in families]
+
+
+def _below(family: Family, roots: Sequence[int]) -> list[int]:
+    found = {pid for root in roots for pid in proc.descendants(root)}
+    if proc.may_have_children(family.pid):
+        found.update(proc.descendants(family.pid))
+    return sorted(pid for pid in found - {family.pid} if proc.is_alive(pid))
+
+
+class _Owners:
+    """Whose a process is, of some workers; what the process tells is read once for all."""
+
+    def __init__(self, families: Iterable[Family], beside: Collection[int]) -> None:
+        self._beside = beside
+        self._by_pid = {each.pid: each for each in families}
+        self._by_seen = {seen: each for each in self._by_pid.values() for seen in each.seen.items()}
+        self._seen = {pid for pid, _ in self._by_seen}
+        self._by_socket = {inode: each for each in self._by_pid.values() for inode in each.sockets}
+
+    def of(self, pid: int) -> Collection[Family]:
+        """None where it is the first of one."""
+        if pid in self._by_pid:
+            return ()
         try:
-            if self._pid in (os.getpgid(pid), os.getsid(pid)):
-                return True
+            group, session = os.getpgid(pid), os.getsid(pid)
         except ProcessLookupError:
-            return False
-        began_ticks = self._seen.get(pid)
-        if began_ticks is not None and began_ticks == proc.start_time_ticks(pid):
-            return True
-        return mark(pid) == self._pid or self._has_socket(pid)
+            return ()
+        by_group = {group, session} & self._by_pid.keys()
+        if by_group or group in self._beside:
+            return [self._by_pid[leader] for leader in by_group]
+        seen = (pid, proc.start_time_ticks(pid)) if pid in self._seen else None
+        if seen in self._by_seen:
+            return [self._by_seen[seen]]
+        first = mark(pid)
+        if first in self._by_pid:
+            return [self._by_pid[first]]
+        return {self._by_socket[inode] for inode in self._sockets(pid)}
 
-    def _has_socket(self, pid: int) -> bool:
-        if not self.sockets:
-            return False
+    def _sockets(self, pid: int) -> Collection[int]:
+        if not self._by_socket:
+            return ()
         with suppress(KernelError):
-            return any(inode in self.sockets for _, inode in proc.sockets_by_fd(pid))
-        return False
+            return {inode for _, inode in proc.sockets_by_fd(pid)} & self._by_socket.keys()
+        return ()
 
 
 def _not_ours() -> Iterator[int]:

@@ -42,6 +42,20 @@ def descendants(pid: int, root: str = "/proc") -> list[int]:
     return found if files.whole else _family_by_scan(pid, root)
 
 
+def may_have_children(pid: int, root: str = "/proc") -> bool:
+    """Whether it is worth listing its descendants: no of one that has ended, or has a single
+    thread (proc(5): directories are links to their parent) and started nobody who is there."""
+    try:
+        is_single = os.stat(f"{root}/{pid}/task").st_nlink <= _LINKS_OF_ONE
+        return not is_single or bool(_read(f"{root}/{pid}/task/{pid}/children"))
+    except (FileNotFoundError, ProcessLookupError):
+        return os.path.exists(f"{root}/{pid}")
+    except OSError:
+        return True
+
+
+_LINKS_OF_ONE = 3
+"""Of a directory with one directory in it."""
 MOST_OF_FAMILY = 64
 
 

@@ -7,7 +7,7 @@ kernel goes on choosing such a listener, and nobody takes what waits there.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -35,8 +35,36 @@ class Stray(msgspec.Struct, frozen=True):
         return f"{who} still has its socket of {self.bind.label} open"
 
 
+class Look:
+    """What the kernel and /proc tell of the sockets of workers that have ended: for all of them,
+    each port is asked for once. To be made after they have ended."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, int, int], Collection[int] | None] = {}
+        self._holders: dict[Bind, list[proc.Holder]] = {}
+
+    def is_open(self, bind: Bind, inode: int) -> bool:
+        """Whether anybody has the socket open, as far as that can be told so cheaply."""
+        at = bind.protocol, socket.AF_INET6 if bind.is_v6 else socket.AF_INET, bind.port
+        if at not in self._open:
+            self._open[at] = _open_at(*at)
+        there = self._open[at]
+        return there is None or inode in there
+
+    def holders(self, bind: Bind, inode: int) -> list[Stray]:
+        """Whoever has it open."""
+        if bind not in self._holders:
+            self._holders[bind] = _holders(bind)
+        here = self._holders[bind]
+        return [Stray(bind, inode, each.pid, each.command) for each in here if each.inode == inode]
+
+
 def find(
-    binds: Sequence[Bind], inodes: Sequence[int], family: Iterable[int], everywhere: bool
+    binds: Sequence[Bind],
+    inodes: Sequence[int],
+    family: Iterable[int],
+    everywhere: bool,
+    look: Look | None = None,
 ) -> list[Stray]:
     """Those of one worker.
 
@@ -44,8 +72,10 @@ def find(
         inodes: of its sockets, one for each bind, see `proc.socket_inode`.
         family: processes that are left of it.
         everywhere: also where other processes have them, but for ones of steer's own.
+        look: shared with others that ended at the same time.
     """
     by_inode = dict(zip(inodes, binds, strict=True))
+    look = look or Look()
     found = [
         Stray(by_inode[inode], inode, pid, proc.command(pid))
         for pid in family
@@ -54,8 +84,8 @@ def find(
     if everywhere:
         known = {stray.inode for stray in found}
         for inode, bind in by_inode.items():
-            if inode not in known and _is_open(bind, inode):
-                found += _elsewhere(bind, inode)
+            if inode not in known and look.is_open(bind, inode):
+                found += look.holders(bind, inode)
     return found
 
 
@@ -81,7 +111,7 @@ def _shut_down_one(holders: list[Stray]) -> Iterator[tuple[Stray, str]]:
     refusals = _refusals(holders)
     if all(refusals):
         tried = {stray.pid for stray in holders}
-        more = _elsewhere(holders[0].bind, holders[0].inode)
+        more = Look().holders(holders[0].bind, holders[0].inode)
         more = [stray for stray in more if stray.pid not in tried]
         refusals += _refusals(more)
         holders = holders + more
@@ -104,21 +134,20 @@ def _open_in(pid: int) -> set[int]:
     return set()
 
 
-def _is_open(bind: Bind, inode: int) -> bool:
-    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+def _open_at(protocol: str, family: int, port: int) -> Collection[int] | None:
+    """None where it cannot be told so cheaply: then it is looked for who has each."""
     try:
-        return inode in sockdiag.waiting(bind.protocol, family, bind.port)
+        return sockdiag.waiting(protocol, family, port).keys()
     except KernelError:
-        return True  # it cannot be told so cheaply: look for who has it
+        return None
 
 
-def _elsewhere(bind: Bind, inode: int) -> list[Stray]:
+def _holders(bind: Bind) -> list[proc.Holder]:
     protocol: proc.Protocol = "udp" if bind.protocol == "udp" else "tcp"
     try:
-        here = proc.holders(protocol, bind.address, bind.port)
+        return proc.holders(protocol, bind.address, bind.port)
     except OSError:  # no descriptor to look with: the worker's place does not wait for that
         return []
-    return [Stray(bind, inode, each.pid, each.command) for each in here if each.inode == inode]
 
 
 def _shut_down(stray: Stray) -> str:

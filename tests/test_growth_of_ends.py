@@ -1,0 +1,251 @@
+"""How much is done when workers end, counted with fakes, of few and of many workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
+
+import pytest
+from test_change import plan_for
+from test_ends import DEADLINE_S, FIRST, FakeWorker
+
+from steer import ends
+from steer.errors import WorkersFailed
+from steer.fleet import Fleet
+from steer.kernel import sockdiag
+from steer.kernel.family import Family
+from steer.kernel.spare import Spare
+from steer.lifecycle import State
+from steer.log import Log
+from steer.place import Place
+from steer.plan import Generation
+from steer.retry import Retry
+from steer.steering import Countless
+from steer.table import Member
+
+sizes = pytest.mark.parametrize("workers", [10, 1000])
+
+
+class CountingGuard:
+    """Of a service: what is sent to it, by act."""
+
+    pid = FIRST - 1
+
+    def __init__(self) -> None:
+        self.sent = Counter[str]()
+
+    def put(self, *_: object) -> None:
+        self.sent["put"] += 1
+
+    def drop(self, _key: str) -> None:
+        self.sent["drop"] += 1
+
+    def give_up(self) -> None:
+        self.sent["give up"] += 1
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
+
+class CountingSteering(Countless):
+    """Holds no sockets."""
+
+    backend = "fake"
+    needs_order = False
+
+    def __init__(self) -> None:
+        self.members: Sequence[Member] = ()
+        self.flips = self.gone = 0
+        self.membership: bool | None = None
+
+    def steer(self, members: Sequence[Member]) -> None:
+        self.members = members
+        self.flips += 1
+
+    def left(self, _slot: int) -> None:
+        self.gone += 1
+
+    def is_member(self, _slot: int, _bind: int) -> bool | None:
+        return self.membership
+
+    def release(self) -> None:
+        pass
+
+    def held(self, _slot: int) -> Sequence[int]:
+        return ()
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        return None, ()
+
+
+class ServingWorker(FakeWorker):
+    """One that serves; it crashes unless it is told to end."""
+
+    def __init__(self, pid: int, guard: CountingGuard) -> None:
+        super().__init__(pid, told=False)
+        self._guard = guard
+        self.bound = self.inodes = (pid,)
+        self.problem, self.last_words, self.why_told_so = None, "", ""
+        self.launch = SimpleNamespace(
+            service=SimpleNamespace(command=(), ready_timeout=60.0), binds=()
+        )
+
+    @property
+    def running(self) -> None:
+        return None
+
+    def keep(self, *_: object) -> None:
+        self._guard.put()
+
+    def terminate(self, _quick: bool) -> None:
+        self.told = True
+
+    def let_go(self) -> int:
+        self._guard.drop(str(self.pid))
+        super().let_go()
+        return 0 if self.told else -9
+
+
+class Serving:
+    """A service of so many workers, all ready.
+
+    Attributes:
+        looks: at who is left of workers.
+        dumps: of all sockets of a port.
+        starts: of others in place of those that ended; each fails.
+        steps_told: how many were told to end in each turn of the loop.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.guard, self.steering = CountingGuard(), CountingSteering()
+        self.looks = self.dumps = self.starts = 0
+        self.steps_told: list[int] = []
+        generation = Generation(1, plan_for(workers))
+        log, loop = Log("error", "text"), asyncio.get_running_loop()
+        self.fleet = Fleet(
+            generation,
+            2 * workers,
+            cast(Any, self.steering),
+            cast(Any, self.guard),
+            self._refuse,
+            log,
+            Retry(log, Spare(0)),
+            cast(Any, None),
+        )
+        self.workers = [ServingWorker(FIRST + slot, self.guard) for slot in range(workers)]
+        for seat, worker in zip(generation.plan.seats, self.workers, strict=True):
+            place = Place(seat, seat.number, generation, State.READY, ready_s=0.0)
+            place.process = cast(Any, worker)
+            self.fleet.places.add(place)
+        self.fleet.watch(loop, cast(Any, None), lambda _place: None)
+        self.guard.sent.clear()
+
+    def _refuse(self, _place: Place) -> NoReturn:
+        self.starts += 1
+        raise WorkersFailed("start workers", "no more")
+
+    def find(self, families: Sequence[Family], _beside: Collection[int]) -> list[list[int]]:
+        self.looks += 1
+        return [[] for _ in families]
+
+    def waiting(self, *_: object) -> dict[int, object]:
+        self.dumps += 1
+        return {}
+
+    def fail_at_start(self) -> None:
+        """As if no worker had ever been ready."""
+        self.fleet.up = asyncio.get_running_loop().create_future()
+        for place in self.fleet.places:
+            place.ready_s = None
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not is_so():
+                await asyncio.sleep(0)
+
+    async def until_gone(self, slots: Collection[int]) -> None:
+        """All of these have ended, and that was seen to."""
+        places = [place for place in self.fleet.places if place.slot in slots]
+        await self.until(lambda: not any(place.process for place in places))
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make a service of so many workers, and let a test do something to it."""
+
+    def played(workers: int, script: Callable[[Serving], Any]) -> Serving:
+        async def run() -> Serving:
+            serving = Serving(workers)
+            monkeypatch.setattr(serving.fleet._ends, "_find", serving.find)
+            monkeypatch.setattr(sockdiag, "waiting", serving.waiting)
+            await script(serving)
+            return serving
+
+        return asyncio.run(run())
+
+    return played
+
+
+Play = Callable[[int, Callable[[Serving], Any]], Serving]
+
+
+@sizes
+def test_one_that_dies_costs_the_same_among_many(play: Play, workers: int) -> None:
+    async def script(serving: Serving) -> None:
+        serving.workers[3].first_ends()
+        await serving.until_gone({3})
+        await serving.until(lambda: len(serving.steering.members) == workers - 1)
+
+    serving = play(workers, script)
+    assert (serving.looks, serving.dumps, serving.steering.gone) == (1, 1, 1)
+    assert serving.steering.flips <= 2, "at the start, and without it"
+    assert serving.guard.sent["drop"] == 1
+    assert serving.guard.sent["put"] <= 4
+
+
+@sizes
+def test_all_that_die_at_once_are_looked_at_together(play: Play, workers: int) -> None:
+    async def script(serving: Serving) -> None:
+        for worker in serving.workers:
+            worker.first_ends()
+        await serving.until_gone(range(workers))
+        await serving.until(lambda: not serving.steering.members)
+
+    serving = play(workers, script)
+    steps = -(-workers // ends.MOST)
+    assert (serving.looks, serving.dumps, serving.steering.gone) == (steps, steps, workers)
+    assert serving.steering.flips <= steps + 1
+
+
+@sizes
+def test_where_the_kernel_tells_that_sockets_are_closed_no_port_is_looked_at(
+    play: Play, workers: int
+) -> None:
+    async def script(serving: Serving) -> None:
+        serving.steering.membership = False
+        for worker in serving.workers:
+            worker.first_ends()
+        await serving.until_gone(range(workers))
+
+    assert play(workers, script).dumps == 0
+
+
+@sizes
+def test_a_stop_looks_at_each_once_and_saves_nothing(play: Play, workers: int) -> None:
+    async def script(serving: Serving) -> None:
+        serving.fleet.stop(30.0, quick=False)
+        await serving.until(lambda: all(each.told for each in serving.workers))
+        for worker in serving.workers:
+            worker.first_ends()
+        async with asyncio.timeout(DEADLINE_S):
+            await serving.fleet.ended
+
+    serving = play(workers, script)
+    assert (serving.looks, serving.dumps) == (-(-workers // ends.MOST), 0)
+    assert serving.guard.sent == {"give up": 1, "drop": workers + 1}, "those and the steering"
+    assert serving.steering.flips == 1, "at the start"
