@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Kept(msgspec.Struct, eq=False):
     fds: list[int]
     group: int
     stop_signal: int = signal.SIGTERM
-    family: Family | None = None
+    _family: Family | None = None
 
     @property
     def is_worker(self) -> bool:
@@ -94,27 +94,23 @@ class Kept(msgspec.Struct, eq=False):
         self.fds = kept
 
     def terminate(self, quick: bool) -> None:
-        """As the controller does: the first process, or what that has left behind."""
-        number = signal.SIGTERM if quick else self.stop_signal
-        if self.has_ended:
-            family.send(number, self._family.others())
-        else:
-            self._family.remember()
-            process.terminate(self.fds[0], number)
+        """Its first process, as the controller does."""
+        self.family.remember()
+        process.terminate(self.fds[0], self._told_by(quick))
 
-    def kill(self) -> None:
-        self._family.kill()
+    def terminate_others(self, quick: bool, pids: Iterable[int]) -> None:
+        """What the first process left behind."""
+        family.send(self._told_by(quick), pids)
 
-    def look(self) -> None:
-        """Forget the worker once nobody is left of it: its number may then become another's."""
-        if self.has_ended and self.group and not self._family.others():
-            self.group = 0
+    def _told_by(self, quick: bool) -> int:
+        return signal.SIGTERM if quick else self.stop_signal
 
     @property
-    def _family(self) -> Family:
-        if self.family is None:
-            self.family = Family(self.group, is_child=False)
-        return self.family
+    def family(self) -> Family:
+        """Of a worker."""
+        if self._family is None:
+            self._family = Family(self.group, is_child=False)
+        return self._family
 
 
 class Keeper:

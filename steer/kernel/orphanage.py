@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
@@ -21,7 +21,7 @@ from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 import msgspec
 
 from steer.errors import ControlError
-from steer.kernel import output, process, rundir, title
+from steer.kernel import family, output, process, rundir, title
 from steer.kernel.channel import Channel, Frame
 from steer.kernel.desk import ASKERS_MAX, Desk, Request, Talk
 from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
@@ -91,6 +91,7 @@ class Orphanage:
         self._spare = Spare(_SPARE)
         self._is_failing = False
         self._adopted = False
+        self._fresh: set[Kept] = set()
         self._mailbox: Mailbox | None = None
         if MAILBOX in keeper.entries:
             groups = frozenset(kept.group for kept in self._living())
@@ -175,14 +176,27 @@ class Orphanage:
     def _look(self) -> None:
         now_s = time.monotonic()
         self._desk.let_go()
-        for kept in self._living():
-            kept.look()
+        self._look_at_ended()
         if now_s >= self._control_s:
             self._control_s = now_s + _CONTROL_S
             self._see_that_it_is_found()
         # Who is about to adopt them may be slow, but not for nothing.
         if now_s >= self._end_s and self._adopter is None:
             self._overdue()
+
+    def _look_at_ended(self) -> None:
+        """Forget workers of whom nobody is left, as their number may then become another's. Who
+        is left of those that have just ended is told to, if all are."""
+        living = self._living()
+        ended = [kept for kept in living if kept.has_ended]
+        groups = [kept.group for kept in living]
+        found = family.others([kept.family for kept in ended], groups) if ended else []
+        for kept, others in zip(ended, found, strict=True):
+            if not others:
+                kept.group = 0
+            elif self._ending and kept in self._fresh:
+                kept.terminate_others(self._is_quick, others)
+        self._fresh.clear()
 
     def _see_that_it_is_found(self) -> None:
         """A logout removes a run directory with all that is in it: then nobody could adopt the
@@ -215,8 +229,7 @@ class Orphanage:
         if not self._ending:
             self._end(self._settings.graceful_timeout_s)
         elif not self._killed:
-            for kept in self._living():
-                kept.kill()
+            family.kill([kept.family for kept in self._living()])
             self._killed = True
             self._end_s = time.monotonic() + PATIENCE_S
         else:
@@ -231,8 +244,14 @@ class Orphanage:
         self._leave_mail()
         for kept in self._keeper.entries.values():
             kept.let_go()
-        for kept in self._living():
-            kept.terminate(self._is_quick)
+        self._terminate(self._living())
+
+    def _terminate(self, workers: Sequence[Kept]) -> None:
+        for kept in workers:
+            if not kept.has_ended:
+                kept.terminate(self._is_quick)
+        self._fresh.update(kept for kept in workers if kept.has_ended)
+        self._look_at_ended()
 
     # Workers.
 
@@ -241,7 +260,7 @@ class Orphanage:
         entries = self._keeper.entries
         for key, kept in list(entries.items()):
             if kept.is_worker and not kept.value:
-                kept.kill()
+                kept.family.kill()
                 if not kept.has_ended:
                     process.wait_for_end(kept.fds[0], PATIENCE_S)
                 kept.close()
@@ -264,9 +283,7 @@ class Orphanage:
         self._forget(stderr)
         self._forget(pidfd)
         kept.close()
-        kept.look()
-        if self._ending and kept.group:
-            kept.terminate(self._is_quick)
+        self._fresh.add(kept)
         # To the end: whoever adopts the others learns in which order sockets closed.
         entries = self._keeper.entries
         entries[key] = entries.pop(key)
@@ -359,11 +376,11 @@ class Orphanage:
             self._end(after_s if quick else self._settings.graceful_timeout_s)
         elif hurry:
             self._end_s = min(self._end_s, time.monotonic() + after_s)
-            for kept in self._living():
-                if kept.stop_signal != signal.SIGTERM:  # else it was told so, and once is enough
-                    kept.terminate(quick)
+            # Those whose signal is SIGTERM were told so, and once is enough.
+            self._terminate([each for each in self._living() if each.stop_signal != signal.SIGTERM])
 
     def _hand_over(self, talk: Talk) -> None:
+        self._look_at_ended()
         ours, theirs = socket.socketpair()
         self._adopter_pid = talk.pid
         self._leave_mail()
