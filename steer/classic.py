@@ -138,6 +138,8 @@ class Cbpf(Countless):
         It is not chosen while it moves: its old index is past the end, and the kernel's hash
         would take any socket, also one that is about to be closed.
         """
+        if not self._held:  # the service ends
+            return
         self._see_order()
         moving = {slot, *(order.last for order in self._orders)}
         staying = [member for member in self._members if member.slot not in moving]
