@@ -129,6 +129,9 @@ class Fleet:
         self._elsewhere: Process | None = None
         self._unstarted: deque[Place] = deque()
         self._is_new = False
+        self._has_looked_elsewhere = False
+        self._may_come_up: list[Place] = []
+        self._to_retry: deque[Place] = deque()
         self._ending_in_s = 0.0
         self._ending_quickly = False
         self._changed: Callable[[Place], None]
@@ -218,6 +221,7 @@ class Fleet:
         for entry in entries.values():
             place = self._adopt(entry, generations)
             self.places.add(place)
+            self._may_come_up.append(place)
             held[place.slot] = entry.fds[3:]
         self._rotation.restore(left, steering.fds, held)
         for place in self.places:
@@ -392,8 +396,10 @@ class Fleet:
         """In steps, as there may be a thousand."""
         end_s = time.monotonic() + _STEP_S
         with self.retry.spare.lent():
-            while places and time.monotonic() < end_s:
+            while places:
                 self.report(places.popleft(), Event.STOP)
+                if time.monotonic() >= end_s:
+                    break
         if places:
             self._loop.call_soon(self._tell_to_stop, places)
         else:
@@ -584,6 +590,7 @@ class Fleet:
             place.told(place)
         if not self.up.done():
             self.up.set_result(None)
+            self._may_come_up.clear()
             for each in self.places:
                 if each.state is State.BACKOFF and each.starts:  # it may have waited for this
                     self._set_timer(each, 0.0, Event.RETRY)
@@ -690,11 +697,22 @@ class Fleet:
         """Whether, before there is one that serves, a worker has an address of its own."""
         if self.up.done() or self._ending:
             return False
-        if self._elsewhere is None or not self._starts(self._elsewhere):
-            starting = (one.process for one in self.places if one.state is State.STARTING)
-            look = islice(filter(None, starting), _LOOKED_AT)
-            self._elsewhere = next(filter(elsewhere.diagnosis, look), None)
+        if not self._has_looked_elsewhere:
+            self._has_looked_elsewhere = True
+            self._loop.call_soon(self._look_elsewhere_again)
+            self._elsewhere = self._one_that_listens_elsewhere()
         return self._elsewhere is not None
+
+    def _look_elsewhere_again(self) -> None:
+        """Once in a turn of the loop is enough, as all may end at once."""
+        self._has_looked_elsewhere = False
+
+    def _one_that_listens_elsewhere(self) -> Process | None:
+        if self._elsewhere is not None and self._starts(self._elsewhere):
+            return self._elsewhere
+        starting = (one.process for one in self.places if one.state is State.STARTING)
+        look = islice(filter(None, starting), _LOOKED_AT)
+        return next(filter(elsewhere.diagnosis, look), None)
 
     def _starts(self, worker: Process) -> bool:
         place = self._of(worker.pid)
@@ -728,6 +746,8 @@ class Fleet:
     ) -> Place:
         place = Place(seat, self._rotation.take_slot(), generation or self.generation, held=held)
         self.places.add(place)
+        if not self.is_watched or not self.up.done():
+            self._may_come_up.append(place)
         return place
 
     def _begin(self, *places: Place) -> None:
@@ -942,7 +962,10 @@ class Fleet:
 
     def _ends_the_start(self, error: SteerError) -> bool:
         """Of a service that has not come up: no worker is left of which it could still do so."""
-        return isinstance(error, AppLoadError) or all(each.failures for each in self.places)
+        # Each is taken off once: a look through all at each failure would be one too many.
+        while self._may_come_up and _has_failed(self._may_come_up[-1]):
+            self._may_come_up.pop()
+        return isinstance(error, AppLoadError) or not self._may_come_up
 
     def _failed(self, place: Place, error: SteerError) -> None:
         """Whether the service can still come up; `error` is told if it cannot."""
@@ -970,11 +993,29 @@ class Fleet:
         place.set_timer(self.clock.call_later(after_s, self._on_time, place, event))
 
     def _on_time(self, place: Place, event: Event) -> None:
-        if event is Event.RETRY and self._ending:
-            event = Event.STOP
+        if event is Event.RETRY:
+            self._to_retry.append(place)
+            if len(self._to_retry) == 1:
+                self._loop.call_soon(self._retry_next)
+        else:
+            self._report_until_done(place, event)
+
+    def _retry_next(self) -> None:
+        """One in a turn of the loop: to start a worker takes time, and all may have ended."""
+        place = self._to_retry.popleft()
+        if self._to_retry:
+            self._loop.call_soon(self._retry_next)
+        if place.state is State.BACKOFF:
+            self._report_until_done(place, Event.STOP if self._ending else Event.RETRY)
+
+    def _report_until_done(self, place: Place, event: Event) -> None:
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)
+
+
+def _has_failed(place: Place) -> bool:
+    return place.failures > 0 or place.state is State.GONE
 
 
 def _say_ready_for_us(starting: Mapping[int, Place]) -> Mapping[int, Place]:

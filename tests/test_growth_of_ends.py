@@ -13,7 +13,7 @@ import pytest
 from test_change import plan_for
 from test_ends import DEADLINE_S, FIRST, FakeWorker
 
-from steer import ends
+from steer import elsewhere, ends, fleet
 from steer.errors import WorkersFailed
 from steer.fleet import Fleet
 from steer.kernel import sockdiag
@@ -249,3 +249,62 @@ def test_a_stop_looks_at_each_once_and_saves_nothing(play: Play, workers: int) -
     assert (serving.looks, serving.dumps) == (-(-workers // ends.MOST), 0)
     assert serving.guard.sent == {"give up": 1, "drop": workers + 1}, "those and the steering"
     assert serving.steering.flips == 1, "at the start"
+
+
+def test_one_that_dies_before_it_is_told_to_end_is_not_started_again(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one worker is told in a turn of the loop."""
+
+    async def script(serving: Serving) -> None:
+        serving.fleet.stop(30.0, quick=False)
+        assert [each.told for each in serving.workers] == [True] + 99 * [False]
+        for worker in reversed(serving.workers):
+            worker.first_ends()
+        async with asyncio.timeout(DEADLINE_S):
+            await serving.fleet.ended
+        assert not serving.starts
+
+    monkeypatch.setattr(fleet, "_STEP_S", 0.0)
+    play(100, script)
+
+
+@sizes
+def test_when_all_fail_at_the_start_few_are_looked_at(
+    play: Play, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is asked once more or less whether it could still come up."""
+    looked_at: list[object] = []
+    asked = Counter[int]()
+
+    def has_failed(place: Place) -> bool:
+        asked[place.slot] += 1
+        return place.failures > 0
+
+    async def script(serving: Serving) -> None:
+        serving.fail_at_start()
+        for place in serving.fleet.places:
+            place.state = State.STARTING
+        for worker in serving.workers:
+            worker.first_ends()
+        await serving.until(serving.fleet.up.done)
+        assert isinstance(serving.fleet.up.exception(), WorkersFailed)
+
+    monkeypatch.setattr(fleet, "_has_failed", has_failed)
+    monkeypatch.setattr(elsewhere, "diagnosis", looked_at.append)
+    play(workers, script)
+    assert len(looked_at) <= 8 * (workers // ends.MOST + 3)
+    assert asked.total() <= 4 * workers
+
+
+@sizes
+def test_of_all_that_died_at_once_one_is_started_in_a_turn(play: Play, workers: int) -> None:
+    async def script(serving: Serving) -> None:
+        for worker in serving.workers:
+            worker.first_ends()
+        await serving.until(lambda: serving.starts > 0)
+        for turn in range(2, 10):
+            await asyncio.sleep(0)
+            assert serving.starts <= turn
+
+    play(workers, script)
