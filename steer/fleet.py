@@ -308,6 +308,11 @@ class Fleet:
         return self._rotation.steering
 
     @property
+    def is_ending(self) -> bool:
+        """Whether all workers are told to end, and nobody need look at them any more."""
+        return self._ending
+
+    @property
     def own_pids(self) -> set[int | None]:
         """Of this controller and its guard, who may have sockets of workers open."""
         return {os.getpid(), self._guard.pid}

@@ -88,6 +88,8 @@ class Groups:
         self._fleet.group_notes.clear()
 
     def _tick(self) -> None:
+        if self._fleet.is_ending:
+            return
         self._fleet.retry.attempt("see that sockets stay in their groups", self._look)
         self._loop.call_later(_LOOK_S, self._tick)
 

@@ -187,6 +187,8 @@ class Health:
                 place.heard_s = now_s
 
     def _tick(self) -> None:
+        if self._fleet.is_ending:
+            return
         self._retry.attempt("keep the time of workers", self._begin_looks)
         something_waits = False
         for place in list(self._fleet.places):

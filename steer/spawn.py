@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -126,7 +127,7 @@ class Process:
         self._guard = guard
         self.problem: SteerError | None = None
         self.told = self._hurried = False
-        self._finish = BY_DEFAULT
+        self._finish: Finish | None = None
         self.left_behind: Sequence[int] = ()
         self._is_child = True
         self._is_heard = False
@@ -134,6 +135,7 @@ class Process:
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._lines = Lines()
         self._loop: AbstractEventLoop | None = None
+        self._reading: set[int] = set()
         self.bound: tuple[int, ...] = ()
         self.inodes: frozenset[int] = frozenset()
 
@@ -221,7 +223,7 @@ class Process:
                 another way.
         """
         fds = (self._pidfd, self._stderr, self._channel.fileno(), *held)
-        how = self._how_to_finish() if look else self._finish
+        how = self._how_to_finish() if look or self._finish is None else self._finish
         self._guard.put(self.key, value, fds, self.pid, how.first)
 
     @contextmanager
@@ -241,9 +243,9 @@ class Process:
             ended: called once, when its first process is gone; others of it may be left.
         """
         self._loop, self._ended = loop, ended
-        loop.add_reader(self._channel, self._on_channel)
-        loop.add_reader(self._stderr, self._on_stderr)
-        loop.add_reader(self._pidfd, self._on_end)
+        self._read(self._channel.fileno(), self._on_channel)
+        self._read(self._stderr, self._on_stderr)
+        self._read(self._pidfd, self._on_end)
 
     @property
     def is_callable(self) -> bool:
@@ -282,8 +284,9 @@ class Process:
         return BY_DEFAULT if self._hurried else self._how_to_finish()
 
     def _how_to_finish(self) -> Finish:
-        """Once that is known it stays: of who has ended it cannot be seen any more."""
-        if self._finish == BY_DEFAULT:
+        """Once that is known it stays: of who has ended it cannot be seen any more. What a command
+        has become shows only later."""
+        if self._finish is None or (self._finish == BY_DEFAULT and not self.is_callable):
             self._finish = finish.how(self.launch.service, self.pid)
         return self._finish
 
@@ -389,7 +392,7 @@ class Process:
 
     def _listen_again(self) -> None:
         if self._loop is not None and self._stderr >= 0:
-            self._loop.add_reader(self._stderr, self._on_stderr)
+            self._read(self._stderr, self._on_stderr)
 
     def _hear(self) -> bool:
         try:
@@ -419,8 +422,15 @@ class Process:
                 break
         self.pass_rest_on()
 
+    def _read(self, fd: int, then: Callable[[], object]) -> None:
+        assert self._loop is not None
+        self._loop.add_reader(fd, then)
+        self._reading.add(fd)
+
     def _forget(self, fd: int) -> None:
-        if self._loop is not None:
+        if fd in self._reading:
+            assert self._loop is not None
+            self._reading.discard(fd)
             self._loop.remove_reader(fd)
 
 
