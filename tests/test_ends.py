@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from steer.ends import MOST, End, Ends, look_again_s
-from steer.kernel import family
+from steer.kernel import family, services
 from steer.kernel.family import Family
 from steer.kernel.spare import Spare
 from steer.log import Log
@@ -284,7 +284,7 @@ def test_who_there_is_is_listed_once_for_all(monkeypatch: pytest.MonkeyPatch, wo
 
     def environment(pid: int) -> dict[str, str]:
         asked.append(pid)
-        return {family.MARK: str(FIRST + 7)}
+        return {services.MARK: str(FIRST + 7)}
 
     monkeypatch.setattr(family, "orphans", orphans)
     monkeypatch.setattr(family.proc, "environment", environment)

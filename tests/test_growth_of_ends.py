@@ -60,15 +60,16 @@ class CountingSteering(Countless):
 
     def __init__(self) -> None:
         self.members: Sequence[Member] = ()
-        self.flips = self.gone = 0
+        self.flips = 0
+        self.gone = set[int]()
         self.membership: bool | None = None
 
     def steer(self, members: Sequence[Member]) -> None:
         self.members = members
         self.flips += 1
 
-    def left(self, _slot: int) -> None:
-        self.gone += 1
+    def left(self, slot: int) -> None:
+        self.gone.add(slot)
 
     def is_member(self, _slot: int, _bind: int) -> bool | None:
         return self.membership
@@ -202,7 +203,9 @@ def test_one_that_dies_costs_the_same_among_many(play: Play, workers: int) -> No
         await serving.until(lambda: len(serving.steering.members) == workers - 1)
 
     serving = play(workers, script)
-    assert (serving.looks, serving.dumps, serving.steering.gone) == (1, 1, 1)
+    assert (serving.looks, serving.dumps) == (1, 1)
+    assert 3 in serving.steering.gone
+    assert len(serving.steering.gone) <= 2, "and another that could not be started"
     assert serving.steering.flips <= 2, "at the start, and without it"
     assert serving.guard.sent["drop"] == 1
     assert serving.guard.sent["put"] <= 4
@@ -218,7 +221,8 @@ def test_all_that_die_at_once_are_looked_at_together(play: Play, workers: int) -
 
     serving = play(workers, script)
     steps = -(-workers // ends.MOST)
-    assert (serving.looks, serving.dumps, serving.steering.gone) == (steps, steps, workers)
+    assert (serving.looks, serving.dumps) == (steps, steps)
+    assert serving.steering.gone >= set(range(workers))
     assert serving.steering.flips <= steps + 1
 
 
