@@ -576,6 +576,7 @@ def test_status_of_none_one_and_several(service: StartService, alone: RunSteer) 
     (found,) = json.loads(alone("status", "--json").stdout)["services"]
     assert found == json.loads(alone("status", "one", "--json").stdout)["services"][0] | {
         "uptime_s": found["uptime_s"],
+        "loop_delay_ms": found["loop_delay_ms"],
         "workers": found["workers"],
     }
     assert_contract(found, one)
