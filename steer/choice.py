@@ -177,6 +177,12 @@ class Choice:
     def settle(self) -> None:
         self._table.settle()
 
+    def unsettled(self) -> int | None:
+        return self._table.unsettled()
+
+    def settled(self, flip: int) -> None:
+        self._table.settled(flip)
+
     def remembers(self) -> bool:
         return "flows" in self._maps
 

@@ -373,6 +373,15 @@ class Ebpf:
     def settle(self) -> None:
         self._choice.settle()
 
+    def unsettled(self) -> tuple[object, int] | None:
+        flip = self._choice.unsettled()
+        return None if flip is None else (self._choice, flip)
+
+    def settled(self, flip: tuple[object, int]) -> None:
+        chosen, number = flip
+        if chosen is self._choice:
+            self._choice.settled(number)
+
     def let_go(self, slot: int) -> None:
         self._counting.slots.forget_flows(slot)
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from steer.address import Bind
+from steer.background import in_background
 from steer.config import Service
 from steer.errors import BindError, ControlError, KernelError, SteerError
-from steer.kernel import listeners, sockets
+from steer.kernel import bpf, listeners, sockets
 from steer.kernel.custody import Guard
 from steer.kernel.keeper import STEERING
 from steer.log import Log
@@ -28,7 +29,7 @@ from steer.steering import Counts, Steering
 from steer.table import Member
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, Handle
+    from asyncio import AbstractEventLoop, Handle, Task
 
 _AGAIN_S = 0.1
 _Sockets = Mapping[int, socket.socket]
@@ -78,6 +79,7 @@ class Rotation:
         self._retry = retry
         self._flip_due: Handle | None = None
         self._keep_due = self._is_kept = False
+        self._waiting: Task[None] | None = None
         self._released = False
         self._loop: AbstractEventLoop | None = None
 
@@ -200,7 +202,22 @@ class Rotation:
             self._flip_due = self._loop.call_soon(self._flip_in_its_turn)
 
     def _flip_in_its_turn(self) -> None:
-        self._retry.attempt("choose among the workers", self.flip)
+        """Where it has to wait for programs first, which takes some 20 ms, the loop goes on; and
+        who gets ready or ends meanwhile is part of it."""
+        flip = self.steering.unsettled()
+        if flip is None:
+            self._retry.attempt("choose among the workers", self.flip)
+        else:
+            assert self._loop
+            self._waiting = self._loop.create_task(self._flip_after(flip, self._flip_due))
+
+    async def _flip_after(self, flip: tuple[object, int], due: Handle | None) -> None:
+        steering = self.steering
+        with suppress(RuntimeError):  # no more threads: then the flip itself waits
+            await in_background(bpf.wait_for_programs)
+            steering.settled(flip)
+        if self._flip_due is due and not self._released:  # else somebody could not wait
+            self._retry.attempt("choose among the workers", self.flip)
 
     def flip(self) -> None:
         """Have those who serve chosen, and nobody else. If that fails it is tried again."""

@@ -157,6 +157,12 @@ class Steering(Protocol):
     def settle(self) -> None:
         """Return once all that was chosen before the last `steer` is in its queue."""
 
+    def unsettled(self) -> tuple[object, int] | None:
+        """Which `steer` it was that the next one would wait for; None where it would not."""
+
+    def settled(self, flip: tuple[object, int]) -> None:
+        """All programs that ran when `unsettled` told of this one have ended."""
+
     def let_go(self, slot: int) -> None:
         """What a policy remembers to be at this slot is to be chosen for anew."""
 
@@ -271,6 +277,12 @@ class Countless:
     @property
     def counting(self) -> Counting | None:
         return None
+
+    def unsettled(self) -> tuple[object, int] | None:
+        return None
+
+    def settled(self, flip: tuple[object, int]) -> None:
+        pass
 
     def let_go(self, slot: int) -> None:
         pass

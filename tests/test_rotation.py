@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, cast
 
 import pytest
@@ -39,6 +39,9 @@ class FakeSteering:
 
     def attach_again(self, lend: object) -> None:
         pass
+
+    def unsettled(self) -> tuple[object, int] | None:
+        return None
 
     def saved(self) -> tuple[object, Sequence[int]]:
         return None, ()
@@ -184,3 +187,61 @@ def test_all_else_is_told_once_in_a_turn_of_the_loop() -> None:
     """But for the first, without which there would be nothing to adopt."""
     assert kept_after(needs_order=False) == [1, 1, 1, 1, 2]
     assert kept_after(needs_order=False, has_loop=False) == [1, 1, 1, 1, 2]
+
+
+class UnsettledSteering(JoinableSteering):
+    """Whose next flip has to wait for programs, unless those were waited for.
+
+    Attributes:
+        flips: at each, whether it had to wait itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(needs_order=False)
+        self.flips: list[bool] = []
+        self._is_settled = False
+
+    def unsettled(self) -> tuple[object, int] | None:
+        return None if self._is_settled else (self, len(self.flips))
+
+    def settled(self, flip: tuple[object, int]) -> None:
+        self._is_settled = flip == (self, len(self.flips))
+
+    def steer(self, members: Sequence[Member]) -> None:
+        self.flips.append(not self._is_settled)
+        self._is_settled = False
+
+
+def flips_of(script: Callable[[Rotation, UnsettledSteering], Coroutine[Any, Any, None]]) -> Any:
+    steering = UnsettledSteering()
+
+    async def run() -> None:
+        args = (steering, [], 4, FakeGuard(), Log("error", "text"), FakeRetry())
+        rotation = Rotation(*cast(Any, args))
+        rotation.watch(asyncio.get_running_loop())
+        async with asyncio.timeout(60):
+            await script(rotation, steering)
+
+    asyncio.run(run())
+    return steering.flips
+
+
+def test_loop_goes_on_while_a_flip_waits_for_programs() -> None:
+    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
+        rotation.flip_soon()
+        while not steering.flips:
+            await asyncio.sleep(0)
+            rotation.flip_soon()  # part of the same
+
+    assert flips_of(script) == [False]
+
+
+def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
+    async def script(rotation: Rotation, _: UnsettledSteering) -> None:
+        rotation.flip_soon()
+        await asyncio.sleep(0)
+        rotation.settle()
+        assert rotation._waiting is not None
+        await rotation._waiting
+
+    assert flips_of(script) == [True]

@@ -386,6 +386,7 @@ class Table:
         self._memory = table_map.memory()
         self._active = abi.HEADER.unpack(self._memory[: abi.HEADER.size])[0] & 1
         self._readers_may_remain = True
+        self._flips = 0
 
     def forget(self) -> None:
         """Choose nobody, before any program runs."""
@@ -416,12 +417,22 @@ class Table:
         self._memory[0:4] = abi.HEADER.pack(idle, 0)[:4]
         self._active = idle
         self._readers_may_remain = True
+        self._flips += 1
 
     def settle(self) -> None:
         """Return once no program reads the half that was active before the last flip."""
         if self._readers_may_remain:
             wait_for_programs()
         self._readers_may_remain = False
+
+    def unsettled(self) -> int | None:
+        """Which flip the next would wait for: see `settled`. None if it would not wait."""
+        return self._flips if self._readers_may_remain else None
+
+    def settled(self, flip: int) -> None:
+        """Programs were waited for since that flip, by a call of `unsettled`."""
+        if flip == self._flips:
+            self._readers_may_remain = False
 
     def active(self) -> bytes:
         """The half in use."""
