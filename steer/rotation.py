@@ -97,15 +97,14 @@ class Rotation:
         what can be adopted all the same: a slot that was taken is not taken again, as its worker
         is known, and who is chosen is found anew. Only in which order the kernel has sockets
         nobody else can tell."""
-        if self._released or self._keep_due:
+        if self._released:
             return
         if self.steering.needs_order or not self._is_kept:
             self.keep()
-        elif self._loop is None:
-            self._keep_due = True  # see `watch`
-        else:
+        elif not self._keep_due:
             self._keep_due = True
-            self._loop.call_soon(self._keep_in_its_turn)
+            if self._loop is not None:  # else see `watch`
+                self._loop.call_soon(self._keep_in_its_turn)
 
     def keep_if_due(self) -> None:
         """Do not wait for the next turn of the loop: there may be none."""

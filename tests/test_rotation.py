@@ -183,6 +183,22 @@ def test_who_adopts_knows_the_order_of_sockets_at_any_moment() -> None:
     assert kept_after(needs_order=True, has_loop=False) == [1, 2, 3, 5, 5]
 
 
+def test_order_is_told_at_once_also_right_after_another_backend_has_taken_over() -> None:
+    guard, steering = FakeGuard(), JoinableSteering(needs_order=False)
+
+    async def run() -> None:
+        args = (steering, [], 4, guard, Log("error", "text"), FakeRetry())
+        rotation = Rotation(*cast(Any, args))
+        rotation.watch(asyncio.get_running_loop())
+        for slot in range(2):
+            rotation.joined(slot, ())
+        steering.needs_order = True
+        rotation.joined(2, ())
+        assert len(guard.puts) == 2
+
+    asyncio.run(run())
+
+
 def test_all_else_is_told_once_in_a_turn_of_the_loop() -> None:
     """But for the first, without which there would be nothing to adopt."""
     assert kept_after(needs_order=False) == [1, 1, 1, 1, 2]
