@@ -490,6 +490,25 @@ def test_flip_is_seen_by_programs(netns: object) -> None:
             assert crew.flows([flow]) == {flow: slot}
 
 
+def test_programs_that_were_waited_for_are_those_before_a_later_flip() -> None:
+    with bpf.Map("table") as made:
+        table = bpf.Table(made)
+        try:
+            table.forget()
+            assert table.unsettled() is None
+            table.flip({0: bytes(8)})
+            first = table.unsettled()
+            assert first is not None
+            table.flip({0: bytes(8)})
+            table.settled(first)
+            second = table.unsettled()
+            assert second not in (None, first)
+            table.settled(second)
+            assert table.unsettled() is None
+        finally:
+            table.close()
+
+
 def test_table_starts_with_nobody_and_flips_between_halves() -> None:
     with bpf.Map("table") as made:
         table = bpf.Table(made)
