@@ -1018,7 +1018,7 @@ def test_restart_of_one_that_a_reload_has_ended(service: StartService, home: Pat
 def test_stop_during_a_reload(service: StartService, home: Path, quick: bool) -> None:
     running = service("app:slow", "-w", "2")
     with asking(running, "reload") as reload, asking(running, "reload") as second:
-        eventually(lambda: slots(running, "starting"), [2])
+        eventually(lambda: 2 in slots(running, "starting"))
         running.ask("stop", quick=quick, timeout_s=None)
         for each in (reload, second):
             with pytest.raises(Refused, match=r"^reload test: the service is ending$"):
