@@ -19,7 +19,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 from steer import plan as planning
-from steer import policy
+from steer import policy, spawn
 from steer.change import Changes
 from steer.config import Service
 from steer.cpus import Topology
@@ -216,9 +216,7 @@ class FakeProcess:
 
     @property
     def running(self) -> Any:
-        from steer.spawn import Running
-
-        return Running(self.pid, self.started_s, self.bound, self.told)
+        return spawn.Running(self.pid, self.started_s, self.bound, self.told)
 
     def keep(self, value: bytes, held: Sequence[int] = (), look: bool = True) -> None:
         self._cost["saves of a worker"] += 1
@@ -262,7 +260,7 @@ class FakeService:
         cost: of what was done since `count`.
     """
 
-    def __init__(self, home: Path, workers: int, policy_name: str = "hash") -> None:
+    def __init__(self, home: Path, workers: int, policy_name: str = "random") -> None:
         self.cost = Cost()
         self.plan = plan_for(workers, policy_name)
         self.guard = FakeGuard(home, self.cost)
@@ -286,8 +284,13 @@ class FakeService:
             service=service, binds=(), anchored=(), slot=place.slot, modest=False
         )
 
-    def fork(self, launch: Any, guard: Guard, _own: Sequence[socket.socket]) -> FakeProcess:
-        """Take the place of `spawn.Process`."""
+    def fork_all(
+        self, launches: Sequence[Any], guard: Guard, _owned: object
+    ) -> Sequence[FakeProcess]:
+        """Take the place of that of `spawn`."""
+        return [self._fork(launch, guard) for launch in launches]
+
+    def _fork(self, launch: Any, guard: Guard) -> FakeProcess:
         begun = FakeProcess(launch, guard, self.cost)
         if self._loop is not None:
             self._loop.call_soon(self.fleet.notified, (begun.pid,), READY)
@@ -324,7 +327,7 @@ def pid_of(place: Place) -> int:
     return place.process.pid
 
 
-def plan_for(workers: int, policy_name: str = "hash", **keys: Any) -> Plan:
+def plan_for(workers: int, policy_name: str = "random", **keys: Any) -> Plan:
     service = Service(workers=workers, policy=policy_name, **keys)
     return planning.plan(service, Topology(_CPUS, _CPUS, {}), {"ebpf": Finding(Answer.YES)})
 
@@ -340,11 +343,9 @@ Script = Callable[[FakeService], Coroutine[Any, Any, None]]
 
 def cost_of(script: Script, home: Path, workers: int, **keys: Any) -> Cost:
     """Of what a script counts, in a service of so many."""
-    import steer.fleet
-
     service = FakeService(home, workers, **keys)
-    real = steer.fleet.Process
-    steer.fleet.Process = cast(Any, service.fork)
+    real = spawn.fork_all
+    spawn.fork_all = cast(Any, service.fork_all)
 
     async def run() -> None:
         await service.up()
@@ -353,5 +354,5 @@ def cost_of(script: Script, home: Path, workers: int, **keys: Any) -> Cost:
     try:
         asyncio.run(run())
     finally:
-        steer.fleet.Process = real  # type: ignore[misc]
+        spawn.fork_all = real
     return service.cost
