@@ -265,7 +265,7 @@ def test_all_is_as_it_was(service: StartService, backend: str) -> None:
     orphan(first)
     after = service(*arguments).status()
     differs = {key for key in before if before[key] != after[key]}
-    assert differs == {"pid", "uptime_s", "workers"}
+    assert differs == {"pid", "uptime_s", "workers", "loop_delay_ms"}
     assert after["uptime_s"] > before["uptime_s"]
     workers = sorted(before["workers"], key=lambda worker: worker["slot"])
     adopted = sorted(after["workers"], key=lambda worker: worker["slot"])
