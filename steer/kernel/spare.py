@@ -24,14 +24,21 @@ class Spare:
         self._number = number
         self._fds: list[int] = []
         self._lent = 0
+        self._is_roomy = False
         self._fill()
 
     @contextmanager
     def lent(self) -> Iterator[None]:
         """For a moment there is room for so many. Those used for longer are missing until
         there is room again."""
-        if len(self._fds) == self._number and self._room() > self._number:
-            yield  # to close and open them all takes far longer than to look
+        if self._is_roomy or (len(self._fds) == self._number and self._room() > self._number):
+            # To close and open them all takes far longer than to look, and to look longer than
+            # not to, where it was looked for whatever this is a part of.
+            before, self._is_roomy = self._is_roomy, True
+            try:
+                yield
+            finally:
+                self._is_roomy = before
             return
         self._lent += 1
         self.close()
