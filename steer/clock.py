@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _BEAT_S = 0.5
 _LIMIT_S = 4 * _BEAT_S
+_REST_S = 2.0
+"""So seldom it looks where nobody's time matters."""
 _SOON_S = 0.001
 """Timers may be early by so much: the loop rounds."""
 
@@ -53,18 +55,29 @@ class Clock:
     """
 
     def __init__(self, read_s: Callable[[], float] = boottime_s) -> None:
-        self._read_s = read_s
+        self.read_s = read_s
         self._seen_s = read_s()
         self._beat_s, self._limit_s = _BEAT_S, _LIMIT_S
         self._alone_from_s = -math.inf
+        self._look: Callable[[], float] | None = None
+        self._timed: set[Timer] = set()
+        self._rests_s = 0.0
+        self._beat_due_s = math.inf
+        self._next: Handle | None = None
         self.loop: _Loop
         self.missed_s = self.stopped_s = 0.0
         self.stops = 0
 
-    def run(self, loop: AbstractEventLoop | _Loop) -> None:
-        """Look at the time every so often from here on."""
+    def run(self, loop: AbstractEventLoop | _Loop, look: Callable[[], float] | None = None) -> None:
+        """Look at the time every so often from here on.
+
+        Args:
+            look: called each time; in how many seconds it wants to be again. Longer than it
+                takes to notice a gap only while nobody's time matters to it.
+        """
         self.loop = loop
-        self._seen_s = self._read_s()
+        self._look = look
+        self._seen_s = self.read_s()
         self._beat()
 
     def measure(self, *limits_s: float) -> None:
@@ -74,10 +87,10 @@ class Clock:
 
     def now_s(self) -> float:
         """Seconds that the controller was there to see, from some point on."""
-        read_s = self._read_s()
+        read_s = self.read_s()
         passed_s = read_s - self._seen_s
         self._seen_s = read_s
-        if passed_s > 2 * self._beat_s:
+        if passed_s > 2 * self._beat_s + self._rests_s:
             self._miss(passed_s)
         return read_s - self.missed_s
 
@@ -95,9 +108,32 @@ class Clock:
         """As the loop's, but `after_s` of this clock."""
         return Timer(self, after_s, lambda: callback(*args))
 
+    def hurry(self, within_s: float) -> None:
+        """Look no later than that."""
+        self.now_s()
+        due_s = self.read_s() + within_s
+        if self._next is not None and due_s < self._beat_due_s:
+            self._next.cancel()
+            self._beat_in(within_s)
+
+    def timing(self, timer: Timer, is_timed: bool) -> None:
+        """While somebody's time is taken no gap may pass unnoticed."""
+        if is_timed:
+            self._timed.add(timer)
+            self.hurry(self._beat_s)
+        else:
+            self._timed.discard(timer)
+
     def _beat(self) -> None:
         self.now_s()
-        self.loop.call_later(self._beat_s, self._beat)
+        self._next = None
+        wanted_s = self._beat_s if self._look is None else self._look()
+        self._beat_in(min(wanted_s, self._beat_s) if self._timed else min(wanted_s, _REST_S))
+
+    def _beat_in(self, after_s: float) -> None:
+        self._rests_s = max(0.0, after_s - self._beat_s)
+        self._beat_due_s = self.read_s() + after_s
+        self._next = self.loop.call_later(after_s, self._beat)
 
 
 class Timer:
@@ -108,8 +144,10 @@ class Timer:
         self._due_s = clock.now_s() + after_s
         self._call = call
         self._wait(after_s)
+        clock.timing(self, True)
 
     def cancel(self) -> None:
+        self._clock.timing(self, False)
         self._handle.cancel()
 
     def _wait(self, after_s: float) -> None:
@@ -120,4 +158,5 @@ class Timer:
         if left_s > _SOON_S:
             self._wait(left_s)
         else:
+            self._clock.timing(self, False)
             self._call()

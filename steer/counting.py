@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 
 import msgspec
@@ -142,6 +142,14 @@ class Counting:
 
     def open(self, slot: int) -> int | None:
         return None if self._owners is None else self.slots.open(slot)
+
+    def busy(self, below: int) -> Set[int] | None:
+        """The slots below this number that have connections open; None: not counted."""
+        return None if self._owners is None else self.slots.busy(below)
+
+    def pulse(self, below: int) -> bytes | None:
+        """See `Slots.pulse`; None: not counted."""
+        return None if self._owners is None else self.slots.pulse(below)
 
     def saved(self) -> tuple[Saved, Sequence[int]]:
         """See `restore`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -423,6 +423,16 @@ class Ebpf:
 
     def open(self, slot: int) -> int | None:
         return self._counting.open(slot)
+
+    def busy(self) -> Set[int] | None:
+        return self._counting.busy(self._plan.slots) if self._counts_all else None
+
+    def pulse(self) -> bytes | None:
+        return self._counting.pulse(self._plan.slots) if self._counts_all else None
+
+    @property
+    def _counts_all(self) -> bool:
+        return all(bind.protocol == "tcp" for bind in self._plan.binds)
 
     def memory_bytes(self) -> int:
         groups = (each for group in self._groups for each in group.maps.values())

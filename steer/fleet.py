@@ -29,6 +29,7 @@ from steer.kernel.waits import Seen
 from steer.leftovers import Leftovers
 from steer.lifecycle import Command, Event, State
 from steer.log import Log
+from steer.looks import Looks
 from steer.notify import Unheard
 from steer.place import Place, Places, Saved, waits
 from steer.plan import Generation, Plan, Seat
@@ -88,6 +89,7 @@ class Fleet:
         by_pid: places with a process, by the process id of its first.
         is_watched: whether there is a loop to look after them in.
         clock: what workers are given time for goes by it.
+        looks: what is looked at again and again, at its beats.
         queues: what waits at workers.
         visibility: what of workers cannot be seen.
         group_notes: on sockets that left their groups, see `groups`.
@@ -111,6 +113,7 @@ class Fleet:
         self.log = log
         self.retry = retry
         self.clock = Clock()
+        self.looks = Looks(self.clock, retry)
         self.queues = Queues()
         self.visibility = Visibility(log)
         self.group_notes: dict[str, str] = {}
@@ -278,7 +281,7 @@ class Fleet:
         self.retry.watch(loop)
         self._rotation.watch(loop)
         self._ends = Ends(loop, self.retry, self._on_lost, self._on_ends)
-        self.clock.run(loop)
+        self.clock.run(loop, self.looks.take)
         self.up = loop.create_future()
         self.refused = loop.create_future()
         self.ended = loop.create_future()
@@ -465,6 +468,8 @@ class Fleet:
 
     def _hear(self, place: Place, worker: Process, sender: int, message: Mapping[str, str]) -> None:
         place.hear(message, self.clock.now_s())
+        if place.asks_to_be_taken_for_hung:
+            self._changed(place)
         if message.get("STOPPING") == "1":
             self.report(place, Event.DRAIN)
         if message.get("READY") == "1" and place.state is State.STARTING:

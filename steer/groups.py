@@ -1,11 +1,16 @@
 """Sees that workers' sockets stay in their groups, and mends it where they do not.
 
 What is to be seen and done is in `membership`; here are the looks. One costs some microseconds for
-each socket, and a second after the other no more sockets are looked at than `_MOST`.
+each socket, so no more of them are looked at in a second than `_MOST`, and only while something can
+be seen that was not before: a connection came or ended, a worker is another or in another state,
+or the kernel says something else of the sockets of a port. Of what changes without any of that
+(SO_REUSEPORT taken back, a listener that is shut down and listens again) nobody takes any harm
+until something comes; one socket after the other is looked at for it meanwhile.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,17 +24,21 @@ from steer.errors import KernelError
 from steer.fleet import Fleet
 from steer.kernel import members, proc
 from steer.lifecycle import State
+from steer.looks import TOGETHER_S, on_the_beat
 from steer.membership import Cure, Departure, Sighting, Tries, cure, departure
 from steer.place import Place
 from steer.programs import Programs
+from steer.queues import Table, unchanged
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
-
     from steer.spawn import Process
 
 _LOOK_S = 1.0
-_MOST = 128
+_MOST, _AT_ONCE = 128, 16
+_AT_REST_PER_S = 250
+"""While nothing comes the kernel is asked for so many sockets in a second."""
+_LOOK_AT_ONE = 4
+"""The same: each so many times a worker is looked at."""
 _AGAIN_S = 30.0
 """So long after it was asked for, a worker that did not come is asked for again."""
 _NOTES_MAX = 32
@@ -61,59 +70,119 @@ class _Socket(NamedTuple):
 
 
 class Groups:
-    """The looks, and the clock for them.
+    """The looks.
 
     Args:
         replace: asks for another worker, with new sockets, in place of one.
     """
 
-    def __init__(
-        self, fleet: Fleet, loop: AbstractEventLoop, replace: Callable[[Place], None]
-    ) -> None:
+    def __init__(self, fleet: Fleet, replace: Callable[[Place], None]) -> None:
         self._fleet = fleet
-        self._loop = loop
         self._replace = replace
         self._next = 0
-        self._usual_device = 0
+        self._to_look_at = 0
+        self._pulse: bytes | None = None
+        self._tables: Sequence[Table | None] = ()
+        self._out: set[Place] = set()
+        self._usual_device = self._rests = 0
         self._tries: dict[int, Tries] = {}
         self._suspects: set[tuple[int, int]] = set()
         self._told: set[tuple[int, int, Departure]] = set()
         self._refused: set[int] = set()
         self._programs = Programs(fleet)
-        loop.call_later(_LOOK_S, self._tick)
+        self._programs_due_s = self._tables_due_s = 0.0
+        self._due = fleet.looks.add("see that sockets stay in their groups", self._look, _LOOK_S)
 
     def forget(self) -> None:
         """The configuration may be another, and workers do otherwise."""
         self._tries.clear()
         self._fleet.group_notes.clear()
+        self._look_at_all()
 
-    def _tick(self) -> None:
+    def changed(self, _place: Place) -> None:
+        """A worker is in another state."""
+        self._look_at_all()
+
+    def _look_at_all(self) -> None:
+        """Each once, from now on."""
+        self._to_look_at = len(self._fleet.places)
+        self._due.within(_LOOK_S)
+
+    def _look(self) -> float:
+        """At some, if anything may have changed; in how many seconds to look again."""
         if self._fleet.is_ending:
-            return
-        self._fleet.retry.attempt("see that sockets stay in their groups", self._look)
-        self._loop.call_later(_LOOK_S, self._tick)
-
-    def _look(self) -> None:
-        self._usual_device = members.usual_device()
+            return math.inf
+        if self._something_came():
+            self._to_look_at = len(self._fleet.places)
+        if not self._to_look_at:
+            return self._rest()
         there = [each for each in self._fleet.places if each.state is not State.STARTING]
+        self._forget_those_who_have_gone(there)
+        self._usual_device = members.usual_device()
+        looked_at = self._look_at_some(there)
+        self._to_look_at = max(0, self._to_look_at - looked_at) if there else 0
+        now_s = self._fleet.clock.read_s()
+        if now_s >= self._programs_due_s:
+            self._programs_due_s = on_the_beat(now_s, _LOOK_S) - TOGETHER_S
+            look_at_programs = partial(self._programs.look, self._fleet.queues.at)
+            self._fleet.retry.attempt("see that groups have their program", look_at_programs)
+        if not self._to_look_at:
+            return _LOOK_S
+        return _LOOK_S * _AT_ONCE / min(_MOST, max(_AT_ONCE, self._sockets))
+
+    def _something_came(self) -> bool:
+        """Or may have, or somebody has to be looked at again."""
+        before, self._pulse = self._pulse, self._fleet.steering.pulse()
+        return self._pulse is None or self._pulse != before or bool(self._suspects or self._out)
+
+    def _rest(self) -> float:
+        """Nothing came: now and then see that the kernel says the same as before, and look at
+        one."""
+        self._programs.rest()
+        now_s = self._fleet.clock.read_s()
+        if now_s < self._tables_due_s:
+            return _LOOK_S
+        after_s = max(_LOOK_S, self._sockets / _AT_REST_PER_S)
+        self._tables_due_s = on_the_beat(now_s, after_s) - TOGETHER_S
+        tables = [self._fleet.queues.at(bind) for bind in self._fleet.generation.plan.binds]
+        if None in tables or not unchanged(tables, self._tables):
+            self._tables = tables
+            self._look_at_all()
+            return 0.0
+        self._rests += 1
+        if self._rests % _LOOK_AT_ONE == 0:
+            there = [each for each in self._fleet.places if each.state is not State.STARTING]
+            self._look_at_some(there, 1)
+        return _LOOK_S
+
+    @property
+    def _sockets(self) -> int:
+        return len(self._fleet.places) * len(self._fleet.generation.plan.binds)
+
+    def _forget_those_who_have_gone(self, there: Sequence[Place]) -> None:
         pids = {place.process.pid for place in there if place.process}
         self._suspects = {each for each in self._suspects if each[0] in pids}
         self._told = {each for each in self._told if each[0] in pids}
         self._refused &= pids
-        for place in self._whose_turn_it_is(there):
+        self._out = {place for place in there if place.left}
+
+    def _look_at_some(self, there: Sequence[Place], at_most: int = _AT_ONCE) -> int:
+        """How many workers were looked at."""
+        number = 0
+        for place in self._whose_turn_it_is(there, at_most):
+            number += 1
             if place.process:
                 look = partial(self._look_at, place, place.process)
                 act = f"see whether worker {place.slot} is in its groups"
                 self._fleet.retry.attempt(act, look)
-        look_at_programs = partial(self._programs.look, self._fleet.queues.at)
-        self._fleet.retry.attempt("see that groups have their program", look_at_programs)
+        return number
 
-    def _whose_turn_it_is(self, places: Sequence[Place]) -> Iterator[Place]:
-        """All, or where there are many the next of them."""
+    def _whose_turn_it_is(self, places: Sequence[Place], at_most: int) -> Iterator[Place]:
+        """All, or where there are many sockets the next of them."""
         first = self._next % max(1, len(places))
         seen = 0
         for place in (*places[first:], *places[:first]):
-            if seen >= _MOST:
+            if seen >= at_most:
                 return
             seen += len(place.generation.plan.binds)
             self._next = (self._next + 1) % len(places)
@@ -212,6 +281,7 @@ class Groups:
             if over_udp or self._is_gone(one):
                 self._fleet.steering.lost(place.slot, one.at)
             place.left[one.at] = found
+            self._out.add(place)
         may_take_all = one.bind.protocol == "udp" and found in _TAKES_ALL
         if may_take_all and one.sock is not None and self._others_are_in(one):
             members.cut_off(one.sock)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,11 @@ from steer.hang import History, Look, Verdict
 from steer.kernel import listeners, proc
 from steer.kernel.waits import Seen
 from steer.lifecycle import Event, State
+from steer.looks import TOGETHER_S, on_the_beat
 from steer.pace import Pace
 from steer.place import Place, waits
 from steer.policy import KERNEL
+from steer.queues import Table, unchanged
 from steer.spawn import Process
 from steer.steering import CHOSEN_ALL_THE_SAME
 from steer.visibility import QUEUES, WAITS
@@ -26,10 +29,17 @@ from steer.visibility import QUEUES, WAITS
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, TimerHandle
 
-_LOOKING_S = 0.005
-"""Looks at those who start go on no longer than that, and then in another turn of the loop."""
-_LOOKS = 3
-"""In one --hang-timeout; more while something waits."""
+_LOOKING_S = _BREAK_S = 0.005
+"""Looks at workers go on no longer than that, and then in another turn of the loop."""
+_LOOKS = 4
+"""In one --hang-timeout while something is under way; more while something waits."""
+_RESTING_LOOKS = 2
+"""While nothing is: whatever begins then has all of its time from the look that sees it."""
+_SELDOM_S = 1.0
+_SOCKETS_PER_S = 250
+"""While all connections are counted, and there are none, the kernel is asked for the queues of so
+many: some may wait that came to a listener before it was counted."""
+_SAMPLED_PER_S = 20_000
 _REST_S = 1.0
 """One that cannot be looked at is taken to be ready when it has been at rest for so long."""
 _SAMPLE_S = 0.02
@@ -68,12 +78,23 @@ class Health:
         self._histories: dict[int, History] = {}
         self._closer = Closer()
         self._lookout = Lookout(fleet.log)
-        self._ticking: TimerHandle | None = None
         self._sampling: TimerHandle | None = None
+        self._sampled: Sequence[Table | None] = ()
+        self._watched: set[Place] | None = None
+        self._to_look_at: deque[Place] = deque()
+        self._queues: Sequence[Table | None] = ()
+        self._queues_due_s = 0.0
+        self._some_waited = False
+        self._seats_on_their_way_out: Collection[int] = ()
+        self._due = fleet.looks.add("look after workers", self._tick, _SELDOM_S)
         self.retime()
 
     def changed(self, place: Place) -> None:
         """A worker is in another state."""
+        self._sampled = ()
+        if place.asks_to_be_taken_for_hung:
+            self._watch(place)
+            self._due.within(_BREAK_S)
         if self._sampling is None:
             self._sample()
         if place.state is State.STARTING and place.process:
@@ -91,10 +112,9 @@ class Health:
         self._histories.clear()
         self._fleet.visibility.forget()
         self._fleet.clock.measure(*self._limits_s)
-        if self._ticking is not None:
-            self._ticking.cancel()
-            self._ticking = None
-        self._tick_in(1.0)
+        self._watched = None
+        if limits_s := self._limits_s:
+            self._due.within(min(limits_s) / _LOOKS)
         if self._sampling is None:
             self._sample()
 
@@ -106,11 +126,22 @@ class Health:
         steering = self._fleet.steering
         if not steering.samples():
             return
+        number = len(self._fleet.places)
+        self._sampling = self._loop.call_later(
+            max(_SAMPLE_S, number / _SAMPLED_PER_S), self._sample
+        )
+        sampled = self._tables()
+        if None not in sampled and unchanged(sampled, self._sampled):
+            return
+        self._sampled = sampled
         for place in self._fleet.places:
             if place.process and place.serves:
                 sample = partial(steering.sample, place.slot, self._waiting(place.process))
                 self._retry.attempt(f"tell what waits for worker {place.slot}", sample)
-        self._sampling = self._loop.call_later(_SAMPLE_S, self._sample)
+
+    def _tables(self) -> Sequence[Table | None]:
+        """What there is at each address of the service."""
+        return [self._fleet.queues.at(bind) for bind in self._fleet.generation.plan.binds]
 
     def _waiting(self, process: Process) -> int:
         """Connections in its queues; 0 where that cannot be seen."""
@@ -163,10 +194,6 @@ class Health:
 
     # Hanging.
 
-    def _tick_in(self, times: float) -> None:
-        if limits_s := self._limits_s:
-            self._ticking = self._loop.call_later(times * min(limits_s) / _LOOKS, self._tick)
-
     @property
     def _limits_s(self) -> list[float]:
         service = self._fleet.generation.plan.service
@@ -186,34 +213,97 @@ class Health:
             if math.isfinite(place.heard_s):  # else it asked to be taken for hung
                 place.heard_s = now_s
 
-    def _tick(self) -> None:
-        if self._fleet.is_ending:
-            return
-        self._retry.attempt("keep the time of workers", self._begin_looks)
-        something_waits = False
-        for place in list(self._fleet.places):
-            look = partial(self._look_at, place)
-            something_waits |= self._retry.result(f"look at worker {place.slot}", look, False)
+    def _tick(self) -> float:
+        """At those who may need it, for a while; in how many seconds to go on or to begin again."""
+        limits_s = self._limits_s
+        if not limits_s or self._fleet.is_ending:
+            return math.inf
+        if not self._to_look_at:
+            self._retry.attempt("keep the time of workers", self._begin_looks)
+        if not self._look_at_some():
+            return _BREAK_S
         self._retry.attempt("see who is at capacity", self._shed)
-        self._tick_in(0.25 if something_waits else 1.0)
+        if any(place.queued and not place.hangs for place in self._watched or ()):
+            return min(limits_s) / _LOOKS / 4
+        if self._watched or self._is_timed or self._histories:
+            return min(limits_s) / _LOOKS
+        return min(_SELDOM_S, min(limits_s) / _RESTING_LOOKS)
+
+    @property
+    def _is_timed(self) -> bool:
+        """Whether workers have to be heard of."""
+        return bool(self._fleet.generation.plan.service.watchdog)
 
     def _begin_looks(self) -> None:
         self._start_again_after_a_gap()
-        if any(_is_silent(place, self._fleet.clock.now_s()) for place in self._fleet.places):
+        places, now_s = self._fleet.places, self._fleet.clock.now_s()
+        silent = {place for place in places if _is_silent(place, now_s)} if self._is_timed else ()
+        if silent:
             self._hear()
-        there = {place.process.pid for place in self._fleet.places if place.process}
-        self._histories = {pid: each for pid, each in self._histories.items() if pid in there}
+        suspects = set(places)
+        if self._watched is not None:
+            suspects = {*silent, *self._watched, *self._who_has_any()}
+        there = [place for place in suspects if place.process]
+        self._to_look_at.extend(sorted(there, key=lambda place: place.slot))
+        self._watched = set()
+        self._seats_on_their_way_out = {place.seat.number for place in there if place.hung}
+        pids = {place.process.pid for place in there if place.process}
+        self._histories = {pid: each for pid, each in self._histories.items() if pid in pids}
+
+    def _who_has_any(self) -> Iterable[Place]:
+        """Those with a connection, or with something that waits for them."""
+        busy = self._fleet.steering.busy()
+        places, now_s = self._fleet.places, self._fleet.clock.read_s()
+        found = [place for place in places if place.slot in busy] if busy else []
+        if busy is not None and now_s < self._queues_due_s:
+            return found
+        after_s = max(_SELDOM_S, len(places) / _SOCKETS_PER_S)
+        self._queues_due_s = on_the_beat(now_s, after_s) - TOGETHER_S
+        queues = self._tables()
+        if None in queues:
+            return places
+        if unchanged(queues, self._queues) and not self._some_waited:
+            return found
+        self._queues = queues
+        waiting = {
+            inode for table in queues for inode, each in (table or {}).items() if each.queued
+        }
+        self._some_waited = bool(waiting)
+        if waiting:
+            found += [
+                place
+                for place in places
+                if place.process and not waiting.isdisjoint(place.process.bound)
+            ]
+        return found
+
+    def _look_at_some(self) -> bool:
+        """As long as there is time; whether that was enough for all."""
+        ends_s = time.monotonic() + _LOOKING_S
+        while self._to_look_at:
+            place = self._to_look_at.popleft()
+            look = partial(self._look_at, place)
+            if self._retry.result(f"look at worker {place.slot}", look, True):
+                self._watch(place)
+            if time.monotonic() >= ends_s:
+                break
+        return not self._to_look_at
+
+    def _watch(self, place: Place) -> None:
+        """It is looked at the next time, whatever it has."""
+        if self._watched is not None:
+            self._watched.add(place)
 
     def _look_at(self, place: Place) -> bool:
-        """Whether something waits for it."""
+        """Whether it is to be looked at again, whatever it has then."""
         if place.process and place.state is State.READY:
             self._look_at_ready(place, place.process)
-            return bool(place.queued)
+            return bool(place.queued) or place.full or place.shed or place.hangs
         if place.process and place.hangs:
             self._look_at_hung(place, place.process)
         elif place.hung:
             self._fleet.move_queue(place)
-        return False
+        return place.hangs or place.hung
 
     def _look_at_ready(self, place: Place, process: Process) -> None:
         if _is_silent(place, self._fleet.clock.now_s()):
@@ -269,6 +359,8 @@ class Health:
     def _shed(self) -> None:
         """Those who are at capacity get nothing new while another has room. When nobody has,
         nothing is done: what waits may as well wait there."""
+        if not any(place.full or place.shed for place in self._watched or ()):
+            return
         there = [place for place in self._fleet.places if place.is_in_service]
         some_have_room = any(not place.full and not place.queued for place in there)
         all_are_full = all(place.full for place in there)
@@ -325,9 +417,8 @@ class Health:
         any number of workers at it."""
         if place.generation.plan.service.hang != "replace":
             return
-        others = (each for each in self._fleet.places if each.seat.number == place.seat.number)
         now_s = self._fleet.clock.now_s()
-        if now_s >= place.relief_s and not any(each.hung for each in others):
+        if now_s >= place.relief_s and place.seat.number not in self._seats_on_their_way_out:
             place.relief_s = now_s + _RELIEF_AGAIN_S
             self._relieve(place)
 

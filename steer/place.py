@@ -181,6 +181,11 @@ class Place(msgspec.Struct, eq=False):
         return Departure.CLOSED in self.left.values()
 
     @property
+    def asks_to_be_taken_for_hung(self) -> bool:
+        """By WATCHDOG=trigger, see sd_notify(3)."""
+        return self.heard_s == -math.inf
+
+    @property
     def hangs(self) -> bool:
         return self.state is State.HUNG
 

@@ -19,19 +19,21 @@ _AT_ONCE = 512
 """So many counters, some microseconds each, are read a second."""
 _BLIND_LOOKS = 5
 """Where nobody counts the program is attached again every so often."""
+_RESTS = 4
+"""The same while nothing comes."""
 
 Standings = Callable[[Bind], Table | None]
 
 
 class Programs:
-    """Looks once a second, at most."""
+    """Looks once a second, at most; or rests, as nothing came since the last look."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._bypasses: dict[int, Bypass] = {}
         self._met: set[int] = set()
         self._drops: dict[tuple[int, int], int] = {}
-        self._look = 0
+        self._look = self._rested = 0
 
     def look(self, standing_at: Standings) -> None:
         """Args: standing_at: how the sockets of an address stand now, by inode."""
@@ -46,6 +48,12 @@ class Programs:
         for at, each in advice.items():
             if each is Advice.TELL:
                 self._tell(binds[at])
+
+    def rest(self) -> None:
+        """A program that somebody else attached meanwhile has chosen nobody yet."""
+        self._rested += 1
+        if self._rested % _RESTS == 0:
+            self._fleet.attach_again()
 
     def _somebody_is_new(self) -> bool:
         """Servers that attach a program of their own do so when they start."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 
 from steer.address import Bind
 from steer.errors import KernelError
@@ -90,3 +91,8 @@ class Queues:
             found = self._ask(*key)
             self._tables[key] = (now_s, found)
         return found
+
+
+def unchanged(now: Sequence[Table | None], before: Sequence[Table | None]) -> bool:
+    """Whether `Queues.at` said the same of each address."""
+    return len(now) == len(before) and all(map(is_, now, before))

@@ -7,7 +7,7 @@ what it has to do to the kernel for that is its own affair.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
@@ -197,6 +197,14 @@ class Steering(Protocol):
     def open(self, slot: int) -> int | None:
         """Connections open there; None where they are not counted."""
 
+    def busy(self) -> Set[int] | None:
+        """The slots that have connections open; None where not all that may wait at a worker is
+        counted, as of datagrams. Costs next to nothing."""
+
+    def pulse(self) -> bytes | None:
+        """Another whenever anything came to a worker or was finished, by whichever way; None as
+        of `busy`. Costs next to nothing."""
+
     def memory_bytes(self) -> int:
         """What its maps take of the kernel's memory."""
 
@@ -300,6 +308,12 @@ class Countless:
         return None
 
     def open(self, slot: int) -> int | None:
+        return None
+
+    def busy(self) -> Set[int] | None:
+        return None
+
+    def pulse(self) -> bytes | None:
         return None
 
     def memory_bytes(self) -> int:

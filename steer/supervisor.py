@@ -99,7 +99,7 @@ class _Supervisor:
         output.stderr.watch(self._on_blocked)
         self._changes = Changes(self._fleet, self._service.keep)
         self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
-        self._groups = Groups(self._fleet, loop, self._renew_sockets)
+        self._groups = Groups(self._fleet, self._renew_sockets)
         self._splits = Splits(self._fleet, loop, self._renew_all)
         self._fleet.watch(loop, Settler(self._fleet, loop).begin, self._changed)
         for lineage, message in self._service.early:
@@ -122,7 +122,8 @@ class _Supervisor:
         }
         told_of = {name: self._told_of(name, each) for name, each in commands.items()}
         async with Server(self._service.claim.socket, told_of, self._retry) as self._server:
-            self._look_at_control_socket()
+            act = "look at the control socket"
+            self._fleet.looks.add(act, self._look_at_control_socket, 0.0).within(0.0)
             try:
                 await self._fleet.up
                 self._refuse_strangers()
@@ -293,6 +294,7 @@ class _Supervisor:
 
     def _changed(self, place: Place) -> None:
         self._health.changed(place)
+        self._groups.changed(place)
         self._splits.changed(place)
 
     def _begin(
@@ -357,11 +359,11 @@ class _Supervisor:
         act = "start another guard process"
         self._loop.call_later(_REVIVE_S, self._retry.until_done, act, self._revive_guard)
 
-    def _look_at_control_socket(self) -> None:
-        self._loop.call_later(_CONTROL_S, self._look_at_control_socket)
+    def _look_at_control_socket(self) -> float:
         if not self._service.claim.is_there and self._state == "running":
             self._retry.attempt("make the control socket again", self._renew_control_socket)
         self._retry.attempt("write down the workers", self._service.guard.renew_record)
+        return _CONTROL_S
 
     def _renew_control_socket(self) -> None:
         self._loop.remove_reader(self._service.guard)

@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack
 from functools import cache
 from types import TracebackType
@@ -339,6 +339,19 @@ class Slots:
         opened: int
         (opened,) = struct.unpack_from("=i", self._memory, abi.OPEN_OFFSET + 4 * slot)
         return max(0, opened)
+
+    def busy(self, below: int) -> Set[int]:
+        """The slots below this number that have connections open."""
+        opened = self._memory[abi.OPEN_OFFSET : abi.OPEN_OFFSET + 4 * below]
+        if opened.count(0) == len(opened):
+            return frozenset()
+        numbers = struct.unpack(f"={below}i", opened)
+        return {slot for slot, number in enumerate(numbers) if number > 0}
+
+    def pulse(self, below: int) -> bytes:
+        """Another whenever a connection was opened at a slot below this number, or closed."""
+        opened = self._memory[abi.OPEN_OFFSET : abi.OPEN_OFFSET + 4 * below]
+        return opened + self._memory[abi.LOAD_BYTES - abi.PACE.size : abi.LOAD_BYTES]
 
     def set_open(self, slot: int, number: int) -> None:
         """Where they are not counted: what may stand for it, with all handshakes until now."""

@@ -1,0 +1,275 @@
+"""What the controller does while it only looks after workers: counted, with fakes and no kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from steer import address, groups
+from steer.clock import Clock
+from steer.fleet import Fleet
+from steer.groups import Groups
+from steer.hang import History, Verdict
+from steer.health import Health
+from steer.kernel.sockdiag import Bound
+from steer.lifecycle import State
+from steer.looks import Looks
+from steer.place import Place
+from steer.plan import Generation
+from steer.queues import Queues
+
+HANG_S = 2.0
+AGES_S = 40.0
+
+
+class Handle:
+    is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Loop:
+    """A time, and what is due in it; each thing that is done takes none.
+
+    Attributes:
+        wakes: how often it woke.
+    """
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.wakes = 0
+        self._due: list[tuple[float, Handle, Callable[..., object]]] = []
+
+    def read_s(self) -> float:
+        return self.now_s
+
+    def call_later(self, delay: float, callback: Callable[..., object], *_: object) -> Handle:
+        self._due.append((self.now_s + delay, handle := Handle(), callback))
+        return handle
+
+    def run_s(self, seconds: float) -> None:
+        end_s = self.now_s + seconds
+        while (due := min(self._due, key=lambda each: each[0]))[0] <= end_s:
+            self._due.remove(due)
+            self.now_s = max(self.now_s, due[0])
+            if not due[1].is_cancelled:
+                self.wakes += 1
+                due[2]()
+        self.now_s = end_s
+
+
+class Service:
+    """A service with so many workers that are ready, and a controller that looks after them.
+
+    Attributes:
+        did: how often each thing was done.
+        open: connections by slot.
+        queued: connections that wait, by inode.
+    """
+
+    def __init__(self, number: int, protocol: str = "tcp", is_counted: bool = True) -> None:
+        self.did: Counter[str] = Counter()
+        self.open: dict[int, int] = {}
+        self.came = 0
+        self.queued: dict[int, int] = {}
+        self.is_counted = is_counted
+        self.loop = Loop()
+        self.binds = [address.parse(f"{protocol}://127.0.0.1:80")]
+        service = SimpleNamespace(hang_timeout=HANG_S, watchdog=None, hang="replace")
+        plan: Any = SimpleNamespace(service=service, binds=self.binds, slots=number)
+        self.generation = cast(Generation, SimpleNamespace(number=1, plan=plan))
+        self.places = [self._place(slot) for slot in range(number)]
+        self.clock = Clock(self.loop.read_s)
+        self.retry = cast(Any, self)
+        self.spare = SimpleNamespace(lent=nullcontext)
+        self.looks = Looks(self.clock, self.retry)
+        self.queues = Queues(self._dump, self.loop.read_s)
+        self.steering = cast(Any, self)
+        self.visibility = SimpleNamespace(forget=lambda: None)
+        self.log = SimpleNamespace(warning=self._not_called, info=self._not_called)
+        self.group_notes: dict[str, str] = {}
+        self.anchors: dict[int, object] = {}
+        self.backend = "ebpf"
+        self.is_ending = False
+        self._last: dict[int, Bound] = {}
+        fleet = cast(Fleet, self)
+        self.health = Health(fleet, cast(Any, self.loop), lambda _: None, lambda: None)
+        self.groups = Groups(fleet, lambda _: None)
+        self.clock.run(self.loop, self.looks.take)
+
+    def _place(self, slot: int) -> Place:
+        process = SimpleNamespace(
+            pid=slot, bound=[slot], inodes=frozenset({slot}),
+            launch=SimpleNamespace(binds=self.binds), sockets=self._not_called,
+        )  # fmt: skip
+        place = Place(cast(Any, SimpleNamespace(number=slot)), slot, self.generation, State.READY)
+        place.process = cast(Any, process)
+        return place
+
+    def _not_called(self, *_: object) -> Any:
+        raise AssertionError
+
+    def _dump(self, *_: object) -> dict[int, Bound]:
+        """The same object as long as nothing has changed."""
+        self.did["dump"] += 1
+        now = {place.slot: Bound(self.queued.get(place.slot, 0), 9) for place in self.places}
+        if now != self._last:
+            self._last = now
+        return self._last
+
+    # As retry.
+
+    def attempt(self, _act: str, do: Callable[[], object]) -> bool:
+        do()
+        return True
+
+    def result(self, _act: str, do: Callable[[], Any], _otherwise: Any) -> Any:
+        return do()
+
+    # As steering.
+
+    def samples(self) -> bool:
+        return False
+
+    def busy(self) -> Any:
+        return set(self.open) if self.is_counted else None
+
+    def pulse(self) -> bytes | None:
+        return str((self.came, self.open)).encode() if self.is_counted else None
+
+    def counts(self, _slot: int, _bind: int | None = None) -> None:
+        self.did["counts"] += 1
+
+    def attach_again(self) -> None:
+        self.did["attach"] += 1
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
+    def made(number: int, **keys: Any) -> Service:
+        service = Service(number, **keys)
+        monkeypatch.setattr(groups.members, "usual_device", lambda: 0)
+
+        def look_at(_groups: Groups, place: Place, _worker: object) -> None:
+            service.did["borrow"] += 1
+            service.did[f"borrow {place.slot}"] += 1
+
+        def judge(health: Health, place: Place, process: Any) -> Verdict:
+            service.did["judge"] += 1
+            health._histories[process.pid] = History(HANG_S)
+            place.queued = sum(each.queued for each in service.queues.of(process).values())
+            return Verdict.FINE
+
+        monkeypatch.setattr(Groups, "_look_at", look_at)
+        monkeypatch.setattr(Health, "_judge", judge)
+        monkeypatch.setattr(groups.Programs, "look", lambda *_: service.did.update(["programs"]))
+        # Until everybody was looked at once.
+        service.loop.run_s(5.0 + number / groups._AT_ONCE)
+        service.did.clear()
+        service.loop.wakes = 0
+        return service
+
+    return made
+
+
+@pytest.mark.parametrize("number", [10, 1000])
+def test_at_rest_it_wakes_once_a_second_and_does_next_to_nothing(
+    make: Callable[..., Service], number: int
+) -> None:
+    service = make(number)
+    service.loop.run_s(AGES_S)
+    assert service.loop.wakes <= AGES_S + 1
+    assert service.did["judge"] == service.did["programs"] == service.did["counts"] == 0
+    # The kernel tells of no more sockets in a second than a small service has.
+    looks = 2 + AGES_S / max(1.0, number / groups._AT_REST_PER_S)
+    assert service.did["dump"] <= looks
+    assert service.did["borrow"] <= looks / 2
+    assert service.did["attach"] <= AGES_S / 4
+
+
+@pytest.mark.parametrize("number", [10, 1000])
+def test_one_busy_worker_is_the_only_one_looked_at(
+    make: Callable[..., Service], number: int
+) -> None:
+    service = make(number)
+    service.open[3] = 1
+    service.loop.run_s(AGES_S)
+    ticks = AGES_S / (HANG_S / 4)
+    assert ticks - 4 <= service.did["judge"] <= ticks + 1
+    assert service.did["dump"] <= ticks + AGES_S
+    assert service.loop.wakes <= 2 * ticks + number
+
+
+def test_what_waits_is_looked_at_more_often(make: Callable[..., Service]) -> None:
+    service = make(10)
+    service.open[3] = service.queued[3] = 1
+    service.loop.run_s(1.0)
+    service.did.clear()
+    service.loop.run_s(HANG_S)
+    assert service.did["judge"] >= 14
+
+
+@pytest.mark.parametrize("number", [10, 1000])
+def test_what_waits_and_is_not_counted_is_seen_all_the_same(
+    make: Callable[..., Service], number: int
+) -> None:
+    service = make(number)
+    service.queued[number - 1] = 1
+    service.loop.run_s(2.0 + number / groups._AT_REST_PER_S)
+    assert service.did["judge"] > 0
+
+
+@pytest.mark.parametrize("keys", [{"is_counted": False}, {"protocol": "udp", "is_counted": False}])
+def test_where_nobody_counts_one_answer_is_for_all(make: Callable[..., Service], keys: Any) -> None:
+    service = make(1000, **keys)
+    service.loop.run_s(AGES_S)
+    assert service.did["judge"] == 0
+    assert service.did["dump"] <= AGES_S + 1
+    assert service.did["borrow"] <= AGES_S * groups._MOST + groups._AT_ONCE
+    service.queued[7] = 1
+    service.loop.run_s(2.0)
+    assert service.did["judge"] > 0
+
+
+def test_when_something_comes_all_are_looked_at_once_and_no_more(
+    make: Callable[..., Service],
+) -> None:
+    service = make(200)
+    service.came += 1
+    service.loop.run_s(1.0 + 200 / groups._MOST + 1.0)
+    seen = {key for key in service.did if key.startswith("borrow ")}
+    assert len(seen) == 200
+    before = service.did["borrow"]
+    assert before <= 200 + groups._AT_ONCE + 2
+    service.loop.run_s(10.0)
+    assert service.did["borrow"] - before <= 12
+
+
+def test_a_socket_that_is_gone_is_seen_within_a_second(make: Callable[..., Service]) -> None:
+    service = make(10)
+    gone = service.places.pop()
+    service.loop.run_s(3 * groups._LOOK_S)
+    service.did.clear()
+    service.places.append(gone)
+    service.loop.run_s(1.05 * groups._LOOK_S)
+    assert service.did["borrow"] >= len(service.places)
+
+
+def test_one_that_asks_to_be_taken_for_hung_is_looked_at(make: Callable[..., Service]) -> None:
+    service = make(10)
+    place = service.places[3]
+    place.hear({"WATCHDOG": "trigger"}, 0.0)
+    seen: list[int] = []
+    service.health._take_for_hung = (  # type: ignore[method-assign]
+        lambda place, *_: seen.append(place.slot)
+    )
+    service.health.changed(place)
+    service.loop.run_s(1.0)
+    assert seen
+    assert set(seen) == {3}
