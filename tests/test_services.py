@@ -10,7 +10,7 @@ import pytest
 from conftest import RunSteer, StartService
 from support import NOBODY, Service, eventually, lose_directory, stopped
 
-from steer.kernel import title, unix
+from steer.kernel import services, title, unix
 
 pytestmark = pytest.mark.needs("netns")
 
@@ -31,6 +31,16 @@ def test_services_are_found_wherever_they_listen(
     assert steer("scale", "one", "2").stdout.startswith("scaled one: 2 workers")
     for name in ("one", "two", "usual"):
         assert steer("stop", name).stdout == f"stopped {name}\n"
+
+
+def test_those_that_are_known_are_passed_over(
+    service: StartService, environment: dict[str, str]
+) -> None:
+    """With their guards: they have as much open as there are workers."""
+    running = service("-w", "1")
+    assert [each.pid for each in services.find(environment)] == [running.pid]
+    assert services.find(environment, {running.pid}) == []
+    assert services.unattended(environment) == []
 
 
 def names(running: Service) -> list[str]:

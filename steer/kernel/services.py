@@ -84,12 +84,13 @@ def unattended(environment: Mapping[str, str]) -> list[Member]:
 
     Where STEER_RUNTIME_DIR is set, only those that were started with the same.
     """
+    titles = {pid: title.of(pid) for pid in proc.all_pids()}
     attended = [
         (shown, proc.environment(pid).get(RUNTIME_DIR))
-        for pid, shown in _shown()
-        if pid != os.getpid() and _is_here(pid)
+        for pid, shown in titles.items()
+        if shown is not None and shown.role != WORKER and pid != os.getpid() and _is_here(pid)
     ]
-    return [each for each in _members(environment, attended) if _is_here(each.pid)]
+    return [each for each in _members(environment, titles, attended) if _is_here(each.pid)]
 
 
 def name_of(pid: int) -> str | None:
@@ -102,19 +103,20 @@ def name_of(pid: int) -> str | None:
 
 
 def _members(
-    environment: Mapping[str, str], attended: Sequence[tuple[Title, str | None]]
+    environment: Mapping[str, str],
+    titles: Mapping[int, Title | None],
+    attended: Sequence[tuple[Title, str | None]],
 ) -> Iterator[Member]:
     """Those of services that are not `attended`.
 
     Args:
+        titles: what each process shows.
         attended: what a process shows that looks after one, and its STEER_RUNTIME_DIR.
     """
     user, wanted = os.geteuid(), environment.get(RUNTIME_DIR)
-    for pid in proc.all_pids():
-        if user not in (0, _owner(pid)):
-            continue
-        shown = title.of(pid)
-        if shown is not None and shown.role != WORKER:
+    for pid, shown in titles.items():
+        is_ours = user in (0, _owner(pid))
+        if not is_ours or (shown is not None and shown.role != WORKER):
             continue
         given = proc.environment(pid)
         at, first = given.get(RUNTIME_DIR), first_of(given)
