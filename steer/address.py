@@ -95,8 +95,8 @@ def did_you_mean(text: str) -> str:
     """A question that names the address that a malformed one was probably meant to be; or ""."""
     bare = text.strip()
     for form, meant in _MISTAKES.items():
-        if form.fullmatch(bare):
-            return f"did you mean {form.sub(meant, bare)!r}?"
+        if re.fullmatch(form, bare):
+            return f"did you mean {re.sub(form, meant, bare)!r}?"
     host, _, port = bare.rpartition(":")
     if port.isascii() and port.isdigit() and _is_v6(host):
         return f"did you mean {f'[{host}]:{port}'!r}?"
@@ -112,9 +112,9 @@ def _is_v6(text: str) -> bool:
 
 
 _MISTAKES = {
-    re.compile(r"([0-9]{1,5})"): r":\1",
-    re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3}){3}|localhost)"): r"\1:8080",
-    re.compile(r"https?://([^/:]+:[0-9]{1,5})/*"): r"\1",
+    r"([0-9]{1,5})": r":\1",
+    r"([0-9]{1,3}(?:\.[0-9]{1,3}){3}|localhost)": r"\1:8080",
+    r"https?://([^/:]+:[0-9]{1,5})/*": r"\1",
 }
 """What is written instead of an address -> what it becomes."""
 

@@ -4,8 +4,6 @@ Command line > STEER_* environment > file > default, key by key, so that an erro
 name where a value came from.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from signal import Signals
@@ -125,7 +123,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(Service)}
 _NAMED = (AUTO, *POLICIES)
-_PROGRAM = re.compile(r"[\w./][\w./-]{,79}", re.ASCII)
+_PROGRAM = r"(?a)[\w./][\w./-]{,79}"
 """A module, or a path that stands where a module's callable is to be named."""
 _LISTS = {name for name, field in FIELDS.items() if isinstance(field.default, tuple)}
 
@@ -258,7 +256,7 @@ def _checked(key: str, value: Any, shown: str, *, strict: bool) -> Any:
 
 def _meant(key: str, value: Any) -> str:
     """What was probably meant by an app that is none, as a question; else ""."""
-    if key != "app" or not isinstance(value, str) or not _PROGRAM.fullmatch(value):
+    if key != "app" or not isinstance(value, str) or not re.fullmatch(_PROGRAM, value):
         return ""
     if value.endswith(".py") or "/" in value:
         return f"did you mean the command -- {'python ' if value.endswith('.py') else ''}{value}?"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -152,7 +152,7 @@ def _value(param: Param, text: str, act: str) -> int:
 # ---- the text
 
 
-class _Token(NamedTuple):
+class _Token(msgspec.Struct, frozen=True):
     kind: str
     text: str
     line: int
@@ -263,7 +263,7 @@ def _param(name: str, default: int, least: int, most: int, words: str) -> Param:
     return Param(name, default, least, most, words)
 
 
-class _Form(NamedTuple):
+class _Form(msgspec.Struct, frozen=True):
     """How a macro is written.
 
     Args:

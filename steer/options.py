@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steer.config import Service
@@ -19,7 +19,7 @@ DEFAULT_FILE = "steer.toml"
 APP = re.compile(r"[\w.]+:[\w.]+")
 
 
-class Option(NamedTuple):
+class Option:
     """An option of the command line.
 
     Args:
@@ -29,15 +29,19 @@ class Option(NamedTuple):
         renamed: its key, where that is not the long name.
     """
 
-    names: tuple[str, ...]
-    metavar: str
-    help: str
-    is_multiple: bool = False
-    renamed: str = ""
-
-    @property
-    def key(self) -> str:
-        return self.renamed or self.names[-1].removeprefix("--").replace("-", "_")
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        metavar: str,
+        help: str,
+        is_multiple: bool = False,
+        renamed: str = "",
+    ) -> None:
+        self.names = names
+        self.metavar = metavar
+        self.help = help
+        self.is_multiple = is_multiple
+        self.key = renamed or names[-1].removeprefix("--").replace("-", "_")
 
 
 APP_METAVAR = "[MODULE:CALLABLE | -- CMD ARG...]"
@@ -132,7 +136,7 @@ RUN_OPTIONS = (
 """Those that `run` alone has."""
 
 
-class Given(NamedTuple):
+class Given:
     """What `run` was given.
 
     Args:
@@ -140,8 +144,9 @@ class Given(NamedTuple):
         command: what stands behind `--`.
     """
 
-    options: dict[str, Any]
-    command: Sequence[str]
+    def __init__(self, options: Mapping[str, Any], command: Sequence[str]) -> None:
+        self.options = options
+        self.command = command
 
 
 def plain(arguments: Sequence[str]) -> Given | None:

@@ -91,9 +91,9 @@ _FLAGS = {
     **dict.fromkeys(("yes", "on", "true", "1"), 1),
     **dict.fromkeys(("no", "off", "false", "0"), 0),
 }
-_WHOLE = re.compile("0|[1-9][0-9]{0,9}|0x[0-9a-fA-F]{1,8}")
-_DECIMAL = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?")
-_BYTES = re.compile("[0-9]{1,10}[KMG]?")
+_WHOLE = "0|[1-9][0-9]{0,9}|0x[0-9a-fA-F]{1,8}"
+_DECIMAL = r"[0-9]{1,5}(\.[0-9]{1,3})?"
+_BYTES = "[0-9]{1,10}[KMG]?"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _NAME_BYTES = 15
 """TCP_CA_NAME_MAX of include/net/tcp.h, without its final zero."""
@@ -137,8 +137,8 @@ def _algorithm(text: str) -> bytes:
     return name
 
 
-def _matched(form: re.Pattern[str], text: str) -> str:
-    if not form.fullmatch(text):
+def _matched(form: str, text: str) -> str:
+    if not re.fullmatch(form, text):
         raise ValueError(text)
     return text
 

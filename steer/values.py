@@ -18,9 +18,9 @@ from msgspec import inspect
 
 T = TypeVar("T")
 _SHOWN_CHARS = 80
-_DIGITS = re.compile(r"[0-9]{1,20}")
+_DIGITS = r"[0-9]{1,20}"
 """More than any number we take has, and few enough for int() to convert."""
-_NUMBER = re.compile(r"[+-]?((\d++\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?)", re.ASCII | re.IGNORECASE)
+_NUMBER = r"(?ai)[+-]?((\d++\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?)"
 _REFUSALS = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -44,7 +44,7 @@ def whole_number(text: str, least: int, most: int) -> int:
     Raises:
         Invalid: `text` is anything but digits, or out of range.
     """
-    value = int(text) if _DIGITS.fullmatch(text) else -1
+    value = int(text) if re.fullmatch(_DIGITS, text) else -1
     if not least <= value <= most:
         raise Invalid(f"not a whole number from {least} to {most}")
     return value
@@ -171,7 +171,7 @@ class _Form(msgspec.Struct, frozen=True):
 
 def _is_number(value: object, strict: bool) -> bool:
     if isinstance(value, str):
-        return not strict and bool(_NUMBER.fullmatch(value.strip()))
+        return not strict and bool(re.fullmatch(_NUMBER, value.strip()))
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

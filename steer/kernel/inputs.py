@@ -32,9 +32,9 @@ else:
 
 Read = Callable[[Path], bytes]
 """The content of a file. Raises CompileError."""
-_ESCAPED = re.compile(r"\\([ #\\])|\$(\$)")
-_ASKS = re.compile(rb"__has_(include|include_next|embed)\b")
-_SPLICE = re.compile(rb"\\[ \t]*\r?\n")
+_ESCAPED = r"\\([ #\\])|\$(\$)"
+_ASKS = rb"__has_(include|include_next|embed)\b"
+_SPLICE = rb"\\[ \t]*\r?\n"
 
 
 def of(read: Sequence[Path], own: Path, source: Path, content: Read) -> Inputs:
@@ -51,7 +51,7 @@ def of(read: Sequence[Path], own: Path, source: Path, content: Read) -> Inputs:
     """
     others = [path for path in read if own not in path.parents]
     for path in (source, *others):
-        if _ASKS.search(_SPLICE.sub(b"", content(path))):
+        if re.search(_ASKS, re.sub(_SPLICE, b"", content(path))):
             raise CompileError(f"read {path}", "it asks with __has_include what files there are")
     digests = {str(path): digest(content(path)) for path in others}
     return Inputs(digests, tuple(_earlier(read, own, source)))
@@ -84,7 +84,9 @@ def parse(rule: str, directory: Path) -> Sequence[Path]:
         directory: what relative paths in it are relative to.
     """
     _, _, text = rule.replace("\\\n", " ").partition(": ")
-    words = (_ESCAPED.sub(r"\1\2", word) for word in re.split(r"(?<!\\)\s+", text.strip()) if word)
+    words = (
+        re.sub(_ESCAPED, r"\1\2", word) for word in re.split(r"(?<!\\)\s+", text.strip()) if word
+    )
     return [directory / word for word in words if not word.startswith("/virtual/")]
 
 
