@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,10 @@ _STEP_S = 0.005
 """So long a step of what is done to all workers may take; then the loop has its turn."""
 QUICK_S = 1.0
 """How long a quick stop waits between SIGTERM and SIGKILL."""
+
+ALL_START_S = 1.0
+"""So long after the first commands all others start, whatever becomes of those."""
+_NO_LIMIT = sys.maxsize
 
 STRAYS_NAMED = 4
 """Of those who have a socket of a worker that has ended so many are named in the log."""
@@ -135,6 +140,7 @@ class Fleet:
         self._has_looked_elsewhere = False
         self._may_come_up: list[Place] = []
         self._to_retry: deque[Place] = deque()
+        self._most_starting = _NO_LIMIT
         self._ending_in_s = 0.0
         self._ending_quickly = False
         self._changed: Callable[[Place], None]
@@ -147,7 +153,8 @@ class Fleet:
 
     def start(self, holds_ports: Callable[[], None]) -> None:
         """Start the first workers of the generation. The others start once there is a loop, see
-        `watch`: a few at a time, so that who is ready serves meanwhile.
+        `watch`: a few at a time, so that who is ready serves meanwhile; and commands no more at
+        once than the plan says, unless ALL_START_S have passed.
 
         Args:
             holds_ports: called when a worker has bound all addresses.
@@ -158,6 +165,7 @@ class Fleet:
             SystemExit: a signal says to end.
         """
         self._is_new = True
+        self._most_starting = self.generation.plan.at_once
         for seat in self.generation.plan.seats:
             self._await_start(seat)
         process.pause(0)
@@ -173,12 +181,25 @@ class Fleet:
     def _next_few(self, at_most: int = _FORKS_AT_ONCE) -> Sequence[Place]:
         """Of those that were never started, unless they are not wanted any more."""
         few: list[Place] = []
+        if self._is_limited:
+            starting = sum(place.state is State.STARTING for place in self.places)
+            at_most = min(at_most, self._most_starting - starting)
         while self._unstarted and len(few) < at_most:
             place = self._unstarted.popleft()
             if place.state is State.BACKOFF:
                 place.state, _ = lifecycle.step(place.state, Event.RETRY)
                 few.append(place)
         return few
+
+    @property
+    def _is_limited(self) -> bool:
+        """Whether no more than some may be starting at once."""
+        return self._most_starting < len(self.places)
+
+    def _start_all(self) -> None:
+        """However many are not ready yet."""
+        self._most_starting = _NO_LIMIT
+        self._start_more()
 
     def _start_more(self) -> None:
         """A few, and in the next turn of the loop more."""
@@ -285,6 +306,8 @@ class Fleet:
         self.up = loop.create_future()
         self.refused = loop.create_future()
         self.ended = loop.create_future()
+        if self._is_limited:
+            loop.call_later(ALL_START_S, self._start_all)
         for place in list(self.places):
             if place.process is not None:
                 self._watch(place, place.process)
@@ -499,6 +522,8 @@ class Fleet:
         self._save_soon(place)
         if place.state is not before:
             self._changed(place)
+            if before is State.STARTING and self._is_limited:
+                self._loop.call_soon(self._start_more)
 
     def _may_be_ready(self, place: Place) -> bool:
         """Whether it may wait in a way that is not seen."""

@@ -9,7 +9,8 @@ from typing import Generic, TypeVar
 
 FIRST_S, LAST_S = 0.01, 0.25
 """From one look to the next at first, and at last."""
-_GROWS = 1.5
+_GROWS = 1.1
+"""So that it is seen before a tenth more of its start has passed."""
 _MOST = 0.2
 """Of the time may be spent on looks."""
 T = TypeVar("T", bound=Hashable)

@@ -103,6 +103,12 @@ class Plan(msgspec.Struct, frozen=True):
         )
 
     @property
+    def at_once(self) -> int:
+        """How many workers start at once. A command takes a CPU for all of its start: more of
+        them would only make the first that is ready wait for the others."""
+        return len(self.topology.allowed) if self.service.command else len(self.seats)
+
+    @property
     def descriptors(self) -> int:
         """How many files the controller may have open at once, with room to spare and for
         a second generation beside the first."""

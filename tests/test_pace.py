@@ -30,7 +30,18 @@ def test_looks_at_one_do_not_grow_with_the_number_of_the_others(number: int) -> 
         pace.add(one, 0.0)
     seen = looks_in(pace, 1.0)
     assert set(seen) == set(range(number))
-    assert set(seen.values()) == {10}
+    assert set(seen.values()) == {25}
+
+
+@pytest.mark.parametrize("ready_s", [0.05, 0.2, 1.0])
+def test_who_is_ready_is_seen_before_a_tenth_more_of_its_start(ready_s: float) -> None:
+    pace = Pace[int]()
+    pace.add(0, 0.0)
+    now_s = 0.0
+    while now_s < ready_s:
+        now_s += pace.next_in_s(now_s) or 0.0
+        list(pace.due(now_s))
+    assert now_s <= 1.1 * ready_s + FIRST_S
 
 
 def test_others_that_come_later_have_nobody_looked_at_more_often() -> None:

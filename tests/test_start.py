@@ -6,19 +6,23 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import StartService
 from fake_service import fake_service
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import clean_environment
+from support import clean_environment, eventually
 
 from steer import cli, look, report
 from steer.control import Tell
 from steer.kernel import process
+
+ON_ONE_CPU = ("taskset", "-c", "0")
 
 HEAVY = {
     *("asyncio", "bcc", "click", "dataclasses", "hashlib", "inspect", "logging"),
@@ -104,3 +108,59 @@ def test_a_worker_collects_its_garbage() -> None:
     os.close(pidfd)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     process.is_done(pid)
+
+
+STARTS = """
+import os, socket, time
+
+def note(what):
+    with open(f"{what}-{os.environ['STEER_SLOT']}", "w") as file:
+        print(time.monotonic(), file=file)
+
+note("started")
+path = os.environ["NOTIFY_SOCKET"].replace("@", chr(0), 1)
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+    note("ready")
+    sender.sendto(b"READY=1", path)
+while True:
+    socket.socket(fileno=os.dup(3)).accept()
+"""
+
+
+def test_next_command_starts_when_one_is_ready(service: StartService, home: Path) -> None:
+    """On one CPU: else each would be ready only when all are."""
+    began_s = time.monotonic()
+    running = service("-w", "4", "--", sys.executable, "-c", STARTS, under=ON_ONE_CPU)
+    assert [each["slot"] for each in running.status()["workers"]] == [0, 1, 2, 3]
+
+    def at_s(what: str, slot: int) -> float:
+        return float((running.home / f"{what}-{slot}").read_text())
+
+    for slot in range(1, 4):
+        all_start_s = began_s + 1.0
+        assert at_s("started", slot) > min(at_s("ready", slot - 1), all_start_s)
+
+
+def test_command_that_is_never_ready_does_not_keep_others_from_starting(
+    service: StartService,
+) -> None:
+    command = ("-w", "4", "--ready-timeout", "3600", "--", "sleep", "3600")
+    running = service(*command, ready=False, under=ON_ONE_CPU)
+    workers = running.wait_asked()["workers"]
+    assert [each["state"] for each in workers] == ["starting"] * 4
+    eventually(lambda: all(each["pid"] for each in running.status()["workers"]))
+
+
+def test_service_stops_while_commands_wait_for_their_turn(service: StartService) -> None:
+    command = ("-w", "4", "--ready-timeout", "3600", "--", "sleep", "3600")
+    running = service(*command, ready=False, under=ON_ONE_CPU)
+    running.wait_asked()
+    running.process.terminate()
+    assert running.process.wait() == 0
+
+
+def test_commands_that_all_fail_end_the_start(service: StartService) -> None:
+    """Also those that had not had their turn."""
+    running = service("-w", "4", "--", "false", ready=False, under=ON_ONE_CPU)
+    assert running.process.wait() == 3
+    assert running.log.count("steer: start workers: exit status 1") == 1
