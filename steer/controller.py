@@ -66,6 +66,7 @@ from steer.values import plural
 from steer.worker import Launch
 
 _LOOK_S = 0.002
+_TURN_S = 0.0002
 _LAST_LINES_S = 1.0
 """For who reads standard error to take what waits at our end."""
 _SPARE = 10
@@ -371,13 +372,14 @@ class Controller:
 
         importing = threading.Thread(target=load)
         importing.start()
-        while importing.is_alive() and not self.early:
-            process.wait_until_readable(self.listener.fileno(), _LOOK_S)
-            self.early += self.listener.receive()
-        for lineage, message in self.early:
-            if message.get("READY") == "1":
-                self.fleet.serve_early(lineage[0])
-        importing.join()
+        with _threads_in_turn(_TURN_S):
+            while importing.is_alive() and not self.early:
+                process.wait_until_readable(self.listener.fileno(), _LOOK_S)
+                self.early += self.listener.receive()
+            for lineage, message in self.early:
+                if message.get("READY") == "1":
+                    self.fleet.serve_early(lineage[0])
+            importing.join()
         if failed:
             raise failed[0]
 
@@ -685,6 +687,18 @@ _CARRY_OUT: dict[Act, Callable[[Controller, Step], None]] = {
     Act.LOAD: Controller._load,
     Act.START: Controller._start_workers,
 }
+
+
+@contextmanager
+def _threads_in_turn(turn_s: float) -> Iterator[None]:
+    """While one imports, another that waits gets its turn after so long: by default after 5 ms,
+    and after each system call again."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(turn_s)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before_s)
 
 
 def _write_pid(path: str) -> Callable[[], None]:
