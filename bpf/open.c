@@ -47,30 +47,51 @@ static __always_inline void opened(struct bpf_sock_ops *ctx, struct steer_owner 
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-static __always_inline void closed(struct bpf_sock_ops *ctx, struct steer_owner *owner)
+/* Some connections went to another worker: perhaps this is one. */
+static __always_inline void closed_moved(struct bpf_sock_ops *ctx, struct steer_owner *owner)
 {
 	u64 cookie = steer_cookie(ctx);
-	struct steer_owner *moved;
+	struct steer_owner *moved =
+	    bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie);
 
+	steer_counted(moved ? moved : owner, -1);
+	if (moved && !bpf_map_delete_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie))
+		__sync_fetch_and_add(&steer_pace()->moved, -1);
+}
+
+static __always_inline void closed(struct bpf_sock_ops *ctx, struct steer_owner *owner)
+{
 	if (!owner->since)
 		return;
 	learn(now() - owner->since);
 	owner->since = 0;
-	moved = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie);
-	steer_counted(moved ? moved : owner, -1);
-	if (moved)
-		bpf_map_delete_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie);
+	/* The map is in no cache near by: to look there takes as long as all the rest. */
+	if (steer_pace()->moved)
+		closed_moved(ctx, owner);
+	else
+		steer_counted(owner, -1);
 }
 
+/* Whether a connection is closed by this. Where it was not open before, that was seen earlier. */
+static __always_inline bool closes(u32 before, u32 state)
+{
+	/* SYN_RECV is one of TCP Fast Open. */
+	return !steer_is_open(state) && (steer_is_open(before) || before == BPF_TCP_SYN_RECV);
+}
+
+/* It is asked of all sockets of the cgroup, some ten times of each: so first what it is about. */
 int steer_count(struct bpf_sock_ops *ctx)
 {
-	u32 what = ctx->op, state = ctx->args[1];
+	u32 what = ctx->op;
 	struct steer_owner *owner;
 	struct bpf_sock *sk;
 
-	if (what != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB &&
-	    (what != BPF_SOCK_OPS_STATE_CB || steer_is_open(state)))
+	if (what == BPF_SOCK_OPS_STATE_CB) {
+		if (!closes(ctx->args[0], ctx->args[1]))
+			return 1;
+	} else if (what != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
 		return 1;
+	}
 	sk = ctx->sk;
 	if (!sk)
 		return 1;

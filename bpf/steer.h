@@ -106,7 +106,7 @@ struct steer_pace {
 	u32 varied; /* 1 if some last much longer than others */
 	u32 given; /* connections so far */
 	u32 tended; /* the position whose slot was looked after last */
-	u32 reserved;
+	u32 moved; /* connections that are known to be another worker's, see steer_moved() */
 };
 
 /* What is read of every slot again and again lies close together. */
@@ -523,6 +523,7 @@ static __always_inline void steer_moved(struct sk_reuseport_md *ctx, struct bpf_
 {
 	u64 listener, cookie;
 	struct steer_owner *from, was, now = {.slot = slot};
+	s32 more = 0;
 
 	/* SYN_RECV is one of TCP Fast Open, which is counted; else it would be NEW_SYN_RECV. */
 	if (!steer_is_open(connection->state) && connection->state != BPF_TCP_SYN_RECV)
@@ -534,8 +535,14 @@ static __always_inline void steer_moved(struct sk_reuseport_md *ctx, struct bpf_
 	was = *from;
 	now.stamp = steer_slot_at(slot)->stamp;
 	cookie = steer_cookie(connection);
-	if (bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie, &now, BPF_ANY))
+	if (!bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie))
+		more = 1;
+	/* First, or whoever closes it on another CPU does not look. */
+	__sync_fetch_and_add(&steer_pace()->moved, more);
+	if (bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie, &now, BPF_ANY)) {
+		__sync_fetch_and_add(&steer_pace()->moved, -more);
 		return;
+	}
 	steer_counted(&was, -1);
 	steer_counted(&now, 1);
 }

@@ -63,7 +63,7 @@ CPU: Final = struct.Struct("=IIIIQ")
 SLOT: Final = struct.Struct("=IIHHI")
 """Mirrors struct steer_slot: pending, given, stamp, flows, reserved."""
 PACE: Final = struct.Struct("=QQIIII")
-"""Mirrors struct steer_pace: mean, square, varied, given, tended, reserved."""
+"""Mirrors struct steer_pace: mean, square, varied, given, tended, moved."""
 OWNER: Final = struct.Struct("=HHI")
 """Mirrors struct steer_owner: slot, stamp, since."""
 OPEN_OFFSET: Final = SLOTS * 4

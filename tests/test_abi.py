@@ -21,7 +21,7 @@ HEADS = {
     "steer_cpu": (abi.CPU, "turn turn_ack random reserved unsteered"),
     "steer_slot": (abi.SLOT, "pending given stamp flows reserved"),
     "steer_owner": (abi.OWNER, "slot stamp since"),
-    "steer_pace": (abi.PACE, "mean square varied given tended reserved"),
+    "steer_pace": (abi.PACE, "mean square varied given tended moved"),
     "steer_params": (abi.PARAMS, "ticks_per_s second seed reserve"),
 }
 """The fields that Python packs and unpacks, in their order; arrays are in MIRRORED."""

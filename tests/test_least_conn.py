@@ -20,6 +20,7 @@ from conftest import StartService
 from crew import CPUS, PORT, Crew, pinned
 from support import DEADLINE_S, STEER, Netns, Service, eventually, launch
 
+from steer import abi
 from steer.kernel import bpf
 from steer.policy import EBPF
 
@@ -223,7 +224,10 @@ def moved_left(at: Holder) -> bool:
     """Whether it is still known of any connection that it was moved."""
     counting = at.crew.steering._counting  # type: ignore[attr-defined]
     key = ctypes.create_string_buffer(8)
-    return bpf.libbpf().bpf_map_get_next_key(counting._moved.fileno(), None, key) == 0
+    is_any = bpf.libbpf().bpf_map_get_next_key(counting._moved.fileno(), None, key) == 0
+    *_, number = abi.PACE.unpack_from(counting.slots._memory, abi.LOAD_BYTES - abi.PACE.size)
+    assert is_any == (number > 0), "where it is 0 nobody looks"
+    return is_any
 
 
 def queue(at: Holder, slot: int, number: int) -> list[socket.socket]:
@@ -268,6 +272,7 @@ def test_moved_to_and_fro(clients: ExitStack, kind: str) -> None:
         at.crew.steer(there)
         rescue(at, here)
         assert at.open() == {there: 5}
+        assert moved_left(at)
     reset(waiting.pop())
     eventually(at.open, {1: 4})
     for client in waiting:
