@@ -12,6 +12,8 @@ pays for what delivering the datagram would else have waited for.
 
 Handshakes are what a policy that knows load is asked for: over TCP it does more than with
 a datagram. There the sockets listen, and each packet is a SYN.
+
+With another checkout (`loaded.BASE`) its programs are measured beside ours, on the same sockets.
 """
 
 from __future__ import annotations
@@ -19,29 +21,21 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from bench import machine, opens, programs
+from bench import loaded, machine, opens, programs
 from bench.figures import Figure, Section, above, interleaved, ratio
 from bench.flood import Flood, Handshakes
-from steer import abi, address, policies, table
+from steer import abi, address
 from steer.bytecode import Code
-from steer.choice import Choice
-from steer.config import Service
-from steer.cpus import Topology
-from steer.kernel import bpf, measure, process, sockets, topology
-from steer.plan import plan
-from steer.table import Member
+from steer.kernel import bpf, measure, process, sockets
 
 SLOTS = (8, 64, 1024)
 EMPTY = "empty program"
 AT_MOST_GROWTH = 1.2
-_CAPACITY = 2048
-"""Of a map of sockets: slots, and room for two generations."""
-_LOADS = 4
-"""Workers have 1 to so many connections open: nobody is idle, which would end the search."""
+OTHER = "the other checkout"
 _PORT = 9000
 
 
@@ -70,7 +64,7 @@ class Entry(NamedTuple):
     """A policy to measure.
 
     Args:
-        at_most_ns: above the empty program, by slots.
+        at_most_ns: above the helper alone, by slots.
         helper: the helper alone, on slots found in the same way.
         crowded: all workers on this machine's CPUs, so that those of a CPU take turns;
             else as many CPUs as workers.
@@ -93,17 +87,18 @@ HELPERS: Mapping[str, Callable[[int], Code]] = {
     "helper alone, by hash": programs.by_hash,
     "helper alone, in turn": programs.in_turn,
     "helper alone, by chance": programs.by_chance,
+    "helper alone, and one that reads the address": programs.by_address,
 }
-_ONE, _HASH, _TURN, _CHANCE = HELPERS
+_ONE, _HASH, _TURN, _CHANCE, _ = HELPERS
 ENTRIES = {
-    "cpu": Entry("cpu", _always(25), _ONE),
+    "cpu": Entry("cpu", _always(5), _ONE),
     "cpu, CPUs shared": Entry("cpu", {}, _TURN, crowded=True, even=False),
-    "hash": Entry("hash", _always(25), _HASH),
-    "random": Entry("random", _always(35), _CHANCE),
-    "round-robin": Entry("round-robin", _always(35), _TURN),
-    "source": Entry("source", _always(35), _HASH),
-    "flow": Entry("flow", _always(55), _HASH, even=False),
-    "least-conn": Entry("least-conn", {8: 40, 64: 120, 1024: 45}, _CHANCE, even=False),
+    "hash": Entry("hash", _always(5), _HASH),
+    "random": Entry("random", {}, _CHANCE),
+    "round-robin": Entry("round-robin", _always(8), _TURN),
+    "source": Entry("source", _always(20), _HASH),
+    "flow": Entry("flow", _always(10), _HASH, even=False),
+    "least-conn": Entry("least-conn", {8: 25, 64: 60}, _CHANCE, even=False),
 }
 
 
@@ -157,32 +152,30 @@ class Group:
         self.port = port
         self._slots = slots
         self._stack = stack
-        self._topology = topology.read()
         self._address = f"{protocol}://0.0.0.0:{port}"
-        self._maps = {
-            name: stack.enter_context(bpf.Map(name, _CAPACITY))
-            for name in ("sockets", "counts", "cpus", "slots", "listeners", "moved")
-        }
-        self._maps["cpus"].put(0, abi.CPU.pack(0, 0, 1, 0, 0) * len(self._topology.possible))
-        known = stack.enter_context(closing(bpf.Slots(self._maps["slots"])))
+        self._sockets = stack.enter_context(bpf.Map("sockets", loaded.CAPACITY))
         for slot in range(slots):
-            known.set_open(slot, 1 + slot * 5 // 3 % _LOADS)
             sock = stack.enter_context(sockets.member(address.parse(self._address), 1))
             # Full at once: memory for what waits there would drive all else from the caches.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
-            self._maps["sockets"].put_socket(slot, sock.fileno())
+            self._sockets.put_socket(slot, sock.fileno())
         self._any = sock.fileno()
 
     def load(self) -> dict[str, bpf.Descriptor]:
         """Every program, by name."""
         alone = {EMPTY: measure.EMPTY, **{name: of(self._slots) for name, of in HELPERS.items()}}
         kind = abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE
-        maps = {**self._maps, "table": self._stack.enter_context(bpf.Map("table"))}
-        loaded: dict[str, bpf.Descriptor] = {
+        maps = {"sockets": self._sockets, "table": self._stack.enter_context(bpf.Map("table"))}
+        found: dict[str, bpf.Descriptor] = {
             name: self._stack.enter_context(bpf.Program("bench", code, maps, kind))
             for name, code in alone.items()
         }
-        return loaded | {name: self._policy(entry) for name, entry in ENTRIES.items()}
+        wanted = [(entry.policy, entry.crowded) for entry in ENTRIES.values()]
+        group = (self._address, self._slots, wanted)
+        ours = loaded.policy_programs(self._stack, self._sockets, *group)
+        theirs = loaded.of_base(self._stack, "policies", self._sockets.fileno(), *group)
+        names = [*ENTRIES, *(_of_other(name) for name in ENTRIES)]
+        return found | dict(zip(names, [*ours, *theirs], strict=bool(theirs)))
 
     def cost_ns(self, program: bpf.Descriptor, flood: Flood, batches: int) -> float:
         """The mean of one run."""
@@ -193,20 +186,9 @@ class Group:
         after_ns, after = measure.spent(program)
         return (after_ns - before_ns) / (after - before)
 
-    def _policy(self, entry: Entry) -> bpf.Descriptor:
-        """The policy, laid as steer would for as many workers as there are slots."""
-        cpus = self._topology if entry.crowded else self._roomy()
-        service = Service(workers=self._slots, bind=(self._address,), policy=entry.policy)
-        decided = plan(service, cpus, {}, policies.find(entry.policy))
-        members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
-        choice = self._stack.enter_context(closing(Choice.load(decided, [self._maps])))
-        choice.steer(members, table.EMPTY)
-        return choice.programs[0]
 
-    def _roomy(self) -> Topology:
-        """This machine, had it a CPU for every slot."""
-        cpus = tuple(range(max(self._slots, self._topology.possible[-1] + 1)))
-        return Topology(cpus[: self._slots], cpus, {})
+def _of_other(name: str) -> str:
+    return f"{name}, {OTHER}"
 
 
 def _sections(found: Found) -> list[Section]:
@@ -220,18 +202,29 @@ def _sections(found: Found) -> list[Section]:
 
 
 def _costs(found: Found, slots: int, traffic: str) -> list[Figure]:
-    here = {name: found[Subject(name, slots, traffic)] for name in (EMPTY, *HELPERS, *ENTRIES)}
+    here = {
+        each.program: values
+        for each, values in found.items()
+        if (each.slots, each.traffic) == (slots, traffic)
+    }
     empty = here[EMPTY]
+    others = {name: entry for name, entry in ENTRIES.items() if _of_other(name) in here}
     return [
         Figure(f"{EMPTY}, clock and all", "ns", tuple(empty)),
-        *(above(name, "ns", here[name], empty) for name in HELPERS),
+        *(above(name, "ns", here[name], empty) for name in (*HELPERS, *ENTRIES)),
         *(
-            above(name, "ns", here[name], empty, entry.at_most_ns.get(slots))
+            above(
+                f"{name}: steer's own",
+                "ns",
+                here[name],
+                here[entry.helper],
+                entry.at_most_ns.get(slots),
+            )
             for name, entry in ENTRIES.items()
         ),
         *(
-            above(f"{name}: steer's own", "ns", here[name], here[entry.helper])
-            for name, entry in ENTRIES.items()
+            above(f"{name}: steer's own, {OTHER}", "ns", here[_of_other(name)], here[entry.helper])
+            for name, entry in others.items()
         ),
     ]
 

@@ -17,6 +17,10 @@ _HASH_OFFSET = 32
 """Of `hash` in struct sk_reuseport_md, include/uapi/linux/bpf.h."""
 _SELECT = 82
 """BPF_FUNC_sk_select_reuseport."""
+_READ = 68
+"""BPF_FUNC_skb_load_bytes_relative, with BPF_HDR_START_NET 1."""
+_SOURCE_OFFSET = 12
+"""Of the source address in an IPv4 header."""
 
 
 def _insn(code: int, to: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> str:
@@ -42,6 +46,22 @@ def one_slot(_slots: int) -> Code:
 
 def by_hash(slots: int) -> Code:
     return _select([_insn(0x61, 0, 1, _HASH_OFFSET), *_spread(slots)], {})
+
+
+def by_address(slots: int) -> Code:
+    """Of IPv4, which another helper has to read."""
+    read = [
+        _insn(0xBF, 6, 1),  # r6 = ctx
+        _insn(0xB7, 2, value=_SOURCE_OFFSET),
+        _insn(0xBF, 3, 10),  # r3 = &address
+        _insn(0x07, 3, value=-8),
+        _insn(0xB7, 4, value=4),
+        _insn(0xB7, 5, value=1),
+        _insn(0x85, value=_READ),
+        _insn(0x61, 0, 10, -8),  # r0 = address
+        _insn(0xBF, 1, 6),
+    ]
+    return _select([*read, *_spread(slots)], {})
 
 
 def in_turn(slots: int) -> Code:

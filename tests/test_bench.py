@@ -107,7 +107,14 @@ def test_curve_says_what_so_many_percent_did_not_exceed() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [programs.one_slot, programs.by_hash, programs.in_turn, programs.by_chance]
+    "make",
+    [
+        programs.one_slot,
+        programs.by_hash,
+        programs.in_turn,
+        programs.by_chance,
+        programs.by_address,
+    ],
 )
 def test_programs_speak_of_their_maps_where_they_load_them(make: Callable[[int], Code]) -> None:
     code = make(4)
