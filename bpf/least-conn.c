@@ -21,70 +21,91 @@
 STEER_TABLE(deck)
 
 #define ALL 64
-#define AT_ONCE 4 /* looks; the deck is laid on and on, so that some may be of the same */
+#define NEIGHBOURS 4 /* looks at once; the deck is laid on and on, so some may be of the same */
 #define PLACES 2
-#define NEIGHBOURS 4
 #define LOOK 63u /* in a score, the lowest bits: the look that it is of */
 #define AGO 0x3fffu /* the next ones: how many connections ago it was given one */
 #define LOOK_BITS 6
-#define TIE_BITS 20
+#define AGO_BITS 14
 #define NONE ((u64)1 << 62)
 
 /*
- * Of two looks the lower: the fewer connections, and among ties the one that comes first.
- * There is no branch in it, as the verifier would follow each of 64 both ways.
+ * In a deck there is a word for each position where rows would be: the slot, as an offset into
+ * the loads, and in the upper half its scale, the inverse of its weight. One load tells both,
+ * and neither has to be shifted.
+ */
+#define OFFSET ((STEER_SLOTS - 1) * sizeof(u32))
+#define SCALE ((u64)0xffff << 16)
+#define WORDS (STEER_TURNS / 2)
+
+static __always_inline const u32 *words_at(const struct steer_half *table, u64 position)
+{
+	return (const u32 *)table->turns + (position & (WORDS - 1));
+}
+
+/*
+ * Connections for the weight, then how long ago it was given one, then the look: the lowest wins.
  *
  * Args: counts: of each slot.
  *       given: connections so far, if ties of the busy go to whoever was given one last.
  */
-static __always_inline u64 lower(u64 best, const struct steer_half *table, const u32 *counts,
-				 u64 position, u64 look, bool varied, u64 given)
+static __always_inline u64 score(const u32 *counts, u64 word, u64 look, bool varied, u64 given)
 {
-	u64 slot = table->entries[position & (STEER_ENTRIES - 1)] & (STEER_SLOTS - 1);
-	u64 count = counts[slot], ago = 0, busy;
-	s64 less;
+	u64 count = *(const u32 *)((const void *)counts + (word & OFFSET)), ago, busy;
 
-	if (varied) {
-		steer_settle(count);
-		busy = -count >> 63;
-		steer_settle(busy);
-		ago = (given - steer_slot_at(slot)->given & AGO) * busy << LOOK_BITS;
-	}
-	count *= table->turns[position & (STEER_TURNS - 1)];
-	less = (count << TIE_BITS | ago | look) - best;
-	busy = less >> 63;
+	if (!varied)
+		return count * (word & SCALE) | look;
+	steer_settle(count);
+	busy = -count >> 63;
 	steer_settle(busy);
-	return best + (less & busy);
+	ago = (given - steer_slot_at((word & OFFSET) / sizeof(u32))->given & AGO) & busy;
+	return (count * (word & SCALE)) << (LOOK_BITS + AGO_BITS - 16) | ago << LOOK_BITS | look;
+}
+
+/* There is no branch in it, as the verifier would follow each of 64 both ways. */
+static __always_inline u64 lower(u64 one, u64 other)
+{
+	s64 less = one - other;
+	u64 is_less = less >> 63;
+
+	steer_settle(is_less);
+	return other + (less & is_less);
+}
+
+/* The lowest of four looks next to each other. In pairs, as no pair waits for another. */
+static __always_inline u64 lowest(const u32 *counts, const u32 *words, bool varied, u64 given)
+{
+	u64 first = lower(score(counts, words[0], 0, varied, given),
+			  score(counts, words[1], 1, varied, given));
+	u64 second = lower(score(counts, words[2], 2, varied, given),
+			   score(counts, words[3], 3, varied, given));
+
+	return lower(first, second);
 }
 
 /* From the turn on. No fewer than none: then the rest is not looked at. */
 static __always_inline u64 of_all(const struct steer_half *table, const u32 *counts, u64 turn,
 				  bool varied, u64 given)
 {
-	u64 best = NONE, i, j;
+	u64 best = NONE, i;
 
 #pragma clang loop unroll(disable)
-	for (i = 0; i < ALL && i < table->deck && best > LOOK; i += AT_ONCE)
-#pragma unroll
-		for (j = 0; j < AT_ONCE; j++)
-			best = lower(best, table, counts, turn + i + j, i + j, varied, given);
+	for (i = 0; i < ALL && i < table->deck && best > LOOK; i += NEIGHBOURS)
+		best = lower(lowest(counts, words_at(table, turn + i), varied, given) | i, best);
 	return turn + (best & LOOK);
 }
 
-static __always_inline u64 of_some(const struct steer_half *table, const u32 *counts, bool varied,
-				   u64 given)
+static __always_inline u64 of_some(const struct steer_half *table, const u32 *counts, u64 given)
 {
-	u64 best = NONE, look, places[PLACES];
+	u64 places[PLACES], best[PLACES], i, first;
 
 #pragma unroll
-	for (look = 0; look < PLACES; look++)
-		places[look] = (u64)steer_random() * table->deck >> 32;
-#pragma unroll
-	for (look = 0; look < PLACES * NEIGHBOURS; look++)
-		best = lower(best, table, counts, places[look / NEIGHBOURS] + look % NEIGHBOURS,
-			     look, varied, given);
-	look = best & (PLACES * NEIGHBOURS - 1);
-	return (look < NEIGHBOURS ? places[0] : places[1]) + look % NEIGHBOURS;
+	for (i = 0; i < PLACES; i++) {
+		places[i] = (u64)steer_random() * table->deck >> 32;
+		best[i] = lowest(counts, words_at(table, places[i]), true, given) | i * NEIGHBOURS;
+	}
+	first = lower(best[0], best[1]) & LOOK;
+	return (first < NEIGHBOURS ? places[0] : places[1]) + first % NEIGHBOURS;
 }
 
 static __always_inline u32 *turn_of(struct steer_cpu *cpu, u32 is_ack, u64 deck)
@@ -123,7 +144,7 @@ STEER_POLICY(ctx, table)
 	/* It answers a SYN cookie: no handshake was ever under way where its SYN was sent. */
 	counts += is_ack * STEER_SLOTS;
 	if (table->deck > ALL) {
-		position = of_some(table, counts, true, pace->given);
+		position = of_some(table, counts, pace->given);
 	} else {
 		turn = turn_of(cpu, is_ack, table->deck);
 		position = pace->varied ? of_all(table, counts, *turn, true, pace->given)

@@ -66,7 +66,8 @@ PACE: Final = struct.Struct("=QQIIII")
 """Mirrors struct steer_pace: mean, square, varied, given, tended, moved."""
 OWNER: Final = struct.Struct("=HHI")
 """Mirrors struct steer_owner: slot, stamp, since."""
-OPEN_OFFSET: Final = SLOTS * 4
+LOAD_SIZE: Final = 4
+OPEN_OFFSET: Final = SLOTS * LOAD_SIZE
 SLOTS_OFFSET: Final = 2 * OPEN_OFFSET
 LOAD_BYTES: Final = SLOTS_OFFSET + SLOTS * SLOT.size + PACE.size
 """Struct steer_load: load, open, slots, pace."""

@@ -192,19 +192,20 @@ def consistent(members: Sequence[Member], previous: Layout | None, length: int) 
 
 
 def by_load(members: Sequence[Member]) -> Layout:
-    """For `least-conn`: a deck, with the scale of each of its slots, the inverse of its weight,
-    where rows would be.
+    """For `least-conn`: a deck, and where rows would be a word for each of its positions: where
+    the load of its slot stands, and its scale, the inverse of its weight.
 
     It is laid anew after its end, as far as a look that starts anywhere in it goes.
     """
     few = len(members) <= abi.ALL
-    laid = deck(members, abi.ALL if few else MAX_DECK)
+    laid = deck(members, abi.ALL if few else MAX_DECK - abi.NEIGHBOURS)
     lightest = min(member.weight for member in members)
     scales = {
         member.slot: max(1, round(_FULL_SCALE * lightest / member.weight)) for member in members
     }
     entries = laid + list(islice(cycle(laid), abi.ALL if few else abi.NEIGHBOURS))
-    turns = array("H", [scales[slot] for slot in entries])
+    words = array("I", [scales[slot] << 16 | slot * abi.LOAD_SIZE for slot in entries])
+    turns = array("H", words.tobytes())
     return Layout(array("H", entries), turns, _spares(members), len(laid))
 
 

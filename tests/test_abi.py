@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from steer import abi
+from steer import abi, table
 from steer.kernel import compile
 
 HEADS = {
@@ -52,6 +52,7 @@ MIRRORED = {
     "sizeof(struct steer_load)": abi.LOAD_BYTES,
     "OFFSET(steer_load, open)": abi.OPEN_OFFSET,
     "OFFSET(steer_load, slots)": abi.SLOTS_OFFSET,
+    "SIZE(steer_load, load[0])": abi.LOAD_SIZE,
     "sizeof(struct steer_params)": abi.PARAMS.size,
     "sizeof(struct steer_own)": abi.OWN.size,
     "sizeof(struct steer_packet)": abi.PACKET_BYTES,
@@ -190,7 +191,9 @@ def test_slots_fit_an_entry() -> None:
 
 def test_a_deck_fits_the_table() -> None:
     assert 2 * abi.ALL <= abi.TURNS
-    assert abi.TURNS // 2 + abi.NEIGHBOURS <= abi.TURNS
+    assert 2 * (2 * abi.ALL) <= abi.TURNS, "words of two halves"
+    assert 2 * table.MAX_DECK <= abi.TURNS
+    assert abi.SLOTS * abi.LOAD_SIZE <= 1 << 16, "an offset into the loads is half a word"
 
 
 @pytest.mark.needs("headers")

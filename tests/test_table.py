@@ -414,9 +414,15 @@ def test_a_previous_layout_of_another_kind_is_no_hindrance(previous: Layout | No
 # by_load
 
 
+def words(layout: Layout) -> Sequence[int]:
+    """What bpf/least-conn.c reads at each position: the slot's place in the loads, and a scale."""
+    return array("I", layout.turns.tobytes())
+
+
 def scales(layout: Layout) -> dict[int, int]:
-    found = dict(zip(layout.entries, layout.turns, strict=True))
-    assert [found[slot] for slot in layout.entries] == list(layout.turns), "one for each slot"
+    found = {slot: word >> 16 for slot, word in zip(layout.entries, words(layout), strict=True)}
+    expected = [found[slot] << 16 | slot * abi.LOAD_SIZE for slot in layout.entries]
+    assert list(words(layout)) == expected, "one for each slot"
     return found
 
 
@@ -433,11 +439,11 @@ def test_by_load_can_be_looked_at_from_anywhere(some: list[Member]) -> None:
     """As far as bpf/least-conn.c looks, what is past the end is what is at the beginning."""
     layout = table.by_load(some)
     far = abi.ALL if len(some) <= abi.ALL else abi.NEIGHBOURS
-    assert len(layout.entries) == len(layout.turns) == layout.deck + far
+    assert len(layout.entries) == len(words(layout)) == layout.deck + far
     assert (layout.deck <= abi.ALL) == (len(some) <= abi.ALL), "by that the program knows"
     for at, slot in enumerate(layout.entries):
         assert slot == layout.entries[at % layout.deck]
-        assert layout.turns[at] == layout.turns[at % layout.deck]
+        assert words(layout)[at] == words(layout)[at % layout.deck]
 
 
 @quick
@@ -453,7 +459,7 @@ def test_by_load_leaves_nobody_out(some: list[Member]) -> None:
 def test_a_look_at_all_of_a_deck_sees_everybody_as_often_as_they_weigh(some: list[Member]) -> None:
     """Or as nearly as 64 looks can: then by the same quotas as other tables."""
     layout = table.by_load(some)
-    longest = abi.ALL if len(some) <= abi.ALL else MAX_DECK
+    longest = abi.ALL if len(some) <= abi.ALL else MAX_DECK - abi.NEIGHBOURS
     drawn = counts(layout.entries[: layout.deck])
     assert drawn == counts(table.deck(some, longest))
     heavy = max(some, key=lambda member: member.weight)
@@ -486,7 +492,7 @@ def test_connections_that_stay_are_in_proportion_to_the_weights(weights: tuple[i
     load, turn = dict.fromkeys(range(len(weights)), 0), 0
     for _ in range(40 * sum(weights)):
         looks = [
-            (load[layout.entries[at]] * layout.turns[at], at - turn, at)
+            (load[layout.entries[at]] * (words(layout)[at] >> 16), at - turn, at)
             for at in range(turn, turn + layout.deck)
         ]
         at = min(looks)[2] % layout.deck
