@@ -51,14 +51,14 @@ static __always_inline bool is_alive(const struct flow *flow, u32 now)
 
 STEER_POLICY(ctx, table)
 {
-	u32 position = steer_spread(table, ctx->hash), now = steer_ticks();
+	u32 hash = ctx->hash, now = steer_ticks();
 	struct flow *flow, fresh = {.seen = now};
 	struct steer_own *own = steer_own();
 	const u16 *port = ctx->data;
-	struct key key = {.hash = ctx->hash};
+	struct key key = {.hash = hash};
 
-	if (ctx->ip_protocol != 17 /* UDP */ || !own || port + 1 > (const u16 *)ctx->data_end)
-		return position;
+	if (steer_protocol() != STEER_UDP || !own || port + 1 > (const u16 *)ctx->data_end)
+		return steer_spread(table, hash);
 	own->counters[STEER_COUNTER_total]++;
 	key.port = *port;
 	flow = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_FLOWS), &key);
@@ -68,7 +68,7 @@ STEER_POLICY(ctx, table)
 			flow->seen = now;
 		return steer_to(flow->slot);
 	}
-	fresh.slot = steer_slot(ctx, table, position);
+	fresh.slot = steer_slot(ctx, table, steer_spread(table, hash));
 	fresh.stamp = steer_slot_at(fresh.slot)->flows;
 	if (flow) {
 		own->counters[STEER_COUNTER_expired]++;

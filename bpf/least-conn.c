@@ -110,7 +110,7 @@ static __always_inline u64 of_some(const struct steer_half *table, const u32 *co
 
 static __always_inline u32 *turn_of(struct steer_cpu *cpu, u32 is_ack, u64 deck)
 {
-	u32 *turn = &cpu->turn + is_ack; /* turn_ack comes next */
+	u32 *turn = (u32 *)&cpu->turns + is_ack;
 
 	if (*turn >= deck)
 		*turn -= deck;

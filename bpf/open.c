@@ -52,7 +52,7 @@ static __always_inline void closed_moved(struct bpf_sock_ops *ctx, struct steer_
 {
 	u64 cookie = steer_cookie(ctx);
 	struct steer_owner *moved =
-	    bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie);
+		bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie);
 
 	steer_counted(moved ? moved : owner, -1);
 	if (moved && !bpf_map_delete_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie))

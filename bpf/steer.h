@@ -39,6 +39,9 @@
 #define STEER_MAP_MOVED 0x57ee000b
 #define STEER_MAP_EARLY 0x57ee000c
 
+/* And for a number that the loader knows: the protocol of the group, as in IP headers. */
+#define STEER_CONSTANT_PROTOCOL 0x57ee0100
+
 #define STEER_SLOTS 8192
 #define STEER_ENTRIES 65536 /* positions in the table */
 #define STEER_TURNS 32768 /* room for rows */
@@ -46,12 +49,15 @@
 #define STEER_TRIES 4
 #define STEER_RESERVES 2
 #define STEER_ROW 0x8000 /* in an entry: not a slot, but where its row starts in turns */
+#define STEER_DECK_BIT 20 /* in the head of the table */
+#define STEER_LENGTH_BIT 40
 #define STEER_SLOT 0x80000000u /* in a position: a slot, whatever the table says */
 #define STEER_VALUES 16 /* parameters, counters */
 #define STEER_HISTOGRAMS 4
 #define STEER_BUCKETS 32
 #define STEER_IPV4 __builtin_bswap16(0x0800) /* sk_reuseport_md.eth_protocol */
-#define STEER_TCP 6 /* sk_reuseport_md.ip_protocol, and in IP headers */
+#define STEER_TCP 6 /* in IP headers */
+#define STEER_UDP 17
 #define STEER_IPV6_BYTES 40 /* of its header */
 
 /*
@@ -59,7 +65,7 @@
  * length and then its slots. All numbers fit 16 bits, so that what is in use
  * stays in few cache lines.
  */
-struct steer_half {
+struct steer_layout {
 	u32 length; /* entries that steer_spread() spreads over */
 	u32 deck; /* entries until they begin anew, where a deck is laid */
 	u16 entries[STEER_ENTRIES];
@@ -67,11 +73,26 @@ struct steer_half {
 	u16 spares[STEER_SPARES];
 };
 
-/* Two halves, one active: the controller fills the other, then flips. */
+/*
+ * Two halves, one active: the controller fills the other, then flips. The head says all of
+ * the active one that a choice begins with, so that one load tells it: from bit
+ * STEER_LENGTH_BIT on its length, below it from STEER_DECK_BIT on its deck, and below that
+ * where it begins: 0 or the size of a layout.
+ */
 struct steer_table {
-	u32 active;
+	u64 head;
 	u32 early; /* 1 once there was an early lookup, see steer_tcp_at() */
-	struct steer_half halves[2];
+	u32 reserved;
+	struct steer_layout halves[2];
+};
+
+/* The active half as a policy sees it, from one look at the head. */
+struct steer_half {
+	u32 length;
+	u32 deck;
+	const u16 *entries;
+	const u16 *turns;
+	const u16 *spares;
 };
 
 /* Per slot and CPU. */
@@ -83,8 +104,7 @@ struct steer_count {
 
 /* Per CPU. */
 struct steer_cpu {
-	u32 turn;
-	u32 turn_ack;
+	u64 turns; /* the next: of SYNs, and from bit 32 on of lone ACKs */
 	u32 random; /* never 0 */
 	u32 reserved;
 	u64 unsteered; /* no live slot found: left to the kernel's hash */
@@ -174,6 +194,15 @@ struct steer_own {
 /* Stand-in `map` as a pointer that bcc puts into the bytecode as it stands. */
 #define steer_map(map) ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_FD, map))
 
+/*
+ * What ctx->ip_protocol is. As part of the program it costs nothing, and the verifier takes out
+ * what is for another protocol; the field is read from the socket, in no cache near by.
+ */
+static __always_inline u64 steer_protocol(void)
+{
+	return bpf_pseudo_fd(0, STEER_CONSTANT_PROTOCOL);
+}
+
 /* A position for any 32-bit number, evenly over the table. */
 static __always_inline u32 steer_spread(const struct steer_half *table, u32 number)
 {
@@ -187,11 +216,20 @@ static __always_inline struct steer_table *steer_table(void)
 }
 
 /* The half in use. */
-static __always_inline const struct steer_half *steer_active(void)
+static __always_inline struct steer_half steer_active(void)
 {
 	const struct steer_table *table = steer_table();
+	u64 head = table->head;
+	const struct steer_layout *layout =
+		(const void *)table->halves + (head & sizeof(struct steer_layout));
 
-	return &table->halves[table->active & 1];
+	return (struct steer_half){
+		.length = head >> STEER_LENGTH_BIT,
+		.deck = head >> STEER_DECK_BIT & ((1 << (STEER_LENGTH_BIT - STEER_DECK_BIT)) - 1),
+		.entries = layout->entries,
+		.turns = layout->turns,
+		.spares = layout->spares,
+	};
 }
 
 static __always_inline const struct steer_params *steer_params(void)
@@ -381,11 +419,13 @@ static __always_inline u32 steer_behind_ipv6(const struct sk_reuseport_md *ctx, 
  */
 static __always_inline u32 steer_tcp_at(const struct sk_reuseport_md *ctx)
 {
-	const u8 *data = ctx->data;
+	const u8 *data;
 	struct steer_ip ip;
 
-	if (ctx->ip_protocol != STEER_TCP || data + 1 > (const u8 *)ctx->data_end ||
-	    (*data & 0xd0) != 0x40)
+	if (steer_protocol() != STEER_TCP)
+		return 0;
+	data = ctx->data;
+	if (data + 1 > (const u8 *)ctx->data_end || (*data & 0xd0) != 0x40)
 		return 0;
 	if (steer_read_ip(ctx, 0, &ip, sizeof(ip)))
 		return 0;
@@ -409,11 +449,12 @@ static __always_inline u32 steer_tcp_at(const struct sk_reuseport_md *ctx)
 /* Args: at: where the TCP header begins, see steer_tcp_at(). */
 static __always_inline u32 steer_segment_at(const struct sk_reuseport_md *ctx, u32 at)
 {
-	const u8 *header = ctx->data;
+	const u8 *header;
 	u8 flags = 0;
 
-	if (ctx->ip_protocol != STEER_TCP)
+	if (steer_protocol() != STEER_TCP)
 		return STEER_NONE;
+	header = ctx->data;
 	if (at) {
 		if (steer_read(ctx, at + 13, &flags, 1))
 			return STEER_NONE;
@@ -452,16 +493,15 @@ static __always_inline u32 steer_turn(const struct steer_half *table, u32 row, u
 		 * Not a pointer to one of the two, as without CAP_PERFMON none may be computed;
 		 * nor a branch, as the verifier would follow all that comes both ways.
 		 */
-		u32 acks = 0 - is_ack, syns, next;
+		u32 shift = is_ack * 32;
+		u64 turns = cpu->turns;
 
-		steer_settle(acks);
-		syns = ~acks;
-		next = (cpu->turn_ack & acks) | (cpu->turn & syns);
-		if (next < length)
-			turn = next;
-		next = turn + 1;
-		cpu->turn = (cpu->turn & acks) | (next & syns);
-		cpu->turn_ack = (cpu->turn_ack & syns) | (next & acks);
+		turn = turns >> shift;
+		if (turn >= length) {
+			turns -= (u64)turn << shift;
+			turn = 0;
+		}
+		cpu->turns = turns + ((u64)1 << shift);
 	}
 	return table->turns[(row + 1 + turn) & (STEER_TURNS - 1)];
 }
@@ -547,9 +587,13 @@ static __always_inline void steer_moved(struct sk_reuseport_md *ctx, struct bpf_
 	steer_counted(&now, 1);
 }
 
+/* bcc's own declaration has but 32 bits, which costs instructions to cut them out. */
+static long (*steer_select_reuseport)(struct sk_reuseport_md *, void *, void *,
+				      u64) = (void *)BPF_FUNC_sk_select_reuseport;
+
 static __always_inline bool steer_select(struct sk_reuseport_md *ctx, u32 slot)
 {
-	return !bpf_sk_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), &slot, 0);
+	return steer_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), &slot, 0) >= 0;
 }
 
 /* Returns false if it cannot be read. */
@@ -573,8 +617,7 @@ static __always_inline bool steer_again(struct sk_reuseport_md *ctx)
 	struct steer_packet packet = {};
 	struct steer_early *early;
 
-	if (!steer_table()->early || ctx->ip_protocol != STEER_TCP ||
-	    !steer_know(ctx, steer_tcp_at(ctx), &packet))
+	if (steer_protocol() != STEER_TCP || !steer_know(ctx, steer_tcp_at(ctx), &packet))
 		return false;
 	early = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_EARLY), &packet);
 	return early && steer_ticks() - early->seen < steer_params()->ticks_per_s / 4 &&
@@ -593,38 +636,39 @@ static __always_inline void steer_remember(const struct sk_reuseport_md *ctx, u3
 		steer_table()->early = 1;
 }
 
-static __always_inline void steer_selected(struct sk_reuseport_md *ctx, u32 slot, bool fallback,
-					   bool is_ack, struct bpf_sock *migrating)
+static __always_inline struct steer_count *steer_count_of(u32 slot)
 {
-	struct steer_count *count;
-
-	/*
-	 * A connection is counted once, by its SYN, and what is late not at all. Once more
-	 * where it migrates: half-open ones do with the ACK that ends their handshake.
-	 */
-	if (migrating)
-		steer_moved(ctx, migrating, slot);
-	else if (is_ack)
-		return;
-	count = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_COUNTS), &slot);
-	if (count) {
-		count->selected++;
-		if (fallback)
-			count->fallback++;
-		if (migrating)
-			count->migrated++;
-	}
+	return bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_COUNTS), &slot);
 }
 
-/* SK_PASS with nothing selected leaves the choice to the kernel's hash. */
-static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
-					 const struct steer_half *table, u32 position,
-					 struct bpf_sock *migrating)
+/*
+ * A connection is counted once, by its SYN, and what is late not at all. Once more where it
+ * migrates: half-open ones do with the ACK that ends their handshake.
+ */
+static __always_inline void steer_selected(struct sk_reuseport_md *ctx, u32 slot, bool fallback,
+					   struct bpf_sock *migrating)
 {
-	u32 at = steer_tcp_at(ctx), is_ack = steer_segment_at(ctx, at) & STEER_ACK;
-	u32 slot = steer_slot_of(table, position, is_ack), i;
-	bool found = steer_select(ctx, slot), fallback = !found;
+	struct steer_count *count = steer_count_of(slot);
+
+	if (migrating)
+		steer_moved(ctx, migrating, slot);
+	if (!count)
+		return;
+	count->selected++;
+	if (fallback)
+		count->fallback++;
+	if (migrating)
+		count->migrated++;
+}
+
+/* Where the slot that was chosen has no socket: others that are alive, and then the reserve. */
+static __always_inline int steer_try_others(struct sk_reuseport_md *ctx,
+					    const struct steer_half *table, u32 at, u32 is_ack,
+					    struct bpf_sock *migrating)
+{
 	struct steer_cpu *cpu;
+	bool found = false;
+	u32 slot = 0, i;
 
 #pragma unroll
 	for (i = 0; i < STEER_TRIES + STEER_RESERVES; i++)
@@ -636,12 +680,61 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 	if (found) {
 		if (at)
 			steer_remember(ctx, at, slot);
-		steer_selected(ctx, slot, fallback, is_ack, migrating);
+		if (migrating || !is_ack)
+			steer_selected(ctx, slot, true, migrating);
 	} else {
 		cpu = steer_this_cpu();
 		if (cpu && !is_ack)
 			cpu->unsteered++;
 	}
+	return SK_PASS;
+}
+
+/* SK_PASS with nothing selected leaves the choice to the kernel's hash. */
+static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
+					 const struct steer_half *table, u32 position,
+					 struct bpf_sock *migrating)
+{
+	u32 at = steer_tcp_at(ctx), is_ack = steer_segment_at(ctx, at) & STEER_ACK;
+	u32 slot = steer_slot_of(table, position, is_ack);
+
+	if (!steer_select(ctx, slot))
+		return steer_try_others(ctx, table, at, is_ack, migrating);
+	if (at)
+		steer_remember(ctx, at, slot);
+	if (migrating || !is_ack)
+		steer_selected(ctx, slot, false, migrating);
+	return SK_PASS;
+}
+
+/* Whether the packet has to do with early lookups, as far as can be seen at once. */
+static __always_inline bool steer_may_be_early(const struct sk_reuseport_md *ctx)
+{
+	const u8 *data;
+
+	if (steer_protocol() != STEER_TCP)
+		return false;
+	data = ctx->data;
+	return steer_table()->early ||
+	       (data + 1 <= (const u8 *)ctx->data_end && (*data & 0xd0) == 0x40);
+}
+
+/*
+ * What most packets are: nothing migrates, nothing was looked up early. Apart from all else, so
+ * that what runs for each of them is short, in few cache lines and registers.
+ */
+static __always_inline int steer_deliver_plainly(struct sk_reuseport_md *ctx,
+						 const struct steer_half *table, u32 position)
+{
+	u32 is_ack = steer_segment_at(ctx, 0) & STEER_ACK;
+	u32 slot = steer_slot_of(table, position, is_ack);
+	/* Before the socket is selected: that takes long, and this is done meanwhile. */
+	struct steer_count *count = steer_count_of(slot);
+
+	if (!steer_select(ctx, slot))
+		return steer_try_others(ctx, table, 0, is_ack, NULL);
+	if (count && !is_ack)
+		count->selected++;
 	return SK_PASS;
 }
 
@@ -657,30 +750,37 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 #define steer_position(ctx, table, migrating, hash) \
 	(migrating ? steer_spread(table, hash) : steer_policy(ctx, table))
 #endif
-#define STEER_POLICY(ctx, table)                                                 \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,     \
-						const struct steer_half *table); \
-	int steer_plain(struct sk_reuseport_md *ctx)                             \
-	{                                                                        \
-		const struct steer_half *half = steer_active();                  \
-                                                                                 \
-		if (steer_again(ctx))                                            \
-			return SK_PASS;                                          \
-		return steer_deliver(ctx, half, steer_policy(ctx, half), NULL);  \
-	}                                                                        \
-	int steer_migrate(struct sk_reuseport_md *ctx)                           \
-	{                                                                        \
-		const struct steer_half *half = steer_active();                  \
-		struct bpf_sock *migrating = ctx->migrating_sk;                  \
-		u32 hash = ctx->hash, position;                                  \
-                                                                                 \
-		steer_settle(hash);                                              \
-		if (!migrating && steer_again(ctx))                              \
-			return SK_PASS;                                          \
-		position = steer_position(ctx, half, migrating, hash);           \
-		return steer_deliver(ctx, half, position, migrating);            \
-	}                                                                        \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,     \
+#define STEER_POLICY(ctx, table)                                                            \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
+						const struct steer_half *table);            \
+	int steer_plain(struct sk_reuseport_md *ctx)                                        \
+	{                                                                                   \
+		struct steer_half half = steer_active();                                    \
+                                                                                            \
+		if (!steer_may_be_early(ctx))                                               \
+			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half)); \
+		if (steer_table()->early && steer_again(ctx))                               \
+			return SK_PASS;                                                     \
+		return steer_deliver(ctx, &half, steer_policy(ctx, &half), NULL);           \
+	}                                                                                   \
+	int steer_migrate(struct sk_reuseport_md *ctx)                                      \
+	{                                                                                   \
+		struct bpf_sock *migrating = ctx->migrating_sk;                             \
+		struct steer_half half = steer_active();                                    \
+		u32 hash = 0, position;                                                     \
+                                                                                            \
+		if (!migrating && !steer_may_be_early(ctx))                                 \
+			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half)); \
+		if (migrating) {                                                            \
+			hash = ctx->hash;                                                   \
+			steer_settle(hash);                                                 \
+		} else if (steer_table()->early && steer_again(ctx)) {                      \
+			return SK_PASS;                                                     \
+		}                                                                           \
+		position = steer_position(ctx, (&half), migrating, hash);                   \
+		return steer_deliver(ctx, &half, position, migrating);                      \
+	}                                                                                   \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
 						const struct steer_half *table)
 
 #endif

@@ -53,12 +53,15 @@ VALUES: Final = 16
 HISTOGRAMS: Final = 4
 BUCKETS: Final = 32
 
-HEADER: Final = struct.Struct("=II")
-"""Mirrors the head of struct steer_table: active, early."""
+HEADER: Final = struct.Struct("=QII")
+"""Mirrors what struct steer_table begins with: head, early, reserved."""
+HEAD: Final = struct.Struct("=Q")
+DECK_BIT: Final = 20
+LENGTH_BIT: Final = 40
 COUNT: Final = struct.Struct("=QQQ")
 """Mirrors struct steer_count: selected, fallback, migrated."""
-CPU: Final = struct.Struct("=IIIIQ")
-"""Mirrors struct steer_cpu: turn, turn_ack, random, reserved, unsteered."""
+CPU: Final = struct.Struct("=QIIQ")
+"""Mirrors struct steer_cpu: turns, random, reserved, unsteered."""
 
 SLOT: Final = struct.Struct("=IIHHI")
 """Mirrors struct steer_slot: pending, given, stamp, flows, reserved."""
@@ -83,13 +86,19 @@ FLOW_BYTES: Final = 8
 """Struct key and struct flow of bpf/flow.c."""
 
 LENGTH: Final = struct.Struct("=II")
-"""Mirrors the head of struct steer_half: length, deck."""
+"""Mirrors what struct steer_layout begins with: length, deck."""
 
 ENTRIES_OFFSET: Final = LENGTH.size
 TURNS_OFFSET: Final = ENTRIES_OFFSET + 2 * ENTRIES
 SPARES_OFFSET: Final = TURNS_OFFSET + 2 * TURNS
 HALF_BYTES: Final = SPARES_OFFSET + 2 * SPARES
 TABLE_BYTES: Final = HEADER.size + 2 * HALF_BYTES
+
+
+CONSTANTS: Final = {"protocol": 0x57EE0100}
+"""Numbers that stand in the bytecode in place of some that are known when it is loaded."""
+PROTOCOLS: Final = {"tcp": 6, "udp": 17}
+"""As in IP headers."""
 
 
 class MapSpec(msgspec.Struct, frozen=True):

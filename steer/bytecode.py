@@ -19,18 +19,26 @@ _INSN = struct.Struct("=BBhi")
 
 
 class Code(msgspec.Struct, frozen=True):
-    """One program: its instructions in hexadecimal and, by index, the maps they load."""
+    """One program: its instructions in hexadecimal and, by index, what they load.
+
+    Args:
+        relocations: maps.
+        constants: numbers, as `abi.CONSTANTS` names them.
+    """
 
     instructions: list[str]
     relocations: dict[int, str]
+    constants: dict[int, str] = {}
 
-    def linked(self, descriptors: Mapping[str, int]) -> bytes:
-        """The instructions with file descriptors in place of map names."""
+    def linked(self, descriptors: Mapping[str, int], constants: Mapping[str, int]) -> bytes:
+        """The instructions with file descriptors in place of map names, and the constants."""
         insns = bytearray.fromhex("".join(self.instructions))
-        for index, name in self.relocations.items():
+        values = {index: descriptors[name] for index, name in self.relocations.items()}
+        values |= {index: constants[name] for index, name in self.constants.items()}
+        for index, value in values.items():
             at = index * INSN_BYTES
             code, registers, offset, _ = _INSN.unpack_from(insns, at)
-            _INSN.pack_into(insns, at, code, registers, offset, descriptors[name])
+            _INSN.pack_into(insns, at, code, registers, offset, value)
         return bytes(insns)
 
 
@@ -77,13 +85,14 @@ class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def unlink(raw: bytes) -> Code:
-    """Find the stand-ins for maps in compiled bytecode and take them out.
+    """Find the stand-ins for maps and constants in compiled bytecode and take them out.
 
     Raises:
         ValueError: a map that steer.h does not know.
     """
     names = {spec.number: name for name, spec in abi.MAPS.items()}
-    instructions, relocations = [], {}
+    numbers = {number: name for name, number in abi.CONSTANTS.items()}
+    instructions, relocations, constants = [], {}, {}
     for index, (code, registers, offset, value) in enumerate(_INSN.iter_unpack(raw)):
         source = registers >> 4
         if code == abi.BPF_LD_IMM64 and source in (abi.BPF_PSEUDO_MAP_FD, abi.BPF_PSEUDO_MAP_VALUE):
@@ -91,5 +100,8 @@ def unlink(raw: bytes) -> Code:
                 raise ValueError(f"instruction {index} speaks of a map that steer.h does not have")
             relocations[index] = names[value]
             value = 0
+        elif code == abi.BPF_LD_IMM64 and value in numbers:
+            constants[index] = numbers[value]
+            value = 0
         instructions.append(_INSN.pack(code, registers, offset, value).hex())
-    return Code(instructions, relocations)
+    return Code(instructions, relocations, constants)

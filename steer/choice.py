@@ -68,7 +68,7 @@ class Choice:
         """Put it into the kernel.
 
         Args:
-            groups: of each group, the maps that are not the policy's.
+            groups: of each bind, the maps that are not the policy's.
 
         Raises:
             CompileError, VerifierError: a policy of the user's own is not right.
@@ -83,8 +83,8 @@ class Choice:
             migrates = probe.migrate().answer is not Answer.NO
             kind = "migrate" if migrates else "plain"
             programs = [
-                undo.enter_context(_load(plan.policy, code, kind, {**maps, **group}))
-                for group in groups
+                undo.enter_context(_load(plan.policy, code, kind, {**maps, **group}, bind.protocol))
+                for group, bind in zip(groups, plan.binds, strict=True)
             ]
             loaded = cls(plan, maps, programs, migrates)
             loaded._table.forget()
@@ -227,12 +227,12 @@ def _named(plan: Plan) -> dict[str, int]:
 
 
 def _load(
-    chosen: Policy, code: PolicyObject, kind: str, maps: Mapping[str, bpf.Map]
+    chosen: Policy, code: PolicyObject, kind: str, maps: Mapping[str, bpf.Map], protocol: str
 ) -> bpf.Program:
     """Args: kind: which of its programs."""
     try:
         name, attach_type = f"steer_{chosen.name}", bpf.ATTACH_TYPES[kind]
-        return bpf.Program(name, code.programs[kind], maps, attach_type)
+        return bpf.Program(name, code.programs[kind], maps, attach_type, protocol)
     except VerifierError as error:
         raise _pointed(error, chosen, code.lines.get(kind, {})) from None
 

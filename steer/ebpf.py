@@ -46,7 +46,7 @@ class _Group:
             }
             self.sockets, self.counts, self.cpus = self.maps.values()
             starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
-            self.cpus.put(0, b"".join(abi.CPU.pack(at, at, _seed(), 0, 0) for at in starts))
+            self.cpus.put(0, b"".join(abi.CPU.pack(at << 32 | at, _seed(), 0, 0) for at in starts))
             self.reserve = Reserve(reserve_bound, put_reserve)
             undo.callback(self.reserve.close)
             self.close = undo.pop_all().close

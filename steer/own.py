@@ -135,7 +135,7 @@ def _time(found: Policy, notes: list[str]) -> float | None:
     with ExitStack() as stack:
         try:
             maps = {name: stack.enter_context(bpf.Map(name, decided.slots)) for name in _SHARED}
-            maps["cpus"].put(0, abi.CPU.pack(0, 0, 1, 0, 0) * len(cpus.possible))
+            maps["cpus"].put(0, abi.CPU.pack(0, 1, 0, 0) * len(cpus.possible))
             choice = stack.enter_context(closing(Choice.load(decided, [maps])))
             choice.steer(members, table.EMPTY)
             return round(measure.cost_ns(choice.programs[0], maps["sockets"]), 1)

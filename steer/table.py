@@ -49,7 +49,7 @@ class Layout(msgspec.Struct, frozen=True):
     deck: int = 0
 
     def parts(self) -> dict[int, bytes]:
-        """The bytes to write, by offset in struct steer_half."""
+        """The bytes to write, by offset in struct steer_layout."""
         return {
             0: abi.LENGTH.pack(len(self.entries), self.deck),
             abi.ENTRIES_OFFSET: self.entries.tobytes(),

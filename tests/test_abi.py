@@ -15,10 +15,10 @@ from steer import abi, table
 from steer.kernel import compile
 
 HEADS = {
-    "steer_table": (abi.HEADER, "active early"),
-    "steer_half": (abi.LENGTH, "length deck"),
+    "steer_table": (abi.HEADER, "head early reserved"),
+    "steer_layout": (abi.LENGTH, "length deck"),
     "steer_count": (abi.COUNT, "selected fallback migrated"),
-    "steer_cpu": (abi.CPU, "turn turn_ack random reserved unsteered"),
+    "steer_cpu": (abi.CPU, "turns random reserved unsteered"),
     "steer_slot": (abi.SLOT, "pending given stamp flows reserved"),
     "steer_owner": (abi.OWNER, "slot stamp since"),
     "steer_pace": (abi.PACE, "mean square varied given tended moved"),
@@ -33,15 +33,17 @@ MIRRORED = {
     "STEER_TURNS": abi.TURNS,
     "STEER_SPARES": abi.SPARES,
     "STEER_RESERVES": abi.RESERVES,
+    "STEER_DECK_BIT": abi.DECK_BIT,
+    "STEER_LENGTH_BIT": abi.LENGTH_BIT,
     "STEER_ROW": abi.ROW,
     "sizeof(struct steer_table)": abi.TABLE_BYTES,
-    "sizeof(struct steer_half)": abi.HALF_BYTES,
+    "sizeof(struct steer_layout)": abi.HALF_BYTES,
     "sizeof(struct steer_count)": abi.COUNT.size,
     "sizeof(struct steer_cpu)": abi.CPU.size,
     "OFFSET(steer_table, halves)": abi.HEADER.size,
-    "OFFSET(steer_half, entries)": abi.ENTRIES_OFFSET,
-    "OFFSET(steer_half, turns)": abi.TURNS_OFFSET,
-    "OFFSET(steer_half, spares)": abi.SPARES_OFFSET,
+    "OFFSET(steer_layout, entries)": abi.ENTRIES_OFFSET,
+    "OFFSET(steer_layout, turns)": abi.TURNS_OFFSET,
+    "OFFSET(steer_layout, spares)": abi.SPARES_OFFSET,
     "STEER_SLOTS": abi.SLOTS,
     "STEER_VALUES": abi.VALUES,
     "STEER_HISTOGRAMS": abi.HISTOGRAMS,
@@ -52,7 +54,6 @@ MIRRORED = {
     "sizeof(struct steer_load)": abi.LOAD_BYTES,
     "OFFSET(steer_load, open)": abi.OPEN_OFFSET,
     "OFFSET(steer_load, slots)": abi.SLOTS_OFFSET,
-    "SIZE(steer_load, load[0])": abi.LOAD_SIZE,
     "sizeof(struct steer_params)": abi.PARAMS.size,
     "sizeof(struct steer_own)": abi.OWN.size,
     "sizeof(struct steer_packet)": abi.PACKET_BYTES,
@@ -70,10 +71,14 @@ MIRRORED = {
     # bpf/least-conn.c
     "ALL": abi.ALL,
     "NEIGHBOURS": abi.NEIGHBOURS,
-    "SIZE(steer_half, entries[0])": struct.calcsize("H"),
-    "SIZE(steer_half, turns[0])": struct.calcsize("H"),
-    "SIZE(steer_half, spares[0])": struct.calcsize("H"),
+    "SIZE(steer_layout, entries[0])": struct.calcsize("H"),
+    "SIZE(steer_layout, turns[0])": struct.calcsize("H"),
+    "SIZE(steer_layout, spares[0])": struct.calcsize("H"),
     **{f"STEER_MAP_{name.upper()}": spec.number for name, spec in abi.MAPS.items()},
+    **{f"STEER_CONSTANT_{name.upper()}": number for name, number in abi.CONSTANTS.items()},
+    "STEER_TCP": abi.PROTOCOLS["tcp"],
+    "STEER_UDP": abi.PROTOCOLS["udp"],
+    "SIZE(steer_load, load[0])": abi.LOAD_SIZE,
     # include/uapi/linux/bpf.h
     **{name: getattr(abi, name) for name in dir(abi) if name.startswith(UAPI)},
 }
@@ -187,6 +192,13 @@ def test_slots_fit_an_entry() -> None:
     assert abi.TURNS <= abi.ROW
     assert abi.MAX_SLOTS < abi.SLOTS, "of the reserve too it is known what is open"
     assert abi.SLOTS & abi.SLOTS - 1 == abi.VALUES & abi.VALUES - 1 == 0, "masked with it less one"
+
+
+def test_the_head_of_the_table_has_room() -> None:
+    """For where a half begins, a deck and a length."""
+    assert abi.HALF_BYTES < 1 << abi.DECK_BIT
+    assert table.MAX_DECK < 1 << abi.LENGTH_BIT - abi.DECK_BIT
+    assert abi.ENTRIES < 1 << 64 - abi.LENGTH_BIT
 
 
 def test_a_deck_fits_the_table() -> None:

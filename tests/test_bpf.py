@@ -514,19 +514,20 @@ def test_table_starts_with_nobody_and_flips_between_halves() -> None:
         table = bpf.Table(made)
         table.forget()
         try:
-            halves = abi.HEADER.size, abi.HEADER.size + abi.HALF_BYTES
+            halves = {abi.HEADER.size, abi.HEADER.size + abi.HALF_BYTES}
             nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
             for half in halves:
                 at = half + abi.ENTRIES_OFFSET
                 assert content(made)[at : at + 2] == nobody
             for turn in range(4):
                 before = content(made)
-                active = halves[before[0] & 1]
-                table.flip({0: bytes([turn] * 8), abi.SPARES_OFFSET: b"spares"})
+                *_, active = told(before)
+                table.flip({0: abi.LENGTH.pack(turn, 7), abi.SPARES_OFFSET: b"spares"})
                 after = content(made)
-                idle = halves[after[0] & 1]
-                assert idle != active
-                assert after[idle : idle + 8] == bytes([turn] * 8)
+                length, deck, idle = told(after)
+                assert {active, idle} == halves
+                assert (length, deck) == (turn, 7)
+                assert after[idle : idle + 8] == abi.LENGTH.pack(turn, 7)
                 assert after[idle + abi.SPARES_OFFSET :].startswith(b"spares")
                 # What programs may still be reading is not touched.
                 assert (
@@ -535,6 +536,14 @@ def test_table_starts_with_nobody_and_flips_between_halves() -> None:
                 )
         finally:
             table.close()
+
+
+def told(table: bytes) -> tuple[int, int, int]:
+    """What the head says: the length of the active half, its deck, and where it begins."""
+    head, _, _ = abi.HEADER.unpack_from(table)
+    deck = (1 << abi.LENGTH_BIT - abi.DECK_BIT) - 1
+    begins = abi.HEADER.size + (head & (1 << abi.DECK_BIT) - 1)
+    return head >> abi.LENGTH_BIT, head >> abi.DECK_BIT & deck, begins
 
 
 def content(table: bpf.Map) -> bytes:

@@ -18,6 +18,7 @@ quick = settings(max_examples=40, deadline=None, derandomize=True, database=None
 
 PREBUILT = sorted((Path(__file__).parent.parent / "bpf/prebuilt").glob("*.json"))
 DESCRIPTORS = {name: 100 + rank for rank, name in enumerate(abi.MAPS)}
+NUMBERS = {name: 200 + rank for rank, name in enumerate(abi.CONSTANTS)}
 EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)
 
 
@@ -40,17 +41,30 @@ def test_stand_ins_are_found_by_both_ways_to_name_a_map() -> None:
 
 def test_linking_changes_nothing_but_the_descriptors() -> None:
     raw = load_map("sockets") + load_map("table", abi.BPF_PSEUDO_MAP_VALUE, 7) + EXIT
-    linked = unlink(raw).linked(DESCRIPTORS)
+    linked = unlink(raw).linked(DESCRIPTORS, NUMBERS)
     assert immediates(linked) == [DESCRIPTORS["sockets"], 0, DESCRIPTORS["table"], 16, 0]
     stand_ins = {name: spec.number for name, spec in abi.MAPS.items()}
-    assert unlink(raw).linked(stand_ins) == raw
+    assert unlink(raw).linked(stand_ins, abi.CONSTANTS) == raw
+
+
+def load_number(name: str) -> bytes:
+    """ld_imm64 of a stand-in for a constant."""
+    return struct.pack("=BBhi", abi.BPF_LD_IMM64, 3, 0, abi.CONSTANTS[name]) + bytes(8)
+
+
+def test_a_number_known_at_loading_is_put_in() -> None:
+    raw = EXIT + load_number("protocol") + load_map("table")
+    code = unlink(raw)
+    assert (code.constants, code.relocations) == ({1: "protocol"}, {3: "table"})
+    assert immediates(bytes.fromhex("".join(code.instructions))) == [0, 0, 0, 0, 0]
+    assert immediates(code.linked({"table": 7}, {"protocol": 17})) == [0, 17, 0, 7, 0]
 
 
 def test_a_plain_64_bit_number_is_no_map() -> None:
     number = struct.pack("=BBhi", abi.BPF_LD_IMM64, 1, 0, abi.MAPS["cpus"].number) + bytes(8)
     code = unlink(number + EXIT)
     assert code.relocations == {}
-    assert code.linked({}) == number + EXIT
+    assert code.linked({}, {}) == number + EXIT
 
 
 @pytest.mark.parametrize("kind", [abi.BPF_PSEUDO_MAP_FD, abi.BPF_PSEUDO_MAP_VALUE])
@@ -128,13 +142,20 @@ instructions = st.tuples(
 
 
 @quick
-@given(st.lists(instructions | st.sampled_from(list(abi.MAPS)).map(load_map)))
+@given(
+    st.lists(
+        instructions
+        | st.sampled_from(list(abi.MAPS)).map(load_map)
+        | st.sampled_from(list(abi.CONSTANTS)).map(load_number)
+    )
+)
 def test_any_bytecode_comes_back(parts: list[bytes]) -> None:
     raw = b"".join(parts)
     code = unlink(raw)
     assert len(code.instructions) * INSN_BYTES == len(raw)
     stored = msgspec.json.decode(msgspec.json.encode(code), type=Code)
-    assert stored.linked({name: spec.number for name, spec in abi.MAPS.items()}) == raw
+    stand_ins = {name: spec.number for name, spec in abi.MAPS.items()}
+    assert stored.linked(stand_ins, abi.CONSTANTS) == raw
 
 
 @pytest.mark.parametrize("path", PREBUILT, ids=lambda path: path.stem)
@@ -148,7 +169,7 @@ def test_prebuilt_objects_are_as_encode_writes_them(path: Path) -> None:
     )
     for code in found.programs.values():
         assert of_each <= set(code.relocations.values()) <= set(abi.MAPS)
-        linked = code.linked(DESCRIPTORS)
+        linked = code.linked(DESCRIPTORS, NUMBERS)
         assert len(linked) == len(code.instructions) * INSN_BYTES
         for index, name in code.relocations.items():
             assert linked[index * INSN_BYTES] == abi.BPF_LD_IMM64

@@ -397,14 +397,16 @@ class Table:
     def __init__(self, table_map: Map) -> None:
         self.map = table_map
         self._memory = table_map.memory()
-        self._active = abi.HEADER.unpack(self._memory[: abi.HEADER.size])[0] & 1
+        (head,) = abi.HEAD.unpack_from(self._memory)
+        self._active = int(head & abi.HALF_BYTES != 0)
         self._readers_may_remain = True
         self._flips = 0
 
     def forget(self) -> None:
         """Choose nobody, before any program runs."""
         nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
-        self.fill({0: nobody * (abi.HALF_BYTES // 2)})
+        places = (abi.HALF_BYTES - abi.LENGTH.size) // len(nobody)
+        self.fill({0: abi.LENGTH.pack(0, 0) + nobody * places})
 
     def rested(self) -> None:
         """No program has run since `PROGRAMS_END_S`."""
@@ -414,6 +416,7 @@ class Table:
         """Write `parts` (offset in a half → bytes) into both halves, before any program runs."""
         for half in (0, 1):
             self._write(half, parts)
+        self._point_to(self._active)
         self._readers_may_remain = False
 
     def amend(self, parts: Mapping[int, bytes]) -> None:
@@ -427,8 +430,7 @@ class Table:
         self._write(idle, parts)
         if os.uname().machine not in _STORES_IN_ORDER:
             wait_for_programs()
-        self._memory[0:4] = abi.HEADER.pack(idle, 0)[:4]
-        self._active = idle
+        self._point_to(idle)
         self._readers_may_remain = True
         self._flips += 1
 
@@ -449,11 +451,22 @@ class Table:
 
     def active(self) -> bytes:
         """The half in use."""
-        base = abi.HEADER.size + self._active * abi.HALF_BYTES
+        base = self._base(self._active)
         return self._memory[base : base + abi.HALF_BYTES]
 
+    def _point_to(self, half: int) -> None:
+        """Make it the active one, by one store that tells how long it is, too."""
+        length, deck = abi.LENGTH.unpack_from(self._memory, self._base(half))
+        head = length << abi.LENGTH_BIT | deck << abi.DECK_BIT | half * abi.HALF_BYTES
+        self._memory[: abi.HEAD.size] = abi.HEAD.pack(head)
+        self._active = half
+
+    @staticmethod
+    def _base(half: int) -> int:
+        return abi.HEADER.size + half * abi.HALF_BYTES
+
     def _write(self, half: int, parts: Mapping[int, bytes]) -> None:
-        base = abi.HEADER.size + half * abi.HALF_BYTES
+        base = self._base(half)
         for offset, data in parts.items():
             self._memory[base + offset : base + offset + len(data)] = data
 
@@ -469,14 +482,23 @@ class Program(Descriptor):
         code: the bytecode.
         maps: the maps it speaks of, by name.
         attach_type: BPF_SK_REUSEPORT_SELECT, …_SELECT_OR_MIGRATE or BPF_CGROUP_SOCK_OPS.
+        protocol: of the sockets that it is for.
 
     Raises:
         VerifierError: the verifier refuses; its log is in `detail`.
         KernelError: not permitted, or not known to this kernel.
     """
 
-    def __init__(self, name: str, code: Code, maps: Mapping[str, Map], attach_type: int) -> None:
-        insns = code.linked({key: value.fileno() for key, value in maps.items()})
+    def __init__(
+        self,
+        name: str,
+        code: Code,
+        maps: Mapping[str, Map],
+        attach_type: int,
+        protocol: str = "tcp",
+    ) -> None:
+        descriptors = {key: value.fileno() for key, value in maps.items()}
+        insns = code.linked(descriptors, {"protocol": abi.PROTOCOLS[protocol]})
         self._kind = _KINDS[attach_type]
         options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=attach_type)
         fd = self._load(name, insns, options)
