@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from steer.address import Bind
-from steer.background import in_background
 from steer.config import Service
 from steer.errors import BindError, ControlError, KernelError, SteerError
 from steer.kernel import bpf, listeners, sockets
@@ -211,6 +210,8 @@ class Rotation:
             self._waiting = self._loop.create_task(self._flip_after(flip, self._flip_due))
 
     async def _flip_after(self, flip: tuple[object, int], due: Handle | None) -> None:
+        from steer.background import in_background  # there by now; it needs asyncio
+
         steering = self.steering
         with suppress(RuntimeError):  # no more threads: then the flip itself waits
             await in_background(bpf.wait_for_programs)
