@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _LOOK_S = 1.0
 _MOST, _AT_ONCE = 128, 16
+_LOOKING_S = 0.005
+"""So long in one step, however slow the machine is."""
 _AT_REST_PER_S = 250
 """While nothing comes the kernel is asked for so many sockets in a second."""
 _LOOK_AT_ONE = 4
@@ -167,14 +169,16 @@ class Groups:
         self._out = {place for place in there if place.left}
 
     def _look_at_some(self, there: Sequence[Place], at_most: int = _AT_ONCE) -> int:
-        """How many workers were looked at."""
-        number = 0
+        """How many workers were looked at: no more than there is time for, but one."""
+        number, ends_s = 0, self._fleet.clock.read_s() + _LOOKING_S
         for place in self._whose_turn_it_is(there, at_most):
             number += 1
             if place.process:
                 look = partial(self._look_at, place, place.process)
                 act = f"see whether worker {place.slot} is in its groups"
                 self._fleet.retry.attempt(act, look)
+            if self._fleet.clock.read_s() >= ends_s:
+                break
         return number
 
     def _whose_turn_it_is(self, places: Sequence[Place], at_most: int) -> Iterator[Place]:

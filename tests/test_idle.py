@@ -97,6 +97,7 @@ class Service:
         self.anchors: dict[int, object] = {}
         self.backend = "ebpf"
         self.is_ending = False
+        self.look_s = 0.0
         self._last: dict[int, Bound] = {}
         fleet = cast(Fleet, self)
         self.health = Health(fleet, cast(Any, self.loop), lambda _: None, lambda: None)
@@ -158,6 +159,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
 
         def look_at(_groups: Groups, place: Place, _worker: object) -> None:
             service.did["borrow"] += 1
+            service.loop.now_s += service.look_s
             service.did[f"borrow {place.slot}"] += 1
 
         def judge(health: Health, place: Place, process: Any) -> Verdict:
@@ -249,6 +251,17 @@ def test_when_something_comes_all_are_looked_at_once_and_no_more(
     assert before <= 200 + groups._AT_ONCE + 2
     service.loop.run_s(10.0)
     assert service.did["borrow"] - before <= 12
+
+
+def test_no_step_is_long_where_looks_are(make: Callable[..., Service]) -> None:
+    service = make(200)
+    service.look_s = groups._LOOKING_S / 2
+    service.came += 1
+    service.loop.run_s(1.5)
+    steps = service.loop.wakes
+    assert 0 < service.did["borrow"] <= 2 * steps
+    service.loop.run_s(30.0)
+    assert len({key for key in service.did if key.startswith("borrow ")}) == 200
 
 
 def test_a_socket_that_is_gone_is_seen_within_a_second(make: Callable[..., Service]) -> None:
