@@ -31,6 +31,7 @@ from steer.fleet import QUICK_S
 from steer.groups import Groups
 from steer.health import Health
 from steer.kernel import family, output, probe, process, sockets, topology
+from steer.kernel.child_ends import ChildEnds
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.place import Place
@@ -67,16 +68,18 @@ def supervise(started: Controller) -> bool:
     gc.enable()
     try:
         delays = Delays()
-        with asyncio.Runner(loop_factory=partial(timed_loop, delays)) as runner:
-            return runner.run(_Supervisor(started, delays).run())
+        loop_factory = partial(timed_loop, delays)
+        with ChildEnds() as child_ends, asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(_Supervisor(started, delays, child_ends).run())
     finally:
         output.stderr.watch(None)
 
 
 class _Supervisor:
-    def __init__(self, started: Controller, delays: Delays) -> None:
+    def __init__(self, started: Controller, delays: Delays, child_ends: ChildEnds) -> None:
         self._service = started
         self._delays = delays
+        self._child_ends = child_ends
         self._fleet = started.fleet
         self._retry = started.fleet.retry
         self._log = started.log
@@ -198,8 +201,8 @@ class _Supervisor:
         }
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
-        loop.add_signal_handler(signal.SIGCHLD, self._on_child_end)
-        self._on_child_end()
+        loop.add_reader(self._child_ends, self._on_child_end)
+        self._reap_soon()
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         process.release_signals()
@@ -212,8 +215,12 @@ class _Supervisor:
             self._begin("reload", lambda: self._reload(unheard), signal.SIGHUP)
 
     def _on_child_end(self) -> None:
-        """It may be one that others started, and which nobody else waits for. Many may end at
-        once, and one look is enough."""
+        self._child_ends.clear()
+        self._reap_soon()
+
+    def _reap_soon(self) -> None:
+        """A child that ended may be one that others started, and which nobody else waits for.
+        Many may end at once, and one look is enough."""
         if self._reaping is None:
             self._reaping = self._loop.call_later(_REAP_S, self._reap)
 
@@ -225,7 +232,7 @@ class _Supervisor:
         reaped, is_all = family.reap_orphans()
         self._fleet.reaped(reaped)
         if not is_all:
-            self._on_child_end()
+            self._reap_soon()
 
     def _on_window_change(self) -> None:
         """With a terminal it means that a window has another size."""

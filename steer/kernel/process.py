@@ -286,7 +286,7 @@ def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]
         for number in _OURS:
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_HANDLED))
+        signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_OURS))
         return child()
     except SystemExit as done:
         return _exit_code(done.code)
@@ -450,12 +450,13 @@ def is_running(pid: int) -> bool:
 
 
 def hold_signals() -> None:
-    """Let signals that are handled wait until `release_signals`; no child inherits that.
+    """Let signals that are handled wait until `release_signals`, and SIGCHLD for good, see
+    `ChildEnds`; no child that is forked inherits that.
 
     Whatever else the parent left us with is undone: a mask, and signals that are ignored
     (execve(2) keeps both), as under sudo(8) and some job runners. SIGHUP stays ignored: nohup(1).
     """
-    signal.pthread_sigmask(signal.SIG_SETMASK, _HANDLED)
+    signal.pthread_sigmask(signal.SIG_SETMASK, _OURS)
     for number in signal.valid_signals() - {signal.SIGHUP, *_IGNORED_BY_PYTHON}:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
