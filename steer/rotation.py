@@ -213,11 +213,13 @@ class Rotation:
         from steer.background import in_background  # there by now; it needs asyncio
 
         steering = self.steering
-        with suppress(RuntimeError):  # no more threads: then the flip itself waits
-            await in_background(bpf.wait_for_programs)
-            steering.settled(flip)
-        if self._flip_due is due and not self._released:  # else somebody could not wait
-            self._retry.attempt("choose among the workers", self.flip)
+        try:
+            with suppress(RuntimeError):  # no more threads: then the flip itself waits
+                await in_background(bpf.wait_for_programs)
+                steering.settled(flip)
+        finally:
+            if self._flip_due is due and not self._released:  # else somebody could not wait
+                self._retry.attempt("choose among the workers", self.flip)
 
     def flip(self) -> None:
         """Have those who serve chosen, and nobody else. If that fails it is tried again."""

@@ -228,8 +228,11 @@ class UnsettledSteering(JoinableSteering):
         self._is_settled = False
 
 
-def flips_of(script: Callable[[Rotation, UnsettledSteering], Coroutine[Any, Any, None]]) -> Any:
-    steering = UnsettledSteering()
+def flips_of(
+    script: Callable[[Rotation, UnsettledSteering], Coroutine[Any, Any, None]],
+    steering: UnsettledSteering | None = None,
+) -> Any:
+    steering = steering or UnsettledSteering()
 
     async def run() -> None:
         args = (steering, [], 4, FakeGuard(), Log("error", "text"), FakeRetry())
@@ -261,3 +264,21 @@ def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
         await rotation._waiting
 
     assert flips_of(script) == [True]
+
+
+def test_flip_comes_also_where_the_wait_for_programs_fails() -> None:
+    class FailingSteering(UnsettledSteering):
+        def settled(self, flip: tuple[object, int]) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
+        rotation.flip_soon()
+        await asyncio.sleep(0)
+        assert rotation._waiting is not None
+        with pytest.raises(OSError, match="memory"):
+            await rotation._waiting
+        assert len(steering.flips) == 1
+        rotation.flip_soon()
+        rotation.settle()
+
+    assert flips_of(script, FailingSteering()) == [True, True]
