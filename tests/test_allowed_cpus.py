@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import StartService, do_without
@@ -85,9 +86,13 @@ def _cpusets() -> Path:
     return root
 
 
+def ready(running: Service) -> list[dict[str, Any]]:
+    return [each for each in running.workers() if each["state"] == "ready"]
+
+
 def cpus_of(running: Service) -> list[list[int]]:
     """Of each worker that is ready, as it is said and as it is."""
-    workers = [each for each in running.workers() if each["state"] == "ready"]
+    workers = ready(running)
     said = [each["cpus"] for each in workers]
     there = [sorted(os.sched_getaffinity(each["pid"])) for each in workers]
     assert said == there
@@ -121,7 +126,7 @@ def test_follows_the_cpuset(service: StartService, cpuset: Cpuset, policy: str) 
     assert running.ask("reload")["generation"] == 2
     assert cpus_of(running) == [[second]] * 2
     cpuset.allow(first, second)
-    running.ask("restart", slot=running.workers()[0]["slot"])
+    running.ask("restart", slot=ready(running)[0]["slot"])
     assert cpus_of(running) == every
     assert "Invalid argument" not in running.log
     assert "Traceback" not in running.log
