@@ -88,6 +88,7 @@ struct steer_table {
 
 /* The active half as a policy sees it, from one look at the head. */
 struct steer_half {
+	u64 head;
 	u32 length;
 	u32 deck;
 	const u16 *entries;
@@ -224,6 +225,7 @@ static __always_inline struct steer_half steer_active(void)
 		(const void *)table->halves + (head & sizeof(struct steer_layout));
 
 	return (struct steer_half){
+		.head = head,
 		.length = head >> STEER_LENGTH_BIT,
 		.deck = head >> STEER_DECK_BIT & ((1 << (STEER_LENGTH_BIT - STEER_DECK_BIT)) - 1),
 		.entries = layout->entries,
@@ -508,11 +510,19 @@ static __always_inline u32 steer_turn(const struct steer_half *table, u32 row, u
 
 static __always_inline u32 steer_slot_of(const struct steer_half *table, u32 position, u32 is_ack)
 {
+	u64 at = position;
 	u32 entry;
 
 	if (position & STEER_SLOT)
 		return position & ~STEER_SLOT;
-	entry = table->entries[position & (STEER_ENTRIES - 1)];
+	/*
+	 * Without CAP_PERFMON the verifier takes a number that is added to a pointer only if it knows
+	 * as much of it by every way there. By one it may be a constant, or below the number of CPUs,
+	 * and by another, where a connection migrates, any: so here it is to know nothing.
+	 */
+	at ^= table->head;
+	steer_settle(at);
+	entry = table->entries[(at ^ table->head) & (STEER_ENTRIES - 1)];
 	return entry & STEER_ROW ? steer_turn(table, entry, is_ack) : entry;
 }
 
