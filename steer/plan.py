@@ -284,13 +284,18 @@ def with_policy_of(running: Plan, other: Plan, topology: Topology) -> Plan:
     return _with_workers(chosen, service, topology, workers)
 
 
-def back_to(before: Plan, running: Plan, topology: Topology) -> Plan:
+def back_to(before: Plan, running: Plan, topology: Topology, lower: bool = False) -> Plan:
     """The plan for a running service with the policy that was in force before a change that has
-    failed: on the better of the two backends, as the change may have found a better one."""
+    failed: on the better of the two backends, as the change may have found a better one.
+
+    Args:
+        lower: whether a backend will do that is worse than the one before the change.
+    """
     (old,) = before.candidates
     rungs = {each.backend: each for each in (*running.rungs, *before.rungs)}
+    lowest = None if lower else BACKENDS.index(before.rungs[0].backend) + 1
     may_be = tuple(
-        rungs[name] for name in BACKENDS if name in rungs and name in old.policy.backends
+        rungs[name] for name in BACKENDS[:lowest] if name in rungs and name in old.policy.backends
     )
     plan = before.choosing_by([msgspec.structs.replace(old, rungs=may_be)])
     return with_policy_of(running, plan, topology)

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.place import Place
 from steer.plan import Generation, Plan
-from steer.policy import KERNEL, Policy
+from steer.policy import BACKENDS, KERNEL, Policy
 from steer.retry import as_refusal, is_lack
 from steer.settle import Settler
 from steer.split import Splits
@@ -446,20 +447,27 @@ class _Supervisor:
 
     async def _choose_again(self, before: Plan) -> None:
         """By the policy that was in force before, where it is not. Classic BPF can only once
-        those who were not to stay have gone."""
+        those who were not to stay have gone: until they have, no lower backend will do."""
         if self._plan.is_by(before.candidates[0]):
             return
-        plan = planning.back_to(before, self._plan, topology.read())
-        end_s = self._loop.time() + _GONE_S
-        while True:
-            try:
-                self._service.choose_by(plan)
+        now, end_s = topology.read(), self._loop.time() + _GONE_S
+        while self._loop.time() < end_s:
+            with suppress(SteerError):
+                self._service.choose_by(planning.back_to(before, self._plan, now))
                 return
-            except SteerError as error:
-                if self._loop.time() > end_s:
-                    self._log_failure(f"choose by {plan.policy.name} again", error)
-                    return
             await asyncio.sleep(_AGAIN_S)
+        try:
+            self._service.choose_by(planning.back_to(before, self._plan, now, lower=True))
+        except SteerError as error:
+            self._log_failure(f"choose by {before.policy.name} again", error)
+        else:
+            self._tell_how_low(before)
+
+    def _tell_how_low(self, before: Plan) -> None:
+        was, now = before.rungs[0].backend, self._plan.rungs[0]
+        if BACKENDS.index(now.backend) > BACKENDS.index(was):
+            name = self._plan.policy.name
+            self._log.warning("%s is on %s, not on %s: %s", name, now.backend, was, now.reason)
 
     def _tell_policy(self) -> None:
         plan = self._plan

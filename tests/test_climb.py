@@ -438,3 +438,22 @@ def test_a_climb_that_fails_in_the_middle(
     assert {key: running.status()[key] for key in KEYS} == before
     if policy == KERNEL:
         assert set(slots(60)) == {0, 1}
+
+
+def test_a_reload_that_fails_goes_lower_where_it_cannot_go_back(
+    service: StartService, home: Path
+) -> None:
+    """An old worker ends meanwhile, so in which order the sockets are will not be known again."""
+    configure(home, policy="source", workers=3, demo=True)
+    running = service(*BIND, under=AS_IN_DOCKER)
+    pid = running.workers()[0]["pid"]
+    until_gone = f"kill -9 {pid}; while kill -0 {pid}; do :; done 2>/dev/null; exit 7"
+    configure(home, policy=KERNEL, workers=3, command=["sh", "-c", until_gone])
+    with pytest.raises(Refused, match="exit status 7"):
+        running.ask("reload", timeout_s=None)
+    assert chosen(running) == ("source", "source", KERNEL)
+    why = "that is known only as long as no worker has left"
+    assert why in running.status()["backend_reason"]
+    assert "source is on kernel, not on cbpf: " in running.log
+    running.wait_ready(3)
+    assert slots(8).total() == 8

@@ -243,6 +243,26 @@ def test_a_reload_leaves_the_kernels_own_hash_where_nothing_better_is_to_be_had(
     assert backends(reloaded(as_asked, "source", "ebpf")) == [["kernel"]]
 
 
+@pytest.mark.parametrize(
+    "was, there, tried, tried_at_last",
+    [
+        ("cbpf", "kernel", ["cbpf"], ["cbpf", "kernel"]),
+        ("ebpf", "kernel", ["ebpf"], ["ebpf", "kernel"]),
+        ("ebpf", "cbpf", ["ebpf"], ["ebpf", "cbpf"]),
+        ("cbpf", "cbpf", ["cbpf"], ["cbpf"]),
+        ("cbpf", "ebpf", ["ebpf", "cbpf"], ["ebpf", "cbpf"]),
+        ("kernel", "cbpf", ["cbpf", "kernel"], ["cbpf", "kernel"]),
+    ],
+)
+def test_who_goes_back_tries_nothing_lower_at_first(
+    was: str, there: str, tried: Sequence[str], tried_at_last: Sequence[str]
+) -> None:
+    before, now = on(was, "source"), on(there, "kernel" if there == "kernel" else "random")
+    assert backends(planning.back_to(before, now, FOUR)) == [tried]
+    at_last = planning.back_to(before, now, FOUR, lower=True)
+    assert (at_last.policy.name, backends(at_last)) == ("source", [tried_at_last])
+
+
 def test_one_of_ones_own_cannot_be_on_classic_bpf() -> None:
     mine = own("mine", "/srv/mine.c", Declared(), "")
     service = Service(policy="/srv/mine.c")
