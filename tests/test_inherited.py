@@ -11,6 +11,8 @@ import pytest
 from conftest import StartService
 from support import eventually
 
+from steer.kernel import proc
+
 pytestmark = pytest.mark.needs("netns")
 IGNORES_AND_BLOCKS = """
 import os, signal, sys
@@ -47,11 +49,14 @@ def test_a_killed_worker_is_replaced_and_stop_returns(service: StartService) -> 
 
 
 def test_neither_workers_nor_the_service_ignore_or_block_anything(service: StartService) -> None:
-    """But SIGHUP, which nohup(1) has the service ignore; and what Python ignores."""
+    """But SIGHUP, which nohup(1) has the service ignore; what Python ignores; and SIGCHLD, of
+    which the controller, and nobody else, is told by a descriptor (signalfd(2))."""
     serve = "import socket; sock = socket.socket(fileno=3)\nwhile True: sock.accept()"
     running = service("-w", "1", "--", sys.executable, "-c", serve, under=UNDER)
     worker = running.workers()[0]["pid"]
     assert signals(running.pid, "SigIgn") <= {signal.SIGHUP, *BY_PYTHON}
-    assert signals(running.pid, "SigBlk") == set()
+    assert signals(running.pid, "SigBlk") == {signal.SIGCHLD}
     assert signals(worker, "SigIgn") <= BY_PYTHON
-    assert signals(worker, "SigBlk") == set()
+    eventually(lambda: len(proc.children(running.pid)), 2)  # the guard is the other
+    blocked = [signals(pid, "SigBlk") for pid in proc.children(running.pid)]
+    assert blocked == [set(), set()]
