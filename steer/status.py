@@ -75,13 +75,15 @@ async def _workers(
     for first in range(0, len(there), _AT_ONCE):
         if first:
             await asyncio.sleep(0)
-        for place in there[first : first + _AT_ONCE]:
-            if place not in fleet.places:
-                continue  # it has left since
-            counts = steering.counts(place.slot)
-            if counts is not None:
-                counted[place.slot] = counts
-            workers.append(_worker(place, steering, queues, counts))
+        # What waits is asked of the kernel by a socket, or looked for in /proc.
+        with fleet.retry.spare.lent():
+            for place in there[first : first + _AT_ONCE]:
+                if place not in fleet.places:
+                    continue  # it has left since
+                counts = steering.counts(place.slot)
+                if counts is not None:
+                    counted[place.slot] = counts
+                workers.append(_worker(place, steering, queues, counts))
     return workers, counted
 
 

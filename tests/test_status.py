@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,7 +110,9 @@ class FakeService:
             group_notes={},
             queues=Queues(self._queues),
             retired=Counts(1000),
+            retry=SimpleNamespace(spare=SimpleNamespace(lent=self._lent)),
         )
+        self.is_lent = False
         for slot in range(workers):
             self.fleet.places.add(self.place(slot))
 
@@ -145,13 +147,21 @@ class FakeService:
     def _open(self, _slot: int) -> int:
         return 0
 
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
+        self.is_lent = True
+        yield
+        self.is_lent = False
+
     def _queues(self, protocol: str, _family: int, _port: int) -> dict[int, Bound]:
+        assert self.is_lent, "it takes a descriptor, and there may be none but the spare ones"
         self.asked["dumps"] += 1
         if self.refuses:
             raise KernelError("ask", "EPERM")
         return {inode: Bound(inode, 9) for inode in range(protocol == "udp", 2000, 2)}
 
     def _sockets(self) -> Any:
+        assert self.is_lent, "it takes descriptors, and there may be none but the spare ones"
         self.asked["borrowed"] += 1
         raise KernelError("borrow", "EPERM")
 
@@ -165,6 +175,7 @@ class FakeService:
             task = asyncio.ensure_future(told)
             while not task.done():
                 await asyncio.sleep(0)
+                assert not self.is_lent, "others would take them"
                 self.asked["turns"] += 1
                 if meanwhile:
                     meanwhile()
