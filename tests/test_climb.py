@@ -339,7 +339,7 @@ def test_a_reload_that_fails_goes_back(
         with pytest.raises(Refused, match=r"exit status 7.*nothing has changed"):
             running.ask("reload", timeout_s=None)
         assert {key: running.status()[key] for key in before} == before
-        assert [each["pid"] for each in running.workers()] == pids
+        eventually(lambda: [each["pid"] for each in running.workers()], pids)
         assert "again: " not in running.log
         assert is_by_kernel() if backend == KERNEL else is_by_source()
     if backend == EBPF:
