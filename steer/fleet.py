@@ -141,6 +141,7 @@ class Fleet:
         self._may_come_up: list[Place] = []
         self._to_retry: deque[Place] = deque()
         self._most_starting = _NO_LIMIT
+        self._starting: dict[Place, None] = {}
         self._ending_in_s = 0.0
         self._ending_quickly = False
         self._changed: Callable[[Place], None]
@@ -182,8 +183,9 @@ class Fleet:
         """Of those that were never started, unless they are not wanted any more."""
         few: list[Place] = []
         if self._is_limited:
-            starting = sum(place.state is State.STARTING for place in self.places)
-            at_most = min(at_most, self._most_starting - starting)
+            # Looked for among all places, they would take longer the more workers wait.
+            self._starting = dict.fromkeys(filter(_is_starting, self._starting))
+            at_most = min(at_most, self._most_starting - len(self._starting))
         while self._unstarted and len(few) < at_most:
             place = self._unstarted.popleft()
             if place.state is State.BACKOFF:
@@ -193,8 +195,8 @@ class Fleet:
 
     @property
     def _is_limited(self) -> bool:
-        """Whether no more than some may be starting at once."""
-        return self._most_starting < len(self.places)
+        """Whether some wait for their turn, and no more than so many may be starting at once."""
+        return bool(self._unstarted) and self._most_starting < len(self.places)
 
     def _start_all(self) -> None:
         """However many are not ready yet."""
@@ -828,6 +830,8 @@ class Fleet:
             self.by_pid[worker.pid] = place
         for worker in workers:
             worker.begin()
+        if self._is_limited:
+            self._starting |= dict.fromkeys(places)
         self._save_together(places, look=False)
         return workers
 
@@ -1047,6 +1051,10 @@ class Fleet:
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)
+
+
+def _is_starting(place: Place) -> bool:
+    return place.process is not None and place.state is State.STARTING
 
 
 def _has_failed(place: Place) -> bool:

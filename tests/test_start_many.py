@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import pytest
+from growth_fakes import FEW, MANY, Cost, rest
 
 from steer import fleet as fleets
 from steer import policies, spawn, status
@@ -141,9 +142,11 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return FakeProcess.forked
 
 
-def fleet_of(number: int, steering: FakeSteering) -> Fleet:
-    cpus = Topology(_CPUS, _CPUS, dict.fromkeys(_CPUS, 0))
-    decided = plan(Service(workers=number), cpus, {}, policies.find("hash"))
+def fleet_of(
+    number: int, steering: FakeSteering, on: tuple[int, ...] = _CPUS, **keys: Any
+) -> Fleet:
+    cpus = Topology(on, on, dict.fromkeys(on, 0))
+    decided = plan(Service(workers=number, **keys), cpus, {}, policies.find("hash"))
     log = Log("error", "text")
 
     def launch(place: Place) -> Any:
@@ -217,6 +220,27 @@ def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[
         assert not any(place.timer for place in waiting)
 
     asyncio.run(run())
+
+
+def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
+    forked: list[int],
+) -> None:
+    async def steps(number: int) -> int:
+        fleet, before = fleet_of(number, FakeSteering(), (0,), command=("sleep", "9")), len(forked)
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        first, second, *_ = fleet.places
+        fleet.report(first, Event.READY)
+        await rest()
+        assert len(forked) - before == 2
+        with (cost := Cost()).of_steps():
+            fleet.report(second, Event.EXITED)
+            await asyncio.sleep(0)
+        assert len(forked) - before == 3
+        return cost["steps"]
+
+    few, many = (asyncio.run(steps(number)) for number in (FEW, MANY))
+    assert many < 1.5 * few
 
 
 def test_stop_before_all_are_started_starts_no_more(forked: list[int]) -> None:
