@@ -923,6 +923,10 @@ class Fleet:
         """
         process.await_apart()  # else those who start would be found to have them
         look, nobody = strays.Look(), list[strays.Stray]()
+        ends = list(ends)
+        serving = [end.place.slot for end, _ in ends if end.place.serves]
+        if serving and not self._ending:
+            self._rotation.end(serving)
         for end, left in ends:
             place, find = end.place, partial(self._strays, end, left, look)
             act = f"take worker {place.slot} out"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class Rotation:
         self._slots = slots
         self._next_slot = 0
         self._taken: set[int] = set()
+        self._ended: set[int] = set()
         self._guard = guard
         self._log = log
         self._retry = retry
@@ -173,6 +174,7 @@ class Rotation:
         """It is nobody's any more; what was counted for it is put aside."""
         self._put_aside(slot)
         self._taken.discard(slot)
+        self._ended.discard(slot)
         self._keep_soon()
 
     def _put_aside(self, slot: int) -> None:
@@ -228,12 +230,22 @@ class Rotation:
             self._flip_due.cancel()
         self._flip_due = self._loop.call_later(AGAIN_S, self._flip_in_its_turn)
         members = [place.member() for place in self._places if place.serves]
+        if self._ended:
+            members = [each for each in members if each.slot not in self._ended]
         with self.naming_locked():
             self.steering.steer(members)
         self._watch_reserve(bool(members))
         self._keep_soon()
         self._flip_due.cancel()
         self._flip_due = None
+
+    def end(self, slots: Iterable[int]) -> None:
+        """The workers there have ended. Where flows are remembered nobody is chosen there from
+        here on: or those that come before the next flip would be remembered there, and move once
+        more when the slot is given up. To be called before `left`."""
+        if self.steering.remembers():
+            self._ended.update(slots)
+            self._retry.attempt("choose among the workers", self.flip)
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now."""

@@ -178,6 +178,9 @@ class FakeSteering:
     def let_go(self, _slot: int) -> None:
         pass
 
+    def remembers(self) -> bool:
+        return False
+
     def is_member(self, _slot: int, _bind: int) -> bool:
         return False
 

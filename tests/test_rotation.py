@@ -78,8 +78,11 @@ class FakeRetry:
 class FakePlace:
     serves = True
 
+    def __init__(self, slot: int = 0) -> None:
+        self.slot = slot
+
     def member(self) -> Member:
-        return Member(0)
+        return Member(self.slot)
 
 
 @pytest.fixture
@@ -282,3 +285,38 @@ def test_flip_comes_also_where_the_wait_for_programs_fails() -> None:
         rotation.settle()
 
     assert flips_of(script, FailingSteering()) == [True, True]
+
+
+class RememberingSteering(JoinableSteering):
+    def __init__(self, remembers: bool) -> None:
+        super().__init__(needs_order=False)
+        self._remembers = remembers
+        self.chosen: list[list[int]] = []
+
+    def remembers(self) -> bool:
+        return self._remembers
+
+    def steer(self, members: Sequence[Member]) -> None:
+        self.chosen.append([member.slot for member in members])
+
+
+@pytest.mark.parametrize(
+    ("remembers", "chosen"), [(True, [[0, 2], [0, 2], [0, 1, 2]]), (False, [[0, 1, 2]] * 2)]
+)
+def test_who_has_ended_is_out_at_once_where_flows_are_remembered(
+    remembers: bool, chosen: list[list[int]]
+) -> None:
+    """And in any flip until its slot is given up, whoever else that is for."""
+
+    async def run() -> None:
+        steering, places = RememberingSteering(remembers), [FakePlace(slot) for slot in range(3)]
+        args = (steering, places, 4, FakeGuard(), Log("error", "text"), FakeRetry())
+        rotation = Rotation(*cast(Any, args))
+        rotation.watch(asyncio.get_running_loop())
+        rotation.end([1])
+        rotation.flip()
+        rotation.give_up(1)
+        rotation.flip()
+        assert steering.chosen == chosen
+
+    asyncio.run(run())
