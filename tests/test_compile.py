@@ -349,6 +349,14 @@ def test_compiler_that_does_not_end(source: Path, monkeypatch: pytest.MonkeyPatc
         compile.load(source)
 
 
+def test_compiler_that_is_killed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a limit on what it may take."""
+    killed = ["sh", "-c", "kill -KILL $$"]
+    monkeypatch.setattr(compile.process, "run", lambda *_: subprocess.run(killed, check=False))
+    with pytest.raises(CompileError, match=r"compile own\.c: bcc was killed by SIGKILL: there"):
+        compile.load(source)
+
+
 @pytest.mark.needs("bcc", "nobody")
 def test_compiling_needs_no_privilege(home: Path) -> None:
     source = home / "own.c"

@@ -178,6 +178,10 @@ def compile_source(source: Path) -> PolicyObject:
             raise CompileError(act, cause) from None
         if done.returncode == _NO_BCC:
             continue
+        if done.returncode < 0:
+            how = process.how_it_ended(done.returncode)
+            cause = f"bcc was {how}: there was no more memory, or it computed for too long"
+            raise CompileError(act, cause)
         if done.returncode != 0:
             message = done.stderr.decode(errors="replace").strip()
             message = message.replace(_BCC_CALLS_IT, str(source))
