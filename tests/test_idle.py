@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fake_loop import Loop
 
 from steer import address, groups
 from steer.clock import Clock
@@ -25,43 +26,6 @@ from steer.queues import Queues
 
 HANG_S = 2.0
 AGES_S = 40.0
-
-
-class Handle:
-    is_cancelled = False
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-
-class Loop:
-    """A time, and what is due in it; each thing that is done takes none.
-
-    Attributes:
-        wakes: how often it woke.
-    """
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-        self.wakes = 0
-        self._due: list[tuple[float, Handle, Callable[..., object]]] = []
-
-    def read_s(self) -> float:
-        return self.now_s
-
-    def call_later(self, delay: float, callback: Callable[..., object], *_: object) -> Handle:
-        self._due.append((self.now_s + delay, handle := Handle(), callback))
-        return handle
-
-    def run_s(self, seconds: float) -> None:
-        end_s = self.now_s + seconds
-        while (due := min(self._due, key=lambda each: each[0]))[0] <= end_s:
-            self._due.remove(due)
-            self.now_s = max(self.now_s, due[0])
-            if not due[1].is_cancelled:
-                self.wakes += 1
-                due[2]()
-        self.now_s = end_s
 
 
 class Service:
@@ -159,7 +123,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
 
         def look_at(_groups: Groups, place: Place, _worker: object) -> None:
             service.did["borrow"] += 1
-            service.loop.now_s += service.look_s
+            service.loop.take_s(service.look_s)
             service.did[f"borrow {place.slot}"] += 1
 
         def judge(health: Health, place: Place, process: Any) -> Verdict:
@@ -174,7 +138,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
         # Until everybody was looked at once.
         service.loop.run_s(5.0 + number / groups._AT_ONCE)
         service.did.clear()
-        service.loop.wakes = 0
+        service.loop.steps_s.clear()
         return service
 
     return made
@@ -186,7 +150,7 @@ def test_at_rest_it_wakes_once_a_second_and_does_next_to_nothing(
 ) -> None:
     service = make(number)
     service.loop.run_s(AGES_S)
-    assert service.loop.wakes <= AGES_S + 1
+    assert len(service.loop.steps_s) <= AGES_S + 1
     assert service.did["judge"] == service.did["programs"] == service.did["counts"] == 0
     # The kernel tells of no more sockets in a second than a small service has.
     looks = 2 + AGES_S / max(1.0, number / groups._AT_REST_PER_S)
@@ -205,7 +169,7 @@ def test_one_busy_worker_is_the_only_one_looked_at(
     ticks = AGES_S / (HANG_S / 4)
     assert ticks - 4 <= service.did["judge"] <= ticks + 1
     assert service.did["dump"] <= ticks + AGES_S
-    assert service.loop.wakes <= 2 * ticks + number
+    assert len(service.loop.steps_s) <= 2 * ticks + number
 
 
 def test_what_waits_is_looked_at_more_often(make: Callable[..., Service]) -> None:
@@ -258,7 +222,7 @@ def test_no_step_is_long_where_looks_are(make: Callable[..., Service]) -> None:
     service.look_s = groups._LOOKING_S / 2
     service.came += 1
     service.loop.run_s(1.5)
-    steps = service.loop.wakes
+    steps = len(service.loop.steps_s)
     assert 0 < service.did["borrow"] <= 2 * steps
     service.loop.run_s(30.0)
     assert len({key for key in service.did if key.startswith("borrow ")}) == 200

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fake_loop import Loop
 
 from steer import address, settle
 from steer.fleet import Fleet
@@ -21,48 +20,6 @@ BINDS = [address.parse("127.0.0.1:80")]
 LOOK_S = 0.0002
 """A look at the files of a worker."""
 DUMP_S = 0.001
-
-
-class Handle:
-    is_cancelled = False
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-
-class Loop:
-    """A time, and what is due in it.
-
-    Attributes:
-        steps_s: how long each call took.
-    """
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-        self.steps_s: list[float] = []
-        self._due: list[tuple[float, int, Handle, Callable[[], object]]] = []
-        self._number = count()
-
-    def read_s(self) -> float:
-        return self.now_s
-
-    def take_s(self, seconds: float) -> None:
-        self.now_s += seconds
-
-    def call_later(self, delay: float, callback: Callable[[], object]) -> Handle:
-        handle = Handle()
-        heapq.heappush(self._due, (self.now_s + delay, next(self._number), handle, callback))
-        return handle
-
-    def run_s(self, seconds: float) -> None:
-        end_s = self.now_s + seconds
-        while self._due and self._due[0][0] <= end_s:
-            due_s, _, handle, callback = heapq.heappop(self._due)
-            self.now_s = began_s = max(self.now_s, due_s)
-            if not handle.is_cancelled:
-                callback()
-                self.steps_s.append(self.now_s - began_s)
-        self.now_s = max(self.now_s, end_s)
 
 
 class Workers:
