@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
@@ -70,8 +70,8 @@ def supervise(started: Controller) -> bool:
     try:
         delays = Delays()
         loop_factory = partial(timed_loop, delays)
-        with ChildEnds() as child_ends, asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(_Supervisor(started, delays, child_ends).run())
+        with closing(ChildEnds()) as ends, asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(_Supervisor(started, delays, ends).run())
     finally:
         output.stderr.watch(None)
 

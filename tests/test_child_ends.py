@@ -9,6 +9,7 @@ MANY = 600
 """More than there is room for in the socket pair of a loop."""
 PROGRAM = f"""
 import asyncio, os, signal
+from contextlib import closing
 from steer.kernel import process
 from steer.kernel.child_ends import ChildEnds
 
@@ -32,7 +33,7 @@ async def main(ends):
     os.wait()
 
 process.hold_signals()
-with ChildEnds() as ends:
+with closing(ChildEnds()) as ends:
     asyncio.run(main(ends))
 print("heard")
 """

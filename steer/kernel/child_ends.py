@@ -11,8 +11,6 @@ import ctypes
 import os
 import signal
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
 
 _SIGSET_BYTES = 128
 """sizeof(sigset_t) of glibc and musl."""
@@ -46,13 +44,5 @@ class ChildEnds:
         with suppress(BlockingIOError):
             os.read(self._fd, _SIGINFO_BYTES)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         os.close(self._fd)
