@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from support import eventually, line_of, python, running
 
-from steer.errors import KernelError
 from steer.kernel import proc, waits
 from steer.kernel.waits import Seen
 
@@ -127,25 +126,6 @@ def test_start_time(ended_pid: int) -> None:
         assert started >= int(boot_ticks)
         assert proc.start_time_ticks(process.pid) == started
     assert proc.start_time_ticks(ended_pid) is None
-
-
-def test_network_namespace_is_shared_with_a_child() -> None:
-    with running("cat") as process:
-        assert proc.network_namespace(process.pid) == proc.network_namespace()
-
-
-@pytest.mark.needs("netns")
-def test_network_namespace_of_another() -> None:
-    own = proc.network_namespace()
-    with running("unshare", "--net", "cat") as process:
-        eventually(lambda: proc.network_namespace(process.pid) != own, True)
-        assert proc.network_namespace() == own
-
-
-def test_network_namespace_of_nobody(ended_pid: int) -> None:
-    with pytest.raises(KernelError) as caught:
-        proc.network_namespace(ended_pid)
-    assert str(caught.value) == f"read the network namespace of pid {ended_pid}: ENOENT"
 
 
 # ---- open sockets

@@ -188,21 +188,6 @@ def is_still(pid: int, began_ticks: int) -> bool:
     return stat is not None and stat[0] not in (b"Z", b"X") and int(stat[19]) == began_ticks
 
 
-def network_namespace(pid: int | Literal["self"] = "self", root: str = "/proc") -> tuple[int, int]:
-    """The network namespace of a process, as (device, inode), which name it together.
-
-    Raises:
-        KernelError: the process is gone or is not ours to look at.
-    """
-    try:
-        stat = os.stat(f"{root}/{pid}/ns/net")
-    except OSError as error:
-        cause = errno.errorcode.get(error.errno or 0, str(error))
-        cure = "run as root" if isinstance(error, PermissionError) else ""
-        raise KernelError(f"read the network namespace of pid {pid}", cause, cure) from error
-    return stat.st_dev, stat.st_ino
-
-
 def socket_inode(fd: int) -> int:
     """The inode number by which /proc and sock_diag(7) know an open socket."""
     return os.fstat(fd).st_ino

@@ -491,11 +491,6 @@ def wait_for_end(pidfd: int, timeout_s: float | None) -> bool:
     return wait_until_readable(pidfd, timeout_s)
 
 
-def close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
 def terminate(pidfd: int, number: int = signal.SIGTERM) -> None:
     """A signal to a worker's first process, and not to all: hypercorn's own workers would
     drop what they have."""
@@ -526,15 +521,6 @@ def reap(pid: int, pidfd: int, is_child: bool) -> int | None:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except ChildProcessError:
         return None
-
-
-def status_of(pidfd: int) -> int | None:
-    """As `reap` tells it, of a child that has ended and is still to be waited for."""
-    with contextlib.suppress(ChildProcessError):
-        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        if ended:
-            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-    return None
 
 
 def how_it_ended(status: int | None) -> str:
