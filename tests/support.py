@@ -123,8 +123,12 @@ def is_running(pid: int) -> bool:
 
 
 def descriptors(pid: int) -> dict[int, str]:
-    """What a process has open, as /proc shows it."""
-    return {int(each.name): os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    """What a process has open, as /proc shows it; without what it closes meanwhile."""
+    found = {}
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found[int(each.name)] = os.readlink(each)
+    return found
 
 
 def channel_of(pid: int) -> str:

@@ -104,9 +104,7 @@ def shared_and_writable(pid: int) -> list[str]:
 
 
 def bpf_descriptors(pid: int) -> list[str]:
-    fds = Path(f"/proc/{pid}/fd")
-    names = [os.readlink(each) for each in fds.iterdir()]
-    return [name for name in names if "bpf" in name]
+    return [name for name in descriptors(pid).values() if "bpf" in name]
 
 
 def own_descriptors(worker: dict[str, Any]) -> set[str]:
