@@ -37,7 +37,7 @@ from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.place import Place
 from steer.plan import Generation, Plan
-from steer.policy import BACKENDS, KERNEL, Policy
+from steer.policy import BACKENDS, KERNEL, OWN_SUFFIX, Policy
 from steer.retry import as_refusal, is_lack
 from steer.settle import Settler
 from steer.split import Splits
@@ -411,7 +411,7 @@ class _Supervisor:
     async def _planned(self, service: Service) -> Plan:
         """Raises SteerError: it cannot become that."""
         act = f"reload {self._plan.name}"
-        policy = await in_background(policies.prepare, service.policy)
+        policy = await _prepared(service.policy)
         candidates = auto.candidates(policy, service, probe.findings(), act)
         return planning.again(self._plan, service, topology.read(), act, candidates)
 
@@ -482,7 +482,7 @@ class _Supervisor:
             now = self._plan
             service = _choosing(now.service, asked, act)
             try:
-                policy = await in_background(policies.prepare, service.policy)
+                policy = await _prepared(service.policy)
                 service = _keeping(now, service, policy)
                 candidates = auto.candidates(policy, service, probe.findings(), act)
                 self._service.choose_by(
@@ -648,6 +648,14 @@ class _Supervisor:
                 f"{act} worker {slot}", f"it is {status.shown(found).value}", f"has to be {states}"
             )
         return found
+
+
+async def _prepared(asked: str) -> Policy:
+    """See `policies.prepare`. To compile one of the user's own takes its time, and so may its
+    file; those of ours are read at once."""
+    if asked.endswith(OWN_SUFFIX):
+        return await in_background(policies.prepare, asked)
+    return policies.prepare(asked)
 
 
 def _choosing(service: Service, asked: Mapping[str, Any], act: str) -> Service:
