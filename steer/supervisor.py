@@ -33,6 +33,7 @@ from steer.groups import Groups
 from steer.health import Health
 from steer.kernel import family, output, probe, process, sockets, topology
 from steer.kernel.child_ends import ChildEnds
+from steer.ladder import Finding
 from steer.lifecycle import State
 from steer.notify import tell_supervisor
 from steer.place import Place
@@ -84,6 +85,7 @@ class _Supervisor:
         self._fleet = started.fleet
         self._retry = started.fleet.retry
         self._log = started.log
+        self._found: Mapping[str, Finding] = {}
         self._state = "starting"
         self._has_terminal = not process.terminal_is_gone()
         self._changes: Changes
@@ -412,8 +414,17 @@ class _Supervisor:
         """Raises SteerError: it cannot become that."""
         act = f"reload {self._plan.name}"
         policy = await _prepared(service.policy)
-        candidates = auto.candidates(policy, service, probe.findings(), act)
+        candidates = auto.candidates(policy, service, self._findings(), act)
         return planning.again(self._plan, service, topology.read(), act, candidates)
+
+    def _findings(self) -> Mapping[str, Finding]:
+        """What could not be done may be possible by now; the rest is not tried again.
+
+        Raises:
+            KernelError: steer can run on no backend here.
+        """
+        self._found = probe.findings(self._found)
+        return self._found
 
     async def _renew(self, plan: Plan, tell: Tell) -> Generation:
         self._service.allow_descriptors(plan)
@@ -484,7 +495,7 @@ class _Supervisor:
             try:
                 policy = await _prepared(service.policy)
                 service = _keeping(now, service, policy)
-                candidates = auto.candidates(policy, service, probe.findings(), act)
+                candidates = auto.candidates(policy, service, self._findings(), act)
                 self._service.choose_by(
                     planning.choosing_by(now, service, candidates, topology.read(), act)
                 )

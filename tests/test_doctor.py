@@ -876,6 +876,19 @@ def test_what_every_backend_needs(
         assert words.partition("; ")[2] in said.cure
 
 
+def test_what_works_is_found_out_once_and_what_does_not_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = iter([ladder.Finding(Answer.NO), ladder.Finding(Answer.YES)])
+    monkeypatch.setattr(probe, "ebpf", lambda: next(found))
+    known = probe.findings()
+    assert [known[name].answer for name in ("ebpf", "cbpf")] == [Answer.NO, Answer.YES]
+    monkeypatch.setattr(probe, "cbpf", lambda: pytest.fail("it works, as was found"))
+    known = probe.findings(known)
+    assert known["ebpf"].answer is Answer.YES
+    assert probe.findings(known) == known
+
+
 @pytest.mark.parametrize(
     "release, lacking",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 
 from steer import abi, features
 from steer.bytecode import Code
@@ -17,6 +18,7 @@ _ASKED = Code(["7910300000000000", *_PASS.instructions], {})
 """Before that, read ctx->migrating_sk. The attach type tells nothing: a kernel that has not got it
 takes any (5.10, bpf_prog_load_check_attach)."""
 
+_NOTHING: Mapping[str, Finding] = {}
 _NO = {
     errno.errorcode[code]
     for code in (
@@ -100,16 +102,22 @@ def cbpf() -> Finding:
     return Finding(Answer.YES)
 
 
-def findings() -> dict[str, Finding]:
+def findings(known: Mapping[str, Finding] = _NOTHING) -> Mapping[str, Finding]:
     """All that the ladder asks for, by backend.
+
+    Args:
+        known: what was found before: what works then works still.
 
     Raises:
         KernelError: steer can run on no backend here.
     """
-    found = run()
-    if found.answer is Answer.NO:
-        raise KernelError("run workers", found.reason)
-    return {"ebpf": ebpf(), "cbpf": cbpf()}
+    if not known:
+        found = run()
+        if found.answer is Answer.NO:
+            raise KernelError("run workers", found.reason)
+    works = {name for name, found in known.items() if found.answer is Answer.YES}
+    probes = {"ebpf": ebpf, "cbpf": cbpf}
+    return {name: known[name] if name in works else look() for name, look in probes.items()}
 
 
 def _program(code: Code, attach_type: int) -> bpf.Program:
