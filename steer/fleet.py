@@ -577,11 +577,12 @@ class Fleet:
         for place in self.places:
             if place.generation.number == now.number:
                 place.generation = now
-        moved = [place for place in self.places if place.reseat(moves[place.slot])]
-        self._save_together(self.places, look=False)
+        moved = [place for place in self.places if place.seat != moves[place.slot]]
+        unpinned = [place for place in moved if place.reseat(moves[place.slot])]
+        self._save_together(moved, look=False)
         self.generation = now
         self._rotation.keep()
-        self._pin_soon(moved)
+        self._pin_soon(unpinned)
 
     def attach_again(self) -> None:
         """What steers to every group, as a worker may have attached something else."""

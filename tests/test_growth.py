@@ -129,6 +129,14 @@ def test_a_policy_change(tmp_path: Path) -> None:
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
 
 
+def test_who_keeps_its_seat_is_not_saved_for_another_policy(tmp_path: Path) -> None:
+    async def script(service: FakeService) -> None:
+        with service.counted():
+            service.fleet.choose_by(plan_for(len(service.plan.seats), "hash"))
+
+    assert not cost_of(script, tmp_path, FEW)["saves of a worker"]
+
+
 def test_workers_are_pinned_a_few_in_a_turn(tmp_path: Path) -> None:
     turns: list[int] = []
 
