@@ -99,6 +99,10 @@ def quotas(members: Sequence[Member], length: int) -> dict[int, int]:
     goes to the slot with the least (2 held + 1) / weight. So nobody gets fewer when another
     goes, as may happen with largest remainders (Balinski and Young, Fair Representation).
     """
+    if len({member.weight for member in members}) == 1:
+        each, left = divmod(length, len(members))
+        lowest = set(sorted(member.slot for member in members)[:left])
+        return {member.slot: each + (member.slot in lowest) for member in members}
     total = sum(member.weight for member in members)
     # What is sure leaves at most two positions a member to be claimed one by one.
     sure = max(0, 2 * length - 3 * len(members))
