@@ -59,6 +59,7 @@ class Choice:
         self._table = bpf.Table(maps["table"])
         self._cpus = len(plan.topology.possible)
         self._layout: Layout | None = None
+        self._laid_for: object = None
         self._in_table: Layout | None = None
         self._left_s = math.inf
         self._seed = int.from_bytes(os.urandom(4))
@@ -126,7 +127,7 @@ class Choice:
         """Take the place of another: where both fill their table alike, as little as can be
         goes elsewhere."""
         if before._plan.policy.table == self._plan.policy.table:
-            self._layout = before._layout
+            self._layout, self._laid_for = before._layout, before._laid_for
 
     def can_become(self, plan: Plan) -> bool:
         """Whether its programs would do for another plan."""
@@ -160,14 +161,22 @@ class Choice:
         Args:
             nobody: the table if there are none.
         """
-        layout = nobody
-        if members:
-            scene = Scene(self._plan.topology, self._plan.hash_length, previous=self._layout)
-            # That of nobody is not kept: when somebody is there again, only what must moves.
-            self._layout = layout = policy.lay(self._plan.policy, members, scene)
+        # That of nobody is not kept: when somebody is there again, only what must moves.
+        layout = self._lay(members) if members else nobody
         if layout != self._in_table:
             self._table.flip(layout.parts())
             self._in_table = layout
+
+    def _lay(self, members: Sequence[Member]) -> Layout:
+        """What was laid for the same members last would be laid again, in milliseconds where
+        there are a thousand."""
+        topology, hash_length = self._plan.topology, self._plan.hash_length
+        wanted = list(members), topology, hash_length
+        if self._layout is None or wanted != self._laid_for:
+            scene = Scene(topology, hash_length, previous=self._layout)
+            self._layout = policy.lay(self._plan.policy, members, scene)
+            self._laid_for = wanted
+        return self._layout
 
     def spare(self, slots: Sequence[int]) -> None:
         """While nobody is chosen: try one of these."""
