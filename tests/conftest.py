@@ -7,6 +7,7 @@ everything (STEER_REQUIRE_KERNEL=1, in CI) it fails it: a test that never runs t
 
 from __future__ import annotations
 
+import compileall
 import ctypes
 import importlib.util
 import os
@@ -182,7 +183,13 @@ def do_without(what: str) -> NoReturn:
 
 
 def pytest_configure() -> None:
-    """Some tests stand for hundreds of workers, whose sockets one process seldom holds."""
+    """Leave compiled modules in the tree, as an installation does: each of the thousands of
+    processes that tests start would compile them for itself, as these may write none.
+
+    Some tests stand for hundreds of workers, whose sockets one process seldom holds.
+    """
+    for package in ("bench", "steer", "vm"):
+        compileall.compile_dir(ROOT / package, quiet=1)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
