@@ -40,7 +40,7 @@ STEER_TABLE(deck)
 
 static __always_inline const u32 *words_at(const struct steer_half *table, u64 position)
 {
-	return (const u32 *)table->turns + (position & (WORDS - 1));
+	return (const u32 *)table->layout->turns + (position & (WORDS - 1));
 }
 
 /*

@@ -92,8 +92,7 @@ struct steer_half {
 	u32 length;
 	u32 deck;
 	const u16 *entries;
-	const u16 *turns;
-	const u16 *spares;
+	const struct steer_layout *layout;
 };
 
 /* Per slot and CPU. */
@@ -229,8 +228,7 @@ static __always_inline struct steer_half steer_active(void)
 		.length = head >> STEER_LENGTH_BIT,
 		.deck = head >> STEER_DECK_BIT & ((1 << (STEER_LENGTH_BIT - STEER_DECK_BIT)) - 1),
 		.entries = layout->entries,
-		.turns = layout->turns,
-		.spares = layout->spares,
+		.layout = layout,
 	};
 }
 
@@ -487,7 +485,8 @@ static __always_inline bool steer_is_syn(const struct sk_reuseport_md *ctx)
 /* The next slot of a row. Each CPU takes its own turns, so none ever waits or races. */
 static __always_inline u32 steer_turn(const struct steer_half *table, u32 row, u32 is_ack)
 {
-	u32 length = table->turns[row & (STEER_TURNS - 1)], turn = 0;
+	const u16 *turns = table->layout->turns;
+	u32 length = turns[row & (STEER_TURNS - 1)], turn = 0;
 	struct steer_cpu *cpu = steer_this_cpu();
 
 	if (cpu) {
@@ -496,25 +495,26 @@ static __always_inline u32 steer_turn(const struct steer_half *table, u32 row, u
 		 * nor a branch, as the verifier would follow all that comes both ways.
 		 */
 		u32 shift = is_ack * 32;
-		u64 turns = cpu->turns;
+		u64 taken = cpu->turns;
 
-		turn = turns >> shift;
+		turn = taken >> shift;
 		if (turn >= length) {
-			turns -= (u64)turn << shift;
+			taken -= (u64)turn << shift;
 			turn = 0;
 		}
-		cpu->turns = turns + ((u64)1 << shift);
+		cpu->turns = taken + ((u64)1 << shift);
 	}
-	return table->turns[(row + 1 + turn) & (STEER_TURNS - 1)];
+	return turns[(row + 1 + turn) & (STEER_TURNS - 1)];
 }
 
-static __always_inline u32 steer_slot_of(const struct steer_half *table, u32 position, u32 is_ack)
+/* What stands there: a slot, or a row. */
+static __always_inline u32 steer_entry(const struct steer_half *table, u32 position)
 {
 	u64 at = position;
-	u32 entry;
+	u32 slot = position & ~STEER_SLOT;
 
 	if (position & STEER_SLOT)
-		return position & ~STEER_SLOT;
+		return slot < STEER_ROW ? slot : STEER_ROW - 1 /* that there is none, too */;
 	/*
 	 * Without CAP_PERFMON the verifier takes a number that is added to a pointer only if it knows
 	 * as much of it by every way there. By one it may be a constant, or below the number of CPUs,
@@ -522,7 +522,13 @@ static __always_inline u32 steer_slot_of(const struct steer_half *table, u32 pos
 	 */
 	at ^= table->head;
 	steer_settle(at);
-	entry = table->entries[(at ^ table->head) & (STEER_ENTRIES - 1)];
+	return table->layout->entries[(at ^ table->head) & (STEER_ENTRIES - 1)];
+}
+
+static __always_inline u32 steer_slot_of(const struct steer_half *table, u32 position, u32 is_ack)
+{
+	u32 entry = steer_entry(table, position);
+
 	return entry & STEER_ROW ? steer_turn(table, entry, is_ack) : entry;
 }
 
@@ -601,9 +607,14 @@ static __always_inline void steer_moved(struct sk_reuseport_md *ctx, struct bpf_
 static long (*steer_select_reuseport)(struct sk_reuseport_md *, void *, void *,
 				      u64) = (void *)BPF_FUNC_sk_select_reuseport;
 
+static __always_inline bool steer_select_at(struct sk_reuseport_md *ctx, u32 *slot)
+{
+	return steer_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), slot, 0) == 0;
+}
+
 static __always_inline bool steer_select(struct sk_reuseport_md *ctx, u32 slot)
 {
-	return steer_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), &slot, 0) >= 0;
+	return steer_select_at(ctx, &slot);
 }
 
 /* Returns false if it cannot be read. */
@@ -646,9 +657,14 @@ static __always_inline void steer_remember(const struct sk_reuseport_md *ctx, u3
 		steer_table()->early = 1;
 }
 
+static __always_inline struct steer_count *steer_count_at(u32 *slot)
+{
+	return bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_COUNTS), slot);
+}
+
 static __always_inline struct steer_count *steer_count_of(u32 slot)
 {
-	return bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_COUNTS), &slot);
+	return steer_count_at(&slot);
 }
 
 /*
@@ -672,10 +688,12 @@ static __always_inline void steer_selected(struct sk_reuseport_md *ctx, u32 slot
 }
 
 /* Where the slot that was chosen has no socket: others that are alive, and then the reserve. */
-static __always_inline int steer_try_others(struct sk_reuseport_md *ctx,
-					    const struct steer_half *table, u32 at, u32 is_ack,
+static __always_inline int steer_try_others(struct sk_reuseport_md *ctx, u32 at, u32 is_ack,
 					    struct bpf_sock *migrating)
 {
+	/* Looked for again, as what is rarely needed is not to be kept. */
+	const struct steer_half table = steer_active();
+	const u16 *spares = table.layout->spares;
 	struct steer_cpu *cpu;
 	bool found = false;
 	u32 slot = 0, i;
@@ -683,7 +701,7 @@ static __always_inline int steer_try_others(struct sk_reuseport_md *ctx,
 #pragma unroll
 	for (i = 0; i < STEER_TRIES + STEER_RESERVES; i++)
 		if (!found) {
-			slot = i < STEER_TRIES ? table->spares[(ctx->hash + i) & (STEER_SPARES - 1)]
+			slot = i < STEER_TRIES ? spares[(ctx->hash + i) & (STEER_SPARES - 1)]
 					       : steer_params()->reserve + i - STEER_TRIES;
 			found = steer_select(ctx, slot);
 		}
@@ -709,7 +727,7 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 	u32 slot = steer_slot_of(table, position, is_ack);
 
 	if (!steer_select(ctx, slot))
-		return steer_try_others(ctx, table, at, is_ack, migrating);
+		return steer_try_others(ctx, at, is_ack, migrating);
 	if (at)
 		steer_remember(ctx, at, slot);
 	if (migrating || !is_ack)
@@ -717,35 +735,59 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 	return SK_PASS;
 }
 
-/* Whether the packet has to do with early lookups, as far as can be seen at once. */
-static __always_inline bool steer_may_be_early(const struct sk_reuseport_md *ctx)
+/*
+ * Whether the packet has nothing to do with early lookups, as far as can be seen at once.
+ *
+ * Args: is_syn: then whether it is to be counted: a datagram, or a SYN.
+ */
+static __always_inline bool steer_is_plain(const struct sk_reuseport_md *ctx, u32 *is_syn)
 {
-	const u8 *data;
+	const u8 *header;
 
+	*is_syn = 1;
 	if (steer_protocol() != STEER_TCP)
+		return true;
+	header = ctx->data;
+	if (header + 14 > (const u8 *)ctx->data_end)
 		return false;
-	data = ctx->data;
-	return steer_table()->early ||
-	       (data + 1 <= (const u8 *)ctx->data_end && (*data & 0xd0) == 0x40);
+	*is_syn = (header[13] & STEER_SYN) >> 1;
+	return !steer_table()->early && (*header & 0xd0) != 0x40;
 }
 
 /*
  * What most packets are: nothing migrates, nothing was looked up early. Apart from all else, so
- * that what runs for each of them is short, in few cache lines and registers.
+ * that what runs for each of them is short, in few cache lines and registers. What is rare comes
+ * last, as clang leaves code in the order of the source.
  */
 static __always_inline int steer_deliver_plainly(struct sk_reuseport_md *ctx,
-						 const struct steer_half *table, u32 position)
+						 const struct steer_half *table, u32 position,
+						 u32 is_syn)
 {
-	u32 is_ack = steer_segment_at(ctx, 0) & STEER_ACK;
-	u32 slot = steer_slot_of(table, position, is_ack);
-	/* Before the socket is selected: that takes long, and this is done meanwhile. */
-	struct steer_count *count = steer_count_of(slot);
+	u64 entry = steer_entry(table, position);
+	struct steer_count *count;
+	u32 slot;
 
-	if (!steer_select(ctx, slot))
-		return steer_try_others(ctx, table, 0, is_ack, NULL);
-	if (count && !is_ack)
-		count->selected++;
+	steer_settle(entry); /* or the compiler makes three instructions of the comparison */
+	if (entry >= STEER_ROW)
+		goto row;
+	slot = entry;
+select:
+	/* Before the socket is selected: that returns late, and what is done by then costs little. */
+	count = steer_count_at(&slot);
+	if (count)
+		count->selected += is_syn;
+	if (!steer_select_at(ctx, &slot))
+		goto others;
+	asm volatile(""); /* or the compiler goes to another return, far away */
 	return SK_PASS;
+row:
+	slot = steer_turn(table, entry, is_syn ^ STEER_ACK);
+	goto select;
+others:
+	count = steer_count_at(&slot);
+	if (count)
+		count->selected -= is_syn;
+	return steer_try_others(ctx, 0, is_syn ^ STEER_ACK, NULL);
 }
 
 /*
@@ -760,37 +802,40 @@ static __always_inline int steer_deliver_plainly(struct sk_reuseport_md *ctx,
 #define steer_position(ctx, table, migrating, hash) \
 	(migrating ? steer_spread(table, hash) : steer_policy(ctx, table))
 #endif
-#define STEER_POLICY(ctx, table)                                                            \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
-						const struct steer_half *table);            \
-	int steer_plain(struct sk_reuseport_md *ctx)                                        \
-	{                                                                                   \
-		struct steer_half half = steer_active();                                    \
-                                                                                            \
-		if (!steer_may_be_early(ctx))                                               \
-			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half)); \
-		if (steer_table()->early && steer_again(ctx))                               \
-			return SK_PASS;                                                     \
-		return steer_deliver(ctx, &half, steer_policy(ctx, &half), NULL);           \
-	}                                                                                   \
-	int steer_migrate(struct sk_reuseport_md *ctx)                                      \
-	{                                                                                   \
-		struct bpf_sock *migrating = ctx->migrating_sk;                             \
-		struct steer_half half = steer_active();                                    \
-		u32 hash = 0, position;                                                     \
-                                                                                            \
-		if (!migrating && !steer_may_be_early(ctx))                                 \
-			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half)); \
-		if (migrating) {                                                            \
-			hash = ctx->hash;                                                   \
-			steer_settle(hash);                                                 \
-		} else if (steer_table()->early && steer_again(ctx)) {                      \
-			return SK_PASS;                                                     \
-		}                                                                           \
-		position = steer_position(ctx, (&half), migrating, hash);                   \
-		return steer_deliver(ctx, &half, position, migrating);                      \
-	}                                                                                   \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
+#define STEER_POLICY(ctx, table)                                                           \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,               \
+						const struct steer_half *table);           \
+	int steer_plain(struct sk_reuseport_md *ctx)                                       \
+	{                                                                                  \
+		struct steer_half half = steer_active();                                   \
+		u32 is_syn;                                                                \
+                                                                                           \
+		if (steer_is_plain(ctx, &is_syn))                                          \
+			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half), \
+						     is_syn);                              \
+		if (steer_table()->early && steer_again(ctx))                              \
+			return SK_PASS;                                                    \
+		return steer_deliver(ctx, &half, steer_policy(ctx, &half), NULL);          \
+	}                                                                                  \
+	int steer_migrate(struct sk_reuseport_md *ctx)                                     \
+	{                                                                                  \
+		struct bpf_sock *migrating = ctx->migrating_sk;                            \
+		struct steer_half half = steer_active();                                   \
+		u32 hash = 0, position, is_syn;                                            \
+                                                                                           \
+		if (!migrating && steer_is_plain(ctx, &is_syn))                            \
+			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half), \
+						     is_syn);                              \
+		if (migrating) {                                                           \
+			hash = ctx->hash;                                                  \
+			steer_settle(hash);                                                \
+		} else if (steer_table()->early && steer_again(ctx)) {                     \
+			return SK_PASS;                                                    \
+		}                                                                          \
+		position = steer_position(ctx, (&half), migrating, hash);                  \
+		return steer_deliver(ctx, &half, position, migrating);                     \
+	}                                                                                  \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,               \
 						const struct steer_half *table)
 
 #endif

@@ -8,7 +8,7 @@ prebuilt one can be read in a diff.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -82,6 +82,51 @@ class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
     def decode(data: bytes) -> PolicyObject:
         """Raises msgspec.DecodeError where `data` is not an object's."""
         return msgspec.json.decode(data, type=PolicyObject)
+
+
+def with_near_ends(raw: bytes) -> tuple[bytes, list[int]]:
+    """The same program, which ends where it would only go to its end.
+
+    LLVM gives a program one end, far behind what runs for each packet, where there is a cache
+    line more to wait for; and the kernel leaves registers at the first `exit` that there is.
+
+    Returns:
+        Also where each instruction is now.
+    """
+    insns = list(_INSN.iter_unpack(raw))
+    jumps = {
+        at: at + 1 + offset
+        for at, (code, _, offset, _) in enumerate(insns)
+        if code & _CLASS in _JUMPS and code not in (_CALL, _EXIT)
+    }
+    ends = {
+        at: insns[to : to + 2]
+        for at, to in jumps.items()
+        if insns[at][0] == _GOTO and _is_end(insns[to : to + 2])
+    }
+    left = {to for at, to in jumps.items() if at not in ends}
+    for at, to in jumps.items():  # the verifier takes no code that nothing leads to
+        if at in ends and to not in left and insns[to - 1][0] in (_GOTO, _EXIT):
+            del ends[at]
+            left.add(to)
+    now = [at + sum(end < at for end in ends) for at in range(len(insns))]
+    written = bytearray()
+    for at, (code, registers, offset, value) in enumerate(insns):
+        if at in jumps:
+            offset = now[jumps[at]] - now[at] - 1
+        for insn in ends.get(at, [(code, registers, offset, value)]):
+            written += _INSN.pack(*insn)
+    return bytes(written), now
+
+
+def _is_end(insns: Sequence[tuple[int, ...]]) -> bool:
+    return [code for code, *_ in insns] == [_MOVE, _EXIT]
+
+
+_CLASS, _JUMPS = 7, (5, 6)
+_GOTO, _CALL, _EXIT = 0x05, 0x85, 0x95
+_MOVE = 0xB7
+"""Opcodes, of Documentation/bpf/standardization/instruction-set.rst; `_MOVE` is of a number."""
 
 
 def unlink(raw: bytes) -> Code:

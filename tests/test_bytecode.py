@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer import abi
-from steer.bytecode import INSN_BYTES, Code, PolicyObject, unlink
+from steer.bytecode import INSN_BYTES, Code, PolicyObject, unlink, with_near_ends
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -45,6 +45,33 @@ def test_linking_changes_nothing_but_the_descriptors() -> None:
     assert immediates(linked) == [DESCRIPTORS["sockets"], 0, DESCRIPTORS["table"], 16, 0]
     stand_ins = {name: spec.number for name, spec in abi.MAPS.items()}
     assert unlink(raw).linked(stand_ins, abi.CONSTANTS) == raw
+
+
+def insns(*each: tuple[int, int, int]) -> bytes:
+    """Of opcode, offset and number."""
+    return b"".join(struct.pack("=BBhi", code, 0, offset, value) for code, offset, value in each)
+
+
+ADD, MOVE, EQUALS, GOTO, CALL = 0x07, 0xB7, 0x15, 0x05, 0x85
+PASS, END = (MOVE, 0, 1), (0x95, 0, 0)
+
+
+def test_program_ends_where_it_would_go_to_its_end() -> None:
+    raw = insns((EQUALS, 2, 0), (ADD, 0, 7), (GOTO, 1, 0), (ADD, 0, 8), PASS, END)
+    ended = insns((EQUALS, 3, 0), (ADD, 0, 7), PASS, END, (ADD, 0, 8), PASS, END)
+    assert with_near_ends(raw) == (ended, [0, 1, 2, 4, 5, 6])
+
+
+def test_jumps_backwards_and_calls_lead_where_they_did() -> None:
+    raw = insns((GOTO, 1, 0), (GOTO, 2, 0), (CALL, 9, 9), (EQUALS, -3, 0), PASS, END)
+    ended = insns((GOTO, 2, 0), PASS, END, (CALL, 9, 9), (EQUALS, -4, 0), PASS, END)
+    assert with_near_ends(raw)[0] == ended
+
+
+def test_one_way_is_left_to_an_end_behind_another() -> None:
+    raw = insns((EQUALS, 1, 0), (GOTO, 3, 0), (GOTO, 2, 0), (ADD, 0, 1), END, PASS, END)
+    ended = insns((EQUALS, 1, 0), (GOTO, 4, 0), PASS, END, (ADD, 0, 1), END, PASS, END)
+    assert with_near_ends(raw)[0] == ended
 
 
 def load_number(name: str) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from steer import declared
-from steer.bytecode import NO_INPUTS, Inputs, PolicyObject, unlink
+from steer.bytecode import NO_INPUTS, Inputs, PolicyObject, unlink, with_near_ends
 from steer.errors import CompileError, NoCompiler
 from steer.kernel import inputs, process
 
@@ -211,13 +211,20 @@ def _object(source: Path, output: bytes, began_ns: int) -> PolicyObject:
     if not answer.programs:
         raise CompileError(act, "no STEER_POLICY in it", "see `steer policies new`")
     try:
-        programs = {name: unlink(bytes.fromhex(code)) for name, code in answer.programs.items()}
+        ended = {
+            name: with_near_ends(bytes.fromhex(code)) for name, code in answer.programs.items()
+        }
+        programs = {name: unlink(raw) for name, (raw, _) in ended.items()}
     except ValueError as error:
         raise CompileError(act, str(error)) from None
     read = _inputs(source, answer.read, began_ns)
     # Where that is not known any other program is another version.
     made_from = inputs.version(digest(source), read or Inputs({"": inputs.digest(output)}))
-    return PolicyObject(made_from, answer.compiler, programs, answer.lines, read)
+    lines = {
+        name: {ended[name][1][at]: line for at, line in of.items()}
+        for name, of in answer.lines.items()
+    }
+    return PolicyObject(made_from, answer.compiler, programs, lines, read)
 
 
 def _inputs(source: Path, rule: str, began_ns: int) -> Inputs | None:
