@@ -15,8 +15,10 @@ from steer.kernel.listeners import Waiting
 from steer.kernel.sockdiag import Bound
 from steer.spawn import Process
 
-_FRESH_S = 0.005
+_FRESH_S, _FRESH_MOST_S = 0.005, 0.05
 """Whoever asks within this gets the same answer: a hundred workers may be asked after at once."""
+_MOST = 0.05
+"""Of the time may be spent on answers: one that took long is fresh for longer."""
 
 Table = Mapping[int, Bound]
 _Ask = Callable[[str, int, int], Table]
@@ -36,7 +38,7 @@ class Queues:
     ) -> None:
         self._ask = ask or sockdiag.Ports().at
         self._now_s = now_s
-        self._tables: dict[tuple[str, int, int], tuple[float, Table]] = {}
+        self._tables: dict[tuple[str, int, int], tuple[float, float, Table]] = {}
         self._may_ask = True
 
     def of(self, worker: Process, after_s: float = -math.inf) -> Mapping[int, Waiting] | None:
@@ -86,10 +88,11 @@ class Queues:
     def _at(self, bind: Bind, after_s: float) -> Table:
         family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
         key, now_s = (bind.protocol, family, bind.port), self._now_s()
-        asked_s, found = self._tables.get(key, (-math.inf, {}))
-        if asked_s < after_s or now_s - asked_s >= _FRESH_S:
+        asked_s, fresh_until_s, found = self._tables.get(key, (-math.inf, -math.inf, {}))
+        if asked_s < after_s or now_s >= fresh_until_s:
             found = self._ask(*key)
-            self._tables[key] = (now_s, found)
+            fresh_s = max(_FRESH_S, min(_FRESH_MOST_S, (self._now_s() - now_s) / _MOST))
+            self._tables[key] = (now_s, now_s + fresh_s, found)
         return found
 
 

@@ -16,6 +16,7 @@ from steer import address
 from steer.errors import KernelError
 from steer.kernel import listeners, proc, sockdiag
 from steer.kernel.listeners import Waiting
+from steer.kernel.sockdiag import Bound
 from steer.queues import Queues
 
 # The kernel
@@ -195,6 +196,27 @@ def test_one_answer_is_for_all_workers() -> None:
     now_s += 0.01
     queues.of(worker(101))
     assert kernel.asked == 2
+
+
+@pytest.mark.parametrize(("took_s", "fresh_s"), [(0.0, 0.005), (0.001, 0.02), (0.01, 0.05)])
+def test_an_answer_that_took_long_is_fresh_for_longer(took_s: float, fresh_s: float) -> None:
+    """But never for so long that a worker could be taken for one that hangs."""
+    now_s = 100.0
+    asked = 0
+
+    def ask(*_: object) -> dict[int, Bound]:
+        nonlocal now_s, asked
+        now_s, asked = now_s + took_s, asked + 1
+        return {}
+
+    queues = Queues(ask, lambda: now_s)
+    queues.of(worker(101))
+    now_s = 100.0 + 0.9 * fresh_s
+    queues.of(worker(101))
+    assert asked == 1
+    now_s = 100.0 + 1.1 * fresh_s
+    queues.of(worker(101))
+    assert asked == 2
 
 
 def test_an_answer_from_before_is_not_taken() -> None:
