@@ -240,8 +240,9 @@ class Health:
         silent = {place for place in places if _is_silent(place, now_s)} if self._is_timed else ()
         if silent:
             self._hear()
-        suspects = set(places)
-        if self._watched is not None:
+        if self._watched is None:
+            suspects = set(places)
+        else:
             suspects = {*silent, *self._watched, *self._who_has_any()}
         there = [place for place in suspects if place.process]
         self._to_look_at.extend(sorted(there, key=lambda place: place.slot))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,6 +28,16 @@ HANG_S = 2.0
 AGES_S = 40.0
 
 
+class Places(list[Place]):
+    """Attributes: passes: how often somebody went through them."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Place]:
+        self.passes += 1
+        return super().__iter__()
+
+
 class Service:
     """A service with so many workers that are ready, and a controller that looks after them.
 
@@ -35,6 +45,7 @@ class Service:
         did: how often each thing was done.
         open: connections by slot.
         queued: connections that wait, by inode.
+        closed: sockets that are not open any more, by inode.
     """
 
     def __init__(self, number: int, protocol: str = "tcp", is_counted: bool = True) -> None:
@@ -42,13 +53,14 @@ class Service:
         self.open: dict[int, int] = {}
         self.came = 0
         self.queued: dict[int, int] = {}
+        self.closed: set[int] = set()
         self.is_counted = is_counted
         self.loop = Loop()
         self.binds = [address.parse(f"{protocol}://127.0.0.1:80")]
         service = SimpleNamespace(hang_timeout=HANG_S, watchdog=None, hang="replace")
         plan: Any = SimpleNamespace(service=service, binds=self.binds, slots=number)
         self.generation = cast(Generation, SimpleNamespace(number=1, plan=plan))
-        self.places = [self._place(slot) for slot in range(number)]
+        self.places = Places(self._place(slot) for slot in range(number))
         self.clock = Clock(self.loop.read_s)
         self.retry = cast(Any, self)
         self.spare = SimpleNamespace(lent=nullcontext)
@@ -83,7 +95,8 @@ class Service:
     def _dump(self, *_: object) -> dict[int, Bound]:
         """The same object as long as nothing has changed."""
         self.did["dump"] += 1
-        now = {place.slot: Bound(self.queued.get(place.slot, 0), 9) for place in self.places}
+        there = [each.slot for each in self.places if each.slot not in self.closed]
+        now = {slot: Bound(self.queued.get(slot, 0), 9) for slot in there}
         if now != self._last:
             self._last = now
         return self._last
@@ -106,7 +119,10 @@ class Service:
         return set(self.open) if self.is_counted else None
 
     def pulse(self) -> bytes | None:
-        return str((self.came, self.open)).encode() if self.is_counted else None
+        return self.traffic() if self.is_counted else None
+
+    def traffic(self, *_: object) -> bytes:
+        return str((self.came, self.open)).encode()
 
     def counts(self, _slot: int, _bind: int | None = None) -> None:
         self.did["counts"] += 1
@@ -119,7 +135,7 @@ class Service:
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
     def made(number: int, **keys: Any) -> Service:
         service = Service(number, **keys)
-        monkeypatch.setattr(groups.members, "usual_device", lambda: 0)
+        monkeypatch.setattr(groups.traffic, "pulse", service.traffic)
 
         def look_at(_groups: Groups, place: Place, _worker: object) -> None:
             service.did["borrow"] += 1
@@ -153,9 +169,9 @@ def test_at_rest_it_wakes_once_a_second_and_does_next_to_nothing(
     assert len(service.loop.steps_s) <= AGES_S + 1
     assert service.did["judge"] == service.did["programs"] == service.did["counts"] == 0
     # The kernel tells of no more sockets in a second than a small service has.
-    looks = 2 + AGES_S / max(1.0, number / groups._AT_REST_PER_S)
+    looks = 2 + AGES_S / max(1.0, number / groups._SURVEYED_PER_S)
     assert service.did["dump"] <= looks
-    assert service.did["borrow"] <= looks / 2
+    assert service.did["borrow"] <= AGES_S / groups._RESTS
     assert service.did["attach"] <= AGES_S / 4
 
 
@@ -187,20 +203,36 @@ def test_what_waits_and_is_not_counted_is_seen_all_the_same(
 ) -> None:
     service = make(number)
     service.queued[number - 1] = 1
-    service.loop.run_s(2.0 + number / groups._AT_REST_PER_S)
+    service.loop.run_s(2.0 + number / groups._SURVEYED_PER_S)
     assert service.did["judge"] > 0
 
 
-@pytest.mark.parametrize("keys", [{"is_counted": False}, {"protocol": "udp", "is_counted": False}])
+NOT_COUNTED = [{"is_counted": False}, {"protocol": "udp", "is_counted": False}]
+
+
+@pytest.mark.parametrize("keys", NOT_COUNTED)
 def test_where_nobody_counts_one_answer_is_for_all(make: Callable[..., Service], keys: Any) -> None:
     service = make(1000, **keys)
     service.loop.run_s(AGES_S)
     assert service.did["judge"] == 0
     assert service.did["dump"] <= AGES_S + 1
-    assert service.did["borrow"] <= AGES_S * groups._MOST + groups._AT_ONCE
+    assert service.did["borrow"] <= AGES_S + 1
     service.queued[7] = 1
     service.loop.run_s(2.0)
     assert service.did["judge"] > 0
+
+
+@pytest.mark.parametrize("keys", NOT_COUNTED)
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_where_nobody_counts_all_are_looked_at_when_something_comes(
+    make: Callable[..., Service], keys: Any, is_taken: bool
+) -> None:
+    """It is taken before anybody looks, and only the kernel has counted it; or it waits."""
+    service = make(100, **keys)
+    service.came += is_taken
+    service.queued[7] = not is_taken
+    service.loop.run_s(3.0)
+    assert len({key for key in service.did if key.startswith("borrow ")}) == 100
 
 
 def test_when_something_comes_all_are_looked_at_once_and_no_more(
@@ -228,14 +260,53 @@ def test_no_step_is_long_where_looks_are(make: Callable[..., Service]) -> None:
     assert len({key for key in service.did if key.startswith("borrow ")}) == 200
 
 
-def test_a_socket_that_is_gone_is_seen_within_a_second(make: Callable[..., Service]) -> None:
+@pytest.mark.parametrize("number", [10, 1000])
+def test_one_whose_socket_is_gone_is_the_only_one_looked_at(
+    make: Callable[..., Service], number: int
+) -> None:
+    service = make(number)
+    service.closed.add(3)
+    service.loop.run_s(1.05 * max(groups._LOOK_S, number / groups._SURVEYED_PER_S))
+    assert service.did["borrow 3"]
+    assert service.did["borrow"] <= service.did["borrow 3"] + 2
+
+
+def test_one_that_comes_with_its_socket_closed_is_looked_at(make: Callable[..., Service]) -> None:
+    """What the kernel says has not changed since, but then it was not ready."""
     service = make(10)
-    gone = service.places.pop()
-    service.loop.run_s(3 * groups._LOOK_S)
-    service.did.clear()
-    service.places.append(gone)
-    service.loop.run_s(1.05 * groups._LOOK_S)
-    assert service.did["borrow"] >= len(service.places)
+    place = service.places[3]
+    place.state = State.STARTING
+    service.closed.add(3)
+    service.loop.run_s(3.0)
+    assert not service.did["borrow 3"]
+    place.state = State.READY
+    service.groups.changed(place)
+    service.loop.run_s(1.05)
+    assert service.did["borrow 3"]
+
+
+def test_workers_that_come_and_go_are_not_looked_at_closer(make: Callable[..., Service]) -> None:
+    """All their sockets are seen together. One thousand may come at once."""
+    service = make(1000)
+    for place in service.places:
+        service.groups.changed(place)
+        service.loop.run_s(0.01)
+    assert service.did["borrow"] <= 10 / groups._RESTS + 1
+    assert service.did["dump"] <= 10 + 10 / 4 + 1
+
+
+def test_what_a_look_costs_does_not_depend_on_how_many_there_are(
+    make: Callable[..., Service],
+) -> None:
+    """To go through all takes the longer the more there are: it is done some times a second."""
+    service = make(1000)
+    for _ in range(8):
+        service.came += 1
+        service.places.passes = 0
+        service.loop.run_s(1.0)
+        assert service.did["borrow"] >= groups._MOST / 2
+        assert service.places.passes <= 5
+        service.did.clear()
 
 
 def test_one_that_asks_to_be_taken_for_hung_is_looked_at(make: Callable[..., Service]) -> None:

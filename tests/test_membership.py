@@ -19,6 +19,7 @@ from support import Netns, Service, eventually, http_get, is_ready
 from steer import address, settle
 from steer.membership import Advice, Bypass, Cure, Departure, Sighting, Tries, cure, departure
 from steer.policy import CBPF, EBPF, KERNEL
+from steer.programs import Chosen
 
 # What follows from what is seen
 
@@ -81,6 +82,58 @@ def test_what_arrives_and_was_not_chosen_is_told_of() -> None:
     assert found == [Advice.NOTHING] * 3 + [Advice.TELL]
     late = advice((7, {1: 0}), (7, {1: 1}), (8, {1: 2}), (8, {1: 3}), (8, {1: 0}), (8, {1: 1}))
     assert Advice.TELL not in late
+
+
+class Counters:
+    """Of slots: how often each was chosen, and which were read."""
+
+    def __init__(self, number: int) -> None:
+        self.selected = dict.fromkeys(range(number), 0)
+        self.chosen = Chosen()
+        self.read = 0
+
+    def _read(self, slot: int) -> int:
+        self.read += 1
+        return self.selected[slot]
+
+    def look(self, at_most: int) -> int | None:
+        return self.chosen.look(self.selected, self._read, at_most)
+
+
+@pytest.mark.parametrize("number", [1, 3, 64, 1000])
+def test_it_is_told_by_few_counters_that_nobody_is_chosen(number: int) -> None:
+    counters = Counters(number)
+    looks = [counters.look(65) for _ in range(60)]
+    assert set(looks[: number // 65]) <= {None}
+    assert {each for each in looks if each is not None} == {0}
+    assert counters.read <= 60 * 65
+
+
+def test_who_is_chosen_is_found_wherever_it_is() -> None:
+    counters = Counters(1000)
+    for slot in (0, 999, 500, 500, 1):
+        before = counters.chosen._times
+        counters.selected[slot] += 1
+        looks = [counters.look(65) for _ in range(2 * 1000 // 65)]
+        assert before + 1 in looks
+
+
+def test_while_all_are_chosen_one_counter_is_enough() -> None:
+    counters = Counters(1000)
+    counters.look(65)
+    for time in range(1, 50):
+        counters.read = 0
+        counters.selected = {slot: chosen + 1 for slot, chosen in counters.selected.items()}
+        assert counters.look(65) == time
+        assert counters.read == 1
+
+
+def test_a_slot_that_somebody_else_has_now_is_no_proof_for_ever() -> None:
+    counters = Counters(3)
+    counters.selected[1] = 7
+    assert counters.look(65) == 1
+    del counters.selected[1]
+    assert {counters.look(65) for _ in range(10)} == {1}
 
 
 # What workers do
