@@ -155,9 +155,6 @@ class Kernel(Countless):
             for sock in socks.values():
                 sockets.detach(sock.fileno())
 
-    def settle(self) -> None:
-        pass
-
     def release(self) -> None:
         pass
 

@@ -175,9 +175,9 @@ class Changes:
                 "see `steer restart`",
             )
 
-    def undrain(self, place: Place) -> None:
+    async def undrain(self, place: Place) -> None:
         self._fleet.report(place, Event.UNDRAIN)
-        self._fleet.try_settle()
+        await self._fleet.flipped()
 
     async def _replace(
         self, seats: Sequence[Seat], generation: Generation, old: Sequence[Place], tell: Tell
@@ -195,7 +195,7 @@ class Changes:
         self._fleet.admit(fresh)
         self._keep(generation, generation)
         self._fleet.retire(old)
-        self._fleet.try_settle()
+        await self._fleet.flipped()
         return fresh
 
     def _as_before(self) -> str:

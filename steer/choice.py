@@ -114,6 +114,10 @@ class Choice:
         for each in (*self._maps.values(), *self.programs):
             each.close()
 
+    def begin(self) -> None:
+        """It is in force from now on; programs of another may still run."""
+        self._table.unsettle()
+
     def left(self) -> None:
         """Another is in force from now on."""
         self._left_s = time.monotonic()

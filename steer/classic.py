@@ -13,7 +13,7 @@ from steer import abi, anchor, cbpf, policy, table
 from steer.anchor import Anchors, is_left_to_hash
 from steer.config import Service
 from steer.errors import KernelError
-from steer.kernel import bpf, listeners, members, sockets
+from steer.kernel import listeners, members, sockets
 from steer.plan import Plan
 from steer.policy import Scene
 from steer.steering import Countless, Lend, may_be_lost
@@ -44,6 +44,7 @@ class Cbpf(Countless):
         self._orders = [cbpf.Order() for _ in plan.binds]
         self._programs: list[list[cbpf.Insn] | None] = [None for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
+        self._steered = self._settled = 0
         self._lost = may_be_lost(plan)
         self._sharing: Sequence[str] = ()
 
@@ -153,6 +154,7 @@ class Cbpf(Countless):
         self._attach(self._layout)
 
     def steer(self, members: Sequence[Member]) -> None:
+        self._steered += 1
         self._members = members
         self._layout = self._lay(members) if members else None
         is_shared = self._layout and self._plan.policy.pinned
@@ -186,8 +188,11 @@ class Cbpf(Countless):
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
         self._attach(self._layout)
 
-    def settle(self) -> None:
-        bpf.wait_for_programs()
+    def unsettled(self) -> tuple[object, int] | None:
+        return None if self._settled == self._steered else (self, self._steered)
+
+    def settled(self, flip: tuple[object, int]) -> None:
+        _, self._settled = flip
 
     def held(self, slot: int) -> Sequence[int]:
         return self._held.get(slot, ())

@@ -269,6 +269,7 @@ class Ebpf:
             fresh.become(plan)
             fresh.steer(members, self._nobody())
             self._attach(fresh, lend)
+            fresh.begin()
         except BaseException:
             self._forget(fresh)
             raise
@@ -369,9 +370,6 @@ class Ebpf:
         for group in self._groups:
             for slot in range(self._plan.slots + reserve.COUNT):
                 group.sockets.delete(slot)
-
-    def settle(self) -> None:
-        self._choice.settle()
 
     def unsettled(self) -> tuple[object, int] | None:
         flip = self._choice.unsettled()

@@ -346,12 +346,24 @@ class Fleet:
         return {os.getpid(), self._guard.pid}
 
     def settle(self) -> None:
-        """Have who is said to be ready in the table by now."""
+        """Have who is said to be ready in the table by now. Raises KernelError."""
         self._rotation.settle()
 
-    def try_settle(self) -> None:
-        """The same where nothing depends on it: if it fails it is tried again."""
-        self.retry.attempt("choose among the workers", self.settle)
+    async def flipped(self) -> None:
+        """Until who is said to be ready is in the table, or that was tried."""
+        await self._rotation.flipped()
+
+    async def settled(self) -> None:
+        """Until all that was chosen before who serves now is in its queue."""
+        await self._rotation.settled()
+
+    def flip_now_due(self) -> int:
+        """See `Rotation.flip_now_due`."""
+        return self._rotation.flip_now_due()
+
+    def has_settled(self, flip: int) -> bool:
+        """See `Rotation.has_settled`."""
+        return self._rotation.has_settled(flip)
 
     @property
     def retired(self) -> Counts:
@@ -639,10 +651,17 @@ class Fleet:
 
     def _rescue(self, place: Place) -> None:
         """Out of the table before its queue is moved, or that would come back to it."""
-        self.settle()
-        self.steering.let_go(place.slot)
-        self.steering.settle()
-        self.move_queue(place)
+        self._rotation.let_go(place.slot)
+        self._move_settled(place)
+
+    def _move_settled(self, place: Place) -> None:
+        """Not before all is there that was on its way to it; by then it may serve again."""
+        act = f"worker {place.slot}: {Command.RESCUE.value}"
+        self._rotation.when_settled(act, partial(self._move_unless_chosen, place))
+
+    def _move_unless_chosen(self, place: Place) -> None:
+        if not place.serves and not self._ending:
+            self.move_queue(place)
 
     def shed(self, place: Place, is_shed: bool) -> None:
         """One that is at capacity is chosen no more, and others get what waits for it; or is
@@ -650,10 +669,7 @@ class Fleet:
         place.shed = is_shed
         self._rotation.flip_soon()
         if is_shed:
-            # Out of the table before its queue is moved, or that would come back to it.
-            self.settle()
-            self.steering.settle()
-            self.move_queue(place)
+            self._move_settled(place)
 
     def move_queue(self, place: Place) -> None:
         """What waits for a worker that is not chosen goes to others, if the kernel can."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,7 +29,7 @@ from steer.steering import Counts, Steering
 from steer.table import Member
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, Handle, Task
+    from asyncio import AbstractEventLoop, Future, Handle, Task
 
 _AGAIN_S = 0.1
 _Sockets = Mapping[int, socket.socket]
@@ -74,11 +75,15 @@ class Rotation:
         self._next_slot = 0
         self._taken: set[int] = set()
         self._ended: set[int] = set()
+        self._let_go: set[int] = set()
         self._guard = guard
         self._log = log
         self._retry = retry
         self._flip_due: Handle | None = None
         self._keep_due = self._is_kept = False
+        self._told_flipped: list[Future[None]] = []
+        self._flips = self._settled = 0
+        self._awaiting: list[tuple[str, Callable[[], object], int]] = []
         self._waiting: Task[None] | None = None
         self._released = False
         self._loop: AbstractEventLoop | None = None
@@ -192,6 +197,8 @@ class Rotation:
     def watch(self, loop: AbstractEventLoop) -> None:
         """From here on there is a loop to flip in."""
         self._loop = loop
+        if self.steering.unsettled() is not None:
+            self._has_flipped()  # when there was no loop
         if self._keep_due:
             loop.call_soon(self._keep_in_its_turn)
 
@@ -202,26 +209,14 @@ class Rotation:
             self._flip_due = self._loop.call_soon(self._flip_in_its_turn)
 
     def _flip_in_its_turn(self) -> None:
-        """Where it has to wait for programs first, which takes some 20 ms, the loop goes on; and
-        who gets ready or ends meanwhile is part of it."""
-        flip = self.steering.unsettled()
-        if flip is None:
-            self._retry.attempt("choose among the workers", self.flip)
-        else:
-            assert self._loop
-            self._waiting = self._loop.create_task(self._flip_after(flip, self._flip_due))
+        """Where programs may still read what it would write over it has to wait for them, and so
+        comes after that; who gets ready or ends meanwhile is part of it."""
+        if self._waiting is None:
+            self._try_to_flip()
 
-    async def _flip_after(self, flip: tuple[object, int], due: Handle | None) -> None:
-        from steer.background import in_background  # there by now; it needs asyncio
-
-        steering = self.steering
-        try:
-            with suppress(RuntimeError):  # no more threads: then the flip itself waits
-                await in_background(bpf.wait_for_programs)
-                steering.settled(flip)
-        finally:
-            if self._flip_due is due and not self._released:  # else somebody could not wait
-                self._retry.attempt("choose among the workers", self.flip)
+    def _try_to_flip(self) -> None:
+        self._retry.attempt("choose among the workers", self.flip)
+        self._tell_flipped()
 
     def flip(self) -> None:
         """Have those who serve chosen, and nobody else. If that fails it is tried again."""
@@ -234,10 +229,88 @@ class Rotation:
             members = [each for each in members if each.slot not in self._ended]
         with self.naming_locked():
             self.steering.steer(members)
+        for slot in self._let_go:
+            self.steering.let_go(slot)
+        self._let_go.clear()
         self._watch_reserve(bool(members))
         self._keep_soon()
         self._flip_due.cancel()
         self._flip_due = None
+        self._has_flipped()
+
+    def settle(self) -> None:
+        """Have who is said to be ready in the table by now. Raises KernelError."""
+        if self._flip_due is not None:
+            self.flip()
+
+    async def flipped(self) -> None:
+        """Until who is said to be ready is in the table, or that was tried."""
+        if self._flip_due is not None:
+            assert self._loop
+            self._told_flipped.append(self._loop.create_future())
+            await self._told_flipped[-1]
+
+    def _tell_flipped(self) -> None:
+        told, self._told_flipped = self._told_flipped, []
+        for each in told:
+            _set(each)
+
+    def _has_flipped(self) -> None:
+        """What programs that run now choose they may choose as before: they are waited for beside
+        the loop, as that takes some 20 ms, and so nobody has to who flips next."""
+        self._flips += 1
+        self._tell_flipped()
+        if self.steering.unsettled() is None and self._waiting is None:
+            self._has_settled(self._flips)
+        elif self._waiting is None:
+            assert self._loop
+            self._waiting = self._loop.create_task(self._settle_beside())
+
+    async def _settle_beside(self) -> None:
+        try:
+            while self._settled < self._flips and not self._released:
+                flips, steering, flip = self._flips, self.steering, self.steering.unsettled()
+                await _programs_end()
+                if flip is not None:
+                    steering.settled(flip)
+                self._has_settled(flips)
+                if self._flip_due is not None and flips == self._flips and not self._released:
+                    self._try_to_flip()
+        finally:
+            self._waiting = None
+
+    def _has_settled(self, flip: int) -> None:
+        self._settled = flip
+        waiting, self._awaiting = self._awaiting, []
+        for each in waiting:
+            self.when_settled(*each)
+
+    def flip_now_due(self) -> int:
+        """For `has_settled`: the flip after which nobody is chosen who does not serve now."""
+        return self._flips + (self._flip_due is not None)
+
+    def has_settled(self, flip: int) -> bool:
+        """Whether all that was chosen before this flip is in its queue."""
+        return self._released or flip <= self._settled
+
+    def when_settled(self, act: str, do: Callable[[], object], flip: int | None = None) -> None:
+        """Do it once all that was chosen before who serves now is in its queue.
+
+        Args:
+            flip: before this one instead.
+        """
+        flip = self.flip_now_due() if flip is None else flip
+        if self.has_settled(flip):
+            self._retry.attempt(act, do)
+        else:
+            self._awaiting.append((act, do, flip))
+
+    async def settled(self) -> None:
+        """Until all that was chosen before who serves now is in its queue."""
+        assert self._loop
+        done = self._loop.create_future()
+        self.when_settled("wait for programs", partial(_set, done))
+        await done
 
     def end(self, slots: Iterable[int]) -> None:
         """The workers there have ended. Where flows are remembered nobody is chosen there from
@@ -247,14 +320,17 @@ class Rotation:
             self._ended.update(slots)
             self._retry.attempt("choose among the workers", self.flip)
 
-    def settle(self) -> None:
-        """Have who is said to be ready in the table by now."""
-        if self._flip_due is not None:
-            self.flip()
+    def let_go(self, slot: int) -> None:
+        """See `Steering.let_go`: with the next flip, or who comes before would be remembered there
+        once more."""
+        self._let_go.add(slot)
+        self.flip_soon()
 
     def release(self) -> None:
         """The service ends: hold no socket open, and have nobody adopt what steers."""
         self._released = True
+        self._tell_flipped()
+        self._has_settled(self._flips)
         self._watch_reserve(False)
         self._guard.drop(STEERING)
         self.steering.release()
@@ -277,11 +353,19 @@ class Rotation:
         ours what waits is moved, by any other it would be reset.
         """
         self._retry.attempt("attach the policy's program again", self.attach_again)
+        # By then nothing is on its way there: while it is emptied it does not listen.
+        self._watch_reserve(False)
+        self.when_settled("move what waits in reserve", self._empty_settled_reserve)
+
+    def _empty_settled_reserve(self) -> None:
+        if self._released:
+            return
         moved = self._retry.attempt("move what waits in reserve", self.steering.empty_reserve)
         if not moved or any(map(listeners.is_waited_for, self.steering.reserve)):
             assert self._loop
-            self._watch_reserve(False)
             self._loop.call_later(_AGAIN_S, self._watch_reserve_again)
+        else:
+            self._watch_reserve_again()
 
     def _watch_reserve_again(self) -> None:
         if not self._released:
@@ -312,13 +396,13 @@ class Rotation:
         Raises:
             KernelError: nothing has changed.
         """
-        self.settle()
         with self.naming_locked():
             if steering is None:
                 self.steering.swap(plan, members, self._lend)
             else:
                 self._move_to(steering, members, plan.binds)
         self._watch_reserve(bool(members))
+        self._has_flipped()
 
     def attach_again(self) -> None:
         """What is in force to every group, whatever it has. Raises KernelError."""
@@ -445,3 +529,19 @@ def _take_over(steering: Steering, there: Mapping[int, _Sockets], binds: int) ->
     for slot, socks in there.items():
         if len(socks) == binds:
             steering.taken_over(slot, [os.dup(socks[bind].fileno()) for bind in range(binds)])
+
+
+def _set(done: Future[None]) -> None:
+    """Unless nobody waits for it any more."""
+    if not done.done():
+        done.set_result(None)
+
+
+async def _programs_end() -> None:
+    """Until all that run now have."""
+    from steer.background import in_background  # there by now; it needs asyncio
+
+    try:
+        await in_background(bpf.wait_for_programs)
+    except RuntimeError:  # no more threads
+        bpf.wait_for_programs()

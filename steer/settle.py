@@ -88,7 +88,7 @@ class Settler:
         self._number = count()
         self._turn_s = math.inf
         self._next: _Handle | None = None
-        self._settled_s: float | None = None
+        self._settled = -1, -math.inf
 
     def begin(self, place: Place) -> Settling:
         """For a worker that was just taken out of the table, or is about to be in this turn."""
@@ -110,7 +110,7 @@ class Settler:
 
     def _turn(self) -> None:
         """Look at those who are due, as long as there is time."""
-        self._turn_s, self._next, self._settled_s = math.inf, None, None
+        self._turn_s, self._next = math.inf, None
         now_s = began_s = self._now_s()
         with self._fleet.retry.spare.lent():
             while self._due and self._due[0][0] <= began_s and now_s - began_s < _TURN_S:
@@ -137,12 +137,13 @@ class Settler:
         at a listener that its worker has turned away from, but keeps open."""
         fleet, clock = self._fleet, self._fleet.clock
         whole_s, began_s = fleet.generation.plan.service.graceful_timeout, clock.now_s()
-        self._settle_all()
+        yield from self._until_settled()
         yield from _until_forgotten(fleet, place, began_s + _FLOWS_UNTIL * whole_s)
         # Half of what is left is for finishing what it has.
         limit_s = (began_s + whole_s - clock.now_s()) / 2
         end_s = clock.now_s() + limit_s
-        yield from _emptying(fleet, place, limit_s, self._settle_all())
+        settled_s = yield from self._until_settled()
+        yield from _emptying(fleet, place, limit_s, settled_s)
         # One that closed its listeners by itself may be finishing: a signal could cut that short.
         linger_s = limit_s if place.closed_its_listeners else _LINGER_S
         yield from _until_answered(fleet, place, min(end_s, clock.now_s() + linger_s))
@@ -154,19 +155,15 @@ class Settler:
             yield pause_s
             pause_s = min(_SELDOM_S, 1.1 * pause_s)
 
-    def _settle_all(self) -> float:
-        """When all that was chosen before this turn was in its queue: it takes as long for one
-        worker as for all."""
-        if self._settled_s is None:
-            self._settled_s = _settled(self._fleet, self._now_s)
-        return self._settled_s
-
-
-def _settled(fleet: Fleet, now_s: Callable[[], float]) -> float:
-    """Have all that was chosen so far in its queue; when that was so."""
-    fleet.settle()
-    fleet.steering.settle()
-    return now_s()
+    def _until_settled(self) -> Generator[float, None, float]:
+        """Until all that was chosen before this turn is in its queue; when that was so."""
+        flip = self._fleet.flip_now_due()
+        while not self._fleet.has_settled(flip):
+            yield _LOOK_S
+        # Seen by the first for all: later looks at queues do for each.
+        if flip > self._settled[0]:
+            self._settled = flip, self._now_s()
+        return self._settled[1]
 
 
 async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
@@ -174,8 +171,14 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
 
     Returns:
         Whether that is so: false after `limit_s`.
+
+    Raises:
+        KernelError: it is chosen still.
     """
-    looks = _emptying(fleet, place, limit_s, _settled(fleet, time.monotonic))
+    await fleet.flipped()
+    fleet.settle()  # raises why that failed
+    await fleet.settled()
+    looks = _emptying(fleet, place, limit_s, time.monotonic())
     while True:
         try:
             pause_s = next(looks)

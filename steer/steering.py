@@ -154,11 +154,9 @@ class Steering(Protocol):
             KernelError: nothing has changed.
         """
 
-    def settle(self) -> None:
-        """Return once all that was chosen before the last `steer` is in its queue."""
-
     def unsettled(self) -> tuple[object, int] | None:
-        """Which `steer` it was that the next one would wait for; None where it would not."""
+        """Which change of who is chosen it was since which programs may still choose as before,
+        so that the next would wait for them; None where none may."""
 
     def settled(self, flip: tuple[object, int]) -> None:
         """All programs that ran when `unsettled` told of this one have ended."""

@@ -578,7 +578,7 @@ class _Supervisor:
     # Requests.
 
     async def _on_status(self, _request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
-        self._fleet.try_settle()
+        await self._fleet.flipped()
         delays = self._delays.report()
         return {"service": await status.report_of(self._service, self._state, delays)}
 
@@ -624,7 +624,7 @@ class _Supervisor:
 
     async def _on_undrain(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         place = self._place(request, "undrain", State.DRAINING)
-        self._changes.undrain(place)
+        await self._changes.undrain(place)
         return {"slot": place.slot}
 
     async def _on_policy(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:

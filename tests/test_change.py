@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Sequence
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -44,7 +43,6 @@ class FakeFleet:
         self.places: list[Place] = []
         self.flips: list[list[int]] = []
         self.kept: list[tuple[int, int]] = []
-        self.steering = SimpleNamespace(settle=lambda: None)
         self._slot = 0
         for seat in self.generation.plan.seats:
             self._take(seat, self.generation).state = State.READY
@@ -76,7 +74,7 @@ class FakeFleet:
         for place in places:
             self.report(place, Event.RETIRE)
 
-    def try_settle(self) -> None:
+    async def flipped(self) -> None:
         self.flips.append([place.slot for place in self.places if place.serves])
 
     # What happens to workers.

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, cast
 
@@ -61,6 +62,9 @@ class FakeGuard:
 
     def put(self, key: str, *_: object) -> None:
         self.puts.append(key)
+
+    def drop(self, key: str) -> None:
+        pass
 
 
 class FakeRetry:
@@ -151,6 +155,9 @@ class JoinableSteering(FakeSteering):
         pass
 
     def retire(self, slot: int) -> None:
+        pass
+
+    def release(self) -> None:
         pass
 
 
@@ -269,22 +276,88 @@ def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
     assert flips_of(script) == [True]
 
 
-def test_flip_comes_also_where_the_wait_for_programs_fails() -> None:
-    class FailingSteering(UnsettledSteering):
-        def settled(self, flip: tuple[object, int]) -> None:
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
 
     async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
         rotation.flip_soon()
-        await asyncio.sleep(0)
-        assert rotation._waiting is not None
-        with pytest.raises(OSError, match="memory"):
-            await rotation._waiting
-        assert len(steering.flips) == 1
-        rotation.flip_soon()
-        rotation.settle()
+        while not steering.flips:
+            await asyncio.sleep(0)
 
-    assert flips_of(script, FailingSteering()) == [True, True]
+    assert flips_of(script) == [False]
+
+
+def test_programs_are_waited_for_after_a_flip_so_that_the_next_need_not_wait() -> None:
+    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
+        for _ in range(2):
+            rotation.flip_soon()
+            await rotation.settled()
+        rotation.flip()
+
+    assert flips_of(script) == [False, False, False]
+
+
+def test_what_is_not_to_come_back_waits_for_the_flip_and_for_programs() -> None:
+    seen: list[tuple[int, bool]] = []
+
+    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
+        def look() -> None:
+            seen.append((len(steering.flips), steering.unsettled() is None))
+
+        await rotation.settled()
+        rotation.flip_soon()
+        rotation.when_settled("look", look)
+        assert not seen
+        await rotation.settled()
+        rotation.when_settled("look", look)
+
+    flips_of(script)
+    assert seen == [(1, True), (1, True)]
+
+
+def test_flows_are_let_go_when_nobody_is_sent_there_any_more() -> None:
+    let_go: list[int] = []
+
+    class LettingGo(UnsettledSteering):
+        def let_go(self, slot: int) -> None:
+            let_go.append(len(self.flips))
+
+    async def script(rotation: Rotation, _: UnsettledSteering) -> None:
+        rotation.let_go(1)
+        assert not let_go
+        await rotation.settled()
+        rotation.flip()
+
+    flips_of(script, LettingGo())
+    assert let_go == [1]
+
+
+def test_nobody_waits_for_a_service_that_ends() -> None:
+    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
+        rotation.flip_soon()
+        waiting = [asyncio.ensure_future(each()) for each in (rotation.flipped, rotation.settled)]
+        await asyncio.sleep(0)
+        rotation.release()
+        await asyncio.gather(*waiting)
+
+    flips_of(script)
+
+
+def test_a_flip_that_fails_is_not_waited_for_again_and_again() -> None:
+    class FailingSteering(UnsettledSteering):
+        def steer(self, members: Sequence[Member]) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    async def script(rotation: Rotation, _: UnsettledSteering) -> None:
+        rotation.flip_soon()
+        await rotation.flipped()
+        with pytest.raises(OSError, match="memory"):
+            rotation.settle()
+
+    flips_of(script, FailingSteering())
 
 
 class RememberingSteering(JoinableSteering):

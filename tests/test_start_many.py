@@ -55,6 +55,9 @@ class FakeSteering:
         self.asked["saved"] += 1
         return None, ()
 
+    def unsettled(self) -> None:
+        """No program runs."""
+
     def steer(self, _members: Sequence[object]) -> None:
         self.asked["flips"] += 1
 

@@ -431,6 +431,10 @@ class Table:
         if os.uname().machine not in _STORES_IN_ORDER:
             wait_for_programs()
         self._point_to(idle)
+        self.unsettle()
+
+    def unsettle(self) -> None:
+        """Programs that run now may choose as before, be it by another table."""
         self._readers_may_remain = True
         self._flips += 1
 
