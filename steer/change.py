@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from steer.errors import (
     WorkersFailed,
 )
 from steer.fleet import Fleet
+from steer.intake import Intake
 from steer.lifecycle import Event, State
 from steer.place import Place
 from steer.plan import Generation, Plan, Seat
@@ -208,28 +210,26 @@ class Changes:
     async def _recruit(
         self, seats: Sequence[Seat], generation: Generation, tell: Tell, *, modest: bool
     ) -> list[Place]:
-        """Start workers and wait until all are ready; if one fails, none stays.
-
-        Not all at once: they would take the CPUs from those that serve. One more than that, so
-        that the next begins while the last gets ready.
-        """
+        """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
+        one fails, none stays."""
         fresh: list[Place] = []
-        at_once = 1 + max(1, len(os.sched_getaffinity(0)) // 2)
-        starting: set[Place] = set()
+        intake = Intake(len(os.sched_getaffinity(0)))
+        began_s: dict[Place, float] = {}
         news: asyncio.Queue[Place] = asyncio.Queue()
-        recruit, told = self._fleet.recruit, news.put_nowait
         tell("ready", 0, len(seats))
         try:
-            while len(fresh) < len(seats) or starting:
-                if news.empty() and len(fresh) < len(seats) and len(starting) < at_once:
-                    fresh.append(recruit(seats[len(fresh)], generation, modest, told))
-                    starting.add(fresh[-1])
-                    await asyncio.sleep(0)  # to start one takes long enough
+            while len(fresh) < len(seats) or began_s:
+                few = seats[len(fresh) : len(fresh) + intake.room(len(began_s))]
+                if few and news.empty():
+                    places = self._fleet.recruit(few, generation, modest, news.put_nowait)
+                    fresh += places
+                    began_s |= dict.fromkeys(places, time.monotonic())
+                    await asyncio.sleep(0)  # to start some takes long enough
                 else:
                     place = await news.get()
                     _see_that_it_stayed(place)
-                    starting.discard(place)
-                    tell("ready", len(fresh) - len(starting), len(seats))
+                    intake.took(time.monotonic() - began_s.pop(place))
+                    tell("ready", len(fresh) - len(began_s), len(seats))
             for place in fresh:
                 _see_that_it_stayed(place)
         except BaseException:

@@ -371,26 +371,32 @@ class Fleet:
         return self._rotation.retired
 
     def recruit(
-        self, seat: Seat, generation: Generation, modest: bool, told: Callable[[Place], None]
-    ) -> Place:
-        """Start a worker that is held until `admit`.
+        self,
+        seats: Sequence[Seat],
+        generation: Generation,
+        modest: bool,
+        told: Callable[[Place], None],
+    ) -> Sequence[Place]:
+        """Start workers that are held until `admit`, all or none.
 
         Args:
             modest, told: see `Place`.
 
         Raises:
-            BindError, KernelError, WorkersFailed: it could not be started.
+            BindError, KernelError, WorkersFailed: one could not be started.
             ControlError: too many are there.
         """
-        place = self._take_place(seat, generation, held=True)
-        place.modest = modest
-        place.told = told
+        places: list[Place] = []
         try:
-            self._begin(place)
+            for seat in seats:
+                places.append(self._take_place(seat, generation, held=True))
+                places[-1].modest, places[-1].told = modest, told
+            self._begin(*places)
         except SteerError:
-            self._forget(place)
+            for place in places:
+                self._forget(place)
             raise
-        return place
+        return places
 
     def admit(self, places: Sequence[Place]) -> None:
         """From now on they may be chosen, all at once."""
@@ -845,8 +851,7 @@ class Fleet:
         for place, worker in zip(places, workers, strict=True):
             place.process = worker
             self.by_pid[worker.pid] = place
-        for worker in workers:
-            worker.begin()
+        spawn.begin_all(workers, self._guard)
         if self._is_limited:
             self._starting |= dict.fromkeys(places)
         self._save_together(places, look=False)

@@ -86,7 +86,7 @@ def _bound_to(bind: Bind, launch: Launch, anchored: bool) -> socket.socket:
 def fork_all(
     launches: Sequence[Launch], guard: Guard, owned: Sequence[Sequence[socket.socket]]
 ) -> list[Process]:
-    """A process for each, or for none. They do nothing before `begin`.
+    """A process for each, or for none. They do nothing before `begin_all`.
 
     Args:
         guard: has them too, should we be gone.
@@ -106,6 +106,22 @@ def fork_all(
             raise process.fork_error(error) from None
         ours.pop_all()
     return made
+
+
+def begin_all(workers: Sequence[Process], guard: Guard) -> None:
+    """Have the guard know of them, and only then have them go on.
+
+    Raises:
+        KernelError: the guard cannot.
+    """
+    try:
+        with guard.together():
+            for one in workers:
+                one.keep(b"")
+    except OSError as error:
+        raise process.fork_error(error) from None
+    for one in workers:
+        one.go_on()
 
 
 class Process:
@@ -168,16 +184,8 @@ class Process:
         self.family = Family(pid)
         self._meet()
 
-    def begin(self) -> None:
-        """Have the guard know of it, and only then go on.
-
-        Raises:
-            KernelError: the guard cannot.
-        """
-        try:
-            self.keep(b"")
-        except OSError as error:
-            raise process.fork_error(error) from None
+    def go_on(self) -> None:
+        """See `begin_all`."""
         with suppress(OSError):  # it has ended: `watch` tells
             self._channel.send(b"\0")
 

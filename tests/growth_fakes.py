@@ -95,10 +95,10 @@ class FakeChannel:
     def __init__(self, cost: Cost) -> None:
         self._cost = cost
 
-    def send(self, frame: Frame, _fds: Sequence[int] = ()) -> None:
+    def send_all(self, frames: Sequence[Frame], _fds: Sequence[int] = ()) -> None:
         self._cost["messages to the guard"] += 1
-        self._cost["bytes to the guard"] += len(frame.value)
-        self._cost["waits for the guard"] += frame.wait
+        self._cost["bytes to the guard"] += sum(len(frame.value) for frame in frames)
+        self._cost["waits for the guard"] += any(frame.wait for frame in frames)
 
     def receive(self) -> object:
         return ()
@@ -210,8 +210,8 @@ class FakeProcess:
         self._cost = cost
         cost["processes"] += 1
 
-    def begin(self) -> None:
-        self.keep(b"")
+    def go_on(self) -> None:
+        pass
 
     @property
     def key(self) -> str:
@@ -291,6 +291,7 @@ class FakeService:
         self, launches: Sequence[Any], guard: Guard, _owned: object
     ) -> Sequence[FakeProcess]:
         """Take the place of that of `spawn`."""
+        self.cost["lots of forks"] += 1
         return [self._fork(launch, guard) for launch in launches]
 
     def _fork(self, launch: Any, guard: Guard) -> FakeProcess:

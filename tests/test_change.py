@@ -54,12 +54,16 @@ class FakeFleet:
         return place
 
     def recruit(
-        self, seat: Seat, generation: Generation, _modest: bool, told: Callable[[Place], None]
-    ) -> Place:
-        place = self._take(seat, generation)
-        place.held = True
-        place.told = told
-        return place
+        self,
+        seats: Sequence[Seat],
+        generation: Generation,
+        _modest: bool,
+        told: Callable[[Place], None],
+    ) -> list[Place]:
+        places = [self._take(seat, generation) for seat in seats]
+        for place in places:
+            place.held, place.told = True, told
+        return places
 
     def admit(self, places: Sequence[Place]) -> None:
         for place in places:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +55,10 @@ class FakeGuard:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         self.known.append(pid)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
     def drop(self, _key: str) -> None:
         pass
 
@@ -91,7 +95,7 @@ def test_start_does_not_wait_for_the_worker(monkeypatch: pytest.MonkeyPatch) -> 
     guard = FakeGuard()
     begun = fork(launch_on(HERE, f"udp://{HERE}"), guard)
     try:
-        begun.begin()
+        spawn.begin_all([begun], cast(Any, guard))
         assert guard.known == [begun.pid]
         assert len(begun.bound) == 2
     finally:
@@ -110,9 +114,10 @@ def test_worker_that_no_guard_knows_of_runs_nothing(
         return lambda _worker: 7
 
     monkeypatch.setattr(worker, "_load", load)
-    forked = fork(launch_on(HERE), FakeGuard())
+    guard = FakeGuard()
+    forked = fork(launch_on(HERE), guard)
     if is_told:
-        forked.begin()
+        spawn.begin_all([forked], cast(Any, guard))
     else:
         forked._channel.shutdown(socket.SHUT_RDWR)  # as the kernel does with what is nobody's
     assert process.wait_for_end(forked._pidfd, DEADLINE_S)
@@ -124,9 +129,10 @@ def test_worker_that_no_guard_knows_of_runs_nothing(
 def test_worker_that_the_guard_cannot_take_leaves_nothing_open() -> None:
     fork(launch_on(HERE), FakeGuard()).end()  # makes the pipe that all children have for a while
     before = open_here()
-    forked = fork(launch_on(HERE), FakeGuard(fails_at=0))
+    guard = FakeGuard(fails_at=0)
+    forked = fork(launch_on(HERE), guard)
     with pytest.raises(KernelError, match="Bad file descriptor"):
-        forked.begin()
+        spawn.begin_all([forked], cast(Any, guard))
     forked.end()
     assert open_here() == before
 

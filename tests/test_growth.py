@@ -22,6 +22,7 @@ from growth_fakes import (
 )
 
 from steer.change import unheard
+from steer.intake import MOST_TOGETHER
 from steer.lifecycle import Event
 
 EACH = ("messages to the guard", "processes", "joined", "proc")
@@ -49,7 +50,7 @@ def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         fleet, seat = service.fleet, service.plan.seats[0]
         with service.counted():
-            fleet.recruit(seat, fleet.generation, True, lambda _: None)
+            fleet.recruit([seat], fleet.generation, True, lambda _: None)
             await rest()
 
     few, many = both(script, tmp_path)
@@ -102,6 +103,10 @@ def test_a_reload(tmp_path: Path) -> None:
     assert many["flips"] / MANY < few["flips"] / FEW
     assert not many["waits for the guard"]
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
+    # They are ready at once, so most are started, and the guard is told of them, in full lots.
+    lots, ends = MANY / MOST_TOGETHER, MANY
+    assert many["lots of forks"] < 2 * lots
+    assert many["messages to the guard"] < 5 * lots + ends
 
 
 def test_a_scale(tmp_path: Path) -> None:

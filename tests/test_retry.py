@@ -427,7 +427,7 @@ BREAKS = [
     ("steer.spawn fork_all", "MemoryError 1 2"),
     ("steer.spawn Process.prepare", "MemoryError 1 2"),
     ("steer.spawn Process.forked", "MemoryError 1 2"),
-    ("steer.spawn Process.begin", "MemoryError 1 2"),
+    ("steer.spawn Process.keep", "MemoryError 1 2"),
     ("steer.spawn Process.watch", "OSError 1 1"),
     ("steer.kernel.process reap", "ZeroDivisionError 1 1"),
     ("steer.kernel.custody Guard.drop", "OSError 1 1"),

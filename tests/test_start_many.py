@@ -106,7 +106,10 @@ class FakeProcess:
         self.pid = 1_000 + len(self.forked)
         self.launch, self.problem, self.bound = launch, None, ()
 
-    def begin(self) -> None:
+    def keep(self, *_: object) -> None:
+        pass
+
+    def go_on(self) -> None:
         pass
 
     def watch(self, *_: object) -> None:

@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -76,8 +76,16 @@ class Channel:
 
     def send(self, frame: Frame, fds: Sequence[int] = ()) -> None:
         """Raises OSError as sendmsg(2): nothing can be sent after."""
-        body = msgspec.msgpack.encode(frame)
-        data = memoryview(len(body).to_bytes(_HEADER_BYTES, "big") + body)
+        self.send_all([frame], fds)
+
+    def send_all(self, frames: Iterable[Frame], fds: Sequence[int] = ()) -> None:
+        """Several at once, with the descriptors of all, in their order.
+
+        Raises:
+            OSError: as `send`.
+        """
+        bodies = map(msgspec.msgpack.encode, frames)
+        data = memoryview(b"".join(map(_with_length, bodies)))
         for start in range(0, len(fds), MAX_FDS):
             rights = array.array("i", fds[start : start + MAX_FDS])
             self.sock.sendmsg([data[:1]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
@@ -125,6 +133,10 @@ class Channel:
         for fd in self._fds:
             os.close(fd)
         self._fds = []
+
+
+def _with_length(body: bytes) -> bytes:
+    return len(body).to_bytes(_HEADER_BYTES, "big") + body
 
 
 def receive(sock: socket.socket, max_fds: int) -> tuple[bytes, list[int]]:

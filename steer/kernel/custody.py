@@ -83,7 +83,9 @@ class Guard:
     ) -> None:
         self.entries: dict[str, Entry] = {}
         self._workers: dict[str, Worker] = {}
-        self._put_together: dict[str, bytes] | None = None
+        self._together = False
+        self._put_together: dict[str, Entry] = {}
+        self._updated_together: dict[str, bytes] = {}
         self._control = control
         self._settings = settings
         self._inode = rundir.inode(Path(settings.control))
@@ -91,6 +93,7 @@ class Guard:
         self._predecessor = handover.channel.sock if handover is not None else None
         self._channel: Channel | None = None
         self._record = Record(Path(settings.control))
+        self._unrecorded: list[Worker] = []
         self._fork()
 
     def _fork(self) -> None:
@@ -161,31 +164,48 @@ class Guard:
             return
         if group and (old is None or old.stop_signal != stop_signal):
             self._workers[key] = group, stop_signal
-            self._record.add((group, stop_signal), self._workers.values())
-        if old is None or old.fds != new.fds:
+            self._unrecorded.append((group, stop_signal))
+            if not self._together:
+                self._write_down()
+        if old is None and self._together:
+            self._put_together[key] = new
+        elif old is None or old.fds != new.fds:
             self._send(key, new, wait=old is not None)
-        elif self._put_together is not None and new == replace(old, value=value):
-            self._put_together[key] = value
+        elif self._together and new == replace(old, value=value):
+            self._updated_together[key] = value
         else:
             self._tell(Frame("put", key, value, SAME, group, stop_signal=stop_signal))
         self.entries[key] = new
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is put meanwhile, and of which only the value is another, is sent at once: the
-        keeper has all of it or nothing, and it costs one message."""
-        self._put_together = {}
+        """What is put meanwhile, and is new or has only another value, is sent at the end. It
+        costs two messages; of all that has another value the keeper has all or nothing.
+
+        Raises:
+            OSError: as `put`.
+        """
+        self._together = True
         try:
             yield
         finally:
+            self._together = False
             self._send_together()
-            self._put_together = None
+            self._write_down()
 
     def _send_together(self) -> None:
-        values = self._put_together
+        new, self._put_together = self._put_together, {}
+        values, self._updated_together = self._updated_together, {}
+        if new:
+            fds = [fd for entry in new.values() for fd in entry.fds]
+            self._tell(*(_frame(key, entry) for key, entry in new.items()), fds=fds)
         if values:
-            self._put_together = {}
             self._tell(Frame("update", value=msgspec.msgpack.encode(values)))
+
+    def _write_down(self) -> None:
+        if self._unrecorded:
+            self._record.add(self._unrecorded, self._workers.values())
+            self._unrecorded = []
 
     def update(self, key: str, value: bytes) -> None:
         """Another value for an entry there is. Raises KeyError."""
@@ -203,7 +223,7 @@ class Guard:
 
     def reopen(self) -> None:
         """The keeper's standard output and error become what ours are now."""
-        self._tell(Frame("reopen", fds=2), (1, 2))
+        self._tell(Frame("reopen", fds=2), fds=(1, 2))
 
     def close(self) -> None:
         """Nothing is left to guard: the keeper ends, and ends nobody."""
@@ -256,17 +276,15 @@ class Guard:
             self._predecessor = None
 
     def _send(self, key: str, entry: Entry, wait: bool = False) -> None:
-        count, number = len(entry.fds), entry.stop_signal
-        frame = Frame("put", key, entry.value, count, entry.group, wait, number)
-        self._tell(frame, entry.fds)
+        self._tell(_frame(key, entry, wait), fds=entry.fds)
 
-    def _tell(self, frame: Frame, fds: Sequence[int] = ()) -> None:
+    def _tell(self, *frames: Frame, fds: Sequence[int] = ()) -> None:
         self._send_together()  # the keeper does all in order
         if self._channel is None:
             return
         try:
-            self._channel.send(frame, fds)
-            if frame.wait and self._channel.receive() is None:
+            self._channel.send_all(frames, fds)
+            if frames[-1].wait and self._channel.receive() is None:
                 self._lose()
         except OSError as error:
             self._lose()
@@ -394,6 +412,11 @@ def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
         except OSError:
             return None
     raise rundir.running(path.stem, "it does not answer", path)
+
+
+def _frame(key: str, entry: Entry, wait: bool = False) -> Frame:
+    count, number = len(entry.fds), entry.stop_signal
+    return Frame("put", key, entry.value, count, entry.group, wait, number)
 
 
 def _settings(value: bytes) -> Settings:

@@ -40,15 +40,15 @@ class Record:
         """Whether it is still what we wrote: whoever cleans directories may have removed it."""
         return self._inode is not None and rundir.inode(self._path) == self._inode
 
-    def add(self, worker: Worker, known: Collection[Worker]) -> None:
-        """One more.
+    def add(self, workers: Collection[Worker], known: Collection[Worker]) -> None:
+        """Some more.
 
         Args:
-            known: all there are, with this one.
+            known: all there are, with these.
         """
         if self.is_there and self._lines < _LONG * len(known) + 64:
-            self._write([worker], os.O_APPEND)
-            self._lines += 1
+            self._write(workers, os.O_APPEND)
+            self._lines += len(workers)
         else:
             self.renew(known)
 
