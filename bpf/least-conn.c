@@ -83,6 +83,14 @@ static __always_inline u64 lowest(const u32 *counts, const u32 *words, bool vari
 	return lower(first, second);
 }
 
+/* Of twice as many, before it is asked whether to go on. */
+static __always_inline u64 lowest_of_both(const u32 *counts, const u32 *words, bool varied,
+					  u64 given)
+{
+	return lower(lowest(counts, words, varied, given),
+		     lowest(counts, words + NEIGHBOURS, varied, given) | NEIGHBOURS);
+}
+
 /* From the turn on. No fewer than none: then the rest is not looked at. */
 static __always_inline u64 of_all(const struct steer_half *table, const u32 *counts, u64 turn,
 				  bool varied, u64 given)
@@ -90,8 +98,9 @@ static __always_inline u64 of_all(const struct steer_half *table, const u32 *cou
 	u64 best = NONE, i;
 
 #pragma clang loop unroll(disable)
-	for (i = 0; i < ALL && i < table->deck && best > LOOK; i += NEIGHBOURS)
-		best = lower(lowest(counts, words_at(table, turn + i), varied, given) | i, best);
+	for (i = 0; i < ALL && i < table->deck && best > LOOK; i += 2 * NEIGHBOURS)
+		best = lower(lowest_of_both(counts, words_at(table, turn + i), varied, given) | i,
+			     best);
 	return turn + (best & LOOK);
 }
 
@@ -133,7 +142,7 @@ static __always_inline void tend(const struct steer_half *table)
 
 STEER_POLICY(ctx, table)
 {
-	u32 segment = steer_segment(ctx), is_ack = segment & STEER_ACK, *turn;
+	u32 segment = steer_segment_of(ctx, table), is_ack = segment & STEER_ACK, *turn;
 	const struct steer_pace *pace = steer_pace();
 	struct steer_cpu *cpu = steer_this_cpu();
 	const u32 *counts = steer_loads()->load;
@@ -143,13 +152,13 @@ STEER_POLICY(ctx, table)
 		return steer_spread(table, ctx->hash);
 	/* It answers a SYN cookie: no handshake was ever under way where its SYN was sent. */
 	counts += is_ack * STEER_SLOTS;
-	if (table->deck > ALL) {
-		position = of_some(table, counts, pace->given);
-	} else {
+	if (table->deck <= ALL) {
 		turn = turn_of(cpu, is_ack, table->deck);
 		position = pace->varied ? of_all(table, counts, *turn, true, pace->given)
 					: of_all(table, counts, *turn, false, 0);
 		*turn = position + 1;
+	} else {
+		position = of_some(table, counts, pace->given);
 	}
 	if (segment & STEER_SYN) {
 		tend(table);

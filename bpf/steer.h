@@ -93,6 +93,9 @@ struct steer_half {
 	u32 deck;
 	const u16 *entries;
 	const struct steer_layout *layout;
+	bool is_plain; /* the packet is as most are, see steer_is_plain(); then: */
+	u32 segment; /* what it is, see steer_segment() */
+	u32 counts; /* 1 if it is to be counted: a datagram, or a SYN */
 };
 
 /* Per slot and CPU. */
@@ -735,23 +738,30 @@ static __always_inline int steer_deliver(struct sk_reuseport_md *ctx,
 	return SK_PASS;
 }
 
-/*
- * Whether the packet has nothing to do with early lookups, as far as can be seen at once.
- *
- * Args: is_syn: then whether it is to be counted: a datagram, or a SYN.
- */
-static __always_inline bool steer_is_plain(const struct sk_reuseport_md *ctx, u32 *is_syn)
+/* Whether the packet has nothing to do with early lookups, as far as can be seen at once. */
+static __always_inline bool steer_is_plain(const struct sk_reuseport_md *ctx,
+					   struct steer_half *table)
 {
 	const u8 *header;
 
-	*is_syn = 1;
+	table->segment = STEER_NONE;
+	table->counts = 1;
+	table->is_plain = true;
 	if (steer_protocol() != STEER_TCP)
 		return true;
 	header = ctx->data;
 	if (header + 14 > (const u8 *)ctx->data_end)
 		return false;
-	*is_syn = (header[13] & STEER_SYN) >> 1;
+	table->counts = (header[13] & STEER_SYN) >> 1;
+	table->segment = table->counts << 1 | (table->counts ^ STEER_ACK);
 	return !steer_table()->early && (*header & 0xd0) != 0x40;
+}
+
+/* As steer_segment(), without another look where the packet was looked at. */
+static __always_inline u32 steer_segment_of(const struct sk_reuseport_md *ctx,
+					    const struct steer_half *table)
+{
+	return table->is_plain ? table->segment : steer_segment(ctx);
 }
 
 /*
@@ -760,12 +770,11 @@ static __always_inline bool steer_is_plain(const struct sk_reuseport_md *ctx, u3
  * last, as clang leaves code in the order of the source.
  */
 static __always_inline int steer_deliver_plainly(struct sk_reuseport_md *ctx,
-						 const struct steer_half *table, u32 position,
-						 u32 is_syn)
+						 const struct steer_half *table, u32 position)
 {
 	u64 entry = steer_entry(table, position);
+	u32 slot, is_ack = table->counts ^ STEER_ACK;
 	struct steer_count *count;
-	u32 slot;
 
 	steer_settle(entry); /* or the compiler makes three instructions of the comparison */
 	if (entry >= STEER_ROW)
@@ -775,19 +784,19 @@ select:
 	/* Before the socket is selected: that returns late, and what is done by then costs little. */
 	count = steer_count_at(&slot);
 	if (count)
-		count->selected += is_syn;
+		count->selected += table->counts;
 	if (!steer_select_at(ctx, &slot))
 		goto others;
 	asm volatile(""); /* or the compiler goes to another return, far away */
 	return SK_PASS;
 row:
-	slot = steer_turn(table, entry, is_syn ^ STEER_ACK);
+	slot = steer_turn(table, entry, is_ack);
 	goto select;
 others:
 	count = steer_count_at(&slot);
 	if (count)
-		count->selected -= is_syn;
-	return steer_try_others(ctx, 0, is_syn ^ STEER_ACK, NULL);
+		count->selected -= table->counts;
+	return steer_try_others(ctx, 0, is_ack, NULL);
 }
 
 /*
@@ -802,40 +811,39 @@ others:
 #define steer_position(ctx, table, migrating, hash) \
 	(migrating ? steer_spread(table, hash) : steer_policy(ctx, table))
 #endif
-#define STEER_POLICY(ctx, table)                                                           \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,               \
-						const struct steer_half *table);           \
-	int steer_plain(struct sk_reuseport_md *ctx)                                       \
-	{                                                                                  \
-		struct steer_half half = steer_active();                                   \
-		u32 is_syn;                                                                \
-                                                                                           \
-		if (steer_is_plain(ctx, &is_syn))                                          \
-			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half), \
-						     is_syn);                              \
-		if (steer_table()->early && steer_again(ctx))                              \
-			return SK_PASS;                                                    \
-		return steer_deliver(ctx, &half, steer_policy(ctx, &half), NULL);          \
-	}                                                                                  \
-	int steer_migrate(struct sk_reuseport_md *ctx)                                     \
-	{                                                                                  \
-		struct bpf_sock *migrating = ctx->migrating_sk;                            \
-		struct steer_half half = steer_active();                                   \
-		u32 hash = 0, position, is_syn;                                            \
-                                                                                           \
-		if (!migrating && steer_is_plain(ctx, &is_syn))                            \
-			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half), \
-						     is_syn);                              \
-		if (migrating) {                                                           \
-			hash = ctx->hash;                                                  \
-			steer_settle(hash);                                                \
-		} else if (steer_table()->early && steer_again(ctx)) {                     \
-			return SK_PASS;                                                    \
-		}                                                                          \
-		position = steer_position(ctx, (&half), migrating, hash);                  \
-		return steer_deliver(ctx, &half, position, migrating);                     \
-	}                                                                                  \
-	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,               \
+#define STEER_POLICY(ctx, table)                                                            \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
+						const struct steer_half *table);            \
+	int steer_plain(struct sk_reuseport_md *ctx)                                        \
+	{                                                                                   \
+		struct steer_half half = steer_active();                                    \
+                                                                                            \
+		if (steer_is_plain(ctx, &half))                                             \
+			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half)); \
+		half.is_plain = false;                                                      \
+		if (steer_table()->early && steer_again(ctx))                               \
+			return SK_PASS;                                                     \
+		return steer_deliver(ctx, &half, steer_policy(ctx, &half), NULL);           \
+	}                                                                                   \
+	int steer_migrate(struct sk_reuseport_md *ctx)                                      \
+	{                                                                                   \
+		struct bpf_sock *migrating = ctx->migrating_sk;                             \
+		struct steer_half half = steer_active();                                    \
+		u32 hash = 0, position;                                                     \
+                                                                                            \
+		if (!migrating && steer_is_plain(ctx, &half))                               \
+			return steer_deliver_plainly(ctx, &half, steer_policy(ctx, &half)); \
+		half.is_plain = false;                                                      \
+		if (migrating) {                                                            \
+			hash = ctx->hash;                                                   \
+			steer_settle(hash);                                                 \
+		} else if (steer_table()->early && steer_again(ctx)) {                      \
+			return SK_PASS;                                                     \
+		}                                                                           \
+		position = steer_position(ctx, (&half), migrating, hash);                   \
+		return steer_deliver(ctx, &half, position, migrating);                      \
+	}                                                                                   \
+	static __always_inline u32 steer_policy(struct sk_reuseport_md *ctx,                \
 						const struct steer_half *table)
 
 #endif
