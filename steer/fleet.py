@@ -24,6 +24,7 @@ from steer.clock import Clock
 from steer.config import Service
 from steer.ends import End, Ends
 from steer.errors import AppLoadError, KernelError, SteerError
+from steer.intake import MOST_TOGETHER
 from steer.kernel import family, mail, proc, process, sockets, strays
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.waits import Seen
@@ -62,8 +63,8 @@ STRAYS_NAMED = 4
 _AT_ONCE = 32
 """Workers that are retired, or pinned, in one turn of the loop: some milliseconds."""
 
-_FORKS_AT_ONCE = 4
-"""So many start in one turn of the loop, which is to take no longer than 20 ms."""
+_FORKS_AT_ONCE = MOST_TOGETHER
+"""So many start in one turn of the loop."""
 _FIRST_AT_MOST = 16
 """Before there is a loop, where there are CPUs for so many."""
 

@@ -199,7 +199,7 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("cpus", "first"), [(1, 4), (8, 8), (256, 16)])
+@pytest.mark.parametrize(("cpus", "first"), [(1, 8), (12, 12), (256, 16)])
 def test_first_are_as_many_as_there_are_cpus_within_bounds(
     monkeypatch: pytest.MonkeyPatch, forked: list[int], cpus: int, first: int
 ) -> None:
@@ -292,15 +292,15 @@ def test_seats_that_an_adopter_cannot_fill_are_tried_again(
     monkeypatch: pytest.MonkeyPatch, forked: list[int]
 ) -> None:
     """Others serve: that it cannot start more is no reason to end."""
-    monkeypatch.setattr(FakeProcess, "fails_at", 6)
+    monkeypatch.setattr(FakeProcess, "fails_at", 12)
 
     async def run() -> None:
         fleet = fleet_of(20, FakeSteering())
         await watched(fleet)
         assert not fleet.refused.done()
         failed = [place for place in fleet.places if not place.process]
-        assert len(failed) == 20 - 4
+        assert len(failed) == 20 - 8
         assert all(place.failures for place in failed)
-        assert len(forked) == 6
+        assert len(forked) == 12
 
     asyncio.run(run())
