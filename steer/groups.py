@@ -240,7 +240,7 @@ class Groups:
         """Closer, at no more than there is time for, but one."""
         seen, ends_s = 0, self._fleet.clock.read_s() + _LOOKING_S
         for place in self._whose_turn_it_is():
-            if place.process and place.state not in (State.STARTING, State.GONE):
+            if place.process and _is_there(place):
                 look = partial(self._look_at, place, place.process)
                 act = f"see whether worker {place.slot} is in its groups"
                 self._fleet.retry.attempt(act, look)
@@ -253,7 +253,8 @@ class Groups:
         came."""
         if not self._round and self._has_come:
             self._has_come = False
-            self._round.extend(self._fleet.places)
+            # Who starts now was not there when it came.
+            self._round.extend(filter(_is_there, self._fleet.places))
         while self._again or self._round:
             yield (self._again or self._round).popleft()
 
@@ -399,6 +400,10 @@ class Groups:
         words = f"worker {place.slot} is not replaced again for its sockets, as that did not help"
         self._fleet.log.warning("%s", words)
         self._fleet.group_notes[f"seat {place.seat.number}"] = words
+
+
+def _is_there(place: Place) -> bool:
+    return place.process is not None and place.state not in (State.STARTING, State.GONE)
 
 
 def _duplicate(fd: int) -> socket.socket:

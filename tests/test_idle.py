@@ -295,6 +295,21 @@ def test_workers_that_come_and_go_are_not_looked_at_closer(make: Callable[..., S
     assert service.did["dump"] <= 10 + 10 / 4 + 1
 
 
+def test_who_starts_after_something_came_is_not_looked_at_for_it(
+    make: Callable[..., Service],
+) -> None:
+    service = make(1000)
+    for place in service.places[10:]:
+        place.state = State.STARTING
+    service.came += 1
+    service.loop.run_s(1.1)
+    for place in service.places[10:]:
+        place.state = State.READY
+    service.loop.run_s(10.0)
+    assert {f"borrow {slot}" for slot in range(10)} <= service.did.keys()
+    assert service.did["borrow"] <= 10 + 11 / groups._RESTS + 1
+
+
 def test_what_a_look_costs_does_not_depend_on_how_many_there_are(
     make: Callable[..., Service],
 ) -> None:
