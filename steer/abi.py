@@ -81,9 +81,9 @@ OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
 PACKET_BYTES: Final = 24
 EARLY_BYTES: Final = 8
 """Struct steer_packet and struct steer_early."""
-FLOW_KEY_BYTES: Final = 8
-FLOW_BYTES: Final = 8
-"""Struct key and struct flow of bpf/flow.c."""
+FLOWS_OF_SET: Final = 8
+SET_BYTES: Final = 192
+"""Struct set of bpf/flow.c, and how many flows it is for."""
 
 LENGTH: Final = struct.Struct("=II")
 """Mirrors what struct steer_layout begins with: length, deck."""
@@ -127,7 +127,7 @@ MAPS: Final = {
     "slots": MapSpec(0x57EE0005, BPF_MAP_TYPE_ARRAY, LOAD_BYTES, flags=BPF_F_MMAPABLE),
     "params": MapSpec(0x57EE0006, BPF_MAP_TYPE_ARRAY, PARAMS.size, flags=BPF_F_MMAPABLE),
     "own": MapSpec(0x57EE0007, BPF_MAP_TYPE_PERCPU_ARRAY, OWN.size),
-    "flows": MapSpec(0x57EE0008, BPF_MAP_TYPE_LRU_HASH, FLOW_BYTES, None, 0, FLOW_KEY_BYTES),
+    "flows": MapSpec(0x57EE0008, BPF_MAP_TYPE_ARRAY, SET_BYTES, None),
     "owners": MapSpec(
         0x57EE0009, BPF_MAP_TYPE_SK_STORAGE, OWNER.size, 0, BPF_F_NO_PREALLOC | BPF_F_CLONE
     ),

@@ -80,7 +80,8 @@ class Choice:
         with ExitStack() as undo:
             maps = {name: undo.enter_context(bpf.Map(name)) for name in _OWN_MAPS}
             if any("flows" in each.relocations.values() for each in code.programs.values()):
-                maps["flows"] = undo.enter_context(bpf.Map("flows", _capacity(plan)))
+                sets = -(-_capacity(plan) // abi.FLOWS_OF_SET)
+                maps["flows"] = undo.enter_context(bpf.Map("flows", sets))
             migrates = probe.migrate().answer is not Answer.NO
             kind = "migrate" if migrates else "plain"
             programs = [

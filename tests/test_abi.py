@@ -66,8 +66,8 @@ MIRRORED = {
     "SIZE(steer_own, histograms[0])": struct.calcsize(f"{abi.BUCKETS}Q"),
     "SIZE(steer_own, histograms)": struct.calcsize(f"{abi.HISTOGRAMS * abi.BUCKETS}Q"),
     # bpf/flow.c
-    "sizeof(struct key)": abi.FLOW_KEY_BYTES,
-    "sizeof(struct flow)": abi.FLOW_BYTES,
+    "sizeof(struct set)": abi.SET_BYTES,
+    "1 << FLOWS_OF_SET_BIT": abi.FLOWS_OF_SET,
     # bpf/least-conn.c
     "ALL": abi.ALL,
     "NEIGHBOURS": abi.NEIGHBOURS,
@@ -84,7 +84,7 @@ MIRRORED = {
 }
 
 FROM_POLICIES = (
-    ("flow.c", r"^struct (?:key|flow) \{.*?^\};"),
+    ("flow.c", r"^(?:#define FLOWS_OF_SET_BIT .*?$|struct set \{.*?^\};)"),
     ("least-conn.c", r"^#define (?:ALL|NEIGHBOURS) .*?$"),
 )
 """What of a policy's file is mirrored too."""
@@ -163,7 +163,7 @@ def test_maps_hold_what_the_structs_say() -> None:
         "slots": 2 * 4 * abi.SLOTS + abi.SLOTS * abi.SLOT.size + abi.PACE.size,
         "params": abi.PARAMS.size,
         "own": abi.OWN.size,
-        "flows": abi.FLOW_BYTES,
+        "flows": abi.SET_BYTES,
         "owners": abi.OWNER.size,
         "listeners": abi.OWNER.size,
         "moved": abi.OWNER.size,
@@ -176,11 +176,10 @@ def test_maps_hold_what_the_structs_say() -> None:
 
 
 def test_maps_are_found_by_what_they_are_keyed_with() -> None:
-    """A number of 4 bytes, if not a packet, a flow's source or the 8 bytes of a socket's cookie.
+    """A number of 4 bytes, if not a packet or the 8 bytes of a socket's cookie.
     Of socket storage it is a descriptor (bpf_fd_sk_storage_update_elem())."""
     keys = {name: spec.key_bytes for name, spec in abi.MAPS.items() if spec.key_bytes != 4}
     assert keys == {
-        "flows": abi.FLOW_KEY_BYTES,
         "listeners": 8,
         "moved": 8,
         "early": abi.PACKET_BYTES,

@@ -98,7 +98,7 @@ def test_bpftool_shows_names(name: str, program: str) -> None:
 
 
 def of_policy(name: str) -> list[tuple[str, str]]:
-    flows = [("steer_flows", "lru_hash")] if name == "flow" else []
+    flows = [("steer_flows", "array")] if name == "flow" else []
     return [
         ("steer_table", "array"),
         ("steer_params", "array"),

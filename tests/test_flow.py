@@ -217,7 +217,7 @@ def test_idle_flows_expire() -> None:
 
 
 def test_when_full_the_idle_go_first() -> None:
-    """1,024 fit; 200 of them are in use while 4,000 others come once each."""
+    """1,024 fit; 200 of them are in use while 8,000 others come once each."""
     with (
         Crew(EBPF, "flow", "udp4", workers=2, params=["capacity=1024"]) as crew,
         Clients(crew) as clients,
@@ -226,13 +226,26 @@ def test_when_full_the_idle_go_first() -> None:
         crew.steer(0)
         clients.send(range(200))
         crew.steer(1)
-        for first in range(1000, 5000, 100):
+        for first in range(1000, 9000, 100):
             assert clients.send(range(first, first + 100)) == {1: 100}
             assert clients.send(range(200)) == {0: 200}
-        assert counters(crew) == {"new": 4200, "known": 8000}
+        assert counters(crew) == {"new": 8200, "known": 16000}
         # The first of the others are forgotten.
         crew.steer(0)
         assert clients.send(range(1000, 1100)) == {0: 100}
+
+
+def test_as_many_as_fit_are_remembered() -> None:
+    """But for those whose set by chance is full: one in a thousand, of 1,024; here up to ten."""
+    with (
+        Crew(EBPF, "flow", "udp4", workers=2, params=["capacity=1024"]) as crew,
+        Clients(crew) as clients,
+    ):
+        crew.join(0, 1)
+        crew.steer(0)
+        assert clients.send(range(1024)) == {0: 1024}
+        crew.steer(1)
+        assert clients.send(range(1024))[1] <= 10
 
 
 def test_many_flows() -> None:
