@@ -69,6 +69,7 @@ class Ends:
             others soon after.
         ended: told of those of whom nobody is left, or nobody who is waited for; once of each.
         find: see `family.others`.
+        before: told of the workers that `ended` is, before their numbers may be others'.
     """
 
     def __init__(
@@ -78,11 +79,13 @@ class Ends:
         lost: Callable[[Sequence[End]], None],
         ended: Callable[[Sequence[End]], None],
         find: Find = family.others,
+        before: Callable[[Sequence[Process]], None] = lambda _: None,
     ) -> None:
         self._loop = loop
         self._retry = retry
         self._tell_lost = lost
         self._tell_ended = ended
+        self._tell_before = before
         self._find = find
         self._groups: set[int] = set()
         self._killed: deque[Process] = deque()
@@ -226,6 +229,9 @@ class Ends:
             self._whose.pop(pid, None)
 
     def _end(self, ends: Sequence[End]) -> None:
+        if ends:
+            tell = partial(self._tell_before, [each.worker for each in ends])
+            self._retry.attempt("let go of workers", tell)
         for end in ends:
             self._forget(end)
             self._groups.discard(end.worker.pid)

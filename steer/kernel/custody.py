@@ -52,6 +52,10 @@ class Entry(msgspec.Struct, frozen=True):
     stop_signal: int = signal.SIGTERM
 
 
+def _sockets(entry: Entry) -> Sequence[int]:
+    return entry.fds[_TIES:] if entry.group else entry.fds
+
+
 class Guard:
     """The controller's side.
 
@@ -212,14 +216,15 @@ class Guard:
         entry = self.entries[key]
         self.put(key, value, entry.fds, entry.group, entry.stop_signal)
 
-    def drop(self, key: str) -> None:
-        """Forget an entry, if there; when this returns the keeper has closed its sockets. What
+    def drop(self, *keys: str) -> None:
+        """Forget entries, if there; when this returns the keeper has closed their sockets. What
         ties a worker to us (see `Entry`) it closes soon: nobody has to wait for that."""
-        entry = self.entries.pop(key, None)
-        self._workers.pop(key, None)
-        if entry is not None:
-            sockets = entry.fds[_TIES:] if entry.group else entry.fds
-            self._tell(Frame("drop", key, wait=bool(sockets)))
+        dropped = {key: self.entries.pop(key) for key in keys if key in self.entries}
+        for key in dropped:
+            self._workers.pop(key, None)
+        if dropped:
+            wait = any(map(_sockets, dropped.values()))
+            self._tell(Frame("drop", value=msgspec.msgpack.encode(list(dropped)), wait=wait))
 
     def reopen(self) -> None:
         """The keeper's standard output and error become what ours are now."""

@@ -165,7 +165,8 @@ class Keeper:
         elif frame.act == "update":
             self._update(frame.value)
         elif frame.act == "drop":
-            self.entries.pop(frame.key).close()
+            for key in msgspec.msgpack.decode(frame.value, type=list[str]):
+                self.entries.pop(key).close()
         elif frame.act == "configure":
             self.settings = msgspec.msgpack.decode(frame.value, type=Settings)
         elif frame.act == "reopen":
