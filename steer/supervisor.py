@@ -67,6 +67,8 @@ def supervise(started: Controller) -> bool:
         AppLoadError: the application cannot be loaded.
         WorkersFailed: all workers failed before any was ready.
     """
+    # All that was imported stays: to look for garbage among it is for nothing.
+    gc.freeze()
     gc.enable()
     try:
         delays = Delays()
