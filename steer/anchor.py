@@ -15,12 +15,16 @@ from steer.address import Bind
 from steer.config import Service
 from steer.kernel import members, sockets
 
+ANCHOR = -1
+"""Its number, in the place of a slot, in the kernel's array; those of fillers are lower."""
+
 
 class Anchors(Mapping[int, socket.socket]):
-    """Of one service, by bind."""
+    """Of one service, by bind; and fillers, which are more of them, see `fill`."""
 
     def __init__(self) -> None:
         self._sockets: dict[int, socket.socket] = {}
+        self._fillers: dict[tuple[int, int], socket.socket] = {}
 
     def __getitem__(self, bind: int) -> socket.socket:
         return self._sockets[bind]
@@ -66,10 +70,45 @@ class Anchors(Mapping[int, socket.socket]):
                 self._sockets[index].close()
                 self._sockets[index] = fresh
 
+    @property
+    def all(self) -> list[socket.socket]:
+        return [*self._sockets.values(), *self._fillers.values()]
+
+    def fill(self, index: int, bind: Bind) -> int | None:
+        """Open another one behind all sockets of the kernel's array, to move into the hole of the
+        next that leaves; its number there, or None where it cannot be had."""
+        number = min(self.fillers(index), default=ANCHOR) - 1
+        try:
+            self._fillers[index, number] = sockets.anchor(bind)
+        except OSError:
+            return None
+        return number
+
+    def fillers(self, index: int) -> list[int]:
+        """Numbers of those of a bind, in the order in which `drop` takes them out."""
+        return [number for at, number in self._fillers if at == index]
+
+    def empty_one(self, index: int) -> int | None:
+        """Take the latest filler of a bind out; its number, or None where there is none."""
+        number = min(self.fillers(index), default=None)
+        if number is not None:
+            _take_out(self._fillers.pop((index, number)))
+        return number
+
     def receive(self, binds: Iterable[int], fds: Iterable[int]) -> None:
         """Go on with those that another controller opened; the descriptors become ours."""
         found = {bind: socket.socket(fileno=fd) for bind, fd in zip(binds, fds, strict=True)}
         self._sockets.update(found)
+
+    @property
+    def filled(self) -> list[tuple[int, int]]:
+        """The bind and number of each filler, in the order of `all`."""
+        return list(self._fillers)
+
+    def receive_fillers(self, keys: Iterable[tuple[int, int]], fds: Iterable[int]) -> None:
+        """The same as `receive`."""
+        for key, fd in zip(keys, fds, strict=True):
+            self._fillers[key] = socket.socket(fileno=fd)
 
     def close(self) -> None:
         """The kernel's hash may choose from here on: have it choose none of them, also while
@@ -78,9 +117,15 @@ class Anchors(Mapping[int, socket.socket]):
             self.drop(index)
 
     def drop(self, index: int) -> None:
-        """The same of one."""
-        with self._sockets.pop(index) as sock, suppress(OSError):
-            sockets.take_out(sock)
+        """The same of one bind."""
+        _take_out(self._sockets.pop(index))
+        for number in self.fillers(index):
+            _take_out(self._fillers.pop((index, number)))
+
+
+def _take_out(sock: socket.socket) -> None:
+    with sock, suppress(OSError):
+        sockets.take_out(sock)
 
 
 def is_left_to_hash(service: Service) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from steer import abi, anchor, cbpf, policy, table
-from steer.anchor import Anchors, is_left_to_hash
+from steer.anchor import ANCHOR, Anchors, is_left_to_hash
 from steer.config import Service
 from steer.errors import KernelError
 from steer.kernel import listeners, members, sockets
@@ -74,10 +74,14 @@ class Cbpf(Countless):
     def anchors(self) -> Mapping[int, socket.socket]:
         return self._anchors
 
+    @property
+    def own_sockets(self) -> Sequence[socket.socket]:
+        return self._anchors.all
+
     def open_anchors(self) -> None:
         self._anchors.open(self._plan.binds, self._plan.service)
         for index in self._anchors:
-            self._orders[index].joined(_ANCHOR)
+            self._orders[index].joined(ANCHOR)
 
     def renew_reserve(self, service: Service) -> None:
         if self._anchors and is_left_to_hash(service):
@@ -104,6 +108,7 @@ class Cbpf(Countless):
         for order in self._orders:
             order.joined(slot)
         for index, bind in enumerate(self._plan.binds):
+            self._empty_one(index)
             self._anchors.renew(index, bind)
         self._see_order()
         # Indexes past its own are not touched by a newcomer: the program stays right.
@@ -137,7 +142,8 @@ class Cbpf(Countless):
         """The last socket of a group moves into the hole, so its index has to be told anew.
 
         It is not chosen while it moves: its old index is past the end, and the kernel's hash
-        would take any socket, also one that is about to be closed.
+        would take any socket, also one that is about to be closed, or an anchor. Where nobody
+        else could be chosen meanwhile it stays where it is, and a filler moves.
         """
         if not self._held:  # the service ends
             return
@@ -147,11 +153,29 @@ class Cbpf(Countless):
         try:
             if staying and slot in self._held:
                 self._attach(self._lay(staying))
+            elif self._members and slot in self._held:
+                self._fill_hole(slot)
         finally:
             # Whatever fails: a socket that stays open is chosen, and nobody takes what waits.
             self._shut_down(slot)
             self._close_sockets(slot)
         self._attach(self._layout)
+
+    def _fill_hole(self, slot: int) -> None:
+        """Where a worker would move into it; `slot` leaves when we close its sockets."""
+        for index in self._anchors:
+            order = self._orders[index]
+            if slot not in order or order.last in (None, slot, *_ours(order)):
+                continue
+            number = self._anchors.fill(index, self._plan.binds[index])
+            if number is not None:
+                order.joined(number)
+
+    def _empty_one(self, index: int) -> None:
+        """A newcomer, which is not chosen yet, is the last and moves into the hole."""
+        number = self._anchors.empty_one(index)
+        if number is not None:
+            self._orders[index].left(number)
 
     def steer(self, members: Sequence[Member]) -> None:
         self._steered += 1
@@ -178,7 +202,8 @@ class Cbpf(Countless):
 
     def _close_anchors(self) -> None:
         for index in self._anchors:
-            _leave(self._orders[index], _ANCHOR)
+            for number in (ANCHOR, *self._anchors.fillers(index)):
+                _leave(self._orders[index], number)
         self._anchors.close()
 
     def attach_again(self, lend: Lend) -> None:
@@ -201,20 +226,22 @@ class Cbpf(Countless):
         slots = [list(order.indexes()) for order in self._orders]
         now = self._layout
         layout = None if now is None else (list(now.entries), list(now.turns))
-        anchors = [sock.fileno() for sock in self._anchors.values()]
-        upset = sorted(self._upset)
-        return _Orders(self._seed, slots, layout, list(self._anchors), upset), anchors
+        upset, filled = sorted(self._upset), self._anchors.filled
+        value = _Orders(self._seed, slots, layout, list(self._anchors), upset, filled)
+        return value, [sock.fileno() for sock in self.own_sockets]
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
         saved = msgspec.convert(value, type=_Orders)
         self._seed = saved.seed
         self._orders = [cbpf.Order(slots) for slots in saved.slots]
         self._held = {slot: mine for slot, mine in held.items() if mine}
-        self._anchors.receive(saved.anchored, fds)
+        anchors = len(saved.anchored)
+        self._anchors.receive(saved.anchored, fds[:anchors])
+        self._anchors.receive_fillers(saved.filled, fds[anchors:])
         self._upset = set(saved.upset)
         for order in self._orders:
             # Of some only the order speaks: they were about to come or go when it ended.
-            unknown = [slot for slot in order.indexes() if slot not in (_ANCHOR, *held)]
+            unknown = [slot for slot in order.indexes() if slot > ANCHOR and slot not in held]
             for slot in (*unknown, *(slot for slot in held if slot not in self._held)):
                 _leave(order, slot)
         if saved.layout is not None:
@@ -283,9 +310,15 @@ class Cbpf(Countless):
 
 
 def _of_workers(order: cbpf.Order) -> cbpf.Order:
+    """As it is once those of ours have left, in the order in which they do."""
     found = cbpf.Order(order.indexes())
-    _leave(found, _ANCHOR)
+    for number in _ours(order):
+        found.left(number)
     return found
+
+
+def _ours(order: cbpf.Order) -> list[int]:
+    return sorted((each for each in order.indexes() if each <= ANCHOR), reverse=True)
 
 
 def _leave(order: cbpf.Order, slot: int) -> None:
@@ -310,17 +343,16 @@ def _assemble(plan: Plan, layout: Layout, indexes: Mapping[int, int], seed: int)
 
 class _Orders(msgspec.Struct):
     """The slots of each group in the kernel's order, the seed of the hash, and entries and
-    turns of the layout."""
+    turns of the layout; bind and number of each filler."""
 
     seed: int
     slots: list[list[int]]
     layout: tuple[list[int], list[int]] | None
     anchored: list[int] = []
     upset: list[int] = []
+    filled: list[tuple[int, int]] = []
 
 
-_ANCHOR = -1
-"""In the place of a slot, in the kernel's order."""
 _UPSET = (
     "workers have connected sockets there, as servers of DTLS do, and before Linux 6.13 classic "
     "BPF cannot tell them from those of workers that start later: the kernel's hash chooses; ebpf, "

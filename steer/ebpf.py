@@ -167,6 +167,10 @@ class Ebpf:
     def anchors(self) -> Mapping[int, socket.socket]:
         return self._anchors
 
+    @property
+    def own_sockets(self) -> Sequence[socket.socket]:
+        return (*self.reserve, *self._anchors.values())
+
     def open_anchors(self) -> None:
         self._anchors.open(self._plan.binds, self._plan.service)
 
@@ -452,7 +456,7 @@ class Ebpf:
         counted, counting_fds = self._counting.saved()
         groups = [fd for group in self._groups for fd in group.descriptors()]
         reserves = [len(group.reserve.sockets) for group in self._groups]
-        spare = [sock.fileno() for sock in (*self.reserve, *self._anchors.values())]
+        spare = [sock.fileno() for sock in self.own_sockets]
         value = _Saved(chosen, reserves, counted, list(self._anchors))
         return value, [*choice_fds, *groups, *spare, *counting_fds]
 

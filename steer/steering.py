@@ -71,6 +71,10 @@ class Steering(Protocol):
     def anchors(self) -> Mapping[int, socket.socket]:
         """By bind, a socket of our own that workers join the group through."""
 
+    @property
+    def own_sockets(self) -> Sequence[socket.socket]:
+        """All that are of our own in the groups of workers."""
+
     def open_anchors(self) -> None:
         """Make them, where they are of use, before any worker has a socket."""
 
@@ -243,6 +247,10 @@ class Countless:
     @property
     def anchors(self) -> Mapping[int, socket.socket]:
         return {}
+
+    @property
+    def own_sockets(self) -> Sequence[socket.socket]:
+        return ()
 
     def open_anchors(self) -> None:
         """The kernel's hash would choose them."""

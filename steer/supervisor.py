@@ -163,8 +163,7 @@ class _Supervisor:
             BindError
         """
         processes = [place.process for place in self._fleet.places if place.process]
-        steering = self._service.steering
-        own = (*steering.reserve, *steering.anchors.values())
+        own = self._service.steering.own_sockets
         inodes = frozenset(os.fstat(sock.fileno()).st_ino for sock in own)
         ours = inodes.union(*(each.inodes for each in processes))
         for bind in self._plan.binds:

@@ -128,8 +128,13 @@ class Crew:
         """A worker comes to each slot, in this order."""
         for slot in slots:
             self.sockets[slot] = [
-                sockets.member(bind, 4096, settings=self.plan.service.settings)
-                for bind in self.binds
+                sockets.member(
+                    bind,
+                    4096,
+                    settings=self.plan.service.settings,
+                    anchored=index in self.steering.anchors,
+                )
+                for index, bind in enumerate(self.binds)
             ]
             for index, sock in enumerate(self.sockets[slot]):
                 sock.setblocking(False)

@@ -3,22 +3,26 @@ is foretold, as sockets come and go. No privilege is needed but to make the name
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_network
 
+import msgspec
 import pytest
 from conftest import StartService
 from crew import CPUS, KINDS, PORT, Crew, pinned, sources
 from support import NOBODY, http_get
 
 from steer import cbpf
+from steer.backends import open_backend
 from steer.classic import Cbpf
 from steer.errors import KernelError
+from steer.kernel import sockets
 from steer.policy import CBPF, KERNEL
 
 pytestmark = pytest.mark.usefixtures("netns")
@@ -212,6 +216,60 @@ def test_newcomer_is_not_chosen_before_it_is_ready(kind: str) -> None:
             for seat in crew.plan.seats:
                 with pinned(seat.cpu):
                     assert crew.count(20) == {seat.number: 20}
+
+
+UDP = pytest.mark.parametrize("kind", ["udp4", "udp6"])
+
+
+@UDP
+def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each change of the program: between a departure and that change, too. The kernel's
+    hash would choose what holds the group together, and nobody reads that."""
+    with Crew(CBPF, "hash", kind, workers=3) as crew:
+        crew.steering.open_anchors()
+        assert crew.steering.anchors
+        crew.serving()
+        attach, looks = sockets.attach_cbpf, 0
+
+        def look_and_attach(fd: int, program: Sequence[cbpf.Insn]) -> None:
+            nonlocal looks
+            looks += 1
+            assert crew.count(30) == {max(crew.sockets): 30}
+            attach(fd, program)
+
+        for newcomer in range(3, 9):
+            crew.join(newcomer)
+            crew.steer(newcomer)
+            with monkeypatch.context() as patch:
+                patch.setattr(sockets, "attach_cbpf", look_and_attach)
+                crew.leave(*(slot for slot in list(crew.sockets) if slot != newcomer))
+            assert crew.count(30) == {newcomer: 30}
+        assert looks
+        assert len(crew.steering.own_sockets) <= 2, "a filler goes when somebody comes"
+
+
+@UDP
+def test_another_controller_goes_on_where_a_filler_is(kind: str) -> None:
+    with Crew(CBPF, "hash", kind, workers=2) as crew:
+        crew.steering.open_anchors()
+        crew.serving()
+        crew.steer(1)
+        crew.leave(0)
+        saved, fds = crew.steering.saved()
+        value = msgspec.json.decode(msgspec.json.encode(saved))
+        assert value["filled"]
+        old, crew.steering = crew.steering, open_backend(CBPF, crew.plan, empty=True)
+        held = {1: [os.dup(fd) for fd in old.held(1)]}
+        crew.steering.restore(value, [os.dup(fd) for fd in fds], held)
+        crew.steer(1)
+        assert crew.count(30) == {1: 30}
+        crew.join(7)
+        crew.steer(7)
+        crew.leave(1)
+        assert crew.count(30) == {7: 30}
+        old.close()
 
 
 @all_kinds
