@@ -335,7 +335,10 @@ def test_servers_lose_nothing(service: StartService, home: Path, server: tuple[s
         "    await send({'type': 'http.response.start', 'status': 200, 'headers': headers})\n"
         "    await send({'type': 'http.response.body', 'body': body})\n"
     )
-    running = service("-w", "2", "--policy", "round-robin", "--", sys.executable, "-m", *server)
+    command = (sys.executable, "-m", *server)
+    # New workers are nicer than what the clients keep busy: that leaves them little of two CPUs.
+    options = ("-w", "2", "--policy", "round-robin", "--ready-timeout", "100")
+    running = service(*options, "--", *command)
     with Clients(4) as clients:
         clients.get(50)
         running.ask("reload", timeout_s=None)
