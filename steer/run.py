@@ -35,7 +35,7 @@ def perform(given: Given) -> None:
 
     # If it is broken there may be workers that do not need it.
     policy = policies.find_or_not(service.policy)
-    decided = plan(service, topology.read(), probe.findings(), policy)
+    decided = plan(service, topology.read(), probe.findings_before_start(), policy)
     logger = log.Log(service.log_level, service.log_format)
     entry.logs_to(logger)
     sys.exit(controller.run(decided, os.environ, logger, read))

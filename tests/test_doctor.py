@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import NOBODY, STEER, Netns
 
-from steer import auto, doctor, ladder, plan
+from steer import abi, auto, doctor, ladder, plan
 from steer.backends import Kernel
 from steer.config import Service
 from steer.cpus import Topology
 from steer.doctor import CHECKS, COUNT, MIGRATE, RUN, Case, Finding, Probed, cpumask
 from steer.errors import CompileError, KernelError, Uncounted, VerifierError
+from steer.kernel import bpf, probe
 from steer.kernel import facts as kernel_facts
-from steer.kernel import probe
 from steer.kernel.access import Access, Refusal
 from steer.kernel.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
 from steer.kernel.nic import Interface
@@ -874,6 +874,30 @@ def test_what_every_backend_needs(
     assert said.verdict == ("fail" if answer is Answer.NO else "unknown")
     if answer is Answer.NO:
         assert words.partition("; ")[2] in said.cure
+
+
+@pytest.mark.needs("bpf")
+def test_before_a_start_no_more_is_probed_than_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    make = bpf.Map
+
+    def made_map(name: str) -> bpf.Map:
+        made.append(name)
+        return make(name)
+
+    monkeypatch.setattr(bpf, "Map", made_map)
+    monkeypatch.setattr(probe, "cbpf", lambda: pytest.fail("it is not to be used"))
+    assert probe.findings_before_start() == {"ebpf": ladder.Finding(Answer.YES)}
+    assert 0 < len(made) < len(abi.MAPS)
+
+
+@pytest.mark.parametrize("answer", [Answer.NO, Answer.UNKNOWN])
+def test_before_a_start_all_is_probed_where_the_best_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    monkeypatch.setattr(probe, "ebpf", lambda *_: ladder.Finding(answer, "why"))
+    found = probe.findings_before_start()
+    assert found == {"ebpf": ladder.Finding(answer, "why"), "cbpf": ladder.Finding(Answer.YES)}
 
 
 def test_what_works_is_found_out_once_and_what_does_not_again_and_again(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from steer import abi, features
 from steer.bytecode import Code
@@ -62,10 +62,14 @@ def _cannot_run(error: OSError) -> Finding:
     return Finding(Answer.UNKNOWN, lacking)
 
 
-def ebpf() -> Finding:
+_NEWEST = ("sockets", "params")
+"""Of `abi.MAPS`, what came last to the kernel: a sockarray (4.19), an array to be mapped (5.5)."""
+
+
+def ebpf(maps: Iterable[str] = abi.MAPS) -> Finding:
     """Can sk_reuseport programs be loaded and attached, with the maps they need?"""
     try:
-        for name in abi.MAPS:
+        for name in maps:
             bpf.Map(name).close()
         with _program(_PASS, abi.BPF_SK_REUSEPORT_SELECT) as program, sockets.scratch() as sock:
             sockets.attach_ebpf(sock.fileno(), program.fileno())
@@ -118,6 +122,21 @@ def findings(known: Mapping[str, Finding] = _NOTHING) -> Mapping[str, Finding]:
     works = {name for name, found in known.items() if found.answer is Answer.YES}
     probes = {"ebpf": ebpf, "cbpf": cbpf}
     return {name: known[name] if name in works else look() for name, look in probes.items()}
+
+
+def findings_before_start() -> Mapping[str, Finding]:
+    """As `findings`, where what follows from them is done at once: if the best backend holds as
+    far as can be seen in a moment, no more is asked. Should it fail all the same, that is why the
+    next is tried.
+
+    Raises:
+        KernelError: steer can run on no backend here.
+    """
+    if run().answer is not Answer.NO:
+        best = ebpf(_NEWEST)
+        if best.answer is Answer.YES:
+            return {"ebpf": best}
+    return findings()
 
 
 def _program(code: Code, attach_type: int) -> bpf.Program:
