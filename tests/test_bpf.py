@@ -582,3 +582,9 @@ def test_descriptors_are_closed_once() -> None:
         assert other.fileno() == fd
         made.close()
         os.fstat(fd)
+
+
+def test_mount_point_is_read_as_it_is_called() -> None:
+    """As proc_pid_mountinfo(5) has it: only what would end a field is written as its number."""
+    assert cgroup._unescaped("/mnt/é b") == "/mnt/é b"
+    assert cgroup._unescaped(r"/mnt/é\040\134b") == "/mnt/é \\b"

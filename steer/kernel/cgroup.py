@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,4 +59,6 @@ def _directory() -> str:
 
 def _unescaped(text: str) -> str:
     r"""As proc_pid_mountinfo(5) writes it: a space is \040."""
-    return text.encode().decode("unicode_escape")
+    if "\\" not in text:
+        return text
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), text)
