@@ -70,7 +70,7 @@ def _digest_of_ours(headers: Path) -> bytes:
     names = sorted(os.path.join(at, name) for at, _, there in found for name in there)
     files = (str(_CHILD), f"{headers}/steer.h", *(name for name in names if name.endswith(".h")))
     try:
-        seen = tuple((name, *os.stat(name)[:7], os.stat(name).st_ctime_ns) for name in files)
+        seen = tuple((name, *_seen(os.stat(name))) for name in files)
     except OSError as error:
         raise CompileError(f"read {error.filename}", error.strerror or str(error)) from None
     if seen not in _ours:
@@ -80,15 +80,22 @@ def _digest_of_ours(headers: Path) -> bytes:
     return _ours[seen]
 
 
+def _seen(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 def _read_file(file: Path) -> bytes:
     """A regular file, and no endless one. Raises CompileError."""
     act = f"read {file}"
     try:
         # Not to wait for somebody to write into a pipe.
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 raise CompileError(act, "it is no regular file")
-            data = stream.read(_MOST_BYTES + 1)
+            # Room for as much as may be would take longer to have than most files to read.
+            data = stream.read(min(found.st_size, _MOST_BYTES) + 1)
+            data += stream.read(_MOST_BYTES) if len(data) > found.st_size else b""
     except OSError as error:
         raise CompileError(act, error.strerror or str(error)) from None
     if len(data) > _MOST_BYTES:
