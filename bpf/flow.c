@@ -118,6 +118,8 @@ STEER_POLICY(ctx, table)
 	at = oldest(set, now);
 fresh:
 	own->counters[STEER_COUNTER_new]++;
+	/* Or it is counted behind here, at an address that was chosen: see steer_entry(). */
+	asm volatile("");
 	goto choose;
 known:
 	seen = set->seen[at & (WAYS - 1)];

@@ -116,7 +116,8 @@ def test_auto_is_what_the_capabilities_allow(
 def test_every_policy_but_least_conn_runs_with_cap_bpf_alone(
     home: Path, environment: dict[str, str], policy: str
 ) -> None:
-    command = (*setpriv("bpf"), STEER, "check", *BIND, "--demo", "--json", "--policy", policy)
+    binds = (*BIND, "-b", f"udp://{HOST}:{PORT}")
+    command = (*setpriv("bpf"), STEER, "check", *binds, "--demo", "--json", "--policy", policy)
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
     found = json.loads(done.stdout)
     assert (found["backend"], found["backend_reason"]) == (EBPF, None)

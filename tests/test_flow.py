@@ -236,7 +236,8 @@ def test_when_full_the_idle_go_first() -> None:
 
 
 def test_as_many_as_fit_are_remembered() -> None:
-    """But for those whose set by chance is full: one in a thousand, of 1,024; here up to ten."""
+    """But for those of a set that more than 16 came to by chance, which is one of 128 in half of
+    all runs: there each takes the place of the next. Six such sets are not to be expected."""
     with (
         Crew(EBPF, "flow", "udp4", workers=2, params=["capacity=1024"]) as crew,
         Clients(crew) as clients,
@@ -245,7 +246,7 @@ def test_as_many_as_fit_are_remembered() -> None:
         crew.steer(0)
         assert clients.send(range(1024)) == {0: 1024}
         crew.steer(1)
-        assert clients.send(range(1024))[1] <= 10
+        assert clients.send(range(1024))[1] <= 5 * 20
 
 
 def test_many_flows() -> None:
