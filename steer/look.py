@@ -30,11 +30,24 @@ def plain(arguments: Sequence[str]) -> Asked | None:
     Returns:
         The same as click finds; None where only that can tell, or say what is wrong.
     """
-    flags = {"--json", "--watch"}.intersection(arguments)
-    names = [word for word in arguments if word not in flags]
-    if len(names) > 1 or any(name.startswith("-") for name in names):
+    flags, names, control_socket = set[str](), list[str](), None
+    words = iter(arguments)
+    for word in words:
+        option, has_value, value = word.partition("=")
+        if word in ("--json", "--watch"):
+            flags.add(word)
+        elif option == "--control-socket":
+            control_socket = value if has_value else next(words, "-")
+            if control_socket.startswith("-"):
+                return None
+        elif word.startswith("-"):
+            return None
+        else:
+            names.append(word)
+    if len(names) > 1:
         return None
-    return Asked(names[0] if names else None, "--json" in flags, "--watch" in flags)
+    name = names[0] if names else None
+    return Asked(name, "--json" in flags, "--watch" in flags, control_socket)
 
 
 def perform(asked: Asked) -> None:

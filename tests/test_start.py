@@ -61,7 +61,10 @@ def test_run_imports_nothing_heavy(home: Path, what: list[str]) -> None:
     assert not HEAVY.intersection(loaded)
 
 
-@pytest.mark.parametrize("asked", [["web"], ["web", "--json"], ["--json"], []])
+AT_PATH = ["--control-socket", "run/steer/web.sock"]
+
+
+@pytest.mark.parametrize("asked", [["web"], ["web", "--json"], ["--json"], [], AT_PATH])
 def test_status_imports_only_what_it_shows(home: Path, asked: list[str]) -> None:
     with fake_service(home / "run" / "steer" / "web.sock", status=tells):
         loaded = loaded_by(home, "status", *asked)
@@ -76,8 +79,12 @@ async def tells(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
     return {"service": web}
 
 
-@given(st.lists(st.sampled_from(["web", "--json", "--watch", "-x", "--", "", "--jso"]), max_size=4))
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+WORDS = ("web", "--json", "--watch", "-x", "--", "", "--jso", "a=b", "--json=1")
+AT = ("--control-socket", "--control-socket=/a", "--control-socket=", "--control-socket=-")
+
+
+@given(st.lists(st.sampled_from(WORDS + AT), max_size=5))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 def test_status_is_read_without_click_as_with_it(arguments: list[str]) -> None:
     found = look.plain(arguments)
     if found is not None:
