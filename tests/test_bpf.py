@@ -13,6 +13,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from crew import KINDS, Crew, sources
 from msgspec.structs import replace
 from support import NOBODY, as_user, bpf_exists, bpf_ids, eventually
 
-from steer import abi, address
+from steer import abi, address, policies
 from steer.bytecode import Code, PolicyObject
 from steer.errors import KernelError, VerifierError
 from steer.kernel import bpf, cgroup, compile, probe, sockets, topology
 from steer.ladder import Answer, Finding
-from steer.policy import EBPF, POLICIES
+from steer.policy import CBPF, EBPF, POLICIES
 from steer.table import Layout
 
 pytestmark = pytest.mark.needs("bpf")
@@ -588,3 +589,43 @@ def test_mount_point_is_read_as_it_is_called() -> None:
     """As proc_pid_mountinfo(5) has it: only what would end a field is written as its number."""
     assert cgroup._unescaped("/mnt/é b") == "/mnt/é b"
     assert cgroup._unescaped(r"/mnt/é\040\134b") == "/mnt/é \\b"
+
+
+def settle(crew: Crew) -> None:
+    """As the controller does, once programs were waited for."""
+    flip = crew.steering.unsettled()
+    assert flip is not None
+    crew.steering.settled(flip)
+    assert crew.steering.unsettled() is None
+
+
+@pytest.mark.parametrize("backend", [EBPF, CBPF])
+def test_programs_are_to_be_waited_for_after_a_flip(netns: object, backend: str) -> None:
+    with Crew(backend, "hash", "udp4", workers=3).serving() as crew:
+        settle(crew)
+        crew.steer(0, 1)
+        before = crew.steering.unsettled()
+        crew.steer(0)
+        assert before is not None
+        crew.steering.settled(before)
+        settle(crew)
+
+
+def test_programs_are_to_be_waited_for_after_another_policy_also_where_nothing_is_written(
+    netns: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the policy before may still choose."""
+    with Crew(EBPF, "hash", "udp4", workers=2).serving() as crew:
+        monkeypatch.setattr(bpf, "PROGRAMS_END_S", -1.0)
+        members = [crew.member(slot) for slot in (0, 1)]
+        first = crew.plan
+        second = replace(first, policy=policies.find("random"))
+
+        @contextmanager
+        def lend() -> Iterator[dict[int, socket.socket]]:
+            yield dict(enumerate(crew.sockets[0]))
+
+        for plan in (second, first):
+            settle(crew)
+            crew.steering.swap(plan, members, lend)
+        settle(crew)
