@@ -688,6 +688,8 @@ class Fleet:
                     self.steering.rescue(place.slot, owned)
             except KernelError:
                 self.visibility.refused(BORROW, place.process)
+            finally:
+                self.queues.forget()
 
     @contextmanager
     def _lent(self, place: Place, worker: Process) -> Iterator[Mapping[int, socket.socket]]:

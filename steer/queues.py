@@ -71,6 +71,10 @@ class Queues:
         except KernelError:
             return None
 
+    def forget(self) -> None:
+        """Something was done to queues, so that who asks from here on is to see it."""
+        self._tables.clear()
+
     def at_one_moment(self) -> Queues:
         """The same, but each port is asked once, however long it takes to go through workers."""
         taken = Queues(self._ask, lambda: 0.0)

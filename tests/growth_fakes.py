@@ -187,6 +187,9 @@ class FakeSteering:
     def release(self) -> None:
         pass
 
+    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+        pass
+
 
 class FakeProcess:
     """A worker that is there as long as nobody ends it."""

@@ -219,6 +219,16 @@ def test_an_answer_that_took_long_is_fresh_for_longer(took_s: float, fresh_s: fl
     assert asked == 2
 
 
+def test_who_moved_a_queue_sees_that_it_is_empty() -> None:
+    """Or would move it again, and a worker that waits at it just then see its listener fail."""
+    kernel = FakeKernel()
+    queues = Queues(kernel, lambda: 100.0)
+    queues.of(worker(101))
+    queues.forget()
+    queues.of(worker(101))
+    assert kernel.asked == 2
+
+
 def test_an_answer_from_before_is_not_taken() -> None:
     kernel = FakeKernel()
     queues = Queues(kernel, lambda: 100.0)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from fake_loop import Loop
+from growth_fakes import FakeService, cost_of
 
 from steer import address, settle
 from steer.fleet import Fleet
 from steer.lifecycle import Event
-from steer.queues import Queues
+from steer.queues import Queues, Table
 from steer.settle import Settler, Settling
 
 BINDS = [address.parse("127.0.0.1:80")]
@@ -89,6 +91,7 @@ class Workers:
     def move_queue(self, place: Any) -> None:
         self.did["move"] += 1
         self.queued.pop(place.slot, None)
+        self.queues.forget()
 
     def retire(self) -> list[Settling]:
         """All at once, as a reload does."""
@@ -226,3 +229,22 @@ def test_what_fails_is_tried_again(make: Callable[[int], Workers]) -> None:
     workers.loop.run_s(5.0)
     assert sorted(workers.reported) == [(slot, Event.SETTLED) for slot in range(3)]
     assert len(workers.failed) == 1
+
+
+def test_after_a_queue_was_moved_the_kernel_is_asked_anew(tmp_path: Path) -> None:
+    async def script(service: FakeService) -> None:
+        (place,) = service.ready(1)
+        asked: list[str] = []
+
+        def ask(protocol: str, _family: int, _port: int) -> Table:
+            asked.append(protocol)
+            return {}
+
+        service.fleet.queues = Queues(ask, lambda: 100.0)
+        for _ in range(2):
+            service.fleet.queues.at(service.plan.binds[0])
+        service.fleet.move_queue(place)
+        service.fleet.queues.at(service.plan.binds[0])
+        assert len(asked) == 2
+
+    cost_of(script, tmp_path, 1)
