@@ -115,7 +115,7 @@ class Groups:
         self._odd: set[Place] = set()
         self._again: deque[Place] = deque()
         self._round: deque[Place] = deque()
-        self._now_and_then: deque[Place] = deque()
+        self._now_and_then: dict[Place, None] = {}
         self._tries: dict[int, Tries] = {}
         self._known: dict[Place, _Known] = {}
         self._programs = Programs(fleet)
@@ -134,6 +134,8 @@ class Groups:
         if place.state is State.GONE:
             self._known.pop(place, None)
             self._odd.discard(place)
+            # It may be an hour before its turn comes.
+            self._now_and_then.pop(place, None)
 
     def _look(self) -> float:
         """At all once a second at most, then closer at some; in how many seconds to go on."""
@@ -176,9 +178,11 @@ class Groups:
         self._rests += 1
         if self._rests % (_RESTS if self._is_counted else 1) == 0 and not self._again:
             if not self._now_and_then:
-                self._now_and_then.extend(self._fleet.places)
+                self._now_and_then = dict.fromkeys(self._fleet.places)
             if self._now_and_then:
-                self._again.append(self._now_and_then.popleft())
+                place = next(iter(self._now_and_then))
+                del self._now_and_then[place]
+                self._again.append(place)
 
     @property
     def _sockets(self) -> int:
@@ -277,6 +281,8 @@ class Groups:
             self._odd.add(place)
         else:
             self._odd.discard(place)
+            # It may be an hour before its turn comes.
+            self._now_and_then.pop(place, None)
 
     def _look_at_one(self, one: _Socket) -> None:
         found = departure(one.bind.protocol, self._sight(one))

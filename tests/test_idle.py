@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -336,3 +337,17 @@ def test_one_that_asks_to_be_taken_for_hung_is_looked_at(make: Callable[..., Ser
     service.loop.run_s(1.0)
     assert seen
     assert set(seen) == {3}
+
+
+def test_nothing_is_kept_of_workers_that_are_gone(make: Callable[..., Service]) -> None:
+    """A thousand that a reload replaces take megabytes."""
+    service = make(100)
+    service.loop.run_s(10.0)
+    for place in list(service.places):
+        place.state = State.GONE
+        service.groups.changed(place)
+        service.places.remove(place)
+    del place
+    gc.collect()
+    there = [each for each in gc.get_objects() if isinstance(each, Place)]
+    assert [each.slot for each in there if each.generation is service.generation] == []
