@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -59,9 +59,6 @@ _NO_LIMIT = sys.maxsize
 
 STRAYS_NAMED = 4
 """Of those who have a socket of a worker that has ended so many are named in the log."""
-
-_AT_ONCE = 32
-"""Workers that are retired, or pinned, in one turn of the loop: some milliseconds."""
 
 _FORKS_AT_ONCE = MOST_TOGETHER
 """So many start in one turn of the loop."""
@@ -128,8 +125,8 @@ class Fleet:
         self._launch = launch
         self._ending = False
         self._unsaved: dict[Place, None] = {}
-        self._leaving: deque[Place] = deque()
-        self._unpinned: dict[Place, None] = {}
+        self._leaving: OrderedDict[Place, None] = OrderedDict()
+        self._unpinned: OrderedDict[Place, None] = OrderedDict()
         self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
@@ -415,15 +412,15 @@ class Fleet:
         for place in places:
             if place.is_in_service:
                 place.leaving = True
-                self._leaving.append(place)
+                self._leaving[place] = None
             else:
                 self.report(place, Event.RETIRE)
         self._rotation.flip_soon()
         self._loop.call_soon(self._retire_some)
 
     def _retire_some(self) -> None:
-        for _ in range(min(_AT_ONCE, len(self._leaving))):
-            self.report(self._leaving.popleft(), Event.RETIRE)
+        for place in _in_a_step(self._leaving):
+            self.report(place, Event.RETIRE)
         if self._leaving:
             self._loop.call_soon(self._retire_some)
 
@@ -436,7 +433,7 @@ class Fleet:
         self._ending, self._ending_in_s, self._ending_quickly = True, within_s, quick
         self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
         self.retry.attempt("let go of the ports", self._rotation.release)
-        self._tell_to_stop(deque(self.places))
+        self._tell_to_stop(OrderedDict.fromkeys(self.places))
         if not self.up.done():
             self.up.set_result(None)
 
@@ -446,14 +443,10 @@ class Fleet:
             if self.steering.held(place.slot):
                 place.keep(())
 
-    def _tell_to_stop(self, places: deque[Place]) -> None:
-        """In steps, as there may be a thousand."""
-        end_s = time.monotonic() + _STEP_S
+    def _tell_to_stop(self, places: OrderedDict[Place, None]) -> None:
         with self.retry.spare.lent():
-            while places:
-                self.report(places.popleft(), Event.STOP)
-                if time.monotonic() >= end_s:
-                    break
+            for place in _in_a_step(places):
+                self.report(place, Event.STOP)
         if places:
             self._loop.call_soon(self._tell_to_stop, places)
         else:
@@ -617,13 +610,12 @@ class Fleet:
         """A few in a turn of the loop, the first at once. Nobody has to wait for it: wherever
         they run, they get what the table says."""
         is_under_way = bool(self._unpinned)
-        self._unpinned |= dict.fromkeys(places)
+        self._unpinned.update(dict.fromkeys(places))
         if not is_under_way:
             self._pin_some()
 
     def _pin_some(self) -> None:
-        for place in list(islice(self._unpinned, _AT_ONCE)):
-            del self._unpinned[place]
+        for place in _in_a_step(self._unpinned):
             self.retry.attempt(f"pin worker {place.slot}", place.pin)
         if self._unpinned:
             self._loop.call_soon(self._pin_some)
@@ -1086,6 +1078,16 @@ class Fleet:
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)
+
+
+def _in_a_step(waiting: OrderedDict[Place, None]) -> Iterator[Place]:
+    """The next of those that something is to be done to, as far as there is time: one at least.
+    The others still wait."""
+    end_s = time.monotonic() + _STEP_S
+    while waiting:
+        yield waiting.popitem(last=False)[0]
+        if time.monotonic() >= end_s:
+            return
 
 
 def _is_starting(place: Place) -> bool:
