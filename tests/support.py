@@ -521,6 +521,27 @@ def _filtered(calls: Iterable[int], action: int) -> tuple[str, ...]:
     return (sys.executable, "-c", _REFUSE, ",".join(map(str, calls)), str(action))
 
 
+_WOUND = """
+import importlib, sys
+from ast import literal_eval
+count = int(sys.argv[1])
+for each in sys.argv[2 : 2 + count]:
+    (where, _, value) = each.partition("=")
+    (module, _, name) = where.rpartition(".")
+    module = importlib.import_module(module)
+    assert hasattr(module, name), where
+    setattr(module, name, literal_eval(value))
+sys.argv = sys.argv[2 + count :]
+from steer.__main__ import main
+sys.exit(main())
+"""
+
+
+def wound(*constants: str) -> tuple[str, ...]:
+    """Has a `steer` command go by other times than its own, as "steer.split._AGAIN_S=1.0"."""
+    return (sys.executable, "-c", _WOUND, str(len(constants)), *constants)
+
+
 _REFUSE_NETLINK = """
 import ctypes, struct, sys, os, errno
 code = [(0x20, 0, 0, 0), (0x15, 0, 3, 41), (0x20, 0, 0, 16), (0x15, 0, 1, 16),

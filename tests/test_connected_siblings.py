@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from conftest import RunSteer, StartService, do_without
 from crew import CPUS, PORT, Crew, pinned
-from support import DEADLINE_S, NOBODY, Netns, Service, eventually
+from support import DEADLINE_S, NOBODY, Netns, Service, eventually, wound
 
 from steer.errors import ControlError
 from steer.kernel import members, sockdiag
@@ -72,6 +72,8 @@ def answer(worker, sock, is_connected, peer):
 HOSTS = {"127.0.0.1": "127.0.0.1", "[::1]": "::1", "0.0.0.0": "127.0.0.1", "[::]": "::1"}
 """Where it listens, and where clients send to."""
 WORKERS, DATAGRAMS = 4, 200
+SOON = wound("steer.split._AGAIN_S=1.0")
+"""All are replaced again so long after the last time."""
 _CAPS = "-all,+bpf,+net_admin,+perfmon"
 AS_NOBODY_WITH_BPF = (
     "setpriv",
@@ -358,7 +360,7 @@ def test_all_are_replaced_each_time(
     """Also where another worker starts soon after the last time: a little later then."""
     if members.connected_stay():
         do_without("Linux 6.13: until then no group comes apart")
-    running = start(service, home, at, "--policy=kernel")
+    running = start(service, home, at, "--policy=kernel", under=SOON)
     mine = [connect(running, clients.enter_context(Client(HOSTS[at])))[0]]
     for generation in (2, 3):
         young = [each for each in running.workers() if each["generation"] == generation - 1]
@@ -392,7 +394,7 @@ def test_it_is_tried_again_where_new_workers_do_not_come_up(
 ) -> None:
     if members.connected_stay():
         do_without("Linux 6.13: until then no group comes apart")
-    running = start(service, home, "127.0.0.1", "--policy=kernel")
+    running = start(service, home, "127.0.0.1", "--policy=kernel", under=SOON)
     mine, other = connect(running, clients.enter_context(Client("127.0.0.1")))
     (home / "fail").touch()
     restart(running, other)
@@ -435,7 +437,7 @@ def test_back_from_the_kernel(
     """What held the group together had to go with the program, and workers start meanwhile."""
     if members.connected_stay():
         do_without("Linux 6.13: until then no group comes apart")
-    running = start(service, home, at, "--policy=hash", "--backend=ebpf")
+    running = start(service, home, at, "--policy=hash", "--backend=ebpf", under=SOON)
     client = clients.enter_context(Client(HOSTS[at]))
     mine, other = connect(running, client)
     running.ask("policy", policy="kernel")

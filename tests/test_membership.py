@@ -6,7 +6,7 @@ import json
 import signal
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 from clients import answer, request
 from conftest import StartService
 from crew import PORT, Crew
-from support import Netns, Service, eventually, http_get, is_ready
+from support import Netns, Service, eventually, http_get, is_ready, wound
 
 from steer import address, settle
 from steer.membership import Advice, Bypass, Cure, Departure, Sighting, Tries, cure, departure
@@ -245,10 +245,17 @@ ADDRESS = {
 POLICY = {EBPF: "round-robin", CBPF: "hash", KERNEL: "kernel"}
 
 
-def start(service: StartService, home: Path, bind: str, backend: str, *more: str) -> Service:
+def start(
+    service: StartService,
+    home: Path,
+    bind: str,
+    backend: str,
+    *more: str,
+    under: Sequence[str] = (),
+) -> Service:
     (home / "leaves.py").write_text(APP)
     options = (f"--policy={POLICY[backend]}", f"--backend={backend}", "-w3", "-b", bind)
-    return service(*options, "--graceful-timeout=5", *more, "leaves:serve")
+    return service(*options, "--graceful-timeout=5", *more, "leaves:serve", under=under)
 
 
 def order(running: Service, home: Path, slot: int, act: str) -> int:
@@ -419,7 +426,8 @@ def test_on_the_kernels_hash_one_that_is_connected_is_only_told_of(
 def test_one_that_always_does_it_is_only_told_of_in_the_end(
     service: StartService, home: Path, backend: str
 ) -> None:
-    running = start(service, home, ADDRESS["tcp"], backend)
+    soon = wound("steer.membership._AFTER_S=(0.0, 0.2, 1.0)")
+    running = start(service, home, ADDRESS["tcp"], backend, under=soon)
     (home / "always").write_text("device")
     order(running, home, 1, "device")
     told = "is not replaced again for its sockets, as that did not help"
