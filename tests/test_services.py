@@ -4,13 +4,14 @@ their control socket is gone."""
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import RunSteer, StartService
 from support import NOBODY, Service, eventually, lose_directory, stopped
 
-from steer.kernel import services, title, unix
+from steer.kernel import rundir, services, title, unix
 
 pytestmark = pytest.mark.needs("netns")
 
@@ -145,3 +146,13 @@ def test_ones_own_is_not_taken_for_that_of_other_users(
         told = json.loads(steer("status", "--json", user=user).stdout)
         assert (told["others"], [each["name"] for each in told["orphaned"]]) == (0, ["test"])
     eventually(lambda: steer("status", "test", user=user).returncode, 0)
+
+
+@pytest.mark.parametrize("prefix, is_found", [("mine-", True), ("steer-", False)])
+def test_directory_of_ones_own_below_tmp_is_looked_in(prefix: str, is_found: bool) -> None:
+    """Only its name tells that it is to be somebody's; without one there is nothing to check."""
+    with tempfile.TemporaryDirectory(prefix=prefix, dir="/tmp") as directory:
+        control = Path(directory, "web.sock")
+        control.touch()
+        found = rundir.find({"STEER_RUNTIME_DIR": directory}, "web")
+        assert found == [str(control)] * is_found

@@ -139,7 +139,7 @@ def _user_of(path: Path) -> int | None:
 
 def _is_whose_it_says(directory: Path) -> bool:
     """Raises OSError, ValueError: there is none, or its name tells of no user."""
-    if directory.parent == _TMP:
+    if directory.parent == _TMP and directory.name.startswith("steer-"):
         user = int(directory.name.removeprefix("steer-"))
     elif directory.parent.parent == _LOGINS:
         user = int(directory.parent.name)
