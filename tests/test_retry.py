@@ -12,12 +12,22 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import StartService
-from support import DEADLINE_S, STEER, Netns, Service, as_user, eventually, launch, line_of
+from support import (
+    DEADLINE_S,
+    STEER,
+    Netns,
+    Service,
+    as_user,
+    descriptors,
+    eventually,
+    launch,
+    line_of,
+)
 from support import running as running_process
 
 from steer import retry
@@ -186,9 +196,8 @@ def scarce(pid: int) -> int:
     """
 
     def look() -> int:
-        with suppress(FileNotFoundError):
-            return max(fd for fd in fds(pid) if os.readlink(f"/proc/{pid}/fd/{fd}") == os.devnull)
-        return 0
+        kept = (fd for fd, target in descriptors(pid).items() if target == os.devnull)
+        return max(kept, default=0)
 
     return 1 + max(look() for _ in range(50))
 
