@@ -385,7 +385,10 @@ class _Supervisor:
             self._watch_guard()
 
     def _revive_guard(self) -> None:
-        self._service.guard.revive()
+        """Unless a new control socket has brought another meanwhile."""
+        guard = self._service.guard
+        if guard.has_ended or not guard.alive:
+            guard.revive()
         self._watch_guard()
 
     def _on_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -154,6 +154,7 @@ def test_nothing_else_tells_them(service: StartService, home: Path) -> None:
     lose_directory(running)
     eventually(lambda: "was gone; it is" in running.log)
     assert running.steer("policy", "test", "random").returncode == 0
+    assert running.log.count("the guard process was killed") <= 2
     running.send_signal(signal.SIGKILL)
     running.wait()
     running = service(*BIND, "-w", "2", *command())

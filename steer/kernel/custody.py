@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import socket
 import time
@@ -122,6 +123,13 @@ class Guard:
     def fileno(self) -> int:
         """A pidfd of the keeper, readable once that has ended. Another after `revive`."""
         return self._pidfd
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `fileno()` is readable."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def alive(self) -> bool:
