@@ -8,10 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 
 def main() -> None:
     """Until there is somebody to handle it ctrl-C simply ends us, without a word."""
@@ -63,24 +59,14 @@ def _without_click(name: str = "", *arguments: str) -> Callable[[], None] | None
 
 def _import_msgspec() -> None:
     """Without typing_extensions, which it uses where that is installed. It takes as long as msgspec
-    itself, and since Python 3.11 has nothing for msgspec that `typing` has not. And without
-    platform, of which uuid, which msgspec imports, wants no more than the system's name."""
-    stand_ins: dict[str, Any] = {"typing_extensions": None, "platform": _Platform}
-    ours = stand_ins.keys() - sys.modules.keys()
-    sys.modules.update((name, stand_ins[name]) for name in ours)
+    itself, and since Python 3.11 has nothing for msgspec that `typing` has not."""
+    if "typing_extensions" in sys.modules:
+        return
+    sys.modules["typing_extensions"] = None  # type: ignore[assignment]
     try:
         import msgspec  # noqa: F401
     finally:
-        for name in ours:
-            del sys.modules[name]
-
-
-class _Platform:
-    """What uuid asks of the module."""
-
-    @staticmethod
-    def system() -> str:
-        return os.uname().sysname
+        del sys.modules["typing_extensions"]
 
 
 if __name__ == "__main__":

@@ -26,16 +26,7 @@ ON_ONE_CPU = ("taskset", "-c", "0")
 
 HEAVY = {
     *("asyncio", "bcc", "click", "dataclasses", "hashlib", "inspect", "logging"),
-    *(
-        "pathlib",
-        "platform",
-        "rich",
-        "ssl",
-        "subprocess",
-        "threading",
-        "traceback",
-        "typing_extensions",
-    ),
+    *("pathlib", "rich", "ssl", "subprocess", "threading", "traceback", "typing_extensions"),
 }
 
 SHOW = """
@@ -99,25 +90,6 @@ def test_status_is_read_without_click_as_with_it(arguments: list[str]) -> None:
     if found is not None:
         context = cli.status.make_context("status", list(arguments))
         assert found == look.Asked(**context.params)
-
-
-AFTERWARDS = """
-from steer import __main__
-
-__main__._import_msgspec()
-import msgspec, platform, sys, uuid
-
-assert platform.system() == "Linux" and platform.python_version()
-some = uuid.uuid1()
-assert msgspec.json.decode(msgspec.json.encode(some), type=uuid.UUID) == some
-"""
-
-
-def test_what_msgspec_is_imported_without_is_there_afterwards(home: Path) -> None:
-    """An application may use it."""
-    command = [sys.executable, "-c", AFTERWARDS]
-    done = subprocess.run(command, env=clean_environment(home), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_help_imports_only_click(home: Path) -> None:
