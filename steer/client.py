@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -15,7 +16,6 @@ import msgspec
 from steer import report
 from steer.errors import ControlError, NotRunning, Orphaned, Refused
 from steer.kernel import rundir, services
-from steer.kernel.paths import Path
 from steer.kernel.title import Title
 from steer.values import plural, several, shown
 

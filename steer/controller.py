@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -49,7 +50,6 @@ from steer.kernel import (
 )
 from steer.kernel.custody import Guard, Handover
 from steer.kernel.keeper import MAILBOX, STEERING, Settings
-from steer.kernel.paths import Path
 from steer.kernel.spare import Spare
 from steer.lifecycle import State
 from steer.log import Log

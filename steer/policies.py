@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import msgspec
 
@@ -11,7 +12,6 @@ from steer import declared
 from steer.declared import Declared
 from steer.errors import ConfigError, SteerError
 from steer.kernel import compile
-from steer.kernel.paths import Path
 from steer.policy import AUTO, AUTO_BECOMES, OWN_SUFFIX, POLICIES, Policy, auto, own
 from steer.values import did_you_mean, shown
 

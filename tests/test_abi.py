@@ -124,7 +124,7 @@ def fields() -> Iterator[tuple[str, int]]:
 
 def of_policies() -> Iterator[str]:
     for name, pattern in FROM_POLICIES:
-        text = compile.text(compile.sources() / name)
+        text = (compile.sources() / name).read_text()
         found = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
         assert len(found) == 2, f"{name} is written in another way"
         yield from found

@@ -887,7 +887,7 @@ def test_start_waits_for_its_turn_but_not_for_ever(
     first.others_may_start()
     second = rundir.Claim("b", None, environment)
     first.release()
-    assert second.is_there
+    assert second.path.is_socket()
     second.release()
     assert list(tmp_path.iterdir()) == []
 

@@ -312,7 +312,7 @@ def test_children_from_before_steer_are_reaped_and_else_left_alone(
 def test_policy_is_compiled_while_orphans_end(service: StartService, home: Path) -> None:
     """The compiler is a child of the controller, too, and its exit status is not to be lost."""
     one = service(*BIND, "-w", "1", "server:forks_on")
-    (home / "mine.c").write_text(compile.text(compile.sources() / "hash.c"))
+    (home / "mine.c").write_text((compile.sources() / "hash.c").read_text())
     assert one.steer("policy", "./mine.c").returncode == 0
     eventually(lambda: zombies(one.pid), [])
 

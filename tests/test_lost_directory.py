@@ -120,7 +120,7 @@ def test_making_it_again_waits_for_nobody_who_is_starting(tmp_path: Path) -> Non
     environment = {"STEER_RUNTIME_DIR": str(tmp_path / "steer")}
     claim = rundir.Claim("web", None, environment)
     claim.others_may_start()
-    os.unlink(claim.path)
+    claim.path.unlink()
     turn = os.open(claim.path.parent, os.O_RDONLY)
     fcntl.flock(turn, fcntl.LOCK_EX)
     began_s = time.monotonic()
@@ -163,8 +163,8 @@ def test_record_that_was_removed_is_made_again(service: StartService) -> None:
     running = service("-w", "3")
     before = sorted(record.left(running.control_socket))
     assert len(before) == 3
-    os.unlink(rundir.record_of(running.control_socket))
+    rundir.record_of(running.control_socket).unlink()
     eventually(lambda: sorted(record.left(running.control_socket)), before)
-    os.unlink(rundir.record_of(running.control_socket))
+    rundir.record_of(running.control_socket).unlink()
     assert running.steer("scale", "test", "4").returncode == 0
     assert len(record.left(running.control_socket)) == 4

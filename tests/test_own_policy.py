@@ -236,7 +236,7 @@ def test_header_beside_a_policy(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file = write(home, '#include "beside.h"\n' + policy("return NOBODY;"))
     monkeypatch.chdir("/")
     assert own.check(str(file)).compiler
-    assert compile.read_by(file) == [str(home / "beside.h")]
+    assert compile.read_by(file) == [home / "beside.h"]
 
 
 @pytest.mark.needs("bcc")

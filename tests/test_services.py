@@ -93,8 +93,8 @@ def test_those_of_other_users_are_left_to_them(
 @pytest.mark.parametrize(
     "line, found",
     [
-        ("0: 2 0 10000 1 1 77 /run/a b.sock", [(77, "/run/a b.sock")]),
-        ("0: 2 0 10000 1 1 77 @abstract", [(77, "@abstract")]),
+        ("0: 2 0 10000 1 1 77 /run/a b.sock", [(77, Path("/run/a b.sock"))]),
+        ("0: 2 0 10000 1 1 77 @abstract", [(77, Path("@abstract"))]),
         ("0: 2 0 0 1 1 77 /run/not-listening", []),
         ("0: 2 0 10000 1 1 77", []),
         ("", []),

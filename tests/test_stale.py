@@ -66,7 +66,7 @@ def test_every_way_to_include_is_noticed(home: Path, cache: Path) -> None:
     terms = "".join(f"+ VALUE_{name}" for name in INCLUDES)
     source = write(home, "\n".join(INCLUDES.values()), terms)
     first = compile.load(source)
-    assert set(map(Path, compile.read_by(source))) == {home / name for name in FILES}
+    assert set(compile.read_by(source)) == {home / name for name in FILES}
     before = policies.find(str(source))
     assert before.digest == first.digest != compile.digest(source)
     compile._made.clear()
@@ -110,10 +110,7 @@ def test_where_steer_is_started_has_no_part_in_what_is_read(
     else:
         monkeypatch.setenv(way, str(other))
     compile.load(source)
-    assert set(map(Path, compile.read_by(source))) == {
-        home / "lib" / "deeper.h",
-        home / "lib" / "two.h",
-    }
+    assert set(compile.read_by(source)) == {home / "lib" / "deeper.h", home / "lib" / "two.h"}
     (other / "only.h").touch()
     source.write_text(POLICY % ('#include "only.h"', ""))
     with pytest.raises(CompileError) as caught:

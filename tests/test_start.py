@@ -26,7 +26,7 @@ ON_ONE_CPU = ("taskset", "-c", "0")
 
 HEAVY = {
     *("asyncio", "bcc", "click", "dataclasses", "hashlib", "inspect", "logging"),
-    *("pathlib", "rich", "ssl", "subprocess", "threading", "traceback", "typing_extensions"),
+    *("rich", "ssl", "subprocess", "threading", "traceback", "typing_extensions"),
 }
 
 SHOW = """

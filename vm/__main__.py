@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from steer.errors import NoCompiler, SteerError
-from steer.kernel import compile, paths
+from steer.kernel import compile
 from steer.policy import POLICIES
 from vm import boot, ending, kernels, matrix
 from vm.boot import Machine
@@ -168,7 +168,7 @@ def run(
 def _with_headers(source: Path) -> Sequence[Path]:
     """The policy and what it includes; where only the guest has a compiler, all that may be."""
     try:
-        return (source, *map(Path, compile.read_by(paths.Path(source))))
+        return (source, *compile.read_by(source))
     except NoCompiler:
         return (source, *sorted(source.parent.glob("*.h")))
 

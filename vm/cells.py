@@ -22,7 +22,7 @@ from steer import own
 from steer.bytecode import Code
 from steer.counting import Counting
 from steer.errors import SteerError
-from steer.kernel import compile, paths, probe, verifier
+from steer.kernel import compile, probe, verifier
 from steer.ladder import Answer, Finding
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, POLICIES
 from vm import ending, promises, service
@@ -79,7 +79,7 @@ def _count() -> Finding:
 
 def _verified(name: str) -> Iterator[Verified]:
     """Each program of a policy by itself: one that is refused does not keep others from it."""
-    source = paths.Path(_OWN_FILE) if name == OWN else compile.sources() / f"{name}.c"
+    source = Path(_OWN_FILE) if name == OWN else compile.sources() / f"{name}.c"
     if name == KERNEL:  # whose only program is the one that counts, as it does for all
         name, source = "open", compile.sources() / "open.c"
     try:

@@ -19,7 +19,6 @@ from bench import machine, servers
 from steer import __main__ as command
 from steer import cli, client, controller, demo  # noqa: F401 - for all that are forked
 from steer.errors import ControlError
-from steer.kernel import paths
 from steer.kernel.process import how_it_ended, wait_for_end
 from steer.report import Service
 from vm.errors import VmError
@@ -55,7 +54,7 @@ def home() -> Iterator[None]:
 
 
 def status() -> Service:
-    path = paths.Path(os.environ["STEER_RUNTIME_DIR"], f"{NAME}.sock")
+    path = Path(os.environ["STEER_RUNTIME_DIR"], f"{NAME}.sock")
     answer = client.ask(path, "status", _ANSWER_S)
     return msgspec.convert(answer["service"], Service)
 

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -20,7 +21,6 @@ from steer import servers
 from steer.address import Bind
 from steer.kernel import family, lifeline, proc, record, rundir, sockets
 from steer.kernel.family import Family
-from steer.kernel.paths import Path
 from steer.kernel.record import Worker
 from steer.kernel.services import Member
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -19,9 +20,8 @@ from steer import declared
 from steer.bytecode import NO_INPUTS, Inputs, PolicyObject, unlink, with_near_ends
 from steer.errors import CompileError, NoCompiler
 from steer.kernel import inputs, process
-from steer.kernel.paths import Path
 
-_HERE = Path(os.path.realpath(__file__)).parent
+_HERE = Path(__file__).resolve().parent
 _CHILD = _HERE / "bcc_child.py"
 _NO_BCC = 3
 _SEARCHED = frozenset({"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "OBJC_INCLUDE_PATH"})
@@ -38,12 +38,7 @@ _BCC_CALLS_IT = "/virtual/main.c"
 def sources() -> Path:
     """The directory of steer.h and the built-in policies: in the package, or beside it."""
     packaged = _HERE.parent / "bpf"
-    return packaged if os.path.isdir(packaged) else _HERE.parents[1] / "bpf"
-
-
-def built_in() -> list[Path]:
-    """The sources of all that is shipped compiled."""
-    return [sources() / name for name in sorted(os.listdir(sources())) if name.endswith(".c")]
+    return packaged if packaged.is_dir() else _HERE.parents[1] / "bpf"
 
 
 def prebuilt(name: str) -> Path:
@@ -61,8 +56,7 @@ def digest(source: Path) -> str:
     """
     # Nothing of declared.py: it gives each name the number of its place in the source.
     headers = sources()
-    directory = os.path.dirname(os.path.realpath(source))
-    whose = [] if source.parent == headers else [os.fsencode(directory)]
+    whose = [] if source.parent == headers else [os.fsencode(source.resolve().parent)]
     return inputs.digest(b"\0".join([_digest_of_ours(headers), *whose, _read_file(source)]))
 
 
@@ -181,7 +175,7 @@ def compile_source(source: Path) -> PolicyObject:
     began_ns = time.time_ns()
     for python in interpreters():
         try:
-            child = [python, "-I", str(_CHILD), os.path.realpath(source), str(sources()), *flags]
+            child = [python, "-I", str(_CHILD), str(source.resolve()), str(sources()), *flags]
             # bcc searches the current directory before all others (its ClangLoader::parse).
             done = process.run(child, _TIMEOUT_S, str(sources()), _environment())
         except subprocess.TimeoutExpired:
@@ -246,7 +240,7 @@ def _inputs(source: Path, rule: str, began_ns: int) -> Inputs | None:
     if not files:
         return None
     try:
-        found = inputs.of(files, sources(), Path(os.path.realpath(source)), _read_file)
+        found = inputs.of(files, sources(), source.resolve(), _read_file)
         # Edited while the compiler ran: who knows which of the two it saw.
         is_settled = all(os.stat(path).st_ctime_ns <= began_ns for path in found.digests)
     except (CompileError, OSError):
@@ -310,7 +304,7 @@ def _read(file: Path, *, trusted: bool) -> PolicyObject | None:
     """An object file, unless it is missing or broken, or, as it goes into the kernel,
     another user's. One that came with this code is to be trusted as far as the code."""
     try:
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             if not trusted and os.fstat(stream.fileno()).st_uid not in (0, os.geteuid()):
                 return None
             return PolicyObject.decode(stream.read())
@@ -326,7 +320,7 @@ def _store(key: str, compiled: PolicyObject) -> None:
     if file is None:
         return
     try:
-        os.makedirs(file.parent, 0o700, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=file.parent)
     except OSError:
         return

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,7 +27,6 @@ from steer.kernel import keeper, orphanage, process, rundir
 from steer.kernel.channel import SAME, Channel, Frame, NotUnderstood, receive
 from steer.kernel.desk import REQUEST_MAX_BYTES
 from steer.kernel.keeper import PATIENCE_S, Settings, Traces
-from steer.kernel.paths import Path
 from steer.kernel.record import Record, Worker
 
 _LOOK_AGAIN_S = 0.01

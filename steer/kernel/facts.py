@@ -14,12 +14,12 @@ import resource
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from steer.errors import SteerError
 from steer.kernel import bpf, compile, nic, rundir
 from steer.kernel.nic import Interface
-from steer.kernel.paths import Path
 
 T = TypeVar("T")
 
@@ -151,8 +151,7 @@ def _attempt(look: Callable[[], T]) -> T | Unknown:
 
 
 def _text(path: str) -> str:
-    with open(path) as stream:
-        return stream.read()
+    return Path(path).read_text()
 
 
 def _status(procfs: str, field: str) -> str:
@@ -194,8 +193,8 @@ def _cpu_quota(sysfs: str, procfs: str) -> float | None:
     if match is None:
         raise ValueError("no cgroup of version 2")
     own = Path(match[1])
-    files = (f"{sysfs}/fs/cgroup/{group}/cpu.max" for group in (own, *own.parents))
-    limits = [_text(file).split() for file in files if os.path.exists(file)]
+    files = (Path(sysfs, "fs/cgroup", group, "cpu.max") for group in (own, *own.parents))
+    limits = [file.read_text().split() for file in files if file.exists()]
     return min((int(most) / int(period) for most, period in limits if most != "max"), default=None)
 
 
@@ -234,7 +233,7 @@ def _places(environment: Mapping[str, str], control_socket: str | None) -> tuple
 def _no_room(directory: Path) -> str:
     """What would keep a `rundir.Claim` from using the directory, made first if need be."""
     try:
-        owner = os.lstat(directory).st_uid
+        owner = directory.lstat().st_uid
     except FileNotFoundError:
         return _no_writing(directory.parent)
     except OSError as error:
@@ -243,7 +242,7 @@ def _no_room(directory: Path) -> str:
 
 
 def _no_writing(directory: Path) -> str:
-    if not os.path.isdir(directory):
+    if not directory.is_dir():
         return "no such directory"
     return "" if os.access(directory, os.W_OK | os.X_OK, effective_ids=True) else "not writable"
 

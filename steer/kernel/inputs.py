@@ -12,11 +12,11 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steer.bytecode import Inputs
 from steer.errors import CompileError
-from steer.kernel.paths import Path
 
 if TYPE_CHECKING:
     from hashlib import sha256 as sha256
@@ -99,7 +99,7 @@ def _earlier(read: Iterable[Path], own: Path, source: Path) -> Iterable[str]:
     roots = {source.parent, own, own / "include"}
     roots.update(path.parent for path in read)
     searched = {root for root in roots if own != root and own not in root.parents}
-    names = {os.path.relpath(path, root) for path in read for root in roots if root in path.parents}
+    names = {str(path.relative_to(root)) for path in read for root in roots if root in path.parents}
     return sorted(
         path
         for path in (os.path.join(root, name) for root in searched for name in names)

@@ -11,13 +11,13 @@ import os
 import signal
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
 from steer.kernel import family, process, rundir
 from steer.kernel.channel import SAME, Channel, Frame, NotUnderstood
 from steer.kernel.family import Family
-from steer.kernel.paths import Path
 
 MAILBOX = "mailbox"
 """Key of an entry with a socket: without a controller it is read, and the value becomes what
@@ -202,9 +202,7 @@ class Keeper:
         rundir.remove(Path(settings.control), self._traces.inode, settings.remove_directory)
         if settings.pid_file is not None:
             with suppress(OSError, ValueError):
-                with open(settings.pid_file) as stream:
-                    is_its = int(stream.read()) == self._traces.controller
-                if is_its:
+                if int(Path(settings.pid_file).read_text()) == self._traces.controller:
                     os.unlink(settings.pid_file)
 
 

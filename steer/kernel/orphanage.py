@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 import msgspec
@@ -25,7 +26,6 @@ from steer.kernel.channel import Channel, Frame
 from steer.kernel.desk import ASKERS_MAX, Desk, Request, Talk
 from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
 from steer.kernel.mail import Mailbox
-from steer.kernel.paths import Path
 from steer.kernel.record import Record
 from steer.kernel.spare import Spare
 from steer.lines import Line, Lines, shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from steer.bytecode import PolicyObject
@@ -12,11 +11,10 @@ from steer.kernel import compile as compiler
 
 def build() -> None:
     """Compile every built-in policy and write its object."""
-    for source in compiler.built_in():
+    for source in sorted(compiler.sources().glob("*.c")):
         file = compiler.prebuilt(source.stem)
-        os.makedirs(file.parent, exist_ok=True)
-        with open(file, "wb") as stream:
-            stream.write(compiler.compile_source(source).encode())
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(compiler.compile_source(source).encode())
 
 
 def stale() -> list[str]:
@@ -26,11 +24,10 @@ def stale() -> list[str]:
     bytecode; then only the sources' digest is compared, and that is said.
     """
     found = []
-    for source in compiler.built_in():
+    for source in sorted(compiler.sources().glob("*.c")):
         fresh = compiler.compile_source(source)
         try:
-            with open(compiler.prebuilt(source.stem), "rb") as stream:
-                shipped = PolicyObject.decode(stream.read())
+            shipped = PolicyObject.decode(compiler.prebuilt(source.stem).read_bytes())
         except OSError:
             found.append(f"{source.name}: not built")
             continue

@@ -11,9 +11,9 @@ import signal
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from steer.kernel import proc, rundir
-from steer.kernel.paths import Path
 
 _LONG = 4
 """A file with so many lines for each worker is written anew."""

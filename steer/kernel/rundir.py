@@ -11,10 +11,10 @@ import stat
 import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from steer.errors import ControlError
 from steer.kernel import services, unix
-from steer.kernel.paths import Path
 from steer.kernel.services import RUNTIME_DIR
 from steer.kernel.title import GUARD
 
@@ -65,15 +65,8 @@ def _directories_to_look_in(environment: Mapping[str, str]) -> Iterator[Path]:
     yield _of_login(environment, user)
     yield _LOGINS / str(user) / "steer"
     if user == 0:
-        yield from (each / "steer" for each in _in(_LOGINS))
-        yield from (each for each in _in(_TMP) if each.name.startswith("steer-"))
-
-
-def _in(directory: Path) -> list[Path]:
-    """What is in it, as far as we may see."""
-    with contextlib.suppress(OSError):
-        return [directory / name for name in sorted(os.listdir(directory))]
-    return []
+        yield from sorted(_LOGINS.glob("*/steer"))
+        yield from sorted(_TMP.glob("steer-*"))
 
 
 def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
@@ -88,9 +81,8 @@ def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
         with contextlib.suppress(OSError, ValueError):
             if _is_whose_it_says(directory):
                 named = directory / f"{name}.sock"
-                is_there = name is not None and os.path.exists(named)
-                there = [named] if is_there else _in(directory)
-                found.update(dict.fromkeys(path for path in there if path.suffix == ".sock"))
+                there = [named] if name and named.exists() else sorted(directory.glob("*.sock"))
+                found.update(dict.fromkeys(there))
     return list(found)
 
 
@@ -145,7 +137,7 @@ def _is_whose_it_says(directory: Path) -> bool:
         user = int(directory.parent.name)
     else:
         return True
-    found = os.lstat(directory)
+    found = directory.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == user
 
 
@@ -288,7 +280,7 @@ class Claim:
 def inode(path: Path) -> int | None:
     """What tells this socket's path from that of another after it; None if there is none."""
     with contextlib.suppress(OSError):
-        return os.lstat(path).st_ino
+        return path.lstat().st_ino
     return None
 
 
@@ -306,10 +298,8 @@ def remove(path: Path, wanted: int | None, directory: bool) -> None:
     """
     with contextlib.suppress(OSError):
         if inode(path) == wanted:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(record_of(path))
+            path.unlink(missing_ok=True)
+            record_of(path).unlink(missing_ok=True)
         if directory:
             _remove_empty(path.parent)
 
@@ -399,12 +389,12 @@ def running(name: str, holder: str, path: Path) -> ControlError:
 def _remove_dead(path: Path) -> None:
     """Of what may stand at a path that a user typed only our own sockets are ours to remove."""
     with contextlib.suppress(FileNotFoundError):
-        found = os.lstat(path)
+        found = path.lstat()
         if not stat.S_ISSOCK(found.st_mode):
             raise FileExistsError(errno.EEXIST, "something is there that is no socket")
         if os.geteuid() not in (0, found.st_uid):
             raise PermissionError(errno.EPERM, "another user's socket is there")
-        os.unlink(path)
+        path.unlink()
 
 
 def _remove_empty(directory: Path) -> None:
@@ -412,7 +402,7 @@ def _remove_empty(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rmdir(directory)
+        directory.rmdir()
     finally:
         os.close(fd)
 
@@ -420,8 +410,8 @@ def _remove_empty(directory: Path) -> None:
 def _make_directory(directory: Path) -> None:
     """Not for others to open, or they could hold its lock; in /tmp they may have been first."""
     with contextlib.suppress(FileExistsError):
-        os.mkdir(directory, 0o700 if directory.parent == _TMP else 0o711)
-    found = os.lstat(directory)
+        directory.mkdir(mode=0o700 if directory.parent == _TMP else 0o711)
+    found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, f"{directory} is no directory")
     if found.st_uid != os.geteuid():
@@ -441,7 +431,7 @@ def _locked(directory: Path, make: bool, turn_s: float) -> int:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             undo.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(directory)):
+            if os.path.samestat(os.fstat(fd), directory.stat()):
                 undo.pop_all()
                 return fd
         if time.monotonic() >= end_s:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
 from steer.errors import KernelError
 from steer.kernel import proc, title, unix
-from steer.kernel.paths import Path
 from steer.kernel.title import GUARD, WORKER, Title
 
 RUNTIME_DIR, NAME = "STEER_RUNTIME_DIR", "STEER_NAME"
@@ -182,7 +182,7 @@ def _open_in(pid: int) -> set[int]:
 
 
 def _absolute(pid: int, path: Path) -> Path:
-    if not os.path.isabs(path):
+    if not path.is_absolute():
         with suppress(OSError):
             return Path(os.readlink(f"/proc/{pid}/cwd"), path)
     return path

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-
-from steer.kernel.paths import Path
+from pathlib import Path
 
 _LISTENS = 0x10000
 """__SO_ACCEPTCON of include/linux/net.h, as /proc/net/unix shows it (proc_net(5))."""

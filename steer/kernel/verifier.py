@@ -13,6 +13,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import msgspec
 
@@ -20,7 +21,6 @@ from steer.bytecode import Code
 from steer.errors import SteerError
 from steer.kernel import bpf, probe
 from steer.kernel import compile as compiler
-from steer.kernel.paths import Path
 from steer.ladder import Answer
 
 _LOG_STATS = 4
@@ -157,7 +157,7 @@ def built_in() -> dict[str, Figures]:
         CompileError, KernelError
     """
     found = {}
-    for source in compiler.built_in():
+    for source in sorted(compiler.sources().glob("*.c")):
         programs = compiler.load(source).programs
         with ExitStack() as stack:
             maps = maps_of(programs.values(), stack)
@@ -180,10 +180,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m steer.kernel.verifier FILE", file=sys.stderr)
         return 2
     file = Path(name)
-    known = {}
-    if os.path.exists(file):
-        with open(file, "rb") as stream:
-            known = msgspec.json.decode(stream.read())
+    known = msgspec.json.decode(file.read_bytes()) if file.exists() else {}
     try:
         known[series()] = msgspec.to_builtins(built_in())
     except SteerError as error:
@@ -191,9 +188,8 @@ def main(arguments: list[str]) -> int:
         return 1
     for each in known[series()].values():
         del each["time_us"]
-    os.makedirs(file.parent, exist_ok=True)
-    with open(file, "wb") as stream:
-        stream.write(msgspec.json.format(msgspec.json.encode(known, order="sorted"), indent=1))
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(known, order="sorted"), indent=1))
     return 0
 
 
