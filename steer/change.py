@@ -213,7 +213,7 @@ class Changes:
         """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
         one fails, none stays."""
         fresh: list[Place] = []
-        intake = Intake(len(os.sched_getaffinity(0)))
+        intake = Intake(len(os.sched_getaffinity(0)), self._fleet.lot)
         began_s: dict[Place, float] = {}
         news: asyncio.Queue[Place] = asyncio.Queue()
         tell("ready", 0, len(seats))

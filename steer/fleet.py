@@ -24,7 +24,7 @@ from steer.clock import Clock
 from steer.config import Service
 from steer.ends import End, Ends
 from steer.errors import AppLoadError, KernelError, SteerError
-from steer.intake import MOST_TOGETHER
+from steer.intake import Lot
 from steer.kernel import family, mail, proc, process, sockets, strays
 from steer.kernel.custody import Entry, Guard
 from steer.kernel.waits import Seen
@@ -60,8 +60,6 @@ _NO_LIMIT = sys.maxsize
 STRAYS_NAMED = 4
 """Of those who have a socket of a worker that has ended so many are named in the log."""
 
-_FORKS_AT_ONCE = MOST_TOGETHER
-"""So many start in one turn of the loop."""
 _FIRST_AT_MOST = 16
 """Before there is a loop, where there are CPUs for so many."""
 
@@ -93,6 +91,7 @@ class Fleet:
         is_watched: whether there is a loop to look after them in.
         clock: what workers are given time for goes by it.
         looks: what is looked at again and again, at its beats.
+        lot: how many start in one turn of the loop.
         queues: what waits at workers.
         visibility: what of workers cannot be seen.
         group_notes: on sockets that left their groups, see `groups`.
@@ -117,6 +116,7 @@ class Fleet:
         self.retry = retry
         self.clock = Clock()
         self.looks = Looks(self.clock, retry)
+        self.lot = Lot()
         self.queues = Queues()
         self.visibility = Visibility(log)
         self.group_notes: dict[str, str] = {}
@@ -169,7 +169,7 @@ class Fleet:
             self._await_start(seat)
         process.pause(0)
         cpus = len(os.sched_getaffinity(0))
-        self._spawn(self._next_few(max(_FORKS_AT_ONCE, min(cpus, _FIRST_AT_MOST))))
+        self._spawn(self._next_few(max(self.lot.size, min(cpus, _FIRST_AT_MOST))))
         holds_ports()
 
     def _await_start(self, seat: Seat) -> None:
@@ -177,7 +177,7 @@ class Fleet:
         place.state = State.BACKOFF
         self._unstarted.append(place)
 
-    def _next_few(self, at_most: int = _FORKS_AT_ONCE) -> Sequence[Place]:
+    def _next_few(self, at_most: int) -> Sequence[Place]:
         """Of those that were never started, unless they are not wanted any more."""
         few: list[Place] = []
         if self._is_limited:
@@ -203,12 +203,14 @@ class Fleet:
 
     def _start_more(self) -> None:
         """A few, and in the next turn of the loop more."""
-        few = self._next_few() if not self._ending else ()
+        few = self._next_few(self.lot.size) if not self._ending else ()
         if not few:
             return
         try:
             self._begin(*few)
         except SteerError as error:
+            if not self._is_new:
+                self.log.error("%s", error)
             for place in few:
                 self._not_started(place, error)
         self._loop.call_soon(self._start_more)
@@ -226,7 +228,6 @@ class Fleet:
             future.exception()  # retrieved here: nobody may be waiting yet
 
     def _fail_to_start(self, place: Place, error: SteerError) -> None:
-        self.log.error("%s", error)
         place.failures += 1
         self._failed(place, error)
 
@@ -628,6 +629,7 @@ class Fleet:
         try:
             self._begin(place)
         except SteerError as error:
+            self.log.error("%s", error)
             self._fail_to_start(place, error)
 
     def _activate(self, place: Place) -> None:
@@ -813,10 +815,12 @@ class Fleet:
         Raises:
             SteerError: one could not be started; there is none.
         """
+        began_s = time.monotonic()
         try:
             with self.retry.spare.lent():
                 for place, worker in zip(places, self._spawn(places), strict=True):
                     self._watch(place, worker)
+            self.lot.took(time.monotonic() - began_s)
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
             for place in places:
                 if place.process is not None:

@@ -16,6 +16,7 @@ from steer.config import Service
 from steer.cpus import Topology
 from steer.errors import ControlError, WorkersFailed
 from steer.fleet import Fleet
+from steer.intake import Lot
 from steer.ladder import Answer, Finding
 from steer.lifecycle import Command, Event, State
 from steer.place import Place
@@ -43,6 +44,7 @@ class FakeFleet:
         self.places: list[Place] = []
         self.flips: list[list[int]] = []
         self.kept: list[tuple[int, int]] = []
+        self.lot = Lot()
         self._slot = 0
         for seat in self.generation.plan.seats:
             self._take(seat, self.generation).state = State.READY

@@ -23,11 +23,17 @@ from growth_fakes import (
 
 from steer import fleet
 from steer.change import unheard
-from steer.intake import MOST_TOGETHER
+from steer.intake import MOST_TOGETHER, Lot
 from steer.lifecycle import Event
 
 EACH = ("messages to the guard", "processes", "joined", "proc")
 ONCE = ("messages to the guard", "waits for the guard", "flips", "proc")
+
+
+@pytest.fixture(autouse=True)
+def lots_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long they take."""
+    monkeypatch.setattr(Lot, "took", lambda *_: None)
 
 
 def both(script: Script, home: Path) -> tuple[Cost, Cost]:

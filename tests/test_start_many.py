@@ -20,6 +20,7 @@ from steer.config import Service
 from steer.cpus import Topology
 from steer.errors import KernelError, SteerError
 from steer.fleet import Fleet
+from steer.intake import MOST_TOGETHER, Lot
 from steer.kernel import process
 from steer.kernel.spare import Spare
 from steer.lifecycle import Event, State
@@ -145,6 +146,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(fleets, "Place", FakePlace)
     monkeypatch.setattr(process, "pause", lambda _seconds: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
+    monkeypatch.setattr(Lot, "took", lambda *_: None)  # how long is no matter here
     return FakeProcess.forked
 
 
@@ -190,11 +192,11 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
     async def run() -> None:
         fleet = fleet_of(number, steering := FakeSteering())
         fleet.start(lambda: None)
-        assert forked == [0] * fleets._FORKS_AT_ONCE
+        assert forked == [0] * MOST_TOGETHER
         await watched(fleet)
         assert len(forked) == len(steering.there) == number
-        assert max(Counter(forked).values()) <= 2 * fleets._FORKS_AT_ONCE  # the first turn has two
-        assert steering.asked["saved"] <= number / fleets._FORKS_AT_ONCE + 1
+        assert max(Counter(forked).values()) <= 2 * MOST_TOGETHER  # the first turn has two
+        assert steering.asked["saved"] <= number / MOST_TOGETHER + 1
 
     asyncio.run(run())
 
@@ -218,9 +220,9 @@ def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[
         await fleet.up
         fleet.settle()
         assert fleet.steering.asked["flips"] == 1  # type: ignore[attr-defined]
-        assert len(forked) == fleets._FORKS_AT_ONCE
+        assert len(forked) == MOST_TOGETHER
         # those that wait for their turn have not failed, and are not asked to hurry
-        waiting = list(fleet.places)[fleets._FORKS_AT_ONCE :]
+        waiting = list(fleet.places)[MOST_TOGETHER:]
         assert {place.state for place in waiting} == {State.BACKOFF}
         assert {status.shown(place) for place in waiting} == {State.STARTING}
         assert not any(place.timer for place in waiting)
@@ -304,3 +306,20 @@ def test_seats_that_an_adopter_cannot_fill_are_tried_again(
         assert len(forked) == 12
 
     asyncio.run(run())
+
+
+def test_lot_that_took_long_is_followed_by_a_smaller_one(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int]
+) -> None:
+    def took(lot: Lot, _step_s: float) -> None:
+        lot.size = 2
+
+    monkeypatch.setattr(Lot, "took", took)
+
+    async def run() -> None:
+        fleet = fleet_of(40, FakeSteering())
+        fleet.start(lambda: None)
+        await watched(fleet)
+
+    asyncio.run(run())
+    assert list(Counter(forked).values())[1:] == [2] * ((40 - 2 * MOST_TOGETHER) // 2)
