@@ -28,13 +28,15 @@ from steer.steering import Counts, Own
 # Real workers that stand still
 
 CONNECTIONS, DATAGRAMS = 7, 3
+STAND_STILL = ("--hang-timeout=0", "--graceful-timeout=0.5")
+"""The workers, and a stop waits no longer for them."""
 
 
 @pytest.mark.needs("netns", "pidfd_getfd")
 @pytest.mark.parametrize("under", [(), WITHOUT_NETLINK], ids=["asked", "borrowed"])
 def test_what_waits_is_told_exactly(service: StartService, under: Sequence[str]) -> None:
     over_udp = ("-b", f"udp://127.0.0.1:{PORT}")
-    running = service(*BIND, *over_udp, "-w", "2", "--hang-timeout=0", under=under)
+    running = service(*BIND, *over_udp, "-w", "2", *STAND_STILL, under=under)
     workers = running.workers()
     assert [each["connections"]["queued"] for each in workers] == [0, 0]
     assert [each["connections"]["queued_bytes"] for each in workers] == [0, 0]
