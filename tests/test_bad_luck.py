@@ -278,7 +278,7 @@ def test_what_starts_under_a_limit_on_open_files_can_be_changed(
         for arguments in (["reload"], ["scale", "+1"], ["reload"], ["scale", "+1"]):
             done = running.steer(*arguments)
             assert done.returncode == 0, done.stderr
-        assert len(running.workers()) == 5
+        eventually(lambda: len(running.workers()), 5)
         too_many = running.steer("scale", "+1")
         assert too_many.returncode == 1
         assert f"the limit is {needed}; raise it" in too_many.stderr
