@@ -701,3 +701,26 @@ def test_what_is_put_together_is_adopted(puppet: Puppet) -> None:
     adopted = adopt(puppet)
     assert {key: entry.value for key, entry in adopted.entries.items()} == {"a": b"a", "b": b"b"}
     adopted.abandon()
+
+
+def test_more_descriptors_put_together_are_adopted(puppet: Puppet) -> None:
+    """With the latest value of each."""
+    puppet.start()
+    for key in ("a", "b"):
+        puppet.worker(key, *PLAIN)
+    put = """
+with guard.together():
+    for key in ("a", "b"):
+        guard.update(key, b"older")
+        entry = guard.entries[key]
+        guard.put(key, key.encode(), [*entry.fds, control.fileno()], entry.group)
+"""
+    puppet.do(f"exec({put!r})")
+    serials = {key: puppet.do(f"serials(guard.entries[{key!r}].fds)") for key in ("a", "b")}
+    puppet.die()
+    adopted = adopt(puppet)
+    for key, entry in adopted.entries.items():
+        assert entry.value == key.encode()
+        found = [os.fstat(fd) for fd in entry.fds]
+        assert [[each.st_dev, each.st_ino] for each in found] == serials[key]
+    adopted.abandon()

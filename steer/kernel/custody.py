@@ -162,7 +162,8 @@ class Guard:
         """Keep an entry, or another in place of that of the same key, at once.
 
         An entry that is the same in all is not sent again, and descriptors of the same
-        numbers are taken for the same: drop an entry before closing any of its.
+        numbers are taken for the same: drop an entry before closing any of its. Where an
+        entry has some no more, the keeper has closed those when this returns.
 
         Args:
             group: not 0 makes it a worker's; see `Entry`.
@@ -179,11 +180,14 @@ class Guard:
             self._unrecorded.append((group, stop_signal))
             if not self._together:
                 self._write_down()
-        if old is None and self._together:
+        has_others = old is None or old.fds != new.fds
+        has_less = old is not None and old.fds != new.fds[: len(old.fds)]
+        if has_others and self._together and not has_less:
+            self._updated_together.pop(key, None)
             self._put_together[key] = new
-        elif old is None or old.fds != new.fds:
-            self._send(key, new, wait=old is not None)
-        elif self._together and new == replace(old, value=value):
+        elif has_others:
+            self._send(key, new, wait=has_less)
+        elif self._together and old and new == replace(old, value=value):
             self._updated_together[key] = value
         else:
             self._tell(Frame("put", key, value, SAME, group, stop_signal=stop_signal))
@@ -191,8 +195,9 @@ class Guard:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is put meanwhile, and is new or has only another value, is sent at the end. It
-        costs two messages; of all that has another value the keeper has all or nothing.
+        """What is put meanwhile, and is new, or has more descriptors or only another value, is
+        sent at the end. It costs two messages; of all that has only another value the keeper has
+        all or nothing.
 
         Raises:
             OSError: as `put`.
