@@ -842,12 +842,13 @@ class Fleet:
         self._check_free(launches[0])
         with ExitStack() as stack:
             owned = []
-            for place, launch in zip(places, launches, strict=True):
-                place.starts += 1
-                own = stack.enter_context(spawn.bound(launch))
-                # Before the fork: it may end at once, and shut its listeners down.
-                self._rotation.joined(place.slot, sockets.duplicates(own))
-                owned.append(own)
+            with self._rotation.together():
+                for place, launch in zip(places, launches, strict=True):
+                    place.starts += 1
+                    own = stack.enter_context(spawn.bound(launch))
+                    # Before the fork: it may end at once, and shut its listeners down.
+                    self._rotation.joined(place.slot, sockets.duplicates(own))
+                    owned.append(own)
             workers = spawn.fork_all(launches, self._guard, owned)
         for place, worker in zip(places, workers, strict=True):
             place.process = worker
@@ -992,7 +993,9 @@ class Fleet:
     def _on_ends(self, ends: Sequence[End]) -> None:
         for each in ends:
             each.place.cancel_timer()
-        self._take_sockets((each, each.worker.left_behind) for each in ends)
+        with self._rotation.together() as order:  # the guard has none of their sockets
+            leaving = sorted(ends, key=lambda each: order.get(each.place.slot, len(order)))
+            self._take_sockets((each, each.worker.left_behind) for each in leaving)
         for each in ends:
             self._on_end(each.place, each.worker, each.status)
 

@@ -80,7 +80,7 @@ class Rotation:
         self._log = log
         self._retry = retry
         self._flip_due: Handle | None = None
-        self._keep_due = self._is_kept = False
+        self._keep_due = self._is_kept = self._is_kept_together = False
         self._told_flipped: list[Future[None]] = []
         self._flips = self._settled = 0
         self._awaiting: list[tuple[str, Callable[[], object], int]] = []
@@ -100,16 +100,48 @@ class Rotation:
     def _keep_soon(self) -> None:
         """Once for all that changes in one turn of the loop, as who is killed meanwhile leaves
         what can be adopted all the same: a slot that was taken is not taken again, as its worker
-        is known, and who is chosen is found anew. Only in which order the kernel has sockets
-        nobody else can tell."""
+        is known, and who is chosen is found anew."""
         if self._released:
             return
-        if self.steering.needs_order or not self._is_kept:
+        if not self._is_kept:
             self.keep()
         elif not self._keep_due:
             self._keep_due = True
             if self._loop is not None:  # else see `watch`
-                self._loop.call_soon(self._keep_in_its_turn)
+                self._loop.call_soon(self.keep_if_due)
+
+    def _keep_order(self) -> None:
+        """At once, or see `together`: in which order the kernel has sockets nobody else can
+        tell."""
+        if self.steering.needs_order and not self._is_kept_together and not self._released:
+            self.keep()
+        else:
+            self._keep_soon()
+
+    @contextmanager
+    def together(self) -> Iterator[Mapping[int, int]]:
+        """Where the order of sockets matters the guard is told it once for all who join, or
+        leave, meanwhile, and not once for each: it is told that of all others, too.
+
+        Who is killed meanwhile leaves what can be adopted. Those who join are not forked before
+        the end: their sockets, the last in the order, go with us, and what the guard knows is
+        right again. Of those who leave it must have no sockets any more: who adopts us takes them
+        out of the order that it knows, from the first on, and so they are to leave. But sockets
+        of our own move as well, and who adopts us has to have them: where there are any, each
+        change is told at once.
+
+        Yields:
+            by slot, the index in the order that the guard knows.
+        """
+        knows = self.steering.needs_order and not self.steering.own_sockets
+        order = self.steering.order if knows else None
+        self._is_kept_together = order is not None
+        try:
+            yield {slot: index for index, slot in enumerate(order or ())}
+        finally:
+            if self._is_kept_together:
+                self._is_kept_together = False
+                self.keep_if_due()
 
     def keep_if_due(self) -> None:
         """Do not wait for the next turn of the loop: there may be none."""
@@ -167,13 +199,13 @@ class Rotation:
         """A new worker's sockets; see `Steering.joined`. Raises KernelError."""
         with self.naming_locked():
             self.steering.joined(slot, fds)
-        self._keep_soon()
+        self._keep_order()
 
     def left(self, slot: int) -> None:
         """The worker there has ended."""
         with self.naming_locked():
             self.steering.left(slot)
-        self._keep_soon()
+        self._keep_order()
 
     def give_up(self, slot: int) -> None:
         """It is nobody's any more; what was counted for it is put aside."""
@@ -200,7 +232,7 @@ class Rotation:
         if self.steering.unsettled() is not None:
             self._has_flipped()  # when there was no loop
         if self._keep_due:
-            loop.call_soon(self._keep_in_its_turn)
+            loop.call_soon(self.keep_if_due)
 
     def flip_soon(self) -> None:
         """Together with what else happens in the same turn of the loop."""
@@ -233,7 +265,7 @@ class Rotation:
             self.steering.let_go(slot)
         self._let_go.clear()
         self._watch_reserve(bool(members))
-        self._keep_soon()
+        self._keep_order()
         self._flip_due.cancel()
         self._flip_due = None
         self._has_flipped()

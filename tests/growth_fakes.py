@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from steer import plan as planning
 from steer import policy, spawn
+from steer.cbpf import Order
 from steer.change import Changes
 from steer.config import Service
 from steer.cpus import Topology
@@ -46,6 +47,7 @@ READY = {"READY": "1"}
 _CPUS = (0, 1)
 _NO_PID = 1 << 23
 """Beyond any there can be (PID_MAX_LIMIT of include/linux/threads.h)."""
+_NO_FD = 1 << 30
 _OURS = str(Path(__file__).parent)
 
 
@@ -191,6 +193,36 @@ class FakeSteering:
         pass
 
 
+class OrderedSteering(FakeSteering):
+    """Which, as `cbpf`, holds a socket of each worker, and has to know their order."""
+
+    backend = "cbpf"
+    needs_order = True
+    own_sockets = ()
+
+    def __init__(self, plan: Plan, cost: Cost) -> None:
+        super().__init__(plan, cost)
+        self._order = Order()
+
+    def joined(self, slot: int, fds: Sequence[int]) -> None:
+        super().joined(slot, fds)
+        self._order.joined(slot)
+
+    def left(self, slot: int) -> None:
+        super().left(slot)
+        self._order.left(slot)
+
+    @property
+    def order(self) -> Sequence[int]:
+        return list(self._order.indexes())
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        return self.order, ()
+
+    def held(self, slot: int) -> Sequence[int]:
+        return (_NO_FD + slot,) if slot in self._order else ()
+
+
 class FakeProcess:
     """A worker that is there as long as nobody ends it."""
 
@@ -266,11 +298,17 @@ class FakeService:
         cost: of what was done since `count`.
     """
 
-    def __init__(self, home: Path, workers: int, policy_name: str = "random") -> None:
+    def __init__(
+        self,
+        home: Path,
+        workers: int,
+        policy_name: str = "random",
+        backend: type[FakeSteering] = FakeSteering,
+    ) -> None:
         self.cost = Cost()
         self.plan = plan_for(workers, policy_name)
         self.guard = FakeGuard(home, self.cost)
-        self.steering = FakeSteering(self.plan, self.cost)
+        self.steering = backend(self.plan, self.cost)
         self.fleet = Fleet(
             Generation(1, self.plan),
             self.plan.slots,

@@ -4,8 +4,10 @@ all of them costs as much for each. Operations are counted, never time."""
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from growth_fakes import (
@@ -14,6 +16,7 @@ from growth_fakes import (
     READY,
     Cost,
     FakeService,
+    OrderedSteering,
     Script,
     cost_of,
     pid_of,
@@ -114,6 +117,47 @@ def test_a_reload(tmp_path: Path) -> None:
     lots, ends = MANY / MOST_TOGETHER, MANY
     assert many["lots of forks"] < 2 * lots
     assert many["messages to the guard"] < 5 * lots + ends
+
+
+def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
+    """The order of all is told once for each lot that joins or leaves, so bytes still grow with
+    the square of workers, but by a number for each worker and lot, and not for each worker and
+    worker."""
+
+    async def script(service: FakeService) -> None:
+        with service.counted():
+            await service.changes.renew(service.plan, unheard)
+            while len(service.fleet.places) > len(service.plan.seats):
+                await rest()
+
+    few, many = (
+        cost_of(script, tmp_path, workers, backend=OrderedSteering) for workers in (FEW, MANY)
+    )
+    for kind in ("messages to the guard", "waits for the guard"):
+        assert many[kind] / MANY <= few[kind] / FEW, kind
+    assert many["messages to the guard"] < MANY
+    # Their ends are seen in lots: the keeper has closed their sockets before they leave.
+    assert many["waits for the guard"] < MANY / 4
+
+
+def test_those_that_end_together_leave_in_the_order_that_the_guard_knows(tmp_path: Path) -> None:
+    """As who adopts a controller that is killed meanwhile takes them out of it."""
+    left: list[int] = []
+
+    async def script(service: FakeService) -> None:
+        def leave(slot: int) -> None:
+            left.append(slot)
+            was(slot)
+
+        was, service.steering.left = service.steering.left, leave  # type: ignore[method-assign]
+        there, order = service.ready(FEW), list(cast(OrderedSteering, service.steering).order)
+        for place in reversed(there):
+            cast(Any, place.process).exit(signal.SIGKILL)
+        await rest()
+        assert left == order
+
+    cost_of(script, tmp_path, FEW, backend=OrderedSteering)
+    assert len(left) == FEW
 
 
 def test_a_scale(tmp_path: Path) -> None:

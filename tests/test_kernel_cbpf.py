@@ -24,6 +24,7 @@ from steer.classic import Cbpf
 from steer.errors import KernelError
 from steer.kernel import sockets
 from steer.policy import CBPF, KERNEL
+from steer.table import Member
 
 pytestmark = pytest.mark.usefixtures("netns")
 
@@ -270,6 +271,22 @@ def test_another_controller_goes_on_where_a_filler_is(kind: str) -> None:
         crew.leave(1)
         assert crew.count(30) == {7: 30}
         old.close()
+
+
+@all_kinds
+def test_another_controller_finds_the_order_while_some_leave_one_after_the_other(kind: str) -> None:
+    """By what the guard was told before the first of them, see `Rotation.together`."""
+    with Crew(CBPF, "hash", kind, workers=7).serving() as crew:
+        value = msgspec.json.decode(msgspec.json.encode(crew.steering.saved()[0]))
+        for slot in (0, 1, 4):
+            crew.leave(slot)
+            held = {at: list(map(os.dup, crew.steering.held(at))) for at in crew.sockets}
+            adopter = open_backend(CBPF, crew.plan, empty=True)
+            adopter.restore(value, (), held)
+            for chosen in crew.sockets:
+                adopter.steer([Member(chosen)])
+                assert crew.count(5) == {chosen: 5}
+            adopter.close()
 
 
 @all_kinds

@@ -144,6 +144,9 @@ def test_when_it_cannot_be_moved_that_is_not_tried_at_every_turn(waited_for: soc
 class JoinableSteering(FakeSteering):
     """Of a kind that does, or does not, have to know in which order sockets are."""
 
+    own_sockets: Sequence[object] = ()
+    order: Sequence[int] | None = ()
+
     def __init__(self, needs_order: bool) -> None:
         self.reserve = []
         self.needs_order = needs_order
@@ -189,8 +192,54 @@ def kept_after(needs_order: bool, *, has_loop: bool = True) -> list[int]:
 
 
 def test_who_adopts_knows_the_order_of_sockets_at_any_moment() -> None:
-    assert kept_after(needs_order=True) == [1, 2, 3, 5, 5]
-    assert kept_after(needs_order=True, has_loop=False) == [1, 2, 3, 5, 5]
+    assert kept_after(needs_order=True) == [1, 2, 3, 4, 5]
+    assert kept_after(needs_order=True, has_loop=False) == [1, 2, 3, 4, 5]
+
+
+def kept_together(steering: JoinableSteering, *, has_loop: bool = True) -> list[int]:
+    """How often the guard was told: after the first, after each of two that joined together, and
+    when both had; and in the next turn of the loop."""
+    guard, told = FakeGuard(), list[int]()
+
+    async def run() -> None:
+        args = (steering, [], 4, guard, Log("error", "text"), FakeRetry())
+        rotation = Rotation(*cast(Any, args))
+        if has_loop:
+            rotation.watch(asyncio.get_running_loop())
+        rotation.joined(0, ())
+        told.append(len(guard.puts))
+        with rotation.together():
+            for slot in (1, 2):
+                rotation.joined(slot, ())
+                told.append(len(guard.puts))
+        told.append(len(guard.puts))
+        await asyncio.sleep(0)
+        told.append(len(guard.puts))
+
+    asyncio.run(run())
+    return told
+
+
+@pytest.mark.parametrize("has_loop", [True, False])
+def test_the_order_of_those_who_join_together_is_told_once(has_loop: bool) -> None:
+    steering = JoinableSteering(needs_order=True)
+    assert kept_together(steering, has_loop=has_loop) == [1, 1, 1, 2, 2]
+
+
+def test_the_order_is_told_at_once_where_sockets_of_ours_move_too() -> None:
+    steering = JoinableSteering(needs_order=True)
+    steering.own_sockets = [object()]
+    assert kept_together(steering) == [1, 2, 3, 3, 3]
+
+
+def test_the_order_is_told_at_once_where_groups_have_different_ones() -> None:
+    steering = JoinableSteering(needs_order=True)
+    steering.order = None
+    assert kept_together(steering) == [1, 2, 3, 3, 3]
+
+
+def test_who_needs_no_order_is_not_kept_sooner_together() -> None:
+    assert kept_together(JoinableSteering(needs_order=False)) == [1, 1, 1, 1, 2]
 
 
 def test_order_is_told_at_once_also_right_after_another_backend_has_taken_over() -> None:
