@@ -138,7 +138,9 @@ def _ask_status(life: Life, it: Crowd, pace: Pace) -> None:
     command, environment = it.status_command()
     for _ in range(pace.statuses):
         begun_s = time.monotonic()
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SteerError("ask for status", f"exit status {done.returncode}", detail=done.stderr)
         life.add(STATUS, 1000 * (time.monotonic() - begun_s))
 
 
