@@ -16,6 +16,10 @@ from steer import abi
 
 INSN_BYTES = 8
 _INSN = struct.Struct("=BBhi")
+_CLASS, _JUMPS = 7, (5, 6)
+_GOTO, _CALL, _EXIT = 0x05, 0x85, 0x95
+_MOVE = 0xB7
+"""Opcodes, of Documentation/bpf/standardization/instruction-set.rst; `_MOVE` is of a number."""
 
 
 class Code(msgspec.Struct, frozen=True):
@@ -121,12 +125,6 @@ def with_near_ends(raw: bytes) -> tuple[bytes, list[int]]:
 
 def _is_end(insns: Sequence[tuple[int, ...]]) -> bool:
     return [code for code, *_ in insns] == [_MOVE, _EXIT]
-
-
-_CLASS, _JUMPS = 7, (5, 6)
-_GOTO, _CALL, _EXIT = 0x05, 0x85, 0x95
-_MOVE = 0xB7
-"""Opcodes, of Documentation/bpf/standardization/instruction-set.rst; `_MOVE` is of a number."""
 
 
 def unlink(raw: bytes) -> Code:
