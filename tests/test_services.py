@@ -155,4 +155,4 @@ def test_directory_of_ones_own_below_tmp_is_looked_in(prefix: str, is_found: boo
         control = Path(directory, "web.sock")
         control.touch()
         found = rundir.find({"STEER_RUNTIME_DIR": directory}, "web")
-        assert found == [str(control)] * is_found
+        assert found == [control] * is_found
