@@ -440,9 +440,8 @@ class Fleet:
 
     def _leave_nothing_to_adopt(self) -> None:
         self._guard.give_up()
-        for place in self.places:
-            if self.steering.held(place.slot):
-                place.keep(())
+        there = (place.process for place in self.places if self.steering.held(place.slot))
+        self._guard.let_go(*(worker.key for worker in there if worker))
 
     def _tell_to_stop(self, places: OrderedDict[Place, None]) -> None:
         with self.retry.spare.lent():

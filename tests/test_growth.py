@@ -34,9 +34,10 @@ ONCE = ("messages to the guard", "waits for the guard", "flips", "proc")
 
 
 @pytest.fixture(autouse=True)
-def lots_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def steps_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long they take."""
     monkeypatch.setattr(Lot, "took", lambda *_: None)
+    monkeypatch.setattr(fleet, "_STEP_S", 3600.0)
 
 
 def both(script: Script, home: Path) -> tuple[Cost, Cost]:
@@ -138,6 +139,41 @@ def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
     assert many["messages to the guard"] < MANY
     # Their ends are seen in lots: the keeper has closed their sockets before they leave.
     assert many["waits for the guard"] < MANY / 4
+
+
+def test_a_start_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
+    """All that is told in a lot costs the same, but for the order of all, once for those who join
+    and once for those who are chosen."""
+
+    async def script(_: FakeService) -> None:
+        """What is counted from the first on is the start."""
+
+    few, many = (
+        cost_of(script, tmp_path, workers, backend=OrderedSteering) for workers in (FEW, MANY)
+    )
+    assert many["messages to the guard"] / MANY <= few["messages to the guard"] / FEW
+    assert not many["waits for the guard"]
+    number = len(str(MANY)) + 1
+    orders = 2 * (MANY / MOST_TOGETHER) * number * MANY / 2
+    assert many["bytes to the guard"] < orders + 1.1 * MANY * few["bytes to the guard"] / FEW
+
+
+def test_a_stop_waits_once_for_the_guard_to_close_sockets(tmp_path: Path) -> None:
+    """However many it holds."""
+
+    async def script(service: FakeService) -> None:
+        with service.counted():
+            service.fleet.stop(30.0, quick=True)
+            assert service.cost["waits for the guard"] == 1
+            await service.fleet.ended
+
+    few, many = (
+        cost_of(script, tmp_path, workers, backend=OrderedSteering) for workers in (FEW, MANY)
+    )
+    assert many["waits for the guard"] == few["waits for the guard"] == 1
+    for kind in ("messages to the guard", "bytes to the guard"):
+        assert many[kind] / MANY <= few[kind] / FEW, kind
+    assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
 
 
 def test_those_that_end_together_leave_in_the_order_that_the_guard_knows(tmp_path: Path) -> None:

@@ -635,6 +635,24 @@ def test_what_is_replaced_is_closed(puppet: Puppet) -> None:
     assert not is_listening(number)
 
 
+def test_sockets_of_workers_that_are_let_go_are_closed(puppet: Puppet) -> None:
+    """And what tells the keeper of their ends is not."""
+    puppet.start()
+    keys = ["a", "b"]
+    for key in keys:
+        puppet.worker(key, *PLAIN)
+    listeners = [puppet.do(f"guard.entries[{key!r}].fds[3]") for key in keys]
+    ports = [puppet.do(f"socket.socket(fileno=os.dup({fd})).getsockname()[1]") for fd in listeners]
+    puppet.do("guard.let_go('a', 'b', 'unknown')")
+    for fd in listeners:
+        puppet.do(f"os.close({fd})")
+    assert not any(map(is_listening, ports))
+    puppet.die()
+    adopted = adopt(puppet)
+    assert [len(adopted.entries[key].fds) for key in keys] == [3, 3]
+    adopted.abandon()
+
+
 def test_close_ends_the_keeper_and_nobody_else(puppet: Puppet) -> None:
     keeper = puppet.start()
     worker = puppet.worker("worker", *PLAIN)

@@ -53,6 +53,9 @@ class Entry(msgspec.Struct, frozen=True):
     stop_signal: int = signal.SIGTERM
 
 
+_NOTHING = Entry(b"")
+
+
 def _sockets(entry: Entry) -> Sequence[int]:
     return entry.fds[_TIES:] if entry.group else entry.fds
 
@@ -238,6 +241,15 @@ class Guard:
         if dropped:
             wait = any(map(_sockets, dropped.values()))
             self._tell(Frame("drop", value=msgspec.msgpack.encode(list(dropped)), wait=wait))
+
+    def let_go(self, *keys: str) -> None:
+        """Of workers, if there, keep only what ties them to us (see `Entry`); when this returns
+        the keeper has closed their sockets."""
+        have = {key: self.entries[key] for key in keys if _sockets(self.entries.get(key, _NOTHING))}
+        for key, entry in have.items():
+            self.entries[key] = replace(entry, fds=entry.fds[:_TIES])
+        if have:
+            self._tell(Frame("let-go", value=msgspec.msgpack.encode(list(have)), wait=True))
 
     def reopen(self) -> None:
         """The keeper's standard output and error become what ours are now."""

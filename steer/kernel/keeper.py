@@ -164,9 +164,8 @@ class Keeper:
             self._put(frame, fds)
         elif frame.act == "update":
             self._update(frame.value)
-        elif frame.act == "drop":
-            for key in msgspec.msgpack.decode(frame.value, type=list[str]):
-                self.entries.pop(key).close()
+        elif frame.act in ("drop", "let-go"):
+            self._close(frame)
         elif frame.act == "configure":
             self.settings = msgspec.msgpack.decode(frame.value, type=Settings)
         elif frame.act == "reopen":
@@ -186,6 +185,13 @@ class Keeper:
         self.entries[frame.key] = Kept(frame.value, fds, frame.group, frame.stop_signal)
         if old is not None:
             old.close()
+
+    def _close(self, frame: Frame) -> None:
+        for key in msgspec.msgpack.decode(frame.value, type=list[str]):
+            if frame.act == "drop":
+                self.entries.pop(key).close()
+            else:
+                self.entries[key].let_go()
 
     def _update(self, values: bytes) -> None:
         for key, value in msgspec.msgpack.decode(values, type=dict[str, bytes]).items():
