@@ -622,14 +622,21 @@ class Fleet:
 
     # Commands.
 
-    def _start_again(self, place: Place) -> None:
-        self._rotation.give_up(place.slot)
-        place.slot = self._rotation.take_slot()
+    def _start_again(self, *places: Place) -> None:
+        """All in one lot; if that fails each alone, as there may be what some of them need."""
         try:
-            self._begin(place)
-        except SteerError as error:
-            self.log.error("%s", error)
-            self._fail_to_start(place, error)
+            for place in places:
+                self._rotation.give_up(place.slot)
+                place.slot = self._rotation.take_slot()
+            self._begin(*places)
+        except Exception as error:  # noqa: BLE001 - no seat stays empty for it
+            if len(places) > 1:
+                for place in places:
+                    self._start_again(place)
+                return
+            refusal = as_refusal(f"start worker {places[0].slot}", error)
+            self.log.error("%s", refusal)
+            self._fail_to_start(places[0], refusal)
 
     def _activate(self, place: Place) -> None:
         place.cancel_timer()
@@ -1066,19 +1073,26 @@ class Fleet:
 
     def _on_time(self, place: Place, event: Event) -> None:
         if event is Event.RETRY:
+            if not self._to_retry:
+                self._loop.call_soon(self._retry_some)
             self._to_retry.append(place)
-            if len(self._to_retry) == 1:
-                self._loop.call_soon(self._retry_next)
         else:
             self._report_until_done(place, event)
 
-    def _retry_next(self) -> None:
-        """One in a turn of the loop: to start a worker takes time, and all may have ended."""
-        place = self._to_retry.popleft()
+    def _retry_some(self) -> None:
+        """A lot in a turn of the loop: to start workers takes time, and all may have ended."""
+        lot = [self._to_retry.popleft() for _ in range(min(self.lot.size, len(self._to_retry)))]
         if self._to_retry:
-            self._loop.call_soon(self._retry_next)
-        if place.state is State.BACKOFF:
-            self._report_until_done(place, Event.STOP if self._ending else Event.RETRY)
+            self._loop.call_soon(self._retry_some)
+        # One that was asked to hurry may be there twice.
+        lot = [place for place in dict.fromkeys(lot) if place.state is State.BACKOFF]
+        if self._ending:
+            for place in lot:
+                self._report_until_done(place, Event.STOP)
+        elif lot:
+            for place in lot:
+                place.state, _ = lifecycle.step(place.state, Event.RETRY)
+            self._start_again(*lot)
 
     def _report_until_done(self, place: Place, event: Event) -> None:
         act = f"worker {place.slot}: {event.value}"

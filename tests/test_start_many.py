@@ -323,3 +323,70 @@ def test_lot_that_took_long_is_followed_by_a_smaller_one(
 
     asyncio.run(run())
     assert list(Counter(forked).values())[1:] == [2] * ((40 - 2 * MOST_TOGETHER) // 2)
+
+
+async def crash_of_all(fleet: Fleet) -> None:
+    """All end in one turn of the loop; until each was started again, or that was tried."""
+    for place in fleet.places:
+        fleet.report(place, Event.READY)
+    await rest()
+    FakeProcess.forked.clear()
+    for place in fleet.places:
+        place.process = None
+        fleet.report(place, Event.EXITED)
+    async with asyncio.timeout(_TIMEOUT_S):
+        while not all(place.process or place.failures for place in fleet.places):
+            FakeProcess.turn += 1
+            await asyncio.sleep(0)
+
+
+def test_all_that_ended_at_once_are_started_in_lots(forked: list[int]) -> None:
+    async def run() -> None:
+        fleet = fleet_of(100, steering := FakeSteering())
+        fleet.start(lambda: None)
+        await watched(fleet)
+        saved = steering.asked["saved"]
+        await crash_of_all(fleet)
+        assert sorted(Counter(forked).values(), reverse=True) == [MOST_TOGETHER] * 12 + [4]
+        assert len({place.slot for place in fleet.places}) == 100
+        assert steering.asked["saved"] - saved <= 13 + 1
+
+    asyncio.run(run())
+
+
+def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int]
+) -> None:
+    async def run() -> None:
+        fleet = fleet_of(20, FakeSteering())
+        fleet.start(lambda: None)
+        await watched(fleet)
+
+        def fork_all(launches: Sequence[Any], *_: object) -> list[FakeProcess]:
+            if sum(bool(place.process) for place in fleet.places) + len(launches) > 12:
+                raise KernelError("start a worker", "no more processes")
+            return list(map(FakeProcess, launches))
+
+        monkeypatch.setattr(spawn, "fork_all", fork_all)
+        await crash_of_all(fleet)
+        assert sum(bool(place.process) for place in fleet.places) == 12
+        assert all(place.timer for place in fleet.places if not place.process)
+
+    asyncio.run(run())
+
+
+def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[int]) -> None:
+    async def run() -> None:
+        fleet = fleet_of(4, FakeSteering())
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        first = next(iter(fleet.places))
+        first.process = None
+        fleet.report(first, Event.EXITED)
+        fleet._on_time(first, Event.RETRY)
+        fleet._on_time(first, Event.RETRY)
+        forked.clear()
+        await rest()
+        assert len(forked) == 1
+
+    asyncio.run(run())
