@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,9 @@ ROUNDS: Mapping[int, int] = {4: 3, 16: 2, 64: 2, 256: 2, 1000: 1}
 """How many, by the number of workers."""
 AGAIN_S = 780.0
 """What was measured once is not begun again when that is over."""
+FREE_AGAIN_S = 60.0
+"""So long after the last one has ended its memory may not be free yet."""
+_LOOK_AGAIN_S = 0.25
 FEW, MANY = 4, 1000
 
 AT_MOST: Mapping[tuple[Quantity, int], float] = {
@@ -143,11 +146,12 @@ def subjects(there: Sequence[Contender], sizes: Mapping[int, int]) -> Iterator[S
 
 def _measure(wanted: Iterable[Subject], pace: Pace, failures: list[str]) -> Found:
     found = {}
-    begun_s = time.monotonic()
+    begun_s, at_first_mb = time.monotonic(), available_mb()
     for each in wanted:
         after_s = time.monotonic() - begun_s
         who = f"{each.contender.name}, {each.workers} workers, round {each.round + 1}"
-        if why := no_room(each, available_mb()) or no_time(each, after_s):
+        room_mb = wait_for_room(each, at_first_mb)
+        if why := no_room(each, room_mb) or no_time(each, after_s):
             _say(f"{who}: left out, as {why}")
             continue
         _say(f"{who}, after {after_s:.0f} s")
@@ -179,6 +183,23 @@ def available_mb() -> float:
     with open("/proc/meminfo") as file:
         (line,) = (line for line in file if line.startswith("MemAvailable:"))
     return int(line.split()[1]) / 1024
+
+
+def wait_for_room(
+    subject: Subject,
+    at_first_mb: float,
+    look: Callable[[], float] = available_mb,
+    pause: Callable[[float], None] = time.sleep,
+) -> float:
+    """What is available, as soon as that is enough: the kernel frees some of what a thousand
+    processes had only after they have ended. Where it was not enough at first, nobody waits."""
+    room_mb = look()
+    for _ in range(int(FREE_AGAIN_S / _LOOK_AGAIN_S)):
+        if not no_room(subject, room_mb) or no_room(subject, at_first_mb):
+            break
+        pause(_LOOK_AGAIN_S)
+        room_mb = look()
+    return room_mb
 
 
 def _say(words: str) -> None:

@@ -449,6 +449,17 @@ def test_there_is_room_for_so_many_workers_or_it_is_said_what_they_would_take() 
     assert growth.available_mb() > 0
 
 
+def test_memory_is_waited_for_that_was_there_at_first() -> None:
+    big, paused = Subject(SLOW, 256, 0), list[float]()
+    rising = iter([100.0, 6399.0, 6400.0, 9000.0])
+    assert growth.wait_for_room(big, 9000.0, lambda: next(rising), paused.append) == 6400
+    assert len(paused) == 2
+    assert growth.wait_for_room(big, 6399.0, lambda: 100.0, paused.append) == 100
+    assert len(paused) == 2
+    assert growth.wait_for_room(big, 9000.0, lambda: 100.0, paused.append) == 100
+    assert sum(paused[2:]) == growth.FREE_AGAIN_S
+
+
 def test_time_is_for_what_was_not_measured_yet() -> None:
     assert growth.no_time(Subject(SLOW, 256, 0), 10 * growth.AGAIN_S) == ""
     assert growth.no_time(Subject(SLOW, 4, 1), growth.AGAIN_S) == ""
