@@ -368,7 +368,7 @@ def doctor(as_json: bool, **options: Any) -> None:
     """
     from steer import doctor as examination
     from steer import show
-    from steer.report import Table
+    from steer.tables import Table
 
     found = examination.examine(Source(options, given_command(), runs=False)())
     if as_json:

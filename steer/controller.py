@@ -24,6 +24,7 @@ from steer import abi, anchor, fallback, ladder, policies, privileges, servers, 
 from steer import plan as planning
 from steer.backends import open_backend, open_whole, refuse_uncounted
 from steer.config import Service
+from steer.cpus import cpus_named
 from steer.declared import Declared
 from steer.errors import (
     AppLoadError,
@@ -57,7 +58,6 @@ from steer.notify import Listener, Notification, Unheard
 from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
 from steer.policy import AUTO, EBPF, KERNEL
-from steer.report import cpus_named
 from steer.retry import Retry
 from steer.startup import while_heard
 from steer.steering import Steering

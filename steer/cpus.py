@@ -63,3 +63,19 @@ def _interleaved(topology: Topology) -> Sequence[int]:
         by_node.setdefault(topology.node(cpu), []).append(cpu)
     rounds = zip_longest(*(by_node[node] for node in sorted(by_node)))
     return [cpu for round_ in rounds for cpu in round_ if cpu is not None]
+
+
+def cpu_list(cpus: Sequence[int]) -> str:
+    """As the kernel writes it: "0-3,8"."""
+    ranges: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if ranges and cpu == ranges[-1][1] + 1:
+            ranges[-1][1] = cpu
+        else:
+            ranges.append([cpu, cpu])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges) or "-"
+
+
+def cpus_named(cpus: Sequence[int]) -> str:
+    """With the noun: "CPU 1", "CPUs 0-3,8"."""
+    return f"{'CPU' if len(cpus) == 1 else 'CPUs'} {cpu_list(cpus)}"

@@ -20,6 +20,7 @@ from steer import plan as planning
 from steer.backends import open_whole
 from steer.config import Service
 from steer.counting import Counting
+from steer.cpus import cpus_named
 from steer.errors import BindError, KernelError, SteerError, Uncounted, VerifierError
 from steer.kernel import facts as kernel_facts
 from steer.kernel import probe, sockopt, topology
@@ -29,7 +30,6 @@ from steer.kernel.nic import Interface, cpus_taking_packets
 from steer.ladder import Answer
 from steer.plan import Plan
 from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, Policy
-from steer.report import cpus_named
 from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN
 from steer.values import plural
 from steer.visibility import BORROW, INSTEAD, WAITS

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from steer.fit import fit
-from steer.report import GAP, Table
+from steer.tables import GAP, Table
 
 _BOLD = "1"
 _STYLES = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from steer.report import GAP, Table, plain_width
+from steer.tables import GAP, Table, plain_width
 
 
 def fit(table: Table, width: int) -> Table:

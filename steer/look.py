@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import client, report, show
+from steer import client, report, show, tables
 from steer.errors import NotRunning
 
 
@@ -63,7 +63,7 @@ def perform(asked: Asked) -> None:
     if asked.as_json:
         show.as_json(found)
     else:
-        show.tables(report.tables(found))
+        show.tables(tables.of_status(found))
     if found.services or found.orphaned:
         return
     others = client.of_others(os.environ) if found.others else ()
@@ -77,7 +77,7 @@ def _watch(asked: Asked) -> NoReturn:
     with closing(client.Connections()) as kept:
         if asked.as_json:
             show.again(lambda: show.as_json(_current(asked, kept)))
-        show.watch(lambda: report.tables(_current(asked, kept)))
+        show.watch(lambda: tables.of_status(_current(asked, kept)))
 
 
 def _current(asked: Asked, kept: client.Connections | None = None) -> report.Status:

@@ -18,8 +18,8 @@ from steer.kernel import bpf, compile, measure, topology, verifier
 from steer.kernel.verifier import Figures
 from steer.plan import plan
 from steer.policy import POLICIES, Policy
-from steer.report import Table
 from steer.table import Member
+from steer.tables import Table
 from steer.values import plural
 
 _TEMPLATE = Path(__file__).with_name("template.c")

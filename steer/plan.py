@@ -7,7 +7,7 @@ from enum import Enum
 
 import msgspec
 
-from steer import abi, auto, cpus, declared, ladder, report
+from steer import abi, auto, cpus, declared, ladder
 from steer.address import Bind
 from steer.auto import Candidate
 from steer.config import Service
@@ -136,7 +136,7 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def became(self) -> str:
         """What `auto` became and why, in words; "" if the user named the policy."""
-        return report.became(self.policy.name, self.policy_reason)
+        return f"auto is {self.policy.name}, as {self.policy_reason}" if self.policy_reason else ""
 
     def describe(self) -> dict[str, object]:
         """For `steer check --json`."""

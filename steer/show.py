@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from steer import report
-from steer.report import Table
+from steer.tables import Table, plain
 
 if TYPE_CHECKING:
     from steer.client import Progress
@@ -37,7 +36,7 @@ def tables(found: Sequence[Table]) -> None:
         for line in _drawn(found):
             print(line)
         return
-    print("\n\n".join(report.plain(table) for table in found), end="\n" if found else "")
+    print("\n\n".join(plain(table) for table in found), end="\n" if found else "")
 
 
 def as_json(found: object) -> None:

@@ -23,11 +23,11 @@ from msgspec.structs import replace
 from steer import privileges, values
 from steer.address import Bind
 from steer.config import Service
+from steer.cpus import cpu_list, cpus_named
 from steer.kernel import lifeline, output, process, reach, services, title
 from steer.kernel.process import Identity
 from steer.kernel.reach import Barrier
 from steer.plan import Seat
-from steer.report import cpu_list, cpus_named
 from steer.values import Invalid
 
 FIRST_FD = 3

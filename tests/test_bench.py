@@ -49,7 +49,7 @@ from bench.lifetime import Life
 from bench.load import Plan, Request, schedule
 from bench.peers import Peer
 from bench.victims import Stop
-from steer import abi, report
+from steer import abi, tables
 from steer.bytecode import Code
 from steer.errors import SteerError
 
@@ -90,7 +90,7 @@ def test_interleaved_goes_there_and_back_and_forgets_the_first_round() -> None:
 
 def test_table_shows_spread_and_what_was_wanted() -> None:
     section = Section("start", [Figure("ours", "ms", (9.876, 123.4, 55.55), at_most=60)])
-    assert report.plain(section.table()).splitlines() == [
+    assert tables.plain(section.table()).splitlines() == [
         "start",
         "figure  median  middle half  min   max  unit  wanted",
         "ours    55.5    32.7 – 89.5  9.88  123  ms    ≤ 60    yes",

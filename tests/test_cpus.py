@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.cpus import Topology, nearest, seats
+from steer.cpus import Topology, cpu_list, cpus_named, nearest, seats
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -139,3 +139,32 @@ def test_the_topology_is_not_changed() -> None:
     manned = [1, 0]
     nearest(manned, machine(0, 0, 0))
     assert manned == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "cpus, shown",
+    [
+        ([], "-"),
+        ([0], "0"),
+        ([0, 1], "0-1"),
+        ([0, 1, 2, 3, 8], "0-3,8"),
+        ([8, 2, 0, 1], "0-2,8"),
+        ([1, 3, 5], "1,3,5"),
+    ],
+)
+def test_cpu_list(cpus: list[int], shown: str) -> None:
+    assert cpu_list(cpus) == shown
+
+
+def test_cpus_named() -> None:
+    assert [cpus_named(cpus) for cpus in ([3], [0, 1, 8], [])] == ["CPU 3", "CPUs 0-1,8", "CPUs -"]
+
+
+@quick
+@given(st.sets(st.integers(0, 300), min_size=1))
+def test_a_cpu_list_reads_back_as_the_kernel_reads_it(cpus: set[int]) -> None:
+    read = set()
+    for part in cpu_list(list(cpus)).split(","):
+        first, _, last = part.partition("-")
+        read |= set(range(int(first), int(last or first) + 1))
+    assert read == cpus

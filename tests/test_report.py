@@ -15,15 +15,10 @@ from steer.report import (
     Histogram,
     Service,
     Status,
-    Table,
     Totals,
     Worker,
-    cpu_list,
-    cpus_named,
-    duration,
-    plain,
-    service_table,
 )
+from steer.tables import Table, duration, plain, service_table
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -280,35 +275,6 @@ def test_a_duration_is_short_and_near(seconds: float) -> None:
     read = int(shown[:-4]) * sizes[upper] + int(shown[-3:-1]) * sizes[lower]
     assert abs(read - seconds) <= sizes[lower]
     assert int(shown[-3:-1]) * sizes[lower] < sizes[upper]
-
-
-@pytest.mark.parametrize(
-    "cpus, shown",
-    [
-        ([], "-"),
-        ([0], "0"),
-        ([0, 1], "0-1"),
-        ([0, 1, 2, 3, 8], "0-3,8"),
-        ([8, 2, 0, 1], "0-2,8"),
-        ([1, 3, 5], "1,3,5"),
-    ],
-)
-def test_cpu_list(cpus: list[int], shown: str) -> None:
-    assert cpu_list(cpus) == shown
-
-
-def test_cpus_named() -> None:
-    assert [cpus_named(cpus) for cpus in ([3], [0, 1, 8], [])] == ["CPU 3", "CPUs 0-1,8", "CPUs -"]
-
-
-@quick
-@given(st.sets(st.integers(0, 300), min_size=1))
-def test_a_cpu_list_reads_back_as_the_kernel_reads_it(cpus: set[int]) -> None:
-    read = set()
-    for part in cpu_list(list(cpus)).split(","):
-        first, _, last = part.partition("-")
-        read |= set(range(int(first), int(last or first) + 1))
-    assert read == cpus
 
 
 def test_plain_is_aligned() -> None:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DEADLINE_S, STEER, Terminal
 
-from steer import report
+from steer import tables
 from steer.drawing import Styles, draw
 from steer.fit import fit
-from steer.report import Table
+from steer.tables import Table
 
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 GREEN, RED, YELLOW = "\x1b[32m", "\x1b[1;31m", "\x1b[33m"
@@ -69,14 +69,14 @@ def test_columns_that_say_nothing_go_first() -> None:
         "web  running  least-conn on ebpf  tcp://127.0.0.1:8080, tcp://127.0.0.1:8081",
         "pid 1234567",
     ]
-    assert report.plain(fit(BUSY, 200)) == report.plain(BUSY)
+    assert tables.plain(fit(BUSY, 200)) == tables.plain(BUSY)
 
 
 @given(st.integers(1, 200))
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_lines_are_no_wider_than_they_have_to_be(width: int) -> None:
     fitted = fit(BUSY, width)
-    lines = report.plain(fitted).split("\n")
+    lines = tables.plain(fitted).split("\n")
     least = ["slot", "state", "selected", "open", "queued"]
     assert [name for name in fitted.columns if name in least] == least
     if width >= 41:
@@ -118,7 +118,7 @@ def test_status_in_80_columns_has_a_line_for_each_worker_in_colour(
 @pytest.mark.parametrize("width", [5, 20, 33, 80, 200])
 def test_nothing_is_cut_off_where_nothing_fits(table: Table, width: int) -> None:
     drawn = [_CODES.sub("", line) for line in draw([table], width, Styles())]
-    fitted = report.plain(fit(table, width))
+    fitted = tables.plain(fit(table, width))
     assert sorted("".join(drawn).replace(" ", "")) == sorted("".join(fitted.split()))
     if width >= 41:
         assert max(map(len, drawn)) <= width
@@ -127,11 +127,11 @@ def test_nothing_is_cut_off_where_nothing_fits(table: Table, width: int) -> None
 def test_what_fits_is_drawn_as_it_is_written_to_a_file() -> None:
     drawn = draw([BUSY, PROSE], 200, Styles())
     assert [_CODES.sub("", line) for line in drawn] == [
-        *report.plain(BUSY).split("\n"),
+        *tables.plain(BUSY).split("\n"),
         "",
-        *report.plain(PROSE).split("\n"),
+        *tables.plain(PROSE).split("\n"),
     ]
-    assert draw([BUSY], 200, Styles(has_any=False)) == report.plain(BUSY).split("\n")
+    assert draw([BUSY], 200, Styles(has_any=False)) == tables.plain(BUSY).split("\n")
 
 
 def test_prose_is_broken_between_words() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from steer import report as plainly
+from steer import tables as plainly
 from steer.ladder import Answer, Finding
 from steer.policy import CBPF, EBPF, KERNEL
 from vm import report

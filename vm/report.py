@@ -9,7 +9,7 @@ import msgspec
 
 from steer.ladder import Answer, Finding
 from steer.policy import EBPF
-from steer.report import Table
+from steer.tables import Table
 
 MIGRATE, COUNT = "migrate", "count"
 _NEEDS = {"plain": EBPF, "migrate": MIGRATE, "count": EBPF}
