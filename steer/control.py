@@ -20,8 +20,15 @@ from typing import Any
 import msgspec
 
 from steer.errors import Postponed, SteerError
-from steer.kernel import desk
-from steer.kernel.desk import ASKERS_MAX, BACKLOG, REQUEST_MAX_BYTES, SILENT_MAX, TIMEOUT_S, Request
+from steer.kernel import protocol
+from steer.kernel.protocol import (
+    ASKERS_MAX,
+    BACKLOG,
+    REQUEST_MAX_BYTES,
+    SILENT_MAX,
+    TIMEOUT_S,
+    Request,
+)
 from steer.retry import AGAIN_S, Retry
 
 _ACT = "answer at the control socket"
@@ -150,11 +157,11 @@ class Server:
         """A request and its answer. Whether another may come."""
         request: Request = {}
         try:
-            request = desk.understood(await line, writer.get_extra_info("socket"))
+            request = protocol.understood(await line, writer.get_extra_info("socket"))
         except asyncio.LimitOverrunError:
-            answer = _refusal(desk.TOO_LONG)
+            answer = _refusal(protocol.TOO_LONG)
         except (asyncio.IncompleteReadError, TimeoutError):
-            answer = _refusal(desk.NOT_COMPLETE)
+            answer = _refusal(protocol.NOT_COMPLETE)
         except ValueError as error:
             answer = _refusal(str(error))
         else:

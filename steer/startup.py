@@ -8,7 +8,8 @@ from selectors import DefaultSelector
 from typing import TypeVar
 
 from steer.kernel import process
-from steer.kernel.desk import Desk, Request, Talk
+from steer.kernel.desk import Desk, Talk
+from steer.kernel.protocol import Request
 
 _LOOK_S = 0.05
 _LAST_S = 0.0

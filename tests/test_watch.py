@@ -22,7 +22,7 @@ from steer import client
 from steer.control import Tell
 from steer.errors import ControlError, NotRunning
 from steer.kernel import proc, rundir
-from steer.kernel.desk import ASKERS_MAX, SILENT_MAX
+from steer.kernel.protocol import ASKERS_MAX, SILENT_MAX
 
 STATUS = b'{"command": "status", "stay": true}\n'
 

@@ -25,8 +25,8 @@ from msgspec.structs import replace
 from steer.errors import ControlError
 from steer.kernel import keeper, orphanage, process, rundir
 from steer.kernel.channel import SAME, Channel, Frame, NotUnderstood, receive
-from steer.kernel.desk import REQUEST_MAX_BYTES
 from steer.kernel.keeper import PATIENCE_S, Settings, Traces
+from steer.kernel.protocol import REQUEST_MAX_BYTES
 from steer.kernel.record import Record, Worker
 
 _LOOK_AGAIN_S = 0.01

@@ -23,9 +23,10 @@ import msgspec
 from steer.errors import ControlError
 from steer.kernel import family, output, process, rundir, title
 from steer.kernel.channel import Channel, Frame
-from steer.kernel.desk import ASKERS_MAX, Desk, Request, Talk
+from steer.kernel.desk import Desk, Talk
 from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
 from steer.kernel.mail import Mailbox
+from steer.kernel.protocol import ASKERS_MAX, Request
 from steer.kernel.record import Record
 from steer.kernel.spare import Spare
 from steer.lines import Line, Lines, shown
