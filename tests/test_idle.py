@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from fake_loop import Loop
 
-from steer import address, groups
+from steer import address, groups, survey
 from steer.clock import Clock
 from steer.fleet import Fleet
 from steer.groups import Groups
@@ -24,6 +24,7 @@ from steer.looks import Looks
 from steer.place import Place
 from steer.plan import Generation
 from steer.queues import Queues
+from steer.repair import Repair
 
 HANG_S = 2.0
 AGES_S = 40.0
@@ -138,7 +139,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
         service = Service(number, **keys)
         monkeypatch.setattr(groups.traffic, "pulse", service.traffic)
 
-        def look_at(_groups: Groups, place: Place, _worker: object) -> None:
+        def look_at(_repair: Repair, place: Place, _worker: object) -> None:
             service.did["borrow"] += 1
             service.loop.take_s(service.look_s)
             service.did[f"borrow {place.slot}"] += 1
@@ -149,7 +150,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
             place.queued = sum(each.queued for each in service.queues.of(process).values())
             return Verdict.FINE
 
-        monkeypatch.setattr(Groups, "_look_at", look_at)
+        monkeypatch.setattr(Repair, "look_at", look_at)
         monkeypatch.setattr(Health, "_judge", judge)
         monkeypatch.setattr(groups.Programs, "look", lambda *_: service.did.update(["programs"]))
         # Until everybody was looked at once.
@@ -170,7 +171,7 @@ def test_at_rest_it_wakes_once_a_second_and_does_next_to_nothing(
     assert len(service.loop.steps_s) <= AGES_S + 1
     assert service.did["judge"] == service.did["programs"] == service.did["counts"] == 0
     # The kernel tells of no more sockets in a second than a small service has.
-    looks = 2 + AGES_S / max(1.0, number / groups._SURVEYED_PER_S)
+    looks = 2 + AGES_S / max(1.0, number / survey.PER_S)
     assert service.did["dump"] <= looks
     assert service.did["borrow"] <= AGES_S / groups._RESTS
     assert service.did["attach"] <= AGES_S / 4
@@ -204,7 +205,7 @@ def test_what_waits_and_is_not_counted_is_seen_all_the_same(
 ) -> None:
     service = make(number)
     service.queued[number - 1] = 1
-    service.loop.run_s(2.0 + number / groups._SURVEYED_PER_S)
+    service.loop.run_s(2.0 + number / survey.PER_S)
     assert service.did["judge"] > 0
 
 
@@ -267,7 +268,7 @@ def test_one_whose_socket_is_gone_is_the_only_one_looked_at(
 ) -> None:
     service = make(number)
     service.closed.add(3)
-    service.loop.run_s(1.05 * max(groups._LOOK_S, number / groups._SURVEYED_PER_S))
+    service.loop.run_s(1.05 * max(survey.LOOK_S, number / survey.PER_S))
     assert service.did["borrow 3"]
     assert service.did["borrow"] <= service.did["borrow 3"] + 2
 
