@@ -9,7 +9,7 @@ While nothing comes it is one worker now and then.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -47,7 +47,7 @@ class Groups:
         self._second_due_s = 0.0
         self._again: deque[Place] = deque()
         self._round: deque[Place] = deque()
-        self._now_and_then: dict[Place, None] = {}
+        self._now_and_then: OrderedDict[Place, None] = OrderedDict()
         self._programs = Programs(fleet)
         self._due = fleet.looks.add("see that sockets stay in their groups", self._look, LOOK_S)
 
@@ -109,9 +109,7 @@ class Groups:
             if not self._now_and_then:
                 self._now_and_then.update(dict.fromkeys(self._fleet.places))
             if self._now_and_then:
-                place = next(iter(self._now_and_then))
-                del self._now_and_then[place]
-                self._again.append(place)
+                self._again.append(self._now_and_then.popitem(last=False)[0])
 
     def _look_at_some(self) -> None:
         """Closer, at no more than there is time for, but one."""

@@ -209,6 +209,12 @@ def test_what_waits_and_is_not_counted_is_seen_all_the_same(
     assert service.did["judge"] > 0
 
 
+def test_at_rest_each_is_looked_at_in_its_turn(make: Callable[..., Service]) -> None:
+    service = make(10)
+    service.loop.run_s(20.0 * groups._RESTS)
+    assert {service.did[f"borrow {slot}"] for slot in range(10)} == {2}
+
+
 NOT_COUNTED = [{"is_counted": False}, {"protocol": "udp", "is_counted": False}]
 
 
