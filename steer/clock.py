@@ -158,5 +158,5 @@ class Timer:
         if left_s > _SOON_S:
             self._wait(left_s)
         else:
-            self._clock.timing(self, False)
+            self.cancel()
             self._call()

@@ -63,6 +63,11 @@ class Server:
         self._silent: dict[asyncio.Task[Any], None] = {}
         self._staying: dict[asyncio.Task[Any], None] = {}
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether anybody is connected."""
+        return bool(self._talks)
+
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
         self._socket.setblocking(False)
@@ -167,7 +172,8 @@ class Server:
         else:
             answer = await self._answer(request, writer)
         writer.write(_line(answer))
-        await asyncio.wait_for(writer.drain(), TIMEOUT_S)
+        async with asyncio.timeout(TIMEOUT_S):
+            await writer.drain()
         return self._is_open and request.get("stay") is True
 
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> Mapping[str, Any]:
@@ -197,7 +203,8 @@ class Server:
             longest.cancel()
         self._silent[task] = None
         try:
-            return await asyncio.wait_for(reader.readuntil(b"\n"), TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):
+                return await reader.readuntil(b"\n")
         finally:
             self._silent.pop(task, None)
 

@@ -151,6 +151,7 @@ class Process:
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._lines = Lines()
         self._loop: AbstractEventLoop | None = None
+        self._ended: Callable[[], None] | None = None
         self._reading: set[int] = set()
         self.bound: tuple[int, ...] = ()
         self.inodes: frozenset[int] = frozenset()
@@ -346,10 +347,12 @@ class Process:
         os.close(self._stderr)
         os.close(self._pidfd)
         self._stderr = -1
+        self._ended = None  # it has us, and without this cycle nobody needs to look for garbage
 
     def _on_end(self) -> None:
         self._forget(self._pidfd)
-        self._ended()
+        if self._ended is not None:
+            self._ended()
 
     def _on_channel(self) -> None:
         """It had something to tell, or has nothing more to."""
