@@ -6,7 +6,6 @@ One thread, one loop; a signal handler only says which signal came.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -29,6 +28,7 @@ from steer.controller import Controller
 from steer.delays import Delays, timed_loop
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.fleet import QUICK_S
+from steer.garbage import Garbage
 from steer.groups import Groups
 from steer.health import Health
 from steer.kernel import family, output, probe, process, sockets, topology
@@ -50,6 +50,7 @@ Change = Callable[[], Coroutine[Any, Any, object]]
 _POLICY_KEYS = ("policy", "params", "weights")
 _CONTROL_S = 2.0
 """How often it is looked whether the control socket can still be found."""
+_GARBAGE_S = 2.0
 _REAP_S = 0.05
 _GONE_S, _AGAIN_S = 2.0, 0.05
 """For workers that failed to be gone, and how often that is looked at."""
@@ -67,21 +68,22 @@ def supervise(started: Controller) -> bool:
         AppLoadError: the application cannot be loaded.
         WorkersFailed: all workers failed before any was ready.
     """
-    # All that was imported stays: to look for garbage among it is for nothing.
-    gc.freeze()
-    gc.enable()
+    garbage = Garbage(lambda: len(started.fleet.places))
     try:
         delays = Delays()
         loop_factory = partial(timed_loop, delays)
         with closing(ChildEnds()) as ends, asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(_Supervisor(started, delays, ends).run())
+            return runner.run(_Supervisor(started, delays, ends, garbage).run())
     finally:
         output.stderr.watch(None)
 
 
 class _Supervisor:
-    def __init__(self, started: Controller, delays: Delays, child_ends: ChildEnds) -> None:
+    def __init__(
+        self, started: Controller, delays: Delays, child_ends: ChildEnds, garbage: Garbage
+    ) -> None:
         self._service = started
+        self._garbage = garbage
         self._delays = delays
         self._child_ends = child_ends
         self._fleet = started.fleet
@@ -132,6 +134,8 @@ class _Supervisor:
         async with Server(self._service.claim.socket, told_of, self._retry) as self._server:
             act = "look at the control socket"
             self._fleet.looks.add(act, self._look_at_control_socket, 0.0).within(0.0)
+            act = "look for garbage"
+            self._fleet.looks.add(act, self._look_for_garbage, _GARBAGE_S)
             try:
                 await self._fleet.up
                 self._refuse_strangers()
@@ -375,6 +379,11 @@ class _Supervisor:
             self._retry.attempt("make the control socket again", self._renew_control_socket)
         self._retry.attempt("write down the workers", self._service.guard.renew_record)
         return _CONTROL_S
+
+    def _look_for_garbage(self) -> float:
+        if not self._server.is_asked and not self._tasks:
+            self._garbage.set_aside()
+        return _GARBAGE_S
 
     def _renew_control_socket(self) -> None:
         self._loop.remove_reader(self._service.guard)
