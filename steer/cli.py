@@ -315,12 +315,12 @@ def policies(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand:
         return
-    from steer import own, show
+    from steer import own_tables, show
 
     if as_json:
-        _print_json({"policies": own.described()})
+        _print_json({"policies": own_tables.described()})
     else:
-        show.tables(own.overview())
+        show.tables(own_tables.overview())
 
 
 @policies.command()
@@ -328,9 +328,9 @@ def policies(context: click.Context, as_json: bool) -> None:
 @_AS_JSON
 def new(name: str, as_json: bool) -> None:
     """Write NAME.c, a commented policy to start from."""
-    from steer import own
+    from steer import own_new
 
-    file = own.begin(name)
+    file = own_new.begin(name)
     if as_json:
         _print_json({"written": str(file)})
     else:
@@ -347,13 +347,13 @@ def check_policy(file: str, as_json: bool) -> None:
 
     The kernel verifies it; what it refuses is shown at the line of C.
     """
-    from steer import own, show
+    from steer import own, own_tables, show
 
     checked = own.check(file)
     if as_json:
         _print_json(checked)
     else:
-        show.tables(own.tables(checked))
+        show.tables(own_tables.tables(checked))
 
 
 @cli.command(cls=TakesCommand)

@@ -1,14 +1,12 @@
-"""Policies of the user's own: a start for a new one, and what is to be said of one."""
+"""Checks a policy of the user's own: compiles it, has the verifier look at it, and times it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 import msgspec
 
-from steer import abi, policies, policy, table
+from steer import abi, policies, table
 from steer.bytecode import PolicyObject
 from steer.choice import Choice
 from steer.config import Service
@@ -17,34 +15,11 @@ from steer.errors import ConfigError, KernelError, VerifierError
 from steer.kernel import bpf, compile, measure, topology, verifier
 from steer.kernel.verifier import Figures
 from steer.plan import plan
-from steer.policy import POLICIES, Policy
+from steer.policy import Policy
 from steer.table import Member
-from steer.tables import Table
-from steer.values import plural
 
-_TEMPLATE = Path(__file__).with_name("template.c")
 _SHARED = ("sockets", "counts", "cpus", "slots", "listeners", "moved")
 """The maps that are not the policy's."""
-
-
-def begin(name: str) -> Path:
-    """Write a commented starting point as NAME.c here.
-
-    Raises:
-        ConfigError: it is there already, cannot be written, or cannot be called that.
-    """
-    name = name.removesuffix(policy.OWN_SUFFIX)
-    act = f"write {name}{policy.OWN_SUFFIX}"
-    policies.check_name(name, act)
-    file = Path(name + policy.OWN_SUFFIX)
-    try:
-        with file.open("x") as stream:
-            stream.write(_TEMPLATE.read_text().replace("@NAME@", name))
-    except FileExistsError:
-        raise ConfigError(act, "it is there already", "give it another name") from None
-    except OSError as error:
-        raise ConfigError(act, error.strerror or str(error)) from None
-    return file
 
 
 class Checked(msgspec.Struct, frozen=True):
@@ -142,80 +117,3 @@ def _time(found: Policy, notes: list[str]) -> float | None:
         except (KernelError, OSError) as error:
             notes.append(f"cost of a call not measured: {error}")
             return None
-
-
-def described() -> list[dict[str, object]]:
-    """Of every built-in policy, what `steer policies --json` prints."""
-    return [
-        {
-            "name": each.name,
-            "backends": each.backends,
-            "summary": each.summary,
-            "params": each.declared.params,
-        }
-        for each in map(policies.find, POLICIES)
-    ]
-
-
-# ---- for people
-
-
-def overview() -> list[Table]:
-    """What `steer policies` prints."""
-    rows = [
-        (each.name, ", ".join(each.backends), each.summary, _defaults(each))
-        for each in map(policies.find, POLICIES)
-    ]
-    return [Table("", ("policy", "backends", "chooses", "parameters"), rows)]
-
-
-def _defaults(found: Policy) -> str:
-    return " ".join(f"{param.name}={param.default}" for param in found.declared.params)
-
-
-def tables(checked: Checked) -> list[Table]:
-    """What `steer policies check` prints; those with nothing in them left out."""
-    found = [
-        Table(": ".join(filter(None, (checked.name, checked.summary))), ("", ""), _whole(checked)),
-        Table("verifier", _VERIFIER, _figures(checked.programs)),
-        Table("parameters", ("name", "default", "allowed", "means"), _params(checked.params)),
-        Table("counters", ("name", "counts"), [(one.name, one.help) for one in checked.counters]),
-        Table(
-            "histograms",
-            ("name", "unit", "measures"),
-            [(one.name, one.unit, one.help) for one in checked.histograms],
-        ),
-    ]
-    return [table for table in found if table.rows]
-
-
-_VERIFIER = ("program", "instructions", "processed", "states", "at once", "stack", "time")
-
-
-def _whole(checked: Checked) -> list[tuple[str, ...]]:
-    rows = [("table", checked.table), ("compiled by", checked.compiler)]
-    if checked.cost_ns is not None:
-        workers = f"{measure.SLOTS} workers, one client, UDP"
-        rows.append(
-            ("cost of a call", f"{checked.cost_ns:.0f} ns above an empty program, {workers}")
-        )
-    return [*rows, *(("note", note) for note in checked.notes)]
-
-
-def _figures(programs: Mapping[str, Figures]) -> list[tuple[str, ...]]:
-    return [
-        (
-            kind,
-            str(one.instructions),
-            str(one.processed),
-            str(one.states_total),
-            str(one.states_peak),
-            plural(one.stack_bytes, "byte"),
-            f"{one.time_us} µs",
-        )
-        for kind, one in programs.items()
-    ]
-
-
-def _params(params: Sequence[Param]) -> list[tuple[str, ...]]:
-    return [(one.name, str(one.default), f"{one.least} to {one.most}", one.help) for one in params]

@@ -15,7 +15,7 @@ import pytest
 from conftest import RunSteer, StartService
 from support import NOBODY, Service, http_get, run_steer
 
-from steer import declared, own, policies
+from steer import declared, own, own_new, policies
 from steer.config import load
 from steer.errors import CompileError, ConfigError, VerifierError
 from steer.kernel import compile, verifier
@@ -572,6 +572,6 @@ def test_edited_file_takes_effect_when_asked_for(service: StartService, mine: Pa
 
 def test_template_is_shipped() -> None:
     """Beside the code, where the wheel has it too."""
-    template = Path(own.__file__).with_name("template.c")
+    template = Path(own_new.__file__).with_name("template.c")
     assert "@NAME@ - " in template.read_text()
     assert os.access(template, os.R_OK)

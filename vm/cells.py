@@ -18,7 +18,7 @@ import click
 import msgspec
 
 from bench import machine
-from steer import own
+from steer import own_new
 from steer.bytecode import Code
 from steer.counting import Counting
 from steer.errors import SteerError
@@ -38,7 +38,7 @@ _OWN_OPTIONS = ("--policy", f"./{_OWN_FILE}", "--param", "percent=100")
 @click.argument("names", nargs=-1, type=click.Choice(NAMES), metavar="[POLICY]...")
 def main(names: Sequence[str]) -> None:
     with service.home():
-        own.begin(_OWN_FILE)
+        own_new.begin(_OWN_FILE)
         for each in _records(names or NAMES):
             print(msgspec.json.encode(each).decode(), flush=True)
 
