@@ -30,7 +30,7 @@ from bench.figures import Figure, Section, above, interleaved, ratio
 from bench.flood import Flood, Handshakes
 from steer import abi, address
 from steer.bytecode import Code
-from steer.kernel import bpf, measure, process, sockets
+from steer.kernel import bpf, descriptors, measure, sockets
 
 SLOTS = (8, 64, 1024)
 EMPTY = "empty program"
@@ -116,7 +116,7 @@ Found = Mapping[Subject, Sequence[float]]
 def run(quick: bool) -> list[Section]:
     """Measure. Raises KernelError: eBPF programs cannot be loaded here, or not timed."""
     rounds, batches = (1, 1) if quick else (31, 10)
-    process.allow_descriptors(4 * sum(SLOTS))
+    descriptors.allow_descriptors(4 * sum(SLOTS))
     with ExitStack() as stack:
         stack.enter_context(measure.statistics())
         stack.enter_context(machine.pinned(max(os.sched_getaffinity(0))))

@@ -22,7 +22,7 @@ from bench.lifetime import Life, Pace, Quantity
 from bench.peers import Site
 from bench.servers import HOST, tool
 from steer.errors import SteerError
-from steer.kernel import process
+from steer.kernel import descriptors
 
 BASE = "STEER_BENCH_BASE"
 """In the environment: the checkout of another build, set up."""
@@ -82,7 +82,7 @@ Found = Mapping[Subject, Life]
 def run(quick: bool) -> Iterator[Section]:
     sizes = {2: 1, 3: 1} if quick else ROUNDS  # uvicorn has no parent of one
     pace = Pace(idle_s=0.5, changes=4, statuses=1, kills=1) if quick else Pace()
-    process.allow_descriptors(_DESCRIPTORS * max(sizes))
+    descriptors.allow_descriptors(_DESCRIPTORS * max(sizes))
     there, failures = contenders(), list[str]()
     found = _measure(list(subjects(there, sizes)), pace, failures)
     yield from sections(found, there, failures)

@@ -37,15 +37,19 @@ from steer.fleet import Fleet
 from steer.kernel import (
     abandoned,
     custody,
+    descriptors,
     family,
+    identity,
     mail,
     output,
+    priority,
     process,
     record,
     rundir,
     services,
     sockets,
     sockopt,
+    stdio,
     title,
     topology,
 )
@@ -138,8 +142,8 @@ def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
     import shutil
 
     service = plan.service
-    process.identity(service.user, service.group)
-    process.allow_descriptors(process.open_descriptors() + plan.descriptors)
+    identity.identity(service.user, service.group)
+    descriptors.allow_descriptors(descriptors.open_descriptors() + plan.descriptors)
     if service.chdir is not None and not os.path.isdir(service.chdir):
         raise AppLoadError(f"chdir {service.chdir}", "no such directory")
     if service.command and shutil.which(service.command[0]) is None:
@@ -230,7 +234,7 @@ class Controller:
         self.configured = plan.service
         self.wanted: Plan | None = None
         self.early: list[Notification] = []
-        self.files = {number: process.file_of(number) for number in (1, 2)}
+        self.files = {number: stdio.file_of(number) for number in (1, 2)}
         self.rung: ladder.Rung
         self.claim: rundir.Claim
         self.guard: Guard
@@ -239,12 +243,12 @@ class Controller:
         self.listener: Listener
         self._undo = undo
         self._unheard = Unheard(log.warning)
-        self._open_before = process.open_descriptors()
-        self._files = process.allow_descriptors(self._open_before + plan.descriptors)
+        self._open_before = descriptors.open_descriptors()
+        self._files = descriptors.allow_descriptors(self._open_before + plan.descriptors)
         self._spare = Spare(_SPARE + 2 * len(plan.binds))
         undo.callback(self._spare.close)
-        self._may_hurry = process.may_hurry_others()
-        process.identity(plan.service.user, plan.service.group)
+        self._may_hurry = priority.may_hurry_others()
+        identity.identity(plan.service.user, plan.service.group)
 
     def adopt(self) -> bool:
         """Take over what a controller of this service left; whether there was anything.
@@ -401,7 +405,7 @@ class Controller:
 
     def _keep_generation(self, generation: Generation) -> None:
         service = generation.plan.service
-        user = process.identity(service.user, service.group).uid
+        user = identity.identity(service.user, service.group).uid
         if user is not None:
             self.listener.trust(user)
         self.guard.put(f"generation {generation.number}", msgspec.json.encode(service))
@@ -487,8 +491,8 @@ class Controller:
         Raises:
             ConfigError: the hard limit on open files is lower.
         """
-        one_more = process.open_descriptors() + plan.generation_descriptors
-        process.allow_descriptors(max(self._open_before + plan.descriptors, one_more))
+        one_more = descriptors.open_descriptors() + plan.generation_descriptors
+        descriptors.allow_descriptors(max(self._open_before + plan.descriptors, one_more))
 
     def execute_anew(self) -> NoReturn:
         """Become what is installed now, in the same process: the guard has all else.
@@ -496,7 +500,7 @@ class Controller:
         Raises:
             KernelError: the kernel refuses.
         """
-        process.limit_descriptors(self._files)
+        descriptors.limit_descriptors(self._files)
         self.fleet.save()
         for place in self.fleet.places:
             if place.process:
@@ -642,8 +646,8 @@ class Controller:
 
     def _trusted(self) -> frozenset[int]:
         service = self.plan.service
-        identity = process.identity(service.user, service.group)
-        return frozenset({0, os.geteuid(), identity.uid or 0})
+        whom = identity.identity(service.user, service.group)
+        return frozenset({0, os.geteuid(), whom.uid or 0})
 
     def follow_cpus(self) -> None:
         """Seats and table by the CPUs that may be used now: those of the plan may be gone."""
@@ -673,7 +677,7 @@ class Controller:
             place.seat,
             place.slot,
             place.generation.number,
-            process.identity(plan.service.user, plan.service.group),
+            identity.identity(plan.service.user, plan.service.group),
             self.listener.address,
             self._files,
             self._may_hurry and place.modest,

@@ -12,7 +12,7 @@ import msgspec
 
 from steer.errors import KernelError, SteerError
 from steer.hang import Rest, is_busy
-from steer.kernel import proc, process
+from steer.kernel import priority, proc
 from steer.kernel.waits import Seen, acceptors, waiters, waits_on
 from steer.lifecycle import STABLE_S, State
 from steer.membership import Departure
@@ -202,7 +202,7 @@ class Place(msgspec.Struct, eq=False):
     def pin(self) -> None:
         """To the CPUs of its seat."""
         if self.process:
-            process.pin(proc.descendants(self.process.pid), self.seat.cpus)
+            priority.pin(proc.descendants(self.process.pid), self.seat.cpus)
 
     def hear(self, message: Mapping[str, str], now_s: float) -> None:
         """What it tells of itself, see sd_notify(3)."""
@@ -223,7 +223,7 @@ class Place(msgspec.Struct, eq=False):
             self.takers = waiters(self.process.pid, self.process.inodes)
             self.acceptors = acceptors(self.process.pid, self.process.inodes)
             if self.process.launch.modest:
-                process.hurry(proc.descendants(self.process.pid))
+                priority.hurry(proc.descendants(self.process.pid))
 
     def lost_process(self) -> None:
         """It has ended. One that served for long begins a new row of failures."""

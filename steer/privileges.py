@@ -14,8 +14,8 @@ from contextlib import suppress
 import msgspec
 
 from steer.config import Service
-from steer.kernel import capabilities, process, reach
-from steer.kernel.process import Identity
+from steer.kernel import capabilities, identity, reach
+from steer.kernel.identity import Identity
 from steer.kernel.reach import Barrier
 
 
@@ -26,14 +26,14 @@ def settle(service: Service, who: Identity) -> None:
         OSError: the kernel refuses.
     """
     if service.keep_privileges:
-        process.become(who)
+        identity.become(who)
     elif _uid(who) == 0:
-        process.become(who)
+        identity.become(who)
         capabilities.drop_inheritable()
     else:
         # In this order: a change of user takes away what the bounding set is lowered by.
         capabilities.drop_bounding()
-        process.become(who)
+        identity.become(who)
         capabilities.drop_all()
 
 
@@ -67,7 +67,7 @@ def barriers(service: Service, environment: Mapping[str, str]) -> Barriers:
     Raises:
         ConfigError: it is not ours to run as that user.
     """
-    who = process.identity(service.user, service.group)
+    who = identity.identity(service.user, service.group)
     if who.uid is None and who.gid is None:
         return Barriers()
 

@@ -31,7 +31,7 @@ from steer.fleet import QUICK_S
 from steer.garbage import Garbage
 from steer.groups import Groups
 from steer.health import Health
-from steer.kernel import family, output, probe, process, sockets, topology
+from steer.kernel import family, output, probe, process, sockets, stdio, topology
 from steer.kernel.child_ends import ChildEnds
 from steer.ladder import Finding
 from steer.lifecycle import State
@@ -91,7 +91,7 @@ class _Supervisor:
         self._log = started.log
         self._found: Mapping[str, Finding] = {}
         self._state = "starting"
-        self._has_terminal = not process.terminal_is_gone()
+        self._has_terminal = not stdio.terminal_is_gone()
         self._changes: Changes
         self._health: Health
         self._groups: Groups
@@ -217,7 +217,7 @@ class _Supervisor:
 
     def _on_hangup(self) -> None:
         """Asked to reload; or the terminal that it ran in was closed."""
-        if self._has_terminal and process.terminal_is_gone():
+        if self._has_terminal and stdio.terminal_is_gone():
             self._stop(quick=False)
         else:
             self._begin("reload", lambda: self._reload(unheard), signal.SIGHUP)
@@ -253,11 +253,11 @@ class _Supervisor:
             self._log.info("SIGUSR1: no output goes to a file, so there is none to open anew")
         for number, path in files.items():
             try:
-                process.reopen(number, path)
+                stdio.reopen(number, path)
             except OSError as error:
                 self._log.error("open %s anew: %s", path, error.strerror)
         self._service.guard.reopen()
-        if 1 in files and not process.is_the_log(1):
+        if 1 in files and not stdio.is_the_log(1):
             words = "workers that run now write to what it was until a reload"
             self._log.info("standard output goes to %s anew; %s", files[1], words)
 

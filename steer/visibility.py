@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from steer import privileges
 from steer.config import Service
-from steer.kernel import access, process
+from steer.kernel import access, identity
 from steer.kernel.access import Access, Refusal
 from steer.log import Log
 from steer.spawn import Process
@@ -28,7 +28,7 @@ def of(service: Service) -> Access:
         ConfigError: it is not ours to run as that user.
         OSError: it cannot be tried.
     """
-    who = process.identity(service.user, service.group)
+    who = identity.identity(service.user, service.group)
     return access.access_to(lambda: privileges.settle(service, who), executes=not service.app)
 
 

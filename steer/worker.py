@@ -24,8 +24,18 @@ from steer import privileges, values
 from steer.address import Bind
 from steer.config import Service
 from steer.cpus import cpu_list, cpus_named
-from steer.kernel import lifeline, output, process, reach, services, title
-from steer.kernel.process import Identity
+from steer.kernel import (
+    descriptors,
+    lifeline,
+    output,
+    priority,
+    process,
+    reach,
+    services,
+    stdio,
+    title,
+)
+from steer.kernel.identity import Identity
 from steer.kernel.reach import Barrier
 from steer.plan import Seat
 from steer.values import Invalid
@@ -166,7 +176,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[sock
         stderr: what to write standard error to.
         own: its sockets, one for each bind.
     """
-    if process.file_of(2) and process.is_the_log(1):
+    if stdio.file_of(2) and stdio.is_the_log(1):
         # So that it goes where the log goes from the day that somebody rotates it.
         os.dup2(stderr, 1)
     os.dup2(stderr, 2)
@@ -179,7 +189,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[sock
     if not channel.recv(1):
         return 1
     with _if_allowed(launch, "set the limits on open files"):
-        process.limit_descriptors(launch.files, _DESCRIPTORS + len(launch.binds))
+        descriptors.limit_descriptors(launch.files, _DESCRIPTORS + len(launch.binds))
     try:
         import_for(launch.service)
         launch = _settle(launch)
@@ -189,7 +199,7 @@ def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[sock
             channel.set_inheritable(True)
             _execute(launch, environment)
         _change_environment(environment)
-        process.limit_descriptors(launch.files)
+        descriptors.limit_descriptors(launch.files)
         application = _load(launch.service)
         return _call(application, Worker(launch, own), launch.service)
     except Unloadable as error:
@@ -216,7 +226,7 @@ def _keep_only(channel: socket.socket, own: Sequence[socket.socket]) -> list[soc
     Returns:
         The channel, now above them, and the sockets.
     """
-    process.keep_only([channel.fileno(), *(sock.fileno() for sock in own)])
+    descriptors.keep_only([channel.fileno(), *(sock.fileno() for sock in own)])
     beyond = FIRST_FD + len(own)
     # Above the range first: one may stand where another has to go.
     above, *theirs = (
@@ -224,7 +234,7 @@ def _keep_only(channel: socket.socket, own: Sequence[socket.socket]) -> list[soc
     )
     for index, fd in enumerate(theirs):
         os.dup2(fd, FIRST_FD + index, inheritable=False)
-    process.keep_only([above, *range(FIRST_FD, beyond)])
+    descriptors.keep_only([above, *range(FIRST_FD, beyond)])
     places = {channel: above, **{sock: FIRST_FD + at for at, sock in enumerate(own)}}
     return [socket.socket(each.family, each.type, each.proto, fd) for each, fd in places.items()]
 
@@ -260,7 +270,7 @@ def _settle(launch: Launch) -> Launch:
         privileges.settle(launch.service, who)
     if launch.modest:
         with _if_allowed(launch, "leave the CPUs to others until it is ready"):
-            process.be_modest()
+            priority.be_modest()
     return replace(launch, seat=replace(launch.seat, cpus=cpus))
 
 
@@ -336,7 +346,7 @@ def _execute(launch: Launch, environment: Mapping[str, str]) -> None:
         "LISTEN_PID": str(os.getpid()),
         "LISTEN_FDNAMES": names,
     }
-    process.limit_descriptors(launch.files)
+    descriptors.limit_descriptors(launch.files)
     with _needed(f"run {arguments[0]}", lambda error: _why(error, arguments[0], environment)):
         process.execute(arguments, {**environment, **protocol})
 

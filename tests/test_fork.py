@@ -20,8 +20,8 @@ from support import DEADLINE_S, eventually, http_get
 from steer import address, spawn, worker
 from steer.config import Service
 from steer.errors import BindError, KernelError
-from steer.kernel import process, sockets
-from steer.kernel.process import Identity
+from steer.kernel import descriptors, process, sockets
+from steer.kernel.identity import Identity
 from steer.plan import Seat
 from steer.spawn import Process
 from steer.worker import Launch
@@ -85,7 +85,7 @@ def idle() -> int:
 
 
 def open_here() -> int:
-    return process.open_descriptors()
+    return descriptors.open_descriptors()
 
 
 @pytest.mark.usefixtures("netns")
@@ -194,7 +194,7 @@ def test_children_are_apart_once_they_have_closed_what_they_inherited(
 
         def child() -> int:
             os.read(theirs[0], 1)
-            process.keep_only([])
+            descriptors.keep_only([])
             signal.pause()
             return 0
 

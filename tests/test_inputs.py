@@ -25,7 +25,7 @@ from steer import address, client, config, declared, notify, values
 from steer.config import FIELDS, Service
 from steer.declared import Declared, Param
 from steer.errors import ConfigError, Refused, SteerError
-from steer.kernel import process
+from steer.kernel import identity
 from steer.values import Invalid
 
 INPUTS = 100_000
@@ -103,11 +103,11 @@ def policy_text(random: Random) -> object:
 
 
 def user(random: Random) -> object:
-    return process.identity(text(random).replace("\0", ""), None)
+    return identity.identity(text(random).replace("\0", ""), None)
 
 
 def group(random: Random) -> object:
-    return process.identity(None, text(random).replace("\0", ""))
+    return identity.identity(None, text(random).replace("\0", ""))
 
 
 def notification(random: Random) -> object:
@@ -154,7 +154,7 @@ def check_words(said: str) -> None:
 @pytest.mark.parametrize("number", ["9" * 20, str(2**32 - 1), "9" * 5000, "²", "٣"])
 def test_a_group_is_a_number_that_the_kernel_knows(number: str) -> None:
     with pytest.raises(ConfigError, match=r"^run workers as group .*: no such group$"):
-        process.identity(None, number)
+        identity.identity(None, number)
 
 
 @given(st.text() | st.integers().map(str), st.integers(), st.integers())

@@ -21,7 +21,7 @@ from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 import msgspec
 
 from steer.errors import ControlError
-from steer.kernel import family, output, process, rundir, title
+from steer.kernel import descriptors, family, output, process, rundir, title
 from steer.kernel.channel import Channel, Frame
 from steer.kernel.desk import Desk, Talk
 from steer.kernel.keeper import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
@@ -462,7 +462,7 @@ def main(
     process.rename("reuseport-guard")
     title.show(f"steer: guard {settings.name}")
     used = [channel, control] if predecessor is None else [channel, control, predecessor]
-    process.keep_only(sock.fileno() for sock in used)
+    descriptors.keep_only(sock.fileno() for sock in used)
     output.stderr.reset()
     _allow_descriptors()
     old = None if predecessor is None else Channel(predecessor)

@@ -6,22 +6,16 @@ import contextlib
 import ctypes
 import errno
 import gc
-import grp
 import os
-import pwd
-import resource
 import select
 import signal
-import stat
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
-import msgspec
-
-from steer.errors import ConfigError, KernelError
-from steer.values import shown, whole_number
+from steer.errors import KernelError
+from steer.kernel.stdio import write_stderr
 
 if TYPE_CHECKING:
     import subprocess
@@ -42,61 +36,6 @@ _inherited: list[int] = []
 _APART_S = 1.0
 _starting: set[object] = set()
 """Of programs that are being started, each by whoever starts it."""
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """Whom a worker runs as; None keeps what the controller is."""
-
-    uid: int | None = None
-    gid: int | None = None
-    name: str | None = None
-    home: str = "/"
-
-    def environment(self) -> dict[str, str]:
-        """What says who a process is; nothing where that is not changed."""
-        if self.name is None:
-            return {}
-        return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
-
-
-def identity(user: str | None, group: str | None) -> Identity:
-    """Look a user and a group up, by name or number.
-
-    Raises:
-        ConfigError: no such user or group, or not ours to become.
-    """
-    uid, gid, name, home = None, None, None, "/"
-    try:
-        if user is not None:
-            entry = pwd.getpwuid(_number(user)) if user.isdecimal() else pwd.getpwnam(user)
-            uid, gid, name, home = entry.pw_uid, entry.pw_gid, entry.pw_name, entry.pw_dir
-    except (KeyError, ValueError):
-        raise ConfigError(f"run workers as user {shown(user)}", "no such user") from None
-    try:
-        if group is not None:
-            gid = _number(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-    except (KeyError, ValueError):
-        raise ConfigError(f"run workers as group {shown(group)}", "no such group") from None
-    changes = (uid not in (None, os.geteuid())) or (gid not in (None, os.getegid()))
-    if changes and os.geteuid() != 0:
-        raise ConfigError("run workers as another user", "EPERM", "run steer as root")
-    return Identity(uid, gid, name, home)
-
-
-def _number(text: str) -> int:
-    """A uid or gid. Not (uid_t)-1, which means "leave it" to setreuid(2). Raises Invalid."""
-    return whole_number(text, 0, 2**32 - 2)
-
-
-def become(who: Identity) -> None:
-    """Drop to `who`, for good. Raises OSError as setuid(2)."""
-    if who.gid is not None:
-        os.setgroups([who.gid])
-        if who.name is not None:
-            os.initgroups(who.name, who.gid)
-        os.setgid(who.gid)
-    if who.uid is not None:
-        os.setuid(who.uid)
 
 
 def fork(child: Callable[[], int], ignored: Collection[int] = ()) -> tuple[int, int]:
@@ -344,76 +283,6 @@ def _flush() -> None:
             stream.flush()  # type: ignore[union-attr]
 
 
-_CAP_SYS_NICE = 23  # include/uapi/linux/capability.h
-_MODEST, _NICEST = 10, 19  # setpriority(2)
-
-
-def may_hurry_others() -> bool:
-    """Whether we may take a process's niceness back (setpriority(2), CAP_SYS_NICE)."""
-    with open("/proc/self/status") as lines:
-        effective = next(line.split()[1] for line in lines if line.startswith("CapEff:"))
-    return bool(int(effective, 16) >> _CAP_SYS_NICE & 1)
-
-
-def be_modest() -> None:
-    """Leave the CPUs to whoever is not, until somebody calls `hurry`."""
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PROCESS, 0, min(own + _MODEST, _NICEST))
-
-
-def hurry(pids: Iterable[int]) -> None:
-    """Have processes no longer be modest: each thread of theirs as eager as we are."""
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for task in os.listdir(f"/proc/{pid}/task"):
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, int(task), own)
-
-
-def pin(pids: Iterable[int], cpus: Sequence[int]) -> None:
-    """Have each thread of these processes run on these CPUs, as far as we may tell them to."""
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for task in os.listdir(f"/proc/{pid}/task"):
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(int(task), cpus)
-
-
-def file_of(number: int) -> str | None:
-    """The regular file that a descriptor is of, by the name it has now; None if it is none."""
-    try:
-        is_file = stat.S_ISREG(os.fstat(number).st_mode)
-        return os.readlink(f"/proc/self/fd/{number}") if is_file else None
-    except OSError:
-        return None
-
-
-def is_the_log(number: int) -> bool:
-    """Whether a descriptor is of the very file that standard error goes to."""
-    try:
-        return os.path.samestat(os.fstat(number), os.fstat(2))
-    except OSError:
-        return False
-
-
-def reopen(number: int, path: str) -> None:
-    """Have a descriptor be of what is now there under that name: for who rotates logs. Raises
-    OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    os.dup2(fd, number)
-    os.close(fd)
-
-
-def terminal_is_gone() -> bool:
-    """Whether there is no terminal that controls us."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
-    except OSError:
-        return True
-    return False
-
-
 def rename(name: str) -> None:
     """Be called so by ps(1) and killall(1): at most 15 characters (prctl(2), PR_SET_NAME)."""
     _LIBC.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
@@ -422,21 +291,6 @@ def rename(name: str) -> None:
 def be_dumpable() -> None:
     """Let others of our user look at us, as a change of user takes away (prctl(2))."""
     _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
-
-
-def keep_only(fds: Iterable[int]) -> None:
-    """Close every descriptor but these and 0, 1, 2."""
-    kept = sorted(fd for fd in fds if fd >= 3)
-    low = 3
-    for fd in kept:
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    # Those above the limit are from before it was lowered.
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in kept:
-            with contextlib.suppress(OSError):  # that of the directory itself
-                os.close(fd)
 
 
 def is_running(pid: int) -> bool:
@@ -533,60 +387,6 @@ def how_it_ended(status: int | None) -> str:
         return f"killed by {signal.Signals(-status).name}"
     except ValueError:  # most real-time signals have no name
         return f"killed by signal {-status}"
-
-
-def open_descriptors() -> int:
-    """How many descriptors this process has."""
-    return len(os.listdir("/proc/self/fd")) - 1  # without that of the directory
-
-
-def allow_descriptors(needed: int) -> tuple[int, int]:
-    """Raise the soft limit on open files, if it is lower, to `needed` in all.
-
-    Returns:
-        The limits as they were, to be given back to workers.
-
-    Raises:
-        ConfigError: the hard limit is lower.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise ConfigError(
-                f"open {needed} files, as so many workers and addresses need",
-                f"the limit is {hard}",
-                "raise it (ulimit -Hn, LimitNOFILE=), or fewer workers or addresses",
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    return soft, hard
-
-
-def limit_descriptors(limits: tuple[int, int], needed: int = 0) -> None:
-    """Give a worker the limits that the controller was started with: programs that
-    use select(2) break on a higher one.
-
-    Args:
-        needed: it has that many all the same.
-    """
-    soft, hard = limits
-    if soft != resource.RLIM_INFINITY:
-        soft = max(soft, needed)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def stderr_takes() -> bool:
-    """Whether standard error takes PIPE_BUF bytes now (poll(2), pipe(7)). Not so a pipe that
-    nobody empties or a terminal that is paused, and for neither may a controller wait."""
-    poll = select.poll()
-    poll.register(2, select.POLLOUT)
-    return bool(poll.poll(0))
-
-
-def write_stderr(data: bytes) -> None:
-    """Write as much as is taken without waiting; the rest is dropped."""
-    with contextlib.suppress(OSError):
-        while data and stderr_takes():
-            data = data[os.write(2, data[: select.PIPE_BUF]) :]
 
 
 def beside_us(program: str) -> str:
