@@ -30,7 +30,8 @@ from bench.figures import Figure, Section, above, interleaved, ratio
 from bench.flood import Flood, Handshakes
 from steer import abi, address
 from steer.bytecode import Code
-from steer.kernel import bpf, descriptors, measure, sockets
+from steer.kernel import bpf, descriptors, libbpf, measure, sockets
+from steer.kernel.programs import Program
 
 SLOTS = (8, 64, 1024)
 EMPTY = "empty program"
@@ -161,13 +162,13 @@ class Group:
             self._sockets.put_socket(slot, sock.fileno())
         self._any = sock.fileno()
 
-    def load(self) -> dict[str, bpf.Descriptor]:
+    def load(self) -> dict[str, libbpf.Descriptor]:
         """Every program, by name."""
         alone = {EMPTY: measure.EMPTY, **{name: of(self._slots) for name, of in HELPERS.items()}}
         kind = abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE
         maps = {"sockets": self._sockets, "table": self._stack.enter_context(bpf.Map("table"))}
-        found: dict[str, bpf.Descriptor] = {
-            name: self._stack.enter_context(bpf.Program("bench", code, maps, kind))
+        found: dict[str, libbpf.Descriptor] = {
+            name: self._stack.enter_context(Program("bench", code, maps, kind))
             for name, code in alone.items()
         }
         wanted = [(entry.policy, entry.crowded) for entry in ENTRIES.values()]
@@ -177,7 +178,7 @@ class Group:
         names = [*ENTRIES, *(_of_other(name) for name in ENTRIES)]
         return found | dict(zip(names, [*ours, *theirs], strict=bool(theirs)))
 
-    def cost_ns(self, program: bpf.Descriptor, flood: Flood, batches: int) -> float:
+    def cost_ns(self, program: libbpf.Descriptor, flood: Flood, batches: int) -> float:
         """The mean of one run."""
         sockets.attach_ebpf(self._any, program.fileno())
         flood.send(1)

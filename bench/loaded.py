@@ -22,7 +22,8 @@ from steer.choice import Choice
 from steer.config import Service
 from steer.cpus import Topology
 from steer.errors import KernelError
-from steer.kernel import bpf, compile, sockets, topology
+from steer.kernel import bpf, compile, libbpf, shared_memory, sockets, topology
+from steer.kernel.programs import Program
 from steer.plan import plan
 from steer.table import Member
 
@@ -50,7 +51,7 @@ def policy_programs(
     address: str,
     slots: int,
     wanted: Sequence[tuple[str, bool]],
-) -> list[bpf.Descriptor]:
+) -> list[libbpf.Descriptor]:
     """Each laid as steer would for as many workers as there are slots.
 
     Args:
@@ -62,7 +63,7 @@ def policy_programs(
     names = ("counts", "cpus", "slots", "listeners", "moved")
     maps = {name: stack.enter_context(bpf.Map(name, CAPACITY)) for name in names}
     maps["cpus"].put(0, _CPU * len(here.possible))
-    known = stack.enter_context(closing(bpf.Slots(maps["slots"])))
+    known = stack.enter_context(closing(shared_memory.Slots(maps["slots"])))
     for slot in range(slots):
         known.set_open(slot, 1 + slot * 5 // 3 % _LOADS)
     maps["sockets"] = sockets_map
@@ -84,7 +85,7 @@ def _roomy(here: Topology, slots: int) -> Topology:
     return Topology(cpus[:slots], cpus, {})
 
 
-def counting_program(stack: ExitStack, listener: int) -> bpf.Descriptor:
+def counting_program(stack: ExitStack, listener: int) -> libbpf.Descriptor:
     """What counts connections, with the listener as that of a worker."""
     names = ("slots", "listeners", "moved", "owners")
     maps = {name: stack.enter_context(bpf.Map(name)) for name in names}
@@ -92,10 +93,10 @@ def counting_program(stack: ExitStack, listener: int) -> bpf.Descriptor:
     maps["owners"].put(listener, owner)
     maps["listeners"].put(sockets.cookie(listener), owner)
     code = compile.load(compile.sources() / "open.c").programs["count"]
-    return stack.enter_context(bpf.Program("bench", code, maps, abi.BPF_CGROUP_SOCK_OPS))
+    return stack.enter_context(Program("bench", code, maps, abi.BPF_CGROUP_SOCK_OPS))
 
 
-def of_base(stack: ExitStack, act: str, fd: int, *arguments: object) -> list[bpf.Descriptor]:
+def of_base(stack: ExitStack, act: str, fd: int, *arguments: object) -> list[libbpf.Descriptor]:
     """What `act` loads with the steer of the other checkout; none if there is no other.
 
     Args:
@@ -117,7 +118,7 @@ def of_base(stack: ExitStack, act: str, fd: int, *arguments: object) -> list[bpf
         _, received, _, _ = socket.recv_fds(ours, 1, _MOST_FDS)
     if child.wait() != 0 or not received:
         raise KernelError(f"load the programs of {checkout}", "its steer has other functions")
-    return [stack.enter_context(bpf.Descriptor(fd)) for fd in received]
+    return [stack.enter_context(libbpf.Descriptor(fd)) for fd in received]
 
 
 def main(given: str) -> None:

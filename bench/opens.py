@@ -17,7 +17,7 @@ from bench import loaded
 from bench.figures import Figure, Section, interleaved, ratio
 from bench.servers import HOST
 from steer import abi
-from steer.kernel import bpf, cgroup, measure
+from steer.kernel import cgroup, libbpf, measure, programs
 
 AT_MOST = 0.6
 """To the other checkout."""
@@ -42,7 +42,7 @@ def section(quick: bool) -> Section:
         stack.enter_context(measure.statistics())
         listener = stack.enter_context(socket.create_server((HOST, 0)))
         empty = stack.enter_context(
-            bpf.Program("bench", measure.EMPTY, {}, abi.BPF_CGROUP_SOCK_OPS)
+            programs.Program("bench", measure.EMPTY, {}, abi.BPF_CGROUP_SOCK_OPS)
         )
         fd = listener.fileno()
         ours = loaded.counting_program(stack, fd)
@@ -69,9 +69,13 @@ def section(quick: bool) -> Section:
 
 
 def _spent(
-    count: bpf.Descriptor, empty: bpf.Program, listener: socket.socket, connections: int
+    count: libbpf.Descriptor, empty: programs.Program, listener: socket.socket, connections: int
 ) -> Spent:
-    with cgroup.own() as directory, bpf.Link(count, directory), bpf.Link(empty, directory):
+    with (
+        cgroup.own() as directory,
+        programs.Link(count, directory),
+        programs.Link(empty, directory),
+    ):
         before = [*measure.spent(count), *measure.spent(empty)]
         for _ in range(connections):
             with socket.create_connection(listener.getsockname()):

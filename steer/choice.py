@@ -14,7 +14,8 @@ import msgspec
 from steer import abi, policies, policy, table
 from steer.bytecode import PolicyObject
 from steer.errors import VerifierError
-from steer.kernel import bpf, capabilities, compile, probe
+from steer.kernel import bpf, capabilities, compile, libbpf, probe, shared_memory
+from steer.kernel.programs import ATTACH_TYPES, Program
 from steer.ladder import Answer
 from steer.plan import Plan
 from steer.policy import Policy, Scene
@@ -49,14 +50,14 @@ class Choice:
         self,
         plan: Plan,
         maps: Mapping[str, bpf.Map],
-        programs: Sequence[bpf.Descriptor],
+        programs: Sequence[libbpf.Descriptor],
         migrates: bool,
     ) -> None:
         self.programs = programs
         self.migrates = migrates
         self._plan = plan
         self._maps = maps
-        self._table = bpf.Table(maps["table"])
+        self._table = shared_memory.Table(maps["table"])
         self._cpus = len(plan.topology.possible)
         self._layout: Layout | None = None
         self._laid_for: object = None
@@ -98,7 +99,7 @@ class Choice:
     def receive(cls, plan: Plan, saved: Saved, fds: Sequence[int]) -> Self:
         """Go on with what another controller left of the same plan; the fds become ours."""
         maps = {name: bpf.Map.received(name, fd) for name, fd in zip(saved.maps, fds, strict=False)}
-        programs = [bpf.Descriptor(fd) for fd in fds[len(maps) :]]
+        programs = [libbpf.Descriptor(fd) for fd in fds[len(maps) :]]
         received = cls(plan, maps, programs, saved.migrates)
         received._layout = table.read(received._table.active())
         params = maps["params"].per_cpu(0, cpus=1)
@@ -126,7 +127,7 @@ class Choice:
     @property
     def has_rested(self) -> bool:
         """Whether no program of its that ran when it was left can be running still."""
-        return time.monotonic() - self._left_s > bpf.PROGRAMS_END_S
+        return time.monotonic() - self._left_s > shared_memory.PROGRAMS_END_S
 
     def follow(self, before: Self) -> None:
         """Take the place of another: where both fill their table alike, as little as can be
@@ -242,11 +243,11 @@ def _named(plan: Plan) -> dict[str, int]:
 
 def _load(
     chosen: Policy, code: PolicyObject, kind: str, maps: Mapping[str, bpf.Map], protocol: str
-) -> bpf.Program:
+) -> Program:
     """Args: kind: which of its programs."""
     try:
-        name, attach_type = f"steer_{chosen.name}", bpf.ATTACH_TYPES[kind]
-        return bpf.Program(name, code.programs[kind], maps, attach_type, protocol)
+        name, attach_type = f"steer_{chosen.name}", ATTACH_TYPES[kind]
+        return Program(name, code.programs[kind], maps, attach_type, protocol)
     except VerifierError as error:
         raise _pointed(error, chosen, code.lines.get(kind, {})) from None
 

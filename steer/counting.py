@@ -12,7 +12,7 @@ import msgspec
 from steer import abi
 from steer.address import Bind
 from steer.errors import KernelError
-from steer.kernel import bpf, cgroup, compile, listeners, sockets
+from steer.kernel import bpf, cgroup, compile, libbpf, listeners, programs, shared_memory, sockets
 
 
 class Saved(msgspec.Struct):
@@ -48,12 +48,12 @@ class Counting:
         self._cgroups: list[int] = []
         self._watched = ""
         self._owners: bpf.Map | None = None
-        self._attached: list[bpf.Descriptor] = []
+        self._attached: list[libbpf.Descriptor] = []
         with ExitStack() as undo:
             self._listeners = undo.enter_context(bpf.Map("listeners", max(1, at_most)))
             self._moved = undo.enter_context(bpf.Map("moved"))
             slots = undo.enter_context(bpf.Map("slots"))
-            self.slots = bpf.Slots(slots)
+            self.slots = shared_memory.Slots(slots)
             undo.callback(self.slots.close)
             self.maps: Mapping[str, bpf.Map] = {
                 "slots": slots,
@@ -70,7 +70,9 @@ class Counting:
         try:
             self._owners = bpf.Map("owners")
             maps = {**self.maps, "owners": self._owners}
-            self._attached.append(bpf.Program("steer_open", code, maps, abi.BPF_CGROUP_SOCK_OPS))
+            self._attached.append(
+                programs.Program("steer_open", code, maps, abi.BPF_CGROUP_SOCK_OPS)
+            )
             self._watch_ours()
         except cgroup.NoCgroup as error:
             self._stop()
@@ -88,7 +90,7 @@ class Counting:
         with cgroup.own() as directory:
             number = os.fstat(directory).st_ino
             if number not in self._cgroups:
-                self._attached.append(bpf.Link(self._attached[0], directory))
+                self._attached.append(programs.Link(self._attached[0], directory))
                 self._cgroups.append(number)
         self._watched = name
 
@@ -153,7 +155,7 @@ class Counting:
 
     def saved(self) -> tuple[Saved, Sequence[int]]:
         """See `restore`."""
-        kept: list[bpf.Descriptor] = [self.slots.map, self._listeners, self._moved]
+        kept: list[libbpf.Descriptor] = [self.slots.map, self._listeners, self._moved]
         if self._owners is not None:
             kept += [self._owners, *self._attached]
         return Saved(self._cgroups), [each.fileno() for each in kept]
@@ -173,7 +175,7 @@ class Counting:
         self.why_not = "" if counted else "nor were they before this controller"
         if counted:
             self._owners = bpf.Map.received("owners", counted[0])
-            self._attached = [bpf.Descriptor(fd) for fd in counted[1:]]
+            self._attached = [libbpf.Descriptor(fd) for fd in counted[1:]]
             self._watch_ours()
 
 

@@ -17,7 +17,7 @@ import msgspec
 from steer.address import Bind
 from steer.config import Service
 from steer.errors import BindError, ControlError, KernelError, SteerError
-from steer.kernel import bpf, listeners, sockets
+from steer.kernel import listeners, shared_memory, sockets
 from steer.kernel.custody import Guard
 from steer.kernel.keeper import STEERING
 from steer.log import Log
@@ -574,6 +574,6 @@ async def _programs_end() -> None:
     from steer.background import in_background  # there by now; it needs asyncio
 
     try:
-        await in_background(bpf.wait_for_programs)
+        await in_background(shared_memory.wait_for_programs)
     except RuntimeError:  # no more threads
-        bpf.wait_for_programs()
+        shared_memory.wait_for_programs()

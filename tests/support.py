@@ -28,7 +28,7 @@ import pytest
 
 from steer import client
 from steer.errors import ControlError
-from steer.kernel import bpf, proc
+from steer.kernel import libbpf, proc
 
 DEADLINE_S = 60.0
 """For what should happen at once: long, as the machine may be busy with other things."""
@@ -316,7 +316,7 @@ def bpf_ids(pid: int) -> set[tuple[str, int]]:
 
 def bpf_exists(kind: str, number: int) -> bool:
     """Whether a program or map is still there; numbers are not used again for long."""
-    fd = getattr(bpf.libbpf(), f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
+    fd = getattr(libbpf.libbpf(), f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
     if fd >= 0:
         os.close(fd)
     return fd != -errno.ENOENT

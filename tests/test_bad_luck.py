@@ -31,7 +31,7 @@ from support import (
     udp_ask,
 )
 
-from steer.kernel import bpf, proc
+from steer.kernel import libbpf, proc
 
 PORT = 8080
 ALONE = 40_000 + os.getpid() % 20_000
@@ -381,7 +381,7 @@ def test_backend_that_cannot_take_turns(steer: RunSteer) -> None:
 
 def library() -> str:
     """Where libbpf is."""
-    bpf.libbpf()
+    libbpf.libbpf()
     maps = Path("/proc/self/maps").read_text().splitlines()
     return next(line.split()[-1] for line in maps if "libbpf.so" in line)
 

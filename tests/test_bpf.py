@@ -25,7 +25,8 @@ from support import NOBODY, as_user, bpf_exists, bpf_ids, eventually
 from steer import abi, address, policies
 from steer.bytecode import Code, PolicyObject
 from steer.errors import KernelError, VerifierError
-from steer.kernel import bpf, cgroup, compile, probe, sockets, topology
+from steer.kernel import bpf, cgroup, compile, libbpf, probe, shared_memory, sockets, topology
+from steer.kernel.programs import _KINDS, Link, Program, shorten
 from steer.ladder import Answer, Finding
 from steer.policy import CBPF, EBPF, POLICIES
 from steer.table import Layout
@@ -122,7 +123,7 @@ COUNTING = [
 
 def test_verifier_says_why() -> None:
     with pytest.raises(VerifierError, match=r"load program steer_bad: EACCES") as caught:
-        bpf.Program("steer_bad", Code(["9500000000000000"], {}), {}, SELECT)
+        Program("steer_bad", Code(["9500000000000000"], {}), {}, SELECT)
     assert caught.value.detail.endswith("R0 !read_ok")
 
 
@@ -131,7 +132,7 @@ def test_verifier_log_is_shortened_to_its_end() -> None:
     """Hundreds of instructions, each in the log, and then one that reads what was never written."""
     many = ["b700000000000000"] * 500 + ["bf91000000000000", "9500000000000000"]
     with pytest.raises(VerifierError) as caught:
-        bpf.Program("steer_bad", Code(many, {}), {}, SELECT)
+        Program("steer_bad", Code(many, {}), {}, SELECT)
     lines = caught.value.detail.splitlines()
     assert 2 <= len(lines) <= 12
     assert "!read_ok" in lines[-1]
@@ -140,8 +141,8 @@ def test_verifier_log_is_shortened_to_its_end() -> None:
 
 def test_shortening_keeps_the_end() -> None:
     log = "".join(f"{i}: (b7) r0 = 0\n\n" for i in range(40)) + "R9 !read_ok\nprocessed 41 insns\n"
-    assert bpf.shorten(log, 3) == "38: (b7) r0 = 0\n39: (b7) r0 = 0\nR9 !read_ok"
-    assert bpf.shorten("") == ""
+    assert shorten(log, 3) == "38: (b7) r0 = 0\n39: (b7) r0 = 0\nR9 !read_ok"
+    assert shorten("") == ""
 
 
 @pytest.mark.needs("netns")
@@ -164,9 +165,9 @@ def test_refused_policy_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attach_type_that_no_kernel_knows_is_no_fault_of_the_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(bpf._KINDS, 9999, abi.BPF_PROG_TYPE_SK_REUSEPORT)
+    monkeypatch.setitem(_KINDS, 9999, abi.BPF_PROG_TYPE_SK_REUSEPORT)
     with pytest.raises(KernelError) as caught:
-        bpf.Program("steer_probe", PASS, {}, 9999)
+        Program("steer_probe", PASS, {}, 9999)
     assert type(caught.value) is KernelError
     assert caught.value.cause == "EINVAL"
 
@@ -208,17 +209,18 @@ def test_sysctl_that_does_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "attempt",
     [
-        "bpf.Map('sockets')",
-        "bpf.Program('steer_probe', Code(['b700000001000000', '9500000000000000'], {}), {}, 39)",
+        "Map('sockets')",
+        "Program('steer_probe', Code(['b700000001000000', '9500000000000000'], {}), {}, 39)",
         # Not privileged matters more than that the program is bad.
-        "bpf.Program('steer_probe', Code(['9500000000000000'], {}), {}, 39)",
+        "Program('steer_probe', Code(['9500000000000000'], {}), {}, 39)",
     ],
 )
 def test_without_privilege_it_is_not_permitted(attempt: str) -> None:
     program = f"""
 from steer.bytecode import Code
 from steer.errors import KernelError
-from steer.kernel import bpf
+from steer.kernel.bpf import Map
+from steer.kernel.programs import Program
 try:
     {attempt}
 except KernelError as error:
@@ -235,14 +237,14 @@ def test_older_kernel_gets_the_plain_program(
     netns: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that does not know of migration refuses the attach type with EINVAL and no log."""
-    load = bpf.Program._load
+    load = Program._load
 
-    def before_5_14(self: bpf.Program, name: str, insns: bytes, options: Any) -> int:
+    def before_5_14(self: Program, name: str, insns: bytes, options: Any) -> int:
         if options.expected_attach_type == abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE:
             return -errno.EINVAL
         return load(self, name, insns, options)
 
-    monkeypatch.setattr(bpf.Program, "_load", before_5_14)
+    monkeypatch.setattr(Program, "_load", before_5_14)
     with Crew(EBPF, "round-robin", "tcp4").serving() as crew:
         assert "migration needs Linux 5.14" in " ".join(crew.steering.notes)
         assert crew.count(40).total() == sum(crew.selected().values()) == 40
@@ -253,7 +255,7 @@ def test_older_kernel_gets_the_plain_program(
 
 def test_map_without_room_in_the_file_table() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    bpf.libbpf()
+    libbpf.libbpf()
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         with pytest.raises(KernelError, match="create BPF map steer_counts: EMFILE"):
@@ -304,7 +306,7 @@ def looked_up(made: bpf.Map, key: int) -> bytes | None:
     """What the kernel has there."""
     buffer = ctypes.create_string_buffer(made.spec.value_bytes)
     key_bytes = key.to_bytes(made.spec.key_bytes, sys.byteorder)
-    found = bpf.libbpf().bpf_map_lookup_elem(made.fileno(), key_bytes, buffer) == 0
+    found = libbpf.libbpf().bpf_map_lookup_elem(made.fileno(), key_bytes, buffer) == 0
     return buffer.raw if found else None
 
 
@@ -357,9 +359,9 @@ def test_a_map_that_somebody_else_made_is_the_same() -> None:
 
 
 @pytest.fixture
-def slots() -> Iterator[bpf.Slots]:
+def slots() -> Iterator[shared_memory.Slots]:
     with bpf.Map("slots") as made:
-        all_slots = bpf.Slots(made)
+        all_slots = shared_memory.Slots(made)
         yield all_slots
         all_slots.close()
 
@@ -367,7 +369,7 @@ def slots() -> Iterator[bpf.Slots]:
 GIVEN = 99
 
 
-def state(slots: bpf.Slots, slot: int) -> tuple[int, ...]:
+def state(slots: shared_memory.Slots, slot: int) -> tuple[int, ...]:
     """Open, pending, stamp and flows, as the kernel has them."""
     raw = looked_up(slots.map, 0)
     assert raw
@@ -378,14 +380,14 @@ def state(slots: bpf.Slots, slot: int) -> tuple[int, ...]:
     return opened, pending, stamp, flows
 
 
-def play(slots: bpf.Slots, slot: int, opened: int, pending: int, *stamps: int) -> None:
+def play(slots: shared_memory.Slots, slot: int, opened: int, pending: int, *stamps: int) -> None:
     """What programs do."""
     struct.pack_into("=I", slots._memory, abi.OPEN_OFFSET + 4 * slot, opened)
     at = abi.SLOTS_OFFSET + slot * abi.SLOT.size
     abi.SLOT.pack_into(slots._memory, at, pending, GIVEN, *stamps, 0)
 
 
-def test_who_has_a_slot_next_has_another_stamp(slots: bpf.Slots) -> None:
+def test_who_has_a_slot_next_has_another_stamp(slots: shared_memory.Slots) -> None:
     first = slots.begin(3)
     play(slots, 3, 7, 2, first, 0)
     assert slots.open(3) == 7
@@ -400,7 +402,7 @@ def test_who_has_a_slot_next_has_another_stamp(slots: bpf.Slots) -> None:
     assert state(slots, 2) == state(slots, 4) == (0, 0, 0, 0)
 
 
-def test_stamps_run_over(slots: bpf.Slots) -> None:
+def test_stamps_run_over(slots: shared_memory.Slots) -> None:
     play(slots, 1, 0, 0, 2**16 - 1, 2**16 - 1)
     slots.end(1)
     assert state(slots, 1) == (0, 0, 0, 0)
@@ -409,7 +411,7 @@ def test_stamps_run_over(slots: bpf.Slots) -> None:
     assert state(slots, 1) == (0, 0, 0, 5)
 
 
-def test_flows_are_forgotten_and_nothing_else(slots: bpf.Slots) -> None:
+def test_flows_are_forgotten_and_nothing_else(slots: shared_memory.Slots) -> None:
     play(slots, 2, 5, 6, 7, 2**16 - 1)
     slots.forget_flows(2)
     assert state(slots, 2) == (5, 6, 7, 0)
@@ -418,7 +420,7 @@ def test_flows_are_forgotten_and_nothing_else(slots: bpf.Slots) -> None:
     assert state(slots, abi.SLOTS - 1) == (0, 0, 0, 1)
 
 
-def test_fewer_than_none_are_none(slots: bpf.Slots) -> None:
+def test_fewer_than_none_are_none(slots: shared_memory.Slots) -> None:
     play(slots, 2, 2**32 - 1, 0, 0, 0)
     assert slots.open(2) == 0
     slots.set_open(2, 12)
@@ -426,10 +428,10 @@ def test_fewer_than_none_are_none(slots: bpf.Slots) -> None:
     assert state(slots, 2) == (12, 0, 0, 0)
 
 
-def test_slots_can_be_gone_on_with(slots: bpf.Slots) -> None:
+def test_slots_can_be_gone_on_with(slots: shared_memory.Slots) -> None:
     play(slots, abi.SLOTS - 1, 1, 2, 3, 4)
     with bpf.Map("slots") as other:
-        later = bpf.Slots(other)
+        later = shared_memory.Slots(other)
         later.become(os.dup(slots.map.fileno()))
         assert state(later, abi.SLOTS - 1) == (1, 2, 3, 4)
         later.end(abi.SLOTS - 1)
@@ -444,8 +446,8 @@ def test_slots_can_be_gone_on_with(slots: bpf.Slots) -> None:
 def test_a_link_keeps_its_program_on_the_cgroup_as_long_as_it_is_open() -> None:
     before = own_bpf()
     with cgroup.own() as directory:
-        program = bpf.Program("steer_probe", PASS, {}, abi.BPF_CGROUP_SOCK_OPS)
-        link = bpf.Link(program, directory)
+        program = Program("steer_probe", PASS, {}, abi.BPF_CGROUP_SOCK_OPS)
+        link = Link(program, directory)
         [made] = own_bpf() - before
         program.close()
         assert bpf_exists(*made)
@@ -457,10 +459,10 @@ def test_a_link_needs_a_cgroup(tmp_path: Path) -> None:
     directory = os.open(tmp_path, os.O_RDONLY)
     try:
         with (
-            bpf.Program("steer_probe", PASS, {}, abi.BPF_CGROUP_SOCK_OPS) as program,
+            Program("steer_probe", PASS, {}, abi.BPF_CGROUP_SOCK_OPS) as program,
             pytest.raises(KernelError, match=r"^attach to the cgroup: EBADF"),
         ):
-            bpf.Link(program, directory)
+            Link(program, directory)
     finally:
         os.close(directory)
 
@@ -468,10 +470,10 @@ def test_a_link_needs_a_cgroup(tmp_path: Path) -> None:
 def test_only_such_programs_go_on_a_cgroup() -> None:
     with (
         cgroup.own() as directory,
-        bpf.Program("steer_probe", PASS, {}, SELECT) as program,
+        Program("steer_probe", PASS, {}, SELECT) as program,
         pytest.raises(KernelError, match=r"^attach to the cgroup: E"),
     ):
-        bpf.Link(program, directory)
+        Link(program, directory)
 
 
 def test_ticks_are_those_of_the_kernel() -> None:
@@ -493,7 +495,7 @@ def test_flip_is_seen_by_programs(netns: object) -> None:
 
 def test_programs_that_were_waited_for_are_those_before_a_later_flip() -> None:
     with bpf.Map("table") as made:
-        table = bpf.Table(made)
+        table = shared_memory.Table(made)
         try:
             table.forget()
             assert table.unsettled() is None
@@ -512,7 +514,7 @@ def test_programs_that_were_waited_for_are_those_before_a_later_flip() -> None:
 
 def test_table_starts_with_nobody_and_flips_between_halves() -> None:
     with bpf.Map("table") as made:
-        table = bpf.Table(made)
+        table = shared_memory.Table(made)
         table.forget()
         try:
             halves = {abi.HEADER.size, abi.HEADER.size + abi.HALF_BYTES}
@@ -616,7 +618,7 @@ def test_programs_are_to_be_waited_for_after_another_policy_also_where_nothing_i
 ) -> None:
     """Those of the policy before may still choose."""
     with Crew(EBPF, "hash", "udp4", workers=2).serving() as crew:
-        monkeypatch.setattr(bpf, "PROGRAMS_END_S", -1.0)
+        monkeypatch.setattr(shared_memory, "PROGRAMS_END_S", -1.0)
         members = [crew.member(slot) for slot in (0, 1)]
         first = crew.plan
         second = replace(first, policy=policies.find("random"))

@@ -59,7 +59,7 @@ def test_the_same_members_are_laid_out_once(laid: Laid) -> None:
 
 
 def test_also_after_nobody_was_there(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.kernel.bpf.wait_for_programs", lambda: None)
+    monkeypatch.setattr("steer.kernel.shared_memory.wait_for_programs", lambda: None)
     chosen = chosen_by("hash")
     chosen.steer(THREE, table.EMPTY)
     before = slots(chosen)
@@ -71,7 +71,7 @@ def test_also_after_nobody_was_there(laid: Laid, monkeypatch: pytest.MonkeyPatch
 
 
 def test_others_are_laid_out_anew(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.kernel.bpf.wait_for_programs", lambda: None)
+    monkeypatch.setattr("steer.kernel.shared_memory.wait_for_programs", lambda: None)
     chosen = chosen_by("hash")
     chosen.steer(THREE, table.EMPTY)
     chosen.steer(THREE[:2], table.EMPTY)

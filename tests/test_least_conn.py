@@ -21,7 +21,7 @@ from crew import CPUS, PORT, Crew, pinned
 from support import DEADLINE_S, STEER, Netns, Service, eventually, launch
 
 from steer import abi
-from steer.kernel import bpf
+from steer.kernel import libbpf
 from steer.policy import EBPF
 
 pytestmark = [pytest.mark.needs("bpf", "migrate", "netns"), pytest.mark.usefixtures("netns")]
@@ -224,7 +224,7 @@ def moved_left(at: Holder) -> bool:
     """Whether it is still known of any connection that it was moved."""
     counting = at.crew.steering._counting  # type: ignore[attr-defined]
     key = ctypes.create_string_buffer(8)
-    is_any = bpf.libbpf().bpf_map_get_next_key(counting._moved.fileno(), None, key) == 0
+    is_any = libbpf.libbpf().bpf_map_get_next_key(counting._moved.fileno(), None, key) == 0
     *_, number = abi.PACE.unpack_from(counting.slots._memory, abi.LOAD_BYTES - abi.PACE.size)
     assert is_any == (number > 0), "where it is 0 nobody looks"
     return is_any

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from steer.errors import SteerError
-from steer.kernel import bpf, compile, nic, rundir
+from steer.kernel import compile, libbpf, nic, rundir
 from steer.kernel.nic import Interface
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ def _limit(value: int) -> int | None:
 
 
 def _libbpf() -> str:
-    ask = bpf.libbpf().libbpf_version_string
+    ask = libbpf.libbpf().libbpf_version_string
     ask.restype = ctypes.c_char_p
     return str(ask().decode().removeprefix("v"))
 

@@ -17,7 +17,7 @@ from statistics import median
 from steer import abi
 from steer.address import Bind
 from steer.bytecode import Code
-from steer.kernel import bpf, sockets
+from steer.kernel import bpf, libbpf, programs, sockets
 
 EMPTY = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
@@ -33,23 +33,23 @@ def statistics() -> Iterator[None]:
     Raises:
         KernelError: not permitted, or not known to this kernel.
     """
-    fd = bpf.calls().bpf_enable_stats(0)
+    fd = libbpf.calls().bpf_enable_stats(0)
     if fd < 0:
-        raise bpf.refusal("enable BPF statistics", -fd)
+        raise libbpf.refusal("enable BPF statistics", -fd)
     try:
         yield
     finally:
         os.close(fd)
 
 
-def spent(program: bpf.Descriptor) -> tuple[int, int]:
+def spent(program: libbpf.Descriptor) -> tuple[int, int]:
     """Nanoseconds and runs so far."""
     with open(f"/proc/self/fdinfo/{program.fileno()}") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["run_time_ns"]), int(fields["run_cnt"])
 
 
-def cost_ns(program: bpf.Descriptor, sockets_map: bpf.Map) -> float:
+def cost_ns(program: libbpf.Descriptor, sockets_map: bpf.Map) -> float:
     """For datagrams from one client to as many sockets as SLOTS, on loopback.
 
     Args:
@@ -65,7 +65,7 @@ def cost_ns(program: bpf.Descriptor, sockets_map: bpf.Map) -> float:
         sender = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         sender.connect(first.getsockname())
         flood = _Flood(sender)
-        empty = bpf.Program("steer_empty", EMPTY, {}, abi.BPF_SK_REUSEPORT_SELECT)
+        empty = programs.Program("steer_empty", EMPTY, {}, abi.BPF_SK_REUSEPORT_SELECT)
         stack.enter_context(empty)
         rounds = [
             _mean_ns(program, first, flood) - _mean_ns(empty, first, flood) for _ in range(_ROUNDS)
@@ -83,7 +83,7 @@ def _group(sockets_map: bpf.Map, stack: ExitStack) -> socket.socket:
     return first
 
 
-def _mean_ns(program: bpf.Descriptor, member: socket.socket, flood: _Flood) -> float:
+def _mean_ns(program: libbpf.Descriptor, member: socket.socket, flood: _Flood) -> float:
     sockets.attach_ebpf(member.fileno(), program.fileno())
     flood.send(1)
     before_ns, before = spent(program)

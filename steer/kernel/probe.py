@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from steer import abi, features
 from steer.bytecode import Code
 from steer.errors import KernelError, VerifierError
-from steer.kernel import bpf, sockets
+from steer.kernel import bpf, programs, sockets
 from steer.ladder import Answer, Finding
 
 _PASS = Code(["b700000001000000", "9500000000000000"], {})
@@ -139,8 +139,8 @@ def findings_before_start() -> Mapping[str, Finding]:
     return findings()
 
 
-def _program(code: Code, attach_type: int) -> bpf.Program:
-    return bpf.Program("steer_probe", code, {}, attach_type)
+def _program(code: Code, attach_type: int) -> programs.Program:
+    return programs.Program("steer_probe", code, {}, attach_type)
 
 
 def _finding(error: KernelError) -> Finding:

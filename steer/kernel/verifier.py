@@ -21,6 +21,7 @@ from steer.bytecode import Code
 from steer.errors import SteerError
 from steer.kernel import bpf, probe
 from steer.kernel import compile as compiler
+from steer.kernel.programs import ATTACH_TYPES, LOG_BYTES, Program, _LoadOptions
 from steer.ladder import Answer
 
 _LOG_STATS = 4
@@ -58,17 +59,17 @@ class Figures(msgspec.Struct, frozen=True):
     time_us: int
 
 
-class _Verified(bpf.Program):
+class _Verified(Program):
     """A program that keeps what the verifier told when it took it."""
 
     told = ""
 
-    def _load(self, name: str, insns: bytes, options: bpf._LoadOptions) -> int:
+    def _load(self, name: str, insns: bytes, options: _LoadOptions) -> int:
         if options.log_level:
             return super()._load(name, insns, options)
-        log = ctypes.create_string_buffer(bpf.LOG_BYTES)
+        log = ctypes.create_string_buffer(LOG_BYTES)
         options.log_level = _LOG_STATS
-        options.log_size = bpf.LOG_BYTES
+        options.log_size = LOG_BYTES
         options.log_buf = ctypes.addressof(log)
         fd = super()._load(name, insns, options)
         self.told = log.value.decode(errors="replace")
@@ -101,7 +102,7 @@ def figures(kind: str, code: Code, maps: Mapping[str, bpf.Map]) -> Figures:
         VerifierError: refused.
         KernelError: not permitted, or not known to this kernel.
     """
-    with _Verified(f"steer_{kind}", code, maps, bpf.ATTACH_TYPES[kind]) as program:
+    with _Verified(f"steer_{kind}", code, maps, ATTACH_TYPES[kind]) as program:
         told = program.told
     return Figures(
         len(code.instructions),
