@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from steer.address import Bind
 from steer.errors import KernelError
 from steer.hang import Evidence
-from steer.kernel import proc, sockdiag
+from steer.kernel import activity, proc, sockdiag
 from steer.kernel.procfs import Files
 from steer.kernel.sockdiag import Connection
 from steer.kernel.waits import Seen, in_event_loop
@@ -44,7 +44,7 @@ class Closer:
             open_now: its connections as they are counted, if they are.
         """
         held = self._connections(place, worker)
-        return Evidence(proc.cpu_s(worker.pid), open_now, held, _awaits(place, worker))
+        return Evidence(activity.cpu_s(worker.pid), open_now, held, _awaits(place, worker))
 
     def _connections(self, place: Place, worker: Process) -> dict[int, tuple[int, int]] | None:
         try:
@@ -69,7 +69,7 @@ class Closer:
 def _awaits(place: Place, worker: Process) -> bool | None:
     """Whether a thread that took its connections is asleep in its event loop, or in accept(2).
     Where none is known any more, the first of each process may be one."""
-    if proc.is_stopped(worker.pid):
+    if activity.is_stopped(worker.pid):
         return False
     for_more = waits(worker)
     if for_more is Seen.YES:

@@ -14,7 +14,8 @@ from steer.elsewhere import Lookout
 from steer.evidence import Closer
 from steer.fleet import Fleet
 from steer.hang import History, Look, Verdict
-from steer.kernel import listeners, proc
+from steer.kernel import listeners
+from steer.kernel.activity import activity, is_stopped
 from steer.kernel.waits import Seen
 from steer.lifecycle import Event, State
 from steer.looks import TOGETHER_S, on_the_beat
@@ -380,8 +381,8 @@ class Health:
             return {}
         if not any(each.queued for each in found.values()):
             return {at: Look(0) for at in found}
-        activity = proc.activity(process.pid, among=place.takers)
-        return {at: self._look(place, at, each, activity) for at, each in found.items()}
+        ticks = activity(process.pid, among=place.takers)
+        return {at: self._look(place, at, each, ticks) for at, each in found.items()}
 
     def _look(self, place: Place, at: int, found: listeners.Waiting, activity: int) -> Look:
         counts = self._fleet.steering.counts(place.slot, at)
@@ -409,7 +410,7 @@ class Health:
         # Looked at between the two, it has acted and does not wait yet; then it rests, as others
         # have got all that waited for it.
         place.acted = place.has_acted() or (place.acted and place.hangs)
-        if not place.acted or proc.is_stopped(process.pid):
+        if not place.acted or is_stopped(process.pid):
             return False
         return waits(process) is not Seen.NO
 

@@ -13,6 +13,7 @@ import msgspec
 from steer.errors import KernelError, SteerError
 from steer.hang import Rest, is_busy
 from steer.kernel import priority, proc
+from steer.kernel.activity import activity, cpu_s, is_asleep, is_runnable
 from steer.kernel.waits import Seen, acceptors, waiters, waits_on
 from steer.lifecycle import STABLE_S, State
 from steer.membership import Departure
@@ -239,7 +240,7 @@ class Place(msgspec.Struct, eq=False):
         """Whether those who take its connections did anything since this was last asked."""
         before = self.activity
         if self.process:
-            self.activity = proc.activity(self.process.pid, among=self.takers)
+            self.activity = activity(self.process.pid, among=self.takers)
         return self.activity != before
 
     def has_computed(self, now_s: float) -> bool:
@@ -249,8 +250,8 @@ class Place(msgspec.Struct, eq=False):
         before, before_s = self.cpu_s, self.cpu_at_s
         self.cpu_s, self.cpu_at_s = 0.0, now_s
         if self.process:
-            self.cpu_s = proc.cpu_s(self.process.pid)
-        waits_for_cpu = self.process is not None and proc.is_runnable(self.process.pid)
+            self.cpu_s = cpu_s(self.process.pid)
+        waits_for_cpu = self.process is not None and is_runnable(self.process.pid)
         return waits_for_cpu or is_busy(self.cpu_s - before, now_s - before_s)
 
     def rested_s(self, now_s: float) -> float:
@@ -258,7 +259,7 @@ class Place(msgspec.Struct, eq=False):
         assert self.process
         self.rest = self.rest or Rest()
         pid = self.process.pid
-        return self.rest.lasted_s(now_s, proc.cpu_s(pid), proc.is_asleep(pid))
+        return self.rest.lasted_s(now_s, cpu_s(pid), is_asleep(pid))
 
     def set_timer(self, timer: Timer) -> None:
         """It waits for this now, and for nothing that it waited for before."""

@@ -17,7 +17,7 @@ from steer import anchor
 from steer.address import Bind
 from steer.errors import KernelError
 from steer.fleet import Fleet
-from steer.kernel import members, proc
+from steer.kernel import members, port_holders
 from steer.lifecycle import State
 from steer.membership import Cure, Departure, Sighting, Tries, cure, departure
 from steer.place import Place
@@ -151,8 +151,8 @@ class Repair:
         return one.at in one.place.left or not one.is_held or not self._is_open_elsewhere(one)
 
     def _is_open_elsewhere(self, one: _Socket) -> bool:
-        protocol: proc.Protocol = "udp" if one.bind.protocol == "udp" else "tcp"
-        there = proc.holders(protocol, one.bind.address, one.bind.port)
+        protocol: port_holders.Protocol = "udp" if one.bind.protocol == "udp" else "tcp"
+        there = port_holders.holders(protocol, one.bind.address, one.bind.port)
         pids = {each.pid for each in there if each.inode == one.inode}
         return not pids <= self._fleet.own_pids
 

@@ -13,7 +13,7 @@ from typing import Any
 from crew import CPUS, PORT, pinned
 from support import DEADLINE_S, Service, eventually, is_ready
 
-from steer.kernel import proc
+from steer.kernel import activity, proc
 
 BIND = ("-b", f"127.0.0.1:{PORT}")
 
@@ -73,4 +73,4 @@ def freeze(worker: dict[str, Any]) -> None:
     """Until all of it stands still."""
     send(worker, signal.SIGSTOP)
     family = proc.descendants(worker["pid"])
-    eventually(lambda: all(proc.is_stopped(pid) for pid in family))
+    eventually(lambda: all(activity.is_stopped(pid) for pid in family))

@@ -17,7 +17,7 @@ from faults import Act, Death, Held, Kind, lost
 from support import Service, eventually, is_running
 
 from steer.errors import ControlError, Refused
-from steer.kernel import proc
+from steer.kernel import activity, proc
 
 Worker = dict[str, Any]
 """As in status."""
@@ -246,7 +246,7 @@ class Player:
     def _hold(self, pid: int) -> None:
         """Stop it, and see what it has accepted."""
         os.kill(pid, signal.SIGSTOP)
-        eventually(lambda: not is_running(pid) or proc.is_stopped(pid))
+        eventually(lambda: not is_running(pid) or activity.is_stopped(pid))
         self.helds.append(Held(pid, time.monotonic(), accepted(pid)))
 
     def _end(self, pid: int) -> str:

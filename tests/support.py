@@ -28,7 +28,7 @@ import pytest
 
 from steer import client
 from steer.errors import ControlError
-from steer.kernel import libbpf, proc
+from steer.kernel import activity, libbpf
 
 DEADLINE_S = 60.0
 """For what should happen at once: long, as the machine may be busy with other things."""
@@ -61,7 +61,7 @@ def stopped(*pids: int) -> Iterator[None]:
     """By SIGSTOP, all of them, before it begins."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: all(map(proc.is_stopped, pids)))
+    eventually(lambda: all(map(activity.is_stopped, pids)))
     try:
         yield
     finally:

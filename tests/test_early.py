@@ -33,7 +33,7 @@ from gateway import (
 from support import DEADLINE_S, Netns, eventually, tcp_count
 from test_kernel_policies import segment
 
-from steer.kernel import proc
+from steer.kernel import port_holders
 from steer.policy import CBPF, EBPF, POLICIES
 
 pytestmark = [
@@ -348,7 +348,9 @@ def test_over_udp_all_that_tproxy_delivers_is_answered(
         (home / "steer.toml").write_text('[service]\nsocket_options = ["transparent=yes"]\n')
         assert running.steer("reload").returncode == 0
         # The old workers' sockets are not transparent, and may be chosen until they are closed.
-        eventually(lambda: len({x.inode for x in proc.holders("udp", HERE[family], PORT)}), 2)
+        eventually(
+            lambda: len({x.inode for x in port_holders.holders("udp", HERE[family], PORT)}), 2
+        )
     waiting = []
     for _ in range(40):
         sock = clients.enter_context(new_socket(family, socket.SOCK_DGRAM))

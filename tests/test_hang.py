@@ -20,7 +20,7 @@ from crew import CPUS, PORT, pinned
 from support import DEADLINE_S, Service, eventually, is_ready, is_running, udp_ask
 
 from steer.hang import Evidence, History, Look, Rest, Verdict
-from steer.kernel import proc
+from steer.kernel import activity, proc
 from steer.kernel.listeners import Borrower, waiting
 
 # Histories, without processes
@@ -492,7 +492,7 @@ def test_only_the_process_that_accepts_is_stopped(
     stopped = running.workers()[1]
     _, child = proc.descendants(stopped["pid"])
     os.kill(child, signal.SIGSTOP)
-    eventually(lambda: proc.is_stopped(child))
+    eventually(lambda: activity.is_stopped(child))
     chosen = queue(running, clients, 3, stopped)  # and there is room for no more
     wait_for(running, stopped, "hung")
     assert stopped["slot"] not in slots_of(chosen)

@@ -25,7 +25,7 @@ from support import DEADLINE_S, Netns, eventually, http_get, tcp_count, udp_ask
 
 from steer.abi import SO_DETACH_REUSEPORT_BPF
 from steer.cpus import Topology
-from steer.kernel import listeners, proc, sockets, topology
+from steer.kernel import listeners, port_holders, sockets, topology
 from steer.policy import CBPF, EBPF, KERNEL, POLICIES
 
 pytestmark = [pytest.mark.needs("bpf"), pytest.mark.usefixtures("netns")]
@@ -759,4 +759,4 @@ def test_service_on_cbpf_when_a_worker_is_replaced(service: StartService) -> Non
         assert {ask(kind)[0] for _ in range(40)} == {1, 2}
     # over UDP the anchor, too
     for protocol, host, count in (("tcp", "127.0.0.1", 2), ("udp", "::1", 3)):
-        assert len({each.inode for each in proc.holders(protocol, host, PORT)}) == count
+        assert len({each.inode for each in port_holders.holders(protocol, host, PORT)}) == count

@@ -17,7 +17,7 @@ from crew import PORT, Crew
 from support import NOBODY, eventually, line_of, python, running
 
 from steer.errors import KernelError
-from steer.kernel import listeners, proc, waits
+from steer.kernel import activity, listeners, proc, waits
 from steer.kernel.listeners import Borrower, Waiting, move_queue, waiting
 from steer.policy import EBPF
 from steer.steering import Counts
@@ -390,7 +390,7 @@ def test_stopped_owner_does_not_notice(clients: ExitStack, code: str) -> None:
         with process(SOCKET + ACCEPT + HERE + code, sock) as owner:
             eventually(lambda: waits.waits_on(owner.pid, frozenset({inode(sock)})), waits.Seen.YES)
             os.kill(owner.pid, signal.SIGSTOP)
-            eventually(lambda: proc.is_stopped(owner.pid))
+            eventually(lambda: activity.is_stopped(owner.pid))
             lender = borrower(owner.pid, sock)
             for _ in range(5):
                 sent = queue(crew, clients, 0, 10)
@@ -520,7 +520,7 @@ def move_away(crew: Crew, server: int, slot: int) -> int:
     """How many connections were moved."""
     [sock] = crew.sockets[slot]
     os.kill(server, signal.SIGSTOP)
-    eventually(lambda: proc.is_stopped(server) and waiting(sock).queued)
+    eventually(lambda: activity.is_stopped(server) and waiting(sock).queued)
     crew.steer(*(other for other in range(4) if other != slot))
     time.sleep(0.005)  # for the program that yet runs, and handshakes that had begun
     with borrower(server, sock).borrow() as lent:

@@ -14,7 +14,7 @@ from conftest import StartService
 from support import Service, eventually
 
 from steer.errors import ControlError, KernelError
-from steer.kernel import proc, procfs, waits
+from steer.kernel import activity, proc, procfs, waits
 from steer.kernel.procfs import Files
 from steer.kernel.waits import Seen
 
@@ -99,8 +99,8 @@ LARGE = [threads, children, generations, open_files, registered, selected, polle
 LOOKS: list[Callable[[str], object]] = [
     lambda root: waits.waits_on(FIRST, frozenset({LISTENER}), root, "x86_64"),
     lambda root: waits.waiters(FIRST, frozenset({LISTENER}), root),
-    lambda root: proc.activity(FIRST, root),
-    lambda root: proc.is_stopped(FIRST, root),
+    lambda root: activity.activity(FIRST, root),
+    lambda root: activity.is_stopped(FIRST, root),
     lambda root: list(proc.sockets_by_fd(FIRST, root)),
 ]
 

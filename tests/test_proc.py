@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from support import eventually, line_of, python, running
 
-from steer.kernel import proc, waits
+from steer.kernel import activity, port_holders, proc, waits
 from steer.kernel.waits import Seen
 
 ROOT = Path(__file__).parent.parent
@@ -230,34 +230,34 @@ signal.pause()
 def test_activity_of_one_that_runs(code: str) -> None:
     with running(*python(code)) as process:
         for _ in range(3):
-            before = proc.activity(process.pid)
-            eventually(lambda: proc.activity(process.pid) != before)  # noqa: B023
+            before = activity.activity(process.pid)
+            eventually(lambda: activity.activity(process.pid) != before)  # noqa: B023
 
 
 def test_activity_of_one_that_waits() -> None:
     with running(*python(WAITS_FOR_LINES)) as process:
         assert line_of(process) == "here"
         eventually(lambda: state(process.pid), "S")
-        before = proc.activity(process.pid)
+        before = activity.activity(process.pid)
         time.sleep(0.05)
-        assert proc.activity(process.pid) == before
+        assert activity.activity(process.pid) == before
         assert process.stdin
         process.stdin.write("something\n")
         process.stdin.flush()
-        eventually(lambda: proc.activity(process.pid) > before)
+        eventually(lambda: activity.activity(process.pid) > before)
 
 
 def test_activity_of_one_that_is_stopped() -> None:
     with running(*python(BUSY)) as process:
         os.kill(process.pid, signal.SIGSTOP)
-        eventually(lambda: proc.is_stopped(process.pid))
-        before = proc.activity(process.pid)
+        eventually(lambda: activity.is_stopped(process.pid))
+        before = activity.activity(process.pid)
         time.sleep(0.05)
-        assert proc.activity(process.pid) == before
-        assert not proc.is_runnable(process.pid)
+        assert activity.activity(process.pid) == before
+        assert not activity.is_runnable(process.pid)
         os.kill(process.pid, signal.SIGCONT)
-        eventually(lambda: proc.activity(process.pid) != before)
-        assert not proc.is_stopped(process.pid)
+        eventually(lambda: activity.activity(process.pid) != before)
+        assert not activity.is_stopped(process.pid)
 
 
 def test_one_that_waits_for_a_cpu_is_runnable() -> None:
@@ -267,25 +267,25 @@ def test_one_that_waits_for_a_cpu_is_runnable() -> None:
         spinning = [there.enter_context(running(*python(BUSY))) for _ in range(3)]
         for each in spinning:
             os.sched_setaffinity(each.pid, {cpu})
-        eventually(lambda: all(proc.is_runnable(each.pid) for each in spinning))
+        eventually(lambda: all(activity.is_runnable(each.pid) for each in spinning))
     with three_generations() as family:
-        eventually(lambda: not proc.is_runnable(family[0]))
+        eventually(lambda: not activity.is_runnable(family[0]))
 
 
 def test_nobody_is_active_or_stopped(ended_pid: int) -> None:
-    assert not proc.is_runnable(ended_pid)
-    assert proc.activity(ended_pid) == 0
-    assert not proc.is_stopped(ended_pid)
+    assert not activity.is_runnable(ended_pid)
+    assert activity.activity(ended_pid) == 0
+    assert not activity.is_stopped(ended_pid)
 
 
 def test_stopped_is_any_of_the_family() -> None:
     with three_generations() as family:
         for pid in family:
-            assert not proc.is_stopped(family[0])
+            assert not activity.is_stopped(family[0])
             os.kill(pid, signal.SIGSTOP)
-            eventually(lambda: proc.is_stopped(family[0]))
+            eventually(lambda: activity.is_stopped(family[0]))
             os.kill(pid, signal.SIGCONT)
-            eventually(lambda: not proc.is_stopped(family[0]))
+            eventually(lambda: not activity.is_stopped(family[0]))
 
 
 STATES = {"TT": True, "Tt": True, "TS": False, "ZT": True, "ZZ": False, "Z": False, "": False}
@@ -298,7 +298,7 @@ def test_stopped_is_all_threads(tmp_path: Path, states: str, stopped: bool) -> N
         (tmp_path / "7" / "task" / str(tid)).mkdir()
         stat = tmp_path / "7" / "task" / str(tid) / "stat"
         stat.write_text(f"{tid} (a b) {each} 1 " + "0 " * 48)
-    assert proc.is_stopped(7, str(tmp_path)) == stopped
+    assert activity.is_stopped(7, str(tmp_path)) == stopped
 
 
 # ---- waiting on a socket
@@ -658,7 +658,11 @@ KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 
 
 def bound(
-    stack: ExitStack, protocol: proc.Protocol, address: str, port: int = 0, only: bool = False
+    stack: ExitStack,
+    protocol: port_holders.Protocol,
+    address: str,
+    port: int = 0,
+    only: bool = False,
 ) -> tuple[socket.socket, int]:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     made = stack.enter_context(socket.socket(family, KINDS[protocol]))
@@ -695,18 +699,18 @@ OVERLAPS = [
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 @pytest.mark.parametrize(("held", "asked", "found"), OVERLAPS)
 def test_holder_of_an_overlapping_address(
-    protocol: proc.Protocol, held: str, asked: str, found: bool
+    protocol: port_holders.Protocol, held: str, asked: str, found: bool
 ) -> None:
     with ExitStack() as stack:
         made, port = bound(stack, protocol, held)
         mine = [
             holder
-            for holder in proc.holders(protocol, asked, port)
+            for holder in port_holders.holders(protocol, asked, port)
             if holder.inode == proc.socket_inode(made.fileno())
         ]
         command = Path("/proc/self/comm").read_text().strip()
         shown = held.removeprefix("::ffff:")
-        expected = proc.Holder(
+        expected = port_holders.Holder(
             os.getpid(), command, os.getuid(), proc.socket_inode(made.fileno()), shown
         )
         assert mine == ([expected] if found else [])
@@ -719,7 +723,9 @@ def test_every_process_that_shares_the_socket_holds_it() -> None:
         fd = made.fileno()
         process = stack.enter_context(running("cat", fds=(fd,)))
         eventually(lambda: Path(f"/proc/{process.pid}/comm").read_text(), "cat\n")
-        found = {holder.pid: holder.command for holder in proc.holders("tcp", "127.0.0.1", port)}
+        found = {
+            holder.pid: holder.command for holder in port_holders.holders("tcp", "127.0.0.1", port)
+        }
         assert found.keys() == {os.getpid(), process.pid}
         assert found[process.pid] == "cat"
 
@@ -730,7 +736,7 @@ def test_the_same_address_comes_before_wildcards(order: tuple[str, str]) -> None
         _, port = bound(stack, "udp", "::", only=True)
         for address in order:
             bound_with_reuse(stack, address, port)
-        found = [holder.address for holder in proc.holders("udp", "127.0.0.1", port)]
+        found = [holder.address for holder in port_holders.holders("udp", "127.0.0.1", port)]
         assert found == ["127.0.0.1", "0.0.0.0", "::"]
 
 
@@ -744,7 +750,10 @@ def test_another_port_or_protocol_is_not_held() -> None:
     with ExitStack() as stack:
         made, port = bound(stack, "tcp", "127.0.0.1")
         inode = proc.socket_inode(made.fileno())
-        others = [*proc.holders("udp", "127.0.0.1", port), *proc.holders("tcp", "127.0.0.1", 1)]
+        others = [
+            *port_holders.holders("udp", "127.0.0.1", port),
+            *port_holders.holders("tcp", "127.0.0.1", 1),
+        ]
         assert inode not in [holder.inode for holder in others]
 
 
@@ -755,11 +764,13 @@ def test_connections_hold_a_port_only_where_nothing_listens() -> None:
         server, _ = made.accept()
         stack.enter_context(server)
         listening, accepted = (proc.socket_inode(each.fileno()) for each in (made, server))
-        assert [each.inode for each in proc.holders("tcp", "127.0.0.1", port)] == [listening]
+        assert [each.inode for each in port_holders.holders("tcp", "127.0.0.1", port)] == [
+            listening
+        ]
         made.close()
-        assert [each.inode for each in proc.holders("tcp", "127.0.0.1", port)] == [accepted]
+        assert [each.inode for each in port_holders.holders("tcp", "127.0.0.1", port)] == [accepted]
         client_port = client.getsockname()[1]
-        found = proc.holders("tcp", "127.0.0.1", client_port)
+        found = port_holders.holders("tcp", "127.0.0.1", client_port)
         assert [each.inode for each in found] == [proc.socket_inode(client.fileno())]
 
 
@@ -773,7 +784,7 @@ def test_nobody_holds_a_port_in_time_wait() -> None:
         assert client.recv(1) == b""
         client.close()
         eventually(lambda: f":{port:04X} " in Path("/proc/net/tcp").read_text(), True)
-        assert proc.holders("tcp", "127.0.0.1", port) == []
+        assert port_holders.holders("tcp", "127.0.0.1", port) == []
 
 
 def test_holder_that_cannot_be_seen(tmp_path: Path) -> None:
@@ -782,8 +793,8 @@ def test_holder_that_cannot_be_seen(tmp_path: Path) -> None:
         inode = proc.socket_inode(made.fileno())
         (tmp_path / "net").mkdir()
         (tmp_path / "net" / "tcp").write_bytes(Path("/proc/net/tcp").read_bytes())
-        (found,) = proc.holders("tcp", "127.0.0.1", port, str(tmp_path))
-    assert found == proc.Holder(None, None, os.getuid(), inode, "127.0.0.1")
+        (found,) = port_holders.holders("tcp", "127.0.0.1", port, str(tmp_path))
+    assert found == port_holders.Holder(None, None, os.getuid(), inode, "127.0.0.1")
     assert str(found) == f"a process of uid {os.getuid()} that cannot be seen from here"
 
 

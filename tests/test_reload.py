@@ -36,7 +36,7 @@ from support import (
 )
 
 from steer.errors import Refused
-from steer.kernel import proc, rundir
+from steer.kernel import activity, proc, rundir
 
 PORT = 8080
 APP = '''
@@ -854,7 +854,7 @@ def test_drain_says_if_what_waits_is_not_taken(service: StartService) -> None:
 
 def freeze(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: proc.is_stopped(pid))
+    eventually(lambda: activity.is_stopped(pid))
 
 
 def test_kernels_own_hash_cannot_leave_one_out(service: StartService) -> None:

@@ -13,7 +13,7 @@ from crew import KINDS
 from steer import address
 from steer.address import Bind
 from steer.errors import BindError, KernelError
-from steer.kernel import proc, sockdiag, sockets
+from steer.kernel import port_holders, proc, sockdiag, sockets
 
 pytestmark = pytest.mark.usefixtures("netns")
 every_kind = pytest.mark.parametrize("bind", [address.parse(text) for text in KINDS.values()])
@@ -29,7 +29,9 @@ def members(stack: ExitStack, bind: Bind, number: int) -> frozenset[int]:
 def test_nothing_is_looked_through_where_only_we_are(
     monkeypatch: pytest.MonkeyPatch, bind: Bind, number: int
 ) -> None:
-    monkeypatch.setattr(proc, "holders", lambda *_, **__: pytest.fail("looked through /proc"))
+    monkeypatch.setattr(
+        port_holders, "holders", lambda *_, **__: pytest.fail("looked through /proc")
+    )
     with ExitStack() as stack:
         ours = members(stack, bind, number)
         sockets.refuse_strangers(bind, ours)

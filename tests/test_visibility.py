@@ -29,7 +29,7 @@ from support import (
     refusing,
 )
 
-from steer.kernel import access, filtered, proc
+from steer.kernel import access, activity, filtered
 from steer.kernel.access import Access, Facts, Refusal, why_no_borrowing, why_no_look
 from steer.visibility import notes_on
 
@@ -205,7 +205,7 @@ def test_one_that_looks_at_a_clock_is_at_rest(service: StartService, home: Path)
     (home / "ticks.py").write_text(TICKS)
     options = (*OPTIONS, "--policy=hash", "--ready-timeout=1000", "ticks:serve")
     running = service(*options, under=AS_IN_DOCKER)
-    assert all(proc.cpu_s(each["pid"]) >= 2 for each in running.workers())
+    assert all(activity.cpu_s(each["pid"]) >= 2 for each in running.workers())
     assert "taken to be ready when it has used next to no CPU" in running.log
 
 
@@ -232,7 +232,7 @@ def test_ready_said_too_early_is_not_believed_where_nothing_is_seen(
     command = ("/usr/bin/python3", "-I", str(home / "gunicorn"), "arbiter")
     running = service(*options, *command, under=AS_IN_DOCKER)
     (worker,) = running.workers()
-    assert proc.cpu_s(worker["pid"]) >= 2
+    assert activity.cpu_s(worker["pid"]) >= 2
 
 
 FILTERED = ("--policy=round-robin", "--hang-timeout=0.3", "-w", "3")

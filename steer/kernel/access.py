@@ -18,8 +18,9 @@ import msgspec
 from steer.errors import KernelError
 from steer.features import kernel_version
 from steer.kernel import process
+from steer.kernel.activity import is_hidden
 from steer.kernel.listeners import Borrower
-from steer.kernel.proc import is_hidden, socket_inode
+from steer.kernel.proc import socket_inode
 from steer.kernel.procfs import Files
 
 _CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from steer.errors import KernelError
-from steer.kernel import proc
+from steer.kernel import port_holders, proc
 from steer.kernel.procfs import Files
 
 
@@ -41,5 +41,5 @@ def _listening(pid: int, inodes: set[int]) -> tuple[int, ...]:
     """The ports of those that listen. Raises OSError."""
     if not inodes:
         return ()
-    table = proc.bound_sockets("tcp", f"/proc/{pid}")
+    table = port_holders.bound_sockets("tcp", f"/proc/{pid}")
     return tuple(sorted({each.port for each in table if each.waiting and each.inode in inodes}))

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from steer import abi, cbpf, features, socket_options, values
 from steer.address import COPIES, Bind
 from steer.errors import BindError, KernelError
-from steer.kernel import proc, services, sockdiag, sockopt
+from steer.kernel import port_holders, services, sockdiag, sockopt
 from steer.socket_options import Setting
 
 
@@ -156,7 +156,7 @@ def refuse_strangers(bind: Bind, ours: frozenset[int]) -> None:
     # That takes long where there are many processes and connections, and most often nobody is.
     if _are_all(bind, ours):
         return
-    others = proc.holders(_protocol(bind), bind.address, bind.port, ours=ours)
+    others = port_holders.holders(_protocol(bind), bind.address, bind.port, ours=ours)
     strangers = [one for one in others if one.address == bind.address]
     if strangers:
         names = ", ".join(sorted({str(one) for one in strangers}))
@@ -175,7 +175,7 @@ def _are_all(bind: Bind, ours: frozenset[int]) -> bool:
     return there <= ours
 
 
-def _protocol(bind: Bind) -> proc.Protocol:
+def _protocol(bind: Bind) -> port_holders.Protocol:
     return "udp" if bind.protocol == "udp" else "tcp"
 
 
@@ -196,9 +196,9 @@ def bind_error(bind: Bind, error: OSError) -> BindError:
     return BindError(act, name, cures.get(error.errno or 0, ""))
 
 
-def holders(bind: Bind) -> list[proc.Holder]:
-    """Who holds a port; see `proc.holders`."""
-    return proc.holders(_protocol(bind), bind.address, bind.port)
+def holders(bind: Bind) -> list[port_holders.Holder]:
+    """Who holds a port; see `port_holders.holders`."""
+    return port_holders.holders(_protocol(bind), bind.address, bind.port)
 
 
 def is_held(bind: Bind) -> bool:
@@ -214,7 +214,7 @@ def is_held(bind: Bind) -> bool:
     return False
 
 
-def _in_use(name: str, found: Sequence[proc.Holder]) -> tuple[str, str]:
+def _in_use(name: str, found: Sequence[port_holders.Holder]) -> tuple[str, str]:
     """Cause and cure: of a service of ours it is not a process that is to be stopped."""
     if not found:
         return f"{name}, in use", "stop it, or choose another port"

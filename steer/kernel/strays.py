@@ -14,7 +14,7 @@ import msgspec
 
 from steer.address import Bind
 from steer.errors import KernelError
-from steer.kernel import members, proc, sockdiag
+from steer.kernel import members, port_holders, proc, sockdiag
 from steer.kernel.listeners import Borrower
 
 
@@ -41,7 +41,7 @@ class Look:
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, int, int], Collection[int] | None] = {}
-        self._holders: dict[Bind, list[proc.Holder]] = {}
+        self._holders: dict[Bind, list[port_holders.Holder]] = {}
 
     def is_open(self, bind: Bind, inode: int) -> bool:
         """Whether anybody has the socket open, as far as that can be told so cheaply."""
@@ -142,10 +142,10 @@ def _open_at(protocol: str, family: int, port: int) -> Collection[int] | None:
         return None
 
 
-def _holders(bind: Bind) -> list[proc.Holder]:
-    protocol: proc.Protocol = "udp" if bind.protocol == "udp" else "tcp"
+def _holders(bind: Bind) -> list[port_holders.Holder]:
+    protocol: port_holders.Protocol = "udp" if bind.protocol == "udp" else "tcp"
     try:
-        return proc.holders(protocol, bind.address, bind.port)
+        return port_holders.holders(protocol, bind.address, bind.port)
     except OSError:  # no descriptor to look with: the worker's place does not wait for that
         return []
 

@@ -13,7 +13,8 @@ import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from steer.kernel.proc import family, inode_of, is_hidden, is_zombie
+from steer.kernel.activity import is_hidden
+from steer.kernel.proc import family, inode_of, is_zombie
 from steer.kernel.procfs import Files, TooMuch
 
 
