@@ -699,7 +699,7 @@ OVERLAPS = [
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 @pytest.mark.parametrize(("held", "asked", "found"), OVERLAPS)
 def test_holder_of_an_overlapping_address(
-    protocol: port_holders.Protocol, held: str, asked: str, found: bool
+    netns: object, protocol: port_holders.Protocol, held: str, asked: str, found: bool
 ) -> None:
     with ExitStack() as stack:
         made, port = bound(stack, protocol, held)
@@ -717,7 +717,7 @@ def test_holder_of_an_overlapping_address(
         assert str(expected) == f"{command} (pid {os.getpid()})"
 
 
-def test_every_process_that_shares_the_socket_holds_it() -> None:
+def test_every_process_that_shares_the_socket_holds_it(netns: object) -> None:
     with ExitStack() as stack:
         made, port = bound(stack, "tcp", "127.0.0.1")
         fd = made.fileno()
@@ -731,7 +731,7 @@ def test_every_process_that_shares_the_socket_holds_it() -> None:
 
 
 @pytest.mark.parametrize("order", [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")])
-def test_the_same_address_comes_before_wildcards(order: tuple[str, str]) -> None:
+def test_the_same_address_comes_before_wildcards(netns: object, order: tuple[str, str]) -> None:
     with ExitStack() as stack:
         _, port = bound(stack, "udp", "::", only=True)
         for address in order:
@@ -746,7 +746,7 @@ def bound_with_reuse(stack: ExitStack, address: str, port: int) -> None:
     made.bind((address, port))
 
 
-def test_another_port_or_protocol_is_not_held() -> None:
+def test_another_port_or_protocol_is_not_held(netns: object) -> None:
     with ExitStack() as stack:
         made, port = bound(stack, "tcp", "127.0.0.1")
         inode = proc.socket_inode(made.fileno())
@@ -757,7 +757,7 @@ def test_another_port_or_protocol_is_not_held() -> None:
         assert inode not in [holder.inode for holder in others]
 
 
-def test_connections_hold_a_port_only_where_nothing_listens() -> None:
+def test_connections_hold_a_port_only_where_nothing_listens(netns: object) -> None:
     with ExitStack() as stack:
         made, port = bound(stack, "tcp", "127.0.0.1")
         client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
@@ -774,7 +774,7 @@ def test_connections_hold_a_port_only_where_nothing_listens() -> None:
         assert [each.inode for each in found] == [proc.socket_inode(client.fileno())]
 
 
-def test_nobody_holds_a_port_in_time_wait() -> None:
+def test_nobody_holds_a_port_in_time_wait(netns: object) -> None:
     with ExitStack() as stack:
         made, port = bound(stack, "tcp", "127.0.0.1")
         client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
