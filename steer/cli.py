@@ -366,8 +366,8 @@ def doctor(as_json: bool, **options: Any) -> None:
     do without, "fail" what would keep it from starting as asked. Exit status 1 if
     anything fails, else 0.
     """
-    from steer import doctor as examination
     from steer import show
+    from steer.doctor import checks as examination
     from steer.tables import Table
 
     found = examination.examine(Source(options, given_command(), runs=False)())

@@ -19,16 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import NOBODY, STEER, Netns
 
-from steer import abi, auto, doctor, ladder, plan
+from steer import abi, auto, ladder, plan
 from steer.backends import Kernel
 from steer.config import Service
 from steer.cpus import Topology
-from steer.doctor import CHECKS, COUNT, MIGRATE, RUN, Case, Finding, Probed, cpumask
+from steer.doctor import checks
+from steer.doctor import facts as kernel_facts
+from steer.doctor.checks import CHECKS, COUNT, MIGRATE, RUN, Case, Finding, Probed, cpumask
+from steer.doctor.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
 from steer.errors import CompileError, KernelError, Uncounted, VerifierError
 from steer.kernel import bpf, probe
-from steer.kernel import facts as kernel_facts
 from steer.kernel.access import Access, Refusal
-from steer.kernel.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
 from steer.kernel.nic import Interface
 from steer.kernel.topology import parse_cpumask
 from steer.ladder import Answer
@@ -112,7 +113,7 @@ def without(*names: str) -> Facts:
 
 
 def told(topic: str, case: Case) -> list[Finding]:
-    return [each for each in doctor.judge(case) if each.topic == topic]
+    return [each for each in checks.judge(case) if each.topic == topic]
 
 
 def one(topic: str, case: Case) -> Finding:
@@ -124,7 +125,7 @@ def one(topic: str, case: Case) -> Finding:
 
 
 def test_all_is_well() -> None:
-    by_cpu, by_auto = doctor.judge(a_case()), doctor.judge(a_case(AUTO))
+    by_cpu, by_auto = checks.judge(a_case()), checks.judge(a_case(AUTO))
     assert {each.verdict for each in (*by_cpu, *by_auto)} == {"ok"}
     told = {each.topic for each in (*by_cpu, *by_auto)}
     assert [topic for topic in CHECKS if topic in told] == list(CHECKS)
@@ -148,7 +149,7 @@ def test_what_auto_becomes_and_what_would_have_it_go_by_load(
     service: Service, probes: dict[str, Probed], verdict: str, reason: str, cure: str
 ) -> None:
     facts = without("CAP_BPF", "CAP_SYS_ADMIN") if probes else GOOD
-    found = {each.topic: each for each in doctor.judge(a_case(service, facts, probes))}["policy"]
+    found = {each.topic: each for each in checks.judge(a_case(service, facts, probes))}["policy"]
     assert (found.verdict, found.found) == (verdict, f"auto is hash, as {reason}")
     assert found.cure.startswith(cure)
 
@@ -161,10 +162,10 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
             raise Uncounted("open connections cannot be counted", "EACCES")
         return Kernel(plan)
 
-    monkeypatch.setattr(doctor, "open_whole", uncounted)
-    monkeypatch.setattr(doctor, "_can_count", lambda: REFUSES)
+    monkeypatch.setattr(checks, "open_whole", uncounted)
+    monkeypatch.setattr(checks, "_can_count", lambda: REFUSES)
     monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
-    found = {each.topic: each for each in doctor.examine(AUTO)}
+    found = {each.topic: each for each in checks.examine(AUTO)}
     assert found["policy"].verdict == "warn"
     assert found["policy"].found == ("auto is hash, as open connections cannot be counted: EACCES")
     assert "CAP_NET_ADMIN" in found["policy"].cure
@@ -213,7 +214,7 @@ def test_whatever_is_not_well_has_a_cure(
     case = a_case(service, facts, probes)
     if not planned:
         case = replace(case, plan=Unknown("read /sys/devices/system/cpu/possible: ENOENT"))
-    for finding in doctor.judge(case):
+    for finding in checks.judge(case):
         assert finding.found
         assert "\n" not in finding.found
         assert "None" not in finding.found + finding.cure
@@ -221,7 +222,7 @@ def test_whatever_is_not_well_has_a_cure(
 
 
 def test_what_cannot_be_read_is_unknown_and_says_why() -> None:
-    found = {each.topic: each for each in doctor.judge(a_case(facts=NOTHING))}
+    found = {each.topic: each for each in checks.judge(a_case(facts=NOTHING))}
     assert found["privileges"].verdict == "unknown"
     assert found["privileges"].found == "EACCES"
     assert found["somaxconn"].verdict == "unknown"
@@ -674,10 +675,10 @@ def test_a_policy_that_is_refused_is_stepped_down_from(
             raise error
         return Kernel(plan)
 
-    monkeypatch.setattr(doctor, "open_whole", open_whole)
+    monkeypatch.setattr(checks, "open_whole", open_whole)
     monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
     monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
-    found = {each.topic: each for each in doctor.examine(SERVICE)}
+    found = {each.topic: each for each in checks.examine(SERVICE)}
     assert found["ebpf"].verdict == found["backend"].verdict == "warn"
     assert found["ebpf"].found == f"no: {error.what}: {error.cause}"
     assert found["backend"].found == f"cbpf; ebpf: {error.what}: {error.cause}"
@@ -690,7 +691,7 @@ def test_a_probe_that_breaks_could_not_tell(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(probe, "cbpf", broken)
-    finding = {each.topic: each for each in doctor.examine(SERVICE)}["cbpf"]
+    finding = {each.topic: each for each in checks.examine(SERVICE)}["cbpf"]
     assert finding.verdict == "unknown"
     assert finding.found == "could not tell: Too many open files"
 
@@ -710,9 +711,9 @@ def test_without_proc_and_sysfs() -> None:
 
 
 def test_looking_leaves_nothing_open() -> None:
-    doctor.examine(SERVICE)
+    checks.examine(SERVICE)
     before = os.listdir("/proc/self/fd")
-    doctor.examine(SERVICE)
+    checks.examine(SERVICE)
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
@@ -775,7 +776,9 @@ def test_settings_of_this_network_namespace(steer: RunSteer, netns: Netns) -> No
 
 @pytest.mark.needs("root", "netns", "userns")
 def test_root_of_a_user_namespace_is_told_why() -> None:
-    code = "import json; from steer import doctor; from steer.config import Service; "
+    code = (
+        "import json; from steer.doctor import checks as doctor; from steer.config import Service; "
+    )
     code += "print(json.dumps([e.found for e in doctor.examine(Service())]))"
     command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
@@ -787,7 +790,7 @@ def test_root_of_a_user_namespace_is_told_why() -> None:
 # the cure is carried out, in the words it was given in.
 CURED = """
 import json, os, subprocess, sys
-from steer import doctor
+from steer.doctor import checks as doctor
 from steer.config import Service
 
 def told():
@@ -869,8 +872,8 @@ def test_what_every_backend_needs(
     if answer is Answer.NO:
         with pytest.raises(KernelError, match=r"^run workers: waitid"):
             probe.findings()
-    probed = doctor._probed(probe.run)
-    [said] = [each for each in doctor.judge(a_case(probes={RUN: probed})) if each.topic == "kernel"]
+    probed = checks._probed(probe.run)
+    [said] = [each for each in checks.judge(a_case(probes={RUN: probed})) if each.topic == "kernel"]
     assert said.verdict == ("fail" if answer is Answer.NO else "unknown")
     if answer is Answer.NO:
         assert words.partition("; ")[2] in said.cure
@@ -925,7 +928,7 @@ def test_what_works_is_found_out_once_and_what_does_not_again_and_again(
 def test_kernel_says_what_a_later_one_would_give(release: str, lacking: set[str]) -> None:
     case = a_case()
     case = replace(case, facts=replace(case.facts, release=release))
-    [said] = [each for each in doctor.judge(case) if each.topic == "kernel"]
+    [said] = [each for each in checks.judge(case) if each.topic == "kernel"]
     assert said.verdict == "ok"
     assert {each.split()[0] for each in said.found.split("; ")[1:]} == lacking
 

@@ -75,6 +75,13 @@ def libbpf() -> ctypes.CDLL:
     return lib
 
 
+def version() -> str:
+    """Of the library, as "1.1.2". Raises KernelError: it is not installed."""
+    ask = libbpf().libbpf_version_string
+    ask.restype = ctypes.c_char_p
+    return str(ask().decode().removeprefix("v"))
+
+
 def refusal(act: str, code: int) -> KernelError:
     """The error for errno `code` of bpf(2), with the cure where one is known."""
     cures = {

@@ -21,11 +21,11 @@ from steer.backends import open_whole
 from steer.config import Service
 from steer.counting import Counting
 from steer.cpus import cpus_named
+from steer.doctor import facts as kernel_facts
+from steer.doctor.facts import Facts, Unknown
 from steer.errors import BindError, KernelError, SteerError, Uncounted, VerifierError
-from steer.kernel import facts as kernel_facts
 from steer.kernel import probe, sockopt, topology
 from steer.kernel.access import Access
-from steer.kernel.facts import Facts, Unknown
 from steer.kernel.nic import Interface, cpus_taking_packets
 from steer.ladder import Answer
 from steer.plan import Plan

@@ -6,7 +6,6 @@ nothing here raises, however odd the system.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -133,7 +132,7 @@ def read(
         cpu_quota=_attempt(lambda: _cpu_quota(sysfs, procfs)),
         memlock_bytes=_limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
         files=(_limit(soft), _limit(hard)),
-        libbpf=_attempt(_libbpf),
+        libbpf=_attempt(libbpf.version),
         bcc=_attempt(_bcc),
         places=_places(environment, control_socket),
         interfaces=_attempt(lambda: _interfaces(sysfs, procfs)),
@@ -200,12 +199,6 @@ def _cpu_quota(sysfs: str, procfs: str) -> float | None:
 
 def _limit(value: int) -> int | None:
     return None if value == resource.RLIM_INFINITY else value
-
-
-def _libbpf() -> str:
-    ask = libbpf.libbpf().libbpf_version_string
-    ask.restype = ctypes.c_char_p
-    return str(ask().decode().removeprefix("v"))
 
 
 def _bcc() -> Compiler | None:
