@@ -25,8 +25,11 @@ from steer.config import Service
 from steer.cpus import Topology
 from steer.doctor import checks
 from steer.doctor import facts as kernel_facts
-from steer.doctor.checks import CHECKS, COUNT, MIGRATE, RUN, Case, Finding, Probed, cpumask
+from steer.doctor import look as looking
+from steer.doctor.case import COUNT, MIGRATE, RUN, Case, Finding, Probed
+from steer.doctor.checks import CHECKS
 from steer.doctor.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
+from steer.doctor.packets import cpumask
 from steer.errors import CompileError, KernelError, Uncounted, VerifierError
 from steer.kernel import bpf, probe
 from steer.kernel.access import Access, Refusal
@@ -162,8 +165,8 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
             raise Uncounted("open connections cannot be counted", "EACCES")
         return Kernel(plan)
 
-    monkeypatch.setattr(checks, "open_whole", uncounted)
-    monkeypatch.setattr(checks, "_can_count", lambda: REFUSES)
+    monkeypatch.setattr(looking, "open_whole", uncounted)
+    monkeypatch.setattr(looking, "_can_count", lambda: REFUSES)
     monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
     found = {each.topic: each for each in checks.examine(AUTO)}
     assert found["policy"].verdict == "warn"
@@ -675,7 +678,7 @@ def test_a_policy_that_is_refused_is_stepped_down_from(
             raise error
         return Kernel(plan)
 
-    monkeypatch.setattr(checks, "open_whole", open_whole)
+    monkeypatch.setattr(looking, "open_whole", open_whole)
     monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
     monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
     found = {each.topic: each for each in checks.examine(SERVICE)}
@@ -872,7 +875,7 @@ def test_what_every_backend_needs(
     if answer is Answer.NO:
         with pytest.raises(KernelError, match=r"^run workers: waitid"):
             probe.findings()
-    probed = checks._probed(probe.run)
+    probed = looking._probed(probe.run)
     [said] = [each for each in checks.judge(a_case(probes={RUN: probed})) if each.topic == "kernel"]
     assert said.verdict == ("fail" if answer is Answer.NO else "unknown")
     if answer is Answer.NO:

@@ -1,0 +1,150 @@
+"""What there is to judge, and the words of a judgement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+import msgspec
+
+from steer import ladder, policies
+from steer.config import Service
+from steer.doctor.facts import Facts, Unknown
+from steer.errors import BindError
+from steer.kernel.access import Access
+from steer.ladder import Answer
+from steer.plan import Plan
+from steer.policy import BACKENDS, EBPF, KERNEL, Policy
+
+_ALL_ACCESS = Access()
+ERRNO_REFUSED = "EPERM"
+MOUNT_SYSFS = "mount sysfs on /sys"
+ASK_AS_ROOT = "ask as root, in the machine's own network namespace, with /proc and /sys mounted"
+
+T = TypeVar("T")
+Verdict = Literal["ok", "warn", "fail", "unknown"]
+RUN, MIGRATE, COUNT = "run", "migrate", "count"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What one check has to say.
+
+    Args:
+        topic: a key of CHECKS; one topic may have several findings.
+        verdict: "warn": the service runs, with less than there could be; "fail": it
+            would not start, or not as asked; "unknown": could not be looked at.
+        cure: what would help; "" only if all is well.
+    """
+
+    topic: str
+    verdict: Verdict
+    found: str
+    cure: str
+
+
+class Opinion(NamedTuple):
+    """A finding without its topic."""
+
+    verdict: Verdict
+    found: str
+    cure: str = ""
+
+
+class Probed(ladder.Finding, frozen=True):
+    """What a probe found, with the cure apart from the reason."""
+
+    cure: str = ""
+
+
+class Options(NamedTuple):
+    """How the kernel takes the service's socket options.
+
+    Args:
+        refused: by it, each with why.
+        shortfalls: taken, but will not do.
+    """
+
+    refused: Sequence[BindError]
+    shortfalls: Sequence[str]
+
+
+_NO_OPTIONS = Options((), ())
+
+
+@dataclass(frozen=True)
+class Case:
+    """All there is to judge.
+
+    Args:
+        probes: by backend, RUN, MIGRATE and COUNT.
+        plan: as if without --strict, with what `auto` becomes; Unknown where even the CPUs
+            could not be read.
+        options: not looked at if not given.
+        access: to workers, from outside.
+    """
+
+    service: Service
+    facts: Facts
+    probes: Mapping[str, Probed]
+    plan: Plan | Unknown
+    options: Options = _NO_OPTIONS
+    access: Access | Unknown = _ALL_ACCESS
+
+    @property
+    def policy(self) -> Policy:
+        return self._last if isinstance(self.plan, Unknown) else self.plan.policy
+
+    @property
+    def _last(self) -> Policy:
+        """Of the policies to try the one that stands on the most backends."""
+        asked = policies.find(self.service.policy)
+        return asked.candidates[-1] if asked.candidates else asked
+
+    @property
+    def wanted(self) -> Sequence[str]:
+        """The backends that this service may stand on."""
+        asked = self.service.backend
+        first = 0 if asked == "auto" else BACKENDS.index(asked)
+        return tuple(each for each in BACKENDS[first:] if each in self._last.backends)
+
+    @property
+    def is_steered(self) -> bool:
+        return self.wanted != (KERNEL,)
+
+    @property
+    def has_tcp(self) -> bool:
+        return any(bind.protocol == "tcp" for bind in self.service.binds)
+
+    @property
+    def has_cap_bpf(self) -> bool:
+        """CAP_SYS_ADMIN has it in it (capabilities(7)). What cannot be read is not held lacking."""
+        held = self.facts.capabilities
+        return isinstance(held, Unknown) or not held.isdisjoint({"CAP_BPF", "CAP_SYS_ADMIN"})
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether eBPF is not permitted, rather than not there."""
+        found = self.probes[EBPF]
+        return found.answer is Answer.NO and not found.cure and ERRNO_REFUSED in found.reason
+
+
+class CouldNotTell(Exception):
+    def __init__(self, reason: str, cure: str) -> None:
+        self.opinion = Opinion("unknown", reason, cure)
+
+
+Check = Callable[[Case], Iterable[Opinion]]
+
+
+def known(value: T | Unknown, cure: str = ASK_AS_ROOT) -> T:
+    if isinstance(value, Unknown):
+        raise CouldNotTell(value.reason, cure)
+    return value
+
+
+def sysctl(case: Case, name: str) -> int:
+    value = case.facts.sysctls[name]
+    if isinstance(value, Unknown):
+        raise CouldNotTell(f"{name}: {value.reason}", ASK_AS_ROOT)
+    return value

@@ -1,0 +1,140 @@
+"""Checks of backends: which one the service gets, why no better one, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from steer import anchor, auto, features
+from steer.doctor.case import COUNT, MIGRATE, MOUNT_SYSFS, RUN, Case, Opinion, Probed, known
+from steer.doctor.privileges import ebpf_cure
+from steer.kernel import probe
+from steer.ladder import Answer
+from steer.policy import CBPF, EBPF, KERNEL
+from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN
+
+_COUNT_CURE = "give CAP_BPF and CAP_NET_ADMIN, and mount cgroup2 where it can be read"
+GET_CBPF = features.RUN.cure
+
+
+def kernel(case: Case) -> Iterator[Opinion]:
+    here, found = f"Linux {case.facts.release} on {case.facts.machine}", case.probes[RUN]
+    if found.answer is Answer.NO:
+        yield Opinion("fail", f"{here}: {found.reason}", found.cure or probe.LET_PASS)
+    elif found.answer is Answer.UNKNOWN:
+        yield Opinion("unknown", f"{here}: could not tell: {found.reason}", "ask again")
+    else:
+        yield Opinion("ok", f"{here}{_lacking(case.facts.release)}")
+
+
+def _lacking(release: str) -> str:
+    """What later kernels give; nothing where the version is not to be read out of `release`."""
+    version = features.kernel_version(release)
+    later = [each for each in features.FEATURES if (0, 0) < version < each.since]
+    return "".join(f"; {each.version} is needed {each.gives}" for each in later)
+
+
+def _rung(case: Case, backend: str, works: str, cure: str) -> Opinion:
+    found = case.probes[backend]
+    if found.answer is Answer.YES:
+        return Opinion("ok", f"yes: {works}")
+    told = f"{found.answer.value}: {found.reason}"
+    if backend not in case.wanted:
+        return Opinion("ok", f"{told} (this service does not ask for it)")
+    if found.answer is Answer.NO:
+        return Opinion("warn", told, cure)
+    return Opinion("unknown", told, found.cure or "ask again")
+
+
+def ebpf(case: Case) -> Iterator[Opinion]:
+    yield _rung(case, EBPF, "programs and their maps load and attach", ebpf_cure(case))
+
+
+def cbpf(case: Case) -> Iterator[Opinion]:
+    cure = case.probes[CBPF].cure or GET_CBPF
+    yield _rung(case, CBPF, "classic programs attach; no privilege is needed", cure)
+
+
+def migration(case: Case) -> Iterator[Opinion]:
+    """The ladder knows nothing of it: it comes with eBPF or does not."""
+    if not case.has_tcp or EBPF not in case.wanted:
+        return
+    is_there = case.probes[EBPF].answer is Answer.YES
+    cure = features.MIGRATE.cure if is_there else ebpf_cure(case)
+    words = "a program says where a closing worker's queue goes"
+    yield _opinion(case.probes[MIGRATE], words, cure)
+
+
+def counting(case: Case) -> Iterator[Opinion]:
+    """Without it least-conn has to do with less, and status shows none."""
+    if not case.has_tcp or EBPF not in case.wanted:
+        return
+    found = case.probes[COUNT]
+    words = "open connections are counted by worker"
+    yield _opinion(found, words, found.cure or _COUNT_CURE)
+
+
+def _opinion(found: Probed, words: str, cure: str) -> Opinion:
+    """What a probe found, in `words` if it is a yes."""
+    if found.answer is Answer.YES:
+        return Opinion("ok", f"yes: {words}")
+    if found.answer is Answer.NO:
+        return Opinion("warn", f"no: {found.reason}", cure)
+    return Opinion("unknown", f"could not tell: {found.reason}", found.cure or "ask again")
+
+
+def policy(case: Case) -> Iterator[Opinion]:
+    """What `auto` becomes. That it is not by load is less than there could be, unless it is by
+    the kind of traffic or by the backend that was asked for."""
+    plan = known(case.plan, MOUNT_SYSFS)
+    if not plan.became:
+        return
+    as_it_should_be = plan.policy_reason in (auto.COUNTED, auto.DATAGRAMS)
+    if as_it_should_be or case.service.backend not in ("auto", EBPF):
+        yield Opinion("ok", plan.became)
+    else:
+        yield Opinion("warn", plan.became, _count_cure(case))
+
+
+def _count_cure(case: Case) -> str:
+    """What would have `auto` go by load."""
+    if case.probes[EBPF].answer is not Answer.YES:
+        return ebpf_cure(case)
+    counting = case.probes[COUNT]
+    if counting.answer is not Answer.YES:
+        return counting.cure or _COUNT_CURE
+    return "give CAP_PERFMON too: without it the verifier takes no program that compares workers"
+
+
+def backend(case: Case) -> Iterator[Opinion]:
+    rung = known(case.plan, MOUNT_SYSFS).rungs[0]
+    found = f"{rung.backend}; {rung.reason}" if rung.reason else rung.backend
+    if not rung.fallback:
+        yield Opinion("ok", found)
+    elif case.service.strict:
+        yield Opinion("fail", f"{found}, and --strict", f"{_climb(case)}, or drop --strict")
+    else:
+        yield Opinion("warn", found, _climb(case))
+
+
+def draining(case: Case) -> Iterator[Opinion]:
+    rung = known(case.plan, MOUNT_SYSFS).rungs[0]
+    cure = f"choose a policy and a backend that leave workers out: {EBPF} or {CBPF}"
+    if rung.backend == KERNEL:
+        yield Opinion("warn", STILL_CHOSEN, _climb(case) if rung.fallback else cure)
+    else:
+        yield Opinion("ok", "a worker that is to end gets nothing new, and ends when it is done")
+    if any(bind.protocol == "udp" for bind in case.service.binds):
+        yield Opinion("ok", DATAGRAMS_LOST)
+    if rung.backend == KERNEL:
+        for note in anchor.notes(case.service.binds, {}):
+            found, _, cure = note.rpartition("; ")
+            yield Opinion("warn", found, cure)
+
+
+def _climb(case: Case) -> str:
+    """How to get to what was asked for."""
+    asked = case.service.backend
+    if asked not in ("auto", *case.policy.backends):
+        return f"choose --backend auto, or a policy that runs on {asked} (see `steer policies`)"
+    is_classic = asked == CBPF
+    return (case.probes[CBPF].cure or GET_CBPF) if is_classic else ebpf_cure(case)

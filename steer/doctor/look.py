@@ -1,0 +1,118 @@
+"""Asks the system, and tries in the small what `steer run` would do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import closing
+
+import msgspec
+
+from steer import auto, ladder, policies, visibility
+from steer import plan as planning
+from steer.backends import open_whole
+from steer.config import Service
+from steer.counting import Counting
+from steer.doctor import facts as kernel_facts
+from steer.doctor.case import COUNT, ERRNO_REFUSED, MIGRATE, RUN, Case, Options, Probed
+from steer.doctor.facts import Unknown
+from steer.errors import KernelError, SteerError, Uncounted, VerifierError
+from steer.kernel import probe, sockopt, topology
+from steer.kernel.access import Access
+from steer.ladder import Answer
+from steer.plan import Plan
+from steer.policy import CBPF, EBPF
+
+REPORT = "report it with the verifier's words, which `steer run` shows"
+
+
+def look(service: Service) -> Case:
+    """Ask the system, and try in the small what `run` would do."""
+    asked = {
+        RUN: probe.run,
+        EBPF: probe.ebpf,
+        CBPF: probe.cbpf,
+        MIGRATE: probe.migrate,
+        COUNT: _can_count,
+    }
+    probes = {name: _probed(ask) for name, ask in asked.items()}
+    plan = _try_out(service, probes)
+    found = kernel_facts.read(os.environ, service.control_socket)
+    options = Options(
+        tuple(sockopt.refused(service.binds, service.settings)),
+        tuple(sockopt.shortfalls(service.binds, service.settings)),
+    )
+    return Case(service, found, probes, plan, options, _access(service))
+
+
+def _access(service: Service) -> Access | Unknown:
+    try:
+        return visibility.of(service)
+    except SteerError as error:
+        return Unknown(str(error))
+    except OSError as error:
+        return Unknown(f"try with a process: {error.strerror or error}")
+
+
+def _can_count() -> ladder.Finding:
+    """Whether the kernel counts open connections for us."""
+    try:
+        with closing(Counting(1)) as counting:
+            answer = Answer.NO if counting.why_not else Answer.YES
+            return ladder.Finding(answer, counting.why_not)
+    except KernelError as error:
+        return ladder.Finding(Answer.NO, str(error))
+
+
+def _probed(ask: Callable[[], ladder.Finding]) -> Probed:
+    try:
+        found = ask()
+    except OSError as error:
+        return Probed(Answer.UNKNOWN, error.strerror or str(error))
+    reason, _, cure = found.reason.partition("; ")
+    # Of the many causes that a refusal can have, we look for the one.
+    return Probed(found.answer, reason, "" if ERRNO_REFUSED in reason else cure)
+
+
+def _try_out(service: Service, probes: dict[str, Probed]) -> Plan | Unknown:
+    """The plan whose first rung takes the policy itself; what does not is noted in `probes`."""
+    plan = _plan(service, probes)
+    while not isinstance(plan, Unknown):
+        backend = plan.rungs[0].backend
+        refusal = _refusal(plan)
+        if refusal is None:
+            break
+        if plan.others:
+            following, *rest = plan.others
+            plan = plan.choosing_by([auto.because(following, refusal.reason), *rest])
+        else:
+            probes[backend] = refusal
+            plan = _plan(service, probes)
+    return plan
+
+
+def _plan(service: Service, probes: Mapping[str, Probed]) -> Plan | Unknown:
+    lenient = msgspec.structs.replace(service, strict=False)
+    try:
+        return planning.plan(lenient, topology.read(), probes, policies.find(service.policy))
+    except SteerError as error:
+        return Unknown(f"{error.what}: {error.cause}")
+    except (OSError, ValueError) as error:
+        return Unknown(f"read the CPUs: {error}")
+
+
+def _refusal(plan: Plan) -> Probed | None:
+    whose = f"{plan.policy.name}: " if plan.others else ""
+    try:
+        open_whole(plan).close()
+    except Uncounted as error:
+        return Probed(Answer.NO, str(error))
+    except VerifierError as error:
+        return Probed(Answer.NO, f"{whose}{error.what}: {error.cause}", error.cure or REPORT)
+    except KernelError as error:
+        cure = "" if error.cause == ERRNO_REFUSED else error.cure
+        return Probed(Answer.NO, f"{whose}{error.what}: {error.cause}", cure)
+    except OSError as error:
+        # A no though it tells little: what is unknown would be tried again, for ever.
+        return Probed(Answer.NO, f"{whose}try {plan.rungs[0].backend}: {error.strerror or error}")
+    return None

@@ -1,0 +1,92 @@
+"""Checks of the machine's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from steer import features
+from steer.doctor.case import ASK_AS_ROOT, MIGRATE, MOUNT_SYSFS, Case, Opinion, known, sysctl
+from steer.doctor.facts import Unknown
+from steer.ladder import Answer
+from steer.policy import EBPF
+
+
+def jit(case: Case) -> Iterator[Opinion]:
+    if not case.is_steered:
+        return
+    value = sysctl(case, "net.core.bpf_jit_enable")
+    cure = "sysctl -w net.core.bpf_jit_enable=1"
+    if value == 0:
+        yield Opinion("warn", "0: programs are interpreted, so each choice costs more", cure)
+    elif value == 2:
+        yield Opinion("warn", "2: all code is written to the kernel's log, for debugging", cure)
+    else:
+        yield Opinion("ok", f"{value}: programs are compiled to machine code")
+
+
+def syncookies(case: Case) -> Iterator[Opinion]:
+    if not case.has_tcp:
+        return
+    value = sysctl(case, "net.ipv4.tcp_syncookies")
+    cure = "sysctl -w net.ipv4.tcp_syncookies=1"
+    if value == 0:
+        yield Opinion("warn", "0: a SYN flood fills the queues, and connections fail", cure)
+    elif value == 2:
+        yield Opinion("warn", "2: each connection is chosen for twice, at its SYN and ACK", cure)
+    else:
+        yield Opinion("ok", f"{value}: only while a queue overflows")
+
+
+def somaxconn(case: Case) -> Iterator[Opinion]:
+    if not case.has_tcp:
+        return
+    most, backlog = sysctl(case, "net.core.somaxconn"), case.service.backlog
+    if backlog > most:
+        cure = f"sysctl -w net.core.somaxconn={backlog}, or --backlog {most}"
+        yield Opinion("warn", f"{most}: the backlog, {backlog}, is cut down to it", cure)
+    else:
+        yield Opinion("ok", f"{most}: room for the backlog, {backlog}")
+
+
+def migrate_req(case: Case) -> Iterator[Opinion]:
+    """The program migrates whatever this says; without one the kernel does, if this is 1."""
+    if not case.has_tcp:
+        return
+    value = case.facts.sysctls["net.ipv4.tcp_migrate_req"]
+    shown = f"could not be read ({value.reason})" if isinstance(value, Unknown) else value
+    on_ebpf = known(case.plan, MOUNT_SYSFS).rungs[0].backend == EBPF
+    if features.kernel_version(case.facts.release) < features.MIGRATE.since:
+        lost = f"{shown}, for nothing: connections that wait in a closing worker's queue are reset"
+        yield Opinion("warn", lost, features.MIGRATE.cure)
+    elif on_ebpf and case.probes[MIGRATE].answer is Answer.YES:
+        yield Opinion("ok", f"{shown}: the program migrates whatever this says")
+    elif isinstance(value, Unknown):
+        lost = f"{value.reason}: what waits in a closing worker's queue may be reset"
+        yield Opinion("unknown", lost, ASK_AS_ROOT)
+    elif value == 0:
+        lost = "0: connections that wait in a closing worker's queue are reset"
+        yield Opinion("warn", lost, "sysctl -w net.ipv4.tcp_migrate_req=1, or steer by eBPF")
+    else:
+        yield Opinion("ok", f"{value}: a closing worker's queue goes to another by hash")
+
+
+def files(case: Case) -> Iterator[Opinion]:
+    soft, hard = case.facts.files
+    needed = known(case.plan, MOUNT_SYSFS).descriptors
+    if hard is not None and hard < needed:
+        cure = f"raise it (ulimit -Hn {needed}; systemd: LimitNOFILE={needed}), or fewer workers"
+        yield Opinion("fail", f"hard limit {hard}, and {needed} are needed", cure)
+    elif soft is not None and soft < needed:
+        yield Opinion("ok", f"{needed} needed: the soft limit, {soft}, will be raised")
+    else:
+        yield Opinion("ok", f"{needed} needed, {'no limit' if soft is None else f'limit {soft}'}")
+
+
+def places(case: Case) -> Iterator[Opinion]:
+    places = case.facts.places
+    obstacles = [f"{place.directory}: {place.obstacle}" for place in places if place.obstacle]
+    usable = [str(place.directory) for place in places if not place.obstacle]
+    if usable:
+        yield Opinion("ok", "; ".join([usable[0], *obstacles]))
+    else:
+        yield Opinion("fail", "; ".join(obstacles), "name another place: --control-socket PATH")
