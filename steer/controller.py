@@ -58,7 +58,7 @@ from steer.kernel.keeper import MAILBOX, STEERING, Settings
 from steer.kernel.spare import Spare
 from steer.lifecycle import State
 from steer.log import Log
-from steer.notify import Listener, Notification, Unheard
+from steer.notify import Listener, Notification, Unheard, is_ready
 from steer.place import Place
 from steer.plan import Act, Generation, Plan, Step
 from steer.policy import AUTO, EBPF, KERNEL
@@ -377,12 +377,15 @@ class Controller:
         importing = threading.Thread(target=load)
         importing.start()
         with _threads_in_turn(_TURN_S):
-            while importing.is_alive() and not self.early:
+            # Of a command nobody can serve yet, and who says so in its place, as systemd-notify(1),
+            # may end once that is read: then nothing tells whose it was.
+            is_over = bool(self.plan.service.command)
+            while importing.is_alive() and not is_over:
                 process.wait_until_readable(self.listener.fileno(), _LOOK_S)
-                self.early += self.listener.receive()
-            for lineage, message in self.early:
-                if message.get("READY") == "1":
-                    self.fleet.serve_early(lineage[0])
+                heard = list(self.listener.receive())
+                self.early += heard
+                ready = (lineage[0] for lineage, message in heard if is_ready(message))
+                is_over = any(map(self.fleet.serve_early, ready))
             importing.join()
         if failed:
             raise failed[0]

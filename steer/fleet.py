@@ -456,16 +456,19 @@ class Fleet:
         """Children of ours have ended that somebody had left behind."""
         self._ends.reaped(pids)
 
-    def serve_early(self, pid: int) -> None:
-        """The process `pid` is ready before there is a loop: it alone is chosen until then.
+    def serve_early(self, pid: int) -> bool:
+        """The process `pid` is ready before there is a loop: it alone is chosen until then, if it
+        is a worker that may be; whether it is.
 
         Only so much: whoever called this has to tell `notified` the same once there is one.
         """
         place = self._of(pid)
-        if place is not None and place.process and place.process.is_callable:
-            with self._rotation.naming_locked():
-                self.steering.steer([place.member()])
-            self.steering.empty_reserve()
+        if place is None or not place.process or not place.process.is_callable:
+            return False
+        with self._rotation.naming_locked():
+            self.steering.steer([place.member()])
+        self.steering.empty_reserve()
+        return True
 
     def notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
         """A process sent this, see sd_notify(3).
