@@ -39,8 +39,8 @@ class Changes:
 
     Args:
         fleet: the workers.
-        keep: has the guard know a generation before there are workers of it, and which is
-            in force.
+        keep: has the guard know a generation before there are workers of it, which is in force,
+            and which change was admitted.
     """
 
     def __init__(self, fleet: Fleet, keep: Callable[[Generation, Generation], None]) -> None:
@@ -158,6 +158,7 @@ class Changes:
             fresh = await self._recruit([seat], self._fleet.generation, unheard, modest=False)
             if is_due(place):
                 self._fleet.admit(fresh)
+                self._keep(self._fleet.generation, self._fleet.generation)
                 self._fleet.report(place, Event.RETIRE)
             else:
                 self._dismiss(fresh)
@@ -191,8 +192,8 @@ class Changes:
             fresh = await self._recruit(seats, generation, tell, modest=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
             raise type(error)(self._act, str(error), self._as_before(), error.detail) from None
-        # In the same turn of the loop, so in one flip; and in this order, as who adopts us, if
-        # we are killed meanwhile, takes for serving what is admitted and of what is in force.
+        # In the same turn of the loop, so in one flip. By one message, or who adopts us, if we are
+        # killed meanwhile, would take for serving neither those nor what is in force.
         self._fleet.generation = generation
         self._fleet.admit(fresh)
         self._keep(generation, generation)

@@ -189,6 +189,7 @@ class Left(msgspec.Struct, frozen=True):
         policy, policy_reason: what `auto` became, and why; None if the user named the policy.
         declared, digest: the policy's. Its file may be another by then, or gone.
         notify: address of the notification socket.
+        admitted: see `Fleet`.
     """
 
     started_s: float
@@ -203,6 +204,7 @@ class Left(msgspec.Struct, frozen=True):
     declared: Declared
     digest: str
     notify: str
+    admitted: int = 0
 
 
 class Controller:
@@ -292,7 +294,7 @@ class Controller:
         self._open_guard(handover)
         self._make_fleet(generations[left.generation])
         workers = {key: each for key, each in entries.items() if key.startswith("worker ")}
-        self.fleet.adopt(generations, workers, entries[STEERING])
+        self.fleet.adopt(generations, left.admitted, workers, entries[STEERING])
         for place in self.fleet.places:
             self._keep_generation(place.generation)
         self.keep(generations[left.generation])
@@ -427,6 +429,7 @@ class Controller:
             self.plan.policy.declared,
             self.plan.policy.digest,
             self.listener.address,
+            self.fleet.admitted,
         )
         self.guard.put("service", msgspec.json.encode(left))
         self.guard.put(MAILBOX, b"", [self.listener.fileno()])

@@ -87,6 +87,7 @@ class Fleet:
 
     Attributes:
         generation: the one in force; a place may be of an earlier one, and on its way out.
+        admitted: the number of the last change whose workers may be chosen.
         by_pid: places with a process, by the process id of its first.
         is_watched: whether there is a loop to look after them in.
         clock: what workers are given time for goes by it.
@@ -109,6 +110,7 @@ class Fleet:
         unheard: Unheard,
     ) -> None:
         self.generation = generation
+        self.admitted = 0
         self.places = Places()
         self.by_pid: dict[int, Place] = {}
         self._rotation = Rotation(steering, self.places, slots, guard, log, retry)
@@ -232,15 +234,21 @@ class Fleet:
         self._failed(place, error)
 
     def adopt(
-        self, generations: Mapping[int, Generation], entries: Mapping[str, Entry], steering: Entry
+        self,
+        generations: Mapping[int, Generation],
+        admitted: int,
+        entries: Mapping[str, Entry],
+        steering: Entry,
     ) -> None:
         """Go on with the workers that another controller left.
 
         Args:
+            admitted: as it was there.
             generations: by number, those that places may be of.
             entries: its guard's, of the workers; the descriptors become ours.
             steering: its guard's, of the steering.
         """
+        self.admitted = admitted
         left = msgspec.json.decode(steering.value, type=rotation.Saved)
         held: dict[int, Sequence[int]] = {}
         for entry in entries.values():
@@ -256,7 +264,8 @@ class Fleet:
 
     def _adopt(self, entry: Entry, generations: Mapping[int, Generation]) -> Place:
         saved = msgspec.json.decode(entry.value, type=Saved)
-        place = Place.restored(saved, generations[saved.generation], self.clock.now_s())
+        generation, now_s = generations[saved.generation], self.clock.now_s()
+        place = Place.restored(saved, generation, now_s, self.admitted)
         launch = self._launch(place)
         place.process = Process.adopted(launch, self._guard, saved.running, entry)
         if place.process is not None:
@@ -392,6 +401,7 @@ class Fleet:
             for seat in seats:
                 places.append(self._take_place(seat, generation, held=True))
                 places[-1].modest, places[-1].told = modest, told
+                places[-1].change = self.admitted + 1
             self._begin(*places)
         except SteerError:
             for place in places:
@@ -400,10 +410,11 @@ class Fleet:
         return places
 
     def admit(self, places: Sequence[Place]) -> None:
-        """From now on they may be chosen, all at once."""
+        """From now on they may be chosen, all at once. The guard is to be told that this change
+        is admitted, and so need not be told of each of them: of a thousand that takes long."""
         for place in places:
             place.held, place.told = False, None
-        self._save_together(places, look=False)
+        self.admitted += 1
         self._rotation.flip_soon()
 
     def retire(self, places: Iterable[Place]) -> None:

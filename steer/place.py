@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """A place with a process, as another controller left it."""
+    """A place with a process, as another controller left it.
+
+    Args:
+        held: until `change` was admitted, if that has happened since.
+    """
 
     running: Running
     seat: Seat
@@ -44,6 +48,7 @@ class Saved(msgspec.Struct, frozen=True):
     hung: bool
     acceptors: frozenset[int] = frozenset()
     is_apart: bool = False
+    change: int = 1
 
 
 class Places:
@@ -79,6 +84,7 @@ class Place(msgspec.Struct, eq=False):
 
     Args:
         held: not to be chosen yet, as it comes together with others.
+        change: the number of the change that it is held for, or was.
         modest: to leave the CPUs to those that serve until it is ready.
         leaving: it is about to be retired with others, and is not chosen any more.
         told: of one that is held: called when it is ready, and when it has failed.
@@ -108,6 +114,7 @@ class Place(msgspec.Struct, eq=False):
     generation: Generation
     state: State = State.STARTING
     held: bool = False
+    change: int = 0
     modest: bool = False
     leaving: bool = False
     told: Callable[[Place], None] | None = None
@@ -138,18 +145,20 @@ class Place(msgspec.Struct, eq=False):
     error: SteerError | None = None
 
     @classmethod
-    def restored(cls, saved: Saved, generation: Generation, heard_s: float) -> Place:
+    def restored(cls, saved: Saved, generation: Generation, heard_s: float, admitted: int) -> Place:
         """As another controller left it, but for its process.
 
         Args:
             generation: that of the number saved.
+            admitted: see `Fleet`.
         """
         return cls(
             saved.seat,
             saved.slot,
             generation,
             State(saved.state),
-            held=saved.held,
+            held=saved.held and saved.change > admitted,
+            change=saved.change,
             ready_s=saved.ready_s,
             starts=saved.starts,
             failures=saved.failures,
@@ -305,6 +314,7 @@ class Place(msgspec.Struct, eq=False):
             self.hung,
             self.acceptors,
             self.is_apart,
+            self.change,
         )
 
 

@@ -609,6 +609,25 @@ def test_scaled_service_keeps_its_number(service: StartService) -> None:
     eventually(lambda: ready(second, 2))
 
 
+@pytest.mark.parametrize("change, keys", [("reload", {}), ("scale", {"workers": 4})])
+def test_those_that_came_with_a_change_stay(
+    service: StartService, script: tuple[str, ...], change: str, keys: dict[str, int]
+) -> None:
+    """However soon after it the controller ends: the first was last saved while it was held."""
+    first = service("-w", "2", *script)
+    wait = first.home / "wait3"
+    wait.touch()
+    with _in_background(first, change, **keys):
+        eventually(lambda: "worker 2 ready" in first.log and 3 in by_slot(first))
+        wait.unlink()
+    came = {slot: pid for slot, pid in by_slot(first).items() if slot > 1}
+    orphan(first)
+    second = service("-w", "2", *script)
+    assert {slot: pid for slot, pid in by_slot(second).items() if slot > 1} == came
+    serving = {each["slot"] for each in second.workers() if each["state"] == "ready"}
+    assert set(came) <= serving
+
+
 def test_scaling_that_was_not_finished_is_undone(
     service: StartService, script: tuple[str, ...]
 ) -> None:

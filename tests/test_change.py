@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from steer import lifecycle
@@ -19,8 +20,9 @@ from steer.fleet import Fleet
 from steer.intake import Lot
 from steer.ladder import Answer, Finding
 from steer.lifecycle import Command, Event, State
-from steer.place import Place
+from steer.place import Place, Saved
 from steer.plan import Generation, Plan, Seat
+from steer.spawn import Running
 
 CPUS = (0, 1, 2, 3)
 ENDED = WorkersFailed("start workers", "exit status 7")
@@ -43,8 +45,9 @@ class FakeFleet:
         self.generation = Generation(1, plan_for(workers))
         self.places: list[Place] = []
         self.flips: list[list[int]] = []
-        self.kept: list[tuple[int, int]] = []
+        self.kept: list[tuple[int, int, int]] = []
         self.lot = Lot()
+        self.admitted = 0
         self._slot = 0
         for seat in self.generation.plan.seats:
             self._take(seat, self.generation).state = State.READY
@@ -70,6 +73,7 @@ class FakeFleet:
     def admit(self, places: Sequence[Place]) -> None:
         for place in places:
             place.held = False
+        self.admitted += 1
 
     def report(self, place: Place, event: Event) -> None:
         place.state, commands = lifecycle.step(place.state, event)
@@ -115,7 +119,8 @@ def play(workers: int, script: Script) -> FakeFleet:
 
     async def run() -> None:
         changes = Changes(
-            cast(Fleet, fleet), lambda new, now: fleet.kept.append((new.number, now.number))
+            cast(Fleet, fleet),
+            lambda new, now: fleet.kept.append((new.number, now.number, fleet.admitted)),
         )
         await asyncio.wait_for(script(fleet, changes), 10)
 
@@ -160,7 +165,7 @@ def test_half_the_cpus_start_workers_and_one_more_begins_and_all_are_told_of() -
     assert fleet.flips == [[1, 2, 3, 4]]
     assert fleet.states()[0] is State.STOPPING
     # The guard knows of the new one before there are workers of it.
-    assert fleet.kept == [(2, 1), (2, 2)]
+    assert fleet.kept == [(2, 1, 0), (2, 2, 1)]
 
 
 def test_one_that_fails_takes_the_others_with_it() -> None:
@@ -182,7 +187,7 @@ def test_one_that_fails_takes_the_others_with_it() -> None:
         2: State.STOPPING,
         4: State.STOPPING,
     }
-    assert fleet.kept == [(2, 1)]
+    assert fleet.kept == [(2, 1, 0)]
 
 
 def test_one_that_was_ready_and_failed_since_counts_as_failed() -> None:
@@ -355,6 +360,7 @@ def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
     gone, stays = (2, 1) if back else (1, 2)
     assert fleet.at(gone).state is State.STOPPING
     assert fleet.at(stays).serves
+    assert fleet.kept == ([] if back else [(1, 1, 1)]), "or who adopts us would let it go"
 
 
 @pytest.mark.parametrize("state", [State.READY, State.STOPPING, State.BACKOFF])
@@ -364,3 +370,15 @@ def test_one_that_does_not_hang_any_more_is_not_replaced(state: State) -> None:
         await changes.relieve(fleet.at(1), is_hung)
 
     assert list(play(2, script).states()) == [0, 1]
+
+
+@pytest.mark.parametrize("admitted, is_held", [(3, True), (4, False), (5, False)])
+def test_who_adopts_takes_those_for_admitted_whose_change_was(admitted: int, is_held: bool) -> None:
+    """As each was saved when it was not yet."""
+    generation = Generation(2, plan_for(1))
+    seat = generation.plan.seats[0]
+    place = Place(seat, 0, generation, State.READY, held=True, change=4)
+    saved = msgspec.json.decode(
+        msgspec.json.encode(place._saved(Running(1, 0.0, (), False))), type=Saved
+    )
+    assert Place.restored(saved, generation, 0.0, admitted).held == is_held

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from steer import fleet
 from steer.change import unheard
 from steer.intake import MOST_TOGETHER, Lot
 from steer.lifecycle import Event
+from steer.place import Place
 
 EACH = ("messages to the guard", "processes", "joined", "proc")
 ONCE = ("messages to the guard", "waits for the guard", "flips", "proc")
@@ -118,6 +120,26 @@ def test_a_reload(tmp_path: Path) -> None:
     lots, ends = MANY / MOST_TOGETHER, MANY
     assert many["lots of forks"] < 2 * lots
     assert many["messages to the guard"] < 5 * lots + ends
+
+
+def test_those_that_are_admitted_together_are_saved_no_more_for_it(tmp_path: Path) -> None:
+    """The turn in which a thousand are would take the longest of all."""
+
+    async def script(service: FakeService) -> None:
+        was = service.fleet.admit
+
+        def admit(places: Sequence[Place]) -> None:
+            with service.counted() as cost:
+                was(places)
+                seen.update(cost)
+
+        service.fleet.admit = admit  # type: ignore[method-assign]
+        await service.changes.renew(service.plan, unheard)
+
+    seen: Counter[str] = Counter()
+    cost_of(script, tmp_path, MANY)
+    assert set(seen) == {"steps"}
+    assert seen["steps"] < 50 * MANY
 
 
 def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
