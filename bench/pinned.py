@@ -6,7 +6,7 @@ import os
 import socket
 
 from steer import demo
-from steer.worker import Worker
+from steer.worker_api import Worker
 
 
 def by_hash(worker: Worker) -> None:

@@ -67,7 +67,7 @@ from steer.startup import while_heard
 from steer.steering import Steering
 from steer.table import Member
 from steer.values import plural
-from steer.worker import Launch
+from steer.worker_launch import Launch
 
 _LOOK_S = 0.002
 _TURN_S = 0.0002

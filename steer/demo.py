@@ -20,7 +20,7 @@ from steer import http
 from steer.kernel.cpu import current_cpu
 
 if TYPE_CHECKING:
-    from steer.worker import Worker
+    from steer.worker_api import Worker
 
 GRACE_S = 2.0
 """How long a stop waits for the rest of a request, and a last answer for its reader."""

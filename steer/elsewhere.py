@@ -10,7 +10,7 @@ from steer.log import Log
 from steer.place import Place, waits
 from steer.spawn import Process
 from steer.values import several
-from steer.worker import FIRST_FD
+from steer.worker_launch import FIRST_FD
 
 _FIRST_LOOK_S = 1.0
 """After a worker's start; each next look is twice as late, as a large table may be read."""

@@ -41,7 +41,7 @@ from steer.rotation import Rotation
 from steer.spawn import Process
 from steer.steering import Counts, Steering
 from steer.visibility import BORROW, WAITS, Visibility
-from steer.worker import Launch
+from steer.worker_launch import Launch
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future

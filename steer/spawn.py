@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from steer import worker
+from steer import worker, worker_launch
 from steer.address import Bind
 from steer.errors import AppLoadError, SteerError, WorkersFailed
 from steer.kernel import family, finish, output, proc, process, sockets
@@ -25,7 +25,7 @@ from steer.kernel.listeners import Borrower
 from steer.lines import Line, Lines, shown
 from steer.servers import BY_DEFAULT, Finish
 from steer.values import Invalid
-from steer.worker import MESSAGE_MAX_BYTES, Launch
+from steer.worker_launch import MESSAGE_MAX_BYTES, Launch
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -377,7 +377,7 @@ class Process:
             return True
         self._is_heard = True
         try:
-            message = worker.read(data)
+            message = worker_launch.read(data)
         except Invalid as error:
             self.problem = self._not_understood(error)
             return False

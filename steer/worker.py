@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 import msgspec
 from msgspec.structs import replace
 
-from steer import privileges, values
+from steer import privileges
 from steer.address import Bind
 from steer.config import Service
 from steer.cpus import cpu_list, cpus_named
@@ -35,47 +35,13 @@ from steer.kernel import (
     stdio,
     title,
 )
-from steer.kernel.identity import Identity
 from steer.kernel.reach import Barrier
-from steer.plan import Seat
-from steer.values import Invalid
+from steer.worker_api import KNOCK_S, Worker
+from steer.worker_launch import COMMAND_NOT_RUN, FIRST_FD, Launch, Message
 
-FIRST_FD = 3
-"""SD_LISTEN_FDS_START of sd_listen_fds(3)."""
-COMMAND_NOT_RUN = 127
-_KNOCK_S = 0.05
 _DESCRIPTORS = 64
 """Room for what a server opens until it serves, beside its sockets."""
 _TEXT_MAX = 4000
-
-
-class Message(msgspec.Struct, omit_defaults=True):
-    """From a worker to its controller, before the application runs.
-
-    Args:
-        unloadable: why the application could not be loaded.
-        detail: more lines on that.
-    """
-
-    unloadable: str = ""
-    detail: str = ""
-
-
-MESSAGE_MAX_BYTES = 65536
-"""More than any message of ours: of text there are twice _TEXT_MAX characters."""
-
-
-def read(data: bytes) -> Message:
-    """Why a worker could not load its application. It may be anything: what the application
-    does when it is imported can write to the channel, too.
-
-    Raises:
-        Invalid: it is nothing that a worker says.
-    """
-    message = values.decode(data, Message)
-    if not message.unloadable:
-        raise Invalid("not why it could not be loaded")
-    return message
 
 
 class Unloadable(Exception):
@@ -84,88 +50,6 @@ class Unloadable(Exception):
     def __init__(self, why: str, detail: str = "") -> None:
         super().__init__(why)
         self.detail = detail
-
-
-class Launch(msgspec.Struct, frozen=True):
-    """All that a new worker is told.
-
-    Args:
-        notify: address of the notification socket, as NOTIFY_SOCKET has it.
-        files: limits on open files, as the controller found them.
-        anchored: the binds whose group is joined through a socket of the controller's.
-        modest: to leave the CPUs to those that serve, until it is ready.
-    """
-
-    service: Service
-    name: str
-    binds: tuple[Bind, ...]
-    seat: Seat
-    slot: int
-    generation: int
-    identity: Identity
-    notify: str
-    files: tuple[int, int]
-    modest: bool = False
-    anchored: frozenset[int] = frozenset()
-
-
-class Worker:
-    """What a Python callable is given.
-
-    Attributes:
-        sockets: bound sockets, one for each bind and in their order; over TCP they listen.
-        slot: the worker's number in its service.
-        cpus: CPUs it may run on.
-        name: the service's.
-        generation: of the configuration it was started from.
-        watchdog_s: within which it has to `beat`; None: it need not.
-    """
-
-    def __init__(self, launch: Launch, own: Sequence[socket.socket]) -> None:
-        self.sockets = tuple(own)
-        self.slot = launch.slot
-        self.cpus = launch.seat.cpus
-        self.name = launch.name
-        self.generation = launch.generation
-        self.watchdog_s = launch.service.watchdog
-        self._notify = launch.notify
-        self._stopping = False
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for number in (signal.SIGTERM, launch.service.told_by):
-            signal.signal(number, self._stop)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the worker was told to finish (SIGTERM, `--stop-signal`)."""
-        return self._stopping
-
-    def ready(self) -> None:
-        """Tell the controller that connections may come; not needed by those that
-        wait on their socket once they are."""
-        self._tell(b"READY=1")
-
-    def beat(self) -> None:
-        """Tell the controller that all is well: within every `watchdog_s`, if that is set."""
-        self._tell(b"WATCHDOG=1")
-
-    def _tell(self, message: bytes) -> None:
-        """Nobody may be there for a while, or not take it at once: it is not waited for."""
-        with (
-            suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender,
-        ):
-            sender.sendto(message, "\0" + self._notify[1:])
-
-    def _stop(self, _number: int, _frame: object) -> None:
-        """From here on a socket does not wait: a loop of accept() takes what is
-        queued, then gets BlockingIOError and so ends."""
-        self._stopping = True
-        for sock in self.sockets:
-            with suppress(OSError):  # the application may have closed it by its number
-                os.set_blocking(sock.fileno(), False)
-        # A signal that comes just before accept() does not interrupt it: knock again.
-        signal.signal(signal.SIGALRM, lambda *_: None)
-        signal.setitimer(signal.ITIMER_REAL, _KNOCK_S, _KNOCK_S)
 
 
 def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[socket.socket]) -> int:
@@ -481,7 +365,7 @@ def _await_threads(worker: Worker, limit_s: float) -> None:
     But not for ever: nobody may have told us to end. One that waits for a connection gets
     an error, as there will be none.
     """
-    signal.setitimer(signal.ITIMER_REAL, max(limit_s, _KNOCK_S))
+    signal.setitimer(signal.ITIMER_REAL, max(limit_s, KNOCK_S))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for sock in worker.sockets:
         with suppress(OSError):

@@ -34,7 +34,7 @@ Client = tuple[socket.socket, BinaryIO]
 
 @dataclass
 class FakeWorker:
-    """As `steer.worker.Worker` to the demo, its signal handlers included."""
+    """As `steer.worker_api.Worker` to the demo, its signal handlers included."""
 
     sockets: list[socket.socket]
     ready_fd: int

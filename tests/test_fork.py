@@ -24,7 +24,7 @@ from steer.kernel import descriptors, process, sockets
 from steer.kernel.identity import Identity
 from steer.plan import Seat
 from steer.spawn import Process
-from steer.worker import Launch
+from steer.worker_launch import Launch
 
 HERE = f"127.0.0.1:{PORT}"
 
