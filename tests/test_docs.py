@@ -59,6 +59,17 @@ def test_page_names_all_that_the_policy_declares(name: str) -> None:
         assert "No parameters" in page(name)
 
 
+@every_policy
+def test_page_has_what_a_choice_costs_as_measured(name: str) -> None:
+    cost = page(name).split("\n## Cost\n")[1].split("\n## ")[0]
+    rows = re.findall(rf"^\| `{name}`.*$", (DOCS / "BENCH.md").read_text(), re.MULTILINE)
+    measured = [row.split("|") for row in rows if row.count(" ns |") == 4]
+    assert len(measured) == (name != policy.KERNEL)
+    for _, _, _, few, _, many, *_ in measured:
+        for ns in re.findall(r"[\d.]+", few + many):
+            assert re.search(rf"(?<![\d.]){re.escape(ns)}(?![\d.]*\d)", cost), ns
+
+
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_links_resolve(file: Path) -> None:
     for link in _LINK.findall(_CODE.sub("", file.read_text())):
