@@ -77,12 +77,11 @@ def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[sock
     try:
         import_for(launch.service)
         launch = _settle(launch)
-        environment = _environment(launch)
         lifeline.tie(channel, launch.service.told_by)
         if launch.service.command:
             channel.set_inheritable(True)
-            _execute(launch, environment)
-        _change_environment(environment)
+            _execute(launch, _environment(launch))
+        _change_environment(launch)
         descriptors.limit_descriptors(launch.files)
         application = _load(launch.service)
         return _call(application, Worker(launch, own), launch.service)
@@ -180,12 +179,18 @@ def _needed(act: str, more: Callable[[OSError], str] = lambda _: "") -> Iterator
         raise Unloadable(f"{act}: {error}") from None
 
 
+_NOT_FOR_IT = ("LISTEN_", "WATCHDOG_")
+"""What of our environment begins so is about ourselves."""
+
+
 def _environment(launch: Launch) -> dict[str, str]:
-    not_ours = ("LISTEN_", "WATCHDOG_")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(not_ours)}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_FOR_IT)}
+    return {**inherited, **_told_by_environment(launch)}
+
+
+def _told_by_environment(launch: Launch) -> dict[str, str]:
     given = dict(pair.split("=", 1) for pair in launch.service.env)
     return {
-        **inherited,
         **launch.identity.environment(),
         **given,
         "STEER_SLOT": str(launch.slot),
@@ -197,14 +202,12 @@ def _environment(launch: Launch) -> dict[str, str]:
     }
 
 
-def _change_environment(wanted: Mapping[str, str]) -> None:
-    """To this. What stays is left alone: all of it anew takes a millisecond in a process that was
-    just forked."""
-    for name in os.environ.keys() - wanted.keys():
+def _change_environment(launch: Launch) -> None:
+    """To `_environment`. What stays is left alone: all of it anew takes a millisecond in a process
+    that was just forked."""
+    for name in [name for name in os.environ if name.startswith(_NOT_FOR_IT)]:
         del os.environ[name]
-    for name, value in wanted.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
+    os.environ.update(_told_by_environment(launch))
 
 
 def _watchdog(service: Service) -> dict[str, str]:

@@ -9,6 +9,7 @@ import ctypes
 import os
 from typing import Any
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _VERSION_3 = 0x20080522
 """_LINUX_CAPABILITY_VERSION_3 of include/uapi/linux/capability.h: two words a set."""
 _PR_CAPBSET_DROP = 24
@@ -37,17 +38,16 @@ class _Word(ctypes.Structure):
 
 def may_perfmon() -> bool:
     """Whether the verifier lets us do all that it lets root do, see capabilities(7)."""
-    words = _read(_libc())
+    words = _read()
     effective = words[0].effective | words[1].effective << 32
     return bool(effective & (1 << _SYS_ADMIN | 1 << _PERFMON))
 
 
 def drop_bounding() -> None:
     """Empty the bounding set, as far as CAP_SETPCAP lets us. The other sets stay."""
-    libc = _libc()
     for number in range(_HIGHEST + 1):
         # EPERM for all, or EINVAL from the first on that this kernel does not know.
-        if libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
+        if _LIBC.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
             return
 
 
@@ -58,10 +58,9 @@ def drop_all() -> None:
     Raises:
         OSError: the kernel refuses.
     """
-    libc = _libc()
-    _clear_ambient(libc)
-    _set(libc, (_Word * 2)())
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+    _clear_ambient()
+    _set((_Word * 2)())
+    if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise _error("set no_new_privs")
 
 
@@ -71,33 +70,28 @@ def drop_inheritable() -> None:
     Raises:
         OSError: the kernel refuses.
     """
-    libc = _libc()
-    _clear_ambient(libc)
-    words = _read(libc)
+    _clear_ambient()
+    words = _read()
     for word in words:
         word.inheritable = 0
-    _set(libc, words)
+    _set(words)
 
 
-def _clear_ambient(libc: ctypes.CDLL) -> None:
+def _clear_ambient() -> None:
     # EINVAL before Linux 4.3: there is no such set.
-    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    _LIBC.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
 
 
-def _read(libc: ctypes.CDLL) -> ctypes.Array[_Word]:
+def _read() -> ctypes.Array[_Word]:
     words = (_Word * 2)()
-    if libc.capget(ctypes.byref(_Header(_VERSION_3, 0)), words) != 0:
+    if _LIBC.capget(ctypes.byref(_Header(_VERSION_3, 0)), words) != 0:
         raise _error("read capabilities")
     return words
 
 
-def _set(libc: ctypes.CDLL, words: ctypes.Array[Any]) -> None:
-    if libc.capset(ctypes.byref(_Header(_VERSION_3, 0)), words) != 0:
+def _set(words: ctypes.Array[Any]) -> None:
+    if _LIBC.capset(ctypes.byref(_Header(_VERSION_3, 0)), words) != 0:
         raise _error("set capabilities")
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
 
 
 def _error(act: str) -> OSError:
