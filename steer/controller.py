@@ -291,7 +291,8 @@ class Controller:
         self.steering = self._open_left(left.rung.backend)
         address, fd = left.notify, entries[MAILBOX].fds[0]
         self.listener = Listener(self._trusted(), self._unheard, address, fd)
-        self._open_guard(handover)
+        self._make_guard(handover)
+        self._start_guard()
         self._make_fleet(generations[left.generation])
         workers = {key: each for key, each in entries.items() if key.startswith("worker ")}
         self.fleet.adopt(generations, left.admitted, workers, entries[STEERING])
@@ -621,7 +622,7 @@ class Controller:
         generation = Generation(1, self.plan)
         self.listener = Listener(self._trusted(), self._unheard)
         self._undo.callback(self.listener.close)
-        self._open_guard(None)
+        self._make_guard(None)
         self._undo.callback(self.guard.close)
         self.steering.open_anchors()
         self.steering.open_reserve()
@@ -629,10 +630,16 @@ class Controller:
         self._undo.callback(self.fleet.abandon)
         self.keep(generation)
         self.fleet.start(self.claim.others_may_start)
+        self.fleet.save()
+        # Should we be killed before that, the kernel tells the workers to finish, see `lifeline`.
+        self._start_guard()
 
-    def _open_guard(self, handover: Handover | None) -> None:
+    def _make_guard(self, handover: Handover | None) -> None:
+        self.guard = Guard(self.claim.socket, self._settings(), self._say_as_guard, handover)
+
+    def _start_guard(self) -> None:
         try:
-            self.guard = Guard(self.claim.socket, self._settings(), self._say_as_guard, handover)
+            self.guard.start()
         except OSError as error:
             raise process.fork_error(error) from None
 

@@ -116,6 +116,7 @@ class FakeGuard(Guard):
         self._cost = cost
         with socket.socket() as control:
             super().__init__(control, Settings("growth", str(home / "growth.sock")))
+        self.start()
 
     def _fork(self) -> None:
         self.pid = self._pidfd = _NO_PID

@@ -15,7 +15,15 @@ import pytest
 from clients import answer, request
 from conftest import StartService
 from crew import PORT
-from support import DEADLINE_S, STEER, Service, eventually, is_running, lose_directory
+from support import (
+    DEADLINE_S,
+    STEER,
+    Service,
+    clean_environment,
+    eventually,
+    is_running,
+    lose_directory,
+)
 
 from steer import client
 from steer.kernel import proc, record
@@ -123,6 +131,30 @@ def test_they_finish_what_they_have_and_the_port_is_free(
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", PORT))
+
+
+KILLED_EARLY = """
+import os, signal, sys
+from steer import __main__
+from steer.kernel.custody import Guard
+
+Guard.start = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = ["steer", *{arguments!r}]
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("how", [(), command()], ids=["demo", "command"])
+def test_no_worker_is_left_of_a_start_that_is_killed_before_there_is_a_guard(
+    home: Path, netns: object, how: tuple[str, ...]
+) -> None:
+    start = KILLED_EARLY.format(arguments=["run", *BIND, "-w", "2", "--name", "test", *how])
+    done = subprocess.run([sys.executable, "-c", start], env=clean_environment(home), cwd=home)
+    assert done.returncode == -signal.SIGKILL
+    lines = (home / "run" / "steer" / "test.sock.workers").read_text().splitlines()
+    workers = [int(line.split()[0]) for line in lines]
+    assert len(workers) == 2
+    eventually(lambda: not any(map(is_running, workers)))
 
 
 def test_each_is_told_once_also_when_another_ends(service: StartService, home: Path) -> None:

@@ -45,6 +45,7 @@ def start(path, **more):
     claim(path)
     say = lambda text, _: process.write_stderr(text.encode() + b"\\n")
     guard = Guard(control, Settings("test", path, **more), say)
+    guard.start()
     return guard.pid
 
 def worker(key, *command):
@@ -63,6 +64,7 @@ def take_over(path, **more):
     handover = adopt(Path(path))
     control = handover.control
     guard = Guard(control, handover.settings, handover=handover)
+    guard.start()
     for key, entry in handover.entries.items():
         guard.put(key, entry.value, entry.fds, entry.group)
     return guard.pid
@@ -694,6 +696,7 @@ def test_settings_change(puppet: Puppet) -> None:
 def test_descriptor_that_is_not_open_is_a_mistake(home: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         guard = Guard(sock, Settings("test", str(home / "test.sock")))
+        guard.start()
         with pytest.raises(OSError, match="Bad file descriptor"):
             guard.put("x", b"", [987_654])
         assert not guard.entries

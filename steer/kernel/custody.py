@@ -61,7 +61,7 @@ def _sockets(entry: Entry) -> Sequence[int]:
 
 
 class Guard:
-    """The controller's side.
+    """The controller's side. There is no keeper before `start`.
 
     Entries' descriptors stay the caller's, and open for as long as the entry is here.
     Should the keeper be killed nothing here fails: what changes is remembered, and
@@ -77,9 +77,6 @@ class Guard:
     Attributes:
         entries: what is kept, by key.
         pid: of the keeper.
-
-    Raises:
-        OSError: no more processes, or no more files; see `process.fork_error`.
     """
 
     def __init__(
@@ -100,9 +97,19 @@ class Guard:
         self._say = say
         self._predecessor = handover.channel.sock if handover is not None else None
         self._channel: Channel | None = None
+        self._pidfd = -1
         self._record = Record(Path(settings.control))
         self._unrecorded: list[Worker] = []
+
+    def start(self) -> None:
+        """Fork the keeper, with all entries there are by now.
+
+        Raises:
+            OSError: no more processes, or no more files; see `process.fork_error`.
+        """
         self._fork()
+        for key, entry in self.entries.items():
+            self._send(key, entry)
 
     def _fork(self) -> None:
         traces, predecessor = Traces(os.getpid(), self._inode), self._predecessor
@@ -257,6 +264,8 @@ class Guard:
 
     def close(self) -> None:
         """Nothing is left to guard: the keeper ends, and ends nobody."""
+        if self._pidfd < 0:
+            return
         self._tell(Frame("close"))
         if not process.wait_for_end(self._pidfd, PATIENCE_S):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -274,10 +283,8 @@ class Guard:
         """
         self._lose()
         old = self._pidfd
-        self._fork()
+        self.start()
         os.close(old)
-        for key, entry in self.entries.items():
-            self._send(key, entry)
 
     def relocate(self, settings: Settings) -> None:
         """The control socket is another, under the same descriptor: so is the keeper, which
