@@ -70,13 +70,28 @@ class Survey:
         if all(self._tables[bind] is before.get(bind) for bind in binds) and not self.has_changed:
             return is_untold
         self.has_changed = False
-        self.odd.update(filter(self._is_odd, self._fleet.places))
+        usual = self._usual()
+        self.odd.update(
+            place
+            for place in self._fleet.places
+            if place.process and not place.process.inodes <= usual and self._is_odd(place)
+        )
         return is_untold or not (is_counted or self._are_all_empty())
 
     def _are_all_empty(self) -> bool:
         return not any(
             row.queued for table in self._tables.values() for row in (table or {}).values()
         )
+
+    def _usual(self) -> set[int]:
+        """Sockets that nothing is odd about, by inode. That is most of them, and of workers with
+        no other no more need be seen: with a thousand that would take 20 ms."""
+        return {
+            inode
+            for table in self._tables.values()
+            for inode, row in (table or {}).items()
+            if not (row.is_connected or row.device)
+        }
 
     def _is_odd(self, place: Place) -> bool:
         """Whether its sockets do not stand as they should, as far as a survey tells."""
