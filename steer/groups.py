@@ -74,6 +74,8 @@ class Groups:
         if now_s >= self._second_due_s:
             self._second_due_s = on_the_beat(now_s, LOOK_S) - TOGETHER_S
             self._look_at_all(now_s)
+        if self._fleet.clock.read_s() - now_s >= _LOOKING_S:
+            return 0.0  # the next turn of the loop is for the rest
         self._look_at_some()
         if not (self._again or self._round or self._has_come):
             return LOOK_S

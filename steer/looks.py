@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TOGETHER_S = 0.05
 """Looks that are due so soon after one another are one."""
+_STEP_S = 0.005
+"""After so long those that are still due have the next turn of the loop."""
 _AGAIN_S = 1.0
 
 
@@ -50,13 +52,15 @@ class Looks:
         return added
 
     def take(self) -> float:
-        """Those that are due; in how many seconds the next is."""
-        now_s = self._clock.read_s()
+        """Those that are due, as far as there is time; in how many seconds the next is."""
+        now_s = read_s = self._clock.read_s()
         with self._retry.spare.lent():
-            for each in self._looks:
-                if each.due_s <= now_s + TOGETHER_S:
-                    again_s = self._retry.result(each.act, each.look, _AGAIN_S)
-                    each.due_s = on_the_beat(self._clock.read_s(), again_s)
+            for each in sorted(self._looks, key=_due_s):
+                if each.due_s > now_s + TOGETHER_S or read_s - now_s >= _STEP_S:
+                    break
+                again_s = self._retry.result(each.act, each.look, _AGAIN_S)
+                read_s = self._clock.read_s()
+                each.due_s = on_the_beat(read_s, again_s)
         return self._next_in_s()
 
     def _next_in_s(self) -> float:
@@ -69,6 +73,10 @@ class Looks:
         if due_s < look.due_s:
             look.due_s = due_s
             self._clock.hurry(within_s)
+
+
+def _due_s(look: Look) -> float:
+    return look.due_s
 
 
 def on_the_beat(now_s: float, after_s: float) -> float:

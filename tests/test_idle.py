@@ -6,11 +6,13 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from fake_loop import Loop
+from growth_fakes import Cost
 
 from steer import address, groups, survey
 from steer.clock import Clock
@@ -19,12 +21,15 @@ from steer.groups import Groups
 from steer.hang import History, Verdict
 from steer.health import Health
 from steer.kernel.sockdiag import Bound
+from steer.kernel.spare import Spare
 from steer.lifecycle import State
+from steer.log import Log
 from steer.looks import Looks
 from steer.place import Place
 from steer.plan import Generation
 from steer.queues import Queues
 from steer.repair import Repair
+from steer.retry import Retry
 
 HANG_S = 2.0
 AGES_S = 40.0
@@ -75,7 +80,7 @@ class Service:
         self.anchors: dict[int, object] = {}
         self.backend = "ebpf"
         self.is_ending = False
-        self.look_s = 0.0
+        self.look_s = self.dump_s = 0.0
         self._last: dict[int, Bound] = {}
         fleet = cast(Fleet, self)
         self.health = Health(fleet, cast(Any, self.loop), lambda _: None, lambda: None)
@@ -97,6 +102,7 @@ class Service:
     def _dump(self, *_: object) -> dict[int, Bound]:
         """The same object as long as nothing has changed."""
         self.did["dump"] += 1
+        self.loop.take_s(self.dump_s)
         there = [each.slot for each in self.places if each.slot not in self.closed]
         now = {slot: Bound(self.queued.get(slot, 0), 9) for slot in there}
         if now != self._last:
@@ -266,6 +272,45 @@ def test_no_step_is_long_where_looks_are(make: Callable[..., Service]) -> None:
     assert 0 < service.did["borrow"] <= 2 * steps
     service.loop.run_s(30.0)
     assert len({key for key in service.did if key.startswith("borrow ")}) == 200
+
+
+def test_no_closer_look_is_in_the_step_of_a_survey_that_took_long(
+    make: Callable[..., Service],
+) -> None:
+    service = make(200)
+    service.look_s, service.dump_s = groups._LOOKING_S, 2 * groups._LOOKING_S
+    service.came += 1
+    service.loop.run_s(30.0)
+    assert len({key for key in service.did if key.startswith("borrow ")}) == 200
+    assert max(service.loop.steps_s) < service.dump_s + service.look_s
+
+
+def test_a_survey_goes_through_many_workers_quickly(make: Callable[..., Service]) -> None:
+    """As each second some of them change while a thousand are replaced."""
+    service = make(1000)
+    service.groups.changed(service.places[0])
+    with (cost := Cost()).of_steps():
+        service.groups._survey.take(True)
+    assert cost["steps"] < 40 * 1000
+
+
+def test_looks_that_take_long_have_turns_of_their_own() -> None:
+    loop = Loop()
+    clock = Clock(loop.read_s)
+    looks = Looks(clock, Retry(Log("error", "text"), Spare(0)))
+    taken: Counter[int] = Counter()
+
+    def look(number: int) -> float:
+        taken[number] += 1
+        loop.take_s(0.004)
+        return 0.0 if number == 0 else 1.0
+
+    for number in range(6):
+        looks.add(str(number), partial(look, number), 1.0)
+    clock.run(loop, looks.take)
+    loop.run_s(10.0)
+    assert max(loop.steps_s) < 0.01
+    assert {taken[number] for number in range(1, 6)} <= {9, 10}, "one that is always due is no bar"
 
 
 @pytest.mark.parametrize("number", [10, 1000])
