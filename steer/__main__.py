@@ -38,7 +38,7 @@ def _command() -> Callable[[], None]:
 
 
 def _without_click(name: str = "", *arguments: str) -> Callable[[], None] | None:
-    """`run` and `status`, as they are mostly given."""
+    """`run`, `status`, and what acts on a running service, as they are mostly given."""
     if "_STEER_COMPLETE" in os.environ:
         return None
     if name == "run":
@@ -55,6 +55,15 @@ def _without_click(name: str = "", *arguments: str) -> Callable[[], None] | None
 
         if (asked := look.plain(arguments)) is not None:
             return lambda: entry.guarded(lambda: look.perform(asked))
+    else:
+        from steer import ask
+
+        if name in ask.COMMANDS:
+            _import_libraries()
+            from steer import entry
+
+            if (act := ask.plain(name, arguments)) is not None:
+                return lambda: entry.guarded(act)
     return None
 
 

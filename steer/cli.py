@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from steer import __version__, entry
+from steer import __version__, ask, entry
 from steer.arguments import Command, TakesCommand, given_command, service_options, with_options
 from steer.options import RUN_OPTIONS, Given, Source
 
@@ -75,7 +75,7 @@ def _numbered(number: str) -> Callable[[Command], Command]:
         if len(name) > 1:
             raise click.UsageError(f"Got unexpected extra argument ({text})", context)
         try:
-            found = _READ[number](text)
+            found = ask.NUMBERS[number](text)
         except values.Invalid as error:
             if name and _is_number(number, name[0]):
                 right = f"{context.command_path} {text} {name[0]}"
@@ -95,33 +95,13 @@ def _numbered(number: str) -> Callable[[Command], Command]:
     )
 
 
-def _workers(text: str) -> Mapping[str, int]:
-    """So many, or with a sign so many more or fewer. Raises values.Invalid."""
-    from steer import config, values
-
-    if text[:1] not in ("+", "-"):
-        return {"workers": values.whole_number(text, 0, config.MAX_WORKERS)}
-    number = values.whole_number(text[1:], 1, config.MAX_WORKERS)
-    return {"more": number if text[0] == "+" else -number}
-
-
-def _slot(text: str) -> Mapping[str, int]:
-    """Raises values.Invalid."""
-    from steer import abi, values
-
-    return {"slot": values.whole_number(text, 0, abi.MAX_SLOTS - 1)}
-
-
 def _is_number(number: str, text: str) -> bool:
     from steer import values
 
     try:
-        return bool(_READ[number](text))
+        return bool(ask.NUMBERS[number](text))
     except values.Invalid:
         return False
-
-
-_READ: Mapping[str, Callable[[str], Mapping[str, int]]] = {"N": _workers, "SLOT": _slot}
 
 
 @cli.command(cls=TakesCommand)
@@ -183,24 +163,9 @@ def status(name: str | None, as_json: bool, watch: bool, control_socket: str | N
 @click.option("--quick", is_flag=True, help="Do not wait for what is under way.")
 @_AS_JSON
 @_CONTROL_SOCKET
-def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | None) -> None:
+def stop(name: str | None, **how: Any) -> None:
     """Stop a service; return when it has ended."""
-    from steer import client, show
-
-    left = client.left(os.environ, name, control_socket)
-    if len(left) == 1:
-        called = left[0].name
-        with show.progress(f"stop {called}"):
-            client.end_left(left[0], quick, directory=control_socket is None)
-    else:
-        path = client.locate(name, control_socket, os.environ)
-        called = name or path.stem
-        with show.progress(f"stop {called}") as progress:
-            client.stop(path, quick, progress)
-    if as_json:
-        _print_json({"stopped": called})
-    else:
-        click.echo(f"stopped {called}")
+    ask.stop(name, **how)
 
 
 @cli.command()
@@ -213,7 +178,7 @@ def reload(name: str | None, **how: Any) -> None:
     The old ones end when as many new ones are ready. If those do not come up, nothing
     changes.
     """
-    _ask("reload", "reloaded", name, **how)
+    ask.perform("reload", name, **how)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})  # -1 is none
@@ -222,7 +187,7 @@ def reload(name: str | None, **how: Any) -> None:
 @_CONTROL_SOCKET
 def scale(named: _Named, **how: Any) -> None:
     """Run N workers from now on; +N or -N: so many more or fewer."""
-    _ask("scale", "scaled", named[0], **named[1], **how)
+    ask.perform("scale", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -234,7 +199,7 @@ def drain(named: _Named, **how: Any) -> None:
 
     It goes on with what it has.
     """
-    _ask("drain", "drained", named[0], **named[1], **how)
+    ask.perform("drain", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -243,7 +208,7 @@ def drain(named: _Named, **how: Any) -> None:
 @_CONTROL_SOCKET
 def undrain(named: _Named, **how: Any) -> None:
     """Send to the worker in SLOT again."""
-    _ask("undrain", "undrained", named[0], **named[1], **how)
+    ask.perform("undrain", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -252,7 +217,7 @@ def undrain(named: _Named, **how: Any) -> None:
 @_CONTROL_SOCKET
 def restart(named: _Named, **how: Any) -> None:
     """Replace the worker in SLOT; it ends when the new one is ready."""
-    _ask("restart", "restarted", named[0], **named[1], **how)
+    ask.perform("restart", named[0], **named[1], **how)
 
 
 @cli.command()
@@ -268,41 +233,12 @@ def policy(
 
     POLICY is a name, or the path of a file: ./mine.c. No connection is lost or goes astray.
     """
-    from steer.policy import OWN_SUFFIX
-
     if not named:
         raise click.UsageError("Missing argument 'POLICY'.")
     *name, chosen = named
     if len(name) > 1:
         raise click.UsageError(f"Got unexpected extra argument ({chosen})")
-    if chosen.endswith(OWN_SUFFIX):
-        chosen = os.path.abspath(chosen)
-    shares = weights.split(",") if weights else None
-    whom = name[0] if name else None
-    _ask("policy", "changed", whom, policy=chosen, params=params or None, weights=shares, **how)
-
-
-def _ask(
-    command: str,
-    done: str,
-    name: str | None,
-    as_json: bool,
-    control_socket: str | None,
-    **more: Any,
-) -> None:
-    """Have a service do it, and say what was done."""
-    import msgspec
-
-    from steer import client, show
-
-    path = client.locate(name, control_socket, os.environ)
-    called = name or path.stem
-    with show.progress(f"{command} {called}") as progress:
-        outcome = client.perform(path, command, progress, **more)
-    if as_json:
-        _print_json({done: called, **msgspec.to_builtins(outcome)})
-    else:
-        click.echo(f"{done} {called}: {outcome}")
+    ask.choose(name[0] if name else None, chosen, weights, params, **how)
 
 
 @cli.group(invoke_without_command=True)

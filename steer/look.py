@@ -11,6 +11,7 @@ import msgspec
 
 from steer import client, report, show, tables
 from steer.errors import NotRunning
+from steer.options import words
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -30,24 +31,12 @@ def plain(arguments: Sequence[str]) -> Asked | None:
     Returns:
         The same as click finds; None where only that can tell, or say what is wrong.
     """
-    flags, names, control_socket = set[str](), list[str](), None
-    words = iter(arguments)
-    for word in words:
-        option, has_value, value = word.partition("=")
-        if word in ("--json", "--watch"):
-            flags.add(word)
-        elif option == "--control-socket":
-            control_socket = value if has_value else next(words, "-")
-            if control_socket.startswith("-"):
-                return None
-        elif word.startswith("-"):
-            return None
-        else:
-            names.append(word)
-    if len(names) > 1:
+    flags = {"--json": "as_json", "--watch": "watch"}
+    read = words(arguments, flags, {"--control-socket": "control_socket"})
+    if read is None or len(read[0]) > 1:
         return None
-    name = names[0] if names else None
-    return Asked(name, "--json" in flags, "--watch" in flags, control_socket)
+    names, given = read
+    return Asked(names[0] if names else None, **given)
 
 
 def perform(asked: Asked) -> None:

@@ -185,6 +185,35 @@ def plain(arguments: Sequence[str]) -> Given | None:
     return Given(given, tuple(command))
 
 
+def words(
+    arguments: Sequence[str], flags: Mapping[str, str], valued: Mapping[str, str]
+) -> tuple[list[str], dict[str, Any]] | None:
+    """The arguments of a command that are no options, and by key what its options are given.
+
+    Args:
+        flags, valued: the keys of its options without and with a value, by their names.
+
+    Returns:
+        The same as click finds; None where only that can tell, or say what is wrong.
+    """
+    names: list[str] = []
+    given = {**dict.fromkeys(flags.values(), False), **dict.fromkeys(valued.values())}
+    rest = iter(arguments)
+    for word in rest:
+        option, has_value, value = word.partition("=")
+        if word in flags:
+            given[flags[word]] = True
+        elif option in valued:
+            given[valued[option]] = value = value if has_value else next(rest, "-")
+            if value.startswith("-"):
+                return None
+        elif word.startswith("-"):
+            return None
+        else:
+            names.append(word)
+    return names, given
+
+
 class Source:
     """Where the configuration comes from: called, it is read anew, all of it.
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 from conftest import StartService
@@ -23,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import clean_environment, eventually
 
-from steer import cli, look, report
+from steer import ask, cli, look, report
 from steer.control import Tell
 from steer.controller import Controller
 from steer.kernel import process
@@ -85,8 +86,10 @@ async def tells(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
     return {"service": web}
 
 
-WORDS = ("web", "--json", "--watch", "-x", "--", "", "--jso", "a=b", "--json=1")
+WORDS = ("web", "--json", "--watch", "--quick", "-x", "--", "", "--jso", "a=b", "--json=1")
+NUMBERS = ("1", "0", "+2", "-1", "+", "1e3", "99999999", "hash", "./mine.c")
 AT = ("--control-socket", "--control-socket=/a", "--control-socket=", "--control-socket=-")
+SHARES = ("--weights", "--weights=1,2", "--weights=", "--param", "--param=a=1")
 
 
 @given(st.lists(st.sampled_from(WORDS + AT), max_size=5))
@@ -96,6 +99,40 @@ def test_status_is_read_without_click_as_with_it(arguments: list[str]) -> None:
     if found is not None:
         context = cli.status.make_context("status", list(arguments))
         assert found == look.Asked(**context.params)
+
+
+@pytest.mark.parametrize("command", ["reload", "scale", "drain", "restart", "policy", "stop"])
+@given(arguments=st.lists(st.sampled_from(WORDS + NUMBERS + AT + SHARES), max_size=5))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_an_act_is_read_without_click_as_with_it(command: str, arguments: list[str]) -> None:
+    done: list[object] = []
+
+    def note(*given: object, **how: object) -> None:
+        done.append((given, how))
+
+    with patch.multiple(ask, perform=note, stop=note):
+        act = ask.plain(command, arguments)
+        if act is not None:
+            act()
+            cli.cli([command, *arguments], standalone_mode=False)
+            assert done[0] == done[1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("reload", "reload web --json", "scale 3", "scale web +1", "drain 0", "undrain web 1"),
+        *("restart 2", "policy hash", "policy web ./mine.c --weights 1,2", "stop web --quick"),
+    ],
+)
+def test_an_act_imports_no_click(home: Path, line: str) -> None:
+    code = SHOW.format(arguments=line.split()).replace("assert not end.code", "assert end.code")
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=clean_environment(home), cwd=home, capture_output=True, text=True
+    )
+    assert "steer.client" in done.stdout.split(), done.stderr
+    assert not HEAVY.intersection(done.stdout.split())
 
 
 AS_EVER = """
