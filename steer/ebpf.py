@@ -14,50 +14,19 @@ import msgspec
 from steer import abi, choice, counting, reserve, table
 from steer.anchor import Anchors, is_left_to_hash
 from steer.choice import Choice
+from steer.choices import Choices
 from steer.config import Service
 from steer.counting import Counting
+from steer.ebpf_group import Group
 from steer.errors import KernelError
-from steer.kernel import bpf, listeners, sockets
+from steer.kernel import listeners, sockets
 from steer.plan import Plan
-from steer.reserve import Put, Reserve
 from steer.steering import Counts, Lend, Own, may_be_lost
 from steer.table import Layout, Member
 
-_KEPT = 8
-"""Policies that were in force, to be so again without loading."""
 NO_CONNECTIONS = "datagrams are no connections: only those over TCP count, and ties go in turn"
 NOT_COUNTED = "open connections are not counted"
 SAMPLED = "chosen by what waits at each worker, looked at every so often"
-
-
-class _Group:
-    """One bind's own maps and sockets; whatever the policy, they stay.
-
-    The turn counters of the CPUs start apart: were they together, the first
-    connections of every CPU would all go to the first slot.
-    """
-
-    def __init__(self, plan: Plan, reserve_bound: Put, put_reserve: Put) -> None:
-        cpus = len(plan.topology.possible)
-        with ExitStack() as undo:
-            self.maps = {
-                name: undo.enter_context(bpf.Map(name, plan.slots + reserve.COUNT))
-                for name in ("sockets", "counts", "cpus")
-            }
-            self.sockets, self.counts, self.cpus = self.maps.values()
-            starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
-            self.cpus.put(0, b"".join(abi.CPU.pack(at << 32 | at, _seed(), 0, 0) for at in starts))
-            self.reserve = Reserve(reserve_bound, put_reserve)
-            undo.callback(self.reserve.close)
-            self.close = undo.pop_all().close
-
-    def descriptors(self) -> Sequence[int]:
-        return [each.fileno() for each in self.maps.values()]
-
-    def receive(self, fds: Sequence[int]) -> None:
-        """Go on with the maps of one that is gone."""
-        for each, fd in zip(self.maps.values(), fds, strict=True):
-            each.become(fd)
 
 
 class _Saved(msgspec.Struct):
@@ -84,27 +53,26 @@ class Ebpf:
         self._anchors = Anchors()
         self._joined: set[int] = set()
         self._cpus = len(plan.topology.possible)
-        self._choice: Choice
-        self._choices: list[Choice] = []
+        self._choices = Choices(self._load)
         self._reserve_stamps: Sequence[int] = ()
         over_tcp = sum(bind.protocol == "tcp" for bind in plan.binds)
         with ExitStack() as undo:
             self._counting = counting or Counting((plan.slots + reserve.COUNT) * over_tcp)
             undo.callback(self._close_counting)
-            self._groups: list[_Group] = []
+            self._groups: list[Group] = []
             for index in range(len(plan.binds)):
                 at = partial(self._join_reserve, index)
-                self._groups.append(_Group(plan, self._count_reserve, at))
+                self._groups.append(Group(plan, self._count_reserve, at))
                 undo.callback(self._groups[-1].close)
             undo.callback(self._anchors.close)
-            undo.callback(self._close_choices)
+            undo.callback(self._choices.close)
             if not empty:
-                self._put_in_force(self._load(plan))
+                self._choices.put_in_force(self._load(plan))
             self.close = undo.pop_all().close
 
-    def _close_choices(self) -> None:
-        for each in self._choices:
-            each.close()
+    @property
+    def _choice(self) -> Choice:
+        return self._choices.current
 
     def _load(self, plan: Plan) -> Choice:
         groups = [{**each.maps, **self._counting.maps} for each in self._groups]
@@ -267,7 +235,7 @@ class Ebpf:
             self._choice.become(plan)
             self.steer(members)
             return
-        fresh = self._known(plan) or self._load(plan)
+        fresh = self._choices.for_plan(plan)
         try:
             fresh.follow(self._choice)
             fresh.become(plan)
@@ -275,36 +243,15 @@ class Ebpf:
             self._attach(fresh, lend)
             fresh.begin()
         except BaseException:
-            self._forget(fresh)
+            self._choices.forget(fresh)
             raise
         self._plan = plan
         before = self._choice
-        self._put_in_force(fresh)
+        self._choices.put_in_force(fresh)
         before.left()
         if before.remembers():
             # What it knows is soon not true any more, and may be large.
-            self._forget(before)
-
-    def _known(self, plan: Plan) -> Choice | None:
-        """One that was in force before, and is not to be loaded anew."""
-        for each in self._choices:
-            if each.has_rested and each.can_become(plan):
-                return each
-        return None
-
-    def _put_in_force(self, chosen: Choice) -> None:
-        """The last of those that are kept."""
-        if chosen in self._choices:
-            self._choices.remove(chosen)
-        self._choices.append(chosen)
-        self._choice = chosen
-        while len(self._choices) > _KEPT:
-            self._forget(self._choices[0])
-
-    def _forget(self, chosen: Choice) -> None:
-        if chosen in self._choices:
-            self._choices.remove(chosen)
-        chosen.close()
+            self._choices.forget(before)
 
     def _attach(self, chosen: Choice, lend: Lend) -> None:
         """To every group; a group without a socket gets it with the first."""
@@ -464,7 +411,7 @@ class Ebpf:
         saved = msgspec.convert(value, type=_Saved, strict=False)
         rest = iter(fds)
         of_choice = list(islice(rest, len(saved.choice.maps) + len(self._groups)))
-        self._put_in_force(Choice.receive(self._plan, saved.choice, of_choice))
+        self._choices.put_in_force(Choice.receive(self._plan, saved.choice, of_choice))
         for group in self._groups:
             group.receive(list(islice(rest, len(group.maps))))
         for group, count in zip(self._groups, saved.reserves, strict=True):
@@ -472,8 +419,3 @@ class Ebpf:
         self._anchors.receive(saved.anchored, islice(rest, len(saved.anchored)))
         self._counting.restore(saved.counting, list(rest))
         self._has_served = self._somebody = True
-
-
-def _seed() -> int:
-    """For steer_random(), which never leaves 0."""
-    return int.from_bytes(os.urandom(4)) | 1
