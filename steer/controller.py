@@ -244,6 +244,7 @@ class Controller:
         self.fleet: Fleet
         self.listener: Listener
         self._undo = undo
+        self._lost: Sequence[services.Running] = ()
         self._unheard = Unheard(log.warning)
         self._open_before = descriptors.open_descriptors()
         self._files = descriptors.allow_descriptors(self._open_before + plan.descriptors)
@@ -262,7 +263,7 @@ class Controller:
         """
         service = self.plan.service
         places = rundir.places(self.plan.name, service.control_socket, self.environment)
-        rundir.await_guard(places, self.environment)
+        self._lost = rundir.await_guard(places, self.environment)
         for path in places:
             # Another user's is none of ours; whether a place is left is seen to later.
             handover = custody.adopt(path) if os.access(path, os.W_OK) else None
@@ -533,8 +534,10 @@ class Controller:
 
     def _claim_name(self, _step: Step) -> None:
         service = self.plan.service
-        self._end_abandoned()
-        self.claim = rundir.Claim(self.plan.name, service.control_socket, self.environment)
+        free = self._end_abandoned()
+        self.claim = rundir.Claim(
+            self.plan.name, service.control_socket, self.environment, places=free
+        )
         self._undo.callback(self.claim.release)
         if self.claim.refusals:
             places = "; ".join(self.claim.refusals)
@@ -552,11 +555,13 @@ class Controller:
         self.guard.relocate(self._settings())
         self.log.warning("control socket %s was gone; it is %s now", before, self.claim.path)
 
-    def _end_abandoned(self) -> None:
+    def _end_abandoned(self) -> Sequence[Path]:
         """Workers whose controller and guard were both killed hold the ports, and nobody can
-        adopt them."""
+        adopt them. Returns where the control socket may be."""
         service, name = self.plan.service, self.plan.name
-        places = rundir.refuse_taken(name, service.control_socket, self.environment)
+        places = rundir.refuse_taken(
+            name, service.control_socket, self.environment, lost=self._lost
+        )
         # To look through all processes takes time, and is for nothing where ports are free.
         is_held = any(map(sockets.is_held, self.plan.binds))
         unattended = services.unattended(self.environment) if is_held else ()
@@ -568,6 +573,7 @@ class Controller:
                 self.log.warning("ending %s whose controller and guard were killed", count)
                 end = partial(abandoned.end, left, service.graceful_timeout, False)
                 while_heard("end workers that were left", end)
+        return places
 
     def _write_pid(self) -> Callable[[], None]:
         path = self.plan.service.pid

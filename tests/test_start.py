@@ -242,6 +242,30 @@ def test_a_worker_collects_its_garbage() -> None:
     process.is_done(pid)
 
 
+COUNTS = """
+import sys
+from steer import __main__
+from steer.kernel import unix
+
+looks, may_listen = [], unix.may_listen
+unix.may_listen = lambda *given: looks.append(given) or may_listen(*given)
+sys.argv = ["steer", "run", "--demo", "--pid", "/no/such/directory/file"]
+try:
+    __main__.main()
+except SystemExit:
+    print(len(looks))
+"""
+
+
+def test_unix_sockets_of_others_are_looked_at_once(home: Path) -> None:
+    """There may be thousands, and it takes a microsecond for each."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTS], env=clean_environment(home), capture_output=True, text=True
+    )
+    assert "write pid file" in done.stderr  # after the name was claimed
+    assert done.stdout == "1\n"
+
+
 STARTS = """
 import os, socket, time
 

@@ -10,7 +10,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from steer.errors import ControlError
@@ -182,6 +182,7 @@ class Claim:
         wanted: path of the control socket; None looks for a directory.
         turn_s: how long to wait for another service that is starting; None: as a start does.
         ours: inode of a control socket that may have the name already.
+        places: as `refuse_taken` returned them a moment ago.
 
     Attributes:
         path: of the control socket.
@@ -200,10 +201,11 @@ class Claim:
         environment: Mapping[str, str],
         turn_s: float | None = None,
         ours: int | None = None,
+        places: Sequence[Path] | None = None,
     ) -> None:
         self.remove_directory = wanted is None
         self.refusals: list[str] = []
-        for path in refuse_taken(name, wanted, environment, ours):
+        for path in places or refuse_taken(name, wanted, environment, ours):
             try:
                 self._take(name, path, _TURN_S if turn_s is None else turn_s)
                 return
@@ -305,12 +307,17 @@ def remove(path: Path, wanted: int | None, directory: bool) -> None:
 
 
 def refuse_taken(
-    name: str, wanted: str | None, environment: Mapping[str, str], ours: int | None = None
+    name: str,
+    wanted: str | None,
+    environment: Mapping[str, str],
+    ours: int | None = None,
+    lost: Sequence[services.Running] | None = None,
 ) -> list[Path]:
     """Where the control socket may be, unless a service of that name is running.
 
     Args:
         ours: inode of a control socket that may have the name.
+        lost: as `await_guard` returned them a moment ago.
 
     Raises:
         ControlError: one is; or no path is short enough.
@@ -319,7 +326,7 @@ def refuse_taken(
     _refuse_too_long(name, found)
     for path in found:
         _refuse_if_answering(name, path)
-    for each in unreachable(found, environment):
+    for each in unreachable(found, environment) if lost is None else lost:
         if each.inode != ours:
             raise running(name, f"pid {each.pid}", each.path)
     return found
@@ -345,16 +352,23 @@ def unreachable(paths: Iterable[Path], environment: Mapping[str, str]) -> list[s
     return [each for each in found if each.path in missing and each.is_gone]
 
 
-def await_guard(paths: Iterable[Path], environment: Mapping[str, str]) -> None:
+def await_guard(
+    paths: Iterable[Path], environment: Mapping[str, str]
+) -> Sequence[services.Running]:
     """Where a control socket at one of these was removed while no controller is there, wait until
-    the guard process has made it again: for a moment, as it may be stopped."""
+    the guard process has made it again: for a moment, as it may be stopped.
+
+    Returns:
+        Those that are `unreachable` then.
+    """
     from steer.kernel import process
 
     end_s = time.monotonic() + RENEWED_S
     places = list(paths)
-    while time.monotonic() < end_s:
-        if not any(each.title.role == GUARD for each in unreachable(places, environment)):
-            return
+    while True:
+        lost = unreachable(places, environment)
+        if all(each.title.role != GUARD for each in lost) or time.monotonic() >= end_s:
+            return lost
         process.pause(_RENEWAL_S)
 
 
