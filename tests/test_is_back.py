@@ -26,7 +26,7 @@ def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch)
     )
     waiting = iter(seen[1:])  # not asked of one that has not acted
     monkeypatch.setattr(health, "waits", lambda _: next(waiting))
-    monkeypatch.setattr(health.proc, "is_stopped", lambda _: False)
+    monkeypatch.setattr(health, "is_stopped", lambda _: False)
     made = Health.__new__(Health)
     fleet: Any = SimpleNamespace(clock=SimpleNamespace(now_s=lambda: 0.0))
     made._fleet = fleet
