@@ -30,7 +30,10 @@ from steer.kernel.keeper import Settings
 PUPPET = """
 import json, os, select, signal, socket, subprocess, sys, traceback
 from pathlib import Path
-from steer.kernel import custody, keeper, process
+from steer.kernel import custody
+from steer.kernel import keeper
+from steer.kernel import process
+from steer.kernel import stdio
 from steer.kernel.custody import Guard, adopt
 from steer.kernel.keeper import Settings
 
@@ -43,7 +46,7 @@ def claim(path):
 def start(path, **more):
     global guard
     claim(path)
-    say = lambda text, _: process.write_stderr(text.encode() + b"\\n")
+    say = lambda text, _: stdio.write_stderr(text.encode() + b"\\n")
     guard = Guard(control, Settings("test", path, **more), say)
     guard.start()
     return guard.pid
