@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 import struct
 import sys
 import time
@@ -132,12 +133,29 @@ class Map(Descriptor):
         No child has it (madvise(2), MADV_DONTFORK): a worker runs other people's code, and
         could write there whom the kernel is to choose.
         """
-        memory = mmap.mmap(self._fd, _pages(self.spec.value_bytes))
+        memory = _Memory(self._fd, _pages(self.spec.value_bytes))
         memory.madvise(mmap.MADV_DONTFORK)
         return memory
 
     def _key(self, key: int) -> bytes:
         return key.to_bytes(self.spec.key_bytes, sys.byteorder)
+
+
+class _Memory(mmap.mmap):
+    """Unmapped by `close` only, and only by the process that mapped it.
+
+    A child has something else at its address, maybe: there it is not even to be freed, as that
+    would unmap it. So it holds itself until it is closed.
+    """
+
+    def __init__(self, _fd: int, _length: int) -> None:
+        self._mapped_by = os.getpid()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+    def close(self) -> None:
+        if not self.closed and os.getpid() == self._mapped_by:
+            super().close()
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(self))
 
 
 class _Btf(Descriptor):
