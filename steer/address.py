@@ -75,8 +75,11 @@ class Bind(msgspec.Struct, frozen=True):
         return f"{self.protocol} {host}:{self.port}"
 
 
-def parse(text: str) -> Bind:
+def parse(text: str, *, any_port: bool = False) -> Bind:
     """Read an address.
+
+    Args:
+        any_port: port 0 may be given too, for one that is free.
 
     Raises:
         ConfigError: it is not one of ALLOWED.
@@ -86,7 +89,7 @@ def parse(text: str) -> Bind:
     if not match:
         raise ConfigError(act, "malformed", f"{did_you_mean(text)} allowed: {ALLOWED}".lstrip())
     port = int(match["port"])
-    if not 1 <= port <= 65535:
+    if not (0 if any_port else 1) <= port <= 65535:
         raise ConfigError(act, f"port {port} is not in 1..65535")
     return Bind(match["protocol"] or "tcp", _numeric(match["v6"], match["host"], act), port)
 

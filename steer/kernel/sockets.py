@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 
+import msgspec
+
 from steer import abi, cbpf, features, socket_options, values
 from steer.address import COPIES, Bind
 from steer.errors import BindError, KernelError
@@ -126,6 +128,22 @@ def check_free(bind: Bind, settings: Sequence[Setting] = ()) -> None:
         with _socket(bind) as sock:
             sockopt.apply(sock, socket_options.of(settings, bind.protocol))
             sock.bind((bind.address, bind.port))
+    except OSError as error:
+        raise bind_error(bind, error) from None
+
+
+def with_port(bind: Bind) -> Bind:
+    """The same with a port that is free now, if it has port 0.
+
+    Raises:
+        BindError: the address cannot be had.
+    """
+    if bind.port:
+        return bind
+    try:
+        with _socket(bind) as sock:
+            sock.bind((bind.address, 0))
+            return msgspec.structs.replace(bind, port=sock.getsockname()[1])
     except OSError as error:
         raise bind_error(bind, error) from None
 
