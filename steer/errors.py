@@ -39,6 +39,10 @@ class BindError(SteerError):
     """An address that cannot be listened on."""
 
 
+class GroupError(SteerError):
+    """What a `ReuseportGroup` cannot do with this slot, with this socket or in this process."""
+
+
 class ControlError(SteerError):
     """A control socket that cannot be made, reached or understood."""
 
