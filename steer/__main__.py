@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from types import ModuleType
 
 
 def main() -> None:
@@ -45,12 +44,12 @@ def _without_click(name: str = "", *arguments: str) -> Callable[[], None] | None
         from steer import options
 
         if (given := options.plain(arguments)) is not None:
-            _import_libraries()
+            _import_msgspec()
             from steer import entry, run
 
             return lambda: entry.guarded(lambda: run.perform(given))
     elif name == "status":
-        _import_libraries()
+        _import_msgspec()
         from steer import entry, look
 
         if (asked := look.plain(arguments)) is not None:
@@ -59,7 +58,7 @@ def _without_click(name: str = "", *arguments: str) -> Callable[[], None] | None
         from steer import ask
 
         if name in ask.COMMANDS:
-            _import_libraries()
+            _import_msgspec()
             from steer import entry
 
             if (act := ask.plain(name, arguments)) is not None:
@@ -67,41 +66,16 @@ def _without_click(name: str = "", *arguments: str) -> Callable[[], None] | None
     return None
 
 
-def _import_libraries() -> None:
-    """msgspec and pathlib, without what these import and never use here: that takes longer than
-    they do themselves.
-
-    typing_extensions has nothing for msgspec that `typing` has not had since Python 3.11. Of the
-    others one function is called, by uuid when it is imported, and by `Path.as_uri()`; Python 3.13
-    does without them itself.
-    """
-    spared: dict[str, ModuleType | None] = {
-        "platform": _module("platform", system=lambda: os.uname().sysname),
-        "typing_extensions": None,
-        "urllib.parse": _module("urllib.parse", quote_from_bytes=_quote_from_bytes),
-    }
-    missing = spared.keys() - sys.modules.keys()
-    for name in missing:
-        sys.modules[name] = spared[name]  # type: ignore[assignment]
+def _import_msgspec() -> None:
+    """Without typing_extensions, which it uses where that is installed. It takes as long as msgspec
+    itself, and since Python 3.11 has nothing for msgspec that `typing` has not."""
+    if "typing_extensions" in sys.modules:
+        return
+    sys.modules["typing_extensions"] = None  # type: ignore[assignment]
     try:
-        import pathlib  # noqa: F401
-
         import msgspec  # noqa: F401
     finally:
-        for name in missing:
-            del sys.modules[name]
-
-
-def _module(name: str, **functions: Callable[..., str]) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(functions)
-    return module
-
-
-def _quote_from_bytes(path: bytes) -> str:
-    from urllib.parse import quote_from_bytes
-
-    return quote_from_bytes(path)
+        del sys.modules["typing_extensions"]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -32,8 +31,8 @@ from steer.kernel import process
 ON_ONE_CPU = ("taskset", "-c", "0")
 
 HEAVY = {
-    *("asyncio", "bcc", "click", "dataclasses", "hashlib", "inspect", "logging", "platform"),
-    *("rich", "ssl", "subprocess", "threading", "traceback", "typing_extensions", "urllib.parse"),
+    *("asyncio", "bcc", "click", "dataclasses", "hashlib", "inspect", "logging"),
+    *("rich", "ssl", "subprocess", "threading", "traceback", "typing_extensions"),
 }
 
 SHOW = """
@@ -133,26 +132,6 @@ def test_an_act_imports_no_click(home: Path, line: str) -> None:
     )
     assert "steer.client" in done.stdout.split(), done.stderr
     assert not HEAVY.intersection(done.stdout.split())
-
-
-AS_EVER = """
-import sys
-from steer import __main__
-
-__main__._import_libraries()
-assert not {"platform", "typing_extensions", "urllib.parse"} & sys.modules.keys()
-import pathlib, uuid
-print(pathlib.Path("/a b").as_uri(), uuid._LINUX)
-import platform, urllib.parse
-print(platform.python_version(), urllib.parse.quote("a b"))
-"""
-
-
-def test_what_is_spared_is_there_for_whoever_wants_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", AS_EVER], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines() == ["file:///a%20b True", f"{platform.python_version()} a%20b"]
 
 
 def test_help_imports_only_click(home: Path) -> None:
