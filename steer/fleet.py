@@ -375,6 +375,10 @@ class Fleet:
         """See `Rotation.has_settled`."""
         return self._rotation.has_settled(flip)
 
+    def when_settled(self, act: str, do: Callable[[], object], flip: int) -> None:
+        """See `Rotation.when_settled`."""
+        self._rotation.when_settled(act, do, flip)
+
     @property
     def retired(self) -> Counts:
         """What was counted for slots since given up."""

@@ -15,7 +15,9 @@ import asyncio
 import heapq
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,7 +44,10 @@ _LOOK_AT_FLOWS_S = 0.25
 _FLOWS_UNTIL = 0.9
 """So much of --graceful-timeout flows may go on."""
 _TURN_S = _REST_S = 0.005
-"""So long workers are looked at without a break, and so long the loop is others' then."""
+"""So long workers are looked at again without a break, and so long the loop is others' then."""
+_FIRST_TURN_S = 0.001
+"""So long those are looked at for the first time, each turn of the loop: a reload waits for all of
+them, and who asks for something meanwhile for some turns."""
 
 _Pauses = Generator[float, None, None]
 """What is done for one worker, with so many seconds in between."""
@@ -59,10 +64,15 @@ class _Handle(Protocol):
 
 
 class Settling:
-    """One worker's."""
+    """One worker's.
 
-    def __init__(self, place: Place, pauses: _Pauses) -> None:
+    Args:
+        flip: before which nobody looks.
+    """
+
+    def __init__(self, place: Place, flip: int, pauses: _Pauses) -> None:
         self.place = place
+        self.flip = flip
         self.pauses = pauses
         self.is_cancelled = False
 
@@ -84,6 +94,8 @@ class Settler:
         self._fleet = fleet
         self._loop = loop
         self._now_s = now_s
+        self._first: deque[Settling] = deque()
+        self._flip = -1
         self._due: list[tuple[float, int, Settling]] = []
         self._number = count()
         self._turn_s = math.inf
@@ -92,9 +104,13 @@ class Settler:
 
     def begin(self, place: Place) -> Settling:
         """For a worker that was just taken out of the table, or is about to be in this turn."""
-        settling = Settling(place, self._settle(place))
-        self._put(settling, 0.0)
-        self._call(0.0)
+        flip = self._fleet.flip_now_due()
+        settling = Settling(place, flip, self._settle(place))
+        self._first.append(settling)
+        if flip != self._flip or self._fleet.has_settled(flip):
+            self._flip = flip
+            begin = partial(self._call, 0.0)
+            self._fleet.when_settled("look at workers that are to end", begin, flip)
         return settling
 
     def _put(self, settling: Settling, pause_s: float) -> None:
@@ -111,13 +127,32 @@ class Settler:
     def _turn(self) -> None:
         """Look at those who are due, as long as there is time."""
         self._turn_s, self._next = math.inf, None
-        now_s = began_s = self._now_s()
         with self._fleet.retry.spare.lent():
-            while self._due and self._due[0][0] <= began_s and now_s - began_s < _TURN_S:
-                self._go_on(heapq.heappop(self._due)[-1])
-                now_s = self._now_s()
-        if self._due:
-            self._call(max(_REST_S, self._due[0][0] - now_s))
+            if self._is_first_due:
+                self._look_at_first()
+            else:
+                self._look_again()
+        if self._is_first_due:
+            self._call(0.0)
+        elif self._due:
+            self._call(max(_REST_S, self._due[0][0] - self._now_s()))
+
+    @property
+    def _is_first_due(self) -> bool:
+        return bool(self._first) and self._fleet.has_settled(self._first[0].flip)
+
+    def _look_at_first(self) -> None:
+        end_s = self._now_s() + _FIRST_TURN_S
+        while self._is_first_due:
+            self._go_on(self._first.popleft())
+            if self._now_s() >= end_s:
+                break
+
+    def _look_again(self) -> None:
+        now_s = began_s = self._now_s()
+        while self._due and self._due[0][0] <= began_s and now_s - began_s < _TURN_S:
+            self._go_on(heapq.heappop(self._due)[-1])
+            now_s = self._now_s()
 
     def _go_on(self, settling: Settling) -> None:
         """What fails is tried again."""

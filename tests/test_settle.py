@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from fake_loop import Loop
 from growth_fakes import FakeService, cost_of
 
-from steer import address, settle
+from steer import address, queues, settle
 from steer.fleet import Fleet
 from steer.lifecycle import Event
 from steer.queues import Queues, Table
@@ -85,6 +84,9 @@ class Workers:
         self.did["settle"] += 1
         return self.loop.now_s >= self.settled_s
 
+    def when_settled(self, _act: str, do: Callable[[], object], _flip: int) -> None:
+        self.loop.call_later(max(0.0, self.settled_s - self.loop.now_s), do)
+
     def report(self, place: Any, event: Event) -> None:
         self.reported.append((place.slot, event))
 
@@ -126,13 +128,13 @@ def test_each_is_looked_at_once_and_no_step_is_long(
     assert sorted(workers.reported) == [(slot, Event.SETTLED) for slot in range(number)]
     assert workers.did["files"] == number
     assert workers.did["move"] == 0
-    assert max(workers.loop.steps_s) < settle._TURN_S + LOOK_S + DUMP_S + 1e-6
-    # A turn looks at some twenty, asks the kernel for all of them once, and leaves as long a time
-    # for others.
-    turns = 2 + number * LOOK_S / (settle._TURN_S - 2 * DUMP_S)
-    assert workers.did["dump"] <= 2 * turns
-    assert workers.did["settle"] <= 2 * number * (1 + math.ceil(PROGRAMS_S / settle._LOOK_S))
-    assert took_s < 4 * number * LOOK_S + 2 * PROGRAMS_S + 0.05
+    assert max(workers.loop.steps_s) < settle._FIRST_TURN_S + LOOK_S + DUMP_S + 1e-6
+    # The kernel is asked for all of them together.
+    assert workers.did["dump"] <= 2 + took_s / queues._FRESH_S
+    assert workers.did["settle"] <= 10 * number
+    # Nobody waits but for looks.
+    looks_s = number * LOOK_S + workers.did["dump"] * DUMP_S
+    assert took_s < PROGRAMS_S + looks_s + 0.011
 
 
 @pytest.mark.parametrize("number", [10, 1000])
