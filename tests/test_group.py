@@ -31,6 +31,7 @@ import steer
 from steer import group_input
 from steer.errors import BindError, ConfigError, GroupError, KernelError, SteerError
 from steer.group import ReuseportGroup
+from steer.kernel import shared_memory
 from steer.testing import reuseport_group
 
 pytestmark = pytest.mark.usefixtures("netns")
@@ -46,8 +47,9 @@ bpf = pytest.mark.needs("bpf")
 
 def send(group: ReuseportGroup) -> socket.socket:
     """A connection made, or a datagram sent, from a new socket."""
-    is_tcp = "tcp" in group._bind.protocol
-    client = socket.socket(type=socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM)
+    is_tcp = group._bind.protocol == "tcp"
+    family = socket.AF_INET6 if group._bind.is_v6 else socket.AF_INET
+    client = socket.socket(family, socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM)
     client.settimeout(DEADLINE_S)
     client.connect(group.address)
     if not is_tcp:
@@ -146,6 +148,19 @@ def test_shares_go_by_weight() -> None:
         assert len(sequence(group, [first, second], 5)) == 5
 
 
+@all_backends
+@pytest.mark.parametrize("address", ["[::1]:0", "udp://[::1]:0", ":0", "udp://[::]:0"])
+def test_other_addresses(address: str, backend: str) -> None:
+    with (
+        ReuseportGroup(address, "hash", slots=2, backend=backend) as group,
+        listening(group, 2, weight=3) as socks,
+    ):
+        assert group.address[1] > 0
+        group.drain(1)
+        got = sequence(group, socks, 20)
+        assert set(got) == ({0, 1} if backend == "kernel" else {0})
+
+
 @pytest.mark.parametrize("backend", ["ebpf", "cbpf"])
 def test_cpu_takes_the_slot_that_was_given_it(backend: str) -> None:
     cpus = sorted(os.sched_getaffinity(0))
@@ -206,8 +221,10 @@ def test_one_that_is_removed_gets_nothing(backend: str, protocol: str) -> None:
         reuseport_group("random", slots=3, protocol=protocol, backend=backend) as group,
         listening(group, 3) as (first, second, third),
     ):
+        before = len(descriptors(os.getpid()))
         first.close()
         group.remove(0)
+        assert len(descriptors(os.getpid())) == before - (2 if backend == "cbpf" else 1)
         group.drain(1)
         got = sequence(group, [second, third], 20)
         assert set(got) == ({0, 1} if backend == "kernel" else {1})
@@ -233,6 +250,31 @@ def test_what_waits_is_migrated_once_drained() -> None:
         group.activate(0)
         group.drain(1)
         assert sequence(group, [first, second], 4) == [0] * 4
+
+
+@bpf
+def test_nothing_is_on_its_way_to_what_is_migrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that still choose it may run: they are waited for, once."""
+    waits = []
+    monkeypatch.setattr(shared_memory, "wait_for_programs", lambda: waits.append("waited"))
+    with reuseport_group("hash") as group, listening(group, 2) as (first, _):
+        group.drain(0)
+        waits.clear()
+        group.migrate(0, first)
+        group.migrate(0, first)
+        assert waits == ["waited"]
+
+
+@pytest.mark.needs("bpf", "migrate")
+def test_what_waits_at_one_that_dies_goes_to_others() -> None:
+    with reuseport_group("round-robin") as group, listening(group, 2) as (first, second):
+        group.drain(1)
+        with send(group), send(group):
+            group.activate(1)
+            first.close()
+            assert [take([second]) for _ in range(2)] == [0, 0]
+        counts = group.counts()
+        assert (counts[0].selected, counts[1].migrated) == (2, 2)
 
 
 def test_what_cannot_be_migrated_waits_on() -> None:
