@@ -16,6 +16,7 @@ from growth_fakes import (
     MANY,
     READY,
     Cost,
+    FakeGuard,
     FakeService,
     OrderedSteering,
     Script,
@@ -196,6 +197,23 @@ def test_a_stop_waits_once_for_the_guard_to_close_sockets(tmp_path: Path) -> Non
     for kind in ("messages to the guard", "bytes to the guard"):
         assert many[kind] / MANY <= few[kind] / FEW, kind
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
+
+
+@pytest.mark.parametrize("workers", [FEW, MANY])
+def test_the_guard_is_waited_for_once_by_all_that_let_go_together(
+    tmp_path: Path, workers: int
+) -> None:
+    cost = Cost()
+    guard = FakeGuard(tmp_path, cost)
+    with guard.together():
+        for key in range(workers):
+            guard.put(str(key), b"", (0, 1, 2, 3))
+    assert not cost["waits for the guard"]
+    cost.clear()
+    with guard.together():
+        for key in range(workers):
+            guard.put(str(key), b"", (0, 1, 2))
+    assert (cost["messages to the guard"], cost["waits for the guard"]) == (1, 1)
 
 
 def test_those_that_end_together_leave_in_the_order_that_the_guard_knows(tmp_path: Path) -> None:

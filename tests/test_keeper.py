@@ -658,6 +658,19 @@ def test_sockets_of_workers_that_are_let_go_are_closed(puppet: Puppet) -> None:
     adopted.abandon()
 
 
+def test_what_is_replaced_together_is_closed(puppet: Puppet) -> None:
+    puppet.start()
+    listen = "guard.put({!r}, b'', [socket.create_server(('127.0.0.1', 0)).detach()])"
+    for key in ("a", "b"):
+        puppet.do(listen.format(key))
+    listeners = [puppet.do(f"guard.entries[{key!r}].fds[0]") for key in ("a", "b")]
+    ports = [puppet.do(f"socket.socket(fileno=os.dup({fd})).getsockname()[1]") for fd in listeners]
+    puppet.do('exec(\'with guard.together(): [guard.put(k, b"") for k in ("a", "b")]\')')
+    for fd in listeners:
+        puppet.do(f"os.close({fd})")
+    assert not any(map(is_listening, ports))
+
+
 def test_close_ends_the_keeper_and_nobody_else(puppet: Puppet) -> None:
     keeper = puppet.start()
     worker = puppet.worker("worker", *PLAIN)

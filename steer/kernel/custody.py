@@ -88,7 +88,7 @@ class Guard:
     ) -> None:
         self.entries: dict[str, Entry] = {}
         self._workers: dict[str, Worker] = {}
-        self._together = False
+        self._together = self._wait_together = False
         self._put_together: dict[str, Entry] = {}
         self._updated_together: dict[str, bytes] = {}
         self._control = control
@@ -173,7 +173,7 @@ class Guard:
 
         An entry that is the same in all is not sent again, and descriptors of the same
         numbers are taken for the same: drop an entry before closing any of its. Where an
-        entry has some no more, the keeper has closed those when this returns.
+        entry has some no more, the keeper has closed those when this returns, or `together` does.
 
         Args:
             group: not 0 makes it a worker's; see `Entry`.
@@ -192,9 +192,10 @@ class Guard:
                 self._write_down()
         has_others = old is None or old.fds != new.fds
         has_less = old is not None and old.fds != new.fds[: len(old.fds)]
-        if has_others and self._together and not has_less:
+        if has_others and self._together:
             self._updated_together.pop(key, None)
             self._put_together[key] = new
+            self._wait_together |= has_less
         elif has_others:
             self._send(key, new, wait=has_less)
         elif self._together and old and new == replace(old, value=value):
@@ -205,9 +206,9 @@ class Guard:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is put meanwhile, and is new, or has more descriptors or only another value, is
-        sent at the end. It costs two messages; of all that has only another value the keeper has
-        all or nothing.
+        """What is put meanwhile, and is new, or has other descriptors or only another value, is
+        sent at the end. It costs two messages and at most one wait; of all that has only another
+        value the keeper has all or nothing.
 
         Raises:
             OSError: as `put`.
@@ -223,9 +224,12 @@ class Guard:
     def _send_together(self) -> None:
         new, self._put_together = self._put_together, {}
         values, self._updated_together = self._updated_together, {}
+        wait, self._wait_together = self._wait_together, False
         if new:
             fds = [fd for entry in new.values() for fd in entry.fds]
-            self._tell(*(_frame(key, entry) for key, entry in new.items()), fds=fds)
+            frames = [_frame(key, entry) for key, entry in new.items()]
+            frames[-1].wait = wait
+            self._tell(*frames, fds=fds)
         if values:
             self._tell(Frame("update", value=msgspec.msgpack.encode(values)))
 
