@@ -38,14 +38,14 @@ def _perform() -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="steer")
 def cli() -> None:
-    """Choose, in the kernel, which worker gets the next connection."""
+    """Decide, in the kernel, which worker gets the next connection."""
 
 
 @cli.command("help")
 @click.argument("names", nargs=-1, metavar="[COMMAND]...")
 @click.pass_context
 def help_(context: click.Context, names: tuple[str, ...]) -> None:
-    """Show what a command does and takes, or which commands there are."""
+    """Show the help of a command, or the list of commands."""
     assert context.parent is not None
     about, command = context.parent, context.parent.command
     for name in names:
@@ -59,7 +59,7 @@ def help_(context: click.Context, names: tuple[str, ...]) -> None:
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _CONTROL_SOCKET = click.option(
-    "--control-socket", metavar="PATH", help="Where the service listens."
+    "--control-socket", metavar="PATH", help="Control socket of the service."
 )
 
 
@@ -110,7 +110,7 @@ def _is_number(number: str, text: str) -> bool:
 def run(**options: Any) -> None:
     """Run a service: a Python callable, a command, or the demo.
 
-    It stays in the foreground.
+    steer stays in the foreground until the service ends.
     """
     from steer import run
 
@@ -121,9 +121,9 @@ def run(**options: Any) -> None:
 @service_options
 @_AS_JSON
 def check(as_json: bool, **options: Any) -> None:
-    """Say what `run` would do, and why.
+    """Show what `run` would do, and why.
 
-    Takes the options of `run`; changes nothing.
+    Takes the options of `run` and changes nothing.
     """
     from steer import controller, policies
     from steer.kernel import probe, topology
@@ -149,10 +149,10 @@ def check(as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("name", required=False)
 @_AS_JSON
-@click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
+@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
 @_CONTROL_SOCKET
 def status(name: str | None, as_json: bool, watch: bool, control_socket: str | None) -> None:
-    """Show what runs: policy, backend and why, workers, counters."""
+    """Show running services: policy, backend and why, workers, counters."""
     from steer import look
 
     look.perform(look.Asked(name, as_json, watch, control_socket))
@@ -160,11 +160,11 @@ def status(name: str | None, as_json: bool, watch: bool, control_socket: str | N
 
 @cli.command()
 @click.argument("name", required=False)
-@click.option("--quick", is_flag=True, help="Do not wait for what is under way.")
+@click.option("--quick", is_flag=True, help="Do not wait for open requests.")
 @_AS_JSON
 @_CONTROL_SOCKET
 def stop(name: str | None, **how: Any) -> None:
-    """Stop a service; return when it has ended."""
+    """Stop a service and wait until it has ended."""
     ask.stop(name, **how)
 
 
@@ -173,9 +173,9 @@ def stop(name: str | None, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def reload(name: str | None, **how: Any) -> None:
-    """Read the configuration again, and replace all workers.
+    """Read the configuration again and replace all workers.
 
-    The old ones end when as many new ones are ready. If those do not come up, nothing
+    Old workers exit once as many new ones are ready. If the new ones do not start, nothing
     changes.
     """
     ask.perform("reload", name, **how)
@@ -186,7 +186,7 @@ def reload(name: str | None, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def scale(named: _Named, **how: Any) -> None:
-    """Run N workers from now on; +N or -N: so many more or fewer."""
+    """Set the number of workers to N; +N adds N, -N removes N."""
     ask.perform("scale", named[0], **named[1], **how)
 
 
@@ -195,9 +195,9 @@ def scale(named: _Named, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def drain(named: _Named, **how: Any) -> None:
-    """Send nothing new to the worker in SLOT.
+    """Stop sending new connections to the worker in SLOT.
 
-    It goes on with what it has.
+    It keeps its open connections.
     """
     ask.perform("drain", named[0], **named[1], **how)
 
@@ -207,7 +207,7 @@ def drain(named: _Named, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def undrain(named: _Named, **how: Any) -> None:
-    """Send to the worker in SLOT again."""
+    """Send new connections to the worker in SLOT again."""
     ask.perform("undrain", named[0], **named[1], **how)
 
 
@@ -216,22 +216,22 @@ def undrain(named: _Named, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def restart(named: _Named, **how: Any) -> None:
-    """Replace the worker in SLOT; it ends when the new one is ready."""
+    """Replace the worker in SLOT; it exits when the new one is ready."""
     ask.perform("restart", named[0], **named[1], **how)
 
 
 @cli.command()
 @click.argument("named", nargs=-1, metavar="[NAME] POLICY")
-@click.option("--weights", metavar="N,N...", help="Each worker's share; else as they are.")
-@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="Of the policy.")
+@click.option("--weights", metavar="N,N...", help="Share of each worker; default: unchanged.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of it.")
 @_AS_JSON
 @_CONTROL_SOCKET
 def policy(
     named: tuple[str, ...], weights: str | None, params: tuple[str, ...], **how: Any
 ) -> None:
-    """Choose by another POLICY, or by other parameters, from now on.
+    """Switch to another POLICY, or to other parameters.
 
-    POLICY is a name, or the path of a file: ./mine.c. No connection is lost or goes astray.
+    POLICY is a name or the path of a file: ./mine.c. No connection is lost or misrouted.
     """
     if not named:
         raise click.UsageError("Missing argument 'POLICY'.")
@@ -245,9 +245,9 @@ def policy(
 @_AS_JSON
 @click.pass_context
 def policies(context: click.Context, as_json: bool) -> None:
-    """List the policies; write and check one of your own.
+    """List policies; create and check your own.
 
-    Of each policy it says on which backends it can run, and what it lets be set.
+    Shows the backends and parameters of each policy.
     """
     if context.invoked_subcommand:
         return
@@ -263,7 +263,7 @@ def policies(context: click.Context, as_json: bool) -> None:
 @click.argument("name")
 @_AS_JSON
 def new(name: str, as_json: bool) -> None:
-    """Write NAME.c, a commented policy to start from."""
+    """Write NAME.c, a commented template of a policy."""
     from steer import own_new
 
     file = own_new.begin(name)
@@ -279,9 +279,9 @@ def new(name: str, as_json: bool) -> None:
 @click.argument("file")
 @_AS_JSON
 def check_policy(file: str, as_json: bool) -> None:
-    """Compile the policy in FILE, and say what it costs.
+    """Compile the policy in FILE and measure what it costs.
 
-    The kernel verifies it; what it refuses is shown at the line of C.
+    The kernel's verifier checks it; errors point at the line of C.
     """
     from steer import own, own_tables, show
 
@@ -296,11 +296,10 @@ def check_policy(file: str, as_json: bool) -> None:
 @service_options
 @_AS_JSON
 def doctor(as_json: bool, **options: Any) -> None:
-    """Say what this machine can do, and how to get what is missing.
+    """Show what this machine can do, and how to get what is missing.
 
-    Takes the options of `run`, to look with a service in mind: "warn" is what it would
-    do without, "fail" what would keep it from starting as asked. Exit status 1 if
-    anything fails, else 0.
+    Takes the options of `run`, to check for a particular service. "warn": it would run with
+    less; "fail": it would not start as asked. Exits with status 1 if anything fails, else 0.
     """
     from steer import show
     from steer.doctor import checks as examination

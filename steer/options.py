@@ -49,49 +49,54 @@ OPTIONS = (
     Option(
         ("--demo",),
         "",
-        "Run the demo if neither is given; the default without any option and file.",
+        "Run the built-in demo; the default if there are no options and no file.",
     ),
     Option(
         ("-b", "--bind"),
         "ADDR",
-        "host:port, [::1]:port, :port or udp://host:port; may be repeated.",
+        "Listen on host:port, [::1]:port, :port or udp://host:port; can be repeated.",
         is_multiple=True,
     ),
-    Option(("-w", "--workers"), "N|auto", "How many; default auto: one for each CPU."),
+    Option(("-w", "--workers"), "N|auto", "Number of workers; default auto: one per CPU."),
     Option(
         ("--policy",),
         "auto|NAME|FILE.c",
-        "Default auto: least-conn where open connections can be counted, else hash.",
+        "Policy; default auto: least-conn if connections can be counted, else hash.",
     ),
     Option(
         ("--param",),
         "NAME=VALUE",
-        "Of the policy; may be repeated.",
+        "Set a parameter of the policy; can be repeated.",
         is_multiple=True,
         renamed="params",
     ),
-    Option(("--weights",), "N,N...", "Each worker's share; default 1."),
-    Option(("--backend",), "NAME", "auto, ebpf, cbpf or kernel."),
-    Option(("--strict",), "", "Refuse to fall back."),
-    Option(("--name",), "NAME", "Of the service; default from what it runs."),
+    Option(("--weights",), "N,N...", "Share of each worker; default 1 each."),
+    Option(
+        ("--backend",), "NAME", "auto, ebpf, cbpf or kernel; default auto: the best that works."
+    ),
+    Option(("--strict",), "", "Fail instead of falling back to another backend."),
+    Option(("--name",), "NAME", "Name of the service; default: from the application or command."),
     Option(
         ("-c", "--config"),
         "FILE",
-        f"TOML, table [service]; {DEFAULT_FILE} in this directory if there.",
+        f"Configuration file (TOML, table [service]); default {DEFAULT_FILE}, if it exists.",
         renamed="file",
     ),
     Option(("-u", "--user"), "NAME|UID", "Run workers as this user."),
     Option(("-g", "--group"), "NAME|GID", "Run workers as this group."),
+    Option(("--keep-privileges",), "", "Let workers keep steer's capabilities and gain others."),
     Option(
-        ("--keep-privileges",), "", "Leave workers steer's capabilities, and let them gain others."
+        ("-e", "--env"),
+        "K=V",
+        "Set an environment variable in the workers; can be repeated.",
+        is_multiple=True,
     ),
-    Option(("-e", "--env"), "K=V", "Set in the workers.", is_multiple=True),
-    Option(("--chdir",), "DIR", "Where the workers run."),
-    Option(("--backlog",), "N", "Of each worker's socket; default 2048."),
+    Option(("--chdir",), "DIR", "Change to this directory in the workers."),
+    Option(("--backlog",), "N", "Accept queue length of each worker; default 2048."),
     Option(
         ("--socket-option",),
         "NAME=VALUE",
-        "Of each worker's socket: keepalive=yes, rcvbuf=4M; may be repeated; nodelay is on."
+        "Set on each worker's socket: keepalive=yes, rcvbuf=4M; can be repeated; nodelay is on."
         " See docs/SOCKETS.md.",
         is_multiple=True,
         renamed="socket_options",
@@ -99,39 +104,39 @@ OPTIONS = (
     Option(
         ("--graceful-timeout",),
         "S",
-        "Seconds a worker gets to finish open requests before it is killed; default 30.",
+        "Seconds a worker gets to finish open requests before SIGKILL; default 30.",
     ),
     Option(
         ("--stop-signal",),
         "SIG",
-        "Tells a worker to finish: QUIT; default what the server is known for, else TERM.",
+        "Signal for a graceful stop; default: the one known for the server, else TERM.",
     ),
     Option(("--ready-timeout",), "S", "Seconds a worker gets to become ready; default 30."),
     Option(
         ("--hang-timeout",),
         "S",
-        "Seconds connections may wait at a worker that takes none; default 2, 0: for ever.",
+        "Seconds connections may wait at a worker that accepts none; default 2, 0: no limit.",
     ),
-    Option(("--hang",), "replace|skip", "What to do with such a worker; default replace."),
-    Option(("--watchdog",), "S", "Seconds within which each worker has to say WATCHDOG=1 again."),
+    Option(("--hang",), "replace|skip", "What to do with a hung worker; default replace."),
+    Option(("--watchdog",), "S", "Seconds within which each worker must send WATCHDOG=1."),
     Option(
         ("--adopt-timeout",),
         "S",
-        "Seconds workers go on without a controller; default 30, 0: not at all.",
+        "Seconds workers continue without a controller; default 30, 0: not at all.",
     ),
-    Option(("--pid",), "FILE", "Write the controller's process id there."),
-    Option(("--log-level",), "LEVEL", "debug, info, warning or error."),
-    Option(("--log-format",), "FORMAT", "text or json, of all on standard error."),
+    Option(("--pid",), "FILE", "Write the controller's process id to this file."),
+    Option(("--log-level",), "LEVEL", "debug, info, warning or error; default info."),
+    Option(("--log-format",), "FORMAT", "Format of standard error: text or json; default text."),
     Option(
         ("--control-socket",),
         "PATH",
-        "Instead of /run/steer/NAME.sock; see also STEER_RUNTIME_DIR.",
+        "Control socket; default /run/steer/NAME.sock. See also STEER_RUNTIME_DIR.",
     ),
 )
 """The keys of the configuration, with dashes; of the app and the command see `Given`."""
 RUN_OPTIONS = (
-    Option(("--check-config",), "", "Read the configuration, then end."),
-    Option(("--print-config",), "", "Print what is configured, then end."),
+    Option(("--check-config",), "", "Check the configuration, then exit."),
+    Option(("--print-config",), "", "Print the configuration, then exit."),
 )
 """Those that `run` alone has."""
 
