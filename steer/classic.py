@@ -6,6 +6,7 @@ import os
 import socket
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -290,10 +291,14 @@ class Cbpf(Countless):
         self._programs[bind] = program
 
     def _shut_down(self, slot: int) -> None:
-        """Who else has a listener of a worker that has ended takes nothing from it."""
+        """Who else has a socket of a worker that has ended takes nothing from it, and does not
+        keep it in its place in the kernel's array."""
         for bind, fd in zip(self._plan.binds, self._held.get(slot, ()), strict=False):
             if bind.protocol == "tcp":
                 listeners.end(fd)
+            else:
+                with suppress(OSError), sockets.duplicate(fd) as sock:
+                    sockets.take_out(sock)
 
     def _close_sockets(self, slot: int) -> None:
         for order, fd in zip(self._orders, self._held.pop(slot, ()), strict=False):

@@ -190,7 +190,7 @@ class ReuseportGroup:
     def remove(self, slot: int) -> None:
         """Free the slot, as its socket is closed or its process has ended.
 
-        On cbpf close it in all processes before; over TCP this shuts it down, whoever has it open.
+        On cbpf this takes the socket out of the group, whoever has it open.
 
         Raises: as `activate`.
         """

@@ -235,6 +235,23 @@ def test_one_that_is_removed_gets_nothing(backend: str, protocol: str) -> None:
             assert set(got) == ({0, 1, 2} if backend == "kernel" else {0})
 
 
+@all_protocols
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "[::1]"])
+def test_on_cbpf_one_that_is_removed_is_out_whoever_has_it(protocol: str, host: str) -> None:
+    address = f"{protocol}://{host}:0"
+    with (
+        ReuseportGroup(address, "random", slots=3, backend="cbpf") as group,
+        listening(group, 3) as (first, second, third),
+        first.dup(),
+    ):
+        first.close()
+        group.remove(0)
+        for chosen, other in ((1, 2), (2, 1)):
+            group.activate(chosen)
+            group.drain(other)
+            assert set(sequence(group, [second, third], 20)) == {chosen - 1}
+
+
 @pytest.mark.needs("bpf", "migrate")
 def test_what_waits_is_migrated_once_drained() -> None:
     with reuseport_group("round-robin") as group, listening(group, 2) as (first, second):
