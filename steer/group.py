@@ -45,7 +45,7 @@ class ReuseportGroup:
 
     Raises:
         ConfigError: an argument cannot be; it names what is allowed.
-        BindError: the address cannot be had.
+        BindError: no port is free at the address; else `listen` is who finds that out.
         KernelError: no backend works, or a policy of your own is not right.
     """
 

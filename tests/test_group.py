@@ -471,6 +471,18 @@ def test_a_closed_group_is_refused_and_closed_again_is_not() -> None:
         group.listen(0)
 
 
+@all_protocols
+@pytest.mark.parametrize("backend", ["ebpf", "cbpf"])
+def test_sockets_of_a_closed_group_are_chosen_as_before(backend: str, protocol: str) -> None:
+    with (
+        reuseport_group("random", slots=3, protocol=protocol, backend=backend) as group,
+        listening(group, 3) as socks,
+    ):
+        group.drain(0, 2)
+        group.close()
+        assert set(sequence(group, socks, 20)) == {1}
+
+
 # ---- processes
 
 
