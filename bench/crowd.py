@@ -24,7 +24,7 @@ from typing import Any, Self
 from bench import peers, servers, victims
 from bench.peers import Peer, Running, Site
 from bench.victims import Stop
-from steer import client
+from steer import client, find
 from steer.errors import ControlError
 
 LIMIT_S = 120.0
@@ -135,7 +135,7 @@ class Crowd:
 
     def ask(self, command: str, **more: Any) -> dict[str, Any]:
         """Of steer, at its control socket. Raises TooLong, ControlError."""
-        path = client.locate(servers.name(self.port), None, self._site.environment)
+        path = find.locate(servers.name(self.port), None, self._site.environment)
         begun_s = time.monotonic()
         try:
             return client.ask(path, command, timeout_s=LIMIT_S, **more)

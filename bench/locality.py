@@ -20,7 +20,7 @@ from functools import partial
 from bench import machine, servers
 from bench.figures import Figure, Section, above, interleaved
 from bench.servers import HOST
-from steer import client
+from steer import client, find
 from steer.errors import SteerError
 
 PER_CPU = 2
@@ -60,7 +60,7 @@ def _command(port: int, options: Iterable[str]) -> list[str]:
 def _wait_for_all(name: str, environment: Mapping[str, str]) -> None:
     until_s = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < until_s:
-        answer = client.ask(client.locate(name, None, environment), "status")
+        answer = client.ask(find.locate(name, None, environment), "status")
         if all(worker["state"] == "ready" for worker in answer["service"]["workers"]):
             return
         time.sleep(0.01)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from bench import servers
 from bench.servers import HOST, Server, tool
-from steer import client
+from steer import client, find
 from steer.errors import ControlError, NotRunning, SteerError
 from steer.kernel import proc
 
@@ -243,7 +243,7 @@ def status(running: Running) -> dict[str, Any]:
     """Of steer; without workers while nobody answers."""
     environment = running.site.environment
     with contextlib.suppress(NotRunning, ControlError):
-        path = client.locate(servers.name(running.site.port), None, environment)
+        path = find.locate(servers.name(running.site.port), None, environment)
         service: dict[str, Any] = client.ask(path, "status")["service"]
         return service
     return {"workers": []}

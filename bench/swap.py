@@ -24,7 +24,7 @@ from bench.figures import Figure, Section
 from bench.load import Plan, Request
 from bench.peers import WORKERS, Running, under_steer
 from bench.servers import HOST, ROOT, tool
-from steer import client
+from steer import client, find
 from steer.policy import KERNEL, POLICIES
 
 AT_MOST_MS = 5.0
@@ -77,7 +77,7 @@ def own_policy(directory: Path) -> str:
 
 
 def _swap(running: Running, file: Path, policies: Sequence[str], swaps: int) -> _Found:
-    path = client.locate(servers.name(_PORT), None, running.site.environment)
+    path = find.locate(servers.name(_PORT), None, running.site.environment)
     for each in policies:
         _change(path, each)
     with load.load(Plan(_PORT, rate=RATE, seed=1)) as requests, _flood(file) as flood:

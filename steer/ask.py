@@ -88,9 +88,9 @@ def perform(
     """Have a service do it, and say what was done."""
     import msgspec
 
-    from steer import client, show
+    from steer import client, find, show
 
-    path = client.locate(name, control_socket, os.environ)
+    path = find.locate(name, control_socket, os.environ)
     called = name or path.stem
     with show.progress(f"{command} {called}") as progress:
         outcome = client.perform(path, command, progress, **more)
@@ -119,15 +119,15 @@ def choose(
 
 def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | None) -> None:
     """End a service, or what is left of one; return when it has ended."""
-    from steer import client, show
+    from steer import client, find, show
 
-    left = client.left(os.environ, name, control_socket)
+    left = find.left(os.environ, name, control_socket)
     if len(left) == 1:
         called = left[0].name
         with show.progress(f"stop {called}"):
-            client.end_left(left[0], quick, directory=control_socket is None)
+            find.end_left(left[0], quick, directory=control_socket is None)
     else:
-        path = client.locate(name, control_socket, os.environ)
+        path = find.locate(name, control_socket, os.environ)
         called = name or path.stem
         with show.progress(f"stop {called}") as progress:
             client.stop(path, quick, progress)

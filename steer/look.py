@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import msgspec
 
-from steer import client, report, show, tables
+from steer import client, find, report, show, tables
 from steer.errors import NotRunning
 from steer.options import words
 
@@ -55,9 +55,9 @@ def perform(asked: Asked) -> None:
         show.tables(tables.of_status(found))
     if found.services or found.orphaned:
         return
-    others = client.of_others(os.environ) if found.others else ()
+    others = find.of_others(os.environ) if found.others else ()
     if others:
-        raise NotRunning("status", *client.none_of_ours(others))
+        raise NotRunning("status", *find.none_of_ours(others))
     if not asked.as_json:
         print("no service is running")
 
@@ -71,6 +71,6 @@ def _watch(asked: Asked) -> NoReturn:
 
 def _current(asked: Asked, kept: client.Connections | None = None) -> report.Status:
     if asked.name or asked.control_socket:
-        path = client.locate(asked.name, asked.control_socket, os.environ, kept)
+        path = find.locate(asked.name, asked.control_socket, os.environ, kept)
         return client.status(path, kept)
-    return client.status_of_all(os.environ, kept)
+    return find.status_of_all(os.environ, kept)

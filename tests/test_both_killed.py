@@ -25,7 +25,7 @@ from support import (
     lose_directory,
 )
 
-from steer import client
+from steer import find
 from steer.kernel import proc, record
 
 pytestmark = pytest.mark.needs("netns")
@@ -466,12 +466,12 @@ def test_those_of_a_living_service_are_not_left(
         os.kill(pid, signal.SIGSTOP)
     os.kill(running.pid, signal.SIGSTOP)
     lose_directory(running)
-    assert client.left(environment) == []
+    assert find.left(environment) == []
     if without == "controller":
         guard = set(proc.children(running.pid)) - set(workers)
         running.send_signal(signal.SIGKILL)
         running.wait()
-        assert client.left(environment) == []
+        assert find.left(environment) == []
         for pid in guard:
             os.kill(pid, signal.SIGCONT)
         eventually(lambda: running.steer("stop", "test").returncode, 0)

@@ -23,7 +23,7 @@ from conftest import RunSteer, StartService
 from fake_service import fake_service, says
 from support import DEADLINE_S, NOBODY, STEER, Service, as_user, eventually, session
 
-from steer import client, control
+from steer import client, control, outcomes
 from steer.control import Tell
 from steer.errors import ControlError, NotRunning, Refused, WorkersFailed
 from steer.kernel import proc, rundir
@@ -720,7 +720,7 @@ def test_long_acts_begin_with_whether_anybody_listens(place: Path) -> None:
         return await counts_to_two(request_, tell)
 
     with fake_service(place, scale=scale, status=status):
-        assert client.perform(place, "scale", workers=2) == client.Scaled(2, 0.5)
+        assert client.perform(place, "scale", workers=2) == outcomes.Scaled(2, 0.5)
     assert asked == [{"command": "status"}, {"command": "scale", "workers": 2}]
 
 
