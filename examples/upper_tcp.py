@@ -8,7 +8,7 @@ Try:  echo hello | nc -N 127.0.0.1 8080
 
 from contextlib import suppress
 
-from steer.worker_api import Worker
+from steer import Worker
 
 
 def serve(worker: Worker) -> None:

@@ -6,7 +6,7 @@ Try:  echo hello | nc -u -w 1 127.0.0.1 8053
                   c.sendto(b"hello", ("127.0.0.1", 8053)); print(c.recv(100))'
 """
 
-from steer.worker_api import Worker
+from steer import Worker
 
 
 def serve(worker: Worker) -> None:

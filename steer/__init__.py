@@ -5,23 +5,56 @@ Names are imported when they are first used (PEP 562), so `import steer` costs n
 
 __version__ = "0.1.0"
 __all__ = [
+    "AppLoadError",
     "BindError",
+    "CompileError",
     "ConfigError",
+    "ControlError",
     "GroupError",
     "KernelError",
+    "NotRunning",
+    "Orphaned",
+    "Refused",
     "ReuseportGroup",
+    "ServiceConnection",
     "SlotCounts",
     "SteerError",
+    "VerifierError",
+    "Worker",
+    "WorkersFailed",
     "__version__",
+    "connect",
 ]
 
 TYPE_CHECKING = False  # that of typing costs its import
 if TYPE_CHECKING:
-    from steer.errors import BindError, ConfigError, GroupError, KernelError, SteerError
+    from steer.connection import ServiceConnection, connect
+    from steer.errors import (
+        AppLoadError,
+        BindError,
+        CompileError,
+        ConfigError,
+        ControlError,
+        GroupError,
+        KernelError,
+        NotRunning,
+        Orphaned,
+        Refused,
+        SteerError,
+        VerifierError,
+        WorkersFailed,
+    )
     from steer.group import ReuseportGroup
     from steer.slots import SlotCounts
+    from steer.worker_api import Worker
 
-_MODULES = {"ReuseportGroup": "steer.group", "SlotCounts": "steer.slots"}
+_MODULES = {
+    "ReuseportGroup": "steer.group",
+    "ServiceConnection": "steer.connection",
+    "SlotCounts": "steer.slots",
+    "Worker": "steer.worker_api",
+    "connect": "steer.connection",
+}
 
 
 def __getattr__(name: str) -> object:

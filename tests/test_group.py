@@ -706,14 +706,10 @@ print(*{"asyncio", "click", "threading", "subprocess", "multiprocessing"} & set(
 
 def test_what_is_public() -> None:
     assert steer.__all__ == [
-        "BindError",
-        "ConfigError",
-        "GroupError",
-        "KernelError",
-        "ReuseportGroup",
-        "SlotCounts",
-        "SteerError",
-        "__version__",
+        *("AppLoadError", "BindError", "CompileError", "ConfigError", "ControlError"),
+        *("GroupError", "KernelError", "NotRunning", "Orphaned", "Refused", "ReuseportGroup"),
+        *("ServiceConnection", "SlotCounts", "SteerError", "VerifierError", "Worker"),
+        *("WorkersFailed", "__version__", "connect"),
     ]
     assert set(steer.__all__) <= set(dir(steer))
     assert all(getattr(steer, name) is not None for name in steer.__all__)
