@@ -76,6 +76,9 @@ class Groups:
             self._look_at_all(now_s)
         if self._fleet.clock.read_s() - now_s >= _LOOKING_S:
             return 0.0  # the next turn of the loop is for the rest
+        self._again.extend(self._survey.compare())
+        if not self._survey.is_compared:
+            return 0.0
         self._look_at_some()
         if not (self._again or self._round or self._has_come):
             return LOOK_S

@@ -7,6 +7,8 @@ with a few.
 
 from __future__ import annotations
 
+from collections import deque
+
 from steer.address import Bind
 from steer.fleet import Fleet
 from steer.kernel import members
@@ -18,6 +20,7 @@ from steer.queues import Table
 LOOK_S = 1.0
 PER_S = 250
 """The kernel is asked for so many sockets in a second."""
+_STEP_S = 0.005
 _SUSPECTED_PER_S = 1000
 """The same while a worker has left a group, or comes."""
 
@@ -36,6 +39,8 @@ class Survey:
         self._tables: dict[Bind, Table | None] = {}
         self._usual_device: int | None = None
         self._taken_s = self._due_s = 0.0
+        self._usual_ones: set[int] = set()
+        self._unseen: deque[Place] = deque()
         self.number = 0
         self.odd: set[Place] = set()
         self.has_changed = False
@@ -61,27 +66,45 @@ class Survey:
 
     def take(self, is_counted: bool) -> bool:
         """Ask the kernel how all sockets stand; whether something may have come that was not
-        counted."""
+        counted. `compare` is to follow."""
         binds = self._fleet.generation.plan.binds
         before, self._tables = self._tables, {bind: self._fleet.queues.at(bind) for bind in binds}
         self.number += 1
         self._usual_device = None
         is_untold = None in self._tables.values()
-        if all(self._tables[bind] is before.get(bind) for bind in binds) and not self.has_changed:
+        is_same = all(self._tables[bind] is before.get(bind) for bind in binds)
+        if is_same and not self.has_changed and not self._unseen:
             return is_untold
         self.has_changed = False
-        usual = self._usual()
-        self.odd.update(
-            place
-            for place in self._fleet.places
-            if place.process and not place.process.inodes <= usual and self._is_odd(place)
-        )
+        self._usual_ones, self._unseen = self._usual(), deque(self._fleet.places)
         return is_untold or not (is_counted or self._are_all_empty())
 
     def _are_all_empty(self) -> bool:
         return not any(
             row.queued for table in self._tables.values() for row in (table or {}).values()
         )
+
+    def compare(self) -> list[Place]:
+        """Who is odd and was not before, as far as there is time to look. To go through a thousand
+        workers takes 20 ms while others are forked: each page that we write to, be it to count a
+        reference, is copied then."""
+        found = []
+        end_s = self._fleet.clock.read_s() + _STEP_S
+        while self._unseen:
+            place = self._unseen.popleft()
+            process = place.process
+            is_usual = not process or process.inodes <= self._usual_ones
+            if not is_usual and place not in self.odd and self._is_odd(place):
+                found.append(place)
+            if self._fleet.clock.read_s() >= end_s:
+                break
+        self.odd.update(found)
+        return found
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether `compare` has seen all."""
+        return not self._unseen
 
     def _usual(self) -> set[int]:
         """Sockets that nothing is odd about, by inode. That is most of them, and of workers with
