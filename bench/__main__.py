@@ -31,7 +31,7 @@ from bench import (
     tail,
 )
 from bench.figures import Section
-from steer import show
+from steer.cli import output
 from steer.errors import SteerError
 
 
@@ -89,7 +89,7 @@ def main(
     else:
         click.echo("  ".join(f"{key} {value}" for key, value in here.items()) + "\n")
         sections = [section for each in found.values() for section in each]
-        show.tables([section.table() for section in sections if section.figures])
+        output.tables([section.table() for section in sections if section.figures])
     if tables:
         tables.write_text("\n".join(markdown.text(each) for each in found.values()))
     if directory:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from bench.servers import HOST
 
 if TYPE_CHECKING:
-    from steer.worker_api import Worker
+    from steer.child.api import Worker
 
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\nhello\n"
 _BACKLOG = 2048

@@ -28,10 +28,13 @@ from typing import NamedTuple
 from bench import loaded, machine, opens, programs
 from bench.figures import Figure, Section, above, interleaved, ratio
 from bench.flood import Flood, Handshakes
-from steer import abi, address
-from steer.bytecode import Code
-from steer.kernel import bpf, descriptors, libbpf, measure, sockets
-from steer.kernel.programs import Program
+from steer import abi
+from steer.config import address
+from steer.linux import descriptors
+from steer.loader import bpf_maps, cost, libbpf
+from steer.loader.programs import Program
+from steer.policy.bytecode import Code
+from steer.sockets import reuseport
 
 SLOTS = (8, 64, 1024)
 EMPTY = "empty program"
@@ -119,7 +122,7 @@ def run(quick: bool) -> list[Section]:
     rounds, batches = (1, 1) if quick else (31, 10)
     descriptors.allow_descriptors(4 * sum(SLOTS))
     with ExitStack() as stack:
-        stack.enter_context(measure.statistics())
+        stack.enter_context(cost.statistics())
         stack.enter_context(machine.pinned(max(os.sched_getaffinity(0))))
         found = interleaved(_subjects(stack, batches), rounds)
         return [*_sections(found), opens.section(quick)]
@@ -154,9 +157,9 @@ class Group:
         self._slots = slots
         self._stack = stack
         self._address = f"{protocol}://0.0.0.0:{port}"
-        self._sockets = stack.enter_context(bpf.Map("sockets", loaded.CAPACITY))
+        self._sockets = stack.enter_context(bpf_maps.Map("sockets", loaded.CAPACITY))
         for slot in range(slots):
-            sock = stack.enter_context(sockets.member(address.parse(self._address), 1))
+            sock = stack.enter_context(reuseport.member(address.parse(self._address), 1))
             # Full at once: memory for what waits there would drive all else from the caches.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
             self._sockets.put_socket(slot, sock.fileno())
@@ -164,9 +167,9 @@ class Group:
 
     def load(self) -> dict[str, libbpf.Descriptor]:
         """Every program, by name."""
-        alone = {EMPTY: measure.EMPTY, **{name: of(self._slots) for name, of in HELPERS.items()}}
+        alone = {EMPTY: cost.EMPTY, **{name: of(self._slots) for name, of in HELPERS.items()}}
         kind = abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE
-        maps = {"sockets": self._sockets, "table": self._stack.enter_context(bpf.Map("table"))}
+        maps = {"sockets": self._sockets, "table": self._stack.enter_context(bpf_maps.Map("table"))}
         found: dict[str, libbpf.Descriptor] = {
             name: self._stack.enter_context(Program("bench", code, maps, kind))
             for name, code in alone.items()
@@ -180,11 +183,11 @@ class Group:
 
     def cost_ns(self, program: libbpf.Descriptor, flood: Flood, batches: int) -> float:
         """The mean of one run."""
-        sockets.attach_ebpf(self._any, program.fileno())
+        reuseport.attach_ebpf(self._any, program.fileno())
         flood.send(1)
-        before_ns, before = measure.spent(program)
+        before_ns, before = cost.spent(program)
         flood.send(batches)
-        after_ns, after = measure.spent(program)
+        after_ns, after = cost.spent(program)
         return (after_ns - before_ns) / (after - before)
 
 

@@ -24,7 +24,7 @@ from typing import Any, Self
 from bench import peers, servers, victims
 from bench.peers import Peer, Running, Site
 from bench.victims import Stop
-from steer import client, find
+from steer.control import client, find
 from steer.errors import ControlError
 
 LIMIT_S = 120.0

@@ -14,7 +14,7 @@ from bench import blocking
 from bench.servers import HOST
 
 if TYPE_CHECKING:
-    from steer.worker_api import Worker
+    from steer.child.api import Worker
 
 FILE = "BENCH_DATAGRAMS_FILE"
 """The variable that names the workers' common file."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from steer.tables import Table
+from steer.cli.tables import Table
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

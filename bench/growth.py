@@ -22,7 +22,7 @@ from bench.lifetime import Life, Pace, Quantity
 from bench.peers import Site
 from bench.servers import HOST, tool
 from steer.errors import SteerError
-from steer.kernel import descriptors
+from steer.linux import descriptors
 
 BASE = "STEER_BENCH_BASE"
 """In the environment: the checkout of another build, set up."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from bench import servers
 from bench.figures import Figure, Section
 from bench.servers import Server, tool
+from steer.control import rundir
 from steer.errors import SteerError
-from steer.kernel import rundir
 
 WORKERS = 4
 _PORT = 9300

@@ -17,15 +17,18 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from steer import abi, policies, table
-from steer.choice import Choice
-from steer.config import Service
-from steer.cpus import Topology
+from steer import abi
+from steer.backends.loaded_policy import Choice
+from steer.config.plan import plan
+from steer.config.service import Service
 from steer.errors import KernelError
-from steer.kernel import bpf, compile, libbpf, shared_memory, sockets, topology
-from steer.kernel.programs import Program
-from steer.plan import plan
-from steer.table import Member
+from steer.linux import topology
+from steer.loader import bpf_maps, compile, find, libbpf, shared_memory
+from steer.loader.programs import Program
+from steer.policy import layout
+from steer.policy.cpus import Topology
+from steer.policy.layout import Member
+from steer.sockets import reuseport
 
 BASE = "STEER_BENCH_BASE"
 """Path of another checkout to compare with; not set: with none."""
@@ -47,7 +50,7 @@ def base() -> Path | None:
 
 def policy_programs(
     stack: ExitStack,
-    sockets_map: bpf.Map,
+    sockets_map: bpf_maps.Map,
     address: str,
     slots: int,
     wanted: Sequence[tuple[str, bool]],
@@ -61,7 +64,7 @@ def policy_programs(
     """
     here = topology.read()
     names = ("counts", "cpus", "slots", "listeners", "moved")
-    maps = {name: stack.enter_context(bpf.Map(name, CAPACITY)) for name in names}
+    maps = {name: stack.enter_context(bpf_maps.Map(name, CAPACITY)) for name in names}
     maps["cpus"].put(0, _CPU * len(here.possible))
     known = stack.enter_context(closing(shared_memory.Slots(maps["slots"])))
     for slot in range(slots):
@@ -71,10 +74,10 @@ def policy_programs(
     for name, crowded in wanted:
         cpus = here if crowded else _roomy(here, slots)
         service = Service(workers=slots, bind=(address,), policy=name)
-        decided = plan(service, cpus, {}, policies.find(name))
+        decided = plan(service, cpus, {}, find.find(name))
         members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
         choice = stack.enter_context(closing(Choice.load(decided, [maps])))
-        choice.steer(members, table.EMPTY)
+        choice.steer(members, layout.EMPTY)
         programs.append(choice.programs[0])
     return programs
 
@@ -88,10 +91,10 @@ def _roomy(here: Topology, slots: int) -> Topology:
 def counting_program(stack: ExitStack, listener: int) -> libbpf.Descriptor:
     """What counts connections, with the listener as that of a worker."""
     names = ("slots", "listeners", "moved", "owners")
-    maps = {name: stack.enter_context(bpf.Map(name)) for name in names}
+    maps = {name: stack.enter_context(bpf_maps.Map(name)) for name in names}
     owner = abi.OWNER.pack(_SLOT, _STAMP, 0)
     maps["owners"].put(listener, owner)
-    maps["listeners"].put(sockets.cookie(listener), owner)
+    maps["listeners"].put(reuseport.cookie(listener), owner)
     code = compile.load(compile.sources() / "open.c").programs["count"]
     return stack.enter_context(Program("bench", code, maps, abi.BPF_CGROUP_SOCK_OPS))
 
@@ -125,7 +128,7 @@ def main(given: str) -> None:
     act, channel, fd, *arguments = json.loads(given)
     with ExitStack() as stack, socket.socket(fileno=channel) as theirs:
         if act == "policies":
-            programs = policy_programs(stack, bpf.Map.received("sockets", fd), *arguments)
+            programs = policy_programs(stack, bpf_maps.Map.received("sockets", fd), *arguments)
         else:
             programs = [counting_program(stack, fd)]
         socket.send_fds(theirs, [b"x"], [each.fileno() for each in programs])

@@ -20,7 +20,7 @@ from functools import partial
 from bench import machine, servers
 from bench.figures import Figure, Section, above, interleaved
 from bench.servers import HOST
-from steer import client, find
+from steer.control import client, find
 from steer.errors import SteerError
 
 PER_CPU = 2

@@ -17,7 +17,8 @@ from bench import loaded
 from bench.figures import Figure, Section, interleaved, ratio
 from bench.servers import HOST
 from steer import abi
-from steer.kernel import cgroup, libbpf, measure, programs
+from steer.linux import cgroup
+from steer.loader import cost, libbpf, programs
 
 AT_MOST = 0.6
 """To the other checkout."""
@@ -39,10 +40,10 @@ def section(quick: bool) -> Section:
     """Raises KernelError: sock_ops programs cannot be attached here."""
     rounds, connections = (1, 100) if quick else (31, 1000)
     with ExitStack() as stack:
-        stack.enter_context(measure.statistics())
+        stack.enter_context(cost.statistics())
         listener = stack.enter_context(socket.create_server((HOST, 0)))
         empty = stack.enter_context(
-            programs.Program("bench", measure.EMPTY, {}, abi.BPF_CGROUP_SOCK_OPS)
+            programs.Program("bench", cost.EMPTY, {}, abi.BPF_CGROUP_SOCK_OPS)
         )
         fd = listener.fileno()
         ours = loaded.counting_program(stack, fd)
@@ -76,10 +77,10 @@ def _spent(
         programs.Link(count, directory),
         programs.Link(empty, directory),
     ):
-        before = [*measure.spent(count), *measure.spent(empty)]
+        before = [*cost.spent(count), *cost.spent(empty)]
         for _ in range(connections):
             with socket.create_connection(listener.getsockname()):
                 listener.accept()[0].close()
-        after = [*measure.spent(count), *measure.spent(empty)]
+        after = [*cost.spent(count), *cost.spent(empty)]
     count_ns, runs, empty_ns, _ = (b - a for a, b in zip(before, after, strict=True))
     return Spent(runs / connections, (count_ns - empty_ns) / connections)

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 from bench import servers
 from bench.servers import HOST, Server, tool
-from steer import client, find
+from steer.control import client, find
 from steer.errors import ControlError, NotRunning, SteerError
-from steer.kernel import proc
+from steer.linux import processes
 
 T = TypeVar("T")
 WORKERS = 4
@@ -96,7 +96,7 @@ class Running:
 
     def workers(self) -> list[int]:
         """Who serves; oldest first, which makes a turn of always taking the first."""
-        born = {pid: proc.start_time_ticks(pid) for pid in self.peer.workers(self)}
+        born = {pid: processes.start_time_ticks(pid) for pid in self.peer.workers(self)}
         return sorted((pid for pid in born if born[pid]), key=lambda pid: (born[pid] or 0, pid))
 
     def has_ended(self) -> bool:
@@ -208,7 +208,7 @@ def _kill_all(mark: Mapping[str, str]) -> None:
 def _children(running: Running) -> list[int]:
     """Those of the master's descendants that have the listener open."""
     listeners = _listeners(running.site.port)
-    family = proc.descendants(running.server.pid)[1:]
+    family = processes.descendants(running.server.pid)[1:]
     return [pid for pid in family if listeners.intersection(_files(pid))]
 
 

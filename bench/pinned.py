@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
-from steer import demo
-from steer.worker_api import Worker
+from steer.child import demo
+from steer.child.api import Worker
 
 
 def by_hash(worker: Worker) -> None:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from steer import abi
-from steer.bytecode import Code
+from steer.policy.bytecode import Code
 
 _INSN = struct.Struct("=BBhi")
 _HASH_OFFSET = 32

@@ -24,8 +24,8 @@ from bench.figures import Figure, Section
 from bench.load import Plan, Request
 from bench.peers import WORKERS, Running, under_steer
 from bench.servers import HOST, ROOT, tool
-from steer import client, find
-from steer.policy import KERNEL, POLICIES
+from steer.control import client, find
+from steer.policy.builtin import KERNEL, POLICIES
 
 AT_MOST_MS = 5.0
 RATE = 300.0

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.load import Request
 from steer.errors import SteerError
-from steer.kernel import proc
+from steer.linux import processes
 
 _PIDFD_GETFD = 438
 """The system call's number, the same on every architecture but alpha."""
@@ -119,7 +119,7 @@ def _accepted(pid: int, pidfd: int, port: int) -> Iterator[int]:
 
     A duplicate lives for a moment only: of a listener it would keep it open.
     """
-    for number, _ in proc.sockets_by_fd(pid):
+    for number, _ in processes.sockets_by_fd(pid):
         fd = _libc.syscall(_PIDFD_GETFD, pidfd, number, 0)
         if fd < 0:
             raise OSError(ctypes.get_errno(), "pidfd_getfd")

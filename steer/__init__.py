@@ -28,7 +28,10 @@ __all__ = [
 
 TYPE_CHECKING = False  # that of typing costs its import
 if TYPE_CHECKING:
-    from steer.connection import ServiceConnection, connect
+    from steer.api.connection import ServiceConnection, connect
+    from steer.api.group import ReuseportGroup
+    from steer.api.slots import SlotCounts
+    from steer.child.api import Worker
     from steer.errors import (
         AppLoadError,
         BindError,
@@ -44,16 +47,13 @@ if TYPE_CHECKING:
         VerifierError,
         WorkersFailed,
     )
-    from steer.group import ReuseportGroup
-    from steer.slots import SlotCounts
-    from steer.worker_api import Worker
 
 _MODULES = {
-    "ReuseportGroup": "steer.group",
-    "ServiceConnection": "steer.connection",
-    "SlotCounts": "steer.slots",
-    "Worker": "steer.worker_api",
-    "connect": "steer.connection",
+    "ReuseportGroup": "steer.api.group",
+    "ServiceConnection": "steer.api.connection",
+    "SlotCounts": "steer.api.slots",
+    "Worker": "steer.child.api",
+    "connect": "steer.api.connection",
 }
 
 

@@ -30,7 +30,7 @@ def _command() -> Callable[[], None]:
     perform = _without_click(*sys.argv[1:])
     if perform is not None:
         return perform
-    from steer import cli
+    from steer.cli import main as cli
 
     gc.enable()
     return cli.main
@@ -41,25 +41,25 @@ def _without_click(name: str = "", *arguments: str) -> Callable[[], None] | None
     if "_STEER_COMPLETE" in os.environ:
         return None
     if name == "run":
-        from steer import options
+        from steer.cli import options
 
         if (given := options.plain(arguments)) is not None:
             _import_msgspec()
-            from steer import entry, run
+            from steer.cli import entry, run
 
             return lambda: entry.guarded(lambda: run.perform(given))
     elif name == "status":
         _import_msgspec()
-        from steer import entry, look
+        from steer.cli import entry, status
 
-        if (asked := look.plain(arguments)) is not None:
-            return lambda: entry.guarded(lambda: look.perform(asked))
+        if (asked := status.plain(arguments)) is not None:
+            return lambda: entry.guarded(lambda: status.perform(asked))
     else:
-        from steer import ask
+        from steer.cli import ask
 
         if name in ask.COMMANDS:
             _import_msgspec()
-            from steer import entry
+            from steer.cli import entry
 
             if (act := ask.plain(name, arguments)) is not None:
                 return lambda: entry.guarded(act)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from steer.group import ReuseportGroup
+from steer.api.group import ReuseportGroup
 
 
 @contextmanager

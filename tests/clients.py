@@ -13,7 +13,7 @@ from typing import Any
 from crew import CPUS, PORT, pinned
 from support import DEADLINE_S, Service, eventually, is_ready
 
-from steer.kernel import activity, proc
+from steer.linux import activity, processes
 
 BIND = ("-b", f"127.0.0.1:{PORT}")
 
@@ -65,12 +65,12 @@ def _selected(running: Service, slots: list[int]) -> int:
 
 def send(worker: dict[str, Any], number: int) -> None:
     """A signal to all processes of a worker."""
-    for pid in proc.descendants(worker["pid"]):
+    for pid in processes.descendants(worker["pid"]):
         os.kill(pid, number)
 
 
 def freeze(worker: dict[str, Any]) -> None:
     """Until all of it stands still."""
     send(worker, signal.SIGSTOP)
-    family = proc.descendants(worker["pid"])
+    family = processes.descendants(worker["pid"])
     eventually(lambda: all(activity.is_stopped(pid) for pid in family))

@@ -35,10 +35,11 @@ from support import (
     start_service,
 )
 
+from steer.config.candidates import Answer, Finding
 from steer.errors import KernelError
-from steer.kernel import compile, probe, proc
-from steer.kernel.listeners import Borrower
-from steer.ladder import Answer, Finding
+from steer.linux import processes
+from steer.loader import compile, probe
+from steer.sockets.listeners import Borrower
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,7 +113,7 @@ def _has_vm() -> str:
 
 def _has_pidfd_getfd() -> str:
     with socket.socket() as sock:
-        lender = Borrower(os.getpid(), frozenset({proc.socket_inode(sock.fileno())}))
+        lender = Borrower(os.getpid(), frozenset({processes.socket_inode(sock.fileno())}))
         try:
             with lender.borrow():
                 return ""

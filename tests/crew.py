@@ -18,14 +18,16 @@ from typing import Self
 
 from support import DEADLINE_S
 
-from steer import address, policies
-from steer.address import Bind
-from steer.backends import open_backend
-from steer.config import Service
-from steer.cpus import Topology
-from steer.kernel import sockets, topology
-from steer.plan import plan
-from steer.table import Member
+from steer.backends.open import open_backend
+from steer.config import address
+from steer.config.address import Bind
+from steer.config.plan import plan
+from steer.config.service import Service
+from steer.linux import topology
+from steer.loader import find
+from steer.policy.cpus import Topology
+from steer.policy.layout import Member
+from steer.sockets import reuseport
 
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
 PORT = 8080
@@ -98,7 +100,7 @@ class Crew:
             socket_options=tuple(options),
         )
         self._new_socket = new_socket
-        self.plan = plan(service, machine or topology.read(), {}, policies.find(policy))
+        self.plan = plan(service, machine or topology.read(), {}, find.find(policy))
         self.binds = self.plan.binds
         self.sockets: dict[int, list[socket.socket]] = {}
         self.steering = open_backend(backend, self.plan)
@@ -128,7 +130,7 @@ class Crew:
         """A worker comes to each slot, in this order."""
         for slot in slots:
             self.sockets[slot] = [
-                sockets.member(
+                reuseport.member(
                     bind,
                     4096,
                     settings=self.plan.service.settings,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from support import DEADLINE_S
 
-from steer.control import Handler, Server
-from steer.kernel.spare import Spare
-from steer.log import Log
-from steer.retry import Retry
+from steer.control.server import Handler, Server
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from faults import Act, Death, Held, Kind, lost
 from support import Service, eventually, is_running
 
 from steer.errors import ControlError, Refused
-from steer.kernel import activity, proc
+from steer.linux import activity, processes
 
 Worker = dict[str, Any]
 """As in status."""
@@ -376,7 +376,7 @@ def _tcp_counts() -> list[str]:
 
 def accepted(pid: int) -> frozenset[int]:
     """The clients' ports of the connections that a worker has; one in a queue is nobody's yet."""
-    own, found = proc.open_sockets(pid), _sockets()
+    own, found = processes.open_sockets(pid), _sockets()
     return frozenset(each.peer for each in found if not each.listens and each.inode in own)
 
 

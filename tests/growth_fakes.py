@@ -18,29 +18,30 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
-from steer import plan as planning
-from steer import policy, spawn
-from steer.cbpf import Order
-from steer.change import Changes
-from steer.config import Service
-from steer.cpus import Topology
-from steer.fleet import Fleet
-from steer.kernel.channel import Frame
-from steer.kernel.custody import Guard
-from steer.kernel.family import Family
-from steer.kernel.keeper import Settings
-from steer.kernel.spare import Spare
-from steer.ladder import Answer, Finding
-from steer.lifecycle import Event
-from steer.log import Log
-from steer.notify import Unheard
-from steer.place import Place
-from steer.plan import Generation, Plan
-from steer.policy import Scene
-from steer.retry import Retry
-from steer.servers import BY_DEFAULT
-from steer.steering import Counts
-from steer.table import Member
+from steer.backends.base import Counts
+from steer.config import plan as planning
+from steer.config.candidates import Answer, Finding
+from steer.config.plan import Generation, Plan
+from steer.config.servers import BY_DEFAULT
+from steer.config.service import Service
+from steer.control.notify import Unheard
+from steer.controller.rollout import Changes
+from steer.guard.channel import Frame
+from steer.guard.client import Guard
+from steer.guard.store import Settings
+from steer.linux.family import Family
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
+from steer.policy import builtin
+from steer.policy.builtin import Scene
+from steer.policy.classic import Order
+from steer.policy.cpus import Topology
+from steer.policy.layout import Member
+from steer.workers import process
+from steer.workers.handle import Place
+from steer.workers.lifecycle import Event
+from steer.workers.pool import Fleet
 
 FEW, MANY = 10, 1000
 READY = {"READY": "1"}
@@ -157,7 +158,7 @@ class FakeSteering:
     def steer(self, members: Sequence[Member]) -> None:
         self._cost["flips"] += 1
         self.members = members
-        policy.lay(self._plan.policy, members, Scene(self._plan.topology, self._plan.hash_length))
+        builtin.lay(self._plan.policy, members, Scene(self._plan.topology, self._plan.hash_length))
 
     def swap(self, plan: Plan, members: Sequence[Member], _lend: object) -> None:
         self._plan = plan
@@ -255,7 +256,7 @@ class FakeProcess:
 
     @property
     def running(self) -> Any:
-        return spawn.Running(self.pid, self.started_s, self.bound, self.told)
+        return process.Running(self.pid, self.started_s, self.bound, self.told)
 
     def keep(self, value: bytes, held: Sequence[int] = (), look: bool = True) -> None:
         self._cost["saves of a worker"] += 1
@@ -390,8 +391,8 @@ Script = Callable[[FakeService], Coroutine[Any, Any, None]]
 def cost_of(script: Script, home: Path, workers: int, **keys: Any) -> Cost:
     """Of what a script counts, in a service of so many."""
     service = FakeService(home, workers, **keys)
-    real = spawn.fork_all
-    spawn.fork_all = cast(Any, service.fork_all)
+    real = process.fork_all
+    process.fork_all = cast(Any, service.fork_all)
 
     async def run() -> None:
         await service.up()
@@ -400,5 +401,5 @@ def cost_of(script: Script, home: Path, workers: int, **keys: Any) -> Cost:
     try:
         asyncio.run(run())
     finally:
-        spawn.fork_all = real
+        process.fork_all = real
     return service.cost

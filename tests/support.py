@@ -26,9 +26,10 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from steer import client
+from steer.control import client
 from steer.errors import ControlError
-from steer.kernel import activity, libbpf
+from steer.linux import activity
+from steer.loader import libbpf
 
 DEADLINE_S = 60.0
 """For what should happen at once: long, as the machine may be busy with other things."""
@@ -538,7 +539,7 @@ sys.exit(main())
 
 
 def wound(*constants: str) -> tuple[str, ...]:
-    """Has a `steer` command go by other times than its own, as "steer.split._AGAIN_S=1.0"."""
+    """Has a `steer` command go by other times than its own, as "steer.health.split._AGAIN_S=1.0"."""
     return (sys.executable, "-c", _WOUND, str(len(constants)), *constants)
 
 

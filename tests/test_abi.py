@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from steer import abi, table
-from steer.kernel import compile
+from steer import abi
+from steer.loader import compile
+from steer.policy import layout
 
 HEADS = {
     "steer_table": (abi.HEADER, "head early reserved"),
@@ -196,14 +197,14 @@ def test_slots_fit_an_entry() -> None:
 def test_the_head_of_the_table_has_room() -> None:
     """For where a half begins, a deck and a length."""
     assert abi.HALF_BYTES < 1 << abi.DECK_BIT
-    assert table.MAX_DECK < 1 << abi.LENGTH_BIT - abi.DECK_BIT
+    assert layout.MAX_DECK < 1 << abi.LENGTH_BIT - abi.DECK_BIT
     assert abi.ENTRIES < 1 << 64 - abi.LENGTH_BIT
 
 
 def test_a_deck_fits_the_table() -> None:
     assert 2 * abi.ALL <= abi.TURNS
     assert 2 * (2 * abi.ALL) <= abi.TURNS, "words of two halves"
-    assert 2 * table.MAX_DECK <= abi.TURNS
+    assert 2 * layout.MAX_DECK <= abi.TURNS
     assert abi.SLOTS * abi.LOAD_SIZE <= 1 << 16, "an offset into the loads is half a word"
 
 

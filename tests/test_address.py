@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.address import ALLOWED, Bind, parse
+from steer.config.address import ALLOWED, Bind, parse
 from steer.errors import ConfigError
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -28,7 +28,7 @@ from support import (
 )
 
 from steer.errors import ControlError
-from steer.kernel import proc
+from steer.linux import processes
 
 pytestmark = pytest.mark.needs("root", "netns")
 
@@ -88,7 +88,7 @@ def orphan(running: Service) -> Service:
 
 def guard_of(running: Service) -> int:
     workers = {worker["pid"] for worker in running.workers()}
-    (guard,) = eventually(lambda: set(proc.children(running.pid)) - workers)
+    (guard,) = eventually(lambda: set(processes.children(running.pid)) - workers)
     return guard
 
 
@@ -754,7 +754,7 @@ def test_same_process_is_another_program(
     environment["PYTHONPATH"] = str(home)
     (home / "sitecustomize.py").write_text(MARKER.format("one"))
     running = service("-w", "2", f"--pid={home}/pid", "--adopt-timeout=300")
-    workers, began = by_slot(running), proc.start_time_ticks(running.pid)
+    workers, began = by_slot(running), processes.start_time_ticks(running.pid)
     (home / "sitecustomize.py").write_text(MARKER.format("two"))
     with Load() as load, Asking(running) as asking:
         running.send_signal(signal.SIGUSR2)
@@ -766,7 +766,7 @@ def test_same_process_is_another_program(
     assert running.log.count("image one") == 1
     assert running.log.count("image two") == 1
     assert by_slot(running) == workers
-    assert proc.start_time_ticks(running.pid) == began
+    assert processes.start_time_ticks(running.pid) == began
     assert running.status()["pid"] == running.pid
     assert (home / "pid").read_text() == f"{running.pid}\n"
     os.kill(workers[0], signal.SIGKILL)
@@ -841,7 +841,7 @@ def test_again_and_again_leaks_nothing(service: StartService) -> None:
         running.send_signal(signal.SIGUSR2)
         eventually(lambda number=number: running.log.count("adopted 2 workers") == number)
         running.wait_ready()
-        family = proc.descendants(running.pid)
+        family = processes.descendants(running.pid)
         assert len(family) == 4  # the controller, its guard, two workers
         assert not [pid for pid in family if not is_running(pid)]
         if number == 1:
@@ -886,7 +886,7 @@ def test_old_program_goes_on(service: StartService, home: Path, trouble: str, wo
     assert by_slot(running) == workers
     assert running.status()["state"] == "running"
     if trouble == "guard":
-        eventually(lambda: guard not in proc.descendants(running.pid))
+        eventually(lambda: guard not in processes.descendants(running.pid))
 
 
 # Nobody adopts.
@@ -921,7 +921,7 @@ def test_killed_guard_is_replaced_and_hands_over(service: StartService) -> None:
     old = guard_of(first)
     os.kill(old, signal.SIGKILL)
     eventually(lambda: "the guard process was killed" in first.log)
-    eventually(lambda: len(proc.descendants(first.pid)) == 4 and guard_of(first) != old)
+    eventually(lambda: len(processes.descendants(first.pid)) == 4 and guard_of(first) != old)
     first.status()  # answered once the new guard has been told everything
     orphan(first)
     assert by_slot(service("-w", "2")) == workers

@@ -14,7 +14,7 @@ import pytest
 from conftest import RunSteer, StartService
 from support import http_get
 
-from steer import applications
+from steer.config import applications
 
 
 async def asgi3(scope: Any, receive: Any, send: Any) -> None: ...

@@ -31,7 +31,8 @@ from support import (
     udp_ask,
 )
 
-from steer.kernel import libbpf, proc
+from steer.linux import processes
+from steer.loader import libbpf
 
 PORT = 8080
 ALONE = 40_000 + os.getpid() % 20_000
@@ -144,7 +145,9 @@ def test_port_that_another_user_has(steer: RunSteer, kind: str) -> None:
 def test_port_that_another_service_has(service: StartService) -> None:
     running = service("-w", "2")
     done = running.steer("run", "--name", "other", "-w", "2")
-    named = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in proc.descendants(running.pid)}
+    named = {
+        pid: Path(f"/proc/{pid}/comm").read_text() for pid in processes.descendants(running.pid)
+    }
     holders = ", ".join(sorted(f"{name.strip()} (pid {pid})" for pid, name in named.items()))
     assert done.returncode == 1
     assert done.stderr == (

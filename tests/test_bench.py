@@ -49,9 +49,10 @@ from bench.lifetime import Life
 from bench.load import Plan, Request, schedule
 from bench.peers import Peer
 from bench.victims import Stop
-from steer import abi, tables
-from steer.bytecode import Code
+from steer import abi
+from steer.cli import tables
 from steer.errors import SteerError
+from steer.policy.bytecode import Code
 
 
 def test_median_and_middle_half() -> None:

@@ -25,8 +25,8 @@ from support import (
     lose_directory,
 )
 
-from steer import find
-from steer.kernel import proc, record
+from steer.control import find, record
+from steer.linux import processes
 
 pytestmark = pytest.mark.needs("netns")
 BIND = ("-b", f"127.0.0.1:{PORT}")
@@ -64,7 +64,7 @@ while "lingers" in sys.argv and not os.path.exists("go"):
 def kill_both(running: Service, directory: bool = True) -> list[int]:
     """The workers that are left. Args: directory: whether the run directory stays."""
     workers = [each["pid"] for each in running.workers()]
-    (guard,) = set(proc.children(running.pid)) - set(workers)
+    (guard,) = set(processes.children(running.pid)) - set(workers)
     for pid in (running.pid, guard):  # not to be noticed by the other
         os.kill(pid, signal.SIGSTOP)
     if not directory:
@@ -136,7 +136,7 @@ def test_they_finish_what_they_have_and_the_port_is_free(
 KILLED_EARLY = """
 import os, signal, sys
 from steer import __main__
-from steer.kernel.custody import Guard
+from steer.guard.client import Guard
 
 Guard.start = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = ["steer", *{arguments!r}]
@@ -178,10 +178,10 @@ def test_nothing_else_tells_them(service: StartService, home: Path) -> None:
     eventually(lambda: "adopted 2 workers" in running.log)
     running.wait_ready()
     for _ in range(2):
-        (guard,) = set(proc.children(running.pid)) - set(workers)
+        (guard,) = set(processes.children(running.pid)) - set(workers)
         os.kill(guard, signal.SIGKILL)
         eventually(lambda guard=guard: not is_running(guard))
-        eventually(lambda: len(set(proc.children(running.pid)) - set(workers)), 1)
+        eventually(lambda: len(set(processes.children(running.pid)) - set(workers)), 1)
         running.status()  # answered once the new guard has been told everything
     lose_directory(running)
     eventually(lambda: "was gone; it is" in running.log)
@@ -462,13 +462,13 @@ def test_those_of_a_living_service_are_not_left(
     """Whose control socket may be gone, too."""
     running = service(*BIND, "-w", "2", "--adopt-timeout=300", *command("closes"))
     workers = [each["pid"] for each in running.workers()]
-    for pid in set(proc.children(running.pid)) - set(workers):
+    for pid in set(processes.children(running.pid)) - set(workers):
         os.kill(pid, signal.SIGSTOP)
     os.kill(running.pid, signal.SIGSTOP)
     lose_directory(running)
     assert find.left(environment) == []
     if without == "controller":
-        guard = set(proc.children(running.pid)) - set(workers)
+        guard = set(processes.children(running.pid)) - set(workers)
         running.send_signal(signal.SIGKILL)
         running.wait()
         assert find.left(environment) == []
@@ -476,7 +476,7 @@ def test_those_of_a_living_service_are_not_left(
             os.kill(pid, signal.SIGCONT)
         eventually(lambda: running.steer("stop", "test").returncode, 0)
     else:
-        for pid in (running.pid, *proc.children(running.pid)):
+        for pid in (running.pid, *processes.children(running.pid)):
             os.kill(pid, signal.SIGCONT)
 
 
@@ -496,7 +496,7 @@ def test_lines_that_name_no_worker(tmp_path: Path, line: str) -> None:
 
 
 def test_a_number_that_is_another_process_by_now_is_no_worker(tmp_path: Path) -> None:
-    ticks = proc.start_time_ticks(os.getpid())
+    ticks = processes.start_time_ticks(os.getpid())
     assert ticks is not None
     path = tmp_path / "web.sock.workers"
     path.write_text(f"{os.getpid()} {ticks - 1} 15\n")

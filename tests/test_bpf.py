@@ -22,14 +22,17 @@ from crew import KINDS, Crew, sources
 from msgspec.structs import replace
 from support import NOBODY, as_user, bpf_exists, bpf_ids, eventually
 
-from steer import abi, address, policies
-from steer.bytecode import Code, PolicyObject
+from steer import abi
+from steer.config import address
+from steer.config.candidates import Answer, Finding
 from steer.errors import KernelError, VerifierError
-from steer.kernel import bpf, cgroup, compile, libbpf, probe, shared_memory, sockets, topology
-from steer.kernel.programs import _KINDS, Link, Program, shorten
-from steer.ladder import Answer, Finding
-from steer.policy import CBPF, EBPF, POLICIES
-from steer.table import Layout
+from steer.linux import cgroup, topology
+from steer.loader import bpf_maps, compile, find, libbpf, probe, shared_memory
+from steer.loader.programs import _KINDS, Link, Program, shorten
+from steer.policy.builtin import CBPF, EBPF, POLICIES
+from steer.policy.bytecode import Code, PolicyObject
+from steer.policy.layout import Layout
+from steer.sockets import reuseport
 
 pytestmark = pytest.mark.needs("bpf")
 
@@ -190,7 +193,7 @@ def test_kernel_too_old_for_a_table_is_told_which_is_not(monkeypatch: pytest.Mon
     def before_5_5(*_: object) -> None:
         raise KernelError("create BPF map steer_table", "EINVAL")
 
-    monkeypatch.setattr(bpf, "Map", before_5_5)
+    monkeypatch.setattr(bpf_maps, "Map", before_5_5)
     assert probe.ebpf().reason == "create BPF map steer_table: EINVAL"
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("", "", "5.4.0-1", "", "")))
     found = probe.ebpf()
@@ -202,7 +205,7 @@ def test_sysctl_that_does_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatc
     for release, is_believed in (("5.14.0", True), ("5.10.0-46-amd64", False)):
         uname = os.uname_result(("", "", release, "", ""))
         monkeypatch.setattr(os, "uname", lambda told=uname: told)
-        assert (sockets.tcp_migrate_req() is not None) == is_believed
+        assert (reuseport.tcp_migrate_req() is not None) == is_believed
 
 
 @pytest.mark.needs("nobody")
@@ -217,10 +220,10 @@ def test_sysctl_that_does_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatc
 )
 def test_without_privilege_it_is_not_permitted(attempt: str) -> None:
     program = f"""
-from steer.bytecode import Code
+from steer.policy.bytecode import Code
 from steer.errors import KernelError
-from steer.kernel.bpf import Map
-from steer.kernel.programs import Program
+from steer.loader.bpf_maps import Map
+from steer.loader.programs import Program
 try:
     {attempt}
 except KernelError as error:
@@ -259,30 +262,30 @@ def test_map_without_room_in_the_file_table() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         with pytest.raises(KernelError, match="create BPF map steer_counts: EMFILE"):
-            bpf.Map("counts", 64)
+            bpf_maps.Map("counts", 64)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_entry_past_the_end() -> None:
-    with bpf.Map("cpus") as made:
+    with bpf_maps.Map("cpus") as made:
         with pytest.raises(KernelError, match="put entry 1: E2BIG"):
             made.put(1, bytes(made.spec.value_bytes * CPUS))
         with pytest.raises(KernelError, match="read entry 1: ENOENT"):
             made.per_cpu(1, 1)
-    with bpf.Map("sockets", 4) as made, pytest.raises(KernelError, match="put entry 4: E2BIG"):
+    with bpf_maps.Map("sockets", 4) as made, pytest.raises(KernelError, match="put entry 4: E2BIG"):
         made.put_socket(4, 0)
 
 
 def test_empty_entry_may_be_deleted() -> None:
-    with bpf.Map("sockets", 4) as made:
+    with bpf_maps.Map("sockets", 4) as made:
         made.delete(3)
         with pytest.raises(KernelError, match="delete entry 4: E2BIG"):
             made.delete(4)
 
 
 def test_every_cpu_has_its_own_value() -> None:
-    with bpf.Map("counts", 8) as made:
+    with bpf_maps.Map("counts", 8) as made:
         values = b"".join(abi.COUNT.pack(cpu, 10 * cpu, 2**60 + cpu) for cpu in range(CPUS))
         made.put(5, values)
         assert made.per_cpu(5, CPUS) == values
@@ -290,19 +293,19 @@ def test_every_cpu_has_its_own_value() -> None:
 
 
 def test_socket_that_cannot_be_chosen_is_not_taken_in(netns: object) -> None:
-    with bpf.Map("sockets", 4) as made, sockets.scratch() as unbound:
+    with bpf_maps.Map("sockets", 4) as made, reuseport.scratch() as unbound:
         with pytest.raises(KernelError, match="put entry 0: EINVAL"):
             made.put_socket(0, unbound.fileno())
-        with sockets.member(address.parse(KINDS["tcp4"]), 16) as listener:
+        with reuseport.member(address.parse(KINDS["tcp4"]), 16) as listener:
             made.put_socket(0, listener.fileno())
             with pytest.raises(KernelError, match="put entry 1: EBUSY"):
                 made.put_socket(1, listener.fileno())
         # Closed, it is gone from the map, and its entry another's to have.
-        with sockets.member(address.parse(KINDS["tcp4"]), 16) as listener:
+        with reuseport.member(address.parse(KINDS["tcp4"]), 16) as listener:
             made.put_socket(0, listener.fileno())
 
 
-def looked_up(made: bpf.Map, key: int) -> bytes | None:
+def looked_up(made: bpf_maps.Map, key: int) -> bytes | None:
     """What the kernel has there."""
     buffer = ctypes.create_string_buffer(made.spec.value_bytes)
     key_bytes = key.to_bytes(made.spec.key_bytes, sys.byteorder)
@@ -312,7 +315,7 @@ def looked_up(made: bpf.Map, key: int) -> bytes | None:
 
 def test_cookies_are_keys_of_8_bytes() -> None:
     cookie = 0x1122334455667788
-    with bpf.Map("moved") as made:
+    with bpf_maps.Map("moved") as made:
         made.put(cookie, abi.OWNER.pack(3, 1, 7))
         assert looked_up(made, cookie) == abi.OWNER.pack(3, 1, 7)
         assert looked_up(made, cookie & 0xFFFFFFFF) is None
@@ -323,8 +326,8 @@ def test_cookies_are_keys_of_8_bytes() -> None:
 @pytest.mark.usefixtures("no_leaks")
 def test_what_is_stored_at_a_listener_is_inherited_by_its_connections(netns: object) -> None:
     with (
-        bpf.Map("owners") as made,
-        sockets.member(address.parse(KINDS["tcp4"]), 16) as listener,
+        bpf_maps.Map("owners") as made,
+        reuseport.member(address.parse(KINDS["tcp4"]), 16) as listener,
         socket.create_connection(listener.getsockname()) as before,
     ):
         # As it is when the handshake ends that counts, not when it is accepted.
@@ -342,7 +345,7 @@ def test_what_is_stored_at_a_listener_is_inherited_by_its_connections(netns: obj
 
 def test_only_at_sockets_something_is_stored() -> None:
     with (
-        bpf.Map("owners") as made,
+        bpf_maps.Map("owners") as made,
         open(os.devnull) as other,
         pytest.raises(KernelError, match="ENOTSOCK"),
     ):
@@ -350,7 +353,10 @@ def test_only_at_sockets_something_is_stored() -> None:
 
 
 def test_a_map_that_somebody_else_made_is_the_same() -> None:
-    with bpf.Map("moved") as made, bpf.Map.received("moved", os.dup(made.fileno())) as other:
+    with (
+        bpf_maps.Map("moved") as made,
+        bpf_maps.Map.received("moved", os.dup(made.fileno())) as other,
+    ):
         other.put(4, abi.OWNER.pack(1, 2, 3))
         assert looked_up(made, 4) == abi.OWNER.pack(1, 2, 3)
 
@@ -360,7 +366,7 @@ def test_a_map_that_somebody_else_made_is_the_same() -> None:
 
 @pytest.fixture
 def slots() -> Iterator[shared_memory.Slots]:
-    with bpf.Map("slots") as made:
+    with bpf_maps.Map("slots") as made:
         all_slots = shared_memory.Slots(made)
         yield all_slots
         all_slots.close()
@@ -430,7 +436,7 @@ def test_fewer_than_none_are_none(slots: shared_memory.Slots) -> None:
 
 def test_slots_can_be_gone_on_with(slots: shared_memory.Slots) -> None:
     play(slots, abi.SLOTS - 1, 1, 2, 3, 4)
-    with bpf.Map("slots") as other:
+    with bpf_maps.Map("slots") as other:
         later = shared_memory.Slots(other)
         later.become(os.dup(slots.map.fileno()))
         assert state(later, abi.SLOTS - 1) == (1, 2, 3, 4)
@@ -477,7 +483,7 @@ def test_only_such_programs_go_on_a_cgroup() -> None:
 
 
 def test_ticks_are_those_of_the_kernel() -> None:
-    assert bpf.ticks_per_s() in (100, 250, 300, 1000)
+    assert bpf_maps.ticks_per_s() in (100, 250, 300, 1000)
 
 
 # ---- the table
@@ -494,7 +500,7 @@ def test_flip_is_seen_by_programs(netns: object) -> None:
 
 
 def test_programs_that_were_waited_for_are_those_before_a_later_flip() -> None:
-    with bpf.Map("table") as made:
+    with bpf_maps.Map("table") as made:
         table = shared_memory.Table(made)
         try:
             table.forget()
@@ -513,7 +519,7 @@ def test_programs_that_were_waited_for_are_those_before_a_later_flip() -> None:
 
 
 def test_table_starts_with_nobody_and_flips_between_halves() -> None:
-    with bpf.Map("table") as made:
+    with bpf_maps.Map("table") as made:
         table = shared_memory.Table(made)
         table.forget()
         try:
@@ -549,7 +555,7 @@ def told(table: bytes) -> tuple[int, int, int]:
     return head >> abi.LENGTH_BIT, head >> abi.DECK_BIT & deck, begins
 
 
-def content(table: bpf.Map) -> bytes:
+def content(table: bpf_maps.Map) -> bytes:
     """All of the table, as the kernel has it."""
     found = looked_up(table, 0)
     assert found
@@ -578,7 +584,7 @@ def test_backend_lets_go_of_everything(name: str, backend: str) -> None:
 
 
 def test_descriptors_are_closed_once() -> None:
-    made = bpf.Map("cpus")
+    made = bpf_maps.Map("cpus")
     fd = made.fileno()
     made.close()
     with open(os.devnull) as other:
@@ -621,7 +627,7 @@ def test_programs_are_to_be_waited_for_after_another_policy_also_where_nothing_i
         monkeypatch.setattr(shared_memory, "PROGRAMS_END_S", -1.0)
         members = [crew.member(slot) for slot in (0, 1)]
         first = crew.plan
-        second = replace(first, policy=policies.find("random"))
+        second = replace(first, policy=find.find("random"))
 
         @contextmanager
         def lend() -> Iterator[dict[int, socket.socket]]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer import abi
-from steer.bytecode import INSN_BYTES, Code, PolicyObject, unlink, with_near_ends
+from steer.policy.bytecode import INSN_BYTES, Code, PolicyObject, unlink, with_near_ends
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

@@ -19,11 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer import cbpf, policies, policy, table
-from steer.cbpf import HASH_LENGTH, MAX_INSNS, Insn, Order, TooLong
-from steer.cpus import Topology
-from steer.policy import POLICIES, Scene
-from steer.table import EMPTY, Layout, Member
+from steer.loader import find
+from steer.policy import builtin, classic
+from steer.policy import layout as table
+from steer.policy.builtin import POLICIES, Scene
+from steer.policy.classic import HASH_LENGTH, MAX_INSNS, Insn, Order, TooLong
+from steer.policy.cpus import Topology
+from steer.policy.layout import EMPTY, Layout, Member
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -210,7 +212,7 @@ def ipv6(source: str, ports: tuple[int, int], traffic_class: int = 0) -> bytes:
 
 
 def hashed(source: str, ports: tuple[int, int], layout: Layout, seed: int = SEED) -> int:
-    number = cbpf.flow_hash(ip_address(source).packed, *ports, seed)
+    number = classic.flow_hash(ip_address(source).packed, *ports, seed)
     return layout.entries[number % len(layout.entries)]
 
 
@@ -251,7 +253,7 @@ def test_by_hash_over_ipv4(
     source: object, ports: tuple[int, int], seed: int, options: bytes
 ) -> None:
     layout, indexes = hash_layout(1, 2, 3, 4, 5), scrambled(5)
-    program = cbpf.by_hash(layout, indexes, seed)
+    program = classic.by_hash(layout, indexes, seed)
     packet = Packet(ipv4(str(source), ports, options))
     assert run(program, packet) == indexes[hashed(str(source), ports, layout, seed)]
 
@@ -261,13 +263,13 @@ def test_by_hash_over_ipv4(
 def test_by_hash_over_ipv6(source: object, ports: tuple[int, int], seed: int, klass: int) -> None:
     """The traffic class lies in the byte that tells the version."""
     layout, indexes = hash_layout(1, 2, 3, 4, 5), scrambled(5)
-    program = cbpf.by_hash(layout, indexes, seed)
+    program = classic.by_hash(layout, indexes, seed)
     packet = Packet(ipv6(str(source), ports, klass))
     assert run(program, packet) == indexes[hashed(str(source), ports, layout, seed)]
 
 
 def test_by_hash_looks_at_source_and_ports_only() -> None:
-    program = cbpf.by_hash(many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED)
+    program = classic.by_hash(many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED)
     packet = ipv4("192.0.2.1", (1024, 80))
     other = packet[:1] + b"\xff" * 11 + packet[12:20] + packet[20:24] + b"x" * 16
     assert run(program, Packet(packet)) == run(program, Packet(other, b"data", 3, 77))
@@ -276,7 +278,7 @@ def test_by_hash_looks_at_source_and_ports_only() -> None:
 def test_by_hash_follows_the_table_when_a_worker_goes() -> None:
     before = hash_layout(1, 1, 1, 1)
     after = table.consistent(members(1, 1, 1), before, HASH_LENGTH)
-    programs = [cbpf.by_hash(layout, scrambled(4), SEED) for layout in (before, after)]
+    programs = [classic.by_hash(layout, scrambled(4), SEED) for layout in (before, after)]
     for port in range(1024, 1624):
         packet = Packet(ipv4("198.51.100.7", (port, 443)))
         if hashed("198.51.100.7", (port, 443), before) != 3:
@@ -294,7 +296,7 @@ def test_hash_spreads_evenly(client: str) -> None:
 
 
 def test_another_seed_is_another_hash() -> None:
-    one, other = (cbpf.flow_hash(bytes(4), 1, 2, seed) for seed in (1, 2))
+    one, other = (classic.flow_hash(bytes(4), 1, 2, seed) for seed in (1, 2))
     assert one != other
 
 
@@ -307,7 +309,7 @@ def test_flow_hash_by_hand() -> None:
 
     first = fold(7 ^ 0x0A000001, 0x9E3779B1, 15)
     second = fold(first ^ 0x04D20050, 0x9E3779B1, 15)
-    assert cbpf.flow_hash(bytes([10, 0, 0, 1]), 1234, 80, 7) == fold(second, 0x85EBCA6B, 13)
+    assert classic.flow_hash(bytes([10, 0, 0, 1]), 1234, 80, 7) == fold(second, 0x85EBCA6B, 13)
 
 
 # by_source
@@ -345,7 +347,7 @@ def test_by_source_over_ipv4(
 ) -> None:
     """Of the whole address or of some bits; neither ports nor options of IP matter."""
     layout, indexes = hash_layout(1, 2, 3, 4, 5), scrambled(5)
-    program = cbpf.by_source(layout, indexes, seed, bits, 64)
+    program = classic.by_source(layout, indexes, seed, bits, 64)
     accept(program)
     packet = Packet(ipv4(str(source), ports, options * 4))
     assert run(program, packet) == indexes[of_source(str(source), bits, layout, seed)]
@@ -357,7 +359,7 @@ def test_by_source_over_ipv6(
     source: object, ports: tuple[int, int], seed: int, bits: int, klass: int
 ) -> None:
     layout, indexes = hash_layout(1, 2, 3, 4, 5), scrambled(5)
-    program = cbpf.by_source(layout, indexes, seed, 32, bits)
+    program = classic.by_source(layout, indexes, seed, 32, bits)
     accept(program)
     packet = Packet(ipv6(str(source), ports, klass))
     assert run(program, packet) == indexes[of_source(str(source), bits, layout, seed)]
@@ -368,7 +370,7 @@ def test_by_source_looks_at_so_many_bits_of_ipv6(bits: int) -> None:
     """A change of the last of them is another source, one of the bit after it is not."""
     layout = many(HASH_LENGTH)
     indexes = {slot: slot for slot in range(HASH_LENGTH)}
-    program = cbpf.by_source(layout, indexes, SEED, 32, bits)
+    program = classic.by_source(layout, indexes, SEED, 32, bits)
     here = int(ip_address("2001:db8:1234:5678:9abc:def0:1234:5678"))
 
     def chosen(address: int) -> int:
@@ -384,7 +386,7 @@ def test_by_source_looks_at_so_many_bits_of_ipv6(bits: int) -> None:
 def test_by_source_looks_at_so_many_bits_of_ipv4(bits: int) -> None:
     layout = many(HASH_LENGTH)
     indexes = {slot: slot for slot in range(HASH_LENGTH)}
-    program = cbpf.by_source(layout, indexes, SEED, bits, 64)
+    program = classic.by_source(layout, indexes, SEED, bits, 64)
     here = int(ip_address("192.0.2.129"))
 
     def chosen(address: int) -> int:
@@ -397,7 +399,7 @@ def test_by_source_looks_at_so_many_bits_of_ipv4(bits: int) -> None:
 
 
 def test_by_source_looks_at_the_address_only() -> None:
-    program = cbpf.by_source(many(700), {slot: slot for slot in range(700)}, SEED, 32, 64)
+    program = classic.by_source(many(700), {slot: slot for slot in range(700)}, SEED, 32, 64)
     packet = ipv4("192.0.2.1", (1024, 80))
     other = packet[:1] + b"\xff" * 11 + packet[12:16] + b"x" * 24
     assert run(program, Packet(packet)) == run(program, Packet(other, b"data", 3, 77))
@@ -409,7 +411,7 @@ def test_by_source_looks_at_the_address_only() -> None:
 def test_by_source_follows_the_table_when_a_worker_goes() -> None:
     before = hash_layout(1, 1, 1, 1)
     after = table.consistent(members(1, 1, 1), before, HASH_LENGTH)
-    programs = [cbpf.by_source(each, scrambled(4), SEED, 32, 64) for each in (before, after)]
+    programs = [classic.by_source(each, scrambled(4), SEED, 32, 64) for each in (before, after)]
     moved = 0
     for number in range(600):
         source = str(ip_address(int(ip_address("198.51.0.0")) + number))
@@ -443,7 +445,7 @@ def test_sources_spread_evenly(step: int) -> None:
 def test_by_share_is_exact(weights: tuple[int, ...]) -> None:
     """Over all remainders that chance can have each socket is hit as often as it weighs."""
     layout, indexes = table.by_share(members(*weights)), scrambled(len(weights))
-    program = cbpf.by_share(layout, indexes)
+    program = classic.by_share(layout, indexes)
     length = len(layout.entries)
     assert length == sum(weights)
     high = 2**32 // length * length
@@ -454,13 +456,13 @@ def test_by_share_is_exact(weights: tuple[int, ...]) -> None:
 
 def test_by_share_of_any_weights_is_short() -> None:
     some = members(*(1000 - slot % 3 for slot in range(1024)))
-    program = cbpf.by_share(table.by_share(some), {slot: slot for slot in range(1024)})
+    program = classic.by_share(table.by_share(some), {slot: slot for slot in range(1024)})
     accept(program)
     assert len(program) < 2200
 
 
 def test_by_share_of_one_needs_no_chance() -> None:
-    assert cbpf.by_share(slots(4, 4), {4: 2}) == [(0x06, 0, 0, 2)]
+    assert classic.by_share(slots(4, 4), {4: 2}) == [(0x06, 0, 0, 2)]
 
 
 # by_cpu
@@ -468,7 +470,7 @@ def test_by_share_of_one_needs_no_chance() -> None:
 
 def test_by_cpu_is_exact() -> None:
     layout = slots(3, 1, 1, 0, 2)
-    program = cbpf.by_cpu(layout, scrambled(4))
+    program = classic.by_cpu(layout, scrambled(4))
     for cpu, slot in enumerate(layout.entries):
         assert run(program, Packet(cpu=cpu)) == scrambled(4)[slot]
 
@@ -481,7 +483,7 @@ def test_by_cpu_as_the_table_says(data: st.DataObject) -> None:
     crew = [Member(slot, 1 + slot % 3, cpu) for slot, cpu in enumerate(cpus)]
     layout = table.by_cpu(crew, Topology(tuple(possible), tuple(possible), {}))
     indexes = scrambled(len(cpus))
-    program = cbpf.by_cpu(layout, indexes)
+    program = classic.by_cpu(layout, indexes)
     accept(program)
     for cpu in possible:
         row = layout.row(layout.entries[cpu])
@@ -491,7 +493,7 @@ def test_by_cpu_as_the_table_says(data: st.DataObject) -> None:
 
 def test_by_cpu_of_a_cpu_past_the_table() -> None:
     """Hot-plugged after all: it is served like the last."""
-    assert run(cbpf.by_cpu(slots(0, 1), {0: 0, 1: 1}), Packet(cpu=700)) == 1
+    assert run(classic.by_cpu(slots(0, 1), {0: 0, 1: 1}), Packet(cpu=700)) == 1
 
 
 # All of them
@@ -501,7 +503,7 @@ ASSEMBLED = [name for name, row in POLICIES.items() if row.assemble]
 
 def assembled(name: str, layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
     """With the parameters as they are if nobody sets any."""
-    row = policies.find(name)
+    row = find.find(name)
     assert row.assemble is not None
     params = [param.default for param in row.declared.params]
     return row.assemble(layout, indexes, SEED, params)
@@ -512,10 +514,10 @@ def assembled(name: str, layout: Layout, indexes: Mapping[int, int]) -> list[Ins
 def test_the_kernel_would_take_it(name: str, workers: int) -> None:
     crew = [Member(slot, 1 + slot % 3, slot % 64) for slot in range(workers)]
     topology = Topology(tuple(range(64)), tuple(range(64)), {})
-    layout = policy.lay(POLICIES[name], crew, Scene(topology, HASH_LENGTH))
+    layout = builtin.lay(POLICIES[name], crew, Scene(topology, HASH_LENGTH))
     program = assembled(name, layout, {slot: slot for slot in range(workers)})
     accept(program)
-    assert cbpf.pack(program) == b"".join(struct.pack("=HBBI", *insn) for insn in program)
+    assert classic.pack(program) == b"".join(struct.pack("=HBBI", *insn) for insn in program)
 
 
 @pytest.mark.parametrize("name", ASSEMBLED)
@@ -537,20 +539,20 @@ def test_with_nobody_all_is_left_to_the_kernel(name: str) -> None:
 
 def test_1024_runs_fit() -> None:
     layout, indexes = many(1024), {slot: slot for slot in range(1024)}
-    accept(cbpf.by_hash(layout, indexes, SEED))
-    accept(cbpf.by_source(layout, indexes, SEED, 32, 64))
-    by_cpu, by_share = cbpf.by_cpu(layout, indexes), cbpf.by_share(layout, indexes)
+    accept(classic.by_hash(layout, indexes, SEED))
+    accept(classic.by_source(layout, indexes, SEED, 32, 64))
+    by_cpu, by_share = classic.by_cpu(layout, indexes), classic.by_share(layout, indexes)
     for at in range(1024):
         assert run(by_cpu, Packet(cpu=at)) == run(by_share, Packet(random=at)) == at
 
 
 def test_the_largest_hash_table_fits_an_older_kernel() -> None:
     """Measured: what does not choose takes 1,224 bytes, a return 16, a jump 8."""
-    program = cbpf.by_hash(many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED)
+    program = classic.by_hash(many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED)
     accept(program)
     start, chosen = _halves(program)
     assert 1224 + sum(16 if code == 0x06 else 8 for code in chosen) <= OPTMEM_BYTES
-    by_source = cbpf.by_source(
+    by_source = classic.by_source(
         many(HASH_LENGTH), {slot: slot for slot in range(HASH_LENGTH)}, SEED, 32, 64
     )
     shorter, same = _halves(by_source)
@@ -566,11 +568,11 @@ def _halves(program: Sequence[Insn]) -> tuple[list[int], list[int]]:
 
 
 def test_as_long_as_the_kernel_takes_and_no_longer() -> None:
-    program = cbpf.by_share(many(2044), {slot: slot for slot in range(2044)})
+    program = classic.by_share(many(2044), {slot: slot for slot in range(2044)})
     assert len(program) == MAX_INSNS
     accept(program)
     with pytest.raises(TooLong, match=r"^4097 instructions; classic BPF takes 4096$"):
-        cbpf.by_cpu(many(2045), {})
+        classic.by_cpu(many(2045), {})
 
 
 # Order
@@ -628,4 +630,4 @@ def test_order_is_the_kernels(changes: list[int]) -> None:
 
 def test_no_socket_is_past_every_array() -> None:
     """Which grows to 32,768 sockets."""
-    assert run(cbpf.by_share(slots(1), {})) >= 32768
+    assert run(classic.by_share(slots(1), {})) >= 32768

@@ -10,19 +10,19 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from steer import lifecycle
-from steer import plan as planning
-from steer.change import Changes, unheard
-from steer.config import Service
-from steer.cpus import Topology
+from steer.config import plan as planning
+from steer.config.candidates import Answer, Finding
+from steer.config.plan import Generation, Plan, Seat
+from steer.config.service import Service
+from steer.controller.rollout import Changes, unheard
 from steer.errors import ControlError, WorkersFailed
-from steer.fleet import Fleet
-from steer.intake import Lot
-from steer.ladder import Answer, Finding
-from steer.lifecycle import Command, Event, State
-from steer.place import Place, Saved
-from steer.plan import Generation, Plan, Seat
-from steer.spawn import Running
+from steer.policy.cpus import Topology
+from steer.workers import lifecycle
+from steer.workers.handle import Place, Saved
+from steer.workers.intake import Lot
+from steer.workers.lifecycle import Command, Event, State
+from steer.workers.pool import Fleet
+from steer.workers.process import Running
 
 CPUS = (0, 1, 2, 3)
 ENDED = WorkersFailed("start workers", "exit status 7")

@@ -10,8 +10,8 @@ MANY = 600
 PROGRAM = f"""
 import asyncio, os, signal
 from contextlib import closing
-from steer.kernel import process
-from steer.kernel.child_ends import ChildEnds
+from steer.linux import fork as process
+from steer.linux.child_ends import ChildEnds
 
 async def main(ends):
     loop, terminated, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()

@@ -8,10 +8,11 @@ from typing import Any, cast
 import pytest
 from growth_fakes import plan_for
 
-from steer import abi, policy, table
-from steer.choice import Choice
-from steer.policy import Policy, Scene
-from steer.table import Layout, Member
+from steer import abi
+from steer.backends.loaded_policy import Choice
+from steer.policy import builtin, layout
+from steer.policy.builtin import Policy, Scene
+from steer.policy.layout import Layout, Member
 
 THREE = [Member(slot) for slot in range(3)]
 
@@ -21,7 +22,7 @@ class Laid:
 
     def __init__(self) -> None:
         self.times = 0
-        self._lay = policy.lay
+        self._lay = builtin.lay
 
     def __call__(self, chosen: Policy, members: Any, scene: Scene) -> Layout:
         self.times += 1
@@ -31,7 +32,7 @@ class Laid:
 @pytest.fixture
 def laid(monkeypatch: pytest.MonkeyPatch) -> Laid:
     counts = Laid()
-    monkeypatch.setattr(policy, "lay", counts)
+    monkeypatch.setattr(builtin, "lay", counts)
     return counts
 
 
@@ -47,53 +48,53 @@ def chosen_by(name: str) -> Choice:
 
 
 def slots(chosen: Choice) -> dict[int, int]:
-    shares = dict(table.shares(table.read(chosen._table.active())))
+    shares = dict(layout.shares(layout.read(chosen._table.active())))
     return {slot: number for slot, number in shares.items() if slot != abi.NO_SLOT}
 
 
 def test_the_same_members_are_laid_out_once(laid: Laid) -> None:
     chosen = chosen_by("hash")
     for _ in range(3):
-        chosen.steer(list(THREE), table.EMPTY)
+        chosen.steer(list(THREE), layout.EMPTY)
     assert laid.times == 1
 
 
 def test_also_after_nobody_was_there(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.kernel.shared_memory.wait_for_programs", lambda: None)
+    monkeypatch.setattr("steer.loader.shared_memory.wait_for_programs", lambda: None)
     chosen = chosen_by("hash")
-    chosen.steer(THREE, table.EMPTY)
+    chosen.steer(THREE, layout.EMPTY)
     before = slots(chosen)
-    chosen.steer([], table.EMPTY)
+    chosen.steer([], layout.EMPTY)
     assert slots(chosen) == {}
-    chosen.steer(THREE, table.EMPTY)
+    chosen.steer(THREE, layout.EMPTY)
     assert slots(chosen) == before
     assert laid.times == 1
 
 
 def test_others_are_laid_out_anew(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.kernel.shared_memory.wait_for_programs", lambda: None)
+    monkeypatch.setattr("steer.loader.shared_memory.wait_for_programs", lambda: None)
     chosen = chosen_by("hash")
-    chosen.steer(THREE, table.EMPTY)
-    chosen.steer(THREE[:2], table.EMPTY)
+    chosen.steer(THREE, layout.EMPTY)
+    chosen.steer(THREE[:2], layout.EMPTY)
     assert set(slots(chosen)) == {0, 1}
-    chosen.steer([*THREE[:2], Member(2, weight=2)], table.EMPTY)
+    chosen.steer([*THREE[:2], Member(2, weight=2)], layout.EMPTY)
     assert slots(chosen)[2] > slots(chosen)[0]
     assert laid.times == 3
 
 
 def test_another_plan_is_laid_out_anew(laid: Laid) -> None:
     chosen = chosen_by("hash")
-    chosen.steer(THREE, table.EMPTY)
+    chosen.steer(THREE, layout.EMPTY)
     chosen.become(plan_for(200, "hash"))
     chosen._table.rested()
-    chosen.steer(THREE, table.EMPTY)
+    chosen.steer(THREE, layout.EMPTY)
     assert laid.times == 2
 
 
 def test_who_takes_the_place_of_another_lays_out_what_that_had_not(laid: Laid) -> None:
     first, second = chosen_by("hash"), chosen_by("hash")
-    first.steer(THREE, table.EMPTY)
+    first.steer(THREE, layout.EMPTY)
     second.follow(first)
-    second.steer(THREE, table.EMPTY)
+    second.steer(THREE, layout.EMPTY)
     assert slots(second) == slots(first)
     assert laid.times == 1

@@ -33,12 +33,12 @@ from support import (
 )
 
 import steer as package
-from steer import config
-from steer.arguments import TakesCommand, given_command, service_options
-from steer.control import Tell
+from steer.cli.arguments import TakesCommand, given_command, service_options
+from steer.cli.options import Source
+from steer.config import service as config
+from steer.control.server import Tell
 from steer.errors import ConfigError, WorkersFailed
-from steer.options import Source
-from steer.policy import POLICIES
+from steer.policy.builtin import POLICIES
 
 OPTIONS = (
     *("-b", "127.0.0.1:8080", "-b", "udp://[::1]:53", "-w", "3", "--policy", "hash"),

@@ -19,7 +19,7 @@ from crew import CPUS, PORT, pinned
 from support import AS_IN_DOCKER, NOBODY, STEER, Service, eventually, http_get, setpriv
 
 from steer.errors import Refused
-from steer.policy import CBPF, EBPF, KERNEL, POLICIES
+from steer.policy.builtin import CBPF, EBPF, KERNEL, POLICIES
 
 pytestmark = [
     pytest.mark.needs("bpf", "migrate", "netns", "nobody"),

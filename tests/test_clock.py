@@ -12,7 +12,7 @@ import pytest
 from conftest import StartService
 from support import Service, eventually, stopped
 
-from steer.clock import Clock, Timer
+from steer.workers.clock import Clock, Timer
 
 # The clock, with a time that is wound
 

@@ -20,10 +20,10 @@ from crew import Crew
 from support import NOBODY, as_user
 
 from steer import abi
-from steer.bytecode import PolicyObject
 from steer.errors import CompileError
-from steer.kernel import compile
-from steer.policy import EBPF, POLICIES
+from steer.loader import compile
+from steer.policy.builtin import EBPF, POLICIES
+from steer.policy.bytecode import PolicyObject
 
 BUILT_IN = [policy.name for policy in POLICIES.values() if policy.source]
 POLICY = """
@@ -352,7 +352,7 @@ def test_compiler_that_does_not_end(source: Path, monkeypatch: pytest.MonkeyPatc
 def test_compiler_that_is_killed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a limit on what it may take."""
     killed = ["sh", "-c", "kill -KILL $$"]
-    monkeypatch.setattr(compile.process, "run", lambda *_: subprocess.run(killed, check=False))
+    monkeypatch.setattr(compile.fork, "run", lambda *_: subprocess.run(killed, check=False))
     with pytest.raises(CompileError, match=r"compile own\.c: bcc was killed by SIGKILL: there"):
         compile.load(source)
 
@@ -361,7 +361,7 @@ def test_compiler_that_is_killed(source: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_compiling_needs_no_privilege(home: Path) -> None:
     source = home / "own.c"
     source.write_text(POLICY % "ctx->len")
-    program = "import sys; from pathlib import Path; from steer.kernel import compile; "
+    program = "import sys; from pathlib import Path; from steer.loader import compile; "
     program += "print(compile.load(Path(sys.argv[1])).compiler)"
     done = subprocess.run(
         as_user(NOBODY, sys.executable, "-c", program, str(source)),

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer import address, config
-from steer.address import Bind
-from steer.config import MAX_WEIGHT, MAX_WORKERS, Service
+from steer.config import address
+from steer.config import service as config
+from steer.config.address import Bind
+from steer.config.service import MAX_WEIGHT, MAX_WORKERS, Service
 from steer.errors import ConfigError
-from steer.policy import POLICIES
+from steer.policy.builtin import POLICIES
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

@@ -22,8 +22,8 @@ from crew import CPUS, PORT, Crew, pinned
 from support import DEADLINE_S, NOBODY, Netns, Service, eventually, wound
 
 from steer.errors import ControlError
-from steer.kernel import members, sockdiag
-from steer.policy import CBPF, EBPF
+from steer.policy.builtin import CBPF, EBPF
+from steer.sockets import members, sock_diag
 
 pytestmark = pytest.mark.usefixtures("netns")
 
@@ -72,7 +72,7 @@ def answer(worker, sock, is_connected, peer):
 HOSTS = {"127.0.0.1": "127.0.0.1", "[::1]": "::1", "0.0.0.0": "127.0.0.1", "[::]": "::1"}
 """Where it listens, and where clients send to."""
 WORKERS, DATAGRAMS = 4, 200
-SOON = wound("steer.split._AGAIN_S=1.0")
+SOON = wound("steer.health.split._AGAIN_S=1.0")
 """All are replaced again so long after the last time."""
 _CAPS = "-all,+bpf,+net_admin,+perfmon"
 AS_NOBODY_WITH_BPF = (
@@ -241,7 +241,7 @@ def test_the_client_outlives_all_who_were_there(
     old = set(range(WORKERS)) - {mine["slot"]}
     eventually(lambda: old.isdisjoint(each["slot"] for each in running.workers()))
     family = socket.AF_INET6 if ":" in at else socket.AF_INET
-    eventually(lambda: set(sockdiag.waiting("udp", family, PORT)).isdisjoint(mine["sockets"]))
+    eventually(lambda: set(sock_diag.waiting("udp", family, PORT)).isdisjoint(mine["sockets"]))
     assert set(spread(HOSTS[at])) == slots(running)
     restart(running, next(each for each in running.workers() if each["pid"] != mine["pid"]))
     found = spread(HOSTS[at])
@@ -385,7 +385,7 @@ def is_whole(running: Service, generation: int, mine: list[dict[str, Any]]) -> N
     old = {inode for each in mine for inode in each["sockets"] if each["pid"] in have}
     families = (socket.AF_INET, socket.AF_INET6)
     eventually(
-        lambda: all(old.isdisjoint(sockdiag.waiting("udp", each, PORT)) for each in families)
+        lambda: all(old.isdisjoint(sock_diag.waiting("udp", each, PORT)) for each in families)
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import StartService
 
 import steer
-from steer import connection
+from steer.api import connection
 
 
 @pytest.fixture(autouse=True)

@@ -23,10 +23,10 @@ from conftest import RunSteer, StartService
 from fake_service import fake_service, says
 from support import DEADLINE_S, NOBODY, STEER, Service, as_user, eventually, session
 
-from steer import client, control, outcomes
-from steer.control import Tell
+from steer.control import client, outcomes, rundir, server
+from steer.control.server import Tell
 from steer.errors import ControlError, NotRunning, Refused, WorkersFailed
-from steer.kernel import proc, rundir
+from steer.linux import processes
 
 PORT = 8080
 ALONE = 40_000 + os.getpid() % 20_000
@@ -481,7 +481,7 @@ def test_second_of_one_name_is_told_who_has_it(service: StartService) -> None:
 def test_socket_of_a_dead_service_is_no_obstacle(service: StartService) -> None:
     running = service("-w", "1", "--adopt-timeout=0")
     (worker,) = running.workers()
-    (guard,) = {*proc.descendants(running.pid)} - {running.pid, worker["pid"]}
+    (guard,) = {*processes.descendants(running.pid)} - {running.pid, worker["pid"]}
     running.send_signal(signal.SIGSTOP)
     for pid in (guard, running.pid):
         os.kill(pid, signal.SIGKILL)
@@ -651,7 +651,7 @@ def test_slow_reader_holds_nobody_up_and_gets_the_answer(place: Path) -> None:
 
 
 def test_who_never_reads_is_let_go(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(server, "TIMEOUT_S", 0.5)
     with (
         fake_service(place, scale=talks, status=answers_status),
         rundir.connect(place, DEADLINE_S) as sock,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.cpus import Topology, cpu_list, cpus_named, nearest, seats
+from steer.policy.cpus import Topology, cpu_list, cpus_named, nearest, seats
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

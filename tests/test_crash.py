@@ -18,7 +18,7 @@ from clients import answer, freeze, is_answered, queue, request
 from conftest import StartService
 from support import Netns, Service, eventually, is_running, tcp_count
 
-from steer.kernel import proc
+from steer.linux import processes
 
 pytestmark = pytest.mark.needs("netns")
 MANY = 17
@@ -99,7 +99,7 @@ def answered_by(waiting: list[socket.socket]) -> set[int]:
 
 def kill(*workers: dict[str, Any]) -> None:
     """All at once: no process of theirs is there any more to take anything."""
-    for pid in [pid for worker in workers for pid in proc.descendants(worker["pid"])]:
+    for pid in [pid for worker in workers for pid in processes.descendants(worker["pid"])]:
         os.kill(pid, signal.SIGKILL)
 
 
@@ -188,12 +188,15 @@ def test_no_duplicate_of_a_listener_stays_behind(service: StartService, clients:
     waiting = queue(running, clients, 3, dead)
     answered_by(waiting)  # it was looked at, and its queue moved
     workers = running.workers()
-    guard = set(proc.descendants(running.pid)) - {running.pid, *(each["pid"] for each in workers)}
+    guard = set(processes.descendants(running.pid)) - {
+        running.pid,
+        *(each["pid"] for each in workers),
+    }
     theirs = {inode for each in workers for inode in each["sockets"]}
     assert len(guard) == 1
     assert len(theirs) == 3
     for pid in (running.pid, *guard):
-        mine = {inode for _, inode in proc.sockets_by_fd(pid)}
+        mine = {inode for _, inode in processes.sockets_by_fd(pid)}
         eventually(lambda mine=mine: mine.isdisjoint(theirs))
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer import declared, policy
-from steer.declared import Counter, Declared, Histogram, Param
 from steer.errors import CompileError, ConfigError
-from steer.kernel import compile
+from steer.loader import compile
+from steer.policy import builtin, declarations
+from steer.policy.declarations import Counter, Declared, Histogram, Param
 
 POLICY = "STEER_POLICY(ctx, table)\n{\n\treturn 0;\n}\n"
 WHOLE = """/* SPDX-License-Identifier: MIT
@@ -36,7 +36,7 @@ static const char *text = "STEER_COUNTER(none, \\"in a string\\")";
 
 
 def parse(text: str) -> Declared:
-    return declared.parse(text + POLICY, "read mine.c")
+    return declarations.parse(text + POLICY, "read mine.c")
 
 
 def test_everything_is_read() -> None:
@@ -102,7 +102,7 @@ def test_what_is_wrong_is_named_with_its_line(line: str, cause: str) -> None:
 
 def test_parenthesis_that_is_not_closed() -> None:
     with pytest.raises(CompileError, match="line 1: STEER_COUNTER without its closing parenthesis"):
-        declared.parse("STEER_COUNTER(x, STEER_POLICY", "read mine.c")
+        declarations.parse("STEER_COUNTER(x, STEER_POLICY", "read mine.c")
 
 
 @pytest.mark.parametrize("macro, at_most", [("PARAM", 16), ("COUNTER", 16), ("HISTOGRAM", 4)])
@@ -119,7 +119,7 @@ def test_how_many_there_may_be(macro: str, at_most: int) -> None:
 @pytest.mark.parametrize("text", ["", "/* STEER_POLICY(ctx, table) */", '"STEER_POLICY"'])
 def test_file_without_a_policy(text: str) -> None:
     with pytest.raises(CompileError, match=r"no STEER_POLICY in it; see `steer policies new`"):
-        declared.parse(text, "read mine.c")
+        declarations.parse(text, "read mine.c")
 
 
 @given(st.text() | st.text(alphabet='STEER_PARAM(x,01"/* \n').map("STEER_PARAM({}".format))
@@ -130,14 +130,14 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 def test_built_in_policies_declare_the_table_they_have() -> None:
     """A copy of a built-in is a policy of one's own that does the same."""
-    for each in policy.POLICIES.values():
+    for each in builtin.POLICIES.values():
         if each.source:
             text = compile.text(compile.sources() / f"{each.source}.c")
-            assert declared.parse(text, each.name).table == each.table, each.name
+            assert declarations.parse(text, each.name).table == each.table, each.name
 
 
 def test_every_table_can_be_filled() -> None:
-    assert set(declared.TABLES) == set(policy.FILLS)
+    assert set(declarations.TABLES) == set(builtin.FILLS)
 
 
 # ---- values
@@ -156,7 +156,7 @@ SOME = Declared(params=(Param("percent", 10, 0, 100, ""), Param("least", 7, 5, 9
     ],
 )
 def test_values_are_in_the_order_of_the_file(given: list[str], values: tuple[int, ...]) -> None:
-    assert declared.values(SOME, given, "run mine") == values
+    assert declarations.values(SOME, given, "run mine") == values
 
 
 @pytest.mark.parametrize(
@@ -175,17 +175,17 @@ def test_values_are_in_the_order_of_the_file(given: list[str], values: tuple[int
 )
 def test_value_that_cannot_be(given: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        declared.values(SOME, given, "run mine")
+        declarations.values(SOME, given, "run mine")
     assert str(caught.value).startswith(f"run mine: {message}")
 
 
 def test_policy_without_parameters_says_so() -> None:
     with pytest.raises(ConfigError, match=r"no parameter 'x' .*; this policy has none"):
-        declared.values(Declared(), ["x=1"], "run mine")
+        declarations.values(Declared(), ["x=1"], "run mine")
 
 
 def test_names_are_numbered_in_the_order_of_the_file() -> None:
-    assert declared.defines(parse(WHOLE)) == [
+    assert declarations.defines(parse(WHOLE)) == [
         "-DSTEER_PARAM_percent=0",
         "-DSTEER_PARAM_mask=1",
         "-DSTEER_COUNTER_scattered=0",

@@ -6,7 +6,7 @@ import asyncio
 
 from conftest import StartService
 
-from steer.delays import BOUNDS_MS, Delays, timed_loop
+from steer.controller.delays import BOUNDS_MS, Delays, timed_loop
 
 MS = 0.001
 

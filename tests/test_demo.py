@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, cast
 import pytest
 from support import DEADLINE_S, eventually, is_ready
 
-from steer import demo
-from steer.kernel.cpu import current_cpu
+from steer.child import demo
+from steer.linux.cpu import current_cpu
 
 FOREVER_MS = 600_000
 GET = b"GET / HTTP/1.1\r\nHost: steer\r\n\r\n"
@@ -34,7 +34,7 @@ Client = tuple[socket.socket, BinaryIO]
 
 @dataclass
 class FakeWorker:
-    """As `steer.worker_api.Worker` to the demo, its signal handlers included."""
+    """As `steer.child.api.Worker` to the demo, its signal handlers included."""
 
     sockets: list[socket.socket]
     ready_fd: int

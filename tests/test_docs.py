@@ -8,11 +8,14 @@ from pathlib import Path
 import click
 import pytest
 
-from steer import config, features, plan, policies, policy, values
-from steer.cli import cli
+from steer import features, values
+from steer.cli.main import cli
+from steer.config import plan, service
+from steer.config.servers import SERVERS
+from steer.config.socket_options import OPTIONS
 from steer.errors import ConfigError
-from steer.servers import SERVERS
-from steer.socket_options import OPTIONS
+from steer.loader import find
+from steer.policy import builtin
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -20,7 +23,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^```.*?^```|`[^`]*`", re.DOTALL | re.MULTILINE)
 
-every_policy = pytest.mark.parametrize("name", policy.POLICIES)
+every_policy = pytest.mark.parametrize("name", builtin.POLICIES)
 
 
 def page(name: str) -> str:
@@ -34,7 +37,7 @@ def anchors(text: str) -> set[str]:
 
 
 def test_a_page_for_every_policy() -> None:
-    assert {file.stem for file in (DOCS / "policies").iterdir()} == set(policy.POLICIES)
+    assert {file.stem for file in (DOCS / "policies").iterdir()} == set(builtin.POLICIES)
 
 
 @every_policy
@@ -42,14 +45,14 @@ def test_page_is_found_and_says_where_the_policy_runs(name: str) -> None:
     assert page(name).startswith(f"# {name}\n")
     assert f"[`{name}`](docs/policies/{name}.md)" in (ROOT / "README.md").read_text()
     assert f"[`{name}`](policies/{name}.md)" in (DOCS / "CHOOSE-A-POLICY.md").read_text()
-    found = policy.POLICIES[name]
+    found = builtin.POLICIES[name]
     if found.source is not None:
         assert ("`ebpf` only" in page(name)) == (found.assemble is None)
 
 
 @every_policy
 def test_page_names_all_that_the_policy_declares(name: str) -> None:
-    declared = policies.find(name).declared
+    declared = find.find(name).declared
     for param in declared.params:
         row = f"| `{param.name}` | {param.default} | {param.least:,} to {param.most:,} |"
         assert row in page(name)
@@ -64,7 +67,7 @@ def test_page_has_what_a_choice_costs_as_measured(name: str) -> None:
     cost = page(name).split("\n## Cost\n")[1].split("\n## ")[0]
     rows = re.findall(rf"^\| `{name}`.*$", (DOCS / "BENCH.md").read_text(), re.MULTILINE)
     measured = [row.split("|") for row in rows if row.count(" ns |") == 4]
-    assert len(measured) == (name != policy.KERNEL)
+    assert len(measured) == (name != builtin.KERNEL)
     for _, _, _, few, _, many, *_ in measured:
         for ns in re.findall(r"[\d.]+", few + many):
             assert re.search(rf"(?<![\d.]){re.escape(ns)}(?![\d.]*\d)", cost), ns
@@ -159,8 +162,8 @@ def test_what_is_said_names_options_that_there_are() -> None:
     for file in (ROOT / "steer").rglob("*.py"):
         for named in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", file.read_text()):
             assert named in known, (file, named)
-    for key in config.FIELDS:
+    for key in service.FIELDS:
         with pytest.raises(ConfigError) as caught:
-            config.load({key: {}}, {}, {}, "steer.toml")
+            service.load({key: {}}, {}, {}, "steer.toml")
         source = str(caught.value).partition(": ")[0]
         assert source in known or not source.startswith("--")

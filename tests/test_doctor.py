@@ -19,10 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import NOBODY, STEER, Netns
 
-from steer import abi, auto, ladder, plan
-from steer.backends import Kernel
-from steer.config import Service
-from steer.cpus import Topology
+from steer import abi
+from steer.backends.base import Steering
+from steer.backends.open import Kernel
+from steer.config import auto, candidates, plan
+from steer.config.candidates import Answer
+from steer.config.service import Service
 from steer.doctor import checks
 from steer.doctor import facts as kernel_facts
 from steer.doctor import look as looking
@@ -31,13 +33,12 @@ from steer.doctor.checks import CHECKS
 from steer.doctor.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
 from steer.doctor.packets import cpumask
 from steer.errors import CompileError, KernelError, Uncounted, VerifierError
-from steer.kernel import bpf, probe
-from steer.kernel.access import Access, Refusal
-from steer.kernel.nic import Interface
-from steer.kernel.topology import parse_cpumask
-from steer.ladder import Answer
-from steer.policy import CBPF, EBPF
-from steer.steering import Steering
+from steer.linux.nic import Interface
+from steer.linux.topology import parse_cpumask
+from steer.loader import bpf_maps, probe
+from steer.policy.builtin import CBPF, EBPF
+from steer.policy.cpus import Topology
+from steer.workers.access import Access, Refusal
 
 # ---- a machine where all is well, and what may be otherwise
 
@@ -167,7 +168,7 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
 
     monkeypatch.setattr(looking, "open_whole", uncounted)
     monkeypatch.setattr(looking, "_can_count", lambda: REFUSES)
-    monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
+    monkeypatch.setattr(probe, "ebpf", lambda: candidates.Finding(Answer.YES))
     found = {each.topic: each for each in checks.examine(AUTO)}
     assert found["policy"].verdict == "warn"
     assert found["policy"].found == ("auto is hash, as open connections cannot be counted: EACCES")
@@ -679,7 +680,7 @@ def test_a_policy_that_is_refused_is_stepped_down_from(
         return Kernel(plan)
 
     monkeypatch.setattr(looking, "open_whole", open_whole)
-    monkeypatch.setattr(probe, "ebpf", lambda: ladder.Finding(Answer.YES))
+    monkeypatch.setattr(probe, "ebpf", lambda: candidates.Finding(Answer.YES))
     monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
     found = {each.topic: each for each in checks.examine(SERVICE)}
     assert found["ebpf"].verdict == found["backend"].verdict == "warn"
@@ -690,7 +691,7 @@ def test_a_policy_that_is_refused_is_stepped_down_from(
 
 
 def test_a_probe_that_breaks_could_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> ladder.Finding:
+    def broken() -> candidates.Finding:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(probe, "cbpf", broken)
@@ -779,9 +780,7 @@ def test_settings_of_this_network_namespace(steer: RunSteer, netns: Netns) -> No
 
 @pytest.mark.needs("root", "netns", "userns")
 def test_root_of_a_user_namespace_is_told_why() -> None:
-    code = (
-        "import json; from steer.doctor import checks as doctor; from steer.config import Service; "
-    )
+    code = "import json; from steer.doctor import checks as doctor; from steer.config.service import Service; "
     code += "print(json.dumps([e.found for e in doctor.examine(Service())]))"
     command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
@@ -794,7 +793,7 @@ def test_root_of_a_user_namespace_is_told_why() -> None:
 CURED = """
 import json, os, subprocess, sys
 from steer.doctor import checks as doctor
-from steer.config import Service
+from steer.config.service import Service
 
 def told():
     found = doctor.examine(Service(bind=("0.0.0.0:8080",), policy="cpu"))
@@ -863,7 +862,7 @@ def test_what_every_backend_needs(
     monkeypatch: pytest.MonkeyPatch, call: str, number: int, answer: Answer, words: str
 ) -> None:
     """Whatever else could be used: it is said before any worker is started."""
-    assert probe.run() == ladder.Finding(Answer.YES)
+    assert probe.run() == candidates.Finding(Answer.YES)
 
     def refuse(*_: object) -> NoReturn:
         raise OSError(number, os.strerror(number))
@@ -885,15 +884,15 @@ def test_what_every_backend_needs(
 @pytest.mark.needs("bpf")
 def test_before_a_start_no_more_is_probed_than_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    make = bpf.Map
+    make = bpf_maps.Map
 
-    def made_map(name: str) -> bpf.Map:
+    def made_map(name: str) -> bpf_maps.Map:
         made.append(name)
         return make(name)
 
-    monkeypatch.setattr(bpf, "Map", made_map)
+    monkeypatch.setattr(bpf_maps, "Map", made_map)
     monkeypatch.setattr(probe, "cbpf", lambda: pytest.fail("it is not to be used"))
-    assert probe.findings_before_start() == {"ebpf": ladder.Finding(Answer.YES)}
+    assert probe.findings_before_start() == {"ebpf": candidates.Finding(Answer.YES)}
     assert 0 < len(made) < len(abi.MAPS)
 
 
@@ -901,15 +900,18 @@ def test_before_a_start_no_more_is_probed_than_the_best(monkeypatch: pytest.Monk
 def test_before_a_start_all_is_probed_where_the_best_does_not_hold(
     monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
-    monkeypatch.setattr(probe, "ebpf", lambda *_: ladder.Finding(answer, "why"))
+    monkeypatch.setattr(probe, "ebpf", lambda *_: candidates.Finding(answer, "why"))
     found = probe.findings_before_start()
-    assert found == {"ebpf": ladder.Finding(answer, "why"), "cbpf": ladder.Finding(Answer.YES)}
+    assert found == {
+        "ebpf": candidates.Finding(answer, "why"),
+        "cbpf": candidates.Finding(Answer.YES),
+    }
 
 
 def test_what_works_is_found_out_once_and_what_does_not_again_and_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = iter([ladder.Finding(Answer.NO), ladder.Finding(Answer.YES)])
+    found = iter([candidates.Finding(Answer.NO), candidates.Finding(Answer.YES)])
     monkeypatch.setattr(probe, "ebpf", lambda: next(found))
     known = probe.findings()
     assert [known[name].answer for name in ("ebpf", "cbpf")] == [Answer.NO, Answer.YES]

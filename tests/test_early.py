@@ -33,8 +33,8 @@ from gateway import (
 from support import DEADLINE_S, Netns, eventually, tcp_count
 from test_kernel_policies import segment
 
-from steer.kernel import port_holders
-from steer.policy import CBPF, EBPF, POLICIES
+from steer.linux import port_holders
+from steer.policy.builtin import CBPF, EBPF, POLICIES
 
 pytestmark = [
     pytest.mark.needs("root", "bpf", "tproxy"),

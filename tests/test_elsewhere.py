@@ -13,8 +13,9 @@ import pytest
 from conftest import StartService
 from support import DEADLINE_S, eventually
 
-from steer import servers
-from steer.kernel import elsewhere, proc
+from steer.config import servers
+from steer.linux import processes
+from steer.sockets import elsewhere
 
 APP = """
 def wsgi(environ, start_response):
@@ -227,7 +228,7 @@ def test_finds_ports_but_those_it_was_given() -> None:
         found = elsewhere.find(pid, none)
         assert found is not None
         assert ports <= set(found.ports)
-        found = elsewhere.find(pid, frozenset({proc.socket_inode(one.fileno())}))
+        found = elsewhere.find(pid, frozenset({processes.socket_inode(one.fileno())}))
         assert found is not None
         assert one.getsockname()[1] not in found.ports
 

@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-from steer.ends import MOST, End, Ends, look_again_s
-from steer.kernel import family, services
-from steer.kernel.family import Family
-from steer.kernel.spare import Spare
-from steer.log import Log
-from steer.retry import Retry
+from steer.linux import family, services
+from steer.linux.family import Family
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
+from steer.workers.ends import MOST, End, Ends, look_again_s
 
 FIRST = 1 << 23
 """More than any process has for a number (PID_MAX_LIMIT of include/linux/threads.h)."""
@@ -287,7 +287,7 @@ def test_who_there_is_is_listed_once_for_all(monkeypatch: pytest.MonkeyPatch, wo
         return {services.MARK: str(FIRST + 7)}
 
     monkeypatch.setattr(family, "orphans", orphans)
-    monkeypatch.setattr(family.proc, "environment", environment)
+    monkeypatch.setattr(family.processes, "environment", environment)
     found = family.others([Family(FIRST + number) for number in range(workers)])
     assert (listed, asked) == ([1], [os.getpid()])
     assert os.getpid() in found[7]

@@ -15,7 +15,8 @@ from conftest import StartService
 from crew import PORT
 from support import DEADLINE_S, Service, eventually, http_get, is_running, python, stopped
 
-from steer.kernel import compile, proc
+from steer.linux import processes
+from steer.loader import compile
 
 pytestmark = pytest.mark.needs("netns")
 BIND = ("-b", f"127.0.0.1:{PORT}")
@@ -243,7 +244,7 @@ def test_servers_below_wrappers_that_end_at_once_are_told_each(
 ) -> None:
     """setsid(1) passes no signal on: what it started is told once it has ended."""
     one = service(*BIND, "-w", str(MANY), "--", *WRAPPERS["setsid"], *SERVE)
-    servers = [child for each in one.workers() for child in proc.children(each["pid"])]
+    servers = [child for each in one.workers() for child in processes.children(each["pid"])]
     assert len(servers) == MANY
     if way == "guard":
         one.send_signal(signal.SIGKILL)
@@ -256,7 +257,7 @@ def test_servers_below_wrappers_that_end_at_once_are_told_each(
 
 def zombies(pid: int) -> list[int]:
     """Children of a process that have ended and were not waited for."""
-    return [child for child in proc.children(pid) if not proc.is_alive(child)]
+    return [child for child in processes.children(pid) if not processes.is_alive(child)]
 
 
 @pytest.mark.parametrize("way", ["subreaper", "first process"])
@@ -265,9 +266,9 @@ def test_what_a_worker_leaves_to_nobody_is_reaped(
 ) -> None:
     under = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
     one = service(*BIND, "-w", "3", "server:orphans", under=under if way != "subreaper" else ())
-    controller = one.pid if way == "subreaper" else proc.children(one.pid)[0]
+    controller = one.pid if way == "subreaper" else processes.children(one.pid)[0]
     eventually(lambda: zombies(controller), [])
-    assert len(proc.children(controller)) == 4, "three workers and the guard"
+    assert len(processes.children(controller)) == 4, "three workers and the guard"
     assert one.steer("stop").returncode == 0
     assert one.wait() == 0
 
@@ -290,16 +291,18 @@ def test_children_from_before_steer_are_reaped_and_else_left_alone(
     )
     os.mkfifo(home / "fifo")
     one = service(*BIND, "-w", "2", under=(*under, "sh", "start.sh"))
-    controller = proc.children(one.pid)[0] if under else one.pid
-    first = set(proc.children(controller))
-    (parent,) = [pid for pid in first if proc.arguments(pid)[0] == "sleep" and proc.children(pid)]
-    (stays,) = [pid for pid in first - {parent} if proc.arguments(pid)[0] == "sleep"]
-    left = proc.children(parent)
+    controller = processes.children(one.pid)[0] if under else one.pid
+    first = set(processes.children(controller))
+    (parent,) = [
+        pid for pid in first if processes.arguments(pid)[0] == "sleep" and processes.children(pid)
+    ]
+    (stays,) = [pid for pid in first - {parent} if processes.arguments(pid)[0] == "sleep"]
+    left = processes.children(parent)
     try:
         os.kill(parent, signal.SIGKILL)
-        eventually(lambda: set(proc.children(controller)), {*first, *left} - {parent})
+        eventually(lambda: set(processes.children(controller)), {*first, *left} - {parent})
         (home / "fifo").write_text("")
-        eventually(lambda: len(proc.children(controller)), len(first) - 2)
+        eventually(lambda: len(processes.children(controller)), len(first) - 2)
         assert not zombies(controller)
         assert one.steer("stop").returncode == 0
         assert one.wait() == 0
@@ -321,7 +324,8 @@ def test_orphans_are_told_from_children_that_somebody_waits_for() -> None:
     """In a process of its own, which becomes a subreaper for good."""
     code = """
 import os, subprocess, sys, threading
-from steer.kernel import family, process
+from steer.linux import family
+from steer.linux import fork as process
 before = subprocess.Popen(["sleep", "60"])
 family.become_subreaper()
 told = []

@@ -21,8 +21,8 @@ from fault_player import Player, Worker, listening
 from faults import ALL, Death, Held, Kind, Request, lost, sequence
 from support import DEADLINE_S, Netns, Service, eventually, is_running
 
-from steer import reserve
-from steer.kernel import proc
+from steer.backends import backup
+from steer.linux import processes
 
 WORKERS = 4
 SEED = int(os.environ.get("STEER_FAULT_SEED", "1"))
@@ -133,10 +133,10 @@ def check_kernel(player: Player, clients: Load) -> None:
     assert [each["state"] for each in workers] == ["ready"] * player.wanted
     assert all(is_running(each["pid"]) for each in workers)
     told = {inode for each in workers for inode in each["sockets"]}
-    assert all(set(each["sockets"]) <= proc.open_sockets(each["pid"]) for each in workers)
-    ours = {inode for _, inode in proc.sockets_by_fd(player.service.pid)} & listening()
+    assert all(set(each["sockets"]) <= processes.open_sockets(each["pid"]) for each in workers)
+    ours = {inode for _, inode in processes.sockets_by_fd(player.service.pid)} & listening()
     if status["backend"] == "ebpf":
-        assert len(ours) == reserve.COUNT, "the reserve, and no duplicate of a worker's"
+        assert len(ours) == backup.COUNT, "the reserve, and no duplicate of a worker's"
         assert listening() == told | ours
         check_counts(status["totals"], player, clients)
     else:

@@ -20,7 +20,7 @@ from conftest import StartService
 from crew import PORT, Crew, host_of, sources
 from support import DEADLINE_S, eventually, is_ready
 
-from steer.policy import EBPF
+from steer.policy.builtin import EBPF
 
 pytestmark = [pytest.mark.needs("bpf", "netns"), pytest.mark.usefixtures("netns")]
 udp = pytest.mark.parametrize("kind", ["udp4", "udp6"])

@@ -17,14 +17,18 @@ from conftest import StartService
 from crew import PORT
 from support import DEADLINE_S, eventually, http_get
 
-from steer import address, spawn, worker
-from steer.config import Service
+from steer.child import main
+from steer.child.launch import Launch
+from steer.config import address
+from steer.config.plan import Seat
+from steer.config.service import Service
 from steer.errors import BindError, KernelError
-from steer.kernel import descriptors, process, sockets
-from steer.kernel.identity import Identity
-from steer.plan import Seat
-from steer.spawn import Process
-from steer.worker_launch import Launch
+from steer.linux import descriptors
+from steer.linux import fork as process
+from steer.linux.identity import Identity
+from steer.sockets import reuseport
+from steer.workers import process as worker_process
+from steer.workers.process import Process
 
 HERE = f"127.0.0.1:{PORT}"
 
@@ -75,8 +79,8 @@ def forked() -> Iterator[list[int]]:
 
 
 def fork(launch: Launch, guard: FakeGuard) -> Process:
-    with spawn.bound(launch) as own:
-        return spawn.fork_all([launch], cast(Any, guard), [own])[0]
+    with worker_process.bound(launch) as own:
+        return worker_process.fork_all([launch], cast(Any, guard), [own])[0]
 
 
 def idle() -> int:
@@ -91,11 +95,11 @@ def open_here() -> int:
 @pytest.mark.usefixtures("netns")
 def test_start_does_not_wait_for_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that never gets to anything is known all the same, with all its sockets."""
-    monkeypatch.setattr(worker, "main", lambda *_: signal.pause())
+    monkeypatch.setattr(main, "main", lambda *_: signal.pause())
     guard = FakeGuard()
     begun = fork(launch_on(HERE, f"udp://{HERE}"), guard)
     try:
-        spawn.begin_all([begun], cast(Any, guard))
+        worker_process.begin_all([begun], cast(Any, guard))
         assert guard.known == [begun.pid]
         assert len(begun.bound) == 2
     finally:
@@ -113,11 +117,11 @@ def test_worker_that_no_guard_knows_of_runs_nothing(
         (tmp_path / "loaded").touch()
         return lambda _worker: 7
 
-    monkeypatch.setattr(worker, "_load", load)
+    monkeypatch.setattr(main, "_load", load)
     guard = FakeGuard()
     forked = fork(launch_on(HERE), guard)
     if is_told:
-        spawn.begin_all([forked], cast(Any, guard))
+        worker_process.begin_all([forked], cast(Any, guard))
     else:
         forked._channel.shutdown(socket.SHUT_RDWR)  # as the kernel does with what is nobody's
     assert process.wait_for_end(forked._pidfd, DEADLINE_S)
@@ -132,7 +136,7 @@ def test_worker_that_the_guard_cannot_take_leaves_nothing_open() -> None:
     guard = FakeGuard(fails_at=0)
     forked = fork(launch_on(HERE), guard)
     with pytest.raises(KernelError, match="Bad file descriptor"):
-        spawn.begin_all([forked], cast(Any, guard))
+        worker_process.begin_all([forked], cast(Any, guard))
     forked.end()
     assert open_here() == before
 
@@ -177,7 +181,7 @@ def test_no_descriptor_left_for_a_socket(monkeypatch: pytest.MonkeyPatch) -> Non
     def none_left(*_: object, **__: object) -> socket.socket:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(sockets, "member", none_left)
+    monkeypatch.setattr(reuseport, "member", none_left)
     with pytest.raises(KernelError, match="raise the limit on open files"):
         fork(launch_on(HERE), FakeGuard())
 

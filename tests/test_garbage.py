@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from steer.clock import Clock, Timer
-from steer.spawn import Process
+from steer.workers.clock import Clock, Timer
+from steer.workers.process import Process
 
 PRELUDE = """
 import gc
-from steer.garbage import Garbage
+from steer.controller.garbage import Garbage
 
 gc.disable()
 there = []

@@ -28,10 +28,10 @@ from support import (
 )
 
 import steer
-from steer import group_input
+from steer.api import group_input
+from steer.api.group import ReuseportGroup
 from steer.errors import BindError, ConfigError, GroupError, KernelError, SteerError
-from steer.group import ReuseportGroup
-from steer.kernel import shared_memory
+from steer.loader import shared_memory
 from steer.testing import reuseport_group
 
 pytestmark = pytest.mark.usefixtures("netns")
@@ -747,7 +747,7 @@ def test_without_privileges_it_falls_back_and_says_why() -> None:
 @bpf
 def test_load_that_is_not_counted_is_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service would look at accept queues; here nobody does."""
-    from steer.counting import Counting
+    from steer.backends.connections import Counting
 
     def stopped(self: Counting) -> None:
         self.why_not = "no cgroup"

@@ -13,20 +13,20 @@ import pytest
 from test_change import plan_for
 from test_ends import DEADLINE_S, FIRST, FakeWorker
 
-from steer import elsewhere, ends, fleet
+from steer.backends.base import Countless
+from steer.config.plan import Generation
 from steer.errors import WorkersFailed
-from steer.fleet import Fleet
-from steer.intake import MOST_TOGETHER
-from steer.kernel import sockdiag
-from steer.kernel.family import Family
-from steer.kernel.spare import Spare
-from steer.lifecycle import State
-from steer.log import Log
-from steer.place import Place
-from steer.plan import Generation
-from steer.retry import Retry
-from steer.steering import Countless
-from steer.table import Member
+from steer.linux.family import Family
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
+from steer.policy.layout import Member
+from steer.sockets import sock_diag
+from steer.workers import elsewhere, ends, pool
+from steer.workers.handle import Place
+from steer.workers.intake import MOST_TOGETHER
+from steer.workers.lifecycle import State
+from steer.workers.pool import Fleet
 
 sizes = pytest.mark.parametrize("workers", [10, 1000])
 
@@ -193,7 +193,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         async def run() -> Serving:
             serving = Serving(workers)
             monkeypatch.setattr(serving.fleet._ends, "_find", serving.find)
-            monkeypatch.setattr(sockdiag, "waiting", serving.waiting)
+            monkeypatch.setattr(sock_diag, "waiting", serving.waiting)
             await script(serving)
             return serving
 
@@ -280,7 +280,7 @@ def test_one_that_dies_before_it_is_told_to_end_is_not_started_again(
             await serving.fleet.ended
         assert not serving.starts
 
-    monkeypatch.setattr(fleet, "_STEP_S", 0.0)
+    monkeypatch.setattr(pool, "_STEP_S", 0.0)
     play(100, script)
 
 
@@ -305,7 +305,7 @@ def test_when_all_fail_at_the_start_few_are_looked_at(
         await serving.until(serving.fleet.up.done)
         assert isinstance(serving.fleet.up.exception(), WorkersFailed)
 
-    monkeypatch.setattr(fleet, "_has_failed", has_failed)
+    monkeypatch.setattr(pool, "_has_failed", has_failed)
     monkeypatch.setattr(elsewhere, "diagnosis", looked_at.append)
     play(workers, script)
     assert len(looked_at) <= 8 * (workers // ends.MOST + 3)

@@ -12,7 +12,7 @@ import pytest
 from conftest import StartService
 from support import eventually, is_running
 
-from steer.kernel import proc
+from steer.linux import processes
 
 pytestmark = pytest.mark.needs("root", "netns")
 
@@ -58,7 +58,7 @@ def gone(pids: list[int]) -> bool:
 
 def test_workers_end_whatever_they_do_with_signals(service: StartService, home: Path) -> None:
     running = service("--adopt-timeout=0", "--graceful-timeout=0.5", *in_shell(home, STUBBORN))
-    pids = [pid for worker in running.workers() for pid in proc.descendants(worker["pid"])]
+    pids = [pid for worker in running.workers() for pid in processes.descendants(worker["pid"])]
     assert len(pids) == 4
     running.send_signal(signal.SIGKILL)
     running.wait()
@@ -67,7 +67,7 @@ def test_workers_end_whatever_they_do_with_signals(service: StartService, home: 
 
 def test_workers_are_told_and_given_time(service: StartService, home: Path) -> None:
     running = service("--adopt-timeout=0", *in_shell(home, CAREFUL))
-    pids = [pid for worker in running.workers() for pid in proc.descendants(worker["pid"])]
+    pids = [pid for worker in running.workers() for pid in processes.descendants(worker["pid"])]
     running.send_signal(signal.SIGKILL)
     running.wait()
     eventually((home / "finishing").exists)
@@ -88,7 +88,7 @@ def test_what_a_shell_started_may_finish_too(service: StartService, home: Path) 
 
 def test_guard_ends_with_the_service(service: StartService) -> None:
     running = service("-w", "1")
-    family = proc.descendants(running.pid)
+    family = processes.descendants(running.pid)
     assert len(family) == 3  # the controller, its guard, a worker
     running.stop()
     assert gone(family)

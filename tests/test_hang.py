@@ -19,9 +19,9 @@ from conftest import StartService
 from crew import CPUS, PORT, pinned
 from support import DEADLINE_S, Service, eventually, is_ready, is_running, udp_ask
 
-from steer.hang import Evidence, History, Look, Rest, Verdict
-from steer.kernel import activity, proc
-from steer.kernel.listeners import Borrower, waiting
+from steer.linux import activity, processes
+from steer.sockets.listeners import Borrower, waiting
+from steer.workers.hang import Evidence, History, Look, Rest, Verdict
 
 # Histories, without processes
 
@@ -469,7 +469,7 @@ def test_stopped_for_good(service: StartService, clients: ExitStack, server: str
     """Another takes its seat, and it is killed when its time to finish is over."""
     running = service(*OPTIONS, "-w", "3", *COMMANDS[server])
     stopped = running.workers()[1]
-    family = proc.descendants(stopped["pid"])
+    family = processes.descendants(stopped["pid"])
     freeze(stopped)
     chosen = queue(running, clients, 3, stopped)
 
@@ -490,7 +490,7 @@ def test_only_the_process_that_accepts_is_stopped(
     """The one above it goes on waking up, and says nothing by it."""
     running = service(*OPTIONS, "--hang=skip", "--backlog=2", "-w", "2", "app:arbiter")
     stopped = running.workers()[1]
-    _, child = proc.descendants(stopped["pid"])
+    _, child = processes.descendants(stopped["pid"])
     os.kill(child, signal.SIGSTOP)
     eventually(lambda: activity.is_stopped(child))
     chosen = queue(running, clients, 3, stopped)  # and there is room for no more

@@ -14,23 +14,24 @@ import pytest
 from fake_loop import Loop
 from growth_fakes import Cost
 
-from steer import address, groups, survey
-from steer.clock import Clock
-from steer.fleet import Fleet
-from steer.groups import Groups
-from steer.hang import History, Verdict
-from steer.health import Health
-from steer.kernel.sockdiag import Bound
-from steer.kernel.spare import Spare
-from steer.lifecycle import State
-from steer.log import Log
-from steer.looks import Looks
-from steer.place import Place
-from steer.plan import Generation
-from steer.queues import Queues
-from steer.repair import Repair
-from steer.retry import Retry
-from steer.survey import Survey
+from steer.config import address
+from steer.config.plan import Generation
+from steer.health import groups, survey
+from steer.health.checks import Health
+from steer.health.groups import Groups
+from steer.health.repair import Repair
+from steer.health.survey import Survey
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
+from steer.sockets.sock_diag import Bound
+from steer.workers.clock import Clock
+from steer.workers.handle import Place
+from steer.workers.hang import History, Verdict
+from steer.workers.lifecycle import State
+from steer.workers.looks import Looks
+from steer.workers.pool import Fleet
+from steer.workers.queues import Queues
 
 HANG_S = 2.0
 AGES_S = 40.0

@@ -11,7 +11,7 @@ import pytest
 from conftest import StartService
 from support import eventually
 
-from steer.kernel import proc
+from steer.linux import processes
 
 pytestmark = pytest.mark.needs("netns")
 IGNORES_AND_BLOCKS = """
@@ -57,6 +57,6 @@ def test_neither_workers_nor_the_service_ignore_or_block_anything(service: Start
     assert signals(running.pid, "SigIgn") <= {signal.SIGHUP, *BY_PYTHON}
     assert signals(running.pid, "SigBlk") == {signal.SIGCHLD}
     assert signals(worker, "SigIgn") <= BY_PYTHON
-    eventually(lambda: len(proc.children(running.pid)), 2)  # the guard is the other
-    blocked = [signals(pid, "SigBlk") for pid in proc.children(running.pid)]
+    eventually(lambda: len(processes.children(running.pid)), 2)  # the guard is the other
+    blocked = [signals(pid, "SigBlk") for pid in processes.children(running.pid)]
     assert blocked == [set(), set()]

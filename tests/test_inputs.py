@@ -21,11 +21,14 @@ from hypothesis import strategies as st
 from support import Service as Running
 from support import python
 
-from steer import address, client, config, declared, notify, values
-from steer.config import FIELDS, Service
-from steer.declared import Declared, Param
+from steer import values
+from steer.config import address
+from steer.config.service import FIELDS, Service, changed, load, read
+from steer.control import client, notify
 from steer.errors import ConfigError, Refused, SteerError
-from steer.kernel import identity
+from steer.linux import identity
+from steer.policy import declarations
+from steer.policy.declarations import Declared, Param
 from steer.values import Invalid
 
 INPUTS = 100_000
@@ -65,28 +68,28 @@ def anything(random: Random, depth: int = 3) -> Any:
 
 
 def option(random: Random) -> object:
-    return config.load({random.choice(KEYS): anything(random)}, {}, {}, "x.toml")
+    return load({random.choice(KEYS): anything(random)}, {}, {}, "x.toml")
 
 
 def environment(random: Random) -> object:
     name = random.choice((*(f"STEER_{key.upper()}" for key in KEYS), "WEB_CONCURRENCY"))
-    return config.load({}, {name: text(random)}, {}, "x.toml")
+    return load({}, {name: text(random)}, {}, "x.toml")
 
 
 def table(random: Random) -> object:
-    return config.load({}, {}, {random.choice((*KEYS, text(random))): anything(random)}, "x.toml")
+    return load({}, {}, {random.choice((*KEYS, text(random))): anything(random)}, "x.toml")
 
 
 def toml(random: Random) -> object:
     key, value = random.choice(KEYS), text(random)
     forms = (value, f"[service]\n{key} = {value}", f'[service]\n{key} = "{value}"')
     data = random.choice(forms).encode(errors=random.choice(("surrogateescape", "replace")))
-    return config.load({}, {}, config.read(data, "x.toml"), "x.toml")
+    return load({}, {}, read(data, "x.toml"), "x.toml")
 
 
 def request(random: Random) -> object:
     asked = {key: anything(random) for key in ("policy", "params", "weights")}
-    return config.changed(Service(), asked, "change it")
+    return changed(Service(), asked, "change it")
 
 
 def bind(random: Random) -> object:
@@ -95,11 +98,11 @@ def bind(random: Random) -> object:
 
 def parameter(random: Random) -> object:
     given_ = [f"{random.choice(('percent', 'mask', text(random)))}={text(random)}"]
-    return declared.values(PARAMS, given_, "run x")
+    return declarations.values(PARAMS, given_, "run x")
 
 
 def policy_text(random: Random) -> object:
-    return declared.parse("".join(text(random) for _ in range(3)), "read x.c")
+    return declarations.parse("".join(text(random) for _ in range(3)), "read x.c")
 
 
 def user(random: Random) -> object:
@@ -248,7 +251,8 @@ def test_options_and_environment_that_are_no_text(
 
 BUG = """
 import sys
-from steer import cli, options
+from steer.cli import main as cli
+from steer.cli import options
 
 def broken(*_):
     raise ZeroDivisionError("of nothing\\nby nothing")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steer.intake import MOST_TOGETHER, QUICK_S, STEP_S, Intake, Lot
+from steer.workers.intake import MOST_TOGETHER, QUICK_S, STEP_S, Intake, Lot
 
 
 @pytest.mark.parametrize(("cpus", "at_once"), [(1, 2), (2, 2), (4, 3), (64, 33)])

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from steer import health
-from steer.health import Health
-from steer.kernel.waits import Seen
+from steer.health import checks
+from steer.health.checks import Health
+from steer.linux.waiting import Seen
 
 
 def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,8 +25,8 @@ def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch)
         generation=SimpleNamespace(plan=SimpleNamespace(service=service)),
     )
     waiting = iter(seen[1:])  # not asked of one that has not acted
-    monkeypatch.setattr(health, "waits", lambda _: next(waiting))
-    monkeypatch.setattr(health, "is_stopped", lambda _: False)
+    monkeypatch.setattr(checks, "waits", lambda _: next(waiting))
+    monkeypatch.setattr(checks, "is_stopped", lambda _: False)
     made = Health.__new__(Health)
     fleet: Any = SimpleNamespace(clock=SimpleNamespace(now_s=lambda: 0.0))
     made._fleet = fleet

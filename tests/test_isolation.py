@@ -27,7 +27,7 @@ from support import (
     launch,
 )
 
-from steer.kernel import proc
+from steer.linux import processes
 
 PORT = 8080
 WAYS = {"callable": ("app:call",), "command": ("--", sys.executable, "app.py")}
@@ -162,7 +162,7 @@ def test_guard_maps_nothing_of_the_controllers(service: StartService) -> None:
 
 def guards(running: Service) -> list[int]:
     workers = [each["pid"] for each in running.workers()]
-    family = proc.descendants(running.pid)
+    family = processes.descendants(running.pid)
     return [pid for pid in family if pid not in workers and pid != running.pid and is_running(pid)]
 
 

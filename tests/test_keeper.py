@@ -22,20 +22,22 @@ from typing import Any
 import pytest
 from support import DEADLINE_S, NOBODY, as_user, eventually, is_ready, is_running, session
 
+from steer.control import rundir
 from steer.errors import ControlError
-from steer.kernel import custody, process, rundir
-from steer.kernel.custody import Entry, Guard, Handover
-from steer.kernel.keeper import Settings
+from steer.guard import client
+from steer.guard.client import Entry, Guard, Handover
+from steer.guard.store import Settings
+from steer.linux import fork
 
 PUPPET = """
 import json, os, select, signal, socket, subprocess, sys, traceback
 from pathlib import Path
-from steer.kernel import custody
-from steer.kernel import keeper
-from steer.kernel import process
-from steer.kernel import stdio
-from steer.kernel.custody import Guard, adopt
-from steer.kernel.keeper import Settings
+from steer.guard import client as custody
+from steer.guard import store as keeper
+from steer.linux import fork as process
+from steer.linux import stdio
+from steer.guard.client import Guard, adopt
+from steer.guard.store import Settings
 
 def claim(path):
     global control
@@ -164,7 +166,7 @@ def puppet(make: MakePuppet) -> Puppet:
 
 
 def adopt(puppet: Puppet) -> Handover:
-    found = custody.adopt(Path(puppet.path))
+    found = client.adopt(Path(puppet.path))
     assert found is not None
     return found
 
@@ -336,16 +338,16 @@ def test_adoption_may_take_longer_than_the_timeout(puppet: Puppet) -> None:
     worker = puppet.worker("worker", *PLAIN)
     puppet.die()
     found = adopt(puppet)
-    assert not process.wait_for_end(found.entries["worker"].fds[0], 1.0)
+    assert not fork.wait_for_end(found.entries["worker"].fds[0], 1.0)
     found.abandon()
     eventually(lambda: gone(worker, keeper))
 
 
 def test_there_is_nothing_to_adopt(home: Path) -> None:
-    assert custody.adopt(home / "none.sock") is None
+    assert client.adopt(home / "none.sock") is None
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(home / "left.sock"))
-    assert custody.adopt(home / "left.sock") is None
+    assert client.adopt(home / "left.sock") is None
 
 
 def test_living_controller_is_not_adopted(puppet: Puppet) -> None:
@@ -360,7 +362,7 @@ def test_living_controller_is_not_adopted(puppet: Puppet) -> None:
 def test_controller_that_does_not_answer_is_not_adopted(puppet: Puppet) -> None:
     puppet.start()
     with pytest.raises(ControlError, match=r"is running \(it does not answer,"):
-        custody.adopt(Path(puppet.path), timeout_s=0.2)
+        client.adopt(Path(puppet.path), timeout_s=0.2)
 
 
 def test_asked_while_the_controller_was_dying(puppet: Puppet) -> None:

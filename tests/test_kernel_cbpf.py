@@ -18,13 +18,13 @@ from conftest import StartService
 from crew import CPUS, KINDS, PORT, Crew, pinned, sources
 from support import NOBODY, http_get
 
-from steer import cbpf
-from steer.backends import open_backend
-from steer.classic import Cbpf
+from steer.backends.cbpf import Cbpf
+from steer.backends.open import open_backend
 from steer.errors import KernelError
-from steer.kernel import sockets
-from steer.policy import CBPF, KERNEL
-from steer.table import Member
+from steer.policy import classic
+from steer.policy.builtin import CBPF, KERNEL
+from steer.policy.layout import Member
+from steer.sockets import reuseport
 
 pytestmark = pytest.mark.usefixtures("netns")
 
@@ -58,7 +58,7 @@ def foretold(crew: Crew, flows: Iterable[tuple[str, int]]) -> dict[tuple[str, in
     found = {}
     for host, port in flows:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        number = cbpf.flow_hash(socket.inet_pton(family, host), port, PORT, steering._seed)
+        number = classic.flow_hash(socket.inet_pton(family, host), port, PORT, steering._seed)
         found[host, port] = entries[number % len(entries)]
     return found
 
@@ -113,7 +113,7 @@ def source_foretold(crew: Crew, hosts: Iterable[str]) -> dict[str, int]:
         address = ip_network((host, bits), strict=False).network_address.packed
         # Its last word stands where ports do in a flow.
         *_, high, low = struct.unpack(f">{len(address) // 2}H", address)
-        number = cbpf.flow_hash(address[:-4], high, low, steering._seed)
+        number = classic.flow_hash(address[:-4], high, low, steering._seed)
         found[host] = entries[number % len(entries)]
     return found
 
@@ -232,9 +232,9 @@ def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
         crew.steering.open_anchors()
         assert crew.steering.anchors
         crew.serving()
-        attach, looks = sockets.attach_cbpf, 0
+        attach, looks = reuseport.attach_cbpf, 0
 
-        def look_and_attach(fd: int, program: Sequence[cbpf.Insn]) -> None:
+        def look_and_attach(fd: int, program: Sequence[classic.Insn]) -> None:
             nonlocal looks
             looks += 1
             assert crew.count(30) == {max(crew.sockets): 30}
@@ -244,7 +244,7 @@ def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
             crew.join(newcomer)
             crew.steer(newcomer)
             with monkeypatch.context() as patch:
-                patch.setattr(sockets, "attach_cbpf", look_and_attach)
+                patch.setattr(reuseport, "attach_cbpf", look_and_attach)
                 crew.leave(*(slot for slot in list(crew.sockets) if slot != newcomer))
             assert crew.count(30) == {newcomer: 30}
         assert looks
@@ -303,11 +303,11 @@ def test_by_chance_all_of_32_are_found(kind: str) -> None:
 @pytest.mark.parametrize("policy", ["cpu", "hash", "source", "random"])
 def test_many_workers(policy: str) -> None:
     """As long as programs get, on this kernel; one worker more than fits is refused."""
-    with Crew(CBPF, policy, "udp4", workers=cbpf.HASH_LENGTH).serving() as crew:
+    with Crew(CBPF, policy, "udp4", workers=classic.HASH_LENGTH).serving() as crew:
         got = crew.flows(sources("127.0.0.1", 20) + [(f"127.0.{n}.9", 0) for n in range(250)])
         assert len(set(got.values())) > (1 if policy == "cpu" else 100)
     with pytest.raises(KernelError, match="room for 768 workers"):
-        Crew(CBPF, policy, "udp4", workers=cbpf.HASH_LENGTH + 1)
+        Crew(CBPF, policy, "udp4", workers=classic.HASH_LENGTH + 1)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ from crew import CPUS, KINDS, PORT, Crew, host_of, pinned, sources
 from support import DEADLINE_S, Netns, eventually, http_get, tcp_count, udp_ask
 
 from steer.abi import SO_DETACH_REUSEPORT_BPF
-from steer.cpus import Topology
-from steer.kernel import listeners, port_holders, sockets, topology
-from steer.policy import CBPF, EBPF, KERNEL, POLICIES
+from steer.linux import port_holders, topology
+from steer.policy.builtin import CBPF, EBPF, KERNEL, POLICIES
+from steer.policy.cpus import Topology
+from steer.sockets import listeners, reuseport
 
 pytestmark = [pytest.mark.needs("bpf"), pytest.mark.usefixtures("netns")]
 
@@ -440,7 +441,7 @@ def test_no_live_slot_and_all_waits_in_the_reserve(policy: str, kind: str) -> No
         crew.join(0, 1)
         crew.steering.open_reserve()
         crew.steer()
-        with sockets.member(crew.binds[0], 64) as starting, ExitStack() as clients:
+        with reuseport.member(crew.binds[0], 64) as starting, ExitStack() as clients:
             crew.leave(0, 1)
             for _ in range(40):
                 clients.enter_context(crew.send(crew.binds[0]))

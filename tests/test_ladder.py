@@ -7,9 +7,9 @@ from itertools import product
 
 import pytest
 
+from steer.config.candidates import Answer, Finding, Rung, after, choose, rungs
 from steer.errors import FallbackRefused
-from steer.ladder import Answer, Finding, Rung, after, choose, rungs
-from steer.policy import BACKENDS, POLICIES, Policy
+from steer.policy.builtin import BACKENDS, POLICIES, Policy
 
 ASKED = ("auto", *BACKENDS)
 YES = Finding(Answer.YES)

@@ -21,8 +21,8 @@ from crew import CPUS, PORT, Crew, pinned
 from support import DEADLINE_S, STEER, Netns, Service, eventually, launch
 
 from steer import abi
-from steer.kernel import libbpf
-from steer.policy import EBPF
+from steer.loader import libbpf
+from steer.policy.builtin import EBPF
 
 pytestmark = [pytest.mark.needs("bpf", "migrate", "netns"), pytest.mark.usefixtures("netns")]
 tcp = pytest.mark.parametrize("kind", ["tcp4", "tcp6"])

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from steer import leftovers
-from steer.leftovers import WITHIN_S, Leftovers
+from steer.workers import leftovers
+from steer.workers.leftovers import WITHIN_S, Leftovers
 
 sizes = pytest.mark.parametrize("count", [10, 1000])
 
@@ -75,8 +75,8 @@ def loop() -> FakeLoop:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch, loop: FakeLoop) -> Processes:
     made = Processes(loop)
-    monkeypatch.setattr(leftovers.proc, "start_time_ticks", made.start_time_ticks)
-    monkeypatch.setattr(leftovers.proc, "is_still", made.is_still)
+    monkeypatch.setattr(leftovers.processes, "start_time_ticks", made.start_time_ticks)
+    monkeypatch.setattr(leftovers.processes, "is_still", made.is_still)
     monkeypatch.setattr(leftovers.family, "send", made.send)
     return made
 

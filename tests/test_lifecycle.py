@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from steer.lifecycle import TRANSITIONS, Command, Event, State, backoff_s, step
+from steer.workers.lifecycle import TRANSITIONS, Command, Event, State, backoff_s, step
 
 S, E, C = State, Event, Command
 

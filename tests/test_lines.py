@@ -19,8 +19,8 @@ import pytest
 from conftest import StartService
 from support import DEADLINE_S, STEER, eventually, session
 
-from steer.kernel.output import Output
-from steer.lines import MOST_BYTES, Lines, shown
+from steer.linux.lines import MOST_BYTES, Lines, shown
+from steer.linux.output import Output
 
 WRITES = """
 import os, sys, time

@@ -16,11 +16,13 @@ import pytest
 from crew import PORT, Crew
 from support import NOBODY, eventually, line_of, python, running
 
+from steer.backends.base import Counts
 from steer.errors import KernelError
-from steer.kernel import activity, listeners, proc, waits
-from steer.kernel.listeners import Borrower, Waiting, move_queue, waiting
-from steer.policy import EBPF
-from steer.steering import Counts
+from steer.linux import activity, processes
+from steer.linux.waiting import Seen, waits_on
+from steer.policy.builtin import EBPF
+from steer.sockets import listeners
+from steer.sockets.listeners import Borrower, Waiting, move_queue, waiting
 
 pytestmark = pytest.mark.needs("pidfd_getfd")
 
@@ -46,7 +48,7 @@ def tell(child: subprocess.Popen[str]) -> None:
 
 
 def inode(sock: socket.socket) -> int:
-    return proc.socket_inode(sock.fileno())
+    return processes.socket_inode(sock.fileno())
 
 
 def borrower(pid: int, *sockets: socket.socket) -> Borrower:
@@ -161,7 +163,7 @@ def test_leaves_out_what_is_closed(listener: socket.socket, datagrams: socket.so
         with lender.borrow() as lent:
             assert lent.keys() == {inode(datagrams)}
         child.kill()
-        eventually(lambda: proc.open_sockets(child.pid), set())
+        eventually(lambda: processes.open_sockets(child.pid), set())
         with lender.borrow() as lent:
             assert lent == {}
 
@@ -172,7 +174,7 @@ def test_refused(listener: socket.socket) -> None:
 import sys
 sys.path[:] = {sys.path!r}
 from steer.errors import KernelError
-from steer.kernel.listeners import Borrower
+from steer.sockets.listeners import Borrower
 import os
 os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
 {HERE}
@@ -388,7 +390,7 @@ def test_stopped_owner_does_not_notice(clients: ExitStack, code: str) -> None:
         [sock] = crew.sockets[0]
         sock.setblocking(code == OWNERS["accept"])
         with process(SOCKET + ACCEPT + HERE + code, sock) as owner:
-            eventually(lambda: waits.waits_on(owner.pid, frozenset({inode(sock)})), waits.Seen.YES)
+            eventually(lambda: waits_on(owner.pid, frozenset({inode(sock)})), Seen.YES)
             os.kill(owner.pid, signal.SIGSTOP)
             eventually(lambda: activity.is_stopped(owner.pid))
             lender = borrower(owner.pid, sock)

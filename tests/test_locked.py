@@ -9,7 +9,7 @@ from conftest import StartService
 from crew import PORT
 from support import eventually
 
-from steer.policy import CBPF, EBPF
+from steer.policy.builtin import CBPF, EBPF
 
 pytestmark = pytest.mark.usefixtures("netns")
 

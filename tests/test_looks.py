@@ -14,9 +14,9 @@ from conftest import StartService
 from support import Service, eventually
 
 from steer.errors import ControlError, KernelError
-from steer.kernel import activity, proc, procfs, waits
-from steer.kernel.procfs import Files
-from steer.kernel.waits import Seen
+from steer.linux import activity, processes, procfs, waiting
+from steer.linux.procfs import Files
+from steer.linux.waiting import Seen
 
 FIRST = 7
 LISTENER = 100
@@ -97,11 +97,11 @@ def polled(tree: Tree) -> None:
 
 LARGE = [threads, children, generations, open_files, registered, selected, polled]
 LOOKS: list[Callable[[str], object]] = [
-    lambda root: waits.waits_on(FIRST, frozenset({LISTENER}), root, "x86_64"),
-    lambda root: waits.waiters(FIRST, frozenset({LISTENER}), root),
+    lambda root: waiting.waits_on(FIRST, frozenset({LISTENER}), root, "x86_64"),
+    lambda root: waiting.waiters(FIRST, frozenset({LISTENER}), root),
     lambda root: activity.activity(FIRST, root),
     lambda root: activity.is_stopped(FIRST, root),
-    lambda root: list(proc.sockets_by_fd(FIRST, root)),
+    lambda root: list(processes.sockets_by_fd(FIRST, root)),
 ]
 
 
@@ -115,7 +115,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Files]:
             super().__init__(*arguments, **named)  # type: ignore[arg-type]
             found.append(self)
 
-    for module in (proc, waits):
+    for module in (processes, waiting):
         monkeypatch.setattr(module, "Files", Recorded)
     return found
 
@@ -136,7 +136,7 @@ def test_what_a_look_costs(
 
 def test_all_of_a_large_family_is_found_for_acts(tmp_path: Path) -> None:
     generations(Tree(tmp_path))
-    assert len(proc.descendants(FIRST, str(tmp_path))) == 301
+    assert len(processes.descendants(FIRST, str(tmp_path))) == 301
 
 
 def test_for_acts_not_every_thread_is_asked(tmp_path: Path, made: list[Files]) -> None:
@@ -145,7 +145,7 @@ def test_for_acts_not_every_thread_is_asked(tmp_path: Path, made: list[Files]) -
     threads(tree)
     for pid in (LISTENER, LISTENER + 1):
         tree.process(pid + MANY, parent=FIRST)
-    found = proc.descendants(FIRST, str(tmp_path))
+    found = processes.descendants(FIRST, str(tmp_path))
     assert (found[0], set(found[1:])) == (FIRST, {LISTENER + MANY, LISTENER + MANY + 1})
     assert sum(files.reads for files in made) <= procfs.MOST_READS
 
@@ -153,7 +153,7 @@ def test_for_acts_not_every_thread_is_asked(tmp_path: Path, made: list[Files]) -
 def test_sockets_of_one_with_many_files_are_not_told_in_part(tmp_path: Path) -> None:
     open_files(Tree(tmp_path))
     with pytest.raises(KernelError, match="more than 2048"):
-        proc.open_sockets(FIRST, str(tmp_path))
+        processes.open_sockets(FIRST, str(tmp_path))
 
 
 def test_one_that_waits_is_seen_at_once(tmp_path: Path, made: list[Files]) -> None:
@@ -161,7 +161,7 @@ def test_one_that_waits_is_seen_at_once(tmp_path: Path, made: list[Files]) -> No
     tree = Tree(tmp_path)
     threads(tree)
     (tmp_path / "7/task/7/syscall").write_text("43 0x3 0x0 0x0 0x0 0x0 0x0 0x1 0x2")
-    assert waits.waits_on(FIRST, frozenset({LISTENER}), str(tmp_path), "x86_64") is Seen.YES
+    assert waiting.waits_on(FIRST, frozenset({LISTENER}), str(tmp_path), "x86_64") is Seen.YES
     assert made[0].reads < 300
 
 

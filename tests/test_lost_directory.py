@@ -15,15 +15,16 @@ import pytest
 from conftest import StartService
 from support import DEADLINE_S, STEER, Service, eventually, lose_directory, stopped
 
+from steer.control import record, rundir
 from steer.errors import ControlError
-from steer.kernel import proc, record, rundir, title
+from steer.linux import processes, title
 
 pytestmark = pytest.mark.needs("netns")
 
 
 def guard_of(running: Service) -> int:
     workers = {each["pid"] for each in running.workers()}
-    (guard,) = set(proc.children(running.pid)) - workers
+    (guard,) = set(processes.children(running.pid)) - workers
     return guard
 
 

@@ -16,10 +16,20 @@ from conftest import StartService
 from crew import PORT, Crew
 from support import Netns, Service, eventually, http_get, is_ready, wound
 
-from steer import address, settle
-from steer.membership import Advice, Bypass, Cure, Departure, Sighting, Tries, cure, departure
-from steer.policy import CBPF, EBPF, KERNEL
-from steer.programs import Chosen
+from steer.backends.membership import (
+    Advice,
+    Bypass,
+    Cure,
+    Departure,
+    Sighting,
+    Tries,
+    cure,
+    departure,
+)
+from steer.config import address
+from steer.health.programs import Chosen
+from steer.policy.builtin import CBPF, EBPF, KERNEL
+from steer.workers import drain
 
 # What follows from what is seen
 
@@ -426,7 +436,7 @@ def test_on_the_kernels_hash_one_that_is_connected_is_only_told_of(
 def test_one_that_always_does_it_is_only_told_of_in_the_end(
     service: StartService, home: Path, backend: str
 ) -> None:
-    soon = wound("steer.membership._AFTER_S=(0.0, 0.2, 1.0)")
+    soon = wound("steer.backends.membership._AFTER_S=(0.0, 0.2, 1.0)")
     running = start(service, home, ADDRESS["tcp"], backend, under=soon)
     (home / "always").write_text("device")
     order(running, home, 1, "device")
@@ -449,7 +459,7 @@ def test_a_worker_that_closed_its_listener_finishes_in_its_own_time(
     (old,) = (each for each in running.workers() if each["left_group"])
     eventually(lambda: states(running)[old["slot"]] == "stopping")
     assert set(spread(running, "tcp")) == states(running).keys() - {old["slot"]}
-    assert not is_ready(sock, 2 * settle._LINGER_S)
+    assert not is_ready(sock, 2 * drain._LINGER_S)
     (home / "go").touch()
     assert answer(sock) == {"slot": old["slot"], "pid": old["pid"], "told": 0}
     eventually(lambda: old["pid"] not in [each["pid"] for each in running.workers()])

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from steer.kernel import nic
-from steer.kernel.nic import Interface
+from steer.linux import nic
+from steer.linux.nic import Interface
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,7 +197,7 @@ def test_sysfs_of_another_network_namespace_is_not_believed(machine: Machine) ->
 
 LOOK = """
 import dataclasses, json
-from steer.kernel import nic
+from steer.linux import nic
 found = nic.receive_queues()
 cpus = {each.name: nic.cpus_taking_packets(each) for each in found}
 print(json.dumps([dataclasses.asdict(each) | {"cpus": sorted(cpus[each.name] or ())}
@@ -235,7 +235,7 @@ def test_veth_queues_and_packet_steering() -> None:
 
 ARRIVALS = """
 import json, os, socket, subprocess, sys
-from steer.kernel import nic
+from steer.linux import nic
 
 SO_INCOMING_CPU = 49
 client_cpu, steered_cpu = sorted(os.sched_getaffinity(0))[:2]

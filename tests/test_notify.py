@@ -15,9 +15,9 @@ import pytest
 from conftest import StartService
 from support import DEADLINE_S, eventually, is_ready
 
-from steer.kernel import mail
-from steer.notify import Listener, Notification, Unheard, parse, tell_supervisor
-from steer.servers import says_ready_early
+from steer.config.servers import says_ready_early
+from steer.control import mailbox
+from steer.control.notify import Listener, Notification, Unheard, parse, tell_supervisor
 
 APP = '''
 """Workers that get ready only when they are told to, and wait where nobody sees it."""
@@ -318,7 +318,7 @@ def test_whose_process_sent_it_is_known_after_that_has_ended() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         sock.bind(f"\0steer-test-{os.getpid()}")
         sock.setblocking(False)
-        box = mail.Mailbox(sock.fileno())
+        box = mailbox.Mailbox(sock.fileno())
         pid = os.fork()
         if pid == 0:
             send(f"@steer-test-{os.getppid()}", b"READY=1")
@@ -326,16 +326,16 @@ def test_whose_process_sent_it_is_known_after_that_has_ended() -> None:
         eventually(lambda: is_ready(sock))
         box.take()
         os.waitpid(pid, 0)
-        (letter,) = mail.letters(box.contents())
+        (letter,) = mailbox.letters(box.contents())
         box.close()
     assert letter.lineage[:2] == (pid, os.getpid())
 
 
 def test_of_a_worker_that_is_known_nobody_further_is_looked_for() -> None:
     parent = os.getppid()
-    assert mail.lineage(os.getpid(), {os.getpid(), parent}) == (os.getpid(),)
-    assert mail.lineage(os.getpid(), {parent}) == (os.getpid(), parent)
-    assert parent in mail.lineage(os.getpid())
+    assert mailbox.lineage(os.getpid(), {os.getpid(), parent}) == (os.getpid(),)
+    assert mailbox.lineage(os.getpid(), {parent}) == (os.getpid(), parent)
+    assert parent in mailbox.lineage(os.getpid())
 
 
 def test_all_that_waits_is_taken_in_one_turn() -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from steer.arguments import TakesCommand, given_command, service_options, with_options
-from steer.options import OPTIONS, RUN_OPTIONS, Given, Option, plain
+from steer.cli.arguments import TakesCommand, given_command, service_options, with_options
+from steer.cli.options import OPTIONS, RUN_OPTIONS, Given, Option, plain
 
 ALL = (*OPTIONS, *RUN_OPTIONS)
 NAMES = tuple(name for option in ALL for name in option.names)

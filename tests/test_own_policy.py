@@ -15,12 +15,14 @@ import pytest
 from conftest import RunSteer, StartService
 from support import NOBODY, Service, http_get, run_steer
 
-from steer import declared, own, own_new, policies
-from steer.config import load
+from steer.config.service import load
 from steer.errors import CompileError, ConfigError, VerifierError
-from steer.kernel import compile, verifier
-from steer.kernel.verifier import Figures
-from steer.policy import POLICIES
+from steer.loader import compile, find, verifier
+from steer.loader.verifier import Figures
+from steer.policy import declarations
+from steer.policy.builtin import POLICIES
+from steer.policy_tools import check as own
+from steer.policy_tools import new
 
 GOLDEN = Path(__file__).parent / "golden" / "verifier.json"
 HEAD = '/* mine - for a test. */\n#include "steer.h"\n'
@@ -160,7 +162,7 @@ def test_built_in_policies_can_be_checked_too(name: str) -> None:
 def test_a_copy_of_a_built_in_policy_is_one_of_ones_own(home: Path, name: str) -> None:
     shutil.copy(compile.sources() / f"{name}.c", home / "copy.c")
     checked = own.check(str(home / "copy.c"))
-    found = policies.find(name)
+    found = find.find(name)
     assert (checked.table, checked.params) == (found.table, found.declared.params)
     assert "migrate" in checked.programs
 
@@ -366,7 +368,7 @@ def golden() -> dict[str, dict[str, int]]:
 
 @pytest.mark.needs("bpf")
 def test_built_in_policies_ask_no_more_of_the_verifier() -> None:
-    """Mend with: python -m steer.kernel.verifier tests/golden/verifier.json"""
+    """Mend with: python -m steer.loader.verifier tests/golden/verifier.json"""
     expected, found = golden(), verifier.built_in()
     assert set(found) == set(expected)
     grown = {
@@ -423,21 +425,21 @@ def test_relative_policy_is_where_steer_was_started(cli: RunSteer, home: Path, g
 
 
 def test_find() -> None:
-    assert policies.find("kernel") is POLICIES["kernel"]
-    assert [param.name for param in policies.find("source").declared.params] == [
+    assert find.find("kernel") is POLICIES["kernel"]
+    assert [param.name for param in find.find("source").declared.params] == [
         "prefix4",
         "prefix6",
     ]
     with pytest.raises(ConfigError, match="policy 'nonsense': unknown"):
-        policies.find("nonsense")
+        find.find("nonsense")
 
 
 def test_found_policy_is_another_when_its_text_is(mine: Path) -> None:
-    first = policies.find(str(mine))
+    first = find.find(str(mine))
     assert (first.name, first.source, first.is_own) == ("mine", str(mine), True)
-    assert first == policies.find(str(mine))
+    assert first == find.find(str(mine))
     mine.write_text(mine.read_text() + "\n")
-    assert first != policies.find(str(mine))
+    assert first != find.find(str(mine))
 
 
 # ---- running
@@ -500,7 +502,7 @@ def test_nonsense_falls_to_live_workers_and_is_counted(
 
 
 @pytest.mark.needs("bcc", "bpf")
-@pytest.mark.parametrize("table", declared.TABLES)
+@pytest.mark.parametrize("table", declarations.TABLES)
 def test_every_table_can_be_had(service: StartService, home: Path, table: str) -> None:
     entry = "0" if table == "turns" else "steer_random() % 2"
     write(home, f"STEER_TABLE({table})\n" + policy(f"return {entry};"))
@@ -572,6 +574,6 @@ def test_edited_file_takes_effect_when_asked_for(service: StartService, mine: Pa
 
 def test_template_is_shipped() -> None:
     """Beside the code, where the wheel has it too."""
-    template = Path(own_new.__file__).with_name("template.c")
+    template = Path(new.__file__).with_name("template.c")
     assert "@NAME@ - " in template.read_text()
     assert os.access(template, os.R_OK)

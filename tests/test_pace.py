@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from steer.pace import FIRST_S, LAST_S, Pace
+from steer.health.pace import FIRST_S, LAST_S, Pace
 
 
 def looks_in(pace: Pace[int], until_s: float, each_takes_s: float = 0.0) -> Counter[int]:

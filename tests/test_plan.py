@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 from msgspec.structs import asdict, replace
 
-from steer import auto, policies
-from steer import plan as planning
-from steer.auto import Candidate
-from steer.config import FIELDS, Service
-from steer.cpus import Topology
-from steer.declared import Declared
+from steer.config import auto
+from steer.config import plan as planning
+from steer.config.auto import Candidate
+from steer.config.candidates import Answer, Finding, Rung
+from steer.config.fallback import first_that_works
+from steer.config.plan import FIXED, Plan, again, choosing_by, scaled
+from steer.config.service import FIELDS, Service
 from steer.errors import ConfigError, FallbackRefused, KernelError
-from steer.fallback import first_that_works
-from steer.ladder import Answer, Finding, Rung
-from steer.plan import FIXED, Plan, again, choosing_by, scaled
-from steer.policy import POLICIES, Policy, own
+from steer.loader import find
+from steer.policy.builtin import POLICIES, Policy, own
+from steer.policy.cpus import Topology
+from steer.policy.declarations import Declared
 
 FOUR = Topology((0, 1, 2, 3), (0, 1, 2, 3), {})
 TWO = Topology((0, 1), (0, 1, 2, 3), {})
@@ -114,7 +115,7 @@ def test_the_hash_table_is_long_enough_for_workers_of_a_reload() -> None:
 
 def on(there: str, policy: str, **keys: Any) -> Plan:
     """A service that runs there."""
-    plan = planning.plan(Service(policy=policy, **keys), FOUR, {}, policies.find(policy))
+    plan = planning.plan(Service(policy=policy, **keys), FOUR, {}, find.find(policy))
     return replace(plan, rungs=(Rung(there, "so it is", False),))
 
 
@@ -128,7 +129,7 @@ UP_TO: dict[str, Mapping[str, Finding]] = {
 
 
 def candidates(service: Service, policy: Policy | str, best: str = "ebpf") -> Sequence[Candidate]:
-    found = policies.find(policy) if isinstance(policy, str) else policy
+    found = find.find(policy) if isinstance(policy, str) else policy
     return auto.candidates(found, service, UP_TO[best], "change it")
 
 
@@ -147,7 +148,7 @@ def test_any_policy_can_become_any_other(before: str, after: str) -> None:
     """Of the plan nothing changes but what the policy is about."""
     first = on("kernel" if before == "kernel" else "ebpf", before, workers=3)
     then = swapped(first, after)
-    assert then.policy == policies.find(after)
+    assert then.policy == find.find(after)
     assert then.service == replace(first.service, policy=after)
     assert then.params == tuple(param.default for param in then.policy.declared.params)
     assert cpus(then) == ([0, 1, 2] if after == "cpu" else [None] * 3)
@@ -388,7 +389,7 @@ def test_params_that_cannot_be(policy: str, params: tuple[str, ...], said: str) 
         candidates(service, policy)
     assert str(caught.value) == f"change it: {said}"
     with pytest.raises(ConfigError) as caught:
-        planning.plan(service, FOUR, YES, policies.find(policy))
+        planning.plan(service, FOUR, YES, find.find(policy))
     assert str(caught.value) == f"--policy {policy}: {said}"
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from steer import abi, declared, policies, policy
-from steer.cbpf import HASH_LENGTH
-from steer.cpus import Topology
-from steer.policy import BACKENDS, FILLS, POLICIES, Policy, Scene
-from steer.table import Member
+from steer import abi
+from steer.loader import find
+from steer.policy import builtin, declarations
+from steer.policy.builtin import BACKENDS, FILLS, POLICIES, Policy, Scene
+from steer.policy.classic import HASH_LENGTH
+from steer.policy.cpus import Topology
+from steer.policy.layout import Member
 
 BPF = Path(__file__).parent.parent / "bpf"
 ALL = list(POLICIES.values())
@@ -65,8 +67,8 @@ def test_a_row_has_its_file(row: Policy) -> None:
     """The file's head comment starts with its name, and the row says what the file declares."""
     text = (BPF / f"{row.source}.c").read_text()
     assert f" * {row.name} - " in text.split("*/")[0]
-    found = policies.find(row.name)
-    assert found.declared == declared.parse(text, "read")
+    found = find.find(row.name)
+    assert found.declared == declarations.parse(text, "read")
     assert found.table == found.declared.table
     assert found.declared.summary
 
@@ -78,29 +80,31 @@ def test_every_file_has_its_row() -> None:
 
 
 def test_every_table_can_be_declared() -> None:
-    assert set(FILLS) == set(declared.TABLES)
+    assert set(FILLS) == set(declarations.TABLES)
     assert {row.table for row in ALL} == set(FILLS), "each is of use to somebody"
 
 
 def test_what_a_policy_takes_has_its_place() -> None:
     """In abi.PARAMS and abi.OWN."""
-    assert declared.MAX_PARAMS == declared.MAX_COUNTERS == abi.VALUES
-    assert declared.MAX_HISTOGRAMS == abi.HISTOGRAMS
+    assert declarations.MAX_PARAMS == declarations.MAX_COUNTERS == abi.VALUES
+    assert declarations.MAX_HISTOGRAMS == abi.HISTOGRAMS
 
 
 def test_one_of_ones_own_runs_as_ebpf_or_not_at_all() -> None:
-    says = declared.Declared("mine", "deck")
-    mine = policy.own("mine", "/srv/mine.c", says, "0123")
+    says = declarations.Declared("mine", "deck")
+    mine = builtin.own("mine", "/srv/mine.c", says, "0123")
     assert mine.is_own
     assert mine.backends == ("ebpf", "kernel")
     assert mine.no_cbpf == "classic BPF cannot run a policy of one's own"
     assert (mine.summary, mine.table, mine.declared, mine.digest) == ("mine", "deck", says, "0123")
-    assert mine != policy.own("mine", "/srv/mine.c", says, "4567"), "another text is another policy"
+    assert mine != builtin.own("mine", "/srv/mine.c", says, "4567"), (
+        "another text is another policy"
+    )
 
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
 def test_a_layout_names_live_slots_only(row: Policy) -> None:
-    layout = policy.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    layout = builtin.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
     chosen = {slot for entry in layout.entries for slot in layout.row(entry)}
     live = {member.slot for member in CREW}
     assert chosen == (live if row.source else {abi.NO_SLOT})
@@ -112,7 +116,7 @@ def test_a_layout_names_live_slots_only(row: Policy) -> None:
 def test_shares_follow_the_weights(row: Policy) -> None:
     """Positions for most, turns for round-robin and for cpu among one CPU's crew; for least-conn
     turns of which each counts for the less, the more there are."""
-    layout = policy.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    layout = builtin.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
     match row.name:
         case "hash" | "source" | "flow":
             drawn, shares = list(layout.entries), {4: 128, 7: 384, 9: 256}
@@ -137,7 +141,7 @@ def test_shares_follow_the_weights(row: Policy) -> None:
 @pytest.mark.parametrize("name", ["random", "cpu"])
 def test_turns_are_rounded_to_what_a_table_may_hold(name: str) -> None:
     heavy = [Member(slot, 1000 - slot, slot % 2) for slot in range(4)]
-    layout = policy.lay(POLICIES[name], heavy, Scene(TOPOLOGY, HASH_LENGTH, longest=8))
+    layout = builtin.lay(POLICIES[name], heavy, Scene(TOPOLOGY, HASH_LENGTH, longest=8))
     if name == "random":
         assert sorted(layout.entries) == [0, 0, 1, 1, 2, 2, 3, 3]
     else:
@@ -153,7 +157,7 @@ def test_only_cpu_pins() -> None:
 
 @pytest.mark.parametrize("name", ["hash", "source", "flow"])
 def test_the_consistent_start_from_the_layout_in_force(name: str) -> None:
-    before = policy.lay(POLICIES[name], CREW, Scene(TOPOLOGY, HASH_LENGTH))
-    after = policy.lay(POLICIES[name], CREW[:2], Scene(TOPOLOGY, HASH_LENGTH, previous=before))
+    before = builtin.lay(POLICIES[name], CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    after = builtin.lay(POLICIES[name], CREW[:2], Scene(TOPOLOGY, HASH_LENGTH, previous=before))
     kept = zip(before.entries, after.entries, strict=True)
     assert all(old == new for old, new in kept if old != 9)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from support import eventually, line_of, python, running
 
-from steer.kernel import activity, port_holders, proc, waits
-from steer.kernel.waits import Seen
+from steer.linux import activity, port_holders, processes
+from steer.linux.waiting import Seen, acceptors, in_event_loop, waits_on
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +27,7 @@ def state(pid: int) -> str:
 
 
 def inodes_of(*sockets: socket.socket) -> frozenset[int]:
-    return frozenset(proc.socket_inode(each.fileno()) for each in sockets)
+    return frozenset(processes.socket_inode(each.fileno()) for each in sockets)
 
 
 # ---- families
@@ -53,10 +53,10 @@ def three_generations() -> Iterator[list[int]]:
 
 def test_descendants_are_the_process_its_child_and_grandchild() -> None:
     with three_generations() as family:
-        assert proc.descendants(family[0]) == family
-        assert proc.descendants(family[1]) == family[1:]
-        assert proc.descendants(os.getpid())[0] == os.getpid()
-        assert set(family) <= set(proc.descendants(os.getpid()))
+        assert processes.descendants(family[0]) == family
+        assert processes.descendants(family[1]) == family[1:]
+        assert processes.descendants(os.getpid())[0] == os.getpid()
+        assert set(family) <= set(processes.descendants(os.getpid()))
 
 
 def test_descendants_without_config_proc_children(tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_descendants_without_config_proc_children(tmp_path: Path) -> None:
         for pid in [*family, os.getpid()]:
             (tmp_path / str(pid)).mkdir()
             (tmp_path / str(pid) / "stat").symlink_to(f"/proc/{pid}/stat")
-        assert proc.descendants(family[0], str(tmp_path)) == family
-        assert proc.descendants(os.getpid(), str(tmp_path)) == [os.getpid(), *family]
+        assert processes.descendants(family[0], str(tmp_path)) == family
+        assert processes.descendants(os.getpid(), str(tmp_path)) == [os.getpid(), *family]
 
 
 def test_descendants_of_a_child_of_a_thread() -> None:
@@ -80,28 +80,28 @@ threading.Thread(target=fork).start()
 """
     with running(*python(code)) as process:
         child = int(line_of(process))
-        assert proc.descendants(process.pid) == [process.pid, child]
+        assert processes.descendants(process.pid) == [process.pid, child]
 
 
 def test_descendants_of_nobody(ended_pid: int) -> None:
-    assert proc.descendants(ended_pid) == []
+    assert processes.descendants(ended_pid) == []
 
 
 def test_lineage() -> None:
     with three_generations() as (first, second, third):
-        assert proc.lineage(third)[:4] == (third, second, first, os.getpid())
-        assert {os.getpgid(third), os.getsid(third)} <= set(proc.lineage(third))
-        assert third not in proc.lineage(first)
+        assert processes.lineage(third)[:4] == (third, second, first, os.getpid())
+        assert {os.getpgid(third), os.getsid(third)} <= set(processes.lineage(third))
+        assert third not in processes.lineage(first)
 
 
 def test_lineage_of_nobody(ended_pid: int) -> None:
-    assert proc.lineage(ended_pid) == (ended_pid,)
+    assert processes.lineage(ended_pid) == (ended_pid,)
 
 
 def test_arguments(ended_pid: int) -> None:
     with running("cat", "-", "") as process:
-        eventually(lambda: proc.arguments(process.pid), ["cat", "-", ""])
-    assert proc.arguments(ended_pid) == []
+        eventually(lambda: processes.arguments(process.pid), ["cat", "-", ""])
+    assert processes.arguments(ended_pid) == []
 
 
 @pytest.fixture
@@ -114,18 +114,18 @@ def ended_pid() -> int:
 def test_command_with_spaces_and_brackets(tmp_path: Path) -> None:
     (tmp_path / "12").mkdir()
     (tmp_path / "12" / "stat").write_text("12 (a) R 1 (b) S 7 " + " ".join(map(str, range(5, 53))))
-    assert proc.parent(12, str(tmp_path)) == 7
-    assert proc.start_time_ticks(12, str(tmp_path)) == 22
+    assert processes.parent(12, str(tmp_path)) == 7
+    assert processes.start_time_ticks(12, str(tmp_path)) == 22
 
 
 def test_start_time(ended_pid: int) -> None:
     boot_ticks = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
     with running("cat") as process:
-        started = proc.start_time_ticks(process.pid)
+        started = processes.start_time_ticks(process.pid)
         assert started is not None
         assert started >= int(boot_ticks)
-        assert proc.start_time_ticks(process.pid) == started
-    assert proc.start_time_ticks(ended_pid) is None
+        assert processes.start_time_ticks(process.pid) == started
+    assert processes.start_time_ticks(ended_pid) is None
 
 
 # ---- open sockets
@@ -145,27 +145,27 @@ signal.pause()
     fds = (listener.fileno(), datagrams.fileno())
     with running(*python(code, *map(str, fds)), fds=fds) as process:
         assert line_of(process) == "here"
-        eventually(lambda: len(list(proc.sockets_by_fd(process.pid))), 1)
-        assert proc.open_sockets(process.pid) == inodes_of(listener, datagrams)
-        (entry,) = proc.sockets_by_fd(process.pid)
+        eventually(lambda: len(list(processes.sockets_by_fd(process.pid))), 1)
+        assert processes.open_sockets(process.pid) == inodes_of(listener, datagrams)
+        (entry,) = processes.sockets_by_fd(process.pid)
         assert entry == (fds[0], *inodes_of(listener))
 
 
 def test_connections_are_open_sockets(listener: socket.socket) -> None:
-    before = proc.open_sockets(os.getpid())
+    before = processes.open_sockets(os.getpid())
     with socket.create_connection(listener.getsockname()) as client:
-        assert proc.open_sockets(os.getpid()) == before | inodes_of(client)
+        assert processes.open_sockets(os.getpid()) == before | inodes_of(client)
         accepted, _ = listener.accept()
         with accepted:
-            assert proc.open_sockets(os.getpid()) == before | inodes_of(client, accepted)
-    assert proc.open_sockets(os.getpid()) == before
+            assert processes.open_sockets(os.getpid()) == before | inodes_of(client, accepted)
+    assert processes.open_sockets(os.getpid()) == before
 
 
 def test_nobody_has_open_sockets(ended_pid: int) -> None:
-    assert proc.open_sockets(ended_pid) == set()
+    assert processes.open_sockets(ended_pid) == set()
     with subprocess.Popen(["true"]) as process:
         eventually(lambda: state(process.pid), "Z")
-        assert proc.open_sockets(process.pid) == set()
+        assert processes.open_sockets(process.pid) == set()
 
 
 @pytest.mark.needs("root")
@@ -173,7 +173,8 @@ def test_open_sockets_of_another_user(listener: socket.socket) -> None:
     look = """
 import os, sys
 from steer.errors import KernelError
-from steer.kernel import proc, waits
+from steer.linux import processes as proc
+from steer.linux import waiting as waits
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
     print(proc.open_sockets(int(sys.argv[1])))
@@ -191,7 +192,8 @@ def test_a_zombie_that_may_not_be_looked_at_has_none() -> None:
     """Not even by its parent, unless that is root."""
     look = """
 import os
-from steer.kernel import proc, waits
+from steer.linux import processes as proc
+from steer.linux import waiting as waits
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 child = os.fork() or os._exit(0)
 os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
@@ -399,13 +401,13 @@ f = select.epoll(); f.register(other, select.EPOLLIN); f.poll()""",
 @pytest.mark.parametrize("code", WAITS.values(), ids=WAITS.keys())
 def test_waits_on_a_listener(listener: socket.socket, code: str) -> None:
     with running(*python(SOCKET + code, str(listener.fileno())), fds=(listener.fileno(),)) as it:
-        eventually(lambda: waits.waits_on(it.pid, inodes_of(listener)), Seen.YES)
+        eventually(lambda: waits_on(it.pid, inodes_of(listener)), Seen.YES)
 
 
 @pytest.mark.parametrize("code", WAITS_FOR_DATAGRAMS.values(), ids=WAITS_FOR_DATAGRAMS.keys())
 def test_waits_on_a_udp_socket(datagrams: socket.socket, code: str) -> None:
     with running(*python(SOCKET + code, str(datagrams.fileno())), fds=(datagrams.fileno(),)) as it:
-        eventually(lambda: waits.waits_on(it.pid, inodes_of(datagrams)), Seen.YES)
+        eventually(lambda: waits_on(it.pid, inodes_of(datagrams)), Seen.YES)
 
 
 @pytest.mark.parametrize("code", DOES_NOT_WAIT.values(), ids=DOES_NOT_WAIT.keys())
@@ -414,34 +416,34 @@ def test_has_a_listener_but_does_not_wait_on_it(listener: socket.socket, code: s
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as process:
         assert line_of(process) == "here"
         eventually(lambda: state(process.pid), "S")
-        assert waits.waits_on(process.pid, inodes_of(listener)) is Seen.NO
+        assert waits_on(process.pid, inodes_of(listener)) is Seen.NO
 
 
 def test_waits_on_one_of_several(listener: socket.socket, datagrams: socket.socket) -> None:
     code, number = SOCKET + "s.accept()", listener.fileno()
     with running(*python(code, str(number)), fds=(number,)) as it:
-        eventually(lambda: waits.waits_on(it.pid, inodes_of(listener, datagrams)), Seen.YES)
-        assert waits.waits_on(it.pid, inodes_of(datagrams)) is Seen.NO
-        assert waits.waits_on(it.pid, frozenset()) is Seen.NO
+        eventually(lambda: waits_on(it.pid, inodes_of(listener, datagrams)), Seen.YES)
+        assert waits_on(it.pid, inodes_of(datagrams)) is Seen.NO
+        assert waits_on(it.pid, frozenset()) is Seen.NO
 
 
 def test_nobody_waits(listener: socket.socket, ended_pid: int) -> None:
-    assert waits.waits_on(ended_pid, inodes_of(listener)) is Seen.NO
+    assert waits_on(ended_pid, inodes_of(listener)) is Seen.NO
 
 
 def test_a_zombie_does_not_wait(listener: socket.socket) -> None:
     with subprocess.Popen(["true"]) as process:
         eventually(lambda: state(process.pid), "Z")
-        assert waits.waits_on(process.pid, inodes_of(listener)) is Seen.NO
-        assert waits.waits_on(process.pid, inodes_of(listener), machine="pdp11") is Seen.NO
+        assert waits_on(process.pid, inodes_of(listener)) is Seen.NO
+        assert waits_on(process.pid, inodes_of(listener), machine="pdp11") is Seen.NO
 
 
 def test_wait_that_ends_is_no_longer_seen(listener: socket.socket) -> None:
     code = SOCKET + "import signal; s.accept(); signal.pause()"
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as process:
-        eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), Seen.YES)
+        eventually(lambda: waits_on(process.pid, inodes_of(listener)), Seen.YES)
         with socket.create_connection(listener.getsockname()):
-            eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), Seen.NO)
+            eventually(lambda: waits_on(process.pid, inodes_of(listener)), Seen.NO)
 
 
 @pytest.mark.needs("root")
@@ -449,13 +451,14 @@ def test_a_process_of_another_user_cannot_be_looked_at(listener: socket.socket) 
     """The looker imports before it becomes nobody, who may not read this checkout."""
     look = """
 import os, sys
-from steer.kernel import proc, waits
+from steer.linux import processes as proc
+from steer.linux import waiting as waits
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 print(waits.waits_on(int(sys.argv[1]), frozenset({int(sys.argv[2])})).name)
 """
     code, (inode,) = SOCKET + "s.accept()", inodes_of(listener)
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as process:
-        eventually(lambda: waits.waits_on(process.pid, frozenset({inode})), Seen.YES)
+        eventually(lambda: waits_on(process.pid, frozenset({inode})), Seen.YES)
         with running(*python(look, str(process.pid), str(inode))) as looker:
             assert line_of(looker) == "UNKNOWN"
 
@@ -466,14 +469,14 @@ print(waits.waits_on(int(sys.argv[1]), frozenset({int(sys.argv[2])})).name)
 def test_unknown_machine_takes_registration_for_waiting(listener: socket.socket) -> None:
     code = SOCKET + "import select; e = select.epoll(); e.register(s, select.EPOLLIN); e.poll()"
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as it:
-        eventually(lambda: waits.waits_on(it.pid, inodes_of(listener), machine="pdp11"), Seen.YES)
+        eventually(lambda: waits_on(it.pid, inodes_of(listener), machine="pdp11"), Seen.YES)
 
 
 def test_unknown_machine_cannot_tell_of_accept(listener: socket.socket) -> None:
     code = SOCKET + "s.accept()"
     with running(*python(code, str(listener.fileno())), fds=(listener.fileno(),)) as it:
-        eventually(lambda: waits.waits_on(it.pid, inodes_of(listener)), Seen.YES)
-        assert waits.waits_on(it.pid, inodes_of(listener), machine="pdp11") is Seen.UNKNOWN
+        eventually(lambda: waits_on(it.pid, inodes_of(listener)), Seen.YES)
+        assert waits_on(it.pid, inodes_of(listener), machine="pdp11") is Seen.UNKNOWN
 
 
 def task(at: Path, syscall: str, memory: bytes = b"", fdinfo: dict[int, str] | None = None) -> None:
@@ -512,8 +515,8 @@ CALLS = {
 @pytest.mark.parametrize(("machine", "syscall", "memory"), CALLS.values(), ids=CALLS.keys())
 def test_system_calls(tmp_path: Path, machine: str, syscall: str, memory: bytes) -> None:
     task(tmp_path, syscall, memory, {4: EPOLL_OF_100})
-    assert waits.waits_on(7, frozenset({100}), str(tmp_path), machine) is Seen.YES
-    assert waits.waits_on(7, frozenset({101}), str(tmp_path), machine) is Seen.NO
+    assert waits_on(7, frozenset({100}), str(tmp_path), machine) is Seen.YES
+    assert waits_on(7, frozenset({101}), str(tmp_path), machine) is Seen.NO
 
 
 QUIET = {
@@ -531,7 +534,7 @@ QUIET = {
 @pytest.mark.parametrize(("syscall", "memory"), QUIET.values(), ids=QUIET.keys())
 def test_what_is_not_waiting(tmp_path: Path, syscall: str, memory: bytes) -> None:
     task(tmp_path, syscall, memory)
-    assert waits.waits_on(7, frozenset({100}), str(tmp_path), "x86_64") is Seen.NO
+    assert waits_on(7, frozenset({100}), str(tmp_path), "x86_64") is Seen.NO
 
 
 # ---- io_uring
@@ -569,7 +572,7 @@ def test_io_uring(listener: socket.socket, request_: tuple[str, str], seen: Seen
         answer = line_of(process)
         if answer != "here":
             pytest.skip(f"io_uring_setup: {answer}")
-        eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), seen)
+        eventually(lambda: waits_on(process.pid, inodes_of(listener)), seen)
 
 
 RING_STATES = {
@@ -589,7 +592,7 @@ def test_ring_states(tmp_path: Path, flags: str, fdinfo: str, held: str, seen: S
     (fd / "5").symlink_to("anon_inode:[io_uring]")
     (fd / "3").unlink()
     (fd / "3").symlink_to(held)
-    assert waits.waits_on(7, frozenset({100}), str(tmp_path), "x86_64") is seen
+    assert waits_on(7, frozenset({100}), str(tmp_path), "x86_64") is seen
 
 
 # ---- real servers
@@ -631,7 +634,7 @@ def test_servers(tmp_path: Path, listener: socket.socket, server: str, command: 
     fd = listener.fileno()
     argv = [sys.executable, *command.format(fd=fd).split()]
     with running(*argv, fds=(fd,), cwd=tmp_path) as process:
-        eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), Seen.YES)
+        eventually(lambda: waits_on(process.pid, inodes_of(listener)), Seen.YES)
 
 
 @pytest.mark.needs("uvicorn")
@@ -645,11 +648,11 @@ def test_uvicorn_is_not_ready_before_its_application(
     with running(*argv, fds=(fd,), cwd=tmp_path) as process:
         assert line_of(process) == "starting up"
         eventually(lambda: state(process.pid), "S")
-        assert waits.waits_on(process.pid, inodes_of(listener)) is Seen.NO
+        assert waits_on(process.pid, inodes_of(listener)) is Seen.NO
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-        eventually(lambda: waits.waits_on(process.pid, inodes_of(listener)), Seen.YES)
+        eventually(lambda: waits_on(process.pid, inodes_of(listener)), Seen.YES)
 
 
 # ---- who has a port
@@ -706,12 +709,12 @@ def test_holder_of_an_overlapping_address(
         mine = [
             holder
             for holder in port_holders.holders(protocol, asked, port)
-            if holder.inode == proc.socket_inode(made.fileno())
+            if holder.inode == processes.socket_inode(made.fileno())
         ]
         command = Path("/proc/self/comm").read_text().strip()
         shown = held.removeprefix("::ffff:")
         expected = port_holders.Holder(
-            os.getpid(), command, os.getuid(), proc.socket_inode(made.fileno()), shown
+            os.getpid(), command, os.getuid(), processes.socket_inode(made.fileno()), shown
         )
         assert mine == ([expected] if found else [])
         assert str(expected) == f"{command} (pid {os.getpid()})"
@@ -749,7 +752,7 @@ def bound_with_reuse(stack: ExitStack, address: str, port: int) -> None:
 def test_another_port_or_protocol_is_not_held(netns: object) -> None:
     with ExitStack() as stack:
         made, port = bound(stack, "tcp", "127.0.0.1")
-        inode = proc.socket_inode(made.fileno())
+        inode = processes.socket_inode(made.fileno())
         others = [
             *port_holders.holders("udp", "127.0.0.1", port),
             *port_holders.holders("tcp", "127.0.0.1", 1),
@@ -763,7 +766,7 @@ def test_connections_hold_a_port_only_where_nothing_listens(netns: object) -> No
         client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         server, _ = made.accept()
         stack.enter_context(server)
-        listening, accepted = (proc.socket_inode(each.fileno()) for each in (made, server))
+        listening, accepted = (processes.socket_inode(each.fileno()) for each in (made, server))
         assert [each.inode for each in port_holders.holders("tcp", "127.0.0.1", port)] == [
             listening
         ]
@@ -771,7 +774,7 @@ def test_connections_hold_a_port_only_where_nothing_listens(netns: object) -> No
         assert [each.inode for each in port_holders.holders("tcp", "127.0.0.1", port)] == [accepted]
         client_port = client.getsockname()[1]
         found = port_holders.holders("tcp", "127.0.0.1", client_port)
-        assert [each.inode for each in found] == [proc.socket_inode(client.fileno())]
+        assert [each.inode for each in found] == [processes.socket_inode(client.fileno())]
 
 
 def test_nobody_holds_a_port_in_time_wait(netns: object) -> None:
@@ -790,7 +793,7 @@ def test_nobody_holds_a_port_in_time_wait(netns: object) -> None:
 def test_holder_that_cannot_be_seen(tmp_path: Path) -> None:
     with ExitStack() as stack:
         made, port = bound(stack, "tcp", "127.0.0.1")
-        inode = proc.socket_inode(made.fileno())
+        inode = processes.socket_inode(made.fileno())
         (tmp_path / "net").mkdir()
         (tmp_path / "net" / "tcp").write_bytes(Path("/proc/net/tcp").read_bytes())
         (found,) = port_holders.holders("tcp", "127.0.0.1", port, str(tmp_path))
@@ -805,7 +808,7 @@ def test_import_is_cheap() -> None:
     code = """
 import sys
 before = set(sys.modules)
-import steer.kernel.proc, steer.kernel.topology
+import steer.linux.processes, steer.linux.topology
 print(*set(sys.modules) - before)
 """
     out = subprocess.run(python(code), cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -831,15 +834,15 @@ def test_asleep_in_an_event_loop(listener: socket.socket, code: str, seen: Seen)
     with running(*python(code, listener.fileno()), fds=(listener.fileno(),)) as process:
         assert line_of(process) == "here"
         eventually(lambda: state(process.pid), "S")
-        eventually(lambda: waits.in_event_loop([process.pid]), seen)
-        waiting = waits.waits_on(process.pid, inodes_of(listener)) is Seen.YES
+        eventually(lambda: in_event_loop([process.pid]), seen)
+        waiting = waits_on(process.pid, inodes_of(listener)) is Seen.YES
         expected = {process.pid} if waiting else set()
-        assert waits.acceptors(process.pid, inodes_of(listener)) == expected
+        assert acceptors(process.pid, inodes_of(listener)) == expected
 
 
 def test_a_thread_that_has_ended_is_in_no_event_loop(ended_pid: int) -> None:
-    assert waits.in_event_loop([ended_pid]) is Seen.NO
-    assert waits.in_event_loop([]) is Seen.NO
+    assert in_event_loop([ended_pid]) is Seen.NO
+    assert in_event_loop([]) is Seen.NO
 
 
 def test_a_process_that_calls_itself_something_odd() -> None:
@@ -848,14 +851,14 @@ def test_a_process_that_calls_itself_something_odd() -> None:
     rename = f"import ctypes; ctypes.CDLL(None).prctl(15, {name!r}, 0, 0, 0)"
     with running(*python(f"{rename}; print(flush=True); input()")) as it:
         line_of(it)
-        assert proc.command(it.pid) == "a) Z 1([31mB"
-        assert proc.is_alive(it.pid)
-        assert proc.parent(it.pid) == os.getpid()
+        assert processes.command(it.pid) == "a) Z 1([31mB"
+        assert processes.is_alive(it.pid)
+        assert processes.parent(it.pid) == os.getpid()
 
 
 def test_a_very_long_command_line(tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
     (tmp_path / "7/cmdline").write_bytes(b"python3\0-m\0gunicorn\0" + b"x" * (1 << 23))
-    found = proc.arguments(7, str(tmp_path))
+    found = processes.arguments(7, str(tmp_path))
     assert found[:3] == ["python3", "-m", "gunicorn"]
-    assert sum(map(len, found)) <= proc.MOST_ARGUMENT_BYTES
+    assert sum(map(len, found)) <= processes.MOST_ARGUMENT_BYTES

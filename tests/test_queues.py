@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from support import eventually
 
-from steer import address
+from steer.config import address
 from steer.errors import KernelError
-from steer.kernel import listeners, proc, sockdiag
-from steer.kernel.listeners import Waiting
-from steer.kernel.sockdiag import Bound
-from steer.queues import Queues
+from steer.linux import processes
+from steer.sockets import listeners, sock_diag
+from steer.sockets.listeners import Waiting
+from steer.sockets.sock_diag import Bound
+from steer.workers.queues import Queues
 
 # The kernel
 
@@ -30,15 +31,15 @@ def test_it_says_what_the_listener_says(host: str) -> None:
         family = FAMILIES[host]
         listener = stack.enter_context(socket.create_server((host, 0), family=family, backlog=7))
         port = listener.getsockname()[1]
-        inode = proc.socket_inode(listener.fileno())
+        inode = processes.socket_inode(listener.fileno())
         for number in range(3):
-            assert sockdiag.waiting("tcp", family, port)[inode] == Waiting(number, 7)
+            assert sock_diag.waiting("tcp", family, port)[inode] == Waiting(number, 7)
             stack.enter_context(socket.create_connection((host, port)))
             eventually(lambda: listeners.waiting(listener).queued, number + 1)
-        assert sockdiag.waiting("tcp", family, port)[inode] == listeners.waiting(listener)
-        assert sockdiag.waiting("tcp", family, 1) == {}
+        assert sock_diag.waiting("tcp", family, port)[inode] == listeners.waiting(listener)
+        assert sock_diag.waiting("tcp", family, 1) == {}
         listener.shutdown(socket.SHUT_RDWR)
-        assert inode not in sockdiag.waiting("tcp", family, port)
+        assert inode not in sock_diag.waiting("tcp", family, port)
 
 
 @pytest.mark.parametrize("host", FAMILIES)
@@ -49,11 +50,11 @@ def test_it_says_what_the_datagram_socket_says(host: str) -> None:
         socket.socket(family, socket.SOCK_DGRAM) as sender,
     ):
         sock.bind((host, 0))
-        port, inode = sock.getsockname()[1], proc.socket_inode(sock.fileno())
-        assert sockdiag.waiting("udp", family, port)[inode] == listeners.waiting(sock)
+        port, inode = sock.getsockname()[1], processes.socket_inode(sock.fileno())
+        assert sock_diag.waiting("udp", family, port)[inode] == listeners.waiting(sock)
         sender.sendto(b"x" * 100, (host, port))
         eventually(lambda: listeners.waiting(sock).queued)
-        assert sockdiag.waiting("udp", family, port)[inode] == listeners.waiting(sock)
+        assert sock_diag.waiting("udp", family, port)[inode] == listeners.waiting(sock)
 
 
 @pytest.mark.parametrize(("host", "other"), [("127.0.0.1", "127.0.0.2"), ("::1", "::")])
@@ -66,11 +67,11 @@ def test_it_knows_connected_datagram_sockets_by_address_and_device(host: str, ot
         sock.bind((host, 0))
         peer.bind((host, 0))
         port = sock.getsockname()[1]
-        assert not sockdiag.connected(family, host, port, 0)
+        assert not sock_diag.connected(family, host, port, 0)
         sock.connect(peer.getsockname())
-        assert sockdiag.connected(family, host, port, 0)
-        assert not sockdiag.connected(family, other, port, 0)
-        assert not sockdiag.connected(family, host, port, 1)
+        assert sock_diag.connected(family, host, port, 0)
+        assert not sock_diag.connected(family, other, port, 0)
+        assert not sock_diag.connected(family, host, port, 1)
 
 
 def test_hundreds_are_read_whole() -> None:
@@ -82,14 +83,14 @@ def test_hundreds_are_read_whole() -> None:
             stack.enter_context(socket.create_server(("127.0.0.1", port), reuse_port=True))
             for _ in range(399)
         ]
-        inodes = {proc.socket_inode(each.fileno()) for each in (first, *others)}
-        assert sockdiag.waiting("tcp", socket.AF_INET, port).keys() == inodes
+        inodes = {processes.socket_inode(each.fileno()) for each in (first, *others)}
+        assert sock_diag.waiting("tcp", socket.AF_INET, port).keys() == inodes
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 def test_what_is_said_again_is_not_read_again(protocol: str) -> None:
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-    ports = sockdiag.Ports()
+    ports = sock_diag.Ports()
     with socket.socket(socket.AF_INET, kind) as sock, ExitStack() as stack:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(("127.0.0.1", 0))
@@ -97,7 +98,7 @@ def test_what_is_said_again_is_not_read_again(protocol: str) -> None:
             sock.listen(7)
         port = sock.getsockname()[1]
         first = ports.at(protocol, socket.AF_INET, port)
-        assert first.keys() == {proc.socket_inode(sock.fileno())}
+        assert first.keys() == {processes.socket_inode(sock.fileno())}
         assert ports.at(protocol, socket.AF_INET, port) is first
         sender = stack.enter_context(socket.socket(socket.AF_INET, kind))
         sender.connect(sock.getsockname())
@@ -111,8 +112,8 @@ def test_answers_that_are_not_alike_are_read_one_by_one() -> None:
     """One bound to a device may be told of in more bytes than others."""
     alike, longer = (message(inode, more) for inode, more in ((1, b""), (2, bytes(8))))
     for answer in (alike * 2, alike + longer, longer + alike, alike + longer + longer):
-        found = list(sockdiag._listeners(answer))
-        assert [each for _, each in found] == [sockdiag.Bound(3, 9, False, 5)] * len(found)
+        found = list(sock_diag._listeners(answer))
+        assert [each for _, each in found] == [sock_diag.Bound(3, 9, False, 5)] * len(found)
         assert len(found) == answer.count(b"NODE")
         assert {inode for inode, _ in found} <= {1, 2}
 
@@ -129,13 +130,13 @@ def test_what_connections_move(listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     with socket.create_connection(listener.getsockname()) as client:
         client.sendall(b"12345")
-        assert sockdiag.connections(socket.AF_INET, port, 10) == []  # nobody accepted it
+        assert sock_diag.connections(socket.AF_INET, port, 10) == []  # nobody accepted it
         accepted, _ = listener.accept()
         with accepted:
-            inode = proc.socket_inode(accepted.fileno())
+            inode = processes.socket_inode(accepted.fileno())
 
             def seen() -> tuple[int, int]:
-                (found,) = sockdiag.connections(socket.AF_INET, port, 10)
+                (found,) = sock_diag.connections(socket.AF_INET, port, 10)
                 assert found.inode == inode
                 return found.unread, found.moved
 
@@ -144,7 +145,7 @@ def test_what_connections_move(listener: socket.socket) -> None:
             eventually(seen, (3, 2))
             accepted.sendall(b"abc")
             eventually(seen, (3, 5))
-            assert sockdiag.connections(socket.AF_INET, port, 0) == []
+            assert sock_diag.connections(socket.AF_INET, port, 0) == []
 
 
 # Which way

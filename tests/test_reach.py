@@ -13,8 +13,8 @@ from clients import BIND
 from conftest import RunSteer
 from support import NOBODY
 
-from steer.kernel import reach
-from steer.kernel.reach import Barrier
+from steer.linux import reach
+from steer.linux.reach import Barrier
 
 pytestmark = pytest.mark.needs("netns", "nobody")
 

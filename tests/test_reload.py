@@ -35,8 +35,9 @@ from support import (
     session,
 )
 
+from steer.control import rundir
 from steer.errors import Refused
-from steer.kernel import activity, proc, rundir
+from steer.linux import activity, processes
 
 PORT = 8080
 APP = '''
@@ -954,7 +955,7 @@ def test_without_workers_who_comes_is_refused(service: StartService, backend: st
 def test_log_is_opened_anew(service: StartService) -> None:
     running = service("app:serve", "-w", "1")
     (worker,) = pids(running)
-    (guard,) = {*proc.descendants(running.pid)} - {running.pid, worker}
+    (guard,) = {*processes.descendants(running.pid)} - {running.pid, worker}
     file = running.records / "stderr"
     file.rename(file.with_suffix(".1"))
     running.send_signal(signal.SIGUSR1)

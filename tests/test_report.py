@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.report import (
-    Address,
-    Connections,
-    Histogram,
-    Service,
-    Status,
-    Totals,
-    Worker,
-)
-from steer.tables import Table, duration, plain, service_table
+from steer.cli.tables import Table, duration, plain, service_table
+from steer.control.schema import Address, Connections, Histogram, Service, Status, Totals, Worker
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

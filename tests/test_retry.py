@@ -30,12 +30,12 @@ from support import (
 )
 from support import running as running_process
 
-from steer import retry
 from steer.errors import ControlError, KernelError
-from steer.kernel import compile as compiling
-from steer.kernel.spare import Spare
-from steer.log import Log
-from steer.retry import Retry
+from steer.linux import retry
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
+from steer.loader import compile as compiling
 
 PORT = 8080
 ALONE = 30_000 + os.getpid() % 10_000
@@ -347,8 +347,8 @@ def test_full_disk_keeps_nothing_of_the_cache(tmp_path: Path) -> None:
         """
         import os, sys
         from pathlib import Path
-        from steer.bytecode import PolicyObject
-        from steer.kernel import compile
+        from steer.policy.bytecode import PolicyObject
+        from steer.loader import compile
         cache = Path(os.environ["XDG_CACHE_HOME"], "steer")
         large = PolicyObject("0" * 64, "compiler" * 10_000, {}, {})
         for number in range(5):
@@ -425,25 +425,25 @@ class Finder(MetaPathFinder):
 sys.meta_path.insert(0, Finder())
 """
 BREAKS = [
-    ("steer.rotation Rotation.left", "OSError 1 1"),
-    ("steer.rotation Rotation.give_up", "MemoryError 1 1"),
-    ("steer.rotation Rotation.take_slot", "OSError 1 1"),
-    ("steer.rotation Rotation.joined", "ZeroDivisionError 1 1"),
-    ("steer.rotation Rotation.keep", "OSError 1 2"),
-    ("steer.ebpf Ebpf.steer", "OSError 1 2"),
-    ("steer.place Place.got_ready", "MemoryError 1 1"),
-    ("steer.place Place.lost_process", "ZeroDivisionError 1 1"),
-    ("steer.spawn Process._hear_out", "OSError 1 1"),
-    ("steer.spawn fork_all", "MemoryError 1 2"),
-    ("steer.spawn Process.prepare", "MemoryError 1 2"),
-    ("steer.spawn Process.forked", "MemoryError 1 2"),
-    ("steer.spawn Process.keep", "MemoryError 1 2"),
-    ("steer.spawn Process.watch", "OSError 1 1"),
-    ("steer.kernel.process reap", "ZeroDivisionError 1 1"),
-    ("steer.kernel.custody Guard.drop", "OSError 1 1"),
-    ("steer.kernel.family others", "OSError 1 2"),
-    ("steer.lifecycle backoff_s", "MemoryError 1 1"),
-    ("steer.health Health._look_at_start", "OSError 1 3"),
+    ("steer.workers.selection Rotation.left", "OSError 1 1"),
+    ("steer.workers.selection Rotation.give_up", "MemoryError 1 1"),
+    ("steer.workers.selection Rotation.take_slot", "OSError 1 1"),
+    ("steer.workers.selection Rotation.joined", "ZeroDivisionError 1 1"),
+    ("steer.workers.selection Rotation.keep", "OSError 1 2"),
+    ("steer.backends.ebpf Ebpf.steer", "OSError 1 2"),
+    ("steer.workers.handle Place.got_ready", "MemoryError 1 1"),
+    ("steer.workers.handle Place.lost_process", "ZeroDivisionError 1 1"),
+    ("steer.workers.process Process._hear_out", "OSError 1 1"),
+    ("steer.workers.process fork_all", "MemoryError 1 2"),
+    ("steer.workers.process Process.prepare", "MemoryError 1 2"),
+    ("steer.workers.process Process.forked", "MemoryError 1 2"),
+    ("steer.workers.process Process.keep", "MemoryError 1 2"),
+    ("steer.workers.process Process.watch", "OSError 1 1"),
+    ("steer.linux.fork reap", "ZeroDivisionError 1 1"),
+    ("steer.guard.client Guard.drop", "OSError 1 1"),
+    ("steer.linux.family others", "OSError 1 2"),
+    ("steer.workers.lifecycle backoff_s", "MemoryError 1 1"),
+    ("steer.health.checks Health._look_at_start", "OSError 1 3"),
 ]
 
 
@@ -470,16 +470,19 @@ def test_seat_is_filled_again_whatever_fails(
 
 
 LACKS = {
-    "memory": ("steer.controller Controller._announce MemoryError", "out of memory"),
+    "memory": ("steer.controller.controller Controller._announce MemoryError", "out of memory"),
     "memory, in a thread": (
-        "steer.controller importlib.import_module MemoryError",
+        "steer.controller.controller importlib.import_module MemoryError",
         "out of memory",
     ),
     "threads": (
-        "steer.controller Controller.await_loop RuntimeError",
+        "steer.controller.controller Controller.await_loop RuntimeError",
         "no more threads; raise the limit on processes (ulimit -u, TasksMax=) or on memory",
     ),
-    "something": ("steer.controller Controller._make_fleet OSError", "Cannot allocate memory"),
+    "something": (
+        "steer.controller.controller Controller._make_fleet OSError",
+        "Cannot allocate memory",
+    ),
 }
 
 

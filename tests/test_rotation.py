@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import pytest
 
-from steer.log import Log
-from steer.rotation import Rotation
-from steer.table import Member
+from steer.linux.log import Log
+from steer.policy.layout import Member
+from steer.workers.selection import Rotation
 
 TURNS = 500
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DEADLINE_S, STEER, Terminal
 
-from steer import tables
-from steer.drawing import Styles, draw
-from steer.fit import fit
-from steer.tables import Table
+from steer.cli import tables
+from steer.cli.drawing import Styles, draw
+from steer.cli.fit import fit
+from steer.cli.tables import Table
 
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 GREEN, RED, YELLOW = "\x1b[32m", "\x1b[1;31m", "\x1b[33m"

@@ -14,7 +14,7 @@ from conftest import StartService
 from crew import CPUS, pinned
 from support import DEADLINE_S, eventually, http_get, is_running
 
-from steer.kernel import proc
+from steer.linux import processes
 
 PORT = 8080
 SERVERS = {
@@ -166,7 +166,7 @@ def test_that_cannot_load_its_application_ends_with_its_own_words(
 def test_gunicorns_own_workers_do_not_outlive_it(service: StartService) -> None:
     running = service("-w", "1", *command("gunicorn"))
     (before,) = running.workers()
-    arbiter, child = proc.descendants(before["pid"])
+    arbiter, child = processes.descendants(before["pid"])
 
     os.kill(arbiter, signal.SIGKILL)
 

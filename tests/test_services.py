@@ -11,7 +11,8 @@ import pytest
 from conftest import RunSteer, StartService
 from support import NOBODY, Service, eventually, lose_directory, stopped
 
-from steer.kernel import rundir, services, title, unix
+from steer.control import rundir
+from steer.linux import services, title, unix
 
 pytestmark = pytest.mark.needs("netns")
 

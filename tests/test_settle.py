@@ -12,11 +12,12 @@ import pytest
 from fake_loop import Loop
 from growth_fakes import FakeService, cost_of
 
-from steer import address, queues, settle
-from steer.fleet import Fleet
-from steer.lifecycle import Event
-from steer.queues import Queues, Table
-from steer.settle import Settler, Settling
+from steer.config import address
+from steer.workers import drain, queues
+from steer.workers.drain import Settler, Settling
+from steer.workers.lifecycle import Event
+from steer.workers.pool import Fleet
+from steer.workers.queues import Queues, Table
 
 BINDS = [address.parse("127.0.0.1:80")]
 LOOK_S = 0.0002
@@ -112,7 +113,7 @@ class Workers:
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Workers]:
     def made(number: int) -> Workers:
         workers = Workers(number)
-        monkeypatch.setattr(settle.proc, "open_sockets", workers.open_sockets)
+        monkeypatch.setattr(drain.processes, "open_sockets", workers.open_sockets)
         return workers
 
     return made
@@ -128,7 +129,7 @@ def test_each_is_looked_at_once_and_no_step_is_long(
     assert sorted(workers.reported) == [(slot, Event.SETTLED) for slot in range(number)]
     assert workers.did["files"] == number
     assert workers.did["move"] == 0
-    assert max(workers.loop.steps_s) < settle._FIRST_TURN_S + LOOK_S + DUMP_S + 1e-6
+    assert max(workers.loop.steps_s) < drain._FIRST_TURN_S + LOOK_S + DUMP_S + 1e-6
     # The kernel is asked for all of them together.
     assert workers.did["dump"] <= 2 + took_s / queues._FRESH_S
     assert workers.did["settle"] <= 10 * number
@@ -148,9 +149,9 @@ def test_those_that_do_not_end_cost_little(make: Callable[[int], Workers], numbe
     workers.loop.run_s(5.0)
     assert workers.did["files"] == before["files"]
     assert workers.did["move"] == 0
-    assert workers.did["dump"] - before["dump"] <= 5 / settle._REST_S
+    assert workers.did["dump"] - before["dump"] <= 5 / drain._REST_S
     workers.queued[3] = 1
-    workers.loop.run_s(2 * settle._SELDOM_S)
+    workers.loop.run_s(2 * drain._SELDOM_S)
     assert workers.did["move"] == 1
 
 
@@ -168,14 +169,14 @@ def test_whoever_asks_meanwhile_waits_for_one_turn(make: Callable[[int], Workers
     workers.loop.call_later(0.0, lambda: ask(1000.0))
     workers.run_until_settled()
     assert len(waits_s) == 20
-    assert sum(waits_s) < 3 * settle._TURN_S
+    assert sum(waits_s) < 3 * drain._TURN_S
 
 
 def test_one_with_a_queue_may_take_it_before_that_is_moved(make: Callable[[int], Workers]) -> None:
     workers = make(10)
     workers.queued[3] = 5
     workers.retire()
-    workers.loop.run_s(settle._TAKE_S / 2)
+    workers.loop.run_s(drain._TAKE_S / 2)
     assert workers.did["move"] == 0
     assert len(workers.reported) == 9
     workers.run_until_settled()
@@ -186,7 +187,7 @@ def test_one_with_connections_has_time_to_answer_them(make: Callable[[int], Work
     workers = make(10)
     workers.holds.add(3)
     workers.retire()
-    workers.loop.run_s(settle._LINGER_S - 0.05)
+    workers.loop.run_s(drain._LINGER_S - 0.05)
     assert 3 not in [slot for slot, _ in workers.reported]
     workers.loop.run_s(0.2)
     assert 3 in [slot for slot, _ in workers.reported]
@@ -202,7 +203,7 @@ def test_who_begins_later_does_not_wait_for_those_who_linger(
         settler.begin(place)
     workers.loop.run_s(30.0)
     settler.begin(late)
-    workers.loop.run_s(settle._REST_S)
+    workers.loop.run_s(drain._REST_S)
     assert workers.reported[-1] == (late.slot, Event.SETTLED)
 
 

@@ -16,10 +16,11 @@ import pytest
 from conftest import RunSteer, StartService
 from support import DEADLINE_S, NOBODY, Netns, Service, eventually, udp_ask
 
-from steer import config, socket_options
+from steer.config import service as config
+from steer.config import socket_options
+from steer.config.socket_options import OPTIONS
 from steer.errors import ConfigError
-from steer.kernel import sockdiag, sockopt
-from steer.socket_options import OPTIONS
+from steer.sockets import sock_diag, sockopt
 
 HOST, PORT = "127.0.0.1", 8080
 _MSG_FASTOPEN = 0x20000000  # include/linux/socket.h
@@ -172,7 +173,7 @@ def test_accepted_sockets_have_them_also_after_the_reserve_a_reload_and_adoption
         )
 
     def backlogs() -> set[int]:
-        found = sockdiag.waiting("tcp", socket.AF_INET, PORT)
+        found = sock_diag.waiting("tcp", socket.AF_INET, PORT)
         return {each.limit for each in found.values()}
 
     def seen(sock: socket.socket) -> dict[str, Any]:

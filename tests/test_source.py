@@ -13,7 +13,7 @@ from conftest import StartService
 from crew import KINDS, PORT, Crew
 from support import Netns, eventually, http_get
 
-from steer.policy import CBPF, EBPF
+from steer.policy.builtin import CBPF, EBPF
 
 pytestmark = pytest.mark.needs("netns")
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -11,10 +11,9 @@ import pytest
 from conftest import StartService
 from support import as_user, bpf_ids
 
-from steer import policies
-from steer.bytecode import Inputs
 from steer.errors import CompileError, Refused
-from steer.kernel import compile, inputs
+from steer.loader import compile, find, inputs
+from steer.policy.bytecode import Inputs
 
 POLICY = """
 #include "steer.h"
@@ -67,22 +66,22 @@ def test_every_way_to_include_is_noticed(home: Path, cache: Path) -> None:
     source = write(home, "\n".join(INCLUDES.values()), terms)
     first = compile.load(source)
     assert set(compile.read_by(source)) == {home / name for name in FILES}
-    before = policies.find(str(source))
+    before = find.find(str(source))
     assert before.digest == first.digest != compile.digest(source)
     compile._made.clear()
     assert compile.load(source) == first, "from the cache"
     for name, content in FILES.items():
         (home / name).write_text(content + "/* edited */\n")
-        assert policies.find(str(source)) != before, name
+        assert find.find(str(source)) != before, name
         (home / name).write_text(content)
-        assert policies.find(str(source)) == before, name
+        assert find.find(str(source)) == before, name
     (home / "digraph.h").write_text("#define VALUE_digraph 7\n")
     second = compile.load(source)
     assert second.programs != first.programs
     assert second.digest != first.digest
     assert len(list(cache.iterdir())) == 1, "what is stale is replaced"
     (home / "lib" / "two.h").unlink()
-    assert policies.find(str(source)).digest != second.digest
+    assert find.find(str(source)).digest != second.digest
 
 
 @pytest.mark.needs("bcc")
@@ -92,7 +91,7 @@ def test_header_that_takes_the_place_of_one_that_was_read(home: Path, name: str)
     first = compile.load(source)
     (home / name).parent.mkdir(exist_ok=True, parents=True)
     (home / name).write_text("")
-    assert policies.find(str(source)).digest != first.digest
+    assert find.find(str(source)).digest != first.digest
 
 
 @pytest.mark.needs("bcc")
@@ -160,7 +159,7 @@ def test_inputs_that_cannot_be_read_are_not_the_same(tmp_path: Path) -> None:
 def test_no_folder_named_after_a_tilde(home: Path, environment: dict[str, str]) -> None:
     """Nor any other where the service was started; of a user that nobody has told of a home."""
     source = write(home)
-    program = "import sys; from pathlib import Path; from steer.kernel import compile; "
+    program = "import sys; from pathlib import Path; from steer.loader import compile; "
     program += "print(compile.load(Path(sys.argv[1])).compiler)"
     before = sorted(home.iterdir())
     done = subprocess.run(

@@ -23,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import clean_environment, eventually
 
-from steer import ask, cli, look, report
-from steer.control import Tell
-from steer.controller import Controller
-from steer.kernel import process
+from steer.cli import ask, main, status
+from steer.control import schema
+from steer.control.server import Tell
+from steer.controller.controller import Controller
+from steer.linux import fork
 
 ON_ONE_CPU = ("taskset", "-c", "0")
 
@@ -63,7 +64,7 @@ def loaded_by(home: Path, *arguments: str) -> Collection[str]:
 def test_run_imports_nothing_heavy(home: Path, what: list[str]) -> None:
     """Up to where the controller would start."""
     loaded = loaded_by(home, "run", "--check-config", "-w", "2", "--policy", "cpu", *what)
-    assert "steer.controller" in loaded
+    assert "steer.controller.controller" in loaded
     assert not HEAVY.intersection(loaded)
 
 
@@ -74,14 +75,14 @@ AT_PATH = ["--control-socket", "run/steer/web.sock"]
 def test_status_imports_only_what_it_shows(home: Path, asked: list[str]) -> None:
     with fake_service(home / "run" / "steer" / "web.sock", status=tells):
         loaded = loaded_by(home, "status", *asked)
-    assert "steer.report" in loaded
-    needless = {"ctypes", "steer.config", "steer.kernel.abandoned", "steer.kernel.process"}
+    assert "steer.control.schema" in loaded
+    needless = {"ctypes", "steer.config.service", "steer.control.abandoned", "steer.linux.fork"}
     assert not (HEAVY | needless).intersection(loaded)
 
 
 async def tells(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
-    totals = report.Totals()
-    web = report.Service("web", 1, "running", 1, "cpu", "ebpf", None, 1.0, [], [], totals)
+    totals = schema.Totals()
+    web = schema.Service("web", 1, "running", 1, "cpu", "ebpf", None, 1.0, [], [], totals)
     return {"service": web}
 
 
@@ -94,10 +95,10 @@ SHARES = ("--weights", "--weights=1,2", "--weights=", "--param", "--param=a=1")
 @given(st.lists(st.sampled_from(WORDS + AT), max_size=5))
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 def test_status_is_read_without_click_as_with_it(arguments: list[str]) -> None:
-    found = look.plain(arguments)
+    found = status.plain(arguments)
     if found is not None:
-        context = cli.status.make_context("status", list(arguments))
-        assert found == look.Asked(**context.params)
+        context = main.status.make_context("status", list(arguments))
+        assert found == status.Asked(**context.params)
 
 
 @pytest.mark.parametrize("command", ["reload", "scale", "drain", "restart", "policy", "stop"])
@@ -113,7 +114,7 @@ def test_an_act_is_read_without_click_as_with_it(command: str, arguments: list[s
         act = ask.plain(command, arguments)
         if act is not None:
             act()
-            cli.cli([command, *arguments], standalone_mode=False)
+            main.cli([command, *arguments], standalone_mode=False)
             assert done[0] == done[1]
 
 
@@ -130,7 +131,7 @@ def test_an_act_imports_no_click(home: Path, line: str) -> None:
     done = subprocess.run(
         command, env=clean_environment(home), cwd=home, capture_output=True, text=True
     )
-    assert "steer.client" in done.stdout.split(), done.stderr
+    assert "steer.control.client" in done.stdout.split(), done.stderr
     assert not HEAVY.intersection(done.stdout.split())
 
 
@@ -213,18 +214,18 @@ def test_a_worker_collects_its_garbage() -> None:
     """Though the controller does not while it starts."""
     gc.disable()
     try:
-        pid, pidfd = process.fork(lambda: int(gc.isenabled()))
+        pid, pidfd = fork.fork(lambda: int(gc.isenabled()))
     finally:
         gc.enable()
     os.close(pidfd)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
-    process.is_done(pid)
+    fork.is_done(pid)
 
 
 COUNTS = """
 import sys
 from steer import __main__
-from steer.kernel import unix
+from steer.linux import unix
 
 looks, may_listen = [], unix.may_listen
 unix.may_listen = lambda *given: looks.append(given) or may_listen(*given)

@@ -14,21 +14,23 @@ from typing import Any, ClassVar, cast
 import pytest
 from growth_fakes import FEW, MANY, Cost, rest
 
-from steer import fleet as fleets
-from steer import policies, spawn, status
-from steer.config import Service
-from steer.cpus import Topology
+from steer.backends.base import Counts
+from steer.config.plan import Generation, plan
+from steer.config.service import Service
+from steer.controller import status
 from steer.errors import KernelError, SteerError
-from steer.fleet import Fleet
-from steer.intake import MOST_TOGETHER, Lot
-from steer.kernel import process
-from steer.kernel.spare import Spare
-from steer.lifecycle import Event, State
-from steer.log import Log
-from steer.place import Place
-from steer.plan import Generation, plan
-from steer.retry import Retry
-from steer.steering import Counts
+from steer.linux import fork
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
+from steer.loader import find
+from steer.policy.cpus import Topology
+from steer.workers import pool as fleets
+from steer.workers import process
+from steer.workers.handle import Place
+from steer.workers.intake import MOST_TOGETHER, Lot
+from steer.workers.lifecycle import Event, State
+from steer.workers.pool import Fleet
 
 _CPUS = tuple(sorted(os.sched_getaffinity(0)))
 _TIMEOUT_S = 60.0
@@ -141,10 +143,10 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(FakeProcess, "forked", [])
     monkeypatch.setattr(FakeProcess, "fails_at", None)
     monkeypatch.setattr(FakeProcess, "turn", 0)
-    monkeypatch.setattr(spawn, "bound", bound)
-    monkeypatch.setattr(spawn, "fork_all", lambda launches, *_: list(map(FakeProcess, launches)))
+    monkeypatch.setattr(process, "bound", bound)
+    monkeypatch.setattr(process, "fork_all", lambda launches, *_: list(map(FakeProcess, launches)))
     monkeypatch.setattr(fleets, "Place", FakePlace)
-    monkeypatch.setattr(process, "pause", lambda _seconds: None)
+    monkeypatch.setattr(fork, "pause", lambda _seconds: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
     monkeypatch.setattr(Lot, "took", lambda *_: None)  # how long is no matter here
     return FakeProcess.forked
@@ -154,7 +156,7 @@ def fleet_of(
     number: int, steering: FakeSteering, on: tuple[int, ...] = _CPUS, **keys: Any
 ) -> Fleet:
     cpus = Topology(on, on, dict.fromkeys(on, 0))
-    decided = plan(Service(workers=number, **keys), cpus, {}, policies.find("hash"))
+    decided = plan(Service(workers=number, **keys), cpus, {}, find.find("hash"))
     log = Log("error", "text")
 
     def launch(place: Place) -> Any:
@@ -367,7 +369,7 @@ def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
                 raise KernelError("start a worker", "no more processes")
             return list(map(FakeProcess, launches))
 
-        monkeypatch.setattr(spawn, "fork_all", fork_all)
+        monkeypatch.setattr(process, "fork_all", fork_all)
         await crash_of_all(fleet)
         assert sum(bool(place.process) for place in fleet.places) == 12
         assert all(place.timer for place in fleet.places if not place.process)

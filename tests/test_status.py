@@ -16,14 +16,16 @@ from conftest import StartService
 from crew import PORT
 from support import WITHOUT_NETLINK, eventually
 
-from steer import address, report, status
+from steer.backends.base import Counts, Own
+from steer.config import address
+from steer.control import schema
+from steer.controller import status
 from steer.errors import KernelError
-from steer.kernel import sockdiag
-from steer.kernel.sockdiag import Bound
-from steer.lifecycle import State
-from steer.place import Places
-from steer.queues import Queues
-from steer.steering import Counts, Own
+from steer.sockets import sock_diag
+from steer.sockets.sock_diag import Bound
+from steer.workers.handle import Places
+from steer.workers.lifecycle import State
+from steer.workers.queues import Queues
 
 # Real workers that stand still
 
@@ -51,7 +53,7 @@ def test_what_waits_is_told_exactly(service: StartService, under: Sequence[str])
             sender.sendto(bytes(100), at)
 
         def by_kernel(protocol: str) -> dict[int, int]:
-            found = sockdiag.waiting(protocol, socket.AF_INET, PORT)
+            found = sock_diag.waiting(protocol, socket.AF_INET, PORT)
             return {inode: each.queued for inode, each in found.items()}
 
         eventually(lambda: sum(by_kernel("tcp").values()), CONNECTIONS)
@@ -69,7 +71,7 @@ def test_what_waits_is_told_exactly(service: StartService, under: Sequence[str])
 
 # What it costs
 
-QUICK = report.LoopDelay([], 0, 0.0, 0.0, 0.0, 0.0)
+QUICK = schema.LoopDelay([], 0, 0.0, 0.0, 0.0, 0.0)
 BOUND = [address.parse("127.0.0.1:80"), address.parse("udp://127.0.0.1:80")]
 
 
@@ -172,7 +174,7 @@ class FakeService:
         meanwhile: is called in each turn of the loop.
         """
 
-        async def together() -> report.Service:
+        async def together() -> schema.Service:
             told = status.report_of(self, "running", QUICK)  # type: ignore[arg-type]
             task = asyncio.ensure_future(told)
             while not task.done():

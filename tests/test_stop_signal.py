@@ -16,10 +16,9 @@ from conftest import RunSteer, StartService
 from support import DEADLINE_S, Netns, eventually
 from support import Service as Running
 
-from steer import config
-from steer.config import Service
+from steer.config.servers import SERVERS, Shown, finish
+from steer.config.service import Service, load
 from steer.errors import ConfigError
-from steer.servers import SERVERS, Shown, finish
 
 HOST, PORT, BEHIND = "127.0.0.1", 8080, 8081
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -353,7 +352,7 @@ def test_a_server_is_known_by_what_it_shows(line: list[Shown], first: str, other
 def test_what_ends_no_server_is_refused(name: str, cause: str) -> None:
     keys: dict[str, Any] = {"stop_signal": name}
     with pytest.raises(ConfigError) as caught:
-        config.load({}, {}, keys, "steer.toml")
+        load({}, {}, keys, "steer.toml")
     assert str(caught.value).startswith(f"steer.toml: stop_signal = '{name}': {cause}")
     assert "allowed: the name of a signal on which a server ends: QUIT" in caught.value.cure
 

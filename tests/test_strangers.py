@@ -10,18 +10,19 @@ from contextlib import ExitStack
 import pytest
 from crew import KINDS
 
-from steer import address
-from steer.address import Bind
+from steer.config import address
+from steer.config.address import Bind
 from steer.errors import BindError, KernelError
-from steer.kernel import port_holders, proc, sockdiag, sockets
+from steer.linux import port_holders, processes
+from steer.sockets import reuseport, sock_diag
 
 pytestmark = pytest.mark.usefixtures("netns")
 every_kind = pytest.mark.parametrize("bind", [address.parse(text) for text in KINDS.values()])
 
 
 def members(stack: ExitStack, bind: Bind, number: int) -> frozenset[int]:
-    made = [stack.enter_context(sockets.member(bind, 16)) for _ in range(number)]
-    return frozenset(proc.socket_inode(sock.fileno()) for sock in made)
+    made = [stack.enter_context(reuseport.member(bind, 16)) for _ in range(number)]
+    return frozenset(processes.socket_inode(sock.fileno()) for sock in made)
 
 
 @every_kind
@@ -34,7 +35,7 @@ def test_nothing_is_looked_through_where_only_we_are(
     )
     with ExitStack() as stack:
         ours = members(stack, bind, number)
-        sockets.refuse_strangers(bind, ours)
+        reuseport.refuse_strangers(bind, ours)
 
 
 @every_kind
@@ -43,7 +44,7 @@ def test_stranger_is_named(bind: Bind) -> None:
         ours = members(stack, bind, 3)
         members(stack, bind, 1)
         with pytest.raises(BindError, match=rf"\(pid {os.getpid()}\) joined it too"):
-            sockets.refuse_strangers(bind, ours)
+            reuseport.refuse_strangers(bind, ours)
 
 
 @every_kind
@@ -53,13 +54,13 @@ def test_stranger_is_named_where_the_kernel_may_not_be_asked(
     def refused(*_: object) -> dict[int, object]:
         raise KernelError("ask for the queues of sockets", "EPERM")
 
-    monkeypatch.setattr(sockdiag.Ports, "at", refused)
+    monkeypatch.setattr(sock_diag.Ports, "at", refused)
     with ExitStack() as stack:
         ours = members(stack, bind, 3)
-        sockets.refuse_strangers(bind, ours)
+        reuseport.refuse_strangers(bind, ours)
         members(stack, bind, 1)
         with pytest.raises(BindError, match="joined it too"):
-            sockets.refuse_strangers(bind, ours)
+            reuseport.refuse_strangers(bind, ours)
 
 
 def test_who_is_at_another_address_of_the_port_is_no_stranger() -> None:
@@ -67,4 +68,4 @@ def test_who_is_at_another_address_of_the_port_is_no_stranger() -> None:
     with ExitStack() as stack:
         ours = members(stack, bind, 1)
         stack.enter_context(socket.create_server(("127.0.0.2", bind.port)))
-        sockets.refuse_strangers(bind, ours)
+        reuseport.refuse_strangers(bind, ours)

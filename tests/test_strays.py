@@ -16,9 +16,10 @@ from conftest import StartService
 from crew import PORT
 from support import Netns, Service, eventually, is_running, line_of, python, running, udp_ask
 
-from steer import address
-from steer.kernel import listeners, proc, sockets, strays
-from steer.kernel.listeners import Borrower
+from steer.config import address
+from steer.linux import processes
+from steer.sockets import listeners, reuseport, strays
+from steer.sockets.listeners import Borrower
 
 pytestmark = pytest.mark.needs("netns", "pidfd_getfd")
 BIND = ("-b", f"127.0.0.1:{PORT}")
@@ -188,8 +189,8 @@ def test_who_refuses_to_lend_a_listener_is_not_the_only_one_asked(
     borrowed = listeners._pidfd_getfd
     monkeypatch.setattr(listeners, "_pidfd_getfd", lend)
     bind = address.parse(f"127.0.0.1:{PORT}")
-    listener = sockets.member(bind, 16)
-    inode, fd = proc.socket_inode(listener.fileno()), listener.fileno()
+    listener = reuseport.member(bind, 16)
+    inode, fd = processes.socket_inode(listener.fileno()), listener.fileno()
     with running(*sleeps, fds=[fd]) as first, running(*sleeps, fds=[fd]) as second:
         for each in (first, second):
             line_of(each)

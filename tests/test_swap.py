@@ -30,13 +30,13 @@ from support import (
     udp_ask,
 )
 
-from steer import auto
+from steer.config import auto
+from steer.config.plan import choosing_by
 from steer.errors import KernelError, Refused
-from steer.kernel import sockets
-from steer.kernel.listeners import Borrower
-from steer.plan import choosing_by
-from steer.policies import find
-from steer.policy import CBPF, EBPF, KERNEL, POLICIES
+from steer.loader.find import find
+from steer.policy.builtin import CBPF, EBPF, KERNEL, POLICIES
+from steer.sockets import reuseport
+from steer.sockets.listeners import Borrower
 
 pytestmark = [pytest.mark.needs("bpf", "migrate", "netns"), pytest.mark.usefixtures("netns")]
 
@@ -512,14 +512,14 @@ def test_at_a_group_that_fails_the_others_go_back(monkeypatch: pytest.MonkeyPatc
     with Crew(EBPF, "hash", *KINDS).serving() as crew:
         flows = sources("127.0.0.1", 40)
         before, made = crew.flows(flows), bpf_ids(os.getpid())
-        attach, calls = sockets.attach_ebpf, count()
+        attach, calls = reuseport.attach_ebpf, count()
 
         def fails_at_the_third(fd: int, program: int) -> None:
             if next(calls) == 2:
                 raise KernelError("attach", "ENOMEM")
             attach(fd, program)
 
-        monkeypatch.setattr(sockets, "attach_ebpf", fails_at_the_third)
+        monkeypatch.setattr(reuseport, "attach_ebpf", fails_at_the_third)
         with pytest.raises(KernelError, match="ENOMEM"):
             swap_crew(crew, "source")
         assert bpf_ids(os.getpid()) == made
@@ -748,7 +748,7 @@ def test_a_controller_that_was_killed_in_the_middle_of_a_swap(
     orphan(first)
     with Borrower(worker["pid"], frozenset(worker["sockets"])).borrow() as lent:
         for sock in lent.values():
-            sockets.detach(sock.fileno())
+            reuseport.detach(sock.fileno())
     service(*arguments)
     assert answers(20) == {1: 20}
 

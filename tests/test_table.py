@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from steer import abi, policy, table
-from steer.cpus import Topology
-from steer.policy import POLICIES, Scene
-from steer.table import EMPTY, MAX_DECK, Layout, Member
+from steer import abi
+from steer.policy import builtin
+from steer.policy import layout as table
+from steer.policy.builtin import POLICIES, Scene
+from steer.policy.cpus import Topology
+from steer.policy.layout import EMPTY, MAX_DECK, Layout, Member
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -333,7 +335,7 @@ def test_when_one_goes_only_its_positions_move(
     gone = data.draw(st.sampled_from(some))
     stay = [member for member in some if member != gone]
     before = table.consistent(some, None, length)
-    after = policy.lay(POLICIES["hash"], stay, Scene(topology([0]), length, previous=before))
+    after = builtin.lay(POLICIES["hash"], stay, Scene(topology([0]), length, previous=before))
     moved = {at for at in range(length) if before.entries[at] != after.entries[at]}
     assert moved == owned(before).get(gone.slot, set())
 
@@ -516,7 +518,7 @@ def test_by_load_of_many_has_room(workers: int) -> None:
 
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_with_nobody_the_kernel_decides(name: str) -> None:
-    layout = policy.lay(POLICIES[name], [], Scene(topology([0]), 64))
+    layout = builtin.lay(POLICIES[name], [], Scene(topology([0]), 64))
     assert layout is EMPTY
     assert set(layout.entries) == set(layout.spares) == {abi.NO_SLOT}
     assert abi.NO_SLOT > abi.MAX_SLOTS

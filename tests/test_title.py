@@ -12,8 +12,8 @@ import pytest
 from conftest import StartService
 from support import eventually, python
 
-from steer.kernel import proc
-from steer.kernel import title as own
+from steer.linux import processes
+from steer.linux import title as own
 
 APP = """
 import ctypes, json, os
@@ -41,12 +41,12 @@ def title(pid: int) -> str:
 
 def titles(controller: int) -> list[str]:
     """Of all but the controller itself."""
-    return sorted(title(pid) for pid in proc.descendants(controller) if pid != controller)
+    return sorted(title(pid) for pid in processes.descendants(controller) if pid != controller)
 
 
 def names(controller: int) -> list[str]:
     """As ps(1) without arguments and top(1) have them."""
-    return sorted(proc.command(pid) or "" for pid in proc.descendants(controller))
+    return sorted(processes.command(pid) or "" for pid in processes.descendants(controller))
 
 
 def test_each_process_of_a_service_is_named(
@@ -71,7 +71,7 @@ def test_each_process_of_a_service_is_named(
     eventually(lambda: "adopted 2 workers" in running.log)
     eventually(lambda: titles(running.pid), ours)
     assert title(running.pid) == "steer: controller web"
-    assert proc.command(running.pid) == "steer"
+    assert processes.command(running.pid) == "steer"
     assert running.status()["generation"] == generation
 
 
@@ -85,7 +85,7 @@ def test_commands_have_names_of_their_own(service: StartService) -> None:
 def test_a_title_stays_within_the_arguments(given: str) -> None:
     """Behind them is the environment: nothing of it is shown or overwritten."""
     code = (
-        "import sys, os; from steer.kernel import title; before = os.popen('env').read();"
+        "import sys, os; from steer.linux import title; before = os.popen('env').read();"
         "title.show(sys.argv[1] * 99 if len(sys.argv[1]) == 1 else sys.argv[1] + 'more');"
         "print(open('/proc/self/cmdline', 'rb').read().rstrip(b'\\0').decode(errors='replace'));"
         "print(os.popen('env').read() == before, open('/proc/self/environ').read()[:5])"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from steer.errors import KernelError
-from steer.kernel import topology
+from steer.linux import topology
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +94,7 @@ def test_this_machine() -> None:
 
 def test_allowed_is_the_affinity_of_the_asker() -> None:
     one = max(os.sched_getaffinity(0))
-    code = "from steer.kernel import topology; print(*topology.read().allowed)"
+    code = "from steer.linux import topology; print(*topology.read().allowed)"
     ran = subprocess.run(
         ["taskset", "-c", str(one), sys.executable, "-c", code],
         cwd=ROOT,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 from support import Netns, eventually
 
-from steer.kernel import traffic
+from steer.sockets import traffic
 
 pytestmark = pytest.mark.needs("netns")
 

@@ -18,12 +18,12 @@ from conftest import RunSteer, StartService
 from support import DEADLINE_S, NOBODY, Service, as_user, eventually, http_get, line_of
 from support import running as running_process
 
-from steer import worker, worker_launch
+from steer.child import launch, main
+from steer.child.launch import Message
 from steer.errors import ControlError
-from steer.kernel import custody
-from steer.kernel.channel import FRAME_MAX_BYTES, Channel, Frame, NotUnderstood
+from steer.guard import client
+from steer.guard.channel import FRAME_MAX_BYTES, Channel, Frame, NotUnderstood
 from steer.values import Invalid
-from steer.worker_launch import Message
 
 PORT = 8080
 APP = '''
@@ -159,14 +159,14 @@ def test_message_is_understood_or_invalid_and_nothing_else() -> None:
     for _ in range(20_000):
         data = next(messages)
         with suppress(Invalid):
-            assert worker_launch.read(data).unloadable
+            assert launch.read(data).unloadable
 
 
 def test_longest_reason_fits_into_a_message() -> None:
-    worst = worker._short("\0" * 100_000)
+    worst = main._short("\0" * 100_000)
     data = msgspec.json.encode(Message(unloadable=worst, detail=worst))
-    assert len(data) <= worker_launch.MESSAGE_MAX_BYTES
-    assert worker_launch.read(data).detail == worst
+    assert len(data) <= launch.MESSAGE_MAX_BYTES
+    assert launch.read(data).detail == worst
 
 
 # Frames between controller, guard and adopter
@@ -278,7 +278,7 @@ def test_nobody_elses_service_is_adopted(home: Path) -> None:
     with running_process(*command) as process:
         line_of(process)
         with pytest.raises(ControlError, match="EACCES"):
-            custody.adopt(path)
+            client.adopt(path)
         assert line_of(process) == ""
 
 

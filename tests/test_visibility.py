@@ -29,9 +29,10 @@ from support import (
     refusing,
 )
 
-from steer.kernel import access, activity, filtered
-from steer.kernel.access import Access, Facts, Refusal, why_no_borrowing, why_no_look
-from steer.visibility import notes_on
+from steer.linux import activity, filtered
+from steer.workers import access
+from steer.workers.access import Access, Facts, Refusal, why_no_borrowing, why_no_look
+from steer.workers.visibility import notes_on
 
 # Causes, without processes
 
@@ -76,7 +77,8 @@ def test_a_process_that_proc_hides_is_unknown(tmp_path: Path) -> None:
     """And one that has ended is not."""
     look = """
 import os, sys
-from steer.kernel import access, waits
+from steer.workers import access
+from steer.linux import waiting as waits
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 for pid in sys.argv[1:]:
     print(waits.waits_on(int(pid), frozenset({1})).name, access.read(int(pid)).is_hidden)
@@ -103,7 +105,7 @@ listener.accept()
 LOOKS = """
 import ctypes, sys
 from pathlib import Path
-from steer.kernel import waits
+from steer.linux import waiting as waits
 pid, inode = map(int, sys.argv[1:])
 while (seen := waits.waits_on(pid, frozenset({inode}))) is waits.Seen.NO:
     pass

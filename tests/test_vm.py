@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from conftest import require
 from support import DEADLINE_S, is_ready
 
-from steer.kernel import compile
+from steer.loader import compile
 from vm import __main__ as command
 from vm import accel, boot, cache, cards, kernels, root
 from vm.boot import Machine
@@ -232,7 +232,7 @@ def test_guest_sees_the_tree(image: None) -> None:
         with tarfile.open(share / "tree.tar") as tar:
             names = set(tar.getnames())
     assert not share.exists()
-    assert {"dev", "steer/cli.py", "bpf/steer.h", "tests/test_vm.py"} <= names
+    assert {"dev", "steer/cli/main.py", "bpf/steer.h", "tests/test_vm.py"} <= names
     assert not any(name.startswith((".git/", ".venv/")) for name in names)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from steer.policy import EBPF, KERNEL, POLICIES
-from steer.report import Connections, Service, Totals, Worker
+from steer.control.schema import Connections, Service, Totals, Worker
+from steer.policy.builtin import EBPF, KERNEL, POLICIES
 from vm import promises, report
 from vm.cells import NAMES
 from vm.promises import Broken, Clients

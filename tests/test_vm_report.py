@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from steer import tables as plainly
-from steer.ladder import Answer, Finding
-from steer.policy import CBPF, EBPF, KERNEL
+from steer.cli import tables as plainly
+from steer.config.candidates import Answer, Finding
+from steer.policy.builtin import CBPF, EBPF, KERNEL
 from vm import report
 from vm.report import MIGRATE, Cell, Kernel, Machine, Record, Verified
 

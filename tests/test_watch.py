@@ -18,11 +18,11 @@ from conftest import StartService
 from fake_service import fake_service
 from support import DEADLINE_S, STEER, eventually, is_ready
 
-from steer import client
-from steer.control import Tell
+from steer.control import client, rundir
+from steer.control.protocol import ASKERS_MAX, SILENT_MAX
+from steer.control.server import Tell
 from steer.errors import ControlError, NotRunning
-from steer.kernel import proc, rundir
-from steer.kernel.protocol import ASKERS_MAX, SILENT_MAX
+from steer.linux import processes
 
 STATUS = b'{"command": "status", "stay": true}\n'
 
@@ -169,7 +169,7 @@ def test_watching_keeps_its_connection_and_follows_the_next_controller(
 
 
 def connections(pid: int) -> set[int]:
-    return {inode for _, inode in proc.sockets_by_fd(pid)}
+    return {inode for _, inode in processes.sockets_by_fd(pid)}
 
 
 def reports(watching: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ from support import (
     udp_ask,
 )
 
-from steer.lifecycle import Event
+from steer.workers.lifecycle import Event
 
 PORT = 8080
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from steer.errors import NoCompiler, SteerError
-from steer.kernel import compile
-from steer.policy import POLICIES
+from steer.loader import compile
+from steer.policy.builtin import POLICIES
 from vm import boot, ending, kernels, matrix
 from vm.boot import Machine
 from vm.errors import VmError

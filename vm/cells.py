@@ -18,13 +18,13 @@ import click
 import msgspec
 
 from bench import machine
-from steer import own_new
-from steer.bytecode import Code
-from steer.counting import Counting
+from steer.backends.connections import Counting
+from steer.config.candidates import Answer, Finding
 from steer.errors import SteerError
-from steer.kernel import compile, probe, verifier
-from steer.ladder import Answer, Finding
-from steer.policy import BACKENDS, CBPF, EBPF, KERNEL, POLICIES
+from steer.loader import compile, probe, verifier
+from steer.policy.builtin import BACKENDS, CBPF, EBPF, KERNEL, POLICIES
+from steer.policy.bytecode import Code
+from steer.policy_tools import new
 from vm import ending, promises, service
 from vm.promises import DATAGRAMS, OWN, Broken, Clients
 from vm.report import COUNT, MIGRATE, Cell, Machine, Record, Verified
@@ -38,7 +38,7 @@ _OWN_OPTIONS = ("--policy", f"./{_OWN_FILE}", "--param", "percent=100")
 @click.argument("names", nargs=-1, type=click.Choice(NAMES), metavar="[POLICY]...")
 def main(names: Sequence[str]) -> None:
     with service.home():
-        own_new.begin(_OWN_FILE)
+        new.begin(_OWN_FILE)
         for each in _records(names or NAMES):
             print(msgspec.json.encode(each).decode(), flush=True)
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from steer.kernel.process import how_it_ended
-from steer.show import tables
+from steer.cli.output import tables
+from steer.linux.fork import how_it_ended
 from vm import boot, cache, report, root
 from vm.boot import Machine
 from vm.errors import VmError

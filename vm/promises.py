@@ -14,8 +14,8 @@ from typing import TypeVar
 import msgspec
 
 from bench.machine import pinned
-from steer.policy import KERNEL
-from steer.report import Service, Worker
+from steer.control.schema import Service, Worker
+from steer.policy.builtin import KERNEL
 
 OWN = "own"
 """What is promised of the template for policies of one's own."""

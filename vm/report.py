@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import msgspec
 
-from steer.ladder import Answer, Finding
-from steer.policy import EBPF
-from steer.tables import Table
+from steer.cli.tables import Table
+from steer.config.candidates import Answer, Finding
+from steer.policy.builtin import EBPF
 
 MIGRATE, COUNT = "migrate", "count"
 _NEEDS = {"plain": EBPF, "migrate": MIGRATE, "count": EBPF}

@@ -17,10 +17,11 @@ import msgspec
 
 from bench import machine, servers
 from steer import __main__ as command
-from steer import cli, client, controller, demo  # noqa: F401 - for all that are forked
+from steer.child import demo  # noqa: F401 - for all that are forked
+from steer.control import client
+from steer.control.schema import Service
 from steer.errors import ControlError
-from steer.kernel.process import how_it_ended, wait_for_end
-from steer.report import Service
+from steer.linux.fork import how_it_ended, wait_for_end
 from vm.errors import VmError
 from vm.promises import HOST, PORT, Broken
 

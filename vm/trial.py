@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 
 from bench.machine import pinned
-from steer.cli import cli
-from steer.policy import KERNEL
+from steer.cli.main import cli
+from steer.policy.builtin import KERNEL
 from vm import ending, service
 from vm.promises import Broken, Clients
 

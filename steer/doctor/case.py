@@ -8,14 +8,15 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from steer import ladder, policies
-from steer.config import Service
+from steer.config import candidates
+from steer.config.candidates import Answer
+from steer.config.plan import Plan
+from steer.config.service import Service
 from steer.doctor.facts import Facts, Unknown
 from steer.errors import BindError
-from steer.kernel.access import Access
-from steer.ladder import Answer
-from steer.plan import Plan
-from steer.policy import BACKENDS, EBPF, KERNEL, Policy
+from steer.loader import find
+from steer.policy.builtin import BACKENDS, EBPF, KERNEL, Policy
+from steer.workers.access import Access
 
 _ALL_ACCESS = Access()
 ERRNO_REFUSED = "EPERM"
@@ -51,7 +52,7 @@ class Opinion(NamedTuple):
     cure: str = ""
 
 
-class Probed(ladder.Finding, frozen=True):
+class Probed(candidates.Finding, frozen=True):
     """What a probe found, with the cure apart from the reason."""
 
     cure: str = ""
@@ -98,7 +99,7 @@ class Case:
     @property
     def _last(self) -> Policy:
         """Of the policies to try the one that stands on the most backends."""
-        asked = policies.find(self.service.policy)
+        asked = find.find(self.service.policy)
         return asked.candidates[-1] if asked.candidates else asked
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from steer.config import Service
+from steer.config.service import Service
 from steer.doctor import fallback, installed, packets, privileges, settings
 from steer.doctor.case import Case, Check, CouldNotTell, Finding, Opinion
 from steer.doctor.look import look

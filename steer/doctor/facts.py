@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from steer.control import rundir
 from steer.errors import SteerError
-from steer.kernel import compile, libbpf, nic, rundir
-from steer.kernel.nic import Interface
+from steer.linux import nic
+from steer.linux.nic import Interface
+from steer.loader import compile, libbpf
 
 T = TypeVar("T")
 

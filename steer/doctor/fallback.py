@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from steer import anchor, auto, features
+from steer import features
+from steer.backends import anchors
+from steer.backends.base import DATAGRAMS_LOST, STILL_CHOSEN
+from steer.config import auto
+from steer.config.candidates import Answer
 from steer.doctor.case import COUNT, MIGRATE, MOUNT_SYSFS, RUN, Case, Opinion, Probed, known
 from steer.doctor.privileges import ebpf_cure
-from steer.kernel import probe
-from steer.ladder import Answer
-from steer.policy import CBPF, EBPF, KERNEL
-from steer.steering import DATAGRAMS_LOST, STILL_CHOSEN
+from steer.loader import probe
+from steer.policy.builtin import CBPF, EBPF, KERNEL
 
 _COUNT_CURE = "give CAP_BPF and CAP_NET_ADMIN, and mount cgroup2 where it can be read"
 GET_CBPF = features.RUN.cure
@@ -126,7 +128,7 @@ def draining(case: Case) -> Iterator[Opinion]:
     if any(bind.protocol == "udp" for bind in case.service.binds):
         yield Opinion("ok", DATAGRAMS_LOST)
     if rung.backend == KERNEL:
-        for note in anchor.notes(case.service.binds, {}):
+        for note in anchors.notes(case.service.binds, {}):
             found, _, cure = note.rpartition("; ")
             yield Opinion("warn", found, cure)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from steer.doctor.case import Case, Opinion, known
 from steer.doctor.privileges import GET_LIBBPF
-from steer.policy import EBPF
+from steer.policy.builtin import EBPF
 
 _GET_BCC = "for policies of your own install bcc (Debian, Ubuntu: python3-bpfcc)"
 

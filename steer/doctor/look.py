@@ -8,20 +8,23 @@ from contextlib import closing
 
 import msgspec
 
-from steer import auto, ladder, policies, visibility
-from steer import plan as planning
-from steer.backends import open_whole
-from steer.config import Service
-from steer.counting import Counting
+from steer.backends.connections import Counting
+from steer.backends.open import open_whole
+from steer.config import auto, candidates
+from steer.config import plan as planning
+from steer.config.candidates import Answer
+from steer.config.plan import Plan
+from steer.config.service import Service
 from steer.doctor import facts as kernel_facts
 from steer.doctor.case import COUNT, ERRNO_REFUSED, MIGRATE, RUN, Case, Options, Probed
 from steer.doctor.facts import Unknown
 from steer.errors import KernelError, SteerError, Uncounted, VerifierError
-from steer.kernel import probe, sockopt, topology
-from steer.kernel.access import Access
-from steer.ladder import Answer
-from steer.plan import Plan
-from steer.policy import CBPF, EBPF
+from steer.linux import topology
+from steer.loader import find, probe
+from steer.policy.builtin import CBPF, EBPF
+from steer.sockets import sockopt
+from steer.workers import visibility
+from steer.workers.access import Access
 
 REPORT = "report it with the verifier's words, which `steer run` shows"
 
@@ -54,17 +57,17 @@ def _access(service: Service) -> Access | Unknown:
         return Unknown(f"try with a process: {error.strerror or error}")
 
 
-def _can_count() -> ladder.Finding:
+def _can_count() -> candidates.Finding:
     """Whether the kernel counts open connections for us."""
     try:
         with closing(Counting(1)) as counting:
             answer = Answer.NO if counting.why_not else Answer.YES
-            return ladder.Finding(answer, counting.why_not)
+            return candidates.Finding(answer, counting.why_not)
     except KernelError as error:
-        return ladder.Finding(Answer.NO, str(error))
+        return candidates.Finding(Answer.NO, str(error))
 
 
-def _probed(ask: Callable[[], ladder.Finding]) -> Probed:
+def _probed(ask: Callable[[], candidates.Finding]) -> Probed:
     try:
         found = ask()
     except OSError as error:
@@ -94,7 +97,7 @@ def _try_out(service: Service, probes: dict[str, Probed]) -> Plan | Unknown:
 def _plan(service: Service, probes: Mapping[str, Probed]) -> Plan | Unknown:
     lenient = msgspec.structs.replace(service, strict=False)
     try:
-        return planning.plan(lenient, topology.read(), probes, policies.find(service.policy))
+        return planning.plan(lenient, topology.read(), probes, find.find(service.policy))
     except SteerError as error:
         return Unknown(f"{error.what}: {error.cause}")
     except (OSError, ValueError) as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Iterator
 
-from steer import cpus
-from steer.cpus import cpus_named
+from steer.config.plan import Plan
 from steer.doctor.case import MOUNT_SYSFS, Case, Opinion, known
 from steer.doctor.facts import Unknown
-from steer.kernel.nic import Interface, cpus_taking_packets
-from steer.plan import Plan
+from steer.linux.nic import Interface, cpus_taking_packets
+from steer.policy import cpus
+from steer.policy.cpus import cpus_named
 from steer.values import plural
 
 

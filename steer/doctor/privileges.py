@@ -8,8 +8,8 @@ from typing import NamedTuple
 from steer import features
 from steer.doctor.case import Case, Opinion, known, sysctl
 from steer.doctor.facts import Facts, Unknown
-from steer.policy import EBPF
-from steer.visibility import BORROW, INSTEAD, WAITS
+from steer.policy.builtin import EBPF
+from steer.workers.visibility import BORROW, INSTEAD, WAITS
 
 _GET_CAP_BPF = "run with CAP_BPF: as root, by AmbientCapabilities= in systemd, --cap-add in Docker"
 GET_LIBBPF = "install libbpf 1.0 or later (Debian, Ubuntu: libbpf1)"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from steer import features
+from steer.config.candidates import Answer
 from steer.doctor.case import ASK_AS_ROOT, MIGRATE, MOUNT_SYSFS, Case, Opinion, known, sysctl
 from steer.doctor.facts import Unknown
-from steer.ladder import Answer
-from steer.policy import EBPF
+from steer.policy.builtin import EBPF
 
 
 def jit(case: Case) -> Iterator[Opinion]:

@@ -16,9 +16,9 @@ import pytest
 from crew import CPUS, PORT, Crew, pinned
 from support import eventually, in_network_namespace, network_namespace
 
-from steer.cpus import Topology
-from steer.kernel import topology
-from steer.policy import CBPF, EBPF
+from steer.linux import topology
+from steer.policy.builtin import CBPF, EBPF
+from steer.policy.cpus import Topology
 
 PROCESSORS = Path("/sys/devices/system/cpu")
 NODE_OF = {

@@ -13,8 +13,8 @@ from conftest import StartService
 from crew import CPUS, KINDS, PORT, Crew, pinned
 from support import http_get
 
-from steer.cpus import Topology
-from steer.kernel import topology
+from steer.linux import topology
+from steer.policy.cpus import Topology
 from vm.tests.machine import (
     EVEN,
     ODD,

@@ -10,7 +10,7 @@ from conftest import StartService
 from crew import CPUS, KINDS, PORT, Crew, pinned
 from support import http_get
 
-from steer.kernel import topology
+from steer.linux import topology
 from vm.tests.machine import (
     NODE_OF,
     NODES,

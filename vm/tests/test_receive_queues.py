@@ -19,8 +19,8 @@ from conftest import do_without
 from crew import CPUS, Crew
 from support import eventually
 
-from steer.kernel import nic
-from steer.kernel.topology import parse_cpulist
+from steer.linux import nic
+from steer.linux.topology import parse_cpulist
 from vm.tests.machine import (
     CLIENT,
     EVEN,

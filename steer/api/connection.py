@@ -1,0 +1,119 @@
+"""A running service, asked and changed from Python, as `steer.connect`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from steer.control import client, find, outcomes, schema
+from steer.errors import ControlError
+from steer.policy.builtin import OWN_SUFFIX
+
+_T = TypeVar("_T", bound=outcomes.Outcome)
+
+
+def connect(name: str | None = None, *, control_socket: str | None = None) -> ServiceConnection:
+    """Find a running service and connect to it.
+
+    Args:
+        name: of the service; not needed if only one runs.
+        control_socket: path of its control socket, instead of a name.
+
+    Raises:
+        NotRunning: there is none, or none of that name.
+        ControlError: several run and no name was given.
+    """
+    return ServiceConnection(find.locate(name, control_socket, os.environ))
+
+
+class ServiceConnection:
+    """One running service. Every method waits until the service has done what was asked.
+
+    Use it as a context manager, or `close` it. It may be used by one thread at a time. If the
+    service's controller is replaced meanwhile (a new steer with the same name), it connects again.
+
+    Every method raises:
+        NotRunning: the service has ended.
+        Refused: it could not do it, and nothing has changed; `Orphaned` if its controller is gone.
+        ControlError: no answer, or an argument cannot be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.control_socket = path
+        self._kept = client.Connections()
+
+    @property
+    def name(self) -> str:
+        """Of the service, as its control socket has it."""
+        return self.control_socket.stem
+
+    def status(self) -> schema.Service:
+        """What `steer status --json` tells of it."""
+        return client.status(self.control_socket, self._kept).services[0]
+
+    def reload(self) -> outcomes.Reloaded:
+        """Start workers with the configuration as it is now; old ones finish and exit."""
+        return self._perform("reload", outcomes.Reloaded)
+
+    def scale(self, workers: int) -> outcomes.Scaled:
+        """Set the number of workers, 1 to 1024."""
+        return self._perform("scale", outcomes.Scaled, workers=workers)
+
+    def set_policy(
+        self,
+        policy: str,
+        params: Mapping[str, int] | None = None,
+        weights: Sequence[int] | None = None,
+    ) -> outcomes.Swapped:
+        """Switch the policy, atomically; no connection is lost or misrouted.
+
+        Args:
+            policy: a built-in's name, or the path of a C file.
+            params: of the policy, by name; None: its defaults, or unchanged if the policy stays.
+            weights: one for each worker; None: unchanged.
+        """
+        if policy.endswith(OWN_SUFFIX):
+            policy = os.path.abspath(policy)
+        pairs = None if params is None else [f"{key}={value}" for key, value in params.items()]
+        shares = None if weights is None else list(map(str, weights))
+        return self._perform(
+            "policy", outcomes.Swapped, policy=policy, params=pairs, weights=shares
+        )
+
+    def drain(self, slot: int) -> outcomes.Drained:
+        """Stop sending new connections to the worker in the slot."""
+        return self._perform("drain", outcomes.Drained, slot=slot)
+
+    def undrain(self, slot: int) -> outcomes.Drained:
+        """Send new connections to the worker in the slot again."""
+        return self._perform("undrain", outcomes.Drained, slot=slot)
+
+    def restart(self, slot: int) -> outcomes.Restarted:
+        """Replace the worker in the slot; it exits once the new one is ready."""
+        return self._perform("restart", outcomes.Restarted, slot=slot)
+
+    def stop(self, quick: bool = False) -> None:
+        """Stop the service and wait until it has ended.
+
+        Args:
+            quick: do not wait for open requests.
+        """
+        client.stop(self.control_socket, quick)
+
+    def close(self) -> None:
+        """Close the connection; the service runs on."""
+        self._kept.close()
+
+    def _perform(self, command: str, kind: type[_T], **more: Any) -> _T:
+        outcome = client.perform(self.control_socket, command, **more)
+        if not isinstance(outcome, kind):
+            raise ControlError(f"{command} {self.name}", "answer not understood")
+        return outcome
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,72 @@
+"""What a group is given: an address, parameters, sockets of others. Refused, or in our form."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+
+from steer import values
+from steer.config import address
+from steer.config.address import Bind
+from steer.config.service import MAX_WORKERS
+from steer.errors import ConfigError, GroupError
+from steer.sockets import members, reuseport
+
+
+def bind_of(text: str) -> Bind:
+    """Where the group is to be; port 0 becomes one that is free.
+
+    Raises:
+        ConfigError: it is no address.
+        BindError: it cannot be had.
+    """
+    return reuseport.with_port(address.parse(text, any_port=True))
+
+
+def text_of(bind: Bind) -> str:
+    """As `address.parse` reads it."""
+    return bind.label.replace(" ", "://")
+
+
+def pairs(params: Mapping[str, int]) -> list[str]:
+    """As `Service.params` has them."""
+    return [f"{name}={value}" for name, value in params.items()]
+
+
+def count_of(slots: int) -> int:
+    """The number of slots.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if slots not in range(1, MAX_WORKERS + 1):
+        shown = values.shown(slots)
+        raise ConfigError(
+            f"ReuseportGroup: slots = {shown}", "no such number", f"allowed: 1 to {MAX_WORKERS}"
+        )
+    return slots
+
+
+def check_socket(sock: socket.socket, bind: Bind, act: str) -> None:
+    """Raises GroupError: it cannot be of the group at this address."""
+    if why_not := _why_not(sock, bind):
+        raise GroupError(act, *why_not)
+
+
+def _why_not(sock: socket.socket, bind: Bind) -> tuple[str, str] | None:
+    """Cause and cure."""
+    if sock.fileno() < 0:
+        return "the socket is closed", "make another"
+    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+    kind = socket.SOCK_DGRAM if bind.protocol == "udp" else socket.SOCK_STREAM
+    if (sock.family, sock.type) != (family, kind):
+        return f"it is {sock.family.name} {sock.type.name}", f"give {family.name} {kind.name}"
+    host, port = sock.getsockname()[:2]
+    if (host, port) != (bind.address, bind.port):
+        return f"it is bound to {host}:{port}", f"bind it to {bind.address}:{bind.port}"
+    if not members.shares(sock):
+        return "it has no SO_REUSEPORT", "set that before bind(2)"
+    listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if bind.protocol == "tcp" and not listens:
+        return "it does not listen", "call listen() before"
+    return None

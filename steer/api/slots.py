@@ -1,0 +1,239 @@
+"""The slots of a group: which have a socket, which are chosen, and by what.
+
+It is to sockets what `rotation` is to the workers of a service, with nobody but the caller to say
+who comes, is ready and goes.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import msgspec
+
+from steer.backends.base import Steering
+from steer.backends.ebpf import NOT_COUNTED
+from steer.backends.open import open_whole, refuse_uncounted
+from steer.config import fallback
+from steer.config import plan as planning
+from steer.config.plan import Plan
+from steer.config.service import Service, changed
+from steer.errors import ConfigError, GroupError, KernelError
+from steer.loader import shared_memory
+from steer.policy.builtin import Policy
+from steer.policy.layout import Member
+from steer.sockets import listeners, reuseport
+
+
+class SlotCounts(msgspec.Struct, frozen=True):
+    """What the kernel counted of one slot since its socket joined; None where nobody counts.
+
+    Args:
+        selected: connections, over UDP datagrams, that it was chosen for.
+        fallback: of these, those it got in place of a slot that had no socket any more.
+        migrated: of these, those taken over from a listener that closed.
+        open: connections that are open there now.
+    """
+
+    selected: int | None = None
+    fallback: int | None = None
+    migrated: int | None = None
+    open: int | None = None
+
+
+class Slots:
+    """The backend, and what has joined it.
+
+    Args:
+        wanted: one address; as many slots as it has seats.
+
+    Attributes:
+        active: the slots that are chosen.
+        was_joined: whether a socket ever was.
+        reason: why the backend is no better one; None: it is the best there is.
+
+    Raises:
+        KernelError: no backend works, or a policy of the user's own is not right.
+    """
+
+    def __init__(self, wanted: Plan) -> None:
+        self.steering, self.plan = fallback.first_that_works(wanted, _open, _tell_nobody)
+        (self.bind,) = wanted.binds
+        self.reason = self.plan.rungs[0].reason
+        self.active: frozenset[int] = frozenset()
+        self.was_joined = False
+        self._cpus: dict[int, int | None] = {}
+
+    def label(self, slot: int) -> str:
+        return f"slot {slot} of {self.bind.label}"
+
+    def counts(self) -> dict[int, SlotCounts]:
+        """Of those that are taken. Raises KernelError."""
+        return {slot: self._counts(slot) for slot in sorted(self._cpus)}
+
+    def _counts(self, slot: int) -> SlotCounts:
+        chosen, now_open = self.steering.counts(slot), self.steering.open(slot)
+        if chosen is None:
+            return SlotCounts(open=now_open)
+        return SlotCounts(chosen.selected, chosen.fallback, chosen.migrated, now_open)
+
+    def check_taken(self, slots: Collection[int]) -> None:
+        """Raises GroupError."""
+        for slot in slots:
+            if slot not in self._cpus:
+                cause = "no socket has joined there"
+                raise GroupError(f"use {self.label(slot)}", cause, "listen() or add() first")
+
+    def make_free(self, slot: int, cpu: int | None) -> None:
+        """See that a socket may join there, for that CPU.
+
+        Raises:
+            GroupError: there is no such slot, or it is taken.
+            ConfigError: there is no such CPU.
+        """
+        act, count = f"join {self.label(slot)}", len(self.plan.seats)
+        if slot not in range(count):
+            raise GroupError(act, "no such slot", f"allowed: 0 to {count - 1}")
+        if cpu is not None and cpu not in self.plan.topology.possible:
+            raise ConfigError(act, f"there is no CPU {cpu}", "see /sys/devices/system/cpu/possible")
+        if slot in self._cpus:
+            if self.steering.is_member(slot, 0) is not False:
+                raise GroupError(act, "it is taken", "close its socket and remove() it first")
+            self.leave(slot)
+
+    def join(self, slot: int, sock: socket.socket, weight: int, cpu: int | None) -> None:
+        """Raises ConfigError: no such weight can be; KernelError."""
+        self._weigh(slot, weight)
+        self.steering.retire(slot)
+        try:
+            self.steering.joined(slot, [reuseport.duplicate(sock.fileno()).detach()])
+        except BaseException:
+            self.steering.left(slot)
+            raise
+        self._cpus[slot] = cpu
+        self.was_joined = True
+
+    def _weigh(self, slot: int, weight: int) -> None:
+        weights = [seat.weight for seat in self.plan.seats]
+        if weights[slot] == weight:
+            return
+        weights[slot] = weight
+        act = f"weigh {self.label(slot)}"
+        service = changed(self.plan.service, {"weights": weights}, act)
+        self._swap(planning.again(self.plan, service, self.plan.topology, act))
+
+    def leave(self, slot: int) -> None:
+        """Raises KernelError."""
+        if slot in self.active:
+            self.choose(self.active - {slot})
+        del self._cpus[slot]
+        self.steering.left(slot)
+
+    def choose(self, slots: frozenset[int]) -> None:
+        """These, and nobody else. Raises KernelError."""
+        self.steering.steer(self._members(self.plan, slots))
+        self.active = slots
+
+    def _members(self, plan: Plan, slots: Collection[int]) -> list[Member]:
+        return [self._member(plan, slot) for slot in sorted(slots)]
+
+    def _member(self, plan: Plan, slot: int) -> Member:
+        seat, given = plan.seats[slot], self._cpus[slot]
+        is_given = plan.policy.pinned and given is not None
+        return Member(slot, seat.weight, given if is_given else seat.cpu)
+
+    def migrate(self, slot: int, sock: socket.socket) -> int:
+        """Move what waits there to active slots; how much still waits.
+
+        Raises:
+            GroupError: it is active, no other is, or it is UDP.
+            KernelError
+        """
+        act = f"migrate {self.label(slot)}"
+        if self.bind.protocol == "udp":
+            raise GroupError(act, "datagrams cannot be moved")
+        if slot in self.active or not self.active:
+            cause = "it is active, or no other slot is"
+            raise GroupError(act, cause, "activate another and drain this one first")
+        self._settle()
+        self.steering.rescue(slot, {0: sock})
+        return listeners.waiting(sock).queued
+
+    def _settle(self) -> None:
+        """Until all that was chosen before is in its queue: some 20 ms, if that was just now."""
+        flip = self.steering.unsettled()
+        if flip is not None:
+            shared_memory.wait_for_programs()
+            self.steering.settled(flip)
+
+    def set_policy(self, service: Service, policy: Policy, act: str) -> None:
+        """Another policy on the backend in force.
+
+        Args:
+            service: asks for it.
+
+        Raises:
+            ConfigError: it does not run there, or a parameter cannot be; nothing has changed.
+            KernelError: the kernel refuses; the same.
+        """
+        backend, cpus = self.steering.backend, self.plan.topology
+        here = [
+            msgspec.structs.replace(each, rungs=rungs)
+            for each in planning.plan(service, cpus, {}, policy).candidates
+            if (rungs := tuple(rung for rung in each.rungs if rung.backend == backend))
+        ]
+        if not here:
+            why_not = policy.no_cbpf or f"it runs on {', '.join(policy.backends)} only"
+            raise ConfigError(act, f"not on {backend}: {why_not}", "make another group for it")
+        plan = planning.choosing_by(self.plan, service, here, cpus, act)
+        fallback.first_that_works(plan, self._swap, _tell_nobody)
+
+    def _swap(self, plan: Plan) -> None:
+        """Raises KernelError: nothing has changed."""
+        _refuse_unseen_load(plan, self.steering)
+        self.steering.swap(plan, self._members(plan, self.active), self._lend)
+        self.plan = plan
+
+    @contextmanager
+    def _lend(self) -> Iterator[Mapping[int, socket.socket]]:
+        """A socket of our own for a moment, to reach the group through: others' may be anywhere.
+        The program in force does not choose it while a slot is active."""
+        if not self._cpus:
+            yield {}
+            return
+        try:
+            own = reuseport.member(self.bind, 1)
+        except OSError as error:
+            refused = reuseport.bind_error(self.bind, error)
+            raise KernelError(refused.what, refused.cause, refused.cure) from None
+        with own:
+            yield {0: own}
+
+
+def _open(plan: Plan) -> Steering:
+    """Raises KernelError."""
+    opened = open_whole(plan)
+    try:
+        _refuse_unseen_load(plan, opened)
+    except KernelError:
+        opened.close()
+        raise
+    return opened
+
+
+def _refuse_unseen_load(plan: Plan, steering: Steering) -> None:
+    """A service looks at accept queues every so often where connections cannot be counted; a
+    group has nobody who would.
+
+    Raises:
+        KernelError: it goes by load, which would not be seen.
+    """
+    refuse_uncounted(plan, steering.counting)
+    counting = steering.counting
+    if plan.policy.reads_load and counting and counting.why_not:
+        raise KernelError(f"choose by {plan.policy.name}", f"{NOT_COUNTED}: {counting.why_not}")
+
+
+def _tell_nobody(_what: str) -> None:
+    """What failed is in the reason."""

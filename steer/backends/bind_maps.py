@@ -1,0 +1,48 @@
+"""What one bind has in the kernel, whatever the policy: its maps, and its reserve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from steer import abi
+from steer.backends import backup
+from steer.backends.backup import Put, Reserve
+from steer.config.plan import Plan
+from steer.loader import bpf_maps
+
+
+class Group:
+    """One bind's own maps and sockets; whatever the policy, they stay.
+
+    The turn counters of the CPUs start apart: were they together, the first
+    connections of every CPU would all go to the first slot.
+    """
+
+    def __init__(self, plan: Plan, reserve_bound: Put, put_reserve: Put) -> None:
+        cpus = len(plan.topology.possible)
+        with ExitStack() as undo:
+            self.maps = {
+                name: undo.enter_context(bpf_maps.Map(name, plan.slots + backup.COUNT))
+                for name in ("sockets", "counts", "cpus")
+            }
+            self.sockets, self.counts, self.cpus = self.maps.values()
+            starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
+            self.cpus.put(0, b"".join(abi.CPU.pack(at << 32 | at, _seed(), 0, 0) for at in starts))
+            self.reserve = Reserve(reserve_bound, put_reserve)
+            undo.callback(self.reserve.close)
+            self.close = undo.pop_all().close
+
+    def descriptors(self) -> Sequence[int]:
+        return [each.fileno() for each in self.maps.values()]
+
+    def receive(self, fds: Sequence[int]) -> None:
+        """Go on with the maps of one that is gone."""
+        for each, fd in zip(self.maps.values(), fds, strict=True):
+            each.become(fd)
+
+
+def _seed() -> int:
+    """For steer_random(), which never leaves 0."""
+    return int.from_bytes(os.urandom(4)) | 1

@@ -1,0 +1,187 @@
+"""How many connections each worker has open, counted by the kernel; see bpf/open.c."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import ExitStack
+
+import msgspec
+
+from steer import abi
+from steer.config.address import Bind
+from steer.errors import KernelError
+from steer.linux import cgroup
+from steer.loader import bpf_maps, compile, libbpf, programs, shared_memory
+from steer.sockets import listeners, reuseport
+
+
+class Saved(msgspec.Struct):
+    """For who goes on with it: the cgroups. What belongs to each slot is read from the map."""
+
+    cgroups: list[int]
+
+
+class Counting:
+    """Of one service.
+
+    The program is on every cgroup that this process was in when a worker started. A socket
+    counts where its creator was when it made it, for good (sk_cgrp_data, cgroup_sk_alloc()
+    of kernel/cgroup/cgroup.c): so when the service is moved, the old workers count in the old
+    cgroup, and the new ones in the new. Where one cgroup is below the other the program runs
+    twice for a connection, and counts it once. Nothing is made there, and it is gone with
+    its links.
+
+    Args:
+        at_most: so many listeners; with none there is nothing to count.
+
+    Attributes:
+        slots: what programs read and write of each slot, whether it is counted or not.
+        why_not: why nothing is; empty if it is.
+
+    Raises:
+        KernelError: not even the maps can be made.
+    """
+
+    def __init__(self, at_most: int) -> None:
+        self.why_not = ""
+        self._cookies: dict[int, list[int]] = {}
+        self._cgroups: list[int] = []
+        self._watched = ""
+        self._owners: bpf_maps.Map | None = None
+        self._attached: list[libbpf.Descriptor] = []
+        with ExitStack() as undo:
+            self._listeners = undo.enter_context(bpf_maps.Map("listeners", max(1, at_most)))
+            self._moved = undo.enter_context(bpf_maps.Map("moved"))
+            slots = undo.enter_context(bpf_maps.Map("slots"))
+            self.slots = shared_memory.Slots(slots)
+            undo.callback(self.slots.close)
+            self.maps: Mapping[str, bpf_maps.Map] = {
+                "slots": slots,
+                "listeners": self._listeners,
+                "moved": self._moved,
+            }
+            undo.callback(self._stop)
+            if at_most:
+                self._start()
+            self.close: Callable[[], None] = undo.pop_all().close
+
+    def _start(self) -> None:
+        code = compile.load(compile.sources() / "open.c").programs["count"]
+        try:
+            self._owners = bpf_maps.Map("owners")
+            maps = {**self.maps, "owners": self._owners}
+            self._attached.append(
+                programs.Program("steer_open", code, maps, abi.BPF_CGROUP_SOCK_OPS)
+            )
+            self._watch_ours()
+        except cgroup.NoCgroup as error:
+            self._stop()
+            self.why_not = "; ".join(filter(None, (error.cause, error.cure)))
+        except KernelError as error:
+            self._stop()
+            cure = "needs CAP_BPF and CAP_NET_ADMIN" if error.cause == "EPERM" else error.cure
+            self.why_not = str(KernelError(error.what, error.cause, cure))
+
+    def _watch_ours(self) -> None:
+        """Count in the cgroup we are in, if that is not done already. Raises KernelError."""
+        name = cgroup.name()
+        if name and name == self._watched:
+            return
+        with cgroup.own() as directory:
+            number = os.fstat(directory).st_ino
+            if number not in self._cgroups:
+                self._attached.append(programs.Link(self._attached[0], directory))
+                self._cgroups.append(number)
+        self._watched = name
+
+    def _follow(self) -> None:
+        """Count where a worker that was just forked made its sockets."""
+        if self._owners is None:
+            return
+        try:
+            self._watch_ours()
+        except KernelError as error:
+            # What counts only some of the workers would send everything to the others.
+            self._stop()
+            self.why_not = f"not in cgroup {cgroup.name()}, where this process is now: {error}"
+
+    def _stop(self) -> None:
+        self._watched = ""
+        while self._attached:
+            self._attached.pop().close()
+        if self._owners is not None:
+            self._owners.close()
+            self._owners = None
+
+    def joined(self, slot: int, fds: Sequence[int], binds: Sequence[Bind]) -> None:
+        """A worker comes to the slot, with a socket for each bind."""
+        self._follow()
+        stamp = self.slots.begin(slot)
+        for bind, fd in zip(binds, fds, strict=True):
+            if bind.protocol == "tcp":
+                self.listens(slot, fd, stamp)
+
+    def listens(self, slot: int, fd: int, stamp: int) -> None:
+        """What comes from this listener is of the worker in `slot`.
+
+        Args:
+            stamp: as `slots.begin` gave it.
+        """
+        if self._owners is None:
+            return
+        value = abi.OWNER.pack(slot, stamp, 0)
+        cookie = reuseport.cookie(fd)
+        self._owners.put(fd, value)
+        if is_empty(fd):
+            # Else what waits there came before, and is not counted when it is moved either.
+            self._listeners.put(cookie, value)
+        self._cookies.setdefault(slot, []).append(cookie)
+
+    def left(self, slot: int) -> None:
+        """Its listeners are closed."""
+        for cookie in self._cookies.pop(slot, ()):
+            self._listeners.delete(cookie)
+
+    def open(self, slot: int) -> int | None:
+        return None if self._owners is None else self.slots.open(slot)
+
+    def busy(self, below: int) -> Set[int] | None:
+        """The slots below this number that have connections open; None: not counted."""
+        return None if self._owners is None else self.slots.busy(below)
+
+    def pulse(self, below: int) -> bytes | None:
+        """See `Slots.pulse`; None: not counted."""
+        return None if self._owners is None else self.slots.pulse(below)
+
+    def saved(self) -> tuple[Saved, Sequence[int]]:
+        """See `restore`."""
+        kept: list[libbpf.Descriptor] = [self.slots.map, self._listeners, self._moved]
+        if self._owners is not None:
+            kept += [self._owners, *self._attached]
+        return Saved(self._cgroups), [each.fileno() for each in kept]
+
+    def restore(self, saved: Saved, fds: Sequence[int]) -> None:
+        """Go on with what another controller left; the fds become ours."""
+        slots, listeners, moved, *counted = fds
+        self.slots.become(slots)
+        self._listeners.become(listeners)
+        self._moved.become(moved)
+        self._cgroups = saved.cgroups
+        self._cookies = {}
+        for cookie, value in self._listeners.items():
+            slot, _, _ = abi.OWNER.unpack(value)
+            self._cookies.setdefault(slot, []).append(cookie)
+        self._stop()
+        self.why_not = "" if counted else "nor were they before this controller"
+        if counted:
+            self._owners = bpf_maps.Map.received("owners", counted[0])
+            self._attached = [libbpf.Descriptor(fd) for fd in counted[1:]]
+            self._watch_ours()
+
+
+def is_empty(fd: int) -> bool:
+    """Whether nothing waits at a socket."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return not listeners.waiting(sock).queued

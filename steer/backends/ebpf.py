@@ -1,0 +1,423 @@
+"""The backend that does all there is: an eBPF program for each group."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import islice
+
+import msgspec
+
+from steer import abi
+from steer.backends import backup, connections, loaded_policy
+from steer.backends.anchors import Anchors, is_left_to_hash
+from steer.backends.base import Counts, Lend, Own, may_be_lost
+from steer.backends.bind_maps import Group
+from steer.backends.connections import Counting
+from steer.backends.loaded_policy import Choice
+from steer.backends.policy_cache import Choices
+from steer.config.plan import Plan
+from steer.config.service import Service
+from steer.errors import KernelError
+from steer.policy import layout
+from steer.policy.layout import Layout, Member
+from steer.sockets import listeners, reuseport
+
+NO_CONNECTIONS = "datagrams are no connections: only those over TCP count, and ties go in turn"
+NOT_COUNTED = "open connections are not counted"
+SAMPLED = "chosen by what waits at each worker, looked at every so often"
+
+
+class _Saved(msgspec.Struct):
+    """For who goes on: how many descriptors are whose, and what was counted."""
+
+    choice: loaded_policy.Saved
+    reserves: list[int]
+    counting: connections.Saved
+    anchored: list[int] = []
+
+
+class Ebpf:
+    """One program for each group; the policy's table is shared by all of them."""
+
+    backend = "ebpf"
+    order = None
+    needs_order = False
+
+    def __init__(self, plan: Plan, empty: bool = False, counting: Counting | None = None) -> None:
+        self._plan = plan
+        self._is_counted = counting is not None
+        self.owns_counting = counting is None
+        self._has_served = self._somebody = False
+        self._anchors = Anchors()
+        self._joined: set[int] = set()
+        self._cpus = len(plan.topology.possible)
+        self._choices = Choices(self._load)
+        self._reserve_stamps: Sequence[int] = ()
+        over_tcp = sum(bind.protocol == "tcp" for bind in plan.binds)
+        with ExitStack() as undo:
+            self._counting = counting or Counting((plan.slots + backup.COUNT) * over_tcp)
+            undo.callback(self._close_counting)
+            self._groups: list[Group] = []
+            for index in range(len(plan.binds)):
+                at = partial(self._join_reserve, index)
+                self._groups.append(Group(plan, self._count_reserve, at))
+                undo.callback(self._groups[-1].close)
+            undo.callback(self._anchors.close)
+            undo.callback(self._choices.close)
+            if not empty:
+                self._choices.put_in_force(self._load(plan))
+            self.close = undo.pop_all().close
+
+    @property
+    def _choice(self) -> Choice:
+        return self._choices.current
+
+    def _load(self, plan: Plan) -> Choice:
+        groups = [{**each.maps, **self._counting.maps} for each in self._groups]
+        return Choice.load(plan, groups)
+
+    def _close_counting(self) -> None:
+        if self.owns_counting:
+            self._counting.close()
+
+    @property
+    def counting(self) -> Counting:
+        return self._counting
+
+    def _count_reserve(self, place: int, fd: int) -> None:
+        self._counting.listens(self._plan.slots + place, fd, self._reserve_stamps[place])
+
+    def _join_reserve(self, index: int, place: int, fd: int) -> None:
+        self._join(index, self._plan.slots + place, fd)
+
+    def _join(self, index: int, slot: int, fd: int) -> None:
+        self._groups[index].sockets.put_socket(slot, fd)
+        # Each time: with the last socket of a group its program is gone too.
+        self._attach_through(index, fd)
+        self._anchors.renew(index, self._plan.binds[index])
+
+    def _attach_through(self, index: int, fd: int) -> None:
+        """For the whole group; where this member is locked, through another one."""
+        with suppress(reuseport.Locked):
+            reuseport.attach_ebpf(fd, self._choice.programs[index].fileno())
+
+    @property
+    def notes(self) -> Sequence[str]:
+        lost = may_be_lost(self._plan, self._choice.migrates)
+        return (*lost, *self._notes_on_load(), *self._notes_on_open())
+
+    def _notes_on_load(self) -> Sequence[str]:
+        if not self._reads_load:
+            return ()
+        datagrams = [bind.label for bind in self._plan.binds if bind.protocol == "udp"]
+        return [f"{label}: {NO_CONNECTIONS}" for label in datagrams]
+
+    def _notes_on_open(self) -> Sequence[str]:
+        why_not = self._counting.why_not
+        if not why_not or all(bind.protocol == "udp" for bind in self._plan.binds):
+            return ()
+        if why_not in (self._plan.policy_reason or ""):  # why `auto` is what it is: said there
+            return ()
+        instead = f"; {SAMPLED}" if self.samples() else ""
+        return (f"{NOT_COUNTED}: {why_not}{instead}",)
+
+    @property
+    def _reads_load(self) -> bool:
+        return self._plan.policy.reads_load
+
+    @property
+    def reserve(self) -> Sequence[socket.socket]:
+        return [sock for group in self._groups for sock in group.reserve.sockets]
+
+    @property
+    def anchors(self) -> Mapping[int, socket.socket]:
+        return self._anchors
+
+    @property
+    def own_sockets(self) -> Sequence[socket.socket]:
+        return (*self.reserve, *self._anchors.values())
+
+    def open_anchors(self) -> None:
+        self._anchors.open(self._plan.binds, self._plan.service)
+
+    def open_reserve(self) -> None:
+        """Over TCP only, and only where what waits there can be moved."""
+        if not self._somebody:
+            self._choice.prepare(self._plan.slots)
+        self._stamp_reserve()
+        for group, bind in zip(self._groups, self._plan.binds, strict=True):
+            if bind.protocol == "tcp" and self._choice.migrates and not group.reserve.sockets:
+                group.reserve.open(bind, self._plan.service)
+
+    def _stamp_reserve(self) -> None:
+        begin, first = self._counting.slots.begin, self._plan.slots
+        self._reserve_stamps = [begin(first + place) for place in range(backup.COUNT)]
+
+    def renew_reserve(self, service: Service) -> None:
+        if is_left_to_hash(service):
+            self._anchors.close()
+        before = self._plan.service
+        self._plan = msgspec.structs.replace(self._plan, service=service)
+        if (before.backlog, before.settings) == (service.backlog, service.settings):
+            return
+        self._stamp_reserve()
+        with ExitStack() as gone:
+            for group, bind in zip(self._groups, self._plan.binds, strict=True):
+                group.reserve.renew(bind, service, gone)
+            # As in `empty_reserve`: nothing may be on its way to those that go.
+            self._choice.settle()
+
+    def empty_reserve(self) -> None:
+        # A handshake that still goes there would find it not listening, and be reset. Not
+        # while a service starts, which that would delay: who comes so early may come again.
+        if self._has_served:
+            self._choice.settle()
+        self._has_served = True
+        for group in self._groups:
+            group.reserve.empty()
+
+    def joined(self, slot: int, fds: Sequence[int]) -> None:
+        """Our copies of the sockets are closed: one that is kept would go on listening,
+        and being chosen, after its worker has died."""
+        try:
+            self._counting.joined(slot, fds, self._plan.binds)
+            self._join_all(slot, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+        try:
+            if not self._is_counted:
+                self._counting.joined(slot, fds, self._plan.binds)
+            self._join_all(slot, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _join_all(self, slot: int, fds: Sequence[int]) -> None:
+        for index, fd in enumerate(fds):
+            self._join(index, slot, fd)
+        self._joined.add(slot)
+        self._spare_those_there()
+
+    def _spare_those_there(self) -> None:
+        """While nobody serves, datagrams wait at workers that start. The kernel's hash would
+        see to that, but it would choose anchors, too."""
+        if self._anchors and not self._somebody:
+            self._choice.spare(sorted(self._joined))
+
+    def left(self, slot: int) -> None:
+        self._counting.left(slot)
+        self.let_go(slot)
+        for group in self._groups:
+            group.sockets.delete(slot)
+        self._joined.discard(slot)
+        self._spare_those_there()
+
+    def steer(self, members: Sequence[Member]) -> None:
+        if members and not self._somebody:
+            # What came meanwhile is known to be where nobody is.
+            self.let_go(self._plan.slots)
+            self.let_go(abi.NO_SLOT)
+        self._choice.steer(members, self._nobody())
+        self._somebody = bool(members)
+
+    def _nobody(self) -> Layout:
+        slot = self._plan.slots if self.reserve else abi.NO_SLOT
+        return layout.all_to(slot, sorted(self._joined) if self._anchors else ())
+
+    def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
+        if self._choice.can_become(plan):
+            self._plan = plan
+            self._choice.become(plan)
+            self.steer(members)
+            return
+        fresh = self._choices.for_plan(plan)
+        try:
+            fresh.follow(self._choice)
+            fresh.become(plan)
+            fresh.steer(members, self._nobody())
+            self._attach(fresh, lend)
+            fresh.begin()
+        except BaseException:
+            self._choices.forget(fresh)
+            raise
+        self._plan = plan
+        before = self._choice
+        self._choices.put_in_force(fresh)
+        before.left()
+        if before.remembers():
+            # What it knows is soon not true any more, and may be large.
+            self._choices.forget(before)
+
+    def _attach(self, chosen: Choice, lend: Lend) -> None:
+        """To every group; a group without a socket gets it with the first."""
+        with ExitStack() as undo, self._members(lend) as members:
+            for index, sock in members.items():
+                reuseport.attach_ebpf(sock.fileno(), chosen.programs[index].fileno())
+                before = self._choice.programs[index].fileno()
+                undo.callback(reuseport.attach_ebpf, sock.fileno(), before)
+            undo.pop_all()
+
+    def attach_again(self, lend: Lend) -> None:
+        with self._members(lend) as members:
+            for index, sock in members.items():
+                with suppress(reuseport.Locked, reuseport.NoMember):
+                    reuseport.attach_ebpf(sock.fileno(), self._choice.programs[index].fileno())
+
+    @contextmanager
+    def _members(self, lend: Lend) -> Iterator[Mapping[int, socket.socket]]:
+        """A socket of each group, as far as there are any; our own if they do."""
+        reserves = {i: each.reserve.sockets for i, each in enumerate(self._groups)}
+        ours = {index: mine[0] for index, mine in reserves.items() if mine}
+        if len(ours) == len(self._groups):
+            yield ours
+            return
+        with lend() as lent:
+            yield {**lent, **ours}
+
+    def is_member(self, slot: int, bind: int) -> bool | None:
+        """The kernel empties the entry of a socket that leaves its group."""
+        return self._groups[bind].sockets.has(slot)
+
+    def lost(self, slot: int, bind: int) -> None:
+        """Where it is chosen all the same, another is taken (`steer_select` of bpf/steer.h)."""
+
+    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+        self._rejoin(bind, slot, sock)
+
+    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        for index, group in enumerate(self._groups):
+            for place, sock in enumerate(group.reserve.sockets):
+                if not listeners.waiting(sock).limit:
+                    sock.listen(self._plan.service.backlog)
+                self._rejoin(index, self._plan.slots + place, sock)
+        self._joined = set(there)
+        for slot, socks in there.items():
+            for index, sock in socks.items():
+                self._rejoin(index, slot, sock)
+
+    def _rejoin(self, index: int, slot: int, sock: socket.socket) -> None:
+        try:
+            self._groups[index].sockets.put_socket(slot, sock.fileno())
+        except KernelError as error:
+            if error.cause not in ("EBUSY", "EINVAL"):  # it is there, or does not listen
+                raise
+        with suppress(reuseport.NoMember):
+            self._attach_through(index, sock.fileno())
+
+    def detach(self, lend: Lend) -> None:
+        with lend() as lent:
+            # Or the kernel's hash would choose it as well; the guard has it open too.
+            for sock in self.reserve:
+                sock.shutdown(socket.SHUT_RDWR)
+            self.release()
+            for sock in lent.values():
+                reuseport.detach(sock.fileno())
+        # The maps may live on for a while, and a socket is in one such map only.
+        for group in self._groups:
+            for slot in range(self._plan.slots + backup.COUNT):
+                group.sockets.delete(slot)
+
+    def unsettled(self) -> tuple[object, int] | None:
+        flip = self._choice.unsettled()
+        return None if flip is None else (self._choice, flip)
+
+    def settled(self, flip: tuple[object, int]) -> None:
+        chosen, number = flip
+        if chosen is self._choice:
+            self._choice.settled(number)
+
+    def let_go(self, slot: int) -> None:
+        self._counting.slots.forget_flows(slot)
+
+    def remembers(self) -> bool:
+        return self._choice.remembers()
+
+    def samples(self) -> bool:
+        return self._reads_load and bool(self._counting.why_not)
+
+    def sample(self, slot: int, waiting: int) -> None:
+        self._counting.slots.set_open(slot, waiting)
+
+    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+        if not self._choice.migrates:
+            return
+        for index, sock in owned.items():
+            if listeners.is_waited_for(sock):
+                listeners.move_queue(sock)
+                self._groups[index].sockets.put_socket(slot, sock.fileno())
+
+    def release(self) -> None:
+        """What still waits in the reserve goes to workers that have not closed yet."""
+        for group in self._groups:
+            group.reserve.close()
+        self._anchors.close()
+
+    def counts(self, slot: int, bind: int | None = None) -> Counts | None:
+        groups = self._groups if bind is None else [self._groups[bind]]
+        raw = b"".join(group.counts.per_cpu(slot, self._cpus) for group in groups)
+        columns = zip(*abi.COUNT.iter_unpack(raw), strict=True)
+        return Counts(*(sum(column) for column in columns))
+
+    def retire(self, slot: int) -> Counts | None:
+        counted = self.counts(slot)
+        self._counting.slots.end(slot)
+        for group in self._groups:
+            group.counts.put(slot, bytes(abi.COUNT.size * self._cpus))
+        return counted
+
+    def open(self, slot: int) -> int | None:
+        return self._counting.open(slot)
+
+    def busy(self) -> Set[int] | None:
+        return self._counting.busy(self._plan.slots) if self._counts_all else None
+
+    def pulse(self) -> bytes | None:
+        return self._counting.pulse(self._plan.slots) if self._counts_all else None
+
+    @property
+    def _counts_all(self) -> bool:
+        return all(bind.protocol == "tcp" for bind in self._plan.binds)
+
+    def memory_bytes(self) -> int:
+        groups = (each for group in self._groups for each in group.maps.values())
+        shared = self._counting.maps.values()
+        return self._choice.memory_bytes() + sum(m.memory_bytes() for m in (*groups, *shared))
+
+    def own(self) -> Own:
+        return self._choice.own()
+
+    def unsteered(self) -> int | None:
+        raw = b"".join(group.cpus.per_cpu(0, self._cpus) for group in self._groups)
+        return sum(int(last) for *_, last in abi.CPU.iter_unpack(raw))
+
+    def held(self, slot: int) -> Sequence[int]:
+        return ()
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        chosen, choice_fds = self._choice.saved()
+        counted, counting_fds = self._counting.saved()
+        groups = [fd for group in self._groups for fd in group.descriptors()]
+        reserves = [len(group.reserve.sockets) for group in self._groups]
+        spare = [sock.fileno() for sock in self.own_sockets]
+        value = _Saved(chosen, reserves, counted, list(self._anchors))
+        return value, [*choice_fds, *groups, *spare, *counting_fds]
+
+    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        saved = msgspec.convert(value, type=_Saved, strict=False)
+        rest = iter(fds)
+        of_choice = list(islice(rest, len(saved.choice.maps) + len(self._groups)))
+        self._choices.put_in_force(Choice.receive(self._plan, saved.choice, of_choice))
+        for group in self._groups:
+            group.receive(list(islice(rest, len(group.maps))))
+        for group, count in zip(self._groups, saved.reserves, strict=True):
+            group.reserve.receive(list(islice(rest, count)))
+        self._anchors.receive(saved.anchored, islice(rest, len(saved.anchored)))
+        self._counting.restore(saved.counting, list(rest))
+        self._has_served = self._somebody = True

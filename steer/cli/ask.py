@@ -1,0 +1,140 @@
+"""The commands that act on a running service, and return when that is done.
+
+Nothing of click here: as they are mostly given they are read without it, as to import it takes
+almost as long as all the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from steer.cli.options import words
+
+_DONE = {
+    "reload": "reloaded",
+    "scale": "scaled",
+    "drain": "drained",
+    "undrain": "undrained",
+    "restart": "restarted",
+    "policy": "changed",
+}
+COMMANDS = (*_DONE, "stop")
+_NUMBERED = {"scale": "N", "drain": "SLOT", "undrain": "SLOT", "restart": "SLOT"}
+
+
+def plain(command: str, arguments: Sequence[str]) -> Callable[[], None] | None:
+    """What one of `COMMANDS` is asked for by arguments that are as they mostly are.
+
+    Returns:
+        The same as click finds; None where only that can tell, or say what is wrong.
+    """
+    flags, valued = {"--json": "as_json"}, {"--control-socket": "control_socket"}
+    if command == "stop":
+        flags["--quick"] = "quick"
+    elif command == "policy":
+        valued["--weights"] = "weights"
+    read = words(arguments, flags, valued)
+    return None if read is None else _put(command, *read)
+
+
+def _put(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[], None] | None:
+    what = names.pop() if names and command in (*_NUMBERED, "policy") else None
+    if len(names) > 1:
+        return None
+    name = names[0] if names else None
+    if command == "stop":
+        return partial(stop, name, **how)
+    if command == "reload":
+        return partial(perform, command, name, **how)
+    if what is None:
+        return None
+    if command == "policy":
+        return partial(choose, name, what, **how)
+    from steer import values
+
+    try:
+        return partial(perform, command, name, **NUMBERS[_NUMBERED[command]](what), **how)
+    except values.Invalid:
+        return None
+
+
+def _workers(text: str) -> Mapping[str, int]:
+    """So many, or with a sign so many more or fewer. Raises values.Invalid."""
+    from steer import values
+    from steer.config import service
+
+    if text[:1] not in ("+", "-"):
+        return {"workers": values.whole_number(text, 0, service.MAX_WORKERS)}
+    number = values.whole_number(text[1:], 1, service.MAX_WORKERS)
+    return {"more": number if text[0] == "+" else -number}
+
+
+def _slot(text: str) -> Mapping[str, int]:
+    """Raises values.Invalid."""
+    from steer import abi, values
+
+    return {"slot": values.whole_number(text, 0, abi.MAX_SLOTS - 1)}
+
+
+NUMBERS: Mapping[str, Callable[[str], Mapping[str, Any]]] = {"N": _workers, "SLOT": _slot}
+"""What a request has, by what the number is called that is given."""
+
+
+def perform(
+    command: str, name: str | None, as_json: bool, control_socket: str | None, **more: Any
+) -> None:
+    """Have a service do it, and say what was done."""
+    import msgspec
+
+    from steer.cli import output
+    from steer.control import client, find
+
+    path = find.locate(name, control_socket, os.environ)
+    called = name or path.stem
+    with output.progress(f"{command} {called}") as progress:
+        outcome = client.perform(path, command, progress, **more)
+    done = _DONE[command]
+    if as_json:
+        output.as_json({done: called, **msgspec.to_builtins(outcome)})
+    else:
+        print(f"{done} {called}: {outcome}")
+
+
+def choose(
+    name: str | None,
+    policy: str,
+    weights: str | None,
+    params: Sequence[str] = (),
+    **how: Any,
+) -> None:
+    """Have it choose by another policy; a path is one of ours."""
+    from steer.policy.builtin import OWN_SUFFIX
+
+    if policy.endswith(OWN_SUFFIX):
+        policy = os.path.abspath(policy)
+    shares = weights.split(",") if weights else None
+    perform("policy", name, policy=policy, params=params or None, weights=shares, **how)
+
+
+def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | None) -> None:
+    """End a service, or what is left of one; return when it has ended."""
+    from steer.cli import output
+    from steer.control import client, find
+
+    left = find.left(os.environ, name, control_socket)
+    if len(left) == 1:
+        called = left[0].name
+        with output.progress(f"stop {called}"):
+            find.end_left(left[0], quick, directory=control_socket is None)
+    else:
+        path = find.locate(name, control_socket, os.environ)
+        called = name or path.stem
+        with output.progress(f"stop {called}") as progress:
+            client.stop(path, quick, progress)
+    if as_json:
+        output.as_json({"stopped": called})
+    else:
+        print(f"stopped {called}")

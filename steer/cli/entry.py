@@ -1,0 +1,132 @@
+"""What goes around every command: standard streams, and how what goes wrong is told.
+
+Nothing of click here, as `run` does without it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from steer.linux.log import Log
+
+
+def guarded(perform: Callable[[], object]) -> None:
+    """Do what was asked for; whatever goes wrong is told in words.
+
+    Raises:
+        SystemExit: something did.
+    """
+    _open_standard_streams()
+    try:
+        try:
+            _check_arguments(sys.argv[1:])
+            perform()
+        finally:
+            sys.stdout.flush()
+    except SteerError as error:
+        complain(str(error), error.detail)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # after the ^C that the terminal shows
+        sys.exit(130)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # who read our output has had enough of it
+            complain(str(error))
+        # Or what could not be written would be tried, and complained of, once more.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
+        _complain_of(error)
+        sys.exit(1)
+
+
+def _open_standard_streams() -> None:
+    """Where one is closed, a file opened later would stand there, and be written to. And what
+    a terminal's character set lacks must not fail."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+            os.set_inheritable(number, True)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raises ConfigError: one is no text, and could be in no message, answer or log."""
+    with suppress(UnicodeEncodeError):
+        "".join(arguments).encode()
+        return
+    from steer import values
+    from steer.errors import ConfigError
+
+    for argument in arguments:
+        try:
+            values.check_text(argument)
+        except values.Invalid as error:
+            raise ConfigError(f"read argument {values.shown(argument)}", str(error)) from None
+
+
+def _complain_of(error: Exception) -> None:
+    """Of what the machine lacks, or else of a bug."""
+    from steer.linux import retry
+
+    if retry.is_lack(error):
+        complain(retry.in_words(error))
+    else:
+        _complain_of_bug(error)
+
+
+def _complain_of_bug(error: Exception) -> None:
+    """In one line, with the place; whoever debugs asks for all places on the way there."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
+    what = f"bug in steer: {type(error).__name__}: {error}".replace("\n", " ")
+    places = "\n".join(f"{each.filename}:{each.lineno}: {each.line}" for each in frames)
+    wanted = "debug" in (os.environ.get("STEER_LOG_LEVEL"), *sys.argv)
+    complain(f"{what} ({at}); please report it", places if wanted else "")
+
+
+_in_force: list[Log] = []
+
+
+def logs_to(log: Log) -> None:
+    """The log of the service that this process runs, now that its configuration is known."""
+    _in_force.append(log)
+
+
+def log_format() -> str:
+    """Of the log that `run` writes, or is about to: as the configuration has it, or before that
+    is read, as the command line or the environment has."""
+    if _in_force:
+        return _in_force[0].form
+    command, *rest = sys.argv[1:] or [""]
+    if command != "run":
+        return "text"
+    own = rest[: rest.index("--")] if "--" in rest else rest
+    pairs = (
+        word.split("=", 1) if "=" in word else (word, then) for word, then in pairwise([*own, ""])
+    )
+    told = [value for name, value in pairs if name == "--log-format"]
+    return told[-1] if told else os.environ.get("STEER_LOG_FORMAT", "text")
+
+
+def complain(message: str, detail: str = "") -> None:
+    """Say it on standard error, as the log has it if that is JSON."""
+    lines = [message, *(f"  | {line}" for line in detail.splitlines())]
+    if log_format() == "json":
+        from steer.linux.log import error_lines
+
+        lines = error_lines(lines)
+    else:
+        lines[0] = f"steer: {message}"
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,324 @@
+"""The command line. Whatever takes time to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from steer import __version__
+from steer.cli import ask, entry
+from steer.cli.arguments import Command, TakesCommand, given_command, service_options, with_options
+from steer.cli.options import RUN_OPTIONS, Given, Source
+
+_Named = tuple[str | None, Mapping[str, Any]]
+"""A service's name, if given, and the number, as a request has it."""
+
+
+def main() -> None:
+    """The `steer` command."""
+    entry.guarded(_perform)
+
+
+def _perform() -> None:
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        if entry.log_format() == "json":
+            entry.complain(error.format_message())
+        else:
+            error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="steer")
+def cli() -> None:
+    """Decide, in the kernel, which worker gets the next connection."""
+
+
+@cli.command("help")
+@click.argument("names", nargs=-1, metavar="[COMMAND]...")
+@click.pass_context
+def help_(context: click.Context, names: tuple[str, ...]) -> None:
+    """Show the help of a command, or the list of commands."""
+    assert context.parent is not None
+    about, command = context.parent, context.parent.command
+    for name in names:
+        if not isinstance(command, click.Group):
+            raise click.UsageError(f"No such command {name!r}.", about)
+        _, found, _ = command.resolve_command(about, [name])
+        assert found is not None
+        about, command = click.Context(found, about, info_name=name), found
+    click.echo(command.get_help(about))
+
+
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_CONTROL_SOCKET = click.option(
+    "--control-socket", metavar="PATH", help="Control socket of the service."
+)
+
+
+def _numbered(number: str) -> Callable[[Command], Command]:
+    """The arguments [NAME] and a number; one alone is the number."""
+
+    def read(context: click.Context, _: click.Parameter, given: tuple[str, ...]) -> _Named:
+        from steer import values
+
+        if not given:
+            raise click.UsageError(f"Missing argument '{number}'.", context)
+        *name, text = given
+        if len(name) > 1:
+            raise click.UsageError(f"Got unexpected extra argument ({text})", context)
+        try:
+            found = ask.NUMBERS[number](text)
+        except values.Invalid as error:
+            if name and _is_number(number, name[0]):
+                right = f"{context.command_path} {text} {name[0]}"
+                raise click.UsageError(f"The name comes first: {right}", context) from None
+            words = f"{values.shown(text)} is {error}."
+            raise click.BadParameter(words, context, param_hint=number) from None
+        if name and name[0].startswith("-"):
+            raise click.NoSuchOption(name[0], ctx=context)
+        return (name[0] if name else None, found)
+
+    return click.argument(
+        "named",
+        nargs=-1,
+        metavar=f"[NAME] {number}",
+        callback=read,
+        type=click.UNPROCESSED,
+    )
+
+
+def _is_number(number: str, text: str) -> bool:
+    from steer import values
+
+    try:
+        return bool(ask.NUMBERS[number](text))
+    except values.Invalid:
+        return False
+
+
+@cli.command(cls=TakesCommand)
+@service_options
+@with_options(RUN_OPTIONS)
+def run(**options: Any) -> None:
+    """Run a service: a Python callable, a command, or the demo.
+
+    steer stays in the foreground until the service ends.
+    """
+    from steer.cli import run
+
+    run.perform(Given(options, given_command()))
+
+
+@cli.command(cls=TakesCommand)
+@service_options
+@_AS_JSON
+def check(as_json: bool, **options: Any) -> None:
+    """Show what `run` would do, and why.
+
+    Takes the options of `run` and changes nothing.
+    """
+    from steer.config.plan import plan
+    from steer.controller import controller
+    from steer.linux import topology
+    from steer.loader import find, probe
+
+    service = Source(options, given_command())()
+    chosen = find.find(service.policy)
+    decided = plan(service, topology.read(), probe.findings(), chosen)
+    found = controller.rehearse(decided, os.environ)
+    if as_json:
+        whole = {"memory_bytes": found.memory_bytes, "notes": found.notes}
+        _print_json({**found.plan.describe(), **whole})
+        return
+    for number, step in enumerate(found.plan.steps(), 1):
+        reason = f"  ({step.reason})" if step.reason else ""
+        click.echo(f"{number}. {step.act.value} {step.object}{reason}")
+    if found.memory_bytes:
+        click.echo(f"memory: {found.memory_bytes / 1e6:.1f} MB of the kernel's, for maps")
+    for note in found.notes:
+        click.echo(f"note: {note}")
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_AS_JSON
+@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
+@_CONTROL_SOCKET
+def status(name: str | None, as_json: bool, watch: bool, control_socket: str | None) -> None:
+    """Show running services: policy, backend and why, workers, counters."""
+    from steer.cli.status import Asked, perform
+
+    perform(Asked(name, as_json, watch, control_socket))
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--quick", is_flag=True, help="Do not wait for open requests.")
+@_AS_JSON
+@_CONTROL_SOCKET
+def stop(name: str | None, **how: Any) -> None:
+    """Stop a service and wait until it has ended."""
+    ask.stop(name, **how)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_AS_JSON
+@_CONTROL_SOCKET
+def reload(name: str | None, **how: Any) -> None:
+    """Read the configuration again and replace all workers.
+
+    Old workers exit once as many new ones are ready. If the new ones do not start, nothing
+    changes.
+    """
+    ask.perform("reload", name, **how)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})  # -1 is none
+@_numbered("N")
+@_AS_JSON
+@_CONTROL_SOCKET
+def scale(named: _Named, **how: Any) -> None:
+    """Set the number of workers to N; +N adds N, -N removes N."""
+    ask.perform("scale", named[0], **named[1], **how)
+
+
+@cli.command()
+@_numbered("SLOT")
+@_AS_JSON
+@_CONTROL_SOCKET
+def drain(named: _Named, **how: Any) -> None:
+    """Stop sending new connections to the worker in SLOT.
+
+    It keeps its open connections.
+    """
+    ask.perform("drain", named[0], **named[1], **how)
+
+
+@cli.command()
+@_numbered("SLOT")
+@_AS_JSON
+@_CONTROL_SOCKET
+def undrain(named: _Named, **how: Any) -> None:
+    """Send new connections to the worker in SLOT again."""
+    ask.perform("undrain", named[0], **named[1], **how)
+
+
+@cli.command()
+@_numbered("SLOT")
+@_AS_JSON
+@_CONTROL_SOCKET
+def restart(named: _Named, **how: Any) -> None:
+    """Replace the worker in SLOT; it exits when the new one is ready."""
+    ask.perform("restart", named[0], **named[1], **how)
+
+
+@cli.command()
+@click.argument("named", nargs=-1, metavar="[NAME] POLICY")
+@click.option("--weights", metavar="N,N...", help="Share of each worker; default: unchanged.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of it.")
+@_AS_JSON
+@_CONTROL_SOCKET
+def policy(
+    named: tuple[str, ...], weights: str | None, params: tuple[str, ...], **how: Any
+) -> None:
+    """Switch to another POLICY, or to other parameters.
+
+    POLICY is a name or the path of a file: ./mine.c. No connection is lost or misrouted.
+    """
+    if not named:
+        raise click.UsageError("Missing argument 'POLICY'.")
+    *name, chosen = named
+    if len(name) > 1:
+        raise click.UsageError(f"Got unexpected extra argument ({chosen})")
+    ask.choose(name[0] if name else None, chosen, weights, params, **how)
+
+
+@cli.group(invoke_without_command=True)
+@_AS_JSON
+@click.pass_context
+def policies(context: click.Context, as_json: bool) -> None:
+    """List policies; create and check your own.
+
+    Shows the backends and parameters of each policy.
+    """
+    if context.invoked_subcommand:
+        return
+    from steer.cli import output, policy_tables
+
+    if as_json:
+        _print_json({"policies": policy_tables.described()})
+    else:
+        output.tables(policy_tables.overview())
+
+
+@policies.command()
+@click.argument("name")
+@_AS_JSON
+def new(name: str, as_json: bool) -> None:
+    """Write NAME.c, a commented template of a policy."""
+    from steer.policy_tools.new import begin
+
+    file = begin(name)
+    if as_json:
+        _print_json({"written": str(file)})
+    else:
+        click.echo(f"wrote {file}. Edit it, then try:")
+        for command in ("policies check", "run --demo --policy"):
+            click.echo(f"  steer {command} ./{file}")
+
+
+@policies.command("check")
+@click.argument("file")
+@_AS_JSON
+def check_policy(file: str, as_json: bool) -> None:
+    """Compile the policy in FILE and measure what it costs.
+
+    The kernel's verifier checks it; errors point at the line of C.
+    """
+    from steer.cli import output, policy_tables
+    from steer.policy_tools import check as own
+
+    checked = own.check(file)
+    if as_json:
+        _print_json(checked)
+    else:
+        output.tables(policy_tables.tables(checked))
+
+
+@cli.command(cls=TakesCommand)
+@service_options
+@_AS_JSON
+def doctor(as_json: bool, **options: Any) -> None:
+    """Show what this machine can do, and how to get what is missing.
+
+    Takes the options of `run`, to check for a particular service. "warn": it would run with
+    less; "fail": it would not start as asked. Exits with status 1 if anything fails, else 0.
+    """
+    from steer.cli import output
+    from steer.cli.tables import Table
+    from steer.doctor import checks as examination
+
+    found = examination.examine(Source(options, given_command(), runs=False)())
+    if as_json:
+        _print_json({"findings": found})
+    else:
+        rows = [(each.topic, each.verdict, each.found, each.cure) for each in found]
+        columns = ("topic", "", "found", "what would help")
+        output.tables([Table("", columns, rows, verdicts="")])
+    sys.exit(any(each.verdict == "fail" for each in found))
+
+
+def _print_json(value: object) -> None:
+    from steer.cli import output
+
+    output.as_json(value)

@@ -1,0 +1,44 @@
+"""The command `run`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from steer.cli import entry
+from steer.cli.options import Given, Source
+
+
+def perform(given: Given) -> None:
+    """Run a service until it ends.
+
+    Raises:
+        SteerError: it cannot be started.
+        SystemExit: with its exit status.
+    """
+    options = dict(given.options)
+    check_config, print_config = options.pop("check_config"), options.pop("print_config")
+    read = Source(options, given.command)
+    service = read()
+    if print_config:
+        from steer.config.service import as_toml
+
+        print(as_toml(service))
+    from steer.controller import controller
+    from steer.linux import log
+    from steer.loader import find
+
+    if check_config:
+        find.prepare(service.policy)
+    if check_config or print_config:
+        return
+    from steer.config.plan import plan
+    from steer.linux import topology
+    from steer.loader import probe
+
+    # If it is broken there may be workers that do not need it.
+    policy = find.find_or_not(service.policy)
+    decided = plan(service, topology.read(), probe.findings_before_start(), policy)
+    logger = log.Log(service.log_level, service.log_format)
+    entry.logs_to(logger)
+    sys.exit(controller.run(decided, os.environ, logger, read))

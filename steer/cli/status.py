@@ -1,0 +1,77 @@
+"""The command `status`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from typing import NoReturn
+
+import msgspec
+
+from steer.cli import output, tables
+from steer.cli.options import words
+from steer.control import client, find, schema
+from steer.errors import NotRunning
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """Args:
+    name: of a service; None: all, unless there is a control socket.
+    """
+
+    name: str | None = None
+    as_json: bool = False
+    watch: bool = False
+    control_socket: str | None = None
+
+
+def plain(arguments: Sequence[str]) -> Asked | None:
+    """What is asked for by arguments that are as they mostly are.
+
+    Returns:
+        The same as click finds; None where only that can tell, or say what is wrong.
+    """
+    flags = {"--json": "as_json", "--watch": "watch"}
+    read = words(arguments, flags, {"--control-socket": "control_socket"})
+    if read is None or len(read[0]) > 1:
+        return None
+    names, given = read
+    return Asked(names[0] if names else None, **given)
+
+
+def perform(asked: Asked) -> None:
+    """Show what runs.
+
+    Raises:
+        ControlError
+        NotRunning: there is none of that name, or none of this user's.
+    """
+    if asked.watch:
+        _watch(asked)
+    found = _current(asked)
+    if asked.as_json:
+        output.as_json(found)
+    else:
+        output.tables(tables.of_status(found))
+    if found.services or found.orphaned:
+        return
+    others = find.of_others(os.environ) if found.others else ()
+    if others:
+        raise NotRunning("status", *find.none_of_ours(others))
+    if not asked.as_json:
+        print("no service is running")
+
+
+def _watch(asked: Asked) -> NoReturn:
+    with closing(client.Connections()) as kept:
+        if asked.as_json:
+            output.again(lambda: output.as_json(_current(asked, kept)))
+        output.watch(lambda: tables.of_status(_current(asked, kept)))
+
+
+def _current(asked: Asked, kept: client.Connections | None = None) -> schema.Status:
+    if asked.name or asked.control_socket:
+        path = find.locate(asked.name, asked.control_socket, os.environ, kept)
+        return client.status(path, kept)
+    return find.status_of_all(os.environ, kept)

@@ -1,0 +1,92 @@
+"""Which policies a service may be steered by, best first: one, or under `auto` several. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from steer.config import candidates as ladder
+from steer.config.candidates import Finding, Rung
+from steer.config.service import Service
+from steer.errors import ConfigError, KernelError, Uncounted
+from steer.policy import declarations
+from steer.policy.builtin import AUTO, EBPF, Policy
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A policy to try.
+
+    Args:
+        params: in the order in which the policy declares them.
+        reason: why `auto` becomes this one; None if the user named the policy.
+        rungs: what it may stand on, best first. If it stands on none, the next candidate's turn
+            has come; the last one stands on the kernel's own hash if need be.
+    """
+
+    policy: Policy
+    params: tuple[int, ...]
+    reason: str | None
+    rungs: tuple[Rung, ...]
+
+
+DATAGRAMS = "the datagrams of a flow have to stay together"
+COUNTED = "open connections are counted"
+
+
+def candidates(
+    policy: Policy, service: Service, findings: Mapping[str, Finding], act: str
+) -> tuple[Candidate, ...]:
+    """The policies to try; at least one.
+
+    Args:
+        policy: as `policies.find` finds it.
+        findings: what the probes found, by backend.
+        act: what that is for, for errors.
+
+    Raises:
+        ConfigError: a parameter is not right, or given for `auto`.
+    """
+    if not policy.candidates:
+        return (_named(policy, service, findings, act),)
+    if service.params:
+        cause = f"parameters are of one policy, and {AUTO} may become another"
+        raise ConfigError(act, cause, "name the policy, see `steer policies`")
+    by_load, by_flow = policy.candidates
+    last = _candidate(by_flow, service, findings, "")
+    if any(bind.protocol == "udp" for bind in service.binds):
+        return (because(last, DATAGRAMS),)
+    first = _candidate(by_load, service, findings, COUNTED)
+    countable = tuple(rung for rung in first.rungs if rung.backend == EBPF)
+    if not countable:
+        return (because(last, f"{by_load.name} needs {EBPF}"),)
+    return (msgspec.structs.replace(first, rungs=countable), last)
+
+
+def why_not(name: str, error: KernelError) -> str:
+    """Why `auto` becomes another policy than the one of this name, with which that happened."""
+    return str(error) if isinstance(error, Uncounted) else f"{name}: {error}"
+
+
+def because(candidate: Candidate, reason: str) -> Candidate:
+    """The candidate, with why it is this one."""
+    return msgspec.structs.replace(candidate, reason=reason)
+
+
+def _named(
+    policy: Policy, service: Service, findings: Mapping[str, Finding], act: str
+) -> Candidate:
+    params: tuple[int, ...] = ()
+    if policy.problem is None:
+        params = declarations.values(policy.declared, service.params, act)
+    rungs = tuple(ladder.rungs(policy, service.backend, findings))
+    return Candidate(policy, params, None, rungs)
+
+
+def _candidate(
+    policy: Policy, service: Service, findings: Mapping[str, Finding], reason: str
+) -> Candidate:
+    """One of those of `auto`, which takes no parameters."""
+    params = declarations.values(policy.declared, (), "")
+    rungs: Sequence[Rung] = ladder.rungs(policy, service.backend, findings)
+    return Candidate(policy, params, reason, tuple(rungs))

@@ -1,0 +1,96 @@
+"""The ladder: ebpf, cbpf, kernel. Which rung a service stands on, and why. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+import msgspec
+
+from steer.errors import FallbackRefused
+from steer.policy.builtin import BACKENDS, EBPF, KERNEL, Policy
+
+
+class Answer(Enum):
+    """What a probe can say."""
+
+    YES = "yes"
+    NO = "no"
+    UNKNOWN = "could not tell"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What a probe found, and why; the reason is empty for a plain yes."""
+
+    answer: Answer
+    reason: str = ""
+
+
+class Rung(msgspec.Struct, frozen=True):
+    """A backend to try.
+
+    Args:
+        reason: why no better one is used; None on the best there is for the policy.
+        fallback: whether standing here is less than what was asked for.
+    """
+
+    backend: str
+    reason: str | None
+    fallback: bool
+
+
+EBPF_ADDS = "turns, counters, and queues that outlive their worker"
+
+UNTRIED = Finding(Answer.UNKNOWN, "not tried")
+
+
+def rungs(policy: Policy, asked: str, findings: Mapping[str, Finding]) -> list[Rung]:
+    """The rungs to try, best first. The last, the kernel's own hash, always holds.
+
+    Args:
+        asked: a backend, or "auto" for the best.
+        findings: what the probes found, by backend. A rung whose probe could not
+            tell is tried all the same: the attempt will.
+    """
+    if policy.source is None:
+        return [Rung(KERNEL, None, False)]
+    top = EBPF if asked == "auto" else asked
+    better = () if top == EBPF else (f"--backend {asked}",)
+    reasons = list(better)
+    found: list[Rung] = []
+    for backend in BACKENDS[BACKENDS.index(top) :]:
+        why_not = _why_not(policy, backend, findings)
+        if why_not:
+            reasons.append(f"{backend}: {why_not}")
+            continue
+        fallback = len(reasons) > len(better)
+        found.append(Rung(backend, "; ".join(reasons) or None, fallback))
+    return found
+
+
+def choose(rung: Rung, strict: bool) -> Rung:
+    """The rung itself, unless that would be a fallback and none is allowed.
+
+    Raises:
+        FallbackRefused
+    """
+    if strict and rung.fallback:
+        raise FallbackRefused(
+            f"use {rung.backend}",
+            f"--strict, and {rung.reason}",
+            "drop --strict, or see `steer doctor`",
+        )
+    return rung
+
+
+def after(rung: Rung, failed: str, why: str) -> Rung:
+    """`rung` with one more reason: that the better one `failed` was tried and did not work."""
+    reasons = [*([rung.reason] if rung.reason else []), f"{failed}: {why}"]
+    return Rung(rung.backend, "; ".join(reasons), True)
+
+
+def _why_not(policy: Policy, backend: str, findings: Mapping[str, Finding]) -> str:
+    if backend not in policy.backends:
+        return policy.no_cbpf
+    finding = findings.get(backend, UNTRIED)
+    return finding.reason if finding.answer is Answer.NO else ""

@@ -1,0 +1,249 @@
+"""The control socket: a request and its answer, each a line of JSON.
+
+Requests are `{"command": NAME, ...}`; answers `{"ok": true, ...}` or
+`{"ok": false, "error": TEXT}`, with `"detail"` and `"exit_code"` where something was
+tried and failed. With `"progress": true` in the request, lines
+`{"progress": TEXT, "done": D, "of": N}` may come before the answer. With `"stay": true` the
+connection stays open for another request, else it is closed. It may be closed all the same
+before that is read: then nothing was done of it, and who asks connects again. Only root and
+the user that runs the service are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import msgspec
+
+from steer.control import protocol
+from steer.control.protocol import (
+    ASKERS_MAX,
+    BACKLOG,
+    REQUEST_MAX_BYTES,
+    SILENT_MAX,
+    TIMEOUT_S,
+    Request,
+)
+from steer.errors import Postponed, SteerError
+from steer.linux.retry import AGAIN_S, Retry
+
+_ACT = "answer at the control socket"
+_PAUSE_S = 0.1
+"""Between the requests of one connection."""
+_TURNS = 8
+_LAST_S = 0.2
+
+Tell = Callable[[str, int, int], None]
+"""Says how far it is: in words, so many done, of so many (0: not counted). Never blocks."""
+Handler = Callable[[Request, Tell], Awaitable[Mapping[str, Any]]]
+"""From a request to its answer. May raise SteerError: that is an answer too."""
+
+
+class Server:
+    """Answers on a listening socket.
+
+    Args:
+        sock: listens; stays the caller's.
+        retry: takes connections, with descriptors to spare.
+        commands: handlers by the name of the command. Once begun, one is carried to its
+            end, whether or not the asker waits for it.
+    """
+
+    def __init__(self, sock: socket.socket, commands: Mapping[str, Handler], retry: Retry) -> None:
+        self._socket = sock
+        self._commands = commands
+        self._retry = retry
+        self._is_open = True
+        self._loop: asyncio.AbstractEventLoop
+        self._talks: set[asyncio.Task[Any]] = set()
+        self._silent: dict[asyncio.Task[Any], None] = {}
+        self._staying: dict[asyncio.Task[Any], None] = {}
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anybody is connected."""
+        return bool(self._talks)
+
+    async def __aenter__(self) -> Server:
+        self._loop = asyncio.get_running_loop()
+        self._socket.setblocking(False)
+        # Again, as now we are who is shown to be at the other end (unix(7), SO_PEERCRED).
+        self._socket.listen(BACKLOG)
+        self._listen()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Whoever still waits for an answer gets it first, and so does who has just come."""
+        while self._retry.result(_ACT, self._take, False):
+            pass
+        self._is_open = False
+        self._loop.remove_reader(self._socket)
+        for staying in self._staying:
+            staying.cancel()
+        # Those that have just come take asyncio some turns to be heard.
+        for _turn in range(_TURNS):
+            await asyncio.sleep(0)
+        if self._silent:
+            await asyncio.wait(self._silent, timeout=_LAST_S)
+        for silent in self._silent:
+            silent.cancel()
+        if self._talks:
+            await asyncio.wait(self._talks, timeout=TIMEOUT_S)
+        for talk in self._talks:
+            talk.cancel()
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """While it lasts nobody is answered; the descriptor may become another socket."""
+        self._loop.remove_reader(self._socket)
+        try:
+            yield
+        finally:
+            self._socket.setblocking(False)
+            self._listen()
+
+    def _listen(self) -> None:
+        if self._is_open:
+            self._loop.add_reader(self._socket, self._on_connection)
+
+    def _on_connection(self) -> None:
+        if not self._retry.attempt(_ACT, self._take):
+            # It stays readable: until there is a descriptor, we would only turn in circles.
+            self._loop.remove_reader(self._socket)
+            self._loop.call_later(AGAIN_S, self._listen)
+
+    def _take(self) -> bool:
+        """The next connection; whether there was one. Raises OSError as accept(2)."""
+        try:
+            connection, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return False
+        if len(self._talks) >= ASKERS_MAX and not self._make_room():
+            with connection, suppress(OSError):
+                connection.setblocking(False)
+                connection.send(_line(_refusal(f"more than {ASKERS_MAX} requests are under way")))
+            return True
+        task = self._loop.create_task(self._talk(connection))
+        self._talks.add(task)
+        task.add_done_callback(self._talks.discard)
+        return True
+
+    def _make_room(self) -> bool:
+        """By letting one go that has its answer."""
+        for staying in list(self._staying)[:1]:
+            del self._staying[staying]
+            return staying.cancel()
+        return False
+
+    async def _talk(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_unix_connection(
+            sock=connection, limit=REQUEST_MAX_BYTES
+        )
+        # Or what is left in our own buffer would count as taken.
+        writer.transport.set_write_buffer_limits(0)
+        try:
+            stays = await self._exchange(reader, writer, self._request(reader))
+            while stays:
+                stays = await self._exchange(reader, writer, self._another(reader))
+        except TimeoutError:
+            writer.transport.abort()
+        except (ConnectionError, _Left):
+            pass  # the asker has gone; what it asked for is done all the same
+        finally:
+            writer.close()
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: Awaitable[bytes]
+    ) -> bool:
+        """A request and its answer. Whether another may come."""
+        request: Request = {}
+        try:
+            request = protocol.understood(await line, writer.get_extra_info("socket"))
+        except asyncio.LimitOverrunError:
+            answer = _refusal(protocol.TOO_LONG)
+        except (asyncio.IncompleteReadError, TimeoutError):
+            answer = _refusal(protocol.NOT_COMPLETE)
+        except ValueError as error:
+            answer = _refusal(str(error))
+        else:
+            answer = await self._answer(request, writer)
+        writer.write(_line(answer))
+        async with asyncio.timeout(TIMEOUT_S):
+            await writer.drain()
+        return self._is_open and request.get("stay") is True
+
+    async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> Mapping[str, Any]:
+        handler = self._commands.get(str(request.get("command")))
+        if handler is None:
+            return _refusal(f"unknown command; known: {', '.join(sorted(self._commands))}")
+        try:
+            return {"ok": True, **await handler(request, _teller(request, writer.transport))}
+        except Postponed as error:
+            return {**_refusal(str(error)), "again": True}
+        except SteerError as error:
+            return _refusal(str(error), detail=error.detail, exit_code=error.exit_code)
+        except Exception as error:  # noqa: BLE001 - whoever asks is told, and the service goes on
+            message = f"request {request.get('command')}"
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": message, "exception": error}
+            )
+            return _refusal(f"bug in steer: {type(error).__name__}: {error}; see the service's log")
+
+    async def _request(self, reader: asyncio.StreamReader) -> bytes:
+        """A request. Where too many keep us waiting, the one that does longest is let go."""
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._silent) >= SILENT_MAX:
+            longest = next(iter(self._silent))
+            del self._silent[longest]
+            longest.cancel()
+        self._silent[task] = None
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                return await reader.readuntil(b"\n")
+        finally:
+            self._silent.pop(task, None)
+
+    async def _another(self, reader: asyncio.StreamReader) -> bytes:
+        """One more request.
+
+        Raises:
+            _Left: there is none, and nobody to tell so.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._staying[task] = None
+        try:
+            await asyncio.sleep(_PAUSE_S)
+            return await self._request(reader)
+        except (asyncio.IncompleteReadError, TimeoutError):
+            raise _Left from None
+        finally:
+            self._staying.pop(task, None)
+
+
+class _Left(Exception):
+    """Who asked does not do so again."""
+
+
+def _teller(request: Request, transport: asyncio.WriteTransport) -> Tell:
+    """Who did not ask for progress gets none; who is slow to read it misses some."""
+
+    def tell(text: str, done: int, of: int) -> None:
+        if not transport.is_closing() and not transport.get_write_buffer_size():
+            transport.write(_line({"progress": text, "done": done, "of": of}))
+
+    return tell if request.get("progress") is True else lambda *_: None
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode(message) + b"\n"
+
+
+def _refusal(text: str, **more: Any) -> Mapping[str, Any]:
+    # A path may hold what is no UTF-8.
+    return {"ok": False, "error": text.encode(errors="backslashreplace").decode(), **more}

@@ -1,0 +1,258 @@
+"""Changes to a running service: one at a time, and new workers serve before old ones end.
+
+A change that does not succeed leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from steer.config.plan import Generation, Plan, Seat
+from steer.control.server import Tell
+from steer.errors import (
+    AppLoadError,
+    BindError,
+    ControlError,
+    KernelError,
+    Postponed,
+    SteerError,
+    WorkersFailed,
+)
+from steer.workers.drain import until_empty
+from steer.workers.handle import Place
+from steer.workers.intake import Intake
+from steer.workers.lifecycle import Event, State
+from steer.workers.pool import Fleet
+
+
+def unheard(_text: str, _done: int, _of: int) -> None:
+    """For changes that nobody watches."""
+
+
+class Changes:
+    """What can be asked of a service's workers: `renew`, `scale` and `restart` in a `turn`.
+
+    Args:
+        fleet: the workers.
+        keep: has the guard know a generation before there are workers of it, which is in force,
+            and which change was admitted.
+    """
+
+    def __init__(self, fleet: Fleet, keep: Callable[[Generation, Generation], None]) -> None:
+        self._fleet = fleet
+        self._keep = keep
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._changing: asyncio.Task[Any] | None = None
+        self._act = ""
+        self._ending = False
+        self._postponing = False
+
+    @property
+    def others_wait(self) -> bool:
+        """Whether, in a turn, another change waits for its own."""
+        return self._waiting > 0
+
+    def postpone(self) -> None:
+        """No more: the next controller is to be asked."""
+        self._postponing = True
+
+    def end(self) -> None:
+        """No more: the service ends, and what is under way ends where it waits."""
+        if not self._ending and self._changing is not None:
+            self._changing.cancel()
+        self._ending = True
+
+    @asynccontextmanager
+    async def turn(self, act: str) -> AsyncIterator[None]:
+        """One change after the other: what each is made from is what the last one left.
+
+        Raises:
+            ControlError: the service ends.
+            Postponed: so does this controller.
+        """
+        self._waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting -= 1
+        self._changing = task = asyncio.current_task()
+        assert task is not None
+        try:
+            if self._postponing:
+                raise Postponed(act, "the controller is being replaced", "ask again")
+            self._refuse_at_the_end(act)
+            self._act = act
+            yield
+        except asyncio.CancelledError:
+            if self._ending and not task.uncancel():
+                self._refuse_at_the_end(act)
+            raise
+        except SteerError:
+            self._refuse_at_the_end(act)
+            raise
+        finally:
+            self._changing = None
+            self._turn.release()
+
+    def _refuse_at_the_end(self, act: str) -> None:
+        if self._ending:
+            raise ControlError(act, "the service is ending")
+
+    async def renew(self, plan: Plan, tell: Tell) -> Generation:
+        """Replace all workers by those of another plan.
+
+        Raises:
+            WorkersFailed, AppLoadError, BindError, KernelError: they do not come up.
+            ControlError: the service ends, or there is no room for them.
+        """
+        generation = Generation(self._fleet.generation.number + 1, plan)
+        old = list(self._fleet.places)
+        await self._replace(plan.seats, generation, old, tell)
+        return generation
+
+    async def scale(self, plan: Plan, tell: Tell) -> None:
+        """Start and end workers until there is one on each seat of the plan.
+
+        If none of those who would stay serves, as they are drained, hang or fail, others
+        take their seats: the last that serves is not ended.
+
+        Raises:
+            As `renew`.
+        """
+        generation = Generation(self._fleet.generation.number, plan)
+        wanted = frozenset(plan.seats)
+        there = [place for place in self._fleet.places if not place.is_on_its_way_out]
+        staying = [place for place in there if place.seat in wanted]
+        if any(map(_serves, there)) and not any(map(_serves, staying)):
+            staying = []
+        seats = {place.seat for place in staying}
+        new = [seat for seat in plan.seats if seat not in seats]
+        surplus = [place for place in there if place.seat not in seats]
+        await self._replace(new, generation, surplus, tell)
+
+    async def restart(self, place: Place, tell: Tell) -> Place:
+        """Another worker on the seat of this one.
+
+        Raises:
+            As `renew`.
+        """
+        (fresh,) = await self._replace([place.seat], self._fleet.generation, [place], tell)
+        return fresh
+
+    async def relieve(self, place: Place, is_due: Callable[[Place], bool]) -> None:
+        """Another worker for one that is in a bad way.
+
+        Args:
+            is_due: whether that is still so: it may be back first, or have ended.
+        """
+        async with self.turn(f"replace worker {place.slot}"):
+            if not is_due(place):
+                return
+            seat = place.seat
+            fresh = await self._recruit([seat], self._fleet.generation, unheard, modest=False)
+            if is_due(place):
+                self._fleet.admit(fresh)
+                self._keep(self._fleet.generation, self._fleet.generation)
+                self._fleet.report(place, Event.RETIRE)
+            else:
+                self._dismiss(fresh)
+
+    async def drain(self, place: Place) -> None:
+        """Have it get nothing new, and wait until nothing waits for it.
+
+        Raises:
+            ControlError: something still does, and it does not take it.
+        """
+        self._fleet.report(place, Event.DRAIN)
+        limit_s = self._fleet.generation.plan.service.graceful_timeout
+        if not await until_empty(self._fleet, place, limit_s):
+            raise ControlError(
+                f"drain worker {place.slot}",
+                f"it gets nothing new, but has not taken what waits for it in {limit_s:g} s",
+                "see `steer restart`",
+            )
+
+    async def undrain(self, place: Place) -> None:
+        self._fleet.report(place, Event.UNDRAIN)
+        await self._fleet.flipped()
+
+    async def _replace(
+        self, seats: Sequence[Seat], generation: Generation, old: Sequence[Place], tell: Tell
+    ) -> list[Place]:
+        in_force = self._fleet.generation
+        if generation.number != in_force.number:
+            self._keep(generation, in_force)
+        try:
+            fresh = await self._recruit(seats, generation, tell, modest=True)
+        except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
+            raise type(error)(self._act, str(error), self._as_before(), error.detail) from None
+        # In the same turn of the loop, so in one flip. By one message, or who adopts us, if we are
+        # killed meanwhile, would take for serving neither those nor what is in force.
+        self._fleet.generation = generation
+        self._fleet.admit(fresh)
+        self._keep(generation, generation)
+        self._fleet.retire(old)
+        await self._fleet.flipped()
+        return fresh
+
+    def _as_before(self) -> str:
+        """What there is after a change that failed."""
+        number = self._fleet.generation.number
+        if any(place.is_in_service for place in self._fleet.places):
+            return f"nothing has changed: generation {number} serves on"
+        return f"nothing has changed: generation {number} goes on, and no worker of it is ready"
+
+    async def _recruit(
+        self, seats: Sequence[Seat], generation: Generation, tell: Tell, *, modest: bool
+    ) -> list[Place]:
+        """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
+        one fails, none stays."""
+        fresh: list[Place] = []
+        intake = Intake(len(os.sched_getaffinity(0)), self._fleet.lot)
+        began_s: dict[Place, float] = {}
+        news: asyncio.Queue[Place] = asyncio.Queue()
+        tell("ready", 0, len(seats))
+        try:
+            while len(fresh) < len(seats) or began_s:
+                few = seats[len(fresh) : len(fresh) + intake.room(len(began_s))]
+                if few and news.empty():
+                    places = self._fleet.recruit(few, generation, modest, news.put_nowait)
+                    fresh += places
+                    began_s |= dict.fromkeys(places, time.monotonic())
+                    await asyncio.sleep(0)  # to start some takes long enough
+                else:
+                    place = await news.get()
+                    _see_that_it_stayed(place)
+                    intake.took(time.monotonic() - began_s.pop(place))
+                    tell("ready", len(fresh) - len(began_s), len(seats))
+            for place in fresh:
+                _see_that_it_stayed(place)
+        except BaseException:
+            self._dismiss(fresh)
+            raise
+        return fresh
+
+    def _dismiss(self, fresh: Sequence[Place]) -> None:
+        for place in fresh:
+            self._fleet.report(place, Event.RETIRE)
+
+
+def _see_that_it_stayed(place: Place) -> None:
+    """It may have failed, or been ready and ended since.
+
+    Raises:
+        SteerError: as it failed with.
+        WorkersFailed
+    """
+    if place.state not in (State.STARTING, State.READY):
+        raise place.error or WorkersFailed("start workers", f"one is {place.state.value}")
+
+
+def _serves(place: Place) -> bool:
+    return place.serves

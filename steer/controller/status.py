@@ -1,0 +1,181 @@
+"""What `steer status` tells of a service that runs, gathered from its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Collection, Mapping
+
+from steer.backends import anchors
+from steer.backends.base import CHOSEN_ALL_THE_SAME, Counts, Own, Steering
+from steer.control import schema
+from steer.controller.controller import Controller
+from steer.policy.builtin import KERNEL
+from steer.policy.declarations import Declared
+from steer.values import several
+from steer.workers.handle import Place
+from steer.workers.lifecycle import State
+from steer.workers.pool import Fleet
+from steer.workers.process import Process
+from steer.workers.queues import Queues
+
+_AT_ONCE = 50
+"""So many workers are looked at before the loop may do something else."""
+
+
+async def report_of(
+    service: Controller, state: str, loop_delay_ms: schema.LoopDelay
+) -> schema.Service:
+    """All that is known of it now.
+
+    Args:
+        state: of the service as a whole: starting, running, stopping.
+        loop_delay_ms: of the controller, see `delays`.
+    """
+    steering = service.steering
+    workers, counted = await _workers(service.fleet, steering)
+    if service.steering is not steering:
+        # Some would be counted on the backend before, some on this one.
+        return await report_of(service, state, loop_delay_ms)
+    plan, own = service.plan, steering.own()
+    return schema.Service(
+        name=plan.name,
+        pid=os.getpid(),
+        state=state,
+        generation=service.fleet.generation.number,
+        policy=plan.policy.name,
+        policy_asked=plan.service.policy,
+        policy_reason=plan.policy_reason,
+        backend=steering.backend,
+        backend_reason=service.rung.reason,
+        notes=[
+            *steering.notes,
+            *service.fleet.visibility.notes.values(),
+            *_left_out(service.fleet.places, steering.backend == KERNEL),
+            *service.fleet.group_notes.values(),
+            *anchors.notes(plan.binds, steering.anchors),
+        ],
+        uptime_s=round(time.monotonic() - service.started_s, 3),
+        binds=[schema.Address(b.protocol, b.address, b.port) for b in plan.binds],
+        workers=workers,
+        totals=_totals(service.fleet, steering, counted),
+        params=own.params,
+        counters=own.counters,
+        histograms=_histograms(own, plan.policy.declared),
+        loop_delay_ms=loop_delay_ms,
+    )
+
+
+async def _workers(
+    fleet: Fleet, steering: Steering
+) -> tuple[list[schema.Worker], Mapping[int, Counts]]:
+    """Each worker, and what was counted by slot."""
+    queues, workers, counted = fleet.queues.at_one_moment(), [], {}
+    there = list(fleet.places)
+    for first in range(0, len(there), _AT_ONCE):
+        if first:
+            await asyncio.sleep(0)
+        # What waits is asked of the kernel by a socket, or looked for in /proc.
+        with fleet.retry.spare.lent():
+            for place in there[first : first + _AT_ONCE]:
+                if place not in fleet.places:
+                    continue  # it has left since
+                counts = steering.counts(place.slot)
+                if counts is not None:
+                    counted[place.slot] = counts
+                workers.append(_worker(place, steering, queues, counts))
+    return workers, counted
+
+
+def _left_out(places: Collection[Place], still_chosen: bool) -> list[str]:
+    """What it means for connections that there are workers that take none.
+
+    Args:
+        still_chosen: whether such a worker cannot be left out.
+    """
+    hung = [place.slot for place in places if place.process and place.hangs]
+    full = [place.slot for place in places if place.full]
+    notes = []
+    if hung and still_chosen:
+        notes.append(f"hung: {several('worker', hung)}; {CHOSEN_ALL_THE_SAME}")
+    if full and all(place.full for place in places if place.is_in_service):
+        notes.append("at capacity: every worker; connections wait until one takes them")
+    elif full:
+        then = CHOSEN_ALL_THE_SAME if still_chosen else "others get what comes"
+        notes.append(f"at capacity: {several('worker', full)}; {then}")
+    return notes
+
+
+def shown(place: Place) -> State:
+    """One that is ready, but comes together with others that are not, is not chosen yet; one
+    that goes together with others is chosen no more. One that was never started has not failed,
+    but waits for its turn."""
+    if place.held or not place.starts:
+        return State.STARTING
+    return State.STOPPING if place.leaving else place.state
+
+
+def _worker(
+    place: Place, steering: Steering, queues: Queues, counts: Counts | None
+) -> schema.Worker:
+    process = place.process
+    return schema.Worker(
+        slot=place.slot,
+        pid=process.pid if process else None,
+        state=shown(place).value,
+        generation=place.generation.number,
+        cpus=list(place.seat.cpus),
+        weight=place.seat.weight,
+        restarts=max(0, place.starts - 1),
+        uptime_s=round(time.monotonic() - process.started_s, 3) if process else None,
+        connections=schema.Connections(
+            selected=counts.selected if counts else None,
+            open=steering.open(place.slot),
+            migrated=counts.migrated if counts else None,
+            **(_queued(process, queues) if process else {}),
+        ),
+        sockets=sorted(process.inodes) if process else [],
+        said=place.said or None,
+        at_capacity=place.full,
+        left_group=_left_group(place),
+    )
+
+
+def _left_group(place: Place) -> list[str]:
+    binds = place.generation.plan.binds
+    return [f"{binds[at].label}: {each.value}" for at, each in place.left.items()]
+
+
+def _queued(process: Process, queues: Queues) -> Mapping[str, int]:
+    """What waits in its sockets; left out where there is none of that kind, or it cannot be
+    seen."""
+    found: dict[str, int] = {}
+    for at, waiting in (queues.of(process) or {}).items():
+        over_tcp = process.launch.binds[at].protocol == "tcp"
+        name = "queued" if over_tcp else "queued_bytes"
+        found[name] = found.get(name, 0) + waiting.queued
+    return found
+
+
+def _histograms(own: Own, declared: Declared) -> dict[str, schema.Histogram]:
+    units = {each.name: each.unit for each in declared.histograms}
+    return {
+        name: schema.Histogram(units[name], [(1 << n >> 1, count) for n, count in enumerate(times)])
+        for name, times in own.histograms.items()
+    }
+
+
+def _totals(fleet: Fleet, steering: Steering, counted: Mapping[int, Counts]) -> schema.Totals:
+    """Of those slots that are still somebody's, and of all that were given up by now."""
+    unsteered = steering.unsteered()
+    if unsteered is None:
+        return schema.Totals()
+    now = [counted[place.slot] for place in fleet.places if place.slot in counted]
+    counts = sum(now, fleet.retired)
+    return schema.Totals(
+        selected=counts.selected,
+        fallback=counts.fallback + unsteered,
+        unsteered=unsteered,
+        migrated=counts.migrated,
+    )

@@ -1,0 +1,431 @@
+"""Looks at workers from outside: whether they got ready, take what waits, came back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from steer.backends.base import CHOSEN_ALL_THE_SAME
+from steer.health import pace
+from steer.health.evidence import Closer
+from steer.health.pace import Pace
+from steer.linux.activity import activity, is_stopped
+from steer.linux.waiting import Seen
+from steer.policy.builtin import KERNEL
+from steer.sockets import listeners
+from steer.workers.elsewhere import Lookout
+from steer.workers.handle import Place, waits
+from steer.workers.hang import History, Look, Verdict
+from steer.workers.lifecycle import Event, State
+from steer.workers.looks import TOGETHER_S, on_the_beat
+from steer.workers.pool import Fleet
+from steer.workers.process import Process
+from steer.workers.queues import Table, unchanged
+from steer.workers.visibility import QUEUES, WAITS
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, TimerHandle
+
+_LOOKING_S = _BREAK_S = 0.005
+"""Looks at workers go on no longer than that, and then in another turn of the loop."""
+_LOOKS = 4
+"""In one --hang-timeout while something is under way; more while something waits."""
+_RESTING_LOOKS = 2
+"""While nothing is: whatever begins then has all of its time from the look that sees it."""
+_SELDOM_S = 1.0
+_SOCKETS_PER_S = 250
+"""While all connections are counted, and there are none, the kernel is asked for the queues of so
+many: some may wait that came to a listener before it was counted."""
+_SAMPLED_PER_S = 20_000
+_REST_S = 1.0
+"""One that cannot be looked at is taken to be ready when it has been at rest for so long."""
+_SAMPLE_S = 0.02
+_TOLD_S = 1.0
+"""A gap of so long is logged."""
+_RELIEF_AGAIN_S = 30.0
+"""So long after it was asked for, another that did not come is asked for again."""
+
+
+class Health:
+    """The looks, and the clock for them.
+
+    Args:
+        fleet: is told what they show.
+        relieve: asks for another worker in place of one that hangs.
+        hear: takes in what workers have notified of and was not read yet.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        loop: AbstractEventLoop,
+        relieve: Callable[[Place], None],
+        hear: Callable[[], None],
+    ) -> None:
+        self._fleet = fleet
+        self._retry = fleet.retry
+        self._loop = loop
+        self._relieve = relieve
+        self._hear = hear
+        self._stops = 0
+        self._pace = Pace[tuple[Place, Process]]()
+        self._starting: TimerHandle | None = None
+        self._is_looking = False
+        self._notifies: int | None = None
+        self._histories: dict[int, History] = {}
+        self._closer = Closer()
+        self._lookout = Lookout(fleet.log)
+        self._sampling: TimerHandle | None = None
+        self._sampled: Sequence[Table | None] = ()
+        self._watched: set[Place] | None = None
+        self._to_look_at: deque[Place] = deque()
+        self._queues: Sequence[Table | None] = ()
+        self._queues_due_s = 0.0
+        self._some_waited = False
+        self._seats_on_their_way_out: Collection[int] = ()
+        self._due = fleet.looks.add("look after workers", self._tick, _SELDOM_S)
+        self.retime()
+
+    def changed(self, place: Place) -> None:
+        """A worker is in another state."""
+        self._sampled = ()
+        if place.asks_to_be_taken_for_hung:
+            self._watch(place)
+            self._due.within(_BREAK_S)
+        if self._sampling is None:
+            self._sample()
+        if place.state is State.STARTING and place.process:
+            # What says so itself is seldom looked at, and most often all do or none.
+            says_so = self._notifies == place.generation.number
+            after_s = pace.LAST_S if says_so else pace.FIRST_S
+            self._pace.add((place, place.process), self._loop.time(), after_s)
+            if not self._is_looking:
+                self._look_later()
+        elif place.state is State.READY and place.says_ready and not self._is_looking:
+            self._notifies = place.generation.number
+
+    def retime(self) -> None:
+        """The configuration may be another."""
+        self._histories.clear()
+        self._fleet.visibility.forget()
+        self._fleet.clock.measure(*self._limits_s)
+        self._watched = None
+        if limits_s := self._limits_s:
+            self._due.within(min(limits_s) / _LOOKS)
+        if self._sampling is None:
+            self._sample()
+
+    # Load, where the kernel does not count it.
+
+    def _sample(self) -> None:
+        """Tell the steering what waits at each worker, as long as it has to be told."""
+        self._sampling = None
+        steering = self._fleet.steering
+        if not steering.samples():
+            return
+        number = len(self._fleet.places)
+        self._sampling = self._loop.call_later(
+            max(_SAMPLE_S, number / _SAMPLED_PER_S), self._sample
+        )
+        sampled = self._tables()
+        if None not in sampled and unchanged(sampled, self._sampled):
+            return
+        self._sampled = sampled
+        for place in self._fleet.places:
+            if place.process and place.serves:
+                sample = partial(steering.sample, place.slot, self._waiting(place.process))
+                self._retry.attempt(f"tell what waits for worker {place.slot}", sample)
+
+    def _tables(self) -> Sequence[Table | None]:
+        """What there is at each address of the service."""
+        return [self._fleet.queues.at(bind) for bind in self._fleet.generation.plan.binds]
+
+    def _waiting(self, process: Process) -> int:
+        """Connections in its queues; 0 where that cannot be seen."""
+        over_tcp = [bind.protocol == "tcp" for bind in process.launch.binds]
+        queues = self._fleet.queues.of(process) or {}
+        return sum(found.queued for at, found in queues.items() if over_tcp[at])
+
+    # Starting.
+
+    def _look_later(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
+        after_s = self._pace.next_in_s(self._loop.time())
+        if after_s is not None:
+            self._starting = self._loop.call_later(after_s, self._look_at_starting)
+        else:
+            self._lookout.forget()
+
+    def _look_at_starting(self) -> None:
+        """See which workers wait on their sockets by now."""
+        began_s = now_s = self._loop.time()
+        self._is_looking = True
+        for place, process in self._pace.due(began_s):
+            if place.state is State.STARTING and place.process is process:
+                look = partial(self._look_at_start, place, process)
+                self._retry.attempt(f"look at worker {place.slot}", look)
+            if place.state is not State.STARTING or place.process is not process:
+                self._pace.remove((place, process))
+            now_s = self._loop.time()
+            if now_s - began_s >= _LOOKING_S:
+                break
+        self._is_looking = False
+        self._pace.took(now_s - began_s, now_s)
+        self._look_later()
+
+    def _look_at_start(self, place: Place, process: Process) -> None:
+        if self._is_ready(place, process):
+            self._fleet.report(place, Event.READY)
+        else:
+            self._lookout.look(place, process, time.monotonic() - process.started_s)
+
+    def _is_ready(self, place: Place, process: Process) -> bool:
+        """Seen to wait; or at rest, where nobody can see what for."""
+        seen = waits(process)
+        if seen is Seen.UNKNOWN and place.rested_s(self._fleet.clock.now_s()) >= _REST_S:
+            self._fleet.visibility.refused(WAITS, process)
+            return True
+        return seen is Seen.YES
+
+    # Hanging.
+
+    @property
+    def _limits_s(self) -> list[float]:
+        service = self._fleet.generation.plan.service
+        return [each for each in (service.hang_timeout, service.watchdog) if each]
+
+    def _start_again_after_a_gap(self) -> None:
+        """While we did not run nobody was heard, and workers may have stood still, too."""
+        clock = self._fleet.clock
+        now_s = clock.now_s()
+        if clock.stops == self._stops:
+            return
+        self._stops = clock.stops
+        if clock.stopped_s >= _TOLD_S:
+            self._fleet.log.warning("this controller did not run for %.1f s", clock.stopped_s)
+        self._histories.clear()
+        for place in self._fleet.places:
+            if math.isfinite(place.heard_s):  # else it asked to be taken for hung
+                place.heard_s = now_s
+
+    def _tick(self) -> float:
+        """At those who may need it, for a while; in how many seconds to go on or to begin again."""
+        limits_s = self._limits_s
+        if not limits_s or self._fleet.is_ending:
+            return math.inf
+        if not self._to_look_at:
+            self._retry.attempt("keep the time of workers", self._begin_looks)
+        if not self._look_at_some():
+            return _BREAK_S
+        self._retry.attempt("see who is at capacity", self._shed)
+        if any(place.queued and not place.hangs for place in self._watched or ()):
+            return min(limits_s) / _LOOKS / 4
+        if self._watched or self._is_timed or self._histories:
+            return min(limits_s) / _LOOKS
+        return min(_SELDOM_S, min(limits_s) / _RESTING_LOOKS)
+
+    @property
+    def _is_timed(self) -> bool:
+        """Whether workers have to be heard of."""
+        return bool(self._fleet.generation.plan.service.watchdog)
+
+    def _begin_looks(self) -> None:
+        self._start_again_after_a_gap()
+        places, now_s = self._fleet.places, self._fleet.clock.now_s()
+        silent = {place for place in places if _is_silent(place, now_s)} if self._is_timed else ()
+        if silent:
+            self._hear()
+        if self._watched is None:
+            suspects = set(places)
+        else:
+            suspects = {*silent, *self._watched, *self._who_has_any()}
+        there = [place for place in suspects if place.process]
+        self._to_look_at.extend(sorted(there, key=lambda place: place.slot))
+        self._watched = set()
+        self._seats_on_their_way_out = {place.seat.number for place in there if place.hung}
+        pids = {place.process.pid for place in there if place.process}
+        self._histories = {pid: each for pid, each in self._histories.items() if pid in pids}
+
+    def _who_has_any(self) -> Iterable[Place]:
+        """Those with a connection, or with something that waits for them."""
+        busy = self._fleet.steering.busy()
+        places, now_s = self._fleet.places, self._fleet.clock.read_s()
+        found = [place for place in places if place.slot in busy] if busy else []
+        if busy is not None and now_s < self._queues_due_s:
+            return found
+        after_s = max(_SELDOM_S, len(places) / _SOCKETS_PER_S)
+        self._queues_due_s = on_the_beat(now_s, after_s) - TOGETHER_S
+        queues = self._tables()
+        if None in queues:
+            return places
+        if unchanged(queues, self._queues) and not self._some_waited:
+            return found
+        self._queues = queues
+        waiting = {
+            inode for table in queues for inode, each in (table or {}).items() if each.queued
+        }
+        self._some_waited = bool(waiting)
+        if waiting:
+            found += [
+                place
+                for place in places
+                if place.process and not waiting.isdisjoint(place.process.bound)
+            ]
+        return found
+
+    def _look_at_some(self) -> bool:
+        """As long as there is time; whether that was enough for all."""
+        ends_s = time.monotonic() + _LOOKING_S
+        while self._to_look_at:
+            place = self._to_look_at.popleft()
+            look = partial(self._look_at, place)
+            if self._retry.result(f"look at worker {place.slot}", look, True):
+                self._watch(place)
+            if time.monotonic() >= ends_s:
+                break
+        return not self._to_look_at
+
+    def _watch(self, place: Place) -> None:
+        """It is looked at the next time, whatever it has."""
+        if self._watched is not None:
+            self._watched.add(place)
+
+    def _look_at(self, place: Place) -> bool:
+        """Whether it is to be looked at again, whatever it has then."""
+        if place.process and place.state is State.READY:
+            self._look_at_ready(place, place.process)
+            return bool(place.queued) or place.full or place.shed or place.hangs
+        if place.process and place.hangs:
+            self._look_at_hung(place, place.process)
+        elif place.hung:
+            self._fleet.move_queue(place)
+        return place.hangs or place.hung
+
+    def _look_at_ready(self, place: Place, process: Process) -> None:
+        if _is_silent(place, self._fleet.clock.now_s()):
+            self._take_for_hung(place, process, "missed its watchdog")
+        elif place.generation.plan.service.hang_timeout:
+            verdict = self._judge(place, process)
+            if verdict is Verdict.HUNG:
+                waits_in_vain = "takes no connections, and some wait"
+                unserved = "serves none of the connections that it has taken"
+                self._take_for_hung(place, process, waits_in_vain if place.queued else unserved)
+            elif place.full != (verdict is Verdict.FULL):
+                self._set_full(place, verdict is Verdict.FULL)
+
+    def _take_for_hung(self, place: Place, process: Process, why: str) -> None:
+        if not (place.is_in_service and self._others_serve(place)):
+            return
+        if self._fleet.steering.backend == KERNEL:
+            why = f"{why}; {CHOSEN_ALL_THE_SAME}"
+        self._fleet.log.warning("worker %d hangs: it %s", place.slot, why)
+        place.has_acted()
+        place.full = place.shed = place.acted = False
+        self._histories.pop(process.pid, None)
+        self._fleet.report(place, Event.STUCK)
+        self._relieve_if_due(place)
+
+    def _judge(self, place: Place, process: Process) -> Verdict:
+        now_s, open_now = self._fleet.clock.now_s(), self._fleet.steering.open(place.slot)
+        history = self._histories.setdefault(
+            process.pid, History(place.generation.plan.service.hang_timeout)
+        )
+        look_closer = partial(self._closer.look, place, process, open_now)
+        looks = self._looks(place, process)
+        place.queued = sum(look.queued for look in looks.values())
+        if place.full:
+            # An empty queue tells nothing: others may have got what waited there.
+            has_room = self._has_room(place, process)
+            return Verdict.FINE if has_room else history.judge_full(now_s, look_closer)
+        return history.judge(now_s, looks, open_now, look_closer)
+
+    def _has_room(self, place: Place, process: Process) -> bool:
+        """One that was at capacity: it waits for connections, as far as can be seen."""
+        seen = waits(process)
+        return seen is Seen.YES or (seen is Seen.UNKNOWN and self._is_back(place, process))
+
+    # At capacity.
+
+    def _set_full(self, place: Place, is_full: bool) -> None:
+        place.full = is_full
+        self._fleet.log.info(
+            "worker %d %s", place.slot, "is at capacity" if is_full else "takes connections again"
+        )
+
+    def _shed(self) -> None:
+        """Those who are at capacity get nothing new while another has room. When nobody has,
+        nothing is done: what waits may as well wait there."""
+        if not any(place.full or place.shed for place in self._watched or ()):
+            return
+        there = [place for place in self._fleet.places if place.is_in_service]
+        some_have_room = any(not place.full and not place.queued for place in there)
+        all_are_full = all(place.full for place in there)
+        for place in there:
+            if place.full and not place.shed and some_have_room:
+                self._fleet.shed(place, True)
+            elif place.shed and (all_are_full or not place.full):
+                self._fleet.shed(place, False)
+            elif place.shed and place.queued:
+                self._fleet.move_queue(place)
+
+    def _looks(self, place: Place, process: Process) -> dict[int, Look]:
+        found = self._fleet.queues.of(process)
+        if found is None:
+            self._fleet.visibility.refused(QUEUES, process)
+            return {}
+        if not any(each.queued for each in found.values()):
+            return {at: Look(0) for at in found}
+        ticks = activity(process.pid, among=place.takers)
+        return {at: self._look(place, at, each, ticks) for at, each in found.items()}
+
+    def _look(self, place: Place, at: int, found: listeners.Waiting, activity: int) -> Look:
+        counts = self._fleet.steering.counts(place.slot, at)
+        is_counted = counts and place.generation.plan.binds[at].protocol == "tcp"
+        taken = counts.selected - found.queued if counts and is_counted else None
+        return Look(found.queued, found.queued >= found.limit, taken, activity)
+
+    def _others_serve(self, place: Place) -> bool:
+        """To take the last one for hung would help nobody."""
+        return any(each.serves for each in self._fleet.places if each is not place)
+
+    def _look_at_hung(self, place: Place, process: Process) -> None:
+        if self._is_back(place, process):
+            self._fleet.log.info("worker %d is back", place.slot)
+            self._fleet.report(place, Event.BACK)
+        else:
+            # One that is back may be at it, and would find its listener shut down.
+            self._fleet.move_queue(place)
+            self._relieve_if_due(place)
+
+    def _is_back(self, place: Place, process: Process) -> bool:
+        """It did something, and waits for more."""
+        if _is_silent(place, self._fleet.clock.now_s()):
+            return False
+        # Looked at between the two, it has acted and does not wait yet; then it rests, as others
+        # have got all that waited for it.
+        place.acted = place.has_acted() or (place.acted and place.hangs)
+        if not place.acted or is_stopped(process.pid):
+            return False
+        return waits(process) is not Seen.NO
+
+    def _relieve_if_due(self, place: Place) -> None:
+        """One at a time on each seat: where all that is asked takes long, there would soon be
+        any number of workers at it."""
+        if place.generation.plan.service.hang != "replace":
+            return
+        now_s = self._fleet.clock.now_s()
+        if now_s >= place.relief_s and place.seat.number not in self._seats_on_their_way_out:
+            place.relief_s = now_s + _RELIEF_AGAIN_S
+            self._relieve(place)
+
+
+def _is_silent(place: Place, now_s: float) -> bool:
+    """It missed its watchdog, or asked for what follows from that (WATCHDOG=trigger)."""
+    limit_s = place.generation.plan.service.watchdog or math.inf
+    return now_s - place.heard_s >= limit_s

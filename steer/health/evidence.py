@@ -1,0 +1,81 @@
+"""A closer look at a worker: what it computes, holds, moves and waits for.
+
+Dear, and so only taken of one that is suspect; see `hang.History`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from steer.config.address import Bind
+from steer.errors import KernelError
+from steer.linux import activity, processes
+from steer.linux.procfs import Files
+from steer.linux.waiting import Seen, in_event_loop
+from steer.sockets import sock_diag
+from steer.sockets.sock_diag import Connection
+from steer.workers.handle import Place, waits
+from steer.workers.hang import Evidence
+from steer.workers.process import Process
+
+_MOST = 4096
+"""Connections of a port in one look: some 20 ms. Of more, these stand for all."""
+_FRESH_S = 0.05
+"""Several workers that are suspect at once share a look at their ports."""
+
+
+class Closer:
+    """Looks closer.
+
+    Args:
+        now_s: a time.
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._ports: dict[tuple[int, int], tuple[float, Sequence[Connection]]] = {}
+
+    def look(self, place: Place, worker: Process, open_now: int | None) -> Evidence:
+        """What can be seen of it.
+
+        Args:
+            open_now: its connections as they are counted, if they are.
+        """
+        held = self._connections(place, worker)
+        return Evidence(activity.cpu_s(worker.pid), open_now, held, _awaits(place, worker))
+
+    def _connections(self, place: Place, worker: Process) -> dict[int, tuple[int, int]] | None:
+        try:
+            own = processes.open_sockets(worker.pid) - place.others - worker.inodes
+            there = [each for bind in worker.launch.binds for each in self._at(bind)]
+        except KernelError:
+            return None
+        return {each.inode: (each.unread, each.moved) for each in there if each.inode in own}
+
+    def _at(self, bind: Bind) -> Sequence[Connection]:
+        if bind.protocol != "tcp":
+            return ()
+        key = (socket.AF_INET6 if bind.is_v6 else socket.AF_INET, bind.port)
+        now_s = self._now_s()
+        asked_s, found = self._ports.get(key, (-_FRESH_S, ()))
+        if now_s - asked_s >= _FRESH_S:
+            found = sock_diag.connections(*key, _MOST)
+            self._ports[key] = (now_s, found)
+        return found
+
+
+def _awaits(place: Place, worker: Process) -> bool | None:
+    """Whether a thread that took its connections is asleep in its event loop, or in accept(2).
+    Where none is known any more, the first of each process may be one."""
+    if activity.is_stopped(worker.pid):
+        return False
+    for_more = waits(worker)
+    if for_more is Seen.YES:
+        return True
+    family = processes.family(worker.pid, Files())
+    there = [tid for tid in place.acceptors if os.path.exists(f"/proc/{tid}")]
+    seen = max(for_more, in_event_loop(there or family))
+    return {Seen.YES: True, Seen.NO: False, Seen.UNKNOWN: None}[seen]

@@ -1,0 +1,143 @@
+"""Sees that workers' sockets stay in their groups: when to look at which.
+
+All of them are seen together by a `survey`. What that does not tell (SO_REUSEPORT taken back, a
+listener that is shut down and listens again) does nobody any harm until something comes. Then one
+worker after the other is looked at closer, see `repair`: no more sockets in a second than `_MOST`.
+While nothing comes it is one worker now and then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from steer.health.programs import Programs
+from steer.health.repair import Repair
+from steer.health.survey import LOOK_S, Survey
+from steer.sockets import traffic
+from steer.workers.handle import Place
+from steer.workers.lifecycle import State
+from steer.workers.looks import TOGETHER_S, on_the_beat
+from steer.workers.pool import Fleet
+
+_MOST, _AT_ONCE = 128, 16
+_LOOKING_S = 0.005
+"""So long in one step, however slow the machine is."""
+_RESTS = 4
+"""While nothing comes a worker is looked at closer each so many seconds; each second where a
+socket that is out of its group may be the one that takes all."""
+
+
+class Groups:
+    """The looks.
+
+    Args:
+        replace: asks for another worker, with new sockets, in place of one.
+    """
+
+    def __init__(self, fleet: Fleet, replace: Callable[[Place], None]) -> None:
+        self._fleet = fleet
+        self._survey = Survey(fleet)
+        self._repair = Repair(fleet, self._survey, replace)
+        self._pulse: bytes | None = None
+        self._rests = 0
+        self._is_counted = self._has_come = False
+        self._second_due_s = 0.0
+        self._again: deque[Place] = deque()
+        self._round: deque[Place] = deque()
+        self._now_and_then: OrderedDict[Place, None] = OrderedDict()
+        self._programs = Programs(fleet)
+        self._due = fleet.looks.add("see that sockets stay in their groups", self._look, LOOK_S)
+
+    def forget(self) -> None:
+        """The configuration may be another, and workers do otherwise."""
+        self._repair.forget()
+        self._survey.has_changed = self._has_come = True
+
+    def changed(self, place: Place) -> None:
+        """A worker is in another state."""
+        self._survey.has_changed = True
+        self._programs.changed(place)
+        if place.state is State.GONE:
+            self._repair.gone(place)
+            self._survey.odd.discard(place)
+            # It may be an hour before its turn comes.
+            self._now_and_then.pop(place, None)
+
+    def _look(self) -> float:
+        """At all once a second at most, then closer at some; in how many seconds to go on."""
+        if self._fleet.is_ending:
+            return math.inf
+        now_s = self._fleet.clock.read_s()
+        if now_s >= self._second_due_s:
+            self._second_due_s = on_the_beat(now_s, LOOK_S) - TOGETHER_S
+            self._look_at_all(now_s)
+        if self._fleet.clock.read_s() - now_s >= _LOOKING_S:
+            return 0.0  # the next turn of the loop is for the rest
+        self._again.extend(self._survey.compare())
+        if not self._survey.is_compared:
+            return 0.0
+        self._look_at_some()
+        if not (self._again or self._round or self._has_come):
+            return LOOK_S
+        return LOOK_S * _AT_ONCE / min(_MOST, max(_AT_ONCE, self._survey.sockets))
+
+    def _look_at_all(self, now_s: float) -> None:
+        came = self._something_came()
+        if self._survey.is_due(now_s):
+            came |= self._survey.take(self._is_counted)
+        if not self._again:
+            self._again.extend(self._survey.odd)
+        if came:
+            self._has_come = True
+            look_at_programs = partial(self._programs.look, self._survey.table)
+            self._fleet.retry.attempt("see that groups have their program", look_at_programs)
+        else:
+            self._rest()
+
+    def _something_came(self) -> bool:
+        """Or may have."""
+        before, self._pulse = self._pulse, self._fleet.steering.pulse()
+        self._is_counted = self._pulse is not None
+        if not self._is_counted:
+            binds = self._fleet.generation.plan.binds
+            self._pulse = traffic.pulse({bind.protocol for bind in binds})
+        return self._pulse is None or self._pulse != before
+
+    def _rest(self) -> None:
+        """Nothing came: now and then look closer at one all the same."""
+        self._programs.rest()
+        self._rests += 1
+        if self._rests % (_RESTS if self._is_counted else 1) == 0 and not self._again:
+            if not self._now_and_then:
+                self._now_and_then.update(dict.fromkeys(self._fleet.places))
+            if self._now_and_then:
+                self._again.append(self._now_and_then.popitem(last=False)[0])
+
+    def _look_at_some(self) -> None:
+        """Closer, at no more than there is time for, but one."""
+        seen, ends_s = 0, self._fleet.clock.read_s() + _LOOKING_S
+        for place in self._whose_turn_it_is():
+            if place.process and _is_there(place):
+                look = partial(self._repair.look_at, place, place.process)
+                act = f"see whether worker {place.slot} is in its groups"
+                self._fleet.retry.attempt(act, look)
+                seen += len(place.generation.plan.binds)
+            if seen >= _AT_ONCE or self._fleet.clock.read_s() >= ends_s:
+                return
+
+    def _whose_turn_it_is(self) -> Iterator[Place]:
+        """First those of whom something is known, then all others, each once since something
+        came."""
+        if not self._round and self._has_come:
+            self._has_come = False
+            # Who starts now was not there when it came.
+            self._round.extend(filter(_is_there, self._fleet.places))
+        while self._again or self._round:
+            yield (self._again or self._round).popleft()
+
+
+def _is_there(place: Place) -> bool:
+    return place.process is not None and place.state not in (State.STARTING, State.GONE)

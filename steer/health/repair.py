@@ -1,0 +1,248 @@
+"""One worker's sockets looked at closely, and put right where they are not in their groups.
+
+What is to be seen and done is in `membership`. A look takes a hundred microseconds for a socket.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from steer.backends import anchors
+from steer.backends.membership import Cure, Departure, Sighting, Tries, cure, departure
+from steer.config.address import Bind
+from steer.errors import KernelError
+from steer.health.survey import Survey
+from steer.linux import port_holders
+from steer.sockets import members
+from steer.workers.handle import Place
+from steer.workers.lifecycle import State
+from steer.workers.pool import Fleet
+
+if TYPE_CHECKING:
+    from steer.workers.process import Process
+
+_AGAIN_S = 30.0
+"""So long after it was asked for, a worker that did not come is asked for again."""
+_NOTES_MAX = 32
+_TAKES_ALL = (Departure.DISSOLVED, Departure.ON_DEVICE)
+"""Over UDP, if the kernel finds it before the group."""
+
+
+class _Socket(NamedTuple):
+    """What is looked at: a worker's socket on one of its addresses.
+
+    Args:
+        known: of its worker.
+        at: the bind's number.
+        sock: a duplicate; None where it cannot be had.
+        is_held: whether this controller has it open, too.
+        has: whether the worker has it open; None where that cannot be told.
+    """
+
+    place: Place
+    worker: Process
+    known: _Known
+    at: int
+    bind: Bind
+    sock: socket.socket | None
+    is_held: bool
+    has: bool | None
+
+    @property
+    def inode(self) -> int:
+        return self.worker.bound[self.at]
+
+
+class _Known(msgspec.Struct):
+    """What is known of a worker; who comes after it in its place is another.
+
+    Args:
+        suspected: by bind, the survey by which it seemed to be closed.
+        told: what the log has.
+        lends: whether we may borrow its sockets.
+    """
+
+    pid: int
+    suspected: dict[int, int] = {}
+    told: set[tuple[int, Departure]] = set()
+    lends: bool = True
+
+
+class Repair:
+    """Looks at workers, and does what helps.
+
+    Args:
+        survey: the latest.
+        replace: asks for another worker, with new sockets, in place of one.
+    """
+
+    def __init__(self, fleet: Fleet, survey: Survey, replace: Callable[[Place], None]) -> None:
+        self._fleet = fleet
+        self._survey = survey
+        self._replace = replace
+        self._tries: dict[int, Tries] = {}
+        self._known: dict[Place, _Known] = {}
+
+    def forget(self) -> None:
+        """The configuration may be another, and workers do otherwise."""
+        self._tries.clear()
+        self._fleet.group_notes.clear()
+
+    def gone(self, place: Place) -> None:
+        """Nobody is there any more."""
+        self._known.pop(place, None)
+
+    def look_at(self, place: Place, worker: Process) -> None:
+        """And remember whether somebody has to look again soon."""
+        known = self._known.get(place)
+        if known is None or known.pid != worker.pid:
+            known = self._known[place] = _Known(worker.pid)
+        with ExitStack() as stack:
+            theirs = self._borrow(worker, known, stack)
+            held = self._fleet.steering.held(place.slot)
+            ours = {at: stack.enter_context(_duplicate(fd)) for at, fd in enumerate(held)}
+            for at, bind in enumerate(worker.launch.binds[: len(worker.bound)]):
+                has = None if theirs is None else at in theirs
+                sock = (theirs or {}).get(at) or ours.get(at)
+                if place.state is not State.STOPPING or at in place.left:
+                    self._look_at_one(
+                        _Socket(place, worker, known, at, bind, sock, at in ours, has)
+                    )
+        if place.left or known.suspected:
+            self._survey.odd.add(place)
+        else:
+            self._survey.odd.discard(place)
+
+    def _look_at_one(self, one: _Socket) -> None:
+        found = departure(one.bind.protocol, self._sight(one))
+        if found is not Departure.CLOSED:
+            one.known.suspected.pop(one.at, None)
+        if found is None:
+            self._is_in(one)
+        elif found is not Departure.CLOSED or self._is_certain(one):
+            self._mend(one, found, cure(found, self._splits(one)))
+
+    def _mend(self, one: _Socket, found: Departure, how: Cure) -> None:
+        self._tell(one, found, how)
+        if how is Cure.SHARE and one.sock is not None:
+            members.share(one.sock)
+        elif how is Cure.REJOIN and one.sock is not None:
+            one.place.left.pop(one.at, None)
+            self._rejoin(one)
+        else:
+            self._is_out(one, found)
+            if how is Cure.REPLACE and one.place.is_in_service:
+                self._replace_if_due(one.place)
+
+    def _splits(self, one: _Socket) -> bool:
+        """Whether a socket that is bound now may join a connected one instead of the group."""
+        return anchors.is_at_risk(one.at, one.bind, self._fleet.steering.anchors)
+
+    def _is_certain(self, one: _Socket) -> bool:
+        """Of one that is closed. Not by one survey alone: a worker that ends closes its sockets
+        as well. And a process that is no descendant of the worker may have it."""
+        if one.known.suspected.setdefault(one.at, self._survey.number) == self._survey.number:
+            return False
+        return one.at in one.place.left or not one.is_held or not self._is_open_elsewhere(one)
+
+    def _is_open_elsewhere(self, one: _Socket) -> bool:
+        protocol: port_holders.Protocol = "udp" if one.bind.protocol == "udp" else "tcp"
+        there = port_holders.holders(protocol, one.bind.address, one.bind.port)
+        pids = {each.pid for each in there if each.inode == one.inode}
+        return not pids <= self._fleet.own_pids
+
+    def _borrow(
+        self, worker: Process, known: _Known, stack: ExitStack
+    ) -> Mapping[int, socket.socket] | None:
+        """Its sockets by bind, as far as it has them open; None where that cannot be told."""
+        if not known.lends:
+            return None
+        try:
+            return stack.enter_context(worker.sockets())
+        except KernelError as error:
+            known.lends = error.cause not in ("EPERM", "ENOSYS")
+            return None
+
+    def _sight(self, one: _Socket) -> Sighting:
+        if self._is_gone(one) or (one.is_held and one.has is False):
+            return Sighting(is_open=False)
+        is_member = self._fleet.steering.is_member(one.place.slot, one.at)
+        shares = members.shares(one.sock) if one.sock else None
+        here = (self._survey.table(one.bind) or {}).get(one.inode)
+        if here is None:
+            return Sighting(None, None, None, is_member, shares)
+        is_unusual = self._survey.is_unusual(here.device)
+        return Sighting(True, here.is_connected, is_unusual, is_member, shares)
+
+    def _is_gone(self, one: _Socket) -> bool:
+        """Whether nobody has it open, or it does not listen."""
+        there = self._survey.table(one.bind)
+        return there is not None and one.inode not in there
+
+    def _is_in(self, one: _Socket) -> None:
+        if one.place.left.pop(one.at, None) is not None:
+            self._rejoin(one)
+
+    def _rejoin(self, one: _Socket) -> None:
+        if one.sock is not None:
+            self._fleet.steering.rejoined(one.place.slot, one.at, one.sock)
+
+    def _is_out(self, one: _Socket, found: Departure) -> None:
+        place = one.place
+        if one.at not in place.left:
+            # A listener on a device stays in its group, and so does what we have open ourselves.
+            over_udp = one.bind.protocol == "udp" and found is not Departure.CLOSED
+            if over_udp or self._is_gone(one):
+                self._fleet.steering.lost(place.slot, one.at)
+            place.left[one.at] = found
+        may_take_all = one.bind.protocol == "udp" and found in _TAKES_ALL
+        if may_take_all and one.sock is not None and self._others_are_in(one):
+            members.cut_off(one.sock)
+
+    def _others_are_in(self, one: _Socket) -> bool:
+        """Whether somebody is left to get what this one no longer does."""
+        return any(
+            each.is_in_service and one.at not in each.left
+            for each in self._fleet.places
+            if each is not one.place
+        )
+
+    def _tell(self, one: _Socket, found: Departure, how: Cure) -> None:
+        """Once for each process. What is cut off is connected from then on."""
+        if (one.at, found) in one.known.told or one.at in one.place.left:
+            return
+        one.known.told.add((one.at, found))
+        what = f"worker {one.place.slot}'s socket on {one.bind.label} left the group"
+        words = f"{what}: {found.value}; {how.value}"
+        self._fleet.log.warning("%s", words)
+        notes = self._fleet.group_notes
+        if len(notes) >= _NOTES_MAX:
+            del notes[next(iter(notes))]
+        notes[f"{one.bind.label} {found.name}"] = words
+
+    def _replace_if_due(self, place: Place) -> None:
+        now_s = self._fleet.clock.now_s()
+        if now_s < place.relief_s:
+            return
+        tries = self._tries.setdefault(place.seat.number, Tries())
+        if tries.begin(now_s):
+            place.relief_s = now_s + _AGAIN_S
+            self._replace(place)
+        elif tries.are_over:
+            self._give_up(place)
+
+    def _give_up(self, place: Place) -> None:
+        place.relief_s = float("inf")
+        words = f"worker {place.slot} is not replaced again for its sockets, as that did not help"
+        self._fleet.log.warning("%s", words)
+        self._fleet.group_notes[f"seat {place.seat.number}"] = words
+
+
+def _duplicate(fd: int) -> socket.socket:
+    return socket.socket(fileno=os.dup(fd))

@@ -1,0 +1,116 @@
+"""Sees where a new worker's UDP socket has parted from the group, and has all workers replaced.
+
+At an address without an anchor (see `anchor`) the kernel puts a newcomer together with a connected
+socket that a worker has there, and it then gets all new clients, or none. Sockets that are made
+together are together: so the cure is a new generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from steer.backends.anchors import cure, is_at_risk
+from steer.config.address import Bind
+from steer.sockets import members
+from steer.workers.handle import Place
+from steer.workers.lifecycle import State
+from steer.workers.pool import Fleet
+
+_AGAIN_S = 5.0
+"""Workers that crash and crash do not have all others replaced each time."""
+
+
+class Splits:
+    """The looks, at each worker that starts.
+
+    Args:
+        renew: asks for a new generation of all workers, unless there is one since this number.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        loop: asyncio.AbstractEventLoop,
+        renew: Callable[[int], asyncio.Task[None]],
+    ) -> None:
+        self._fleet = fleet
+        self._loop = loop
+        self._renew = renew
+        self._split = 0
+        self._not_before_s = -math.inf
+        self._is_due = False
+
+    def changed(self, place: Place) -> None:
+        """A worker is in another state."""
+        if place.state is not State.STARTING or not place.process:
+            return
+        at_risk = self._at_risk(place.process.launch.binds)
+        # In this order: the others are looked through for the few binds that may split.
+        if at_risk and self._others_stay(place):
+            act = f"see whether worker {place.slot} is in its groups"
+            place.is_apart = False
+            for bind in at_risk:
+                self._fleet.retry.attempt(act, partial(self._look, place, bind))
+
+    def _others_stay(self, place: Place) -> bool:
+        """Else all sockets of its generation are new, and none is apart from the others."""
+        is_in_force = place.generation.number == self._fleet.generation.number
+        others = (each for each in self._fleet.places if each is not place)
+        return is_in_force and any(each.process and each.serves for each in others)
+
+    def _look(self, place: Place, bind: Bind) -> None:
+        if members.has_connected(bind):
+            place.is_apart = True
+            place.keep(self._fleet.steering.held(place.slot))
+            self._found(place, bind)
+
+    def go_on(self) -> None:
+        """With what another controller saw, and had no time to mend."""
+        for place in self._fleet.places:
+            if place.is_apart and place.generation.number == self._fleet.generation.number:
+                for bind in self._at_risk(place.generation.plan.binds):
+                    self._found(place, bind)
+
+    def _found(self, place: Place, bind: Bind) -> None:
+        self._tell(place, bind)
+        self._split = place.generation.number
+        self._heal_soon()
+
+    def _at_risk(self, binds: Sequence[Bind]) -> Sequence[Bind]:
+        anchors = self._fleet.steering.anchors
+        return [bind for at, bind in enumerate(binds) if is_at_risk(at, bind, anchors)]
+
+    def _tell(self, place: Place, bind: Bind) -> None:
+        words = (
+            f"{bind.label}: workers have connected sockets there, so that worker {place.slot}, "
+            "which started later, gets all new clients, or none; all workers are replaced; "
+            f"{cure(bind)}"
+        )
+        self._fleet.log.warning("%s", words)
+        self._fleet.group_notes[f"{bind.label} split"] = words
+
+    def _heal_soon(self) -> None:
+        """At once, or so long after the last time."""
+        if not self._is_due:
+            self._is_due = True
+            wait_s = self._not_before_s - self._fleet.clock.now_s()
+            self._loop.call_later(max(0.0, wait_s), self._heal)
+
+    def _heal(self) -> None:
+        if not self._is_split():
+            self._is_due = False
+            return
+        self._renew(self._split).add_done_callback(self._healed)
+
+    def _healed(self, _renewing: asyncio.Task[None]) -> None:
+        """Or not, as the new workers did not come up; why is logged."""
+        self._is_due = False
+        self._not_before_s = self._fleet.clock.now_s() + _AGAIN_S
+        if self._is_split():
+            self._heal_soon()
+
+    def _is_split(self) -> bool:
+        return self._fleet.generation.number == self._split

@@ -1,0 +1,140 @@
+"""How all sockets of workers stand, as the kernel tells of all together: whether each is open, to
+whom it is connected, on which device.
+
+Once a second at most, and the more seldom the more there are, so that it takes no more time than
+with a few.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from steer.config.address import Bind
+from steer.sockets import members
+from steer.workers.handle import Place
+from steer.workers.lifecycle import State
+from steer.workers.looks import TOGETHER_S, on_the_beat
+from steer.workers.pool import Fleet
+from steer.workers.queues import Table
+
+LOOK_S = 1.0
+PER_S = 250
+"""The kernel is asked for so many sockets in a second."""
+_STEP_S = 0.005
+_SUSPECTED_PER_S = 1000
+"""The same while a worker has left a group, or comes."""
+
+
+class Survey:
+    """The latest.
+
+    Attributes:
+        number: of surveys so far.
+        odd: workers whose sockets do not stand as they should; a closer look strikes them off.
+        has_changed: whether a worker is in another state since.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._tables: dict[Bind, Table | None] = {}
+        self._usual_device: int | None = None
+        self._taken_s = self._due_s = 0.0
+        self._usual_ones: set[int] = set()
+        self._unseen: deque[Place] = deque()
+        self.number = 0
+        self.odd: set[Place] = set()
+        self.has_changed = False
+
+    def table(self, bind: Bind) -> Table | None:
+        """Sockets at an address by inode; None: it could not be told, or nobody has asked."""
+        return self._tables.get(bind)
+
+    @property
+    def sockets(self) -> int:
+        """How many there should be."""
+        return len(self._fleet.places) * len(self._fleet.generation.plan.binds)
+
+    def is_due(self, now_s: float) -> bool:
+        """The more seldom the more sockets there are, as it takes the longer."""
+        urgent_s = max(LOOK_S, self.sockets / _SUSPECTED_PER_S) - TOGETHER_S
+        is_urgent = self.has_changed or self.odd
+        if now_s < self._due_s and not (is_urgent and now_s >= self._taken_s + urgent_s):
+            return False
+        again_s = max(LOOK_S, self.sockets / PER_S)
+        self._taken_s, self._due_s = now_s, on_the_beat(now_s, again_s) - TOGETHER_S
+        return True
+
+    def take(self, is_counted: bool) -> bool:
+        """Ask the kernel how all sockets stand; whether something may have come that was not
+        counted. `compare` is to follow."""
+        binds = self._fleet.generation.plan.binds
+        before, self._tables = self._tables, {bind: self._fleet.queues.at(bind) for bind in binds}
+        self.number += 1
+        self._usual_device = None
+        is_untold = None in self._tables.values()
+        is_same = all(self._tables[bind] is before.get(bind) for bind in binds)
+        if is_same and not self.has_changed and not self._unseen:
+            return is_untold
+        self.has_changed = False
+        self._usual_ones, self._unseen = self._usual(), deque(self._fleet.places)
+        return is_untold or not (is_counted or self._are_all_empty())
+
+    def _are_all_empty(self) -> bool:
+        return not any(
+            row.queued for table in self._tables.values() for row in (table or {}).values()
+        )
+
+    def compare(self) -> list[Place]:
+        """Who is odd and was not before, as far as there is time to look. To go through a thousand
+        workers takes 20 ms while others are forked: each page that we write to, be it to count a
+        reference, is copied then."""
+        found = []
+        end_s = self._fleet.clock.read_s() + _STEP_S
+        while self._unseen:
+            place = self._unseen.popleft()
+            process = place.process
+            is_usual = not process or process.inodes <= self._usual_ones
+            if not is_usual and place not in self.odd and self._is_odd(place):
+                found.append(place)
+            if self._fleet.clock.read_s() >= end_s:
+                break
+        self.odd.update(found)
+        return found
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether `compare` has seen all."""
+        return not self._unseen
+
+    def _usual(self) -> set[int]:
+        """Sockets that nothing is odd about, by inode. That is most of them, and of workers with
+        no other no more need be seen: with a thousand that would take 20 ms."""
+        return {
+            inode
+            for table in self._tables.values()
+            for inode, row in (table or {}).items()
+            if not (row.is_connected or row.device)
+        }
+
+    def _is_odd(self, place: Place) -> bool:
+        """Whether its sockets do not stand as they should, as far as a survey tells."""
+        worker = place.process
+        # One that ends may close its sockets when it likes.
+        if worker is None or place.state in (State.STARTING, State.STOPPING):
+            return False
+        return any(
+            (table := self._tables.get(bind)) is not None and self._stands_otherwise(table, inode)
+            for bind, inode in zip(worker.launch.binds, worker.bound, strict=False)
+        )
+
+    def _stands_otherwise(self, table: Table, inode: int) -> bool:
+        here = table.get(inode)
+        return here is None or here.is_connected or self.is_unusual(here.device)
+
+    def is_unusual(self, device: int) -> bool:
+        """Whether a socket that is bound to this device is bound as new ones are not."""
+        if not device:
+            return False
+        if self._usual_device is None:
+            self._usual_device = members.usual_device()
+        return device != self._usual_device

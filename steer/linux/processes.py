@@ -1,0 +1,278 @@
+"""What /proc tells of other processes: their children, arguments and sockets.
+
+Cheap to import: the controller asks on every tick while a worker starts. Where a
+question may be refused, "could not look" is an answer of its own. What a worker can make
+large is read through `procfs.Files`, which bounds a look.
+
+`root` is where proc(5) is mounted; tests put a made tree there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
+
+from steer.errors import KernelError
+from steer.linux.procfs import EVERYTHING, Files, TooMuch
+
+
+def descendants(pid: int, root: str = "/proc") -> list[int]:
+    """`pid` and all its descendants, parents first; empty if there is no such process.
+
+    A child that starts or ends meanwhile may be missed (proc(5), "children"). All of them,
+    however many: for acts. Looks use `family`.
+    """
+    files = Files(root, most_bytes=EVERYTHING)
+    found = family(pid, files, EVERYTHING)
+    # Of thousands of threads each has its own list of children: then all processes are fewer.
+    return found if files.whole else _family_by_scan(pid, root)
+
+
+def may_have_children(pid: int, root: str = "/proc") -> bool:
+    """Whether it is worth listing its descendants: no of one that has ended, or has a single
+    thread (proc(5): directories are links to their parent) and started nobody who is there."""
+    try:
+        is_single = os.stat(f"{root}/{pid}/task").st_nlink <= _LINKS_OF_ONE
+        return not is_single or bool(read_bytes(f"{root}/{pid}/task/{pid}/children"))
+    except (FileNotFoundError, ProcessLookupError):
+        return os.path.exists(f"{root}/{pid}")
+    except OSError:
+        return True
+
+
+_LINKS_OF_ONE = 3
+"""Of a directory with one directory in it."""
+MOST_OF_FAMILY = 64
+
+
+def family(pid: int, files: Files, most: int = MOST_OF_FAMILY) -> list[int]:
+    """`pid` and its descendants, parents first, as far as one look goes; see `Files.whole`.
+
+    Args:
+        most: processes, and threads of each of them.
+    """
+    root = files.root
+    if not os.path.exists(f"{root}/{pid}"):
+        return []
+    if not os.path.exists(f"{root}/{pid}/task/{pid}/children"):
+        return _family_by_scan(pid, root)
+    found = [pid]
+    with suppress(TooMuch):
+        for member in found:
+            found.extend(_children(member, files, most))
+            if len(found) > most:
+                files.whole = False
+                return found[:most]
+    return found
+
+
+def _family_by_scan(pid: int, root: str) -> list[int]:
+    """By the parents of all processes; also for kernels without CONFIG_PROC_CHILDREN."""
+    children: dict[int | None, list[int]] = {}
+    for each in all_pids(root):
+        children.setdefault(parent(each, root), []).append(each)
+    found = [pid]
+    for member in found:
+        found.extend(children.get(member, ()))
+    return found
+
+
+_MOST_ANCESTORS = 64
+
+
+def lineage(pid: int, known: Container[int] = ()) -> tuple[int, ...]:
+    """The process itself, its living ancestors, and who leads its process group and session, as
+    far as that can be told: of a zombie it can, of one that was waited for it cannot.
+
+    Args:
+        known: nobody is looked for beyond the first of these.
+    """
+    found: dict[int, None] = {}
+    walk: int | None = pid
+    while walk and walk not in found and len(found) < _MOST_ANCESTORS:
+        found[walk] = None
+        if walk in known:
+            return tuple(found)
+        walk = parent(walk)
+    with suppress(ProcessLookupError):
+        found |= dict.fromkeys((os.getpgid(pid), os.getsid(pid)))
+    return tuple(found)
+
+
+def arguments(pid: int, root: str = "/proc") -> list[str]:
+    """The command line of a process, as far as anybody reads it; empty if there is no such
+    process."""
+    line = command_line(pid, root)
+    if line is None:
+        return []
+    return line.decode(errors="replace").removesuffix("\0").split("\0")
+
+
+def command_line(pid: int, root: str = "/proc") -> bytes | None:
+    """The same with a null byte behind each; None if there is no such process. As quickly as can
+    be, as all processes of the machine are asked."""
+    try:
+        fd = os.open(f"{root}/{pid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(fd, MOST_ARGUMENT_BYTES)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+MOST_ARGUMENT_BYTES = 1 << 12
+MOST_ENVIRONMENT_BYTES = 1 << 18
+
+
+def environment(pid: int, root: str = "/proc") -> dict[str, str]:
+    """What a process was started with; empty if there is no such process, or it is not ours to
+    look at, or there is very much of it."""
+    try:
+        text = Files(root, most_bytes=MOST_ENVIRONMENT_BYTES).read(f"{root}/{pid}/environ")
+    except OSError:
+        return {}
+    pairs = (pair.partition("=") for pair in text.decode(errors="replace").split("\0"))
+    return {name: value for name, sign, value in pairs if sign}
+
+
+def is_alive(pid: int, root: str = "/proc") -> bool:
+    """Whether there is such a process and it has not ended: a zombie has."""
+    stat = stat_fields(f"{root}/{pid}")
+    return stat is not None and stat[0] not in (b"Z", b"X")
+
+
+def children(pid: int, root: str = "/proc") -> list[int]:
+    """Of a process, zombies among them."""
+    if os.path.exists(f"{root}/{pid}/task/{pid}/children"):
+        return _children(pid, Files(root, EVERYTHING, EVERYTHING), EVERYTHING)
+    return [each for each in all_pids(root) if parent(each, root) == pid]
+
+
+def only_child(pid: int, root: str = "/proc") -> int | None:
+    """That of a process which has started one, as wrappers have; None of one with more, or with
+    none, or where that cannot be seen. Threads but the first are not looked at."""
+    try:
+        found = Files(root).read(f"{root}/{pid}/task/{pid}/children").split()
+    except (OSError, TooMuch):
+        return None
+    return int(found[0]) if len(found) == 1 else None
+
+
+def start_time_ticks(pid: int, root: str = "/proc") -> int | None:
+    """When the process started, in clock ticks since boot: with its pid this names one
+    process for ever. None if there is no such process."""
+    stat = stat_fields(f"{root}/{pid}")
+    return int(stat[19]) if stat else None
+
+
+def is_still(pid: int, began_ticks: int) -> bool:
+    """Whether the process that started then has not ended."""
+    stat = stat_fields(f"/proc/{pid}")
+    return stat is not None and stat[0] not in (b"Z", b"X") and int(stat[19]) == began_ticks
+
+
+def socket_inode(fd: int) -> int:
+    """The inode number by which /proc and sock_diag(7) know an open socket."""
+    return os.fstat(fd).st_ino
+
+
+def open_sockets(pid: int, root: str = "/proc") -> set[int]:
+    """The inodes of the sockets that `pid` and its descendants have open.
+
+    Raises:
+        KernelError: one of them is not ours to look at, or they have more open than one
+            look goes through.
+    """
+    files = Files(root, MOST_OPEN)
+    members = family(pid, files)
+    found = {inode for member in members for _, inode in sockets_by_fd(member, root, files)}
+    if not files.whole:
+        raise KernelError(f"look at the open files of pid {pid}", f"more than {MOST_OPEN}")
+    return found
+
+
+MOST_OPEN = 2048
+
+
+def sockets_by_fd(
+    pid: int, root: str = "/proc", files: Files | None = None
+) -> Iterator[tuple[int, int]]:
+    """Descriptor and inode of each socket that a process has open, in order; none if it has
+    ended, and no more than one look goes through.
+
+    Raises:
+        KernelError: the process is not ours to look at.
+    """
+    directory = f"{root}/{pid}"
+    files = files or Files(root, MOST_OPEN)
+    try:
+        for fd, target in files.open_files(directory):
+            if inode := inode_of(target):
+                yield fd, inode
+    except PermissionError as error:
+        if not is_zombie(directory):
+            cause, cure = errno.errorcode[error.errno or 0], "run as root, or as its user"
+            raise KernelError(f"look at the open files of pid {pid}", cause, cure) from error
+    except (FileNotFoundError, ProcessLookupError, TooMuch):
+        return
+
+
+def _children(pid: int, files: Files, most_threads: int) -> list[int]:
+    found: list[int] = []
+    with suppress(PermissionError):  # hidepid=1
+        for task in files.tasks(pid, most_threads):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found.extend(int(child) for child in files.read(f"{task}/children").split())
+    return found
+
+
+def parent(pid: int, root: str = "/proc") -> int | None:
+    """Of a process; None if there is no such process."""
+    stat = stat_fields(f"{root}/{pid}")
+    return int(stat[1]) if stat else None
+
+
+def stat_fields(directory: str, read: Callable[[str], bytes] | None = None) -> list[bytes] | None:
+    """The fields of proc_pid_stat(5) from the third, the state, on. Raises TooMuch."""
+    try:
+        # the second field is the command, which may hold spaces and brackets
+        return (read or read_bytes)(f"{directory}/stat").rpartition(b")")[2].split()
+    except TooMuch:
+        raise
+    except OSError:
+        return None
+
+
+def all_pids(root: str = "/proc") -> Iterator[int]:
+    """Of the processes that can be seen."""
+    return (int(name) for name in os.listdir(root) if name.isdigit())
+
+
+def read_bytes(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
+def is_zombie(task: str) -> bool:
+    stat = stat_fields(task)
+    return stat is not None and stat[0] in (b"Z", b"X")
+
+
+def inode_of(target: str) -> int:
+    """Of a socket, by what the link of a descriptor says; 0 of any other file."""
+    return int(target[8:-1]) if target.startswith("socket:[") else 0
+
+
+def command(pid: int, root: str = "/proc") -> str | None:
+    """The name of a process, as ps(1) has it; None if there is no such process. It says of itself
+    what that is: what could not be printed is left out."""
+    try:
+        name = read_bytes(f"{root}/{pid}/comm").decode(errors="replace")
+    except OSError:
+        return None
+    return "".join(filter(str.isprintable, name)).strip()

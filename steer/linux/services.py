@@ -1,0 +1,190 @@
+"""Services found by their processes: also where a control socket is in no usual place, or gone.
+
+A controller and its guard name themselves (see `title`), and the kernel tells at which path a
+socket of theirs listens. Of this network namespace only, as the kernel's table is of one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from steer.errors import KernelError
+from steer.linux import processes, title, unix
+from steer.linux.title import GUARD, WORKER, Title
+
+RUNTIME_DIR, NAME = "STEER_RUNTIME_DIR", "STEER_NAME"
+MARK = "STEER_WORKER"
+"""Environment variable with the process id of the worker's first process."""
+
+
+class Running(msgspec.Struct, frozen=True):
+    """A service that runs.
+
+    Args:
+        pid: of its controller, or of its guard where there is none.
+        inode: of its control socket, as /proc/net/unix has it.
+        path: where that was bound. It may be there no more.
+    """
+
+    title: Title
+    pid: int
+    inode: int
+    path: Path
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its control socket's path was removed: those who have it see it as missing,
+        and not only we, as where it is in a container."""
+        return not os.path.lexists(f"/proc/{self.pid}/root{self.path}") and processes.is_alive(
+            self.pid
+        )
+
+
+def find(environment: Mapping[str, str], but: Collection[int] = ()) -> list[Running]:
+    """Those that this user may ask: their own, for root all.
+
+    Where STEER_RUNTIME_DIR is set, only those that were started with the same.
+
+    Args:
+        but: controllers that are known already. They and their guards have much open.
+    """
+    found: dict[int, Running] = {}
+    listening = dict(unix.listening())
+    for pid, shown in _processes(environment):
+        if pid in but or (shown.role == GUARD and processes.parent(pid) in but):
+            continue
+        for inode in _open_in(pid) & listening.keys():
+            known = found.get(inode)
+            if known is None or known.title.role == GUARD:
+                found[inode] = Running(shown, pid, inode, _absolute(pid, listening[inode]))
+    return list(found.values())
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A process of a worker.
+
+    Args:
+        name: of its service.
+        runtime_dir: STEER_RUNTIME_DIR of that; None if it was not set.
+        first: the worker's first process, as it says; None where its title says what it is.
+    """
+
+    pid: int
+    name: str
+    runtime_dir: str | None
+    first: int | None
+
+
+def unattended(environment: Mapping[str, str]) -> list[Member]:
+    """Processes of workers of this user (for root: of all), where neither a controller nor a
+    guard of their service is there. Of this network and pid namespace.
+
+    Where STEER_RUNTIME_DIR is set, only those that were started with the same.
+    """
+    titles = {pid: title.of(pid) for pid in processes.all_pids()}
+    attended = [
+        (shown, processes.environment(pid).get(RUNTIME_DIR))
+        for pid, shown in titles.items()
+        if shown is not None and shown.role != WORKER and pid != os.getpid() and _is_here(pid)
+    ]
+    return [each for each in _members(environment, titles, attended) if _is_here(each.pid)]
+
+
+def name_of(pid: int) -> str | None:
+    """The name of the service that a process is of; None if it is of none, or cannot be seen."""
+    shown = title.of(pid)
+    if shown is not None:
+        return shown.name
+    given = processes.environment(pid)
+    return given.get(NAME) if MARK in given else None
+
+
+def _members(
+    environment: Mapping[str, str],
+    titles: Mapping[int, Title | None],
+    attended: Sequence[tuple[Title, str | None]],
+) -> Iterator[Member]:
+    """Those of services that are not `attended`.
+
+    Args:
+        titles: what each process shows.
+        attended: what a process shows that looks after one, and its STEER_RUNTIME_DIR.
+    """
+    user, wanted = os.geteuid(), environment.get(RUNTIME_DIR)
+    for pid, shown in titles.items():
+        is_ours = user in (0, _owner(pid))
+        if not is_ours or (shown is not None and shown.role != WORKER):
+            continue
+        given = processes.environment(pid)
+        at, first = given.get(RUNTIME_DIR), first_of(given)
+        if wanted not in (None, at):
+            continue
+        if shown is not None:
+            name, first = shown.name, None
+        elif first is not None and NAME in given:
+            name = given[NAME]
+        else:
+            continue
+        if not any(by.may_name(name) and place in (None, at) for by, place in attended):
+            yield Member(pid, name, at, first)
+
+
+def first_of(environment: Mapping[str, str]) -> int | None:
+    """The first process of the worker that a process with this environment says it is of."""
+    value = environment.get(MARK, "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
+
+
+def _is_here(pid: int) -> bool:
+    """Whether it is in our network and pid namespaces."""
+    with suppress(OSError):
+        return all(
+            os.readlink(f"/proc/{pid}/ns/{each}") == os.readlink(f"/proc/self/ns/{each}")
+            for each in ("net", "pid")
+        )
+    return False
+
+
+def names_of_ours() -> set[str]:
+    """The names of the services of this user, as their processes show them."""
+    user = os.geteuid()
+    return {shown.name for pid, shown in _shown() if _owner(pid) == user}
+
+
+def _processes(environment: Mapping[str, str]) -> Iterator[tuple[int, Title]]:
+    user, wanted = os.geteuid(), environment.get(RUNTIME_DIR)
+    for pid, shown in _shown():
+        is_ours = user in (0, _owner(pid))
+        if is_ours and wanted in (None, processes.environment(pid).get(RUNTIME_DIR)):
+            yield pid, shown
+
+
+def _shown() -> Iterator[tuple[int, Title]]:
+    for pid in processes.all_pids():
+        shown = title.of(pid)
+        if shown is not None and shown.role != WORKER:
+            yield pid, shown
+
+
+def _owner(pid: int) -> int | None:
+    with suppress(OSError):
+        return os.stat(f"/proc/{pid}").st_uid
+    return None
+
+
+def _open_in(pid: int) -> set[int]:
+    with suppress(OSError, KernelError):
+        return {inode for _, inode in processes.sockets_by_fd(pid)}
+    return set()
+
+
+def _absolute(pid: int, path: Path) -> Path:
+    if not path.is_absolute():
+        with suppress(OSError):
+            return Path(os.readlink(f"/proc/{pid}/cwd"), path)
+    return path

@@ -1,0 +1,197 @@
+"""Maps: created, read and written.
+
+A `Map` is a file descriptor that is closed with it. Nothing is
+pinned: what the kernel still needs is held by the sockets it steers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Self
+
+from steer import abi
+from steer.loader.libbpf import Descriptor, calls, refusal
+
+
+class _MapOptions(ctypes.Structure):
+    """Mirrors struct bpf_map_create_opts of libbpf 1.0; `sz` tells later ones."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("btf", ctypes.c_uint32 * 4),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("map_extra", ctypes.c_uint64),
+    )
+
+
+class Map(Descriptor):
+    """A map of the kind that `abi.MAPS` names.
+
+    Args:
+        name: key of `abi.MAPS`; bpftool shows it as steer_NAME.
+        entries: capacity, for maps that have none of their own.
+
+    Raises:
+        KernelError: the kernel refuses, or libbpf is missing.
+    """
+
+    def __init__(self, name: str, entries: int = 1) -> None:
+        self.spec = abi.MAPS[name]
+        self.entries = entries if self.spec.entries is None else self.spec.entries
+        act = f"create BPF map steer_{name}"
+        options = _MapOptions(sz=ctypes.sizeof(_MapOptions), map_flags=self.spec.flags)
+        with ExitStack() as stack:
+            if self.spec.kind == abi.BPF_MAP_TYPE_SK_STORAGE:
+                btf = stack.enter_context(_Btf(act))
+                options.btf[:3] = (btf.fileno(), btf.KEY, btf.VALUE)
+            fd = calls().bpf_map_create(
+                self.spec.kind,
+                f"steer_{name}".encode(),
+                self.spec.key_bytes,
+                self.spec.value_bytes,
+                self.entries,
+                ctypes.byref(options),
+            )
+        if fd < 0:
+            raise refusal(act, -fd)
+        super().__init__(fd)
+
+    @classmethod
+    def received(cls, name: str, fd: int) -> Self:
+        """One that somebody else made; the descriptor is ours."""
+        self = cls.__new__(cls)
+        self.spec = abi.MAPS[name]
+        self._fd = fd
+        return self
+
+    def put(self, key: int, value: bytes) -> None:
+        """Set one entry. Raises KernelError."""
+        status = calls().bpf_map_update_elem(self._fd, self._key(key), value, 0)
+        if status < 0:
+            raise refusal(f"put entry {key}", -status)
+
+    def put_socket(self, slot: int, fd: int) -> None:
+        """Make the socket `fd` the one of `slot`; it has to be bound, and over TCP to listen."""
+        self.put(slot, fd.to_bytes(8, sys.byteorder))
+
+    def delete(self, key: int) -> None:
+        """Empty one entry; one that is empty already is left so."""
+        status = calls().bpf_map_delete_elem(self._fd, self._key(key))
+        if status < 0 and status != -errno.ENOENT:
+            raise refusal(f"delete entry {key}", -status)
+
+    def has(self, key: int) -> bool:
+        """Whether there is such an entry; of sockets, whether it is one that is still in a group.
+
+        Raises:
+            KernelError
+        """
+        value = ctypes.create_string_buffer(self.spec.value_bytes)
+        status = calls().bpf_map_lookup_elem(self._fd, self._key(key), value)
+        if status < 0 and status != -errno.ENOENT:
+            raise refusal(f"look for entry {key}", -status)
+        return bool(status >= 0)
+
+    def items(self) -> Iterator[tuple[int, bytes]]:
+        """The keys and values of a hash map that nobody else writes to. Raises KernelError."""
+        key = None
+        after = ctypes.create_string_buffer(self.spec.key_bytes)
+        value = ctypes.create_string_buffer(self.spec.value_bytes)
+        while (status := calls().bpf_map_get_next_key(self._fd, key, after)) >= 0:
+            key = after.raw
+            if calls().bpf_map_lookup_elem(self._fd, key, value) >= 0:
+                yield int.from_bytes(key, sys.byteorder), value.raw
+        if status != -errno.ENOENT:
+            raise refusal("read a map", -status)
+
+    def per_cpu(self, key: int, cpus: int) -> bytes:
+        """The values of one entry of a per-CPU map, one for each of `cpus` possible CPUs."""
+        buffer = ctypes.create_string_buffer(cpus * self.spec.value_bytes)
+        status = calls().bpf_map_lookup_elem(self._fd, self._key(key), buffer)
+        if status < 0:
+            raise refusal(f"read entry {key}", -status)
+        return buffer.raw
+
+    def memory_bytes(self) -> int:
+        """What it takes of the kernel's, as proc_pid_fdinfo(5) has it."""
+        with open(f"/proc/self/fdinfo/{self._fd}") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields.get("memlock", 0))
+
+    def memory(self) -> mmap.mmap:
+        """The value of a map that can be mapped, in place.
+
+        No child has it (madvise(2), MADV_DONTFORK): a worker runs other people's code, and
+        could write there whom the kernel is to choose.
+        """
+        memory = _Memory(self._fd, _pages(self.spec.value_bytes))
+        memory.madvise(mmap.MADV_DONTFORK)
+        return memory
+
+    def _key(self, key: int) -> bytes:
+        return key.to_bytes(self.spec.key_bytes, sys.byteorder)
+
+
+class _Memory(mmap.mmap):
+    """Unmapped by `close` only, and only by the process that mapped it.
+
+    A child has something else at its address, maybe: there it is not even to be freed, as that
+    would unmap it. So it holds itself until it is closed.
+    """
+
+    def __init__(self, _fd: int, _length: int) -> None:
+        self._mapped_by = os.getpid()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+    def close(self) -> None:
+        if not self.closed and os.getpid() == self._mapped_by:
+            super().close()
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(self))
+
+
+class _Btf(Descriptor):
+    """The types that the kernel wants to be told of socket storage: numbers of 4 and of 8 bytes.
+
+    See Documentation/bpf/btf.rst. Raises KernelError.
+    """
+
+    KEY, VALUE = 1, 2
+
+    def __init__(self, act: str) -> None:
+        names = b"\0u32\0u64\0"
+        types = b"".join(
+            struct.pack("=IIII", names.index(name), _BTF_INT, size_bytes, 8 * size_bytes)
+            for name, size_bytes in ((b"u32", 4), (b"u64", 8))
+        )
+        header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names))
+        data = header + types + names
+        fd = calls().bpf_btf_load(data, len(data), None)
+        if fd < 0:
+            raise refusal(act, -fd)
+        super().__init__(fd)
+
+
+_BTF_INT = 1 << 24
+"""BTF_KIND_INT, as it stands in btf_type.info."""
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def ticks_per_s() -> int:
+    """Of the clock that bpf_jiffies64() reads: CONFIG_HZ, by the resolution of the coarse
+    clock, see clock_getres(2)."""
+    return round(1 / time.clock_getres(_CLOCK_MONOTONIC_COARSE))
+
+
+_CLOCK_MONOTONIC_COARSE = 6

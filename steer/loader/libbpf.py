@@ -1,0 +1,123 @@
+"""The one door to libbpf, and what all that it opens has in common."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from functools import cache
+from types import TracebackType
+from typing import Self
+
+from steer.errors import KernelError
+from steer.linux import filtered
+
+
+def calls() -> ctypes.CDLL:
+    """The library, to make system calls with.
+
+    Raises:
+        KernelError: it is not installed, or a filter would end us.
+    """
+    if filtered.is_deadly(filtered.BPF):
+        cure = "let the seccomp filter pass it (systemd: SystemCallFilter=bpf)"
+        raise KernelError("call bpf(2)", "EPERM", cure)
+    return libbpf()
+
+
+@cache
+def libbpf() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        KernelError: it is not installed.
+    """
+    try:
+        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as error:
+        raise KernelError(
+            "load libbpf.so.1", str(error), "install libbpf 1.0 or later (Debian: libbpf1)"
+        ) from None
+    lib.libbpf_set_print(None)
+    # Named here once: without the types ctypes would pass 64-bit values as int.
+    lib.bpf_map_create.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.c_void_p,
+    )
+    lib.bpf_prog_load.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+    )
+    lib.bpf_btf_load.argtypes = (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p)
+    lib.bpf_link_create.argtypes = (
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    )
+    lib.bpf_map_update_elem.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_uint64,
+    )
+    lib.bpf_map_lookup_elem.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    lib.bpf_map_delete_elem.argtypes = (ctypes.c_int, ctypes.c_char_p)
+    lib.bpf_map_get_next_key.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    return lib
+
+
+def version() -> str:
+    """Of the library, as "1.1.2". Raises KernelError: it is not installed."""
+    ask = libbpf().libbpf_version_string
+    ask.restype = ctypes.c_char_p
+    return str(ask().decode().removeprefix("v"))
+
+
+def refusal(act: str, code: int) -> KernelError:
+    """The error for errno `code` of bpf(2), with the cure where one is known."""
+    cures = {
+        errno.EPERM: "needs CAP_BPF: run as root, or see `steer doctor`",
+        errno.ENOSYS: "this kernel has no bpf(2)",
+        errno.ENOMEM: "raise RLIMIT_MEMLOCK, or the memory limit of the cgroup",
+    }
+    return KernelError(act, errno.errorcode.get(code, str(code)), cures.get(code, ""))
+
+
+class Descriptor:
+    """A file descriptor of bpf(2), closed once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def become(self, fd: int) -> None:
+        """Stand for another object of the same kind; the descriptor is ours."""
+        self.close()
+        self._fd = fd
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

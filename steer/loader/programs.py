@@ -1,0 +1,132 @@
+"""Programs: loaded, and attached to a cgroup."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Mapping
+
+from steer import abi
+from steer.errors import VerifierError
+from steer.loader.bpf_maps import Map
+from steer.loader.libbpf import Descriptor, calls, refusal
+from steer.policy.bytecode import Code
+
+ATTACH_TYPES = {
+    "plain": abi.BPF_SK_REUSEPORT_SELECT,
+    "migrate": abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE,
+    "count": abi.BPF_CGROUP_SOCK_OPS,
+}
+"""By the name of the program in its object."""
+
+
+LOG_BYTES = 1 << 20
+
+
+class _LoadOptions(ctypes.Structure):
+    """Mirrors struct bpf_prog_load_opts of libbpf 1.0."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("expected_attach_type", ctypes.c_uint32),
+        ("prog", ctypes.c_uint32 * 4),
+        ("attach", ctypes.c_uint32 * 3),
+        ("fd_array", ctypes.c_void_p),
+        ("func_info", ctypes.c_void_p),
+        ("func_info_cnt_and_size", ctypes.c_uint32 * 2),
+        ("line_info", ctypes.c_void_p),
+        ("line_info_cnt_and_size", ctypes.c_uint32 * 2),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_void_p),
+    )
+
+
+class Program(Descriptor):
+    """A loaded program.
+
+    Args:
+        name: bpftool shows its first 15 characters.
+        code: the bytecode.
+        maps: the maps it speaks of, by name.
+        attach_type: BPF_SK_REUSEPORT_SELECT, …_SELECT_OR_MIGRATE or BPF_CGROUP_SOCK_OPS.
+        protocol: of the sockets that it is for.
+
+    Raises:
+        VerifierError: the verifier refuses; its log is in `detail`.
+        KernelError: not permitted, or not known to this kernel.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        code: Code,
+        maps: Mapping[str, Map],
+        attach_type: int,
+        protocol: str = "tcp",
+    ) -> None:
+        descriptors = {key: value.fileno() for key, value in maps.items()}
+        insns = code.linked(descriptors, {"protocol": abi.PROTOCOLS[protocol]})
+        self._kind = _KINDS[attach_type]
+        options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=attach_type)
+        fd = self._load(name, insns, options)
+        if fd < 0 and fd not in (-errno.EPERM, -errno.ENOSYS):
+            log = ctypes.create_string_buffer(LOG_BYTES)
+            options.log_level = 1
+            options.log_size = LOG_BYTES
+            options.log_buf = ctypes.addressof(log)
+            fd = self._load(name, insns, options)
+            if fd < 0 and log.value:
+                cause = errno.errorcode.get(-fd, str(-fd))
+                raise VerifierError(
+                    f"load program {name}",
+                    cause,
+                    detail=shorten(log.value.decode(errors="replace")),
+                )
+        if fd < 0:
+            raise refusal(f"load program {name}", -fd)
+        super().__init__(fd)
+
+    def _load(self, name: str, insns: bytes, options: _LoadOptions) -> int:
+        fd: int = calls().bpf_prog_load(
+            self._kind,
+            name.replace("-", "_").encode()[:15],
+            b"GPL",
+            insns,
+            len(insns) // 8,
+            ctypes.byref(options),
+        )
+        return fd
+
+
+_KINDS = {
+    abi.BPF_SK_REUSEPORT_SELECT: abi.BPF_PROG_TYPE_SK_REUSEPORT,
+    abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: abi.BPF_PROG_TYPE_SK_REUSEPORT,
+    abi.BPF_CGROUP_SOCK_OPS: abi.BPF_PROG_TYPE_SOCK_OPS,
+}
+"""Type by attach type."""
+
+
+class Link(Descriptor):
+    """A program on a cgroup and all below it, until this is closed. Linux 5.7+.
+
+    Args:
+        directory: a descriptor of the cgroup's directory.
+
+    Raises:
+        KernelError
+    """
+
+    def __init__(self, program: Descriptor, directory: int) -> None:
+        attach_type = abi.BPF_CGROUP_SOCK_OPS
+        fd = calls().bpf_link_create(program.fileno(), directory, attach_type, None)
+        if fd < 0:
+            raise refusal("attach to the cgroup", -fd)
+        super().__init__(fd)
+
+
+def shorten(log: str, lines: int = 12) -> str:
+    """What matters of a verifier log: its last lines, where it says why it refused."""
+    kept = [line for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
+    return "\n".join(kept[-lines:])

@@ -1,0 +1,1 @@
+"""Policies: their table, declarations, layouts, classic programs and objects. Pure."""

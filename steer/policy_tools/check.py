@@ -1,0 +1,123 @@
+"""Checks a policy of the user's own: compiles it, has the verifier look at it, and times it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+
+import msgspec
+
+from steer import abi
+from steer.backends.loaded_policy import Choice
+from steer.config.plan import plan
+from steer.config.service import Service
+from steer.errors import ConfigError, KernelError, VerifierError
+from steer.linux import topology
+from steer.loader import bpf_maps, compile, cost, find, verifier
+from steer.loader.verifier import Figures
+from steer.policy import layout
+from steer.policy.builtin import Policy
+from steer.policy.bytecode import PolicyObject
+from steer.policy.declarations import Counter, Histogram, Param
+from steer.policy.layout import Member
+
+_SHARED = ("sockets", "counts", "cpus", "slots", "listeners", "moved")
+"""The maps that are not the policy's."""
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What is to be said of a policy.
+
+    Args:
+        programs: what each asks of the verifier; those that could be loaded.
+        cost_ns: of a call, above an empty program; None where that cannot be measured.
+        notes: what could not be tried, and why.
+    """
+
+    name: str
+    summary: str
+    table: str
+    compiler: str
+    params: tuple[Param, ...]
+    counters: tuple[Counter, ...]
+    histograms: tuple[Histogram, ...]
+    programs: dict[str, Figures]
+    cost_ns: float | None
+    notes: list[str]
+
+
+def check(asked: str) -> Checked:
+    """Compile a policy, have the verifier look at it, and time it.
+
+    Args:
+        asked: as --policy takes it.
+
+    Raises:
+        ConfigError: there is no such policy, or it has no program.
+        CompileError: it does not compile; `detail` names the line.
+        VerifierError: the kernel refuses it; `detail` names the line.
+    """
+    found = find.find(asked)
+    if found.source is None:
+        raise ConfigError(f"check {found.name}", "it has no program", "it is the kernel's own")
+    built = compile.load(find.file_of(found))
+    notes: list[str] = []
+    with ExitStack() as stack:
+        programs = _verify(found, built, stack, notes)
+        cost_ns = _time(found, notes) if programs else None
+    says = found.declared
+    return Checked(
+        found.name,
+        found.summary,
+        found.table,
+        built.compiler,
+        says.params,
+        says.counters,
+        says.histograms,
+        programs,
+        cost_ns,
+        notes,
+    )
+
+
+def _verify(
+    found: Policy, built: PolicyObject, stack: ExitStack, notes: list[str]
+) -> dict[str, Figures]:
+    figures = {}
+    try:
+        maps = verifier.maps_of(built.programs.values(), stack)
+    except KernelError as error:
+        notes.append(f"not loaded: {error}")
+        return {}
+    for kind, code in built.programs.items():
+        if why_not := verifier.why_not(kind):
+            notes.append(f"{kind} not loaded: {why_not}")
+            continue
+        try:
+            figures[kind] = verifier.figures(kind, code, maps)
+        except VerifierError as error:
+            source = find.file_of(found)
+            detail = verifier.point(error.detail, built.lines.get(kind, {}), source)
+            cause = "the kernel's verifier refuses it"
+            raise VerifierError(f"load {source.name}", cause, detail=detail) from None
+        except KernelError as error:
+            notes.append(f"{kind} not loaded: {error}")
+    return figures
+
+
+def _time(found: Policy, notes: list[str]) -> float | None:
+    """As it would run for as many workers as are measured with."""
+    cpus = topology.read()
+    decided = plan(Service(workers=cost.SLOTS), cpus, {}, found)
+    members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
+    with ExitStack() as stack:
+        try:
+            maps = {
+                name: stack.enter_context(bpf_maps.Map(name, decided.slots)) for name in _SHARED
+            }
+            maps["cpus"].put(0, abi.CPU.pack(0, 1, 0, 0) * len(cpus.possible))
+            choice = stack.enter_context(closing(Choice.load(decided, [maps])))
+            choice.steer(members, layout.EMPTY)
+            return round(cost.cost_ns(choice.programs[0], maps["sockets"]), 1)
+        except (KernelError, OSError) as error:
+            notes.append(f"cost of a call not measured: {error}")
+            return None

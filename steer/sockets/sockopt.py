@@ -1,0 +1,112 @@
+"""Options set on real sockets, refused or cut down by the kernel; see `steer.config.socket_options`."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+
+from steer.config import socket_options
+from steer.config.address import Bind
+from steer.config.socket_options import Setting
+from steer.errors import BindError
+
+_FASTOPEN = "net.ipv4.tcp_fastopen"
+_FASTOPEN_SERVER = 2
+"""In that (ip-sysctl.rst): listeners may take it."""
+
+_UNSTEERED = (
+    "over UDP what TPROXY delivers goes by the kernel's hash, whatever the policy, also to workers "
+    "that drain; steer it with a rule that redirects instead"
+)
+"""nf_tproxy_get_sock_v4() looks the socket up without the packet, and without one no program is
+asked (reuseport_select_sock() of net/core/sock_reuseport.c)."""
+
+
+class Refused(OSError):
+    """The kernel refuses an option.
+
+    Args:
+        setting: "mark=7".
+    """
+
+    def __init__(self, number: int, setting: str) -> None:
+        super().__init__(number, setting)
+        self.setting = setting
+
+
+def apply(sock: socket.socket, settings: Iterable[Setting]) -> None:
+    """Give a socket its options, before it is bound.
+
+    Raises:
+        Refused
+    """
+    for each in settings:
+        try:
+            sock.setsockopt(each.option.level, each.option.number, each.raw)
+        except OSError as error:
+            raise Refused(error.errno or 0, str(each)) from None
+
+
+def error_of(bind: Bind, number: int, setting: str) -> BindError:
+    """What `Refused` means for a service, and what would help."""
+    cause = errno.errorcode.get(number, str(number))
+    option = socket_options.OPTIONS.get(setting.partition("=")[0])
+    cure = option.refusals.get(cause) if option else None
+    cure = cure or "leave it out: this kernel does not take it"
+    return BindError(f"set socket option {setting} on {bind.label}", cause, cure)
+
+
+def refused(binds: Iterable[Bind], settings: Sequence[Setting]) -> Iterator[BindError]:
+    """What the kernel would not take for these binds, each told once, on sockets of no port."""
+    told = set()
+    for bind in binds:
+        for each in socket_options.of(settings, bind.protocol):
+            number = _refusal(bind, each)
+            if number and each not in told:
+                told.add(each)
+                yield error_of(bind, number, str(each))
+
+
+def _refusal(bind: Bind, setting: Setting) -> int:
+    """The errno of a refusal, or 0; so, too, where there is no such socket to try it on."""
+    kind = socket.SOCK_STREAM if bind.protocol == "tcp" else socket.SOCK_DGRAM
+    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+    try:
+        with socket.socket(family, kind) as sock:
+            apply(sock, [setting])
+    except Refused as error:
+        return error.errno or 0
+    except OSError:
+        pass
+    return 0
+
+
+def shortfalls(binds: Iterable[Bind], settings: Iterable[Setting]) -> list[str]:
+    """What the kernel takes without a word, but will not do for these binds."""
+    over_udp = any(bind.protocol == "udp" for bind in binds)
+    return [each for setting in settings for each in _shortfalls(setting, over_udp)]
+
+
+def _shortfalls(setting: Setting, over_udp: bool) -> Iterator[str]:
+    cap, value = setting.option.cap, setting.value
+    if not isinstance(value, int) or not value:
+        return
+    most = _sysctl(cap) if cap else None
+    if most is not None and value > most:
+        yield f"{setting}: cut down to {most} by {cap}; sysctl -w {cap}={value}"
+    flags = _sysctl(_FASTOPEN) if setting.name == "fastopen" else None
+    if flags is not None and not flags & _FASTOPEN_SERVER:
+        on = flags | _FASTOPEN_SERVER
+        yield f"{setting}: not answered while {_FASTOPEN} is {flags}; sysctl -w {_FASTOPEN}={on}"
+    if setting.name == "transparent" and over_udp:
+        yield f"{setting}: {_UNSTEERED}"
+
+
+def _sysctl(name: str) -> int | None:
+    """None where it cannot be read."""
+    try:
+        with open("/proc/sys/" + name.replace(".", "/")) as stream:
+            return int(stream.read())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,204 @@
+"""Why another process cannot be looked at, or its sockets not borrowed; and what would help.
+
+`root` is where proc(5) is mounted; tests put a made tree there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from steer.errors import KernelError
+from steer.features import kernel_version
+from steer.linux import fork
+from steer.linux.activity import is_hidden
+from steer.linux.processes import socket_inode
+from steer.linux.procfs import Files
+from steer.sockets.listeners import Borrower
+
+_CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
+_GETFD_SINCE = (5, 6)
+_GIVE_PTRACE = "give CAP_SYS_PTRACE (Docker: --cap-add SYS_PTRACE; systemd: CapabilityBoundingSet=)"
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A cause in words, and its cure."""
+
+    cause: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.cause}; {self.cure}"
+
+
+_OF_ANOTHER_USER = Refusal(
+    "workers run as another user, and CAP_SYS_PTRACE is not held",
+    f"{_GIVE_PTRACE}, or run steer as that user",
+)
+
+
+class Access(msgspec.Struct, frozen=True):
+    """What we may do to a process; None: we may.
+
+    Args:
+        look: see what it waits for and has open.
+        borrow: take duplicates of its sockets for a moment.
+    """
+
+    look: Refusal | None = None
+    borrow: Refusal | None = None
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What decides who may look at whom.
+
+    Args:
+        is_hidden: whether the process cannot be found in /proc at all.
+        hidepid: whether /proc is mounted with that option.
+        same_user: whether it runs as the user we are.
+        may_ptrace: whether we hold CAP_SYS_PTRACE.
+        ptrace_scope: kernel.yama.ptrace_scope; None where there is none.
+        is_filtered: whether our system calls are, by seccomp.
+        release: of the kernel.
+    """
+
+    is_hidden: bool = False
+    hidepid: bool = False
+    same_user: bool = True
+    may_ptrace: bool = False
+    ptrace_scope: int | None = None
+    is_filtered: bool = False
+    release: str = ""
+
+
+def why_no_look(facts: Facts) -> Refusal:
+    """What keeps us from a process's system call and open files. Pure."""
+    scope = facts.ptrace_scope or 0
+    if facts.is_hidden or (facts.hidepid and not facts.may_ptrace and not facts.same_user):
+        cure = "mount it without hidepid, or with gid= of a group of ours"
+        return Refusal("/proc is mounted with hidepid", cure)
+    if not facts.same_user and not facts.may_ptrace:
+        return _OF_ANOTHER_USER
+    if scope >= 3 or (scope == 2 and not facts.may_ptrace):
+        cure = "sysctl -w kernel.yama.ptrace_scope=1" + (", after a reboot" if scope >= 3 else "")
+        return Refusal(f"kernel.yama.ptrace_scope is {scope}", cure)
+    return Refusal("ptrace(2) access is refused", f"{_GIVE_PTRACE}, or ask the security module")
+
+
+def why_no_borrowing(facts: Facts, cause: str, look: Refusal | None) -> Refusal:
+    """What keeps us from pidfd_getfd(2), which asks for the same access. Pure.
+
+    Args:
+        cause: the errno's name.
+        look: what keeps us from looking, if anything does.
+    """
+    if kernel_version(facts.release) < _GETFD_SINCE:
+        return Refusal(f"Linux {facts.release} has no pidfd_getfd(2)", "Linux 5.6 has it")
+    if look is not None:
+        return look
+    if not facts.same_user and not facts.may_ptrace:
+        return _OF_ANOTHER_USER
+    if cause in ("EPERM", "ENOSYS", "EACCES") and facts.is_filtered:
+        cure = "let it pass (Docker: --cap-add SYS_PTRACE; systemd: SystemCallFilter=pidfd_getfd)"
+        return Refusal("a seccomp filter refuses pidfd_getfd(2)", cure)
+    return Refusal(f"pidfd_getfd(2) says {cause}", "see ptrace(2), and ask the security module")
+
+
+def access(pid: int, inodes: frozenset[int]) -> Access:
+    """What we may do to a process that runs and has these sockets."""
+    facts = read(pid)
+    look = None if _may_look(pid) else why_no_look(facts)
+    borrow = None
+    try:
+        with Borrower(pid, inodes).borrow():
+            pass
+    except KernelError as error:
+        borrow = why_no_borrowing(facts, error.cause, look)
+    return Access(look, borrow)
+
+
+def access_to(become: Callable[[], None], executes: bool = True) -> Access:
+    """What we may do to a worker: tried with one that only sleeps.
+
+    Args:
+        become: gives up what a worker gives up; may raise OSError.
+        executes: whether a worker executes a command, and so is dumpable (prctl(2),
+            PR_SET_DUMPABLE): one that is not only CAP_SYS_PTRACE may look at.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with socket.socket() as sock:
+        reading, writing = os.pipe()
+        pid, pidfd = fork.fork(lambda: _sleep(become, executes, writing))
+        os.close(writing)
+        try:
+            if not os.read(reading, 1):
+                raise OSError(errno.EPERM, "give up privileges")
+            return access(pid, frozenset({socket_inode(sock.fileno())}))
+        finally:
+            os.close(reading)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(pidfd)
+
+
+def _sleep(become: Callable[[], None], executes: bool, told: int) -> int:
+    """Be one. A change of user took away that it is dumpable, and executing gives it back."""
+    become()
+    if executes:
+        fork.be_dumpable()
+    os.write(told, b"\0")
+    signal.pause()
+    return 0
+
+
+def _may_look(pid: int, root: str = "/proc") -> bool:
+    files = Files(root)
+    try:
+        files.names(f"{root}/{pid}/fd")
+        files.read(f"{root}/{pid}/syscall")
+    except PermissionError:
+        return False
+    except OSError as error:
+        # gone, or hidden; or a kernel without CONFIG_HAVE_ARCH_TRACEHOOK
+        return error.errno != errno.ENOENT or os.path.exists(f"{root}/{pid}/fd")
+    return True
+
+
+def read(pid: int, root: str = "/proc") -> Facts:
+    """Of ourselves, the system and the process. What cannot be read is as it mostly is."""
+    return Facts(
+        is_hidden=is_hidden(pid),
+        hidepid=bool(re.search(r" - proc .*\bhidepid=[^0o]", _text(f"{root}/self/mountinfo"))),
+        same_user=_field(f"{root}/{pid}/status", "Uid") in ("", str(os.geteuid())),
+        may_ptrace=bool(_number(f"{root}/self/status", "CapEff", 16) >> _CAP_SYS_PTRACE & 1),
+        ptrace_scope=int(_text(f"{root}/sys/kernel/yama/ptrace_scope") or 0),
+        is_filtered=_number(f"{root}/self/status", "Seccomp", 10) > 0,
+        release=os.uname().release,
+    )
+
+
+def _number(path: str, field: str, base: int) -> int:
+    return int(_field(path, field) or "0", base)
+
+
+def _field(path: str, field: str) -> str:
+    match = re.search(rf"^{field}:\s*(\S+)", _text(path), re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,81 @@
+"""Workers that listen elsewhere: nobody waits on the sockets that they were given."""
+
+from __future__ import annotations
+
+from steer.child.launch import FIRST_FD
+from steer.config import servers
+from steer.errors import WorkersFailed
+from steer.linux import processes
+from steer.linux.log import Log
+from steer.linux.waiting import Seen
+from steer.sockets import elsewhere
+from steer.values import several
+from steer.workers.handle import Place, waits
+from steer.workers.process import Process
+
+_FIRST_LOOK_S = 1.0
+"""After a worker's start; each next look is twice as late, as a large table may be read."""
+
+
+def diagnosis(worker: Process) -> tuple[str, str] | None:
+    """Where it listens instead, and what to add to its command; None if it does not, if it
+    waits on its sockets, too, or if that cannot be seen."""
+    if all(bind.protocol != "tcp" for bind in worker.launch.binds):
+        return None
+    if waits(worker) is not Seen.NO:
+        return None
+    found = elsewhere.find(worker.pid, worker.inodes)
+    if found is None:
+        return None
+    ports = several("port", found.ports)
+    who = f"{processes.command(found.pid) or 'it'} (pid {found.pid})"
+    command = worker.launch.service.command
+    cure = servers.how_to_hand_over(
+        command, processes.arguments(worker.pid), processes.arguments(found.pid)
+    )
+    if command:
+        return f"{who} listens on {ports}, and nobody waits on descriptor {FIRST_FD}", cure
+    return f"it listens on {ports}, and does not wait on worker.sockets", cure
+
+
+def not_ready(worker: Process) -> WorkersFailed:
+    """Why a worker is killed at its --ready-timeout."""
+    limit = f"not ready within {worker.launch.service.ready_timeout:g} s"
+    if found := diagnosis(worker):
+        cause, cure = f"{limit}: {found[0]}", found[1]
+    else:
+        cause = limit
+        cure = "see --ready-timeout; ready is who says READY=1 or waits on its socket"
+    return WorkersFailed("start workers", cause, cure, detail=worker.last_words)
+
+
+class Lookout:
+    """Says so of workers that start, before their time is over: they may still come round.
+
+    All of them are alike, so it is said of one."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._after_s: dict[int, float] = {}
+        self._told: set[str] = set()
+
+    def look(self, place: Place, worker: Process, age_s: float) -> None:
+        """Where it is due: once if there is something to say.
+
+        Args:
+            age_s: of the process.
+        """
+        if age_s < self._after_s.setdefault(worker.pid, _FIRST_LOOK_S):
+            return
+        self._after_s[worker.pid] *= 2
+        if found := diagnosis(worker):
+            self._after_s[worker.pid] = float("inf")
+            cause, cure = found
+            if cure not in self._told:
+                self._told.add(cure)
+                self._log.warning("worker %d: %s; %s", place.slot, cause, cure)
+
+    def forget(self) -> None:
+        """No worker starts any more."""
+        self._after_s.clear()
+        self._told.clear()

@@ -1,0 +1,275 @@
+"""Ends of workers, seen to together: what is to be looked for is looked for once for all whose
+first processes ended at the same time.
+
+The others of a worker are told to end, as a shell passes nothing on. They may take their time
+where the worker was told to; else they are left behind.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from steer.linux import family
+from steer.linux.family import Family
+from steer.linux.retry import Retry
+from steer.workers.handle import Place
+from steer.workers.process import Process
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Handle
+
+T = TypeVar("T")
+MOST = 16
+"""So many are seen to in one step: with a thousand the loop would get to nothing else."""
+_LOOK_AGAIN_S = 0.05
+_MOST_LOOKING = 0.05
+"""Of the time may be spent on looking for what is left of one worker."""
+_REST, _REST_MOST_S = 10, 0.02
+"""After a look so many times as long as it took, before the next."""
+_SELDOM_S = 1.0
+"""Where the kernel tells when it is time to look."""
+
+Find = Callable[[Sequence[Family], Collection[int]], list[list[int]]]
+"""See `family.others`."""
+
+
+class End(msgspec.Struct, eq=False):
+    """Of one worker's first process.
+
+    Args:
+        others: its other processes, at the last look.
+        not_before_s: when the next look may be.
+        look_s: when it is, if the kernel tells nothing.
+        is_lost: whether it was said that others go on.
+        status: see `Process.let_go`.
+    """
+
+    place: Place
+    worker: Process
+    others: Sequence[int] = ()
+    not_before_s: float = 0.0
+    look_s: float = 0.0
+    is_lost: bool = False
+    status: int | None = None
+
+
+class Ends:
+    """Those of all workers of a service.
+
+    Args:
+        lost: told of those whose first process has ended as it was told to, but not all the
+            others soon after.
+        ended: told of those of whom nobody is left, or nobody who is waited for; once of each.
+        find: see `family.others`.
+        before: told of the workers that `ended` is, before their numbers may be others'.
+    """
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        retry: Retry,
+        lost: Callable[[Sequence[End]], None],
+        ended: Callable[[Sequence[End]], None],
+        find: Find = family.others,
+        before: Callable[[Sequence[Process]], None] = lambda _: None,
+    ) -> None:
+        self._loop = loop
+        self._retry = retry
+        self._tell_lost = lost
+        self._tell_ended = ended
+        self._tell_before = before
+        self._find = find
+        self._groups: set[int] = set()
+        self._killed: deque[Process] = deque()
+        self._fresh: deque[End] = deque()
+        self._again: deque[End] = deque()
+        self._waiting: set[End] = set()
+        self._whose: dict[int, End] = {}
+        self._rest_until_s = 0.0
+        self._step_due: Handle | None = None
+        self._tick_due: Handle | None = None
+
+    def watch(self, place: Place, worker: Process) -> None:
+        """See to its end, whenever that comes."""
+        self._groups.add(worker.pid)
+        worker.watch(self._loop, partial(self._first_has_ended, End(place, worker)))
+
+    def forget(self, worker: Process) -> None:
+        """It is ended by somebody else."""
+        self._groups.discard(worker.pid)
+
+    def kill(self, worker: Process) -> None:
+        """All of its processes; those that have left its group are looked for in a moment."""
+        worker.kill_group()
+        self._killed.append(worker)
+        self._step_soon()
+
+    def reaped(self, pids: Iterable[int]) -> None:
+        """These have ended, and were children of ours that somebody left behind."""
+        for end in {self._whose[pid] for pid in pids if pid in self._whose}:
+            end.look_s = min(end.look_s, end.not_before_s)
+        self._look_at_due()
+
+    def _first_has_ended(self, end: End) -> None:
+        self._fresh.append(end)
+        self._step_soon()
+
+    # Steps.
+
+    def _step_soon(self) -> None:
+        """After all that ended in the same turn of the loop have said so."""
+        if self._step_due is None:
+            self._step_due = self._loop.call_soon(self._step_in_time)
+
+    def _step_in_time(self) -> None:
+        """To look at a thousand children takes time, so where few have ended others may join."""
+        rest_s = self._rest_until_s - self._loop.time()
+        if rest_s > 0 and max(len(self._killed), len(self._fresh), len(self._again)) < MOST:
+            self._step_due = self._loop.call_later(rest_s, self._step)
+        else:
+            self._step()
+
+    def _step(self) -> None:
+        self._step_due = None
+        # Those that are killed first, or their others would be asked to finish.
+        if self._killed:
+            act, step = "kill all of workers", partial(self._kill_others, _some(self._killed))
+        elif self._fresh:
+            act, step = "see the ends of workers", partial(self._see, _some(self._fresh))
+        else:
+            act, step = "see what is left of workers", partial(self._see_again, _some(self._again))
+        if self._killed or self._fresh or self._again:
+            self._step_soon()
+        self._retry.until_done(act, step)
+
+    def _kill_others(self, workers: Sequence[Process]) -> None:
+        there = [each for each in workers if each.is_open]
+        for pids in self._others(there):
+            family.send(signal.SIGKILL, pids)
+
+    def _see(self, ends: Sequence[End]) -> None:
+        there = [each for each in ends if each.worker.is_open and each not in self._waiting]
+        try:
+            found = self._others([each.worker for each in there])
+        except OSError:
+            # Once they were killed nobody waits for what cannot be seen.
+            killed = [each for each in there if each.worker.is_killed]
+            self._decide(killed, [[] for _ in killed])
+            if len(killed) == len(there):
+                return
+            self._lose(each for each in there if not each.worker.is_killed)
+            raise
+        self._decide(there, found)
+
+    def _decide(self, ends: Sequence[End], found: Sequence[Sequence[int]]) -> None:
+        """Wait for the others of those that were told to finish, and for nobody else's."""
+        over: list[End] = []
+        look_s = self._loop.time() + _LOOK_AGAIN_S
+        for end, others in zip(ends, found, strict=True):
+            end.worker.tell_others(others)
+            if end.worker.told and others:
+                self._wait(end, others, look_s, look_s)
+            else:
+                end.worker.left_behind = others
+                over.append(end)
+        self._end(over)
+        self._tick_soon()
+
+    def _see_again(self, ends: Sequence[End]) -> None:
+        # One whose others end one after the other may be there twice.
+        there = [each for each in dict.fromkeys(ends) if each in self._waiting]
+        began_s = time.monotonic()
+        try:
+            found = self._others([each.worker for each in there])
+        except OSError:
+            if not all(each.worker.is_killed for each in there):
+                raise
+            found = [[] for _ in there]
+        took_s = (time.monotonic() - began_s) / max(1, len(there))
+        now_s = self._loop.time()
+        for end, others in zip(there, found, strict=True):
+            not_before_s = now_s + look_again_s(took_s)
+            seldom_s = now_s + _SELDOM_S if end.worker.family.is_child else not_before_s
+            self._wait(end, others, not_before_s, max(not_before_s, seldom_s))
+        self._lose(end for end in there if end.others)
+        self._end([end for end in there if not end.others])
+        self._tick_soon()
+
+    def _others(self, workers: Sequence[Process]) -> list[list[int]]:
+        began_s = self._loop.time()
+        found = self._find([each.family for each in workers], self._groups)
+        now_s = self._loop.time()
+        self._rest_until_s = now_s + min(_REST_MOST_S, _REST * (now_s - began_s))
+        return found
+
+    def _lose(self, ends: Iterable[End]) -> None:
+        fresh = [each for each in ends if not each.is_lost]
+        if fresh:
+            self._tell_lost(fresh)
+        for each in fresh:
+            each.is_lost = True
+
+    def _wait(self, end: End, others: Sequence[int], not_before_s: float, look_s: float) -> None:
+        self._forget(end)
+        end.others, end.not_before_s, end.look_s = others, not_before_s, look_s
+        self._waiting.add(end)
+        self._whose.update(dict.fromkeys(others, end))
+
+    def _forget(self, end: End) -> None:
+        self._waiting.discard(end)
+        for pid in end.others:
+            self._whose.pop(pid, None)
+
+    def _end(self, ends: Sequence[End]) -> None:
+        if ends:
+            tell = partial(self._tell_before, [each.worker for each in ends])
+            self._retry.attempt("let go of workers", tell)
+        for end in ends:
+            self._forget(end)
+            self._groups.discard(end.worker.pid)
+            act, unknown = f"see the end of worker {end.place.slot}", None
+            end.status = self._retry.result(act, end.worker.let_go, unknown)
+        if ends:
+            self._tell_ended(ends)
+
+    # Time.
+
+    def _tick_soon(self) -> None:
+        if self._waiting and self._tick_due is None:
+            self._tick_due = self._loop.call_later(_LOOK_AGAIN_S, self._tick)
+
+    def _tick(self) -> None:
+        self._tick_due = None
+        self._look_at_due()
+        self._tick_soon()
+
+    def _look_at_due(self) -> None:
+        now_s = self._loop.time()
+        due = [each for each in self._waiting if each.look_s <= now_s]
+        for each in due:
+            each.look_s = math.inf
+        self._again.extend(due)
+        if due:
+            self._step_soon()
+
+
+def _some(queue: deque[T]) -> list[T]:
+    """Take as many as one step sees to."""
+    return [queue.popleft() for _ in range(min(MOST, len(queue)))]
+
+
+def look_again_s(took_s: float) -> float:
+    """After how long to look again for what is left of a worker. It may be hundreds of processes.
+
+    Args:
+        took_s: a look.
+    """
+    return max(_LOOK_AGAIN_S, took_s / _MOST_LOOKING)

@@ -1,0 +1,323 @@
+"""A seat of a service and who is in it, as far as that is known without the others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from steer.backends.membership import Departure
+from steer.config.plan import Generation, Seat
+from steer.errors import KernelError, SteerError
+from steer.linux import priority, processes
+from steer.linux.activity import activity, cpu_s, is_asleep, is_runnable
+from steer.linux.waiting import Seen, acceptors, waiters, waits_on
+from steer.policy.layout import Member
+from steer.workers.hang import Rest, is_busy
+from steer.workers.lifecycle import STABLE_S, State
+from steer.workers.process import Process, Running
+
+if TYPE_CHECKING:
+    from steer.workers.clock import Timer
+    from steer.workers.drain import Settling
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """A place with a process, as another controller left it.
+
+    Args:
+        held: until `change` was admitted, if that has happened since.
+    """
+
+    running: Running
+    seat: Seat
+    slot: int
+    generation: int
+    state: str
+    held: bool
+    ready_s: float | None
+    starts: int
+    failures: int
+    says_ready: bool
+    others: set[int]
+    takers: frozenset[int]
+    hung: bool
+    acceptors: frozenset[int] = frozenset()
+    is_apart: bool = False
+    change: int = 1
+
+
+class Places:
+    """Those of a service, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._there: dict[Place, None] = {}
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._there)
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    def __contains__(self, place: object) -> bool:
+        return place in self._there
+
+    def add(self, place: Place) -> None:
+        """As the last."""
+        self._there[place] = None
+
+    def remove(self, place: Place) -> None:
+        """Raises KeyError: it is not there."""
+        del self._there[place]
+
+    def sort(self, key: Callable[[Place], tuple[int, int]]) -> None:
+        """Put them into another order."""
+        self._there = dict.fromkeys(sorted(self._there, key=key))
+
+
+class Place(msgspec.Struct, eq=False):
+    """A seat and who is in it: a process, or the wait for the next one.
+
+    Args:
+        held: not to be chosen yet, as it comes together with others.
+        change: the number of the change that it is held for, or was.
+        modest: to leave the CPUs to those that serve until it is ready.
+        leaving: it is about to be retired with others, and is not chosen any more.
+        told: of one that is held: called when it is ready, and when it has failed.
+        failures: ends in a row before `lifecycle.STABLE_S` of service.
+        says_ready: whether it sent READY=1.
+        heard_s: when it last sent WATCHDOG=1, or was ready, by the controller's clock.
+        takers: its processes that were seen to wait on its sockets.
+        acceptors: threads of theirs that did.
+        activity: see `proc.activity`: of these, at the last look at them.
+        acted: whether these did anything since it was taken for hung.
+        rest: of one that starts and cannot be looked at.
+        cpu_s, cpu_at_s: CPU time that it had had, and when that was.
+        hung: when it was retired.
+        full: at capacity: it takes nothing, and gets on with what it has.
+        shed: so not chosen, as others have room.
+        queued: what waited for it at the last look.
+        relief_s: not before then is another asked for in its place.
+        left: by bind, why its socket there is not in the group as it was.
+        is_apart: since it started, a socket of its own is in another group, see `split`.
+        others: sockets it had open when it got ready, which so are no connections.
+        said: what it sent as STATUS=.
+        error: why there is no process.
+    """
+
+    seat: Seat
+    slot: int
+    generation: Generation
+    state: State = State.STARTING
+    held: bool = False
+    change: int = 0
+    modest: bool = False
+    leaving: bool = False
+    told: Callable[[Place], None] | None = None
+    process: Process | None = None
+    ready_s: float | None = None
+    starts: int = 0
+    failures: int = 0
+    says_ready: bool = False
+    heard_s: float = 0.0
+    takers: frozenset[int] = frozenset()
+    acceptors: frozenset[int] = frozenset()
+    activity: int = 0
+    acted: bool = False
+    rest: Rest | None = None
+    cpu_s: float = 0.0
+    cpu_at_s: float = 0.0
+    hung: bool = False
+    full: bool = False
+    shed: bool = False
+    queued: int = 0
+    relief_s: float = 0.0
+    left: dict[int, Departure] = {}
+    is_apart: bool = False
+    others: set[int] = set()
+    said: str = ""
+    timer: Timer | None = None
+    settling: Settling | None = None
+    error: SteerError | None = None
+
+    @classmethod
+    def restored(cls, saved: Saved, generation: Generation, heard_s: float, admitted: int) -> Place:
+        """As another controller left it, but for its process.
+
+        Args:
+            generation: that of the number saved.
+            admitted: see `Fleet`.
+        """
+        return cls(
+            saved.seat,
+            saved.slot,
+            generation,
+            State(saved.state),
+            held=saved.held and saved.change > admitted,
+            change=saved.change,
+            ready_s=saved.ready_s,
+            starts=saved.starts,
+            failures=saved.failures,
+            says_ready=saved.says_ready,
+            heard_s=heard_s,
+            takers=saved.takers,
+            acceptors=saved.acceptors,
+            hung=saved.hung,
+            others=saved.others,
+            is_apart=saved.is_apart,
+        )
+
+    @property
+    def serves(self) -> bool:
+        """Whether it may be chosen."""
+        return self.is_in_service and not self.shed
+
+    @property
+    def is_in_service(self) -> bool:
+        """Whether it may be chosen, or could be if it were not at capacity."""
+        return self.state is State.READY and not self.held and not self.leaving
+
+    @property
+    def is_on_its_way_out(self) -> bool:
+        """Whether it is there for no more than to finish what it has."""
+        return self.leaving or self.state is State.STOPPING
+
+    @property
+    def closed_its_listeners(self) -> bool:
+        return Departure.CLOSED in self.left.values()
+
+    @property
+    def asks_to_be_taken_for_hung(self) -> bool:
+        """By WATCHDOG=trigger, see sd_notify(3)."""
+        return self.heard_s == -math.inf
+
+    @property
+    def hangs(self) -> bool:
+        return self.state is State.HUNG
+
+    def member(self, seat: Seat | None = None) -> Member:
+        """What the table is told of it, where it is or would be on another seat."""
+        seat = seat or self.seat
+        return Member(self.slot, seat.weight, seat.cpu)
+
+    def reseat(self, seat: Seat) -> bool:
+        """Another seat from now on; whether it is to be pinned to other CPUs."""
+        before, self.seat = self.seat, seat
+        return before.cpus != seat.cpus
+
+    def pin(self) -> None:
+        """To the CPUs of its seat."""
+        if self.process:
+            priority.pin(processes.descendants(self.process.pid), self.seat.cpus)
+
+    def hear(self, message: Mapping[str, str], now_s: float) -> None:
+        """What it tells of itself, see sd_notify(3)."""
+        self.said = message.get("STATUS", self.said)
+        if message.get("WATCHDOG") == "1":
+            self.heard_s = now_s
+        elif message.get("WATCHDOG") == "trigger":
+            self.heard_s = -math.inf
+
+    def got_ready(self, now_s: float) -> None:
+        """What can be seen of its process only now; from here on it need not be modest."""
+        self.ready_s = self.ready_s or time.monotonic()
+        self.heard_s = now_s
+        self.full = self.shed = False
+        if self.process:
+            with suppress(KernelError):
+                self.others = processes.open_sockets(self.process.pid)
+            self.takers = waiters(self.process.pid, self.process.inodes)
+            self.acceptors = acceptors(self.process.pid, self.process.inodes)
+            if self.process.launch.modest:
+                priority.hurry(processes.descendants(self.process.pid))
+
+    def lost_process(self) -> None:
+        """It has ended. One that served for long begins a new row of failures."""
+        self.process = None
+        self.says_ready = self.full = self.shed = False
+        self.rest = None
+        self.left = {}
+        self.relief_s = 0.0
+        served_s = time.monotonic() - self.ready_s if self.ready_s is not None else 0.0
+        self.failures = 1 if served_s >= STABLE_S else self.failures + 1
+
+    def has_acted(self) -> bool:
+        """Whether those who take its connections did anything since this was last asked."""
+        before = self.activity
+        if self.process:
+            self.activity = activity(self.process.pid, among=self.takers)
+        return self.activity != before
+
+    def has_computed(self, now_s: float) -> bool:
+        """Whether it had the CPU since this was last asked, for more than to look at a clock: a
+        worker that is told to end may be woken again and again for nothing else. One that waits
+        for a CPU computes, too: on a machine with too much to do it may get none for long."""
+        before, before_s = self.cpu_s, self.cpu_at_s
+        self.cpu_s, self.cpu_at_s = 0.0, now_s
+        if self.process:
+            self.cpu_s = cpu_s(self.process.pid)
+        waits_for_cpu = self.process is not None and is_runnable(self.process.pid)
+        return waits_for_cpu or is_busy(self.cpu_s - before, now_s - before_s)
+
+    def rested_s(self, now_s: float) -> float:
+        """For how long it has been at rest, as far as it was asked for."""
+        assert self.process
+        self.rest = self.rest or Rest()
+        pid = self.process.pid
+        return self.rest.lasted_s(now_s, cpu_s(pid), is_asleep(pid))
+
+    def set_timer(self, timer: Timer) -> None:
+        """It waits for this now, and for nothing that it waited for before."""
+        self.cancel_timer()
+        self.timer = timer
+
+    def cancel_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def cancel_settling(self) -> None:
+        if self.settling is not None:
+            self.settling.cancel()
+            self.settling = None
+
+    def keep(self, held: Sequence[int], look: bool = True) -> None:
+        """Have the guard know what another controller would have to; nothing if it has no
+        process.
+
+        Args:
+            held: descriptors of its sockets.
+            look: see `Process.keep`.
+        """
+        if self.process is not None:
+            saved = self._saved(self.process.running)
+            self.process.keep(msgspec.json.encode(saved), held, look)
+
+    def _saved(self, running: Running) -> Saved:
+        return Saved(
+            running,
+            self.seat,
+            self.slot,
+            self.generation.number,
+            self.state.value,
+            self.held,
+            self.ready_s,
+            self.starts,
+            self.failures,
+            self.says_ready,
+            self.others,
+            self.takers,
+            self.hung,
+            self.acceptors,
+            self.is_apart,
+            self.change,
+        )
+
+
+def waits(worker: Process) -> Seen:
+    """Whether it waits on its sockets."""
+    return waits_on(worker.pid, worker.inodes)

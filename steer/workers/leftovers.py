@@ -1,0 +1,88 @@
+"""Processes that outlive the worker they belong to: told to end, and killed if they do not."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from steer.linux import family, processes
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+WITHIN_S = 2.0
+"""From SIGTERM to SIGKILL: nobody waits for what they still do."""
+_LOOK_S = 0.05
+_MOST_LOOKING = 0.05
+"""Of the time may be spent on looking at them. There may be hundreds."""
+
+
+class Left(msgspec.Struct, eq=False):
+    """A process.
+
+    Args:
+        began_ticks: when it started, which tells it from others of that number.
+        end_s: when it is killed.
+    """
+
+    pid: int
+    began_ticks: int
+    end_s: float
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not ended."""
+        return processes.is_still(self.pid, self.began_ticks)
+
+
+class Leftovers:
+    """Those of all workers of a service.
+
+    Args:
+        ended: called whenever the last of them has ended.
+    """
+
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self._ended = ended
+        self._left: list[Left] = []
+        self._is_due = False
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def take(self, loop: AbstractEventLoop, pids: Iterable[int]) -> None:
+        """Look after these from now on; they were sent SIGTERM."""
+        end_s = loop.time() + WITHIN_S
+        for pid in pids:
+            began_ticks = processes.start_time_ticks(pid)
+            if began_ticks is not None:
+                self._left.append(Left(pid, began_ticks, end_s))
+        self._look_in(loop, _LOOK_S)
+
+    def kill(self) -> None:
+        """All that are left, now."""
+        _kill(each for each in self._left if each.is_there)
+
+    def _look_in(self, loop: AbstractEventLoop, after_s: float) -> None:
+        if self._left and not self._is_due:
+            self._is_due = True
+            loop.call_later(after_s, self._look, loop)
+
+    def _look(self, loop: AbstractEventLoop) -> None:
+        self._is_due = False
+        began_s = loop.time()
+        self._left = [each for each in self._left if each.is_there]
+        now_s = loop.time()
+        _kill(each for each in self._left if each.end_s <= now_s)
+        # Not even SIGKILL ends what waits in the kernel.
+        self._left = [each for each in self._left if now_s < each.end_s + WITHIN_S]
+        self._look_in(loop, max(_LOOK_S, (loop.time() - began_s) / _MOST_LOOKING))
+        if not self._left:
+            self._ended()
+
+
+def _kill(left: Iterable[Left]) -> None:
+    family.send(signal.SIGKILL, [each.pid for each in left])

@@ -1,0 +1,1183 @@
+"""The workers of a service: started, watched, started again, ended.
+
+What follows from what is in `lifecycle`; here are the clocks and the processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from steer.backends.base import Counts, Steering
+from steer.child.launch import Launch
+from steer.config import servers
+from steer.config.plan import Generation, Plan, Seat
+from steer.config.service import Service
+from steer.control import mailbox, notify
+from steer.control.notify import Unheard
+from steer.errors import AppLoadError, KernelError, SteerError
+from steer.guard.client import Entry, Guard
+from steer.linux import family, fork, processes
+from steer.linux.log import Log
+from steer.linux.retry import Retry, as_refusal
+from steer.linux.waiting import Seen
+from steer.sockets import reuseport, strays
+from steer.workers import elsewhere, endings, lifecycle, process, selection
+from steer.workers.clock import Clock
+from steer.workers.ends import End, Ends
+from steer.workers.handle import Place, Places, Saved, waits
+from steer.workers.intake import Lot
+from steer.workers.leftovers import Leftovers
+from steer.workers.lifecycle import Command, Event, State
+from steer.workers.looks import Looks
+from steer.workers.process import Process
+from steer.workers.queues import Queues
+from steer.workers.selection import Rotation
+from steer.workers.visibility import BORROW, WAITS, Visibility
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future
+
+    from steer.workers.drain import Settling
+
+_STEP_S = 0.005
+"""So long a step of what is done to all workers may take; then the loop has its turn."""
+QUICK_S = 1.0
+"""How long a quick stop waits between SIGTERM and SIGKILL."""
+
+ALL_START_S = 1.0
+"""So long after the first commands all others start, whatever becomes of those."""
+_NO_LIMIT = sys.maxsize
+
+STRAYS_NAMED = 4
+"""Of those who have a socket of a worker that has ended so many are named in the log."""
+
+_FIRST_AT_MOST = 16
+"""Before there is a loop, where there are CPUs for so many."""
+
+_LOOKED_AT = 8
+"""So many that start, at each end of another: all are alike, and to look takes time."""
+
+Settle = Callable[[Place], "Settling"]
+"""Has it looked whether anything waits for a worker, until nothing does, that reported, and that
+it stays so."""
+
+
+class Fleet:
+    """All workers of one service.
+
+    First `start` or `adopt`, then `watch` in a running loop: what it takes to have a loop
+    is imported while the workers already start.
+
+    Args:
+        generation: the first.
+        slots: capacity; a worker's slot is below it.
+        guard: has all that another controller needs.
+        launch: makes a worker's instructions.
+        retry: does what has to go on.
+        unheard: is told who says to be ready and is of no worker.
+
+    Attributes:
+        generation: the one in force; a place may be of an earlier one, and on its way out.
+        admitted: the number of the last change whose workers may be chosen.
+        by_pid: places with a process, by the process id of its first.
+        is_watched: whether there is a loop to look after them in.
+        clock: what workers are given time for goes by it.
+        looks: what is looked at again and again, at its beats.
+        lot: how many start in one turn of the loop.
+        queues: what waits at workers.
+        visibility: what of workers cannot be seen.
+        group_notes: on sockets that left their groups, see `groups`.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        slots: int,
+        steering: Steering,
+        guard: Guard,
+        launch: Callable[[Place], Launch],
+        log: Log,
+        retry: Retry,
+        unheard: Unheard,
+    ) -> None:
+        self.generation = generation
+        self.admitted = 0
+        self.places = Places()
+        self.by_pid: dict[int, Place] = {}
+        self._rotation = Rotation(steering, self.places, slots, guard, log, retry)
+        self.log = log
+        self.retry = retry
+        self.clock = Clock()
+        self.looks = Looks(self.clock, retry)
+        self.lot = Lot()
+        self.queues = Queues()
+        self.visibility = Visibility(log)
+        self.group_notes: dict[str, str] = {}
+        self.is_watched = False
+        self._guard = guard
+        self._launch = launch
+        self._ending = False
+        self._unsaved: dict[Place, None] = {}
+        self._leaving: OrderedDict[Place, None] = OrderedDict()
+        self._unpinned: OrderedDict[Place, None] = OrderedDict()
+        self._unheard = unheard
+        self._leftovers = Leftovers(self._end_if_empty)
+        self._strays_told = False
+        self._told_ends: set[str] = set()
+        self._said_how_told: set[str] = set()
+        self._elsewhere: Process | None = None
+        self._unstarted: deque[Place] = deque()
+        self._is_new = False
+        self._has_looked_elsewhere = False
+        self._may_come_up: list[Place] = []
+        self._to_retry: deque[Place] = deque()
+        self._most_starting = _NO_LIMIT
+        self._starting: dict[Place, None] = {}
+        self._ending_in_s = 0.0
+        self._ending_quickly = False
+        self._changed: Callable[[Place], None]
+        self._settle: Settle
+        self._ends: Ends
+        self._loop: AbstractEventLoop
+        self.up: Future[None]
+        self.refused: Future[None]
+        self.ended: Future[None]
+
+    def start(self, holds_ports: Callable[[], None]) -> None:
+        """Start the first workers of the generation. The others start once there is a loop, see
+        `watch`: a few at a time, so that who is ready serves meanwhile; and commands no more at
+        once than the plan says, unless ALL_START_S have passed.
+
+        Args:
+            holds_ports: called when a worker has bound all addresses.
+
+        Raises:
+            BindError: an address cannot be had.
+            KernelError: the kernel refuses processes, or sockets in the group.
+            SystemExit: a signal says to end.
+        """
+        self._is_new = True
+        self._most_starting = self.generation.plan.at_once
+        for seat in self.generation.plan.seats:
+            self._await_start(seat)
+        fork.pause(0)
+        cpus = len(os.sched_getaffinity(0))
+        self._spawn(self._next_few(max(self.lot.size, min(cpus, _FIRST_AT_MOST))))
+        holds_ports()
+
+    def _await_start(self, seat: Seat) -> None:
+        place = self._take_place(seat)
+        place.state = State.BACKOFF
+        self._unstarted.append(place)
+
+    def _next_few(self, at_most: int) -> Sequence[Place]:
+        """Of those that were never started, unless they are not wanted any more."""
+        few: list[Place] = []
+        if self._is_limited:
+            # Looked for among all places, they would take longer the more workers wait.
+            self._starting = dict.fromkeys(filter(_is_starting, self._starting))
+            at_most = min(at_most, self._most_starting - len(self._starting))
+        while self._unstarted and len(few) < at_most:
+            place = self._unstarted.popleft()
+            if place.state is State.BACKOFF:
+                place.state, _ = lifecycle.step(place.state, Event.RETRY)
+                few.append(place)
+        return few
+
+    @property
+    def _is_limited(self) -> bool:
+        """Whether some wait for their turn, and no more than so many may be starting at once."""
+        return bool(self._unstarted) and self._most_starting < len(self.places)
+
+    def _start_all(self) -> None:
+        """However many are not ready yet."""
+        self._most_starting = _NO_LIMIT
+        self._start_more()
+
+    def _start_more(self) -> None:
+        """A few, and in the next turn of the loop more."""
+        few = self._next_few(self.lot.size) if not self._ending else ()
+        if not few:
+            return
+        try:
+            self._begin(*few)
+        except SteerError as error:
+            if not self._is_new:
+                self.log.error("%s", error)
+            for place in few:
+                self._not_started(place, error)
+        self._loop.call_soon(self._start_more)
+
+    def _not_started(self, place: Place, error: SteerError) -> None:
+        """What cannot be started from the first on is not; of what was adopted others serve."""
+        if not self._is_new:
+            self._fail_to_start(place, error)
+            return
+        place.state, _ = lifecycle.step(place.state, Event.EXITED)
+        self._unstarted.clear()
+        future = self.refused if self.up.done() else self.up
+        if not future.done():
+            future.set_exception(error)
+            future.exception()  # retrieved here: nobody may be waiting yet
+
+    def _fail_to_start(self, place: Place, error: SteerError) -> None:
+        place.failures += 1
+        self._failed(place, error)
+
+    def adopt(
+        self,
+        generations: Mapping[int, Generation],
+        admitted: int,
+        entries: Mapping[str, Entry],
+        steering: Entry,
+    ) -> None:
+        """Go on with the workers that another controller left.
+
+        Args:
+            admitted: as it was there.
+            generations: by number, those that places may be of.
+            entries: its guard's, of the workers; the descriptors become ours.
+            steering: its guard's, of the steering.
+        """
+        self.admitted = admitted
+        left = msgspec.json.decode(steering.value, type=selection.Saved)
+        held: dict[int, Sequence[int]] = {}
+        for entry in entries.values():
+            place = self._adopt(entry, generations)
+            self.places.add(place)
+            self._may_come_up.append(place)
+            held[place.slot] = entry.fds[3:]
+        self._rotation.restore(left, steering.fds, held)
+        for place in self.places:
+            self._save(place)
+        self._rotation.keep()
+        self.places.sort(key=lambda place: (place.generation.number, place.seat.number))
+
+    def _adopt(self, entry: Entry, generations: Mapping[int, Generation]) -> Place:
+        saved = msgspec.json.decode(entry.value, type=Saved)
+        generation, now_s = generations[saved.generation], self.clock.now_s()
+        place = Place.restored(saved, generation, now_s, self.admitted)
+        launch = self._launch(place)
+        place.process = Process.adopted(launch, self._guard, saved.running, entry)
+        if place.process is not None:
+            self.by_pid[place.process.pid] = place
+        return place
+
+    def fill(self) -> None:
+        """After `watch`: start a worker on each seat of the generation that nobody has, and
+        let those go that are of another, or came with a change that was not finished."""
+        seats = self.generation.plan.seats
+        seated: dict[int, Place] = {}
+        for place in self.places:
+            # Of two on a seat the later one: the earlier was to be replaced by it.
+            if self._belongs(place) and (place.process or place.seat.number not in seated):
+                seated[place.seat.number] = place
+        for place in list(self.places):
+            if seated.get(place.seat.number) is not place:
+                self.report(place, Event.RETIRE)
+        for seat in seats:
+            if seat.number not in seated:
+                self._await_start(seat)
+        self._start_more()
+
+    def _belongs(self, place: Place) -> bool:
+        now, comes_or_goes = self.generation, place.held or place.is_on_its_way_out
+        there_is_such_a_seat = place.seat.number < len(now.plan.seats)
+        return place.generation.number == now.number and there_is_such_a_seat and not comes_or_goes
+
+    def watch(
+        self, loop: AbstractEventLoop, settle: Settle, changed: Callable[[Place], None]
+    ) -> None:
+        """Look after the workers from here on.
+
+        `up` is then done when the first is ready; or holds AppLoadError if the
+        application cannot be loaded, WorkersFailed if all failed before. `refused` holds
+        what keeps the rest from being started once some serve. `ended` is done when all have
+        ended after `stop`.
+
+        Args:
+            changed: told that a worker is in another state.
+        """
+        self._loop, self._settle, self._changed = loop, settle, changed
+        self.is_watched = True
+        self.retry.watch(loop)
+        self._rotation.watch(loop)
+        self._ends = Ends(
+            loop, self.retry, self._on_lost, self._on_ends, before=self._drop_together
+        )
+        self.clock.run(loop, self.looks.take)
+        self.up = loop.create_future()
+        self.refused = loop.create_future()
+        self.ended = loop.create_future()
+        if self._is_limited:
+            loop.call_later(ALL_START_S, self._start_all)
+        for place in list(self.places):
+            if place.process is not None:
+                self._watch(place, place.process)
+            elif place.starts:
+                self.log.warning("worker %d ended while there was no controller", place.slot)
+                self.report(place, Event.EXITED)
+        if any(place.serves for place in self.places):
+            self.up.set_result(None)
+            self._rotation.flip()
+
+    def abandon(self) -> None:
+        """Leave no process, whatever happened."""
+        with suppress(OSError):  # each of them is killed below
+            family.kill([place.process.family for place in self.places if place.process])
+        for place in self.places:
+            self._end_at_once(place)
+        self._leftovers.kill()
+
+    # What is asked of it.
+
+    @property
+    def steering(self) -> Steering:
+        """The backend in force."""
+        return self._rotation.steering
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether all workers are told to end, and nobody need look at them any more."""
+        return self._ending
+
+    @property
+    def own_pids(self) -> set[int | None]:
+        """Of this controller and its guard, who may have sockets of workers open."""
+        return {os.getpid(), self._guard.pid}
+
+    def settle(self) -> None:
+        """Have who is said to be ready in the table by now. Raises KernelError."""
+        self._rotation.settle()
+
+    async def flipped(self) -> None:
+        """Until who is said to be ready is in the table, or that was tried."""
+        await self._rotation.flipped()
+
+    async def settled(self) -> None:
+        """Until all that was chosen before who serves now is in its queue."""
+        await self._rotation.settled()
+
+    def flip_now_due(self) -> int:
+        """See `Rotation.flip_now_due`."""
+        return self._rotation.flip_now_due()
+
+    def has_settled(self, flip: int) -> bool:
+        """See `Rotation.has_settled`."""
+        return self._rotation.has_settled(flip)
+
+    def when_settled(self, act: str, do: Callable[[], object], flip: int) -> None:
+        """See `Rotation.when_settled`."""
+        self._rotation.when_settled(act, do, flip)
+
+    @property
+    def retired(self) -> Counts:
+        """What was counted for slots since given up."""
+        return self._rotation.retired
+
+    def recruit(
+        self,
+        seats: Sequence[Seat],
+        generation: Generation,
+        modest: bool,
+        told: Callable[[Place], None],
+    ) -> Sequence[Place]:
+        """Start workers that are held until `admit`, all or none.
+
+        Args:
+            modest, told: see `Place`.
+
+        Raises:
+            BindError, KernelError, WorkersFailed: one could not be started.
+            ControlError: too many are there.
+        """
+        places: list[Place] = []
+        try:
+            for seat in seats:
+                places.append(self._take_place(seat, generation, held=True))
+                places[-1].modest, places[-1].told = modest, told
+                places[-1].change = self.admitted + 1
+            self._begin(*places)
+        except SteerError:
+            for place in places:
+                self._forget(place)
+            raise
+        return places
+
+    def admit(self, places: Sequence[Place]) -> None:
+        """From now on they may be chosen, all at once. The guard is to be told that this change
+        is admitted, and so need not be told of each of them: of a thousand that takes long."""
+        for place in places:
+            place.held, place.told = False, None
+        self.admitted += 1
+        self._rotation.flip_soon()
+
+    def retire(self, places: Iterable[Place]) -> None:
+        """They are chosen no more, all at once. The rest of what follows is done for a few in a
+        turn of the loop, which would else do nothing else for long. Who adopts us if we are
+        killed meanwhile retires those whose seats others have."""
+        for place in places:
+            if place.is_in_service:
+                place.leaving = True
+                self._leaving[place] = None
+            else:
+                self.report(place, Event.RETIRE)
+        self._rotation.flip_soon()
+        self._loop.call_soon(self._retire_some)
+
+    def _retire_some(self) -> None:
+        for place in _in_a_step(self._leaving):
+            self.report(place, Event.RETIRE)
+        if self._leaving:
+            self._loop.call_soon(self._retire_some)
+
+    def stop(self, within_s: float, quick: bool) -> None:
+        """Ask every worker to finish what it has; those that have not by then are killed.
+
+        Args:
+            quick: they need not finish.
+        """
+        self._ending, self._ending_in_s, self._ending_quickly = True, within_s, quick
+        self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
+        self.retry.attempt("let go of the ports", self._rotation.release)
+        self._tell_to_stop(OrderedDict.fromkeys(self.places))
+        if not self.up.done():
+            self.up.set_result(None)
+
+    def _leave_nothing_to_adopt(self) -> None:
+        self._guard.give_up()
+        there = (place.process for place in self.places if self.steering.held(place.slot))
+        self._guard.let_go(*(worker.key for worker in there if worker))
+
+    def _tell_to_stop(self, places: OrderedDict[Place, None]) -> None:
+        with self.retry.spare.lent():
+            for place in _in_a_step(places):
+                self.report(place, Event.STOP)
+        if places:
+            self._loop.call_soon(self._tell_to_stop, places)
+        else:
+            self._end_if_empty()
+
+    def reaped(self, pids: Iterable[int]) -> None:
+        """Children of ours have ended that somebody had left behind."""
+        self._ends.reaped(pids)
+
+    def serve_early(self, pid: int) -> bool:
+        """The process `pid` is ready before there is a loop: it alone is chosen until then, if it
+        is a worker that may be; whether it is.
+
+        Only so much: whoever called this has to tell `notified` the same once there is one.
+        """
+        place = self._of(pid)
+        if place is None or not place.process or not place.process.is_callable:
+            return False
+        with self._rotation.naming_locked():
+            self.steering.steer([place.member()])
+        self.steering.empty_reserve()
+        return True
+
+    def notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
+        """A process sent this, see sd_notify(3).
+
+        Args:
+            lineage: see `mail.Letter`; the sender first.
+        """
+        senders = self._senders(lineage, message)
+        for place in senders:
+            if place.process:
+                self._hear(place, place.process, lineage[0], message)
+        is_unknown = not senders and notify.is_ready(message)
+        if is_unknown and any(place.state is State.STARTING for place in self.places):
+            self._unheard.tell(lineage[0], *_why_unknown(lineage))
+
+    def _of(self, pid: int) -> Place | None:
+        """The place whose process it is the first of."""
+        place = self.by_pid.get(pid)
+        is_there = place and place.process and place.process.pid == pid
+        return place if is_there else None
+
+    def _senders(self, lineage: Sequence[int], message: Mapping[str, str]) -> Collection[Place]:
+        """Whose process sent it. One whose parent has ended, so that it is our child now, comes
+        from some worker of ours: from the one that is starting, if it is the only one.
+
+        Returns:
+            None or one; or of several one is, and the others are about to send the same.
+        """
+        known = next(filter(None, map(self._of, lineage)), None)
+        if known is not None or not notify.is_ready(message):
+            return [known] if known else []
+        is_ours = lineage[0] == os.getpid()
+        starting = {pid: each for pid, each in self.by_pid.items() if each.state is State.STARTING}
+        telling = _say_ready_for_us(starting) if is_ours else {}
+        if telling:
+            return telling.values()
+        is_one = len(starting) == 1 and (is_ours or _is_orphan(lineage))
+        return starting.values() if is_one else []
+
+    def _hear(self, place: Place, worker: Process, sender: int, message: Mapping[str, str]) -> None:
+        place.hear(message, self.clock.now_s())
+        if place.asks_to_be_taken_for_hung:
+            self._changed(place)
+        if message.get("STOPPING") == "1":
+            self.report(place, Event.DRAIN)
+        if message.get("READY") == "1" and place.state is State.STARTING:
+            place.says_ready = True
+            arguments = processes.arguments(sender) or worker.launch.service.command
+            too_early = servers.says_ready_early(arguments)
+            if not too_early or waits(worker) is Seen.YES:
+                self.report(place, Event.READY)
+
+    def report(self, place: Place, event: Event) -> None:
+        """Something happened to a worker: do what follows."""
+        if event is Event.LATE and self._may_be_ready(place):
+            event = Event.READY
+        if event is Event.READY and place.process and place.process.problem:
+            return  # it is about to end
+        if event is Event.OVERDUE and self._is_busy(place):
+            self._set_timer(place, self._graceful_timeout_s, event)
+            return
+        is_told_by_others = place.held or not self._has_come_up()
+        if event is Event.OVERDUE or (event is Event.LATE and not is_told_by_others):
+            self.log.warning("worker %d: %s", place.slot, event.value)
+        before = place.state
+        place.hung |= place.hangs and event is Event.RETIRE
+        place.state, commands = lifecycle.step(before, event)
+        for command in commands:
+            self._carry_out(place, command, place.state)
+        self._save_soon(place)
+        if place.state is not before:
+            self._changed(place)
+            if before is State.STARTING and self._is_limited:
+                self._loop.call_soon(self._start_more)
+
+    def _may_be_ready(self, place: Place) -> bool:
+        """Whether it may wait in a way that is not seen."""
+        if self._is_unseen(place):
+            return True
+        is_elsewhere = place.process and elsewhere.diagnosis(place.process)
+        return place.says_ready and not is_elsewhere
+
+    def _is_unseen(self, place: Place) -> bool:
+        """Whether nobody can tell if it waits on its sockets."""
+        if place.process is None or waits(place.process) is not Seen.UNKNOWN:
+            return False
+        self.visibility.refused(WAITS, place.process)
+        return True
+
+    def _carry_out(self, place: Place, command: Command, state: State) -> None:
+        """Now, and where that fails again, as long as the worker is in this state."""
+        self.retry.until_done(
+            f"worker {place.slot}: {command.value}",
+            partial(_DO[command], self, place),
+            wanted=lambda: place.state is state and place in self.places,
+        )
+
+    def _is_busy(self, place: Place) -> bool:
+        """Taken for hung, it still may be at a request that takes long."""
+        return place.hung and not self._ending and place.has_computed(self.clock.now_s())
+
+    def renew_reserve(self, service: Service) -> None:
+        """The reserve is to listen as the workers do from now on."""
+        try:
+            self._rotation.renew_reserve(service)
+        except SteerError as error:
+            self.log.error("the reserve is not as configured: %s", error)
+
+    def choose_by(self, plan: Plan, steering: Steering | None = None) -> None:
+        """Another policy, other parameters or weights, from now on.
+
+        Args:
+            steering: another backend for it, to which all sockets are new; None: the same.
+
+        Raises:
+            KernelError: nothing has changed.
+        """
+        seats = {seat.number: seat for seat in plan.seats}
+        moves = {place.slot: seats.get(place.seat.number, place.seat) for place in self.places}
+        members = [place.member(moves[place.slot]) for place in self.places if place.serves]
+        self._rotation.choose_by(plan, members, steering)
+        now = Generation(self.generation.number, plan)
+        for place in self.places:
+            if place.generation.number == now.number:
+                place.generation = now
+        moved = [place for place in self.places if place.seat != moves[place.slot]]
+        unpinned = [place for place in moved if place.reseat(moves[place.slot])]
+        self._save_together(moved, look=False)
+        self.generation = now
+        self._rotation.keep()
+        self._pin_soon(unpinned)
+
+    def attach_again(self) -> None:
+        """What steers to every group, as a worker may have attached something else."""
+        self._rotation.attach_again()
+
+    def pin(self) -> None:
+        """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
+        self._pin_soon(self.places)
+
+    def _pin_soon(self, places: Iterable[Place]) -> None:
+        """A few in a turn of the loop, the first at once. Nobody has to wait for it: wherever
+        they run, they get what the table says."""
+        is_under_way = bool(self._unpinned)
+        self._unpinned.update(dict.fromkeys(places))
+        if not is_under_way:
+            self._pin_some()
+
+    def _pin_some(self) -> None:
+        for place in _in_a_step(self._unpinned):
+            self.retry.attempt(f"pin worker {place.slot}", place.pin)
+        if self._unpinned:
+            self._loop.call_soon(self._pin_some)
+
+    # Commands.
+
+    def _start_again(self, *places: Place) -> None:
+        """All in one lot; if that fails each alone, as there may be what some of them need."""
+        try:
+            for place in places:
+                self._rotation.give_up(place.slot)
+                place.slot = self._rotation.take_slot()
+            self._begin(*places)
+        except Exception as error:  # noqa: BLE001 - no seat stays empty for it
+            if len(places) > 1:
+                for place in places:
+                    self._start_again(place)
+                return
+            refusal = as_refusal(f"start worker {places[0].slot}", error)
+            self.log.error("%s", refusal)
+            self._fail_to_start(places[0], refusal)
+
+    def _activate(self, place: Place) -> None:
+        place.cancel_timer()
+        if not place.held:
+            self._rotation.flip_soon()
+        got_ready = partial(place.got_ready, self.clock.now_s())
+        self.retry.attempt(f"look at worker {place.slot}", got_ready)
+        self.log.info("worker %d ready", place.slot)
+        if place.told:
+            place.told(place)
+        if not self.up.done():
+            self.up.set_result(None)
+            self._may_come_up.clear()
+            for each in self.places:
+                if each.state is State.BACKOFF and each.starts:  # it may have waited for this
+                    self._set_timer(each, 0.0, Event.RETRY)
+
+    def _deactivate(self, place: Place) -> None:
+        if not self._ending and not place.leaving:
+            self._rotation.flip_soon()
+
+    def _rescue(self, place: Place) -> None:
+        """Out of the table before its queue is moved, or that would come back to it."""
+        self._rotation.let_go(place.slot)
+        self._move_settled(place)
+
+    def _move_settled(self, place: Place) -> None:
+        """Not before all is there that was on its way to it; by then it may serve again."""
+        act = f"worker {place.slot}: {Command.RESCUE.value}"
+        self._rotation.when_settled(act, partial(self._move_unless_chosen, place))
+
+    def _move_unless_chosen(self, place: Place) -> None:
+        if not place.serves and not self._ending:
+            self.move_queue(place)
+
+    def shed(self, place: Place, is_shed: bool) -> None:
+        """One that is at capacity is chosen no more, and others get what waits for it; or is
+        chosen again."""
+        place.shed = is_shed
+        self._rotation.flip_soon()
+        if is_shed:
+            self._move_settled(place)
+
+    def move_queue(self, place: Place) -> None:
+        """What waits for a worker that is not chosen goes to others, if the kernel can."""
+        if place.process:
+            try:
+                with self._lent(place, place.process) as owned:
+                    self.steering.rescue(place.slot, owned)
+            except KernelError:
+                self.visibility.refused(BORROW, place.process)
+            finally:
+                self.queues.forget()
+
+    @contextmanager
+    def _lent(self, place: Place, worker: Process) -> Iterator[Mapping[int, socket.socket]]:
+        """Its sockets by bind, for a moment: ours, where the steering holds them, else its own.
+
+        Raises:
+            KernelError: we may not borrow them.
+        """
+        with ExitStack() as stack:
+            held = self.steering.held(place.slot)
+            if held:
+                ours = map(reuseport.duplicate, held)
+                yield {at: stack.enter_context(sock) for at, sock in enumerate(ours)}
+            else:
+                yield stack.enter_context(worker.sockets())
+
+    def _start_settling(self, place: Place) -> None:
+        self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
+        place.settling = self._settle(place)
+
+    def _terminate(self, place: Place) -> None:
+        if self._ending:
+            # There is nobody left to whom what waits for it could be moved.
+            place.cancel_settling()
+            self._set_timer(place, self._ending_in_s, Event.OVERDUE)
+        elif place.settling is None:  # else its time runs already
+            self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
+        if place.process:
+            # One that was never ready has nothing to finish, and may not yet know its own signal.
+            quick = self._ending_quickly or place.ready_s is None
+            place.process.terminate(quick)
+            self._say_how_told(place.process)
+        if place.hung and not self._ending:
+            self._note_activity(place)
+
+    def _say_how_told(self, worker: Process) -> None:
+        """All of them are alike, so it is said once."""
+        why = worker.why_told_so
+        if why and why not in self._said_how_told:
+            self._said_how_told.add(why)
+            self.log.info("workers are told to finish by %s", why)
+
+    def _note_activity(self, place: Place) -> None:
+        """So that it can be asked later whether it has acted since."""
+        look = partial(place.has_computed, self.clock.now_s())
+        self.retry.attempt(f"look at worker {place.slot}", look)
+
+    @property
+    def _graceful_timeout_s(self) -> float:
+        return self.generation.plan.service.graceful_timeout
+
+    def _kill(self, place: Place) -> None:
+        if not place.process:
+            return
+        if place.state is State.STARTING:
+            place.process.problem = elsewhere.not_ready(place.process)
+        self._ends.kill(place.process)
+
+    def _back_off(self, place: Place) -> None:
+        after_s = lifecycle.backoff_s(place.failures, place.ready_s is not None)
+        place.ready_s = None
+        if self._some_listen_elsewhere():
+            # Each of them alike would fail to: that one is waited for, which will come up or not.
+            after_s = place.generation.plan.service.ready_timeout
+        elif after_s and self._has_come_up():
+            self.log.warning("worker %d failed again; another in %g s", place.slot, after_s)
+        self._set_timer(place, after_s, Event.RETRY)
+
+    def _some_listen_elsewhere(self) -> bool:
+        """Whether, before there is one that serves, a worker has an address of its own."""
+        if self.up.done() or self._ending:
+            return False
+        if not self._has_looked_elsewhere:
+            self._has_looked_elsewhere = True
+            self._loop.call_soon(self._look_elsewhere_again)
+            self._elsewhere = self._one_that_listens_elsewhere()
+        return self._elsewhere is not None
+
+    def _look_elsewhere_again(self) -> None:
+        """Once in a turn of the loop is enough, as all may end at once."""
+        self._has_looked_elsewhere = False
+
+    def _one_that_listens_elsewhere(self) -> Process | None:
+        if self._elsewhere is not None and self._starts(self._elsewhere):
+            return self._elsewhere
+        starting = (one.process for one in self.places if one.state is State.STARTING)
+        look = islice(filter(None, starting), _LOOKED_AT)
+        return next(filter(elsewhere.diagnosis, look), None)
+
+    def _starts(self, worker: Process) -> bool:
+        place = self._of(worker.pid)
+        return place is not None and place.state is State.STARTING
+
+    def _forget(self, place: Place) -> None:
+        place.cancel_timer()
+        place.cancel_settling()
+        self._rotation.give_up(place.slot)
+        self.places.remove(place)
+        self._end_if_empty()
+
+    def _end_if_empty(self) -> None:
+        """What no worker is known to have left behind ends with the last of them."""
+        if not self._ending or self.places or self._leftovers or self.ended.done():
+            return
+        act = "look for what workers left behind"
+        nobody: list[int] = []
+        left = nobody if self._strays_told else self.retry.result(act, family.left_behind, nobody)
+        if left:
+            self._strays_told = True
+            family.send(signal.SIGTERM, left)
+            self._leftovers.take(self._loop, left)
+        else:
+            self.ended.set_result(None)
+
+    # What happens to workers.
+
+    def _take_place(
+        self, seat: Seat, generation: Generation | None = None, held: bool = False
+    ) -> Place:
+        place = Place(seat, self._rotation.take_slot(), generation or self.generation, held=held)
+        self.places.add(place)
+        if not self.is_watched or not self.up.done():
+            self._may_come_up.append(place)
+        return place
+
+    def _begin(self, *places: Place) -> None:
+        """Start a process for each, and look after it.
+
+        Raises:
+            SteerError: one could not be started; there is none.
+        """
+        began_s = time.monotonic()
+        try:
+            with self.retry.spare.lent():
+                for place, worker in zip(places, self._spawn(places), strict=True):
+                    self._watch(place, worker)
+            self.lot.took(time.monotonic() - began_s)
+        except Exception as error:  # noqa: BLE001 - no seat stays empty for it
+            for place in places:
+                if place.process is not None:
+                    self._ends.forget(place.process)
+                self._end_at_once(place)
+                self._leave(place)
+            raise as_refusal(f"start worker {places[0].slot}", error) from None
+
+    def _spawn(self, places: Sequence[Place]) -> Sequence[Process]:
+        """Start a process for each.
+
+        One fork comes right after the other: what we write to in between is copied for each
+        child once more (fork(2), copy on write).
+
+        Raises:
+            BindError, KernelError: some of them may be there.
+        """
+        launches = [self._launch(place) for place in places]
+        self._check_free(launches[0])
+        with ExitStack() as stack:
+            owned = []
+            with self._rotation.together():
+                for place, launch in zip(places, launches, strict=True):
+                    place.starts += 1
+                    own = stack.enter_context(process.bound(launch))
+                    # Before the fork: it may end at once, and shut its listeners down.
+                    self._rotation.joined(place.slot, reuseport.duplicates(own))
+                    owned.append(own)
+            workers = process.fork_all(launches, self._guard, owned)
+        for place, worker in zip(places, workers, strict=True):
+            place.process = worker
+            self.by_pid[worker.pid] = place
+        process.begin_all(workers, self._guard)
+        if self._is_limited:
+            self._starting |= dict.fromkeys(places)
+        self._save_together(places, look=False)
+        return workers
+
+    def _check_free(self, launch: Launch) -> None:
+        """Where nobody of ours keeps the ports somebody else may be there by now. Raises
+        BindError."""
+        if self.steering.reserve or any(each.process for each in self.places):
+            return
+        for index, bind in enumerate(launch.binds):
+            if index not in self.steering.anchors:
+                reuseport.check_free(bind, launch.service.settings)
+
+    def _end_at_once(self, place: Place) -> None:
+        if place.process is not None:
+            self.by_pid.pop(place.process.pid, None)
+            place.process.end()
+            place.process = None
+
+    def _leave(self, place: Place) -> bool:
+        """Its sockets leave their groups; whether all of that was done.
+
+        Where the order in a group matters they leave it now, and not when a worker that was
+        forked a moment ago has closed its copies.
+        """
+        fork.await_apart()
+        act = f"take worker {place.slot} out"
+        return self.retry.attempt(act, partial(self._rotation.left, place.slot))
+
+    def _watch(self, place: Place, worker: Process) -> None:
+        self._ends.watch(place, worker)
+        if place.state is State.STARTING:
+            self._set_timer(place, worker.launch.service.ready_timeout, Event.LATE)
+            self._changed(place)
+        else:  # adopted
+            self._go_on(place, worker)
+
+    def _go_on(self, place: Place, worker: Process) -> None:
+        """With what was under way with it."""
+        if place.hangs:
+            self.retry.attempt(f"look at worker {place.slot}", place.has_acted)
+        elif place.state is State.STOPPING and worker.told:
+            self._terminate(place)
+        elif place.state is State.STOPPING:
+            self._start_settling(place)
+
+    def _save_soon(self, place: Place) -> None:
+        """Once for all that happens in one turn of the loop: until then it is adopted as it was
+        a moment ago."""
+        if self._ending:  # nobody is to adopt it, see `_leave_nothing_to_adopt`
+            return
+        if not self._unsaved:
+            self._loop.call_soon(self._save_in_its_turn)
+        self._unsaved[place] = None
+
+    def save(self) -> None:
+        """Have the guard know all that it is to be told of in a moment: there is none."""
+        self._save_in_its_turn()
+        self._rotation.keep_if_due()
+
+    def _save_in_its_turn(self) -> None:
+        unsaved, self._unsaved = self._unsaved, {}
+        self._save_together(unsaved)
+
+    def _save_together(self, places: Collection[Place], look: bool = True) -> None:
+        def keep() -> None:
+            with self._guard.together():
+                for place in places:
+                    place.keep(self.steering.held(place.slot), look)
+
+        if not self.retry.attempt("have the guard know of workers", keep):
+            for place in places:
+                self._save(place)
+
+    def _save(self, place: Place) -> None:
+        def keep() -> None:
+            place.keep(self.steering.held(place.slot))
+
+        self.retry.attempt(f"have the guard know of worker {place.slot}", keep)
+
+    def _on_lost(self, ends: Sequence[End]) -> None:
+        """Their first processes have ended, and others of them may have their sockets open."""
+        self._take_sockets((each, each.others) for each in ends)
+
+    def _take_sockets(self, ends: Iterable[tuple[End, Sequence[int]]]) -> None:
+        """Nobody is to be chosen any more who has a socket of these workers open.
+
+        Args:
+            ends: with the processes that are left of each.
+        """
+        fork.await_apart()  # else those who start would be found to have them
+        look, nobody = strays.Look(), list[strays.Stray]()
+        ends = list(ends)
+        serving = [end.place.slot for end, _ in ends if end.place.serves]
+        if serving and not self._ending:
+            self._rotation.end(serving)
+        for end, left in ends:
+            place, find = end.place, partial(self._strays, end, left, look)
+            act = f"take worker {place.slot} out"
+            found = self.retry.result(act, find, nobody) if end.worker.bound else nobody
+            if not self._leave(place):
+                self._rotation.flip_soon()  # that does the rest
+            if found:
+                self.retry.attempt(act, partial(self._cut_off, place, found))
+
+    def _strays(self, end: End, left: Sequence[int], look: strays.Look) -> list[strays.Stray]:
+        """Where we hold a duplicate ourselves it is shut down in any case."""
+        place, bound = end.place, end.worker.bound
+        everywhere = not self._ending and not self.steering.held(place.slot)
+        everywhere = everywhere and (end.is_lost or self._may_be_open(place))
+        return strays.find(place.generation.plan.binds, bound, left, everywhere, look)
+
+    def _may_be_open(self, place: Place) -> bool:
+        """Whether anybody may have its sockets open: not if all have left their groups just now,
+        which is told sooner than to look at all sockets of a port."""
+        binds = range(len(place.generation.plan.binds))
+        return bool(place.left) or any(
+            self.steering.is_member(place.slot, at) is not False for at in binds
+        )
+
+    def _cut_off(self, place: Place, found: Sequence[strays.Stray]) -> None:
+        told = list(strays.shut_down(found))
+        for stray, refusal in told[:STRAYS_NAMED]:
+            then = f": {refusal}" if refusal else ", and is cut off from it"
+            self.log.warning("worker %d has ended, but %s%s", place.slot, stray, then)
+        if len(told) > STRAYS_NAMED:
+            more = len(told) - STRAYS_NAMED
+            self.log.warning(
+                "worker %d has ended, and %d more have a socket of it", place.slot, more
+            )
+
+    def _drop_together(self, workers: Sequence[Process]) -> None:
+        """From the guard, by one message: a thousand would take it longer than all else."""
+        self._guard.drop(*(each.key for each in workers))
+
+    def _on_ends(self, ends: Sequence[End]) -> None:
+        for each in ends:
+            each.place.cancel_timer()
+        with self._rotation.together() as order:  # the guard has none of their sockets
+            leaving = sorted(ends, key=lambda each: order.get(each.place.slot, len(order)))
+            self._take_sockets((each, each.worker.left_behind) for each in leaving)
+        for each in ends:
+            self._on_end(each.place, each.worker, each.status)
+
+    def _on_end(self, place: Place, gone: Process, status: int | None) -> None:
+        if gone.left_behind:
+            take = partial(self._leftovers.take, self._loop, gone.left_behind)
+            self.retry.attempt(f"end what worker {place.slot} left behind", take)
+        act = f"worker {place.slot}: it has ended"
+        end = partial(self._see_end, place, gone, status)
+        self.retry.until_done(act, end, lambda: place.process is gone)
+
+    def _see_end(self, place: Place, gone: Process, status: int | None) -> None:
+        """Its place is free only after the last thing that may fail."""
+        has_served = place.ready_s is not None
+        error = gone.problem or endings.why(gone, status, has_served=has_served)
+        how = fork.how_it_ended(status)
+        self.by_pid.pop(gone.pid, None)
+        place.lost_process()
+        if place.state is not State.STOPPING and not self._ending:
+            self._tell_end(place, gone, error, how)
+        self._failed(place, error)
+
+    def _tell_end(self, place: Place, gone: Process, error: SteerError, how: str) -> None:
+        if place.held:
+            return  # who asked for it is told
+        if self._has_come_up():
+            self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, how)
+            if gone.problem:
+                self.log.error("%s", gone.problem)
+        elif how not in self._told_ends and not self._ends_the_start(error):
+            self._told_ends.add(how)
+            self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, error.cause)
+
+    def _has_come_up(self) -> bool:
+        """Else whoever waits for that is told of an error, once."""
+        return self.up.done() and self.up.exception() is None
+
+    def _ends_the_start(self, error: SteerError) -> bool:
+        """Of a service that has not come up: no worker is left of which it could still do so."""
+        # Each is taken off once: a look through all at each failure would be one too many.
+        while self._may_come_up and _has_failed(self._may_come_up[-1]):
+            self._may_come_up.pop()
+        return isinstance(error, AppLoadError) or not self._may_come_up
+
+    def _failed(self, place: Place, error: SteerError) -> None:
+        """Whether the service can still come up; `error` is told if it cannot."""
+        place.error = error
+        if place.held:
+            self._fail_held(place)
+            return
+        if place.leaving:
+            self.report(place, Event.RETIRE)
+        self.report(place, Event.EXITED)
+        if self.up.done() or self._ending:
+            return
+        if self._ends_the_start(error):
+            self.up.set_exception(error)
+            self.up.exception()  # retrieved here: nobody may be waiting yet
+
+    def _fail_held(self, place: Place) -> None:
+        """It is not tried again: whoever asked for it is told."""
+        self.report(place, Event.RETIRE)
+        self.report(place, Event.EXITED)
+        if place.told:
+            place.told(place)
+
+    def _set_timer(self, place: Place, after_s: float, event: Event) -> None:
+        place.set_timer(self.clock.call_later(after_s, self._on_time, place, event))
+
+    def _on_time(self, place: Place, event: Event) -> None:
+        if event is Event.RETRY:
+            if not self._to_retry:
+                self._loop.call_soon(self._retry_some)
+            self._to_retry.append(place)
+        else:
+            self._report_until_done(place, event)
+
+    def _retry_some(self) -> None:
+        """A lot in a turn of the loop: to start workers takes time, and all may have ended."""
+        lot = [self._to_retry.popleft() for _ in range(min(self.lot.size, len(self._to_retry)))]
+        if self._to_retry:
+            self._loop.call_soon(self._retry_some)
+        # One that was asked to hurry may be there twice.
+        lot = [place for place in dict.fromkeys(lot) if place.state is State.BACKOFF]
+        if self._ending:
+            for place in lot:
+                self._report_until_done(place, Event.STOP)
+        elif lot:
+            for place in lot:
+                place.state, _ = lifecycle.step(place.state, Event.RETRY)
+            self._start_again(*lot)
+
+    def _report_until_done(self, place: Place, event: Event) -> None:
+        act = f"worker {place.slot}: {event.value}"
+        wanted = partial(self.places.__contains__, place)
+        self.retry.until_done(act, partial(self.report, place, event), wanted)
+
+
+def _in_a_step(waiting: OrderedDict[Place, None]) -> Iterator[Place]:
+    """The next of those that something is to be done to, as far as there is time: one at least.
+    The others still wait."""
+    end_s = time.monotonic() + _STEP_S
+    while waiting:
+        yield waiting.popitem(last=False)[0]
+        if time.monotonic() >= end_s:
+            return
+
+
+def _is_starting(place: Place) -> bool:
+    return place.process is not None and place.state is State.STARTING
+
+
+def _has_failed(place: Place) -> bool:
+    return place.failures > 0 or place.state is State.GONE
+
+
+def _say_ready_for_us(starting: Mapping[int, Place]) -> Mapping[int, Place]:
+    """Of workers, by process id of their first, those of which a systemd-notify(1) was left to
+    us, and says READY=1: in its parent's name, where it may, and so in ours."""
+    telling = (mailbox.lineage(pid) for pid in family.orphans() if _says_ready(pid))
+    whose = {pid for lineage in telling for pid in lineage}
+    return {pid: place for pid, place in starting.items() if pid in whose}
+
+
+def _says_ready(pid: int) -> bool:
+    """Whether it is a systemd-notify(1) that does, or did: one that has ended has no arguments."""
+    words = processes.arguments(pid)
+    return "--ready" in words or (words == [""] and processes.command(pid) == "systemd-notify")
+
+
+def _is_orphan(lineage: Sequence[int]) -> bool:
+    """Whether the sender's parent had ended, so that it was our child when it was looked at."""
+    return len(lineage) > 1 and lineage[1] == os.getpid()
+
+
+def _why_unknown(lineage: Sequence[int]) -> tuple[str, str]:
+    """Why nobody knows which worker sent something, and what would help."""
+    cure = "let the worker itself send it, or a child of its that it waits for"
+    if lineage[0] == os.getpid():
+        return "it was sent in the name of its sender's parent, and that has ended", cure
+    if _is_orphan(lineage):
+        return "its parent has ended, and nothing tells whose it is", cure
+    if len(lineage) < 2:
+        return "it had ended before its message was read", f"{cure}, without --no-block"
+    return "it is no process of a worker", cure
+
+
+_DO: dict[Command, Callable[[Fleet, Place], None]] = {
+    Command.SPAWN: Fleet._start_again,
+    Command.ACTIVATE: Fleet._activate,
+    Command.DEACTIVATE: Fleet._deactivate,
+    Command.RESCUE: Fleet._rescue,
+    Command.SETTLE: Fleet._start_settling,
+    Command.TERMINATE: Fleet._terminate,
+    Command.KILL: Fleet._kill,
+    Command.BACK_OFF: Fleet._back_off,
+    Command.FORGET: Fleet._forget,
+}

@@ -1,0 +1,70 @@
+"""What cannot be seen of workers here: why, what is done instead, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from steer.child import privileges
+from steer.config.service import Service
+from steer.linux import identity
+from steer.linux.log import Log
+from steer.workers import access
+from steer.workers.access import Access, Refusal
+from steer.workers.process import Process
+
+WAITS, QUEUES, BORROW = "waits", "queues", "borrow"
+INSTEAD: Mapping[str, str] = {
+    WAITS: "what workers wait for cannot be seen, so one that never says READY=1 is taken to be "
+    "ready when it has used next to no CPU for a second",
+    QUEUES: "what waits at workers cannot be seen, so only a watchdog shows who hangs",
+    BORROW: "workers' sockets cannot be borrowed, so what waits at one that hangs is moved only on "
+    "cbpf",
+}
+
+
+def of(service: Service) -> Access:
+    """What we would be allowed to do to its workers; tried with a process that is one.
+
+    Raises:
+        ConfigError: it is not ours to run as that user.
+        OSError: it cannot be tried.
+    """
+    who = identity.identity(service.user, service.group)
+    return access.access_to(lambda: privileges.settle(service, who), executes=not service.app)
+
+
+def notes_on(found: Access) -> list[str]:
+    """What follows from the access that we have to workers. Pure."""
+    refusals = {WAITS: found.look, BORROW: found.borrow}
+    return [_note(what, refusal) for what, refusal in refusals.items() if refusal]
+
+
+def _note(what: str, refusal: Refusal) -> str:
+    return f"{INSTEAD[what]}: {refusal}"
+
+
+class Visibility:
+    """Collects refusals as they are met; each is logged once.
+
+    Attributes:
+        notes: by what cannot be seen.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self.notes: dict[str, str] = {}
+
+    def refused(self, what: str, worker: Process) -> None:
+        """WAITS, QUEUES or BORROW could not be had of this worker."""
+        if what in self.notes:
+            return
+        found = access.access(worker.pid, worker.inodes)
+        refusal = found.look if what == WAITS else found.borrow or found.look
+        if refusal is None:  # it may have ended meanwhile
+            return
+        self.notes[what] = _note(what, refusal)
+        self._log.warning("%s", self.notes[what])
+
+    def forget(self) -> None:
+        """Workers may run as somebody else from now on."""
+        self.notes.clear()
