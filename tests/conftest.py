@@ -1,186 +1,25 @@
-"""What a test needs of the machine, and fixtures that start services.
-
-`@pytest.mark.needs("bpf", "uvicorn")` names what has to be there; a fixture says for itself what
-it needs. What is missing skips the test and is named. Where the machine is known to have
-everything (STEER_REQUIRE_KERNEL=1, in CI) it fails it: a test that never runs tests nothing.
-"""
+"""Fixtures for all tests, and what is done once before them."""
 
 from __future__ import annotations
 
 import compileall
-import ctypes
-import importlib.util
-import os
 import resource
-import shutil
-import socket
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import cache
-from itertools import product
-from pathlib import Path
-from typing import NoReturn, Protocol
 
 import pytest
-from gateway import ruleset, socket_match, tproxy
-from support import (
-    Netns,
-    Service,
-    clean_environment,
-    eventually,
-    network_namespace,
-    run_steer,
-    start_service,
+
+from testkit import ROOT
+from testkit.capabilities import require
+from testkit.fixtures import (  # noqa: F401
+    cgroup,
+    clients,
+    datagrams,
+    environment,
+    home,
+    listener,
+    netns,
+    service,
+    steer,
 )
-
-from steer.config.candidates import Answer, Finding
-from steer.errors import KernelError
-from steer.linux import processes
-from steer.loader import compile, probe
-from steer.sockets.listeners import Borrower
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _is_root() -> str:
-    return "" if os.geteuid() == 0 else "not root"
-
-
-def _found(finding: Finding) -> str:
-    return "" if finding.answer is Answer.YES else finding.reason
-
-
-def _has_netns() -> str:
-    try:
-        with network_namespace():
-            return ""
-    except OSError as error:
-        return str(error)
-
-
-def _has_module(name: str) -> Callable[[], str]:
-    return lambda: "" if importlib.util.find_spec(name) else f"no module {name}"
-
-
-def _has_command(name: str) -> Callable[[], str]:
-    return lambda: "" if shutil.which(name) else f"no command {name}"
-
-
-def _has_bcc() -> str:
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('bcc') is None)"
-    for python in (compile.SYSTEM_PYTHON, shutil.which("python3")):
-        if python and subprocess.run([python, "-Ic", look], check=False).returncode == 0:
-            return ""
-    return "no bcc in the system's Python"
-
-
-def _has_io_uring() -> str:
-    """With a ring made and closed; 425 is io_uring_setup(2) everywhere."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    ring = libc.syscall(425, 8, ctypes.create_string_buffer(120))
-    if ring < 0:
-        return os.strerror(ctypes.get_errno())
-    os.close(ring)
-    return ""
-
-
-def _has_nobody() -> str:
-    return _is_root() or _has_command("setpriv")()
-
-
-def _has_userns() -> str:
-    """Refused in a chroot (user_namespaces(7))."""
-    done = subprocess.run(["unshare", "--user", "true"], capture_output=True, text=True)
-    return done.stderr.strip()
-
-
-def _has_headers() -> str:
-    return "" if Path("/usr/include/asm-generic/socket.h").exists() else "no linux-libc-dev"
-
-
-def _has_vm() -> str:
-    """`./dev vm` would install what it needs, and maybe make .venv anew, which we run from."""
-    made = ROOT / ".venv" / "made-vm"
-    pyproject = (ROOT / "pyproject.toml").read_bytes()
-    stamp = subprocess.run(["cksum"], input=pyproject, capture_output=True, check=True).stdout
-    if not made.exists() or not made.read_bytes().endswith(stamp):
-        return "not set up: ./dev setup vm"
-    missing = filter(None, (_has_command(name)() for name in ("qemu-system-x86_64", "mmdebstrap")))
-    return ", ".join(missing)
-
-
-def _has_pidfd_getfd() -> str:
-    with socket.socket() as sock:
-        lender = Borrower(os.getpid(), frozenset({processes.socket_inode(sock.fileno())}))
-        try:
-            with lender.borrow():
-                return ""
-        except KernelError as error:
-            return str(error)
-
-
-def _has_tproxy() -> str:
-    """With rules that the kernel takes, in a namespace of no use."""
-    if why := _is_root() or _has_command("nft")() or _has_netns():
-        return why
-    rules = ruleset(socket_match(), tproxy(), tproxy("udp"))
-    with network_namespace():
-        done = subprocess.run(["nft", "-f", "-"], input=rules, capture_output=True, text=True)
-    return done.stderr.strip()
-
-
-_WHY_NOT: Mapping[str, Callable[[], str]] = {
-    "bcc": _has_bcc,
-    "bpf": lambda: _found(probe.ebpf()),
-    "bpftool": _has_command("bpftool"),
-    "dumb-init": _has_command("dumb-init"),
-    "granian": _has_module("granian"),
-    "gunicorn": _has_module("gunicorn"),
-    "haproxy": _has_command("haproxy"),
-    "hypercorn": _has_module("hypercorn"),
-    "io_uring": _has_io_uring,
-    "matplotlib": _has_module("matplotlib"),
-    "migrate": lambda: _found(probe.migrate()),
-    "netns": _has_netns,
-    "nginx": _has_command("nginx"),
-    "nobody": _has_nobody,
-    "pidfd_getfd": _has_pidfd_getfd,
-    "root": _is_root,
-    "ruby": _has_command("ruby"),
-    "setsid": _has_command("setsid"),
-    "systemd-notify": _has_command("systemd-notify"),
-    "tini": _has_command("tini"),
-    "tproxy": _has_tproxy,
-    "userns": _has_userns,
-    "uvicorn": _has_module("uvicorn"),
-    "vagrant": _has_command("vagrant"),
-    "vm": _has_vm,
-    "headers": _has_headers,
-    "waitress": _has_module("waitress"),
-    "wrk": _has_command("wrk"),
-}
-"""Each says why the machine has not got it, or nothing."""
-
-
-@cache
-def _why_not(capability: str) -> str:
-    return _WHY_NOT[capability]()
-
-
-def require(*capabilities: str) -> None:
-    """Skip, or fail where everything has to be there, unless the machine has them all."""
-    for capability in capabilities:
-        if why := _why_not(capability):
-            do_without(f"needs {capability}: {why}")
-
-
-def do_without(what: str) -> NoReturn:
-    """Skip, or fail where everything has to be there. Args: what: what is needed, and why not."""
-    if os.environ.get("STEER_REQUIRE_KERNEL") == "1":
-        pytest.fail(what, pytrace=False)
-    pytest.skip(what)
 
 
 def pytest_configure() -> None:
@@ -189,7 +28,7 @@ def pytest_configure() -> None:
 
     Some tests stand for hundreds of workers, whose sockets one process seldom holds.
     """
-    for package in ("bench", "steer", "vm"):
+    for package in ("bench", "steer", "testkit", "vm"):
         compileall.compile_dir(ROOT / package, quiet=1)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -198,135 +37,3 @@ def pytest_configure() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
         require(*mark.args)
-
-
-@pytest.fixture
-def netns() -> Iterator[Netns]:
-    """The test, and what it starts, in a network namespace of its own; see `support`."""
-    require("netns")
-    with network_namespace() as made:
-        yield made
-
-
-@pytest.fixture
-def clients() -> Iterator[ExitStack]:
-    """For sockets that are to be closed when the test ends."""
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        yield made
-
-
-@pytest.fixture
-def datagrams() -> Iterator[socket.socket]:
-    """A socket that takes them, over IPv6."""
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as made:
-        made.bind(("::1", 0))
-        yield made
-
-
-@pytest.fixture
-def home() -> Iterator[Path]:
-    """A directory for services: short enough for a socket's path, and for any user to reach."""
-    with tempfile.TemporaryDirectory(prefix="steer-test-") as name:
-        home = Path(name)
-        for directory in (home, home / "run", home / "cache"):
-            directory.mkdir(exist_ok=True)
-            directory.chmod(0o777)
-        yield home
-
-
-@pytest.fixture
-def environment(home: Path) -> dict[str, str]:
-    """Of the services and commands a test starts; the test may add to it before it does."""
-    return clean_environment(home)
-
-
-class RunSteer(Protocol):
-    def __call__(
-        self, *arguments: str, user: int | None = None
-    ) -> subprocess.CompletedProcess[str]: ...
-
-
-@pytest.fixture
-def steer(netns: Netns, home: Path, environment: dict[str, str]) -> RunSteer:
-    """Run a `steer` command to its end, in the test's namespace."""
-
-    def run(*arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
-        return run_steer(*arguments, environment=environment, cwd=home, user=user)
-
-    return run
-
-
-class StartService(Protocol):
-    def __call__(
-        self,
-        *arguments: str,
-        name: str = "test",
-        ready: bool = True,
-        user: int | None = None,
-        under: Sequence[str] = (),
-    ) -> Service: ...
-
-
-@pytest.fixture
-def service(netns: Netns, home: Path, environment: dict[str, str]) -> Iterator[StartService]:
-    """Start `steer run ARGUMENTS` in the test's namespace; wait until all workers are ready.
-
-    At the end it is stopped, and the test fails if it leaves anything: a process, a
-    program or map, a control socket.
-
-    Args:
-        name: of the service.
-        ready: False returns at once, for services that are not to come up.
-        user: uid to run it as, see `support.NOBODY`; needs "nobody".
-        under: a command that executes steer in its own place.
-    """
-    started: list[Service] = []
-
-    def start(
-        *arguments: str,
-        name: str = "test",
-        ready: bool = True,
-        user: int | None = None,
-        under: Sequence[str] = (),
-    ) -> Service:
-        if user is not None:
-            require("nobody")
-        one = start_service(
-            *arguments, name=name, environment=environment, home=home, user=user, under=under
-        )
-        started.append(one)
-        return one.wait_ready() if ready else one
-
-    yield start
-    errors = []
-    # All are ended before any is looked at: two may have wanted the same name.
-    for step, one in product((Service.end, Service.clean_up), reversed(started)):
-        try:
-            step(one)
-        except Exception as error:  # noqa: BLE001 - the others have to be ended too
-            errors.append(error)
-    if errors:
-        raise ExceptionGroup("services were not left in order", errors)
-
-
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """One of version 2, of our own."""
-    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    roots = [mount[4] for mount in mounts if mount[mount.index("-") + 1] == "cgroup2"]
-    made = Path(roots[0] if roots else "/nowhere", f"steer-test-{os.getpid()}")
-    try:
-        made.mkdir()
-    except OSError as error:
-        do_without(f"needs a cgroup: {error}")
-    yield made
-    (made / "cgroup.freeze").write_text("0")
-    (made.parent / "cgroup.procs").write_text(str(os.getpid()))
-    eventually(lambda: (made / "cgroup.procs").read_text() == "")
-    made.rmdir()

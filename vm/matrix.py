@@ -23,16 +23,16 @@ from vm.errors import VmError
 HOST = "host"
 """The kernel of this machine, without a VM."""
 KERNEL_TESTS = (
-    "tests/test_bpf.py",
-    "tests/test_kernel_policies.py",
-    "tests/test_kernel_cbpf.py",
-    "tests/test_source.py",
-    "tests/test_flow.py",
-    "tests/test_least_conn.py",
-    "tests/test_early.py",
-    "tests/test_listeners.py",
-    "tests/test_nic.py",
-    "tests/test_own_policy.py::test_built_in_policies_ask_no_more_of_the_verifier",
+    "tests/kernel/test_bpf.py",
+    "tests/service/test_kernel_policies.py",
+    "tests/service/test_kernel_cbpf.py",
+    "tests/service/test_source.py",
+    "tests/service/test_flow.py",
+    "tests/service/test_least_conn.py",
+    "tests/service/test_early.py",
+    "tests/kernel/test_listeners.py",
+    "tests/kernel/test_nic.py",
+    "tests/service/test_own_policy.py::test_built_in_policies_ask_no_more_of_the_verifier",
     "-k",
     "not tcp6 and not udp6 and not dual_stack and not wildcard",
 )

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-
-from conftest import (  # noqa: F401
-    environment,
-    home,
-    netns,
-    pytest_runtest_setup,
-    service,
-)
+from testkit.capabilities import require
+from testkit.fixtures import environment, home, netns, service  # noqa: F401
 
 GUEST_ONLY = Path("/host/tree.tar")
 """What vm/guest/enter unpacks."""
@@ -29,3 +21,8 @@ def pytest_configure() -> None:
             f"is not the guest of ./dev vm: it has no {GUEST_ONLY}; say: ./dev vm test vm/tests",
             pytest.ExitCode.USAGE_ERROR,
         )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        require(*mark.args)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from crew import CPUS, PORT, Crew, pinned
-from support import eventually, in_network_namespace, network_namespace
 
 from steer.linux import topology
 from steer.policy.builtin import CBPF, EBPF
 from steer.policy.cpus import Topology
+from testkit.crew import CPUS, PORT, Crew, pinned
+from testkit.namespaces import in_network_namespace, network_namespace
+from testkit.processes import eventually
 
 PROCESSORS = Path("/sys/devices/system/cpu")
 NODE_OF = {

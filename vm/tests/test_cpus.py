@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from conftest import StartService
-from crew import CPUS, KINDS, PORT, Crew, pinned
-from support import http_get
 
 from steer.linux import topology
 from steer.policy.cpus import Topology
+from testkit.clients import http_get
+from testkit.crew import CPUS, KINDS, PORT, Crew, pinned
+from testkit.fixtures import StartService
 from vm.tests.machine import (
     EVEN,
     ODD,

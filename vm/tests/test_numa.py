@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
-from conftest import StartService
-from crew import CPUS, KINDS, PORT, Crew, pinned
-from support import http_get
 
 from steer.linux import topology
+from testkit.clients import http_get
+from testkit.crew import CPUS, KINDS, PORT, Crew, pinned
+from testkit.fixtures import StartService
 from vm.tests.machine import (
     NODE_OF,
     NODES,

@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from crew import CPUS, Crew
-from support import Netns
 
+from testkit.crew import CPUS, Crew
+from testkit.namespaces import Netns
 from vm.tests.machine import (
     CLIENT,
     KINDS,

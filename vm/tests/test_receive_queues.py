@@ -15,12 +15,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import do_without
-from crew import CPUS, Crew
-from support import eventually
 
 from steer.linux import nic
 from steer.linux.topology import parse_cpulist
+from testkit.capabilities import do_without
+from testkit.crew import CPUS, Crew
+from testkit.processes import eventually
 from vm.tests.machine import (
     CLIENT,
     EVEN,

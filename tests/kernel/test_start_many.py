@@ -1,0 +1,394 @@
+"""A service of many workers starts: a few in each turn of the loop. With fakes, so that what is
+counted is what the fleet does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+import pytest
+
+from steer.backends.base import Counts
+from steer.config.plan import Generation, plan
+from steer.config.service import Service
+from steer.controller import status
+from steer.errors import KernelError, SteerError
+from steer.linux import fork
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
+from steer.loader import find
+from steer.policy.cpus import Topology
+from steer.workers import pool as fleets
+from steer.workers import process
+from steer.workers.handle import Place
+from steer.workers.intake import MOST_TOGETHER, Lot
+from steer.workers.lifecycle import Event, State
+from steer.workers.pool import Fleet
+from testkit.growth_fakes import FEW, MANY, Cost, rest
+
+_CPUS = tuple(sorted(os.sched_getaffinity(0)))
+_TIMEOUT_S = 60.0
+
+
+class FakeSteering:
+    """Counts what it is asked for."""
+
+    backend = "ebpf"
+    reserve = ()
+    needs_order = False
+
+    def __init__(self) -> None:
+        self.anchors: dict[int, object] = {}
+        self.asked: Counter[str] = Counter()
+        self.there: set[int] = set()
+
+    def joined(self, slot: int, _fds: Sequence[int]) -> None:
+        self.there.add(slot)
+
+    def left(self, slot: int) -> None:
+        self.there.discard(slot)
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        self.asked["saved"] += 1
+        return None, ()
+
+    def unsettled(self) -> None:
+        """No program runs."""
+
+    def steer(self, _members: Sequence[object]) -> None:
+        self.asked["flips"] += 1
+
+    def held(self, _slot: int) -> Sequence[int]:
+        return ()
+
+    def retire(self, _slot: int) -> Counts:
+        return Counts()
+
+    def release(self) -> None:
+        pass
+
+
+class FakeGuard:
+    pid = 0
+
+    def put(self, *_: object) -> None:
+        pass
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
+    def drop(self, _key: str) -> None:
+        pass
+
+    def give_up(self) -> None:
+        pass
+
+
+class FakeProcess:
+    """Never ends by itself.
+
+    Args:
+        fails_at: so many can be forked, and no more.
+    """
+
+    turn = 0
+    forked: ClassVar[list[int]] = []
+    fails_at: int | None = None
+
+    def __init__(self, launch: Any, *_: object) -> None:
+        if len(self.forked) == self.fails_at:
+            raise KernelError("start a worker", "no more processes")
+        self.forked.append(self.turn)
+        self.pid = 1_000 + len(self.forked)
+        self.launch, self.problem, self.bound = launch, None, ()
+
+    def keep(self, *_: object) -> None:
+        pass
+
+    def go_on(self) -> None:
+        pass
+
+    def watch(self, *_: object) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class FakePlace(Place, eq=False):
+    """Nothing of it is kept, and nothing is looked at."""
+
+    def keep(self, held: Sequence[int], look: bool = True) -> None:
+        pass
+
+    def got_ready(self, now_s: float) -> None:
+        pass
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The turn of the loop in which each worker was forked."""
+
+    @contextmanager
+    def bound(_launch: object) -> Iterator[Sequence[object]]:
+        yield ()
+
+    monkeypatch.setattr(FakeProcess, "forked", [])
+    monkeypatch.setattr(FakeProcess, "fails_at", None)
+    monkeypatch.setattr(FakeProcess, "turn", 0)
+    monkeypatch.setattr(process, "bound", bound)
+    monkeypatch.setattr(process, "fork_all", lambda launches, *_: list(map(FakeProcess, launches)))
+    monkeypatch.setattr(fleets, "Place", FakePlace)
+    monkeypatch.setattr(fork, "pause", lambda _seconds: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
+    monkeypatch.setattr(Lot, "took", lambda *_: None)  # how long is no matter here
+    return FakeProcess.forked
+
+
+def fleet_of(
+    number: int, steering: FakeSteering, on: tuple[int, ...] = _CPUS, **keys: Any
+) -> Fleet:
+    cpus = Topology(on, on, dict.fromkeys(on, 0))
+    decided = plan(Service(workers=number, **keys), cpus, {}, find.find("hash"))
+    log = Log("error", "text")
+
+    def launch(place: Place) -> Any:
+        return SimpleNamespace(service=decided.service, binds=(), slot=place.slot)
+
+    return Fleet(
+        Generation(1, decided),
+        2 * number,
+        cast(Any, steering),
+        cast(Any, FakeGuard()),
+        launch,
+        log,
+        Retry(log, Spare(0)),
+        cast(Any, None),
+    )
+
+
+async def watched(fleet: Fleet) -> None:
+    """Until every worker has been started, or it is known that one cannot be."""
+
+    fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+    fleet.fill()
+    async with asyncio.timeout(_TIMEOUT_S):
+        while any(not place.starts for place in fleet.places) and not fleet.refused.done():
+            FakeProcess.turn += 1
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("number", [10, 1_000])
+def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
+    forked: list[int], number: int
+) -> None:
+    """However many there are, so that who is ready is heard, and serves, after so many forks."""
+
+    async def run() -> None:
+        fleet = fleet_of(number, steering := FakeSteering())
+        fleet.start(lambda: None)
+        assert forked == [0] * MOST_TOGETHER
+        await watched(fleet)
+        assert len(forked) == len(steering.there) == number
+        assert max(Counter(forked).values()) <= 2 * MOST_TOGETHER  # the first turn has two
+        assert steering.asked["saved"] <= number / MOST_TOGETHER + 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("cpus", "first"), [(1, 8), (12, 12), (256, 16)])
+def test_first_are_as_many_as_there_are_cpus_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int], cpus: int, first: int
+) -> None:
+    fleet = fleet_of(300, FakeSteering())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cpus)))
+    fleet.start(lambda: None)
+    assert len(forked) == first
+
+
+def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[int]) -> None:
+    async def run() -> None:
+        fleet = fleet_of(100, FakeSteering())
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        fleet.report(next(iter(fleet.places)), Event.READY)
+        await fleet.up
+        fleet.settle()
+        assert fleet.steering.asked["flips"] == 1  # type: ignore[attr-defined]
+        assert len(forked) == MOST_TOGETHER
+        # those that wait for their turn have not failed, and are not asked to hurry
+        waiting = list(fleet.places)[MOST_TOGETHER:]
+        assert {place.state for place in waiting} == {State.BACKOFF}
+        assert {status.shown(place) for place in waiting} == {State.STARTING}
+        assert not any(place.timer for place in waiting)
+
+    asyncio.run(run())
+
+
+def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
+    forked: list[int],
+) -> None:
+    async def steps(number: int) -> int:
+        fleet, before = fleet_of(number, FakeSteering(), (0,), command=("sleep", "9")), len(forked)
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        first, second, *_ = fleet.places
+        fleet.report(first, Event.READY)
+        await rest()
+        assert len(forked) - before == 2
+        with (cost := Cost()).of_steps():
+            fleet.report(second, Event.EXITED)
+            await asyncio.sleep(0)
+        assert len(forked) - before == 3
+        return cost["steps"]
+
+    few, many = (asyncio.run(steps(number)) for number in (FEW, MANY))
+    assert many < 1.5 * few
+
+
+def test_stop_before_all_are_started_starts_no_more(forked: list[int]) -> None:
+    async def run() -> None:
+        fleet = fleet_of(100, FakeSteering())
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        fleet.fill()
+        begun = len(forked)
+        for place in fleet.places:
+            place.process = None  # nobody is there to be told
+        fleet.stop(0.0, quick=True)
+        await asyncio.sleep(0)
+        assert len(forked) == len(fleet.places) == begun < 100
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_service_of_which_not_all_can_be_started_ends(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int], serves: bool
+) -> None:
+    monkeypatch.setattr(FakeProcess, "fails_at", 50)
+
+    async def run() -> None:
+        fleet = fleet_of(100, steering := FakeSteering())
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        if serves:
+            fleet.report(next(iter(fleet.places)), Event.READY)
+        fleet.fill()
+        with pytest.raises(SteerError, match="no more processes"):
+            async with asyncio.timeout(_TIMEOUT_S):
+                await (fleet.refused if serves else fleet.up)
+        assert len(steering.there) == sum(place.process is not None for place in fleet.places)
+        states = {place.state for place in fleet.places if not place.process}
+        assert states == {State.BACKOFF}  # so that to stop is to forget them
+
+    asyncio.run(run())
+
+
+def test_seats_that_an_adopter_cannot_fill_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int]
+) -> None:
+    """Others serve: that it cannot start more is no reason to end."""
+    monkeypatch.setattr(FakeProcess, "fails_at", 12)
+
+    async def run() -> None:
+        fleet = fleet_of(20, FakeSteering())
+        await watched(fleet)
+        assert not fleet.refused.done()
+        failed = [place for place in fleet.places if not place.process]
+        assert len(failed) == 20 - 8
+        assert all(place.failures for place in failed)
+        assert len(forked) == 12
+
+    asyncio.run(run())
+
+
+def test_lot_that_took_long_is_followed_by_a_smaller_one(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int]
+) -> None:
+    def took(lot: Lot, _step_s: float) -> None:
+        lot.size = 2
+
+    monkeypatch.setattr(Lot, "took", took)
+
+    async def run() -> None:
+        fleet = fleet_of(40, FakeSteering())
+        fleet.start(lambda: None)
+        await watched(fleet)
+
+    asyncio.run(run())
+    assert list(Counter(forked).values())[1:] == [2] * ((40 - 2 * MOST_TOGETHER) // 2)
+
+
+async def crash_of_all(fleet: Fleet) -> None:
+    """All end in one turn of the loop; until each was started again, or that was tried."""
+    for place in fleet.places:
+        fleet.report(place, Event.READY)
+    await rest()
+    FakeProcess.forked.clear()
+    for place in fleet.places:
+        place.process = None
+        fleet.report(place, Event.EXITED)
+    async with asyncio.timeout(_TIMEOUT_S):
+        while not all(place.process or place.failures for place in fleet.places):
+            FakeProcess.turn += 1
+            await asyncio.sleep(0)
+
+
+def test_all_that_ended_at_once_are_started_in_lots(forked: list[int]) -> None:
+    async def run() -> None:
+        fleet = fleet_of(100, steering := FakeSteering())
+        fleet.start(lambda: None)
+        await watched(fleet)
+        saved = steering.asked["saved"]
+        await crash_of_all(fleet)
+        assert sorted(Counter(forked).values(), reverse=True) == [MOST_TOGETHER] * 12 + [4]
+        assert len({place.slot for place in fleet.places}) == 100
+        assert steering.asked["saved"] - saved <= 13 + 1
+
+    asyncio.run(run())
+
+
+def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
+    monkeypatch: pytest.MonkeyPatch, forked: list[int]
+) -> None:
+    async def run() -> None:
+        fleet = fleet_of(20, FakeSteering())
+        fleet.start(lambda: None)
+        await watched(fleet)
+
+        def fork_all(launches: Sequence[Any], *_: object) -> list[FakeProcess]:
+            if sum(bool(place.process) for place in fleet.places) + len(launches) > 12:
+                raise KernelError("start a worker", "no more processes")
+            return list(map(FakeProcess, launches))
+
+        monkeypatch.setattr(process, "fork_all", fork_all)
+        await crash_of_all(fleet)
+        assert sum(bool(place.process) for place in fleet.places) == 12
+        assert all(place.timer for place in fleet.places if not place.process)
+
+    asyncio.run(run())
+
+
+def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[int]) -> None:
+    async def run() -> None:
+        fleet = fleet_of(4, FakeSteering())
+        fleet.start(lambda: None)
+        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        first = next(iter(fleet.places))
+        first.process = None
+        fleet.report(first, Event.EXITED)
+        fleet._on_time(first, Event.RETRY)
+        fleet._on_time(first, Event.RETRY)
+        forked.clear()
+        await rest()
+        assert len(forked) == 1
+
+    asyncio.run(run())

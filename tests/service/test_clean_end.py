@@ -1,0 +1,216 @@
+"""However an application leaves Python, its worker ends as it should: once, and with all it has."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from testkit.fixtures import StartService
+from testkit.processes import DEADLINE_S, eventually, is_running
+from testkit.service import Service
+
+PORT = 8080
+APP = '''
+import atexit, io, os, signal, socket, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+class NoFlush:
+    def write(self, text):
+        return len(text)
+
+class Raises(NoFlush):
+    def flush(self):
+        raise RuntimeError("out of order")
+
+class Exits(NoFlush):
+    def flush(self):
+        sys.exit(3)
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+STREAMS = {
+    "without flush": NoFlush, "None": lambda: None, "raises": Raises, "exits": Exits,
+    "closed": closed,
+}
+
+def serve(worker):
+    while not worker.stopping:
+        client, _ = worker.sockets[0].accept()
+        with client:
+            client.recv(100)
+            client.sendall(b"done")
+
+def replaces(worker):
+    sys.stdout = STREAMS[os.environ["STREAM"]]()
+    serve(worker)
+
+def closes_descriptors(worker):
+    os.closerange(0, 3)
+    serve(worker)
+
+def closes_its_socket(worker):
+    """By the descriptor, as a server that took it over may."""
+    with socket.socket(fileno=worker.sockets[0].fileno()) as listener:
+        def stop(*_):
+            listener.close()
+            own(*_)
+        own = signal.signal(signal.SIGTERM, stop)
+        worker.ready()
+        while not worker.stopping:
+            signal.pause()
+
+def leaves_nothing_as_it_was(worker):
+    os.environ.clear()
+    os.chdir("/")
+    sys.excepthook = None
+    sys.modules.clear()
+    serve(worker)
+
+def raises_unseen(worker):
+    sys.stderr, sys.excepthook = None, lambda *_: 1 / 0
+    raise LookupError("what went wrong")
+
+def exits(worker):
+    sys.stderr = NoFlush if os.environ["CODE"] == "words" else None
+    sys.exit({"huge": 2**70, "words": "in words", "minus": -1}[os.environ["CODE"]])
+
+def registers(worker):
+    atexit.register(lambda: Path("registered").touch())
+    serve(worker)
+
+def slowly(client):
+    with client:
+        client.recv(100)
+        Path("under-way").touch()
+        while not Path("go").exists():
+            pass
+        client.sendall(b"done")
+
+def in_threads(worker):
+    """One thread a connection, and one that waits for the next; neither is a daemon."""
+    def take():
+        while True:
+            threading.Thread(target=slowly, args=worker.sockets[0].accept()[:1]).start()
+    threading.Thread(target=take).start()
+    while not worker.stopping:
+        signal.pause()
+
+def in_a_pool(worker):
+    pool = ThreadPoolExecutor(2)
+    while not worker.stopping:
+        pool.submit(slowly, worker.sockets[0].accept()[0])
+
+def never_ends(worker):
+    threading.Thread(target=threading.Event().wait).start()
+    sys.exit(7)
+'''
+
+
+@pytest.fixture(autouse=True)
+def application(home: Path) -> None:
+    (home / "app.py").write_text(APP)
+
+
+def ask() -> bytes:
+    with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S) as sock:
+        sock.sendall(b"?")
+        return sock.recv(100)
+
+
+def ends_cleanly(running: Service) -> None:
+    assert running.stop() == 0
+    log = running.log
+    assert "Traceback" not in log
+    assert "bug in steer" not in log
+    assert "WARNING" not in log
+    assert log.count("stopping gracefully") == 1, "a second controller came back from the fork"
+
+
+@pytest.mark.parametrize("stream", ["without flush", "None", "raises", "exits", "closed"])
+def test_streams_may_be_anything_at_the_end(service: StartService, stream: str) -> None:
+    """Of the requests during a reload none is lost, nor does a worker go on as something else."""
+    running = service("app:replaces", "-w", "2", "-e", f"STREAM={stream}")
+    answers: list[bytes] = []
+    enough = threading.Event()
+
+    def load() -> None:
+        while not enough.is_set():
+            answers.append(ask())
+
+    client = threading.Thread(target=load)
+    client.start()
+    old = [each["pid"] for each in running.workers()]
+    running.ask("reload")
+    ready = [each["slot"] for each in running.workers() if each["state"] == "ready"]
+    running.ask("restart", slot=ready[0])
+    eventually(lambda: not any(map(is_running, old)))
+    enough.set()
+    client.join()
+    assert set(answers) == {b"done"}
+    ends_cleanly(running)
+
+
+@pytest.mark.parametrize("app", ["closes_descriptors", "leaves_nothing_as_it_was"])
+def test_surroundings_may_be_anything_at_the_end(service: StartService, app: str) -> None:
+    running = service(f"app:{app}", "-w", "1")
+    assert ask() == b"done"
+    ends_cleanly(running)
+
+
+def test_socket_closed_under_us_is_no_failure_of_the_handler(service: StartService) -> None:
+    ends_cleanly(service("app:closes_its_socket", "-w", "1"))
+
+
+def test_exception_is_shown_whatever_the_application_did_to_the_streams(
+    service: StartService,
+) -> None:
+    running = service("app:raises_unseen", "-w", "1", ready=False)
+    assert running.wait() == 3
+    assert "LookupError: what went wrong" in running.log
+
+
+@pytest.mark.parametrize(
+    "code, status", [("huge", "exit status 255"), ("minus", "exit status 255"), ("words", "")]
+)
+def test_any_value_is_an_exit_status(service: StartService, code: str, status: str) -> None:
+    running = service("app:exits", "-w", "1", "-e", f"CODE={code}", ready=False)
+    assert running.wait() == 3
+    assert (status or "exit status 1") in running.log
+    assert code != "words" or "in words" in running.log
+    assert running.log.count("Traceback") == 0
+
+
+def test_what_is_registered_to_be_done_at_the_end_is_done(
+    service: StartService, home: Path
+) -> None:
+    running = service("app:registers", "-w", "1")
+    ends_cleanly(running)
+    assert (home / "registered").exists()
+
+
+@pytest.mark.parametrize("app", ["in_threads", "in_a_pool"])
+def test_threads_finish_what_they_have(service: StartService, home: Path, app: str) -> None:
+    running = service(f"app:{app}", "-w", "1")
+    with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S) as sock:
+        sock.sendall(b"?")
+        eventually((home / "under-way").exists)
+        running.send_signal(signal.SIGTERM)
+        eventually(lambda: "stopping gracefully" in running.log)
+        (home / "go").touch()
+        assert sock.recv(100) == b"done"
+    assert running.wait() == 0
+    assert "WARNING" not in running.log
+
+
+def test_thread_that_never_ends_keeps_nobody(service: StartService) -> None:
+    """Nobody told the worker to end, so nobody would kill it."""
+    running = service("app:never_ends", "-w", "1", "--graceful-timeout", "0.3", ready=False)
+    assert running.wait() == 3

@@ -1,0 +1,354 @@
+"""Processes of a worker that have left its process group: found, told to end, and reaped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from steer.linux import processes
+from steer.loader import compile
+from testkit.clients import http_get
+from testkit.crew import PORT
+from testkit.fixtures import StartService
+from testkit.processes import DEADLINE_S, eventually, is_running, python, stopped
+from testkit.service import Service
+
+pytestmark = pytest.mark.needs("netns")
+BIND = ("-b", f"127.0.0.1:{PORT}")
+SERVER = f'''
+import json, os, signal, socket, sys, threading, time
+
+def daemon(mode="helper"):
+    """Forks twice, and so is nobody's child; of what it inherited it keeps the sockets."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execve({sys.executable!r}, [{sys.executable!r}, "server.py", mode], {{}})
+        os._exit(0)
+    os.wait()
+
+def helper(on_term):
+    """Has everything open, and says so."""
+    signal.signal(signal.SIGTERM, on_term)
+    with open("helpers", "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    while True:
+        signal.pause()
+
+def stop(number, frame):
+    with open("told", "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    os._exit(0)
+
+def serve(listener):
+    while True:
+        client, _ = listener.accept()
+        with client:
+            client.recv(1000)
+            body = json.dumps({{"pid": os.getpid()}}).encode()
+            client.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n" + body)
+
+def call(worker):
+    """Starts a daemon first; the listeners are kept open in it."""
+    for sock in worker.sockets:
+        sock.set_inheritable(True)
+    daemon()
+    serve(worker.sockets[0])
+
+def call_stubborn(worker):
+    """As `call`, but the daemon does not end when it is told to."""
+    for sock in worker.sockets:
+        sock.set_inheritable(True)
+    daemon("stubborn")
+    serve(worker.sockets[0])
+
+def orphans(worker):
+    """Ten children of children that end at once, and are nobody's."""
+    for _ in range(10):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os._exit(0)
+            os._exit(0)
+        os.wait()
+    serve(worker.sockets[0])
+
+def forks_on(worker):
+    """Orphans all the time, a hundred and more a second."""
+    def leave():
+        while True:
+            if os.fork() == 0:
+                if os.fork() == 0:
+                    os._exit(0)
+                os._exit(0)
+            os.wait()
+            time.sleep(0.005)
+    threading.Thread(target=leave, daemon=True).start()
+    serve(worker.sockets[0])
+
+if __name__ == "__main__":
+    if "helper" in sys.argv:
+        helper(stop)
+    if "stubborn" in sys.argv:
+        helper(signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, stop)
+    serve(socket.socket(fileno=3))
+'''
+SERVE = (sys.executable, "server.py")
+
+
+@pytest.fixture(autouse=True)
+def application(home: Path) -> None:
+    (home / "server.py").write_text(SERVER)
+
+
+def pids_in(path: Path) -> list[int]:
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def server_pid() -> int:
+    """Of the process that serves, which is not the worker's first."""
+    found: int = http_get("127.0.0.1", PORT)[1]["pid"]
+    return found
+
+
+def is_free() -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", PORT))
+        except OSError:
+            return False
+        return True
+
+
+WRAPPERS = {
+    "setsid": ("setsid", "-w"),
+    "tini": ("tini", "--"),
+    "dumb-init": ("dumb-init",),
+}
+
+
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param(name, marks=pytest.mark.needs(name)) for name in WRAPPERS]
+)
+def test_server_in_a_session_of_its_own_ends_with_its_worker(
+    service: StartService, home: Path, wrapper: str
+) -> None:
+    """After a stop, and after what was its parent was killed."""
+    one = service(*BIND, "-w", "1", "--", *WRAPPERS[wrapper], *SERVE)
+    first, server = one.workers()[0]["pid"], server_pid()
+    assert server != first
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: not is_running(server))
+    eventually(lambda: server in pids_in(home / "told"))
+    one.wait_ready()
+
+    server = server_pid()
+    assert one.steer("stop").returncode == 0
+    assert not is_running(server)
+    assert server in pids_in(home / "told")
+    assert is_free()
+
+
+@pytest.mark.needs("setsid")
+def test_without_a_controller_the_guard_ends_all_of_a_worker(
+    service: StartService, home: Path
+) -> None:
+    one = service(*BIND, "-w", "2", "--", *WRAPPERS["setsid"], *SERVE)
+    server = server_pid()
+    one.send_signal(signal.SIGKILL)
+    one.wait()
+    assert one.steer("stop").returncode == 0
+    assert not is_running(server)
+    assert server in pids_in(home / "told")
+    assert is_free()
+
+
+@pytest.mark.parametrize("end", ["stop", "restart", "crash", "adopted"])
+def test_daemon_of_a_worker_ends_with_it(service: StartService, home: Path, end: str) -> None:
+    """It has another session, no parent, and nothing in its environment."""
+    arguments = (*BIND, "-w", "1", "server:call")
+    one = service(*arguments)
+    (helper,) = eventually(lambda: pids_in(home / "helpers"))
+    if end == "adopted":
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+        one = service(*arguments)
+    if end == "crash":
+        os.kill(one.workers()[0]["pid"], signal.SIGKILL)
+    elif end == "restart":
+        assert one.steer("restart", "0").returncode == 0
+    else:
+        assert one.steer("stop").returncode == 0
+    eventually(lambda: not is_running(helper))
+    assert helper in pids_in(home / "told")
+
+
+MANY = 20
+"""More than one step sees to."""
+
+
+def end_all(service: StartService, one: Service, arguments: tuple[str, ...], end: str) -> None:
+    """All workers of a service at the same moment."""
+    if end.startswith("adopted"):
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+        one = service(*arguments)
+    if end == "reload":
+        assert one.steer("reload").returncode == 0
+    elif end.endswith("crash"):
+        before = one.workers()
+        with stopped(one.pid):
+            for worker in before:
+                os.kill(worker["pid"], signal.SIGKILL)
+        eventually(lambda: all(each["restarts"] for each in one.workers()))
+    else:
+        assert one.steer("stop").returncode == 0
+
+
+@pytest.mark.parametrize("end", ["stop", "reload", "crash", "adopted stop", "adopted crash"])
+def test_daemons_of_all_that_end_at_once_end_with_them(
+    service: StartService, home: Path, end: str
+) -> None:
+    arguments = (*BIND, "-w", str(MANY), "server:call")
+    one = service(*arguments)
+    eventually(lambda: len(pids_in(home / "helpers")), MANY)
+    first = pids_in(home / "helpers")
+    end_all(service, one, arguments, end)
+    eventually(lambda: not any(map(is_running, first)))
+    assert set(first) <= set(pids_in(home / "told"))
+
+
+@pytest.mark.parametrize("end", ["stop", "reload", "adopted stop"])
+def test_daemons_that_do_not_end_are_killed_with_all_that_are(
+    service: StartService, home: Path, end: str
+) -> None:
+    arguments = (*BIND, "-w", str(MANY), "--graceful-timeout=1", "server:call_stubborn")
+    one = service(*arguments)
+    eventually(lambda: len(pids_in(home / "helpers")), MANY)
+    first = pids_in(home / "helpers")
+    end_all(service, one, arguments, end)
+    eventually(lambda: not any(map(is_running, first)))
+
+
+@pytest.mark.needs("setsid")
+@pytest.mark.parametrize("way", ["stop", "guard"])
+def test_servers_below_wrappers_that_end_at_once_are_told_each(
+    service: StartService, home: Path, way: str
+) -> None:
+    """setsid(1) passes no signal on: what it started is told once it has ended."""
+    one = service(*BIND, "-w", str(MANY), "--", *WRAPPERS["setsid"], *SERVE)
+    servers = [child for each in one.workers() for child in processes.children(each["pid"])]
+    assert len(servers) == MANY
+    if way == "guard":
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+    assert one.steer("stop").returncode == 0
+    assert not any(map(is_running, servers))
+    assert sorted(pids_in(home / "told")) == sorted(servers)
+    assert is_free()
+
+
+def zombies(pid: int) -> list[int]:
+    """Children of a process that have ended and were not waited for."""
+    return [child for child in processes.children(pid) if not processes.is_alive(child)]
+
+
+@pytest.mark.parametrize("way", ["subreaper", "first process"])
+def test_what_a_worker_leaves_to_nobody_is_reaped(
+    service: StartService, home: Path, way: str
+) -> None:
+    under = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    one = service(*BIND, "-w", "3", "server:orphans", under=under if way != "subreaper" else ())
+    controller = one.pid if way == "subreaper" else processes.children(one.pid)[0]
+    eventually(lambda: zombies(controller), [])
+    assert len(processes.children(controller)) == 4, "three workers and the guard"
+    assert one.steer("stop").returncode == 0
+    assert one.wait() == 0
+
+
+CONTROLLERS = {
+    "subreaper": (),
+    "first process": ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc"),
+}
+
+
+@pytest.mark.needs("setsid")
+@pytest.mark.parametrize("under", CONTROLLERS.values(), ids=CONTROLLERS)
+def test_children_from_before_steer_are_reaped_and_else_left_alone(
+    service: StartService, home: Path, under: tuple[str, ...]
+) -> None:
+    """As a container's script leaves them: in steer's process group, and in another session;
+    and what they leave behind themselves."""
+    (home / "start.sh").write_text(
+        'cat fifo &\n(cat fifo & exec sleep 3600) &\nsetsid sleep 3600 &\nexec "$@"\n'
+    )
+    os.mkfifo(home / "fifo")
+    one = service(*BIND, "-w", "2", under=(*under, "sh", "start.sh"))
+    controller = processes.children(one.pid)[0] if under else one.pid
+    first = set(processes.children(controller))
+    (parent,) = [
+        pid for pid in first if processes.arguments(pid)[0] == "sleep" and processes.children(pid)
+    ]
+    (stays,) = [pid for pid in first - {parent} if processes.arguments(pid)[0] == "sleep"]
+    left = processes.children(parent)
+    try:
+        os.kill(parent, signal.SIGKILL)
+        eventually(lambda: set(processes.children(controller)), {*first, *left} - {parent})
+        (home / "fifo").write_text("")
+        eventually(lambda: len(processes.children(controller)), len(first) - 2)
+        assert not zombies(controller)
+        assert one.steer("stop").returncode == 0
+        assert one.wait() == 0
+        assert is_running(stays) is not bool(under)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(stays, signal.SIGKILL)
+
+
+def test_policy_is_compiled_while_orphans_end(service: StartService, home: Path) -> None:
+    """The compiler is a child of the controller, too, and its exit status is not to be lost."""
+    one = service(*BIND, "-w", "1", "server:forks_on")
+    (home / "mine.c").write_text((compile.sources() / "hash.c").read_text())
+    assert one.steer("policy", "./mine.c").returncode == 0
+    eventually(lambda: zombies(one.pid), [])
+
+
+def test_orphans_are_told_from_children_that_somebody_waits_for() -> None:
+    """In a process of its own, which becomes a subreaper for good."""
+    code = """
+import os, subprocess, sys, threading
+from steer.linux import family
+from steer.linux import fork as process
+before = subprocess.Popen(["sleep", "60"])
+family.become_subreaper()
+told = []
+ours = threading.Thread(target=lambda: told.append(process.run(["sh", "-c", "read x; exit 7"], 60)))
+pid, pidfd = process.fork(lambda: 0)
+orphan = int(subprocess.check_output(["sh", "-c", "setsid sleep 60 >&- & echo $!"]))
+process.wait_for_end(pidfd, None)
+while os.getpgid(orphan) != orphan:
+    os.sched_yield()
+found, left = family.orphans(), family.left_behind()
+ours.start()
+while ours.is_alive():
+    family.reap_orphans()
+with process.starting():
+    assert before.pid not in family.orphans() and not family.reap_orphans()[1]
+for each in (orphan, before.pid):
+    os.kill(each, 9)
+    process.wait_for_end(os.pidfd_open(each), None)
+assert family.reap_orphans() == ([before.pid, orphan], True)
+print(found == [before.pid, orphan], left == [orphan], family.orphans() == [], told[0].returncode)
+print(process.reap(pid, pidfd, True))
+"""
+    done = subprocess.run(python(code), capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.stdout.split() == ["True", "True", "True", "7", "0"], done.stderr

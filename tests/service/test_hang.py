@@ -1,0 +1,822 @@
+"""Workers that take nothing: others get what waits for them, and nobody dies of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer.linux import activity, processes
+from steer.sockets.listeners import Borrower, waiting
+from steer.workers.hang import Evidence, History, Look, Rest, Verdict
+from testkit.clients import answer, freeze, is_answered, queue, request, send, udp_ask
+from testkit.crew import CPUS, PORT, pinned
+from testkit.fixtures import StartService
+from testkit.processes import DEADLINE_S, eventually, is_ready, is_running
+from testkit.service import Service
+
+# Histories, without processes
+
+UNSEEN = Evidence()
+
+
+def verdicts(
+    *looks: Look | None,
+    timeout_s: float = 2.0,
+    evidence: Callable[[float], Evidence] = lambda _: UNSEEN,
+    opened: Callable[[int], int | None] = lambda _: None,
+) -> list[Verdict]:
+    """One look a quarter of a second at the one socket of a worker.
+
+    Args:
+        evidence: what a closer look at a time shows.
+        opened: connections counted at each look.
+    """
+    history = History(timeout_s)
+    found = []
+    for at, look in enumerate(looks):
+        now_s = at / 4
+        found.append(
+            history.judge(
+                now_s,
+                {} if look is None else {0: look},
+                opened(at),
+                partial(evidence, now_s),
+            )
+        )
+    return found
+
+
+def when_over(*looks: Look, timeout_s: float = 2.0) -> float | None:
+    """After how many seconds one that shows nothing else is hung, each look being four, one
+    each quarter of a second; None: it is not."""
+    slowly = [look for look in looks for _ in range(4)]
+    found = verdicts(*slowly, timeout_s=timeout_s)
+    return found.index(Verdict.HUNG) / 4 if Verdict.HUNG in found else None
+
+
+def test_nothing_waits_and_nothing_is_done() -> None:
+    assert when_over(*[Look(0)] * 10) is None
+
+
+def test_something_waits_and_nothing_is_done() -> None:
+    assert when_over(*[Look(1)] * 10) == 2
+    assert when_over(Look(0), *[Look(1)] * 10) == 2.75
+    assert when_over(*[Look(1)] * 10, timeout_s=5) == 5
+
+
+def test_more_and_more_waits_and_nothing_is_done() -> None:
+    assert when_over(*[Look(queued, taken=0) for queued in range(1, 10)]) == 2
+
+
+def test_queue_gets_shorter() -> None:
+    assert when_over(Look(3), Look(3), Look(2), Look(2), Look(1), Look(1), Look(0)) is None
+    assert when_over(Look(3), Look(3), Look(2), Look(2), Look(2), Look(2)) == 4
+
+
+def test_what_waited_before_has_no_part_in_it() -> None:
+    assert when_over(Look(1), Look(1), Look(0), Look(1), Look(1), Look(1), Look(1)) == 4.75
+
+
+def test_queue_stays_as_long_but_is_not_the_same() -> None:
+    looks = [Look(5, taken=taken, activity=taken) for taken in range(10)]
+    assert when_over(*looks) is None
+
+
+def test_busy_with_something_else() -> None:
+    assert when_over(*[Look(5, taken=3, activity=now) for now in range(10)]) == 2
+
+
+def test_what_is_on_its_way_is_not_taken() -> None:
+    """It is counted when it is sent, and waits a round trip later."""
+    on_their_way = [2, 4, 1, 3, 0, 4, 2, 3, 1, 4]
+    looks = [Look(9, taken=10 + more, activity=now) for now, more in enumerate(on_their_way)]
+    assert when_over(*looks) == 3
+
+
+def test_what_never_arrives_is_not_taken_by_one_that_does_nothing() -> None:
+    assert when_over(*[Look(5, taken=1000 * now) for now in range(10)]) == 2
+
+
+def test_full_queue_of_one_at_work() -> None:
+    """Filled up as fast as it is emptied; what is chosen for it besides is dropped, and counts
+    for as much as the clients make of it."""
+    for taken in (-7, 0, 7):
+        looks = [Look(9, is_full=True, taken=taken * now, activity=now) for now in range(10)]
+        assert when_over(*looks) is None
+
+
+def test_full_queue_of_one_that_does_nothing() -> None:
+    assert when_over(*[Look(9, is_full=True, taken=7 * now) for now in range(10)]) == 2
+
+
+def test_datagrams_taken_slowly() -> None:
+    """Their bytes fall by a quarter of the buffer at a time."""
+    assert when_over(*[Look(50_000 + 768 * now, activity=now) for now in range(10)]) is None
+    assert when_over(*[Look(50_000 + 768 * now) for now in range(10)]) == 2
+
+
+# At rest
+
+
+def rested_s(*looks: tuple[float, bool]) -> float:
+    """After looks four times a second, each with the CPU time since the last, and whether it was
+    asleep."""
+    rest, cpu_s, found_s = Rest(), 0.0, 0.0
+    for at, (more_s, is_asleep) in enumerate(looks):
+        cpu_s += more_s
+        found_s = rest.lasted_s(at / 4, cpu_s, is_asleep)
+    return found_s
+
+
+def test_one_that_only_looks_at_a_clock_rests() -> None:
+    assert rested_s(*[(0.0, True)] * 9) == 2
+    assert rested_s(*[(0.01, True)] * 9) == 2
+
+
+def test_one_that_computes_or_waits_for_a_disk_does_not() -> None:
+    assert rested_s(*[(0.05, True)] * 9) == 0
+    assert rested_s(*[(0.0, False)] * 9) == 0
+    assert rested_s(*[(0.2, False)] * 5, *[(0.0, True)] * 4) == 1
+
+
+# At capacity
+
+STALLED = [Look(3, taken=0)] * 40
+IDLE = {1: (0, 100), 2: (0, 100)}
+GETS_ON: dict[str, Callable[[float], Evidence]] = {
+    "computes": lambda now_s: Evidence(now_s / 2, None, IDLE, False),
+    "moves bytes": lambda now_s: Evidence(0.0, None, {1: (0, int(now_s * 8))}, False),
+    "closes": lambda now_s: Evidence(0.0, None, {int(now_s * 8): (0, 0), 1: (0, 0)}, False),
+    "closes, as is counted": lambda now_s: Evidence(0.0, 90 - int(now_s * 8), None, False),
+    "is in its event loop": lambda _: Evidence(0.0, 2, IDLE, True),
+    "is in its event loop but for a moment": lambda now_s: Evidence(
+        0.0, 2, IDLE, now_s % 3.25 != 2
+    ),
+}
+DOES_NOT: dict[str, Callable[[float], Evidence]] = {
+    "nothing is seen": lambda _: UNSEEN,
+    "does nothing": lambda _: Evidence(0.0, 2, IDLE, False),
+    "looks at its clock": lambda now_s: Evidence(now_s / 50, 2, IDLE, False),
+    "gets more": lambda now_s: Evidence(0.0, int(now_s * 8), None, None),
+    "holds nothing": lambda now_s: Evidence(now_s, 0, {}, True),
+    "holds nothing, as is counted": lambda now_s: Evidence(now_s, 0, None, True),
+}
+
+
+@pytest.mark.parametrize("evidence", GETS_ON.values(), ids=GETS_ON.keys())
+def test_one_that_gets_on_is_at_capacity(evidence: Callable[[float], Evidence]) -> None:
+    found = verdicts(*STALLED, evidence=evidence)
+    assert set(found[:8]) == {Verdict.FINE}
+    assert set(found[8:]) == {Verdict.FULL}
+
+
+def test_one_that_closes_its_last_connection_gets_on() -> None:
+    def evidence(now_s: float) -> Evidence:
+        return Evidence(0.0, None, {1: (0, 0)} if now_s < 2 else {}, False)
+
+    assert verdicts(*STALLED, evidence=evidence)[8] is Verdict.FULL
+
+
+@pytest.mark.parametrize("evidence", DOES_NOT.values(), ids=DOES_NOT.keys())
+def test_one_that_does_not_is_hung(evidence: Callable[[float], Evidence]) -> None:
+    found = verdicts(*STALLED, evidence=evidence)
+    assert found.index(Verdict.HUNG) == 8
+
+
+def test_one_at_capacity_that_takes_is_fine_again() -> None:
+    found = verdicts(*STALLED, Look(2, taken=1, activity=1), evidence=GETS_ON["computes"])
+    assert found[-2:] == [Verdict.FULL, Verdict.FINE]
+
+
+def test_one_at_capacity_that_gets_on_no_more_is_hung() -> None:
+    """Also when it is not chosen, and has no queue."""
+    history = History(2.0)
+    stops_s = 4.0
+
+    def evidence(now_s: float) -> Evidence:
+        return Evidence(min(now_s, stops_s), None, IDLE, False)
+
+    for at in range(9):
+        now_s = at / 4
+        found = history.judge(now_s, {0: Look(3)}, None, partial(evidence, now_s))
+    assert found is Verdict.FULL
+    later = {at / 4: history.judge_full(at / 4, partial(evidence, at / 4)) for at in range(9, 40)}
+    hung_s = min(now_s for now_s, verdict in later.items() if verdict is Verdict.HUNG)
+    assert stops_s < hung_s <= stops_s + 2 * 2.0
+
+
+# Connections that are taken, and not served
+
+
+def grows(at: int) -> int:
+    """One more connection each second."""
+    return at // 4
+
+
+def starved(awaits: bool | None, cpu: float = 0.0) -> Callable[[float], Evidence]:
+    """Requests wait on connections that it has."""
+    return lambda now_s: Evidence(
+        cpu * now_s, None, dict.fromkeys(range(1 + int(now_s)), (50, 0)), awaits
+    )
+
+
+NOTHING_QUEUED = [Look(0)] * 40
+
+
+def test_one_that_takes_all_and_serves_none_is_hung() -> None:
+    found = verdicts(*NOTHING_QUEUED, opened=grows, evidence=starved(awaits=False))
+    assert Verdict.HUNG in found[8:14]
+
+
+def test_one_that_computes_meanwhile_is_at_capacity() -> None:
+    found = verdicts(*NOTHING_QUEUED, opened=grows, evidence=starved(awaits=False, cpu=1.0))
+    assert Verdict.FULL in found[8:14]
+    assert Verdict.HUNG not in found
+
+
+NOT_STARVED = {
+    "it is in its event loop": starved(awaits=True),
+    "it cannot be looked at": starved(awaits=None),
+    "connections are not seen": lambda _: Evidence(0.0, 5, None, False),
+    "they have asked for nothing": lambda _: Evidence(0.0, 5, IDLE, False),
+    "it reads": lambda now_s: Evidence(0.0, 5, {1: (50, int(8 * now_s))}, False),
+}
+
+
+@pytest.mark.parametrize("evidence", NOT_STARVED.values(), ids=NOT_STARVED.keys())
+def test_one_that_may_be_fine_is_left_alone(evidence: Callable[[float], Evidence]) -> None:
+    assert set(verdicts(*NOTHING_QUEUED, opened=grows, evidence=evidence)) == {Verdict.FINE}
+
+
+def test_nobody_looks_closer_where_connections_come_and_go() -> None:
+    """Nor where they are as they were, once that is known."""
+    looked: list[float] = []
+
+    def look(now_s: float) -> Evidence:
+        looked.append(now_s)
+        return Evidence(0.0, 5, IDLE, True)
+
+    for opened in (lambda at: at % 4, lambda _: None):
+        verdicts(*NOTHING_QUEUED, opened=opened, evidence=look)
+    assert looked == []
+    verdicts(*NOTHING_QUEUED, opened=lambda _: 7, evidence=look)
+    assert looked == [1.0, 2.0]
+
+
+# Workers
+
+APP = '''
+import json, os, signal, socket, threading, time
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+def body():
+    return json.dumps({"slot": int(os.environ["STEER_SLOT"]), "pid": os.getpid()}).encode()
+
+def obey(query):
+    """What a handler does that takes long."""
+    for act, value in parse_qsl(query):
+        if act == "sleep":
+            time.sleep(float(value))
+        if act == "block":
+            Path(value).read_bytes()  # until somebody writes to it
+        if act == "compute":
+            while not Path(value).exists():
+                pass
+        if act == "tell":
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(value.encode(), "\\0" + os.environ["NOTIFY_SOCKET"][1:])
+
+def accepts(worker):
+    """Blocks in accept(2)."""
+    while True:
+        try:
+            client, _ = worker.sockets[0].accept()
+        except BlockingIOError:
+            return
+        with client:
+            target = client.recv(1000).decode().split()[1]
+            obey(target.partition("?")[2])
+            client.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n" + body())
+
+def beats(worker):
+    """And goes on accepting when it is silent."""
+    def beat():
+        while True:
+            if not Path(f"silent-{worker.slot}").exists():
+                worker.beat()
+            time.sleep(worker.watchdog_s / 5)
+    threading.Thread(target=beat, daemon=True).start()
+    accepts(worker)
+
+def breaks(worker):
+    """Is never ready while there is a file of that name."""
+    if Path("broken").exists():
+        raise SystemExit("out of order")
+    accepts(worker)
+
+def reads(worker):
+    """Datagrams, which say how long each takes."""
+    while True:
+        text, client = worker.sockets[0].recvfrom(1000)
+        time.sleep(float(text))
+        worker.sockets[0].sendto(body(), client)
+
+def arbiter(worker):
+    """A child does the work; this wakes up now and then to look after it."""
+    child = os.fork()
+    if child == 0:
+        accepts(worker)
+        os._exit(0)
+    while not worker.stopping:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGTERM)
+
+def wsgi(environ, start_response):
+    obey(environ["QUERY_STRING"])
+    found = body()
+    start_response("200 OK", [("Content-Length", str(len(found)))])
+    return [found]
+
+async def asgi(scope, receive, send):
+    if scope["type"] == "http":
+        obey(scope["query_string"].decode())
+        found = body()
+        headers = [(b"content-length", b"%d" % len(found))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": found})
+'''
+GUNICORN = ("--", sys.executable, "-m", "gunicorn", "-w", "1")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "demo": (),
+    "loop": ("app:accepts",),
+    "uvicorn": ("--", sys.executable, "-m", "uvicorn", "app:asgi", "--fd", "{fd}",
+                "--lifespan", "off"),
+    "gunicorn": (*GUNICORN, "app:wsgi"),
+    "gthread": (*GUNICORN, "-k", "gthread", "--threads", "2", "app:wsgi"),
+}  # fmt: skip
+NEEDS = {"uvicorn": ("uvicorn",), "gunicorn": ("gunicorn",), "gthread": ("gunicorn",)}
+
+
+def servers(*names: str) -> pytest.MarkDecorator:
+    marked = [pytest.param(n, marks=pytest.mark.needs(*NEEDS.get(n, ()))) for n in names]
+    return pytest.mark.parametrize("server", marked)
+
+
+needs = pytest.mark.needs("netns", "bpf", "migrate", "pidfd_getfd")
+OPTIONS = ("--policy=round-robin", "--hang-timeout=0.3", "--graceful-timeout=0.3")
+
+
+@pytest.fixture
+def application(home: Path) -> None:
+    (home / "app.py").write_text(APP)
+    os.mkfifo(home / "gate")
+
+
+pytestmark = pytest.mark.usefixtures("application")
+
+
+def answers(number: int) -> set[int]:
+    """The slots that answer so many, one after the other, from every CPU."""
+    slots = set()
+    for turn in range(number):
+        with pinned(CPUS[turn % len(CPUS)]):
+            slots.add(answer(request())["slot"])
+    return slots
+
+
+def slots_of(waiting: list[socket.socket]) -> set[int]:
+    """Who answers these."""
+    return {answer(sock)["slot"] for sock in waiting}
+
+
+def state(running: Service, worker: dict[str, Any]) -> str | None:
+    """None once it is gone."""
+    return next((e["state"] for e in running.workers() if e["pid"] == worker["pid"]), None)
+
+
+def wait_for(running: Service, worker: dict[str, Any], wanted: str | None) -> None:
+    eventually(lambda: state(running, worker) == wanted)
+
+
+def queued(worker: dict[str, Any]) -> int:
+    """Connections, or bytes of datagrams."""
+    with Borrower(worker["pid"], frozenset(worker["sockets"])).borrow() as lent:
+        return sum(waiting(sock).queued for sock in lent.values())
+
+
+def begin(running: Service, target: str) -> tuple[dict[str, Any], socket.socket]:
+    """A request that takes long, and the worker that is at it."""
+    before = running.selected()
+    sock = request(target)
+    (slot,) = (slot for slot, times in running.selected().items() if times > before[slot])
+    (worker,) = (each for each in running.workers() if each["slot"] == slot)
+    eventually(lambda: queued(worker), 0)
+    return worker, sock
+
+
+def restarts(running: Service) -> int:
+    return sum(each["restarts"] for each in running.workers())
+
+
+def faults(running: Service) -> list[str]:
+    """What was logged as something that should not be."""
+    words = ("Traceback", "ERROR", "Exception", "Errno", "CRITICAL", "bug in steer")
+    lines = [line for line in running.log.splitlines() if any(word in line for word in words)]
+    # Several on one machine race for that file.
+    return [line for line in lines if "gunicorn.ctl" not in line]
+
+
+# Stopped
+
+
+@needs
+@servers("demo", "loop", "uvicorn", "gunicorn", "gthread")
+def test_stopped_and_back(service: StartService, clients: ExitStack, server: str) -> None:
+    """Others answer meanwhile; it serves on as if nothing had been."""
+    running = service(*OPTIONS, "--hang=skip", "-w", "4", *COMMANDS[server])
+    before = {each["pid"] for each in running.workers()}
+    stopped = running.workers()[1]
+    freeze(stopped)
+    chosen = queue(running, clients, 3, stopped)
+    wait_for(running, stopped, "hung")
+
+    assert stopped["slot"] not in slots_of(chosen)
+    assert stopped["slot"] not in answers(16)
+    assert state(running, stopped) == "hung"
+    assert running.status()["totals"]["migrated"] == 3
+
+    send(stopped, signal.SIGCONT)
+    wait_for(running, stopped, "ready")
+    eventually(lambda: stopped["slot"] in answers(4))
+    assert {each["pid"] for each in running.workers()} == before
+    assert restarts(running) == 0
+    assert faults(running) == []
+
+
+@needs
+@servers("demo", "gunicorn")
+def test_stopped_for_good(service: StartService, clients: ExitStack, server: str) -> None:
+    """Another takes its seat, and it is killed when its time to finish is over."""
+    running = service(*OPTIONS, "-w", "3", *COMMANDS[server])
+    stopped = running.workers()[1]
+    family = processes.descendants(stopped["pid"])
+    freeze(stopped)
+    chosen = queue(running, clients, 3, stopped)
+
+    assert stopped["slot"] not in slots_of(chosen)
+    wait_for(running, stopped, None)
+    assert not any(map(is_running, family))
+    running.wait_ready(3)
+    assert len(running.workers()) == 3
+    assert len(answers(9)) == 3
+    assert "not finished in its time: killed" in running.log
+    assert faults(running) == []
+
+
+@needs
+def test_only_the_process_that_accepts_is_stopped(
+    service: StartService, clients: ExitStack
+) -> None:
+    """The one above it goes on waking up, and says nothing by it."""
+    running = service(*OPTIONS, "--hang=skip", "--backlog=2", "-w", "2", "app:arbiter")
+    stopped = running.workers()[1]
+    _, child = processes.descendants(stopped["pid"])
+    os.kill(child, signal.SIGSTOP)
+    eventually(lambda: activity.is_stopped(child))
+    chosen = queue(running, clients, 3, stopped)  # and there is room for no more
+    wait_for(running, stopped, "hung")
+    assert stopped["slot"] not in slots_of(chosen)
+    os.kill(child, signal.SIGCONT)
+    wait_for(running, stopped, "ready")
+
+
+@needs
+def test_back_after_it_was_replaced(service: StartService, clients: ExitStack) -> None:
+    """It finishes what it had, and ends by itself."""
+    running = service("--policy=round-robin", "--hang-timeout=0.3", "-w", "2")
+    stopped, begun = begin(running, "/?sleep_ms=500")
+    freeze(stopped)
+    (chosen,) = queue(running, clients, 1, stopped)
+    wait_for(running, stopped, "stopping")
+    assert answer(chosen)["pid"] != stopped["pid"]
+
+    send(stopped, signal.SIGCONT)
+    assert answer(begun)["pid"] == stopped["pid"]
+    wait_for(running, stopped, None)
+    assert "killed" not in running.log
+
+
+@needs
+def test_the_last_that_serves_is_not_given_up(service: StartService, clients: ExitStack) -> None:
+    running = service(*OPTIONS, "--hang=skip", "-w", "3")
+    workers = running.workers()
+    for each in workers:
+        freeze(each)
+    chosen = [clients.enter_context(request()) for _ in range(9)]
+    eventually(lambda: sorted(each["state"] for each in running.workers()),
+               ["hung", "hung", "ready"])  # fmt: skip
+    (last,) = (each for each in running.workers() if each["state"] == "ready")
+    chosen += [clients.enter_context(request()) for _ in range(3)]
+    eventually(lambda: queued(last), 12)
+
+    for each in workers:
+        send(each, signal.SIGCONT)
+    slots_of(chosen)
+    running.wait_ready(3)
+    assert running.log.count("hangs") == 2
+    assert restarts(running) == 0
+
+
+@needs
+def test_all_that_are_stopped_are_replaced(service: StartService, clients: ExitStack) -> None:
+    running = service(*OPTIONS, "-w", "3")
+    before = running.workers()
+    for each in before:
+        freeze(each)
+    chosen = [clients.enter_context(request()) for _ in range(9)]
+    assert slots_of(chosen).isdisjoint(each["slot"] for each in before)
+    for each in before:
+        wait_for(running, each, None)
+    running.wait_ready(3)
+
+
+@needs
+def test_over_udp(service: StartService) -> None:
+    """What waits stays; what comes later goes elsewhere."""
+    running = service(*OPTIONS, "--hang=skip", "-w", "2", "-b", f"udp://127.0.0.1:{PORT}")
+    stopped = running.workers()[1]
+    freeze(stopped)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(DEADLINE_S)
+        sock.connect(("127.0.0.1", PORT))
+        while not queued(stopped):
+            sock.send(b"")
+        wait_for(running, stopped, "hung")
+        assert {udp_ask("127.0.0.1", PORT)["slot"] for _ in range(8)} == {1 - stopped["slot"]}
+        send(stopped, signal.SIGCONT)
+        while json.loads(sock.recv(1000))["slot"] != stopped["slot"]:
+            pass
+    wait_for(running, stopped, "ready")
+    assert {udp_ask("127.0.0.1", PORT)["slot"] for _ in range(8)} == {0, 1}
+
+
+# Busy
+
+ASLEEP, AWAKE = "/?block=gate", "/?compute=go"
+"""Requests that take until `release`."""
+
+
+def release(home: Path, target: str) -> None:
+    name = target.partition("=")[2]
+    (home / name).write_bytes(b"")
+
+
+@needs
+@servers("uvicorn", "gunicorn")
+@pytest.mark.parametrize("target", [ASLEEP, AWAKE], ids=["asleep", "awake"])
+def test_busy_with_one_request(
+    service: StartService, home: Path, clients: ExitStack, server: str, target: str
+) -> None:
+    """Others answer what waits for it; it answers the one, and serves on."""
+    running = service(*OPTIONS, "--hang=skip", "-w", "2", *COMMANDS[server])
+    pids = {each["pid"] for each in running.workers()}
+    busy, begun = begin(running, target)
+    chosen = queue(running, clients, 3, busy)
+    assert busy["slot"] not in slots_of(chosen)
+    assert not is_answered(begun)
+
+    release(home, target)
+    assert answer(begun)["slot"] == busy["slot"]
+    wait_for(running, busy, "ready")
+    eventually(lambda: busy["slot"] in answers(4))
+    assert {each["pid"] for each in running.workers()} == pids
+    assert faults(running) == []
+
+
+@needs
+@servers("loop", "gunicorn")
+def test_replaced_it_is_not_killed_while_it_does_something(
+    service: StartService, home: Path, clients: ExitStack, server: str
+) -> None:
+    """Though its time to finish is over several times."""
+    options = ("--policy=round-robin", "--hang-timeout=0.3", "--graceful-timeout=0.5", "-w", "2")
+    running = service(*options, *COMMANDS[server])
+    busy, begun = begin(running, f"{ASLEEP}&{AWAKE[2:]}")
+    chosen = queue(running, clients, 2, busy)
+    assert busy["slot"] not in slots_of(chosen)
+    wait_for(running, busy, "stopping")
+    release(home, ASLEEP)
+    assert not is_ready(begun, 2.0)
+    assert state(running, busy) == "stopping"
+
+    release(home, AWAKE)
+    assert answer(begun)["slot"] == busy["slot"]
+    wait_for(running, busy, None)
+    assert "killed" not in running.log
+    assert faults(running) == []
+
+
+@needs
+def test_replaced_it_does_not_keep_the_service_from_ending(
+    service: StartService, clients: ExitStack
+) -> None:
+    options = ("--policy=round-robin", "--hang-timeout=0.3", "--graceful-timeout=0.1", "-w", "2")
+    running = service(*options, "app:accepts")
+    busy, begun = begin(running, ASLEEP)
+    clients.enter_context(begun)
+    queue(running, clients, 2, busy)
+    wait_for(running, busy, "stopping")
+    assert running.stop() == 0
+
+
+@needs
+def test_asleep_it_has_its_time_to_finish(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    running = service("--policy=round-robin", "--hang-timeout=0.3", "-w", "2", "app:accepts")
+    busy, begun = begin(running, ASLEEP)
+    queue(running, clients, 2, busy)
+    wait_for(running, busy, "stopping")
+    release(home, ASLEEP)
+    assert answer(begun)["slot"] == busy["slot"]
+    wait_for(running, busy, None)
+    assert "killed" not in running.log
+
+
+@needs
+def test_hung_when_the_controller_is_replaced(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    """The next one sees to it."""
+    options = ("--policy=round-robin", "--hang-timeout=0.3", "-w", "2", "app:breaks")
+    first = service(*options)
+    busy, begun = begin(first, ASLEEP)
+    (home / "broken").touch()
+    queue(first, clients, 1, busy)
+    eventually(lambda: "replace worker" in first.log)
+    assert state(first, busy) == "hung"
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    (home / "broken").unlink()
+    second = service(*options, ready=False).wait_ready(2)
+    wait_for(second, busy, "stopping")
+    release(home, ASLEEP)
+    assert answer(begun)["slot"] == busy["slot"]
+    wait_for(second, busy, None)
+
+
+@needs
+def test_two_binds(service: StartService, home: Path, clients: ExitStack) -> None:
+    """What is taken is counted for each."""
+    binds = ("-b", f"127.0.0.1:{PORT}", "-b", "[::1]:8081")
+    running = service(*OPTIONS, "--hang=skip", "-w", "2", *binds, "app:accepts")
+    busy, begun = begin(running, AWAKE)
+    chosen = queue(running, clients, 3, busy)
+    assert busy["slot"] not in slots_of(chosen)
+    release(home, AWAKE)
+    assert answer(begun)["slot"] == busy["slot"]
+    wait_for(running, busy, "ready")
+
+
+@needs
+def test_all_is_slow(service: StartService, clients: ExitStack) -> None:
+    """Others may take the seats, but not others again before these have finished."""
+    options = ("--policy=round-robin", "--hang-timeout=0.1", "-w", "2")
+    running = service(*options, "app:accepts")
+    chosen = [clients.enter_context(request("/?sleep=0.5")) for _ in range(10)]
+    most = 0
+
+    def all_answered() -> bool:
+        nonlocal most
+        most = max(most, len(running.workers()))
+        return all(map(is_answered, chosen))
+
+    eventually(all_answered)
+    assert most <= 4
+    slots_of(chosen)
+    assert "killed" not in running.log
+
+
+@needs
+def test_datagrams_read_slowly(service: StartService) -> None:
+    bind = ("-b", f"udp://127.0.0.1:{PORT}")
+    running = service("--policy=hash", "--hang-timeout=0.3", "-w", "2", *bind, "app:reads")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(DEADLINE_S)
+        sock.connect(("127.0.0.1", PORT))
+        for _ in range(12):
+            sock.send(b"0.1")
+        assert len({sock.recv(1000) for _ in range(12)}) == 1
+    assert "hangs" not in running.log
+
+
+@needs
+def test_not_looked_for(service: StartService, clients: ExitStack) -> None:
+    running = service("--policy=round-robin", "--hang-timeout=0", "-w", "2", "app:accepts")
+    busy, begun = begin(running, "/?sleep=0.3")
+    (chosen,) = queue(running, clients, 1, busy)
+    assert answer(begun)["slot"] == answer(chosen)["slot"] == busy["slot"]
+    assert "hangs" not in running.log
+
+
+@needs
+@pytest.mark.parametrize("backend", ["cbpf", "kernel"])
+def test_without_ebpf_it_is_replaced(service: StartService, backend: str) -> None:
+    """What waits for it is lost, as its notes say; what comes later is not."""
+    options = ("--policy=hash", "--hang-timeout=0.3", "--graceful-timeout=0", "-w", "2")
+    running = service(*options, "--backend", backend)
+    stopped = running.workers()[1]
+    freeze(stopped)
+    with ExitStack() as clients:
+        while not queued(stopped):
+            clients.enter_context(request())
+        wait_for(running, stopped, None)
+    assert "worker 1 hangs" in running.log
+    running.wait_ready(2)
+    assert stopped["slot"] not in answers(16)
+    assert any("lost" in note for note in running.status()["notes"])
+
+
+@needs
+def test_the_kernel_chooses_one_that_hangs_all_the_same(service: StartService) -> None:
+    """Which is said, as nobody can do anything about it."""
+    options = ("--backend=kernel", "--policy=kernel", "--hang-timeout=0.3", "--hang=skip")
+    running = service(*options, "-w", "2")
+    stopped = running.workers()[1]
+    freeze(stopped)
+    with ExitStack() as clients:
+        while not queued(stopped):
+            clients.enter_context(request())
+        wait_for(running, stopped, "hung")
+        before = queued(stopped)
+        while queued(stopped) == before:
+            clients.enter_context(request())
+        note = "hung: worker 1; the kernel's own hash chooses it all the same"
+        assert note in running.status()["notes"]
+        (line,) = (line for line in running.log.splitlines() if "worker 1 hangs" in line)
+        assert line.endswith("the kernel's own hash chooses it all the same")
+        send(stopped, signal.SIGCONT)
+        wait_for(running, stopped, "ready")
+        assert note not in running.status()["notes"]
+
+
+# Watchdog
+
+WATCHED = ("--policy=round-robin", "--hang-timeout=0", "--watchdog=0.5", "--hang=skip", "-w", "2")
+
+
+@needs
+def test_watchdog_missed_and_heard_again(service: StartService, home: Path) -> None:
+    running = service(*WATCHED, "app:beats")
+    silent = running.workers()[1]
+    (home / f"silent-{silent['slot']}").touch()
+    wait_for(running, silent, "hung")
+    assert f"worker {silent['slot']} hangs: it missed its watchdog" in running.log
+    assert silent["slot"] not in answers(8)
+    (home / f"silent-{silent['slot']}").unlink()
+    wait_for(running, silent, "ready")
+    assert answers(8) == {0, 1}
+    assert running.log.count("hangs") == 1
+    assert restarts(running) == 0
+
+
+@needs
+def test_watchdog_asked_for_by_the_worker(service: StartService) -> None:
+    """Needs no --watchdog, as with systemd; and what it says later counts."""
+    options = ("--policy=round-robin", "--hang-timeout=0.5", "--hang=skip", "-w", "2")
+    running = service(*options, "app:accepts")
+    slot = answer(request("/?tell=WATCHDOG%3Dtrigger"))["slot"]
+    asked = next(each for each in running.workers() if each["slot"] == slot)
+    wait_for(running, asked, "hung")
+    assert slot not in answers(8)
+
+
+@needs
+def test_watchdog_of_the_demo(service: StartService) -> None:
+    running = service(*WATCHED)
+    stopped, other = running.workers()
+    freeze(stopped)
+    wait_for(running, stopped, "hung")
+    send(stopped, signal.SIGCONT)
+    wait_for(running, stopped, "ready")
+    assert f"worker {other['slot']} hangs" not in running.log
+
+
+@needs
+def test_watchdog_is_told_to_commands(service: StartService) -> None:
+    script = (
+        "import os, socket; print(os.environ['WATCHDOG_USEC']); socket.socket(fileno=3).accept()"
+    )
+    running = service("-w", "1", "--watchdog=1.5", "--", sys.executable, "-uc", script)
+    assert running.output.split() == ["1500000"]

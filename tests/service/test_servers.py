@@ -1,0 +1,179 @@
+"""Servers from PyPI, as they are: each of several under its own socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from steer.linux import processes
+from testkit.clients import http_get
+from testkit.crew import CPUS, pinned
+from testkit.fixtures import StartService
+from testkit.processes import DEADLINE_S, eventually, is_running
+
+PORT = 8080
+SERVERS = {
+    "uvicorn": ("uvicorn", "asgi:app", "--fd", "{fd}"),
+    "gunicorn": ("gunicorn", "-w", "1", "wsgi:app"),
+    "hypercorn": ("hypercorn", "asgi:app", "--bind", "fd://{fd}", "--graceful-timeout", "60"),
+}
+SAYS_WHEN_STOPPED = {
+    "uvicorn": "Shutting down",
+    "gunicorn": "Handling signal: term",
+    "hypercorn": "stopping gracefully",  # says nothing itself
+}
+ASGI = """
+import asyncio, json, os, pathlib
+
+async def until(name):
+    while not pathlib.Path(name).exists():
+        await asyncio.sleep(0.01)
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while (message := await receive())["type"] == "lifespan.startup":
+            if "HOLD" in os.environ:
+                await until("start-" + os.environ["STEER_SLOT"])
+            await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    if scope["path"] == "/held":
+        pathlib.Path("under-way").touch()
+        await until("go")
+    body = json.dumps({"slot": int(os.environ["STEER_SLOT"]), "pid": os.getpid()}).encode()
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+"""
+WSGI = """
+import json, os, pathlib, time
+
+def until(name):
+    while not pathlib.Path(name).exists():
+        time.sleep(0.01)
+
+if "HOLD" in os.environ:
+    until("start-" + os.environ["STEER_SLOT"])
+
+def app(environ, start_response):
+    if environ["PATH_INFO"] == "/held":
+        pathlib.Path("under-way").touch()
+        until("go")
+    body = json.dumps({"slot": int(os.environ["STEER_SLOT"]), "pid": os.getpid()}).encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+
+every_server = pytest.mark.parametrize(
+    "server", [pytest.param(name, marks=pytest.mark.needs("bpf", name)) for name in SERVERS]
+)
+
+
+@pytest.fixture(autouse=True)
+def applications(home: Path) -> None:
+    (home / "asgi.py").write_text(ASGI)
+    (home / "wsgi.py").write_text(WSGI)
+
+
+def command(server: str) -> tuple[str, ...]:
+    return ("--policy", "round-robin", "--", sys.executable, "-m", *SERVERS[server])
+
+
+def slots(times: int) -> list[int]:
+    """Who answers, one connection after the other, all taken in by one CPU."""
+    with pinned(CPUS[0]):
+        return [http_get("127.0.0.1", PORT)[1]["slot"] for _ in range(times)]
+
+
+def request(sock: socket.socket, target: str = "/") -> None:
+    sock.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+
+
+def answer(sock: socket.socket) -> dict[str, int]:
+    with sock.makefile("rb") as stream:
+        assert b" 200 " in stream.readline()
+        fields = dict(line.lower().split(b": ") for line in iter(stream.readline, b"\r\n"))
+        found: dict[str, int] = json.loads(stream.read(int(fields[b"content-length"])))
+        return found
+
+
+@every_server
+def test_takes_turns_and_ends_gracefully(service: StartService, home: Path, server: str) -> None:
+    running = service("-w", "3", *command(server))
+
+    seen = slots(12)
+    assert sorted(seen[:3]) == [0, 1, 2]
+    assert seen == seen[:3] * 4
+
+    with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S) as held:
+        request(held, "/held")
+        eventually((home / "under-way").exists)
+        running.send_signal(signal.SIGTERM)
+        eventually(lambda: SAYS_WHEN_STOPPED[server] in running.log)
+        assert running.process.poll() is None
+        (home / "go").touch()
+        assert answer(held)["slot"] in (0, 1, 2)
+    assert running.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "server", [pytest.param(n, marks=pytest.mark.needs("bpf", n)) for n in ("uvicorn", "hypercorn")]
+)
+def test_keeps_a_connection_with_its_worker(service: StartService, server: str) -> None:
+    service("-w", "2", *command(server))
+    with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S) as sock:
+        answers = []
+        for _ in range(3):
+            request(sock)
+            answers.append(answer(sock))
+    assert answers == answers[:1] * 3
+
+
+@every_server
+def test_gets_nothing_before_its_application_has_started(
+    service: StartService, home: Path, environment: dict[str, str], server: str
+) -> None:
+    environment["HOLD"] = "1"
+    (home / "start-1").touch()
+    running = service("-w", "2", *command(server), ready=False).wait_ready(1)
+
+    assert slots(6) == [1] * 6
+    assert [each["state"] for each in running.workers()] == ["starting", "ready"]
+
+    (home / "start-0").touch()
+    running.wait_ready(2)
+    assert sorted(slots(2)) == [0, 1]
+
+
+@every_server
+def test_that_cannot_load_its_application_ends_with_its_own_words(
+    service: StartService, home: Path, server: str
+) -> None:
+    for name in ("asgi.py", "wsgi.py"):
+        (home / name).write_text("import no_such_module\n")
+    running = service("-w", "2", *command(server), ready=False)
+    assert running.wait() == 3
+    assert "steer: start workers: exit status" in running.log
+    assert "  | ModuleNotFoundError: No module named 'no_such_module'" in running.log
+
+
+@pytest.mark.needs("gunicorn")
+def test_gunicorns_own_workers_do_not_outlive_it(service: StartService) -> None:
+    running = service("-w", "1", *command("gunicorn"))
+    (before,) = running.workers()
+    arbiter, child = processes.descendants(before["pid"])
+
+    os.kill(arbiter, signal.SIGKILL)
+
+    eventually(lambda: not is_running(child))
+    running.wait_ready()
+    (after,) = running.workers()
+    assert after["pid"] != before["pid"]
+    assert after["restarts"] == 1
+    assert http_get("127.0.0.1", PORT)[1]["slot"] == after["slot"] != before["slot"]

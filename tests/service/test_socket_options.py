@@ -1,0 +1,435 @@
+"""Options that a service sets on its sockets, seen from inside its workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer.config import service as config
+from steer.config import socket_options
+from steer.config.socket_options import OPTIONS
+from steer.errors import ConfigError
+from steer.sockets import sock_diag, sockopt
+from testkit.clients import udp_ask
+from testkit.confine import NOBODY
+from testkit.fixtures import RunSteer, StartService
+from testkit.namespaces import Netns
+from testkit.processes import DEADLINE_S, eventually
+from testkit.service import Service
+
+HOST, PORT = "127.0.0.1", 8080
+_MSG_FASTOPEN = 0x20000000  # include/linux/socket.h
+PEEK = r"""
+import json, socket
+
+NUMBERS = {
+    "nodelay": (6, 1), "keepalive": (1, 9), "keepidle": (6, 4), "keepintvl": (6, 5),
+    "keepcnt": (6, 6), "user-timeout": (6, 18), "notsent-lowat": (6, 25),
+    "rcvbuf": (1, 8), "sndbuf": (1, 7), "mark": (1, 36), "priority": (1, 12),
+    "transparent": (0, 19),
+}
+
+def options(sock):
+    over_tcp = sock.type == socket.SOCK_STREAM
+    found = {
+        name: sock.getsockopt(level, number)
+        for name, (level, number) in NUMBERS.items() if over_tcp or level != 6
+    }
+    if over_tcp:
+        found["congestion"] = sock.getsockopt(6, 13, 16).rstrip(b"\0").decode()
+        found["fastopen"] = bool(sock.getsockopt(6, 11, 8)[5] & 32)  # TCPI_OPT_SYN_DATA
+    return found
+"""
+CALLABLE = (
+    PEEK
+    + r"""
+import pathlib, threading, time
+
+def tcp(listener, slot):
+    while True:
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(65536)
+            sock.sendall(json.dumps({"slot": slot, **options(sock)}).encode())
+
+def serve(worker):
+    while pathlib.Path("not-yet").exists():
+        time.sleep(0.01)
+    listener, datagrams = worker.sockets
+    threading.Thread(target=tcp, args=(listener, worker.slot), daemon=True).start()
+    worker.ready()
+    datagrams.settimeout(0.05)
+    while not worker.stopping:
+        try:
+            _, peer = datagrams.recvfrom(1024)
+        except (TimeoutError, BlockingIOError):
+            continue
+        datagrams.sendto(json.dumps(options(datagrams)).encode(), peer)
+"""
+)
+ALL = {
+    "nodelay": "no",
+    "keepalive": "yes",
+    "keepidle": "77",
+    "keepintvl": "11",
+    "keepcnt": "5",
+    "user-timeout": "12.5",
+    "notsent-lowat": "16K",
+    "congestion": "reno",
+    "fastopen": "16",
+    "defer-accept": "3",
+    "rcvbuf": "100000",
+    "sndbuf": "60K",
+    "priority": "5",
+    "mark": "0x7",
+    "transparent": "yes",
+}
+ACCEPTED = {
+    "nodelay": 0,
+    "keepalive": 1,
+    "keepidle": 77,
+    "keepintvl": 11,
+    "keepcnt": 5,
+    "user-timeout": 12500,
+    "notsent-lowat": 16384,
+    "congestion": "reno",
+    "fastopen": True,
+    # The kernel doubles them, for what it needs itself (socket(7)).
+    "rcvbuf": 200_000,
+    "sndbuf": 122_880,
+    "mark": 7,
+    "priority": 0,
+    "transparent": 1,
+}
+BOUND = {
+    "rcvbuf": 200_000,
+    "sndbuf": 122_880,
+    "mark": 7,
+    "priority": 5,
+    "keepalive": 0,
+    "transparent": 1,
+}
+
+
+def arguments(options: dict[str, str]) -> Sequence[str]:
+    return [
+        word for name, value in options.items() for word in ("--socket-option", f"{name}={value}")
+    ]
+
+
+def begin(clients: ExitStack, data: bytes = b"?") -> socket.socket:
+    """Connect and send, with the SYN if a cookie for that is there."""
+    sock = clients.enter_context(socket.socket())
+    sock.sendto(data, _MSG_FASTOPEN, (HOST, PORT))
+    sock.settimeout(DEADLINE_S)
+    return sock
+
+
+def answer(sock: socket.socket) -> dict[str, Any]:
+    with sock.makefile("rb") as stream:
+        found: dict[str, Any] = json.loads(stream.read())
+    return found
+
+
+def kill_workers(running: Service) -> None:
+    for worker in running.workers():
+        os.kill(worker["pid"], signal.SIGKILL)
+
+
+def through_reserve(running: Service, home: Path, clients: ExitStack) -> dict[str, Any]:
+    """What is answered to a connection that waited while there was no worker."""
+    (home / "not-yet").touch()
+    before = {worker["pid"] for worker in running.workers()}
+    kill_workers(running)
+    eventually(lambda: not before & {worker["pid"] for worker in running.workers()})
+    eventually(lambda: {each["state"] for each in running.workers()} == {"starting"})
+    waiting = begin(clients)
+    (home / "not-yet").unlink()
+    found = answer(waiting)
+    running.wait_ready()
+    return found
+
+
+@pytest.mark.needs("root", "bpf", "migrate")
+def test_accepted_sockets_have_them_also_after_the_reserve_a_reload_and_adoption(
+    service: StartService, netns: Netns, home: Path, clients: ExitStack
+) -> None:
+    assert ALL.keys() == OPTIONS.keys()
+    netns.sysctl("net.ipv4.tcp_fastopen", 3)
+    (home / "app.py").write_text(CALLABLE)
+    file = home / "steer.toml"
+    both = f'bind = ["{HOST}:{PORT}", "udp://{HOST}:{PORT}"]'
+
+    def write(options: dict[str, str]) -> None:
+        given = json.dumps([f"{name}={value}" for name, value in options.items()])
+        file.write_text(
+            f'[service]\napp = "app:serve"\n{both}\nsocket_options = {given}\n'
+            f"backlog = {1000 + len(options)}\n"
+        )
+
+    def backlogs() -> set[int]:
+        found = sock_diag.waiting("tcp", socket.AF_INET, PORT)
+        return {each.limit for each in found.values()}
+
+    def seen(sock: socket.socket) -> dict[str, Any]:
+        return {key: value for key, value in answer(sock).items() if key != "slot"}
+
+    write(ALL)
+    running = service("-w", "2", "--policy", "round-robin", "--hang-timeout", "0")
+    begin(clients).close()  # for the cookie
+    assert seen(begin(clients)) == ACCEPTED
+    over_udp = udp_ask(HOST, PORT)
+    assert {key: over_udp[key] for key in BOUND} == BOUND
+    found = through_reserve(running, home, clients)
+    assert {key: found[key] for key in ACCEPTED} == ACCEPTED
+
+    # The reserve is not of the generation: it has to become as its workers are.
+    write({"keepidle": "88"})
+    assert backlogs() == {1000 + len(ALL)}
+    assert running.steer("reload").returncode == 0
+    assert eventually(backlogs, {1001})
+    changed = {"nodelay": 1, "keepalive": 0, "keepidle": 88, "mark": 0, "fastopen": False}
+    for found in (seen(begin(clients)), through_reserve(running, home, clients)):
+        assert {key: found[key] for key in changed} == changed
+
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    adopted = service("-w", "2", "--policy", "round-robin", "--hang-timeout", "0")
+    assert "adopted 2 workers" in adopted.log
+    write({"keepidle": "99"})
+    assert adopted.steer("reload").returncode == 0
+    for found in (seen(begin(clients)), through_reserve(adopted, home, clients)):
+        assert found["keepidle"] == 99
+
+
+@pytest.mark.parametrize("backend", ["cbpf", "kernel"])
+def test_they_are_set_on_every_backend(
+    service: StartService, home: Path, clients: ExitStack, backend: str
+) -> None:
+    (home / "app.py").write_text(CALLABLE)
+    both = ("-b", f"{HOST}:{PORT}", "-b", f"udp://{HOST}:{PORT}")
+    chosen = ("--policy", "hash", "--backend", backend, *arguments({"keepidle": "77"}))
+    service("-w", "1", *both, *chosen, "app:serve")
+    found = answer(begin(clients))
+    assert (found["nodelay"], found["keepidle"]) == (1, 77)
+
+
+ASGI = (
+    PEEK
+    + r"""
+import os
+
+def own():
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            sock = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        with sock:
+            try:
+                peer = sock.family == socket.AF_INET and sock.getpeername()
+            except OSError:
+                continue
+            if peer:
+                return options(sock)
+
+async def app(scope, receive, send):
+    body = json.dumps(own()).encode()
+    headers = [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+def serve(worker):
+    import asyncio
+
+    async def on_client(reader, writer):
+        await reader.readline()
+        body = json.dumps(options(writer.get_extra_info("socket"))).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + body)
+        writer.close()
+
+    async def main():
+        server = await asyncio.start_server(on_client, sock=worker.sockets[0])
+        asyncio.get_running_loop().add_signal_handler(15, server.close)
+        try:
+            await server.serve_forever()
+        except asyncio.CancelledError:
+            pass
+
+    asyncio.run(main())
+"""
+)
+WORKERS = {
+    "uvicorn": (
+        *("--", sys.executable, "-m", "uvicorn", "--fd", "{fd}", "--loop", "asyncio"),
+        *("--lifespan", "off", "app:app"),
+    ),
+    "asyncio": ("app:serve",),
+}
+
+
+@pytest.mark.parametrize(
+    "worker", [pytest.param("uvicorn", marks=pytest.mark.needs("uvicorn")), "asyncio"]
+)
+def test_what_a_worker_writes_is_sent_at_once(
+    service: StartService, home: Path, worker: str
+) -> None:
+    """asyncio sets TCP_NODELAY only where a socket's object says IPPROTO_TCP, which that of a
+    descriptor that was handed over does not: with head and body written apart, each request
+    of a kept connection took 40 ms."""
+    (home / "app.py").write_text(ASGI)
+    service("-w", "1", *WORKERS[worker])
+    with socket.create_connection((HOST, PORT), DEADLINE_S) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        with sock.makefile("rb") as stream:
+            assert json.loads(stream.read().partition(b"\r\n\r\n")[2])["nodelay"] == 1
+
+
+@pytest.mark.needs("root", "bpf", "migrate")
+def test_a_connection_that_is_deferred_is_no_hang_and_outlives_a_reload(
+    service: StartService, home: Path, clients: ExitStack
+) -> None:
+    (home / "app.py").write_text(CALLABLE)
+    both = ("-b", f"{HOST}:{PORT}", "-b", f"udp://{HOST}:{PORT}")
+    chosen = ("--policy", "least-conn", "--hang-timeout", "0.2", "-w", "2")
+    running = service(*both, *chosen, *arguments({"defer-accept": "60"}), "app:serve")
+    before = {worker["pid"] for worker in running.workers()}
+    silent = [clients.enter_context(socket.create_connection((HOST, PORT))) for _ in range(8)]
+    # Nobody gets them yet, and each worker has got as many.
+    eventually(lambda: sum(running.selected().values()), len(silent))
+    assert list(running.selected().values()) == [4, 4]
+    eventually(lambda: running.status()["uptime_s"] > 1)
+    assert {worker["pid"] for worker in running.workers()} == before
+    assert {each["state"] for each in running.workers()} == {"ready"}
+
+    assert running.steer("reload").returncode == 0
+    for sock in silent:
+        sock.sendall(b"?")
+    for sock in silent:
+        sock.settimeout(DEADLINE_S)
+        assert "slot" in answer(sock)  # of a new worker, or of an old one that still finishes
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ("mark=7", "set socket option mark=7 on tcp 127.0.0.1:8080: EPERM; needs CAP_NET_ADMIN"),
+        ("transparent=yes", "transparent=yes on tcp 127.0.0.1:8080: EPERM; needs CAP_NET_ADMIN or"),
+        ("congestion=nope", "congestion=nope on tcp 127.0.0.1:8080: ENOENT; this kernel has none"),
+    ],
+)
+def test_what_the_kernel_refuses_is_told_by_name_before_anything_starts(
+    steer: RunSteer, given: str, says: str
+) -> None:
+    for command in ("check", "run"):
+        found = steer(command, "--name", "test", "--socket-option", given, user=NOBODY)
+        assert (found.returncode, says in found.stderr) == (1, True), found.stderr
+    found = steer("doctor", "--json", "--socket-option", given, user=NOBODY)
+    (told,) = (x for x in json.loads(found.stdout)["findings"] if x["topic"] == "socket-options")
+    assert told["verdict"] == "fail"
+    assert f"{told['found']}; {told['cure']}".startswith(f"set socket option {given}")
+
+
+def test_what_the_kernel_would_not_do_is_told(
+    steer: RunSteer, service: StartService, netns: Netns
+) -> None:
+    netns.sysctl("net.ipv4.tcp_fastopen", 1)
+    netns.sysctl("net.core.somaxconn", 100)
+    asked = arguments({"rcvbuf": "1000M", "fastopen": "200"})
+    words = (
+        "rcvbuf=1000M: cut down to ",
+        "fastopen=200: cut down to 100 by net.core.somaxconn; sysctl -w net.core.somaxconn=200",
+        "fastopen=200: not answered while net.ipv4.tcp_fastopen is 1",
+    )
+    checked = steer("check", *asked)
+    assert checked.returncode == 0, checked.stderr
+    examined = steer("doctor", *asked, "--json").stdout
+    findings = json.loads(examined)["findings"]
+    found = [each for each in findings if each["topic"] == "socket-options"]
+    assert [each["verdict"] for each in found] == ["warn"] * 3
+    running = service("-w", "1", *asked)
+    for word, finding in zip(words, found, strict=True):
+        assert f"note: {word}" in checked.stdout
+        assert f"socket option {word}" in running.log
+        assert finding["cure"].startswith("sysctl -w ")
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("away", ["198.51.100.7", "2001:db8::7"])
+def test_transparent_binds_to_an_address_that_is_not_local(
+    service: StartService, steer: RunSteer, away: str
+) -> None:
+    bind = f"[{away}]:8080" if ":" in away else f"{away}:8080"
+    refused = steer("check", "-b", bind)
+    assert refused.returncode == 1
+    assert f"bind tcp {bind}: EADDRNOTAVAIL" in refused.stderr
+    running = service("-b", bind, "-w", "2", *arguments({"transparent": "yes"}))
+    assert [each["address"] for each in running.status()["binds"]] == [away]
+
+
+@pytest.mark.needs("root")
+def test_a_reload_with_one_that_is_refused_changes_nothing(
+    service: StartService, home: Path
+) -> None:
+    running = service("-w", "1")
+    (home / "steer.toml").write_text('[service]\nsocket_options = ["congestion=nope"]\n')
+    reloaded = running.steer("reload")
+    assert reloaded.returncode == 1
+    assert "set socket option congestion=nope on tcp 127.0.0.1:8080: ENOENT" in reloaded.stderr
+    assert "nothing has changed: generation 1 serves on" in reloaded.stderr
+    assert running.status()["generation"] == 1
+
+
+# Without a socket
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_reads_what_it_allows_and_refuses_what_it_does_not(name: str) -> None:
+    (setting,) = (x for x in socket_options.parse([f"{name}={ALL[name]}"]) if x.name == name)
+    assert str(setting) == f"{name}={ALL[name]}"
+    assert setting.raw
+    names = ("-1", "1e999", "nan") if name != "congestion" else ()
+    for bad in ("", "9" * 5000, "\x7f", "é", "\u0661", "a" * 16, *names):
+        with pytest.raises(ValueError, match=rf"^{name} is "):
+            socket_options.parse([f"{name}={bad}"])
+
+
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        (
+            {"socket_options": ["nodlay=yes"]},
+            "unknown 'nodlay'; did you mean 'nodelay'? allowed: NAME=VALUE",
+        ),
+        ({"socket_options": ["mark=1", "MARK=2"]}, "mark is given twice"),
+        ({"socket_options": ["keepcnt=128"]}, "keepcnt is probes from 1 to 127, not '128'"),
+        ({"socket_options": ["priority=1"]}, "priority is for UDP, and no bind is"),
+        (
+            {"socket_options": ["nodelay=no"], "bind": ["udp://:1"]},
+            "nodelay is for TCP, and no bind is",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_at_the_door(keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load({}, {}, keys, "steer.toml")
+    assert str(caught.value).startswith("steer.toml: socket_options = ")
+    assert says in str(caught.value)
+
+
+def test_sockets_are_given_those_of_their_protocol() -> None:
+    service = config.Service(bind=("udp://:1",), socket_options=("rcvbuf=1M",))
+    assert [str(each) for each in service.settings] == ["rcvbuf=1M"]
+    service = config.Service(bind=(":1", "udp://:1"), socket_options=("priority=3",))
+    assert [str(x) for x in socket_options.of(service.settings, "tcp")] == ["nodelay=yes"]
+    assert [str(x) for x in socket_options.of(service.settings, "udp")] == ["priority=3"]
+    assert list(sockopt.refused(service.binds, service.settings)) == []
