@@ -182,7 +182,7 @@ def lose_directory(running: Service) -> None:
 
 
 def wound(*constants: str) -> tuple[str, ...]:
-    """Has a `steer` command go by other times than its own, as "steer.health.split._AGAIN_S=1.0"."""
+    """Has a `steer` command go by other times: "steer.health.split._AGAIN_S=1.0"."""
     return (sys.executable, "-c", _WOUND, str(len(constants)), *constants)
 
 

@@ -127,14 +127,14 @@ def check(as_json: bool, **options: Any) -> None:
     Takes the options of `run` and changes nothing.
     """
     from steer.config.plan import plan
-    from steer.controller import controller
+    from steer.controller import dry_run
     from steer.linux import topology
     from steer.loader import find, probe
 
     service = Source(options, given_command())()
     chosen = find.find(service.policy)
     decided = plan(service, topology.read(), probe.findings(), chosen)
-    found = controller.rehearse(decided, os.environ)
+    found = dry_run.dry_run(decided, os.environ)
     if as_json:
         whole = {"memory_bytes": found.memory_bytes, "notes": found.notes}
         _print_json({**found.plan.describe(), **whole})

@@ -24,7 +24,7 @@ def perform(given: Given) -> None:
         from steer.config.service import as_toml
 
         print(as_toml(service))
-    from steer.controller import controller
+    from steer.controller import run
     from steer.linux import log
     from steer.loader import find
 
@@ -41,4 +41,4 @@ def perform(given: Given) -> None:
     decided = plan(service, topology.read(), probe.findings_before_start(), policy)
     logger = log.Log(service.log_level, service.log_format)
     entry.logs_to(logger)
-    sys.exit(controller.run(decided, os.environ, logger, read))
+    sys.exit(run.run(decided, os.environ, logger, read))

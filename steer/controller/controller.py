@@ -7,13 +7,12 @@ has ended and its workers go on, it takes them over instead.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -21,21 +20,19 @@ from typing import NoReturn
 import msgspec
 
 from steer import abi
-from steer.backends import anchors
 from steer.backends.base import Steering
 from steer.backends.open import open_backend, open_whole, refuse_uncounted
 from steer.child import main, privileges
 from steer.child.launch import Launch
-from steer.config import candidates, fallback, servers
+from steer.config import candidates, fallback
 from steer.config import plan as planning
-from steer.config.plan import Act, Generation, Plan, Step
+from steer.config.plan import Generation, Plan, Step
 from steer.config.service import Service
 from steer.control import abandoned, mailbox, record, rundir
 from steer.control.notify import Listener, Notification, Unheard, is_ready
+from steer.controller.pidfile import write_pid_file
 from steer.controller.startup import while_heard
 from steer.errors import (
-    AppLoadError,
-    ConfigError,
     ControlError,
     KernelError,
     SteerError,
@@ -45,14 +42,12 @@ from steer.guard.client import Guard, Handover
 from steer.guard.store import MAILBOX, STEERING, Settings
 from steer.linux import (
     descriptors,
-    family,
     fork,
     identity,
     output,
     priority,
     services,
     stdio,
-    title,
     topology,
 )
 from steer.linux.log import Log
@@ -62,17 +57,15 @@ from steer.loader import find
 from steer.policy.builtin import AUTO, EBPF, KERNEL
 from steer.policy.cpus import cpus_named
 from steer.policy.declarations import Declared
-from steer.policy.layout import Member
 from steer.sockets import reuseport, sockopt
 from steer.values import plural
-from steer.workers import visibility
 from steer.workers.handle import Place
 from steer.workers.lifecycle import State
 from steer.workers.pool import Fleet
 
 _LOOK_S = 0.002
 _TURN_S = 0.0002
-_LAST_LINES_S = 1.0
+LAST_LINES_S = 1.0
 """For who reads standard error to take what waits at our end."""
 _SPARE = 10
 """Descriptors that the start of a worker takes, beside two for each of its sockets: three pairs,
@@ -80,103 +73,6 @@ a pidfd, and what is looked at in /proc; and some to spare."""
 
 Reread = Callable[[], Service]
 """The configuration as it is now. May raise ConfigError."""
-
-
-def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
-    """Run a service until it is told to end.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        SteerError: it could not be started.
-    """
-    try:
-        return _run(plan, environment, log, reread)
-    finally:
-        output.stderr.finish(_LAST_LINES_S)
-
-
-def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
-    # From here on a signal waits until the loop can take it.
-    fork.hold_signals()
-    title.show(f"steer: controller {plan.name}")
-    fork.rename("steer")  # started by `python -m steer` it is "python"
-    family.become_subreaper()
-    with ExitStack() as undo:
-        started = Controller(plan, environment, log, reread, undo)
-        if not started.adopt():
-            if plan.policy.problem is not None:
-                raise plan.policy.problem
-            for step in plan.steps():
-                _CARRY_OUT[step.act](started, step)
-            started.await_loop()
-        from steer.controller.loop import supervise
-
-        if supervise(started):
-            undo.pop_all()
-            started.execute_anew()
-    log.info("ended")
-    return 0
-
-
-class Rehearsed(msgspec.Struct, frozen=True):
-    """What was found to be.
-
-    Args:
-        plan: with the rung that holds, and why no better one does.
-        notes: what its backend cannot do here, and as whom workers run if that is to be known.
-        memory_bytes: what its maps take of the kernel's memory.
-    """
-
-    plan: Plan
-    notes: Sequence[str]
-    memory_bytes: int
-
-
-def rehearse(plan: Plan, environment: Mapping[str, str]) -> Rehearsed:
-    """Try all of a plan that changes nothing.
-
-    Raises:
-        SteerError: what `run` would end with.
-    """
-    import shutil
-
-    service = plan.service
-    identity.identity(service.user, service.group)
-    descriptors.allow_descriptors(descriptors.open_descriptors() + plan.descriptors)
-    if service.chdir is not None and not os.path.isdir(service.chdir):
-        raise AppLoadError(f"chdir {service.chdir}", "no such directory")
-    if service.command and shutil.which(service.command[0]) is None:
-        program = service.command[0]
-        raise AppLoadError(f"run {program}", "no such command", fork.beside_us(program))
-    barriers = privileges.barriers(service, environment)
-    if barrier := barriers.command:
-        raise AppLoadError(f"run {service.command[0]}", str(barrier), barrier.cure)
-    rundir.refuse_taken(plan.name, service.control_socket, environment)
-    if service.pid:
-        _check_pid_file(service.pid)
-    backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
-    backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
-    notes = [*backend.notes, *_notes(service), *filter(None, [barriers.note])]
-    if stands.rungs[0].backend == KERNEL:
-        notes += anchors.notes(plan.binds, {})
-    found = Rehearsed(stands, notes, backend.memory_bytes())
-    backend.close()
-    for bind in plan.binds:
-        reuseport.check_free(bind, service.settings)
-    return found
-
-
-def _notes(service: Service) -> Iterator[str]:
-    """What is to be known of a service, whatever its backend."""
-    if as_whom := privileges.note(service):
-        yield as_whom
-    if service.stop_signal is None and (told := servers.note(service.command)):
-        yield told
-    yield from sockopt.shortfalls(service.binds, service.settings)
-    with suppress(OSError):  # that it could not be looked at is not worth an error
-        yield from visibility.notes_on(visibility.of(service))
 
 
 class Left(msgspec.Struct, frozen=True):
@@ -514,7 +410,7 @@ class Controller:
         for place in self.fleet.places:
             if place.process:
                 place.process.pass_rest_on()
-        output.stderr.finish(_LAST_LINES_S)
+        output.stderr.finish(LAST_LINES_S)
         try:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         except OSError as error:
@@ -533,7 +429,7 @@ class Controller:
             service.log_format,
         )
 
-    def _claim_name(self, _step: Step) -> None:
+    def claim_name(self, _step: Step) -> None:
         service = self.plan.service
         free = self._end_abandoned()
         self.claim = rundir.Claim(
@@ -578,14 +474,14 @@ class Controller:
 
     def _write_pid(self) -> Callable[[], None]:
         path = self.plan.service.pid
-        return _write_pid(path) if path else _nothing
+        return write_pid_file(path) if path else _nothing
 
-    def _check_free(self, step: Step) -> None:
+    def check_free(self, step: Step) -> None:
         for bind in self.plan.binds:
             if bind.label == step.object:
                 reuseport.check_free(bind, self.plan.service.settings)
 
-    def _load(self, _step: Step) -> None:
+    def load_policy(self, _step: Step) -> None:
         policy = self.plan.policy
         if policy.is_own and self.plan.rungs[0].backend == EBPF:
             # First: only then it is known what it is made from, and so what a reload compares.
@@ -623,7 +519,7 @@ class Controller:
         if rung.fallback:
             self.log.info("ebpf would add: %s", candidates.EBPF_ADDS)
 
-    def _start_workers(self, _step: Step) -> None:
+    def start_workers(self, _step: Step) -> None:
         self._announce()
         main.import_for(self.plan.service)
         generation = Generation(1, self.plan)
@@ -705,14 +601,6 @@ class Controller:
         )
 
 
-_CARRY_OUT: dict[Act, Callable[[Controller, Step], None]] = {
-    Act.CLAIM: Controller._claim_name,
-    Act.CHECK_FREE: Controller._check_free,
-    Act.LOAD: Controller._load,
-    Act.START: Controller._start_workers,
-}
-
-
 @contextmanager
 def _threads_in_turn(turn_s: float) -> Iterator[None]:
     """While one imports, another that waits gets its turn after so long: by default after 5 ms,
@@ -725,55 +613,5 @@ def _threads_in_turn(turn_s: float) -> Iterator[None]:
         sys.setswitchinterval(before_s)
 
 
-def _write_pid(path: str) -> Callable[[], None]:
-    """Write our process id; the result removes the file if it is still ours.
-
-    Raises:
-        ConfigError: it cannot be written, or a living process is in it.
-    """
-    own = f"{os.getpid()}\n"
-    with _writing_pid_file(path), open(path, "w") as stream:
-        stream.write(own)
-
-    def remove() -> None:
-        with suppress(OSError):
-            if _read(path) == own:
-                os.unlink(path)
-
-    return remove
-
-
-def _check_pid_file(path: str) -> None:
-    """What `_write_pid` would raise, without writing. Raises ConfigError."""
-    with _writing_pid_file(path):
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-        except FileNotFoundError:
-            directory = os.path.dirname(path) or "."
-            os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
-            if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
-
-
-@contextmanager
-def _writing_pid_file(path: str) -> Iterator[None]:
-    """Raises ConfigError: a living process is in it, or what is done fails."""
-    act = f"write pid file {path}"
-    try:
-        with suppress(FileNotFoundError, ValueError):
-            holder = int(_read(path))
-            # In a container we may well have the number we had the last time.
-            if holder != os.getpid() and fork.is_running(holder):
-                raise ConfigError(act, f"it names a running process, {holder}", "stop that first")
-        yield
-    except OSError as error:
-        raise ConfigError(act, error.strerror or str(error), "name another: --pid FILE") from None
-
-
 def _nothing() -> None:
     pass
-
-
-def _read(path: str) -> str:
-    with open(path) as stream:
-        return stream.read()

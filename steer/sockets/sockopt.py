@@ -1,4 +1,4 @@
-"""Options set on real sockets, refused or cut down by the kernel; see `steer.config.socket_options`."""
+"""Options set on real sockets, refused or cut down by the kernel; see `socket_options`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -23,7 +23,12 @@ from steer.workers.process import Process, Running
 
 if TYPE_CHECKING:
     from steer.workers.clock import Timer
-    from steer.workers.drain import Settling
+
+
+class Cancellable(Protocol):
+    """Something under way for a worker that may be called off."""
+
+    def cancel(self) -> None: ...
 
 
 class Saved(msgspec.Struct, frozen=True):
@@ -141,7 +146,7 @@ class Place(msgspec.Struct, eq=False):
     others: set[int] = set()
     said: str = ""
     timer: Timer | None = None
-    settling: Settling | None = None
+    settling: Cancellable | None = None
     error: SteerError | None = None
 
     @classmethod

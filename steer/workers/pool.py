@@ -36,7 +36,7 @@ from steer.sockets import reuseport, strays
 from steer.workers import elsewhere, endings, lifecycle, process, selection
 from steer.workers.clock import Clock
 from steer.workers.ends import End, Ends
-from steer.workers.handle import Place, Places, Saved, waits
+from steer.workers.handle import Cancellable, Place, Places, Saved, waits
 from steer.workers.intake import Lot
 from steer.workers.leftovers import Leftovers
 from steer.workers.lifecycle import Command, Event, State
@@ -49,7 +49,6 @@ from steer.workers.visibility import BORROW, WAITS, Visibility
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
 
-    from steer.workers.drain import Settling
 
 _STEP_S = 0.005
 """So long a step of what is done to all workers may take; then the loop has its turn."""
@@ -69,7 +68,7 @@ _FIRST_AT_MOST = 16
 _LOOKED_AT = 8
 """So many that start, at each end of another: all are alike, and to look takes time."""
 
-Settle = Callable[[Place], "Settling"]
+Settle = Callable[[Place], Cancellable]
 """Has it looked whether anything waits for a worker, until nothing does, that reported, and that
 it stays so."""
 

@@ -783,7 +783,8 @@ def test_settings_of_this_network_namespace(steer: RunSteer, netns: Netns) -> No
 
 @pytest.mark.needs("root", "netns", "userns")
 def test_root_of_a_user_namespace_is_told_why() -> None:
-    code = "import json; from steer.doctor import checks as doctor; from steer.config.service import Service; "
+    code = "import json; from steer.doctor import checks as doctor; "
+    code += "from steer.config.service import Service; "
     code += "print(json.dumps([e.found for e in doctor.examine(Service())]))"
     command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")

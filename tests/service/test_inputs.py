@@ -270,7 +270,7 @@ def test_a_bug_is_one_line_without_a_traceback(level: str, lines: int) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     first, *more = done.stderr.splitlines()
     assert re.fullmatch(
-        r"steer: bug in steer: ZeroDivisionError: of nothing by nothing \(<string>:6\); "
+        r"steer: bug in steer: ZeroDivisionError: of nothing by nothing \(<string>:7\); "
         "please report it",
         first,
     )

@@ -1,0 +1,83 @@
+"""What `steer check` tries: all of a plan that changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+
+import msgspec
+
+from steer.backends import anchors
+from steer.backends.open import open_whole
+from steer.child import privileges
+from steer.config import fallback, servers
+from steer.config.plan import Plan
+from steer.config.service import Service
+from steer.control import rundir
+from steer.controller.pidfile import check_pid_file
+from steer.errors import AppLoadError
+from steer.linux import descriptors, fork, identity
+from steer.policy.builtin import KERNEL
+from steer.policy.layout import Member
+from steer.sockets import reuseport, sockopt
+from steer.workers import visibility
+
+
+class DryRun(msgspec.Struct, frozen=True):
+    """What was found to be.
+
+    Args:
+        plan: with the rung that holds, and why no better one does.
+        notes: what its backend cannot do here, and as whom workers run if that is to be known.
+        memory_bytes: what its maps take of the kernel's memory.
+    """
+
+    plan: Plan
+    notes: Sequence[str]
+    memory_bytes: int
+
+
+def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
+    """Try all of a plan that changes nothing.
+
+    Raises:
+        SteerError: what `run` would end with.
+    """
+    import shutil
+
+    service = plan.service
+    identity.identity(service.user, service.group)
+    descriptors.allow_descriptors(descriptors.open_descriptors() + plan.descriptors)
+    if service.chdir is not None and not os.path.isdir(service.chdir):
+        raise AppLoadError(f"chdir {service.chdir}", "no such directory")
+    if service.command and shutil.which(service.command[0]) is None:
+        program = service.command[0]
+        raise AppLoadError(f"run {program}", "no such command", fork.beside_us(program))
+    barriers = privileges.barriers(service, environment)
+    if barrier := barriers.command:
+        raise AppLoadError(f"run {service.command[0]}", str(barrier), barrier.cure)
+    rundir.refuse_taken(plan.name, service.control_socket, environment)
+    if service.pid:
+        check_pid_file(service.pid)
+    backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
+    backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
+    notes = [*backend.notes, *_notes(service), *filter(None, [barriers.note])]
+    if stands.rungs[0].backend == KERNEL:
+        notes += anchors.notes(plan.binds, {})
+    found = DryRun(stands, notes, backend.memory_bytes())
+    backend.close()
+    for bind in plan.binds:
+        reuseport.check_free(bind, service.settings)
+    return found
+
+
+def _notes(service: Service) -> Iterator[str]:
+    """What is to be known of a service, whatever its backend."""
+    if as_whom := privileges.note(service):
+        yield as_whom
+    if service.stop_signal is None and (told := servers.note(service.command)):
+        yield told
+    yield from sockopt.shortfalls(service.binds, service.settings)
+    with suppress(OSError):  # that it could not be looked at is not worth an error
+        yield from visibility.notes_on(visibility.of(service))
