@@ -8,6 +8,7 @@ __all__ = [
     "AppLoadError",
     "BindError",
     "CompileError",
+    "Config",
     "ConfigError",
     "ControlError",
     "GroupError",
@@ -16,6 +17,7 @@ __all__ = [
     "Orphaned",
     "Refused",
     "ReuseportGroup",
+    "Service",
     "ServiceConnection",
     "SlotCounts",
     "SteerError",
@@ -24,12 +26,14 @@ __all__ = [
     "WorkersFailed",
     "__version__",
     "connect",
+    "run",
 ]
 
 TYPE_CHECKING = False  # that of typing costs its import
 if TYPE_CHECKING:
     from steer.api.connection import ServiceConnection, connect
     from steer.api.group import ReuseportGroup
+    from steer.api.service import Config, Service, run
     from steer.api.slots import SlotCounts
     from steer.child.api import Worker
     from steer.errors import (
@@ -49,11 +53,14 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
+    "Config": "steer.api.service",
     "ReuseportGroup": "steer.api.group",
+    "Service": "steer.api.service",
     "ServiceConnection": "steer.api.connection",
     "SlotCounts": "steer.api.slots",
     "Worker": "steer.child.api",
     "connect": "steer.api.connection",
+    "run": "steer.api.service",
 }
 
 

@@ -706,10 +706,10 @@ print(*{"asyncio", "click", "threading", "subprocess", "multiprocessing"} & set(
 
 def test_what_is_public() -> None:
     assert steer.__all__ == [
-        *("AppLoadError", "BindError", "CompileError", "ConfigError", "ControlError"),
+        *("AppLoadError", "BindError", "CompileError", "Config", "ConfigError", "ControlError"),
         *("GroupError", "KernelError", "NotRunning", "Orphaned", "Refused", "ReuseportGroup"),
-        *("ServiceConnection", "SlotCounts", "SteerError", "VerifierError", "Worker"),
-        *("WorkersFailed", "__version__", "connect"),
+        *("Service", "ServiceConnection", "SlotCounts", "SteerError", "VerifierError", "Worker"),
+        *("WorkersFailed", "__version__", "connect", "run"),
     ]
     assert set(steer.__all__) <= set(dir(steer))
     assert all(getattr(steer, name) is not None for name in steer.__all__)

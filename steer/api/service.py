@@ -1,0 +1,169 @@
+"""A service that is run from Python, as `steer.run`, `steer.Config` and `steer.Service`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypedDict
+
+from steer.child.api import Worker
+from steer.config import service as configuration
+from steer.config.plan import plan
+from steer.controller import run as running
+from steer.errors import ConfigError, ControlError
+from steer.linux import topology
+from steer.linux.log import Log
+from steer.loader import find, probe
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Unpack
+
+Application = Callable[[Worker], object]
+
+
+class Settings(TypedDict, total=False):
+    """What `steer run --help` tells of, by the same names; not given: its default there."""
+
+    app: str | Application
+    command: Sequence[str]
+    demo: bool
+    bind: str | Sequence[str]
+    workers: int | Literal["auto"]
+    policy: str
+    params: Mapping[str, int]
+    backend: Literal["auto", "ebpf", "cbpf", "kernel"]
+    strict: bool
+    weights: Sequence[int]
+    name: str
+    user: str
+    group: str
+    keep_privileges: bool
+    env: Mapping[str, str]
+    chdir: str
+    backlog: int
+    socket_options: Mapping[str, str | int]
+    graceful_timeout: float
+    stop_signal: str
+    ready_timeout: float
+    hang_timeout: float
+    hang: Literal["replace", "skip"]
+    watchdog: float
+    adopt_timeout: float
+    pid: str
+    log_level: Literal["debug", "info", "warning", "error"]
+    log_format: Literal["text", "json"]
+    control_socket: str
+
+
+class Config:
+    """A service's configuration, checked. Files and STEER_* variables are not read.
+
+    Args:
+        app: "module:callable" or a function of a module; it is called with a `Worker` in each
+            worker process. Without it: `command`, a command line, or `demo=True`.
+        settings: see `Settings`. Times are in seconds.
+
+    Raises:
+        ConfigError: names the key, the value and what is allowed.
+    """
+
+    def __init__(self, **settings: Unpack[Settings]) -> None:
+        given = {key: _plain(key, value) for key, value in settings.items()}
+        self.service = configuration.load({}, {}, given, "steer.Config", runs=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.service == other.service
+
+    def __hash__(self) -> int:
+        return hash(self.service)
+
+    def __repr__(self) -> str:
+        changed = {
+            key: value
+            for key, field in configuration.FIELDS.items()
+            if (value := getattr(self.service, key)) != field.default
+        }
+        return f"Config({', '.join(f'{key}={value!r}' for key, value in changed.items())})"
+
+
+class Service:
+    """A service that runs in this process, as `steer run` does.
+
+    Workers are forked from this process: start threads only in workers, or afterwards. While it
+    runs, this process handles SIGTERM, SIGINT, SIGHUP and the others that docs/RELOAD.md names;
+    afterwards their handlers are what they were. On SIGUSR2 the whole program is started again,
+    and adopts its workers.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def run(self) -> None:
+        """Run until the service is told to end, by a signal or by `steer stop`.
+
+        Raises:
+            ControlError: not in the main thread, which alone gets signals (signal(7)).
+            SteerError: the service could not be started, or all its workers failed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            cure = "call it in the main thread, or start a process for it"
+            raise ControlError("run a service", "this is not the main thread", cure)
+        service = self.config.service
+        policy = find.find_or_not(service.policy)
+        decided = plan(service, topology.read(), probe.findings_before_start(), policy)
+        log = Log(service.log_level, service.log_format)
+        with _signals_kept():
+            running.run(decided, os.environ, log, lambda: service)
+
+
+def run(app: str | Application | None = None, /, **settings: Unpack[Settings]) -> None:
+    """Run a service until it is told to end: `Service(Config(app=app, ...)).run()`.
+
+    Args:
+        app: see `Config`.
+
+    Raises:
+        ConfigError: see `Config`.
+        SteerError: see `Service.run`.
+    """
+    if app is not None:
+        settings["app"] = app
+    Service(Config(**settings)).run()
+
+
+def _plain(key: str, value: object) -> object:
+    """As a configuration file has it."""
+    if key == "app" and callable(value):
+        return _name_of(value)
+    if isinstance(value, Mapping):
+        return [f"{name}={each}" for name, each in value.items()]
+    if key == "bind" and isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _name_of(function: Callable[..., object]) -> str:
+    """ "module:callable", by which a worker finds it again. Raises ConfigError."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if not module or not name.replace(".", "").isidentifier():
+        cure = 'define it in a module with `def`, or name it: "module:callable"'
+        raise ConfigError(f"serve {function!r}", "workers cannot find it by a name", cure)
+    return f"{module}:{name}"
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """What handles signals is the same afterwards, and so is the mask."""
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

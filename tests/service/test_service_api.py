@@ -1,0 +1,195 @@
+"""Services that are run from Python: a script that calls `steer.run`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import steer
+from steer.api import service
+from testkit.clients import http_get
+from testkit.namespaces import Netns
+from testkit.processes import DEADLINE_S, eventually
+from testkit.service import clean_environment
+
+SERVE = '''
+def serve(worker):
+    """Says which slot answers; of the module it is in."""
+    listener = worker.sockets[0]
+    worker.ready()
+    while not worker.stopping:
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            return
+        with sock:
+            sock.recv(4096)
+            body = ('{"slot": %d, "module": "%s"}' % (worker.slot, __name__)).encode()
+            head = b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n"
+            sock.sendall(head % len(body) + body)
+'''
+
+
+@contextmanager
+def script(home: Path, text: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a Python script there; it is ended, if it has not."""
+    (home / "main.py").write_text(textwrap.dedent(text))
+    with subprocess.Popen(
+        [sys.executable, "main.py"],
+        cwd=home,
+        env=clean_environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def answered() -> dict[str, Any]:
+    try:
+        return http_get("127.0.0.1", 8000)[1]
+    except OSError:
+        return {}
+
+
+def test_an_app_is_run_until_it_is_told_to_end(netns: Netns, home: Path) -> None:
+    (home / "shop.py").write_text(SERVE)
+    text = """
+        import signal, steer
+        before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        steer.run("shop:serve", bind="127.0.0.1:8000", workers=2, policy="round-robin")
+        after = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        print("ended", before == after)
+    """
+    with script(home, text) as process:
+        eventually(lambda: len({answered().get("slot") for _ in range(4)} - {None}), 2)
+        assert {answered()["slot"] for _ in range(4)} == {0, 1}
+        assert answered()["module"] == "shop"
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, out) == (0, "ended True\n"), errors
+    assert "Traceback" not in errors
+
+
+def test_a_function_of_the_script_is_run(netns: Netns, home: Path) -> None:
+    call = 'steer.run(serve, bind=("127.0.0.1:8000",), workers=1, name="shop")'
+    text = f"{SERVE}\nimport steer\nif __name__ == '__main__':\n    {call}\n"
+    with script(home, text) as process:
+        assert eventually(answered) == {"slot": 0, "module": "__main__"}
+        with_directory = {"XDG_RUNTIME_DIR": str(home / "run"), **clean_environment(home)}
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / "steer"), "reload", "shop"],
+            env=with_directory,
+            capture_output=True,
+            text=True,
+        )
+        assert "reloaded shop: generation 2" in done.stdout, done.stderr
+        eventually(answered)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0
+
+
+def test_a_start_that_fails_raises(netns: Netns, home: Path) -> None:
+    text = """
+        import steer
+        try:
+            steer.run("nowhere:serve", bind="127.0.0.1:8000")
+        except steer.AppLoadError as error:
+            print(error)
+    """
+    with script(home, text) as process:
+        out, errors = process.communicate(timeout=DEADLINE_S)
+    assert "load nowhere:serve: ModuleNotFoundError" in out, errors
+    assert process.returncode == 0
+
+
+def test_not_in_another_thread(netns: Netns, home: Path) -> None:
+    text = """
+        import threading, steer
+        def run():
+            try:
+                steer.run(demo=True)
+            except steer.ControlError as error:
+                print(error)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    """
+    with script(home, text) as process:
+        out, errors = process.communicate(timeout=DEADLINE_S)
+    assert out.startswith("run a service: this is not the main thread; "), errors
+
+
+def test_configuration_is_checked_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_WORKERS", "7")
+    made = steer.Config(
+        app="shop:serve",
+        bind=":8000",
+        policy="source",
+        params={"prefix4": 24},
+        env={"A": "1"},
+        weights=(3, 1),
+    )
+    found = made.service
+    assert (found.app, found.bind, found.workers) == ("shop:serve", (":8000",), "auto")
+    assert (found.params, found.env, found.weights) == (("prefix4=24",), ("A=1",), (3, 1))
+    assert made == steer.Config(
+        app="shop:serve",
+        bind=[":8000"],
+        policy="source",
+        params={"prefix4": 24},
+        env={"A": "1"},
+        weights=[3, 1],
+    )
+    assert repr(steer.Config(app="shop:serve", workers=2)) == (
+        "Config(app='shop:serve', workers=2)"
+    )
+    assert hash(made) == hash(made)
+
+
+def local() -> Callable[..., object]:
+    def function(worker: object) -> None: ...
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "settings, error",
+    [
+        ({"app": "shop:serve", "workers": 0}, "steer.Config: workers = 0: "),
+        ({"app": "shop:serve", "worker": 2}, "unknown key; did you mean 'workers'"),
+        ({"app": "shop:serve", "bind": "nonsense"}, "steer.Config: bind = "),
+        ({"policy": "hash"}, "neither an app nor a command is given"),
+        ({"app": local()}, "workers cannot find it by a name"),
+        ({"app": lambda worker: None}, "workers cannot find it by a name"),
+    ],
+)
+def test_what_cannot_be_is_told(settings: dict[str, Any], error: str) -> None:
+    with pytest.raises(steer.ConfigError) as caught:
+        steer.Config(**settings)
+    assert error in str(caught.value)
+
+
+def test_settings_are_those_of_the_configuration() -> None:
+    assert set(service.Settings.__annotations__) == set(service.configuration.FIELDS)
+
+
+def test_it_is_imported_when_it_is_used() -> None:
+    code = "import sys, steer; print('steer.api.service' in sys.modules); steer.Config"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n"
+    assert os.path.basename(service.__file__) == "service.py"
