@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from steer import abi
-from steer.backends.loaded_policy import Choice
+from steer.backends.loaded_policy import LoadedPolicy
 from steer.config.plan import plan
 from steer.config.service import Service
 from steer.errors import KernelError
@@ -76,7 +76,7 @@ def policy_programs(
         service = Service(workers=slots, bind=(address,), policy=name)
         decided = plan(service, cpus, {}, find.find(name))
         members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
-        choice = stack.enter_context(closing(Choice.load(decided, [maps])))
+        choice = stack.enter_context(closing(LoadedPolicy.load(decided, [maps])))
         choice.steer(members, layout.EMPTY)
         programs.append(choice.programs[0])
     return programs

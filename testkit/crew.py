@@ -1,4 +1,4 @@
-"""The sockets of a service without its processes: a backend, driven as the fleet drives it.
+"""The sockets of a service without its processes: a backend, driven as the pool drives it.
 
 What a worker would accept or receive is taken by the test itself, so that who got what is known
 connection by connection.
@@ -117,7 +117,7 @@ class Crew:
         self._ready.close()
         self.steering.close()
 
-    # What the fleet does.
+    # What the pool does.
 
     def serving(self) -> Self:
         """All seats taken, all of them chosen."""

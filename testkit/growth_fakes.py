@@ -1,6 +1,6 @@
 """A service of any number of workers without processes, and what it costs to run it.
 
-The fleet, its rotation, the guard's client and the changes are the real ones. Workers, the
+The pool, its rotation, the guard's client and the changes are the real ones. Workers, the
 backend and the guard's process are fakes, which count what they are asked to do.
 """
 
@@ -25,9 +25,9 @@ from steer.config.plan import Generation, Plan
 from steer.config.servers import BY_DEFAULT
 from steer.config.service import Service
 from steer.control.notify import Unheard
-from steer.controller.rollout import Changes
+from steer.controller.rollout import Rollout
 from steer.guard.channel import Frame
-from steer.guard.client import Guard
+from steer.guard.client import GuardClient
 from steer.guard.store import Settings
 from steer.linux.family import Family
 from steer.linux.log import Log
@@ -39,9 +39,9 @@ from steer.policy.classic import Order
 from steer.policy.cpus import Topology
 from steer.policy.layout import Member
 from steer.workers import process
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import Event
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 from testkit import ROOT
 
 FEW, MANY = 10, 1000
@@ -111,7 +111,7 @@ class FakeChannel:
         pass
 
 
-class FakeGuard(Guard):
+class FakeGuard(GuardClient):
     """Without its process."""
 
     def __init__(self, home: Path, cost: Cost) -> None:
@@ -237,7 +237,7 @@ class FakeProcess:
     bound: tuple[int, ...] = ()
     pids = count(_NO_PID)
 
-    def __init__(self, launch: Any, guard: Guard, cost: Cost) -> None:
+    def __init__(self, launch: Any, guard: GuardClient, cost: Cost) -> None:
         self.launch = launch
         self.pid = next(self.pids)
         self.family = Family(self.pid)
@@ -312,7 +312,7 @@ class FakeService:
         self.plan = plan_for(workers, policy_name)
         self.guard = FakeGuard(home, self.cost)
         self.steering = backend(self.plan, self.cost)
-        self.fleet = Fleet(
+        self.pool = WorkerPool(
             Generation(1, self.plan),
             self.plan.slots,
             cast(Any, self.steering),
@@ -322,41 +322,41 @@ class FakeService:
             Retry(Log("error", "text"), Spare(0)),
             Unheard(lambda _: None),
         )
-        self.changes = Changes(self.fleet, lambda *_: None)
+        self.changes = Rollout(self.pool, lambda *_: None)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def _launch(self, place: Place) -> object:
+    def _launch(self, place: WorkerHandle) -> object:
         service = place.generation.plan.service
         return SimpleNamespace(
             service=service, binds=(), anchored=(), slot=place.slot, modest=False
         )
 
     def fork_all(
-        self, launches: Sequence[Any], guard: Guard, _owned: object
+        self, launches: Sequence[Any], guard: GuardClient, _owned: object
     ) -> Sequence[FakeProcess]:
         """Take the place of that of `spawn`."""
         self.cost["lots of forks"] += 1
         return [self._fork(launch, guard) for launch in launches]
 
-    def _fork(self, launch: Any, guard: Guard) -> FakeProcess:
+    def _fork(self, launch: Any, guard: GuardClient) -> FakeProcess:
         begun = FakeProcess(launch, guard, self.cost)
         if self._loop is not None:
-            self._loop.call_soon(self.fleet.notified, (begun.pid,), READY)
+            self._loop.call_soon(self.pool.notified, (begun.pid,), READY)
         return begun
 
     async def up(self) -> None:
         """Start all workers and have them ready."""
         self._loop = asyncio.get_running_loop()
-        self.fleet.start(lambda: None)
-        self.fleet.watch(self._loop, self._settle, lambda _: None)
-        self.fleet.fill()
+        self.pool.start(lambda: None)
+        self.pool.watch(self._loop, self._settle, lambda _: None)
+        self.pool.fill()
         while len(self.ready(len(self.plan.seats))) < len(self.plan.seats):
             await rest()
 
-    def _settle(self, place: Place) -> Any:
+    def _settle(self, place: WorkerHandle) -> Any:
         """Nothing waits for it: see `settle.Settler.begin`."""
         assert self._loop
-        return self._loop.call_soon(self.fleet.report, place, Event.SETTLED)
+        return self._loop.call_soon(self.pool.report, place, Event.SETTLED)
 
     @contextmanager
     def counted(self) -> Iterator[Cost]:
@@ -365,12 +365,12 @@ class FakeService:
         with self.cost.of_steps():
             yield self.cost
 
-    def ready(self, workers: int = 1) -> list[Place]:
+    def ready(self, workers: int = 1) -> list[WorkerHandle]:
         """The first that serve."""
-        return [place for place in self.fleet.places if place.serves][:workers]
+        return [place for place in self.pool.places if place.serves][:workers]
 
 
-def pid_of(place: Place) -> int:
+def pid_of(place: WorkerHandle) -> int:
     assert place.process
     return place.process.pid
 

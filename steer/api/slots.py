@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from steer.backends.base import Steering
+from steer.backends.base import Backend
 from steer.backends.ebpf import NOT_COUNTED
 from steer.backends.open import open_whole, refuse_uncounted
 from steer.config import fallback
@@ -211,7 +211,7 @@ class Slots:
             yield {0: own}
 
 
-def _open(plan: Plan) -> Steering:
+def _open(plan: Plan) -> Backend:
     """Raises KernelError."""
     opened = open_whole(plan)
     try:
@@ -222,7 +222,7 @@ def _open(plan: Plan) -> Steering:
     return opened
 
 
-def _refuse_unseen_load(plan: Plan, steering: Steering) -> None:
+def _refuse_unseen_load(plan: Plan, steering: Backend) -> None:
     """A service looks at accept queues every so often where connections cannot be counted; a
     group has nobody who would.
 

@@ -54,7 +54,7 @@ class Own(msgspec.Struct, frozen=True):
     histograms: dict[str, list[int]] = {}
 
 
-class Steering(Protocol):
+class Backend(Protocol):
     """One service's groups, on one backend."""
 
     backend: str
@@ -234,7 +234,7 @@ class Steering(Protocol):
         """Let go of everything."""
 
 
-class Countless:
+class Uncounting:
     """What is the same on backends that run no eBPF program."""
 
     reserve: Sequence[socket.socket] = ()

@@ -13,7 +13,7 @@ from steer.config.plan import Plan
 from steer.loader import bpf_maps
 
 
-class Group:
+class BindMaps:
     """One bind's own maps and sockets; whatever the policy, they stay.
 
     The turn counters of the CPUs start apart: were they together, the first

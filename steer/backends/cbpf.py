@@ -12,7 +12,7 @@ import msgspec
 
 from steer import abi
 from steer.backends.anchors import ANCHOR, Anchors, is_left_to_hash, may_split
-from steer.backends.base import Countless, Lend, may_be_lost
+from steer.backends.base import Lend, Uncounting, may_be_lost
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.errors import KernelError
@@ -22,7 +22,7 @@ from steer.policy.layout import Layout, Member, by_share
 from steer.sockets import listeners, members, reuseport
 
 
-class Cbpf(Countless):
+class Cbpf(Uncounting):
     """A classic program for each group, rewritten at every change.
 
     Such a program speaks in the kernel's own order of sockets, and that has to be

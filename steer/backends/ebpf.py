@@ -15,10 +15,10 @@ from steer import abi
 from steer.backends import backup, connections, loaded_policy
 from steer.backends.anchors import Anchors, is_left_to_hash
 from steer.backends.base import Counts, Lend, Own, may_be_lost
-from steer.backends.bind_maps import Group
+from steer.backends.bind_maps import BindMaps
 from steer.backends.connections import Counting
-from steer.backends.loaded_policy import Choice
-from steer.backends.policy_cache import Choices
+from steer.backends.loaded_policy import LoadedPolicy
+from steer.backends.policy_cache import PolicyCache
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.errors import KernelError
@@ -55,16 +55,16 @@ class Ebpf:
         self._anchors = Anchors()
         self._joined: set[int] = set()
         self._cpus = len(plan.topology.possible)
-        self._choices = Choices(self._load)
+        self._choices = PolicyCache(self._load)
         self._reserve_stamps: Sequence[int] = ()
         over_tcp = sum(bind.protocol == "tcp" for bind in plan.binds)
         with ExitStack() as undo:
             self._counting = counting or Counting((plan.slots + backup.COUNT) * over_tcp)
             undo.callback(self._close_counting)
-            self._groups: list[Group] = []
+            self._groups: list[BindMaps] = []
             for index in range(len(plan.binds)):
                 at = partial(self._join_reserve, index)
-                self._groups.append(Group(plan, self._count_reserve, at))
+                self._groups.append(BindMaps(plan, self._count_reserve, at))
                 undo.callback(self._groups[-1].close)
             undo.callback(self._anchors.close)
             undo.callback(self._choices.close)
@@ -73,12 +73,12 @@ class Ebpf:
             self.close = undo.pop_all().close
 
     @property
-    def _choice(self) -> Choice:
+    def _choice(self) -> LoadedPolicy:
         return self._choices.current
 
-    def _load(self, plan: Plan) -> Choice:
+    def _load(self, plan: Plan) -> LoadedPolicy:
         groups = [{**each.maps, **self._counting.maps} for each in self._groups]
-        return Choice.load(plan, groups)
+        return LoadedPolicy.load(plan, groups)
 
     def _close_counting(self) -> None:
         if self.owns_counting:
@@ -255,7 +255,7 @@ class Ebpf:
             # What it knows is soon not true any more, and may be large.
             self._choices.forget(before)
 
-    def _attach(self, chosen: Choice, lend: Lend) -> None:
+    def _attach(self, chosen: LoadedPolicy, lend: Lend) -> None:
         """To every group; a group without a socket gets it with the first."""
         with ExitStack() as undo, self._members(lend) as members:
             for index, sock in members.items():
@@ -413,7 +413,7 @@ class Ebpf:
         saved = msgspec.convert(value, type=_Saved, strict=False)
         rest = iter(fds)
         of_choice = list(islice(rest, len(saved.choice.maps) + len(self._groups)))
-        self._choices.put_in_force(Choice.receive(self._plan, saved.choice, of_choice))
+        self._choices.put_in_force(LoadedPolicy.receive(self._plan, saved.choice, of_choice))
         for group in self._groups:
             group.receive(list(islice(rest, len(group.maps))))
         for group, count in zip(self._groups, saved.reserves, strict=True):

@@ -38,7 +38,7 @@ class Saved(msgspec.Struct):
     migrates: bool
 
 
-class Choice:
+class LoadedPolicy:
     """One policy, from `load` or `receive` on.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from steer.backends import connections
-from steer.backends.base import STILL_CHOSEN, Countless, Counts, Lend, Steering, may_be_lost
+from steer.backends.base import STILL_CHOSEN, Backend, Counts, Lend, Uncounting, may_be_lost
 from steer.backends.cbpf import Cbpf
 from steer.backends.connections import Counting
 from steer.backends.ebpf import NOT_COUNTED, SAMPLED, Ebpf
@@ -21,8 +21,8 @@ from steer.sockets import reuseport
 
 
 def open_backend(
-    backend: str, plan: Plan, empty: bool = False, before: Steering | None = None
-) -> Steering:
+    backend: str, plan: Plan, empty: bool = False, before: Backend | None = None
+) -> Backend:
     """Make the backend ready, before there is any socket.
 
     Args:
@@ -40,7 +40,7 @@ def open_backend(
     return Kernel(plan, empty, counting, before.order if before else ())
 
 
-def open_whole(plan: Plan, before: Steering | None = None) -> Steering:
+def open_whole(plan: Plan, before: Backend | None = None) -> Backend:
     """Open the backend that a plan is to stand on, unless it would do by halves what is asked.
 
     Args:
@@ -77,13 +77,13 @@ def refuse_uncounted(plan: Plan, counting: Counting | None) -> None:
         )
 
 
-class Kernel(Countless):
+class Kernel(Uncounting):
     """No program: the kernel hashes over all sockets of a group.
 
     Where another backend was there before, open connections are counted on.
 
     Args:
-        order: see `Steering.order`, of the sockets that are there.
+        order: see `Backend.order`, of the sockets that are there.
     """
 
     backend = "kernel"

@@ -6,7 +6,7 @@ import msgspec
 
 from steer import values
 from steer.config.address import Bind
-from steer.config.plan import Seat
+from steer.config.plan import WorkerSpec
 from steer.config.service import Service
 from steer.linux.identity import Identity
 from steer.values import Invalid
@@ -60,7 +60,7 @@ class Launch(msgspec.Struct, frozen=True):
     service: Service
     name: str
     binds: tuple[Bind, ...]
-    seat: Seat
+    seat: WorkerSpec
     slot: int
     generation: int
     identity: Identity

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from steer.config import candidates as ladder
-from steer.config.candidates import Finding, Rung
+from steer.config.candidates import BackendCandidate, Finding
 from steer.config.service import Service
 from steer.errors import ConfigError, KernelError, Uncounted
 from steer.policy import declarations
@@ -27,7 +27,7 @@ class Candidate(msgspec.Struct, frozen=True):
     policy: Policy
     params: tuple[int, ...]
     reason: str | None
-    rungs: tuple[Rung, ...]
+    rungs: tuple[BackendCandidate, ...]
 
 
 DATAGRAMS = "the datagrams of a flow have to stay together"
@@ -88,5 +88,5 @@ def _candidate(
 ) -> Candidate:
     """One of those of `auto`, which takes no parameters."""
     params = declarations.values(policy.declared, (), "")
-    rungs: Sequence[Rung] = ladder.rungs(policy, service.backend, findings)
+    rungs: Sequence[BackendCandidate] = ladder.rungs(policy, service.backend, findings)
     return Candidate(policy, params, reason, tuple(rungs))

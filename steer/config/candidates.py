@@ -26,7 +26,7 @@ class Finding(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-class Rung(msgspec.Struct, frozen=True):
+class BackendCandidate(msgspec.Struct, frozen=True):
     """A backend to try.
 
     Args:
@@ -44,7 +44,7 @@ EBPF_ADDS = "turns, counters, and queues that outlive their worker"
 UNTRIED = Finding(Answer.UNKNOWN, "not tried")
 
 
-def rungs(policy: Policy, asked: str, findings: Mapping[str, Finding]) -> list[Rung]:
+def rungs(policy: Policy, asked: str, findings: Mapping[str, Finding]) -> list[BackendCandidate]:
     """The rungs to try, best first. The last, the kernel's own hash, always holds.
 
     Args:
@@ -53,22 +53,22 @@ def rungs(policy: Policy, asked: str, findings: Mapping[str, Finding]) -> list[R
             tell is tried all the same: the attempt will.
     """
     if policy.source is None:
-        return [Rung(KERNEL, None, False)]
+        return [BackendCandidate(KERNEL, None, False)]
     top = EBPF if asked == "auto" else asked
     better = () if top == EBPF else (f"--backend {asked}",)
     reasons = list(better)
-    found: list[Rung] = []
+    found: list[BackendCandidate] = []
     for backend in BACKENDS[BACKENDS.index(top) :]:
         why_not = _why_not(policy, backend, findings)
         if why_not:
             reasons.append(f"{backend}: {why_not}")
             continue
         fallback = len(reasons) > len(better)
-        found.append(Rung(backend, "; ".join(reasons) or None, fallback))
+        found.append(BackendCandidate(backend, "; ".join(reasons) or None, fallback))
     return found
 
 
-def choose(rung: Rung, strict: bool) -> Rung:
+def choose(rung: BackendCandidate, strict: bool) -> BackendCandidate:
     """The rung itself, unless that would be a fallback and none is allowed.
 
     Raises:
@@ -83,10 +83,10 @@ def choose(rung: Rung, strict: bool) -> Rung:
     return rung
 
 
-def after(rung: Rung, failed: str, why: str) -> Rung:
+def after(rung: BackendCandidate, failed: str, why: str) -> BackendCandidate:
     """`rung` with one more reason: that the better one `failed` was tried and did not work."""
     reasons = [*([rung.reason] if rung.reason else []), f"{failed}: {why}"]
-    return Rung(rung.backend, "; ".join(reasons), True)
+    return BackendCandidate(rung.backend, "; ".join(reasons), True)
 
 
 def _why_not(policy: Policy, backend: str, findings: Mapping[str, Finding]) -> str:

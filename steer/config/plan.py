@@ -11,7 +11,7 @@ from steer import abi
 from steer.config import auto
 from steer.config.address import Bind
 from steer.config.auto import Candidate
-from steer.config.candidates import Finding, Rung, choose
+from steer.config.candidates import BackendCandidate, Finding, choose
 from steer.config.service import Service
 from steer.errors import ConfigError
 from steer.policy import cpus, declarations
@@ -20,7 +20,7 @@ from steer.policy.cpus import Topology
 from steer.values import plural, several
 
 
-class Seat(msgspec.Struct, frozen=True):
+class WorkerSpec(msgspec.Struct, frozen=True):
     """A place for a worker; who sits there may change, the place does not.
 
     Args:
@@ -73,8 +73,8 @@ class Plan(msgspec.Struct, frozen=True):
     binds: tuple[Bind, ...]
     policy: Policy
     params: tuple[int, ...]
-    rungs: tuple[Rung, ...]
-    seats: tuple[Seat, ...]
+    rungs: tuple[BackendCandidate, ...]
+    seats: tuple[WorkerSpec, ...]
     topology: Topology
     slots: int
     hash_length: int
@@ -324,7 +324,7 @@ def _steered(
         ConfigError: nothing is left.
     """
 
-    def is_of_use(candidate: Candidate, rung: Rung) -> bool:
+    def is_of_use(candidate: Candidate, rung: BackendCandidate) -> bool:
         if rung.backend != KERNEL or candidate.policy.source is None:
             return True
         is_there = running.rungs[0].backend == KERNEL and (
@@ -400,13 +400,15 @@ def _positions(weights: Sequence[int]) -> int:
     return min(abi.ENTRIES, 50 * -(-sum(weights) // min(weights)))
 
 
-def _seats(service: Service, policy: Policy, workers: int, topology: Topology) -> tuple[Seat, ...]:
+def _seats(
+    service: Service, policy: Policy, workers: int, topology: Topology
+) -> tuple[WorkerSpec, ...]:
     if not policy.pinned:
         return tuple(
-            Seat(number, topology.allowed, None, service.weight(number))
+            WorkerSpec(number, topology.allowed, None, service.weight(number))
             for number in range(workers)
         )
     return tuple(
-        Seat(number, (cpu,), cpu, service.weight(number))
+        WorkerSpec(number, (cpu,), cpu, service.weight(number))
         for number, cpu in enumerate(cpus.seats(workers, topology))
     )

@@ -20,7 +20,7 @@ from typing import NoReturn
 import msgspec
 
 from steer import abi
-from steer.backends.base import Steering
+from steer.backends.base import Backend
 from steer.backends.open import open_backend, open_whole, refuse_uncounted
 from steer.child import main, privileges
 from steer.child.launch import Launch
@@ -38,7 +38,7 @@ from steer.errors import (
     SteerError,
 )
 from steer.guard import client
-from steer.guard.client import Guard, Handover
+from steer.guard.client import GuardClient, Handover
 from steer.guard.store import MAILBOX, STEERING, Settings
 from steer.linux import (
     descriptors,
@@ -59,9 +59,9 @@ from steer.policy.cpus import cpus_named
 from steer.policy.declarations import Declared
 from steer.sockets import reuseport, sockopt
 from steer.values import plural
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 
 _LOOK_S = 0.002
 _TURN_S = 0.0002
@@ -86,11 +86,11 @@ class Left(msgspec.Struct, frozen=True):
         policy, policy_reason: what `auto` became, and why; None if the user named the policy.
         declared, digest: the policy's. Its file may be another by then, or gone.
         notify: address of the notification socket.
-        admitted: see `Fleet`.
+        admitted: see `WorkerPool`.
     """
 
     started_s: float
-    rung: candidates.Rung
+    rung: candidates.BackendCandidate
     slots: int
     hash_length: int
     generation: int
@@ -134,11 +134,11 @@ class Controller:
         self.wanted: Plan | None = None
         self.early: list[Notification] = []
         self.files = {number: stdio.file_of(number) for number in (1, 2)}
-        self.rung: candidates.Rung
+        self.rung: candidates.BackendCandidate
         self.claim: rundir.Claim
-        self.guard: Guard
-        self.steering: Steering
-        self.fleet: Fleet
+        self.guard: GuardClient
+        self.steering: Backend
+        self.pool: WorkerPool
         self.listener: Listener
         self._undo = undo
         self._lost: Sequence[services.Running] = ()
@@ -193,8 +193,8 @@ class Controller:
         self._start_guard()
         self._make_fleet(generations[left.generation])
         workers = {key: each for key, each in entries.items() if key.startswith("worker ")}
-        self.fleet.adopt(generations, left.admitted, workers, entries[STEERING])
-        for place in self.fleet.places:
+        self.pool.adopt(generations, left.admitted, workers, entries[STEERING])
+        for place in self.pool.places:
             self._keep_generation(place.generation)
         self.keep(generations[left.generation])
         self.early += self.listener.read(mailbox.letters(entries[MAILBOX].value))
@@ -204,11 +204,11 @@ class Controller:
         for undo in (self.claim.release, remove_pid, self._close_steering, self.listener.close):
             self._undo.callback(undo)
         self._undo.callback(self.guard.close)
-        self._undo.callback(self.fleet.abandon)
-        living = sum(place.process is not None for place in self.fleet.places)
+        self._undo.callback(self.pool.abandon)
+        living = sum(place.process is not None for place in self.pool.places)
         self.log.info("adopted %s", plural(living, "worker"))
 
-    def _open_left(self, backend: str) -> Steering:
+    def _open_left(self, backend: str) -> Backend:
         """Raises KernelError: we may do less than who was here before."""
         try:
             return open_backend(backend, self.plan, empty=True)
@@ -286,7 +286,7 @@ class Controller:
                 heard = list(self.listener.receive())
                 self.early += heard
                 ready = (lineage[0] for lineage, message in heard if is_ready(message))
-                is_over = any(map(self.fleet.serve_early, ready))
+                is_over = any(map(self.pool.serve_early, ready))
             importing.join()
         if failed:
             raise failed[0]
@@ -302,7 +302,7 @@ class Controller:
         self._keep_generation(generation)
         self._keep_service(in_force)
         used = {generation.number, in_force}
-        used.update(place.generation.number for place in self.fleet.places)
+        used.update(place.generation.number for place in self.pool.places)
         for key in [key for key in self.guard.entries if key.startswith("generation ")]:
             if int(key.split()[1]) not in used:
                 self.guard.drop(key)
@@ -328,7 +328,7 @@ class Controller:
             self.plan.policy.declared,
             self.plan.policy.digest,
             self.listener.address,
-            self.fleet.admitted,
+            self.pool.admitted,
         )
         self.guard.put("service", msgspec.json.encode(left))
         self.guard.put(MAILBOX, b"", [self.listener.fileno()])
@@ -342,7 +342,7 @@ class Controller:
         """
         _, self.plan = fallback.first_that_works(plan, self._move_to, lambda _: None)
         self.rung = self.plan.rungs[0]
-        self.keep(self.fleet.generation)
+        self.keep(self.pool.generation)
 
     def _move_to(self, plan: Plan) -> None:
         """Have the workers there are chosen by this policy, on this backend.
@@ -352,13 +352,13 @@ class Controller:
         """
         if plan.rungs[0].backend == self.steering.backend:
             refuse_uncounted(plan, self.steering.counting)
-            self.fleet.choose_by(plan)
+            self.pool.choose_by(plan)
             return
         if plan.rungs[0].backend == KERNEL:
             self._see_that_all_serve(plan)
         fresh = open_whole(plan, self.steering)
         try:
-            self.fleet.choose_by(plan, fresh)
+            self.pool.choose_by(plan, fresh)
         except BaseException:
             fresh.close()
             raise
@@ -366,7 +366,7 @@ class Controller:
 
     def _see_that_all_serve(self, plan: Plan) -> None:
         """Raises ControlError: one that should get nothing would, under the kernel's own hash."""
-        for place in self.fleet.places:
+        for place in self.pool.places:
             if place.state in (State.DRAINING, State.HUNG):
                 raise ControlError(
                     f"change the policy of {plan.name} to {plan.policy.name}",
@@ -384,8 +384,8 @@ class Controller:
         """It is, and is what was asked for."""
         self.configured = plan.service
         self.configure(plan)
-        self.fleet.renew_reserve(plan.service)
-        self._keep_service(self.fleet.generation.number)
+        self.pool.renew_reserve(plan.service)
+        self._keep_service(self.pool.generation.number)
 
     def allow_descriptors(self, plan: Plan) -> None:
         """Have room for what a changed plan starts, and for what it may start thereafter.
@@ -406,8 +406,8 @@ class Controller:
             KernelError: the kernel refuses.
         """
         descriptors.limit_descriptors(self._files)
-        self.fleet.save()
-        for place in self.fleet.places:
+        self.pool.save()
+        for place in self.pool.places:
             if place.process:
                 place.process.pass_rest_on()
         output.stderr.finish(LAST_LINES_S)
@@ -530,15 +530,15 @@ class Controller:
         self.steering.open_anchors()
         self.steering.open_reserve()
         self._make_fleet(generation)
-        self._undo.callback(self.fleet.abandon)
+        self._undo.callback(self.pool.abandon)
         self.keep(generation)
-        self.fleet.start(self.claim.others_may_start)
-        self.fleet.save()
+        self.pool.start(self.claim.others_may_start)
+        self.pool.save()
         # Should we be killed before that, the kernel tells the workers to finish, see `lifeline`.
         self._start_guard()
 
     def _make_guard(self, handover: Handover | None) -> None:
-        self.guard = Guard(self.claim.socket, self._settings(), self._say_as_guard, handover)
+        self.guard = GuardClient(self.claim.socket, self._settings(), self._say_as_guard, handover)
 
     def _start_guard(self) -> None:
         try:
@@ -555,10 +555,10 @@ class Controller:
         slots = self.plan.slots
         launch = self._launch
         retry = Retry(self.log, self._spare)
-        self.fleet = Fleet(
+        self.pool = WorkerPool(
             generation, slots, self.steering, self.guard, launch, self.log, retry, self._unheard
         )
-        self.listener.known = self.fleet.by_pid
+        self.listener.known = self.pool.by_pid
 
     def _trusted(self) -> frozenset[int]:
         service = self.plan.service
@@ -578,12 +578,12 @@ class Controller:
                 cpus_named(before),
             )
             self.choose_by(planning.on(self.plan, now))
-            self.fleet.pin()
+            self.pool.pin()
         except SteerError as error:
             self.log.error("follow the CPUs that may be used: %s", error)
 
-    def _launch(self, place: Place) -> Launch:
-        if self.fleet.is_watched:
+    def _launch(self, place: WorkerHandle) -> Launch:
+        if self.pool.is_watched:
             self.follow_cpus()
         plan = place.generation.plan
         return Launch(

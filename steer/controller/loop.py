@@ -29,7 +29,7 @@ from steer.controller import status
 from steer.controller.controller import Controller
 from steer.controller.delays import Delays, timed_loop
 from steer.controller.garbage import Garbage
-from steer.controller.rollout import Changes, unheard
+from steer.controller.rollout import Rollout, unheard
 from steer.errors import ConfigError, ControlError, KernelError, Postponed, SteerError
 from steer.health.checks import Health
 from steer.health.groups import Groups
@@ -43,7 +43,7 @@ from steer.policy.builtin import BACKENDS, KERNEL, OWN_SUFFIX, Policy
 from steer.sockets import reuseport
 from steer.values import plural, shown
 from steer.workers.drain import Settler
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
 from steer.workers.pool import QUICK_S
 
@@ -71,17 +71,17 @@ def supervise(started: Controller) -> bool:
         AppLoadError: the application cannot be loaded.
         WorkersFailed: all workers failed before any was ready.
     """
-    garbage = Garbage(lambda: len(started.fleet.places))
+    garbage = Garbage(lambda: len(started.pool.places))
     try:
         delays = Delays()
         loop_factory = partial(timed_loop, delays)
         with closing(ChildEnds()) as ends, asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(_Supervisor(started, delays, ends, garbage).run())
+            return runner.run(ControllerLoop(started, delays, ends, garbage).run())
     finally:
         output.stderr.watch(None)
 
 
-class _Supervisor:
+class ControllerLoop:
     def __init__(
         self, started: Controller, delays: Delays, child_ends: ChildEnds, garbage: Garbage
     ) -> None:
@@ -89,13 +89,13 @@ class _Supervisor:
         self._garbage = garbage
         self._delays = delays
         self._child_ends = child_ends
-        self._fleet = started.fleet
-        self._retry = started.fleet.retry
+        self._pool = started.pool
+        self._retry = started.pool.retry
         self._log = started.log
         self._found: Mapping[str, Finding] = {}
         self._state = "starting"
         self._has_terminal = not stdio.terminal_is_gone()
-        self._changes: Changes
+        self._changes: Rollout
         self._health: Health
         self._groups: Groups
         self._splits: Splits
@@ -110,17 +110,17 @@ class _Supervisor:
         self._anew = asyncio.Event()
         loop.set_exception_handler(self._on_exception)
         output.stderr.watch(self._on_blocked)
-        self._changes = Changes(self._fleet, self._service.keep)
-        self._health = Health(self._fleet, loop, self._relieve, self._hear_all)
-        self._groups = Groups(self._fleet, self._renew_sockets)
-        self._splits = Splits(self._fleet, loop, self._renew_all)
-        self._fleet.watch(loop, Settler(self._fleet, loop).begin, self._changed)
+        self._changes = Rollout(self._pool, self._service.keep)
+        self._health = Health(self._pool, loop, self._relieve, self._hear_all)
+        self._groups = Groups(self._pool, self._renew_sockets)
+        self._splits = Splits(self._pool, loop, self._renew_all)
+        self._pool.watch(loop, Settler(self._pool, loop).begin, self._changed)
         for lineage, message in self._service.early:
-            self._fleet.notified(lineage, message)
+            self._pool.notified(lineage, message)
         self._service.listener.watch(loop, self._notified)
         self._watch_guard()
         # Where workers were adopted, some may be missing.
-        self._fleet.fill()
+        self._pool.fill()
         self._splits.go_on()
         self._watch_signals(loop)
         commands = {
@@ -136,18 +136,18 @@ class _Supervisor:
         told_of = {name: self._told_of(name, each) for name, each in commands.items()}
         async with Server(self._service.claim.socket, told_of, self._retry) as self._server:
             act = "look at the control socket"
-            self._fleet.looks.add(act, self._look_at_control_socket, 0.0).within(0.0)
+            self._pool.looks.add(act, self._look_at_control_socket, 0.0).within(0.0)
             act = "look for garbage"
-            self._fleet.looks.add(act, self._look_for_garbage, _GARBAGE_S)
+            self._pool.looks.add(act, self._look_for_garbage, _GARBAGE_S)
             try:
-                await self._fleet.up
+                await self._pool.up
                 self._refuse_strangers()
                 self._say_ready()
                 anew = loop.create_task(self._anew.wait())
-                ends = (self._fleet.ended, self._fleet.refused, anew)
+                ends = (self._pool.ended, self._pool.refused, anew)
                 await asyncio.wait(ends, return_when=_FIRST)
-                if self._fleet.refused.done():
-                    self._fleet.refused.result()
+                if self._pool.refused.done():
+                    self._pool.refused.result()
             finally:
                 if not self._anew.is_set():
                     await self._end_workers()
@@ -156,7 +156,7 @@ class _Supervisor:
 
     def _notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
         """It is read, and would not be heard again."""
-        heard = partial(self._fleet.notified, lineage, message)
+        heard = partial(self._pool.notified, lineage, message)
         self._retry.until_done(f"hear process {lineage[0] if lineage else 0}", heard)
 
     @property
@@ -169,7 +169,7 @@ class _Supervisor:
         Raises:
             BindError
         """
-        processes = [place.process for place in self._fleet.places if place.process]
+        processes = [place.process for place in self._pool.places if place.process]
         own = self._service.steering.own_sockets
         inodes = frozenset(os.fstat(sock.fileno()).st_ino for sock in own)
         ours = inodes.union(*(each.inodes for each in processes))
@@ -241,7 +241,7 @@ class _Supervisor:
 
     def _reap_orphans(self) -> None:
         reaped, is_all = family.reap_orphans()
-        self._fleet.reaped(reaped)
+        self._pool.reaped(reaped)
         if not is_all:
             self._reap_soon()
 
@@ -279,23 +279,23 @@ class _Supervisor:
         self._state = "stopping"
         self._tell_supervisor("STOPPING=1")
         self._changes.end()
-        self._fleet.stop(QUICK_S if quick else self._plan.service.graceful_timeout, quick)
+        self._pool.stop(QUICK_S if quick else self._plan.service.graceful_timeout, quick)
 
     async def _end_workers(self) -> None:
         """However we got here, no worker is left."""
         self._changes.end()
-        if not self._fleet.ended.done():
-            self._fleet.stop(QUICK_S, quick=True)
-            await self._fleet.ended
+        if not self._pool.ended.done():
+            self._pool.stop(QUICK_S, quick=True)
+            await self._pool.ended
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _relieve(self, place: Place) -> None:
+    def _relieve(self, place: WorkerHandle) -> None:
         relieve = partial(self._changes.relieve, place, lambda each: each.hangs)
         self._begin(f"replace worker {place.slot}", relieve)
 
-    def _renew_sockets(self, place: Place) -> None:
+    def _renew_sockets(self, place: WorkerHandle) -> None:
         relieve = partial(self._changes.relieve, place, lambda each: each.is_in_service)
         self._begin(f"replace worker {place.slot}", relieve)
 
@@ -306,11 +306,11 @@ class _Supervisor:
     async def _renew_as_it_is(self, number: int) -> None:
         """Unless generation `number` has been replaced meanwhile."""
         async with self._changes.turn(f"replace all workers of {self._plan.name}"):
-            if self._fleet.generation.number == number:
+            if self._pool.generation.number == number:
                 generation = await self._changes.renew(self._plan, unheard)
                 self._log.info("generation %d serves", generation.number)
 
-    def _changed(self, place: Place) -> None:
+    def _changed(self, place: WorkerHandle) -> None:
         self._health.changed(place)
         self._groups.changed(place)
         self._splits.changed(place)
@@ -564,7 +564,7 @@ class _Supervisor:
         """Raises ControlError: not now."""
         if not self._plan.service.adopt_timeout:
             raise ControlError(act, "workers would end with us", "see --adopt-timeout")
-        if self._state != "running" or not any(each.process for each in self._fleet.places):
+        if self._state != "running" or not any(each.process for each in self._pool.places):
             raise ControlError(act, "no worker would be there meanwhile")
         if not self._service.guard.expect_back():
             raise ControlError(act, "the guard process is gone", "there is another soon")
@@ -594,14 +594,14 @@ class _Supervisor:
     # Requests.
 
     async def _on_status(self, _request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
-        await self._fleet.flipped()
+        await self._pool.flipped()
         delays = self._delays.report()
         return {"service": await status.report_of(self._service, self._state, delays)}
 
     async def _on_stop(self, request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         self._stop(bool(request.get("quick")))
         # Shielded: others wait for it too.
-        await asyncio.shield(self._fleet.ended)
+        await asyncio.shield(self._pool.ended)
         return {}
 
     async def _on_reload(self, _request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
@@ -631,7 +631,7 @@ class _Supervisor:
                 "the kernel's own hash leaves nobody out",
                 "use ebpf or cbpf, see `steer doctor`",
             )
-        if not any(each.serves for each in self._fleet.places if each is not place):
+        if not any(each.serves for each in self._pool.places if each is not place):
             raise ControlError(
                 f"drain worker {place.slot}", "no other is ready", "start one, or `steer stop`"
             )
@@ -657,17 +657,17 @@ class _Supervisor:
             fresh = await self._changes.restart(place, tell)
         return {"slot": request["slot"], "new_slot": fresh.slot, **_took(began_s)}
 
-    def _place(self, request: Mapping[str, Any], act: str, *wanted: State) -> Place:
+    def _place(self, request: Mapping[str, Any], act: str, *wanted: State) -> WorkerHandle:
         """The place at the slot asked for.
 
         Raises:
             ControlError: there is none, or in no such state.
         """
         slot = request.get("slot")
-        there_are = {place.slot: place for place in self._fleet.places}
+        there_are = {place.slot: place for place in self._pool.places}
         found = there_are.get(slot) if type(slot) is int else None
         if found is None:
-            there = ", ".join(str(place.slot) for place in self._fleet.places)
+            there = ", ".join(str(place.slot) for place in self._pool.places)
             raise ControlError(f"{act} worker {shown(slot)}", "no such slot", f"there are: {there}")
         if status.shown(found) not in wanted:
             states = " or ".join(state.value for state in wanted)

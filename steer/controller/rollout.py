@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from steer.config.plan import Generation, Plan, Seat
+from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.control.server import Tell
 from steer.errors import (
     AppLoadError,
@@ -24,27 +24,27 @@ from steer.errors import (
     WorkersFailed,
 )
 from steer.workers.drain import until_empty
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.intake import Intake
 from steer.workers.lifecycle import Event, State
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 
 
 def unheard(_text: str, _done: int, _of: int) -> None:
     """For changes that nobody watches."""
 
 
-class Changes:
+class Rollout:
     """What can be asked of a service's workers: `renew`, `scale` and `restart` in a `turn`.
 
     Args:
-        fleet: the workers.
+        pool: the workers.
         keep: has the guard know a generation before there are workers of it, which is in force,
             and which change was admitted.
     """
 
-    def __init__(self, fleet: Fleet, keep: Callable[[Generation, Generation], None]) -> None:
-        self._fleet = fleet
+    def __init__(self, pool: WorkerPool, keep: Callable[[Generation, Generation], None]) -> None:
+        self._pool = pool
         self._keep = keep
         self._turn = asyncio.Lock()
         self._waiting = 0
@@ -111,8 +111,8 @@ class Changes:
             WorkersFailed, AppLoadError, BindError, KernelError: they do not come up.
             ControlError: the service ends, or there is no room for them.
         """
-        generation = Generation(self._fleet.generation.number + 1, plan)
-        old = list(self._fleet.places)
+        generation = Generation(self._pool.generation.number + 1, plan)
+        old = list(self._pool.places)
         await self._replace(plan.seats, generation, old, tell)
         return generation
 
@@ -125,9 +125,9 @@ class Changes:
         Raises:
             As `renew`.
         """
-        generation = Generation(self._fleet.generation.number, plan)
+        generation = Generation(self._pool.generation.number, plan)
         wanted = frozenset(plan.seats)
-        there = [place for place in self._fleet.places if not place.is_on_its_way_out]
+        there = [place for place in self._pool.places if not place.is_on_its_way_out]
         staying = [place for place in there if place.seat in wanted]
         if any(map(_serves, there)) and not any(map(_serves, staying)):
             staying = []
@@ -136,16 +136,16 @@ class Changes:
         surplus = [place for place in there if place.seat not in seats]
         await self._replace(new, generation, surplus, tell)
 
-    async def restart(self, place: Place, tell: Tell) -> Place:
+    async def restart(self, place: WorkerHandle, tell: Tell) -> WorkerHandle:
         """Another worker on the seat of this one.
 
         Raises:
             As `renew`.
         """
-        (fresh,) = await self._replace([place.seat], self._fleet.generation, [place], tell)
+        (fresh,) = await self._replace([place.seat], self._pool.generation, [place], tell)
         return fresh
 
-    async def relieve(self, place: Place, is_due: Callable[[Place], bool]) -> None:
+    async def relieve(self, place: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
         """Another worker for one that is in a bad way.
 
         Args:
@@ -155,37 +155,41 @@ class Changes:
             if not is_due(place):
                 return
             seat = place.seat
-            fresh = await self._recruit([seat], self._fleet.generation, unheard, modest=False)
+            fresh = await self._recruit([seat], self._pool.generation, unheard, modest=False)
             if is_due(place):
-                self._fleet.admit(fresh)
-                self._keep(self._fleet.generation, self._fleet.generation)
-                self._fleet.report(place, Event.RETIRE)
+                self._pool.admit(fresh)
+                self._keep(self._pool.generation, self._pool.generation)
+                self._pool.report(place, Event.RETIRE)
             else:
                 self._dismiss(fresh)
 
-    async def drain(self, place: Place) -> None:
+    async def drain(self, place: WorkerHandle) -> None:
         """Have it get nothing new, and wait until nothing waits for it.
 
         Raises:
             ControlError: something still does, and it does not take it.
         """
-        self._fleet.report(place, Event.DRAIN)
-        limit_s = self._fleet.generation.plan.service.graceful_timeout
-        if not await until_empty(self._fleet, place, limit_s):
+        self._pool.report(place, Event.DRAIN)
+        limit_s = self._pool.generation.plan.service.graceful_timeout
+        if not await until_empty(self._pool, place, limit_s):
             raise ControlError(
                 f"drain worker {place.slot}",
                 f"it gets nothing new, but has not taken what waits for it in {limit_s:g} s",
                 "see `steer restart`",
             )
 
-    async def undrain(self, place: Place) -> None:
-        self._fleet.report(place, Event.UNDRAIN)
-        await self._fleet.flipped()
+    async def undrain(self, place: WorkerHandle) -> None:
+        self._pool.report(place, Event.UNDRAIN)
+        await self._pool.flipped()
 
     async def _replace(
-        self, seats: Sequence[Seat], generation: Generation, old: Sequence[Place], tell: Tell
-    ) -> list[Place]:
-        in_force = self._fleet.generation
+        self,
+        seats: Sequence[WorkerSpec],
+        generation: Generation,
+        old: Sequence[WorkerHandle],
+        tell: Tell,
+    ) -> list[WorkerHandle]:
+        in_force = self._pool.generation
         if generation.number != in_force.number:
             self._keep(generation, in_force)
         try:
@@ -194,35 +198,35 @@ class Changes:
             raise type(error)(self._act, str(error), self._as_before(), error.detail) from None
         # In the same turn of the loop, so in one flip. By one message, or who adopts us, if we are
         # killed meanwhile, would take for serving neither those nor what is in force.
-        self._fleet.generation = generation
-        self._fleet.admit(fresh)
+        self._pool.generation = generation
+        self._pool.admit(fresh)
         self._keep(generation, generation)
-        self._fleet.retire(old)
-        await self._fleet.flipped()
+        self._pool.retire(old)
+        await self._pool.flipped()
         return fresh
 
     def _as_before(self) -> str:
         """What there is after a change that failed."""
-        number = self._fleet.generation.number
-        if any(place.is_in_service for place in self._fleet.places):
+        number = self._pool.generation.number
+        if any(place.is_in_service for place in self._pool.places):
             return f"nothing has changed: generation {number} serves on"
         return f"nothing has changed: generation {number} goes on, and no worker of it is ready"
 
     async def _recruit(
-        self, seats: Sequence[Seat], generation: Generation, tell: Tell, *, modest: bool
-    ) -> list[Place]:
+        self, seats: Sequence[WorkerSpec], generation: Generation, tell: Tell, *, modest: bool
+    ) -> list[WorkerHandle]:
         """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
         one fails, none stays."""
-        fresh: list[Place] = []
-        intake = Intake(len(os.sched_getaffinity(0)), self._fleet.lot)
-        began_s: dict[Place, float] = {}
-        news: asyncio.Queue[Place] = asyncio.Queue()
+        fresh: list[WorkerHandle] = []
+        intake = Intake(len(os.sched_getaffinity(0)), self._pool.lot)
+        began_s: dict[WorkerHandle, float] = {}
+        news: asyncio.Queue[WorkerHandle] = asyncio.Queue()
         tell("ready", 0, len(seats))
         try:
             while len(fresh) < len(seats) or began_s:
                 few = seats[len(fresh) : len(fresh) + intake.room(len(began_s))]
                 if few and news.empty():
-                    places = self._fleet.recruit(few, generation, modest, news.put_nowait)
+                    places = self._pool.recruit(few, generation, modest, news.put_nowait)
                     fresh += places
                     began_s |= dict.fromkeys(places, time.monotonic())
                     await asyncio.sleep(0)  # to start some takes long enough
@@ -238,12 +242,12 @@ class Changes:
             raise
         return fresh
 
-    def _dismiss(self, fresh: Sequence[Place]) -> None:
+    def _dismiss(self, fresh: Sequence[WorkerHandle]) -> None:
         for place in fresh:
-            self._fleet.report(place, Event.RETIRE)
+            self._pool.report(place, Event.RETIRE)
 
 
-def _see_that_it_stayed(place: Place) -> None:
+def _see_that_it_stayed(place: WorkerHandle) -> None:
     """It may have failed, or been ready and ended since.
 
     Raises:
@@ -254,5 +258,5 @@ def _see_that_it_stayed(place: Place) -> None:
         raise place.error or WorkersFailed("start workers", f"one is {place.state.value}")
 
 
-def _serves(place: Place) -> bool:
+def _serves(place: WorkerHandle) -> bool:
     return place.serves

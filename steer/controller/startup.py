@@ -8,7 +8,7 @@ from selectors import DefaultSelector
 from typing import TypeVar
 
 from steer.control.protocol import Request
-from steer.guard.requests import Desk, Talk
+from steer.guard.requests import Connection, StandbyServer
 from steer.linux import fork
 
 _LOOK_S = 0.05
@@ -48,7 +48,9 @@ def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = N
         try:
             while thread.is_alive():
                 if desk is None and control is not None:
-                    desk = Desk(control, selector, lambda *told: _answer(act, *told), _refusal)
+                    desk = StandbyServer(
+                        control, selector, lambda *told: _answer(act, *told), _refusal
+                    )
                 for key, _ in selector.select(0):
                     key.data()
                 if desk is not None:
@@ -65,7 +67,7 @@ def _raise(error: BaseException) -> T:  # type: ignore[type-var]
     raise error
 
 
-def _answer(act: str, request: Request, talk: Talk) -> None:
+def _answer(act: str, request: Request, talk: Connection) -> None:
     """Raises SystemExit: that is what was asked for."""
     command = request.get("command")
     if command == "stop":

@@ -8,16 +8,16 @@ import time
 from collections.abc import Collection, Mapping
 
 from steer.backends import anchors
-from steer.backends.base import CHOSEN_ALL_THE_SAME, Counts, Own, Steering
+from steer.backends.base import CHOSEN_ALL_THE_SAME, Backend, Counts, Own
 from steer.control import schema
 from steer.controller.controller import Controller
 from steer.policy.builtin import KERNEL
 from steer.policy.declarations import Declared
 from steer.values import several
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
-from steer.workers.pool import Fleet
-from steer.workers.process import Process
+from steer.workers.pool import WorkerPool
+from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 
 _AT_ONCE = 50
@@ -34,7 +34,7 @@ async def report_of(
         loop_delay_ms: of the controller, see `delays`.
     """
     steering = service.steering
-    workers, counted = await _workers(service.fleet, steering)
+    workers, counted = await _workers(service.pool, steering)
     if service.steering is not steering:
         # Some would be counted on the backend before, some on this one.
         return await report_of(service, state, loop_delay_ms)
@@ -43,7 +43,7 @@ async def report_of(
         name=plan.name,
         pid=os.getpid(),
         state=state,
-        generation=service.fleet.generation.number,
+        generation=service.pool.generation.number,
         policy=plan.policy.name,
         policy_asked=plan.service.policy,
         policy_reason=plan.policy_reason,
@@ -51,15 +51,15 @@ async def report_of(
         backend_reason=service.rung.reason,
         notes=[
             *steering.notes,
-            *service.fleet.visibility.notes.values(),
-            *_left_out(service.fleet.places, steering.backend == KERNEL),
-            *service.fleet.group_notes.values(),
+            *service.pool.visibility.notes.values(),
+            *_left_out(service.pool.places, steering.backend == KERNEL),
+            *service.pool.group_notes.values(),
             *anchors.notes(plan.binds, steering.anchors),
         ],
         uptime_s=round(time.monotonic() - service.started_s, 3),
         binds=[schema.Address(b.protocol, b.address, b.port) for b in plan.binds],
         workers=workers,
-        totals=_totals(service.fleet, steering, counted),
+        totals=_totals(service.pool, steering, counted),
         params=own.params,
         counters=own.counters,
         histograms=_histograms(own, plan.policy.declared),
@@ -68,18 +68,18 @@ async def report_of(
 
 
 async def _workers(
-    fleet: Fleet, steering: Steering
+    pool: WorkerPool, steering: Backend
 ) -> tuple[list[schema.Worker], Mapping[int, Counts]]:
     """Each worker, and what was counted by slot."""
-    queues, workers, counted = fleet.queues.at_one_moment(), [], {}
-    there = list(fleet.places)
+    queues, workers, counted = pool.queues.at_one_moment(), [], {}
+    there = list(pool.places)
     for first in range(0, len(there), _AT_ONCE):
         if first:
             await asyncio.sleep(0)
         # What waits is asked of the kernel by a socket, or looked for in /proc.
-        with fleet.retry.spare.lent():
+        with pool.retry.spare.lent():
             for place in there[first : first + _AT_ONCE]:
-                if place not in fleet.places:
+                if place not in pool.places:
                     continue  # it has left since
                 counts = steering.counts(place.slot)
                 if counts is not None:
@@ -88,7 +88,7 @@ async def _workers(
     return workers, counted
 
 
-def _left_out(places: Collection[Place], still_chosen: bool) -> list[str]:
+def _left_out(places: Collection[WorkerHandle], still_chosen: bool) -> list[str]:
     """What it means for connections that there are workers that take none.
 
     Args:
@@ -107,7 +107,7 @@ def _left_out(places: Collection[Place], still_chosen: bool) -> list[str]:
     return notes
 
 
-def shown(place: Place) -> State:
+def shown(place: WorkerHandle) -> State:
     """One that is ready, but comes together with others that are not, is not chosen yet; one
     that goes together with others is chosen no more. One that was never started has not failed,
     but waits for its turn."""
@@ -117,7 +117,7 @@ def shown(place: Place) -> State:
 
 
 def _worker(
-    place: Place, steering: Steering, queues: Queues, counts: Counts | None
+    place: WorkerHandle, steering: Backend, queues: Queues, counts: Counts | None
 ) -> schema.Worker:
     process = place.process
     return schema.Worker(
@@ -142,12 +142,12 @@ def _worker(
     )
 
 
-def _left_group(place: Place) -> list[str]:
+def _left_group(place: WorkerHandle) -> list[str]:
     binds = place.generation.plan.binds
     return [f"{binds[at].label}: {each.value}" for at, each in place.left.items()]
 
 
-def _queued(process: Process, queues: Queues) -> Mapping[str, int]:
+def _queued(process: WorkerProcess, queues: Queues) -> Mapping[str, int]:
     """What waits in its sockets; left out where there is none of that kind, or it cannot be
     seen."""
     found: dict[str, int] = {}
@@ -166,13 +166,13 @@ def _histograms(own: Own, declared: Declared) -> dict[str, schema.Histogram]:
     }
 
 
-def _totals(fleet: Fleet, steering: Steering, counted: Mapping[int, Counts]) -> schema.Totals:
+def _totals(pool: WorkerPool, steering: Backend, counted: Mapping[int, Counts]) -> schema.Totals:
     """Of those slots that are still somebody's, and of all that were given up by now."""
     unsteered = steering.unsteered()
     if unsteered is None:
         return schema.Totals()
-    now = [counted[place.slot] for place in fleet.places if place.slot in counted]
-    counts = sum(now, fleet.retired)
+    now = [counted[place.slot] for place in pool.places if place.slot in counted]
+    counts = sum(now, pool.retired)
     return schema.Totals(
         selected=counts.selected,
         fallback=counts.fallback + unsteered,

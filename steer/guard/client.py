@@ -62,7 +62,7 @@ def _sockets(entry: Entry) -> Sequence[int]:
     return entry.fds[_TIES:] if entry.group else entry.fds
 
 
-class Guard:
+class GuardClient:
     """The controller's side. There is no keeper before `start`.
 
     Entries' descriptors stay the caller's, and open for as long as the entry is here.
@@ -391,7 +391,7 @@ class Handover:
                 return
         raise ConnectionResetError
 
-    def taken(self, guard: Guard) -> None:
+    def taken(self, guard: GuardClient) -> None:
         """Everything is in `guard`, made with this handover: the old keeper ends, and when
         this returns its descriptors are closed. It is waited for if it is our child."""
         # Should we end in the middle of this the new keeper does the rest.

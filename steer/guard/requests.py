@@ -32,7 +32,7 @@ _PAUSE_S = 0.05
 """When no connection can be taken, before the next try."""
 
 
-class Talk:
+class Connection:
     """One connection, with one request."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -81,7 +81,7 @@ class Talk:
             socket.send_fds(sock, [msgspec.json.encode(answer) + b"\n"], fds)
 
 
-class Desk:
+class StandbyServer:
     """Hands complete requests to `handle`, and keeps all others from doing harm.
 
     Args:
@@ -94,14 +94,14 @@ class Desk:
         self,
         control: socket.socket,
         selector: BaseSelector,
-        handle: Callable[[Request, Talk], None],
+        handle: Callable[[Request, Connection], None],
         refuse: Callable[[str], Mapping[str, object]],
     ) -> None:
         self._control = control
         self._selector = selector
         self._handle = handle
         self._refuse = refuse
-        self._talks: dict[Talk, None] = {}
+        self._talks: dict[Connection, None] = {}
         self._listen()
 
     def _listen(self) -> None:
@@ -149,16 +149,16 @@ class Desk:
         except OSError:  # no descriptor to be had, say
             time.sleep(_PAUSE_S)
             return
-        talk = Talk(sock)
+        talk = Connection(sock)
         self._talks[talk] = None
         self._selector.register(talk, EVENT_READ, lambda: self._on_data(talk))
 
-    def _on_data(self, talk: Talk) -> None:
+    def _on_data(self, talk: Connection) -> None:
         more = talk.read()
         if not more or b"\n" in talk.data or len(talk.data) > REQUEST_MAX_BYTES:
             self._finish(talk)
 
-    def _finish(self, talk: Talk) -> None:
+    def _finish(self, talk: Connection) -> None:
         del self._talks[talk]
         self._selector.unregister(talk)
         try:

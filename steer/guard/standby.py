@@ -26,8 +26,8 @@ from steer.control.protocol import ASKERS_MAX, Request
 from steer.control.record import Record
 from steer.errors import ControlError
 from steer.guard.channel import Channel, Frame
-from steer.guard.requests import Desk, Talk
-from steer.guard.store import MAILBOX, PATIENCE_S, STEERING, Keeper, Kept, Settings, Traces
+from steer.guard.requests import Connection, StandbyServer
+from steer.guard.store import MAILBOX, PATIENCE_S, STEERING, FdStore, Settings, StoredEntry, Traces
 from steer.linux import descriptors, family, fork, output, title
 from steer.linux.lines import Line, Lines, shown
 from steer.linux.spare import Spare
@@ -63,14 +63,14 @@ Say = Callable[[str, str], None]
 """Logs a line in a format, "text" or "json", without waiting for anybody."""
 
 
-class Orphanage:
+class Standby:
     """A service without a controller.
 
     Args:
         control: the listening control socket.
     """
 
-    def __init__(self, keeper: Keeper, control: socket.socket, say: Say) -> None:
+    def __init__(self, keeper: FdStore, control: socket.socket, say: Say) -> None:
         self._keeper = keeper
         self._settings = keeper.settings
         self._claim = rundir.Claim.inherited(
@@ -83,17 +83,17 @@ class Orphanage:
         self._control = control
         self._say: Callable[[str], None] = lambda words: say(words, self._settings.log_format)
         self._selector = DefaultSelector()
-        self._desk = Desk(control, self._selector, self._on_request, self._refusal)
+        self._desk = StandbyServer(control, self._selector, self._on_request, self._refusal)
         self._adopter: Channel | None = None
         self._adopter_pid = 0
         self._lines: dict[int, _Lines] = {}
         self._ending = self._is_quick = False
         self._killed = False
-        self._stoppers: list[Talk] = []
+        self._stoppers: list[Connection] = []
         self._spare = Spare(_SPARE)
         self._is_failing = False
         self._adopted = False
-        self._fresh: set[Kept] = set()
+        self._fresh: set[StoredEntry] = set()
         self._mailbox: Mailbox | None = None
         if MAILBOX in keeper.entries:
             groups = frozenset(kept.group for kept in self._living())
@@ -157,13 +157,13 @@ class Orphanage:
     def _is_over(self) -> bool:
         return self._adopted or (self._ending and not self._living())
 
-    def _living(self) -> list[Kept]:
+    def _living(self) -> list[StoredEntry]:
         return [kept for kept in self._workers() if kept.group]
 
     def _count(self) -> str:
         return plural(len(self._living()), "worker")
 
-    def _workers(self) -> Iterable[Kept]:
+    def _workers(self) -> Iterable[StoredEntry]:
         return (kept for kept in self._keeper.entries.values() if kept.is_worker)
 
     def _patience_s(self) -> float:
@@ -248,7 +248,7 @@ class Orphanage:
             kept.let_go()
         self._terminate(self._living())
 
-    def _terminate(self, workers: Sequence[Kept]) -> None:
+    def _terminate(self, workers: Sequence[StoredEntry]) -> None:
         for kept in workers:
             if not kept.has_ended:
                 kept.terminate(self._is_quick)
@@ -268,14 +268,14 @@ class Orphanage:
                 kept.close()
                 del entries[key]
 
-    def _watch(self, key: str, kept: Kept) -> None:
+    def _watch(self, key: str, kept: StoredEntry) -> None:
         pidfd, stderr, *_ = kept.fds
         os.set_blocking(stderr, False)
         self._lines[stderr] = _Lines(kept, self._settings.log_format)
         self._selector.register(pidfd, EVENT_READ, lambda: self._on_end(key, kept))
         self._listen(stderr)
 
-    def _on_end(self, key: str, kept: Kept) -> None:
+    def _on_end(self, key: str, kept: StoredEntry) -> None:
         """Nothing of it may stay open: a listener would go on taking connections."""
         pidfd, stderr, *_ = kept.fds
         for _ in range(_CHUNKS_AT_END):
@@ -338,7 +338,7 @@ class Orphanage:
 
     # Requests.
 
-    def _on_request(self, request: Request, talk: Talk) -> None:
+    def _on_request(self, request: Request, talk: Connection) -> None:
         command = request.get("command")
         if command == "adopt" and self._adopter is None and not self._ending:
             self._hand_over(talk)
@@ -381,7 +381,7 @@ class Orphanage:
             # Those whose signal is SIGTERM were told so, and once is enough.
             self._terminate([each for each in self._living() if each.stop_signal != signal.SIGTERM])
 
-    def _hand_over(self, talk: Talk) -> None:
+    def _hand_over(self, talk: Connection) -> None:
         self._look_at_ended()
         ours, theirs = socket.socketpair()
         self._adopter_pid = talk.pid
@@ -432,7 +432,7 @@ class _Seated(msgspec.Struct):
 class _Lines:
     """What one worker writes, passed on."""
 
-    def __init__(self, kept: Kept, form: str) -> None:
+    def __init__(self, kept: StoredEntry, form: str) -> None:
         self._lines = Lines()
         self._form, self._pid = form, kept.group
         self._slot: int | None = None
@@ -467,14 +467,14 @@ def main(
     output.stderr.reset()
     _allow_descriptors()
     old = None if predecessor is None else Channel(predecessor)
-    keeper = Keeper(settings, traces, Channel(channel), old)
+    keeper = FdStore(settings, traces, Channel(channel), old)
     try:
         is_ours = keeper.keep()
     except OSError as error:
         say(f"the keeper ends: {error.strerror}", keeper.settings.log_format)
         return 1
     if is_ours:
-        Orphanage(keeper, control, say).run()
+        Standby(keeper, control, say).run()
     return 0
 
 

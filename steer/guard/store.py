@@ -63,7 +63,7 @@ class Traces(msgspec.Struct, frozen=True):
     inode: int | None
 
 
-class Kept(msgspec.Struct, eq=False):
+class StoredEntry(msgspec.Struct, eq=False):
     """An entry; see `custody.Entry`."""
 
     value: bytes
@@ -114,7 +114,7 @@ class Kept(msgspec.Struct, eq=False):
         return self._family
 
 
-class Keeper:
+class FdStore:
     """What is kept, as the controller says.
 
     Args:
@@ -128,7 +128,7 @@ class Keeper:
     def __init__(
         self, settings: Settings, traces: Traces, channel: Channel, predecessor: Channel | None
     ) -> None:
-        self.entries: dict[str, Kept] = {}
+        self.entries: dict[str, StoredEntry] = {}
         self.settings = settings
         self.is_to_be_back = False
         self._traces = traces
@@ -183,7 +183,7 @@ class Keeper:
         old = self.entries.get(frame.key)
         if old is not None and frame.fds == SAME:
             fds, old.fds = old.fds, []
-        self.entries[frame.key] = Kept(frame.value, fds, frame.group, frame.stop_signal)
+        self.entries[frame.key] = StoredEntry(frame.value, fds, frame.group, frame.stop_signal)
         if old is not None:
             old.close()
 

@@ -18,12 +18,12 @@ from steer.linux.waiting import Seen
 from steer.policy.builtin import KERNEL
 from steer.sockets import listeners
 from steer.workers.elsewhere import Lookout
-from steer.workers.handle import Place, waits
+from steer.workers.handle import WorkerHandle, waits
 from steer.workers.hang import History, Look, Verdict
 from steer.workers.lifecycle import Event, State
 from steer.workers.looks import TOGETHER_S, on_the_beat
-from steer.workers.pool import Fleet
-from steer.workers.process import Process
+from steer.workers.pool import WorkerPool
+from steer.workers.process import WorkerProcess
 from steer.workers.queues import Table, unchanged
 from steer.workers.visibility import QUEUES, WAITS
 
@@ -54,43 +54,43 @@ class Health:
     """The looks, and the clock for them.
 
     Args:
-        fleet: is told what they show.
+        pool: is told what they show.
         relieve: asks for another worker in place of one that hangs.
         hear: takes in what workers have notified of and was not read yet.
     """
 
     def __init__(
         self,
-        fleet: Fleet,
+        pool: WorkerPool,
         loop: AbstractEventLoop,
-        relieve: Callable[[Place], None],
+        relieve: Callable[[WorkerHandle], None],
         hear: Callable[[], None],
     ) -> None:
-        self._fleet = fleet
-        self._retry = fleet.retry
+        self._pool = pool
+        self._retry = pool.retry
         self._loop = loop
         self._relieve = relieve
         self._hear = hear
         self._stops = 0
-        self._pace = Pace[tuple[Place, Process]]()
+        self._pace = Pace[tuple[WorkerHandle, WorkerProcess]]()
         self._starting: TimerHandle | None = None
         self._is_looking = False
         self._notifies: int | None = None
         self._histories: dict[int, History] = {}
         self._closer = Closer()
-        self._lookout = Lookout(fleet.log)
+        self._lookout = Lookout(pool.log)
         self._sampling: TimerHandle | None = None
         self._sampled: Sequence[Table | None] = ()
-        self._watched: set[Place] | None = None
-        self._to_look_at: deque[Place] = deque()
+        self._watched: set[WorkerHandle] | None = None
+        self._to_look_at: deque[WorkerHandle] = deque()
         self._queues: Sequence[Table | None] = ()
         self._queues_due_s = 0.0
         self._some_waited = False
         self._seats_on_their_way_out: Collection[int] = ()
-        self._due = fleet.looks.add("look after workers", self._tick, _SELDOM_S)
+        self._due = pool.looks.add("look after workers", self._tick, _SELDOM_S)
         self.retime()
 
-    def changed(self, place: Place) -> None:
+    def changed(self, place: WorkerHandle) -> None:
         """A worker is in another state."""
         self._sampled = ()
         if place.asks_to_be_taken_for_hung:
@@ -111,8 +111,8 @@ class Health:
     def retime(self) -> None:
         """The configuration may be another."""
         self._histories.clear()
-        self._fleet.visibility.forget()
-        self._fleet.clock.measure(*self._limits_s)
+        self._pool.visibility.forget()
+        self._pool.clock.measure(*self._limits_s)
         self._watched = None
         if limits_s := self._limits_s:
             self._due.within(min(limits_s) / _LOOKS)
@@ -124,10 +124,10 @@ class Health:
     def _sample(self) -> None:
         """Tell the steering what waits at each worker, as long as it has to be told."""
         self._sampling = None
-        steering = self._fleet.steering
+        steering = self._pool.steering
         if not steering.samples():
             return
-        number = len(self._fleet.places)
+        number = len(self._pool.places)
         self._sampling = self._loop.call_later(
             max(_SAMPLE_S, number / _SAMPLED_PER_S), self._sample
         )
@@ -135,19 +135,19 @@ class Health:
         if None not in sampled and unchanged(sampled, self._sampled):
             return
         self._sampled = sampled
-        for place in self._fleet.places:
+        for place in self._pool.places:
             if place.process and place.serves:
                 sample = partial(steering.sample, place.slot, self._waiting(place.process))
                 self._retry.attempt(f"tell what waits for worker {place.slot}", sample)
 
     def _tables(self) -> Sequence[Table | None]:
         """What there is at each address of the service."""
-        return [self._fleet.queues.at(bind) for bind in self._fleet.generation.plan.binds]
+        return [self._pool.queues.at(bind) for bind in self._pool.generation.plan.binds]
 
-    def _waiting(self, process: Process) -> int:
+    def _waiting(self, process: WorkerProcess) -> int:
         """Connections in its queues; 0 where that cannot be seen."""
         over_tcp = [bind.protocol == "tcp" for bind in process.launch.binds]
-        queues = self._fleet.queues.of(process) or {}
+        queues = self._pool.queues.of(process) or {}
         return sum(found.queued for at, found in queues.items() if over_tcp[at])
 
     # Starting.
@@ -179,17 +179,17 @@ class Health:
         self._pace.took(now_s - began_s, now_s)
         self._look_later()
 
-    def _look_at_start(self, place: Place, process: Process) -> None:
+    def _look_at_start(self, place: WorkerHandle, process: WorkerProcess) -> None:
         if self._is_ready(place, process):
-            self._fleet.report(place, Event.READY)
+            self._pool.report(place, Event.READY)
         else:
             self._lookout.look(place, process, time.monotonic() - process.started_s)
 
-    def _is_ready(self, place: Place, process: Process) -> bool:
+    def _is_ready(self, place: WorkerHandle, process: WorkerProcess) -> bool:
         """Seen to wait; or at rest, where nobody can see what for."""
         seen = waits(process)
-        if seen is Seen.UNKNOWN and place.rested_s(self._fleet.clock.now_s()) >= _REST_S:
-            self._fleet.visibility.refused(WAITS, process)
+        if seen is Seen.UNKNOWN and place.rested_s(self._pool.clock.now_s()) >= _REST_S:
+            self._pool.visibility.refused(WAITS, process)
             return True
         return seen is Seen.YES
 
@@ -197,27 +197,27 @@ class Health:
 
     @property
     def _limits_s(self) -> list[float]:
-        service = self._fleet.generation.plan.service
+        service = self._pool.generation.plan.service
         return [each for each in (service.hang_timeout, service.watchdog) if each]
 
     def _start_again_after_a_gap(self) -> None:
         """While we did not run nobody was heard, and workers may have stood still, too."""
-        clock = self._fleet.clock
+        clock = self._pool.clock
         now_s = clock.now_s()
         if clock.stops == self._stops:
             return
         self._stops = clock.stops
         if clock.stopped_s >= _TOLD_S:
-            self._fleet.log.warning("this controller did not run for %.1f s", clock.stopped_s)
+            self._pool.log.warning("this controller did not run for %.1f s", clock.stopped_s)
         self._histories.clear()
-        for place in self._fleet.places:
+        for place in self._pool.places:
             if math.isfinite(place.heard_s):  # else it asked to be taken for hung
                 place.heard_s = now_s
 
     def _tick(self) -> float:
         """At those who may need it, for a while; in how many seconds to go on or to begin again."""
         limits_s = self._limits_s
-        if not limits_s or self._fleet.is_ending:
+        if not limits_s or self._pool.is_ending:
             return math.inf
         if not self._to_look_at:
             self._retry.attempt("keep the time of workers", self._begin_looks)
@@ -233,11 +233,11 @@ class Health:
     @property
     def _is_timed(self) -> bool:
         """Whether workers have to be heard of."""
-        return bool(self._fleet.generation.plan.service.watchdog)
+        return bool(self._pool.generation.plan.service.watchdog)
 
     def _begin_looks(self) -> None:
         self._start_again_after_a_gap()
-        places, now_s = self._fleet.places, self._fleet.clock.now_s()
+        places, now_s = self._pool.places, self._pool.clock.now_s()
         silent = {place for place in places if _is_silent(place, now_s)} if self._is_timed else ()
         if silent:
             self._hear()
@@ -252,10 +252,10 @@ class Health:
         pids = {place.process.pid for place in there if place.process}
         self._histories = {pid: each for pid, each in self._histories.items() if pid in pids}
 
-    def _who_has_any(self) -> Iterable[Place]:
+    def _who_has_any(self) -> Iterable[WorkerHandle]:
         """Those with a connection, or with something that waits for them."""
-        busy = self._fleet.steering.busy()
-        places, now_s = self._fleet.places, self._fleet.clock.read_s()
+        busy = self._pool.steering.busy()
+        places, now_s = self._pool.places, self._pool.clock.read_s()
         found = [place for place in places if place.slot in busy] if busy else []
         if busy is not None and now_s < self._queues_due_s:
             return found
@@ -291,12 +291,12 @@ class Health:
                 break
         return not self._to_look_at
 
-    def _watch(self, place: Place) -> None:
+    def _watch(self, place: WorkerHandle) -> None:
         """It is looked at the next time, whatever it has."""
         if self._watched is not None:
             self._watched.add(place)
 
-    def _look_at(self, place: Place) -> bool:
+    def _look_at(self, place: WorkerHandle) -> bool:
         """Whether it is to be looked at again, whatever it has then."""
         if place.process and place.state is State.READY:
             self._look_at_ready(place, place.process)
@@ -304,11 +304,11 @@ class Health:
         if place.process and place.hangs:
             self._look_at_hung(place, place.process)
         elif place.hung:
-            self._fleet.move_queue(place)
+            self._pool.move_queue(place)
         return place.hangs or place.hung
 
-    def _look_at_ready(self, place: Place, process: Process) -> None:
-        if _is_silent(place, self._fleet.clock.now_s()):
+    def _look_at_ready(self, place: WorkerHandle, process: WorkerProcess) -> None:
+        if _is_silent(place, self._pool.clock.now_s()):
             self._take_for_hung(place, process, "missed its watchdog")
         elif place.generation.plan.service.hang_timeout:
             verdict = self._judge(place, process)
@@ -319,20 +319,20 @@ class Health:
             elif place.full != (verdict is Verdict.FULL):
                 self._set_full(place, verdict is Verdict.FULL)
 
-    def _take_for_hung(self, place: Place, process: Process, why: str) -> None:
+    def _take_for_hung(self, place: WorkerHandle, process: WorkerProcess, why: str) -> None:
         if not (place.is_in_service and self._others_serve(place)):
             return
-        if self._fleet.steering.backend == KERNEL:
+        if self._pool.steering.backend == KERNEL:
             why = f"{why}; {CHOSEN_ALL_THE_SAME}"
-        self._fleet.log.warning("worker %d hangs: it %s", place.slot, why)
+        self._pool.log.warning("worker %d hangs: it %s", place.slot, why)
         place.has_acted()
         place.full = place.shed = place.acted = False
         self._histories.pop(process.pid, None)
-        self._fleet.report(place, Event.STUCK)
+        self._pool.report(place, Event.STUCK)
         self._relieve_if_due(place)
 
-    def _judge(self, place: Place, process: Process) -> Verdict:
-        now_s, open_now = self._fleet.clock.now_s(), self._fleet.steering.open(place.slot)
+    def _judge(self, place: WorkerHandle, process: WorkerProcess) -> Verdict:
+        now_s, open_now = self._pool.clock.now_s(), self._pool.steering.open(place.slot)
         history = self._histories.setdefault(
             process.pid, History(place.generation.plan.service.hang_timeout)
         )
@@ -345,16 +345,16 @@ class Health:
             return Verdict.FINE if has_room else history.judge_full(now_s, look_closer)
         return history.judge(now_s, looks, open_now, look_closer)
 
-    def _has_room(self, place: Place, process: Process) -> bool:
+    def _has_room(self, place: WorkerHandle, process: WorkerProcess) -> bool:
         """One that was at capacity: it waits for connections, as far as can be seen."""
         seen = waits(process)
         return seen is Seen.YES or (seen is Seen.UNKNOWN and self._is_back(place, process))
 
     # At capacity.
 
-    def _set_full(self, place: Place, is_full: bool) -> None:
+    def _set_full(self, place: WorkerHandle, is_full: bool) -> None:
         place.full = is_full
-        self._fleet.log.info(
+        self._pool.log.info(
             "worker %d %s", place.slot, "is at capacity" if is_full else "takes connections again"
         )
 
@@ -363,49 +363,49 @@ class Health:
         nothing is done: what waits may as well wait there."""
         if not any(place.full or place.shed for place in self._watched or ()):
             return
-        there = [place for place in self._fleet.places if place.is_in_service]
+        there = [place for place in self._pool.places if place.is_in_service]
         some_have_room = any(not place.full and not place.queued for place in there)
         all_are_full = all(place.full for place in there)
         for place in there:
             if place.full and not place.shed and some_have_room:
-                self._fleet.shed(place, True)
+                self._pool.shed(place, True)
             elif place.shed and (all_are_full or not place.full):
-                self._fleet.shed(place, False)
+                self._pool.shed(place, False)
             elif place.shed and place.queued:
-                self._fleet.move_queue(place)
+                self._pool.move_queue(place)
 
-    def _looks(self, place: Place, process: Process) -> dict[int, Look]:
-        found = self._fleet.queues.of(process)
+    def _looks(self, place: WorkerHandle, process: WorkerProcess) -> dict[int, Look]:
+        found = self._pool.queues.of(process)
         if found is None:
-            self._fleet.visibility.refused(QUEUES, process)
+            self._pool.visibility.refused(QUEUES, process)
             return {}
         if not any(each.queued for each in found.values()):
             return {at: Look(0) for at in found}
         ticks = activity(process.pid, among=place.takers)
         return {at: self._look(place, at, each, ticks) for at, each in found.items()}
 
-    def _look(self, place: Place, at: int, found: listeners.Waiting, activity: int) -> Look:
-        counts = self._fleet.steering.counts(place.slot, at)
+    def _look(self, place: WorkerHandle, at: int, found: listeners.Waiting, activity: int) -> Look:
+        counts = self._pool.steering.counts(place.slot, at)
         is_counted = counts and place.generation.plan.binds[at].protocol == "tcp"
         taken = counts.selected - found.queued if counts and is_counted else None
         return Look(found.queued, found.queued >= found.limit, taken, activity)
 
-    def _others_serve(self, place: Place) -> bool:
+    def _others_serve(self, place: WorkerHandle) -> bool:
         """To take the last one for hung would help nobody."""
-        return any(each.serves for each in self._fleet.places if each is not place)
+        return any(each.serves for each in self._pool.places if each is not place)
 
-    def _look_at_hung(self, place: Place, process: Process) -> None:
+    def _look_at_hung(self, place: WorkerHandle, process: WorkerProcess) -> None:
         if self._is_back(place, process):
-            self._fleet.log.info("worker %d is back", place.slot)
-            self._fleet.report(place, Event.BACK)
+            self._pool.log.info("worker %d is back", place.slot)
+            self._pool.report(place, Event.BACK)
         else:
             # One that is back may be at it, and would find its listener shut down.
-            self._fleet.move_queue(place)
+            self._pool.move_queue(place)
             self._relieve_if_due(place)
 
-    def _is_back(self, place: Place, process: Process) -> bool:
+    def _is_back(self, place: WorkerHandle, process: WorkerProcess) -> bool:
         """It did something, and waits for more."""
-        if _is_silent(place, self._fleet.clock.now_s()):
+        if _is_silent(place, self._pool.clock.now_s()):
             return False
         # Looked at between the two, it has acted and does not wait yet; then it rests, as others
         # have got all that waited for it.
@@ -414,18 +414,18 @@ class Health:
             return False
         return waits(process) is not Seen.NO
 
-    def _relieve_if_due(self, place: Place) -> None:
+    def _relieve_if_due(self, place: WorkerHandle) -> None:
         """One at a time on each seat: where all that is asked takes long, there would soon be
         any number of workers at it."""
         if place.generation.plan.service.hang != "replace":
             return
-        now_s = self._fleet.clock.now_s()
+        now_s = self._pool.clock.now_s()
         if now_s >= place.relief_s and place.seat.number not in self._seats_on_their_way_out:
             place.relief_s = now_s + _RELIEF_AGAIN_S
             self._relieve(place)
 
 
-def _is_silent(place: Place, now_s: float) -> bool:
+def _is_silent(place: WorkerHandle, now_s: float) -> bool:
     """It missed its watchdog, or asked for what follows from that (WATCHDOG=trigger)."""
     limit_s = place.generation.plan.service.watchdog or math.inf
     return now_s - place.heard_s >= limit_s

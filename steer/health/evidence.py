@@ -17,9 +17,9 @@ from steer.linux.procfs import Files
 from steer.linux.waiting import Seen, in_event_loop
 from steer.sockets import sock_diag
 from steer.sockets.sock_diag import Connection
-from steer.workers.handle import Place, waits
+from steer.workers.handle import WorkerHandle, waits
 from steer.workers.hang import Evidence
-from steer.workers.process import Process
+from steer.workers.process import WorkerProcess
 
 _MOST = 4096
 """Connections of a port in one look: some 20 ms. Of more, these stand for all."""
@@ -38,7 +38,7 @@ class Closer:
         self._now_s = now_s
         self._ports: dict[tuple[int, int], tuple[float, Sequence[Connection]]] = {}
 
-    def look(self, place: Place, worker: Process, open_now: int | None) -> Evidence:
+    def look(self, place: WorkerHandle, worker: WorkerProcess, open_now: int | None) -> Evidence:
         """What can be seen of it.
 
         Args:
@@ -47,7 +47,9 @@ class Closer:
         held = self._connections(place, worker)
         return Evidence(activity.cpu_s(worker.pid), open_now, held, _awaits(place, worker))
 
-    def _connections(self, place: Place, worker: Process) -> dict[int, tuple[int, int]] | None:
+    def _connections(
+        self, place: WorkerHandle, worker: WorkerProcess
+    ) -> dict[int, tuple[int, int]] | None:
         try:
             own = processes.open_sockets(worker.pid) - place.others - worker.inodes
             there = [each for bind in worker.launch.binds for each in self._at(bind)]
@@ -67,7 +69,7 @@ class Closer:
         return found
 
 
-def _awaits(place: Place, worker: Process) -> bool | None:
+def _awaits(place: WorkerHandle, worker: WorkerProcess) -> bool | None:
     """Whether a thread that took its connections is asleep in its event loop, or in accept(2).
     Where none is known any more, the first of each process may be one."""
     if activity.is_stopped(worker.pid):

@@ -17,10 +17,10 @@ from steer.health.programs import Programs
 from steer.health.repair import Repair
 from steer.health.survey import LOOK_S, Survey
 from steer.sockets import traffic
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
 from steer.workers.looks import TOGETHER_S, on_the_beat
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 
 _MOST, _AT_ONCE = 128, 16
 _LOOKING_S = 0.005
@@ -37,26 +37,26 @@ class Groups:
         replace: asks for another worker, with new sockets, in place of one.
     """
 
-    def __init__(self, fleet: Fleet, replace: Callable[[Place], None]) -> None:
-        self._fleet = fleet
-        self._survey = Survey(fleet)
-        self._repair = Repair(fleet, self._survey, replace)
+    def __init__(self, pool: WorkerPool, replace: Callable[[WorkerHandle], None]) -> None:
+        self._pool = pool
+        self._survey = Survey(pool)
+        self._repair = Repair(pool, self._survey, replace)
         self._pulse: bytes | None = None
         self._rests = 0
         self._is_counted = self._has_come = False
         self._second_due_s = 0.0
-        self._again: deque[Place] = deque()
-        self._round: deque[Place] = deque()
-        self._now_and_then: OrderedDict[Place, None] = OrderedDict()
-        self._programs = Programs(fleet)
-        self._due = fleet.looks.add("see that sockets stay in their groups", self._look, LOOK_S)
+        self._again: deque[WorkerHandle] = deque()
+        self._round: deque[WorkerHandle] = deque()
+        self._now_and_then: OrderedDict[WorkerHandle, None] = OrderedDict()
+        self._programs = Programs(pool)
+        self._due = pool.looks.add("see that sockets stay in their groups", self._look, LOOK_S)
 
     def forget(self) -> None:
         """The configuration may be another, and workers do otherwise."""
         self._repair.forget()
         self._survey.has_changed = self._has_come = True
 
-    def changed(self, place: Place) -> None:
+    def changed(self, place: WorkerHandle) -> None:
         """A worker is in another state."""
         self._survey.has_changed = True
         self._programs.changed(place)
@@ -68,13 +68,13 @@ class Groups:
 
     def _look(self) -> float:
         """At all once a second at most, then closer at some; in how many seconds to go on."""
-        if self._fleet.is_ending:
+        if self._pool.is_ending:
             return math.inf
-        now_s = self._fleet.clock.read_s()
+        now_s = self._pool.clock.read_s()
         if now_s >= self._second_due_s:
             self._second_due_s = on_the_beat(now_s, LOOK_S) - TOGETHER_S
             self._look_at_all(now_s)
-        if self._fleet.clock.read_s() - now_s >= _LOOKING_S:
+        if self._pool.clock.read_s() - now_s >= _LOOKING_S:
             return 0.0  # the next turn of the loop is for the rest
         self._again.extend(self._survey.compare())
         if not self._survey.is_compared:
@@ -93,16 +93,16 @@ class Groups:
         if came:
             self._has_come = True
             look_at_programs = partial(self._programs.look, self._survey.table)
-            self._fleet.retry.attempt("see that groups have their program", look_at_programs)
+            self._pool.retry.attempt("see that groups have their program", look_at_programs)
         else:
             self._rest()
 
     def _something_came(self) -> bool:
         """Or may have."""
-        before, self._pulse = self._pulse, self._fleet.steering.pulse()
+        before, self._pulse = self._pulse, self._pool.steering.pulse()
         self._is_counted = self._pulse is not None
         if not self._is_counted:
-            binds = self._fleet.generation.plan.binds
+            binds = self._pool.generation.plan.binds
             self._pulse = traffic.pulse({bind.protocol for bind in binds})
         return self._pulse is None or self._pulse != before
 
@@ -112,32 +112,32 @@ class Groups:
         self._rests += 1
         if self._rests % (_RESTS if self._is_counted else 1) == 0 and not self._again:
             if not self._now_and_then:
-                self._now_and_then.update(dict.fromkeys(self._fleet.places))
+                self._now_and_then.update(dict.fromkeys(self._pool.places))
             if self._now_and_then:
                 self._again.append(self._now_and_then.popitem(last=False)[0])
 
     def _look_at_some(self) -> None:
         """Closer, at no more than there is time for, but one."""
-        seen, ends_s = 0, self._fleet.clock.read_s() + _LOOKING_S
+        seen, ends_s = 0, self._pool.clock.read_s() + _LOOKING_S
         for place in self._whose_turn_it_is():
             if place.process and _is_there(place):
                 look = partial(self._repair.look_at, place, place.process)
                 act = f"see whether worker {place.slot} is in its groups"
-                self._fleet.retry.attempt(act, look)
+                self._pool.retry.attempt(act, look)
                 seen += len(place.generation.plan.binds)
-            if seen >= _AT_ONCE or self._fleet.clock.read_s() >= ends_s:
+            if seen >= _AT_ONCE or self._pool.clock.read_s() >= ends_s:
                 return
 
-    def _whose_turn_it_is(self) -> Iterator[Place]:
+    def _whose_turn_it_is(self) -> Iterator[WorkerHandle]:
         """First those of whom something is known, then all others, each once since something
         came."""
         if not self._round and self._has_come:
             self._has_come = False
             # Who starts now was not there when it came.
-            self._round.extend(filter(_is_there, self._fleet.places))
+            self._round.extend(filter(_is_there, self._pool.places))
         while self._again or self._round:
             yield (self._again or self._round).popleft()
 
 
-def _is_there(place: Place) -> bool:
+def _is_there(place: WorkerHandle) -> bool:
     return place.process is not None and place.state not in (State.STARTING, State.GONE)

@@ -15,9 +15,9 @@ from steer.backends.membership import Advice, Bypass
 from steer.config.address import Bind
 from steer.linux import processes
 from steer.sockets import members
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 from steer.workers.queues import Table
 
 _AT_ONCE = 256
@@ -69,15 +69,15 @@ class Chosen:
 class Programs:
     """Looks once a second, at most; or rests, as nothing came since the last look."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
         self._chosen: dict[int, Chosen] = {}
         self._bypasses: dict[int, Bypass] = {}
         self._drops: dict[tuple[int, int], int] = {}
         self._look = self._rested = 0
         self._somebody_is_new = False
 
-    def changed(self, place: Place) -> None:
+    def changed(self, place: WorkerHandle) -> None:
         """A worker is in another state. Servers that attach a program of their own do so when
         they start."""
         self._somebody_is_new |= place.state is State.READY
@@ -85,7 +85,7 @@ class Programs:
     def look(self, standing_at: Standings) -> None:
         """Args: standing_at: how the sockets of an address stood a moment ago, by inode."""
         self._look += 1
-        binds = self._fleet.generation.plan.binds
+        binds = self._pool.generation.plan.binds
         advice = {at: self._look_at(at, bind, standing_at) for at, bind in enumerate(binds)}
         advice |= dict.fromkeys(self._given_to_anchors(), Advice.TELL)
         self._attach(set(advice.values()) != {Advice.NOTHING})
@@ -100,7 +100,7 @@ class Programs:
 
     def _attach(self, is_due: bool) -> None:
         if is_due or self._somebody_is_new:
-            self._fleet.attach_again()
+            self._pool.attach_again()
             self._somebody_is_new = False
 
     def _given_to_anchors(self) -> list[int]:
@@ -108,12 +108,12 @@ class Programs:
         before = self._drops
         self._drops = {
             (at, processes.socket_inode(sock.fileno())): members.drops(sock)
-            for at, sock in self._fleet.steering.anchors.items()
+            for at, sock in self._pool.steering.anchors.items()
         }
         return [key[0] for key, now in self._drops.items() if now > before.get(key, now)]
 
     def _look_at(self, at: int, bind: Bind, standing_at: Standings) -> Advice:
-        if self._fleet.steering.unsteered() is None:
+        if self._pool.steering.unsteered() is None:
             return Advice.NOTHING if self._look % _BLIND_LOOKS else Advice.ATTACH
         chosen = self._chosen.setdefault(at, Chosen()).look(
             self._slots(), partial(self._selected, at), self._at_most
@@ -125,19 +125,19 @@ class Programs:
 
     @property
     def _at_most(self) -> int:
-        return 1 + _AT_ONCE // len(self._fleet.generation.plan.binds)
+        return 1 + _AT_ONCE // len(self._pool.generation.plan.binds)
 
     def _slots(self) -> Iterator[int]:
         """All that may be chosen, and one for what was left to the kernel's hash."""
         yield _UNSTEERED
-        if self._fleet.steering.reserve:
-            first = self._fleet.generation.plan.slots
+        if self._pool.steering.reserve:
+            first = self._pool.generation.plan.slots
             yield from range(first, first + backup.COUNT)
-        for place in self._fleet.places:
+        for place in self._pool.places:
             yield place.slot
 
     def _selected(self, at: int, slot: int) -> int:
-        steering = self._fleet.steering
+        steering = self._pool.steering
         if slot == _UNSTEERED:
             return steering.unsteered() or 0
         counts = steering.counts(slot, at)
@@ -145,9 +145,9 @@ class Programs:
 
     def _waiting(self, at: int, bind: Bind, standing: Table) -> Mapping[int, int]:
         """By inode."""
-        open_at = self._fleet.steering.open
+        open_at = self._pool.steering.open
         found = {}
-        for place in self._fleet.places:
+        for place in self._pool.places:
             if place.process and at < len(place.process.bound) and at not in place.left:
                 inode = place.process.bound[at]
                 if bind.protocol == "tcp":
@@ -159,12 +159,12 @@ class Programs:
 
     def _tell(self, bind: Bind) -> None:
         key = f"{bind.label} past the program"
-        if key in self._fleet.group_notes:
+        if key in self._pool.group_notes:
             return
         words = (
             f"what comes to {bind.label} does not go by the policy: a worker may have attached a "
             "program of its own (SO_ATTACH_REUSEPORT_CBPF, _EBPF) or detached steer's, or it is "
             "multicast, or redirected by TPROXY; steer's was attached again"
         )
-        self._fleet.log.warning("%s", words)
-        self._fleet.group_notes[key] = words
+        self._pool.log.warning("%s", words)
+        self._pool.group_notes[key] = words

@@ -20,12 +20,12 @@ from steer.errors import KernelError
 from steer.health.survey import Survey
 from steer.linux import port_holders
 from steer.sockets import members
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 
 if TYPE_CHECKING:
-    from steer.workers.process import Process
+    from steer.workers.process import WorkerProcess
 
 _AGAIN_S = 30.0
 """So long after it was asked for, a worker that did not come is asked for again."""
@@ -45,8 +45,8 @@ class _Socket(NamedTuple):
         has: whether the worker has it open; None where that cannot be told.
     """
 
-    place: Place
-    worker: Process
+    place: WorkerHandle
+    worker: WorkerProcess
     known: _Known
     at: int
     bind: Bind
@@ -82,30 +82,32 @@ class Repair:
         replace: asks for another worker, with new sockets, in place of one.
     """
 
-    def __init__(self, fleet: Fleet, survey: Survey, replace: Callable[[Place], None]) -> None:
-        self._fleet = fleet
+    def __init__(
+        self, pool: WorkerPool, survey: Survey, replace: Callable[[WorkerHandle], None]
+    ) -> None:
+        self._pool = pool
         self._survey = survey
         self._replace = replace
         self._tries: dict[int, Tries] = {}
-        self._known: dict[Place, _Known] = {}
+        self._known: dict[WorkerHandle, _Known] = {}
 
     def forget(self) -> None:
         """The configuration may be another, and workers do otherwise."""
         self._tries.clear()
-        self._fleet.group_notes.clear()
+        self._pool.group_notes.clear()
 
-    def gone(self, place: Place) -> None:
+    def gone(self, place: WorkerHandle) -> None:
         """Nobody is there any more."""
         self._known.pop(place, None)
 
-    def look_at(self, place: Place, worker: Process) -> None:
+    def look_at(self, place: WorkerHandle, worker: WorkerProcess) -> None:
         """And remember whether somebody has to look again soon."""
         known = self._known.get(place)
         if known is None or known.pid != worker.pid:
             known = self._known[place] = _Known(worker.pid)
         with ExitStack() as stack:
             theirs = self._borrow(worker, known, stack)
-            held = self._fleet.steering.held(place.slot)
+            held = self._pool.steering.held(place.slot)
             ours = {at: stack.enter_context(_duplicate(fd)) for at, fd in enumerate(held)}
             for at, bind in enumerate(worker.launch.binds[: len(worker.bound)]):
                 has = None if theirs is None else at in theirs
@@ -142,7 +144,7 @@ class Repair:
 
     def _splits(self, one: _Socket) -> bool:
         """Whether a socket that is bound now may join a connected one instead of the group."""
-        return anchors.is_at_risk(one.at, one.bind, self._fleet.steering.anchors)
+        return anchors.is_at_risk(one.at, one.bind, self._pool.steering.anchors)
 
     def _is_certain(self, one: _Socket) -> bool:
         """Of one that is closed. Not by one survey alone: a worker that ends closes its sockets
@@ -155,10 +157,10 @@ class Repair:
         protocol: port_holders.Protocol = "udp" if one.bind.protocol == "udp" else "tcp"
         there = port_holders.holders(protocol, one.bind.address, one.bind.port)
         pids = {each.pid for each in there if each.inode == one.inode}
-        return not pids <= self._fleet.own_pids
+        return not pids <= self._pool.own_pids
 
     def _borrow(
-        self, worker: Process, known: _Known, stack: ExitStack
+        self, worker: WorkerProcess, known: _Known, stack: ExitStack
     ) -> Mapping[int, socket.socket] | None:
         """Its sockets by bind, as far as it has them open; None where that cannot be told."""
         if not known.lends:
@@ -172,7 +174,7 @@ class Repair:
     def _sight(self, one: _Socket) -> Sighting:
         if self._is_gone(one) or (one.is_held and one.has is False):
             return Sighting(is_open=False)
-        is_member = self._fleet.steering.is_member(one.place.slot, one.at)
+        is_member = self._pool.steering.is_member(one.place.slot, one.at)
         shares = members.shares(one.sock) if one.sock else None
         here = (self._survey.table(one.bind) or {}).get(one.inode)
         if here is None:
@@ -191,7 +193,7 @@ class Repair:
 
     def _rejoin(self, one: _Socket) -> None:
         if one.sock is not None:
-            self._fleet.steering.rejoined(one.place.slot, one.at, one.sock)
+            self._pool.steering.rejoined(one.place.slot, one.at, one.sock)
 
     def _is_out(self, one: _Socket, found: Departure) -> None:
         place = one.place
@@ -199,7 +201,7 @@ class Repair:
             # A listener on a device stays in its group, and so does what we have open ourselves.
             over_udp = one.bind.protocol == "udp" and found is not Departure.CLOSED
             if over_udp or self._is_gone(one):
-                self._fleet.steering.lost(place.slot, one.at)
+                self._pool.steering.lost(place.slot, one.at)
             place.left[one.at] = found
         may_take_all = one.bind.protocol == "udp" and found in _TAKES_ALL
         if may_take_all and one.sock is not None and self._others_are_in(one):
@@ -209,7 +211,7 @@ class Repair:
         """Whether somebody is left to get what this one no longer does."""
         return any(
             each.is_in_service and one.at not in each.left
-            for each in self._fleet.places
+            for each in self._pool.places
             if each is not one.place
         )
 
@@ -220,14 +222,14 @@ class Repair:
         one.known.told.add((one.at, found))
         what = f"worker {one.place.slot}'s socket on {one.bind.label} left the group"
         words = f"{what}: {found.value}; {how.value}"
-        self._fleet.log.warning("%s", words)
-        notes = self._fleet.group_notes
+        self._pool.log.warning("%s", words)
+        notes = self._pool.group_notes
         if len(notes) >= _NOTES_MAX:
             del notes[next(iter(notes))]
         notes[f"{one.bind.label} {found.name}"] = words
 
-    def _replace_if_due(self, place: Place) -> None:
-        now_s = self._fleet.clock.now_s()
+    def _replace_if_due(self, place: WorkerHandle) -> None:
+        now_s = self._pool.clock.now_s()
         if now_s < place.relief_s:
             return
         tries = self._tries.setdefault(place.seat.number, Tries())
@@ -237,11 +239,11 @@ class Repair:
         elif tries.are_over:
             self._give_up(place)
 
-    def _give_up(self, place: Place) -> None:
+    def _give_up(self, place: WorkerHandle) -> None:
         place.relief_s = float("inf")
         words = f"worker {place.slot} is not replaced again for its sockets, as that did not help"
-        self._fleet.log.warning("%s", words)
-        self._fleet.group_notes[f"seat {place.seat.number}"] = words
+        self._pool.log.warning("%s", words)
+        self._pool.group_notes[f"seat {place.seat.number}"] = words
 
 
 def _duplicate(fd: int) -> socket.socket:

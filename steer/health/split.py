@@ -15,9 +15,9 @@ from functools import partial
 from steer.backends.anchors import cure, is_at_risk
 from steer.config.address import Bind
 from steer.sockets import members
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 
 _AGAIN_S = 5.0
 """Workers that crash and crash do not have all others replaced each time."""
@@ -32,18 +32,18 @@ class Splits:
 
     def __init__(
         self,
-        fleet: Fleet,
+        pool: WorkerPool,
         loop: asyncio.AbstractEventLoop,
         renew: Callable[[int], asyncio.Task[None]],
     ) -> None:
-        self._fleet = fleet
+        self._pool = pool
         self._loop = loop
         self._renew = renew
         self._split = 0
         self._not_before_s = -math.inf
         self._is_due = False
 
-    def changed(self, place: Place) -> None:
+    def changed(self, place: WorkerHandle) -> None:
         """A worker is in another state."""
         if place.state is not State.STARTING or not place.process:
             return
@@ -53,50 +53,50 @@ class Splits:
             act = f"see whether worker {place.slot} is in its groups"
             place.is_apart = False
             for bind in at_risk:
-                self._fleet.retry.attempt(act, partial(self._look, place, bind))
+                self._pool.retry.attempt(act, partial(self._look, place, bind))
 
-    def _others_stay(self, place: Place) -> bool:
+    def _others_stay(self, place: WorkerHandle) -> bool:
         """Else all sockets of its generation are new, and none is apart from the others."""
-        is_in_force = place.generation.number == self._fleet.generation.number
-        others = (each for each in self._fleet.places if each is not place)
+        is_in_force = place.generation.number == self._pool.generation.number
+        others = (each for each in self._pool.places if each is not place)
         return is_in_force and any(each.process and each.serves for each in others)
 
-    def _look(self, place: Place, bind: Bind) -> None:
+    def _look(self, place: WorkerHandle, bind: Bind) -> None:
         if members.has_connected(bind):
             place.is_apart = True
-            place.keep(self._fleet.steering.held(place.slot))
+            place.keep(self._pool.steering.held(place.slot))
             self._found(place, bind)
 
     def go_on(self) -> None:
         """With what another controller saw, and had no time to mend."""
-        for place in self._fleet.places:
-            if place.is_apart and place.generation.number == self._fleet.generation.number:
+        for place in self._pool.places:
+            if place.is_apart and place.generation.number == self._pool.generation.number:
                 for bind in self._at_risk(place.generation.plan.binds):
                     self._found(place, bind)
 
-    def _found(self, place: Place, bind: Bind) -> None:
+    def _found(self, place: WorkerHandle, bind: Bind) -> None:
         self._tell(place, bind)
         self._split = place.generation.number
         self._heal_soon()
 
     def _at_risk(self, binds: Sequence[Bind]) -> Sequence[Bind]:
-        anchors = self._fleet.steering.anchors
+        anchors = self._pool.steering.anchors
         return [bind for at, bind in enumerate(binds) if is_at_risk(at, bind, anchors)]
 
-    def _tell(self, place: Place, bind: Bind) -> None:
+    def _tell(self, place: WorkerHandle, bind: Bind) -> None:
         words = (
             f"{bind.label}: workers have connected sockets there, so that worker {place.slot}, "
             "which started later, gets all new clients, or none; all workers are replaced; "
             f"{cure(bind)}"
         )
-        self._fleet.log.warning("%s", words)
-        self._fleet.group_notes[f"{bind.label} split"] = words
+        self._pool.log.warning("%s", words)
+        self._pool.group_notes[f"{bind.label} split"] = words
 
     def _heal_soon(self) -> None:
         """At once, or so long after the last time."""
         if not self._is_due:
             self._is_due = True
-            wait_s = self._not_before_s - self._fleet.clock.now_s()
+            wait_s = self._not_before_s - self._pool.clock.now_s()
             self._loop.call_later(max(0.0, wait_s), self._heal)
 
     def _heal(self) -> None:
@@ -108,9 +108,9 @@ class Splits:
     def _healed(self, _renewing: asyncio.Task[None]) -> None:
         """Or not, as the new workers did not come up; why is logged."""
         self._is_due = False
-        self._not_before_s = self._fleet.clock.now_s() + _AGAIN_S
+        self._not_before_s = self._pool.clock.now_s() + _AGAIN_S
         if self._is_split():
             self._heal_soon()
 
     def _is_split(self) -> bool:
-        return self._fleet.generation.number == self._split
+        return self._pool.generation.number == self._split

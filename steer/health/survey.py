@@ -11,10 +11,10 @@ from collections import deque
 
 from steer.config.address import Bind
 from steer.sockets import members
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
 from steer.workers.looks import TOGETHER_S, on_the_beat
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 from steer.workers.queues import Table
 
 LOOK_S = 1.0
@@ -34,15 +34,15 @@ class Survey:
         has_changed: whether a worker is in another state since.
     """
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
         self._tables: dict[Bind, Table | None] = {}
         self._usual_device: int | None = None
         self._taken_s = self._due_s = 0.0
         self._usual_ones: set[int] = set()
-        self._unseen: deque[Place] = deque()
+        self._unseen: deque[WorkerHandle] = deque()
         self.number = 0
-        self.odd: set[Place] = set()
+        self.odd: set[WorkerHandle] = set()
         self.has_changed = False
 
     def table(self, bind: Bind) -> Table | None:
@@ -52,7 +52,7 @@ class Survey:
     @property
     def sockets(self) -> int:
         """How many there should be."""
-        return len(self._fleet.places) * len(self._fleet.generation.plan.binds)
+        return len(self._pool.places) * len(self._pool.generation.plan.binds)
 
     def is_due(self, now_s: float) -> bool:
         """The more seldom the more sockets there are, as it takes the longer."""
@@ -67,8 +67,8 @@ class Survey:
     def take(self, is_counted: bool) -> bool:
         """Ask the kernel how all sockets stand; whether something may have come that was not
         counted. `compare` is to follow."""
-        binds = self._fleet.generation.plan.binds
-        before, self._tables = self._tables, {bind: self._fleet.queues.at(bind) for bind in binds}
+        binds = self._pool.generation.plan.binds
+        before, self._tables = self._tables, {bind: self._pool.queues.at(bind) for bind in binds}
         self.number += 1
         self._usual_device = None
         is_untold = None in self._tables.values()
@@ -76,7 +76,7 @@ class Survey:
         if is_same and not self.has_changed and not self._unseen:
             return is_untold
         self.has_changed = False
-        self._usual_ones, self._unseen = self._usual(), deque(self._fleet.places)
+        self._usual_ones, self._unseen = self._usual(), deque(self._pool.places)
         return is_untold or not (is_counted or self._are_all_empty())
 
     def _are_all_empty(self) -> bool:
@@ -84,19 +84,19 @@ class Survey:
             row.queued for table in self._tables.values() for row in (table or {}).values()
         )
 
-    def compare(self) -> list[Place]:
+    def compare(self) -> list[WorkerHandle]:
         """Who is odd and was not before, as far as there is time to look. To go through a thousand
         workers takes 20 ms while others are forked: each page that we write to, be it to count a
         reference, is copied then."""
         found = []
-        end_s = self._fleet.clock.read_s() + _STEP_S
+        end_s = self._pool.clock.read_s() + _STEP_S
         while self._unseen:
             place = self._unseen.popleft()
             process = place.process
             is_usual = not process or process.inodes <= self._usual_ones
             if not is_usual and place not in self.odd and self._is_odd(place):
                 found.append(place)
-            if self._fleet.clock.read_s() >= end_s:
+            if self._pool.clock.read_s() >= end_s:
                 break
         self.odd.update(found)
         return found
@@ -116,7 +116,7 @@ class Survey:
             if not (row.is_connected or row.device)
         }
 
-    def _is_odd(self, place: Place) -> bool:
+    def _is_odd(self, place: WorkerHandle) -> bool:
         """Whether its sockets do not stand as they should, as far as a survey tells."""
         worker = place.process
         # One that ends may close its sockets when it likes.

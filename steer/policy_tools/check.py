@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 import msgspec
 
 from steer import abi
-from steer.backends.loaded_policy import Choice
+from steer.backends.loaded_policy import LoadedPolicy
 from steer.config.plan import plan
 from steer.config.service import Service
 from steer.errors import ConfigError, KernelError, VerifierError
@@ -115,7 +115,7 @@ def _time(found: Policy, notes: list[str]) -> float | None:
                 name: stack.enter_context(bpf_maps.Map(name, decided.slots)) for name in _SHARED
             }
             maps["cpus"].put(0, abi.CPU.pack(0, 1, 0, 0) * len(cpus.possible))
-            choice = stack.enter_context(closing(Choice.load(decided, [maps])))
+            choice = stack.enter_context(closing(LoadedPolicy.load(decided, [maps])))
             choice.steer(members, layout.EMPTY)
             return round(cost.cost_ns(choice.programs[0], maps["sockets"]), 1)
         except (KernelError, OSError) as error:

@@ -27,9 +27,9 @@ from steer.linux.retry import AGAIN_S
 from steer.workers.lifecycle import Event
 
 if TYPE_CHECKING:
-    from steer.workers.handle import Place
-    from steer.workers.pool import Fleet
-    from steer.workers.process import Process
+    from steer.workers.handle import WorkerHandle
+    from steer.workers.pool import WorkerPool
+    from steer.workers.process import WorkerProcess
 
 _TAKE_S = 0.1
 """So long a worker may take itself what waits for it, before that is moved."""
@@ -70,7 +70,7 @@ class Settling:
         flip: before which nobody looks.
     """
 
-    def __init__(self, place: Place, flip: int, pauses: _Pauses) -> None:
+    def __init__(self, place: WorkerHandle, flip: int, pauses: _Pauses) -> None:
         self.place = place
         self.flip = flip
         self.pauses = pauses
@@ -89,9 +89,9 @@ class Settler:
     """
 
     def __init__(
-        self, fleet: Fleet, loop: _Loop, now_s: Callable[[], float] = time.monotonic
+        self, pool: WorkerPool, loop: _Loop, now_s: Callable[[], float] = time.monotonic
     ) -> None:
-        self._fleet = fleet
+        self._pool = pool
         self._loop = loop
         self._now_s = now_s
         self._first: deque[Settling] = deque()
@@ -102,15 +102,15 @@ class Settler:
         self._next: _Handle | None = None
         self._settled = -1, -math.inf
 
-    def begin(self, place: Place) -> Settling:
+    def begin(self, place: WorkerHandle) -> Settling:
         """For a worker that was just taken out of the table, or is about to be in this turn."""
-        flip = self._fleet.flip_now_due()
+        flip = self._pool.flip_now_due()
         settling = Settling(place, flip, self._settle(place))
         self._first.append(settling)
-        if flip != self._flip or self._fleet.has_settled(flip):
+        if flip != self._flip or self._pool.has_settled(flip):
             self._flip = flip
             begin = partial(self._call, 0.0)
-            self._fleet.when_settled("look at workers that are to end", begin, flip)
+            self._pool.when_settled("look at workers that are to end", begin, flip)
         return settling
 
     def _put(self, settling: Settling, pause_s: float) -> None:
@@ -127,7 +127,7 @@ class Settler:
     def _turn(self) -> None:
         """Look at those who are due, as long as there is time."""
         self._turn_s, self._next = math.inf, None
-        with self._fleet.retry.spare.lent():
+        with self._pool.retry.spare.lent():
             if self._is_first_due:
                 self._look_at_first()
             else:
@@ -139,7 +139,7 @@ class Settler:
 
     @property
     def _is_first_due(self) -> bool:
-        return bool(self._first) and self._fleet.has_settled(self._first[0].flip)
+        return bool(self._first) and self._pool.has_settled(self._first[0].flip)
 
     def _look_at_first(self) -> None:
         end_s = self._now_s() + _FIRST_TURN_S
@@ -162,38 +162,38 @@ class Settler:
         try:
             pause_s = next(settling.pauses, None)
         except Exception as error:  # noqa: BLE001 - or it would never be told to finish
-            self._fleet.retry.failed(f"see that nothing waits for worker {place.slot}", error)
+            self._pool.retry.failed(f"see that nothing waits for worker {place.slot}", error)
             settling.pauses, pause_s = self._settle(place), AGAIN_S
         if pause_s is not None and not settling.is_cancelled:
             self._put(settling, pause_s)
 
-    def _settle(self, place: Place) -> _Pauses:
+    def _settle(self, place: WorkerHandle) -> _Pauses:
         """A handshake that began before the table changed may end now, and the connection wait
         at a listener that its worker has turned away from, but keeps open."""
-        fleet, clock = self._fleet, self._fleet.clock
-        whole_s, began_s = fleet.generation.plan.service.graceful_timeout, clock.now_s()
+        pool, clock = self._pool, self._pool.clock
+        whole_s, began_s = pool.generation.plan.service.graceful_timeout, clock.now_s()
         yield from self._until_settled()
-        yield from _until_forgotten(fleet, place, began_s + _FLOWS_UNTIL * whole_s)
+        yield from _until_forgotten(pool, place, began_s + _FLOWS_UNTIL * whole_s)
         # Half of what is left is for finishing what it has.
         limit_s = (began_s + whole_s - clock.now_s()) / 2
         end_s = clock.now_s() + limit_s
         settled_s = yield from self._until_settled()
-        yield from _emptying(fleet, place, limit_s, settled_s)
+        yield from _emptying(pool, place, limit_s, settled_s)
         # One that closed its listeners by itself may be finishing: a signal could cut that short.
         linger_s = limit_s if place.closed_its_listeners else _LINGER_S
-        yield from _until_answered(fleet, place, min(end_s, clock.now_s() + linger_s))
-        fleet.report(place, Event.SETTLED)
+        yield from _until_answered(pool, place, min(end_s, clock.now_s() + linger_s))
+        pool.report(place, Event.SETTLED)
         pause_s = _LOOK_AGAIN_S
         while place.process:
-            if _may_wait(fleet, place.process):
-                fleet.move_queue(place)
+            if _may_wait(pool, place.process):
+                pool.move_queue(place)
             yield pause_s
             pause_s = min(_SELDOM_S, 1.1 * pause_s)
 
     def _until_settled(self) -> Generator[float, None, float]:
         """Until all that was chosen before this turn is in its queue; when that was so."""
-        flip = self._fleet.flip_now_due()
-        while not self._fleet.has_settled(flip):
+        flip = self._pool.flip_now_due()
+        while not self._pool.has_settled(flip):
             yield _LOOK_S
         # Seen by the first for all: later looks at queues do for each.
         if flip > self._settled[0]:
@@ -201,7 +201,7 @@ class Settler:
         return self._settled[1]
 
 
-async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
+async def until_empty(pool: WorkerPool, place: WorkerHandle, limit_s: float) -> bool:
     """Until nothing waits for the worker; what can be moved is not waited for long.
 
     Returns:
@@ -210,10 +210,10 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
     Raises:
         KernelError: it is chosen still.
     """
-    await fleet.flipped()
-    fleet.settle()  # raises why that failed
-    await fleet.settled()
-    looks = _emptying(fleet, place, limit_s, time.monotonic())
+    await pool.flipped()
+    pool.settle()  # raises why that failed
+    await pool.settled()
+    looks = _emptying(pool, place, limit_s, time.monotonic())
     while True:
         try:
             pause_s = next(looks)
@@ -223,18 +223,18 @@ async def until_empty(fleet: Fleet, place: Place, limit_s: float) -> bool:
 
 
 def _emptying(
-    fleet: Fleet, place: Place, limit_s: float, settled_s: float
+    pool: WorkerPool, place: WorkerHandle, limit_s: float, settled_s: float
 ) -> Generator[float, None, bool]:
     """As `until_empty`, with the pauses.
 
     Args:
         settled_s: as it was after that time.
     """
-    began_s = fleet.clock.now_s()
+    began_s = pool.clock.now_s()
     while place.process and not place.serves:
-        with fleet.retry.spare.lent():
-            queues = fleet.queues.of(place.process, settled_s)
-        waited_s = fleet.clock.now_s() - began_s
+        with pool.retry.spare.lent():
+            queues = pool.queues.of(place.process, settled_s)
+        waited_s = pool.clock.now_s() - began_s
         if queues is None and waited_s > _UNSEEN_S:
             return True
         if queues is not None and not any(each.queued for each in queues.values()):
@@ -242,53 +242,53 @@ def _emptying(
         if waited_s > limit_s:
             return False
         if waited_s > _TAKE_S:
-            fleet.move_queue(place)
+            pool.move_queue(place)
         yield _LOOK_S
     return True
 
 
-def _may_wait(fleet: Fleet, worker: Process) -> bool:
+def _may_wait(pool: WorkerPool, worker: WorkerProcess) -> bool:
     """Whether something waits for it, or that cannot be seen without its sockets."""
-    queues = fleet.queues.of(worker)
+    queues = pool.queues.of(worker)
     return queues is None or any(each.queued for each in queues.values())
 
 
-def _until_forgotten(fleet: Fleet, place: Place, end_s: float) -> Iterator[float]:
+def _until_forgotten(pool: WorkerPool, place: WorkerHandle, end_s: float) -> Iterator[float]:
     """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
-    steering = fleet.steering
+    steering = pool.steering
     if place.hung or not steering.remembers():
         return
-    got = _datagrams(fleet, place)
+    got = _datagrams(pool, place)
     if not got:
         return
-    idle_s, last_s = steering.own().params.get("idle", 0), fleet.clock.now_s()
-    while place.process and (now_s := fleet.clock.now_s()) < min(end_s, last_s + idle_s):
+    idle_s, last_s = steering.own().params.get("idle", 0), pool.clock.now_s()
+    while place.process and (now_s := pool.clock.now_s()) < min(end_s, last_s + idle_s):
         yield min(_LOOK_AT_FLOWS_S, end_s - now_s)
-        if (now := _datagrams(fleet, place)) != got:
+        if (now := _datagrams(pool, place)) != got:
             got, last_s = now, now_s
     steering.let_go(place.slot)
 
 
-def _datagrams(fleet: Fleet, place: Place) -> int | None:
+def _datagrams(pool: WorkerPool, place: WorkerHandle) -> int | None:
     """Sent to it so far; None where nobody counts."""
     binds = place.generation.plan.binds
     over_udp = [at for at, bind in enumerate(binds) if bind.protocol == "udp"]
-    counts = [fleet.steering.counts(place.slot, at) for at in over_udp]
+    counts = [pool.steering.counts(place.slot, at) for at in over_udp]
     return sum(each.selected for each in counts if each) if any(counts) else None
 
 
-def _until_answered(fleet: Fleet, place: Place, end_s: float) -> Iterator[float]:
+def _until_answered(pool: WorkerPool, place: WorkerHandle, end_s: float) -> Iterator[float]:
     pause_s = _LOOK_S
-    while place.process and _has_connections(fleet, place, place.process):
-        if fleet.clock.now_s() >= end_s:
+    while place.process and _has_connections(pool, place, place.process):
+        if pool.clock.now_s() >= end_s:
             return
         yield pause_s
         pause_s = min(_LOOK_AGAIN_S, 1.5 * pause_s)
 
 
-def _has_connections(fleet: Fleet, place: Place, process: Process) -> bool:
+def _has_connections(pool: WorkerPool, place: WorkerHandle, process: WorkerProcess) -> bool:
     """Where they are counted and there are some, its files need no look."""
-    if fleet.steering.open(place.slot):
+    if pool.steering.open(place.slot):
         return True
     try:
         return bool(processes.open_sockets(process.pid) - place.others)

@@ -10,14 +10,14 @@ from steer.linux.log import Log
 from steer.linux.waiting import Seen
 from steer.sockets import elsewhere
 from steer.values import several
-from steer.workers.handle import Place, waits
-from steer.workers.process import Process
+from steer.workers.handle import WorkerHandle, waits
+from steer.workers.process import WorkerProcess
 
 _FIRST_LOOK_S = 1.0
 """After a worker's start; each next look is twice as late, as a large table may be read."""
 
 
-def diagnosis(worker: Process) -> tuple[str, str] | None:
+def diagnosis(worker: WorkerProcess) -> tuple[str, str] | None:
     """Where it listens instead, and what to add to its command; None if it does not, if it
     waits on its sockets, too, or if that cannot be seen."""
     if all(bind.protocol != "tcp" for bind in worker.launch.binds):
@@ -38,7 +38,7 @@ def diagnosis(worker: Process) -> tuple[str, str] | None:
     return f"it listens on {ports}, and does not wait on worker.sockets", cure
 
 
-def not_ready(worker: Process) -> WorkersFailed:
+def not_ready(worker: WorkerProcess) -> WorkersFailed:
     """Why a worker is killed at its --ready-timeout."""
     limit = f"not ready within {worker.launch.service.ready_timeout:g} s"
     if found := diagnosis(worker):
@@ -59,7 +59,7 @@ class Lookout:
         self._after_s: dict[int, float] = {}
         self._told: set[str] = set()
 
-    def look(self, place: Place, worker: Process, age_s: float) -> None:
+    def look(self, place: WorkerHandle, worker: WorkerProcess, age_s: float) -> None:
         """Where it is due: once if there is something to say.
 
         Args:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from steer.config import servers
 from steer.errors import WorkersFailed
 from steer.linux import fork
-from steer.workers.process import Process
+from steer.workers.process import WorkerProcess
 
 
-def why(gone: Process, status: int | None, *, has_served: bool) -> WorkersFailed:
+def why(gone: WorkerProcess, status: int | None, *, has_served: bool) -> WorkersFailed:
     """As an error, with what would help if that is known.
 
     Args:

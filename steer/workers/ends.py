@@ -20,8 +20,8 @@ import msgspec
 from steer.linux import family
 from steer.linux.family import Family
 from steer.linux.retry import Retry
-from steer.workers.handle import Place
-from steer.workers.process import Process
+from steer.workers.handle import WorkerHandle
+from steer.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Handle
@@ -49,11 +49,11 @@ class End(msgspec.Struct, eq=False):
         not_before_s: when the next look may be.
         look_s: when it is, if the kernel tells nothing.
         is_lost: whether it was said that others go on.
-        status: see `Process.let_go`.
+        status: see `WorkerProcess.let_go`.
     """
 
-    place: Place
-    worker: Process
+    place: WorkerHandle
+    worker: WorkerProcess
     others: Sequence[int] = ()
     not_before_s: float = 0.0
     look_s: float = 0.0
@@ -79,7 +79,7 @@ class Ends:
         lost: Callable[[Sequence[End]], None],
         ended: Callable[[Sequence[End]], None],
         find: Find = family.others,
-        before: Callable[[Sequence[Process]], None] = lambda _: None,
+        before: Callable[[Sequence[WorkerProcess]], None] = lambda _: None,
     ) -> None:
         self._loop = loop
         self._retry = retry
@@ -88,7 +88,7 @@ class Ends:
         self._tell_before = before
         self._find = find
         self._groups: set[int] = set()
-        self._killed: deque[Process] = deque()
+        self._killed: deque[WorkerProcess] = deque()
         self._fresh: deque[End] = deque()
         self._again: deque[End] = deque()
         self._waiting: set[End] = set()
@@ -97,16 +97,16 @@ class Ends:
         self._step_due: Handle | None = None
         self._tick_due: Handle | None = None
 
-    def watch(self, place: Place, worker: Process) -> None:
+    def watch(self, place: WorkerHandle, worker: WorkerProcess) -> None:
         """See to its end, whenever that comes."""
         self._groups.add(worker.pid)
         worker.watch(self._loop, partial(self._first_has_ended, End(place, worker)))
 
-    def forget(self, worker: Process) -> None:
+    def forget(self, worker: WorkerProcess) -> None:
         """It is ended by somebody else."""
         self._groups.discard(worker.pid)
 
-    def kill(self, worker: Process) -> None:
+    def kill(self, worker: WorkerProcess) -> None:
         """All of its processes; those that have left its group are looked for in a moment."""
         worker.kill_group()
         self._killed.append(worker)
@@ -150,7 +150,7 @@ class Ends:
             self._step_soon()
         self._retry.until_done(act, step)
 
-    def _kill_others(self, workers: Sequence[Process]) -> None:
+    def _kill_others(self, workers: Sequence[WorkerProcess]) -> None:
         there = [each for each in workers if each.is_open]
         for pids in self._others(there):
             family.send(signal.SIGKILL, pids)
@@ -203,7 +203,7 @@ class Ends:
         self._end([end for end in there if not end.others])
         self._tick_soon()
 
-    def _others(self, workers: Sequence[Process]) -> list[list[int]]:
+    def _others(self, workers: Sequence[WorkerProcess]) -> list[list[int]]:
         began_s = self._loop.time()
         found = self._find([each.family for each in workers], self._groups)
         now_s = self._loop.time()

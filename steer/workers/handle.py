@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from steer.backends.membership import Departure
-from steer.config.plan import Generation, Seat
+from steer.config.plan import Generation, WorkerSpec
 from steer.errors import KernelError, SteerError
 from steer.linux import priority, processes
 from steer.linux.activity import activity, cpu_s, is_asleep, is_runnable
@@ -19,7 +19,7 @@ from steer.linux.waiting import Seen, acceptors, waiters, waits_on
 from steer.policy.layout import Member
 from steer.workers.hang import Rest, is_busy
 from steer.workers.lifecycle import STABLE_S, State
-from steer.workers.process import Process, Running
+from steer.workers.process import Running, WorkerProcess
 
 if TYPE_CHECKING:
     from steer.workers.clock import Timer
@@ -39,7 +39,7 @@ class Saved(msgspec.Struct, frozen=True):
     """
 
     running: Running
-    seat: Seat
+    seat: WorkerSpec
     slot: int
     generation: int
     state: str
@@ -56,13 +56,13 @@ class Saved(msgspec.Struct, frozen=True):
     change: int = 1
 
 
-class Places:
+class WorkerHandles:
     """Those of a service, in the order in which they came."""
 
     def __init__(self) -> None:
-        self._there: dict[Place, None] = {}
+        self._there: dict[WorkerHandle, None] = {}
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[WorkerHandle]:
         return iter(self._there)
 
     def __len__(self) -> int:
@@ -71,20 +71,20 @@ class Places:
     def __contains__(self, place: object) -> bool:
         return place in self._there
 
-    def add(self, place: Place) -> None:
+    def add(self, place: WorkerHandle) -> None:
         """As the last."""
         self._there[place] = None
 
-    def remove(self, place: Place) -> None:
+    def remove(self, place: WorkerHandle) -> None:
         """Raises KeyError: it is not there."""
         del self._there[place]
 
-    def sort(self, key: Callable[[Place], tuple[int, int]]) -> None:
+    def sort(self, key: Callable[[WorkerHandle], tuple[int, int]]) -> None:
         """Put them into another order."""
         self._there = dict.fromkeys(sorted(self._there, key=key))
 
 
-class Place(msgspec.Struct, eq=False):
+class WorkerHandle(msgspec.Struct, eq=False):
     """A seat and who is in it: a process, or the wait for the next one.
 
     Args:
@@ -114,7 +114,7 @@ class Place(msgspec.Struct, eq=False):
         error: why there is no process.
     """
 
-    seat: Seat
+    seat: WorkerSpec
     slot: int
     generation: Generation
     state: State = State.STARTING
@@ -122,8 +122,8 @@ class Place(msgspec.Struct, eq=False):
     change: int = 0
     modest: bool = False
     leaving: bool = False
-    told: Callable[[Place], None] | None = None
-    process: Process | None = None
+    told: Callable[[WorkerHandle], None] | None = None
+    process: WorkerProcess | None = None
     ready_s: float | None = None
     starts: int = 0
     failures: int = 0
@@ -150,7 +150,9 @@ class Place(msgspec.Struct, eq=False):
     error: SteerError | None = None
 
     @classmethod
-    def restored(cls, saved: Saved, generation: Generation, heard_s: float, admitted: int) -> Place:
+    def restored(
+        cls, saved: Saved, generation: Generation, heard_s: float, admitted: int
+    ) -> WorkerHandle:
         """As another controller left it, but for its process.
 
         Args:
@@ -204,12 +206,12 @@ class Place(msgspec.Struct, eq=False):
     def hangs(self) -> bool:
         return self.state is State.HUNG
 
-    def member(self, seat: Seat | None = None) -> Member:
+    def member(self, seat: WorkerSpec | None = None) -> Member:
         """What the table is told of it, where it is or would be on another seat."""
         seat = seat or self.seat
         return Member(self.slot, seat.weight, seat.cpu)
 
-    def reseat(self, seat: Seat) -> bool:
+    def reseat(self, seat: WorkerSpec) -> bool:
         """Another seat from now on; whether it is to be pinned to other CPUs."""
         before, self.seat = self.seat, seat
         return before.cpus != seat.cpus
@@ -296,7 +298,7 @@ class Place(msgspec.Struct, eq=False):
 
         Args:
             held: descriptors of its sockets.
-            look: see `Process.keep`.
+            look: see `WorkerProcess.keep`.
         """
         if self.process is not None:
             saved = self._saved(self.process.running)
@@ -323,6 +325,6 @@ class Place(msgspec.Struct, eq=False):
         )
 
 
-def waits(worker: Process) -> Seen:
+def waits(worker: WorkerProcess) -> Seen:
     """Whether it waits on its sockets."""
     return waits_on(worker.pid, worker.inodes)

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from steer.backends.base import Counts, Steering
+from steer.backends.base import Backend, Counts
 from steer.child.launch import Launch
 from steer.config import servers
-from steer.config.plan import Generation, Plan, Seat
+from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.control import mailbox, notify
 from steer.control.notify import Unheard
 from steer.errors import AppLoadError, KernelError, SteerError
-from steer.guard.client import Entry, Guard
+from steer.guard.client import Entry, GuardClient
 from steer.linux import family, fork, processes
 from steer.linux.log import Log
 from steer.linux.retry import Retry, as_refusal
@@ -36,14 +36,14 @@ from steer.sockets import reuseport, strays
 from steer.workers import elsewhere, endings, lifecycle, process, selection
 from steer.workers.clock import Clock
 from steer.workers.ends import End, Ends
-from steer.workers.handle import Cancellable, Place, Places, Saved, waits
+from steer.workers.handle import Cancellable, Saved, WorkerHandle, WorkerHandles, waits
 from steer.workers.intake import Lot
 from steer.workers.leftovers import Leftovers
 from steer.workers.lifecycle import Command, Event, State
 from steer.workers.looks import Looks
-from steer.workers.process import Process
+from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
-from steer.workers.selection import Rotation
+from steer.workers.selection import Selection
 from steer.workers.visibility import BORROW, WAITS, Visibility
 
 if TYPE_CHECKING:
@@ -68,12 +68,12 @@ _FIRST_AT_MOST = 16
 _LOOKED_AT = 8
 """So many that start, at each end of another: all are alike, and to look takes time."""
 
-Settle = Callable[[Place], Cancellable]
+Settle = Callable[[WorkerHandle], Cancellable]
 """Has it looked whether anything waits for a worker, until nothing does, that reported, and that
 it stays so."""
 
 
-class Fleet:
+class WorkerPool:
     """All workers of one service.
 
     First `start` or `adopt`, then `watch` in a running loop: what it takes to have a loop
@@ -104,18 +104,18 @@ class Fleet:
         self,
         generation: Generation,
         slots: int,
-        steering: Steering,
-        guard: Guard,
-        launch: Callable[[Place], Launch],
+        steering: Backend,
+        guard: GuardClient,
+        launch: Callable[[WorkerHandle], Launch],
         log: Log,
         retry: Retry,
         unheard: Unheard,
     ) -> None:
         self.generation = generation
         self.admitted = 0
-        self.places = Places()
-        self.by_pid: dict[int, Place] = {}
-        self._rotation = Rotation(steering, self.places, slots, guard, log, retry)
+        self.places = WorkerHandles()
+        self.by_pid: dict[int, WorkerHandle] = {}
+        self._selection = Selection(steering, self.places, slots, guard, log, retry)
         self.log = log
         self.retry = retry
         self.clock = Clock()
@@ -128,25 +128,25 @@ class Fleet:
         self._guard = guard
         self._launch = launch
         self._ending = False
-        self._unsaved: dict[Place, None] = {}
-        self._leaving: OrderedDict[Place, None] = OrderedDict()
-        self._unpinned: OrderedDict[Place, None] = OrderedDict()
+        self._unsaved: dict[WorkerHandle, None] = {}
+        self._leaving: OrderedDict[WorkerHandle, None] = OrderedDict()
+        self._unpinned: OrderedDict[WorkerHandle, None] = OrderedDict()
         self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
         self._told_ends: set[str] = set()
         self._said_how_told: set[str] = set()
-        self._elsewhere: Process | None = None
-        self._unstarted: deque[Place] = deque()
+        self._elsewhere: WorkerProcess | None = None
+        self._unstarted: deque[WorkerHandle] = deque()
         self._is_new = False
         self._has_looked_elsewhere = False
-        self._may_come_up: list[Place] = []
-        self._to_retry: deque[Place] = deque()
+        self._may_come_up: list[WorkerHandle] = []
+        self._to_retry: deque[WorkerHandle] = deque()
         self._most_starting = _NO_LIMIT
-        self._starting: dict[Place, None] = {}
+        self._starting: dict[WorkerHandle, None] = {}
         self._ending_in_s = 0.0
         self._ending_quickly = False
-        self._changed: Callable[[Place], None]
+        self._changed: Callable[[WorkerHandle], None]
         self._settle: Settle
         self._ends: Ends
         self._loop: AbstractEventLoop
@@ -176,14 +176,14 @@ class Fleet:
         self._spawn(self._next_few(max(self.lot.size, min(cpus, _FIRST_AT_MOST))))
         holds_ports()
 
-    def _await_start(self, seat: Seat) -> None:
+    def _await_start(self, seat: WorkerSpec) -> None:
         place = self._take_place(seat)
         place.state = State.BACKOFF
         self._unstarted.append(place)
 
-    def _next_few(self, at_most: int) -> Sequence[Place]:
+    def _next_few(self, at_most: int) -> Sequence[WorkerHandle]:
         """Of those that were never started, unless they are not wanted any more."""
-        few: list[Place] = []
+        few: list[WorkerHandle] = []
         if self._is_limited:
             # Looked for among all places, they would take longer the more workers wait.
             self._starting = dict.fromkeys(filter(_is_starting, self._starting))
@@ -219,7 +219,7 @@ class Fleet:
                 self._not_started(place, error)
         self._loop.call_soon(self._start_more)
 
-    def _not_started(self, place: Place, error: SteerError) -> None:
+    def _not_started(self, place: WorkerHandle, error: SteerError) -> None:
         """What cannot be started from the first on is not; of what was adopted others serve."""
         if not self._is_new:
             self._fail_to_start(place, error)
@@ -231,7 +231,7 @@ class Fleet:
             future.set_exception(error)
             future.exception()  # retrieved here: nobody may be waiting yet
 
-    def _fail_to_start(self, place: Place, error: SteerError) -> None:
+    def _fail_to_start(self, place: WorkerHandle, error: SteerError) -> None:
         place.failures += 1
         self._failed(place, error)
 
@@ -258,18 +258,18 @@ class Fleet:
             self.places.add(place)
             self._may_come_up.append(place)
             held[place.slot] = entry.fds[3:]
-        self._rotation.restore(left, steering.fds, held)
+        self._selection.restore(left, steering.fds, held)
         for place in self.places:
             self._save(place)
-        self._rotation.keep()
+        self._selection.keep()
         self.places.sort(key=lambda place: (place.generation.number, place.seat.number))
 
-    def _adopt(self, entry: Entry, generations: Mapping[int, Generation]) -> Place:
+    def _adopt(self, entry: Entry, generations: Mapping[int, Generation]) -> WorkerHandle:
         saved = msgspec.json.decode(entry.value, type=Saved)
         generation, now_s = generations[saved.generation], self.clock.now_s()
-        place = Place.restored(saved, generation, now_s, self.admitted)
+        place = WorkerHandle.restored(saved, generation, now_s, self.admitted)
         launch = self._launch(place)
-        place.process = Process.adopted(launch, self._guard, saved.running, entry)
+        place.process = WorkerProcess.adopted(launch, self._guard, saved.running, entry)
         if place.process is not None:
             self.by_pid[place.process.pid] = place
         return place
@@ -278,7 +278,7 @@ class Fleet:
         """After `watch`: start a worker on each seat of the generation that nobody has, and
         let those go that are of another, or came with a change that was not finished."""
         seats = self.generation.plan.seats
-        seated: dict[int, Place] = {}
+        seated: dict[int, WorkerHandle] = {}
         for place in self.places:
             # Of two on a seat the later one: the earlier was to be replaced by it.
             if self._belongs(place) and (place.process or place.seat.number not in seated):
@@ -291,13 +291,13 @@ class Fleet:
                 self._await_start(seat)
         self._start_more()
 
-    def _belongs(self, place: Place) -> bool:
+    def _belongs(self, place: WorkerHandle) -> bool:
         now, comes_or_goes = self.generation, place.held or place.is_on_its_way_out
         there_is_such_a_seat = place.seat.number < len(now.plan.seats)
         return place.generation.number == now.number and there_is_such_a_seat and not comes_or_goes
 
     def watch(
-        self, loop: AbstractEventLoop, settle: Settle, changed: Callable[[Place], None]
+        self, loop: AbstractEventLoop, settle: Settle, changed: Callable[[WorkerHandle], None]
     ) -> None:
         """Look after the workers from here on.
 
@@ -312,7 +312,7 @@ class Fleet:
         self._loop, self._settle, self._changed = loop, settle, changed
         self.is_watched = True
         self.retry.watch(loop)
-        self._rotation.watch(loop)
+        self._selection.watch(loop)
         self._ends = Ends(
             loop, self.retry, self._on_lost, self._on_ends, before=self._drop_together
         )
@@ -330,7 +330,7 @@ class Fleet:
                 self.report(place, Event.EXITED)
         if any(place.serves for place in self.places):
             self.up.set_result(None)
-            self._rotation.flip()
+            self._selection.flip()
 
     def abandon(self) -> None:
         """Leave no process, whatever happened."""
@@ -343,9 +343,9 @@ class Fleet:
     # What is asked of it.
 
     @property
-    def steering(self) -> Steering:
+    def steering(self) -> Backend:
         """The backend in force."""
-        return self._rotation.steering
+        return self._selection.steering
 
     @property
     def is_ending(self) -> bool:
@@ -359,50 +359,50 @@ class Fleet:
 
     def settle(self) -> None:
         """Have who is said to be ready in the table by now. Raises KernelError."""
-        self._rotation.settle()
+        self._selection.settle()
 
     async def flipped(self) -> None:
         """Until who is said to be ready is in the table, or that was tried."""
-        await self._rotation.flipped()
+        await self._selection.flipped()
 
     async def settled(self) -> None:
         """Until all that was chosen before who serves now is in its queue."""
-        await self._rotation.settled()
+        await self._selection.settled()
 
     def flip_now_due(self) -> int:
-        """See `Rotation.flip_now_due`."""
-        return self._rotation.flip_now_due()
+        """See `Selection.flip_now_due`."""
+        return self._selection.flip_now_due()
 
     def has_settled(self, flip: int) -> bool:
-        """See `Rotation.has_settled`."""
-        return self._rotation.has_settled(flip)
+        """See `Selection.has_settled`."""
+        return self._selection.has_settled(flip)
 
     def when_settled(self, act: str, do: Callable[[], object], flip: int) -> None:
-        """See `Rotation.when_settled`."""
-        self._rotation.when_settled(act, do, flip)
+        """See `Selection.when_settled`."""
+        self._selection.when_settled(act, do, flip)
 
     @property
     def retired(self) -> Counts:
         """What was counted for slots since given up."""
-        return self._rotation.retired
+        return self._selection.retired
 
     def recruit(
         self,
-        seats: Sequence[Seat],
+        seats: Sequence[WorkerSpec],
         generation: Generation,
         modest: bool,
-        told: Callable[[Place], None],
-    ) -> Sequence[Place]:
+        told: Callable[[WorkerHandle], None],
+    ) -> Sequence[WorkerHandle]:
         """Start workers that are held until `admit`, all or none.
 
         Args:
-            modest, told: see `Place`.
+            modest, told: see `WorkerHandle`.
 
         Raises:
             BindError, KernelError, WorkersFailed: one could not be started.
             ControlError: too many are there.
         """
-        places: list[Place] = []
+        places: list[WorkerHandle] = []
         try:
             for seat in seats:
                 places.append(self._take_place(seat, generation, held=True))
@@ -415,15 +415,15 @@ class Fleet:
             raise
         return places
 
-    def admit(self, places: Sequence[Place]) -> None:
+    def admit(self, places: Sequence[WorkerHandle]) -> None:
         """From now on they may be chosen, all at once. The guard is to be told that this change
         is admitted, and so need not be told of each of them: of a thousand that takes long."""
         for place in places:
             place.held, place.told = False, None
         self.admitted += 1
-        self._rotation.flip_soon()
+        self._selection.flip_soon()
 
-    def retire(self, places: Iterable[Place]) -> None:
+    def retire(self, places: Iterable[WorkerHandle]) -> None:
         """They are chosen no more, all at once. The rest of what follows is done for a few in a
         turn of the loop, which would else do nothing else for long. Who adopts us if we are
         killed meanwhile retires those whose seats others have."""
@@ -433,7 +433,7 @@ class Fleet:
                 self._leaving[place] = None
             else:
                 self.report(place, Event.RETIRE)
-        self._rotation.flip_soon()
+        self._selection.flip_soon()
         self._loop.call_soon(self._retire_some)
 
     def _retire_some(self) -> None:
@@ -450,7 +450,7 @@ class Fleet:
         """
         self._ending, self._ending_in_s, self._ending_quickly = True, within_s, quick
         self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
-        self.retry.attempt("let go of the ports", self._rotation.release)
+        self.retry.attempt("let go of the ports", self._selection.release)
         self._tell_to_stop(OrderedDict.fromkeys(self.places))
         if not self.up.done():
             self.up.set_result(None)
@@ -460,7 +460,7 @@ class Fleet:
         there = (place.process for place in self.places if self.steering.held(place.slot))
         self._guard.let_go(*(worker.key for worker in there if worker))
 
-    def _tell_to_stop(self, places: OrderedDict[Place, None]) -> None:
+    def _tell_to_stop(self, places: OrderedDict[WorkerHandle, None]) -> None:
         with self.retry.spare.lent():
             for place in _in_a_step(places):
                 self.report(place, Event.STOP)
@@ -482,7 +482,7 @@ class Fleet:
         place = self._of(pid)
         if place is None or not place.process or not place.process.is_callable:
             return False
-        with self._rotation.naming_locked():
+        with self._selection.naming_locked():
             self.steering.steer([place.member()])
         self.steering.empty_reserve()
         return True
@@ -501,13 +501,15 @@ class Fleet:
         if is_unknown and any(place.state is State.STARTING for place in self.places):
             self._unheard.tell(lineage[0], *_why_unknown(lineage))
 
-    def _of(self, pid: int) -> Place | None:
+    def _of(self, pid: int) -> WorkerHandle | None:
         """The place whose process it is the first of."""
         place = self.by_pid.get(pid)
         is_there = place and place.process and place.process.pid == pid
         return place if is_there else None
 
-    def _senders(self, lineage: Sequence[int], message: Mapping[str, str]) -> Collection[Place]:
+    def _senders(
+        self, lineage: Sequence[int], message: Mapping[str, str]
+    ) -> Collection[WorkerHandle]:
         """Whose process sent it. One whose parent has ended, so that it is our child now, comes
         from some worker of ours: from the one that is starting, if it is the only one.
 
@@ -525,7 +527,9 @@ class Fleet:
         is_one = len(starting) == 1 and (is_ours or _is_orphan(lineage))
         return starting.values() if is_one else []
 
-    def _hear(self, place: Place, worker: Process, sender: int, message: Mapping[str, str]) -> None:
+    def _hear(
+        self, place: WorkerHandle, worker: WorkerProcess, sender: int, message: Mapping[str, str]
+    ) -> None:
         place.hear(message, self.clock.now_s())
         if place.asks_to_be_taken_for_hung:
             self._changed(place)
@@ -538,7 +542,7 @@ class Fleet:
             if not too_early or waits(worker) is Seen.YES:
                 self.report(place, Event.READY)
 
-    def report(self, place: Place, event: Event) -> None:
+    def report(self, place: WorkerHandle, event: Event) -> None:
         """Something happened to a worker: do what follows."""
         if event is Event.LATE and self._may_be_ready(place):
             event = Event.READY
@@ -561,21 +565,21 @@ class Fleet:
             if before is State.STARTING and self._is_limited:
                 self._loop.call_soon(self._start_more)
 
-    def _may_be_ready(self, place: Place) -> bool:
+    def _may_be_ready(self, place: WorkerHandle) -> bool:
         """Whether it may wait in a way that is not seen."""
         if self._is_unseen(place):
             return True
         is_elsewhere = place.process and elsewhere.diagnosis(place.process)
         return place.says_ready and not is_elsewhere
 
-    def _is_unseen(self, place: Place) -> bool:
+    def _is_unseen(self, place: WorkerHandle) -> bool:
         """Whether nobody can tell if it waits on its sockets."""
         if place.process is None or waits(place.process) is not Seen.UNKNOWN:
             return False
         self.visibility.refused(WAITS, place.process)
         return True
 
-    def _carry_out(self, place: Place, command: Command, state: State) -> None:
+    def _carry_out(self, place: WorkerHandle, command: Command, state: State) -> None:
         """Now, and where that fails again, as long as the worker is in this state."""
         self.retry.until_done(
             f"worker {place.slot}: {command.value}",
@@ -583,18 +587,18 @@ class Fleet:
             wanted=lambda: place.state is state and place in self.places,
         )
 
-    def _is_busy(self, place: Place) -> bool:
+    def _is_busy(self, place: WorkerHandle) -> bool:
         """Taken for hung, it still may be at a request that takes long."""
         return place.hung and not self._ending and place.has_computed(self.clock.now_s())
 
     def renew_reserve(self, service: Service) -> None:
         """The reserve is to listen as the workers do from now on."""
         try:
-            self._rotation.renew_reserve(service)
+            self._selection.renew_reserve(service)
         except SteerError as error:
             self.log.error("the reserve is not as configured: %s", error)
 
-    def choose_by(self, plan: Plan, steering: Steering | None = None) -> None:
+    def choose_by(self, plan: Plan, steering: Backend | None = None) -> None:
         """Another policy, other parameters or weights, from now on.
 
         Args:
@@ -606,7 +610,7 @@ class Fleet:
         seats = {seat.number: seat for seat in plan.seats}
         moves = {place.slot: seats.get(place.seat.number, place.seat) for place in self.places}
         members = [place.member(moves[place.slot]) for place in self.places if place.serves]
-        self._rotation.choose_by(plan, members, steering)
+        self._selection.choose_by(plan, members, steering)
         now = Generation(self.generation.number, plan)
         for place in self.places:
             if place.generation.number == now.number:
@@ -615,18 +619,18 @@ class Fleet:
         unpinned = [place for place in moved if place.reseat(moves[place.slot])]
         self._save_together(moved, look=False)
         self.generation = now
-        self._rotation.keep()
+        self._selection.keep()
         self._pin_soon(unpinned)
 
     def attach_again(self) -> None:
         """What steers to every group, as a worker may have attached something else."""
-        self._rotation.attach_again()
+        self._selection.attach_again()
 
     def pin(self) -> None:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
         self._pin_soon(self.places)
 
-    def _pin_soon(self, places: Iterable[Place]) -> None:
+    def _pin_soon(self, places: Iterable[WorkerHandle]) -> None:
         """A few in a turn of the loop, the first at once. Nobody has to wait for it: wherever
         they run, they get what the table says."""
         is_under_way = bool(self._unpinned)
@@ -642,12 +646,12 @@ class Fleet:
 
     # Commands.
 
-    def _start_again(self, *places: Place) -> None:
+    def _start_again(self, *places: WorkerHandle) -> None:
         """All in one lot; if that fails each alone, as there may be what some of them need."""
         try:
             for place in places:
-                self._rotation.give_up(place.slot)
-                place.slot = self._rotation.take_slot()
+                self._selection.give_up(place.slot)
+                place.slot = self._selection.take_slot()
             self._begin(*places)
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
             if len(places) > 1:
@@ -658,10 +662,10 @@ class Fleet:
             self.log.error("%s", refusal)
             self._fail_to_start(places[0], refusal)
 
-    def _activate(self, place: Place) -> None:
+    def _activate(self, place: WorkerHandle) -> None:
         place.cancel_timer()
         if not place.held:
-            self._rotation.flip_soon()
+            self._selection.flip_soon()
         got_ready = partial(place.got_ready, self.clock.now_s())
         self.retry.attempt(f"look at worker {place.slot}", got_ready)
         self.log.info("worker %d ready", place.slot)
@@ -674,33 +678,33 @@ class Fleet:
                 if each.state is State.BACKOFF and each.starts:  # it may have waited for this
                     self._set_timer(each, 0.0, Event.RETRY)
 
-    def _deactivate(self, place: Place) -> None:
+    def _deactivate(self, place: WorkerHandle) -> None:
         if not self._ending and not place.leaving:
-            self._rotation.flip_soon()
+            self._selection.flip_soon()
 
-    def _rescue(self, place: Place) -> None:
+    def _rescue(self, place: WorkerHandle) -> None:
         """Out of the table before its queue is moved, or that would come back to it."""
-        self._rotation.let_go(place.slot)
+        self._selection.let_go(place.slot)
         self._move_settled(place)
 
-    def _move_settled(self, place: Place) -> None:
+    def _move_settled(self, place: WorkerHandle) -> None:
         """Not before all is there that was on its way to it; by then it may serve again."""
         act = f"worker {place.slot}: {Command.RESCUE.value}"
-        self._rotation.when_settled(act, partial(self._move_unless_chosen, place))
+        self._selection.when_settled(act, partial(self._move_unless_chosen, place))
 
-    def _move_unless_chosen(self, place: Place) -> None:
+    def _move_unless_chosen(self, place: WorkerHandle) -> None:
         if not place.serves and not self._ending:
             self.move_queue(place)
 
-    def shed(self, place: Place, is_shed: bool) -> None:
+    def shed(self, place: WorkerHandle, is_shed: bool) -> None:
         """One that is at capacity is chosen no more, and others get what waits for it; or is
         chosen again."""
         place.shed = is_shed
-        self._rotation.flip_soon()
+        self._selection.flip_soon()
         if is_shed:
             self._move_settled(place)
 
-    def move_queue(self, place: Place) -> None:
+    def move_queue(self, place: WorkerHandle) -> None:
         """What waits for a worker that is not chosen goes to others, if the kernel can."""
         if place.process:
             try:
@@ -712,7 +716,9 @@ class Fleet:
                 self.queues.forget()
 
     @contextmanager
-    def _lent(self, place: Place, worker: Process) -> Iterator[Mapping[int, socket.socket]]:
+    def _lent(
+        self, place: WorkerHandle, worker: WorkerProcess
+    ) -> Iterator[Mapping[int, socket.socket]]:
         """Its sockets by bind, for a moment: ours, where the steering holds them, else its own.
 
         Raises:
@@ -726,11 +732,11 @@ class Fleet:
             else:
                 yield stack.enter_context(worker.sockets())
 
-    def _start_settling(self, place: Place) -> None:
+    def _start_settling(self, place: WorkerHandle) -> None:
         self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
         place.settling = self._settle(place)
 
-    def _terminate(self, place: Place) -> None:
+    def _terminate(self, place: WorkerHandle) -> None:
         if self._ending:
             # There is nobody left to whom what waits for it could be moved.
             place.cancel_settling()
@@ -745,14 +751,14 @@ class Fleet:
         if place.hung and not self._ending:
             self._note_activity(place)
 
-    def _say_how_told(self, worker: Process) -> None:
+    def _say_how_told(self, worker: WorkerProcess) -> None:
         """All of them are alike, so it is said once."""
         why = worker.why_told_so
         if why and why not in self._said_how_told:
             self._said_how_told.add(why)
             self.log.info("workers are told to finish by %s", why)
 
-    def _note_activity(self, place: Place) -> None:
+    def _note_activity(self, place: WorkerHandle) -> None:
         """So that it can be asked later whether it has acted since."""
         look = partial(place.has_computed, self.clock.now_s())
         self.retry.attempt(f"look at worker {place.slot}", look)
@@ -761,14 +767,14 @@ class Fleet:
     def _graceful_timeout_s(self) -> float:
         return self.generation.plan.service.graceful_timeout
 
-    def _kill(self, place: Place) -> None:
+    def _kill(self, place: WorkerHandle) -> None:
         if not place.process:
             return
         if place.state is State.STARTING:
             place.process.problem = elsewhere.not_ready(place.process)
         self._ends.kill(place.process)
 
-    def _back_off(self, place: Place) -> None:
+    def _back_off(self, place: WorkerHandle) -> None:
         after_s = lifecycle.backoff_s(place.failures, place.ready_s is not None)
         place.ready_s = None
         if self._some_listen_elsewhere():
@@ -792,21 +798,21 @@ class Fleet:
         """Once in a turn of the loop is enough, as all may end at once."""
         self._has_looked_elsewhere = False
 
-    def _one_that_listens_elsewhere(self) -> Process | None:
+    def _one_that_listens_elsewhere(self) -> WorkerProcess | None:
         if self._elsewhere is not None and self._starts(self._elsewhere):
             return self._elsewhere
         starting = (one.process for one in self.places if one.state is State.STARTING)
         look = islice(filter(None, starting), _LOOKED_AT)
         return next(filter(elsewhere.diagnosis, look), None)
 
-    def _starts(self, worker: Process) -> bool:
+    def _starts(self, worker: WorkerProcess) -> bool:
         place = self._of(worker.pid)
         return place is not None and place.state is State.STARTING
 
-    def _forget(self, place: Place) -> None:
+    def _forget(self, place: WorkerHandle) -> None:
         place.cancel_timer()
         place.cancel_settling()
-        self._rotation.give_up(place.slot)
+        self._selection.give_up(place.slot)
         self.places.remove(place)
         self._end_if_empty()
 
@@ -827,15 +833,17 @@ class Fleet:
     # What happens to workers.
 
     def _take_place(
-        self, seat: Seat, generation: Generation | None = None, held: bool = False
-    ) -> Place:
-        place = Place(seat, self._rotation.take_slot(), generation or self.generation, held=held)
+        self, seat: WorkerSpec, generation: Generation | None = None, held: bool = False
+    ) -> WorkerHandle:
+        place = WorkerHandle(
+            seat, self._selection.take_slot(), generation or self.generation, held=held
+        )
         self.places.add(place)
         if not self.is_watched or not self.up.done():
             self._may_come_up.append(place)
         return place
 
-    def _begin(self, *places: Place) -> None:
+    def _begin(self, *places: WorkerHandle) -> None:
         """Start a process for each, and look after it.
 
         Raises:
@@ -855,7 +863,7 @@ class Fleet:
                 self._leave(place)
             raise as_refusal(f"start worker {places[0].slot}", error) from None
 
-    def _spawn(self, places: Sequence[Place]) -> Sequence[Process]:
+    def _spawn(self, places: Sequence[WorkerHandle]) -> Sequence[WorkerProcess]:
         """Start a process for each.
 
         One fork comes right after the other: what we write to in between is copied for each
@@ -868,12 +876,12 @@ class Fleet:
         self._check_free(launches[0])
         with ExitStack() as stack:
             owned = []
-            with self._rotation.together():
+            with self._selection.together():
                 for place, launch in zip(places, launches, strict=True):
                     place.starts += 1
                     own = stack.enter_context(process.bound(launch))
                     # Before the fork: it may end at once, and shut its listeners down.
-                    self._rotation.joined(place.slot, reuseport.duplicates(own))
+                    self._selection.joined(place.slot, reuseport.duplicates(own))
                     owned.append(own)
             workers = process.fork_all(launches, self._guard, owned)
         for place, worker in zip(places, workers, strict=True):
@@ -894,13 +902,13 @@ class Fleet:
             if index not in self.steering.anchors:
                 reuseport.check_free(bind, launch.service.settings)
 
-    def _end_at_once(self, place: Place) -> None:
+    def _end_at_once(self, place: WorkerHandle) -> None:
         if place.process is not None:
             self.by_pid.pop(place.process.pid, None)
             place.process.end()
             place.process = None
 
-    def _leave(self, place: Place) -> bool:
+    def _leave(self, place: WorkerHandle) -> bool:
         """Its sockets leave their groups; whether all of that was done.
 
         Where the order in a group matters they leave it now, and not when a worker that was
@@ -908,9 +916,9 @@ class Fleet:
         """
         fork.await_apart()
         act = f"take worker {place.slot} out"
-        return self.retry.attempt(act, partial(self._rotation.left, place.slot))
+        return self.retry.attempt(act, partial(self._selection.left, place.slot))
 
-    def _watch(self, place: Place, worker: Process) -> None:
+    def _watch(self, place: WorkerHandle, worker: WorkerProcess) -> None:
         self._ends.watch(place, worker)
         if place.state is State.STARTING:
             self._set_timer(place, worker.launch.service.ready_timeout, Event.LATE)
@@ -918,7 +926,7 @@ class Fleet:
         else:  # adopted
             self._go_on(place, worker)
 
-    def _go_on(self, place: Place, worker: Process) -> None:
+    def _go_on(self, place: WorkerHandle, worker: WorkerProcess) -> None:
         """With what was under way with it."""
         if place.hangs:
             self.retry.attempt(f"look at worker {place.slot}", place.has_acted)
@@ -927,7 +935,7 @@ class Fleet:
         elif place.state is State.STOPPING:
             self._start_settling(place)
 
-    def _save_soon(self, place: Place) -> None:
+    def _save_soon(self, place: WorkerHandle) -> None:
         """Once for all that happens in one turn of the loop: until then it is adopted as it was
         a moment ago."""
         if self._ending:  # nobody is to adopt it, see `_leave_nothing_to_adopt`
@@ -939,13 +947,13 @@ class Fleet:
     def save(self) -> None:
         """Have the guard know all that it is to be told of in a moment: there is none."""
         self._save_in_its_turn()
-        self._rotation.keep_if_due()
+        self._selection.keep_if_due()
 
     def _save_in_its_turn(self) -> None:
         unsaved, self._unsaved = self._unsaved, {}
         self._save_together(unsaved)
 
-    def _save_together(self, places: Collection[Place], look: bool = True) -> None:
+    def _save_together(self, places: Collection[WorkerHandle], look: bool = True) -> None:
         def keep() -> None:
             with self._guard.together():
                 for place in places:
@@ -955,7 +963,7 @@ class Fleet:
             for place in places:
                 self._save(place)
 
-    def _save(self, place: Place) -> None:
+    def _save(self, place: WorkerHandle) -> None:
         def keep() -> None:
             place.keep(self.steering.held(place.slot))
 
@@ -976,13 +984,13 @@ class Fleet:
         ends = list(ends)
         serving = [end.place.slot for end, _ in ends if end.place.serves]
         if serving and not self._ending:
-            self._rotation.end(serving)
+            self._selection.end(serving)
         for end, left in ends:
             place, find = end.place, partial(self._strays, end, left, look)
             act = f"take worker {place.slot} out"
             found = self.retry.result(act, find, nobody) if end.worker.bound else nobody
             if not self._leave(place):
-                self._rotation.flip_soon()  # that does the rest
+                self._selection.flip_soon()  # that does the rest
             if found:
                 self.retry.attempt(act, partial(self._cut_off, place, found))
 
@@ -993,7 +1001,7 @@ class Fleet:
         everywhere = everywhere and (end.is_lost or self._may_be_open(place))
         return strays.find(place.generation.plan.binds, bound, left, everywhere, look)
 
-    def _may_be_open(self, place: Place) -> bool:
+    def _may_be_open(self, place: WorkerHandle) -> bool:
         """Whether anybody may have its sockets open: not if all have left their groups just now,
         which is told sooner than to look at all sockets of a port."""
         binds = range(len(place.generation.plan.binds))
@@ -1001,7 +1009,7 @@ class Fleet:
             self.steering.is_member(place.slot, at) is not False for at in binds
         )
 
-    def _cut_off(self, place: Place, found: Sequence[strays.Stray]) -> None:
+    def _cut_off(self, place: WorkerHandle, found: Sequence[strays.Stray]) -> None:
         told = list(strays.shut_down(found))
         for stray, refusal in told[:STRAYS_NAMED]:
             then = f": {refusal}" if refusal else ", and is cut off from it"
@@ -1012,20 +1020,20 @@ class Fleet:
                 "worker %d has ended, and %d more have a socket of it", place.slot, more
             )
 
-    def _drop_together(self, workers: Sequence[Process]) -> None:
+    def _drop_together(self, workers: Sequence[WorkerProcess]) -> None:
         """From the guard, by one message: a thousand would take it longer than all else."""
         self._guard.drop(*(each.key for each in workers))
 
     def _on_ends(self, ends: Sequence[End]) -> None:
         for each in ends:
             each.place.cancel_timer()
-        with self._rotation.together() as order:  # the guard has none of their sockets
+        with self._selection.together() as order:  # the guard has none of their sockets
             leaving = sorted(ends, key=lambda each: order.get(each.place.slot, len(order)))
             self._take_sockets((each, each.worker.left_behind) for each in leaving)
         for each in ends:
             self._on_end(each.place, each.worker, each.status)
 
-    def _on_end(self, place: Place, gone: Process, status: int | None) -> None:
+    def _on_end(self, place: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
         if gone.left_behind:
             take = partial(self._leftovers.take, self._loop, gone.left_behind)
             self.retry.attempt(f"end what worker {place.slot} left behind", take)
@@ -1033,7 +1041,7 @@ class Fleet:
         end = partial(self._see_end, place, gone, status)
         self.retry.until_done(act, end, lambda: place.process is gone)
 
-    def _see_end(self, place: Place, gone: Process, status: int | None) -> None:
+    def _see_end(self, place: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
         """Its place is free only after the last thing that may fail."""
         has_served = place.ready_s is not None
         error = gone.problem or endings.why(gone, status, has_served=has_served)
@@ -1044,7 +1052,9 @@ class Fleet:
             self._tell_end(place, gone, error, how)
         self._failed(place, error)
 
-    def _tell_end(self, place: Place, gone: Process, error: SteerError, how: str) -> None:
+    def _tell_end(
+        self, place: WorkerHandle, gone: WorkerProcess, error: SteerError, how: str
+    ) -> None:
         if place.held:
             return  # who asked for it is told
         if self._has_come_up():
@@ -1066,7 +1076,7 @@ class Fleet:
             self._may_come_up.pop()
         return isinstance(error, AppLoadError) or not self._may_come_up
 
-    def _failed(self, place: Place, error: SteerError) -> None:
+    def _failed(self, place: WorkerHandle, error: SteerError) -> None:
         """Whether the service can still come up; `error` is told if it cannot."""
         place.error = error
         if place.held:
@@ -1081,17 +1091,17 @@ class Fleet:
             self.up.set_exception(error)
             self.up.exception()  # retrieved here: nobody may be waiting yet
 
-    def _fail_held(self, place: Place) -> None:
+    def _fail_held(self, place: WorkerHandle) -> None:
         """It is not tried again: whoever asked for it is told."""
         self.report(place, Event.RETIRE)
         self.report(place, Event.EXITED)
         if place.told:
             place.told(place)
 
-    def _set_timer(self, place: Place, after_s: float, event: Event) -> None:
+    def _set_timer(self, place: WorkerHandle, after_s: float, event: Event) -> None:
         place.set_timer(self.clock.call_later(after_s, self._on_time, place, event))
 
-    def _on_time(self, place: Place, event: Event) -> None:
+    def _on_time(self, place: WorkerHandle, event: Event) -> None:
         if event is Event.RETRY:
             if not self._to_retry:
                 self._loop.call_soon(self._retry_some)
@@ -1114,13 +1124,13 @@ class Fleet:
                 place.state, _ = lifecycle.step(place.state, Event.RETRY)
             self._start_again(*lot)
 
-    def _report_until_done(self, place: Place, event: Event) -> None:
+    def _report_until_done(self, place: WorkerHandle, event: Event) -> None:
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)
 
 
-def _in_a_step(waiting: OrderedDict[Place, None]) -> Iterator[Place]:
+def _in_a_step(waiting: OrderedDict[WorkerHandle, None]) -> Iterator[WorkerHandle]:
     """The next of those that something is to be done to, as far as there is time: one at least.
     The others still wait."""
     end_s = time.monotonic() + _STEP_S
@@ -1130,15 +1140,15 @@ def _in_a_step(waiting: OrderedDict[Place, None]) -> Iterator[Place]:
             return
 
 
-def _is_starting(place: Place) -> bool:
+def _is_starting(place: WorkerHandle) -> bool:
     return place.process is not None and place.state is State.STARTING
 
 
-def _has_failed(place: Place) -> bool:
+def _has_failed(place: WorkerHandle) -> bool:
     return place.failures > 0 or place.state is State.GONE
 
 
-def _say_ready_for_us(starting: Mapping[int, Place]) -> Mapping[int, Place]:
+def _say_ready_for_us(starting: Mapping[int, WorkerHandle]) -> Mapping[int, WorkerHandle]:
     """Of workers, by process id of their first, those of which a systemd-notify(1) was left to
     us, and says READY=1: in its parent's name, where it may, and so in ours."""
     telling = (mailbox.lineage(pid) for pid in family.orphans() if _says_ready(pid))
@@ -1169,14 +1179,14 @@ def _why_unknown(lineage: Sequence[int]) -> tuple[str, str]:
     return "it is no process of a worker", cure
 
 
-_DO: dict[Command, Callable[[Fleet, Place], None]] = {
-    Command.SPAWN: Fleet._start_again,
-    Command.ACTIVATE: Fleet._activate,
-    Command.DEACTIVATE: Fleet._deactivate,
-    Command.RESCUE: Fleet._rescue,
-    Command.SETTLE: Fleet._start_settling,
-    Command.TERMINATE: Fleet._terminate,
-    Command.KILL: Fleet._kill,
-    Command.BACK_OFF: Fleet._back_off,
-    Command.FORGET: Fleet._forget,
+_DO: dict[Command, Callable[[WorkerPool, WorkerHandle], None]] = {
+    Command.SPAWN: WorkerPool._start_again,
+    Command.ACTIVATE: WorkerPool._activate,
+    Command.DEACTIVATE: WorkerPool._deactivate,
+    Command.RESCUE: WorkerPool._rescue,
+    Command.SETTLE: WorkerPool._start_settling,
+    Command.TERMINATE: WorkerPool._terminate,
+    Command.KILL: WorkerPool._kill,
+    Command.BACK_OFF: WorkerPool._back_off,
+    Command.FORGET: WorkerPool._forget,
 }

@@ -20,7 +20,7 @@ from steer.child.launch import MESSAGE_MAX_BYTES, Launch, read
 from steer.config.address import Bind
 from steer.config.servers import BY_DEFAULT, Finish
 from steer.errors import AppLoadError, SteerError, WorkersFailed
-from steer.guard.client import Entry, Guard
+from steer.guard.client import Entry, GuardClient
 from steer.linux import family, fork, output, processes
 from steer.linux.family import Family
 from steer.linux.lines import Line, Lines, shown
@@ -86,8 +86,8 @@ def _bound_to(bind: Bind, launch: Launch, anchored: bool) -> socket.socket:
 
 
 def fork_all(
-    launches: Sequence[Launch], guard: Guard, owned: Sequence[Sequence[socket.socket]]
-) -> list[Process]:
+    launches: Sequence[Launch], guard: GuardClient, owned: Sequence[Sequence[socket.socket]]
+) -> list[WorkerProcess]:
     """A process for each, or for none. They do nothing before `begin_all`.
 
     Args:
@@ -97,7 +97,7 @@ def fork_all(
     Raises:
         KernelError: no more processes, or no more files.
     """
-    made = [Process(launch, guard) for launch in launches]
+    made = [WorkerProcess(launch, guard) for launch in launches]
     with ExitStack() as theirs, ExitStack() as ours:
         try:
             pairs = zip(made, owned, strict=True)
@@ -110,7 +110,7 @@ def fork_all(
     return made
 
 
-def begin_all(workers: Sequence[Process], guard: Guard) -> None:
+def begin_all(workers: Sequence[WorkerProcess], guard: GuardClient) -> None:
     """Have the guard know of them, and only then have them go on.
 
     Raises:
@@ -126,7 +126,7 @@ def begin_all(workers: Sequence[Process], guard: Guard) -> None:
         one.go_on()
 
 
-class Process:
+class WorkerProcess:
     """A worker, from fork to the end.
 
     Args:
@@ -140,7 +140,7 @@ class Process:
             told to end.
     """
 
-    def __init__(self, launch: Launch, guard: Guard) -> None:
+    def __init__(self, launch: Launch, guard: GuardClient) -> None:
         self.launch = launch
         self._guard = guard
         self.problem: SteerError | None = None
@@ -193,7 +193,9 @@ class Process:
             self._channel.send(b"\0")
 
     @classmethod
-    def adopted(cls, launch: Launch, guard: Guard, saved: Running, entry: Entry) -> Process | None:
+    def adopted(
+        cls, launch: Launch, guard: GuardClient, saved: Running, entry: Entry
+    ) -> WorkerProcess | None:
         """One that another controller started, with what its guard has of it; None if it has
         ended. The descriptors become ours, but for those of its sockets."""
         if not entry.fds:

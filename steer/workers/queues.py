@@ -13,7 +13,7 @@ from steer.errors import KernelError
 from steer.sockets import listeners, sock_diag
 from steer.sockets.listeners import Waiting
 from steer.sockets.sock_diag import Bound
-from steer.workers.process import Process
+from steer.workers.process import WorkerProcess
 
 _FRESH_S, _FRESH_MOST_S = 0.005, 0.05
 """Whoever asks within this gets the same answer: a hundred workers may be asked after at once."""
@@ -41,7 +41,7 @@ class Queues:
         self._tables: dict[tuple[str, int, int], tuple[float, float, Table]] = {}
         self._may_ask = True
 
-    def of(self, worker: Process, after_s: float = -math.inf) -> Mapping[int, Waiting] | None:
+    def of(self, worker: WorkerProcess, after_s: float = -math.inf) -> Mapping[int, Waiting] | None:
         """By bind, of those sockets of a worker that listen; None where it cannot be seen.
 
         Args:
@@ -81,7 +81,7 @@ class Queues:
         taken._may_ask = self._may_ask
         return taken
 
-    def _by_port(self, worker: Process, after_s: float) -> Mapping[int, Waiting]:
+    def _by_port(self, worker: WorkerProcess, after_s: float) -> Mapping[int, Waiting]:
         found = {}
         for at, bind in enumerate(worker.launch.binds[: len(worker.bound)]):
             waiting = self._at(bind, after_s).get(worker.bound[at])

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from steer.backends.base import Counts, Steering
+from steer.backends.base import Backend, Counts
 from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.errors import BindError, ControlError, KernelError, SteerError
-from steer.guard.client import Guard
+from steer.guard.client import GuardClient
 from steer.guard.store import STEERING
 from steer.linux.log import Log
 from steer.linux.retry import AGAIN_S, Retry
@@ -27,7 +27,7 @@ from steer.loader import shared_memory
 from steer.policy.builtin import KERNEL
 from steer.policy.layout import Member
 from steer.sockets import listeners, reuseport
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future, Handle, Task
@@ -45,7 +45,7 @@ class Saved(msgspec.Struct, frozen=True):
     next_slot: int
 
 
-class Rotation:
+class Selection:
     """Which workers are chosen, on which backend, and what that has to remember.
 
     Slots can be taken and joined at once; to flip it takes a loop, see `watch`.
@@ -62,10 +62,10 @@ class Rotation:
 
     def __init__(
         self,
-        steering: Steering,
-        places: Collection[Place],
+        steering: Backend,
+        places: Collection[WorkerHandle],
         slots: int,
-        guard: Guard,
+        guard: GuardClient,
         log: Log,
         retry: Retry,
     ) -> None:
@@ -197,7 +197,7 @@ class Rotation:
         return slot
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
-        """A new worker's sockets; see `Steering.joined`. Raises KernelError."""
+        """A new worker's sockets; see `Backend.joined`. Raises KernelError."""
         with self.naming_locked():
             self.steering.joined(slot, fds)
         self._keep_order()
@@ -354,7 +354,7 @@ class Rotation:
             self._retry.attempt("choose among the workers", self.flip)
 
     def let_go(self, slot: int) -> None:
-        """See `Steering.let_go`: with the next flip, or who comes before would be remembered there
+        """See `Backend.let_go`: with the next flip, or who comes before would be remembered there
         once more."""
         self._let_go.add(slot)
         self.flip_soon()
@@ -405,7 +405,7 @@ class Rotation:
             self._watch_reserve(any(place.serves for place in self._places))
 
     def renew_reserve(self, service: Service) -> None:
-        """See `Steering.renew_reserve`. Raises BindError, KernelError."""
+        """See `Backend.renew_reserve`. Raises BindError, KernelError."""
         self._watch_reserve(False)
         try:
             self.steering.renew_reserve(service)
@@ -417,7 +417,7 @@ class Rotation:
     # By what.
 
     def choose_by(
-        self, plan: Plan, members: Sequence[Member], steering: Steering | None = None
+        self, plan: Plan, members: Sequence[Member], steering: Backend | None = None
     ) -> None:
         """The policy, parameters and weights of this plan from now on. Not kept yet: the
         places come first.
@@ -442,9 +442,7 @@ class Rotation:
         with self.naming_locked():
             self.steering.attach_again(self._lend)
 
-    def _move_to(
-        self, steering: Steering, members: Sequence[Member], binds: Sequence[Bind]
-    ) -> None:
+    def _move_to(self, steering: Backend, members: Sequence[Member], binds: Sequence[Bind]) -> None:
         """Have another backend choose; it takes the sockets over with the next flip.
 
         Raises:
@@ -557,7 +555,7 @@ def _is_locked(sock: socket.socket) -> bool:
     return reuseport.is_locked(sock.fileno())
 
 
-def _take_over(steering: Steering, there: Mapping[int, _Sockets], binds: int) -> None:
+def _take_over(steering: Backend, there: Mapping[int, _Sockets], binds: int) -> None:
     """Have it take in copies of the sockets of all who still have theirs. Raises KernelError."""
     for slot, socks in there.items():
         if len(socks) == binds:

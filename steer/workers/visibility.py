@@ -10,7 +10,7 @@ from steer.linux import identity
 from steer.linux.log import Log
 from steer.workers import access
 from steer.workers.access import Access, Refusal
-from steer.workers.process import Process
+from steer.workers.process import WorkerProcess
 
 WAITS, QUEUES, BORROW = "waits", "queues", "borrow"
 INSTEAD: Mapping[str, str] = {
@@ -54,7 +54,7 @@ class Visibility:
         self._log = log
         self.notes: dict[str, str] = {}
 
-    def refused(self, what: str, worker: Process) -> None:
+    def refused(self, what: str, worker: WorkerProcess) -> None:
         """WAITS, QUEUES or BORROW could not be had of this worker."""
         if what in self.notes:
             return

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from steer.workers.clock import Clock, Timer
-from steer.workers.process import Process
+from steer.workers.process import WorkerProcess
 
 PRELUDE = """
 import gc
@@ -130,10 +130,10 @@ def without_looks() -> Iterator[None]:
 def test_of_a_worker_that_has_ended_nothing_is_left() -> None:
     launch: Any = SimpleNamespace(service=SimpleNamespace(log_format="text"), slot=0)
     guard: Any = SimpleNamespace(drop=lambda _key: None)
-    ends: list[Process] = []
+    ends: list[WorkerProcess] = []
 
-    async def run() -> weakref.ref[Process]:
-        worker = Process(launch, guard)
+    async def run() -> weakref.ref[WorkerProcess]:
+        worker = WorkerProcess(launch, guard)
         with ExitStack() as theirs, ExitStack() as ours:
             worker.prepare([], theirs, ours)
             ours.pop_all()
@@ -141,7 +141,7 @@ def test_of_a_worker_that_has_ended_nothing_is_left() -> None:
         worker.forked(pid, os.pidfd_open(pid))
         ended = asyncio.Event()
 
-        def end(whose: Process) -> None:
+        def end(whose: WorkerProcess) -> None:
             ends.append(whose)
             ended.set()
 

@@ -24,7 +24,7 @@ import pytest
 from steer.control import rundir
 from steer.errors import ControlError
 from steer.guard import client
-from steer.guard.client import Entry, Guard, Handover
+from steer.guard.client import Entry, GuardClient, Handover
 from steer.guard.store import Settings
 from steer.linux import fork
 from testkit.confine import NOBODY, as_user
@@ -714,7 +714,7 @@ def test_settings_change(puppet: Puppet) -> None:
 
 def test_descriptor_that_is_not_open_is_a_mistake(home: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        guard = Guard(sock, Settings("test", str(home / "test.sock")))
+        guard = GuardClient(sock, Settings("test", str(home / "test.sock")))
         guard.start()
         with pytest.raises(OSError, match="Bad file descriptor"):
             guard.put("x", b"", [987_654])

@@ -1,5 +1,5 @@
 """A service of many workers starts: a few in each turn of the loop. With fakes, so that what is
-counted is what the fleet does."""
+counted is what the pool does."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from steer.loader import find
 from steer.policy.cpus import Topology
 from steer.workers import pool as fleets
 from steer.workers import process
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER, Lot
 from steer.workers.lifecycle import Event, State
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 from testkit.growth_fakes import FEW, MANY, Cost, rest
 
 _CPUS = tuple(sorted(os.sched_getaffinity(0)))
@@ -122,7 +122,7 @@ class FakeProcess:
         pass
 
 
-class FakePlace(Place, eq=False):
+class FakePlace(WorkerHandle, eq=False):
     """Nothing of it is kept, and nothing is looked at."""
 
     def keep(self, held: Sequence[int], look: bool = True) -> None:
@@ -154,15 +154,15 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def fleet_of(
     number: int, steering: FakeSteering, on: tuple[int, ...] = _CPUS, **keys: Any
-) -> Fleet:
+) -> WorkerPool:
     cpus = Topology(on, on, dict.fromkeys(on, 0))
     decided = plan(Service(workers=number, **keys), cpus, {}, find.find("hash"))
     log = Log("error", "text")
 
-    def launch(place: Place) -> Any:
+    def launch(place: WorkerHandle) -> Any:
         return SimpleNamespace(service=decided.service, binds=(), slot=place.slot)
 
-    return Fleet(
+    return WorkerPool(
         Generation(1, decided),
         2 * number,
         cast(Any, steering),
@@ -174,13 +174,13 @@ def fleet_of(
     )
 
 
-async def watched(fleet: Fleet) -> None:
+async def watched(pool: WorkerPool) -> None:
     """Until every worker has been started, or it is known that one cannot be."""
 
-    fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
-    fleet.fill()
+    pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+    pool.fill()
     async with asyncio.timeout(_TIMEOUT_S):
-        while any(not place.starts for place in fleet.places) and not fleet.refused.done():
+        while any(not place.starts for place in pool.places) and not pool.refused.done():
             FakeProcess.turn += 1
             await asyncio.sleep(0)
 
@@ -192,10 +192,10 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
     """However many there are, so that who is ready is heard, and serves, after so many forks."""
 
     async def run() -> None:
-        fleet = fleet_of(number, steering := FakeSteering())
-        fleet.start(lambda: None)
+        pool = fleet_of(number, steering := FakeSteering())
+        pool.start(lambda: None)
         assert forked == [0] * MOST_TOGETHER
-        await watched(fleet)
+        await watched(pool)
         assert len(forked) == len(steering.there) == number
         assert max(Counter(forked).values()) <= 2 * MOST_TOGETHER  # the first turn has two
         assert steering.asked["saved"] <= number / MOST_TOGETHER + 1
@@ -207,24 +207,24 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
 def test_first_are_as_many_as_there_are_cpus_within_bounds(
     monkeypatch: pytest.MonkeyPatch, forked: list[int], cpus: int, first: int
 ) -> None:
-    fleet = fleet_of(300, FakeSteering())
+    pool = fleet_of(300, FakeSteering())
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cpus)))
-    fleet.start(lambda: None)
+    pool.start(lambda: None)
     assert len(forked) == first
 
 
 def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[int]) -> None:
     async def run() -> None:
-        fleet = fleet_of(100, FakeSteering())
-        fleet.start(lambda: None)
-        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
-        fleet.report(next(iter(fleet.places)), Event.READY)
-        await fleet.up
-        fleet.settle()
-        assert fleet.steering.asked["flips"] == 1  # type: ignore[attr-defined]
+        pool = fleet_of(100, FakeSteering())
+        pool.start(lambda: None)
+        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        pool.report(next(iter(pool.places)), Event.READY)
+        await pool.up
+        pool.settle()
+        assert pool.steering.asked["flips"] == 1  # type: ignore[attr-defined]
         assert len(forked) == MOST_TOGETHER
         # those that wait for their turn have not failed, and are not asked to hurry
-        waiting = list(fleet.places)[MOST_TOGETHER:]
+        waiting = list(pool.places)[MOST_TOGETHER:]
         assert {place.state for place in waiting} == {State.BACKOFF}
         assert {status.shown(place) for place in waiting} == {State.STARTING}
         assert not any(place.timer for place in waiting)
@@ -236,15 +236,15 @@ def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
     forked: list[int],
 ) -> None:
     async def steps(number: int) -> int:
-        fleet, before = fleet_of(number, FakeSteering(), (0,), command=("sleep", "9")), len(forked)
-        fleet.start(lambda: None)
-        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
-        first, second, *_ = fleet.places
-        fleet.report(first, Event.READY)
+        pool, before = fleet_of(number, FakeSteering(), (0,), command=("sleep", "9")), len(forked)
+        pool.start(lambda: None)
+        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        first, second, *_ = pool.places
+        pool.report(first, Event.READY)
         await rest()
         assert len(forked) - before == 2
         with (cost := Cost()).of_steps():
-            fleet.report(second, Event.EXITED)
+            pool.report(second, Event.EXITED)
             await asyncio.sleep(0)
         assert len(forked) - before == 3
         return cost["steps"]
@@ -255,16 +255,16 @@ def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
 
 def test_stop_before_all_are_started_starts_no_more(forked: list[int]) -> None:
     async def run() -> None:
-        fleet = fleet_of(100, FakeSteering())
-        fleet.start(lambda: None)
-        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
-        fleet.fill()
+        pool = fleet_of(100, FakeSteering())
+        pool.start(lambda: None)
+        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        pool.fill()
         begun = len(forked)
-        for place in fleet.places:
+        for place in pool.places:
             place.process = None  # nobody is there to be told
-        fleet.stop(0.0, quick=True)
+        pool.stop(0.0, quick=True)
         await asyncio.sleep(0)
-        assert len(forked) == len(fleet.places) == begun < 100
+        assert len(forked) == len(pool.places) == begun < 100
 
     asyncio.run(run())
 
@@ -276,17 +276,17 @@ def test_service_of_which_not_all_can_be_started_ends(
     monkeypatch.setattr(FakeProcess, "fails_at", 50)
 
     async def run() -> None:
-        fleet = fleet_of(100, steering := FakeSteering())
-        fleet.start(lambda: None)
-        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        pool = fleet_of(100, steering := FakeSteering())
+        pool.start(lambda: None)
+        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
         if serves:
-            fleet.report(next(iter(fleet.places)), Event.READY)
-        fleet.fill()
+            pool.report(next(iter(pool.places)), Event.READY)
+        pool.fill()
         with pytest.raises(SteerError, match="no more processes"):
             async with asyncio.timeout(_TIMEOUT_S):
-                await (fleet.refused if serves else fleet.up)
-        assert len(steering.there) == sum(place.process is not None for place in fleet.places)
-        states = {place.state for place in fleet.places if not place.process}
+                await (pool.refused if serves else pool.up)
+        assert len(steering.there) == sum(place.process is not None for place in pool.places)
+        states = {place.state for place in pool.places if not place.process}
         assert states == {State.BACKOFF}  # so that to stop is to forget them
 
     asyncio.run(run())
@@ -299,10 +299,10 @@ def test_seats_that_an_adopter_cannot_fill_are_tried_again(
     monkeypatch.setattr(FakeProcess, "fails_at", 12)
 
     async def run() -> None:
-        fleet = fleet_of(20, FakeSteering())
-        await watched(fleet)
-        assert not fleet.refused.done()
-        failed = [place for place in fleet.places if not place.process]
+        pool = fleet_of(20, FakeSteering())
+        await watched(pool)
+        assert not pool.refused.done()
+        failed = [place for place in pool.places if not place.process]
         assert len(failed) == 20 - 8
         assert all(place.failures for place in failed)
         assert len(forked) == 12
@@ -319,38 +319,38 @@ def test_lot_that_took_long_is_followed_by_a_smaller_one(
     monkeypatch.setattr(Lot, "took", took)
 
     async def run() -> None:
-        fleet = fleet_of(40, FakeSteering())
-        fleet.start(lambda: None)
-        await watched(fleet)
+        pool = fleet_of(40, FakeSteering())
+        pool.start(lambda: None)
+        await watched(pool)
 
     asyncio.run(run())
     assert list(Counter(forked).values())[1:] == [2] * ((40 - 2 * MOST_TOGETHER) // 2)
 
 
-async def crash_of_all(fleet: Fleet) -> None:
+async def crash_of_all(pool: WorkerPool) -> None:
     """All end in one turn of the loop; until each was started again, or that was tried."""
-    for place in fleet.places:
-        fleet.report(place, Event.READY)
+    for place in pool.places:
+        pool.report(place, Event.READY)
     await rest()
     FakeProcess.forked.clear()
-    for place in fleet.places:
+    for place in pool.places:
         place.process = None
-        fleet.report(place, Event.EXITED)
+        pool.report(place, Event.EXITED)
     async with asyncio.timeout(_TIMEOUT_S):
-        while not all(place.process or place.failures for place in fleet.places):
+        while not all(place.process or place.failures for place in pool.places):
             FakeProcess.turn += 1
             await asyncio.sleep(0)
 
 
 def test_all_that_ended_at_once_are_started_in_lots(forked: list[int]) -> None:
     async def run() -> None:
-        fleet = fleet_of(100, steering := FakeSteering())
-        fleet.start(lambda: None)
-        await watched(fleet)
+        pool = fleet_of(100, steering := FakeSteering())
+        pool.start(lambda: None)
+        await watched(pool)
         saved = steering.asked["saved"]
-        await crash_of_all(fleet)
+        await crash_of_all(pool)
         assert sorted(Counter(forked).values(), reverse=True) == [MOST_TOGETHER] * 12 + [4]
-        assert len({place.slot for place in fleet.places}) == 100
+        assert len({place.slot for place in pool.places}) == 100
         assert steering.asked["saved"] - saved <= 13 + 1
 
     asyncio.run(run())
@@ -360,33 +360,33 @@ def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
     monkeypatch: pytest.MonkeyPatch, forked: list[int]
 ) -> None:
     async def run() -> None:
-        fleet = fleet_of(20, FakeSteering())
-        fleet.start(lambda: None)
-        await watched(fleet)
+        pool = fleet_of(20, FakeSteering())
+        pool.start(lambda: None)
+        await watched(pool)
 
         def fork_all(launches: Sequence[Any], *_: object) -> list[FakeProcess]:
-            if sum(bool(place.process) for place in fleet.places) + len(launches) > 12:
+            if sum(bool(place.process) for place in pool.places) + len(launches) > 12:
                 raise KernelError("start a worker", "no more processes")
             return list(map(FakeProcess, launches))
 
         monkeypatch.setattr(process, "fork_all", fork_all)
-        await crash_of_all(fleet)
-        assert sum(bool(place.process) for place in fleet.places) == 12
-        assert all(place.timer for place in fleet.places if not place.process)
+        await crash_of_all(pool)
+        assert sum(bool(place.process) for place in pool.places) == 12
+        assert all(place.timer for place in pool.places if not place.process)
 
     asyncio.run(run())
 
 
 def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[int]) -> None:
     async def run() -> None:
-        fleet = fleet_of(4, FakeSteering())
-        fleet.start(lambda: None)
-        fleet.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
-        first = next(iter(fleet.places))
+        pool = fleet_of(4, FakeSteering())
+        pool.start(lambda: None)
+        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        first = next(iter(pool.places))
         first.process = None
-        fleet.report(first, Event.EXITED)
-        fleet._on_time(first, Event.RETRY)
-        fleet._on_time(first, Event.RETRY)
+        pool.report(first, Event.EXITED)
+        pool._on_time(first, Event.RETRY)
+        pool._on_time(first, Event.RETRY)
         forked.clear()
         await rest()
         assert len(forked) == 1

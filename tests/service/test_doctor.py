@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer import abi
-from steer.backends.base import Steering
+from steer.backends.base import Backend
 from steer.backends.open import Kernel
 from steer.config import auto, candidates, plan
 from steer.config.candidates import Answer
@@ -164,7 +164,7 @@ def test_what_auto_becomes_and_what_would_have_it_go_by_load(
 def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def uncounted(plan: plan.Plan) -> Steering:
+    def uncounted(plan: plan.Plan) -> Backend:
         if plan.policy.reads_load:
             raise Uncounted("open connections cannot be counted", "EACCES")
         return Kernel(plan)
@@ -677,7 +677,7 @@ def test_place_of_another_user(tmp_path: Path) -> None:
 def test_a_policy_that_is_refused_is_stepped_down_from(
     monkeypatch: pytest.MonkeyPatch, error: KernelError, cure: str
 ) -> None:
-    def open_whole(plan: plan.Plan) -> Steering:
+    def open_whole(plan: plan.Plan) -> Backend:
         if plan.rungs[0].backend == EBPF:
             raise error
         return Kernel(plan)

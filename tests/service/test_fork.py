@@ -17,7 +17,7 @@ import pytest
 from steer.child import main
 from steer.child.launch import Launch
 from steer.config import address
-from steer.config.plan import Seat
+from steer.config.plan import WorkerSpec
 from steer.config.service import Service
 from steer.errors import BindError, KernelError
 from steer.linux import descriptors
@@ -25,7 +25,7 @@ from steer.linux import fork as process
 from steer.linux.identity import Identity
 from steer.sockets import reuseport
 from steer.workers import process as worker_process
-from steer.workers.process import Process
+from steer.workers.process import WorkerProcess
 from testkit.clients import http_get
 from testkit.crew import PORT
 from testkit.fixtures import StartService
@@ -39,7 +39,7 @@ def launch_on(*binds: str) -> Launch:
         Service(),
         "test",
         tuple(map(address.parse, binds)),
-        Seat(0, cpu=None, cpus=tuple(os.sched_getaffinity(0)), weight=1),
+        WorkerSpec(0, cpu=None, cpus=tuple(os.sched_getaffinity(0)), weight=1),
         slot=0,
         generation=1,
         identity=Identity(),
@@ -79,7 +79,7 @@ def forked() -> Iterator[list[int]]:
         process.is_done(pid)
 
 
-def fork(launch: Launch, guard: FakeGuard) -> Process:
+def fork(launch: Launch, guard: FakeGuard) -> WorkerProcess:
     with worker_process.bound(launch) as own:
         return worker_process.fork_all([launch], cast(Any, guard), [own])[0]
 

@@ -11,7 +11,7 @@ from msgspec.structs import asdict, replace
 from steer.config import auto
 from steer.config import plan as planning
 from steer.config.auto import Candidate
-from steer.config.candidates import Answer, Finding, Rung
+from steer.config.candidates import Answer, BackendCandidate, Finding
 from steer.config.fallback import first_that_works
 from steer.config.plan import FIXED, Plan, again, choosing_by, scaled
 from steer.config.service import FIELDS, Service
@@ -116,7 +116,7 @@ def test_the_hash_table_is_long_enough_for_workers_of_a_reload() -> None:
 def on(there: str, policy: str, **keys: Any) -> Plan:
     """A service that runs there."""
     plan = planning.plan(Service(policy=policy, **keys), FOUR, {}, find.find(policy))
-    return replace(plan, rungs=(Rung(there, "so it is", False),))
+    return replace(plan, rungs=(BackendCandidate(there, "so it is", False),))
 
 
 NO = Finding(Answer.NO, "EPERM")
@@ -164,7 +164,9 @@ def backends(plan: Plan) -> list[list[str]]:
 
 @pytest.mark.parametrize("backend", ["ebpf", "cbpf"])
 def test_the_kernels_own_hash_needs_no_program(backend: str) -> None:
-    assert swapped(on(backend, "hash"), "kernel").rungs == (Rung("kernel", None, False),)
+    assert swapped(on(backend, "hash"), "kernel").rungs == (
+        BackendCandidate("kernel", None, False),
+    )
 
 
 @pytest.mark.parametrize(

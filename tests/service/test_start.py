@@ -166,7 +166,7 @@ class Starting:
         self.serves = False
         self.imported: list[bool] = []
         self.plan = SimpleNamespace(service=SimpleNamespace(command=command))
-        self.fleet = self.listener = self
+        self.pool = self.listener = self
         self._said = iter(SAID)
         patch.setattr(importlib, "import_module", lambda _: self.imported.append(self.serves))
         patch.setattr(threading, "Thread", self._thread)

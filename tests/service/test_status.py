@@ -19,7 +19,7 @@ from steer.controller import status
 from steer.errors import KernelError
 from steer.sockets import sock_diag
 from steer.sockets.sock_diag import Bound
-from steer.workers.handle import Places
+from steer.workers.handle import WorkerHandles
 from steer.workers.lifecycle import State
 from steer.workers.queues import Queues
 from testkit.clients import BIND, freeze
@@ -107,8 +107,8 @@ class FakeService:
             open=self._open,
             unsteered=lambda: 0,
         )
-        self.fleet = SimpleNamespace(
-            places=Places(),
+        self.pool = SimpleNamespace(
+            places=WorkerHandles(),
             generation=SimpleNamespace(number=1),
             visibility=SimpleNamespace(notes={}),
             group_notes={},
@@ -118,7 +118,7 @@ class FakeService:
         )
         self.is_lent = False
         for slot in range(workers):
-            self.fleet.places.add(self.place(slot))
+            self.pool.places.add(self.place(slot))
 
     def place(self, slot: int) -> Any:
         process = SimpleNamespace(
@@ -210,14 +210,14 @@ def test_what_cannot_be_seen_is_left_out_and_asked_for_once() -> None:
 
 def test_workers_that_go_meanwhile_are_counted_once() -> None:
     service = FakeService(200)
-    fleet = service.fleet
+    pool = service.pool
 
     def goes() -> None:
-        gone = [each for each in fleet.places if each.slot < 1000][:10]
+        gone = [each for each in pool.places if each.slot < 1000][:10]
         for each in gone:
-            fleet.places.remove(each)
-            fleet.retired += Counts(each.slot)
-            fleet.places.add(service.place(1000 + each.slot))
+            pool.places.remove(each)
+            pool.retired += Counts(each.slot)
+            pool.places.add(service.place(1000 + each.slot))
 
     told = service.report(goes)
     slots = [each.slot for each in told.workers]

@@ -524,7 +524,7 @@ def test_at_a_group_that_fails_the_others_go_back(monkeypatch: pytest.MonkeyPatc
 
 
 def swap_crew(crew: Crew, policy: str) -> None:
-    """As the fleet does it."""
+    """As the pool does it."""
     service = crew.plan.service
     candidates = auto.candidates(find(policy), service, {}, "change it")
     plan = choosing_by(crew.plan, service, candidates, crew.plan.topology, "change it")

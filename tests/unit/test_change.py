@@ -12,16 +12,16 @@ import pytest
 
 from steer.config import plan as planning
 from steer.config.candidates import Answer, Finding
-from steer.config.plan import Generation, Plan, Seat
+from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
-from steer.controller.rollout import Changes, unheard
+from steer.controller.rollout import Rollout, unheard
 from steer.errors import ControlError, WorkersFailed
 from steer.policy.cpus import Topology
 from steer.workers import lifecycle
-from steer.workers.handle import Place, Saved
+from steer.workers.handle import Saved, WorkerHandle
 from steer.workers.intake import Lot
 from steer.workers.lifecycle import Command, Event, State
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 from steer.workers.process import Running
 
 CPUS = (0, 1, 2, 3)
@@ -43,7 +43,7 @@ class FakeFleet:
 
     def __init__(self, workers: int) -> None:
         self.generation = Generation(1, plan_for(workers))
-        self.places: list[Place] = []
+        self.places: list[WorkerHandle] = []
         self.flips: list[list[int]] = []
         self.kept: list[tuple[int, int, int]] = []
         self.lot = Lot()
@@ -52,35 +52,35 @@ class FakeFleet:
         for seat in self.generation.plan.seats:
             self._take(seat, self.generation).state = State.READY
 
-    def _take(self, seat: Seat, generation: Generation) -> Place:
-        place = Place(seat, self._slot, generation)
+    def _take(self, seat: WorkerSpec, generation: Generation) -> WorkerHandle:
+        place = WorkerHandle(seat, self._slot, generation)
         self._slot += 1
         self.places.append(place)
         return place
 
     def recruit(
         self,
-        seats: Sequence[Seat],
+        seats: Sequence[WorkerSpec],
         generation: Generation,
         _modest: bool,
-        told: Callable[[Place], None],
-    ) -> list[Place]:
+        told: Callable[[WorkerHandle], None],
+    ) -> list[WorkerHandle]:
         places = [self._take(seat, generation) for seat in seats]
         for place in places:
             place.held, place.told = True, told
         return places
 
-    def admit(self, places: Sequence[Place]) -> None:
+    def admit(self, places: Sequence[WorkerHandle]) -> None:
         for place in places:
             place.held = False
         self.admitted += 1
 
-    def report(self, place: Place, event: Event) -> None:
+    def report(self, place: WorkerHandle, event: Event) -> None:
         place.state, commands = lifecycle.step(place.state, event)
         if Command.FORGET in commands:
             self.places.remove(place)
 
-    def retire(self, places: Sequence[Place]) -> None:
+    def retire(self, places: Sequence[WorkerHandle]) -> None:
         for place in places:
             self.report(place, Event.RETIRE)
 
@@ -103,29 +103,29 @@ class FakeFleet:
         assert place.told is not None
         place.told(place)
 
-    def at(self, slot: int) -> Place:
+    def at(self, slot: int) -> WorkerHandle:
         return next(place for place in self.places if place.slot == slot)
 
     def states(self) -> dict[int, State]:
         return {place.slot: place.state for place in self.places}
 
 
-Script = Callable[[FakeFleet, Changes], Coroutine[Any, Any, None]]
+Script = Callable[[FakeFleet, Rollout], Coroutine[Any, Any, None]]
 
 
 def play(workers: int, script: Script) -> FakeFleet:
     """A service of so many workers, and what happens to it."""
-    fleet = FakeFleet(workers)
+    pool = FakeFleet(workers)
 
     async def run() -> None:
-        changes = Changes(
-            cast(Fleet, fleet),
-            lambda new, now: fleet.kept.append((new.number, now.number, fleet.admitted)),
+        changes = Rollout(
+            cast(WorkerPool, pool),
+            lambda new, now: pool.kept.append((new.number, now.number, pool.admitted)),
         )
-        await asyncio.wait_for(script(fleet, changes), 10)
+        await asyncio.wait_for(script(pool, changes), 10)
 
     asyncio.run(run())
-    return fleet
+    return pool
 
 
 async def rest() -> None:
@@ -146,71 +146,71 @@ def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_the_cpus_start_workers_and_one_more_begins_and_all_are_told_of() -> None:
     told: list[tuple[str, int, int]] = []
 
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(4), lambda *how_far: told.append(how_far)))
         await rest()
-        assert [place.slot for place in fleet.places] == [0, 1, 2, 3]
-        fleet.get_ready(2)
+        assert [place.slot for place in pool.places] == [0, 1, 2, 3]
+        pool.get_ready(2)
         await rest()
-        assert [place.slot for place in fleet.places] == [0, 1, 2, 3, 4]
-        fleet.get_ready(1)
-        fleet.get_ready(4)
+        assert [place.slot for place in pool.places] == [0, 1, 2, 3, 4]
+        pool.get_ready(1)
+        pool.get_ready(4)
         await rest()
-        assert fleet.flips == []
-        fleet.get_ready(3)
+        assert pool.flips == []
+        pool.get_ready(3)
         assert (await renewal).number == 2
 
-    fleet = play(1, script)
+    pool = play(1, script)
     assert told == [("ready", done, 4) for done in (0, 1, 2, 3, 4)]
-    assert fleet.flips == [[1, 2, 3, 4]]
-    assert fleet.states()[0] is State.STOPPING
+    assert pool.flips == [[1, 2, 3, 4]]
+    assert pool.states()[0] is State.STOPPING
     # The guard knows of the new one before there are workers of it.
-    assert fleet.kept == [(2, 1, 0), (2, 2, 1)]
+    assert pool.kept == [(2, 1, 0), (2, 2, 1)]
 
 
 def test_one_that_fails_takes_the_others_with_it() -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(3), unheard))
         await rest()
-        fleet.get_ready(2)
+        pool.get_ready(2)
         await rest()
-        fleet.fail(3)
+        pool.fail(3)
         with pytest.raises(WorkersFailed, match="exit status 7"):
             await renewal
 
-    fleet = play(2, script)
-    assert fleet.generation.number == 1
-    assert fleet.flips == []
-    assert fleet.states() == {
+    pool = play(2, script)
+    assert pool.generation.number == 1
+    assert pool.flips == []
+    assert pool.states() == {
         0: State.READY,
         1: State.READY,
         2: State.STOPPING,
         4: State.STOPPING,
     }
-    assert fleet.kept == [(2, 1, 0)]
+    assert pool.kept == [(2, 1, 0)]
 
 
 def test_one_that_was_ready_and_failed_since_counts_as_failed() -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(2), unheard))
         await rest()
-        fleet.get_ready(1)
+        pool.get_ready(1)
         await rest()
-        fleet.fail(1)
-        fleet.get_ready(2)
+        pool.fail(1)
+        pool.get_ready(2)
         with pytest.raises(WorkersFailed, match="exit status 7"):
             await renewal
 
-    fleet = play(1, script)
-    assert fleet.states() == {0: State.READY, 2: State.STOPPING}
+    pool = play(1, script)
+    assert pool.states() == {0: State.READY, 2: State.STOPPING}
 
 
 def test_one_that_is_ready_and_says_that_it_ends_counts_as_failed() -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(1), unheard))
         await rest()
-        fleet.get_ready(1)
-        fleet.report(fleet.at(1), Event.DRAIN)
+        pool.get_ready(1)
+        pool.report(pool.at(1), Event.DRAIN)
         with pytest.raises(WorkersFailed, match="one is draining"):
             await renewal
 
@@ -219,53 +219,53 @@ def test_one_that_is_ready_and_says_that_it_ends_counts_as_failed() -> None:
 
 @pytest.mark.parametrize("when", ["before any is ready", "just as all are"])
 def test_end_of_the_service_ends_a_change(when: str) -> None:
-    async def renew(changes: Changes) -> None:
+    async def renew(changes: Rollout) -> None:
         async with changes.turn("reload demo"):
             await changes.renew(plan_for(4), unheard)
 
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
         first, second = begin(renew(changes)), begin(renew(changes))
         await rest()
         if when == "just as all are":
             for slot in (1, 2, 3):
-                fleet.get_ready(slot)
+                pool.get_ready(slot)
                 await rest()
-            fleet.get_ready(4)
+            pool.get_ready(4)
         changes.end()
-        for place in list(fleet.places):
-            fleet.report(place, Event.STOP)
+        for place in list(pool.places):
+            pool.report(place, Event.STOP)
         if when == "before any is ready":
-            fleet.fail(1)
+            pool.fail(1)
         for change in (first, second):
             with pytest.raises(ControlError, match=r"^reload demo: the service is ending$"):
                 await change
 
-    fleet = play(1, script)
+    pool = play(1, script)
     # None was started since, and none admitted.
-    assert len(fleet.places) == (3 if when == "before any is ready" else 5)
-    assert set(fleet.states().values()) == {State.STOPPING}
-    assert fleet.flips == []
-    assert fleet.generation.number == 1
+    assert len(pool.places) == (3 if when == "before any is ready" else 5)
+    assert set(pool.states().values()) == {State.STOPPING}
+    assert pool.flips == []
+    assert pool.generation.number == 1
 
 
 def test_changes_take_turns() -> None:
-    async def renew(changes: Changes) -> int:
+    async def renew(changes: Rollout) -> int:
         async with changes.turn("reload demo"):
             return (await changes.renew(plan_for(1), unheard)).number
 
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
         first, second = begin(renew(changes)), begin(renew(changes))
         for slot in (1, 2):
             await rest()
-            assert list(fleet.states()) == list(range(slot + 1))
-            fleet.get_ready(slot)
+            assert list(pool.states()) == list(range(slot + 1))
+            pool.get_ready(slot)
         assert [await first, await second] == [2, 3]
 
     assert play(1, script).flips == [[1], [2]]
 
 
 def test_no_change_begins_when_the_service_ends() -> None:
-    async def script(_fleet: FakeFleet, changes: Changes) -> None:
+    async def script(_pool: FakeFleet, changes: Rollout) -> None:
         changes.end()
         with pytest.raises(ControlError, match=r"^divide: the service is ending$"):
             async with changes.turn("divide"):
@@ -279,95 +279,95 @@ OUT = [State.DRAINING, State.HUNG, State.BACKOFF, State.STARTING]
 
 @pytest.mark.parametrize("state", OUT)
 def test_last_that_serves_is_not_scaled_away(state: State) -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
-        fleet.at(0).state = state
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
+        pool.at(0).state = state
         scaling = begin(changes.scale(plan_for(1), unheard))
         await rest()
-        assert fleet.at(1).state is State.READY
-        fleet.get_ready(2)
+        assert pool.at(1).state is State.READY
+        pool.get_ready(2)
         await scaling
 
-    fleet = play(2, script)
-    assert fleet.flips == [[2]]
-    assert fleet.at(1).state is State.STOPPING
-    assert fleet.at(2).seat == fleet.generation.plan.seats[0]
+    pool = play(2, script)
+    assert pool.flips == [[2]]
+    assert pool.at(1).state is State.STOPPING
+    assert pool.at(2).seat == pool.generation.plan.seats[0]
 
 
 @pytest.mark.parametrize("state", OUT)
 def test_who_stays_need_not_serve_where_another_does(state: State) -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
-        fleet.at(0).state = state
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
+        pool.at(0).state = state
         await changes.scale(plan_for(2), unheard)
 
-    fleet = play(3, script)
-    assert fleet.flips == [[1]]
-    assert fleet.states() == {0: state, 1: State.READY, 2: State.STOPPING}
+    pool = play(3, script)
+    assert pool.flips == [[1]]
+    assert pool.states() == {0: state, 1: State.READY, 2: State.STOPPING}
 
 
 def test_one_on_its_way_out_leaves_its_seat() -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
-        fleet.at(1).state = State.STOPPING
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
+        pool.at(1).state = State.STOPPING
         scaling = begin(changes.scale(plan_for(2), unheard))
         await rest()
-        fleet.get_ready(2)
+        pool.get_ready(2)
         await scaling
 
-    fleet = play(2, script)
-    assert fleet.flips == [[0, 2]]
-    assert fleet.at(2).seat == fleet.at(1).seat
-    assert fleet.generation.number == 1
+    pool = play(2, script)
+    assert pool.flips == [[0, 2]]
+    assert pool.at(2).seat == pool.at(1).seat
+    assert pool.generation.number == 1
 
 
 def test_none_serves_when_scaled_to_none() -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
-        running = fleet.generation.plan
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
+        running = pool.generation.plan
         await changes.scale(planning.scaled(running, 0, running.topology), unheard)
 
-    fleet = play(2, script)
-    assert fleet.flips == [[]]
-    assert set(fleet.states().values()) == {State.STOPPING}
+    pool = play(2, script)
+    assert pool.flips == [[]]
+    assert set(pool.states().values()) == {State.STOPPING}
 
 
 def test_restart_takes_the_seat_over() -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
-        restarting = begin(changes.restart(fleet.at(1), unheard))
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
+        restarting = begin(changes.restart(pool.at(1), unheard))
         await rest()
-        assert fleet.at(1).state is State.READY
-        fleet.get_ready(3)
-        assert await restarting is fleet.at(3)
+        assert pool.at(1).state is State.READY
+        pool.get_ready(3)
+        assert await restarting is pool.at(3)
 
-    fleet = play(3, script)
-    assert fleet.flips == [[0, 2, 3]]
-    assert fleet.at(3).seat == fleet.at(1).seat
+    pool = play(3, script)
+    assert pool.flips == [[0, 2, 3]]
+    assert pool.at(3).seat == pool.at(1).seat
 
 
-def is_hung(place: Place) -> bool:
+def is_hung(place: WorkerHandle) -> bool:
     return place.state is State.HUNG
 
 
 @pytest.mark.parametrize("back", [False, True])
 def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
-        fleet.at(1).state = State.HUNG
-        relief = begin(changes.relieve(fleet.at(1), is_hung))
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
+        pool.at(1).state = State.HUNG
+        relief = begin(changes.relieve(pool.at(1), is_hung))
         await rest()
         if back:
-            fleet.report(fleet.at(1), Event.BACK)
-        fleet.get_ready(2)
+            pool.report(pool.at(1), Event.BACK)
+        pool.get_ready(2)
         await relief
 
-    fleet = play(2, script)
+    pool = play(2, script)
     gone, stays = (2, 1) if back else (1, 2)
-    assert fleet.at(gone).state is State.STOPPING
-    assert fleet.at(stays).serves
-    assert fleet.kept == ([] if back else [(1, 1, 1)]), "or who adopts us would let it go"
+    assert pool.at(gone).state is State.STOPPING
+    assert pool.at(stays).serves
+    assert pool.kept == ([] if back else [(1, 1, 1)]), "or who adopts us would let it go"
 
 
 @pytest.mark.parametrize("state", [State.READY, State.STOPPING, State.BACKOFF])
 def test_one_that_does_not_hang_any_more_is_not_replaced(state: State) -> None:
-    async def script(fleet: FakeFleet, changes: Changes) -> None:
-        fleet.at(1).state = state
-        await changes.relieve(fleet.at(1), is_hung)
+    async def script(pool: FakeFleet, changes: Rollout) -> None:
+        pool.at(1).state = state
+        await changes.relieve(pool.at(1), is_hung)
 
     assert list(play(2, script).states()) == [0, 1]
 
@@ -377,8 +377,8 @@ def test_who_adopts_takes_those_for_admitted_whose_change_was(admitted: int, is_
     """As each was saved when it was not yet."""
     generation = Generation(2, plan_for(1))
     seat = generation.plan.seats[0]
-    place = Place(seat, 0, generation, State.READY, held=True, change=4)
+    place = WorkerHandle(seat, 0, generation, State.READY, held=True, change=4)
     saved = msgspec.json.decode(
         msgspec.json.encode(place._saved(Running(1, 0.0, (), False))), type=Saved
     )
-    assert Place.restored(saved, generation, 0.0, admitted).held == is_held
+    assert WorkerHandle.restored(saved, generation, 0.0, admitted).held == is_held

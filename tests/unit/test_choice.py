@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from steer import abi
-from steer.backends.loaded_policy import Choice
+from steer.backends.loaded_policy import LoadedPolicy
 from steer.policy import builtin, layout
 from steer.policy.builtin import Policy, Scene
 from steer.policy.layout import Layout, Member
@@ -36,18 +36,18 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> Laid:
     return counts
 
 
-def chosen_by(name: str) -> Choice:
+def chosen_by(name: str) -> LoadedPolicy:
     memory = bytearray(abi.TABLE_BYTES)
     maps = {
         "table": SimpleNamespace(memory=lambda: memory),
         "params": SimpleNamespace(put=lambda *_: None),
     }
-    chosen = Choice(plan_for(3, name), cast(Any, maps), [], True)
+    chosen = LoadedPolicy(plan_for(3, name), cast(Any, maps), [], True)
     chosen._table.forget()
     return chosen
 
 
-def slots(chosen: Choice) -> dict[int, int]:
+def slots(chosen: LoadedPolicy) -> dict[int, int]:
     shares = dict(layout.shares(layout.read(chosen._table.active())))
     return {slot: number for slot, number in shares.items() if slot != abi.NO_SLOT}
 

@@ -14,7 +14,7 @@ import pytest
 
 from steer.controller.rollout import unheard
 from steer.workers import pool
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER, Lot
 from steer.workers.lifecycle import Event
 from testkit.growth_fakes import (
@@ -52,8 +52,8 @@ def test_a_notification(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         (place,) = service.ready()
         with service.counted():
-            service.fleet.notified((pid_of(place),), {"WATCHDOG": "1"})
-            service.fleet.notified((pid_of(place),), READY)
+            service.pool.notified((pid_of(place),), {"WATCHDOG": "1"})
+            service.pool.notified((pid_of(place),), READY)
 
     few, many = both(script, tmp_path)
     assert many == few
@@ -62,9 +62,9 @@ def test_a_notification(tmp_path: Path) -> None:
 
 def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
-        fleet, seat = service.fleet, service.plan.seats[0]
+        pool, seat = service.pool, service.plan.seats[0]
         with service.counted():
-            fleet.recruit([seat], fleet.generation, True, lambda _: None)
+            pool.recruit([seat], pool.generation, True, lambda _: None)
             await rest()
 
     few, many = both(script, tmp_path)
@@ -76,11 +76,11 @@ def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
 def test_a_flip_for_all_that_get_ready_in_one_turn(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         for place in service.ready(MANY):
-            service.fleet.report(place, Event.DRAIN)
+            service.pool.report(place, Event.DRAIN)
         await rest()
         with service.counted():
-            for place in list(service.fleet.places):
-                service.fleet.report(place, Event.UNDRAIN)
+            for place in list(service.pool.places):
+                service.pool.report(place, Event.UNDRAIN)
             await rest()
 
     few, many = both(script, tmp_path)
@@ -109,7 +109,7 @@ def test_a_reload(tmp_path: Path) -> None:
             await service.changes.renew(service.plan, unheard)
             assert {place.generation.number for place in service.ready(MANY)} == {2}
             assert service.cost["flips"] == 1
-            while len(service.fleet.places) > len(service.plan.seats):
+            while len(service.pool.places) > len(service.plan.seats):
                 await rest()
 
     few, many = both(script, tmp_path)
@@ -127,14 +127,14 @@ def test_those_that_are_admitted_together_are_saved_no_more_for_it(tmp_path: Pat
     """The turn in which a thousand are would take the longest of all."""
 
     async def script(service: FakeService) -> None:
-        was = service.fleet.admit
+        was = service.pool.admit
 
-        def admit(places: Sequence[Place]) -> None:
+        def admit(places: Sequence[WorkerHandle]) -> None:
             with service.counted() as cost:
                 was(places)
                 seen.update(cost)
 
-        service.fleet.admit = admit  # type: ignore[method-assign]
+        service.pool.admit = admit  # type: ignore[method-assign]
         await service.changes.renew(service.plan, unheard)
 
     seen: Counter[str] = Counter()
@@ -151,7 +151,7 @@ def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
             await service.changes.renew(service.plan, unheard)
-            while len(service.fleet.places) > len(service.plan.seats):
+            while len(service.pool.places) > len(service.plan.seats):
                 await rest()
 
     few, many = (
@@ -186,9 +186,9 @@ def test_a_stop_waits_once_for_the_guard_to_close_sockets(tmp_path: Path) -> Non
 
     async def script(service: FakeService) -> None:
         with service.counted():
-            service.fleet.stop(30.0, quick=True)
+            service.pool.stop(30.0, quick=True)
             assert service.cost["waits for the guard"] == 1
-            await service.fleet.ended
+            await service.pool.ended
 
     few, many = (
         cost_of(script, tmp_path, workers, backend=OrderedSteering) for workers in (FEW, MANY)
@@ -241,7 +241,7 @@ def test_a_scale(tmp_path: Path) -> None:
         half = plan_for(len(service.plan.seats) // 2)
         with service.counted():
             await service.changes.scale(half, unheard)
-            while len(service.fleet.places) > len(half.seats):
+            while len(service.pool.places) > len(half.seats):
                 await rest()
 
     few, many = both(script, tmp_path)
@@ -252,7 +252,7 @@ def test_a_scale(tmp_path: Path) -> None:
 def test_a_policy_change(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
-            service.fleet.choose_by(plan_for(len(service.plan.seats), "cpu"))
+            service.pool.choose_by(plan_for(len(service.plan.seats), "cpu"))
 
     few, many = both(script, tmp_path)
     assert many["flips"] == few["flips"] == 1
@@ -264,7 +264,7 @@ def test_a_policy_change(tmp_path: Path) -> None:
 def test_who_keeps_its_seat_is_not_saved_for_another_policy(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
-            service.fleet.choose_by(plan_for(len(service.plan.seats), "hash"))
+            service.pool.choose_by(plan_for(len(service.plan.seats), "hash"))
 
     assert not cost_of(script, tmp_path, FEW)["saves of a worker"]
 
@@ -276,7 +276,7 @@ def test_workers_are_pinned_as_there_is_time_in_a_turn(
     turns: list[int] = []
 
     async def script(service: FakeService) -> None:
-        was = service.fleet.retry.attempt
+        was = service.pool.retry.attempt
         pinned = 0
 
         def attempt(act: str, do: Callable[[], object]) -> bool:
@@ -284,8 +284,8 @@ def test_workers_are_pinned_as_there_is_time_in_a_turn(
             pinned += act.startswith("pin ")
             return was(act, do)
 
-        service.fleet.retry.attempt = attempt  # type: ignore[method-assign]
-        service.fleet.choose_by(plan_for(len(service.plan.seats), "cpu"))
+        service.pool.retry.attempt = attempt  # type: ignore[method-assign]
+        service.pool.choose_by(plan_for(len(service.plan.seats), "cpu"))
         while pinned < len(service.plan.seats):
             turns.append(pinned)
             await asyncio.sleep(0)

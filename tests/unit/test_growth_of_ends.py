@@ -13,7 +13,7 @@ import pytest
 from test_change import plan_for
 from test_ends import DEADLINE_S, FIRST, FakeWorker
 
-from steer.backends.base import Countless
+from steer.backends.base import Uncounting
 from steer.config.plan import Generation
 from steer.errors import WorkersFailed
 from steer.linux.family import Family
@@ -23,10 +23,10 @@ from steer.linux.spare import Spare
 from steer.policy.layout import Member
 from steer.sockets import sock_diag
 from steer.workers import elsewhere, ends, pool
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER
 from steer.workers.lifecycle import State
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 
 sizes = pytest.mark.parametrize("workers", [10, 1000])
 
@@ -58,7 +58,7 @@ class CountingGuard:
         yield
 
 
-class CountingSteering(Countless):
+class CountingSteering(Uncounting):
     """Holds no sockets."""
 
     backend = "fake"
@@ -138,7 +138,7 @@ class Serving:
         self.steps_told: list[int] = []
         generation = Generation(1, plan_for(workers))
         log, loop = Log("error", "text"), asyncio.get_running_loop()
-        self.fleet = Fleet(
+        self.pool = WorkerPool(
             generation,
             2 * workers,
             cast(Any, self.steering),
@@ -150,13 +150,13 @@ class Serving:
         )
         self.workers = [ServingWorker(FIRST + slot, self.guard) for slot in range(workers)]
         for seat, worker in zip(generation.plan.seats, self.workers, strict=True):
-            place = Place(seat, seat.number, generation, State.READY, ready_s=0.0)
+            place = WorkerHandle(seat, seat.number, generation, State.READY, ready_s=0.0)
             place.process = cast(Any, worker)
-            self.fleet.places.add(place)
-        self.fleet.watch(loop, cast(Any, None), lambda _place: None)
+            self.pool.places.add(place)
+        self.pool.watch(loop, cast(Any, None), lambda _place: None)
         self.guard.sent.clear()
 
-    def _refuse(self, _place: Place) -> NoReturn:
+    def _refuse(self, _place: WorkerHandle) -> NoReturn:
         self.starts += 1
         raise WorkersFailed("start workers", "no more")
 
@@ -170,8 +170,8 @@ class Serving:
 
     def fail_at_start(self) -> None:
         """As if no worker had ever been ready."""
-        self.fleet.up = asyncio.get_running_loop().create_future()
-        for place in self.fleet.places:
+        self.pool.up = asyncio.get_running_loop().create_future()
+        for place in self.pool.places:
             place.ready_s = None
 
     async def until(self, is_so: Callable[[], bool]) -> None:
@@ -181,7 +181,7 @@ class Serving:
 
     async def until_gone(self, slots: Collection[int]) -> None:
         """All of these have ended, and that was seen to."""
-        places = [place for place in self.fleet.places if place.slot in slots]
+        places = [place for place in self.pool.places if place.slot in slots]
         await self.until(lambda: not any(place.process for place in places))
 
 
@@ -192,7 +192,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def played(workers: int, script: Callable[[Serving], Any]) -> Serving:
         async def run() -> Serving:
             serving = Serving(workers)
-            monkeypatch.setattr(serving.fleet._ends, "_find", serving.find)
+            monkeypatch.setattr(serving.pool._ends, "_find", serving.find)
             monkeypatch.setattr(sock_diag, "waiting", serving.waiting)
             await script(serving)
             return serving
@@ -252,12 +252,12 @@ def test_where_the_kernel_tells_that_sockets_are_closed_no_port_is_looked_at(
 @sizes
 def test_a_stop_looks_at_each_once_and_saves_nothing(play: Play, workers: int) -> None:
     async def script(serving: Serving) -> None:
-        serving.fleet.stop(30.0, quick=False)
+        serving.pool.stop(30.0, quick=False)
         await serving.until(lambda: all(each.told for each in serving.workers))
         for worker in serving.workers:
             worker.first_ends()
         async with asyncio.timeout(DEADLINE_S):
-            await serving.fleet.ended
+            await serving.pool.ended
 
     serving = play(workers, script)
     assert (serving.looks, serving.dumps) == (-(-workers // ends.MOST), 0)
@@ -272,12 +272,12 @@ def test_one_that_dies_before_it_is_told_to_end_is_not_started_again(
     """As one worker is told in a turn of the loop."""
 
     async def script(serving: Serving) -> None:
-        serving.fleet.stop(30.0, quick=False)
+        serving.pool.stop(30.0, quick=False)
         assert [each.told for each in serving.workers] == [True] + 99 * [False]
         for worker in reversed(serving.workers):
             worker.first_ends()
         async with asyncio.timeout(DEADLINE_S):
-            await serving.fleet.ended
+            await serving.pool.ended
         assert not serving.starts
 
     monkeypatch.setattr(pool, "_STEP_S", 0.0)
@@ -292,18 +292,18 @@ def test_when_all_fail_at_the_start_few_are_looked_at(
     looked_at: list[object] = []
     asked = Counter[int]()
 
-    def has_failed(place: Place) -> bool:
+    def has_failed(place: WorkerHandle) -> bool:
         asked[place.slot] += 1
         return place.failures > 0
 
     async def script(serving: Serving) -> None:
         serving.fail_at_start()
-        for place in serving.fleet.places:
+        for place in serving.pool.places:
             place.state = State.STARTING
         for worker in serving.workers:
             worker.first_ends()
-        await serving.until(serving.fleet.up.done)
-        assert isinstance(serving.fleet.up.exception(), WorkersFailed)
+        await serving.until(serving.pool.up.done)
+        assert isinstance(serving.pool.up.exception(), WorkersFailed)
 
     monkeypatch.setattr(pool, "_has_failed", has_failed)
     monkeypatch.setattr(elsewhere, "diagnosis", looked_at.append)

@@ -24,11 +24,11 @@ from steer.linux.retry import Retry
 from steer.linux.spare import Spare
 from steer.sockets.sock_diag import Bound
 from steer.workers.clock import Clock
-from steer.workers.handle import Place
+from steer.workers.handle import WorkerHandle
 from steer.workers.hang import History, Verdict
 from steer.workers.lifecycle import State
 from steer.workers.looks import Looks
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 from steer.workers.queues import Queues
 from testkit.fake_loop import Loop
 from testkit.growth_fakes import Cost
@@ -37,12 +37,12 @@ HANG_S = 2.0
 AGES_S = 40.0
 
 
-class Places(list[Place]):
+class Places(list[WorkerHandle]):
     """Attributes: passes: how often somebody went through them."""
 
     passes = 0
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[WorkerHandle]:
         self.passes += 1
         return super().__iter__()
 
@@ -84,17 +84,19 @@ class Service:
         self.is_ending = False
         self.look_s = self.dump_s = 0.0
         self._last: dict[int, Bound] = {}
-        fleet = cast(Fleet, self)
-        self.health = Health(fleet, cast(Any, self.loop), lambda _: None, lambda: None)
-        self.groups = Groups(fleet, lambda _: None)
+        pool = cast(WorkerPool, self)
+        self.health = Health(pool, cast(Any, self.loop), lambda _: None, lambda: None)
+        self.groups = Groups(pool, lambda _: None)
         self.clock.run(self.loop, self.looks.take)
 
-    def _place(self, slot: int) -> Place:
+    def _place(self, slot: int) -> WorkerHandle:
         process = SimpleNamespace(
             pid=slot, bound=[slot], inodes=frozenset({slot}),
             launch=SimpleNamespace(binds=self.binds), sockets=self._not_called,
         )  # fmt: skip
-        place = Place(cast(Any, SimpleNamespace(number=slot)), slot, self.generation, State.READY)
+        place = WorkerHandle(
+            cast(Any, SimpleNamespace(number=slot)), slot, self.generation, State.READY
+        )
         place.process = cast(Any, process)
         return place
 
@@ -147,12 +149,12 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
         service = Service(number, **keys)
         monkeypatch.setattr(groups.traffic, "pulse", service.traffic)
 
-        def look_at(_repair: Repair, place: Place, _worker: object) -> None:
+        def look_at(_repair: Repair, place: WorkerHandle, _worker: object) -> None:
             service.did["borrow"] += 1
             service.loop.take_s(service.look_s)
             service.did[f"borrow {place.slot}"] += 1
 
-        def judge(health: Health, place: Place, process: Any) -> Verdict:
+        def judge(health: Health, place: WorkerHandle, process: Any) -> Verdict:
             service.did["judge"] += 1
             health._histories[process.pid] = History(HANG_S)
             place.queued = sum(each.queued for each in service.queues.of(process).values())
@@ -305,7 +307,7 @@ def test_who_stands_otherwise_is_found_in_steps(
     service = make(200)
     seen_s = 0.001
 
-    def is_odd(_survey: Survey, place: Place) -> bool:
+    def is_odd(_survey: Survey, place: WorkerHandle) -> bool:
         service.loop.take_s(seen_s)
         return place.slot == 3
 
@@ -424,5 +426,5 @@ def test_nothing_is_kept_of_workers_that_are_gone(make: Callable[..., Service]) 
         service.places.remove(place)
     del place
     gc.collect()
-    there = [each for each in gc.get_objects() if isinstance(each, Place)]
+    there = [each for each in gc.get_objects() if isinstance(each, WorkerHandle)]
     assert [each.slot for each in there if each.generation is service.generation] == []

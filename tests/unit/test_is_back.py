@@ -28,7 +28,7 @@ def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(checks, "waits", lambda _: next(waiting))
     monkeypatch.setattr(checks, "is_stopped", lambda _: False)
     made = Health.__new__(Health)
-    fleet: Any = SimpleNamespace(clock=SimpleNamespace(now_s=lambda: 0.0))
-    made._fleet = fleet
+    pool: Any = SimpleNamespace(clock=SimpleNamespace(now_s=lambda: 0.0))
+    made._pool = pool
     process: Any = SimpleNamespace(pid=1)
     assert [made._is_back(place, process) for _ in acted] == [False, False, True]

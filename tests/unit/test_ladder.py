@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from steer.config.candidates import Answer, Finding, Rung, after, choose, rungs
+from steer.config.candidates import Answer, BackendCandidate, Finding, after, choose, rungs
 from steer.errors import FallbackRefused
 from steer.policy.builtin import BACKENDS, POLICIES, Policy
 
@@ -98,7 +98,7 @@ def test_rungs(
     expected: list[tuple[str, str | None, int]],
 ) -> None:
     found = rungs(policy, asked, {"ebpf": ebpf, "cbpf": cbpf})
-    assert found == [Rung(backend, why, bool(less)) for backend, why, less in expected]
+    assert found == [BackendCandidate(backend, why, bool(less)) for backend, why, less in expected]
 
 
 every = pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_from_the_top_down_all_that_may_hold(policy: Policy, asked: str) -> None
     for found in FOUND:
         ladder = rungs(policy, asked, found)
         if policy is plain:
-            assert ladder == [Rung("kernel", None, False)]
+            assert ladder == [BackendCandidate("kernel", None, False)]
             continue
         passed = {one for one in BACKENDS if one not in policy.backends or found.get(one) is NO}
         assert [rung.backend for rung in ladder] == [b for b in BACKENDS[top:] if b not in passed]
@@ -145,9 +145,9 @@ def test_strict_refuses_every_fallback_and_nothing_else(policy: Policy, asked: s
 
 def test_a_rung_that_did_not_hold_is_a_reason() -> None:
     _, cbpf, kernel = rungs(hash_, "auto", {})
-    assert after(cbpf, "ebpf", "EPERM") == Rung("cbpf", "ebpf: EPERM", True)
+    assert after(cbpf, "ebpf", "EPERM") == BackendCandidate("cbpf", "ebpf: EPERM", True)
     twice = after(after(kernel, "ebpf", "EPERM"), "cbpf", "ENOMEM")
-    assert twice == Rung("kernel", "ebpf: EPERM; cbpf: ENOMEM", True)
+    assert twice == BackendCandidate("kernel", "ebpf: EPERM; cbpf: ENOMEM", True)
     with pytest.raises(FallbackRefused, match="ebpf: EPERM; cbpf: ENOMEM"):
         choose(twice, strict=True)
 

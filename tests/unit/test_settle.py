@@ -14,7 +14,7 @@ from steer.config import address
 from steer.workers import drain, queues
 from steer.workers.drain import Settler, Settling
 from steer.workers.lifecycle import Event
-from steer.workers.pool import Fleet
+from steer.workers.pool import WorkerPool
 from steer.workers.queues import Queues, Table
 from testkit.fake_loop import Loop
 from testkit.growth_fakes import FakeService, cost_of
@@ -27,7 +27,7 @@ PROGRAMS_S = 0.02
 
 
 class Workers:
-    """A fleet of old workers, whose places say what they have.
+    """A pool of old workers, whose places say what they have.
 
     Attributes:
         did: how often each thing was done.
@@ -98,7 +98,7 @@ class Workers:
 
     def retire(self) -> list[Settling]:
         """All at once, as a reload does."""
-        settler = Settler(cast(Fleet, self), self.loop, self.loop.read_s)
+        settler = Settler(cast(WorkerPool, self), self.loop, self.loop.read_s)
         return [settler.begin(place) for place in self.places]
 
     def run_until_settled(self) -> float:
@@ -198,7 +198,7 @@ def test_who_begins_later_does_not_wait_for_those_who_linger(
 ) -> None:
     workers = make(10)
     late = workers.places.pop()
-    settler = Settler(cast(Fleet, workers), workers.loop, workers.loop.read_s)
+    settler = Settler(cast(WorkerPool, workers), workers.loop, workers.loop.read_s)
     for place in workers.places:
         settler.begin(place)
     workers.loop.run_s(30.0)
@@ -243,11 +243,11 @@ def test_after_a_queue_was_moved_the_kernel_is_asked_anew(tmp_path: Path) -> Non
             asked.append(protocol)
             return {}
 
-        service.fleet.queues = Queues(ask, lambda: 100.0)
+        service.pool.queues = Queues(ask, lambda: 100.0)
         for _ in range(2):
-            service.fleet.queues.at(service.plan.binds[0])
-        service.fleet.move_queue(place)
-        service.fleet.queues.at(service.plan.binds[0])
+            service.pool.queues.at(service.plan.binds[0])
+        service.pool.move_queue(place)
+        service.pool.queues.at(service.plan.binds[0])
         assert len(asked) == 2
 
     cost_of(script, tmp_path, 1)

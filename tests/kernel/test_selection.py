@@ -14,7 +14,7 @@ import pytest
 
 from steer.linux.log import Log
 from steer.policy.layout import Member
-from steer.workers.selection import Rotation
+from steer.workers.selection import Selection
 
 TURNS = 500
 
@@ -102,7 +102,7 @@ def waited_for() -> Iterator[socket.socket]:
 
 async def until_emptied(steering: FakeSteering, times: int, turns: int = 0) -> None:
     """So often, and so many turns of the loop more."""
-    rotation = Rotation(
+    selection = Selection(
         cast(Any, steering),
         [cast(Any, FakePlace())],
         4,
@@ -111,8 +111,8 @@ async def until_emptied(steering: FakeSteering, times: int, turns: int = 0) -> N
         cast(Any, FakeRetry()),
     )
     loop = asyncio.get_running_loop()
-    rotation.watch(loop)
-    rotation.flip()
+    selection.watch(loop)
+    selection.flip()
     async with asyncio.timeout(60):
         while steering.emptied < times:
             await asyncio.sleep(0.001)
@@ -172,18 +172,18 @@ def kept_after(needs_order: bool, *, has_loop: bool = True) -> list[int]:
     async def run() -> None:
         steering, retry = JoinableSteering(needs_order), FakeRetry()
         args = (steering, [], 4, guard, Log("error", "text"), retry)
-        rotation = Rotation(*cast(Any, args))
+        selection = Selection(*cast(Any, args))
         loop = asyncio.get_running_loop()
         if has_loop:
-            rotation.watch(loop)
+            selection.watch(loop)
         for slot in range(3):
-            rotation.joined(slot, ())
+            selection.joined(slot, ())
             told.append(len(guard.puts))
-        rotation.left(0)
-        rotation.give_up(0)
+        selection.left(0)
+        selection.give_up(0)
         told.append(len(guard.puts))
         if not has_loop:
-            rotation.watch(loop)
+            selection.watch(loop)
         await asyncio.sleep(0)
         told.append(len(guard.puts))
 
@@ -203,14 +203,14 @@ def kept_together(steering: JoinableSteering, *, has_loop: bool = True) -> list[
 
     async def run() -> None:
         args = (steering, [], 4, guard, Log("error", "text"), FakeRetry())
-        rotation = Rotation(*cast(Any, args))
+        selection = Selection(*cast(Any, args))
         if has_loop:
-            rotation.watch(asyncio.get_running_loop())
-        rotation.joined(0, ())
+            selection.watch(asyncio.get_running_loop())
+        selection.joined(0, ())
         told.append(len(guard.puts))
-        with rotation.together():
+        with selection.together():
             for slot in (1, 2):
-                rotation.joined(slot, ())
+                selection.joined(slot, ())
                 told.append(len(guard.puts))
         told.append(len(guard.puts))
         await asyncio.sleep(0)
@@ -247,12 +247,12 @@ def test_order_is_told_at_once_also_right_after_another_backend_has_taken_over()
 
     async def run() -> None:
         args = (steering, [], 4, guard, Log("error", "text"), FakeRetry())
-        rotation = Rotation(*cast(Any, args))
-        rotation.watch(asyncio.get_running_loop())
+        selection = Selection(*cast(Any, args))
+        selection.watch(asyncio.get_running_loop())
         for slot in range(2):
-            rotation.joined(slot, ())
+            selection.joined(slot, ())
         steering.needs_order = True
-        rotation.joined(2, ())
+        selection.joined(2, ())
         assert len(guard.puts) == 2
 
     asyncio.run(run())
@@ -288,39 +288,39 @@ class UnsettledSteering(JoinableSteering):
 
 
 def flips_of(
-    script: Callable[[Rotation, UnsettledSteering], Coroutine[Any, Any, None]],
+    script: Callable[[Selection, UnsettledSteering], Coroutine[Any, Any, None]],
     steering: UnsettledSteering | None = None,
 ) -> Any:
     steering = steering or UnsettledSteering()
 
     async def run() -> None:
         args = (steering, [], 4, FakeGuard(), Log("error", "text"), FakeRetry())
-        rotation = Rotation(*cast(Any, args))
-        rotation.watch(asyncio.get_running_loop())
+        selection = Selection(*cast(Any, args))
+        selection.watch(asyncio.get_running_loop())
         async with asyncio.timeout(60):
-            await script(rotation, steering)
+            await script(selection, steering)
 
     asyncio.run(run())
     return steering.flips
 
 
 def test_loop_goes_on_while_a_flip_waits_for_programs() -> None:
-    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
-        rotation.flip_soon()
+    async def script(selection: Selection, steering: UnsettledSteering) -> None:
+        selection.flip_soon()
         while not steering.flips:
             await asyncio.sleep(0)
-            rotation.flip_soon()  # part of the same
+            selection.flip_soon()  # part of the same
 
     assert flips_of(script) == [False]
 
 
 def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
-    async def script(rotation: Rotation, _: UnsettledSteering) -> None:
-        rotation.flip_soon()
+    async def script(selection: Selection, _: UnsettledSteering) -> None:
+        selection.flip_soon()
         await asyncio.sleep(0)
-        rotation.settle()
-        assert rotation._waiting is not None
-        await rotation._waiting
+        selection.settle()
+        assert selection._waiting is not None
+        await selection._waiting
 
     assert flips_of(script) == [True]
 
@@ -331,8 +331,8 @@ def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
 
-    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
-        rotation.flip_soon()
+    async def script(selection: Selection, steering: UnsettledSteering) -> None:
+        selection.flip_soon()
         while not steering.flips:
             await asyncio.sleep(0)
 
@@ -340,11 +340,11 @@ def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.Mon
 
 
 def test_programs_are_waited_for_after_a_flip_so_that_the_next_need_not_wait() -> None:
-    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
+    async def script(selection: Selection, steering: UnsettledSteering) -> None:
         for _ in range(2):
-            rotation.flip_soon()
-            await rotation.settled()
-        rotation.flip()
+            selection.flip_soon()
+            await selection.settled()
+        selection.flip()
 
     assert flips_of(script) == [False, False, False]
 
@@ -352,16 +352,16 @@ def test_programs_are_waited_for_after_a_flip_so_that_the_next_need_not_wait() -
 def test_what_is_not_to_come_back_waits_for_the_flip_and_for_programs() -> None:
     seen: list[tuple[int, bool]] = []
 
-    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
+    async def script(selection: Selection, steering: UnsettledSteering) -> None:
         def look() -> None:
             seen.append((len(steering.flips), steering.unsettled() is None))
 
-        await rotation.settled()
-        rotation.flip_soon()
-        rotation.when_settled("look", look)
+        await selection.settled()
+        selection.flip_soon()
+        selection.when_settled("look", look)
         assert not seen
-        await rotation.settled()
-        rotation.when_settled("look", look)
+        await selection.settled()
+        selection.when_settled("look", look)
 
     flips_of(script)
     assert seen == [(1, True), (1, True)]
@@ -374,22 +374,22 @@ def test_flows_are_let_go_when_nobody_is_sent_there_any_more() -> None:
         def let_go(self, slot: int) -> None:
             let_go.append(len(self.flips))
 
-    async def script(rotation: Rotation, _: UnsettledSteering) -> None:
-        rotation.let_go(1)
+    async def script(selection: Selection, _: UnsettledSteering) -> None:
+        selection.let_go(1)
         assert not let_go
-        await rotation.settled()
-        rotation.flip()
+        await selection.settled()
+        selection.flip()
 
     flips_of(script, LettingGo())
     assert let_go == [1]
 
 
 def test_nobody_waits_for_a_service_that_ends() -> None:
-    async def script(rotation: Rotation, steering: UnsettledSteering) -> None:
-        rotation.flip_soon()
-        waiting = [asyncio.ensure_future(each()) for each in (rotation.flipped, rotation.settled)]
+    async def script(selection: Selection, steering: UnsettledSteering) -> None:
+        selection.flip_soon()
+        waiting = [asyncio.ensure_future(each()) for each in (selection.flipped, selection.settled)]
         await asyncio.sleep(0)
-        rotation.release()
+        selection.release()
         await asyncio.gather(*waiting)
 
     flips_of(script)
@@ -400,11 +400,11 @@ def test_a_flip_that_fails_is_not_waited_for_again_and_again() -> None:
         def steer(self, members: Sequence[Member]) -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    async def script(rotation: Rotation, _: UnsettledSteering) -> None:
-        rotation.flip_soon()
-        await rotation.flipped()
+    async def script(selection: Selection, _: UnsettledSteering) -> None:
+        selection.flip_soon()
+        await selection.flipped()
         with pytest.raises(OSError, match="memory"):
-            rotation.settle()
+            selection.settle()
 
     flips_of(script, FailingSteering())
 
@@ -433,12 +433,12 @@ def test_who_has_ended_is_out_at_once_where_flows_are_remembered(
     async def run() -> None:
         steering, places = RememberingSteering(remembers), [FakePlace(slot) for slot in range(3)]
         args = (steering, places, 4, FakeGuard(), Log("error", "text"), FakeRetry())
-        rotation = Rotation(*cast(Any, args))
-        rotation.watch(asyncio.get_running_loop())
-        rotation.end([1])
-        rotation.flip()
-        rotation.give_up(1)
-        rotation.flip()
+        selection = Selection(*cast(Any, args))
+        selection.watch(asyncio.get_running_loop())
+        selection.end([1])
+        selection.flip()
+        selection.give_up(1)
+        selection.flip()
         assert steering.chosen == chosen
 
     asyncio.run(run())
