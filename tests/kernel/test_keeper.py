@@ -37,7 +37,7 @@ from steer.guard import client as custody
 from steer.guard import store as keeper
 from steer.linux import fork as process
 from steer.linux import stdio
-from steer.guard.client import Guard, adopt
+from steer.guard.client import GuardClient, adopt
 from steer.guard.store import Settings
 
 def claim(path):
@@ -50,7 +50,7 @@ def start(path, **more):
     global guard
     claim(path)
     say = lambda text, _: stdio.write_stderr(text.encode() + b"\\n")
-    guard = Guard(control, Settings("test", path, **more), say)
+    guard = GuardClient(control, Settings("test", path, **more), say)
     guard.start()
     return guard.pid
 
@@ -69,7 +69,7 @@ def take_over(path, **more):
     global handover, guard, control
     handover = adopt(Path(path))
     control = handover.control
-    guard = Guard(control, handover.settings, handover=handover)
+    guard = GuardClient(control, handover.settings, handover=handover)
     guard.start()
     for key, entry in handover.entries.items():
         guard.put(key, entry.value, entry.fds, entry.group)

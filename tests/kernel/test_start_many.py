@@ -24,7 +24,7 @@ from steer.linux.retry import Retry
 from steer.linux.spare import Spare
 from steer.loader import find
 from steer.policy.cpus import Topology
-from steer.workers import pool as fleets
+from steer.workers import pool as pools
 from steer.workers import process
 from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER, Lot
@@ -145,7 +145,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(FakeProcess, "turn", 0)
     monkeypatch.setattr(process, "bound", bound)
     monkeypatch.setattr(process, "fork_all", lambda launches, *_: list(map(FakeProcess, launches)))
-    monkeypatch.setattr(fleets, "Place", FakePlace)
+    monkeypatch.setattr(pools, "WorkerHandle", FakePlace)
     monkeypatch.setattr(fork, "pause", lambda _seconds: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
     monkeypatch.setattr(Lot, "took", lambda *_: None)  # how long is no matter here
