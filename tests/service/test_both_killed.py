@@ -129,9 +129,9 @@ def test_they_finish_what_they_have_and_the_port_is_free(
 KILLED_EARLY = """
 import os, signal, sys
 from steer import __main__
-from steer.guard.client import Guard
+from steer.guard.client import GuardClient
 
-Guard.start = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+GuardClient.start = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = ["steer", *{arguments!r}]
 __main__.main()
 """
