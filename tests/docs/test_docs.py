@@ -17,6 +17,8 @@ from steer.config.socket_options import OPTIONS
 from steer.errors import ConfigError
 from steer.loader import find
 from steer.policy import builtin
+from steer.workers.lifecycle import State
+from testkit import diagrams
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -109,6 +111,13 @@ def test_every_known_server_is_told() -> None:
     rows = re.findall(r"^\| (`.+?) \| (SIG\w+) \|", (DOCS / "RELOAD.md").read_text(), re.MULTILINE)
     told = {name: number for names, number in rows for name in re.findall(r"`(.+?)`", names)}
     assert told == {name: server.stop_signal.name for name, server in SERVERS.items()}
+
+
+def test_life_of_a_worker_is_as_the_table_has_it() -> None:
+    text = diagrams.PAGE.read_text()
+    assert diagrams.page(text) == text, "write it again: python -m testkit.diagrams"
+    states = set(re.findall(r"^\| (\w+) \| ", diagrams.lifecycle(), re.MULTILINE)) - {"state"}
+    assert states == {state.value for state in State} - {"gone"}
 
 
 def test_every_folder_is_on_the_map_and_says_what_belongs_there() -> None:
