@@ -1,8 +1,8 @@
 """Programs as steer has them in the kernel, of this checkout, or of the one that BASE names.
 
-The other one's are loaded by a process of its own, with that checkout's steer, which is why
-nothing but steer is imported here. It hands over the programs and ends; they are measured on the
-very same sockets.
+The other checkout's programs are loaded by its own copy of this file, in a process that has its
+steer: so nothing but steer is imported here. That process hands over the programs and ends; they
+are measured on the very same sockets.
 """
 
 from __future__ import annotations
@@ -109,12 +109,15 @@ def of_base(stack: ExitStack, act: str, fd: int, *arguments: object) -> list[lib
     checkout = base()
     if checkout is None:
         return []
+    loader = checkout / "bench" / "loaded.py"
+    if not loader.exists():
+        raise KernelError(f"load the programs of {checkout}", "it is too old: no bench/loaded.py")
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
             given = json.dumps([act, theirs.fileno(), fd, *arguments])
             child = subprocess.Popen(
-                [sys.executable, "-P", __file__, given],
+                [sys.executable, "-P", str(loader), given],
                 pass_fds=[theirs.fileno(), fd],
                 env={**os.environ, "PYTHONPATH": str(checkout)},
             )
