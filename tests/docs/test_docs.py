@@ -18,9 +18,8 @@ from steer.errors import ConfigError
 from steer.loader import find
 from steer.policy import builtin
 from steer.workers.lifecycle import State
-from testkit import diagrams
+from testkit import ROOT, diagrams
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 _LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import pytest
 
+from testkit import ROOT
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S
 from testkit.service import STEER
 
-TUTORIAL = Path(__file__).parents[2] / "docs" / "WRITE-A-POLICY.md"
+TUTORIAL = ROOT / "docs" / "WRITE-A-POLICY.md"
 
 
 class Block(NamedTuple):

@@ -23,6 +23,7 @@ from steer.api.group import ReuseportGroup
 from steer.errors import BindError, ConfigError, GroupError, KernelError, SteerError
 from steer.loader import shared_memory
 from steer.testing import reuseport_group
+from testkit import ROOT
 from testkit.crew import pinned
 from testkit.processes import (
     DEADLINE_S,
@@ -35,7 +36,7 @@ from testkit.processes import (
 )
 
 pytestmark = pytest.mark.usefixtures("netns")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 BACKENDS = ("ebpf", "cbpf", "kernel")
 PROTOCOLS = ("tcp", "udp")
 NOT_OURS = "belongs to the process that made it"

@@ -17,8 +17,7 @@ import pytest
 
 from steer.linux import nic
 from steer.linux.nic import Interface
-
-ROOT = Path(__file__).parents[2]
+from testkit import ROOT
 
 
 @contextmanager

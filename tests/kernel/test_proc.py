@@ -17,9 +17,8 @@ import pytest
 
 from steer.linux import activity, port_holders, processes
 from steer.linux.waiting import Seen, acceptors, in_event_loop, waits_on
+from testkit import ROOT
 from testkit.processes import eventually, line_of, python, running
-
-ROOT = Path(__file__).parents[2]
 
 
 def state(pid: int) -> str:

@@ -11,8 +11,7 @@ import pytest
 
 from steer.errors import KernelError
 from steer.linux import topology
-
-ROOT = Path(__file__).parents[2]
+from testkit import ROOT
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from test_kernel_policies import segment
 
 from steer.linux import port_holders
 from steer.policy.builtin import CBPF, EBPF, POLICIES
@@ -35,6 +34,7 @@ from testkit.gateway import (
     tproxy,
 )
 from testkit.namespaces import Netns
+from testkit.packets import segment
 from testkit.processes import DEADLINE_S, eventually, tcp_count
 
 pytestmark = [

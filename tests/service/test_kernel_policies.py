@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 from collections import Counter
@@ -29,6 +28,7 @@ from testkit.clients import http_get, udp_ask
 from testkit.crew import CPUS, KINDS, PORT, Crew, host_of, pinned, sources
 from testkit.fixtures import StartService
 from testkit.namespaces import Netns
+from testkit.packets import segment
 from testkit.processes import DEADLINE_S, eventually, tcp_count
 
 pytestmark = [pytest.mark.needs("bpf"), pytest.mark.usefixtures("netns")]
@@ -102,16 +102,6 @@ def test_late_segment_is_no_connection(flags: int) -> None:
             raw.sendto(segment(3333, PORT, flags), ("127.0.0.1", 0))
         crew.count(1)
         assert crew.steering.unsteered() == 1
-
-
-def segment(source: int, port: int, flags: int) -> bytes:
-    """A bare TCP header from 127.0.0.1 to itself (RFC 9293, 3.1)."""
-    header = struct.pack(">HHIIBBHHH", source, port, 1000, 2000, 5 << 4, flags, 1024, 0, 0)
-    address = socket.inet_aton("127.0.0.1")
-    summed = struct.unpack(">16H", address * 2 + struct.pack(">HH", 6, len(header)) + header)
-    total = sum(summed)
-    total = (total & 0xFFFF) + (total >> 16)
-    return header[:16] + struct.pack(">H", ~total & 0xFFFF) + header[18:]
 
 
 @pytest.mark.parametrize("order", [("0.0.0.0", "[::]"), ("[::]", "0.0.0.0")])

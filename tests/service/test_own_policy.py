@@ -21,12 +21,13 @@ from steer.policy import declarations
 from steer.policy.builtin import POLICIES
 from steer.policy_tools import check as own
 from steer.policy_tools import new
+from testkit import ROOT
 from testkit.clients import http_get
 from testkit.confine import NOBODY
 from testkit.fixtures import RunSteer, StartService
 from testkit.service import Service, run_steer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "verifier.json"
+GOLDEN = ROOT / "tests" / "golden" / "verifier.json"
 HEAD = '/* mine - for a test. */\n#include "steer.h"\n'
 TO_SLOT = """
 STEER_PARAM(slot, 0, 0, 8191, "everything goes there")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from steer.workers.lifecycle import Event
+from testkit import ROOT
 from testkit.clients import udp_ask
 from testkit.confine import NOBODY
 from testkit.crew import CPUS
@@ -26,7 +27,7 @@ from testkit.processes import DEADLINE_S, channel_of, descriptors, eventually, i
 from testkit.service import STEER, Service
 
 PORT = 8080
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 APP = '''
 """Answers every connection with what there is to know of the worker, as JSON."""
 import json, os, signal, socket, subprocess, sys, time

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from testkit import ROOT
+
 FRESH_ROOT = ROOT / "vagrant" / "fresh-root.sh"
 KERNEL = ROOT / "vagrant" / "kernel.sh"
 

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from steer.loader import compile
+from testkit import ROOT
 from testkit.capabilities import require
 from testkit.processes import DEADLINE_S, is_ready
 from vm import __main__ as command
@@ -525,7 +526,7 @@ def end(contained: None, tool: Tool, tmp_path: Path) -> Callable[..., int]:
             open(os.open(alive, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as guest,
             subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *words],
-                cwd=Path(__file__).parents[2],
+                cwd=ROOT,
                 env={**os.environ, "TMPDIR": str(tmp_path)},
                 stdin=stdin,
                 stdout=subprocess.PIPE,

@@ -7,17 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from steer.control.schema import Connections, Service, Totals, Worker
 from steer.policy.builtin import EBPF, KERNEL, POLICIES
+from testkit import ROOT
 from vm import promises, report
 from vm.cells import NAMES
 from vm.promises import Broken, Clients
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.needs("bpf", "bcc", "netns")

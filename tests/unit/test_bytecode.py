@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from steer import abi
 from steer.policy.bytecode import INSN_BYTES, Code, PolicyObject, unlink, with_near_ends
+from testkit import ROOT
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
-PREBUILT = sorted((Path(__file__).parents[2] / "bpf/prebuilt").glob("*.json"))
+PREBUILT = sorted((ROOT / "bpf/prebuilt").glob("*.json"))
 DESCRIPTORS = {name: 100 + rank for rank, name in enumerate(abi.MAPS)}
 NUMBERS = {name: 200 + rank for rank, name in enumerate(abi.CONSTANTS)}
 EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)

@@ -10,8 +10,6 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
 import pytest
-from test_change import plan_for
-from test_ends import DEADLINE_S, FIRST, FakeWorker
 
 from steer.backends.base import Uncounting
 from steer.config.plan import Generation
@@ -27,6 +25,8 @@ from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER
 from steer.workers.lifecycle import State
 from steer.workers.pool import WorkerPool
+from testkit.fake_worker import DEADLINE_S, FIRST, FakeWorker
+from testkit.growth_fakes import plan_for
 
 sizes = pytest.mark.parametrize("workers", [10, 1000])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,9 @@ from steer.policy.builtin import BACKENDS, FILLS, POLICIES, Policy, Scene
 from steer.policy.classic import HASH_LENGTH
 from steer.policy.cpus import Topology
 from steer.policy.layout import Member
+from testkit import ROOT
 
-BPF = Path(__file__).parents[2] / "bpf"
+BPF = ROOT / "bpf"
 ALL = list(POLICIES.values())
 TOPOLOGY = Topology((0, 1, 2, 3), (0, 1, 2, 3), {})
 CREW = [Member(4, 1, 0), Member(7, 3, 1), Member(9, 2, 0)]
