@@ -23,15 +23,15 @@ from vm.errors import VmError
 HOST = "host"
 """The kernel of this machine, without a VM."""
 KERNEL_TESTS = (
-    "tests/kernel/test_bpf.py",
+    "tests/kernel/loader/test_programs.py",
     "tests/service/test_kernel_policies.py",
     "tests/service/test_kernel_cbpf.py",
     "tests/service/test_source.py",
     "tests/service/test_flow.py",
     "tests/service/test_least_conn.py",
     "tests/service/test_early.py",
-    "tests/kernel/test_listeners.py",
-    "tests/kernel/test_nic.py",
+    "tests/kernel/sockets/test_listeners.py",
+    "tests/kernel/linux/test_nic.py",
     "tests/service/test_own_policy.py::test_built_in_policies_ask_no_more_of_the_verifier",
     "-k",
     "not tcp6 and not udp6 and not dual_stack and not wildcard",
