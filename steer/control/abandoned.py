@@ -19,7 +19,7 @@ import msgspec
 
 from steer.config import servers
 from steer.config.address import Bind
-from steer.control import record, rundir
+from steer.control import claim, record
 from steer.control.record import Worker
 from steer.linux import family, processes
 from steer.linux.family import Family
@@ -107,7 +107,7 @@ def end(left: Abandoned, within_s: float, remove_directory: bool) -> Sequence[in
     _until_gone(ending, _KILLED_S)
     there = [pid for each in ending for pid in each.there()]
     if not there and left.control is not None:
-        rundir.remove(left.control, rundir.inode(left.control), remove_directory)
+        claim.remove(left.control, claim.inode(left.control), remove_directory)
     return there
 
 

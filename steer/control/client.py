@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from steer.control import rundir, schema
+from steer.control import peer, schema, taken
 from steer.control.outcomes import OUTCOMES, Outcome
 from steer.errors import ControlError, NotRunning, Orphaned, Refused
 
@@ -97,7 +97,7 @@ def _in_words(act: str, limit_s: float) -> Iterator[None]:
         raise ControlError(act, "EACCES", "ask as root or as the service's own user") from None
     except OSError as error:
         if error.errno is None:  # Python's own, of a path that no socket can have
-            raise ControlError(act, f"{error}: {rundir.PATH_MAX_BYTES} bytes at most") from None
+            raise ControlError(act, f"{error}: {taken.PATH_MAX_BYTES} bytes at most") from None
         raise NotRunning(act, "not running", "see `steer status`") from None
 
 
@@ -105,7 +105,7 @@ def _exchange(
     path: Path, request: bytes, timeout_s: float | None, progress: Progress | None
 ) -> dict[str, Any] | None:
     limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
-    with rundir.connect(path, limit_s) as sock:
+    with peer.connect(path, limit_s) as sock:
         sock.settimeout(timeout_s)
         return _asked(sock, request, progress)
 
@@ -132,7 +132,7 @@ class Connections:
             with suppress(ConnectionError):
                 if answer := self._ask(path, known, request):
                     return answer
-        return self._ask(path, rundir.connect(path, timeout_s), request)
+        return self._ask(path, peer.connect(path, timeout_s), request)
 
     def _ask(self, path: Path, sock: socket.socket, request: bytes) -> dict[str, Any] | None:
         answer = None
@@ -153,7 +153,7 @@ class Connections:
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         # Nothing is said unasked: what can be read is its end.
-        return None if poll.poll(0) else rundir.peer(sock)[0]
+        return None if poll.poll(0) else peer.credentials(sock)[0]
 
     def close(self) -> None:
         for sock in self._open.values():
@@ -224,8 +224,8 @@ def stop(path: Path, quick: bool, progress: Progress | None = None) -> None:
     from steer.linux import fork
 
     pidfd = None
-    with suppress(OSError), rundir.connect(path, _TIMEOUT_S) as sock:
-        pidfd = os.pidfd_open(rundir.peer(sock)[0])
+    with suppress(OSError), peer.connect(path, _TIMEOUT_S) as sock:
+        pidfd = os.pidfd_open(peer.credentials(sock)[0])
     _ask_at_length(path, "stop", progress, quick=quick)
     if pidfd is not None:
         fork.wait_for_end(pidfd, None)
@@ -248,8 +248,8 @@ def listener_at(path: Path, kept: Connections | None = None) -> int | None:
     if kept is not None and (known := kept.listener(path)) is not None:
         return known
     try:
-        with rundir.connect(path, _TIMEOUT_S) as sock:
-            return rundir.peer(sock)[0]
+        with peer.connect(path, _TIMEOUT_S) as sock:
+            return peer.credentials(sock)[0]
     except (PermissionError, TimeoutError):
         return 0
     except OSError:

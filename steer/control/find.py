@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from steer.control import rundir, schema
+from steer.control import rundir, schema, taken
 from steer.control.client import ASK_AGAIN_S, Connections, listener_at, status
 from steer.errors import ControlError, NotRunning, Orphaned
 from steer.linux import services
@@ -211,7 +211,7 @@ def _look(environment: Mapping[str, str], kept: Connections | None = None) -> _S
 
 
 def _by_process(environment: Mapping[str, str], known: set[int]) -> list[services.Running]:
-    end_s = time.monotonic() + rundir.RENEWED_S
+    end_s = time.monotonic() + taken.RENEWED_S
     while True:
         found = services.find(environment, known)
         if time.monotonic() >= end_s or not any(each.is_gone for each in found):

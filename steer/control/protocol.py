@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from steer.control import rundir
+from steer.control import peer
 
 REQUEST_MAX_BYTES = 65536
 TIMEOUT_S = 5.0
@@ -31,7 +31,7 @@ def understood(line: bytes, sock: socket.socket) -> Request:
     Raises:
         ValueError: it says why there is nothing to answer but that.
     """
-    if rundir.peer(sock)[1] not in (0, os.geteuid()):
+    if peer.credentials(sock)[1] not in (0, os.geteuid()):
         raise ValueError("not permitted: only root and the service's own user may ask")
     try:
         request: Request = msgspec.json.decode(line, type=dict[str, Any])

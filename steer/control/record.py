@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from steer.control import rundir
+from steer.control import claim
 from steer.linux import processes
 
 _LONG = 4
@@ -32,14 +32,14 @@ class Record:
     """
 
     def __init__(self, control: Path) -> None:
-        self._path = rundir.record_of(control)
+        self._path = claim.record_of(control)
         self._inode: int | None = None
         self._lines = 0
 
     @property
     def is_there(self) -> bool:
         """Whether it is still what we wrote: whoever cleans directories may have removed it."""
-        return self._inode is not None and rundir.inode(self._path) == self._inode
+        return self._inode is not None and claim.inode(self._path) == self._inode
 
     def add(self, workers: Collection[Worker], known: Collection[Worker]) -> None:
         """Some more.
@@ -56,7 +56,7 @@ class Record:
     def renew(self, workers: Collection[Worker]) -> None:
         """Write it anew, with these."""
         self._write(workers, os.O_TRUNC)
-        self._inode, self._lines = rundir.inode(self._path), len(workers)
+        self._inode, self._lines = claim.inode(self._path), len(workers)
 
     def _write(self, workers: Iterable[Worker], how: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how
@@ -71,7 +71,7 @@ def left(control: Path) -> list[Worker]:
     """
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(rundir.record_of(control), flags)
+        fd = os.open(claim.record_of(control), flags)
     except OSError:
         return []
     with os.fdopen(fd, "rb") as stream:

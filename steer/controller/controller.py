@@ -28,7 +28,7 @@ from steer.config import candidates, fallback
 from steer.config import plan as planning
 from steer.config.plan import Generation, Plan, Step
 from steer.config.service import Service
-from steer.control import abandoned, mailbox, record, rundir
+from steer.control import abandoned, claim, mailbox, record, rundir, taken
 from steer.control.notify import Listener, Notification, Unheard, is_ready
 from steer.controller.pidfile import write_pid_file
 from steer.controller.startup import while_heard
@@ -135,7 +135,7 @@ class Controller:
         self.early: list[Notification] = []
         self.files = {number: stdio.file_of(number) for number in (1, 2)}
         self.rung: candidates.BackendCandidate
-        self.claim: rundir.Claim
+        self.claim: claim.Claim
         self.guard: GuardClient
         self.steering: Backend
         self.pool: WorkerPool
@@ -160,7 +160,7 @@ class Controller:
         """
         service = self.plan.service
         places = rundir.places(self.plan.name, service.control_socket, self.environment)
-        self._lost = rundir.await_guard(places, self.environment)
+        self._lost = taken.await_guard(places, self.environment)
         for path in places:
             # Another user's is none of ours; whether a place is left is seen to later.
             handover = client.adopt(path) if os.access(path, os.W_OK) else None
@@ -183,7 +183,7 @@ class Controller:
             raise self._differs("its maps have other shapes")
         generations = self._generations(left, handover)
         self.started_s, self.rung = left.started_s, left.rung
-        self.claim = rundir.Claim.inherited(
+        self.claim = claim.Claim.inherited(
             path, handover.control, handover.settings.remove_directory
         )
         self.steering = self._open_left(left.rung.backend)
@@ -432,7 +432,7 @@ class Controller:
     def claim_name(self, _step: Step) -> None:
         service = self.plan.service
         free = self._end_abandoned()
-        self.claim = rundir.Claim(
+        self.claim = claim.Claim(
             self.plan.name, service.control_socket, self.environment, places=free
         )
         self._undo.callback(self.claim.release)
@@ -456,9 +456,7 @@ class Controller:
         """Workers whose controller and guard were both killed hold the ports, and nobody can
         adopt them. Returns where the control socket may be."""
         service, name = self.plan.service, self.plan.name
-        places = rundir.refuse_taken(
-            name, service.control_socket, self.environment, lost=self._lost
-        )
+        places = taken.refuse_taken(name, service.control_socket, self.environment, lost=self._lost)
         # To look through all processes takes time, and is for nothing where ports are free.
         is_held = any(map(reuseport.is_held, self.plan.binds))
         unattended = services.unattended(self.environment) if is_held else ()

@@ -14,7 +14,7 @@ from steer.child import privileges
 from steer.config import fallback, servers
 from steer.config.plan import Plan
 from steer.config.service import Service
-from steer.control import rundir
+from steer.control import taken
 from steer.controller.pidfile import check_pid_file
 from steer.errors import AppLoadError
 from steer.linux import descriptors, fork, identity
@@ -57,7 +57,7 @@ def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
     barriers = privileges.barriers(service, environment)
     if barrier := barriers.command:
         raise AppLoadError(f"run {service.command[0]}", str(barrier), barrier.cure)
-    rundir.refuse_taken(plan.name, service.control_socket, environment)
+    taken.refuse_taken(plan.name, service.control_socket, environment)
     if service.pid:
         check_pid_file(service.pid)
     backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)

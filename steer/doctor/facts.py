@@ -226,7 +226,7 @@ def _places(environment: Mapping[str, str], control_socket: str | None) -> tuple
 
 
 def _no_room(directory: Path) -> str:
-    """What would keep a `rundir.Claim` from using the directory, made first if need be."""
+    """What would keep a `claim.Claim` from using the directory, made first if need be."""
     try:
         owner = directory.lstat().st_uid
     except FileNotFoundError:

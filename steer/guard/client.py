@@ -22,9 +22,10 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from steer.control import rundir
+from steer.control import claim, peer
 from steer.control.protocol import REQUEST_MAX_BYTES
 from steer.control.record import Record, Worker
+from steer.control.taken import running
 from steer.errors import ControlError
 from steer.guard import standby, store
 from steer.guard.channel import SAME, Channel, Frame, NotUnderstood, receive
@@ -95,7 +96,7 @@ class GuardClient:
         self._updated_together: dict[str, bytes] = {}
         self._control = control
         self._settings = settings
-        self._inode = rundir.inode(Path(settings.control))
+        self._inode = claim.inode(Path(settings.control))
         self._say = say
         self._predecessor = handover.channel.sock if handover is not None else None
         self._channel: Channel | None = None
@@ -301,7 +302,7 @@ class GuardClient:
         """
         self._settings = settings
         control = Path(settings.control)
-        self._inode = rundir.inode(control)
+        self._inode = claim.inode(control)
         self._record = Record(control)
         self.renew_record()
         self.revive()
@@ -363,7 +364,7 @@ class Handover:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.keeper_pid = rundir.peer(channel.sock)[0]
+        self.keeper_pid = peer.credentials(channel.sock)[0]
         self.entries: dict[str, Entry] = {}
         self.settings: Settings
         self.control: socket.socket
@@ -438,7 +439,7 @@ def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
         try:
-            with rundir.connect(path, timeout_s) as sock:
+            with peer.connect(path, timeout_s) as sock:
                 return _ask(sock, path)
         except (ConnectionResetError, BrokenPipeError):
             # A controller that has just gone: its keeper will answer.
@@ -454,7 +455,7 @@ def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
             raise ControlError(act, cause, cure) from None
         except OSError:
             return None
-    raise rundir.running(path.stem, "it does not answer", path)
+    raise running(path.stem, "it does not answer", path)
 
 
 def _frame(key: str, entry: Entry, wait: bool = False) -> Frame:
@@ -470,7 +471,7 @@ def _settings(value: bytes) -> Settings:
 
 
 def _ask(sock: socket.socket, path: Path) -> Handover:
-    if rundir.peer(sock)[1] not in (0, os.geteuid()):
+    if peer.credentials(sock)[1] not in (0, os.geteuid()):
         # It could name any process for one of its workers, and have us kill that.
         raise PermissionError
     sock.sendall(b'{"command": "adopt"}\n')
@@ -498,7 +499,7 @@ def _refused(line: bytes, sock: socket.socket, path: Path) -> ControlError:
         return ControlError(f"adopt {path.stem}", "answer not understood")
     if "keeper" in answer:
         return ControlError(f"adopt {path.stem}", str(answer.get("error")))
-    return rundir.running(path.stem, f"pid {rundir.peer(sock)[0]}", path)
+    return running(path.stem, f"pid {peer.credentials(sock)[0]}", path)
 
 
 def _reap(pidfd: int) -> None:

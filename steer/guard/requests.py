@@ -15,7 +15,7 @@ from selectors import EVENT_READ, BaseSelector
 
 import msgspec
 
-from steer.control import rundir
+from steer.control import peer
 from steer.control.protocol import (
     BACKLOG,
     NOT_COMPLETE,
@@ -47,7 +47,7 @@ class Connection:
     @property
     def pid(self) -> int:
         """Of who asks."""
-        return rundir.peer(self._socket)[0]
+        return peer.credentials(self._socket)[0]
 
     def says_something(self, end_s: float) -> bool:
         """Wait until then for more to read."""

@@ -20,7 +20,7 @@ from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 import msgspec
 
-from steer.control import rundir
+from steer.control import claim
 from steer.control.mailbox import Mailbox
 from steer.control.protocol import ASKERS_MAX, Request
 from steer.control.record import Record
@@ -73,7 +73,7 @@ class Standby:
     def __init__(self, keeper: FdStore, control: socket.socket, say: Say) -> None:
         self._keeper = keeper
         self._settings = keeper.settings
-        self._claim = rundir.Claim.inherited(
+        self._claim = claim.Claim.inherited(
             Path(self._settings.control), control, self._settings.remove_directory
         )
         self._record = Record(self._claim.path)

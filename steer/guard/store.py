@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from steer.control import rundir
+from steer.control import claim, peer
 from steer.guard.channel import SAME, Channel, Frame, NotUnderstood
 from steer.linux import family, fork
 from steer.linux.family import Family
@@ -201,12 +201,12 @@ class FdStore:
     def relocated(self, control: Path) -> None:
         """The control socket is another: that is what is to be removed at the end."""
         self.settings = msgspec.structs.replace(self.settings, control=str(control))
-        self._traces = msgspec.structs.replace(self._traces, inode=rundir.inode(control))
+        self._traces = msgspec.structs.replace(self._traces, inode=claim.inode(control))
 
     def leave_nothing(self) -> None:
         """Remove what the controller would have."""
         settings = self.settings
-        rundir.remove(Path(settings.control), self._traces.inode, settings.remove_directory)
+        claim.remove(Path(settings.control), self._traces.inode, settings.remove_directory)
         if settings.pid_file is not None:
             with suppress(OSError, ValueError):
                 if int(Path(settings.pid_file).read_text()) == self._traces.controller:
@@ -224,7 +224,7 @@ def relieve(predecessor: Channel) -> None:
 
     It is killed if it takes too long: two that believe to be alone would be one too many.
     """
-    pid = rundir.peer(predecessor.sock)[0]
+    pid = peer.credentials(predecessor.sock)[0]
     predecessor.sock.settimeout(PATIENCE_S)
     try:
         predecessor.send(Frame("taken"))

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from steer.control import client, outcomes, rundir, server
+from steer.control import claim, client, outcomes, peer, server
 from steer.control.server import Tell
 from steer.errors import ControlError, NotRunning, Refused, WorkersFailed
 from steer.linux import processes
@@ -64,7 +64,7 @@ ENDLESS = """
 
 
 def connect(running: Service) -> socket.socket:
-    return rundir.connect(running.control_socket, DEADLINE_S)
+    return peer.connect(running.control_socket, DEADLINE_S)
 
 
 def answer(sock: socket.socket) -> dict[str, Any]:
@@ -506,7 +506,7 @@ def test_controller_that_stands_still_is_not_taken_for_dead(service: StartServic
         with ExitStack() as undo:
             with suppress(TimeoutError):
                 for _ in range(1000):  # its backlog is far less
-                    undo.enter_context(rundir.connect(running.control_socket, 0.1))
+                    undo.enter_context(peer.connect(running.control_socket, 0.1))
                 pytest.fail("its backlog is never full")
             done = running.steer("run", "--name", "test", "-b", "127.0.0.1:9")
         assert done.returncode == 1
@@ -556,7 +556,7 @@ async def fails(_request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
 
 def request(path: Path, line: str) -> list[dict[str, Any]]:
     """All that is said, until the other side closes."""
-    with rundir.connect(path, DEADLINE_S) as sock, sock.makefile("rb") as lines:
+    with peer.connect(path, DEADLINE_S) as sock, sock.makefile("rb") as lines:
         sock.sendall(line.encode() + b"\n")
         return [json.loads(each) for each in lines]
 
@@ -626,7 +626,7 @@ def test_act_goes_on_when_the_asker_has_gone(place: Path, caplog: pytest.LogCapt
 
     go, done = asyncio.Event(), threading.Event()
     with fake_service(place, scale=scale, status=answers_status) as loop:
-        with rundir.connect(place, DEADLINE_S) as sock:
+        with peer.connect(place, DEADLINE_S) as sock:
             sock.sendall(b'{"command": "scale", "progress": true}\n')
             assert answer(sock)["progress"] == "begun"
         loop.call_soon_threadsafe(go.set)
@@ -642,7 +642,7 @@ def test_slow_reader_holds_nobody_up_and_gets_the_answer(place: Path) -> None:
         return {"workers": 2}
 
     done = threading.Event()
-    with fake_service(place, scale=scale), rundir.connect(place, DEADLINE_S) as sock:
+    with fake_service(place, scale=scale), peer.connect(place, DEADLINE_S) as sock:
         sock.sendall(b'{"command": "scale", "progress": true}\n')
         assert done.wait(DEADLINE_S)
         with sock.makefile("rb") as lines:
@@ -656,7 +656,7 @@ def test_who_never_reads_is_let_go(place: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(server, "TIMEOUT_S", 0.5)
     with (
         fake_service(place, scale=talks, status=answers_status),
-        rundir.connect(place, DEADLINE_S) as sock,
+        peer.connect(place, DEADLINE_S) as sock,
     ):
         sock.sendall(b'{"command": "scale", "progress": true}\n')
         closed = select.poll()
@@ -881,13 +881,13 @@ def test_two_may_wait_for_the_same_stop(service: StartService) -> None:
 def test_start_waits_for_its_turn_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rundir, "_TURN_S", 0.1)
+    monkeypatch.setattr(claim, "_TURN_S", 0.1)
     environment = {"STEER_RUNTIME_DIR": str(tmp_path / "steer")}
-    first = rundir.Claim("a", None, environment)
+    first = claim.Claim("a", None, environment)
     with pytest.raises(ControlError, match=r"another has been starting for 0\.1 s"):
-        rundir.Claim("b", None, environment)
+        claim.Claim("b", None, environment)
     first.others_may_start()
-    second = rundir.Claim("b", None, environment)
+    second = claim.Claim("b", None, environment)
     first.release()
     assert second.path.is_socket()
     second.release()

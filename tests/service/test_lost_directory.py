@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from steer.control import record, rundir
+from steer.control import peer, record
+from steer.control.claim import _TURN_S, Claim, record_of
 from steer.errors import ControlError
 from steer.linux import processes, title
 from testkit.fixtures import StartService
@@ -106,21 +107,21 @@ def test_what_executes_itself_anew_is_not_lost(service: StartService) -> None:
 def test_one_that_was_adopted_from_a_lost_directory_can_be_found(tmp_path: Path) -> None:
     """It went between the adopter's question and its answer."""
     environment = {"STEER_RUNTIME_DIR": str(tmp_path / "steer")}
-    first = rundir.Claim("web", None, environment)
+    first = Claim("web", None, environment)
     first.others_may_start()
     shutil.rmtree(first.path.parent)
-    adopted = rundir.Claim.inherited(first.path, first.socket, remove_directory=True)
+    adopted = Claim.inherited(first.path, first.socket, remove_directory=True)
     assert not adopted.is_there
     adopted.renew("web", None, environment)
     assert adopted.is_there
-    rundir.connect(adopted.path).close()
+    peer.connect(adopted.path).close()
     adopted.release()
 
 
 def test_making_it_again_waits_for_nobody_who_is_starting(tmp_path: Path) -> None:
     """The loop would stand still for as long."""
     environment = {"STEER_RUNTIME_DIR": str(tmp_path / "steer")}
-    claim = rundir.Claim("web", None, environment)
+    claim = Claim("web", None, environment)
     claim.others_may_start()
     claim.path.unlink()
     turn = os.open(claim.path.parent, os.O_RDONLY)
@@ -128,7 +129,7 @@ def test_making_it_again_waits_for_nobody_who_is_starting(tmp_path: Path) -> Non
     began_s = time.monotonic()
     with pytest.raises(ControlError, match="another is starting; see who has"):
         claim.renew("web", None, environment)
-    assert time.monotonic() - began_s < rundir._TURN_S / 2
+    assert time.monotonic() - began_s < _TURN_S / 2
     os.close(turn)
     claim.renew("web", None, environment)
     claim.release()
@@ -165,8 +166,8 @@ def test_record_that_was_removed_is_made_again(service: StartService) -> None:
     running = service("-w", "3")
     before = sorted(record.left(running.control_socket))
     assert len(before) == 3
-    rundir.record_of(running.control_socket).unlink()
+    record_of(running.control_socket).unlink()
     eventually(lambda: sorted(record.left(running.control_socket)), before)
-    rundir.record_of(running.control_socket).unlink()
+    record_of(running.control_socket).unlink()
     assert running.steer("scale", "test", "4").returncode == 0
     assert len(record.left(running.control_socket)) == 4

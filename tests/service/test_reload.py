@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from steer.control import rundir
+from steer.control import peer
 from steer.errors import Refused
 from steer.linux import activity, processes
 from testkit.clients import http_get
@@ -1025,7 +1025,7 @@ def test_stop_during_a_reload(service: StartService, home: Path, quick: bool) ->
 
 def test_reload_goes_on_when_its_asker_has_gone(service: StartService, home: Path) -> None:
     running = service("app:slow", "-w", "1")
-    with rundir.connect(running.control_socket, DEADLINE_S) as sock:
+    with peer.connect(running.control_socket, DEADLINE_S) as sock:
         sock.sendall(b'{"command": "reload", "progress": true}\n')
         assert json.loads(sock.recv(1000)) == {"progress": "ready", "done": 0, "of": 1}
     (home / "go-1").touch()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from steer.control import client, rundir
+from steer.control import client, peer
 from steer.control.protocol import ASKERS_MAX, SILENT_MAX
 from steer.control.server import Tell
 from steer.errors import ControlError, NotRunning
@@ -47,7 +47,7 @@ def read_line(sock: socket.socket) -> bytes:
 
 
 def test_a_connection_may_stay_for_more(place: Path) -> None:
-    with fake_service(place, status=answers), rundir.connect(place, DEADLINE_S) as sock:
+    with fake_service(place, status=answers), peer.connect(place, DEADLINE_S) as sock:
         for _ in range(3):
             sock.sendall(STATUS)
             assert json.loads(read_line(sock)) == {"ok": True, "service": {}}
@@ -59,7 +59,7 @@ def test_a_connection_may_stay_for_more(place: Path) -> None:
 def test_what_stays_does_not_keep_a_service_from_its_end(place: Path) -> None:
     with ExitStack() as stack:
         with fake_service(place, status=answers):
-            sock = stack.enter_context(rundir.connect(place, DEADLINE_S))
+            sock = stack.enter_context(peer.connect(place, DEADLINE_S))
             sock.sendall(STATUS)
             read_line(sock)
         assert read_line(sock) == b""
@@ -69,7 +69,7 @@ def test_those_that_stay_make_room_for_others(place: Path) -> None:
     with fake_service(place, status=answers), ExitStack() as stack:
         staying = []
         for _ in range(2 * ASKERS_MAX):
-            sock = stack.enter_context(rundir.connect(place, DEADLINE_S))
+            sock = stack.enter_context(peer.connect(place, DEADLINE_S))
             sock.sendall(STATUS)
             assert json.loads(read_line(sock))["ok"]
             staying.append(sock)

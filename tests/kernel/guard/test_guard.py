@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from steer.control import rundir
+from steer.control import peer
+from steer.control.claim import Claim
 from steer.errors import ControlError
 from steer.guard import client
 from steer.guard.client import Entry, GuardClient, Handover
@@ -173,7 +174,7 @@ def adopt(puppet: Puppet) -> Handover:
 
 
 def ask(puppet: Puppet, request: bytes) -> dict[str, Any]:
-    with rundir.connect(Path(puppet.path), DEADLINE_S) as sock:
+    with peer.connect(Path(puppet.path), DEADLINE_S) as sock:
         with suppress(BrokenPipeError):  # it may have read enough before the end
             sock.sendall(request)
         return answer(sock)
@@ -270,8 +271,8 @@ def test_name_stays_taken(puppet: Puppet) -> None:
     puppet.worker("worker", *PLAIN)
     puppet.die()
     found = adopt(puppet)
-    claim = rundir.Claim.inherited(Path(puppet.path), found.control, remove_directory=False)
-    with rundir.connect(Path(puppet.path)):
+    claim = Claim.inherited(Path(puppet.path), found.control, remove_directory=False)
+    with peer.connect(Path(puppet.path)):
         pass
     claim.release()
     assert not Path(puppet.path).exists()
@@ -532,7 +533,7 @@ def test_quick_stop_does_not_wait_for_long(puppet: Puppet) -> None:
     puppet.start(adopt_timeout_s=600, graceful_timeout_s=600)
     worker = puppet.worker("worker", *STUBBORN)
     puppet.die()
-    with rundir.connect(Path(puppet.path), DEADLINE_S) as patient:
+    with peer.connect(Path(puppet.path), DEADLINE_S) as patient:
         patient.sendall(b'{"command": "stop"}\n')
         eventually(lambda: "ending" in ask(puppet, b'{"command": "status"}\n')["error"])
         with pytest.raises(ControlError, match="ending 1 worker"):
@@ -582,7 +583,7 @@ def test_silent_connections_keep_nobody_out(puppet: Puppet) -> None:
     puppet.die()
     with ExitStack() as undo:
         for _ in range(300):
-            undo.enter_context(rundir.connect(Path(puppet.path), DEADLINE_S)).send(b"{")
+            undo.enter_context(peer.connect(Path(puppet.path), DEADLINE_S)).send(b"{")
         adopt(puppet).abandon()
         assert len(os.listdir(f"/proc/{keeper}/fd")) < 100
 
@@ -591,7 +592,7 @@ def test_silent_connection_is_let_go(puppet: Puppet) -> None:
     puppet.start(adopt_timeout_s=600)
     puppet.worker("worker", *PLAIN)
     puppet.die()
-    with rundir.connect(Path(puppet.path), DEADLINE_S) as silent:
+    with peer.connect(Path(puppet.path), DEADLINE_S) as silent:
         assert answer(silent)["error"].startswith("request not complete")
 
 

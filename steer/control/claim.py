@@ -1,0 +1,215 @@
+"""A service's name, claimed: its control socket, listening, and a lock while it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from steer.control.rundir import TMP
+from steer.control.taken import refuse_if_answering, refuse_taken
+from steer.errors import ControlError
+
+_BACKLOG = 16
+_TURN_S, _LOOK_AGAIN_S = 30.0, 0.01
+"""How long to wait for another service of the user to be done with its start. Not
+without end: a process that is stopped would keep all others from starting."""
+
+
+class Claim:
+    """A service's name, taken: its control socket, listening.
+
+    Services of one user start one after the other: until `others_may_start` is
+    called no other gets past here, so none can join a port between our check that
+    it is free and our bind.
+
+    Args:
+        wanted: path of the control socket; None looks for a directory.
+        turn_s: how long to wait for another service that is starting; None: as a start does.
+        ours: inode of a control socket that may have the name already.
+        places: as `refuse_taken` returned them a moment ago.
+
+    Attributes:
+        path: of the control socket.
+        socket: the control socket.
+        remove_directory: whether its directory is steer's own, and goes with it if empty.
+        refusals: of better places, each with the reason.
+
+    Raises:
+        ControlError: the name is taken, or no socket can be made anywhere.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        wanted: str | None,
+        environment: Mapping[str, str],
+        turn_s: float | None = None,
+        ours: int | None = None,
+        places: Sequence[Path] | None = None,
+    ) -> None:
+        self.remove_directory = wanted is None
+        self.refusals: list[str] = []
+        for path in places or refuse_taken(name, wanted, environment, ours):
+            try:
+                self._take(name, path, _TURN_S if turn_s is None else turn_s)
+                return
+            except OSError as error:
+                self.refusals.append(f"{path}: {error.strerror or error}")
+        raise ControlError(
+            f"make the control socket of {name!r}",
+            "; ".join(self.refusals),
+            "name another place: --control-socket PATH",
+        )
+
+    def _take(self, name: str, path: Path, turn_s: float) -> None:
+        self._lock = _locked(path.parent, self.remove_directory, turn_s)
+        try:
+            refuse_if_answering(name, path)
+            _remove_dead(path)
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            mask = os.umask(0o177)
+            try:
+                self.socket.bind(str(path))
+            finally:
+                os.umask(mask)
+            self.socket.listen(_BACKLOG)
+            self._holds(path)
+        except BaseException:
+            self.others_may_start()
+            raise
+
+    @classmethod
+    def inherited(cls, path: Path, control: socket.socket, remove_directory: bool) -> Claim:
+        """A name that stayed taken: a service's, whose last controller is gone. So may be the
+        path."""
+        claim = cls.__new__(cls)
+        claim.remove_directory, claim.refusals, claim._lock = remove_directory, [], -1
+        claim.socket = control
+        claim._holds(path)
+        return claim
+
+    def _holds(self, path: Path) -> None:
+        self.path = path
+        self._inode = inode(path)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it can be found: a logout removes a run directory with all that is in it."""
+        return self._inode is not None and inode(self.path) == self._inode
+
+    def renew(self, name: str, wanted: str | None, environment: Mapping[str, str]) -> None:
+        """Make the control socket again, as at the start; `socket` keeps its descriptor. It does
+        not wait for others that are starting.
+
+        Raises:
+            ControlError: the name is taken by now, or no socket can be made anywhere.
+        """
+        fresh = Claim(name, wanted, environment, 0.0, os.fstat(self.socket.fileno()).st_ino)
+        fresh.others_may_start()
+        os.dup2(fresh.socket.fileno(), self.socket.fileno(), inheritable=False)
+        fresh.socket.close()
+        self.refusals = fresh.refusals
+        self._holds(fresh.path)
+
+    def others_may_start(self) -> None:
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
+
+    def release(self) -> None:
+        """Leave nothing: remove the socket, and its directory if that was steer's and is empty."""
+        self.others_may_start()
+        self.socket.close()
+        remove(self.path, self._inode, self.remove_directory)
+
+
+def inode(path: Path) -> int | None:
+    """What tells this socket's path from that of another after it; None if there is none."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_ino
+    return None
+
+
+def record_of(path: Path) -> Path:
+    """The file that tells of a service's workers; see `record`."""
+    return path.parent / f"{path.name}.workers"
+
+
+def remove(path: Path, wanted: int | None, directory: bool) -> None:
+    """Remove a control socket if it is the one of `inode`, with the record of its workers, and
+    its directory if empty.
+
+    Args:
+        directory: whether that may go.
+    """
+    with contextlib.suppress(OSError):
+        if inode(path) == wanted:
+            path.unlink(missing_ok=True)
+            record_of(path).unlink(missing_ok=True)
+        if directory:
+            _remove_empty(path.parent)
+
+
+def _remove_dead(path: Path) -> None:
+    """Of what may stand at a path that a user typed only our own sockets are ours to remove."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISSOCK(found.st_mode):
+            raise FileExistsError(errno.EEXIST, "something is there that is no socket")
+        if os.geteuid() not in (0, found.st_uid):
+            raise PermissionError(errno.EPERM, "another user's socket is there")
+        path.unlink()
+
+
+def _remove_empty(directory: Path) -> None:
+    """Unless somebody is about to put a socket there."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.rmdir()
+    finally:
+        os.close(fd)
+
+
+def _make_directory(directory: Path) -> None:
+    """Not for others to open, or they could hold its lock; in /tmp they may have been first."""
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700 if directory.parent == TMP else 0o711)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, f"{directory} is no directory")
+    if found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, f"{directory} is another user's")
+
+
+def _locked(directory: Path, make: bool, turn_s: float) -> int:
+    """A lock on the directory itself, so no lock file is left. It may be removed while we wait."""
+    from steer.linux import fork
+
+    end_s = time.monotonic() + turn_s
+    passing = (BlockingIOError, FileNotFoundError) if make else (BlockingIOError,)
+    while True:
+        if make:
+            _make_directory(directory)
+        with contextlib.suppress(*passing), contextlib.ExitStack() as undo:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), directory.stat()):
+                undo.pop_all()
+                return fd
+        if time.monotonic() >= end_s:
+            break
+        fork.pause(_LOOK_AGAIN_S)
+    raise ControlError(
+        "start a service",
+        f"another has been starting for {turn_s:g} s" if turn_s else "another is starting",
+        f"see who has {directory} locked: fuser {directory}",
+    )
