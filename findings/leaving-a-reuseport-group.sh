@@ -22,7 +22,7 @@ fi
 ip link set lo up
 ip link add up0 type veth peer name up1
 ip link set up0 up
-echo "$(uname -sr)"
+uname -sr
 exec python3 - <<'PYTHON'
 import collections, ctypes, errno, select, socket, struct, sys
 

@@ -128,4 +128,5 @@ for address, outlives, anchored, now, before in (
 sys.exit(failed)
 PYTHON
 echo "$(uname -sr), $(python3 --version)"
+# shellcheck disable=SC2016 # $0 is the inner shell's
 unshare --net sh -c 'ip link set lo up && exec python3 "$0"' "$code"

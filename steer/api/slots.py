@@ -1,6 +1,6 @@
 """The slots of a group: which have a socket, which are chosen, and by what.
 
-It is to sockets what `rotation` is to the workers of a service, with nobody but the caller to say
+It is to sockets what `selection` is to the workers of a service, with nobody but the caller to say
 who comes, is ready and goes.
 """
 

@@ -1,8 +1,8 @@
 """The process that outlives a controller, while it does not yet have to.
 
 It keeps what it is given and signals nobody. When its channel ends, so has the controller,
-however it did, or it has executed itself anew and will be back: see `orphanage`. The
-controller's side is in `custody`.
+however it did, or it has executed itself anew and will be back: see `standby`. The
+controller's side is in `client`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Traces(msgspec.Struct, frozen=True):
 
 
 class StoredEntry(msgspec.Struct, eq=False):
-    """An entry; see `custody.Entry`."""
+    """An entry; see `client.Entry`."""
 
     value: bytes
     fds: list[int]

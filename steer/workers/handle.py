@@ -157,7 +157,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
 
         Args:
             generation: that of the number saved.
-            admitted: see `Fleet`.
+            admitted: see `WorkerPool`.
         """
         return cls(
             saved.seat,

@@ -1,4 +1,4 @@
-"""Who is in rotation: the slots of a service, those of them that are chosen now, and by what.
+"""The selection: the slots of a service, those of them that are selected now, and by what.
 
 All that changes in one turn of the loop is one flip.
 """

@@ -18,24 +18,16 @@ from steer.errors import ConfigError
 from steer.loader import find
 from steer.policy import builtin
 from steer.workers.lifecycle import State
-from testkit import ROOT, diagrams
+from testkit import ROOT, diagrams, pages
+from testkit.pages import PAGES
 
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
-_LINK = re.compile(r"\]\(([^)\s]+)\)")
-_CODE = re.compile(r"^```.*?^```|`[^`]*`", re.DOTALL | re.MULTILINE)
 
 every_policy = pytest.mark.parametrize("name", builtin.POLICIES)
 
 
 def page(name: str) -> str:
     return (DOCS / "policies" / f"{name}.md").read_text()
-
-
-def anchors(text: str) -> set[str]:
-    """Of the headings, as they are made of them where the pages are shown."""
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_a_page_for_every_policy() -> None:
@@ -77,13 +69,17 @@ def test_page_has_what_a_choice_costs_as_measured(name: str) -> None:
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_links_resolve(file: Path) -> None:
-    for link in _LINK.findall(_CODE.sub("", file.read_text())):
-        if re.match(r"[a-z]+:", link):
-            continue
-        path, _, anchor = link.partition("#")
-        there = file.parent / path if path else file
-        assert there.exists(), link
-        assert not anchor or anchor in anchors(there.read_text()), link
+    assert not list(pages.broken_links(file))
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    file.write_text("# One\n[a](#one) [b](#two) [c](none.md) [d](page.md#one) `[e](none.md)`\n")
+    assert list(pages.broken_links(file)) == ["#two", "none.md"]
+
+
+def test_a_replaced_word_is_found() -> None:
+    assert list(pages.replaced_words("The Fleet. A fleet-footed pool.")) == ["fleet: say pool"]
 
 
 def test_every_command_is_told_of() -> None:
