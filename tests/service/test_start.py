@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import islice
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from steer.cli import ask, main, status
 from steer.control import schema
 from steer.control.server import Tell
-from steer.controller.controller import Controller
 from steer.linux import fork
 from testkit.fake_service import fake_service
 from testkit.fixtures import StartService
@@ -87,38 +78,6 @@ async def tells(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
     return {"service": web}
 
 
-WORDS = ("web", "--json", "--watch", "--quick", "-x", "--", "", "--jso", "a=b", "--json=1")
-NUMBERS = ("1", "0", "+2", "-1", "+", "1e3", "99999999", "hash", "./mine.c")
-AT = ("--control-socket", "--control-socket=/a", "--control-socket=", "--control-socket=-")
-SHARES = ("--weights", "--weights=1,2", "--weights=", "--param", "--param=a=1")
-
-
-@given(st.lists(st.sampled_from(WORDS + AT), max_size=5))
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-def test_status_is_read_without_click_as_with_it(arguments: list[str]) -> None:
-    found = status.plain(arguments)
-    if found is not None:
-        context = main.status.make_context("status", list(arguments))
-        assert found == status.Asked(**context.params)
-
-
-@pytest.mark.parametrize("command", ["reload", "scale", "drain", "restart", "policy", "stop"])
-@given(arguments=st.lists(st.sampled_from(WORDS + NUMBERS + AT + SHARES), max_size=5))
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-def test_an_act_is_read_without_click_as_with_it(command: str, arguments: list[str]) -> None:
-    done: list[object] = []
-
-    def note(*given: object, **how: object) -> None:
-        done.append((given, how))
-
-    with patch.multiple(ask, perform=note, stop=note):
-        act = ask.plain(command, arguments)
-        if act is not None:
-            act()
-            main.cli([command, *arguments], standalone_mode=False)
-            assert done[0] == done[1]
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -147,68 +106,6 @@ def test_what_run_cannot_read_click_does(home: Path, arguments: list[str]) -> No
     command = [sys.executable, "-m", "steer", *arguments]
     done = subprocess.run(command, env=clean_environment(home), capture_output=True, text=True)
     assert (done.stdout or done.stderr).startswith("Usage: ")
-
-
-SAID = [((2,), {"STATUS": "soon"}), ((3,), {"READY": "1"}), ((2,), {"READY": "1"})]
-
-
-class Starting:
-    """A service that imports its loop; that is over once nothing is done meanwhile.
-
-    Attributes:
-        early: what was heard.
-        serves: whether its worker does.
-        imported: the same when the import was over.
-    """
-
-    def __init__(self, patch: pytest.MonkeyPatch, *command: str) -> None:
-        self.early: list[object] = []
-        self.serves = False
-        self.imported: list[bool] = []
-        self.plan = SimpleNamespace(service=SimpleNamespace(command=command))
-        self.pool = self.listener = self
-        self._said = iter(SAID)
-        patch.setattr(importlib, "import_module", lambda _: self.imported.append(self.serves))
-        patch.setattr(threading, "Thread", self._thread)
-
-    @staticmethod
-    def _thread(target: Callable[[], None]) -> object:
-        return SimpleNamespace(start=lambda: None, is_alive=lambda: True, join=target)
-
-    def serve_early(self, pid: int) -> bool:
-        """One of two is of no worker."""
-        self.serves |= pid == 2
-        return pid == 2
-
-    def fileno(self) -> int:
-        return self._always_readable
-
-    def receive(self) -> Iterable[object]:
-        return islice(self._said, 1)
-
-    def run(self) -> None:
-        with open(os.devnull) as file:
-            self._always_readable = file.fileno()
-            Controller.await_loop(cast(Any, self))
-
-
-def test_first_that_is_ready_serves_whatever_was_said_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """While the loop is still imported."""
-    starting = Starting(monkeypatch)
-    starting.run()
-    assert starting.imported == [True]
-    assert starting.early == SAID
-
-
-def test_what_is_said_for_commands_is_left_until_there_is_a_loop(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    starting = Starting(monkeypatch, "server")
-    starting.run()
-    assert starting.imported == [False]
-    assert starting.early == []
 
 
 def test_a_worker_collects_its_garbage() -> None:
