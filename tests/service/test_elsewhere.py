@@ -231,27 +231,3 @@ def test_finds_ports_but_those_it_was_given() -> None:
         found = elsewhere.find(pid, frozenset({processes.socket_inode(one.fileno())}))
         assert found is not None
         assert one.getsockname()[1] not in found.ports
-
-
-@pytest.mark.parametrize(
-    "command, arguments, wanted",
-    [
-        (("uvicorn", "m:a"), (), "--fd {fd}"),
-        ((sys.executable, "-m", "hypercorn", "m:a"), (), "--bind fd://{fd}"),
-        (("sh", "-c", "exec gunicorn m:a"), ("gunicorn: master [m:a]",), "reuse_port"),
-        (("uv", "run", "gunicorn", "m:a"), ("python", "/bin/gunicorn"), "--bind fd://{fd}"),
-        (("./mine",), ("./mine",), "LISTEN_FDS"),
-        ((), (), "worker.sockets"),
-    ],
-)
-def test_what_to_change(command: tuple[str, ...], arguments: tuple[str, ...], wanted: str) -> None:
-    first = command if "uv" in command else arguments
-    assert wanted in servers.how_to_hand_over(command, first, arguments)
-
-
-def test_one_whose_address_is_in_use_was_not_given_its_sockets() -> None:
-    words = "[ERROR] Can't connect to ('127.0.0.1', 8080): [Errno 98] Address already in use"
-    cause, cure = servers.why_it_ended(("./start", "gunicorn", "m:a"), 1, words)
-    assert cause == "it binds an address itself, which is in use"
-    assert cure.endswith("add to its command: --bind fd://{fd}")
-    assert servers.why_it_ended(("./start",), 1, "no such file") == ("", "")

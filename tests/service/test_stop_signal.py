@@ -9,13 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 import pytest
 
-from steer.config.servers import SERVERS, Shown, finish
-from steer.config.service import Service, load
-from steer.errors import ConfigError
+from steer.config.servers import SERVERS
+from steer.config.service import Service
 from testkit.fixtures import RunSteer, StartService
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, eventually
@@ -307,58 +305,3 @@ def test_known_servers_are_told_by_their_own_signal(
 ) -> None:
     assert Service(command=command).told_by is number
     assert Service(command=command, stop_signal="SIGHUP").told_by is signal.SIGHUP
-
-
-def shown(*arguments: str, name: str = "") -> Shown:
-    return Shown(arguments, name)
-
-
-@pytest.mark.parametrize(
-    "line, first, others",
-    [
-        ([], "TERM", "TERM"),
-        ([shown("nginx: master process /usr/sbin/nginx -c /etc/x.conf")], "QUIT", "QUIT"),
-        ([shown("php-fpm: master process (/etc/php/fpm.conf)")], "QUIT", "QUIT"),
-        ([shown("unicorn master -c /srv/config.rb")], "QUIT", "QUIT"),
-        ([shown("web", name="php-fpm8.2")], "QUIT", "QUIT"),
-        ([shown("gunicorn: master [nginx]", name="gunicorn")], "TERM", "TERM"),
-        ([shown("sh", name="tini"), shown("/usr/sbin/haproxy", "-db")], "USR1", "USR1"),
-        ([shown("sh", name="sh"), shown("httpd")], "TERM", "WINCH"),
-        ([shown("sh", name="tini"), shown("sh", name="sh"), shown("nginx")], "TERM", "QUIT"),
-        ([shown("sh", name="sh"), shown("sleep", "nginx", name="sleep")], "TERM", "TERM"),
-    ],
-)
-def test_a_server_is_known_by_what_it_shows(line: list[Shown], first: str, others: str) -> None:
-    found = finish(line)
-    assert (found.first, found.others) == (Signals[f"SIG{first}"], Signals[f"SIG{others}"])
-
-
-@pytest.mark.parametrize(
-    "name, cause",
-    [
-        ("QIUT", "no such signal; did you mean 'QUIT'?"),
-        ("CHLDD", "no such signal; allowed: "),  # and not one that is refused in turn
-        ("9", "no such signal; "),
-        ("SIG", "no such signal; "),
-        ("KILL", "no process can act on it; "),
-        ("SIGSTOP", "no process can act on it; "),
-        ("tstp", "it stops a process; "),
-        ("TTIN", "it stops a process; "),
-        ("CHLD", "it ends no process; "),
-        ("CLD", "it ends no process; "),
-        ("URG", "it ends no process; "),
-        ("CONT", "it ends no process; "),
-    ],
-)
-def test_what_ends_no_server_is_refused(name: str, cause: str) -> None:
-    keys: dict[str, Any] = {"stop_signal": name}
-    with pytest.raises(ConfigError) as caught:
-        load({}, {}, keys, "steer.toml")
-    assert str(caught.value).startswith(f"steer.toml: stop_signal = '{name}': {cause}")
-    assert "allowed: the name of a signal on which a server ends: QUIT" in caught.value.cure
-
-
-@pytest.mark.parametrize("number", {each.stop_signal for each in SERVERS.values()})
-def test_what_a_known_server_ends_on_is_allowed(number: Signals) -> None:
-    assert Service(stop_signal=number.name).told_by is number
-    assert Service(stop_signal="IOT").told_by is signal.SIGABRT
