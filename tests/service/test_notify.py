@@ -7,15 +7,14 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from steer.config.servers import says_ready_early
 from steer.control import mailbox
-from steer.control.notify import Listener, Notification, Unheard, parse, tell_supervisor
+from steer.control.notify import Listener, Notification, Unheard, tell_supervisor
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually, is_ready
 
@@ -60,21 +59,6 @@ def encoded(address: str) -> str:
 def send(address: str, message: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto(message, encoded(address))
-
-
-@pytest.mark.parametrize(
-    "message, found",
-    [
-        (b"READY=1", {"READY": "1"}),
-        (b"READY=1\nSTATUS=a=b\n\n", {"READY": "1", "STATUS": "a=b"}),
-        (b"READY=0\nREADY=1\n", {"READY": "1"}),
-        (b"READY\n=\n", {"": ""}),
-        (b"", {}),
-        (b"\xff\x00=\xfe", {"\ufffd\0": "\ufffd"}),
-    ],
-)
-def test_assignments_of_a_message(message: bytes, found: Mapping[str, str]) -> None:
-    assert parse(message) == found
 
 
 def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
@@ -297,22 +281,6 @@ def test_gunicorn_is_not_believed_before_its_own_workers_wait(
     running.wait_ready()
 
 
-@pytest.mark.parametrize(
-    "arguments, early",
-    [
-        (["gunicorn", "-w", "1", "app:app"], True),
-        (["/usr/bin/python3", "/usr/bin/gunicorn", "app:app"], True),
-        (["python3", "-m", "gunicorn", "app:app"], True),
-        (["gunicorn: master [app:app]"], True),
-        (["python3", "serve.py", "--name", "gunicorn"], False),
-        (["uvicorn", "app:app"], False),
-        ([], False),
-    ],
-)
-def test_who_says_ready_early(arguments: list[str], early: bool) -> None:
-    assert says_ready_early(arguments) is early
-
-
 def test_whose_process_sent_it_is_known_after_that_has_ended() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -329,13 +297,6 @@ def test_whose_process_sent_it_is_known_after_that_has_ended() -> None:
         (letter,) = mailbox.letters(box.contents())
         box.close()
     assert letter.lineage[:2] == (pid, os.getpid())
-
-
-def test_of_a_worker_that_is_known_nobody_further_is_looked_for() -> None:
-    parent = os.getppid()
-    assert mailbox.lineage(os.getpid(), {os.getpid(), parent}) == (os.getpid(),)
-    assert mailbox.lineage(os.getpid(), {parent}) == (os.getpid(), parent)
-    assert parent in mailbox.lineage(os.getpid())
 
 
 def test_all_that_waits_is_taken_in_one_turn() -> None:
