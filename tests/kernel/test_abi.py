@@ -13,7 +13,6 @@ import pytest
 
 from steer import abi
 from steer.loader import compile
-from steer.policy import layout
 
 HEADS = {
     "steer_table": (abi.HEADER, "head early reserved"),
@@ -152,60 +151,6 @@ def test_layouts_and_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
     expected = {**MIRRORED, **dict(fields())}
     found = compiled(list(expected), tmp_path)
     assert dict(zip(expected, found, strict=True)) == expected
-
-
-def test_maps_hold_what_the_structs_say() -> None:
-    sizes = {name: spec.value_bytes for name, spec in abi.MAPS.items()}
-    assert sizes == {
-        "sockets": 8,  # bpf_fd_reuseport_array_update_elem() takes an fd of 8 bytes, or 4
-        "table": abi.TABLE_BYTES,
-        "counts": abi.COUNT.size,
-        "cpus": abi.CPU.size,
-        "slots": 2 * 4 * abi.SLOTS + abi.SLOTS * abi.SLOT.size + abi.PACE.size,
-        "params": abi.PARAMS.size,
-        "own": abi.OWN.size,
-        "flows": abi.SET_BYTES,
-        "owners": abi.OWNER.size,
-        "listeners": abi.OWNER.size,
-        "moved": abi.OWNER.size,
-        "early": abi.EARLY_BYTES,
-    }
-    per_cpu = abi.BPF_MAP_TYPE_PERCPU_ARRAY
-    read_back_to_back = {name for name, spec in abi.MAPS.items() if spec.kind == per_cpu}
-    assert read_back_to_back == {"counts", "cpus", "own"}
-    assert all(sizes[name] % 8 == 0 for name in read_back_to_back), "the kernel rounds up to 8"
-
-
-def test_maps_are_found_by_what_they_are_keyed_with() -> None:
-    """A number of 4 bytes, if not a packet or the 8 bytes of a socket's cookie.
-    Of socket storage it is a descriptor (bpf_fd_sk_storage_update_elem())."""
-    keys = {name: spec.key_bytes for name, spec in abi.MAPS.items() if spec.key_bytes != 4}
-    assert keys == {
-        "listeners": 8,
-        "moved": 8,
-        "early": abi.PACKET_BYTES,
-    }
-
-
-def test_slots_fit_an_entry() -> None:
-    assert abi.MAX_SLOTS <= abi.NO_SLOT < abi.ROW
-    assert abi.TURNS <= abi.ROW
-    assert abi.MAX_SLOTS < abi.SLOTS, "of the reserve too it is known what is open"
-    assert abi.SLOTS & abi.SLOTS - 1 == abi.VALUES & abi.VALUES - 1 == 0, "masked with it less one"
-
-
-def test_the_head_of_the_table_has_room() -> None:
-    """For where a half begins, a deck and a length."""
-    assert abi.HALF_BYTES < 1 << abi.DECK_BIT
-    assert layout.MAX_DECK < 1 << abi.LENGTH_BIT - abi.DECK_BIT
-    assert abi.ENTRIES < 1 << 64 - abi.LENGTH_BIT
-
-
-def test_a_deck_fits_the_table() -> None:
-    assert 2 * abi.ALL <= abi.TURNS
-    assert 2 * (2 * abi.ALL) <= abi.TURNS, "words of two halves"
-    assert 2 * layout.MAX_DECK <= abi.TURNS
-    assert abi.SLOTS * abi.LOAD_SIZE <= 1 << 16, "an offset into the loads is half a word"
 
 
 @pytest.mark.needs("headers")
