@@ -27,11 +27,6 @@ from testkit.namespaces import Netns
 from testkit.processes import eventually, is_ready
 from testkit.service import Service, wound
 
-# What follows from what is seen
-
-D = Departure
-
-
 # What workers do
 
 APP = """
