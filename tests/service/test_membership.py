@@ -27,6 +27,9 @@ from testkit.namespaces import Netns
 from testkit.processes import eventually, is_ready
 from testkit.service import Service, wound
 
+D = Departure
+
+
 # What workers do
 
 APP = """
