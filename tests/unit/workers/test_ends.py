@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from steer.linux import family, services
+from steer.linux import family, retry, services
 from steer.linux.family import Family
 from steer.linux.log import Log
 from steer.linux.retry import Retry
@@ -20,6 +20,12 @@ from steer.workers.ends import MOST, End, Ends, look_again_s
 from testkit.fake_worker import DEADLINE_S, FIRST, FakeWorker
 
 sizes = pytest.mark.parametrize("workers", [10, 1000])
+
+
+@pytest.fixture(autouse=True)
+def again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is tried again without much of a wait."""
+    monkeypatch.setattr(retry, "AGAIN_S", 0.01)
 
 
 class FakePlace:

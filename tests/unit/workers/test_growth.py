@@ -132,7 +132,7 @@ def test_those_that_are_admitted_together_are_saved_no_more_for_it(tmp_path: Pat
         def admit(places: Sequence[WorkerHandle]) -> None:
             with service.counted() as cost:
                 was(places)
-                seen.update(cost)
+            seen.update(cost)
 
         service.pool.admit = admit  # type: ignore[method-assign]
         await service.changes.renew(service.plan, unheard)
@@ -149,7 +149,7 @@ def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
     worker."""
 
     async def script(service: FakeService) -> None:
-        with service.counted():
+        with service.counted(steps=False):
             await service.changes.renew(service.plan, unheard)
             while len(service.pool.places) > len(service.plan.seats):
                 await rest()
