@@ -12,17 +12,9 @@ from functools import partial
 from typing import Any
 
 from steer.cli.options import words
+from steer.control.commands import COMMANDS as TABLE
 
-_DONE = {
-    "reload": "reloaded",
-    "scale": "scaled",
-    "drain": "drained",
-    "undrain": "undrained",
-    "restart": "restarted",
-    "policy": "changed",
-}
-COMMANDS = (*_DONE, "stop")
-_NUMBERED = {"scale": "N", "drain": "SLOT", "undrain": "SLOT", "restart": "SLOT"}
+COMMANDS = tuple(name for name, command in TABLE.items() if command.done)
 
 
 def plain(command: str, arguments: Sequence[str]) -> Callable[[], None] | None:
@@ -41,13 +33,14 @@ def plain(command: str, arguments: Sequence[str]) -> Callable[[], None] | None:
 
 
 def _put(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[], None] | None:
-    what = names.pop() if names and command in (*_NUMBERED, "policy") else None
+    argument = TABLE[command].argument
+    what = names.pop() if names and argument else None
     if len(names) > 1:
         return None
     name = names[0] if names else None
     if command == "stop":
         return partial(stop, name, **how)
-    if command == "reload":
+    if not argument:
         return partial(perform, command, name, **how)
     if what is None:
         return None
@@ -56,7 +49,7 @@ def _put(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[],
     from steer import values
 
     try:
-        return partial(perform, command, name, **NUMBERS[_NUMBERED[command]](what), **how)
+        return partial(perform, command, name, **NUMBERS[argument](what), **how)
     except values.Invalid:
         return None
 
@@ -96,7 +89,7 @@ def perform(
     called = name or path.stem
     with output.progress(f"{command} {called}") as progress:
         outcome = client.perform(path, command, progress, **more)
-    done = _DONE[command]
+    done = TABLE[command].done
     if as_json:
         output.as_json({done: called, **msgspec.to_builtins(outcome)})
     else:
@@ -135,6 +128,6 @@ def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | Non
         with output.progress(f"stop {called}") as progress:
             client.stop(path, quick, progress)
     if as_json:
-        output.as_json({"stopped": called})
+        output.as_json({TABLE["stop"].done: called})
     else:
-        print(f"stopped {called}")
+        print(f"{TABLE['stop'].done} {called}")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from steer.control import peer, schema, taken
-from steer.control.outcomes import OUTCOMES, Outcome
+from steer.control.outcomes import Outcome, outcome_of
 from steer.errors import ControlError, NotRunning, Orphaned, Refused
 
 _TIMEOUT_S = 5.0
@@ -201,18 +201,17 @@ def _understood(answer: Any, kind: type[_T], act: str) -> _T:
 
 
 def perform(path: Path, command: str, progress: Progress | None = None, **more: Any) -> Outcome:
-    """Have a service reload, scale, drain, undrain, restart or change its policy; return when
-    it is done.
+    """Have a service carry out a command that has an outcome; return when it is done.
 
     Args:
-        more: of the request: `workers`, `slot`, or `policy`, `params` and `weights`.
+        more: what the request carries, see `commands.COMMANDS`.
 
     Raises:
         NotRunning, ControlError
         Refused: it was not done.
     """
     answer = _ask_at_length(path, command, progress, **more)
-    return _understood(answer, OUTCOMES[command], f"{command} {path.stem}")
+    return _understood(answer, outcome_of(command), f"{command} {path.stem}")
 
 
 def stop(path: Path, quick: bool, progress: Progress | None = None) -> None:

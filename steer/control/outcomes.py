@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import msgspec
 
+from steer.control.commands import COMMANDS
 from steer.values import plural
 
 
@@ -56,15 +55,13 @@ class Swapped(msgspec.Struct):
 Outcome = Reloaded | Scaled | Drained | Restarted | Swapped
 """What was done, in the words of the answer; as text, what to tell of it."""
 
+_KINDS: tuple[type[Outcome], ...] = (Reloaded, Scaled, Drained, Restarted, Swapped)
+_BY_NAME = {kind.__name__: kind for kind in _KINDS}
 
-OUTCOMES: Mapping[str, type[Outcome]] = {
-    "reload": Reloaded,
-    "scale": Scaled,
-    "drain": Drained,
-    "undrain": Drained,
-    "restart": Restarted,
-    "policy": Swapped,
-}
+
+def outcome_of(command: str) -> type[Outcome]:
+    """The class of a command's outcome. Raises KeyError: it has none."""
+    return _BY_NAME[COMMANDS[command].outcome]
 
 
 def _workers(count: int) -> str:
