@@ -8,6 +8,7 @@ import pytest
 from steer.cli import ask, main
 from steer.control import outcomes
 from steer.control.commands import COMMANDS
+from steer.controller import requests
 
 
 def test_each_is_a_command_of_the_command_line() -> None:
@@ -35,3 +36,7 @@ def test_each_outcome_is_of_some_command() -> None:
     assert {kind.__name__ for kind in outcomes._KINDS} == {
         each.outcome for each in COMMANDS.values() if each.outcome
     }
+
+
+def test_the_controller_handles_each() -> None:
+    assert requests.HANDLERS.keys() == COMMANDS.keys()

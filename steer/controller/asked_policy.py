@@ -1,0 +1,43 @@
+"""The configuration that results when a user asks a running service for another policy. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from steer.config.service import Service, changed
+from steer.control.commands import COMMANDS
+from steer.policy.builtin import KERNEL, Policy
+
+
+def with_asked(service: Service, asked: Mapping[str, Any], act: str) -> Service:
+    """The configuration with the policy, parameters and weights asked for.
+
+    Raises:
+        ConfigError
+    """
+    keys = COMMANDS["policy"].carries
+    values = {key: asked[key] for key in keys if asked.get(key) is not None}
+    if values.get("policy") == KERNEL:
+        values.setdefault("weights", ())  # it knows none
+    return changed(service, {"params": (), **values}, act)
+
+
+def with_params_kept(running: Service, asked: Service, policy: Policy) -> Service:
+    """The configuration asked for: if it names the policy in force, parameters that it does not
+    name keep their values."""
+    if asked.policy != running.policy:
+        return asked
+    known = {param.name for param in policy.declared.params}
+    kept = {name: value for name, value in _pairs(running.params) if name in known}
+    all_of_them = {**kept, **dict(_pairs(asked.params))}
+    params = tuple(f"{name}={value}" for name, value in all_of_them.items())
+    return msgspec.structs.replace(asked, params=params)
+
+
+def _pairs(params: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for text in params:
+        name, _, value = text.partition("=")
+        yield name, value

@@ -1,0 +1,147 @@
+"""What users can have changed in a running service; each change waits for its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from steer.config import plan as planning
+from steer.config.plan import Generation, Plan
+from steer.config.service import MAX_WORKERS
+from steer.control.server import Tell
+from steer.controller.controller import Controller
+from steer.controller.policy_change import PolicyChange
+from steer.controller.rollout import Rollout, unheard
+from steer.controller.state import ServiceState
+from steer.errors import ControlError, SteerError
+from steer.linux import topology
+from steer.linux.log import Log
+from steer.values import plural
+from steer.workers.handle import WorkerHandle
+
+
+class Changes:
+    """Those of one service.
+
+    Args:
+        reloaded: is called when another configuration is in force.
+        retimed: is called when another policy is.
+    """
+
+    def __init__(
+        self,
+        service: Controller,
+        rollout: Rollout,
+        state: ServiceState,
+        log: Log,
+        reloaded: Callable[[], None],
+        retimed: Callable[[], None],
+    ) -> None:
+        self._service = service
+        self._rollout = rollout
+        self._policy = PolicyChange(service, log)
+        self._state = state
+        self._log = log
+        self._reloaded = reloaded
+        self._retimed = retimed
+
+    @property
+    def _plan(self) -> Plan:
+        return self._service.plan
+
+    def turn(self, act: str) -> AbstractAsyncContextManager[None]:
+        """See `Rollout.turn`."""
+        return self._rollout.turn(act)
+
+    async def reload(self, tell: Tell) -> Generation:
+        """Read the configuration again and replace all workers.
+
+        Raises:
+            SteerError: nothing has changed.
+        """
+        act = f"reload {self._plan.name}"
+        async with self.turn(act):
+            with self._state.reloading():
+                self._service.follow_cpus()
+                plan = await self._policy.plan_for(self._service.reread(), act)
+                return await self._renew(plan, tell)
+
+    async def become(self, wanted: Plan) -> None:
+        """Reload to a configuration that has been read. Raises SteerError: as `reload`."""
+        act = f"reload {wanted.name}"
+        async with self.turn(act):
+            await self._renew(await self._policy.plan_for(wanted.service, act), unheard)
+
+    async def renew_as_it_is(self, number: int) -> None:
+        """Replace all workers, unless generation `number` has been replaced meanwhile."""
+        async with self.turn(f"replace all workers of {self._plan.name}"):
+            if self._service.pool.generation.number == number:
+                generation = await self._rollout.renew(self._plan, unheard)
+                self._log.info("generation %d serves", generation.number)
+
+    async def _renew(self, plan: Plan, tell: Tell) -> Generation:
+        self._service.allow_descriptors(plan)
+        before = self._plan
+        plan = self._policy.choose_as(plan)
+        try:
+            generation = await self._rollout.renew(plan, tell)
+        except SteerError:
+            await self._policy.choose_again(before)
+            raise
+        self._service.reconfigured(plan)
+        self._reloaded()
+        self._log.info("generation %d serves", generation.number)
+        return generation
+
+    async def change_policy(self, asked: Mapping[str, Any]) -> None:
+        """Raises SteerError: nothing has changed."""
+        act = f"change the policy of {self._plan.name}"
+        async with self.turn(act):
+            await self._policy.change(asked, act)
+            self._retimed()
+
+    async def scale_by(self, more: int, tell: Tell) -> int:
+        """Returns how many workers there are then. Raises SteerError."""
+        act = f"scale {self._plan.name} by {more:+}"
+        async with self.turn(act):
+            there = len(self._plan.seats)
+            if not 0 < there + more <= MAX_WORKERS:
+                there_are = f"{plural(there, 'worker')} there"
+                cause = f"{there_are}, and there may be 1 to {MAX_WORKERS}"
+                raise ControlError(act, cause, "see `steer stop`" if more < 0 else "")
+            await self._scale_to(there + more, tell)
+            return there + more
+
+    async def scale(self, workers: int, tell: Tell) -> None:
+        """Raises SteerError."""
+        async with self.turn(f"scale {self._plan.name} to {workers}"):
+            await self._scale_to(workers, tell)
+
+    async def _scale_to(self, workers: int, tell: Tell) -> None:
+        self._service.follow_cpus()
+        plan = planning.scaled(self._plan, workers, topology.read())
+        self._service.allow_descriptors(plan)
+        await self._rollout.scale(plan, tell)
+        self._service.configure(plan)
+        self._log.info("%s", plural(workers, "worker"))
+
+    async def restart(self, find: Callable[[], WorkerHandle], act: str, tell: Tell) -> WorkerHandle:
+        """Replace a worker by another, which is returned.
+
+        Args:
+            find: the worker, as soon as it is our turn. May raise SteerError.
+
+        Raises:
+            SteerError: nothing has changed.
+        """
+        async with self.turn(act):
+            return await self._rollout.restart(find(), tell)
+
+    async def drain(self, worker: WorkerHandle) -> None:
+        """See `Rollout.drain`."""
+        await self._rollout.drain(worker)
+
+    async def undrain(self, worker: WorkerHandle) -> None:
+        """See `Rollout.undrain`."""
+        await self._rollout.undrain(worker)

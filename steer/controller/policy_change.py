@@ -1,0 +1,135 @@
+"""Another policy for a running service: at once on all workers, or with the workers of a reload."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from steer.config import auto
+from steer.config import plan as planning
+from steer.config.candidates import Finding
+from steer.config.plan import Plan
+from steer.config.service import Service
+from steer.controller.asked_policy import with_asked, with_params_kept
+from steer.controller.controller import Controller
+from steer.controller.refusals import log_failure
+from steer.errors import KernelError, SteerError
+from steer.linux import topology
+from steer.linux.background import in_background
+from steer.linux.log import Log
+from steer.loader import find, probe
+from steer.policy.builtin import BACKENDS, OWN_SUFFIX, Policy
+
+_GONE_S, _AGAIN_S = 2.0, 0.05
+"""How long workers that failed may take to exit, and how often that is looked at."""
+
+
+class PolicyChange:
+    """Changes the policy of one service. Whoever calls it has the turn, see `Rollout.turn`."""
+
+    def __init__(self, service: Controller, log: Log) -> None:
+        self._service = service
+        self._log = log
+        self._found: Mapping[str, Finding] = {}
+
+    @property
+    def _plan(self) -> Plan:
+        return self._service.plan
+
+    async def plan_for(self, service: Service, act: str) -> Plan:
+        """The plan for the running service that is to become `service`.
+
+        Raises:
+            SteerError: it cannot become that.
+        """
+        policy = await _prepared(service.policy)
+        candidates = auto.candidates(policy, service, self._findings(), act)
+        return planning.again(self._plan, service, topology.read(), act, candidates)
+
+    async def change(self, asked: Mapping[str, Any], act: str) -> None:
+        """The policy, parameters and weights that a request asks for, on all workers at once.
+
+        Raises:
+            SteerError: nothing has changed.
+        """
+        now = self._plan
+        service = with_asked(now.service, asked, act)
+        try:
+            policy = await _prepared(service.policy)
+            service = with_params_kept(now.service, service, policy)
+            candidates = auto.candidates(policy, service, self._findings(), act)
+            self._service.choose_by(
+                planning.choosing_by(now, service, candidates, topology.read(), act)
+            )
+        except KernelError as error:
+            goes_on = f"nothing has changed: {now.policy.name} goes on"
+            raise type(error)(act, str(error), goes_on, error.detail) from None
+        self._tell()
+
+    def choose_as(self, other: Plan) -> Plan:
+        """Put the policy of another plan in force, over the workers there are.
+
+        Returns:
+            The other plan, with the policy and the backend that were found to work.
+
+        Raises:
+            SteerError: nothing has changed.
+        """
+        now, first = self._plan, other.candidates[0]
+        if not now.is_by(first) or now.rungs[0].fallback:
+            self._service.choose_by(planning.with_policy_of(now, other, topology.read()))
+            self._tell()
+        return other.choosing_by(self._plan.candidates)
+
+    async def choose_again(self, before: Plan) -> None:
+        """Put the policy back in force that was before a change that has failed, if it is not.
+
+        Classic BPF can only be attached once the workers that failed have exited. Until they have,
+        no worse backend is tried in its place.
+        """
+        if self._plan.is_by(before.candidates[0]):
+            return
+        now, end_s = topology.read(), time.monotonic() + _GONE_S
+        while time.monotonic() < end_s:
+            with suppress(SteerError):
+                self._service.choose_by(planning.back_to(before, self._plan, now))
+                return
+            await asyncio.sleep(_AGAIN_S)
+        try:
+            self._service.choose_by(planning.back_to(before, self._plan, now, lower=True))
+        except SteerError as error:
+            log_failure(self._log, f"choose by {before.policy.name} again", error)
+        else:
+            self._warn_if_worse_than(before)
+
+    def _warn_if_worse_than(self, before: Plan) -> None:
+        was, now = before.rungs[0].backend, self._plan.rungs[0]
+        if BACKENDS.index(now.backend) > BACKENDS.index(was):
+            name = self._plan.policy.name
+            self._log.warning("%s is on %s, not on %s: %s", name, now.backend, was, now.reason)
+
+    def _findings(self) -> Mapping[str, Finding]:
+        """What could not be done may be possible by now; the rest is not tried again.
+
+        Raises:
+            KernelError: steer can run on no backend here.
+        """
+        self._found = probe.findings(self._found)
+        return self._found
+
+    def _tell(self) -> None:
+        plan = self._plan
+        self._log.info("%s on %s", plan.policy.name, self._service.steering.backend)
+        if plan.became:
+            self._log.info("policy %s", plan.became)
+
+
+async def _prepared(asked: str) -> Policy:
+    """See `find.prepare`. To compile a user's own policy takes time, and so may reading its file;
+    a built-in one is read at once."""
+    if asked.endswith(OWN_SUFFIX):
+        return await in_background(find.prepare, asked)
+    return find.prepare(asked)

@@ -1,0 +1,35 @@
+"""How the log tells of what could not be done."""
+
+from __future__ import annotations
+
+import traceback
+
+from steer.errors import SteerError
+from steer.linux.log import Log
+from steer.linux.retry import as_refusal, is_lack
+
+
+def refusal_of(log: Log, act: str, error: Exception) -> SteerError:
+    """Any error in words. Where it is a bug, the debug log gets its traceback."""
+    if not is_lack(error):
+        log.debug("%s", "".join(traceback.format_exception(error)))
+    return as_refusal(act, error)
+
+
+def log_failure(log: Log, act: str, error: SteerError) -> None:
+    log.error("%s", with_act(act, error))
+    for line in error.detail.splitlines():
+        log.error("  | %s", line)
+
+
+def log_refused_request(log: Log, command: str, error: SteerError) -> None:
+    """In one line, and as no error of the service: whoever asked is told the rest."""
+    log.warning("request refused: %s", with_act(command, error))
+    for line in error.detail.splitlines():
+        log.debug("  | %s", line)
+
+
+def with_act(act: str, error: SteerError) -> str:
+    """The error with the act that it prevented, which is named once."""
+    line = str(error)
+    return line if line.startswith((f"{act} ", f"{act}:")) else f"{act}: {line}"

@@ -1,0 +1,179 @@
+"""Answers the requests at the control socket: a handler for each row of `commands.COMMANDS`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from steer.config.service import MAX_WORKERS
+from steer.control.commands import COMMANDS, Command
+from steer.control.outcomes import Drained, Outcome, Reloaded, Restarted, Scaled, Swapped
+from steer.control.protocol import Request
+from steer.control.server import Handler, Tell
+from steer.controller import status
+from steer.controller.changes import Changes
+from steer.controller.controller import Controller
+from steer.controller.delays import Delays
+from steer.controller.refusals import log_refused_request, refusal_of
+from steer.controller.state import ServiceState
+from steer.errors import ControlError, Postponed
+from steer.linux.log import Log
+from steer.policy.builtin import KERNEL
+from steer.values import shown
+from steer.workers.handle import WorkerHandle
+from steer.workers.lifecycle import State
+
+Answer = Outcome | Mapping[str, Any]
+_MAY_RESTART = (State.READY, State.DRAINING, State.HUNG, State.BACKOFF)
+
+
+class Requests:
+    """Those to one service.
+
+    Args:
+        stop: ends the service; told whether to do so quickly.
+    """
+
+    def __init__(
+        self,
+        service: Controller,
+        changes: Changes,
+        state: ServiceState,
+        delays: Delays,
+        log: Log,
+        stop: Callable[[bool], None],
+    ) -> None:
+        self._service = service
+        self._pool = service.pool
+        self._changes = changes
+        self._state = state
+        self._delays = delays
+        self._log = log
+        self._stop = stop
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """By the name of the command."""
+        return {name: self._logged(COMMANDS[name], each) for name, each in HANDLERS.items()}
+
+    def _logged(self, command: Command, handle: Handle) -> Handler:
+        """A handler that is given what the command carries; the log tells what it refuses."""
+
+        async def handler(request: Request, tell: Tell) -> Mapping[str, Any]:
+            carried = {key: request[key] for key in command.carries if key in request}
+            try:
+                answer = await handle(self, carried, tell)
+            except Postponed:
+                raise
+            except Exception as error:  # noqa: BLE001 - who asked is told
+                act = f"{command.name} {self._service.plan.name}"
+                refusal = refusal_of(self._log, act, error)
+                log_refused_request(self._log, command.name, refusal)
+                raise refusal from None
+            return msgspec.structs.asdict(answer) if isinstance(answer, Outcome) else answer
+
+        return handler
+
+    async def status(self, _request: Request, _tell: Tell) -> Answer:
+        await self._pool.flipped()
+        delays = self._delays.report()
+        return {"service": await status.report_of(self._service, self._state.word, delays)}
+
+    async def stop(self, request: Request, _tell: Tell) -> Answer:
+        self._stop(bool(request.get("quick")))
+        # Shielded: others wait for it too.
+        await asyncio.shield(self._pool.ended)
+        return {}
+
+    async def reload(self, _request: Request, tell: Tell) -> Answer:
+        began_s = time.monotonic()
+        generation = await self._changes.reload(tell)
+        return Reloaded(generation.number, len(generation.plan.seats), _since(began_s))
+
+    async def scale(self, request: Request, tell: Tell) -> Answer:
+        began_s = time.monotonic()
+        workers, more = request.get("workers"), request.get("more")
+        if workers is None and type(more) is int:
+            return Scaled(await self._changes.scale_by(more, tell), _since(began_s))
+        if type(workers) is not int or not 0 < workers <= MAX_WORKERS:
+            act = f"scale {self._service.plan.name} to {shown(workers)}"
+            raise ControlError(
+                act, f"a number from 1 to {MAX_WORKERS} is wanted", "see `steer stop`"
+            )
+        await self._changes.scale(workers, tell)
+        return Scaled(workers, _since(began_s))
+
+    async def drain(self, request: Request, _tell: Tell) -> Answer:
+        place = self._worker(request, "drain", State.READY)
+        if self._service.steering.backend == KERNEL:
+            raise ControlError(
+                f"drain worker {place.slot}",
+                "the kernel's own hash leaves nobody out",
+                "use ebpf or cbpf, see `steer doctor`",
+            )
+        if not any(each.serves for each in self._pool.places if each is not place):
+            raise ControlError(
+                f"drain worker {place.slot}", "no other is ready", "start one, or `steer stop`"
+            )
+        await self._changes.drain(place)
+        return Drained(place.slot)
+
+    async def undrain(self, request: Request, _tell: Tell) -> Answer:
+        place = self._worker(request, "undrain", State.DRAINING)
+        await self._changes.undrain(place)
+        return Drained(place.slot)
+
+    async def restart(self, request: Request, tell: Tell) -> Answer:
+        began_s = time.monotonic()
+        slot = request.get("slot")
+        fresh = await self._changes.restart(
+            lambda: self._worker(request, "restart", *_MAY_RESTART),
+            f"restart worker {shown(slot)}",
+            tell,
+        )
+        return Restarted(request["slot"], fresh.slot, _since(began_s))
+
+    async def policy(self, request: Request, _tell: Tell) -> Answer:
+        began_s = time.monotonic()
+        await self._changes.change_policy(request)
+        chosen, backend = self._service.plan.policy.name, self._service.steering.backend
+        return Swapped(chosen, backend, _since(began_s))
+
+    def _worker(self, request: Request, act: str, *allowed: State) -> WorkerHandle:
+        """The worker in the slot asked for.
+
+        Raises:
+            ControlError: there is none, or it is in another state than those allowed.
+        """
+        slot = request.get("slot")
+        there_are = {place.slot: place for place in self._pool.places}
+        found = there_are.get(slot) if type(slot) is int else None
+        if found is None:
+            there = ", ".join(str(place.slot) for place in self._pool.places)
+            raise ControlError(f"{act} worker {shown(slot)}", "no such slot", f"there are: {there}")
+        if status.shown(found) not in allowed:
+            states = " or ".join(state.value for state in allowed)
+            raise ControlError(
+                f"{act} worker {slot}", f"it is {status.shown(found).value}", f"has to be {states}"
+            )
+        return found
+
+
+Handle = Callable[[Requests, Request, Tell], Awaitable[Answer]]
+HANDLERS: Mapping[str, Handle] = {
+    "status": Requests.status,
+    "stop": Requests.stop,
+    "reload": Requests.reload,
+    "scale": Requests.scale,
+    "drain": Requests.drain,
+    "undrain": Requests.undrain,
+    "restart": Requests.restart,
+    "policy": Requests.policy,
+}
+
+
+def _since(began_s: float) -> float:
+    return round(time.monotonic() - began_s, 3)

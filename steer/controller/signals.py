@@ -1,0 +1,71 @@
+"""What each signal has a service do. A handler only begins it: the loop does the work."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Mapping
+
+from steer.controller.changes import Changes
+from steer.controller.reexec import Reexec
+from steer.controller.rollout import unheard
+from steer.controller.tasks import Tasks
+from steer.linux import fork, stdio
+
+
+class Signals:
+    """Those of one controller.
+
+    Args:
+        stop: ends the service; told whether to do so quickly.
+        reopen_files: opens log files again.
+    """
+
+    def __init__(
+        self,
+        changes: Changes,
+        reexec: Reexec,
+        tasks: Tasks,
+        stop: Callable[[bool], None],
+        reopen_files: Callable[[], None],
+    ) -> None:
+        self._changes = changes
+        self._reexec = reexec
+        self._tasks = tasks
+        self._stop = stop
+        self._reopen_files = reopen_files
+        self._has_terminal = not stdio.terminal_is_gone()
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From here on; those that were held until now come first."""
+        handlers: Mapping[signal.Signals, Callable[[], object]] = {
+            signal.SIGTERM: lambda: self._stop(False),
+            signal.SIGINT: lambda: self._stop(True),
+            signal.SIGQUIT: lambda: self._stop(True),
+            signal.SIGUSR1: self._reopen_files,
+            signal.SIGUSR2: lambda: self._tasks.begin("execute anew", self._reexec.prepare),
+            signal.SIGTTIN: lambda: self._scale_by("add a worker", 1, signal.SIGTTIN),
+            signal.SIGTTOU: lambda: self._scale_by("end a worker", -1, signal.SIGTTOU),
+            signal.SIGWINCH: self._on_window_change,
+        }
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        fork.release_signals()
+
+    def _scale_by(self, act: str, more: int, asked_by: signal.Signals) -> None:
+        self._tasks.begin(act, lambda: self._changes.scale_by(more, unheard), asked_by)
+
+    def _on_hangup(self) -> None:
+        """Asked to reload; or the terminal that it ran in was closed."""
+        if self._has_terminal and stdio.terminal_is_gone():
+            self._stop(False)
+        else:
+            self._tasks.begin("reload", lambda: self._changes.reload(unheard), signal.SIGHUP)
+
+    def _on_window_change(self) -> None:
+        """With a terminal it means that a window has another size."""
+        if not self._has_terminal:
+            act = "end all workers"
+            self._tasks.begin(act, lambda: self._changes.scale(0, unheard), signal.SIGWINCH)

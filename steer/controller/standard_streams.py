@@ -1,0 +1,48 @@
+"""The controller's standard output and standard error: files to open again, and one that blocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from steer.guard.client import GuardClient
+from steer.linux import output, stdio
+from steer.linux.log import Log
+
+
+class StandardStreams:
+    """Those of this process.
+
+    Args:
+        files: that they go to, by descriptor; None where that is no file.
+        guard: writes to the same files.
+    """
+
+    def __init__(self, files: Mapping[int, str | None], guard: GuardClient, log: Log) -> None:
+        self._files = files
+        self._guard = guard
+        self._log = log
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Write on when standard error takes something again, as soon as it takes nothing."""
+
+        def write_on() -> None:
+            if output.stderr.flush():
+                loop.remove_writer(output.stderr.fileno())
+
+        output.stderr.watch(lambda: loop.add_writer(output.stderr.fileno(), write_on))
+
+    def reopen(self) -> None:
+        """Open the files again: logrotate(8) has moved them."""
+        files = {number: path for number, path in self._files.items() if path}
+        if not files:
+            self._log.info("SIGUSR1: no output goes to a file, so there is none to open anew")
+        for number, path in files.items():
+            try:
+                stdio.reopen(number, path)
+            except OSError as error:
+                self._log.error("open %s anew: %s", path, error.strerror)
+        self._guard.reopen()
+        if 1 in files and not stdio.is_the_log(1):
+            words = "workers that run now write to what it was until a reload"
+            self._log.info("standard output goes to %s anew; %s", files[1], words)

@@ -1,0 +1,56 @@
+"""Whether a service is starting, running or stopping; systemd is told, if it started steer."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from steer.control.notify import tell_supervisor
+
+_STARTING, _RUNNING, _STOPPING = "starting", "running", "stopping"
+
+
+class ServiceState:
+    """The state of one service.
+
+    Args:
+        environment: names the socket of whoever supervises us, see sd_notify(3).
+
+    Attributes:
+        word: for `steer status`.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self.word = _STARTING
+
+    @property
+    def is_running(self) -> bool:
+        return self.word == _RUNNING
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.word == _STOPPING
+
+    def runs(self) -> None:
+        self.word = _RUNNING
+        self._tell(f"READY=1\nMAINPID={os.getpid()}")
+
+    def stops(self) -> None:
+        self.word = _STOPPING
+        self._tell("STOPPING=1")
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """While it lasts the configuration is being read again."""
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            yield
+        finally:
+            if self.is_running:
+                self._tell("READY=1")
+
+    def _tell(self, message: str) -> None:
+        tell_supervisor(message, self._environment)

@@ -1,0 +1,65 @@
+"""Changes that nobody waits for: signals and health checks begin them; the log tells the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from steer.controller.refusals import log_failure, refusal_of
+from steer.controller.state import ServiceState
+from steer.errors import ControlError, Postponed
+from steer.linux.log import Log
+
+Change = Callable[[], Coroutine[Any, Any, object]]
+
+
+class Tasks:
+    """Those of one service."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, state: ServiceState, log: Log) -> None:
+        self._loop = loop
+        self._state = state
+        self._log = log
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._tasks
+
+    def begin(
+        self, act: str, change: Change, asked_by: signal.Signals | None = None
+    ) -> asyncio.Task[None]:
+        """Carry out a change.
+
+        Args:
+            act: what it does, in words, for the log.
+            asked_by: the signal to send ourselves again if the change has to wait for the next
+                controller.
+        """
+        task = self._loop.create_task(self._logged(act, change, asked_by))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def wait(self) -> None:
+        """Until all are done."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _logged(self, act: str, change: Change, asked_by: signal.Signals | None) -> None:
+        try:
+            await change()
+        except Postponed:
+            # Signals are held by now: it waits for the next controller.
+            if asked_by is not None:
+                os.kill(os.getpid(), asked_by)
+        except Exception as error:  # noqa: BLE001 - logged; nobody else is there to be told
+            # Whoever ended the service knows what does not happen any more.
+            if not self._state.is_stopping or not isinstance(error, ControlError):
+                log_failure(self._log, act, refusal_of(self._log, act, error))
