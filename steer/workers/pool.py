@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -44,14 +44,13 @@ from steer.workers.looks import Looks
 from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 from steer.workers.selection import Selection
+from steer.workers.steps import InSteps
 from steer.workers.visibility import BORROW, WAITS, Visibility
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
 
 
-_STEP_S = 0.005
-"""So long a step of what is done to all workers may take; then the loop has its turn."""
 QUICK_S = 1.0
 """How long a quick stop waits between SIGTERM and SIGKILL."""
 
@@ -129,8 +128,6 @@ class WorkerPool:
         self._launch = launch
         self._ending = False
         self._unsaved: dict[WorkerHandle, None] = {}
-        self._leaving: OrderedDict[WorkerHandle, None] = OrderedDict()
-        self._unpinned: OrderedDict[WorkerHandle, None] = OrderedDict()
         self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
@@ -146,6 +143,9 @@ class WorkerPool:
         self._starting: dict[WorkerHandle, None] = {}
         self._ending_in_s = 0.0
         self._ending_quickly = False
+        self._pinning: InSteps
+        self._retiring: InSteps
+        self._stopping: InSteps
         self._changed: Callable[[WorkerHandle], None]
         self._settle: Settle
         self._ends: Ends
@@ -316,6 +316,11 @@ class WorkerPool:
         self._ends = Ends(
             loop, self.retry, self._on_lost, self._on_ends, before=self._drop_together
         )
+        self._pinning = InSteps(loop, self._pin)
+        self._retiring = InSteps(loop, self._retire)
+        self._stopping = InSteps(
+            loop, self._tell_to_stop, self._end_if_empty, self.retry.spare.lent
+        )
         self.clock.run(loop, self.looks.take)
         self.up = loop.create_future()
         self.refused = loop.create_future()
@@ -424,23 +429,20 @@ class WorkerPool:
         self._selection.flip_soon()
 
     def retire(self, places: Iterable[WorkerHandle]) -> None:
-        """They are chosen no more, all at once. The rest of what follows is done for a few in a
-        turn of the loop, which would else do nothing else for long. Who adopts us if we are
-        killed meanwhile retires those whose seats others have."""
+        """They leave the table all at once. What follows is done in steps. A controller that
+        adopts the workers meanwhile retires those whose seats others have."""
+        leaving = []
         for place in places:
             if place.is_in_service:
                 place.leaving = True
-                self._leaving[place] = None
+                leaving.append(place)
             else:
                 self.report(place, Event.RETIRE)
         self._selection.flip_soon()
-        self._loop.call_soon(self._retire_some)
+        self._retiring.begin_soon(leaving)
 
-    def _retire_some(self) -> None:
-        for place in _in_a_step(self._leaving):
-            self.report(place, Event.RETIRE)
-        if self._leaving:
-            self._loop.call_soon(self._retire_some)
+    def _retire(self, place: WorkerHandle) -> None:
+        self.report(place, Event.RETIRE)
 
     def stop(self, within_s: float, quick: bool) -> None:
         """Ask every worker to finish what it has; those that have not by then are killed.
@@ -451,7 +453,7 @@ class WorkerPool:
         self._ending, self._ending_in_s, self._ending_quickly = True, within_s, quick
         self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
         self.retry.attempt("let go of the ports", self._selection.release)
-        self._tell_to_stop(OrderedDict.fromkeys(self.places))
+        self._stopping.begin(self.places)
         if not self.up.done():
             self.up.set_result(None)
 
@@ -460,14 +462,8 @@ class WorkerPool:
         there = (place.process for place in self.places if self.steering.held(place.slot))
         self._guard.let_go(*(worker.key for worker in there if worker))
 
-    def _tell_to_stop(self, places: OrderedDict[WorkerHandle, None]) -> None:
-        with self.retry.spare.lent():
-            for place in _in_a_step(places):
-                self.report(place, Event.STOP)
-        if places:
-            self._loop.call_soon(self._tell_to_stop, places)
-        else:
-            self._end_if_empty()
+    def _tell_to_stop(self, place: WorkerHandle) -> None:
+        self.report(place, Event.STOP)
 
     def reaped(self, pids: Iterable[int]) -> None:
         """Children of ours have ended that somebody had left behind."""
@@ -620,7 +616,8 @@ class WorkerPool:
         self._save_together(moved, look=False)
         self.generation = now
         self._selection.keep()
-        self._pin_soon(unpinned)
+        # Nobody waits for it: wherever workers run, they get what the table says.
+        self._pinning.begin(unpinned)
 
     def attach_again(self) -> None:
         """What steers to every group, as a worker may have attached something else."""
@@ -628,21 +625,10 @@ class WorkerPool:
 
     def pin(self) -> None:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
-        self._pin_soon(self.places)
+        self._pinning.begin(self.places)
 
-    def _pin_soon(self, places: Iterable[WorkerHandle]) -> None:
-        """A few in a turn of the loop, the first at once. Nobody has to wait for it: wherever
-        they run, they get what the table says."""
-        is_under_way = bool(self._unpinned)
-        self._unpinned.update(dict.fromkeys(places))
-        if not is_under_way:
-            self._pin_some()
-
-    def _pin_some(self) -> None:
-        for place in _in_a_step(self._unpinned):
-            self.retry.attempt(f"pin worker {place.slot}", place.pin)
-        if self._unpinned:
-            self._loop.call_soon(self._pin_some)
+    def _pin(self, place: WorkerHandle) -> None:
+        self.retry.attempt(f"pin worker {place.slot}", place.pin)
 
     # Commands.
 
@@ -1128,16 +1114,6 @@ class WorkerPool:
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)
-
-
-def _in_a_step(waiting: OrderedDict[WorkerHandle, None]) -> Iterator[WorkerHandle]:
-    """The next of those that something is to be done to, as far as there is time: one at least.
-    The others still wait."""
-    end_s = time.monotonic() + _STEP_S
-    while waiting:
-        yield waiting.popitem(last=False)[0]
-        if time.monotonic() >= end_s:
-            return
 
 
 def _is_starting(place: WorkerHandle) -> bool:

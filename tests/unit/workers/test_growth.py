@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from steer.controller.rollout import unheard
-from steer.workers import pool
+from steer.workers import steps
 from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER, Lot
 from steer.workers.lifecycle import Event
@@ -40,7 +40,7 @@ ONCE = ("messages to the guard", "waits for the guard", "flips", "proc")
 def steps_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long they take."""
     monkeypatch.setattr(Lot, "took", lambda *_: None)
-    monkeypatch.setattr(pool, "_STEP_S", 3600.0)
+    monkeypatch.setattr(steps, "_STEP_S", 3600.0)
 
 
 def both(script: Script, home: Path) -> tuple[Cost, Cost]:
@@ -290,6 +290,6 @@ def test_workers_are_pinned_as_there_is_time_in_a_turn(
             turns.append(pinned)
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(pool, "_STEP_S", 0.0)
+    monkeypatch.setattr(steps, "_STEP_S", 0.0)
     cost_of(script, tmp_path, FEW)
     assert turns == [*range(1, FEW)]

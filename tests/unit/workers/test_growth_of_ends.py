@@ -20,7 +20,7 @@ from steer.linux.retry import Retry
 from steer.linux.spare import Spare
 from steer.policy.layout import Member
 from steer.sockets import sock_diag
-from steer.workers import elsewhere, ends, pool
+from steer.workers import elsewhere, ends, pool, steps
 from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER
 from steer.workers.lifecycle import State
@@ -280,7 +280,7 @@ def test_one_that_dies_before_it_is_told_to_end_is_not_started_again(
             await serving.pool.ended
         assert not serving.starts
 
-    monkeypatch.setattr(pool, "_STEP_S", 0.0)
+    monkeypatch.setattr(steps, "_STEP_S", 0.0)
     play(100, script)
 
 
