@@ -21,19 +21,17 @@ import msgspec
 
 from steer.backends.base import Backend, Counts
 from steer.child.launch import Launch
-from steer.config import servers
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
-from steer.control import mailbox, notify
 from steer.control.notify import Unheard
 from steer.errors import AppLoadError, KernelError, SteerError
 from steer.guard.client import Entry, GuardClient
-from steer.linux import family, fork, processes
+from steer.linux import family, fork
 from steer.linux.log import Log
 from steer.linux.retry import Retry, as_refusal
 from steer.linux.waiting import Seen
 from steer.sockets import reuseport, strays
-from steer.workers import elsewhere, endings, lifecycle, process, selection
+from steer.workers import elsewhere, endings, lifecycle, notifications, process, selection
 from steer.workers.clock import Clock
 from steer.workers.ends import End, Ends
 from steer.workers.handle import Cancellable, Saved, WorkerHandle, WorkerHandles, waits
@@ -41,6 +39,7 @@ from steer.workers.intake import Lot
 from steer.workers.leftovers import Leftovers
 from steer.workers.lifecycle import Command, Event, State
 from steer.workers.looks import Looks
+from steer.workers.notifications import Notifications
 from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 from steer.workers.selection import Selection
@@ -143,6 +142,7 @@ class WorkerPool:
         self._starting: dict[WorkerHandle, None] = {}
         self._ending_in_s = 0.0
         self._ending_quickly = False
+        self._notifications: Notifications
         self._pinning: InSteps
         self._retiring: InSteps
         self._stopping: InSteps
@@ -316,6 +316,9 @@ class WorkerPool:
         self._ends = Ends(
             loop, self.retry, self._on_lost, self._on_ends, before=self._drop_together
         )
+        self._notifications = Notifications(
+            self.places, self.by_pid, self.clock, self._unheard, self.report, changed
+        )
         self._pinning = InSteps(loop, self._pin)
         self._retiring = InSteps(loop, self._retire)
         self._stopping = InSteps(
@@ -475,7 +478,7 @@ class WorkerPool:
 
         Only so much: whoever called this has to tell `notified` the same once there is one.
         """
-        place = self._of(pid)
+        place = notifications.of(self.by_pid, pid)
         if place is None or not place.process or not place.process.is_callable:
             return False
         with self._selection.naming_locked():
@@ -484,59 +487,8 @@ class WorkerPool:
         return True
 
     def notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
-        """A process sent this, see sd_notify(3).
-
-        Args:
-            lineage: see `mail.Letter`; the sender first.
-        """
-        senders = self._senders(lineage, message)
-        for place in senders:
-            if place.process:
-                self._hear(place, place.process, lineage[0], message)
-        is_unknown = not senders and notify.is_ready(message)
-        if is_unknown and any(place.state is State.STARTING for place in self.places):
-            self._unheard.tell(lineage[0], *_why_unknown(lineage))
-
-    def _of(self, pid: int) -> WorkerHandle | None:
-        """The place whose process it is the first of."""
-        place = self.by_pid.get(pid)
-        is_there = place and place.process and place.process.pid == pid
-        return place if is_there else None
-
-    def _senders(
-        self, lineage: Sequence[int], message: Mapping[str, str]
-    ) -> Collection[WorkerHandle]:
-        """Whose process sent it. One whose parent has ended, so that it is our child now, comes
-        from some worker of ours: from the one that is starting, if it is the only one.
-
-        Returns:
-            None or one; or of several one is, and the others are about to send the same.
-        """
-        known = next(filter(None, map(self._of, lineage)), None)
-        if known is not None or not notify.is_ready(message):
-            return [known] if known else []
-        is_ours = lineage[0] == os.getpid()
-        starting = {pid: each for pid, each in self.by_pid.items() if each.state is State.STARTING}
-        telling = _say_ready_for_us(starting) if is_ours else {}
-        if telling:
-            return telling.values()
-        is_one = len(starting) == 1 and (is_ours or _is_orphan(lineage))
-        return starting.values() if is_one else []
-
-    def _hear(
-        self, place: WorkerHandle, worker: WorkerProcess, sender: int, message: Mapping[str, str]
-    ) -> None:
-        place.hear(message, self.clock.now_s())
-        if place.asks_to_be_taken_for_hung:
-            self._changed(place)
-        if message.get("STOPPING") == "1":
-            self.report(place, Event.DRAIN)
-        if message.get("READY") == "1" and place.state is State.STARTING:
-            place.says_ready = True
-            arguments = processes.arguments(sender) or worker.launch.service.command
-            too_early = servers.says_ready_early(arguments)
-            if not too_early or waits(worker) is Seen.YES:
-                self.report(place, Event.READY)
+        """See `Notifications.take`."""
+        self._notifications.take(lineage, message)
 
     def report(self, place: WorkerHandle, event: Event) -> None:
         """Something happened to a worker: do what follows."""
@@ -792,7 +744,7 @@ class WorkerPool:
         return next(filter(elsewhere.diagnosis, look), None)
 
     def _starts(self, worker: WorkerProcess) -> bool:
-        place = self._of(worker.pid)
+        place = notifications.of(self.by_pid, worker.pid)
         return place is not None and place.state is State.STARTING
 
     def _forget(self, place: WorkerHandle) -> None:
@@ -1122,37 +1074,6 @@ def _is_starting(place: WorkerHandle) -> bool:
 
 def _has_failed(place: WorkerHandle) -> bool:
     return place.failures > 0 or place.state is State.GONE
-
-
-def _say_ready_for_us(starting: Mapping[int, WorkerHandle]) -> Mapping[int, WorkerHandle]:
-    """Of workers, by process id of their first, those of which a systemd-notify(1) was left to
-    us, and says READY=1: in its parent's name, where it may, and so in ours."""
-    telling = (mailbox.lineage(pid) for pid in family.orphans() if _says_ready(pid))
-    whose = {pid for lineage in telling for pid in lineage}
-    return {pid: place for pid, place in starting.items() if pid in whose}
-
-
-def _says_ready(pid: int) -> bool:
-    """Whether it is a systemd-notify(1) that does, or did: one that has ended has no arguments."""
-    words = processes.arguments(pid)
-    return "--ready" in words or (words == [""] and processes.command(pid) == "systemd-notify")
-
-
-def _is_orphan(lineage: Sequence[int]) -> bool:
-    """Whether the sender's parent had ended, so that it was our child when it was looked at."""
-    return len(lineage) > 1 and lineage[1] == os.getpid()
-
-
-def _why_unknown(lineage: Sequence[int]) -> tuple[str, str]:
-    """Why nobody knows which worker sent something, and what would help."""
-    cure = "let the worker itself send it, or a child of its that it waits for"
-    if lineage[0] == os.getpid():
-        return "it was sent in the name of its sender's parent, and that has ended", cure
-    if _is_orphan(lineage):
-        return "its parent has ended, and nothing tells whose it is", cure
-    if len(lineage) < 2:
-        return "it had ended before its message was read", f"{cure}, without --no-block"
-    return "it is no process of a worker", cure
 
 
 _DO: dict[Command, Callable[[WorkerPool, WorkerHandle], None]] = {

@@ -1,0 +1,137 @@
+"""What processes of workers send by sd_notify(3), and which worker sent it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from steer.config import servers
+from steer.control import mailbox, notify
+from steer.control.notify import Unheard
+from steer.linux import family, processes
+from steer.linux.waiting import Seen
+from steer.workers.clock import Clock
+from steer.workers.handle import WorkerHandle, WorkerHandles, waits
+from steer.workers.lifecycle import Event, State
+from steer.workers.process import WorkerProcess
+
+
+class Notifications:
+    """Finds the worker that sent a notification, and reports what it says.
+
+    Args:
+        places: all workers.
+        by_pid: see `WorkerPool`.
+        unheard: told of a READY=1 that no worker sent.
+        report: told of the event that follows for a worker.
+        changed: told of a worker that asks to be treated as hung.
+    """
+
+    def __init__(
+        self,
+        places: WorkerHandles,
+        by_pid: Mapping[int, WorkerHandle],
+        clock: Clock,
+        unheard: Unheard,
+        report: Callable[[WorkerHandle, Event], None],
+        changed: Callable[[WorkerHandle], None],
+    ) -> None:
+        self._places = places
+        self._by_pid = by_pid
+        self._clock = clock
+        self._unheard = unheard
+        self._report = report
+        self._changed = changed
+
+    def take(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
+        """A process sent this message.
+
+        Args:
+            lineage: the sender, its parent and so on: see `mailbox.lineage`.
+        """
+        senders = self._senders(lineage, message)
+        for place in senders:
+            if place.process:
+                self._hear(place, place.process, lineage[0], message)
+        is_unknown = not senders and notify.is_ready(message)
+        if is_unknown and any(place.state is State.STARTING for place in self._places):
+            self._unheard.tell(lineage[0], *_why_unknown(lineage))
+
+    def _senders(
+        self, lineage: Sequence[int], message: Mapping[str, str]
+    ) -> Collection[WorkerHandle]:
+        """The worker whose process sent it. If the sender's parent has ended, the sender is a
+        child of ours and comes from some worker: from the one that is starting if there is only
+        one.
+
+        Returns:
+            None or one; or several, one of which sent it while the others are about to send the
+            same.
+        """
+        known = next((found for pid in lineage if (found := of(self._by_pid, pid))), None)
+        if known is not None or not notify.is_ready(message):
+            return [known] if known else []
+        is_ours = lineage[0] == os.getpid()
+        starting = {pid: each for pid, each in self._by_pid.items() if each.state is State.STARTING}
+        telling = _say_ready_for_us(starting) if is_ours else {}
+        if telling:
+            return telling.values()
+        is_one = len(starting) == 1 and (is_ours or _is_orphan(lineage))
+        return starting.values() if is_one else []
+
+    def _hear(
+        self, place: WorkerHandle, worker: WorkerProcess, sender: int, message: Mapping[str, str]
+    ) -> None:
+        place.hear(message, self._clock.now_s())
+        if place.asks_to_be_taken_for_hung:
+            self._changed(place)
+        if message.get("STOPPING") == "1":
+            self._report(place, Event.DRAIN)
+        if message.get("READY") == "1" and place.state is State.STARTING:
+            place.says_ready = True
+            arguments = processes.arguments(sender) or worker.launch.service.command
+            too_early = servers.says_ready_early(arguments)
+            if not too_early or waits(worker) is Seen.YES:
+                self._report(place, Event.READY)
+
+
+def of(by_pid: Mapping[int, WorkerHandle], pid: int) -> WorkerHandle | None:
+    """The worker whose first process this is."""
+    place = by_pid.get(pid)
+    is_there = place and place.process and place.process.pid == pid
+    return place if is_there else None
+
+
+def _say_ready_for_us(starting: Mapping[int, WorkerHandle]) -> Mapping[int, WorkerHandle]:
+    """Of the workers that start, those with an orphaned systemd-notify(1) that sends READY=1.
+    Where it may, systemd-notify sends in the name of its parent; an orphan's parent is us.
+
+    Args:
+        starting: by the process id of the first process.
+    """
+    telling = (mailbox.lineage(pid) for pid in family.orphans() if _says_ready(pid))
+    whose = {pid for lineage in telling for pid in lineage}
+    return {pid: place for pid, place in starting.items() if pid in whose}
+
+
+def _says_ready(pid: int) -> bool:
+    """Whether it is a systemd-notify(1) that sends READY=1, or did: a zombie has no arguments."""
+    words = processes.arguments(pid)
+    return "--ready" in words or (words == [""] and processes.command(pid) == "systemd-notify")
+
+
+def _is_orphan(lineage: Sequence[int]) -> bool:
+    """Whether the sender's parent had ended, so that we were its parent when it was looked at."""
+    return len(lineage) > 1 and lineage[1] == os.getpid()
+
+
+def _why_unknown(lineage: Sequence[int]) -> tuple[str, str]:
+    """Why the worker that sent a notification cannot be told, and what would help."""
+    cure = "let the worker itself send it, or a child of its that it waits for"
+    if lineage[0] == os.getpid():
+        return "it was sent in the name of its sender's parent, and that has ended", cure
+    if _is_orphan(lineage):
+        return "its parent has ended, and nothing tells whose it is", cure
+    if len(lineage) < 2:
+        return "it had ended before its message was read", f"{cure}, without --no-block"
+    return "it is no process of a worker", cure
