@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ from steer.sockets import reuseport, strays
 from steer.workers import elsewhere, endings, lifecycle, notifications, process, selection
 from steer.workers.clock import Clock
 from steer.workers.ends import End, Ends
+from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import Cancellable, Saved, WorkerHandle, WorkerHandles, waits
 from steer.workers.intake import Lot
 from steer.workers.leftovers import Leftovers
@@ -126,7 +127,7 @@ class WorkerPool:
         self._guard = guard
         self._launch = launch
         self._ending = False
-        self._unsaved: dict[WorkerHandle, None] = {}
+        self._entries = GuardEntries(guard, self._selection, retry)
         self._unheard = unheard
         self._leftovers = Leftovers(self._end_if_empty)
         self._strays_told = False
@@ -260,7 +261,7 @@ class WorkerPool:
             held[place.slot] = entry.fds[3:]
         self._selection.restore(left, steering.fds, held)
         for place in self.places:
-            self._save(place)
+            self._entries.save_one(place)
         self._selection.keep()
         self.places.sort(key=lambda place: (place.generation.number, place.seat.number))
 
@@ -313,6 +314,7 @@ class WorkerPool:
         self.is_watched = True
         self.retry.watch(loop)
         self._selection.watch(loop)
+        self._entries.watch(loop)
         self._ends = Ends(
             loop, self.retry, self._on_lost, self._on_ends, before=self._drop_together
         )
@@ -507,7 +509,8 @@ class WorkerPool:
         place.state, commands = lifecycle.step(before, event)
         for command in commands:
             self._carry_out(place, command, place.state)
-        self._save_soon(place)
+        if not self._ending:  # nobody is to adopt it, see `_leave_nothing_to_adopt`
+            self._entries.save_soon(place)
         if place.state is not before:
             self._changed(place)
             if before is State.STARTING and self._is_limited:
@@ -565,7 +568,7 @@ class WorkerPool:
                 place.generation = now
         moved = [place for place in self.places if place.seat != moves[place.slot]]
         unpinned = [place for place in moved if place.reseat(moves[place.slot])]
-        self._save_together(moved, look=False)
+        self._entries.save(moved, look=False)
         self.generation = now
         self._selection.keep()
         # Nobody waits for it: wherever workers run, they get what the table says.
@@ -828,7 +831,7 @@ class WorkerPool:
         process.begin_all(workers, self._guard)
         if self._is_limited:
             self._starting |= dict.fromkeys(places)
-        self._save_together(places, look=False)
+        self._entries.save(places, look=False)
         return workers
 
     def _check_free(self, launch: Launch) -> None:
@@ -873,39 +876,10 @@ class WorkerPool:
         elif place.state is State.STOPPING:
             self._start_settling(place)
 
-    def _save_soon(self, place: WorkerHandle) -> None:
-        """Once for all that happens in one turn of the loop: until then it is adopted as it was
-        a moment ago."""
-        if self._ending:  # nobody is to adopt it, see `_leave_nothing_to_adopt`
-            return
-        if not self._unsaved:
-            self._loop.call_soon(self._save_in_its_turn)
-        self._unsaved[place] = None
-
     def save(self) -> None:
-        """Have the guard know all that it is to be told of in a moment: there is none."""
-        self._save_in_its_turn()
+        """Tell the guard now what it would be told after this turn of the loop."""
+        self._entries.flush()
         self._selection.keep_if_due()
-
-    def _save_in_its_turn(self) -> None:
-        unsaved, self._unsaved = self._unsaved, {}
-        self._save_together(unsaved)
-
-    def _save_together(self, places: Collection[WorkerHandle], look: bool = True) -> None:
-        def keep() -> None:
-            with self._guard.together():
-                for place in places:
-                    place.keep(self.steering.held(place.slot), look)
-
-        if not self.retry.attempt("have the guard know of workers", keep):
-            for place in places:
-                self._save(place)
-
-    def _save(self, place: WorkerHandle) -> None:
-        def keep() -> None:
-            place.keep(self.steering.held(place.slot))
-
-        self.retry.attempt(f"have the guard know of worker {place.slot}", keep)
 
     def _on_lost(self, ends: Sequence[End]) -> None:
         """Their first processes have ended, and others of them may have their sockets open."""

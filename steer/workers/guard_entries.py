@@ -1,0 +1,71 @@
+"""What the guard knows of each worker, should another controller have to adopt it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from steer.guard.client import GuardClient
+from steer.linux.retry import Retry
+from steer.workers.handle import WorkerHandle
+from steer.workers.selection import Selection
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+
+class GuardEntries:
+    """Keeps the guard's entries of workers up to date.
+
+    A worker may change several times in one turn of the loop; its entry is written once, after
+    that turn. A controller that adopts it meanwhile finds it as it was a moment ago.
+
+    Args:
+        selection: names the descriptors that the backend holds of a worker.
+    """
+
+    def __init__(self, guard: GuardClient, selection: Selection, retry: Retry) -> None:
+        self._guard = guard
+        self._selection = selection
+        self._retry = retry
+        self._unsaved: dict[WorkerHandle, None] = {}
+        self._loop: AbstractEventLoop
+
+    def watch(self, loop: AbstractEventLoop) -> None:
+        """From here on there is a loop, and `save_soon` may be called."""
+        self._loop = loop
+
+    def save_soon(self, place: WorkerHandle) -> None:
+        """Save it after this turn of the loop."""
+        if not self._unsaved:
+            self._loop.call_soon(self.flush)
+        self._unsaved[place] = None
+
+    def flush(self) -> None:
+        """Save now all that waits for the end of this turn."""
+        unsaved, self._unsaved = self._unsaved, {}
+        self.save(unsaved)
+
+    def save(self, places: Collection[WorkerHandle], look: bool = True) -> None:
+        """All of these in one message; if that fails, each by itself.
+
+        Args:
+            look: see `WorkerProcess.keep`.
+        """
+
+        def keep() -> None:
+            with self._guard.together():
+                for place in places:
+                    place.keep(self._selection.steering.held(place.slot), look)
+
+        if not self._retry.attempt("have the guard know of workers", keep):
+            for place in places:
+                self.save_one(place)
+
+    def save_one(self, place: WorkerHandle) -> None:
+        """In a message of its own."""
+
+        def keep() -> None:
+            place.keep(self._selection.steering.held(place.slot))
+
+        self._retry.attempt(f"have the guard know of worker {place.slot}", keep)
