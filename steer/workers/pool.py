@@ -6,7 +6,6 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import time
@@ -37,13 +36,13 @@ from steer.workers.ends import End, Ends
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import Cancellable, Saved, WorkerHandle, WorkerHandles, waits
 from steer.workers.intake import Lot
-from steer.workers.leftovers import Leftovers
 from steer.workers.lifecycle import Command, Event, State
 from steer.workers.looks import Looks
 from steer.workers.notifications import Notifications
 from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 from steer.workers.selection import Selection
+from steer.workers.shutdown import Shutdown
 from steer.workers.steps import InSteps
 from steer.workers.visibility import BORROW, WAITS, Visibility
 
@@ -126,11 +125,9 @@ class WorkerPool:
         self.is_watched = False
         self._guard = guard
         self._launch = launch
-        self._ending = False
+        self._shutdown = Shutdown(self.places, retry)
         self._entries = GuardEntries(guard, self._selection, retry)
         self._unheard = unheard
-        self._leftovers = Leftovers(self._end_if_empty)
-        self._strays_told = False
         self._told_ends: set[str] = set()
         self._said_how_told: set[str] = set()
         self._elsewhere: WorkerProcess | None = None
@@ -141,8 +138,6 @@ class WorkerPool:
         self._to_retry: deque[WorkerHandle] = deque()
         self._most_starting = _NO_LIMIT
         self._starting: dict[WorkerHandle, None] = {}
-        self._ending_in_s = 0.0
-        self._ending_quickly = False
         self._notifications: Notifications
         self._pinning: InSteps
         self._retiring: InSteps
@@ -153,7 +148,6 @@ class WorkerPool:
         self._loop: AbstractEventLoop
         self.up: Future[None]
         self.refused: Future[None]
-        self.ended: Future[None]
 
     def start(self, holds_ports: Callable[[], None]) -> None:
         """Start the first workers of the generation. The others start once there is a loop, see
@@ -208,7 +202,7 @@ class WorkerPool:
 
     def _start_more(self) -> None:
         """A few, and in the next turn of the loop more."""
-        few = self._next_few(self.lot.size) if not self._ending else ()
+        few = self._next_few(self.lot.size) if not self._shutdown.has_begun else ()
         if not few:
             return
         try:
@@ -315,6 +309,7 @@ class WorkerPool:
         self.retry.watch(loop)
         self._selection.watch(loop)
         self._entries.watch(loop)
+        self._shutdown.watch(loop)
         self._ends = Ends(
             loop, self.retry, self._on_lost, self._on_ends, before=self._drop_together
         )
@@ -324,12 +319,11 @@ class WorkerPool:
         self._pinning = InSteps(loop, self._pin)
         self._retiring = InSteps(loop, self._retire)
         self._stopping = InSteps(
-            loop, self._tell_to_stop, self._end_if_empty, self.retry.spare.lent
+            loop, self._tell_to_stop, self._shutdown.end_if_empty, self.retry.spare.lent
         )
         self.clock.run(loop, self.looks.take)
         self.up = loop.create_future()
         self.refused = loop.create_future()
-        self.ended = loop.create_future()
         if self._is_limited:
             loop.call_later(ALL_START_S, self._start_all)
         for place in list(self.places):
@@ -348,7 +342,7 @@ class WorkerPool:
             family.kill([place.process.family for place in self.places if place.process])
         for place in self.places:
             self._end_at_once(place)
-        self._leftovers.kill()
+        self._shutdown.kill_leftovers()
 
     # What is asked of it.
 
@@ -358,9 +352,14 @@ class WorkerPool:
         return self._selection.steering
 
     @property
+    def ended(self) -> Future[None]:
+        """Done when all have ended after `stop`."""
+        return self._shutdown.ended
+
+    @property
     def is_ending(self) -> bool:
         """Whether all workers are told to end, and nobody need look at them any more."""
-        return self._ending
+        return self._shutdown.has_begun
 
     @property
     def own_pids(self) -> set[int | None]:
@@ -455,7 +454,7 @@ class WorkerPool:
         Args:
             quick: they need not finish.
         """
-        self._ending, self._ending_in_s, self._ending_quickly = True, within_s, quick
+        self._shutdown.begin(within_s, quick)
         self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
         self.retry.attempt("let go of the ports", self._selection.release)
         self._stopping.begin(self.places)
@@ -509,7 +508,7 @@ class WorkerPool:
         place.state, commands = lifecycle.step(before, event)
         for command in commands:
             self._carry_out(place, command, place.state)
-        if not self._ending:  # nobody is to adopt it, see `_leave_nothing_to_adopt`
+        if not self._shutdown.has_begun:  # nobody is to adopt it, see `_leave_nothing_to_adopt`
             self._entries.save_soon(place)
         if place.state is not before:
             self._changed(place)
@@ -540,7 +539,9 @@ class WorkerPool:
 
     def _is_busy(self, place: WorkerHandle) -> bool:
         """Taken for hung, it still may be at a request that takes long."""
-        return place.hung and not self._ending and place.has_computed(self.clock.now_s())
+        return (
+            place.hung and not self._shutdown.has_begun and place.has_computed(self.clock.now_s())
+        )
 
     def renew_reserve(self, service: Service) -> None:
         """The reserve is to listen as the workers do from now on."""
@@ -620,7 +621,7 @@ class WorkerPool:
                     self._set_timer(each, 0.0, Event.RETRY)
 
     def _deactivate(self, place: WorkerHandle) -> None:
-        if not self._ending and not place.leaving:
+        if not self._shutdown.has_begun and not place.leaving:
             self._selection.flip_soon()
 
     def _rescue(self, place: WorkerHandle) -> None:
@@ -634,7 +635,7 @@ class WorkerPool:
         self._selection.when_settled(act, partial(self._move_unless_chosen, place))
 
     def _move_unless_chosen(self, place: WorkerHandle) -> None:
-        if not place.serves and not self._ending:
+        if not place.serves and not self._shutdown.has_begun:
             self.move_queue(place)
 
     def shed(self, place: WorkerHandle, is_shed: bool) -> None:
@@ -678,18 +679,18 @@ class WorkerPool:
         place.settling = self._settle(place)
 
     def _terminate(self, place: WorkerHandle) -> None:
-        if self._ending:
+        if self._shutdown.has_begun:
             # There is nobody left to whom what waits for it could be moved.
             place.cancel_settling()
-            self._set_timer(place, self._ending_in_s, Event.OVERDUE)
+            self._set_timer(place, self._shutdown.within_s, Event.OVERDUE)
         elif place.settling is None:  # else its time runs already
             self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
         if place.process:
             # One that was never ready has nothing to finish, and may not yet know its own signal.
-            quick = self._ending_quickly or place.ready_s is None
+            quick = self._shutdown.is_quick or place.ready_s is None
             place.process.terminate(quick)
             self._say_how_told(place.process)
-        if place.hung and not self._ending:
+        if place.hung and not self._shutdown.has_begun:
             self._note_activity(place)
 
     def _say_how_told(self, worker: WorkerProcess) -> None:
@@ -727,7 +728,7 @@ class WorkerPool:
 
     def _some_listen_elsewhere(self) -> bool:
         """Whether, before there is one that serves, a worker has an address of its own."""
-        if self.up.done() or self._ending:
+        if self.up.done() or self._shutdown.has_begun:
             return False
         if not self._has_looked_elsewhere:
             self._has_looked_elsewhere = True
@@ -755,21 +756,7 @@ class WorkerPool:
         place.cancel_settling()
         self._selection.give_up(place.slot)
         self.places.remove(place)
-        self._end_if_empty()
-
-    def _end_if_empty(self) -> None:
-        """What no worker is known to have left behind ends with the last of them."""
-        if not self._ending or self.places or self._leftovers or self.ended.done():
-            return
-        act = "look for what workers left behind"
-        nobody: list[int] = []
-        left = nobody if self._strays_told else self.retry.result(act, family.left_behind, nobody)
-        if left:
-            self._strays_told = True
-            family.send(signal.SIGTERM, left)
-            self._leftovers.take(self._loop, left)
-        else:
-            self.ended.set_result(None)
+        self._shutdown.end_if_empty()
 
     # What happens to workers.
 
@@ -895,7 +882,7 @@ class WorkerPool:
         look, nobody = strays.Look(), list[strays.Stray]()
         ends = list(ends)
         serving = [end.place.slot for end, _ in ends if end.place.serves]
-        if serving and not self._ending:
+        if serving and not self._shutdown.has_begun:
             self._selection.end(serving)
         for end, left in ends:
             place, find = end.place, partial(self._strays, end, left, look)
@@ -909,7 +896,7 @@ class WorkerPool:
     def _strays(self, end: End, left: Sequence[int], look: strays.Look) -> list[strays.Stray]:
         """Where we hold a duplicate ourselves it is shut down in any case."""
         place, bound = end.place, end.worker.bound
-        everywhere = not self._ending and not self.steering.held(place.slot)
+        everywhere = not self._shutdown.has_begun and not self.steering.held(place.slot)
         everywhere = everywhere and (end.is_lost or self._may_be_open(place))
         return strays.find(place.generation.plan.binds, bound, left, everywhere, look)
 
@@ -947,7 +934,7 @@ class WorkerPool:
 
     def _on_end(self, place: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
         if gone.left_behind:
-            take = partial(self._leftovers.take, self._loop, gone.left_behind)
+            take = partial(self._shutdown.take_leftovers, gone.left_behind)
             self.retry.attempt(f"end what worker {place.slot} left behind", take)
         act = f"worker {place.slot}: it has ended"
         end = partial(self._see_end, place, gone, status)
@@ -960,7 +947,7 @@ class WorkerPool:
         how = fork.how_it_ended(status)
         self.by_pid.pop(gone.pid, None)
         place.lost_process()
-        if place.state is not State.STOPPING and not self._ending:
+        if place.state is not State.STOPPING and not self._shutdown.has_begun:
             self._tell_end(place, gone, error, how)
         self._failed(place, error)
 
@@ -997,7 +984,7 @@ class WorkerPool:
         if place.leaving:
             self.report(place, Event.RETIRE)
         self.report(place, Event.EXITED)
-        if self.up.done() or self._ending:
+        if self.up.done() or self._shutdown.has_begun:
             return
         if self._ends_the_start(error):
             self.up.set_exception(error)
@@ -1028,7 +1015,7 @@ class WorkerPool:
             self._loop.call_soon(self._retry_some)
         # One that was asked to hurry may be there twice.
         lot = [place for place in dict.fromkeys(lot) if place.state is State.BACKOFF]
-        if self._ending:
+        if self._shutdown.has_begun:
             for place in lot:
                 self._report_until_done(place, Event.STOP)
         elif lot:

@@ -1,0 +1,73 @@
+"""The end of a service: under way or not, and over when no process of a worker is left."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from steer.linux import family
+from steer.linux.retry import Retry
+from steer.workers.handle import WorkerHandle
+from steer.workers.leftovers import Leftovers
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future
+
+
+class Shutdown:
+    """Whether the service ends, and what is left of it.
+
+    Args:
+        places: all workers there still are.
+
+    Attributes:
+        has_begun: all workers are told to finish, and no other is started.
+        within_s: how long they may take.
+        is_quick: they need not finish what they have.
+        ended: done when everybody has ended.
+    """
+
+    def __init__(self, places: Collection[WorkerHandle], retry: Retry) -> None:
+        self.has_begun = self.is_quick = False
+        self.within_s = 0.0
+        self._places = places
+        self._retry = retry
+        self._leftovers = Leftovers(self.end_if_empty)
+        self._has_told_strays = False
+        self._loop: AbstractEventLoop
+        self.ended: Future[None]
+
+    def watch(self, loop: AbstractEventLoop) -> None:
+        """From here on there is a loop."""
+        self._loop = loop
+        self.ended = loop.create_future()
+
+    def begin(self, within_s: float, is_quick: bool) -> None:
+        """It is under way from now on; see the attributes."""
+        self.has_begun, self.within_s, self.is_quick = True, within_s, is_quick
+
+    def take_leftovers(self, pids: Iterable[int]) -> None:
+        """Kill these processes that a worker left behind, unless they end soon by themselves."""
+        self._leftovers.take(self._loop, pids)
+
+    def kill_leftovers(self) -> None:
+        """Now."""
+        self._leftovers.kill()
+
+    def end_if_empty(self) -> None:
+        """The last worker may have ended. What none of them is known to have left behind ends
+        with it."""
+        if not self.has_begun or self._places or self._leftovers or self.ended.done():
+            return
+        left = [] if self._has_told_strays else self._left_behind()
+        if left:
+            self._has_told_strays = True
+            family.send(signal.SIGTERM, left)
+            self.take_leftovers(left)
+        else:
+            self.ended.set_result(None)
+
+    def _left_behind(self) -> list[int]:
+        nobody: list[int] = []
+        return self._retry.result("look for what workers left behind", family.left_behind, nobody)
