@@ -6,12 +6,11 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from steer.child.launch import Launch
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.control.notify import Unheard
-from steer.errors import AppLoadError, KernelError, SteerError
+from steer.errors import AppLoadError, SteerError
 from steer.guard.client import Entry, GuardClient
 from steer.linux import family, fork
 from steer.linux.log import Log
@@ -38,13 +37,14 @@ from steer.workers.handle import Cancellable, Saved, WorkerHandle, WorkerHandles
 from steer.workers.intake import Lot
 from steer.workers.lifecycle import Command, Event, State
 from steer.workers.looks import Looks
+from steer.workers.migration import QueueMigration
 from steer.workers.notifications import Notifications
 from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
 from steer.workers.steps import InSteps
-from steer.workers.visibility import BORROW, WAITS, Visibility
+from steer.workers.visibility import WAITS, Visibility
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
@@ -114,6 +114,7 @@ class WorkerPool:
         self.places = WorkerHandles()
         self.by_pid: dict[int, WorkerHandle] = {}
         self._selection = Selection(steering, self.places, slots, guard, log, retry)
+        self._shutdown = Shutdown(self.places, retry)
         self.log = log
         self.retry = retry
         self.clock = Clock()
@@ -121,11 +122,13 @@ class WorkerPool:
         self.lot = Lot()
         self.queues = Queues()
         self.visibility = Visibility(log)
+        self._migration = QueueMigration(
+            self._selection, self.queues, self.visibility, self._shutdown
+        )
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self._guard = guard
         self._launch = launch
-        self._shutdown = Shutdown(self.places, retry)
         self._entries = GuardEntries(guard, self._selection, retry)
         self._unheard = unheard
         self._told_ends: set[str] = set()
@@ -624,55 +627,20 @@ class WorkerPool:
         if not self._shutdown.has_begun and not place.leaving:
             self._selection.flip_soon()
 
-    def _rescue(self, place: WorkerHandle) -> None:
-        """Out of the table before its queue is moved, or that would come back to it."""
-        self._selection.let_go(place.slot)
-        self._move_settled(place)
-
-    def _move_settled(self, place: WorkerHandle) -> None:
-        """Not before all is there that was on its way to it; by then it may serve again."""
-        act = f"worker {place.slot}: {Command.RESCUE.value}"
-        self._selection.when_settled(act, partial(self._move_unless_chosen, place))
-
-    def _move_unless_chosen(self, place: WorkerHandle) -> None:
-        if not place.serves and not self._shutdown.has_begun:
-            self.move_queue(place)
-
     def shed(self, place: WorkerHandle, is_shed: bool) -> None:
         """One that is at capacity is chosen no more, and others get what waits for it; or is
         chosen again."""
         place.shed = is_shed
         self._selection.flip_soon()
         if is_shed:
-            self._move_settled(place)
+            self._migration.migrate_settled(place)
 
     def move_queue(self, place: WorkerHandle) -> None:
-        """What waits for a worker that is not chosen goes to others, if the kernel can."""
-        if place.process:
-            try:
-                with self._lent(place, place.process) as owned:
-                    self.steering.rescue(place.slot, owned)
-            except KernelError:
-                self.visibility.refused(BORROW, place.process)
-            finally:
-                self.queues.forget()
+        """See `QueueMigration.migrate`."""
+        self._migration.migrate(place)
 
-    @contextmanager
-    def _lent(
-        self, place: WorkerHandle, worker: WorkerProcess
-    ) -> Iterator[Mapping[int, socket.socket]]:
-        """Its sockets by bind, for a moment: ours, where the steering holds them, else its own.
-
-        Raises:
-            KernelError: we may not borrow them.
-        """
-        with ExitStack() as stack:
-            held = self.steering.held(place.slot)
-            if held:
-                ours = map(reuseport.duplicate, held)
-                yield {at: stack.enter_context(sock) for at, sock in enumerate(ours)}
-            else:
-                yield stack.enter_context(worker.sockets())
+    def _migrate_queue(self, place: WorkerHandle) -> None:
+        self._migration.migrate_hung(place)
 
     def _start_settling(self, place: WorkerHandle) -> None:
         self._set_timer(place, self._graceful_timeout_s, Event.OVERDUE)
@@ -1041,7 +1009,7 @@ _DO: dict[Command, Callable[[WorkerPool, WorkerHandle], None]] = {
     Command.SPAWN: WorkerPool._start_again,
     Command.ACTIVATE: WorkerPool._activate,
     Command.DEACTIVATE: WorkerPool._deactivate,
-    Command.RESCUE: WorkerPool._rescue,
+    Command.RESCUE: WorkerPool._migrate_queue,
     Command.SETTLE: WorkerPool._start_settling,
     Command.TERMINATE: WorkerPool._terminate,
     Command.KILL: WorkerPool._kill,

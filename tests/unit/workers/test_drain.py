@@ -243,7 +243,7 @@ def test_after_a_queue_was_moved_the_kernel_is_asked_anew(tmp_path: Path) -> Non
             asked.append(protocol)
             return {}
 
-        service.pool.queues = Queues(ask, lambda: 100.0)
+        service.pool.queues.__init__(ask, lambda: 100.0)  # type: ignore[misc]
         for _ in range(2):
             service.pool.queues.at(service.plan.binds[0])
         service.pool.move_queue(place)

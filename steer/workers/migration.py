@@ -1,0 +1,79 @@
+"""Moving what waits at workers that are not selected to workers that are."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from steer.errors import KernelError
+from steer.sockets import reuseport
+from steer.workers.handle import WorkerHandle
+from steer.workers.lifecycle import Command
+from steer.workers.process import WorkerProcess
+from steer.workers.queues import Queues
+from steer.workers.selection import Selection
+from steer.workers.shutdown import Shutdown
+from steer.workers.visibility import BORROW, Visibility
+
+
+class QueueMigration:
+    """Migrates accept queues, where the kernel can do that.
+
+    Args:
+        queues: told to forget what it has read, as a queue has moved.
+        visibility: told of a worker whose sockets cannot be borrowed.
+    """
+
+    def __init__(
+        self, selection: Selection, queues: Queues, visibility: Visibility, shutdown: Shutdown
+    ) -> None:
+        self._selection = selection
+        self._queues = queues
+        self._visibility = visibility
+        self._shutdown = shutdown
+
+    def migrate_hung(self, place: WorkerHandle) -> None:
+        """It has left the table in this turn, or what is moved would come back to it."""
+        self._selection.let_go(place.slot)
+        self.migrate_settled(place)
+
+    def migrate_settled(self, place: WorkerHandle) -> None:
+        """Migrate once everything that was on its way to it has arrived, unless it serves again
+        by then."""
+        act = f"worker {place.slot}: {Command.RESCUE.value}"
+        self._selection.when_settled(act, partial(self._migrate_unless_selected, place))
+
+    def _migrate_unless_selected(self, place: WorkerHandle) -> None:
+        if not place.serves and not self._shutdown.has_begun:
+            self.migrate(place)
+
+    def migrate(self, place: WorkerHandle) -> None:
+        """Migrate the queue of a worker that is not selected, now."""
+        if place.process:
+            try:
+                with self._lent(place, place.process) as owned:
+                    self._selection.steering.rescue(place.slot, owned)
+            except KernelError:
+                self._visibility.refused(BORROW, place.process)
+            finally:
+                self._queues.forget()
+
+    @contextmanager
+    def _lent(
+        self, place: WorkerHandle, worker: WorkerProcess
+    ) -> Iterator[Mapping[int, socket.socket]]:
+        """The worker's sockets by bind, for a moment: duplicates of those that the backend holds,
+        or else borrowed ones.
+
+        Raises:
+            KernelError: they may not be borrowed.
+        """
+        with ExitStack() as stack:
+            held = self._selection.steering.held(place.slot)
+            if held:
+                ours = map(reuseport.duplicate, held)
+                yield {at: stack.enter_context(sock) for at, sock in enumerate(ours)}
+            else:
+                yield stack.enter_context(worker.sockets())
