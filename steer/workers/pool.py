@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,7 +21,7 @@ from steer.child.launch import Launch
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.control.notify import Unheard
-from steer.errors import AppLoadError, SteerError
+from steer.errors import SteerError
 from steer.guard.client import Entry, GuardClient
 from steer.linux import family, fork
 from steer.linux.log import Log
@@ -43,6 +42,7 @@ from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
+from steer.workers.startup import Startup
 from steer.workers.steps import InSteps
 from steer.workers.visibility import WAITS, Visibility
 
@@ -63,8 +63,6 @@ STRAYS_NAMED = 4
 _FIRST_AT_MOST = 16
 """Before there is a loop, where there are CPUs for so many."""
 
-_LOOKED_AT = 8
-"""So many that start, at each end of another: all are alike, and to look takes time."""
 
 Settle = Callable[[WorkerHandle], Cancellable]
 """Has it looked whether anything waits for a worker, until nothing does, that reported, and that
@@ -133,11 +131,8 @@ class WorkerPool:
         self._unheard = unheard
         self._told_ends: set[str] = set()
         self._said_how_told: set[str] = set()
-        self._elsewhere: WorkerProcess | None = None
         self._unstarted: deque[WorkerHandle] = deque()
         self._is_new = False
-        self._has_looked_elsewhere = False
-        self._may_come_up: list[WorkerHandle] = []
         self._to_retry: deque[WorkerHandle] = deque()
         self._most_starting = _NO_LIMIT
         self._starting: dict[WorkerHandle, None] = {}
@@ -148,9 +143,8 @@ class WorkerPool:
         self._changed: Callable[[WorkerHandle], None]
         self._settle: Settle
         self._ends: Ends
+        self._startup: Startup
         self._loop: AbstractEventLoop
-        self.up: Future[None]
-        self.refused: Future[None]
 
     def start(self, holds_ports: Callable[[], None]) -> None:
         """Start the first workers of the generation. The others start once there is a loop, see
@@ -224,10 +218,7 @@ class WorkerPool:
             return
         place.state, _ = lifecycle.step(place.state, Event.EXITED)
         self._unstarted.clear()
-        future = self.refused if self.up.done() else self.up
-        if not future.done():
-            future.set_exception(error)
-            future.exception()  # retrieved here: nobody may be waiting yet
+        self._startup.refuse(error)
 
     def _fail_to_start(self, place: WorkerHandle, error: SteerError) -> None:
         place.failures += 1
@@ -254,7 +245,6 @@ class WorkerPool:
         for entry in entries.values():
             place = self._adopt(entry, generations)
             self.places.add(place)
-            self._may_come_up.append(place)
             held[place.slot] = entry.fds[3:]
         self._selection.restore(left, steering.fds, held)
         for place in self.places:
@@ -299,11 +289,6 @@ class WorkerPool:
     ) -> None:
         """Look after the workers from here on.
 
-        `up` is then done when the first is ready; or holds AppLoadError if the
-        application cannot be loaded, WorkersFailed if all failed before. `refused` holds
-        what keeps the rest from being started once some serve. `ended` is done when all have
-        ended after `stop`.
-
         Args:
             changed: told that a worker is in another state.
         """
@@ -312,6 +297,7 @@ class WorkerPool:
         self.retry.watch(loop)
         self._selection.watch(loop)
         self._entries.watch(loop)
+        self._startup = Startup(loop, self.places)
         self._shutdown.watch(loop)
         self._ends = Ends(
             loop, self.retry, self._on_lost, self._on_ends, before=self._drop_together
@@ -325,8 +311,6 @@ class WorkerPool:
             loop, self._tell_to_stop, self._shutdown.end_if_empty, self.retry.spare.lent
         )
         self.clock.run(loop, self.looks.take)
-        self.up = loop.create_future()
-        self.refused = loop.create_future()
         if self._is_limited:
             loop.call_later(ALL_START_S, self._start_all)
         for place in list(self.places):
@@ -336,7 +320,7 @@ class WorkerPool:
                 self.log.warning("worker %d ended while there was no controller", place.slot)
                 self.report(place, Event.EXITED)
         if any(place.serves for place in self.places):
-            self.up.set_result(None)
+            self._startup.succeed()
             self._selection.flip()
 
     def abandon(self) -> None:
@@ -353,6 +337,17 @@ class WorkerPool:
     def steering(self) -> Backend:
         """The backend in force."""
         return self._selection.steering
+
+    @property
+    def up(self) -> Future[None]:
+        """Done when the first worker is ready; or holds AppLoadError if the application cannot
+        be loaded, WorkersFailed if all workers failed before."""
+        return self._startup.up
+
+    @property
+    def refused(self) -> Future[None]:
+        """Holds what keeps the rest of the workers from being started once some serve."""
+        return self._startup.refused
 
     @property
     def ended(self) -> Future[None]:
@@ -460,9 +455,8 @@ class WorkerPool:
         self._shutdown.begin(within_s, quick)
         self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
         self.retry.attempt("let go of the ports", self._selection.release)
+        self._startup.succeed()
         self._stopping.begin(self.places)
-        if not self.up.done():
-            self.up.set_result(None)
 
     def _leave_nothing_to_adopt(self) -> None:
         self._guard.give_up()
@@ -503,7 +497,7 @@ class WorkerPool:
         if event is Event.OVERDUE and self._is_busy(place):
             self._set_timer(place, self._graceful_timeout_s, event)
             return
-        is_told_by_others = place.held or not self._has_come_up()
+        is_told_by_others = place.held or not self._startup.has_succeeded
         if event is Event.OVERDUE or (event is Event.LATE and not is_told_by_others):
             self.log.warning("worker %d: %s", place.slot, event.value)
         before = place.state
@@ -616,9 +610,7 @@ class WorkerPool:
         self.log.info("worker %d ready", place.slot)
         if place.told:
             place.told(place)
-        if not self.up.done():
-            self.up.set_result(None)
-            self._may_come_up.clear()
+        if self._startup.succeed():
             for each in self.places:
                 if each.state is State.BACKOFF and each.starts:  # it may have waited for this
                     self._set_timer(each, 0.0, Event.RETRY)
@@ -687,37 +679,12 @@ class WorkerPool:
     def _back_off(self, place: WorkerHandle) -> None:
         after_s = lifecycle.backoff_s(place.failures, place.ready_s is not None)
         place.ready_s = None
-        if self._some_listen_elsewhere():
-            # Each of them alike would fail to: that one is waited for, which will come up or not.
+        if self._startup.listens_elsewhere:
+            # Another one would fail as this one has, until that one is ready or has failed.
             after_s = place.generation.plan.service.ready_timeout
-        elif after_s and self._has_come_up():
+        elif after_s and self._startup.has_succeeded:
             self.log.warning("worker %d failed again; another in %g s", place.slot, after_s)
         self._set_timer(place, after_s, Event.RETRY)
-
-    def _some_listen_elsewhere(self) -> bool:
-        """Whether, before there is one that serves, a worker has an address of its own."""
-        if self.up.done() or self._shutdown.has_begun:
-            return False
-        if not self._has_looked_elsewhere:
-            self._has_looked_elsewhere = True
-            self._loop.call_soon(self._look_elsewhere_again)
-            self._elsewhere = self._one_that_listens_elsewhere()
-        return self._elsewhere is not None
-
-    def _look_elsewhere_again(self) -> None:
-        """Once in a turn of the loop is enough, as all may end at once."""
-        self._has_looked_elsewhere = False
-
-    def _one_that_listens_elsewhere(self) -> WorkerProcess | None:
-        if self._elsewhere is not None and self._starts(self._elsewhere):
-            return self._elsewhere
-        starting = (one.process for one in self.places if one.state is State.STARTING)
-        look = islice(filter(None, starting), _LOOKED_AT)
-        return next(filter(elsewhere.diagnosis, look), None)
-
-    def _starts(self, worker: WorkerProcess) -> bool:
-        place = notifications.of(self.by_pid, worker.pid)
-        return place is not None and place.state is State.STARTING
 
     def _forget(self, place: WorkerHandle) -> None:
         place.cancel_timer()
@@ -735,8 +702,8 @@ class WorkerPool:
             seat, self._selection.take_slot(), generation or self.generation, held=held
         )
         self.places.add(place)
-        if not self.is_watched or not self.up.done():
-            self._may_come_up.append(place)
+        if self.is_watched:
+            self._startup.add(place)
         return place
 
     def _begin(self, *places: WorkerHandle) -> None:
@@ -924,24 +891,13 @@ class WorkerPool:
     ) -> None:
         if place.held:
             return  # who asked for it is told
-        if self._has_come_up():
+        if self._startup.has_succeeded:
             self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, how)
             if gone.problem:
                 self.log.error("%s", gone.problem)
-        elif how not in self._told_ends and not self._ends_the_start(error):
+        elif how not in self._told_ends and not self._startup.is_over_by(error):
             self._told_ends.add(how)
             self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, error.cause)
-
-    def _has_come_up(self) -> bool:
-        """Else whoever waits for that is told of an error, once."""
-        return self.up.done() and self.up.exception() is None
-
-    def _ends_the_start(self, error: SteerError) -> bool:
-        """Of a service that has not come up: no worker is left of which it could still do so."""
-        # Each is taken off once: a look through all at each failure would be one too many.
-        while self._may_come_up and _has_failed(self._may_come_up[-1]):
-            self._may_come_up.pop()
-        return isinstance(error, AppLoadError) or not self._may_come_up
 
     def _failed(self, place: WorkerHandle, error: SteerError) -> None:
         """Whether the service can still come up; `error` is told if it cannot."""
@@ -952,11 +908,7 @@ class WorkerPool:
         if place.leaving:
             self.report(place, Event.RETIRE)
         self.report(place, Event.EXITED)
-        if self.up.done() or self._shutdown.has_begun:
-            return
-        if self._ends_the_start(error):
-            self.up.set_exception(error)
-            self.up.exception()  # retrieved here: nobody may be waiting yet
+        self._startup.fail(error)
 
     def _fail_held(self, place: WorkerHandle) -> None:
         """It is not tried again: whoever asked for it is told."""
@@ -999,10 +951,6 @@ class WorkerPool:
 
 def _is_starting(place: WorkerHandle) -> bool:
     return place.process is not None and place.state is State.STARTING
-
-
-def _has_failed(place: WorkerHandle) -> bool:
-    return place.failures > 0 or place.state is State.GONE
 
 
 _DO: dict[Command, Callable[[WorkerPool, WorkerHandle], None]] = {

@@ -20,7 +20,7 @@ from steer.linux.retry import Retry
 from steer.linux.spare import Spare
 from steer.policy.layout import Member
 from steer.sockets import sock_diag
-from steer.workers import elsewhere, ends, pool, steps
+from steer.workers import elsewhere, ends, startup, steps
 from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER
 from steer.workers.lifecycle import State
@@ -170,7 +170,7 @@ class Serving:
 
     def fail_at_start(self) -> None:
         """As if no worker had ever been ready."""
-        self.pool.up = asyncio.get_running_loop().create_future()
+        self.pool._startup.up = asyncio.get_running_loop().create_future()
         for place in self.pool.places:
             place.ready_s = None
 
@@ -305,7 +305,7 @@ def test_when_all_fail_at_the_start_few_are_looked_at(
         await serving.until(serving.pool.up.done)
         assert isinstance(serving.pool.up.exception(), WorkersFailed)
 
-    monkeypatch.setattr(pool, "_has_failed", has_failed)
+    monkeypatch.setattr(startup, "_has_failed", has_failed)
     monkeypatch.setattr(elsewhere, "diagnosis", looked_at.append)
     play(workers, script)
     assert len(looked_at) <= 8 * (workers // ends.MOST + 3)
