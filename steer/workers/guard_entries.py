@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from steer.guard.client import GuardClient
 from steer.linux.retry import Retry
 from steer.workers.handle import WorkerHandle
+from steer.workers.process import WorkerProcess
 from steer.workers.selection import Selection
 
 if TYPE_CHECKING:
@@ -69,3 +70,8 @@ class GuardEntries:
             place.keep(self._selection.steering.held(place.slot))
 
         self._retry.attempt(f"have the guard know of worker {place.slot}", keep)
+
+    def drop(self, workers: Iterable[WorkerProcess]) -> None:
+        """These have ended. One message for all: a thousand would take the guard longer than
+        everything else."""
+        self._guard.drop(*(each.key for each in workers))

@@ -27,10 +27,11 @@ from steer.linux import family, fork
 from steer.linux.log import Log
 from steer.linux.retry import Retry, as_refusal
 from steer.linux.waiting import Seen
-from steer.sockets import reuseport, strays
-from steer.workers import elsewhere, endings, lifecycle, notifications, process, selection
+from steer.sockets import reuseport
+from steer.workers import elsewhere, lifecycle, notifications, process, selection
 from steer.workers.clock import Clock
-from steer.workers.ends import End, Ends
+from steer.workers.ended import EndedWorkers
+from steer.workers.ends import Ends
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import Cancellable, Saved, WorkerHandle, WorkerHandles, waits
 from steer.workers.intake import Lot
@@ -42,6 +43,7 @@ from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
+from steer.workers.socket_removal import SocketRemoval
 from steer.workers.startup import Startup
 from steer.workers.steps import InSteps
 from steer.workers.visibility import WAITS, Visibility
@@ -57,8 +59,6 @@ ALL_START_S = 1.0
 """So long after the first commands all others start, whatever becomes of those."""
 _NO_LIMIT = sys.maxsize
 
-STRAYS_NAMED = 4
-"""Of those who have a socket of a worker that has ended so many are named in the log."""
 
 _FIRST_AT_MOST = 16
 """Before there is a loop, where there are CPUs for so many."""
@@ -129,7 +129,6 @@ class WorkerPool:
         self._launch = launch
         self._entries = GuardEntries(guard, self._selection, retry)
         self._unheard = unheard
-        self._told_ends: set[str] = set()
         self._said_how_told: set[str] = set()
         self._unstarted: deque[WorkerHandle] = deque()
         self._is_new = False
@@ -143,6 +142,7 @@ class WorkerPool:
         self._changed: Callable[[WorkerHandle], None]
         self._settle: Settle
         self._ends: Ends
+        self._removal: SocketRemoval
         self._startup: Startup
         self._loop: AbstractEventLoop
 
@@ -299,9 +299,18 @@ class WorkerPool:
         self._entries.watch(loop)
         self._startup = Startup(loop, self.places)
         self._shutdown.watch(loop)
-        self._ends = Ends(
-            loop, self.retry, self._on_lost, self._on_ends, before=self._drop_together
+        self._removal = SocketRemoval(self._selection, self._shutdown, self.log, self.retry)
+        ended = EndedWorkers(
+            self.by_pid,
+            self._selection,
+            self._removal,
+            self._startup,
+            self._shutdown,
+            self.log,
+            self.retry,
+            self._failed,
         )
+        self._ends = Ends(loop, self.retry, ended.lose, ended.take, before=self._entries.drop)
         self._notifications = Notifications(
             self.places, self.by_pid, self.clock, self._unheard, self.report, changed
         )
@@ -723,7 +732,7 @@ class WorkerPool:
                 if place.process is not None:
                     self._ends.forget(place.process)
                 self._end_at_once(place)
-                self._leave(place)
+                self._removal.remove(place)
             raise as_refusal(f"start worker {places[0].slot}", error) from None
 
     def _spawn(self, places: Sequence[WorkerHandle]) -> Sequence[WorkerProcess]:
@@ -771,16 +780,6 @@ class WorkerPool:
             place.process.end()
             place.process = None
 
-    def _leave(self, place: WorkerHandle) -> bool:
-        """Its sockets leave their groups; whether all of that was done.
-
-        Where the order in a group matters they leave it now, and not when a worker that was
-        forked a moment ago has closed its copies.
-        """
-        fork.await_apart()
-        act = f"take worker {place.slot} out"
-        return self.retry.attempt(act, partial(self._selection.left, place.slot))
-
     def _watch(self, place: WorkerHandle, worker: WorkerProcess) -> None:
         self._ends.watch(place, worker)
         if place.state is State.STARTING:
@@ -802,102 +801,6 @@ class WorkerPool:
         """Tell the guard now what it would be told after this turn of the loop."""
         self._entries.flush()
         self._selection.keep_if_due()
-
-    def _on_lost(self, ends: Sequence[End]) -> None:
-        """Their first processes have ended, and others of them may have their sockets open."""
-        self._take_sockets((each, each.others) for each in ends)
-
-    def _take_sockets(self, ends: Iterable[tuple[End, Sequence[int]]]) -> None:
-        """Nobody is to be chosen any more who has a socket of these workers open.
-
-        Args:
-            ends: with the processes that are left of each.
-        """
-        fork.await_apart()  # else those who start would be found to have them
-        look, nobody = strays.Look(), list[strays.Stray]()
-        ends = list(ends)
-        serving = [end.place.slot for end, _ in ends if end.place.serves]
-        if serving and not self._shutdown.has_begun:
-            self._selection.end(serving)
-        for end, left in ends:
-            place, find = end.place, partial(self._strays, end, left, look)
-            act = f"take worker {place.slot} out"
-            found = self.retry.result(act, find, nobody) if end.worker.bound else nobody
-            if not self._leave(place):
-                self._selection.flip_soon()  # that does the rest
-            if found:
-                self.retry.attempt(act, partial(self._cut_off, place, found))
-
-    def _strays(self, end: End, left: Sequence[int], look: strays.Look) -> list[strays.Stray]:
-        """Where we hold a duplicate ourselves it is shut down in any case."""
-        place, bound = end.place, end.worker.bound
-        everywhere = not self._shutdown.has_begun and not self.steering.held(place.slot)
-        everywhere = everywhere and (end.is_lost or self._may_be_open(place))
-        return strays.find(place.generation.plan.binds, bound, left, everywhere, look)
-
-    def _may_be_open(self, place: WorkerHandle) -> bool:
-        """Whether anybody may have its sockets open: not if all have left their groups just now,
-        which is told sooner than to look at all sockets of a port."""
-        binds = range(len(place.generation.plan.binds))
-        return bool(place.left) or any(
-            self.steering.is_member(place.slot, at) is not False for at in binds
-        )
-
-    def _cut_off(self, place: WorkerHandle, found: Sequence[strays.Stray]) -> None:
-        told = list(strays.shut_down(found))
-        for stray, refusal in told[:STRAYS_NAMED]:
-            then = f": {refusal}" if refusal else ", and is cut off from it"
-            self.log.warning("worker %d has ended, but %s%s", place.slot, stray, then)
-        if len(told) > STRAYS_NAMED:
-            more = len(told) - STRAYS_NAMED
-            self.log.warning(
-                "worker %d has ended, and %d more have a socket of it", place.slot, more
-            )
-
-    def _drop_together(self, workers: Sequence[WorkerProcess]) -> None:
-        """From the guard, by one message: a thousand would take it longer than all else."""
-        self._guard.drop(*(each.key for each in workers))
-
-    def _on_ends(self, ends: Sequence[End]) -> None:
-        for each in ends:
-            each.place.cancel_timer()
-        with self._selection.together() as order:  # the guard has none of their sockets
-            leaving = sorted(ends, key=lambda each: order.get(each.place.slot, len(order)))
-            self._take_sockets((each, each.worker.left_behind) for each in leaving)
-        for each in ends:
-            self._on_end(each.place, each.worker, each.status)
-
-    def _on_end(self, place: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
-        if gone.left_behind:
-            take = partial(self._shutdown.take_leftovers, gone.left_behind)
-            self.retry.attempt(f"end what worker {place.slot} left behind", take)
-        act = f"worker {place.slot}: it has ended"
-        end = partial(self._see_end, place, gone, status)
-        self.retry.until_done(act, end, lambda: place.process is gone)
-
-    def _see_end(self, place: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
-        """Its place is free only after the last thing that may fail."""
-        has_served = place.ready_s is not None
-        error = gone.problem or endings.why(gone, status, has_served=has_served)
-        how = fork.how_it_ended(status)
-        self.by_pid.pop(gone.pid, None)
-        place.lost_process()
-        if place.state is not State.STOPPING and not self._shutdown.has_begun:
-            self._tell_end(place, gone, error, how)
-        self._failed(place, error)
-
-    def _tell_end(
-        self, place: WorkerHandle, gone: WorkerProcess, error: SteerError, how: str
-    ) -> None:
-        if place.held:
-            return  # who asked for it is told
-        if self._startup.has_succeeded:
-            self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, how)
-            if gone.problem:
-                self.log.error("%s", gone.problem)
-        elif how not in self._told_ends and not self._startup.is_over_by(error):
-            self._told_ends.add(how)
-            self.log.warning("worker %d (pid %d): %s", place.slot, gone.pid, error.cause)
 
     def _failed(self, place: WorkerHandle, error: SteerError) -> None:
         """Whether the service can still come up; `error` is told if it cannot."""
