@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pwd
@@ -521,7 +520,7 @@ def test_steer_that_its_workers_cannot_reach(
     (home / "answers.py").write_text("def serve(worker): worker.sockets[0].accept()")
     private = home / "private"
     private.mkdir(mode=0o700)
-    shutil.copytree(Path(inspect.getfile(Event)).parent, private / "steer")
+    shutil.copytree(ROOT / "steer", private / "steer")
     environment["PYTHONPATH"] = str(private)
     running = service("answers:serve", "-w", "1", "--user", "nobody", "--policy=kernel")
     assert len(running.workers()) == 1
