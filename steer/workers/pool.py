@@ -6,11 +6,10 @@ What follows from what is in `lifecycle`; here are the clocks and the processes.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,8 +26,7 @@ from steer.linux import family, fork
 from steer.linux.log import Log
 from steer.linux.retry import Retry, as_refusal
 from steer.linux.waiting import Seen
-from steer.sockets import reuseport
-from steer.workers import elsewhere, lifecycle, notifications, process, selection
+from steer.workers import elsewhere, lifecycle, notifications, selection
 from steer.workers.clock import Clock
 from steer.workers.ended import EndedWorkers
 from steer.workers.ends import Ends
@@ -44,6 +42,8 @@ from steer.workers.queues import Queues
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
 from steer.workers.socket_removal import SocketRemoval
+from steer.workers.spawner import Spawner
+from steer.workers.start_queue import StartQueue
 from steer.workers.startup import Startup
 from steer.workers.steps import InSteps
 from steer.workers.visibility import WAITS, Visibility
@@ -57,7 +57,6 @@ QUICK_S = 1.0
 
 ALL_START_S = 1.0
 """So long after the first commands all others start, whatever becomes of those."""
-_NO_LIMIT = sys.maxsize
 
 
 _FIRST_AT_MOST = 16
@@ -128,13 +127,13 @@ class WorkerPool:
         self._guard = guard
         self._launch = launch
         self._entries = GuardEntries(guard, self._selection, retry)
+        self._queue = StartQueue(self.places)
+        self._spawner = Spawner(
+            self.places, self.by_pid, self._selection, guard, self._entries, launch
+        )
         self._unheard = unheard
         self._said_how_told: set[str] = set()
-        self._unstarted: deque[WorkerHandle] = deque()
-        self._is_new = False
         self._to_retry: deque[WorkerHandle] = deque()
-        self._most_starting = _NO_LIMIT
-        self._starting: dict[WorkerHandle, None] = {}
         self._notifications: Notifications
         self._pinning: InSteps
         self._retiring: InSteps
@@ -159,53 +158,35 @@ class WorkerPool:
             KernelError: the kernel refuses processes, or sockets in the group.
             SystemExit: a signal says to end.
         """
-        self._is_new = True
-        self._most_starting = self.generation.plan.at_once
+        self._queue.is_of_new_service = True
+        self._queue.limit(self.generation.plan.at_once)
         for seat in self.generation.plan.seats:
             self._await_start(seat)
         fork.pause(0)
         cpus = len(os.sched_getaffinity(0))
-        self._spawn(self._next_few(max(self.lot.size, min(cpus, _FIRST_AT_MOST))))
+        first = self._queue.next(max(self.lot.size, min(cpus, _FIRST_AT_MOST)))
+        self._spawner.spawn(first)
+        self._queue.began(first)
         holds_ports()
 
     def _await_start(self, seat: WorkerSpec) -> None:
         place = self._take_place(seat)
-        place.state = State.BACKOFF
-        self._unstarted.append(place)
-
-    def _next_few(self, at_most: int) -> Sequence[WorkerHandle]:
-        """Of those that were never started, unless they are not wanted any more."""
-        few: list[WorkerHandle] = []
-        if self._is_limited:
-            # Looked for among all places, they would take longer the more workers wait.
-            self._starting = dict.fromkeys(filter(_is_starting, self._starting))
-            at_most = min(at_most, self._most_starting - len(self._starting))
-        while self._unstarted and len(few) < at_most:
-            place = self._unstarted.popleft()
-            if place.state is State.BACKOFF:
-                place.state, _ = lifecycle.step(place.state, Event.RETRY)
-                few.append(place)
-        return few
-
-    @property
-    def _is_limited(self) -> bool:
-        """Whether some wait for their turn, and no more than so many may be starting at once."""
-        return bool(self._unstarted) and self._most_starting < len(self.places)
+        self._queue.add(place)
 
     def _start_all(self) -> None:
         """However many are not ready yet."""
-        self._most_starting = _NO_LIMIT
+        self._queue.lift_limit()
         self._start_more()
 
     def _start_more(self) -> None:
         """A few, and in the next turn of the loop more."""
-        few = self._next_few(self.lot.size) if not self._shutdown.has_begun else ()
+        few = self._queue.next(self.lot.size) if not self._shutdown.has_begun else ()
         if not few:
             return
         try:
             self._begin(*few)
         except SteerError as error:
-            if not self._is_new:
+            if not self._queue.is_of_new_service:
                 self.log.error("%s", error)
             for place in few:
                 self._not_started(place, error)
@@ -213,11 +194,11 @@ class WorkerPool:
 
     def _not_started(self, place: WorkerHandle, error: SteerError) -> None:
         """What cannot be started from the first on is not; of what was adopted others serve."""
-        if not self._is_new:
+        if not self._queue.is_of_new_service:
             self._fail_to_start(place, error)
             return
         place.state, _ = lifecycle.step(place.state, Event.EXITED)
-        self._unstarted.clear()
+        self._queue.clear()
         self._startup.refuse(error)
 
     def _fail_to_start(self, place: WorkerHandle, error: SteerError) -> None:
@@ -257,9 +238,9 @@ class WorkerPool:
         generation, now_s = generations[saved.generation], self.clock.now_s()
         place = WorkerHandle.restored(saved, generation, now_s, self.admitted)
         launch = self._launch(place)
-        place.process = WorkerProcess.adopted(launch, self._guard, saved.running, entry)
-        if place.process is not None:
-            self.by_pid[place.process.pid] = place
+        worker = WorkerProcess.adopted(launch, self._guard, saved.running, entry)
+        if worker is not None:
+            self._spawner.give(place, worker)
         return place
 
     def fill(self) -> None:
@@ -320,7 +301,7 @@ class WorkerPool:
             loop, self._tell_to_stop, self._shutdown.end_if_empty, self.retry.spare.lent
         )
         self.clock.run(loop, self.looks.take)
-        if self._is_limited:
+        if self._queue.is_limited:
             loop.call_later(ALL_START_S, self._start_all)
         for place in list(self.places):
             if place.process is not None:
@@ -337,7 +318,7 @@ class WorkerPool:
         with suppress(OSError):  # each of them is killed below
             family.kill([place.process.family for place in self.places if place.process])
         for place in self.places:
-            self._end_at_once(place)
+            self._spawner.kill(place)
         self._shutdown.kill_leftovers()
 
     # What is asked of it.
@@ -518,7 +499,7 @@ class WorkerPool:
             self._entries.save_soon(place)
         if place.state is not before:
             self._changed(place)
-            if before is State.STARTING and self._is_limited:
+            if before is State.STARTING and self._queue.is_limited:
                 self._loop.call_soon(self._start_more)
 
     def _may_be_ready(self, place: WorkerHandle) -> bool:
@@ -724,61 +705,18 @@ class WorkerPool:
         began_s = time.monotonic()
         try:
             with self.retry.spare.lent():
-                for place, worker in zip(places, self._spawn(places), strict=True):
+                workers = self._spawner.spawn(places)
+                self._queue.began(places)
+                for place, worker in zip(places, workers, strict=True):
                     self._watch(place, worker)
             self.lot.took(time.monotonic() - began_s)
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
             for place in places:
                 if place.process is not None:
                     self._ends.forget(place.process)
-                self._end_at_once(place)
+                self._spawner.kill(place)
                 self._removal.remove(place)
             raise as_refusal(f"start worker {places[0].slot}", error) from None
-
-    def _spawn(self, places: Sequence[WorkerHandle]) -> Sequence[WorkerProcess]:
-        """Start a process for each.
-
-        One fork comes right after the other: what we write to in between is copied for each
-        child once more (fork(2), copy on write).
-
-        Raises:
-            BindError, KernelError: some of them may be there.
-        """
-        launches = [self._launch(place) for place in places]
-        self._check_free(launches[0])
-        with ExitStack() as stack:
-            owned = []
-            with self._selection.together():
-                for place, launch in zip(places, launches, strict=True):
-                    place.starts += 1
-                    own = stack.enter_context(process.bound(launch))
-                    # Before the fork: it may end at once, and shut its listeners down.
-                    self._selection.joined(place.slot, reuseport.duplicates(own))
-                    owned.append(own)
-            workers = process.fork_all(launches, self._guard, owned)
-        for place, worker in zip(places, workers, strict=True):
-            place.process = worker
-            self.by_pid[worker.pid] = place
-        process.begin_all(workers, self._guard)
-        if self._is_limited:
-            self._starting |= dict.fromkeys(places)
-        self._entries.save(places, look=False)
-        return workers
-
-    def _check_free(self, launch: Launch) -> None:
-        """Where nobody of ours keeps the ports somebody else may be there by now. Raises
-        BindError."""
-        if self.steering.reserve or any(each.process for each in self.places):
-            return
-        for index, bind in enumerate(launch.binds):
-            if index not in self.steering.anchors:
-                reuseport.check_free(bind, launch.service.settings)
-
-    def _end_at_once(self, place: WorkerHandle) -> None:
-        if place.process is not None:
-            self.by_pid.pop(place.process.pid, None)
-            place.process.end()
-            place.process = None
 
     def _watch(self, place: WorkerHandle, worker: WorkerProcess) -> None:
         self._ends.watch(place, worker)
@@ -850,10 +788,6 @@ class WorkerPool:
         act = f"worker {place.slot}: {event.value}"
         wanted = partial(self.places.__contains__, place)
         self.retry.until_done(act, partial(self.report, place, event), wanted)
-
-
-def _is_starting(place: WorkerHandle) -> bool:
-    return place.process is not None and place.state is State.STARTING
 
 
 _DO: dict[Command, Callable[[WorkerPool, WorkerHandle], None]] = {

@@ -1,0 +1,90 @@
+"""Starting a process for each of several workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, MutableMapping, Sequence
+from contextlib import ExitStack
+
+from steer.child.launch import Launch
+from steer.guard.client import GuardClient
+from steer.sockets import reuseport
+from steer.workers import process
+from steer.workers.guard_entries import GuardEntries
+from steer.workers.handle import WorkerHandle
+from steer.workers.process import WorkerProcess
+from steer.workers.selection import Selection
+
+
+class Spawner:
+    """Binds sockets for workers and forks their processes.
+
+    Args:
+        places: all workers there are.
+        by_pid: see `WorkerPool`; who is started is added to it.
+        launch: makes a worker's instructions.
+    """
+
+    def __init__(
+        self,
+        places: Collection[WorkerHandle],
+        by_pid: MutableMapping[int, WorkerHandle],
+        selection: Selection,
+        guard: GuardClient,
+        entries: GuardEntries,
+        launch: Callable[[WorkerHandle], Launch],
+    ) -> None:
+        self._places = places
+        self._by_pid = by_pid
+        self._selection = selection
+        self._guard = guard
+        self._entries = entries
+        self._launch = launch
+
+    def spawn(self, places: Sequence[WorkerHandle]) -> Sequence[WorkerProcess]:
+        """Start a process for each.
+
+        One fork comes right after the other: a page that is written to in between is copied for
+        each child once more (fork(2), copy on write).
+
+        Raises:
+            BindError, KernelError: some of the processes may have been started.
+        """
+        launches = [self._launch(place) for place in places]
+        self._check_free(launches[0])
+        with ExitStack() as stack:
+            owned = []
+            with self._selection.together():
+                for place, launch in zip(places, launches, strict=True):
+                    place.starts += 1
+                    own = stack.enter_context(process.bound(launch))
+                    # Before the fork: it may end at once, and shut its listeners down.
+                    self._selection.joined(place.slot, reuseport.duplicates(own))
+                    owned.append(own)
+            workers = process.fork_all(launches, self._guard, owned)
+        for place, worker in zip(places, workers, strict=True):
+            self.give(place, worker)
+        process.begin_all(workers, self._guard)
+        self._entries.save(places, look=False)
+        return workers
+
+    def give(self, place: WorkerHandle, worker: WorkerProcess) -> None:
+        """The process is of this worker."""
+        place.process = worker
+        self._by_pid[worker.pid] = place
+
+    def kill(self, place: WorkerHandle) -> None:
+        """Kill the worker's process, if it has one, and let go of it."""
+        if place.process is not None:
+            self._by_pid.pop(place.process.pid, None)
+            place.process.end()
+            place.process = None
+
+    def _check_free(self, launch: Launch) -> None:
+        """Where no socket of ours keeps the ports, somebody else may have bound them. Raises
+        BindError."""
+        steering = self._selection.steering
+        if steering.reserve or any(each.process for each in self._places):
+            return
+        for index, bind in enumerate(launch.binds):
+            if index not in steering.anchors:
+                reuseport.check_free(bind, launch.service.settings)
