@@ -170,7 +170,7 @@ class Serving:
 
     def fail_at_start(self) -> None:
         """As if no worker had ever been ready."""
-        self.pool._startup.up = asyncio.get_running_loop().create_future()
+        self.pool._supervision.startup.up = asyncio.get_running_loop().create_future()
         for place in self.pool.places:
             place.ready_s = None
 
@@ -192,7 +192,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def played(workers: int, script: Callable[[Serving], Any]) -> Serving:
         async def run() -> Serving:
             serving = Serving(workers)
-            monkeypatch.setattr(serving.pool._ends, "_find", serving.find)
+            monkeypatch.setattr(serving.pool._supervision.ends, "_find", serving.find)
             monkeypatch.setattr(sock_diag, "waiting", serving.waiting)
             await script(serving)
             return serving

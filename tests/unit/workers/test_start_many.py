@@ -385,8 +385,8 @@ def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[i
         first = next(iter(pool.places))
         first.process = None
         pool.report(first, Event.EXITED)
-        pool._on_time(first, Event.RETRY)
-        pool._on_time(first, Event.RETRY)
+        pool._supervision.starter.restart_soon(first)
+        pool._supervision.starter.restart_soon(first)
         forked.clear()
         await rest()
         assert len(forked) == 1

@@ -1,0 +1,144 @@
+"""What looks after the workers of a pool once there is an event loop, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from steer.control.notify import Unheard
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.workers.clock import Clock
+from steer.workers.commands import Commands, Settle
+from steer.workers.ended import EndedWorkers
+from steer.workers.ends import Ends
+from steer.workers.guard_entries import GuardEntries
+from steer.workers.handle import WorkerHandle, WorkerHandles
+from steer.workers.intake import Lot
+from steer.workers.lifecycle import Event
+from steer.workers.migration import QueueMigration
+from steer.workers.notifications import Notifications
+from steer.workers.selection import Selection
+from steer.workers.shutdown import Shutdown
+from steer.workers.socket_removal import SocketRemoval
+from steer.workers.spawner import Spawner
+from steer.workers.start_queue import StartQueue
+from steer.workers.starter import Starter
+from steer.workers.startup import Startup
+from steer.workers.steps import InSteps
+from steer.workers.transitions import Transitions
+from steer.workers.visibility import Visibility
+from steer.workers.watcher import Watcher
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+
+class Supervision:
+    """Makes each part and hands it the others that it needs. What a part does is said there.
+
+    Args:
+        settle, changed, graceful_timeout_s: see `Commands` and `Transitions`.
+    """
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        settle: Settle,
+        changed: Callable[[WorkerHandle], None],
+        graceful_timeout_s: Callable[[], float],
+        *,
+        places: WorkerHandles,
+        by_pid: dict[int, WorkerHandle],
+        selection: Selection,
+        migration: QueueMigration,
+        entries: GuardEntries,
+        queue: StartQueue,
+        lot: Lot,
+        spawner: Spawner,
+        shutdown: Shutdown,
+        visibility: Visibility,
+        unheard: Unheard,
+        clock: Clock,
+        log: Log,
+        retry: Retry,
+    ) -> None:
+        self._places = places
+        self._selection = selection
+        self._log = log
+        for each in (retry, selection, entries, shutdown):
+            each.watch(loop)
+        self.startup = Startup(loop, places)
+        self.transitions = Transitions(
+            places,
+            self.startup,
+            shutdown,
+            entries,
+            visibility,
+            clock,
+            log,
+            retry,
+            changed,
+            graceful_timeout_s,
+        )
+        report = self.transitions.report
+        removal = SocketRemoval(selection, shutdown, log, retry)
+        ended = EndedWorkers(
+            by_pid, selection, removal, self.startup, shutdown, log, retry, self.transitions.fail
+        )
+        self.ends = Ends(loop, retry, ended.lose, ended.take, before=entries.drop)
+        self._watcher = Watcher(self.ends, self.transitions, retry, changed)
+        self.starter = Starter(
+            loop,
+            queue,
+            lot,
+            spawner,
+            selection,
+            removal,
+            self._watcher,
+            self.transitions,
+            self.startup,
+            shutdown,
+            log,
+            retry,
+        )
+        self.commands = Commands(
+            places,
+            selection,
+            migration,
+            self.starter,
+            self.ends,
+            self.transitions,
+            self.startup,
+            shutdown,
+            clock,
+            log,
+            retry,
+            settle,
+            graceful_timeout_s,
+        )
+        self.transitions.commands = self.commands.table
+        self.transitions.on_started = self.starter.start_queued_if_limited
+        self.notifications = Notifications(places, by_pid, clock, unheard, report, changed)
+        self.pinning = InSteps(
+            loop, lambda place: retry.attempt(f"pin worker {place.slot}", place.pin)
+        )
+        self.retiring = InSteps(loop, lambda place: report(place, Event.RETIRE))
+        self.stopping = InSteps(
+            loop,
+            lambda place: report(place, Event.STOP),
+            shutdown.end_if_empty,
+            retry.spare.lent,
+        )
+
+    def begin(self) -> None:
+        """Watch the workers there are."""
+        for place in list(self._places):
+            if place.process is not None:
+                self._watcher.watch(place, place.process)
+            elif place.starts:
+                self._log.warning("worker %d ended while there was no controller", place.slot)
+                self.transitions.report(place, Event.EXITED)
+        if any(place.serves for place in self._places):
+            self.startup.succeed()
+            self._selection.flip()
