@@ -180,7 +180,7 @@ class Rollout:
 
     async def undrain(self, place: WorkerHandle) -> None:
         self._pool.report(place, Event.UNDRAIN)
-        await self._pool.flipped()
+        await self._pool.selection.flipped()
 
     async def _replace(
         self,
@@ -202,7 +202,7 @@ class Rollout:
         self._pool.admit(fresh)
         self._keep(generation, generation)
         self._pool.retire(old)
-        await self._pool.flipped()
+        await self._pool.selection.flipped()
         return fresh
 
     def _as_before(self) -> str:

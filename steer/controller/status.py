@@ -172,7 +172,7 @@ def _totals(pool: WorkerPool, steering: Backend, counted: Mapping[int, Counts]) 
     if unsteered is None:
         return schema.Totals()
     now = [counted[place.slot] for place in pool.places if place.slot in counted]
-    counts = sum(now, pool.retired)
+    counts = sum(now, pool.selection.retired)
     return schema.Totals(
         selected=counts.selected,
         fallback=counts.fallback + unsteered,

@@ -304,7 +304,7 @@ class Health:
         if place.process and place.hangs:
             self._look_at_hung(place, place.process)
         elif place.hung:
-            self._pool.move_queue(place)
+            self._pool.migration.migrate(place)
         return place.hangs or place.hung
 
     def _look_at_ready(self, place: WorkerHandle, process: WorkerProcess) -> None:
@@ -368,11 +368,11 @@ class Health:
         all_are_full = all(place.full for place in there)
         for place in there:
             if place.full and not place.shed and some_have_room:
-                self._pool.shed(place, True)
+                self._pool.migration.shed(place, True)
             elif place.shed and (all_are_full or not place.full):
-                self._pool.shed(place, False)
+                self._pool.migration.shed(place, False)
             elif place.shed and place.queued:
-                self._pool.move_queue(place)
+                self._pool.migration.migrate(place)
 
     def _looks(self, place: WorkerHandle, process: WorkerProcess) -> dict[int, Look]:
         found = self._pool.queues.of(process)
@@ -400,7 +400,7 @@ class Health:
             self._pool.report(place, Event.BACK)
         else:
             # One that is back may be at it, and would find its listener shut down.
-            self._pool.move_queue(place)
+            self._pool.migration.migrate(place)
             self._relieve_if_due(place)
 
     def _is_back(self, place: WorkerHandle, process: WorkerProcess) -> bool:

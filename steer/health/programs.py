@@ -100,7 +100,7 @@ class Programs:
 
     def _attach(self, is_due: bool) -> None:
         if is_due or self._somebody_is_new:
-            self._pool.attach_again()
+            self._pool.selection.attach_again()
             self._somebody_is_new = False
 
     def _given_to_anchors(self) -> list[int]:

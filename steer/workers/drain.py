@@ -104,13 +104,13 @@ class Settler:
 
     def begin(self, place: WorkerHandle) -> Settling:
         """For a worker that was just taken out of the table, or is about to be in this turn."""
-        flip = self._pool.flip_now_due()
+        flip = self._pool.selection.flip_now_due()
         settling = Settling(place, flip, self._settle(place))
         self._first.append(settling)
-        if flip != self._flip or self._pool.has_settled(flip):
+        if flip != self._flip or self._pool.selection.has_settled(flip):
             self._flip = flip
             begin = partial(self._call, 0.0)
-            self._pool.when_settled("look at workers that are to end", begin, flip)
+            self._pool.selection.when_settled("look at workers that are to end", begin, flip)
         return settling
 
     def _put(self, settling: Settling, pause_s: float) -> None:
@@ -139,7 +139,7 @@ class Settler:
 
     @property
     def _is_first_due(self) -> bool:
-        return bool(self._first) and self._pool.has_settled(self._first[0].flip)
+        return bool(self._first) and self._pool.selection.has_settled(self._first[0].flip)
 
     def _look_at_first(self) -> None:
         end_s = self._now_s() + _FIRST_TURN_S
@@ -186,14 +186,14 @@ class Settler:
         pause_s = _LOOK_AGAIN_S
         while place.process:
             if _may_wait(pool, place.process):
-                pool.move_queue(place)
+                pool.migration.migrate(place)
             yield pause_s
             pause_s = min(_SELDOM_S, 1.1 * pause_s)
 
     def _until_settled(self) -> Generator[float, None, float]:
         """Until all that was chosen before this turn is in its queue; when that was so."""
-        flip = self._pool.flip_now_due()
-        while not self._pool.has_settled(flip):
+        flip = self._pool.selection.flip_now_due()
+        while not self._pool.selection.has_settled(flip):
             yield _LOOK_S
         # Seen by the first for all: later looks at queues do for each.
         if flip > self._settled[0]:
@@ -210,9 +210,9 @@ async def until_empty(pool: WorkerPool, place: WorkerHandle, limit_s: float) -> 
     Raises:
         KernelError: it is chosen still.
     """
-    await pool.flipped()
-    pool.settle()  # raises why that failed
-    await pool.settled()
+    await pool.selection.flipped()
+    pool.selection.settle()  # raises why that failed
+    await pool.selection.settled()
     looks = _emptying(pool, place, limit_s, time.monotonic())
     while True:
         try:
@@ -242,7 +242,7 @@ def _emptying(
         if waited_s > limit_s:
             return False
         if waited_s > _TAKE_S:
-            pool.move_queue(place)
+            pool.migration.migrate(place)
         yield _LOOK_S
     return True
 

@@ -34,6 +34,14 @@ class QueueMigration:
         self._visibility = visibility
         self._shutdown = shutdown
 
+    def shed(self, place: WorkerHandle, is_shed: bool) -> None:
+        """A worker at capacity leaves the table, and others get what waits for it; or it is
+        selected again."""
+        place.shed = is_shed
+        self._selection.flip_soon()
+        if is_shed:
+            self.migrate_settled(place)
+
     def migrate_hung(self, place: WorkerHandle) -> None:
         """It has left the table in this turn, or what is moved would come back to it."""
         self._selection.let_go(place.slot)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from steer.backends.base import Backend, Counts
+from steer.backends.base import Backend
 from steer.child.launch import Launch
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
@@ -71,7 +71,9 @@ class WorkerPool:
         clock: what workers are given time for goes by it.
         looks: what is looked at again and again, at its beats.
         lot: how many start in one turn of the loop.
+        selection: which workers are selected, and by which backend.
         queues: what waits at workers.
+        migration: moves what waits at workers that are not selected.
         visibility: what of workers cannot be seen.
         group_notes: on sockets that left their groups, see `groups`.
     """
@@ -91,7 +93,7 @@ class WorkerPool:
         self.admitted = 0
         self.places = WorkerHandles()
         self.by_pid: dict[int, WorkerHandle] = {}
-        self._selection = Selection(steering, self.places, slots, guard, log, retry)
+        self.selection = Selection(steering, self.places, slots, guard, log, retry)
         self._shutdown = Shutdown(self.places, retry)
         self.log = log
         self.retry = retry
@@ -100,17 +102,17 @@ class WorkerPool:
         self.lot = Lot()
         self.queues = Queues()
         self.visibility = Visibility(log)
-        self._migration = QueueMigration(
-            self._selection, self.queues, self.visibility, self._shutdown
+        self.migration = QueueMigration(
+            self.selection, self.queues, self.visibility, self._shutdown
         )
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self._guard = guard
         self._launch = launch
-        self._entries = GuardEntries(guard, self._selection, retry)
+        self._entries = GuardEntries(guard, self.selection, retry)
         self._queue = StartQueue(self.places)
         self._spawner = Spawner(
-            self.places, self.by_pid, self._selection, guard, self._entries, launch
+            self.places, self.by_pid, self.selection, guard, self._entries, launch
         )
         self._unheard = unheard
         self._supervision: Supervision
@@ -154,7 +156,7 @@ class WorkerPool:
         self.admitted = admitted
         adoption = Adoption(
             self.places,
-            self._selection,
+            self.selection,
             self._spawner,
             self._entries,
             self._guard,
@@ -179,8 +181,8 @@ class WorkerPool:
             lambda: self.generation.plan.service.graceful_timeout,
             places=self.places,
             by_pid=self.by_pid,
-            selection=self._selection,
-            migration=self._migration,
+            selection=self.selection,
+            migration=self.migration,
             entries=self._entries,
             queue=self._queue,
             lot=self.lot,
@@ -221,7 +223,7 @@ class WorkerPool:
     @property
     def steering(self) -> Backend:
         """The backend in force."""
-        return self._selection.steering
+        return self.selection.steering
 
     @property
     def up(self) -> Future[None]:
@@ -248,35 +250,6 @@ class WorkerPool:
     def own_pids(self) -> set[int | None]:
         """Of this controller and its guard, who may have sockets of workers open."""
         return {os.getpid(), self._guard.pid}
-
-    def settle(self) -> None:
-        """Have who is said to be ready in the table by now. Raises KernelError."""
-        self._selection.settle()
-
-    async def flipped(self) -> None:
-        """Until who is said to be ready is in the table, or that was tried."""
-        await self._selection.flipped()
-
-    async def settled(self) -> None:
-        """Until all that was chosen before who serves now is in its queue."""
-        await self._selection.settled()
-
-    def flip_now_due(self) -> int:
-        """See `Selection.flip_now_due`."""
-        return self._selection.flip_now_due()
-
-    def has_settled(self, flip: int) -> bool:
-        """See `Selection.has_settled`."""
-        return self._selection.has_settled(flip)
-
-    def when_settled(self, act: str, do: Callable[[], object], flip: int) -> None:
-        """See `Selection.when_settled`."""
-        self._selection.when_settled(act, do, flip)
-
-    @property
-    def retired(self) -> Counts:
-        """What was counted for slots since given up."""
-        return self._selection.retired
 
     def recruit(
         self,
@@ -313,7 +286,7 @@ class WorkerPool:
         for place in places:
             place.held, place.told = False, None
         self.admitted += 1
-        self._selection.flip_soon()
+        self.selection.flip_soon()
 
     def retire(self, places: Iterable[WorkerHandle]) -> None:
         """They leave the table all at once. What follows is done in steps. A controller that
@@ -325,7 +298,7 @@ class WorkerPool:
                 leaving.append(place)
             else:
                 self.report(place, Event.RETIRE)
-        self._selection.flip_soon()
+        self.selection.flip_soon()
         self._supervision.retiring.begin_soon(leaving)
 
     def stop(self, within_s: float, quick: bool) -> None:
@@ -336,7 +309,7 @@ class WorkerPool:
         """
         self._shutdown.begin(within_s, quick)
         self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
-        self.retry.attempt("let go of the ports", self._selection.release)
+        self.retry.attempt("let go of the ports", self.selection.release)
         self._supervision.startup.succeed()
         self._supervision.stopping.begin(self.places)
 
@@ -358,7 +331,7 @@ class WorkerPool:
         place = notifications.of(self.by_pid, pid)
         if place is None or not place.process or not place.process.is_callable:
             return False
-        with self._selection.naming_locked():
+        with self.selection.naming_locked():
             self.steering.steer([place.member()])
         self.steering.empty_reserve()
         return True
@@ -374,7 +347,7 @@ class WorkerPool:
     def renew_reserve(self, service: Service) -> None:
         """The reserve is to listen as the workers do from now on."""
         try:
-            self._selection.renew_reserve(service)
+            self.selection.renew_reserve(service)
         except SteerError as error:
             self.log.error("the reserve is not as configured: %s", error)
 
@@ -390,7 +363,7 @@ class WorkerPool:
         seats = {seat.number: seat for seat in plan.seats}
         moves = {place.slot: seats.get(place.seat.number, place.seat) for place in self.places}
         members = [place.member(moves[place.slot]) for place in self.places if place.serves]
-        self._selection.choose_by(plan, members, steering)
+        self.selection.choose_by(plan, members, steering)
         now = Generation(self.generation.number, plan)
         for place in self.places:
             if place.generation.number == now.number:
@@ -399,39 +372,19 @@ class WorkerPool:
         unpinned = [place for place in moved if place.reseat(moves[place.slot])]
         self._entries.save(moved, look=False)
         self.generation = now
-        self._selection.keep()
+        self.selection.keep()
         # Nobody waits for it: wherever workers run, they get what the table says.
         self._supervision.pinning.begin(unpinned)
-
-    def attach_again(self) -> None:
-        """What steers to every group, as a worker may have attached something else."""
-        self._selection.attach_again()
 
     def pin(self) -> None:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
         self._supervision.pinning.begin(self.places)
 
-    # Commands.
-
-    def shed(self, place: WorkerHandle, is_shed: bool) -> None:
-        """One that is at capacity is chosen no more, and others get what waits for it; or is
-        chosen again."""
-        place.shed = is_shed
-        self._selection.flip_soon()
-        if is_shed:
-            self._migration.migrate_settled(place)
-
-    def move_queue(self, place: WorkerHandle) -> None:
-        """See `QueueMigration.migrate`."""
-        self._migration.migrate(place)
-
-    # What happens to workers.
-
     def _take_place(
         self, seat: WorkerSpec, generation: Generation | None = None, held: bool = False
     ) -> WorkerHandle:
         place = WorkerHandle(
-            seat, self._selection.take_slot(), generation or self.generation, held=held
+            seat, self.selection.take_slot(), generation or self.generation, held=held
         )
         self.places.add(place)
         if self.is_watched:
@@ -441,4 +394,4 @@ class WorkerPool:
     def save(self) -> None:
         """Tell the guard now what it would be told after this turn of the loop."""
         self._entries.flush()
-        self._selection.keep_if_due()
+        self.selection.keep_if_due()

@@ -47,6 +47,7 @@ class FakeFleet:
         self.flips: list[list[int]] = []
         self.kept: list[tuple[int, int, int]] = []
         self.lot = Lot()
+        self.selection = self
         self.admitted = 0
         self._slot = 0
         for seat in self.generation.plan.seats:

@@ -65,7 +65,7 @@ class FakeService:
             visibility=SimpleNamespace(notes={}),
             group_notes={},
             queues=Queues(self._queues),
-            retired=Counts(1000),
+            selection=SimpleNamespace(retired=Counts(1000)),
             retry=SimpleNamespace(spare=SimpleNamespace(lent=self._lent)),
         )
         self.is_lent = False
@@ -168,7 +168,7 @@ def test_workers_that_go_meanwhile_are_counted_once() -> None:
         gone = [each for each in pool.places if each.slot < 1000][:10]
         for each in gone:
             pool.places.remove(each)
-            pool.retired += Counts(each.slot)
+            pool.selection.retired += Counts(each.slot)
             pool.places.add(service.place(1000 + each.slot))
 
     told = service.report(goes)

@@ -75,7 +75,7 @@ class Service:
         self.spare = SimpleNamespace(lent=nullcontext)
         self.looks = Looks(self.clock, self.retry)
         self.queues = Queues(self._dump, self.loop.read_s)
-        self.steering = cast(Any, self)
+        self.steering = self.selection = cast(Any, self)
         self.visibility = SimpleNamespace(forget=lambda: None)
         self.log = SimpleNamespace(warning=self._not_called, info=self._not_called)
         self.group_notes: dict[str, str] = {}

@@ -44,6 +44,7 @@ class Workers:
         self.settled_s = self.loop.now_s + PROGRAMS_S
         self.clock = SimpleNamespace(now_s=self.loop.read_s)
         self.queues = Queues(self._dump, self.loop.read_s)
+        self.selection = self.migration = self
         self.retry = SimpleNamespace(
             spare=SimpleNamespace(lent=self._lent),
             failed=lambda act, error: self.failed.append(f"{act}: {error}"),
@@ -91,7 +92,7 @@ class Workers:
     def report(self, place: Any, event: Event) -> None:
         self.reported.append((place.slot, event))
 
-    def move_queue(self, place: Any) -> None:
+    def migrate(self, place: Any) -> None:
         self.did["move"] += 1
         self.queued.pop(place.slot, None)
         self.queues.forget()
@@ -246,7 +247,7 @@ def test_after_a_queue_was_moved_the_kernel_is_asked_anew(tmp_path: Path) -> Non
         service.pool.queues.__init__(ask, lambda: 100.0)  # type: ignore[misc]
         for _ in range(2):
             service.pool.queues.at(service.plan.binds[0])
-        service.pool.move_queue(place)
+        service.pool.migration.migrate(place)
         service.pool.queues.at(service.plan.binds[0])
         assert len(asked) == 2
 

@@ -220,7 +220,7 @@ def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[
         pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
         pool.report(next(iter(pool.places)), Event.READY)
         await pool.up
-        pool.settle()
+        pool.selection.settle()
         assert pool.steering.asked["flips"] == 1  # type: ignore[attr-defined]
         assert len(forked) == MOST_TOGETHER
         # those that wait for their turn have not failed, and are not asked to hurry
