@@ -1,18 +1,40 @@
-"""For tests of your own: a group on a free port of the loopback. Needs no test framework.
+"""For tests of your own: a group, or a whole service, on a free port of the loopback. Needs no test
+framework.
 
-from steer.testing import reuseport_group
+from steer.testing import reuseport_group, service
 
 with reuseport_group("round-robin", slots=2) as group, group.listen(0) as sock:
     group.activate(0)
     ...
+
+with service(app="shop:serve", workers=2) as running:
+    requests.get(f"http://127.0.0.1:{running.address[1]}/")
+    running.reload()
 """
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+from steer.api.connection import ServiceConnection
 from steer.api.group import ReuseportGroup
+from steer.api.service import Config, Settings
+from steer.config.service import as_toml
+from steer.errors import NotRunning, WorkersFailed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Unpack
+
+_LOOK_S = 0.02
 
 
 @contextmanager
@@ -37,3 +59,92 @@ def reuseport_group(
         address, policy, slots=slots, params=params or {}, backend=backend
     ) as group:
         yield group
+
+
+class RunningService(ServiceConnection):
+    """A service of a test's, asked and changed as `steer.connect` does.
+
+    Attributes:
+        address: host and port, as socket.create_connection() takes them.
+    """
+
+    def __init__(self, control_socket: Path, address: tuple[str, int]) -> None:
+        super().__init__(control_socket)
+        self.address = address
+
+
+@contextmanager
+def service(*, timeout_s: float = 30.0, **settings: Unpack[Settings]) -> Iterator[RunningService]:
+    """Run a service in a process of its own until the block is left; all its workers are ready.
+
+    The process starts in the current directory and imports the application there by its name.
+
+    Args:
+        timeout_s: for the workers to become ready.
+        settings: as of `steer.Config`. Without `bind` it is at 127.0.0.1 and a free port; without
+            `name` it is called "test".
+
+    Raises:
+        ConfigError: as `steer.Config`.
+        WorkersFailed: it did not start in time; `detail` has what it wrote.
+    """
+    settings.setdefault("bind", f"127.0.0.1:{_free_port()}")
+    settings.setdefault("name", "test")
+    with tempfile.TemporaryDirectory(prefix="steer-") as directory:
+        control = Path(directory, "service.sock")
+        settings["control_socket"] = str(control)
+        configured = Config(**settings).service
+        file, log = Path(directory, "steer.toml"), Path(directory, "log")
+        file.write_text(as_toml(configured))
+        bind = configured.binds[0]
+        address = bind.address or "127.0.0.1", bind.port
+        with (
+            log.open("wb") as stderr,
+            _running(file, stderr.fileno()) as process,
+            RunningService(control, address) as running,
+        ):
+            _await_ready(running, process, log, timeout_s)
+            yield running
+
+
+@contextmanager
+def _running(file: Path, stderr: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`steer run` with this file alone, ended on leaving."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("STEER_")}
+    command = [sys.executable, "-m", "steer", "run", "-c", str(file)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=stderr, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def _await_ready(
+    running: RunningService, process: subprocess.Popen[bytes], log: Path, timeout_s: float
+) -> None:
+    """Raises WorkersFailed."""
+    end_s = time.monotonic() + timeout_s
+    while not _is_ready(running):
+        if process.poll() is not None or time.monotonic() > end_s:
+            cause = (
+                "it ended" if process.returncode is not None else f"not ready in {timeout_s:g} s"
+            )
+            raise WorkersFailed("start a service", cause, detail=log.read_text(errors="replace"))
+        time.sleep(_LOOK_S)
+
+
+def _is_ready(running: RunningService) -> bool:
+    try:
+        workers = running.status().workers
+    except NotRunning:
+        return False
+    return bool(workers) and all(worker.state == "ready" for worker in workers)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
