@@ -1,4 +1,6 @@
-"""An asyncio server with a worker for each CPU: who takes a packet in serves it. Ends with Ctrl-C.
+"""An asyncio server with one worker per CPU: the CPU that receives a packet serves it.
+
+Stop it with Ctrl-C.
 
 Run:  sudo ../.venv/bin/python asyncio_per_cpu.py
 Try:  echo hello | nc -N 127.0.0.1 8000

@@ -1,7 +1,7 @@
-"""Workers of multiprocessing, chosen by open connections; one that dies is replaced.
+"""Workers of multiprocessing, selected by open connections; a worker that dies is replaced.
 
-A socket is an argument like any other: multiprocessing hands it over. Nobody has the socket of a
-worker but the worker, so it is gone with it, and others get what it would have got.
+multiprocessing passes the socket to the worker like any other argument. Only the worker has its
+socket open, so the socket closes when the worker dies, and the others get its share.
 
 Run:  sudo ../.venv/bin/python multiprocessing_group.py
 Try:  echo hello | nc -N 127.0.0.1 8001

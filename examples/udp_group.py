@@ -1,4 +1,4 @@
-"""Threads that serve UDP, each with a socket of its own; a client's datagrams stay with one.
+"""Threads that serve UDP, each with its own socket; a client's datagrams stay with one thread.
 
 Run:  sudo ../.venv/bin/python udp_group.py
 Try:  echo hello | nc -u -w 1 127.0.0.1 8002

@@ -1,4 +1,4 @@
-r"""The server of every socket tutorial: lines in, upper case out, one client at a time.
+r"""The server of a socket tutorial: answers each line in upper case, one client at a time.
 
 Run:  cd examples && steer run upper_tcp:serve -b 127.0.0.1:8080
 Try:  echo hello | nc -N 127.0.0.1 8080

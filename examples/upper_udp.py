@@ -1,4 +1,4 @@
-r"""The UDP server of every socket tutorial: a datagram in, the same in upper case out.
+r"""The UDP server of a socket tutorial: answers each datagram in upper case.
 
 Run:  cd examples && steer run upper_udp:serve -b udp://127.0.0.1:8053
 Try:  echo hello | nc -u -w 1 127.0.0.1 8053
