@@ -50,11 +50,12 @@ _COUNTED = re.compile(r"^=*\s*((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s")
 
 _HEAD = """# What works on which kernel
 
-Each policy was asked for on each backend, as a service of `steer run` with a worker on every CPU,
-and what it promises was seen with real connections: `cpu` from every CPU, `round-robin` to the last
-turn, `least-conn` with connections that stay, and so on (`vm/promises.py`). *Works* means that the
-promise was kept on the backend that was asked for; an arrow, that another was used, why, and that
-the promise was kept as far as that one can. A cell that does neither fails the run.
+Each policy was run on each backend, as a service of `steer run` with one worker per CPU. Real
+connections tested what the policy promises: `cpu` with connections from every CPU, `round-robin` to
+the last turn, `least-conn` with connections that stay open, and so on (`vm/promises.py`). *Works*
+means that the policy kept its promise on the backend in the column *asked for*. An arrow means that
+steer used another backend, for the reason in the footnote, and that the policy kept its promise as
+far as that backend can. The run fails if a cell is neither.
 """
 
 
