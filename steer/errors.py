@@ -6,6 +6,24 @@ exit code that the command ends with.
 
 from __future__ import annotations
 
+import errno as numbers
+from collections.abc import Mapping
+from typing import Self
+
+
+def errno_name(error: OSError) -> str:
+    """As errno(3) has it: "EACCES". Where there is no name the number, else what the error says."""
+    number = error.errno or 0
+    return numbers.errorcode.get(number, str(number)) if number else str(error)
+
+
+def in_words(error: OSError) -> str:
+    """As strerror(3) has it: "Permission denied"."""
+    return error.strerror or str(error)
+
+
+_NO_CURES: Mapping[int, str] = {}
+
 
 class SteerError(Exception):
     """Something steer was asked to do and could not.
@@ -15,16 +33,49 @@ class SteerError(Exception):
         cause: why not, "EACCES".
         cure: what would help, or "" where nothing is known.
         detail: further lines to show below (a verifier log, a worker's last words).
+        errno: the kernel's number for the cause, to decide by; `cause` is only to be shown.
     """
 
     exit_code = 1
+    _shown = staticmethod(in_words)
+    """How `from_oserror` shows a cause."""
 
-    def __init__(self, what: str, cause: str, cure: str = "", detail: str = "") -> None:
+    def __init__(
+        self,
+        what: str,
+        cause: str,
+        cure: str = "",
+        detail: str = "",
+        errno: int | None = None,
+    ) -> None:
         self.what = what
         self.cause = cause
         self.cure = cure
         self.detail = detail
+        self.errno = errno
         super().__init__(str(self))
+
+    @classmethod
+    def from_oserror(
+        cls,
+        what: str,
+        error: OSError,
+        cures: Mapping[int, str] = _NO_CURES,
+        *,
+        cure: str = "",
+        cause: str = "",
+        detail: str = "",
+    ) -> Self:
+        """The error for a system call that failed.
+
+        Args:
+            cures: by errno.
+            cure: for every other errno.
+            cause: what to show as the cause, instead of the errno.
+        """
+        number = error.errno or 0
+        shown = cause or cls._shown(error)
+        return cls(what, shown, cures.get(number, cure), detail, number or None)
 
     def __str__(self) -> str:
         line = f"{self.what}: {self.cause}"
@@ -37,6 +88,8 @@ class ConfigError(SteerError):
 
 class BindError(SteerError):
     """An address that cannot be listened on."""
+
+    _shown = staticmethod(errno_name)
 
 
 class GroupError(SteerError):
@@ -101,6 +154,8 @@ class FallbackRefused(SteerError):
 class KernelError(SteerError):
     """A system call that the kernel refused: a reason to step down the ladder."""
 
+    _shown = staticmethod(errno_name)
+
 
 class Uncounted(KernelError):
     """Nobody counts open connections, and another policy than one that goes by them will do."""
@@ -112,6 +167,8 @@ class VerifierError(KernelError):
 
 class CompileError(KernelError):
     """A policy that does not compile, or nothing here to compile it with."""
+
+    _shown = staticmethod(in_words)
 
 
 class NoCompiler(CompileError):

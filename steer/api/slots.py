@@ -205,8 +205,8 @@ class Slots:
         try:
             own = reuseport.member(self.bind, 1)
         except OSError as error:
-            refused = reuseport.bind_error(self.bind, error)
-            raise KernelError(refused.what, refused.cause, refused.cure) from None
+            why = reuseport.bind_error(self.bind, error)
+            raise KernelError(why.what, why.cause, why.cure, errno=why.errno) from None
         with own:
             yield {0: own}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -81,7 +82,7 @@ class Counting:
             self.why_not = "; ".join(filter(None, (error.cause, error.cure)))
         except KernelError as error:
             self._stop()
-            cure = "needs CAP_BPF and CAP_NET_ADMIN" if error.cause == "EPERM" else error.cure
+            cure = "needs CAP_BPF and CAP_NET_ADMIN" if error.errno == errno.EPERM else error.cure
             self.why_not = str(KernelError(error.what, error.cause, cure))
 
     def _watch_ours(self) -> None:

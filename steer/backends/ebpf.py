@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -306,7 +307,7 @@ class Ebpf:
         try:
             self._groups[index].sockets.put_socket(slot, sock.fileno())
         except KernelError as error:
-            if error.cause not in ("EBUSY", "EINVAL"):  # it is there, or does not listen
+            if error.errno not in (errno.EBUSY, errno.EINVAL):  # it is there, or does not listen
                 raise
         with suppress(reuseport.NoMember):
             self._attach_through(index, sock.fileno())

@@ -275,7 +275,7 @@ class Source:
                 raise ConfigError(f"read {self._file}", "no such file") from None
             return None
         except OSError as error:
-            raise ConfigError(f"read {self._file}", error.strerror or str(error)) from None
+            raise ConfigError.from_oserror(f"read {self._file}", error) from None
         self._must_be_there = True
         return table
 

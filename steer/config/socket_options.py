@@ -10,6 +10,7 @@ TCP_WINDOW_CLAMP, which a listener loses when its queue is moved (`listeners.mov
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 import sys
@@ -58,7 +59,7 @@ class Option(msgspec.Struct, frozen=True):
     protocols: Sequence[str]
     does: str
     cap: str = ""
-    refusals: Mapping[str, str] = {}
+    refusals: Mapping[int, str] = {}
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -189,9 +190,9 @@ OPTIONS: Mapping[str, Option] = {
         _TCP,
         "the congestion control",
         refusals={
-            "ENOENT": "this kernel has none of that name; those it has: sysctl "
+            errno.ENOENT: "this kernel has none of that name; those it has: sysctl "
             "net.ipv4.tcp_available_congestion_control",
-            "EPERM": "without CAP_NET_ADMIN only those of sysctl "
+            errno.EPERM: "without CAP_NET_ADMIN only those of sysctl "
             "net.ipv4.tcp_allowed_congestion_control",
         },
     ),
@@ -232,7 +233,7 @@ OPTIONS: Mapping[str, Option] = {
         _whole(0, 2**31 - 1, "a number"),
         _UDP,
         "queueing priority of what is sent; over TCP an accepted socket does not have it",
-        refusals={"EPERM": "above 6 it needs CAP_NET_ADMIN: run as root, or choose 0 to 6"},
+        refusals={errno.EPERM: "above 6 it needs CAP_NET_ADMIN: run as root, or choose 0 to 6"},
     ),
     "mark": Option(
         _SOCKET,
@@ -240,7 +241,7 @@ OPTIONS: Mapping[str, Option] = {
         _whole(0, 2**32 - 1, "a number"),
         _BOTH,
         "for routing rules and firewalls",
-        refusals={"EPERM": _NEEDS_NET_ADMIN},
+        refusals={errno.EPERM: _NEEDS_NET_ADMIN},
     ),
     "transparent": Option(
         socket.IPPROTO_IP,
@@ -248,7 +249,7 @@ OPTIONS: Mapping[str, Option] = {
         _FLAG,
         _BOTH,
         "take what TPROXY rules send here, and bind to addresses that are not local",
-        refusals={"EPERM": "needs CAP_NET_ADMIN or CAP_NET_RAW: run as root, or leave it out"},
+        refusals={errno.EPERM: "needs CAP_NET_ADMIN or CAP_NET_RAW: run as root, or leave it out"},
     ),
 }
 DEFAULTS = {"nodelay": "yes"}

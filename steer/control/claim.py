@@ -14,7 +14,7 @@ from pathlib import Path
 
 from steer.control.rundir import TMP
 from steer.control.taken import refuse_if_answering, refuse_taken
-from steer.errors import ControlError
+from steer.errors import ControlError, in_words
 
 _BACKLOG = 16
 _TURN_S, _LOOK_AGAIN_S = 30.0, 0.01
@@ -61,7 +61,7 @@ class Claim:
                 self._take(name, path, _TURN_S if turn_s is None else turn_s)
                 return
             except OSError as error:
-                self.refusals.append(f"{path}: {error.strerror or error}")
+                self.refusals.append(f"{path}: {in_words(error)}")
         raise ControlError(
             f"make the control socket of {name!r}",
             "; ".join(self.refusals),

@@ -36,6 +36,7 @@ from steer.errors import (
     ControlError,
     KernelError,
     SteerError,
+    in_words,
 )
 from steer.guard import client
 from steer.guard.client import GuardClient, Handover
@@ -415,7 +416,8 @@ class Controller:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         except OSError as error:
             cure = "start it again: `steer run` adopts the workers"
-            raise KernelError("execute anew", error.strerror or str(error), cure) from None
+            cause = in_words(error)
+            raise KernelError.from_oserror("execute anew", error, cure=cure, cause=cause) from None
 
     def _settings(self) -> Settings:
         service = self.plan.service

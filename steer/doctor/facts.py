@@ -6,7 +6,6 @@ nothing here raises, however odd the system.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import resource
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from steer.control import rundir
-from steer.errors import SteerError
+from steer.errors import SteerError, errno_name
 from steer.linux import nic
 from steer.linux.nic import Interface
 from steer.loader import compile, libbpf
@@ -145,7 +144,7 @@ def _attempt(look: Callable[[], T]) -> T | Unknown:
     try:
         return look()
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, error.strerror or str(error))
+        name = errno_name(error)
         return Unknown(f"{error.filename}: {name}" if error.filename else name)
     except (SteerError, ImportError, ValueError, subprocess.SubprocessError) as error:
         return Unknown(str(error))
@@ -232,7 +231,7 @@ def _no_room(directory: Path) -> str:
     except FileNotFoundError:
         return _no_writing(directory.parent)
     except OSError as error:
-        return errno.errorcode.get(error.errno or 0, str(error))
+        return errno_name(error)
     return _no_writing(directory) if owner == os.geteuid() else "not ours"
 
 

@@ -18,7 +18,7 @@ from steer.config.service import Service
 from steer.doctor import facts as kernel_facts
 from steer.doctor.case import COUNT, ERRNO_REFUSED, MIGRATE, RUN, Case, Options, Probed
 from steer.doctor.facts import Unknown
-from steer.errors import KernelError, SteerError, Uncounted, VerifierError
+from steer.errors import KernelError, SteerError, Uncounted, VerifierError, in_words
 from steer.linux import topology
 from steer.loader import find, probe
 from steer.policy.builtin import CBPF, EBPF
@@ -54,7 +54,7 @@ def _access(service: Service) -> Access | Unknown:
     except SteerError as error:
         return Unknown(str(error))
     except OSError as error:
-        return Unknown(f"try with a process: {error.strerror or error}")
+        return Unknown(f"try with a process: {in_words(error)}")
 
 
 def _can_count() -> candidates.Finding:
@@ -71,7 +71,7 @@ def _probed(ask: Callable[[], candidates.Finding]) -> Probed:
     try:
         found = ask()
     except OSError as error:
-        return Probed(Answer.UNKNOWN, error.strerror or str(error))
+        return Probed(Answer.UNKNOWN, in_words(error))
     reason, _, cure = found.reason.partition("; ")
     # Of the many causes that a refusal can have, we look for the one.
     return Probed(found.answer, reason, "" if ERRNO_REFUSED in reason else cure)
@@ -117,5 +117,5 @@ def _refusal(plan: Plan) -> Probed | None:
         return Probed(Answer.NO, f"{whose}{error.what}: {error.cause}", cure)
     except OSError as error:
         # A no though it tells little: what is unknown would be tried again, for ever.
-        return Probed(Answer.NO, f"{whose}try {plan.rungs[0].backend}: {error.strerror or error}")
+        return Probed(Answer.NO, f"{whose}try {plan.rungs[0].backend}: {in_words(error)}")
     return None

@@ -5,6 +5,7 @@ What is to be seen and done is in `membership`. A look takes a hundred microseco
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -168,7 +169,7 @@ class Repair:
         try:
             return stack.enter_context(worker.sockets())
         except KernelError as error:
-            known.lends = error.cause not in ("EPERM", "ENOSYS")
+            known.lends = error.errno not in (errno.EPERM, errno.ENOSYS)
             return None
 
     def _sight(self, one: _Socket) -> Sighting:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from steer.errors import KernelError
+from steer.errors import KernelError, in_words
 
 _ACT = "open our cgroup"
 
@@ -27,7 +27,8 @@ def own() -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise KernelError(f"{_ACT} {path}", error.strerror or str(error)) from None
+        cause = in_words(error)
+        raise KernelError.from_oserror(f"{_ACT} {path}", error, cause=cause) from None
     try:
         yield fd
     finally:

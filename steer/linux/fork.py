@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
-from steer.errors import KernelError
+from steer.errors import KernelError, in_words
 from steer.linux.stdio import write_stderr
 
 if TYPE_CHECKING:
@@ -196,8 +196,7 @@ def fork_error(error: OSError) -> KernelError:
         errno.EAGAIN: "raise the limit on processes (ulimit -u, TasksMax=)",
         errno.EMFILE: "raise the limit on open files (ulimit -n, LimitNOFILE=)",
     }
-    number = error.errno or 0
-    return KernelError("start a worker", os.strerror(number), cures.get(number, ""))
+    return KernelError.from_oserror("start a worker", error, cures, cause=in_words(error))
 
 
 def _in_child(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]) -> NoReturn:

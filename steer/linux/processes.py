@@ -9,7 +9,6 @@ large is read through `procfs.Files`, which bounds a look.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
@@ -216,8 +215,8 @@ def sockets_by_fd(
                 yield fd, inode
     except PermissionError as error:
         if not is_zombie(directory):
-            cause, cure = errno.errorcode[error.errno or 0], "run as root, or as its user"
-            raise KernelError(f"look at the open files of pid {pid}", cause, cure) from error
+            act, cure = f"look at the open files of pid {pid}", "run as root, or as its user"
+            raise KernelError.from_oserror(act, error, cure=cure) from error
     except (FileNotFoundError, ProcessLookupError, TooMuch):
         return
 

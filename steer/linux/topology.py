@@ -5,7 +5,6 @@ Numbers are the kernel's and may have holes.
 
 from __future__ import annotations
 
-import errno
 import os
 
 from steer.errors import KernelError
@@ -67,8 +66,7 @@ def _possible(path: str) -> tuple[int, ...]:
         with open(path) as file:
             return parse_cpulist(file.read())
     except OSError as error:
-        cause = errno.errorcode.get(error.errno or 0, str(error))
-        raise KernelError(f"read {path}", cause, "mount sysfs on /sys") from error
+        raise KernelError.from_oserror(f"read {path}", error, cure="mount sysfs on /sys") from error
 
 
 def _nodes(directory: str) -> dict[int, int]:

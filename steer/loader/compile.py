@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from steer.errors import CompileError, NoCompiler
+from steer.errors import CompileError, NoCompiler, in_words
 from steer.linux import fork
 from steer.loader import inputs
 from steer.policy import declarations
@@ -73,7 +73,7 @@ def _digest_of_ours(headers: Path) -> bytes:
     try:
         seen = tuple((name, *_seen(os.stat(name))) for name in files)
     except OSError as error:
-        raise CompileError(f"read {error.filename}", error.strerror or str(error)) from None
+        raise CompileError.from_oserror(f"read {error.filename}", error) from None
     if seen not in _ours:
         _ours.clear()
         contents = (_read_file(Path(name)) for name in files)
@@ -98,7 +98,7 @@ def _read_file(file: Path) -> bytes:
             data = stream.read(min(found.st_size, _MOST_BYTES) + 1)
             data += stream.read(_MOST_BYTES) if len(data) > found.st_size else b""
     except OSError as error:
-        raise CompileError(act, error.strerror or str(error)) from None
+        raise CompileError.from_oserror(act, error) from None
     if len(data) > _MOST_BYTES:
         raise CompileError(act, f"it has more than {_MOST_BYTES} bytes")
     return data
@@ -182,8 +182,8 @@ def compile_source(source: Path) -> PolicyObject:
         except subprocess.TimeoutExpired:
             raise CompileError(act, f"bcc took longer than {_TIMEOUT_S} s") from None
         except OSError as error:  # EAGAIN of fork(2), say
-            cause = f"start {python}: {error.strerror}"
-            raise CompileError(act, cause) from None
+            cause = f"start {python}: {in_words(error)}"
+            raise CompileError.from_oserror(act, error, cause=cause) from None
         if done.returncode == _NO_BCC:
             continue
         if done.returncode < 0:

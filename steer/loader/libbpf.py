@@ -13,6 +13,10 @@ from steer.errors import KernelError
 from steer.linux import filtered
 
 
+class NoLibrary(KernelError):
+    """libbpf is not installed."""
+
+
 def calls() -> ctypes.CDLL:
     """The library, to make system calls with.
 
@@ -21,7 +25,7 @@ def calls() -> ctypes.CDLL:
     """
     if filtered.is_deadly(filtered.BPF):
         cure = "let the seccomp filter pass it (systemd: SystemCallFilter=bpf)"
-        raise KernelError("call bpf(2)", "EPERM", cure)
+        raise KernelError("call bpf(2)", "EPERM", cure, errno=errno.EPERM)
     return libbpf()
 
 
@@ -35,7 +39,7 @@ def libbpf() -> ctypes.CDLL:
     try:
         lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
     except OSError as error:
-        raise KernelError(
+        raise NoLibrary(
             "load libbpf.so.1", str(error), "install libbpf 1.0 or later (Debian: libbpf1)"
         ) from None
     lib.libbpf_set_print(None)
@@ -84,12 +88,14 @@ def version() -> str:
 
 def refusal(act: str, code: int) -> KernelError:
     """The error for errno `code` of bpf(2), with the cure where one is known."""
-    cures = {
-        errno.EPERM: "needs CAP_BPF: run as root, or see `steer doctor`",
-        errno.ENOSYS: "this kernel has no bpf(2)",
-        errno.ENOMEM: "raise RLIMIT_MEMLOCK, or the memory limit of the cgroup",
-    }
-    return KernelError(act, errno.errorcode.get(code, str(code)), cures.get(code, ""))
+    return KernelError.from_oserror(act, OSError(code, os.strerror(code)), _CURES)
+
+
+_CURES = {
+    errno.EPERM: "needs CAP_BPF: run as root, or see `steer doctor`",
+    errno.ENOSYS: "this kernel has no bpf(2)",
+    errno.ENOMEM: "raise RLIMIT_MEMLOCK, or the memory limit of the cgroup",
+}
 
 
 class Descriptor:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from steer import abi, features
 from steer.config.candidates import Answer, Finding
-from steer.errors import KernelError, VerifierError
+from steer.errors import KernelError, VerifierError, errno_name
 from steer.loader import bpf_maps, programs
+from steer.loader.libbpf import NoLibrary
 from steer.policy.bytecode import Code
 from steer.sockets import reuseport
 
@@ -20,17 +21,14 @@ _ASKED = Code(["7910300000000000", *_PASS.instructions], {})
 takes any (5.10, bpf_prog_load_check_attach)."""
 
 _NOTHING: Mapping[str, Finding] = {}
-_NO = {
-    errno.errorcode[code]
-    for code in (
-        errno.EPERM,
-        errno.EACCES,
-        errno.EINVAL,
-        errno.ENOSYS,
-        errno.ENOPROTOOPT,
-        errno.EOPNOTSUPP,
-    )
-}
+_NO = (
+    errno.EPERM,
+    errno.EACCES,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOPROTOOPT,
+    errno.EOPNOTSUPP,
+)
 
 
 def run() -> Finding:
@@ -54,11 +52,10 @@ LET_PASS = "let the seccomp filter pass pidfd_open and waitid"
 
 
 def _cannot_run(error: OSError) -> Finding:
-    name = errno.errorcode.get(error.errno or 0, str(error))
-    lacking = f"{features.RUN.name}: {name}"
+    lacking = f"{features.RUN.name}: {errno_name(error)}"
     if error.errno in (errno.EINVAL, errno.ENOSYS):
         return Finding(Answer.NO, f"{lacking}; {features.RUN.cure}")
-    if name in _NO:
+    if error.errno in _NO:
         return Finding(Answer.NO, f"{lacking}; {LET_PASS}")
     return Finding(Answer.UNKNOWN, lacking)
 
@@ -88,7 +85,7 @@ def migrate() -> Finding:
     try:
         _program(_ASKED, abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE).close()
     except KernelError as error:
-        if isinstance(error, VerifierError) or error.cause == "EINVAL":
+        if isinstance(error, VerifierError) or error.errno == errno.EINVAL:
             return Finding(
                 Answer.NO,
                 f"Linux {os.uname().release} has not got it; {features.MIGRATE.version} has",
@@ -146,5 +143,5 @@ def _program(code: Code, attach_type: int) -> programs.Program:
 
 def _finding(error: KernelError) -> Finding:
     """A refusal is a no; running out of something tells nothing."""
-    sure = error.cause in _NO or error.what.startswith("load libbpf")
+    sure = error.errno in _NO or isinstance(error, NoLibrary)
     return Finding(Answer.NO if sure else Answer.UNKNOWN, str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 from collections.abc import Mapping
 
 from steer import abi
@@ -78,10 +79,9 @@ class Program(Descriptor):
             options.log_buf = ctypes.addressof(log)
             fd = self._load(name, insns, options)
             if fd < 0 and log.value:
-                cause = errno.errorcode.get(-fd, str(-fd))
-                raise VerifierError(
+                raise VerifierError.from_oserror(
                     f"load program {name}",
-                    cause,
+                    OSError(-fd, os.strerror(-fd)),
                     detail=shorten(log.value.decode(errors="replace")),
                 )
         if fd < 0:

@@ -27,5 +27,5 @@ def begin(name: str) -> Path:
     except FileExistsError:
         raise ConfigError(act, "it is there already", "give it another name") from None
     except OSError as error:
-        raise ConfigError(act, error.strerror or str(error)) from None
+        raise ConfigError.from_oserror(act, error) from None
     return file

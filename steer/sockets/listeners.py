@@ -101,7 +101,8 @@ def _duplicate(place: _Place, refusals: list[KernelError]) -> socket.socket | No
         fd = _pidfd_getfd(place.pid, place.fd)
     except OSError as error:
         if error.errno not in (errno.ESRCH, errno.EBADF):
-            refusals.append(_refusal(place.pid, error))
+            act = f"borrow a socket of pid {place.pid}"
+            refusals.append(KernelError.from_oserror(act, error, _CURES))
         return None
     if processes.socket_inode(fd) == place.inode:
         return socket.socket(fileno=fd)
@@ -131,12 +132,6 @@ _CURES = {
     errno.ENOSYS: f"Linux {features.BORROW.version} has it",
     errno.EMFILE: "raise the limit on open files (ulimit -n, LimitNOFILE=)",
 }
-
-
-def _refusal(pid: int, error: OSError) -> KernelError:
-    number = error.errno or 0
-    cause = errno.errorcode.get(number, str(error))
-    return KernelError(f"borrow a socket of pid {pid}", cause, _CURES.get(number, ""))
 
 
 # ---- what waits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ def connected_stay() -> bool:
             sock.connect(("127.0.0.1", _DISCARD))
             reuseport.attach_cbpf(sock.fileno(), list(classic.NOTHING))
         except KernelError as error:
-            return error.cause != "EINVAL"
+            return error.errno != errno.EINVAL
         except OSError:
             return False  # it cannot be told, and there is no loopback
     return True

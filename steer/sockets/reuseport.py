@@ -16,7 +16,7 @@ from steer import abi, features, values
 from steer.config import socket_options
 from steer.config.address import COPIES, Bind
 from steer.config.socket_options import Setting
-from steer.errors import BindError, KernelError
+from steer.errors import BindError, KernelError, errno_name
 from steer.linux import port_holders, services
 from steer.policy import classic
 from steer.sockets import sock_diag, sockopt
@@ -203,18 +203,18 @@ def _protocol(bind: Bind) -> port_holders.Protocol:
 def bind_error(bind: Bind, error: OSError) -> BindError:
     """What a failed `member` means, and who is in the way."""
     if isinstance(error, sockopt.Refused):
-        return sockopt.error_of(bind, error.errno or 0, error.setting)
+        return sockopt.error_of(bind, error)
     act = f"bind {bind.label}"
-    name = errno.errorcode.get(error.errno or 0, str(error.errno))
     if error.errno == errno.EADDRINUSE:
-        return BindError(act, *_in_use(name, holders(bind)))
+        cause, cure = _in_use(errno_name(error), holders(bind))
+        return BindError.from_oserror(act, error, cure=cure, cause=cause)
     cures = {
         errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE: "
         "run as root, or choose a higher port",
         errno.EADDRNOTAVAIL: "this machine has no such address",
         errno.EAFNOSUPPORT: "IPv6 is off on this machine",
     }
-    return BindError(act, name, cures.get(error.errno or 0, ""))
+    return BindError.from_oserror(act, error, cures)
 
 
 def holders(bind: Bind) -> list[port_holders.Holder]:
@@ -263,9 +263,8 @@ def tcp_migrate_req() -> bool | None:
         with open(path) as stream:
             return stream.read().strip() == "1"
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, str(error.errno))
-        cure = "mount /proc without subset=pid" if error.errno == errno.ENOENT else ""
-        raise KernelError(f"read {path}", name, cure) from None
+        cures = {errno.ENOENT: "mount /proc without subset=pid"}
+        raise KernelError.from_oserror(f"read {path}", error, cures) from None
 
 
 def scratch() -> socket.socket:
@@ -305,7 +304,7 @@ def detach(sock: int) -> None:
     try:
         _set(sock, abi.SO_DETACH_REUSEPORT_BPF, bytes(4), "detach the group's program")
     except KernelError as error:
-        if error.cause != "ENOENT":
+        if error.errno != errno.ENOENT:
             raise
 
 
@@ -334,7 +333,8 @@ def locked(act: str, workers: Sequence[int] = ()) -> Locked:
     whose = values.several("worker", workers) if workers else "a worker"
     owned = "their sockets" if len(workers) > 1 else "its socket"
     cause = f"EPERM, as {whose} set SO_LOCK_FILTER on {owned}"
-    return Locked(act, cause, "leave one socket of the group without it, or restart that worker")
+    cure = "leave one socket of the group without it, or restart that worker"
+    return Locked(act, cause, cure, errno=errno.EPERM)
 
 
 class NoMember(KernelError):
@@ -387,10 +387,9 @@ def _set(fd: int, option: int, value: bytes, act: str) -> None:
             if error.errno == errno.EPERM and is_locked(fd):
                 raise locked(act) from None
             if error.errno == errno.EINVAL and sock.getsockname()[1]:
-                raise NoMember(act, "EINVAL") from None
-            name = errno.errorcode.get(error.errno or 0, str(error.errno))
-            cure = "needs CAP_BPF, or the program's owner" if error.errno == errno.EPERM else ""
-            raise KernelError(act, name, cure) from None
+                raise NoMember.from_oserror(act, error) from None
+            cures = {errno.EPERM: "needs CAP_BPF, or the program's owner"}
+            raise KernelError.from_oserror(act, error, cures) from None
 
 
 def duplicates(own: Iterable[socket.socket]) -> list[int]:
@@ -414,5 +413,5 @@ def duplicate(fd: int) -> socket.socket:
     try:
         return socket.socket(fileno=os.dup(fd))
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, str(error.errno))
-        raise KernelError("duplicate a socket", name, "raise the limit on open files") from None
+        cure = "raise the limit on open files"
+        raise KernelError.from_oserror("duplicate a socket", error, cure=cure) from None

@@ -247,8 +247,7 @@ def _ask(family: int, protocol: int, states: int, port: int, extension: int) -> 
                 if _is_last(answer):
                     return
     except OSError as error:
-        cause = errno.errorcode.get(error.errno or 0, str(error))
-        raise KernelError("ask for the queues of sockets", cause, _CURES.get(cause, "")) from None
+        raise KernelError.from_oserror("ask for the queues of sockets", error, _CURES) from None
 
 
 def _is_last(answer: bytes) -> bool:
@@ -274,9 +273,9 @@ def _found(answers: Iterable[bytes], extension: int) -> Iterator[_Found]:
 
 
 _CURES = {
-    "EAFNOSUPPORT": "allow AF_NETLINK (systemd: RestrictAddressFamilies=)",
-    "EPERM": "allow AF_NETLINK sockets in the seccomp filter",
-    "ENOENT": "a kernel with CONFIG_INET_DIAG and CONFIG_INET_UDP_DIAG",
+    errno.EAFNOSUPPORT: "allow AF_NETLINK (systemd: RestrictAddressFamilies=)",
+    errno.EPERM: "allow AF_NETLINK sockets in the seccomp filter",
+    errno.ENOENT: "a kernel with CONFIG_INET_DIAG and CONFIG_INET_UDP_DIAG",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -48,13 +47,15 @@ def apply(sock: socket.socket, settings: Iterable[Setting]) -> None:
             raise Refused(error.errno or 0, str(each)) from None
 
 
-def error_of(bind: Bind, number: int, setting: str) -> BindError:
+def error_of(bind: Bind, error: Refused) -> BindError:
     """What `Refused` means for a service, and what would help."""
-    cause = errno.errorcode.get(number, str(number))
-    option = socket_options.OPTIONS.get(setting.partition("=")[0])
-    cure = option.refusals.get(cause) if option else None
-    cure = cure or "leave it out: this kernel does not take it"
-    return BindError(f"set socket option {setting} on {bind.label}", cause, cure)
+    option = socket_options.OPTIONS.get(error.setting.partition("=")[0])
+    return BindError.from_oserror(
+        f"set socket option {error.setting} on {bind.label}",
+        error,
+        option.refusals if option else {},
+        cure="leave it out: this kernel does not take it",
+    )
 
 
 def refused(binds: Iterable[Bind], settings: Sequence[Setting]) -> Iterator[BindError]:
@@ -62,24 +63,24 @@ def refused(binds: Iterable[Bind], settings: Sequence[Setting]) -> Iterator[Bind
     told = set()
     for bind in binds:
         for each in socket_options.of(settings, bind.protocol):
-            number = _refusal(bind, each)
-            if number and each not in told:
+            refusal = _refusal(bind, each)
+            if refusal and each not in told:
                 told.add(each)
-                yield error_of(bind, number, str(each))
+                yield error_of(bind, refusal)
 
 
-def _refusal(bind: Bind, setting: Setting) -> int:
-    """The errno of a refusal, or 0; so, too, where there is no such socket to try it on."""
+def _refusal(bind: Bind, setting: Setting) -> Refused | None:
+    """None, too, where there is no such socket to try it on."""
     kind = socket.SOCK_STREAM if bind.protocol == "tcp" else socket.SOCK_DGRAM
     family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
     try:
         with socket.socket(family, kind) as sock:
             apply(sock, [setting])
     except Refused as error:
-        return error.errno or 0
+        return error
     except OSError:
         pass
-    return 0
+    return None
 
 
 def shortfalls(binds: Iterable[Bind], settings: Iterable[Setting]) -> list[str]:

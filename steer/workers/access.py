@@ -15,8 +15,8 @@ from contextlib import suppress
 
 import msgspec
 
+from steer import features
 from steer.errors import KernelError
-from steer.features import kernel_version
 from steer.linux import fork
 from steer.linux.activity import is_hidden
 from steer.linux.processes import socket_inode
@@ -24,7 +24,6 @@ from steer.linux.procfs import Files
 from steer.sockets.listeners import Borrower
 
 _CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
-_GETFD_SINCE = (5, 6)
 _GIVE_PTRACE = "give CAP_SYS_PTRACE (Docker: --cap-add SYS_PTRACE; systemd: CapabilityBoundingSet=)"
 
 
@@ -92,23 +91,25 @@ def why_no_look(facts: Facts) -> Refusal:
     return Refusal("ptrace(2) access is refused", f"{_GIVE_PTRACE}, or ask the security module")
 
 
-def why_no_borrowing(facts: Facts, cause: str, look: Refusal | None) -> Refusal:
+def why_no_borrowing(facts: Facts, error: KernelError, look: Refusal | None) -> Refusal:
     """What keeps us from pidfd_getfd(2), which asks for the same access. Pure.
 
     Args:
-        cause: the errno's name.
+        error: that of the attempt.
         look: what keeps us from looking, if anything does.
     """
-    if kernel_version(facts.release) < _GETFD_SINCE:
-        return Refusal(f"Linux {facts.release} has no pidfd_getfd(2)", "Linux 5.6 has it")
+    if features.kernel_version(facts.release) < features.BORROW.since:
+        has = f"Linux {features.BORROW.version} has it"
+        return Refusal(f"Linux {facts.release} has no pidfd_getfd(2)", has)
     if look is not None:
         return look
     if not facts.same_user and not facts.may_ptrace:
         return _OF_ANOTHER_USER
-    if cause in ("EPERM", "ENOSYS", "EACCES") and facts.is_filtered:
+    if error.errno in (errno.EPERM, errno.ENOSYS, errno.EACCES) and facts.is_filtered:
         cure = "let it pass (Docker: --cap-add SYS_PTRACE; systemd: SystemCallFilter=pidfd_getfd)"
         return Refusal("a seccomp filter refuses pidfd_getfd(2)", cure)
-    return Refusal(f"pidfd_getfd(2) says {cause}", "see ptrace(2), and ask the security module")
+    cure = "see ptrace(2), and ask the security module"
+    return Refusal(f"pidfd_getfd(2) says {error.cause}", cure)
 
 
 def access(pid: int, inodes: frozenset[int]) -> Access:
@@ -120,7 +121,7 @@ def access(pid: int, inodes: frozenset[int]) -> Access:
         with Borrower(pid, inodes).borrow():
             pass
     except KernelError as error:
-        borrow = why_no_borrowing(facts, error.cause, look)
+        borrow = why_no_borrowing(facts, error, look)
     return Access(look, borrow)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import socket
 import time
@@ -19,6 +20,8 @@ _FRESH_S, _FRESH_MOST_S = 0.005, 0.05
 """Whoever asks within this gets the same answer: a hundred workers may be asked after at once."""
 _MOST = 0.05
 """Of the time may be spent on answers: one that took long is fresh for longer."""
+_LASTING = (errno.EPERM, errno.EACCES, errno.EAFNOSUPPORT, errno.ENOENT)
+"""Refusals that do not pass, as EMFILE and its like do."""
 
 Table = Mapping[int, Bound]
 _Ask = Callable[[str, int, int], Table]
@@ -51,8 +54,7 @@ class Queues:
             try:
                 return self._by_port(worker, after_s)
             except KernelError as error:
-                # EMFILE and its like pass.
-                self._may_ask = error.cause not in ("EPERM", "EACCES", "EAFNOSUPPORT", "ENOENT")
+                self._may_ask = error.errno not in _LASTING
         try:
             with worker.sockets() as owned:
                 return {at: listeners.waiting(sock) for at, sock in owned.items()}

@@ -174,7 +174,7 @@ def test_attach_type_that_no_kernel_knows_is_no_fault_of_the_program(
     with pytest.raises(KernelError) as caught:
         Program("steer_probe", PASS, {}, 9999)
     assert type(caught.value) is KernelError
-    assert caught.value.cause == "EINVAL"
+    assert (caught.value.cause, caught.value.errno) == ("EINVAL", errno.EINVAL)
 
 
 def test_kernel_that_asks_no_program_gets_the_plain_one(
@@ -193,7 +193,7 @@ def test_kernel_that_asks_no_program_gets_the_plain_one(
 
 def test_kernel_too_old_for_a_table_is_told_which_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def before_5_5(*_: object) -> None:
-        raise KernelError("create BPF map steer_table", "EINVAL")
+        raise KernelError("create BPF map steer_table", "EINVAL", errno=errno.EINVAL)
 
     monkeypatch.setattr(bpf_maps, "Map", before_5_5)
     assert probe.ebpf().reason == "create BPF map steer_table: EINVAL"

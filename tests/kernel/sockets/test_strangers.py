@@ -3,6 +3,7 @@ somebody."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from contextlib import ExitStack
@@ -52,7 +53,7 @@ def test_stranger_is_named_where_the_kernel_may_not_be_asked(
     monkeypatch: pytest.MonkeyPatch, bind: Bind
 ) -> None:
     def refused(*_: object) -> dict[int, object]:
-        raise KernelError("ask for the queues of sockets", "EPERM")
+        raise KernelError("ask for the queues of sockets", "EPERM", errno=errno.EPERM)
 
     monkeypatch.setattr(sock_diag.Ports, "at", refused)
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator, Mapping
@@ -155,17 +156,17 @@ class FakeKernel:
     """Answers for port 80, or refuses.
 
     Args:
-        cause: of the refusal.
+        number: errno of the refusal.
     """
 
-    def __init__(self, cause: str = "") -> None:
+    def __init__(self, number: int = 0) -> None:
         self.asked = 0
-        self.cause = cause
+        self.number = number
 
     def __call__(self, protocol: str, family: int, port: int) -> dict[int, Waiting]:
         self.asked += 1
-        if self.cause:
-            raise KernelError("ask", self.cause)
+        if self.number:
+            raise KernelError.from_oserror("ask", OSError(self.number, "refused"))
         return {100 + each: Waiting(each, 9) for each in range(3)}
 
 
@@ -179,7 +180,7 @@ def worker(*inodes: int, borrowed: Mapping[int, socket.socket] | None = None) ->
     @contextmanager
     def sockets() -> Iterator[Mapping[int, socket.socket]]:
         if borrowed is None:
-            raise KernelError("borrow", "EPERM")
+            raise KernelError("borrow", "EPERM", errno=errno.EPERM)
         yield borrowed
 
     binds = [address.parse("127.0.0.1:80") for _ in inodes]
@@ -241,7 +242,7 @@ def test_an_answer_from_before_is_not_taken() -> None:
 
 
 def test_where_the_kernel_may_not_be_asked_sockets_are_borrowed(listener: socket.socket) -> None:
-    kernel = FakeKernel("EPERM")
+    kernel = FakeKernel(errno.EPERM)
     queues = Queues(kernel)
     assert queues.of(worker(101, borrowed={0: listener})) == {0: listeners.waiting(listener)}
     assert queues.of(worker(101)) is None
@@ -249,8 +250,8 @@ def test_where_the_kernel_may_not_be_asked_sockets_are_borrowed(listener: socket
 
 
 def test_a_refusal_that_passes_is_not_remembered(listener: socket.socket) -> None:
-    kernel = FakeKernel("EMFILE")
+    kernel = FakeKernel(errno.EMFILE)
     queues = Queues(kernel)
     assert queues.of(worker(101)) is None
-    kernel.cause = ""
+    kernel.number = 0
     assert queues.of(worker(101)) == {0: Waiting(1, 9)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,13 +114,13 @@ class FakeService:
         assert self.is_lent, "it takes a descriptor, and there may be none but the spare ones"
         self.asked["dumps"] += 1
         if self.refuses:
-            raise KernelError("ask", "EPERM")
+            raise KernelError("ask", "EPERM", errno=errno.EPERM)
         return {inode: Bound(inode, 9) for inode in range(protocol == "udp", 2000, 2)}
 
     def _sockets(self) -> Any:
         assert self.is_lent, "it takes descriptors, and there may be none but the spare ones"
         self.asked["borrowed"] += 1
-        raise KernelError("borrow", "EPERM")
+        raise KernelError("borrow", "EPERM", errno=errno.EPERM)
 
     def report(self, meanwhile: Any = None) -> report.Service:
         """Args:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
+from steer.errors import KernelError
 from steer.workers import access
 from steer.workers.access import Access, Facts, Refusal, why_no_borrowing, why_no_look
 from steer.workers.visibility import notes_on
@@ -25,15 +28,20 @@ def test_why_it_cannot_be_looked_at(facts: Facts, cause: str, cure: str) -> None
     assert cure in found.cure
 
 
+def refused(number: int) -> KernelError:
+    return KernelError.from_oserror("borrow a socket", OSError(number, "refused"))
+
+
 def test_why_sockets_cannot_be_borrowed() -> None:
+    eperm = refused(errno.EPERM)
     new = Facts(release="6.1.0", is_filtered=True)
-    assert "seccomp" in why_no_borrowing(new, "EPERM", None).cause
-    assert "5.6" in why_no_borrowing(Facts(release="5.4.0"), "ENOSYS", None).cure
+    assert "seccomp" in why_no_borrowing(new, eperm, None).cause
+    assert "5.6" in why_no_borrowing(Facts(release="5.4.0"), refused(errno.ENOSYS), None).cure
     look = Refusal("hidepid", "remount")
-    assert why_no_borrowing(new, "EPERM", look) == look
-    assert "EMFILE" in why_no_borrowing(new, "EMFILE", None).cause
+    assert why_no_borrowing(new, eperm, look) == look
+    assert "EMFILE" in why_no_borrowing(new, refused(errno.EMFILE), None).cause
     other = Facts(release="6.1.0", same_user=False, is_filtered=True)
-    assert "CAP_SYS_PTRACE is not held" in why_no_borrowing(other, "EPERM", None).cause
+    assert "CAP_SYS_PTRACE is not held" in why_no_borrowing(other, eperm, None).cause
 
 
 def test_nothing_is_said_of_what_can_be_seen() -> None:
