@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno as numbers
 from collections.abc import Mapping
-from typing import Self
+from typing import NamedTuple, Self
 
 
 def errno_name(error: OSError) -> str:
@@ -23,6 +23,23 @@ def in_words(error: OSError) -> str:
 
 
 _NO_CURES: Mapping[int, str] = {}
+
+
+class Note(NamedTuple):
+    """Something that is no error, but less than there could be.
+
+    Args:
+        found: what, and why.
+        cure: what would help, or "" where nothing is known.
+        errno: the kernel's number for why, to decide by.
+    """
+
+    found: str
+    cure: str = ""
+    errno: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.cure}" if self.cure else self.found
 
 
 class SteerError(Exception):
@@ -77,9 +94,13 @@ class SteerError(Exception):
         shown = cause or cls._shown(error)
         return cls(what, shown, cures.get(number, cure), detail, number or None)
 
+    @property
+    def note(self) -> Note:
+        """The same, where it is no failure."""
+        return Note(f"{self.what}: {self.cause}", self.cure, self.errno)
+
     def __str__(self) -> str:
-        line = f"{self.what}: {self.cause}"
-        return f"{line}; {self.cure}" if self.cure else line
+        return str(self.note)
 
 
 class ConfigError(SteerError):

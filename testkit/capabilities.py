@@ -35,7 +35,7 @@ def _is_root() -> str:
 
 
 def _found(finding: Finding) -> str:
-    return "" if finding.answer is Answer.YES else finding.reason
+    return "" if finding.answer is Answer.YES else str(finding.note)
 
 
 def _has_netns() -> str:

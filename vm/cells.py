@@ -73,8 +73,8 @@ def _count() -> Finding:
         with closing(Counting(1)) as counting:
             why_not = counting.why_not
     except SteerError as error:
-        return Finding(Answer.NO, str(error))
-    return Finding(Answer.NO, why_not) if why_not else Finding(Answer.YES)
+        return Finding.of(Answer.NO, error.note)
+    return Finding.of(Answer.NO, why_not) if why_not else Finding(Answer.YES)
 
 
 def _verified(name: str) -> Iterator[Verified]:

@@ -146,7 +146,7 @@ def _of_program(kernel: Kernel, program: Verified | None) -> str:
 def _lacking(kernel: Kernel, program: str) -> str:
     """Why the kernel cannot take any program of its kind; "" if it can."""
     needed = kernel.machine.probes.get(_NEEDS[program.rpartition("/")[2]])
-    return needed.reason if needed and needed.answer is Answer.NO else ""
+    return str(needed.note) if needed and needed.answer is Answer.NO else ""
 
 
 # ---- tables
@@ -189,7 +189,7 @@ def _machines(kernels: Sequence[Kernel]) -> Table:
 
 
 def _found(finding: Finding | None, notes: _Footnotes) -> str:
-    return finding.answer.value + notes.mark(finding.reason) if finding else "–"
+    return finding.answer.value + notes.mark(str(finding.note)) if finding else "–"
 
 
 def _policies(kernels: Sequence[Kernel]) -> Table:

@@ -95,7 +95,7 @@ class ReuseportGroup:
     def notes(self) -> tuple[str, ...]:
         """What this backend cannot do here, and why "auto" is this policy, in words."""
         became = [self._slots.plan.became] if self._slots.plan.became else []
-        return (*became, *self._slots.steering.notes, *anchors.notes([self._bind], {}))
+        return (*became, *self._slots.steering.notes, *map(str, anchors.notes([self._bind], {})))
 
     def listen(
         self, slot: int, *, weight: int = 1, cpu: int | None = None, backlog: int = 2048

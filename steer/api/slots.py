@@ -232,7 +232,9 @@ def _refuse_unseen_load(plan: Plan, steering: Backend) -> None:
     refuse_uncounted(plan, steering.counting)
     counting = steering.counting
     if plan.policy.reads_load and counting and counting.why_not:
-        raise KernelError(f"choose by {plan.policy.name}", f"{NOT_COUNTED}: {counting.why_not}")
+        cause, cure, number = counting.why_not
+        act = f"choose by {plan.policy.name}"
+        raise KernelError(act, f"{NOT_COUNTED}: {cause}", cure, errno=number)
 
 
 def _tell_nobody(_what: str) -> None:

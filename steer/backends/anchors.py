@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from steer.config.address import Bind
 from steer.config.service import Service
+from steer.errors import Note
 from steer.sockets import members, reuseport
 
 ANCHOR = -1
@@ -145,11 +146,14 @@ def is_at_risk(at: int, bind: Bind, anchors: Mapping[int, object]) -> bool:
     return may_split(bind) and at not in anchors and not members.connected_stay()
 
 
-def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[str]:
+def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[Note]:
     """What is to be known of such binds."""
     return [
-        f"{bind.label}: if workers open connected sockets there, as servers of DTLS do, one that "
-        f"starts later gets all new clients until all are replaced; {cure(bind)}"
+        Note(
+            f"{bind.label}: if workers open connected sockets there, as servers of DTLS do, one "
+            "that starts later gets all new clients until all are replaced",
+            cure(bind),
+        )
         for at, bind in enumerate(binds)
         if is_at_risk(at, bind, anchors)
     ]

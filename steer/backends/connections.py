@@ -12,7 +12,7 @@ import msgspec
 
 from steer import abi
 from steer.config.address import Bind
-from steer.errors import KernelError
+from steer.errors import KernelError, Note
 from steer.linux import cgroup
 from steer.loader import bpf_maps, compile, libbpf, programs, shared_memory
 from steer.sockets import listeners, reuseport
@@ -39,14 +39,14 @@ class Counting:
 
     Attributes:
         slots: what programs read and write of each slot, whether it is counted or not.
-        why_not: why nothing is; empty if it is.
+        why_not: why nothing is; None if it is.
 
     Raises:
         KernelError: not even the maps can be made.
     """
 
     def __init__(self, at_most: int) -> None:
-        self.why_not = ""
+        self.why_not: Note | None = None
         self._cookies: dict[int, list[int]] = {}
         self._cgroups: list[int] = []
         self._watched = ""
@@ -79,11 +79,12 @@ class Counting:
             self._watch_ours()
         except cgroup.NoCgroup as error:
             self._stop()
-            self.why_not = "; ".join(filter(None, (error.cause, error.cure)))
+            self.why_not = Note(error.cause, error.cure)
         except KernelError as error:
             self._stop()
-            cure = "needs CAP_BPF and CAP_NET_ADMIN" if error.errno == errno.EPERM else error.cure
-            self.why_not = str(KernelError(error.what, error.cause, cure))
+            self.why_not = error.note
+            if error.errno == errno.EPERM:
+                self.why_not = error.note._replace(cure="needs CAP_BPF and CAP_NET_ADMIN")
 
     def _watch_ours(self) -> None:
         """Count in the cgroup we are in, if that is not done already. Raises KernelError."""
@@ -106,7 +107,8 @@ class Counting:
         except KernelError as error:
             # What counts only some of the workers would send everything to the others.
             self._stop()
-            self.why_not = f"not in cgroup {cgroup.name()}, where this process is now: {error}"
+            where = f"not in cgroup {cgroup.name()}, where this process is now"
+            self.why_not = Note(f"{where}: {error.note.found}", error.cure, error.errno)
 
     def _stop(self) -> None:
         self._watched = ""
@@ -175,7 +177,7 @@ class Counting:
             slot, _, _ = abi.OWNER.unpack(value)
             self._cookies.setdefault(slot, []).append(cookie)
         self._stop()
-        self.why_not = "" if counted else "nor were they before this controller"
+        self.why_not = None if counted else Note("nor were they before this controller")
         if counted:
             self._owners = bpf_maps.Map.received("owners", counted[0])
             self._attached = [libbpf.Descriptor(fd) for fd in counted[1:]]

@@ -121,7 +121,7 @@ class Ebpf:
         why_not = self._counting.why_not
         if not why_not or all(bind.protocol == "udp" for bind in self._plan.binds):
             return ()
-        if why_not in (self._plan.policy_reason or ""):  # why `auto` is what it is: said there
+        if self._plan.is_uncounted:  # why `auto` is what it is: said there
             return ()
         instead = f"; {SAMPLED}" if self.samples() else ""
         return (f"{NOT_COUNTED}: {why_not}{instead}",)

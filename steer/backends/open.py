@@ -68,7 +68,8 @@ def refuse_uncounted(plan: Plan, counting: Counting | None) -> None:
     if counting is None or not counting.why_not or not plan.policy.reads_load:
         return
     if plan.policy_reason is not None:
-        raise Uncounted("open connections cannot be counted", counting.why_not)
+        cause, cure, number = counting.why_not
+        raise Uncounted("open connections cannot be counted", cause, cure, errno=number)
     if plan.service.strict:
         raise FallbackRefused(
             f"use {plan.policy.name}",

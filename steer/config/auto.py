@@ -22,12 +22,14 @@ class Candidate(msgspec.Struct, frozen=True):
         reason: why `auto` becomes this one; None if the user named the policy.
         rungs: what it may stand on, best first. If it stands on none, the next candidate's turn
             has come; the last one stands on the kernel's own hash if need be.
+        is_uncounted: whether `auto` becomes it because open connections cannot be counted.
     """
 
     policy: Policy
     params: tuple[int, ...]
     reason: str | None
     rungs: tuple[BackendCandidate, ...]
+    is_uncounted: bool = False
 
 
 DATAGRAMS = "the datagrams of a flow have to stay together"
@@ -63,9 +65,11 @@ def candidates(
     return (msgspec.structs.replace(first, rungs=countable), last)
 
 
-def why_not(name: str, error: KernelError) -> str:
-    """Why `auto` becomes another policy than the one of this name, with which that happened."""
-    return str(error) if isinstance(error, Uncounted) else f"{name}: {error}"
+def instead(candidate: Candidate, of: Policy, error: KernelError) -> Candidate:
+    """The candidate, as `auto` becomes it because the policy `of` met an error."""
+    is_uncounted = isinstance(error, Uncounted)
+    why_not = str(error) if is_uncounted else f"{of.name}: {error}"
+    return msgspec.structs.replace(candidate, reason=why_not, is_uncounted=is_uncounted)
 
 
 def because(candidate: Candidate, reason: str) -> Candidate:

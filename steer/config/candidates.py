@@ -7,7 +7,7 @@ from enum import Enum
 
 import msgspec
 
-from steer.errors import FallbackRefused
+from steer.errors import FallbackRefused, Note
 from steer.policy.builtin import BACKENDS, EBPF, KERNEL, Policy
 
 
@@ -20,10 +20,28 @@ class Answer(Enum):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What a probe found, and why; the reason is empty for a plain yes."""
+    """What a probe found.
+
+    Args:
+        reason: why; empty for a plain yes.
+        cure: what would help, where that is known.
+        errno: the kernel's number for why, to decide by.
+    """
 
     answer: Answer
     reason: str = ""
+    cure: str = ""
+    errno: int | None = None
+
+    @classmethod
+    def of(cls, answer: Answer, why: Note) -> Finding:
+        """The answer, with what is to be said of it."""
+        return cls(answer, *why)
+
+    @property
+    def note(self) -> Note:
+        """Why, and what would help."""
+        return Note(self.reason, self.cure, self.errno)
 
 
 class BackendCandidate(msgspec.Struct, frozen=True):
@@ -93,4 +111,4 @@ def _why_not(policy: Policy, backend: str, findings: Mapping[str, Finding]) -> s
     if backend not in policy.backends:
         return policy.no_cbpf
     finding = findings.get(backend, UNTRIED)
-    return finding.reason if finding.answer is Answer.NO else ""
+    return str(finding.note) if finding.answer is Answer.NO else ""

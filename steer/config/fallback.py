@@ -54,8 +54,7 @@ def first_that_works(
         if not plan.others:
             raise _nothing_works(plan, failed)
         following, *rest = plan.others
-        why_not = auto.why_not(plan.policy.name, failed[-1][1])
-        plan = plan.choosing_by([auto.because(following, why_not), *rest])
+        plan = plan.choosing_by([auto.instead(following, plan.policy, failed[-1][1]), *rest])
 
 
 def _nothing_works(plan: Plan, failed: list[tuple[str, KernelError]]) -> KernelError:

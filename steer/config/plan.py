@@ -63,6 +63,7 @@ class Plan(msgspec.Struct, frozen=True):
         rungs: what to try, best first; see `ladder.rungs`.
         params: the policy's, in the order in which it declares them.
         policy_reason: why `auto` became this policy; None if the user named it.
+        is_uncounted: whether that is because open connections cannot be counted.
         others: policies to try if this one stands on none of its rungs, best first.
         slots: capacity of the maps: room to grow, and for generations that still finish.
         hash_length: positions of the hash table: enough for shares within 2 %.
@@ -80,11 +81,14 @@ class Plan(msgspec.Struct, frozen=True):
     hash_length: int
     policy_reason: str | None = None
     others: tuple[Candidate, ...] = ()
+    is_uncounted: bool = False
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """The policies to try, best first."""
-        first = Candidate(self.policy, self.params, self.policy_reason, self.rungs)
+        first = Candidate(
+            self.policy, self.params, self.policy_reason, self.rungs, self.is_uncounted
+        )
         return (first, *self.others)
 
     def is_by(self, candidate: Candidate) -> bool:
@@ -102,6 +106,7 @@ class Plan(msgspec.Struct, frozen=True):
             policy_reason=first.reason,
             rungs=first.rungs,
             others=tuple(others),
+            is_uncounted=first.is_uncounted,
         )
 
     @property

@@ -64,7 +64,7 @@ def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
     backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
     notes = [*backend.notes, *_notes(service), *filter(None, [barriers.note])]
     if stands.rungs[0].backend == KERNEL:
-        notes += anchors.notes(plan.binds, {})
+        notes += map(str, anchors.notes(plan.binds, {}))
     found = DryRun(stands, notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
@@ -78,6 +78,6 @@ def _notes(service: Service) -> Iterator[str]:
         yield as_whom
     if service.stop_signal is None and (told := servers.note(service.command)):
         yield told
-    yield from sockopt.shortfalls(service.binds, service.settings)
+    yield from map(str, sockopt.shortfalls(service.binds, service.settings))
     with suppress(OSError):  # that it could not be looked at is not worth an error
         yield from visibility.notes_on(visibility.of(service))

@@ -31,5 +31,5 @@ def log_refused_request(log: Log, command: str, error: SteerError) -> None:
 
 def with_act(act: str, error: SteerError) -> str:
     """The error with the act that it prevented, which is named once."""
-    line = str(error)
-    return line if line.startswith((f"{act} ", f"{act}:")) else f"{act}: {line}"
+    is_named = error.what == act or error.what.startswith((f"{act} ", f"{act}:"))
+    return str(error) if is_named else f"{act}: {error}"

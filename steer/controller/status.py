@@ -54,7 +54,7 @@ async def report_of(
             *service.pool.visibility.notes.values(),
             *_left_out(service.pool.places, steering.backend == KERNEL),
             *service.pool.group_notes.values(),
-            *anchors.notes(plan.binds, steering.anchors),
+            *map(str, anchors.notes(plan.binds, steering.anchors)),
         ],
         uptime_s=round(time.monotonic() - service.started_s, 3),
         binds=[schema.Address(b.protocol, b.address, b.port) for b in plan.binds],

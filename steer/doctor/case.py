@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
@@ -13,13 +14,12 @@ from steer.config.candidates import Answer
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.doctor.facts import Facts, Unknown
-from steer.errors import BindError
+from steer.errors import BindError, Note
 from steer.loader import find
 from steer.policy.builtin import BACKENDS, EBPF, KERNEL, Policy
 from steer.workers.access import Access
 
 _ALL_ACCESS = Access()
-ERRNO_REFUSED = "EPERM"
 MOUNT_SYSFS = "mount sysfs on /sys"
 ASK_AS_ROOT = "ask as root, in the machine's own network namespace, with /proc and /sys mounted"
 
@@ -52,12 +52,6 @@ class Opinion(NamedTuple):
     cure: str = ""
 
 
-class Probed(candidates.Finding, frozen=True):
-    """What a probe found, with the cure apart from the reason."""
-
-    cure: str = ""
-
-
 class Options(NamedTuple):
     """How the kernel takes the service's socket options.
 
@@ -67,7 +61,7 @@ class Options(NamedTuple):
     """
 
     refused: Sequence[BindError]
-    shortfalls: Sequence[str]
+    shortfalls: Sequence[Note]
 
 
 _NO_OPTIONS = Options((), ())
@@ -87,7 +81,7 @@ class Case:
 
     service: Service
     facts: Facts
-    probes: Mapping[str, Probed]
+    probes: Mapping[str, candidates.Finding]
     plan: Plan | Unknown
     options: Options = _NO_OPTIONS
     access: Access | Unknown = _ALL_ACCESS
@@ -127,7 +121,7 @@ class Case:
     def is_refused(self) -> bool:
         """Whether eBPF is not permitted, rather than not there."""
         found = self.probes[EBPF]
-        return found.answer is Answer.NO and not found.cure and ERRNO_REFUSED in found.reason
+        return found.answer is Answer.NO and not found.cure and found.errno == errno.EPERM
 
 
 class CouldNotTell(Exception):

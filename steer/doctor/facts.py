@@ -182,8 +182,14 @@ def _lockdown(sysfs: str) -> str:
 
 
 def _sysctl(procfs: str, name: str) -> int | Unknown:
-    found = _attempt(lambda: int(_text(f"{procfs}/sys/{name.replace('.', '/')}")))
-    return Unknown(found.reason.rpartition(": ")[2]) if isinstance(found, Unknown) else found
+    try:
+        text = _text(f"{procfs}/sys/{name.replace('.', '/')}")
+    except OSError as error:
+        return Unknown(errno_name(error))
+    try:
+        return int(text)
+    except ValueError:
+        return Unknown(repr(text))
 
 
 def _cpu_quota(sysfs: str, procfs: str) -> float | None:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from steer import features
 from steer.backends import anchors
 from steer.backends.base import DATAGRAMS_LOST, STILL_CHOSEN
-from steer.config import auto
-from steer.config.candidates import Answer
-from steer.doctor.case import COUNT, MIGRATE, MOUNT_SYSFS, RUN, Case, Opinion, Probed, known
+from steer.config.candidates import Answer, Finding
+from steer.doctor.case import COUNT, MIGRATE, MOUNT_SYSFS, RUN, Case, Opinion, known
 from steer.doctor.privileges import ebpf_cure
 from steer.loader import probe
 from steer.policy.builtin import CBPF, EBPF, KERNEL
@@ -75,7 +74,7 @@ def counting(case: Case) -> Iterator[Opinion]:
     yield _opinion(found, words, found.cure or _COUNT_CURE)
 
 
-def _opinion(found: Probed, words: str, cure: str) -> Opinion:
+def _opinion(found: Finding, words: str, cure: str) -> Opinion:
     """What a probe found, in `words` if it is a yes."""
     if found.answer is Answer.YES:
         return Opinion("ok", f"yes: {words}")
@@ -90,8 +89,8 @@ def policy(case: Case) -> Iterator[Opinion]:
     plan = known(case.plan, MOUNT_SYSFS)
     if not plan.became:
         return
-    as_it_should_be = plan.policy_reason in (auto.COUNTED, auto.DATAGRAMS)
-    if as_it_should_be or case.service.backend not in ("auto", EBPF):
+    has_udp = any(bind.protocol == "udp" for bind in case.service.binds)
+    if plan.policy.reads_load or has_udp or case.service.backend not in ("auto", EBPF):
         yield Opinion("ok", plan.became)
     else:
         yield Opinion("warn", plan.became, _count_cure(case))
@@ -129,8 +128,7 @@ def draining(case: Case) -> Iterator[Opinion]:
         yield Opinion("ok", DATAGRAMS_LOST)
     if rung.backend == KERNEL:
         for note in anchors.notes(case.service.binds, {}):
-            found, _, cure = note.rpartition("; ")
-            yield Opinion("warn", found, cure)
+            yield Opinion("warn", note.found, note.cure)
 
 
 def _climb(case: Case) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -10,15 +11,22 @@ import msgspec
 
 from steer.backends.connections import Counting
 from steer.backends.open import open_whole
-from steer.config import auto, candidates
+from steer.config import auto
 from steer.config import plan as planning
-from steer.config.candidates import Answer
+from steer.config.candidates import Answer, Finding
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.doctor import facts as kernel_facts
-from steer.doctor.case import COUNT, ERRNO_REFUSED, MIGRATE, RUN, Case, Options, Probed
+from steer.doctor.case import COUNT, MIGRATE, RUN, Case, Options
 from steer.doctor.facts import Unknown
-from steer.errors import KernelError, SteerError, Uncounted, VerifierError, in_words
+from steer.errors import (
+    CompileError,
+    KernelError,
+    SteerError,
+    Uncounted,
+    VerifierError,
+    in_words,
+)
 from steer.linux import topology
 from steer.loader import find, probe
 from steer.policy.builtin import CBPF, EBPF
@@ -57,27 +65,29 @@ def _access(service: Service) -> Access | Unknown:
         return Unknown(f"try with a process: {in_words(error)}")
 
 
-def _can_count() -> candidates.Finding:
+def _can_count() -> Finding:
     """Whether the kernel counts open connections for us."""
     try:
         with closing(Counting(1)) as counting:
-            answer = Answer.NO if counting.why_not else Answer.YES
-            return candidates.Finding(answer, counting.why_not)
+            why_not = counting.why_not
+            return Finding.of(Answer.NO, why_not) if why_not else Finding(Answer.YES)
     except KernelError as error:
-        return candidates.Finding(Answer.NO, str(error))
+        return Finding.of(Answer.NO, error.note)
 
 
-def _probed(ask: Callable[[], candidates.Finding]) -> Probed:
+def _probed(ask: Callable[[], Finding]) -> Finding:
     try:
-        found = ask()
+        return _to_be_judged(ask())
     except OSError as error:
-        return Probed(Answer.UNKNOWN, in_words(error))
-    reason, _, cure = found.reason.partition("; ")
-    # Of the many causes that a refusal can have, we look for the one.
-    return Probed(found.answer, reason, "" if ERRNO_REFUSED in reason else cure)
+        return Finding(Answer.UNKNOWN, in_words(error))
 
 
-def _try_out(service: Service, probes: dict[str, Probed]) -> Plan | Unknown:
+def _to_be_judged(found: Finding) -> Finding:
+    """Of the many causes that a refusal can have, the checks look for the one."""
+    return msgspec.structs.replace(found, cure="") if found.errno == errno.EPERM else found
+
+
+def _try_out(service: Service, probes: dict[str, Finding]) -> Plan | Unknown:
     """The plan whose first rung takes the policy itself; what does not is noted in `probes`."""
     plan = _plan(service, probes)
     while not isinstance(plan, Unknown):
@@ -94,28 +104,32 @@ def _try_out(service: Service, probes: dict[str, Probed]) -> Plan | Unknown:
     return plan
 
 
-def _plan(service: Service, probes: Mapping[str, Probed]) -> Plan | Unknown:
+def _plan(service: Service, probes: Mapping[str, Finding]) -> Plan | Unknown:
     lenient = msgspec.structs.replace(service, strict=False)
+    # The cures are told by the checks.
+    found = {name: Finding(each.answer, each.reason) for name, each in probes.items()}
     try:
-        return planning.plan(lenient, topology.read(), probes, find.find(service.policy))
+        return planning.plan(lenient, topology.read(), found, find.find(service.policy))
     except SteerError as error:
-        return Unknown(f"{error.what}: {error.cause}")
+        return Unknown(error.note.found)
     except (OSError, ValueError) as error:
         return Unknown(f"read the CPUs: {error}")
 
 
-def _refusal(plan: Plan) -> Probed | None:
+def _refusal(plan: Plan) -> Finding | None:
     whose = f"{plan.policy.name}: " if plan.others else ""
     try:
         open_whole(plan).close()
     except Uncounted as error:
-        return Probed(Answer.NO, str(error))
+        return Finding(Answer.NO, str(error))
     except VerifierError as error:
-        return Probed(Answer.NO, f"{whose}{error.what}: {error.cause}", error.cure or REPORT)
+        return Finding(Answer.NO, f"{whose}{error.note.found}", error.cure or REPORT)
+    except CompileError as error:
+        return Finding(Answer.NO, f"{whose}{error.note.found}", error.cure)
     except KernelError as error:
-        cure = "" if error.cause == ERRNO_REFUSED else error.cure
-        return Probed(Answer.NO, f"{whose}{error.what}: {error.cause}", cure)
+        found = f"{whose}{error.note.found}"
+        return _to_be_judged(Finding(Answer.NO, found, error.cure, error.errno))
     except OSError as error:
         # A no though it tells little: what is unknown would be tried again, for ever.
-        return Probed(Answer.NO, f"{whose}try {plan.rungs[0].backend}: {in_words(error)}")
+        return Finding(Answer.NO, f"{whose}try {plan.rungs[0].backend}: {in_words(error)}")
     return None

@@ -124,8 +124,7 @@ def socket_options(case: Case) -> Iterator[Opinion]:
     for error in case.options.refused:
         yield Opinion("fail", f"{error.what}: {error.cause}", error.cure)
     for shortfall in case.options.shortfalls:
-        found, _, cure = shortfall.partition("; ")
-        yield Opinion("warn", found, cure)
+        yield Opinion("warn", shortfall.found, shortfall.cure)
     if not any(case.options) and case.service.settings:
         yield Opinion("ok", ", ".join(map(str, case.service.settings)))
 

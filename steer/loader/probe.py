@@ -54,10 +54,10 @@ LET_PASS = "let the seccomp filter pass pidfd_open and waitid"
 def _cannot_run(error: OSError) -> Finding:
     lacking = f"{features.RUN.name}: {errno_name(error)}"
     if error.errno in (errno.EINVAL, errno.ENOSYS):
-        return Finding(Answer.NO, f"{lacking}; {features.RUN.cure}")
+        return Finding(Answer.NO, lacking, features.RUN.cure, error.errno)
     if error.errno in _NO:
-        return Finding(Answer.NO, f"{lacking}; {LET_PASS}")
-    return Finding(Answer.UNKNOWN, lacking)
+        return Finding(Answer.NO, lacking, LET_PASS, error.errno)
+    return Finding(Answer.UNKNOWN, lacking, errno=error.errno)
 
 
 _NEWEST = ("sockets", "params")
@@ -74,8 +74,8 @@ def ebpf(maps: Iterable[str] = abi.MAPS) -> Finding:
     except KernelError as error:
         release = os.uname().release
         if features.kernel_version(release) < features.EBPF.since:
-            has = f"{features.EBPF.version} can"
-            return Finding(Answer.NO, f"Linux {release} cannot map arrays into memory; {has}")
+            lacking = f"Linux {release} cannot map arrays into memory"
+            return Finding(Answer.NO, lacking, f"{features.EBPF.version} can")
         return _finding(error)
     return Finding(Answer.YES)
 
@@ -86,10 +86,8 @@ def migrate() -> Finding:
         _program(_ASKED, abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE).close()
     except KernelError as error:
         if isinstance(error, VerifierError) or error.errno == errno.EINVAL:
-            return Finding(
-                Answer.NO,
-                f"Linux {os.uname().release} has not got it; {features.MIGRATE.version} has",
-            )
+            lacking = f"Linux {os.uname().release} has not got it"
+            return Finding(Answer.NO, lacking, f"{features.MIGRATE.version} has")
         return _finding(error)
     return Finding(Answer.YES)
 
@@ -116,7 +114,7 @@ def findings(known: Mapping[str, Finding] = _NOTHING) -> Mapping[str, Finding]:
     if not known:
         found = run()
         if found.answer is Answer.NO:
-            raise KernelError("run workers", found.reason)
+            raise KernelError("run workers", found.reason, found.cure, errno=found.errno)
     works = {name for name, found in known.items() if found.answer is Answer.YES}
     probes = {"ebpf": ebpf, "cbpf": cbpf}
     return {name: known[name] if name in works else look() for name, look in probes.items()}
@@ -144,4 +142,4 @@ def _program(code: Code, attach_type: int) -> programs.Program:
 def _finding(error: KernelError) -> Finding:
     """A refusal is a no; running out of something tells nothing."""
     sure = error.errno in _NO or isinstance(error, NoLibrary)
-    return Finding(Answer.NO if sure else Answer.UNKNOWN, str(error))
+    return Finding.of(Answer.NO if sure else Answer.UNKNOWN, error.note)

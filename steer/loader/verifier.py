@@ -89,7 +89,7 @@ def maps_of(codes: Iterable[Code], stack: ExitStack) -> dict[str, bpf_maps.Map]:
 def why_not(kind: str) -> str:
     """Why this kernel takes no such programs, or nothing."""
     found = probe.migrate() if kind == "migrate" else None
-    return found.reason if found and found.answer is Answer.NO else ""
+    return str(found.note) if found and found.answer is Answer.NO else ""
 
 
 def figures(kind: str, code: Code, maps: Mapping[str, bpf_maps.Map]) -> Figures:

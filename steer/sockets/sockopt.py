@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from steer.config import socket_options
 from steer.config.address import Bind
 from steer.config.socket_options import Setting
-from steer.errors import BindError
+from steer.errors import BindError, Note
 
 _FASTOPEN = "net.ipv4.tcp_fastopen"
 _FASTOPEN_SERVER = 2
@@ -16,7 +16,7 @@ _FASTOPEN_SERVER = 2
 
 _UNSTEERED = (
     "over UDP what TPROXY delivers goes by the kernel's hash, whatever the policy, also to workers "
-    "that drain; steer it with a rule that redirects instead"
+    "that drain"
 )
 """nf_tproxy_get_sock_v4() looks the socket up without the packet, and without one no program is
 asked (reuseport_select_sock() of net/core/sock_reuseport.c)."""
@@ -83,25 +83,26 @@ def _refusal(bind: Bind, setting: Setting) -> Refused | None:
     return None
 
 
-def shortfalls(binds: Iterable[Bind], settings: Iterable[Setting]) -> list[str]:
+def shortfalls(binds: Iterable[Bind], settings: Iterable[Setting]) -> list[Note]:
     """What the kernel takes without a word, but will not do for these binds."""
     over_udp = any(bind.protocol == "udp" for bind in binds)
     return [each for setting in settings for each in _shortfalls(setting, over_udp)]
 
 
-def _shortfalls(setting: Setting, over_udp: bool) -> Iterator[str]:
+def _shortfalls(setting: Setting, over_udp: bool) -> Iterator[Note]:
     cap, value = setting.option.cap, setting.value
     if not isinstance(value, int) or not value:
         return
     most = _sysctl(cap) if cap else None
     if most is not None and value > most:
-        yield f"{setting}: cut down to {most} by {cap}; sysctl -w {cap}={value}"
+        yield Note(f"{setting}: cut down to {most} by {cap}", f"sysctl -w {cap}={value}")
     flags = _sysctl(_FASTOPEN) if setting.name == "fastopen" else None
     if flags is not None and not flags & _FASTOPEN_SERVER:
         on = flags | _FASTOPEN_SERVER
-        yield f"{setting}: not answered while {_FASTOPEN} is {flags}; sysctl -w {_FASTOPEN}={on}"
+        found = f"{setting}: not answered while {_FASTOPEN} is {flags}"
+        yield Note(found, f"sysctl -w {_FASTOPEN}={on}")
     if setting.name == "transparent" and over_udp:
-        yield f"{setting}: {_UNSTEERED}"
+        yield Note(f"{setting}: {_UNSTEERED}", "steer it with a rule that redirects instead")
 
 
 def _sysctl(name: str) -> int | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import pytest
 
+import steer
 from steer.errors import BindError, CompileError, ConfigError, KernelError, SteerError
 
 CURES = {errno.EPERM: "run as root"}
@@ -52,3 +55,25 @@ def test_a_number_without_a_name_is_shown_as_it_is() -> None:
 def test_an_error_without_a_number_says_what_it_is() -> None:
     error = KernelError.from_oserror("ask", TimeoutError("timed out"))
     assert (error.cause, error.errno) == ("timed out", None)
+
+
+SEARCHED = (
+    r"\.cause (==|!=|in|not in) ",
+    r'"E[A-Z0-9]{3,}" (==|!=|in|not in) ',
+    r' (==|!=|in|not in) "E[A-Z0-9]{3,}"',
+    r'partition\("; "\)',
+    r'split\("; "\)',
+    r"\.(reason|cause)\.(r?partition|split|startswith|removeprefix)\(",
+    r" in [a-z_.]*\.(reason|cause)\b",
+)
+
+
+def test_nothing_searches_the_text_of_an_error() -> None:
+    """Whoever has to decide by an error has its type and its errno."""
+    found = [
+        f"{file.name}: {line.strip()}"
+        for file in Path(steer.__file__).parent.rglob("*.py")
+        for line in file.read_text().splitlines()
+        if any(re.search(pattern, line) for pattern in SEARCHED)
+    ]
+    assert found == []

@@ -20,7 +20,7 @@ import pytest
 import steer
 from steer.api import group_input
 from steer.api.group import ReuseportGroup
-from steer.errors import BindError, ConfigError, GroupError, KernelError, SteerError
+from steer.errors import BindError, ConfigError, GroupError, KernelError, Note, SteerError
 from steer.loader import shared_memory
 from steer.testing import reuseport_group
 from testkit import ROOT
@@ -751,7 +751,7 @@ def test_load_that_is_not_counted_is_no_load(monkeypatch: pytest.MonkeyPatch) ->
     from steer.backends.connections import Counting
 
     def stopped(self: Counting) -> None:
-        self.why_not = "no cgroup"
+        self.why_not = Note("no cgroup")
 
     monkeypatch.setattr(Counting, "_start", stopped)
     with reuseport_group("least-conn") as group:

@@ -23,7 +23,7 @@ from steer.config.service import Service
 from steer.doctor import checks
 from steer.doctor import facts as kernel_facts
 from steer.doctor import look as looking
-from steer.doctor.case import COUNT, MIGRATE, RUN, Case, Finding, Probed
+from steer.doctor.case import COUNT, MIGRATE, RUN, Case, Finding
 from steer.doctor.checks import CHECKS
 from steer.doctor.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
 from steer.doctor.packets import cpumask
@@ -65,8 +65,9 @@ GOOD = Facts(
     places=(Place(Path("/run/steer"), ""),),
     interfaces=(LO, CARD),
 )
-PROBES = {name: Probed(Answer.YES) for name in (RUN, EBPF, CBPF, MIGRATE, COUNT)}
-REFUSED = Probed(Answer.NO, "create BPF map steer_sockets: EPERM")
+PROBES = {name: candidates.Finding(Answer.YES) for name in (RUN, EBPF, CBPF, MIGRATE, COUNT)}
+EPERM = errno.EPERM
+REFUSED = candidates.Finding(Answer.NO, "create BPF map steer_sockets: EPERM", errno=EPERM)
 NO_BPF = {EBPF: REFUSED, MIGRATE: REFUSED}
 FOUR = Topology(allowed=(0, 1, 2, 3), possible=(0, 1, 2, 3), node_of={})
 SERVICE = Service(bind=("0.0.0.0:8080",), policy="cpu")
@@ -92,7 +93,7 @@ ALL_ACCESS = Access()
 def a_case(
     service: Service = SERVICE,
     facts: Facts = GOOD,
-    probes: Mapping[str, Probed] = PROBES,
+    probes: Mapping[str, candidates.Finding] = PROBES,
     topology: Topology = FOUR,
     access: Access | Unknown = ALL_ACCESS,
 ) -> Case:
@@ -134,7 +135,7 @@ def test_all_is_well() -> None:
     ]
 
 
-REFUSES = Probed(Answer.NO, "attach: EPERM")
+REFUSES = candidates.Finding(Answer.NO, "attach: EPERM", errno=EPERM)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ REFUSES = Probed(Answer.NO, "attach: EPERM")
     ],
 )
 def test_what_auto_becomes_and_what_would_have_it_go_by_load(
-    service: Service, probes: dict[str, Probed], verdict: str, reason: str, cure: str
+    service: Service, probes: dict[str, candidates.Finding], verdict: str, reason: str, cure: str
 ) -> None:
     facts = without("CAP_BPF", "CAP_SYS_ADMIN") if probes else GOOD
     found = {each.topic: each for each in checks.judge(a_case(service, facts, probes))}["policy"]
@@ -196,11 +197,11 @@ ODD_FACTS = [
     replace(GOOD, release="odd", memlock_bytes=65536, files=(64, 64), bcc=None, interfaces=()),
     replace(NOTHING, user_namespace=True, seccomp=True, lockdown="integrity", profile="x"),
 ]
-ODD_PROBES: list[dict[str, Probed]] = [
+ODD_PROBES: list[dict[str, candidates.Finding]] = [
     {},
     NO_BPF,
-    dict.fromkeys(PROBES, Probed(Answer.NO, "EINVAL")),
-    dict.fromkeys(PROBES, Probed(Answer.UNKNOWN, "EMFILE")),
+    dict.fromkeys(PROBES, candidates.Finding(Answer.NO, "EINVAL")),
+    dict.fromkeys(PROBES, candidates.Finding(Answer.UNKNOWN, "EMFILE")),
 ]
 
 
@@ -209,7 +210,7 @@ ODD_PROBES: list[dict[str, Probed]] = [
 @pytest.mark.parametrize("probes", ODD_PROBES)
 @pytest.mark.parametrize("planned", [True, False])
 def test_whatever_is_not_well_has_a_cure(
-    service: Service, facts: Facts, probes: dict[str, Probed], planned: bool
+    service: Service, facts: Facts, probes: dict[str, candidates.Finding], planned: bool
 ) -> None:
     case = a_case(service, facts, probes)
     if not planned:
@@ -234,8 +235,10 @@ def test_what_cannot_be_read_is_unknown_and_says_why() -> None:
 # ---- one by one
 
 ROUND_ROBIN = serving(policy="round-robin")
-HALF = Probed(Answer.UNKNOWN, "create BPF map steer_table: ENOMEM", "raise RLIMIT_MEMLOCK")
-OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
+HALF = candidates.Finding(
+    Answer.UNKNOWN, "create BPF map steer_table: ENOMEM", "raise RLIMIT_MEMLOCK"
+)
+OLD = candidates.Finding(Answer.NO, "Linux 5.10.0 has not got it")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ("ebpf", a_case(serving(policy="kernel"), probes=NO_BPF), "ok", "not ask for it", ""),
         ("ebpf", a_case(serving(backend="cbpf"), probes=NO_BPF), "ok", "not ask for it", ""),
         (
-            *("ebpf", a_case(probes={EBPF: Probed(Answer.NO, "load: EINVAL")})),
+            *("ebpf", a_case(probes={EBPF: candidates.Finding(Answer.NO, "load: EINVAL")})),
             *("warn", "no: load: EINVAL", "Linux 5.5"),
         ),
         ("migration", a_case(probes={MIGRATE: OLD}), "warn", "no: Linux 5.10.0", "Linux 5.14"),
@@ -287,7 +290,13 @@ OLD = Probed(Answer.NO, "Linux 5.10.0 has not got it")
         ("counting", a_case(probes={COUNT: REFUSED}), "warn", "no: create BPF", "CAP_NET_ADMIN"),
         ("counting", a_case(probes={COUNT: HALF}), "unknown", "could not tell", "RLIMIT"),
         ("cbpf", a_case(), "ok", "no privilege", ""),
-        ("cbpf", a_case(probes={CBPF: Probed(Answer.NO, "x")}), "warn", "no: x", "Linux 5.4"),
+        (
+            "cbpf",
+            a_case(probes={CBPF: candidates.Finding(Answer.NO, "x")}),
+            "warn",
+            "no: x",
+            "Linux 5.4",
+        ),
         ("cbpf", a_case(ROUND_ROBIN, probes={CBPF: OLD}), "ok", "not ask for it", ""),
         ("jit", a_case(), "ok", "1: ", ""),
         ("jit", a_case(facts=sysctl("net.core.bpf_jit_enable", 0)), "warn", "0: ", "enable=1"),
@@ -457,7 +466,7 @@ def test_missing_libbpf_comes_before_all() -> None:
 
 
 def test_cure_of_a_refused_policy_is_kept() -> None:
-    probed = Probed(Answer.NO, "load program steer_cpu: EACCES", "report it")
+    probed = candidates.Finding(Answer.NO, "load program steer_cpu: EACCES", "report it")
     assert one("ebpf", a_case(probes={EBPF: probed})).cure == "report it"
 
 
@@ -663,7 +672,10 @@ def test_place_of_another_user(tmp_path: Path) -> None:
     "error, cure",
     [
         (VerifierError("load program steer_cpu", "EACCES", detail="R0 !read_ok"), "verifier"),
-        (KernelError("load program steer_cpu", "EPERM", "see `steer doctor`"), "bpf(2)"),
+        (
+            KernelError("load program steer_cpu", "EPERM", "see `steer doctor`", errno=EPERM),
+            "bpf(2)",
+        ),
         (CompileError("compile cpu.c", "no bcc here", "install it"), "install it"),
     ],
 )
@@ -714,7 +726,7 @@ def test_what_every_backend_needs(
     monkeypatch.setattr(os, call, refuse)
     found = probe.run()
     assert found.answer is answer
-    assert found.reason.startswith(words)
+    assert str(found.note).startswith(words)
     if answer is Answer.NO:
         with pytest.raises(KernelError, match=r"^run workers: waitid"):
             probe.findings()
@@ -722,7 +734,8 @@ def test_what_every_backend_needs(
     [said] = [each for each in checks.judge(a_case(probes={RUN: probed})) if each.topic == "kernel"]
     assert said.verdict == ("fail" if answer is Answer.NO else "unknown")
     if answer is Answer.NO:
-        assert words.partition("; ")[2] in said.cure
+        assert found.cure
+        assert found.cure in said.cure
 
 
 @pytest.mark.needs("bpf")
