@@ -1,14 +1,18 @@
-"""What steer takes from the kernel, and since which Linux it is there. Pure.
+"""What steer takes from the kernel, since which Linux it is there, and what a probe can say of it.
+Pure.
 
-For words only: whether a feature is there is found out by trying it (`kernel.probe`), as
-distributions backport some and containers refuse others.
+`loader.probe` has the probe of each. The versions are for words only: whether a feature is there
+is found out by trying it, as distributions backport some and containers refuse others.
 """
 
 from __future__ import annotations
 
 import re
+from enum import Enum
 
 import msgspec
+
+from steer.errors import Note
 
 
 class Feature(msgspec.Struct, frozen=True):
@@ -34,8 +38,13 @@ class Feature(msgspec.Struct, frozen=True):
         """What to do where it is not there."""
         return f"use Linux {self.version} or later"
 
+    def is_newer_than(self, release: str) -> bool:
+        """Whether Linux got it after this release of uname(2)."""
+        return kernel_version(release) < self.since
 
-# pidfd_open(2) is from 5.3; reuseport programs for TCP are from 4.6, those for UDP from 4.5.
+
+# Reuseport programs for TCP are from 4.6, those for UDP from 4.5; pidfd_open(2) is from 5.3.
+CBPF = Feature("SO_ATTACH_REUSEPORT_CBPF", (4, 6), "to steer by classic BPF")
 RUN = Feature("waitid(P_PIDFD)", (5, 4), "to run at all and to steer by classic BPF")
 EBPF = Feature("BPF_F_MMAPABLE", (5, 5), "to steer by eBPF")
 BORROW = Feature("pidfd_getfd", (5, 6), "to move the queue of a worker that hangs")
@@ -43,10 +52,43 @@ COUNT = Feature("BPF_LINK_CREATE", (5, 7), "to count open connections")
 MIGRATE = Feature(
     "BPF_SK_REUSEPORT_SELECT_OR_MIGRATE", (5, 14), "to move the queue of a worker that ends"
 )
-FEATURES = (RUN, EBPF, BORROW, COUNT, MIGRATE)
+FEATURES = (CBPF, RUN, EBPF, BORROW, COUNT, MIGRATE)
 
 
 def kernel_version(release: str) -> tuple[int, int]:
     """Of uname(2)'s release: "6.1.0-56-amd64" is (6, 1)."""
     match = re.match(r"(\d{1,5})\.(\d{1,5})", release, re.ASCII)
     return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+class Answer(Enum):
+    """What a probe can say."""
+
+    YES = "yes"
+    NO = "no"
+    UNKNOWN = "could not tell"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What a probe found.
+
+    Args:
+        reason: why; empty for a plain yes.
+        cure: what would help, where that is known.
+        errno: the kernel's number for why, to decide by.
+    """
+
+    answer: Answer
+    reason: str = ""
+    cure: str = ""
+    errno: int | None = None
+
+    @classmethod
+    def of(cls, answer: Answer, why: Note) -> Finding:
+        """The answer, with what is to be said of it."""
+        return cls(answer, *why)
+
+    @property
+    def note(self) -> Note:
+        """Why, and what would help."""
+        return Note(self.reason, self.cure, self.errno)

@@ -20,8 +20,8 @@ from typing import NoReturn
 
 import pytest
 
-from steer.config.candidates import Answer, Finding
 from steer.errors import KernelError
+from steer.features import Answer, Finding
 from steer.linux import processes
 from steer.loader import compile, probe
 from steer.sockets.listeners import Borrower

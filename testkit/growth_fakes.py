@@ -20,12 +20,12 @@ from typing import Any, cast
 
 from steer.backends.base import Counts
 from steer.config import plan as planning
-from steer.config.candidates import Answer, Finding
 from steer.config.plan import Generation, Plan
 from steer.config.servers import BY_DEFAULT
 from steer.config.service import Service
 from steer.control.notify import Unheard
 from steer.controller.rollout import Rollout
+from steer.features import Answer, Finding
 from steer.guard.channel import Frame
 from steer.guard.client import GuardClient
 from steer.guard.store import Settings

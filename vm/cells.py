@@ -19,8 +19,8 @@ import msgspec
 
 from bench import machine
 from steer.backends.connections import Counting
-from steer.config.candidates import Answer, Finding
 from steer.errors import SteerError
+from steer.features import Answer, Finding
 from steer.loader import compile, probe, verifier
 from steer.policy.builtin import BACKENDS, CBPF, EBPF, KERNEL, POLICIES
 from steer.policy.bytecode import Code

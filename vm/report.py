@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from steer.cli.tables import Table
-from steer.config.candidates import Answer, Finding
+from steer.features import Answer, Finding
 from steer.policy.builtin import EBPF
 
 MIGRATE, COUNT = "migrate", "count"

@@ -13,9 +13,9 @@ import msgspec
 
 from steer import abi
 from steer.backends.base import Own
-from steer.config.candidates import Answer
 from steer.config.plan import Plan
 from steer.errors import VerifierError
+from steer.features import Answer
 from steer.linux import capabilities
 from steer.loader import bpf_maps, compile, find, libbpf, probe, shared_memory
 from steer.loader.programs import ATTACH_TYPES, Program

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from steer.config import candidates as ladder
-from steer.config.candidates import BackendCandidate, Finding
+from steer.config.candidates import BackendCandidate
 from steer.config.service import Service
 from steer.errors import ConfigError, KernelError, Uncounted
+from steer.features import Finding
 from steer.policy import declarations
 from steer.policy.builtin import AUTO, EBPF, Policy
 

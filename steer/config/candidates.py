@@ -3,45 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 
 import msgspec
 
-from steer.errors import FallbackRefused, Note
+from steer.errors import FallbackRefused
+from steer.features import Answer, Finding
 from steer.policy.builtin import BACKENDS, EBPF, KERNEL, Policy
-
-
-class Answer(Enum):
-    """What a probe can say."""
-
-    YES = "yes"
-    NO = "no"
-    UNKNOWN = "could not tell"
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """What a probe found.
-
-    Args:
-        reason: why; empty for a plain yes.
-        cure: what would help, where that is known.
-        errno: the kernel's number for why, to decide by.
-    """
-
-    answer: Answer
-    reason: str = ""
-    cure: str = ""
-    errno: int | None = None
-
-    @classmethod
-    def of(cls, answer: Answer, why: Note) -> Finding:
-        """The answer, with what is to be said of it."""
-        return cls(answer, *why)
-
-    @property
-    def note(self) -> Note:
-        """Why, and what would help."""
-        return Note(self.reason, self.cure, self.errno)
 
 
 class BackendCandidate(msgspec.Struct, frozen=True):

@@ -11,9 +11,10 @@ from steer import abi
 from steer.config import auto
 from steer.config.address import Bind
 from steer.config.auto import Candidate
-from steer.config.candidates import BackendCandidate, Finding, choose
+from steer.config.candidates import BackendCandidate, choose
 from steer.config.service import Service
 from steer.errors import ConfigError
+from steer.features import Finding
 from steer.policy import cpus, declarations
 from steer.policy.builtin import BACKENDS, CBPF, KERNEL, POLICIES, Policy, built_in
 from steer.policy.cpus import Topology

@@ -10,13 +10,13 @@ from typing import Any
 
 from steer.config import auto
 from steer.config import plan as planning
-from steer.config.candidates import Finding
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.controller.asked_policy import with_asked, with_params_kept
 from steer.controller.controller import Controller
 from steer.controller.refusals import log_failure
 from steer.errors import KernelError, SteerError
+from steer.features import Finding
 from steer.linux import topology
 from steer.linux.background import in_background
 from steer.linux.log import Log

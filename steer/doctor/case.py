@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from steer.config import candidates
-from steer.config.candidates import Answer
+from steer import features
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.doctor.facts import Facts, Unknown
 from steer.errors import BindError, Note
+from steer.features import Answer
 from steer.loader import find
 from steer.policy.builtin import BACKENDS, EBPF, KERNEL, Policy
 from steer.workers.access import Access
@@ -81,7 +81,7 @@ class Case:
 
     service: Service
     facts: Facts
-    probes: Mapping[str, candidates.Finding]
+    probes: Mapping[str, features.Finding]
     plan: Plan | Unknown
     options: Options = _NO_OPTIONS
     access: Access | Unknown = _ALL_ACCESS

@@ -13,7 +13,6 @@ from steer.backends.connections import Counting
 from steer.backends.open import open_whole
 from steer.config import auto
 from steer.config import plan as planning
-from steer.config.candidates import Answer, Finding
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.doctor import facts as kernel_facts
@@ -27,6 +26,7 @@ from steer.errors import (
     VerifierError,
     in_words,
 )
+from steer.features import Answer, Finding
 from steer.linux import topology
 from steer.loader import find, probe
 from steer.policy.builtin import CBPF, EBPF

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from steer import features
-from steer.config.candidates import Answer
 from steer.doctor.case import ASK_AS_ROOT, MIGRATE, MOUNT_SYSFS, Case, Opinion, known, sysctl
 from steer.doctor.facts import Unknown
+from steer.features import Answer
 from steer.policy.builtin import EBPF
 
 
@@ -55,7 +55,7 @@ def migrate_req(case: Case) -> Iterator[Opinion]:
     value = case.facts.sysctls["net.ipv4.tcp_migrate_req"]
     shown = f"could not be read ({value.reason})" if isinstance(value, Unknown) else value
     on_ebpf = known(case.plan, MOUNT_SYSFS).rungs[0].backend == EBPF
-    if features.kernel_version(case.facts.release) < features.MIGRATE.since:
+    if features.MIGRATE.is_newer_than(case.facts.release):
         lost = f"{shown}, for nothing: connections that wait in a closing worker's queue are reset"
         yield Opinion("warn", lost, features.MIGRATE.cure)
     elif on_ebpf and case.probes[MIGRATE].answer is Answer.YES:

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable, Mapping
 
 from steer import abi, features
-from steer.config.candidates import Answer, Finding
 from steer.errors import KernelError, VerifierError, errno_name
+from steer.features import Answer, Finding
 from steer.loader import bpf_maps, programs
 from steer.loader.libbpf import NoLibrary
 from steer.policy.bytecode import Code

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from steer.config.candidates import Answer
 from steer.errors import SteerError
+from steer.features import Answer
 from steer.loader import bpf_maps, probe
 from steer.loader import compile as compiler
 from steer.loader.programs import ATTACH_TYPES, LOG_BYTES, Program, _LoadOptions

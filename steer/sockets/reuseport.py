@@ -256,7 +256,7 @@ def tcp_migrate_req() -> bool | None:
     Raises:
         KernelError: it cannot be read, as where /proc is mounted with subset=pid.
     """
-    if features.kernel_version(os.uname().release) < features.MIGRATE.since:
+    if features.MIGRATE.is_newer_than(os.uname().release):
         return None
     path = "/proc/sys/net/ipv4/tcp_migrate_req"
     try:

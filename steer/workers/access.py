@@ -98,7 +98,7 @@ def why_no_borrowing(facts: Facts, error: KernelError, look: Refusal | None) -> 
         error: that of the attempt.
         look: what keeps us from looking, if anything does.
     """
-    if features.kernel_version(facts.release) < features.BORROW.since:
+    if features.BORROW.is_newer_than(facts.release):
         has = f"Linux {features.BORROW.version} has it"
         return Refusal(f"Linux {facts.release} has no pidfd_getfd(2)", has)
     if look is not None:

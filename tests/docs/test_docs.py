@@ -125,7 +125,7 @@ def test_every_folder_is_on_the_map_and_says_what_belongs_there() -> None:
 
 def test_readme_names_the_kernels_that_are_needed() -> None:
     said = " ".join((ROOT / "README.md").read_text().split())
-    for feature in features.FEATURES:
+    for feature in features.FEATURES[features.FEATURES.index(features.RUN) :]:
         assert f"{feature.version} {feature.gives}" in said
 
 

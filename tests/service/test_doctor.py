@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from steer.config import candidates
+from steer import features
 from steer.config.service import Service
 from steer.doctor import checks
 from steer.doctor.checks import CHECKS
@@ -26,7 +26,7 @@ SERVICE = Service(bind=("0.0.0.0:8080",), policy="cpu")
 
 
 def test_a_probe_that_breaks_could_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> candidates.Finding:
+    def broken() -> features.Finding:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(probe, "cbpf", broken)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from steer.cli import tables as plainly
-from steer.config.candidates import Answer, Finding
+from steer.features import Answer, Finding
 from steer.policy.builtin import CBPF, EBPF, KERNEL
 from vm import report
 from vm.report import MIGRATE, Cell, Kernel, Machine, Record, Verified

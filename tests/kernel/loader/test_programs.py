@@ -22,8 +22,8 @@ from msgspec.structs import replace
 
 from steer import abi
 from steer.config import address
-from steer.config.candidates import Answer, Finding
 from steer.errors import KernelError, VerifierError
+from steer.features import Answer, Finding
 from steer.linux import cgroup, topology
 from steer.loader import bpf_maps, compile, find, libbpf, probe, shared_memory
 from steer.loader.programs import _KINDS, Link, Program, shorten

@@ -7,8 +7,9 @@ from itertools import product
 
 import pytest
 
-from steer.config.candidates import Answer, BackendCandidate, Finding, after, choose, rungs
+from steer.config.candidates import BackendCandidate, after, choose, rungs
 from steer.errors import FallbackRefused
+from steer.features import Answer, Finding
 from steer.policy.builtin import BACKENDS, POLICIES, Policy
 
 ASKED = ("auto", *BACKENDS)

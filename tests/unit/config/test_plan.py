@@ -11,11 +11,12 @@ from msgspec.structs import asdict, replace
 from steer.config import auto
 from steer.config import plan as planning
 from steer.config.auto import Candidate
-from steer.config.candidates import Answer, BackendCandidate, Finding
+from steer.config.candidates import BackendCandidate
 from steer.config.fallback import first_that_works
 from steer.config.plan import FIXED, Plan, again, choosing_by, scaled
 from steer.config.service import FIELDS, Service
 from steer.errors import ConfigError, FallbackRefused, KernelError
+from steer.features import Answer, Finding
 from steer.loader import find
 from steer.policy.builtin import POLICIES, Policy, own
 from steer.policy.cpus import Topology

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from steer.config import plan as planning
-from steer.config.candidates import Answer, Finding
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.controller.rollout import Rollout, unheard
 from steer.errors import ControlError, WorkersFailed
+from steer.features import Answer, Finding
 from steer.policy.cpus import Topology
 from steer.workers import lifecycle
 from steer.workers.handle import Saved, WorkerHandle

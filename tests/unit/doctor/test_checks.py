@@ -14,11 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer import abi
+from steer import abi, features
 from steer.backends.base import Backend
 from steer.backends.open import Kernel
-from steer.config import auto, candidates, plan
-from steer.config.candidates import Answer
+from steer.config import auto, plan
 from steer.config.service import Service
 from steer.doctor import checks
 from steer.doctor import facts as kernel_facts
@@ -28,6 +27,7 @@ from steer.doctor.checks import CHECKS
 from steer.doctor.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
 from steer.doctor.packets import cpumask
 from steer.errors import CompileError, KernelError, Uncounted, VerifierError
+from steer.features import Answer
 from steer.linux.nic import Interface
 from steer.linux.topology import parse_cpumask
 from steer.loader import bpf_maps, probe
@@ -65,9 +65,9 @@ GOOD = Facts(
     places=(Place(Path("/run/steer"), ""),),
     interfaces=(LO, CARD),
 )
-PROBES = {name: candidates.Finding(Answer.YES) for name in (RUN, EBPF, CBPF, MIGRATE, COUNT)}
+PROBES = {name: features.Finding(Answer.YES) for name in (RUN, EBPF, CBPF, MIGRATE, COUNT)}
 EPERM = errno.EPERM
-REFUSED = candidates.Finding(Answer.NO, "create BPF map steer_sockets: EPERM", errno=EPERM)
+REFUSED = features.Finding(Answer.NO, "create BPF map steer_sockets: EPERM", errno=EPERM)
 NO_BPF = {EBPF: REFUSED, MIGRATE: REFUSED}
 FOUR = Topology(allowed=(0, 1, 2, 3), possible=(0, 1, 2, 3), node_of={})
 SERVICE = Service(bind=("0.0.0.0:8080",), policy="cpu")
@@ -93,7 +93,7 @@ ALL_ACCESS = Access()
 def a_case(
     service: Service = SERVICE,
     facts: Facts = GOOD,
-    probes: Mapping[str, candidates.Finding] = PROBES,
+    probes: Mapping[str, features.Finding] = PROBES,
     topology: Topology = FOUR,
     access: Access | Unknown = ALL_ACCESS,
 ) -> Case:
@@ -135,7 +135,7 @@ def test_all_is_well() -> None:
     ]
 
 
-REFUSES = candidates.Finding(Answer.NO, "attach: EPERM", errno=EPERM)
+REFUSES = features.Finding(Answer.NO, "attach: EPERM", errno=EPERM)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ REFUSES = candidates.Finding(Answer.NO, "attach: EPERM", errno=EPERM)
     ],
 )
 def test_what_auto_becomes_and_what_would_have_it_go_by_load(
-    service: Service, probes: dict[str, candidates.Finding], verdict: str, reason: str, cure: str
+    service: Service, probes: dict[str, features.Finding], verdict: str, reason: str, cure: str
 ) -> None:
     facts = without("CAP_BPF", "CAP_SYS_ADMIN") if probes else GOOD
     found = {each.topic: each for each in checks.judge(a_case(service, facts, probes))}["policy"]
@@ -165,7 +165,7 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
 
     monkeypatch.setattr(looking, "open_whole", uncounted)
     monkeypatch.setattr(looking, "_can_count", lambda: REFUSES)
-    monkeypatch.setattr(probe, "ebpf", lambda: candidates.Finding(Answer.YES))
+    monkeypatch.setattr(probe, "ebpf", lambda: features.Finding(Answer.YES))
     found = {each.topic: each for each in checks.examine(AUTO)}
     assert found["policy"].verdict == "warn"
     assert found["policy"].found == ("auto is hash, as open connections cannot be counted: EACCES")
@@ -197,11 +197,11 @@ ODD_FACTS = [
     replace(GOOD, release="odd", memlock_bytes=65536, files=(64, 64), bcc=None, interfaces=()),
     replace(NOTHING, user_namespace=True, seccomp=True, lockdown="integrity", profile="x"),
 ]
-ODD_PROBES: list[dict[str, candidates.Finding]] = [
+ODD_PROBES: list[dict[str, features.Finding]] = [
     {},
     NO_BPF,
-    dict.fromkeys(PROBES, candidates.Finding(Answer.NO, "EINVAL")),
-    dict.fromkeys(PROBES, candidates.Finding(Answer.UNKNOWN, "EMFILE")),
+    dict.fromkeys(PROBES, features.Finding(Answer.NO, "EINVAL")),
+    dict.fromkeys(PROBES, features.Finding(Answer.UNKNOWN, "EMFILE")),
 ]
 
 
@@ -210,7 +210,7 @@ ODD_PROBES: list[dict[str, candidates.Finding]] = [
 @pytest.mark.parametrize("probes", ODD_PROBES)
 @pytest.mark.parametrize("planned", [True, False])
 def test_whatever_is_not_well_has_a_cure(
-    service: Service, facts: Facts, probes: dict[str, candidates.Finding], planned: bool
+    service: Service, facts: Facts, probes: dict[str, features.Finding], planned: bool
 ) -> None:
     case = a_case(service, facts, probes)
     if not planned:
@@ -235,10 +235,10 @@ def test_what_cannot_be_read_is_unknown_and_says_why() -> None:
 # ---- one by one
 
 ROUND_ROBIN = serving(policy="round-robin")
-HALF = candidates.Finding(
+HALF = features.Finding(
     Answer.UNKNOWN, "create BPF map steer_table: ENOMEM", "raise RLIMIT_MEMLOCK"
 )
-OLD = candidates.Finding(Answer.NO, "Linux 5.10.0 has not got it")
+OLD = features.Finding(Answer.NO, "Linux 5.10.0 has not got it")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ OLD = candidates.Finding(Answer.NO, "Linux 5.10.0 has not got it")
         ("ebpf", a_case(serving(policy="kernel"), probes=NO_BPF), "ok", "not ask for it", ""),
         ("ebpf", a_case(serving(backend="cbpf"), probes=NO_BPF), "ok", "not ask for it", ""),
         (
-            *("ebpf", a_case(probes={EBPF: candidates.Finding(Answer.NO, "load: EINVAL")})),
+            *("ebpf", a_case(probes={EBPF: features.Finding(Answer.NO, "load: EINVAL")})),
             *("warn", "no: load: EINVAL", "Linux 5.5"),
         ),
         ("migration", a_case(probes={MIGRATE: OLD}), "warn", "no: Linux 5.10.0", "Linux 5.14"),
@@ -292,7 +292,7 @@ OLD = candidates.Finding(Answer.NO, "Linux 5.10.0 has not got it")
         ("cbpf", a_case(), "ok", "no privilege", ""),
         (
             "cbpf",
-            a_case(probes={CBPF: candidates.Finding(Answer.NO, "x")}),
+            a_case(probes={CBPF: features.Finding(Answer.NO, "x")}),
             "warn",
             "no: x",
             "Linux 5.4",
@@ -466,7 +466,7 @@ def test_missing_libbpf_comes_before_all() -> None:
 
 
 def test_cure_of_a_refused_policy_is_kept() -> None:
-    probed = candidates.Finding(Answer.NO, "load program steer_cpu: EACCES", "report it")
+    probed = features.Finding(Answer.NO, "load program steer_cpu: EACCES", "report it")
     assert one("ebpf", a_case(probes={EBPF: probed})).cure == "report it"
 
 
@@ -688,7 +688,7 @@ def test_a_policy_that_is_refused_is_stepped_down_from(
         return Kernel(plan)
 
     monkeypatch.setattr(looking, "open_whole", open_whole)
-    monkeypatch.setattr(probe, "ebpf", lambda: candidates.Finding(Answer.YES))
+    monkeypatch.setattr(probe, "ebpf", lambda: features.Finding(Answer.YES))
     monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
     found = {each.topic: each for each in checks.examine(SERVICE)}
     assert found["ebpf"].verdict == found["backend"].verdict == "warn"
@@ -718,7 +718,7 @@ def test_what_every_backend_needs(
     monkeypatch: pytest.MonkeyPatch, call: str, number: int, answer: Answer, words: str
 ) -> None:
     """Whatever else could be used: it is said before any worker is started."""
-    assert probe.run() == candidates.Finding(Answer.YES)
+    assert probe.run() == features.Finding(Answer.YES)
 
     def refuse(*_: object) -> NoReturn:
         raise OSError(number, os.strerror(number))
@@ -749,7 +749,7 @@ def test_before_a_start_no_more_is_probed_than_the_best(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(bpf_maps, "Map", made_map)
     monkeypatch.setattr(probe, "cbpf", lambda: pytest.fail("it is not to be used"))
-    assert probe.findings_before_start() == {"ebpf": candidates.Finding(Answer.YES)}
+    assert probe.findings_before_start() == {"ebpf": features.Finding(Answer.YES)}
     assert 0 < len(made) < len(abi.MAPS)
 
 
@@ -757,18 +757,18 @@ def test_before_a_start_no_more_is_probed_than_the_best(monkeypatch: pytest.Monk
 def test_before_a_start_all_is_probed_where_the_best_does_not_hold(
     monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
-    monkeypatch.setattr(probe, "ebpf", lambda *_: candidates.Finding(answer, "why"))
+    monkeypatch.setattr(probe, "ebpf", lambda *_: features.Finding(answer, "why"))
     found = probe.findings_before_start()
     assert found == {
-        "ebpf": candidates.Finding(answer, "why"),
-        "cbpf": candidates.Finding(Answer.YES),
+        "ebpf": features.Finding(answer, "why"),
+        "cbpf": features.Finding(Answer.YES),
     }
 
 
 def test_what_works_is_found_out_once_and_what_does_not_again_and_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = iter([candidates.Finding(Answer.NO), candidates.Finding(Answer.YES)])
+    found = iter([features.Finding(Answer.NO), features.Finding(Answer.YES)])
     monkeypatch.setattr(probe, "ebpf", lambda: next(found))
     known = probe.findings()
     assert [known[name].answer for name in ("ebpf", "cbpf")] == [Answer.NO, Answer.YES]
