@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import pytest
 
+from steer import features
 from steer.errors import KernelError
 from steer.features import Answer, Finding
 from steer.linux import processes
@@ -119,7 +120,7 @@ def _has_tproxy() -> str:
 
 _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "bcc": _has_bcc,
-    "bpf": lambda: _found(probe.ebpf()),
+    "bpf": lambda: _found(probe.ask(features.EBPF)),
     "bpftool": _has_command("bpftool"),
     "dumb-init": _has_command("dumb-init"),
     "granian": _has_module("granian"),
@@ -128,7 +129,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "hypercorn": _has_module("hypercorn"),
     "io_uring": _has_io_uring,
     "matplotlib": _has_module("matplotlib"),
-    "migrate": lambda: _found(probe.migrate()),
+    "migrate": lambda: _found(probe.ask(features.MIGRATE)),
     "netns": _has_netns,
     "nginx": _has_command("nginx"),
     "nobody": _has_nobody,

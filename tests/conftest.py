@@ -7,6 +7,7 @@ import resource
 
 import pytest
 
+from steer.loader import probe
 from testkit import ROOT
 from testkit.capabilities import require
 from testkit.fixtures import (  # noqa: F401
@@ -32,6 +33,12 @@ def pytest_configure() -> None:
         compileall.compile_dir(ROOT / package, quiet=1)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@pytest.fixture(autouse=True)
+def nothing_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test asks the kernel itself, as some have it be another."""
+    monkeypatch.setattr(probe, "_answers", {})
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import click
 import msgspec
 
 from bench import machine
+from steer import features
 from steer.backends.connections import Counting
 from steer.errors import SteerError
 from steer.features import Answer, Finding
@@ -57,7 +59,12 @@ def _records(names: Sequence[str]) -> Iterator[Record]:
 
 def _machine() -> Machine:
     about = machine.describe()
-    probes = {EBPF: probe.ebpf, MIGRATE: probe.migrate, COUNT: _count, CBPF: probe.cbpf}
+    probes: dict[str, Callable[[], Finding]] = {
+        EBPF: partial(probe.ask, features.EBPF),
+        MIGRATE: partial(probe.ask, features.MIGRATE),
+        COUNT: _count,
+        CBPF: partial(probe.ask, features.CBPF),
+    }
     return Machine(
         os.uname().release,
         os.uname().version,

@@ -11,7 +11,7 @@ from typing import Self
 
 import msgspec
 
-from steer import abi
+from steer import abi, features
 from steer.backends.base import Own
 from steer.config.plan import Plan
 from steer.errors import VerifierError
@@ -85,7 +85,7 @@ class LoadedPolicy:
             if any("flows" in each.relocations.values() for each in code.programs.values()):
                 sets = -(-_capacity(plan) // abi.FLOWS_OF_SET)
                 maps["flows"] = undo.enter_context(bpf_maps.Map("flows", sets))
-            migrates = probe.migrate().answer is not Answer.NO
+            migrates = probe.ask(features.MIGRATE).answer is not Answer.NO
             kind = "migrate" if migrates else "plain"
             programs = [
                 undo.enter_context(_load(plan.policy, code, kind, {**maps, **group}, bind.protocol))

@@ -16,7 +16,6 @@ from steer.controller.asked_policy import with_asked, with_params_kept
 from steer.controller.controller import Controller
 from steer.controller.refusals import log_failure
 from steer.errors import KernelError, SteerError
-from steer.features import Finding
 from steer.linux import topology
 from steer.linux.background import in_background
 from steer.linux.log import Log
@@ -33,7 +32,6 @@ class PolicyChange:
     def __init__(self, service: Controller, log: Log) -> None:
         self._service = service
         self._log = log
-        self._found: Mapping[str, Finding] = {}
 
     @property
     def _plan(self) -> Plan:
@@ -46,7 +44,7 @@ class PolicyChange:
             SteerError: it cannot become that.
         """
         policy = await _prepared(service.policy)
-        candidates = auto.candidates(policy, service, self._findings(), act)
+        candidates = auto.candidates(policy, service, probe.findings(), act)
         return planning.again(self._plan, service, topology.read(), act, candidates)
 
     async def change(self, asked: Mapping[str, Any], act: str) -> None:
@@ -60,7 +58,7 @@ class PolicyChange:
         try:
             policy = await _prepared(service.policy)
             service = with_params_kept(now.service, service, policy)
-            candidates = auto.candidates(policy, service, self._findings(), act)
+            candidates = auto.candidates(policy, service, probe.findings(), act)
             self._service.choose_by(
                 planning.choosing_by(now, service, candidates, topology.read(), act)
             )
@@ -110,15 +108,6 @@ class PolicyChange:
         if BACKENDS.index(now.backend) > BACKENDS.index(was):
             name = self._plan.policy.name
             self._log.warning("%s is on %s, not on %s: %s", name, now.backend, was, now.reason)
-
-    def _findings(self) -> Mapping[str, Finding]:
-        """What could not be done may be possible by now; the rest is not tried again.
-
-        Raises:
-            KernelError: steer can run on no backend here.
-        """
-        self._found = probe.findings(self._found)
-        return self._found
 
     def _tell(self) -> None:
         plan = self._plan

@@ -6,9 +6,11 @@ import errno
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 
 import msgspec
 
+from steer import features
 from steer.backends.connections import Counting
 from steer.backends.open import open_whole
 from steer.config import auto
@@ -39,11 +41,11 @@ REPORT = "report it with the verifier's words, which `steer run` shows"
 
 def look(service: Service) -> Case:
     """Ask the system, and try in the small what `run` would do."""
-    asked = {
-        RUN: probe.run,
-        EBPF: probe.ebpf,
-        CBPF: probe.cbpf,
-        MIGRATE: probe.migrate,
+    asked: dict[str, Callable[[], Finding]] = {
+        RUN: partial(probe.ask, features.RUN),
+        EBPF: partial(probe.ask, features.EBPF),
+        CBPF: partial(probe.ask, features.CBPF),
+        MIGRATE: partial(probe.ask, features.MIGRATE),
         COUNT: _can_count,
     }
     probes = {name: _probed(ask) for name, ask in asked.items()}
@@ -67,6 +69,9 @@ def _access(service: Service) -> Access | Unknown:
 
 def _can_count() -> Finding:
     """Whether the kernel counts open connections for us."""
+    links = probe.ask(features.COUNT)
+    if links.errno == errno.EINVAL:
+        return links
     try:
         with closing(Counting(1)) as counting:
             why_not = counting.why_not

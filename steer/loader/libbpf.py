@@ -39,9 +39,8 @@ def libbpf() -> ctypes.CDLL:
     try:
         lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
     except OSError as error:
-        raise NoLibrary(
-            "load libbpf.so.1", str(error), "install libbpf 1.0 or later (Debian: libbpf1)"
-        ) from None
+        cure = "install libbpf 1.0 or later (Debian: libbpf1)"
+        raise NoLibrary("load libbpf.so.1", str(error), cure, errno=errno.ENOENT) from None
     lib.libbpf_set_print(None)
     # Named here once: without the types ctypes would pass 64-bit values as int.
     lib.bpf_map_create.argtypes = (

@@ -1,18 +1,22 @@
-"""What this kernel and this process can do: found out by doing it in the small."""
+"""What this kernel and this process can do: found out by doing it in the small.
+
+`PROBES` has a probe for each of `features.FEATURES`, and `ask` what it answered.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from steer import abi, features
 from steer.errors import KernelError, VerifierError, errno_name
-from steer.features import Answer, Finding
+from steer.features import Answer, Feature, Finding
 from steer.loader import bpf_maps, programs
-from steer.loader.libbpf import NoLibrary
+from steer.loader.libbpf import Descriptor, NoLibrary
+from steer.policy.builtin import CBPF, EBPF
 from steer.policy.bytecode import Code
-from steer.sockets import reuseport
+from steer.sockets import listeners, reuseport
 
 _PASS = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
@@ -20,7 +24,6 @@ _ASKED = Code(["7910300000000000", *_PASS.instructions], {})
 """Before that, read ctx->migrating_sk. The attach type tells nothing: a kernel that has not got it
 takes any (5.10, bpf_prog_load_check_attach)."""
 
-_NOTHING: Mapping[str, Finding] = {}
 _NO = (
     errno.EPERM,
     errno.EACCES,
@@ -73,7 +76,7 @@ def ebpf(maps: Iterable[str] = abi.MAPS) -> Finding:
             reuseport.attach_ebpf(sock.fileno(), program.fileno())
     except KernelError as error:
         release = os.uname().release
-        if features.kernel_version(release) < features.EBPF.since:
+        if features.EBPF.is_newer_than(release):
             lacking = f"Linux {release} cannot map arrays into memory"
             return Finding(Answer.NO, lacking, f"{features.EBPF.version} can")
         return _finding(error)
@@ -102,22 +105,65 @@ def cbpf() -> Finding:
     return Finding(Answer.YES)
 
 
-def findings(known: Mapping[str, Finding] = _NOTHING) -> Mapping[str, Finding]:
-    """All that the ladder asks for, by backend.
+def borrow() -> Finding:
+    """Can a descriptor of another process be duplicated, if we may look at it? Asked of ours."""
+    try:
+        with reuseport.scratch() as sock:
+            os.close(listeners.pidfd_getfd(os.getpid(), sock.fileno()))
+    except OSError as error:
+        return _finding(KernelError.from_oserror("duplicate a descriptor", error))
+    return Finding(Answer.YES)
 
-    Args:
-        known: what was found before: what works then works still.
+
+def count() -> Finding:
+    """Can a program be on a cgroup as long as somebody has its link? Asked without a program."""
+    try:
+        programs.Link(Descriptor(-1), -1).close()
+    except KernelError as error:
+        if error.errno == errno.EINVAL:
+            lacking = f"Linux {os.uname().release} has no {features.COUNT.name}"
+            return Finding(Answer.NO, lacking, f"{features.COUNT.version} has", error.errno)
+        if error.errno != errno.EBADF:  # it looked for the program
+            return _finding(error)
+    return Finding(Answer.YES)
+
+
+# ---- what was answered
+
+PROBES: dict[Feature, Callable[[], Finding]] = {
+    features.CBPF: cbpf,
+    features.RUN: run,
+    features.EBPF: ebpf,
+    features.BORROW: borrow,
+    features.COUNT: count,
+    features.MIGRATE: migrate,
+}
+
+_answers: dict[Feature, Finding] = {}
+_PASSES = (errno.EPERM, errno.EACCES, errno.ENOENT)
+"""What is not permitted, or not installed, may be later."""
+
+
+def ask(feature: Feature) -> Finding:
+    """What the probe of a feature says. A yes is remembered for the life of this process, and so
+    is that the kernel lacks it; what was refused or could not be told is asked again."""
+    found = _answers.get(feature)
+    if found is None:
+        found = PROBES[feature]()
+        lacks = found.answer is Answer.NO and found.errno not in _PASSES
+        if lacks or found.answer is Answer.YES:
+            _answers[feature] = found
+    return found
+
+
+def findings() -> Mapping[str, Finding]:
+    """All that the candidates are chosen by, by backend.
 
     Raises:
         KernelError: steer can run on no backend here.
     """
-    if not known:
-        found = run()
-        if found.answer is Answer.NO:
-            raise KernelError("run workers", found.reason, found.cure, errno=found.errno)
-    works = {name for name, found in known.items() if found.answer is Answer.YES}
-    probes = {"ebpf": ebpf, "cbpf": cbpf}
-    return {name: known[name] if name in works else look() for name, look in probes.items()}
+    _refuse_to_run()
+    return {EBPF: ask(features.EBPF), CBPF: ask(features.CBPF)}
 
 
 def findings_before_start() -> Mapping[str, Finding]:
@@ -128,11 +174,16 @@ def findings_before_start() -> Mapping[str, Finding]:
     Raises:
         KernelError: steer can run on no backend here.
     """
-    if run().answer is not Answer.NO:
-        best = ebpf(_NEWEST)
-        if best.answer is Answer.YES:
-            return {"ebpf": best}
-    return findings()
+    _refuse_to_run()
+    best = ebpf(_NEWEST)
+    return {EBPF: best} if best.answer is Answer.YES else findings()
+
+
+def _refuse_to_run() -> None:
+    """Raises KernelError: steer can run on no backend here."""
+    found = ask(features.RUN)
+    if found.answer is Answer.NO:
+        raise KernelError("run workers", found.reason, found.cure, errno=found.errno)
 
 
 def _program(code: Code, attach_type: int) -> programs.Program:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from steer import features
 from steer.errors import SteerError
 from steer.features import Answer
 from steer.loader import bpf_maps, probe
@@ -88,7 +89,7 @@ def maps_of(codes: Iterable[Code], stack: ExitStack) -> dict[str, bpf_maps.Map]:
 
 def why_not(kind: str) -> str:
     """Why this kernel takes no such programs, or nothing."""
-    found = probe.migrate() if kind == "migrate" else None
+    found = probe.ask(features.MIGRATE) if kind == "migrate" else None
     return str(found.note) if found and found.answer is Answer.NO else ""
 
 

@@ -98,7 +98,7 @@ class _Place(msgspec.Struct, frozen=True):
 def _duplicate(place: _Place, refusals: list[KernelError]) -> socket.socket | None:
     """None if the socket is there no more, or not for us."""
     try:
-        fd = _pidfd_getfd(place.pid, place.fd)
+        fd = pidfd_getfd(place.pid, place.fd)
     except OSError as error:
         if error.errno not in (errno.ESRCH, errno.EBADF):
             act = f"borrow a socket of pid {place.pid}"
@@ -110,7 +110,7 @@ def _duplicate(place: _Place, refusals: list[KernelError]) -> socket.socket | No
     return None
 
 
-def _pidfd_getfd(pid: int, fd: int) -> int:
+def pidfd_getfd(pid: int, fd: int) -> int:
     """A duplicate of another process's descriptor. Raises OSError."""
     if filtered.is_deadly(filtered.PIDFD_GETFD):
         raise OSError(errno.EPERM, "pidfd_getfd")

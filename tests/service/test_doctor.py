@@ -29,7 +29,7 @@ def test_a_probe_that_breaks_could_not_tell(monkeypatch: pytest.MonkeyPatch) -> 
     def broken() -> features.Finding:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(probe, "cbpf", broken)
+    monkeypatch.setitem(probe.PROBES, features.CBPF, broken)
     finding = {each.topic: each for each in checks.examine(SERVICE)}["cbpf"]
     assert finding.verdict == "unknown"
     assert finding.found == "could not tell: Too many open files"

@@ -188,8 +188,8 @@ def test_who_refuses_to_lend_a_listener_is_not_the_only_one_asked(
             raise PermissionError(errno.EPERM, "refused")
         return borrowed(pid, fd)
 
-    borrowed = listeners._pidfd_getfd
-    monkeypatch.setattr(listeners, "_pidfd_getfd", lend)
+    borrowed = listeners.pidfd_getfd
+    monkeypatch.setattr(listeners, "pidfd_getfd", lend)
     bind = address.parse(f"127.0.0.1:{PORT}")
     listener = reuseport.member(bind, 16)
     inode, fd = processes.socket_inode(listener.fileno()), listener.fileno()

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from steer import abi
+from steer import abi, features
 from steer.config import address
 from steer.errors import KernelError, VerifierError
 from steer.features import Answer, Finding
@@ -639,3 +639,9 @@ def test_programs_are_to_be_waited_for_after_another_policy_also_where_nothing_i
             settle(crew)
             crew.steering.swap(plan, members, lend)
         settle(crew)
+
+
+@pytest.mark.needs("bpf", "migrate")
+def test_this_kernel_has_every_feature() -> None:
+    for feature in features.FEATURES:
+        assert probe.ask(feature) == features.Finding(Answer.YES), feature.name

@@ -205,7 +205,7 @@ def test_refused_by_the_system_call(
     def refuse(pid: int, fd: int) -> int:
         raise OSError(number, "no")
 
-    monkeypatch.setattr(listeners, "_pidfd_getfd", refuse)
+    monkeypatch.setattr(listeners, "pidfd_getfd", refuse)
     with pytest.raises(KernelError) as caught, borrower(os.getpid(), listener).borrow():
         pass
     assert str(caught.value) == f"borrow a socket of pid {os.getpid()}: {REFUSALS[number]}"

@@ -30,7 +30,7 @@ from steer.errors import CompileError, KernelError, Uncounted, VerifierError
 from steer.features import Answer
 from steer.linux.nic import Interface
 from steer.linux.topology import parse_cpumask
-from steer.loader import bpf_maps, probe
+from steer.loader import bpf_maps, probe, programs
 from steer.policy.builtin import CBPF, EBPF
 from steer.policy.cpus import Topology
 from steer.workers.access import Access, Refusal
@@ -165,7 +165,7 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
 
     monkeypatch.setattr(looking, "open_whole", uncounted)
     monkeypatch.setattr(looking, "_can_count", lambda: REFUSES)
-    monkeypatch.setattr(probe, "ebpf", lambda: features.Finding(Answer.YES))
+    monkeypatch.setitem(probe.PROBES, features.EBPF, lambda: features.Finding(Answer.YES))
     found = {each.topic: each for each in checks.examine(AUTO)}
     assert found["policy"].verdict == "warn"
     assert found["policy"].found == ("auto is hash, as open connections cannot be counted: EACCES")
@@ -688,7 +688,7 @@ def test_a_policy_that_is_refused_is_stepped_down_from(
         return Kernel(plan)
 
     monkeypatch.setattr(looking, "open_whole", open_whole)
-    monkeypatch.setattr(probe, "ebpf", lambda: features.Finding(Answer.YES))
+    monkeypatch.setitem(probe.PROBES, features.EBPF, lambda: features.Finding(Answer.YES))
     monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
     found = {each.topic: each for each in checks.examine(SERVICE)}
     assert found["ebpf"].verdict == found["backend"].verdict == "warn"
@@ -748,7 +748,8 @@ def test_before_a_start_no_more_is_probed_than_the_best(monkeypatch: pytest.Monk
         return make(name)
 
     monkeypatch.setattr(bpf_maps, "Map", made_map)
-    monkeypatch.setattr(probe, "cbpf", lambda: pytest.fail("it is not to be used"))
+    never = pytest.fail
+    monkeypatch.setitem(probe.PROBES, features.CBPF, lambda: never("it is not to be used"))
     assert probe.findings_before_start() == {"ebpf": features.Finding(Answer.YES)}
     assert 0 < len(made) < len(abi.MAPS)
 
@@ -758,6 +759,7 @@ def test_before_a_start_all_is_probed_where_the_best_does_not_hold(
     monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
     monkeypatch.setattr(probe, "ebpf", lambda *_: features.Finding(answer, "why"))
+    monkeypatch.setitem(probe.PROBES, features.EBPF, probe.ebpf)
     found = probe.findings_before_start()
     assert found == {
         "ebpf": features.Finding(answer, "why"),
@@ -768,14 +770,59 @@ def test_before_a_start_all_is_probed_where_the_best_does_not_hold(
 def test_what_works_is_found_out_once_and_what_does_not_again_and_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = iter([features.Finding(Answer.NO), features.Finding(Answer.YES)])
-    monkeypatch.setattr(probe, "ebpf", lambda: next(found))
+    found = iter([REFUSED, features.Finding(Answer.YES)])
+    monkeypatch.setitem(probe.PROBES, features.EBPF, lambda: next(found))
     known = probe.findings()
     assert [known[name].answer for name in ("ebpf", "cbpf")] == [Answer.NO, Answer.YES]
-    monkeypatch.setattr(probe, "cbpf", lambda: pytest.fail("it works, as was found"))
-    known = probe.findings(known)
+    never = pytest.fail
+    monkeypatch.setitem(probe.PROBES, features.CBPF, lambda: never("it works, as was found"))
+    known = probe.findings()
     assert known["ebpf"].answer is Answer.YES
-    assert probe.findings(known) == known
+    assert probe.findings() == known
+
+
+@pytest.mark.parametrize(
+    ("found", "is_kept"),
+    [
+        (features.Finding(Answer.YES), True),
+        (features.Finding(Answer.NO, "EINVAL", errno=errno.EINVAL), True),
+        (features.Finding(Answer.NO, "Linux 5.4 has not got it"), True),
+        (REFUSED, False),
+        (features.Finding(Answer.NO, "no libbpf", errno=errno.ENOENT), False),
+        (features.Finding(Answer.UNKNOWN, "ENOMEM", errno=errno.ENOMEM), False),
+        (features.Finding(Answer.UNKNOWN), False),
+    ],
+)
+def test_an_answer_is_kept_unless_it_may_be_another_later(
+    monkeypatch: pytest.MonkeyPatch, found: features.Finding, is_kept: bool
+) -> None:
+    asked: list[features.Finding] = []
+
+    def answer() -> features.Finding:
+        asked.append(found)
+        return found
+
+    monkeypatch.setitem(probe.PROBES, features.COUNT, answer)
+    assert [probe.ask(features.COUNT) for _ in range(3)] == [found] * 3
+    assert len(asked) == (1 if is_kept else 3)
+
+
+def test_every_feature_has_a_probe() -> None:
+    assert sorted(each.name for each in probe.PROBES) == sorted(
+        each.name for each in features.FEATURES
+    )
+
+
+def test_kernel_without_links_is_told_from_one_that_looks_for_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def link(*_: object) -> NoReturn:
+        raise KernelError("attach to the cgroup", "EINVAL", errno=errno.EINVAL)
+
+    monkeypatch.setattr(programs, "Link", link)
+    found = probe.count()
+    assert (found.answer, found.errno) == (Answer.NO, errno.EINVAL)
+    assert str(found.note).endswith(" has no BPF_LINK_CREATE; 5.7 has")
 
 
 @pytest.mark.parametrize(
