@@ -26,7 +26,7 @@ def bpf_ids(pid: int) -> set[tuple[str, int]]:
 
 def bpf_exists(kind: str, number: int) -> bool:
     """Whether a program or map is still there; numbers are not used again for long."""
-    fd = getattr(libbpf.libbpf(), f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
+    fd: int = getattr(libbpf.libbpf(), f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
     if fd >= 0:
         os.close(fd)
     return fd != -errno.ENOENT

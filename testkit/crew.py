@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 from steer.backends.open import open_backend
 from steer.config import address
@@ -204,7 +204,11 @@ class Crew:
     def take_ready(self) -> list[Taken]:
         """Whatever is there."""
         ready = self._ready.select(0)
-        return [each for key, _ in ready for each in self._take_all(key.fileobj, *key.data)]
+        return [
+            each
+            for key, _ in ready
+            for each in self._take_all(cast(socket.socket, key.fileobj), *key.data)
+        ]
 
     def _take_all(self, sock: socket.socket, slot: int, bind: int) -> Iterator[Taken]:
         try:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class Player:
             if time.monotonic() > end_s:
                 break
             time.sleep(act.pause_s)  # for clients to go on: nothing is waited for
-            self._note(act.kind, lambda act=act: _DO[act.kind](self, act))
+            self._note(act.kind, partial(_DO[act.kind], self, act))
         self._note(None, self._put_right)
 
     def let_go(self) -> None:
@@ -294,7 +295,9 @@ class Player:
 
     def _selected(self, pid: int) -> int | None:
         workers = self._workers()
-        return next(each["connections"]["selected"] for each in workers if each["pid"] == pid)
+        found = (each["connections"]["selected"] for each in workers if each["pid"] == pid)
+        selected: int | None = next(found)
+        return selected
 
     def _ask_in_vain(self, command: str) -> None:
         with suppress(ControlError):

@@ -20,21 +20,9 @@ from steer.errors import ControlError
 from testkit.bpf_objects import bpf_exists, bpf_ids
 from testkit.confine import as_user
 from testkit.processes import DEADLINE_S, eventually, session
+from testkit.programs import source
 
-_WOUND = """
-import importlib, sys
-from ast import literal_eval
-count = int(sys.argv[1])
-for each in sys.argv[2 : 2 + count]:
-    (where, _, value) = each.partition("=")
-    (module, _, name) = where.rpartition(".")
-    module = importlib.import_module(module)
-    assert hasattr(module, name), where
-    setattr(module, name, literal_eval(value))
-sys.argv = sys.argv[2 + count :]
-from steer.__main__ import main
-sys.exit(main())
-"""
+_WOUND = source("wound")
 
 
 STEER = str(Path(sys.executable).parent / "steer")

@@ -22,6 +22,7 @@ from testkit.confine import NOBODY
 from testkit.crew import CPUS, pinned
 from testkit.fixtures import RunSteer, StartService
 from testkit.processes import DEADLINE_S, eventually, is_running, session
+from testkit.programs import source
 from testkit.service import Service, start_service
 
 pytestmark = pytest.mark.needs("root", "netns")
@@ -530,22 +531,7 @@ def test_service_that_was_ending_ends(service: StartService, script: tuple[str, 
     eventually(lambda: not first.control_socket.exists())
 
 
-TELLER = """
-import os, socket, sys, time
-address = os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1)
-teller = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-listener = socket.socket(fileno=3)
-teller.sendto(b"READY=1", address)
-for number in range(10_000):
-    teller.sendto(b"WATCHDOG=1", address)
-    teller.sendto(b"STATUS=%d" % number, address)
-    open("told", "w").write(str(number))
-    listener.settimeout(0.01)
-    try:
-        listener.accept()[0].close()
-    except TimeoutError:
-        pass
-"""
+TELLER = source("teller")
 
 
 def test_who_tells_something_does_not_wait(service: StartService, home: Path) -> None:
@@ -967,21 +953,7 @@ def test_no_privilege_is_needed(service: StartService) -> None:
 
 # At any moment.
 
-DIES = """
-import os, signal, sys
-me, left = os.getpid(), int(os.environ.get("DIE_AT", "0"))
-
-def count(event, _):
-    global left
-    if event in EVENTS and os.getpid() == me and (left > 1 or os.path.exists("armed")):
-        left -= 1
-        if left == 0:
-            os.kill(me, signal.SIGKILL)
-
-EVENTS = {"os.fork", "socket.__new__", "socket.sendmsg", "socket.bind", "os.kill", "mmap.__new__"}
-if left and "run" in sys.orig_argv:
-    sys.addaudithook(count)
-"""
+DIES = source("dies_at_a_step")
 
 
 @pytest.fixture

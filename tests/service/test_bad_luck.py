@@ -24,28 +24,13 @@ from testkit.confine import NOBODY, as_user
 from testkit.fixtures import RunSteer, StartService
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, eventually, session
+from testkit.programs import source
 from testkit.service import STEER, Service, launch
 
 PORT = 8080
 ALONE = 40_000 + os.getpid() % 20_000
 """A user nobody else is, for limits that count a user's processes."""
-APP = """
-import sys
-from pathlib import Path
-
-def serve(worker):
-    if Path("broken").exists():
-        sys.exit(1)
-    print("not flushed", end="")
-    while True:
-        worker.sockets[0].accept()[0].close()
-
-def chatters(worker):
-    for _ in range(320):
-        sys.stderr.write("x" * 100_000)
-    sys.stderr.flush()
-    serve(worker)
-"""
+APP = source("unlucky")
 
 
 @pytest.fixture(autouse=True)

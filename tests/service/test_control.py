@@ -28,24 +28,13 @@ from testkit.confine import NOBODY, as_user
 from testkit.fake_service import fake_service, says
 from testkit.fixtures import RunSteer, StartService
 from testkit.processes import DEADLINE_S, eventually, session
+from testkit.programs import source
 from testkit.service import STEER, Service
 
 PORT = 8080
 ALONE = 40_000 + os.getpid() % 20_000
 """A user nobody else is, so that no other test is in its place in /tmp."""
-HOLDS = """
-import time
-from pathlib import Path
-
-def serve(worker):
-    while True:
-        client, _ = worker.sockets[0].accept()
-        with client:
-            Path("under-way").touch()
-            while not Path("go").exists():
-                time.sleep(0.01)
-            client.sendall(b"done")
-"""
+HOLDS = source("holds")
 
 MINE = """
 #include "steer.h"

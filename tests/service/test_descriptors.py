@@ -12,6 +12,7 @@ import pytest
 from testkit.clients import http_get, udp_ask
 from testkit.fixtures import RunSteer, StartService
 from testkit.processes import python
+from testkit.programs import source
 from testkit.service import STEER, Service, launch
 
 INHERITED = 1_100
@@ -26,21 +27,7 @@ for _ in range({INHERITED}):
     os.set_inheritable(os.dup(0), True)
 os.execv(sys.argv[1], sys.argv[1:])
 """
-ALL_ANSWER = """
-import select
-
-def serve(worker):
-    poll = select.poll()
-    by_number = {sock.fileno(): sock for sock in worker.sockets}
-    for number in by_number:
-        poll.register(number, select.POLLIN)
-    worker.ready()
-    while not worker.stopping:
-        for number, _ in poll.poll(100):
-            _, client = by_number[number].recvfrom(100)
-            port = by_number[number].getsockname()[1]
-            by_number[number].sendto(b'{"port": %d}' % port, client)
-"""
+ALL_ANSWER = source("all_answer")
 
 
 def test_starts_and_ends_with_many_descriptors_inherited(

@@ -20,6 +20,7 @@ from testkit.capabilities import require
 from testkit.confine import NOBODY
 from testkit.fixtures import RunSteer
 from testkit.namespaces import Netns
+from testkit.programs import path
 from testkit.service import STEER
 
 SERVICE = Service(bind=("0.0.0.0:8080",), policy="cpu")
@@ -123,33 +124,13 @@ def test_root_of_a_user_namespace_is_told_why() -> None:
 
 # A veth pair of which one end is asked: its packets reach the sockets on CPU `FIRST` only. Then
 # the cure is carried out, in the words it was given in.
-CURED = """
-import json, os, subprocess, sys
-from steer.doctor import checks as doctor
-from steer.config.service import Service
-
-def told():
-    found = doctor.examine(Service(bind=("0.0.0.0:8080",), policy="cpu"))
-    return [[e.verdict, e.found, e.cure] for e in found if e.found.startswith("v0:")]
-
-def sh(command):
-    subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
-
-sh("mount -t sysfs sysfs /sys")
-sh("ip link add v0 numrxqueues 2 type veth peer name v1")
-sh("ip link set v0 up && ip link set v1 up")
-first = min(os.sched_getaffinity(0))
-sh(f"echo {1 << first:x} | tee /sys/class/net/v0/queues/rx-*/rps_cpus")
-before = told()
-sh(before[0][2])
-print(json.dumps([before, told()]))
-"""
+CURED = path("cured_of_idle_workers")
 
 
 @pytest.mark.needs("root", "netns")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 2 CPUs")
 def test_the_cure_for_idle_workers_cures() -> None:
-    command = ["unshare", "--net", "--mount", sys.executable, "-c", CURED]
+    command = ["unshare", "--net", "--mount", sys.executable, CURED]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     before, after = json.loads(done.stdout)
     assert [before[0][0], after[0][0]] == ["warn", "ok"]

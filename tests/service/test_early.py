@@ -36,6 +36,7 @@ from testkit.gateway import (
 from testkit.namespaces import Netns
 from testkit.packets import segment
 from testkit.processes import DEADLINE_S, eventually, tcp_count
+from testkit.programs import source
 
 pytestmark = [
     pytest.mark.needs("root", "bpf", "tproxy"),
@@ -215,20 +216,7 @@ def test_a_packet_is_known_for_a_moment_only() -> None:
 
 # Services
 
-ANSWER = """
-import json, socket
-
-def serve(worker):
-    worker.ready()
-    held = []
-    while not worker.stopping:
-        try:
-            sock, peer = worker.sockets[0].accept()
-        except (TimeoutError, BlockingIOError):
-            continue
-        sock.sendall(json.dumps([worker.slot, *sock.getsockname()[:2]]).encode() + b"\\n")
-        held.append(sock)
-"""
+ANSWER = source("answers_early")
 
 
 WAIT = """

@@ -16,21 +16,9 @@ from steer.linux import processes
 from steer.sockets import elsewhere
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually
+from testkit.programs import source
 
-APP = """
-def wsgi(environ, start_response):
-    start_response("200 OK", [])
-    return [b""]
-
-async def asgi(scope, receive, send):
-    while scope["type"] == "lifespan":
-        kind = (await receive())["type"]
-        await send({"type": f"{kind}.complete"})
-        if kind.endswith("shutdown"):
-            return
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body"})
-"""
+APP = source("answers_asgi_and_wsgi")
 COMES_ROUND = """
 import pathlib, socket, time
 metrics = socket.create_server(("127.0.0.1", 8097))

@@ -30,6 +30,7 @@ from testkit.clients import http_get
 from testkit.crew import PORT
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually
+from testkit.programs import source
 
 HERE = f"127.0.0.1:{PORT}"
 
@@ -228,20 +229,7 @@ def test_sockets_have_low_numbers_however_many_files_are_open(
     assert running.stop() == 0
 
 
-NUMBERS = """
-import json
-
-def serve(worker):
-    numbers = [sock.fileno() for sock in worker.sockets]
-    found = [min(numbers), max(numbers), worker.sockets[0].proto]
-    worker.ready()
-    while True:
-        client, _ = worker.sockets[0].accept()
-        with client:
-            client.recv(1000)
-            body = json.dumps({"numbers": found}).encode()
-            client.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n" + body)
-"""
+NUMBERS = source("random_numbers")
 
 
 @pytest.mark.needs("netns", "bpf")

@@ -17,6 +17,7 @@ from steer.linux.procfs import Files
 from steer.linux.waiting import Seen
 from testkit.fixtures import StartService
 from testkit.processes import eventually
+from testkit.programs import source
 from testkit.service import Service
 
 FIRST = 7
@@ -166,32 +167,7 @@ def test_one_that_waits_is_seen_at_once(tmp_path: Path, made: list[Files]) -> No
     assert made[0].reads < 300
 
 
-GREEDY = """
-import ctypes, mmap, threading, time
-libc = ctypes.CDLL(None)
-
-def serve(worker):
-    # all but the first are greedy
-    try:
-        open("first", "x").close()
-    except FileExistsError:
-        wait_greedily()
-    while True:
-        worker.sockets[0].accept()[0].close()
-
-def wait_greedily():
-    threading.stack_size(65536)
-    for _ in range(2000):
-        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
-    bits = mmap.mmap(-1, 256 << 20)
-    bits[:8 << 20] = b"\\xff" * (8 << 20)
-    bits[:8] = bytes(8)
-    memory = (ctypes.c_char * len(bits)).from_buffer(bits)
-    while True:  # on a descriptor that is not open EBADF, so none that is
-        bits[:8192] = bytes(8192)
-        limit = ctypes.byref((ctypes.c_long * 2)(1000, 0))
-        libc.select(0x7FFFFFFF, memory, None, None, limit)
-"""
+GREEDY = source("greedy")
 
 
 @pytest.mark.needs("netns")

@@ -17,39 +17,9 @@ from steer.control import mailbox
 from steer.control.notify import Listener, Notification, Unheard, tell_supervisor
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually, is_ready
+from testkit.programs import source
 
-APP = '''
-"""Workers that get ready only when they are told to, and wait where nobody sees it."""
-import os, subprocess, sys, time
-from pathlib import Path
-
-TELL = """
-import os, socket, sys
-address = os.environ["NOTIFY_SOCKET"].replace("@", "\\\\0", 1)
-socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1", address)
-sys.stdin.read()
-"""
-
-def until(name):
-    while not Path(name).exists():
-        time.sleep(0.01)
-
-def until_stopped(worker):
-    while not (worker and worker.stopping):
-        time.sleep(0.01)
-
-def has_a_child_that_tells(worker):
-    Path("address").write_text(os.environ["NOTIFY_SOCKET"])
-    until("tell")
-    child = subprocess.Popen([sys.executable, "-c", TELL], stdin=subprocess.PIPE)
-    until_stopped(worker)
-    child.communicate()
-
-def tells(worker):
-    until("tell")
-    worker.ready()
-    until_stopped(worker)
-'''
+APP = source("ready_when_told")
 
 
 def encoded(address: str) -> str:

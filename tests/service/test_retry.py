@@ -28,6 +28,7 @@ from testkit.fixtures import StartService
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, descriptors, eventually, line_of
 from testkit.processes import running as running_process
+from testkit.programs import source
 from testkit.service import STEER, Service, launch
 
 PORT = 8080
@@ -375,48 +376,7 @@ def test_compiler_that_cannot_be_started_is_said_so(
 
 # What fails inside: whatever it is, the seat is filled again
 
-SITE = """
-import errno, os
-from importlib.util import find_spec
-from importlib.abc import MetaPathFinder
-import sys
-
-where, which, kind, first, last = os.environ["FAILS"].split()
-ERRORS = {"OSError": OSError(errno.ENOMEM, "Cannot allocate memory"), "MemoryError": MemoryError(),
-          "ZeroDivisionError": ZeroDivisionError("of nothing"),
-          "RuntimeError": RuntimeError("can't start new thread")}
-calls = 0
-
-def breaks(real):
-    def call(*args, **kwargs):
-        global calls
-        if os.path.exists("armed") and os.getpid() == int(open("armed").read()):
-            calls += 1
-            if int(first) <= calls <= int(last):
-                open("failed", "w").close()
-                raise ERRORS[kind]
-        return real(*args, **kwargs)
-    return call
-
-class Finder(MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != where:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            owner = module
-            *path, last_name = which.split(".")
-            for part in path:
-                owner = getattr(owner, part)
-            setattr(owner, last_name, breaks(getattr(owner, last_name)))
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder())
-"""
+SITE = source("site_that_fails")
 BREAKS = [
     ("steer.workers.selection Selection.left", "OSError 1 1"),
     ("steer.workers.selection Selection.give_up", "MemoryError 1 1"),

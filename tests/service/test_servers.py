@@ -16,6 +16,7 @@ from testkit.clients import http_get
 from testkit.crew import CPUS, pinned
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually, is_running
+from testkit.programs import source
 
 PORT = 8080
 SERVERS = {
@@ -28,47 +29,8 @@ SAYS_WHEN_STOPPED = {
     "gunicorn": "Handling signal: term",
     "hypercorn": "stopping gracefully",  # says nothing itself
 }
-ASGI = """
-import asyncio, json, os, pathlib
-
-async def until(name):
-    while not pathlib.Path(name).exists():
-        await asyncio.sleep(0.01)
-
-async def app(scope, receive, send):
-    if scope["type"] == "lifespan":
-        while (message := await receive())["type"] == "lifespan.startup":
-            if "HOLD" in os.environ:
-                await until("start-" + os.environ["STEER_SLOT"])
-            await send({"type": "lifespan.startup.complete"})
-        await send({"type": "lifespan.shutdown.complete"})
-        return
-    if scope["path"] == "/held":
-        pathlib.Path("under-way").touch()
-        await until("go")
-    body = json.dumps({"slot": int(os.environ["STEER_SLOT"]), "pid": os.getpid()}).encode()
-    headers = [(b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-"""
-WSGI = """
-import json, os, pathlib, time
-
-def until(name):
-    while not pathlib.Path(name).exists():
-        time.sleep(0.01)
-
-if "HOLD" in os.environ:
-    until("start-" + os.environ["STEER_SLOT"])
-
-def app(environ, start_response):
-    if environ["PATH_INFO"] == "/held":
-        pathlib.Path("under-way").touch()
-        until("go")
-    body = json.dumps({"slot": int(os.environ["STEER_SLOT"]), "pid": os.getpid()}).encode()
-    start_response("200 OK", [("Content-Length", str(len(body)))])
-    return [body]
-"""
+ASGI = source("asgi")
+WSGI = source("wsgi")
 
 every_server = pytest.mark.parametrize(
     "server", [pytest.param(name, marks=pytest.mark.needs("bpf", name)) for name in SERVERS]

@@ -16,24 +16,10 @@ from steer.api import service
 from testkit.clients import http_get
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, eventually
+from testkit.programs import source
 from testkit.service import clean_environment
 
-SERVE = '''
-def serve(worker):
-    """Says which slot answers; of the module it is in."""
-    listener = worker.sockets[0]
-    worker.ready()
-    while not worker.stopping:
-        try:
-            sock, _ = listener.accept()
-        except BlockingIOError:
-            return
-        with sock:
-            sock.recv(4096)
-            body = ('{"slot": %d, "module": "%s"}' % (worker.slot, __name__)).encode()
-            head = b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n"
-            sock.sendall(head % len(body) + body)
-'''
+SERVE = source("shop")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from steer.linux import fork
 from testkit.fake_service import fake_service
 from testkit.fixtures import StartService
 from testkit.processes import eventually
+from testkit.programs import path, source
 from testkit.service import clean_environment
 
 ON_ONE_CPU = ("taskset", "-c", "0")
@@ -120,45 +121,19 @@ def test_a_worker_collects_its_garbage() -> None:
     fork.is_done(pid)
 
 
-COUNTS = """
-import sys
-from steer import __main__
-from steer.linux import unix
-
-looks, may_listen = [], unix.may_listen
-unix.may_listen = lambda *given: looks.append(given) or may_listen(*given)
-sys.argv = ["steer", "run", "--demo", "--pid", "/no/such/directory/file"]
-try:
-    __main__.main()
-except SystemExit:
-    print(len(looks))
-"""
+COUNTS = path("counts_imports")
 
 
 def test_unix_sockets_of_others_are_looked_at_once(home: Path) -> None:
     """There may be thousands, and it takes a microsecond for each."""
     done = subprocess.run(
-        [sys.executable, "-c", COUNTS], env=clean_environment(home), capture_output=True, text=True
+        [sys.executable, COUNTS], env=clean_environment(home), capture_output=True, text=True
     )
     assert "write pid file" in done.stderr  # after the name was claimed
     assert done.stdout == "1\n"
 
 
-STARTS = """
-import os, socket, time
-
-def note(what):
-    with open(f"{what}-{os.environ['STEER_SLOT']}", "w") as file:
-        print(time.monotonic(), file=file)
-
-note("started")
-path = os.environ["NOTIFY_SOCKET"].replace("@", chr(0), 1)
-with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-    note("ready")
-    sender.sendto(b"READY=1", path)
-while True:
-    socket.socket(fileno=os.dup(3)).accept()
-"""
+STARTS = source("starts")
 
 
 def test_next_command_starts_when_one_is_ready(service: StartService, home: Path) -> None:

@@ -17,6 +17,7 @@ from steer.config.service import Service
 from testkit.fixtures import RunSteer, StartService
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, eventually
+from testkit.programs import source
 from testkit.service import Service as Running
 
 HOST, PORT, BEHIND = "127.0.0.1", 8080, 8081
@@ -246,20 +247,7 @@ def test_one_that_is_not_ready_yet_is_ended_by_sigterm(service: StartService) ->
     assert "not finished in its time" not in running.log
 
 
-CALLABLE = """
-import pathlib, signal, time
-
-def serve(worker):
-    signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("terminated").touch())
-    worker.sockets[0].settimeout(0.02)
-    worker.ready()
-    while not worker.stopping:
-        try:
-            worker.sockets[0].accept()[0].close()
-        except (TimeoutError, BlockingIOError):
-            pass
-    pathlib.Path(f"finished-{worker.slot}").touch()
-"""
+CALLABLE = source("ends_on_a_signal")
 
 
 @pytest.mark.parametrize("adopt_timeout", ["0", "30"])

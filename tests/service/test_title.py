@@ -14,25 +14,9 @@ from steer.linux import processes
 from steer.linux import title as own
 from testkit.fixtures import StartService
 from testkit.processes import eventually, python
+from testkit.programs import source
 
-APP = """
-import ctypes, json, os
-from pathlib import Path
-
-getenv = ctypes.CDLL(None).getenv
-getenv.restype = ctypes.c_char_p
-
-def serve(worker):
-    worker.ready()
-    # C code, and Python, still see the environment and the arguments that there were.
-    seen = getenv(b"PATH").decode(), os.environ["PATH"], __import__("sys").orig_argv[-1]
-    Path("seen").write_text(json.dumps(seen))
-    while not worker.stopping:
-        try:
-            worker.sockets[0].accept()[0].close()
-        except BlockingIOError:
-            pass
-"""
+APP = source("has_a_title")
 
 
 def title(pid: int) -> str:

@@ -23,6 +23,7 @@ from steer.loader import compile
 from testkit import ROOT
 from testkit.capabilities import require
 from testkit.processes import DEADLINE_S, is_ready
+from testkit.programs import path
 from vm import __main__ as command
 from vm import accel, boot, cache, cards, kernels, root
 from vm.boot import Machine
@@ -494,20 +495,7 @@ def test_policy_that_is_not_there_boots_nothing(words: list[str], cause: str) ->
     assert str(done.exception).startswith(cause)
 
 
-PROGRAM = """
-import signal
-from pathlib import Path
-from vm import __main__ as vm, accel, boot, cards, ending, kernels, root
-# Whoever runs the tests may ignore them, and that is inherited.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-root.image = lambda: Path("/root.squashfs")
-root._is_guests_python = lambda: True  # or it is said that it is not
-accel.why_not = lambda *_: ""
-cards.can_wire = lambda: False
-kernels.find = lambda name: kernels.Kernel(name, Path("/bin/true"))
-raise SystemExit(ending.run(vm.main, "vm"))
-"""
+PROGRAM = path("boots_once")
 SIGNALS = pytest.mark.parametrize("number, status", [("INT", 130), ("TERM", 143), ("HUP", 129)])
 
 
@@ -525,7 +513,7 @@ def end(contained: None, tool: Tool, tmp_path: Path) -> Callable[..., int]:
         with (
             open(os.open(alive, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as guest,
             subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *words],
+                [sys.executable, PROGRAM, *words],
                 cwd=ROOT,
                 env={**os.environ, "TMPDIR": str(tmp_path)},
                 stdin=stdin,

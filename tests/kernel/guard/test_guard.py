@@ -30,69 +30,9 @@ from steer.guard.store import Settings
 from steer.linux import fork
 from testkit.confine import NOBODY, as_user
 from testkit.processes import DEADLINE_S, eventually, is_ready, is_running, session
+from testkit.programs import path
 
-PUPPET = """
-import json, os, select, signal, socket, subprocess, sys, traceback
-from pathlib import Path
-from steer.guard import client as custody
-from steer.guard import store as keeper
-from steer.linux import fork as process
-from steer.linux import stdio
-from steer.guard.client import GuardClient, adopt
-from steer.guard.store import Settings
-
-def claim(path):
-    global control
-    control = socket.socket(socket.AF_UNIX)
-    control.bind(path)
-    control.listen(16)
-
-def start(path, **more):
-    global guard
-    claim(path)
-    say = lambda text, _: stdio.write_stderr(text.encode() + b"\\n")
-    guard = GuardClient(control, Settings("test", path, **more), say)
-    guard.start()
-    return guard.pid
-
-def worker(key, *command):
-    listener = socket.create_server(("127.0.0.1", 0))
-    ours, theirs = os.pipe()
-    channel, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, process_group=0)
-    os.close(theirs)
-    child.stdout.readline()
-    fds = [os.pidfd_open(child.pid), ours, channel.detach(), listener.detach()]
-    guard.put(key, b"old", fds, child.pid)
-    return child.pid
-
-def take_over(path, **more):
-    global handover, guard, control
-    handover = adopt(Path(path))
-    control = handover.control
-    guard = GuardClient(control, handover.settings, handover=handover)
-    guard.start()
-    for key, entry in handover.entries.items():
-        guard.put(key, entry.value, entry.fds, entry.group)
-    return guard.pid
-
-def refuse():
-    asker = control.accept()[0]
-    asker.recv(4096)
-    asker.sendall(b'{"ok": false, "error": "unknown command"}\\n')
-    asker.close()
-
-def serials(fds):
-    return [[os.fstat(fd).st_dev, os.fstat(fd).st_ino] for fd in fds]
-
-for line in sys.stdin:
-    code = json.loads(line)
-    try:
-        answer = eval(code)
-    except BaseException:
-        answer = {"error": traceback.format_exc()}
-    print(json.dumps(answer), flush=True)
-"""
+PUPPET = path("guards_puppet")
 PLAIN = ("sh", "-c", "echo; exec sleep 600")
 STUBBORN = ("sh", "-c", "trap '' TERM; echo; while :; do sleep 600; done")
 IN_SHELL = ("sh", "-c", "sleep 600 & echo $!; exec sleep 600")
@@ -109,7 +49,7 @@ class Puppet:
         self.errors = home / "stderr"
         with self.errors.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", PUPPET],
+                [sys.executable, PUPPET],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors if stderr is None else stderr,

@@ -16,6 +16,7 @@ import pytest
 
 from steer.linux import nic
 from testkit import ROOT
+from testkit.programs import path
 
 
 @contextmanager
@@ -76,38 +77,13 @@ def test_veth_queues_and_packet_steering() -> None:
     assert lo["note"] == "same-host clients arrive on the CPU they run on"
 
 
-ARRIVALS = """
-import json, os, socket, subprocess, sys
-from steer.linux import nic
-
-SO_INCOMING_CPU = 49
-client_cpu, steered_cpu = sorted(os.sched_getaffinity(0))[:2]
-
-def arrival(server):
-    with socket.create_connection(server.getsockname()) as client, server.accept()[0] as accepted:
-        client.send(b"x")
-        accepted.recv(1)
-        return accepted.getsockopt(socket.SOL_SOCKET, SO_INCOMING_CPU)
-
-def told():
-    (lo,) = nic.receive_queues()
-    return sorted(nic.cpus_taking_packets(lo) or ())
-
-subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-os.sched_setaffinity(0, {client_cpu})
-with socket.create_server(("127.0.0.1", 0)) as server:
-    unsteered = told(), arrival(server)
-    with open("/sys/class/net/lo/queues/rx-0/rps_cpus", "w") as mask:
-        mask.write(f"{1 << steered_cpu:x}")
-    steered = told(), arrival(server)
-print(json.dumps([client_cpu, steered_cpu, unsteered, steered]))
-"""
+ARRIVALS = path("arrivals")
 
 
 @pytest.mark.needs("netns")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 2 CPUs")
 def test_packets_arrive_where_it_says() -> None:
-    client_cpu, steered_cpu, unsteered, steered = told_away(sys.executable, "-c", ARRIVALS)
+    client_cpu, steered_cpu, unsteered, steered = told_away(sys.executable, ARRIVALS)
     assert unsteered == [[], client_cpu]
     assert steered == [[steered_cpu], steered_cpu]
 

@@ -19,6 +19,7 @@ from steer.linux import activity, port_holders, processes
 from steer.linux.waiting import Seen, acceptors, in_event_loop, waits_on
 from testkit import ROOT
 from testkit.processes import eventually, line_of, python, running
+from testkit.programs import source
 
 
 def state(pid: int) -> str:
@@ -596,22 +597,7 @@ def test_ring_states(tmp_path: Path, flags: str, fdinfo: str, held: str, seen: S
 
 # ---- real servers
 
-APPLICATION = """
-import asyncio, os
-
-async def asgi(scope, receive, send):
-    if scope["type"] == "lifespan":
-        await receive()
-        if "GATE" in os.environ:
-            print("starting up", flush=True)
-            await asyncio.to_thread(os.read, 0, 1)
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-
-def wsgi(environ, start_response):
-    start_response("200 OK", [])
-    return []
-"""
+APPLICATION = source("waits_in_a_loop")
 
 SERVERS = [
     pytest.param("uvicorn", "-m uvicorn --fd {fd} app:asgi", marks=pytest.mark.needs("uvicorn")),
