@@ -170,9 +170,6 @@ class FakeSteering:
         self._plan = plan
         self.steer(members)
 
-    def settle(self) -> None:
-        self._cost["waits for programs"] += 1
-
     def unsettled(self) -> None:
         """The next flip waits for nothing."""
 
@@ -249,6 +246,7 @@ class FakeProcess:
         self.told = self.is_killed = False
         self.is_open = True
         self.started_s = 0.0
+        self._has_ended = False
         self._guard = guard
         self._cost = cost
         cost["processes"] += 1
@@ -282,9 +280,10 @@ class FakeProcess:
         self._guard.drop(self.key)
 
     def exit(self, number: int) -> None:
-        """Its end is seen."""
-        self._status = -number
-        self._ended()
+        """Its end is seen, once."""
+        if not self._has_ended:
+            self._has_ended, self._status = True, -number
+            self._ended()
 
     def tell_others(self, _pids: Sequence[int]) -> None:
         pass
