@@ -15,37 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from testkit.faults import Request
+from testkit.programs import source
 
 PORT = 8080
 CLIENTS = 24
 _PAUSE_S = 0.08
 _TIMEOUT_S = 600.0
 """Longer than any test: who is not answered is found waiting."""
-_SLOW_EVERY = 10
 
-APP = f"""
-import os, time
-
-record = os.open("record", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-pid = os.getpid()
-
-def serve(worker):
-    worker.ready()
-    try:
-        while True:
-            client, _ = worker.sockets[0].accept()
-            with client:
-                answer(client)
-    except BlockingIOError:
-        os.write(record, f"{{os.getpid()}} ended\\n".encode())
-
-def answer(client):
-    number = int(client.makefile("rb").readline())
-    time.sleep(0.1 if number % {_SLOW_EVERY} == 0 else 0.001)
-    line = f"{{os.getpid()}} {{number}}\\n".encode()
-    os.write(record, line)
-    client.sendall(line)
-"""
+APP = source("writes_down")
 
 
 class Record:

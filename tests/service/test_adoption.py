@@ -28,37 +28,7 @@ from testkit.service import Service, start_service
 pytestmark = pytest.mark.needs("root", "netns")
 
 HOST, PORT = "127.0.0.1", 8080
-SCRIPT = f"""
-import http.server, os, pathlib, signal, socket, sys, time
-slot = sys.argv[1]
-if pathlib.Path("crash" + slot).exists():
-    sys.exit("as it was told to")
-while pathlib.Path("wait" + slot).exists():
-    time.sleep(0.01)
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        while pathlib.Path("hang" + slot).exists():
-            time.sleep(0.01)
-        body = f'{{{{"slot": {{slot}}, "pid": {{os.getpid()}}}}}}\\n'.encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-def finish(*_):
-    while pathlib.Path("busy").exists():
-        time.sleep(0.01)
-    os._exit(0)
-
-signal.signal(signal.SIGTERM, finish)
-server = http.server.HTTPServer(("{HOST}", {PORT}), Handler, bind_and_activate=False)
-server.socket = socket.socket(fileno=3)
-server.serve_forever()
-"""
+SCRIPT = source("http_server")
 MARKER = """
 import sys
 if "run" in sys.orig_argv and "--check-config" not in sys.orig_argv:

@@ -193,26 +193,7 @@ def test_helper_of_another_user_in_a_session_of_its_own_is_known_by_its_environm
     service("-w", "2", *as_nobody, "--", "sh", "start.sh")
 
 
-NAMELESS = f"""
-import os, socket, sys
-
-def send(address):
-    socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1", address)
-
-if sys.argv[1:]:
-    while os.getppid() == int(sys.argv[2]):
-        pass
-    send(sys.argv[1].replace("@", "\\0", 1))
-else:
-    if os.fork() == 0:
-        os.setsid()
-        words = ["nameless.py", os.environ["NOTIFY_SOCKET"], str(os.getpid())]
-        if os.fork() == 0:
-            os.execve({sys.executable!r}, [{sys.executable!r}, *words], {{}})
-        os._exit(0)
-    os.wait()
-    os.execv({sys.executable!r}, [{sys.executable!r}, "polls.py"])
-"""
+NAMELESS = source("nameless")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,51 +20,12 @@ from testkit.crew import PORT
 from testkit.fixtures import StartService
 from testkit.namespaces import Netns
 from testkit.processes import eventually, is_running, line_of, python, running
+from testkit.programs import source
 from testkit.service import Service
 
 pytestmark = pytest.mark.needs("netns", "pidfd_getfd")
 BIND = ("-b", f"127.0.0.1:{PORT}")
-APP = f'''
-import json, os, select, signal, socket, subprocess, sys
-
-def call(worker):
-    """Has started a program that has its listeners, and does not end when it is told to."""
-    fds = [sock.fileno() for sock in worker.sockets]
-    subprocess.Popen([{sys.executable!r}, "app.py"], pass_fds=fds)
-    while True:
-        try:
-            client, _ = worker.sockets[0].accept()
-        except BlockingIOError:
-            return
-        with client:
-            client.recv(1000)
-            body = json.dumps({{"pid": os.getpid()}}).encode()
-            client.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n" + body)
-
-def crowd(worker):
-    """Has started a dozen that do not end when they are told to."""
-    fds = [sock.fileno() for sock in worker.sockets]
-    ignore = lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for _ in range(12):
-        subprocess.Popen(["sleep", "1000"], pass_fds=fds, preexec_fn=ignore)
-    while not worker.stopping:
-        worker.sockets[0].accept()[0].close()
-
-def datagrams(worker):
-    """The same, over UDP."""
-    (sock,) = worker.sockets
-    subprocess.Popen([{sys.executable!r}, "app.py"], pass_fds=[sock.fileno()])
-    while not worker.stopping:
-        if select.select([sock], [], [], 0.02)[0]:
-            _, peer = sock.recvfrom(1000)
-            sock.sendto(json.dumps({{"pid": os.getpid()}}).encode(), peer)
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with open("helpers", "a") as file:
-        file.write(f"{{os.getpid()}}\\n")
-    signal.pause()
-'''
+APP = source("has_started_another")
 backends = pytest.mark.parametrize(
     "backend",
     [pytest.param("ebpf", marks=pytest.mark.needs("bpf", "migrate")), "cbpf", "kernel"],
