@@ -44,7 +44,7 @@ from steer.workers.lifecycle import Event
 from steer.workers.pool import WorkerPool
 from testkit import ROOT
 
-FEW, MANY = 10, 1000
+FEW, MANY = 10, 400
 READY = {"READY": "1"}
 _CPUS = (0, 1)
 _NO_PID = 1 << 23

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +36,15 @@ from steer.policy.builtin import CBPF, EBPF
 from steer.policy.cpus import Topology
 from steer.workers.access import Access, Refusal
 from testkit.confine import NOBODY
+
+_ask_for_bcc = cache(kernel_facts._bcc)
+
+
+@pytest.fixture(autouse=True)
+def bcc_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a process."""
+    monkeypatch.setattr(kernel_facts, "_bcc", _ask_for_bcc)
+
 
 # ---- a machine where all is well, and what may be otherwise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import CompileError, ConfigError
@@ -122,6 +122,7 @@ def test_file_without_a_policy(text: str) -> None:
         declarations.parse(text, "read mine.c")
 
 
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(st.text() | st.text(alphabet='STEER_PARAM(x,01"/* \n').map("STEER_PARAM({}".format))
 def test_any_text_is_read_or_refused(text: str) -> None:
     with suppress(CompileError):
