@@ -101,6 +101,10 @@ PROTOCOLS: Final = {"tcp": 6, "udp": 17}
 """As in IP headers."""
 
 
+MAPS_VERSION: Final = 1
+"""Of MAPS: raise it when the shape of a map changes, as a controller adopts the maps of another."""
+
+
 class MapSpec(msgspec.Struct, frozen=True):
     """A map that steer.h speaks of.
 

@@ -81,7 +81,7 @@ class Changes:
                 self._log.info("generation %d serves", generation.number)
 
     async def _renew(self, plan: Plan, tell: Tell) -> Generation:
-        self._service.allow_descriptors(plan)
+        self._service.file_limit.allow(plan)
         before = self._plan
         plan = self._policy.choose_as(plan)
         try:
@@ -121,7 +121,7 @@ class Changes:
     async def _scale_to(self, workers: int, tell: Tell) -> None:
         self._service.follow_cpus()
         plan = planning.scaled(self._plan, workers, topology.read())
-        self._service.allow_descriptors(plan)
+        self._service.file_limit.allow(plan)
         await self._rollout.scale(plan, tell)
         self._service.configure(plan)
         self._log.info("%s", plural(workers, "worker"))

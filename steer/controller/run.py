@@ -1,21 +1,21 @@
-"""Runs a service: carries out its plan, or adopts what another controller left, then the loop."""
+"""Runs a service: starts it, or adopts what another controller left, then runs the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
-from steer.config.plan import Act, Plan, Step
+from steer.config.plan import Plan
+from steer.control import rundir, taken
 from steer.controller.controller import LAST_LINES_S, Controller, Reread
-from steer.linux import family, fork, output, title
+from steer.controller.loop_import import await_loop
+from steer.controller.start import Start
+from steer.guard import client
+from steer.guard.client import Handover
+from steer.linux import family, fork, output, services, title
 from steer.linux.log import Log
-
-CARRY_OUT: dict[Act, Callable[[Controller, Step], None]] = {
-    Act.CLAIM: Controller.claim_name,
-    Act.CHECK_FREE: Controller.check_free,
-    Act.LOAD: Controller.load_policy,
-    Act.START: Controller.start_workers,
-}
 
 
 def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
@@ -40,17 +40,49 @@ def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -
     fork.rename("steer")  # started by `python -m steer` it is "python"
     family.become_subreaper()
     with ExitStack() as undo:
-        started = Controller(plan, environment, log, reread, undo)
-        if not started.adopt():
-            if plan.policy.problem is not None:
-                raise plan.policy.problem
-            for step in plan.steps():
-                CARRY_OUT[step.act](started, step)
-            started.await_loop()
+        service = Controller(plan, environment, log, reread)
+        undo.callback(service.file_limit.spare.close)
+        _start_or_adopt(service, undo)
         from steer.controller.loop import supervise
 
-        if supervise(started):
+        if supervise(service):
             undo.pop_all()
-            started.execute_anew()
+            service.execute_again()
     log.info("ended")
     return 0
+
+
+def _start_or_adopt(service: Controller, undo: ExitStack) -> None:
+    """Raises SteerError: neither can be done."""
+    lost, left = _left(service.plan, service.environment)
+    if left is not None:
+        from steer.controller.adoption import adopt
+
+        adopt(service, *left, undo)
+        return
+    if service.plan.policy.problem is not None:
+        raise service.plan.policy.problem
+    Start(service, lost, undo).carry_out()
+    await_loop(service)
+
+
+def _left(
+    plan: Plan, environment: Mapping[str, str]
+) -> tuple[Sequence[services.Running], tuple[Path, Handover] | None]:
+    """What an earlier controller of this service left.
+
+    Returns:
+        Its processes whose control socket has no path any more; and what its guard hands over,
+        with the path of the control socket, if there is a guard.
+
+    Raises:
+        ControlError: that controller has not ended.
+    """
+    places = rundir.places(plan.name, plan.service.control_socket, environment)
+    lost = taken.await_guard(places, environment)
+    for path in places:
+        # Another user's is none of ours; whether a place is left is seen to later.
+        handover = client.adopt(path) if os.access(path, os.W_OK) else None
+        if handover is not None:
+            return lost, (path, handover)
+    return lost, None

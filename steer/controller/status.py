@@ -48,7 +48,7 @@ async def report_of(
         policy_asked=plan.service.policy,
         policy_reason=plan.policy_reason,
         backend=steering.backend,
-        backend_reason=service.rung.reason,
+        backend_reason=plan.rungs[0].reason,
         notes=[
             *steering.notes,
             *service.pool.visibility.notes.values(),

@@ -669,8 +669,13 @@ def test_adoption_that_fails_late_has_changed_nothing(service: StartService, hom
     assert by_slot(service(*arguments)) == workers
 
 
+@pytest.mark.parametrize(
+    "number",
+    ["steer.abi.MAPS_VERSION", "steer.controller.persisted.SCHEMA"],
+    ids=["maps", "schema"],
+)
 def test_what_another_version_left_is_not_understood(
-    service: StartService, home: Path, environment: dict[str, str]
+    service: StartService, home: Path, environment: dict[str, str], number: str
 ) -> None:
     """But not harmed, either."""
     first = service("-w", "2")
@@ -678,7 +683,7 @@ def test_what_another_version_left_is_not_understood(
     orphan(first)
     environment["PYTHONPATH"] = str(home)
     site = home / "sitecustomize.py"
-    site.write_text("import steer.abi as abi; abi.MAPS = {**abi.MAPS, 'new': abi.MAPS['cpus']}")
+    site.write_text(f"import {number.rpartition('.')[0]}; {number} += 1")
     assert "another version" in refused("-w", "2", running=first)
     site.unlink()
     assert by_slot(service("-w", "2")) == workers

@@ -330,17 +330,17 @@ def test_seat_is_filled_again_whatever_fails(
 
 
 LACKS = {
-    "memory": ("steer.controller.controller Controller._announce MemoryError", "out of memory"),
+    "memory": ("steer.controller.start Start._announce MemoryError", "out of memory"),
     "memory, in a thread": (
-        "steer.controller.controller importlib.import_module MemoryError",
+        "steer.controller.loop_import importlib.import_module MemoryError",
         "out of memory",
     ),
     "threads": (
-        "steer.controller.controller Controller.await_loop RuntimeError",
+        "steer.controller.loop_import await_loop RuntimeError",
         "no more threads; raise the limit on processes (ulimit -u, TasksMax=) or on memory",
     ),
     "something": (
-        "steer.controller.controller Controller._make_fleet OSError",
+        "steer.controller.controller Controller.make_pool OSError",
         "Cannot allocate memory",
     ),
 }

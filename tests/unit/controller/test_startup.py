@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from steer.controller.controller import Controller
+from steer.controller.loop_import import await_loop
 
 SAID = [((2,), {"STATUS": "soon"}), ((3,), {"READY": "1"}), ((2,), {"READY": "1"})]
 
@@ -54,7 +54,7 @@ class Starting:
     def run(self) -> None:
         with open(os.devnull) as file:
             self._always_readable = file.fileno()
-            Controller.await_loop(cast(Any, self))
+            await_loop(cast(Any, self))
 
 
 def test_first_that_is_ready_serves_whatever_was_said_before(

@@ -48,8 +48,8 @@ class FakeService:
             service=SimpleNamespace(policy="hash"),
             policy_reason=None,
             binds=(),
+            rungs=(SimpleNamespace(reason=None),),
         )
-        self.rung = SimpleNamespace(reason=None)
         self.started_s = 0.0
         self.steering: Any = SimpleNamespace(
             backend="ebpf",

@@ -1,0 +1,123 @@
+"""Adopts a service whose controller is gone: a new controller takes over from its guard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+
+from steer.backends.base import Backend
+from steer.backends.open import open_backend
+from steer.config import plan as planning
+from steer.config.plan import Generation, Plan
+from steer.control import mailbox
+from steer.control.claim import Claim
+from steer.controller import persisted
+from steer.controller.controller import Controller
+from steer.controller.persisted import Persisted
+from steer.errors import KernelError
+from steer.guard.client import Handover
+from steer.loader import find
+from steer.policy.builtin import AUTO
+from steer.values import plural
+
+
+def adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack) -> None:
+    """Take over what a guard hands over.
+
+    Args:
+        path: of the control socket.
+
+    Raises:
+        ControlError: another version of steer has left it.
+        ConfigError: it ran something that cannot become what we are to run.
+        KernelError: the kernel refuses.
+    """
+    name = service.plan.name
+    try:
+        _adopt(service, path, handover, undo)
+    except (msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
+        how = f"{type(error).__name__}: {error}"
+        raise persisted.other_version(name, how) from None
+
+
+def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack) -> None:
+    left = Persisted(service.plan.name, handover.entries)
+    generations = _generations(service, left)
+    in_force = generations[left.service.generation]
+    service.started_s = left.service.started_s
+    service.claim = Claim.inherited(path, handover.control, handover.settings.remove_directory)
+    backend = _open(left.service.backend.backend, service.plan)
+    service.listen(left.service.notify, left.mailbox.fds[0])
+    service.make_guard(handover)
+    service.start_guard()
+    service.make_pool(in_force, backend)
+    service.pool.adopt(generations, left.service.admitted, left.workers, left.steering)
+    for place in service.pool.places:
+        service.keep_generation(place.generation)
+    service.keep(in_force)
+    service.early += service.listener.read(mailbox.letters(left.mailbox.value))
+    remove_pid = service.write_pid()
+    handover.taken(service.guard)
+    # Not before: had anything failed, the old guard would carry on with all of it.
+    undo.callback(service.claim.release)
+    undo.callback(remove_pid)
+    undo.callback(lambda: service.steering.close())
+    undo.callback(service.listener.close)
+    undo.callback(service.guard.close)
+    undo.callback(service.pool.abandon)
+    living = sum(place.process is not None for place in service.pool.places)
+    service.log.info("adopted %s", plural(living, "worker"))
+
+
+def _open(backend: str, plan: Plan) -> Backend:
+    """Raises KernelError: we may do less than who was here before."""
+    try:
+        return open_backend(backend, plan, empty=True)
+    except KernelError as error:
+        act, why = f"adopt {plan.name}", f"its workers are steered by {backend}: {error}"
+        cure = f"run it with what it had, or `steer stop {plan.name}` first"
+        raise KernelError(act, why, cure) from None
+
+
+def _generations(service: Controller, left: Persisted) -> Mapping[int, Generation]:
+    """Those that workers may be of; the service is given the plan in force, and the plan to change
+    to if that is another."""
+    ours, act = service.plan, f"adopt {service.plan.name}"
+    running = _running(ours, left)
+    # Whatever those of another generation were to be chosen by: there is one policy.
+    chosen = {"policy": running.service.policy, "params": running.service.params}
+    found = {
+        number: Generation(
+            number,
+            planning.again(running, msgspec.structs.replace(each, **chosen), ours.topology, act),
+        )
+        for number, each in left.generations.items()
+    }
+    service.plan = found[left.service.generation].plan
+    service.configured = left.service.configured
+    # One that was set live is left as it is.
+    is_edited = running.policy.source == ours.policy.source and running.policy != ours.policy
+    if ours.policy.problem is not None:
+        service.log.error("%s; what runs goes on as it is", ours.policy.problem)
+    elif service.configured != ours.service or is_edited:
+        service.wanted = planning.again(running, ours.service, ours.topology, act, ours.candidates)
+    return found
+
+
+def _running(ours: Plan, left: Persisted) -> Plan:
+    """Our plan, with what the service runs by."""
+    stored, in_force = left.service, left.generations[left.service.generation]
+    named = stored.policy if in_force.policy == AUTO else in_force.policy
+    return msgspec.structs.replace(
+        ours,
+        service=in_force,
+        policy=find.as_left(named, stored.declared, stored.digest),
+        policy_reason=stored.policy_reason,
+        others=(),
+        slots=stored.slots,
+        hash_length=stored.hash_length,
+        rungs=(stored.backend,),
+    )

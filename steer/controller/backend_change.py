@@ -1,0 +1,42 @@
+"""Has the workers that there are chosen by another policy, on the same or another backend."""
+
+from __future__ import annotations
+
+from steer.backends.open import open_whole, refuse_uncounted
+from steer.config.plan import Plan
+from steer.errors import ControlError
+from steer.policy.builtin import KERNEL
+from steer.workers.lifecycle import State
+from steer.workers.pool import WorkerPool
+
+
+def move_to(pool: WorkerPool, plan: Plan) -> None:
+    """By the policy of this plan, on its first backend.
+
+    Raises:
+        SteerError: nothing has changed.
+    """
+    backend = plan.rungs[0].backend
+    if backend == pool.steering.backend:
+        refuse_uncounted(plan, pool.steering.counting)
+        pool.choose_by(plan)
+        return
+    if backend == KERNEL:
+        _see_that_all_serve(pool, plan)
+    fresh = open_whole(plan, pool.steering)
+    try:
+        pool.choose_by(plan, fresh)
+    except BaseException:
+        fresh.close()
+        raise
+
+
+def _see_that_all_serve(pool: WorkerPool, plan: Plan) -> None:
+    """Raises ControlError: the kernel's own hash would select a worker that is to get nothing."""
+    for place in pool.places:
+        if place.state in (State.DRAINING, State.HUNG):
+            raise ControlError(
+                f"change the policy of {plan.name} to {plan.policy.name}",
+                f"worker {place.slot} is {place.state.value}, and nothing would keep it so",
+                "see `steer undrain` and `steer restart`",
+            )

@@ -1,0 +1,120 @@
+"""What the guard stores for the next controller: one schema, with a number.
+
+Entries of the guard, by key:
+
+    service         this controller's `PersistedService`, which has the number of the schema
+    generation N    the configuration of generation N, a `Service`
+    worker N        see `workers.handle`
+    steering        see `workers.selection`, with what the backend adds
+    mailbox         the notification socket
+
+Raise SCHEMA when any of these changes so that the release before, or the one after, would
+misunderstand it. A field that has a default may be added without that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import msgspec
+
+from steer import abi
+from steer.config.candidates import BackendCandidate
+from steer.config.service import Service
+from steer.errors import ControlError
+from steer.guard.client import Entry, GuardClient
+from steer.guard.store import MAILBOX, STEERING
+from steer.policy.declarations import Declared
+
+SCHEMA = 1
+_SERVICE, _GENERATION, _WORKER = "service", "generation ", "worker "
+
+
+class PersistedService(msgspec.Struct, frozen=True, kw_only=True):
+    """A service as a whole.
+
+    Args:
+        schema, maps_version: of the build that stored it, see SCHEMA and `abi.MAPS_VERSION`.
+        backend: in force, and why no better one is.
+        slots, hash_length: of the maps there are.
+        generation: the one in force.
+        configured: what was asked for when the service was started or last reloaded.
+        policy, policy_reason: what `auto` became, and why; None if the user named the policy.
+        declared, digest: the policy's. Its file may be another by then, or gone.
+        notify: address of the notification socket.
+        admitted: see `WorkerPool`.
+    """
+
+    schema: int = SCHEMA
+    maps_version: int = abi.MAPS_VERSION
+    started_s: float
+    backend: BackendCandidate
+    slots: int
+    hash_length: int
+    generation: int
+    configured: Service
+    policy: str
+    policy_reason: str | None
+    declared: Declared
+    digest: str
+    notify: str
+    admitted: int = 0
+
+
+class Persisted:
+    """All that the guard has of a service.
+
+    Attributes:
+        generations: configurations by the number of the generation.
+        workers: entries by their keys.
+
+    Raises:
+        ControlError: another version of steer has stored it.
+        msgspec.MsgspecError, LookupError, TypeError, ValueError: so has one that says to be ours.
+    """
+
+    def __init__(self, name: str, entries: Mapping[str, Entry]) -> None:
+        stored = entries[_SERVICE].value
+        _refuse_other_versions(name, msgspec.json.decode(stored, type=dict[str, Any]))
+        self.service = msgspec.json.decode(stored, type=PersistedService)
+        self.generations: Mapping[int, Service] = {
+            int(key.removeprefix(_GENERATION)): msgspec.json.decode(entry.value, type=Service)
+            for key, entry in entries.items()
+            if key.startswith(_GENERATION)
+        }
+        self.workers = {key: each for key, each in entries.items() if key.startswith(_WORKER)}
+        self.steering = entries[STEERING]
+        self.mailbox = entries[MAILBOX]
+
+
+def _refuse_other_versions(name: str, found: Mapping[str, Any]) -> None:
+    """The numbers are what every build can read. Before schema 1 there were none."""
+    schema, maps_version = found.get("schema", 0), found.get("maps_version", 0)
+    if schema != SCHEMA:
+        what = f"stored in schema {schema}" if schema else "stored before schema 1"
+        raise other_version(name, f"it is {what}, and this version reads schema {SCHEMA}")
+    if maps_version != abi.MAPS_VERSION:
+        ours = f"and this version has maps of version {abi.MAPS_VERSION}"
+        raise other_version(name, f"its maps are of version {maps_version}, {ours}")
+
+
+def other_version(name: str, how: str) -> ControlError:
+    """The refusal to adopt what another version of steer has left."""
+    cure = f"`steer stop {name}` before you start it"
+    return ControlError(f"adopt {name}", f"another version of steer has left it: {how}", cure)
+
+
+def put_service(guard: GuardClient, service: PersistedService) -> None:
+    guard.put(_SERVICE, msgspec.json.encode(service))
+
+
+def put_generation(guard: GuardClient, number: int, service: Service) -> None:
+    guard.put(f"{_GENERATION}{number}", msgspec.json.encode(service))
+
+
+def drop_generations(guard: GuardClient, used: Collection[int]) -> None:
+    """Drop all but those that are used."""
+    for key in [key for key in guard.entries if key.startswith(_GENERATION)]:
+        if int(key.removeprefix(_GENERATION)) not in used:
+            guard.drop(key)

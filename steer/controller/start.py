@@ -1,0 +1,153 @@
+"""Starts a service: carries out the steps of its plan, and notes how to undo each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from steer.backends.base import Backend
+from steer.backends.open import open_whole
+from steer.child import main, privileges
+from steer.config import candidates, fallback
+from steer.config.plan import Act, Generation, Step
+from steer.control import abandoned, record, taken
+from steer.control.claim import Claim
+from steer.controller.controller import Controller
+from steer.controller.startup import while_heard
+from steer.linux import services
+from steer.loader import find
+from steer.policy.builtin import EBPF
+from steer.sockets import reuseport, sockopt
+from steer.values import plural
+
+
+class Start:
+    """The start of one service.
+
+    Args:
+        lost: its controllers whose path is gone, see `taken.await_guard`.
+        undo: what to undo, in reverse, at the end or when a step fails.
+    """
+
+    def __init__(
+        self, service: Controller, lost: Sequence[services.Running], undo: ExitStack
+    ) -> None:
+        self._service = service
+        self._log = service.log
+        self._lost = lost
+        self._undo = undo
+        self._backend: Callable[[], Backend]
+
+    def carry_out(self) -> None:
+        """All steps.
+
+        Raises:
+            SteerError: one failed.
+        """
+        for step in self._service.plan.steps():
+            CARRY_OUT[step.act](self, step)
+
+    def claim_name(self, _step: Step) -> None:
+        service, plan = self._service, self._service.plan
+        free = self._end_abandoned()
+        control_socket = plan.service.control_socket
+        service.claim = Claim(plan.name, control_socket, service.environment, places=free)
+        self._undo.callback(service.claim.release)
+        if service.claim.refusals:
+            places = "; ".join(service.claim.refusals)
+            self._log.info("control socket %s, as not at %s", service.claim.path, places)
+        self._undo.callback(service.write_pid())
+
+    def _end_abandoned(self) -> Sequence[Path]:
+        """Workers whose controller and guard were both killed hold the ports, and nobody can
+        adopt them. Returns where the control socket may be."""
+        plan, environment = self._service.plan, self._service.environment
+        places = taken.refuse_taken(
+            plan.name, plan.service.control_socket, environment, lost=self._lost
+        )
+        # To look through all processes takes time, and is for nothing where ports are free.
+        is_held = any(map(reuseport.is_held, plan.binds))
+        unattended = services.unattended(environment) if is_held else ()
+        for left in abandoned.find(places, unattended):
+            is_here = left.control is not None and bool(record.left(left.control))
+            is_ours = left.name == plan.name and abandoned.is_in_the_way(left, plan.binds)
+            if is_here or is_ours:
+                count = plural(len(left.workers), "worker")
+                self._log.warning("ending %s whose controller and guard were killed", count)
+                end = partial(abandoned.end, left, plan.service.graceful_timeout, False)
+                while_heard("end workers that were left", end)
+        return places
+
+    def check_free(self, step: Step) -> None:
+        plan = self._service.plan
+        for bind in plan.binds:
+            if bind.label == step.object:
+                reuseport.check_free(bind, plan.service.settings)
+
+    def load_policy(self, _step: Step) -> None:
+        service, policy = self._service, self._service.plan.policy
+        if policy.is_own and service.plan.rungs[0].backend == EBPF:
+            # First: only then it is known what it is made from, and so what a reload compares.
+            compiled = while_heard(
+                f"compile policy {policy.name}",
+                lambda: find.compiled(policy),
+                service.claim.socket,
+            )
+            service.plan = msgspec.structs.replace(service.plan, policy=compiled)
+        opened, service.plan = fallback.first_that_works(
+            service.plan, open_whole, self._log.warning
+        )
+        self._backend = lambda: opened
+        # The one in force by then: the pool closes those before it.
+        self._undo.callback(lambda: self._backend().close())
+
+    def start_workers(self, _step: Step) -> None:
+        service, backend = self._service, self._backend()
+        self._announce(backend)
+        main.import_for(service.plan.service)
+        generation = Generation(1, service.plan)
+        service.listen()
+        self._undo.callback(service.listener.close)
+        service.make_guard(None)
+        self._undo.callback(service.guard.close)
+        backend.open_anchors()
+        backend.open_reserve()
+        service.make_pool(generation, backend)
+        self._backend = lambda: service.steering
+        self._undo.callback(service.pool.abandon)
+        service.keep(generation)
+        service.pool.start(service.claim.others_may_start)
+        service.pool.save()
+        # Should we be killed before that, the kernel tells the workers to finish, see `lifeline`.
+        service.start_guard()
+
+    def _announce(self, backend: Backend) -> None:
+        plan, chosen = self._service.plan, self._service.plan.rungs[0]
+        count = plural(len(plan.seats), "worker")
+        self._log.info("%s: %s, %s on %s", plan.name, count, plan.policy.name, chosen.backend)
+        if plan.became:
+            self._log.info("policy %s", plan.became)
+        if chosen.reason:
+            self._log.warning("not higher up the ladder: %s", chosen.reason)
+        if backend.samples():
+            self._log.warning("%s", backend.notes[-1])
+        if as_whom := privileges.note(plan.service):
+            self._log.info("%s", as_whom)
+        if unreachable := privileges.barriers(plan.service, self._service.environment).note:
+            self._log.warning("%s", unreachable)
+        for shortfall in sockopt.shortfalls(plan.binds, plan.service.settings):
+            self._log.warning("socket option %s", shortfall)
+        if chosen.fallback:
+            self._log.info("ebpf would add: %s", candidates.EBPF_ADDS)
+
+
+CARRY_OUT: Mapping[Act, Callable[[Start, Step], None]] = {
+    Act.CLAIM: Start.claim_name,
+    Act.CHECK_FREE: Start.check_free,
+    Act.LOAD: Start.load_policy,
+    Act.START: Start.start_workers,
+}
