@@ -25,6 +25,7 @@ from steer.config.servers import BY_DEFAULT
 from steer.config.service import Service
 from steer.control.notify import Unheard
 from steer.controller.rollout import Rollout
+from steer.controller.turns import Turns
 from steer.features import Answer, Finding
 from steer.guard.channel import Frame
 from steer.guard.client import GuardClient
@@ -326,7 +327,7 @@ class FakeService:
             Retry(Log("error", "text"), Spare(0)),
             Unheard(lambda _: None),
         )
-        self.changes = Rollout(self.pool, lambda *_: None)
+        self.changes = Rollout(self.pool, lambda *_: None, Turns())
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _launch(self, place: WorkerHandle) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from steer.config import plan as planning
@@ -14,6 +13,7 @@ from steer.controller.controller import Controller
 from steer.controller.policy_change import PolicyChange
 from steer.controller.rollout import Rollout, unheard
 from steer.controller.state import ServiceState
+from steer.controller.turns import Turns
 from steer.errors import ControlError, SteerError
 from steer.linux import topology
 from steer.linux.log import Log
@@ -32,6 +32,7 @@ class Changes:
     def __init__(
         self,
         service: Controller,
+        turns: Turns,
         rollout: Rollout,
         state: ServiceState,
         log: Log,
@@ -39,6 +40,7 @@ class Changes:
         retimed: Callable[[], None],
     ) -> None:
         self._service = service
+        self._turns = turns
         self._rollout = rollout
         self._policy = PolicyChange(service, log)
         self._state = state
@@ -50,10 +52,6 @@ class Changes:
     def _plan(self) -> Plan:
         return self._service.plan
 
-    def turn(self, act: str) -> AbstractAsyncContextManager[None]:
-        """See `Rollout.turn`."""
-        return self._rollout.turn(act)
-
     async def reload(self, tell: Tell) -> Generation:
         """Read the configuration again and replace all workers.
 
@@ -61,7 +59,7 @@ class Changes:
             SteerError: nothing has changed.
         """
         act = f"reload {self._plan.name}"
-        async with self.turn(act):
+        async with self._turns.turn(act):
             with self._state.reloading():
                 self._service.follow_cpus()
                 plan = await self._policy.plan_for(self._service.reread(), act)
@@ -70,12 +68,12 @@ class Changes:
     async def become(self, wanted: Plan) -> None:
         """Reload to a configuration that has been read. Raises SteerError: as `reload`."""
         act = f"reload {wanted.name}"
-        async with self.turn(act):
+        async with self._turns.turn(act):
             await self._renew(await self._policy.plan_for(wanted.service, act), unheard)
 
     async def renew_as_it_is(self, number: int) -> None:
         """Replace all workers, unless generation `number` has been replaced meanwhile."""
-        async with self.turn(f"replace all workers of {self._plan.name}"):
+        async with self._turns.turn(f"replace all workers of {self._plan.name}"):
             if self._service.pool.generation.number == number:
                 generation = await self._rollout.renew(self._plan, unheard)
                 self._log.info("generation %d serves", generation.number)
@@ -97,14 +95,14 @@ class Changes:
     async def change_policy(self, asked: Mapping[str, Any]) -> None:
         """Raises SteerError: nothing has changed."""
         act = f"change the policy of {self._plan.name}"
-        async with self.turn(act):
+        async with self._turns.turn(act):
             await self._policy.change(asked, act)
             self._retimed()
 
     async def scale_by(self, more: int, tell: Tell) -> int:
         """Returns how many workers there are then. Raises SteerError."""
         act = f"scale {self._plan.name} by {more:+}"
-        async with self.turn(act):
+        async with self._turns.turn(act):
             there = len(self._plan.seats)
             if not 0 < there + more <= MAX_WORKERS:
                 there_are = f"{plural(there, 'worker')} there"
@@ -115,7 +113,7 @@ class Changes:
 
     async def scale(self, workers: int, tell: Tell) -> None:
         """Raises SteerError."""
-        async with self.turn(f"scale {self._plan.name} to {workers}"):
+        async with self._turns.turn(f"scale {self._plan.name} to {workers}"):
             await self._scale_to(workers, tell)
 
     async def _scale_to(self, workers: int, tell: Tell) -> None:
@@ -135,7 +133,7 @@ class Changes:
         Raises:
             SteerError: nothing has changed.
         """
-        async with self.turn(act):
+        async with self._turns.turn(act):
             return await self._rollout.restart(find(), tell)
 
     async def drain(self, worker: WorkerHandle) -> None:

@@ -24,6 +24,7 @@ from steer.controller.signals import Signals
 from steer.controller.standard_streams import StandardStreams
 from steer.controller.state import ServiceState
 from steer.controller.tasks import Tasks
+from steer.controller.turns import Turns
 from steer.controller.upkeep import ControlSocketWatch, GuardWatch
 from steer.health.checks import Health
 from steer.health.groups import Groups
@@ -81,14 +82,15 @@ class ControllerLoop:
         self._retry = retry = pool.retry
         self._log = log = started.log
         self._state = state = ServiceState(started.environment)
-        self._rollout = Rollout(pool, started.keep)
+        self._turns = turns = Turns()
+        self._rollout = Rollout(pool, started.keep, turns)
         self._tasks = Tasks(loop, state, log)
-        self._reexec = Reexec(started, self._rollout, state, log)
+        self._reexec = Reexec(started, turns, state, log)
         self._health = Health(pool, loop, self._replace_hung, self._hear_all)
         self._groups = Groups(pool, self._replace_for_its_sockets)
         self._splits = Splits(pool, loop, self._renew_all)
         self._changes = Changes(
-            started, self._rollout, state, log, self._reloaded, self._health.retime
+            started, turns, self._rollout, state, log, self._reloaded, self._health.retime
         )
         self._streams = StandardStreams(started.files, started.guard, log)
         self._children = Children(loop, child_ends, retry, pool.reaped)
@@ -185,13 +187,13 @@ class ControllerLoop:
         quick = quick or self._state.is_stopping
         self._log.info("stopping %s", "quickly" if quick else "gracefully")
         self._state.stops()
-        self._rollout.end()
+        self._turns.end()
         graceful_timeout_s = self._service.plan.service.graceful_timeout
         self._pool.stop(QUICK_S if quick else graceful_timeout_s, quick)
 
     async def _end_workers(self) -> None:
         """However we got here, no worker is left."""
-        self._rollout.end()
+        self._turns.end()
         if not self._pool.ended.done():
             self._pool.stop(QUICK_S, quick=True)
             await self._pool.ended

@@ -27,7 +27,7 @@ _GONE_S, _AGAIN_S = 2.0, 0.05
 
 
 class PolicyChange:
-    """Changes the policy of one service. Whoever calls it has the turn, see `Rollout.turn`."""
+    """Changes the policy of one service. Whoever calls it has the turn, see `Turns.turn`."""
 
     def __init__(self, service: Controller, log: Log) -> None:
         self._service = service

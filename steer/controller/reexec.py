@@ -6,8 +6,8 @@ import asyncio
 import sys
 
 from steer.controller.controller import Controller
-from steer.controller.rollout import Rollout
 from steer.controller.state import ServiceState
+from steer.controller.turns import Turns
 from steer.errors import ConfigError, ControlError
 from steer.linux import fork
 from steer.linux.log import Log
@@ -21,12 +21,10 @@ class Reexec:
             then on signals are held.
     """
 
-    def __init__(
-        self, service: Controller, rollout: Rollout, state: ServiceState, log: Log
-    ) -> None:
+    def __init__(self, service: Controller, turns: Turns, state: ServiceState, log: Log) -> None:
         self.is_due = asyncio.Event()
         self._service = service
-        self._rollout = rollout
+        self._turns = turns
         self._state = state
         self._log = log
 
@@ -40,9 +38,9 @@ class Reexec:
         act = "execute anew"
         await _see_that_it_would_start(act)
         while not self.is_due.is_set():
-            async with self._rollout.turn(act):
+            async with self._turns.turn(act):
                 # Who asked before us comes first.
-                if not self._rollout.others_wait:
+                if not self._turns.others_wait:
                     self._leave(act)
 
     def _leave(self, act: str) -> None:
@@ -56,7 +54,7 @@ class Reexec:
             raise ControlError(act, "the guard process is gone", "there is another soon")
         self._log.info("executing anew")
         fork.hold_signals()
-        self._rollout.postpone()
+        self._turns.postpone()
         self.is_due.set()
 
 

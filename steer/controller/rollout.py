@@ -1,4 +1,4 @@
-"""Changes to a running service: one at a time, and new workers serve before old ones end.
+"""Replaces workers of a running service: new workers serve before old ones end.
 
 A change that does not succeed leaves everything as it was.
 """
@@ -8,19 +8,16 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.control.server import Tell
+from steer.controller.turns import Turns
 from steer.errors import (
     AppLoadError,
     BindError,
     ControlError,
     KernelError,
-    Postponed,
-    SteerError,
     WorkersFailed,
 )
 from steer.workers.drain import until_empty
@@ -35,74 +32,21 @@ def unheard(_text: str, _done: int, _of: int) -> None:
 
 
 class Rollout:
-    """What can be asked of a service's workers: `renew`, `scale` and `restart` in a `turn`.
+    """That of one service. `renew`, `scale` and `restart` are called in a turn.
 
     Args:
         pool: the workers.
-        keep: has the guard know a generation before there are workers of it, which is in force,
-            and which change was admitted.
+        turns: of the changes of this service.
+        keep: has the guard store a generation before there are workers of it, which generation is
+            in force, and which change was admitted.
     """
 
-    def __init__(self, pool: WorkerPool, keep: Callable[[Generation, Generation], None]) -> None:
+    def __init__(
+        self, pool: WorkerPool, keep: Callable[[Generation, Generation], None], turns: Turns
+    ) -> None:
         self._pool = pool
         self._keep = keep
-        self._turn = asyncio.Lock()
-        self._waiting = 0
-        self._changing: asyncio.Task[Any] | None = None
-        self._act = ""
-        self._ending = False
-        self._postponing = False
-
-    @property
-    def others_wait(self) -> bool:
-        """Whether, in a turn, another change waits for its own."""
-        return self._waiting > 0
-
-    def postpone(self) -> None:
-        """No more: the next controller is to be asked."""
-        self._postponing = True
-
-    def end(self) -> None:
-        """No more: the service ends, and what is under way ends where it waits."""
-        if not self._ending and self._changing is not None:
-            self._changing.cancel()
-        self._ending = True
-
-    @asynccontextmanager
-    async def turn(self, act: str) -> AsyncIterator[None]:
-        """One change after the other: what each is made from is what the last one left.
-
-        Raises:
-            ControlError: the service ends.
-            Postponed: so does this controller.
-        """
-        self._waiting += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self._waiting -= 1
-        self._changing = task = asyncio.current_task()
-        assert task is not None
-        try:
-            if self._postponing:
-                raise Postponed(act, "the controller is being replaced", "ask again")
-            self._refuse_at_the_end(act)
-            self._act = act
-            yield
-        except asyncio.CancelledError:
-            if self._ending and not task.uncancel():
-                self._refuse_at_the_end(act)
-            raise
-        except SteerError:
-            self._refuse_at_the_end(act)
-            raise
-        finally:
-            self._changing = None
-            self._turn.release()
-
-    def _refuse_at_the_end(self, act: str) -> None:
-        if self._ending:
-            raise ControlError(act, "the service is ending")
+        self.turns = turns
 
     async def renew(self, plan: Plan, tell: Tell) -> Generation:
         """Replace all workers by those of another plan.
@@ -151,7 +95,7 @@ class Rollout:
         Args:
             is_due: whether that is still so: it may be back first, or have ended.
         """
-        async with self.turn(f"replace worker {place.slot}"):
+        async with self.turns.turn(f"replace worker {place.slot}"):
             if not is_due(place):
                 return
             seat = place.seat
@@ -195,7 +139,7 @@ class Rollout:
         try:
             fresh = await self._recruit(seats, generation, tell, modest=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
-            raise type(error)(self._act, str(error), self._as_before(), error.detail) from None
+            raise type(error)(self.turns.act, str(error), self._as_before(), error.detail) from None
         # In the same turn of the loop, so in one flip. By one message, or who adopts us, if we are
         # killed meanwhile, would take for serving neither those nor what is in force.
         self._pool.generation = generation

@@ -17,7 +17,7 @@ from steer.config.plan import Act, Generation, Step
 from steer.control import abandoned, record, taken
 from steer.control.claim import Claim
 from steer.controller.controller import Controller
-from steer.controller.startup import while_heard
+from steer.controller.slow_steps import while_heard
 from steer.linux import services
 from steer.loader import find
 from steer.policy.builtin import EBPF

@@ -14,6 +14,7 @@ from steer.config import plan as planning
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.controller.rollout import Rollout, unheard
+from steer.controller.turns import Turns
 from steer.errors import ControlError, WorkersFailed
 from steer.features import Answer, Finding
 from steer.policy.cpus import Topology
@@ -122,6 +123,7 @@ def play(workers: int, script: Script) -> FakeFleet:
         changes = Rollout(
             cast(WorkerPool, pool),
             lambda new, now: pool.kept.append((new.number, now.number, pool.admitted)),
+            Turns(),
         )
         await asyncio.wait_for(script(pool, changes), 10)
 
@@ -221,7 +223,7 @@ def test_one_that_is_ready_and_says_that_it_ends_counts_as_failed() -> None:
 @pytest.mark.parametrize("when", ["before any is ready", "just as all are"])
 def test_end_of_the_service_ends_a_change(when: str) -> None:
     async def renew(changes: Rollout) -> None:
-        async with changes.turn("reload demo"):
+        async with changes.turns.turn("reload demo"):
             await changes.renew(plan_for(4), unheard)
 
     async def script(pool: FakeFleet, changes: Rollout) -> None:
@@ -232,7 +234,7 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
                 pool.get_ready(slot)
                 await rest()
             pool.get_ready(4)
-        changes.end()
+        changes.turns.end()
         for place in list(pool.places):
             pool.report(place, Event.STOP)
         if when == "before any is ready":
@@ -251,7 +253,7 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
 
 def test_changes_take_turns() -> None:
     async def renew(changes: Rollout) -> int:
-        async with changes.turn("reload demo"):
+        async with changes.turns.turn("reload demo"):
             return (await changes.renew(plan_for(1), unheard)).number
 
     async def script(pool: FakeFleet, changes: Rollout) -> None:
@@ -267,9 +269,9 @@ def test_changes_take_turns() -> None:
 
 def test_no_change_begins_when_the_service_ends() -> None:
     async def script(_pool: FakeFleet, changes: Rollout) -> None:
-        changes.end()
+        changes.turns.end()
         with pytest.raises(ControlError, match=r"^divide: the service is ending$"):
-            async with changes.turn("divide"):
+            async with changes.turns.turn("divide"):
                 pytest.fail("it began")
 
     play(1, script)

@@ -1,4 +1,4 @@
-"""What may take long before a service has its loop: signals and requests are heard meanwhile."""
+"""Steps of a start that may take long: signals and requests are answered meanwhile."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = None) -> T:
-    """What `do` returns or raises, called in a thread of its own.
+    """Call `do` in a thread of its own, and return or raise what it does.
 
     Args:
-        act: in words, for who asks.
-        control: the control socket, if there is one by now. `stop` ends us; whoever asks for
-            anything else is told to ask again.
+        act: what it does, in words, for whoever asks.
+        control: the control socket, if there is one by now. The request `stop` ends us; to any
+            other the answer is to ask again.
 
     Raises:
         SystemExit: a signal or a request says to end; `do` is not waited for.
@@ -42,24 +42,24 @@ def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = N
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(_LOOK_S)  # most often it was quick
+    thread.join(_LOOK_S)  # mostly it was quick
     with DefaultSelector() as selector:
-        desk = None
+        server = None
         try:
             while thread.is_alive():
-                if desk is None and control is not None:
-                    desk = StandbyServer(
+                if server is None and control is not None:
+                    server = StandbyServer(
                         control, selector, lambda *told: _answer(act, *told), _refusal
                     )
                 for key, _ in selector.select(0):
                     key.data()
-                if desk is not None:
-                    desk.let_go()
+                if server is not None:
+                    server.let_go()
                 fork.pause(0)
                 thread.join(_LOOK_S)
         finally:
-            if desk is not None:
-                desk.close(_LAST_S)
+            if server is not None:
+                server.close(_LAST_S)
     return outcome[0]()
 
 
@@ -67,14 +67,14 @@ def _raise(error: BaseException) -> T:  # type: ignore[type-var]
     raise error
 
 
-def _answer(act: str, request: Request, talk: Connection) -> None:
+def _answer(act: str, request: Request, connection: Connection) -> None:
     """Raises SystemExit: that is what was asked for."""
     command = request.get("command")
     if command == "stop":
-        talk.answer({"ok": True})
+        connection.answer({"ok": True})
         raise SystemExit(0)
-    # Who wants to know how it is is told at once.
-    talk.answer({**_refusal(f"it is starting: {act}"), "again": command != "status"})
+    # Whoever asks for the status is answered at once.
+    connection.answer({**_refusal(f"it is starting: {act}"), "again": command != "status"})
 
 
 def _refusal(why: str) -> dict[str, object]:
