@@ -19,7 +19,7 @@ from steer.errors import ControlError, NotRunning, Orphaned, Refused
 
 _TIMEOUT_S = 5.0
 _REPLACED_S, ASK_AGAIN_S = 10.0, 0.05
-"""While a controller executes itself anew, somebody else says that it will be back."""
+"""While a controller is re-executed, somebody else says that it will be back."""
 _T = TypeVar("_T")
 _DECODER = msgspec.json.Decoder(dict[str, Any])
 

@@ -255,7 +255,7 @@ class Controller:
         except SteerError as error:
             self.log.error("follow the CPUs that may be used: %s", error)
 
-    def execute_again(self) -> NoReturn:
+    def reexecute(self) -> NoReturn:
         """Become what is installed now, in the same process: the guard has all else.
 
         Raises:
@@ -272,4 +272,4 @@ class Controller:
         except OSError as error:
             cure = "start it again: `steer run` adopts the workers"
             cause = in_words(error)
-            raise KernelError.from_oserror("execute anew", error, cure=cure, cause=cause) from None
+            raise KernelError.from_oserror("re-execute", error, cure=cure, cause=cause) from None

@@ -40,7 +40,7 @@ _GARBAGE_S = 2.0
 
 
 def supervise(started: Controller) -> bool:
-    """Until it is told to end and every worker has, or to execute itself again.
+    """Until it is told to end and every worker has, or to be re-executed.
 
     Returns:
         Whether it is the latter; then signals are held.
@@ -102,7 +102,7 @@ class ControllerLoop:
         self._server = Server(started.claim.socket, requests.handlers(), retry)
 
     async def run(self) -> bool:
-        """Returns whether the controller has to execute itself again. Raises as `supervise`."""
+        """Returns whether the controller has to be re-executed. Raises as `supervise`."""
         self._loop.set_exception_handler(self._on_exception)
         self._streams.watch(self._loop)
         self._watch_workers()

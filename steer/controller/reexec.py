@@ -1,4 +1,4 @@
-"""Executes the controller again: it becomes what is installed now, while its workers serve on."""
+"""Re-executes the controller: it becomes what is installed now, while its workers serve on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Reexec:
     """Of one controller.
 
     Attributes:
-        is_due: set when the loop has to end, so that the controller executes itself again. From
-            then on signals are held.
+        is_due: set when the loop has to end, so that the controller is re-executed. From then
+            on signals are held.
     """
 
     def __init__(self, service: Controller, turns: Turns, state: ServiceState, log: Log) -> None:
@@ -35,7 +35,7 @@ class Reexec:
             ConfigError: what is installed now, or the configuration, would not start.
             ControlError: there is nobody to hold the workers meanwhile, or no worker.
         """
-        act = "execute anew"
+        act = "re-execute"
         await _see_that_it_would_start(act)
         while not self.is_due.is_set():
             async with self._turns.turn(act):
@@ -52,7 +52,7 @@ class Reexec:
             raise ControlError(act, "no worker would be there meanwhile")
         if not self._service.guard.expect_back():
             raise ControlError(act, "the guard process is gone", "there is another soon")
-        self._log.info("executing anew")
+        self._log.info("re-executing")
         fork.hold_signals()
         self._turns.postpone()
         self.is_due.set()

@@ -47,7 +47,7 @@ def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -
 
         if supervise(service):
             undo.pop_all()
-            service.execute_again()
+            service.reexecute()
     log.info("ended")
     return 0
 

@@ -43,7 +43,7 @@ class Signals:
             signal.SIGINT: lambda: self._stop(True),
             signal.SIGQUIT: lambda: self._stop(True),
             signal.SIGUSR1: self._reopen_files,
-            signal.SIGUSR2: lambda: self._tasks.begin("execute anew", self._reexec.prepare),
+            signal.SIGUSR2: lambda: self._tasks.begin("re-execute", self._reexec.prepare),
             signal.SIGTTIN: lambda: self._scale_by("add a worker", 1, signal.SIGTTIN),
             signal.SIGTTOU: lambda: self._scale_by("end a worker", -1, signal.SIGTTOU),
             signal.SIGWINCH: self._on_window_change,

@@ -36,13 +36,13 @@ class StandardStreams:
         """Open the files again: logrotate(8) has moved them."""
         files = {number: path for number, path in self._files.items() if path}
         if not files:
-            self._log.info("SIGUSR1: no output goes to a file, so there is none to open anew")
+            self._log.info("SIGUSR1: no output goes to a file, so there is none to open again")
         for number, path in files.items():
             try:
                 stdio.reopen(number, path)
             except OSError as error:
-                self._log.error("open %s anew: %s", path, error.strerror)
+                self._log.error("open %s again: %s", path, error.strerror)
         self._guard.reopen()
         if 1 in files and not stdio.is_the_log(1):
             words = "workers that run now write to what it was until a reload"
-            self._log.info("standard output goes to %s anew; %s", files[1], words)
+            self._log.info("standard output goes to %s again; %s", files[1], words)

@@ -700,7 +700,7 @@ def test_another_name_on_the_port_is_refused(service: StartService) -> None:
     service("-w", "2")
 
 
-# Executed anew.
+# Re-executed.
 
 
 def test_same_process_is_another_program(
@@ -837,7 +837,7 @@ def test_old_program_goes_on(service: StartService, home: Path, trouble: str, wo
     running.send_signal(signal.SIGUSR2)
     eventually(lambda: words in running.log)
     (home / "steer.toml").unlink(missing_ok=True)
-    assert "executing anew" not in running.log
+    assert "re-executing" not in running.log
     assert by_slot(running) == workers
     assert running.status()["state"] == "running"
     if trouble == "guard":

@@ -97,7 +97,7 @@ def test_what_executes_itself_anew_is_not_lost(service: StartService) -> None:
     workers = {each["pid"] for each in running.workers()}
     for times in range(1, 6):
         running.send_signal(signal.SIGUSR2)
-        wait_for(running, "executing anew", times)
+        wait_for(running, "re-executing", times)
         lose_directory(running)
         wait_for(running, "adopted 2 workers", times)
         running.wait_ready()
