@@ -222,8 +222,8 @@ class ControllerLoop:
         self._replace(place, lambda each: each.is_in_service)
 
     def _replace(self, place: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
-        relieve = partial(self._rollout.relieve, place, is_due)
-        self._tasks.begin(f"replace worker {place.slot}", relieve)
+        change = partial(self._rollout.replace, place, is_due)
+        self._tasks.begin(f"replace worker {place.slot}", change)
 
     def _renew_all(self, number: int) -> asyncio.Task[None]:
         act = f"replace all workers of {self._service.plan.name}"

@@ -57,7 +57,7 @@ class Rollout:
         """
         generation = Generation(self._pool.generation.number + 1, plan)
         old = list(self._pool.places)
-        await self._replace(plan.seats, generation, old, tell)
+        await self._replace_all(plan.seats, generation, old, tell)
         return generation
 
     async def scale(self, plan: Plan, tell: Tell) -> None:
@@ -78,40 +78,40 @@ class Rollout:
         seats = {place.seat for place in staying}
         new = [seat for seat in plan.seats if seat not in seats]
         surplus = [place for place in there if place.seat not in seats]
-        await self._replace(new, generation, surplus, tell)
+        await self._replace_all(new, generation, surplus, tell)
 
     async def restart(self, place: WorkerHandle, tell: Tell) -> WorkerHandle:
-        """Another worker on the seat of this one.
+        """Replace a worker; the result has the same CPUs and weight.
 
         Raises:
             As `renew`.
         """
-        (fresh,) = await self._replace([place.seat], self._pool.generation, [place], tell)
+        (fresh,) = await self._replace_all([place.seat], self._pool.generation, [place], tell)
         return fresh
 
-    async def relieve(self, place: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
-        """Another worker for one that is in a bad way.
+    async def replace(self, place: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
+        """Start another worker for one that is hung or has lost its sockets.
 
         Args:
-            is_due: whether that is still so: it may be back first, or have ended.
+            is_due: whether that is still so: the worker may recover first, or exit.
         """
         async with self.turns.turn(f"replace worker {place.slot}"):
             if not is_due(place):
                 return
             seat = place.seat
-            fresh = await self._recruit([seat], self._pool.generation, unheard, modest=False)
+            fresh = await self._start([seat], self._pool.generation, unheard, modest=False)
             if is_due(place):
                 self._pool.admit(fresh)
                 self._keep(self._pool.generation, self._pool.generation)
                 self._pool.report(place, Event.RETIRE)
             else:
-                self._dismiss(fresh)
+                self._retire(fresh)
 
     async def drain(self, place: WorkerHandle) -> None:
-        """Have it get nothing new, and wait until nothing waits for it.
+        """Send a worker nothing new, and wait until its accept queues are empty.
 
         Raises:
-            ControlError: something still does, and it does not take it.
+            ControlError: they are not, as the worker does not accept.
         """
         self._pool.report(place, Event.DRAIN)
         limit_s = self._pool.generation.plan.service.graceful_timeout
@@ -126,7 +126,7 @@ class Rollout:
         self._pool.report(place, Event.UNDRAIN)
         await self._pool.selection.flipped()
 
-    async def _replace(
+    async def _replace_all(
         self,
         seats: Sequence[WorkerSpec],
         generation: Generation,
@@ -137,11 +137,11 @@ class Rollout:
         if generation.number != in_force.number:
             self._keep(generation, in_force)
         try:
-            fresh = await self._recruit(seats, generation, tell, modest=True)
+            fresh = await self._start(seats, generation, tell, modest=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
             raise type(error)(self.turns.act, str(error), self._as_before(), error.detail) from None
-        # In the same turn of the loop, so in one flip. By one message, or who adopts us, if we are
-        # killed meanwhile, would take for serving neither those nor what is in force.
+        # All in the same turn of the loop, so in one flip, and the guard is told by one message:
+        # a controller that adopts us, should we be killed, finds either both or neither.
         self._pool.generation = generation
         self._pool.admit(fresh)
         self._keep(generation, generation)
@@ -150,13 +150,13 @@ class Rollout:
         return fresh
 
     def _as_before(self) -> str:
-        """What there is after a change that failed."""
+        """In words, what runs after a change that has failed."""
         number = self._pool.generation.number
         if any(place.is_in_service for place in self._pool.places):
             return f"nothing has changed: generation {number} serves on"
         return f"nothing has changed: generation {number} goes on, and no worker of it is ready"
 
-    async def _recruit(
+    async def _start(
         self, seats: Sequence[WorkerSpec], generation: Generation, tell: Tell, *, modest: bool
     ) -> list[WorkerHandle]:
         """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
@@ -182,11 +182,11 @@ class Rollout:
             for place in fresh:
                 _see_that_it_stayed(place)
         except BaseException:
-            self._dismiss(fresh)
+            self._retire(fresh)
             raise
         return fresh
 
-    def _dismiss(self, fresh: Sequence[WorkerHandle]) -> None:
+    def _retire(self, fresh: Sequence[WorkerHandle]) -> None:
         for place in fresh:
             self._pool.report(place, Event.RETIRE)
 

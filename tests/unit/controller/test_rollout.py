@@ -352,7 +352,7 @@ def is_hung(place: WorkerHandle) -> bool:
 def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         pool.at(1).state = State.HUNG
-        relief = begin(changes.relieve(pool.at(1), is_hung))
+        relief = begin(changes.replace(pool.at(1), is_hung))
         await rest()
         if back:
             pool.report(pool.at(1), Event.BACK)
@@ -370,7 +370,7 @@ def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
 def test_one_that_does_not_hang_any_more_is_not_replaced(state: State) -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         pool.at(1).state = state
-        await changes.relieve(pool.at(1), is_hung)
+        await changes.replace(pool.at(1), is_hung)
 
     assert list(play(2, script).states()) == [0, 1]
 
