@@ -101,7 +101,7 @@ class Rollout:
             seat = place.seat
             fresh = await self._start([seat], self._pool.generation, unheard, modest=False)
             if is_due(place):
-                self._pool.admit(fresh)
+                self._pool.activate(fresh)
                 self._keep(self._pool.generation, self._pool.generation)
                 self._pool.report(place, Event.RETIRE)
             else:
@@ -143,7 +143,7 @@ class Rollout:
         # All in the same turn of the loop, so in one flip, and the guard is told by one message:
         # a controller that adopts us, should we be killed, finds either both or neither.
         self._pool.generation = generation
-        self._pool.admit(fresh)
+        self._pool.activate(fresh)
         self._keep(generation, generation)
         self._pool.retire(old)
         await self._pool.selection.flipped()
@@ -170,7 +170,7 @@ class Rollout:
             while len(fresh) < len(seats) or began_s:
                 few = seats[len(fresh) : len(fresh) + intake.room(len(began_s))]
                 if few and news.empty():
-                    places = self._pool.recruit(few, generation, modest, news.put_nowait)
+                    places = self._pool.start_held(few, generation, modest, news.put_nowait)
                     fresh += places
                     began_s |= dict.fromkeys(places, time.monotonic())
                     await asyncio.sleep(0)  # to start some takes long enough

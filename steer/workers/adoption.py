@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from steer.child.launch import Launch
 from steer.config.plan import Generation
-from steer.guard.client import Entry, GuardClient
+from steer.guard.client import Entry
 from steer.workers import selection
 from steer.workers.clock import Clock
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import Saved, WorkerHandle, WorkerHandles
-from steer.workers.process import WorkerProcess
 from steer.workers.selection import Selection
 from steer.workers.spawner import Spawner
 
@@ -23,7 +21,6 @@ class Adoption:
 
     Args:
         places: adopted workers are added to these.
-        launch: makes a worker's instructions.
     """
 
     def __init__(
@@ -32,16 +29,12 @@ class Adoption:
         selection: Selection,
         spawner: Spawner,
         entries: GuardEntries,
-        guard: GuardClient,
-        launch: Callable[[WorkerHandle], Launch],
         clock: Clock,
     ) -> None:
         self._places = places
         self._selection = selection
         self._spawner = spawner
         self._entries = entries
-        self._guard = guard
-        self._launch = launch
         self._clock = clock
 
     def adopt(
@@ -77,10 +70,7 @@ class Adoption:
         saved = msgspec.json.decode(entry.value, type=Saved)
         generation, now_s = generations[saved.generation], self._clock.now_s()
         place = WorkerHandle.restored(saved, generation, now_s, admitted)
-        launch = self._launch(place)
-        worker = WorkerProcess.adopted(launch, self._guard, saved.running, entry)
-        if worker is not None:
-            self._spawner.give(place, worker)
+        self._spawner.adopt(place, saved.running, entry)
         return place
 
 

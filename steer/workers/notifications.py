@@ -14,6 +14,7 @@ from steer.workers.clock import Clock
 from steer.workers.handle import WorkerHandle, WorkerHandles, waits
 from steer.workers.lifecycle import Event, State
 from steer.workers.process import WorkerProcess
+from steer.workers.selection import Selection
 
 
 class Notifications:
@@ -100,6 +101,19 @@ def of(by_pid: Mapping[int, WorkerHandle], pid: int) -> WorkerHandle | None:
     place = by_pid.get(pid)
     is_there = place and place.process and place.process.pid == pid
     return place if is_there else None
+
+
+def serve_early(pid: int, by_pid: Mapping[int, WorkerHandle], selection: Selection) -> bool:
+    """A process says that it is ready before there is a loop. If it is a worker that calls the
+    application, only this one is selected until then; returns whether it is. `Notifications`
+    has to be told the same once there is a loop."""
+    place = of(by_pid, pid)
+    if place is None or not place.process or not place.process.is_callable:
+        return False
+    with selection.naming_locked():
+        selection.steering.steer([place.member()])
+    selection.steering.empty_reserve()
+    return True
 
 
 def _say_ready_for_us(starting: Mapping[int, WorkerHandle]) -> Mapping[int, WorkerHandle]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from steer.backends.base import Backend
@@ -17,7 +16,7 @@ from steer.config.service import Service
 from steer.control.notify import Unheard
 from steer.errors import SteerError
 from steer.guard.client import Entry, GuardClient
-from steer.linux import family, fork
+from steer.linux import fork
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.workers import notifications
@@ -30,6 +29,7 @@ from steer.workers.intake import Lot
 from steer.workers.lifecycle import Event
 from steer.workers.looks import Looks
 from steer.workers.migration import QueueMigration
+from steer.workers.policy_switch import PolicySwitch
 from steer.workers.queues import Queues
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
@@ -94,7 +94,7 @@ class WorkerPool:
         self.places = WorkerHandles()
         self.by_pid: dict[int, WorkerHandle] = {}
         self.selection = Selection(steering, self.places, slots, guard, log, retry)
-        self._shutdown = Shutdown(self.places, retry)
+        self._shutdown = Shutdown(self.places, self.selection, guard, retry)
         self.log = log
         self.retry = retry
         self.clock = Clock()
@@ -108,7 +108,6 @@ class WorkerPool:
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self._guard = guard
-        self._launch = launch
         self._entries = GuardEntries(guard, self.selection, retry)
         self._queue = StartQueue(self.places)
         self._spawner = Spawner(
@@ -142,8 +141,7 @@ class WorkerPool:
         holds_ports()
 
     def _await_start(self, seat: WorkerSpec) -> None:
-        place = self._take_place(seat)
-        self._queue.add(place)
+        self._queue.add(self._take_place(seat, self.generation))
 
     def adopt(
         self,
@@ -154,15 +152,7 @@ class WorkerPool:
     ) -> None:
         """Go on with the workers that another controller left; see `Adoption.adopt`."""
         self.admitted = admitted
-        adoption = Adoption(
-            self.places,
-            self.selection,
-            self._spawner,
-            self._entries,
-            self._guard,
-            self._launch,
-            self.clock,
-        )
+        adoption = Adoption(self.places, self.selection, self._spawner, self._entries, self.clock)
         adoption.adopt(entries.values(), steering, generations, admitted)
 
     def watch(
@@ -212,10 +202,7 @@ class WorkerPool:
 
     def abandon(self) -> None:
         """Leave no process, whatever happened."""
-        with suppress(OSError):  # each of them is killed below
-            family.kill([place.process.family for place in self.places if place.process])
-        for place in self.places:
-            self._spawner.kill(place)
+        self._spawner.kill_all()
         self._shutdown.kill_leftovers()
 
     # What is asked of it.
@@ -251,90 +238,54 @@ class WorkerPool:
         """Of this controller and its guard, who may have sockets of workers open."""
         return {os.getpid(), self._guard.pid}
 
-    def recruit(
+    def start_held(
         self,
-        seats: Sequence[WorkerSpec],
+        seats: Iterable[WorkerSpec],
         generation: Generation,
         modest: bool,
         told: Callable[[WorkerHandle], None],
     ) -> Sequence[WorkerHandle]:
-        """Start workers that are held until `admit`, all or none.
+        """Start workers that are held until `activate`; see `Replacement.start`.
 
         Args:
             modest, told: see `WorkerHandle`.
-
-        Raises:
-            BindError, KernelError, WorkersFailed: one could not be started.
-            ControlError: too many are there.
         """
-        places: list[WorkerHandle] = []
-        try:
-            for seat in seats:
-                places.append(self._take_place(seat, generation, held=True))
-                places[-1].modest, places[-1].told = modest, told
-                places[-1].change = self.admitted + 1
-            self._supervision.starter.start(*places)
-        except SteerError:
-            for place in places:
-                self._supervision.commands.forget(place)
-            raise
-        return places
 
-    def admit(self, places: Sequence[WorkerHandle]) -> None:
-        """From now on they may be chosen, all at once. The guard is to be told that this change
-        is admitted, and so need not be told of each of them: of a thousand that takes long."""
-        for place in places:
-            place.held, place.told = False, None
+        def take(seat: WorkerSpec) -> WorkerHandle:
+            place = self._take_place(seat, generation)
+            place.held, place.change = True, self.admitted + 1
+            place.modest, place.told = modest, told
+            return place
+
+        return self._supervision.replacement.start(map(take, seats))
+
+    def activate(self, places: Iterable[WorkerHandle]) -> None:
+        """See `Replacement.activate`. The guard is then told the number of the change, and need
+        not be told of each worker."""
+        self._supervision.replacement.activate(places)
         self.admitted += 1
-        self.selection.flip_soon()
 
     def retire(self, places: Iterable[WorkerHandle]) -> None:
-        """They leave the table all at once. What follows is done in steps. A controller that
-        adopts the workers meanwhile retires those whose seats others have."""
-        leaving = []
-        for place in places:
-            if place.is_in_service:
-                place.leaving = True
-                leaving.append(place)
-            else:
-                self.report(place, Event.RETIRE)
-        self.selection.flip_soon()
-        self._supervision.retiring.begin_soon(leaving)
+        """See `Replacement.retire`."""
+        self._supervision.replacement.retire(places)
 
     def stop(self, within_s: float, quick: bool) -> None:
-        """Ask every worker to finish what it has; those that have not by then are killed.
+        """Tell every worker to finish; those that have not by then are killed.
 
         Args:
-            quick: they need not finish.
+            quick: they need not finish what they have.
         """
         self._shutdown.begin(within_s, quick)
-        self.retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
-        self.retry.attempt("let go of the ports", self.selection.release)
         self._supervision.startup.succeed()
         self._supervision.stopping.begin(self.places)
-
-    def _leave_nothing_to_adopt(self) -> None:
-        self._guard.give_up()
-        there = (place.process for place in self.places if self.steering.held(place.slot))
-        self._guard.let_go(*(worker.key for worker in there if worker))
 
     def reaped(self, pids: Iterable[int]) -> None:
         """Children of ours have ended that somebody had left behind."""
         self._supervision.ends.reaped(pids)
 
     def serve_early(self, pid: int) -> bool:
-        """The process `pid` is ready before there is a loop: it alone is chosen until then, if it
-        is a worker that may be; whether it is.
-
-        Only so much: whoever called this has to tell `notified` the same once there is one.
-        """
-        place = notifications.of(self.by_pid, pid)
-        if place is None or not place.process or not place.process.is_callable:
-            return False
-        with self.selection.naming_locked():
-            self.steering.steer([place.member()])
-        self.steering.empty_reserve()
-        return True
+        """See `notifications.serve_early`."""
+        return notifications.serve_early(pid, self.by_pid, self.selection)
 
     def notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
         """See `Notifications.take`."""
@@ -352,27 +303,9 @@ class WorkerPool:
             self.log.error("the reserve is not as configured: %s", error)
 
     def choose_by(self, plan: Plan, steering: Backend | None = None) -> None:
-        """Another policy, other parameters or weights, from now on.
-
-        Args:
-            steering: another backend for it, to which all sockets are new; None: the same.
-
-        Raises:
-            KernelError: nothing has changed.
-        """
-        seats = {seat.number: seat for seat in plan.seats}
-        moves = {place.slot: seats.get(place.seat.number, place.seat) for place in self.places}
-        members = [place.member(moves[place.slot]) for place in self.places if place.serves]
-        self.selection.choose_by(plan, members, steering)
-        now = Generation(self.generation.number, plan)
-        for place in self.places:
-            if place.generation.number == now.number:
-                place.generation = now
-        moved = [place for place in self.places if place.seat != moves[place.slot]]
-        unpinned = [place for place in moved if place.reseat(moves[place.slot])]
-        self._entries.save(moved, look=False)
-        self.generation = now
-        self.selection.keep()
+        """See `PolicySwitch.switch`."""
+        switch = PolicySwitch(self.places, self.selection, self._entries)
+        self.generation, unpinned = switch.switch(self.generation, plan, steering)
         # Nobody waits for it: wherever workers run, they get what the table says.
         self._supervision.pinning.begin(unpinned)
 
@@ -380,12 +313,8 @@ class WorkerPool:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
         self._supervision.pinning.begin(self.places)
 
-    def _take_place(
-        self, seat: WorkerSpec, generation: Generation | None = None, held: bool = False
-    ) -> WorkerHandle:
-        place = WorkerHandle(
-            seat, self.selection.take_slot(), generation or self.generation, held=held
-        )
+    def _take_place(self, seat: WorkerSpec, generation: Generation) -> WorkerHandle:
+        place = WorkerHandle(seat, self.selection.take_slot(), generation)
         self.places.add(place)
         if self.is_watched:
             self._supervision.startup.add(place)

@@ -6,10 +6,12 @@ import signal
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
+from steer.guard.client import GuardClient
 from steer.linux import family
 from steer.linux.retry import Retry
 from steer.workers.handle import WorkerHandle
 from steer.workers.leftovers import Leftovers
+from steer.workers.selection import Selection
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
@@ -28,10 +30,18 @@ class Shutdown:
         ended: done when everybody has ended.
     """
 
-    def __init__(self, places: Collection[WorkerHandle], retry: Retry) -> None:
+    def __init__(
+        self,
+        places: Collection[WorkerHandle],
+        selection: Selection,
+        guard: GuardClient,
+        retry: Retry,
+    ) -> None:
         self.has_begun = self.is_quick = False
         self.within_s = 0.0
         self._places = places
+        self._selection = selection
+        self._guard = guard
         self._retry = retry
         self._leftovers = Leftovers(self.end_if_empty)
         self._has_told_strays = False
@@ -44,8 +54,17 @@ class Shutdown:
         self.ended = loop.create_future()
 
     def begin(self, within_s: float, is_quick: bool) -> None:
-        """It is under way from now on; see the attributes."""
+        """It is under way from now on; see the attributes. There is nothing left to adopt, and
+        no port is kept."""
         self.has_begun, self.within_s, self.is_quick = True, within_s, is_quick
+        self._retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
+        self._retry.attempt("let go of the ports", self._selection.release)
+
+    def _leave_nothing_to_adopt(self) -> None:
+        self._guard.give_up()
+        is_held = self._selection.steering.held
+        there = (place.process for place in self._places if is_held(place.slot))
+        self._guard.let_go(*(worker.key for worker in there if worker))
 
     def take_leftovers(self, pids: Iterable[int]) -> None:
         """Kill these processes that a worker left behind, unless they end soon by themselves."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from steer.child.launch import Launch
-from steer.guard.client import GuardClient
+from steer.guard.client import Entry, GuardClient
+from steer.linux import family
 from steer.sockets import reuseport
 from steer.workers import process
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle
-from steer.workers.process import WorkerProcess
+from steer.workers.process import Running, WorkerProcess
 from steer.workers.selection import Selection
 
 
@@ -62,15 +63,28 @@ class Spawner:
                     owned.append(own)
             workers = process.fork_all(launches, self._guard, owned)
         for place, worker in zip(places, workers, strict=True):
-            self.give(place, worker)
+            self._give(place, worker)
         process.begin_all(workers, self._guard)
         self._entries.save(places, look=False)
         return workers
 
-    def give(self, place: WorkerHandle, worker: WorkerProcess) -> None:
-        """The process is of this worker."""
+    def adopt(self, place: WorkerHandle, saved: Running, entry: Entry) -> None:
+        """Give the worker the process that it had under another controller, unless that has
+        ended."""
+        worker = WorkerProcess.adopted(self._launch(place), self._guard, saved, entry)
+        if worker is not None:
+            self._give(place, worker)
+
+    def _give(self, place: WorkerHandle, worker: WorkerProcess) -> None:
         place.process = worker
         self._by_pid[worker.pid] = place
+
+    def kill_all(self) -> None:
+        """Leave no process of a worker, whatever happened."""
+        with suppress(OSError):  # each of them is killed below
+            family.kill([place.process.family for place in self._places if place.process])
+        for place in self._places:
+            self.kill(place)
 
     def kill(self, place: WorkerHandle) -> None:
         """Kill the worker's process, if it has one, and let go of it."""

@@ -18,6 +18,7 @@ from steer.workers.intake import Lot
 from steer.workers.lifecycle import Event
 from steer.workers.migration import QueueMigration
 from steer.workers.notifications import Notifications
+from steer.workers.replacement import Replacement
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
 from steer.workers.socket_removal import SocketRemoval
@@ -124,6 +125,9 @@ class Supervision:
             loop, lambda place: retry.attempt(f"pin worker {place.slot}", place.pin)
         )
         self.retiring = InSteps(loop, lambda place: report(place, Event.RETIRE))
+        self.replacement = Replacement(
+            selection, self.starter, self.transitions, self.commands.forget, self.retiring
+        )
         self.stopping = InSteps(
             loop,
             lambda place: report(place, Event.STOP),

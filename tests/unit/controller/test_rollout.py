@@ -60,7 +60,7 @@ class FakeFleet:
         self.places.append(place)
         return place
 
-    def recruit(
+    def start_held(
         self,
         seats: Sequence[WorkerSpec],
         generation: Generation,
@@ -72,7 +72,7 @@ class FakeFleet:
             place.held, place.told = True, told
         return places
 
-    def admit(self, places: Sequence[WorkerHandle]) -> None:
+    def activate(self, places: Sequence[WorkerHandle]) -> None:
         for place in places:
             place.held = False
         self.admitted += 1

@@ -64,7 +64,7 @@ def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         pool, seat = service.pool, service.plan.seats[0]
         with service.counted():
-            pool.recruit([seat], pool.generation, True, lambda _: None)
+            pool.start_held([seat], pool.generation, True, lambda _: None)
             await rest()
 
     few, many = both(script, tmp_path)
@@ -127,14 +127,14 @@ def test_those_that_are_admitted_together_are_saved_no_more_for_it(tmp_path: Pat
     """The turn in which hundreds are would take the longest of all."""
 
     async def script(service: FakeService) -> None:
-        was = service.pool.admit
+        was = service.pool.activate
 
-        def admit(places: Sequence[WorkerHandle]) -> None:
+        def activate(places: Sequence[WorkerHandle]) -> None:
             with service.counted() as cost:
                 was(places)
             seen.update(cost)
 
-        service.pool.admit = admit  # type: ignore[method-assign]
+        service.pool.activate = activate  # type: ignore[method-assign]
         await service.changes.renew(service.plan, unheard)
 
     seen: Counter[str] = Counter()

@@ -1,0 +1,50 @@
+"""Selecting the workers there are by another policy, other parameters, weights or CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steer.backends.base import Backend
+from steer.config.plan import Generation, Plan
+from steer.workers.guard_entries import GuardEntries
+from steer.workers.handle import WorkerHandle, WorkerHandles
+from steer.workers.selection import Selection
+
+
+class PolicySwitch:
+    """Switches the selection, then gives workers the seats of the new plan."""
+
+    def __init__(self, places: WorkerHandles, selection: Selection, entries: GuardEntries) -> None:
+        self._places = places
+        self._selection = selection
+        self._entries = entries
+
+    def switch(
+        self, now: Generation, plan: Plan, backend: Backend | None = None
+    ) -> tuple[Generation, Sequence[WorkerHandle]]:
+        """Select by this plan from now on.
+
+        Args:
+            now: the generation in force.
+            backend: another backend, to which all sockets are new; None: the same.
+
+        Returns:
+            The same generation, with the new plan, and the workers that are to be pinned to
+            other CPUs.
+
+        Raises:
+            KernelError: nothing has changed.
+        """
+        seats = {seat.number: seat for seat in plan.seats}
+        moves = {place.slot: seats.get(place.seat.number, place.seat) for place in self._places}
+        members = [place.member(moves[place.slot]) for place in self._places if place.serves]
+        self._selection.choose_by(plan, members, backend)
+        then = Generation(now.number, plan)
+        for place in self._places:
+            if place.generation.number == then.number:
+                place.generation = then
+        moved = [place for place in self._places if place.seat != moves[place.slot]]
+        unpinned = [place for place in moved if place.reseat(moves[place.slot])]
+        self._entries.save(moved, look=False)
+        self._selection.keep()
+        return then, unpinned
