@@ -6,14 +6,76 @@ wrappers and shells start it as their child. Which it is shows once it runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 
 from steer.config import servers
-from steer.config.servers import Finish, Shown
+from steer.config.servers import BY_DEFAULT, Finish, Shown
 from steer.config.service import Service
-from steer.linux import processes
+from steer.linux import family, fork, processes
+from steer.linux.family import Family
 
 _MOST_WRAPPERS = 8
+
+
+class Finishing:
+    """Tells the processes of one worker to finish.
+
+    Args:
+        pidfd: of the first process.
+        told: another controller has told it.
+
+    Attributes:
+        told: whether it was told.
+    """
+
+    def __init__(self, service: Service, family: Family, pidfd: int, told: bool = False) -> None:
+        self.told = told
+        self._service = service
+        self._family = family
+        self._pidfd = pidfd
+        self._is_hurried = False
+        self._how: Finish | None = None
+
+    def tell(self, quick: bool) -> None:
+        """Tell the first process; once, as some servers that are asked again drop what they have.
+
+        Args:
+            quick: it need not finish: by SIGTERM, on which a server that finishes on another
+                signal ends at once; also where it was told to finish before.
+        """
+        hurry = quick and not self._is_hurried and self.how().others != signal.SIGTERM
+        if not self.told or hurry:
+            self.told, self._is_hurried = True, quick
+            try:
+                self._family.remember()
+            finally:
+                fork.terminate(self._pidfd, self._told_by.first)
+
+    def tell_others(self, pids: Iterable[int]) -> None:
+        """Tell these of its processes, as the first has ended."""
+        family.send(self._told_by.others, pids)
+
+    @property
+    def why_told_so(self) -> str:
+        """By which signal it was told, and why, where what it runs decided that; else ""."""
+        return self._told_by.why
+
+    @property
+    def _told_by(self) -> Finish:
+        return BY_DEFAULT if self._is_hurried else self.how()
+
+    def how(self, look: bool = True) -> Finish:
+        """How it is told. What is known stays so: of a process that has ended it cannot be seen
+        any more. But what a command has become may show only later.
+
+        Args:
+            look: whether it may have become something else.
+        """
+        may_change = self._how == BY_DEFAULT and bool(self._service.command)
+        if self._how is None or (look and may_change):
+            self._how = how(self._service, self._family.pid)
+        return self._how
 
 
 def how(service: Service, pid: int) -> Finish:

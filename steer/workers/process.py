@@ -1,13 +1,11 @@
-"""One worker process and what ties it to us: its pidfd, its channel, its standard error."""
+"""One worker's processes and what ties them to us: pidfd, channel, standard error."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -16,32 +14,25 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from steer.child import main
-from steer.child.launch import MESSAGE_MAX_BYTES, Launch, read
+from steer.child.launch import Launch
 from steer.config.address import Bind
-from steer.config.servers import BY_DEFAULT, Finish
-from steer.errors import AppLoadError, SteerError, WorkersFailed
+from steer.errors import SteerError
 from steer.guard.client import Entry, GuardClient
-from steer.linux import family, fork, output, processes
+from steer.linux import fork, processes
 from steer.linux.family import Family
-from steer.linux.lines import Line, Lines, shown
 from steer.sockets import reuseport
 from steer.sockets.listeners import Borrower
-from steer.values import Invalid
-from steer.workers import finish
+from steer.workers.channel import WorkerChannel
+from steer.workers.finish import Finishing
+from steer.workers.readers import Readers
+from steer.workers.standard_error import StandardError
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-LAST_WORDS = 20
-"""Lines of standard error that are kept of each worker."""
 _LOOK_AGAIN_S = 0.05
-_LINE_BYTES = 4096
-"""So much is kept of each."""
 _LEFTOVERS_S = 2.0
 """For what a killed process leaves behind to be gone as well."""
-_CHUNK_BYTES = 65536
-_CHUNKS_AT_END = 16
-"""More than a pipe holds (pipe(7))."""
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -127,36 +118,34 @@ def begin_all(workers: Sequence[WorkerProcess], guard: GuardClient) -> None:
 
 
 class WorkerProcess:
-    """A worker, from fork to the end.
+    """A worker's processes and what ties them to us, from fork to the end.
 
     Args:
-        launch: what it is told.
-        guard: has it too, should we be gone.
+        launch: what the worker is told.
+        guard: has the descriptors, too, in case we are killed.
 
     Attributes:
+        pid, family: its first process, and all of them.
         bound: inodes of its sockets, one for each bind.
-        told: whether it was told to finish.
+        is_open: until `let_go`.
+        is_killed: all of its processes were killed.
         left_behind: its processes that were there when the first ended by itself; they were
             told to end.
     """
 
     def __init__(self, launch: Launch, guard: GuardClient) -> None:
         self.launch = launch
-        self._guard = guard
-        self.problem: SteerError | None = None
-        self.told = self._hurried = False
-        self._finish: Finish | None = None
-        self.left_behind: Sequence[int] = ()
-        self._is_child = True
-        self._is_heard = False
-        self._is_killed = False
-        self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
-        self._lines = Lines()
-        self._loop: AbstractEventLoop | None = None
-        self._ended: Callable[[], None] | None = None
-        self._reading: set[int] = set()
         self.bound: tuple[int, ...] = ()
         self.inodes: frozenset[int] = frozenset()
+        self.is_open, self.is_killed = True, False
+        self.left_behind: Sequence[int] = ()
+        self._guard = guard
+        self._is_child = True
+        self._readers = Readers()
+        self._ended: Callable[[], None] | None = None
+        self._problem: SteerError | None = None
+
+    # How it begins.
 
     def prepare(
         self, own: Sequence[socket.socket], theirs: ExitStack, ours: ExitStack
@@ -171,26 +160,24 @@ class WorkerProcess:
             OSError: no more files.
         """
         self.bound = tuple(processes.socket_inode(sock.fileno()) for sock in own)
-        self._channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.callback(self._channel.close)
+        sock, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.callback(sock.close)
         theirs.callback(channel.close)
-        self._stderr, stderr = os.pipe()
-        ours.callback(os.close, self._stderr)
+        self._channel = WorkerChannel(sock, self.launch, self._readers)
+        self._stderr_fd, stderr = os.pipe()
+        ours.callback(os.close, self._stderr_fd)
         theirs.callback(os.close, stderr)
-        os.set_blocking(self._stderr, False)
+        os.set_blocking(self._stderr_fd, False)
         return partial(main.main, self.launch, channel, stderr, own)
 
     def forked(self, pid: int, pidfd: int) -> None:
         """It is there."""
         self.started_s = time.monotonic()
-        self.pid, self._pidfd = pid, pidfd
-        self.family = Family(pid)
-        self._meet()
+        self._is(pid, pidfd)
 
     def go_on(self) -> None:
         """See `begin_all`."""
-        with suppress(OSError):  # it has ended: `watch` tells
-            self._channel.send(b"\0")
+        self._channel.go_on()
 
     @classmethod
     def adopted(
@@ -202,21 +189,24 @@ class WorkerProcess:
             _see_off(saved.pid, entry.group)
             return None
         self = cls(launch, guard)
-        self.started_s, self.told = saved.started_s, saved.told
-        self.pid, (self._pidfd, self._stderr, channel) = saved.pid, entry.fds[:3]
-        self._channel = socket.socket(fileno=channel)
+        self.started_s, self.bound = saved.started_s, saved.bound
+        pidfd, self._stderr_fd, channel = entry.fds[:3]
+        self._channel = WorkerChannel(socket.socket(fileno=channel), launch, self._readers)
         self._is_child = processes.parent(saved.pid) == os.getpid()
-        self.family = Family(saved.pid, self._is_child)
         if self._is_child:
             fork.began(saved.pid)
-        self.bound = saved.bound
-        self._meet()
+        self._is(saved.pid, pidfd, saved.told)
         return self
 
-    def _meet(self) -> None:
-        self.inodes = frozenset(self.bound)
-        self._borrower = Borrower(self.pid, self.inodes)
-        self.family.sockets = self.inodes
+    def _is(self, pid: int, pidfd: int, told: bool = False) -> None:
+        self.pid, self._pidfd = pid, pidfd
+        self.family = Family(pid, self._is_child)
+        self.family.sockets = self.inodes = frozenset(self.bound)
+        self._borrower = Borrower(pid, self.inodes)
+        self._stderr = StandardError(self._stderr_fd, pid, self.launch, self._readers)
+        self._finishing = Finishing(self.launch.service, self.family, pidfd, told)
+
+    # What the guard has of it.
 
     @property
     def key(self) -> str:
@@ -232,12 +222,12 @@ class WorkerProcess:
         """Have the guard keep `value` with what ties the process to us, and `held`.
 
         Args:
-            look: whether it may run another program by now, that is to be told to finish in
-                another way.
+            look: see `Finishing.how`: whether it may run another program by now.
         """
-        fds = (self._pidfd, self._stderr, self._channel.fileno(), *held)
-        how = self._how_to_finish() if look or self._finish is None else self._finish
-        self._guard.put(self.key, value, fds, self.pid, how.first)
+        fds = (self._pidfd, self._stderr_fd, self._channel.socket.fileno(), *held)
+        self._guard.put(self.key, value, fds, self.pid, self._finishing.how(look).first)
+
+    # What can be seen of it.
 
     @contextmanager
     def sockets(self) -> Iterator[Mapping[int, socket.socket]]:
@@ -255,10 +245,16 @@ class WorkerProcess:
         Args:
             ended: called once, when its first process is gone; others of it may be left.
         """
-        self._loop, self._ended = loop, ended
-        self._read(self._channel.fileno(), self._on_channel)
-        self._read(self._stderr, self._on_stderr)
-        self._read(self._pidfd, self._on_end)
+        self._ended = ended
+        self._readers.watch(loop)
+        self._channel.watch(self.kill)
+        self._stderr.watch()
+        self._readers.add(self._pidfd, self._on_end)
+
+    def _on_end(self) -> None:
+        self._readers.remove(self._pidfd)
+        if self._ended is not None:
+            self._ended()
 
     @property
     def is_callable(self) -> bool:
@@ -266,65 +262,51 @@ class WorkerProcess:
         return not self.launch.service.command
 
     @property
+    def problem(self) -> SteerError | None:
+        """Why it is about to end, if that is known."""
+        return self._channel.problem or self._problem
+
+    @problem.setter
+    def problem(self, problem: SteerError) -> None:
+        self._problem = problem
+
+    @property
     def last_words(self) -> str:
         """The last lines it wrote to standard error."""
-        lines = [*self._words, *([self._lines.rest] if self._lines.rest else [])]
-        return "\n".join(line.decode(errors="replace") for line in lines[-LAST_WORDS:])
+        return self._stderr.last_words
 
-    def terminate(self, quick: bool = False) -> None:
-        """Tell it to finish; once, as some servers that are asked again drop what they have.
+    def pass_rest_on(self) -> None:
+        """See `StandardError.pass_rest_on`."""
+        self._stderr.pass_rest_on()
 
-        Args:
-            quick: it need not finish: by SIGTERM, which a server that finishes on another
-                signal ends at once on; also where it was told to finish before.
-        """
-        hurry = quick and not self._hurried and self._how_to_finish().others != signal.SIGTERM
-        if not self.told or hurry:
-            self.told, self._hurried = True, quick
-            try:
-                self.family.remember()
-            finally:
-                fork.terminate(self._pidfd, self._told_by.first)
+    # How it ends.
+
+    @property
+    def told(self) -> bool:
+        """Whether it was told to finish."""
+        return self._finishing.told
 
     @property
     def why_told_so(self) -> str:
-        """By which signal it was told to finish, and why, where what it runs decided that; else
-        ""."""
-        return self._told_by.why
+        """See `Finishing.why_told_so`."""
+        return self._finishing.why_told_so
 
-    @property
-    def _told_by(self) -> Finish:
-        return BY_DEFAULT if self._hurried else self._how_to_finish()
-
-    def _how_to_finish(self) -> Finish:
-        """Once that is known it stays: of who has ended it cannot be seen any more. What a command
-        has become shows only later."""
-        if self._finish is None or (self._finish == BY_DEFAULT and not self.is_callable):
-            self._finish = finish.how(self.launch.service, self.pid)
-        return self._finish
-
-    @property
-    def is_open(self) -> bool:
-        """Until `let_go`."""
-        return self._stderr >= 0
-
-    @property
-    def is_killed(self) -> bool:
-        """Whether it was, and all of its processes with it."""
-        return self._is_killed
+    def terminate(self, quick: bool = False) -> None:
+        """Tell it to finish; see `Finishing.tell`."""
+        self._finishing.tell(quick)
 
     def tell_others(self, pids: Iterable[int]) -> None:
         """These of its processes are to end, as the first has."""
-        family.send(self._told_by.others, pids)
+        self._finishing.tell_others(pids)
 
     def kill_group(self) -> None:
         """All of its processes but those that have left its group, see `Family.others`."""
-        self._is_killed = True
+        self.is_killed = True
         self.family.kill_group()
 
     def kill(self) -> None:
         """All of its processes."""
-        self._is_killed = True
+        self.is_killed = True
         self.family.kill()
 
     def end(self) -> int | None:
@@ -338,115 +320,19 @@ class WorkerProcess:
         know. Whatever fails of this, the rest is done."""
         with ExitStack() as then:
             then.callback(self._close)
-            then.callback(self._hear_out)
-            then.callback(self._hear_last)
+            then.callback(self._stderr.read_out)
+            then.callback(self._channel.hear)
             # Before it is waited for: until then its number is not another's.
             self._guard.drop(self.key)
             return fork.reap(self.pid, self._pidfd, self._is_child)
 
     def _close(self) -> None:
-        for fd in (self._channel.fileno(), self._stderr, self._pidfd):
-            self._forget(fd)
+        self._readers.remove(self._pidfd)
         self._channel.close()
-        os.close(self._stderr)
+        self._stderr.close()
         os.close(self._pidfd)
-        self._stderr = -1
+        self.is_open = False
         self._ended = None  # it has us, and without this cycle nobody needs to look for garbage
-
-    def _on_end(self) -> None:
-        self._forget(self._pidfd)
-        if self._ended is not None:
-            self._ended()
-
-    def _on_channel(self) -> None:
-        """It had something to tell, or has nothing more to."""
-        if not self._hear_last():
-            self.kill()
-
-    def _hear_last(self) -> bool:
-        """Take what it still had to tell; whether that is understood, if there was anything.
-
-        It may be anything, as an application can write there, too. No descriptor is taken in:
-        those that come along the kernel closes (unix(7): there is no room for them).
-        """
-        self._channel.setblocking(False)
-        try:
-            data = self._channel.recv(MESSAGE_MAX_BYTES)
-        except BlockingIOError:
-            return True
-        except OSError:
-            data = b""
-        self._forget(self._channel.fileno())
-        if self._is_heard or not data:
-            return True
-        self._is_heard = True
-        try:
-            message = read(data)
-        except Invalid as error:
-            self.problem = self._not_understood(error)
-            return False
-        app = self.launch.service.app
-        what = f"load {app}" if app else f"start {self.launch.name}"
-        self.problem = AppLoadError(what, message.unloadable, detail=message.detail)
-        return True
-
-    def _not_understood(self, error: Invalid) -> WorkersFailed:
-        what = f"worker {self.launch.slot} sent what steer does not understand"
-        return WorkersFailed(what, str(error), "it is replaced")
-
-    def _on_stderr(self) -> bool:
-        """Pass on what there is, and keep the last lines for when they are asked for.
-
-        While ours takes nothing theirs is not read: the worker waits, not we.
-        """
-        if not output.stderr.is_clear:
-            self._forget(self._stderr)
-            output.stderr.when_clear(self._listen_again)
-            return False
-        return self._hear()
-
-    def _listen_again(self) -> None:
-        if self._loop is not None and self._stderr >= 0:
-            self._read(self._stderr, self._on_stderr)
-
-    def _hear(self) -> bool:
-        try:
-            data = os.read(self._stderr, _CHUNK_BYTES)
-        except BlockingIOError:
-            return False
-        if not data:
-            self._forget(self._stderr)
-            return False
-        self._pass_on(self._lines.feed(data))
-        return True
-
-    def pass_rest_on(self) -> None:
-        """Of a line that has no end yet, as somebody else may read the next piece."""
-        self._pass_on(self._lines.end())
-
-    def _pass_on(self, lines: Iterable[Line]) -> None:
-        now = list(lines)
-        self._words.extend(line[:_LINE_BYTES] for line, _ in now[-LAST_WORDS:])
-        form, slot = self.launch.service.log_format, self.launch.slot
-        output.stderr.pass_on(shown(now, form, self.pid, slot, time.time()))
-
-    def _hear_out(self) -> None:
-        """What is in the pipe, but not for ever: a process that outlives it may go on writing."""
-        for _ in range(_CHUNKS_AT_END):
-            if not self._hear():
-                break
-        self.pass_rest_on()
-
-    def _read(self, fd: int, then: Callable[[], object]) -> None:
-        assert self._loop is not None
-        self._loop.add_reader(fd, then)
-        self._reading.add(fd)
-
-    def _forget(self, fd: int) -> None:
-        if fd in self._reading:
-            assert self._loop is not None
-            self._reading.discard(fd)
-            self._loop.remove_reader(fd)
 
 
 def _see_off(pid: int, group: int) -> None:

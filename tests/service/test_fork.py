@@ -125,7 +125,9 @@ def test_worker_that_no_guard_knows_of_runs_nothing(
     if is_told:
         worker_process.begin_all([forked], cast(Any, guard))
     else:
-        forked._channel.shutdown(socket.SHUT_RDWR)  # as the kernel does with what is nobody's
+        forked._channel.socket.shutdown(
+            socket.SHUT_RDWR
+        )  # as the kernel does with what is nobody's
     assert process.wait_for_end(forked._pidfd, DEADLINE_S)
     assert (tmp_path / "loaded").exists() == is_told
     forked.end()

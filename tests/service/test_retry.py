@@ -293,7 +293,7 @@ BREAKS = [
     ("steer.backends.ebpf Ebpf.steer", "OSError 1 2"),
     ("steer.workers.handle WorkerHandle.got_ready", "MemoryError 1 1"),
     ("steer.workers.handle WorkerHandle.lost_process", "ZeroDivisionError 1 1"),
-    ("steer.workers.process WorkerProcess._hear_out", "OSError 1 1"),
+    ("steer.workers.standard_error StandardError.read_out", "OSError 1 1"),
     ("steer.workers.process fork_all", "MemoryError 1 2"),
     ("steer.workers.process WorkerProcess.prepare", "MemoryError 1 2"),
     ("steer.workers.process WorkerProcess.forked", "MemoryError 1 2"),

@@ -1,0 +1,96 @@
+"""What a worker writes to standard error: passed on line by line, and the last lines are kept."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from steer.child.launch import Launch
+from steer.linux import output
+from steer.linux.lines import Line, Lines, shown
+from steer.workers.readers import Readers
+
+LAST_WORDS = 20
+"""So many lines are kept of each worker."""
+_LINE_BYTES = 4096
+"""So much is kept of each line."""
+_CHUNK_BYTES = 65536
+_CHUNKS_AT_END = 16
+"""More than a pipe holds (pipe(7))."""
+
+
+class StandardError:
+    """The reading end of a worker's standard error.
+
+    Args:
+        fd: the pipe; becomes ours.
+    """
+
+    def __init__(self, fd: int, pid: int, launch: Launch, readers: Readers) -> None:
+        self._fd = fd
+        self._pid = pid
+        self._launch = launch
+        self._readers = readers
+        self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
+        self._lines = Lines()
+
+    def fileno(self) -> int:
+        """-1 once it is closed."""
+        return self._fd
+
+    def watch(self) -> None:
+        """Pass on what comes from here on; nothing once it is closed."""
+        if self._fd >= 0:
+            self._readers.add(self._fd, self._on_readable)
+
+    @property
+    def last_words(self) -> str:
+        """The last lines."""
+        lines = [*self._words, *([self._lines.rest] if self._lines.rest else [])]
+        return "\n".join(line.decode(errors="replace") for line in lines[-LAST_WORDS:])
+
+    def read_out(self) -> None:
+        """Pass on what is in the pipe; not for ever, as a process that outlives the worker may go
+        on writing."""
+        for _ in range(_CHUNKS_AT_END):
+            if not self._read():
+                break
+        self.pass_rest_on()
+
+    def pass_rest_on(self) -> None:
+        """Pass on a line that has no end yet, as somebody else may read the next piece of it."""
+        self._pass_on(self._lines.end())
+
+    def close(self) -> None:
+        """Read no more."""
+        self._readers.remove(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _on_readable(self) -> None:
+        """Pass on what there is. While our own standard error takes nothing, the worker's is not
+        read: the worker waits, not we."""
+        if output.stderr.is_clear:
+            self._read()
+        else:
+            self._readers.remove(self._fd)
+            output.stderr.when_clear(self.watch)
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._fd, _CHUNK_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._readers.remove(self._fd)
+            return False
+        self._pass_on(self._lines.feed(data))
+        return True
+
+    def _pass_on(self, lines: Iterable[Line]) -> None:
+        now = list(lines)
+        self._words.extend(line[:_LINE_BYTES] for line, _ in now[-LAST_WORDS:])
+        form, slot = self._launch.service.log_format, self._launch.slot
+        output.stderr.pass_on(shown(now, form, self._pid, slot, time.time()))
