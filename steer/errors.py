@@ -183,7 +183,24 @@ class Uncounted(KernelError):
 
 
 class VerifierError(KernelError):
-    """The verifier refused a program; `detail` is what matters of its log."""
+    """The verifier refused a program.
+
+    Args:
+        detail: what matters of its log.
+        log: the whole of it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        cause: str,
+        cure: str = "",
+        detail: str = "",
+        errno: int | None = None,
+        log: str = "",
+    ) -> None:
+        super().__init__(what, cause, cure, detail, errno)
+        self.log = log
 
 
 class CompileError(KernelError):

@@ -260,8 +260,8 @@ def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> 
     """Of the user's own: with the line of C that it is about."""
     cure = "" if capabilities.may_perfmon() else _NEEDS_PERFMON
     if not chosen.is_own:
-        return VerifierError(error.what, error.cause, cure, error.detail, error.errno)
+        return VerifierError(error.what, error.cause, cure, error.detail, error.errno, error.log)
     from steer.loader import verifier
 
     detail = verifier.point(error.detail, lines, find.file_of(chosen))
-    return VerifierError(error.what, error.cause, cure, detail, error.errno)
+    return VerifierError(error.what, error.cause, cure, detail, error.errno, error.log)

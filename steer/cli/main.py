@@ -279,8 +279,9 @@ def new(name: str, as_json: bool) -> None:
 
 @policies.command("check")
 @click.argument("file")
+@click.option("--verbose", is_flag=True, help="If the verifier refuses FILE, show its whole log.")
 @_AS_JSON
-def check_policy(file: str, as_json: bool) -> None:
+def check_policy(file: str, verbose: bool, as_json: bool) -> None:
     """Compile the policy in FILE and measure what it costs.
 
     The kernel's verifier checks it; errors point at the line of C.
@@ -288,7 +289,7 @@ def check_policy(file: str, as_json: bool) -> None:
     from steer.cli import output, policy_tables
     from steer.policy_tools import check as own
 
-    checked = own.check(file)
+    checked = own.check(file, whole_log=verbose)
     if as_json:
         _print_json(checked)
     else:

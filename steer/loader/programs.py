@@ -55,7 +55,7 @@ class Program(Descriptor):
         protocol: of the sockets that it is for.
 
     Raises:
-        VerifierError: the verifier refuses; its log is in `detail`.
+        VerifierError: the verifier refuses; its log is in it.
         KernelError: not permitted, or not known to this kernel.
     """
 
@@ -71,7 +71,7 @@ class Program(Descriptor):
         insns = code.linked(descriptors, {"protocol": abi.PROTOCOLS[protocol]})
         self._kind = _KINDS[attach_type]
         options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=attach_type)
-        fd = self._load(name, insns, options)
+        fd, act = self._load(name, insns, options), f"load program {name}"
         if fd < 0 and fd not in (-errno.EPERM, -errno.ENOSYS):
             log = ctypes.create_string_buffer(LOG_BYTES)
             options.log_level = 1
@@ -79,13 +79,13 @@ class Program(Descriptor):
             options.log_buf = ctypes.addressof(log)
             fd = self._load(name, insns, options)
             if fd < 0 and log.value:
-                raise VerifierError.from_oserror(
-                    f"load program {name}",
-                    OSError(-fd, os.strerror(-fd)),
-                    detail=shorten(log.value.decode(errors="replace")),
-                )
+                told = log.value.decode(errors="replace")
+                reason = OSError(-fd, os.strerror(-fd))
+                error = VerifierError.from_oserror(act, reason, detail=shorten(told))
+                error.log = told
+                raise error
         if fd < 0:
-            raise refusal(f"load program {name}", -fd)
+            raise refusal(act, -fd)
         super().__init__(fd)
 
     def _load(self, name: str, insns: bytes, options: _LoadOptions) -> int:

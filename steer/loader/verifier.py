@@ -120,7 +120,7 @@ def _number(pattern: str, told: str) -> int:
     return int(found[1]) if found else 0
 
 
-def point(detail: str, lines: Mapping[int, int], source: Path) -> str:
+def point(detail: str, lines: Mapping[int, int], source: Path, shown: str = "") -> str:
     """What a verifier said, and below it the line of C that it speaks of, if one is known.
 
     Where it is in what steer.h does for the policy, that is the last line of the policy's
@@ -129,8 +129,9 @@ def point(detail: str, lines: Mapping[int, int], source: Path) -> str:
     Args:
         detail: the last lines of its log.
         lines: of the program; see `PolicyObject.lines`.
+        shown: what to show of the log; if not given, these last lines.
     """
-    parts = [detail, _line(detail, lines, source)]
+    parts = [shown.rstrip() or detail, _line(detail, lines, source)]
     parts += [cure for words, cure in _CURES.items() if words in detail][:1]
     return "\n".join(part for part in parts if part)
 

@@ -45,11 +45,12 @@ class Checked(msgspec.Struct, frozen=True):
     notes: list[str]
 
 
-def check(asked: str) -> Checked:
+def check(asked: str, whole_log: bool = False) -> Checked:
     """Compile a policy, have the verifier look at it, and time it.
 
     Args:
         asked: as --policy takes it.
+        whole_log: whether a refusal shows all that the verifier says, and not only the end of it.
 
     Raises:
         ConfigError: there is no such policy, or it has no program.
@@ -62,7 +63,7 @@ def check(asked: str) -> Checked:
     built = compile.load(find.file_of(found))
     notes: list[str] = []
     with ExitStack() as stack:
-        programs = _verify(found, built, stack, notes)
+        programs = _verify(found, built, stack, notes, whole_log)
         cost_ns = _time(found, notes) if programs else None
     says = found.declared
     return Checked(
@@ -80,7 +81,7 @@ def check(asked: str) -> Checked:
 
 
 def _verify(
-    found: Policy, built: PolicyObject, stack: ExitStack, notes: list[str]
+    found: Policy, built: PolicyObject, stack: ExitStack, notes: list[str], whole_log: bool
 ) -> dict[str, Figures]:
     figures = {}
     try:
@@ -95,10 +96,14 @@ def _verify(
         try:
             figures[kind] = verifier.figures(kind, code, maps)
         except VerifierError as error:
-            source = find.file_of(found)
-            detail = verifier.point(error.detail, built.lines.get(kind, {}), source)
-            cause = "the kernel's verifier refuses it"
-            raise VerifierError(f"load {source.name}", cause, detail=detail) from None
+            source, shown = find.file_of(found), error.log if whole_log else ""
+            raise VerifierError(
+                f"load {source.name}",
+                "the kernel's verifier refuses it",
+                detail=verifier.point(error.detail, built.lines.get(kind, {}), source, shown),
+                errno=error.errno,
+                log=error.log,
+            ) from None
         except KernelError as error:
             notes.append(f"{kind} not loaded: {error}")
     return figures

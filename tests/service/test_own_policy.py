@@ -283,6 +283,20 @@ def test_verifier_error_names_the_line_and_what_would_help(home: Path, case: str
 
 
 @pytest.mark.needs("bcc", "bpf")
+def test_whole_log_of_the_verifier_is_shown_if_asked_for(cli: RunSteer, home: Path) -> None:
+    """With the line of C and the cure at its end, as they are told without it."""
+    write(home, policy("u8 *data = ctx->data;\nreturn data[0];"))
+    short = cli("policies", "check", "mine.c").stderr.splitlines()
+    whole = cli("policies", "check", "mine.c", "--verbose").stderr.splitlines()
+    assert (whole[0], whole[-2:]) == (short[0], short[-2:])
+    assert "mine.c:6: return data[0];" in whole[-2]
+    assert len(short) < len(whole)
+    assert any(line.startswith("  | 0: (") for line in whole)
+    assert any(line.startswith("  | processed ") for line in whole)
+    assert not any(line.startswith("  | processed ") for line in short)
+
+
+@pytest.mark.needs("bcc", "bpf")
 def test_verifier_error_in_a_function_names_its_line(home: Path) -> None:
     text = (
         "static u32 first(struct sk_reuseport_md *ctx)\n{\n\treturn *(u8 *)ctx->data;\n}\n\n"

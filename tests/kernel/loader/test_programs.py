@@ -138,6 +138,8 @@ def test_verifier_log_is_shortened_to_its_end() -> None:
     many = ["b700000000000000"] * 500 + ["bf91000000000000", "9500000000000000"]
     with pytest.raises(VerifierError) as caught:
         Program("steer_bad", Code(many, {}), {}, SELECT)
+    assert caught.value.log.count("(b7) r0 = 0") == 500
+    assert "\nprocessed " in caught.value.log
     lines = caught.value.detail.splitlines()
     assert 2 <= len(lines) <= 12
     assert "!read_ok" in lines[-1]
