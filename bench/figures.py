@@ -12,7 +12,7 @@ from steer.cli.tables import Table
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-COLUMNS = ("figure", "median", "middle half", "min", "max", "unit", "wanted", "")
+COLUMNS = ("figure", "median", "middle half", "min", "max", "unit", "target", "")
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def _figures(section: Section) -> str:
         ]
         for figure in figures
     ]
-    return _table([section.title.rpartition(": ")[2], "median (middle half)", "wish", ""], rows)
+    return _table([section.title.rpartition(": ")[2], "median (middle half)", "target", ""], rows)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

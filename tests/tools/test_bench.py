@@ -94,7 +94,7 @@ def test_table_shows_spread_and_what_was_wanted() -> None:
     section = Section("start", [Figure("ours", "ms", (9.876, 123.4, 55.55), at_most=60)])
     assert tables.plain(section.table()).splitlines() == [
         "start",
-        "figure  median  middle half  min   max  unit  wanted",
+        "figure  median  middle half  min   max  unit  target",
         "ours    55.5    32.7 – 89.5  9.88  123  ms    ≤ 60    yes",
     ]
 
@@ -420,7 +420,7 @@ def test_growth_in_markdown_is_a_row_for_each_server_and_then_what_was_wished() 
         "| reload, s | steer | 0.10 | 3.00 |",
         "|  | gunicorn |  | 30.0 |",
         "",
-        "| reload | median (middle half) | wish |  |",
+        "| reload | median (middle half) | target |  |",
         "| --- | --- | --- | --- |",
         "| steer to gunicorn, 1,000 workers | 0.10 × | ≤ 0.15 | yes |",
     ]
@@ -429,7 +429,7 @@ def test_growth_in_markdown_is_a_row_for_each_server_and_then_what_was_wished() 
 def test_figures_in_markdown_show_spread_and_what_was_wanted() -> None:
     section = Section("start", [Figure("ours", "ms", (9.876, 123.4, 55.55), at_most=50)])
     assert markdown.text([section]).splitlines() == [
-        "| start | median (middle half) | wish |  |",
+        "| start | median (middle half) | target |  |",
         "| --- | --- | --- | --- |",
         "| ours | 55.5 (32.7 – 89.5) ms | ≤ 50 | **no** |",
     ]
