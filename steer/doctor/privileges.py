@@ -136,4 +136,4 @@ def workers(case: Case) -> Iterator[Opinion]:
     refusals = {WAITS: found.look, BORROW: found.borrow}
     for what, refusal in refusals.items():
         if refusal is not None:
-            yield Opinion("warn", f"{refusal.cause}: {INSTEAD[what]}", refusal.cure)
+            yield Opinion("warn", f"{refusal.found}: {INSTEAD[what]}", refusal.cure)

@@ -16,7 +16,7 @@ from contextlib import suppress
 import msgspec
 
 from steer import features
-from steer.errors import KernelError
+from steer.errors import KernelError, Note
 from steer.linux import fork
 from steer.linux.activity import is_hidden
 from steer.linux.processes import socket_inode
@@ -27,17 +27,7 @@ _CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
 _GIVE_PTRACE = "give CAP_SYS_PTRACE (Docker: --cap-add SYS_PTRACE; systemd: CapabilityBoundingSet=)"
 
 
-class Refusal(msgspec.Struct, frozen=True):
-    """A cause in words, and its cure."""
-
-    cause: str
-    cure: str
-
-    def __str__(self) -> str:
-        return f"{self.cause}; {self.cure}"
-
-
-_OF_ANOTHER_USER = Refusal(
+_OF_ANOTHER_USER = Note(
     "workers run as another user, and CAP_SYS_PTRACE is not held",
     f"{_GIVE_PTRACE}, or run steer as that user",
 )
@@ -51,8 +41,8 @@ class Access(msgspec.Struct, frozen=True):
         borrow: take duplicates of its sockets for a moment.
     """
 
-    look: Refusal | None = None
-    borrow: Refusal | None = None
+    look: Note | None = None
+    borrow: Note | None = None
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -77,21 +67,21 @@ class Facts(msgspec.Struct, frozen=True):
     release: str = ""
 
 
-def why_no_look(facts: Facts) -> Refusal:
+def why_no_look(facts: Facts) -> Note:
     """What keeps us from a process's system call and open files. Pure."""
     scope = facts.ptrace_scope or 0
     if facts.is_hidden or (facts.hidepid and not facts.may_ptrace and not facts.same_user):
         cure = "mount it without hidepid, or with gid= of a group of ours"
-        return Refusal("/proc is mounted with hidepid", cure)
+        return Note("/proc is mounted with hidepid", cure)
     if not facts.same_user and not facts.may_ptrace:
         return _OF_ANOTHER_USER
     if scope >= 3 or (scope == 2 and not facts.may_ptrace):
         cure = "sysctl -w kernel.yama.ptrace_scope=1" + (", after a reboot" if scope >= 3 else "")
-        return Refusal(f"kernel.yama.ptrace_scope is {scope}", cure)
-    return Refusal("ptrace(2) access is refused", f"{_GIVE_PTRACE}, or ask the security module")
+        return Note(f"kernel.yama.ptrace_scope is {scope}", cure)
+    return Note("ptrace(2) access is refused", f"{_GIVE_PTRACE}, or ask the security module")
 
 
-def why_no_borrowing(facts: Facts, error: KernelError, look: Refusal | None) -> Refusal:
+def why_no_borrowing(facts: Facts, error: KernelError, look: Note | None) -> Note:
     """What keeps us from pidfd_getfd(2), which asks for the same access. Pure.
 
     Args:
@@ -100,16 +90,16 @@ def why_no_borrowing(facts: Facts, error: KernelError, look: Refusal | None) -> 
     """
     if features.BORROW.is_newer_than(facts.release):
         has = f"Linux {features.BORROW.version} has it"
-        return Refusal(f"Linux {facts.release} has no pidfd_getfd(2)", has)
+        return Note(f"Linux {facts.release} has no pidfd_getfd(2)", has)
     if look is not None:
         return look
     if not facts.same_user and not facts.may_ptrace:
         return _OF_ANOTHER_USER
     if error.errno in (errno.EPERM, errno.ENOSYS, errno.EACCES) and facts.is_filtered:
         cure = "let it pass (Docker: --cap-add SYS_PTRACE; systemd: SystemCallFilter=pidfd_getfd)"
-        return Refusal("a seccomp filter refuses pidfd_getfd(2)", cure)
+        return Note("a seccomp filter refuses pidfd_getfd(2)", cure)
     cure = "see ptrace(2), and ask the security module"
-    return Refusal(f"pidfd_getfd(2) says {error.cause}", cure)
+    return Note(f"pidfd_getfd(2) says {error.cause}", cure)
 
 
 def access(pid: int, inodes: frozenset[int]) -> Access:

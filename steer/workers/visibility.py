@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from steer.child import privileges
 from steer.config.service import Service
+from steer.errors import Note
 from steer.linux import identity
 from steer.linux.log import Log
 from steer.workers import access
-from steer.workers.access import Access, Refusal
+from steer.workers.access import Access
 from steer.workers.process import WorkerProcess
 
 WAITS, QUEUES, BORROW = "waits", "queues", "borrow"
@@ -39,7 +40,7 @@ def notes_on(found: Access) -> list[str]:
     return [_note(what, refusal) for what, refusal in refusals.items() if refusal]
 
 
-def _note(what: str, refusal: Refusal) -> str:
+def _note(what: str, refusal: Note) -> str:
     return f"{INSTEAD[what]}: {refusal}"
 
 

@@ -27,14 +27,14 @@ from steer.doctor.case import COUNT, MIGRATE, RUN, Case, Finding
 from steer.doctor.checks import CHECKS
 from steer.doctor.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
 from steer.doctor.packets import cpumask
-from steer.errors import CompileError, KernelError, Uncounted, VerifierError
+from steer.errors import CompileError, KernelError, Note, Uncounted, VerifierError
 from steer.features import Answer
 from steer.linux.nic import Interface
 from steer.linux.topology import parse_cpumask
 from steer.loader import bpf_maps, probe, programs
 from steer.policy.builtin import CBPF, EBPF
 from steer.policy.cpus import Topology
-from steer.workers.access import Access, Refusal
+from steer.workers.access import Access
 from testkit.confine import NOBODY
 
 _ask_for_bcc = cache(kernel_facts._bcc)
@@ -861,7 +861,7 @@ def test_workers_that_can_be_looked_at() -> None:
 
 def test_workers_that_cannot() -> None:
     """Each with what is done instead, the cause and the cure."""
-    refusal = Refusal("/proc is mounted with hidepid", "remount it")
+    refusal = Note("/proc is mounted with hidepid", "remount it")
     look, borrow = told("workers", a_case(access=Access(refusal, refusal)))
     assert (look.verdict, borrow.verdict) == ("warn", "warn")
     assert look.found.startswith("/proc is mounted with hidepid: what workers wait for")

@@ -6,9 +6,9 @@ import errno
 
 import pytest
 
-from steer.errors import KernelError
+from steer.errors import KernelError, Note
 from steer.workers import access
-from steer.workers.access import Access, Facts, Refusal, why_no_borrowing, why_no_look
+from steer.workers.access import Access, Facts, why_no_borrowing, why_no_look
 from steer.workers.visibility import notes_on
 
 CAUSES = {
@@ -24,7 +24,7 @@ CAUSES = {
 @pytest.mark.parametrize(("facts", "cause", "cure"), CAUSES.values(), ids=CAUSES.keys())
 def test_why_it_cannot_be_looked_at(facts: Facts, cause: str, cure: str) -> None:
     found = why_no_look(facts)
-    assert cause in found.cause
+    assert cause in found.found
     assert cure in found.cure
 
 
@@ -35,13 +35,13 @@ def refused(number: int) -> KernelError:
 def test_why_sockets_cannot_be_borrowed() -> None:
     eperm = refused(errno.EPERM)
     new = Facts(release="6.1.0", is_filtered=True)
-    assert "seccomp" in why_no_borrowing(new, eperm, None).cause
+    assert "seccomp" in why_no_borrowing(new, eperm, None).found
     assert "5.6" in why_no_borrowing(Facts(release="5.4.0"), refused(errno.ENOSYS), None).cure
-    look = Refusal("hidepid", "remount")
+    look = Note("hidepid", "remount")
     assert why_no_borrowing(new, eperm, look) == look
-    assert "EMFILE" in why_no_borrowing(new, refused(errno.EMFILE), None).cause
+    assert "EMFILE" in why_no_borrowing(new, refused(errno.EMFILE), None).found
     other = Facts(release="6.1.0", same_user=False, is_filtered=True)
-    assert "CAP_SYS_PTRACE is not held" in why_no_borrowing(other, eperm, None).cause
+    assert "CAP_SYS_PTRACE is not held" in why_no_borrowing(other, eperm, None).found
 
 
 def test_nothing_is_said_of_what_can_be_seen() -> None:
