@@ -72,7 +72,7 @@ class Commands:
             Command.SPAWN: self._starter.restart,
             Command.ACTIVATE: self._activate,
             Command.DEACTIVATE: self._deactivate,
-            Command.RESCUE: self._migration.migrate_hung,
+            Command.MIGRATE_QUEUE: self._migration.migrate_hung,
             Command.SETTLE: self._start_settling,
             Command.TERMINATE: self._terminate,
             Command.KILL: self._kill,

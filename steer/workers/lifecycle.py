@@ -38,7 +38,7 @@ class Event(Enum):
 class Command(Enum):
     ACTIVATE = "put it into the table"
     DEACTIVATE = "take it out of the table"
-    RESCUE = "move what waits for it to others"
+    MIGRATE_QUEUE = "move what waits for it to others"
     SETTLE = "wait until nothing waits for it"
     TERMINATE = "tell it to finish"
     KILL = "send SIGKILL"
@@ -62,7 +62,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
         E.EXITED: (S.BACKOFF, (C.DEACTIVATE, C.BACK_OFF)),
         E.DRAIN: (S.DRAINING, (C.DEACTIVATE,)),
         # Out of the table before its queue is moved, or that would come back to it.
-        E.STUCK: (S.HUNG, (C.DEACTIVATE, C.RESCUE)),
+        E.STUCK: (S.HUNG, (C.DEACTIVATE, C.MIGRATE_QUEUE)),
         # Out of the table first, or its last connections would come after the signal.
         E.RETIRE: (S.STOPPING, (C.DEACTIVATE, C.SETTLE)),
         E.STOP: (S.STOPPING, (C.DEACTIVATE, C.TERMINATE)),

@@ -50,7 +50,7 @@ class QueueMigration:
     def migrate_settled(self, place: WorkerHandle) -> None:
         """Migrate once everything that was on its way to it has arrived, unless it serves again
         by then."""
-        act = f"worker {place.slot}: {Command.RESCUE.value}"
+        act = f"worker {place.slot}: {Command.MIGRATE_QUEUE.value}"
         self._selection.when_settled(act, partial(self._migrate_unless_selected, place))
 
     def _migrate_unless_selected(self, place: WorkerHandle) -> None:

@@ -18,7 +18,7 @@ EXPECTED: dict[tuple[State, Event], tuple[State, list[Command]]] = {
     (S.STARTING, E.STOP): (S.STOPPING, [C.TERMINATE]),
     (S.READY, E.EXITED): (S.BACKOFF, [C.DEACTIVATE, C.BACK_OFF]),
     (S.READY, E.DRAIN): (S.DRAINING, [C.DEACTIVATE]),
-    (S.READY, E.STUCK): (S.HUNG, [C.DEACTIVATE, C.RESCUE]),
+    (S.READY, E.STUCK): (S.HUNG, [C.DEACTIVATE, C.MIGRATE_QUEUE]),
     (S.READY, E.RETIRE): (S.STOPPING, [C.DEACTIVATE, C.SETTLE]),
     (S.READY, E.STOP): (S.STOPPING, [C.DEACTIVATE, C.TERMINATE]),
     (S.DRAINING, E.UNDRAIN): (S.READY, [C.ACTIVATE]),
@@ -73,7 +73,7 @@ def walk(*events: Event) -> list[Command]:
         ([E.STOP, E.READY, E.OVERDUE, E.EXITED], [C.TERMINATE, C.KILL, C.FORGET]),
         ([E.EXITED, E.STOP, E.RETRY], [C.BACK_OFF, C.FORGET]),
         ([E.READY, E.LATE, E.READY, E.OVERDUE, E.RETRY], [C.ACTIVATE]),
-        ([E.READY, E.STUCK, E.BACK], [C.ACTIVATE, C.DEACTIVATE, C.RESCUE, C.ACTIVATE]),
+        ([E.READY, E.STUCK, E.BACK], [C.ACTIVATE, C.DEACTIVATE, C.MIGRATE_QUEUE, C.ACTIVATE]),
         ([E.READY, E.DRAIN, E.STUCK, E.UNDRAIN], [C.ACTIVATE, C.DEACTIVATE, C.ACTIVATE]),
     ],
 )
@@ -89,7 +89,7 @@ def test_in_the_table_when_ready_and_only_then() -> None:
 
 
 def test_out_of_the_table_comes_before_the_signal() -> None:
-    for event, then in ((E.STOP, C.TERMINATE), (E.RETIRE, C.SETTLE), (E.STUCK, C.RESCUE)):
+    for event, then in ((E.STOP, C.TERMINATE), (E.RETIRE, C.SETTLE), (E.STUCK, C.MIGRATE_QUEUE)):
         commands = step(S.READY, event)[1]
         assert commands.index(C.DEACTIVATE) < commands.index(then)
 
