@@ -353,15 +353,15 @@ class FakeService:
         """Start all workers and have them ready."""
         self._loop = asyncio.get_running_loop()
         self.pool.start(lambda: None)
-        self.pool.watch(self._loop, self._settle, lambda _: None)
+        self.pool.watch(self._loop, self._drain, lambda _: None)
         self.pool.fill()
         while len(self.ready(len(self.plan.seats))) < len(self.plan.seats):
             await rest()
 
-    def _settle(self, place: WorkerHandle) -> Any:
-        """Nothing waits for it: see `settle.Settler.begin`."""
+    def _drain(self, place: WorkerHandle) -> Any:
+        """Nothing waits for it: see `Drainer.begin`."""
         assert self._loop
-        return self._loop.call_soon(self.pool.report, place, Event.SETTLED)
+        return self._loop.call_soon(self.pool.report, place, Event.DRAINED)
 
     @contextmanager
     def counted(self, steps: bool = True) -> Iterator[Cost]:

@@ -20,7 +20,7 @@ from steer.workers.starter import Starter
 from steer.workers.startup import Startup
 from steer.workers.transitions import CommandTable, Transitions
 
-Settle = Callable[[WorkerHandle], Cancellable]
+StartDrain = Callable[[WorkerHandle], Cancellable]
 """Looks whether anything waits for a worker, until nothing does, reports that, and then sees that
 it stays so."""
 
@@ -30,7 +30,7 @@ class Commands:
 
     Args:
         places: all workers there are; one that is forgotten is removed from them.
-        settle: begins to wait until nothing waits for a worker.
+        start_drain: begins to wait until nothing waits for a worker.
         graceful_timeout_s: how long a worker may take to finish, as configured now.
     """
 
@@ -47,7 +47,7 @@ class Commands:
         clock: Clock,
         log: Log,
         retry: Retry,
-        settle: Settle,
+        start_drain: StartDrain,
         graceful_timeout_s: Callable[[], float],
     ) -> None:
         self._places = places
@@ -61,7 +61,7 @@ class Commands:
         self._clock = clock
         self._log = log
         self._retry = retry
-        self._settle = settle
+        self._start_drain = start_drain
         self._graceful_timeout_s = graceful_timeout_s
         self._said_why: set[str] = set()
 
@@ -73,7 +73,7 @@ class Commands:
             Command.ACTIVATE: self._activate,
             Command.DEACTIVATE: self._deactivate,
             Command.MIGRATE_QUEUE: self._migration.migrate_hung,
-            Command.SETTLE: self._start_settling,
+            Command.DRAIN: self._drain,
             Command.TERMINATE: self._terminate,
             Command.KILL: self._kill,
             Command.BACK_OFF: self._back_off,
@@ -98,16 +98,16 @@ class Commands:
         if not self._shutdown.has_begun and not place.leaving:
             self._selection.flip_soon()
 
-    def _start_settling(self, place: WorkerHandle) -> None:
+    def _drain(self, place: WorkerHandle) -> None:
         self._transitions.report_later(place, self._graceful_timeout_s(), Event.OVERDUE)
-        place.settling = self._settle(place)
+        place.drain = self._start_drain(place)
 
     def _terminate(self, place: WorkerHandle) -> None:
         if self._shutdown.has_begun:
             # There is no worker left that what waits for it could be moved to.
-            place.cancel_settling()
+            place.cancel_drain()
             self._transitions.report_later(place, self._shutdown.within_s, Event.OVERDUE)
-        elif place.settling is None:  # else its time runs already
+        elif place.drain is None:  # else its time runs already
             self._transitions.report_later(place, self._graceful_timeout_s(), Event.OVERDUE)
         if place.process:
             # One that was never ready has nothing to finish, and may not yet know its own signal.
@@ -149,7 +149,7 @@ class Commands:
     def forget(self, place: WorkerHandle) -> None:
         """There is no such worker any more."""
         place.cancel_timer()
-        place.cancel_settling()
+        place.cancel_drain()
         self._selection.give_up(place.slot)
         self._places.remove(place)
         self._shutdown.end_if_empty()

@@ -63,7 +63,7 @@ class _Handle(Protocol):
     def cancel(self) -> None: ...
 
 
-class Settling:
+class Drain:
     """One worker's.
 
     Args:
@@ -81,8 +81,8 @@ class Settling:
         self.is_cancelled = True
 
 
-class Settler:
-    """Reports SETTLED of each worker once nothing waits for it; then sees that it stays so.
+class Drainer:
+    """Reports DRAINED of each worker once nothing waits for it; then sees that it stays so.
 
     Args:
         now_s: a time.
@@ -94,27 +94,27 @@ class Settler:
         self._pool = pool
         self._loop = loop
         self._now_s = now_s
-        self._first: deque[Settling] = deque()
+        self._first: deque[Drain] = deque()
         self._flip = -1
-        self._due: list[tuple[float, int, Settling]] = []
+        self._due: list[tuple[float, int, Drain]] = []
         self._number = count()
         self._turn_s = math.inf
         self._next: _Handle | None = None
         self._settled = -1, -math.inf
 
-    def begin(self, place: WorkerHandle) -> Settling:
+    def begin(self, place: WorkerHandle) -> Drain:
         """For a worker that was just taken out of the table, or is about to be in this turn."""
         flip = self._pool.selection.flip_now_due()
-        settling = Settling(place, flip, self._settle(place))
-        self._first.append(settling)
+        drain = Drain(place, flip, self._drain(place))
+        self._first.append(drain)
         if flip != self._flip or self._pool.selection.has_settled(flip):
             self._flip = flip
             begin = partial(self._call, 0.0)
             self._pool.selection.when_settled("look at workers that are to end", begin, flip)
-        return settling
+        return drain
 
-    def _put(self, settling: Settling, pause_s: float) -> None:
-        heapq.heappush(self._due, (self._now_s() + pause_s, next(self._number), settling))
+    def _put(self, drain: Drain, pause_s: float) -> None:
+        heapq.heappush(self._due, (self._now_s() + pause_s, next(self._number), drain))
 
     def _call(self, after_s: float) -> None:
         """Those who are due by then are looked at in one turn."""
@@ -154,20 +154,20 @@ class Settler:
             self._go_on(heapq.heappop(self._due)[-1])
             now_s = self._now_s()
 
-    def _go_on(self, settling: Settling) -> None:
+    def _go_on(self, drain: Drain) -> None:
         """What fails is tried again."""
-        place = settling.place
-        if settling.is_cancelled or not place.process:
+        place = drain.place
+        if drain.is_cancelled or not place.process:
             return
         try:
-            pause_s = next(settling.pauses, None)
+            pause_s = next(drain.pauses, None)
         except Exception as error:  # noqa: BLE001 - or it would never be told to finish
             self._pool.retry.failed(f"see that nothing waits for worker {place.slot}", error)
-            settling.pauses, pause_s = self._settle(place), AGAIN_S
-        if pause_s is not None and not settling.is_cancelled:
-            self._put(settling, pause_s)
+            drain.pauses, pause_s = self._drain(place), AGAIN_S
+        if pause_s is not None and not drain.is_cancelled:
+            self._put(drain, pause_s)
 
-    def _settle(self, place: WorkerHandle) -> _Pauses:
+    def _drain(self, place: WorkerHandle) -> _Pauses:
         """A handshake that began before the table changed may end now, and the connection wait
         at a listener that its worker has turned away from, but keeps open."""
         pool, clock = self._pool, self._pool.clock
@@ -182,7 +182,7 @@ class Settler:
         # One that closed its listeners by itself may be finishing: a signal could cut that short.
         linger_s = limit_s if place.closed_its_listeners else _LINGER_S
         yield from _until_answered(pool, place, min(end_s, clock.now_s() + linger_s))
-        pool.report(place, Event.SETTLED)
+        pool.report(place, Event.DRAINED)
         pause_s = _LOOK_AGAIN_S
         while place.process:
             if _may_wait(pool, place.process):

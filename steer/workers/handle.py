@@ -146,7 +146,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
     others: set[int] = set()
     said: str = ""
     timer: Timer | None = None
-    settling: Cancellable | None = None
+    drain: Cancellable | None = None
     error: SteerError | None = None
 
     @classmethod
@@ -287,10 +287,10 @@ class WorkerHandle(msgspec.Struct, eq=False):
             self.timer.cancel()
             self.timer = None
 
-    def cancel_settling(self) -> None:
-        if self.settling is not None:
-            self.settling.cancel()
-            self.settling = None
+    def cancel_drain(self) -> None:
+        if self.drain is not None:
+            self.drain.cancel()
+            self.drain = None
 
     def keep(self, held: Sequence[int], look: bool = True) -> None:
         """Have the guard know what another controller would have to; nothing if it has no

@@ -29,7 +29,7 @@ class Event(Enum):
     STUCK = "connections wait and it takes none, or it missed its watchdog"
     BACK = "it waits for connections again"
     RETIRE = "it is no longer wanted; others serve on"
-    SETTLED = "nothing waits for it any more"
+    DRAINED = "nothing waits for it any more"
     STOP = "the service ends"
     OVERDUE = "not finished in its time: killed"
     RETRY = "its time to back off is over"
@@ -39,7 +39,7 @@ class Command(Enum):
     ACTIVATE = "put it into the table"
     DEACTIVATE = "take it out of the table"
     MIGRATE_QUEUE = "move what waits for it to others"
-    SETTLE = "wait until nothing waits for it"
+    DRAIN = "wait until nothing waits for it"
     TERMINATE = "tell it to finish"
     KILL = "send SIGKILL"
     BACK_OFF = "start another after a while"
@@ -64,13 +64,13 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
         # Out of the table before its queue is moved, or that would come back to it.
         E.STUCK: (S.HUNG, (C.DEACTIVATE, C.MIGRATE_QUEUE)),
         # Out of the table first, or its last connections would come after the signal.
-        E.RETIRE: (S.STOPPING, (C.DEACTIVATE, C.SETTLE)),
+        E.RETIRE: (S.STOPPING, (C.DEACTIVATE, C.DRAIN)),
         E.STOP: (S.STOPPING, (C.DEACTIVATE, C.TERMINATE)),
     },
     S.DRAINING: {
         E.UNDRAIN: (S.READY, (C.ACTIVATE,)),
         E.EXITED: (S.BACKOFF, (C.BACK_OFF,)),
-        E.RETIRE: (S.STOPPING, (C.SETTLE,)),
+        E.RETIRE: (S.STOPPING, (C.DRAIN,)),
         E.STOP: (S.STOPPING, (C.TERMINATE,)),
     },
     S.HUNG: {
@@ -78,11 +78,11 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
         E.DRAIN: (S.DRAINING, ()),
         E.EXITED: (S.BACKOFF, (C.BACK_OFF,)),
         # What was busy and not hung finishes what it has; it is killed no sooner than others.
-        E.RETIRE: (S.STOPPING, (C.SETTLE,)),
+        E.RETIRE: (S.STOPPING, (C.DRAIN,)),
         E.STOP: (S.STOPPING, (C.TERMINATE,)),
     },
     S.STOPPING: {
-        E.SETTLED: (S.STOPPING, (C.TERMINATE,)),
+        E.DRAINED: (S.STOPPING, (C.TERMINATE,)),
         E.STOP: (S.STOPPING, (C.TERMINATE,)),
         E.OVERDUE: (S.STOPPING, (C.KILL,)),
         E.EXITED: (S.GONE, (C.FORGET,)),

@@ -22,7 +22,7 @@ from steer.linux.retry import Retry
 from steer.workers import notifications
 from steer.workers.adoption import Adoption, seated
 from steer.workers.clock import Clock
-from steer.workers.commands import Settle
+from steer.workers.commands import StartDrain
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles
 from steer.workers.intake import Lot
@@ -156,17 +156,20 @@ class WorkerPool:
         adoption.adopt(entries.values(), steering, generations, admitted)
 
     def watch(
-        self, loop: AbstractEventLoop, settle: Settle, changed: Callable[[WorkerHandle], None]
+        self,
+        loop: AbstractEventLoop,
+        start_drain: StartDrain,
+        changed: Callable[[WorkerHandle], None],
     ) -> None:
         """Look after the workers from here on.
 
         Args:
-            settle: see `Commands`.
+            start_drain: see `Commands`.
             changed: told of a worker that is in another state.
         """
         self._supervision = Supervision(
             loop,
-            settle,
+            start_drain,
             changed,
             lambda: self.generation.plan.service.graceful_timeout,
             places=self.places,

@@ -9,7 +9,7 @@ from steer.control.notify import Unheard
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.workers.clock import Clock
-from steer.workers.commands import Commands, Settle
+from steer.workers.commands import Commands, StartDrain
 from steer.workers.ended import EndedWorkers
 from steer.workers.ends import Ends
 from steer.workers.guard_entries import GuardEntries
@@ -39,13 +39,13 @@ class Supervision:
     """Makes each part and hands it the others that it needs. What a part does is said there.
 
     Args:
-        settle, changed, graceful_timeout_s: see `Commands` and `Transitions`.
+        start_drain, changed, graceful_timeout_s: see `Commands` and `Transitions`.
     """
 
     def __init__(
         self,
         loop: AbstractEventLoop,
-        settle: Settle,
+        start_drain: StartDrain,
         changed: Callable[[WorkerHandle], None],
         graceful_timeout_s: Callable[[], float],
         *,
@@ -115,7 +115,7 @@ class Supervision:
             clock,
             log,
             retry,
-            settle,
+            start_drain,
             graceful_timeout_s,
         )
         self.transitions.commands = self.commands.table

@@ -51,4 +51,4 @@ class Watcher:
         if place.hangs:
             self._retry.attempt(f"look at worker {place.slot}", place.has_acted)
         elif place.state is State.STOPPING:
-            commands[Command.TERMINATE if worker.told else Command.SETTLE](place)
+            commands[Command.TERMINATE if worker.told else Command.DRAIN](place)

@@ -1,4 +1,4 @@
-"""Old workers settle a few at a time: what that costs, and that nobody waits for it. No kernel."""
+"""Old workers drain a few at a time: what that costs, and that nobody waits for it. No kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from steer.config import address
 from steer.workers import drain, queues
-from steer.workers.drain import Settler, Settling
+from steer.workers.drain import Drain, Drainer
 from steer.workers.lifecycle import Event
 from steer.workers.pool import WorkerPool
 from steer.workers.queues import Queues, Table
@@ -97,10 +97,10 @@ class Workers:
         self.queued.pop(place.slot, None)
         self.queues.forget()
 
-    def retire(self) -> list[Settling]:
+    def retire(self) -> list[Drain]:
         """All at once, as a reload does."""
-        settler = Settler(cast(WorkerPool, self), self.loop, self.loop.read_s)
-        return [settler.begin(place) for place in self.places]
+        drainer = Drainer(cast(WorkerPool, self), self.loop, self.loop.read_s)
+        return [drainer.begin(place) for place in self.places]
 
     def run_until_settled(self) -> float:
         """How long it takes."""
@@ -127,7 +127,7 @@ def test_each_is_looked_at_once_and_no_step_is_long(
     workers = make(number)
     workers.retire()
     took_s = workers.run_until_settled()
-    assert sorted(workers.reported) == [(slot, Event.SETTLED) for slot in range(number)]
+    assert sorted(workers.reported) == [(slot, Event.DRAINED) for slot in range(number)]
     assert workers.did["files"] == number
     assert workers.did["move"] == 0
     assert max(workers.loop.steps_s) < drain._FIRST_TURN_S + LOOK_S + DUMP_S + 1e-6
@@ -199,24 +199,24 @@ def test_who_begins_later_does_not_wait_for_those_who_linger(
 ) -> None:
     workers = make(10)
     late = workers.places.pop()
-    settler = Settler(cast(WorkerPool, workers), workers.loop, workers.loop.read_s)
+    drainer = Drainer(cast(WorkerPool, workers), workers.loop, workers.loop.read_s)
     for place in workers.places:
-        settler.begin(place)
+        drainer.begin(place)
     workers.loop.run_s(30.0)
-    settler.begin(late)
+    drainer.begin(late)
     workers.loop.run_s(drain._REST_S)
-    assert workers.reported[-1] == (late.slot, Event.SETTLED)
+    assert workers.reported[-1] == (late.slot, Event.DRAINED)
 
 
 def test_one_that_is_called_off_or_has_ended_is_looked_at_no_more(
     make: Callable[[int], Workers],
 ) -> None:
     workers = make(3)
-    settlings = workers.retire()
-    settlings[0].cancel()
+    drains = workers.retire()
+    drains[0].cancel()
     workers.places[1].process = None
     workers.loop.run_s(5.0)
-    assert workers.reported == [(2, Event.SETTLED)]
+    assert workers.reported == [(2, Event.DRAINED)]
 
 
 def test_what_fails_is_tried_again(make: Callable[[int], Workers]) -> None:
@@ -231,7 +231,7 @@ def test_what_fails_is_tried_again(make: Callable[[int], Workers]) -> None:
     workers.steering.remembers = refuse
     workers.retire()
     workers.loop.run_s(5.0)
-    assert sorted(workers.reported) == [(slot, Event.SETTLED) for slot in range(3)]
+    assert sorted(workers.reported) == [(slot, Event.DRAINED) for slot in range(3)]
     assert len(workers.failed) == 1
 
 

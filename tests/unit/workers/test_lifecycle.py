@@ -19,18 +19,18 @@ EXPECTED: dict[tuple[State, Event], tuple[State, list[Command]]] = {
     (S.READY, E.EXITED): (S.BACKOFF, [C.DEACTIVATE, C.BACK_OFF]),
     (S.READY, E.DRAIN): (S.DRAINING, [C.DEACTIVATE]),
     (S.READY, E.STUCK): (S.HUNG, [C.DEACTIVATE, C.MIGRATE_QUEUE]),
-    (S.READY, E.RETIRE): (S.STOPPING, [C.DEACTIVATE, C.SETTLE]),
+    (S.READY, E.RETIRE): (S.STOPPING, [C.DEACTIVATE, C.DRAIN]),
     (S.READY, E.STOP): (S.STOPPING, [C.DEACTIVATE, C.TERMINATE]),
     (S.DRAINING, E.UNDRAIN): (S.READY, [C.ACTIVATE]),
     (S.DRAINING, E.EXITED): (S.BACKOFF, [C.BACK_OFF]),
-    (S.DRAINING, E.RETIRE): (S.STOPPING, [C.SETTLE]),
+    (S.DRAINING, E.RETIRE): (S.STOPPING, [C.DRAIN]),
     (S.DRAINING, E.STOP): (S.STOPPING, [C.TERMINATE]),
     (S.HUNG, E.BACK): (S.READY, [C.ACTIVATE]),
     (S.HUNG, E.DRAIN): (S.DRAINING, []),
     (S.HUNG, E.EXITED): (S.BACKOFF, [C.BACK_OFF]),
-    (S.HUNG, E.RETIRE): (S.STOPPING, [C.SETTLE]),
+    (S.HUNG, E.RETIRE): (S.STOPPING, [C.DRAIN]),
     (S.HUNG, E.STOP): (S.STOPPING, [C.TERMINATE]),
-    (S.STOPPING, E.SETTLED): (S.STOPPING, [C.TERMINATE]),
+    (S.STOPPING, E.DRAINED): (S.STOPPING, [C.TERMINATE]),
     (S.STOPPING, E.STOP): (S.STOPPING, [C.TERMINATE]),
     (S.STOPPING, E.OVERDUE): (S.STOPPING, [C.KILL]),
     (S.STOPPING, E.EXITED): (S.GONE, [C.FORGET]),
@@ -66,8 +66,8 @@ def walk(*events: Event) -> list[Command]:
     [
         ([E.READY, E.STOP, E.EXITED], [C.ACTIVATE, C.DEACTIVATE, C.TERMINATE, C.FORGET]),
         (
-            [E.READY, E.RETIRE, E.SETTLED, E.EXITED],
-            [C.ACTIVATE, C.DEACTIVATE, C.SETTLE, C.TERMINATE, C.FORGET],
+            [E.READY, E.RETIRE, E.DRAINED, E.EXITED],
+            [C.ACTIVATE, C.DEACTIVATE, C.DRAIN, C.TERMINATE, C.FORGET],
         ),
         ([E.LATE, E.EXITED, E.RETRY, E.READY], [C.KILL, C.BACK_OFF, C.SPAWN, C.ACTIVATE]),
         ([E.STOP, E.READY, E.OVERDUE, E.EXITED], [C.TERMINATE, C.KILL, C.FORGET]),
@@ -89,7 +89,7 @@ def test_in_the_table_when_ready_and_only_then() -> None:
 
 
 def test_out_of_the_table_comes_before_the_signal() -> None:
-    for event, then in ((E.STOP, C.TERMINATE), (E.RETIRE, C.SETTLE), (E.STUCK, C.MIGRATE_QUEUE)):
+    for event, then in ((E.STOP, C.TERMINATE), (E.RETIRE, C.DRAIN), (E.STUCK, C.MIGRATE_QUEUE)):
         commands = step(S.READY, event)[1]
         assert commands.index(C.DEACTIVATE) < commands.index(then)
 
