@@ -111,7 +111,7 @@ class ControllerLoop:
         async with self._server:
             self._watch_service()
             try:
-                await self._pool.up
+                await self._pool.startup.up
                 self._refuse_strangers()
                 self._say_ready()
                 await self._until_over()
@@ -148,10 +148,10 @@ class ControllerLoop:
     async def _until_over(self) -> None:
         """Raises SteerError: some workers could not be started."""
         reexec = self._loop.create_task(self._reexec.is_due.wait())
-        ends = (self._pool.ended, self._pool.refused, reexec)
+        ends = (self._pool.shutdown.ended, self._pool.startup.refused, reexec)
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if self._pool.refused.done():
-            self._pool.refused.result()
+        if self._pool.startup.refused.done():
+            self._pool.startup.refused.result()
 
     def _refuse_strangers(self) -> None:
         """Somebody may have joined between our look at a port and our first bind there.
@@ -194,9 +194,9 @@ class ControllerLoop:
     async def _end_workers(self) -> None:
         """However we got here, no worker is left."""
         self._turns.end()
-        if not self._pool.ended.done():
+        if not self._pool.shutdown.ended.done():
             self._pool.stop(QUICK_S, quick=True)
-            await self._pool.ended
+            await self._pool.shutdown.ended
         self._tasks.cancel()
         await self._tasks.wait()
 

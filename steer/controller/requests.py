@@ -85,7 +85,7 @@ class Requests:
     async def stop(self, request: Request, _tell: Tell) -> Answer:
         self._stop(bool(request.get("quick")))
         # Shielded: others wait for it too.
-        await asyncio.shield(self._pool.ended)
+        await asyncio.shield(self._pool.shutdown.ended)
         return {}
 
     async def reload(self, _request: Request, tell: Tell) -> Answer:

@@ -217,7 +217,7 @@ class Health:
     def _tick(self) -> float:
         """At those who may need it, for a while; in how many seconds to go on or to begin again."""
         limits_s = self._limits_s
-        if not limits_s or self._pool.is_ending:
+        if not limits_s or self._pool.shutdown.has_begun:
             return math.inf
         if not self._to_look_at:
             self._retry.attempt("keep the time of workers", self._begin_looks)

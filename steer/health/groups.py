@@ -68,7 +68,7 @@ class Groups:
 
     def _look(self) -> float:
         """At all once a second at most, then closer at some; in how many seconds to go on."""
-        if self._pool.is_ending:
+        if self._pool.shutdown.has_begun:
             return math.inf
         now_s = self._pool.clock.read_s()
         if now_s >= self._second_due_s:

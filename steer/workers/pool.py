@@ -1,13 +1,15 @@
-"""The workers of a service: started, watched, started again, ended.
+"""The workers of a service.
 
-What follows from what is in `lifecycle`; here are the clocks and the processes.
+The pool holds them and names what may be asked of them; the parts that do it are beside it, and
+`supervision` puts together those that need an event loop.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from steer.backends.base import Backend
 from steer.child.launch import Launch
@@ -35,11 +37,12 @@ from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
 from steer.workers.spawner import Spawner
 from steer.workers.start_queue import StartQueue
+from steer.workers.startup import Startup
 from steer.workers.supervision import Supervision
 from steer.workers.visibility import Visibility
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, Future
+    from asyncio import AbstractEventLoop
 
 
 QUICK_S = 1.0
@@ -50,32 +53,30 @@ _FIRST_AT_MOST = 16
 
 
 class WorkerPool:
-    """All workers of one service.
+    """All workers of one service, and whoever else has to do with them.
 
-    First `start` or `adopt`, then `watch` in a running loop: what it takes to have a loop
-    is imported while the workers already start.
+    First `start` or `adopt`, then `watch` in a running loop: asyncio is imported while the
+    first workers already start.
 
     Args:
-        generation: the first.
         slots: capacity; a worker's slot is below it.
-        guard: has all that another controller needs.
         launch: makes a worker's instructions.
-        retry: does what has to go on.
-        unheard: is told who says to be ready and is of no worker.
+        unheard: told of a READY=1 that no worker sent.
 
     Attributes:
-        generation: the one in force; a place may be of an earlier one, and on its way out.
-        admitted: the number of the last change whose workers may be chosen.
-        by_pid: places with a process, by the process id of its first.
+        generation: the one in force; a worker may be of an earlier one, and on its way out.
+        admitted: the number of the last change whose workers may be selected.
+        by_pid: workers with a process, by the process id of its first.
         is_watched: whether there is a loop to look after them in.
-        clock: what workers are given time for goes by it.
-        looks: what is looked at again and again, at its beats.
+        clock: measures the time that workers are given.
+        looks: what is looked at again and again.
         lot: how many start in one turn of the loop.
         selection: which workers are selected, and by which backend.
         queues: what waits at workers.
         migration: moves what waits at workers that are not selected.
         visibility: what of workers cannot be seen.
         group_notes: on sockets that left their groups, see `groups`.
+        shutdown: whether all workers are told to end, and whether they have.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class WorkerPool:
         self.places = WorkerHandles()
         self.by_pid: dict[int, WorkerHandle] = {}
         self.selection = Selection(steering, self.places, slots, guard, log, retry)
-        self._shutdown = Shutdown(self.places, self.selection, guard, retry)
+        self.shutdown = Shutdown(self.places, self.selection, guard, retry)
         self.log = log
         self.retry = retry
         self.clock = Clock()
@@ -102,9 +103,7 @@ class WorkerPool:
         self.lot = Lot()
         self.queues = Queues()
         self.visibility = Visibility(log)
-        self.migration = QueueMigration(
-            self.selection, self.queues, self.visibility, self._shutdown
-        )
+        self.migration = QueueMigration(self.selection, self.queues, self.visibility, self.shutdown)
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self._guard = guard
@@ -117,9 +116,7 @@ class WorkerPool:
         self._supervision: Supervision
 
     def start(self, holds_ports: Callable[[], None]) -> None:
-        """Start the first workers of the generation. The others start once there is a loop, see
-        `watch`: a few at a time, so that who is ready serves meanwhile; and commands no more at
-        once than the plan says, unless ALL_START_S have passed.
+        """Start the first workers of the generation; `Starter` starts the others.
 
         Args:
             holds_ports: called when a worker has bound all addresses.
@@ -141,7 +138,7 @@ class WorkerPool:
         holds_ports()
 
     def _await_start(self, seat: WorkerSpec) -> None:
-        self._queue.add(self._take_place(seat, self.generation))
+        self._queue.add(self._take(self.generation, seat))
 
     def adopt(
         self,
@@ -180,7 +177,7 @@ class WorkerPool:
             queue=self._queue,
             lot=self.lot,
             spawner=self._spawner,
-            shutdown=self._shutdown,
+            shutdown=self.shutdown,
             visibility=self.visibility,
             unheard=self._unheard,
             clock=self.clock,
@@ -206,9 +203,7 @@ class WorkerPool:
     def abandon(self) -> None:
         """Leave no process, whatever happened."""
         self._spawner.kill_all()
-        self._shutdown.kill_leftovers()
-
-    # What is asked of it.
+        self.shutdown.kill_leftovers()
 
     @property
     def steering(self) -> Backend:
@@ -216,25 +211,9 @@ class WorkerPool:
         return self.selection.steering
 
     @property
-    def up(self) -> Future[None]:
-        """Done when the first worker is ready; or holds AppLoadError if the application cannot
-        be loaded, WorkersFailed if all workers failed before."""
-        return self._supervision.startup.up
-
-    @property
-    def refused(self) -> Future[None]:
-        """Holds what keeps the rest of the workers from being started once some serve."""
-        return self._supervision.startup.refused
-
-    @property
-    def ended(self) -> Future[None]:
-        """Done when all have ended after `stop`."""
-        return self._shutdown.ended
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether all workers are told to end, and nobody need look at them any more."""
-        return self._shutdown.has_begun
+    def startup(self) -> Startup:
+        """Whether the service has come up. There is none before `watch`."""
+        return self._supervision.startup
 
     @property
     def own_pids(self) -> set[int | None]:
@@ -253,13 +232,8 @@ class WorkerPool:
         Args:
             modest, told: see `WorkerHandle`.
         """
-
-        def take(seat: WorkerSpec) -> WorkerHandle:
-            place = self._take_place(seat, generation)
-            place.held, place.change = True, self.admitted + 1
-            place.modest, place.told = modest, told
-            return place
-
+        change = self.admitted + 1
+        take = partial(self._take, generation, held=True, change=change, modest=modest, told=told)
         return self._supervision.replacement.start(map(take, seats))
 
     def activate(self, places: Iterable[WorkerHandle]) -> None:
@@ -278,8 +252,8 @@ class WorkerPool:
         Args:
             quick: they need not finish what they have.
         """
-        self._shutdown.begin(within_s, quick)
-        self._supervision.startup.succeed()
+        self.shutdown.begin(within_s, quick)
+        self.startup.succeed()
         self._supervision.stopping.begin(self.places)
 
     def reaped(self, pids: Iterable[int]) -> None:
@@ -316,11 +290,12 @@ class WorkerPool:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
         self._supervision.pinning.begin(self.places)
 
-    def _take_place(self, seat: WorkerSpec, generation: Generation) -> WorkerHandle:
-        place = WorkerHandle(seat, self.selection.take_slot(), generation)
+    def _take(self, generation: Generation, seat: WorkerSpec, **keys: Any) -> WorkerHandle:
+        """A worker for this seat, without a process yet. Raises ControlError: too many."""
+        place = WorkerHandle(seat, self.selection.take_slot(), generation, **keys)
         self.places.add(place)
         if self.is_watched:
-            self._supervision.startup.add(place)
+            self.startup.add(place)
         return place
 
     def save(self) -> None:

@@ -81,7 +81,7 @@ class Service:
         self.group_notes: dict[str, str] = {}
         self.anchors: dict[int, object] = {}
         self.backend = "ebpf"
-        self.is_ending = False
+        self.shutdown = SimpleNamespace(has_begun=False)
         self.look_s = self.dump_s = 0.0
         self._last: dict[int, Bound] = {}
         pool = cast(WorkerPool, self)

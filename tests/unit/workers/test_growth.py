@@ -188,7 +188,7 @@ def test_a_stop_waits_once_for_the_guard_to_close_sockets(tmp_path: Path) -> Non
         with service.counted():
             service.pool.stop(30.0, quick=True)
             assert service.cost["waits for the guard"] == 1
-            await service.pool.ended
+            await service.pool.shutdown.ended
 
     few, many = (
         cost_of(script, tmp_path, workers, backend=OrderedSteering) for workers in (FEW, MANY)

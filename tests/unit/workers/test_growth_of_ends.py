@@ -170,7 +170,7 @@ class Serving:
 
     def fail_at_start(self) -> None:
         """As if no worker had ever been ready."""
-        self.pool._supervision.startup.up = asyncio.get_running_loop().create_future()
+        self.pool.startup.up = asyncio.get_running_loop().create_future()
         for place in self.pool.places:
             place.ready_s = None
 
@@ -257,7 +257,7 @@ def test_a_stop_looks_at_each_once_and_saves_nothing(play: Play, workers: int) -
         for worker in serving.workers:
             worker.first_ends()
         async with asyncio.timeout(DEADLINE_S):
-            await serving.pool.ended
+            await serving.pool.shutdown.ended
 
     serving = play(workers, script)
     assert (serving.looks, serving.dumps) == (-(-workers // ends.MOST), 0)
@@ -277,7 +277,7 @@ def test_one_that_dies_before_it_is_told_to_end_is_not_started_again(
         for worker in reversed(serving.workers):
             worker.first_ends()
         async with asyncio.timeout(DEADLINE_S):
-            await serving.pool.ended
+            await serving.pool.shutdown.ended
         assert not serving.starts
 
     monkeypatch.setattr(steps, "_STEP_S", 0.0)
@@ -302,8 +302,8 @@ def test_when_all_fail_at_the_start_few_are_looked_at(
             place.state = State.STARTING
         for worker in serving.workers:
             worker.first_ends()
-        await serving.until(serving.pool.up.done)
-        assert isinstance(serving.pool.up.exception(), WorkersFailed)
+        await serving.until(serving.pool.startup.up.done)
+        assert isinstance(serving.pool.startup.up.exception(), WorkersFailed)
 
     monkeypatch.setattr(startup, "_has_failed", has_failed)
     monkeypatch.setattr(elsewhere, "diagnosis", looked_at.append)

@@ -180,7 +180,7 @@ async def watched(pool: WorkerPool) -> None:
     pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
     pool.fill()
     async with asyncio.timeout(_TIMEOUT_S):
-        while any(not place.starts for place in pool.places) and not pool.refused.done():
+        while any(not place.starts for place in pool.places) and not pool.startup.refused.done():
             FakeProcess.turn += 1
             await asyncio.sleep(0)
 
@@ -219,7 +219,7 @@ def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
         pool.report(next(iter(pool.places)), Event.READY)
-        await pool.up
+        await pool.startup.up
         pool.selection.settle()
         assert pool.steering.asked["flips"] == 1  # type: ignore[attr-defined]
         assert len(forked) == MOST_TOGETHER
@@ -284,7 +284,7 @@ def test_service_of_which_not_all_can_be_started_ends(
         pool.fill()
         with pytest.raises(SteerError, match="no more processes"):
             async with asyncio.timeout(_TIMEOUT_S):
-                await (pool.refused if serves else pool.up)
+                await (pool.startup.refused if serves else pool.startup.up)
         assert len(steering.there) == sum(place.process is not None for place in pool.places)
         states = {place.state for place in pool.places if not place.process}
         assert states == {State.BACKOFF}  # so that to stop is to forget them
@@ -301,7 +301,7 @@ def test_seats_that_an_adopter_cannot_fill_are_tried_again(
     async def run() -> None:
         pool = fleet_of(20, FakeSteering())
         await watched(pool)
-        assert not pool.refused.done()
+        assert not pool.startup.refused.done()
         failed = [place for place in pool.places if not place.process]
         assert len(failed) == 20 - 8
         assert all(place.failures for place in failed)
