@@ -32,6 +32,7 @@ from steer.health.split import Splits
 from steer.linux import output
 from steer.linux.child_ends import ChildEnds
 from steer.sockets import reuseport
+from steer.workers import supervision  # noqa: F401 - `WorkerPool.watch` needs it, then at once
 from steer.workers.drain import Drainer
 from steer.workers.handle import WorkerHandle
 from steer.workers.pool import QUICK_S

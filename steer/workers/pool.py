@@ -24,7 +24,6 @@ from steer.linux.retry import Retry
 from steer.workers import notifications
 from steer.workers.adoption import Adoption, seated
 from steer.workers.clock import Clock
-from steer.workers.commands import StartDrain
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles
 from steer.workers.intake import Lot
@@ -37,12 +36,14 @@ from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
 from steer.workers.spawner import Spawner
 from steer.workers.start_queue import StartQueue
-from steer.workers.startup import Startup
-from steer.workers.supervision import Supervision
 from steer.workers.visibility import Visibility
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
+
+    from steer.workers.commands import StartDrain
+    from steer.workers.startup import Startup
+    from steer.workers.supervision import Supervision
 
 
 QUICK_S = 1.0
@@ -129,16 +130,13 @@ class WorkerPool:
         self._queue.is_of_new_service = True
         self._queue.limit(self.generation.plan.at_once)
         for seat in self.generation.plan.seats:
-            self._await_start(seat)
+            self._queue.add(self._take(self.generation, seat))
         fork.pause(0)
         cpus = len(os.sched_getaffinity(0))
         first = self._queue.next(max(self.lot.size, min(cpus, _FIRST_AT_MOST)))
         self._spawner.spawn(first)
         self._queue.began(first)
         holds_ports()
-
-    def _await_start(self, seat: WorkerSpec) -> None:
-        self._queue.add(self._take(self.generation, seat))
 
     def adopt(
         self,
@@ -164,6 +162,8 @@ class WorkerPool:
             start_drain: see `Commands`.
             changed: told of a worker that is in another state.
         """
+        from steer.workers.supervision import Supervision  # by now, see steer.controller.loop
+
         self._supervision = Supervision(
             loop,
             start_drain,
@@ -197,7 +197,7 @@ class WorkerPool:
                 self.report(place, Event.RETIRE)
         for seat in self.generation.plan.seats:
             if seat.number not in stay:
-                self._await_start(seat)
+                self._queue.add(self._take(self.generation, seat))
         self._supervision.starter.start_queued()
 
     def abandon(self) -> None:
