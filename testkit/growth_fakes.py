@@ -353,7 +353,7 @@ class FakeService:
         """Start all workers and have them ready."""
         self._loop = asyncio.get_running_loop()
         self.pool.start(lambda: None)
-        self.pool.watch(self._loop, self._drain, lambda _: None)
+        self.pool.watch(self._loop, lambda _: None, self._drain)
         self.pool.fill()
         while len(self.ready(len(self.plan.seats))) < len(self.plan.seats):
             await rest()

@@ -33,7 +33,6 @@ from steer.linux import output
 from steer.linux.child_ends import ChildEnds
 from steer.sockets import reuseport
 from steer.workers import supervision  # noqa: F401 - `WorkerPool.watch` needs it, then at once
-from steer.workers.drain import Drainer
 from steer.workers.handle import WorkerHandle
 from steer.workers.pool import QUICK_S
 
@@ -123,7 +122,7 @@ class ControllerLoop:
         return self._reexec.is_due.is_set()
 
     def _watch_workers(self) -> None:
-        self._pool.watch(self._loop, Drainer(self._pool, self._loop).begin, self._changed)
+        self._pool.watch(self._loop, self._changed)
         for lineage, message in self._service.early:
             self._pool.notified(lineage, message)
         self._service.listener.watch(self._loop, self._notified)

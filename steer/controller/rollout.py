@@ -115,7 +115,7 @@ class Rollout:
         """
         self._pool.report(place, Event.DRAIN)
         limit_s = self._pool.generation.plan.service.graceful_timeout
-        if not await until_empty(self._pool, place, limit_s):
+        if not await until_empty(self._pool.selection, self._pool.remains, place, limit_s):
             raise ControlError(
                 f"drain worker {place.slot}",
                 f"it gets nothing new, but has not taken what waits for it in {limit_s:g} s",

@@ -32,6 +32,7 @@ from steer.workers.looks import Looks
 from steer.workers.migration import QueueMigration
 from steer.workers.policy_switch import PolicySwitch
 from steer.workers.queues import Queues
+from steer.workers.remains import Remains
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
 from steer.workers.spawner import Spawner
@@ -75,6 +76,7 @@ class WorkerPool:
         selection: which workers are selected, and by which backend.
         queues: what waits at workers.
         migration: moves what waits at workers that are not selected.
+        remains: what workers have that are not selected any more.
         visibility: what of workers cannot be seen.
         group_notes: on sockets that left their groups, see `groups`.
         shutdown: whether all workers are told to end, and whether they have.
@@ -105,6 +107,7 @@ class WorkerPool:
         self.queues = Queues()
         self.visibility = Visibility(log)
         self.migration = QueueMigration(self.selection, self.queues, self.visibility, self.shutdown)
+        self.remains = Remains(self.selection, self.queues, self.migration, self.clock, retry)
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self._guard = guard
@@ -153,26 +156,27 @@ class WorkerPool:
     def watch(
         self,
         loop: AbstractEventLoop,
-        start_drain: StartDrain,
         changed: Callable[[WorkerHandle], None],
+        start_drain: StartDrain | None = None,
     ) -> None:
         """Look after the workers from here on.
 
         Args:
-            start_drain: see `Commands`.
             changed: told of a worker that is in another state.
+            start_drain: see `Commands`; if another one than of `Drainer`.
         """
         from steer.workers.supervision import Supervision  # by now, see steer.controller.loop
 
         self._supervision = Supervision(
             loop,
-            start_drain,
             changed,
             lambda: self.generation.plan.service.graceful_timeout,
+            start_drain,
             places=self.places,
             by_pid=self.by_pid,
             selection=self.selection,
             migration=self.migration,
+            remains=self.remains,
             entries=self._entries,
             queue=self._queue,
             lot=self.lot,

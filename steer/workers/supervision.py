@@ -10,6 +10,7 @@ from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.workers.clock import Clock
 from steer.workers.commands import Commands, StartDrain
+from steer.workers.drain import Drainer
 from steer.workers.ended import EndedWorkers
 from steer.workers.ends import Ends
 from steer.workers.guard_entries import GuardEntries
@@ -18,6 +19,7 @@ from steer.workers.intake import Lot
 from steer.workers.lifecycle import Event
 from steer.workers.migration import QueueMigration
 from steer.workers.notifications import Notifications
+from steer.workers.remains import Remains
 from steer.workers.replacement import Replacement
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
@@ -39,20 +41,21 @@ class Supervision:
     """Makes each part and hands it the others that it needs. What a part does is said there.
 
     Args:
-        start_drain, changed, graceful_timeout_s: see `Commands` and `Transitions`.
+        changed, graceful_timeout_s, start_drain: see `Transitions` and `Commands`.
     """
 
     def __init__(
         self,
         loop: AbstractEventLoop,
-        start_drain: StartDrain,
         changed: Callable[[WorkerHandle], None],
         graceful_timeout_s: Callable[[], float],
+        start_drain: StartDrain | None,
         *,
         places: WorkerHandles,
         by_pid: dict[int, WorkerHandle],
         selection: Selection,
         migration: QueueMigration,
+        remains: Remains,
         entries: GuardEntries,
         queue: StartQueue,
         lot: Lot,
@@ -103,6 +106,7 @@ class Supervision:
             log,
             retry,
         )
+        drainer = Drainer(loop, remains, selection, clock, retry, report, graceful_timeout_s)
         self.commands = Commands(
             places,
             selection,
@@ -115,7 +119,7 @@ class Supervision:
             clock,
             log,
             retry,
-            start_drain,
+            start_drain or drainer.begin,
             graceful_timeout_s,
         )
         self.transitions.commands = self.commands.table

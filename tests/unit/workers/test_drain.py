@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from steer.config import address
-from steer.workers import drain, queues
+from steer.workers import drain, queues, remains
 from steer.workers.drain import Drain, Drainer
 from steer.workers.lifecycle import Event
-from steer.workers.pool import WorkerPool
 from steer.workers.queues import Queues, Table
+from steer.workers.remains import Remains
 from testkit.fake_loop import Loop
 from testkit.growth_fakes import FakeService, cost_of
 
@@ -44,7 +44,6 @@ class Workers:
         self.settled_s = self.loop.now_s + PROGRAMS_S
         self.clock = SimpleNamespace(now_s=self.loop.read_s)
         self.queues = Queues(self._dump, self.loop.read_s)
-        self.selection = self.migration = self
         self.retry = SimpleNamespace(
             spare=SimpleNamespace(lent=self._lent),
             failed=lambda act, error: self.failed.append(f"{act}: {error}"),
@@ -52,8 +51,6 @@ class Workers:
         self.steering = SimpleNamespace(
             remembers=lambda: False, open=lambda slot: slot in self.holds
         )
-        service = SimpleNamespace(graceful_timeout=30.0)
-        self.generation = SimpleNamespace(plan=SimpleNamespace(service=service))
         self.places = [self._place(slot) for slot in range(number)]
 
     def _place(self, slot: int) -> Any:
@@ -99,8 +96,22 @@ class Workers:
 
     def retire(self) -> list[Drain]:
         """All at once, as a reload does."""
-        drainer = Drainer(cast(WorkerPool, self), self.loop, self.loop.read_s)
+        drainer = self.drainer()
         return [drainer.begin(place) for place in self.places]
+
+    def drainer(self) -> Drainer:
+        parts: Any = self
+        remains = Remains(parts, self.queues, parts, parts.clock, parts.retry)
+        return Drainer(
+            self.loop,
+            remains,
+            parts,
+            parts.clock,
+            parts.retry,
+            self.report,
+            lambda: 30.0,
+            self.loop.read_s,
+        )
 
     def run_until_settled(self) -> float:
         """How long it takes."""
@@ -114,7 +125,7 @@ class Workers:
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Workers]:
     def made(number: int) -> Workers:
         workers = Workers(number)
-        monkeypatch.setattr(drain.processes, "open_sockets", workers.open_sockets)
+        monkeypatch.setattr(remains.processes, "open_sockets", workers.open_sockets)
         return workers
 
     return made
@@ -177,7 +188,7 @@ def test_one_with_a_queue_may_take_it_before_that_is_moved(make: Callable[[int],
     workers = make(10)
     workers.queued[3] = 5
     workers.retire()
-    workers.loop.run_s(drain._TAKE_S / 2)
+    workers.loop.run_s(remains.TAKE_S / 2)
     assert workers.did["move"] == 0
     assert len(workers.reported) == 9
     workers.run_until_settled()
@@ -199,7 +210,7 @@ def test_who_begins_later_does_not_wait_for_those_who_linger(
 ) -> None:
     workers = make(10)
     late = workers.places.pop()
-    drainer = Drainer(cast(WorkerPool, workers), workers.loop, workers.loop.read_s)
+    drainer = workers.drainer()
     for place in workers.places:
         drainer.begin(place)
     workers.loop.run_s(30.0)

@@ -153,7 +153,7 @@ class Serving:
             place = WorkerHandle(seat, seat.number, generation, State.READY, ready_s=0.0)
             place.process = cast(Any, worker)
             self.pool.places.add(place)
-        self.pool.watch(loop, cast(Any, None), lambda _place: None)
+        self.pool.watch(loop, lambda _place: None)
         self.guard.sent.clear()
 
     def _refuse(self, _place: WorkerHandle) -> NoReturn:

@@ -177,7 +177,7 @@ def fleet_of(
 async def watched(pool: WorkerPool) -> None:
     """Until every worker has been started, or it is known that one cannot be."""
 
-    pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+    pool.watch(asyncio.get_running_loop(), lambda _place: None)
     pool.fill()
     async with asyncio.timeout(_TIMEOUT_S):
         while any(not place.starts for place in pool.places) and not pool.startup.refused.done():
@@ -217,7 +217,7 @@ def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[
     async def run() -> None:
         pool = fleet_of(100, FakeSteering())
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        pool.watch(asyncio.get_running_loop(), lambda _place: None)
         pool.report(next(iter(pool.places)), Event.READY)
         await pool.startup.up
         pool.selection.settle()
@@ -238,7 +238,7 @@ def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
     async def steps(number: int) -> int:
         pool, before = fleet_of(number, FakeSteering(), (0,), command=("sleep", "9")), len(forked)
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        pool.watch(asyncio.get_running_loop(), lambda _place: None)
         first, second, *_ = pool.places
         pool.report(first, Event.READY)
         await rest()
@@ -257,7 +257,7 @@ def test_stop_before_all_are_started_starts_no_more(forked: list[int]) -> None:
     async def run() -> None:
         pool = fleet_of(100, FakeSteering())
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        pool.watch(asyncio.get_running_loop(), lambda _place: None)
         pool.fill()
         begun = len(forked)
         for place in pool.places:
@@ -278,7 +278,7 @@ def test_service_of_which_not_all_can_be_started_ends(
     async def run() -> None:
         pool = fleet_of(100, steering := FakeSteering())
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        pool.watch(asyncio.get_running_loop(), lambda _place: None)
         if serves:
             pool.report(next(iter(pool.places)), Event.READY)
         pool.fill()
@@ -381,7 +381,7 @@ def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[i
     async def run() -> None:
         pool = fleet_of(4, FakeSteering())
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), cast(Any, None), lambda _place: None)
+        pool.watch(asyncio.get_running_loop(), lambda _place: None)
         first = next(iter(pool.places))
         first.process = None
         pool.report(first, Event.EXITED)

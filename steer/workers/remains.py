@@ -1,0 +1,120 @@
+"""What a worker that has left the table still has: a queue, flows, connections.
+
+What was selected before the table changed may still be on its way into the worker's accept
+queue, in it, or accepted with its request not yet read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+from steer.errors import KernelError
+from steer.linux import processes
+from steer.linux.retry import Retry
+from steer.workers.clock import Clock
+from steer.workers.handle import WorkerHandle
+from steer.workers.migration import QueueMigration
+from steer.workers.process import WorkerProcess
+from steer.workers.queues import Queues
+from steer.workers.selection import Selection
+
+LOOK_S = 0.01
+"""Between looks at one worker."""
+LOOK_AGAIN_S = 0.1
+"""Between later looks, as most handshakes end soon and hundreds may take long to finish."""
+TAKE_S = 0.1
+"""So long a worker may take itself what waits for it, before that is migrated."""
+_UNSEEN_S = 1.0
+"""So long a worker may take to take what waits for it, where that cannot be seen."""
+_LOOK_AT_FLOWS_S = 0.25
+
+
+class Remains:
+    """Looks at them. Each wait is a generator of seconds: it goes on after so many."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        queues: Queues,
+        migration: QueueMigration,
+        clock: Clock,
+        retry: Retry,
+    ) -> None:
+        self._selection = selection
+        self._queues = queues
+        self._migration = migration
+        self._clock = clock
+        self._retry = retry
+
+    def until_queue_is_empty(
+        self, place: WorkerHandle, limit_s: float, settled_s: float
+    ) -> Generator[float, None, bool]:
+        """Until nothing waits for the worker. What can be migrated is not waited for long.
+
+        Args:
+            settled_s: as it was after that time.
+
+        Returns:
+            Whether that is so: false after `limit_s`.
+        """
+        began_s = self._clock.now_s()
+        while place.process and not place.serves:
+            with self._retry.spare.lent():
+                queues = self._queues.of(place.process, settled_s)
+            waited_s = self._clock.now_s() - began_s
+            if queues is None and waited_s > _UNSEEN_S:
+                return True
+            if queues is not None and not any(each.queued for each in queues.values()):
+                return True
+            if waited_s > limit_s:
+                return False
+            if waited_s > TAKE_S:
+                self._migration.migrate(place)
+            yield LOOK_S
+        return True
+
+    def migrate_late(self, place: WorkerHandle, worker: WorkerProcess) -> None:
+        """Migrate what waits for it by now, if anything does or that cannot be seen."""
+        queues = self._queues.of(worker)
+        if queues is None or any(each.queued for each in queues.values()):
+            self._migration.migrate(place)
+
+    def until_forgotten(self, place: WorkerHandle, end_s: float) -> Iterator[float]:
+        """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
+        steering = self._selection.steering
+        if place.hung or not steering.remembers():
+            return
+        got = self._datagrams(place)
+        if not got:
+            return
+        idle_s, last_s = steering.own().params.get("idle", 0), self._clock.now_s()
+        while place.process and (now_s := self._clock.now_s()) < min(end_s, last_s + idle_s):
+            yield min(_LOOK_AT_FLOWS_S, end_s - now_s)
+            if (now := self._datagrams(place)) != got:
+                got, last_s = now, now_s
+        steering.let_go(place.slot)
+
+    def _datagrams(self, place: WorkerHandle) -> int | None:
+        """Sent to it so far; None where nobody counts."""
+        binds = place.generation.plan.binds
+        over_udp = [at for at, bind in enumerate(binds) if bind.protocol == "udp"]
+        counts = [self._selection.steering.counts(place.slot, at) for at in over_udp]
+        return sum(each.selected for each in counts if each) if any(counts) else None
+
+    def until_answered(self, place: WorkerHandle, end_s: float) -> Iterator[float]:
+        """Until it has no connections."""
+        pause_s = LOOK_S
+        while place.process and self._has_connections(place, place.process):
+            if self._clock.now_s() >= end_s:
+                return
+            yield pause_s
+            pause_s = min(LOOK_AGAIN_S, 1.5 * pause_s)
+
+    def _has_connections(self, place: WorkerHandle, process: WorkerProcess) -> bool:
+        """Where they are counted and there are some, its files need no look."""
+        if self._selection.steering.open(place.slot):
+            return True
+        try:
+            return bool(processes.open_sockets(process.pid) - place.others)
+        except KernelError:
+            return True
