@@ -1,4 +1,5 @@
 """The worker pool: processes, their lifecycle, and which of them may be selected.
 
-What follows from what is in `lifecycle`, which is pure; clocks and processes are around it.
+`lifecycle` is pure and says what follows from what; clocks and processes are around it. `pool`
+holds the workers, and `supervision` puts together what looks after them.
 """
