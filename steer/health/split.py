@@ -64,7 +64,7 @@ class Splits:
     def _look(self, place: WorkerHandle, bind: Bind) -> None:
         if members.has_connected(bind):
             place.is_apart = True
-            place.keep(self._pool.steering.held(place.slot))
+            self._pool.entries.write(place)
             self._found(place, bind)
 
     def go_on(self) -> None:

@@ -11,9 +11,10 @@ from steer.guard.client import Entry
 from steer.workers import selection
 from steer.workers.clock import Clock
 from steer.workers.guard_entries import GuardEntries
-from steer.workers.handle import Saved, WorkerHandle, WorkerHandles
+from steer.workers.handle import WorkerHandle, WorkerHandles
 from steer.workers.selection import Selection
 from steer.workers.spawner import Spawner
+from steer.workers.stored_worker import StoredWorker, restored
 
 
 class Adoption:
@@ -67,9 +68,9 @@ class Adoption:
     def _adopt_one(
         self, entry: Entry, generations: Mapping[int, Generation], admitted: int
     ) -> WorkerHandle:
-        saved = msgspec.json.decode(entry.value, type=Saved)
+        saved = msgspec.json.decode(entry.value, type=StoredWorker)
         generation, now_s = generations[saved.generation], self._clock.now_s()
-        place = WorkerHandle.restored(saved, generation, now_s, admitted)
+        place = restored(saved, generation, now_s, admitted)
         self._spawner.adopt(place, saved.running, entry)
         return place
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from steer.guard.client import GuardClient
 from steer.linux.retry import Retry
 from steer.workers.handle import WorkerHandle
 from steer.workers.process import WorkerProcess
 from steer.workers.selection import Selection
+from steer.workers.stored_worker import stored
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -57,7 +61,7 @@ class GuardEntries:
         def keep() -> None:
             with self._guard.together():
                 for place in places:
-                    place.keep(self._selection.steering.held(place.slot), look)
+                    self.write(place, look)
 
         if not self._retry.attempt("have the guard know of workers", keep):
             for place in places:
@@ -65,11 +69,15 @@ class GuardEntries:
 
     def save_one(self, place: WorkerHandle) -> None:
         """In a message of its own."""
+        act = f"have the guard know of worker {place.slot}"
+        self._retry.attempt(act, partial(self.write, place))
 
-        def keep() -> None:
-            place.keep(self._selection.steering.held(place.slot))
-
-        self._retry.attempt(f"have the guard know of worker {place.slot}", keep)
+    def write(self, place: WorkerHandle, look: bool = True) -> None:
+        """Now; nothing if it has no process. Raises OSError: the guard cannot take it."""
+        if place.process is not None:
+            value = msgspec.json.encode(stored(place, place.process.running))
+            held = self._selection.steering.held(place.slot)
+            place.process.keep(value, held, look)
 
     def drop(self, workers: Iterable[WorkerProcess]) -> None:
         """These have ended. One message for all: a thousand would take the guard longer than

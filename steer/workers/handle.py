@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,7 +19,7 @@ from steer.linux.waiting import Seen, acceptors, waiters, waits_on
 from steer.policy.layout import Member
 from steer.workers.hang import Rest, is_busy
 from steer.workers.lifecycle import STABLE_S, State
-from steer.workers.process import Running, WorkerProcess
+from steer.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
     from steer.workers.clock import Timer
@@ -29,31 +29,6 @@ class Cancellable(Protocol):
     """Something under way for a worker that may be called off."""
 
     def cancel(self) -> None: ...
-
-
-class Saved(msgspec.Struct, frozen=True):
-    """A place with a process, as another controller left it.
-
-    Args:
-        held: until `change` was admitted, if that has happened since.
-    """
-
-    running: Running
-    seat: WorkerSpec
-    slot: int
-    generation: int
-    state: str
-    held: bool
-    ready_s: float | None
-    starts: int
-    failures: int
-    says_ready: bool
-    others: set[int]
-    takers: frozenset[int]
-    hung: bool
-    acceptors: frozenset[int] = frozenset()
-    is_apart: bool = False
-    change: int = 1
 
 
 class WorkerHandles:
@@ -148,35 +123,6 @@ class WorkerHandle(msgspec.Struct, eq=False):
     timer: Timer | None = None
     drain: Cancellable | None = None
     error: SteerError | None = None
-
-    @classmethod
-    def restored(
-        cls, saved: Saved, generation: Generation, heard_s: float, admitted: int
-    ) -> WorkerHandle:
-        """As another controller left it, but for its process.
-
-        Args:
-            generation: that of the number saved.
-            admitted: see `WorkerPool`.
-        """
-        return cls(
-            saved.seat,
-            saved.slot,
-            generation,
-            State(saved.state),
-            held=saved.held and saved.change > admitted,
-            change=saved.change,
-            ready_s=saved.ready_s,
-            starts=saved.starts,
-            failures=saved.failures,
-            says_ready=saved.says_ready,
-            heard_s=heard_s,
-            takers=saved.takers,
-            acceptors=saved.acceptors,
-            hung=saved.hung,
-            others=saved.others,
-            is_apart=saved.is_apart,
-        )
 
     @property
     def serves(self) -> bool:
@@ -291,38 +237,6 @@ class WorkerHandle(msgspec.Struct, eq=False):
         if self.drain is not None:
             self.drain.cancel()
             self.drain = None
-
-    def keep(self, held: Sequence[int], look: bool = True) -> None:
-        """Have the guard know what another controller would have to; nothing if it has no
-        process.
-
-        Args:
-            held: descriptors of its sockets.
-            look: see `WorkerProcess.keep`.
-        """
-        if self.process is not None:
-            saved = self._saved(self.process.running)
-            self.process.keep(msgspec.json.encode(saved), held, look)
-
-    def _saved(self, running: Running) -> Saved:
-        return Saved(
-            running,
-            self.seat,
-            self.slot,
-            self.generation.number,
-            self.state.value,
-            self.held,
-            self.ready_s,
-            self.starts,
-            self.failures,
-            self.says_ready,
-            self.others,
-            self.takers,
-            self.hung,
-            self.acceptors,
-            self.is_apart,
-            self.change,
-        )
 
 
 def waits(worker: WorkerProcess) -> Seen:

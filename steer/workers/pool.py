@@ -74,6 +74,7 @@ class WorkerPool:
         looks: what is looked at again and again.
         lot: how many start in one turn of the loop.
         selection: which workers are selected, and by which backend.
+        entries: what the guard knows of workers.
         queues: what waits at workers.
         migration: moves what waits at workers that are not selected.
         remains: what workers have that are not selected any more.
@@ -111,10 +112,10 @@ class WorkerPool:
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self._guard = guard
-        self._entries = GuardEntries(guard, self.selection, retry)
+        self.entries = GuardEntries(guard, self.selection, retry)
         self._queue = StartQueue(self.places)
         self._spawner = Spawner(
-            self.places, self.by_pid, self.selection, guard, self._entries, launch
+            self.places, self.by_pid, self.selection, guard, self.entries, launch
         )
         self._unheard = unheard
         self._supervision: Supervision
@@ -150,7 +151,7 @@ class WorkerPool:
     ) -> None:
         """Go on with the workers that another controller left; see `Adoption.adopt`."""
         self.admitted = admitted
-        adoption = Adoption(self.places, self.selection, self._spawner, self._entries, self.clock)
+        adoption = Adoption(self.places, self.selection, self._spawner, self.entries, self.clock)
         adoption.adopt(entries.values(), steering, generations, admitted)
 
     def watch(
@@ -177,7 +178,7 @@ class WorkerPool:
             selection=self.selection,
             migration=self.migration,
             remains=self.remains,
-            entries=self._entries,
+            entries=self.entries,
             queue=self._queue,
             lot=self.lot,
             spawner=self._spawner,
@@ -285,7 +286,7 @@ class WorkerPool:
 
     def choose_by(self, plan: Plan, steering: Backend | None = None) -> None:
         """See `PolicySwitch.switch`."""
-        switch = PolicySwitch(self.places, self.selection, self._entries)
+        switch = PolicySwitch(self.places, self.selection, self.entries)
         self.generation, unpinned = switch.switch(self.generation, plan, steering)
         # Nobody waits for it: wherever workers run, they get what the table says.
         self._supervision.pinning.begin(unpinned)
@@ -304,5 +305,5 @@ class WorkerPool:
 
     def save(self) -> None:
         """Tell the guard now what it would be told after this turn of the loop."""
-        self._entries.flush()
+        self.entries.flush()
         self.selection.keep_if_due()

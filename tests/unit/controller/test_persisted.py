@@ -17,7 +17,8 @@ from steer.controller.persisted import SCHEMA, Persisted, PersistedService
 from steer.errors import ControlError
 from steer.guard.client import Entry
 from steer.guard.store import MAILBOX, STEERING
-from steer.workers import handle, selection
+from steer.workers import selection
+from steer.workers.stored_worker import StoredWorker
 from testkit import ROOT
 
 STORED = json.loads((ROOT / "tests/golden/stored.json").read_text())
@@ -36,7 +37,7 @@ def entries(stored: Mapping[str, Any]) -> dict[str, Entry]:
 
 def kind_of(key: str) -> Any:
     kinds = {"service": PersistedService, STEERING: selection.Saved}
-    return kinds.get(key) or (Service if key.startswith("generation ") else handle.Saved)
+    return kinds.get(key) or (Service if key.startswith("generation ") else StoredWorker)
 
 
 def lost(was: Any, now: Any, where: str = "") -> Iterator[str]:

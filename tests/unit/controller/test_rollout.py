@@ -19,11 +19,12 @@ from steer.errors import ControlError, WorkersFailed
 from steer.features import Answer, Finding
 from steer.policy.cpus import Topology
 from steer.workers import lifecycle
-from steer.workers.handle import Saved, WorkerHandle
+from steer.workers.handle import WorkerHandle
 from steer.workers.intake import Lot
 from steer.workers.lifecycle import Command, Event, State
 from steer.workers.pool import WorkerPool
 from steer.workers.process import Running
+from steer.workers.stored_worker import StoredWorker, restored, stored
 
 CPUS = (0, 1, 2, 3)
 ENDED = WorkersFailed("start workers", "exit status 7")
@@ -381,7 +382,6 @@ def test_who_adopts_takes_those_for_admitted_whose_change_was(admitted: int, is_
     generation = Generation(2, plan_for(1))
     seat = generation.plan.seats[0]
     place = WorkerHandle(seat, 0, generation, State.READY, held=True, change=4)
-    saved = msgspec.json.decode(
-        msgspec.json.encode(place._saved(Running(1, 0.0, (), False))), type=Saved
-    )
-    assert WorkerHandle.restored(saved, generation, 0.0, admitted).held == is_held
+    value = msgspec.json.encode(stored(place, Running(1, 0.0, (), False)))
+    saved = msgspec.json.decode(value, type=StoredWorker)
+    assert restored(saved, generation, 0.0, admitted).held == is_held

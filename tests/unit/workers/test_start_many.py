@@ -108,6 +108,7 @@ class FakeProcess:
         self.forked.append(self.turn)
         self.pid = 1_000 + len(self.forked)
         self.launch, self.problem, self.bound = launch, None, ()
+        self.running = None
 
     def keep(self, *_: object) -> None:
         pass
@@ -123,10 +124,7 @@ class FakeProcess:
 
 
 class FakePlace(WorkerHandle, eq=False):
-    """Nothing of it is kept, and nothing is looked at."""
-
-    def keep(self, held: Sequence[int], look: bool = True) -> None:
-        pass
+    """Nothing is looked at."""
 
     def got_ready(self, now_s: float) -> None:
         pass

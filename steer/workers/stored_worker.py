@@ -1,0 +1,86 @@
+"""A worker as the guard stores it, for a controller that adopts it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from steer.config.plan import Generation, WorkerSpec
+from steer.workers.handle import WorkerHandle
+from steer.workers.lifecycle import State
+from steer.workers.process import Running
+
+
+class StoredWorker(msgspec.Struct, frozen=True):
+    """A worker with a process. The names are a format: another version may read them.
+
+    Args:
+        held: until `change` was admitted, if that has happened since.
+    """
+
+    running: Running
+    seat: WorkerSpec
+    slot: int
+    generation: int
+    state: str
+    held: bool
+    ready_s: float | None
+    starts: int
+    failures: int
+    says_ready: bool
+    others: set[int]
+    takers: frozenset[int]
+    hung: bool
+    acceptors: frozenset[int] = frozenset()
+    is_apart: bool = False
+    change: int = 1
+
+
+def stored(place: WorkerHandle, running: Running) -> StoredWorker:
+    """The worker with its process."""
+    return StoredWorker(
+        running,
+        place.seat,
+        place.slot,
+        place.generation.number,
+        place.state.value,
+        place.held,
+        place.ready_s,
+        place.starts,
+        place.failures,
+        place.says_ready,
+        place.others,
+        place.takers,
+        place.hung,
+        place.acceptors,
+        place.is_apart,
+        place.change,
+    )
+
+
+def restored(
+    saved: StoredWorker, generation: Generation, heard_s: float, admitted: int
+) -> WorkerHandle:
+    """The worker without its process.
+
+    Args:
+        generation: that of the number stored.
+        admitted: see `WorkerPool`.
+    """
+    return WorkerHandle(
+        saved.seat,
+        saved.slot,
+        generation,
+        State(saved.state),
+        held=saved.held and saved.change > admitted,
+        change=saved.change,
+        ready_s=saved.ready_s,
+        starts=saved.starts,
+        failures=saved.failures,
+        says_ready=saved.says_ready,
+        heard_s=heard_s,
+        takers=saved.takers,
+        acceptors=saved.acceptors,
+        hung=saved.hung,
+        others=saved.others,
+        is_apart=saved.is_apart,
+    )
