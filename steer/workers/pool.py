@@ -94,14 +94,12 @@ class WorkerPool:
         retry: Retry,
         unheard: Unheard,
     ) -> None:
-        self.generation = generation
-        self.admitted = 0
+        self.generation, self.admitted = generation, 0
         self.places = WorkerHandles()
         self.by_pid: dict[int, WorkerHandle] = {}
         self.selection = Selection(steering, self.places, slots, guard, log, retry)
         self.shutdown = Shutdown(self.places, self.selection, guard, retry)
-        self.log = log
-        self.retry = retry
+        self.log, self.retry = log, retry
         self.clock = Clock()
         self.looks = Looks(self.clock, retry)
         self.lot = Lot()
@@ -111,13 +109,12 @@ class WorkerPool:
         self.remains = Remains(self.selection, self.queues, self.migration, self.clock, retry)
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
-        self._guard = guard
         self.entries = GuardEntries(guard, self.selection, retry)
         self._queue = StartQueue(self.places)
         self._spawner = Spawner(
             self.places, self.by_pid, self.selection, guard, self.entries, launch
         )
-        self._unheard = unheard
+        self._guard, self._unheard = guard, unheard
         self._supervision: Supervision
 
     def start(self, holds_ports: Callable[[], None]) -> None:
