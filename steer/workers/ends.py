@@ -1,8 +1,9 @@
-"""Ends of workers, seen to together: what is to be looked for is looked for once for all whose
-first processes ended at the same time.
+"""Noticing that workers have ended, for many of them together: one look for the processes that are
+left serves all workers whose first processes ended at the same time.
 
-The others of a worker are told to end, as a shell passes nothing on. They may take their time
-where the worker was told to; else they are left behind.
+When the first process of a worker has ended, its other processes are told to end, as a shell does
+not forward a signal. If the worker was told to finish they may take their time; else they are left
+behind.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST = 16
-"""So many are seen to in one step: with a thousand the loop would get to nothing else."""
+"""So many are handled in one step: with a thousand the loop would get to nothing else."""
 _LOOK_AGAIN_S = 0.05
 _MOST_LOOKING = 0.05
 """Of the time may be spent on looking for what is left of one worker."""
 _REST, _REST_MOST_S = 10, 0.02
-"""After a look so many times as long as it took, before the next."""
+"""The pause after a look is so many times as long as the look took."""
 _SELDOM_S = 1.0
-"""Where the kernel tells when it is time to look."""
+"""Between looks where the kernel tells when something has changed."""
 
 Find = Callable[[Sequence[Family], Collection[int]], list[list[int]]]
 """See `family.others`."""
 
 
 class End(msgspec.Struct, eq=False):
-    """Of one worker's first process.
+    """The end of one worker's first process.
 
     Args:
         others: its other processes, at the last look.
@@ -62,7 +63,7 @@ class End(msgspec.Struct, eq=False):
 
 
 class Ends:
-    """Those of all workers of a service.
+    """The ends of all workers of a service.
 
     Args:
         lost: told of those whose first process has ended as it was told to, but not all the
@@ -98,16 +99,16 @@ class Ends:
         self._tick_due: Handle | None = None
 
     def watch(self, place: WorkerHandle, worker: WorkerProcess) -> None:
-        """See to its end, whenever that comes."""
+        """Notice its end, whenever that comes."""
         self._groups.add(worker.pid)
         worker.watch(self._loop, partial(self._first_has_ended, End(place, worker)))
 
     def forget(self, worker: WorkerProcess) -> None:
-        """It is ended by somebody else."""
+        """Somebody else ends it."""
         self._groups.discard(worker.pid)
 
     def kill(self, worker: WorkerProcess) -> None:
-        """All of its processes; those that have left its group are looked for in a moment."""
+        """Kill all of its processes; those that have left its group are looked for in a moment."""
         worker.kill_group()
         self._killed.append(worker)
         self._step_soon()
@@ -262,7 +263,7 @@ class Ends:
 
 
 def _some(queue: deque[T]) -> list[T]:
-    """Take as many as one step sees to."""
+    """Take as many as one step handles."""
     return [queue.popleft() for _ in range(min(MOST, len(queue)))]
 
 

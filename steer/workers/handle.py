@@ -1,4 +1,4 @@
-"""A seat of a service and who is in it, as far as that is known without the others."""
+"""One worker of a service: its slot, its state, its process, and what has been seen of it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class Cancellable(Protocol):
-    """Something under way for a worker that may be called off."""
+    """Something under way for a worker that may be cancelled."""
 
     def cancel(self) -> None: ...
 
 
 class WorkerHandles:
-    """Those of a service, in the order in which they came."""
+    """All workers of a service, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._there: dict[WorkerHandle, None] = {}
@@ -47,7 +47,7 @@ class WorkerHandles:
         return place in self._there
 
     def add(self, place: WorkerHandle) -> None:
-        """As the last."""
+        """Add it as the last."""
         self._there[place] = None
 
     def remove(self, place: WorkerHandle) -> None:
@@ -60,31 +60,31 @@ class WorkerHandles:
 
 
 class WorkerHandle(msgspec.Struct, eq=False):
-    """A seat and who is in it: a process, or the wait for the next one.
+    """One worker: a process, or the wait for the next one.
 
     Args:
-        held: not to be chosen yet, as it comes together with others.
+        held: not to be selected yet, as it is activated together with others.
         change: the number of the change that it is held for, or was.
-        modest: to leave the CPUs to those that serve until it is ready.
-        leaving: it is about to be retired with others, and is not chosen any more.
-        told: of one that is held: called when it is ready, and when it has failed.
+        modest: to leave the CPUs to workers that serve, until it is ready.
+        leaving: about to be retired with others, and not selected any more.
+        told: of a worker that is held: called when it is ready, and when it has failed.
         failures: ends in a row before `lifecycle.STABLE_S` of service.
         says_ready: whether it sent READY=1.
-        heard_s: when it last sent WATCHDOG=1, or was ready, by the controller's clock.
+        heard_s: when it last sent WATCHDOG=1, or got ready, by the controller's clock.
         takers: its processes that were seen to wait on its sockets.
-        acceptors: threads of theirs that did.
-        activity: see `proc.activity`: of these, at the last look at them.
+        acceptors: threads of those that were.
+        activity: of these, at the last look; see `linux.activity`.
         acted: whether these did anything since it was taken for hung.
-        rest: of one that starts and cannot be looked at.
+        rest: how long it has been at rest, if it starts and cannot be looked at.
         cpu_s, cpu_at_s: CPU time that it had had, and when that was.
-        hung: when it was retired.
-        full: at capacity: it takes nothing, and gets on with what it has.
-        shed: so not chosen, as others have room.
-        queued: what waited for it at the last look.
-        relief_s: not before then is another asked for in its place.
+        hung: whether it was when it was retired.
+        full: at capacity: it accepts nothing, and goes on with what it has.
+        shed: not selected because it is full, as others have room.
+        queued: connections in its accept queue at the last look.
+        relief_s: not before then is another worker asked for in its place.
         left: by bind, why its socket there is not in the group as it was.
-        is_apart: since it started, a socket of its own is in another group, see `split`.
-        others: sockets it had open when it got ready, which so are no connections.
+        is_apart: since it started, a socket of its own is in another group; see `health.split`.
+        others: sockets it had open when it got ready, which are no connections.
         said: what it sent as STATUS=.
         error: why there is no process.
     """
@@ -126,17 +126,17 @@ class WorkerHandle(msgspec.Struct, eq=False):
 
     @property
     def serves(self) -> bool:
-        """Whether it may be chosen."""
+        """Whether it may be selected."""
         return self.is_in_service and not self.shed
 
     @property
     def is_in_service(self) -> bool:
-        """Whether it may be chosen, or could be if it were not at capacity."""
+        """Whether it may be selected, or could be if it were not at capacity."""
         return self.state is State.READY and not self.held and not self.leaving
 
     @property
     def is_on_its_way_out(self) -> bool:
-        """Whether it is there for no more than to finish what it has."""
+        """Whether it only finishes what it has."""
         return self.leaving or self.state is State.STOPPING
 
     @property
@@ -153,22 +153,22 @@ class WorkerHandle(msgspec.Struct, eq=False):
         return self.state is State.HUNG
 
     def member(self, seat: WorkerSpec | None = None) -> Member:
-        """What the table is told of it, where it is or would be on another seat."""
+        """What the table is told of it, on its seat or on another."""
         seat = seat or self.seat
         return Member(self.slot, seat.weight, seat.cpu)
 
     def reseat(self, seat: WorkerSpec) -> bool:
-        """Another seat from now on; whether it is to be pinned to other CPUs."""
+        """Give it another seat; whether it is to be pinned to other CPUs."""
         before, self.seat = self.seat, seat
         return before.cpus != seat.cpus
 
     def pin(self) -> None:
-        """To the CPUs of its seat."""
+        """Pin its processes to the CPUs of its seat."""
         if self.process:
             priority.pin(processes.descendants(self.process.pid), self.seat.cpus)
 
     def hear(self, message: Mapping[str, str], now_s: float) -> None:
-        """What it tells of itself, see sd_notify(3)."""
+        """Take what it says of itself, see sd_notify(3)."""
         self.said = message.get("STATUS", self.said)
         if message.get("WATCHDOG") == "1":
             self.heard_s = now_s
@@ -176,7 +176,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
             self.heard_s = -math.inf
 
     def got_ready(self, now_s: float) -> None:
-        """What can be seen of its process only now; from here on it need not be modest."""
+        """Look at what can be seen of its process only now. From here on it need not be modest."""
         self.ready_s = self.ready_s or time.monotonic()
         self.heard_s = now_s
         self.full = self.shed = False
@@ -189,7 +189,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
                 priority.hurry(processes.descendants(self.process.pid))
 
     def lost_process(self) -> None:
-        """It has ended. One that served for long begins a new row of failures."""
+        """Its process has ended. If it had served for long, it begins a new row of failures."""
         self.process = None
         self.says_ready = self.full = self.shed = False
         self.rest = None
@@ -224,7 +224,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
         return self.rest.lasted_s(now_s, cpu_s(pid), is_asleep(pid))
 
     def set_timer(self, timer: Timer) -> None:
-        """It waits for this now, and for nothing that it waited for before."""
+        """Let it wait for this, and not for what it waited for before."""
         self.cancel_timer()
         self.timer = timer
 
