@@ -48,7 +48,7 @@ def service_table(service: Service) -> Table:
     if service.policy_reason:
         title += f"\npolicy auto is {service.policy}, as {service.policy_reason}"
     if service.backend_reason:
-        title += f"\nnot higher up the ladder: {service.backend_reason}"
+        title += f"\nnot on a better backend: {service.backend_reason}"
     title += "".join(f"\nnote: {note}" for note in service.notes)
     columns = (
         *("slot", "pid", "state", "gen", "cpus", "weight"),

@@ -28,7 +28,7 @@ class DryRun(msgspec.Struct, frozen=True):
     """What was found to be.
 
     Args:
-        plan: with the rung that holds, and why no better one does.
+        plan: with the backend that works, and why no better one does.
         notes: what its backend cannot do here, and as whom workers run if that is to be known.
         memory_bytes: what its maps take of the kernel's memory.
     """

@@ -132,7 +132,7 @@ class Start:
         if plan.became:
             self._log.info("policy %s", plan.became)
         if chosen.reason:
-            self._log.warning("not higher up the ladder: %s", chosen.reason)
+            self._log.warning("not on a better backend: %s", chosen.reason)
         if backend.samples():
             self._log.warning("%s", backend.notes[-1])
         if as_whom := privileges.note(plan.service):

@@ -130,7 +130,7 @@ def test_the_title() -> None:
 def test_a_fallback_is_said_aloud() -> None:
     reason = "ebpf: load a program: EPERM; run as root"
     title = service_table(service(backend="cbpf", backend_reason=reason)).title
-    assert title.splitlines()[1] == f"not higher up the ladder: {reason}"
+    assert title.splitlines()[1] == f"not on a better backend: {reason}"
 
 
 def test_a_row() -> None:
