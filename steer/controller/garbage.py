@@ -1,11 +1,10 @@
-"""When Python looks for garbage, and among what.
+"""When Python's garbage collector runs, and over which objects.
 
-What nobody refers to any more is freed at once; looked for are only cycles of objects that refer to
-each other. With a thousand workers such a look at all that is there keeps the loop for 20 ms and
-more, again and again while workers start, and writes to each page, which is then copied, as
-workers were forked from us and share it. But what there is of a worker has no cycles once that
-has ended. So whatever is there while nothing is under way is set aside, and nothing is looked
-for among it.
+Objects that nobody refers to are freed at once; the collector only finds cycles. With a thousand
+workers, a collection of all objects stops the loop for 20 ms and more, again and again while
+workers start. It also writes to every page, and pages that are shared with forked workers are then
+copied. But the objects of a worker form no cycle once the worker has ended. So whenever nothing is
+under way, all objects are set aside (gc.freeze), and the collector skips them.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ import gc
 from collections.abc import Callable
 
 _SELDOM = 100
-"""Ten times what is usual: how often what was looked at twice is looked at again."""
+"""Ten times Python's own value: how seldom the oldest generation is collected."""
 _EACH = 100
-"""Objects that there are of a worker."""
+"""Objects of one worker."""
 _MOST = 2
-"""So many times what there should be may be set aside, before it is all looked at."""
+"""All objects are collected when this many times the expected number is set aside."""
 
 
 class Garbage:
-    """Of this process.
+    """That of this process.
 
     Args:
         workers: how many there are.
@@ -39,11 +38,10 @@ class Garbage:
         gc.enable()
 
     def set_aside(self) -> None:
-        """To be called while nothing is under way: what is there now is to stay, or to be freed
-        when nobody refers to it."""
+        """Set all objects aside. To be called while nothing is under way."""
         once, twice, thrice = gc.get_count()
         if not twice and not thrice:
-            return  # too little has come since the last time
+            return  # there are too few new ones
         gc.collect(1)
         gc.freeze()
         # To count them takes 10 ms with a thousand workers.
