@@ -29,7 +29,7 @@ from testkit.fake_service import fake_service, says
 from testkit.fixtures import RunSteer, StartService
 from testkit.processes import DEADLINE_S, eventually, session
 from testkit.programs import source
-from testkit.service import STEER, Service
+from testkit.service import STEER, Service, wound
 
 PORT = 8080
 ALONE = 40_000 + os.getpid() % 20_000
@@ -904,7 +904,7 @@ def holds_signals(pid: int) -> bool:
 
 def test_a_control_socket_that_is_removed_is_made_again(service: StartService) -> None:
     """As by a logout, which removes the whole run directory."""
-    running = service("-w", "1")
+    running = service("-w", "1", under=wound("steer.controller.upkeep._LOOK_S=0.2"))
     directory = running.control_socket.parent
     for what in (directory, running.control_socket):
         if what.is_dir():

@@ -19,9 +19,10 @@ from steer.errors import ControlError
 from steer.linux import processes, title
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually, stopped
-from testkit.service import STEER, Service, lose_directory
+from testkit.service import STEER, Service, lose_directory, wound
 
 pytestmark = pytest.mark.needs("netns")
+SOON = wound("steer.controller.upkeep._LOOK_S=0.2", "steer.guard.standby._CONTROL_S=0.2")
 
 
 def guard_of(running: Service) -> int:
@@ -51,7 +52,7 @@ def wait_for(running: Service, words: str, times: int) -> None:
 
 
 def test_guard_makes_the_control_socket_and_the_record_again(service: StartService) -> None:
-    running = service("-w", "2", "--adopt-timeout=300")
+    running = service("-w", "2", "--adopt-timeout=300", under=SOON)
     orphan(running)
     before = record.left(running.control_socket)
     assert len(before) == 2
@@ -66,7 +67,7 @@ def test_guard_makes_the_control_socket_and_the_record_again(service: StartServi
 
 
 def test_guard_tries_again_until_there_is_a_place(service: StartService) -> None:
-    running = service("-w", "1", "--adopt-timeout=300")
+    running = service("-w", "1", "--adopt-timeout=300", under=SOON)
     orphan(running)
     above = running.control_socket.parents[1]
     shutil.rmtree(above)
@@ -79,7 +80,7 @@ def test_guard_tries_again_until_there_is_a_place(service: StartService) -> None
 
 
 def test_adoption_waits_until_the_guard_can_be_found(service: StartService) -> None:
-    first = service("-w", "2", "--adopt-timeout=300")
+    first = service("-w", "2", "--adopt-timeout=300", under=SOON)
     workers = {each["pid"] for each in first.workers()}
     guard = orphan(first)
     with stopped(guard):
@@ -93,7 +94,7 @@ def test_adoption_waits_until_the_guard_can_be_found(service: StartService) -> N
 
 
 def test_what_executes_itself_anew_is_not_lost(service: StartService) -> None:
-    running = service("-w", "2")
+    running = service("-w", "2", under=SOON)
     workers = {each["pid"] for each in running.workers()}
     for times in range(1, 6):
         running.send_signal(signal.SIGUSR2)
@@ -148,7 +149,7 @@ def test_reload_that_is_under_way_goes_on(service: StartService, home: Path) -> 
         "    worker.ready()\n"
         "    while not worker.stopping: worker.sockets[0].accept()[0].close()\n"
     )
-    running = service("-w", "1", "app:serve")
+    running = service("-w", "1", "app:serve", under=SOON)
     asking = subprocess.Popen(
         [STEER, "reload", "test"], env=running.environment, stdout=subprocess.PIPE, text=True
     )
@@ -163,7 +164,7 @@ def test_reload_that_is_under_way_goes_on(service: StartService, home: Path) -> 
 
 def test_record_that_was_removed_is_made_again(service: StartService) -> None:
     """As who cleans directories removes old files and leaves sockets in use (tmpfiles.d(5))."""
-    running = service("-w", "3")
+    running = service("-w", "3", under=SOON)
     before = sorted(record.left(running.control_socket))
     assert len(before) == 3
     record_of(running.control_socket).unlink()

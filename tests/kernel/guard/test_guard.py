@@ -529,6 +529,7 @@ def test_silent_connections_keep_nobody_out(puppet: Puppet) -> None:
 
 
 def test_silent_connection_is_let_go(puppet: Puppet) -> None:
+    puppet.do("setattr(sys.modules['steer.guard.requests'], 'TIMEOUT_S', 0.5)")
     puppet.start(adopt_timeout_s=600)
     puppet.worker("worker", *PLAIN)
     puppet.die()
