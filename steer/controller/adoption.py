@@ -64,7 +64,7 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     # Not before: had anything failed, the old guard would carry on with all of it.
     undo.callback(service.claim.release)
     undo.callback(remove_pid)
-    undo.callback(lambda: service.steering.close())
+    undo.callback(lambda: service.backend.close())
     undo.callback(service.listener.close)
     undo.callback(service.guard.close)
     undo.callback(service.pool.abandon)

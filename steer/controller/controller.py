@@ -75,7 +75,7 @@ class Controller:
         identity.identity(plan.service.user, plan.service.group)
 
     @property
-    def steering(self) -> Backend:
+    def backend(self) -> Backend:
         """The backend in force."""
         return self.pool.steering
 
@@ -152,7 +152,7 @@ class Controller:
             self.listener.address,
             self.file_limit.inherited,
             self._may_renice and place.modest,
-            frozenset(self.steering.anchors),
+            frozenset(self.backend.anchors),
         )
 
     # What the guard stores.

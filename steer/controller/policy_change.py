@@ -111,7 +111,7 @@ class PolicyChange:
 
     def _tell(self) -> None:
         plan = self._plan
-        self._log.info("%s on %s", plan.policy.name, self._service.steering.backend)
+        self._log.info("%s on %s", plan.policy.name, self._service.backend.backend)
         if plan.became:
             self._log.info("policy %s", plan.became)
 

@@ -108,7 +108,7 @@ class Requests:
 
     async def drain(self, request: Request, _tell: Tell) -> Answer:
         place = self._worker(request, "drain", State.READY)
-        if self._service.steering.backend == KERNEL:
+        if self._service.backend.backend == KERNEL:
             raise ControlError(
                 f"drain worker {place.slot}",
                 "the kernel's own hash leaves nobody out",
@@ -139,7 +139,7 @@ class Requests:
     async def policy(self, request: Request, _tell: Tell) -> Answer:
         began_s = time.monotonic()
         await self._changes.change_policy(request)
-        chosen, backend = self._service.plan.policy.name, self._service.steering.backend
+        chosen, backend = self._service.plan.policy.name, self._service.backend.backend
         return Swapped(chosen, backend, _since(began_s))
 
     def _worker(self, request: Request, act: str, *allowed: State) -> WorkerHandle:

@@ -117,7 +117,7 @@ class Start:
         backend.open_anchors()
         backend.open_reserve()
         service.make_pool(generation, backend)
-        self._backend = lambda: service.steering
+        self._backend = lambda: service.backend
         self._undo.callback(service.pool.abandon)
         service.keep(generation)
         service.pool.start(service.claim.others_may_start)

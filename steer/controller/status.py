@@ -33,12 +33,12 @@ async def report_of(
         state: of the service as a whole: starting, running, stopping.
         loop_delay_ms: of the controller, see `delays`.
     """
-    steering = service.steering
-    workers, counted = await _workers(service.pool, steering)
-    if service.steering is not steering:
+    backend = service.backend
+    workers, counted = await _workers(service.pool, backend)
+    if service.backend is not backend:
         # Some would be counted on the backend before, some on this one.
         return await report_of(service, state, loop_delay_ms)
-    plan, own = service.plan, steering.own()
+    plan, own = service.plan, backend.own()
     return schema.Service(
         name=plan.name,
         pid=os.getpid(),
@@ -47,19 +47,19 @@ async def report_of(
         policy=plan.policy.name,
         policy_asked=plan.service.policy,
         policy_reason=plan.policy_reason,
-        backend=steering.backend,
+        backend=backend.backend,
         backend_reason=plan.rungs[0].reason,
         notes=[
-            *steering.notes,
+            *backend.notes,
             *service.pool.visibility.notes.values(),
-            *_left_out(service.pool.places, steering.backend == KERNEL),
+            *_left_out(service.pool.places, backend.backend == KERNEL),
             *service.pool.group_notes.values(),
-            *map(str, anchors.notes(plan.binds, steering.anchors)),
+            *map(str, anchors.notes(plan.binds, backend.anchors)),
         ],
         uptime_s=round(time.monotonic() - service.started_s, 3),
         binds=[schema.Address(b.protocol, b.address, b.port) for b in plan.binds],
         workers=workers,
-        totals=_totals(service.pool, steering, counted),
+        totals=_totals(service.pool, backend, counted),
         params=own.params,
         counters=own.counters,
         histograms=_histograms(own, plan.policy.declared),
@@ -68,7 +68,7 @@ async def report_of(
 
 
 async def _workers(
-    pool: WorkerPool, steering: Backend
+    pool: WorkerPool, backend: Backend
 ) -> tuple[list[schema.Worker], Mapping[int, Counts]]:
     """Each worker, and what was counted by slot."""
     queues, workers, counted = pool.queues.at_one_moment(), [], {}
@@ -81,10 +81,10 @@ async def _workers(
             for place in there[first : first + _AT_ONCE]:
                 if place not in pool.places:
                     continue  # it has left since
-                counts = steering.counts(place.slot)
+                counts = backend.counts(place.slot)
                 if counts is not None:
                     counted[place.slot] = counts
-                workers.append(_worker(place, steering, queues, counts))
+                workers.append(_worker(place, backend, queues, counts))
     return workers, counted
 
 
@@ -117,7 +117,7 @@ def shown(place: WorkerHandle) -> State:
 
 
 def _worker(
-    place: WorkerHandle, steering: Backend, queues: Queues, counts: Counts | None
+    place: WorkerHandle, backend: Backend, queues: Queues, counts: Counts | None
 ) -> schema.Worker:
     process = place.process
     return schema.Worker(
@@ -131,7 +131,7 @@ def _worker(
         uptime_s=round(time.monotonic() - process.started_s, 3) if process else None,
         connections=schema.Connections(
             selected=counts.selected if counts else None,
-            open=steering.open(place.slot),
+            open=backend.open(place.slot),
             migrated=counts.migrated if counts else None,
             **(_queued(process, queues) if process else {}),
         ),
@@ -166,9 +166,9 @@ def _histograms(own: Own, declared: Declared) -> dict[str, schema.Histogram]:
     }
 
 
-def _totals(pool: WorkerPool, steering: Backend, counted: Mapping[int, Counts]) -> schema.Totals:
+def _totals(pool: WorkerPool, backend: Backend, counted: Mapping[int, Counts]) -> schema.Totals:
     """Of those slots that are still somebody's, and of all that were given up by now."""
-    unsteered = steering.unsteered()
+    unsteered = backend.unsteered()
     if unsteered is None:
         return schema.Totals()
     now = [counted[place.slot] for place in pool.places if place.slot in counted]

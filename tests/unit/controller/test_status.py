@@ -51,7 +51,7 @@ class FakeService:
             rungs=(SimpleNamespace(reason=None),),
         )
         self.started_s = 0.0
-        self.steering: Any = SimpleNamespace(
+        self.backend: Any = SimpleNamespace(
             backend="ebpf",
             notes=(),
             anchors={},
@@ -181,11 +181,11 @@ def test_workers_that_go_meanwhile_are_counted_once() -> None:
 
 def test_a_report_is_of_one_backend() -> None:
     service = FakeService(200)
-    before = service.steering
+    before = service.backend
 
     def moves() -> None:
-        if service.steering is before:
-            service.steering = SimpleNamespace(**{**vars(before), "backend": "kernel"})
+        if service.backend is before:
+            service.backend = SimpleNamespace(**{**vars(before), "backend": "kernel"})
 
     told = service.report(moves)
     assert told.backend == "kernel"
