@@ -17,8 +17,8 @@ from steer.loader import compile
 from testkit.clients import http_get
 from testkit.crew import PORT
 from testkit.fixtures import StartService
-from testkit.processes import DEADLINE_S, eventually, is_running, python, stopped
-from testkit.programs import source
+from testkit.processes import DEADLINE_S, eventually, is_running, stopped
+from testkit.programs import path, source
 from testkit.service import Service
 
 pytestmark = pytest.mark.needs("netns")
@@ -247,31 +247,6 @@ def test_policy_is_compiled_while_orphans_end(service: StartService, home: Path)
 
 def test_orphans_are_told_from_children_that_somebody_waits_for() -> None:
     """In a process of its own, which becomes a subreaper for good."""
-    code = """
-import os, subprocess, sys, threading
-from steer.linux import family
-from steer.linux import fork as process
-before = subprocess.Popen(["sleep", "60"])
-family.become_subreaper()
-told = []
-ours = threading.Thread(target=lambda: told.append(process.run(["sh", "-c", "read x; exit 7"], 60)))
-pid, pidfd = process.fork(lambda: 0)
-orphan = int(subprocess.check_output(["sh", "-c", "setsid sleep 60 >&- & echo $!"]))
-process.wait_for_end(pidfd, None)
-while os.getpgid(orphan) != orphan:
-    os.sched_yield()
-found, left = family.orphans(), family.left_behind()
-ours.start()
-while ours.is_alive():
-    family.reap_orphans()
-with process.starting():
-    assert before.pid not in family.orphans() and not family.reap_orphans()[1]
-for each in (orphan, before.pid):
-    os.kill(each, 9)
-    process.wait_for_end(os.pidfd_open(each), None)
-assert family.reap_orphans() == ([before.pid, orphan], True)
-print(found == [before.pid, orphan], left == [orphan], family.orphans() == [], told[0].returncode)
-print(process.reap(pid, pidfd, True))
-"""
-    done = subprocess.run(python(code), capture_output=True, text=True, timeout=DEADLINE_S)
+    command = [sys.executable, path("tells_orphans")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.stdout.split() == ["True", "True", "True", "7", "0"], done.stderr

@@ -21,58 +21,12 @@ from testkit.confine import NOBODY
 from testkit.fixtures import RunSteer, StartService
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, eventually
+from testkit.programs import source
 from testkit.service import Service
 
 HOST, PORT = "127.0.0.1", 8080
 _MSG_FASTOPEN = 0x20000000  # include/linux/socket.h
-PEEK = r"""
-import json, socket
-
-NUMBERS = {
-    "nodelay": (6, 1), "keepalive": (1, 9), "keepidle": (6, 4), "keepintvl": (6, 5),
-    "keepcnt": (6, 6), "user-timeout": (6, 18), "notsent-lowat": (6, 25),
-    "rcvbuf": (1, 8), "sndbuf": (1, 7), "mark": (1, 36), "priority": (1, 12),
-    "transparent": (0, 19),
-}
-
-def options(sock):
-    over_tcp = sock.type == socket.SOCK_STREAM
-    found = {
-        name: sock.getsockopt(level, number)
-        for name, (level, number) in NUMBERS.items() if over_tcp or level != 6
-    }
-    if over_tcp:
-        found["congestion"] = sock.getsockopt(6, 13, 16).rstrip(b"\0").decode()
-        found["fastopen"] = bool(sock.getsockopt(6, 11, 8)[5] & 32)  # TCPI_OPT_SYN_DATA
-    return found
-"""
-CALLABLE = (
-    PEEK
-    + r"""
-import pathlib, threading, time
-
-def tcp(listener, slot):
-    while True:
-        sock, _ = listener.accept()
-        with sock:
-            sock.recv(65536)
-            sock.sendall(json.dumps({"slot": slot, **options(sock)}).encode())
-
-def serve(worker):
-    while pathlib.Path("not-yet").exists():
-        time.sleep(0.01)
-    listener, datagrams = worker.sockets
-    threading.Thread(target=tcp, args=(listener, worker.slot), daemon=True).start()
-    worker.ready()
-    datagrams.settimeout(0.05)
-    while not worker.stopping:
-        try:
-            _, peer = datagrams.recvfrom(1024)
-        except (TimeoutError, BlockingIOError):
-            continue
-        datagrams.sendto(json.dumps(options(datagrams)).encode(), peer)
-"""
-)
+CALLABLE = source("tells_options")
 ALL = {
     "nodelay": "no",
     "keepalive": "yes",
@@ -220,51 +174,7 @@ def test_they_are_set_on_every_backend(
     assert (found["nodelay"], found["keepidle"]) == (1, 77)
 
 
-ASGI = (
-    PEEK
-    + r"""
-import os
-
-def own():
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            sock = socket.socket(fileno=os.dup(int(name)))
-        except OSError:
-            continue
-        with sock:
-            try:
-                peer = sock.family == socket.AF_INET and sock.getpeername()
-            except OSError:
-                continue
-            if peer:
-                return options(sock)
-
-async def app(scope, receive, send):
-    body = json.dumps(own()).encode()
-    headers = [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-def serve(worker):
-    import asyncio
-
-    async def on_client(reader, writer):
-        await reader.readline()
-        body = json.dumps(options(writer.get_extra_info("socket"))).encode()
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + body)
-        writer.close()
-
-    async def main():
-        server = await asyncio.start_server(on_client, sock=worker.sockets[0])
-        asyncio.get_running_loop().add_signal_handler(15, server.close)
-        try:
-            await server.serve_forever()
-        except asyncio.CancelledError:
-            pass
-
-    asyncio.run(main())
-"""
-)
+ASGI = source("tells_options_of_clients")
 WORKERS = {
     "uvicorn": (
         *("--", sys.executable, "-m", "uvicorn", "--fd", "{fd}", "--loop", "asyncio"),

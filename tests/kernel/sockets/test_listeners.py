@@ -24,6 +24,7 @@ from steer.sockets.listeners import Borrower, Waiting, move_queue, waiting
 from testkit.confine import NOBODY
 from testkit.crew import PORT, Crew
 from testkit.processes import eventually, line_of, python, running
+from testkit.programs import source
 
 pytestmark = pytest.mark.needs("pidfd_getfd")
 
@@ -456,49 +457,9 @@ def test_busy_asyncio_server_does_not_notice(clients: ExitStack) -> None:
 
 # ---- under load
 
-SERVER = """
-import select, socket, sys
-socks = {int(fd): socket.socket(fileno=int(fd)) for fd in sys.argv[1:]}
-poll = select.epoll()
-for fd in socks:
-    poll.register(fd, select.EPOLLIN)
-print("here", flush=True)
-while True:
-    for fd, _ in poll.poll():
-        try:
-            connection, _ = socks[fd].accept()
-        except OSError:  # the queue was moved meanwhile
-            continue
-        with connection:
-            connection.setblocking(True)
-            connection.sendall(connection.recv(100))
-"""
+SERVER = source("answers_on_many")
 
-CLIENTS = """
-import collections, socket, struct, sys, threading
-outcomes, ending = collections.Counter(), threading.Event()
-def run(thread):
-    number = 0
-    while not ending.is_set():
-        number += 1
-        outcomes[once(f"{thread} {number}".encode())] += 1
-def once(wanted):
-    try:
-        with socket.create_connection(("127.0.0.1", %d), 60) as sock:
-            # no TIME_WAIT, which would use up the ports
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.sendall(wanted)
-            return "answered" if sock.recv(100) == wanted else "another's answer"
-    except OSError as error:
-        return str(error)
-threads = [threading.Thread(target=run, args=(i,)) for i in range(16)]
-for each in threads: each.start()
-print("here", flush=True)
-sys.stdin.readline()
-ending.set()
-for each in threads: each.join()
-for outcome, number in outcomes.items(): print(number, outcome, flush=True)
-"""
+CLIENTS = source("sixteen_clients")
 
 
 @moves
@@ -508,7 +469,7 @@ def test_nothing_is_lost_under_load() -> None:
     chosen again and the server goes on."""
     with Crew(EBPF, "round-robin", "tcp4", workers=4).serving() as crew, ExitStack() as stack:
         server = stack.enter_context(process(SERVER, *(sock for [sock] in crew.sockets.values())))
-        load = stack.enter_context(process(CLIENTS % PORT))
+        load = stack.enter_context(process(CLIENTS))
         moved = [move_away(crew, server.pid, at % 4) for at in range(80)]
         eventually(lambda: sum(crew.selected().values()) - sum(moved) >= 1000)
         tell(load)
