@@ -30,6 +30,7 @@ from testkit.processes import (
     descriptors,
     eventually,
     is_ready,
+    is_running,
     line_of,
     python,
     running,
@@ -804,6 +805,8 @@ def test_example_of_multiprocessing_replaces_who_dies() -> None:
     with example("multiprocessing_group.py", 8001):
         pid = int(ask(8001).split()[0])
         os.kill(pid, signal.SIGKILL)
+        # Until it has ended its listener is open, and may be selected.
+        eventually(lambda: not is_running(pid))
         answers = [ask(8001).split() for _ in range(4)]
         assert all(words[1] == b"HELLO" and int(words[0]) != pid for words in answers)
 
