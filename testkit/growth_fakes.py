@@ -136,7 +136,8 @@ class FakeSteering:
 
     backend = "ebpf"
     needs_order = False
-    reserve = ()
+    backup = None
+    forget_flows = None
     counting = None
     anchors: Mapping[int, socket.socket] = {0: cast(Any, None)}
 
@@ -179,15 +180,6 @@ class FakeSteering:
 
     def held(self, _slot: int) -> Sequence[int]:
         return ()
-
-    def empty_reserve(self) -> None:
-        pass
-
-    def let_go(self, _slot: int) -> None:
-        pass
-
-    def remembers(self) -> bool:
-        return False
 
     def is_member(self, _slot: int, _bind: int) -> bool:
         return False

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import msgspec
 
 from steer.backends.base import Backend
-from steer.backends.ebpf import NOT_COUNTED
 from steer.backends.open import open_whole, refuse_uncounted
+from steer.backends.shortfalls import NOT_COUNTED
 from steer.config import fallback
 from steer.config import plan as planning
 from steer.config.plan import Plan

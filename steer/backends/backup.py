@@ -1,21 +1,24 @@
-"""Where connections wait while there is no worker: listeners of the controller's own.
+"""Backup listeners: where connections wait while there is no worker. The controller owns them.
 
-They are in the group like those of workers, but are chosen only while nobody else can be.
+They are in the group like the listeners of workers, but are selected only while no worker can be.
 What waits there is moved to workers as soon as there are any; nothing is ever accepted.
 
-There are two, as one is closed for a moment to move what waits at it. Should the last
-worker die just then, the kernel finds the other, not none, and resets nothing.
+Each TCP bind has two, as one stops listening for a moment while its queue is moved. Should the
+last worker die just then, the kernel finds the other one, and resets no connection.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import islice
 
 from steer import abi
+from steer.backends.connections import Counting
 from steer.config.address import Bind
+from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.sockets import listeners, reuseport
 
@@ -23,14 +26,141 @@ COUNT = abi.RESERVES
 
 Put = Callable[[int, int], None]
 """Puts a socket into the group's sockarray: from its place here, and a descriptor."""
+Join = Callable[[int, int, int], None]
+"""Puts a socket into the sockarray of a bind's group: number of the bind, slot, descriptor."""
 
 
-class Reserve:
-    """Of one group.
+class BackupListeners:
+    """The backup listeners of one service; none is open before `open`.
+
+    Args:
+        counting: counts the connections that wait there.
+        prepare: called before any opens. Says whether their queues can be moved: if not, none
+            opens.
+        settle: waits for programs that may still select what was selected before.
+
+    Attributes:
+        slots: their slots, which come after those of workers; the same in each group.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        counting: Counting,
+        join: Join,
+        prepare: Callable[[], bool],
+        settle: Callable[[], None],
+    ) -> None:
+        self.slots = range(plan.slots, plan.slots + COUNT)
+        self._binds, self._service = plan.binds, plan.service
+        self._counting, self._join = counting, join
+        self._prepare, self._settle = prepare, settle
+        self._stamps: Sequence[int] = ()
+        self._has_served = False
+        self._pairs = [Pair(self._count, partial(self._put, at)) for at in range(len(plan.binds))]
+
+    def _count(self, place: int, fd: int) -> None:
+        self._counting.listens(self.slots[place], fd, self._stamps[place])
+
+    def _put(self, bind: int, place: int, fd: int) -> None:
+        self._join(bind, self.slots[place], fd)
+
+    def _stamp(self) -> None:
+        self._stamps = [self._counting.slots.begin(slot) for slot in self.slots]
+
+    @property
+    def sockets(self) -> Sequence[socket.socket]:
+        return [sock for pair in self._pairs for sock in pair.sockets]
+
+    @property
+    def by_bind(self) -> Mapping[int, socket.socket]:
+        """One for each bind that has any."""
+        return {at: pair.sockets[0] for at, pair in enumerate(self._pairs) if pair.sockets}
+
+    def open(self) -> None:
+        """Open those of each TCP bind, unless they are open.
+
+        Raises:
+            BindError, KernelError
+        """
+        can_move = self._prepare()
+        self._stamp()
+        for pair, bind in zip(self._pairs, self._binds, strict=True):
+            if bind.protocol == "tcp" and can_move and not pair.sockets:
+                pair.open(bind, self._service)
+
+    def renew(self, service: Service) -> None:
+        """Have them listen with the backlog and options of another configuration.
+
+        Raises:
+            BindError, KernelError: some are as they were.
+        """
+        before, self._service = self._service, service
+        if (before.backlog, before.settings) == (service.backlog, service.settings):
+            return
+        self._stamp()
+        with ExitStack() as gone:
+            for pair, bind in zip(self._pairs, self._binds, strict=True):
+                pair.renew(bind, service, gone)
+            # As in `empty`: no handshake may be on its way to those that go.
+            self._settle()
+
+    def empty(self) -> None:
+        """Move what waits there to workers."""
+        # A handshake that is on its way would find the socket not listening, and be reset. Not
+        # while a service starts, which that would delay: a client so early may try again.
+        if self._has_served:
+            self._settle()
+        self._has_served = True
+        for pair in self._pairs:
+            pair.empty()
+
+    def listen_again(self) -> Iterator[tuple[int, int, socket.socket]]:
+        """Have all listen that do not: their last controller may have been killed while it moved
+        a queue.
+
+        Yields:
+            bind, slot and socket of each, to be put into its group.
+        """
+        for at, pair in enumerate(self._pairs):
+            for slot, sock in zip(self.slots, pair.sockets, strict=False):
+                if not listeners.waiting(sock).limit:
+                    sock.listen(self._service.backlog)
+                yield at, slot, sock
+
+    @property
+    def numbers(self) -> list[int]:
+        """How many each bind has; for `receive`."""
+        return [len(pair.sockets) for pair in self._pairs]
+
+    def receive(self, numbers: Sequence[int], fds: Iterable[int]) -> None:
+        """Go on with those that another controller opened; the descriptors become ours.
+
+        Args:
+            fds: in the order of `sockets`.
+        """
+        rest = iter(fds)
+        for pair, number in zip(self._pairs, numbers, strict=True):
+            pair.receive(list(islice(rest, number)))
+        self._has_served = True
+
+    def shut_down(self) -> None:
+        """Have them leave their groups, also while the guard has duplicates."""
+        for sock in self.sockets:
+            sock.shutdown(socket.SHUT_RDWR)
+        self.close()
+
+    def close(self) -> None:
+        for pair in self._pairs:
+            pair.close()
+
+
+class Pair:
+    """The backup listeners of one bind.
 
     Args:
         bound: called for each socket before it listens.
-        put: called for each socket, and each time it listens anew.
+        put: called for each socket, and each time it listens again.
     """
 
     def __init__(self, bound: Put, put: Put) -> None:
@@ -45,7 +175,7 @@ class Reserve:
             self._put(place, self.sockets[place].fileno())
 
     def renew(self, bind: Bind, service: Service, gone: ExitStack) -> None:
-        """Others in their place, with the backlog and options of another configuration.
+        """Put others in their place, with the backlog and options of another configuration.
 
         Args:
             gone: ends those that were there, which moves what waits at them.
@@ -66,11 +196,11 @@ class Reserve:
             raise reuseport.bind_error(bind, error) from None
 
     def receive(self, fds: Sequence[int]) -> None:
-        """Go on with those that another controller opened; the descriptors become ours."""
+        """See `BackupListeners.receive`."""
         self.sockets = [socket.socket(fileno=fd) for fd in fds]
 
     def empty(self) -> None:
-        """Move what waits to whom the group's program chooses."""
+        """Move what waits to whom the group's program selects."""
         for place, sock in enumerate(self.sockets):
             if listeners.waiting(sock).queued:
                 listeners.move_queue(sock)

@@ -1,4 +1,4 @@
-"""What one bind has in the kernel, whatever the policy: its maps, and its reserve."""
+"""The maps that one bind has in the kernel, whatever the policy."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from contextlib import ExitStack
 
 from steer import abi
 from steer.backends import backup
-from steer.backends.backup import Put, Reserve
 from steer.config.plan import Plan
 from steer.loader import bpf_maps
 
 
 class BindMaps:
-    """One bind's own maps and sockets; whatever the policy, they stay.
+    """One bind's own maps; whatever the policy, they stay.
 
     The turn counters of the CPUs start apart: were they together, the first
     connections of every CPU would all go to the first slot.
     """
 
-    def __init__(self, plan: Plan, reserve_bound: Put, put_reserve: Put) -> None:
+    def __init__(self, plan: Plan) -> None:
         cpus = len(plan.topology.possible)
         with ExitStack() as undo:
             self.maps = {
@@ -30,8 +29,6 @@ class BindMaps:
             self.sockets, self.counts, self.cpus = self.maps.values()
             starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
             self.cpus.put(0, b"".join(abi.CPU.pack(at << 32 | at, _seed(), 0, 0) for at in starts))
-            self.reserve = Reserve(reserve_bound, put_reserve)
-            undo.callback(self.reserve.close)
             self.close = undo.pop_all().close
 
     def descriptors(self) -> Sequence[int]:

@@ -11,8 +11,10 @@ from contextlib import suppress
 import msgspec
 
 from steer import abi
+from steer.backends import shortfalls
 from steer.backends.anchors import ANCHOR, Anchors, is_left_to_hash, may_split
-from steer.backends.base import Lend, Uncounting, may_be_lost
+from steer.backends.base import Lend
+from steer.backends.without_ebpf import WithoutEbpf
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.errors import KernelError
@@ -22,7 +24,7 @@ from steer.policy.layout import Layout, Member, by_share
 from steer.sockets import listeners, members, reuseport
 
 
-class Cbpf(Uncounting):
+class Cbpf(WithoutEbpf):
     """A classic program for each group, rewritten at every change.
 
     Such a program speaks in the kernel's own order of sockets, and that has to be
@@ -47,7 +49,7 @@ class Cbpf(Uncounting):
         self._programs: list[list[classic.Insn] | None] = [None for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
         self._steered = self._settled = 0
-        self._lost = may_be_lost(plan)
+        self._lost = shortfalls.may_be_lost(plan)
         self._sharing: Sequence[str] = ()
 
     def _try_out(self, plan: Plan) -> None:
@@ -87,7 +89,7 @@ class Cbpf(Uncounting):
         for index in self._anchors:
             self._orders[index].joined(ANCHOR)
 
-    def renew_reserve(self, service: Service) -> None:
+    def renew_anchors(self, service: Service) -> None:
         if self._anchors and is_left_to_hash(service):
             self._close_anchors()
             self._attach(self._layout)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from itertools import islice
 
 import msgspec
 
 from steer import abi
-from steer.backends import backup, connections, loaded_policy
+from steer.backends import backup, connections, loaded_policy, shortfalls
 from steer.backends.anchors import Anchors, is_left_to_hash
-from steer.backends.base import Counts, Lend, Own, may_be_lost
+from steer.backends.backup import BackupListeners
+from steer.backends.base import Counts, Lend, Own
 from steer.backends.bind_maps import BindMaps
 from steer.backends.connections import Counting
 from steer.backends.loaded_policy import LoadedPolicy
@@ -26,10 +26,6 @@ from steer.errors import KernelError
 from steer.policy import layout
 from steer.policy.layout import Layout, Member
 from steer.sockets import listeners, reuseport
-
-NO_CONNECTIONS = "datagrams are no connections: only those over TCP count, and ties go in turn"
-NOT_COUNTED = "open connections are not counted"
-SAMPLED = "chosen by what waits at each worker, looked at every so often"
 
 
 class _Saved(msgspec.Struct):
@@ -52,21 +48,23 @@ class Ebpf:
         self._plan = plan
         self._is_counted = counting is not None
         self.owns_counting = counting is None
-        self._has_served = self._somebody = False
+        self._somebody = False
         self._anchors = Anchors()
         self._joined: set[int] = set()
         self._cpus = len(plan.topology.possible)
         self._choices = PolicyCache(self._load)
-        self._reserve_stamps: Sequence[int] = ()
         over_tcp = sum(bind.protocol == "tcp" for bind in plan.binds)
         with ExitStack() as undo:
-            self._counting = counting or Counting((plan.slots + backup.COUNT) * over_tcp)
+            self.counting = counting or Counting((plan.slots + backup.COUNT) * over_tcp)
             undo.callback(self._close_counting)
             self._groups: list[BindMaps] = []
-            for index in range(len(plan.binds)):
-                at = partial(self._join_reserve, index)
-                self._groups.append(BindMaps(plan, self._count_reserve, at))
+            for _ in plan.binds:
+                self._groups.append(BindMaps(plan))
                 undo.callback(self._groups[-1].close)
+            self.backup = BackupListeners(
+                plan, self.counting, self._join, self._prepare_for_backup, self._settle
+            )
+            undo.callback(self.backup.close)
             undo.callback(self._anchors.close)
             undo.callback(self._choices.close)
             if not empty:
@@ -78,22 +76,22 @@ class Ebpf:
         return self._choices.current
 
     def _load(self, plan: Plan) -> LoadedPolicy:
-        groups = [{**each.maps, **self._counting.maps} for each in self._groups]
+        groups = [{**each.maps, **self.counting.maps} for each in self._groups]
         return LoadedPolicy.load(plan, groups)
 
     def _close_counting(self) -> None:
         if self.owns_counting:
-            self._counting.close()
+            self.counting.close()
 
-    @property
-    def counting(self) -> Counting:
-        return self._counting
+    def _prepare_for_backup(self) -> bool:
+        """While nobody serves the table leads to the backup listeners; and their queues can be
+        moved if the program migrates."""
+        if not self._somebody:
+            self._choice.prepare(self.backup.slots[0])
+        return self._choice.migrates
 
-    def _count_reserve(self, place: int, fd: int) -> None:
-        self._counting.listens(self._plan.slots + place, fd, self._reserve_stamps[place])
-
-    def _join_reserve(self, index: int, place: int, fd: int) -> None:
-        self._join(index, self._plan.slots + place, fd)
+    def _settle(self) -> None:
+        self._choice.settle()
 
     def _join(self, index: int, slot: int, fd: int) -> None:
         self._groups[index].sockets.put_socket(slot, fd)
@@ -108,31 +106,8 @@ class Ebpf:
 
     @property
     def notes(self) -> Sequence[str]:
-        lost = may_be_lost(self._plan, self._choice.migrates)
-        return (*lost, *self._notes_on_load(), *self._notes_on_open())
-
-    def _notes_on_load(self) -> Sequence[str]:
-        if not self._reads_load:
-            return ()
-        datagrams = [bind.label for bind in self._plan.binds if bind.protocol == "udp"]
-        return [f"{label}: {NO_CONNECTIONS}" for label in datagrams]
-
-    def _notes_on_open(self) -> Sequence[str]:
-        why_not = self._counting.why_not
-        if not why_not or all(bind.protocol == "udp" for bind in self._plan.binds):
-            return ()
-        if self._plan.is_uncounted:  # why `auto` is what it is: said there
-            return ()
-        instead = f"; {SAMPLED}" if self.samples() else ""
-        return (f"{NOT_COUNTED}: {why_not}{instead}",)
-
-    @property
-    def _reads_load(self) -> bool:
-        return self._plan.policy.reads_load
-
-    @property
-    def reserve(self) -> Sequence[socket.socket]:
-        return [sock for group in self._groups for sock in group.reserve.sockets]
+        lost = shortfalls.may_be_lost(self._plan, self._choice.migrates)
+        return (*lost, *shortfalls.of_load(self._plan, self.counting.why_not))
 
     @property
     def anchors(self) -> Mapping[int, socket.socket]:
@@ -140,52 +115,21 @@ class Ebpf:
 
     @property
     def own_sockets(self) -> Sequence[socket.socket]:
-        return (*self.reserve, *self._anchors.values())
+        return (*self.backup.sockets, *self._anchors.values())
 
     def open_anchors(self) -> None:
         self._anchors.open(self._plan.binds, self._plan.service)
 
-    def open_reserve(self) -> None:
-        """Over TCP only, and only where what waits there can be moved."""
-        if not self._somebody:
-            self._choice.prepare(self._plan.slots)
-        self._stamp_reserve()
-        for group, bind in zip(self._groups, self._plan.binds, strict=True):
-            if bind.protocol == "tcp" and self._choice.migrates and not group.reserve.sockets:
-                group.reserve.open(bind, self._plan.service)
-
-    def _stamp_reserve(self) -> None:
-        begin, first = self._counting.slots.begin, self._plan.slots
-        self._reserve_stamps = [begin(first + place) for place in range(backup.COUNT)]
-
-    def renew_reserve(self, service: Service) -> None:
+    def renew_anchors(self, service: Service) -> None:
         if is_left_to_hash(service):
             self._anchors.close()
-        before = self._plan.service
         self._plan = msgspec.structs.replace(self._plan, service=service)
-        if (before.backlog, before.settings) == (service.backlog, service.settings):
-            return
-        self._stamp_reserve()
-        with ExitStack() as gone:
-            for group, bind in zip(self._groups, self._plan.binds, strict=True):
-                group.reserve.renew(bind, service, gone)
-            # As in `empty_reserve`: nothing may be on its way to those that go.
-            self._choice.settle()
-
-    def empty_reserve(self) -> None:
-        # A handshake that still goes there would find it not listening, and be reset. Not
-        # while a service starts, which that would delay: who comes so early may come again.
-        if self._has_served:
-            self._choice.settle()
-        self._has_served = True
-        for group in self._groups:
-            group.reserve.empty()
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """Our copies of the sockets are closed: one that is kept would go on listening,
         and being chosen, after its worker has died."""
         try:
-            self._counting.joined(slot, fds, self._plan.binds)
+            self.counting.joined(slot, fds, self._plan.binds)
             self._join_all(slot, fds)
         finally:
             for fd in fds:
@@ -194,7 +138,7 @@ class Ebpf:
     def taken_over(self, slot: int, fds: Sequence[int]) -> None:
         try:
             if not self._is_counted:
-                self._counting.joined(slot, fds, self._plan.binds)
+                self.counting.joined(slot, fds, self._plan.binds)
             self._join_all(slot, fds)
         finally:
             for fd in fds:
@@ -213,8 +157,8 @@ class Ebpf:
             self._choice.spare(sorted(self._joined))
 
     def left(self, slot: int) -> None:
-        self._counting.left(slot)
-        self.let_go(slot)
+        self.counting.left(slot)
+        self._forget_flows(slot)
         for group in self._groups:
             group.sockets.delete(slot)
         self._joined.discard(slot)
@@ -223,13 +167,13 @@ class Ebpf:
     def steer(self, members: Sequence[Member]) -> None:
         if members and not self._somebody:
             # What came meanwhile is known to be where nobody is.
-            self.let_go(self._plan.slots)
-            self.let_go(abi.NO_SLOT)
+            self._forget_flows(self.backup.slots[0])
+            self._forget_flows(abi.NO_SLOT)
         self._choice.steer(members, self._nobody())
         self._somebody = bool(members)
 
     def _nobody(self) -> Layout:
-        slot = self._plan.slots if self.reserve else abi.NO_SLOT
+        slot = self.backup.slots[0] if self.backup.sockets else abi.NO_SLOT
         return layout.all_to(slot, sorted(self._joined) if self._anchors else ())
 
     def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
@@ -274,8 +218,7 @@ class Ebpf:
     @contextmanager
     def _members(self, lend: Lend) -> Iterator[Mapping[int, socket.socket]]:
         """A socket of each group, as far as there are any; our own if they do."""
-        reserves = {i: each.reserve.sockets for i, each in enumerate(self._groups)}
-        ours = {index: mine[0] for index, mine in reserves.items() if mine}
+        ours = self.backup.by_bind
         if len(ours) == len(self._groups):
             yield ours
             return
@@ -293,11 +236,8 @@ class Ebpf:
         self._rejoin(bind, slot, sock)
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
-        for index, group in enumerate(self._groups):
-            for place, sock in enumerate(group.reserve.sockets):
-                if not listeners.waiting(sock).limit:
-                    sock.listen(self._plan.service.backlog)
-                self._rejoin(index, self._plan.slots + place, sock)
+        for index, slot, sock in self.backup.listen_again():
+            self._rejoin(index, slot, sock)
         self._joined = set(there)
         for slot, socks in there.items():
             for index, sock in socks.items():
@@ -314,15 +254,14 @@ class Ebpf:
 
     def detach(self, lend: Lend) -> None:
         with lend() as lent:
-            # Or the kernel's hash would choose it as well; the guard has it open too.
-            for sock in self.reserve:
-                sock.shutdown(socket.SHUT_RDWR)
-            self.release()
+            # Or the kernel's hash would choose them as well.
+            self.backup.shut_down()
+            self._anchors.close()
             for sock in lent.values():
                 reuseport.detach(sock.fileno())
         # The maps may live on for a while, and a socket is in one such map only.
         for group in self._groups:
-            for slot in range(self._plan.slots + backup.COUNT):
+            for slot in range(self.backup.slots.stop):
                 group.sockets.delete(slot)
 
     def unsettled(self) -> tuple[object, int] | None:
@@ -334,17 +273,17 @@ class Ebpf:
         if chosen is self._choice:
             self._choice.settled(number)
 
-    def let_go(self, slot: int) -> None:
-        self._counting.slots.forget_flows(slot)
+    @property
+    def forget_flows(self) -> Callable[[int], None] | None:
+        return self._forget_flows if self._choice.remembers() else None
 
-    def remembers(self) -> bool:
-        return self._choice.remembers()
+    def _forget_flows(self, slot: int) -> None:
+        self.counting.slots.forget_flows(slot)
 
-    def samples(self) -> bool:
-        return self._reads_load and bool(self._counting.why_not)
-
-    def sample(self, slot: int, waiting: int) -> None:
-        self._counting.slots.set_open(slot, waiting)
+    @property
+    def tell_waiting(self) -> Callable[[int, int], None] | None:
+        is_told = self._plan.policy.reads_load and self.counting.why_not
+        return self.counting.slots.set_open if is_told else None
 
     def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
         if not self._choice.migrates:
@@ -355,9 +294,8 @@ class Ebpf:
                 self._groups[index].sockets.put_socket(slot, sock.fileno())
 
     def release(self) -> None:
-        """What still waits in the reserve goes to workers that have not closed yet."""
-        for group in self._groups:
-            group.reserve.close()
+        """What still waits at backup listeners goes to workers that have not closed yet."""
+        self.backup.close()
         self._anchors.close()
 
     def counts(self, slot: int, bind: int | None = None) -> Counts | None:
@@ -368,19 +306,19 @@ class Ebpf:
 
     def retire(self, slot: int) -> Counts | None:
         counted = self.counts(slot)
-        self._counting.slots.end(slot)
+        self.counting.slots.end(slot)
         for group in self._groups:
             group.counts.put(slot, bytes(abi.COUNT.size * self._cpus))
         return counted
 
     def open(self, slot: int) -> int | None:
-        return self._counting.open(slot)
+        return self.counting.open(slot)
 
     def busy(self) -> Set[int] | None:
-        return self._counting.busy(self._plan.slots) if self._counts_all else None
+        return self.counting.busy(self._plan.slots) if self._counts_all else None
 
     def pulse(self) -> bytes | None:
-        return self._counting.pulse(self._plan.slots) if self._counts_all else None
+        return self.counting.pulse(self._plan.slots) if self._counts_all else None
 
     @property
     def _counts_all(self) -> bool:
@@ -388,7 +326,7 @@ class Ebpf:
 
     def memory_bytes(self) -> int:
         groups = (each for group in self._groups for each in group.maps.values())
-        shared = self._counting.maps.values()
+        shared = self.counting.maps.values()
         return self._choice.memory_bytes() + sum(m.memory_bytes() for m in (*groups, *shared))
 
     def own(self) -> Own:
@@ -403,11 +341,10 @@ class Ebpf:
 
     def saved(self) -> tuple[object, Sequence[int]]:
         chosen, choice_fds = self._choice.saved()
-        counted, counting_fds = self._counting.saved()
+        counted, counting_fds = self.counting.saved()
         groups = [fd for group in self._groups for fd in group.descriptors()]
-        reserves = [len(group.reserve.sockets) for group in self._groups]
         spare = [sock.fileno() for sock in self.own_sockets]
-        value = _Saved(chosen, reserves, counted, list(self._anchors))
+        value = _Saved(chosen, self.backup.numbers, counted, list(self._anchors))
         return value, [*choice_fds, *groups, *spare, *counting_fds]
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
@@ -417,8 +354,7 @@ class Ebpf:
         self._choices.put_in_force(LoadedPolicy.receive(self._plan, saved.choice, of_choice))
         for group in self._groups:
             group.receive(list(islice(rest, len(group.maps))))
-        for group, count in zip(self._groups, saved.reserves, strict=True):
-            group.reserve.receive(list(islice(rest, count)))
+        self.backup.receive(saved.reserves, rest)
         self._anchors.receive(saved.anchored, islice(rest, len(saved.anchored)))
-        self._counting.restore(saved.counting, list(rest))
-        self._has_served = self._somebody = True
+        self.counting.restore(saved.counting, list(rest))
+        self._somebody = True

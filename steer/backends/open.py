@@ -1,23 +1,16 @@
-"""The door to the backends, and the one that is the kernel's own."""
+"""The door to the backends: opens one, unless it would do by halves what is asked."""
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Mapping, Sequence
-
-import msgspec
-
-from steer.backends import connections
-from steer.backends.base import STILL_CHOSEN, Backend, Counts, Lend, Uncounting, may_be_lost
+from steer.backends.base import Backend
 from steer.backends.cbpf import Cbpf
 from steer.backends.connections import Counting
-from steer.backends.ebpf import NOT_COUNTED, SAMPLED, Ebpf
+from steer.backends.ebpf import Ebpf
+from steer.backends.kernel import Kernel
+from steer.backends.shortfalls import NOT_COUNTED, SAMPLED
 from steer.config.plan import Plan
 from steer.errors import FallbackRefused, SteerError, Uncounted
-from steer.policy import builtin, classic
-from steer.policy.layout import Member
-from steer.sockets import reuseport
+from steer.policy import builtin
 
 
 def open_backend(
@@ -76,102 +69,3 @@ def refuse_uncounted(plan: Plan, counting: Counting | None) -> None:
             f"--strict, and {NOT_COUNTED}: {counting.why_not}; {SAMPLED}",
             "drop --strict, or see `steer doctor`",
         )
-
-
-class Kernel(Uncounting):
-    """No program: the kernel hashes over all sockets of a group.
-
-    Where another backend was there before, open connections are counted on.
-
-    Args:
-        order: see `Backend.order`, of the sockets that are there.
-    """
-
-    backend = "kernel"
-    needs_order = False
-
-    def __init__(
-        self,
-        plan: Plan,
-        _empty: bool = False,
-        counting: Counting | None = None,
-        order: Sequence[int] | None = (),
-    ) -> None:
-        self.notes: Sequence[str] = (STILL_CHOSEN, *may_be_lost(plan))
-        self._plan = plan
-        self._counting = counting
-        self.owns_counting = False
-        self._order = classic.SeenOrder(order)
-
-    @property
-    def order(self) -> Sequence[int] | None:
-        return self._order.slots
-
-    @property
-    def counting(self) -> Counting | None:
-        return self._counting
-
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
-        if self._counting:
-            self._counting.joined(slot, fds, self._plan.binds)
-        self._order.joined(slot)
-        for fd in fds:
-            os.close(fd)
-
-    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
-        """It stands where it stood."""
-        for fd in fds:
-            os.close(fd)
-
-    def lost(self, slot: int, bind: int) -> None:
-        self._order.left(slot)
-
-    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
-        self._order.left(slot)
-        self._order.joined(slot)
-
-    def left(self, slot: int) -> None:
-        self._order.left(slot)
-        if self._counting:
-            self._counting.left(slot)
-
-    def retire(self, slot: int) -> Counts | None:
-        if self._counting:
-            self._counting.slots.end(slot)
-        return None
-
-    def open(self, slot: int) -> int | None:
-        return self._counting.open(slot) if self._counting else None
-
-    def steer(self, members: Sequence[Member]) -> None:
-        pass
-
-    def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
-        pass
-
-    def detach(self, lend: Lend) -> None:
-        pass
-
-    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
-        for socks in there.values():
-            for sock in socks.values():
-                reuseport.detach(sock.fileno())
-
-    def release(self) -> None:
-        pass
-
-    def held(self, slot: int) -> Sequence[int]:
-        return ()
-
-    def saved(self) -> tuple[object, Sequence[int]]:
-        return self._counting.saved() if self._counting else (None, ())
-
-    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        self._order = classic.SeenOrder(None)
-        if value is not None:
-            self._counting, self.owns_counting = Counting(0), True
-            self._counting.restore(msgspec.convert(value, connections.Saved, strict=False), fds)
-
-    def close(self) -> None:
-        if self._counting and self.owns_counting:
-            self._counting.close()

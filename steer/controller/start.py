@@ -115,7 +115,8 @@ class Start:
         service.make_guard(None)
         self._undo.callback(service.guard.close)
         backend.open_anchors()
-        backend.open_reserve()
+        if backend.backup:
+            backend.backup.open()
         service.make_pool(generation, backend)
         self._backend = lambda: service.backend
         self._undo.callback(service.pool.abandon)
@@ -133,7 +134,7 @@ class Start:
             self._log.info("policy %s", plan.became)
         if chosen.reason:
             self._log.warning("not on a better backend: %s", chosen.reason)
-        if backend.samples():
+        if backend.tell_waiting:
             self._log.warning("%s", backend.notes[-1])
         if as_whom := privileges.note(plan.service):
             self._log.info("%s", as_whom)

@@ -8,7 +8,8 @@ import time
 from collections.abc import Collection, Mapping
 
 from steer.backends import anchors
-from steer.backends.base import CHOSEN_ALL_THE_SAME, Backend, Counts, Own
+from steer.backends.base import Backend, Counts, Own
+from steer.backends.shortfalls import CHOSEN_ALL_THE_SAME
 from steer.control import schema
 from steer.controller.controller import Controller
 from steer.policy.builtin import KERNEL

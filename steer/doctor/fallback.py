@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from steer import features
 from steer.backends import anchors
-from steer.backends.base import DATAGRAMS_LOST, STILL_CHOSEN
+from steer.backends.shortfalls import DATAGRAMS_LOST, STILL_CHOSEN
 from steer.doctor.case import COUNT, MIGRATE, MOUNT_SYSFS, RUN, Case, Opinion, known
 from steer.doctor.privileges import ebpf_cure
 from steer.features import Answer, Finding

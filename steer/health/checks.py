@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from steer.backends.base import CHOSEN_ALL_THE_SAME
+from steer.backends.shortfalls import CHOSEN_ALL_THE_SAME
 from steer.health import pace
 from steer.health.evidence import Closer
 from steer.health.pace import Pace
@@ -124,8 +124,7 @@ class Health:
     def _sample(self) -> None:
         """Tell the steering what waits at each worker, as long as it has to be told."""
         self._sampling = None
-        steering = self._pool.steering
-        if not steering.samples():
+        if (tell := self._pool.steering.tell_waiting) is None:
             return
         number = len(self._pool.places)
         self._sampling = self._loop.call_later(
@@ -137,7 +136,7 @@ class Health:
         self._sampled = sampled
         for place in self._pool.places:
             if place.process and place.serves:
-                sample = partial(steering.sample, place.slot, self._waiting(place.process))
+                sample = partial(tell, place.slot, self._waiting(place.process))
                 self._retry.attempt(f"tell what waits for worker {place.slot}", sample)
 
     def _tables(self) -> Sequence[Table | None]:

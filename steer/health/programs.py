@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from steer.backends import backup
 from steer.backends.membership import Advice, Bypass
 from steer.config.address import Bind
 from steer.linux import processes
@@ -130,9 +129,8 @@ class Programs:
     def _slots(self) -> Iterator[int]:
         """All that may be chosen, and one for what was left to the kernel's hash."""
         yield _UNSTEERED
-        if self._pool.steering.reserve:
-            first = self._pool.generation.plan.slots
-            yield from range(first, first + backup.COUNT)
+        if (backup := self._pool.steering.backup) and backup.sockets:
+            yield from backup.slots
         for place in self._pool.places:
             yield place.slot
 

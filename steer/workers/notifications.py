@@ -112,7 +112,8 @@ def serve_early(pid: int, by_pid: Mapping[int, WorkerHandle], selection: Selecti
         return False
     with selection.naming_locked():
         selection.steering.steer([place.member()])
-    selection.steering.empty_reserve()
+    if selection.steering.backup:
+        selection.steering.backup.empty()
     return True
 
 

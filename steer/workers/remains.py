@@ -82,7 +82,8 @@ class Remains:
     def until_forgotten(self, place: WorkerHandle, end_s: float) -> Iterator[float]:
         """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
         steering = self._selection.steering
-        if place.hung or not steering.remembers():
+        forget_flows = steering.forget_flows
+        if place.hung or forget_flows is None:
             return
         got = self._datagrams(place)
         if not got:
@@ -92,7 +93,7 @@ class Remains:
             yield min(_LOOK_AT_FLOWS_S, end_s - now_s)
             if (now := self._datagrams(place)) != got:
                 got, last_s = now, now_s
-        steering.let_go(place.slot)
+        forget_flows(place.slot)
 
     def _datagrams(self, place: WorkerHandle) -> int | None:
         """Sent to it so far; None where nobody counts."""

@@ -262,8 +262,9 @@ class Selection:
             members = [each for each in members if each.slot not in self._ended]
         with self.naming_locked():
             self.steering.steer(members)
-        for slot in self._let_go:
-            self.steering.let_go(slot)
+        if forget := self.steering.forget_flows:
+            for slot in self._let_go:
+                forget(slot)
         self._let_go.clear()
         self._watch_reserve(bool(members))
         self._keep_order()
@@ -349,13 +350,13 @@ class Selection:
         """The workers there have ended. Where flows are remembered nobody is chosen there from
         here on: or those that come before the next flip would be remembered there, and move once
         more when the slot is given up. To be called before `left`."""
-        if self.steering.remembers():
+        if self.steering.forget_flows:
             self._ended.update(slots)
             self._retry.attempt("choose among the workers", self.flip)
 
     def let_go(self, slot: int) -> None:
-        """See `Backend.let_go`: with the next flip, or who comes before would be remembered there
-        once more."""
+        """See `Backend.forget_flows`. With the next flip, or what comes before it would be
+        remembered there once more."""
         self._let_go.add(slot)
         self.flip_soon()
 
@@ -372,11 +373,15 @@ class Selection:
         """What gets into the reserve late, as its handshake began when nobody was there, is
         moved on at once; while still nobody is, it waits."""
         assert self._loop
-        for sock in self.steering.reserve:
+        for sock in self._backup_sockets:
             if somebody:
                 self._loop.add_reader(sock, self._empty_reserve)
             else:
                 self._loop.remove_reader(sock)
+
+    @property
+    def _backup_sockets(self) -> Sequence[socket.socket]:
+        return self.steering.backup.sockets if self.steering.backup else ()
 
     def _empty_reserve(self) -> None:
         """What came back waits a moment: a worker that was told to end by others has closed its
@@ -393,8 +398,9 @@ class Selection:
     def _empty_settled_reserve(self) -> None:
         if self._released:
             return
-        moved = self._retry.attempt("move what waits in reserve", self.steering.empty_reserve)
-        if not moved or any(map(listeners.is_waited_for, self.steering.reserve)):
+        backup = self.steering.backup
+        moved = not backup or self._retry.attempt("move what waits in reserve", backup.empty)
+        if not moved or any(map(listeners.is_waited_for, self._backup_sockets)):
             assert self._loop
             self._loop.call_later(_AGAIN_S, self._watch_reserve_again)
         else:
@@ -408,7 +414,9 @@ class Selection:
         """See `Backend.renew_reserve`. Raises BindError, KernelError."""
         self._watch_reserve(False)
         try:
-            self.steering.renew_reserve(service)
+            self.steering.renew_anchors(service)
+            if self.steering.backup:
+                self.steering.backup.renew(service)
         finally:
             self._watch_reserve(any(place.serves for place in self._places))
             if not self._released:
@@ -459,11 +467,11 @@ class Selection:
                 counted = self.counts()
                 _take_over(steering, there, len(binds))
                 steering.steer(members)
-                steering.open_reserve()
+                _open_backup(steering)
             except SteerError:
                 steering.detach(self._lend)
                 self.steering.reassert(there)
-                self.steering.open_reserve()
+                _open_backup(self.steering)
                 self._watch_reserve(bool(members))
                 raise
         self.retired = counted or self.retired
@@ -549,6 +557,12 @@ class Selection:
                     free = {at: each for at, each in theirs.items() if not _is_locked(each)}
                     found, locked = {**free, **found}, {**theirs, **locked}
             yield {**locked, **found}
+
+
+def _open_backup(steering: Backend) -> None:
+    """Raises BindError, KernelError."""
+    if steering.backup:
+        steering.backup.open()
 
 
 def _is_locked(sock: socket.socket) -> bool:

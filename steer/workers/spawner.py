@@ -97,7 +97,8 @@ class Spawner:
         """Where no socket of ours keeps the ports, somebody else may have bound them. Raises
         BindError."""
         steering = self._selection.steering
-        if steering.reserve or any(each.process for each in self._places):
+        backup = steering.backup
+        if (backup and backup.sockets) or any(each.process for each in self._places):
             return
         for index, bind in enumerate(launch.binds):
             if index not in steering.anchors:

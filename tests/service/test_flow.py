@@ -116,13 +116,13 @@ def test_flows_that_are_let_go_are_chosen_for_anew(kind: str) -> None:
         before = crew.flows(clients)
         crew.steer(0, 2)
         assert crew.flows(clients) == before
-        crew.steering.let_go(1)
+        crew.steering.forget_flows(1)
         after = crew.flows(clients)
         assert in_slots(after, 0, 2)
         crew.steer(0, 1, 2)
         assert crew.flows(clients) == after
         assert 1 in crew.flows(sources(host_of(kind), 90, 30000)).values()
-        assert crew.steering.remembers()
+        assert crew.steering.forget_flows
 
 
 def test_a_flow_is_of_an_address_and_port_at_a_bind() -> None:
@@ -276,7 +276,7 @@ def test_never_a_datagram_lost(kind: str) -> None:
             crew.steer(*(each for each in range(4) if each != slot))
             got += sum(crew.count(50).values())
             if turn % 3 == 0:
-                crew.steering.let_go(slot)
+                crew.steering.forget_flows(slot)
             elif turn % 3 == 1:
                 crew.leave(slot)
                 crew.steering.retire(slot)

@@ -431,13 +431,13 @@ def test_no_live_slot_and_all_waits_in_the_reserve(policy: str, kind: str) -> No
     listens there already, but has not joined."""
     with Crew(EBPF, policy, kind, workers=3) as crew:
         crew.join(0, 1)
-        crew.steering.open_reserve()
+        crew.steering.backup.open()
         crew.steer()
         with reuseport.member(crew.binds[0], 64) as starting, ExitStack() as clients:
             crew.leave(0, 1)
             for _ in range(40):
                 clients.enter_context(crew.send(crew.binds[0]))
-            everybody = [starting, *crew.steering.reserve]
+            everybody = [starting, *crew.steering.backup.sockets]
             eventually(lambda: sum(listeners.waiting(sock).queued for sock in everybody), 40)
             assert crew.steering.open(crew.plan.slots) == 40
             assert crew.steering.unsteered() == 0

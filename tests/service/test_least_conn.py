@@ -224,7 +224,7 @@ def test_with_fast_open(netns: Netns, clients: ExitStack) -> None:
 
 def moved_left(at: Holder) -> bool:
     """Whether it is still known of any connection that it was moved."""
-    counting = at.crew.steering._counting  # type: ignore[attr-defined]
+    counting = at.crew.steering.counting  # type: ignore[attr-defined]
     key = ctypes.create_string_buffer(8)
     is_any = libbpf.libbpf().bpf_map_get_next_key(counting._moved.fileno(), None, key) == 0
     *_, number = abi.PACE.unpack_from(counting.slots._memory, abi.LOAD_BYTES - abi.PACE.size)
@@ -745,14 +745,14 @@ def test_without_the_capability_queues_are_sampled(
 def test_what_waits_in_two_reserves_is_counted(clients: ExitStack) -> None:
     """From the first connection on, and wherever it goes."""
     with Crew(EBPF, "least-conn", "tcp4", "tcp6", workers=2) as crew:
-        crew.steering.open_reserve()
+        crew.steering.backup.open()
         waiting = [clients.enter_context(crew.send(bind)) for bind in crew.binds for _ in range(4)]
         spare = crew.plan.slots
         count = crew.steering.open
         eventually(lambda: (count(spare) or 0) + (count(spare + 1) or 0), len(waiting))
         crew.join(0, 1)
         crew.steer()
-        crew.steering.empty_reserve()
+        crew.steering.backup.empty()
         eventually(lambda: (count(0) or 0) + (count(1) or 0), len(waiting))
         assert (count(spare), count(spare + 1)) == (0, 0)
         crew.take(len(waiting))

@@ -351,7 +351,7 @@ def test_queued_connections_are_left_where_they_are(
 def test_with_nobody_there_connections_wait_for_the_new_policy() -> None:
     """The group has no sockets then but those where they wait."""
     with Crew(EBPF, "source", "tcp4", workers=2).serving() as crew, ExitStack() as clients:
-        crew.steering.open_reserve()
+        crew.steering.backup.open()
         crew.steer()
         crew.leave(0, 1)
         crew.steering.steer(())
@@ -361,7 +361,7 @@ def test_with_nobody_there_connections_wait_for_the_new_policy() -> None:
         assert crew.take_ready() == []
         crew.join(0, 1)
         crew.steer()
-        crew.steering.empty_reserve()
+        crew.steering.backup.empty()
         assert Counter(each.slot for each in crew.take(3)).total() == 3
         assert crew.sequence(4) in ([0, 1, 0, 1], [1, 0, 1, 0])
 

@@ -117,10 +117,9 @@ def test_programs_are_waited_for_where_any_may_run(crew: Any) -> None:
     assert crew.steering.unsettled() is None
 
 
-def test_what_is_remembered_can_be_let_go(crew: Any) -> None:
+def test_what_remembers_no_flows_forgets_none(crew: Any) -> None:
     crew.steer()
-    assert crew.steering.remembers() is False
-    crew.steering.let_go(0)
+    assert crew.steering.forget_flows is None
 
 
 def public(kind: type) -> dict[str, Callable[..., object]]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from steer import abi, features
 from steer.backends.base import Backend
-from steer.backends.open import Kernel
+from steer.backends.kernel import Kernel
 from steer.config import auto, plan
 from steer.config.service import Service
 from steer.doctor import checks

@@ -124,8 +124,7 @@ class Service:
 
     # As steering.
 
-    def samples(self) -> bool:
-        return False
+    tell_waiting = None
 
     def busy(self) -> Any:
         return set(self.open) if self.is_counted else None

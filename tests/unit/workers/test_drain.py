@@ -48,9 +48,7 @@ class Workers:
             spare=SimpleNamespace(lent=self._lent),
             failed=lambda act, error: self.failed.append(f"{act}: {error}"),
         )
-        self.steering = SimpleNamespace(
-            remembers=lambda: False, open=lambda slot: slot in self.holds
-        )
+        self.steering = SimpleNamespace(forget_flows=None, open=lambda slot: slot in self.holds)
         self.places = [self._place(slot) for slot in range(number)]
 
     def _place(self, slot: int) -> Any:
@@ -234,12 +232,13 @@ def test_what_fails_is_tried_again(make: Callable[[int], Workers]) -> None:
     workers = make(3)
     refusals = iter([KeyError("once")])
 
-    def refuse() -> bool:
-        for each in refusals:
-            raise each
-        return False
+    class Refusing(SimpleNamespace):
+        @property
+        def forget_flows(self) -> None:
+            for each in refusals:
+                raise each
 
-    workers.steering.remembers = refuse
+    workers.steering = Refusing(open=workers.steering.open)
     workers.retire()
     workers.loop.run_s(5.0)
     assert sorted(workers.reported) == [(slot, Event.DRAINED) for slot in range(3)]

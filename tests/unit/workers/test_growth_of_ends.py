@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
 import pytest
 
-from steer.backends.base import Uncounting
+from steer.backends.without_ebpf import WithoutEbpf
 from steer.config.plan import Generation
 from steer.errors import WorkersFailed
 from steer.linux.family import Family
@@ -58,11 +59,13 @@ class CountingGuard:
         yield
 
 
-class CountingSteering(Uncounting):
+class CountingSteering(WithoutEbpf):
     """Holds no sockets."""
 
     backend = "fake"
     needs_order = False
+    anchors: Mapping[int, socket.socket] = {}
+    own_sockets = ()
 
     def __init__(self) -> None:
         self.members: Sequence[Member] = ()
@@ -73,6 +76,9 @@ class CountingSteering(Uncounting):
     def steer(self, members: Sequence[Member]) -> None:
         self.members = members
         self.flips += 1
+
+    def unsettled(self) -> None:
+        """No program runs."""
 
     def left(self, slot: int) -> None:
         self.gone.add(slot)

@@ -19,21 +19,35 @@ from steer.workers.selection import Selection
 TURNS = 500
 
 
-class FakeSteering:
-    """Has one backup listener. What waits there comes back to it, for `returns` times."""
-
-    backend = "fake"
-    needs_order = False
+class FakeBackup:
+    """One backup listener. What waits there comes back to it, for `returns` times."""
 
     def __init__(self, sock: socket.socket, returns: int) -> None:
-        self.reserve = [sock]
+        self.sockets = [sock]
         self.emptied = 0
         self._returns = returns
 
-    def empty_reserve(self) -> None:
+    def empty(self) -> None:
         self.emptied += 1
         if self.emptied > self._returns:
-            self.reserve[0].accept()[0].close()
+            self.sockets[0].accept()[0].close()
+
+
+class RefusingBackup(FakeBackup):
+    """As where no descriptor is left."""
+
+    def empty(self) -> None:
+        super().empty()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+class FakeSteering:
+    backend = "fake"
+    needs_order = False
+    forget_flows: Callable[[int], None] | None = None
+
+    def __init__(self, backup: FakeBackup | None = None) -> None:
+        self.backup = backup
 
     def steer(self, members: Sequence[Member]) -> None:
         pass
@@ -46,14 +60,6 @@ class FakeSteering:
 
     def saved(self) -> tuple[object, Sequence[int]]:
         return None, ()
-
-
-class RefusingSteering(FakeSteering):
-    """As where no descriptor is left."""
-
-    def empty_reserve(self) -> None:
-        super().empty_reserve()
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 class FakeGuard:
@@ -100,10 +106,10 @@ def waited_for() -> Iterator[socket.socket]:
         yield made
 
 
-async def until_emptied(steering: FakeSteering, times: int, turns: int = 0) -> None:
+async def until_emptied(backup: FakeBackup, times: int, turns: int = 0) -> None:
     """So often, and so many turns of the loop more."""
     selection = Selection(
-        cast(Any, steering),
+        cast(Any, FakeSteering(backup)),
         [cast(Any, FakePlace())],
         4,
         cast(Any, FakeGuard()),
@@ -114,31 +120,31 @@ async def until_emptied(steering: FakeSteering, times: int, turns: int = 0) -> N
     selection.watch(loop)
     selection.flip()
     async with asyncio.timeout(60):
-        while steering.emptied < times:
+        while backup.emptied < times:
             await asyncio.sleep(0.001)
     for _ in range(turns):
         await asyncio.sleep(0)
-    loop.remove_reader(steering.reserve[0])
+    loop.remove_reader(backup.sockets[0])
 
 
 def test_what_comes_back_to_the_reserve_is_not_moved_at_every_turn(
     waited_for: socket.socket,
 ) -> None:
-    steering = FakeSteering(waited_for, returns=TURNS)
-    asyncio.run(until_emptied(steering, 1, TURNS))
-    assert steering.emptied < TURNS / 10
+    backup = FakeBackup(waited_for, returns=TURNS)
+    asyncio.run(until_emptied(backup, 1, TURNS))
+    assert backup.emptied < TURNS / 10
 
 
 def test_what_comes_back_to_the_reserve_is_moved_again_later(waited_for: socket.socket) -> None:
-    steering = FakeSteering(waited_for, returns=2)
-    asyncio.run(until_emptied(steering, 3))
-    assert steering.emptied == 3
+    backup = FakeBackup(waited_for, returns=2)
+    asyncio.run(until_emptied(backup, 3))
+    assert backup.emptied == 3
 
 
 def test_when_it_cannot_be_moved_that_is_not_tried_at_every_turn(waited_for: socket.socket) -> None:
-    steering = RefusingSteering(waited_for, returns=TURNS)
-    asyncio.run(until_emptied(steering, 1, TURNS))
-    assert steering.emptied < TURNS / 10
+    backup = RefusingBackup(waited_for, returns=TURNS)
+    asyncio.run(until_emptied(backup, 1, TURNS))
+    assert backup.emptied < TURNS / 10
 
 
 class JoinableSteering(FakeSteering):
@@ -148,7 +154,7 @@ class JoinableSteering(FakeSteering):
     order: Sequence[int] | None = ()
 
     def __init__(self, needs_order: bool) -> None:
-        self.reserve = []
+        super().__init__()
         self.needs_order = needs_order
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
@@ -371,7 +377,7 @@ def test_flows_are_let_go_when_nobody_is_sent_there_any_more() -> None:
     let_go: list[int] = []
 
     class LettingGo(UnsettledSteering):
-        def let_go(self, slot: int) -> None:
+        def forget_flows(self, slot: int) -> None:
             let_go.append(len(self.flips))
 
     async def script(selection: Selection, _: UnsettledSteering) -> None:
@@ -412,11 +418,9 @@ def test_a_flip_that_fails_is_not_waited_for_again_and_again() -> None:
 class RememberingSteering(JoinableSteering):
     def __init__(self, remembers: bool) -> None:
         super().__init__(needs_order=False)
-        self._remembers = remembers
+        self.forgotten: list[int] = []
+        self.forget_flows = self.forgotten.append if remembers else None
         self.chosen: list[list[int]] = []
-
-    def remembers(self) -> bool:
-        return self._remembers
 
     def steer(self, members: Sequence[Member]) -> None:
         self.chosen.append([member.slot for member in members])

@@ -40,7 +40,8 @@ class FakeSteering:
     """Counts what it is asked for."""
 
     backend = "ebpf"
-    reserve = ()
+    backup = None
+    forget_flows = None
     needs_order = False
 
     def __init__(self) -> None:

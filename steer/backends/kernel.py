@@ -1,0 +1,139 @@
+"""The backend that has no program: the kernel hashes over all sockets of a group."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from steer.backends import connections
+from steer.backends.base import Counts, Lend
+from steer.backends.connections import Counting
+from steer.backends.shortfalls import STILL_CHOSEN, may_be_lost
+from steer.backends.without_ebpf import WithoutEbpf
+from steer.config.plan import Plan
+from steer.config.service import Service
+from steer.policy import classic
+from steer.policy.layout import Member
+from steer.sockets import reuseport
+
+
+class Kernel(WithoutEbpf):
+    """No program: the kernel hashes over all sockets of a group.
+
+    Where another backend was there before, open connections are counted on.
+
+    Args:
+        order: see `Backend.order`, of the sockets that are there.
+    """
+
+    backend = "kernel"
+    needs_order = False
+
+    def __init__(
+        self,
+        plan: Plan,
+        _empty: bool = False,
+        counting: Counting | None = None,
+        order: Sequence[int] | None = (),
+    ) -> None:
+        self.notes: Sequence[str] = (STILL_CHOSEN, *may_be_lost(plan))
+        self._plan = plan
+        self.counting = counting
+        self.owns_counting = False
+        self._order = classic.SeenOrder(order)
+
+    @property
+    def order(self) -> Sequence[int] | None:
+        return self._order.slots
+
+    @property
+    def anchors(self) -> Mapping[int, socket.socket]:
+        """None: the kernel's hash would choose them, too."""
+        return {}
+
+    @property
+    def own_sockets(self) -> Sequence[socket.socket]:
+        return ()
+
+    def open_anchors(self) -> None:
+        pass
+
+    def renew_anchors(self, service: Service) -> None:
+        pass
+
+    def joined(self, slot: int, fds: Sequence[int]) -> None:
+        if self.counting:
+            self.counting.joined(slot, fds, self._plan.binds)
+        self._order.joined(slot)
+        for fd in fds:
+            os.close(fd)
+
+    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+        """It stands where it stood."""
+        for fd in fds:
+            os.close(fd)
+
+    def lost(self, slot: int, bind: int) -> None:
+        self._order.left(slot)
+
+    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+        self._order.left(slot)
+        self._order.joined(slot)
+
+    def left(self, slot: int) -> None:
+        self._order.left(slot)
+        if self.counting:
+            self.counting.left(slot)
+
+    def retire(self, slot: int) -> Counts | None:
+        if self.counting:
+            self.counting.slots.end(slot)
+        return None
+
+    def open(self, slot: int) -> int | None:
+        return self.counting.open(slot) if self.counting else None
+
+    def steer(self, members: Sequence[Member]) -> None:
+        pass
+
+    def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
+        pass
+
+    def attach_again(self, lend: Lend) -> None:
+        pass
+
+    def detach(self, lend: Lend) -> None:
+        pass
+
+    def unsettled(self) -> tuple[object, int] | None:
+        return None
+
+    def settled(self, flip: tuple[object, int]) -> None:
+        pass
+
+    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        for socks in there.values():
+            for sock in socks.values():
+                reuseport.detach(sock.fileno())
+
+    def release(self) -> None:
+        pass
+
+    def held(self, slot: int) -> Sequence[int]:
+        return ()
+
+    def saved(self) -> tuple[object, Sequence[int]]:
+        return self.counting.saved() if self.counting else (None, ())
+
+    def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
+        self._order = classic.SeenOrder(None)
+        if value is not None:
+            self.counting, self.owns_counting = Counting(0), True
+            self.counting.restore(msgspec.convert(value, connections.Saved, strict=False), fds)
+
+    def close(self) -> None:
+        if self.counting and self.owns_counting:
+            self.counting.close()

@@ -1,0 +1,80 @@
+"""What a backend cannot do on this machine, in the words of `status`. Nothing here changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from steer import features
+from steer.config.plan import Plan
+from steer.errors import KernelError, Note
+from steer.sockets import reuseport
+
+STILL_CHOSEN = (
+    "a worker that hangs, is at capacity or is to end gets connections until it closes its socket"
+)
+CHOSEN_ALL_THE_SAME = "the kernel's own hash chooses it all the same"
+NO_CONNECTIONS = "datagrams are no connections: only those over TCP count, and ties go in turn"
+NOT_COUNTED = "open connections are not counted"
+SAMPLED = "chosen by what waits at each worker, looked at every so often"
+_LOST = "queued at a worker that crashes or hangs are lost"
+_MAY_BE_LOST = "queued at a worker that crashes or hangs may be lost"
+_UNTOLD = "it could not be told whether the kernel moves them"
+DATAGRAMS_LOST = f"datagrams {_LOST}: the kernel moves none"
+
+
+def may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
+    """What is lost with a worker that crashes or hangs.
+
+    Args:
+        migrates: whether our program moves queues; None where there is none that could.
+    """
+    protocols = {bind.protocol for bind in plan.binds}
+    notes = []
+    if "tcp" in protocols and not migrates and (note := _connections_lost(migrates)):
+        notes.append(note)
+    if "udp" in protocols:
+        notes.append(DATAGRAMS_LOST)
+    return tuple(notes)
+
+
+def _connections_lost(migrates: bool | None) -> str:
+    """Where our program does not move them; "" where the kernel does."""
+    try:
+        told = reuseport.tcp_migrate_req()
+    except KernelError as error:
+        return f"connections {_MAY_BE_LOST}: {_UNTOLD} ({error})"
+    if told:
+        return ""
+    if told is None or migrates is False:
+        return f"connections {_LOST}: migration needs Linux {features.MIGRATE.version}"
+    by_sysctl = "ebpf would move them, and so would sysctl net.ipv4.tcp_migrate_req=1"
+    return f"connections {_LOST}: {by_sysctl}"
+
+
+def kernel_migrates() -> bool:
+    """Whether the kernel's hash is known to move queues."""
+    with suppress(KernelError):
+        return bool(reuseport.tcp_migrate_req())
+    return False
+
+
+def of_load(plan: Plan, why_not: Note | None) -> Sequence[str]:
+    """Where a policy by open connections has none to go by.
+
+    Args:
+        why_not: why open connections are not counted; None if they are.
+    """
+    if plan.policy.reads_load:
+        datagrams = [bind.label for bind in plan.binds if bind.protocol == "udp"]
+        return (*(f"{label}: {NO_CONNECTIONS}" for label in datagrams), *_uncounted(plan, why_not))
+    return _uncounted(plan, why_not)
+
+
+def _uncounted(plan: Plan, why_not: Note | None) -> Sequence[str]:
+    if not why_not or all(bind.protocol == "udp" for bind in plan.binds):
+        return ()
+    if plan.is_uncounted:  # why `auto` is what it is: said there
+        return ()
+    instead = f"; {SAMPLED}" if plan.policy.reads_load else ""
+    return (f"{NOT_COUNTED}: {why_not}{instead}",)
