@@ -64,7 +64,7 @@ class Traces(msgspec.Struct, frozen=True):
 
 
 class StoredEntry(msgspec.Struct, eq=False):
-    """An entry; see `client.Entry`."""
+    """An entry; see `entry.Entry`."""
 
     value: bytes
     fds: list[int]

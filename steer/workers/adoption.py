@@ -8,12 +8,12 @@ import msgspec
 
 from steer.config.plan import Generation
 from steer.guard.client import Entry
-from steer.workers import selection
 from steer.workers.clock import Clock
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles
 from steer.workers.selection import Selection
 from steer.workers.spawner import Spawner
+from steer.workers.stored_selection import SavedSelection
 from steer.workers.stored_worker import StoredWorker, restored
 
 
@@ -53,7 +53,7 @@ class Adoption:
             generations: by number, those that workers may be of.
             admitted: see `WorkerPool`.
         """
-        left = msgspec.json.decode(steering.value, type=selection.Saved)
+        left = msgspec.json.decode(steering.value, type=SavedSelection)
         held: dict[int, Sequence[int]] = {}
         for entry in entries:
             place = self._adopt_one(entry, generations, admitted)

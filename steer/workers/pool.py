@@ -274,10 +274,10 @@ class WorkerPool:
         """See `Transitions.report`."""
         self._supervision.transitions.report(place, event)
 
-    def renew_reserve(self, service: Service) -> None:
+    def renew_own_sockets(self, service: Service) -> None:
         """The reserve is to listen as the workers do from now on."""
         try:
-            self.selection.renew_reserve(service)
+            self.selection.renew_own_sockets(service)
         except SteerError as error:
             self.log.error("the reserve is not as configured: %s", error)
 

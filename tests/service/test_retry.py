@@ -289,7 +289,7 @@ BREAKS = [
     ("steer.workers.selection Selection.give_up", "MemoryError 1 1"),
     ("steer.workers.selection Selection.take_slot", "OSError 1 1"),
     ("steer.workers.selection Selection.joined", "ZeroDivisionError 1 1"),
-    ("steer.workers.selection Selection.keep", "OSError 1 2"),
+    ("steer.workers.stored_selection StoredSelection.renew", "OSError 1 2"),
     ("steer.backends.ebpf Ebpf.steer", "OSError 1 2"),
     ("steer.workers.handle WorkerHandle.got_ready", "MemoryError 1 1"),
     ("steer.workers.handle WorkerHandle.lost_process", "ZeroDivisionError 1 1"),

@@ -17,7 +17,7 @@ from steer.controller.persisted import SCHEMA, Persisted, PersistedService
 from steer.errors import ControlError
 from steer.guard.client import Entry
 from steer.guard.store import MAILBOX, STEERING
-from steer.workers import selection
+from steer.workers.stored_selection import SavedSelection
 from steer.workers.stored_worker import StoredWorker
 from testkit import ROOT
 
@@ -36,7 +36,7 @@ def entries(stored: Mapping[str, Any]) -> dict[str, Entry]:
 
 
 def kind_of(key: str) -> Any:
-    kinds = {"service": PersistedService, STEERING: selection.Saved}
+    kinds = {"service": PersistedService, STEERING: SavedSelection}
     return kinds.get(key) or (Service if key.startswith("generation ") else StoredWorker)
 
 

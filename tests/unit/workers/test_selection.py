@@ -325,8 +325,8 @@ def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
         selection.flip_soon()
         await asyncio.sleep(0)
         selection.settle()
-        assert selection._waiting is not None
-        await selection._waiting
+        assert selection._publisher._waiting is not None
+        await selection._publisher._waiting
 
     assert flips_of(script) == [True]
 

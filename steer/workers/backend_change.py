@@ -1,0 +1,99 @@
+"""Hands the sockets of all workers from one backend to another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from steer.backends.base import Backend, Counts
+from steer.config.address import Bind
+from steer.errors import BindError, KernelError, SteerError
+from steer.policy.builtin import KERNEL
+from steer.policy.layout import Member
+from steer.sockets import reuseport
+from steer.workers.worker_sockets import Sockets, WorkerSockets
+
+
+def hand_over(
+    before: Backend,
+    fresh: Backend,
+    members: Sequence[Member],
+    binds: Sequence[Bind],
+    sockets: WorkerSockets,
+    count: Callable[[], Counts | None],
+) -> Counts | None:
+    """Have `fresh` select. `before` is to be closed after that.
+
+    Args:
+        members: those who serve.
+        count: says what `before` has counted.
+
+    Returns:
+        What `count` said once `before` selected no more.
+
+    Raises:
+        KernelError: nothing has changed.
+    """
+    with sockets.all() as borrowed, sockets.usable() as lent:
+        if fresh.backend != KERNEL:
+            reuseport.refuse_locked(lent.values())
+        there = borrowed
+        if fresh.needs_order:
+            there = _in_order(borrowed, before.order, binds, sockets.inodes)
+        fresh.steer(members)
+        try:
+            before.detach(sockets.usable)
+            counted = count()
+            _take_over(fresh, there, len(binds))
+            fresh.steer(members)
+            open_backup(fresh)
+        except SteerError:
+            fresh.detach(sockets.usable)
+            before.reassert(there)
+            open_backup(before)
+            raise
+    fresh.owns_counting = True
+    before.owns_counting = False
+    return counted
+
+
+def _in_order(
+    there: Mapping[int, Sockets],
+    order: Sequence[int] | None,
+    binds: Sequence[Bind],
+    ours: frozenset[int],
+) -> Mapping[int, Sockets]:
+    """The sockets of every worker in the order in which the kernel has them.
+
+    Args:
+        ours: inodes of all sockets of workers.
+
+    Raises:
+        KernelError: that is not known, or there are others among them.
+    """
+    act = "take over the sockets there are"
+    whole = {slot for slot, socks in there.items() if len(socks) == len(binds)}
+    if order is None or not whole == set(order) == set(there):
+        cause = "classic BPF has to know in which order the kernel has them, and that is known"
+        raise KernelError(
+            act, f"{cause} only as long as no worker has left", "stop and start the service"
+        )
+    for bind in binds:
+        try:
+            reuseport.refuse_strangers(bind, ours)
+        except BindError as error:
+            raise KernelError(act, error.cause, error.cure) from None
+    return {slot: there[slot] for slot in order}
+
+
+def _take_over(fresh: Backend, there: Mapping[int, Sockets], binds: int) -> None:
+    """Have it take in copies of the sockets of all who still have theirs. Raises KernelError."""
+    for slot, socks in there.items():
+        if len(socks) == binds:
+            fresh.taken_over(slot, [os.dup(socks[bind].fileno()) for bind in range(binds)])
+
+
+def open_backup(backend: Backend) -> None:
+    """Raises BindError, KernelError."""
+    if backend.backup:
+        backend.backup.open()

@@ -1,0 +1,83 @@
+"""Sockets of workers, borrowed for a moment to reach their groups."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+from steer.errors import KernelError
+from steer.sockets import reuseport
+from steer.workers.handle import WorkerHandle
+
+Sockets = Mapping[int, socket.socket]
+"""By bind."""
+
+
+class WorkerSockets:
+    """Args: places: all workers there are, at any time."""
+
+    def __init__(self, places: Collection[WorkerHandle]) -> None:
+        self._places = places
+
+    @property
+    def inodes(self) -> frozenset[int]:
+        owned = (place.process.inodes for place in self._places if place.process)
+        return frozenset[int]().union(*owned)
+
+    @contextmanager
+    def all(self) -> Iterator[Mapping[int, Sockets]]:
+        """Those of every worker, by slot. Raises KernelError."""
+        with ExitStack() as lent:
+            yield {
+                place.slot: lent.enter_context(place.process.sockets())
+                for place in self._places
+                if place.process
+            }
+
+    @contextmanager
+    def usable(self) -> Iterator[Sockets]:
+        """Those of one that serves, else of any; none where nobody is. Those through which no
+        program can be attached (`reuseport.Locked`, or out of their group) only where there is no
+        other.
+
+        Raises:
+            KernelError: we may not.
+        """
+        by_use = sorted(self._places, key=lambda place: (bool(place.left), not place.serves))
+        found: Sockets = {}
+        locked: Sockets = {}
+        with ExitStack() as lent:
+            for worker in [place.process for place in by_use if place.process]:
+                if len(found) < len(worker.bound):
+                    theirs = lent.enter_context(worker.sockets())
+                    free = {at: each for at, each in theirs.items() if not _is_locked(each)}
+                    found, locked = {**free, **found}, {**theirs, **locked}
+            yield {**locked, **found}
+
+    @contextmanager
+    def naming_locked(self) -> Iterator[None]:
+        """What `reuseport.Locked` is raised in names the workers whose sockets are."""
+        try:
+            yield
+        except reuseport.Locked as error:
+            raise reuseport.locked(error.what, self._locked_slots()) from None
+
+    def _locked_slots(self) -> Sequence[int]:
+        """Of the groups that no program can be attached to through any member; none where that
+        cannot be told."""
+        try:
+            with self.all() as there:
+                at = {index for socks in there.values() for index in socks}
+                groups = [
+                    {slot: socks[index] for slot, socks in there.items() if index in socks}
+                    for index in at
+                ]
+                locked = [group for group in groups if all(map(_is_locked, group.values()))]
+                return sorted({slot for group in locked for slot in group})
+        except KernelError:
+            return ()
+
+
+def _is_locked(sock: socket.socket) -> bool:
+    return reuseport.is_locked(sock.fileno())
