@@ -121,14 +121,10 @@ class FakeGuard(GuardClient):
     """Without its process."""
 
     def __init__(self, home: Path, cost: Cost) -> None:
-        self._cost = cost
         with socket.socket() as control:
             super().__init__(control, Settings("growth", str(home / "growth.sock")))
-        self.start()
-
-    def _fork(self) -> None:
-        self.pid = self._pidfd = _NO_PID
-        self._channel = cast(Any, FakeChannel(self._cost))
+        self._process.pid = self._process._pidfd = _NO_PID
+        self._process._channel = cast(Any, FakeChannel(cost))
 
 
 class FakeSteering:

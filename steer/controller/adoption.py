@@ -18,7 +18,7 @@ from steer.controller import persisted
 from steer.controller.controller import Controller
 from steer.controller.persisted import Persisted
 from steer.errors import KernelError
-from steer.guard.client import Handover
+from steer.guard.handover import Handover
 from steer.loader import find
 from steer.policy.builtin import AUTO
 from steer.values import plural

@@ -25,7 +25,8 @@ from steer.controller.file_limit import FileLimit
 from steer.controller.persisted import PersistedService
 from steer.controller.pidfile import write_pid_file
 from steer.errors import KernelError, SteerError, in_words
-from steer.guard.client import GuardClient, Handover
+from steer.guard.client import GuardClient
+from steer.guard.handover import Handover
 from steer.guard.store import MAILBOX, Settings
 from steer.linux import fork, identity, output, priority, stdio, topology
 from steer.linux.log import Log

@@ -23,7 +23,8 @@ from steer import abi
 from steer.config.candidates import BackendCandidate
 from steer.config.service import Service
 from steer.errors import ControlError
-from steer.guard.client import Entry, GuardClient
+from steer.guard.client import GuardClient
+from steer.guard.entry import Entry
 from steer.guard.store import MAILBOX, STEERING
 from steer.policy.declarations import Declared
 

@@ -12,8 +12,7 @@ from steer.control import rundir, taken
 from steer.controller.controller import LAST_LINES_S, Controller, Reread
 from steer.controller.loop_import import await_loop
 from steer.controller.start import Start
-from steer.guard import client
-from steer.guard.client import Handover
+from steer.guard.handover import Handover, adopt
 from steer.linux import family, fork, output, services, title
 from steer.linux.log import Log
 
@@ -82,7 +81,7 @@ def _left(
     lost = taken.await_guard(places, environment)
     for path in places:
         # Another user's is none of ours; whether a place is left is seen to later.
-        handover = client.adopt(path) if os.access(path, os.W_OK) else None
+        handover = adopt(path) if os.access(path, os.W_OK) else None
         if handover is not None:
             return lost, (path, handover)
     return lost, None

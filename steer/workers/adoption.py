@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from steer.config.plan import Generation
-from steer.guard.client import Entry
+from steer.guard.entry import Entry
 from steer.workers.clock import Clock
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles

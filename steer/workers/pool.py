@@ -17,7 +17,8 @@ from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.control.notify import Unheard
 from steer.errors import SteerError
-from steer.guard.client import Entry, GuardClient
+from steer.guard.client import GuardClient
+from steer.guard.entry import Entry
 from steer.linux import fork
 from steer.linux.log import Log
 from steer.linux.retry import Retry

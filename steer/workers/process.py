@@ -17,7 +17,8 @@ from steer.child import main
 from steer.child.launch import Launch
 from steer.config.address import Bind
 from steer.errors import SteerError
-from steer.guard.client import Entry, GuardClient
+from steer.guard.client import GuardClient
+from steer.guard.entry import Entry
 from steer.linux import fork, processes
 from steer.linux.family import Family
 from steer.sockets import reuseport

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
 
 from steer.child.launch import Launch
-from steer.guard.client import Entry, GuardClient
+from steer.guard.client import GuardClient
+from steer.guard.entry import Entry
 from steer.linux import family
 from steer.sockets import reuseport
 from steer.workers import process

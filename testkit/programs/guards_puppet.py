@@ -9,7 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from steer.guard.client import GuardClient, Handover, adopt
+from steer.guard.client import GuardClient
+from steer.guard.handover import Handover, adopt
 from steer.guard.store import Settings
 from steer.linux import stdio
 

@@ -18,7 +18,7 @@ import pytest
 from steer.child import launch, main
 from steer.child.launch import Message
 from steer.errors import ControlError
-from steer.guard import client
+from steer.guard import handover
 from steer.guard.channel import FRAME_MAX_BYTES, Channel, Frame, NotUnderstood
 from testkit.clients import http_get
 from testkit.confine import NOBODY, as_user
@@ -207,7 +207,7 @@ def test_nobody_elses_service_is_adopted(home: Path) -> None:
     with running_process(*command) as process:
         line_of(process)
         with pytest.raises(ControlError, match="EACCES"):
-            client.adopt(path)
+            handover.adopt(path)
         assert line_of(process) == ""
 
 

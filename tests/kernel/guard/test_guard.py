@@ -24,8 +24,10 @@ import pytest
 from steer.control import peer
 from steer.control.claim import Claim
 from steer.errors import ControlError
-from steer.guard import client
-from steer.guard.client import Entry, GuardClient, Handover
+from steer.guard import handover
+from steer.guard.client import GuardClient
+from steer.guard.entry import Entry
+from steer.guard.handover import Handover
 from steer.guard.store import Settings
 from steer.linux import fork
 from testkit.confine import NOBODY, as_user
@@ -108,7 +110,7 @@ def puppet(make: MakePuppet) -> Puppet:
 
 
 def adopt(puppet: Puppet) -> Handover:
-    found = client.adopt(Path(puppet.path))
+    found = handover.adopt(Path(puppet.path))
     assert found is not None
     return found
 
@@ -286,10 +288,10 @@ def test_adoption_may_take_longer_than_the_timeout(puppet: Puppet) -> None:
 
 
 def test_there_is_nothing_to_adopt(home: Path) -> None:
-    assert client.adopt(home / "none.sock") is None
+    assert handover.adopt(home / "none.sock") is None
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(home / "left.sock"))
-    assert client.adopt(home / "left.sock") is None
+    assert handover.adopt(home / "left.sock") is None
 
 
 def test_living_controller_is_not_adopted(puppet: Puppet) -> None:
@@ -304,7 +306,7 @@ def test_living_controller_is_not_adopted(puppet: Puppet) -> None:
 def test_controller_that_does_not_answer_is_not_adopted(puppet: Puppet) -> None:
     puppet.start()
     with pytest.raises(ControlError, match=r"is running \(it does not answer,"):
-        client.adopt(Path(puppet.path), timeout_s=0.2)
+        handover.adopt(Path(puppet.path), timeout_s=0.2)
 
 
 def test_asked_while_the_controller_was_dying(puppet: Puppet) -> None:

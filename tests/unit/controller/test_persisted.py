@@ -15,7 +15,7 @@ from steer.backends import cbpf, ebpf
 from steer.config.service import Service
 from steer.controller.persisted import SCHEMA, Persisted, PersistedService
 from steer.errors import ControlError
-from steer.guard.client import Entry
+from steer.guard.entry import Entry
 from steer.guard.store import MAILBOX, STEERING
 from steer.workers.stored_selection import SavedSelection
 from steer.workers.stored_worker import StoredWorker

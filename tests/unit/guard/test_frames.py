@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from steer.guard.channel import Channel, Frame
-from steer.guard.client import Entry, GuardClient
+from steer.guard.client import GuardClient
+from steer.guard.entry import Entry
 from steer.guard.store import FdStore, Settings, Traces
 
 KEYS = st.sampled_from(["worker a", "worker b", "steering", "mailbox"])
@@ -61,15 +62,19 @@ class Obeyed:
 class Client(GuardClient):
     """Of which the store is in this process."""
 
-    def _fork(self) -> None:
+    def __init__(self, control: socket.socket, settings: Settings) -> None:
+        super().__init__(control, settings)
+        cast(Any, self._process).start = self._begin
+
+    def _begin(self, settings: Settings, _inode: int | None) -> None:
         ours, theirs = socket.socketpair()
-        self.store = FdStore(self._settings, Traces(os.getpid(), None), cast(Any, None), None)
-        self._channel = cast(Any, Obeyed(ours, theirs, self.store))
+        self.store = FdStore(settings, Traces(os.getpid(), None), cast(Any, None), None)
+        self._process._channel = cast(Any, Obeyed(ours, theirs, self.store))
 
     def fork_again(self) -> None:
         """As after the guard process was killed."""
-        assert self._channel
-        self._channel.close()
+        assert self._process._channel
+        self._process._channel.close()
         self.start()
 
 
@@ -196,7 +201,7 @@ class Frames(RuleBasedStateMachine):
         for key in list(self.kept):
             self.replace(key, None)
         with suppress(AttributeError):
-            cast(Any, self.guard)._channel.close()
+            cast(Any, self.guard)._process._channel.close()
         shutil.rmtree(self.home)
 
 

@@ -1,0 +1,82 @@
+"""What the guard process is told, in order; many entries at once where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from steer.guard.channel import SAME, Frame
+from steer.guard.entry import Entry, put_frame
+
+
+class Receiver(Protocol):
+    def tell(self, frames: Sequence[Frame], fds: Sequence[int] = ()) -> None:
+        """Raises OSError: EBADF, a descriptor is not open."""
+
+
+class Outbox:
+    """Attributes: is_together: whether what is put waits for the end of `together`."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.is_together = False
+        self._receiver = receiver
+        self._entries: dict[str, Entry] = {}
+        self._values: dict[str, bytes] = {}
+        self._has_to_wait = False
+
+    def tell(self, *frames: Frame, fds: Sequence[int] = ()) -> None:
+        """At once, after all that was put."""
+        self._flush()
+        self._receiver.tell(frames, fds)
+
+    def put(self, key: str, new: Entry, old: Entry | None) -> None:
+        """Have an entry stored in place of another, if there was one.
+
+        Raises:
+            OSError: EBADF, a descriptor is not open.
+        """
+        has_others = old is None or old.fds != new.fds
+        has_less = old is not None and old.fds != new.fds[: len(old.fds)]
+        if has_others and self.is_together:
+            self._values.pop(key, None)
+            self._entries[key] = new
+            self._has_to_wait |= has_less
+        elif has_others:
+            self.tell(put_frame(key, new, wait=has_less), fds=new.fds)
+        elif self.is_together and old and new == replace(old, value=new.value):
+            self._values[key] = new.value
+        else:
+            frame = Frame("put", key, new.value, SAME, new.group, stop_signal=new.stop_signal)
+            self.tell(frame)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is put meanwhile, and is new, or has other descriptors or only another value, is
+        sent at the end. It costs two messages and at most one wait; of all that has only another
+        value the guard process has all or nothing.
+
+        Raises:
+            OSError: as `put`.
+        """
+        self.is_together = True
+        try:
+            yield
+        finally:
+            self.is_together = False
+            self._flush()
+
+    def _flush(self) -> None:
+        entries, self._entries = self._entries, {}
+        values, self._values = self._values, {}
+        wait, self._has_to_wait = self._has_to_wait, False
+        if entries:
+            fds = [fd for entry in entries.values() for fd in entry.fds]
+            frames = [put_frame(key, entry) for key, entry in entries.items()]
+            frames[-1].wait = wait
+            self._receiver.tell(frames, fds)
+        if values:
+            self._receiver.tell([Frame("update", value=msgspec.msgpack.encode(values))])
