@@ -46,7 +46,7 @@ _REST_S = 1.0
 _SAMPLE_S = 0.02
 _TOLD_S = 1.0
 """A gap of so long is logged."""
-_RELIEF_AGAIN_S = 30.0
+_REPLACE_AGAIN_S = 30.0
 """So long after it was asked for, another that did not come is asked for again."""
 
 
@@ -55,7 +55,7 @@ class Health:
 
     Args:
         pool: is told what they show.
-        relieve: asks for another worker in place of one that hangs.
+        replace: asks for another worker in place of one that hangs.
         hear: takes in what workers have notified of and was not read yet.
     """
 
@@ -63,13 +63,13 @@ class Health:
         self,
         pool: WorkerPool,
         loop: AbstractEventLoop,
-        relieve: Callable[[WorkerHandle], None],
+        replace: Callable[[WorkerHandle], None],
         hear: Callable[[], None],
     ) -> None:
         self._pool = pool
         self._retry = pool.retry
         self._loop = loop
-        self._relieve = relieve
+        self._replace = replace
         self._hear = hear
         self._stops = 0
         self._pace = Pace[tuple[WorkerHandle, WorkerProcess]]()
@@ -328,7 +328,7 @@ class Health:
         place.full = place.shed = place.acted = False
         self._histories.pop(process.pid, None)
         self._pool.report(place, Event.STUCK)
-        self._relieve_if_due(place)
+        self._replace_if_due(place)
 
     def _judge(self, place: WorkerHandle, process: WorkerProcess) -> Verdict:
         now_s, open_now = self._pool.clock.now_s(), self._pool.steering.open(place.slot)
@@ -400,7 +400,7 @@ class Health:
         else:
             # One that is back may be at it, and would find its listener shut down.
             self._pool.migration.migrate(place)
-            self._relieve_if_due(place)
+            self._replace_if_due(place)
 
     def _is_back(self, place: WorkerHandle, process: WorkerProcess) -> bool:
         """It did something, and waits for more."""
@@ -413,15 +413,18 @@ class Health:
             return False
         return waits(process) is not Seen.NO
 
-    def _relieve_if_due(self, place: WorkerHandle) -> None:
+    def _replace_if_due(self, place: WorkerHandle) -> None:
         """One at a time on each seat: where all that is asked takes long, there would soon be
         any number of workers at it."""
         if place.generation.plan.service.hang != "replace":
             return
         now_s = self._pool.clock.now_s()
-        if now_s >= place.relief_s and place.seat.number not in self._seats_on_their_way_out:
-            place.relief_s = now_s + _RELIEF_AGAIN_S
-            self._relieve(place)
+        if (
+            now_s >= place.replace_not_before_s
+            and place.seat.number not in self._seats_on_their_way_out
+        ):
+            place.replace_not_before_s = now_s + _REPLACE_AGAIN_S
+            self._replace(place)
 
 
 def _is_silent(place: WorkerHandle, now_s: float) -> bool:

@@ -231,17 +231,17 @@ class Repair:
 
     def _replace_if_due(self, place: WorkerHandle) -> None:
         now_s = self._pool.clock.now_s()
-        if now_s < place.relief_s:
+        if now_s < place.replace_not_before_s:
             return
         tries = self._tries.setdefault(place.seat.number, Tries())
         if tries.begin(now_s):
-            place.relief_s = now_s + _AGAIN_S
+            place.replace_not_before_s = now_s + _AGAIN_S
             self._replace(place)
         elif tries.are_over:
             self._give_up(place)
 
     def _give_up(self, place: WorkerHandle) -> None:
-        place.relief_s = float("inf")
+        place.replace_not_before_s = float("inf")
         words = f"worker {place.slot} is not replaced again for its sockets, as that did not help"
         self._pool.log.warning("%s", words)
         self._pool.group_notes[f"seat {place.seat.number}"] = words

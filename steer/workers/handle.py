@@ -81,7 +81,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
         full: at capacity: it accepts nothing, and goes on with what it has.
         shed: not selected because it is full, as others have room.
         queued: connections in its accept queue at the last look.
-        relief_s: not before then is another worker asked for in its place.
+        replace_not_before_s: when another worker may be asked for in its place again.
         left: by bind, why its socket there is not in the group as it was.
         is_apart: since it started, a socket of its own is in another group; see `health.split`.
         others: sockets it had open when it got ready, which are no connections.
@@ -115,7 +115,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
     full: bool = False
     shed: bool = False
     queued: int = 0
-    relief_s: float = 0.0
+    replace_not_before_s: float = 0.0
     left: dict[int, Departure] = {}
     is_apart: bool = False
     others: set[int] = set()
@@ -194,7 +194,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
         self.says_ready = self.full = self.shed = False
         self.rest = None
         self.left = {}
-        self.relief_s = 0.0
+        self.replace_not_before_s = 0.0
         served_s = time.monotonic() - self.ready_s if self.ready_s is not None else 0.0
         self.failures = 1 if served_s >= STABLE_S else self.failures + 1
 
