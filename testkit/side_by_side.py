@@ -1,7 +1,7 @@
-"""All tests, by two runs of pytest side by side: most tests wait, for a VM, a server or a timeout.
+"""All tests, by three runs of pytest side by side: most wait, for a VM, a server or a timeout.
 
-Each test is in a network namespace of its own, so the two share no port. Of the first run all is
-seen at once, of the other once both have ended.
+They take a third of one CPU's time. Each test is in a network namespace of its own, so runs share
+no port. What the first run says is seen at once, of the others once all have ended.
 """
 
 from __future__ import annotations
@@ -12,30 +12,41 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import chain
 
-RUNS = (("tests/service", "tests/unit"), ("tests/docs", "tests/kernel", "tests/tools"))
-"""About as long as each other, on a machine that has to emulate the VM of tests/docs."""
+from testkit import ROOT
+
 _PYTEST = (sys.executable, "-m", "pytest")
 
 
-def main(first: Sequence[str], other: Sequence[str]) -> int:
-    """The exit status of whichever failed."""
+def runs() -> Sequence[Sequence[str]]:
+    """What each is given: about as long as each other, where the VM of tests/docs is emulated."""
+    services = sorted(str(each.relative_to(ROOT)) for each in ROOT.glob("tests/service/test_*.py"))
+    others = ["tests/unit", "tests/docs", "tests/kernel", "tests/tools"]
+    return services[::2], services[1::2], others
+
+
+def main(first: Sequence[str], *others: Sequence[str]) -> int:
+    """The exit status of one that failed, or 0."""
     if len(os.sched_getaffinity(0)) == 1:
-        return subprocess.run([*_PYTEST, *first, *other]).returncode
-    with tempfile.TemporaryFile() as told:
-        # What failed last is written down by one of them.
-        command = [*_PYTEST, "-p", "no:cacheprovider", *other]
-        with (
-            subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT) as aside,
-            subprocess.Popen([*_PYTEST, *first]) as seen,
-        ):
-            # A terminal interrupts both, and they end what they have started.
-            signal.signal(signal.SIGINT, lambda *_: None)
-        told.seek(0)
-        sys.stdout.buffer.write(told.read())
+        return subprocess.run([*_PYTEST, *first, *chain(*others)]).returncode
+    with ExitStack() as stack:
+        told = [stack.enter_context(tempfile.TemporaryFile()) for _ in others]
+        begun = [subprocess.Popen([*_PYTEST, *first])]
+        for arguments, output in zip(others, told, strict=True):
+            # What failed last is written down by one of them.
+            command = [*_PYTEST, "-p", "no:cacheprovider", *arguments]
+            begun.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+        # A terminal interrupts all, and they end what they have started.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        statuses = [each.wait() for each in begun]
+        for output in told:
+            output.seek(0)
+            sys.stdout.buffer.write(output.read())
         sys.stdout.flush()
-    return seen.returncode or aside.returncode
+    return next(filter(None, statuses), 0)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*RUNS))
+    raise SystemExit(main(*runs()))
