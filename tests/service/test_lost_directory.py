@@ -22,7 +22,7 @@ from testkit.processes import DEADLINE_S, eventually, stopped
 from testkit.service import STEER, Service, lose_directory, wound
 
 pytestmark = pytest.mark.needs("netns")
-SOON = wound("steer.controller.upkeep._LOOK_S=0.2", "steer.guard.standby._CONTROL_S=0.2")
+SOON = wound("steer.controller.upkeep._LOOK_S=0.2", "steer.guard.control_socket._LOOK_S=0.2")
 
 
 def guard_of(running: Service) -> int:

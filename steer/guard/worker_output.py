@@ -1,0 +1,113 @@
+"""What workers write to standard error while there is no controller, passed on to ours."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from selectors import EVENT_READ, EVENT_WRITE, BaseSelector
+
+import msgspec
+
+from steer.guard.store import StoredEntry
+from steer.linux import output
+from steer.linux.lines import Line, Lines, shown
+
+_CHUNK_BYTES = 65536
+_CHUNKS_AT_END = 16
+"""More than a pipe holds (pipe(7))."""
+
+
+class WorkerOutput:
+    """Args: form: "text" or "json"."""
+
+    def __init__(self, selector: BaseSelector, form: str) -> None:
+        self._selector = selector
+        self._form = form
+        self._lines: dict[int, _Lines] = {}
+
+    def begin(self) -> None:
+        output.stderr.watch(self._on_blocked)
+
+    def end(self, within_s: float) -> None:
+        """What is not written by then is lost."""
+        for lines in self._lines.values():
+            lines.end()
+        output.stderr.watch(None)
+        output.stderr.finish(within_s)
+
+    def add(self, stderr: int, entry: StoredEntry) -> None:
+        """Read what this worker writes."""
+        os.set_blocking(stderr, False)
+        self._lines[stderr] = _Lines(entry, self._form)
+        self._listen(stderr)
+
+    def finish(self, stderr: int) -> None:
+        """Its worker has ended: pass on what is left."""
+        for _ in range(_CHUNKS_AT_END):
+            if not self._hear(stderr):
+                break
+        self._lines.pop(stderr).end()
+        self._forget(stderr)
+
+    def _listen(self, stderr: int) -> None:
+        if stderr in self._lines:
+            self._selector.register(stderr, EVENT_READ, lambda: self._on_stderr(stderr))
+
+    def _on_stderr(self, stderr: int) -> None:
+        """While ours takes nothing theirs is not read: the worker waits, not we."""
+        if output.stderr.is_clear:
+            self._hear(stderr)
+        else:
+            self._forget(stderr)
+            output.stderr.when_clear(lambda: self._listen(stderr))
+
+    def _hear(self, stderr: int) -> bool:
+        """Pass on a piece of what a worker wrote; whether there was one."""
+        try:
+            data = os.read(stderr, _CHUNK_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._forget(stderr)
+        self._lines[stderr].pass_on(data)
+        return bool(data)
+
+    def _on_blocked(self) -> None:
+        self._selector.register(output.stderr, EVENT_WRITE, self._write_on)
+
+    def _write_on(self) -> None:
+        if output.stderr.flush():
+            self._forget(output.stderr.fileno())
+
+    def _forget(self, fd: int) -> None:
+        with suppress(KeyError):
+            self._selector.unregister(fd)
+
+
+class _Seated(msgspec.Struct):
+    """What of a worker's entry tells its slot; the rest is the controller's."""
+
+    slot: int | None = None
+
+
+class _Lines:
+    """What one worker writes."""
+
+    def __init__(self, entry: StoredEntry, form: str) -> None:
+        self._lines = Lines()
+        self._form, self._pid = form, entry.group
+        self._slot: int | None = None
+        with suppress(msgspec.MsgspecError):  # what is stored need not tell
+            self._slot = msgspec.json.decode(entry.value, type=_Seated).slot
+
+    def pass_on(self, data: bytes) -> None:
+        self._show(self._lines.feed(data))
+
+    def end(self) -> None:
+        """Of a line that has no end yet, as the next piece is another's to read."""
+        self._show(self._lines.end())
+
+    def _show(self, lines: Iterable[Line]) -> None:
+        output.stderr.pass_on(shown(lines, self._form, self._pid, self._slot, time.time()))
