@@ -10,14 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from steer.backends.shortfalls import CHOSEN_ALL_THE_SAME
-from steer.health import pace
 from steer.health.evidence import Closer
-from steer.health.pace import Pace
+from steer.health.load import LoadSampler, tables
+from steer.health.readiness import Readiness
 from steer.linux.activity import activity, is_stopped
 from steer.linux.waiting import Seen
 from steer.policy.builtin import KERNEL
 from steer.sockets import listeners
-from steer.workers.elsewhere import Lookout
 from steer.workers.handle import WorkerHandle, waits
 from steer.workers.hang import History, Look, Verdict
 from steer.workers.lifecycle import Event, State
@@ -25,10 +24,10 @@ from steer.workers.looks import TOGETHER_S, on_the_beat
 from steer.workers.pool import WorkerPool
 from steer.workers.process import WorkerProcess
 from steer.workers.queues import Table, unchanged
-from steer.workers.visibility import QUEUES, WAITS
+from steer.workers.visibility import QUEUES
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, TimerHandle
+    from asyncio import AbstractEventLoop
 
 _LOOKING_S = _BREAK_S = 0.005
 """Looks at workers go on no longer than that, and then in another turn of the loop."""
@@ -40,10 +39,6 @@ _SELDOM_S = 1.0
 _SOCKETS_PER_S = 250
 """While all connections are counted, and there are none, the kernel is asked for the queues of so
 many: some may wait that came to a listener before it was counted."""
-_SAMPLED_PER_S = 20_000
-_REST_S = 1.0
-"""One that cannot be looked at is taken to be ready when it has been at rest for so long."""
-_SAMPLE_S = 0.02
 _TOLD_S = 1.0
 """A gap of so long is logged."""
 _REPLACE_AGAIN_S = 30.0
@@ -72,15 +67,10 @@ class Health:
         self._replace = replace
         self._hear = hear
         self._stops = 0
-        self._pace = Pace[tuple[WorkerHandle, WorkerProcess]]()
-        self._starting: TimerHandle | None = None
-        self._is_looking = False
-        self._notifies: int | None = None
+        self._readiness = Readiness(pool, loop)
+        self._load = LoadSampler(pool, loop)
         self._histories: dict[int, History] = {}
         self._closer = Closer()
-        self._lookout = Lookout(pool.log)
-        self._sampling: TimerHandle | None = None
-        self._sampled: Sequence[Table | None] = ()
         self._watched: set[WorkerHandle] | None = None
         self._to_look_at: deque[WorkerHandle] = deque()
         self._queues: Sequence[Table | None] = ()
@@ -92,21 +82,11 @@ class Health:
 
     def changed(self, place: WorkerHandle) -> None:
         """A worker is in another state."""
-        self._sampled = ()
         if place.asks_to_be_taken_for_hung:
             self._watch(place)
             self._due.within(_BREAK_S)
-        if self._sampling is None:
-            self._sample()
-        if place.state is State.STARTING and place.process:
-            # What says so itself is seldom looked at, and most often all do or none.
-            says_so = self._notifies == place.generation.number
-            after_s = pace.LAST_S if says_so else pace.FIRST_S
-            self._pace.add((place, place.process), self._loop.time(), after_s)
-            if not self._is_looking:
-                self._look_later()
-        elif place.state is State.READY and place.says_ready and not self._is_looking:
-            self._notifies = place.generation.number
+        self._load.changed()
+        self._readiness.changed(place)
 
     def retime(self) -> None:
         """The configuration may be another."""
@@ -116,81 +96,7 @@ class Health:
         self._watched = None
         if limits_s := self._limits_s:
             self._due.within(min(limits_s) / _LOOKS)
-        if self._sampling is None:
-            self._sample()
-
-    # Load, where the kernel does not count it.
-
-    def _sample(self) -> None:
-        """Tell the steering what waits at each worker, as long as it has to be told."""
-        self._sampling = None
-        if (tell := self._pool.steering.tell_waiting) is None:
-            return
-        number = len(self._pool.places)
-        self._sampling = self._loop.call_later(
-            max(_SAMPLE_S, number / _SAMPLED_PER_S), self._sample
-        )
-        sampled = self._tables()
-        if None not in sampled and unchanged(sampled, self._sampled):
-            return
-        self._sampled = sampled
-        for place in self._pool.places:
-            if place.process and place.serves:
-                sample = partial(tell, place.slot, self._waiting(place.process))
-                self._retry.attempt(f"tell what waits for worker {place.slot}", sample)
-
-    def _tables(self) -> Sequence[Table | None]:
-        """What there is at each address of the service."""
-        return [self._pool.queues.at(bind) for bind in self._pool.generation.plan.binds]
-
-    def _waiting(self, process: WorkerProcess) -> int:
-        """Connections in its queues; 0 where that cannot be seen."""
-        over_tcp = [bind.protocol == "tcp" for bind in process.launch.binds]
-        queues = self._pool.queues.of(process) or {}
-        return sum(found.queued for at, found in queues.items() if over_tcp[at])
-
-    # Starting.
-
-    def _look_later(self) -> None:
-        if self._starting is not None:
-            self._starting.cancel()
-            self._starting = None
-        after_s = self._pace.next_in_s(self._loop.time())
-        if after_s is not None:
-            self._starting = self._loop.call_later(after_s, self._look_at_starting)
-        else:
-            self._lookout.forget()
-
-    def _look_at_starting(self) -> None:
-        """See which workers wait on their sockets by now."""
-        began_s = now_s = self._loop.time()
-        self._is_looking = True
-        for place, process in self._pace.due(began_s):
-            if place.state is State.STARTING and place.process is process:
-                look = partial(self._look_at_start, place, process)
-                self._retry.attempt(f"look at worker {place.slot}", look)
-            if place.state is not State.STARTING or place.process is not process:
-                self._pace.remove((place, process))
-            now_s = self._loop.time()
-            if now_s - began_s >= _LOOKING_S:
-                break
-        self._is_looking = False
-        self._pace.took(now_s - began_s, now_s)
-        self._look_later()
-
-    def _look_at_start(self, place: WorkerHandle, process: WorkerProcess) -> None:
-        if self._is_ready(place, process):
-            self._pool.report(place, Event.READY)
-        else:
-            self._lookout.look(place, process, time.monotonic() - process.started_s)
-
-    def _is_ready(self, place: WorkerHandle, process: WorkerProcess) -> bool:
-        """Seen to wait; or at rest, where nobody can see what for."""
-        seen = waits(process)
-        if seen is Seen.UNKNOWN and place.rested_s(self._pool.clock.now_s()) >= _REST_S:
-            self._pool.visibility.refused(WAITS, process)
-            return True
-        return seen is Seen.YES
+        self._load.begin()
 
     # Hanging.
 
@@ -260,7 +166,7 @@ class Health:
             return found
         after_s = max(_SELDOM_S, len(places) / _SOCKETS_PER_S)
         self._queues_due_s = on_the_beat(now_s, after_s) - TOGETHER_S
-        queues = self._tables()
+        queues = tables(self._pool)
         if None in queues:
             return places
         if unchanged(queues, self._queues) and not self._some_waited:

@@ -303,7 +303,7 @@ BREAKS = [
     ("steer.guard.client GuardClient.drop", "OSError 1 1"),
     ("steer.linux.family others", "OSError 1 2"),
     ("steer.workers.lifecycle backoff_s", "MemoryError 1 1"),
-    ("steer.health.checks Health._look_at_start", "OSError 1 3"),
+    ("steer.health.readiness Readiness._look_at_start", "OSError 1 3"),
 ]
 
 

@@ -1,0 +1,91 @@
+"""Sees from outside when a worker that starts is ready."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from steer.health import pace
+from steer.health.pace import Pace
+from steer.linux.waiting import Seen
+from steer.workers.elsewhere import Lookout
+from steer.workers.handle import WorkerHandle, waits
+from steer.workers.lifecycle import Event, State
+from steer.workers.pool import WorkerPool
+from steer.workers.process import WorkerProcess
+from steer.workers.visibility import WAITS
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, TimerHandle
+
+_LOOKING_S = 0.005
+"""Looks at workers go on no longer than that, and then in another turn of the loop."""
+_REST_S = 1.0
+"""One that cannot be looked at is taken to be ready when it has been at rest for so long."""
+
+
+class Readiness:
+    """Args: pool: is told who is ready."""
+
+    def __init__(self, pool: WorkerPool, loop: AbstractEventLoop) -> None:
+        self._pool = pool
+        self._loop = loop
+        self._pace = Pace[tuple[WorkerHandle, WorkerProcess]]()
+        self._timer: TimerHandle | None = None
+        self._is_looking = False
+        self._notifies: int | None = None
+        self._lookout = Lookout(pool.log)
+
+    def changed(self, place: WorkerHandle) -> None:
+        """A worker is in another state."""
+        if place.state is State.STARTING and place.process:
+            # What says so itself is seldom looked at, and most often all do or none.
+            says_so = self._notifies == place.generation.number
+            after_s = pace.LAST_S if says_so else pace.FIRST_S
+            self._pace.add((place, place.process), self._loop.time(), after_s)
+            if not self._is_looking:
+                self._look_later()
+        elif place.state is State.READY and place.says_ready and not self._is_looking:
+            self._notifies = place.generation.number
+
+    def _look_later(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        after_s = self._pace.next_in_s(self._loop.time())
+        if after_s is not None:
+            self._timer = self._loop.call_later(after_s, self._look_at_starting)
+        else:
+            self._lookout.forget()
+
+    def _look_at_starting(self) -> None:
+        """See which workers wait on their sockets by now."""
+        began_s = now_s = self._loop.time()
+        self._is_looking = True
+        for place, process in self._pace.due(began_s):
+            if place.state is State.STARTING and place.process is process:
+                look = partial(self._look_at_start, place, process)
+                self._pool.retry.attempt(f"look at worker {place.slot}", look)
+            if place.state is not State.STARTING or place.process is not process:
+                self._pace.remove((place, process))
+            now_s = self._loop.time()
+            if now_s - began_s >= _LOOKING_S:
+                break
+        self._is_looking = False
+        self._pace.took(now_s - began_s, now_s)
+        self._look_later()
+
+    def _look_at_start(self, place: WorkerHandle, process: WorkerProcess) -> None:
+        if self._is_ready(place, process):
+            self._pool.report(place, Event.READY)
+        else:
+            self._lookout.look(place, process, time.monotonic() - process.started_s)
+
+    def _is_ready(self, place: WorkerHandle, process: WorkerProcess) -> bool:
+        """Seen to wait; or at rest, where nobody can see what for."""
+        seen = waits(process)
+        if seen is Seen.UNKNOWN and place.rested_s(self._pool.clock.now_s()) >= _REST_S:
+            self._pool.visibility.refused(WAITS, process)
+            return True
+        return seen is Seen.YES
