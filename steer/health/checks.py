@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from steer.backends.shortfalls import CHOSEN_ALL_THE_SAME
+from steer.health import capacity
 from steer.health.evidence import Closer
 from steer.health.load import LoadSampler, tables
 from steer.health.readiness import Readiness
@@ -128,7 +129,8 @@ class Health:
             self._retry.attempt("keep the time of workers", self._begin_looks)
         if not self._look_at_some():
             return _BREAK_S
-        self._retry.attempt("see who is at capacity", self._shed)
+        shed = partial(capacity.shed, self._pool, self._watched or ())
+        self._retry.attempt("see who is at capacity", shed)
         if any(place.queued and not place.hangs for place in self._watched or ()):
             return min(limits_s) / _LOOKS / 4
         if self._watched or self._is_timed or self._histories:
@@ -222,7 +224,7 @@ class Health:
                 unserved = "serves none of the connections that it has taken"
                 self._take_for_hung(place, process, waits_in_vain if place.queued else unserved)
             elif place.full != (verdict is Verdict.FULL):
-                self._set_full(place, verdict is Verdict.FULL)
+                capacity.set_full(self._pool, place, verdict is Verdict.FULL)
 
     def _take_for_hung(self, place: WorkerHandle, process: WorkerProcess, why: str) -> None:
         if not (place.is_in_service and self._others_serve(place)):
@@ -254,30 +256,6 @@ class Health:
         """One that was at capacity: it waits for connections, as far as can be seen."""
         seen = waits(process)
         return seen is Seen.YES or (seen is Seen.UNKNOWN and self._is_back(place, process))
-
-    # At capacity.
-
-    def _set_full(self, place: WorkerHandle, is_full: bool) -> None:
-        place.full = is_full
-        self._pool.log.info(
-            "worker %d %s", place.slot, "is at capacity" if is_full else "takes connections again"
-        )
-
-    def _shed(self) -> None:
-        """Those who are at capacity get nothing new while another has room. When nobody has,
-        nothing is done: what waits may as well wait there."""
-        if not any(place.full or place.shed for place in self._watched or ()):
-            return
-        there = [place for place in self._pool.places if place.is_in_service]
-        some_have_room = any(not place.full and not place.queued for place in there)
-        all_are_full = all(place.full for place in there)
-        for place in there:
-            if place.full and not place.shed and some_have_room:
-                self._pool.migration.shed(place, True)
-            elif place.shed and (all_are_full or not place.full):
-                self._pool.migration.shed(place, False)
-            elif place.shed and place.queued:
-                self._pool.migration.migrate(place)
 
     def _looks(self, place: WorkerHandle, process: WorkerProcess) -> dict[int, Look]:
         found = self._pool.queues.of(process)
