@@ -191,7 +191,7 @@ def _make_directory(directory: Path) -> None:
 
 def _locked(directory: Path, make: bool, turn_s: float) -> int:
     """A lock on the directory itself, so no lock file is left. It may be removed while we wait."""
-    from steer.linux import fork
+    from steer.linux import signals
 
     end_s = time.monotonic() + turn_s
     passing = (BlockingIOError, FileNotFoundError) if make else (BlockingIOError,)
@@ -207,7 +207,7 @@ def _locked(directory: Path, make: bool, turn_s: float) -> int:
                 return fd
         if time.monotonic() >= end_s:
             break
-        fork.pause(_LOOK_AGAIN_S)
+        signals.pause(_LOOK_AGAIN_S)
     raise ControlError(
         "start a service",
         f"another has been starting for {turn_s:g} s" if turn_s else "another is starting",

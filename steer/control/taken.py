@@ -75,7 +75,7 @@ def await_guard(
     Returns:
         Those that are `unreachable` then.
     """
-    from steer.linux import fork
+    from steer.linux import signals
 
     end_s = time.monotonic() + RENEWED_S
     wanted = list(paths)
@@ -83,7 +83,7 @@ def await_guard(
         lost = unreachable(wanted, environment)
         if all(each.title.role != GUARD for each in lost) or time.monotonic() >= end_s:
             return lost
-        fork.pause(_RENEWAL_S)
+        signals.pause(_RENEWAL_S)
 
 
 def refuse_if_answering(name: str, path: Path) -> None:

@@ -9,7 +9,7 @@ from steer.controller.controller import Controller
 from steer.controller.state import ServiceState
 from steer.controller.turns import Turns
 from steer.errors import ConfigError, ControlError
-from steer.linux import fork
+from steer.linux import fork, signals
 from steer.linux.log import Log
 
 
@@ -53,7 +53,7 @@ class Reexec:
         if not self._service.guard.expect_back():
             raise ControlError(act, "the guard process is gone", "there is another soon")
         self._log.info("re-executing")
-        fork.hold_signals()
+        signals.hold_signals()
         self._turns.postpone()
         self.is_due.set()
 

@@ -13,7 +13,7 @@ from steer.controller.controller import LAST_LINES_S, Controller, Reread
 from steer.controller.loop_import import await_loop
 from steer.controller.start import Start
 from steer.guard.handover import Handover, adopt
-from steer.linux import family, fork, output, services, title
+from steer.linux import family, fork, output, services, signals, title
 from steer.linux.log import Log
 
 
@@ -34,7 +34,7 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
 
 def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
     # From here on a signal waits until the loop can take it.
-    fork.hold_signals()
+    signals.hold_signals()
     title.show(f"steer: controller {plan.name}")
     fork.rename("steer")  # started by `python -m steer` it is "python"
     family.become_subreaper()

@@ -10,7 +10,7 @@ from steer.controller.changes import Changes
 from steer.controller.reexec import Reexec
 from steer.controller.rollout import unheard
 from steer.controller.tasks import Tasks
-from steer.linux import fork, stdio
+from steer.linux import signals, stdio
 
 
 class Signals:
@@ -52,7 +52,7 @@ class Signals:
             loop.add_signal_handler(number, handler)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-        fork.release_signals()
+        signals.release_signals()
 
     def _scale_by(self, act: str, more: int, asked_by: signal.Signals) -> None:
         self._tasks.begin(act, lambda: self._changes.scale_by(more, unheard), asked_by)

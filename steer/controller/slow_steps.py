@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from steer.control.protocol import Request
 from steer.guard.requests import Connection, StandbyServer
-from steer.linux import fork
+from steer.linux import signals
 
 _LOOK_S = 0.05
 _LAST_S = 0.0
@@ -55,7 +55,7 @@ def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = N
                     key.data()
                 if server is not None:
                     server.let_go()
-                fork.pause(0)
+                signals.pause(0)
                 thread.join(_LOOK_S)
         finally:
             if server is not None:

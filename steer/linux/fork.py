@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
 from steer.errors import KernelError, in_words
+from steer.linux.signals import IGNORED_BY_PYTHON, OURS
 from steer.linux.stdio import write_stderr
 
 if TYPE_CHECKING:
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
 _LIBC = ctypes.CDLL(None)
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-_ORDERING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
-_HANDLED = (*_ENDING, *_ORDERING)
-_OURS = (*_HANDLED, signal.SIGCHLD)
-"""All that there may be a handler for."""
-_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 _started: set[int] = set()
 """Children of this process that somebody here waits for."""
 _inherited: list[int] = []
@@ -69,7 +64,7 @@ def fork_all(
     with ExitStack() as undo:
         undo.callback(_end_all, pids)
         # Of the others none has a handler, and to name all 64 takes a third of a millisecond.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
         try:
             for child in children:
                 pid = os.fork()
@@ -221,10 +216,10 @@ def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]
         _started.clear()
         _starting.clear()
         _inherited.clear()
-        for number in _OURS:
+        for number in OURS:
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(_OURS))
+        signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(OURS))
         return child()
     except SystemExit as done:
         return _exit_code(done.code)
@@ -302,33 +297,6 @@ def is_running(pid: int) -> bool:
     return pid > 0
 
 
-def hold_signals() -> None:
-    """Let signals that are handled wait until `release_signals`, and SIGCHLD for good, see
-    `ChildEnds`; no child that is forked inherits that.
-
-    Whatever else the parent left us with is undone: a mask, and signals that are ignored
-    (execve(2) keeps both), as under sudo(8) and some job runners. SIGHUP stays ignored: nohup(1).
-    """
-    signal.pthread_sigmask(signal.SIG_SETMASK, _OURS)
-    for number in signal.valid_signals() - {signal.SIGHUP, *_IGNORED_BY_PYTHON}:
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def pause(seconds: float) -> None:
-    """While signals are held; one that ends us ends us at once, as nothing has begun.
-
-    Raises:
-        SystemExit: there was one.
-    """
-    if signal.sigtimedwait(_ENDING, seconds) is not None:
-        raise SystemExit(0)
-
-
-def release_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-
-
 def wait_until_readable(fd: int, timeout_s: float | None) -> bool:
     """Whether there was something to read within the time; None waits for as long as it takes.
 
@@ -403,6 +371,6 @@ def beside_us(program: str) -> str:
 
 def execute(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     """Become another program, found on PATH. Raises OSError as execve(2)."""
-    for number in _IGNORED_BY_PYTHON:
+    for number in IGNORED_BY_PYTHON:
         signal.signal(number, signal.SIG_DFL)
     os.execvpe(arguments[0], list(arguments), environment)

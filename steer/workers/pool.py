@@ -19,7 +19,7 @@ from steer.control.notify import Unheard
 from steer.errors import SteerError
 from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
-from steer.linux import fork
+from steer.linux import signals
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.workers import notifications
@@ -133,7 +133,7 @@ class WorkerPool:
         self._queue.limit(self.generation.plan.at_once)
         for seat in self.generation.plan.seats:
             self._queue.add(self._take(self.generation, seat))
-        fork.pause(0)
+        signals.pause(0)
         cpus = len(os.sched_getaffinity(0))
         first = self._queue.next(max(self.lot.size, min(cpus, _FIRST_AT_MOST)))
         self._spawner.spawn(first)

@@ -5,7 +5,7 @@ import os
 import signal
 from contextlib import closing
 
-from steer.linux import fork as process
+from steer.linux import signals
 from steer.linux.child_ends import ChildEnds
 
 MANY = 600
@@ -15,7 +15,7 @@ MANY = 600
 async def main(ends):
     loop, terminated, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, terminated.set)
-    process.release_signals()
+    signals.release_signals()
     loop.add_reader(ends, ended.set)
     for _ in range(MANY):
         pid = os.fork()
@@ -32,7 +32,7 @@ async def main(ends):
     os.wait()
 
 
-process.hold_signals()
+signals.hold_signals()
 with closing(ChildEnds()) as ends:
     asyncio.run(main(ends))
 print("heard")

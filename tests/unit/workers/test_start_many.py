@@ -18,7 +18,7 @@ from steer.config.plan import Generation, plan
 from steer.config.service import Service
 from steer.controller import status
 from steer.errors import KernelError, SteerError
-from steer.linux import fork
+from steer.linux import signals
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.linux.spare import Spare
@@ -145,7 +145,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(process, "bound", bound)
     monkeypatch.setattr(process, "fork_all", lambda launches, *_: list(map(FakeProcess, launches)))
     monkeypatch.setattr(pools, "WorkerHandle", FakePlace)
-    monkeypatch.setattr(fork, "pause", lambda _seconds: None)
+    monkeypatch.setattr(signals, "pause", lambda _seconds: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
     monkeypatch.setattr(Lot, "took", lambda *_: None)  # how long is no matter here
     return FakeProcess.forked
