@@ -154,7 +154,7 @@ def check(as_json: bool, **options: Any) -> None:
 @click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
 @_CONTROL_SOCKET
 def status(name: str | None, as_json: bool, watch: bool, control_socket: str | None) -> None:
-    """Show running services: policy, backend and why, workers, counters."""
+    """Show running services: policy, backend, workers, counters."""
     from steer.cli.status import Asked, perform
 
     perform(Asked(name, as_json, watch, control_socket))
