@@ -1,6 +1,6 @@
 """Sockets of ours that hold UDP groups together while workers open others at the same address.
 
-See `sockets.anchor` for why. They are opened before the first worker, as no other socket may
+See `reuseport.anchor` for why. They are opened before the first worker, as no other socket may
 be there yet, and are never chosen: nothing that comes to them is taken in. So where the
 kernel's hash alone chooses, there are none.
 """

@@ -228,7 +228,7 @@ class Source:
     Args:
         options: of a command, by key; None: not given.
         command: the worker's, if one was given.
-        runs: whether it is to be of something that can run: see `config.load`.
+        runs: whether it is to be of something that can run: see `service.load`.
     """
 
     def __init__(

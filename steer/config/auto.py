@@ -43,7 +43,7 @@ def candidates(
     """The policies to try; at least one.
 
     Args:
-        policy: as `policies.find` finds it.
+        policy: as `loader.find.find` finds it.
         findings: what the probes found, by backend.
         act: what that is for, for errors.
 

@@ -61,7 +61,7 @@ class Plan(msgspec.Struct, frozen=True):
     """Everything decided.
 
     Args:
-        rungs: what to try, best first; see `ladder.rungs`.
+        rungs: what to try, best first; see `candidates.rungs`.
         params: the policy's, in the order in which it declares them.
         policy_reason: why `auto` became this policy; None if the user named it.
         is_uncounted: whether that is because open connections cannot be counted.
@@ -197,7 +197,7 @@ def plan(
 
     Args:
         findings: what the probes found, by backend.
-        policy: as `policies.find` finds it; if not given, a built-in one that declares nothing.
+        policy: as `loader.find.find` finds it; if not given, a built-in one that declares nothing.
 
     Raises:
         ConfigError: its parameters are not right.

@@ -1,4 +1,4 @@
 """What steer needs of Linux beside sockets and BPF: processes, /proc, signals, descriptors, CPUs.
 
-Nothing here knows of policies, backends or workers' states.
+Nothing here knows of backends or workers' states.
 """

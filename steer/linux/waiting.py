@@ -82,7 +82,7 @@ def in_event_loop(
     """Whether one of these threads is asleep in epoll_wait(2), poll(2), select(2) or
     io_uring_enter(2), on whatever: it takes the next thing that happens.
 
-    That of a stopped process is, too: see `proc.is_stopped`.
+    That of a stopped process is, too: see `activity.is_stopped`.
     """
     calls = _BLOCKING_CALLS.get(machine, {})
     return max((_is_in_event_loop(tid, Files(root), calls) for tid in tids), default=Seen.NO)

@@ -60,7 +60,7 @@ class Policy(msgspec.Struct, frozen=True):
         table: how the table is filled, a key of `FILLS`.
         assemble: makes the classic BPF program; None where that cannot be, and `no_cbpf` says
             why.
-        declared: what the file says of itself; see `policies.find`.
+        declared: what the file says of itself; see `loader.find.find`.
         digest: of one of the user's own: another when its text is.
         problem: why it cannot be, where only a service that runs already can go on.
         candidates: of `auto`, which is no policy by itself: the policies that it may become. By

@@ -19,7 +19,7 @@ from steer.errors import CompileError, ConfigError
 from steer.values import Invalid, plural
 
 TABLES = ("consistent", "shares", "turns", "cpus", "deck")
-"""How the controller can fill the table; see `policy.FILLS`."""
+"""How the controller can fill the table; see `builtin.FILLS`."""
 MAX_PARAMS = 16
 MAX_COUNTERS = 16
 MAX_HISTOGRAMS = 4

@@ -52,7 +52,7 @@ class Connection(msgspec.Struct, frozen=True):
     """One that a process has accepted.
 
     Args:
-        inode: see `proc.socket_inode`.
+        inode: see `processes.socket_inode`.
         unread: bytes that wait to be read.
         moved: bytes read from it and acknowledged of it so far.
     """

@@ -70,7 +70,7 @@ def find(
     """Those of one worker.
 
     Args:
-        inodes: of its sockets, one for each bind, see `proc.socket_inode`.
+        inodes: of its sockets, one for each bind, see `processes.socket_inode`.
         family: processes that are left of it.
         everywhere: also where other processes have them, but for ones of steer's own.
         look: shared with others that ended at the same time.
