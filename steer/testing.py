@@ -15,7 +15,6 @@ with service(app="shop:serve", workers=2) as running:
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,8 +26,10 @@ from pathlib import Path
 from steer.api.connection import ServiceConnection
 from steer.api.group import ReuseportGroup
 from steer.api.service import Config, Settings
+from steer.config.address import Bind
 from steer.config.service import as_toml
 from steer.errors import NotRunning, WorkersFailed
+from steer.sockets import reuseport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def service(*, timeout_s: float = 30.0, **settings: Unpack[Settings]) -> Iterato
         ConfigError: as `steer.Config`.
         WorkersFailed: it did not start in time; `detail` has what it wrote.
     """
-    settings.setdefault("bind", f"127.0.0.1:{_free_port()}")
+    free = reuseport.with_port(Bind("tcp", "127.0.0.1", 0))
+    settings.setdefault("bind", f"{free.address}:{free.port}")
     settings.setdefault("name", "test")
     with tempfile.TemporaryDirectory(prefix="steer-") as directory:
         control = Path(directory, "service.sock")
@@ -110,7 +112,8 @@ def service(*, timeout_s: float = 30.0, **settings: Unpack[Settings]) -> Iterato
 @contextmanager
 def _running(file: Path, stderr: int) -> Iterator[subprocess.Popen[bytes]]:
     """`steer run` with this file alone, ended on leaving."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("STEER_")}
+    ours = ("STEER_", "WEB_CONCURRENCY")  # they come before the file
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     command = [sys.executable, "-m", "steer", "run", "-c", str(file)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=stderr, env=environment
@@ -141,10 +144,3 @@ def _is_ready(running: RunningService) -> bool:
     except NotRunning:
         return False
     return bool(workers) and all(worker.state == "ready" for worker in workers)
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -20,6 +20,7 @@ from testkit.clients import udp_ask
 from testkit.confine import NOBODY
 from testkit.fixtures import RunSteer, StartService
 from testkit.namespaces import Netns
+from testkit.option_values import ALL
 from testkit.processes import DEADLINE_S, eventually
 from testkit.programs import source
 from testkit.service import Service
@@ -27,23 +28,6 @@ from testkit.service import Service
 HOST, PORT = "127.0.0.1", 8080
 _MSG_FASTOPEN = 0x20000000  # include/linux/socket.h
 CALLABLE = source("tells_options")
-ALL = {
-    "nodelay": "no",
-    "keepalive": "yes",
-    "keepidle": "77",
-    "keepintvl": "11",
-    "keepcnt": "5",
-    "user-timeout": "12.5",
-    "notsent-lowat": "16K",
-    "congestion": "reno",
-    "fastopen": "16",
-    "defer-accept": "3",
-    "rcvbuf": "100000",
-    "sndbuf": "60K",
-    "priority": "5",
-    "mark": "0x7",
-    "transparent": "yes",
-}
 ACCEPTED = {
     "nodelay": 0,
     "keepalive": 1,

@@ -28,10 +28,12 @@ def test_service_runs_while_the_block_does(netns: Netns) -> None:
 def test_variables_of_the_environment_do_not_matter(
     netns: Netns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STEER_WORKERS", "7")
-    with service(demo=True, workers=1, name="mine") as running:
-        assert len(running.status().workers) == 1
-        assert running.status().name == "mine"
+    for name in ("STEER_WORKERS", "WEB_CONCURRENCY"):
+        monkeypatch.setenv(name, "7")
+        with service(demo=True, workers=1, name="mine") as running:
+            assert len(running.status().workers) == 1
+            assert running.status().name == "mine"
+        monkeypatch.delenv(name)
 
 
 def test_one_that_does_not_start_says_why(netns: Netns) -> None:
