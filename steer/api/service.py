@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,9 +96,10 @@ class Service:
     """A service that runs in this process, as `steer run` does.
 
     Workers are forked from this process: start threads only in workers, or afterwards. While it
-    runs, this process handles SIGTERM, SIGINT, SIGHUP and the others that docs/RELOAD.md names;
-    afterwards their handlers are what they were. On SIGUSR2 the whole program is started again,
-    and adopts its workers.
+    runs, this process handles SIGTERM, SIGINT, SIGHUP and the others that docs/RELOAD.md names.
+    Afterwards their handlers, the garbage collector's settings and the limit on open files are what
+    they were; the title that ps(1) shows stays. On SIGUSR2 the whole program is started again, and
+    adopts its workers.
     """
 
     def __init__(self, config: Config) -> None:
@@ -116,7 +119,7 @@ class Service:
         policy = find.find_or_not(service.policy)
         decided = plan(service, topology.read(), probe.findings_before_start(), policy)
         log = Log(service.log_level, service.log_format)
-        with _signals_kept():
+        with _process_kept():
             running.run(decided, os.environ, log, lambda: service)
 
 
@@ -156,8 +159,10 @@ def _name_of(function: Callable[..., object]) -> str:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
-    """What handles signals is the same afterwards, and so is the mask."""
+def _process_kept() -> Iterator[None]:
+    """This process goes on: what the controller sets for all of it is restored afterwards."""
+    is_collecting, thresholds = gc.isenabled(), gc.get_threshold()
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
@@ -167,3 +172,7 @@ def _signals_kept() -> Iterator[None]:
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        (gc.enable if is_collecting else gc.disable)()

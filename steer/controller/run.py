@@ -30,6 +30,7 @@ def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) ->
         return _run(plan, environment, log, reread)
     finally:
         output.stderr.finish(LAST_LINES_S)
+        output.stderr.close()
 
 
 def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:

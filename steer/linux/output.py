@@ -131,6 +131,12 @@ class Output:
         while not self.flush() and (left_s := end_s - time.monotonic()) > 0:
             takes(self.fileno(), left_s)
 
+    def close(self) -> None:
+        """Close what was opened to write without waiting; it is opened again when needed."""
+        fd, self._own_fd = self._own_fd, None
+        if fd is not None and fd >= 0:
+            os.close(fd)
+
 
 def takes(fd: int, within_s: float = 0.0) -> bool:
     """Whether it takes PIPE_BUF bytes within that time (poll(2), pipe(7)). Not so a pipe that

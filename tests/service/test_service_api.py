@@ -51,11 +51,19 @@ def answered() -> dict[str, Any]:
 def test_an_app_is_run_until_it_is_told_to_end(netns: Netns, home: Path) -> None:
     (home / "shop.py").write_text(SERVE)
     text = """
-        import signal, steer
-        before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        import gc, os, resource, signal, steer
+        FILES = resource.RLIMIT_NOFILE
+        def state():
+            handler = signal.getsignal(signal.SIGTERM)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            collector = gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
+            open_files = len(os.listdir("/proc/self/fd"))
+            return handler, mask, collector, resource.getrlimit(FILES), open_files
+        resource.setrlimit(FILES, (64, resource.getrlimit(FILES)[1]))
+        before = state()
         steer.run("shop:serve", bind="127.0.0.1:8000", workers=2, policy="round-robin")
-        after = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        print("ended", before == after)
+        after = state()
+        print("ended", before == after or (before, after))
     """
     with script(home, text) as process:
         eventually(lambda: len({answered().get("slot") for _ in range(4)} - {None}), 2)
