@@ -38,21 +38,21 @@ class Closer:
         self._now_s = now_s
         self._ports: dict[tuple[int, int], tuple[float, Sequence[Connection]]] = {}
 
-    def look(self, place: WorkerHandle, worker: WorkerProcess, open_now: int | None) -> Evidence:
+    def look(self, place: WorkerHandle, process: WorkerProcess, open_now: int | None) -> Evidence:
         """What can be seen of it.
 
         Args:
             open_now: its connections as they are counted, if they are.
         """
-        held = self._connections(place, worker)
-        return Evidence(activity.cpu_s(worker.pid), open_now, held, _awaits(place, worker))
+        held = self._connections(place, process)
+        return Evidence(activity.cpu_s(process.pid), open_now, held, _awaits(place, process))
 
     def _connections(
-        self, place: WorkerHandle, worker: WorkerProcess
+        self, place: WorkerHandle, process: WorkerProcess
     ) -> dict[int, tuple[int, int]] | None:
         try:
-            own = processes.open_sockets(worker.pid) - place.others - worker.inodes
-            there = [each for bind in worker.launch.binds for each in self._at(bind)]
+            own = processes.open_sockets(process.pid) - place.others - process.inodes
+            there = [each for bind in process.launch.binds for each in self._at(bind)]
         except KernelError:
             return None
         return {each.inode: (each.unread, each.moved) for each in there if each.inode in own}
@@ -69,15 +69,15 @@ class Closer:
         return found
 
 
-def _awaits(place: WorkerHandle, worker: WorkerProcess) -> bool | None:
+def _awaits(place: WorkerHandle, process: WorkerProcess) -> bool | None:
     """Whether a thread that took its connections is asleep in its event loop, or in accept(2).
     Where none is known any more, the first of each process may be one."""
-    if activity.is_stopped(worker.pid):
+    if activity.is_stopped(process.pid):
         return False
-    for_more = waits(worker)
+    for_more = waits(process)
     if for_more is Seen.YES:
         return True
-    family = processes.family(worker.pid, Files())
+    family = processes.family(process.pid, Files())
     there = [tid for tid in place.acceptors if os.path.exists(f"/proc/{tid}")]
     seen = max(for_more, in_event_loop(there or family))
     return {Seen.YES: True, Seen.NO: False, Seen.UNKNOWN: None}[seen]

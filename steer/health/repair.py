@@ -47,7 +47,7 @@ class _Socket(NamedTuple):
     """
 
     place: WorkerHandle
-    worker: WorkerProcess
+    process: WorkerProcess
     known: _Known
     at: int
     bind: Bind
@@ -57,7 +57,7 @@ class _Socket(NamedTuple):
 
     @property
     def inode(self) -> int:
-        return self.worker.bound[self.at]
+        return self.process.bound[self.at]
 
 
 class _Known(msgspec.Struct):
@@ -101,21 +101,21 @@ class Repair:
         """Nobody is there any more."""
         self._known.pop(place, None)
 
-    def look_at(self, place: WorkerHandle, worker: WorkerProcess) -> None:
+    def look_at(self, place: WorkerHandle, process: WorkerProcess) -> None:
         """And remember whether somebody has to look again soon."""
         known = self._known.get(place)
-        if known is None or known.pid != worker.pid:
-            known = self._known[place] = _Known(worker.pid)
+        if known is None or known.pid != process.pid:
+            known = self._known[place] = _Known(process.pid)
         with ExitStack() as stack:
-            theirs = self._borrow(worker, known, stack)
+            theirs = self._borrow(process, known, stack)
             held = self._pool.steering.held(place.slot)
             ours = {at: stack.enter_context(_duplicate(fd)) for at, fd in enumerate(held)}
-            for at, bind in enumerate(worker.launch.binds[: len(worker.bound)]):
+            for at, bind in enumerate(process.launch.binds[: len(process.bound)]):
                 has = None if theirs is None else at in theirs
                 sock = (theirs or {}).get(at) or ours.get(at)
                 if place.state is not State.STOPPING or at in place.left:
                     self._look_at_one(
-                        _Socket(place, worker, known, at, bind, sock, at in ours, has)
+                        _Socket(place, process, known, at, bind, sock, at in ours, has)
                     )
         if place.left or known.suspected:
             self._survey.odd.add(place)
@@ -161,13 +161,13 @@ class Repair:
         return not pids <= self._pool.own_pids
 
     def _borrow(
-        self, worker: WorkerProcess, known: _Known, stack: ExitStack
+        self, process: WorkerProcess, known: _Known, stack: ExitStack
     ) -> Mapping[int, socket.socket] | None:
         """Its sockets by bind, as far as it has them open; None where that cannot be told."""
         if not known.lends:
             return None
         try:
-            return stack.enter_context(worker.sockets())
+            return stack.enter_context(process.sockets())
         except KernelError as error:
             known.lends = error.errno not in (errno.EPERM, errno.ENOSYS)
             return None

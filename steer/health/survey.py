@@ -118,13 +118,13 @@ class Survey:
 
     def _is_odd(self, place: WorkerHandle) -> bool:
         """Whether its sockets do not stand as they should, as far as a survey tells."""
-        worker = place.process
+        process = place.process
         # One that ends may close its sockets when it likes.
-        if worker is None or place.state in (State.STARTING, State.STOPPING):
+        if process is None or place.state in (State.STARTING, State.STOPPING):
             return False
         return any(
             (table := self._tables.get(bind)) is not None and self._stands_otherwise(table, inode)
-            for bind, inode in zip(worker.launch.binds, worker.bound, strict=False)
+            for bind, inode in zip(process.launch.binds, process.bound, strict=False)
         )
 
     def _stands_otherwise(self, table: Table, inode: int) -> bool:

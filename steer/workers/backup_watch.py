@@ -74,7 +74,7 @@ class BackupWatch:
         """What came back waits a moment: a worker that was told to end by others has closed its
         listeners, and is in the table until it has finished what it has.
 
-        Or the group has another program than ours, or none, as a worker may have done that: by
+        Or the group has another program than ours, or none, as a process may have done that: by
         ours what waits is moved, by any other it would be reset.
         """
         self._retry.attempt("attach the policy's program again", self._attach_again)

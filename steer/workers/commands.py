@@ -119,9 +119,9 @@ class Commands:
             look = partial(place.has_computed, self._clock.now_s())
             self._retry.attempt(f"look at worker {place.slot}", look)
 
-    def _say_why_told_so(self, worker: WorkerProcess) -> None:
+    def _say_why_told_so(self, process: WorkerProcess) -> None:
         """All of them are alike, so it is said once."""
-        why = worker.why_told_so
+        why = process.why_told_so
         if why and why not in self._said_why:
             self._said_why.add(why)
             self._log.info("workers are told to finish by %s", why)

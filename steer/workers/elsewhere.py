@@ -17,36 +17,36 @@ _FIRST_LOOK_S = 1.0
 """After a worker's start; each next look is twice as late, as a large table may be read."""
 
 
-def diagnosis(worker: WorkerProcess) -> tuple[str, str] | None:
+def diagnosis(process: WorkerProcess) -> tuple[str, str] | None:
     """Where it listens instead, and what to add to its command; None if it does not, if it
     waits on its sockets, too, or if that cannot be seen."""
-    if all(bind.protocol != "tcp" for bind in worker.launch.binds):
+    if all(bind.protocol != "tcp" for bind in process.launch.binds):
         return None
-    if waits(worker) is not Seen.NO:
+    if waits(process) is not Seen.NO:
         return None
-    found = elsewhere.find(worker.pid, worker.inodes)
+    found = elsewhere.find(process.pid, process.inodes)
     if found is None:
         return None
     ports = several("port", found.ports)
     who = f"{processes.command(found.pid) or 'it'} (pid {found.pid})"
-    command = worker.launch.service.command
+    command = process.launch.service.command
     cure = servers.how_to_hand_over(
-        command, processes.arguments(worker.pid), processes.arguments(found.pid)
+        command, processes.arguments(process.pid), processes.arguments(found.pid)
     )
     if command:
         return f"{who} listens on {ports}, and nobody waits on descriptor {FIRST_FD}", cure
     return f"it listens on {ports}, and does not wait on worker.sockets", cure
 
 
-def not_ready(worker: WorkerProcess) -> WorkersFailed:
+def not_ready(process: WorkerProcess) -> WorkersFailed:
     """Why a worker is killed at its --ready-timeout."""
-    limit = f"not ready within {worker.launch.service.ready_timeout:g} s"
-    if found := diagnosis(worker):
+    limit = f"not ready within {process.launch.service.ready_timeout:g} s"
+    if found := diagnosis(process):
         cause, cure = f"{limit}: {found[0]}", found[1]
     else:
         cause = limit
         cure = "see --ready-timeout; ready is who says READY=1 or waits on its socket"
-    return WorkersFailed("start workers", cause, cure, detail=worker.last_words)
+    return WorkersFailed("start workers", cause, cure, detail=process.last_words)
 
 
 class Lookout:
@@ -59,17 +59,17 @@ class Lookout:
         self._after_s: dict[int, float] = {}
         self._told: set[str] = set()
 
-    def look(self, place: WorkerHandle, worker: WorkerProcess, age_s: float) -> None:
+    def look(self, place: WorkerHandle, process: WorkerProcess, age_s: float) -> None:
         """Where it is due: once if there is something to say.
 
         Args:
             age_s: of the process.
         """
-        if age_s < self._after_s.setdefault(worker.pid, _FIRST_LOOK_S):
+        if age_s < self._after_s.setdefault(process.pid, _FIRST_LOOK_S):
             return
-        self._after_s[worker.pid] *= 2
-        if found := diagnosis(worker):
-            self._after_s[worker.pid] = float("inf")
+        self._after_s[process.pid] *= 2
+        if found := diagnosis(process):
+            self._after_s[process.pid] = float("inf")
             cause, cure = found
             if cure not in self._told:
                 self._told.add(cure)

@@ -60,9 +60,9 @@ class EndedWorkers:
             each.place.cancel_timer()
         with self._selection.together() as order:  # the guard has none of their sockets
             leaving = sorted(ends, key=lambda each: order.get(each.place.slot, len(order)))
-            self._removal.remove_all((each, each.worker.left_behind) for each in leaving)
+            self._removal.remove_all((each, each.process.left_behind) for each in leaving)
         for each in ends:
-            self._take_one(each.place, each.worker, each.status)
+            self._take_one(each.place, each.process, each.status)
 
     def _take_one(self, place: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
         if gone.left_behind:

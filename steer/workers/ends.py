@@ -54,7 +54,7 @@ class End(msgspec.Struct, eq=False):
     """
 
     place: WorkerHandle
-    worker: WorkerProcess
+    process: WorkerProcess
     others: Sequence[int] = ()
     not_before_s: float = 0.0
     look_s: float = 0.0
@@ -98,19 +98,19 @@ class Ends:
         self._step_due: Handle | None = None
         self._tick_due: Handle | None = None
 
-    def watch(self, place: WorkerHandle, worker: WorkerProcess) -> None:
+    def watch(self, place: WorkerHandle, process: WorkerProcess) -> None:
         """Notice its end, whenever that comes."""
-        self._groups.add(worker.pid)
-        worker.watch(self._loop, partial(self._first_has_ended, End(place, worker)))
+        self._groups.add(process.pid)
+        process.watch(self._loop, partial(self._first_has_ended, End(place, process)))
 
-    def forget(self, worker: WorkerProcess) -> None:
+    def forget(self, process: WorkerProcess) -> None:
         """Somebody else ends it."""
-        self._groups.discard(worker.pid)
+        self._groups.discard(process.pid)
 
-    def kill(self, worker: WorkerProcess) -> None:
+    def kill(self, process: WorkerProcess) -> None:
         """Kill all of its processes; those that have left its group are looked for in a moment."""
-        worker.kill_group()
-        self._killed.append(worker)
+        process.kill_group()
+        self._killed.append(process)
         self._step_soon()
 
     def reaped(self, pids: Iterable[int]) -> None:
@@ -151,22 +151,22 @@ class Ends:
             self._step_soon()
         self._retry.until_done(act, step)
 
-    def _kill_others(self, workers: Sequence[WorkerProcess]) -> None:
-        there = [each for each in workers if each.is_open]
+    def _kill_others(self, gone: Sequence[WorkerProcess]) -> None:
+        there = [each for each in gone if each.is_open]
         for pids in self._others(there):
             family.send(signal.SIGKILL, pids)
 
     def _see(self, ends: Sequence[End]) -> None:
-        there = [each for each in ends if each.worker.is_open and each not in self._waiting]
+        there = [each for each in ends if each.process.is_open and each not in self._waiting]
         try:
-            found = self._others([each.worker for each in there])
+            found = self._others([each.process for each in there])
         except OSError:
             # Once they were killed nobody waits for what cannot be seen.
-            killed = [each for each in there if each.worker.is_killed]
+            killed = [each for each in there if each.process.is_killed]
             self._decide(killed, [[] for _ in killed])
             if len(killed) == len(there):
                 return
-            self._lose(each for each in there if not each.worker.is_killed)
+            self._lose(each for each in there if not each.process.is_killed)
             raise
         self._decide(there, found)
 
@@ -175,11 +175,11 @@ class Ends:
         over: list[End] = []
         look_s = self._loop.time() + _LOOK_AGAIN_S
         for end, others in zip(ends, found, strict=True):
-            end.worker.tell_others(others)
-            if end.worker.told and others:
+            end.process.tell_others(others)
+            if end.process.told and others:
                 self._wait(end, others, look_s, look_s)
             else:
-                end.worker.left_behind = others
+                end.process.left_behind = others
                 over.append(end)
         self._end(over)
         self._tick_soon()
@@ -189,24 +189,24 @@ class Ends:
         there = [each for each in dict.fromkeys(ends) if each in self._waiting]
         began_s = time.monotonic()
         try:
-            found = self._others([each.worker for each in there])
+            found = self._others([each.process for each in there])
         except OSError:
-            if not all(each.worker.is_killed for each in there):
+            if not all(each.process.is_killed for each in there):
                 raise
             found = [[] for _ in there]
         took_s = (time.monotonic() - began_s) / max(1, len(there))
         now_s = self._loop.time()
         for end, others in zip(there, found, strict=True):
             not_before_s = now_s + look_again_s(took_s)
-            seldom_s = now_s + _SELDOM_S if end.worker.family.is_child else not_before_s
+            seldom_s = now_s + _SELDOM_S if end.process.family.is_child else not_before_s
             self._wait(end, others, not_before_s, max(not_before_s, seldom_s))
         self._lose(end for end in there if end.others)
         self._end([end for end in there if not end.others])
         self._tick_soon()
 
-    def _others(self, workers: Sequence[WorkerProcess]) -> list[list[int]]:
+    def _others(self, gone: Sequence[WorkerProcess]) -> list[list[int]]:
         began_s = self._loop.time()
-        found = self._find([each.family for each in workers], self._groups)
+        found = self._find([each.family for each in gone], self._groups)
         now_s = self._loop.time()
         self._rest_until_s = now_s + min(_REST_MOST_S, _REST * (now_s - began_s))
         return found
@@ -231,13 +231,13 @@ class Ends:
 
     def _end(self, ends: Sequence[End]) -> None:
         if ends:
-            tell = partial(self._tell_before, [each.worker for each in ends])
+            tell = partial(self._tell_before, [each.process for each in ends])
             self._retry.attempt("let go of workers", tell)
         for end in ends:
             self._forget(end)
-            self._groups.discard(end.worker.pid)
+            self._groups.discard(end.process.pid)
             act, unknown = f"see the end of worker {end.place.slot}", None
-            end.status = self._retry.result(act, end.worker.let_go, unknown)
+            end.status = self._retry.result(act, end.process.let_go, unknown)
         if ends:
             self._tell_ended(ends)
 

@@ -79,7 +79,7 @@ class GuardEntries:
             held = self._selection.steering.held(place.slot)
             place.process.keep(value, held, look)
 
-    def drop(self, workers: Iterable[WorkerProcess]) -> None:
+    def drop(self, processes: Iterable[WorkerProcess]) -> None:
         """These have ended. One message for all: a thousand would take the guard longer than
         everything else."""
-        self._guard.drop(*(each.key for each in workers))
+        self._guard.drop(*(each.key for each in processes))

@@ -239,6 +239,6 @@ class WorkerHandle(msgspec.Struct, eq=False):
             self.drain = None
 
 
-def waits(worker: WorkerProcess) -> Seen:
+def waits(process: WorkerProcess) -> Seen:
     """Whether it waits on its sockets."""
-    return waits_on(worker.pid, worker.inodes)
+    return waits_on(process.pid, process.inodes)

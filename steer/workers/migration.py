@@ -70,7 +70,7 @@ class QueueMigration:
 
     @contextmanager
     def _lent(
-        self, place: WorkerHandle, worker: WorkerProcess
+        self, place: WorkerHandle, process: WorkerProcess
     ) -> Iterator[Mapping[int, socket.socket]]:
         """The worker's sockets by bind, for a moment: duplicates of those that the backend holds,
         or else borrowed ones.
@@ -84,4 +84,4 @@ class QueueMigration:
                 ours = map(reuseport.duplicate, held)
                 yield {at: stack.enter_context(sock) for at, sock in enumerate(ours)}
             else:
-                yield stack.enter_context(worker.sockets())
+                yield stack.enter_context(process.sockets())

@@ -62,7 +62,7 @@ class Notifications:
         self, lineage: Sequence[int], message: Mapping[str, str]
     ) -> Collection[WorkerHandle]:
         """The worker whose process sent it. If the sender's parent has ended, the sender is a
-        child of ours and comes from some worker: from the one that is starting if there is only
+        child of ours and comes from some process: from the one that is starting if there is only
         one.
 
         Returns:
@@ -81,7 +81,7 @@ class Notifications:
         return starting.values() if is_one else []
 
     def _hear(
-        self, place: WorkerHandle, worker: WorkerProcess, sender: int, message: Mapping[str, str]
+        self, place: WorkerHandle, process: WorkerProcess, sender: int, message: Mapping[str, str]
     ) -> None:
         place.hear(message, self._clock.now_s())
         if place.asks_to_be_taken_for_hung:
@@ -90,9 +90,9 @@ class Notifications:
             self._report(place, Event.DRAIN)
         if message.get("READY") == "1" and place.state is State.STARTING:
             place.says_ready = True
-            arguments = processes.arguments(sender) or worker.launch.service.command
+            arguments = processes.arguments(sender) or process.launch.service.command
             too_early = servers.says_ready_early(arguments)
-            if not too_early or waits(worker) is Seen.YES:
+            if not too_early or waits(process) is Seen.YES:
                 self._report(place, Event.READY)
 
 

@@ -53,7 +53,7 @@ class Running(msgspec.Struct, frozen=True):
 def bound(launch: Launch) -> Iterator[Sequence[socket.socket]]:
     """The sockets of a new worker, one for each bind; over TCP they listen. Closed at the end.
 
-    Made by whoever forks it, one worker after the other: so it is known in which order they
+    Made by whoever forks it, one process after the other: so it is known in which order they
     join their groups, and nobody waits to be told.
 
     Raises:
@@ -102,7 +102,7 @@ def fork_all(
     return made
 
 
-def begin_all(workers: Sequence[WorkerProcess], guard: GuardClient) -> None:
+def begin_all(started: Sequence[WorkerProcess], guard: GuardClient) -> None:
     """Have the guard know of them, and only then have them go on.
 
     Raises:
@@ -110,11 +110,11 @@ def begin_all(workers: Sequence[WorkerProcess], guard: GuardClient) -> None:
     """
     try:
         with guard.together():
-            for one in workers:
+            for one in started:
                 one.keep(b"")
     except OSError as error:
         raise fork.fork_error(error) from None
-    for one in workers:
+    for one in started:
         one.go_on()
 
 

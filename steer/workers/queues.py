@@ -44,7 +44,9 @@ class Queues:
         self._tables: dict[tuple[str, int, int], tuple[float, float, Table]] = {}
         self._may_ask = True
 
-    def of(self, worker: WorkerProcess, after_s: float = -math.inf) -> Mapping[int, Waiting] | None:
+    def of(
+        self, process: WorkerProcess, after_s: float = -math.inf
+    ) -> Mapping[int, Waiting] | None:
         """By bind, of those sockets of a worker that listen; None where it cannot be seen.
 
         Args:
@@ -52,11 +54,11 @@ class Queues:
         """
         if self._may_ask:
             try:
-                return self._by_port(worker, after_s)
+                return self._by_port(process, after_s)
             except KernelError as error:
                 self._may_ask = error.errno not in _LASTING
         try:
-            with worker.sockets() as owned:
+            with process.sockets() as owned:
                 return {at: listeners.waiting(sock) for at, sock in owned.items()}
         except KernelError:
             return None
@@ -83,10 +85,10 @@ class Queues:
         taken._may_ask = self._may_ask
         return taken
 
-    def _by_port(self, worker: WorkerProcess, after_s: float) -> Mapping[int, Waiting]:
+    def _by_port(self, process: WorkerProcess, after_s: float) -> Mapping[int, Waiting]:
         found = {}
-        for at, bind in enumerate(worker.launch.binds[: len(worker.bound)]):
-            waiting = self._at(bind, after_s).get(worker.bound[at])
+        for at, bind in enumerate(process.launch.binds[: len(process.bound)]):
+            waiting = self._at(bind, after_s).get(process.bound[at])
             if waiting is not None:
                 found[at] = waiting
         return found

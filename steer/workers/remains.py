@@ -73,9 +73,9 @@ class Remains:
             yield LOOK_S
         return True
 
-    def migrate_late(self, place: WorkerHandle, worker: WorkerProcess) -> None:
+    def migrate_late(self, place: WorkerHandle, process: WorkerProcess) -> None:
         """Migrate what waits for it by now, if anything does or that cannot be seen."""
-        queues = self._queues.of(worker)
+        queues = self._queues.of(process)
         if queues is None or any(each.queued for each in queues.values()):
             self._migration.migrate(place)
 

@@ -64,7 +64,7 @@ class Shutdown:
         self._guard.give_up()
         is_held = self._selection.steering.held
         there = (place.process for place in self._places if is_held(place.slot))
-        self._guard.let_go(*(worker.key for worker in there if worker))
+        self._guard.let_go(*(process.key for process in there if process))
 
     def take_leftovers(self, pids: Iterable[int]) -> None:
         """Kill these processes that a worker left behind, unless they end soon by themselves."""

@@ -50,7 +50,7 @@ class SocketRemoval:
             self._selection.end(serving)
         for end, left in ends:
             place, find = end.place, partial(self._strays, end, left, look)
-            found = self._retry.result(_act(place), find, nobody) if end.worker.bound else nobody
+            found = self._retry.result(_act(place), find, nobody) if end.process.bound else nobody
             if not self.remove(place):
                 self._selection.flip_soon()  # that does the rest
             if found:
@@ -59,7 +59,7 @@ class SocketRemoval:
     def _strays(self, end: End, left: Sequence[int], look: strays.Look) -> list[strays.Stray]:
         """Who still has sockets of it. Where the backend holds a duplicate, that is shut down in
         any case."""
-        place, bound = end.place, end.worker.bound
+        place, bound = end.place, end.process.bound
         is_held = bool(self._selection.steering.held(place.slot))
         everywhere = not self._shutdown.has_begun and not is_held
         everywhere = everywhere and (end.is_lost or self._may_be_open(place))

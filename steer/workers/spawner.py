@@ -10,7 +10,7 @@ from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
 from steer.linux import family
 from steer.sockets import reuseport
-from steer.workers import process
+from steer.workers import process as worker_process
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle
 from steer.workers.process import Running, WorkerProcess
@@ -58,27 +58,27 @@ class Spawner:
             with self._selection.together():
                 for place, launch in zip(places, launches, strict=True):
                     place.starts += 1
-                    own = stack.enter_context(process.bound(launch))
+                    own = stack.enter_context(worker_process.bound(launch))
                     # Before the fork: it may end at once, and shut its listeners down.
                     self._selection.joined(place.slot, reuseport.duplicates(own))
                     owned.append(own)
-            workers = process.fork_all(launches, self._guard, owned)
-        for place, worker in zip(places, workers, strict=True):
-            self._give(place, worker)
-        process.begin_all(workers, self._guard)
+            started = worker_process.fork_all(launches, self._guard, owned)
+        for place, process in zip(places, started, strict=True):
+            self._give(place, process)
+        worker_process.begin_all(started, self._guard)
         self._entries.save(places, look=False)
-        return workers
+        return started
 
     def adopt(self, place: WorkerHandle, saved: Running, entry: Entry) -> None:
         """Give the worker the process that it had under another controller, unless that has
         ended."""
-        worker = WorkerProcess.adopted(self._launch(place), self._guard, saved, entry)
-        if worker is not None:
-            self._give(place, worker)
+        process = WorkerProcess.adopted(self._launch(place), self._guard, saved, entry)
+        if process is not None:
+            self._give(place, process)
 
-    def _give(self, place: WorkerHandle, worker: WorkerProcess) -> None:
-        place.process = worker
-        self._by_pid[worker.pid] = place
+    def _give(self, place: WorkerHandle, process: WorkerProcess) -> None:
+        place.process = process
+        self._by_pid[process.pid] = place
 
     def kill_all(self) -> None:
         """Leave no process of a worker, whatever happened."""

@@ -79,10 +79,10 @@ class Starter:
         began_s = time.monotonic()
         try:
             with self._retry.spare.lent():
-                workers = self._spawner.spawn(places)
+                started = self._spawner.spawn(places)
                 self._queue.began(places)
-                for place, worker in zip(places, workers, strict=True):
-                    self._watcher.watch(place, worker)
+                for place, process in zip(places, started, strict=True):
+                    self._watcher.watch(place, process)
             self._lot.took(time.monotonic() - began_s)
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
             for place in places:

@@ -95,8 +95,8 @@ class Startup:
 
     def _one_that_listens_elsewhere(self) -> tuple[WorkerHandle, WorkerProcess] | None:
         if self._elsewhere is not None:
-            place, worker = self._elsewhere
-            if place.process is worker and place.state is State.STARTING:
+            place, process = self._elsewhere
+            if place.process is process and place.state is State.STARTING:
                 return self._elsewhere
         starting = (each for each in self._places if each.state is State.STARTING)
         there = ((place, place.process) for place in starting if place.process)

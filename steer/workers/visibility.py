@@ -55,11 +55,11 @@ class Visibility:
         self._log = log
         self.notes: dict[str, str] = {}
 
-    def refused(self, what: str, worker: WorkerProcess) -> None:
+    def refused(self, what: str, process: WorkerProcess) -> None:
         """WAITS, QUEUES or BORROW could not be had of this worker."""
         if what in self.notes:
             return
-        found = access.access(worker.pid, worker.inodes)
+        found = access.access(process.pid, process.inodes)
         refusal = found.look if what == WAITS else found.borrow or found.look
         if refusal is None:  # it may have ended meanwhile
             return

@@ -48,9 +48,9 @@ class WorkerSockets:
         found: Sockets = {}
         locked: Sockets = {}
         with ExitStack() as lent:
-            for worker in [place.process for place in by_use if place.process]:
-                if len(found) < len(worker.bound):
-                    theirs = lent.enter_context(worker.sockets())
+            for process in [place.process for place in by_use if place.process]:
+                if len(found) < len(process.bound):
+                    theirs = lent.enter_context(process.sockets())
                     free = {at: each for at, each in theirs.items() if not _is_locked(each)}
                     found, locked = {**free, **found}, {**theirs, **locked}
             yield {**locked, **found}
