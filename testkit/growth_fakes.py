@@ -318,10 +318,10 @@ class FakeService:
         self.changes = Rollout(self.pool, lambda *_: None, Turns())
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def _launch(self, place: WorkerHandle) -> object:
-        service = place.generation.plan.service
+    def _launch(self, worker: WorkerHandle) -> object:
+        service = worker.generation.plan.service
         return SimpleNamespace(
-            service=service, binds=(), anchored=(), slot=place.slot, modest=False
+            service=service, binds=(), anchored=(), slot=worker.slot, modest=False
         )
 
     def fork_all(
@@ -346,10 +346,10 @@ class FakeService:
         while len(self.ready(len(self.plan.seats))) < len(self.plan.seats):
             await rest()
 
-    def _drain(self, place: WorkerHandle) -> Any:
+    def _drain(self, worker: WorkerHandle) -> Any:
         """Nothing waits for it: see `Drainer.begin`."""
         assert self._loop
-        return self._loop.call_soon(self.pool.report, place, Event.DRAINED)
+        return self._loop.call_soon(self.pool.report, worker, Event.DRAINED)
 
     @contextmanager
     def counted(self, steps: bool = True) -> Iterator[Cost]:
@@ -360,12 +360,12 @@ class FakeService:
 
     def ready(self, workers: int = 1) -> list[WorkerHandle]:
         """The first that serve."""
-        return [place for place in self.pool.places if place.serves][:workers]
+        return [worker for worker in self.pool.workers if worker.serves][:workers]
 
 
-def pid_of(place: WorkerHandle) -> int:
-    assert place.process
-    return place.process.pid
+def pid_of(worker: WorkerHandle) -> int:
+    assert worker.process
+    return worker.process.pid
 
 
 def plan_for(workers: int, policy_name: str = "random", **keys: Any) -> Plan:

@@ -55,8 +55,8 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     service.start_guard()
     service.make_pool(in_force, backend)
     service.pool.adopt(generations, left.service.admitted, left.workers, left.steering)
-    for place in service.pool.places:
-        service.keep_generation(place.generation)
+    for worker in service.pool.workers:
+        service.keep_generation(worker.generation)
     service.keep(in_force)
     service.early += service.listener.read(mailbox.letters(left.mailbox.value))
     remove_pid = service.write_pid()
@@ -68,7 +68,7 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     undo.callback(service.listener.close)
     undo.callback(service.guard.close)
     undo.callback(service.pool.abandon)
-    living = sum(place.process is not None for place in service.pool.places)
+    living = sum(worker.process is not None for worker in service.pool.workers)
     service.log.info("adopted %s", plural(living, "worker"))
 
 

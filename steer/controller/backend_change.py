@@ -33,10 +33,10 @@ def move_to(pool: WorkerPool, plan: Plan) -> None:
 
 def _see_that_all_serve(pool: WorkerPool, plan: Plan) -> None:
     """Raises ControlError: the kernel's own hash would select a worker that is to get nothing."""
-    for place in pool.places:
-        if place.state in (State.DRAINING, State.HUNG):
+    for worker in pool.workers:
+        if worker.state in (State.DRAINING, State.HUNG):
             raise ControlError(
                 f"change the policy of {plan.name} to {plan.policy.name}",
-                f"worker {place.slot} is {place.state.value}, and nothing would keep it so",
+                f"worker {worker.slot} is {worker.state.value}, and nothing would keep it so",
                 "see `steer undrain` and `steer restart`",
             )

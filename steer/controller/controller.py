@@ -138,21 +138,21 @@ class Controller:
         self.log.configure(self.plan.service.log_level, form)
         self.log.warning("%s", words)
 
-    def _launch(self, place: WorkerHandle) -> Launch:
+    def _launch(self, worker: WorkerHandle) -> Launch:
         if self.pool.is_watched:
             self.follow_cpus()
-        plan = place.generation.plan
+        plan = worker.generation.plan
         return Launch(
             plan.service,
             plan.name,
             plan.binds,
-            place.seat,
-            place.slot,
-            place.generation.number,
+            worker.seat,
+            worker.slot,
+            worker.generation.number,
             identity.identity(plan.service.user, plan.service.group),
             self.listener.address,
             self.file_limit.inherited,
-            self._may_renice and place.modest,
+            self._may_renice and worker.modest,
             frozenset(self.backend.anchors),
         )
 
@@ -169,7 +169,7 @@ class Controller:
         self.keep_generation(generation)
         self._keep_service(in_force)
         used = {generation.number, in_force}
-        used.update(place.generation.number for place in self.pool.places)
+        used.update(worker.generation.number for worker in self.pool.workers)
         persisted.drop_generations(self.guard, used)
 
     def keep_generation(self, generation: Generation) -> None:
@@ -264,9 +264,9 @@ class Controller:
         """
         self.file_limit.put_back()
         self.pool.save()
-        for place in self.pool.places:
-            if place.process:
-                place.process.pass_rest_on()
+        for worker in self.pool.workers:
+            if worker.process:
+                worker.process.pass_rest_on()
         output.stderr.finish(LAST_LINES_S)
         try:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

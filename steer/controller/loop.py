@@ -49,7 +49,7 @@ def supervise(started: Controller) -> bool:
         AppLoadError: the application cannot be loaded.
         WorkersFailed: all workers failed before any was ready.
     """
-    garbage = Garbage(lambda: len(started.pool.places))
+    garbage = Garbage(lambda: len(started.pool.workers))
 
     async def run(delays: Delays, child_ends: ChildEnds) -> bool:
         loop = asyncio.get_running_loop()
@@ -159,7 +159,7 @@ class ControllerLoop:
         Raises:
             BindError
         """
-        processes = [place.process for place in self._pool.places if place.process]
+        processes = [worker.process for worker in self._pool.workers if worker.process]
         own = self._service.backend.own_sockets
         inodes = frozenset(os.fstat(sock.fileno()).st_ino for sock in own)
         ours = inodes.union(*(each.inodes for each in processes))
@@ -210,20 +210,20 @@ class ControllerLoop:
     def _hear_all(self) -> None:
         self._service.listener.hear_all(self._notified)
 
-    def _changed(self, place: WorkerHandle) -> None:
-        self._health.changed(place)
-        self._groups.changed(place)
-        self._splits.changed(place)
+    def _changed(self, worker: WorkerHandle) -> None:
+        self._health.changed(worker)
+        self._groups.changed(worker)
+        self._splits.changed(worker)
 
-    def _replace_hung(self, place: WorkerHandle) -> None:
-        self._replace(place, lambda each: each.hangs)
+    def _replace_hung(self, worker: WorkerHandle) -> None:
+        self._replace(worker, lambda each: each.hangs)
 
-    def _replace_for_its_sockets(self, place: WorkerHandle) -> None:
-        self._replace(place, lambda each: each.is_in_service)
+    def _replace_for_its_sockets(self, worker: WorkerHandle) -> None:
+        self._replace(worker, lambda each: each.is_in_service)
 
-    def _replace(self, place: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
-        change = partial(self._rollout.replace, place, is_due)
-        self._tasks.begin(f"replace worker {place.slot}", change)
+    def _replace(self, worker: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
+        change = partial(self._rollout.replace, worker, is_due)
+        self._tasks.begin(f"replace worker {worker.slot}", change)
 
     def _renew_all(self, number: int) -> asyncio.Task[None]:
         act = f"replace all workers of {self._service.plan.name}"

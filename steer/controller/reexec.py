@@ -47,7 +47,7 @@ class Reexec:
         """Raises ControlError: not now."""
         if not self._service.plan.service.adopt_timeout:
             raise ControlError(act, "workers would end with us", "see --adopt-timeout")
-        has_workers = any(each.process for each in self._service.pool.places)
+        has_workers = any(each.process for each in self._service.pool.workers)
         if not self._state.is_running or not has_workers:
             raise ControlError(act, "no worker would be there meanwhile")
         if not self._service.guard.expect_back():

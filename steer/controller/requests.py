@@ -107,24 +107,24 @@ class Requests:
         return Scaled(workers, _since(began_s))
 
     async def drain(self, request: Request, _tell: Tell) -> Answer:
-        place = self._worker(request, "drain", State.READY)
+        worker = self._worker(request, "drain", State.READY)
         if self._service.backend.backend == KERNEL:
             raise ControlError(
-                f"drain worker {place.slot}",
+                f"drain worker {worker.slot}",
                 "the kernel's own hash leaves nobody out",
                 "use ebpf or cbpf, see `steer doctor`",
             )
-        if not any(each.serves for each in self._pool.places if each is not place):
+        if not any(each.serves for each in self._pool.workers if each is not worker):
             raise ControlError(
-                f"drain worker {place.slot}", "no other is ready", "start one, or `steer stop`"
+                f"drain worker {worker.slot}", "no other is ready", "start one, or `steer stop`"
             )
-        await self._changes.drain(place)
-        return Drained(place.slot)
+        await self._changes.drain(worker)
+        return Drained(worker.slot)
 
     async def undrain(self, request: Request, _tell: Tell) -> Answer:
-        place = self._worker(request, "undrain", State.DRAINING)
-        await self._changes.undrain(place)
-        return Drained(place.slot)
+        worker = self._worker(request, "undrain", State.DRAINING)
+        await self._changes.undrain(worker)
+        return Drained(worker.slot)
 
     async def restart(self, request: Request, tell: Tell) -> Answer:
         began_s = time.monotonic()
@@ -149,10 +149,10 @@ class Requests:
             ControlError: there is none, or it is in another state than those allowed.
         """
         slot = request.get("slot")
-        there_are = {place.slot: place for place in self._pool.places}
+        there_are = {worker.slot: worker for worker in self._pool.workers}
         found = there_are.get(slot) if type(slot) is int else None
         if found is None:
-            there = ", ".join(str(place.slot) for place in self._pool.places)
+            there = ", ".join(str(worker.slot) for worker in self._pool.workers)
             raise ControlError(f"{act} worker {shown(slot)}", "no such slot", f"there are: {there}")
         if status.shown(found) not in allowed:
             states = " or ".join(state.value for state in allowed)

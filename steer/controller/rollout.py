@@ -56,7 +56,7 @@ class Rollout:
             ControlError: the service ends, or there is no room for them.
         """
         generation = Generation(self._pool.generation.number + 1, plan)
-        old = list(self._pool.places)
+        old = list(self._pool.workers)
         await self._replace_all(plan.seats, generation, old, tell)
         return generation
 
@@ -71,59 +71,59 @@ class Rollout:
         """
         generation = Generation(self._pool.generation.number, plan)
         wanted = frozenset(plan.seats)
-        there = [place for place in self._pool.places if not place.is_on_its_way_out]
-        staying = [place for place in there if place.seat in wanted]
+        there = [worker for worker in self._pool.workers if not worker.is_on_its_way_out]
+        staying = [worker for worker in there if worker.seat in wanted]
         if any(map(_serves, there)) and not any(map(_serves, staying)):
             staying = []
-        seats = {place.seat for place in staying}
+        seats = {worker.seat for worker in staying}
         new = [seat for seat in plan.seats if seat not in seats]
-        surplus = [place for place in there if place.seat not in seats]
+        surplus = [worker for worker in there if worker.seat not in seats]
         await self._replace_all(new, generation, surplus, tell)
 
-    async def restart(self, place: WorkerHandle, tell: Tell) -> WorkerHandle:
+    async def restart(self, worker: WorkerHandle, tell: Tell) -> WorkerHandle:
         """Replace a worker; the result has the same CPUs and weight.
 
         Raises:
             As `renew`.
         """
-        (fresh,) = await self._replace_all([place.seat], self._pool.generation, [place], tell)
+        (fresh,) = await self._replace_all([worker.seat], self._pool.generation, [worker], tell)
         return fresh
 
-    async def replace(self, place: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
+    async def replace(self, worker: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
         """Start another worker for one that is hung or has lost its sockets.
 
         Args:
             is_due: whether that is still so: the worker may recover first, or exit.
         """
-        async with self.turns.turn(f"replace worker {place.slot}"):
-            if not is_due(place):
+        async with self.turns.turn(f"replace worker {worker.slot}"):
+            if not is_due(worker):
                 return
-            seat = place.seat
+            seat = worker.seat
             fresh = await self._start([seat], self._pool.generation, unheard, modest=False)
-            if is_due(place):
+            if is_due(worker):
                 self._pool.activate(fresh)
                 self._keep(self._pool.generation, self._pool.generation)
-                self._pool.report(place, Event.RETIRE)
+                self._pool.report(worker, Event.RETIRE)
             else:
                 self._retire(fresh)
 
-    async def drain(self, place: WorkerHandle) -> None:
+    async def drain(self, worker: WorkerHandle) -> None:
         """Send a worker nothing new, and wait until its accept queues are empty.
 
         Raises:
             ControlError: they are not, as the worker does not accept.
         """
-        self._pool.report(place, Event.DRAIN)
+        self._pool.report(worker, Event.DRAIN)
         limit_s = self._pool.generation.plan.service.graceful_timeout
-        if not await until_empty(self._pool.selection, self._pool.remains, place, limit_s):
+        if not await until_empty(self._pool.selection, self._pool.remains, worker, limit_s):
             raise ControlError(
-                f"drain worker {place.slot}",
+                f"drain worker {worker.slot}",
                 f"it gets nothing new, but has not taken what waits for it in {limit_s:g} s",
                 "see `steer restart`",
             )
 
-    async def undrain(self, place: WorkerHandle) -> None:
-        self._pool.report(place, Event.UNDRAIN)
+    async def undrain(self, worker: WorkerHandle) -> None:
+        self._pool.report(worker, Event.UNDRAIN)
         await self._pool.selection.flipped()
 
     async def _replace_all(
@@ -152,7 +152,7 @@ class Rollout:
     def _as_before(self) -> str:
         """In words, what runs after a change that has failed."""
         number = self._pool.generation.number
-        if any(place.is_in_service for place in self._pool.places):
+        if any(worker.is_in_service for worker in self._pool.workers):
             return f"nothing has changed: generation {number} serves on"
         return f"nothing has changed: generation {number} goes on, and no worker of it is ready"
 
@@ -170,37 +170,37 @@ class Rollout:
             while len(fresh) < len(seats) or began_s:
                 few = seats[len(fresh) : len(fresh) + intake.room(len(began_s))]
                 if few and news.empty():
-                    places = self._pool.start_held(few, generation, modest, news.put_nowait)
-                    fresh += places
-                    began_s |= dict.fromkeys(places, time.monotonic())
+                    workers = self._pool.start_held(few, generation, modest, news.put_nowait)
+                    fresh += workers
+                    began_s |= dict.fromkeys(workers, time.monotonic())
                     await asyncio.sleep(0)  # to start some takes long enough
                 else:
-                    place = await news.get()
-                    _see_that_it_stayed(place)
-                    intake.took(time.monotonic() - began_s.pop(place))
+                    worker = await news.get()
+                    _see_that_it_stayed(worker)
+                    intake.took(time.monotonic() - began_s.pop(worker))
                     tell("ready", len(fresh) - len(began_s), len(seats))
-            for place in fresh:
-                _see_that_it_stayed(place)
+            for worker in fresh:
+                _see_that_it_stayed(worker)
         except BaseException:
             self._retire(fresh)
             raise
         return fresh
 
     def _retire(self, fresh: Sequence[WorkerHandle]) -> None:
-        for place in fresh:
-            self._pool.report(place, Event.RETIRE)
+        for worker in fresh:
+            self._pool.report(worker, Event.RETIRE)
 
 
-def _see_that_it_stayed(place: WorkerHandle) -> None:
+def _see_that_it_stayed(worker: WorkerHandle) -> None:
     """It may have failed, or been ready and ended since.
 
     Raises:
         SteerError: as it failed with.
         WorkersFailed
     """
-    if place.state not in (State.STARTING, State.READY):
-        raise place.error or WorkersFailed("start workers", f"one is {place.state.value}")
+    if worker.state not in (State.STARTING, State.READY):
+        raise worker.error or WorkersFailed("start workers", f"one is {worker.state.value}")
 
 
-def _serves(place: WorkerHandle) -> bool:
-    return place.serves
+def _serves(worker: WorkerHandle) -> bool:
+    return worker.serves

@@ -53,7 +53,7 @@ async def report_of(
         notes=[
             *backend.notes,
             *service.pool.visibility.notes.values(),
-            *_left_out(service.pool.places, backend.backend == KERNEL),
+            *_left_out(service.pool.workers, backend.backend == KERNEL),
             *service.pool.group_notes.values(),
             *map(str, anchors.notes(plan.binds, backend.anchors)),
         ],
@@ -73,34 +73,34 @@ async def _workers(
 ) -> tuple[list[schema.Worker], Mapping[int, Counts]]:
     """Each worker, and what was counted by slot."""
     queues, workers, counted = pool.queues.at_one_moment(), [], {}
-    there = list(pool.places)
+    there = list(pool.workers)
     for first in range(0, len(there), _AT_ONCE):
         if first:
             await asyncio.sleep(0)
         # What waits is asked of the kernel by a socket, or looked for in /proc.
         with pool.retry.spare.lent():
-            for place in there[first : first + _AT_ONCE]:
-                if place not in pool.places:
+            for worker in there[first : first + _AT_ONCE]:
+                if worker not in pool.workers:
                     continue  # it has left since
-                counts = backend.counts(place.slot)
+                counts = backend.counts(worker.slot)
                 if counts is not None:
-                    counted[place.slot] = counts
-                workers.append(_worker(place, backend, queues, counts))
+                    counted[worker.slot] = counts
+                workers.append(_worker(worker, backend, queues, counts))
     return workers, counted
 
 
-def _left_out(places: Collection[WorkerHandle], still_chosen: bool) -> list[str]:
+def _left_out(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str]:
     """What it means for connections that there are workers that take none.
 
     Args:
         still_chosen: whether such a worker cannot be left out.
     """
-    hung = [place.slot for place in places if place.process and place.hangs]
-    full = [place.slot for place in places if place.full]
+    hung = [worker.slot for worker in workers if worker.process and worker.hangs]
+    full = [worker.slot for worker in workers if worker.full]
     notes = []
     if hung and still_chosen:
         notes.append(f"hung: {several('worker', hung)}; {CHOSEN_ALL_THE_SAME}")
-    if full and all(place.full for place in places if place.is_in_service):
+    if full and all(worker.full for worker in workers if worker.is_in_service):
         notes.append("at capacity: every worker; connections wait until one takes them")
     elif full:
         then = CHOSEN_ALL_THE_SAME if still_chosen else "others get what comes"
@@ -108,44 +108,44 @@ def _left_out(places: Collection[WorkerHandle], still_chosen: bool) -> list[str]
     return notes
 
 
-def shown(place: WorkerHandle) -> State:
+def shown(worker: WorkerHandle) -> State:
     """One that is ready, but comes together with others that are not, is not chosen yet; one
     that goes together with others is chosen no more. One that was never started has not failed,
     but waits for its turn."""
-    if place.held or not place.starts:
+    if worker.held or not worker.starts:
         return State.STARTING
-    return State.STOPPING if place.leaving else place.state
+    return State.STOPPING if worker.leaving else worker.state
 
 
 def _worker(
-    place: WorkerHandle, backend: Backend, queues: Queues, counts: Counts | None
+    worker: WorkerHandle, backend: Backend, queues: Queues, counts: Counts | None
 ) -> schema.Worker:
-    process = place.process
+    process = worker.process
     return schema.Worker(
-        slot=place.slot,
+        slot=worker.slot,
         pid=process.pid if process else None,
-        state=shown(place).value,
-        generation=place.generation.number,
-        cpus=list(place.seat.cpus),
-        weight=place.seat.weight,
-        restarts=max(0, place.starts - 1),
+        state=shown(worker).value,
+        generation=worker.generation.number,
+        cpus=list(worker.seat.cpus),
+        weight=worker.seat.weight,
+        restarts=max(0, worker.starts - 1),
         uptime_s=round(time.monotonic() - process.started_s, 3) if process else None,
         connections=schema.Connections(
             selected=counts.selected if counts else None,
-            open=backend.open(place.slot),
+            open=backend.open(worker.slot),
             migrated=counts.migrated if counts else None,
             **(_queued(process, queues) if process else {}),
         ),
         sockets=sorted(process.inodes) if process else [],
-        said=place.said or None,
-        at_capacity=place.full,
-        left_group=_left_group(place),
+        said=worker.said or None,
+        at_capacity=worker.full,
+        left_group=_left_group(worker),
     )
 
 
-def _left_group(place: WorkerHandle) -> list[str]:
-    binds = place.generation.plan.binds
-    return [f"{binds[at].label}: {each.value}" for at, each in place.left.items()]
+def _left_group(worker: WorkerHandle) -> list[str]:
+    binds = worker.generation.plan.binds
+    return [f"{binds[at].label}: {each.value}" for at, each in worker.left.items()]
 
 
 def _queued(process: WorkerProcess, queues: Queues) -> Mapping[str, int]:
@@ -172,7 +172,7 @@ def _totals(pool: WorkerPool, backend: Backend, counted: Mapping[int, Counts]) -
     unsteered = backend.unsteered()
     if unsteered is None:
         return schema.Totals()
-    now = [counted[place.slot] for place in pool.places if place.slot in counted]
+    now = [counted[worker.slot] for worker in pool.workers if worker.slot in counted]
     counts = sum(now, pool.selection.retired)
     return schema.Totals(
         selected=counts.selected,

@@ -8,10 +8,10 @@ from steer.workers.handle import WorkerHandle
 from steer.workers.pool import WorkerPool
 
 
-def set_full(pool: WorkerPool, place: WorkerHandle, is_full: bool) -> None:
-    place.full = is_full
+def set_full(pool: WorkerPool, worker: WorkerHandle, is_full: bool) -> None:
+    worker.full = is_full
     pool.log.info(
-        "worker %d %s", place.slot, "is at capacity" if is_full else "takes connections again"
+        "worker %d %s", worker.slot, "is at capacity" if is_full else "takes connections again"
     )
 
 
@@ -22,15 +22,15 @@ def shed(pool: WorkerPool, watched: Iterable[WorkerHandle]) -> None:
     Args:
         watched: has all that are at capacity, or were.
     """
-    if not any(place.full or place.shed for place in watched):
+    if not any(worker.full or worker.shed for worker in watched):
         return
-    there = [place for place in pool.places if place.is_in_service]
-    some_have_room = any(not place.full and not place.queued for place in there)
-    all_are_full = all(place.full for place in there)
-    for place in there:
-        if place.full and not place.shed and some_have_room:
-            pool.migration.shed(place, True)
-        elif place.shed and (all_are_full or not place.full):
-            pool.migration.shed(place, False)
-        elif place.shed and place.queued:
-            pool.migration.migrate(place)
+    there = [worker for worker in pool.workers if worker.is_in_service]
+    some_have_room = any(not worker.full and not worker.queued for worker in there)
+    all_are_full = all(worker.full for worker in there)
+    for worker in there:
+        if worker.full and not worker.shed and some_have_room:
+            pool.migration.shed(worker, True)
+        elif worker.shed and (all_are_full or not worker.full):
+            pool.migration.shed(worker, False)
+        elif worker.shed and worker.queued:
+            pool.migration.migrate(worker)

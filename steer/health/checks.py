@@ -81,13 +81,13 @@ class Health:
         self._due = pool.looks.add("look after workers", self._tick, _SELDOM_S)
         self.retime()
 
-    def changed(self, place: WorkerHandle) -> None:
+    def changed(self, worker: WorkerHandle) -> None:
         """A worker is in another state."""
-        if place.asks_to_be_taken_for_hung:
-            self._watch(place)
+        if worker.asks_to_be_taken_for_hung:
+            self._watch(worker)
             self._due.within(_BREAK_S)
         self._load.changed()
-        self._readiness.changed(place)
+        self._readiness.changed(worker)
 
     def retime(self) -> None:
         """The configuration may be another."""
@@ -116,9 +116,9 @@ class Health:
         if clock.stopped_s >= _TOLD_S:
             self._pool.log.warning("this controller did not run for %.1f s", clock.stopped_s)
         self._histories.clear()
-        for place in self._pool.places:
-            if math.isfinite(place.heard_s):  # else it asked to be taken for hung
-                place.heard_s = now_s
+        for worker in self._pool.workers:
+            if math.isfinite(worker.heard_s):  # else it asked to be taken for hung
+                worker.heard_s = now_s
 
     def _tick(self) -> float:
         """At those who may need it, for a while; in how many seconds to go on or to begin again."""
@@ -131,7 +131,7 @@ class Health:
             return _BREAK_S
         shed = partial(capacity.shed, self._pool, self._watched or ())
         self._retry.attempt("see who is at capacity", shed)
-        if any(place.queued and not place.hangs for place in self._watched or ()):
+        if any(worker.queued and not worker.hangs for worker in self._watched or ()):
             return min(limits_s) / _LOOKS / 4
         if self._watched or self._is_timed or self._histories:
             return min(limits_s) / _LOOKS
@@ -144,33 +144,35 @@ class Health:
 
     def _begin_looks(self) -> None:
         self._start_again_after_a_gap()
-        places, now_s = self._pool.places, self._pool.clock.now_s()
-        silent = {place for place in places if _is_silent(place, now_s)} if self._is_timed else ()
+        workers, now_s = self._pool.workers, self._pool.clock.now_s()
+        silent = (
+            {worker for worker in workers if _is_silent(worker, now_s)} if self._is_timed else ()
+        )
         if silent:
             self._hear()
         if self._watched is None:
-            suspects = set(places)
+            suspects = set(workers)
         else:
             suspects = {*silent, *self._watched, *self._who_has_any()}
-        there = [place for place in suspects if place.process]
-        self._to_look_at.extend(sorted(there, key=lambda place: place.slot))
+        there = [worker for worker in suspects if worker.process]
+        self._to_look_at.extend(sorted(there, key=lambda worker: worker.slot))
         self._watched = set()
-        self._seats_on_their_way_out = {place.seat.number for place in there if place.hung}
-        pids = {place.process.pid for place in there if place.process}
+        self._seats_on_their_way_out = {worker.seat.number for worker in there if worker.hung}
+        pids = {worker.process.pid for worker in there if worker.process}
         self._histories = {pid: each for pid, each in self._histories.items() if pid in pids}
 
     def _who_has_any(self) -> Iterable[WorkerHandle]:
         """Those with a connection, or with something that waits for them."""
         busy = self._pool.steering.busy()
-        places, now_s = self._pool.places, self._pool.clock.read_s()
-        found = [place for place in places if place.slot in busy] if busy else []
+        workers, now_s = self._pool.workers, self._pool.clock.read_s()
+        found = [worker for worker in workers if worker.slot in busy] if busy else []
         if busy is not None and now_s < self._queues_due_s:
             return found
-        after_s = max(_SELDOM_S, len(places) / _SOCKETS_PER_S)
+        after_s = max(_SELDOM_S, len(workers) / _SOCKETS_PER_S)
         self._queues_due_s = on_the_beat(now_s, after_s) - TOGETHER_S
         queues = tables(self._pool)
         if None in queues:
-            return places
+            return workers
         if unchanged(queues, self._queues) and not self._some_waited:
             return found
         self._queues = queues
@@ -180,9 +182,9 @@ class Health:
         self._some_waited = bool(waiting)
         if waiting:
             found += [
-                place
-                for place in places
-                if place.process and not waiting.isdisjoint(place.process.bound)
+                worker
+                for worker in workers
+                if worker.process and not waiting.isdisjoint(worker.process.bound)
             ]
         return found
 
@@ -190,128 +192,128 @@ class Health:
         """As long as there is time; whether that was enough for all."""
         ends_s = time.monotonic() + _LOOKING_S
         while self._to_look_at:
-            place = self._to_look_at.popleft()
-            look = partial(self._look_at, place)
-            if self._retry.result(f"look at worker {place.slot}", look, True):
-                self._watch(place)
+            worker = self._to_look_at.popleft()
+            look = partial(self._look_at, worker)
+            if self._retry.result(f"look at worker {worker.slot}", look, True):
+                self._watch(worker)
             if time.monotonic() >= ends_s:
                 break
         return not self._to_look_at
 
-    def _watch(self, place: WorkerHandle) -> None:
+    def _watch(self, worker: WorkerHandle) -> None:
         """It is looked at the next time, whatever it has."""
         if self._watched is not None:
-            self._watched.add(place)
+            self._watched.add(worker)
 
-    def _look_at(self, place: WorkerHandle) -> bool:
+    def _look_at(self, worker: WorkerHandle) -> bool:
         """Whether it is to be looked at again, whatever it has then."""
-        if place.process and place.state is State.READY:
-            self._look_at_ready(place, place.process)
-            return bool(place.queued) or place.full or place.shed or place.hangs
-        if place.process and place.hangs:
-            self._look_at_hung(place, place.process)
-        elif place.hung:
-            self._pool.migration.migrate(place)
-        return place.hangs or place.hung
+        if worker.process and worker.state is State.READY:
+            self._look_at_ready(worker, worker.process)
+            return bool(worker.queued) or worker.full or worker.shed or worker.hangs
+        if worker.process and worker.hangs:
+            self._look_at_hung(worker, worker.process)
+        elif worker.hung:
+            self._pool.migration.migrate(worker)
+        return worker.hangs or worker.hung
 
-    def _look_at_ready(self, place: WorkerHandle, process: WorkerProcess) -> None:
-        if _is_silent(place, self._pool.clock.now_s()):
-            self._take_for_hung(place, process, "missed its watchdog")
-        elif place.generation.plan.service.hang_timeout:
-            verdict = self._judge(place, process)
+    def _look_at_ready(self, worker: WorkerHandle, process: WorkerProcess) -> None:
+        if _is_silent(worker, self._pool.clock.now_s()):
+            self._take_for_hung(worker, process, "missed its watchdog")
+        elif worker.generation.plan.service.hang_timeout:
+            verdict = self._judge(worker, process)
             if verdict is Verdict.HUNG:
                 waits_in_vain = "takes no connections, and some wait"
                 unserved = "serves none of the connections that it has taken"
-                self._take_for_hung(place, process, waits_in_vain if place.queued else unserved)
-            elif place.full != (verdict is Verdict.FULL):
-                capacity.set_full(self._pool, place, verdict is Verdict.FULL)
+                self._take_for_hung(worker, process, waits_in_vain if worker.queued else unserved)
+            elif worker.full != (verdict is Verdict.FULL):
+                capacity.set_full(self._pool, worker, verdict is Verdict.FULL)
 
-    def _take_for_hung(self, place: WorkerHandle, process: WorkerProcess, why: str) -> None:
-        if not (place.is_in_service and self._others_serve(place)):
+    def _take_for_hung(self, worker: WorkerHandle, process: WorkerProcess, why: str) -> None:
+        if not (worker.is_in_service and self._others_serve(worker)):
             return
         if self._pool.steering.backend == KERNEL:
             why = f"{why}; {CHOSEN_ALL_THE_SAME}"
-        self._pool.log.warning("worker %d hangs: it %s", place.slot, why)
-        place.has_acted()
-        place.full = place.shed = place.acted = False
+        self._pool.log.warning("worker %d hangs: it %s", worker.slot, why)
+        worker.has_acted()
+        worker.full = worker.shed = worker.acted = False
         self._histories.pop(process.pid, None)
-        self._pool.report(place, Event.STUCK)
-        self._replace_if_due(place)
+        self._pool.report(worker, Event.STUCK)
+        self._replace_if_due(worker)
 
-    def _judge(self, place: WorkerHandle, process: WorkerProcess) -> Verdict:
-        now_s, open_now = self._pool.clock.now_s(), self._pool.steering.open(place.slot)
+    def _judge(self, worker: WorkerHandle, process: WorkerProcess) -> Verdict:
+        now_s, open_now = self._pool.clock.now_s(), self._pool.steering.open(worker.slot)
         history = self._histories.setdefault(
-            process.pid, History(place.generation.plan.service.hang_timeout)
+            process.pid, History(worker.generation.plan.service.hang_timeout)
         )
-        look_closer = partial(self._closer.look, place, process, open_now)
-        looks = self._looks(place, process)
-        place.queued = sum(look.queued for look in looks.values())
-        if place.full:
+        look_closer = partial(self._closer.look, worker, process, open_now)
+        looks = self._looks(worker, process)
+        worker.queued = sum(look.queued for look in looks.values())
+        if worker.full:
             # An empty queue tells nothing: others may have got what waited there.
-            has_room = self._has_room(place, process)
+            has_room = self._has_room(worker, process)
             return Verdict.FINE if has_room else history.judge_full(now_s, look_closer)
         return history.judge(now_s, looks, open_now, look_closer)
 
-    def _has_room(self, place: WorkerHandle, process: WorkerProcess) -> bool:
+    def _has_room(self, worker: WorkerHandle, process: WorkerProcess) -> bool:
         """One that was at capacity: it waits for connections, as far as can be seen."""
         seen = waits(process)
-        return seen is Seen.YES or (seen is Seen.UNKNOWN and self._is_back(place, process))
+        return seen is Seen.YES or (seen is Seen.UNKNOWN and self._is_back(worker, process))
 
-    def _looks(self, place: WorkerHandle, process: WorkerProcess) -> dict[int, Look]:
+    def _looks(self, worker: WorkerHandle, process: WorkerProcess) -> dict[int, Look]:
         found = self._pool.queues.of(process)
         if found is None:
             self._pool.visibility.refused(QUEUES, process)
             return {}
         if not any(each.queued for each in found.values()):
             return {at: Look(0) for at in found}
-        ticks = activity(process.pid, among=place.takers)
-        return {at: self._look(place, at, each, ticks) for at, each in found.items()}
+        ticks = activity(process.pid, among=worker.takers)
+        return {at: self._look(worker, at, each, ticks) for at, each in found.items()}
 
-    def _look(self, place: WorkerHandle, at: int, found: listeners.Waiting, activity: int) -> Look:
-        counts = self._pool.steering.counts(place.slot, at)
-        is_counted = counts and place.generation.plan.binds[at].protocol == "tcp"
+    def _look(self, worker: WorkerHandle, at: int, found: listeners.Waiting, activity: int) -> Look:
+        counts = self._pool.steering.counts(worker.slot, at)
+        is_counted = counts and worker.generation.plan.binds[at].protocol == "tcp"
         taken = counts.selected - found.queued if counts and is_counted else None
         return Look(found.queued, found.queued >= found.limit, taken, activity)
 
-    def _others_serve(self, place: WorkerHandle) -> bool:
+    def _others_serve(self, worker: WorkerHandle) -> bool:
         """To take the last one for hung would help nobody."""
-        return any(each.serves for each in self._pool.places if each is not place)
+        return any(each.serves for each in self._pool.workers if each is not worker)
 
-    def _look_at_hung(self, place: WorkerHandle, process: WorkerProcess) -> None:
-        if self._is_back(place, process):
-            self._pool.log.info("worker %d is back", place.slot)
-            self._pool.report(place, Event.BACK)
+    def _look_at_hung(self, worker: WorkerHandle, process: WorkerProcess) -> None:
+        if self._is_back(worker, process):
+            self._pool.log.info("worker %d is back", worker.slot)
+            self._pool.report(worker, Event.BACK)
         else:
             # One that is back may be at it, and would find its listener shut down.
-            self._pool.migration.migrate(place)
-            self._replace_if_due(place)
+            self._pool.migration.migrate(worker)
+            self._replace_if_due(worker)
 
-    def _is_back(self, place: WorkerHandle, process: WorkerProcess) -> bool:
+    def _is_back(self, worker: WorkerHandle, process: WorkerProcess) -> bool:
         """It did something, and waits for more."""
-        if _is_silent(place, self._pool.clock.now_s()):
+        if _is_silent(worker, self._pool.clock.now_s()):
             return False
         # Looked at between the two, it has acted and does not wait yet; then it rests, as others
         # have got all that waited for it.
-        place.acted = place.has_acted() or (place.acted and place.hangs)
-        if not place.acted or is_stopped(process.pid):
+        worker.acted = worker.has_acted() or (worker.acted and worker.hangs)
+        if not worker.acted or is_stopped(process.pid):
             return False
         return waits(process) is not Seen.NO
 
-    def _replace_if_due(self, place: WorkerHandle) -> None:
+    def _replace_if_due(self, worker: WorkerHandle) -> None:
         """One at a time on each seat: where all that is asked takes long, there would soon be
         any number of workers at it."""
-        if place.generation.plan.service.hang != "replace":
+        if worker.generation.plan.service.hang != "replace":
             return
         now_s = self._pool.clock.now_s()
         if (
-            now_s >= place.replace_not_before_s
-            and place.seat.number not in self._seats_on_their_way_out
+            now_s >= worker.replace_not_before_s
+            and worker.seat.number not in self._seats_on_their_way_out
         ):
-            place.replace_not_before_s = now_s + _REPLACE_AGAIN_S
-            self._replace(place)
+            worker.replace_not_before_s = now_s + _REPLACE_AGAIN_S
+            self._replace(worker)
 
 
-def _is_silent(place: WorkerHandle, now_s: float) -> bool:
+def _is_silent(worker: WorkerHandle, now_s: float) -> bool:
     """It missed its watchdog, or asked for what follows from that (WATCHDOG=trigger)."""
-    limit_s = place.generation.plan.service.watchdog or math.inf
-    return now_s - place.heard_s >= limit_s
+    limit_s = worker.generation.plan.service.watchdog or math.inf
+    return now_s - worker.heard_s >= limit_s

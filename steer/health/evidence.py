@@ -38,20 +38,20 @@ class Closer:
         self._now_s = now_s
         self._ports: dict[tuple[int, int], tuple[float, Sequence[Connection]]] = {}
 
-    def look(self, place: WorkerHandle, process: WorkerProcess, open_now: int | None) -> Evidence:
+    def look(self, worker: WorkerHandle, process: WorkerProcess, open_now: int | None) -> Evidence:
         """What can be seen of it.
 
         Args:
             open_now: its connections as they are counted, if they are.
         """
-        held = self._connections(place, process)
-        return Evidence(activity.cpu_s(process.pid), open_now, held, _awaits(place, process))
+        held = self._connections(worker, process)
+        return Evidence(activity.cpu_s(process.pid), open_now, held, _awaits(worker, process))
 
     def _connections(
-        self, place: WorkerHandle, process: WorkerProcess
+        self, worker: WorkerHandle, process: WorkerProcess
     ) -> dict[int, tuple[int, int]] | None:
         try:
-            own = processes.open_sockets(process.pid) - place.others - process.inodes
+            own = processes.open_sockets(process.pid) - worker.others - process.inodes
             there = [each for bind in process.launch.binds for each in self._at(bind)]
         except KernelError:
             return None
@@ -69,7 +69,7 @@ class Closer:
         return found
 
 
-def _awaits(place: WorkerHandle, process: WorkerProcess) -> bool | None:
+def _awaits(worker: WorkerHandle, process: WorkerProcess) -> bool | None:
     """Whether a thread that took its connections is asleep in its event loop, or in accept(2).
     Where none is known any more, the first of each process may be one."""
     if activity.is_stopped(process.pid):
@@ -78,6 +78,6 @@ def _awaits(place: WorkerHandle, process: WorkerProcess) -> bool | None:
     if for_more is Seen.YES:
         return True
     family = processes.family(process.pid, Files())
-    there = [tid for tid in place.acceptors if os.path.exists(f"/proc/{tid}")]
+    there = [tid for tid in worker.acceptors if os.path.exists(f"/proc/{tid}")]
     seen = max(for_more, in_event_loop(there or family))
     return {Seen.YES: True, Seen.NO: False, Seen.UNKNOWN: None}[seen]

@@ -56,15 +56,15 @@ class Groups:
         self._repair.forget()
         self._survey.has_changed = self._has_come = True
 
-    def changed(self, place: WorkerHandle) -> None:
+    def changed(self, worker: WorkerHandle) -> None:
         """A worker is in another state."""
         self._survey.has_changed = True
-        self._programs.changed(place)
-        if place.state is State.GONE:
-            self._repair.gone(place)
-            self._survey.odd.discard(place)
+        self._programs.changed(worker)
+        if worker.state is State.GONE:
+            self._repair.gone(worker)
+            self._survey.odd.discard(worker)
             # It may be an hour before its turn comes.
-            self._now_and_then.pop(place, None)
+            self._now_and_then.pop(worker, None)
 
     def _look(self) -> float:
         """At all once a second at most, then closer at some; in how many seconds to go on."""
@@ -112,19 +112,19 @@ class Groups:
         self._rests += 1
         if self._rests % (_RESTS if self._is_counted else 1) == 0 and not self._again:
             if not self._now_and_then:
-                self._now_and_then.update(dict.fromkeys(self._pool.places))
+                self._now_and_then.update(dict.fromkeys(self._pool.workers))
             if self._now_and_then:
                 self._again.append(self._now_and_then.popitem(last=False)[0])
 
     def _look_at_some(self) -> None:
         """Closer, at no more than there is time for, but one."""
         seen, ends_s = 0, self._pool.clock.read_s() + _LOOKING_S
-        for place in self._whose_turn_it_is():
-            if place.process and _is_there(place):
-                look = partial(self._repair.look_at, place, place.process)
-                act = f"see whether worker {place.slot} is in its groups"
+        for worker in self._whose_turn_it_is():
+            if worker.process and _is_there(worker):
+                look = partial(self._repair.look_at, worker, worker.process)
+                act = f"see whether worker {worker.slot} is in its groups"
                 self._pool.retry.attempt(act, look)
-                seen += len(place.generation.plan.binds)
+                seen += len(worker.generation.plan.binds)
             if seen >= _AT_ONCE or self._pool.clock.read_s() >= ends_s:
                 return
 
@@ -134,10 +134,10 @@ class Groups:
         if not self._round and self._has_come:
             self._has_come = False
             # Who starts now was not there when it came.
-            self._round.extend(filter(_is_there, self._pool.places))
+            self._round.extend(filter(_is_there, self._pool.workers))
         while self._again or self._round:
             yield (self._again or self._round).popleft()
 
 
-def _is_there(place: WorkerHandle) -> bool:
-    return place.process is not None and place.state not in (State.STARTING, State.GONE)
+def _is_there(worker: WorkerHandle) -> bool:
+    return worker.process is not None and worker.state not in (State.STARTING, State.GONE)

@@ -40,16 +40,16 @@ class LoadSampler:
         self._timer = None
         if (tell := self._pool.steering.tell_waiting) is None:
             return
-        number = len(self._pool.places)
+        number = len(self._pool.workers)
         self._timer = self._loop.call_later(max(_SAMPLE_S, number / _SAMPLED_PER_S), self._sample)
         sampled = tables(self._pool)
         if None not in sampled and unchanged(sampled, self._sampled):
             return
         self._sampled = sampled
-        for place in self._pool.places:
-            if place.process and place.serves:
-                sample = partial(tell, place.slot, self._waiting(place.process))
-                self._pool.retry.attempt(f"tell what waits for worker {place.slot}", sample)
+        for worker in self._pool.workers:
+            if worker.process and worker.serves:
+                sample = partial(tell, worker.slot, self._waiting(worker.process))
+                self._pool.retry.attempt(f"tell what waits for worker {worker.slot}", sample)
 
     def _waiting(self, process: WorkerProcess) -> int:
         """Connections in its queues; 0 where that cannot be seen."""

@@ -76,10 +76,10 @@ class Programs:
         self._look = self._rested = 0
         self._somebody_is_new = False
 
-    def changed(self, place: WorkerHandle) -> None:
+    def changed(self, worker: WorkerHandle) -> None:
         """A worker is in another state. Servers that attach a program of their own do so when
         they start."""
-        self._somebody_is_new |= place.state is State.READY
+        self._somebody_is_new |= worker.state is State.READY
 
     def look(self, standing_at: Standings) -> None:
         """Args: standing_at: how the sockets of an address stood a moment ago, by inode."""
@@ -131,8 +131,8 @@ class Programs:
         yield _UNSTEERED
         if (backup := self._pool.steering.backup) and backup.sockets:
             yield from backup.slots
-        for place in self._pool.places:
-            yield place.slot
+        for worker in self._pool.workers:
+            yield worker.slot
 
     def _selected(self, at: int, slot: int) -> int:
         steering = self._pool.steering
@@ -145,11 +145,11 @@ class Programs:
         """By inode."""
         open_at = self._pool.steering.open
         found = {}
-        for place in self._pool.places:
-            if place.process and at < len(place.process.bound) and at not in place.left:
-                inode = place.process.bound[at]
+        for worker in self._pool.workers:
+            if worker.process and at < len(worker.process.bound) and at not in worker.left:
+                inode = worker.process.bound[at]
                 if bind.protocol == "tcp":
-                    found[inode] = open_at(place.slot) or 0
+                    found[inode] = open_at(worker.slot) or 0
                 else:
                     here = standing.get(inode)
                     found[inode] = here.queued if here else 0

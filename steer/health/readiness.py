@@ -37,17 +37,17 @@ class Readiness:
         self._notifies: int | None = None
         self._lookout = Lookout(pool.log)
 
-    def changed(self, place: WorkerHandle) -> None:
+    def changed(self, worker: WorkerHandle) -> None:
         """A worker is in another state."""
-        if place.state is State.STARTING and place.process:
+        if worker.state is State.STARTING and worker.process:
             # What says so itself is seldom looked at, and most often all do or none.
-            says_so = self._notifies == place.generation.number
+            says_so = self._notifies == worker.generation.number
             after_s = pace.LAST_S if says_so else pace.FIRST_S
-            self._pace.add((place, place.process), self._loop.time(), after_s)
+            self._pace.add((worker, worker.process), self._loop.time(), after_s)
             if not self._is_looking:
                 self._look_later()
-        elif place.state is State.READY and place.says_ready and not self._is_looking:
-            self._notifies = place.generation.number
+        elif worker.state is State.READY and worker.says_ready and not self._is_looking:
+            self._notifies = worker.generation.number
 
     def _look_later(self) -> None:
         if self._timer is not None:
@@ -63,12 +63,12 @@ class Readiness:
         """See which workers wait on their sockets by now."""
         began_s = now_s = self._loop.time()
         self._is_looking = True
-        for place, process in self._pace.due(began_s):
-            if place.state is State.STARTING and place.process is process:
-                look = partial(self._look_at_start, place, process)
-                self._pool.retry.attempt(f"look at worker {place.slot}", look)
-            if place.state is not State.STARTING or place.process is not process:
-                self._pace.remove((place, process))
+        for worker, process in self._pace.due(began_s):
+            if worker.state is State.STARTING and worker.process is process:
+                look = partial(self._look_at_start, worker, process)
+                self._pool.retry.attempt(f"look at worker {worker.slot}", look)
+            if worker.state is not State.STARTING or worker.process is not process:
+                self._pace.remove((worker, process))
             now_s = self._loop.time()
             if now_s - began_s >= _LOOKING_S:
                 break
@@ -76,16 +76,16 @@ class Readiness:
         self._pace.took(now_s - began_s, now_s)
         self._look_later()
 
-    def _look_at_start(self, place: WorkerHandle, process: WorkerProcess) -> None:
-        if self._is_ready(place, process):
-            self._pool.report(place, Event.READY)
+    def _look_at_start(self, worker: WorkerHandle, process: WorkerProcess) -> None:
+        if self._is_ready(worker, process):
+            self._pool.report(worker, Event.READY)
         else:
-            self._lookout.look(place, process, time.monotonic() - process.started_s)
+            self._lookout.look(worker, process, time.monotonic() - process.started_s)
 
-    def _is_ready(self, place: WorkerHandle, process: WorkerProcess) -> bool:
+    def _is_ready(self, worker: WorkerHandle, process: WorkerProcess) -> bool:
         """Seen to wait; or at rest, where nobody can see what for."""
         seen = waits(process)
-        if seen is Seen.UNKNOWN and place.rested_s(self._pool.clock.now_s()) >= _REST_S:
+        if seen is Seen.UNKNOWN and worker.rested_s(self._pool.clock.now_s()) >= _REST_S:
             self._pool.visibility.refused(WAITS, process)
             return True
         return seen is Seen.YES

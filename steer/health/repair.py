@@ -46,7 +46,7 @@ class _Socket(NamedTuple):
         has: whether the worker has it open; None where that cannot be told.
     """
 
-    place: WorkerHandle
+    worker: WorkerHandle
     process: WorkerProcess
     known: _Known
     at: int
@@ -97,30 +97,30 @@ class Repair:
         self._tries.clear()
         self._pool.group_notes.clear()
 
-    def gone(self, place: WorkerHandle) -> None:
+    def gone(self, worker: WorkerHandle) -> None:
         """Nobody is there any more."""
-        self._known.pop(place, None)
+        self._known.pop(worker, None)
 
-    def look_at(self, place: WorkerHandle, process: WorkerProcess) -> None:
+    def look_at(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         """And remember whether somebody has to look again soon."""
-        known = self._known.get(place)
+        known = self._known.get(worker)
         if known is None or known.pid != process.pid:
-            known = self._known[place] = _Known(process.pid)
+            known = self._known[worker] = _Known(process.pid)
         with ExitStack() as stack:
             theirs = self._borrow(process, known, stack)
-            held = self._pool.steering.held(place.slot)
+            held = self._pool.steering.held(worker.slot)
             ours = {at: stack.enter_context(_duplicate(fd)) for at, fd in enumerate(held)}
             for at, bind in enumerate(process.launch.binds[: len(process.bound)]):
                 has = None if theirs is None else at in theirs
                 sock = (theirs or {}).get(at) or ours.get(at)
-                if place.state is not State.STOPPING or at in place.left:
+                if worker.state is not State.STOPPING or at in worker.left:
                     self._look_at_one(
-                        _Socket(place, process, known, at, bind, sock, at in ours, has)
+                        _Socket(worker, process, known, at, bind, sock, at in ours, has)
                     )
-        if place.left or known.suspected:
-            self._survey.odd.add(place)
+        if worker.left or known.suspected:
+            self._survey.odd.add(worker)
         else:
-            self._survey.odd.discard(place)
+            self._survey.odd.discard(worker)
 
     def _look_at_one(self, one: _Socket) -> None:
         found = departure(one.bind.protocol, self._sight(one))
@@ -136,12 +136,12 @@ class Repair:
         if how is Cure.SHARE and one.sock is not None:
             members.share(one.sock)
         elif how is Cure.REJOIN and one.sock is not None:
-            one.place.left.pop(one.at, None)
+            one.worker.left.pop(one.at, None)
             self._rejoin(one)
         else:
             self._is_out(one, found)
-            if how is Cure.REPLACE and one.place.is_in_service:
-                self._replace_if_due(one.place)
+            if how is Cure.REPLACE and one.worker.is_in_service:
+                self._replace_if_due(one.worker)
 
     def _splits(self, one: _Socket) -> bool:
         """Whether a socket that is bound now may join a connected one instead of the group."""
@@ -152,7 +152,7 @@ class Repair:
         as well. And a process that is no descendant of the worker may have it."""
         if one.known.suspected.setdefault(one.at, self._survey.number) == self._survey.number:
             return False
-        return one.at in one.place.left or not one.is_held or not self._is_open_elsewhere(one)
+        return one.at in one.worker.left or not one.is_held or not self._is_open_elsewhere(one)
 
     def _is_open_elsewhere(self, one: _Socket) -> bool:
         protocol: port_holders.Protocol = "udp" if one.bind.protocol == "udp" else "tcp"
@@ -175,7 +175,7 @@ class Repair:
     def _sight(self, one: _Socket) -> Sighting:
         if self._is_gone(one) or (one.is_held and one.has is False):
             return Sighting(is_open=False)
-        is_member = self._pool.steering.is_member(one.place.slot, one.at)
+        is_member = self._pool.steering.is_member(one.worker.slot, one.at)
         shares = members.shares(one.sock) if one.sock else None
         here = (self._survey.table(one.bind) or {}).get(one.inode)
         if here is None:
@@ -189,21 +189,21 @@ class Repair:
         return there is not None and one.inode not in there
 
     def _is_in(self, one: _Socket) -> None:
-        if one.place.left.pop(one.at, None) is not None:
+        if one.worker.left.pop(one.at, None) is not None:
             self._rejoin(one)
 
     def _rejoin(self, one: _Socket) -> None:
         if one.sock is not None:
-            self._pool.steering.rejoined(one.place.slot, one.at, one.sock)
+            self._pool.steering.rejoined(one.worker.slot, one.at, one.sock)
 
     def _is_out(self, one: _Socket, found: Departure) -> None:
-        place = one.place
-        if one.at not in place.left:
+        worker = one.worker
+        if one.at not in worker.left:
             # A listener on a device stays in its group, and so does what we have open ourselves.
             over_udp = one.bind.protocol == "udp" and found is not Departure.CLOSED
             if over_udp or self._is_gone(one):
-                self._pool.steering.lost(place.slot, one.at)
-            place.left[one.at] = found
+                self._pool.steering.lost(worker.slot, one.at)
+            worker.left[one.at] = found
         may_take_all = one.bind.protocol == "udp" and found in _TAKES_ALL
         if may_take_all and one.sock is not None and self._others_are_in(one):
             members.cut_off(one.sock)
@@ -212,16 +212,16 @@ class Repair:
         """Whether somebody is left to get what this one no longer does."""
         return any(
             each.is_in_service and one.at not in each.left
-            for each in self._pool.places
-            if each is not one.place
+            for each in self._pool.workers
+            if each is not one.worker
         )
 
     def _tell(self, one: _Socket, found: Departure, how: Cure) -> None:
         """Once for each process. What is cut off is connected from then on."""
-        if (one.at, found) in one.known.told or one.at in one.place.left:
+        if (one.at, found) in one.known.told or one.at in one.worker.left:
             return
         one.known.told.add((one.at, found))
-        what = f"worker {one.place.slot}'s socket on {one.bind.label} left the group"
+        what = f"worker {one.worker.slot}'s socket on {one.bind.label} left the group"
         words = f"{what}: {found.value}; {how.value}"
         self._pool.log.warning("%s", words)
         notes = self._pool.group_notes
@@ -229,22 +229,22 @@ class Repair:
             del notes[next(iter(notes))]
         notes[f"{one.bind.label} {found.name}"] = words
 
-    def _replace_if_due(self, place: WorkerHandle) -> None:
+    def _replace_if_due(self, worker: WorkerHandle) -> None:
         now_s = self._pool.clock.now_s()
-        if now_s < place.replace_not_before_s:
+        if now_s < worker.replace_not_before_s:
             return
-        tries = self._tries.setdefault(place.seat.number, Tries())
+        tries = self._tries.setdefault(worker.seat.number, Tries())
         if tries.begin(now_s):
-            place.replace_not_before_s = now_s + _AGAIN_S
-            self._replace(place)
+            worker.replace_not_before_s = now_s + _AGAIN_S
+            self._replace(worker)
         elif tries.are_over:
-            self._give_up(place)
+            self._give_up(worker)
 
-    def _give_up(self, place: WorkerHandle) -> None:
-        place.replace_not_before_s = float("inf")
-        words = f"worker {place.slot} is not replaced again for its sockets, as that did not help"
+    def _give_up(self, worker: WorkerHandle) -> None:
+        worker.replace_not_before_s = float("inf")
+        words = f"worker {worker.slot} is not replaced again for its sockets, as that did not help"
         self._pool.log.warning("%s", words)
-        self._pool.group_notes[f"seat {place.seat.number}"] = words
+        self._pool.group_notes[f"seat {worker.seat.number}"] = words
 
 
 def _duplicate(fd: int) -> socket.socket:

@@ -43,49 +43,49 @@ class Splits:
         self._not_before_s = -math.inf
         self._is_due = False
 
-    def changed(self, place: WorkerHandle) -> None:
+    def changed(self, worker: WorkerHandle) -> None:
         """A worker is in another state."""
-        if place.state is not State.STARTING or not place.process:
+        if worker.state is not State.STARTING or not worker.process:
             return
-        at_risk = self._at_risk(place.process.launch.binds)
+        at_risk = self._at_risk(worker.process.launch.binds)
         # In this order: the others are looked through for the few binds that may split.
-        if at_risk and self._others_stay(place):
-            act = f"see whether worker {place.slot} is in its groups"
-            place.is_apart = False
+        if at_risk and self._others_stay(worker):
+            act = f"see whether worker {worker.slot} is in its groups"
+            worker.is_apart = False
             for bind in at_risk:
-                self._pool.retry.attempt(act, partial(self._look, place, bind))
+                self._pool.retry.attempt(act, partial(self._look, worker, bind))
 
-    def _others_stay(self, place: WorkerHandle) -> bool:
+    def _others_stay(self, worker: WorkerHandle) -> bool:
         """Else all sockets of its generation are new, and none is apart from the others."""
-        is_in_force = place.generation.number == self._pool.generation.number
-        others = (each for each in self._pool.places if each is not place)
+        is_in_force = worker.generation.number == self._pool.generation.number
+        others = (each for each in self._pool.workers if each is not worker)
         return is_in_force and any(each.process and each.serves for each in others)
 
-    def _look(self, place: WorkerHandle, bind: Bind) -> None:
+    def _look(self, worker: WorkerHandle, bind: Bind) -> None:
         if members.has_connected(bind):
-            place.is_apart = True
-            self._pool.entries.write(place)
-            self._found(place, bind)
+            worker.is_apart = True
+            self._pool.entries.write(worker)
+            self._found(worker, bind)
 
     def go_on(self) -> None:
         """With what another controller saw, and had no time to mend."""
-        for place in self._pool.places:
-            if place.is_apart and place.generation.number == self._pool.generation.number:
-                for bind in self._at_risk(place.generation.plan.binds):
-                    self._found(place, bind)
+        for worker in self._pool.workers:
+            if worker.is_apart and worker.generation.number == self._pool.generation.number:
+                for bind in self._at_risk(worker.generation.plan.binds):
+                    self._found(worker, bind)
 
-    def _found(self, place: WorkerHandle, bind: Bind) -> None:
-        self._tell(place, bind)
-        self._split = place.generation.number
+    def _found(self, worker: WorkerHandle, bind: Bind) -> None:
+        self._tell(worker, bind)
+        self._split = worker.generation.number
         self._heal_soon()
 
     def _at_risk(self, binds: Sequence[Bind]) -> Sequence[Bind]:
         anchors = self._pool.steering.anchors
         return [bind for at, bind in enumerate(binds) if is_at_risk(at, bind, anchors)]
 
-    def _tell(self, place: WorkerHandle, bind: Bind) -> None:
+    def _tell(self, worker: WorkerHandle, bind: Bind) -> None:
         words = (
-            f"{bind.label}: workers have connected sockets there, so that worker {place.slot}, "
+            f"{bind.label}: workers have connected sockets there, so that worker {worker.slot}, "
             "which started later, gets all new clients, or none; all workers are replaced; "
             f"{cure(bind)}"
         )

@@ -52,7 +52,7 @@ class Survey:
     @property
     def sockets(self) -> int:
         """How many there should be."""
-        return len(self._pool.places) * len(self._pool.generation.plan.binds)
+        return len(self._pool.workers) * len(self._pool.generation.plan.binds)
 
     def is_due(self, now_s: float) -> bool:
         """The more seldom the more sockets there are, as it takes the longer."""
@@ -76,7 +76,7 @@ class Survey:
         if is_same and not self.has_changed and not self._unseen:
             return is_untold
         self.has_changed = False
-        self._usual_ones, self._unseen = self._usual(), deque(self._pool.places)
+        self._usual_ones, self._unseen = self._usual(), deque(self._pool.workers)
         return is_untold or not (is_counted or self._are_all_empty())
 
     def _are_all_empty(self) -> bool:
@@ -91,11 +91,11 @@ class Survey:
         found = []
         end_s = self._pool.clock.read_s() + _STEP_S
         while self._unseen:
-            place = self._unseen.popleft()
-            process = place.process
+            worker = self._unseen.popleft()
+            process = worker.process
             is_usual = not process or process.inodes <= self._usual_ones
-            if not is_usual and place not in self.odd and self._is_odd(place):
-                found.append(place)
+            if not is_usual and worker not in self.odd and self._is_odd(worker):
+                found.append(worker)
             if self._pool.clock.read_s() >= end_s:
                 break
         self.odd.update(found)
@@ -116,11 +116,11 @@ class Survey:
             if not (row.is_connected or row.device)
         }
 
-    def _is_odd(self, place: WorkerHandle) -> bool:
+    def _is_odd(self, worker: WorkerHandle) -> bool:
         """Whether its sockets do not stand as they should, as far as a survey tells."""
-        process = place.process
+        process = worker.process
         # One that ends may close its sockets when it likes.
-        if process is None or place.state in (State.STARTING, State.STOPPING):
+        if process is None or worker.state in (State.STARTING, State.STOPPING):
             return False
         return any(
             (table := self._tables.get(bind)) is not None and self._stands_otherwise(table, inode)

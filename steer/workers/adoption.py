@@ -21,18 +21,18 @@ class Adoption:
     """Makes workers of what the guard knows of them.
 
     Args:
-        places: adopted workers are added to these.
+        workers: adopted workers are added to these.
     """
 
     def __init__(
         self,
-        places: WorkerHandles,
+        workers: WorkerHandles,
         selection: Selection,
         spawner: Spawner,
         entries: GuardEntries,
         clock: Clock,
     ) -> None:
-        self._places = places
+        self._workers = workers
         self._selection = selection
         self._spawner = spawner
         self._entries = entries
@@ -56,39 +56,39 @@ class Adoption:
         left = msgspec.json.decode(steering.value, type=SavedSelection)
         held: dict[int, Sequence[int]] = {}
         for entry in entries:
-            place = self._adopt_one(entry, generations, admitted)
-            self._places.add(place)
-            held[place.slot] = entry.fds[3:]
+            worker = self._adopt_one(entry, generations, admitted)
+            self._workers.add(worker)
+            held[worker.slot] = entry.fds[3:]
         self._selection.restore(left, steering.fds, held)
-        for place in self._places:
-            self._entries.save_one(place)
+        for worker in self._workers:
+            self._entries.save_one(worker)
         self._selection.keep()
-        self._places.sort(key=lambda place: (place.generation.number, place.seat.number))
+        self._workers.sort(key=lambda worker: (worker.generation.number, worker.seat.number))
 
     def _adopt_one(
         self, entry: Entry, generations: Mapping[int, Generation], admitted: int
     ) -> WorkerHandle:
         saved = msgspec.json.decode(entry.value, type=StoredWorker)
         generation, now_s = generations[saved.generation], self._clock.now_s()
-        place = restored(saved, generation, now_s, admitted)
-        self._spawner.adopt(place, saved.running, entry)
-        return place
+        worker = restored(saved, generation, now_s, admitted)
+        self._spawner.adopt(worker, saved.running, entry)
+        return worker
 
 
-def seated(places: Iterable[WorkerHandle], generation: Generation) -> Mapping[int, WorkerHandle]:
+def seated(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[int, WorkerHandle]:
     """By seat of this generation, the worker that is to stay there. Pure."""
     there: dict[int, WorkerHandle] = {}
-    for place in places:
+    for worker in workers:
         # Of two on a seat the later one: the earlier was to be replaced by it.
-        is_better = place.process or place.seat.number not in there
-        if is_better and _belongs(place, generation):
-            there[place.seat.number] = place
+        is_better = worker.process or worker.seat.number not in there
+        if is_better and _belongs(worker, generation):
+            there[worker.seat.number] = worker
     return there
 
 
-def _belongs(place: WorkerHandle, generation: Generation) -> bool:
+def _belongs(worker: WorkerHandle, generation: Generation) -> bool:
     """Whether it is of the generation, and neither comes with a change nor goes."""
-    there_is_such_a_seat = place.seat.number < len(generation.plan.seats)
-    comes_or_goes = place.held or place.is_on_its_way_out
-    is_of_it = place.generation.number == generation.number
+    there_is_such_a_seat = worker.seat.number < len(generation.plan.seats)
+    comes_or_goes = worker.held or worker.is_on_its_way_out
+    is_of_it = worker.generation.number == generation.number
     return is_of_it and there_is_such_a_seat and not comes_or_goes

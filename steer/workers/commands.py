@@ -29,14 +29,14 @@ class Commands:
     """Carries them out.
 
     Args:
-        places: all workers there are; one that is forgotten is removed from them.
+        workers: all workers there are; one that is forgotten is removed from them.
         start_drain: begins to wait until nothing waits for a worker.
         graceful_timeout_s: how long a worker may take to finish, as configured now.
     """
 
     def __init__(
         self,
-        places: WorkerHandles,
+        workers: WorkerHandles,
         selection: Selection,
         migration: QueueMigration,
         starter: Starter,
@@ -50,7 +50,7 @@ class Commands:
         start_drain: StartDrain,
         graceful_timeout_s: Callable[[], float],
     ) -> None:
-        self._places = places
+        self._workers = workers
         self._selection = selection
         self._migration = migration
         self._starter = starter
@@ -80,44 +80,44 @@ class Commands:
             Command.FORGET: self.forget,
         }
 
-    def _activate(self, place: WorkerHandle) -> None:
-        place.cancel_timer()
-        if not place.held:
+    def _activate(self, worker: WorkerHandle) -> None:
+        worker.cancel_timer()
+        if not worker.held:
             self._selection.flip_soon()
-        got_ready = partial(place.got_ready, self._clock.now_s())
-        self._retry.attempt(f"look at worker {place.slot}", got_ready)
-        self._log.info("worker %d ready", place.slot)
-        if place.told:
-            place.told(place)
+        got_ready = partial(worker.got_ready, self._clock.now_s())
+        self._retry.attempt(f"look at worker {worker.slot}", got_ready)
+        self._log.info("worker %d ready", worker.slot)
+        if worker.told:
+            worker.told(worker)
         if self._startup.succeed():
-            for each in self._places:
+            for each in self._workers:
                 if each.state is State.BACKOFF and each.starts:  # it may have waited for this
                     self._restart_later(each, 0.0)
 
-    def _deactivate(self, place: WorkerHandle) -> None:
-        if not self._shutdown.has_begun and not place.leaving:
+    def _deactivate(self, worker: WorkerHandle) -> None:
+        if not self._shutdown.has_begun and not worker.leaving:
             self._selection.flip_soon()
 
-    def _drain(self, place: WorkerHandle) -> None:
-        self._transitions.report_later(place, self._graceful_timeout_s(), Event.OVERDUE)
-        place.drain = self._start_drain(place)
+    def _drain(self, worker: WorkerHandle) -> None:
+        self._transitions.report_later(worker, self._graceful_timeout_s(), Event.OVERDUE)
+        worker.drain = self._start_drain(worker)
 
-    def _terminate(self, place: WorkerHandle) -> None:
+    def _terminate(self, worker: WorkerHandle) -> None:
         if self._shutdown.has_begun:
             # There is no worker left that what waits for it could be moved to.
-            place.cancel_drain()
-            self._transitions.report_later(place, self._shutdown.within_s, Event.OVERDUE)
-        elif place.drain is None:  # else its time runs already
-            self._transitions.report_later(place, self._graceful_timeout_s(), Event.OVERDUE)
-        if place.process:
+            worker.cancel_drain()
+            self._transitions.report_later(worker, self._shutdown.within_s, Event.OVERDUE)
+        elif worker.drain is None:  # else its time runs already
+            self._transitions.report_later(worker, self._graceful_timeout_s(), Event.OVERDUE)
+        if worker.process:
             # One that was never ready has nothing to finish, and may not yet know its own signal.
-            quick = self._shutdown.is_quick or place.ready_s is None
-            place.process.terminate(quick)
-            self._say_why_told_so(place.process)
-        if place.hung and not self._shutdown.has_begun:
+            quick = self._shutdown.is_quick or worker.ready_s is None
+            worker.process.terminate(quick)
+            self._say_why_told_so(worker.process)
+        if worker.hung and not self._shutdown.has_begun:
             # So that it can be asked later whether it has acted since.
-            look = partial(place.has_computed, self._clock.now_s())
-            self._retry.attempt(f"look at worker {place.slot}", look)
+            look = partial(worker.has_computed, self._clock.now_s())
+            self._retry.attempt(f"look at worker {worker.slot}", look)
 
     def _say_why_told_so(self, process: WorkerProcess) -> None:
         """All of them are alike, so it is said once."""
@@ -126,30 +126,30 @@ class Commands:
             self._said_why.add(why)
             self._log.info("workers are told to finish by %s", why)
 
-    def _kill(self, place: WorkerHandle) -> None:
-        if not place.process:
+    def _kill(self, worker: WorkerHandle) -> None:
+        if not worker.process:
             return
-        if place.state is State.STARTING:
-            place.process.problem = elsewhere.not_ready(place.process)
-        self._ends.kill(place.process)
+        if worker.state is State.STARTING:
+            worker.process.problem = elsewhere.not_ready(worker.process)
+        self._ends.kill(worker.process)
 
-    def _back_off(self, place: WorkerHandle) -> None:
-        after_s = lifecycle.backoff_s(place.failures, place.ready_s is not None)
-        place.ready_s = None
+    def _back_off(self, worker: WorkerHandle) -> None:
+        after_s = lifecycle.backoff_s(worker.failures, worker.ready_s is not None)
+        worker.ready_s = None
         if self._startup.listens_elsewhere:
             # Another one would fail as this one has, until that one is ready or has failed.
-            after_s = place.generation.plan.service.ready_timeout
+            after_s = worker.generation.plan.service.ready_timeout
         elif after_s and self._startup.has_succeeded:
-            self._log.warning("worker %d failed again; another in %g s", place.slot, after_s)
-        self._restart_later(place, after_s)
+            self._log.warning("worker %d failed again; another in %g s", worker.slot, after_s)
+        self._restart_later(worker, after_s)
 
-    def _restart_later(self, place: WorkerHandle, after_s: float) -> None:
-        place.set_timer(self._clock.call_later(after_s, self._starter.restart_soon, place))
+    def _restart_later(self, worker: WorkerHandle, after_s: float) -> None:
+        worker.set_timer(self._clock.call_later(after_s, self._starter.restart_soon, worker))
 
-    def forget(self, place: WorkerHandle) -> None:
+    def forget(self, worker: WorkerHandle) -> None:
         """There is no such worker any more."""
-        place.cancel_timer()
-        place.cancel_drain()
-        self._selection.give_up(place.slot)
-        self._places.remove(place)
+        worker.cancel_timer()
+        worker.cancel_drain()
+        self._selection.give_up(worker.slot)
+        self._workers.remove(worker)
         self._shutdown.end_if_empty()

@@ -62,8 +62,8 @@ class Drain:
         flip: before which nobody looks.
     """
 
-    def __init__(self, place: WorkerHandle, flip: int, pauses: _Pauses) -> None:
-        self.place = place
+    def __init__(self, worker: WorkerHandle, flip: int, pauses: _Pauses) -> None:
+        self.worker = worker
         self.flip = flip
         self.pauses = pauses
         self.is_cancelled = False
@@ -109,10 +109,10 @@ class Drainer:
         self._next: _Handle | None = None
         self._settled = -1, -math.inf
 
-    def begin(self, place: WorkerHandle) -> Drain:
+    def begin(self, worker: WorkerHandle) -> Drain:
         """For a worker that was just taken out of the table, or is about to be in this turn."""
         flip = self._selection.flip_now_due()
-        drain = Drain(place, flip, self._drain(place))
+        drain = Drain(worker, flip, self._drain(worker))
         self._first.append(drain)
         if flip != self._flip or self._selection.has_settled(flip):
             self._flip = flip
@@ -163,36 +163,36 @@ class Drainer:
 
     def _go_on(self, drain: Drain) -> None:
         """What fails is tried again."""
-        place = drain.place
-        if drain.is_cancelled or not place.process:
+        worker = drain.worker
+        if drain.is_cancelled or not worker.process:
             return
         try:
             pause_s = next(drain.pauses, None)
         except Exception as error:  # noqa: BLE001 - or it would never be told to finish
-            self._retry.failed(f"see that nothing waits for worker {place.slot}", error)
-            drain.pauses, pause_s = self._drain(place), AGAIN_S
+            self._retry.failed(f"see that nothing waits for worker {worker.slot}", error)
+            drain.pauses, pause_s = self._drain(worker), AGAIN_S
         if pause_s is not None and not drain.is_cancelled:
             self._put(drain, pause_s)
 
-    def _drain(self, place: WorkerHandle) -> _Pauses:
+    def _drain(self, worker: WorkerHandle) -> _Pauses:
         """A handshake that began before the table changed may end now, and the connection wait
         at a listener that its worker has turned away from, but keeps open."""
         remains, clock = self._remains, self._clock
         whole_s, began_s = self._graceful_timeout_s(), clock.now_s()
         yield from self._until_settled()
-        yield from remains.until_forgotten(place, began_s + _FLOWS_UNTIL * whole_s)
+        yield from remains.until_forgotten(worker, began_s + _FLOWS_UNTIL * whole_s)
         # Half of what is left is for finishing what it has.
         limit_s = (began_s + whole_s - clock.now_s()) / 2
         end_s = clock.now_s() + limit_s
         settled_s = yield from self._until_settled()
-        yield from remains.until_queue_is_empty(place, limit_s, settled_s)
+        yield from remains.until_queue_is_empty(worker, limit_s, settled_s)
         # One that closed its listeners by itself may be finishing: a signal could cut that short.
-        linger_s = limit_s if place.closed_its_listeners else _LINGER_S
-        yield from remains.until_answered(place, min(end_s, clock.now_s() + linger_s))
-        self._report(place, Event.DRAINED)
+        linger_s = limit_s if worker.closed_its_listeners else _LINGER_S
+        yield from remains.until_answered(worker, min(end_s, clock.now_s() + linger_s))
+        self._report(worker, Event.DRAINED)
         pause_s = LOOK_AGAIN_S
-        while place.process:
-            remains.migrate_late(place, place.process)
+        while worker.process:
+            remains.migrate_late(worker, worker.process)
             yield pause_s
             pause_s = min(_SELDOM_S, 1.1 * pause_s)
 
@@ -208,7 +208,7 @@ class Drainer:
 
 
 async def until_empty(
-    selection: Selection, remains: Remains, place: WorkerHandle, limit_s: float
+    selection: Selection, remains: Remains, worker: WorkerHandle, limit_s: float
 ) -> bool:
     """Until nothing waits for the worker; what can be migrated is not waited for long.
 
@@ -221,7 +221,7 @@ async def until_empty(
     await selection.flipped()
     selection.settle()  # raises why that failed
     await selection.settled()
-    looks = remains.until_queue_is_empty(place, limit_s, time.monotonic())
+    looks = remains.until_queue_is_empty(worker, limit_s, time.monotonic())
     while True:
         try:
             pause_s = next(looks)

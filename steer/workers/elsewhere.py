@@ -59,7 +59,7 @@ class Lookout:
         self._after_s: dict[int, float] = {}
         self._told: set[str] = set()
 
-    def look(self, place: WorkerHandle, process: WorkerProcess, age_s: float) -> None:
+    def look(self, worker: WorkerHandle, process: WorkerProcess, age_s: float) -> None:
         """Where it is due: once if there is something to say.
 
         Args:
@@ -73,7 +73,7 @@ class Lookout:
             cause, cure = found
             if cure not in self._told:
                 self._told.add(cure)
-                self._log.warning("worker %d: %s; %s", place.slot, cause, cure)
+                self._log.warning("worker %d: %s; %s", worker.slot, cause, cure)
 
     def forget(self) -> None:
         """No worker starts any more."""

@@ -57,41 +57,41 @@ class EndedWorkers:
     def take(self, ends: Sequence[End]) -> None:
         """These have ended, and nothing of them is waited for."""
         for each in ends:
-            each.place.cancel_timer()
+            each.worker.cancel_timer()
         with self._selection.together() as order:  # the guard has none of their sockets
-            leaving = sorted(ends, key=lambda each: order.get(each.place.slot, len(order)))
+            leaving = sorted(ends, key=lambda each: order.get(each.worker.slot, len(order)))
             self._removal.remove_all((each, each.process.left_behind) for each in leaving)
         for each in ends:
-            self._take_one(each.place, each.process, each.status)
+            self._take_one(each.worker, each.process, each.status)
 
-    def _take_one(self, place: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
+    def _take_one(self, worker: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
         if gone.left_behind:
             take = partial(self._shutdown.take_leftovers, gone.left_behind)
-            self._retry.attempt(f"end what worker {place.slot} left behind", take)
-        act = f"worker {place.slot}: it has ended"
-        see = partial(self._see, place, gone, status)
-        self._retry.until_done(act, see, lambda: place.process is gone)
+            self._retry.attempt(f"end what worker {worker.slot} left behind", take)
+        act = f"worker {worker.slot}: it has ended"
+        see = partial(self._see, worker, gone, status)
+        self._retry.until_done(act, see, lambda: worker.process is gone)
 
-    def _see(self, place: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
+    def _see(self, worker: WorkerHandle, gone: WorkerProcess, status: int | None) -> None:
         """Its place is free only after the last thing that may fail."""
-        has_served = place.ready_s is not None
+        has_served = worker.ready_s is not None
         error = gone.problem or endings.why(gone, status, has_served=has_served)
         how = fork.how_it_ended(status)
         self._by_pid.pop(gone.pid, None)
-        place.lost_process()
-        if place.state is not State.STOPPING and not self._shutdown.has_begun:
-            self._tell(place, gone, error, how)
-        self._failed(place, error)
+        worker.lost_process()
+        if worker.state is not State.STOPPING and not self._shutdown.has_begun:
+            self._tell(worker, gone, error, how)
+        self._failed(worker, error)
 
-    def _tell(self, place: WorkerHandle, gone: WorkerProcess, error: SteerError, how: str) -> None:
+    def _tell(self, worker: WorkerHandle, gone: WorkerProcess, error: SteerError, how: str) -> None:
         """Log it. Before the service has come up all may end alike: then each kind of end is
         logged once, and not the one that ends the start, as that is raised."""
-        if place.held:
+        if worker.held:
             return  # whoever asked for it is told
         if self._startup.has_succeeded:
-            self._log.warning("worker %d (pid %d): %s", place.slot, gone.pid, how)
+            self._log.warning("worker %d (pid %d): %s", worker.slot, gone.pid, how)
             if gone.problem:
                 self._log.error("%s", gone.problem)
         elif how not in self._told and not self._startup.is_over_by(error):
             self._told.add(how)
-            self._log.warning("worker %d (pid %d): %s", place.slot, gone.pid, error.cause)
+            self._log.warning("worker %d (pid %d): %s", worker.slot, gone.pid, error.cause)

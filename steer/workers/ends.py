@@ -53,7 +53,7 @@ class End(msgspec.Struct, eq=False):
         status: see `WorkerProcess.let_go`.
     """
 
-    place: WorkerHandle
+    worker: WorkerHandle
     process: WorkerProcess
     others: Sequence[int] = ()
     not_before_s: float = 0.0
@@ -98,10 +98,10 @@ class Ends:
         self._step_due: Handle | None = None
         self._tick_due: Handle | None = None
 
-    def watch(self, place: WorkerHandle, process: WorkerProcess) -> None:
+    def watch(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         """Notice its end, whenever that comes."""
         self._groups.add(process.pid)
-        process.watch(self._loop, partial(self._first_has_ended, End(place, process)))
+        process.watch(self._loop, partial(self._first_has_ended, End(worker, process)))
 
     def forget(self, process: WorkerProcess) -> None:
         """Somebody else ends it."""
@@ -236,7 +236,7 @@ class Ends:
         for end in ends:
             self._forget(end)
             self._groups.discard(end.process.pid)
-            act, unknown = f"see the end of worker {end.place.slot}", None
+            act, unknown = f"see the end of worker {end.worker.slot}", None
             end.status = self._retry.result(act, end.process.let_go, unknown)
         if ends:
             self._tell_ended(ends)

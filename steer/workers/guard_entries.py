@@ -40,18 +40,18 @@ class GuardEntries:
         """From here on there is a loop, and `save_soon` may be called."""
         self._loop = loop
 
-    def save_soon(self, place: WorkerHandle) -> None:
+    def save_soon(self, worker: WorkerHandle) -> None:
         """Save it after this turn of the loop."""
         if not self._unsaved:
             self._loop.call_soon(self.flush)
-        self._unsaved[place] = None
+        self._unsaved[worker] = None
 
     def flush(self) -> None:
         """Save now all that waits for the end of this turn."""
         unsaved, self._unsaved = self._unsaved, {}
         self.save(unsaved)
 
-    def save(self, places: Collection[WorkerHandle], look: bool = True) -> None:
+    def save(self, workers: Collection[WorkerHandle], look: bool = True) -> None:
         """All of these in one message; if that fails, each by itself.
 
         Args:
@@ -60,24 +60,24 @@ class GuardEntries:
 
         def keep() -> None:
             with self._guard.together():
-                for place in places:
-                    self.write(place, look)
+                for worker in workers:
+                    self.write(worker, look)
 
         if not self._retry.attempt("have the guard know of workers", keep):
-            for place in places:
-                self.save_one(place)
+            for worker in workers:
+                self.save_one(worker)
 
-    def save_one(self, place: WorkerHandle) -> None:
+    def save_one(self, worker: WorkerHandle) -> None:
         """In a message of its own."""
-        act = f"have the guard know of worker {place.slot}"
-        self._retry.attempt(act, partial(self.write, place))
+        act = f"have the guard know of worker {worker.slot}"
+        self._retry.attempt(act, partial(self.write, worker))
 
-    def write(self, place: WorkerHandle, look: bool = True) -> None:
+    def write(self, worker: WorkerHandle, look: bool = True) -> None:
         """Now; nothing if it has no process. Raises OSError: the guard cannot take it."""
-        if place.process is not None:
-            value = msgspec.json.encode(stored(place, place.process.running))
-            held = self._selection.steering.held(place.slot)
-            place.process.keep(value, held, look)
+        if worker.process is not None:
+            value = msgspec.json.encode(stored(worker, worker.process.running))
+            held = self._selection.steering.held(worker.slot)
+            worker.process.keep(value, held, look)
 
     def drop(self, processes: Iterable[WorkerProcess]) -> None:
         """These have ended. One message for all: a thousand would take the guard longer than

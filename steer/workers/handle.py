@@ -43,16 +43,16 @@ class WorkerHandles:
     def __len__(self) -> int:
         return len(self._there)
 
-    def __contains__(self, place: object) -> bool:
-        return place in self._there
+    def __contains__(self, worker: object) -> bool:
+        return worker in self._there
 
-    def add(self, place: WorkerHandle) -> None:
+    def add(self, worker: WorkerHandle) -> None:
         """Add it as the last."""
-        self._there[place] = None
+        self._there[worker] = None
 
-    def remove(self, place: WorkerHandle) -> None:
+    def remove(self, worker: WorkerHandle) -> None:
         """Raises KeyError: it is not there."""
-        del self._there[place]
+        del self._there[worker]
 
     def sort(self, key: Callable[[WorkerHandle], tuple[int, int]]) -> None:
         """Put them into another order."""

@@ -34,43 +34,43 @@ class QueueMigration:
         self._visibility = visibility
         self._shutdown = shutdown
 
-    def shed(self, place: WorkerHandle, is_shed: bool) -> None:
+    def shed(self, worker: WorkerHandle, is_shed: bool) -> None:
         """A worker at capacity leaves the table, and others get what waits for it; or it is
         selected again."""
-        place.shed = is_shed
+        worker.shed = is_shed
         self._selection.flip_soon()
         if is_shed:
-            self.migrate_settled(place)
+            self.migrate_settled(worker)
 
-    def migrate_hung(self, place: WorkerHandle) -> None:
+    def migrate_hung(self, worker: WorkerHandle) -> None:
         """It has left the table in this turn, or what is moved would come back to it."""
-        self._selection.let_go(place.slot)
-        self.migrate_settled(place)
+        self._selection.let_go(worker.slot)
+        self.migrate_settled(worker)
 
-    def migrate_settled(self, place: WorkerHandle) -> None:
+    def migrate_settled(self, worker: WorkerHandle) -> None:
         """Migrate once everything that was on its way to it has arrived, unless it serves again
         by then."""
-        act = f"worker {place.slot}: {Command.MIGRATE_QUEUE.value}"
-        self._selection.when_settled(act, partial(self._migrate_unless_selected, place))
+        act = f"worker {worker.slot}: {Command.MIGRATE_QUEUE.value}"
+        self._selection.when_settled(act, partial(self._migrate_unless_selected, worker))
 
-    def _migrate_unless_selected(self, place: WorkerHandle) -> None:
-        if not place.serves and not self._shutdown.has_begun:
-            self.migrate(place)
+    def _migrate_unless_selected(self, worker: WorkerHandle) -> None:
+        if not worker.serves and not self._shutdown.has_begun:
+            self.migrate(worker)
 
-    def migrate(self, place: WorkerHandle) -> None:
+    def migrate(self, worker: WorkerHandle) -> None:
         """Migrate the queue of a worker that is not selected, now."""
-        if place.process:
+        if worker.process:
             try:
-                with self._lent(place, place.process) as owned:
-                    self._selection.steering.rescue(place.slot, owned)
+                with self._lent(worker, worker.process) as owned:
+                    self._selection.steering.rescue(worker.slot, owned)
             except KernelError:
-                self._visibility.refused(BORROW, place.process)
+                self._visibility.refused(BORROW, worker.process)
             finally:
                 self._queues.forget()
 
     @contextmanager
     def _lent(
-        self, place: WorkerHandle, process: WorkerProcess
+        self, worker: WorkerHandle, process: WorkerProcess
     ) -> Iterator[Mapping[int, socket.socket]]:
         """The worker's sockets by bind, for a moment: duplicates of those that the backend holds,
         or else borrowed ones.
@@ -79,7 +79,7 @@ class QueueMigration:
             KernelError: they may not be borrowed.
         """
         with ExitStack() as stack:
-            held = self._selection.steering.held(place.slot)
+            held = self._selection.steering.held(worker.slot)
             if held:
                 ours = map(reuseport.duplicate, held)
                 yield {at: stack.enter_context(sock) for at, sock in enumerate(ours)}

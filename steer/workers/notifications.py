@@ -21,7 +21,7 @@ class Notifications:
     """Finds the worker that sent a notification, and reports what it says.
 
     Args:
-        places: all workers.
+        workers: all workers.
         by_pid: see `WorkerPool`.
         unheard: told of a READY=1 that no worker sent.
         report: told of the event that follows for a worker.
@@ -30,14 +30,14 @@ class Notifications:
 
     def __init__(
         self,
-        places: WorkerHandles,
+        workers: WorkerHandles,
         by_pid: Mapping[int, WorkerHandle],
         clock: Clock,
         unheard: Unheard,
         report: Callable[[WorkerHandle, Event], None],
         changed: Callable[[WorkerHandle], None],
     ) -> None:
-        self._places = places
+        self._workers = workers
         self._by_pid = by_pid
         self._clock = clock
         self._unheard = unheard
@@ -51,11 +51,11 @@ class Notifications:
             lineage: the sender, its parent and so on: see `mailbox.lineage`.
         """
         senders = self._senders(lineage, message)
-        for place in senders:
-            if place.process:
-                self._hear(place, place.process, lineage[0], message)
+        for worker in senders:
+            if worker.process:
+                self._hear(worker, worker.process, lineage[0], message)
         is_unknown = not senders and notify.is_ready(message)
-        if is_unknown and any(place.state is State.STARTING for place in self._places):
+        if is_unknown and any(worker.state is State.STARTING for worker in self._workers):
             self._unheard.tell(lineage[0], *_why_unknown(lineage))
 
     def _senders(
@@ -81,37 +81,37 @@ class Notifications:
         return starting.values() if is_one else []
 
     def _hear(
-        self, place: WorkerHandle, process: WorkerProcess, sender: int, message: Mapping[str, str]
+        self, worker: WorkerHandle, process: WorkerProcess, sender: int, message: Mapping[str, str]
     ) -> None:
-        place.hear(message, self._clock.now_s())
-        if place.asks_to_be_taken_for_hung:
-            self._changed(place)
+        worker.hear(message, self._clock.now_s())
+        if worker.asks_to_be_taken_for_hung:
+            self._changed(worker)
         if message.get("STOPPING") == "1":
-            self._report(place, Event.DRAIN)
-        if message.get("READY") == "1" and place.state is State.STARTING:
-            place.says_ready = True
+            self._report(worker, Event.DRAIN)
+        if message.get("READY") == "1" and worker.state is State.STARTING:
+            worker.says_ready = True
             arguments = processes.arguments(sender) or process.launch.service.command
             too_early = servers.says_ready_early(arguments)
             if not too_early or waits(process) is Seen.YES:
-                self._report(place, Event.READY)
+                self._report(worker, Event.READY)
 
 
 def of(by_pid: Mapping[int, WorkerHandle], pid: int) -> WorkerHandle | None:
     """The worker whose first process this is."""
-    place = by_pid.get(pid)
-    is_there = place and place.process and place.process.pid == pid
-    return place if is_there else None
+    worker = by_pid.get(pid)
+    is_there = worker and worker.process and worker.process.pid == pid
+    return worker if is_there else None
 
 
 def serve_early(pid: int, by_pid: Mapping[int, WorkerHandle], selection: Selection) -> bool:
     """A process says that it is ready before there is a loop. If it is a worker that calls the
     application, only this one is selected until then; returns whether it is. `Notifications`
     has to be told the same once there is a loop."""
-    place = of(by_pid, pid)
-    if place is None or not place.process or not place.process.is_callable:
+    worker = of(by_pid, pid)
+    if worker is None or not worker.process or not worker.process.is_callable:
         return False
     with selection.naming_locked():
-        selection.steering.steer([place.member()])
+        selection.steering.steer([worker.member()])
     if selection.steering.backup:
         selection.steering.backup.empty()
     return True
@@ -126,7 +126,7 @@ def _say_ready_for_us(starting: Mapping[int, WorkerHandle]) -> Mapping[int, Work
     """
     telling = (mailbox.lineage(pid) for pid in family.orphans() if _says_ready(pid))
     whose = {pid for lineage in telling for pid in lineage}
-    return {pid: place for pid, place in starting.items() if pid in whose}
+    return {pid: worker for pid, worker in starting.items() if pid in whose}
 
 
 def _says_ready(pid: int) -> bool:

@@ -14,8 +14,8 @@ from steer.workers.selection import Selection
 class PolicySwitch:
     """Switches the selection, then gives workers the seats of the new plan."""
 
-    def __init__(self, places: WorkerHandles, selection: Selection, entries: GuardEntries) -> None:
-        self._places = places
+    def __init__(self, workers: WorkerHandles, selection: Selection, entries: GuardEntries) -> None:
+        self._workers = workers
         self._selection = selection
         self._entries = entries
 
@@ -36,15 +36,17 @@ class PolicySwitch:
             KernelError: nothing has changed.
         """
         seats = {seat.number: seat for seat in plan.seats}
-        moves = {place.slot: seats.get(place.seat.number, place.seat) for place in self._places}
-        members = [place.member(moves[place.slot]) for place in self._places if place.serves]
+        moves = {
+            worker.slot: seats.get(worker.seat.number, worker.seat) for worker in self._workers
+        }
+        members = [worker.member(moves[worker.slot]) for worker in self._workers if worker.serves]
         self._selection.choose_by(plan, members, backend)
         then = Generation(now.number, plan)
-        for place in self._places:
-            if place.generation.number == then.number:
-                place.generation = then
-        moved = [place for place in self._places if place.seat != moves[place.slot]]
-        unpinned = [place for place in moved if place.reseat(moves[place.slot])]
+        for worker in self._workers:
+            if worker.generation.number == then.number:
+                worker.generation = then
+        moved = [worker for worker in self._workers if worker.seat != moves[worker.slot]]
+        unpinned = [worker for worker in moved if worker.reseat(moves[worker.slot])]
         self._entries.save(moved, look=False)
         self._selection.keep()
         return then, unpinned

@@ -96,10 +96,10 @@ class WorkerPool:
         unheard: Unheard,
     ) -> None:
         self.generation, self.admitted = generation, 0
-        self.places = WorkerHandles()
+        self.workers = WorkerHandles()
         self.by_pid: dict[int, WorkerHandle] = {}
-        self.selection = Selection(steering, self.places, slots, guard, log, retry)
-        self.shutdown = Shutdown(self.places, self.selection, guard, retry)
+        self.selection = Selection(steering, self.workers, slots, guard, log, retry)
+        self.shutdown = Shutdown(self.workers, self.selection, guard, retry)
         self.log, self.retry = log, retry
         self.clock = Clock()
         self.looks = Looks(self.clock, retry)
@@ -111,9 +111,9 @@ class WorkerPool:
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self.entries = GuardEntries(guard, self.selection, retry)
-        self._queue = StartQueue(self.places)
+        self._queue = StartQueue(self.workers)
         self._spawner = Spawner(
-            self.places, self.by_pid, self.selection, guard, self.entries, launch
+            self.workers, self.by_pid, self.selection, guard, self.entries, launch
         )
         self._guard, self._unheard = guard, unheard
         self._supervision: Supervision
@@ -149,7 +149,7 @@ class WorkerPool:
     ) -> None:
         """Go on with the workers that another controller left; see `Adoption.adopt`."""
         self.admitted = admitted
-        adoption = Adoption(self.places, self.selection, self._spawner, self.entries, self.clock)
+        adoption = Adoption(self.workers, self.selection, self._spawner, self.entries, self.clock)
         adoption.adopt(entries.values(), steering, generations, admitted)
 
     def watch(
@@ -171,7 +171,7 @@ class WorkerPool:
             changed,
             lambda: self.generation.plan.service.graceful_timeout,
             start_drain,
-            places=self.places,
+            workers=self.workers,
             by_pid=self.by_pid,
             selection=self.selection,
             migration=self.migration,
@@ -194,10 +194,10 @@ class WorkerPool:
     def fill(self) -> None:
         """After `watch`: start a worker on each seat of the generation that nobody has. Retire
         those that are of another generation, or came with a change that was not finished."""
-        stay = seated(self.places, self.generation)
-        for place in list(self.places):
-            if stay.get(place.seat.number) is not place:
-                self.report(place, Event.RETIRE)
+        stay = seated(self.workers, self.generation)
+        for worker in list(self.workers):
+            if stay.get(worker.seat.number) is not worker:
+                self.report(worker, Event.RETIRE)
         for seat in self.generation.plan.seats:
             if seat.number not in stay:
                 self._queue.add(self._take(self.generation, seat))
@@ -239,15 +239,15 @@ class WorkerPool:
         take = partial(self._take, generation, held=True, change=change, modest=modest, told=told)
         return self._supervision.replacement.start(map(take, seats))
 
-    def activate(self, places: Iterable[WorkerHandle]) -> None:
+    def activate(self, workers: Iterable[WorkerHandle]) -> None:
         """See `Replacement.activate`. The guard is then told the number of the change, and need
         not be told of each worker."""
-        self._supervision.replacement.activate(places)
+        self._supervision.replacement.activate(workers)
         self.admitted += 1
 
-    def retire(self, places: Iterable[WorkerHandle]) -> None:
+    def retire(self, workers: Iterable[WorkerHandle]) -> None:
         """See `Replacement.retire`."""
-        self._supervision.replacement.retire(places)
+        self._supervision.replacement.retire(workers)
 
     def stop(self, within_s: float, quick: bool) -> None:
         """Tell every worker to finish; those that have not by then are killed.
@@ -257,7 +257,7 @@ class WorkerPool:
         """
         self.shutdown.begin(within_s, quick)
         self.startup.succeed()
-        self._supervision.stopping.begin(self.places)
+        self._supervision.stopping.begin(self.workers)
 
     def reaped(self, pids: Iterable[int]) -> None:
         """Children of ours have ended that somebody had left behind."""
@@ -271,9 +271,9 @@ class WorkerPool:
         """See `Notifications.take`."""
         self._supervision.notifications.take(lineage, message)
 
-    def report(self, place: WorkerHandle, event: Event) -> None:
+    def report(self, worker: WorkerHandle, event: Event) -> None:
         """See `Transitions.report`."""
-        self._supervision.transitions.report(place, event)
+        self._supervision.transitions.report(worker, event)
 
     def renew_own_sockets(self, service: Service) -> None:
         """The reserve is to listen as the workers do from now on."""
@@ -284,22 +284,22 @@ class WorkerPool:
 
     def choose_by(self, plan: Plan, steering: Backend | None = None) -> None:
         """See `PolicySwitch.switch`."""
-        switch = PolicySwitch(self.places, self.selection, self.entries)
+        switch = PolicySwitch(self.workers, self.selection, self.entries)
         self.generation, unpinned = switch.switch(self.generation, plan, steering)
         # Nobody waits for it: wherever workers run, they get what the table says.
         self._supervision.pinning.begin(unpinned)
 
     def pin(self) -> None:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
-        self._supervision.pinning.begin(self.places)
+        self._supervision.pinning.begin(self.workers)
 
     def _take(self, generation: Generation, seat: WorkerSpec, **keys: Any) -> WorkerHandle:
         """A worker for this seat, without a process yet. Raises ControlError: too many."""
-        place = WorkerHandle(seat, self.selection.take_slot(), generation, **keys)
-        self.places.add(place)
+        worker = WorkerHandle(seat, self.selection.take_slot(), generation, **keys)
+        self.workers.add(worker)
         if self.is_watched:
-            self.startup.add(place)
-        return place
+            self.startup.add(worker)
+        return worker
 
     def save(self) -> None:
         """Tell the guard now what it would be told after this turn of the loop."""

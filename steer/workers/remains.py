@@ -47,7 +47,7 @@ class Remains:
         self._retry = retry
 
     def until_queue_is_empty(
-        self, place: WorkerHandle, limit_s: float, settled_s: float
+        self, worker: WorkerHandle, limit_s: float, settled_s: float
     ) -> Generator[float, None, bool]:
         """Until nothing waits for the worker. What can be migrated is not waited for long.
 
@@ -58,9 +58,9 @@ class Remains:
             Whether that is so: false after `limit_s`.
         """
         began_s = self._clock.now_s()
-        while place.process and not place.serves:
+        while worker.process and not worker.serves:
             with self._retry.spare.lent():
-                queues = self._queues.of(place.process, settled_s)
+                queues = self._queues.of(worker.process, settled_s)
             waited_s = self._clock.now_s() - began_s
             if queues is None and waited_s > _UNSEEN_S:
                 return True
@@ -69,53 +69,53 @@ class Remains:
             if waited_s > limit_s:
                 return False
             if waited_s > TAKE_S:
-                self._migration.migrate(place)
+                self._migration.migrate(worker)
             yield LOOK_S
         return True
 
-    def migrate_late(self, place: WorkerHandle, process: WorkerProcess) -> None:
+    def migrate_late(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         """Migrate what waits for it by now, if anything does or that cannot be seen."""
         queues = self._queues.of(process)
         if queues is None or any(each.queued for each in queues.values()):
-            self._migration.migrate(place)
+            self._migration.migrate(worker)
 
-    def until_forgotten(self, place: WorkerHandle, end_s: float) -> Iterator[float]:
+    def until_forgotten(self, worker: WorkerHandle, end_s: float) -> Iterator[float]:
         """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
         steering = self._selection.steering
         forget_flows = steering.forget_flows
-        if place.hung or forget_flows is None:
+        if worker.hung or forget_flows is None:
             return
-        got = self._datagrams(place)
+        got = self._datagrams(worker)
         if not got:
             return
         idle_s, last_s = steering.own().params.get("idle", 0), self._clock.now_s()
-        while place.process and (now_s := self._clock.now_s()) < min(end_s, last_s + idle_s):
+        while worker.process and (now_s := self._clock.now_s()) < min(end_s, last_s + idle_s):
             yield min(_LOOK_AT_FLOWS_S, end_s - now_s)
-            if (now := self._datagrams(place)) != got:
+            if (now := self._datagrams(worker)) != got:
                 got, last_s = now, now_s
-        forget_flows(place.slot)
+        forget_flows(worker.slot)
 
-    def _datagrams(self, place: WorkerHandle) -> int | None:
+    def _datagrams(self, worker: WorkerHandle) -> int | None:
         """Sent to it so far; None where nobody counts."""
-        binds = place.generation.plan.binds
+        binds = worker.generation.plan.binds
         over_udp = [at for at, bind in enumerate(binds) if bind.protocol == "udp"]
-        counts = [self._selection.steering.counts(place.slot, at) for at in over_udp]
+        counts = [self._selection.steering.counts(worker.slot, at) for at in over_udp]
         return sum(each.selected for each in counts if each) if any(counts) else None
 
-    def until_answered(self, place: WorkerHandle, end_s: float) -> Iterator[float]:
+    def until_answered(self, worker: WorkerHandle, end_s: float) -> Iterator[float]:
         """Until it has no connections."""
         pause_s = LOOK_S
-        while place.process and self._has_connections(place, place.process):
+        while worker.process and self._has_connections(worker, worker.process):
             if self._clock.now_s() >= end_s:
                 return
             yield pause_s
             pause_s = min(LOOK_AGAIN_S, 1.5 * pause_s)
 
-    def _has_connections(self, place: WorkerHandle, process: WorkerProcess) -> bool:
+    def _has_connections(self, worker: WorkerHandle, process: WorkerProcess) -> bool:
         """Where they are counted and there are some, its files need no look."""
-        if self._selection.steering.open(place.slot):
+        if self._selection.steering.open(worker.slot):
             return True
         try:
-            return bool(processes.open_sockets(process.pid) - place.others)
+            return bool(processes.open_sockets(process.pid) - worker.others)
         except KernelError:
             return True

@@ -35,11 +35,11 @@ class Replacement:
         self._forget = forget
         self._retiring = retiring
 
-    def start(self, places: Iterable[WorkerHandle]) -> Sequence[WorkerHandle]:
+    def start(self, workers: Iterable[WorkerHandle]) -> Sequence[WorkerHandle]:
         """Start all of these workers, which are held, or none.
 
         Args:
-            places: new ones, made as they are taken from here.
+            workers: new ones, made as they are taken from here.
 
         Raises:
             BindError, KernelError, WorkersFailed: one could not be started.
@@ -47,30 +47,30 @@ class Replacement:
         """
         taken: list[WorkerHandle] = []
         try:
-            for place in places:
-                taken.append(place)
+            for worker in workers:
+                taken.append(worker)
             self._starter.start(*taken)
         except SteerError:
-            for place in taken:
-                self._forget(place)
+            for worker in taken:
+                self._forget(worker)
             raise
         return taken
 
-    def activate(self, places: Iterable[WorkerHandle]) -> None:
+    def activate(self, workers: Iterable[WorkerHandle]) -> None:
         """These are held no longer, and enter the table all at once."""
-        for place in places:
-            place.held, place.told = False, None
+        for worker in workers:
+            worker.held, worker.told = False, None
         self._selection.flip_soon()
 
-    def retire(self, places: Iterable[WorkerHandle]) -> None:
+    def retire(self, workers: Iterable[WorkerHandle]) -> None:
         """They leave the table all at once. What follows is done in steps. A controller that
         adopts the workers meanwhile retires those whose seats others have."""
         leaving = []
-        for place in places:
-            if place.is_in_service:
-                place.leaving = True
-                leaving.append(place)
+        for worker in workers:
+            if worker.is_in_service:
+                worker.leaving = True
+                leaving.append(worker)
             else:
-                self._transitions.report(place, Event.RETIRE)
+                self._transitions.report(worker, Event.RETIRE)
         self._selection.flip_soon()
         self._retiring.begin_soon(leaving)

@@ -36,7 +36,7 @@ class Selection:
     Slots can be taken and joined at once; to flip it takes a loop, see `watch`.
 
     Args:
-        places: all that have a slot, at any time: others add to them and remove.
+        workers: all that have a slot, at any time: others add to them and remove.
         slots: capacity; a slot is below it.
         guard: has all that another controller needs.
 
@@ -48,7 +48,7 @@ class Selection:
     def __init__(
         self,
         steering: Backend,
-        places: Collection[WorkerHandle],
+        workers: Collection[WorkerHandle],
         slots: int,
         guard: GuardClient,
         log: Log,
@@ -56,12 +56,12 @@ class Selection:
     ) -> None:
         self.steering = steering
         self.retired = Counts()
-        self._places = places
+        self._workers = workers
         self._slots = Slots(slots)
         self._ended: set[int] = set()
         self._let_go: set[int] = set()
         self._log = log
-        self._sockets = WorkerSockets(places)
+        self._sockets = WorkerSockets(workers)
         self._stored = StoredSelection(
             self._backend, lambda: (self.retired, self._slots.next), guard, retry
         )
@@ -74,7 +74,7 @@ class Selection:
         return self.steering
 
     def _some_serve(self) -> bool:
-        return any(place.serves for place in self._places)
+        return any(worker.serves for worker in self._workers)
 
     def watch(self, loop: AbstractEventLoop) -> None:
         """From here on there is a loop to flip in."""
@@ -154,7 +154,7 @@ class Selection:
 
     def counts(self) -> Counts | None:
         """Of the whole service since its start; None where nobody counts."""
-        now = [self.steering.counts(place.slot) for place in self._places]
+        now = [self.steering.counts(worker.slot) for worker in self._workers]
         if self.steering.unsteered() is None:
             return None
         return sum((count for count in now if count is not None), self.retired)
@@ -163,7 +163,7 @@ class Selection:
 
     def _publish(self) -> None:
         """Have those who serve selected, and nobody else."""
-        members = [place.member() for place in self._places if place.serves]
+        members = [worker.member() for worker in self._workers if worker.serves]
         if self._ended:
             members = [each for each in members if each.slot not in self._ended]
         with self.naming_locked():

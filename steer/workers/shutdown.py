@@ -21,7 +21,7 @@ class Shutdown:
     """Whether the service ends, and what is left of it.
 
     Args:
-        places: all workers there still are.
+        workers: all workers there still are.
 
     Attributes:
         has_begun: all workers are told to finish, and no other is started.
@@ -32,14 +32,14 @@ class Shutdown:
 
     def __init__(
         self,
-        places: Collection[WorkerHandle],
+        workers: Collection[WorkerHandle],
         selection: Selection,
         guard: GuardClient,
         retry: Retry,
     ) -> None:
         self.has_begun = self.is_quick = False
         self.within_s = 0.0
-        self._places = places
+        self._workers = workers
         self._selection = selection
         self._guard = guard
         self._retry = retry
@@ -63,7 +63,7 @@ class Shutdown:
     def _leave_nothing_to_adopt(self) -> None:
         self._guard.give_up()
         is_held = self._selection.steering.held
-        there = (place.process for place in self._places if is_held(place.slot))
+        there = (worker.process for worker in self._workers if is_held(worker.slot))
         self._guard.let_go(*(process.key for process in there if process))
 
     def take_leftovers(self, pids: Iterable[int]) -> None:
@@ -77,7 +77,7 @@ class Shutdown:
     def end_if_empty(self) -> None:
         """The last worker may have ended. What none of them is known to have left behind ends
         with it."""
-        if not self.has_begun or self._places or self._leftovers or self.ended.done():
+        if not self.has_begun or self._workers or self._leftovers or self.ended.done():
             return
         left = [] if self._has_told_strays else self._left_behind()
         if left:

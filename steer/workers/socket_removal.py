@@ -27,14 +27,14 @@ class SocketRemoval:
         self._log = log
         self._retry = retry
 
-    def remove(self, place: WorkerHandle) -> bool:
+    def remove(self, worker: WorkerHandle) -> bool:
         """Take the sockets of one worker out; whether all of that was done.
 
         Where the order in a group matters they leave it now, and not when a worker that was
         forked a moment ago has closed its copies.
         """
         fork.await_apart()
-        return self._retry.attempt(_act(place), partial(self._selection.left, place.slot))
+        return self._retry.attempt(_act(worker), partial(self._selection.left, worker.slot))
 
     def remove_all(self, ends: Iterable[tuple[End, Sequence[int]]]) -> None:
         """Take the sockets of several workers out, and shut down those that others have open.
@@ -45,44 +45,44 @@ class SocketRemoval:
         fork.await_apart()  # or workers that start would be found to have these sockets open
         look, nobody = strays.Look(), list[strays.Stray]()
         ends = list(ends)
-        serving = [end.place.slot for end, _ in ends if end.place.serves]
+        serving = [end.worker.slot for end, _ in ends if end.worker.serves]
         if serving and not self._shutdown.has_begun:
             self._selection.end(serving)
         for end, left in ends:
-            place, find = end.place, partial(self._strays, end, left, look)
-            found = self._retry.result(_act(place), find, nobody) if end.process.bound else nobody
-            if not self.remove(place):
+            worker, find = end.worker, partial(self._strays, end, left, look)
+            found = self._retry.result(_act(worker), find, nobody) if end.process.bound else nobody
+            if not self.remove(worker):
                 self._selection.flip_soon()  # that does the rest
             if found:
-                self._retry.attempt(_act(place), partial(self._cut_off, place, found))
+                self._retry.attempt(_act(worker), partial(self._cut_off, worker, found))
 
     def _strays(self, end: End, left: Sequence[int], look: strays.Look) -> list[strays.Stray]:
         """Who still has sockets of it. Where the backend holds a duplicate, that is shut down in
         any case."""
-        place, bound = end.place, end.process.bound
-        is_held = bool(self._selection.steering.held(place.slot))
+        worker, bound = end.worker, end.process.bound
+        is_held = bool(self._selection.steering.held(worker.slot))
         everywhere = not self._shutdown.has_begun and not is_held
-        everywhere = everywhere and (end.is_lost or self._may_be_open(place))
-        return strays.find(place.generation.plan.binds, bound, left, everywhere, look)
+        everywhere = everywhere and (end.is_lost or self._may_be_open(worker))
+        return strays.find(worker.generation.plan.binds, bound, left, everywhere, look)
 
-    def _may_be_open(self, place: WorkerHandle) -> bool:
+    def _may_be_open(self, worker: WorkerHandle) -> bool:
         """Whether anybody may have its sockets open. If all have just left their groups nobody
         has; to ask that is quicker than to look at all sockets of a port."""
-        is_member, binds = self._selection.steering.is_member, place.generation.plan.binds
-        is_in_a_group = (is_member(place.slot, at) is not False for at in range(len(binds)))
-        return bool(place.left) or any(is_in_a_group)
+        is_member, binds = self._selection.steering.is_member, worker.generation.plan.binds
+        is_in_a_group = (is_member(worker.slot, at) is not False for at in range(len(binds)))
+        return bool(worker.left) or any(is_in_a_group)
 
-    def _cut_off(self, place: WorkerHandle, found: Sequence[strays.Stray]) -> None:
+    def _cut_off(self, worker: WorkerHandle, found: Sequence[strays.Stray]) -> None:
         told = list(strays.shut_down(found))
         for stray, refusal in told[:STRAYS_NAMED]:
             then = f": {refusal}" if refusal else ", and is cut off from it"
-            self._log.warning("worker %d has ended, but %s%s", place.slot, stray, then)
+            self._log.warning("worker %d has ended, but %s%s", worker.slot, stray, then)
         if len(told) > STRAYS_NAMED:
             more = len(told) - STRAYS_NAMED
             self._log.warning(
-                "worker %d has ended, and %d more have a socket of it", place.slot, more
+                "worker %d has ended, and %d more have a socket of it", worker.slot, more
             )
 
 
-def _act(place: WorkerHandle) -> str:
-    return f"take worker {place.slot} out"
+def _act(worker: WorkerHandle) -> str:
+    return f"take worker {worker.slot} out"

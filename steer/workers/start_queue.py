@@ -17,23 +17,23 @@ class StartQueue:
     """Workers that were never started, in their order.
 
     Args:
-        places: all workers there are.
+        workers: all workers there are.
 
     Attributes:
         is_of_new_service: the service starts; else one that was adopted is filled up.
     """
 
-    def __init__(self, places: Collection[WorkerHandle]) -> None:
+    def __init__(self, workers: Collection[WorkerHandle]) -> None:
         self.is_of_new_service = False
-        self._places = places
+        self._workers = workers
         self._waiting: deque[WorkerHandle] = deque()
         self._starting: dict[WorkerHandle, None] = {}
         self._most_starting = _NO_LIMIT
 
-    def add(self, place: WorkerHandle) -> None:
+    def add(self, worker: WorkerHandle) -> None:
         """As the last."""
-        place.state = State.BACKOFF
-        self._waiting.append(place)
+        worker.state = State.BACKOFF
+        self._waiting.append(worker)
 
     def clear(self) -> None:
         """None of these is to be started any more."""
@@ -50,12 +50,12 @@ class StartQueue:
     @property
     def is_limited(self) -> bool:
         """Whether some wait, and not all may be starting at once."""
-        return bool(self._waiting) and self._most_starting < len(self._places)
+        return bool(self._waiting) and self._most_starting < len(self._workers)
 
-    def began(self, places: Iterable[WorkerHandle]) -> None:
+    def began(self, workers: Iterable[WorkerHandle]) -> None:
         """These have a process now."""
         if self.is_limited:
-            self._starting |= dict.fromkeys(places)
+            self._starting |= dict.fromkeys(workers)
 
     def next(self, at_most: int) -> Sequence[WorkerHandle]:
         """Take the next of those that are still wanted, as far as the limit allows."""
@@ -65,12 +65,12 @@ class StartQueue:
             self._starting = dict.fromkeys(filter(_is_starting, self._starting))
             at_most = min(at_most, self._most_starting - len(self._starting))
         while self._waiting and len(few) < at_most:
-            place = self._waiting.popleft()
-            if place.state is State.BACKOFF:
-                place.state, _ = lifecycle.step(place.state, Event.RETRY)
-                few.append(place)
+            worker = self._waiting.popleft()
+            if worker.state is State.BACKOFF:
+                worker.state, _ = lifecycle.step(worker.state, Event.RETRY)
+                few.append(worker)
         return few
 
 
-def _is_starting(place: WorkerHandle) -> bool:
-    return place.process is not None and place.state is State.STARTING
+def _is_starting(worker: WorkerHandle) -> bool:
+    return worker.process is not None and worker.state is State.STARTING

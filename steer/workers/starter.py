@@ -70,7 +70,7 @@ class Starter:
         if queue.is_limited:
             loop.call_later(ALL_START_S, self._start_all)
 
-    def start(self, *places: WorkerHandle) -> None:
+    def start(self, *workers: WorkerHandle) -> None:
         """Start a process for each of these, and watch it.
 
         Raises:
@@ -79,18 +79,18 @@ class Starter:
         began_s = time.monotonic()
         try:
             with self._retry.spare.lent():
-                started = self._spawner.spawn(places)
-                self._queue.began(places)
-                for place, process in zip(places, started, strict=True):
-                    self._watcher.watch(place, process)
+                started = self._spawner.spawn(workers)
+                self._queue.began(workers)
+                for worker, process in zip(workers, started, strict=True):
+                    self._watcher.watch(worker, process)
             self._lot.took(time.monotonic() - began_s)
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
-            for place in places:
-                if place.process is not None:
-                    self._watcher.forget(place.process)
-                self._spawner.kill(place)
-                self._removal.remove(place)
-            raise as_refusal(f"start worker {places[0].slot}", error) from None
+            for worker in workers:
+                if worker.process is not None:
+                    self._watcher.forget(worker.process)
+                self._spawner.kill(worker)
+                self._removal.remove(worker)
+            raise as_refusal(f"start worker {workers[0].slot}", error) from None
 
     # Those that were never started.
 
@@ -104,8 +104,8 @@ class Starter:
         except SteerError as error:
             if not self._queue.is_of_new_service:
                 self._log.error("%s", error)
-            for place in few:
-                self._fail_first(place, error)
+            for worker in few:
+                self._fail_first(worker, error)
         self._loop.call_soon(self.start_queued)
 
     def start_queued_if_limited(self) -> None:
@@ -118,27 +118,27 @@ class Starter:
         self._queue.lift_limit()
         self.start_queued()
 
-    def _fail_first(self, place: WorkerHandle, error: SteerError) -> None:
+    def _fail_first(self, worker: WorkerHandle, error: SteerError) -> None:
         """A new service that cannot have all its workers ends. One that was adopted goes on with
         those it has."""
         if not self._queue.is_of_new_service:
-            self._fail(place, error)
+            self._fail(worker, error)
             return
-        place.state, _ = lifecycle.step(place.state, Event.EXITED)
+        worker.state, _ = lifecycle.step(worker.state, Event.EXITED)
         self._queue.clear()
         self._startup.refuse(error)
 
-    def _fail(self, place: WorkerHandle, error: SteerError) -> None:
-        place.failures += 1
-        self._transitions.fail(place, error)
+    def _fail(self, worker: WorkerHandle, error: SteerError) -> None:
+        worker.failures += 1
+        self._transitions.fail(worker, error)
 
     # Those that have ended.
 
-    def restart_soon(self, place: WorkerHandle) -> None:
+    def restart_soon(self, worker: WorkerHandle) -> None:
         """Its time to back off is over."""
         if not self._to_restart:
             self._loop.call_soon(self._restart_lot)
-        self._to_restart.append(place)
+        self._to_restart.append(worker)
 
     def _restart_lot(self) -> None:
         size = min(self._lot.size, len(self._to_restart))
@@ -146,28 +146,28 @@ class Starter:
         if self._to_restart:
             self._loop.call_soon(self._restart_lot)
         # One whose wait was cut short may be there twice.
-        lot = [place for place in dict.fromkeys(lot) if place.state is State.BACKOFF]
+        lot = [worker for worker in dict.fromkeys(lot) if worker.state is State.BACKOFF]
         if self._shutdown.has_begun:
-            for place in lot:
-                self._transitions.report_until_done(place, Event.STOP)
+            for worker in lot:
+                self._transitions.report_until_done(worker, Event.STOP)
         elif lot:
-            for place in lot:
-                place.state, _ = lifecycle.step(place.state, Event.RETRY)
+            for worker in lot:
+                worker.state, _ = lifecycle.step(worker.state, Event.RETRY)
             self.restart(*lot)
 
-    def restart(self, *places: WorkerHandle) -> None:
+    def restart(self, *workers: WorkerHandle) -> None:
         """Start all of these together, in slots of their own; if that fails each by itself, as
         there may be enough of what is missing for some."""
         try:
-            for place in places:
-                self._selection.give_up(place.slot)
-                place.slot = self._selection.take_slot()
-            self.start(*places)
+            for worker in workers:
+                self._selection.give_up(worker.slot)
+                worker.slot = self._selection.take_slot()
+            self.start(*workers)
         except Exception as error:  # noqa: BLE001 - no seat stays empty for it
-            if len(places) > 1:
-                for place in places:
-                    self.restart(place)
+            if len(workers) > 1:
+                for worker in workers:
+                    self.restart(worker)
                 return
-            refusal = as_refusal(f"start worker {places[0].slot}", error)
+            refusal = as_refusal(f"start worker {workers[0].slot}", error)
             self._log.error("%s", refusal)
-            self._fail(places[0], refusal)
+            self._fail(workers[0], refusal)

@@ -24,17 +24,17 @@ class Startup:
     application cannot be loaded, or when all workers have failed once.
 
     Args:
-        places: all workers there are; see `add`.
+        workers: all workers there are; see `add`.
 
     Attributes:
         up: done when the service has come up, or holds why it cannot.
         refused: holds why the rest of the workers cannot be started, once some serve.
     """
 
-    def __init__(self, loop: AbstractEventLoop, places: Collection[WorkerHandle]) -> None:
+    def __init__(self, loop: AbstractEventLoop, workers: Collection[WorkerHandle]) -> None:
         self._loop = loop
-        self._places = places
-        self._candidates = list(places)
+        self._workers = workers
+        self._candidates = list(workers)
         self._elsewhere: tuple[WorkerHandle, WorkerProcess] | None = None
         self._has_looked = False
         self.up: Future[None] = loop.create_future()
@@ -45,10 +45,10 @@ class Startup:
         """Until then whoever awaits `up` is told of an error, once."""
         return self.up.done() and self.up.exception() is None
 
-    def add(self, place: WorkerHandle) -> None:
+    def add(self, worker: WorkerHandle) -> None:
         """There is another worker."""
         if not self.up.done():
-            self._candidates.append(place)
+            self._candidates.append(worker)
 
     def succeed(self) -> bool:
         """A worker is ready, or nobody need wait for one any more. Returns whether that is new."""
@@ -95,11 +95,11 @@ class Startup:
 
     def _one_that_listens_elsewhere(self) -> tuple[WorkerHandle, WorkerProcess] | None:
         if self._elsewhere is not None:
-            place, process = self._elsewhere
-            if place.process is process and place.state is State.STARTING:
+            worker, process = self._elsewhere
+            if worker.process is process and worker.state is State.STARTING:
                 return self._elsewhere
-        starting = (each for each in self._places if each.state is State.STARTING)
-        there = ((place, place.process) for place in starting if place.process)
+        starting = (each for each in self._workers if each.state is State.STARTING)
+        there = ((worker, worker.process) for worker in starting if worker.process)
         looked_at = islice(there, _LOOKED_AT)
         return next((each for each in looked_at if elsewhere.diagnosis(each[1])), None)
 
@@ -109,5 +109,5 @@ def _refuse(future: Future[None], error: SteerError) -> None:
     future.exception()  # retrieved here: nobody may be waiting yet
 
 
-def _has_failed(place: WorkerHandle) -> bool:
-    return place.failures > 0 or place.state is State.GONE
+def _has_failed(worker: WorkerHandle) -> bool:
+    return worker.failures > 0 or worker.state is State.GONE

@@ -41,15 +41,15 @@ class InSteps:
         self._waiting: OrderedDict[WorkerHandle, None] = OrderedDict()
         self._is_due = False
 
-    def begin(self, places: Iterable[WorkerHandle]) -> None:
+    def begin(self, workers: Iterable[WorkerHandle]) -> None:
         """Add these; the first step is taken now, unless one is due already."""
-        self._waiting.update(dict.fromkeys(places))
+        self._waiting.update(dict.fromkeys(workers))
         if not self._is_due:
             self._step()
 
-    def begin_soon(self, places: Iterable[WorkerHandle]) -> None:
+    def begin_soon(self, workers: Iterable[WorkerHandle]) -> None:
         """Add these; the first step is taken in the next turn of the loop."""
-        self._waiting.update(dict.fromkeys(places))
+        self._waiting.update(dict.fromkeys(workers))
         self._step_soon()
 
     def _step_soon(self) -> None:

@@ -35,25 +35,25 @@ class StoredWorker(msgspec.Struct, frozen=True):
     change: int = 1
 
 
-def stored(place: WorkerHandle, running: Running) -> StoredWorker:
+def stored(worker: WorkerHandle, running: Running) -> StoredWorker:
     """The worker with its process."""
     return StoredWorker(
         running,
-        place.seat,
-        place.slot,
-        place.generation.number,
-        place.state.value,
-        place.held,
-        place.ready_s,
-        place.starts,
-        place.failures,
-        place.says_ready,
-        place.others,
-        place.takers,
-        place.hung,
-        place.acceptors,
-        place.is_apart,
-        place.change,
+        worker.seat,
+        worker.slot,
+        worker.generation.number,
+        worker.state.value,
+        worker.held,
+        worker.ready_s,
+        worker.starts,
+        worker.failures,
+        worker.says_ready,
+        worker.others,
+        worker.takers,
+        worker.hung,
+        worker.acceptors,
+        worker.is_apart,
+        worker.change,
     )
 
 

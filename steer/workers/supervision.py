@@ -51,7 +51,7 @@ class Supervision:
         graceful_timeout_s: Callable[[], float],
         start_drain: StartDrain | None,
         *,
-        places: WorkerHandles,
+        workers: WorkerHandles,
         by_pid: dict[int, WorkerHandle],
         selection: Selection,
         migration: QueueMigration,
@@ -67,14 +67,14 @@ class Supervision:
         log: Log,
         retry: Retry,
     ) -> None:
-        self._places = places
+        self._workers = workers
         self._selection = selection
         self._log = log
         for each in (retry, selection, entries, shutdown):
             each.watch(loop)
-        self.startup = Startup(loop, places)
+        self.startup = Startup(loop, workers)
         self.transitions = Transitions(
-            places,
+            workers,
             self.startup,
             shutdown,
             entries,
@@ -108,7 +108,7 @@ class Supervision:
         )
         drainer = Drainer(loop, remains, selection, clock, retry, report, graceful_timeout_s)
         self.commands = Commands(
-            places,
+            workers,
             selection,
             migration,
             self.starter,
@@ -124,29 +124,29 @@ class Supervision:
         )
         self.transitions.commands = self.commands.table
         self.transitions.on_started = self.starter.start_queued_if_limited
-        self.notifications = Notifications(places, by_pid, clock, unheard, report, changed)
+        self.notifications = Notifications(workers, by_pid, clock, unheard, report, changed)
         self.pinning = InSteps(
-            loop, lambda place: retry.attempt(f"pin worker {place.slot}", place.pin)
+            loop, lambda worker: retry.attempt(f"pin worker {worker.slot}", worker.pin)
         )
-        self.retiring = InSteps(loop, lambda place: report(place, Event.RETIRE))
+        self.retiring = InSteps(loop, lambda worker: report(worker, Event.RETIRE))
         self.replacement = Replacement(
             selection, self.starter, self.transitions, self.commands.forget, self.retiring
         )
         self.stopping = InSteps(
             loop,
-            lambda place: report(place, Event.STOP),
+            lambda worker: report(worker, Event.STOP),
             shutdown.end_if_empty,
             retry.spare.lent,
         )
 
     def begin(self) -> None:
         """Watch the workers there are."""
-        for place in list(self._places):
-            if place.process is not None:
-                self._watcher.watch(place, place.process)
-            elif place.starts:
-                self._log.warning("worker %d ended while there was no controller", place.slot)
-                self.transitions.report(place, Event.EXITED)
-        if any(place.serves for place in self._places):
+        for worker in list(self._workers):
+            if worker.process is not None:
+                self._watcher.watch(worker, worker.process)
+            elif worker.starts:
+                self._log.warning("worker %d ended while there was no controller", worker.slot)
+                self.transitions.report(worker, Event.EXITED)
+        if any(worker.serves for worker in self._workers):
             self.startup.succeed()
             self._selection.flip()

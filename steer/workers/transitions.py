@@ -26,7 +26,7 @@ class Transitions:
     """Carries out what `lifecycle` decides.
 
     Args:
-        places: all workers there are.
+        workers: all workers there are.
         entries: told of each worker that may be in another state.
         changed: told of a worker that is in another state.
         graceful_timeout_s: how long a worker may take to finish, as configured now.
@@ -38,7 +38,7 @@ class Transitions:
 
     def __init__(
         self,
-        places: Collection[WorkerHandle],
+        workers: Collection[WorkerHandle],
         startup: Startup,
         shutdown: Shutdown,
         entries: GuardEntries,
@@ -49,7 +49,7 @@ class Transitions:
         changed: Callable[[WorkerHandle], None],
         graceful_timeout_s: Callable[[], float],
     ) -> None:
-        self._places = places
+        self._workers = workers
         self._startup = startup
         self._shutdown = shutdown
         self._entries = entries
@@ -62,80 +62,80 @@ class Transitions:
         self.commands: CommandTable = {}
         self.on_started: Callable[[], None] = lambda: None
 
-    def report(self, place: WorkerHandle, event: Event) -> None:
+    def report(self, worker: WorkerHandle, event: Event) -> None:
         """Something happened to a worker: do what follows."""
-        if event is Event.LATE and self._may_be_ready(place):
+        if event is Event.LATE and self._may_be_ready(worker):
             event = Event.READY
-        if event is Event.READY and place.process and place.process.problem:
+        if event is Event.READY and worker.process and worker.process.problem:
             return  # it is about to end
-        if event is Event.OVERDUE and self._is_busy(place):
-            self.report_later(place, self._graceful_timeout_s(), event)
+        if event is Event.OVERDUE and self._is_busy(worker):
+            self.report_later(worker, self._graceful_timeout_s(), event)
             return
-        is_told_by_others = place.held or not self._startup.has_succeeded
+        is_told_by_others = worker.held or not self._startup.has_succeeded
         if event is Event.OVERDUE or (event is Event.LATE and not is_told_by_others):
-            self._log.warning("worker %d: %s", place.slot, event.value)
-        before = place.state
-        place.hung |= place.hangs and event is Event.RETIRE
-        place.state, commands = lifecycle.step(before, event)
+            self._log.warning("worker %d: %s", worker.slot, event.value)
+        before = worker.state
+        worker.hung |= worker.hangs and event is Event.RETIRE
+        worker.state, commands = lifecycle.step(before, event)
         for command in commands:
-            self._carry_out(place, command, place.state)
+            self._carry_out(worker, command, worker.state)
         if not self._shutdown.has_begun:  # else nobody is to adopt it
-            self._entries.save_soon(place)
-        if place.state is not before:
-            self._changed(place)
+            self._entries.save_soon(worker)
+        if worker.state is not before:
+            self._changed(worker)
             if before is State.STARTING:
                 self.on_started()
 
-    def report_later(self, place: WorkerHandle, after_s: float, event: Event) -> None:
+    def report_later(self, worker: WorkerHandle, after_s: float, event: Event) -> None:
         """Report it after so long, unless the worker is to wait for something else by then."""
-        timer = self._clock.call_later(after_s, self.report_until_done, place, event)
-        place.set_timer(timer)
+        timer = self._clock.call_later(after_s, self.report_until_done, worker, event)
+        worker.set_timer(timer)
 
-    def report_until_done(self, place: WorkerHandle, event: Event) -> None:
+    def report_until_done(self, worker: WorkerHandle, event: Event) -> None:
         """Report it, and if that fails again as long as there is such a worker."""
-        act = f"worker {place.slot}: {event.value}"
-        wanted = partial(self._places.__contains__, place)
-        self._retry.until_done(act, partial(self.report, place, event), wanted)
+        act = f"worker {worker.slot}: {event.value}"
+        wanted = partial(self._workers.__contains__, worker)
+        self._retry.until_done(act, partial(self.report, worker, event), wanted)
 
-    def fail(self, place: WorkerHandle, error: SteerError) -> None:
+    def fail(self, worker: WorkerHandle, error: SteerError) -> None:
         """The worker has no process, by this error: it has ended, or could not be started."""
-        place.error = error
-        if place.held:
+        worker.error = error
+        if worker.held:
             # It is not tried again: whoever asked for it is told.
-            self.report(place, Event.RETIRE)
-            self.report(place, Event.EXITED)
-            if place.told:
-                place.told(place)
+            self.report(worker, Event.RETIRE)
+            self.report(worker, Event.EXITED)
+            if worker.told:
+                worker.told(worker)
             return
-        if place.leaving:
-            self.report(place, Event.RETIRE)
-        self.report(place, Event.EXITED)
+        if worker.leaving:
+            self.report(worker, Event.RETIRE)
+        self.report(worker, Event.EXITED)
         self._startup.fail(error)
 
-    def _carry_out(self, place: WorkerHandle, command: Command, state: State) -> None:
+    def _carry_out(self, worker: WorkerHandle, command: Command, state: State) -> None:
         """Now, and where that fails again, as long as the worker is in this state."""
         self._retry.until_done(
-            f"worker {place.slot}: {command.value}",
-            partial(self.commands[command], place),
-            wanted=lambda: place.state is state and place in self._places,
+            f"worker {worker.slot}: {command.value}",
+            partial(self.commands[command], worker),
+            wanted=lambda: worker.state is state and worker in self._workers,
         )
 
-    def _may_be_ready(self, place: WorkerHandle) -> bool:
+    def _may_be_ready(self, worker: WorkerHandle) -> bool:
         """Whether it may wait for connections in a way that is not seen."""
-        if self._is_unseen(place):
+        if self._is_unseen(worker):
             return True
-        is_elsewhere = place.process and elsewhere.diagnosis(place.process)
-        return place.says_ready and not is_elsewhere
+        is_elsewhere = worker.process and elsewhere.diagnosis(worker.process)
+        return worker.says_ready and not is_elsewhere
 
-    def _is_unseen(self, place: WorkerHandle) -> bool:
+    def _is_unseen(self, worker: WorkerHandle) -> bool:
         """Whether it cannot be seen if it waits on its sockets."""
-        if place.process is None or waits(place.process) is not Seen.UNKNOWN:
+        if worker.process is None or waits(worker.process) is not Seen.UNKNOWN:
             return False
-        self._visibility.refused(WAITS, place.process)
+        self._visibility.refused(WAITS, worker.process)
         return True
 
-    def _is_busy(self, place: WorkerHandle) -> bool:
+    def _is_busy(self, worker: WorkerHandle) -> bool:
         """Whether one that was retired as hung may still be at a request that takes long."""
-        if not place.hung or self._shutdown.has_begun:
+        if not worker.hung or self._shutdown.has_begun:
             return False
-        return place.has_computed(self._clock.now_s())
+        return worker.has_computed(self._clock.now_s())

@@ -31,24 +31,24 @@ class Watcher:
         self._retry = retry
         self._changed = changed
 
-    def watch(self, place: WorkerHandle, process: WorkerProcess) -> None:
+    def watch(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         """Watch the process of this worker."""
-        self._ends.watch(place, process)
-        if place.state is State.STARTING:
+        self._ends.watch(worker, process)
+        if worker.state is State.STARTING:
             timeout_s = process.launch.service.ready_timeout
-            self._transitions.report_later(place, timeout_s, Event.LATE)
-            self._changed(place)
+            self._transitions.report_later(worker, timeout_s, Event.LATE)
+            self._changed(worker)
         else:  # adopted
-            self._go_on(place, process)
+            self._go_on(worker, process)
 
     def forget(self, process: WorkerProcess) -> None:
         """Somebody else ends it."""
         self._ends.forget(process)
 
-    def _go_on(self, place: WorkerHandle, process: WorkerProcess) -> None:
+    def _go_on(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         """Go on with what the controller before us had begun."""
         commands = self._transitions.commands
-        if place.hangs:
-            self._retry.attempt(f"look at worker {place.slot}", place.has_acted)
-        elif place.state is State.STOPPING:
-            commands[Command.TERMINATE if process.told else Command.DRAIN](place)
+        if worker.hangs:
+            self._retry.attempt(f"look at worker {worker.slot}", worker.has_acted)
+        elif worker.state is State.STOPPING:
+            commands[Command.TERMINATE if process.told else Command.DRAIN](worker)

@@ -15,14 +15,14 @@ Sockets = Mapping[int, socket.socket]
 
 
 class WorkerSockets:
-    """Args: places: all workers there are, at any time."""
+    """Args: workers: all workers there are, at any time."""
 
-    def __init__(self, places: Collection[WorkerHandle]) -> None:
-        self._places = places
+    def __init__(self, workers: Collection[WorkerHandle]) -> None:
+        self._workers = workers
 
     @property
     def inodes(self) -> frozenset[int]:
-        owned = (place.process.inodes for place in self._places if place.process)
+        owned = (worker.process.inodes for worker in self._workers if worker.process)
         return frozenset[int]().union(*owned)
 
     @contextmanager
@@ -30,9 +30,9 @@ class WorkerSockets:
         """Those of every worker, by slot. Raises KernelError."""
         with ExitStack() as lent:
             yield {
-                place.slot: lent.enter_context(place.process.sockets())
-                for place in self._places
-                if place.process
+                worker.slot: lent.enter_context(worker.process.sockets())
+                for worker in self._workers
+                if worker.process
             }
 
     @contextmanager
@@ -44,11 +44,11 @@ class WorkerSockets:
         Raises:
             KernelError: we may not.
         """
-        by_use = sorted(self._places, key=lambda place: (bool(place.left), not place.serves))
+        by_use = sorted(self._workers, key=lambda worker: (bool(worker.left), not worker.serves))
         found: Sockets = {}
         locked: Sockets = {}
         with ExitStack() as lent:
-            for process in [place.process for place in by_use if place.process]:
+            for process in [worker.process for worker in by_use if worker.process]:
                 if len(found) < len(process.bound):
                     theirs = lent.enter_context(process.sockets())
                     free = {at: each for at, each in theirs.items() if not _is_locked(each)}

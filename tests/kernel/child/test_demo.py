@@ -33,7 +33,7 @@ Client = tuple[socket.socket, BinaryIO]
 
 
 @dataclass
-class FakeWorker:
+class FakeProcess:
     """As `steer.child.api.Worker` to the demo, its signal handlers included."""
 
     sockets: list[socket.socket]
@@ -131,7 +131,7 @@ def start(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         ready, ready_fd = os.pipe()
         pid = os.fork()
         if pid == 0:
-            serve_and_exit(FakeWorker(sockets, ready_fd, stopping))
+            serve_and_exit(FakeProcess(sockets, ready_fd, stopping))
         os.close(ready_fd)
         running.append(Running(pid, [sock.getsockname() for sock in sockets]))
         for sock in sockets:
@@ -146,7 +146,7 @@ def start(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().err == ""
 
 
-def serve_and_exit(worker: FakeWorker) -> None:
+def serve_and_exit(worker: FakeProcess) -> None:
     signal.signal(signal.SIGTERM, worker.stop)
     try:
         demo.serve(cast(Any, worker))

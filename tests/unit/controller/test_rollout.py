@@ -45,7 +45,7 @@ class FakeFleet:
 
     def __init__(self, workers: int) -> None:
         self.generation = Generation(1, plan_for(workers))
-        self.places: list[WorkerHandle] = []
+        self.workers: list[WorkerHandle] = []
         self.flips: list[list[int]] = []
         self.kept: list[tuple[int, int, int]] = []
         self.lot = Lot()
@@ -56,10 +56,10 @@ class FakeFleet:
             self._take(seat, self.generation).state = State.READY
 
     def _take(self, seat: WorkerSpec, generation: Generation) -> WorkerHandle:
-        place = WorkerHandle(seat, self._slot, generation)
+        worker = WorkerHandle(seat, self._slot, generation)
         self._slot += 1
-        self.places.append(place)
-        return place
+        self.workers.append(worker)
+        return worker
 
     def start_held(
         self,
@@ -68,49 +68,49 @@ class FakeFleet:
         _modest: bool,
         told: Callable[[WorkerHandle], None],
     ) -> list[WorkerHandle]:
-        places = [self._take(seat, generation) for seat in seats]
-        for place in places:
-            place.held, place.told = True, told
-        return places
+        workers = [self._take(seat, generation) for seat in seats]
+        for worker in workers:
+            worker.held, worker.told = True, told
+        return workers
 
-    def activate(self, places: Sequence[WorkerHandle]) -> None:
-        for place in places:
-            place.held = False
+    def activate(self, workers: Sequence[WorkerHandle]) -> None:
+        for worker in workers:
+            worker.held = False
         self.admitted += 1
 
-    def report(self, place: WorkerHandle, event: Event) -> None:
-        place.state, commands = lifecycle.step(place.state, event)
+    def report(self, worker: WorkerHandle, event: Event) -> None:
+        worker.state, commands = lifecycle.step(worker.state, event)
         if Command.FORGET in commands:
-            self.places.remove(place)
+            self.workers.remove(worker)
 
-    def retire(self, places: Sequence[WorkerHandle]) -> None:
-        for place in places:
-            self.report(place, Event.RETIRE)
+    def retire(self, workers: Sequence[WorkerHandle]) -> None:
+        for worker in workers:
+            self.report(worker, Event.RETIRE)
 
     async def flipped(self) -> None:
-        self.flips.append([place.slot for place in self.places if place.serves])
+        self.flips.append([worker.slot for worker in self.workers if worker.serves])
 
     # What happens to workers.
 
     def get_ready(self, slot: int) -> None:
-        place = self.at(slot)
-        self.report(place, Event.READY)
-        assert place.told is not None
-        place.told(place)
+        worker = self.at(slot)
+        self.report(worker, Event.READY)
+        assert worker.told is not None
+        worker.told(worker)
 
     def fail(self, slot: int) -> None:
-        place = self.at(slot)
-        place.error = ENDED
-        self.report(place, Event.RETIRE)
-        self.report(place, Event.EXITED)
-        assert place.told is not None
-        place.told(place)
+        worker = self.at(slot)
+        worker.error = ENDED
+        self.report(worker, Event.RETIRE)
+        self.report(worker, Event.EXITED)
+        assert worker.told is not None
+        worker.told(worker)
 
     def at(self, slot: int) -> WorkerHandle:
-        return next(place for place in self.places if place.slot == slot)
+        return next(worker for worker in self.workers if worker.slot == slot)
 
     def states(self) -> dict[int, State]:
-        return {place.slot: place.state for place in self.places}
+        return {worker.slot: worker.state for worker in self.workers}
 
 
 Script = Callable[[FakeFleet, Rollout], Coroutine[Any, Any, None]]
@@ -153,10 +153,10 @@ def test_half_the_cpus_start_workers_and_one_more_begins_and_all_are_told_of() -
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(4), lambda *how_far: told.append(how_far)))
         await rest()
-        assert [place.slot for place in pool.places] == [0, 1, 2, 3]
+        assert [worker.slot for worker in pool.workers] == [0, 1, 2, 3]
         pool.get_ready(2)
         await rest()
-        assert [place.slot for place in pool.places] == [0, 1, 2, 3, 4]
+        assert [worker.slot for worker in pool.workers] == [0, 1, 2, 3, 4]
         pool.get_ready(1)
         pool.get_ready(4)
         await rest()
@@ -236,8 +236,8 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
                 await rest()
             pool.get_ready(4)
         changes.turns.end()
-        for place in list(pool.places):
-            pool.report(place, Event.STOP)
+        for worker in list(pool.workers):
+            pool.report(worker, Event.STOP)
         if when == "before any is ready":
             pool.fail(1)
         for change in (first, second):
@@ -246,7 +246,7 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
 
     pool = play(1, script)
     # None was started since, and none admitted.
-    assert len(pool.places) == (3 if when == "before any is ready" else 5)
+    assert len(pool.workers) == (3 if when == "before any is ready" else 5)
     assert set(pool.states().values()) == {State.STOPPING}
     assert pool.flips == []
     assert pool.generation.number == 1
@@ -345,8 +345,8 @@ def test_restart_takes_the_seat_over() -> None:
     assert pool.at(3).seat == pool.at(1).seat
 
 
-def is_hung(place: WorkerHandle) -> bool:
-    return place.state is State.HUNG
+def is_hung(worker: WorkerHandle) -> bool:
+    return worker.state is State.HUNG
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -381,7 +381,7 @@ def test_who_adopts_takes_those_for_admitted_whose_change_was(admitted: int, is_
     """As each was saved when it was not yet."""
     generation = Generation(2, plan_for(1))
     seat = generation.plan.seats[0]
-    place = WorkerHandle(seat, 0, generation, State.READY, held=True, change=4)
-    value = msgspec.json.encode(stored(place, Running(1, 0.0, (), False)))
+    worker = WorkerHandle(seat, 0, generation, State.READY, held=True, change=4)
+    value = msgspec.json.encode(stored(worker, Running(1, 0.0, (), False)))
     saved = msgspec.json.decode(value, type=StoredWorker)
     assert restored(saved, generation, 0.0, admitted).held == is_held

@@ -28,7 +28,7 @@ QUICK = schema.LoopDelay([], 0, 0.0, 0.0, 0.0, 0.0)
 BOUND = [address.parse("127.0.0.1:80"), address.parse("udp://127.0.0.1:80")]
 
 
-class FakePlace(SimpleNamespace):
+class FakeHandle(SimpleNamespace):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
 
@@ -61,7 +61,7 @@ class FakeService:
             unsteered=lambda: 0,
         )
         self.pool = SimpleNamespace(
-            places=WorkerHandles(),
+            workers=WorkerHandles(),
             generation=SimpleNamespace(number=1),
             visibility=SimpleNamespace(notes={}),
             group_notes={},
@@ -71,9 +71,9 @@ class FakeService:
         )
         self.is_lent = False
         for slot in range(workers):
-            self.pool.places.add(self.place(slot))
+            self.pool.workers.add(self.worker(slot))
 
-    def place(self, slot: int) -> Any:
+    def worker(self, slot: int) -> Any:
         process = SimpleNamespace(
             pid=slot + 10,
             started_s=0.0,
@@ -82,7 +82,7 @@ class FakeService:
             launch=SimpleNamespace(binds=BOUND),
             sockets=self._sockets,
         )
-        return FakePlace(
+        return FakeHandle(
             slot=slot,
             process=process,
             state=State.READY,
@@ -166,11 +166,11 @@ def test_workers_that_go_meanwhile_are_counted_once() -> None:
     pool = service.pool
 
     def goes() -> None:
-        gone = [each for each in pool.places if each.slot < 1000][:10]
+        gone = [each for each in pool.workers if each.slot < 1000][:10]
         for each in gone:
-            pool.places.remove(each)
+            pool.workers.remove(each)
             pool.selection.retired += Counts(each.slot)
-            pool.places.add(service.place(1000 + each.slot))
+            pool.workers.add(service.worker(1000 + each.slot))
 
     told = service.report(goes)
     slots = [each.slot for each in told.workers]

@@ -37,7 +37,7 @@ HANG_S = 2.0
 AGES_S = 40.0
 
 
-class Places(list[WorkerHandle]):
+class Handles(list[WorkerHandle]):
     """Attributes: passes: how often somebody went through them."""
 
     passes = 0
@@ -69,7 +69,7 @@ class Service:
         service = SimpleNamespace(hang_timeout=HANG_S, watchdog=None, hang="replace")
         plan: Any = SimpleNamespace(service=service, binds=self.binds, slots=number)
         self.generation = cast(Generation, SimpleNamespace(number=1, plan=plan))
-        self.places = Places(self._place(slot) for slot in range(number))
+        self.workers = Handles(self._worker(slot) for slot in range(number))
         self.clock = Clock(self.loop.read_s)
         self.retry = cast(Any, self)
         self.spare = SimpleNamespace(lent=nullcontext)
@@ -89,16 +89,16 @@ class Service:
         self.groups = Groups(pool, lambda _: None)
         self.clock.run(self.loop, self.looks.take)
 
-    def _place(self, slot: int) -> WorkerHandle:
+    def _worker(self, slot: int) -> WorkerHandle:
         process = SimpleNamespace(
             pid=slot, bound=[slot], inodes=frozenset({slot}),
             launch=SimpleNamespace(binds=self.binds), sockets=self._not_called,
         )  # fmt: skip
-        place = WorkerHandle(
+        worker = WorkerHandle(
             cast(Any, SimpleNamespace(number=slot)), slot, self.generation, State.READY
         )
-        place.process = cast(Any, process)
-        return place
+        worker.process = cast(Any, process)
+        return worker
 
     def _not_called(self, *_: object) -> Any:
         raise AssertionError
@@ -107,7 +107,7 @@ class Service:
         """The same object as long as nothing has changed."""
         self.did["dump"] += 1
         self.loop.take_s(self.dump_s)
-        there = [each.slot for each in self.places if each.slot not in self.closed]
+        there = [each.slot for each in self.workers if each.slot not in self.closed]
         now = {slot: Bound(self.queued.get(slot, 0), 9) for slot in there}
         if now != self._last:
             self._last = now
@@ -148,15 +148,15 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
         service = Service(number, **keys)
         monkeypatch.setattr(groups.traffic, "pulse", service.traffic)
 
-        def look_at(_repair: Repair, place: WorkerHandle, _worker: object) -> None:
+        def look_at(_repair: Repair, worker: WorkerHandle, _worker: object) -> None:
             service.did["borrow"] += 1
             service.loop.take_s(service.look_s)
-            service.did[f"borrow {place.slot}"] += 1
+            service.did[f"borrow {worker.slot}"] += 1
 
-        def judge(health: Health, place: WorkerHandle, process: Any) -> Verdict:
+        def judge(health: Health, worker: WorkerHandle, process: Any) -> Verdict:
             service.did["judge"] += 1
             health._histories[process.pid] = History(HANG_S)
-            place.queued = sum(each.queued for each in service.queues.of(process).values())
+            worker.queued = sum(each.queued for each in service.queues.of(process).values())
             return Verdict.FINE
 
         monkeypatch.setattr(Repair, "look_at", look_at)
@@ -291,7 +291,7 @@ def test_no_closer_look_is_in_the_step_of_a_survey_that_took_long(
 def test_a_survey_goes_through_many_workers_quickly(make: Callable[..., Service]) -> None:
     """As each second some of them change while a thousand are replaced."""
     service = make(1000)
-    service.groups.changed(service.places[0])
+    service.groups.changed(service.workers[0])
     with (cost := Cost()).of_steps():
         service.groups._survey.take(True)
         while not service.groups._survey.is_compared:
@@ -306,13 +306,13 @@ def test_who_stands_otherwise_is_found_in_steps(
     service = make(200)
     seen_s = 0.001
 
-    def is_odd(_survey: Survey, place: WorkerHandle) -> bool:
+    def is_odd(_survey: Survey, worker: WorkerHandle) -> bool:
         service.loop.take_s(seen_s)
-        return place.slot == 3
+        return worker.slot == 3
 
     monkeypatch.setattr(Survey, "_is_odd", is_odd)
     monkeypatch.setattr(Survey, "_usual", lambda _: set())
-    service.groups.changed(service.places[0])
+    service.groups.changed(service.workers[0])
     service.loop.run_s(2.0)
     assert service.did["borrow 3"]
     assert max(service.loop.steps_s) < survey._STEP_S + 2 * seen_s
@@ -351,13 +351,13 @@ def test_one_whose_socket_is_gone_is_the_only_one_looked_at(
 def test_one_that_comes_with_its_socket_closed_is_looked_at(make: Callable[..., Service]) -> None:
     """What the kernel says has not changed since, but then it was not ready."""
     service = make(10)
-    place = service.places[3]
-    place.state = State.STARTING
+    worker = service.workers[3]
+    worker.state = State.STARTING
     service.closed.add(3)
     service.loop.run_s(3.0)
     assert not service.did["borrow 3"]
-    place.state = State.READY
-    service.groups.changed(place)
+    worker.state = State.READY
+    service.groups.changed(worker)
     service.loop.run_s(1.05)
     assert service.did["borrow 3"]
 
@@ -365,8 +365,8 @@ def test_one_that_comes_with_its_socket_closed_is_looked_at(make: Callable[..., 
 def test_workers_that_come_and_go_are_not_looked_at_closer(make: Callable[..., Service]) -> None:
     """All their sockets are seen together. One thousand may come at once."""
     service = make(1000)
-    for place in service.places:
-        service.groups.changed(place)
+    for worker in service.workers:
+        service.groups.changed(worker)
         service.loop.run_s(0.01)
     assert service.did["borrow"] <= 10 / groups._RESTS + 1
     assert service.did["dump"] <= 10 + 10 / 4 + 1
@@ -376,12 +376,12 @@ def test_who_starts_after_something_came_is_not_looked_at_for_it(
     make: Callable[..., Service],
 ) -> None:
     service = make(1000)
-    for place in service.places[10:]:
-        place.state = State.STARTING
+    for worker in service.workers[10:]:
+        worker.state = State.STARTING
     service.came += 1
     service.loop.run_s(1.1)
-    for place in service.places[10:]:
-        place.state = State.READY
+    for worker in service.workers[10:]:
+        worker.state = State.READY
     service.loop.run_s(10.0)
     assert {f"borrow {slot}" for slot in range(10)} <= service.did.keys()
     assert service.did["borrow"] <= 10 + 11 / groups._RESTS + 1
@@ -394,22 +394,22 @@ def test_what_a_look_costs_does_not_depend_on_how_many_there_are(
     service = make(1000)
     for _ in range(8):
         service.came += 1
-        service.places.passes = 0
+        service.workers.passes = 0
         service.loop.run_s(1.0)
         assert service.did["borrow"] >= groups._MOST / 2
-        assert service.places.passes <= 5
+        assert service.workers.passes <= 5
         service.did.clear()
 
 
 def test_one_that_asks_to_be_taken_for_hung_is_looked_at(make: Callable[..., Service]) -> None:
     service = make(10)
-    place = service.places[3]
-    place.hear({"WATCHDOG": "trigger"}, 0.0)
+    worker = service.workers[3]
+    worker.hear({"WATCHDOG": "trigger"}, 0.0)
     seen: list[int] = []
     service.health._take_for_hung = (  # type: ignore[method-assign]
-        lambda place, *_: seen.append(place.slot)
+        lambda worker, *_: seen.append(worker.slot)
     )
-    service.health.changed(place)
+    service.health.changed(worker)
     service.loop.run_s(1.0)
     assert seen
     assert set(seen) == {3}
@@ -419,11 +419,11 @@ def test_nothing_is_kept_of_workers_that_are_gone(make: Callable[..., Service]) 
     """A thousand that a reload replaces take megabytes."""
     service = make(100)
     service.loop.run_s(10.0)
-    for place in list(service.places):
-        place.state = State.GONE
-        service.groups.changed(place)
-        service.places.remove(place)
-    del place
+    for worker in list(service.workers):
+        worker.state = State.GONE
+        service.groups.changed(worker)
+        service.workers.remove(worker)
+    del worker
     gc.collect()
     there = [each for each in gc.get_objects() if isinstance(each, WorkerHandle)]
     assert [each.slot for each in there if each.generation is service.generation] == []

@@ -17,7 +17,7 @@ def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch)
     looks = iter([(False, Seen.YES), (True, Seen.NO), (False, Seen.YES)])
     acted, seen = zip(*looks, strict=True)
     service = SimpleNamespace(watchdog=None)
-    place: Any = SimpleNamespace(
+    worker: Any = SimpleNamespace(
         has_acted=iter(acted).__next__,
         acted=False,
         hangs=True,
@@ -31,4 +31,4 @@ def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch)
     pool: Any = SimpleNamespace(clock=SimpleNamespace(now_s=lambda: 0.0))
     made._pool = pool
     process: Any = SimpleNamespace(pid=1)
-    assert [made._is_back(place, process) for _ in acted] == [False, False, True]
+    assert [made._is_back(worker, process) for _ in acted] == [False, False, True]

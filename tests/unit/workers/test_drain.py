@@ -49,9 +49,9 @@ class Workers:
             failed=lambda act, error: self.failed.append(f"{act}: {error}"),
         )
         self.steering = SimpleNamespace(forget_flows=None, open=lambda slot: slot in self.holds)
-        self.places = [self._place(slot) for slot in range(number)]
+        self.workers = [self._worker(slot) for slot in range(number)]
 
-    def _place(self, slot: int) -> Any:
+    def _worker(self, slot: int) -> Any:
         launch = SimpleNamespace(binds=BINDS)
         process = SimpleNamespace(pid=slot, bound=[slot], launch=launch)
         return SimpleNamespace(
@@ -66,7 +66,7 @@ class Workers:
     def _dump(self, *_: object) -> Any:
         self.did["dump"] += 1
         self.loop.take_s(DUMP_S)
-        inodes = range(len(self.places))
+        inodes = range(len(self.workers))
         return {each: SimpleNamespace(queued=self.queued.get(each, 0)) for each in inodes}
 
     def open_sockets(self, _pid: int) -> set[int]:
@@ -84,18 +84,18 @@ class Workers:
     def when_settled(self, _act: str, do: Callable[[], object], _flip: int) -> None:
         self.loop.call_later(max(0.0, self.settled_s - self.loop.now_s), do)
 
-    def report(self, place: Any, event: Event) -> None:
-        self.reported.append((place.slot, event))
+    def report(self, worker: Any, event: Event) -> None:
+        self.reported.append((worker.slot, event))
 
-    def migrate(self, place: Any) -> None:
+    def migrate(self, worker: Any) -> None:
         self.did["move"] += 1
-        self.queued.pop(place.slot, None)
+        self.queued.pop(worker.slot, None)
         self.queues.forget()
 
     def retire(self) -> list[Drain]:
         """All at once, as a reload does."""
         drainer = self.drainer()
-        return [drainer.begin(place) for place in self.places]
+        return [drainer.begin(worker) for worker in self.workers]
 
     def drainer(self) -> Drainer:
         parts: Any = self
@@ -114,7 +114,7 @@ class Workers:
     def run_until_settled(self) -> float:
         """How long it takes."""
         began_s = self.loop.now_s
-        while len(self.reported) < len(self.places):
+        while len(self.reported) < len(self.workers):
             self.loop.run_s(0.01)
         return self.loop.now_s - began_s
 
@@ -207,10 +207,10 @@ def test_who_begins_later_does_not_wait_for_those_who_linger(
     make: Callable[[int], Workers],
 ) -> None:
     workers = make(10)
-    late = workers.places.pop()
+    late = workers.workers.pop()
     drainer = workers.drainer()
-    for place in workers.places:
-        drainer.begin(place)
+    for worker in workers.workers:
+        drainer.begin(worker)
     workers.loop.run_s(30.0)
     drainer.begin(late)
     workers.loop.run_s(drain._REST_S)
@@ -223,7 +223,7 @@ def test_one_that_is_called_off_or_has_ended_is_looked_at_no_more(
     workers = make(3)
     drains = workers.retire()
     drains[0].cancel()
-    workers.places[1].process = None
+    workers.workers[1].process = None
     workers.loop.run_s(5.0)
     assert workers.reported == [(2, Event.DRAINED)]
 
@@ -247,7 +247,7 @@ def test_what_fails_is_tried_again(make: Callable[[int], Workers]) -> None:
 
 def test_after_a_queue_was_moved_the_kernel_is_asked_anew(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
-        (place,) = service.ready(1)
+        (worker,) = service.ready(1)
         asked: list[str] = []
 
         def ask(protocol: str, _family: int, _port: int) -> Table:
@@ -257,7 +257,7 @@ def test_after_a_queue_was_moved_the_kernel_is_asked_anew(tmp_path: Path) -> Non
         service.pool.queues.__init__(ask, lambda: 100.0)  # type: ignore[misc]
         for _ in range(2):
             service.pool.queues.at(service.plan.binds[0])
-        service.pool.migration.migrate(place)
+        service.pool.migration.migrate(worker)
         service.pool.queues.at(service.plan.binds[0])
         assert len(asked) == 2
 

@@ -17,7 +17,7 @@ from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.linux.spare import Spare
 from steer.workers.ends import MOST, End, Ends, look_again_s
-from testkit.fake_worker import DEADLINE_S, FIRST, FakeWorker
+from testkit.fake_process import DEADLINE_S, FIRST, FakeProcess
 
 sizes = pytest.mark.parametrize("workers", [10, 1000])
 
@@ -28,7 +28,7 @@ def again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "AGAIN_S", 0.01)
 
 
-class FakePlace:
+class FakeHandle:
     slot = 0
 
 
@@ -42,7 +42,7 @@ class Scene:
     """
 
     def __init__(self, count: int, told: bool = True) -> None:
-        self.workers = [FakeWorker(FIRST + number, told) for number in range(count)]
+        self.workers = [FakeProcess(FIRST + number, told) for number in range(count)]
         self.others: dict[int, list[int]] = {}
         self.looks: list[int] = []
         self.refused = 0
@@ -61,7 +61,7 @@ class Scene:
             self._find,
         )
         for worker in self.workers:
-            self.ends.watch(cast(Any, FakePlace()), cast(Any, worker))
+            self.ends.watch(cast(Any, FakeHandle()), cast(Any, worker))
 
     def _find(self, families: Sequence[Family], beside: Collection[int]) -> list[list[int]]:
         assert {each.pid for each in families} <= set(beside)
@@ -85,7 +85,7 @@ class Scene:
 
 
 def _pids(ends: Iterable[End]) -> list[int]:
-    return [each.worker.pid for each in ends]
+    return [each.process.pid for each in ends]
 
 
 @sizes

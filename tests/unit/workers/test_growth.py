@@ -50,10 +50,10 @@ def both(script: Script, home: Path) -> tuple[Cost, Cost]:
 
 def test_a_notification(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
-        (place,) = service.ready()
+        (worker,) = service.ready()
         with service.counted():
-            service.pool.notified((pid_of(place),), {"WATCHDOG": "1"})
-            service.pool.notified((pid_of(place),), READY)
+            service.pool.notified((pid_of(worker),), {"WATCHDOG": "1"})
+            service.pool.notified((pid_of(worker),), READY)
 
     few, many = both(script, tmp_path)
     assert many == few
@@ -75,12 +75,12 @@ def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
 
 def test_a_flip_for_all_that_get_ready_in_one_turn(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
-        for place in service.ready(MANY):
-            service.pool.report(place, Event.DRAIN)
+        for worker in service.ready(MANY):
+            service.pool.report(worker, Event.DRAIN)
         await rest()
         with service.counted():
-            for place in list(service.pool.places):
-                service.pool.report(place, Event.UNDRAIN)
+            for worker in list(service.pool.workers):
+                service.pool.report(worker, Event.UNDRAIN)
             await rest()
 
     few, many = both(script, tmp_path)
@@ -93,10 +93,10 @@ def test_an_end_is_not_waited_for_by_the_guard(tmp_path: Path) -> None:
     """Which has nothing of its open that is chosen."""
 
     async def script(service: FakeService) -> None:
-        (place,) = service.ready()
+        (worker,) = service.ready()
         with service.counted():
-            assert place.process
-            service.guard.drop(place.process.key)
+            assert worker.process
+            service.guard.drop(worker.process.key)
 
     few, many = both(script, tmp_path)
     assert many == few
@@ -107,9 +107,9 @@ def test_a_reload(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
             await service.changes.renew(service.plan, unheard)
-            assert {place.generation.number for place in service.ready(MANY)} == {2}
+            assert {worker.generation.number for worker in service.ready(MANY)} == {2}
             assert service.cost["flips"] == 1
-            while len(service.pool.places) > len(service.plan.seats):
+            while len(service.pool.workers) > len(service.plan.seats):
                 await rest()
 
     few, many = both(script, tmp_path)
@@ -129,9 +129,9 @@ def test_those_that_are_admitted_together_are_saved_no_more_for_it(tmp_path: Pat
     async def script(service: FakeService) -> None:
         was = service.pool.activate
 
-        def activate(places: Sequence[WorkerHandle]) -> None:
+        def activate(workers: Sequence[WorkerHandle]) -> None:
             with service.counted() as cost:
-                was(places)
+                was(workers)
             seen.update(cost)
 
         service.pool.activate = activate  # type: ignore[method-assign]
@@ -151,7 +151,7 @@ def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted(steps=False):
             await service.changes.renew(service.plan, unheard)
-            while len(service.pool.places) > len(service.plan.seats):
+            while len(service.pool.workers) > len(service.plan.seats):
                 await rest()
 
     few, many = (
@@ -227,8 +227,8 @@ def test_those_that_end_together_leave_in_the_order_that_the_guard_knows(tmp_pat
 
         was, service.steering.left = service.steering.left, leave  # type: ignore[method-assign]
         there, order = service.ready(FEW), list(cast(OrderedSteering, service.steering).order)
-        for place in reversed(there):
-            cast(Any, place.process).exit(signal.SIGKILL)
+        for worker in reversed(there):
+            cast(Any, worker.process).exit(signal.SIGKILL)
         await rest()
         assert left == order
 
@@ -241,7 +241,7 @@ def test_a_scale(tmp_path: Path) -> None:
         half = plan_for(len(service.plan.seats) // 2)
         with service.counted():
             await service.changes.scale(half, unheard)
-            while len(service.pool.places) > len(half.seats):
+            while len(service.pool.workers) > len(half.seats):
                 await rest()
 
     few, many = both(script, tmp_path)

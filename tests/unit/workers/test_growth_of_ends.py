@@ -26,7 +26,7 @@ from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER
 from steer.workers.lifecycle import State
 from steer.workers.pool import WorkerPool
-from testkit.fake_worker import DEADLINE_S, FIRST, FakeWorker
+from testkit.fake_process import DEADLINE_S, FIRST, FakeProcess
 from testkit.growth_fakes import plan_for
 
 sizes = pytest.mark.parametrize("workers", [10, 1000])
@@ -96,7 +96,7 @@ class CountingSteering(WithoutEbpf):
         return None, ()
 
 
-class ServingWorker(FakeWorker):
+class ServingProcess(FakeProcess):
     """One that serves; it crashes unless it is told to end."""
 
     def __init__(self, pid: int, guard: CountingGuard) -> None:
@@ -154,15 +154,15 @@ class Serving:
             Retry(log, Spare(0)),
             cast(Any, None),
         )
-        self.workers = [ServingWorker(FIRST + slot, self.guard) for slot in range(workers)]
-        for seat, worker in zip(generation.plan.seats, self.workers, strict=True):
-            place = WorkerHandle(seat, seat.number, generation, State.READY, ready_s=0.0)
-            place.process = cast(Any, worker)
-            self.pool.places.add(place)
-        self.pool.watch(loop, lambda _place: None)
+        self.processes = [ServingProcess(FIRST + slot, self.guard) for slot in range(workers)]
+        for seat, process in zip(generation.plan.seats, self.processes, strict=True):
+            worker = WorkerHandle(seat, seat.number, generation, State.READY, ready_s=0.0)
+            worker.process = cast(Any, process)
+            self.pool.workers.add(worker)
+        self.pool.watch(loop, lambda _worker: None)
         self.guard.sent.clear()
 
-    def _refuse(self, _place: WorkerHandle) -> NoReturn:
+    def _refuse(self, _worker: WorkerHandle) -> NoReturn:
         self.starts += 1
         raise WorkersFailed("start workers", "no more")
 
@@ -177,8 +177,8 @@ class Serving:
     def fail_at_start(self) -> None:
         """As if no worker had ever been ready."""
         self.pool.startup.up = asyncio.get_running_loop().create_future()
-        for place in self.pool.places:
-            place.ready_s = None
+        for worker in self.pool.workers:
+            worker.ready_s = None
 
     async def until(self, is_so: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE_S):
@@ -187,8 +187,8 @@ class Serving:
 
     async def until_gone(self, slots: Collection[int]) -> None:
         """All of these have ended, and that was seen to."""
-        places = [place for place in self.pool.places if place.slot in slots]
-        await self.until(lambda: not any(place.process for place in places))
+        workers = [worker for worker in self.pool.workers if worker.slot in slots]
+        await self.until(lambda: not any(worker.process for worker in workers))
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ Play = Callable[[int, Callable[[Serving], Any]], Serving]
 @sizes
 def test_one_that_dies_costs_the_same_among_many(play: Play, workers: int) -> None:
     async def script(serving: Serving) -> None:
-        serving.workers[3].first_ends()
+        serving.processes[3].first_ends()
         await serving.until_gone({3})
         await serving.until(lambda: len(serving.steering.members) == workers - 1)
 
@@ -230,8 +230,8 @@ def test_one_that_dies_costs_the_same_among_many(play: Play, workers: int) -> No
 @sizes
 def test_all_that_die_at_once_are_looked_at_together(play: Play, workers: int) -> None:
     async def script(serving: Serving) -> None:
-        for worker in serving.workers:
-            worker.first_ends()
+        for process in serving.processes:
+            process.first_ends()
         await serving.until_gone(range(workers))
         await serving.until(lambda: not serving.steering.members)
 
@@ -248,8 +248,8 @@ def test_where_the_kernel_tells_that_sockets_are_closed_no_port_is_looked_at(
 ) -> None:
     async def script(serving: Serving) -> None:
         serving.steering.membership = False
-        for worker in serving.workers:
-            worker.first_ends()
+        for process in serving.processes:
+            process.first_ends()
         await serving.until_gone(range(workers))
 
     assert play(workers, script).dumps == 0
@@ -259,9 +259,9 @@ def test_where_the_kernel_tells_that_sockets_are_closed_no_port_is_looked_at(
 def test_a_stop_looks_at_each_once_and_saves_nothing(play: Play, workers: int) -> None:
     async def script(serving: Serving) -> None:
         serving.pool.stop(30.0, quick=False)
-        await serving.until(lambda: all(each.told for each in serving.workers))
-        for worker in serving.workers:
-            worker.first_ends()
+        await serving.until(lambda: all(each.told for each in serving.processes))
+        for process in serving.processes:
+            process.first_ends()
         async with asyncio.timeout(DEADLINE_S):
             await serving.pool.shutdown.ended
 
@@ -279,8 +279,8 @@ def test_one_that_dies_before_it_is_told_to_end_is_not_started_again(
 
     async def script(serving: Serving) -> None:
         serving.pool.stop(30.0, quick=False)
-        assert [each.told for each in serving.workers] == [True] + 99 * [False]
-        for worker in reversed(serving.workers):
+        assert [each.told for each in serving.processes] == [True] + 99 * [False]
+        for worker in reversed(serving.processes):
             worker.first_ends()
         async with asyncio.timeout(DEADLINE_S):
             await serving.pool.shutdown.ended
@@ -298,16 +298,16 @@ def test_when_all_fail_at_the_start_few_are_looked_at(
     looked_at: list[object] = []
     asked = Counter[int]()
 
-    def has_failed(place: WorkerHandle) -> bool:
-        asked[place.slot] += 1
-        return place.failures > 0
+    def has_failed(worker: WorkerHandle) -> bool:
+        asked[worker.slot] += 1
+        return worker.failures > 0
 
     async def script(serving: Serving) -> None:
         serving.fail_at_start()
-        for place in serving.pool.places:
-            place.state = State.STARTING
-        for worker in serving.workers:
-            worker.first_ends()
+        for worker in serving.pool.workers:
+            worker.state = State.STARTING
+        for process in serving.processes:
+            process.first_ends()
         await serving.until(serving.pool.startup.up.done)
         assert isinstance(serving.pool.startup.up.exception(), WorkersFailed)
 
@@ -323,8 +323,8 @@ def test_of_all_that_died_at_once_a_lot_is_started_in_a_turn(play: Play, workers
     """Here all that fail, so each of them once more by itself."""
 
     async def script(serving: Serving) -> None:
-        for worker in serving.workers:
-            worker.first_ends()
+        for process in serving.processes:
+            process.first_ends()
         await serving.until(lambda: serving.starts > 0)
         for turn in range(2, 10):
             await asyncio.sleep(0)

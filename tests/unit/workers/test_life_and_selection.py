@@ -68,8 +68,8 @@ class Workers(RuleBasedStateMachine):
         self.settle()
 
     @property
-    def places(self) -> list[WorkerHandle]:
-        return list(self.service.pool.places)
+    def workers(self) -> list[WorkerHandle]:
+        return list(self.service.pool.workers)
 
     def settle(self) -> None:
         self.loop.run_until_complete(self.rested())
@@ -81,13 +81,13 @@ class Workers(RuleBasedStateMachine):
             self.loop.now_s += 0.05
 
     def one(self, number: int, *states: State) -> WorkerHandle | None:
-        there = [each for each in self.places if not states or each.state in states]
+        there = [each for each in self.workers if not states or each.state in states]
         return there[number % len(there)] if there else None
 
-    def report(self, place: WorkerHandle | None, event: Event) -> None:
+    def report(self, worker: WorkerHandle | None, event: Event) -> None:
         async def tell() -> None:
-            if place is not None:
-                self.service.pool.report(place, event)
+            if worker is not None:
+                self.service.pool.report(worker, event)
             await self.rested()
 
         self.loop.run_until_complete(tell())
@@ -123,9 +123,9 @@ class Workers(RuleBasedStateMachine):
         """It says so at any time, and more than once."""
 
         async def tell() -> None:
-            for place in self.places[: 1 + is_told_twice]:
-                if place.process:
-                    self.service.pool.notified((pid_of(place),), {"READY": "1"})
+            for worker in self.workers[: 1 + is_told_twice]:
+                if worker.process:
+                    self.service.pool.notified((pid_of(worker),), {"READY": "1"})
             await self.rested()
 
         self.loop.run_until_complete(tell())
@@ -135,9 +135,9 @@ class Workers(RuleBasedStateMachine):
         """Several in one turn of the loop."""
 
         async def kill() -> None:
-            for place in {self.one(number) for number in numbers}:
-                if place and place.process:
-                    cast(Any, place.process).exit(signal.SIGKILL)
+            for worker in {self.one(number) for number in numbers}:
+                if worker and worker.process:
+                    cast(Any, worker.process).exit(signal.SIGKILL)
             await self.rested()
 
         self.loop.run_until_complete(kill())
@@ -161,29 +161,29 @@ class Workers(RuleBasedStateMachine):
 
     @invariant()
     def those_that_serve_are_chosen_and_nobody_else(self) -> None:
-        serving = {place.slot for place in self.places if place.state is State.READY}
+        serving = {worker.slot for worker in self.workers if worker.state is State.READY}
         assert {member.slot for member in self.service.steering.members} == serving
 
     @invariant()
     def each_has_a_slot_and_a_process_of_its_own(self) -> None:
-        there = self.places
-        assert len({place.slot for place in there}) == len(there)
-        pids = [pid_of(place) for place in there if place.process]
+        there = self.workers
+        assert len({worker.slot for worker in there}) == len(there)
+        pids = [pid_of(worker) for worker in there if worker.process]
         assert len(set(pids)) == len(pids)
-        for place in there:
-            assert (place.process is None) <= (place.state in (State.BACKOFF, State.STARTING))
+        for worker in there:
+            assert (worker.process is None) <= (worker.state in (State.BACKOFF, State.STARTING))
 
     @invariant()
     def the_order_is_of_those_whose_sockets_are_there(self) -> None:
         order = cast(OrderedSteering, self.service.steering).order
-        assert set(order) >= {place.slot for place in self.places if place.state is State.READY}
-        assert set(order) <= {place.slot for place in self.places if place.process}
+        assert set(order) >= {worker.slot for worker in self.workers if worker.state is State.READY}
+        assert set(order) <= {worker.slot for worker in self.workers if worker.process}
 
     @invariant()
     def the_guard_has_those_that_are_there(self) -> None:
         kept = {key for key in self.service.guard.entries if key.startswith("worker")}
-        assert kept >= {f"worker {pid_of(place)}" for place in self.places if place.serves}
-        assert kept <= {f"worker {pid_of(place)}" for place in self.places if place.process}
+        assert kept >= {f"worker {pid_of(worker)}" for worker in self.workers if worker.serves}
+        assert kept <= {f"worker {pid_of(worker)}" for worker in self.workers if worker.process}
 
     @invariant()
     def nothing_is_said_to_be_wrong(self) -> None:

@@ -85,7 +85,7 @@ class FakeRetry:
         return True
 
 
-class FakePlace:
+class FakeHandle:
     serves = True
 
     def __init__(self, slot: int = 0) -> None:
@@ -110,7 +110,7 @@ async def until_emptied(backup: FakeBackup, times: int, turns: int = 0) -> None:
     """So often, and so many turns of the loop more."""
     selection = Selection(
         cast(Any, FakeSteering(backup)),
-        [cast(Any, FakePlace())],
+        [cast(Any, FakeHandle())],
         4,
         cast(Any, FakeGuard()),
         Log("error", "text"),
@@ -435,8 +435,8 @@ def test_who_has_ended_is_out_at_once_where_flows_are_remembered(
     """And in any flip until its slot is given up, whoever else that is for."""
 
     async def run() -> None:
-        steering, places = RememberingSteering(remembers), [FakePlace(slot) for slot in range(3)]
-        args = (steering, places, 4, FakeGuard(), Log("error", "text"), FakeRetry())
+        steering, workers = RememberingSteering(remembers), [FakeHandle(slot) for slot in range(3)]
+        args = (steering, workers, 4, FakeGuard(), Log("error", "text"), FakeRetry())
         selection = Selection(*cast(Any, args))
         selection.watch(asyncio.get_running_loop())
         selection.end([1])

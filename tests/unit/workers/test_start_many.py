@@ -124,7 +124,7 @@ class FakeProcess:
         pass
 
 
-class FakePlace(WorkerHandle, eq=False):
+class FakeHandle(WorkerHandle, eq=False):
     """Nothing is looked at."""
 
     def got_ready(self, now_s: float) -> None:
@@ -144,7 +144,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(FakeProcess, "turn", 0)
     monkeypatch.setattr(process, "bound", bound)
     monkeypatch.setattr(process, "fork_all", lambda launches, *_: list(map(FakeProcess, launches)))
-    monkeypatch.setattr(pools, "WorkerHandle", FakePlace)
+    monkeypatch.setattr(pools, "WorkerHandle", FakeHandle)
     monkeypatch.setattr(signals, "pause", lambda _seconds: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
     monkeypatch.setattr(Lot, "took", lambda *_: None)  # how long is no matter here
@@ -158,8 +158,8 @@ def fleet_of(
     decided = plan(Service(workers=number, **keys), cpus, {}, find.find("hash"))
     log = Log("error", "text")
 
-    def launch(place: WorkerHandle) -> Any:
-        return SimpleNamespace(service=decided.service, binds=(), slot=place.slot)
+    def launch(worker: WorkerHandle) -> Any:
+        return SimpleNamespace(service=decided.service, binds=(), slot=worker.slot)
 
     return WorkerPool(
         Generation(1, decided),
@@ -176,10 +176,10 @@ def fleet_of(
 async def watched(pool: WorkerPool) -> None:
     """Until every worker has been started, or it is known that one cannot be."""
 
-    pool.watch(asyncio.get_running_loop(), lambda _place: None)
+    pool.watch(asyncio.get_running_loop(), lambda _worker: None)
     pool.fill()
     async with asyncio.timeout(_TIMEOUT_S):
-        while any(not place.starts for place in pool.places) and not pool.startup.refused.done():
+        while any(not worker.starts for worker in pool.workers) and not pool.startup.refused.done():
             FakeProcess.turn += 1
             await asyncio.sleep(0)
 
@@ -216,17 +216,17 @@ def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[
     async def run() -> None:
         pool = fleet_of(100, FakeSteering())
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), lambda _place: None)
-        pool.report(next(iter(pool.places)), Event.READY)
+        pool.watch(asyncio.get_running_loop(), lambda _worker: None)
+        pool.report(next(iter(pool.workers)), Event.READY)
         await pool.startup.up
         pool.selection.settle()
         assert pool.steering.asked["flips"] == 1  # type: ignore[attr-defined]
         assert len(forked) == MOST_TOGETHER
         # those that wait for their turn have not failed, and are not asked to hurry
-        waiting = list(pool.places)[MOST_TOGETHER:]
-        assert {place.state for place in waiting} == {State.BACKOFF}
-        assert {status.shown(place) for place in waiting} == {State.STARTING}
-        assert not any(place.timer for place in waiting)
+        waiting = list(pool.workers)[MOST_TOGETHER:]
+        assert {worker.state for worker in waiting} == {State.BACKOFF}
+        assert {status.shown(worker) for worker in waiting} == {State.STARTING}
+        assert not any(worker.timer for worker in waiting)
 
     asyncio.run(run())
 
@@ -237,8 +237,8 @@ def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
     async def steps(number: int) -> int:
         pool, before = fleet_of(number, FakeSteering(), (0,), command=("sleep", "9")), len(forked)
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), lambda _place: None)
-        first, second, *_ = pool.places
+        pool.watch(asyncio.get_running_loop(), lambda _worker: None)
+        first, second, *_ = pool.workers
         pool.report(first, Event.READY)
         await rest()
         assert len(forked) - before == 2
@@ -256,14 +256,14 @@ def test_stop_before_all_are_started_starts_no_more(forked: list[int]) -> None:
     async def run() -> None:
         pool = fleet_of(100, FakeSteering())
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), lambda _place: None)
+        pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         pool.fill()
         begun = len(forked)
-        for place in pool.places:
-            place.process = None  # nobody is there to be told
+        for worker in pool.workers:
+            worker.process = None  # nobody is there to be told
         pool.stop(0.0, quick=True)
         await asyncio.sleep(0)
-        assert len(forked) == len(pool.places) == begun < 100
+        assert len(forked) == len(pool.workers) == begun < 100
 
     asyncio.run(run())
 
@@ -277,15 +277,15 @@ def test_service_of_which_not_all_can_be_started_ends(
     async def run() -> None:
         pool = fleet_of(100, steering := FakeSteering())
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), lambda _place: None)
+        pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         if serves:
-            pool.report(next(iter(pool.places)), Event.READY)
+            pool.report(next(iter(pool.workers)), Event.READY)
         pool.fill()
         with pytest.raises(SteerError, match="no more processes"):
             async with asyncio.timeout(_TIMEOUT_S):
                 await (pool.startup.refused if serves else pool.startup.up)
-        assert len(steering.there) == sum(place.process is not None for place in pool.places)
-        states = {place.state for place in pool.places if not place.process}
+        assert len(steering.there) == sum(worker.process is not None for worker in pool.workers)
+        states = {worker.state for worker in pool.workers if not worker.process}
         assert states == {State.BACKOFF}  # so that to stop is to forget them
 
     asyncio.run(run())
@@ -301,9 +301,9 @@ def test_seats_that_an_adopter_cannot_fill_are_tried_again(
         pool = fleet_of(20, FakeSteering())
         await watched(pool)
         assert not pool.startup.refused.done()
-        failed = [place for place in pool.places if not place.process]
+        failed = [worker for worker in pool.workers if not worker.process]
         assert len(failed) == 20 - 8
-        assert all(place.failures for place in failed)
+        assert all(worker.failures for worker in failed)
         assert len(forked) == 12
 
     asyncio.run(run())
@@ -328,15 +328,15 @@ def test_lot_that_took_long_is_followed_by_a_smaller_one(
 
 async def crash_of_all(pool: WorkerPool) -> None:
     """All end in one turn of the loop; until each was started again, or that was tried."""
-    for place in pool.places:
-        pool.report(place, Event.READY)
+    for worker in pool.workers:
+        pool.report(worker, Event.READY)
     await rest()
     FakeProcess.forked.clear()
-    for place in pool.places:
-        place.process = None
-        pool.report(place, Event.EXITED)
+    for worker in pool.workers:
+        worker.process = None
+        pool.report(worker, Event.EXITED)
     async with asyncio.timeout(_TIMEOUT_S):
-        while not all(place.process or place.failures for place in pool.places):
+        while not all(worker.process or worker.failures for worker in pool.workers):
             FakeProcess.turn += 1
             await asyncio.sleep(0)
 
@@ -349,7 +349,7 @@ def test_all_that_ended_at_once_are_started_in_lots(forked: list[int]) -> None:
         saved = steering.asked["saved"]
         await crash_of_all(pool)
         assert sorted(Counter(forked).values(), reverse=True) == [MOST_TOGETHER] * 12 + [4]
-        assert len({place.slot for place in pool.places}) == 100
+        assert len({worker.slot for worker in pool.workers}) == 100
         assert steering.asked["saved"] - saved <= 13 + 1
 
     asyncio.run(run())
@@ -364,14 +364,14 @@ def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
         await watched(pool)
 
         def fork_all(launches: Sequence[Any], *_: object) -> list[FakeProcess]:
-            if sum(bool(place.process) for place in pool.places) + len(launches) > 12:
+            if sum(bool(worker.process) for worker in pool.workers) + len(launches) > 12:
                 raise KernelError("start a worker", "no more processes")
             return list(map(FakeProcess, launches))
 
         monkeypatch.setattr(process, "fork_all", fork_all)
         await crash_of_all(pool)
-        assert sum(bool(place.process) for place in pool.places) == 12
-        assert all(place.timer for place in pool.places if not place.process)
+        assert sum(bool(worker.process) for worker in pool.workers) == 12
+        assert all(worker.timer for worker in pool.workers if not worker.process)
 
     asyncio.run(run())
 
@@ -380,8 +380,8 @@ def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[i
     async def run() -> None:
         pool = fleet_of(4, FakeSteering())
         pool.start(lambda: None)
-        pool.watch(asyncio.get_running_loop(), lambda _place: None)
-        first = next(iter(pool.places))
+        pool.watch(asyncio.get_running_loop(), lambda _worker: None)
+        first = next(iter(pool.workers))
         first.process = None
         pool.report(first, Event.EXITED)
         pool._supervision.starter.restart_soon(first)

@@ -11,7 +11,7 @@ FIRST = 1 << 23
 DEADLINE_S = 60.0
 
 
-class FakeWorker:
+class FakeProcess:
     """A worker that ends when the test says so."""
 
     def __init__(self, pid: int, told: bool) -> None:
