@@ -75,7 +75,7 @@ def policy_programs(
         cpus = here if crowded else _roomy(here, slots)
         service = Service(workers=slots, bind=(address,), policy=name)
         decided = plan(service, cpus, {}, find.find(name))
-        members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
+        members = [Member(spec.number, spec.weight, spec.cpu) for spec in decided.specs]
         choice = stack.enter_context(closing(LoadedPolicy.load(decided, [maps])))
         choice.steer(members, layout.EMPTY)
         programs.append(choice.programs[0])

@@ -102,7 +102,7 @@ class Crew:
         self.plan = plan(service, machine or topology.read(), {}, find.find(policy))
         self.binds = self.plan.binds
         self.sockets: dict[int, list[socket.socket]] = {}
-        self.steering = open_backend(backend, self.plan)
+        self.backend = open_backend(backend, self.plan)
         self._ready = selectors.DefaultSelector()
 
     def __enter__(self) -> Self:
@@ -115,13 +115,13 @@ class Crew:
         for slot in list(self.sockets):
             self.close_sockets(slot)
         self._ready.close()
-        self.steering.close()
+        self.backend.close()
 
     # What the pool does.
 
     def serving(self) -> Self:
         """All seats taken, all of them chosen."""
-        self.join(*range(len(self.plan.seats)))
+        self.join(*range(len(self.plan.specs)))
         self.steer()
         return self
 
@@ -133,20 +133,20 @@ class Crew:
                     bind,
                     4096,
                     settings=self.plan.service.settings,
-                    anchored=index in self.steering.anchors,
+                    anchored=index in self.backend.anchors,
                 )
                 for index, bind in enumerate(self.binds)
             ]
             for index, sock in enumerate(self.sockets[slot]):
                 sock.setblocking(False)
                 self._ready.register(sock, selectors.EVENT_READ, (slot, index))
-            self.steering.joined(slot, [os.dup(sock.fileno()) for sock in self.sockets[slot]])
+            self.backend.joined(slot, [os.dup(sock.fileno()) for sock in self.sockets[slot]])
 
     def leave(self, *slots: int) -> None:
         """The worker ends, and then the controller is told."""
         for slot in slots:
             self.close_sockets(slot)
-            self.steering.left(slot)
+            self.backend.left(slot)
 
     def close_sockets(self, slot: int) -> None:
         for sock in self.sockets.pop(slot):
@@ -155,13 +155,13 @@ class Crew:
 
     def steer(self, *slots: int) -> None:
         """Choose among these, by default among all that are there."""
-        self.steering.steer([self.member(slot) for slot in slots or sorted(self.sockets)])
+        self.backend.steer([self.member(slot) for slot in slots or sorted(self.sockets)])
 
     def member(self, slot: int) -> Member:
-        if slot >= len(self.plan.seats):
+        if slot >= len(self.plan.specs):
             return Member(slot)
-        seat = self.plan.seats[slot]
-        return Member(slot, seat.weight, seat.cpu)
+        spec = self.plan.specs[slot]
+        return Member(slot, spec.weight, spec.cpu)
 
     # What clients do.
 
@@ -253,7 +253,7 @@ class Crew:
 
     def selected(self) -> dict[int, int]:
         """What the kernel counted, by slot; slots with nothing left out."""
-        counts = {slot: self.steering.counts(slot) for slot in range(self.plan.slots)}
+        counts = {slot: self.backend.counts(slot) for slot in range(self.plan.slots)}
         return {slot: count.selected for slot, count in counts.items() if count and count.selected}
 
 

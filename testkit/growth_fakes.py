@@ -127,10 +127,10 @@ class FakeGuard(GuardClient):
         self._process._channel = cast(Any, FakeChannel(cost))
 
 
-class FakeSteering:
+class FakeBackend:
     """Lays out a table as the real ones do, and puts it nowhere."""
 
-    backend = "ebpf"
+    name = "ebpf"
     needs_order = False
     backup = None
     forget_flows = None
@@ -160,7 +160,7 @@ class FakeSteering:
         return 0
 
     def steer(self, members: Sequence[Member]) -> None:
-        self._cost["flips"] += 1
+        self._cost["publications"] += 1
         self.members = members
         builtin.lay(self._plan.policy, members, Scene(self._plan.topology, self._plan.hash_length))
 
@@ -168,7 +168,7 @@ class FakeSteering:
         self._plan = plan
         self.steer(members)
 
-    def unsettled(self) -> None:
+    def grace_period(self) -> None:
         """The next flip waits for nothing."""
 
     def saved(self) -> tuple[object, Sequence[int]]:
@@ -187,10 +187,10 @@ class FakeSteering:
         pass
 
 
-class OrderedSteering(FakeSteering):
+class OrderedBackend(FakeBackend):
     """Which, as `cbpf`, holds a socket of each worker, and has to know their order."""
 
-    backend = "cbpf"
+    name = "cbpf"
     needs_order = True
     own_sockets = ()
 
@@ -299,16 +299,16 @@ class FakeService:
         home: Path,
         workers: int,
         policy_name: str = "random",
-        backend: type[FakeSteering] = FakeSteering,
+        backend: type[FakeBackend] = FakeBackend,
     ) -> None:
         self.cost = Cost()
         self.plan = plan_for(workers, policy_name)
         self.guard = FakeGuard(home, self.cost)
-        self.steering = backend(self.plan, self.cost)
+        self.backend = backend(self.plan, self.cost)
         self.pool = WorkerPool(
             Generation(1, self.plan),
             self.plan.slots,
-            cast(Any, self.steering),
+            cast(Any, self.backend),
             self.guard,
             cast(Any, self._launch),
             Log("error", "text"),
@@ -343,7 +343,7 @@ class FakeService:
         self.pool.start(lambda: None)
         self.pool.watch(self._loop, lambda _: None, self._drain)
         self.pool.fill()
-        while len(self.ready(len(self.plan.seats))) < len(self.plan.seats):
+        while len(self.ready(len(self.plan.specs))) < len(self.plan.specs):
             await rest()
 
     def _drain(self, worker: WorkerHandle) -> Any:

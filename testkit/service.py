@@ -98,7 +98,7 @@ class Service:
             return False
 
         eventually(ready)
-        # A worker is reported ready in the turn of the loop before the one that flips the
+        # A worker is reported ready in the turn of the loop before the one that publishes the
         # table for it: once a second request is answered, it is chosen.
         self.status()
         self._note_bpf()

@@ -84,7 +84,7 @@ class ReuseportGroup:
     @property
     def backend(self) -> str:
         """What carries it out: "ebpf", "cbpf" or "kernel"."""
-        return self._slots.steering.backend
+        return self._slots.backend.name
 
     @property
     def reason(self) -> str | None:
@@ -95,7 +95,7 @@ class ReuseportGroup:
     def notes(self) -> tuple[str, ...]:
         """What this backend cannot do here, and why "auto" is this policy, in words."""
         became = [self._slots.plan.became] if self._slots.plan.became else []
-        return (*became, *self._slots.steering.notes, *map(str, anchors.notes([self._bind], {})))
+        return (*became, *self._slots.backend.notes, *map(str, anchors.notes([self._bind], {})))
 
     def listen(
         self, slot: int, *, weight: int = 1, cpu: int | None = None, backlog: int = 2048
@@ -227,7 +227,7 @@ class ReuseportGroup:
         The sockets are yours. A second time it does nothing."""
         if not self._is_closed:
             self._is_closed = True
-            self._slots.steering.close()
+            self._slots.backend.close()
 
     def __enter__(self) -> Self:
         return self

@@ -58,9 +58,9 @@ class Slots:
     """
 
     def __init__(self, wanted: Plan) -> None:
-        self.steering, self.plan = fallback.first_that_works(wanted, _open, _tell_nobody)
+        self.backend, self.plan = fallback.first_that_works(wanted, _open, _tell_nobody)
         (self.bind,) = wanted.binds
-        self.reason = self.plan.rungs[0].reason
+        self.reason = self.plan.backends[0].reason
         self.active: frozenset[int] = frozenset()
         self.was_joined = False
         self._cpus: dict[int, int | None] = {}
@@ -73,7 +73,7 @@ class Slots:
         return {slot: self._counts(slot) for slot in sorted(self._cpus)}
 
     def _counts(self, slot: int) -> SlotCounts:
-        chosen, now_open = self.steering.counts(slot), self.steering.open(slot)
+        chosen, now_open = self.backend.counts(slot), self.backend.open(slot)
         if chosen is None:
             return SlotCounts(open=now_open)
         return SlotCounts(chosen.selected, chosen.fallback, chosen.migrated, now_open)
@@ -92,30 +92,30 @@ class Slots:
             GroupError: there is no such slot, or it is taken.
             ConfigError: there is no such CPU.
         """
-        act, count = f"join {self.label(slot)}", len(self.plan.seats)
+        act, count = f"join {self.label(slot)}", len(self.plan.specs)
         if slot not in range(count):
             raise GroupError(act, "no such slot", f"allowed: 0 to {count - 1}")
         if cpu is not None and cpu not in self.plan.topology.possible:
             raise ConfigError(act, f"there is no CPU {cpu}", "see /sys/devices/system/cpu/possible")
         if slot in self._cpus:
-            if self.steering.is_member(slot, 0) is not False:
+            if self.backend.is_member(slot, 0) is not False:
                 raise GroupError(act, "it is taken", "close its socket and remove() it first")
             self.leave(slot)
 
     def join(self, slot: int, sock: socket.socket, weight: int, cpu: int | None) -> None:
         """Raises ConfigError: no such weight can be; KernelError."""
         self._weigh(slot, weight)
-        self.steering.retire(slot)
+        self.backend.retire(slot)
         try:
-            self.steering.joined(slot, [reuseport.duplicate(sock.fileno()).detach()])
+            self.backend.joined(slot, [reuseport.duplicate(sock.fileno()).detach()])
         except BaseException:
-            self.steering.left(slot)
+            self.backend.left(slot)
             raise
         self._cpus[slot] = cpu
         self.was_joined = True
 
     def _weigh(self, slot: int, weight: int) -> None:
-        weights = [seat.weight for seat in self.plan.seats]
+        weights = [spec.weight for spec in self.plan.specs]
         if weights[slot] == weight:
             return
         weights[slot] = weight
@@ -128,20 +128,20 @@ class Slots:
         if slot in self.active:
             self.choose(self.active - {slot})
         del self._cpus[slot]
-        self.steering.left(slot)
+        self.backend.left(slot)
 
     def choose(self, slots: frozenset[int]) -> None:
         """These, and nobody else. Raises KernelError."""
-        self.steering.steer(self._members(self.plan, slots))
+        self.backend.steer(self._members(self.plan, slots))
         self.active = slots
 
     def _members(self, plan: Plan, slots: Collection[int]) -> list[Member]:
         return [self._member(plan, slot) for slot in sorted(slots)]
 
     def _member(self, plan: Plan, slot: int) -> Member:
-        seat, given = plan.seats[slot], self._cpus[slot]
+        spec, given = plan.specs[slot], self._cpus[slot]
         is_given = plan.policy.pinned and given is not None
-        return Member(slot, seat.weight, given if is_given else seat.cpu)
+        return Member(slot, spec.weight, given if is_given else spec.cpu)
 
     def migrate(self, slot: int, sock: socket.socket) -> int:
         """Move what waits there to active slots; how much still waits.
@@ -156,16 +156,16 @@ class Slots:
         if slot in self.active or not self.active:
             cause = "it is active, or no other slot is"
             raise GroupError(act, cause, "activate another and drain this one first")
-        self._settle()
-        self.steering.rescue(slot, {0: sock})
+        self._synchronize()
+        self.backend.rescue(slot, {0: sock})
         return listeners.waiting(sock).queued
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         """Until all that was chosen before is in its queue: some 20 ms, if that was just now."""
-        flip = self.steering.unsettled()
-        if flip is not None:
+        publication = self.backend.grace_period()
+        if publication is not None:
             shared_memory.wait_for_programs()
-            self.steering.settled(flip)
+            self.backend.grace_period_ended(publication)
 
     def set_policy(self, service: Service, policy: Policy, act: str) -> None:
         """Another policy on the backend in force.
@@ -177,11 +177,15 @@ class Slots:
             ConfigError: it does not run there, or a parameter cannot be; nothing has changed.
             KernelError: the kernel refuses; the same.
         """
-        backend, cpus = self.steering.backend, self.plan.topology
+        backend, cpus = self.backend.name, self.plan.topology
         here = [
-            msgspec.structs.replace(each, rungs=rungs)
+            msgspec.structs.replace(each, backends=backends)
             for each in planning.plan(service, cpus, {}, policy).candidates
-            if (rungs := tuple(rung for rung in each.rungs if rung.backend == backend))
+            if (
+                backends := tuple(
+                    candidate for candidate in each.backends if candidate.backend == backend
+                )
+            )
         ]
         if not here:
             why_not = policy.no_cbpf or f"it runs on {', '.join(policy.backends)} only"
@@ -191,8 +195,8 @@ class Slots:
 
     def _swap(self, plan: Plan) -> None:
         """Raises KernelError: nothing has changed."""
-        _refuse_unseen_load(plan, self.steering)
-        self.steering.swap(plan, self._members(plan, self.active), self._lend)
+        _refuse_unseen_load(plan, self.backend)
+        self.backend.swap(plan, self._members(plan, self.active), self._lend)
         self.plan = plan
 
     @contextmanager
@@ -222,15 +226,15 @@ def _open(plan: Plan) -> Backend:
     return opened
 
 
-def _refuse_unseen_load(plan: Plan, steering: Backend) -> None:
+def _refuse_unseen_load(plan: Plan, backend: Backend) -> None:
     """A service looks at accept queues every so often where connections cannot be counted; a
     group has nobody who would.
 
     Raises:
         KernelError: it goes by load, which would not be seen.
     """
-    refuse_uncounted(plan, steering.counting)
-    counting = steering.counting
+    refuse_uncounted(plan, backend.counting)
+    counting = backend.counting
     if plan.policy.reads_load and counting and counting.why_not:
         cause, cure, number = counting.why_not
         act = f"choose by {plan.policy.name}"

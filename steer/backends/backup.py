@@ -37,7 +37,7 @@ class BackupListeners:
         counting: counts the connections that wait there.
         prepare: called before any opens. Says whether their queues can be moved: if not, none
             opens.
-        settle: waits for programs that may still select what was selected before.
+        synchronize: waits for programs that may still select what was selected before.
 
     Attributes:
         slots: their slots, which come after those of workers; the same in each group.
@@ -49,12 +49,12 @@ class BackupListeners:
         counting: Counting,
         join: Join,
         prepare: Callable[[], bool],
-        settle: Callable[[], None],
+        synchronize: Callable[[], None],
     ) -> None:
         self.slots = range(plan.slots, plan.slots + COUNT)
         self._binds, self._service = plan.binds, plan.service
         self._counting, self._join = counting, join
-        self._prepare, self._settle = prepare, settle
+        self._prepare, self._synchronize = prepare, synchronize
         self._stamps: Sequence[int] = ()
         self._has_served = False
         self._pairs = [Pair(self._count, partial(self._put, at)) for at in range(len(plan.binds))]
@@ -103,14 +103,14 @@ class BackupListeners:
             for pair, bind in zip(self._pairs, self._binds, strict=True):
                 pair.renew(bind, service, gone)
             # As in `empty`: no handshake may be on its way to those that go.
-            self._settle()
+            self._synchronize()
 
     def empty(self) -> None:
         """Move what waits there to workers."""
         # A handshake that is on its way would find the socket not listening, and be reset. Not
         # while a service starts, which that would delay: a client so early may try again.
         if self._has_served:
-            self._settle()
+            self._synchronize()
         self._has_served = True
         for pair in self._pairs:
             pair.empty()

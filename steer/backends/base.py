@@ -128,12 +128,12 @@ class Choice(Protocol):
             KernelError: nothing has changed.
         """
 
-    def unsettled(self) -> tuple[object, int] | None:
+    def grace_period(self) -> tuple[object, int] | None:
         """Which change of who is chosen it was since which programs may still choose as before,
         so that the next would wait for them; None where none may."""
 
-    def settled(self, flip: tuple[object, int]) -> None:
-        """All programs that ran when `unsettled` told of this one have ended."""
+    def grace_period_ended(self, publication: tuple[object, int]) -> None:
+        """All programs that ran when `grace_period` told of this one have ended."""
 
 
 class Counters(Protocol):
@@ -230,7 +230,7 @@ class Stored(Protocol):
 class Backend(Members, Choice, Counters, OwnSockets, Stored, Protocol):
     """The groups of one service, on one backend."""
 
-    backend: str
+    name: str
     """Its name, as in `--backend`."""
 
     @property

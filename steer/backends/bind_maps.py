@@ -27,7 +27,7 @@ class BindMaps:
                 for name in ("sockets", "counts", "cpus")
             }
             self.sockets, self.counts, self.cpus = self.maps.values()
-            starts = (len(plan.seats) * cpu // cpus for cpu in range(cpus))
+            starts = (len(plan.specs) * cpu // cpus for cpu in range(cpus))
             self.cpus.put(0, b"".join(abi.CPU.pack(at << 32 | at, _seed(), 0, 0) for at in starts))
             self.close = undo.pop_all().close
 

@@ -32,7 +32,7 @@ class Cbpf(WithoutEbpf):
     when we close ours, one at a time, and not whenever its process dies.
     """
 
-    backend = "cbpf"
+    name = "cbpf"
     needs_order = True
 
     def __init__(self, plan: Plan, empty: bool = False) -> None:
@@ -48,20 +48,18 @@ class Cbpf(WithoutEbpf):
         self._orders = [classic.Order() for _ in plan.binds]
         self._programs: list[list[classic.Insn] | None] = [None for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
-        self._steered = self._settled = 0
+        self._steered = self._synchronized = 0
         self._lost = shortfalls.may_be_lost(plan)
         self._sharing: Sequence[str] = ()
 
     def _try_out(self, plan: Plan) -> None:
         """With all workers the program is as long as it gets: does the kernel take it?"""
-        all_seats = [Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats]
-        indexes = {member.slot: member.slot for member in all_seats}
-        layout = builtin.lay(plan.policy, all_seats, self._scene)
+        members = [Member(spec.number, spec.weight, spec.cpu) for spec in plan.specs]
+        indexes = {member.slot: member.slot for member in members}
+        layout = builtin.lay(plan.policy, members, self._scene)
         try:
-            if len(all_seats) > classic.HASH_LENGTH:
-                raise classic.TooLong(
-                    f"room for {classic.HASH_LENGTH} workers, not {len(all_seats)}"
-                )
+            if len(members) > classic.HASH_LENGTH:
+                raise classic.TooLong(f"room for {classic.HASH_LENGTH} workers, not {len(members)}")
             program = _assemble(plan, layout, indexes, self._seed)
         except classic.TooLong as error:
             raise KernelError(f"assemble {plan.policy.name}", str(error)) from None
@@ -219,11 +217,11 @@ class Cbpf(WithoutEbpf):
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
         self._attach(self._layout)
 
-    def unsettled(self) -> tuple[object, int] | None:
-        return None if self._settled == self._steered else (self, self._steered)
+    def grace_period(self) -> tuple[object, int] | None:
+        return None if self._synchronized == self._steered else (self, self._steered)
 
-    def settled(self, flip: tuple[object, int]) -> None:
-        _, self._settled = flip
+    def grace_period_ended(self, publication: tuple[object, int]) -> None:
+        _, self._synchronized = publication
 
     def held(self, slot: int) -> Sequence[int]:
         return self._held.get(slot, ())

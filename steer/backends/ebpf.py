@@ -32,7 +32,7 @@ class _Saved(msgspec.Struct):
     """For who goes on: how many descriptors are whose, and what was counted."""
 
     choice: loaded_policy.Saved
-    reserves: list[int]
+    backups: list[int]
     counting: connections.Saved
     anchored: list[int] = []
 
@@ -40,7 +40,7 @@ class _Saved(msgspec.Struct):
 class Ebpf:
     """One program for each group; the policy's table is shared by all of them."""
 
-    backend = "ebpf"
+    name = "ebpf"
     order = None
     needs_order = False
 
@@ -62,7 +62,7 @@ class Ebpf:
                 self._groups.append(BindMaps(plan))
                 undo.callback(self._groups[-1].close)
             self.backup = BackupListeners(
-                plan, self.counting, self._join, self._prepare_for_backup, self._settle
+                plan, self.counting, self._join, self._prepare_for_backup, self._synchronize
             )
             undo.callback(self.backup.close)
             undo.callback(self._anchors.close)
@@ -90,8 +90,8 @@ class Ebpf:
             self._choice.prepare(self.backup.slots[0])
         return self._choice.migrates
 
-    def _settle(self) -> None:
-        self._choice.settle()
+    def _synchronize(self) -> None:
+        self._choice.synchronize()
 
     def _join(self, index: int, slot: int, fd: int) -> None:
         self._groups[index].sockets.put_socket(slot, fd)
@@ -264,14 +264,14 @@ class Ebpf:
             for slot in range(self.backup.slots.stop):
                 group.sockets.delete(slot)
 
-    def unsettled(self) -> tuple[object, int] | None:
-        flip = self._choice.unsettled()
-        return None if flip is None else (self._choice, flip)
+    def grace_period(self) -> tuple[object, int] | None:
+        publication = self._choice.grace_period()
+        return None if publication is None else (self._choice, publication)
 
-    def settled(self, flip: tuple[object, int]) -> None:
-        chosen, number = flip
+    def grace_period_ended(self, publication: tuple[object, int]) -> None:
+        chosen, number = publication
         if chosen is self._choice:
-            self._choice.settled(number)
+            self._choice.grace_period_ended(number)
 
     @property
     def forget_flows(self) -> Callable[[int], None] | None:
@@ -354,7 +354,7 @@ class Ebpf:
         self._choices.put_in_force(LoadedPolicy.receive(self._plan, saved.choice, of_choice))
         for group in self._groups:
             group.receive(list(islice(rest, len(group.maps))))
-        self.backup.receive(saved.reserves, rest)
+        self.backup.receive(saved.backups, rest)
         self._anchors.receive(saved.anchored, islice(rest, len(saved.anchored)))
         self.counting.restore(saved.counting, list(rest))
         self._somebody = True

@@ -29,7 +29,7 @@ class Kernel(WithoutEbpf):
         order: see `Backend.order`, of the sockets that are there.
     """
 
-    backend = "kernel"
+    name = "kernel"
     needs_order = False
 
     def __init__(
@@ -108,10 +108,10 @@ class Kernel(WithoutEbpf):
     def detach(self, lend: Lend) -> None:
         pass
 
-    def unsettled(self) -> tuple[object, int] | None:
+    def grace_period(self) -> tuple[object, int] | None:
         return None
 
-    def settled(self, flip: tuple[object, int]) -> None:
+    def grace_period_ended(self, publication: tuple[object, int]) -> None:
         pass
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:

@@ -122,7 +122,7 @@ class LoadedPolicy:
 
     def begin(self) -> None:
         """It is in force from now on; programs of another may still run."""
-        self._table.unsettle()
+        self._table.begin_grace_period()
 
     def left(self) -> None:
         """Another is in force from now on."""
@@ -174,7 +174,7 @@ class LoadedPolicy:
         # That of nobody is not kept: when somebody is there again, only what must moves.
         layout = self._lay(members) if members else nobody
         if layout != self._in_table:
-            self._table.flip(layout.parts())
+            self._table.publish(layout.parts())
             self._in_table = layout
 
     def _lay(self, members: Sequence[Member]) -> Layout:
@@ -193,14 +193,14 @@ class LoadedPolicy:
         self._table.amend({abi.SPARES_OFFSET: spares(slots).tobytes()})
         self._in_table = None
 
-    def settle(self) -> None:
-        self._table.settle()
+    def synchronize(self) -> None:
+        self._table.synchronize()
 
-    def unsettled(self) -> int | None:
-        return self._table.unsettled()
+    def grace_period(self) -> int | None:
+        return self._table.grace_period()
 
-    def settled(self, flip: int) -> None:
-        self._table.settled(flip)
+    def grace_period_ended(self, publication: int) -> None:
+        self._table.grace_period_ended(publication)
 
     def remembers(self) -> bool:
         return "flows" in self._maps

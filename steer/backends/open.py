@@ -42,7 +42,7 @@ def open_whole(plan: Plan, before: Backend | None = None) -> Backend:
     Raises:
         As `open_backend` and `refuse_uncounted`.
     """
-    opened = open_backend(plan.rungs[0].backend, plan, before=before)
+    opened = open_backend(plan.backends[0].backend, plan, before=before)
     try:
         refuse_uncounted(plan, opened.counting)
     except SteerError:

@@ -28,7 +28,7 @@ class Worker:
     def __init__(self, launch: Launch, own: Sequence[socket.socket]) -> None:
         self.sockets = tuple(own)
         self.slot = launch.slot
-        self.cpus = launch.seat.cpus
+        self.cpus = launch.spec.cpus
         self.name = launch.name
         self.generation = launch.generation
         self.watchdog_s = launch.service.watchdog

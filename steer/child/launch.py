@@ -60,7 +60,7 @@ class Launch(msgspec.Struct, frozen=True):
     service: Service
     name: str
     binds: tuple[Bind, ...]
-    seat: WorkerSpec
+    spec: WorkerSpec
     slot: int
     generation: int
     identity: Identity

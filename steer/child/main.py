@@ -134,8 +134,8 @@ def _settle(launch: Launch) -> Launch:
         Unloadable: the kernel does not let us.
     """
     directory, who = launch.service.chdir, launch.identity
-    with _if_allowed(launch, f"run on {cpus_named(launch.seat.cpus)}"):
-        os.sched_setaffinity(0, launch.seat.cpus)
+    with _if_allowed(launch, f"run on {cpus_named(launch.spec.cpus)}"):
+        os.sched_setaffinity(0, launch.spec.cpus)
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     if directory is not None:
         with _needed(f"chdir {directory}"):
@@ -145,7 +145,7 @@ def _settle(launch: Launch) -> Launch:
     if launch.modest:
         with _if_allowed(launch, "leave the CPUs to others until it is ready"):
             priority.be_modest()
-    return replace(launch, seat=replace(launch.seat, cpus=cpus))
+    return replace(launch, spec=replace(launch.spec, cpus=cpus))
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def _told_by_environment(launch: Launch) -> dict[str, str]:
         **given,
         "STEER_SLOT": str(launch.slot),
         "STEER_NAME": launch.name,
-        "STEER_CPUS": cpu_list(launch.seat.cpus),
+        "STEER_CPUS": cpu_list(launch.spec.cpus),
         services.MARK: str(os.getpid()),
         "NOTIFY_SOCKET": launch.notify,
         **_watchdog(launch.service),

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from steer.config import candidates as ladder
-from steer.config.candidates import BackendCandidate
+from steer.config.candidates import BackendCandidate, backend_candidates
 from steer.config.service import Service
 from steer.errors import ConfigError, KernelError, Uncounted
 from steer.features import Finding
@@ -15,13 +14,13 @@ from steer.policy import declarations
 from steer.policy.builtin import AUTO, EBPF, Policy
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class PolicyCandidate(msgspec.Struct, frozen=True):
     """A policy to try.
 
     Args:
         params: in the order in which the policy declares them.
         reason: why `auto` becomes this one; None if the user named the policy.
-        rungs: what it may stand on, best first. If it stands on none, the next candidate's turn
+        backends: what it may stand on, best first. If it stands on none, the next candidate's turn
             has come; the last one stands on the kernel's own hash if need be.
         is_uncounted: whether `auto` becomes it because open connections cannot be counted.
     """
@@ -29,7 +28,7 @@ class Candidate(msgspec.Struct, frozen=True):
     policy: Policy
     params: tuple[int, ...]
     reason: str | None
-    rungs: tuple[BackendCandidate, ...]
+    backends: tuple[BackendCandidate, ...]
     is_uncounted: bool = False
 
 
@@ -39,7 +38,7 @@ COUNTED = "open connections are counted"
 
 def candidates(
     policy: Policy, service: Service, findings: Mapping[str, Finding], act: str
-) -> tuple[Candidate, ...]:
+) -> tuple[PolicyCandidate, ...]:
     """The policies to try; at least one.
 
     Args:
@@ -60,38 +59,38 @@ def candidates(
     if any(bind.protocol == "udp" for bind in service.binds):
         return (because(last, DATAGRAMS),)
     first = _candidate(by_load, service, findings, COUNTED)
-    countable = tuple(rung for rung in first.rungs if rung.backend == EBPF)
+    countable = tuple(each for each in first.backends if each.backend == EBPF)
     if not countable:
         return (because(last, f"{by_load.name} needs {EBPF}"),)
-    return (msgspec.structs.replace(first, rungs=countable), last)
+    return (msgspec.structs.replace(first, backends=countable), last)
 
 
-def instead(candidate: Candidate, of: Policy, error: KernelError) -> Candidate:
+def instead(candidate: PolicyCandidate, of: Policy, error: KernelError) -> PolicyCandidate:
     """The candidate, as `auto` becomes it because the policy `of` met an error."""
     is_uncounted = isinstance(error, Uncounted)
     why_not = str(error) if is_uncounted else f"{of.name}: {error}"
     return msgspec.structs.replace(candidate, reason=why_not, is_uncounted=is_uncounted)
 
 
-def because(candidate: Candidate, reason: str) -> Candidate:
+def because(candidate: PolicyCandidate, reason: str) -> PolicyCandidate:
     """The candidate, with why it is this one."""
     return msgspec.structs.replace(candidate, reason=reason)
 
 
 def _named(
     policy: Policy, service: Service, findings: Mapping[str, Finding], act: str
-) -> Candidate:
+) -> PolicyCandidate:
     params: tuple[int, ...] = ()
     if policy.problem is None:
         params = declarations.values(policy.declared, service.params, act)
-    rungs = tuple(ladder.rungs(policy, service.backend, findings))
-    return Candidate(policy, params, None, rungs)
+    backends = tuple(backend_candidates(policy, service.backend, findings))
+    return PolicyCandidate(policy, params, None, backends)
 
 
 def _candidate(
     policy: Policy, service: Service, findings: Mapping[str, Finding], reason: str
-) -> Candidate:
+) -> PolicyCandidate:
     """One of those of `auto`, which takes no parameters."""
     params = declarations.values(policy.declared, (), "")
-    rungs: Sequence[BackendCandidate] = ladder.rungs(policy, service.backend, findings)
-    return Candidate(policy, params, reason, tuple(rungs))
+    backends: Sequence[BackendCandidate] = backend_candidates(policy, service.backend, findings)
+    return PolicyCandidate(policy, params, reason, tuple(backends))

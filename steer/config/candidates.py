@@ -29,7 +29,9 @@ EBPF_ADDS = "turns, counters, and queues that outlive their worker"
 UNTRIED = Finding(Answer.UNKNOWN, "not tried")
 
 
-def rungs(policy: Policy, asked: str, findings: Mapping[str, Finding]) -> list[BackendCandidate]:
+def backend_candidates(
+    policy: Policy, asked: str, findings: Mapping[str, Finding]
+) -> list[BackendCandidate]:
     """The rungs to try, best first. The last, the kernel's own hash, always holds.
 
     Args:
@@ -53,25 +55,25 @@ def rungs(policy: Policy, asked: str, findings: Mapping[str, Finding]) -> list[B
     return found
 
 
-def choose(rung: BackendCandidate, strict: bool) -> BackendCandidate:
+def choose(candidate: BackendCandidate, strict: bool) -> BackendCandidate:
     """The rung itself, unless that would be a fallback and none is allowed.
 
     Raises:
         FallbackRefused
     """
-    if strict and rung.fallback:
+    if strict and candidate.fallback:
         raise FallbackRefused(
-            f"use {rung.backend}",
-            f"--strict, and {rung.reason}",
+            f"use {candidate.backend}",
+            f"--strict, and {candidate.reason}",
             "drop --strict, or see `steer doctor`",
         )
-    return rung
+    return candidate
 
 
-def after(rung: BackendCandidate, failed: str, why: str) -> BackendCandidate:
-    """`rung` with one more reason: that the better one `failed` was tried and did not work."""
-    reasons = [*([rung.reason] if rung.reason else []), f"{failed}: {why}"]
-    return BackendCandidate(rung.backend, "; ".join(reasons), True)
+def after(candidate: BackendCandidate, failed: str, why: str) -> BackendCandidate:
+    """`candidate` with one more reason: that the better one `failed` was tried and did not work."""
+    reasons = [*([candidate.reason] if candidate.reason else []), f"{failed}: {why}"]
+    return BackendCandidate(candidate.backend, "; ".join(reasons), True)
 
 
 def _why_not(policy: Policy, backend: str, findings: Mapping[str, Finding]) -> str:

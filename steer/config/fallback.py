@@ -38,17 +38,17 @@ def first_that_works(
     """
     while True:
         failed: list[tuple[str, KernelError]] = []
-        for rung in plan.rungs:
-            for backend, error in failed:
-                rung = candidates.after(rung, backend, str(error))
-            candidates.choose(rung, plan.service.strict)
-            alone = msgspec.structs.replace(plan, rungs=(rung,), others=())
+        for candidate in plan.backends:
+            for other, error in failed:
+                candidate = candidates.after(candidate, other, str(error))
+            candidates.choose(candidate, plan.service.strict)
+            alone = msgspec.structs.replace(plan, backends=(candidate,), others=())
             try:
                 return attempt(alone), alone
             except KernelError as error:
                 if plan.policy.is_own and isinstance(error, CompileError | VerifierError):
                     raise  # it is not the machine that lacks something
-                failed.append((rung.backend, error))
+                failed.append((candidate.backend, error))
                 if error.detail and not plan.others:
                     warn(f"{error}\n{error.detail}")
         if not plan.others:

@@ -10,7 +10,7 @@ import msgspec
 from steer import abi
 from steer.config import auto
 from steer.config.address import Bind
-from steer.config.auto import Candidate
+from steer.config.auto import PolicyCandidate
 from steer.config.candidates import BackendCandidate, choose
 from steer.config.service import Service
 from steer.errors import ConfigError
@@ -61,7 +61,7 @@ class Plan(msgspec.Struct, frozen=True):
     """Everything decided.
 
     Args:
-        rungs: what to try, best first; see `candidates.rungs`.
+        backends: what to try, best first; see `candidates.backends`.
         params: the policy's, in the order in which it declares them.
         policy_reason: why `auto` became this policy; None if the user named it.
         is_uncounted: whether that is because open connections cannot be counted.
@@ -75,29 +75,29 @@ class Plan(msgspec.Struct, frozen=True):
     binds: tuple[Bind, ...]
     policy: Policy
     params: tuple[int, ...]
-    rungs: tuple[BackendCandidate, ...]
-    seats: tuple[WorkerSpec, ...]
+    backends: tuple[BackendCandidate, ...]
+    specs: tuple[WorkerSpec, ...]
     topology: Topology
     slots: int
     hash_length: int
     policy_reason: str | None = None
-    others: tuple[Candidate, ...] = ()
+    others: tuple[PolicyCandidate, ...] = ()
     is_uncounted: bool = False
 
     @property
-    def candidates(self) -> tuple[Candidate, ...]:
+    def candidates(self) -> tuple[PolicyCandidate, ...]:
         """The policies to try, best first."""
-        first = Candidate(
-            self.policy, self.params, self.policy_reason, self.rungs, self.is_uncounted
+        first = PolicyCandidate(
+            self.policy, self.params, self.policy_reason, self.backends, self.is_uncounted
         )
         return (first, *self.others)
 
-    def is_by(self, candidate: Candidate) -> bool:
+    def is_by(self, candidate: PolicyCandidate) -> bool:
         """Whether it is the policy in force, named or not as it is now."""
         now = (self.policy, self.params, self.policy_reason is None)
         return now == (candidate.policy, candidate.params, candidate.reason is None)
 
-    def choosing_by(self, candidates: Sequence[Candidate]) -> Plan:
+    def choosing_by(self, candidates: Sequence[PolicyCandidate]) -> Plan:
         """The plan with other policies to try."""
         first, *others = candidates
         return msgspec.structs.replace(
@@ -105,7 +105,7 @@ class Plan(msgspec.Struct, frozen=True):
             policy=first.policy,
             params=first.params,
             policy_reason=first.reason,
-            rungs=first.rungs,
+            backends=first.backends,
             others=tuple(others),
             is_uncounted=first.is_uncounted,
         )
@@ -114,7 +114,7 @@ class Plan(msgspec.Struct, frozen=True):
     def at_once(self) -> int:
         """How many workers start at once. A command takes a CPU for all of its start: more of
         them would only make the first that is ready wait for the others."""
-        return len(self.topology.allowed) if self.service.command else len(self.seats)
+        return len(self.topology.allowed) if self.service.command else len(self.specs)
 
     @property
     def descriptors(self) -> int:
@@ -125,20 +125,20 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def generation_descriptors(self) -> int:
         """Of these, how many are of one generation of workers."""
-        return (len(self.seats) + 16) * (3 + len(self.binds))
+        return (len(self.specs) + 16) * (3 + len(self.binds))
 
     def steps(self) -> tuple[Step, ...]:
-        rung = self.rungs[0]
+        candidate = self.backends[0]
         # Last before the start: the less time for somebody to slip in.
         ports = tuple(Step(Act.CHECK_FREE, bind.label) for bind in self.binds)
-        program = f"{self.policy.name} as {rung.backend}"
-        if rung.backend == KERNEL:
+        program = f"{self.policy.name} as {candidate.backend}"
+        if candidate.backend == KERNEL:
             program = "no program"
         return (
             Step(Act.CLAIM, self.name),
-            Step(Act.LOAD, program, "; ".join(filter(None, [self.became, rung.reason]))),
+            Step(Act.LOAD, program, "; ".join(filter(None, [self.became, candidate.reason]))),
             *ports,
-            Step(Act.START, plural(len(self.seats), "worker"), self._seating()),
+            Step(Act.START, plural(len(self.specs), "worker"), self._seating()),
         )
 
     @property
@@ -148,7 +148,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     def describe(self) -> dict[str, object]:
         """For `steer check --json`."""
-        best = self.rungs[0]
+        best = self.backends[0]
         return {
             "name": self.name,
             "policy": self.policy.name,
@@ -158,8 +158,8 @@ class Plan(msgspec.Struct, frozen=True):
             "backend": best.backend,
             "backend_reason": best.reason,
             "workers": [
-                {"seat": seat.number, "cpus": seat.cpus, "weight": seat.weight}
-                for seat in self.seats
+                {"number": spec.number, "cpus": spec.cpus, "weight": spec.weight}
+                for spec in self.specs
             ],
             "steps": [
                 {"act": step.act.value, "object": step.object, "reason": step.reason or None}
@@ -184,7 +184,7 @@ class Plan(msgspec.Struct, frozen=True):
     def _seating(self) -> str:
         if not self.policy.pinned:
             return ""
-        return f"on {several('CPU', (seat.cpu for seat in self.seats))}"
+        return f"on {several('CPU', (spec.cpu for spec in self.specs))}"
 
 
 def plan(
@@ -207,15 +207,15 @@ def plan(
     act = f"--policy {policy.name}"
     first, *others = auto.candidates(policy, service, findings, act)
     workers = len(topology.allowed) if service.workers == "auto" else service.workers
-    choose(first.rungs[0], service.strict)
+    choose(first.backends[0], service.strict)
     return Plan(
         service,
         service.service_name,
         service.binds,
         first.policy,
         first.params,
-        first.rungs,
-        _seats(service, first.policy, workers, topology),
+        first.backends,
+        _worker_specs(service, first.policy, workers, topology),
         topology,
         min(abi.MAX_SLOTS, max(_SLOTS_AT_LEAST, 2 * _two_generations(workers))),
         _hash_length(workers, [service.weight(number) for number in range(workers)]),
@@ -234,7 +234,7 @@ def again(
     service: Service,
     topology: Topology,
     act: str = "",
-    candidates: Sequence[Candidate] = (),
+    candidates: Sequence[PolicyCandidate] = (),
 ) -> Plan:
     """The plan for a running service that is to become `service`.
 
@@ -266,7 +266,11 @@ def again(
 
 
 def choosing_by(
-    running: Plan, service: Service, candidates: Sequence[Candidate], topology: Topology, act: str
+    running: Plan,
+    service: Service,
+    candidates: Sequence[PolicyCandidate],
+    topology: Topology,
+    act: str,
 ) -> Plan:
     """The plan for a running service with another policy, parameters or weights.
 
@@ -276,7 +280,7 @@ def choosing_by(
     Raises:
         ConfigError: none of them would be steered.
     """
-    workers = len(running.seats)
+    workers = len(running.specs)
     candidates = _steered(running, candidates, act, asked_for_is_enough=False)
     return _with_workers(
         _choosing_by(running, service, candidates, workers), service, topology, workers
@@ -287,7 +291,7 @@ def with_policy_of(running: Plan, other: Plan, topology: Topology) -> Plan:
     """The plan for a running service with the policies to try, and parameters, of another plan."""
     by = {"policy": other.service.policy, "params": other.service.params}
     service = msgspec.structs.replace(running.service, **by)
-    workers = len(running.seats)
+    workers = len(running.specs)
     chosen = _choosing_by(running, service, other.candidates, workers)
     return _with_workers(chosen, service, topology, workers)
 
@@ -300,17 +304,19 @@ def back_to(before: Plan, running: Plan, topology: Topology, lower: bool = False
         lower: whether a backend will do that is worse than the one before the change.
     """
     (old,) = before.candidates
-    rungs = {each.backend: each for each in (*running.rungs, *before.rungs)}
-    lowest = None if lower else BACKENDS.index(before.rungs[0].backend) + 1
+    backends = {each.backend: each for each in (*running.backends, *before.backends)}
+    lowest = None if lower else BACKENDS.index(before.backends[0].backend) + 1
     may_be = tuple(
-        rungs[name] for name in BACKENDS[:lowest] if name in rungs and name in old.policy.backends
+        backends[name]
+        for name in BACKENDS[:lowest]
+        if name in backends and name in old.policy.backends
     )
-    plan = before.choosing_by([msgspec.structs.replace(old, rungs=may_be)])
+    plan = before.choosing_by([msgspec.structs.replace(old, backends=may_be)])
     return with_policy_of(running, plan, topology)
 
 
 def _choosing_by(
-    running: Plan, service: Service, candidates: Sequence[Candidate], workers: int
+    running: Plan, service: Service, candidates: Sequence[PolicyCandidate], workers: int
 ) -> Plan:
     weights = [service.weight(number) for number in range(workers)]
     hash_length = max(running.hash_length, _positions(weights or [1]))
@@ -318,8 +324,8 @@ def _choosing_by(
 
 
 def _steered(
-    running: Plan, candidates: Sequence[Candidate], act: str, *, asked_for_is_enough: bool
-) -> Sequence[Candidate]:
+    running: Plan, candidates: Sequence[PolicyCandidate], act: str, *, asked_for_is_enough: bool
+) -> Sequence[PolicyCandidate]:
     """The candidates without rungs on which they would steer nothing. A start falls that low, as
     a service that answers is better than none; a service that runs is not changed to that.
 
@@ -330,28 +336,32 @@ def _steered(
         ConfigError: nothing is left.
     """
 
-    def is_of_use(candidate: Candidate, rung: BackendCandidate) -> bool:
-        if rung.backend != KERNEL or candidate.policy.source is None:
+    def is_of_use(policy: PolicyCandidate, candidate: BackendCandidate) -> bool:
+        if candidate.backend != KERNEL or policy.policy.source is None:
             return True
-        is_there = running.rungs[0].backend == KERNEL and (
-            (candidate.policy, candidate.params) == (running.policy, running.params)
+        is_there = running.backends[0].backend == KERNEL and (
+            (policy.policy, policy.params) == (running.policy, running.params)
         )
-        return asked_for_is_enough and (is_there or not rung.fallback)
+        return asked_for_is_enough and (is_there or not candidate.fallback)
 
     kept = [
-        msgspec.structs.replace(each, rungs=rungs)
+        msgspec.structs.replace(each, backends=backends)
         for each in candidates
-        if (rungs := tuple(rung for rung in each.rungs if is_of_use(each, rung)))
+        if (
+            backends := tuple(
+                candidate for candidate in each.backends if is_of_use(each, candidate)
+            )
+        )
     ]
     if not kept:
         last = candidates[-1]
-        cause = f"{last.policy.name} would steer nothing: {last.rungs[-1].reason}"
+        cause = f"{last.policy.name} would steer nothing: {last.backends[-1].reason}"
         raise ConfigError(act, cause, _what_would(running))
     return kept
 
 
 def _what_would(running: Plan) -> str:
-    if running.rungs[0].backend != CBPF:
+    if running.backends[0].backend != CBPF:
         return "see `steer doctor`"
     others = (each for each in POLICIES.values() if not each.source or each.assemble)
     return f"allowed: {', '.join(each.name for each in others)}"
@@ -375,7 +385,7 @@ def scaled(running: Plan, workers: int, topology: Topology) -> Plan:
 
 def on(running: Plan, topology: Topology) -> Plan:
     """The plan for a running service on other CPUs: as many workers, seated anew."""
-    return _with_workers(running, running.service, topology, len(running.seats))
+    return _with_workers(running, running.service, topology, len(running.specs))
 
 
 def _with_workers(running: Plan, service: Service, topology: Topology, workers: int) -> Plan:
@@ -385,8 +395,8 @@ def _with_workers(running: Plan, service: Service, topology: Topology, workers: 
             f"it was started with room for {running.slots // 2}, each of which can be replaced",
             "start it anew with so many",
         )
-    seats = _seats(service, running.policy, workers, topology)
-    return msgspec.structs.replace(running, service=service, seats=seats, topology=topology)
+    specs = _worker_specs(service, running.policy, workers, topology)
+    return msgspec.structs.replace(running, service=service, specs=specs, topology=topology)
 
 
 def _text(value: object) -> str:
@@ -406,7 +416,7 @@ def _positions(weights: Sequence[int]) -> int:
     return min(abi.ENTRIES, 50 * -(-sum(weights) // min(weights)))
 
 
-def _seats(
+def _worker_specs(
     service: Service, policy: Policy, workers: int, topology: Topology
 ) -> tuple[WorkerSpec, ...]:
     if not policy.pinned:
@@ -416,5 +426,5 @@ def _seats(
         )
     return tuple(
         WorkerSpec(number, (cpu,), cpu, service.weight(number))
-        for number, cpu in enumerate(cpus.seats(workers, topology))
+        for number, cpu in enumerate(cpus.cpu_of_each(workers, topology))
     )

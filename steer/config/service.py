@@ -118,8 +118,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
             return servers.read_signal(self.stop_signal)
         return servers.stop_signal(self.command)
 
-    def weight(self, seat: int) -> int:
-        return self.weights[seat] if seat < len(self.weights) else 1
+    def weight(self, number: int) -> int:
+        return self.weights[number] if number < len(self.weights) else 1
 
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(Service)}

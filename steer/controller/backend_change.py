@@ -16,14 +16,14 @@ def move_to(pool: WorkerPool, plan: Plan) -> None:
     Raises:
         SteerError: nothing has changed.
     """
-    backend = plan.rungs[0].backend
-    if backend == pool.steering.backend:
-        refuse_uncounted(plan, pool.steering.counting)
+    backend = plan.backends[0].backend
+    if backend == pool.backend.name:
+        refuse_uncounted(plan, pool.backend.counting)
         pool.choose_by(plan)
         return
     if backend == KERNEL:
         _see_that_all_serve(pool, plan)
-    fresh = open_whole(plan, pool.steering)
+    fresh = open_whole(plan, pool.backend)
     try:
         pool.choose_by(plan, fresh)
     except BaseException:

@@ -103,7 +103,7 @@ class Changes:
         """Returns how many workers there are then. Raises SteerError."""
         act = f"scale {self._plan.name} by {more:+}"
         async with self._turns.turn(act):
-            there = len(self._plan.seats)
+            there = len(self._plan.specs)
             if not 0 < there + more <= MAX_WORKERS:
                 there_are = f"{plural(there, 'worker')} there"
                 cause = f"{there_are}, and there may be 1 to {MAX_WORKERS}"

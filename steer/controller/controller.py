@@ -78,7 +78,7 @@ class Controller:
     @property
     def backend(self) -> Backend:
         """The backend in force."""
-        return self.pool.steering
+        return self.pool.backend
 
     # The parts, made by a start or an adoption.
 
@@ -146,7 +146,7 @@ class Controller:
             plan.service,
             plan.name,
             plan.binds,
-            worker.seat,
+            worker.spec,
             worker.slot,
             worker.generation.number,
             identity.identity(plan.service.user, plan.service.group),
@@ -184,7 +184,7 @@ class Controller:
         plan = self.plan
         service = PersistedService(
             started_s=self.started_s,
-            backend=plan.rungs[0],
+            backend=plan.backends[0],
             slots=plan.slots,
             hash_length=plan.hash_length,
             generation=in_force,

@@ -61,9 +61,9 @@ def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
     if service.pid:
         check_pid_file(service.pid)
     backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
-    backend.steer([Member(seat.number, seat.weight, seat.cpu) for seat in plan.seats])
+    backend.steer([Member(spec.number, spec.weight, spec.cpu) for spec in plan.specs])
     notes = [*backend.notes, *_notes(service), *filter(None, [barriers.note])]
-    if stands.rungs[0].backend == KERNEL:
+    if stands.backends[0].backend == KERNEL:
         notes += map(str, anchors.notes(plan.binds, {}))
     found = DryRun(stands, notes, backend.memory_bytes())
     backend.close()

@@ -5,7 +5,7 @@ Entries of the guard, by key:
     service         this controller's `PersistedService`, which has the number of the schema
     generation N    the configuration of generation N, a `Service`
     worker N        see `workers.handle`
-    steering        see `workers.selection`, with what the backend adds
+    selection       see `workers.selection`, with what the backend adds
     mailbox         the notification socket
 
 Raise SCHEMA when any of these changes so that the release before, or the one after, would
@@ -25,10 +25,10 @@ from steer.config.service import Service
 from steer.errors import ControlError
 from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
-from steer.guard.store import MAILBOX, STEERING
+from steer.guard.store import MAILBOX, SELECTION
 from steer.policy.declarations import Declared
 
-SCHEMA = 1
+SCHEMA = 2
 _SERVICE, _GENERATION, _WORKER = "service", "generation ", "worker "
 
 
@@ -85,7 +85,7 @@ class Persisted:
             if key.startswith(_GENERATION)
         }
         self.workers = {key: each for key, each in entries.items() if key.startswith(_WORKER)}
-        self.steering = entries[STEERING]
+        self.selection = entries[SELECTION]
         self.mailbox = entries[MAILBOX]
 
 

@@ -77,7 +77,7 @@ class PolicyChange:
             SteerError: nothing has changed.
         """
         now, first = self._plan, other.candidates[0]
-        if not now.is_by(first) or now.rungs[0].fallback:
+        if not now.is_by(first) or now.backends[0].fallback:
             self._service.choose_by(planning.with_policy_of(now, other, topology.read()))
             self._tell()
         return other.choosing_by(self._plan.candidates)
@@ -104,14 +104,14 @@ class PolicyChange:
             self._warn_if_worse_than(before)
 
     def _warn_if_worse_than(self, before: Plan) -> None:
-        was, now = before.rungs[0].backend, self._plan.rungs[0]
+        was, now = before.backends[0].backend, self._plan.backends[0]
         if BACKENDS.index(now.backend) > BACKENDS.index(was):
             name = self._plan.policy.name
             self._log.warning("%s is on %s, not on %s: %s", name, now.backend, was, now.reason)
 
     def _tell(self) -> None:
         plan = self._plan
-        self._log.info("%s on %s", plan.policy.name, self._service.backend.backend)
+        self._log.info("%s on %s", plan.policy.name, self._service.backend.name)
         if plan.became:
             self._log.info("policy %s", plan.became)
 

@@ -78,7 +78,7 @@ class Requests:
         return handler
 
     async def status(self, _request: Request, _tell: Tell) -> Answer:
-        await self._pool.selection.flipped()
+        await self._pool.selection.published()
         delays = self._delays.report()
         return {"service": await status.report_of(self._service, self._state.word, delays)}
 
@@ -91,7 +91,7 @@ class Requests:
     async def reload(self, _request: Request, tell: Tell) -> Answer:
         began_s = time.monotonic()
         generation = await self._changes.reload(tell)
-        return Reloaded(generation.number, len(generation.plan.seats), _since(began_s))
+        return Reloaded(generation.number, len(generation.plan.specs), _since(began_s))
 
     async def scale(self, request: Request, tell: Tell) -> Answer:
         began_s = time.monotonic()
@@ -108,7 +108,7 @@ class Requests:
 
     async def drain(self, request: Request, _tell: Tell) -> Answer:
         worker = self._worker(request, "drain", State.READY)
-        if self._service.backend.backend == KERNEL:
+        if self._service.backend.name == KERNEL:
             raise ControlError(
                 f"drain worker {worker.slot}",
                 "the kernel's own hash leaves nobody out",
@@ -139,7 +139,7 @@ class Requests:
     async def policy(self, request: Request, _tell: Tell) -> Answer:
         began_s = time.monotonic()
         await self._changes.change_policy(request)
-        chosen, backend = self._service.plan.policy.name, self._service.backend.backend
+        chosen, backend = self._service.plan.policy.name, self._service.backend.name
         return Swapped(chosen, backend, _since(began_s))
 
     def _worker(self, request: Request, act: str, *allowed: State) -> WorkerHandle:

@@ -57,7 +57,7 @@ class Rollout:
         """
         generation = Generation(self._pool.generation.number + 1, plan)
         old = list(self._pool.workers)
-        await self._replace_all(plan.seats, generation, old, tell)
+        await self._replace_all(plan.specs, generation, old, tell)
         return generation
 
     async def scale(self, plan: Plan, tell: Tell) -> None:
@@ -70,14 +70,14 @@ class Rollout:
             As `renew`.
         """
         generation = Generation(self._pool.generation.number, plan)
-        wanted = frozenset(plan.seats)
+        wanted = frozenset(plan.specs)
         there = [worker for worker in self._pool.workers if not worker.is_on_its_way_out]
-        staying = [worker for worker in there if worker.seat in wanted]
+        staying = [worker for worker in there if worker.spec in wanted]
         if any(map(_serves, there)) and not any(map(_serves, staying)):
             staying = []
-        seats = {worker.seat for worker in staying}
-        new = [seat for seat in plan.seats if seat not in seats]
-        surplus = [worker for worker in there if worker.seat not in seats]
+        specs = {worker.spec for worker in staying}
+        new = [spec for spec in plan.specs if spec not in specs]
+        surplus = [worker for worker in there if worker.spec not in specs]
         await self._replace_all(new, generation, surplus, tell)
 
     async def restart(self, worker: WorkerHandle, tell: Tell) -> WorkerHandle:
@@ -86,7 +86,7 @@ class Rollout:
         Raises:
             As `renew`.
         """
-        (fresh,) = await self._replace_all([worker.seat], self._pool.generation, [worker], tell)
+        (fresh,) = await self._replace_all([worker.spec], self._pool.generation, [worker], tell)
         return fresh
 
     async def replace(self, worker: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
@@ -98,8 +98,8 @@ class Rollout:
         async with self.turns.turn(f"replace worker {worker.slot}"):
             if not is_due(worker):
                 return
-            seat = worker.seat
-            fresh = await self._start([seat], self._pool.generation, unheard, modest=False)
+            spec = worker.spec
+            fresh = await self._start([spec], self._pool.generation, unheard, modest=False)
             if is_due(worker):
                 self._pool.activate(fresh)
                 self._keep(self._pool.generation, self._pool.generation)
@@ -124,11 +124,11 @@ class Rollout:
 
     async def undrain(self, worker: WorkerHandle) -> None:
         self._pool.report(worker, Event.UNDRAIN)
-        await self._pool.selection.flipped()
+        await self._pool.selection.published()
 
     async def _replace_all(
         self,
-        seats: Sequence[WorkerSpec],
+        specs: Sequence[WorkerSpec],
         generation: Generation,
         old: Sequence[WorkerHandle],
         tell: Tell,
@@ -137,16 +137,16 @@ class Rollout:
         if generation.number != in_force.number:
             self._keep(generation, in_force)
         try:
-            fresh = await self._start(seats, generation, tell, modest=True)
+            fresh = await self._start(specs, generation, tell, modest=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
             raise type(error)(self.turns.act, str(error), self._as_before(), error.detail) from None
-        # All in the same turn of the loop, so in one flip, and the guard is told by one message:
+        # All in the same turn of the loop: one publication, and one message to the guard:
         # a controller that adopts us, should we be killed, finds either both or neither.
         self._pool.generation = generation
         self._pool.activate(fresh)
         self._keep(generation, generation)
         self._pool.retire(old)
-        await self._pool.selection.flipped()
+        await self._pool.selection.published()
         return fresh
 
     def _as_before(self) -> str:
@@ -157,7 +157,7 @@ class Rollout:
         return f"nothing has changed: generation {number} goes on, and no worker of it is ready"
 
     async def _start(
-        self, seats: Sequence[WorkerSpec], generation: Generation, tell: Tell, *, modest: bool
+        self, specs: Sequence[WorkerSpec], generation: Generation, tell: Tell, *, modest: bool
     ) -> list[WorkerHandle]:
         """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
         one fails, none stays."""
@@ -165,10 +165,10 @@ class Rollout:
         intake = Intake(len(os.sched_getaffinity(0)), self._pool.lot)
         began_s: dict[WorkerHandle, float] = {}
         news: asyncio.Queue[WorkerHandle] = asyncio.Queue()
-        tell("ready", 0, len(seats))
+        tell("ready", 0, len(specs))
         try:
-            while len(fresh) < len(seats) or began_s:
-                few = seats[len(fresh) : len(fresh) + intake.room(len(began_s))]
+            while len(fresh) < len(specs) or began_s:
+                few = specs[len(fresh) : len(fresh) + intake.room(len(began_s))]
                 if few and news.empty():
                     workers = self._pool.start_held(few, generation, modest, news.put_nowait)
                     fresh += workers
@@ -178,7 +178,7 @@ class Rollout:
                     worker = await news.get()
                     _see_that_it_stayed(worker)
                     intake.took(time.monotonic() - began_s.pop(worker))
-                    tell("ready", len(fresh) - len(began_s), len(seats))
+                    tell("ready", len(fresh) - len(began_s), len(specs))
             for worker in fresh:
                 _see_that_it_stayed(worker)
         except BaseException:

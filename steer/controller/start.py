@@ -90,7 +90,7 @@ class Start:
 
     def load_policy(self, _step: Step) -> None:
         service, policy = self._service, self._service.plan.policy
-        if policy.is_own and service.plan.rungs[0].backend == EBPF:
+        if policy.is_own and service.plan.backends[0].backend == EBPF:
             # First: only then it is known what it is made from, and so what a reload compares.
             compiled = while_heard(
                 f"compile policy {policy.name}",
@@ -127,8 +127,8 @@ class Start:
         service.start_guard()
 
     def _announce(self, backend: Backend) -> None:
-        plan, chosen = self._service.plan, self._service.plan.rungs[0]
-        count = plural(len(plan.seats), "worker")
+        plan, chosen = self._service.plan, self._service.plan.backends[0]
+        count = plural(len(plan.specs), "worker")
         self._log.info("%s: %s, %s on %s", plan.name, count, plan.policy.name, chosen.backend)
         if plan.became:
             self._log.info("policy %s", plan.became)

@@ -34,7 +34,7 @@ def _lacking(release: str) -> str:
     return "".join(f"; {each.version} is needed {each.gives}" for each in later)
 
 
-def _rung(case: Case, backend: str, works: str, cure: str) -> Opinion:
+def _candidate(case: Case, backend: str, works: str, cure: str) -> Opinion:
     found = case.probes[backend]
     if found.answer is Answer.YES:
         return Opinion("ok", f"yes: {works}")
@@ -47,12 +47,12 @@ def _rung(case: Case, backend: str, works: str, cure: str) -> Opinion:
 
 
 def ebpf(case: Case) -> Iterator[Opinion]:
-    yield _rung(case, EBPF, "programs and their maps load and attach", ebpf_cure(case))
+    yield _candidate(case, EBPF, "programs and their maps load and attach", ebpf_cure(case))
 
 
 def cbpf(case: Case) -> Iterator[Opinion]:
     cure = case.probes[CBPF].cure or GET_CBPF
-    yield _rung(case, CBPF, "classic programs attach; no privilege is needed", cure)
+    yield _candidate(case, CBPF, "classic programs attach; no privilege is needed", cure)
 
 
 def migration(case: Case) -> Iterator[Opinion]:
@@ -107,9 +107,9 @@ def _count_cure(case: Case) -> str:
 
 
 def backend(case: Case) -> Iterator[Opinion]:
-    rung = known(case.plan, MOUNT_SYSFS).rungs[0]
-    found = f"{rung.backend}; {rung.reason}" if rung.reason else rung.backend
-    if not rung.fallback:
+    candidate = known(case.plan, MOUNT_SYSFS).backends[0]
+    found = f"{candidate.backend}; {candidate.reason}" if candidate.reason else candidate.backend
+    if not candidate.fallback:
         yield Opinion("ok", found)
     elif case.service.strict:
         yield Opinion("fail", f"{found}, and --strict", f"{_climb(case)}, or drop --strict")
@@ -118,15 +118,15 @@ def backend(case: Case) -> Iterator[Opinion]:
 
 
 def draining(case: Case) -> Iterator[Opinion]:
-    rung = known(case.plan, MOUNT_SYSFS).rungs[0]
+    candidate = known(case.plan, MOUNT_SYSFS).backends[0]
     cure = f"choose a policy and a backend that leave workers out: {EBPF} or {CBPF}"
-    if rung.backend == KERNEL:
-        yield Opinion("warn", STILL_CHOSEN, _climb(case) if rung.fallback else cure)
+    if candidate.backend == KERNEL:
+        yield Opinion("warn", STILL_CHOSEN, _climb(case) if candidate.fallback else cure)
     else:
         yield Opinion("ok", "a worker that is to end gets nothing new, and ends when it is done")
     if any(bind.protocol == "udp" for bind in case.service.binds):
         yield Opinion("ok", DATAGRAMS_LOST)
-    if rung.backend == KERNEL:
+    if candidate.backend == KERNEL:
         for note in anchors.notes(case.service.binds, {}):
             yield Opinion("warn", note.found, note.cure)
 

@@ -96,7 +96,7 @@ def _try_out(service: Service, probes: dict[str, Finding]) -> Plan | Unknown:
     """The plan whose first rung takes the policy itself; what does not is noted in `probes`."""
     plan = _plan(service, probes)
     while not isinstance(plan, Unknown):
-        backend = plan.rungs[0].backend
+        backend = plan.backends[0].backend
         refusal = _refusal(plan)
         if refusal is None:
             break
@@ -136,5 +136,5 @@ def _refusal(plan: Plan) -> Finding | None:
         return _to_be_judged(Finding(Answer.NO, found, error.cure, error.errno))
     except OSError as error:
         # A no though it tells little: what is unknown would be tried again, for ever.
-        return Finding(Answer.NO, f"{whose}try {plan.rungs[0].backend}: {in_words(error)}")
+        return Finding(Answer.NO, f"{whose}try {plan.backends[0].backend}: {in_words(error)}")
     return None

@@ -18,7 +18,7 @@ def pinned_cpus(case: Case) -> Iterator[Opinion]:
     if isinstance(case.plan, Unknown):
         yield Opinion("fail", case.plan.reason, MOUNT_SYSFS)
         return
-    allowed, workers = case.plan.topology.allowed, len(case.plan.seats)
+    allowed, workers = case.plan.topology.allowed, len(case.plan.specs)
     found = f"{plural(workers, 'worker')} on {cpus_named(allowed)}"
     quota = case.facts.cpu_quota
     if isinstance(quota, float) and workers > quota:
@@ -84,7 +84,7 @@ def _spread(interface: Interface, plan: Plan) -> Opinion:
 
 
 def _manned(plan: Plan) -> frozenset[int]:
-    return frozenset(seat.cpu for seat in plan.seats if seat.cpu is not None)
+    return frozenset(spec.cpu for spec in plan.specs if spec.cpu is not None)
 
 
 def _spreading(interface: Interface, manned: frozenset[int]) -> str:

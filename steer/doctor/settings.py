@@ -54,7 +54,7 @@ def migrate_req(case: Case) -> Iterator[Opinion]:
         return
     value = case.facts.sysctls["net.ipv4.tcp_migrate_req"]
     shown = f"could not be read ({value.reason})" if isinstance(value, Unknown) else value
-    on_ebpf = known(case.plan, MOUNT_SYSFS).rungs[0].backend == EBPF
+    on_ebpf = known(case.plan, MOUNT_SYSFS).backends[0].backend == EBPF
     if features.MIGRATE.is_newer_than(case.facts.release):
         lost = f"{shown}, for nothing: connections that wait in a closing worker's queue are reset"
         yield Opinion("warn", lost, features.MIGRATE.cure)

@@ -24,7 +24,7 @@ from steer.guard.channel import Channel
 from steer.guard.control_socket import ControlSocket
 from steer.guard.ending import Ending, end_unfinished
 from steer.guard.requests import Connection, StandbyServer
-from steer.guard.store import MAILBOX, STEERING, FdStore, Settings, StoredEntry, Traces
+from steer.guard.store import MAILBOX, SELECTION, FdStore, Settings, StoredEntry, Traces
 from steer.guard.worker_output import WorkerOutput
 from steer.linux import descriptors, fork, output, title
 from steer.linux.spare import Spare
@@ -81,7 +81,9 @@ class Standby:
         self._read_mailbox()
         end_unfinished(store)
         # All workers may have ended a moment ago: connections wait for the next.
-        is_service = any(each.group for each in store.entries.values()) or STEERING in store.entries
+        is_service = (
+            any(each.group for each in store.entries.values()) or SELECTION in store.entries
+        )
         after_s = store.settings.adopt_timeout_s if is_service else 0.0
         self._ending = Ending(store, after_s, self._say, self._leave_mailbox)
         for key, entry in store.entries.items():

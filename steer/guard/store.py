@@ -23,7 +23,7 @@ from steer.linux.family import Family
 MAILBOX = "mailbox"
 """Key of an entry with a socket: without a controller it is read, and the value becomes what
 was; see `mail`."""
-STEERING = "steering"
+SELECTION = "selection"
 """Key of an entry there is while a service runs: where connections wait for its workers."""
 PATIENCE_S = 2.0
 """For another process to answer or to end, before it is done without."""

@@ -77,7 +77,7 @@ class Health:
         self._queues: Sequence[Table | None] = ()
         self._queues_due_s = 0.0
         self._some_waited = False
-        self._seats_on_their_way_out: Collection[int] = ()
+        self._numbers_that_end: Collection[int] = ()
         self._due = pool.looks.add("look after workers", self._tick, _SELDOM_S)
         self.retime()
 
@@ -157,13 +157,13 @@ class Health:
         there = [worker for worker in suspects if worker.process]
         self._to_look_at.extend(sorted(there, key=lambda worker: worker.slot))
         self._watched = set()
-        self._seats_on_their_way_out = {worker.seat.number for worker in there if worker.hung}
+        self._numbers_that_end = {worker.spec.number for worker in there if worker.hung}
         pids = {worker.process.pid for worker in there if worker.process}
         self._histories = {pid: each for pid, each in self._histories.items() if pid in pids}
 
     def _who_has_any(self) -> Iterable[WorkerHandle]:
         """Those with a connection, or with something that waits for them."""
-        busy = self._pool.steering.busy()
+        busy = self._pool.backend.busy()
         workers, now_s = self._pool.workers, self._pool.clock.read_s()
         found = [worker for worker in workers if worker.slot in busy] if busy else []
         if busy is not None and now_s < self._queues_due_s:
@@ -231,7 +231,7 @@ class Health:
     def _take_for_hung(self, worker: WorkerHandle, process: WorkerProcess, why: str) -> None:
         if not (worker.is_in_service and self._others_serve(worker)):
             return
-        if self._pool.steering.backend == KERNEL:
+        if self._pool.backend.name == KERNEL:
             why = f"{why}; {CHOSEN_ALL_THE_SAME}"
         self._pool.log.warning("worker %d hangs: it %s", worker.slot, why)
         worker.has_acted()
@@ -241,7 +241,7 @@ class Health:
         self._replace_if_due(worker)
 
     def _judge(self, worker: WorkerHandle, process: WorkerProcess) -> Verdict:
-        now_s, open_now = self._pool.clock.now_s(), self._pool.steering.open(worker.slot)
+        now_s, open_now = self._pool.clock.now_s(), self._pool.backend.open(worker.slot)
         history = self._histories.setdefault(
             process.pid, History(worker.generation.plan.service.hang_timeout)
         )
@@ -270,7 +270,7 @@ class Health:
         return {at: self._look(worker, at, each, ticks) for at, each in found.items()}
 
     def _look(self, worker: WorkerHandle, at: int, found: listeners.Waiting, activity: int) -> Look:
-        counts = self._pool.steering.counts(worker.slot, at)
+        counts = self._pool.backend.counts(worker.slot, at)
         is_counted = counts and worker.generation.plan.binds[at].protocol == "tcp"
         taken = counts.selected - found.queued if counts and is_counted else None
         return Look(found.queued, found.queued >= found.limit, taken, activity)
@@ -307,7 +307,7 @@ class Health:
         now_s = self._pool.clock.now_s()
         if (
             now_s >= worker.replace_not_before_s
-            and worker.seat.number not in self._seats_on_their_way_out
+            and worker.spec.number not in self._numbers_that_end
         ):
             worker.replace_not_before_s = now_s + _REPLACE_AGAIN_S
             self._replace(worker)

@@ -99,7 +99,7 @@ class Groups:
 
     def _something_came(self) -> bool:
         """Or may have."""
-        before, self._pulse = self._pulse, self._pool.steering.pulse()
+        before, self._pulse = self._pulse, self._pool.backend.pulse()
         self._is_counted = self._pulse is not None
         if not self._is_counted:
             binds = self._pool.generation.plan.binds

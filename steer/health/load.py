@@ -38,7 +38,7 @@ class LoadSampler:
 
     def _sample(self) -> None:
         self._timer = None
-        if (tell := self._pool.steering.tell_waiting) is None:
+        if (tell := self._pool.backend.tell_waiting) is None:
             return
         number = len(self._pool.workers)
         self._timer = self._loop.call_later(max(_SAMPLE_S, number / _SAMPLED_PER_S), self._sample)

@@ -107,12 +107,12 @@ class Programs:
         before = self._drops
         self._drops = {
             (at, processes.socket_inode(sock.fileno())): members.drops(sock)
-            for at, sock in self._pool.steering.anchors.items()
+            for at, sock in self._pool.backend.anchors.items()
         }
         return [key[0] for key, now in self._drops.items() if now > before.get(key, now)]
 
     def _look_at(self, at: int, bind: Bind, standing_at: Standings) -> Advice:
-        if self._pool.steering.unsteered() is None:
+        if self._pool.backend.unsteered() is None:
             return Advice.NOTHING if self._look % _BLIND_LOOKS else Advice.ATTACH
         chosen = self._chosen.setdefault(at, Chosen()).look(
             self._slots(), partial(self._selected, at), self._at_most
@@ -129,21 +129,21 @@ class Programs:
     def _slots(self) -> Iterator[int]:
         """All that may be chosen, and one for what was left to the kernel's hash."""
         yield _UNSTEERED
-        if (backup := self._pool.steering.backup) and backup.sockets:
+        if (backup := self._pool.backend.backup) and backup.sockets:
             yield from backup.slots
         for worker in self._pool.workers:
             yield worker.slot
 
     def _selected(self, at: int, slot: int) -> int:
-        steering = self._pool.steering
+        backend = self._pool.backend
         if slot == _UNSTEERED:
-            return steering.unsteered() or 0
-        counts = steering.counts(slot, at)
+            return backend.unsteered() or 0
+        counts = backend.counts(slot, at)
         return counts.selected if counts else 0
 
     def _waiting(self, at: int, bind: Bind, standing: Table) -> Mapping[int, int]:
         """By inode."""
-        open_at = self._pool.steering.open
+        open_at = self._pool.backend.open
         found = {}
         for worker in self._pool.workers:
             if worker.process and at < len(worker.process.bound) and at not in worker.left:

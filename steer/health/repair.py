@@ -108,7 +108,7 @@ class Repair:
             known = self._known[worker] = _Known(process.pid)
         with ExitStack() as stack:
             theirs = self._borrow(process, known, stack)
-            held = self._pool.steering.held(worker.slot)
+            held = self._pool.backend.held(worker.slot)
             ours = {at: stack.enter_context(_duplicate(fd)) for at, fd in enumerate(held)}
             for at, bind in enumerate(process.launch.binds[: len(process.bound)]):
                 has = None if theirs is None else at in theirs
@@ -145,7 +145,7 @@ class Repair:
 
     def _splits(self, one: _Socket) -> bool:
         """Whether a socket that is bound now may join a connected one instead of the group."""
-        return anchors.is_at_risk(one.at, one.bind, self._pool.steering.anchors)
+        return anchors.is_at_risk(one.at, one.bind, self._pool.backend.anchors)
 
     def _is_certain(self, one: _Socket) -> bool:
         """Of one that is closed. Not by one survey alone: a worker that ends closes its sockets
@@ -175,7 +175,7 @@ class Repair:
     def _sight(self, one: _Socket) -> Sighting:
         if self._is_gone(one) or (one.is_held and one.has is False):
             return Sighting(is_open=False)
-        is_member = self._pool.steering.is_member(one.worker.slot, one.at)
+        is_member = self._pool.backend.is_member(one.worker.slot, one.at)
         shares = members.shares(one.sock) if one.sock else None
         here = (self._survey.table(one.bind) or {}).get(one.inode)
         if here is None:
@@ -194,7 +194,7 @@ class Repair:
 
     def _rejoin(self, one: _Socket) -> None:
         if one.sock is not None:
-            self._pool.steering.rejoined(one.worker.slot, one.at, one.sock)
+            self._pool.backend.rejoined(one.worker.slot, one.at, one.sock)
 
     def _is_out(self, one: _Socket, found: Departure) -> None:
         worker = one.worker
@@ -202,7 +202,7 @@ class Repair:
             # A listener on a device stays in its group, and so does what we have open ourselves.
             over_udp = one.bind.protocol == "udp" and found is not Departure.CLOSED
             if over_udp or self._is_gone(one):
-                self._pool.steering.lost(worker.slot, one.at)
+                self._pool.backend.lost(worker.slot, one.at)
             worker.left[one.at] = found
         may_take_all = one.bind.protocol == "udp" and found in _TAKES_ALL
         if may_take_all and one.sock is not None and self._others_are_in(one):
@@ -233,7 +233,7 @@ class Repair:
         now_s = self._pool.clock.now_s()
         if now_s < worker.replace_not_before_s:
             return
-        tries = self._tries.setdefault(worker.seat.number, Tries())
+        tries = self._tries.setdefault(worker.spec.number, Tries())
         if tries.begin(now_s):
             worker.replace_not_before_s = now_s + _AGAIN_S
             self._replace(worker)
@@ -244,7 +244,7 @@ class Repair:
         worker.replace_not_before_s = float("inf")
         words = f"worker {worker.slot} is not replaced again for its sockets, as that did not help"
         self._pool.log.warning("%s", words)
-        self._pool.group_notes[f"seat {worker.seat.number}"] = words
+        self._pool.group_notes[f"worker {worker.spec.number}"] = words
 
 
 def _duplicate(fd: int) -> socket.socket:

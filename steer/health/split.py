@@ -80,7 +80,7 @@ class Splits:
         self._heal_soon()
 
     def _at_risk(self, binds: Sequence[Bind]) -> Sequence[Bind]:
-        anchors = self._pool.steering.anchors
+        anchors = self._pool.backend.anchors
         return [bind for at, bind in enumerate(binds) if is_at_risk(at, bind, anchors)]
 
     def _tell(self, worker: WorkerHandle, bind: Bind) -> None:

@@ -102,10 +102,10 @@ def _after(stamp: int) -> int:
 
 
 class Table:
-    """The table that programs read, filled in place and flipped by one store.
+    """The table that programs read, filled in place and published by one store.
 
     The half that is not active is written, then made active. A program that was
-    running at the flip may still read the old half: before that one is written
+    running at a publication may still read the old half: before that one is written
     again, membarrier(2) waits until every such program has ended (its
     MEMBARRIER_CMD_GLOBAL is a synchronize_rcu(), kernel/sched/membarrier.c).
     """
@@ -116,7 +116,7 @@ class Table:
         (head,) = abi.HEAD.unpack_from(self._memory)
         self._active = int(head & abi.HALF_BYTES != 0)
         self._readers_may_remain = True
-        self._flips = 0
+        self._publications = 0
 
     def forget(self) -> None:
         """Choose nobody, before any program runs."""
@@ -139,34 +139,35 @@ class Table:
         """Write `parts` into the half in use, where programs may find old and new mixed."""
         self._write(self._active, parts)
 
-    def flip(self, parts: Mapping[int, bytes]) -> None:
+    def publish(self, parts: Mapping[int, bytes]) -> None:
         """Write `parts` into the idle half and make it active."""
-        self.settle()
+        self.synchronize()
         idle = 1 - self._active
         self._write(idle, parts)
         if os.uname().machine not in _STORES_IN_ORDER:
             wait_for_programs()
         self._point_to(idle)
-        self.unsettle()
+        self.begin_grace_period()
 
-    def unsettle(self) -> None:
+    def begin_grace_period(self) -> None:
         """Programs that run now may choose as before, be it by another table."""
         self._readers_may_remain = True
-        self._flips += 1
+        self._publications += 1
 
-    def settle(self) -> None:
-        """Return once no program reads the half that was active before the last flip."""
+    def synchronize(self) -> None:
+        """Return once no program reads the half that was active before the last publication."""
         if self._readers_may_remain:
             wait_for_programs()
         self._readers_may_remain = False
 
-    def unsettled(self) -> int | None:
-        """Which flip the next would wait for: see `settled`. None if it would not wait."""
-        return self._flips if self._readers_may_remain else None
+    def grace_period(self) -> int | None:
+        """The publication that the next one would wait for: see `grace_period_ended`. None if it
+        would not wait."""
+        return self._publications if self._readers_may_remain else None
 
-    def settled(self, flip: int) -> None:
-        """Programs were waited for since that flip, by a call of `unsettled`."""
-        if flip == self._flips:
+    def grace_period_ended(self, publication: int) -> None:
+        """Programs were waited for since that publication, by a call of `grace_period`."""
+        if publication == self._publications:
             self._readers_may_remain = False
 
     def active(self) -> bytes:

@@ -25,7 +25,7 @@ class Topology(msgspec.Struct, frozen=True):
         return self.node_of.get(cpu, 0)
 
 
-def seats(workers: int, topology: Topology) -> list[int]:
+def cpu_of_each(workers: int, topology: Topology) -> list[int]:
     """The CPU of each worker: all allowed CPUs in turn, one NUMA node after another.
 
     With fewer workers than CPUs every node so gets its share of them.

@@ -113,7 +113,7 @@ def _time(found: Policy, notes: list[str]) -> float | None:
     """As it would run for as many workers as are measured with."""
     cpus = topology.read()
     decided = plan(Service(workers=cost.SLOTS), cpus, {}, found)
-    members = [Member(seat.number, seat.weight, seat.cpu) for seat in decided.seats]
+    members = [Member(spec.number, spec.weight, spec.cpu) for spec in decided.specs]
     with ExitStack() as stack:
         try:
             maps = {

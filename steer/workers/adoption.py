@@ -41,7 +41,7 @@ class Adoption:
     def adopt(
         self,
         entries: Iterable[Entry],
-        steering: Entry,
+        selection: Entry,
         generations: Mapping[int, Generation],
         admitted: int,
     ) -> None:
@@ -49,21 +49,21 @@ class Adoption:
 
         Args:
             entries: the guard's, of the workers; their descriptors become ours.
-            steering: the guard's, of the backend.
+            selection: the guard's, of the backend.
             generations: by number, those that workers may be of.
             admitted: see `WorkerPool`.
         """
-        left = msgspec.json.decode(steering.value, type=SavedSelection)
+        left = msgspec.json.decode(selection.value, type=SavedSelection)
         held: dict[int, Sequence[int]] = {}
         for entry in entries:
             worker = self._adopt_one(entry, generations, admitted)
             self._workers.add(worker)
             held[worker.slot] = entry.fds[3:]
-        self._selection.restore(left, steering.fds, held)
+        self._selection.restore(left, selection.fds, held)
         for worker in self._workers:
             self._entries.save_one(worker)
         self._selection.keep()
-        self._workers.sort(key=lambda worker: (worker.generation.number, worker.seat.number))
+        self._workers.sort(key=lambda worker: (worker.generation.number, worker.spec.number))
 
     def _adopt_one(
         self, entry: Entry, generations: Mapping[int, Generation], admitted: int
@@ -80,15 +80,15 @@ def seated(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[i
     there: dict[int, WorkerHandle] = {}
     for worker in workers:
         # Of two on a seat the later one: the earlier was to be replaced by it.
-        is_better = worker.process or worker.seat.number not in there
+        is_better = worker.process or worker.spec.number not in there
         if is_better and _belongs(worker, generation):
-            there[worker.seat.number] = worker
+            there[worker.spec.number] = worker
     return there
 
 
 def _belongs(worker: WorkerHandle, generation: Generation) -> bool:
     """Whether it is of the generation, and neither comes with a change nor goes."""
-    there_is_such_a_seat = worker.seat.number < len(generation.plan.seats)
+    is_in_plan = worker.spec.number < len(generation.plan.specs)
     comes_or_goes = worker.held or worker.is_on_its_way_out
     is_of_it = worker.generation.number == generation.number
-    return is_of_it and there_is_such_a_seat and not comes_or_goes
+    return is_of_it and is_in_plan and not comes_or_goes

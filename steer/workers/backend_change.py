@@ -35,7 +35,7 @@ def hand_over(
         KernelError: nothing has changed.
     """
     with sockets.all() as borrowed, sockets.usable() as lent:
-        if fresh.backend != KERNEL:
+        if fresh.name != KERNEL:
             reuseport.refuse_locked(lent.values())
         there = borrowed
         if fresh.needs_order:

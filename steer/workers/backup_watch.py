@@ -80,9 +80,9 @@ class BackupWatch:
         self._retry.attempt("attach the policy's program again", self._attach_again)
         # By then nothing is on its way there: while it is emptied it does not listen.
         self.pause()
-        self._publisher.when_settled(_ACT, self._empty_settled)
+        self._publisher.when_synchronized(_ACT, self._empty_backup)
 
-    def _empty_settled(self) -> None:
+    def _empty_backup(self) -> None:
         if self._released:
             return
         backup = self._backend().backup

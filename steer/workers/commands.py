@@ -83,7 +83,7 @@ class Commands:
     def _activate(self, worker: WorkerHandle) -> None:
         worker.cancel_timer()
         if not worker.held:
-            self._selection.flip_soon()
+            self._selection.publish_soon()
         got_ready = partial(worker.got_ready, self._clock.now_s())
         self._retry.attempt(f"look at worker {worker.slot}", got_ready)
         self._log.info("worker %d ready", worker.slot)
@@ -96,7 +96,7 @@ class Commands:
 
     def _deactivate(self, worker: WorkerHandle) -> None:
         if not self._shutdown.has_begun and not worker.leaving:
-            self._selection.flip_soon()
+            self._selection.publish_soon()
 
     def _drain(self, worker: WorkerHandle) -> None:
         self._transitions.report_later(worker, self._graceful_timeout_s(), Event.OVERDUE)

@@ -59,12 +59,12 @@ class Drain:
     """One worker's.
 
     Args:
-        flip: before which nobody looks.
+        publication: before which nobody looks.
     """
 
-    def __init__(self, worker: WorkerHandle, flip: int, pauses: _Pauses) -> None:
+    def __init__(self, worker: WorkerHandle, publication: int, pauses: _Pauses) -> None:
         self.worker = worker
-        self.flip = flip
+        self.publication = publication
         self.pauses = pauses
         self.is_cancelled = False
 
@@ -102,22 +102,22 @@ class Drainer:
         self._graceful_timeout_s = graceful_timeout_s
         self._now_s = now_s
         self._first: deque[Drain] = deque()
-        self._flip = -1
+        self._publication = -1
         self._due: list[tuple[float, int, Drain]] = []
         self._number = count()
         self._turn_s = math.inf
         self._next: _Handle | None = None
-        self._settled = -1, -math.inf
+        self._synchronized = -1, -math.inf
 
     def begin(self, worker: WorkerHandle) -> Drain:
         """For a worker that was just taken out of the table, or is about to be in this turn."""
-        flip = self._selection.flip_now_due()
-        drain = Drain(worker, flip, self._drain(worker))
+        publication = self._selection.next_publication()
+        drain = Drain(worker, publication, self._drain(worker))
         self._first.append(drain)
-        if flip != self._flip or self._selection.has_settled(flip):
-            self._flip = flip
+        if publication != self._publication or self._selection.is_synchronized(publication):
+            self._publication = publication
             begin = partial(self._call, 0.0)
-            self._selection.when_settled("look at workers that are to end", begin, flip)
+            self._selection.when_synchronized("look at workers that are to end", begin, publication)
         return drain
 
     def _put(self, drain: Drain, pause_s: float) -> None:
@@ -146,7 +146,7 @@ class Drainer:
 
     @property
     def _is_first_due(self) -> bool:
-        return bool(self._first) and self._selection.has_settled(self._first[0].flip)
+        return bool(self._first) and self._selection.is_synchronized(self._first[0].publication)
 
     def _look_at_first(self) -> None:
         end_s = self._now_s() + _FIRST_TURN_S
@@ -179,13 +179,13 @@ class Drainer:
         at a listener that its worker has turned away from, but keeps open."""
         remains, clock = self._remains, self._clock
         whole_s, began_s = self._graceful_timeout_s(), clock.now_s()
-        yield from self._until_settled()
+        yield from self._until_synchronized()
         yield from remains.until_forgotten(worker, began_s + _FLOWS_UNTIL * whole_s)
         # Half of what is left is for finishing what it has.
         limit_s = (began_s + whole_s - clock.now_s()) / 2
         end_s = clock.now_s() + limit_s
-        settled_s = yield from self._until_settled()
-        yield from remains.until_queue_is_empty(worker, limit_s, settled_s)
+        synchronized_s = yield from self._until_synchronized()
+        yield from remains.until_queue_is_empty(worker, limit_s, synchronized_s)
         # One that closed its listeners by itself may be finishing: a signal could cut that short.
         linger_s = limit_s if worker.closed_its_listeners else _LINGER_S
         yield from remains.until_answered(worker, min(end_s, clock.now_s() + linger_s))
@@ -196,15 +196,15 @@ class Drainer:
             yield pause_s
             pause_s = min(_SELDOM_S, 1.1 * pause_s)
 
-    def _until_settled(self) -> Generator[float, None, float]:
+    def _until_synchronized(self) -> Generator[float, None, float]:
         """Until all that was chosen before this turn is in its queue; when that was so."""
-        flip = self._selection.flip_now_due()
-        while not self._selection.has_settled(flip):
+        publication = self._selection.next_publication()
+        while not self._selection.is_synchronized(publication):
             yield LOOK_S
         # Seen by the first for all: later looks at queues do for each.
-        if flip > self._settled[0]:
-            self._settled = flip, self._now_s()
-        return self._settled[1]
+        if publication > self._synchronized[0]:
+            self._synchronized = publication, self._now_s()
+        return self._synchronized[1]
 
 
 async def until_empty(
@@ -218,9 +218,9 @@ async def until_empty(
     Raises:
         KernelError: it is selected still.
     """
-    await selection.flipped()
-    selection.settle()  # raises why that failed
-    await selection.settled()
+    await selection.published()
+    selection.publish_if_due()  # raises why that failed
+    await selection.synchronized()
     looks = remains.until_queue_is_empty(worker, limit_s, time.monotonic())
     while True:
         try:

@@ -76,7 +76,7 @@ class GuardEntries:
         """Now; nothing if it has no process. Raises OSError: the guard cannot take it."""
         if worker.process is not None:
             value = msgspec.json.encode(stored(worker, worker.process.running))
-            held = self._selection.steering.held(worker.slot)
+            held = self._selection.backend.held(worker.slot)
             worker.process.keep(value, held, look)
 
     def drop(self, processes: Iterable[WorkerProcess]) -> None:

@@ -89,7 +89,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
         error: why there is no process.
     """
 
-    seat: WorkerSpec
+    spec: WorkerSpec
     slot: int
     generation: Generation
     state: State = State.STARTING
@@ -152,20 +152,20 @@ class WorkerHandle(msgspec.Struct, eq=False):
     def hangs(self) -> bool:
         return self.state is State.HUNG
 
-    def member(self, seat: WorkerSpec | None = None) -> Member:
+    def member(self, spec: WorkerSpec | None = None) -> Member:
         """What the table is told of it, on its seat or on another."""
-        seat = seat or self.seat
-        return Member(self.slot, seat.weight, seat.cpu)
+        spec = spec or self.spec
+        return Member(self.slot, spec.weight, spec.cpu)
 
-    def reseat(self, seat: WorkerSpec) -> bool:
+    def reseat(self, spec: WorkerSpec) -> bool:
         """Give it another seat; whether it is to be pinned to other CPUs."""
-        before, self.seat = self.seat, seat
-        return before.cpus != seat.cpus
+        before, self.spec = self.spec, spec
+        return before.cpus != spec.cpus
 
     def pin(self) -> None:
         """Pin its processes to the CPUs of its seat."""
         if self.process:
-            priority.pin(processes.descendants(self.process.pid), self.seat.cpus)
+            priority.pin(processes.descendants(self.process.pid), self.spec.cpus)
 
     def hear(self, message: Mapping[str, str], now_s: float) -> None:
         """Take what it says of itself, see sd_notify(3)."""

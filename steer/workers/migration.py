@@ -38,20 +38,20 @@ class QueueMigration:
         """A worker at capacity leaves the table, and others get what waits for it; or it is
         selected again."""
         worker.shed = is_shed
-        self._selection.flip_soon()
+        self._selection.publish_soon()
         if is_shed:
-            self.migrate_settled(worker)
+            self._migrate_when_synchronized(worker)
 
     def migrate_hung(self, worker: WorkerHandle) -> None:
         """It has left the table in this turn, or what is moved would come back to it."""
         self._selection.let_go(worker.slot)
-        self.migrate_settled(worker)
+        self._migrate_when_synchronized(worker)
 
-    def migrate_settled(self, worker: WorkerHandle) -> None:
+    def _migrate_when_synchronized(self, worker: WorkerHandle) -> None:
         """Migrate once everything that was on its way to it has arrived, unless it serves again
         by then."""
         act = f"worker {worker.slot}: {Command.MIGRATE_QUEUE.value}"
-        self._selection.when_settled(act, partial(self._migrate_unless_selected, worker))
+        self._selection.when_synchronized(act, partial(self._migrate_unless_selected, worker))
 
     def _migrate_unless_selected(self, worker: WorkerHandle) -> None:
         if not worker.serves and not self._shutdown.has_begun:
@@ -62,7 +62,7 @@ class QueueMigration:
         if worker.process:
             try:
                 with self._lent(worker, worker.process) as owned:
-                    self._selection.steering.rescue(worker.slot, owned)
+                    self._selection.backend.rescue(worker.slot, owned)
             except KernelError:
                 self._visibility.refused(BORROW, worker.process)
             finally:
@@ -79,7 +79,7 @@ class QueueMigration:
             KernelError: they may not be borrowed.
         """
         with ExitStack() as stack:
-            held = self._selection.steering.held(worker.slot)
+            held = self._selection.backend.held(worker.slot)
             if held:
                 ours = map(reuseport.duplicate, held)
                 yield {at: stack.enter_context(sock) for at, sock in enumerate(ours)}

@@ -111,9 +111,9 @@ def serve_early(pid: int, by_pid: Mapping[int, WorkerHandle], selection: Selecti
     if worker is None or not worker.process or not worker.process.is_callable:
         return False
     with selection.naming_locked():
-        selection.steering.steer([worker.member()])
-    if selection.steering.backup:
-        selection.steering.backup.empty()
+        selection.backend.steer([worker.member()])
+    if selection.backend.backup:
+        selection.backend.backup.empty()
     return True
 
 

@@ -35,9 +35,9 @@ class PolicySwitch:
         Raises:
             KernelError: nothing has changed.
         """
-        seats = {seat.number: seat for seat in plan.seats}
+        specs = {spec.number: spec for spec in plan.specs}
         moves = {
-            worker.slot: seats.get(worker.seat.number, worker.seat) for worker in self._workers
+            worker.slot: specs.get(worker.spec.number, worker.spec) for worker in self._workers
         }
         members = [worker.member(moves[worker.slot]) for worker in self._workers if worker.serves]
         self._selection.choose_by(plan, members, backend)
@@ -45,7 +45,7 @@ class PolicySwitch:
         for worker in self._workers:
             if worker.generation.number == then.number:
                 worker.generation = then
-        moved = [worker for worker in self._workers if worker.seat != moves[worker.slot]]
+        moved = [worker for worker in self._workers if worker.spec != moves[worker.slot]]
         unpinned = [worker for worker in moved if worker.reseat(moves[worker.slot])]
         self._entries.save(moved, look=False)
         self._selection.keep()

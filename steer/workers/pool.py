@@ -88,7 +88,7 @@ class WorkerPool:
         self,
         generation: Generation,
         slots: int,
-        steering: Backend,
+        backend: Backend,
         guard: GuardClient,
         launch: Callable[[WorkerHandle], Launch],
         log: Log,
@@ -98,7 +98,7 @@ class WorkerPool:
         self.generation, self.admitted = generation, 0
         self.workers = WorkerHandles()
         self.by_pid: dict[int, WorkerHandle] = {}
-        self.selection = Selection(steering, self.workers, slots, guard, log, retry)
+        self.selection = Selection(backend, self.workers, slots, guard, log, retry)
         self.shutdown = Shutdown(self.workers, self.selection, guard, retry)
         self.log, self.retry = log, retry
         self.clock = Clock()
@@ -131,8 +131,8 @@ class WorkerPool:
         """
         self._queue.is_of_new_service = True
         self._queue.limit(self.generation.plan.at_once)
-        for seat in self.generation.plan.seats:
-            self._queue.add(self._take(self.generation, seat))
+        for spec in self.generation.plan.specs:
+            self._queue.add(self._take(self.generation, spec))
         signals.pause(0)
         cpus = len(os.sched_getaffinity(0))
         first = self._queue.next(max(self.lot.size, min(cpus, _FIRST_AT_MOST)))
@@ -145,12 +145,12 @@ class WorkerPool:
         generations: Mapping[int, Generation],
         admitted: int,
         entries: Mapping[str, Entry],
-        steering: Entry,
+        selection: Entry,
     ) -> None:
         """Go on with the workers that another controller left; see `Adoption.adopt`."""
         self.admitted = admitted
         adoption = Adoption(self.workers, self.selection, self._spawner, self.entries, self.clock)
-        adoption.adopt(entries.values(), steering, generations, admitted)
+        adoption.adopt(entries.values(), selection, generations, admitted)
 
     def watch(
         self,
@@ -196,11 +196,11 @@ class WorkerPool:
         those that are of another generation, or came with a change that was not finished."""
         stay = seated(self.workers, self.generation)
         for worker in list(self.workers):
-            if stay.get(worker.seat.number) is not worker:
+            if stay.get(worker.spec.number) is not worker:
                 self.report(worker, Event.RETIRE)
-        for seat in self.generation.plan.seats:
-            if seat.number not in stay:
-                self._queue.add(self._take(self.generation, seat))
+        for spec in self.generation.plan.specs:
+            if spec.number not in stay:
+                self._queue.add(self._take(self.generation, spec))
         self._supervision.starter.start_queued()
 
     def abandon(self) -> None:
@@ -209,9 +209,9 @@ class WorkerPool:
         self.shutdown.kill_leftovers()
 
     @property
-    def steering(self) -> Backend:
+    def backend(self) -> Backend:
         """The backend in force."""
-        return self.selection.steering
+        return self.selection.backend
 
     @property
     def startup(self) -> Startup:
@@ -225,7 +225,7 @@ class WorkerPool:
 
     def start_held(
         self,
-        seats: Iterable[WorkerSpec],
+        specs: Iterable[WorkerSpec],
         generation: Generation,
         modest: bool,
         told: Callable[[WorkerHandle], None],
@@ -237,7 +237,7 @@ class WorkerPool:
         """
         change = self.admitted + 1
         take = partial(self._take, generation, held=True, change=change, modest=modest, told=told)
-        return self._supervision.replacement.start(map(take, seats))
+        return self._supervision.replacement.start(map(take, specs))
 
     def activate(self, workers: Iterable[WorkerHandle]) -> None:
         """See `Replacement.activate`. The guard is then told the number of the change, and need
@@ -282,10 +282,10 @@ class WorkerPool:
         except SteerError as error:
             self.log.error("the reserve is not as configured: %s", error)
 
-    def choose_by(self, plan: Plan, steering: Backend | None = None) -> None:
+    def choose_by(self, plan: Plan, backend: Backend | None = None) -> None:
         """See `PolicySwitch.switch`."""
         switch = PolicySwitch(self.workers, self.selection, self.entries)
-        self.generation, unpinned = switch.switch(self.generation, plan, steering)
+        self.generation, unpinned = switch.switch(self.generation, plan, backend)
         # Nobody waits for it: wherever workers run, they get what the table says.
         self._supervision.pinning.begin(unpinned)
 
@@ -293,9 +293,9 @@ class WorkerPool:
         """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
         self._supervision.pinning.begin(self.workers)
 
-    def _take(self, generation: Generation, seat: WorkerSpec, **keys: Any) -> WorkerHandle:
+    def _take(self, generation: Generation, spec: WorkerSpec, **keys: Any) -> WorkerHandle:
         """A worker for this seat, without a process yet. Raises ControlError: too many."""
-        worker = WorkerHandle(seat, self.selection.take_slot(), generation, **keys)
+        worker = WorkerHandle(spec, self.selection.take_slot(), generation, **keys)
         self.workers.add(worker)
         if self.is_watched:
             self.startup.add(worker)

@@ -36,7 +36,7 @@ class Publisher:
         self._retry = retry
         self._due: Handle | None = None
         self._told_published: list[Future[None]] = []
-        self._published = self._settled = 0
+        self._published = self._synchronized = 0
         self._awaiting: list[tuple[str, Callable[[], object], int]] = []
         self._waiting: Task[None] | None = None
         self._released = False
@@ -45,7 +45,7 @@ class Publisher:
     def watch(self, loop: AbstractEventLoop) -> None:
         """From here on there is a loop."""
         self._loop = loop
-        if self._backend().unsettled() is not None:
+        if self._backend().grace_period() is not None:
             self.has_published()  # when there was no loop
 
     def soon(self) -> None:
@@ -100,65 +100,67 @@ class Publisher:
         """The table was published by `now`, or by whom it is called."""
         self._published += 1
         self._tell_published()
-        if self._backend().unsettled() is None and self._waiting is None:
-            self._has_settled(self._published)
+        if self._backend().grace_period() is None and self._waiting is None:
+            self._has_synchronized(self._published)
         elif self._waiting is None:
             assert self._loop
-            self._waiting = self._loop.create_task(self._settle_beside())
+            self._waiting = self._loop.create_task(self._synchronize())
 
-    async def _settle_beside(self) -> None:
+    async def _synchronize(self) -> None:
         try:
-            while self._settled < self._published and not self._released:
+            while self._synchronized < self._published and not self._released:
                 number, backend = self._published, self._backend()
-                flip = backend.unsettled()
+                publication = backend.grace_period()
                 await _programs_end()
-                if flip is not None:
-                    backend.settled(flip)
-                self._has_settled(number)
+                if publication is not None:
+                    backend.grace_period_ended(publication)
+                self._has_synchronized(number)
                 if self._due is not None and number == self._published and not self._released:
                     self._try()
         finally:
             self._waiting = None
 
-    def _has_settled(self, number: int) -> None:
-        self._settled = number
+    def _has_synchronized(self, number: int) -> None:
+        self._synchronized = number
         waiting, self._awaiting = self._awaiting, []
         for each in waiting:
-            self.when_settled(*each)
+            self.when_synchronized(*each)
 
-    def next_number(self) -> int:
-        """For `has_settled`: the publication after which nobody is selected who does not serve
+    def next_publication(self) -> int:
+        """For `is_synchronized`: the publication after which nobody is selected who does not serve
         now."""
         return self._published + (self._due is not None)
 
-    def has_settled(self, number: int) -> bool:
+    def is_synchronized(self, number: int) -> bool:
         """Whether all that was selected before this publication is in its queue."""
-        return self._released or number <= self._settled
+        return self._released or number <= self._synchronized
 
-    def when_settled(self, act: str, do: Callable[[], object], number: int | None = None) -> None:
+    def when_synchronized(
+        self, act: str, do: Callable[[], object], number: int | None = None
+    ) -> None:
         """Do it once all that was selected before who serves now is in its queue.
 
         Args:
             number: before this publication instead.
         """
-        number = self.next_number() if number is None else number
-        if self.has_settled(number):
+        number = self.next_publication() if number is None else number
+        if self.is_synchronized(number):
             self._retry.attempt(act, do)
         else:
             self._awaiting.append((act, do, number))
 
-    async def settled(self) -> None:
+    async def synchronized(self) -> None:
         """Wait until all that was selected before who serves now is in its queue."""
         assert self._loop
         done = self._loop.create_future()
-        self.when_settled("wait for programs", partial(_set, done))
+        self.when_synchronized("wait for programs", partial(_set, done))
         await done
 
     def release(self) -> None:
         """The service ends: nobody waits any more."""
         self._released = True
         self._tell_published()
-        self._has_settled(self._published)
+        self._has_synchronized(self._published)
 
 
 def _set(done: Future[None]) -> None:

@@ -47,12 +47,12 @@ class Remains:
         self._retry = retry
 
     def until_queue_is_empty(
-        self, worker: WorkerHandle, limit_s: float, settled_s: float
+        self, worker: WorkerHandle, limit_s: float, synchronized_s: float
     ) -> Generator[float, None, bool]:
         """Until nothing waits for the worker. What can be migrated is not waited for long.
 
         Args:
-            settled_s: as it was after that time.
+            synchronized_s: as it was after that time.
 
         Returns:
             Whether that is so: false after `limit_s`.
@@ -60,7 +60,7 @@ class Remains:
         began_s = self._clock.now_s()
         while worker.process and not worker.serves:
             with self._retry.spare.lent():
-                queues = self._queues.of(worker.process, settled_s)
+                queues = self._queues.of(worker.process, synchronized_s)
             waited_s = self._clock.now_s() - began_s
             if queues is None and waited_s > _UNSEEN_S:
                 return True
@@ -81,14 +81,14 @@ class Remains:
 
     def until_forgotten(self, worker: WorkerHandle, end_s: float) -> Iterator[float]:
         """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
-        steering = self._selection.steering
-        forget_flows = steering.forget_flows
+        backend = self._selection.backend
+        forget_flows = backend.forget_flows
         if worker.hung or forget_flows is None:
             return
         got = self._datagrams(worker)
         if not got:
             return
-        idle_s, last_s = steering.own().params.get("idle", 0), self._clock.now_s()
+        idle_s, last_s = backend.own().params.get("idle", 0), self._clock.now_s()
         while worker.process and (now_s := self._clock.now_s()) < min(end_s, last_s + idle_s):
             yield min(_LOOK_AT_FLOWS_S, end_s - now_s)
             if (now := self._datagrams(worker)) != got:
@@ -99,7 +99,7 @@ class Remains:
         """Sent to it so far; None where nobody counts."""
         binds = worker.generation.plan.binds
         over_udp = [at for at, bind in enumerate(binds) if bind.protocol == "udp"]
-        counts = [self._selection.steering.counts(worker.slot, at) for at in over_udp]
+        counts = [self._selection.backend.counts(worker.slot, at) for at in over_udp]
         return sum(each.selected for each in counts if each) if any(counts) else None
 
     def until_answered(self, worker: WorkerHandle, end_s: float) -> Iterator[float]:
@@ -113,7 +113,7 @@ class Remains:
 
     def _has_connections(self, worker: WorkerHandle, process: WorkerProcess) -> bool:
         """Where they are counted and there are some, its files need no look."""
-        if self._selection.steering.open(worker.slot):
+        if self._selection.backend.open(worker.slot):
             return True
         try:
             return bool(processes.open_sockets(process.pid) - worker.others)

@@ -60,7 +60,7 @@ class Replacement:
         """These are held no longer, and enter the table all at once."""
         for worker in workers:
             worker.held, worker.told = False, None
-        self._selection.flip_soon()
+        self._selection.publish_soon()
 
     def retire(self, workers: Iterable[WorkerHandle]) -> None:
         """They leave the table all at once. What follows is done in steps. A controller that
@@ -72,5 +72,5 @@ class Replacement:
                 leaving.append(worker)
             else:
                 self._transitions.report(worker, Event.RETIRE)
-        self._selection.flip_soon()
+        self._selection.publish_soon()
         self._retiring.begin_soon(leaving)

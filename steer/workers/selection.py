@@ -1,6 +1,6 @@
 """Who may be selected: the slots of a service, those of them that serve now, and by which backend.
 
-All that changes in one turn of the loop is one flip.
+All that changes in one turn of the loop is one publication.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Selection:
     """Which workers are selected, on which backend.
 
-    Slots can be taken and joined at once; to flip it takes a loop, see `watch`.
+    Slots can be taken and joined at once; publishing takes a loop, see `watch`.
 
     Args:
         workers: all that have a slot, at any time: others add to them and remove.
@@ -41,20 +41,20 @@ class Selection:
         guard: has all that another controller needs.
 
     Attributes:
-        steering: the backend in force.
+        backend: the backend in force.
         retired: what was counted for slots since given up.
     """
 
     def __init__(
         self,
-        steering: Backend,
+        backend: Backend,
         workers: Collection[WorkerHandle],
         slots: int,
         guard: GuardClient,
         log: Log,
         retry: Retry,
     ) -> None:
-        self.steering = steering
+        self.backend = backend
         self.retired = Counts()
         self._workers = workers
         self._slots = Slots(slots)
@@ -71,13 +71,13 @@ class Selection:
         )
 
     def _backend(self) -> Backend:
-        return self.steering
+        return self.backend
 
     def _some_serve(self) -> bool:
         return any(worker.serves for worker in self._workers)
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop to flip in."""
+        """From here on there is a loop to publish in."""
         self._backup.watch(loop)
         self._publisher.watch(loop)
         self._stored.watch(loop)
@@ -87,7 +87,7 @@ class Selection:
         self._backup.release()
         self._stored.release()
         self._publisher.release()
-        self.steering.release()
+        self.backend.release()
 
     # For another controller: see `StoredSelection`.
 
@@ -114,13 +114,13 @@ class Selection:
         """
         self.retired = saved.retired
         self._slots.restore(held, saved.next_slot)
-        self.steering.restore(saved.value, fds, held)
+        self.backend.restore(saved.value, fds, held)
         # One may have been on its way out, and its slot not yet given up.
         for slot in self._slots.free:
             self._put_aside(slot)
         try:
             with self._sockets.all() as there:
-                self.steering.reassert(there)
+                self.backend.reassert(there)
         except KernelError as error:
             self._log.warning("not seen whether the kernel steers as it should: %s", error)
 
@@ -133,13 +133,13 @@ class Selection:
     def joined(self, slot: int, fds: Sequence[int]) -> None:
         """A new worker's sockets; see `Backend.joined`. Raises KernelError."""
         with self.naming_locked():
-            self.steering.joined(slot, fds)
+            self.backend.joined(slot, fds)
         self._stored.order_changed()
 
     def left(self, slot: int) -> None:
         """The worker there has ended."""
         with self.naming_locked():
-            self.steering.left(slot)
+            self.backend.left(slot)
         self._stored.order_changed()
 
     def give_up(self, slot: int) -> None:
@@ -150,12 +150,12 @@ class Selection:
         self._stored.renew_soon()
 
     def _put_aside(self, slot: int) -> None:
-        self.retired += self.steering.retire(slot) or Counts()
+        self.retired += self.backend.retire(slot) or Counts()
 
     def counts(self) -> Counts | None:
         """Of the whole service since its start; None where nobody counts."""
-        now = [self.steering.counts(worker.slot) for worker in self._workers]
-        if self.steering.unsteered() is None:
+        now = [self.backend.counts(worker.slot) for worker in self._workers]
+        if self.backend.unsteered() is None:
             return None
         return sum((count for count in now if count is not None), self.retired)
 
@@ -167,90 +167,93 @@ class Selection:
         if self._ended:
             members = [each for each in members if each.slot not in self._ended]
         with self.naming_locked():
-            self.steering.steer(members)
-        if forget := self.steering.forget_flows:
+            self.backend.steer(members)
+        if forget := self.backend.forget_flows:
             for slot in self._let_go:
                 forget(slot)
         self._let_go.clear()
         self._backup.follow(bool(members))
         self._stored.order_changed()
 
-    def flip_soon(self) -> None:
+    def publish_soon(self) -> None:
         """Together with what else happens in the same turn of the loop."""
         self._publisher.soon()
 
-    def flip(self) -> None:
+    def publish(self) -> None:
         """Have those who serve selected, and nobody else. If that fails it is tried again."""
         self._publisher.now()
 
-    def settle(self) -> None:
+    def publish_if_due(self) -> None:
         """Have who is said to be ready in the table by now. Raises KernelError."""
         self._publisher.if_due()
 
-    async def flipped(self) -> None:
+    async def published(self) -> None:
         """Until who is said to be ready is in the table, or that was tried."""
         await self._publisher.published()
 
-    def flip_now_due(self) -> int:
-        """For `has_settled`: the flip after which nobody is selected who does not serve now."""
-        return self._publisher.next_number()
+    def next_publication(self) -> int:
+        """For `is_synchronized`: after this publication nobody is selected who does not serve
+        now."""
+        return self._publisher.next_publication()
 
-    def has_settled(self, flip: int) -> bool:
-        """Whether all that was selected before this flip is in its queue."""
-        return self._publisher.has_settled(flip)
+    def is_synchronized(self, publication: int) -> bool:
+        """Whether all that was selected before this publication is in its queue."""
+        return self._publisher.is_synchronized(publication)
 
-    def when_settled(self, act: str, do: Callable[[], object], flip: int | None = None) -> None:
+    def when_synchronized(
+        self, act: str, do: Callable[[], object], publication: int | None = None
+    ) -> None:
         """Do it once all that was selected before who serves now is in its queue.
 
         Args:
-            flip: before this one instead.
+            publication: before this one instead.
         """
-        self._publisher.when_settled(act, do, flip)
+        self._publisher.when_synchronized(act, do, publication)
 
-    async def settled(self) -> None:
+    async def synchronized(self) -> None:
         """Until all that was selected before who serves now is in its queue."""
-        await self._publisher.settled()
+        await self._publisher.synchronized()
 
     def end(self, slots: Iterable[int]) -> None:
         """The workers there have ended. Where flows are remembered nobody is selected there from
-        here on: or those that come before the next flip would be remembered there, and move once
-        more when the slot is given up. To be called before `left`."""
-        if self.steering.forget_flows:
+        here on: or those that come before the next publication would be remembered there, and
+        move once more when the slot is given up. To be called before `left`."""
+        if self.backend.forget_flows:
             self._ended.update(slots)
             self._publisher.attempt()
 
     def let_go(self, slot: int) -> None:
-        """See `Backend.forget_flows`. With the next flip, or what comes before it would be
+        """See `Backend.forget_flows`. With the next publication, or what comes before it would be
         remembered there once more."""
         self._let_go.add(slot)
-        self.flip_soon()
+        self.publish_soon()
 
     # By what.
 
     def choose_by(
-        self, plan: Plan, members: Sequence[Member], steering: Backend | None = None
+        self, plan: Plan, members: Sequence[Member], backend: Backend | None = None
     ) -> None:
         """The policy, parameters and weights of this plan from now on. Not kept yet: the
         places come first.
 
         Args:
             members: those who serve, as the plan has them.
-            steering: another backend for it, to which all sockets are new; None: the same.
+            backend: another backend for it, to which all sockets are new; None: the same.
 
         Raises:
             KernelError: nothing has changed.
         """
         with self.naming_locked():
-            if steering is None:
-                self.steering.swap(plan, members, self._sockets.usable)
+            if backend is None:
+                self.backend.swap(plan, members, self._sockets.usable)
             else:
-                self._move_to(steering, members, plan.binds)
+                self._move_to(backend, members, plan.binds)
         self._backup.follow(bool(members))
         self._publisher.has_published()
 
     def _move_to(self, fresh: Backend, members: Sequence[Member], binds: Sequence[Bind]) -> None:
         """Raises KernelError: nothing has changed."""
-        before = self.steering
+        before = self.backend
         self._backup.pause()
         try:
             counted = hand_over(before, fresh, members, binds, self._sockets, self.counts)
@@ -259,12 +262,12 @@ class Selection:
             raise
         self.retired = counted or self.retired
         before.close()
-        self.steering = fresh
+        self.backend = fresh
 
     def attach_again(self) -> None:
         """What is in force to every group, whatever it has. Raises KernelError."""
         with self.naming_locked():
-            self.steering.attach_again(self._sockets.usable)
+            self.backend.attach_again(self._sockets.usable)
 
     def naming_locked(self) -> AbstractContextManager[None]:
         """See `WorkerSockets.naming_locked`."""
@@ -278,9 +281,9 @@ class Selection:
         """
         self._backup.pause()
         try:
-            self.steering.renew_anchors(service)
-            if self.steering.backup:
-                self.steering.backup.renew(service)
+            self.backend.renew_anchors(service)
+            if self.backend.backup:
+                self.backend.backup.renew(service)
         finally:
             self._backup.go_on()
             self._stored.renew_unless_released()

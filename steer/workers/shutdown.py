@@ -62,7 +62,7 @@ class Shutdown:
 
     def _leave_nothing_to_adopt(self) -> None:
         self._guard.give_up()
-        is_held = self._selection.steering.held
+        is_held = self._selection.backend.held
         there = (worker.process for worker in self._workers if is_held(worker.slot))
         self._guard.let_go(*(process.key for process in there if process))
 

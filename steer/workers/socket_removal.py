@@ -52,7 +52,7 @@ class SocketRemoval:
             worker, find = end.worker, partial(self._strays, end, left, look)
             found = self._retry.result(_act(worker), find, nobody) if end.process.bound else nobody
             if not self.remove(worker):
-                self._selection.flip_soon()  # that does the rest
+                self._selection.publish_soon()  # that does the rest
             if found:
                 self._retry.attempt(_act(worker), partial(self._cut_off, worker, found))
 
@@ -60,7 +60,7 @@ class SocketRemoval:
         """Who still has sockets of it. Where the backend holds a duplicate, that is shut down in
         any case."""
         worker, bound = end.worker, end.process.bound
-        is_held = bool(self._selection.steering.held(worker.slot))
+        is_held = bool(self._selection.backend.held(worker.slot))
         everywhere = not self._shutdown.has_begun and not is_held
         everywhere = everywhere and (end.is_lost or self._may_be_open(worker))
         return strays.find(worker.generation.plan.binds, bound, left, everywhere, look)
@@ -68,7 +68,7 @@ class SocketRemoval:
     def _may_be_open(self, worker: WorkerHandle) -> bool:
         """Whether anybody may have its sockets open. If all have just left their groups nobody
         has; to ask that is quicker than to look at all sockets of a port."""
-        is_member, binds = self._selection.steering.is_member, worker.generation.plan.binds
+        is_member, binds = self._selection.backend.is_member, worker.generation.plan.binds
         is_in_a_group = (is_member(worker.slot, at) is not False for at in range(len(binds)))
         return bool(worker.left) or any(is_in_a_group)
 

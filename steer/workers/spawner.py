@@ -97,10 +97,10 @@ class Spawner:
     def _check_free(self, launch: Launch) -> None:
         """Where no socket of ours keeps the ports, somebody else may have bound them. Raises
         BindError."""
-        steering = self._selection.steering
-        backup = steering.backup
+        backend = self._selection.backend
+        backup = backend.backup
         if (backup and backup.sockets) or any(each.process for each in self._workers):
             return
         for index, bind in enumerate(launch.binds):
-            if index not in steering.anchors:
+            if index not in backend.anchors:
                 reuseport.check_free(bind, launch.service.settings)

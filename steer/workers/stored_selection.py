@@ -10,7 +10,7 @@ import msgspec
 
 from steer.backends.base import Backend, Counts
 from steer.guard.client import GuardClient
-from steer.guard.store import STEERING
+from steer.guard.store import SELECTION
 from steer.linux.retry import Retry
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class StoredSelection:
         self._is_stored = True
         value, fds = self._backend().saved()
         saved = SavedSelection(value, *self._counted())
-        self._guard.put(STEERING, msgspec.json.encode(saved), fds)
+        self._guard.put(SELECTION, msgspec.json.encode(saved), fds)
 
     def renew_unless_released(self) -> None:
         if not self._released:
@@ -123,4 +123,4 @@ class StoredSelection:
     def release(self) -> None:
         """The service ends: nobody is to adopt this."""
         self._released = True
-        self._guard.drop(STEERING)
+        self._guard.drop(SELECTION)

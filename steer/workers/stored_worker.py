@@ -18,7 +18,7 @@ class StoredWorker(msgspec.Struct, frozen=True):
     """
 
     running: Running
-    seat: WorkerSpec
+    spec: WorkerSpec
     slot: int
     generation: int
     state: str
@@ -39,7 +39,7 @@ def stored(worker: WorkerHandle, running: Running) -> StoredWorker:
     """The worker with its process."""
     return StoredWorker(
         running,
-        worker.seat,
+        worker.spec,
         worker.slot,
         worker.generation.number,
         worker.state.value,
@@ -67,7 +67,7 @@ def restored(
         admitted: see `WorkerPool`.
     """
     return WorkerHandle(
-        saved.seat,
+        saved.spec,
         saved.slot,
         generation,
         State(saved.state),

@@ -149,4 +149,4 @@ class Supervision:
                 self.transitions.report(worker, Event.EXITED)
         if any(worker.serves for worker in self._workers):
             self.startup.succeed()
-            self._selection.flip()
+            self._selection.publish()

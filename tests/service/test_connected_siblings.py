@@ -455,5 +455,5 @@ def test_on_cbpf_the_kernel_chooses_where_connected_sockets_stay_in_the_group(
             crew.join(3)
         crew.steer(3)
         assert set(crew.count(200)) == {0, 1, 2, 3}
-        assert crew.steering.order is None
-        assert any("the kernel's hash chooses" in note for note in crew.steering.notes)
+        assert crew.backend.order is None
+        assert any("the kernel's hash chooses" in note for note in crew.backend.notes)

@@ -121,7 +121,7 @@ def test_a_connection_is_counted_once(
     with Behind(policy, rules, family, new_socket).serving() as crew:
         slots = crew.slots(*PORTS)
         assert crew.selected() == Counter(slots)
-        assert crew.steering.unsteered() == 0
+        assert crew.backend.unsteered() == 0
         assert crew.looked_up_by_rule()
 
 
@@ -141,7 +141,7 @@ def test_a_policy_is_asked_once(rules: str, new_socket: NewSocket, tmp_path: Pat
     with Behind(str(file), rules, socket.AF_INET, new_socket).serving() as crew:
         slots = crew.slots(*PORTS)
         assert crew.selected() == Counter(slots)
-        assert crew.steering.own().counters == {"begun": len(slots)}
+        assert crew.backend.own().counters == {"begun": len(slots)}
 
 
 @every_rule

@@ -28,7 +28,7 @@ Flows = dict[tuple[str, int], int]
 
 
 def counters(crew: Crew) -> dict[str, int]:
-    found = dict(crew.steering.own().counters)
+    found = dict(crew.backend.own().counters)
     stages = ("known", "new", "expired", "refused")
     assert found["total"] == sum(found[stage] for stage in stages), "they do not add up"
     return {stage: found[stage] for stage in stages if found[stage]}
@@ -77,7 +77,7 @@ def test_flows_of_one_that_has_ended_go_elsewhere_and_stay(kind: str) -> None:
         before = crew.flows(clients)
         crew.steer(1, 2)
         crew.leave(0)
-        crew.steering.retire(0)
+        crew.backend.retire(0)
         moved = [each for each in clients if before[each] == 0]
         after = crew.flows(clients)
         assert {each: after[each] for each in clients if before[each] != 0} == {
@@ -90,7 +90,7 @@ def test_flows_of_one_that_has_ended_go_elsewhere_and_stay(kind: str) -> None:
         assert crew.flows(clients) == after
         stages = {"new": 90, "expired": len(moved), "known": 180 - len(moved)}
         assert counters(crew) == stages
-        assert crew.steering.unsteered() == 0
+        assert crew.backend.unsteered() == 0
 
 
 @udp
@@ -116,13 +116,13 @@ def test_flows_that_are_let_go_are_chosen_for_anew(kind: str) -> None:
         before = crew.flows(clients)
         crew.steer(0, 2)
         assert crew.flows(clients) == before
-        crew.steering.forget_flows(1)
+        crew.backend.forget_flows(1)
         after = crew.flows(clients)
         assert in_slots(after, 0, 2)
         crew.steer(0, 1, 2)
         assert crew.flows(clients) == after
         assert 1 in crew.flows(sources(host_of(kind), 90, 30000)).values()
-        assert crew.steering.forget_flows
+        assert crew.backend.forget_flows
 
 
 def test_a_flow_is_of_an_address_and_port_at_a_bind() -> None:
@@ -263,7 +263,7 @@ def test_many_flows() -> None:
 
 def test_capacity_and_idle_time_are_said() -> None:
     with Crew(EBPF, "flow", "udp4", params=["capacity=2048", "idle=7"]) as crew:
-        assert crew.steering.own().params == {"capacity": 2048, "idle": 7}
+        assert crew.backend.own().params == {"capacity": 2048, "idle": 7}
 
 
 @udp
@@ -276,14 +276,14 @@ def test_never_a_datagram_lost(kind: str) -> None:
             crew.steer(*(each for each in range(4) if each != slot))
             got += sum(crew.count(50).values())
             if turn % 3 == 0:
-                crew.steering.forget_flows(slot)
+                crew.backend.forget_flows(slot)
             elif turn % 3 == 1:
                 crew.leave(slot)
-                crew.steering.retire(slot)
+                crew.backend.retire(slot)
                 got += sum(crew.count(50).values())
                 crew.join(slot)
         assert got == 60 * 50 + 20 * 50
-        assert crew.steering.unsteered() == 0
+        assert crew.backend.unsteered() == 0
         assert sum(counters(crew).values()) == got
 
 

@@ -52,14 +52,14 @@ def flows_to(kind: str) -> list[tuple[str, int]]:
 
 def foretold(crew: Crew, flows: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
     """The slot of each flow, by the layout in force."""
-    steering = crew.steering
-    assert isinstance(steering, Cbpf)
-    assert steering._layout
-    entries = steering._layout.entries
+    backend = crew.backend
+    assert isinstance(backend, Cbpf)
+    assert backend._layout
+    entries = backend._layout.entries
     found = {}
     for host, port in flows:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        number = classic.flow_hash(socket.inet_pton(family, host), port, PORT, steering._seed)
+        number = classic.flow_hash(socket.inet_pton(family, host), port, PORT, backend._seed)
         found[host, port] = entries[number % len(entries)]
     return found
 
@@ -103,10 +103,10 @@ def test_hash_behind_ip_options_goes_where_foretold(scheme: str) -> None:
 
 def source_foretold(crew: Crew, hosts: Iterable[str]) -> dict[str, int]:
     """The slot of each client, by the layout in force."""
-    steering = crew.steering
-    assert isinstance(steering, Cbpf)
-    assert steering._layout
-    entries = steering._layout.entries
+    backend = crew.backend
+    assert isinstance(backend, Cbpf)
+    assert backend._layout
+    entries = backend._layout.entries
     prefix4, prefix6 = crew.plan.params
     found = {}
     for host in hosts:
@@ -114,7 +114,7 @@ def source_foretold(crew: Crew, hosts: Iterable[str]) -> dict[str, int]:
         address = ip_network((host, bits), strict=False).network_address.packed
         # Its last word stands where ports do in a flow.
         *_, high, low = struct.unpack(f">{len(address) // 2}H", address)
-        number = classic.flow_hash(address[:-4], high, low, steering._seed)
+        number = classic.flow_hash(address[:-4], high, low, backend._seed)
         found[host] = entries[number % len(entries)]
     return found
 
@@ -215,9 +215,9 @@ def test_newcomer_is_not_chosen_before_it_is_ready(kind: str) -> None:
     with Crew(CBPF, "cpu", kind, workers=len(CPUS)).serving() as crew:
         for late in (70, 71):
             crew.join(late)
-            for seat in crew.plan.seats:
-                with pinned(seat.cpu):
-                    assert crew.count(20) == {seat.number: 20}
+            for spec in crew.plan.specs:
+                with pinned(spec.cpu):
+                    assert crew.count(20) == {spec.number: 20}
 
 
 UDP = pytest.mark.parametrize("kind", ["udp4", "udp6"])
@@ -230,8 +230,8 @@ def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
     """Before each change of the program: between a departure and that change, too. The kernel's
     hash would choose what holds the group together, and nobody reads that."""
     with Crew(CBPF, "hash", kind, workers=3) as crew:
-        crew.steering.open_anchors()
-        assert crew.steering.anchors
+        crew.backend.open_anchors()
+        assert crew.backend.anchors
         crew.serving()
         attach, looks = reuseport.attach_cbpf, 0
 
@@ -249,22 +249,22 @@ def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
                 crew.leave(*(slot for slot in list(crew.sockets) if slot != newcomer))
             assert crew.count(30) == {newcomer: 30}
         assert looks
-        assert len(crew.steering.own_sockets) <= 2, "a filler goes when somebody comes"
+        assert len(crew.backend.own_sockets) <= 2, "a filler goes when somebody comes"
 
 
 @UDP
 def test_another_controller_goes_on_where_a_filler_is(kind: str) -> None:
     with Crew(CBPF, "hash", kind, workers=2) as crew:
-        crew.steering.open_anchors()
+        crew.backend.open_anchors()
         crew.serving()
         crew.steer(1)
         crew.leave(0)
-        saved, fds = crew.steering.saved()
+        saved, fds = crew.backend.saved()
         value = msgspec.json.decode(msgspec.json.encode(saved))
         assert value["filled"]
-        old, crew.steering = crew.steering, open_backend(CBPF, crew.plan, empty=True)
+        old, crew.backend = crew.backend, open_backend(CBPF, crew.plan, empty=True)
         held = {1: [os.dup(fd) for fd in old.held(1)]}
-        crew.steering.restore(value, [os.dup(fd) for fd in fds], held)
+        crew.backend.restore(value, [os.dup(fd) for fd in fds], held)
         crew.steer(1)
         assert crew.count(30) == {1: 30}
         crew.join(7)
@@ -278,10 +278,10 @@ def test_another_controller_goes_on_where_a_filler_is(kind: str) -> None:
 def test_another_controller_finds_the_order_while_some_leave_one_after_the_other(kind: str) -> None:
     """By what the guard was told before the first of them, see `Rotation.together`."""
     with Crew(CBPF, "hash", kind, workers=7).serving() as crew:
-        value = msgspec.json.decode(msgspec.json.encode(crew.steering.saved()[0]))
+        value = msgspec.json.decode(msgspec.json.encode(crew.backend.saved()[0]))
         for slot in (0, 1, 4):
             crew.leave(slot)
-            held = {at: list(map(os.dup, crew.steering.held(at))) for at in crew.sockets}
+            held = {at: list(map(os.dup, crew.backend.held(at))) for at in crew.sockets}
             adopter = open_backend(CBPF, crew.plan, empty=True)
             adopter.restore(value, (), held)
             for chosen in crew.sockets:

@@ -72,10 +72,10 @@ def test_all_arrive_and_are_counted(policy: str, backend: str, kind: str) -> Non
         got = crew.count(120)
         if backend == EBPF:
             assert crew.selected() == got
-            assert crew.steering.unsteered() == 0
+            assert crew.backend.unsteered() == 0
         else:
-            assert crew.steering.counts(0) is None
-            assert crew.steering.unsteered() is None
+            assert crew.backend.counts(0) is None
+            assert crew.backend.unsteered() is None
         assert had_program(crew.sockets[0][0]) == (backend != KERNEL)
 
 
@@ -97,11 +97,11 @@ def test_late_segment_is_no_connection(flags: int) -> None:
                 raw.sendto(segment(3333, PORT, flags), ("127.0.0.1", 0))
         assert crew.count(10) == {0: 5, 1: 5}
         assert crew.selected() == {0: 5, 1: 5}
-        crew.steering.steer([])
+        crew.backend.steer([])
         with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
             raw.sendto(segment(3333, PORT, flags), ("127.0.0.1", 0))
         crew.count(1)
-        assert crew.steering.unsteered() == 1
+        assert crew.backend.unsteered() == 1
 
 
 @pytest.mark.parametrize("order", [("0.0.0.0", "[::]"), ("[::]", "0.0.0.0")])
@@ -144,7 +144,7 @@ def test_half_of_32_leave(policy: str, backend: str, kind: str) -> None:
         assert set(got) <= set(live)
         if backend == EBPF:
             assert Counter(crew.selected()) - before == got
-            assert crew.steering.unsteered() == 0
+            assert crew.backend.unsteered() == 0
 
 
 # ---- cpu
@@ -159,9 +159,9 @@ def test_cpu_takes_the_worker_pinned_to_it(backend: str, kind: str, order: int) 
         crew.steer()
         for cpu in CPUS:
             with pinned(cpu):
-                [slot] = [seat.number for seat in crew.plan.seats if seat.cpu == cpu]
+                [slot] = [spec.number for spec in crew.plan.specs if spec.cpu == cpu]
                 assert crew.count(50) == {slot: 50}
-        assert "by chance" not in " ".join(crew.steering.notes)
+        assert "by chance" not in " ".join(crew.backend.notes)
 
 
 @all_kinds
@@ -170,18 +170,18 @@ def test_cpu_with_seats_dealt_in_reverse(backend: str, kind: str) -> None:
     real = topology.read()
     backward = Topology(CPUS[::-1], real.possible, real.node_of)
     with Crew(backend, "cpu", kind, workers=len(CPUS), machine=backward).serving() as crew:
-        seat_on = {seat.cpu: seat.number for seat in crew.plan.seats}
-        assert seat_on[CPUS[-1]] <= seat_on[CPUS[0]]
+        spec_on = {spec.cpu: spec.number for spec in crew.plan.specs}
+        assert spec_on[CPUS[-1]] <= spec_on[CPUS[0]]
         for cpu in CPUS:
             with pinned(cpu):
-                assert crew.count(50) == {seat_on[cpu]: 50}
+                assert crew.count(50) == {spec_on[cpu]: 50}
 
 
 @all_kinds
 def test_cpu_shared_by_workers_is_taken_in_turn(kind: str) -> None:
     with Crew(EBPF, "cpu", kind, workers=3 * len(CPUS)).serving() as crew:
         for cpu in CPUS:
-            mine = [seat.number for seat in crew.plan.seats if seat.cpu == cpu]
+            mine = [spec.number for spec in crew.plan.specs if spec.cpu == cpu]
             with pinned(cpu):
                 assert len(mine) == 3
                 assert crew.count(60) == dict.fromkeys(mine, 20)
@@ -191,7 +191,7 @@ def test_cpu_shared_by_workers_is_taken_in_turn(kind: str) -> None:
 def test_cpu_shared_by_workers_of_different_weight(kind: str) -> None:
     weights = [3] * len(CPUS) + [1] * len(CPUS)
     with Crew(EBPF, "cpu", kind, workers=len(weights), weights=weights).serving() as crew:
-        for slot, cpu in enumerate(crew.plan.seats[i].cpu for i in range(len(CPUS))):
+        for slot, cpu in enumerate(crew.plan.specs[i].cpu for i in range(len(CPUS))):
             with pinned(cpu):
                 assert crew.count(40) == {slot: 30, slot + len(CPUS): 10}
 
@@ -199,9 +199,9 @@ def test_cpu_shared_by_workers_of_different_weight(kind: str) -> None:
 @all_kinds
 def test_cpu_shared_by_workers_is_left_to_chance_by_cbpf(kind: str) -> None:
     with Crew(CBPF, "cpu", kind, workers=2 * len(CPUS)).serving() as crew:
-        assert "by chance" in " ".join(crew.steering.notes)
+        assert "by chance" in " ".join(crew.backend.notes)
         for cpu in CPUS:
-            mine = [seat.number for seat in crew.plan.seats if seat.cpu == cpu]
+            mine = [spec.number for spec in crew.plan.specs if spec.cpu == cpu]
             with pinned(cpu):
                 got = crew.count(400)
             assert fair({mine.index(slot): number for slot, number in got.items()}, [1, 1])
@@ -386,12 +386,12 @@ def test_spare_takes_what_was_meant_for_a_missing_socket(kind: str) -> None:
     with Crew(EBPF, "round-robin", kind, workers=4).serving() as crew, pinned(CPUS[0]):
         crew.leave(1)
         got = crew.count(80)
-        counts = {slot: crew.steering.counts(slot) for slot in range(4)}
+        counts = {slot: crew.backend.counts(slot) for slot in range(4)}
         assert got == crew.selected()
         assert sum(count.selected for count in counts.values() if count) == 80
         assert sum(count.fallback for count in counts.values() if count) == 20
         assert all(got[slot] >= 20 for slot in (0, 2, 3))
-        assert crew.steering.unsteered() == 0
+        assert crew.backend.unsteered() == 0
 
 
 @all_kinds
@@ -400,8 +400,8 @@ def test_kernel_hash_takes_what_no_spare_does(kind: str) -> None:
     with Crew(EBPF, "round-robin", kind, workers=8).serving() as crew, pinned(CPUS[0]):
         crew.leave(*range(7))
         assert crew.count(400) == {7: 400}
-        count = crew.steering.counts(7)
-        unsteered = crew.steering.unsteered()
+        count = crew.backend.counts(7)
+        unsteered = crew.backend.unsteered()
         assert count
         assert unsteered
         assert count.selected == 50 + count.fallback == 400 - unsteered
@@ -419,7 +419,7 @@ def test_no_live_slot_leaves_the_choice_to_the_kernel(policy: str, backend: str,
         got = crew.count(200)
         assert fair(got, [1, 1])
         if backend == EBPF:
-            assert crew.steering.unsteered() == 200
+            assert crew.backend.unsteered() == 200
             assert crew.selected() == {}
 
 
@@ -431,16 +431,16 @@ def test_no_live_slot_and_all_waits_in_the_reserve(policy: str, kind: str) -> No
     listens there already, but has not joined."""
     with Crew(EBPF, policy, kind, workers=3) as crew:
         crew.join(0, 1)
-        crew.steering.backup.open()
+        crew.backend.backup.open()
         crew.steer()
         with reuseport.member(crew.binds[0], 64) as starting, ExitStack() as clients:
             crew.leave(0, 1)
             for _ in range(40):
                 clients.enter_context(crew.send(crew.binds[0]))
-            everybody = [starting, *crew.steering.backup.sockets]
+            everybody = [starting, *crew.backend.backup.sockets]
             eventually(lambda: sum(listeners.waiting(sock).queued for sock in everybody), 40)
-            assert crew.steering.open(crew.plan.slots) == 40
-            assert crew.steering.unsteered() == 0
+            assert crew.backend.open(crew.plan.slots) == 40
+            assert crew.backend.unsteered() == 0
 
 
 @all_kinds
@@ -455,16 +455,16 @@ def test_with_nobody_to_choose_the_kernel_does(
             crew.steer()
             crew.count(10)
         if when != "before anybody is":
-            crew.steering.steer([])
+            crew.backend.steer([])
             crew.join(2)
             crew.leave(2)
         before = crew.selected()
-        known = crew.steering.own().counters.get("known", 0)
+        known = crew.backend.own().counters.get("known", 0)
         assert fair(crew.count(200), [1, 1])
         if backend == EBPF:
             # A source port may be one of before, and then its flow may have a worker.
-            known = crew.steering.own().counters.get("known", 0) - known
-            unsteered = crew.steering.unsteered()
+            known = crew.backend.own().counters.get("known", 0) - known
+            unsteered = crew.backend.unsteered()
             assert unsteered is not None
             assert 200 - known <= unsteered <= 200
             steered = sum(crew.selected().values()) - sum(before.values())
@@ -478,10 +478,10 @@ def test_a_slot_begins_anew(policy: str, backend: str) -> None:
     with Crew(backend, policy, "tcp4", "udp4", workers=1).serving() as crew:
         crew.count(20, 0)
         crew.count(20, 1)
-        counted = crew.steering.retire(0)
+        counted = crew.backend.retire(0)
         assert (counted.selected if counted else None) == (40 if backend == EBPF else None)
         crew.count(5)
-        counted = crew.steering.counts(0)
+        counted = crew.backend.counts(0)
         assert (counted.selected if counted else None) == (5 if backend == EBPF else None)
 
 
@@ -531,7 +531,7 @@ def test_queue_of_a_worker_no_longer_chosen_goes_to_another(
         crew.steer(1)
         crew.leave(0)
         assert Counter(each.slot for each in crew.take(7)) == {1: 7}
-        count = crew.steering.counts(1)
+        count = crew.backend.counts(1)
         assert count
         assert (count.selected, count.fallback, count.migrated) == (7, 0, 7)
 
@@ -548,7 +548,7 @@ def test_queue_of_a_worker_that_dies_goes_to_a_spare(
         crew.steer(0, 1)
         crew.close_sockets(0)
         assert Counter(each.slot for each in crew.take(8)) == {1: 8}
-        count = crew.steering.counts(1)
+        count = crew.backend.counts(1)
         assert count
         assert (count.selected, count.fallback, count.migrated) == (8, 4, 8)
 
@@ -563,7 +563,7 @@ def test_queue_of_the_only_worker_chosen_goes_to_any(
         queue(crew, clients, 0, 7)
         crew.close_sockets(0)
         assert Counter(each.slot for each in crew.take(7)) == {1: 7}
-        assert crew.steering.unsteered() == 7
+        assert crew.backend.unsteered() == 7
 
 
 @tcp_kinds
@@ -634,10 +634,10 @@ def test_no_datagram_is_lost_while_tables_change(policy: str, backend: str, kind
         assert set(got) <= {0, 1, 2}
         if backend == EBPF:
             assert set(got) == {0, 1, 2}
-            counts = [crew.steering.counts(slot) for slot in range(4)]
+            counts = [crew.backend.counts(slot) for slot in range(4)]
             assert [count.selected for count in counts if count] == [got[i] for i in range(4)]
             assert not any(count.fallback for count in counts if count)
-            assert crew.steering.unsteered() == 0
+            assert crew.backend.unsteered() == 0
 
 
 # ---- services from end to end

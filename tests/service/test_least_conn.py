@@ -79,7 +79,7 @@ class Holder:
 
     def open(self) -> dict[int, int | None]:
         """By slot; slots with nothing left out."""
-        found = {slot: self.crew.steering.open(slot) for slot in range(self.crew.plan.slots)}
+        found = {slot: self.crew.backend.open(slot) for slot in range(self.crew.plan.slots)}
         return {slot: number for slot, number in found.items() if number != 0}
 
 
@@ -224,7 +224,7 @@ def test_with_fast_open(netns: Netns, clients: ExitStack) -> None:
 
 def moved_left(at: Holder) -> bool:
     """Whether it is still known of any connection that it was moved."""
-    counting = at.crew.steering.counting  # type: ignore[attr-defined]
+    counting = at.crew.backend.counting  # type: ignore[attr-defined]
     key = ctypes.create_string_buffer(8)
     is_any = libbpf.libbpf().bpf_map_get_next_key(counting._moved.fileno(), None, key) == 0
     *_, number = abi.PACE.unpack_from(counting.slots._memory, abi.LOAD_BYTES - abi.PACE.size)
@@ -235,15 +235,15 @@ def moved_left(at: Holder) -> bool:
 def queue(at: Holder, slot: int, number: int) -> list[socket.socket]:
     """Connections that wait at `slot`."""
     at.crew.steer(slot)
-    before = at.crew.steering.open(slot) or 0
+    before = at.crew.backend.open(slot) or 0
     waiting = [at.connect() for _ in range(number)]
-    eventually(lambda: at.crew.steering.open(slot), before + number)
+    eventually(lambda: at.crew.backend.open(slot), before + number)
     return waiting
 
 
 def rescue(at: Holder, slot: int) -> None:
     """What waits there goes to others; it is no member."""
-    at.crew.steering.rescue(slot, dict(enumerate(at.crew.sockets[slot])))
+    at.crew.backend.rescue(slot, dict(enumerate(at.crew.sockets[slot])))
 
 
 @tcp
@@ -338,7 +338,7 @@ def test_what_a_worker_leaves_open_is_not_counted_for_the_next(
     old = at.hold(3)
     at.crew.leave(0)
     if retired:
-        at.crew.steering.retire(0)
+        at.crew.backend.retire(0)
     at.crew.join(0)
     at.crew.steer(0, 1)
     assert at.open() == {}
@@ -457,7 +457,7 @@ def test_datagrams_go_in_turn() -> None:
     with Crew(EBPF, "least-conn", "udp4").serving() as crew, pinned(CPUS[0]):
         slots = crew.sequence(16)
         assert slots == [(slots[0] + turn) % 4 for turn in range(16)]
-        assert "datagrams are no connections" in " ".join(crew.steering.notes)
+        assert "datagrams are no connections" in " ".join(crew.backend.notes)
 
 
 # ---- services
@@ -747,14 +747,14 @@ def test_without_the_capability_queues_are_sampled(
 def test_what_waits_in_two_reserves_is_counted(clients: ExitStack) -> None:
     """From the first connection on, and wherever it goes."""
     with Crew(EBPF, "least-conn", "tcp4", "tcp6", workers=2) as crew:
-        crew.steering.backup.open()
+        crew.backend.backup.open()
         waiting = [clients.enter_context(crew.send(bind)) for bind in crew.binds for _ in range(4)]
         spare = crew.plan.slots
-        count = crew.steering.open
+        count = crew.backend.open
         eventually(lambda: (count(spare) or 0) + (count(spare + 1) or 0), len(waiting))
         crew.join(0, 1)
         crew.steer()
-        crew.steering.backup.empty()
+        crew.backend.backup.empty()
         eventually(lambda: (count(0) or 0) + (count(1) or 0), len(waiting))
         assert (count(spare), count(spare + 1)) == (0, 0)
         crew.take(len(waiting))

@@ -118,7 +118,7 @@ def test_a_backend_goes_on_with_those_who_stay(netns: Netns, backend: str) -> No
     with Crew(backend, "hash", "udp4") as crew:
         crew.serving()
         crew.sockets[0][0].connect(("127.0.0.1", 9))
-        found = [crew.steering.is_member(slot, 0) for slot in range(4)]
+        found = [crew.backend.is_member(slot, 0) for slot in range(4)]
         assert found == [False, True, True, True]
         for chosen in range(1, 4):
             crew.steer(chosen)

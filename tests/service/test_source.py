@@ -198,7 +198,7 @@ def test_what_waits_moves_to_the_worker_of_its_address(bind: str, hosts: object)
         moved = {each.peer[0].removeprefix("::ffff:"): each.slot for each in crew.take(len(names))}
         assert len(set(moved.values())) == 3
         assert slots_of(crew, names) == moved
-        assert crew.steering.unsteered() == 0
+        assert crew.backend.unsteered() == 0
 
 
 # ---- services

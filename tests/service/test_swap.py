@@ -351,17 +351,17 @@ def test_queued_connections_are_left_where_they_are(
 def test_with_nobody_there_connections_wait_for_the_new_policy() -> None:
     """The group has no sockets then but those where they wait."""
     with Crew(EBPF, "source", "tcp4", workers=2).serving() as crew, ExitStack() as clients:
-        crew.steering.backup.open()
+        crew.backend.backup.open()
         crew.steer()
         crew.leave(0, 1)
-        crew.steering.steer(())
+        crew.backend.steer(())
         for policy in ("least-conn", "random", "round-robin"):
             clients.enter_context(crew.send(crew.binds[0]))
             swap_crew(crew, policy)
         assert crew.take_ready() == []
         crew.join(0, 1)
         crew.steer()
-        crew.steering.backup.empty()
+        crew.backend.backup.empty()
         assert Counter(each.slot for each in crew.take(3)).total() == 3
         assert crew.sequence(4) in ([0, 1, 0, 1], [1, 0, 1, 0])
 
@@ -529,7 +529,7 @@ def swap_crew(crew: Crew, policy: str) -> None:
     candidates = auto.candidates(find(policy), service, {}, "change it")
     plan = choosing_by(crew.plan, service, candidates, crew.plan.topology, "change it")
     members = [crew.member(slot) for slot in sorted(crew.sockets)]
-    crew.steering.swap(plan, members, lambda: _lent(crew))
+    crew.backend.swap(plan, members, lambda: _lent(crew))
 
 
 @contextmanager

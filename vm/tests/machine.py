@@ -79,7 +79,7 @@ def assert_near(served: Mapping[int, int], manned: Collection[int]) -> None:
 
 
 def cpu_of(crew: Crew, slot: int) -> int:
-    cpu = crew.plan.seats[slot].cpu
+    cpu = crew.plan.specs[slot].cpu
     assert cpu is not None
     return cpu
 

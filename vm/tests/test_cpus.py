@@ -43,7 +43,7 @@ def test_each_cpu_has_its_worker(backend: str, order: Sequence[int]) -> None:
     real = topology.read()
     machine = Topology(tuple(order), real.possible, dict.fromkeys(real.possible, 0))
     with Crew(backend, "cpu", *KINDS, workers=len(order), machine=machine) as crew:
-        assert [seat.cpu for seat in crew.plan.seats] == list(order)
+        assert [spec.cpu for spec in crew.plan.specs] == list(order)
         crew.join(*order)
         crew.steer()
         for slot, cpu in enumerate(order):

@@ -14,32 +14,32 @@ from steer.backends.base import Backend, Counts
 from steer.policy.builtin import CBPF, EBPF, KERNEL
 from steer.policy.layout import Member
 from testkit.crew import Crew
-from testkit.growth_fakes import Cost, FakeSteering, OrderedSteering, plan_for
+from testkit.growth_fakes import Cost, FakeBackend, OrderedBackend, plan_for
 
-FAKES = {"fake": FakeSteering, "fake with an order": OrderedSteering}
+FAKES = {"fake": FakeBackend, "fake with an order": OrderedBackend}
 WORKERS = 3
 
 
 class Fake:
     """A crew without sockets."""
 
-    def __init__(self, kind: type[FakeSteering]) -> None:
+    def __init__(self, kind: type[FakeBackend]) -> None:
         self.plan = plan_for(WORKERS, "hash")
-        self.steering = cast(Backend, kind(self.plan, Cost()))
+        self.backend = cast(Backend, kind(self.plan, Cost()))
         self.slots: set[int] = set()
 
     def join(self, *slots: int) -> None:
         for slot in slots:
             self.slots.add(slot)
-            self.steering.joined(slot, ())
+            self.backend.joined(slot, ())
 
     def leave(self, *slots: int) -> None:
         for slot in slots:
             self.slots.remove(slot)
-            self.steering.left(slot)
+            self.backend.left(slot)
 
     def steer(self) -> None:
-        self.steering.steer([Member(slot) for slot in sorted(self.slots)])
+        self.backend.steer([Member(slot) for slot in sorted(self.slots)])
 
 
 @pytest.fixture(params=[*FAKES, EBPF, CBPF, KERNEL])
@@ -58,11 +58,11 @@ def crew(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def ordered(crew: Any) -> Sequence[int] | None:
-    return list(crew.steering.order) if crew.steering.needs_order else None
+    return list(crew.backend.order) if crew.backend.needs_order else None
 
 
 def test_order_is_known_where_it_is_needed(crew: Any) -> None:
-    if crew.steering.needs_order:
+    if crew.backend.needs_order:
         assert ordered(crew) == [0, 1, 2]
         crew.leave(0)
         assert sorted(ordered(crew) or ()) == [1, 2]
@@ -73,7 +73,7 @@ def test_order_is_known_where_it_is_needed(crew: Any) -> None:
 
 def test_any_number_may_be_chosen_and_the_same_again(crew: Any) -> None:
     for slots in ((0, 1, 2), (0, 1, 2), (), (1,), (2, 0)):
-        crew.steering.steer([Member(slot) for slot in slots])
+        crew.backend.steer([Member(slot) for slot in slots])
 
 
 def test_who_left_may_come_back_at_once_and_others_at_its_slot(crew: Any) -> None:
@@ -89,7 +89,7 @@ def test_it_can_be_saved_at_any_moment(crew: Any) -> None:
     """As JSON, and with descriptors that are open."""
     for act in (crew.steer, lambda: crew.leave(1), crew.steer, lambda: crew.join(1)):
         act()
-        value, fds = crew.steering.saved()
+        value, fds = crew.backend.saved()
         written = msgspec.json.encode(value)
         assert msgspec.json.encode(msgspec.json.decode(written)) == written
         for fd in fds:
@@ -99,27 +99,27 @@ def test_it_can_be_saved_at_any_moment(crew: Any) -> None:
 def test_nothing_is_held_of_who_left(crew: Any) -> None:
     crew.steer()
     crew.leave(1)
-    assert list(crew.steering.held(1)) == []
+    assert list(crew.backend.held(1)) == []
 
 
 def test_counts_are_counts_or_unknown_and_begin_anew(crew: Any) -> None:
     crew.steer()
-    assert crew.steering.counts(0) in (None, Counts())
-    assert crew.steering.retire(0) in (None, Counts())
-    assert crew.steering.unsteered() in (None, 0)
+    assert crew.backend.counts(0) in (None, Counts())
+    assert crew.backend.retire(0) in (None, Counts())
+    assert crew.backend.unsteered() in (None, 0)
 
 
 def test_programs_are_waited_for_where_any_may_run(crew: Any) -> None:
     crew.steer()
-    flip = crew.steering.unsettled()
-    if flip is not None:
-        crew.steering.settled(flip)
-    assert crew.steering.unsettled() is None
+    publication = crew.backend.grace_period()
+    if publication is not None:
+        crew.backend.grace_period_ended(publication)
+    assert crew.backend.grace_period() is None
 
 
 def test_what_remembers_no_flows_forgets_none(crew: Any) -> None:
     crew.steer()
-    assert crew.steering.forget_flows is None
+    assert crew.backend.forget_flows is None
 
 
 def public(kind: type) -> dict[str, Callable[..., object]]:
@@ -132,7 +132,7 @@ def public(kind: type) -> dict[str, Callable[..., object]]:
 
 @pytest.mark.parametrize("fake", FAKES.values(), ids=FAKES.keys())
 def test_a_fake_has_only_what_backends_have_and_is_called_as_they_are(
-    fake: type[FakeSteering],
+    fake: type[FakeBackend],
 ) -> None:
     real = public(cast(type, Backend))
     for name, method in public(fake).items():

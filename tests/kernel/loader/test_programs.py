@@ -188,7 +188,7 @@ def test_kernel_that_asks_no_program_gets_the_plain_one(
     assert found.answer is Answer.NO
     assert str(found.note).endswith("has not got it; 5.14 has")
     with Crew(EBPF, "hash", "tcp4").serving() as crew:
-        assert not crew.steering._choice.migrates
+        assert not crew.backend._choice.migrates
         got = crew.count(20)
         assert crew.selected() == got
 
@@ -253,7 +253,7 @@ def test_older_kernel_gets_the_plain_program(
 
     monkeypatch.setattr(Program, "_load", before_5_14)
     with Crew(EBPF, "round-robin", "tcp4").serving() as crew:
-        assert "migration needs Linux 5.14" in " ".join(crew.steering.notes)
+        assert "migration needs Linux 5.14" in " ".join(crew.backend.notes)
         assert crew.count(40).total() == sum(crew.selected().values()) == 40
 
 
@@ -499,7 +499,7 @@ def test_flip_is_seen_by_programs(netns: object) -> None:
         [flow] = sources("127.0.0.1", 1)
         for slot in (0, 2, 1, 1, 0):
             everywhere = Layout(array("H", [slot]) * 7, spares=array("H", [slot]) * abi.SPARES)
-            crew.steering._choice._table.flip(everywhere.parts())
+            crew.backend._choice._table.publish(everywhere.parts())
             assert crew.flows([flow]) == {flow: slot}
 
 
@@ -508,16 +508,16 @@ def test_programs_that_were_waited_for_are_those_before_a_later_flip() -> None:
         table = shared_memory.Table(made)
         try:
             table.forget()
-            assert table.unsettled() is None
-            table.flip({0: bytes(8)})
-            first = table.unsettled()
+            assert table.grace_period() is None
+            table.publish({0: bytes(8)})
+            first = table.grace_period()
             assert first is not None
-            table.flip({0: bytes(8)})
-            table.settled(first)
-            second = table.unsettled()
+            table.publish({0: bytes(8)})
+            table.grace_period_ended(first)
+            second = table.grace_period()
             assert second not in (None, first)
-            table.settled(second)
-            assert table.unsettled() is None
+            table.grace_period_ended(second)
+            assert table.grace_period() is None
         finally:
             table.close()
 
@@ -535,7 +535,7 @@ def test_table_starts_with_nobody_and_flips_between_halves() -> None:
             for turn in range(4):
                 before = content(made)
                 *_, active = told(before)
-                table.flip({0: abi.LENGTH.pack(turn, 7), abi.SPARES_OFFSET: b"spares"})
+                table.publish({0: abi.LENGTH.pack(turn, 7), abi.SPARES_OFFSET: b"spares"})
                 after = content(made)
                 length, deck, idle = told(after)
                 assert {active, idle} == halves
@@ -605,10 +605,10 @@ def test_mount_point_is_read_as_it_is_called() -> None:
 
 def settle(crew: Crew) -> None:
     """As the controller does, once programs were waited for."""
-    flip = crew.steering.unsettled()
-    assert flip is not None
-    crew.steering.settled(flip)
-    assert crew.steering.unsettled() is None
+    publication = crew.backend.grace_period()
+    assert publication is not None
+    crew.backend.grace_period_ended(publication)
+    assert crew.backend.grace_period() is None
 
 
 @pytest.mark.parametrize("backend", [EBPF, CBPF])
@@ -616,10 +616,10 @@ def test_programs_are_to_be_waited_for_after_a_flip(netns: object, backend: str)
     with Crew(backend, "hash", "udp4", workers=3).serving() as crew:
         settle(crew)
         crew.steer(0, 1)
-        before = crew.steering.unsettled()
+        before = crew.backend.grace_period()
         crew.steer(0)
         assert before is not None
-        crew.steering.settled(before)
+        crew.backend.grace_period_ended(before)
         settle(crew)
 
 
@@ -639,7 +639,7 @@ def test_programs_are_to_be_waited_for_after_another_policy_also_where_nothing_i
 
         for plan in (second, first):
             settle(crew)
-            crew.steering.swap(plan, members, lend)
+            crew.backend.swap(plan, members, lend)
         settle(crew)
 
 

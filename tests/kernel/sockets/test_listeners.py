@@ -277,7 +277,7 @@ def received(sock: socket.socket, number: int) -> list[bytes]:
 
 
 def put_again(crew: Crew, slot: int) -> None:
-    crew.steering.joined(slot, [os.dup(sock.fileno()) for sock in crew.sockets[slot]])
+    crew.backend.joined(slot, [os.dup(sock.fileno()) for sock in crew.sockets[slot]])
 
 
 @moves
@@ -300,7 +300,7 @@ def test_queue_of_a_reserve_goes_to_a_worker_that_joins(kind: str, clients: Exit
             crew.steer(reserve)
             crew.leave(worker)
         assert crew.count(10) == {reserve: 10}
-        assert crew.steering.unsteered() == 0
+        assert crew.backend.unsteered() == 0
 
 
 @moves
@@ -475,7 +475,7 @@ def test_nothing_is_lost_under_load() -> None:
         tell(load)
         number, outcome = line_of(load).split(" ", 1)
         assert (outcome, line_of(load)) == ("answered", "")
-        counts = [crew.steering.counts(slot) or Counts() for slot in range(4)]
+        counts = [crew.backend.counts(slot) or Counts() for slot in range(4)]
         assert sum(count.migrated for count in counts) == sum(moved) >= len(moved)
         assert sum(count.selected - count.migrated for count in counts) == int(number) >= 1000
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from steer.config.candidates import BackendCandidate, after, choose, rungs
+from steer.config.candidates import BackendCandidate, after, backend_candidates, choose
 from steer.errors import FallbackRefused
 from steer.features import Answer, Finding
 from steer.policy.builtin import BACKENDS, POLICIES, Policy
@@ -98,7 +98,7 @@ def test_rungs(
     cbpf: Finding,
     expected: list[tuple[str, str | None, int]],
 ) -> None:
-    found = rungs(policy, asked, {"ebpf": ebpf, "cbpf": cbpf})
+    found = backend_candidates(policy, asked, {"ebpf": ebpf, "cbpf": cbpf})
     assert found == [BackendCandidate(backend, why, bool(less)) for backend, why, less in expected]
 
 
@@ -116,36 +116,41 @@ def test_from_the_top_down_all_that_may_hold(policy: Policy, asked: str) -> None
     """That is what the policy has and no probe ruled out; what was passed over is the reason."""
     top = BACKENDS.index("ebpf" if asked == "auto" else asked)
     for found in FOUND:
-        ladder = rungs(policy, asked, found)
+        candidates = backend_candidates(policy, asked, found)
         if policy is plain:
-            assert ladder == [BackendCandidate("kernel", None, False)]
+            assert candidates == [BackendCandidate("kernel", None, False)]
             continue
         passed = {one for one in BACKENDS if one not in policy.backends or found.get(one) is NO}
-        assert [rung.backend for rung in ladder] == [b for b in BACKENDS[top:] if b not in passed]
-        for rung in ladder:
-            over = [b for b in BACKENDS[top : BACKENDS.index(rung.backend)] if b in passed]
-            reasons = rung.reason.split("; ") if rung.reason else []
+        may_hold = [name for name in BACKENDS[top:] if name not in passed]
+        assert [candidate.backend for candidate in candidates] == may_hold
+        for candidate in candidates:
+            over = [b for b in BACKENDS[top : BACKENDS.index(candidate.backend)] if b in passed]
+            reasons = candidate.reason.split("; ") if candidate.reason else []
             if asked in ("cbpf", "kernel"):
                 assert reasons.pop(0) == f"--backend {asked}"
             assert [reason.partition(":")[0] for reason in reasons] == over
-            assert rung.fallback == bool(over)
+            assert candidate.fallback == bool(over)
 
 
 @every
 def test_strict_refuses_every_fallback_and_nothing_else(policy: Policy, asked: str) -> None:
-    for rung in (rung for found in FOUND for rung in rungs(policy, asked, found)):
-        assert choose(rung, strict=False) is rung
-        if not rung.fallback:
-            assert choose(rung, strict=True) is rung
+    for candidate in (
+        candidate for found in FOUND for candidate in backend_candidates(policy, asked, found)
+    ):
+        assert choose(candidate, strict=False) is candidate
+        if not candidate.fallback:
+            assert choose(candidate, strict=True) is candidate
             continue
         with pytest.raises(FallbackRefused) as caught:
-            choose(rung, strict=True)
+            choose(candidate, strict=True)
         assert caught.value.exit_code == 5
-        assert str(caught.value).startswith(f"use {rung.backend}: --strict, and {rung.reason}; ")
+        assert str(caught.value).startswith(
+            f"use {candidate.backend}: --strict, and {candidate.reason}; "
+        )
 
 
 def test_a_rung_that_did_not_hold_is_a_reason() -> None:
-    _, cbpf, kernel = rungs(hash_, "auto", {})
+    _, cbpf, kernel = backend_candidates(hash_, "auto", {})
     assert after(cbpf, "ebpf", "EPERM") == BackendCandidate("cbpf", "ebpf: EPERM", True)
     twice = after(after(kernel, "ebpf", "EPERM"), "cbpf", "ENOMEM")
     assert twice == BackendCandidate("kernel", "ebpf: EPERM; cbpf: ENOMEM", True)
@@ -154,5 +159,5 @@ def test_a_rung_that_did_not_hold_is_a_reason() -> None:
 
 
 def test_what_was_asked_for_stays_a_reason() -> None:
-    kernel = rungs(hash_, "cbpf", {})[-1]
+    kernel = backend_candidates(hash_, "cbpf", {})[-1]
     assert after(kernel, "cbpf", "ENOMEM").reason == "--backend cbpf; cbpf: ENOMEM"

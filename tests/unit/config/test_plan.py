@@ -10,7 +10,7 @@ from msgspec.structs import asdict, replace
 
 from steer.config import auto
 from steer.config import plan as planning
-from steer.config.auto import Candidate
+from steer.config.auto import PolicyCandidate
 from steer.config.candidates import BackendCandidate
 from steer.config.fallback import first_that_works
 from steer.config.plan import FIXED, Plan, again, choosing_by, scaled
@@ -64,7 +64,7 @@ def running(**keys: Any) -> Plan:
 
 
 def cpus(plan: Plan) -> list[int | None]:
-    return [seat.cpu for seat in plan.seats]
+    return [spec.cpu for spec in plan.specs]
 
 
 def test_every_key_is_thought_of() -> None:
@@ -91,9 +91,9 @@ def test_all_else_can_change(key: str) -> None:
 def test_what_is_made_once_stays() -> None:
     before = running(workers=2, weights=(1, 1))
     after = again(before, Service(workers=40, weights=(100, 1)), FOUR)
-    kept = ("name", "binds", "policy", "params", "rungs", "slots")
+    kept = ("name", "binds", "policy", "params", "backends", "slots")
     assert [asdict(after)[key] for key in kept] == [asdict(before)[key] for key in kept]
-    assert [seat.weight for seat in after.seats] == [100] + 39 * [1]
+    assert [spec.weight for spec in after.specs] == [100] + 39 * [1]
 
 
 @pytest.mark.parametrize("weights, length", [((1, 1), 4096), ((100, 1), 5050), ((1000, 1), 50050)])
@@ -117,7 +117,7 @@ def test_the_hash_table_is_long_enough_for_workers_of_a_reload() -> None:
 def on(there: str, policy: str, **keys: Any) -> Plan:
     """A service that runs there."""
     plan = planning.plan(Service(policy=policy, **keys), FOUR, {}, find.find(policy))
-    return replace(plan, rungs=(BackendCandidate(there, "so it is", False),))
+    return replace(plan, backends=(BackendCandidate(there, "so it is", False),))
 
 
 NO = Finding(Answer.NO, "EPERM")
@@ -129,7 +129,9 @@ UP_TO: dict[str, Mapping[str, Finding]] = {
 """By the best backend, what the probes find."""
 
 
-def candidates(service: Service, policy: Policy | str, best: str = "ebpf") -> Sequence[Candidate]:
+def candidates(
+    service: Service, policy: Policy | str, best: str = "ebpf"
+) -> Sequence[PolicyCandidate]:
     found = find.find(policy) if isinstance(policy, str) else policy
     return auto.candidates(found, service, UP_TO[best], "change it")
 
@@ -153,19 +155,19 @@ def test_any_policy_can_become_any_other(before: str, after: str) -> None:
     assert then.service == replace(first.service, policy=after)
     assert then.params == tuple(param.default for param in then.policy.declared.params)
     assert cpus(then) == ([0, 1, 2] if after == "cpu" else [None] * 3)
-    assert [seat.cpus for seat in then.seats if after != "cpu"] in ([], [FOUR.allowed] * 3)
+    assert [spec.cpus for spec in then.specs if after != "cpu"] in ([], [FOUR.allowed] * 3)
     kept = ("name", "binds", "slots", "hash_length", "topology")
     assert [asdict(then)[key] for key in kept] == [asdict(first)[key] for key in kept]
 
 
 def backends(plan: Plan) -> list[list[str]]:
     """Those to try, for each policy to try."""
-    return [[rung.backend for rung in each.rungs] for each in plan.candidates]
+    return [[candidate.backend for candidate in each.backends] for each in plan.candidates]
 
 
 @pytest.mark.parametrize("backend", ["ebpf", "cbpf"])
 def test_the_kernels_own_hash_needs_no_program(backend: str) -> None:
-    assert swapped(on(backend, "hash"), "kernel").rungs == (
+    assert swapped(on(backend, "hash"), "kernel").backends == (
         BackendCandidate("kernel", None, False),
     )
 
@@ -327,7 +329,7 @@ def opened(*works: tuple[str, str]) -> Callable[[Plan], str]:
     """An attempt that works for these policies and backends only."""
 
     def attempt(plan: Plan) -> str:
-        at = plan.policy.name, plan.rungs[0].backend
+        at = plan.policy.name, plan.backends[0].backend
         if at not in works:
             raise KernelError(f"try {at[1]}", "EPERM", detail="lines")
         return at[1]
@@ -341,10 +343,10 @@ def test_where_load_cannot_be_counted_after_all_auto_is_hash_on_the_best_backend
     got, stands = first_that_works(first, opened(("hash", "ebpf")), told.append)
     assert (got, stands.policy.name, backends(stands)) == ("ebpf", "hash", [["ebpf"]])
     assert stands.policy_reason == "least-conn: try ebpf: EPERM"
-    assert (stands.rungs[0].reason, stands.rungs[0].fallback, told) == (None, False, [])
+    assert (stands.backends[0].reason, stands.backends[0].fallback, told) == (None, False, [])
     got, stands = first_that_works(first, opened(("hash", "cbpf")), told.append)
-    assert (got, stands.rungs[0].reason) == ("cbpf", "ebpf: try ebpf: EPERM")
-    assert (stands.rungs[0].fallback, told) == (True, ["try ebpf: EPERM\nlines"])
+    assert (got, stands.backends[0].reason) == ("cbpf", "ebpf: try ebpf: EPERM")
+    assert (stands.backends[0].fallback, told) == (True, ["try ebpf: EPERM\nlines"])
 
 
 def test_where_nothing_works_all_that_failed_is_said() -> None:
@@ -399,7 +401,7 @@ def test_params_that_cannot_be(policy: str, params: tuple[str, ...], said: str) 
 def test_weights_may_change_live() -> None:
     first = on("ebpf", "hash", workers=3, weights=(1, 2))
     then = swapped(first, "least-conn", weights=(5, 1, 4))
-    assert [seat.weight for seat in then.seats] == [5, 1, 4]
+    assert [spec.weight for spec in then.specs] == [5, 1, 4]
     assert swapped(then, "hash", weights=(1000,)).hash_length == 50 * 1002
 
 
@@ -407,8 +409,8 @@ def test_a_swap_starts_no_workers() -> None:
     """Scaled away or not there yet, they stay so; with none a policy may change all the same."""
     first = scaled(on("ebpf", "hash", workers=4), 0, FOUR)
     then = swapped(first, "least-conn", weights=(3,))
-    assert (then.seats, then.service.workers) == ((), 4)
-    assert [seat.weight for seat in scaled(then, 2, FOUR).seats] == [3, 1]
+    assert (then.specs, then.service.workers) == ((), 4)
+    assert [spec.weight for spec in scaled(then, 2, FOUR).specs] == [3, 1]
 
 
 def test_auto_follows_the_cpus_there_are_now() -> None:
@@ -420,10 +422,10 @@ def test_auto_follows_the_cpus_there_are_now() -> None:
 
 def test_scaled_keeps_the_seats_that_stay() -> None:
     before = running(workers=4, weights=(1, 2, 3, 4))
-    assert scaled(before, 2, FOUR).seats == before.seats[:2]
-    assert scaled(before, 6, FOUR).seats[:4] == before.seats
+    assert scaled(before, 2, FOUR).specs == before.specs[:2]
+    assert scaled(before, 6, FOUR).specs[:4] == before.specs
     # Also of those who come back.
-    assert scaled(scaled(before, 1, FOUR), 4, FOUR).seats == before.seats
+    assert scaled(scaled(before, 1, FOUR), 4, FOUR).specs == before.specs
     assert scaled(before, 2, FOUR).service.workers == 2
 
 
@@ -431,13 +433,13 @@ def test_scaled_to_none_is_configured_as_before() -> None:
     """Nobody can configure 0, nor read it back."""
     before = running(workers=4)
     after = scaled(before, 0, FOUR)
-    assert (after.seats, after.service) == ((), before.service)
+    assert (after.specs, after.service) == ((), before.service)
 
 
 @pytest.mark.parametrize("started, room", [(1, 128), (60, 128), (65, 256), (200, 512)])
 def test_each_worker_there_is_room_for_can_be_replaced(started: int, room: int) -> None:
     plan = running(workers=started)
-    assert len(scaled(plan, room, FOUR).seats) == room
+    assert len(scaled(plan, room, FOUR).specs) == room
     assert 2 * room <= plan.slots
     words = f"run {room + 1} workers in demo: it was started with room for {room}, each of which"
     with pytest.raises(ConfigError, match=words):
@@ -448,4 +450,4 @@ def test_each_worker_there_is_room_for_can_be_replaced(started: int, room: int) 
 
 def test_as_many_as_can_be_configured_can_be_replaced() -> None:
     plan = running(workers=1024)
-    assert len(again(plan, plan.service, FOUR).seats) == 1024
+    assert len(again(plan, plan.service, FOUR).specs) == 1024

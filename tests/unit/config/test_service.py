@@ -223,7 +223,7 @@ def test_service_name(given_: dict[str, Any], name: str) -> None:
 
 def test_a_worker_without_a_weight_of_its_own_has_1() -> None:
     service = load({"weights": ("5", "7")})
-    assert [service.weight(seat) for seat in range(4)] == [5, 7, 1, 1]
+    assert [service.weight(spec) for spec in range(4)] == [5, 7, 1, 1]
 
 
 def test_limits_are_allowed() -> None:

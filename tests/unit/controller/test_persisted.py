@@ -16,7 +16,7 @@ from steer.config.service import Service
 from steer.controller.persisted import SCHEMA, Persisted, PersistedService
 from steer.errors import ControlError
 from steer.guard.entry import Entry
-from steer.guard.store import MAILBOX, STEERING
+from steer.guard.store import MAILBOX, SELECTION
 from steer.workers.stored_selection import SavedSelection
 from steer.workers.stored_worker import StoredWorker
 from testkit import ROOT
@@ -32,11 +32,11 @@ MAPS = {1: "8c0113113c9f0588"}
 
 def entries(stored: Mapping[str, Any]) -> dict[str, Entry]:
     found = {key: Entry(json.dumps(value).encode()) for key, value in stored.items()}
-    return {STEERING: Entry(b""), MAILBOX: Entry(b""), **found}
+    return {SELECTION: Entry(b""), MAILBOX: Entry(b""), **found}
 
 
 def kind_of(key: str) -> Any:
-    kinds = {"service": PersistedService, STEERING: SavedSelection}
+    kinds = {"service": PersistedService, SELECTION: SavedSelection}
     return kinds.get(key) or (Service if key.startswith("generation ") else StoredWorker)
 
 
@@ -61,7 +61,7 @@ def test_what_a_build_of_this_schema_has_stored_is_understood(backend: str, key:
     """If not, raise SCHEMA: an older service would be misunderstood."""
     stored = STORED[str(SCHEMA)][backend][key]
     assert not list(lost(stored, understood(stored, kind_of(key))))
-    if key == STEERING:
+    if key == SELECTION:
         assert not list(lost(stored["value"], understood(stored["value"], BACKENDS[backend])))
 
 

@@ -40,35 +40,35 @@ class FakeFleet:
     """Places without processes.
 
     Attributes:
-        flips: at each, the slots that may be chosen.
+        publications: at each, the slots that may be chosen.
     """
 
     def __init__(self, workers: int) -> None:
         self.generation = Generation(1, plan_for(workers))
         self.workers: list[WorkerHandle] = []
-        self.flips: list[list[int]] = []
+        self.publications: list[list[int]] = []
         self.kept: list[tuple[int, int, int]] = []
         self.lot = Lot()
         self.selection = self
         self.admitted = 0
         self._slot = 0
-        for seat in self.generation.plan.seats:
-            self._take(seat, self.generation).state = State.READY
+        for spec in self.generation.plan.specs:
+            self._take(spec, self.generation).state = State.READY
 
-    def _take(self, seat: WorkerSpec, generation: Generation) -> WorkerHandle:
-        worker = WorkerHandle(seat, self._slot, generation)
+    def _take(self, spec: WorkerSpec, generation: Generation) -> WorkerHandle:
+        worker = WorkerHandle(spec, self._slot, generation)
         self._slot += 1
         self.workers.append(worker)
         return worker
 
     def start_held(
         self,
-        seats: Sequence[WorkerSpec],
+        specs: Sequence[WorkerSpec],
         generation: Generation,
         _modest: bool,
         told: Callable[[WorkerHandle], None],
     ) -> list[WorkerHandle]:
-        workers = [self._take(seat, generation) for seat in seats]
+        workers = [self._take(spec, generation) for spec in specs]
         for worker in workers:
             worker.held, worker.told = True, told
         return workers
@@ -87,8 +87,8 @@ class FakeFleet:
         for worker in workers:
             self.report(worker, Event.RETIRE)
 
-    async def flipped(self) -> None:
-        self.flips.append([worker.slot for worker in self.workers if worker.serves])
+    async def published(self) -> None:
+        self.publications.append([worker.slot for worker in self.workers if worker.serves])
 
     # What happens to workers.
 
@@ -160,13 +160,13 @@ def test_half_the_cpus_start_workers_and_one_more_begins_and_all_are_told_of() -
         pool.get_ready(1)
         pool.get_ready(4)
         await rest()
-        assert pool.flips == []
+        assert pool.publications == []
         pool.get_ready(3)
         assert (await renewal).number == 2
 
     pool = play(1, script)
     assert told == [("ready", done, 4) for done in (0, 1, 2, 3, 4)]
-    assert pool.flips == [[1, 2, 3, 4]]
+    assert pool.publications == [[1, 2, 3, 4]]
     assert pool.states()[0] is State.STOPPING
     # The guard knows of the new one before there are workers of it.
     assert pool.kept == [(2, 1, 0), (2, 2, 1)]
@@ -184,7 +184,7 @@ def test_one_that_fails_takes_the_others_with_it() -> None:
 
     pool = play(2, script)
     assert pool.generation.number == 1
-    assert pool.flips == []
+    assert pool.publications == []
     assert pool.states() == {
         0: State.READY,
         1: State.READY,
@@ -248,7 +248,7 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
     # None was started since, and none admitted.
     assert len(pool.workers) == (3 if when == "before any is ready" else 5)
     assert set(pool.states().values()) == {State.STOPPING}
-    assert pool.flips == []
+    assert pool.publications == []
     assert pool.generation.number == 1
 
 
@@ -265,7 +265,7 @@ def test_changes_take_turns() -> None:
             pool.get_ready(slot)
         assert [await first, await second] == [2, 3]
 
-    assert play(1, script).flips == [[1], [2]]
+    assert play(1, script).publications == [[1], [2]]
 
 
 def test_no_change_begins_when_the_service_ends() -> None:
@@ -292,9 +292,9 @@ def test_last_that_serves_is_not_scaled_away(state: State) -> None:
         await scaling
 
     pool = play(2, script)
-    assert pool.flips == [[2]]
+    assert pool.publications == [[2]]
     assert pool.at(1).state is State.STOPPING
-    assert pool.at(2).seat == pool.generation.plan.seats[0]
+    assert pool.at(2).spec == pool.generation.plan.specs[0]
 
 
 @pytest.mark.parametrize("state", OUT)
@@ -304,7 +304,7 @@ def test_who_stays_need_not_serve_where_another_does(state: State) -> None:
         await changes.scale(plan_for(2), unheard)
 
     pool = play(3, script)
-    assert pool.flips == [[1]]
+    assert pool.publications == [[1]]
     assert pool.states() == {0: state, 1: State.READY, 2: State.STOPPING}
 
 
@@ -317,8 +317,8 @@ def test_one_on_its_way_out_leaves_its_seat() -> None:
         await scaling
 
     pool = play(2, script)
-    assert pool.flips == [[0, 2]]
-    assert pool.at(2).seat == pool.at(1).seat
+    assert pool.publications == [[0, 2]]
+    assert pool.at(2).spec == pool.at(1).spec
     assert pool.generation.number == 1
 
 
@@ -328,7 +328,7 @@ def test_none_serves_when_scaled_to_none() -> None:
         await changes.scale(planning.scaled(running, 0, running.topology), unheard)
 
     pool = play(2, script)
-    assert pool.flips == [[]]
+    assert pool.publications == [[]]
     assert set(pool.states().values()) == {State.STOPPING}
 
 
@@ -341,8 +341,8 @@ def test_restart_takes_the_seat_over() -> None:
         assert await restarting is pool.at(3)
 
     pool = play(3, script)
-    assert pool.flips == [[0, 2, 3]]
-    assert pool.at(3).seat == pool.at(1).seat
+    assert pool.publications == [[0, 2, 3]]
+    assert pool.at(3).spec == pool.at(1).spec
 
 
 def is_hung(worker: WorkerHandle) -> bool:
@@ -380,8 +380,8 @@ def test_one_that_does_not_hang_any_more_is_not_replaced(state: State) -> None:
 def test_who_adopts_takes_those_for_admitted_whose_change_was(admitted: int, is_held: bool) -> None:
     """As each was saved when it was not yet."""
     generation = Generation(2, plan_for(1))
-    seat = generation.plan.seats[0]
-    worker = WorkerHandle(seat, 0, generation, State.READY, held=True, change=4)
+    spec = generation.plan.specs[0]
+    worker = WorkerHandle(spec, 0, generation, State.READY, held=True, change=4)
     value = msgspec.json.encode(stored(worker, Running(1, 0.0, (), False)))
     saved = msgspec.json.decode(value, type=StoredWorker)
     assert restored(saved, generation, 0.0, admitted).held == is_held

@@ -48,11 +48,11 @@ class FakeService:
             service=SimpleNamespace(policy="hash"),
             policy_reason=None,
             binds=(),
-            rungs=(SimpleNamespace(reason=None),),
+            backends=(SimpleNamespace(reason=None),),
         )
         self.started_s = 0.0
         self.backend: Any = SimpleNamespace(
-            backend="ebpf",
+            name="ebpf",
             notes=(),
             anchors={},
             own=Own,
@@ -91,7 +91,7 @@ class FakeService:
             hangs=False,
             full=False,
             generation=SimpleNamespace(number=1, plan=SimpleNamespace(binds=BOUND)),
-            seat=SimpleNamespace(cpus=(0,), weight=1),
+            spec=SimpleNamespace(cpus=(0,), weight=1),
             starts=1,
             said="",
             left={},
@@ -185,7 +185,7 @@ def test_a_report_is_of_one_backend() -> None:
 
     def moves() -> None:
         if service.backend is before:
-            service.backend = SimpleNamespace(**{**vars(before), "backend": "kernel"})
+            service.backend = SimpleNamespace(**{**vars(before), "name": "kernel"})
 
     told = service.report(moves)
     assert told.backend == "kernel"

@@ -693,7 +693,7 @@ def test_a_policy_that_is_refused_is_stepped_down_from(
     monkeypatch: pytest.MonkeyPatch, error: KernelError, cure: str
 ) -> None:
     def open_whole(plan: plan.Plan) -> Backend:
-        if plan.rungs[0].backend == EBPF:
+        if plan.backends[0].backend == EBPF:
             raise error
         return Kernel(plan)
 

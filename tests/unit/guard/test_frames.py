@@ -24,7 +24,7 @@ from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
 from steer.guard.store import FdStore, Settings, Traces
 
-KEYS = st.sampled_from(["worker a", "worker b", "steering", "mailbox"])
+KEYS = st.sampled_from(["worker a", "worker b", "selection", "mailbox"])
 VALUES = st.sampled_from([b"", b"1", b"two", b"3" * 20_000])
 TIES = 3
 """Descriptors of a worker's that are no sockets of its."""

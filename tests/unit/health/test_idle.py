@@ -75,12 +75,12 @@ class Service:
         self.spare = SimpleNamespace(lent=nullcontext)
         self.looks = Looks(self.clock, self.retry)
         self.queues = Queues(self._dump, self.loop.read_s)
-        self.steering = self.selection = cast(Any, self)
+        self.backend = self.selection = cast(Any, self)
         self.visibility = SimpleNamespace(forget=lambda: None)
         self.log = SimpleNamespace(warning=self._not_called, info=self._not_called)
         self.group_notes: dict[str, str] = {}
         self.anchors: dict[int, object] = {}
-        self.backend = "ebpf"
+        self.name = "ebpf"
         self.shutdown = SimpleNamespace(has_begun=False)
         self.look_s = self.dump_s = 0.0
         self._last: dict[int, Bound] = {}
@@ -122,7 +122,7 @@ class Service:
     def result(self, _act: str, do: Callable[[], Any], _otherwise: Any) -> Any:
         return do()
 
-    # As steering.
+    # As the backend.
 
     tell_waiting = None
 

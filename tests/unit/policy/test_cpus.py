@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.policy.cpus import Topology, cpu_list, cpus_named, nearest, seats
+from steer.policy.cpus import Topology, cpu_list, cpu_of_each, cpus_named, nearest
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -51,13 +51,13 @@ def test_a_cpu_of_no_known_node_is_on_node_0() -> None:
     ],
 )
 def test_seats(workers: int, topology: Topology, expected: list[int]) -> None:
-    assert seats(workers, topology) == expected
+    assert cpu_of_each(workers, topology) == expected
 
 
 @quick
 @given(machines(), st.integers(1, 100))
 def test_seats_are_allowed_and_even(topology: Topology, workers: int) -> None:
-    taken = Counter(seats(workers, topology))
+    taken = Counter(cpu_of_each(workers, topology))
     assert taken.total() == workers
     assert set(taken) <= set(topology.allowed)
     assert spread(taken, set(topology.allowed)) <= 1
@@ -67,7 +67,7 @@ def test_seats_are_allowed_and_even(topology: Topology, workers: int) -> None:
 @given(machines(), st.integers(1, 100))
 def test_no_node_is_crowded_while_another_has_a_free_cpu(topology: Topology, workers: int) -> None:
     workers = min(workers, len(topology.allowed))
-    taken = seats(workers, topology)
+    taken = cpu_of_each(workers, topology)
     manned = Counter(topology.node(cpu) for cpu in taken)
     for free in set(topology.allowed) - set(taken):
         assert manned[topology.node(free)] >= max(manned.values()) - 1
@@ -76,7 +76,7 @@ def test_no_node_is_crowded_while_another_has_a_free_cpu(topology: Topology, wor
 @quick
 @given(machines(), st.integers(1, 100))
 def test_one_more_worker_moves_nobody(topology: Topology, workers: int) -> None:
-    assert seats(workers + 1, topology)[:workers] == seats(workers, topology)
+    assert cpu_of_each(workers + 1, topology)[:workers] == cpu_of_each(workers, topology)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Workers:
             spare=SimpleNamespace(lent=self._lent),
             failed=lambda act, error: self.failed.append(f"{act}: {error}"),
         )
-        self.steering = SimpleNamespace(forget_flows=None, open=lambda slot: slot in self.holds)
+        self.backend = SimpleNamespace(forget_flows=None, open=lambda slot: slot in self.holds)
         self.workers = [self._worker(slot) for slot in range(number)]
 
     def _worker(self, slot: int) -> Any:
@@ -74,14 +74,14 @@ class Workers:
         self.loop.take_s(LOOK_S)
         return set()
 
-    def flip_now_due(self) -> int:
+    def next_publication(self) -> int:
         return 1
 
-    def has_settled(self, _flip: int) -> bool:
+    def is_synchronized(self, _publication: int) -> bool:
         self.did["settle"] += 1
         return self.loop.now_s >= self.settled_s
 
-    def when_settled(self, _act: str, do: Callable[[], object], _flip: int) -> None:
+    def when_synchronized(self, _act: str, do: Callable[[], object], _publication: int) -> None:
         self.loop.call_later(max(0.0, self.settled_s - self.loop.now_s), do)
 
     def report(self, worker: Any, event: Event) -> None:
@@ -238,7 +238,7 @@ def test_what_fails_is_tried_again(make: Callable[[int], Workers]) -> None:
             for each in refusals:
                 raise each
 
-    workers.steering = Refusing(open=workers.steering.open)
+    workers.backend = Refusing(open=workers.backend.open)
     workers.retire()
     workers.loop.run_s(5.0)
     assert sorted(workers.reported) == [(slot, Event.DRAINED) for slot in range(3)]

@@ -24,7 +24,7 @@ from testkit.growth_fakes import (
     Cost,
     FakeGuard,
     FakeService,
-    OrderedSteering,
+    OrderedBackend,
     Script,
     cost_of,
     pid_of,
@@ -33,7 +33,7 @@ from testkit.growth_fakes import (
 )
 
 EACH = ("messages to the guard", "processes", "joined", "proc")
-ONCE = ("messages to the guard", "waits for the guard", "flips", "proc")
+ONCE = ("messages to the guard", "waits for the guard", "publications", "proc")
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +62,13 @@ def test_a_notification(tmp_path: Path) -> None:
 
 def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
-        pool, seat = service.pool, service.plan.seats[0]
+        pool, spec = service.pool, service.plan.specs[0]
         with service.counted():
-            pool.start_held([seat], pool.generation, True, lambda _: None)
+            pool.start_held([spec], pool.generation, True, lambda _: None)
             await rest()
 
     few, many = both(script, tmp_path)
-    assert not many["flips"]
+    assert not many["publications"]
     assert [many[kind] for kind in ONCE] == [few[kind] for kind in ONCE]
     assert many["steps"] < 1.5 * few["steps"]
 
@@ -84,7 +84,7 @@ def test_a_flip_for_all_that_get_ready_in_one_turn(tmp_path: Path) -> None:
             await rest()
 
     few, many = both(script, tmp_path)
-    assert few["flips"] == many["flips"] == 1
+    assert few["publications"] == many["publications"] == 1
     assert few["messages to the guard"] == many["messages to the guard"] == 1
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
 
@@ -108,13 +108,13 @@ def test_a_reload(tmp_path: Path) -> None:
         with service.counted():
             await service.changes.renew(service.plan, unheard)
             assert {worker.generation.number for worker in service.ready(MANY)} == {2}
-            assert service.cost["flips"] == 1
-            while len(service.pool.workers) > len(service.plan.seats):
+            assert service.cost["publications"] == 1
+            while len(service.pool.workers) > len(service.plan.specs):
                 await rest()
 
     few, many = both(script, tmp_path)
     assert [many[kind] / MANY for kind in EACH] <= [few[kind] / FEW for kind in EACH]
-    assert many["flips"] / MANY < few["flips"] / FEW
+    assert many["publications"] / MANY < few["publications"] / FEW
     assert not many["waits for the guard"]
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
     # They are ready at once, so most are started, and the guard is told of them, in full lots.
@@ -151,11 +151,11 @@ def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted(steps=False):
             await service.changes.renew(service.plan, unheard)
-            while len(service.pool.workers) > len(service.plan.seats):
+            while len(service.pool.workers) > len(service.plan.specs):
                 await rest()
 
     few, many = (
-        cost_of(script, tmp_path, workers, backend=OrderedSteering) for workers in (FEW, MANY)
+        cost_of(script, tmp_path, workers, backend=OrderedBackend) for workers in (FEW, MANY)
     )
     for kind in ("messages to the guard", "waits for the guard"):
         assert many[kind] / MANY <= few[kind] / FEW, kind
@@ -172,7 +172,7 @@ def test_a_start_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
         """What is counted from the first on is the start."""
 
     few, many = (
-        cost_of(script, tmp_path, workers, backend=OrderedSteering) for workers in (FEW, MANY)
+        cost_of(script, tmp_path, workers, backend=OrderedBackend) for workers in (FEW, MANY)
     )
     assert many["messages to the guard"] / MANY <= few["messages to the guard"] / FEW
     assert not many["waits for the guard"]
@@ -191,7 +191,7 @@ def test_a_stop_waits_once_for_the_guard_to_close_sockets(tmp_path: Path) -> Non
             await service.pool.shutdown.ended
 
     few, many = (
-        cost_of(script, tmp_path, workers, backend=OrderedSteering) for workers in (FEW, MANY)
+        cost_of(script, tmp_path, workers, backend=OrderedBackend) for workers in (FEW, MANY)
     )
     assert many["waits for the guard"] == few["waits for the guard"] == 1
     for kind in ("messages to the guard", "bytes to the guard"):
@@ -225,37 +225,37 @@ def test_those_that_end_together_leave_in_the_order_that_the_guard_knows(tmp_pat
             left.append(slot)
             was(slot)
 
-        was, service.steering.left = service.steering.left, leave  # type: ignore[method-assign]
-        there, order = service.ready(FEW), list(cast(OrderedSteering, service.steering).order)
+        was, service.backend.left = service.backend.left, leave  # type: ignore[method-assign]
+        there, order = service.ready(FEW), list(cast(OrderedBackend, service.backend).order)
         for worker in reversed(there):
             cast(Any, worker.process).exit(signal.SIGKILL)
         await rest()
         assert left == order
 
-    cost_of(script, tmp_path, FEW, backend=OrderedSteering)
+    cost_of(script, tmp_path, FEW, backend=OrderedBackend)
     assert len(left) == FEW
 
 
 def test_a_scale(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
-        half = plan_for(len(service.plan.seats) // 2)
+        half = plan_for(len(service.plan.specs) // 2)
         with service.counted():
             await service.changes.scale(half, unheard)
-            while len(service.pool.workers) > len(half.seats):
+            while len(service.pool.workers) > len(half.specs):
                 await rest()
 
     few, many = both(script, tmp_path)
-    assert many["flips"] / MANY < few["flips"] / FEW
+    assert many["publications"] / MANY < few["publications"] / FEW
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
 
 
 def test_a_policy_change(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
-            service.pool.choose_by(plan_for(len(service.plan.seats), "cpu"))
+            service.pool.choose_by(plan_for(len(service.plan.specs), "cpu"))
 
     few, many = both(script, tmp_path)
-    assert many["flips"] == few["flips"] == 1
+    assert many["publications"] == few["publications"] == 1
     assert many["messages to the guard"] == few["messages to the guard"]
     assert not many["looks at a worker"]
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
@@ -264,7 +264,7 @@ def test_a_policy_change(tmp_path: Path) -> None:
 def test_who_keeps_its_seat_is_not_saved_for_another_policy(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
-            service.pool.choose_by(plan_for(len(service.plan.seats), "hash"))
+            service.pool.choose_by(plan_for(len(service.plan.specs), "hash"))
 
     assert not cost_of(script, tmp_path, FEW)["saves of a worker"]
 
@@ -285,8 +285,8 @@ def test_workers_are_pinned_as_there_is_time_in_a_turn(
             return was(act, do)
 
         service.pool.retry.attempt = attempt  # type: ignore[method-assign]
-        service.pool.choose_by(plan_for(len(service.plan.seats), "cpu"))
-        while pinned < len(service.plan.seats):
+        service.pool.choose_by(plan_for(len(service.plan.specs), "cpu"))
+        while pinned < len(service.plan.specs):
             turns.append(pinned)
             await asyncio.sleep(0)
 

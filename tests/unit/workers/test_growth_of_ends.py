@@ -52,32 +52,32 @@ class CountingGuard:
         self.sent["give up"] += 1
 
     def let_go(self, *keys: str) -> None:
-        assert not keys, "the steering holds no sockets"
+        assert not keys, "the backend holds no sockets"
 
     @contextmanager
     def together(self) -> Iterator[None]:
         yield
 
 
-class CountingSteering(WithoutEbpf):
+class CountingBackend(WithoutEbpf):
     """Holds no sockets."""
 
-    backend = "fake"
+    name = "fake"
     needs_order = False
     anchors: Mapping[int, socket.socket] = {}
     own_sockets = ()
 
     def __init__(self) -> None:
         self.members: Sequence[Member] = ()
-        self.flips = 0
+        self.publications = 0
         self.gone = set[int]()
         self.membership: bool | None = None
 
     def steer(self, members: Sequence[Member]) -> None:
         self.members = members
-        self.flips += 1
+        self.publications += 1
 
-    def unsettled(self) -> None:
+    def grace_period(self) -> None:
         """No program runs."""
 
     def left(self, slot: int) -> None:
@@ -139,7 +139,7 @@ class Serving:
     """
 
     def __init__(self, workers: int) -> None:
-        self.guard, self.steering = CountingGuard(), CountingSteering()
+        self.guard, self.backend = CountingGuard(), CountingBackend()
         self.looks = self.dumps = self.starts = 0
         self.steps_told: list[int] = []
         generation = Generation(1, plan_for(workers))
@@ -147,7 +147,7 @@ class Serving:
         self.pool = WorkerPool(
             generation,
             2 * workers,
-            cast(Any, self.steering),
+            cast(Any, self.backend),
             cast(Any, self.guard),
             self._refuse,
             log,
@@ -155,8 +155,8 @@ class Serving:
             cast(Any, None),
         )
         self.processes = [ServingProcess(FIRST + slot, self.guard) for slot in range(workers)]
-        for seat, process in zip(generation.plan.seats, self.processes, strict=True):
-            worker = WorkerHandle(seat, seat.number, generation, State.READY, ready_s=0.0)
+        for spec, process in zip(generation.plan.specs, self.processes, strict=True):
+            worker = WorkerHandle(spec, spec.number, generation, State.READY, ready_s=0.0)
             worker.process = cast(Any, process)
             self.pool.workers.add(worker)
         self.pool.watch(loop, lambda _worker: None)
@@ -216,13 +216,13 @@ def test_one_that_dies_costs_the_same_among_many(play: Play, workers: int) -> No
     async def script(serving: Serving) -> None:
         serving.processes[3].first_ends()
         await serving.until_gone({3})
-        await serving.until(lambda: len(serving.steering.members) == workers - 1)
+        await serving.until(lambda: len(serving.backend.members) == workers - 1)
 
     serving = play(workers, script)
     assert (serving.looks, serving.dumps) == (1, 1)
-    assert 3 in serving.steering.gone
-    assert len(serving.steering.gone) <= 2, "and another that could not be started"
-    assert serving.steering.flips <= 2, "at the start, and without it"
+    assert 3 in serving.backend.gone
+    assert len(serving.backend.gone) <= 2, "and another that could not be started"
+    assert serving.backend.publications <= 2, "at the start, and without it"
     assert serving.guard.sent["drop"] == 1
     assert serving.guard.sent["put"] <= 4
 
@@ -233,13 +233,13 @@ def test_all_that_die_at_once_are_looked_at_together(play: Play, workers: int) -
         for process in serving.processes:
             process.first_ends()
         await serving.until_gone(range(workers))
-        await serving.until(lambda: not serving.steering.members)
+        await serving.until(lambda: not serving.backend.members)
 
     serving = play(workers, script)
     steps = -(-workers // ends.MOST)
     assert (serving.looks, serving.dumps) == (steps, steps)
-    assert serving.steering.gone >= set(range(workers))
-    assert serving.steering.flips <= steps + 1
+    assert serving.backend.gone >= set(range(workers))
+    assert serving.backend.publications <= steps + 1
 
 
 @sizes
@@ -247,7 +247,7 @@ def test_where_the_kernel_tells_that_sockets_are_closed_no_port_is_looked_at(
     play: Play, workers: int
 ) -> None:
     async def script(serving: Serving) -> None:
-        serving.steering.membership = False
+        serving.backend.membership = False
         for process in serving.processes:
             process.first_ends()
         await serving.until_gone(range(workers))
@@ -268,8 +268,8 @@ def test_a_stop_looks_at_each_once_and_saves_nothing(play: Play, workers: int) -
     serving = play(workers, script)
     assert (serving.looks, serving.dumps) == (-(-workers // ends.MOST), 0)
     steps = -(-workers // ends.MOST)
-    assert serving.guard.sent == {"give up": 1, "drop": steps + 1}, "those and the steering"
-    assert serving.steering.flips == 1, "at the start"
+    assert serving.guard.sent == {"give up": 1, "drop": steps + 1}, "those and the selection"
+    assert serving.backend.publications == 1, "at the start"
 
 
 def test_one_that_dies_before_it_is_told_to_end_is_not_started_again(

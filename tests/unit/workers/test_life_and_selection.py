@@ -25,7 +25,7 @@ from steer.workers import ends, handle, process, steps
 from steer.workers.handle import WorkerHandle
 from steer.workers.intake import Lot
 from steer.workers.lifecycle import Event, State
-from testkit.growth_fakes import FakeService, OrderedSteering, pid_of, plan_for, rest
+from testkit.growth_fakes import FakeService, OrderedBackend, pid_of, plan_for, rest
 
 WORKERS = 4
 NUMBERS = st.integers(0, 2 * WORKERS)
@@ -42,7 +42,7 @@ class WoundLoop(asyncio.SelectorEventLoop):
 
 
 class Workers(RuleBasedStateMachine):
-    backend = OrderedSteering
+    backend = OrderedBackend
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Workers(RuleBasedStateMachine):
     @invariant()
     def those_that_serve_are_chosen_and_nobody_else(self) -> None:
         serving = {worker.slot for worker in self.workers if worker.state is State.READY}
-        assert {member.slot for member in self.service.steering.members} == serving
+        assert {member.slot for member in self.service.backend.members} == serving
 
     @invariant()
     def each_has_a_slot_and_a_process_of_its_own(self) -> None:
@@ -175,7 +175,7 @@ class Workers(RuleBasedStateMachine):
 
     @invariant()
     def the_order_is_of_those_whose_sockets_are_there(self) -> None:
-        order = cast(OrderedSteering, self.service.steering).order
+        order = cast(OrderedBackend, self.service.backend).order
         assert set(order) >= {worker.slot for worker in self.workers if worker.state is State.READY}
         assert set(order) <= {worker.slot for worker in self.workers if worker.process}
 

@@ -41,8 +41,8 @@ class RefusingBackup(FakeBackup):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-class FakeSteering:
-    backend = "fake"
+class FakeBackend:
+    name = "fake"
     needs_order = False
     forget_flows: Callable[[int], None] | None = None
 
@@ -55,7 +55,7 @@ class FakeSteering:
     def attach_again(self, lend: object) -> None:
         pass
 
-    def unsettled(self) -> tuple[object, int] | None:
+    def grace_period(self) -> tuple[object, int] | None:
         return None
 
     def saved(self) -> tuple[object, Sequence[int]]:
@@ -109,7 +109,7 @@ def waited_for() -> Iterator[socket.socket]:
 async def until_emptied(backup: FakeBackup, times: int, turns: int = 0) -> None:
     """So often, and so many turns of the loop more."""
     selection = Selection(
-        cast(Any, FakeSteering(backup)),
+        cast(Any, FakeBackend(backup)),
         [cast(Any, FakeHandle())],
         4,
         cast(Any, FakeGuard()),
@@ -118,7 +118,7 @@ async def until_emptied(backup: FakeBackup, times: int, turns: int = 0) -> None:
     )
     loop = asyncio.get_running_loop()
     selection.watch(loop)
-    selection.flip()
+    selection.publish()
     async with asyncio.timeout(60):
         while backup.emptied < times:
             await asyncio.sleep(0.001)
@@ -147,7 +147,7 @@ def test_when_it_cannot_be_moved_that_is_not_tried_at_every_turn(waited_for: soc
     assert backup.emptied < TURNS / 10
 
 
-class JoinableSteering(FakeSteering):
+class JoinableBackend(FakeBackend):
     """Of a kind that does, or does not, have to know in which order sockets are."""
 
     own_sockets: Sequence[object] = ()
@@ -176,8 +176,8 @@ def kept_after(needs_order: bool, *, has_loop: bool = True) -> list[int]:
     guard, told = FakeGuard(), list[int]()
 
     async def run() -> None:
-        steering, retry = JoinableSteering(needs_order), FakeRetry()
-        args = (steering, [], 4, guard, Log("error", "text"), retry)
+        backend, retry = JoinableBackend(needs_order), FakeRetry()
+        args = (backend, [], 4, guard, Log("error", "text"), retry)
         selection = Selection(*cast(Any, args))
         loop = asyncio.get_running_loop()
         if has_loop:
@@ -202,13 +202,13 @@ def test_who_adopts_knows_the_order_of_sockets_at_any_moment() -> None:
     assert kept_after(needs_order=True, has_loop=False) == [1, 2, 3, 4, 5]
 
 
-def kept_together(steering: JoinableSteering, *, has_loop: bool = True) -> list[int]:
+def kept_together(backend: JoinableBackend, *, has_loop: bool = True) -> list[int]:
     """How often the guard was told: after the first, after each of two that joined together, and
     when both had; and in the next turn of the loop."""
     guard, told = FakeGuard(), list[int]()
 
     async def run() -> None:
-        args = (steering, [], 4, guard, Log("error", "text"), FakeRetry())
+        args = (backend, [], 4, guard, Log("error", "text"), FakeRetry())
         selection = Selection(*cast(Any, args))
         if has_loop:
             selection.watch(asyncio.get_running_loop())
@@ -228,36 +228,36 @@ def kept_together(steering: JoinableSteering, *, has_loop: bool = True) -> list[
 
 @pytest.mark.parametrize("has_loop", [True, False])
 def test_the_order_of_those_who_join_together_is_told_once(has_loop: bool) -> None:
-    steering = JoinableSteering(needs_order=True)
-    assert kept_together(steering, has_loop=has_loop) == [1, 1, 1, 2, 2]
+    backend = JoinableBackend(needs_order=True)
+    assert kept_together(backend, has_loop=has_loop) == [1, 1, 1, 2, 2]
 
 
 def test_the_order_is_told_at_once_where_sockets_of_ours_move_too() -> None:
-    steering = JoinableSteering(needs_order=True)
-    steering.own_sockets = [object()]
-    assert kept_together(steering) == [1, 2, 3, 3, 3]
+    backend = JoinableBackend(needs_order=True)
+    backend.own_sockets = [object()]
+    assert kept_together(backend) == [1, 2, 3, 3, 3]
 
 
 def test_the_order_is_told_at_once_where_groups_have_different_ones() -> None:
-    steering = JoinableSteering(needs_order=True)
-    steering.order = None
-    assert kept_together(steering) == [1, 2, 3, 3, 3]
+    backend = JoinableBackend(needs_order=True)
+    backend.order = None
+    assert kept_together(backend) == [1, 2, 3, 3, 3]
 
 
 def test_who_needs_no_order_is_not_kept_sooner_together() -> None:
-    assert kept_together(JoinableSteering(needs_order=False)) == [1, 1, 1, 1, 2]
+    assert kept_together(JoinableBackend(needs_order=False)) == [1, 1, 1, 1, 2]
 
 
 def test_order_is_told_at_once_also_right_after_another_backend_has_taken_over() -> None:
-    guard, steering = FakeGuard(), JoinableSteering(needs_order=False)
+    guard, backend = FakeGuard(), JoinableBackend(needs_order=False)
 
     async def run() -> None:
-        args = (steering, [], 4, guard, Log("error", "text"), FakeRetry())
+        args = (backend, [], 4, guard, Log("error", "text"), FakeRetry())
         selection = Selection(*cast(Any, args))
         selection.watch(asyncio.get_running_loop())
         for slot in range(2):
             selection.joined(slot, ())
-        steering.needs_order = True
+        backend.needs_order = True
         selection.joined(2, ())
         assert len(guard.puts) == 2
 
@@ -270,65 +270,65 @@ def test_all_else_is_told_once_in_a_turn_of_the_loop() -> None:
     assert kept_after(needs_order=False, has_loop=False) == [1, 1, 1, 1, 2]
 
 
-class UnsettledSteering(JoinableSteering):
-    """Whose next flip has to wait for programs, unless those were waited for.
+class WaitingBackend(JoinableBackend):
+    """Whose next publication has to wait for programs, unless those were waited for.
 
     Attributes:
-        flips: at each, whether it had to wait itself.
+        publications: at each, whether it had to wait itself.
     """
 
     def __init__(self) -> None:
         super().__init__(needs_order=False)
-        self.flips: list[bool] = []
-        self._is_settled = False
+        self.publications: list[bool] = []
+        self._is_synchronized = False
 
-    def unsettled(self) -> tuple[object, int] | None:
-        return None if self._is_settled else (self, len(self.flips))
+    def grace_period(self) -> tuple[object, int] | None:
+        return None if self._is_synchronized else (self, len(self.publications))
 
-    def settled(self, flip: tuple[object, int]) -> None:
-        self._is_settled = flip == (self, len(self.flips))
+    def grace_period_ended(self, publication: tuple[object, int]) -> None:
+        self._is_synchronized = publication == (self, len(self.publications))
 
     def steer(self, members: Sequence[Member]) -> None:
-        self.flips.append(not self._is_settled)
-        self._is_settled = False
+        self.publications.append(not self._is_synchronized)
+        self._is_synchronized = False
 
 
-def flips_of(
-    script: Callable[[Selection, UnsettledSteering], Coroutine[Any, Any, None]],
-    steering: UnsettledSteering | None = None,
+def publications_of(
+    script: Callable[[Selection, WaitingBackend], Coroutine[Any, Any, None]],
+    backend: WaitingBackend | None = None,
 ) -> Any:
-    steering = steering or UnsettledSteering()
+    backend = backend or WaitingBackend()
 
     async def run() -> None:
-        args = (steering, [], 4, FakeGuard(), Log("error", "text"), FakeRetry())
+        args = (backend, [], 4, FakeGuard(), Log("error", "text"), FakeRetry())
         selection = Selection(*cast(Any, args))
         selection.watch(asyncio.get_running_loop())
         async with asyncio.timeout(60):
-            await script(selection, steering)
+            await script(selection, backend)
 
     asyncio.run(run())
-    return steering.flips
+    return backend.publications
 
 
 def test_loop_goes_on_while_a_flip_waits_for_programs() -> None:
-    async def script(selection: Selection, steering: UnsettledSteering) -> None:
-        selection.flip_soon()
-        while not steering.flips:
+    async def script(selection: Selection, backend: WaitingBackend) -> None:
+        selection.publish_soon()
+        while not backend.publications:
             await asyncio.sleep(0)
-            selection.flip_soon()  # part of the same
+            selection.publish_soon()  # part of the same
 
-    assert flips_of(script) == [False]
+    assert publications_of(script) == [False]
 
 
 def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
-    async def script(selection: Selection, _: UnsettledSteering) -> None:
-        selection.flip_soon()
+    async def script(selection: Selection, _: WaitingBackend) -> None:
+        selection.publish_soon()
         await asyncio.sleep(0)
-        selection.settle()
+        selection.publish_if_due()
         assert selection._publisher._waiting is not None
         await selection._publisher._waiting
 
-    assert flips_of(script) == [True]
+    assert publications_of(script) == [True]
 
 
 def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,85 +337,87 @@ def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
 
-    async def script(selection: Selection, steering: UnsettledSteering) -> None:
-        selection.flip_soon()
-        while not steering.flips:
+    async def script(selection: Selection, backend: WaitingBackend) -> None:
+        selection.publish_soon()
+        while not backend.publications:
             await asyncio.sleep(0)
 
-    assert flips_of(script) == [False]
+    assert publications_of(script) == [False]
 
 
 def test_programs_are_waited_for_after_a_flip_so_that_the_next_need_not_wait() -> None:
-    async def script(selection: Selection, steering: UnsettledSteering) -> None:
+    async def script(selection: Selection, backend: WaitingBackend) -> None:
         for _ in range(2):
-            selection.flip_soon()
-            await selection.settled()
-        selection.flip()
+            selection.publish_soon()
+            await selection.synchronized()
+        selection.publish()
 
-    assert flips_of(script) == [False, False, False]
+    assert publications_of(script) == [False, False, False]
 
 
 def test_what_is_not_to_come_back_waits_for_the_flip_and_for_programs() -> None:
     seen: list[tuple[int, bool]] = []
 
-    async def script(selection: Selection, steering: UnsettledSteering) -> None:
+    async def script(selection: Selection, backend: WaitingBackend) -> None:
         def look() -> None:
-            seen.append((len(steering.flips), steering.unsettled() is None))
+            seen.append((len(backend.publications), backend.grace_period() is None))
 
-        await selection.settled()
-        selection.flip_soon()
-        selection.when_settled("look", look)
+        await selection.synchronized()
+        selection.publish_soon()
+        selection.when_synchronized("look", look)
         assert not seen
-        await selection.settled()
-        selection.when_settled("look", look)
+        await selection.synchronized()
+        selection.when_synchronized("look", look)
 
-    flips_of(script)
+    publications_of(script)
     assert seen == [(1, True), (1, True)]
 
 
 def test_flows_are_let_go_when_nobody_is_sent_there_any_more() -> None:
     let_go: list[int] = []
 
-    class LettingGo(UnsettledSteering):
+    class LettingGo(WaitingBackend):
         def forget_flows(self, slot: int) -> None:
-            let_go.append(len(self.flips))
+            let_go.append(len(self.publications))
 
-    async def script(selection: Selection, _: UnsettledSteering) -> None:
+    async def script(selection: Selection, _: WaitingBackend) -> None:
         selection.let_go(1)
         assert not let_go
-        await selection.settled()
-        selection.flip()
+        await selection.synchronized()
+        selection.publish()
 
-    flips_of(script, LettingGo())
+    publications_of(script, LettingGo())
     assert let_go == [1]
 
 
 def test_nobody_waits_for_a_service_that_ends() -> None:
-    async def script(selection: Selection, steering: UnsettledSteering) -> None:
-        selection.flip_soon()
-        waiting = [asyncio.ensure_future(each()) for each in (selection.flipped, selection.settled)]
+    async def script(selection: Selection, backend: WaitingBackend) -> None:
+        selection.publish_soon()
+        waiting = [
+            asyncio.ensure_future(each()) for each in (selection.published, selection.synchronized)
+        ]
         await asyncio.sleep(0)
         selection.release()
         await asyncio.gather(*waiting)
 
-    flips_of(script)
+    publications_of(script)
 
 
 def test_a_flip_that_fails_is_not_waited_for_again_and_again() -> None:
-    class FailingSteering(UnsettledSteering):
+    class FailingBackend(WaitingBackend):
         def steer(self, members: Sequence[Member]) -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    async def script(selection: Selection, _: UnsettledSteering) -> None:
-        selection.flip_soon()
-        await selection.flipped()
+    async def script(selection: Selection, _: WaitingBackend) -> None:
+        selection.publish_soon()
+        await selection.published()
         with pytest.raises(OSError, match="memory"):
-            selection.settle()
+            selection.publish_if_due()
 
-    flips_of(script, FailingSteering())
+    publications_of(script, FailingBackend())
 
 
-class RememberingSteering(JoinableSteering):
+class RememberingBackend(JoinableBackend):
     def __init__(self, remembers: bool) -> None:
         super().__init__(needs_order=False)
         self.forgotten: list[int] = []
@@ -432,17 +434,17 @@ class RememberingSteering(JoinableSteering):
 def test_who_has_ended_is_out_at_once_where_flows_are_remembered(
     remembers: bool, chosen: list[list[int]]
 ) -> None:
-    """And in any flip until its slot is given up, whoever else that is for."""
+    """And in any publication until its slot is given up, whoever else that is for."""
 
     async def run() -> None:
-        steering, workers = RememberingSteering(remembers), [FakeHandle(slot) for slot in range(3)]
-        args = (steering, workers, 4, FakeGuard(), Log("error", "text"), FakeRetry())
+        backend, workers = RememberingBackend(remembers), [FakeHandle(slot) for slot in range(3)]
+        args = (backend, workers, 4, FakeGuard(), Log("error", "text"), FakeRetry())
         selection = Selection(*cast(Any, args))
         selection.watch(asyncio.get_running_loop())
         selection.end([1])
-        selection.flip()
+        selection.publish()
         selection.give_up(1)
-        selection.flip()
-        assert steering.chosen == chosen
+        selection.publish()
+        assert backend.chosen == chosen
 
     asyncio.run(run())

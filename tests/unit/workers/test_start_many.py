@@ -36,10 +36,10 @@ _CPUS = tuple(sorted(os.sched_getaffinity(0)))
 _TIMEOUT_S = 60.0
 
 
-class FakeSteering:
+class FakeBackend:
     """Counts what it is asked for."""
 
-    backend = "ebpf"
+    name = "ebpf"
     backup = None
     forget_flows = None
     needs_order = False
@@ -59,11 +59,11 @@ class FakeSteering:
         self.asked["saved"] += 1
         return None, ()
 
-    def unsettled(self) -> None:
+    def grace_period(self) -> None:
         """No program runs."""
 
     def steer(self, _members: Sequence[object]) -> None:
-        self.asked["flips"] += 1
+        self.asked["publications"] += 1
 
     def held(self, _slot: int) -> Sequence[int]:
         return ()
@@ -152,7 +152,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def fleet_of(
-    number: int, steering: FakeSteering, on: tuple[int, ...] = _CPUS, **keys: Any
+    number: int, backend: FakeBackend, on: tuple[int, ...] = _CPUS, **keys: Any
 ) -> WorkerPool:
     cpus = Topology(on, on, dict.fromkeys(on, 0))
     decided = plan(Service(workers=number, **keys), cpus, {}, find.find("hash"))
@@ -164,7 +164,7 @@ def fleet_of(
     return WorkerPool(
         Generation(1, decided),
         2 * number,
-        cast(Any, steering),
+        cast(Any, backend),
         cast(Any, FakeGuard()),
         launch,
         log,
@@ -191,13 +191,13 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
     """However many there are, so that who is ready is heard, and serves, after so many forks."""
 
     async def run() -> None:
-        pool = fleet_of(number, steering := FakeSteering())
+        pool = fleet_of(number, backend := FakeBackend())
         pool.start(lambda: None)
         assert forked == [0] * MOST_TOGETHER
         await watched(pool)
-        assert len(forked) == len(steering.there) == number
+        assert len(forked) == len(backend.there) == number
         assert max(Counter(forked).values()) <= 2 * MOST_TOGETHER  # the first turn has two
-        assert steering.asked["saved"] <= number / MOST_TOGETHER + 1
+        assert backend.asked["saved"] <= number / MOST_TOGETHER + 1
 
     asyncio.run(run())
 
@@ -206,7 +206,7 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
 def test_first_are_as_many_as_there_are_cpus_within_bounds(
     monkeypatch: pytest.MonkeyPatch, forked: list[int], cpus: int, first: int
 ) -> None:
-    pool = fleet_of(300, FakeSteering())
+    pool = fleet_of(300, FakeBackend())
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cpus)))
     pool.start(lambda: None)
     assert len(forked) == first
@@ -214,13 +214,13 @@ def test_first_are_as_many_as_there_are_cpus_within_bounds(
 
 def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[int]) -> None:
     async def run() -> None:
-        pool = fleet_of(100, FakeSteering())
+        pool = fleet_of(100, FakeBackend())
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         pool.report(next(iter(pool.workers)), Event.READY)
         await pool.startup.up
-        pool.selection.settle()
-        assert pool.steering.asked["flips"] == 1  # type: ignore[attr-defined]
+        pool.selection.publish_if_due()
+        assert pool.backend.asked["publications"] == 1  # type: ignore[attr-defined]
         assert len(forked) == MOST_TOGETHER
         # those that wait for their turn have not failed, and are not asked to hurry
         waiting = list(pool.workers)[MOST_TOGETHER:]
@@ -235,7 +235,7 @@ def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
     forked: list[int],
 ) -> None:
     async def steps(number: int) -> int:
-        pool, before = fleet_of(number, FakeSteering(), (0,), command=("sleep", "9")), len(forked)
+        pool, before = fleet_of(number, FakeBackend(), (0,), command=("sleep", "9")), len(forked)
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         first, second, *_ = pool.workers
@@ -254,7 +254,7 @@ def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
 
 def test_stop_before_all_are_started_starts_no_more(forked: list[int]) -> None:
     async def run() -> None:
-        pool = fleet_of(100, FakeSteering())
+        pool = fleet_of(100, FakeBackend())
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         pool.fill()
@@ -275,7 +275,7 @@ def test_service_of_which_not_all_can_be_started_ends(
     monkeypatch.setattr(FakeProcess, "fails_at", 50)
 
     async def run() -> None:
-        pool = fleet_of(100, steering := FakeSteering())
+        pool = fleet_of(100, backend := FakeBackend())
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         if serves:
@@ -284,7 +284,7 @@ def test_service_of_which_not_all_can_be_started_ends(
         with pytest.raises(SteerError, match="no more processes"):
             async with asyncio.timeout(_TIMEOUT_S):
                 await (pool.startup.refused if serves else pool.startup.up)
-        assert len(steering.there) == sum(worker.process is not None for worker in pool.workers)
+        assert len(backend.there) == sum(worker.process is not None for worker in pool.workers)
         states = {worker.state for worker in pool.workers if not worker.process}
         assert states == {State.BACKOFF}  # so that to stop is to forget them
 
@@ -298,7 +298,7 @@ def test_seats_that_an_adopter_cannot_fill_are_tried_again(
     monkeypatch.setattr(FakeProcess, "fails_at", 12)
 
     async def run() -> None:
-        pool = fleet_of(20, FakeSteering())
+        pool = fleet_of(20, FakeBackend())
         await watched(pool)
         assert not pool.startup.refused.done()
         failed = [worker for worker in pool.workers if not worker.process]
@@ -318,7 +318,7 @@ def test_lot_that_took_long_is_followed_by_a_smaller_one(
     monkeypatch.setattr(Lot, "took", took)
 
     async def run() -> None:
-        pool = fleet_of(40, FakeSteering())
+        pool = fleet_of(40, FakeBackend())
         pool.start(lambda: None)
         await watched(pool)
 
@@ -343,14 +343,14 @@ async def crash_of_all(pool: WorkerPool) -> None:
 
 def test_all_that_ended_at_once_are_started_in_lots(forked: list[int]) -> None:
     async def run() -> None:
-        pool = fleet_of(100, steering := FakeSteering())
+        pool = fleet_of(100, backend := FakeBackend())
         pool.start(lambda: None)
         await watched(pool)
-        saved = steering.asked["saved"]
+        saved = backend.asked["saved"]
         await crash_of_all(pool)
         assert sorted(Counter(forked).values(), reverse=True) == [MOST_TOGETHER] * 12 + [4]
         assert len({worker.slot for worker in pool.workers}) == 100
-        assert steering.asked["saved"] - saved <= 13 + 1
+        assert backend.asked["saved"] - saved <= 13 + 1
 
     asyncio.run(run())
 
@@ -359,7 +359,7 @@ def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
     monkeypatch: pytest.MonkeyPatch, forked: list[int]
 ) -> None:
     async def run() -> None:
-        pool = fleet_of(20, FakeSteering())
+        pool = fleet_of(20, FakeBackend())
         pool.start(lambda: None)
         await watched(pool)
 
@@ -378,7 +378,7 @@ def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
 
 def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[int]) -> None:
     async def run() -> None:
-        pool = fleet_of(4, FakeSteering())
+        pool = fleet_of(4, FakeBackend())
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         first = next(iter(pool.workers))
