@@ -16,7 +16,7 @@ from steer.config import service as configuration
 from steer.config.plan import plan
 from steer.controller import run as running
 from steer.errors import ConfigError, ControlError
-from steer.linux import topology
+from steer.linux import family, fork, processes, title, topology
 from steer.linux.log import Log
 from steer.loader import find, probe
 
@@ -97,9 +97,9 @@ class Service:
 
     Workers are forked from this process: start threads only in workers, or afterwards. While it
     runs, this process handles SIGTERM, SIGINT, SIGHUP and the others that docs/RELOAD.md names.
-    Afterwards their handlers, the garbage collector's settings and the limit on open files are what
-    they were; the title that ps(1) shows stays. On SIGUSR2 the whole program is started again, and
-    adopts its workers.
+    Afterwards steer restores the signal handlers, the garbage collector's settings, the limit on
+    open files, the name and title that ps(1) shows, and whether the process is a child subreaper.
+    On SIGUSR2 the whole program is started again, and adopts its workers.
     """
 
     def __init__(self, config: Config) -> None:
@@ -160,9 +160,11 @@ def _name_of(function: Callable[..., object]) -> str:
 
 @contextmanager
 def _process_kept() -> Iterator[None]:
-    """This process goes on: what the controller sets for all of it is restored afterwards."""
+    """Restore what the controller changes of this process, which goes on after the service."""
     is_collecting, thresholds = gc.isenabled(), gc.get_threshold()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    title_shown, name = title.saved(), processes.command(os.getpid())
+    is_subreaper = family.is_subreaper()
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
@@ -176,3 +178,7 @@ def _process_kept() -> Iterator[None]:
         gc.unfreeze()
         gc.set_threshold(*thresholds)
         (gc.enable if is_collecting else gc.disable)()
+        family.set_subreaper(is_subreaper)
+        title.restore(title_shown)
+        if name is not None:
+            fork.rename(name)

@@ -26,12 +26,21 @@ _inherited: dict[int, int] = {}
 
 def become_subreaper() -> None:
     """From now on orphans below this process become its children. Kept over execve(2)."""
-    prctl = ctypes.CDLL(None).prctl
-    before = ctypes.c_int()
-    prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
-    if not before.value:  # else it was steer that was executed here before, and they are its own
+    if not is_subreaper():  # else it was steer that was executed here before: they are its own
         _inherited.update(_starts(orphans()))
-    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    set_subreaper(True)
+
+
+def is_subreaper() -> bool:
+    """Whether this process is a child subreaper."""
+    value = ctypes.c_int()
+    ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(value), 0, 0, 0)
+    return bool(value.value)
+
+
+def set_subreaper(is_one: bool) -> None:
+    """Make this process a child subreaper, or an ordinary process again."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(is_one), 0, 0, 0)
 
 
 def orphans() -> list[int]:

@@ -32,6 +32,23 @@ def show(title: str, stat: str = "/proc/self/stat") -> None:
         ctypes.memmove(start, title.encode()[: room - 1].ljust(room, b"\0"), room)
 
 
+def saved() -> bytes:
+    """What ps(1) shows of this process now, for `restore`; empty where the kernel does not say."""
+    import ctypes
+
+    start, end = _arguments("/proc/self/stat")
+    return ctypes.string_at(start, end - start) if 0 < start < end else b""
+
+
+def restore(arguments: bytes) -> None:
+    """Show again what `saved` returned in this process."""
+    import ctypes
+
+    start, end = _arguments("/proc/self/stat")
+    if arguments and len(arguments) == end - start:
+        ctypes.memmove(start, arguments, len(arguments))
+
+
 @cache
 def _arguments(stat: str) -> tuple[int, int]:
     """Where they begin and end. A child that is forked has them where its parent does."""

@@ -51,14 +51,19 @@ def answered() -> dict[str, Any]:
 def test_an_app_is_run_until_it_is_told_to_end(netns: Netns, home: Path) -> None:
     (home / "shop.py").write_text(SERVE)
     text = """
-        import gc, os, resource, signal, steer
+        import ctypes, gc, os, resource, signal, steer
         FILES = resource.RLIMIT_NOFILE
+        def process():
+            subreaper = ctypes.c_int()
+            ctypes.CDLL(None).prctl(37, ctypes.byref(subreaper), 0, 0, 0)
+            shown = [open(f"/proc/self/{name}", "rb").read() for name in ("cmdline", "comm")]
+            return subreaper.value, shown
         def state():
             handler = signal.getsignal(signal.SIGTERM)
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             collector = gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
             open_files = len(os.listdir("/proc/self/fd"))
-            return handler, mask, collector, resource.getrlimit(FILES), open_files
+            return handler, mask, collector, resource.getrlimit(FILES), open_files, process()
         resource.setrlimit(FILES, (64, resource.getrlimit(FILES)[1]))
         before = state()
         steer.run("shop:serve", bind="127.0.0.1:8000", workers=2, policy="round-robin")
