@@ -140,13 +140,13 @@ class Crew:
             for index, sock in enumerate(self.sockets[slot]):
                 sock.setblocking(False)
                 self._ready.register(sock, selectors.EVENT_READ, (slot, index))
-            self.backend.joined(slot, [os.dup(sock.fileno()) for sock in self.sockets[slot]])
+            self.backend.add_member(slot, [os.dup(sock.fileno()) for sock in self.sockets[slot]])
 
     def leave(self, *slots: int) -> None:
         """The worker ends, and then the controller is told."""
         for slot in slots:
             self.close_sockets(slot)
-            self.backend.left(slot)
+            self.backend.remove_member(slot)
 
     def close_sockets(self, slot: int) -> None:
         for sock in self.sockets.pop(slot):

@@ -142,13 +142,13 @@ class FakeBackend:
         self._cost = cost
         self.members: Sequence[Member] = ()
 
-    def joined(self, _slot: int, _fds: Sequence[int]) -> None:
+    def add_member(self, _slot: int, _fds: Sequence[int]) -> None:
         self._cost["joined"] += 1
 
-    def left(self, _slot: int) -> None:
+    def remove_member(self, _slot: int) -> None:
         self._cost["left"] += 1
 
-    def retire(self, _slot: int) -> Counts:
+    def take_counts(self, _slot: int) -> Counts:
         self._cost["looks at counts"] += 1
         return Counts()
 
@@ -171,7 +171,7 @@ class FakeBackend:
     def grace_period(self) -> None:
         """The next flip waits for nothing."""
 
-    def saved(self) -> tuple[object, Sequence[int]]:
+    def stored(self) -> tuple[object, Sequence[int]]:
         return None, ()
 
     def held(self, _slot: int) -> Sequence[int]:
@@ -183,7 +183,7 @@ class FakeBackend:
     def release(self) -> None:
         pass
 
-    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+    def migrate_queue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
         pass
 
 
@@ -192,25 +192,25 @@ class OrderedBackend(FakeBackend):
 
     name = "cbpf"
     needs_order = True
-    own_sockets = ()
+    controller_sockets = ()
 
     def __init__(self, plan: Plan, cost: Cost) -> None:
         super().__init__(plan, cost)
         self._order = Order()
 
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
-        super().joined(slot, fds)
+    def add_member(self, slot: int, fds: Sequence[int]) -> None:
+        super().add_member(slot, fds)
         self._order.joined(slot)
 
-    def left(self, slot: int) -> None:
-        super().left(slot)
+    def remove_member(self, slot: int) -> None:
+        super().remove_member(slot)
         self._order.left(slot)
 
     @property
     def order(self) -> Sequence[int]:
         return list(self._order.indexes())
 
-    def saved(self) -> tuple[object, Sequence[int]]:
+    def stored(self) -> tuple[object, Sequence[int]]:
         return self.order, ()
 
     def held(self, slot: int) -> Sequence[int]:

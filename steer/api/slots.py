@@ -105,11 +105,11 @@ class Slots:
     def join(self, slot: int, sock: socket.socket, weight: int, cpu: int | None) -> None:
         """Raises ConfigError: no such weight can be; KernelError."""
         self._weigh(slot, weight)
-        self.backend.retire(slot)
+        self.backend.take_counts(slot)
         try:
-            self.backend.joined(slot, [reuseport.duplicate(sock.fileno()).detach()])
+            self.backend.add_member(slot, [reuseport.duplicate(sock.fileno()).detach()])
         except BaseException:
-            self.backend.left(slot)
+            self.backend.remove_member(slot)
             raise
         self._cpus[slot] = cpu
         self.was_joined = True
@@ -128,7 +128,7 @@ class Slots:
         if slot in self.active:
             self.choose(self.active - {slot})
         del self._cpus[slot]
-        self.backend.left(slot)
+        self.backend.remove_member(slot)
 
     def choose(self, slots: frozenset[int]) -> None:
         """These, and nobody else. Raises KernelError."""
@@ -157,7 +157,7 @@ class Slots:
             cause = "it is active, or no other slot is"
             raise GroupError(act, cause, "activate another and drain this one first")
         self._synchronize()
-        self.backend.rescue(slot, {0: sock})
+        self.backend.migrate_queue(slot, {0: sock})
         return listeners.waiting(sock).queued
 
     def _synchronize(self) -> None:

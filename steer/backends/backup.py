@@ -60,7 +60,7 @@ class BackupListeners:
         self._pairs = [Pair(self._count, partial(self._put, at)) for at in range(len(plan.binds))]
 
     def _count(self, place: int, fd: int) -> None:
-        self._counting.listens(self.slots[place], fd, self._stamps[place])
+        self._counting.add_listener(self.slots[place], fd, self._stamps[place])
 
     def _put(self, bind: int, place: int, fd: int) -> None:
         self._join(bind, self.slots[place], fd)

@@ -41,7 +41,7 @@ class Counts(msgspec.Struct, frozen=True):
         )
 
 
-class Own(msgspec.Struct, frozen=True):
+class PolicyValues(msgspec.Struct, frozen=True):
     """What a policy declares for itself, as it is now.
 
     Args:
@@ -64,14 +64,14 @@ class Members(Protocol):
         """The slots in the order in which the kernel has their sockets, in every group; None
         where that is not known."""
 
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
+    def add_member(self, slot: int, fds: Sequence[int]) -> None:
         """Take in the sockets of a new worker, one for each bind; the fds become ours."""
 
-    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+    def take_over(self, slot: int, fds: Sequence[int]) -> None:
         """Take in the sockets of a worker that another backend had; it may be serving. Call it
         for one after the other as they stand in `order`, if that is needed; then `steer`."""
 
-    def left(self, slot: int) -> None:
+    def remove_member(self, slot: int) -> None:
         """The worker in `slot` has ended, or lost its sockets."""
 
     def held(self, slot: int) -> Sequence[int]:
@@ -81,17 +81,17 @@ class Members(Protocol):
         """Whether the slot's socket is in its group as it was when it joined; None where that
         cannot be told. May take as long as to attach a program."""
 
-    def lost(self, slot: int, bind: int) -> None:
+    def record_departure(self, slot: int, bind: int) -> None:
         """The slot's socket was seen to be in its group no more."""
 
-    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+    def rejoin(self, slot: int, bind: int, sock: socket.socket) -> None:
         """It was out of its group for a moment, and is a member again. Raises KernelError."""
 
-    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+    def migrate_queue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
         """Move what waits at these sockets of `slot`, by bind, to others; it must be no member."""
 
 
-class Choice(Protocol):
+class Selector(Protocol):
     """Which workers are selected, and by which policy."""
 
     @property
@@ -113,7 +113,7 @@ class Choice(Protocol):
             KernelError: nothing has changed.
         """
 
-    def attach_again(self, lend: Lend) -> None:
+    def reattach(self, lend: Lend) -> None:
         """Attach what is attached already, as a member may have attached something else to its
         group.
 
@@ -149,7 +149,7 @@ class Counters(Protocol):
     def counts(self, slot: int, bind: int | None = None) -> Counts | None:
         """What was selected so far, for one bind or for all."""
 
-    def retire(self, slot: int) -> Counts | None:
+    def take_counts(self, slot: int) -> Counts | None:
         """The same, and begin again at nothing: the slot is somebody else's from now on."""
 
     def unsteered(self) -> int | None:
@@ -166,14 +166,14 @@ class Counters(Protocol):
         """Another whenever anything came to a worker or was finished, by whichever way; None as
         of `busy`. Costs next to nothing."""
 
-    def own(self) -> Own:
+    def policy_values(self) -> PolicyValues:
         """What the policy counts for itself, and its parameters."""
 
     def memory_bytes(self) -> int:
         """What its maps take of the kernel's memory."""
 
 
-class OwnSockets(Protocol):
+class ControllerSockets(Protocol):
     """Sockets of the controller's own in the groups of workers."""
 
     @property
@@ -185,7 +185,7 @@ class OwnSockets(Protocol):
         """By bind, a socket of our own that workers join the group through."""
 
     @property
-    def own_sockets(self) -> Sequence[socket.socket]:
+    def controller_sockets(self) -> Sequence[socket.socket]:
         """All of them."""
 
     def open_anchors(self) -> None:
@@ -195,10 +195,10 @@ class OwnSockets(Protocol):
         """Have them be as another configuration needs them."""
 
 
-class Stored(Protocol):
+class Persistent(Protocol):
     """What outlives the controller, and how a backend ends."""
 
-    def saved(self) -> tuple[object, Sequence[int]]:
+    def stored(self) -> tuple[object, Sequence[int]]:
         """What `restore` makes the same of again: a value for JSON, and descriptors."""
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
@@ -227,7 +227,7 @@ class Stored(Protocol):
         """Let go of everything."""
 
 
-class Backend(Members, Choice, Counters, OwnSockets, Stored, Protocol):
+class Backend(Members, Selector, Counters, ControllerSockets, Persistent, Protocol):
     """The groups of one service, on one backend."""
 
     name: str

@@ -79,7 +79,7 @@ class Cbpf(WithoutEbpf):
         return self._anchors
 
     @property
-    def own_sockets(self) -> Sequence[socket.socket]:
+    def controller_sockets(self) -> Sequence[socket.socket]:
         return self._anchors.all
 
     def open_anchors(self) -> None:
@@ -107,7 +107,7 @@ class Cbpf(WithoutEbpf):
                 if index in self._anchors:
                     self._anchors.drop(index)
 
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
+    def add_member(self, slot: int, fds: Sequence[int]) -> None:
         self._held[slot] = fds
         for order in self._orders:
             order.joined(slot)
@@ -119,8 +119,8 @@ class Cbpf(WithoutEbpf):
         if self._upset or (self._layout is None and self._anchors):
             self._attach(self._layout)
 
-    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
-        self.joined(slot, fds)
+    def take_over(self, slot: int, fds: Sequence[int]) -> None:
+        self.add_member(slot, fds)
 
     def is_member(self, slot: int, bind: int) -> bool | None:
         """By attaching through it what is attached: to a socket that is in no group the kernel
@@ -132,17 +132,17 @@ class Cbpf(WithoutEbpf):
             return None
         return _is_attached(fds[bind], program)
 
-    def lost(self, slot: int, bind: int) -> None:
+    def record_departure(self, slot: int, bind: int) -> None:
         """As when one leaves: the last is in its place now."""
         _leave(self._orders[bind], slot)
         self._attach(self._layout)
 
-    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+    def rejoin(self, slot: int, bind: int, sock: socket.socket) -> None:
         _leave(self._orders[bind], slot)
         self._orders[bind].joined(slot)
         self._attach(self._layout)
 
-    def left(self, slot: int) -> None:
+    def remove_member(self, slot: int) -> None:
         """The last socket of a group moves into the hole, so its index has to be told anew.
 
         It is not chosen while it moves: its old index is past the end, and the kernel's hash
@@ -210,7 +210,7 @@ class Cbpf(WithoutEbpf):
                 _leave(self._orders[index], number)
         self._anchors.close()
 
-    def attach_again(self, lend: Lend) -> None:
+    def reattach(self, lend: Lend) -> None:
         if self._layout is not None:
             self._attach(self._layout)
 
@@ -226,16 +226,16 @@ class Cbpf(WithoutEbpf):
     def held(self, slot: int) -> Sequence[int]:
         return self._held.get(slot, ())
 
-    def saved(self) -> tuple[object, Sequence[int]]:
+    def stored(self) -> tuple[object, Sequence[int]]:
         slots = [list(order.indexes()) for order in self._orders]
         now = self._layout
         layout = None if now is None else (list(now.entries), list(now.turns))
         upset, filled = sorted(self._upset), self._anchors.filled
-        value = _Orders(self._seed, slots, layout, list(self._anchors), upset, filled)
-        return value, [sock.fileno() for sock in self.own_sockets]
+        value = StoredCbpf(self._seed, slots, layout, list(self._anchors), upset, filled)
+        return value, [sock.fileno() for sock in self.controller_sockets]
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        saved = msgspec.convert(value, type=_Orders)
+        saved = msgspec.convert(value, type=StoredCbpf)
         self._seed = saved.seed
         self._orders = [classic.Order(slots) for slots in saved.slots]
         self._held = {slot: mine for slot, mine in held.items() if mine}
@@ -351,7 +351,7 @@ def _assemble(
     return plan.policy.assemble(layout, indexes, seed, plan.params)
 
 
-class _Orders(msgspec.Struct):
+class StoredCbpf(msgspec.Struct):
     """The slots of each group in the kernel's order, the seed of the hash, and entries and
     turns of the layout; bind and number of each filler."""
 

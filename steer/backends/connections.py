@@ -18,7 +18,7 @@ from steer.loader import bpf_maps, compile, libbpf, programs, shared_memory
 from steer.sockets import listeners, reuseport
 
 
-class Saved(msgspec.Struct):
+class StoredCounting(msgspec.Struct):
     """For who goes on with it: the cgroups. What belongs to each slot is read from the map."""
 
     cgroups: list[int]
@@ -118,15 +118,15 @@ class Counting:
             self._owners.close()
             self._owners = None
 
-    def joined(self, slot: int, fds: Sequence[int], binds: Sequence[Bind]) -> None:
+    def add_listeners(self, slot: int, fds: Sequence[int], binds: Sequence[Bind]) -> None:
         """A worker comes to the slot, with a socket for each bind."""
         self._follow()
         stamp = self.slots.begin(slot)
         for bind, fd in zip(binds, fds, strict=True):
             if bind.protocol == "tcp":
-                self.listens(slot, fd, stamp)
+                self.add_listener(slot, fd, stamp)
 
-    def listens(self, slot: int, fd: int, stamp: int) -> None:
+    def add_listener(self, slot: int, fd: int, stamp: int) -> None:
         """What comes from this listener is of the worker in `slot`.
 
         Args:
@@ -142,7 +142,7 @@ class Counting:
             self._listeners.put(cookie, value)
         self._cookies.setdefault(slot, []).append(cookie)
 
-    def left(self, slot: int) -> None:
+    def remove_listeners(self, slot: int) -> None:
         """Its listeners are closed."""
         for cookie in self._cookies.pop(slot, ()):
             self._listeners.delete(cookie)
@@ -158,14 +158,14 @@ class Counting:
         """See `Slots.pulse`; None: not counted."""
         return None if self._owners is None else self.slots.pulse(below)
 
-    def saved(self) -> tuple[Saved, Sequence[int]]:
+    def stored(self) -> tuple[StoredCounting, Sequence[int]]:
         """See `restore`."""
         kept: list[libbpf.Descriptor] = [self.slots.map, self._listeners, self._moved]
         if self._owners is not None:
             kept += [self._owners, *self._attached]
-        return Saved(self._cgroups), [each.fileno() for each in kept]
+        return StoredCounting(self._cgroups), [each.fileno() for each in kept]
 
-    def restore(self, saved: Saved, fds: Sequence[int]) -> None:
+    def restore(self, saved: StoredCounting, fds: Sequence[int]) -> None:
         """Go on with what another controller left; the fds become ours."""
         slots, listeners, moved, *counted = fds
         self.slots.become(slots)

@@ -15,7 +15,7 @@ from steer import abi
 from steer.backends import backup, connections, loaded_policy, shortfalls
 from steer.backends.anchors import Anchors, is_left_to_hash
 from steer.backends.backup import BackupListeners
-from steer.backends.base import Counts, Lend, Own
+from steer.backends.base import Counts, Lend, PolicyValues
 from steer.backends.bind_maps import BindMaps
 from steer.backends.connections import Counting
 from steer.backends.loaded_policy import LoadedPolicy
@@ -28,12 +28,12 @@ from steer.policy.layout import Layout, Member
 from steer.sockets import listeners, reuseport
 
 
-class _Saved(msgspec.Struct):
+class StoredEbpf(msgspec.Struct):
     """For who goes on: how many descriptors are whose, and what was counted."""
 
-    choice: loaded_policy.Saved
+    choice: loaded_policy.StoredPolicy
     backups: list[int]
-    counting: connections.Saved
+    counting: connections.StoredCounting
     anchored: list[int] = []
 
 
@@ -114,7 +114,7 @@ class Ebpf:
         return self._anchors
 
     @property
-    def own_sockets(self) -> Sequence[socket.socket]:
+    def controller_sockets(self) -> Sequence[socket.socket]:
         return (*self.backup.sockets, *self._anchors.values())
 
     def open_anchors(self) -> None:
@@ -125,20 +125,20 @@ class Ebpf:
             self._anchors.close()
         self._plan = msgspec.structs.replace(self._plan, service=service)
 
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
+    def add_member(self, slot: int, fds: Sequence[int]) -> None:
         """Our copies of the sockets are closed: one that is kept would go on listening,
         and being chosen, after its worker has died."""
         try:
-            self.counting.joined(slot, fds, self._plan.binds)
+            self.counting.add_listeners(slot, fds, self._plan.binds)
             self._join_all(slot, fds)
         finally:
             for fd in fds:
                 os.close(fd)
 
-    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+    def take_over(self, slot: int, fds: Sequence[int]) -> None:
         try:
             if not self._is_counted:
-                self.counting.joined(slot, fds, self._plan.binds)
+                self.counting.add_listeners(slot, fds, self._plan.binds)
             self._join_all(slot, fds)
         finally:
             for fd in fds:
@@ -156,8 +156,8 @@ class Ebpf:
         if self._anchors and not self._somebody:
             self._choice.spare(sorted(self._joined))
 
-    def left(self, slot: int) -> None:
-        self.counting.left(slot)
+    def remove_member(self, slot: int) -> None:
+        self.counting.remove_listeners(slot)
         self._forget_flows(slot)
         for group in self._groups:
             group.sockets.delete(slot)
@@ -209,7 +209,7 @@ class Ebpf:
                 undo.callback(reuseport.attach_ebpf, sock.fileno(), before)
             undo.pop_all()
 
-    def attach_again(self, lend: Lend) -> None:
+    def reattach(self, lend: Lend) -> None:
         with self._members(lend) as members:
             for index, sock in members.items():
                 with suppress(reuseport.Locked, reuseport.NoMember):
@@ -229,10 +229,10 @@ class Ebpf:
         """The kernel empties the entry of a socket that leaves its group."""
         return self._groups[bind].sockets.has(slot)
 
-    def lost(self, slot: int, bind: int) -> None:
+    def record_departure(self, slot: int, bind: int) -> None:
         """Where it is chosen all the same, another is taken (`steer_select` of bpf/steer.h)."""
 
-    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+    def rejoin(self, slot: int, bind: int, sock: socket.socket) -> None:
         self._rejoin(bind, slot, sock)
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
@@ -285,7 +285,7 @@ class Ebpf:
         is_told = self._plan.policy.reads_load and self.counting.why_not
         return self.counting.slots.set_open if is_told else None
 
-    def rescue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+    def migrate_queue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
         if not self._choice.migrates:
             return
         for index, sock in owned.items():
@@ -304,7 +304,7 @@ class Ebpf:
         columns = zip(*abi.COUNT.iter_unpack(raw), strict=True)
         return Counts(*(sum(column) for column in columns))
 
-    def retire(self, slot: int) -> Counts | None:
+    def take_counts(self, slot: int) -> Counts | None:
         counted = self.counts(slot)
         self.counting.slots.end(slot)
         for group in self._groups:
@@ -329,8 +329,8 @@ class Ebpf:
         shared = self.counting.maps.values()
         return self._choice.memory_bytes() + sum(m.memory_bytes() for m in (*groups, *shared))
 
-    def own(self) -> Own:
-        return self._choice.own()
+    def policy_values(self) -> PolicyValues:
+        return self._choice.policy_values()
 
     def unsteered(self) -> int | None:
         raw = b"".join(group.cpus.per_cpu(0, self._cpus) for group in self._groups)
@@ -339,16 +339,16 @@ class Ebpf:
     def held(self, slot: int) -> Sequence[int]:
         return ()
 
-    def saved(self) -> tuple[object, Sequence[int]]:
-        chosen, choice_fds = self._choice.saved()
-        counted, counting_fds = self.counting.saved()
+    def stored(self) -> tuple[object, Sequence[int]]:
+        chosen, choice_fds = self._choice.stored()
+        counted, counting_fds = self.counting.stored()
         groups = [fd for group in self._groups for fd in group.descriptors()]
-        spare = [sock.fileno() for sock in self.own_sockets]
-        value = _Saved(chosen, self.backup.numbers, counted, list(self._anchors))
+        spare = [sock.fileno() for sock in self.controller_sockets]
+        value = StoredEbpf(chosen, self.backup.numbers, counted, list(self._anchors))
         return value, [*choice_fds, *groups, *spare, *counting_fds]
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        saved = msgspec.convert(value, type=_Saved, strict=False)
+        saved = msgspec.convert(value, type=StoredEbpf, strict=False)
         rest = iter(fds)
         of_choice = list(islice(rest, len(saved.choice.maps) + len(self._groups)))
         self._choices.put_in_force(LoadedPolicy.receive(self._plan, saved.choice, of_choice))

@@ -55,7 +55,7 @@ class Kernel(WithoutEbpf):
         return {}
 
     @property
-    def own_sockets(self) -> Sequence[socket.socket]:
+    def controller_sockets(self) -> Sequence[socket.socket]:
         return ()
 
     def open_anchors(self) -> None:
@@ -64,31 +64,31 @@ class Kernel(WithoutEbpf):
     def renew_anchors(self, service: Service) -> None:
         pass
 
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
+    def add_member(self, slot: int, fds: Sequence[int]) -> None:
         if self.counting:
-            self.counting.joined(slot, fds, self._plan.binds)
+            self.counting.add_listeners(slot, fds, self._plan.binds)
         self._order.joined(slot)
         for fd in fds:
             os.close(fd)
 
-    def taken_over(self, slot: int, fds: Sequence[int]) -> None:
+    def take_over(self, slot: int, fds: Sequence[int]) -> None:
         """It stands where it stood."""
         for fd in fds:
             os.close(fd)
 
-    def lost(self, slot: int, bind: int) -> None:
+    def record_departure(self, slot: int, bind: int) -> None:
         self._order.left(slot)
 
-    def rejoined(self, slot: int, bind: int, sock: socket.socket) -> None:
+    def rejoin(self, slot: int, bind: int, sock: socket.socket) -> None:
         self._order.left(slot)
         self._order.joined(slot)
 
-    def left(self, slot: int) -> None:
+    def remove_member(self, slot: int) -> None:
         self._order.left(slot)
         if self.counting:
-            self.counting.left(slot)
+            self.counting.remove_listeners(slot)
 
-    def retire(self, slot: int) -> Counts | None:
+    def take_counts(self, slot: int) -> Counts | None:
         if self.counting:
             self.counting.slots.end(slot)
         return None
@@ -102,7 +102,7 @@ class Kernel(WithoutEbpf):
     def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
         pass
 
-    def attach_again(self, lend: Lend) -> None:
+    def reattach(self, lend: Lend) -> None:
         pass
 
     def detach(self, lend: Lend) -> None:
@@ -125,14 +125,16 @@ class Kernel(WithoutEbpf):
     def held(self, slot: int) -> Sequence[int]:
         return ()
 
-    def saved(self) -> tuple[object, Sequence[int]]:
-        return self.counting.saved() if self.counting else (None, ())
+    def stored(self) -> tuple[object, Sequence[int]]:
+        return self.counting.stored() if self.counting else (None, ())
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
         self._order = classic.SeenOrder(None)
         if value is not None:
             self.counting, self.owns_counting = Counting(0), True
-            self.counting.restore(msgspec.convert(value, connections.Saved, strict=False), fds)
+            self.counting.restore(
+                msgspec.convert(value, connections.StoredCounting, strict=False), fds
+            )
 
     def close(self) -> None:
         if self.counting and self.owns_counting:

@@ -12,7 +12,7 @@ from typing import Self
 import msgspec
 
 from steer import abi, features
-from steer.backends.base import Own
+from steer.backends.base import PolicyValues
 from steer.config.plan import Plan
 from steer.errors import VerifierError
 from steer.features import Answer
@@ -31,7 +31,7 @@ _OWN_MAPS = ("table", "params", "own", "early")
 _NEEDS_PERFMON = "give CAP_PERFMON too: without it the verifier is far stricter"
 
 
-class Saved(msgspec.Struct):
+class StoredPolicy(msgspec.Struct):
     """For who goes on with it: the maps in their order; the programs come after them."""
 
     maps: list[str]
@@ -98,7 +98,7 @@ class LoadedPolicy:
         return loaded
 
     @classmethod
-    def receive(cls, plan: Plan, saved: Saved, fds: Sequence[int]) -> Self:
+    def receive(cls, plan: Plan, saved: StoredPolicy, fds: Sequence[int]) -> Self:
         """Go on with what another controller left of the same plan; the fds become ours."""
         maps = {
             name: bpf_maps.Map.received(name, fd) for name, fd in zip(saved.maps, fds, strict=False)
@@ -110,10 +110,10 @@ class LoadedPolicy:
         _, _, received._seed, *_ = abi.PARAMS.unpack(params)
         return received
 
-    def saved(self) -> tuple[Saved, Sequence[int]]:
+    def stored(self) -> tuple[StoredPolicy, Sequence[int]]:
         """See `receive`."""
         held = [each.fileno() for each in (*self._maps.values(), *self.programs)]
-        return Saved(list(self._maps), self.migrates), held
+        return StoredPolicy(list(self._maps), self.migrates), held
 
     def close(self) -> None:
         self._table.close()
@@ -208,14 +208,14 @@ class LoadedPolicy:
     def memory_bytes(self) -> int:
         return sum(each.memory_bytes() for each in self._maps.values())
 
-    def own(self) -> Own:
+    def policy_values(self) -> PolicyValues:
         """Its parameters, and what it has counted."""
         declared = self._plan.policy.declared
         raw = self._maps["own"].per_cpu(0, self._cpus)
         columns = zip(*abi.OWN.iter_unpack(raw), strict=True)
         totals = [sum(column) for column in columns]
         buckets = totals[abi.VALUES :]
-        return Own(
+        return PolicyValues(
             _named(self._plan),
             {counter.name: totals[index] for index, counter in enumerate(declared.counters)},
             {

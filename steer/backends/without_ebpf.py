@@ -6,7 +6,7 @@ import socket
 from collections.abc import Mapping, Set
 
 from steer.backends.backup import BackupListeners
-from steer.backends.base import Counts, Members, Own
+from steer.backends.base import Counts, Members, PolicyValues
 from steer.backends.connections import Counting
 from steer.backends.shortfalls import kernel_migrates
 from steer.sockets import listeners
@@ -25,19 +25,19 @@ class WithoutEbpf:
     def is_member(self, slot: int, bind: int) -> bool | None:
         return None
 
-    def rescue(self: Members, slot: int, owned: Mapping[int, socket.socket]) -> None:
+    def migrate_queue(self: Members, slot: int, owned: Mapping[int, socket.socket]) -> None:
         """The kernel's hash moves the queues, if it was told to. Where it was not, or that is not
         known, they stay: to close the listener would reset what waits."""
         if kernel_migrates():
             for index, sock in owned.items():
                 if listeners.is_waited_for(sock):
                     listeners.move_queue(sock)
-                    self.rejoined(slot, index, sock)
+                    self.rejoin(slot, index, sock)
 
     def counts(self, slot: int, bind: int | None = None) -> Counts | None:
         return None
 
-    def retire(self, slot: int) -> Counts | None:
+    def take_counts(self, slot: int) -> Counts | None:
         return None
 
     def unsteered(self) -> int | None:
@@ -52,8 +52,8 @@ class WithoutEbpf:
     def pulse(self) -> bytes | None:
         return None
 
-    def own(self) -> Own:
-        return Own()
+    def policy_values(self) -> PolicyValues:
+        return PolicyValues()
 
     def memory_bytes(self) -> int:
         return 0

@@ -225,7 +225,7 @@ class Controller:
         """It is, and is what was asked for."""
         self.configured = plan.service
         self.configure(plan)
-        self.pool.renew_own_sockets(plan.service)
+        self.pool.renew_controller_sockets(plan.service)
         self._keep_service(self.pool.generation.number)
 
     def renew_control_socket(self) -> None:

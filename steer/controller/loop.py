@@ -160,7 +160,7 @@ class ControllerLoop:
             BindError
         """
         processes = [worker.process for worker in self._pool.workers if worker.process]
-        own = self._service.backend.own_sockets
+        own = self._service.backend.controller_sockets
         inodes = frozenset(os.fstat(sock.fileno()).st_ino for sock in own)
         ours = inodes.union(*(each.inodes for each in processes))
         for bind in self._service.plan.binds:

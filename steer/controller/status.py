@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Mapping
 
 from steer.backends import anchors
-from steer.backends.base import Backend, Counts, Own
+from steer.backends.base import Backend, Counts, PolicyValues
 from steer.backends.shortfalls import CHOSEN_ALL_THE_SAME
 from steer.control import schema
 from steer.controller.controller import Controller
@@ -39,7 +39,7 @@ async def report_of(
     if service.backend is not backend:
         # Some would be counted on the backend before, some on this one.
         return await report_of(service, state, loop_delay_ms)
-    plan, own = service.plan, backend.own()
+    plan, own = service.plan, backend.policy_values()
     return schema.Service(
         name=plan.name,
         pid=os.getpid(),
@@ -159,7 +159,7 @@ def _queued(process: WorkerProcess, queues: Queues) -> Mapping[str, int]:
     return found
 
 
-def _histograms(own: Own, declared: Declared) -> dict[str, schema.Histogram]:
+def _histograms(own: PolicyValues, declared: Declared) -> dict[str, schema.Histogram]:
     units = {each.name: each.unit for each in declared.histograms}
     return {
         name: schema.Histogram(units[name], [(1 << n >> 1, count) for n, count in enumerate(times)])

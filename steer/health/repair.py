@@ -194,7 +194,7 @@ class Repair:
 
     def _rejoin(self, one: _Socket) -> None:
         if one.sock is not None:
-            self._pool.backend.rejoined(one.worker.slot, one.at, one.sock)
+            self._pool.backend.rejoin(one.worker.slot, one.at, one.sock)
 
     def _is_out(self, one: _Socket, found: Departure) -> None:
         worker = one.worker
@@ -202,7 +202,7 @@ class Repair:
             # A listener on a device stays in its group, and so does what we have open ourselves.
             over_udp = one.bind.protocol == "udp" and found is not Departure.CLOSED
             if over_udp or self._is_gone(one):
-                self._pool.backend.lost(worker.slot, one.at)
+                self._pool.backend.record_departure(worker.slot, one.at)
             worker.left[one.at] = found
         may_take_all = one.bind.protocol == "udp" and found in _TAKES_ALL
         if may_take_all and one.sock is not None and self._others_are_in(one):

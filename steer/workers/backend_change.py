@@ -90,7 +90,7 @@ def _take_over(fresh: Backend, there: Mapping[int, Sockets], binds: int) -> None
     """Have it take in copies of the sockets of all who still have theirs. Raises KernelError."""
     for slot, socks in there.items():
         if len(socks) == binds:
-            fresh.taken_over(slot, [os.dup(socks[bind].fileno()) for bind in range(binds)])
+            fresh.take_over(slot, [os.dup(socks[bind].fileno()) for bind in range(binds)])
 
 
 def open_backup(backend: Backend) -> None:

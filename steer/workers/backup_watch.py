@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from steer.backends.base import OwnSockets
+from steer.backends.base import ControllerSockets
 from steer.linux.retry import Retry
 from steer.sockets import listeners
 from steer.workers.publisher import Publisher
@@ -30,7 +30,7 @@ class BackupWatch:
 
     def __init__(
         self,
-        backend: Callable[[], OwnSockets],
+        backend: Callable[[], ControllerSockets],
         some_serve: Callable[[], bool],
         attach_again: Callable[[], None],
         publisher: Publisher,

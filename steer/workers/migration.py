@@ -62,7 +62,7 @@ class QueueMigration:
         if worker.process:
             try:
                 with self._lent(worker, worker.process) as owned:
-                    self._selection.backend.rescue(worker.slot, owned)
+                    self._selection.backend.migrate_queue(worker.slot, owned)
             except KernelError:
                 self._visibility.refused(BORROW, worker.process)
             finally:

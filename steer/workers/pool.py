@@ -275,10 +275,10 @@ class WorkerPool:
         """See `Transitions.report`."""
         self._supervision.transitions.report(worker, event)
 
-    def renew_own_sockets(self, service: Service) -> None:
+    def renew_controller_sockets(self, service: Service) -> None:
         """The reserve is to listen as the workers do from now on."""
         try:
-            self.selection.renew_own_sockets(service)
+            self.selection.renew_controller_sockets(service)
         except SteerError as error:
             self.log.error("the reserve is not as configured: %s", error)
 

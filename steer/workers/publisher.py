@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from steer.backends.base import Choice
+from steer.backends.base import Selector
 from steer.linux.retry import AGAIN_S, Retry
 from steer.loader import shared_memory
 
@@ -29,7 +29,7 @@ class Publisher:
     """
 
     def __init__(
-        self, publish: Callable[[], None], backend: Callable[[], Choice], retry: Retry
+        self, publish: Callable[[], None], backend: Callable[[], Selector], retry: Retry
     ) -> None:
         self._publish = publish
         self._backend = backend

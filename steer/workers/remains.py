@@ -88,7 +88,7 @@ class Remains:
         got = self._datagrams(worker)
         if not got:
             return
-        idle_s, last_s = backend.own().params.get("idle", 0), self._clock.now_s()
+        idle_s, last_s = backend.policy_values().params.get("idle", 0), self._clock.now_s()
         while worker.process and (now_s := self._clock.now_s()) < min(end_s, last_s + idle_s):
             yield min(_LOOK_AT_FLOWS_S, end_s - now_s)
             if (now := self._datagrams(worker)) != got:

@@ -131,15 +131,15 @@ class Selection:
         return self._slots.take()
 
     def joined(self, slot: int, fds: Sequence[int]) -> None:
-        """A new worker's sockets; see `Backend.joined`. Raises KernelError."""
+        """A new worker's sockets; see `Backend.add_member`. Raises KernelError."""
         with self.naming_locked():
-            self.backend.joined(slot, fds)
+            self.backend.add_member(slot, fds)
         self._stored.order_changed()
 
     def left(self, slot: int) -> None:
         """The worker there has ended."""
         with self.naming_locked():
-            self.backend.left(slot)
+            self.backend.remove_member(slot)
         self._stored.order_changed()
 
     def give_up(self, slot: int) -> None:
@@ -150,7 +150,7 @@ class Selection:
         self._stored.renew_soon()
 
     def _put_aside(self, slot: int) -> None:
-        self.retired += self.backend.retire(slot) or Counts()
+        self.retired += self.backend.take_counts(slot) or Counts()
 
     def counts(self) -> Counts | None:
         """Of the whole service since its start; None where nobody counts."""
@@ -267,13 +267,13 @@ class Selection:
     def attach_again(self) -> None:
         """What is in force to every group, whatever it has. Raises KernelError."""
         with self.naming_locked():
-            self.backend.attach_again(self._sockets.usable)
+            self.backend.reattach(self._sockets.usable)
 
     def naming_locked(self) -> AbstractContextManager[None]:
         """See `WorkerSockets.naming_locked`."""
         return self._sockets.naming_locked()
 
-    def renew_own_sockets(self, service: Service) -> None:
+    def renew_controller_sockets(self, service: Service) -> None:
         """Have our own sockets be as another configuration needs them.
 
         Raises:

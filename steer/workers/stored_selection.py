@@ -57,7 +57,7 @@ class StoredSelection:
     def renew(self) -> None:
         """Have the guard store it as it is now."""
         self._is_stored = True
-        value, fds = self._backend().saved()
+        value, fds = self._backend().stored()
         saved = SavedSelection(value, *self._counted())
         self._guard.put(SELECTION, msgspec.json.encode(saved), fds)
 
@@ -102,7 +102,7 @@ class StoredSelection:
             by slot, the index in the order that the guard knows.
         """
         backend = self._backend()
-        knows = backend.needs_order and not backend.own_sockets
+        knows = backend.needs_order and not backend.controller_sockets
         order = backend.order if knows else None
         self._is_together = order is not None
         try:

@@ -28,7 +28,7 @@ Flows = dict[tuple[str, int], int]
 
 
 def counters(crew: Crew) -> dict[str, int]:
-    found = dict(crew.backend.own().counters)
+    found = dict(crew.backend.policy_values().counters)
     stages = ("known", "new", "expired", "refused")
     assert found["total"] == sum(found[stage] for stage in stages), "they do not add up"
     return {stage: found[stage] for stage in stages if found[stage]}
@@ -77,7 +77,7 @@ def test_flows_of_one_that_has_ended_go_elsewhere_and_stay(kind: str) -> None:
         before = crew.flows(clients)
         crew.steer(1, 2)
         crew.leave(0)
-        crew.backend.retire(0)
+        crew.backend.take_counts(0)
         moved = [each for each in clients if before[each] == 0]
         after = crew.flows(clients)
         assert {each: after[each] for each in clients if before[each] != 0} == {
@@ -263,7 +263,7 @@ def test_many_flows() -> None:
 
 def test_capacity_and_idle_time_are_said() -> None:
     with Crew(EBPF, "flow", "udp4", params=["capacity=2048", "idle=7"]) as crew:
-        assert crew.backend.own().params == {"capacity": 2048, "idle": 7}
+        assert crew.backend.policy_values().params == {"capacity": 2048, "idle": 7}
 
 
 @udp
@@ -279,7 +279,7 @@ def test_never_a_datagram_lost(kind: str) -> None:
                 crew.backend.forget_flows(slot)
             elif turn % 3 == 1:
                 crew.leave(slot)
-                crew.backend.retire(slot)
+                crew.backend.take_counts(slot)
                 got += sum(crew.count(50).values())
                 crew.join(slot)
         assert got == 60 * 50 + 20 * 50

@@ -249,7 +249,7 @@ def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
                 crew.leave(*(slot for slot in list(crew.sockets) if slot != newcomer))
             assert crew.count(30) == {newcomer: 30}
         assert looks
-        assert len(crew.backend.own_sockets) <= 2, "a filler goes when somebody comes"
+        assert len(crew.backend.controller_sockets) <= 2, "a filler goes when somebody comes"
 
 
 @UDP
@@ -259,7 +259,7 @@ def test_another_controller_goes_on_where_a_filler_is(kind: str) -> None:
         crew.serving()
         crew.steer(1)
         crew.leave(0)
-        saved, fds = crew.backend.saved()
+        saved, fds = crew.backend.stored()
         value = msgspec.json.decode(msgspec.json.encode(saved))
         assert value["filled"]
         old, crew.backend = crew.backend, open_backend(CBPF, crew.plan, empty=True)
@@ -278,7 +278,7 @@ def test_another_controller_goes_on_where_a_filler_is(kind: str) -> None:
 def test_another_controller_finds_the_order_while_some_leave_one_after_the_other(kind: str) -> None:
     """By what the guard was told before the first of them, see `Rotation.together`."""
     with Crew(CBPF, "hash", kind, workers=7).serving() as crew:
-        value = msgspec.json.decode(msgspec.json.encode(crew.backend.saved()[0]))
+        value = msgspec.json.decode(msgspec.json.encode(crew.backend.stored()[0]))
         for slot in (0, 1, 4):
             crew.leave(slot)
             held = {at: list(map(os.dup, crew.backend.held(at))) for at in crew.sockets}

@@ -459,11 +459,11 @@ def test_with_nobody_to_choose_the_kernel_does(
             crew.join(2)
             crew.leave(2)
         before = crew.selected()
-        known = crew.backend.own().counters.get("known", 0)
+        known = crew.backend.policy_values().counters.get("known", 0)
         assert fair(crew.count(200), [1, 1])
         if backend == EBPF:
             # A source port may be one of before, and then its flow may have a worker.
-            known = crew.backend.own().counters.get("known", 0) - known
+            known = crew.backend.policy_values().counters.get("known", 0) - known
             unsteered = crew.backend.unsteered()
             assert unsteered is not None
             assert 200 - known <= unsteered <= 200
@@ -478,7 +478,7 @@ def test_a_slot_begins_anew(policy: str, backend: str) -> None:
     with Crew(backend, policy, "tcp4", "udp4", workers=1).serving() as crew:
         crew.count(20, 0)
         crew.count(20, 1)
-        counted = crew.backend.retire(0)
+        counted = crew.backend.take_counts(0)
         assert (counted.selected if counted else None) == (40 if backend == EBPF else None)
         crew.count(5)
         counted = crew.backend.counts(0)

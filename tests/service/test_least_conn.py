@@ -243,7 +243,7 @@ def queue(at: Holder, slot: int, number: int) -> list[socket.socket]:
 
 def rescue(at: Holder, slot: int) -> None:
     """What waits there goes to others; it is no member."""
-    at.crew.backend.rescue(slot, dict(enumerate(at.crew.sockets[slot])))
+    at.crew.backend.migrate_queue(slot, dict(enumerate(at.crew.sockets[slot])))
 
 
 @tcp
@@ -338,7 +338,7 @@ def test_what_a_worker_leaves_open_is_not_counted_for_the_next(
     old = at.hold(3)
     at.crew.leave(0)
     if retired:
-        at.crew.backend.retire(0)
+        at.crew.backend.take_counts(0)
     at.crew.join(0)
     at.crew.steer(0, 1)
     assert at.open() == {}

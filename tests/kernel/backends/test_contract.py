@@ -31,12 +31,12 @@ class Fake:
     def join(self, *slots: int) -> None:
         for slot in slots:
             self.slots.add(slot)
-            self.backend.joined(slot, ())
+            self.backend.add_member(slot, ())
 
     def leave(self, *slots: int) -> None:
         for slot in slots:
             self.slots.remove(slot)
-            self.backend.left(slot)
+            self.backend.remove_member(slot)
 
     def steer(self) -> None:
         self.backend.steer([Member(slot) for slot in sorted(self.slots)])
@@ -89,7 +89,7 @@ def test_it_can_be_saved_at_any_moment(crew: Any) -> None:
     """As JSON, and with descriptors that are open."""
     for act in (crew.steer, lambda: crew.leave(1), crew.steer, lambda: crew.join(1)):
         act()
-        value, fds = crew.backend.saved()
+        value, fds = crew.backend.stored()
         written = msgspec.json.encode(value)
         assert msgspec.json.encode(msgspec.json.decode(written)) == written
         for fd in fds:
@@ -105,7 +105,7 @@ def test_nothing_is_held_of_who_left(crew: Any) -> None:
 def test_counts_are_counts_or_unknown_and_begin_anew(crew: Any) -> None:
     crew.steer()
     assert crew.backend.counts(0) in (None, Counts())
-    assert crew.backend.retire(0) in (None, Counts())
+    assert crew.backend.take_counts(0) in (None, Counts())
     assert crew.backend.unsteered() in (None, 0)
 
 

@@ -277,7 +277,7 @@ def received(sock: socket.socket, number: int) -> list[bytes]:
 
 
 def put_again(crew: Crew, slot: int) -> None:
-    crew.backend.joined(slot, [os.dup(sock.fileno()) for sock in crew.sockets[slot]])
+    crew.backend.add_member(slot, [os.dup(sock.fileno()) for sock in crew.sockets[slot]])
 
 
 @moves

@@ -24,7 +24,7 @@ from testkit import ROOT
 STORED = json.loads((ROOT / "tests/golden/stored.json").read_text())
 """By schema and backend, the entries of a service that was really run: as JSON. The mailbox's is
 left out. To raise SCHEMA, add the entries of a service of the new one, and keep the old."""
-BACKENDS = {"ebpf": ebpf._Saved, "cbpf": cbpf._Orders}
+BACKENDS = {"ebpf": ebpf.StoredEbpf, "cbpf": cbpf.StoredCbpf}
 OF_SCHEMA = [(backend, key) for backend, found in STORED[str(SCHEMA)].items() for key in found]
 MAPS = {1: "8c0113113c9f0588"}
 """By abi.MAPS_VERSION, the digest of the shapes of the maps."""

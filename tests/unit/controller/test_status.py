@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from steer.backends.base import Counts, Own
+from steer.backends.base import Counts, PolicyValues
 from steer.config import address
 from steer.control import schema
 from steer.controller import status
@@ -55,7 +55,7 @@ class FakeService:
             name="ebpf",
             notes=(),
             anchors={},
-            own=Own,
+            policy_values=PolicyValues,
             counts=self._counts,
             open=self._open,
             unsteered=lambda: 0,

@@ -225,7 +225,7 @@ def test_those_that_end_together_leave_in_the_order_that_the_guard_knows(tmp_pat
             left.append(slot)
             was(slot)
 
-        was, service.backend.left = service.backend.left, leave  # type: ignore[method-assign]
+        was, service.backend.remove_member = service.backend.remove_member, leave  # type: ignore[method-assign]
         there, order = service.ready(FEW), list(cast(OrderedBackend, service.backend).order)
         for worker in reversed(there):
             cast(Any, worker.process).exit(signal.SIGKILL)

@@ -65,7 +65,7 @@ class CountingBackend(WithoutEbpf):
     name = "fake"
     needs_order = False
     anchors: Mapping[int, socket.socket] = {}
-    own_sockets = ()
+    controller_sockets = ()
 
     def __init__(self) -> None:
         self.members: Sequence[Member] = ()
@@ -80,7 +80,7 @@ class CountingBackend(WithoutEbpf):
     def grace_period(self) -> None:
         """No program runs."""
 
-    def left(self, slot: int) -> None:
+    def remove_member(self, slot: int) -> None:
         self.gone.add(slot)
 
     def is_member(self, _slot: int, _bind: int) -> bool | None:
@@ -92,7 +92,7 @@ class CountingBackend(WithoutEbpf):
     def held(self, _slot: int) -> Sequence[int]:
         return ()
 
-    def saved(self) -> tuple[object, Sequence[int]]:
+    def stored(self) -> tuple[object, Sequence[int]]:
         return None, ()
 
 

@@ -52,13 +52,13 @@ class FakeBackend:
     def steer(self, members: Sequence[Member]) -> None:
         pass
 
-    def attach_again(self, lend: object) -> None:
+    def reattach(self, lend: object) -> None:
         pass
 
     def grace_period(self) -> tuple[object, int] | None:
         return None
 
-    def saved(self) -> tuple[object, Sequence[int]]:
+    def stored(self) -> tuple[object, Sequence[int]]:
         return None, ()
 
 
@@ -150,20 +150,20 @@ def test_when_it_cannot_be_moved_that_is_not_tried_at_every_turn(waited_for: soc
 class JoinableBackend(FakeBackend):
     """Of a kind that does, or does not, have to know in which order sockets are."""
 
-    own_sockets: Sequence[object] = ()
+    controller_sockets: Sequence[object] = ()
     order: Sequence[int] | None = ()
 
     def __init__(self, needs_order: bool) -> None:
         super().__init__()
         self.needs_order = needs_order
 
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
+    def add_member(self, slot: int, fds: Sequence[int]) -> None:
         pass
 
-    def left(self, slot: int) -> None:
+    def remove_member(self, slot: int) -> None:
         pass
 
-    def retire(self, slot: int) -> None:
+    def take_counts(self, slot: int) -> None:
         pass
 
     def release(self) -> None:
@@ -234,7 +234,7 @@ def test_the_order_of_those_who_join_together_is_told_once(has_loop: bool) -> No
 
 def test_the_order_is_told_at_once_where_sockets_of_ours_move_too() -> None:
     backend = JoinableBackend(needs_order=True)
-    backend.own_sockets = [object()]
+    backend.controller_sockets = [object()]
     assert kept_together(backend) == [1, 2, 3, 3, 3]
 
 

@@ -49,13 +49,13 @@ class FakeBackend:
         self.asked: Counter[str] = Counter()
         self.there: set[int] = set()
 
-    def joined(self, slot: int, _fds: Sequence[int]) -> None:
+    def add_member(self, slot: int, _fds: Sequence[int]) -> None:
         self.there.add(slot)
 
-    def left(self, slot: int) -> None:
+    def remove_member(self, slot: int) -> None:
         self.there.discard(slot)
 
-    def saved(self) -> tuple[object, Sequence[int]]:
+    def stored(self) -> tuple[object, Sequence[int]]:
         self.asked["saved"] += 1
         return None, ()
 
@@ -68,7 +68,7 @@ class FakeBackend:
     def held(self, _slot: int) -> Sequence[int]:
         return ()
 
-    def retire(self, _slot: int) -> Counts:
+    def take_counts(self, _slot: int) -> Counts:
         return Counts()
 
     def release(self) -> None:
