@@ -14,8 +14,8 @@ DEADLINE_S = 60.0
 class FakeProcess:
     """A worker that ends when the test says so."""
 
-    def __init__(self, pid: int, told: bool) -> None:
-        self.pid, self.told = pid, told
+    def __init__(self, pid: int, told_to_finish: bool) -> None:
+        self.pid, self.told_to_finish = pid, told_to_finish
         self.family = Family(pid)
         self.is_open, self.is_killed = True, False
         self.left_behind: Sequence[int] = ()

@@ -222,7 +222,7 @@ class FakeProcess:
 
     problem = None
     left_behind: Sequence[int] = ()
-    last_words = why_told_so = ""
+    last_words = why_this_signal = ""
     is_callable = True
     inodes: frozenset[int] = frozenset()
     bound: tuple[int, ...] = ()
@@ -232,7 +232,7 @@ class FakeProcess:
         self.launch = launch
         self.pid = next(self.pids)
         self.family = Family(self.pid)
-        self.told = self.is_killed = False
+        self.told_to_finish = self.is_killed = False
         self.is_open = True
         self.started_s = 0.0
         self._has_ended = False
@@ -249,7 +249,7 @@ class FakeProcess:
 
     @property
     def running(self) -> Any:
-        return process.Running(self.pid, self.started_s, self.bound, self.told)
+        return process.Running(self.pid, self.started_s, self.bound, self.told_to_finish)
 
     def keep(self, value: bytes, held: Sequence[int] = (), look: bool = True) -> None:
         self._cost["saves of a worker"] += 1
@@ -260,7 +260,7 @@ class FakeProcess:
         self._loop, self._ended = loop, ended
 
     def terminate(self, _quick: bool = False) -> None:
-        self.told = True
+        self.told_to_finish = True
         self._loop.call_soon(self.exit, signal.SIGTERM)
 
     kill_group = terminate
@@ -321,7 +321,7 @@ class FakeService:
     def _launch(self, worker: WorkerHandle) -> object:
         service = worker.generation.plan.service
         return SimpleNamespace(
-            service=service, binds=(), anchored=(), slot=worker.slot, modest=False
+            service=service, binds=(), anchored=(), slot=worker.slot, niced=False
         )
 
     def fork_all(

@@ -54,7 +54,7 @@ class Launch(msgspec.Struct, frozen=True):
         notify: address of the notification socket, as NOTIFY_SOCKET has it.
         files: limits on open files, as the controller found them.
         anchored: the binds whose group is joined through a socket of the controller's.
-        modest: to leave the CPUs to those that serve, until it is ready.
+        niced: to leave the CPUs to those that serve, until it is ready.
     """
 
     service: Service
@@ -66,5 +66,5 @@ class Launch(msgspec.Struct, frozen=True):
     identity: Identity
     notify: str
     files: tuple[int, int]
-    modest: bool = False
+    niced: bool = False
     anchored: frozenset[int] = frozenset()

@@ -142,9 +142,9 @@ def _settle(launch: Launch) -> Launch:
             os.chdir(directory)
     with _needed(f"run as uid {who.uid}, gid {who.gid}"):
         privileges.settle(launch.service, who)
-    if launch.modest:
+    if launch.niced:
         with _if_allowed(launch, "leave the CPUs to others until it is ready"):
-            priority.be_modest()
+            priority.be_nice()
     return replace(launch, spec=replace(launch.spec, cpus=cpus))
 
 

@@ -54,7 +54,7 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     service.make_guard(handover)
     service.start_guard()
     service.make_pool(in_force, backend)
-    service.pool.adopt(generations, left.service.admitted, left.workers, left.selection)
+    service.pool.adopt(generations, left.service.activated, left.workers, left.selection)
     for worker in service.pool.workers:
         service.keep_generation(worker.generation)
     service.keep(in_force)

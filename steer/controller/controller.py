@@ -72,7 +72,7 @@ class Controller:
         self.pool: WorkerPool
         self.listener: Listener
         self._unheard = Unheard(log.warning)
-        self._may_renice = priority.may_hurry_others()
+        self._may_renice = priority.may_renice_others()
         identity.identity(plan.service.user, plan.service.group)
 
     @property
@@ -152,7 +152,7 @@ class Controller:
             identity.identity(plan.service.user, plan.service.group),
             self.listener.address,
             self.file_limit.inherited,
-            self._may_renice and worker.modest,
+            self._may_renice and worker.niced,
             frozenset(self.backend.anchors),
         )
 
@@ -194,7 +194,7 @@ class Controller:
             declared=plan.policy.declared,
             digest=plan.policy.digest,
             notify=self.listener.address,
-            admitted=self.pool.admitted,
+            activated=self.pool.activated,
         )
         persisted.put_service(self.guard, service)
         self.guard.put(MAILBOX, b"", [self.listener.fileno()])

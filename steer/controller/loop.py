@@ -216,7 +216,7 @@ class ControllerLoop:
         self._splits.changed(worker)
 
     def _replace_hung(self, worker: WorkerHandle) -> None:
-        self._replace(worker, lambda each: each.hangs)
+        self._replace(worker, lambda each: each.is_hung)
 
     def _replace_for_its_sockets(self, worker: WorkerHandle) -> None:
         self._replace(worker, lambda each: each.is_in_service)

@@ -44,7 +44,7 @@ class PersistedService(msgspec.Struct, frozen=True, kw_only=True):
         policy, policy_reason: what `auto` became, and why; None if the user named the policy.
         declared, digest: the policy's. Its file may be another by then, or gone.
         notify: address of the notification socket.
-        admitted: see `WorkerPool`.
+        activated: see `WorkerPool`.
     """
 
     schema: int = SCHEMA
@@ -60,7 +60,7 @@ class PersistedService(msgspec.Struct, frozen=True, kw_only=True):
     declared: Declared
     digest: str
     notify: str
-    admitted: int = 0
+    activated: int = 0
 
 
 class Persisted:

@@ -71,7 +71,7 @@ class Rollout:
         """
         generation = Generation(self._pool.generation.number, plan)
         wanted = frozenset(plan.specs)
-        there = [worker for worker in self._pool.workers if not worker.is_on_its_way_out]
+        there = [worker for worker in self._pool.workers if not worker.is_retiring]
         staying = [worker for worker in there if worker.spec in wanted]
         if any(map(_serves, there)) and not any(map(_serves, staying)):
             staying = []
@@ -99,7 +99,7 @@ class Rollout:
             if not is_due(worker):
                 return
             spec = worker.spec
-            fresh = await self._start([spec], self._pool.generation, unheard, modest=False)
+            fresh = await self._start([spec], self._pool.generation, unheard, niced=False)
             if is_due(worker):
                 self._pool.activate(fresh)
                 self._keep(self._pool.generation, self._pool.generation)
@@ -137,7 +137,7 @@ class Rollout:
         if generation.number != in_force.number:
             self._keep(generation, in_force)
         try:
-            fresh = await self._start(specs, generation, tell, modest=True)
+            fresh = await self._start(specs, generation, tell, niced=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
             raise type(error)(self.turns.act, str(error), self._as_before(), error.detail) from None
         # All in the same turn of the loop: one publication, and one message to the guard:
@@ -157,7 +157,7 @@ class Rollout:
         return f"nothing has changed: generation {number} goes on, and no worker of it is ready"
 
     async def _start(
-        self, specs: Sequence[WorkerSpec], generation: Generation, tell: Tell, *, modest: bool
+        self, specs: Sequence[WorkerSpec], generation: Generation, tell: Tell, *, niced: bool
     ) -> list[WorkerHandle]:
         """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
         one fails, none stays."""
@@ -170,7 +170,7 @@ class Rollout:
             while len(fresh) < len(specs) or began_s:
                 few = specs[len(fresh) : len(fresh) + intake.room(len(began_s))]
                 if few and news.empty():
-                    workers = self._pool.start_held(few, generation, modest, news.put_nowait)
+                    workers = self._pool.start_held(few, generation, niced, news.put_nowait)
                     fresh += workers
                     began_s |= dict.fromkeys(workers, time.monotonic())
                     await asyncio.sleep(0)  # to start some takes long enough

@@ -95,12 +95,12 @@ def _left_out(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str
     Args:
         still_chosen: whether such a worker cannot be left out.
     """
-    hung = [worker.slot for worker in workers if worker.process and worker.hangs]
-    full = [worker.slot for worker in workers if worker.full]
+    hung = [worker.slot for worker in workers if worker.process and worker.is_hung]
+    full = [worker.slot for worker in workers if worker.at_capacity]
     notes = []
     if hung and still_chosen:
         notes.append(f"hung: {several('worker', hung)}; {CHOSEN_ALL_THE_SAME}")
-    if full and all(worker.full for worker in workers if worker.is_in_service):
+    if full and all(worker.at_capacity for worker in workers if worker.is_in_service):
         notes.append("at capacity: every worker; connections wait until one takes them")
     elif full:
         then = CHOSEN_ALL_THE_SAME if still_chosen else "others get what comes"
@@ -137,15 +137,15 @@ def _worker(
             **(_queued(process, queues) if process else {}),
         ),
         sockets=sorted(process.inodes) if process else [],
-        said=worker.said or None,
-        at_capacity=worker.full,
+        said=worker.status_text or None,
+        at_capacity=worker.at_capacity,
         left_group=_left_group(worker),
     )
 
 
 def _left_group(worker: WorkerHandle) -> list[str]:
     binds = worker.generation.plan.binds
-    return [f"{binds[at].label}: {each.value}" for at, each in worker.left.items()]
+    return [f"{binds[at].label}: {each.value}" for at, each in worker.departures.items()]
 
 
 def _queued(process: WorkerProcess, queues: Queues) -> Mapping[str, int]:

@@ -83,7 +83,7 @@ class Health:
 
     def changed(self, worker: WorkerHandle) -> None:
         """A worker is in another state."""
-        if worker.asks_to_be_taken_for_hung:
+        if worker.has_triggered_watchdog:
             self._watch(worker)
             self._due.within(_BREAK_S)
         self._load.changed()
@@ -117,8 +117,8 @@ class Health:
             self._pool.log.warning("this controller did not run for %.1f s", clock.stopped_s)
         self._histories.clear()
         for worker in self._pool.workers:
-            if math.isfinite(worker.heard_s):  # else it asked to be taken for hung
-                worker.heard_s = now_s
+            if math.isfinite(worker.heartbeat_s):  # else it asked to be taken for hung
+                worker.heartbeat_s = now_s
 
     def _tick(self) -> float:
         """At those who may need it, for a while; in how many seconds to go on or to begin again."""
@@ -129,9 +129,9 @@ class Health:
             self._retry.attempt("keep the time of workers", self._begin_looks)
         if not self._look_at_some():
             return _BREAK_S
-        shed = partial(capacity.shed, self._pool, self._watched or ())
-        self._retry.attempt("see who is at capacity", shed)
-        if any(worker.queued and not worker.hangs for worker in self._watched or ()):
+        excluded = partial(capacity.excluded, self._pool, self._watched or ())
+        self._retry.attempt("see who is at capacity", excluded)
+        if any(worker.queued and not worker.is_hung for worker in self._watched or ()):
             return min(limits_s) / _LOOKS / 4
         if self._watched or self._is_timed or self._histories:
             return min(limits_s) / _LOOKS
@@ -157,7 +157,7 @@ class Health:
         there = [worker for worker in suspects if worker.process]
         self._to_look_at.extend(sorted(there, key=lambda worker: worker.slot))
         self._watched = set()
-        self._numbers_that_end = {worker.spec.number for worker in there if worker.hung}
+        self._numbers_that_end = {worker.spec.number for worker in there if worker.was_hung}
         pids = {worker.process.pid for worker in there if worker.process}
         self._histories = {pid: each for pid, each in self._histories.items() if pid in pids}
 
@@ -209,12 +209,12 @@ class Health:
         """Whether it is to be looked at again, whatever it has then."""
         if worker.process and worker.state is State.READY:
             self._look_at_ready(worker, worker.process)
-            return bool(worker.queued) or worker.full or worker.shed or worker.hangs
-        if worker.process and worker.hangs:
+            return bool(worker.queued) or worker.at_capacity or worker.excluded or worker.is_hung
+        if worker.process and worker.is_hung:
             self._look_at_hung(worker, worker.process)
-        elif worker.hung:
+        elif worker.was_hung:
             self._pool.migration.migrate(worker)
-        return worker.hangs or worker.hung
+        return worker.is_hung or worker.was_hung
 
     def _look_at_ready(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         if _is_silent(worker, self._pool.clock.now_s()):
@@ -225,8 +225,8 @@ class Health:
                 waits_in_vain = "takes no connections, and some wait"
                 unserved = "serves none of the connections that it has taken"
                 self._take_for_hung(worker, process, waits_in_vain if worker.queued else unserved)
-            elif worker.full != (verdict is Verdict.FULL):
-                capacity.set_full(self._pool, worker, verdict is Verdict.FULL)
+            elif worker.at_capacity != (verdict is Verdict.FULL):
+                capacity.set_at_capacity(self._pool, worker, verdict is Verdict.FULL)
 
     def _take_for_hung(self, worker: WorkerHandle, process: WorkerProcess, why: str) -> None:
         if not (worker.is_in_service and self._others_serve(worker)):
@@ -235,7 +235,7 @@ class Health:
             why = f"{why}; {CHOSEN_ALL_THE_SAME}"
         self._pool.log.warning("worker %d hangs: it %s", worker.slot, why)
         worker.has_acted()
-        worker.full = worker.shed = worker.acted = False
+        worker.at_capacity = worker.excluded = worker.acted_since_hung = False
         self._histories.pop(process.pid, None)
         self._pool.report(worker, Event.STUCK)
         self._replace_if_due(worker)
@@ -248,7 +248,7 @@ class Health:
         look_closer = partial(self._closer.look, worker, process, open_now)
         looks = self._looks(worker, process)
         worker.queued = sum(look.queued for look in looks.values())
-        if worker.full:
+        if worker.at_capacity:
             # An empty queue tells nothing: others may have got what waited there.
             has_room = self._has_room(worker, process)
             return Verdict.FINE if has_room else history.judge_full(now_s, look_closer)
@@ -266,7 +266,7 @@ class Health:
             return {}
         if not any(each.queued for each in found.values()):
             return {at: Look(0) for at in found}
-        ticks = activity(process.pid, among=worker.takers)
+        ticks = activity(process.pid, among=worker.accepting_pids)
         return {at: self._look(worker, at, each, ticks) for at, each in found.items()}
 
     def _look(self, worker: WorkerHandle, at: int, found: listeners.Waiting, activity: int) -> Look:
@@ -294,8 +294,8 @@ class Health:
             return False
         # Looked at between the two, it has acted and does not wait yet; then it rests, as others
         # have got all that waited for it.
-        worker.acted = worker.has_acted() or (worker.acted and worker.hangs)
-        if not worker.acted or is_stopped(process.pid):
+        worker.acted_since_hung = worker.has_acted() or (worker.acted_since_hung and worker.is_hung)
+        if not worker.acted_since_hung or is_stopped(process.pid):
             return False
         return waits(process) is not Seen.NO
 
@@ -316,4 +316,4 @@ class Health:
 def _is_silent(worker: WorkerHandle, now_s: float) -> bool:
     """It missed its watchdog, or asked for what follows from that (WATCHDOG=trigger)."""
     limit_s = worker.generation.plan.service.watchdog or math.inf
-    return now_s - worker.heard_s >= limit_s
+    return now_s - worker.heartbeat_s >= limit_s

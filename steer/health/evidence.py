@@ -51,7 +51,7 @@ class Closer:
         self, worker: WorkerHandle, process: WorkerProcess
     ) -> dict[int, tuple[int, int]] | None:
         try:
-            own = processes.open_sockets(process.pid) - worker.others - process.inodes
+            own = processes.open_sockets(process.pid) - worker.initial_sockets - process.inodes
             there = [each for bind in process.launch.binds for each in self._at(bind)]
         except KernelError:
             return None
@@ -78,6 +78,6 @@ def _awaits(worker: WorkerHandle, process: WorkerProcess) -> bool | None:
     if for_more is Seen.YES:
         return True
     family = processes.family(process.pid, Files())
-    there = [tid for tid in worker.acceptors if os.path.exists(f"/proc/{tid}")]
+    there = [tid for tid in worker.accepting_tids if os.path.exists(f"/proc/{tid}")]
     seen = max(for_more, in_event_loop(there or family))
     return {Seen.YES: True, Seen.NO: False, Seen.UNKNOWN: None}[seen]

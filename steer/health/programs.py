@@ -146,7 +146,7 @@ class Programs:
         open_at = self._pool.backend.open
         found = {}
         for worker in self._pool.workers:
-            if worker.process and at < len(worker.process.bound) and at not in worker.left:
+            if worker.process and at < len(worker.process.bound) and at not in worker.departures:
                 inode = worker.process.bound[at]
                 if bind.protocol == "tcp":
                     found[inode] = open_at(worker.slot) or 0

@@ -113,11 +113,11 @@ class Repair:
             for at, bind in enumerate(process.launch.binds[: len(process.bound)]):
                 has = None if theirs is None else at in theirs
                 sock = (theirs or {}).get(at) or ours.get(at)
-                if worker.state is not State.STOPPING or at in worker.left:
+                if worker.state is not State.STOPPING or at in worker.departures:
                     self._look_at_one(
                         _Socket(worker, process, known, at, bind, sock, at in ours, has)
                     )
-        if worker.left or known.suspected:
+        if worker.departures or known.suspected:
             self._survey.odd.add(worker)
         else:
             self._survey.odd.discard(worker)
@@ -136,7 +136,7 @@ class Repair:
         if how is Cure.SHARE and one.sock is not None:
             members.share(one.sock)
         elif how is Cure.REJOIN and one.sock is not None:
-            one.worker.left.pop(one.at, None)
+            one.worker.departures.pop(one.at, None)
             self._rejoin(one)
         else:
             self._is_out(one, found)
@@ -152,7 +152,9 @@ class Repair:
         as well. And a process that is no descendant of the worker may have it."""
         if one.known.suspected.setdefault(one.at, self._survey.number) == self._survey.number:
             return False
-        return one.at in one.worker.left or not one.is_held or not self._is_open_elsewhere(one)
+        return (
+            one.at in one.worker.departures or not one.is_held or not self._is_open_elsewhere(one)
+        )
 
     def _is_open_elsewhere(self, one: _Socket) -> bool:
         protocol: port_holders.Protocol = "udp" if one.bind.protocol == "udp" else "tcp"
@@ -189,7 +191,7 @@ class Repair:
         return there is not None and one.inode not in there
 
     def _is_in(self, one: _Socket) -> None:
-        if one.worker.left.pop(one.at, None) is not None:
+        if one.worker.departures.pop(one.at, None) is not None:
             self._rejoin(one)
 
     def _rejoin(self, one: _Socket) -> None:
@@ -198,12 +200,12 @@ class Repair:
 
     def _is_out(self, one: _Socket, found: Departure) -> None:
         worker = one.worker
-        if one.at not in worker.left:
+        if one.at not in worker.departures:
             # A listener on a device stays in its group, and so does what we have open ourselves.
             over_udp = one.bind.protocol == "udp" and found is not Departure.CLOSED
             if over_udp or self._is_gone(one):
                 self._pool.backend.record_departure(worker.slot, one.at)
-            worker.left[one.at] = found
+            worker.departures[one.at] = found
         may_take_all = one.bind.protocol == "udp" and found in _TAKES_ALL
         if may_take_all and one.sock is not None and self._others_are_in(one):
             members.cut_off(one.sock)
@@ -211,14 +213,14 @@ class Repair:
     def _others_are_in(self, one: _Socket) -> bool:
         """Whether somebody is left to get what this one no longer does."""
         return any(
-            each.is_in_service and one.at not in each.left
+            each.is_in_service and one.at not in each.departures
             for each in self._pool.workers
             if each is not one.worker
         )
 
     def _tell(self, one: _Socket, found: Departure, how: Cure) -> None:
         """Once for each process. What is cut off is connected from then on."""
-        if (one.at, found) in one.known.told or one.at in one.worker.left:
+        if (one.at, found) in one.known.told or one.at in one.worker.departures:
             return
         one.known.told.add((one.at, found))
         what = f"worker {one.worker.slot}'s socket on {one.bind.label} left the group"

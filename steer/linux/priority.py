@@ -9,24 +9,24 @@ from collections.abc import Iterable, Sequence
 _CAP_SYS_NICE = 23  # include/uapi/linux/capability.h
 
 
-_MODEST, _NICEST = 10, 19  # setpriority(2)
+_NICER_BY, _NICEST = 10, 19  # setpriority(2)
 
 
-def may_hurry_others() -> bool:
+def may_renice_others() -> bool:
     """Whether we may take a process's niceness back (setpriority(2), CAP_SYS_NICE)."""
     with open("/proc/self/status") as lines:
         effective = next(line.split()[1] for line in lines if line.startswith("CapEff:"))
     return bool(int(effective, 16) >> _CAP_SYS_NICE & 1)
 
 
-def be_modest() -> None:
-    """Leave the CPUs to whoever is not, until somebody calls `hurry`."""
+def be_nice() -> None:
+    """Lower our own priority, until somebody calls `renice` on us."""
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PROCESS, 0, min(own + _MODEST, _NICEST))
+    os.setpriority(os.PRIO_PROCESS, 0, min(own + _NICER_BY, _NICEST))
 
 
-def hurry(pids: Iterable[int]) -> None:
-    """Have processes no longer be modest: each thread of theirs as eager as we are."""
+def renice(pids: Iterable[int]) -> None:
+    """Give every thread of these processes the niceness that we have."""
     own = os.getpriority(os.PRIO_PROCESS, 0)
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -43,7 +43,7 @@ class Adoption:
         entries: Iterable[Entry],
         selection: Entry,
         generations: Mapping[int, Generation],
-        admitted: int,
+        activated: int,
     ) -> None:
         """Adopt all workers.
 
@@ -51,12 +51,12 @@ class Adoption:
             entries: the guard's, of the workers; their descriptors become ours.
             selection: the guard's, of the backend.
             generations: by number, those that workers may be of.
-            admitted: see `WorkerPool`.
+            activated: see `WorkerPool`.
         """
         left = msgspec.json.decode(selection.value, type=SavedSelection)
         held: dict[int, Sequence[int]] = {}
         for entry in entries:
-            worker = self._adopt_one(entry, generations, admitted)
+            worker = self._adopt_one(entry, generations, activated)
             self._workers.add(worker)
             held[worker.slot] = entry.fds[3:]
         self._selection.restore(left, selection.fds, held)
@@ -66,16 +66,16 @@ class Adoption:
         self._workers.sort(key=lambda worker: (worker.generation.number, worker.spec.number))
 
     def _adopt_one(
-        self, entry: Entry, generations: Mapping[int, Generation], admitted: int
+        self, entry: Entry, generations: Mapping[int, Generation], activated: int
     ) -> WorkerHandle:
         saved = msgspec.json.decode(entry.value, type=StoredWorker)
         generation, now_s = generations[saved.generation], self._clock.now_s()
-        worker = restored(saved, generation, now_s, admitted)
+        worker = restored(saved, generation, now_s, activated)
         self._spawner.adopt(worker, saved.running, entry)
         return worker
 
 
-def seated(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[int, WorkerHandle]:
+def staying(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[int, WorkerHandle]:
     """By seat of this generation, the worker that is to stay there. Pure."""
     there: dict[int, WorkerHandle] = {}
     for worker in workers:
@@ -89,6 +89,6 @@ def seated(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[i
 def _belongs(worker: WorkerHandle, generation: Generation) -> bool:
     """Whether it is of the generation, and neither comes with a change nor goes."""
     is_in_plan = worker.spec.number < len(generation.plan.specs)
-    comes_or_goes = worker.held or worker.is_on_its_way_out
+    comes_or_goes = worker.held or worker.is_retiring
     is_of_it = worker.generation.number == generation.number
     return is_of_it and is_in_plan and not comes_or_goes

@@ -108,7 +108,7 @@ class Clock:
         """As the loop's, but `after_s` of this clock."""
         return Timer(self, after_s, lambda: callback(*args))
 
-    def hurry(self, within_s: float) -> None:
+    def beat_within(self, within_s: float) -> None:
         """Look no later than that."""
         self.now_s()
         due_s = self.read_s() + within_s
@@ -120,7 +120,7 @@ class Clock:
         """While somebody's time is taken no gap may pass unnoticed."""
         if is_timed:
             self._timed.add(timer)
-            self.hurry(self._beat_s)
+            self.beat_within(self._beat_s)
         else:
             self._timed.discard(timer)
 

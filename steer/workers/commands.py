@@ -87,8 +87,8 @@ class Commands:
         got_ready = partial(worker.got_ready, self._clock.now_s())
         self._retry.attempt(f"look at worker {worker.slot}", got_ready)
         self._log.info("worker %d ready", worker.slot)
-        if worker.told:
-            worker.told(worker)
+        if worker.on_outcome:
+            worker.on_outcome(worker)
         if self._startup.succeed():
             for each in self._workers:
                 if each.state is State.BACKOFF and each.starts:  # it may have waited for this
@@ -113,15 +113,15 @@ class Commands:
             # One that was never ready has nothing to finish, and may not yet know its own signal.
             quick = self._shutdown.is_quick or worker.ready_s is None
             worker.process.terminate(quick)
-            self._say_why_told_so(worker.process)
-        if worker.hung and not self._shutdown.has_begun:
+            self._log_why_this_signal(worker.process)
+        if worker.was_hung and not self._shutdown.has_begun:
             # So that it can be asked later whether it has acted since.
             look = partial(worker.has_computed, self._clock.now_s())
             self._retry.attempt(f"look at worker {worker.slot}", look)
 
-    def _say_why_told_so(self, process: WorkerProcess) -> None:
+    def _log_why_this_signal(self, process: WorkerProcess) -> None:
         """All of them are alike, so it is said once."""
-        why = process.why_told_so
+        why = process.why_this_signal
         if why and why not in self._said_why:
             self._said_why.add(why)
             self._log.info("workers are told to finish by %s", why)

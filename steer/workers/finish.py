@@ -23,18 +23,20 @@ class Finishing:
 
     Args:
         pidfd: of the first process.
-        told: another controller has told it.
+        told_to_finish: another controller has told it.
 
     Attributes:
-        told: whether it was told.
+        told_to_finish: whether it was told.
     """
 
-    def __init__(self, service: Service, family: Family, pidfd: int, told: bool = False) -> None:
-        self.told = told
+    def __init__(
+        self, service: Service, family: Family, pidfd: int, told_to_finish: bool = False
+    ) -> None:
+        self.told_to_finish = told_to_finish
         self._service = service
         self._family = family
         self._pidfd = pidfd
-        self._is_hurried = False
+        self._is_quick = False
         self._how: Finish | None = None
 
     def tell(self, quick: bool) -> None:
@@ -44,9 +46,9 @@ class Finishing:
             quick: it need not finish: by SIGTERM, on which a server that finishes on another
                 signal ends at once; also where it was told to finish before.
         """
-        hurry = quick and not self._is_hurried and self.how().others != signal.SIGTERM
-        if not self.told or hurry:
-            self.told, self._is_hurried = True, quick
+        repeats = quick and not self._is_quick and self.how().others != signal.SIGTERM
+        if not self.told_to_finish or repeats:
+            self.told_to_finish, self._is_quick = True, quick
             try:
                 self._family.remember()
             finally:
@@ -57,13 +59,13 @@ class Finishing:
         family.send(self._told_by.others, pids)
 
     @property
-    def why_told_so(self) -> str:
+    def why_this_signal(self) -> str:
         """By which signal it was told, and why, where what it runs decided that; else ""."""
         return self._told_by.why
 
     @property
     def _told_by(self) -> Finish:
-        return BY_DEFAULT if self._is_hurried else self.how()
+        return BY_DEFAULT if self._is_quick else self.how()
 
     def how(self, look: bool = True) -> Finish:
         """How it is told. What is known stays so: of a process that has ended it cannot be seen

@@ -55,37 +55,38 @@ class WorkerHandles:
         del self._there[worker]
 
     def sort(self, key: Callable[[WorkerHandle], tuple[int, int]]) -> None:
-        """Put them into another order."""
+        """Reorder the workers by this key."""
         self._there = dict.fromkeys(sorted(self._there, key=key))
 
 
 class WorkerHandle(msgspec.Struct, eq=False):
-    """One worker: a process, or the wait for the next one.
+    """One worker: its process, or the wait for the next one.
 
     Args:
-        held: not to be selected yet, as it is activated together with others.
-        change: the number of the change that it is held for, or was.
-        modest: to leave the CPUs to workers that serve, until it is ready.
-        leaving: about to be retired with others, and not selected any more.
-        told: of a worker that is held: called when it is ready, and when it has failed.
-        failures: ends in a row before `lifecycle.STABLE_S` of service.
+        held: not selected yet: it will be activated together with others.
+        change: the number of the change for which it is held, or was.
+        niced: runs at a lower priority until it is ready, so that other workers have the CPUs.
+        leaving: not selected any more, and about to be retired together with others.
+        on_outcome: called when a held worker is ready, and when it has failed.
+        failures: how often its process ended in a row before it had served `lifecycle.STABLE_S`.
         says_ready: whether it sent READY=1.
-        heard_s: when it last sent WATCHDOG=1, or got ready, by the controller's clock.
-        takers: its processes that were seen to wait on its sockets.
-        acceptors: threads of those that were.
-        activity: of these, at the last look; see `linux.activity`.
-        acted: whether these did anything since it was taken for hung.
-        rest: how long it has been at rest, if it starts and cannot be looked at.
-        cpu_s, cpu_at_s: CPU time that it had had, and when that was.
-        hung: whether it was when it was retired.
-        full: at capacity: it accepts nothing, and goes on with what it has.
-        shed: not selected because it is full, as others have room.
-        queued: connections in its accept queue at the last look.
-        replace_not_before_s: when another worker may be asked for in its place again.
-        left: by bind, why its socket there is not in the group as it was.
-        is_apart: since it started, a socket of its own is in another group; see `health.split`.
-        others: sockets it had open when it got ready, which are no connections.
-        said: what it sent as STATUS=.
+        heartbeat_s: when it last sent WATCHDOG=1, or became ready, by the controller's clock.
+        accepting_pids: its processes that were seen to wait on its sockets.
+        accepting_tids: its threads that were seen to wait on its sockets.
+        activity: of `accepting_pids` at the last look; see `linux.activity`.
+        acted_since_hung: whether `accepting_pids` did anything since it was found hung.
+        rest: how long it has been at rest, if it is starting and may not be inspected.
+        cpu_s, cpu_at_s: its CPU time at the last look, and when that was.
+        was_hung: whether it was hung when it was retired.
+        at_capacity: it accepts nothing, and makes progress with the connections it has.
+        excluded: not selected because it is at capacity and others have room.
+        queued: connections in its accept queues at the last look.
+        replace_not_before_s: no replacement for it is requested before this time.
+        departures: by bind, why its socket is not in the group as it should be.
+        is_apart: its UDP socket joined another group when it started; see `health.split`.
+        initial_sockets: inodes of the sockets it had open when it became ready. Sockets it opens
+            later may be connections.
+        status_text: what it sent as STATUS=.
         error: why there is no process.
     """
 
@@ -95,31 +96,31 @@ class WorkerHandle(msgspec.Struct, eq=False):
     state: State = State.STARTING
     held: bool = False
     change: int = 0
-    modest: bool = False
+    niced: bool = False
     leaving: bool = False
-    told: Callable[[WorkerHandle], None] | None = None
+    on_outcome: Callable[[WorkerHandle], None] | None = None
     process: WorkerProcess | None = None
     ready_s: float | None = None
     starts: int = 0
     failures: int = 0
     says_ready: bool = False
-    heard_s: float = 0.0
-    takers: frozenset[int] = frozenset()
-    acceptors: frozenset[int] = frozenset()
+    heartbeat_s: float = 0.0
+    accepting_pids: frozenset[int] = frozenset()
+    accepting_tids: frozenset[int] = frozenset()
     activity: int = 0
-    acted: bool = False
+    acted_since_hung: bool = False
     rest: Rest | None = None
     cpu_s: float = 0.0
     cpu_at_s: float = 0.0
-    hung: bool = False
-    full: bool = False
-    shed: bool = False
+    was_hung: bool = False
+    at_capacity: bool = False
+    excluded: bool = False
     queued: int = 0
     replace_not_before_s: float = 0.0
-    left: dict[int, Departure] = {}
+    departures: dict[int, Departure] = {}
     is_apart: bool = False
-    others: set[int] = set()
-    said: str = ""
+    initial_sockets: set[int] = set()
+    status_text: str = ""
     timer: Timer | None = None
     drain: Cancellable | None = None
     error: SteerError | None = None
@@ -127,88 +128,88 @@ class WorkerHandle(msgspec.Struct, eq=False):
     @property
     def serves(self) -> bool:
         """Whether it may be selected."""
-        return self.is_in_service and not self.shed
+        return self.is_in_service and not self.excluded
 
     @property
     def is_in_service(self) -> bool:
-        """Whether it may be selected, or could be if it were not at capacity."""
+        """Whether it may be selected, or is only excluded while it is at capacity."""
         return self.state is State.READY and not self.held and not self.leaving
 
     @property
-    def is_on_its_way_out(self) -> bool:
-        """Whether it only finishes what it has."""
+    def is_retiring(self) -> bool:
+        """Whether it gets nothing new and finishes what it has."""
         return self.leaving or self.state is State.STOPPING
 
     @property
     def closed_its_listeners(self) -> bool:
-        return Departure.CLOSED in self.left.values()
+        return Departure.CLOSED in self.departures.values()
 
     @property
-    def asks_to_be_taken_for_hung(self) -> bool:
-        """By WATCHDOG=trigger, see sd_notify(3)."""
-        return self.heard_s == -math.inf
+    def has_triggered_watchdog(self) -> bool:
+        """Whether it asked to be treated as hung, by WATCHDOG=trigger (sd_notify(3))."""
+        return self.heartbeat_s == -math.inf
 
     @property
-    def hangs(self) -> bool:
+    def is_hung(self) -> bool:
         return self.state is State.HUNG
 
     def member(self, spec: WorkerSpec | None = None) -> Member:
-        """What the table is told of it, on its seat or on another."""
+        """The worker as a member of the table, with its own spec or another."""
         spec = spec or self.spec
         return Member(self.slot, spec.weight, spec.cpu)
 
-    def reseat(self, spec: WorkerSpec) -> bool:
-        """Give it another seat; whether it is to be pinned to other CPUs."""
+    def change_spec(self, spec: WorkerSpec) -> bool:
+        """Change its spec. Returns whether it has to be pinned to other CPUs."""
         before, self.spec = self.spec, spec
         return before.cpus != spec.cpus
 
     def pin(self) -> None:
-        """Pin its processes to the CPUs of its seat."""
+        """Pin its processes to the CPUs of its spec."""
         if self.process:
             priority.pin(processes.descendants(self.process.pid), self.spec.cpus)
 
     def hear(self, message: Mapping[str, str], now_s: float) -> None:
-        """Take what it says of itself, see sd_notify(3)."""
-        self.said = message.get("STATUS", self.said)
+        """Store what it says in a notification, see sd_notify(3)."""
+        self.status_text = message.get("STATUS", self.status_text)
         if message.get("WATCHDOG") == "1":
-            self.heard_s = now_s
+            self.heartbeat_s = now_s
         elif message.get("WATCHDOG") == "trigger":
-            self.heard_s = -math.inf
+            self.heartbeat_s = -math.inf
 
     def got_ready(self, now_s: float) -> None:
-        """Look at what can be seen of its process only now. From here on it need not be modest."""
+        """Record what can be seen of its process once it is ready, and end its lower priority."""
         self.ready_s = self.ready_s or time.monotonic()
-        self.heard_s = now_s
-        self.full = self.shed = False
+        self.heartbeat_s = now_s
+        self.at_capacity = self.excluded = False
         if self.process:
             with suppress(KernelError):
-                self.others = processes.open_sockets(self.process.pid)
-            self.takers = waiters(self.process.pid, self.process.inodes)
-            self.acceptors = acceptors(self.process.pid, self.process.inodes)
-            if self.process.launch.modest:
-                priority.hurry(processes.descendants(self.process.pid))
+                self.initial_sockets = processes.open_sockets(self.process.pid)
+            self.accepting_pids = waiters(self.process.pid, self.process.inodes)
+            self.accepting_tids = acceptors(self.process.pid, self.process.inodes)
+            if self.process.launch.niced:
+                priority.renice(processes.descendants(self.process.pid))
 
     def lost_process(self) -> None:
-        """Its process has ended. If it had served for long, it begins a new row of failures."""
+        """Its process has ended. If it had served for long, failures are counted from one again."""
         self.process = None
-        self.says_ready = self.full = self.shed = False
+        self.says_ready = self.at_capacity = self.excluded = False
         self.rest = None
-        self.left = {}
+        self.departures = {}
         self.replace_not_before_s = 0.0
         served_s = time.monotonic() - self.ready_s if self.ready_s is not None else 0.0
         self.failures = 1 if served_s >= STABLE_S else self.failures + 1
 
     def has_acted(self) -> bool:
-        """Whether those who take its connections did anything since this was last asked."""
+        """Whether the processes that accept its connections did anything since the last call."""
         before = self.activity
         if self.process:
-            self.activity = activity(self.process.pid, among=self.takers)
+            self.activity = activity(self.process.pid, among=self.accepting_pids)
         return self.activity != before
 
     def has_computed(self, now_s: float) -> bool:
-        """Whether it had the CPU since this was last asked, for more than to look at a clock: a
-        worker that is told to end may be woken again and again for nothing else. One that waits
-        for a CPU computes, too: on a machine with too much to do it may get none for long."""
+        """Whether it used more CPU time since the last call than timers take. A worker that was
+        told to finish may be woken by timers again and again. One that waits for a CPU counts as
+        computing: on an overloaded machine it may wait for long."""
         before, before_s = self.cpu_s, self.cpu_at_s
         self.cpu_s, self.cpu_at_s = 0.0, now_s
         if self.process:
@@ -217,14 +218,14 @@ class WorkerHandle(msgspec.Struct, eq=False):
         return waits_for_cpu or is_busy(self.cpu_s - before, now_s - before_s)
 
     def rested_s(self, now_s: float) -> float:
-        """For how long it has been at rest, as far as it was asked for."""
+        """For how long it has been at rest, as far as earlier calls saw."""
         assert self.process
         self.rest = self.rest or Rest()
         pid = self.process.pid
         return self.rest.lasted_s(now_s, cpu_s(pid), is_asleep(pid))
 
     def set_timer(self, timer: Timer) -> None:
-        """Let it wait for this, and not for what it waited for before."""
+        """Replace the timer it waits for."""
         self.cancel_timer()
         self.timer = timer
 
@@ -240,5 +241,5 @@ class WorkerHandle(msgspec.Struct, eq=False):
 
 
 def waits(process: WorkerProcess) -> Seen:
-    """Whether it waits on its sockets."""
+    """Whether a process of the worker waits on the worker's sockets."""
     return waits_on(process.pid, process.inodes)

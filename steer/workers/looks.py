@@ -33,7 +33,7 @@ class Look:
 
     def within(self, seconds: float) -> None:
         """Be called no later."""
-        self._looks.hurry(self, seconds)
+        self._looks.take_within(self, seconds)
 
 
 class Looks:
@@ -67,12 +67,12 @@ class Looks:
         due_s = min((each.due_s for each in self._looks), default=math.inf)
         return max(0.0, due_s - self._clock.read_s())
 
-    def hurry(self, look: Look, within_s: float) -> None:
+    def take_within(self, look: Look, within_s: float) -> None:
         """See `Look.within`."""
         due_s = self._clock.read_s() + within_s
         if due_s < look.due_s:
             look.due_s = due_s
-            self._clock.hurry(within_s)
+            self._clock.beat_within(within_s)
 
 
 def _due_s(look: Look) -> float:

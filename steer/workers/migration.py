@@ -34,12 +34,12 @@ class QueueMigration:
         self._visibility = visibility
         self._shutdown = shutdown
 
-    def shed(self, worker: WorkerHandle, is_shed: bool) -> None:
+    def excluded(self, worker: WorkerHandle, is_excluded: bool) -> None:
         """A worker at capacity leaves the table, and others get what waits for it; or it is
         selected again."""
-        worker.shed = is_shed
+        worker.excluded = is_excluded
         self._selection.publish_soon()
-        if is_shed:
+        if is_excluded:
             self._migrate_when_synchronized(worker)
 
     def migrate_hung(self, worker: WorkerHandle) -> None:

@@ -84,7 +84,7 @@ class Notifications:
         self, worker: WorkerHandle, process: WorkerProcess, sender: int, message: Mapping[str, str]
     ) -> None:
         worker.hear(message, self._clock.now_s())
-        if worker.asks_to_be_taken_for_hung:
+        if worker.has_triggered_watchdog:
             self._changed(worker)
         if message.get("STOPPING") == "1":
             self._report(worker, Event.DRAIN)

@@ -46,7 +46,7 @@ class PolicySwitch:
             if worker.generation.number == then.number:
                 worker.generation = then
         moved = [worker for worker in self._workers if worker.spec != moves[worker.slot]]
-        unpinned = [worker for worker in moved if worker.reseat(moves[worker.slot])]
+        unpinned = [worker for worker in moved if worker.change_spec(moves[worker.slot])]
         self._entries.save(moved, look=False)
         self._selection.keep()
         return then, unpinned

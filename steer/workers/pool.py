@@ -23,7 +23,7 @@ from steer.linux import signals
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.workers import notifications
-from steer.workers.adoption import Adoption, seated
+from steer.workers.adoption import Adoption, staying
 from steer.workers.clock import Clock
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles
@@ -68,7 +68,7 @@ class WorkerPool:
 
     Attributes:
         generation: the one in force; a worker may be of an earlier one, and on its way out.
-        admitted: the number of the last change whose workers may be selected.
+        activated: the number of the last change whose workers may be selected.
         by_pid: workers with a process, by the process id of its first.
         is_watched: whether there is a loop to look after them in.
         clock: measures the time that workers are given.
@@ -95,7 +95,7 @@ class WorkerPool:
         retry: Retry,
         unheard: Unheard,
     ) -> None:
-        self.generation, self.admitted = generation, 0
+        self.generation, self.activated = generation, 0
         self.workers = WorkerHandles()
         self.by_pid: dict[int, WorkerHandle] = {}
         self.selection = Selection(backend, self.workers, slots, guard, log, retry)
@@ -143,14 +143,14 @@ class WorkerPool:
     def adopt(
         self,
         generations: Mapping[int, Generation],
-        admitted: int,
+        activated: int,
         entries: Mapping[str, Entry],
         selection: Entry,
     ) -> None:
         """Go on with the workers that another controller left; see `Adoption.adopt`."""
-        self.admitted = admitted
+        self.activated = activated
         adoption = Adoption(self.workers, self.selection, self._spawner, self.entries, self.clock)
-        adoption.adopt(entries.values(), selection, generations, admitted)
+        adoption.adopt(entries.values(), selection, generations, activated)
 
     def watch(
         self,
@@ -194,7 +194,7 @@ class WorkerPool:
     def fill(self) -> None:
         """After `watch`: start a worker on each seat of the generation that nobody has. Retire
         those that are of another generation, or came with a change that was not finished."""
-        stay = seated(self.workers, self.generation)
+        stay = staying(self.workers, self.generation)
         for worker in list(self.workers):
             if stay.get(worker.spec.number) is not worker:
                 self.report(worker, Event.RETIRE)
@@ -227,23 +227,25 @@ class WorkerPool:
         self,
         specs: Iterable[WorkerSpec],
         generation: Generation,
-        modest: bool,
-        told: Callable[[WorkerHandle], None],
+        niced: bool,
+        on_outcome: Callable[[WorkerHandle], None],
     ) -> Sequence[WorkerHandle]:
         """Start workers that are held until `activate`; see `Replacement.start`.
 
         Args:
-            modest, told: see `WorkerHandle`.
+            niced, on_outcome: see `WorkerHandle`.
         """
-        change = self.admitted + 1
-        take = partial(self._take, generation, held=True, change=change, modest=modest, told=told)
+        change = self.activated + 1
+        take = partial(
+            self._take, generation, held=True, change=change, niced=niced, on_outcome=on_outcome
+        )
         return self._supervision.replacement.start(map(take, specs))
 
     def activate(self, workers: Iterable[WorkerHandle]) -> None:
         """See `Replacement.activate`. The guard is then told the number of the change, and need
         not be told of each worker."""
         self._supervision.replacement.activate(workers)
-        self.admitted += 1
+        self.activated += 1
 
     def retire(self, workers: Iterable[WorkerHandle]) -> None:
         """See `Replacement.retire`."""

@@ -40,13 +40,13 @@ class Running(msgspec.Struct, frozen=True):
     """A process, for whoever goes on with it.
 
     Args:
-        told: whether it was told to finish.
+        told_to_finish: whether it was told to finish.
     """
 
     pid: int
     started_s: float
     bound: tuple[int, ...]
-    told: bool
+    told_to_finish: bool
 
 
 @contextmanager
@@ -196,16 +196,16 @@ class WorkerProcess:
         self._is_child = processes.parent(saved.pid) == os.getpid()
         if self._is_child:
             fork.began(saved.pid)
-        self._is(saved.pid, pidfd, saved.told)
+        self._is(saved.pid, pidfd, saved.told_to_finish)
         return self
 
-    def _is(self, pid: int, pidfd: int, told: bool = False) -> None:
+    def _is(self, pid: int, pidfd: int, told_to_finish: bool = False) -> None:
         self.pid, self._pidfd = pid, pidfd
         self.family = Family(pid, self._is_child)
         self.family.sockets = self.inodes = frozenset(self.bound)
         self._borrower = Borrower(pid, self.inodes)
         self._stderr = StandardError(self._stderr_fd, pid, self.launch, self._readers)
-        self._finishing = Finishing(self.launch.service, self.family, pidfd, told)
+        self._finishing = Finishing(self.launch.service, self.family, pidfd, told_to_finish)
 
     # What the guard has of it.
 
@@ -217,7 +217,7 @@ class WorkerProcess:
     @property
     def running(self) -> Running:
         """What `adopted` has to be told."""
-        return Running(self.pid, self.started_s, self.bound, self.told)
+        return Running(self.pid, self.started_s, self.bound, self.told_to_finish)
 
     def keep(self, value: bytes, held: Sequence[int] = (), look: bool = True) -> None:
         """Have the guard keep `value` with what ties the process to us, and `held`.
@@ -283,14 +283,14 @@ class WorkerProcess:
     # How it ends.
 
     @property
-    def told(self) -> bool:
+    def told_to_finish(self) -> bool:
         """Whether it was told to finish."""
-        return self._finishing.told
+        return self._finishing.told_to_finish
 
     @property
-    def why_told_so(self) -> str:
-        """See `Finishing.why_told_so`."""
-        return self._finishing.why_told_so
+    def why_this_signal(self) -> str:
+        """See `Finishing.why_this_signal`."""
+        return self._finishing.why_this_signal
 
     def terminate(self, quick: bool = False) -> None:
         """Tell it to finish; see `Finishing.tell`."""

@@ -83,7 +83,7 @@ class Remains:
         """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
         backend = self._selection.backend
         forget_flows = backend.forget_flows
-        if worker.hung or forget_flows is None:
+        if worker.was_hung or forget_flows is None:
             return
         got = self._datagrams(worker)
         if not got:
@@ -116,6 +116,6 @@ class Remains:
         if self._selection.backend.open(worker.slot):
             return True
         try:
-            return bool(processes.open_sockets(process.pid) - worker.others)
+            return bool(processes.open_sockets(process.pid) - worker.initial_sockets)
         except KernelError:
             return True

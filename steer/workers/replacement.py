@@ -59,7 +59,7 @@ class Replacement:
     def activate(self, workers: Iterable[WorkerHandle]) -> None:
         """These are held no longer, and enter the table all at once."""
         for worker in workers:
-            worker.held, worker.told = False, None
+            worker.held, worker.on_outcome = False, None
         self._selection.publish_soon()
 
     def retire(self, workers: Iterable[WorkerHandle]) -> None:

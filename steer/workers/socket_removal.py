@@ -70,7 +70,7 @@ class SocketRemoval:
         has; to ask that is quicker than to look at all sockets of a port."""
         is_member, binds = self._selection.backend.is_member, worker.generation.plan.binds
         is_in_a_group = (is_member(worker.slot, at) is not False for at in range(len(binds)))
-        return bool(worker.left) or any(is_in_a_group)
+        return bool(worker.departures) or any(is_in_a_group)
 
     def _cut_off(self, worker: WorkerHandle, found: Sequence[strays.Stray]) -> None:
         told = list(strays.shut_down(found))

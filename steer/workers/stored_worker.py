@@ -27,10 +27,10 @@ class StoredWorker(msgspec.Struct, frozen=True):
     starts: int
     failures: int
     says_ready: bool
-    others: set[int]
-    takers: frozenset[int]
-    hung: bool
-    acceptors: frozenset[int] = frozenset()
+    initial_sockets: set[int]
+    accepting_pids: frozenset[int]
+    was_hung: bool
+    accepting_tids: frozenset[int] = frozenset()
     is_apart: bool = False
     change: int = 1
 
@@ -48,39 +48,39 @@ def stored(worker: WorkerHandle, running: Running) -> StoredWorker:
         worker.starts,
         worker.failures,
         worker.says_ready,
-        worker.others,
-        worker.takers,
-        worker.hung,
-        worker.acceptors,
+        worker.initial_sockets,
+        worker.accepting_pids,
+        worker.was_hung,
+        worker.accepting_tids,
         worker.is_apart,
         worker.change,
     )
 
 
 def restored(
-    saved: StoredWorker, generation: Generation, heard_s: float, admitted: int
+    saved: StoredWorker, generation: Generation, heartbeat_s: float, activated: int
 ) -> WorkerHandle:
     """The worker without its process.
 
     Args:
         generation: that of the number stored.
-        admitted: see `WorkerPool`.
+        activated: see `WorkerPool`.
     """
     return WorkerHandle(
         saved.spec,
         saved.slot,
         generation,
         State(saved.state),
-        held=saved.held and saved.change > admitted,
+        held=saved.held and saved.change > activated,
         change=saved.change,
         ready_s=saved.ready_s,
         starts=saved.starts,
         failures=saved.failures,
         says_ready=saved.says_ready,
-        heard_s=heard_s,
-        takers=saved.takers,
-        acceptors=saved.acceptors,
-        hung=saved.hung,
-        others=saved.others,
+        heartbeat_s=heartbeat_s,
+        accepting_pids=saved.accepting_pids,
+        accepting_tids=saved.accepting_tids,
+        was_hung=saved.was_hung,
+        initial_sockets=saved.initial_sockets,
         is_apart=saved.is_apart,
     )

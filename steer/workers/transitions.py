@@ -75,7 +75,7 @@ class Transitions:
         if event is Event.OVERDUE or (event is Event.LATE and not is_told_by_others):
             self._log.warning("worker %d: %s", worker.slot, event.value)
         before = worker.state
-        worker.hung |= worker.hangs and event is Event.RETIRE
+        worker.was_hung |= worker.is_hung and event is Event.RETIRE
         worker.state, commands = lifecycle.step(before, event)
         for command in commands:
             self._carry_out(worker, command, worker.state)
@@ -104,8 +104,8 @@ class Transitions:
             # It is not tried again: whoever asked for it is told.
             self.report(worker, Event.RETIRE)
             self.report(worker, Event.EXITED)
-            if worker.told:
-                worker.told(worker)
+            if worker.on_outcome:
+                worker.on_outcome(worker)
             return
         if worker.leaving:
             self.report(worker, Event.RETIRE)
@@ -136,6 +136,6 @@ class Transitions:
 
     def _is_busy(self, worker: WorkerHandle) -> bool:
         """Whether one that was retired as hung may still be at a request that takes long."""
-        if not worker.hung or self._shutdown.has_begun:
+        if not worker.was_hung or self._shutdown.has_begun:
             return False
         return worker.has_computed(self._clock.now_s())

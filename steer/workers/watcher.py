@@ -48,7 +48,7 @@ class Watcher:
     def _go_on(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         """Go on with what the controller before us had begun."""
         commands = self._transitions.commands
-        if worker.hangs:
+        if worker.is_hung:
             self._retry.attempt(f"look at worker {worker.slot}", worker.has_acted)
         elif worker.state is State.STOPPING:
-            commands[Command.TERMINATE if process.told else Command.DRAIN](worker)
+            commands[Command.TERMINATE if process.told_to_finish else Command.DRAIN](worker)

@@ -44,7 +44,9 @@ class WorkerSockets:
         Raises:
             KernelError: we may not.
         """
-        by_use = sorted(self._workers, key=lambda worker: (bool(worker.left), not worker.serves))
+        by_use = sorted(
+            self._workers, key=lambda worker: (bool(worker.departures), not worker.serves)
+        )
         found: Sockets = {}
         locked: Sockets = {}
         with ExitStack() as lent:

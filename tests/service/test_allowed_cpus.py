@@ -139,8 +139,8 @@ def test_what_is_refused_is_done_without(
         refused = f"worker 1: run on CPU {CPUS[1 % len(CPUS)]}: Operation not permitted; it does"
         assert refused in running.log
         assert running.ask("reload")["generation"] == 2
-        modest = "leave the CPUs to others until it is ready: Operation not permitted"
-        assert modest in running.log
+        niced = "leave the CPUs to others until it is ready: Operation not permitted"
+        assert niced in running.log
         assert "Traceback" not in running.log
         assert http_get("127.0.0.1", 8080)[1]["generation"] == 2
     finally:

@@ -241,7 +241,7 @@ def queue(at: Holder, slot: int, number: int) -> list[socket.socket]:
     return waiting
 
 
-def rescue(at: Holder, slot: int) -> None:
+def migrate_queue(at: Holder, slot: int) -> None:
     """What waits there goes to others; it is no member."""
     at.crew.backend.migrate_queue(slot, dict(enumerate(at.crew.sockets[slot])))
 
@@ -272,7 +272,7 @@ def test_moved_to_and_fro(clients: ExitStack, kind: str) -> None:
     waiting = queue(at, 0, 5)
     for here, there in [(0, 1), (1, 0), (0, 1)]:
         at.crew.steer(there)
-        rescue(at, here)
+        migrate_queue(at, here)
         assert at.open() == {there: 5}
         assert moved_left(at)
     reset(waiting.pop())

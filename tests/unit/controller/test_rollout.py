@@ -50,7 +50,7 @@ class FakeFleet:
         self.kept: list[tuple[int, int, int]] = []
         self.lot = Lot()
         self.selection = self
-        self.admitted = 0
+        self.activated = 0
         self._slot = 0
         for spec in self.generation.plan.specs:
             self._take(spec, self.generation).state = State.READY
@@ -65,18 +65,18 @@ class FakeFleet:
         self,
         specs: Sequence[WorkerSpec],
         generation: Generation,
-        _modest: bool,
-        told: Callable[[WorkerHandle], None],
+        _niced: bool,
+        on_outcome: Callable[[WorkerHandle], None],
     ) -> list[WorkerHandle]:
         workers = [self._take(spec, generation) for spec in specs]
         for worker in workers:
-            worker.held, worker.told = True, told
+            worker.held, worker.on_outcome = True, on_outcome
         return workers
 
     def activate(self, workers: Sequence[WorkerHandle]) -> None:
         for worker in workers:
             worker.held = False
-        self.admitted += 1
+        self.activated += 1
 
     def report(self, worker: WorkerHandle, event: Event) -> None:
         worker.state, commands = lifecycle.step(worker.state, event)
@@ -95,16 +95,16 @@ class FakeFleet:
     def get_ready(self, slot: int) -> None:
         worker = self.at(slot)
         self.report(worker, Event.READY)
-        assert worker.told is not None
-        worker.told(worker)
+        assert worker.on_outcome is not None
+        worker.on_outcome(worker)
 
     def fail(self, slot: int) -> None:
         worker = self.at(slot)
         worker.error = ENDED
         self.report(worker, Event.RETIRE)
         self.report(worker, Event.EXITED)
-        assert worker.told is not None
-        worker.told(worker)
+        assert worker.on_outcome is not None
+        worker.on_outcome(worker)
 
     def at(self, slot: int) -> WorkerHandle:
         return next(worker for worker in self.workers if worker.slot == slot)
@@ -123,7 +123,7 @@ def play(workers: int, script: Script) -> FakeFleet:
     async def run() -> None:
         changes = Rollout(
             cast(WorkerPool, pool),
-            lambda new, now: pool.kept.append((new.number, now.number, pool.admitted)),
+            lambda new, now: pool.kept.append((new.number, now.number, pool.activated)),
             Turns(),
         )
         await asyncio.wait_for(script(pool, changes), 10)
@@ -245,7 +245,7 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
                 await change
 
     pool = play(1, script)
-    # None was started since, and none admitted.
+    # None was started since, and none activated.
     assert len(pool.workers) == (3 if when == "before any is ready" else 5)
     assert set(pool.states().values()) == {State.STOPPING}
     assert pool.publications == []
@@ -376,12 +376,14 @@ def test_one_that_does_not_hang_any_more_is_not_replaced(state: State) -> None:
     assert list(play(2, script).states()) == [0, 1]
 
 
-@pytest.mark.parametrize("admitted, is_held", [(3, True), (4, False), (5, False)])
-def test_who_adopts_takes_those_for_admitted_whose_change_was(admitted: int, is_held: bool) -> None:
+@pytest.mark.parametrize("activated, is_held", [(3, True), (4, False), (5, False)])
+def test_who_adopts_takes_those_for_activated_whose_change_was(
+    activated: int, is_held: bool
+) -> None:
     """As each was saved when it was not yet."""
     generation = Generation(2, plan_for(1))
     spec = generation.plan.specs[0]
     worker = WorkerHandle(spec, 0, generation, State.READY, held=True, change=4)
     value = msgspec.json.encode(stored(worker, Running(1, 0.0, (), False)))
     saved = msgspec.json.decode(value, type=StoredWorker)
-    assert restored(saved, generation, 0.0, admitted).held == is_held
+    assert restored(saved, generation, 0.0, activated).held == is_held

@@ -88,13 +88,13 @@ class FakeService:
             state=State.READY,
             held=False,
             leaving=False,
-            hangs=False,
-            full=False,
+            is_hung=False,
+            at_capacity=False,
             generation=SimpleNamespace(number=1, plan=SimpleNamespace(binds=BOUND)),
             spec=SimpleNamespace(cpus=(0,), weight=1),
             starts=1,
-            said="",
-            left={},
+            status_text="",
+            departures={},
         )
 
     def _counts(self, slot: int) -> Counts:

@@ -19,9 +19,9 @@ def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch)
     service = SimpleNamespace(watchdog=None)
     worker: Any = SimpleNamespace(
         has_acted=iter(acted).__next__,
-        acted=False,
-        hangs=True,
-        heard_s=0.0,
+        acted_since_hung=False,
+        is_hung=True,
+        heartbeat_s=0.0,
         generation=SimpleNamespace(plan=SimpleNamespace(service=service)),
     )
     waiting = iter(seen[1:])  # not asked of one that has not acted

@@ -55,7 +55,7 @@ class Workers:
         launch = SimpleNamespace(binds=BINDS)
         process = SimpleNamespace(pid=slot, bound=[slot], launch=launch)
         return SimpleNamespace(
-            slot=slot, process=process, serves=False, hung=False, others=set(),
+            slot=slot, process=process, serves=False, was_hung=False, initial_sockets=set(),
             closed_its_listeners=False,
         )  # fmt: skip
 

@@ -100,10 +100,10 @@ class ServingProcess(FakeProcess):
     """One that serves; it crashes unless it is told to end."""
 
     def __init__(self, pid: int, guard: CountingGuard) -> None:
-        super().__init__(pid, told=False)
+        super().__init__(pid, told_to_finish=False)
         self._guard = guard
         self.bound = self.inodes = (pid,)
-        self.problem, self.last_words, self.why_told_so = None, "", ""
+        self.problem, self.last_words, self.why_this_signal = None, "", ""
         self.launch = SimpleNamespace(
             service=SimpleNamespace(command=(), ready_timeout=60.0), binds=()
         )
@@ -120,12 +120,12 @@ class ServingProcess(FakeProcess):
         self._guard.put()
 
     def terminate(self, _quick: bool) -> None:
-        self.told = True
+        self.told_to_finish = True
 
     def let_go(self) -> int:
         self._guard.drop(self.key)
         super().let_go()
-        return 0 if self.told else -9
+        return 0 if self.told_to_finish else -9
 
 
 class Serving:
@@ -259,7 +259,7 @@ def test_where_the_kernel_tells_that_sockets_are_closed_no_port_is_looked_at(
 def test_a_stop_looks_at_each_once_and_saves_nothing(play: Play, workers: int) -> None:
     async def script(serving: Serving) -> None:
         serving.pool.stop(30.0, quick=False)
-        await serving.until(lambda: all(each.told for each in serving.processes))
+        await serving.until(lambda: all(each.told_to_finish for each in serving.processes))
         for process in serving.processes:
             process.first_ends()
         async with asyncio.timeout(DEADLINE_S):
@@ -279,7 +279,7 @@ def test_one_that_dies_before_it_is_told_to_end_is_not_started_again(
 
     async def script(serving: Serving) -> None:
         serving.pool.stop(30.0, quick=False)
-        assert [each.told for each in serving.processes] == [True] + 99 * [False]
+        assert [each.told_to_finish for each in serving.processes] == [True] + 99 * [False]
         for worker in reversed(serving.processes):
             worker.first_ends()
         async with asyncio.timeout(DEADLINE_S):
