@@ -8,13 +8,13 @@ from functools import partial
 from steer.linux import fork
 from steer.linux.log import Log
 from steer.linux.retry import Retry
-from steer.sockets import strays
+from steer.sockets import leaked
 from steer.workers.ends import End
 from steer.workers.handle import WorkerHandle
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
 
-STRAYS_NAMED = 4
+LEAKS_NAMED = 4
 """So many processes that still have a socket of an ended worker are named in the log."""
 
 
@@ -43,27 +43,29 @@ class SocketRemoval:
             ends: with the processes that are left of each worker.
         """
         fork.await_apart()  # or workers that start would be found to have these sockets open
-        look, nobody = strays.Look(), list[strays.Stray]()
+        snapshot, nobody = leaked.Snapshot(), list[leaked.LeakedSocket]()
         ends = list(ends)
         serving = [end.worker.slot for end, _ in ends if end.worker.serves]
         if serving and not self._shutdown.has_begun:
             self._selection.end(serving)
         for end, left in ends:
-            worker, find = end.worker, partial(self._strays, end, left, look)
+            worker, find = end.worker, partial(self._leaked, end, left, snapshot)
             found = self._retry.result(_act(worker), find, nobody) if end.process.bound else nobody
             if not self.remove(worker):
                 self._selection.publish_soon()  # that does the rest
             if found:
                 self._retry.attempt(_act(worker), partial(self._cut_off, worker, found))
 
-    def _strays(self, end: End, left: Sequence[int], look: strays.Look) -> list[strays.Stray]:
+    def _leaked(
+        self, end: End, left: Sequence[int], snapshot: leaked.Snapshot
+    ) -> list[leaked.LeakedSocket]:
         """Who still has sockets of it. Where the backend holds a duplicate, that is shut down in
         any case."""
         worker, bound = end.worker, end.process.bound
         is_held = bool(self._selection.backend.held(worker.slot))
         everywhere = not self._shutdown.has_begun and not is_held
         everywhere = everywhere and (end.is_lost or self._may_be_open(worker))
-        return strays.find(worker.generation.plan.binds, bound, left, everywhere, look)
+        return leaked.find(worker.generation.plan.binds, bound, left, everywhere, snapshot)
 
     def _may_be_open(self, worker: WorkerHandle) -> bool:
         """Whether anybody may have its sockets open. If all have just left their groups nobody
@@ -72,13 +74,13 @@ class SocketRemoval:
         is_in_a_group = (is_member(worker.slot, at) is not False for at in range(len(binds)))
         return bool(worker.departures) or any(is_in_a_group)
 
-    def _cut_off(self, worker: WorkerHandle, found: Sequence[strays.Stray]) -> None:
-        told = list(strays.shut_down(found))
-        for stray, refusal in told[:STRAYS_NAMED]:
+    def _cut_off(self, worker: WorkerHandle, found: Sequence[leaked.LeakedSocket]) -> None:
+        told = list(leaked.shut_down(found))
+        for leak, refusal in told[:LEAKS_NAMED]:
             then = f": {refusal}" if refusal else ", and is cut off from it"
-            self._log.warning("worker %d has ended, but %s%s", worker.slot, stray, then)
-        if len(told) > STRAYS_NAMED:
-            more = len(told) - STRAYS_NAMED
+            self._log.warning("worker %d has ended, but %s%s", worker.slot, leak, then)
+        if len(told) > LEAKS_NAMED:
+            more = len(told) - LEAKS_NAMED
             self._log.warning(
                 "worker %d has ended, and %d more have a socket of it", worker.slot, more
             )

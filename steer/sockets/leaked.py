@@ -19,7 +19,7 @@ from steer.sockets import members, sock_diag
 from steer.sockets.listeners import Borrower
 
 
-class Stray(msgspec.Struct, frozen=True):
+class LeakedSocket(msgspec.Struct, frozen=True):
     """A socket that outlived its worker, and who has it open.
 
     Args:
@@ -36,7 +36,7 @@ class Stray(msgspec.Struct, frozen=True):
         return f"{who} still has its socket of {self.bind.label} open"
 
 
-class Look:
+class Snapshot:
     """What the kernel and /proc tell of the sockets of workers that have ended: for all of them,
     each port is asked for once. To be made after they have ended."""
 
@@ -52,12 +52,16 @@ class Look:
         there = self._open[at]
         return there is None or inode in there
 
-    def holders(self, bind: Bind, inode: int) -> list[Stray]:
+    def holders(self, bind: Bind, inode: int) -> list[LeakedSocket]:
         """Whoever has it open."""
         if bind not in self._holders:
             self._holders[bind] = _holders(bind)
         here = self._holders[bind]
-        return [Stray(bind, inode, each.pid, each.command) for each in here if each.inode == inode]
+        return [
+            LeakedSocket(bind, inode, each.pid, each.command)
+            for each in here
+            if each.inode == inode
+        ]
 
 
 def find(
@@ -65,32 +69,32 @@ def find(
     inodes: Sequence[int],
     family: Iterable[int],
     everywhere: bool,
-    look: Look | None = None,
-) -> list[Stray]:
+    snapshot: Snapshot | None = None,
+) -> list[LeakedSocket]:
     """Those of one worker.
 
     Args:
         inodes: of its sockets, one for each bind, see `processes.socket_inode`.
         family: processes that are left of it.
         everywhere: also where other processes have them, but for ones of steer's own.
-        look: shared with others that ended at the same time.
+        snapshot: shared with others that ended at the same time.
     """
     by_inode = dict(zip(inodes, binds, strict=True))
-    look = look or Look()
+    snapshot = snapshot or Snapshot()
     found = [
-        Stray(by_inode[inode], inode, pid, processes.command(pid))
+        LeakedSocket(by_inode[inode], inode, pid, processes.command(pid))
         for pid in family
         for inode in sorted(by_inode.keys() & _open_in(pid))
     ]
     if everywhere:
-        known = {stray.inode for stray in found}
+        known = {leak.inode for leak in found}
         for inode, bind in by_inode.items():
-            if inode not in known and look.is_open(bind, inode):
-                found += look.holders(bind, inode)
+            if inode not in known and snapshot.is_open(bind, inode):
+                found += snapshot.holders(bind, inode)
     return found
 
 
-def shut_down(strays: Iterable[Stray]) -> Iterator[tuple[Stray, str]]:
+def shut_down(leaks: Iterable[LeakedSocket]) -> Iterator[tuple[LeakedSocket, str]]:
     """End them, whoever has them: what waits at a listener moves on as if that were closed
     (shutdown(2); inet_csk_listen_stop() of the kernel).
 
@@ -100,32 +104,32 @@ def shut_down(strays: Iterable[Stray]) -> Iterator[tuple[Stray, str]]:
     Returns:
         Each, with the reason why that could not be done; empty if it was.
     """
-    by_inode: dict[int, list[Stray]] = {}
-    for stray in strays:
-        by_inode.setdefault(stray.inode, []).append(stray)
+    by_inode: dict[int, list[LeakedSocket]] = {}
+    for leak in leaks:
+        by_inode.setdefault(leak.inode, []).append(leak)
     for holders in by_inode.values():
         yield from _shut_down_one(holders)
 
 
-def _shut_down_one(holders: list[Stray]) -> Iterator[tuple[Stray, str]]:
+def _shut_down_one(holders: list[LeakedSocket]) -> Iterator[tuple[LeakedSocket, str]]:
     """The same of one socket, with all that are known to have it open."""
     refusals = _refusals(holders)
     if all(refusals):
-        tried = {stray.pid for stray in holders}
-        more = Look().holders(holders[0].bind, holders[0].inode)
-        more = [stray for stray in more if stray.pid not in tried]
+        tried = {leak.pid for leak in holders}
+        more = Snapshot().holders(holders[0].bind, holders[0].inode)
+        more = [leak for leak in more if leak.pid not in tried]
         refusals += _refusals(more)
         holders = holders + more
     is_done = not all(refusals)
-    for stray, refusal in zip(holders, refusals, strict=True):
-        yield stray, "" if is_done else refusal
+    for leak, refusal in zip(holders, refusals, strict=True):
+        yield leak, "" if is_done else refusal
 
 
-def _refusals(holders: Iterable[Stray]) -> list[str]:
+def _refusals(holders: Iterable[LeakedSocket]) -> list[str]:
     """Why each does not lend it; those that come after one who did are not asked."""
     refusals: list[str] = []
-    for stray in holders:
-        refusals.append("" if "" in refusals else _shut_down(stray))
+    for leak in holders:
+        refusals.append("" if "" in refusals else _shut_down(leak))
     return refusals
 
 
@@ -151,14 +155,14 @@ def _holders(bind: Bind) -> list[port_holders.Holder]:
         return []
 
 
-def _shut_down(stray: Stray) -> str:
+def _shut_down(leak: LeakedSocket) -> str:
     """A UDP socket cannot be shut down; but connected to nobody it gets nothing more."""
-    if stray.pid is None:
+    if leak.pid is None:
         return "what comes for it waits for nobody; end that process"
     try:
-        with Borrower(stray.pid, frozenset({stray.inode})).borrow() as lent:
+        with Borrower(leak.pid, frozenset({leak.inode})).borrow() as lent:
             for sock in lent.values():
-                if stray.bind.protocol == "udp" and not members.cut_off(sock):
+                if leak.bind.protocol == "udp" and not members.cut_off(sock):
                     return "datagrams that the kernel gives it are lost until that process ends"
                 with suppress(OSError):  # it was already, through another process
                     sock.shutdown(socket.SHUT_RDWR)

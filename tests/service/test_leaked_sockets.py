@@ -13,7 +13,7 @@ import pytest
 
 from steer.config import address
 from steer.linux import processes
-from steer.sockets import listeners, reuseport, strays
+from steer.sockets import leaked, listeners, reuseport
 from steer.sockets.listeners import Borrower
 from testkit.clients import answer, request, udp_ask
 from testkit.crew import PORT
@@ -156,16 +156,16 @@ def test_who_refuses_to_lend_a_listener_is_not_the_only_one_asked(
     with running(*sleeps, fds=[fd]) as first, running(*sleeps, fds=[fd]) as second:
         for each in (first, second):
             line_of(each)
-        known = strays.find([bind], [inode], [first.pid], everywhere=False)
-        assert [stray.pid for stray in known] == [first.pid]
+        known = leaked.find([bind], [inode], [first.pid], everywhere=False)
+        assert [leak.pid for leak in known] == [first.pid]
         refusing.update((first.pid, os.getpid()))
-        told = {stray.pid: refusal for stray, refusal in strays.shut_down(known)}
+        told = {leak.pid: refusal for leak, refusal in leaked.shut_down(known)}
         assert told == dict.fromkeys((first.pid, second.pid, os.getpid()), "")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", PORT))
         refusing.add(second.pid)
         listener.listen()
-        refused = {stray.pid: refusal for stray, refusal in strays.shut_down(known)}
+        refused = {leak.pid: refusal for leak, refusal in leaked.shut_down(known)}
         assert refused.keys() == told.keys()
         assert all("EPERM" in refusal for refusal in refused.values())
     listener.close()
