@@ -34,7 +34,7 @@ class Player:
         service: what that made, and is ready.
         workers: as many as the options say.
         replaces: whether who hangs is replaced.
-        has_reserve: whether connections can wait while nobody is there.
+        has_backup: whether connections can wait while nobody is there.
 
     Attributes:
         helds: what workers had accepted that were stopped or killed, but for those that
@@ -53,7 +53,7 @@ class Player:
         record: Record,
         workers: int,
         replaces: bool,
-        has_reserve: bool,
+        has_backup: bool,
     ) -> None:
         self.helds: list[Held] = []
         self.deaths: list[Death] = []
@@ -62,7 +62,7 @@ class Player:
         self.wanted = workers
         self._configured = workers
         self._replaces = replaces
-        self._has_reserve = has_reserve
+        self._has_backup = has_backup
         self._load = load
         self._record = record
         self._stopped: set[int] = set()
@@ -157,7 +157,7 @@ class Player:
     def _change(self, act: Act, command: str, **more: Any) -> tuple[dict[str, Any], str]:
         """The answer; and whether a worker was killed meanwhile."""
         # The last that was to stay may be the victim.
-        victim = self._pick(act) if self._has_reserve and act.amid < 0.3 else None
+        victim = self._pick(act) if self._has_backup and act.amid < 0.3 else None
         with ThreadPoolExecutor(1) as asker:
             answer = asker.submit(self.service.ask, command, timeout_s=None, **more)
             also = f", meanwhile killed {self._end(victim['pid'])}" if victim else ""
@@ -190,7 +190,7 @@ class Player:
 
     def _kill(self, act: Act) -> str:
         worker = self._pick(act)
-        may = self._has_reserve or self._ready() > 1
+        may = self._has_backup or self._ready() > 1
         return self._end(worker["pid"]) if worker and may else ""
 
     def _stop(self, act: Act) -> str:
@@ -336,7 +336,7 @@ class Player:
     def _nobody_waits_in_vain(self, workers: Iterable[Worker]) -> bool:
         """Whether what waited for those who are not chosen has gone to others."""
         idle = {each["sockets"][0] for each in workers if each["state"] in ("hung", "draining")}
-        if not idle or not self._has_reserve or not self._ready():
+        if not idle or not self._has_backup or not self._ready():
             return True
         return not any(each.queued for each in _sockets() if each.inode in idle)
 

@@ -278,11 +278,11 @@ class WorkerPool:
         self._supervision.transitions.report(worker, event)
 
     def renew_controller_sockets(self, service: Service) -> None:
-        """The reserve is to listen as the workers do from now on."""
+        """Have the backup listeners listen with the options that workers have from now on."""
         try:
             self.selection.renew_controller_sockets(service)
         except SteerError as error:
-            self.log.error("the reserve is not as configured: %s", error)
+            self.log.error("the backup listeners keep their former options: %s", error)
 
     def choose_by(self, plan: Plan, backend: Backend | None = None) -> None:
         """See `PolicySwitch.switch`."""

@@ -154,7 +154,7 @@ def test_port_taken_while_all_workers_were_down_is_not_joined(
     service: StartService, home: Path
 ) -> None:
     (home / "app.py").write_text(APP)
-    # On ebpf the reserve keeps it.
+    # On ebpf the backup listener keeps it.
     running = service("app:serve", "-w", "1", "--backend", "cbpf")
     (home / "broken").touch()
     os.kill(running.workers()[0]["pid"], signal.SIGKILL)

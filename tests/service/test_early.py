@@ -240,7 +240,7 @@ def test_a_service_behind_tproxy(
     service: StartService, new_socket: NewSocket, clients: ExitStack, home: Path, family: int
 ) -> None:
     """Connections go where the client wanted, are counted while they are open, and wait in the
-    reserve while there is no worker."""
+    backup listener while there is no worker."""
     (home / "app.py").write_text(ANSWER)
     put_rules(ruleset(tproxy(port=80)))
 

@@ -138,7 +138,7 @@ def check_kernel(player: Player, clients: Load) -> None:
     assert all(set(each["sockets"]) <= processes.open_sockets(each["pid"]) for each in workers)
     ours = {inode for _, inode in processes.sockets_by_fd(player.service.pid)} & listening()
     if status["backend"] == "ebpf":
-        assert len(ours) == backup.COUNT, "the reserve, and no duplicate of a worker's"
+        assert len(ours) == backup.COUNT, "the backup listeners, and no duplicate of a worker's"
         assert listening() == told | ours
         check_counts(status["totals"], player, clients)
     else:
@@ -155,8 +155,8 @@ def as_told(service: Service) -> list[Worker]:
 def check_counts(totals: dict[str, int], player: Player, clients: Load) -> None:
     """Each connection was counted once, by its SYN.
 
-    But for those that had nobody to go to: they waited in the reserve, and the count of who got
-    them says that they came from elsewhere.
+    Except those that had nobody to go to: they waited at the backup listener, and count as
+    migrated where they went.
     """
     counted = totals["selected"] - totals["migrated"]
     may_lack = totals["unsteered"] + sum(

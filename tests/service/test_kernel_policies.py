@@ -426,7 +426,7 @@ def test_no_live_slot_leaves_the_choice_to_the_kernel(policy: str, backend: str,
 @pytest.mark.needs("migrate")
 @tcp_kinds
 @pytest.mark.parametrize("policy", [name for name, backend in PROGRAMS if backend == EBPF])
-def test_no_live_slot_and_all_waits_in_the_reserve(policy: str, kind: str) -> None:
+def test_no_live_slot_and_all_waits_in_a_backup_listener(policy: str, kind: str) -> None:
     """Before anybody has seen that they are gone, and whoever else is in the group: slot 2
     listens there already, but has not joined."""
     with Crew(EBPF, policy, kind, workers=3) as crew:

@@ -630,7 +630,7 @@ def test_reload(service: StartService, clients: ExitStack) -> None:
 def test_all_workers_killed_and_what_waits_meanwhile(
     service: StartService, clients: ExitStack
 ) -> None:
-    """It waits in the reserve, moves to the new workers, and is counted there."""
+    """It waits at the backup listener, moves to the new workers, and is counted there."""
     running = service(*OPTIONS, "-w", "2")
     for worker in running.workers():
         os.kill(worker["pid"], signal.SIGKILL)
@@ -744,7 +744,7 @@ def test_without_the_capability_queues_are_sampled(
     assert running.selected()[hung["slot"]] <= 66, "blindly it would be 133 of 400"
 
 
-def test_what_waits_in_two_reserves_is_counted(clients: ExitStack) -> None:
+def test_what_waits_in_two_backup_listeners_is_counted(clients: ExitStack) -> None:
     """From the first connection on, and wherever it goes."""
     with Crew(EBPF, "least-conn", "tcp4", "tcp6", workers=2) as crew:
         crew.backend.backup.open()

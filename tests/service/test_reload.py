@@ -858,7 +858,7 @@ def test_window_change_ends_all_workers_until_hangup(service: StartService, home
 
 @pytest.mark.parametrize("backend", ["cbpf", "kernel"])
 def test_without_workers_who_comes_is_refused(service: StartService, backend: str) -> None:
-    """Where there is no reserve."""
+    """Where there are no backup listeners."""
     policy = "kernel" if backend == "kernel" else "hash"
     running = service("-w", "2", "--policy", policy, "--backend", backend)
     running.send_signal(signal.SIGWINCH)

@@ -80,7 +80,7 @@ def kill_workers(running: Service) -> None:
         os.kill(worker["pid"], signal.SIGKILL)
 
 
-def through_reserve(running: Service, home: Path, clients: ExitStack) -> dict[str, Any]:
+def through_backup(running: Service, home: Path, clients: ExitStack) -> dict[str, Any]:
     """What is answered to a connection that waited while there was no worker."""
     (home / "not-yet").touch()
     before = {worker["pid"] for worker in running.workers()}
@@ -95,7 +95,7 @@ def through_reserve(running: Service, home: Path, clients: ExitStack) -> dict[st
 
 
 @pytest.mark.needs("root", "bpf", "migrate")
-def test_accepted_sockets_have_them_also_after_the_reserve_a_reload_and_adoption(
+def test_accepted_sockets_have_them_also_after_a_backup_listener_a_reload_and_adoption(
     service: StartService, netns: Netns, home: Path, clients: ExitStack
 ) -> None:
     assert ALL.keys() == OPTIONS.keys()
@@ -124,16 +124,16 @@ def test_accepted_sockets_have_them_also_after_the_reserve_a_reload_and_adoption
     assert seen(begin(clients)) == ACCEPTED
     over_udp = udp_ask(HOST, PORT)
     assert {key: over_udp[key] for key in BOUND} == BOUND
-    found = through_reserve(running, home, clients)
+    found = through_backup(running, home, clients)
     assert {key: found[key] for key in ACCEPTED} == ACCEPTED
 
-    # The reserve is not of the generation: it has to become as its workers are.
+    # Backup listeners belong to no generation: they have to become as its workers are.
     write({"keepidle": "88"})
     assert backlogs() == {1000 + len(ALL)}
     assert running.steer("reload").returncode == 0
     assert eventually(backlogs, {1001})
     changed = {"nodelay": 1, "keepalive": 0, "keepidle": 88, "mark": 0, "fastopen": False}
-    for found in (seen(begin(clients)), through_reserve(running, home, clients)):
+    for found in (seen(begin(clients)), through_backup(running, home, clients)):
         assert {key: found[key] for key in changed} == changed
 
     running.send_signal(signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_accepted_sockets_have_them_also_after_the_reserve_a_reload_and_adoption
     assert "adopted 2 workers" in adopted.log
     write({"keepidle": "99"})
     assert adopted.steer("reload").returncode == 0
-    for found in (seen(begin(clients)), through_reserve(adopted, home, clients)):
+    for found in (seen(begin(clients)), through_backup(adopted, home, clients)):
         assert found["keepidle"] == 99
 
 

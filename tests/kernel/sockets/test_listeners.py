@@ -283,23 +283,25 @@ def put_again(crew: Crew, slot: int) -> None:
 @moves
 @pytest.mark.usefixtures("netns")
 @pytest.mark.parametrize("kind", ["tcp4", "tcp6"])
-def test_queue_of_a_reserve_goes_to_a_worker_that_joins(kind: str, clients: ExitStack) -> None:
+def test_queue_of_a_backup_listener_goes_to_a_worker_that_joins(
+    kind: str, clients: ExitStack
+) -> None:
     """Connections wait where nobody accepts, until there is somebody; twice over."""
-    worker, reserve = 0, 1
+    worker, backup = 0, 1
     with Crew(EBPF, "hash", kind, workers=2) as crew:
-        crew.join(reserve)
+        crew.join(backup)
         for _ in range(2):
-            sent = queue(crew, clients, reserve, 300)
+            sent = queue(crew, clients, backup, 300)
             crew.join(worker)
             crew.steer(worker)
-            move_queue(crew.sockets[reserve][0])
-            assert queued(crew) == {worker: 300, reserve: 0}
+            move_queue(crew.sockets[backup][0])
+            assert queued(crew) == {worker: 300, backup: 0}
             assert received(crew.sockets[worker][0], 300) == sent
             assert crew.count(10) == {worker: 10}
-            put_again(crew, reserve)
-            crew.steer(reserve)
+            put_again(crew, backup)
+            crew.steer(backup)
             crew.leave(worker)
-        assert crew.count(10) == {reserve: 10}
+        assert crew.count(10) == {backup: 10}
         assert crew.backend.unsteered() == 0
 
 

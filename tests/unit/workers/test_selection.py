@@ -127,7 +127,7 @@ async def until_emptied(backup: FakeBackup, times: int, turns: int = 0) -> None:
     loop.remove_reader(backup.sockets[0])
 
 
-def test_what_comes_back_to_the_reserve_is_not_moved_at_every_turn(
+def test_what_comes_back_to_a_backup_listener_is_not_moved_at_every_turn(
     waited_for: socket.socket,
 ) -> None:
     backup = FakeBackup(waited_for, returns=TURNS)
@@ -135,7 +135,9 @@ def test_what_comes_back_to_the_reserve_is_not_moved_at_every_turn(
     assert backup.emptied < TURNS / 10
 
 
-def test_what_comes_back_to_the_reserve_is_moved_again_later(waited_for: socket.socket) -> None:
+def test_what_comes_back_to_a_backup_listener_is_moved_again_later(
+    waited_for: socket.socket,
+) -> None:
     backup = FakeBackup(waited_for, returns=2)
     asyncio.run(until_emptied(backup, 3))
     assert backup.emptied == 3
