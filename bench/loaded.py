@@ -19,7 +19,7 @@ from pathlib import Path
 
 from steer import abi
 from steer.backends.loaded_policy import LoadedPolicy
-from steer.config.plan import plan
+from steer.config.planning import plan
 from steer.config.service import Service
 from steer.errors import KernelError
 from steer.linux import topology

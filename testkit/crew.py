@@ -19,7 +19,7 @@ from typing import Self, cast
 from steer.backends.open import open_backend
 from steer.config import address
 from steer.config.address import Bind
-from steer.config.plan import plan
+from steer.config.planning import plan
 from steer.config.service import Service
 from steer.linux import topology
 from steer.loader import find

@@ -19,7 +19,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 from steer.backends.base import Counts
-from steer.config import plan as planning
+from steer.config import planning
 from steer.config.plan import Generation, Plan
 from steer.config.servers import BY_DEFAULT
 from steer.config.service import Service

@@ -10,7 +10,7 @@ from typing import Self
 from steer.api import group_input
 from steer.api.slots import SlotCounts, Slots
 from steer.backends import anchors
-from steer.config import plan
+from steer.config import planning
 from steer.config.service import Service, changed
 from steer.errors import GroupError
 from steer.linux import topology
@@ -66,7 +66,7 @@ class ReuseportGroup:
         asked = {"policy": policy, "params": group_input.pairs(params), "backend": backend}
         where = {"bind": [group_input.text_of(bind)], "workers": group_input.count_of(slots)}
         service = changed(Service(), {**asked, **where}, "ReuseportGroup")
-        self._slots = Slots(plan.plan(service, topology.read(), {}, find.find(policy)))
+        self._slots = Slots(planning.plan(service, topology.read(), {}, find.find(policy)))
         self._bind = bind
         self._pid = os.getpid()
         self._is_closed = False

@@ -13,7 +13,7 @@ from typing import Literal, TypedDict
 
 from steer.child.api import Worker
 from steer.config import service as configuration
-from steer.config.plan import plan
+from steer.config.planning import plan
 from steer.controller import run as running
 from steer.errors import ConfigError, ControlError
 from steer.linux import family, fork, processes, title, topology

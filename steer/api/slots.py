@@ -15,8 +15,7 @@ import msgspec
 from steer.backends.base import Backend
 from steer.backends.open import open_whole, refuse_uncounted
 from steer.backends.shortfalls import NOT_COUNTED
-from steer.config import fallback
-from steer.config import plan as planning
+from steer.config import fallback, plan_change, planning
 from steer.config.plan import Plan
 from steer.config.service import Service, changed
 from steer.errors import ConfigError, GroupError, KernelError
@@ -121,7 +120,7 @@ class Slots:
         weights[slot] = weight
         act = f"weigh {self.label(slot)}"
         service = changed(self.plan.service, {"weights": weights}, act)
-        self._swap(planning.again(self.plan, service, self.plan.topology, act))
+        self._swap(plan_change.reloaded(self.plan, service, self.plan.topology, act))
 
     def leave(self, slot: int) -> None:
         """Raises KernelError."""
@@ -190,7 +189,7 @@ class Slots:
         if not here:
             why_not = policy.no_cbpf or f"it runs on {', '.join(policy.backends)} only"
             raise ConfigError(act, f"not on {backend}: {why_not}", "make another group for it")
-        plan = planning.choosing_by(self.plan, service, here, cpus, act)
+        plan = plan_change.with_candidates(self.plan, service, here, cpus, act)
         fallback.first_that_works(plan, self._swap, _tell_nobody)
 
     def _swap(self, plan: Plan) -> None:

@@ -126,7 +126,7 @@ def check(as_json: bool, **options: Any) -> None:
 
     Takes the options of `run` and changes nothing.
     """
-    from steer.config.plan import plan
+    from steer.config.planning import plan
     from steer.controller import dry_run
     from steer.linux import topology
     from steer.loader import find, probe

@@ -32,7 +32,7 @@ def perform(given: Given) -> None:
         find.prepare(service.policy)
     if check_config or print_config:
         return
-    from steer.config.plan import plan
+    from steer.config.planning import plan
     from steer.linux import topology
     from steer.loader import probe
 

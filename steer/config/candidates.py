@@ -1,4 +1,4 @@
-"""The ladder: ebpf, cbpf, kernel. Which rung a service stands on, and why. Pure."""
+"""Candidates: the policies and backends that a service may use, best first, with reasons. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from steer.errors import FallbackRefused
+from steer.errors import FallbackRefused, KernelError, Uncounted
 from steer.features import Answer, Finding
 from steer.policy.builtin import BACKENDS, EBPF, KERNEL, Policy
 
@@ -15,13 +15,31 @@ class BackendCandidate(msgspec.Struct, frozen=True):
     """A backend to try.
 
     Args:
-        reason: why no better one is used; None on the best there is for the policy.
-        fallback: whether standing here is less than what was asked for.
+        reason: why no better backend is used; None: there is no better one for the policy.
+        fallback: whether this backend can do less than the one that was asked for.
     """
 
     backend: str
     reason: str | None
     fallback: bool
+
+
+class PolicyCandidate(msgspec.Struct, frozen=True):
+    """A policy to try.
+
+    Args:
+        params: the values of its parameters, in the order in which it declares them.
+        reason: why `auto` becomes this policy; None: the user named the policy.
+        backends: the backends to try, best first. If none works, the next policy is tried. The last
+            policy has the kernel's own hash as its last backend, which always works.
+        is_uncounted: whether `auto` becomes this policy because connections cannot be counted.
+    """
+
+    policy: Policy
+    params: tuple[int, ...]
+    reason: str | None
+    backends: tuple[BackendCandidate, ...]
+    is_uncounted: bool = False
 
 
 EBPF_ADDS = "turns, counters, and queues that outlive their worker"
@@ -30,19 +48,20 @@ UNTRIED = Finding(Answer.UNKNOWN, "not tried")
 
 
 def backend_candidates(
-    policy: Policy, asked: str, findings: Mapping[str, Finding]
+    policy: Policy, wanted: str, findings: Mapping[str, Finding]
 ) -> list[BackendCandidate]:
-    """The rungs to try, best first. The last, the kernel's own hash, always holds.
+    """The backends to try for a policy, best first. The last one, the kernel's own hash, always
+    works.
 
     Args:
-        asked: a backend, or "auto" for the best.
-        findings: what the probes found, by backend. A rung whose probe could not
-            tell is tried all the same: the attempt will.
+        wanted: a backend, or "auto" for the best.
+        findings: what the probes found, by backend. If a probe could not tell whether a backend
+            works, the backend is a candidate: an attempt to use it will tell.
     """
     if policy.source is None:
         return [BackendCandidate(KERNEL, None, False)]
-    top = EBPF if asked == "auto" else asked
-    better = () if top == EBPF else (f"--backend {asked}",)
+    top = EBPF if wanted == "auto" else wanted
+    better = () if top == EBPF else (f"--backend {wanted}",)
     reasons = list(better)
     found: list[BackendCandidate] = []
     for backend in BACKENDS[BACKENDS.index(top) :]:
@@ -55,25 +74,32 @@ def backend_candidates(
     return found
 
 
-def choose(candidate: BackendCandidate, strict: bool) -> BackendCandidate:
-    """The rung itself, unless that would be a fallback and none is allowed.
-
-    Raises:
-        FallbackRefused
-    """
+def refuse_fallback(candidate: BackendCandidate, strict: bool) -> None:
+    """Raises FallbackRefused: the candidate is a fallback, and `strict` allows none."""
     if strict and candidate.fallback:
         raise FallbackRefused(
             f"use {candidate.backend}",
             f"--strict, and {candidate.reason}",
             "drop --strict, or see `steer doctor`",
         )
-    return candidate
 
 
 def after(candidate: BackendCandidate, failed: str, why: str) -> BackendCandidate:
-    """`candidate` with one more reason: that the better one `failed` was tried and did not work."""
+    """The candidate, with one more reason: the better backend `failed` did not work."""
     reasons = [*([candidate.reason] if candidate.reason else []), f"{failed}: {why}"]
     return BackendCandidate(candidate.backend, "; ".join(reasons), True)
+
+
+def instead(candidate: PolicyCandidate, of: Policy, error: KernelError) -> PolicyCandidate:
+    """The candidate, with the reason that `auto` becomes it because the policy `of` failed."""
+    is_uncounted = isinstance(error, Uncounted)
+    why_not = str(error) if is_uncounted else f"{of.name}: {error}"
+    return msgspec.structs.replace(candidate, reason=why_not, is_uncounted=is_uncounted)
+
+
+def with_reason(candidate: PolicyCandidate, reason: str) -> PolicyCandidate:
+    """The candidate, with the reason why `auto` becomes it."""
+    return msgspec.structs.replace(candidate, reason=reason)
 
 
 def _why_not(policy: Policy, backend: str, findings: Mapping[str, Finding]) -> str:

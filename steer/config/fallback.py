@@ -1,7 +1,7 @@
-"""The walk down what may be tried: the first policy and backend that works is the one. Pure.
+"""Finds the first policy and backend of a plan that works. Pure.
 
-What tries them is handed in: at the start a backend is opened, in a running service workers are
-moved to it. So the same words tell why it is no better one, whenever that was decided.
+The caller says how to try one: a start opens a backend, and a running service moves its workers to
+it. So the reasons for a fallback read the same in both cases.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from steer.config import auto, candidates
+from steer.config import candidates
 from steer.config.plan import Plan
 from steer.errors import CompileError, KernelError, VerifierError
 
@@ -21,19 +21,19 @@ T = TypeVar("T")
 def first_that_works(
     plan: Plan, attempt: Callable[[Plan], T], warn: Callable[[str], None]
 ) -> tuple[T, Plan]:
-    """Try the candidates of a plan, and of each its rungs, best first.
+    """Try each policy of a plan on each of its backends, best first.
 
     Args:
-        attempt: is given a plan with one policy and one rung. Raises KernelError if that does
+        attempt: tries a plan with one policy and one backend. It raises KernelError if that does
             not work.
-        warn: is told what has failed at some length.
+        warn: logs an error with its detail.
 
     Returns:
-        What `attempt` returned, and the plan that worked. Of what did not, the reasons are in it.
+        The result of `attempt`, and the plan that worked. The plan says why nothing better works.
 
     Raises:
-        FallbackRefused: --strict, and none but a fallback works.
-        CompileError, VerifierError: a policy of the user's own is not right.
+        FallbackRefused: --strict, and only a fallback may work.
+        CompileError, VerifierError: a custom policy has an error.
         KernelError: nothing works.
     """
     while True:
@@ -41,24 +41,26 @@ def first_that_works(
         for candidate in plan.backends:
             for other, error in failed:
                 candidate = candidates.after(candidate, other, str(error))
-            candidates.choose(candidate, plan.service.strict)
+            candidates.refuse_fallback(candidate, plan.service.strict)
             alone = msgspec.structs.replace(plan, backends=(candidate,), others=())
             try:
                 return attempt(alone), alone
             except KernelError as error:
                 if plan.policy.is_own and isinstance(error, CompileError | VerifierError):
-                    raise  # it is not the machine that lacks something
+                    raise  # another backend would not help
                 failed.append((candidate.backend, error))
                 if error.detail and not plan.others:
                     warn(f"{error}\n{error.detail}")
         if not plan.others:
             raise _nothing_works(plan, failed)
         following, *rest = plan.others
-        plan = plan.choosing_by([auto.instead(following, plan.policy, failed[-1][1]), *rest])
+        plan = plan.with_candidates(
+            [candidates.instead(following, plan.policy, failed[-1][1]), *rest]
+        )
 
 
 def _nothing_works(plan: Plan, failed: list[tuple[str, KernelError]]) -> KernelError:
-    """What failed, if that is one; else all of it in one."""
+    """The only error, or one error that names all of them."""
     if len(failed) == 1:
         return failed[0][1]
     causes = "; ".join(f"{backend}: {error}" for backend, error in failed)

@@ -10,7 +10,7 @@ import msgspec
 
 from steer.backends.base import Backend
 from steer.backends.open import open_backend
-from steer.config import plan as planning
+from steer.config import plan_change
 from steer.config.plan import Generation, Plan
 from steer.control import mailbox
 from steer.control.claim import Claim
@@ -92,7 +92,9 @@ def _generations(service: Controller, left: Persisted) -> Mapping[int, Generatio
     found = {
         number: Generation(
             number,
-            planning.again(running, msgspec.structs.replace(each, **chosen), ours.topology, act),
+            plan_change.reloaded(
+                running, msgspec.structs.replace(each, **chosen), ours.topology, act
+            ),
         )
         for number, each in left.generations.items()
     }
@@ -103,7 +105,9 @@ def _generations(service: Controller, left: Persisted) -> Mapping[int, Generatio
     if ours.policy.problem is not None:
         service.log.error("%s; what runs goes on as it is", ours.policy.problem)
     elif service.configured != ours.service or is_edited:
-        service.wanted = planning.again(running, ours.service, ours.topology, act, ours.candidates)
+        service.wanted = plan_change.reloaded(
+            running, ours.service, ours.topology, act, ours.candidates
+        )
     return found
 
 

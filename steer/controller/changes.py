@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from steer.config import plan as planning
+from steer.config import plan_change
 from steer.config.plan import Generation, Plan
 from steer.config.service import MAX_WORKERS
 from steer.control.server import Tell
@@ -118,7 +118,7 @@ class Changes:
 
     async def _scale_to(self, workers: int, tell: Tell) -> None:
         self._service.follow_cpus()
-        plan = planning.scaled(self._plan, workers, topology.read())
+        plan = plan_change.scaled(self._plan, workers, topology.read())
         self._service.file_limit.allow(plan)
         await self._rollout.scale(plan, tell)
         self._service.configure(plan)

@@ -15,7 +15,6 @@ from typing import NoReturn
 from steer.backends.base import Backend
 from steer.child.launch import Launch
 from steer.config import fallback
-from steer.config import plan as planning
 from steer.config.plan import Generation, Plan
 from steer.config.service import Service
 from steer.control.claim import Claim
@@ -251,7 +250,9 @@ class Controller:
                 cpus_named(allowed),
                 cpus_named(before),
             )
-            self.choose_by(planning.on(self.plan, now))
+            from steer.config import plan_change
+
+            self.choose_by(plan_change.on_cpus(self.plan, now))
             self.pool.pin()
         except SteerError as error:
             self.log.error("follow the CPUs that may be used: %s", error)

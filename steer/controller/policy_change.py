@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from steer.config import auto
-from steer.config import plan as planning
+from steer.config import plan_change, planning
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.controller.asked_policy import with_asked, with_params_kept
@@ -44,8 +43,8 @@ class PolicyChange:
             SteerError: it cannot become that.
         """
         policy = await _prepared(service.policy)
-        candidates = auto.candidates(policy, service, probe.findings(), act)
-        return planning.again(self._plan, service, topology.read(), act, candidates)
+        candidates = planning.policy_candidates(policy, service, probe.findings(), act)
+        return plan_change.reloaded(self._plan, service, topology.read(), act, candidates)
 
     async def change(self, asked: Mapping[str, Any], act: str) -> None:
         """The policy, parameters and weights that a request asks for, on all workers at once.
@@ -58,9 +57,9 @@ class PolicyChange:
         try:
             policy = await _prepared(service.policy)
             service = with_params_kept(now.service, service, policy)
-            candidates = auto.candidates(policy, service, probe.findings(), act)
+            candidates = planning.policy_candidates(policy, service, probe.findings(), act)
             self._service.choose_by(
-                planning.choosing_by(now, service, candidates, topology.read(), act)
+                plan_change.with_candidates(now, service, candidates, topology.read(), act)
             )
         except KernelError as error:
             goes_on = f"nothing has changed: {now.policy.name} goes on"
@@ -77,10 +76,10 @@ class PolicyChange:
             SteerError: nothing has changed.
         """
         now, first = self._plan, other.candidates[0]
-        if not now.is_by(first) or now.backends[0].fallback:
-            self._service.choose_by(planning.with_policy_of(now, other, topology.read()))
+        if not now.has_policy_of(first) or now.backends[0].fallback:
+            self._service.choose_by(plan_change.with_policy_of(now, other, topology.read()))
             self._tell()
-        return other.choosing_by(self._plan.candidates)
+        return other.with_candidates(self._plan.candidates)
 
     async def choose_again(self, before: Plan) -> None:
         """Put the policy back in force that was before a change that has failed, if it is not.
@@ -88,16 +87,16 @@ class PolicyChange:
         Classic BPF can only be attached once the workers that failed have exited. Until they have,
         no worse backend is tried in its place.
         """
-        if self._plan.is_by(before.candidates[0]):
+        if self._plan.has_policy_of(before.candidates[0]):
             return
         now, end_s = topology.read(), time.monotonic() + _GONE_S
         while time.monotonic() < end_s:
             with suppress(SteerError):
-                self._service.choose_by(planning.back_to(before, self._plan, now))
+                self._service.choose_by(plan_change.back_to(before, self._plan, now))
                 return
             await asyncio.sleep(_AGAIN_S)
         try:
-            self._service.choose_by(planning.back_to(before, self._plan, now, lower=True))
+            self._service.choose_by(plan_change.back_to(before, self._plan, now, may_be_worse=True))
         except SteerError as error:
             log_failure(self._log, f"choose by {before.policy.name} again", error)
         else:

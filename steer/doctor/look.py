@@ -13,8 +13,7 @@ import msgspec
 from steer import features
 from steer.backends.connections import Counting
 from steer.backends.open import open_whole
-from steer.config import auto
-from steer.config import plan as planning
+from steer.config import candidates, planning
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.doctor import facts as kernel_facts
@@ -102,7 +101,7 @@ def _try_out(service: Service, probes: dict[str, Finding]) -> Plan | Unknown:
             break
         if plan.others:
             following, *rest = plan.others
-            plan = plan.choosing_by([auto.because(following, refusal.reason), *rest])
+            plan = plan.with_candidates([candidates.with_reason(following, refusal.reason), *rest])
         else:
             probes[backend] = refusal
             plan = _plan(service, probes)

@@ -8,7 +8,7 @@ import msgspec
 
 from steer import abi
 from steer.backends.loaded_policy import LoadedPolicy
-from steer.config.plan import plan
+from steer.config.planning import plan
 from steer.config.service import Service
 from steer.errors import ConfigError, KernelError, VerifierError
 from steer.linux import topology

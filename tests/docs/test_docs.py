@@ -11,7 +11,7 @@ import pytest
 
 from steer import features, values
 from steer.cli.main import cli
-from steer.config import plan, service
+from steer.config import plan_change, service
 from steer.config.servers import SERVERS
 from steer.config.socket_options import OPTIONS
 from steer.errors import ConfigError
@@ -94,7 +94,7 @@ def test_every_command_is_told_of() -> None:
 def test_what_cannot_change_live_is_told() -> None:
     words = (DOCS / "RELOAD.md").read_text().split("cannot change while the service runs")[1]
     told = re.findall(r"`(\w+)`", words.partition("is named")[0])
-    assert sorted(told) == sorted(plan.FIXED)
+    assert sorted(told) == sorted(plan_change.FIXED)
 
 
 def test_every_socket_option_is_told() -> None:

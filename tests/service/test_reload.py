@@ -617,8 +617,8 @@ def test_scale_up_and_down(service: StartService) -> None:
     "workers, words",
     [
         ("0", "scale test to 0: a number from 1 to 1024 is wanted; see `steer stop`\n"),
-        ("129", "run 129 workers in test: it was started with room for 128, each of which can "
-                "be replaced; start it anew with so many\n"),
+        ("129", "run 129 workers in test: it was started with capacity for 128; stop it, "
+                "and start it with --workers 129\n"),
     ],
 )  # fmt: skip
 def test_scale_to_what_makes_no_sense(service: StartService, workers: str, words: str) -> None:

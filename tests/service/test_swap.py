@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from steer.config import auto
-from steer.config.plan import choosing_by
+from steer.config import planning
+from steer.config.plan_change import with_candidates
 from steer.errors import KernelError, Refused
 from steer.loader.find import find
 from steer.policy.builtin import CBPF, EBPF, KERNEL, POLICIES
@@ -526,8 +526,8 @@ def test_at_a_group_that_fails_the_others_go_back(monkeypatch: pytest.MonkeyPatc
 def swap_crew(crew: Crew, policy: str) -> None:
     """As the pool does it."""
     service = crew.plan.service
-    candidates = auto.candidates(find(policy), service, {}, "change it")
-    plan = choosing_by(crew.plan, service, candidates, crew.plan.topology, "change it")
+    candidates = planning.policy_candidates(find(policy), service, {}, "change it")
+    plan = with_candidates(crew.plan, service, candidates, crew.plan.topology, "change it")
     members = [crew.member(slot) for slot in sorted(crew.sockets)]
     crew.backend.swap(plan, members, lambda: _lent(crew))
 

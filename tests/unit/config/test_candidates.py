@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from steer.config.candidates import BackendCandidate, after, backend_candidates, choose
+from steer.config.candidates import BackendCandidate, after, backend_candidates, refuse_fallback
 from steer.errors import FallbackRefused
 from steer.features import Answer, Finding
 from steer.policy.builtin import BACKENDS, POLICIES, Policy
@@ -137,12 +137,12 @@ def test_strict_refuses_every_fallback_and_nothing_else(policy: Policy, asked: s
     for candidate in (
         candidate for found in FOUND for candidate in backend_candidates(policy, asked, found)
     ):
-        assert choose(candidate, strict=False) is candidate
+        refuse_fallback(candidate, strict=False)
         if not candidate.fallback:
-            assert choose(candidate, strict=True) is candidate
+            refuse_fallback(candidate, strict=True)
             continue
         with pytest.raises(FallbackRefused) as caught:
-            choose(candidate, strict=True)
+            refuse_fallback(candidate, strict=True)
         assert caught.value.exit_code == 5
         assert str(caught.value).startswith(
             f"use {candidate.backend}: --strict, and {candidate.reason}; "
@@ -155,7 +155,7 @@ def test_a_rung_that_did_not_hold_is_a_reason() -> None:
     twice = after(after(kernel, "ebpf", "EPERM"), "cbpf", "ENOMEM")
     assert twice == BackendCandidate("kernel", "ebpf: EPERM; cbpf: ENOMEM", True)
     with pytest.raises(FallbackRefused, match="ebpf: EPERM; cbpf: ENOMEM"):
-        choose(twice, strict=True)
+        refuse_fallback(twice, strict=True)
 
 
 def test_what_was_asked_for_stays_a_reason() -> None:

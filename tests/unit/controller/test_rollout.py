@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from steer.config import plan as planning
+from steer.config import plan_change, planning
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.controller.rollout import Rollout, unheard
@@ -325,7 +325,7 @@ def test_one_on_its_way_out_leaves_its_seat() -> None:
 def test_none_serves_when_scaled_to_none() -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         running = pool.generation.plan
-        await changes.scale(planning.scaled(running, 0, running.topology), unheard)
+        await changes.scale(plan_change.scaled(running, 0, running.topology), unheard)
 
     pool = play(2, script)
     assert pool.publications == [[]]

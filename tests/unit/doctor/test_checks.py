@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from steer import abi, features
 from steer.backends.base import Backend
 from steer.backends.kernel import Kernel
-from steer.config import auto, plan
+from steer.config import planning
+from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.doctor import checks
 from steer.doctor import facts as kernel_facts
@@ -108,7 +109,7 @@ def a_case(
     access: Access | Unknown = ALL_ACCESS,
 ) -> Case:
     probes = {**PROBES, **probes}
-    return Case(service, facts, probes, plan.plan(service, topology, probes), access=access)
+    return Case(service, facts, probes, planning.plan(service, topology, probes), access=access)
 
 
 def serving(**keys: Any) -> Service:
@@ -153,7 +154,7 @@ REFUSES = features.Finding(Answer.NO, "attach: EPERM", errno=EPERM)
     [
         (AUTO, NO_BPF, "warn", "least-conn needs ebpf", "run with CAP_BPF"),
         (msgspec.structs.replace(AUTO, backend="cbpf"), {}, "ok", "least-conn needs ebpf", ""),
-        (msgspec.structs.replace(AUTO, bind=("udp://:1",)), {}, "ok", auto.DATAGRAMS, ""),
+        (msgspec.structs.replace(AUTO, bind=("udp://:1",)), {}, "ok", planning.DATAGRAMS, ""),
     ],
 )
 def test_what_auto_becomes_and_what_would_have_it_go_by_load(
@@ -168,7 +169,7 @@ def test_what_auto_becomes_and_what_would_have_it_go_by_load(
 def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def uncounted(plan: plan.Plan) -> Backend:
+    def uncounted(plan: Plan) -> Backend:
         if plan.policy.reads_load:
             raise Uncounted("open connections cannot be counted", "EACCES")
         return Kernel(plan)
@@ -692,7 +693,7 @@ def test_place_of_another_user(tmp_path: Path) -> None:
 def test_a_policy_that_is_refused_is_stepped_down_from(
     monkeypatch: pytest.MonkeyPatch, error: KernelError, cure: str
 ) -> None:
-    def open_whole(plan: plan.Plan) -> Backend:
+    def open_whole(plan: Plan) -> Backend:
         if plan.backends[0].backend == EBPF:
             raise error
         return Kernel(plan)

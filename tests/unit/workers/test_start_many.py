@@ -14,7 +14,8 @@ from typing import Any, ClassVar, cast
 import pytest
 
 from steer.backends.base import Counts
-from steer.config.plan import Generation, plan
+from steer.config.plan import Generation
+from steer.config.planning import plan
 from steer.config.service import Service
 from steer.controller import status
 from steer.errors import KernelError, SteerError

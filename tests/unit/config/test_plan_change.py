@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from msgspec.structs import asdict, replace
 
-from steer.config import auto
-from steer.config import plan as planning
-from steer.config.auto import PolicyCandidate
-from steer.config.candidates import BackendCandidate
+from steer.config import plan_change, planning
+from steer.config.candidates import BackendCandidate, PolicyCandidate
 from steer.config.fallback import first_that_works
-from steer.config.plan import FIXED, Plan, again, choosing_by, scaled
+from steer.config.plan import Plan
+from steer.config.plan_change import FIXED, reloaded, scaled, with_candidates
 from steer.config.service import FIELDS, Service
-from steer.errors import ConfigError, FallbackRefused, KernelError
+from steer.errors import ConfigError, KernelError
 from steer.features import Answer, Finding
 from steer.loader import find
 from steer.policy.builtin import POLICIES, Policy, own
@@ -75,22 +74,22 @@ def test_every_key_is_thought_of() -> None:
 @pytest.mark.parametrize("key", FIXED)
 def test_what_cannot_change_live_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^reload demo: {key} is .* and would be ") as caught:
-        again(running(), Service(**{key: OTHER[key]}), FOUR)
+        reloaded(running(), Service(**{key: OTHER[key]}), FOUR)
     assert caught.value.cure == f"stop and start it, or put {key} back"
     with pytest.raises(ConfigError, match=rf"^adopt demo: {key} is "):
-        again(running(), Service(**{key: OTHER[key]}), FOUR, "adopt demo")
+        reloaded(running(), Service(**{key: OTHER[key]}), FOUR, "adopt demo")
 
 
 @pytest.mark.parametrize("key", FIELDS.keys() - set(FIXED))
 def test_all_else_can_change(key: str) -> None:
     service = Service(**{key: OTHER[key]})
     chosen = candidates(service, "source") if key == "params" else ()
-    assert again(running(), service, FOUR, "", chosen).service == service
+    assert reloaded(running(), service, FOUR, "", chosen).service == service
 
 
 def test_what_is_made_once_stays() -> None:
     before = running(workers=2, weights=(1, 1))
-    after = again(before, Service(workers=40, weights=(100, 1)), FOUR)
+    after = reloaded(before, Service(workers=40, weights=(100, 1)), FOUR)
     kept = ("name", "binds", "policy", "params", "backends", "slots")
     assert [asdict(after)[key] for key in kept] == [asdict(before)[key] for key in kept]
     assert [spec.weight for spec in after.specs] == [100] + 39 * [1]
@@ -101,13 +100,13 @@ def test_the_hash_table_is_long_enough_for_weights_of_a_reload(
     weights: tuple[int, ...], length: int
 ) -> None:
     """And gets no shorter again: where it stays as it is, only the flows that have to move do."""
-    heavier = again(running(workers=2), Service(workers=2, weights=weights), FOUR)
+    heavier = reloaded(running(workers=2), Service(workers=2, weights=weights), FOUR)
     assert heavier.hash_length == length
-    assert again(heavier, Service(workers=2), FOUR).hash_length == length
+    assert reloaded(heavier, Service(workers=2), FOUR).hash_length == length
 
 
 def test_the_hash_table_is_long_enough_for_workers_of_a_reload() -> None:
-    after = again(running(workers=2), Service(workers=60, weights=(100, 1)), FOUR)
+    after = reloaded(running(workers=2), Service(workers=60, weights=(100, 1)), FOUR)
     assert after.hash_length == 50 * (100 + 59)
 
 
@@ -133,13 +132,13 @@ def candidates(
     service: Service, policy: Policy | str, best: str = "ebpf"
 ) -> Sequence[PolicyCandidate]:
     found = find.find(policy) if isinstance(policy, str) else policy
-    return auto.candidates(found, service, UP_TO[best], "change it")
+    return planning.policy_candidates(found, service, UP_TO[best], "change it")
 
 
 def swapped(before: Plan, policy: str, best: str = "ebpf", **keys: Any) -> Plan:
     """Args: best: the backend that the probes find to work."""
     service = replace(before.service, policy=policy, **{"params": (), **keys})
-    return choosing_by(before, service, candidates(service, policy, best), FOUR, "change it")
+    return with_candidates(before, service, candidates(service, policy, best), FOUR, "change it")
 
 
 BUILT_IN = list(POLICIES)
@@ -233,20 +232,20 @@ def test_what_would_steer_nothing_is_refused(
     assert str(caught.value) == f"change it: {said}"
 
 
-def reloaded(before: Plan, policy: str, best: str, **keys: Any) -> Plan:
+def after_reload(before: Plan, policy: str, best: str, **keys: Any) -> Plan:
     service = replace(before.service, policy=policy, **keys)
-    return again(before, service, FOUR, "", candidates(service, policy, best))
+    return reloaded(before, service, FOUR, "", candidates(service, policy, best))
 
 
 def test_a_reload_leaves_the_kernels_own_hash_where_nothing_better_is_to_be_had() -> None:
     """What fell so low goes on, what was asked to be there may be, but nothing is put there."""
     fallen = on("kernel", "least-conn")
-    assert backends(reloaded(fallen, "least-conn", "cbpf", workers=2)) == [["kernel"]]
-    assert backends(reloaded(fallen, "hash", "cbpf")) == [["cbpf"]]
+    assert backends(after_reload(fallen, "least-conn", "cbpf", workers=2)) == [["kernel"]]
+    assert backends(after_reload(fallen, "hash", "cbpf")) == [["cbpf"]]
     with pytest.raises(ConfigError, match=r"^reload demo: round-robin would steer nothing: "):
-        reloaded(fallen, "round-robin", "cbpf")
+        after_reload(fallen, "round-robin", "cbpf")
     as_asked = on("kernel", "hash", backend="kernel")
-    assert backends(reloaded(as_asked, "source", "ebpf")) == [["kernel"]]
+    assert backends(after_reload(as_asked, "source", "ebpf")) == [["kernel"]]
 
 
 @pytest.mark.parametrize(
@@ -264,8 +263,8 @@ def test_who_goes_back_tries_nothing_lower_at_first(
     was: str, there: str, tried: Sequence[str], tried_at_last: Sequence[str]
 ) -> None:
     before, now = on(was, "source"), on(there, "kernel" if there == "kernel" else "random")
-    assert backends(planning.back_to(before, now, FOUR)) == [tried]
-    at_last = planning.back_to(before, now, FOUR, lower=True)
+    assert backends(plan_change.back_to(before, now, FOUR)) == [tried]
+    at_last = plan_change.back_to(before, now, FOUR, may_be_worse=True)
     assert (at_last.policy.name, backends(at_last)) == ("source", [tried_at_last])
 
 
@@ -275,54 +274,11 @@ def test_one_of_ones_own_cannot_be_on_classic_bpf() -> None:
     why_not = r"mine would steer nothing: ebpf: EPERM; cbpf: classic BPF cannot"
     chosen = candidates(service, mine, "cbpf")
     with pytest.raises(ConfigError, match=f"^change it: {why_not}"):
-        choosing_by(on("cbpf", "hash"), service, chosen, FOUR, "change it")
+        with_candidates(on("cbpf", "hash"), service, chosen, FOUR, "change it")
     with pytest.raises(ConfigError, match=f"^reload demo: {why_not}"):
-        again(on("cbpf", "hash"), service, FOUR, "", chosen)
+        reloaded(on("cbpf", "hash"), service, FOUR, "", chosen)
     chosen = candidates(service, mine)
-    assert choosing_by(on("ebpf", "hash"), service, chosen, FOUR, "").policy is mine
-
-
-# auto
-
-
-UDP = ("udp://127.0.0.1:1",)
-NEEDS_EBPF = "least-conn needs ebpf"
-
-
-@pytest.mark.parametrize(
-    "bind, backend, best, policy, reason, tried",
-    [
-        ((), "auto", "ebpf", "least-conn", auto.COUNTED, [["ebpf"], ["ebpf", "cbpf", "kernel"]]),
-        ((), "ebpf", "ebpf", "least-conn", auto.COUNTED, [["ebpf"], ["ebpf", "cbpf", "kernel"]]),
-        ((), "auto", "cbpf", "hash", NEEDS_EBPF, [["cbpf", "kernel"]]),
-        ((), "cbpf", "ebpf", "hash", NEEDS_EBPF, [["cbpf", "kernel"]]),
-        ((), "auto", "kernel", "hash", NEEDS_EBPF, [["kernel"]]),
-        (UDP, "auto", "ebpf", "hash", auto.DATAGRAMS, [["ebpf", "cbpf", "kernel"]]),
-        (
-            ("127.0.0.1:1", *UDP),
-            "auto",
-            "ebpf",
-            "hash",
-            auto.DATAGRAMS,
-            [["ebpf", "cbpf", "kernel"]],
-        ),
-    ],
-)
-def test_auto_is_by_load_where_that_can_be_counted(
-    bind: tuple[str, ...], backend: Any, best: str, policy: str, reason: str, tried: list[list[str]]
-) -> None:
-    service = Service(bind=bind or ("127.0.0.1:1",), backend=backend)
-    plan = planning.plan(service, FOUR, UP_TO[best])
-    assert (plan.policy.name, plan.policy_reason, backends(plan)) == (policy, reason, tried)
-    assert plan.describe()["policy_asked"] == "auto"
-    assert f"auto is {policy}, as {reason}" in plan.steps()[1].reason
-
-
-def test_that_auto_has_become_hash_is_no_fallback_but_a_lower_backend_is() -> None:
-    strict = Service(strict=True)
-    planning.plan(replace(strict, bind=UDP), FOUR, UP_TO["ebpf"])
-    with pytest.raises(FallbackRefused):
-        planning.plan(strict, FOUR, UP_TO["cbpf"])
+    assert with_candidates(on("ebpf", "hash"), service, chosen, FOUR, "").policy is mine
 
 
 def opened(*works: tuple[str, str]) -> Callable[[Plan], str]:
@@ -364,7 +320,7 @@ def test_params_are_checked_and_stand_in_the_order_of_their_declaration() -> Non
     assert first.params == (32, 48)
     assert swapped(first, "source", params=("prefix6=56", "prefix4=24")).params == (24, 56)
     assert swapped(first, "source").params == (32, 64)
-    assert again(first, replace(first.service, params=("prefix4=8",)), FOUR).params == (8, 64)
+    assert reloaded(first, replace(first.service, params=("prefix4=8",)), FOUR).params == (8, 64)
     assert first.describe()["params"] == {"prefix4": 32, "prefix6": 48}
 
 
@@ -415,7 +371,7 @@ def test_a_swap_starts_no_workers() -> None:
 
 def test_auto_follows_the_cpus_there_are_now() -> None:
     before = running(policy="cpu")
-    after = again(before, Service(policy="cpu"), TWO)
+    after = reloaded(before, Service(policy="cpu"), TWO)
     assert (cpus(before), cpus(after)) == ([0, 1, 2, 3], [0, 1])
     assert after.topology == TWO
 
@@ -441,13 +397,13 @@ def test_each_worker_there_is_room_for_can_be_replaced(started: int, room: int) 
     plan = running(workers=started)
     assert len(scaled(plan, room, FOUR).specs) == room
     assert 2 * room <= plan.slots
-    words = f"run {room + 1} workers in demo: it was started with room for {room}, each of which"
+    words = f"run {room + 1} workers in demo: it was started with capacity for {room}; stop it, and"
     with pytest.raises(ConfigError, match=words):
         scaled(plan, room + 1, FOUR)
     with pytest.raises(ConfigError, match=words):
-        again(plan, replace(plan.service, workers=room + 1), FOUR)
+        reloaded(plan, replace(plan.service, workers=room + 1), FOUR)
 
 
 def test_as_many_as_can_be_configured_can_be_replaced() -> None:
     plan = running(workers=1024)
-    assert len(again(plan, plan.service, FOUR).specs) == 1024
+    assert len(reloaded(plan, plan.service, FOUR).specs) == 1024
