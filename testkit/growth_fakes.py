@@ -45,7 +45,7 @@ from steer.workers.lifecycle import Event
 from steer.workers.pool import WorkerPool
 from testkit import ROOT
 
-FEW, MANY = 10, 400
+FEW, MANY = 10, 200
 READY = {"READY": "1"}
 _CPUS = (0, 1)
 _NO_PID = 1 << 23
