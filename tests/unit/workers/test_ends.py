@@ -16,6 +16,7 @@ from steer.linux.family import Family
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.linux.spare import Spare
+from steer.workers import ends
 from steer.workers.ends import MOST, End, Ends, look_again_s
 from testkit.fake_process import DEADLINE_S, FIRST, FakeProcess
 
@@ -23,9 +24,10 @@ sizes = pytest.mark.parametrize("workers", [10, 1000])
 
 
 @pytest.fixture(autouse=True)
-def again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What failed is tried again without much of a wait."""
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed, or was looked at, waits only a moment."""
     monkeypatch.setattr(retry, "AGAIN_S", 0.01)
+    monkeypatch.setattr(ends, "_LOOK_AGAIN_S", 0.005)
 
 
 class FakeHandle:
@@ -246,7 +248,7 @@ def test_once_killed_nobody_waits_for_what_cannot_be_looked_for() -> None:
 
 
 def test_what_is_left_of_a_large_worker_is_looked_for_more_rarely() -> None:
-    assert look_again_s(0.001) == 0.05
+    assert look_again_s(0.0001) == ends._LOOK_AGAIN_S
     assert look_again_s(0.1) == pytest.approx(2.0)
 
 
