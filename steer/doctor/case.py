@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -90,7 +91,7 @@ class Case:
     def policy(self) -> Policy:
         return self._last if isinstance(self.plan, Unknown) else self.plan.policy
 
-    @property
+    @cached_property
     def _last(self) -> Policy:
         """Of the policies to try the one that stands on the most backends."""
         asked = find.find(self.service.policy)

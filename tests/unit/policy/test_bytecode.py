@@ -199,6 +199,7 @@ def test_prebuilt_objects_are_as_encode_writes_them(path: Path) -> None:
         assert of_each <= set(code.relocations.values()) <= set(abi.MAPS)
         linked = code.linked(DESCRIPTORS, NUMBERS)
         assert len(linked) == len(code.instructions) * INSN_BYTES
+        numbers = immediates(linked)
         for index, name in code.relocations.items():
             assert linked[index * INSN_BYTES] == abi.BPF_LD_IMM64
-            assert immediates(linked)[index] == DESCRIPTORS[name]
+            assert numbers[index] == DESCRIPTORS[name]
