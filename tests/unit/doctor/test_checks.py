@@ -1,4 +1,4 @@
-"""What the doctor says of machines that are not here, and of this one."""
+"""What the doctor says of machines that are not here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,19 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer import abi, features
-from steer.backends.base import Backend
-from steer.backends.kernel import Kernel
 from steer.config import planning
-from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.doctor import checks
 from steer.doctor import facts as kernel_facts
 from steer.doctor import look as looking
 from steer.doctor.case import COUNT, MIGRATE, RUN, Case, Finding
 from steer.doctor.checks import CHECKS
-from steer.doctor.facts import CAPABILITIES, SYSCTLS, Compiler, Facts, Place, Unknown
+from steer.doctor.facts import CAPABILITIES, SYSCTLS, Facts, Place, Unknown
 from steer.doctor.packets import cpumask
-from steer.errors import CompileError, KernelError, Note, Uncounted, VerifierError
+from steer.errors import KernelError, Note
 from steer.features import Answer
 from steer.linux.nic import Interface
 from steer.linux.topology import parse_cpumask
@@ -37,52 +33,27 @@ from steer.policy.builtin import CBPF, EBPF
 from steer.policy.cpus import Topology
 from steer.workers.access import Access
 from testkit.confine import NOBODY
-
-_ask_for_bcc = cache(kernel_facts._bcc)
+from testkit.sound_machine import (
+    AUTO,
+    CARD,
+    FOUR,
+    GOOD,
+    LO,
+    NO_BPF,
+    PROBES,
+    REFUSED,
+    SERVICE,
+)
 
 
 @pytest.fixture(autouse=True)
-def bcc_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a process."""
-    monkeypatch.setattr(kernel_facts, "_bcc", _ask_for_bcc)
+def no_bcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask for it takes a process."""
+    monkeypatch.setattr(kernel_facts, "_bcc", lambda: None)
 
 
 # ---- a machine where all is well, and what may be otherwise
 
-LO = Interface("lo", None, None, (), ((),), "same-host clients arrive on the CPU they run on")
-CARD = Interface("eth0", "ixgbe", 4, irq_cpus=(0, 1, 2, 3), rps=((), (), (), ()))
-GOOD = Facts(
-    release="6.1.0",
-    machine="x86_64",
-    uid=0,
-    capabilities=frozenset(CAPABILITIES),
-    user_namespace=False,
-    seccomp=False,
-    lockdown="none",
-    profile="unconfined",
-    sysctls={
-        "kernel.unprivileged_bpf_disabled": 2,
-        "net.core.bpf_jit_enable": 1,
-        "net.core.somaxconn": 4096,
-        "net.ipv4.ip_unprivileged_port_start": 1024,
-        "net.ipv4.tcp_migrate_req": 0,
-        "net.ipv4.tcp_syncookies": 1,
-    },
-    cpu_quota=None,
-    memlock_bytes=None,
-    files=(1024, 1048576),
-    libbpf="1.1",
-    bcc=Compiler("0.26.0", "/usr/bin/python3"),
-    places=(Place(Path("/run/steer"), ""),),
-    interfaces=(LO, CARD),
-)
-PROBES = {name: features.Finding(Answer.YES) for name in (RUN, EBPF, CBPF, MIGRATE, COUNT)}
-EPERM = errno.EPERM
-REFUSED = features.Finding(Answer.NO, "create BPF map steer_sockets: EPERM", errno=EPERM)
-NO_BPF = {EBPF: REFUSED, MIGRATE: REFUSED}
-FOUR = Topology(allowed=(0, 1, 2, 3), possible=(0, 1, 2, 3), node_of={})
-SERVICE = Service(bind=("0.0.0.0:8080",), policy="cpu")
-AUTO = Service(bind=("0.0.0.0:8080",))
 NOTHING = replace(
     GOOD,
     capabilities=Unknown("EACCES"),
@@ -146,9 +117,6 @@ def test_all_is_well() -> None:
     ]
 
 
-REFUSES = features.Finding(Answer.NO, "attach: EPERM", errno=EPERM)
-
-
 @pytest.mark.parametrize(
     "service, probes, verdict, reason, cure",
     [
@@ -164,24 +132,6 @@ def test_what_auto_becomes_and_what_would_have_it_go_by_load(
     found = {each.topic: each for each in checks.judge(a_case(service, facts, probes))}["policy"]
     assert (found.verdict, found.found) == (verdict, f"auto is hash, as {reason}")
     assert found.cure.startswith(cure)
-
-
-def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def uncounted(plan: Plan) -> Backend:
-        if plan.policy.reads_load:
-            raise Uncounted("open connections cannot be counted", "EACCES")
-        return Kernel(plan)
-
-    monkeypatch.setattr(looking, "open_whole", uncounted)
-    monkeypatch.setattr(looking, "_can_count", lambda: REFUSES)
-    monkeypatch.setitem(probe.PROBES, features.EBPF, lambda: features.Finding(Answer.YES))
-    found = {each.topic: each for each in checks.examine(AUTO)}
-    assert found["policy"].verdict == "warn"
-    assert found["policy"].found == ("auto is hash, as open connections cannot be counted: EACCES")
-    assert "CAP_NET_ADMIN" in found["policy"].cure
-    assert found["backend"].found == "ebpf"
 
 
 def test_topics_that_scripts_look_for() -> None:
@@ -676,43 +626,7 @@ def test_place_of_another_user(tmp_path: Path) -> None:
     assert place_of(tmp_path) == "not ours"
 
 
-# ---- looking
-
-
-@pytest.mark.parametrize(
-    "error, cure",
-    [
-        (VerifierError("load program steer_cpu", "EACCES", detail="R0 !read_ok"), "verifier"),
-        (
-            KernelError("load program steer_cpu", "EPERM", "see `steer doctor`", errno=EPERM),
-            "bpf(2)",
-        ),
-        (CompileError("compile cpu.c", "no bcc here", "install it"), "install it"),
-    ],
-)
-def test_a_policy_that_is_refused_is_stepped_down_from(
-    monkeypatch: pytest.MonkeyPatch, error: KernelError, cure: str
-) -> None:
-    def open_whole(plan: Plan) -> Backend:
-        if plan.backends[0].backend == EBPF:
-            raise error
-        return Kernel(plan)
-
-    monkeypatch.setattr(looking, "open_whole", open_whole)
-    monkeypatch.setitem(probe.PROBES, features.EBPF, lambda: features.Finding(Answer.YES))
-    monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
-    found = {each.topic: each for each in checks.examine(SERVICE)}
-    assert found["ebpf"].verdict == found["backend"].verdict == "warn"
-    assert found["ebpf"].found == f"no: {error.what}: {error.cause}"
-    assert found["backend"].found == f"cbpf; ebpf: {error.what}: {error.cause}"
-    assert cure in found["backend"].cure
-    assert "steer doctor" not in found["backend"].cure
-
-
-# ---- this machine
-
-
-# One source for what would help
+# ---- probes
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from steer.linux.log import Log
 from steer.policy.layout import Member
+from steer.workers import backup_watch
 from steer.workers.selection import Selection
 
 TURNS = 500
@@ -136,8 +137,9 @@ def test_what_comes_back_to_a_backup_listener_is_not_moved_at_every_turn(
 
 
 def test_what_comes_back_to_a_backup_listener_is_moved_again_later(
-    waited_for: socket.socket,
+    monkeypatch: pytest.MonkeyPatch, waited_for: socket.socket
 ) -> None:
+    monkeypatch.setattr(backup_watch, "_AGAIN_S", 0.01)
     backup = FakeBackup(waited_for, returns=2)
     asyncio.run(until_emptied(backup, 3))
     assert backup.emptied == 3

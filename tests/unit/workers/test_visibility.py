@@ -7,7 +7,6 @@ import errno
 import pytest
 
 from steer.errors import KernelError, Note
-from steer.workers import access
 from steer.workers.access import Access, Facts, why_no_borrowing, why_no_look
 from steer.workers.visibility import notes_on
 
@@ -46,7 +45,3 @@ def test_why_sockets_cannot_be_borrowed() -> None:
 
 def test_nothing_is_said_of_what_can_be_seen() -> None:
     assert notes_on(Access()) == []
-
-
-def test_we_may_do_all_to_our_like() -> None:
-    assert access.access_to(lambda: None) == Access()
