@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
  *
- * cpu - the worker pinned to the CPU that takes in the packet.
+ * cpu - the worker pinned to the CPU that receives the packet.
  *
- * A row for every CPU number holds the slots pinned to it, or to the nearest CPU
- * that has one; workers that share a CPU take turns. For hosts whose receive
- * queues spread over the CPUs: the connection is then handled where its packets
- * already are in cache.
+ * The table has a row for each CPU number: the workers pinned to that CPU, or to the nearest CPU
+ * that has any. Workers on the same CPU take turns.
  *
- * With one receive queue, or one busy client on the same host, all connections
- * land on one worker.
+ * For hosts whose receive queues are spread over the CPUs: a connection is served on the CPU
+ * whose caches already hold its packets.
+ *
+ * Not for hosts with one receive queue, or for one busy client on the same host: then all
+ * connections go to one worker.
  */
 #include "steer.h"
 

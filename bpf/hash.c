@@ -2,11 +2,14 @@
  *
  * hash - by the kernel's hash of the four-tuple.
  *
- * The number is the kernel's own; the table makes it consistent: when a worker
- * goes, only its share of the flows moves, and weights are honoured. For
- * services that want a flow's packets, over UDP also its retries, on one worker.
+ * The hash is the kernel's own. The table makes it consistent: if a worker leaves, only its share
+ * of the flows moves to other workers. Weights are respected.
  *
- * Blind to load: a connection may wait behind a busy worker while others idle.
+ * For services that want all packets of a flow on one worker, which over UDP includes
+ * retransmissions.
+ *
+ * Not for unequal loads: the hash ignores load, so a connection may wait for a busy worker while
+ * others are idle.
  */
 #include "steer.h"
 

@@ -1,85 +1,88 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
  *
- * open - how many connections each worker has open, with no help from the worker.
+ * open - counts the open connections of each worker, without help from the worker.
  *
- * Not a policy, but a sock_ops program on the cgroup of the service. A listener has its
- * worker's slot in its socket storage, and the connections that come from it inherit it.
- * One is counted when its handshake ends, and taken off when the worker closes it or it
- * is reset: what the worker has closed, and only waits for the client, is no load.
+ * This is not a policy but a sock_ops program on the cgroup of the service. A listener has the
+ * slot of its worker in its socket storage, and connections inherit it. A connection is counted
+ * from the end of its handshake until the worker closes it or it is reset. A connection that the
+ * worker has closed and that only waits for the client is no load.
  */
 #include "steer.h"
 
-#define LONGEST (1 << 20) /* about a second: longer counts as this */
+#define MAX_DURATION (1 << 20) /* about a second; longer durations are cut to this */
 
-/* In about microseconds, and never 0; it runs over in an hour or so. */
-static __always_inline u32 now(void)
+/* In units of 1024 ns, and never 0. It wraps around after about an hour. */
+static __always_inline u32 get_time(void)
 {
 	return bpf_ktime_get_ns() >> 10 | 1;
 }
 
-/* What the last hundred or so took. Not atomic: of two at once one may be forgotten. */
-static __always_inline void learn(u64 spent)
+/*
+ * Update the moving averages over about a hundred connections. Not atomic: if two CPUs update
+ * them at the same time, one update may be lost.
+ */
+static __always_inline void update_pace(u64 spent)
 {
-	struct steer_pace *pace = steer_pace();
+	struct steer_pace *pace = steer_get_pace();
 	u64 mean, square;
 
-	if (spent > LONGEST)
-		spent = LONGEST;
+	if (spent > MAX_DURATION)
+		spent = MAX_DURATION;
 	mean = pace->mean - (pace->mean >> 7) + spent;
 	square = pace->square - (pace->square >> 7) + spent * spent;
 	pace->mean = mean;
 	pace->square = square;
-	/* The variance is more than the square of the mean: more than if they ended by chance. */
+	/* Variance > mean squared: durations vary more than in an exponential distribution. */
 	pace->varied = square << 7 > 2 * mean * mean;
 }
 
-static __always_inline void opened(struct bpf_sock_ops *ctx, struct steer_owner *owner)
+static __always_inline void count_opened(struct bpf_sock_ops *ctx, struct steer_owner *owner)
 {
-	struct steer_slot *at = steer_slot_at(owner->slot);
+	struct steer_slot *at = steer_get_slot_state(owner->slot);
 	u32 pending = at->pending;
 
 	if (owner->since || at->stamp != owner->stamp)
 		return;
-	owner->since = now();
+	owner->since = get_time();
 	if (pending & 0xffff)
 		at->pending = pending - 1;
-	steer_opened(owner->slot, 1, pending & 0xffff ? 0 : 1);
+	steer_adjust_open(owner->slot, 1, pending & 0xffff ? 0 : 1);
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-/* Some connections went to another worker: perhaps this is one. */
-static __always_inline void closed_moved(struct bpf_sock_ops *ctx, struct steer_owner *owner)
+/* Some connections have migrated to another worker; this may be one of them. */
+static __always_inline void count_closed_moved(struct bpf_sock_ops *ctx, struct steer_owner *owner)
 {
-	u64 cookie = steer_cookie(ctx);
+	u64 cookie = steer_get_cookie(ctx);
 	struct steer_owner *moved =
 		bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie);
 
-	steer_counted(moved ? moved : owner, -1);
+	steer_adjust_owner(moved ? moved : owner, -1);
 	if (moved && !bpf_map_delete_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie))
-		__sync_fetch_and_add(&steer_pace()->moved, -1);
+		__sync_fetch_and_add(&steer_get_pace()->moved, -1);
 }
 
-static __always_inline void closed(struct bpf_sock_ops *ctx, struct steer_owner *owner)
+static __always_inline void count_closed(struct bpf_sock_ops *ctx, struct steer_owner *owner)
 {
 	if (!owner->since)
 		return;
-	learn(now() - owner->since);
+	update_pace(get_time() - owner->since);
 	owner->since = 0;
-	/* The map is in no cache near by: to look there takes as long as all the rest. */
-	if (steer_pace()->moved)
-		closed_moved(ctx, owner);
+	/* The map is rarely in a CPU cache: reading it takes as long as everything else here. */
+	if (steer_get_pace()->moved)
+		count_closed_moved(ctx, owner);
 	else
-		steer_counted(owner, -1);
+		steer_adjust_owner(owner, -1);
 }
 
-/* Whether a connection is closed by this. Where it was not open before, that was seen earlier. */
-static __always_inline bool closes(u32 before, u32 state)
+/* Whether this change of state closes an open connection. */
+static __always_inline bool is_close(u32 before, u32 state)
 {
-	/* SYN_RECV is one of TCP Fast Open. */
+	/* SYN_RECV means TCP Fast Open. */
 	return !steer_is_open(state) && (steer_is_open(before) || before == BPF_TCP_SYN_RECV);
 }
 
-/* It is asked of all sockets of the cgroup, some ten times of each: so first what it is about. */
+/* Runs about ten times for each socket of the cgroup, so it first checks the kind of event. */
 int steer_count(struct bpf_sock_ops *ctx)
 {
 	u32 what = ctx->op;
@@ -87,7 +90,7 @@ int steer_count(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk;
 
 	if (what == BPF_SOCK_OPS_STATE_CB) {
-		if (!closes(ctx->args[0], ctx->args[1]))
+		if (!is_close(ctx->args[0], ctx->args[1]))
 			return 1;
 	} else if (what != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
 		return 1;
@@ -99,8 +102,8 @@ int steer_count(struct bpf_sock_ops *ctx)
 	if (!owner)
 		return 1;
 	if (what == BPF_SOCK_OPS_STATE_CB)
-		closed(ctx, owner);
+		count_closed(ctx, owner);
 	else
-		opened(ctx, owner);
+		count_opened(ctx, owner);
 	return 1;
 }

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
  *
- * random - by chance, in proportion to the weights.
+ * random - a random worker, in proportion to the weights.
  *
- * For connections that come in patterns which would line up with turns, and as
- * the yardstick for the others. Spreads less evenly than round-robin, and
- * sends the datagrams of one flow to many workers.
+ * For connections that arrive in patterns which would coincide with turns, and as a baseline for
+ * comparing other policies.
+ *
+ * Not for an even spread, which round-robin does better, nor for UDP flows: the datagrams of one
+ * flow go to many workers.
  */
 #include "steer.h"
 

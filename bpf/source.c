@@ -1,27 +1,28 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
  *
- * source - a client's address keeps its worker, whatever its ports.
+ * source - a worker by the client's address, whatever its port.
  *
- * The number is made of as many bits of the address as the parameters say. The table is
- * that of `hash`: when a worker goes only its clients move, and weights are honoured.
- * For workers that remember something of their clients: sessions, caches, limits.
+ * Hashes the address, or only the prefix that the parameters specify. The table is the same as
+ * for `hash`: if a worker leaves, only its clients move to other workers. Weights are respected.
  *
- * Blind to load. Clients behind one address, of a proxy or a carrier's NAT, all go to one
- * worker.
+ * For workers that keep state for each client: sessions, caches, limits.
+ *
+ * Not for unequal loads: load is ignored. Clients behind the same proxy or NAT share an address,
+ * so they all go to one worker.
  */
 #define steer_position(ctx, table, migrating, hash) \
-	(migrating ? of_socket(table, migrating) : steer_policy(ctx, table))
+	(migrating ? spread_socket(table, migrating) : steer_policy(ctx, table))
 #include "steer.h"
 
 STEER_TABLE(consistent)
-STEER_PARAM(prefix4, 32, 0, 32, "bits of an IPv4 address that make a source")
-STEER_PARAM(prefix6, 64, 0, 128, "bits of an IPv6 address that make a source")
+STEER_PARAM(prefix4, 32, 0, 32, "length of the IPv4 prefix that identifies a client")
+STEER_PARAM(prefix6, 64, 0, 128, "length of the IPv6 prefix that identifies a client")
 
 /*
- * The finalizer of MurmurHash3 (Appleby) for 64 bits: every bit of the input changes half of the
- * output. Numbers of 32 bits take two more instructions after each step.
+ * The 64-bit finalizer of MurmurHash3 (Appleby): each bit of the input affects half of the
+ * output. The 32-bit one needs two more instructions after each step.
  */
-static __always_inline u64 mixed(u64 number)
+static __always_inline u64 mix(u64 number)
 {
 	number ^= number >> 33;
 	number *= 0xff51afd7ed558ccd;
@@ -30,42 +31,43 @@ static __always_inline u64 mixed(u64 number)
 	return number ^ number >> 33;
 }
 
-/* The first `bits`, of 64. */
-static __always_inline u64 first(u64 half, s32 bits)
+/* The first `bits` of a number of 64. */
+static __always_inline u64 take_prefix(u64 part, s32 bits)
 {
 	if (bits <= 0)
 		return 0;
-	return bits < 64 ? half >> (64 - bits) : half;
+	return bits < 64 ? part >> (64 - bits) : part;
 }
 
-static __always_inline u32 of_v4(const struct steer_half *table, u32 address)
+static __always_inline u32 spread_ipv4(const struct steer_view *table, u32 address)
 {
 	u64 bits = (u64)__builtin_bswap32(address) >> (32 - steer_param(prefix4));
 
-	return steer_spread(table, mixed((u64)steer_params()->seed << 32 | bits) >> 32);
+	return steer_spread(table, mix((u64)steer_get_params()->seed << 32 | bits) >> 32);
 }
 
-static __always_inline u32 of_v6(const struct steer_half *table, const u64 *address)
+static __always_inline u32 spread_ipv6(const struct steer_view *table, const u64 *address)
 {
 	s32 bits = steer_param(prefix6);
-	u64 number = mixed(steer_params()->seed ^ first(__builtin_bswap64(address[0]), bits));
+	u64 number =
+		mix(steer_get_params()->seed ^ take_prefix(__builtin_bswap64(address[0]), bits));
 
-	number = mixed(number ^ first(__builtin_bswap64(address[1]), bits - 64));
+	number = mix(number ^ take_prefix(__builtin_bswap64(address[1]), bits - 64));
 	return steer_spread(table, number >> 32);
 }
 
-/* A connection that migrates: there is no packet to read. */
-static __always_inline u32 of_socket(const struct steer_half *table, struct bpf_sock *sk)
+/* For a migrating connection there is no packet to read, so take the address from the socket. */
+static __always_inline u32 spread_socket(const struct steer_view *table, struct bpf_sock *sk)
 {
 	u64 address[2];
 
 	if (sk->family == 2 /* AF_INET */)
-		return of_v4(table, sk->dst_ip4);
+		return spread_ipv4(table, sk->dst_ip4);
 	address[0] = sk->dst_ip6[0] | (u64)sk->dst_ip6[1] << 32;
 	address[1] = sk->dst_ip6[2] | (u64)sk->dst_ip6[3] << 32;
 	if (!address[0] && (u32)address[1] == __builtin_bswap32(0xffff))
-		return of_v4(table, address[1] >> 32); /* ::ffff:a.b.c.d */
-	return of_v6(table, address);
+		return spread_ipv4(table, address[1] >> 32); /* ::ffff:a.b.c.d */
+	return spread_ipv6(table, address);
 }
 
 STEER_POLICY(ctx, table)
@@ -73,11 +75,11 @@ STEER_POLICY(ctx, table)
 	u64 address[2];
 	u32 address4;
 
-	/* What cannot be read is filled with 0. */
+	/* If the packet cannot be read, the helper fills the address with 0. */
 	if (ctx->eth_protocol == STEER_IPV4) {
 		steer_read_ip(ctx, 12, &address4, sizeof(address4));
-		return of_v4(table, address4);
+		return spread_ipv4(table, address4);
 	}
 	steer_read_ip(ctx, 8, address, sizeof(address));
-	return of_v6(table, address);
+	return spread_ipv6(table, address);
 }

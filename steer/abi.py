@@ -40,15 +40,15 @@ BPF_PSEUDO_MAP_VALUE: Final = 2
 ENTRIES: Final = 65536
 TURNS: Final = 32768
 SPARES: Final = 256
-RESERVES: Final = 2
+BACKUPS: Final = 2
 ROW: Final = 0x8000
 NO_SLOT: Final = 0x7FFF
 SLOTS: Final = 8192
 MAX_SLOTS: Final = 4096
-ALL: Final = 64
-"""bpf/least-conn.c: so many positions of a deck are all looked at."""
+SCAN_MAX: Final = 64
+"""Mirrors bpf/least-conn.c: a ring of up to this length is scanned completely."""
 NEIGHBOURS: Final = 4
-"""The same: of more, so many next to each other."""
+"""Mirrors bpf/least-conn.c: adjacent positions that are compared at once."""
 VALUES: Final = 16
 HISTOGRAMS: Final = 4
 BUCKETS: Final = 32
@@ -56,26 +56,26 @@ BUCKETS: Final = 32
 HEADER: Final = struct.Struct("=QII")
 """Mirrors what struct steer_table begins with: head, early, reserved."""
 HEAD: Final = struct.Struct("=Q")
-DECK_BIT: Final = 20
+RING_BIT: Final = 20
 LENGTH_BIT: Final = 40
 COUNT: Final = struct.Struct("=QQQ")
-"""Mirrors struct steer_count: selected, fallback, migrated."""
+"""Mirrors struct steer_counts: selected, fallback, migrated."""
 CPU: Final = struct.Struct("=QIIQ")
 """Mirrors struct steer_cpu: turns, random, reserved, unsteered."""
 
 SLOT: Final = struct.Struct("=IIHHI")
-"""Mirrors struct steer_slot: pending, given, stamp, flows, reserved."""
+"""Mirrors struct steer_slot: pending, last_selected, stamp, flows, reserved."""
 PACE: Final = struct.Struct("=QQIIII")
-"""Mirrors struct steer_pace: mean, square, varied, given, tended, moved."""
+"""Mirrors struct steer_pace: mean, square, varied, selected, refreshed, moved."""
 OWNER: Final = struct.Struct("=HHI")
 """Mirrors struct steer_owner: slot, stamp, since."""
 LOAD_SIZE: Final = 4
 OPEN_OFFSET: Final = SLOTS * LOAD_SIZE
 SLOTS_OFFSET: Final = 2 * OPEN_OFFSET
 LOAD_BYTES: Final = SLOTS_OFFSET + SLOTS * SLOT.size + PACE.size
-"""Struct steer_load: load, open, slots, pace."""
+"""Struct steer_loads: load, open, slots, pace."""
 PARAMS: Final = struct.Struct(f"=IIII{VALUES}I")
-"""Mirrors struct steer_params: ticks_per_s, second, seed, reserve, values."""
+"""Mirrors struct steer_params: ticks_per_s, second, seed, backup, values."""
 OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
 """Mirrors struct steer_own: counters, and the buckets of each histogram."""
 PACKET_BYTES: Final = 24
@@ -86,13 +86,13 @@ SET_BYTES: Final = 192
 """Struct set of bpf/flow.c, and how many flows it is for."""
 
 LENGTH: Final = struct.Struct("=II")
-"""Mirrors what struct steer_layout begins with: length, deck."""
+"""Mirrors what struct steer_layout begins with: length, ring."""
 
 ENTRIES_OFFSET: Final = LENGTH.size
 TURNS_OFFSET: Final = ENTRIES_OFFSET + 2 * ENTRIES
 SPARES_OFFSET: Final = TURNS_OFFSET + 2 * TURNS
-HALF_BYTES: Final = SPARES_OFFSET + 2 * SPARES
-TABLE_BYTES: Final = HEADER.size + 2 * HALF_BYTES
+BUFFER_BYTES: Final = SPARES_OFFSET + 2 * SPARES
+TABLE_BYTES: Final = HEADER.size + 2 * BUFFER_BYTES
 
 
 CONSTANTS: Final = {"protocol": 0x57EE0100}

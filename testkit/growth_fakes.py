@@ -35,7 +35,7 @@ from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.linux.spare import Spare
 from steer.policy import builtin
-from steer.policy.builtin import Scene
+from steer.policy.builtin import LayoutContext
 from steer.policy.classic import Order
 from steer.policy.cpus import Topology
 from steer.policy.layout import Member
@@ -162,14 +162,16 @@ class FakeBackend:
     def steer(self, members: Sequence[Member]) -> None:
         self._cost["publications"] += 1
         self.members = members
-        builtin.lay(self._plan.policy, members, Scene(self._plan.topology, self._plan.hash_length))
+        builtin.build_layout(
+            self._plan.policy, members, LayoutContext(self._plan.topology, self._plan.hash_length)
+        )
 
     def swap(self, plan: Plan, members: Sequence[Member], _lend: object) -> None:
         self._plan = plan
         self.steer(members)
 
     def grace_period(self) -> None:
-        """The next flip waits for nothing."""
+        """The next publication waits for nothing."""
 
     def stored(self) -> tuple[object, Sequence[int]]:
         return None, ()

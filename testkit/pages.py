@@ -18,9 +18,11 @@ _CODE = re.compile(r"^```.*?^```|`[^`]*`", re.DOTALL | re.MULTILINE)
 
 INSTEAD: Mapping[str, str] = {
     "custody": "guard",
+    "deck": "ring",
     "fleet": "pool",
     "orphanage": "standby",
     "rehearse": "dry run",
+    "reserves": "backup listeners",
     "rotation": "selection",
 }
 """Words of before, and the ones that docs/GLOSSARY.md has for them."""

@@ -22,7 +22,7 @@ from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.sockets import listeners, reuseport
 
-COUNT = abi.RESERVES
+COUNT = abi.BACKUPS
 
 Put = Callable[[int, int], None]
 """Puts a socket into the group's sockarray: from its place here, and a descriptor."""

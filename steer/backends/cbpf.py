@@ -19,7 +19,7 @@ from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.errors import KernelError
 from steer.policy import builtin, classic
-from steer.policy.builtin import Scene
+from steer.policy.builtin import LayoutContext
 from steer.policy.layout import Layout, Member, by_share
 from steer.sockets import listeners, members, reuseport
 
@@ -37,7 +37,7 @@ class Cbpf(WithoutEbpf):
 
     def __init__(self, plan: Plan, empty: bool = False) -> None:
         self._plan = plan
-        self._scene = Scene(plan.topology, classic.HASH_LENGTH, classic.HASH_LENGTH)
+        self._scene = LayoutContext(plan.topology, classic.HASH_LENGTH, classic.HASH_LENGTH)
         self._members: Sequence[Member] = ()
         self._layout: Layout | None = None
         self._seed = int.from_bytes(os.urandom(4))
@@ -56,7 +56,7 @@ class Cbpf(WithoutEbpf):
         """With all workers the program is as long as it gets: does the kernel take it?"""
         members = [Member(spec.number, spec.weight, spec.cpu) for spec in plan.specs]
         indexes = {member.slot: member.slot for member in members}
-        layout = builtin.lay(plan.policy, members, self._scene)
+        layout = builtin.build_layout(plan.policy, members, self._scene)
         try:
             if len(members) > classic.HASH_LENGTH:
                 raise classic.TooLong(f"room for {classic.HASH_LENGTH} workers, not {len(members)}")
@@ -191,7 +191,7 @@ class Cbpf(WithoutEbpf):
 
     def _lay(self, members: Sequence[Member]) -> Layout:
         scene = msgspec.structs.replace(self._scene, previous=self._layout)
-        return builtin.lay(self._plan.policy, members, scene)
+        return builtin.build_layout(self._plan.policy, members, scene)
 
     def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
         self._try_out(plan)

@@ -20,7 +20,7 @@ from steer.linux import capabilities
 from steer.loader import bpf_maps, compile, find, libbpf, probe, shared_memory
 from steer.loader.programs import ATTACH_TYPES, Program
 from steer.policy import builtin
-from steer.policy.builtin import Policy, Scene
+from steer.policy.builtin import LayoutContext, Policy
 from steer.policy.bytecode import PolicyObject
 from steer.policy.layout import Layout, Member, all_to, read, spares
 
@@ -183,8 +183,8 @@ class LoadedPolicy:
         topology, hash_length = self._plan.topology, self._plan.hash_length
         wanted = list(members), topology, hash_length
         if self._layout is None or wanted != self._laid_for:
-            scene = Scene(topology, hash_length, previous=self._layout)
-            self._layout = builtin.lay(self._plan.policy, members, scene)
+            scene = LayoutContext(topology, hash_length, previous=self._layout)
+            self._layout = builtin.build_layout(self._plan.policy, members, scene)
             self._laid_for = wanted
         return self._layout
 

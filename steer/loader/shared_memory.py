@@ -104,8 +104,8 @@ def _after(stamp: int) -> int:
 class Table:
     """The table that programs read, filled in place and published by one store.
 
-    The half that is not active is written, then made active. A program that was
-    running at a publication may still read the old half: before that one is written
+    The buffer that is not active is written, then made active. A program that was
+    running at a publication may still read the old buffer: before that one is written
     again, membarrier(2) waits until every such program has ended (its
     MEMBARRIER_CMD_GLOBAL is a synchronize_rcu(), kernel/sched/membarrier.c).
     """
@@ -114,14 +114,14 @@ class Table:
         self.map = table_map
         self._memory = table_map.memory()
         (head,) = abi.HEAD.unpack_from(self._memory)
-        self._active = int(head & abi.HALF_BYTES != 0)
+        self._active = int(head & abi.BUFFER_BYTES != 0)
         self._readers_may_remain = True
         self._publications = 0
 
     def forget(self) -> None:
         """Choose nobody, before any program runs."""
         nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
-        places = (abi.HALF_BYTES - abi.LENGTH.size) // len(nobody)
+        places = (abi.BUFFER_BYTES - abi.LENGTH.size) // len(nobody)
         self.fill({0: abi.LENGTH.pack(0, 0) + nobody * places})
 
     def rested(self) -> None:
@@ -129,18 +129,18 @@ class Table:
         self._readers_may_remain = False
 
     def fill(self, parts: Mapping[int, bytes]) -> None:
-        """Write `parts` (offset in a half → bytes) into both halves, before any program runs."""
-        for half in (0, 1):
-            self._write(half, parts)
+        """Write `parts` (offset in a buffer → bytes) into both buffers, before any program runs."""
+        for buffer in (0, 1):
+            self._write(buffer, parts)
         self._point_to(self._active)
         self._readers_may_remain = False
 
     def amend(self, parts: Mapping[int, bytes]) -> None:
-        """Write `parts` into the half in use, where programs may find old and new mixed."""
+        """Write `parts` into the buffer in use, where programs may find old and new mixed."""
         self._write(self._active, parts)
 
     def publish(self, parts: Mapping[int, bytes]) -> None:
-        """Write `parts` into the idle half and make it active."""
+        """Write `parts` into the idle buffer and make it active."""
         self.synchronize()
         idle = 1 - self._active
         self._write(idle, parts)
@@ -155,7 +155,7 @@ class Table:
         self._publications += 1
 
     def synchronize(self) -> None:
-        """Return once no program reads the half that was active before the last publication."""
+        """Return once no program reads the buffer that was active before the last publication."""
         if self._readers_may_remain:
             wait_for_programs()
         self._readers_may_remain = False
@@ -171,23 +171,23 @@ class Table:
             self._readers_may_remain = False
 
     def active(self) -> bytes:
-        """The half in use."""
+        """The buffer in use."""
         base = self._base(self._active)
-        return self._memory[base : base + abi.HALF_BYTES]
+        return self._memory[base : base + abi.BUFFER_BYTES]
 
-    def _point_to(self, half: int) -> None:
+    def _point_to(self, buffer: int) -> None:
         """Make it the active one, by one store that tells how long it is, too."""
-        length, deck = abi.LENGTH.unpack_from(self._memory, self._base(half))
-        head = length << abi.LENGTH_BIT | deck << abi.DECK_BIT | half * abi.HALF_BYTES
+        length, ring = abi.LENGTH.unpack_from(self._memory, self._base(buffer))
+        head = length << abi.LENGTH_BIT | ring << abi.RING_BIT | buffer * abi.BUFFER_BYTES
         self._memory[: abi.HEAD.size] = abi.HEAD.pack(head)
-        self._active = half
+        self._active = buffer
 
     @staticmethod
-    def _base(half: int) -> int:
-        return abi.HEADER.size + half * abi.HALF_BYTES
+    def _base(buffer: int) -> int:
+        return abi.HEADER.size + buffer * abi.BUFFER_BYTES
 
-    def _write(self, half: int, parts: Mapping[int, bytes]) -> None:
-        base = self._base(half)
+    def _write(self, buffer: int, parts: Mapping[int, bytes]) -> None:
+        base = self._base(buffer)
         for offset, data in parts.items():
             self._memory[base + offset : base + offset + len(data)] = data
 

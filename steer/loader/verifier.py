@@ -30,7 +30,7 @@ _LOG_STATS = 4
 _SLOTS = 64
 _CURES = {
     "dereference of modified ctx ptr": "the compiler chose between two fields of ctx and then "
-    "read; read each into a variable first, and steer_settle(variable)",
+    "read; read each into a variable first, and steer_barrier(variable)",
     "invalid access to packet": "compare with ctx->data_end before you read",
     "_or_null'": "compare with NULL before you read",
     "too large": "loops cost as often as they may run: let them run less often",

@@ -1,4 +1,4 @@
-"""The table of policies. A new one is a row here and a file in bpf/. Pure."""
+"""The list of built-in policies. A policy is a row here and a file in bpf/. Pure."""
 
 from __future__ import annotations
 
@@ -15,56 +15,55 @@ from steer.policy.layout import Layout, Member
 
 EBPF, CBPF, KERNEL = "ebpf", "cbpf", "kernel"
 BACKENDS = (EBPF, CBPF, KERNEL)
-"""Best first: the ladder is walked down in this order."""
+"""Best first: a fallback goes to the next one."""
 
 
-class Scene(msgspec.Struct, frozen=True):
-    """What a layout is made from, beside the members.
+class LayoutContext(msgspec.Struct, frozen=True):
+    """The inputs of a layout other than its members.
 
     Args:
-        hash_length: positions of the hash table.
-        longest: turns that a table may hold.
-        previous: the layout in force, or None.
+        hash_length: number of positions for `consistent`.
+        longest: limit for the turns in a table.
+        previous: the current layout, or None.
     """
 
     topology: Topology
     hash_length: int
-    longest: int = table.MAX_DECK
+    longest: int = table.MAX_RING
     previous: Layout | None = None
 
 
-Fill = Callable[[Sequence[Member], Scene], Layout]
-FILLS: Mapping[str, Fill] = {
-    "consistent": lambda members, scene: table.consistent(
-        members, scene.previous, scene.hash_length
+Build = Callable[[Sequence[Member], LayoutContext], Layout]
+LAYOUTS: Mapping[str, Build] = {
+    "consistent": lambda members, context: table.consistent(
+        members, context.previous, context.hash_length
     ),
-    "shares": lambda members, scene: table.by_share(members, scene.longest),
-    "turns": lambda members, _scene: table.by_turn(members),
-    "cpus": lambda members, scene: table.by_cpu(members, scene.topology, scene.longest),
-    "deck": lambda members, _scene: table.by_load(members),
+    "shares": lambda members, context: table.by_share(members, context.longest),
+    "turns": lambda members, _context: table.by_turn(members),
+    "cpus": lambda members, context: table.by_cpu(members, context.topology, context.longest),
+    "ring": lambda members, _context: table.by_load(members),
 }
-"""By what a policy declares as its STEER_TABLE."""
+"""By the kind of table that a policy declares with STEER_TABLE."""
 PINNING = "cpus"
-BY_LOAD = "deck"
+BY_LOAD = "ring"
 
 Assemble = Callable[[Layout, Mapping[int, int], int, Sequence[int]], list[classic.Insn]]
-"""From table, indexes, the seed of a hash, and parameters."""
+"""Makes a program from a layout, indexes of sockets, the seed of the hash, and parameters."""
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """One way to choose.
+    """A policy.
 
     Args:
-        source: its file in bpf/, without the ending, or the path of one of the user's own;
-            None: the kernel's own choice.
-        table: how the table is filled, a key of `FILLS`.
-        assemble: makes the classic BPF program; None where that cannot be, and `no_cbpf` says
-            why.
-        declared: what the file says of itself; see `loader.find.find`.
-        digest: of one of the user's own: another when its text is.
-        problem: why it cannot be, where only a service that runs already can go on.
-        candidates: of `auto`, which is no policy by itself: the policies that it may become. By
-            load where that can be counted, else by flow.
+        source: the name of its file in bpf/ without the suffix; for a custom policy the path of
+            its file; None for the kernel's own hash.
+        table: the kind of its table, a key of `LAYOUTS`.
+        assemble: makes the classic BPF program. None if there is none; `no_cbpf` says why.
+        declared: the declarations in its file; see `loader.find.find`.
+        digest: of the text of a custom policy.
+        problem: why a custom policy cannot be loaded. A service that already runs keeps going.
+        candidates: the policies that `auto` may become: the first if open connections can be
+            counted, else the second.
     """
 
     name: str
@@ -85,12 +84,12 @@ class Policy(msgspec.Struct, frozen=True):
 
     @property
     def reads_load(self) -> bool:
-        """Whether it goes by how many connections each worker has open."""
+        """Whether it selects by the number of open connections."""
         return self.table == BY_LOAD
 
     @property
     def is_own(self) -> bool:
-        """Whether it is one of the user's own."""
+        """Whether it is a custom policy."""
         return self.source is not None and self.source.endswith(OWN_SUFFIX)
 
     @property
@@ -104,27 +103,27 @@ OWN_SUFFIX = ".c"
 
 
 def own(name: str, path: str, declared: Declared, digest: str) -> Policy:
-    """One of the user's own.
+    """A custom policy.
 
     Args:
         path: of its file.
-        digest: of the text.
+        digest: of its text.
     """
-    why_not = "classic BPF cannot run a policy of one's own"
+    why_not = "classic BPF cannot run a custom policy"
     return Policy(name, declared.summary, path, declared.table, None, why_not, declared, digest)
 
 
 _ALL = (
     Policy(
         "cpu",
-        "the worker pinned to the CPU that takes in the packet",
+        "the worker pinned to the CPU that receives the packet",
         "cpu",
         "cpus",
         lambda layout, indexes, _seed, _params: classic.by_cpu(layout, indexes),
     ),
     Policy(
         "round-robin",
-        "each worker in its turn",
+        "the workers in turn",
         "round-robin",
         "turns",
         no_cbpf="classic BPF keeps no state, so it cannot take turns",
@@ -133,19 +132,19 @@ _ALL = (
         "least-conn",
         "the worker with the fewest open connections",
         "least-conn",
-        "deck",
-        no_cbpf="classic BPF cannot read what is counted",
+        "ring",
+        no_cbpf="classic BPF cannot read the counts of connections",
     ),
     Policy(
         "hash",
-        "by the flow's four-tuple; when a worker goes, only its flows move",
+        "by the hash of the four-tuple; if a worker leaves, only its flows move",
         "hash",
         "consistent",
         lambda layout, indexes, seed, _params: classic.by_hash(layout, indexes, seed),
     ),
     Policy(
         "source",
-        "a client's address keeps its worker",
+        "a worker by the client's address",
         "source",
         "consistent",
         lambda layout, indexes, seed, params: classic.by_source(layout, indexes, seed, *params),
@@ -155,11 +154,11 @@ _ALL = (
         "over UDP, a flow stays with the worker that first got it",
         "flow",
         "consistent",
-        no_cbpf="classic BPF remembers nothing",
+        no_cbpf="classic BPF keeps no state, so it cannot remember flows",
     ),
     Policy(
         "random",
-        "by chance, in proportion to the weights",
+        "a random worker, in proportion to the weights",
         "random",
         "shares",
         lambda layout, indexes, _seed, _params: classic.by_share(layout, indexes),
@@ -169,24 +168,24 @@ _ALL = (
 
 POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in _ALL}
 AUTO = "auto"
-"""What may be asked for in place of a policy."""
+"""A name that can be given in place of a policy's."""
 
 
 def auto(by_load: Policy, by_flow: Policy) -> Policy:
-    """What is asked for as `auto`."""
+    """The policy named `auto`."""
     return Policy(AUTO, "least-conn, or hash", candidates=(by_load, by_flow))
 
 
 def built_in(name: str) -> Policy:
-    """The policy of that name, or `auto`; as long as nobody reads its file it declares nothing."""
+    """The policy of that name, or `auto`, without the declarations in its file."""
     return auto(*(POLICIES[each] for each in AUTO_BECOMES)) if name == AUTO else POLICIES[name]
 
 
 AUTO_BECOMES = ("least-conn", "hash")
 
 
-def lay(policy: Policy, members: Sequence[Member], scene: Scene) -> Layout:
-    """The layout for these members; with none, one that leaves the choice to the kernel."""
+def build_layout(policy: Policy, members: Sequence[Member], context: LayoutContext) -> Layout:
+    """The layout for these members. Without any, the kernel's hash selects."""
     if policy.source is None or not members:
         return table.EMPTY
-    return FILLS[policy.table](members, scene)
+    return LAYOUTS[policy.table](members, context)

@@ -1,8 +1,8 @@
-"""What a policy's C file declares: its table, parameters, counters and histograms. Pure.
+"""The declarations in a policy's C file: table, parameters, counters and histograms. Pure.
 
-The macros that say so expand to nothing: their text is read here, and the compiler is
-told only the number of each name. So a default or a range is in one place, and changing
-a value never needs a compiler.
+The macros expand to nothing in C. Their text is parsed here, and the compiler gets only the
+index of each name. So a default or a range is in one place, and changing a value needs no
+compiler.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from steer import values as inputs
 from steer.errors import CompileError, ConfigError
 from steer.values import Invalid, plural
 
-TABLES = ("consistent", "shares", "turns", "cpus", "deck")
-"""How the controller can fill the table; see `builtin.FILLS`."""
+TABLES = ("consistent", "shares", "turns", "cpus", "ring")
+"""The kinds of tables; see `builtin.LAYOUTS`."""
 MAX_PARAMS = 16
 MAX_COUNTERS = 16
 MAX_HISTOGRAMS = 4
@@ -27,7 +27,7 @@ _MOST = 2**32 - 1
 
 
 class Param(msgspec.Struct, frozen=True):
-    """A number that the policy reads, from `least` to `most`; it may change while it runs."""
+    """A number that the policy reads, from `least` to `most`. It can be changed at run time."""
 
     name: str
     default: int
@@ -37,14 +37,14 @@ class Param(msgspec.Struct, frozen=True):
 
 
 class Counter(msgspec.Struct, frozen=True):
-    """What the policy counts."""
+    """A number that the policy counts up."""
 
     name: str
     help: str
 
 
 class Histogram(msgspec.Struct, frozen=True):
-    """What the policy measures, in `unit`; bucket n holds values below 2**n."""
+    """A distribution that the policy records, in `unit`. Bucket n counts values below 2**n."""
 
     name: str
     unit: str
@@ -52,10 +52,10 @@ class Histogram(msgspec.Struct, frozen=True):
 
 
 class Declared(msgspec.Struct, frozen=True):
-    """All that one file declares, in its order: that is how the program numbers it.
+    """The declarations of one file, in the order in which the program numbers them.
 
     Args:
-        summary: what follows the policy's name in the head comment.
+        summary: the text after the policy's name in the head comment.
         table: one of TABLES.
     """
 
@@ -67,13 +67,13 @@ class Declared(msgspec.Struct, frozen=True):
 
 
 def parse(text: str, act: str) -> Declared:
-    """Read the declarations of a policy's C text.
+    """Parse the declarations in the C text of a policy.
 
     Args:
-        act: what that is for, for errors; "read mine.c".
+        act: the act that errors name, such as "read mine.c".
 
     Raises:
-        CompileError: names the line and what is wrong with it.
+        CompileError: names the line and the mistake.
     """
     tokens = list(_tokens(text))
     code = [token for token in tokens if token.kind != "comment"]
@@ -98,14 +98,14 @@ def parse(text: str, act: str) -> Declared:
 
 
 def values(declared: Declared, given: Sequence[str], act: str) -> tuple[int, ...]:
-    """The value of every parameter, in the order of their declaration.
+    """The values of all parameters, in the order of their declaration.
 
     Args:
-        given: "NAME=VALUE"; the others have their defaults.
-        act: what that is for, for errors.
+        given: "NAME=VALUE" for those that differ from their defaults.
+        act: the act that errors name.
 
     Raises:
-        ConfigError: names the parameter, the value and what is allowed.
+        ConfigError: names the parameter, the value and the allowed range.
     """
     known = {param.name: param for param in declared.params}
     chosen = {param.name: param.default for param in declared.params}
@@ -125,7 +125,7 @@ def values(declared: Declared, given: Sequence[str], act: str) -> tuple[int, ...
 
 
 def defines(declared: Declared) -> list[str]:
-    """The compiler's flags that number the names, so that steer_param(name) finds its own."""
+    """Flags that give the compiler the index of each name, for steer_param(name) and others."""
     kinds: Mapping[str, Sequence[Param | Counter | Histogram]] = {
         "PARAM": declared.params,
         "COUNTER": declared.counters,
@@ -149,7 +149,7 @@ def _value(param: Param, text: str, act: str) -> int:
         ) from None
 
 
-# ---- the text
+# ---- tokens
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -178,7 +178,7 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 
 def _summary(tokens: Sequence[_Token]) -> str:
-    """Of the comments that stand before everything else: what is behind "name - "."""
+    """The text after "name - " in the comments before any code."""
     for comment in takewhile(lambda token: token.kind == "comment", tokens):
         found = re.search(r"^[\s/*]*[\w.-]+ - (.+?)\.?[\s*/]*$", comment.text, re.MULTILINE)
         if found:
@@ -187,7 +187,7 @@ def _summary(tokens: Sequence[_Token]) -> str:
 
 
 def _arguments(tokens: Sequence[_Token], macro: str) -> list[list[_Token]]:
-    """What stands between the parentheses, at the commas. Raises ValueError."""
+    """The arguments between the parentheses. Raises ValueError."""
     if not tokens or tokens[0].text != "(":
         raise ValueError(f"{macro} without (...)")
     arguments: list[list[_Token]] = [[]]
@@ -207,7 +207,7 @@ def _arguments(tokens: Sequence[_Token], macro: str) -> list[list[_Token]]:
 def _declare(
     found: dict[str, list[Any]], macro: str, arguments: Sequence[Sequence[_Token]]
 ) -> None:
-    """Add what the macro declares. Raises ValueError: what is wrong."""
+    """Add a declaration to `found`. Raises ValueError with the mistake."""
     form = _MACROS[macro]
     if len(arguments) != len(form.readers):
         count = plural(len(arguments), "argument")
@@ -216,7 +216,7 @@ def _declare(
     if len(found[macro]) == form.at_most:
         raise ValueError(f"more than {form.at_most} {macro}")
     if macro != "STEER_TABLE" and made.name in {each.name for each in found[macro]}:
-        raise ValueError(f"{macro}({made.name}, ...) is there twice")
+        raise ValueError(f"{macro}({made.name}, ...) is declared twice")
     found[macro].append(made)
 
 
@@ -241,7 +241,7 @@ def _number(tokens: Sequence[_Token]) -> int:
 
 
 def _words(tokens: Sequence[_Token]) -> str:
-    """String literals that stand side by side are one."""
+    """The text of a string; adjacent literals are joined, as in C."""
     if not tokens or any(token.kind != "string" for token in tokens):
         raise ValueError(f"{inputs.shown(_source(tokens))} is no string")
     return "".join(re.sub(r"\\(.)", r"\1", token.text[1:-1]) for token in tokens)
@@ -264,11 +264,11 @@ def _param(name: str, default: int, least: int, most: int, words: str) -> Param:
 
 
 class _Form(msgspec.Struct, frozen=True):
-    """How a macro is written.
+    """The syntax of a macro.
 
     Args:
-        readers: of its arguments; each raises ValueError.
-        at_most: how many a file may have.
+        readers: one for each argument; each raises ValueError.
+        at_most: how often a file may use the macro.
     """
 
     usage: str

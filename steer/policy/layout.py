@@ -1,7 +1,7 @@
-"""How a table is filled: from the workers that may be chosen to positions. Pure.
+"""Layouts: how the table is filled from the workers that may be selected. Pure.
 
-The kernel only ever looks a position up. What a policy promises (turns, shares,
-that few flows move, that a CPU has its own worker) is kept here.
+Programs only look positions up in the table. What a policy promises (turns, shares, that few
+flows move, that each CPU has its own worker) depends on the layout.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import msgspec
 from steer import abi
 from steer.policy.cpus import Topology, nearest
 
-MAX_DECK = abi.TURNS // 2
+MAX_RING = abi.TURNS // 2
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A slot that may be chosen.
+    """A slot that may be selected.
 
     Args:
-        weight: its share is in proportion, 1 or more.
-        cpu: the CPU its worker is pinned to; None if to none.
+        weight: 1 or more; its share of the selections is in proportion.
+        cpu: the CPU that its worker is pinned to, or None.
     """
 
     slot: int
@@ -34,31 +34,31 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """One half of the table, as far as it is filled.
+    """The content of one buffer of the table.
 
     Args:
-        entries: slots by position, or abi.ROW + where the row starts in `turns`.
-        turns: rows, each its length and then its slots.
-        spares: live slots to try when the chosen one fails.
-        deck: positions until the entries begin anew; 0 where they do not.
+        entries: by position, a slot or abi.ROW + the offset of a row in `turns`.
+        turns: rows; each is its length, then its slots.
+        spares: live slots to try if the selected slot has no socket.
+        ring: length of the ring, after which the entries repeat; 0 if the table is no ring.
     """
 
     entries: array[int]
     turns: array[int] = msgspec.field(default_factory=lambda: array("H"))
     spares: array[int] = msgspec.field(default_factory=lambda: array("H"))
-    deck: int = 0
+    ring: int = 0
 
     def parts(self) -> dict[int, bytes]:
         """The bytes to write, by offset in struct steer_layout."""
         return {
-            0: abi.LENGTH.pack(len(self.entries), self.deck),
+            0: abi.LENGTH.pack(len(self.entries), self.ring),
             abi.ENTRIES_OFFSET: self.entries.tobytes(),
             abi.TURNS_OFFSET: self.turns.tobytes(),
             abi.SPARES_OFFSET: self.spares.tobytes(),
         }
 
     def row(self, entry: int) -> Sequence[int]:
-        """The slots that an entry stands for, in their turns."""
+        """The slots of an entry, in the order of their turns."""
         if not entry & abi.ROW:
             return (entry,)
         start = entry & ~abi.ROW
@@ -66,45 +66,46 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 def spares(slots: Sequence[int]) -> array[int]:
-    """What is tried, from any place on, when the slot that was chosen fails."""
+    """The slots to try, from any index on, if the selected slot has no socket."""
     return array("H", islice(cycle(slots or [abi.NO_SLOT]), abi.SPARES))
 
 
 def all_to(slot: int, else_to: Sequence[int] = ()) -> Layout:
-    """Whatever the policy answers, it is `slot`.
+    """A layout that selects `slot` at every position.
 
     Args:
-        else_to: where nothing listens there, one of these.
+        else_to: slots to try if `slot` has no socket.
     """
     return Layout(array("H", [slot]) * abi.ENTRIES, spares=spares(else_to or [slot]))
 
 
 EMPTY = all_to(abi.NO_SLOT)
-"""Nobody may be chosen: the kernel's hash decides."""
+"""A layout without any slot: the kernel's hash selects."""
 
 
-def read(half: bytes) -> Layout:
-    """The layout that a half of the table holds; see `Layout.parts`."""
-    length, laid = abi.LENGTH.unpack_from(half)
-    words = array("H", half[abi.ENTRIES_OFFSET :])
+def read(buffer: bytes) -> Layout:
+    """Decode a buffer of the table; the reverse of `Layout.parts`."""
+    length, ring = abi.LENGTH.unpack_from(buffer)
+    words = array("H", buffer[abi.ENTRIES_OFFSET :])
     at_turns = (abi.TURNS_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
     at_spares = (abi.SPARES_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
-    return Layout(words[:length], words[at_turns:at_spares], words[at_spares:], laid)
+    return Layout(words[:length], words[at_turns:at_spares], words[at_spares:], ring)
 
 
 def quotas(members: Sequence[Member], length: int) -> dict[int, int]:
-    """How many of `length` positions each slot gets: in proportion to its weight.
+    """How many of `length` positions each slot gets, in proportion to its weight.
 
-    First one to everybody; then rounded as Webster did (Sainte-Laguë): the next always
-    goes to the slot with the least (2 held + 1) / weight. So nobody gets fewer when another
-    goes, as may happen with largest remainders (Balinski and Young, Fair Representation).
+    Each slot gets at least one. The rest is rounded by Webster's method (Sainte-Laguë): the
+    next position always goes to the slot with the lowest (2 held + 1) / weight. So no slot
+    loses positions when another leaves, which can happen with the method of largest
+    remainders (Balinski and Young, Fair Representation).
     """
     if len({member.weight for member in members}) == 1:
         each, left = divmod(length, len(members))
         lowest = set(sorted(member.slot for member in members)[:left])
         return {member.slot: each + (member.slot in lowest) for member in members}
     total = sum(member.weight for member in members)
-    # What is sure leaves at most two positions a member to be claimed one by one.
+    # At most two positions per member remain to be assigned one by one.
     sure = max(0, 2 * length - 3 * len(members))
     held = {member.slot: (sure * member.weight + total) // (2 * total) for member in members}
     claims = merge(*(_claims(member, held[member.slot]) for member in members))
@@ -117,12 +118,12 @@ def _claims(member: Member, held: int) -> Iterator[tuple[float, int]]:
     return ((n and (2 * n + 1) / member.weight, member.slot) for n in count(held))
 
 
-def deck(members: Sequence[Member], longest: int = MAX_DECK) -> list[int]:
-    """The slots in the order of their turns, each as often as it weighs.
+def build_ring(members: Sequence[Member], longest: int = MAX_RING) -> list[int]:
+    """The weighted ring: the slots in the order of their turns, each as often as its weight.
 
-    A heavy slot's turns are spread over the whole, not taken in one burst. The
-    deck is as short as exact shares allow; past `longest` they are rounded, to one turn
-    at least.
+    The turns of a heavy slot are spread over the whole ring, not adjacent. The ring is as short
+    as exact shares allow. If it were longer than `longest`, shares are rounded, but each slot
+    keeps at least one turn.
     """
     if not members:
         return []
@@ -134,22 +135,22 @@ def deck(members: Sequence[Member], longest: int = MAX_DECK) -> list[int]:
     return [slot for _, slot in sorted((at / of, slot) for at, of, slot in due)]
 
 
-def by_share(members: Sequence[Member], longest: int = MAX_DECK) -> Layout:
-    """For `random`: positions in exact proportion to the weights."""
-    return Layout(array("H", deck(members, longest)), spares=_spares(members))
+def by_share(members: Sequence[Member], longest: int = MAX_RING) -> Layout:
+    """For `random`: as many positions per slot as its weight."""
+    return Layout(array("H", build_ring(members, longest)), spares=_spares(members))
 
 
 def by_turn(members: Sequence[Member]) -> Layout:
-    """For `round-robin`: one row, at position 0, of everybody's turns."""
+    """For `round-robin`: one row at position 0, with the turns of all slots."""
     rows = _Rows()
-    return Layout(array("H", [rows.entry(deck(members))]), rows.turns, _spares(members))
+    return Layout(array("H", [rows.entry(build_ring(members))]), rows.turns, _spares(members))
 
 
-def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_DECK) -> Layout:
-    """For `cpu`: at each CPU number the slots pinned to it or to the nearest manned CPU.
+def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_RING) -> Layout:
+    """For `cpu`: at each CPU number, the slots pinned to it or to the nearest CPU with any.
 
     Args:
-        longest: turns of all rows together.
+        longest: limit for the turns of all rows together.
     """
     crews: dict[int, list[Member]] = {}
     for member in members:
@@ -159,7 +160,7 @@ def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_DEC
     homes = nearest(crews, topology)
     rows = _Rows()
     each = longest // len(crews)
-    row_of = {cpu: rows.entry(deck(crew, each)) for cpu, crew in crews.items()}
+    row_of = {cpu: rows.entry(build_ring(crew, each)) for cpu, crew in crews.items()}
     anyone = row_of[min(row_of)]
     entries = array(
         "H", [row_of[homes[cpu]] if cpu in homes else anyone for cpu in range(max(homes) + 1)]
@@ -168,18 +169,17 @@ def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_DEC
 
 
 def consistent(members: Sequence[Member], previous: Layout | None, length: int) -> Layout:
-    """For `hash`: exact shares, and of the positions only those move that have to.
+    """For `hash`: exact shares, and as few positions as possible change their slot.
 
-    Maglev (Eisenbud et al., NSDI 2016) fills a table so that balancers which share
-    nothing agree on it, and pays with some moves among the survivors. The
-    kernel's hash is salted anew at every boot, so there is nobody to agree with:
-    the table starts from the one before it instead, and the moves are the fewest
-    there can be.
+    Maglev (Eisenbud et al., NSDI 2016) fills its table so that balancers without common state
+    arrive at the same table; for that some positions move between slots that stay. Here no
+    other balancer could agree anyway, as the kernel's hash has a new seed at each boot. So the
+    table is made from the previous one, which gives the minimum of moves.
 
     Args:
-        previous: the layout in force, of the same policy, or None. Of another length, it is
-            stretched: a number is spread over either alike.
-        length: positions.
+        previous: the current layout of the same policy, or None. If its length differs, it is
+            stretched, which keeps the slot of a hash.
+        length: number of positions.
     """
     room = quotas(members, length)
     entries = array("H", [abi.NO_SLOT]) * length
@@ -196,21 +196,21 @@ def consistent(members: Sequence[Member], previous: Layout | None, length: int) 
 
 
 def by_load(members: Sequence[Member]) -> Layout:
-    """For `least-conn`: a deck, and where rows would be a word for each of its positions: where
-    the load of its slot stands, and its scale, the inverse of its weight.
+    """For `least-conn`: a ring, and in place of rows a 32-bit word for each of its positions.
 
-    It is laid anew after its end, as far as a look that starts anywhere in it goes.
+    A word is the offset of its slot's load, and the slot's scale, which is the inverse of its
+    weight. The ring repeats after its end, so that a scan may start anywhere in it.
     """
-    few = len(members) <= abi.ALL
-    laid = deck(members, abi.ALL if few else MAX_DECK - abi.NEIGHBOURS)
+    few = len(members) <= abi.SCAN_MAX
+    ring = build_ring(members, abi.SCAN_MAX if few else MAX_RING - abi.NEIGHBOURS)
     lightest = min(member.weight for member in members)
     scales = {
         member.slot: max(1, round(_FULL_SCALE * lightest / member.weight)) for member in members
     }
-    entries = laid + list(islice(cycle(laid), abi.ALL if few else abi.NEIGHBOURS))
+    entries = ring + list(islice(cycle(ring), abi.SCAN_MAX if few else abi.NEIGHBOURS))
     words = array("I", [scales[slot] << 16 | slot * abi.LOAD_SIZE for slot in entries])
     turns = array("H", words.tobytes())
-    return Layout(array("H", entries), turns, _spares(members), len(laid))
+    return Layout(array("H", entries), turns, _spares(members), len(ring))
 
 
 _FULL_SCALE = 0xFFFF
@@ -221,7 +221,7 @@ def _stretched(entries: array[int], length: int) -> array[int]:
 
 
 def _over_quota(entries: array[int], room: dict[int, int]) -> list[int]:
-    """Positions whose slot may not keep them; what is kept is taken off `room`."""
+    """Positions that their slot has to give up. Those that it keeps are subtracted from `room`."""
     moving = []
     for position, slot in enumerate(entries):
         left = room.get(slot, 0)
@@ -237,7 +237,7 @@ def _spares(members: Sequence[Member]) -> array[int]:
 
 
 class _Rows:
-    """Collects rows; crews that are alike share one."""
+    """Collects rows; equal rows are stored once."""
 
     def __init__(self) -> None:
         self.turns = array("H")
@@ -255,7 +255,7 @@ class _Rows:
 
 
 def shares(layout: Layout) -> Mapping[int, int]:
-    """How many positions each slot has."""
+    """The number of positions of each slot."""
     counted: dict[int, int] = {}
     for slot in layout.entries:
         counted[slot] = counted.get(slot, 0) + 1

@@ -1,39 +1,39 @@
 /*
- * @NAME@ - by the flow's hash, but some connections by chance.
+ * @NAME@ - by the hash of the flow, but some connections to a random worker.
  *
- * What is behind the name in the line above is what steer shows of it. Say here whom it
- * suits, and where it does not.
+ * steer shows the text after the name in the line above. Say here for which services the policy
+ * is good, and for which it is not.
  */
 #include "steer.h"
 
 /*
- * How the controller lays the active workers out in the table:
+ * How the controller fills the table with the workers that may be selected:
  *
- *	consistent	for any number; when a worker goes, only its share moves
- *	shares		each as many entries as it weighs
- *	turns		entry 0 is all of them, taken in turn
- *	cpus		entry N is the worker pinned to CPU N, or the nearest to it
- *	deck		in turn, with their weights beside; see least-conn
+ *	consistent	for hashes; if a worker leaves, only its share moves
+ *	shares		as many entries for each worker as its weight
+ *	turns		entry 0 is all workers, which take turns
+ *	cpus		entry N is the worker pinned to CPU N, or to the nearest CPU with a worker
+ *	ring		the workers in turn, with their weights; see bpf/least-conn.c
  */
 STEER_TABLE(consistent)
 
-/* What may be set, also while it runs: name, default, least, most, what it means. 16 at most. */
-STEER_PARAM(percent, 10, 0, 100, "how many of 100 connections go by chance")
+/* At most 16 parameters, which can be changed at run time: name, default, least, most, help. */
+STEER_PARAM(percent, 10, 0, 100, "percentage of connections that go to a random worker")
 
-/* What it counts (16 at most), and what it measures (4); `steer status` shows them. */
-STEER_COUNTER(scattered, "connections that went by chance")
-STEER_HISTOGRAM(length, "bytes", "of the packet that opened the connection")
+/* At most 16 counters and 4 histograms; `steer status` shows them. */
+STEER_COUNTER(scattered, "connections that went to a random worker")
+STEER_HISTOGRAM(length, "bytes", "length of the first packet")
 
 /*
- * Asked for every new connection; over UDP for every datagram. The answer is one of
+ * Runs for each new connection, and over UDP for each datagram. Return one of
  *
  *	steer_spread(table, number)	an entry of the table, for any 32-bit number
- *	a number			that entry of the table
- *	steer_to(slot)			that slot, whatever the table says
+ *	a number			the entry with this index
+ *	steer_to(slot)			this slot, whatever the table contains
  *
- * where ctx is the kernel's struct sk_reuseport_md (hash, len, ip_protocol, data ...), and
- * steer.h has steer_random() and more. If the worker it falls on is gone, or if the answer
- * makes no sense, another live worker gets the connection, and status counts it as fallback.
+ * ctx is the kernel's struct sk_reuseport_md, with hash, len, ip_protocol, data and more. steer.h
+ * has steer_random() and other functions. If the selected worker is gone, or the number is out of
+ * range, another worker gets the connection and the fallback counter goes up.
  */
 STEER_POLICY(ctx, table)
 {

@@ -16,13 +16,13 @@ from steer.loader import compile
 
 HEADS = {
     "steer_table": (abi.HEADER, "head early reserved"),
-    "steer_layout": (abi.LENGTH, "length deck"),
-    "steer_count": (abi.COUNT, "selected fallback migrated"),
+    "steer_layout": (abi.LENGTH, "length ring"),
+    "steer_counts": (abi.COUNT, "selected fallback migrated"),
     "steer_cpu": (abi.CPU, "turns random reserved unsteered"),
-    "steer_slot": (abi.SLOT, "pending given stamp flows reserved"),
+    "steer_slot": (abi.SLOT, "pending last_selected stamp flows reserved"),
     "steer_owner": (abi.OWNER, "slot stamp since"),
-    "steer_pace": (abi.PACE, "mean square varied given tended moved"),
-    "steer_params": (abi.PARAMS, "ticks_per_s second seed reserve"),
+    "steer_pace": (abi.PACE, "mean square varied selected refreshed moved"),
+    "steer_params": (abi.PARAMS, "ticks_per_s second seed backup"),
 }
 """The fields that Python packs and unpacks, in their order; arrays are in MIRRORED."""
 
@@ -32,15 +32,15 @@ MIRRORED = {
     "STEER_ENTRIES": abi.ENTRIES,
     "STEER_TURNS": abi.TURNS,
     "STEER_SPARES": abi.SPARES,
-    "STEER_RESERVES": abi.RESERVES,
-    "STEER_DECK_BIT": abi.DECK_BIT,
+    "STEER_BACKUPS": abi.BACKUPS,
+    "STEER_RING_BIT": abi.RING_BIT,
     "STEER_LENGTH_BIT": abi.LENGTH_BIT,
     "STEER_ROW": abi.ROW,
     "sizeof(struct steer_table)": abi.TABLE_BYTES,
-    "sizeof(struct steer_layout)": abi.HALF_BYTES,
-    "sizeof(struct steer_count)": abi.COUNT.size,
+    "sizeof(struct steer_layout)": abi.BUFFER_BYTES,
+    "sizeof(struct steer_counts)": abi.COUNT.size,
     "sizeof(struct steer_cpu)": abi.CPU.size,
-    "OFFSET(steer_table, halves)": abi.HEADER.size,
+    "OFFSET(steer_table, buffers)": abi.HEADER.size,
     "OFFSET(steer_layout, entries)": abi.ENTRIES_OFFSET,
     "OFFSET(steer_layout, turns)": abi.TURNS_OFFSET,
     "OFFSET(steer_layout, spares)": abi.SPARES_OFFSET,
@@ -51,9 +51,9 @@ MIRRORED = {
     "sizeof(struct steer_slot)": abi.SLOT.size,
     "sizeof(struct steer_owner)": abi.OWNER.size,
     "sizeof(struct steer_pace)": abi.PACE.size,
-    "sizeof(struct steer_load)": abi.LOAD_BYTES,
-    "OFFSET(steer_load, open)": abi.OPEN_OFFSET,
-    "OFFSET(steer_load, slots)": abi.SLOTS_OFFSET,
+    "sizeof(struct steer_loads)": abi.LOAD_BYTES,
+    "OFFSET(steer_loads, open)": abi.OPEN_OFFSET,
+    "OFFSET(steer_loads, slots)": abi.SLOTS_OFFSET,
     "sizeof(struct steer_params)": abi.PARAMS.size,
     "sizeof(struct steer_own)": abi.OWN.size,
     "sizeof(struct steer_packet)": abi.PACKET_BYTES,
@@ -66,10 +66,10 @@ MIRRORED = {
     "SIZE(steer_own, histograms[0])": struct.calcsize(f"{abi.BUCKETS}Q"),
     "SIZE(steer_own, histograms)": struct.calcsize(f"{abi.HISTOGRAMS * abi.BUCKETS}Q"),
     # bpf/flow.c
-    "sizeof(struct set)": abi.SET_BYTES,
+    "sizeof(struct flow_set)": abi.SET_BYTES,
     "1 << FLOWS_OF_SET_BIT": abi.FLOWS_OF_SET,
     # bpf/least-conn.c
-    "ALL": abi.ALL,
+    "SCAN_MAX": abi.SCAN_MAX,
     "NEIGHBOURS": abi.NEIGHBOURS,
     "SIZE(steer_layout, entries[0])": struct.calcsize("H"),
     "SIZE(steer_layout, turns[0])": struct.calcsize("H"),
@@ -78,16 +78,16 @@ MIRRORED = {
     **{f"STEER_CONSTANT_{name.upper()}": number for name, number in abi.CONSTANTS.items()},
     "STEER_TCP": abi.PROTOCOLS["tcp"],
     "STEER_UDP": abi.PROTOCOLS["udp"],
-    "SIZE(steer_load, load[0])": abi.LOAD_SIZE,
+    "SIZE(steer_loads, load[0])": abi.LOAD_SIZE,
     # include/uapi/linux/bpf.h
     **{name: getattr(abi, name) for name in dir(abi) if name.startswith(UAPI)},
 }
 
 FROM_POLICIES = (
-    ("flow.c", r"^(?:#define FLOWS_OF_SET_BIT .*?$|struct set \{.*?^\};)"),
-    ("least-conn.c", r"^#define (?:ALL|NEIGHBOURS) .*?$"),
+    ("flow.c", r"^(?:#define FLOWS_OF_SET_BIT .*?$|struct flow_set \{.*?^\};)"),
+    ("least-conn.c", r"^#define (?:SCAN_MAX|NEIGHBOURS) .*?$"),
 )
-"""What of a policy's file is mirrored too."""
+"""By file, the lines of a policy that Python mirrors too."""
 
 ASKING = """
 #include "steer.h"

@@ -132,7 +132,10 @@ def test_from_the_kernels_own_hash_to_cbpf(service: StartService) -> None:
     """Started with least-conn, which needs ebpf: any policy that cbpf can is steered."""
     running = service("-w", "3", *BIND, "--policy", "least-conn", user=NOBODY)
     assert chosen(running) == ("least-conn", "least-conn", KERNEL)
-    assert "cbpf: classic BPF cannot read what is counted" in running.status()["backend_reason"]
+    assert (
+        "cbpf: classic BPF cannot read the counts of connections"
+        in running.status()["backend_reason"]
+    )
     assert is_by_kernel()
 
     done = running.steer("policy", "source")

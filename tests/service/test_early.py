@@ -65,7 +65,7 @@ STEER_POLICY(ctx, table)
 }
 """
 MOMENT_S = 0.25
-"""See steer_again() of bpf/steer.h."""
+"""See steer_repeat_early() of bpf/steer.h."""
 _IPV6_DSTOPTS, _IPV6_HOPOPTS = 59, 54  # include/uapi/linux/in6.h
 _PADDING = bytes([0, 0, 1, 4, 0, 0, 0, 0])
 """An extension header of 8 bytes with nothing in it (RFC 8200, 4.2)."""

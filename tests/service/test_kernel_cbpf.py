@@ -315,8 +315,8 @@ def test_many_workers(policy: str) -> None:
     "policy, why",
     [
         ("round-robin", "classic BPF keeps no state, so it cannot take turns"),
-        ("least-conn", "classic BPF cannot read what is counted"),
-        ("flow", "classic BPF remembers nothing"),
+        ("least-conn", "classic BPF cannot read the counts of connections"),
+        ("flow", "classic BPF keeps no state, so it cannot remember flows"),
     ],
 )
 def test_what_classic_bpf_cannot_is_left_to_the_kernel(

@@ -315,7 +315,7 @@ def test_verifier_error_in_a_function_names_its_line(home: Path) -> None:
         # As the compiler would merge them, the verifier refuses both.
         "if (ctx->ip_protocol == 6)\nreturn steer_spread(table, ctx->hash);\n"
         "if (ctx->ip_protocol == 17)\nreturn steer_spread(table, ctx->len);\nreturn 0;",
-        "u32 hash = ctx->hash, length = ctx->len;\nsteer_settle(hash);\nsteer_settle(length);\n"
+        "u32 hash = ctx->hash, length = ctx->len;\nsteer_barrier(hash);\nsteer_barrier(length);\n"
         "return steer_spread(table, steer_random() & 1 ? hash : length);",
     ],
 )

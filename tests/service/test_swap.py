@@ -554,9 +554,9 @@ def test_on_classic_bpf(service: StartService, mine: Path) -> None:
             assert set(answers(60, clients_of(60))) == {0, 1, 2}
     for policy, why in [
         ("round-robin", "classic BPF keeps no state, so it cannot take turns"),
-        ("least-conn", "classic BPF cannot read what is counted"),
-        ("flow", "classic BPF remembers nothing"),
-        (str(mine), "classic BPF cannot run a policy of one's own"),
+        ("least-conn", "classic BPF cannot read the counts of connections"),
+        ("flow", "classic BPF keeps no state, so it cannot remember flows"),
+        (str(mine), "classic BPF cannot run a custom policy"),
     ]:
         words = str(refusal(running, policy))
         what = f"change the policy of test: {Path(policy).stem} would steer nothing: ebpf: "

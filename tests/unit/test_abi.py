@@ -42,19 +42,19 @@ def test_maps_are_found_by_what_they_are_keyed_with() -> None:
 def test_slots_fit_an_entry() -> None:
     assert abi.MAX_SLOTS <= abi.NO_SLOT < abi.ROW
     assert abi.TURNS <= abi.ROW
-    assert abi.MAX_SLOTS < abi.SLOTS, "of the reserve too it is known what is open"
+    assert abi.MAX_SLOTS < abi.SLOTS, "backup listeners have a load, too"
     assert abi.SLOTS & abi.SLOTS - 1 == abi.VALUES & abi.VALUES - 1 == 0, "masked with it less one"
 
 
 def test_the_head_of_the_table_has_room() -> None:
-    """For where a half begins, a deck and a length."""
-    assert abi.HALF_BYTES < 1 << abi.DECK_BIT
-    assert layout.MAX_DECK < 1 << abi.LENGTH_BIT - abi.DECK_BIT
+    """For the offset of a buffer, the length of a ring and the length of the table."""
+    assert abi.BUFFER_BYTES < 1 << abi.RING_BIT
+    assert layout.MAX_RING < 1 << abi.LENGTH_BIT - abi.RING_BIT
     assert abi.ENTRIES < 1 << 64 - abi.LENGTH_BIT
 
 
-def test_a_deck_fits_the_table() -> None:
-    assert 2 * abi.ALL <= abi.TURNS
-    assert 2 * (2 * abi.ALL) <= abi.TURNS, "words of two halves"
-    assert 2 * layout.MAX_DECK <= abi.TURNS
+def test_a_ring_fits_the_table() -> None:
+    assert 2 * abi.SCAN_MAX <= abi.TURNS
+    assert 2 * (2 * abi.SCAN_MAX) <= abi.TURNS, "a word is two numbers of 16 bits"
+    assert 2 * layout.MAX_RING <= abi.TURNS
     assert abi.SLOTS * abi.LOAD_SIZE <= 1 << 16, "an offset into the loads is half a word"

@@ -425,7 +425,7 @@ def test_flows_are_forgotten_and_nothing_else(slots: shared_memory.Slots) -> Non
     play(slots, 2, 5, 6, 7, 2**16 - 1)
     slots.forget_flows(2)
     assert state(slots, 2) == (5, 6, 7, 0)
-    # What a program takes for a slot that is none: steer_slot_at() in bpf/steer.h.
+    # What a program takes for a slot that is none: steer_get_slot_state() in bpf/steer.h.
     slots.forget_flows(abi.NO_SLOT)
     assert state(slots, abi.SLOTS - 1) == (0, 0, 0, 1)
 
@@ -503,7 +503,7 @@ def test_flip_is_seen_by_programs(netns: object) -> None:
             assert crew.flows([flow]) == {flow: slot}
 
 
-def test_programs_that_were_waited_for_are_those_before_a_later_flip() -> None:
+def test_programs_that_were_waited_for_are_those_before_a_later_publication() -> None:
     with bpf_maps.Map("table") as made:
         table = shared_memory.Table(made)
         try:
@@ -522,41 +522,41 @@ def test_programs_that_were_waited_for_are_those_before_a_later_flip() -> None:
             table.close()
 
 
-def test_table_starts_with_nobody_and_flips_between_halves() -> None:
+def test_table_starts_with_nobody_and_alternates_between_buffers() -> None:
     with bpf_maps.Map("table") as made:
         table = shared_memory.Table(made)
         table.forget()
         try:
-            halves = {abi.HEADER.size, abi.HEADER.size + abi.HALF_BYTES}
+            buffers = {abi.HEADER.size, abi.HEADER.size + abi.BUFFER_BYTES}
             nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
-            for half in halves:
-                at = half + abi.ENTRIES_OFFSET
+            for buffer in buffers:
+                at = buffer + abi.ENTRIES_OFFSET
                 assert content(made)[at : at + 2] == nobody
             for turn in range(4):
                 before = content(made)
                 *_, active = told(before)
                 table.publish({0: abi.LENGTH.pack(turn, 7), abi.SPARES_OFFSET: b"spares"})
                 after = content(made)
-                length, deck, idle = told(after)
-                assert {active, idle} == halves
-                assert (length, deck) == (turn, 7)
+                length, ring, idle = told(after)
+                assert {active, idle} == buffers
+                assert (length, ring) == (turn, 7)
                 assert after[idle : idle + 8] == abi.LENGTH.pack(turn, 7)
                 assert after[idle + abi.SPARES_OFFSET :].startswith(b"spares")
                 # What programs may still be reading is not touched.
                 assert (
-                    after[active : active + abi.HALF_BYTES]
-                    == (before[active : active + abi.HALF_BYTES])
+                    after[active : active + abi.BUFFER_BYTES]
+                    == (before[active : active + abi.BUFFER_BYTES])
                 )
         finally:
             table.close()
 
 
 def told(table: bytes) -> tuple[int, int, int]:
-    """What the head says: the length of the active half, its deck, and where it begins."""
+    """From the head: the length of the active buffer, that of its ring, and its offset."""
     head, _, _ = abi.HEADER.unpack_from(table)
-    deck = (1 << abi.LENGTH_BIT - abi.DECK_BIT) - 1
-    begins = abi.HEADER.size + (head & (1 << abi.DECK_BIT) - 1)
-    return head >> abi.LENGTH_BIT, head >> abi.DECK_BIT & deck, begins
+    ring = (1 << abi.LENGTH_BIT - abi.RING_BIT) - 1
+    begins = abi.HEADER.size + (head & (1 << abi.RING_BIT) - 1)
+    return head >> abi.LENGTH_BIT, head >> abi.RING_BIT & ring, begins
 
 
 def content(table: bpf_maps.Map) -> bytes:

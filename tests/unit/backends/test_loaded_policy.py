@@ -10,7 +10,7 @@ import pytest
 from steer import abi
 from steer.backends.loaded_policy import LoadedPolicy
 from steer.policy import builtin, layout
-from steer.policy.builtin import Policy, Scene
+from steer.policy.builtin import LayoutContext, Policy
 from steer.policy.layout import Layout, Member
 from testkit.growth_fakes import plan_for
 
@@ -22,17 +22,17 @@ class Laid:
 
     def __init__(self) -> None:
         self.times = 0
-        self._lay = builtin.lay
+        self._build = builtin.build_layout
 
-    def __call__(self, chosen: Policy, members: Any, scene: Scene) -> Layout:
+    def __call__(self, chosen: Policy, members: Any, context: LayoutContext) -> Layout:
         self.times += 1
-        return self._lay(chosen, members, scene)
+        return self._build(chosen, members, context)
 
 
 @pytest.fixture
 def laid(monkeypatch: pytest.MonkeyPatch) -> Laid:
     counts = Laid()
-    monkeypatch.setattr(builtin, "lay", counts)
+    monkeypatch.setattr(builtin, "build_layout", counts)
     return counts
 
 

@@ -196,16 +196,16 @@ def test_every_backend_on_which_it_would_steer_is_tried(
             "least-conn",
             "cbpf",
             "auto",
-            "least-conn would steer nothing: ebpf: EPERM; cbpf: classic BPF cannot read what is "
-            "counted; allowed: cpu, hash, source, random, kernel",
+            "least-conn would steer nothing: ebpf: EPERM; cbpf: classic BPF cannot read the "
+            "counts of connections; allowed: cpu, hash, source, random, kernel",
         ),
         (
             "cbpf",
             "flow",
             "ebpf",
             "cbpf",
-            "flow would steer nothing: --backend cbpf; cbpf: classic BPF remembers nothing; "
-            "allowed: cpu, hash, source, random, kernel",
+            "flow would steer nothing: --backend cbpf; cbpf: classic BPF keeps no state, so it "
+            "cannot remember flows; allowed: cpu, hash, source, random, kernel",
         ),
         (
             "kernel",

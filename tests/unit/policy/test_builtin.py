@@ -9,7 +9,7 @@ import pytest
 from steer import abi
 from steer.loader import find
 from steer.policy import builtin, declarations
-from steer.policy.builtin import BACKENDS, FILLS, POLICIES, Policy, Scene
+from steer.policy.builtin import BACKENDS, LAYOUTS, POLICIES, LayoutContext, Policy
 from steer.policy.classic import HASH_LENGTH
 from steer.policy.cpus import Topology
 from steer.policy.layout import Member
@@ -57,7 +57,7 @@ def test_backends(name: str, backends: tuple[str, ...]) -> None:
 def test_a_row_is_whole(row: Policy) -> None:
     assert row.summary
     assert "\n" not in row.summary
-    assert row.table in FILLS
+    assert row.table in LAYOUTS
     assert not row.is_own
     assert bool(row.no_cbpf) == (row.source is not None and row.assemble is None)
 
@@ -80,8 +80,8 @@ def test_every_file_has_its_row() -> None:
 
 
 def test_every_table_can_be_declared() -> None:
-    assert set(FILLS) == set(declarations.TABLES)
-    assert {row.table for row in ALL} == set(FILLS), "each is of use to somebody"
+    assert set(LAYOUTS) == set(declarations.TABLES)
+    assert {row.table for row in ALL} == set(LAYOUTS), "each is of use to somebody"
 
 
 def test_what_a_policy_takes_has_its_place() -> None:
@@ -91,12 +91,12 @@ def test_what_a_policy_takes_has_its_place() -> None:
 
 
 def test_one_of_ones_own_runs_as_ebpf_or_not_at_all() -> None:
-    says = declarations.Declared("mine", "deck")
+    says = declarations.Declared("mine", "ring")
     mine = builtin.own("mine", "/srv/mine.c", says, "0123")
     assert mine.is_own
     assert mine.backends == ("ebpf", "kernel")
-    assert mine.no_cbpf == "classic BPF cannot run a policy of one's own"
-    assert (mine.summary, mine.table, mine.declared, mine.digest) == ("mine", "deck", says, "0123")
+    assert mine.no_cbpf == "classic BPF cannot run a custom policy"
+    assert (mine.summary, mine.table, mine.declared, mine.digest) == ("mine", "ring", says, "0123")
     assert mine != builtin.own("mine", "/srv/mine.c", says, "4567"), (
         "another text is another policy"
     )
@@ -104,7 +104,7 @@ def test_one_of_ones_own_runs_as_ebpf_or_not_at_all() -> None:
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
 def test_a_layout_names_live_slots_only(row: Policy) -> None:
-    layout = builtin.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    layout = builtin.build_layout(row, CREW, LayoutContext(TOPOLOGY, HASH_LENGTH))
     chosen = {slot for entry in layout.entries for slot in layout.row(entry)}
     live = {member.slot for member in CREW}
     assert chosen == (live if row.source else {abi.NO_SLOT})
@@ -116,14 +116,14 @@ def test_a_layout_names_live_slots_only(row: Policy) -> None:
 def test_shares_follow_the_weights(row: Policy) -> None:
     """Positions for most, turns for round-robin and for cpu among one CPU's crew; for least-conn
     turns of which each counts for the less, the more there are."""
-    layout = builtin.lay(row, CREW, Scene(TOPOLOGY, HASH_LENGTH))
+    layout = builtin.build_layout(row, CREW, LayoutContext(TOPOLOGY, HASH_LENGTH))
     match row.name:
         case "hash" | "source" | "flow":
             drawn, shares = list(layout.entries), {4: 128, 7: 384, 9: 256}
         case "random":
             drawn, shares = list(layout.entries), {4: 1, 7: 3, 9: 2}
         case "least-conn":
-            drawn, shares = list(layout.entries[: layout.deck]), {4: 1, 7: 3, 9: 2}
+            drawn, shares = list(layout.entries[: layout.ring]), {4: 1, 7: 3, 9: 2}
             scale_of = {4: 65535, 7: 21845, 9: 32768}
             words = array("I", layout.turns.tobytes())
             assert [divmod(word, 1 << 16) for word in words] == [
@@ -141,7 +141,9 @@ def test_shares_follow_the_weights(row: Policy) -> None:
 @pytest.mark.parametrize("name", ["random", "cpu"])
 def test_turns_are_rounded_to_what_a_table_may_hold(name: str) -> None:
     heavy = [Member(slot, 1000 - slot, slot % 2) for slot in range(4)]
-    layout = builtin.lay(POLICIES[name], heavy, Scene(TOPOLOGY, HASH_LENGTH, longest=8))
+    layout = builtin.build_layout(
+        POLICIES[name], heavy, LayoutContext(TOPOLOGY, HASH_LENGTH, longest=8)
+    )
     if name == "random":
         assert sorted(layout.entries) == [0, 0, 1, 1, 2, 2, 3, 3]
     else:
@@ -157,7 +159,9 @@ def test_only_cpu_pins() -> None:
 
 @pytest.mark.parametrize("name", ["hash", "source", "flow"])
 def test_the_consistent_start_from_the_layout_in_force(name: str) -> None:
-    before = builtin.lay(POLICIES[name], CREW, Scene(TOPOLOGY, HASH_LENGTH))
-    after = builtin.lay(POLICIES[name], CREW[:2], Scene(TOPOLOGY, HASH_LENGTH, previous=before))
+    before = builtin.build_layout(POLICIES[name], CREW, LayoutContext(TOPOLOGY, HASH_LENGTH))
+    after = builtin.build_layout(
+        POLICIES[name], CREW[:2], LayoutContext(TOPOLOGY, HASH_LENGTH, previous=before)
+    )
     kept = zip(before.entries, after.entries, strict=True)
     assert all(old == new for old, new in kept if old != 9)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from steer.loader import find
 from steer.policy import builtin, classic
 from steer.policy import layout as table
-from steer.policy.builtin import POLICIES, Scene
+from steer.policy.builtin import POLICIES, LayoutContext
 from steer.policy.classic import HASH_LENGTH, MAX_INSNS, Insn, Order, TooLong
 from steer.policy.cpus import Topology
 from steer.policy.layout import EMPTY, Layout, Member
@@ -514,7 +514,7 @@ def assembled(name: str, layout: Layout, indexes: Mapping[int, int]) -> list[Ins
 def test_the_kernel_would_take_it(name: str, workers: int) -> None:
     crew = [Member(slot, 1 + slot % 3, slot % 64) for slot in range(workers)]
     topology = Topology(tuple(range(64)), tuple(range(64)), {})
-    layout = builtin.lay(POLICIES[name], crew, Scene(topology, HASH_LENGTH))
+    layout = builtin.build_layout(POLICIES[name], crew, LayoutContext(topology, HASH_LENGTH))
     program = assembled(name, layout, {slot: slot for slot in range(workers)})
     accept(program)
     assert classic.pack(program) == b"".join(struct.pack("=HBBI", *insn) for insn in program)

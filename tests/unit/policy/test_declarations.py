@@ -73,7 +73,10 @@ def test_summary_is_in_the_head_comment(head: str, summary: str) -> None:
 @pytest.mark.parametrize(
     "line, cause",
     [
-        ("STEER_TABLE(nonsense)", "no table 'nonsense'; allowed: consistent, shares"),
+        (
+            "STEER_TABLE(deck)",
+            "no table 'deck'; allowed: consistent, shares, turns, cpus, ring",
+        ),
         ("STEER_TABLE()", "'' is no name"),
         ("STEER_TABLE(turns) STEER_TABLE(turns)", "more than 1 STEER_TABLE"),
         ('STEER_PARAM(x, 5, 10, 20, "")', "the default of x, 5, is not from 10 to 20"),
@@ -88,9 +91,9 @@ def test_summary_is_in_the_head_comment(head: str, summary: str) -> None:
         ('STEER_PARAM(2x, 1, 0, 2, "")', "'2x' is no name; allowed: letters, digits and '_'"),
         ('STEER_PARAM("x", 1, 0, 2, "")', "is no name"),
         (f'STEER_COUNTER({"x" * 32}, "")', "is no name"),
-        ('STEER_COUNTER(x, "") STEER_COUNTER(x, "")', "STEER_COUNTER(x, ...) is there twice"),
+        ('STEER_COUNTER(x, "") STEER_COUNTER(x, "")', "STEER_COUNTER(x, ...) is declared twice"),
         ("STEER_COUNTER;", "STEER_COUNTER without (...)"),
-        ('STEER_HISTOGRAM(x, "", "") STEER_HISTOGRAM(x, "", "")', "is there twice"),
+        ('STEER_HISTOGRAM(x, "", "") STEER_HISTOGRAM(x, "", "")', "is declared twice"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(line: str, cause: str) -> None:
@@ -138,7 +141,7 @@ def test_built_in_policies_declare_the_table_they_have() -> None:
 
 
 def test_every_table_can_be_filled() -> None:
-    assert set(declarations.TABLES) == set(builtin.FILLS)
+    assert set(declarations.TABLES) == set(builtin.LAYOUTS)
 
 
 # ---- values

@@ -17,9 +17,9 @@ from msgspec import structs
 from steer import abi
 from steer.policy import builtin
 from steer.policy import layout as table
-from steer.policy.builtin import POLICIES, Scene
+from steer.policy.builtin import POLICIES, LayoutContext
 from steer.policy.cpus import Topology
-from steer.policy.layout import EMPTY, MAX_DECK, Layout, Member
+from steer.policy.layout import EMPTY, MAX_RING, Layout, Member
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -74,7 +74,7 @@ def test_quotas_are_fair_between_any_two(some: list[Member], length: int) -> Non
 @quick
 @given(some_members(heaviest=10), st.integers(768, 2000))
 def test_quotas_are_near_proportion(some: list[Member], length: int) -> None:
-    """Each to half a position, and to its share of the half positions of all."""
+    """Each to buffer a position, and to its share of the half positions of all."""
     total = sum(member.weight for member in some)
     held = table.quotas(some, length)
     for member in some:
@@ -109,24 +109,24 @@ def test_a_case_in_which_largest_remainders_fail() -> None:
     assert table.quotas([Member(0), Member(2, 10)], 16) == {0: 1, 2: 15}
 
 
-# deck
+# ring
 
 
 @quick
 @given(some_members(heaviest=60))
-def test_deck_is_exact_and_as_short_as_can_be(some: list[Member]) -> None:
-    dealt = counts(table.deck(some))
+def test_ring_is_exact_and_as_short_as_can_be(some: list[Member]) -> None:
+    dealt = counts(table.build_ring(some))
     rates = {Fraction(dealt[member.slot], member.weight) for member in some}
     assert len(rates) == 1
-    assert rates.pop().numerator == 1, "the same shares fit a shorter deck"
+    assert rates.pop().numerator == 1, "the same shares fit a shorter ring"
 
 
 @quick
 @given(some_members(most=8, heaviest=20))
-def test_deck_is_smooth(some: list[Member]) -> None:
+def test_ring_is_smooth(some: list[Member]) -> None:
     """Between two turns of one slot, round the end too, any other has its share of turns,
     rounded down or up: so none comes in a burst."""
-    dealt = table.deck(some)
+    dealt = table.build_ring(some)
     total = counts(dealt)
     for one, other in permutations(total, 2):
         share = Fraction(total[other], total[one])
@@ -134,10 +134,10 @@ def test_deck_is_smooth(some: list[Member]) -> None:
             assert int(share) <= between.count(other) <= -(-share.numerator // share.denominator)
 
 
-def gaps(deck: Sequence[int], slot: int) -> list[list[int]]:
+def gaps(ring: Sequence[int], slot: int) -> list[list[int]]:
     """What comes between two turns of `slot`, going round."""
-    first = deck.index(slot)
-    round_ = [*deck[first:], *deck[:first], slot]
+    first = ring.index(slot)
+    round_ = [*ring[first:], *ring[:first], slot]
     turns = [turn for turn, other in enumerate(round_) if other == slot]
     return [round_[start + 1 : end] for start, end in pairwise(turns)]
 
@@ -155,35 +155,35 @@ def gaps(deck: Sequence[int], slot: int) -> list[list[int]]:
         ((5, 1, 1), [0, 0, 0, 1, 2, 0, 0]),
     ],
 )
-def test_deck(weights: tuple[int, ...], expected: list[int]) -> None:
-    assert table.deck(members(*weights)) == expected
+def test_ring(weights: tuple[int, ...], expected: list[int]) -> None:
+    assert table.build_ring(members(*weights)) == expected
 
 
-def test_deck_of_nobody() -> None:
-    assert table.deck([]) == []
+def test_ring_of_nobody() -> None:
+    assert table.build_ring([]) == []
 
 
-@pytest.mark.parametrize("longest", [1, 1024, 3000, MAX_DECK])
-def test_deck_is_no_longer_than_asked_but_for_one_turn_each(longest: int) -> None:
+@pytest.mark.parametrize("longest", [1, 1024, 3000, MAX_RING])
+def test_ring_is_no_longer_than_asked_but_for_one_turn_each(longest: int) -> None:
     some = [Member(slot, 991 + slot % 10) for slot in range(1024)]
-    dealt = table.deck(some, longest)
+    dealt = table.build_ring(some, longest)
     assert len(dealt) == max(longest, len(some))
     assert counts(dealt) == table.quotas(some, len(dealt))
 
 
 def test_a_light_worker_gets_a_turn_too() -> None:
-    assert counts(table.deck(members(1, 1000, 1000), 100)) == {0: 1, 1: 50, 2: 49}
+    assert counts(table.build_ring(members(1, 1000, 1000), 100)) == {0: 1, 1: 50, 2: 49}
 
 
-def test_deck_keeps_exact_shares_up_to_the_longest() -> None:
-    assert len(table.deck(members(7, 9), 16)) == 16
-    assert counts(table.deck(members(7, 10), 16)) == table.quotas(members(7, 10), 16)
+def test_ring_keeps_exact_shares_up_to_the_longest() -> None:
+    assert len(table.build_ring(members(7, 9), 16)) == 16
+    assert counts(table.build_ring(members(7, 10), 16)) == table.quotas(members(7, 10), 16)
 
 
 # by_share, by_turn
 
 
-def test_by_share_is_the_deck() -> None:
+def test_by_share_is_the_ring() -> None:
     layout = table.by_share(members(2, 1))
     assert list(layout.entries) == [0, 1, 0]
     assert not layout.turns
@@ -205,7 +205,7 @@ def test_by_turn_of_one_needs_no_row() -> None:
 
 def test_the_longest_row_has_room() -> None:
     layout = table.by_turn([Member(slot, 991 + slot % 10) for slot in range(1024)])
-    assert len(layout.turns) == MAX_DECK + 1 <= abi.TURNS
+    assert len(layout.turns) == MAX_RING + 1 <= abi.TURNS
 
 
 @quick
@@ -279,7 +279,7 @@ def test_a_worker_without_cpu_is_refused() -> None:
         table.by_cpu([Member(0, 1, 0), Member(1)], topology(range(2)))
 
 
-@pytest.mark.parametrize("longest, cpus", [(MAX_DECK, 512), (768, 100), (768, 512), (1, 7)])
+@pytest.mark.parametrize("longest, cpus", [(MAX_RING, 512), (768, 100), (768, 512), (1, 7)])
 def test_rows_have_room_and_leave_nobody_out(longest: int, cpus: int) -> None:
     crew = [Member(slot, 1 + slot % 997, slot % cpus) for slot in range(1024)]
     layout = table.by_cpu(crew, topology(range(cpus)), longest)
@@ -335,7 +335,9 @@ def test_when_one_goes_only_its_positions_move(
     gone = data.draw(st.sampled_from(some))
     stay = [member for member in some if member != gone]
     before = table.consistent(some, None, length)
-    after = builtin.lay(POLICIES["hash"], stay, Scene(topology([0]), length, previous=before))
+    after = builtin.build_layout(
+        POLICIES["hash"], stay, LayoutContext(topology([0]), length, previous=before)
+    )
     moved = {at for at in range(length) if before.entries[at] != after.entries[at]}
     assert moved == owned(before).get(gone.slot, set())
 
@@ -428,9 +430,9 @@ def scales(layout: Layout) -> dict[int, int]:
     return found
 
 
-def test_by_load_is_the_deck_laid_out_and_begun_anew() -> None:
+def test_by_load_is_the_ring_repeated() -> None:
     layout = table.by_load(members(1, 3))
-    assert layout.deck == 4
+    assert layout.ring == 4
     assert list(layout.entries) == [1, 0, 1, 1] * 17, "4 and 64 more"
     assert scales(layout) == {0: 65535, 1: 21845}
 
@@ -440,12 +442,12 @@ def test_by_load_is_the_deck_laid_out_and_begun_anew() -> None:
 def test_by_load_can_be_looked_at_from_anywhere(some: list[Member]) -> None:
     """As far as bpf/least-conn.c looks, what is past the end is what is at the beginning."""
     layout = table.by_load(some)
-    far = abi.ALL if len(some) <= abi.ALL else abi.NEIGHBOURS
-    assert len(layout.entries) == len(words(layout)) == layout.deck + far
-    assert (layout.deck <= abi.ALL) == (len(some) <= abi.ALL), "by that the program knows"
+    far = abi.SCAN_MAX if len(some) <= abi.SCAN_MAX else abi.NEIGHBOURS
+    assert len(layout.entries) == len(words(layout)) == layout.ring + far
+    assert (layout.ring <= abi.SCAN_MAX) == (len(some) <= abi.SCAN_MAX), "by that the program knows"
     for at, slot in enumerate(layout.entries):
-        assert slot == layout.entries[at % layout.deck]
-        assert words(layout)[at] == words(layout)[at % layout.deck]
+        assert slot == layout.entries[at % layout.ring]
+        assert words(layout)[at] == words(layout)[at % layout.ring]
 
 
 @quick
@@ -453,17 +455,17 @@ def test_by_load_can_be_looked_at_from_anywhere(some: list[Member]) -> None:
 def test_by_load_leaves_nobody_out(some: list[Member]) -> None:
     layout = table.by_load(some)
     everybody = {member.slot for member in some}
-    assert set(layout.entries[: layout.deck]) == set(layout.spares) == everybody
+    assert set(layout.entries[: layout.ring]) == set(layout.spares) == everybody
 
 
 @quick
 @given(some_members(most=90, heaviest=6))
-def test_a_look_at_all_of_a_deck_sees_everybody_as_often_as_they_weigh(some: list[Member]) -> None:
+def test_a_scan_of_the_whole_ring_sees_everybody_as_often_as_they_weigh(some: list[Member]) -> None:
     """Or as nearly as 64 looks can: then by the same quotas as other tables."""
     layout = table.by_load(some)
-    longest = abi.ALL if len(some) <= abi.ALL else MAX_DECK - abi.NEIGHBOURS
-    drawn = counts(layout.entries[: layout.deck])
-    assert drawn == counts(table.deck(some, longest))
+    longest = abi.SCAN_MAX if len(some) <= abi.SCAN_MAX else MAX_RING - abi.NEIGHBOURS
+    drawn = counts(layout.entries[: layout.ring])
+    assert drawn == counts(table.build_ring(some, longest))
     heavy = max(some, key=lambda member: member.weight)
     assert drawn[heavy.slot] == max(drawn.values())
 
@@ -495,11 +497,11 @@ def test_connections_that_stay_are_in_proportion_to_the_weights(weights: tuple[i
     for _ in range(40 * sum(weights)):
         looks = [
             (load[layout.entries[at]] * (words(layout)[at] >> 16), at - turn, at)
-            for at in range(turn, turn + layout.deck)
+            for at in range(turn, turn + layout.ring)
         ]
-        at = min(looks)[2] % layout.deck
+        at = min(looks)[2] % layout.ring
         load[layout.entries[at]] += 1
-        turn = (at + 1) % layout.deck
+        turn = (at + 1) % layout.ring
         for one, other in permutations(range(len(weights)), 2):
             assert (load[one] - 1) / weights[one] <= load[other] / weights[other] + 0.01
     assert load == {slot: 40 * weight for slot, weight in enumerate(weights)}
@@ -518,7 +520,7 @@ def test_by_load_of_many_has_room(workers: int) -> None:
 
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_with_nobody_the_kernel_decides(name: str) -> None:
-    layout = builtin.lay(POLICIES[name], [], Scene(topology([0]), 64))
+    layout = builtin.build_layout(POLICIES[name], [], LayoutContext(topology([0]), 64))
     assert layout is EMPTY
     assert set(layout.entries) == set(layout.spares) == {abi.NO_SLOT}
     assert abi.NO_SLOT > abi.MAX_SLOTS
@@ -539,19 +541,19 @@ def test_with_nobody_the_kernel_decides(name: str) -> None:
     ],
 )
 def test_parts_read_back_as_struct_steer_layout(layout: Layout) -> None:
-    half = bytearray(abi.HALF_BYTES)
+    buffer = bytearray(abi.BUFFER_BYTES)
     for offset, data in layout.parts().items():
-        half[offset : offset + len(data)] = data
-    assert len(half) == abi.HALF_BYTES, "a part runs over the end"
-    length, deck, *rest = struct.unpack(f"=II{abi.ENTRIES}H{abi.TURNS}H{abi.SPARES}H", half)
+        buffer[offset : offset + len(data)] = data
+    assert len(buffer) == abi.BUFFER_BYTES, "a part runs over the end"
+    length, ring, *rest = struct.unpack(f"=II{abi.ENTRIES}H{abi.TURNS}H{abi.SPARES}H", buffer)
     entries, rest = rest[: abi.ENTRIES], rest[abi.ENTRIES :]
     turns, spares = rest[: abi.TURNS], rest[abi.TURNS :]
-    assert (length, deck) == (len(layout.entries), layout.deck)
+    assert (length, ring) == (len(layout.entries), layout.ring)
     assert entries[:length] == list(layout.entries)
     assert turns[: len(layout.turns)] == list(layout.turns)
     assert spares == list(layout.spares)
-    again = table.read(bytes(half))
-    assert (again.entries, again.deck, again.spares) == (layout.entries, deck, layout.spares)
+    again = table.read(bytes(buffer))
+    assert (again.entries, again.ring, again.spares) == (layout.entries, ring, layout.spares)
     assert again.turns[: len(layout.turns)] == layout.turns
 
 
@@ -559,8 +561,8 @@ def test_offsets_are_those_of_steer_h() -> None:
     assert abi.ENTRIES_OFFSET == 8
     assert abi.TURNS_OFFSET == 8 + 2 * 65536
     assert abi.SPARES_OFFSET == 8 + 2 * 65536 + 2 * 32768
-    assert abi.HALF_BYTES == 8 + 2 * (65536 + 32768 + 256)
-    assert abi.TABLE_BYTES == 16 + 2 * abi.HALF_BYTES
+    assert abi.BUFFER_BYTES == 8 + 2 * (65536 + 32768 + 256)
+    assert abi.TABLE_BYTES == 16 + 2 * abi.BUFFER_BYTES
 
 
 def test_shares_counts_positions() -> None:
