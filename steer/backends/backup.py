@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
 
@@ -24,6 +24,9 @@ from steer.sockets import listeners, reuseport
 
 COUNT = abi.BACKUPS
 
+Lend = Callable[[], AbstractContextManager[Mapping[int, socket.socket]]]
+"""Lends, by bind, sockets of a worker that serves, and none if nobody does. May raise
+KernelError."""
 Put = Callable[[int, int], None]
 """Puts a socket into the group's sockarray: from its place here, and a descriptor."""
 Join = Callable[[int, int, int], None]
@@ -72,10 +75,19 @@ class BackupListeners:
     def sockets(self) -> Sequence[socket.socket]:
         return [sock for pair in self._pairs for sock in pair.sockets]
 
-    @property
-    def by_bind(self) -> Mapping[int, socket.socket]:
-        """One for each bind that has any."""
-        return {at: pair.sockets[0] for at, pair in enumerate(self._pairs) if pair.sockets}
+    @contextmanager
+    def or_lent(self, lend: Lend) -> Iterator[Mapping[int, socket.socket]]:
+        """By bind, one of the backup listeners; for a bind without any, a socket of a worker.
+
+        Raises:
+            KernelError: see `Lend`.
+        """
+        ours = {at: pair.sockets[0] for at, pair in enumerate(self._pairs) if pair.sockets}
+        if len(ours) == len(self._pairs):
+            yield ours
+            return
+        with lend() as lent:
+            yield {**lent, **ours}
 
     def open(self) -> None:
         """Open those of each TCP bind, unless they are open.

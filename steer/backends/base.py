@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import msgspec
 
-from steer.backends.backup import BackupListeners
+from steer.backends.backup import BackupListeners, Lend
 from steer.backends.connections import Counting
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.policy.layout import Member
-
-Lend = Callable[[], AbstractContextManager[Mapping[int, socket.socket]]]
-"""Sockets of a worker that serves, by bind, for a moment; none if nobody does.
-May raise KernelError."""
 
 
 class Counts(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import msgspec
 from steer import abi
 from steer.backends import shortfalls
 from steer.backends.anchors import ANCHOR, Anchors, is_left_to_hash, may_split
-from steer.backends.base import Lend
+from steer.backends.backup import Lend
 from steer.backends.without_ebpf import WithoutEbpf
 from steer.config.plan import Plan
 from steer.config.service import Service

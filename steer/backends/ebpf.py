@@ -1,44 +1,52 @@
-"""The backend that does all there is: an eBPF program for each group."""
+"""The backend with everything: an eBPF program for each group, all reading one table."""
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from itertools import islice
 
 import msgspec
 
 from steer import abi
-from steer.backends import backup, connections, loaded_policy, shortfalls
+from steer.backends import backup, connections, groups, loaded_policy, shortfalls
 from steer.backends.anchors import Anchors, is_left_to_hash
-from steer.backends.backup import BackupListeners
-from steer.backends.base import Counts, Lend, PolicyValues
-from steer.backends.bind_maps import BindMaps
+from steer.backends.backup import BackupListeners, Lend
 from steer.backends.connections import Counting
+from steer.backends.ebpf_counters import EbpfCounters
+from steer.backends.groups import Groups
 from steer.backends.loaded_policy import LoadedPolicy
 from steer.backends.policy_cache import PolicyCache
 from steer.config.plan import Plan
 from steer.config.service import Service
-from steer.errors import KernelError
 from steer.policy import layout
 from steer.policy.layout import Layout, Member
 from steer.sockets import listeners, reuseport
 
 
 class StoredEbpf(msgspec.Struct):
-    """For who goes on: how many descriptors are whose, and what was counted."""
+    """What the next controller needs to use the descriptors that are stored beside it.
 
-    choice: loaded_policy.StoredPolicy
+    Args:
+        backups: how many backup listeners each bind has.
+        anchored: the binds that have an anchor.
+    """
+
+    policy: loaded_policy.StoredPolicy
     backups: list[int]
     counting: connections.StoredCounting
     anchored: list[int] = []
 
 
-class Ebpf:
-    """One program for each group; the policy's table is shared by all of them."""
+class Ebpf(EbpfCounters):
+    """One program for each group.
+
+    Args:
+        empty: load no policy, because `restore` follows.
+        counting: counts open connections already, for the backend in force; None: start to count.
+    """
 
     name = "ebpf"
     order = None
@@ -46,68 +54,185 @@ class Ebpf:
 
     def __init__(self, plan: Plan, empty: bool = False, counting: Counting | None = None) -> None:
         self._plan = plan
-        self._is_counted = counting is not None
         self.owns_counting = counting is None
-        self._somebody = False
+        self._is_serving = False
         self._anchors = Anchors()
-        self._joined: set[int] = set()
-        self._cpus = len(plan.topology.possible)
-        self._choices = PolicyCache(self._load)
-        over_tcp = sum(bind.protocol == "tcp" for bind in plan.binds)
+        self._slots: set[int] = set()
+        self._policies = PolicyCache(self._load)
+        tcp_binds = sum(bind.protocol == "tcp" for bind in plan.binds)
         with ExitStack() as undo:
-            self.counting = counting or Counting((plan.slots + backup.COUNT) * over_tcp)
+            self.counting = counting or Counting((plan.slots + backup.COUNT) * tcp_binds)
             undo.callback(self._close_counting)
-            self._groups: list[BindMaps] = []
-            for _ in plan.binds:
-                self._groups.append(BindMaps(plan))
-                undo.callback(self._groups[-1].close)
+            self._groups = Groups(plan)
+            undo.callback(self._groups.close)
             self.backup = BackupListeners(
                 plan, self.counting, self._join, self._prepare_for_backup, self._synchronize
             )
             undo.callback(self.backup.close)
             undo.callback(self._anchors.close)
-            undo.callback(self._choices.close)
+            undo.callback(self._policies.close)
             if not empty:
-                self._choices.put_in_force(self._load(plan))
+                self._policies.put_in_force(self._load(plan))
             self.close = undo.pop_all().close
 
     @property
-    def _choice(self) -> LoadedPolicy:
-        return self._choices.current
+    def _policy(self) -> LoadedPolicy:
+        return self._policies.current
 
     def _load(self, plan: Plan) -> LoadedPolicy:
-        groups = [{**each.maps, **self.counting.maps} for each in self._groups]
-        return LoadedPolicy.load(plan, groups)
+        return LoadedPolicy.load(
+            plan, [{**maps, **self.counting.maps} for maps in self._groups.maps]
+        )
 
     def _close_counting(self) -> None:
         if self.owns_counting:
             self.counting.close()
 
     def _prepare_for_backup(self) -> bool:
-        """While nobody serves the table leads to the backup listeners; and their queues can be
-        moved if the program migrates."""
-        if not self._somebody:
-            self._choice.prepare(self.backup.slots[0])
-        return self._choice.migrates
+        """While no worker can be selected, select the backup listeners.
+
+        Returns:
+            Whether their queues can be moved, which takes a program that migrates.
+        """
+        if not self._is_serving:
+            self._policy.prepare(self.backup.slots[0])
+        return self._policy.migrates
 
     def _synchronize(self) -> None:
-        self._choice.synchronize()
-
-    def _join(self, index: int, slot: int, fd: int) -> None:
-        self._groups[index].sockets.put_socket(slot, fd)
-        # Each time: with the last socket of a group its program is gone too.
-        self._attach_through(index, fd)
-        self._anchors.renew(index, self._plan.binds[index])
-
-    def _attach_through(self, index: int, fd: int) -> None:
-        """For the whole group; where this member is locked, through another one."""
-        with suppress(reuseport.Locked):
-            reuseport.attach_ebpf(fd, self._choice.programs[index].fileno())
+        self._policy.synchronize()
 
     @property
     def notes(self) -> Sequence[str]:
-        lost = shortfalls.may_be_lost(self._plan, self._choice.migrates)
+        lost = shortfalls.may_be_lost(self._plan, self._policy.migrates)
         return (*lost, *shortfalls.of_load(self._plan, self.counting.why_not))
+
+    def add_member(self, slot: int, fds: Sequence[int]) -> None:
+        self._add(slot, fds, is_counted=False)
+
+    def take_over(self, slot: int, fds: Sequence[int]) -> None:
+        """If the former backend counted connections, its `counting` has these listeners."""
+        self._add(slot, fds, is_counted=not self.owns_counting)
+
+    def _add(self, slot: int, fds: Sequence[int], is_counted: bool) -> None:
+        """Close the descriptors in any case: a duplicate would listen on, and be selected, after
+        its worker has died."""
+        try:
+            if not is_counted:
+                self.counting.add_listeners(slot, fds, self._plan.binds)
+            for bind, fd in enumerate(fds):
+                self._join(bind, slot, fd)
+            self._slots.add(slot)
+            self._spread_datagrams()
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _join(self, bind: int, slot: int, fd: int) -> None:
+        self._groups.put(bind, slot, fd)
+        # Each time, because a group loses its program with its last socket.
+        groups.attach_through(fd, self._policy.programs[bind])
+        self._anchors.renew(bind, self._plan.binds[bind])
+
+    def remove_member(self, slot: int) -> None:
+        self.counting.remove_listeners(slot)
+        self._forget_flows(slot)
+        self._groups.remove([slot])
+        self._slots.discard(slot)
+        self._spread_datagrams()
+
+    def is_member(self, slot: int, bind: int) -> bool | None:
+        return self._groups.has(bind, slot)
+
+    def record_departure(self, slot: int, bind: int) -> None:
+        """Nothing to do: a program that selects the slot tries others (`steer_select` of
+        bpf/steer.h)."""
+
+    def rejoin(self, slot: int, bind: int, sock: socket.socket) -> None:
+        self._groups.put_back(bind, slot, sock.fileno())
+        with suppress(reuseport.NoMember):
+            groups.attach_through(sock.fileno(), self._policy.programs[bind])
+
+    def migrate_queue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
+        if not self._policy.migrates:
+            return
+        for bind, sock in owned.items():
+            if listeners.is_waited_for(sock):
+                listeners.move_queue(sock)
+                self._groups.put(bind, slot, sock.fileno())
+
+    def held(self, slot: int) -> Sequence[int]:
+        return ()
+
+    def steer(self, members: Sequence[Member]) -> None:
+        if members and not self._is_serving:
+            # Flows that came meanwhile are remembered at the backup listeners, or nowhere.
+            self._forget_flows(self.backup.slots[0])
+            self._forget_flows(abi.NO_SLOT)
+        self._policy.steer(members, self._nobody())
+        self._is_serving = bool(members)
+
+    def _nobody(self) -> Layout:
+        """The table while no worker can be selected."""
+        slot = self.backup.slots[0] if self.backup.sockets else abi.NO_SLOT
+        return layout.all_to(slot, sorted(self._slots) if self._anchors else ())
+
+    def _spread_datagrams(self) -> None:
+        """While no worker can be selected, let datagrams wait at workers that start. The kernel's
+        hash would do that, too, but it would also select anchors."""
+        if self._anchors and not self._is_serving:
+            self._policy.spare(sorted(self._slots))
+
+    def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
+        if self._policy.can_become(plan):
+            self._plan = plan
+            self._policy.become(plan)
+            self.steer(members)
+            return
+        before, fresh = self._policy, self._policies.for_plan(plan)
+        try:
+            fresh.follow(before)
+            fresh.become(plan)
+            fresh.steer(members, self._nobody())
+            with self.backup.or_lent(lend) as sockets:
+                groups.switch_programs(sockets, fresh.programs, before.programs)
+            fresh.begin()
+        except BaseException:
+            self._policies.forget(fresh)
+            raise
+        self._plan = plan
+        self._policies.switch_to(fresh)
+
+    def reattach(self, lend: Lend) -> None:
+        with self.backup.or_lent(lend) as sockets:
+            for bind, sock in sockets.items():
+                with suppress(reuseport.NoMember):
+                    groups.attach_through(sock.fileno(), self._policy.programs[bind])
+
+    def detach(self, lend: Lend) -> None:
+        with lend() as lent:
+            # First, as the kernel's hash would select these sockets as well.
+            self.backup.shut_down()
+            self._anchors.close()
+            for sock in lent.values():
+                reuseport.detach(sock.fileno())
+        # The maps may live on for a while, and a socket can be in one sockarray only.
+        self._groups.remove(range(self.backup.slots.stop))
+
+    def grace_period(self) -> tuple[object, int] | None:
+        publication = self._policy.grace_period()
+        return None if publication is None else (self._policy, publication)
+
+    def grace_period_ended(self, publication: tuple[object, int]) -> None:
+        policy, number = publication
+        if policy is self._policy:
+            self._policy.grace_period_ended(number)
+
+    @property
+    def forget_flows(self) -> Callable[[int], None] | None:
+        return self._forget_flows if self._policy.remembers() else None
+
+    def _forget_flows(self, slot: int) -> None:
+        self.counting.slots.forget_flows(slot)
 
     @property
     def anchors(self) -> Mapping[int, socket.socket]:
@@ -125,236 +250,33 @@ class Ebpf:
             self._anchors.close()
         self._plan = msgspec.structs.replace(self._plan, service=service)
 
-    def add_member(self, slot: int, fds: Sequence[int]) -> None:
-        """Our copies of the sockets are closed: one that is kept would go on listening,
-        and being chosen, after its worker has died."""
-        try:
-            self.counting.add_listeners(slot, fds, self._plan.binds)
-            self._join_all(slot, fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def take_over(self, slot: int, fds: Sequence[int]) -> None:
-        try:
-            if not self._is_counted:
-                self.counting.add_listeners(slot, fds, self._plan.binds)
-            self._join_all(slot, fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def _join_all(self, slot: int, fds: Sequence[int]) -> None:
-        for index, fd in enumerate(fds):
-            self._join(index, slot, fd)
-        self._joined.add(slot)
-        self._spare_those_there()
-
-    def _spare_those_there(self) -> None:
-        """While nobody serves, datagrams wait at workers that start. The kernel's hash would
-        see to that, but it would choose anchors, too."""
-        if self._anchors and not self._somebody:
-            self._choice.spare(sorted(self._joined))
-
-    def remove_member(self, slot: int) -> None:
-        self.counting.remove_listeners(slot)
-        self._forget_flows(slot)
-        for group in self._groups:
-            group.sockets.delete(slot)
-        self._joined.discard(slot)
-        self._spare_those_there()
-
-    def steer(self, members: Sequence[Member]) -> None:
-        if members and not self._somebody:
-            # What came meanwhile is known to be where nobody is.
-            self._forget_flows(self.backup.slots[0])
-            self._forget_flows(abi.NO_SLOT)
-        self._choice.steer(members, self._nobody())
-        self._somebody = bool(members)
-
-    def _nobody(self) -> Layout:
-        slot = self.backup.slots[0] if self.backup.sockets else abi.NO_SLOT
-        return layout.all_to(slot, sorted(self._joined) if self._anchors else ())
-
-    def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
-        if self._choice.can_become(plan):
-            self._plan = plan
-            self._choice.become(plan)
-            self.steer(members)
-            return
-        fresh = self._choices.for_plan(plan)
-        try:
-            fresh.follow(self._choice)
-            fresh.become(plan)
-            fresh.steer(members, self._nobody())
-            self._attach(fresh, lend)
-            fresh.begin()
-        except BaseException:
-            self._choices.forget(fresh)
-            raise
-        self._plan = plan
-        before = self._choice
-        self._choices.put_in_force(fresh)
-        before.left()
-        if before.remembers():
-            # What it knows is soon not true any more, and may be large.
-            self._choices.forget(before)
-
-    def _attach(self, chosen: LoadedPolicy, lend: Lend) -> None:
-        """To every group; a group without a socket gets it with the first."""
-        with ExitStack() as undo, self._members(lend) as members:
-            for index, sock in members.items():
-                reuseport.attach_ebpf(sock.fileno(), chosen.programs[index].fileno())
-                before = self._choice.programs[index].fileno()
-                undo.callback(reuseport.attach_ebpf, sock.fileno(), before)
-            undo.pop_all()
-
-    def reattach(self, lend: Lend) -> None:
-        with self._members(lend) as members:
-            for index, sock in members.items():
-                with suppress(reuseport.Locked, reuseport.NoMember):
-                    reuseport.attach_ebpf(sock.fileno(), self._choice.programs[index].fileno())
-
-    @contextmanager
-    def _members(self, lend: Lend) -> Iterator[Mapping[int, socket.socket]]:
-        """A socket of each group, as far as there are any; our own if they do."""
-        ours = self.backup.by_bind
-        if len(ours) == len(self._groups):
-            yield ours
-            return
-        with lend() as lent:
-            yield {**lent, **ours}
-
-    def is_member(self, slot: int, bind: int) -> bool | None:
-        """The kernel empties the entry of a socket that leaves its group."""
-        return self._groups[bind].sockets.has(slot)
-
-    def record_departure(self, slot: int, bind: int) -> None:
-        """Where it is chosen all the same, another is taken (`steer_select` of bpf/steer.h)."""
-
-    def rejoin(self, slot: int, bind: int, sock: socket.socket) -> None:
-        self._rejoin(bind, slot, sock)
-
-    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
-        for index, slot, sock in self.backup.listen_again():
-            self._rejoin(index, slot, sock)
-        self._joined = set(there)
-        for slot, socks in there.items():
-            for index, sock in socks.items():
-                self._rejoin(index, slot, sock)
-
-    def _rejoin(self, index: int, slot: int, sock: socket.socket) -> None:
-        try:
-            self._groups[index].sockets.put_socket(slot, sock.fileno())
-        except KernelError as error:
-            if error.errno not in (errno.EBUSY, errno.EINVAL):  # it is there, or does not listen
-                raise
-        with suppress(reuseport.NoMember):
-            self._attach_through(index, sock.fileno())
-
-    def detach(self, lend: Lend) -> None:
-        with lend() as lent:
-            # Or the kernel's hash would choose them as well.
-            self.backup.shut_down()
-            self._anchors.close()
-            for sock in lent.values():
-                reuseport.detach(sock.fileno())
-        # The maps may live on for a while, and a socket is in one such map only.
-        for group in self._groups:
-            for slot in range(self.backup.slots.stop):
-                group.sockets.delete(slot)
-
-    def grace_period(self) -> tuple[object, int] | None:
-        publication = self._choice.grace_period()
-        return None if publication is None else (self._choice, publication)
-
-    def grace_period_ended(self, publication: tuple[object, int]) -> None:
-        chosen, number = publication
-        if chosen is self._choice:
-            self._choice.grace_period_ended(number)
-
-    @property
-    def forget_flows(self) -> Callable[[int], None] | None:
-        return self._forget_flows if self._choice.remembers() else None
-
-    def _forget_flows(self, slot: int) -> None:
-        self.counting.slots.forget_flows(slot)
-
-    @property
-    def tell_waiting(self) -> Callable[[int, int], None] | None:
-        is_told = self._plan.policy.reads_load and self.counting.why_not
-        return self.counting.slots.set_open if is_told else None
-
-    def migrate_queue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
-        if not self._choice.migrates:
-            return
-        for index, sock in owned.items():
-            if listeners.is_waited_for(sock):
-                listeners.move_queue(sock)
-                self._groups[index].sockets.put_socket(slot, sock.fileno())
-
-    def release(self) -> None:
-        """What still waits at backup listeners goes to workers that have not closed yet."""
-        self.backup.close()
-        self._anchors.close()
-
-    def counts(self, slot: int, bind: int | None = None) -> Counts | None:
-        groups = self._groups if bind is None else [self._groups[bind]]
-        raw = b"".join(group.counts.per_cpu(slot, self._cpus) for group in groups)
-        columns = zip(*abi.COUNT.iter_unpack(raw), strict=True)
-        return Counts(*(sum(column) for column in columns))
-
-    def take_counts(self, slot: int) -> Counts | None:
-        counted = self.counts(slot)
-        self.counting.slots.end(slot)
-        for group in self._groups:
-            group.counts.put(slot, bytes(abi.COUNT.size * self._cpus))
-        return counted
-
-    def open(self, slot: int) -> int | None:
-        return self.counting.open(slot)
-
-    def busy(self) -> Set[int] | None:
-        return self.counting.busy(self._plan.slots) if self._counts_all else None
-
-    def pulse(self) -> bytes | None:
-        return self.counting.pulse(self._plan.slots) if self._counts_all else None
-
-    @property
-    def _counts_all(self) -> bool:
-        return all(bind.protocol == "tcp" for bind in self._plan.binds)
-
-    def memory_bytes(self) -> int:
-        groups = (each for group in self._groups for each in group.maps.values())
-        shared = self.counting.maps.values()
-        return self._choice.memory_bytes() + sum(m.memory_bytes() for m in (*groups, *shared))
-
-    def policy_values(self) -> PolicyValues:
-        return self._choice.policy_values()
-
-    def unsteered(self) -> int | None:
-        raw = b"".join(group.cpus.per_cpu(0, self._cpus) for group in self._groups)
-        return sum(int(last) for *_, last in abi.CPU.iter_unpack(raw))
-
-    def held(self, slot: int) -> Sequence[int]:
-        return ()
-
     def stored(self) -> tuple[object, Sequence[int]]:
-        chosen, choice_fds = self._choice.stored()
-        counted, counting_fds = self.counting.stored()
-        groups = [fd for group in self._groups for fd in group.descriptors()]
-        spare = [sock.fileno() for sock in self.controller_sockets]
-        value = StoredEbpf(chosen, self.backup.numbers, counted, list(self._anchors))
-        return value, [*choice_fds, *groups, *spare, *counting_fds]
+        policy, policy_fds = self._policy.stored()
+        counting, counting_fds = self.counting.stored()
+        sockets = [sock.fileno() for sock in self.controller_sockets]
+        value = StoredEbpf(policy, self.backup.numbers, counting, list(self._anchors))
+        return value, [*policy_fds, *self._groups.descriptors(), *sockets, *counting_fds]
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        saved = msgspec.convert(value, type=StoredEbpf, strict=False)
+        stored = msgspec.convert(value, type=StoredEbpf, strict=False)
         rest = iter(fds)
-        of_choice = list(islice(rest, len(saved.choice.maps) + len(self._groups)))
-        self._choices.put_in_force(LoadedPolicy.receive(self._plan, saved.choice, of_choice))
-        for group in self._groups:
-            group.receive(list(islice(rest, len(group.maps))))
-        self.backup.receive(saved.backups, rest)
-        self._anchors.receive(saved.anchored, islice(rest, len(saved.anchored)))
-        self.counting.restore(saved.counting, list(rest))
-        self._somebody = True
+        policy_fds = list(islice(rest, len(stored.policy.maps) + len(self._groups)))
+        self._policies.put_in_force(LoadedPolicy.receive(self._plan, stored.policy, policy_fds))
+        self._groups.receive(rest)
+        self.backup.receive(stored.backups, rest)
+        self._anchors.receive(stored.anchored, islice(rest, len(stored.anchored)))
+        self.counting.restore(stored.counting, list(rest))
+        self._is_serving = True
+
+    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        for bind, slot, sock in self.backup.listen_again():
+            self.rejoin(slot, bind, sock)
+        self._slots = set(there)
+        for slot, socks in there.items():
+            for bind, sock in socks.items():
+                self.rejoin(slot, bind, sock)
+
+    def release(self) -> None:
+        """What waits at backup listeners moves to workers that have not closed theirs yet."""
+        self.backup.close()
+        self._anchors.close()

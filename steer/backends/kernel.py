@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from steer.backends import connections
-from steer.backends.base import Counts, Lend
+from steer.backends.backup import Lend
+from steer.backends.base import Counts
 from steer.backends.connections import Counting
 from steer.backends.shortfalls import STILL_CHOSEN, may_be_lost
 from steer.backends.without_ebpf import WithoutEbpf

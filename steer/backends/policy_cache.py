@@ -1,4 +1,4 @@
-"""Policies in the kernel: the one in force, and those that were, to be so again without loading."""
+"""Policies that stay loaded in the kernel: the current one, and earlier ones to switch back to."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from steer.backends.loaded_policy import LoadedPolicy
 from steer.config.plan import Plan
 
-_KEPT = 8
+_MOST = 8
 
 
 class PolicyCache:
-    """At most eight, the one in force among them.
+    """At most eight loaded policies, including the current one.
 
     Args:
-        load: puts the policy of a plan into the kernel.
+        load: loads the policy of a plan into the kernel.
     """
 
     def __init__(self, load: Callable[[Plan], LoadedPolicy]) -> None:
@@ -23,27 +23,40 @@ class PolicyCache:
         self.current: LoadedPolicy
 
     def for_plan(self, plan: Plan) -> LoadedPolicy:
-        """One that was in force before, if its programs have ended since; else a new one, which is
-        the caller's to `forget` until it is in force."""
+        """One that was current before, if no program of its can run any more; else a new one.
+
+        A new one is in the cache only once it is current: until then the caller has to `forget` it
+        if something fails.
+        """
         for each in self._kept:
             if each.has_rested and each.can_become(plan):
                 return each
         return self._load(plan)
 
-    def put_in_force(self, chosen: LoadedPolicy) -> None:
-        """It is the current one; which was so longest ago goes where there are too many."""
-        if chosen in self._kept:
-            self._kept.remove(chosen)
-        self._kept.append(chosen)
-        self.current = chosen
-        while len(self._kept) > _KEPT:
+    def put_in_force(self, policy: LoadedPolicy) -> None:
+        """Make it the current one, and forget the one that was current longest ago if there are
+        too many."""
+        if policy in self._kept:
+            self._kept.remove(policy)
+        self._kept.append(policy)
+        self.current = policy
+        while len(self._kept) > _MOST:
             self.forget(self._kept[0])
 
-    def forget(self, chosen: LoadedPolicy) -> None:
-        """Out of the kernel with it."""
-        if chosen in self._kept:
-            self._kept.remove(chosen)
-        chosen.close()
+    def switch_to(self, policy: LoadedPolicy) -> None:
+        """The same, once the programs of `policy` are attached in place of the current one's."""
+        before = self.current
+        self.put_in_force(policy)
+        before.left()
+        if before.remembers():
+            # Its flows are soon out of date, and may take much memory.
+            self.forget(before)
+
+    def forget(self, policy: LoadedPolicy) -> None:
+        """Remove it from the kernel."""
+        if policy in self._kept:
+            self._kept.remove(policy)
+        policy.close()
 
     def close(self) -> None:
         for each in self._kept:

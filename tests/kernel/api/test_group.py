@@ -145,7 +145,7 @@ def test_shares_go_by_weight() -> None:
         group.listen(1) as second,
     ):
         group.activate(0, 1)
-        table = group._slots.backend._choice._layout.entries  # type: ignore[attr-defined]
+        table = group._slots.backend._policy._layout.entries  # type: ignore[attr-defined]
         assert table.count(0) == 1000 * table.count(1)
         assert len(sequence(group, [first, second], 5)) == 5
 

@@ -188,7 +188,7 @@ def test_kernel_that_asks_no_program_gets_the_plain_one(
     assert found.answer is Answer.NO
     assert str(found.note).endswith("has not got it; 5.14 has")
     with Crew(EBPF, "hash", "tcp4").serving() as crew:
-        assert not crew.backend._choice.migrates
+        assert not crew.backend._policy.migrates
         got = crew.count(20)
         assert crew.selected() == got
 
@@ -499,7 +499,7 @@ def test_flip_is_seen_by_programs(netns: object) -> None:
         [flow] = sources("127.0.0.1", 1)
         for slot in (0, 2, 1, 1, 0):
             everywhere = Layout(array("H", [slot]) * 7, spares=array("H", [slot]) * abi.SPARES)
-            crew.backend._choice._table.publish(everywhere.parts())
+            crew.backend._policy._table.publish(everywhere.parts())
             assert crew.flows([flow]) == {flow: slot}
 
 
