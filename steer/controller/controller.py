@@ -113,7 +113,7 @@ class Controller:
             retry,
             self._unheard,
         )
-        self.listener.known = self.pool.by_pid
+        self.listener.known = self.pool.workers.by_pid
 
     @property
     def _user(self) -> int | None:

@@ -32,10 +32,15 @@ class Cancellable(Protocol):
 
 
 class WorkerHandles:
-    """All workers of a service, in the order in which they were added."""
+    """All workers of a service, in the order in which they were added.
+
+    Attributes:
+        by_pid: workers with a process, by the process id of its first process.
+    """
 
     def __init__(self) -> None:
         self._there: dict[WorkerHandle, None] = {}
+        self.by_pid: dict[int, WorkerHandle] = {}
 
     def __iter__(self) -> Iterator[WorkerHandle]:
         return iter(self._there)
@@ -47,12 +52,18 @@ class WorkerHandles:
         return worker in self._there
 
     def add(self, worker: WorkerHandle) -> None:
-        """Add it as the last."""
+        """Append the worker."""
         self._there[worker] = None
 
     def remove(self, worker: WorkerHandle) -> None:
-        """Raises KeyError: it is not there."""
+        """Raises KeyError: there is no such worker."""
         del self._there[worker]
+
+    def of_pid(self, pid: int) -> WorkerHandle | None:
+        """The worker whose first process has this id."""
+        worker = self.by_pid.get(pid)
+        is_current = worker and worker.process and worker.process.pid == pid
+        return worker if is_current else None
 
     def sort(self, key: Callable[[WorkerHandle], tuple[int, int]]) -> None:
         """Reorder the workers by this key."""

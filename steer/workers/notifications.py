@@ -22,7 +22,6 @@ class Notifications:
 
     Args:
         workers: all workers.
-        by_pid: see `WorkerPool`.
         unheard: told of a READY=1 that no worker sent.
         report: told of the event that follows for a worker.
         changed: told of a worker that asks to be treated as hung.
@@ -31,14 +30,12 @@ class Notifications:
     def __init__(
         self,
         workers: WorkerHandles,
-        by_pid: Mapping[int, WorkerHandle],
         clock: Clock,
         unheard: Unheard,
         report: Callable[[WorkerHandle, Event], None],
         changed: Callable[[WorkerHandle], None],
     ) -> None:
         self._workers = workers
-        self._by_pid = by_pid
         self._clock = clock
         self._unheard = unheard
         self._report = report
@@ -69,11 +66,13 @@ class Notifications:
             None or one; or several, one of which sent it while the others are about to send the
             same.
         """
-        known = next((found for pid in lineage if (found := of(self._by_pid, pid))), None)
+        known = next((found for pid in lineage if (found := self._workers.of_pid(pid))), None)
         if known is not None or not notify.is_ready(message):
             return [known] if known else []
         is_ours = lineage[0] == os.getpid()
-        starting = {pid: each for pid, each in self._by_pid.items() if each.state is State.STARTING}
+        starting = {
+            pid: each for pid, each in self._workers.by_pid.items() if each.state is State.STARTING
+        }
         telling = _say_ready_for_us(starting) if is_ours else {}
         if telling:
             return telling.values()
@@ -96,18 +95,14 @@ class Notifications:
                 self._report(worker, Event.READY)
 
 
-def of(by_pid: Mapping[int, WorkerHandle], pid: int) -> WorkerHandle | None:
-    """The worker whose first process this is."""
-    worker = by_pid.get(pid)
-    is_there = worker and worker.process and worker.process.pid == pid
-    return worker if is_there else None
+def serve_early(pid: int, workers: WorkerHandles, selection: Selection) -> bool:
+    """A process is ready before there is a loop. If it is a worker that calls the application, it
+    alone is selected until there is one. `Notifications` has to get the message again then.
 
-
-def serve_early(pid: int, by_pid: Mapping[int, WorkerHandle], selection: Selection) -> bool:
-    """A process says that it is ready before there is a loop. If it is a worker that calls the
-    application, only this one is selected until then; returns whether it is. `Notifications`
-    has to be told the same once there is a loop."""
-    worker = of(by_pid, pid)
+    Returns:
+        Whether it is such a worker.
+    """
+    worker = workers.of_pid(pid)
     if worker is None or not worker.process or not worker.process.is_callable:
         return False
     with selection.naming_locked():

@@ -1,7 +1,7 @@
 """The workers of a service.
 
-The pool holds them and names what may be asked of them; the parts that do it are beside it, and
-`supervision` puts together those that need an event loop.
+The pool holds the workers and offers what the controller may do with them. Other modules do the
+work: the pool makes the parts that need no event loop, `supervision` those that do.
 """
 
 from __future__ import annotations
@@ -43,45 +43,46 @@ from steer.workers.visibility import Visibility
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-    from steer.workers.commands import StartDrain
     from steer.workers.startup import Startup
     from steer.workers.supervision import Supervision
+    from steer.workers.termination import StartDrain
 
 
 QUICK_S = 1.0
-"""How long a quick stop waits between SIGTERM and SIGKILL."""
+"""The time between SIGTERM and SIGKILL in a quick stop."""
 
 _FIRST_AT_MOST = 16
-"""Before there is a loop, where there are CPUs for so many."""
+"""The most workers to start before there is an event loop, if there are as many CPUs."""
 
 
 class WorkerPool:
-    """All workers of one service, and whoever else has to do with them.
+    """All workers of one service.
 
-    First `start` or `adopt`, then `watch` in a running loop: asyncio is imported while the
-    first workers already start.
+    Call `start` or `adopt` first, then `watch` in a running loop: the first workers start while
+    asyncio is being imported.
 
     Args:
-        slots: capacity; a worker's slot is below it.
-        launch: makes a worker's instructions.
-        unheard: told of a READY=1 that no worker sent.
+        slots: the capacity; each worker's slot is below it.
+        launch: returns the instructions for a worker.
+        unheard: reports each READY=1 that no worker sent.
 
     Attributes:
-        generation: the one in force; a worker may be of an earlier one, and on its way out.
+        generation: the one in force. Workers of earlier ones are retiring.
         activated: the number of the last change whose workers may be selected.
-        by_pid: workers with a process, by the process id of its first.
-        is_watched: whether there is a loop to look after them in.
+        is_watched: whether `watch` was called.
         clock: measures the time that workers are given.
-        looks: what is looked at again and again.
-        lot: how many start in one turn of the loop.
+        looks: the periodic looks at workers.
+        lot: how many workers to start in one turn of the loop.
+        start_queue: the workers that were never started.
+        spawner: forks the processes of workers.
         selection: which workers are selected, and by which backend.
-        entries: what the guard knows of workers.
-        queues: what waits at workers.
-        migration: moves what waits at workers that are not selected.
-        remains: what workers have that are not selected any more.
-        visibility: what of workers cannot be seen.
-        group_notes: on sockets that left their groups, see `groups`.
-        shutdown: whether all workers are told to end, and whether they have.
+        entries: what the guard stores of workers.
+        queues: reads the accept queues of workers.
+        migration: migrates the queues of workers that are not selected.
+        remains: waits for what workers still have when they have left the table.
+        visibility: what cannot be seen of workers, and why.
+        group_notes: notes on sockets that left their groups, see `health.groups`.
+        shutdown: the end of the service.
     """
 
     def __init__(
@@ -97,7 +98,6 @@ class WorkerPool:
     ) -> None:
         self.generation, self.activated = generation, 0
         self.workers = WorkerHandles()
-        self.by_pid: dict[int, WorkerHandle] = {}
         self.selection = Selection(backend, self.workers, slots, guard, log, retry)
         self.shutdown = Shutdown(self.workers, self.selection, guard, retry)
         self.log, self.retry = log, retry
@@ -111,33 +111,31 @@ class WorkerPool:
         self.group_notes: dict[str, str] = {}
         self.is_watched = False
         self.entries = GuardEntries(guard, self.selection, retry)
-        self._queue = StartQueue(self.workers)
-        self._spawner = Spawner(
-            self.workers, self.by_pid, self.selection, guard, self.entries, launch
-        )
-        self._guard, self._unheard = guard, unheard
+        self.start_queue = StartQueue(self.workers)
+        self.spawner = Spawner(self.workers, self.selection, guard, self.entries, launch)
+        self._guard, self.unheard = guard, unheard
         self._supervision: Supervision
 
     def start(self, holds_ports: Callable[[], None]) -> None:
-        """Start the first workers of the generation; `Starter` starts the others.
+        """Start the first workers of the generation; `QueuedStarts` starts the others.
 
         Args:
             holds_ports: called when a worker has bound all addresses.
 
         Raises:
-            BindError: an address cannot be had.
+            BindError: an address cannot be bound.
             KernelError: the kernel refuses processes, or sockets in the group.
-            SystemExit: a signal says to end.
+            SystemExit: a signal asked the controller to exit.
         """
-        self._queue.is_of_new_service = True
-        self._queue.limit(self.generation.plan.at_once)
+        self.start_queue.is_of_new_service = True
+        self.start_queue.limit(self.generation.plan.at_once)
         for spec in self.generation.plan.specs:
-            self._queue.add(self._take(self.generation, spec))
+            self.start_queue.add(self._take(self.generation, spec))
         signals.pause(0)
         cpus = len(os.sched_getaffinity(0))
-        first = self._queue.next(max(self.lot.size, min(cpus, _FIRST_AT_MOST)))
-        self._spawner.spawn(first)
-        self._queue.began(first)
+        first = self.start_queue.next(max(self.lot.size, min(cpus, _FIRST_AT_MOST)))
+        self.spawner.spawn(first)
+        self.start_queue.began(first)
         holds_ports()
 
     def adopt(
@@ -147,9 +145,9 @@ class WorkerPool:
         entries: Mapping[str, Entry],
         selection: Entry,
     ) -> None:
-        """Go on with the workers that another controller left; see `Adoption.adopt`."""
+        """Take over the workers of the previous controller; see `Adoption.adopt`."""
         self.activated = activated
-        adoption = Adoption(self.workers, self.selection, self._spawner, self.entries, self.clock)
+        adoption = Adoption(self.workers, self.selection, self.spawner, self.entries, self.clock)
         adoption.adopt(entries.values(), selection, generations, activated)
 
     def watch(
@@ -158,54 +156,34 @@ class WorkerPool:
         changed: Callable[[WorkerHandle], None],
         start_drain: StartDrain | None = None,
     ) -> None:
-        """Look after the workers from here on.
+        """Supervise the workers from here on.
 
         Args:
-            changed: told of a worker that is in another state.
-            start_drain: see `Commands`; if another one than of `Drainer`.
+            changed: called with each worker whose state has changed.
+            start_drain: see `Supervision`.
         """
-        from steer.workers.supervision import Supervision  # by now, see steer.controller.loop
+        from steer.workers.supervision import Supervision  # already imported by controller.loop
 
-        self._supervision = Supervision(
-            loop,
-            changed,
-            lambda: self.generation.plan.service.graceful_timeout,
-            start_drain,
-            workers=self.workers,
-            by_pid=self.by_pid,
-            selection=self.selection,
-            migration=self.migration,
-            remains=self.remains,
-            entries=self.entries,
-            queue=self._queue,
-            lot=self.lot,
-            spawner=self._spawner,
-            shutdown=self.shutdown,
-            visibility=self.visibility,
-            unheard=self._unheard,
-            clock=self.clock,
-            log=self.log,
-            retry=self.retry,
-        )
+        self._supervision = Supervision(self, loop, changed, start_drain)
         self.is_watched = True
         self.clock.run(loop, self.looks.take)
         self._supervision.begin()
 
     def fill(self) -> None:
-        """After `watch`: start a worker on each seat of the generation that nobody has. Retire
-        those that are of another generation, or came with a change that was not finished."""
+        """Start a worker for each spec of the generation that has none, and retire the workers of
+        other generations and of changes that were not completed. Call this after `watch`."""
         stay = staying(self.workers, self.generation)
         for worker in list(self.workers):
             if stay.get(worker.spec.number) is not worker:
                 self.report(worker, Event.RETIRE)
         for spec in self.generation.plan.specs:
             if spec.number not in stay:
-                self._queue.add(self._take(self.generation, spec))
-        self._supervision.starter.start_queued()
+                self.start_queue.add(self._take(self.generation, spec))
+        self._supervision.queued_starts.begin()
 
     def abandon(self) -> None:
-        """Leave no process, whatever happened."""
-        self._spawner.kill_all()
+        """Kill all processes of workers, whatever state they are in."""
+        self.spawner.kill_all()
         self.shutdown.kill_leftovers()
 
     @property
@@ -213,14 +191,18 @@ class WorkerPool:
         """The backend in force."""
         return self.selection.backend
 
+    def graceful_timeout_s(self) -> float:
+        """How long a worker may take to finish, as configured now."""
+        return self.generation.plan.service.graceful_timeout
+
     @property
     def startup(self) -> Startup:
-        """Whether the service has come up. There is none before `watch`."""
+        """Whether the service has come up. It exists once `watch` was called."""
         return self._supervision.startup
 
     @property
     def own_pids(self) -> set[int | None]:
-        """Of this controller and its guard, who may have sockets of workers open."""
+        """This controller and its guard, which may have sockets of workers open."""
         return {os.getpid(), self._guard.pid}
 
     def start_held(
@@ -230,7 +212,7 @@ class WorkerPool:
         niced: bool,
         on_outcome: Callable[[WorkerHandle], None],
     ) -> Sequence[WorkerHandle]:
-        """Start workers that are held until `activate`; see `Replacement.start`.
+        """Start workers that are not selected until `activate`; see `Replacement.start`.
 
         Args:
             niced, on_outcome: see `WorkerHandle`.
@@ -242,8 +224,8 @@ class WorkerPool:
         return self._supervision.replacement.start(map(take, specs))
 
     def activate(self, workers: Iterable[WorkerHandle]) -> None:
-        """See `Replacement.activate`. The guard is then told the number of the change, and need
-        not be told of each worker."""
+        """See `Replacement.activate`. The guard then stores the number of the change, and no entry
+        of a worker has to be written."""
         self._supervision.replacement.activate(workers)
         self.activated += 1
 
@@ -252,22 +234,22 @@ class WorkerPool:
         self._supervision.replacement.retire(workers)
 
     def stop(self, within_s: float, quick: bool) -> None:
-        """Tell every worker to finish; those that have not by then are killed.
+        """Tell every worker to finish, and kill those that have not finished in time.
 
         Args:
-            quick: they need not finish what they have.
+            quick: open requests need not be finished.
         """
         self.shutdown.begin(within_s, quick)
         self.startup.succeed()
         self._supervision.stopping.begin(self.workers)
 
     def reaped(self, pids: Iterable[int]) -> None:
-        """Children of ours have ended that somebody had left behind."""
+        """Processes that we inherited as children have ended."""
         self._supervision.ends.reaped(pids)
 
     def serve_early(self, pid: int) -> bool:
         """See `notifications.serve_early`."""
-        return notifications.serve_early(pid, self.by_pid, self.selection)
+        return notifications.serve_early(pid, self.workers, self.selection)
 
     def notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
         """See `Notifications.take`."""
@@ -288,15 +270,15 @@ class WorkerPool:
         """See `PolicySwitch.switch`."""
         switch = PolicySwitch(self.workers, self.selection, self.entries)
         self.generation, unpinned = switch.switch(self.generation, plan, backend)
-        # Nobody waits for it: wherever workers run, they get what the table says.
+        # In steps, as selection does not depend on where workers run.
         self._supervision.pinning.begin(unpinned)
 
     def pin(self) -> None:
-        """Each worker to the CPUs of its seat: where a cpuset grows, cgroup v1 takes that back."""
+        """Pin each worker to the CPUs of its spec: cgroup v1 undoes that when a cpuset grows."""
         self._supervision.pinning.begin(self.workers)
 
     def _take(self, generation: Generation, spec: WorkerSpec, **keys: Any) -> WorkerHandle:
-        """A worker for this seat, without a process yet. Raises ControlError: too many."""
+        """A new worker without a process. Raises ControlError: there are too many."""
         worker = WorkerHandle(spec, self.selection.take_slot(), generation, **keys)
         self.workers.add(worker)
         if self.is_watched:
@@ -304,6 +286,6 @@ class WorkerPool:
         return worker
 
     def save(self) -> None:
-        """Tell the guard now what it would be told after this turn of the loop."""
+        """Have the guard store now what it would get after this turn of the loop."""
         self.entries.flush()
         self.selection.keep_if_due()

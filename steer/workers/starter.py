@@ -1,5 +1,8 @@
-"""Starting workers: the first ones, those that are asked for, and others in place of those that
-have ended."""
+"""Starting processes for workers: for the first time, and again after they have ended.
+
+Starting takes time, and workers that become ready have to be handled meanwhile. So each turn of
+the event loop starts one lot of workers, see `intake.Lot`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from steer.errors import SteerError
-from steer.linux.log import Log
 from steer.linux.retry import Retry, as_refusal
 from steer.workers import lifecycle
 from steer.workers.handle import WorkerHandle
@@ -20,61 +22,51 @@ from steer.workers.socket_removal import SocketRemoval
 from steer.workers.spawner import Spawner
 from steer.workers.start_queue import StartQueue
 from steer.workers.startup import Startup
-from steer.workers.transitions import Transitions
+from steer.workers.transitions import Failures, Transitions
 from steer.workers.watcher import Watcher
+from steer.workers.worker_log import WorkerLog
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
 ALL_START_S = 1.0
-"""So long after the first commands all others start, whatever has become of those."""
+"""The limit on starting workers is lifted so long after the first ones were started."""
 
 
 class Starter:
-    """Starts workers in a loop, a lot in each turn: it takes time, and those that are ready
-    have to be heard meanwhile.
+    """Starts processes for several workers, or for none, and watches them.
 
     Args:
-        queue: those that were never started.
-        lot: how many start in one turn.
+        queue: counts the workers that are starting.
+        lot: learns how long starting takes.
     """
 
     def __init__(
         self,
-        loop: AbstractEventLoop,
+        spawner: Spawner,
+        watcher: Watcher,
+        removal: SocketRemoval,
         queue: StartQueue,
         lot: Lot,
-        spawner: Spawner,
-        selection: Selection,
-        removal: SocketRemoval,
-        watcher: Watcher,
-        transitions: Transitions,
-        startup: Startup,
-        shutdown: Shutdown,
-        log: Log,
         retry: Retry,
     ) -> None:
-        self._loop = loop
+        self._spawner = spawner
+        self._watcher = watcher
+        self._removal = removal
         self._queue = queue
         self._lot = lot
-        self._spawner = spawner
-        self._selection = selection
-        self._removal = removal
-        self._watcher = watcher
-        self._transitions = transitions
-        self._startup = startup
-        self._shutdown = shutdown
-        self._log = log
         self._retry = retry
-        self._to_restart: deque[WorkerHandle] = deque()
-        if queue.is_limited:
-            loop.call_later(ALL_START_S, self._start_all)
+
+    @property
+    def lot_size(self) -> int:
+        """How many workers to start in one turn of the loop."""
+        return self._lot.size
 
     def start(self, *workers: WorkerHandle) -> None:
-        """Start a process for each of these, and watch it.
+        """Start a process for each of these workers.
 
         Raises:
-            SteerError: one could not be started; then there is none.
+            SteerError: one could not be started, and so none was.
         """
         began_s = time.monotonic()
         try:
@@ -84,7 +76,7 @@ class Starter:
                 for worker, process in zip(workers, started, strict=True):
                     self._watcher.watch(worker, process)
             self._lot.took(time.monotonic() - began_s)
-        except Exception as error:  # noqa: BLE001 - no seat stays empty for it
+        except Exception as error:  # noqa: BLE001 - whatever fails, the workers are tried again
             for worker in workers:
                 if worker.process is not None:
                     self._watcher.forget(worker.process)
@@ -92,60 +84,99 @@ class Starter:
                 self._removal.remove(worker)
             raise as_refusal(f"start worker {workers[0].slot}", error) from None
 
-    # Those that were never started.
 
-    def start_queued(self) -> None:
-        """Start a lot of those in the queue, and in the next turn of the loop another."""
-        few = () if self._shutdown.has_begun else self._queue.next(self._lot.size)
-        if not few:
+class QueuedStarts:
+    """Starts the workers of the start queue, which have never had a process."""
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        queue: StartQueue,
+        starter: Starter,
+        failures: Failures,
+        startup: Startup,
+        shutdown: Shutdown,
+        worker_log: WorkerLog,
+    ) -> None:
+        self._loop = loop
+        self._queue = queue
+        self._starter = starter
+        self._failures = failures
+        self._startup = startup
+        self._shutdown = shutdown
+        self._worker_log = worker_log
+        if queue.is_limited:
+            loop.call_later(ALL_START_S, self._start_all)
+
+    def begin(self) -> None:
+        """Start one lot now, and the others in the next turns of the loop."""
+        lot = () if self._shutdown.has_begun else self._queue.next(self._starter.lot_size)
+        if not lot:
             return
         try:
-            self.start(*few)
+            self._starter.start(*lot)
         except SteerError as error:
             if not self._queue.is_of_new_service:
-                self._log.error("%s", error)
-            for worker in few:
-                self._fail_first(worker, error)
-        self._loop.call_soon(self.start_queued)
+                self._worker_log.not_started(error)
+            for worker in lot:
+                self._fail(worker, error)
+        self._loop.call_soon(self.begin)
 
-    def start_queued_if_limited(self) -> None:
-        """A worker is not starting any more, so that the limit may allow another."""
+    def go_on_if_limited(self) -> None:
+        """A worker has left the state STARTING, so the limit may allow another."""
         if self._queue.is_limited:
-            self._loop.call_soon(self.start_queued)
+            self._loop.call_soon(self.begin)
 
     def _start_all(self) -> None:
-        """However many are still starting."""
+        """Start all that wait, however many are starting."""
         self._queue.lift_limit()
-        self.start_queued()
+        self.begin()
 
-    def _fail_first(self, worker: WorkerHandle, error: SteerError) -> None:
-        """A new service that cannot have all its workers ends. One that was adopted goes on with
-        those it has."""
+    def _fail(self, worker: WorkerHandle, error: SteerError) -> None:
+        """A new service ends if one of its workers cannot be started. A service that was adopted
+        keeps the workers it has."""
         if not self._queue.is_of_new_service:
-            self._fail(worker, error)
+            self._failures.not_started(worker, error)
             return
         worker.state, _ = lifecycle.step(worker.state, Event.EXITED)
         self._queue.clear()
         self._startup.refuse(error)
 
-    def _fail(self, worker: WorkerHandle, error: SteerError) -> None:
-        worker.failures += 1
-        self._transitions.fail(worker, error)
 
-    # Those that have ended.
+class Restarts:
+    """Starts workers again whose processes have ended."""
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        starter: Starter,
+        selection: Selection,
+        transitions: Transitions,
+        failures: Failures,
+        shutdown: Shutdown,
+        worker_log: WorkerLog,
+    ) -> None:
+        self._loop = loop
+        self._starter = starter
+        self._selection = selection
+        self._transitions = transitions
+        self._failures = failures
+        self._shutdown = shutdown
+        self._worker_log = worker_log
+        self._waiting: deque[WorkerHandle] = deque()
 
     def restart_soon(self, worker: WorkerHandle) -> None:
-        """Its time to back off is over."""
-        if not self._to_restart:
+        """Restart the worker in the next turn of the loop, or a later one."""
+        if not self._waiting:
             self._loop.call_soon(self._restart_lot)
-        self._to_restart.append(worker)
+        self._waiting.append(worker)
 
     def _restart_lot(self) -> None:
-        size = min(self._lot.size, len(self._to_restart))
-        lot = [self._to_restart.popleft() for _ in range(size)]
-        if self._to_restart:
+        size = min(self._starter.lot_size, len(self._waiting))
+        lot = [self._waiting.popleft() for _ in range(size)]
+        if self._waiting:
             self._loop.call_soon(self._restart_lot)
-        # One whose wait was cut short may be there twice.
+        # A worker whose backoff was cut short may be queued twice.
         lot = [worker for worker in dict.fromkeys(lot) if worker.state is State.BACKOFF]
         if self._shutdown.has_begun:
             for worker in lot:
@@ -156,18 +187,18 @@ class Starter:
             self.restart(*lot)
 
     def restart(self, *workers: WorkerHandle) -> None:
-        """Start all of these together, in slots of their own; if that fails each by itself, as
-        there may be enough of what is missing for some."""
+        """Start all of these workers together, each in a new slot. If that fails, start each by
+        itself: memory or descriptors may suffice for some."""
         try:
             for worker in workers:
                 self._selection.give_up(worker.slot)
                 worker.slot = self._selection.take_slot()
-            self.start(*workers)
-        except Exception as error:  # noqa: BLE001 - no seat stays empty for it
+            self._starter.start(*workers)
+        except Exception as error:  # noqa: BLE001 - whatever fails, the workers are tried again
             if len(workers) > 1:
                 for worker in workers:
                     self.restart(worker)
                 return
             refusal = as_refusal(f"start worker {workers[0].slot}", error)
-            self._log.error("%s", refusal)
-            self._fail(workers[0], refusal)
+            self._worker_log.not_started(refusal)
+            self._failures.not_started(workers[0], refusal)

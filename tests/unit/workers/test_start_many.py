@@ -385,8 +385,8 @@ def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[i
         first = next(iter(pool.workers))
         first.process = None
         pool.report(first, Event.EXITED)
-        pool._supervision.starter.restart_soon(first)
-        pool._supervision.starter.restart_soon(first)
+        pool._supervision.restarts.restart_soon(first)
+        pool._supervision.restarts.restart_soon(first)
         forked.clear()
         await rest()
         assert len(forked) == 1
