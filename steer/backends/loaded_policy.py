@@ -62,7 +62,7 @@ class LoadedPolicy:
         self._table = shared_memory.Table(maps["table"])
         self._cpus = len(plan.topology.possible)
         self._layout: Layout | None = None
-        self._laid_for: object = None
+        self._layout_input: object = None
         self._in_table: Layout | None = None
         self._left_s = math.inf
         self._seed = int.from_bytes(os.urandom(4))
@@ -137,7 +137,7 @@ class LoadedPolicy:
         """Take the place of another: where both fill their table alike, as little as can be
         goes elsewhere."""
         if before._plan.policy.table == self._plan.policy.table:
-            self._layout, self._laid_for = before._layout, before._laid_for
+            self._layout, self._layout_input = before._layout, before._layout_input
 
     def can_become(self, plan: Plan) -> bool:
         """Whether its programs would do for another plan."""
@@ -172,20 +172,20 @@ class LoadedPolicy:
             nobody: the table if there are none.
         """
         # That of nobody is not kept: when somebody is there again, only what must moves.
-        layout = self._lay(members) if members else nobody
+        layout = self._build_layout(members) if members else nobody
         if layout != self._in_table:
             self._table.publish(layout.parts())
             self._in_table = layout
 
-    def _lay(self, members: Sequence[Member]) -> Layout:
+    def _build_layout(self, members: Sequence[Member]) -> Layout:
         """What was laid for the same members last would be laid again, in milliseconds where
         there are a thousand."""
         topology, hash_length = self._plan.topology, self._plan.hash_length
         wanted = list(members), topology, hash_length
-        if self._layout is None or wanted != self._laid_for:
-            scene = LayoutContext(topology, hash_length, previous=self._layout)
-            self._layout = builtin.build_layout(self._plan.policy, members, scene)
-            self._laid_for = wanted
+        if self._layout is None or wanted != self._layout_input:
+            context = LayoutContext(topology, hash_length, previous=self._layout)
+            self._layout = builtin.build_layout(self._plan.policy, members, context)
+            self._layout_input = wanted
         return self._layout
 
     def spare(self, slots: Sequence[int]) -> None:

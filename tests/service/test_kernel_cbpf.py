@@ -261,7 +261,7 @@ def test_another_controller_goes_on_where_a_filler_is(kind: str) -> None:
         crew.leave(0)
         saved, fds = crew.backend.stored()
         value = msgspec.json.decode(msgspec.json.encode(saved))
-        assert value["filled"]
+        assert value["order"]["filled"]
         old, crew.backend = crew.backend, open_backend(CBPF, crew.plan, empty=True)
         held = {1: [os.dup(fd) for fd in old.held(1)]}
         crew.backend.restore(value, [os.dup(fd) for fd in fds], held)
