@@ -79,8 +79,9 @@ def all_to(slot: int, else_to: Sequence[int] = ()) -> Layout:
     return Layout(array("H", [slot]) * abi.ENTRIES, spares=spares(else_to or [slot]))
 
 
-EMPTY = all_to(abi.NO_SLOT)
-"""A layout without any slot: the kernel's hash selects."""
+def to_nobody() -> Layout:
+    """A layout without any slot: the kernel's hash selects."""
+    return all_to(abi.NO_SLOT)
 
 
 def read(buffer: bytes) -> Layout:
