@@ -90,7 +90,7 @@ class ControllerLoop:
         self._groups = Groups(pool, self._replace_for_its_sockets)
         self._splits = Splits(pool, loop, self._renew_all)
         self._changes = Changes(
-            started, turns, self._rollout, state, log, self._reloaded, self._health.retime
+            started, turns, self._rollout, state, log, self._reloaded, self._health.reconfigure
         )
         self._streams = StandardStreams(started.files, started.guard, log)
         self._children = Children(loop, child_ends, retry, pool.reaped)
@@ -230,7 +230,7 @@ class ControllerLoop:
         return self._tasks.begin(act, lambda: self._changes.renew_as_it_is(number))
 
     def _reloaded(self) -> None:
-        self._health.retime()
+        self._health.reconfigure()
         self._groups.forget()
 
     # The loop itself.

@@ -1,11 +1,13 @@
-"""Tells the backend what waits at each worker, where the kernel does not count connections."""
+"""Which workers have connections, and how many wait at each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from steer.workers.handle import WorkerHandle
+from steer.workers.looks import TOGETHER_S, on_the_beat
 from steer.workers.pool import WorkerPool
 from steer.workers.process import WorkerProcess
 from steer.workers.queues import Table, unchanged
@@ -15,10 +17,15 @@ if TYPE_CHECKING:
 
 _SAMPLED_PER_S = 20_000
 _SAMPLE_S = 0.02
+_SELDOM_S = 1.0
+_QUEUES_PER_S = 250
+"""The kernel is asked for so many queues in a second while it counts connections and there are
+none: a connection may wait that came before its listener was counted."""
 
 
 class LoadSampler:
-    """Looks at the queues of all workers, as long as the backend has to be told."""
+    """Tells the backend how many connections wait at each worker, if the kernel does not count
+    connections."""
 
     def __init__(self, pool: WorkerPool, loop: AbstractEventLoop) -> None:
         self._pool = pool
@@ -27,12 +34,12 @@ class LoadSampler:
         self._sampled: Sequence[Table | None] = ()
 
     def changed(self) -> None:
-        """A worker is in another state."""
+        """A worker's state has changed."""
         self._sampled = ()
         self.begin()
 
     def begin(self) -> None:
-        """Unless it has begun."""
+        """Begin, unless that was done."""
         if self._timer is None:
             self._sample()
 
@@ -49,15 +56,56 @@ class LoadSampler:
         for worker in self._pool.workers:
             if worker.process and worker.serves:
                 sample = partial(tell, worker.slot, self._waiting(worker.process))
-                self._pool.retry.attempt(f"tell what waits for worker {worker.slot}", sample)
+                self._pool.retry.attempt(f"read the queues of worker {worker.slot}", sample)
 
     def _waiting(self, process: WorkerProcess) -> int:
-        """Connections in its queues; 0 where that cannot be seen."""
+        """The connections in its accept queues, or 0 if they cannot be seen."""
         over_tcp = [bind.protocol == "tcp" for bind in process.launch.binds]
         queues = self._pool.queues.of(process) or {}
         return sum(found.queued for at, found in queues.items() if over_tcp[at])
 
 
 def tables(pool: WorkerPool) -> Sequence[Table | None]:
-    """What there is at each address of the service."""
+    """The sockets at each bind of the service."""
     return [pool.queues.at(bind) for bind in pool.generation.plan.binds]
+
+
+class BusyWorkers:
+    """Finds the workers that have connections, or at which some wait."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._queues: Sequence[Table | None] = ()
+        self._queues_due_s = 0.0
+        self._some_waited = False
+
+    def find(self) -> Iterable[WorkerHandle]:
+        """These workers; all workers if it cannot be told."""
+        busy = self._pool.backend.busy()
+        workers, now_s = self._pool.workers, self._pool.clock.read_s()
+        found = [worker for worker in workers if worker.slot in busy] if busy else []
+        if busy is not None and now_s < self._queues_due_s:
+            return found
+        after_s = max(_SELDOM_S, len(workers) / _QUEUES_PER_S)
+        self._queues_due_s = on_the_beat(now_s, after_s) - TOGETHER_S
+        queues = tables(self._pool)
+        if None in queues:
+            return workers
+        if unchanged(queues, self._queues) and not self._some_waited:
+            return found
+        self._queues = queues
+        return found + self._with_queues(queues)
+
+    def _with_queues(self, queues: Sequence[Table | None]) -> list[WorkerHandle]:
+        """The workers at whose sockets something waits."""
+        waiting = {
+            inode for table in queues for inode, each in (table or {}).items() if each.queued
+        }
+        self._some_waited = bool(waiting)
+        if not waiting:
+            return []
+        return [
+            worker
+            for worker in self._pool.workers
+            if worker.process and not waiting.isdisjoint(worker.process.bound)
+        ]

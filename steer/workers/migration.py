@@ -34,13 +34,16 @@ class QueueMigration:
         self._visibility = visibility
         self._shutdown = shutdown
 
-    def excluded(self, worker: WorkerHandle, is_excluded: bool) -> None:
-        """A worker at capacity leaves the table, and others get what waits for it; or it is
-        selected again."""
-        worker.excluded = is_excluded
+    def exclude(self, worker: WorkerHandle) -> None:
+        """A worker at capacity leaves the table, and its queue is migrated."""
+        worker.excluded = True
         self._selection.publish_soon()
-        if is_excluded:
-            self._migrate_when_synchronized(worker)
+        self._migrate_when_synchronized(worker)
+
+    def include(self, worker: WorkerHandle) -> None:
+        """An excluded worker is selected again."""
+        worker.excluded = False
+        self._selection.publish_soon()
 
     def migrate_hung(self, worker: WorkerHandle) -> None:
         """It has left the table in this turn, or what is moved would come back to it."""

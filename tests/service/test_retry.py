@@ -154,7 +154,7 @@ def test_hang_is_seen_though_the_controller_may_open_nothing(
     with ExitStack() as clients:
         for _ in range(4):
             clients.enter_context(socket.create_connection(("127.0.0.1", PORT), DEADLINE_S))
-        eventually(lambda: "hangs: it takes no connections" in running.log)
+        eventually(lambda: "is hung: its accept queue is not draining" in running.log)
         eventually(lambda: stopped not in {each["pid"] for each in running.workers()})
     eventually(lambda: ready(running), 2)
     assert "bug in steer" not in running.log

@@ -119,7 +119,7 @@ def test_as_in_docker(service: StartService) -> None:
             clients.enter_context(request())
     eventually(lambda: stopped["pid"] not in [each["pid"] for each in running.workers()])
     running.wait_ready(2)
-    assert "worker 1 hangs" in running.log
+    assert "worker 1 is hung" in running.log
     assert "bug in steer" not in running.log
 
     for command in ("doctor", "check"):
@@ -143,7 +143,7 @@ def test_what_waits_is_moved_without_borrowing(
     freeze(stopped)
     waiting = [clients.enter_context(request()) for _ in range(32)]
     assert [answer(each) for each in waiting] == [{}] * 32
-    assert "worker 1 hangs" in running.log
+    assert "worker 1 is hung" in running.log
     send(stopped, signal.SIGCONT)
     running.wait_ready(2)
 
@@ -213,7 +213,7 @@ def test_pidfd_getfd_is_filtered(
         queue(running, clients, 2, stopped)
         eventually(lambda: stopped["pid"] not in [each["pid"] for each in running.workers()])
         running.wait_ready(3)
-    assert f"worker {stopped['slot']} hangs" in running.log
+    assert f"worker {stopped['slot']} is hung" in running.log
     (note,) = (note for note in running.status()["notes"] if "borrowed" in note)
     assert "a seccomp filter refuses pidfd_getfd(2)" in note
     assert "SystemCallFilter=pidfd_getfd" in note

@@ -17,6 +17,7 @@ from steer.config.plan import Generation
 from steer.health import groups, survey
 from steer.health.checks import Health
 from steer.health.groups import Groups
+from steer.health.hangs import Hangs
 from steer.health.repair import Repair
 from steer.health.survey import Survey
 from steer.linux.log import Log
@@ -153,14 +154,14 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
             service.loop.take_s(service.look_s)
             service.did[f"borrow {worker.slot}"] += 1
 
-        def judge(health: Health, worker: WorkerHandle, process: Any) -> Verdict:
+        def judge(found: Hangs, worker: WorkerHandle, process: Any) -> Verdict:
             service.did["judge"] += 1
-            health._histories[process.pid] = History(HANG_S)
+            found._histories[process.pid] = History(HANG_S)
             worker.queued = sum(each.queued for each in service.queues.of(process).values())
             return Verdict.FINE
 
         monkeypatch.setattr(Repair, "look_at", look_at)
-        monkeypatch.setattr(Health, "_judge", judge)
+        monkeypatch.setattr(Hangs, "_judge", judge)
         monkeypatch.setattr(groups.Programs, "look", lambda *_: service.did.update(["programs"]))
         # Until everybody was looked at once.
         service.loop.run_s(5.0 + number / groups._AT_ONCE)
@@ -401,12 +402,12 @@ def test_what_a_look_costs_does_not_depend_on_how_many_there_are(
         service.did.clear()
 
 
-def test_one_that_asks_to_be_taken_for_hung_is_looked_at(make: Callable[..., Service]) -> None:
+def test_one_that_triggers_its_watchdog_is_looked_at(make: Callable[..., Service]) -> None:
     service = make(10)
     worker = service.workers[3]
     worker.hear({"WATCHDOG": "trigger"}, 0.0)
     seen: list[int] = []
-    service.health._take_for_hung = (  # type: ignore[method-assign]
+    service.health._hangs._set_hung = (  # type: ignore[method-assign]
         lambda worker, *_: seen.append(worker.slot)
     )
     service.health.changed(worker)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from steer.health import checks
-from steer.health.checks import Health
+from steer.health import hangs
+from steer.health.hangs import Hangs
 from steer.linux.waiting import Seen
 
 
@@ -25,9 +25,9 @@ def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch)
         generation=SimpleNamespace(plan=SimpleNamespace(service=service)),
     )
     waiting = iter(seen[1:])  # not asked of one that has not acted
-    monkeypatch.setattr(checks, "waits", lambda _: next(waiting))
-    monkeypatch.setattr(checks, "is_stopped", lambda _: False)
-    made = Health.__new__(Health)
+    monkeypatch.setattr(hangs, "waits", lambda _: next(waiting))
+    monkeypatch.setattr(hangs, "is_stopped", lambda _: False)
+    made = Hangs.__new__(Hangs)
     pool: Any = SimpleNamespace(clock=SimpleNamespace(now_s=lambda: 0.0))
     made._pool = pool
     process: Any = SimpleNamespace(pid=1)
