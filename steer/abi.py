@@ -1,8 +1,7 @@
 """Numbers and structs shared with the kernel and with bpf/steer.h.
 
-Only what has to agree with something outside Python stands here: the layouts
-of steer.h (a test compiles the header and compares) and the numbers of the
-kernel's UAPI that the standard library lacks.
+This module has only what must agree with C: the layouts of steer.h, which a test compares with the
+compiled header, and numbers of the kernel's UAPI that the standard library lacks.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ HISTOGRAMS: Final = 4
 BUCKETS: Final = 32
 
 HEADER: Final = struct.Struct("=QII")
-"""Mirrors what struct steer_table begins with: head, early, reserved."""
+"""Mirrors the first fields of struct steer_table: head, early, reserved."""
 HEAD: Final = struct.Struct("=Q")
 RING_BIT: Final = 20
 LENGTH_BIT: Final = 40
@@ -73,20 +72,20 @@ LOAD_SIZE: Final = 4
 OPEN_OFFSET: Final = SLOTS * LOAD_SIZE
 SLOTS_OFFSET: Final = 2 * OPEN_OFFSET
 LOAD_BYTES: Final = SLOTS_OFFSET + SLOTS * SLOT.size + PACE.size
-"""Struct steer_loads: load, open, slots, pace."""
+"""Mirrors sizeof(struct steer_loads): load, open, slots, pace."""
 PARAMS: Final = struct.Struct(f"=IIII{VALUES}I")
 """Mirrors struct steer_params: ticks_per_s, second, seed, backup, values."""
 OWN: Final = struct.Struct(f"={VALUES + HISTOGRAMS * BUCKETS}Q")
-"""Mirrors struct steer_own: counters, and the buckets of each histogram."""
+"""Mirrors struct steer_own: the counters, then the buckets of each histogram."""
 PACKET_BYTES: Final = 24
 EARLY_BYTES: Final = 8
-"""Struct steer_packet and struct steer_early."""
+"""Mirror sizeof(struct steer_packet) and sizeof(struct steer_early)."""
 FLOWS_OF_SET: Final = 8
 SET_BYTES: Final = 192
-"""Struct set of bpf/flow.c, and how many flows it is for."""
+"""Mirrors sizeof(struct flow_set) of bpf/flow.c. On average a set has FLOWS_OF_SET flows."""
 
 LENGTH: Final = struct.Struct("=II")
-"""Mirrors what struct steer_layout begins with: length, ring."""
+"""Mirrors the first fields of struct steer_layout: length, ring."""
 
 ENTRIES_OFFSET: Final = LENGTH.size
 TURNS_OFFSET: Final = ENTRIES_OFFSET + 2 * ENTRIES
@@ -96,23 +95,23 @@ TABLE_BYTES: Final = HEADER.size + 2 * BUFFER_BYTES
 
 
 CONSTANTS: Final = {"protocol": 0x57EE0100}
-"""Numbers that stand in the bytecode in place of some that are known when it is loaded."""
+"""Placeholders in the bytecode for numbers that are known when it is loaded."""
 PROTOCOLS: Final = {"tcp": 6, "udp": 17}
-"""As in IP headers."""
+"""Protocol numbers of IP headers."""
 
 
 MAPS_VERSION: Final = 1
-"""Of MAPS: raise it when the shape of a map changes, as a controller adopts the maps of another."""
+"""The version of MAPS. Raise it when a map changes its shape, as controllers adopt older maps."""
 
 
 class MapSpec(msgspec.Struct, frozen=True):
-    """A map that steer.h speaks of.
+    """A map that steer.h uses.
 
     Args:
-        number: what stands in the bytecode in place of its file descriptor.
+        number: placeholder for its file descriptor in the bytecode.
         kind: BPF_MAP_TYPE_*.
         value_bytes: size of a value.
-        entries: how many, or None for as many as are asked for.
+        entries: capacity, or None if it is set when the map is created.
     """
 
     number: int

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 
 from steer.control import client, find, outcomes, schema
 from steer.errors import ControlError
-from steer.policy.builtin import OWN_SUFFIX
+from steer.policy.builtin import CUSTOM_SUFFIX
 
 _T = TypeVar("_T", bound=outcomes.Outcome)
 
@@ -74,7 +74,7 @@ class ServiceConnection:
             params: of the policy, by name; None: its defaults, or unchanged if the policy stays.
             weights: one for each worker; None: unchanged.
         """
-        if policy.endswith(OWN_SUFFIX):
+        if policy.endswith(CUSTOM_SUFFIX):
             policy = os.path.abspath(policy)
         pairs = None if params is None else [f"{key}={value}" for key, value in params.items()]
         shares = None if weights is None else list(map(str, weights))

@@ -232,7 +232,7 @@ def _refuse_long_verification(chosen: Policy) -> None:
     Raises:
         VerifierError: so it would be.
     """
-    if chosen.reads_load and not chosen.is_own and not capabilities.may_perfmon():
+    if chosen.reads_load and not chosen.is_custom and not capabilities.may_perfmon():
         raise VerifierError(f"load {chosen.name}", "the verifier refuses its loop", _NEEDS_PERFMON)
 
 
@@ -259,7 +259,7 @@ def _load(
 def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> VerifierError:
     """Of the user's own: with the line of C that it is about."""
     cure = "" if capabilities.may_perfmon() else _NEEDS_PERFMON
-    if not chosen.is_own:
+    if not chosen.is_custom:
         return VerifierError(error.what, error.cause, cure, error.detail, error.errno, error.log)
     from steer.loader import verifier
 

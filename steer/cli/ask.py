@@ -104,9 +104,9 @@ def choose(
     **how: Any,
 ) -> None:
     """Have it choose by another policy; a path is one of ours."""
-    from steer.policy.builtin import OWN_SUFFIX
+    from steer.policy.builtin import CUSTOM_SUFFIX
 
-    if policy.endswith(OWN_SUFFIX):
+    if policy.endswith(CUSTOM_SUFFIX):
         policy = os.path.abspath(policy)
     shares = weights.split(",") if weights else None
     perform("policy", name, policy=policy, params=params or None, weights=shares, **how)

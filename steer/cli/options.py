@@ -253,11 +253,11 @@ class Source:
         import msgspec
 
         from steer.config.service import load
-        from steer.policy.builtin import OWN_SUFFIX
+        from steer.policy.builtin import CUSTOM_SUFFIX
 
         sources = self._command_line, os.environ, self._table(), self._file
         service = load(*sources, runs=self._runs)
-        if not service.policy.endswith(OWN_SUFFIX):
+        if not service.policy.endswith(CUSTOM_SUFFIX):
             return service
         path = os.path.normpath(os.path.join(self._directory, service.policy))
         return msgspec.structs.replace(service, policy=path)

@@ -46,7 +46,7 @@ def first_that_works(
             try:
                 return attempt(alone), alone
             except KernelError as error:
-                if plan.policy.is_own and isinstance(error, CompileError | VerifierError):
+                if plan.policy.is_custom and isinstance(error, CompileError | VerifierError):
                     raise  # another backend would not help
                 failed.append((candidate.backend, error))
                 if error.detail and not plan.others:

@@ -17,7 +17,7 @@ from steer.config import address, servers, socket_options
 from steer.config.address import Bind
 from steer.config.socket_options import Setting
 from steer.errors import ConfigError
-from steer.policy.builtin import AUTO, OWN_SUFFIX, POLICIES
+from steer.policy.builtin import AUTO, CUSTOM_SUFFIX, POLICIES
 from steer.values import Invalid, plural
 
 MAX_WORKERS = 1024
@@ -279,7 +279,7 @@ def _check_meaning(key: str, value: Any) -> None:
     """What its type does not tell of a value. Raises Invalid."""
     if FIELDS[key].type == Seconds and 0 < value < SHORTEST_S:
         raise Invalid("too small")
-    if key == "policy" and value not in _NAMED and not value.endswith(OWN_SUFFIX):
+    if key == "policy" and value not in _NAMED and not value.endswith(CUSTOM_SUFFIX):
         raise Invalid("unknown policy", values.did_you_mean(value, _NAMED))
     if key == "bind":
         _check_binds(value)
@@ -320,7 +320,7 @@ def _allowed(key: str) -> str:
         "log_level": "debug, info, warning, error",
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
         "params": "NAME=VALUE",
-        "policy": f"{', '.join(_NAMED)}, or a path/to/file{OWN_SUFFIX}",
+        "policy": f"{', '.join(_NAMED)}, or a path/to/file{CUSTOM_SUFFIX}",
         "socket_options": socket_options.ALLOWED,
         "stop_signal": servers.ALLOWED,
         "weights": f"whole numbers from 1 to {MAX_WEIGHT}",

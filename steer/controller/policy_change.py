@@ -19,7 +19,7 @@ from steer.linux import topology
 from steer.linux.background import in_background
 from steer.linux.log import Log
 from steer.loader import find, probe
-from steer.policy.builtin import BACKENDS, OWN_SUFFIX, Policy
+from steer.policy.builtin import BACKENDS, CUSTOM_SUFFIX, Policy
 
 _GONE_S, _AGAIN_S = 2.0, 0.05
 """How long workers that failed may take to exit, and how often that is looked at."""
@@ -118,6 +118,6 @@ class PolicyChange:
 async def _prepared(asked: str) -> Policy:
     """See `find.prepare`. To compile a user's own policy takes time, and so may reading its file;
     a built-in one is read at once."""
-    if asked.endswith(OWN_SUFFIX):
+    if asked.endswith(CUSTOM_SUFFIX):
         return await in_background(find.prepare, asked)
     return find.prepare(asked)

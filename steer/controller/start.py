@@ -90,7 +90,7 @@ class Start:
 
     def load_policy(self, _step: Step) -> None:
         service, policy = self._service, self._service.plan.policy
-        if policy.is_own and service.plan.backends[0].backend == EBPF:
+        if policy.is_custom and service.plan.backends[0].backend == EBPF:
             # First: only then it is known what it is made from, and so what a reload compares.
             compiled = while_heard(
                 f"compile policy {policy.name}",

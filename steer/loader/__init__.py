@@ -1,4 +1,4 @@
-"""From C to the kernel: compile, load, verify, probe and measure.
+"""Compiles policies, loads, verifies and measures programs, and probes the kernel.
 
-The only door to libbpf and bcc.
+No other folder calls libbpf or bcc.
 """

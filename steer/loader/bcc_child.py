@@ -1,13 +1,13 @@
-"""Compile one policy with bcc: run by a Python that has it, never imported.
+"""Compiles one policy with bcc. Run as a child process by a Python that has bcc, never imported.
 
     python3 bcc_child.py SOURCE INCLUDE_DIR [-g] [-mllvm=OPTION] [-DNAME=VALUE]...
 
-Writes to standard output, as JSON, the compiler's version, the bytecode of each program
-in hexadecimal, with -g where each line of the source begins in it, and the files that were
-read, as a rule for make; the compiler's messages go to standard error. Exit status 3: this
-Python has no bcc. No maps are made and nothing is loaded, so no privilege is needed.
+Writes JSON to standard output: the compiler's version, the bytecode of each program in
+hexadecimal, with -g the instruction at which each line of the source begins, and the files that
+were read, as a rule for make. The compiler's messages go to standard error. The exit status is 3
+if this Python has no bcc. No maps are created and nothing is loaded, so no privilege is needed.
 
-Stands alone, as the system's Python that runs it may not have steer.
+This file imports nothing of steer, as the system's Python that runs it may not have steer.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ from typing import IO, Any
 PROGRAMS = ("plain", "migrate", "count")
 NO_BCC = 3
 CPU_S = 100
-"""A policy takes less than one, but for an emulated CPU, where it may take thirty."""
+"""A policy takes less than one second; on an emulated CPU up to thirty."""
 MEMORY_BYTES = 2 << 30
-# Errors are what the kernel would refuse later, in words that do not name the line.
+# As errors, these name the line. The kernel would reject the program later without the line.
 WARNINGS = (
     "-Wno-unused-function",
     "-Werror=implicit-function-declaration",
@@ -36,9 +36,9 @@ WARNINGS = (
     "-Werror=uninitialized",
 )
 Lines = dict[str, dict[int, int]]
-"""By program: index of an instruction -> the line of the source that begins there."""
+"""By program: the index of an instruction -> the source line that begins there."""
 _BEGINS = "#if defined(BPF_LICENSE)"
-"""The first line of that text (preamble of bcc's BFrontendAction). Warnings may stand before."""
+"""First line of bcc's preprocessed text (the preamble in BFrontendAction), after any warnings."""
 _FUNCTION = "Disassembly of function steer_"
 _INSTRUCTION = re.compile(r" *(\d+):\t")
 _LINE = re.compile(r"; .* // Line +(\d+)")
@@ -48,14 +48,14 @@ _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
 def main(source: str, include: str, *flags: str) -> int:
-    # Nobody waits for the answer of one that outlives who wants it.
+    # End with the parent, as nobody else waits for the result.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    # A policy is small: whatever makes clang go on for ever is a mistake in it.
+    # A policy is small. If clang does not end, the policy has a mistake.
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    # bcc takes "kernel headers" from here: the few of our own, so none have to be installed.
+    # Use steer's own few headers as kernel headers, so that none have to be installed.
     os.environ["BCC_KERNEL_SOURCE"] = include
-    # It has words of its own for standard output, and those as late as at the exit.
+    # bcc itself writes to standard output, even at exit. Keep that out of the JSON.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
@@ -110,7 +110,7 @@ def compiled(compiler: Any, source: str, flags: list[str]) -> tuple[Any, Lines]:
             with errors_to(told):
                 module = compiler(src_file=source.encode(), cflags=cflags, debug=0x4 | 0x8)
         except Exception:  # noqa: BLE001 - bcc raises nothing more exact
-            # Once more, for its messages without all the rest.
+            # Compile again without debug output, so that only the messages remain.
             return compiler(src_file=source.encode(), cflags=cflags), {}
         told.seek(0)
         output = told.read()
@@ -119,7 +119,7 @@ def compiled(compiler: Any, source: str, flags: list[str]) -> tuple[Any, Lines]:
 
 
 def tell_llvm(options: list[str]) -> None:
-    """bcc itself does not hand them on. Where its library has LLVM inside, nobody can."""
+    """Pass options to LLVM, as bcc does not. Impossible if bcc is linked statically with LLVM."""
     with open("/proc/self/maps") as maps:
         libraries = {line.split()[-1] for line in maps if "/libLLVM" in line}
     argv = [b"bcc_child", *(option.encode() for option in options)]
@@ -130,7 +130,7 @@ def tell_llvm(options: list[str]) -> None:
 
 @contextmanager
 def errors_to(file: IO[str]) -> Iterator[None]:
-    """What the C++ underneath writes to standard error goes to `file`."""
+    """Redirect standard error to `file`, including what bcc's C++ code writes."""
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
     try:
@@ -141,10 +141,11 @@ def errors_to(file: IO[str]) -> Iterator[None]:
 
 
 def lines_of(output: str, source: list[str]) -> Lines:
-    """What -g is for.
+    """The source line of each instruction, from bcc's debug output.
 
-    bcc numbers the lines of a text of its own, which is the source with others put
-    between; it prints that text (DEBUG_PREPROCESSOR) and what became of it (DEBUG_SOURCE).
+    bcc inserts lines into the source and numbers the result. It prints that text
+    (DEBUG_PREPROCESSOR) and the annotated bytecode (DEBUG_SOURCE). Here the numbers are mapped
+    back to lines of the source.
     """
     text, *functions = output.split(_FUNCTION)
     begin = text.find(_BEGINS)
@@ -164,7 +165,7 @@ def lines_of(output: str, source: list[str]) -> Lines:
 
 
 def beginnings(body: str, origin: dict[int, int]) -> Iterator[tuple[int, int]]:
-    """(index, line) wherever a line begins in the annotated bytecode of one program."""
+    """Yields (index, line) for each line that begins in the annotated bytecode of a program."""
     line = None
     for row in body.splitlines():
         told, instruction = _LINE.match(row), _INSTRUCTION.match(row)

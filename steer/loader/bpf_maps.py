@@ -1,7 +1,7 @@
-"""Maps: created, read and written.
+"""BPF maps: creating, reading and writing them.
 
-A `Map` is a file descriptor that is closed with it. Nothing is
-pinned: what the kernel still needs is held by the sockets it steers.
+A `Map` owns a file descriptor. Nothing is pinned: sockets hold their program, and the program
+holds its maps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steer.loader.libbpf import Descriptor, calls, refusal
 
 
 class _MapOptions(ctypes.Structure):
-    """Mirrors struct bpf_map_create_opts of libbpf 1.0; `sz` tells later ones."""
+    """Mirrors struct bpf_map_create_opts of libbpf 1.0. `sz` tells later versions its size."""
 
     _fields_ = (
         ("sz", ctypes.c_size_t),
@@ -34,14 +34,14 @@ class _MapOptions(ctypes.Structure):
 
 
 class Map(Descriptor):
-    """A map of the kind that `abi.MAPS` names.
+    """A map that `abi.MAPS` describes.
 
     Args:
         name: key of `abi.MAPS`; bpftool shows it as steer_NAME.
-        entries: capacity, for maps that have none of their own.
+        entries: capacity, if `abi.MAPS` does not set it.
 
     Raises:
-        KernelError: the kernel refuses, or libbpf is missing.
+        KernelError: the kernel refuses it, or libbpf is missing.
     """
 
     def __init__(self, name: str, entries: int = 1) -> None:
@@ -67,7 +67,7 @@ class Map(Descriptor):
 
     @classmethod
     def received(cls, name: str, fd: int) -> Self:
-        """One that somebody else made; the descriptor is ours."""
+        """A map that another process created. Takes ownership of the descriptor."""
         self = cls.__new__(cls)
         self.spec = abi.MAPS[name]
         self._fd = fd
@@ -80,17 +80,17 @@ class Map(Descriptor):
             raise refusal(f"put entry {key}", -status)
 
     def put_socket(self, slot: int, fd: int) -> None:
-        """Make the socket `fd` the one of `slot`; it has to be bound, and over TCP to listen."""
+        """Put the socket `fd` into `slot`. It must be bound, and over TCP it must listen."""
         self.put(slot, fd.to_bytes(8, sys.byteorder))
 
     def delete(self, key: int) -> None:
-        """Empty one entry; one that is empty already is left so."""
+        """Delete one entry. It need not exist."""
         status = calls().bpf_map_delete_elem(self._fd, self._key(key))
         if status < 0 and status != -errno.ENOENT:
             raise refusal(f"delete entry {key}", -status)
 
     def has(self, key: int) -> bool:
-        """Whether there is such an entry; of sockets, whether it is one that is still in a group.
+        """Whether the entry exists. In a sockarray it exists while its socket is in a group.
 
         Raises:
             KernelError
@@ -102,7 +102,7 @@ class Map(Descriptor):
         return bool(status >= 0)
 
     def items(self) -> Iterator[tuple[int, bytes]]:
-        """The keys and values of a hash map that nobody else writes to. Raises KernelError."""
+        """The keys and values of a hash map that nothing else is writing to. Raises KernelError."""
         key = None
         after = ctypes.create_string_buffer(self.spec.key_bytes)
         value = ctypes.create_string_buffer(self.spec.value_bytes)
@@ -122,16 +122,16 @@ class Map(Descriptor):
         return buffer.raw
 
     def memory_bytes(self) -> int:
-        """What it takes of the kernel's, as proc_pid_fdinfo(5) has it."""
+        """Its kernel memory, from proc_pid_fdinfo(5)."""
         with open(f"/proc/self/fdinfo/{self._fd}") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields.get("memlock", 0))
 
     def memory(self) -> mmap.mmap:
-        """The value of a map that can be mapped, in place.
+        """The value of a BPF_F_MMAPABLE map, mapped into memory.
 
-        No child has it (madvise(2), MADV_DONTFORK): a worker runs other people's code, and
-        could write there whom the kernel is to choose.
+        Children do not inherit the mapping (madvise(2), MADV_DONTFORK). A worker runs other
+        people's code, which could otherwise change what the kernel selects.
         """
         memory = _Memory(self._fd, _pages(self.spec.value_bytes))
         memory.madvise(mmap.MADV_DONTFORK)
@@ -142,10 +142,10 @@ class Map(Descriptor):
 
 
 class _Memory(mmap.mmap):
-    """Unmapped by `close` only, and only by the process that mapped it.
+    """A mapping that only `close` unmaps, and only in the process that mapped it.
 
-    A child has something else at its address, maybe: there it is not even to be freed, as that
-    would unmap it. So it holds itself until it is closed.
+    A forked child may have something else at that address, so there the object must not be
+    freed, which would unmap it. So it holds a reference to itself until it is closed.
     """
 
     def __init__(self, _fd: int, _length: int) -> None:
@@ -159,7 +159,7 @@ class _Memory(mmap.mmap):
 
 
 class _Btf(Descriptor):
-    """The types that the kernel wants to be told of socket storage: numbers of 4 and of 8 bytes.
+    """The BTF types that socket storage requires: integers of 4 and 8 bytes.
 
     See Documentation/bpf/btf.rst. Raises KernelError.
     """
@@ -181,7 +181,7 @@ class _Btf(Descriptor):
 
 
 _BTF_INT = 1 << 24
-"""BTF_KIND_INT, as it stands in btf_type.info."""
+"""BTF_KIND_INT in btf_type.info."""
 
 
 def _pages(size_bytes: int) -> int:
@@ -189,8 +189,10 @@ def _pages(size_bytes: int) -> int:
 
 
 def ticks_per_s() -> int:
-    """Of the clock that bpf_jiffies64() reads: CONFIG_HZ, by the resolution of the coarse
-    clock, see clock_getres(2)."""
+    """The frequency of bpf_jiffies64(), which is CONFIG_HZ.
+
+    It is derived from the resolution of the coarse clock, see clock_getres(2).
+    """
     return round(1 / time.clock_getres(_CLOCK_MONOTONIC_COARSE))
 
 

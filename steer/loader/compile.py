@@ -1,7 +1,6 @@
-"""From C to a policy object: prebuilt, else cached, else compiled by bcc in a child.
+"""Gets the policy object of a C file: prebuilt, cached, or compiled by bcc in a child process.
 
-Importing bcc costs 70 MB and compiling half a second, so neither ever happens in
-this process.
+Importing bcc costs 70 MB and compiling takes half a second, so this process does neither.
 """
 
 from __future__ import annotations
@@ -26,47 +25,47 @@ _HERE = Path(__file__).resolve().parent
 _CHILD = _HERE / "bcc_child.py"
 _NO_BCC = 3
 _SEARCHED = frozenset({"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "OBJC_INCLUDE_PATH"})
-"""As the clang command has them, "ENVIRONMENT"."""
+"""Variables that add include directories; see ENVIRONMENT in clang(1)."""
 _TIMEOUT_S = 120
 SYSTEM_PYTHON = "/usr/bin/python3"
-_FOR_OWN = ["-g", "-mllvm=-sink-common-insts=false"]
-"""Line numbers; and no reading of what two branches read after they meet, from an address
-that each has chosen: the verifier takes no context at such an address."""
-_BCC_CALLS_IT = "/virtual/main.c"
-"""The file it compiles, in its messages."""
+_FOR_CUSTOM = ["-g", "-mllvm=-sink-common-insts=false"]
+"""Flags for custom policies: line numbers, and no merging of reads in two branches into one read at
+a selected address, which the verifier rejects for ctx."""
+_BCC_SOURCE_NAME = "/virtual/main.c"
+"""The name that bcc gives the source file in its messages."""
 
 
 def sources() -> Path:
-    """The directory of steer.h and the built-in policies: in the package, or beside it."""
+    """The directory of steer.h and the built-in policies: in the package or beside it."""
     packaged = _HERE.parent / "bpf"
     return packaged if packaged.is_dir() else _HERE.parents[1] / "bpf"
 
 
 def prebuilt(name: str) -> Path:
-    """Where the shipped object of the built-in policy `name` is."""
+    """The path of the prebuilt object of the built-in policy `name`."""
     return sources() / "prebuilt" / f"{name}.json"
 
 
 def digest(source: Path) -> str:
-    """Names what is compiled: a hash of the policy's text, steer.h, our headers and how we compile.
+    """A hash of the policy's text, steer.h, the other headers, and the code that compiles.
 
-    For one of the user's own also of where it is, as that decides what it includes.
+    For a custom policy it covers the directory, too, which determines what it includes.
 
     Raises:
         CompileError: `source` cannot be read.
     """
-    # Nothing of declared.py: it gives each name the number of its place in the source.
+    # declarations.py is not part of it: the indexes of names follow from the source.
     headers = sources()
     whose = [] if source.parent == headers else [os.fsencode(source.resolve().parent)]
     return inputs.digest(b"\0".join([_digest_of_ours(headers), *whose, _read_file(source)]))
 
 
 _ours: dict[tuple[object, ...], bytes] = {}
-"""What `_digest_of_ours` is, by what stat(2) says of the files."""
+"""Cache of `_digest_of_ours`, by the stat(2) of all files."""
 
 
 def _digest_of_ours(headers: Path) -> bytes:
-    """Of what goes into every object. A start asks for it twice, and it takes a while to read."""
+    """The hash of the files that affect every object. Cached, as each start needs it twice."""
     found = os.walk(headers / "include")
     names = sorted(os.path.join(at, name) for at, _, there in found for name in there)
     files = (str(_CHILD), f"{headers}/steer.h", *(name for name in names if name.endswith(".h")))
@@ -86,21 +85,21 @@ def _seen(found: os.stat_result) -> tuple[int, ...]:
 
 
 def _read_file(file: Path) -> bytes:
-    """A regular file, and no endless one. Raises CompileError."""
+    """The content of a regular file of limited size. Raises CompileError."""
     act = f"read {file}"
     try:
-        # Not to wait for somebody to write into a pipe.
+        # O_NONBLOCK, as opening a FIFO would block until it has a writer.
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
             found = os.fstat(stream.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise CompileError(act, "it is no regular file")
-            # Room for as much as may be would take longer to have than most files to read.
+                raise CompileError(act, "not a regular file")
+            # Allocating the maximum would take longer than reading most files.
             data = stream.read(min(found.st_size, _MOST_BYTES) + 1)
             data += stream.read(_MOST_BYTES) if len(data) > found.st_size else b""
     except OSError as error:
         raise CompileError.from_oserror(act, error) from None
     if len(data) > _MOST_BYTES:
-        raise CompileError(act, f"it has more than {_MOST_BYTES} bytes")
+        raise CompileError(act, f"larger than {_MOST_BYTES} bytes")
     return data
 
 
@@ -108,14 +107,14 @@ _MOST_BYTES = 1 << 20
 
 
 _made: dict[str, PolicyObject] = {}
-"""By digest of the source: what this process compiled last, whether it can be cached or not."""
+"""Objects that this process compiled, by digest of the source. Some cannot be cached on disk."""
 
 
 def load(source: Path, wanted: str = "") -> PolicyObject:
-    """The object of a policy's source file, compiling only where nothing is at hand.
+    """The object of a policy's source file. Compiles only if no current object is stored.
 
     Args:
-        wanted: its digest, if it was compiled before in this process: then it is that one.
+        wanted: digest of an object that this process compiled before, to get that one again.
 
     Raises:
         CompileError: it does not compile, or there is no compiler.
@@ -133,8 +132,9 @@ def load(source: Path, wanted: str = "") -> PolicyObject:
 
 
 def version(source: Path) -> str:
-    """Another one when anything that the object is made from is another. As long as it has not
-    been compiled that is its own text; from then on also what it includes.
+    """A digest that changes with every input of the object.
+
+    Before the source is compiled, it covers only its own text; afterwards also its includes.
 
     Raises:
         CompileError: `source` cannot be read.
@@ -145,7 +145,7 @@ def version(source: Path) -> str:
 
 
 def _at_hand(source: Path, key: str) -> PolicyObject | None:
-    """An object that is as good as one compiled now."""
+    """A prebuilt or cached object, if compiling now would give the same. Else None."""
     if source.parent == sources():
         shipped = _read(prebuilt(source.stem), trusted=True)
         if shipped is not None and shipped.digest == key:
@@ -164,7 +164,7 @@ def _cached(key: str) -> PolicyObject | None:
 
 
 def compile_source(source: Path) -> PolicyObject:
-    """Compile, whatever is cached.
+    """Compile without regard to caches.
 
     Raises:
         CompileError: with the compiler's messages in `detail`.
@@ -177,34 +177,34 @@ def compile_source(source: Path) -> PolicyObject:
     for python in interpreters():
         try:
             child = [python, "-I", str(_CHILD), str(source.resolve()), str(sources()), *flags]
-            # bcc searches the current directory before all others (its ClangLoader::parse).
+            # bcc searches the current directory first (its ClangLoader::parse), so set it.
             done = fork.run(child, _TIMEOUT_S, str(sources()), _environment())
         except subprocess.TimeoutExpired:
             raise CompileError(act, f"bcc took longer than {_TIMEOUT_S} s") from None
-        except OSError as error:  # EAGAIN of fork(2), say
+        except OSError as error:  # for example EAGAIN of fork(2)
             cause = f"start {python}: {in_words(error)}"
             raise CompileError.from_oserror(act, error, cause=cause) from None
         if done.returncode == _NO_BCC:
             continue
         if done.returncode < 0:
             how = fork.how_it_ended(done.returncode)
-            cause = f"bcc was {how}: there was no more memory, or it computed for too long"
+            cause = f"bcc was {how}: out of memory, or over its limit of CPU time"
             raise CompileError(act, cause)
         if done.returncode != 0:
             message = done.stderr.decode(errors="replace").strip()
-            message = message.replace(_BCC_CALLS_IT, str(source))
-            raise CompileError(act, "bcc refuses it", detail=message)
+            message = message.replace(_BCC_SOURCE_NAME, str(source))
+            raise CompileError(act, "bcc rejects it", detail=message)
         return _object(source, done.stdout, began_ns)
-    raise NoCompiler(act, "no bcc here", "install it (Debian, Ubuntu: python3-bpfcc)")
+    raise NoCompiler(act, "bcc is not installed", "install it (Debian, Ubuntu: python3-bpfcc)")
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what has clang search other directories, which nobody would notice."""
+    """Our environment without variables that silently add include directories."""
     return {name: value for name, value in os.environ.items() if name not in _SEARCHED}
 
 
 class _Answer(msgspec.Struct):
-    """What the child writes."""
+    """The output of the child process."""
 
     compiler: str
     programs: dict[str, str]
@@ -226,7 +226,7 @@ def _object(source: Path, output: bytes, began_ns: int) -> PolicyObject:
     except ValueError as error:
         raise CompileError(act, str(error)) from None
     read = _inputs(source, answer.read, began_ns)
-    # Where that is not known any other program is another version.
+    # If the inputs are unknown, the version is that of the output.
     made_from = inputs.version(digest(source), read or Inputs({"": inputs.digest(output)}))
     lines = {
         name: {ended[name][1][at]: line for at, line in of.items()}
@@ -236,30 +236,29 @@ def _object(source: Path, output: bytes, began_ns: int) -> PolicyObject:
 
 
 def _inputs(source: Path, rule: str, began_ns: int) -> Inputs | None:
-    """What the compiler read; None where that cannot be told for sure."""
+    """The files that the compiler read; None if they cannot be determined reliably."""
     files = inputs.parse(rule, sources())
     if not files:
         return None
     try:
         found = inputs.of(files, sources(), source.resolve(), _read_file)
-        # Edited while the compiler ran: who knows which of the two it saw.
+        # A file changed while the compiler ran may have been read before or after the change.
         is_settled = all(os.stat(path).st_ctime_ns <= began_ns for path in found.digests)
     except (CompileError, OSError):
         return None
-    # That of the built-in ones is not written into their files.
+    # Built-in policies have no other inputs, and their objects do not store any.
     return (NO_INPUTS if found == NO_INPUTS else found) if is_settled else None
 
 
 def read_by(source: Path) -> Sequence[Path]:
-    """What it includes that is not ours. Raises CompileError."""
+    """The files that a policy includes, other than steer's own. Raises CompileError."""
     read = load(source).inputs
     return [Path(path) for path in read.digests] if read is not None else []
 
 
 def _flags(source: Path) -> list[str]:
-    """What the child is told: the numbers of what the file declares, and what makes it
-    easier to write a policy of one's own."""
-    flags = _FOR_OWN if source.parent != sources() else []
+    """Flags for the child process: indexes of declared names; for custom policies debug aids."""
+    flags = _FOR_CUSTOM if source.parent != sources() else []
     content = text(source)
     if "STEER_POLICY" in content:
         return flags + declarations.defines(declarations.parse(content, f"compile {source.name}"))
@@ -267,10 +266,10 @@ def _flags(source: Path) -> list[str]:
 
 
 def text(source: Path) -> str:
-    """What is in a policy's file.
+    """The text of a policy's file.
 
     Raises:
-        CompileError: it cannot be read, or is no text.
+        CompileError: it cannot be read, or is not UTF-8.
     """
     try:
         return _read_file(source).decode()
@@ -279,7 +278,7 @@ def text(source: Path) -> str:
 
 
 def interpreters() -> list[str]:
-    """bcc is a system package: only the system's Python may see it."""
+    """Pythons that may have bcc. It is a system package, which a virtual environment lacks."""
     import shutil
 
     found = [sys.executable, SYSTEM_PYTHON, shutil.which("python3") or ""]
@@ -287,10 +286,10 @@ def interpreters() -> list[str]:
 
 
 def _cache_file(key: str) -> Path | None:
-    """None where this user has no directory for it.
+    """The path in the cache, or None if this user has no cache directory.
 
-    A relative XDG_CACHE_HOME is to be passed over (XDG Base Directory Specification), and where
-    nobody has told of a home directory "~" stays "~".
+    The XDG Base Directory Specification says to ignore a relative XDG_CACHE_HOME. Without a
+    known home directory, expanduser() returns "~" unchanged.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
@@ -302,8 +301,11 @@ def _cache_file(key: str) -> Path | None:
 
 
 def _read(file: Path, *, trusted: bool) -> PolicyObject | None:
-    """An object file, unless it is missing or broken, or, as it goes into the kernel,
-    another user's. One that came with this code is to be trusted as far as the code."""
+    """Decode an object file. None if it is missing, broken, or owned by another user.
+
+    The owner matters as the bytecode goes into the kernel. A prebuilt object is trusted like
+    the code that it is installed with.
+    """
     try:
         with file.open("rb") as stream:
             if not trusted and os.fstat(stream.fileno()).st_uid not in (0, os.geteuid()):
@@ -314,7 +316,7 @@ def _read(file: Path, *, trusted: bool) -> PolicyObject | None:
 
 
 def _store(key: str, compiled: PolicyObject) -> None:
-    """Keep for next time; where nothing can be written, the next time compiles again."""
+    """Write an object into the cache. Errors are ignored: then it is compiled again next time."""
     import tempfile
 
     file = _cache_file(key)
@@ -329,6 +331,6 @@ def _store(key: str, compiled: PolicyObject) -> None:
         with open(descriptor, "wb") as stream:
             stream.write(compiled.encode())
         os.replace(temporary, file)
-    except OSError:  # ENOSPC: what got there would only make the disk fuller
+    except OSError:  # for example ENOSPC: do not leave a partial file on a full disk
         with suppress(OSError):
             os.unlink(temporary)

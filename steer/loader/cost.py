@@ -1,8 +1,8 @@
-"""What a program costs: nanoseconds a call, above a program that does nothing.
+"""Measures the cost of a program: nanoseconds per call, minus those of an empty program.
 
-The kernel keeps the time itself (BPF_ENABLE_STATS of bpf(2), Linux 5.8), with two
-readings of the clock around every run that are in the empty program's time too. Both take
-their turns on the very same sockets.
+The kernel measures the time (BPF_ENABLE_STATS of bpf(2), Linux 5.8). It reads the clock twice
+per run, which the subtraction of the empty program removes. The two programs alternate on the
+same sockets.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _BATCHES = 3
 
 @contextmanager
 def statistics() -> Iterator[None]:
-    """The kernel times programs until we let go, however we end.
+    """Have the kernel measure the time of programs. It stops when the descriptor closes.
 
     Raises:
-        KernelError: not permitted, or not known to this kernel.
+        KernelError: not permitted, or the kernel does not support it.
     """
     fd = libbpf.calls().bpf_enable_stats(0)
     if fd < 0:
@@ -44,17 +44,17 @@ def statistics() -> Iterator[None]:
 
 
 def spent(program: libbpf.Descriptor) -> tuple[int, int]:
-    """Nanoseconds and runs so far."""
+    """Nanoseconds and runs of a program so far."""
     with open(f"/proc/self/fdinfo/{program.fileno()}") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["run_time_ns"]), int(fields["run_cnt"])
 
 
 def cost_ns(program: libbpf.Descriptor, sockets_map: bpf_maps.Map) -> float:
-    """For datagrams from one client to as many sockets as SLOTS, on loopback.
+    """The cost per datagram, from one client to SLOTS sockets on loopback.
 
     Args:
-        sockets_map: what it chooses from; to be filled here.
+        sockets_map: the program's sockarray, which this function fills.
 
     Raises:
         KernelError: not permitted.
@@ -75,7 +75,7 @@ def cost_ns(program: libbpf.Descriptor, sockets_map: bpf_maps.Map) -> float:
 
 
 def _group(sockets_map: bpf_maps.Map, stack: ExitStack) -> socket.socket:
-    """The first of a group of sockets that nobody reads."""
+    """The first socket of a new group. Nothing reads its sockets."""
     first = stack.enter_context(reuseport.member(Bind("udp", "127.0.0.1", 0), 0))
     bind = Bind("udp", *first.getsockname())
     others = [stack.enter_context(reuseport.member(bind, 0)) for _ in range(SLOTS - 1)]
@@ -94,13 +94,13 @@ def _mean_ns(program: libbpf.Descriptor, member: socket.socket, flood: _Flood) -
 
 
 class _Message(ctypes.Structure):
-    """Mirrors struct mmsghdr of sendmmsg(2); all zero, an empty datagram for the peer."""
+    """Mirrors struct mmsghdr of sendmmsg(2). All zeros is an empty datagram to the peer."""
 
     _fields_ = (("header", ctypes.c_size_t * 7), ("sent_bytes", ctypes.c_size_t))
 
 
 class _Flood:
-    """Datagrams by the thousand, faster than one by one: as warm as under load."""
+    """Sends datagrams a thousand at a time, so that caches are as warm as under load."""
 
     _BATCH = 1000
 
@@ -110,7 +110,7 @@ class _Flood:
         self._sendmmsg = ctypes.CDLL(None, use_errno=True).sendmmsg
 
     def send(self, batches: int) -> None:
-        """Raises OSError: a batch was not sent whole."""
+        """Raises OSError: a batch was not sent completely."""
         for _ in range(batches):
             sent = self._sendmmsg(self._fd, self._messages, self._BATCH, 0)
             if sent != self._BATCH:

@@ -1,4 +1,4 @@
-"""From what is asked for as a policy to the policy: a built-in's name, or a file of C."""
+"""Finds a policy by the name of a built-in one or the path of a C file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from steer.errors import ConfigError, SteerError
 from steer.loader import compile
 from steer.policy import declarations
-from steer.policy.builtin import AUTO, AUTO_BECOMES, OWN_SUFFIX, POLICIES, Policy, auto, own
+from steer.policy.builtin import AUTO, AUTO_BECOMES, CUSTOM_SUFFIX, POLICIES, Policy, auto, custom
 from steer.policy.declarations import Declared
 from steer.values import did_you_mean, shown
 
@@ -19,14 +19,14 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 
 
 def find(asked: str) -> Policy:
-    """The policy of that name, `auto`, or, where it ends in ".c", the one in that file.
+    """The built-in policy of that name, `auto`, or, if it ends in ".c", the policy in that file.
 
     Raises:
-        ConfigError: there is none, or the file's name cannot be a policy's.
-        CompileError: what the file declares cannot be; or it cannot be read.
+        ConfigError: there is none, or the file's name is not allowed for a policy.
+        CompileError: the file cannot be read, or has wrong declarations.
     """
-    if asked.endswith(OWN_SUFFIX):
-        return _own(Path(os.path.abspath(asked)))
+    if asked.endswith(CUSTOM_SUFFIX):
+        return _custom(Path(os.path.abspath(asked)))
     if asked == AUTO:
         return auto(*map(find, AUTO_BECOMES))
     if asked not in POLICIES:
@@ -42,49 +42,53 @@ def find(asked: str) -> Policy:
 
 
 def find_or_not(asked: str) -> Policy:
-    """As `find`; what is wrong with one of the user's own is its `problem`."""
+    """The same as `find`, but an error of a custom policy is stored as its `problem`."""
     try:
         return find(asked)
     except SteerError as error:
-        if not asked.endswith(OWN_SUFFIX):
+        if not asked.endswith(CUSTOM_SUFFIX):
             raise
-        broken = own(Path(asked).stem, asked, Declared(), "")
+        broken = custom(Path(asked).stem, asked, Declared(), "")
         return msgspec.structs.replace(broken, problem=error)
 
 
 def prepare(asked: str) -> Policy:
-    """The policy, compiled if it is the user's own: that takes its time, and is not done again.
+    """Find a policy and compile it if it is custom. The result is kept, as compiling is slow.
 
     Raises:
-        As `find`; CompileError: it does not compile.
+        ConfigError: as for `find`.
+        CompileError: as for `find`, or it does not compile.
     """
     policy = find(asked)
-    return compiled(policy) if policy.is_own else policy
+    return compiled(policy) if policy.is_custom else policy
 
 
 def compiled(policy: Policy) -> Policy:
-    """One of the user's own, as it is once it has been compiled: only then is it known what it
-    is made from. Raises CompileError."""
+    """Compile a custom policy and set its digest, which includes all files it is made from.
+
+    Raises:
+        CompileError: it does not compile.
+    """
     return msgspec.structs.replace(policy, digest=compile.load(file_of(policy)).digest)
 
 
 def as_left(asked: str, says: Declared, digest: str) -> Policy:
-    """The policy of that name as another controller had it, whatever is in the file by now."""
-    if asked.endswith(OWN_SUFFIX):
-        return own(Path(asked).stem, asked, says, digest)
+    """The policy as an earlier controller had loaded it, even if its file has changed since."""
+    if asked.endswith(CUSTOM_SUFFIX):
+        return custom(Path(asked).stem, asked, says, digest)
     return msgspec.structs.replace(POLICIES[asked], declared=says)
 
 
 def file_of(policy: Policy) -> Path:
-    """Where the C of a policy that has any is."""
+    """The path of a policy's C file. The policy must have one."""
     assert policy.source is not None
-    if policy.is_own:
+    if policy.is_custom:
         return Path(policy.source)
     return compile.sources() / f"{policy.source}.c"
 
 
 def check_name(name: str, act: str) -> None:
-    """Raises ConfigError: a policy of one's own cannot be called that."""
+    """Raises ConfigError: the name is not allowed for a custom policy."""
     if name in (AUTO, *POLICIES):
         raise ConfigError(act, f"there is a built-in policy {name}", "give it another name")
     if not re.fullmatch(_NAME, name):
@@ -92,8 +96,8 @@ def check_name(name: str, act: str) -> None:
         raise ConfigError(act, f"{shown(name)} cannot be a policy's name", f"allowed: {allowed}")
 
 
-def _own(source: Path) -> Policy:
+def _custom(source: Path) -> Policy:
     act = f"read {source}"
     check_name(source.stem, act)
     says = declarations.parse(compile.text(source), act)
-    return own(source.stem, str(source), says, compile.version(source))
+    return custom(source.stem, str(source), says, compile.version(source))

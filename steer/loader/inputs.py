@@ -1,9 +1,8 @@
-"""What a compiler read, and whether a later one would read the same.
+"""The input files of a compilation, and whether they are still the same.
 
-The compiler says which files it read (-MD, as make wants it): to find the includes of C by
-ourselves we would have to preprocess it, as a name may come out of a macro. Beside what was read
-it matters what was not there: a header of the same name in a directory that is searched earlier
-takes the place of one that was read.
+The compiler lists the files that it read (-MD). Finding the includes without it would require a
+preprocessor, as a macro can produce a name. Files that did not exist matter, too: a new header of
+the same name, in a directory that is searched earlier, would be read instead.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from steer.policy.bytecode import Inputs
 if TYPE_CHECKING:
     from hashlib import sha256 as sha256
 else:
-    # hashlib brings OpenSSL, which takes longer to load than to hash all that there is here.
+    # hashlib loads OpenSSL, which takes longer than hashing all files.
     try:
         from _sha256 import sha256
     except ImportError:
@@ -38,27 +37,27 @@ _SPLICE = rb"\\[ \t]*\r?\n"
 
 
 def of(read: Sequence[Path], own: Path, source: Path, content: Read) -> Inputs:
-    """As the compiler found them.
+    """The inputs of a compilation.
 
     Args:
-        read: the files that it read.
-        own: directory of our headers: they are no part of this.
-        source: what was compiled.
+        read: the files that the compiler read.
+        own: directory of steer's headers, which are not included.
+        source: the file that was compiled.
 
     Raises:
-        CompileError: one is gone, or asks what files there are, so that nobody can tell what
-            another compilation would read.
+        CompileError: a file is gone, or uses __has_include, so that the inputs of the next
+            compilation are unknown.
     """
     others = [path for path in read if own not in path.parents]
     for path in (source, *others):
         if re.search(_ASKS, re.sub(_SPLICE, b"", content(path))):
-            raise CompileError(f"read {path}", "it asks with __has_include what files there are")
+            raise CompileError(f"read {path}", "it uses __has_include")
     digests = {str(path): digest(content(path)) for path in others}
     return Inputs(digests, tuple(_earlier(read, own, source)))
 
 
 def are_the_same(found: Inputs, content: Read) -> bool:
-    """Whether a compiler would read the same now."""
+    """Whether compiling now would read the same content."""
     with suppress(CompileError):
         return not any(map(os.path.lexists, found.absent)) and all(
             digest(content(Path(path))) == wanted for path, wanted in found.digests.items()
@@ -67,7 +66,7 @@ def are_the_same(found: Inputs, content: Read) -> bool:
 
 
 def version(key: str, found: Inputs) -> str:
-    """Of what has that key and these inputs: another where any content is another."""
+    """A digest of the key and of the content of all inputs."""
     if not found.digests:
         return key
     return digest(f"{key} {sorted(found.digests.items())}".encode(errors="surrogateescape"))
@@ -78,10 +77,10 @@ def digest(data: bytes) -> str:
 
 
 def parse(rule: str, directory: Path) -> Sequence[Path]:
-    """The files in a make rule as clang writes it, without those that bcc has built in.
+    """The files in a make rule of clang, without the virtual ones of bcc.
 
     Args:
-        directory: what relative paths in it are relative to.
+        directory: base of relative paths.
     """
     _, _, text = rule.replace("\\\n", " ").partition(": ")
     words = (
@@ -91,10 +90,10 @@ def parse(rule: str, directory: Path) -> Sequence[Path]:
 
 
 def _earlier(read: Iterable[Path], own: Path, source: Path) -> Iterable[str]:
-    """Where else files of these names might be, and are not.
+    """Paths of missing files that would be read instead if they existed.
 
-    Every directory that has a file that was read may be one that is searched, in an order that
-    differs with each #include: so all of them count.
+    Any directory of a file that was read may be searched, and the order differs for each
+    #include. So all of these directories count.
     """
     roots = {source.parent, own, own / "include"}
     roots.update(path.parent for path in read)

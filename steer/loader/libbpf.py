@@ -1,4 +1,4 @@
-"""The one door to libbpf, and what all that it opens has in common."""
+"""Calls of libbpf, and the base class of its file descriptors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class NoLibrary(KernelError):
 
 
 def calls() -> ctypes.CDLL:
-    """The library, to make system calls with.
+    """The library, for calls of bpf(2).
 
     Raises:
-        KernelError: it is not installed, or a filter would end us.
+        KernelError: it is not installed, or a seccomp filter would kill this process.
     """
     if filtered.is_deadly(filtered.BPF):
         cure = "let the seccomp filter pass it (systemd: SystemCallFilter=bpf)"
@@ -42,7 +42,7 @@ def libbpf() -> ctypes.CDLL:
         cure = "install libbpf 1.0 or later (Debian: libbpf1)"
         raise NoLibrary("load libbpf.so.1", str(error), cure, errno=errno.ENOENT) from None
     lib.libbpf_set_print(None)
-    # Named here once: without the types ctypes would pass 64-bit values as int.
+    # Without these types ctypes would pass 64-bit values as int.
     lib.bpf_map_create.argtypes = (
         ctypes.c_int,
         ctypes.c_char_p,
@@ -79,14 +79,14 @@ def libbpf() -> ctypes.CDLL:
 
 
 def version() -> str:
-    """Of the library, as "1.1.2". Raises KernelError: it is not installed."""
+    """The version of the library, such as "1.1.2". Raises KernelError: it is not installed."""
     ask = libbpf().libbpf_version_string
     ask.restype = ctypes.c_char_p
     return str(ask().decode().removeprefix("v"))
 
 
 def refusal(act: str, code: int) -> KernelError:
-    """The error for errno `code` of bpf(2), with the cure where one is known."""
+    """The error for errno `code` of bpf(2), with the cure if one is known."""
     return KernelError.from_oserror(act, OSError(code, os.strerror(code)), _CURES)
 
 
@@ -98,7 +98,7 @@ _CURES = {
 
 
 class Descriptor:
-    """A file descriptor of bpf(2), closed once."""
+    """A file descriptor of bpf(2). Closing it twice does nothing."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -107,7 +107,7 @@ class Descriptor:
         return self._fd
 
     def become(self, fd: int) -> None:
-        """Stand for another object of the same kind; the descriptor is ours."""
+        """Replace the descriptor by one of the same kind. Takes ownership of `fd`."""
         self.close()
         self._fd = fd
 

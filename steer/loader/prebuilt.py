@@ -1,4 +1,4 @@
-"""The objects shipped with steer: `python -m steer.loader.prebuilt [--check]`."""
+"""Builds or checks the objects that steer ships: `python -m steer.loader.prebuilt [--check]`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def build() -> None:
 
 
 def stale() -> list[str]:
-    """What of the shipped objects is not what the sources compile to, in words.
+    """Descriptions of the shipped objects that differ from what the sources compile to.
 
-    Another compiler than the one that made an object may rightly give other
-    bytecode; then only the sources' digest is compared, and that is said.
+    A different compiler may produce different bytecode. Then only the digest of the sources is
+    compared, and a line on standard output says so.
     """
     found = []
     for source in sorted(compiler.sources().glob("*.c")):
@@ -36,7 +36,7 @@ def stale() -> list[str]:
         elif shipped.compiler != fresh.compiler:
             print(f"{source.name}: built by {shipped.compiler}, here is {fresh.compiler}")
         elif shipped.programs != fresh.programs:
-            found.append(f"{source.name}: compiles to something else")
+            found.append(f"{source.name}: the compiled bytecode differs")
     return found
 
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print("mend with: python -m steer.loader.prebuilt", file=sys.stderr)
+        print("to rebuild: python -m steer.loader.prebuilt", file=sys.stderr)
     return 1 if problems else 0
 
 

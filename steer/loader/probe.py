@@ -1,6 +1,6 @@
-"""What this kernel and this process can do: found out by doing it in the small.
+"""Probes of what this kernel and this process can do. Each tries the feature on a small scale.
 
-`PROBES` has a probe for each of `features.FEATURES`, and `ask` what it answered.
+`PROBES` has a probe for each of `features.FEATURES`. `ask` runs it and remembers its answer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from steer.sockets import listeners, reuseport
 _PASS = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
 _ASKED = Code(["7910300000000000", *_PASS.instructions], {})
-"""Before that, read ctx->migrating_sk. The attach type tells nothing: a kernel that has not got it
-takes any (5.10, bpf_prog_load_check_attach)."""
+"""Reads ctx->migrating_sk, then returns SK_PASS. The attach type alone tells nothing, as a kernel
+without migration accepts any (Linux 5.10, bpf_prog_load_check_attach)."""
 
 _NO = (
     errno.EPERM,
@@ -35,14 +35,14 @@ _NO = (
 
 
 def run() -> Finding:
-    """Can processes be waited for and signalled by descriptor, as we do on every backend?"""
+    """Can this process wait for others by pidfd, which every backend needs?"""
     try:
         pidfd = os.pidfd_open(os.getpid())
     except OSError as error:
         return _cannot_run(error)
     try:
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    except ChildProcessError:  # we are no child of ours: it was understood
+    except ChildProcessError:  # this process is not its own child, but the call is supported
         return Finding(Answer.YES)
     except OSError as error:
         return _cannot_run(error)
@@ -64,11 +64,11 @@ def _cannot_run(error: OSError) -> Finding:
 
 
 _NEWEST = ("sockets", "params")
-"""Of `abi.MAPS`, what came last to the kernel: a sockarray (4.19), an array to be mapped (5.5)."""
+"""The newest kinds of maps: a sockarray (Linux 4.19) and an array that can be mapped (5.5)."""
 
 
 def ebpf(maps: Iterable[str] = abi.MAPS) -> Finding:
-    """Can sk_reuseport programs be loaded and attached, with the maps they need?"""
+    """Can sk_reuseport programs be loaded and attached, and their maps created?"""
     try:
         for name in maps:
             bpf_maps.Map(name).close()
@@ -78,25 +78,25 @@ def ebpf(maps: Iterable[str] = abi.MAPS) -> Finding:
         release = os.uname().release
         if features.EBPF.is_newer_than(release):
             lacking = f"Linux {release} cannot map arrays into memory"
-            return Finding(Answer.NO, lacking, f"{features.EBPF.version} can")
+            return Finding(Answer.NO, lacking, features.EBPF.cure)
         return _finding(error)
     return Finding(Answer.YES)
 
 
 def migrate() -> Finding:
-    """Can a program be asked where the queue of a closing listener goes?"""
+    """Can a program select where the connections of a closing listener migrate?"""
     try:
         _program(_ASKED, abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE).close()
     except KernelError as error:
         if isinstance(error, VerifierError) or error.errno == errno.EINVAL:
-            lacking = f"Linux {os.uname().release} has not got it"
-            return Finding(Answer.NO, lacking, f"{features.MIGRATE.version} has")
+            lacking = f"Linux {os.uname().release} cannot migrate connections"
+            return Finding(Answer.NO, lacking, features.MIGRATE.cure)
         return _finding(error)
     return Finding(Answer.YES)
 
 
 def cbpf() -> Finding:
-    """Can a classic program be attached? Needs no privilege."""
+    """Can a classic BPF program be attached? Needs no privilege."""
     try:
         with reuseport.scratch() as sock:
             reuseport.attach_cbpf(sock.fileno(), [(0x06, 0, 0, 0)])
@@ -106,7 +106,7 @@ def cbpf() -> Finding:
 
 
 def borrow() -> Finding:
-    """Can a descriptor of another process be duplicated, if we may look at it? Asked of ours."""
+    """Can a descriptor of another process be duplicated? Tried on this process itself."""
     try:
         with reuseport.scratch() as sock:
             os.close(listeners.pidfd_getfd(os.getpid(), sock.fileno()))
@@ -116,19 +116,19 @@ def borrow() -> Finding:
 
 
 def count() -> Finding:
-    """Can a program be on a cgroup as long as somebody has its link? Asked without a program."""
+    """Can a program be attached to a cgroup by a link? Tried without a program."""
     try:
         programs.Link(Descriptor(-1), -1).close()
     except KernelError as error:
         if error.errno == errno.EINVAL:
             lacking = f"Linux {os.uname().release} has no {features.COUNT.name}"
-            return Finding(Answer.NO, lacking, f"{features.COUNT.version} has", error.errno)
-        if error.errno != errno.EBADF:  # it looked for the program
+            return Finding(Answer.NO, lacking, features.COUNT.cure, error.errno)
+        if error.errno != errno.EBADF:  # EBADF: supported, but there is no program
             return _finding(error)
     return Finding(Answer.YES)
 
 
-# ---- what was answered
+# ---- answers
 
 PROBES: dict[Feature, Callable[[], Finding]] = {
     features.CBPF: cbpf,
@@ -141,12 +141,15 @@ PROBES: dict[Feature, Callable[[], Finding]] = {
 
 _answers: dict[Feature, Finding] = {}
 _PASSES = (errno.EPERM, errno.EACCES, errno.ENOENT)
-"""What is not permitted, or not installed, may be later."""
+"""Errors that may go away, as permissions and installed libraries can change."""
 
 
 def ask(feature: Feature) -> Finding:
-    """What the probe of a feature says. A yes is remembered for the life of this process, and so
-    is that the kernel lacks it; what was refused or could not be told is asked again."""
+    """The answer of a feature's probe.
+
+    A yes, and a no because the kernel lacks the feature, are remembered for the life of this
+    process. After any other answer the probe runs again next time.
+    """
     found = _answers.get(feature)
     if found is None:
         found = PROBES[feature]()
@@ -157,7 +160,7 @@ def ask(feature: Feature) -> Finding:
 
 
 def findings() -> Mapping[str, Finding]:
-    """All that the candidates are chosen by, by backend.
+    """The findings that determine the backend candidates, by backend.
 
     Raises:
         KernelError: steer can run on no backend here.
@@ -167,9 +170,10 @@ def findings() -> Mapping[str, Finding]:
 
 
 def findings_before_start() -> Mapping[str, Finding]:
-    """As `findings`, where what follows from them is done at once: if the best backend holds as
-    far as can be seen in a moment, no more is asked. Should it fail all the same, that is why the
-    next is tried.
+    """A faster `findings` for a start that follows at once.
+
+    If a short probe of the best backend succeeds, nothing else is probed. If that backend fails
+    during the start, the start itself falls back to the next one.
 
     Raises:
         KernelError: steer can run on no backend here.
@@ -191,6 +195,6 @@ def _program(code: Code, attach_type: int) -> programs.Program:
 
 
 def _finding(error: KernelError) -> Finding:
-    """A refusal is a no; running out of something tells nothing."""
+    """A refusal means no. An error such as ENOMEM leaves the answer unknown."""
     sure = error.errno in _NO or isinstance(error, NoLibrary)
     return Finding.of(Answer.NO if sure else Answer.UNKNOWN, error.note)

@@ -1,4 +1,4 @@
-"""Programs: loaded, and attached to a cgroup."""
+"""BPF programs: loading them, and attaching them to a cgroup."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Program(Descriptor):
     Args:
         name: bpftool shows its first 15 characters.
         code: the bytecode.
-        maps: the maps it speaks of, by name.
+        maps: the maps that it uses, by name.
         attach_type: BPF_SK_REUSEPORT_SELECT, …_SELECT_OR_MIGRATE or BPF_CGROUP_SOCK_OPS.
-        protocol: of the sockets that it is for.
+        protocol: protocol of the sockets in its group.
 
     Raises:
-        VerifierError: the verifier refuses; its log is in it.
-        KernelError: not permitted, or not known to this kernel.
+        VerifierError: the verifier rejects it; has the log.
+        KernelError: not permitted, or the kernel does not support it.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ _KINDS = {
     abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: abi.BPF_PROG_TYPE_SK_REUSEPORT,
     abi.BPF_CGROUP_SOCK_OPS: abi.BPF_PROG_TYPE_SOCK_OPS,
 }
-"""Type by attach type."""
+"""The program type of each attach type."""
 
 
 class Link(Descriptor):
-    """A program on a cgroup and all below it, until this is closed. Linux 5.7+.
+    """Attaches a program to a cgroup and all below it until closed. Linux 5.7+.
 
     Args:
         directory: a descriptor of the cgroup's directory.
@@ -127,6 +127,6 @@ class Link(Descriptor):
 
 
 def shorten(log: str, lines: int = 12) -> str:
-    """What matters of a verifier log: its last lines, where it says why it refused."""
+    """The last lines of a verifier log, which say why it rejected the program."""
     kept = [line for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
     return "\n".join(kept[-lines:])

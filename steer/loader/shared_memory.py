@@ -1,4 +1,4 @@
-"""Memory that programs read while we write it: the table, and what is known of each slot."""
+"""Memory shared with BPF programs: the table, and the state of each slot."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _STORES_IN_ORDER = ("x86_64", "i686")
 
 
 class Slots:
-    """What is known of every slot beside its place in the table, shared with programs."""
+    """The state of every slot, shared with programs. Mirrors struct steer_loads."""
 
     def __init__(self, slots_map: Map) -> None:
         self.map = slots_map
         self._memory = slots_map.memory()
 
     def begin(self, slot: int) -> int:
-        """Somebody new gets the slot, with nothing open; its stamp.
+        """Prepare a slot for a new worker without open connections. Returns its stamp.
 
-        Another, as a process that the last one left behind may still have connections open.
+        The stamp is new, as a process of the previous worker may still have open connections.
         """
         _, given, stamp, flows, _ = self._at(slot)
         self._put(slot, 0, given, _after(stamp), flows, 0)
@@ -39,25 +39,25 @@ class Slots:
         return _after(stamp)
 
     def end(self, slot: int) -> None:
-        """Nothing that was counted for it, or is known to be there, means who comes next."""
+        """Invalidate counts and flows of a slot's worker, which the next one must not get."""
         pending, given, stamp, flows, _ = self._at(slot)
         self._put(slot, pending, given, _after(stamp), _after(flows), 0)
 
     def forget_flows(self, slot: int) -> None:
-        """Flows known to be there are to be chosen for anew."""
-        slot %= abi.SLOTS  # as programs take a number that is none
+        """Forget the flows of a slot, so that each is assigned again."""
+        slot %= abi.SLOTS  # as programs do with a number out of range
         at = abi.SLOTS_OFFSET + slot * abi.SLOT.size + _FLOWS_OFFSET
         (flows,) = struct.unpack_from("=H", self._memory, at)
         struct.pack_into("=H", self._memory, at, _after(flows))
 
     def open(self, slot: int) -> int:
-        """Connections open there."""
+        """The open connections of a slot."""
         opened: int
         (opened,) = struct.unpack_from("=i", self._memory, abi.OPEN_OFFSET + 4 * slot)
         return max(0, opened)
 
     def busy(self, below: int) -> Set[int]:
-        """The slots below this number that have connections open."""
+        """The slots below this number that have open connections."""
         opened = self._memory[abi.OPEN_OFFSET : abi.OPEN_OFFSET + 4 * below]
         if opened.count(0) == len(opened):
             return frozenset()
@@ -65,18 +65,21 @@ class Slots:
         return {slot for slot, number in enumerate(numbers) if number > 0}
 
     def pulse(self, below: int) -> bytes:
-        """Another whenever a connection was opened at a slot below this number, or closed."""
+        """A value that changes when a slot below this number opens or closes a connection."""
         opened = self._memory[abi.OPEN_OFFSET : abi.OPEN_OFFSET + 4 * below]
         return opened + self._memory[abi.LOAD_BYTES - abi.PACE.size : abi.LOAD_BYTES]
 
     def set_open(self, slot: int, number: int) -> None:
-        """Where they are not counted: what may stand for it, with all handshakes until now."""
+        """Set the load of a slot, and its open connections to the same, if they are not counted.
+
+        Its handshakes in progress are reset, as the number is assumed to include them.
+        """
         struct.pack_into("=I", self._memory, abi.SLOTS_OFFSET + slot * abi.SLOT.size, 0)
         for at in (abi.OPEN_OFFSET, 0):
             struct.pack_into("=I", self._memory, at + 4 * slot, number)
 
     def become(self, fd: int) -> None:
-        """Stand for another map, as somebody else has left it; the descriptor is ours."""
+        """Replace the map by that of an earlier controller. Takes ownership of `fd`."""
         self._memory.close()
         self.map.become(fd)
         self._memory = self.map.memory()
@@ -94,7 +97,7 @@ class Slots:
 
 
 _FLOWS_OFFSET = 10
-"""Of `flows` in struct steer_slot."""
+"""The offset of `flows` in struct steer_slot."""
 
 
 def _after(stamp: int) -> int:
@@ -102,12 +105,12 @@ def _after(stamp: int) -> int:
 
 
 class Table:
-    """The table that programs read, filled in place and published by one store.
+    """The double-buffered table that programs read, published by one store.
 
-    The buffer that is not active is written, then made active. A program that was
-    running at a publication may still read the old buffer: before that one is written
-    again, membarrier(2) waits until every such program has ended (its
-    MEMBARRIER_CMD_GLOBAL is a synchronize_rcu(), kernel/sched/membarrier.c).
+    To publish is to write the inactive buffer and then make it active. A program that was running
+    at a publication may still read the old buffer. So before that is written again, membarrier(2)
+    waits until every such program has ended (MEMBARRIER_CMD_GLOBAL is a synchronize_rcu(),
+    kernel/sched/membarrier.c).
     """
 
     def __init__(self, table_map: Map) -> None:
@@ -119,13 +122,13 @@ class Table:
         self._publications = 0
 
     def forget(self) -> None:
-        """Choose nobody, before any program runs."""
+        """Clear the table, before any program runs: no position has a slot."""
         nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
         places = (abi.BUFFER_BYTES - abi.LENGTH.size) // len(nobody)
         self.fill({0: abi.LENGTH.pack(0, 0) + nobody * places})
 
     def rested(self) -> None:
-        """No program has run since `PROGRAMS_END_S`."""
+        """Note that no program has run for `PROGRAMS_END_S`, so publish() need not wait."""
         self._readers_may_remain = False
 
     def fill(self, parts: Mapping[int, bytes]) -> None:
@@ -136,11 +139,11 @@ class Table:
         self._readers_may_remain = False
 
     def amend(self, parts: Mapping[int, bytes]) -> None:
-        """Write `parts` into the buffer in use, where programs may find old and new mixed."""
+        """Write `parts` into the active buffer, where programs may read old and new data mixed."""
         self._write(self._active, parts)
 
     def publish(self, parts: Mapping[int, bytes]) -> None:
-        """Write `parts` into the idle buffer and make it active."""
+        """Write `parts` into the inactive buffer and make it active."""
         self.synchronize()
         idle = 1 - self._active
         self._write(idle, parts)
@@ -150,7 +153,7 @@ class Table:
         self.begin_grace_period()
 
     def begin_grace_period(self) -> None:
-        """Programs that run now may choose as before, be it by another table."""
+        """Note that programs which run now may still select by an older table."""
         self._readers_may_remain = True
         self._publications += 1
 
@@ -161,22 +164,24 @@ class Table:
         self._readers_may_remain = False
 
     def grace_period(self) -> int | None:
-        """The publication that the next one would wait for: see `grace_period_ended`. None if it
-        would not wait."""
+        """The publication that the next one has to wait for, or None.
+
+        Pass it to `grace_period_ended` after waiting.
+        """
         return self._publications if self._readers_may_remain else None
 
     def grace_period_ended(self, publication: int) -> None:
-        """Programs were waited for since that publication, by a call of `grace_period`."""
+        """Note that all programs of that publication have ended."""
         if publication == self._publications:
             self._readers_may_remain = False
 
     def active(self) -> bytes:
-        """The buffer in use."""
+        """The content of the active buffer."""
         base = self._base(self._active)
         return self._memory[base : base + abi.BUFFER_BYTES]
 
     def _point_to(self, buffer: int) -> None:
-        """Make it the active one, by one store that tells how long it is, too."""
+        """Make a buffer active. The one store to the head also sets the lengths."""
         length, ring = abi.LENGTH.unpack_from(self._memory, self._base(buffer))
         head = length << abi.LENGTH_BIT | ring << abi.RING_BIT | buffer * abi.BUFFER_BYTES
         self._memory[: abi.HEAD.size] = abi.HEAD.pack(head)
@@ -196,11 +201,11 @@ class Table:
 
 
 PROGRAMS_END_S = 0.1
-"""No program runs so long."""
+"""No program runs that long."""
 
 
 def wait_for_programs() -> None:
-    """Return once every BPF program that is running now has ended."""
+    """Return when every BPF program that is running now has ended."""
     number = _MEMBARRIER.get(os.uname().machine)
     if number is None or ctypes.CDLL(None).syscall(number, _MEMBARRIER_CMD_GLOBAL, 0, 0) != 0:
-        time.sleep(PROGRAMS_END_S)  # nohz_full kernels refuse
+        time.sleep(PROGRAMS_END_S)  # kernels with nohz_full refuse the call

@@ -1,7 +1,7 @@
-"""What the verifier says of a program: its figures, and at which line of C it refuses.
+"""The verifier's figures of a program, and the line of C at which it rejects one.
 
-`python -m steer.loader.verifier FILE` puts the figures of the built-in policies on this
-kernel into FILE, beside those of others.
+`python -m steer.loader.verifier FILE` writes the figures of the built-in policies on this kernel
+into FILE and keeps those of other kernels there.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ _LOG_STATS = 4
 """BPF_LOG_STATS, include/linux/bpf_verifier.h; Linux 5.2+."""
 _SLOTS = 64
 _CURES = {
-    "dereference of modified ctx ptr": "the compiler chose between two fields of ctx and then "
-    "read; read each into a variable first, and steer_barrier(variable)",
+    "dereference of modified ctx ptr": "the compiler has merged two reads of ctx into one; "
+    "read each into a variable first, and call steer_barrier(variable)",
     "invalid access to packet": "compare with ctx->data_end before you read",
     "_or_null'": "compare with NULL before you read",
-    "too large": "loops cost as often as they may run: let them run less often",
-    "infinite loop": "give the loop a limit that does not depend on what was read",
-    "back-edge": "this kernel takes no loops: put #pragma unroll before it",
+    "too large": "the verifier follows every round of a loop: reduce the number of rounds",
+    "infinite loop": "give the loop a limit that does not depend on data",
+    "back-edge": "this kernel accepts no loops: put #pragma unroll before the loop",
     "unknown func": "this kernel has no such helper",
 }
-"""By what the verifier says; Documentation/bpf/verifier.rst has more."""
+"""Cures by part of the verifier's message; see Documentation/bpf/verifier.rst."""
 _INSTRUCTION = re.compile(r"^(\d+): \(|\binsn (\d+)", re.MULTILINE)
 
 
 class Figures(msgspec.Struct, frozen=True):
-    """What a program asks of the verifier, which gives up at a million instructions.
+    """The verifier's effort for a program. It rejects a program after a million instructions.
 
     Args:
-        instructions: of the program.
-        processed: instructions that it went through, on all paths.
-        states_peak: states that it held at once.
-        stack_bytes: at most 512.
+        instructions: length of the program.
+        processed: instructions that the verifier followed, on all paths.
+        states_peak: largest number of states that it held at the same time.
+        stack_bytes: stack of the program; the limit is 512.
     """
 
     instructions: int
@@ -61,7 +61,7 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class _Verified(Program):
-    """A program that keeps what the verifier told when it took it."""
+    """A program that keeps the verifier's log of a successful load."""
 
     told = ""
 
@@ -78,7 +78,7 @@ class _Verified(Program):
 
 
 def maps_of(codes: Iterable[Code], stack: ExitStack) -> dict[str, bpf_maps.Map]:
-    """The maps that these programs speak of, by name, closed with `stack`.
+    """Create the maps that these programs use, by name. `stack` closes them.
 
     Raises:
         KernelError: not permitted.
@@ -88,20 +88,20 @@ def maps_of(codes: Iterable[Code], stack: ExitStack) -> dict[str, bpf_maps.Map]:
 
 
 def why_not(kind: str) -> str:
-    """Why this kernel takes no such programs, or nothing."""
+    """Why this kernel does not support this kind of program, or ""."""
     found = probe.ask(features.MIGRATE) if kind == "migrate" else None
     return str(found.note) if found and found.answer is Answer.NO else ""
 
 
 def figures(kind: str, code: Code, maps: Mapping[str, bpf_maps.Map]) -> Figures:
-    """Load a program to see what it asks of the verifier.
+    """Load a program to get the verifier's figures.
 
     Args:
-        kind: key of bpf.ATTACH_TYPES.
+        kind: a key of `programs.ATTACH_TYPES`.
 
     Raises:
-        VerifierError: refused.
-        KernelError: not permitted, or not known to this kernel.
+        VerifierError: the verifier rejects it.
+        KernelError: not permitted, or the kernel does not support it.
     """
     with _Verified(f"steer_{kind}", code, maps, ATTACH_TYPES[kind]) as program:
         told = program.told
@@ -121,15 +121,14 @@ def _number(pattern: str, told: str) -> int:
 
 
 def point(detail: str, lines: Mapping[int, int], source: Path, shown: str = "") -> str:
-    """What a verifier said, and below it the line of C that it speaks of, if one is known.
+    """The verifier's message, and if known the line of C that it is about and a cure.
 
-    Where it is in what steer.h does for the policy, that is the last line of the policy's
-    own before it. Then what would help, where that is known.
+    If the instruction belongs to steer.h, the line is the policy's last one before it.
 
     Args:
-        detail: the last lines of its log.
-        lines: of the program; see `PolicyObject.lines`.
-        shown: what to show of the log; if not given, these last lines.
+        detail: the last lines of the log.
+        lines: lines of the program; see `PolicyObject.lines`.
+        shown: the part of the log to show; the default is `detail`.
     """
     parts = [shown.rstrip() or detail, _line(detail, lines, source)]
     parts += [cure for words, cure in _CURES.items() if words in detail][:1]
@@ -154,7 +153,7 @@ def _line(detail: str, lines: Mapping[int, int], source: Path) -> str:
 
 
 def built_in() -> dict[str, Figures]:
-    """Of every program of every built-in policy, by "policy/program", that this kernel may take.
+    """The figures of all built-in programs that this kernel supports, by "policy/program".
 
     Raises:
         CompileError, KernelError
@@ -172,7 +171,7 @@ def built_in() -> dict[str, Figures]:
 
 
 def series() -> str:
-    """This kernel's: "6.18"."""
+    """The series of this kernel, such as "6.18"."""
     return ".".join(os.uname().release.split(".")[:2])
 
 

@@ -1,1 +1,1 @@
-"""Policies: their table, declarations, layouts, classic programs and objects. Pure."""
+"""The list of policies, and their declarations, layouts, classic programs and objects. Pure."""

@@ -88,9 +88,9 @@ class Policy(msgspec.Struct, frozen=True):
         return self.table == BY_LOAD
 
     @property
-    def is_own(self) -> bool:
+    def is_custom(self) -> bool:
         """Whether it is a custom policy."""
-        return self.source is not None and self.source.endswith(OWN_SUFFIX)
+        return self.source is not None and self.source.endswith(CUSTOM_SUFFIX)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -99,10 +99,10 @@ class Policy(msgspec.Struct, frozen=True):
         return BACKENDS if self.assemble else (EBPF, KERNEL)
 
 
-OWN_SUFFIX = ".c"
+CUSTOM_SUFFIX = ".c"
 
 
-def own(name: str, path: str, declared: Declared, digest: str) -> Policy:
+def custom(name: str, path: str, declared: Declared, digest: str) -> Policy:
     """A custom policy.
 
     Args:

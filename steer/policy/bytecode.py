@@ -1,8 +1,7 @@
-"""Policy objects: bytecode as compiled, before any map exists.
+"""Policy objects: compiled bytecode before it is linked with maps. Pure.
 
-Pure: what the compiler's output means, how it is stored, how maps are linked in.
-An object is stored as JSON with one instruction to a line, so that a change of a
-prebuilt one can be read in a diff.
+An object is stored as JSON with one instruction per line, so that a diff of a prebuilt object is
+readable.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ _INSN = struct.Struct("=BBhi")
 _CLASS, _JUMPS = 7, (5, 6)
 _GOTO, _CALL, _EXIT = 0x05, 0x85, 0x95
 _MOVE = 0xB7
-"""Opcodes, of Documentation/bpf/standardization/instruction-set.rst; `_MOVE` is of a number."""
+"""Opcodes, see Documentation/bpf/standardization/instruction-set.rst; `_MOVE` has an immediate."""
 
 
 class Code(msgspec.Struct, frozen=True):
-    """One program: its instructions in hexadecimal and, by index, what they load.
+    """One program: its instructions in hexadecimal, and the places to link.
 
     Args:
-        relocations: maps.
-        constants: numbers, as `abi.CONSTANTS` names them.
+        relocations: names of maps by index of the instruction that loads them.
+        constants: names in `abi.CONSTANTS` by index of the instruction that loads them.
     """
 
     instructions: list[str]
@@ -35,7 +34,7 @@ class Code(msgspec.Struct, frozen=True):
     constants: dict[int, str] = {}
 
     def linked(self, descriptors: Mapping[str, int], constants: Mapping[str, int]) -> bytes:
-        """The instructions with file descriptors in place of map names, and the constants."""
+        """The instructions with file descriptors of maps and values of constants filled in."""
         insns = bytearray.fromhex("".join(self.instructions))
         values = {index: descriptors[name] for index, name in self.relocations.items()}
         values |= {index: constants[name] for index, name in self.constants.items()}
@@ -47,11 +46,11 @@ class Code(msgspec.Struct, frozen=True):
 
 
 class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The files that decided about an object, beside its source and our own headers.
+    """The files that an object depends on, other than its source and steer's headers.
 
     Args:
-        digests: of what was read, by path.
-        absent: paths that are searched earlier, where nothing was.
+        digests: of the content of files, by path.
+        absent: paths that would be read instead if they existed.
     """
 
     digests: dict[str, str] = {}
@@ -65,12 +64,12 @@ class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
     """A compiled policy.
 
     Args:
-        digest: of the sources it was compiled from; see `kernel.compile.digest`.
-        compiler: what compiled it, "bcc 0.26.0, clang 14".
-        programs: "plain", and "migrate" for kernels that let a program migrate.
-        lines: by program, for a policy of one's own: index of an instruction -> the line
-            of the source that begins there.
-        inputs: what was read to compile it; None where that cannot be told.
+        digest: of the sources that it was compiled from; see `loader.compile.digest`.
+        compiler: the compiler's name and version, such as "bcc 0.26.0".
+        programs: "plain", and "migrate" for kernels with migration.
+        lines: for a custom policy, by program: index of an instruction -> the source line that
+            begins there.
+        inputs: the files it depends on; None if unknown.
     """
 
     digest: str
@@ -84,18 +83,18 @@ class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @staticmethod
     def decode(data: bytes) -> PolicyObject:
-        """Raises msgspec.DecodeError where `data` is not an object's."""
+        """Raises msgspec.DecodeError: `data` is not an object."""
         return msgspec.json.decode(data, type=PolicyObject)
 
 
 def with_near_ends(raw: bytes) -> tuple[bytes, list[int]]:
-    """The same program, which ends where it would only go to its end.
+    """Replace each jump to the end of the program by a copy of that end.
 
-    LLVM gives a program one end, far behind what runs for each packet, where there is a cache
-    line more to wait for; and the kernel leaves registers at the first `exit` that there is.
+    LLVM gives a program a single end, far from the code that runs for each packet. Jumping there
+    needs another cache line. The kernel also restores registers at the first `exit` only.
 
     Returns:
-        Also where each instruction is now.
+        The new program, and the new index of each instruction.
     """
     insns = list(_INSN.iter_unpack(raw))
     jumps = {
@@ -109,7 +108,7 @@ def with_near_ends(raw: bytes) -> tuple[bytes, list[int]]:
         if insns[at][0] == _GOTO and _is_end(insns[to : to + 2])
     }
     left = {to for at, to in jumps.items() if at not in ends}
-    for at, to in jumps.items():  # the verifier takes no code that nothing leads to
+    for at, to in jumps.items():  # the verifier rejects unreachable code
         if at in ends and to not in left and insns[to - 1][0] in (_GOTO, _EXIT):
             del ends[at]
             left.add(to)
@@ -128,10 +127,10 @@ def _is_end(insns: Sequence[tuple[int, ...]]) -> bool:
 
 
 def unlink(raw: bytes) -> Code:
-    """Find the stand-ins for maps and constants in compiled bytecode and take them out.
+    """Replace the placeholders of maps and constants in compiled bytecode by zeros.
 
     Raises:
-        ValueError: a map that steer.h does not know.
+        ValueError: the bytecode uses a map that steer.h does not have.
     """
     names = {spec.number: name for name, spec in abi.MAPS.items()}
     numbers = {number: name for name, number in abi.CONSTANTS.items()}
@@ -140,7 +139,7 @@ def unlink(raw: bytes) -> Code:
         source = registers >> 4
         if code == abi.BPF_LD_IMM64 and source in (abi.BPF_PSEUDO_MAP_FD, abi.BPF_PSEUDO_MAP_VALUE):
             if value not in names:
-                raise ValueError(f"instruction {index} speaks of a map that steer.h does not have")
+                raise ValueError(f"instruction {index} uses a map that steer.h does not have")
             relocations[index] = names[value]
             value = 0
         elif code == abi.BPF_LD_IMM64 and value in numbers:

@@ -1,8 +1,8 @@
-"""Classic BPF programs for a reuseport group: the rung that needs no privilege. Pure.
+"""Classic BPF programs for a reuseport group, which need no privilege. Pure.
 
-Such a program answers with an index into the kernel's own array of the group's
-sockets (net/core/sock_reuseport.c), so the order in which they stand there is
-modelled too. It keeps no state and counts nothing.
+Such a program returns an index into the kernel's array of the group's sockets
+(net/core/sock_reuseport.c). So this module also models the order of that array. A classic program
+keeps no state and counts nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from steer.policy.layout import Layout
 from steer.values import plural
 
 Insn = tuple[int, int, int, int]
-"""code, jt, jf, k of struct sock_filter."""
+"""The fields code, jt, jf and k of struct sock_filter."""
 
 MAX_INSNS = 4096
 HASH_LENGTH = 768
-"""Positions of the hash table. The kernel turns the program into up to three 8-byte
-instructions for each, and before Linux 6.8 takes 20,480 bytes (net.core.optmem_max)."""
+"""Positions of the hash table. For each the kernel makes up to three instructions of 8 bytes, and
+before Linux 6.8 the limit is 20,480 bytes (net.core.optmem_max)."""
 
 # include/uapi/linux/filter.h, include/uapi/linux/bpf_common.h
 _LD_W_ABS, _LD_B_ABS, _LD_W_IND, _LDX_B_MSH = 0x20, 0x30, 0x40, 0xB1
@@ -33,18 +33,21 @@ _AD_CPU, _AD_RANDOM = _AD_OFF + 36, _AD_OFF + 56
 _NO_SOCKET = 0xFFFFFFFF
 
 NOTHING: Sequence[Insn] = ((_RET_K, 0, 0, 0),)
-"""As a socket filter: keep no byte of any packet."""
+"""As a socket filter, this drops every packet."""
 
 _INSN = struct.Struct("=HBBI")
 
 
 class TooLong(ValueError):
-    """A layout that needs more instructions than the kernel takes."""
+    """A layout needs more instructions than the kernel accepts."""
 
 
 class Order:
-    """The kernel's array of one group: sockets in order of listen(), over UDP of bind();
-    when one closes, the last moves into its place."""
+    """A model of the kernel's array of a group.
+
+    Sockets are in the order of listen(), over UDP in the order of bind(). When a socket closes,
+    the last one moves to its index.
+    """
 
     def __init__(self, slots: Iterable[int] = ()) -> None:
         self._slots = list(slots)
@@ -70,13 +73,13 @@ class Order:
 
 
 class SeenOrder:
-    """The same where sockets close by themselves, as far as it is known.
+    """The known part of that order if sockets close by themselves.
 
-    Of two that end nobody sees which was the first. So of those that had joined behind one that
-    has left the order is not known any more, and of all that join later; of those before it is.
+    If two sockets close, it is unknown which closed first. So after a socket has left, the order
+    is known only of those before it, and not of those after it or of those that join later.
 
     Args:
-        slots: in order; None: it is not known.
+        slots: in order; None if the order is unknown.
     """
 
     def __init__(self, slots: Iterable[int] | None = ()) -> None:
@@ -100,12 +103,12 @@ class SeenOrder:
 
     @property
     def slots(self) -> list[int] | None:
-        """All of them in order; None: it is not known."""
+        """All slots in order; None if the order is unknown."""
         return None if self._unknown else list(self._known)
 
 
 def by_cpu(layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
-    """The CPU's slot; among several on one CPU by chance, as turns need state."""
+    """Selects the slot of the CPU. If a CPU has several, one is random, as turns need state."""
     rows: dict[int, list[Insn]] = {
         entry: _by_chance(layout.row(entry), indexes) for entry in set(layout.entries)
     }
@@ -113,19 +116,19 @@ def by_cpu(layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
 
 
 def by_share(layout: Layout, indexes: Mapping[int, int]) -> list[Insn]:
-    """A slot by chance, in exact proportion."""
+    """Selects a random slot, in exact proportion to the weights."""
     return _checked(_by_chance(layout.entries, indexes))
 
 
 def by_hash(layout: Layout, indexes: Mapping[int, int], seed: int) -> list[Insn]:
-    """The slot at the flow's hash."""
+    """Selects the slot by the hash of the flow."""
     return _hashed(_packet_hash(_FLOW_4, _FLOW_6, seed), layout, indexes)
 
 
 def by_source(
     layout: Layout, indexes: Mapping[int, int], seed: int, prefix4: int, prefix6: int
 ) -> list[Insn]:
-    """The slot at the hash of so many bits of the client's address."""
+    """Selects the slot by the hash of a prefix of the client's address."""
     version_4 = [_address_word(12, prefix4)]
     version_6 = [_address_word(8 + 4 * i, prefix6 - 32 * i) for i in range(4)]
     return _hashed(_packet_hash(version_4, version_6, seed), layout, indexes)
@@ -137,22 +140,22 @@ def _hashed(number: Sequence[Insn], layout: Layout, indexes: Mapping[int, int]) 
 
 
 def _address_word(at: int, bits: int) -> list[Insn]:
-    """Leaves the first `bits` of the word `at` that offset of the IP header in A."""
+    """Loads a word at an offset in the IP header into A, with only its first `bits` set."""
     mask = 0xFFFFFFFF << 32 - min(max(bits, 0), 32) & 0xFFFFFFFF
     return [(_LD_W_ABS, 0, 0, _NET_OFF + at), (_AND_K, 0, 0, mask)]
 
 
 def pack(program: Sequence[Insn]) -> bytes:
-    """As an array of struct sock_filter."""
+    """Encode a program as an array of struct sock_filter."""
     return b"".join(_INSN.pack(*insn) for insn in program)
 
 
 def flow_hash(source: bytes, source_port: int, port: int, seed: int) -> int:
-    """What `by_hash` computes of a packet, for tests.
+    """The hash that `by_hash` computes of a packet, for tests.
 
     Args:
         source: the client's address, 4 or 16 bytes.
-        port: the port it came to.
+        port: the destination port.
     """
     mixed = seed
     words = struct.unpack(f">{len(source) // 4}I", source)
@@ -170,17 +173,17 @@ _FLOW_4: Sequence[Sequence[Insn]] = (
 _FLOW_6: Sequence[Sequence[Insn]] = [
     [(_LD_W_ABS, 0, 0, _NET_OFF + at)] for at in (8, 12, 16, 20, 40)
 ]
-"""Each leaves one word of the flow in A: client address, ports."""
+"""Each loads one word of the flow into A: the client's address, then the ports."""
 
 
 def _packet_hash(
     version_4: Sequence[Sequence[Insn]], version_6: Sequence[Sequence[Insn]], seed: int
 ) -> list[Insn]:
-    """Leaves the hash of these words of the packet in A.
+    """Computes the hash of these words of the packet in A.
 
-    The data start behind the transport header; what lies before is reached from
-    the network header. IPv6 extension headers would be taken for ports: still
-    the same for every packet of a flow that carries them.
+    The data start after the transport header, so headers are addressed relative to the network
+    header. IPv6 extension headers are mistaken for ports, but they are the same in every packet
+    of a flow that has them.
     """
     mixed_4, mixed_6 = _mix_all(version_4, seed), _mix_all(version_6, seed)
     return [
@@ -198,7 +201,7 @@ def _packet_hash(
 
 
 def _mix_all(words: Sequence[Sequence[Insn]], seed: int) -> list[Insn]:
-    """Mix the seed and then each word into what M[0] holds."""
+    """Mixes the seed and then each word into M[0]."""
     found: list[Insn] = []
     for load in words:
         start: list[Insn] = (
@@ -222,13 +225,13 @@ def _by_chance(slots: Sequence[int], indexes: Mapping[int, int]) -> list[Insn]:
     return [
         (_LD_W_ABS, 0, 0, _AD_RANDOM),
         (_MOD_K, 0, 0, len(slots)),
-        # Chance knows no order, and sorted they make the fewest runs.
+        # The order does not matter for a random selection; sorted slots make the fewest runs.
         *_choose(_returns(sorted(slots), indexes)),
     ]
 
 
 def _return(slot: int, indexes: Mapping[int, int]) -> list[Insn]:
-    """An index past the end, for a slot that is not there, leaves the choice to the hash."""
+    """Returns the slot's index, or one out of range, with which the kernel's hash selects."""
     return [(_RET_K, 0, 0, indexes.get(slot, _NO_SOCKET))]
 
 
@@ -241,7 +244,7 @@ def _returns(
 def _runs(
     values: Sequence[int] | array[int], code: Mapping[int, list[Insn]]
 ) -> list[tuple[int, list[Insn]]]:
-    """Where each run of equal values starts, and what to do there."""
+    """The start of each run of equal values, and its code."""
     runs, start = [], 0
     for value, run in groupby(values):
         runs.append((start, code[value]))
@@ -250,7 +253,7 @@ def _runs(
 
 
 def _choose(runs: Sequence[tuple[int, list[Insn]]]) -> list[Insn]:
-    """Find the run that A is in by halving."""
+    """Finds the run that contains A by binary search."""
     if len(runs) == 1:
         return runs[0][1]
     middle = len(runs) // 2
@@ -262,5 +265,7 @@ def _choose(runs: Sequence[tuple[int, list[Insn]]]) -> list[Insn]:
 
 def _checked(program: list[Insn]) -> list[Insn]:
     if len(program) > MAX_INSNS:
-        raise TooLong(f"{plural(len(program), 'instruction')}; classic BPF takes {MAX_INSNS}")
+        raise TooLong(
+            f"{plural(len(program), 'instruction')}; the limit of classic BPF is {MAX_INSNS}"
+        )
     return program

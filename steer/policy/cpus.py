@@ -1,4 +1,4 @@
-"""Which CPU a worker is pinned to, and which workers a CPU's connections go to. Pure."""
+"""Which CPU each worker is pinned to, and which worker serves each CPU. Pure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import msgspec
 
 
 class Topology(msgspec.Struct, frozen=True):
-    """The machine's CPUs. Numbers need not start at 0 or be contiguous.
+    """The CPUs of the machine. Numbers need not start at 0 or be contiguous.
 
     Args:
-        allowed: CPUs this process may run on (its cpuset), ascending.
-        possible: every CPU that may ever take in a packet, ascending.
-        node_of: NUMA node of each possible CPU; a CPU left out is on node 0.
+        allowed: CPUs that this process may run on (its cpuset), ascending.
+        possible: every CPU that may ever receive a packet, ascending.
+        node_of: the NUMA node of each possible CPU; the default is node 0.
     """
 
     allowed: tuple[int, ...]
@@ -26,19 +26,19 @@ class Topology(msgspec.Struct, frozen=True):
 
 
 def cpu_of_each(workers: int, topology: Topology) -> list[int]:
-    """The CPU of each worker: all allowed CPUs in turn, one NUMA node after another.
+    """The CPU of each worker: the allowed CPUs in turn, alternating between NUMA nodes.
 
-    With fewer workers than CPUs every node so gets its share of them.
+    So each node gets its share of workers, even if there are fewer workers than CPUs.
     """
     order = _interleaved(topology)
     return [order[i % len(order)] for i in range(workers)]
 
 
 def nearest(manned: Collection[int], topology: Topology) -> dict[int, int]:
-    """For each possible CPU the CPU in `manned` that serves it.
+    """For each possible CPU, the CPU in `manned` whose workers serve it.
 
-    Itself if manned, else one of its own NUMA node, else any; the CPUs without a
-    worker are dealt evenly over those that have one.
+    That is the CPU itself if it is in `manned`, else one of the same NUMA node, else any. CPUs
+    without a worker are distributed evenly.
 
     Args:
         manned: CPUs that have a worker; not empty.
@@ -50,7 +50,7 @@ def nearest(manned: Collection[int], topology: Topology) -> dict[int, int]:
     home = {cpu: cpu for cpu in served}
     taken_on = dict.fromkeys(served, 0)
     strays = set(topology.possible) - set(served)
-    # Those with nobody on their node come last, and so even out the others.
+    # CPUs of nodes without any worker come last, and so level the distribution.
     for cpu in sorted(strays, key=lambda cpu: (topology.node(cpu) not in by_node, cpu)):
         home[cpu] = min(by_node.get(topology.node(cpu), served), key=taken_on.__getitem__)
         taken_on[home[cpu]] += 1
@@ -66,7 +66,7 @@ def _interleaved(topology: Topology) -> Sequence[int]:
 
 
 def cpu_list(cpus: Sequence[int]) -> str:
-    """As the kernel writes it: "0-3,8"."""
+    """The kernel's notation for a list of CPUs: "0-3,8"."""
     ranges: list[list[int]] = []
     for cpu in sorted(cpus):
         if ranges and cpu == ranges[-1][1] + 1:
@@ -77,5 +77,5 @@ def cpu_list(cpus: Sequence[int]) -> str:
 
 
 def cpus_named(cpus: Sequence[int]) -> str:
-    """With the noun: "CPU 1", "CPUs 0-3,8"."""
+    """A list of CPUs with the noun: "CPU 1", "CPUs 0-3,8"."""
     return f"{'CPU' if len(cpus) == 1 else 'CPUs'} {cpu_list(cpus)}"

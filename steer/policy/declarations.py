@@ -224,7 +224,7 @@ def _name(tokens: Sequence[_Token]) -> str:
     text = _source(tokens)
     if len(tokens) != 1 or not re.fullmatch(r"[A-Za-z_]\w{0,30}", text, re.ASCII):
         raise ValueError(
-            f"{inputs.shown(text)} is no name; allowed: letters, digits and '_', 31 at most"
+            f"{inputs.shown(text)} is not a valid name; allowed: at most 31 letters, digits and '_'"
         )
     return text
 
@@ -236,14 +236,14 @@ def _number(tokens: Sequence[_Token]) -> int:
     except ValueError:
         value = -1
     if not 0 <= value <= _MOST:
-        raise ValueError(f"{inputs.shown(text)} is no number from 0 to {_MOST}")
+        raise ValueError(f"{inputs.shown(text)} is not a number from 0 to {_MOST}")
     return value
 
 
 def _words(tokens: Sequence[_Token]) -> str:
     """The text of a string; adjacent literals are joined, as in C."""
     if not tokens or any(token.kind != "string" for token in tokens):
-        raise ValueError(f"{inputs.shown(_source(tokens))} is no string")
+        raise ValueError(f"{inputs.shown(_source(tokens))} is not a string")
     return "".join(re.sub(r"\\(.)", r"\1", token.text[1:-1]) for token in tokens)
 
 

@@ -1,4 +1,4 @@
-"""Checks a policy of the user's own: compiles it, has the verifier look at it, and times it."""
+"""Checks a policy: compiles it, loads it, and measures its cost."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from steer.policy.declarations import Counter, Histogram, Param
 from steer.policy.layout import Member
 
 _SHARED = ("sockets", "counts", "cpus", "slots", "listeners", "moved")
-"""The maps that are not the policy's."""
+"""The maps that exist once per service, not per policy."""
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """What is to be said of a policy.
+    """The result of checking a policy.
 
     Args:
-        programs: what each asks of the verifier; those that could be loaded.
-        cost_ns: of a call, above an empty program; None where that cannot be measured.
-        notes: what could not be tried, and why.
+        programs: the verifier's figures of each program that could be loaded.
+        cost_ns: time of a call minus that of an empty program; None if it cannot be measured.
+        notes: what could not be checked, and why.
     """
 
     name: str
@@ -46,20 +46,20 @@ class Checked(msgspec.Struct, frozen=True):
 
 
 def check(asked: str, whole_log: bool = False) -> Checked:
-    """Compile a policy, have the verifier look at it, and time it.
+    """Compile a policy, load it, and measure its cost.
 
     Args:
-        asked: as --policy takes it.
-        whole_log: whether a refusal shows all that the verifier says, and not only the end of it.
+        asked: a name or path, as for --policy.
+        whole_log: whether an error shows the verifier's whole log or only its end.
 
     Raises:
         ConfigError: there is no such policy, or it has no program.
         CompileError: it does not compile; `detail` names the line.
-        VerifierError: the kernel refuses it; `detail` names the line.
+        VerifierError: the verifier rejects it; `detail` names the line.
     """
     found = find.find(asked)
     if found.source is None:
-        raise ConfigError(f"check {found.name}", "it has no program", "it is the kernel's own")
+        raise ConfigError(f"check {found.name}", "it has no program", "it is the kernel's own hash")
     built = compile.load(find.file_of(found))
     notes: list[str] = []
     with ExitStack() as stack:
@@ -99,7 +99,7 @@ def _verify(
             source, shown = find.file_of(found), error.log if whole_log else ""
             raise VerifierError(
                 f"load {source.name}",
-                "the kernel's verifier refuses it",
+                "the kernel's verifier rejects it",
                 detail=verifier.point(error.detail, built.lines.get(kind, {}), source, shown),
                 errno=error.errno,
                 log=error.log,
@@ -110,7 +110,7 @@ def _verify(
 
 
 def _time(found: Policy, notes: list[str]) -> float | None:
-    """As it would run for as many workers as are measured with."""
+    """The cost of a call, with a table filled for `cost.SLOTS` workers."""
     cpus = topology.read()
     decided = plan(Service(workers=cost.SLOTS), cpus, {}, found)
     members = [Member(spec.number, spec.weight, spec.cpu) for spec in decided.specs]

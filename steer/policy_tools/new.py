@@ -1,4 +1,4 @@
-"""Starts a policy of the user's own from a commented template."""
+"""Creates a custom policy from a commented template."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _TEMPLATE = Path(__file__).with_name("template.c")
 
 
 def begin(name: str) -> Path:
-    """Write a commented starting point as NAME.c here.
+    """Write the template as NAME.c into the current directory.
 
     Raises:
-        ConfigError: it is there already, cannot be written, or cannot be called that.
+        ConfigError: the file exists or cannot be written, or the name is not allowed.
     """
-    name = name.removesuffix(builtin.OWN_SUFFIX)
-    act = f"write {name}{builtin.OWN_SUFFIX}"
+    name = name.removesuffix(builtin.CUSTOM_SUFFIX)
+    act = f"write {name}{builtin.CUSTOM_SUFFIX}"
     find.check_name(name, act)
-    file = Path(name + builtin.OWN_SUFFIX)
+    file = Path(name + builtin.CUSTOM_SUFFIX)
     try:
         with file.open("x") as stream:
             stream.write(_TEMPLATE.read_text().replace("@NAME@", name))
     except FileExistsError:
-        raise ConfigError(act, "it is there already", "give it another name") from None
+        raise ConfigError(act, "the file exists", "give it another name") from None
     except OSError as error:
         raise ConfigError.from_oserror(act, error) from None
     return file

@@ -101,7 +101,7 @@ def test_a_new_policy_is_whole(cli: RunSteer, home: Path, name: str) -> None:
         ("", "write .c: '' cannot be a policy's name"),
         ("x" * 64, "cannot be a policy's name"),
         ("ü", "'ü' cannot be a policy's name"),
-        ("there", "write there.c: it is there already; give it another name"),
+        ("there", "write there.c: the file exists; give it another name"),
     ],
 )
 def test_new_policy_that_cannot_be(cli: RunSteer, home: Path, name: str, words: str) -> None:
@@ -187,9 +187,9 @@ def test_check_without_privilege_compiles(cli: RunSteer, mine: Path) -> None:
         ("none.c", "read HOME/none.c: No such file or directory"),
         ("directory.c", "read HOME/directory.c: Is a directory"),
         ("binary.c", "read HOME/binary.c: not UTF-8 at byte 1"),
-        ("pipe.c", "read HOME/pipe.c: it is no regular file"),
-        ("endless.c", "read HOME/endless.c: it is no regular file"),
-        ("large.c", "read HOME/large.c: it has more than 1048576 bytes"),
+        ("pipe.c", "read HOME/pipe.c: not a regular file"),
+        ("endless.c", "read HOME/endless.c: not a regular file"),
+        ("large.c", "read HOME/large.c: larger than 1048576 bytes"),
         ("empty.c", "read HOME/empty.c: no STEER_POLICY in it; see `steer policies new`"),
         ("hash.c", "read HOME/hash.c: there is a built-in policy hash; give it another name"),
         ("a b.c", "read HOME/a b.c: 'a b' cannot be a policy's name"),
@@ -266,7 +266,7 @@ REFUSED = {
     "one of two fields": (
         "return steer_spread(table, steer_random() & 1 ? ctx->hash : ctx->len);",
         "5: return steer_spread(table, steer_random() & 1 ? ctx->hash : ctx->len);",
-        "the compiler chose between two fields of ctx and then read; read each into",
+        "the compiler has merged two reads of ctx into one; read each into a variable first",
     ),
 }
 
@@ -453,7 +453,7 @@ def test_find() -> None:
 
 def test_found_policy_is_another_when_its_text_is(mine: Path) -> None:
     first = find.find(str(mine))
-    assert (first.name, first.source, first.is_own) == ("mine", str(mine), True)
+    assert (first.name, first.source, first.is_custom) == ("mine", str(mine), True)
     assert first == find.find(str(mine))
     mine.write_text(mine.read_text() + "\n")
     assert first != find.find(str(mine))

@@ -194,6 +194,6 @@ def test_reload_runs_what_the_headers_say_now(service: StartService, home: Path)
     assert programs() != before
     (home / "by_macro.h").write_text("#define VALUE_by_macro nonsense\n")
     after = programs()
-    with pytest.raises(Refused, match=r"^compile mine\.c: bcc refuses it"):
+    with pytest.raises(Refused, match=r"^compile mine\.c: bcc rejects it"):
         running.ask("reload", timeout_s=None)
     assert programs() == after

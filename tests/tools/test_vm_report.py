@@ -11,7 +11,7 @@ from steer.policy.builtin import CBPF, EBPF, KERNEL
 from vm import report
 from vm.report import MIGRATE, Cell, Kernel, Machine, Record, Verified
 
-WHY = "Linux 5.10 has not got it; 5.14 has"
+WHY = "Linux 5.10 cannot migrate connections; use Linux 5.14 or later"
 NO = Finding(Answer.NO, WHY)
 
 

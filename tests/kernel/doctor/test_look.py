@@ -44,7 +44,7 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
             KernelError("load program steer_cpu", "EPERM", "see `steer doctor`", errno=EPERM),
             "bpf(2)",
         ),
-        (CompileError("compile cpu.c", "no bcc here", "install it"), "install it"),
+        (CompileError("compile cpu.c", "bcc is not installed", "install it"), "install it"),
     ],
 )
 def test_a_policy_that_is_refused_is_stepped_down_from(

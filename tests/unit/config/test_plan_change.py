@@ -17,7 +17,7 @@ from steer.config.service import FIELDS, Service
 from steer.errors import ConfigError, KernelError
 from steer.features import Answer, Finding
 from steer.loader import find
-from steer.policy.builtin import POLICIES, Policy, own
+from steer.policy.builtin import POLICIES, Policy, custom
 from steer.policy.cpus import Topology
 from steer.policy.declarations import Declared
 
@@ -269,7 +269,7 @@ def test_who_goes_back_tries_nothing_lower_at_first(
 
 
 def test_one_of_ones_own_cannot_be_on_classic_bpf() -> None:
-    mine = own("mine", "/srv/mine.c", Declared(), "")
+    mine = custom("mine", "/srv/mine.c", Declared(), "")
     service = Service(policy="/srv/mine.c")
     why_not = r"mine would steer nothing: ebpf: EPERM; cbpf: classic BPF cannot"
     chosen = candidates(service, mine, "cbpf")

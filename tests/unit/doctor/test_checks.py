@@ -199,7 +199,7 @@ ROUND_ROBIN = serving(policy="round-robin")
 HALF = features.Finding(
     Answer.UNKNOWN, "create BPF map steer_table: ENOMEM", "raise RLIMIT_MEMLOCK"
 )
-OLD = features.Finding(Answer.NO, "Linux 5.10.0 has not got it")
+OLD = features.Finding(Answer.NO, "Linux 5.10.0 cannot migrate connections")
 
 
 @pytest.mark.parametrize(
@@ -711,7 +711,7 @@ def test_what_works_is_found_out_once_and_what_does_not_again_and_again(
     [
         (features.Finding(Answer.YES), True),
         (features.Finding(Answer.NO, "EINVAL", errno=errno.EINVAL), True),
-        (features.Finding(Answer.NO, "Linux 5.4 has not got it"), True),
+        (features.Finding(Answer.NO, "Linux 5.4 cannot migrate connections"), True),
         (REFUSED, False),
         (features.Finding(Answer.NO, "no libbpf", errno=errno.ENOENT), False),
         (features.Finding(Answer.UNKNOWN, "ENOMEM", errno=errno.ENOMEM), False),
@@ -747,7 +747,7 @@ def test_kernel_without_links_is_told_from_one_that_looks_for_the_program(
     monkeypatch.setattr(programs, "Link", link)
     found = probe.count()
     assert (found.answer, found.errno) == (Answer.NO, errno.EINVAL)
-    assert str(found.note).endswith(" has no BPF_LINK_CREATE; 5.7 has")
+    assert str(found.note).endswith(" has no BPF_LINK_CREATE; use Linux 5.7 or later")
 
 
 @pytest.mark.parametrize(

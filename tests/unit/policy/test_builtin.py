@@ -58,7 +58,7 @@ def test_a_row_is_whole(row: Policy) -> None:
     assert row.summary
     assert "\n" not in row.summary
     assert row.table in LAYOUTS
-    assert not row.is_own
+    assert not row.is_custom
     assert bool(row.no_cbpf) == (row.source is not None and row.assemble is None)
 
 
@@ -92,12 +92,12 @@ def test_what_a_policy_takes_has_its_place() -> None:
 
 def test_one_of_ones_own_runs_as_ebpf_or_not_at_all() -> None:
     says = declarations.Declared("mine", "ring")
-    mine = builtin.own("mine", "/srv/mine.c", says, "0123")
-    assert mine.is_own
+    mine = builtin.custom("mine", "/srv/mine.c", says, "0123")
+    assert mine.is_custom
     assert mine.backends == ("ebpf", "kernel")
     assert mine.no_cbpf == "classic BPF cannot run a custom policy"
     assert (mine.summary, mine.table, mine.declared, mine.digest) == ("mine", "ring", says, "0123")
-    assert mine != builtin.own("mine", "/srv/mine.c", says, "4567"), (
+    assert mine != builtin.custom("mine", "/srv/mine.c", says, "4567"), (
         "another text is another policy"
     )
 

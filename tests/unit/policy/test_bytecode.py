@@ -99,9 +99,7 @@ def test_a_plain_64_bit_number_is_no_map() -> None:
 @pytest.mark.parametrize("number", [0, 3, -1, 0x57EE0000, 0x57EE0000 | len(abi.MAPS) + 1])
 def test_an_unknown_map_is_refused(kind: int, number: int) -> None:
     raw = EXIT + struct.pack("=BBhi", abi.BPF_LD_IMM64, kind << 4, 0, number) + bytes(8)
-    with pytest.raises(
-        ValueError, match=r"^instruction 1 speaks of a map that steer\.h does not have$"
-    ):
+    with pytest.raises(ValueError, match=r"^instruction 1 uses a map that steer\.h does not have$"):
         unlink(raw)
 
 

@@ -571,7 +571,7 @@ def test_as_long_as_the_kernel_takes_and_no_longer() -> None:
     program = classic.by_share(many(2044), {slot: slot for slot in range(2044)})
     assert len(program) == MAX_INSNS
     accept(program)
-    with pytest.raises(TooLong, match=r"^4097 instructions; classic BPF takes 4096$"):
+    with pytest.raises(TooLong, match=r"^4097 instructions; the limit of classic BPF is 4096$"):
         classic.by_cpu(many(2045), {})
 
 
