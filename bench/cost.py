@@ -34,7 +34,7 @@ from steer.linux import descriptors
 from steer.loader import bpf_maps, cost, libbpf
 from steer.loader.programs import Program
 from steer.policy.bytecode import Code
-from steer.sockets import reuseport
+from steer.sockets import group_program, reuseport
 
 SLOTS = (8, 64, 1024)
 EMPTY = "empty program"
@@ -183,7 +183,7 @@ class Group:
 
     def cost_ns(self, program: libbpf.Descriptor, flood: Flood, batches: int) -> float:
         """The mean of one run."""
-        reuseport.attach_ebpf(self._any, program.fileno())
+        group_program.attach_ebpf(self._any, program.fileno())
         flood.send(1)
         before_ns, before = cost.spent(program)
         flood.send(batches)

@@ -29,7 +29,7 @@ from steer.api.service import Config, Settings
 from steer.config.address import Bind
 from steer.config.service import as_toml
 from steer.errors import NotRunning, WorkersFailed
-from steer.sockets import reuseport
+from steer.sockets import port_checks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def service(*, timeout_s: float = 30.0, **settings: Unpack[Settings]) -> Iterato
         ConfigError: as `steer.Config`.
         WorkersFailed: it did not start in time; `detail` has what it wrote.
     """
-    free = reuseport.with_port(Bind("tcp", "127.0.0.1", 0))
+    free = port_checks.with_port(Bind("tcp", "127.0.0.1", 0))
     settings.setdefault("bind", f"{free.address}:{free.port}")
     settings.setdefault("name", "test")
     with tempfile.TemporaryDirectory(prefix="steer-") as directory:

@@ -15,7 +15,7 @@ from steer.config.service import Service, changed
 from steer.errors import GroupError
 from steer.linux import topology
 from steer.loader import find
-from steer.sockets import reuseport
+from steer.sockets import port_checks, reuseport
 
 _NO_PARAMS: Mapping[str, int] = {}
 
@@ -121,11 +121,11 @@ class ReuseportGroup:
         self._slots.make_free(slot, cpu)
         settings = self._slots.plan.service.settings
         if not self._slots.was_joined:
-            reuseport.check_free(self._bind, settings)
+            port_checks.check_free(self._bind, settings)
         try:
             sock = reuseport.member(self._bind, backlog, settings=settings)
         except OSError as error:
-            raise reuseport.bind_error(self._bind, error) from None
+            raise port_checks.bind_error(self._bind, error) from None
         try:
             self._slots.join(slot, sock, weight, cpu)
         except BaseException:

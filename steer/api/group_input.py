@@ -10,7 +10,7 @@ from steer.config import address
 from steer.config.address import Bind
 from steer.config.service import MAX_WORKERS
 from steer.errors import ConfigError, GroupError
-from steer.sockets import members, reuseport
+from steer.sockets import members, port_checks
 
 
 def bind_of(text: str) -> Bind:
@@ -20,7 +20,7 @@ def bind_of(text: str) -> Bind:
         ConfigError: it is no address.
         BindError: it cannot be had.
     """
-    return reuseport.with_port(address.parse(text, any_port=True))
+    return port_checks.with_port(address.parse(text, any_port=True))
 
 
 def text_of(bind: Bind) -> str:

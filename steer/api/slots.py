@@ -22,7 +22,7 @@ from steer.errors import ConfigError, GroupError, KernelError
 from steer.loader import shared_memory
 from steer.policy.builtin import Policy
 from steer.policy.layout import Member
-from steer.sockets import listeners, reuseport
+from steer.sockets import listeners, port_checks, reuseport
 
 
 class SlotCounts(msgspec.Struct, frozen=True):
@@ -208,7 +208,7 @@ class Slots:
         try:
             own = reuseport.member(self.bind, 1)
         except OSError as error:
-            why = reuseport.bind_error(self.bind, error)
+            why = port_checks.bind_error(self.bind, error)
             raise KernelError(why.what, why.cause, why.cure, errno=why.errno) from None
         with own:
             yield {0: own}

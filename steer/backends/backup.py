@@ -20,7 +20,7 @@ from steer.backends.connections import Counting
 from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.config.service import Service
-from steer.sockets import listeners, reuseport
+from steer.sockets import listeners, port_checks, reuseport
 
 COUNT = abi.BACKUPS
 
@@ -205,7 +205,7 @@ class Pair:
         try:
             return reuseport.member(bind, service.backlog, bound, service.settings)
         except OSError as error:
-            raise reuseport.bind_error(bind, error) from None
+            raise port_checks.bind_error(bind, error) from None
 
     def receive(self, fds: Sequence[int]) -> None:
         """See `BackupListeners.receive`."""

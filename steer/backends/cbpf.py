@@ -22,7 +22,7 @@ from steer.errors import KernelError
 from steer.policy import builtin, classic
 from steer.policy.builtin import LayoutContext
 from steer.policy.layout import Layout, Member, by_share
-from steer.sockets import listeners, reuseport
+from steer.sockets import group_program, listeners, reuseport
 
 
 class StoredCbpf(msgspec.Struct):
@@ -81,8 +81,8 @@ class Cbpf(WithoutEbpf):
             program = _assemble(plan, layout, indexes, self._seed)
         except classic.TooLong as error:
             raise KernelError(f"assemble {plan.policy.name}", str(error)) from None
-        with reuseport.scratch() as sock:
-            reuseport.attach_cbpf(sock.fileno(), program)
+        with group_program.scratch() as sock:
+            group_program.attach_cbpf(sock.fileno(), program)
 
     @property
     def notes(self) -> Sequence[str]:
@@ -132,7 +132,7 @@ class Cbpf(WithoutEbpf):
         program, fds = self._programs[bind], self._held.get(slot, ())
         if program is None or not fds or self._plan.binds[bind].protocol == "tcp":
             return None  # a listener is in its group as long as it listens
-        if reuseport.is_locked(fds[bind]):
+        if group_program.is_locked(fds[bind]):
             return None
         return _is_attached(fds[bind], program)
 
@@ -219,7 +219,7 @@ class Cbpf(WithoutEbpf):
             chosen = None if bind in self._order.unknown else layout or self._anyone(bind, members)
             if members and chosen is None:
                 self._programs[bind] = None
-                reuseport.detach(next(iter(members.values())))
+                group_program.detach(next(iter(members.values())))
             elif members and chosen is not None:
                 self._attach_to(bind, members, chosen)
 
@@ -236,10 +236,10 @@ class Cbpf(WithoutEbpf):
             members: descriptors by slot.
         """
         program = _assemble(self._plan, layout, self._order.indexes(bind), self._seed)
-        through = reuseport.unlocked(list(members.values()))
-        if bind in self.anchors and reuseport.is_locked(through):
+        through = group_program.unlocked(list(members.values()))
+        if bind in self.anchors and group_program.is_locked(through):
             # All workers may have locked their sockets. The anchor is not locked.
-            reuseport.attach_cbpf(self.anchors[bind].fileno(), program)
+            group_program.attach_cbpf(self.anchors[bind].fileno(), program)
         elif not _is_attached(through, program):
             there = {slot: fd for slot, fd in members.items() if fd != through}
             if not there:
@@ -295,8 +295,8 @@ def _is_attached(fd: int, program: list[classic.Insn]) -> bool:
         KernelError
     """
     try:
-        reuseport.attach_cbpf(fd, program)
-    except reuseport.NoMember:
+        group_program.attach_cbpf(fd, program)
+    except group_program.NoMember:
         return False
     return True
 

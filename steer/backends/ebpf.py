@@ -23,7 +23,7 @@ from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.policy import layout
 from steer.policy.layout import Layout, Member
-from steer.sockets import listeners, reuseport
+from steer.sockets import group_program, listeners
 
 
 class StoredEbpf(msgspec.Struct):
@@ -149,7 +149,7 @@ class Ebpf(EbpfCounters):
 
     def rejoin(self, slot: int, bind: int, sock: socket.socket) -> None:
         self._groups.put_back(bind, slot, sock.fileno())
-        with suppress(reuseport.NoMember):
+        with suppress(group_program.NoMember):
             groups.attach_through(sock.fileno(), self._policy.programs[bind])
 
     def migrate_queue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
@@ -205,7 +205,7 @@ class Ebpf(EbpfCounters):
     def reattach(self, lend: Lend) -> None:
         with self.backup.or_lent(lend) as sockets:
             for bind, sock in sockets.items():
-                with suppress(reuseport.NoMember):
+                with suppress(group_program.NoMember):
                     groups.attach_through(sock.fileno(), self._policy.programs[bind])
 
     def detach(self, lend: Lend) -> None:
@@ -214,7 +214,7 @@ class Ebpf(EbpfCounters):
             self.backup.shut_down()
             self._anchors.close()
             for sock in lent.values():
-                reuseport.detach(sock.fileno())
+                group_program.detach(sock.fileno())
         # The maps may live on for a while, and a socket can be in one sockarray only.
         self._groups.remove(range(self.backup.slots.stop))
 

@@ -15,7 +15,7 @@ from steer.backends.base import Counts
 from steer.config.plan import Plan
 from steer.errors import KernelError
 from steer.loader import bpf_maps, libbpf
-from steer.sockets import reuseport
+from steer.sockets import group_program
 
 
 class GroupMaps:
@@ -129,8 +129,8 @@ def attach_through(sock: int, program: libbpf.Descriptor) -> None:
     Raises:
         KernelError
     """
-    with suppress(reuseport.Locked):
-        reuseport.attach_ebpf(sock, program.fileno())
+    with suppress(group_program.Locked):
+        group_program.attach_ebpf(sock, program.fileno())
 
 
 def switch_programs(
@@ -150,6 +150,6 @@ def switch_programs(
     """
     with ExitStack() as undo:
         for bind, sock in sockets.items():
-            reuseport.attach_ebpf(sock.fileno(), programs[bind].fileno())
-            undo.callback(reuseport.attach_ebpf, sock.fileno(), before[bind].fileno())
+            group_program.attach_ebpf(sock.fileno(), programs[bind].fileno())
+            undo.callback(group_program.attach_ebpf, sock.fileno(), before[bind].fileno())
         undo.pop_all()

@@ -18,7 +18,7 @@ from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.policy import classic
 from steer.policy.layout import Member
-from steer.sockets import reuseport
+from steer.sockets import group_program
 
 
 class Kernel(WithoutEbpf):
@@ -118,7 +118,7 @@ class Kernel(WithoutEbpf):
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
         for socks in there.values():
             for sock in socks.values():
-                reuseport.detach(sock.fileno())
+                group_program.detach(sock.fileno())
 
     def release(self) -> None:
         pass

@@ -8,7 +8,7 @@ from contextlib import suppress
 from steer import features
 from steer.config.plan import Plan
 from steer.errors import KernelError, Note
-from steer.sockets import reuseport
+from steer.sockets import listeners
 
 STILL_CHOSEN = (
     "a worker that hangs, is at capacity or is to end gets connections until it closes its socket"
@@ -41,7 +41,7 @@ def may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
 def _connections_lost(migrates: bool | None) -> str:
     """Where our program does not move them; "" where the kernel does."""
     try:
-        told = reuseport.tcp_migrate_req()
+        told = listeners.tcp_migrate_req()
     except KernelError as error:
         return f"connections {_MAY_BE_LOST}: {_UNTOLD} ({error})"
     if told:
@@ -55,7 +55,7 @@ def _connections_lost(migrates: bool | None) -> str:
 def kernel_migrates() -> bool:
     """Whether the kernel's hash is known to move queues."""
     with suppress(KernelError):
-        return bool(reuseport.tcp_migrate_req())
+        return bool(listeners.tcp_migrate_req())
     return False
 
 

@@ -24,7 +24,7 @@ from steer.control.record import Worker
 from steer.linux import family, processes
 from steer.linux.family import Family
 from steer.linux.services import Member
-from steer.sockets import lifeline, reuseport
+from steer.sockets import lifeline, port_checks
 
 _LOOK_AGAIN_S = 0.05
 _KILLED_S = 2.0
@@ -159,5 +159,5 @@ class _Ending:
 
 def is_in_the_way(left: Abandoned, binds: Iterable[Bind]) -> bool:
     """Whether one of its processes is at one of these addresses."""
-    at = {holder.pid for bind in binds for holder in reuseport.holders(bind)}
+    at = {holder.pid for bind in binds for holder in port_checks.holders(bind)}
     return any(at.intersection(processes.descendants(pid)) for pid, _ in left.workers)

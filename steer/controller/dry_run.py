@@ -20,7 +20,7 @@ from steer.errors import AppLoadError
 from steer.linux import descriptors, fork, identity
 from steer.policy.builtin import KERNEL
 from steer.policy.layout import Member
-from steer.sockets import reuseport, sockopt
+from steer.sockets import port_checks, sockopt
 from steer.workers import visibility
 
 
@@ -68,7 +68,7 @@ def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
     found = DryRun(stands, notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
-        reuseport.check_free(bind, service.settings)
+        port_checks.check_free(bind, service.settings)
     return found
 
 

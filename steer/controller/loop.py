@@ -31,7 +31,7 @@ from steer.health.groups import Groups
 from steer.health.split import Splits
 from steer.linux import output
 from steer.linux.child_ends import ChildEnds
-from steer.sockets import reuseport
+from steer.sockets import port_checks
 from steer.workers import supervision  # noqa: F401 - `WorkerPool.watch` needs it, then at once
 from steer.workers.handle import WorkerHandle
 from steer.workers.pool import QUICK_S
@@ -164,7 +164,7 @@ class ControllerLoop:
         inodes = frozenset(os.fstat(sock.fileno()).st_ino for sock in own)
         ours = inodes.union(*(each.inodes for each in processes))
         for bind in self._service.plan.binds:
-            reuseport.refuse_strangers(bind, ours)
+            port_checks.refuse_strangers(bind, ours)
 
     def _say_ready(self) -> None:
         if self._state.is_stopping:

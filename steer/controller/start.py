@@ -21,7 +21,7 @@ from steer.controller.slow_steps import while_heard
 from steer.linux import services
 from steer.loader import find
 from steer.policy.builtin import EBPF
-from steer.sockets import reuseport, sockopt
+from steer.sockets import port_checks, sockopt
 from steer.values import plural
 
 
@@ -70,7 +70,7 @@ class Start:
             plan.name, plan.service.control_socket, environment, lost=self._lost
         )
         # To look through all processes takes time, and is for nothing where ports are free.
-        is_held = any(map(reuseport.is_held, plan.binds))
+        is_held = any(map(port_checks.is_held, plan.binds))
         unattended = services.unattended(environment) if is_held else ()
         for left in abandoned.find(places, unattended):
             is_here = left.control is not None and bool(record.left(left.control))
@@ -86,7 +86,7 @@ class Start:
         plan = self._service.plan
         for bind in plan.binds:
             if bind.label == step.object:
-                reuseport.check_free(bind, plan.service.settings)
+                port_checks.check_free(bind, plan.service.settings)
 
     def load_policy(self, _step: Step) -> None:
         service, policy = self._service, self._service.plan.policy

@@ -18,7 +18,7 @@ from steer import abi
 from steer.config.address import Bind
 from steer.loader import bpf_maps, libbpf, programs
 from steer.policy.bytecode import Code
-from steer.sockets import reuseport
+from steer.sockets import group_program, reuseport
 
 EMPTY = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
@@ -85,7 +85,7 @@ def _group(sockets_map: bpf_maps.Map, stack: ExitStack) -> socket.socket:
 
 
 def _mean_ns(program: libbpf.Descriptor, member: socket.socket, flood: _Flood) -> float:
-    reuseport.attach_ebpf(member.fileno(), program.fileno())
+    group_program.attach_ebpf(member.fileno(), program.fileno())
     flood.send(1)
     before_ns, before = spent(program)
     flood.send(_BATCHES)

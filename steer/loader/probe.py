@@ -16,7 +16,7 @@ from steer.loader import bpf_maps, programs
 from steer.loader.libbpf import Descriptor, NoLibrary
 from steer.policy.builtin import CBPF, EBPF
 from steer.policy.bytecode import Code
-from steer.sockets import listeners, reuseport
+from steer.sockets import group_program, listeners
 
 _PASS = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
@@ -72,8 +72,11 @@ def ebpf(maps: Iterable[str] = abi.MAPS) -> Finding:
     try:
         for name in maps:
             bpf_maps.Map(name).close()
-        with _program(_PASS, abi.BPF_SK_REUSEPORT_SELECT) as program, reuseport.scratch() as sock:
-            reuseport.attach_ebpf(sock.fileno(), program.fileno())
+        with (
+            _program(_PASS, abi.BPF_SK_REUSEPORT_SELECT) as program,
+            group_program.scratch() as sock,
+        ):
+            group_program.attach_ebpf(sock.fileno(), program.fileno())
     except KernelError as error:
         release = os.uname().release
         if features.EBPF.is_newer_than(release):
@@ -98,8 +101,8 @@ def migrate() -> Finding:
 def cbpf() -> Finding:
     """Can a classic BPF program be attached? Needs no privilege."""
     try:
-        with reuseport.scratch() as sock:
-            reuseport.attach_cbpf(sock.fileno(), [(0x06, 0, 0, 0)])
+        with group_program.scratch() as sock:
+            group_program.attach_cbpf(sock.fileno(), [(0x06, 0, 0, 0)])
     except KernelError as error:
         return _finding(error)
     return Finding(Answer.YES)
@@ -108,7 +111,7 @@ def cbpf() -> Finding:
 def borrow() -> Finding:
     """Can a descriptor of another process be duplicated? Tried on this process itself."""
     try:
-        with reuseport.scratch() as sock:
+        with group_program.scratch() as sock:
             os.close(listeners.pidfd_getfd(os.getpid(), sock.fileno()))
     except OSError as error:
         return _finding(KernelError.from_oserror("duplicate a descriptor", error))

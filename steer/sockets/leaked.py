@@ -1,7 +1,7 @@
-"""Sockets of a worker that has ended, and that others still have open.
+"""Sockets of a worker that has ended, and that other processes still have open.
 
-A program that a worker started has its listeners unless they were closed on execve(2). The
-kernel goes on choosing such a listener, and nobody takes what waits there.
+A program that a worker started inherits its listeners, unless they are closed on execve(2). The
+kernel still selects such a listener, but no process accepts the connections that wait there.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from steer.sockets.listeners import Borrower
 
 
 class LeakedSocket(msgspec.Struct, frozen=True):
-    """A socket that outlived its worker, and who has it open.
+    """A socket that outlived its worker, and a process that has it open.
 
     Args:
-        pid, command: None where no process could be seen to have it open.
+        pid, command: None if the process could not be found.
     """
 
     bind: Bind
@@ -37,15 +37,16 @@ class LeakedSocket(msgspec.Struct, frozen=True):
 
 
 class Snapshot:
-    """What the kernel and /proc tell of the sockets of workers that have ended: for all of them,
-    each port is asked for once. To be made after they have ended."""
+    """What the kernel and /proc say about the sockets at each port, looked up once.
+
+    Make it after the workers have ended, and share it among those that ended together."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, int, int], Collection[int] | None] = {}
         self._holders: dict[Bind, list[port_holders.Holder]] = {}
 
     def is_open(self, bind: Bind, inode: int) -> bool:
-        """Whether anybody has the socket open, as far as that can be told so cheaply."""
+        """Whether a process has the socket open; True if the kernel does not say."""
         at = bind.protocol, socket.AF_INET6 if bind.is_v6 else socket.AF_INET, bind.port
         if at not in self._open:
             self._open[at] = _open_at(*at)
@@ -53,7 +54,7 @@ class Snapshot:
         return there is None or inode in there
 
     def holders(self, bind: Bind, inode: int) -> list[LeakedSocket]:
-        """Whoever has it open."""
+        """Who has the socket open."""
         if bind not in self._holders:
             self._holders[bind] = _holders(bind)
         here = self._holders[bind]
@@ -71,13 +72,13 @@ def find(
     everywhere: bool,
     snapshot: Snapshot | None = None,
 ) -> list[LeakedSocket]:
-    """Those of one worker.
+    """Find the leaked sockets of one worker.
 
     Args:
         inodes: of its sockets, one for each bind, see `processes.socket_inode`.
-        family: processes that are left of it.
-        everywhere: also where other processes have them, but for ones of steer's own.
-        snapshot: shared with others that ended at the same time.
+        family: processes of the worker that still run.
+        everywhere: look in all processes of the machine, except those of steer.
+        snapshot: shared with other workers that ended at the same time.
     """
     by_inode = dict(zip(inodes, binds, strict=True))
     snapshot = snapshot or Snapshot()
@@ -95,14 +96,14 @@ def find(
 
 
 def shut_down(leaks: Iterable[LeakedSocket]) -> Iterator[tuple[LeakedSocket, str]]:
-    """End them, whoever has them: what waits at a listener moves on as if that were closed
-    (shutdown(2); inet_csk_listen_stop() of the kernel).
+    """Shut leaked sockets down, so that what waits in a listener moves to others as if the listener
+    were closed (shutdown(2); inet_csk_listen_stop() of the kernel).
 
-    One process that lends a socket is enough for all that have it open. Where those that are
-    known do not, others are looked for.
+    To shut a socket down, it is borrowed from one of the processes that have it open. If none of
+    the known ones lends it, other processes are tried.
 
     Returns:
-        Each, with the reason why that could not be done; empty if it was.
+        Each leaked socket, and why it could not be shut down; "" if it was.
     """
     by_inode: dict[int, list[LeakedSocket]] = {}
     for leak in leaks:
@@ -112,7 +113,11 @@ def shut_down(leaks: Iterable[LeakedSocket]) -> Iterator[tuple[LeakedSocket, str
 
 
 def _shut_down_one(holders: list[LeakedSocket]) -> Iterator[tuple[LeakedSocket, str]]:
-    """The same of one socket, with all that are known to have it open."""
+    """Shut one socket down.
+
+    Args:
+        holders: the processes that are known to have it open.
+    """
     refusals = _refusals(holders)
     if all(refusals):
         tried = {leak.pid for leak in holders}
@@ -126,7 +131,7 @@ def _shut_down_one(holders: list[LeakedSocket]) -> Iterator[tuple[LeakedSocket, 
 
 
 def _refusals(holders: Iterable[LeakedSocket]) -> list[str]:
-    """Why each does not lend it; those that come after one who did are not asked."""
+    """Why each process does not lend the socket. Those after one that lends it are not asked."""
     refusals: list[str] = []
     for leak in holders:
         refusals.append("" if "" in refusals else _shut_down(leak))
@@ -140,7 +145,7 @@ def _open_in(pid: int) -> set[int]:
 
 
 def _open_at(protocol: str, family: int, port: int) -> Collection[int] | None:
-    """None where it cannot be told so cheaply: then it is looked for who has each."""
+    """The inodes of the sockets at a port; None if the kernel does not say."""
     try:
         return sock_diag.waiting(protocol, family, port).keys()
     except KernelError:
@@ -151,12 +156,15 @@ def _holders(bind: Bind) -> list[port_holders.Holder]:
     protocol: port_holders.Protocol = "udp" if bind.protocol == "udp" else "tcp"
     try:
         return port_holders.holders(protocol, bind.address, bind.port)
-    except OSError:  # no descriptor to look with: the worker's place does not wait for that
+    except OSError:  # no descriptor is left: do not delay the next worker in this slot
         return []
 
 
 def _shut_down(leak: LeakedSocket) -> str:
-    """A UDP socket cannot be shut down; but connected to nobody it gets nothing more."""
+    """Shut a socket down; why that failed, or "".
+
+    A UDP socket cannot be shut down. It is connected to an address that sends nothing instead.
+    """
     if leak.pid is None:
         return "what comes for it waits for nobody; end that process"
     try:
@@ -164,7 +172,7 @@ def _shut_down(leak: LeakedSocket) -> str:
             for sock in lent.values():
                 if leak.bind.protocol == "udp" and not members.cut_off(sock):
                     return "datagrams that the kernel gives it are lost until that process ends"
-                with suppress(OSError):  # it was already, through another process
+                with suppress(OSError):  # another process has shut it down already
                     sock.shutdown(socket.SHUT_RDWR)
     except KernelError as error:
         return str(error)

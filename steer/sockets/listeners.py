@@ -1,8 +1,7 @@
-"""The sockets of a worker, borrowed for a moment: looked at, and their queues moved.
+"""Borrow the sockets of a worker for a moment, to look at their queues or to move them.
 
-The controller keeps no duplicate of a worker's socket, as one that is kept goes on
-listening, and being chosen, after the worker has died. It takes one when it needs one, and
-gives it back at once.
+The controller keeps no duplicate of a worker's socket, because a duplicate would listen on, and be
+selected, after the worker has died. It makes one when it needs one, and closes it at once.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from steer.linux.procfs import Files
 
 
 class Borrower:
-    """Lends the sockets of one worker, wherever in it they are open.
+    """Lends the sockets of one worker, whichever of its processes has them open.
 
-    The first process of a worker may be a shell or an arbiter, and the sockets be in use by
-    one that descends from it. Where each was found is remembered and tried first: so
-    borrowing takes some microseconds, and as much again for each open file when it has to
-    search. It searches every time while one of the sockets is open nowhere in the worker.
+    The first process of a worker may be a shell or a master process, and only a descendant of it
+    may have the sockets open. Where each socket was found is remembered and tried first, so
+    borrowing takes some microseconds. A search takes as much again for each open file. While the
+    worker has closed one of the sockets, every call searches.
 
     Args:
         pid: the worker's first process.
@@ -47,9 +46,9 @@ class Borrower:
         """Duplicates of the sockets by inode, closed on leaving; those that the worker has
         closed are left out.
 
-        A duplicate shares its file description with the worker: set nothing on it that the
-        worker does not expect, O_NONBLOCK (`settimeout`) above all. Start no process
-        meanwhile, which would inherit it.
+        A duplicate shares its file description with the worker: do not change what the worker
+        relies on, above all O_NONBLOCK (`settimeout`). Start no process meanwhile, because it
+        would inherit the duplicates.
 
         Raises:
             KernelError: refused (pidfd_getfd(2) asks for PTRACE_MODE_ATTACH_REALCREDS, see
@@ -96,7 +95,7 @@ class _Place(msgspec.Struct, frozen=True):
 
 
 def _duplicate(place: _Place, refusals: list[KernelError]) -> socket.socket | None:
-    """None if the socket is there no more, or not for us."""
+    """None if the socket is no longer there, or may not be borrowed."""
     try:
         fd = pidfd_getfd(place.pid, place.fd)
     except OSError as error:
@@ -138,13 +137,13 @@ _CURES = {
 
 
 class Waiting(msgspec.Struct, frozen=True):
-    """What waits in a socket to be taken by its process.
+    """What waits in a socket for its process.
 
     Args:
         queued: TCP: connections not yet accepted; UDP: bytes of memory that received
-            datagrams take, overhead included. That of UDP falls to 0 with the last
-            datagram, but before only by a quarter of the buffer at a time
-            (udp_rmem_release() of net/ipv4/udp.c).
+            datagrams take, overhead included. It falls to 0 with the last datagram, but before
+            that only in steps of a quarter of the buffer (udp_rmem_release() of
+            net/ipv4/udp.c).
         limit: the backlog (TCP; one connection more is let in) or the receive buffer in
             bytes (UDP).
     """
@@ -160,7 +159,7 @@ _TCP_LISTEN = 10  # include/net/tcp_states.h
 
 
 def waiting(sock: socket.socket) -> Waiting:
-    """What waits in a TCP listener or UDP socket; in a socket that does not listen, nothing.
+    """What waits in a TCP listener or UDP socket; nothing if a TCP socket does not listen.
 
     Of a listener, tcpi_unacked is the accept queue and tcpi_sacked its backlog
     (tcp_get_info() of net/ipv4/tcp.c).
@@ -174,12 +173,12 @@ def waiting(sock: socket.socket) -> Waiting:
 
 
 def is_waited_for(sock: socket.socket) -> bool:
-    """Whether connections wait at it; a UDP socket's datagrams cannot be moved, so do not count."""
+    """Whether connections wait in a listener. Datagrams cannot be moved and do not count."""
     return sock.type == socket.SOCK_STREAM and waiting(sock).queued > 0
 
 
 def end(fd: int) -> None:
-    """Have a listener listen no more, whoever has it open."""
+    """Shut a listener down, even if other processes have it open."""
     with suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -188,29 +187,31 @@ def end(fd: int) -> None:
 
 
 def move_queue(sock: socket.socket) -> None:
-    """Send what waits in a listener's accept queue to others of its group; it listens on, with
-    the backlog it had.
+    """Move the connections in a listener's accept queue to other listeners of its group. The
+    listener listens on with the same backlog.
 
-    The group must migrate, by its program or net.ipv4.tcp_migrate_req, or the queue is reset;
-    so it is where nobody else listens. First take the socket out of the table and let
-    programs that run end: without that some connections that just then come in are reset
-    (2 of 26,000 in 600 moves on 6.18; none of 66,000 with it). The kernel forgets its place
-    in every REUSEPORT_SOCKARRAY: put it there again. A handshake that was half done ends at
-    this listener, and then waits there: look again later.
+    The group must migrate, by its program or by net.ipv4.tcp_migrate_req. Otherwise, or if no
+    other socket of the group listens, the kernel resets the connections.
 
-    The owner keeps its descriptor, and its waits:
+    Before the call, remove the socket from the table and wait until running programs have ended.
+    Without that, some connections that arrive at this moment are reset (2 of 26,000 in 600 moves
+    on 6.18; none of 66,000 with it). After the call, put the socket into its
+    REUSEPORT_SOCKARRAY again, as the kernel has removed it. A handshake that was under way
+    completes at this listener and waits there: look again later.
 
-    - Busy, stopped, or asleep elsewhere: it sees nothing, now or later; no event, no error,
-      no SO_ERROR. A stopped one that was in accept(2), poll(2) or epoll_wait(2) waits on.
-    - Awake and waiting on this very listener: it is woken, and if it looks between the two
-      calls below, some microseconds apart, it finds EPOLLHUP and accept(2) fails with
-      EINVAL; just after, with EAGAIN or not at all. On 6.18, of 2,000 moves: on the same CPU
-      1,000; on another one 0 to 4; where the scheduler puts it 50 to 300. asyncio logs that
-      and goes on, gunicorn's sync worker ends. So move only the queue of one that takes
-      nothing from it, and not an empty one.
+    The worker keeps its descriptor. What it notices depends on what it does:
 
-    The socket keeps its options but TCP_MAXSEG and TCP_WINDOW_CLAMP (tcp_disconnect() of
-    net/ipv4/tcp.c). It must have been bound to a port: bound to port 0 it gets another.
+    - A worker that is busy, stopped, or asleep elsewhere notices nothing, now or later: no event,
+      no error, no SO_ERROR. A stopped worker in accept(2), poll(2) or epoll_wait(2) waits on.
+    - A worker that is awake and waits on this listener is woken. The two calls below are some
+      microseconds apart. If the worker looks between them it finds EPOLLHUP, and accept(2) fails
+      with EINVAL; just after them, accept(2) fails with EAGAIN or succeeds. Of 2,000 moves on
+      6.18, that happened in 1,000 on the same CPU, in 0 to 4 on another CPU, and in 50 to 300
+      where the scheduler placed the worker. asyncio logs the error and continues; gunicorn's sync
+      worker ends. So move only the queue of a worker that does not accept, and no empty queue.
+
+    The socket keeps its options except TCP_MAXSEG and TCP_WINDOW_CLAMP (tcp_disconnect() of
+    net/ipv4/tcp.c). It must have been bound to a port: if it was bound to port 0 it gets another.
 
     Raises:
         OSError: it does not listen (ENOTCONN).
@@ -218,3 +219,24 @@ def move_queue(sock: socket.socket) -> None:
     backlog = waiting(sock).limit
     sock.shutdown(socket.SHUT_RDWR)
     sock.listen(backlog)
+
+
+def tcp_migrate_req() -> bool | None:
+    """Whether the kernel moves connections from a closing listener to another listener of the group
+    without a program (ip-sysctl.rst, tcp_migrate_req).
+
+    None before Linux 5.14, which cannot migrate. Debian's 5.10.262 cannot, although it has the
+    file.
+
+    Raises:
+        KernelError: the file cannot be read, for example if /proc is mounted with subset=pid.
+    """
+    if features.MIGRATE.is_newer_than(os.uname().release):
+        return None
+    path = "/proc/sys/net/ipv4/tcp_migrate_req"
+    try:
+        with open(path) as stream:
+            return stream.read().strip() == "1"
+    except OSError as error:
+        cures = {errno.ENOENT: "mount /proc without subset=pid"}
+        raise KernelError.from_oserror(f"read {path}", error, cures) from None

@@ -12,7 +12,7 @@ from functools import cache
 from steer.config.address import Bind
 from steer.errors import KernelError
 from steer.policy import classic
-from steer.sockets import reuseport, sock_diag
+from steer.sockets import group_program, sock_diag
 
 _SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h
 _NOBODY: Mapping[int, Sequence[str]] = {
@@ -50,7 +50,7 @@ def connected_stay() -> bool:
         try:
             sock.bind(("127.0.0.1", 0))
             sock.connect(("127.0.0.1", _DISCARD))
-            reuseport.attach_cbpf(sock.fileno(), list(classic.NOTHING))
+            group_program.attach_cbpf(sock.fileno(), list(classic.NOTHING))
         except KernelError as error:
             return error.errno != errno.EINVAL
         except OSError:

@@ -10,7 +10,7 @@ from steer.config.address import Bind
 from steer.errors import BindError, KernelError, SteerError
 from steer.policy.builtin import KERNEL
 from steer.policy.layout import Member
-from steer.sockets import reuseport
+from steer.sockets import group_program, port_checks
 from steer.workers.worker_sockets import Sockets, WorkerSockets
 
 
@@ -36,7 +36,7 @@ def hand_over(
     """
     with sockets.all() as borrowed, sockets.usable() as lent:
         if fresh.name != KERNEL:
-            reuseport.refuse_locked(lent.values())
+            group_program.refuse_locked(lent.values())
         there = borrowed
         if fresh.needs_order:
             there = _in_order(borrowed, before.order, binds, sockets.inodes)
@@ -80,7 +80,7 @@ def _in_order(
         )
     for bind in binds:
         try:
-            reuseport.refuse_strangers(bind, ours)
+            port_checks.refuse_strangers(bind, ours)
         except BindError as error:
             raise KernelError(act, error.cause, error.cure) from None
     return {slot: there[slot] for slot in order}

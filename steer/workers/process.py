@@ -21,7 +21,7 @@ from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
 from steer.linux import fork, processes
 from steer.linux.family import Family
-from steer.sockets import reuseport
+from steer.sockets import port_checks, reuseport
 from steer.sockets.listeners import Borrower
 from steer.workers.channel import WorkerChannel
 from steer.workers.finish import Finishing
@@ -74,7 +74,7 @@ def _bound_to(bind: Bind, launch: Launch, anchored: bool) -> socket.socket:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise fork.fork_error(error) from None
-        raise reuseport.bind_error(bind, error) from None
+        raise port_checks.bind_error(bind, error) from None
 
 
 def fork_all(

@@ -9,7 +9,7 @@ from steer.child.launch import Launch
 from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
 from steer.linux import family
-from steer.sockets import reuseport
+from steer.sockets import port_checks, reuseport
 from steer.workers import process as worker_process
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles
@@ -102,4 +102,4 @@ class Spawner:
             return
         for index, bind in enumerate(launch.binds):
             if index not in backend.anchors:
-                reuseport.check_free(bind, launch.service.settings)
+                port_checks.check_free(bind, launch.service.settings)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from steer.errors import KernelError
-from steer.sockets import reuseport
+from steer.sockets import group_program
 from steer.workers.handle import WorkerHandle
 
 Sockets = Mapping[int, socket.socket]
@@ -38,8 +38,8 @@ class WorkerSockets:
     @contextmanager
     def usable(self) -> Iterator[Sockets]:
         """Those of one that serves, else of any; none where nobody is. Those through which no
-        program can be attached (`reuseport.Locked`, or out of their group) only where there is no
-        other.
+        program can be attached (`group_program.Locked`, or out of their group) only where there
+        is no other.
 
         Raises:
             KernelError: we may not.
@@ -59,11 +59,11 @@ class WorkerSockets:
 
     @contextmanager
     def naming_locked(self) -> Iterator[None]:
-        """What `reuseport.Locked` is raised in names the workers whose sockets are."""
+        """What `group_program.Locked` is raised in names the workers whose sockets are."""
         try:
             yield
-        except reuseport.Locked as error:
-            raise reuseport.locked(error.what, self._locked_slots()) from None
+        except group_program.Locked as error:
+            raise group_program.locked(error.what, self._locked_slots()) from None
 
     def _locked_slots(self) -> Sequence[int]:
         """Of the groups that no program can be attached to through any member; none where that
@@ -82,4 +82,4 @@ class WorkerSockets:
 
 
 def _is_locked(sock: socket.socket) -> bool:
-    return reuseport.is_locked(sock.fileno())
+    return group_program.is_locked(sock.fileno())

@@ -21,7 +21,7 @@ from steer.errors import KernelError
 from steer.policy import classic
 from steer.policy.builtin import CBPF, KERNEL
 from steer.policy.layout import Member
-from steer.sockets import reuseport
+from steer.sockets import group_program
 from testkit.clients import http_get
 from testkit.confine import NOBODY
 from testkit.crew import CPUS, KINDS, PORT, Crew, pinned, sources
@@ -233,7 +233,7 @@ def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
         crew.backend.open_anchors()
         assert crew.backend.anchors
         crew.serving()
-        attach, looks = reuseport.attach_cbpf, 0
+        attach, looks = group_program.attach_cbpf, 0
 
         def look_and_attach(fd: int, program: Sequence[classic.Insn]) -> None:
             nonlocal looks
@@ -245,7 +245,7 @@ def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
             crew.join(newcomer)
             crew.steer(newcomer)
             with monkeypatch.context() as patch:
-                patch.setattr(reuseport, "attach_cbpf", look_and_attach)
+                patch.setattr(group_program, "attach_cbpf", look_and_attach)
                 crew.leave(*(slot for slot in list(crew.sockets) if slot != newcomer))
             assert crew.count(30) == {newcomer: 30}
         assert looks

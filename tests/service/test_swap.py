@@ -22,7 +22,7 @@ from steer.config.plan_change import with_candidates
 from steer.errors import KernelError, Refused
 from steer.loader.find import find
 from steer.policy.builtin import CBPF, EBPF, KERNEL, POLICIES
-from steer.sockets import reuseport
+from steer.sockets import group_program
 from steer.sockets.listeners import Borrower
 from testkit.bpf_objects import bpf_ids
 from testkit.clients import BIND, answer, freeze, http_get, request, send, udp_ask
@@ -506,14 +506,14 @@ def test_at_a_group_that_fails_the_others_go_back(monkeypatch: pytest.MonkeyPatc
     with Crew(EBPF, "hash", *KINDS).serving() as crew:
         flows = sources("127.0.0.1", 40)
         before, made = crew.flows(flows), bpf_ids(os.getpid())
-        attach, calls = reuseport.attach_ebpf, count()
+        attach, calls = group_program.attach_ebpf, count()
 
         def fails_at_the_third(fd: int, program: int) -> None:
             if next(calls) == 2:
                 raise KernelError("attach", "ENOMEM")
             attach(fd, program)
 
-        monkeypatch.setattr(reuseport, "attach_ebpf", fails_at_the_third)
+        monkeypatch.setattr(group_program, "attach_ebpf", fails_at_the_third)
         with pytest.raises(KernelError, match="ENOMEM"):
             swap_crew(crew, "source")
         assert bpf_ids(os.getpid()) == made
@@ -742,7 +742,7 @@ def test_a_controller_that_was_killed_in_the_middle_of_a_swap(
     orphan(first)
     with Borrower(worker["pid"], frozenset(worker["sockets"])).borrow() as lent:
         for sock in lent.values():
-            reuseport.detach(sock.fileno())
+            group_program.detach(sock.fileno())
     service(*arguments)
     assert answers(20) == {1: 20}
 

@@ -30,7 +30,7 @@ from steer.loader.programs import _KINDS, Link, Program, shorten
 from steer.policy.builtin import CBPF, EBPF, POLICIES
 from steer.policy.bytecode import Code, PolicyObject
 from steer.policy.layout import Layout
-from steer.sockets import reuseport
+from steer.sockets import group_program, listeners, reuseport
 from testkit.bpf_objects import bpf_exists, bpf_ids
 from testkit.confine import NOBODY, as_user
 from testkit.crew import KINDS, Crew, sources
@@ -211,7 +211,7 @@ def test_sysctl_that_does_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatc
     for release, is_believed in (("5.14.0", True), ("5.10.0-46-amd64", False)):
         uname = os.uname_result(("", "", release, "", ""))
         monkeypatch.setattr(os, "uname", lambda told=uname: told)
-        assert (reuseport.tcp_migrate_req() is not None) == is_believed
+        assert (listeners.tcp_migrate_req() is not None) == is_believed
 
 
 @pytest.mark.needs("nobody")
@@ -299,7 +299,7 @@ def test_every_cpu_has_its_own_value() -> None:
 
 
 def test_socket_that_cannot_be_chosen_is_not_taken_in(netns: object) -> None:
-    with bpf_maps.Map("sockets", 4) as made, reuseport.scratch() as unbound:
+    with bpf_maps.Map("sockets", 4) as made, group_program.scratch() as unbound:
         with pytest.raises(KernelError, match="put entry 0: EINVAL"):
             made.put_socket(0, unbound.fileno())
         with reuseport.member(address.parse(KINDS["tcp4"]), 16) as listener:

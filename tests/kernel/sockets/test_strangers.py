@@ -14,7 +14,7 @@ from steer.config import address
 from steer.config.address import Bind
 from steer.errors import BindError, KernelError
 from steer.linux import port_holders, processes
-from steer.sockets import reuseport, sock_diag
+from steer.sockets import port_checks, reuseport, sock_diag
 from testkit.crew import KINDS
 
 pytestmark = pytest.mark.usefixtures("netns")
@@ -36,7 +36,7 @@ def test_nothing_is_looked_through_where_only_we_are(
     )
     with ExitStack() as stack:
         ours = members(stack, bind, number)
-        reuseport.refuse_strangers(bind, ours)
+        port_checks.refuse_strangers(bind, ours)
 
 
 @every_kind
@@ -45,7 +45,7 @@ def test_stranger_is_named(bind: Bind) -> None:
         ours = members(stack, bind, 3)
         members(stack, bind, 1)
         with pytest.raises(BindError, match=rf"\(pid {os.getpid()}\) joined it too"):
-            reuseport.refuse_strangers(bind, ours)
+            port_checks.refuse_strangers(bind, ours)
 
 
 @every_kind
@@ -58,10 +58,10 @@ def test_stranger_is_named_where_the_kernel_may_not_be_asked(
     monkeypatch.setattr(sock_diag.Ports, "at", refused)
     with ExitStack() as stack:
         ours = members(stack, bind, 3)
-        reuseport.refuse_strangers(bind, ours)
+        port_checks.refuse_strangers(bind, ours)
         members(stack, bind, 1)
         with pytest.raises(BindError, match="joined it too"):
-            reuseport.refuse_strangers(bind, ours)
+            port_checks.refuse_strangers(bind, ours)
 
 
 def test_who_is_at_another_address_of_the_port_is_no_stranger() -> None:
@@ -69,4 +69,4 @@ def test_who_is_at_another_address_of_the_port_is_no_stranger() -> None:
     with ExitStack() as stack:
         ours = members(stack, bind, 1)
         stack.enter_context(socket.create_server(("127.0.0.2", bind.port)))
-        reuseport.refuse_strangers(bind, ours)
+        port_checks.refuse_strangers(bind, ours)
