@@ -93,6 +93,10 @@ class Request:
     pid: int
     error: str = ""
 
+    @property
+    def was_reset(self) -> bool:
+        return "ConnectionResetError" in self.error
+
 
 @dataclass(frozen=True)
 class Held:
@@ -124,19 +128,29 @@ class Death:
         it in (inet_csk_reqsk_queue_add() of net/ipv4/inet_connection_sock.c). Without steer, and
         with tcp_migrate_req at 1, these were 3 of 57,000 in 11,750 closes on 6.18.
         """
-        was_reset = request.port == 0 and "ConnectionResetError" in request.error
+        was_reset = request.port == 0 and request.was_reset
         return was_reset and request.begun_s <= self.to_s and request.ended_s >= self.from_s
 
 
 def lost(
-    requests: Iterable[Request], helds: Sequence[Held], deaths: Sequence[Death] = ()
+    requests: Iterable[Request],
+    helds: Sequence[Held],
+    deaths: Sequence[Death] = (),
+    failed_migrations: int = 0,
 ) -> list[Request]:
     """Those without an answer that no killed worker had accepted; but for one handshake a
-    death, see `Death`."""
+    death, see `Death`.
+
+    Args:
+        failed_migrations: connections that the kernel reset as it migrated them to a listener
+            that was just closed, see findings/migration-to-a-closing-listener.sh.
+    """
     failed = (request for request in requests if request.error)
     unheld = [request for request in failed if not any(held.has(request) for held in helds)]
     for death in deaths:
         cut_off = next((request for request in unheld if death.cut_off(request)), None)
         if cut_off:
             unheld.remove(cut_off)
+    for reset in [each for each in unheld if each.was_reset][:failed_migrations]:
+        unheld.remove(reset)
     return unheld
