@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any
 
 from steer.linux import activity, processes
-from testkit.crew import CPUS, PORT, pinned
+from testkit.harness import CPUS, PORT, pinned
 from testkit.processes import DEADLINE_S, eventually, is_ready
 from testkit.service import Service
 

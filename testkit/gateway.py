@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
-from testkit.crew import PORT
+from testkit.harness import PORT
 from testkit.namespaces import in_network_namespace, network_namespace, this_network_namespace
 from testkit.processes import running
 

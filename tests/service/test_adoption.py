@@ -19,8 +19,8 @@ from steer.errors import ControlError
 from steer.linux import processes
 from testkit.clients import http_get
 from testkit.confine import NOBODY
-from testkit.crew import CPUS, pinned
 from testkit.fixtures import RunSteer, StartService
+from testkit.harness import CPUS, pinned
 from testkit.processes import DEADLINE_S, eventually, is_running, session
 from testkit.programs import source
 from testkit.service import Service, start_service

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from testkit.clients import http_get
-from testkit.crew import CPUS, PORT, pinned
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, PORT, pinned
 from testkit.namespaces import Netns
 from testkit.processes import eventually
 

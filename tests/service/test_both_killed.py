@@ -16,8 +16,8 @@ import pytest
 from steer.control import find, record
 from steer.linux import processes
 from testkit.clients import answer, request
-from testkit.crew import PORT
 from testkit.fixtures import StartService
+from testkit.harness import PORT
 from testkit.processes import DEADLINE_S, eventually, is_running
 from testkit.programs import source
 from testkit.service import STEER, Service, clean_environment, lose_directory

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from testkit.clients import answer, request
-from testkit.crew import PORT
 from testkit.fixtures import StartService
+from testkit.harness import PORT
 from testkit.processes import eventually, is_ready
 from testkit.programs import source
 from testkit.service import Service

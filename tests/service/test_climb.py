@@ -18,8 +18,8 @@ from steer.errors import Refused
 from steer.policy.builtin import CBPF, EBPF, KERNEL, POLICIES
 from testkit.clients import BIND, freeze, http_get, request, send
 from testkit.confine import NOBODY, setpriv
-from testkit.crew import CPUS, PORT, pinned
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, PORT, pinned
 from testkit.processes import AS_IN_DOCKER, eventually
 from testkit.service import STEER, Service
 

@@ -23,8 +23,8 @@ from steer.policy.builtin import CBPF, EBPF
 from steer.sockets import members, sock_diag
 from testkit.capabilities import do_without
 from testkit.confine import NOBODY
-from testkit.crew import CPUS, PORT, Crew, pinned
 from testkit.fixtures import RunSteer, StartService
+from testkit.harness import CPUS, PORT, Harness, pinned
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, eventually
 from testkit.programs import source
@@ -442,18 +442,18 @@ def test_on_cbpf_the_kernel_chooses_where_connected_sockets_stay_in_the_group(
 ) -> None:
     """As before Linux 6.13: nobody knows at which index a worker stands that comes or goes then."""
     monkeypatch.setattr(members, "connected_stay", lambda: True)
-    with Crew(CBPF, "random", "udp6", workers=4) as crew, Client("::1") as client:
-        crew.join(0, 1, 2)
-        crew.steer(0)
-        assert crew.count(20) == {0: 20}
+    with Harness(CBPF, "random", "udp6", workers=4) as harness, Client("::1") as client:
+        harness.join(0, 1, 2)
+        harness.steer(0)
+        assert harness.count(20) == {0: 20}
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sibling:
             sibling.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sibling.bind(("::1", PORT))
             sibling.connect(client.address)
-            crew.steer(0)
-            assert crew.count(20) == {0: 20}
-            crew.join(3)
-        crew.steer(3)
-        assert set(crew.count(200)) == {0, 1, 2, 3}
-        assert crew.backend.order is None
-        assert any("the kernel's hash chooses" in note for note in crew.backend.notes)
+            harness.steer(0)
+            assert harness.count(20) == {0: 20}
+            harness.join(3)
+        harness.steer(3)
+        assert set(harness.count(200)) == {0, 1, 2, 3}
+        assert harness.backend.order is None
+        assert any("the kernel's hash chooses" in note for note in harness.backend.notes)

@@ -17,7 +17,6 @@ import pytest
 
 from steer.linux import port_holders
 from steer.policy.builtin import CBPF, EBPF, POLICIES
-from testkit.crew import CPUS, PORT, Crew, pinned
 from testkit.fixtures import RunSteer, StartService
 from testkit.gateway import (
     AWAY,
@@ -33,6 +32,7 @@ from testkit.gateway import (
     socket_match,
     tproxy,
 )
+from testkit.harness import CPUS, PORT, Harness, pinned
 from testkit.namespaces import Netns
 from testkit.packets import segment
 from testkit.processes import DEADLINE_S, eventually, tcp_count
@@ -85,8 +85,8 @@ def everywhere(family: int) -> str:
     return f"[::]:{PORT}" if family == socket.AF_INET6 else f"0.0.0.0:{PORT}"
 
 
-class Behind(Crew):
-    """A crew on all addresses whose clients are outside, and come by the rules of a name."""
+class Behind(Harness):
+    """Sockets on all addresses whose clients are outside, and come by the rules of a name."""
 
     def __init__(
         self, policy: str, rules: str, family: int, new_socket: NewSocket, backend: str = EBPF
@@ -118,19 +118,19 @@ class Behind(Crew):
 def test_a_connection_is_counted_once(
     policy: str, rules: str, family: int, new_socket: NewSocket
 ) -> None:
-    with Behind(policy, rules, family, new_socket).serving() as crew:
-        slots = crew.slots(*PORTS)
-        assert crew.selected() == Counter(slots)
-        assert crew.backend.unsteered() == 0
-        assert crew.looked_up_by_rule()
+    with Behind(policy, rules, family, new_socket).serving() as harness:
+        slots = harness.slots(*PORTS)
+        assert harness.selected() == Counter(slots)
+        assert harness.backend.unsteered() == 0
+        assert harness.looked_up_by_rule()
 
 
 @every_family
 @every_rule
 @pytest.mark.parametrize("policy", ["round-robin", "least-conn"])
 def test_turns_are_taken_once(policy: str, rules: str, family: int, new_socket: NewSocket) -> None:
-    with Behind(policy, rules, family, new_socket).serving() as crew, pinned(CPUS[0]):
-        slots = crew.slots(*PORTS)
+    with Behind(policy, rules, family, new_socket).serving() as harness, pinned(CPUS[0]):
+        slots = harness.slots(*PORTS)
     assert slots == [(slots[0] + turn) % 4 for turn in range(len(slots))]
 
 
@@ -138,10 +138,10 @@ def test_turns_are_taken_once(policy: str, rules: str, family: int, new_socket: 
 def test_a_policy_is_asked_once(rules: str, new_socket: NewSocket, tmp_path: Path) -> None:
     file = tmp_path / "asked.c"
     file.write_text(ASKED)
-    with Behind(str(file), rules, socket.AF_INET, new_socket).serving() as crew:
-        slots = crew.slots(*PORTS)
-        assert crew.selected() == Counter(slots)
-        assert crew.backend.policy_values().counters == {"begun": len(slots)}
+    with Behind(str(file), rules, socket.AF_INET, new_socket).serving() as harness:
+        slots = harness.slots(*PORTS)
+        assert harness.selected() == Counter(slots)
+        assert harness.backend.policy_values().counters == {"begun": len(slots)}
 
 
 @every_rule
@@ -151,14 +151,14 @@ def test_a_flow_keeps_its_worker(
     policy: str, rules: str, new_socket: NewSocket, backend: str
 ) -> None:
     """Also the same as without rules, if the address that it goes to plays no part."""
-    with Behind(policy, rules, socket.AF_INET, new_socket, backend).serving() as crew:
+    with Behind(policy, rules, socket.AF_INET, new_socket, backend).serving() as harness:
         ports = range(30000, 30020)
-        slots = crew.slots(*ports)
-        assert crew.slots(*ports) == slots
+        slots = harness.slots(*ports)
+        assert harness.slots(*ports) == slots
         assert policy == "source" or len(set(slots)) > 1
         if (policy, backend) != ("hash", EBPF):
             put_rules("flush ruleset")
-            assert crew.slots(*ports, host=HERE[socket.AF_INET]) == slots
+            assert harness.slots(*ports, host=HERE[socket.AF_INET]) == slots
 
 
 @pytest.mark.parametrize("rules", ["none", "tproxy", "socket"])
@@ -173,11 +173,11 @@ def test_headers_between_those_of_ipv6_and_tcp(
         return made
 
     with (
-        Behind("round-robin", rules, socket.AF_INET6, with_headers).serving() as crew,
+        Behind("round-robin", rules, socket.AF_INET6, with_headers).serving() as harness,
         pinned(CPUS[0]),
     ):
-        slots = crew.slots(*PORTS)
-        assert crew.selected() == Counter(slots)
+        slots = harness.slots(*PORTS)
+        assert harness.selected() == Counter(slots)
     assert slots == [(slots[0] + turn) % 4 for turn in range(len(slots))]
 
 
@@ -186,27 +186,27 @@ def test_with_syn_cookies(rules: str, netns: Netns, new_socket: NewSocket) -> No
     """The program runs for the SYN and for the ACK, which take turns of their own."""
     netns.sysctl("net.ipv4.tcp_syncookies", 2)
     with (
-        Behind("round-robin", rules, socket.AF_INET, new_socket).serving() as crew,
+        Behind("round-robin", rules, socket.AF_INET, new_socket).serving() as harness,
         pinned(CPUS[0]),
     ):
-        slots = crew.slots(*PORTS)
+        slots = harness.slots(*PORTS)
         assert tcp_count("SyncookiesRecv") == len(slots)
         assert set(Counter(slots).values()) == {len(slots) // 4}
-        assert set(crew.selected().values()) == {len(slots) // 4}
+        assert set(harness.selected().values()) == {len(slots) // 4}
 
 
 def test_a_packet_is_known_for_a_moment_only() -> None:
     """Who sends it again does so as it was not answered: then it may go to another worker."""
     put_rules(RULES["socket"][0])
     with (
-        Crew(EBPF, "round-robin", "tcp4", options=["transparent=yes"]).serving() as crew,
+        Harness(EBPF, "round-robin", "tcp4", options=["transparent=yes"]).serving() as harness,
         socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw,
     ):
 
         def chosen() -> int:
             """Of so many that are the same; the answer to each is refused, as nobody waits."""
             raw.sendto(segment(3333, PORT, 0x02), ("127.0.0.1", 0))
-            return sum(crew.selected().values())
+            return sum(harness.selected().values())
 
         begun_s = time.monotonic()
         assert chosen() == 1
@@ -279,10 +279,12 @@ def test_over_udp_the_program_is_not_asked_for_tproxy(family: int, new_socket: N
     sources = [(host, port) for host in HOSTS[family] for port in PORTS]
     bind = f"udp://{everywhere(family)}"
     options = ("transparent=yes",)
-    with Crew(EBPF, "round-robin", bind, options=options, new_socket=new_socket).serving() as crew:
+    with Harness(
+        EBPF, "round-robin", bind, options=options, new_socket=new_socket
+    ).serving() as harness:
         put_rules(ruleset(tproxy("udp")))
-        crew.exchange(sources, host=AWAY[family])
-        assert crew.selected() == {}
+        harness.exchange(sources, host=AWAY[family])
+        assert harness.selected() == {}
 
 
 @every_family
@@ -296,10 +298,12 @@ def test_over_udp_others_do_no_harm(rule: str, family: int, new_socket: NewSocke
     host = AWAY if rule == "redirect" else HERE
     bind = f"udp://{everywhere(family)}"
     options = ("transparent=yes",)
-    with Crew(EBPF, "round-robin", bind, options=options, new_socket=new_socket).serving() as crew:
+    with Harness(
+        EBPF, "round-robin", bind, options=options, new_socket=new_socket
+    ).serving() as harness:
         put_rules(rules[rule])
-        taken = crew.exchange(sources, host=host[family])
-        assert crew.selected() == Counter(each.slot for each in taken)
+        taken = harness.exchange(sources, host=host[family])
+        assert harness.selected() == Counter(each.slot for each in taken)
         assert matched() == len(sources)
 
 

@@ -15,8 +15,8 @@ import pytest
 from steer.linux import processes
 from steer.loader import compile
 from testkit.clients import http_get
-from testkit.crew import PORT
 from testkit.fixtures import StartService
+from testkit.harness import PORT
 from testkit.processes import DEADLINE_S, eventually, is_running, stopped
 from testkit.programs import path, source
 from testkit.service import Service

@@ -18,8 +18,8 @@ import pytest
 
 from steer.policy.builtin import EBPF
 from testkit.clients import freeze, send
-from testkit.crew import PORT, Crew, host_of, sources
 from testkit.fixtures import StartService
+from testkit.harness import PORT, Harness, host_of, sources
 from testkit.processes import DEADLINE_S, eventually, is_ready
 
 pytestmark = [pytest.mark.needs("bpf", "netns"), pytest.mark.usefixtures("netns")]
@@ -27,8 +27,8 @@ udp = pytest.mark.parametrize("kind", ["udp4", "udp6"])
 Flows = dict[tuple[str, int], int]
 
 
-def counters(crew: Crew) -> dict[str, int]:
-    found = dict(crew.backend.policy_values().counters)
+def counters(harness: Harness) -> dict[str, int]:
+    found = dict(harness.backend.policy_values().counters)
     stages = ("known", "new", "expired", "refused")
     assert found["total"] == sum(found[stage] for stage in stages), "they do not add up"
     return {stage: found[stage] for stage in stages if found[stage]}
@@ -45,84 +45,84 @@ def in_slots(flows: Mapping[object, int], *slots: int) -> bool:
 def test_flows_stay_when_new_ones_go_elsewhere(kind: str) -> None:
     """As over a reload: 0 and 1 are of the old generation."""
     known, fresh = sources(host_of(kind), 100), sources(host_of(kind), 100, 30000)
-    with Crew(EBPF, "flow", kind, workers=2) as crew:
-        crew.join(0, 1)
-        crew.steer()
-        before = crew.flows(known)
+    with Harness(EBPF, "flow", kind, workers=2) as harness:
+        harness.join(0, 1)
+        harness.steer()
+        before = harness.flows(known)
         assert in_slots(before, 0, 1)
-        crew.join(2, 3)
-        crew.steer(2, 3)
-        assert crew.flows(known) == before
-        assert in_slots(crew.flows(fresh), 2, 3)
-        assert crew.flows(known) == before
-        assert counters(crew) == {"new": 200, "known": 200}
+        harness.join(2, 3)
+        harness.steer(2, 3)
+        assert harness.flows(known) == before
+        assert in_slots(harness.flows(fresh), 2, 3)
+        assert harness.flows(known) == before
+        assert counters(harness) == {"new": 200, "known": 200}
 
 
 @udp
 def test_new_flows_are_those_of_hash(kind: str) -> None:
     """In proportion to the weights, 6 standard deviations are allowed; and only once by chance."""
     clients = sources(host_of(kind), 1000)
-    with Crew(EBPF, "flow", kind, workers=2, weights=(1, 3)).serving() as crew:
-        first = crew.flows(clients)
+    with Harness(EBPF, "flow", kind, workers=2, weights=(1, 3)).serving() as harness:
+        first = harness.flows(clients)
         share = Counter(first.values())
         assert abs(share[1] - 750) <= 6 * (1000 * 0.25 * 0.75) ** 0.5
-        crew.steer(0)
-        assert crew.flows(clients) == first
+        harness.steer(0)
+        assert harness.flows(clients) == first
 
 
 @udp
 def test_flows_of_one_that_has_ended_go_elsewhere_and_stay(kind: str) -> None:
     clients = sources(host_of(kind), 90)
-    with Crew(EBPF, "flow", kind, workers=3).serving() as crew:
-        before = crew.flows(clients)
-        crew.steer(1, 2)
-        crew.leave(0)
-        crew.backend.take_counts(0)
+    with Harness(EBPF, "flow", kind, workers=3).serving() as harness:
+        before = harness.flows(clients)
+        harness.steer(1, 2)
+        harness.leave(0)
+        harness.backend.take_counts(0)
         moved = [each for each in clients if before[each] == 0]
-        after = crew.flows(clients)
+        after = harness.flows(clients)
         assert {each: after[each] for each in clients if before[each] != 0} == {
             each: before[each] for each in clients if before[each] != 0
         }
         assert in_slots({each: after[each] for each in moved}, 1, 2)
         # Whoever comes to the slot gets none of them back.
-        crew.join(0)
-        crew.steer(0, 1, 2)
-        assert crew.flows(clients) == after
+        harness.join(0)
+        harness.steer(0, 1, 2)
+        assert harness.flows(clients) == after
         stages = {"new": 90, "expired": len(moved), "known": 180 - len(moved)}
-        assert counters(crew) == stages
-        assert crew.backend.unsteered() == 0
+        assert counters(harness) == stages
+        assert harness.backend.unsteered() == 0
 
 
 @udp
 def test_one_that_dies_unseen(kind: str) -> None:
     """Its socket is gone before the controller knows: no datagram is lost, nothing remembered."""
     clients = sources(host_of(kind), 60)
-    with Crew(EBPF, "flow", kind, workers=3).serving() as crew:
-        before = crew.flows(clients)
-        crew.close_sockets(1)
-        after = crew.flows(clients)
+    with Harness(EBPF, "flow", kind, workers=3).serving() as harness:
+        before = harness.flows(clients)
+        harness.close_sockets(1)
+        after = harness.flows(clients)
         assert in_slots(after, 0, 2)
         assert {each for each in clients if after[each] != before[each]} == {
             each for each in clients if before[each] == 1
         }
-        assert counters(crew) == {"new": 60, "known": 60}
+        assert counters(harness) == {"new": 60, "known": 60}
 
 
 @udp
 def test_flows_that_are_let_go_are_chosen_for_anew(kind: str) -> None:
     """Of one that hangs; back again, it gets new ones only."""
     clients = sources(host_of(kind), 90)
-    with Crew(EBPF, "flow", kind, workers=3).serving() as crew:
-        before = crew.flows(clients)
-        crew.steer(0, 2)
-        assert crew.flows(clients) == before
-        crew.backend.forget_flows(1)
-        after = crew.flows(clients)
+    with Harness(EBPF, "flow", kind, workers=3).serving() as harness:
+        before = harness.flows(clients)
+        harness.steer(0, 2)
+        assert harness.flows(clients) == before
+        harness.backend.forget_flows(1)
+        after = harness.flows(clients)
         assert in_slots(after, 0, 2)
-        crew.steer(0, 1, 2)
-        assert crew.flows(clients) == after
-        assert 1 in crew.flows(sources(host_of(kind), 90, 30000)).values()
-        assert crew.backend.forget_flows
+        harness.steer(0, 1, 2)
+        assert harness.flows(clients) == after
+        assert 1 in harness.flows(sources(host_of(kind), 90, 30000)).values()
+        assert harness.backend.forget_flows
 
 
 def test_a_flow_is_of_an_address_and_port_at_a_bind() -> None:
@@ -130,25 +130,25 @@ def test_a_flow_is_of_an_address_and_port_at_a_bind() -> None:
     binds = ("udp://0.0.0.0:8080", "udp://[::]:8081")
     hosts = [f"127.0.0.{at}" for at in range(1, 41)]
     clients = [(host, 20000 + at) for host in hosts for at in range(2)]
-    with Crew(EBPF, "flow", *binds, workers=2) as crew:
-        crew.join(0, 1)
-        crew.steer(0)
-        crew.flows(clients[::2], 0, "127.0.0.1")
-        crew.steer(1)
-        assert in_slots(crew.flows(clients[1::2], 0, "127.0.0.1"), 1)
-        assert in_slots(crew.flows(clients[::2], 0, "127.0.0.1"), 0)
-        assert in_slots(crew.flows(clients[::2], 1, "127.0.0.1"), 1)
-        assert in_slots(crew.flows(clients[::2], 0, "127.0.0.2"), 0)
-        assert counters(crew) == {"new": 120, "known": 80}
+    with Harness(EBPF, "flow", *binds, workers=2) as harness:
+        harness.join(0, 1)
+        harness.steer(0)
+        harness.flows(clients[::2], 0, "127.0.0.1")
+        harness.steer(1)
+        assert in_slots(harness.flows(clients[1::2], 0, "127.0.0.1"), 1)
+        assert in_slots(harness.flows(clients[::2], 0, "127.0.0.1"), 0)
+        assert in_slots(harness.flows(clients[::2], 1, "127.0.0.1"), 1)
+        assert in_slots(harness.flows(clients[::2], 0, "127.0.0.2"), 0)
+        assert counters(harness) == {"new": 120, "known": 80}
 
 
 def test_over_tcp_it_is_hash() -> None:
-    with Crew(EBPF, "flow", "tcp4").serving() as crew:
+    with Harness(EBPF, "flow", "tcp4").serving() as harness:
         clients = sources("127.0.0.1", 100)
-        first = crew.flows(clients)
+        first = harness.flows(clients)
         assert in_slots(first, 0, 1, 2, 3)
-        assert crew.flows(clients) == first
-        assert counters(crew) == {}
+        assert harness.flows(clients) == first
+        assert counters(harness) == {}
 
 
 # ---- datagrams of clients that are not there
@@ -157,8 +157,8 @@ def test_over_tcp_it_is_hash() -> None:
 class Clients:
     """Datagrams from any address and port: raw(7), with a header of our own."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, harness: Harness) -> None:
+        self._harness = harness
         self._sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
 
     def __enter__(self) -> Clients:
@@ -179,7 +179,7 @@ class Clients:
             now, left = left[:batch], left[batch:]
             for number in now:
                 self._sock.sendto(datagram(number), ("127.0.0.1", PORT))
-            found.update(each.slot for each in self._crew.take(len(now)))
+            found.update(each.slot for each in self._harness.take(len(now)))
         return found
 
     def slot(self, number: int) -> int:
@@ -201,37 +201,40 @@ def datagram(number: int) -> bytes:
 
 def test_idle_flows_expire() -> None:
     """And go where new ones do; those in use do not."""
-    with Crew(EBPF, "flow", "udp4", workers=2, params=["idle=1"]) as crew, Clients(crew) as clients:
-        crew.join(0, 1)
-        crew.steer(0)
+    with (
+        Harness(EBPF, "flow", "udp4", workers=2, params=["idle=1"]) as harness,
+        Clients(harness) as clients,
+    ):
+        harness.join(0, 1)
+        harness.steer(0)
         clients.send(range(20))
-        crew.steer(1)
+        harness.steer(1)
         end_s = time.monotonic() + 1.5
         while time.monotonic() < end_s:
             assert clients.slot(0) == 0
             time.sleep(0.1)
-        before = counters(crew)["known"]
+        before = counters(harness)["known"]
         assert clients.send(range(20)) == {0: 1, 1: 19}
         assert clients.send(range(20)) == {0: 1, 1: 19}
-        assert counters(crew) == {"new": 20, "expired": 19, "known": before + 21}
+        assert counters(harness) == {"new": 20, "expired": 19, "known": before + 21}
 
 
 def test_when_full_the_idle_go_first() -> None:
     """1,024 fit; 200 of them are in use while 8,000 others come once each."""
     with (
-        Crew(EBPF, "flow", "udp4", workers=2, params=["capacity=1024"]) as crew,
-        Clients(crew) as clients,
+        Harness(EBPF, "flow", "udp4", workers=2, params=["capacity=1024"]) as harness,
+        Clients(harness) as clients,
     ):
-        crew.join(0, 1)
-        crew.steer(0)
+        harness.join(0, 1)
+        harness.steer(0)
         clients.send(range(200))
-        crew.steer(1)
+        harness.steer(1)
         for first in range(1000, 9000, 100):
             assert clients.send(range(first, first + 100)) == {1: 100}
             assert clients.send(range(200)) == {0: 200}
-        assert counters(crew) == {"new": 8200, "known": 16000}
+        assert counters(harness) == {"new": 8200, "known": 16000}
         # The first of the others are forgotten.
-        crew.steer(0)
+        harness.steer(0)
         assert clients.send(range(1000, 1100)) == {0: 100}
 
 
@@ -239,52 +242,55 @@ def test_as_many_as_fit_are_remembered() -> None:
     """But for those of a set that more than 16 came to by chance, which is one of 128 in half of
     all runs: there each takes the place of the next. Six such sets are not to be expected."""
     with (
-        Crew(EBPF, "flow", "udp4", workers=2, params=["capacity=1024"]) as crew,
-        Clients(crew) as clients,
+        Harness(EBPF, "flow", "udp4", workers=2, params=["capacity=1024"]) as harness,
+        Clients(harness) as clients,
     ):
-        crew.join(0, 1)
-        crew.steer(0)
+        harness.join(0, 1)
+        harness.steer(0)
         assert clients.send(range(1024)) == {0: 1024}
-        crew.steer(1)
+        harness.steer(1)
         assert clients.send(range(1024))[1] <= 5 * 20
 
 
 def test_many_flows() -> None:
     """100,000 where there is room for a million: nobody takes a place from another."""
     params = ["capacity=1048576"]
-    with Crew(EBPF, "flow", "udp4", workers=2, params=params) as crew, Clients(crew) as clients:
-        crew.join(0, 1)
-        crew.steer(0)
+    with (
+        Harness(EBPF, "flow", "udp4", workers=2, params=params) as harness,
+        Clients(harness) as clients,
+    ):
+        harness.join(0, 1)
+        harness.steer(0)
         assert clients.send(range(100_000)) == {0: 100_000}
-        crew.steer(1)
+        harness.steer(1)
         assert clients.send(range(0, 100_000, 10)) == {0: 10_000}
-        assert counters(crew) == {"new": 100_000, "known": 10_000}
+        assert counters(harness) == {"new": 100_000, "known": 10_000}
 
 
 def test_capacity_and_idle_time_are_said() -> None:
-    with Crew(EBPF, "flow", "udp4", params=["capacity=2048", "idle=7"]) as crew:
-        assert crew.backend.policy_values().params == {"capacity": 2048, "idle": 7}
+    with Harness(EBPF, "flow", "udp4", params=["capacity=2048", "idle=7"]) as harness:
+        assert harness.backend.policy_values().params == {"capacity": 2048, "idle": 7}
 
 
 @udp
 def test_never_a_datagram_lost(kind: str) -> None:
     """While workers come, go, die and are forgotten."""
-    with Crew(EBPF, "flow", kind, workers=4, params=["capacity=1024"]).serving() as crew:
+    with Harness(EBPF, "flow", kind, workers=4, params=["capacity=1024"]).serving() as harness:
         got = 0
         for turn in range(60):
             slot = turn % 4
-            crew.steer(*(each for each in range(4) if each != slot))
-            got += sum(crew.count(50).values())
+            harness.steer(*(each for each in range(4) if each != slot))
+            got += sum(harness.count(50).values())
             if turn % 3 == 0:
-                crew.backend.forget_flows(slot)
+                harness.backend.forget_flows(slot)
             elif turn % 3 == 1:
-                crew.leave(slot)
-                crew.backend.take_counts(slot)
-                got += sum(crew.count(50).values())
-                crew.join(slot)
+                harness.leave(slot)
+                harness.backend.take_counts(slot)
+                got += sum(harness.count(50).values())
+                harness.join(slot)
         assert got == 60 * 50 + 20 * 50
-        assert crew.backend.unsteered() == 0
-        assert sum(counters(crew).values()) == got
+        assert harness.backend.unsteered() == 0
+        assert sum(counters(harness).values()) == got
 
 
 # ---- services

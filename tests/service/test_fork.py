@@ -27,8 +27,8 @@ from steer.sockets import reuseport
 from steer.workers import process as worker_process
 from steer.workers.process import WorkerProcess
 from testkit.clients import http_get
-from testkit.crew import PORT
 from testkit.fixtures import StartService
+from testkit.harness import PORT
 from testkit.processes import DEADLINE_S, eventually
 from testkit.programs import source
 

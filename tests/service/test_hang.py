@@ -16,8 +16,8 @@ import pytest
 from steer.linux import activity, processes
 from steer.sockets.listeners import Borrower, waiting
 from testkit.clients import answer, freeze, is_answered, queue, request, send, udp_ask
-from testkit.crew import CPUS, PORT, pinned
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, PORT, pinned
 from testkit.processes import DEADLINE_S, eventually, is_ready, is_running
 from testkit.programs import source
 from testkit.service import Service

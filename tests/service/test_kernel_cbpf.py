@@ -24,8 +24,8 @@ from steer.policy.layout import Member
 from steer.sockets import group_program
 from testkit.clients import http_get
 from testkit.confine import NOBODY
-from testkit.crew import CPUS, KINDS, PORT, Crew, pinned, sources
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, KINDS, PORT, Harness, pinned, sources
 
 pytestmark = pytest.mark.usefixtures("netns")
 
@@ -50,9 +50,9 @@ def flows_to(kind: str) -> list[tuple[str, int]]:
     ]
 
 
-def foretold(crew: Crew, flows: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
+def foretold(harness: Harness, flows: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
     """The slot of each flow, by the layout in force."""
-    backend = crew.backend
+    backend = harness.backend
     assert isinstance(backend, Cbpf)
     assert backend._layout
     entries = backend._layout.entries
@@ -67,27 +67,28 @@ def foretold(crew: Crew, flows: Iterable[tuple[str, int]]) -> dict[tuple[str, in
 @all_kinds
 def test_hash_goes_where_foretold(kind: str) -> None:
     flows = flows_to(kind)
-    with Crew(CBPF, "hash", kind, workers=5, weights=[1, 3, 1, 1, 2]).serving() as crew:
-        assert foretold(crew, flows) == crew.flows(flows)
-        assert len(set(foretold(crew, flows).values())) == 5
+    with Harness(CBPF, "hash", kind, workers=5, weights=[1, 3, 1, 1, 2]).serving() as harness:
+        assert foretold(harness, flows) == harness.flows(flows)
+        assert len(set(foretold(harness, flows).values())) == 5
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "udp"])
 def test_hash_of_ipv4_on_an_ipv6_wildcard_goes_where_foretold(scheme: str) -> None:
-    with Crew(CBPF, "hash", f"{scheme}://[::]:{PORT}").serving() as crew:
+    with Harness(CBPF, "hash", f"{scheme}://[::]:{PORT}").serving() as harness:
         flows = flows_to("tcp4")
         expected = {
-            (f"::ffff:{host}", port): slot for (host, port), slot in foretold(crew, flows).items()
+            (f"::ffff:{host}", port): slot
+            for (host, port), slot in foretold(harness, flows).items()
         }
-        assert crew.flows(flows, host="127.0.0.1") == expected
+        assert harness.flows(flows, host="127.0.0.1") == expected
         flows = flows_to("tcp6")
-        assert crew.flows(flows, host="::1") == foretold(crew, flows)
+        assert harness.flows(flows, host="::1") == foretold(harness, flows)
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "udp"])
 def test_hash_behind_ip_options_goes_where_foretold(scheme: str) -> None:
     """They move the ports."""
-    with Crew(CBPF, "hash", f"{scheme}://127.0.0.1:{PORT}").serving() as crew:
+    with Harness(CBPF, "hash", f"{scheme}://127.0.0.1:{PORT}").serving() as harness:
         flows = sources("127.0.0.1", 60)
         for flow in flows:
             kind = socket.SOCK_DGRAM if scheme == "udp" else socket.SOCK_STREAM
@@ -97,17 +98,17 @@ def test_hash_behind_ip_options_goes_where_foretold(scheme: str) -> None:
                 client.connect(("127.0.0.1", PORT))
                 if scheme == "udp":
                     client.send(b"x")
-                [taken] = crew.take(1)
-            assert {flow: taken.slot} == foretold(crew, [flow])
+                [taken] = harness.take(1)
+            assert {flow: taken.slot} == foretold(harness, [flow])
 
 
-def source_foretold(crew: Crew, hosts: Iterable[str]) -> dict[str, int]:
+def source_foretold(harness: Harness, hosts: Iterable[str]) -> dict[str, int]:
     """The slot of each client, by the layout in force."""
-    backend = crew.backend
+    backend = harness.backend
     assert isinstance(backend, Cbpf)
     assert backend._layout
     entries = backend._layout.entries
-    prefix4, prefix6 = crew.plan.params
+    prefix4, prefix6 = harness.plan.params
     found = {}
     for host in hosts:
         bits = prefix6 if ":" in host else prefix4
@@ -129,10 +130,12 @@ def test_source_goes_where_foretold(kind: str, prefixes: tuple[int, int]) -> Non
     """Whatever the port."""
     params = [f"prefix4={prefixes[0]}", f"prefix6={prefixes[1]}"]
     hosts = hosts_of(kind)
-    with Crew(CBPF, "source", kind, workers=5, weights=[1, 3], params=params).serving() as crew:
-        expected = source_foretold(crew, hosts)
+    with Harness(
+        CBPF, "source", kind, workers=5, weights=[1, 3], params=params
+    ).serving() as harness:
+        expected = source_foretold(harness, hosts)
         for port in (1, 8079, 32768, 65535):
-            got = crew.flows([(host, port) for host in hosts])
+            got = harness.flows([(host, port) for host in hosts])
             assert {host: slot for (host, _), slot in got.items()} == expected
 
 
@@ -140,19 +143,19 @@ def test_source_goes_where_foretold(kind: str, prefixes: tuple[int, int]) -> Non
 def test_an_address_keeps_its_worker_while_others_come_and_go(kind: str) -> None:
     chance = random.Random(kind)
     hosts = hosts_of(kind)
-    with Crew(CBPF, "source", kind, workers=6).serving() as crew:
-        following, before = 6, source_foretold(crew, hosts)
+    with Harness(CBPF, "source", kind, workers=6).serving() as harness:
+        following, before = 6, source_foretold(harness, hosts)
         for _ in range(20):
             gone = None
-            if chance.random() < 0.5 and len(crew.sockets) > 2:
-                gone = chance.choice(sorted(crew.sockets))
-                crew.leave(gone)
+            if chance.random() < 0.5 and len(harness.sockets) > 2:
+                gone = chance.choice(sorted(harness.sockets))
+                harness.leave(gone)
             else:
-                crew.join(following)
+                harness.join(following)
                 following += 1
-            crew.steer()
-            got = {host: slot for (host, _), slot in crew.flows([(h, 0) for h in hosts]).items()}
-            assert got == source_foretold(crew, hosts)
+            harness.steer()
+            got = {host: slot for (host, _), slot in harness.flows([(h, 0) for h in hosts]).items()}
+            assert got == source_foretold(harness, hosts)
             if gone is not None:
                 # Only what was at the one that has gone has moved.
                 kept = {host for host in hosts if before[host] != gone}
@@ -165,10 +168,10 @@ def test_an_address_keeps_its_worker_while_others_come_and_go(kind: str) -> None
 def test_last_socket_moves_into_the_hole(kind: str, gone: list[int]) -> None:
     """Nobody is told of a change in the table: those who stay keep their flows."""
     flows = sources("::1" if kind.endswith("6") else "127.0.0.1", 100)
-    with Crew(CBPF, "hash", kind, workers=5).serving() as crew:
-        crew.leave(*gone)
-        expected = foretold(crew, flows)
-        got = crew.flows(flows)
+    with Harness(CBPF, "hash", kind, workers=5).serving() as harness:
+        harness.leave(*gone)
+        expected = foretold(harness, flows)
+        got = harness.flows(flows)
         stay = {flow for flow, slot in expected.items() if slot not in gone}
         assert {flow: got[flow] for flow in stay} == {flow: expected[flow] for flow in stay}
         assert not set(got.values()) & set(gone)
@@ -178,46 +181,46 @@ def test_last_socket_moves_into_the_hole(kind: str, gone: list[int]) -> None:
 def test_order_is_known_after_many_changes(kind: str) -> None:
     chance = random.Random(kind)
     flows = sources("::1" if kind.endswith("6") else "127.0.0.1", 60)
-    with Crew(CBPF, "hash", kind, workers=6).serving() as crew:
+    with Harness(CBPF, "hash", kind, workers=6).serving() as harness:
         following = 6
         for _ in range(25):
-            if chance.random() < 0.5 and len(crew.sockets) > 2:
-                crew.leave(chance.choice(sorted(crew.sockets)))
+            if chance.random() < 0.5 and len(harness.sockets) > 2:
+                harness.leave(chance.choice(sorted(harness.sockets)))
             else:
-                crew.join(following)
+                harness.join(following)
                 following += 1
-            crew.steer()
-            assert crew.flows(flows) == foretold(crew, flows)
+            harness.steer()
+            assert harness.flows(flows) == foretold(harness, flows)
 
 
 @all_kinds
 def test_32_sockets_in_reverse(kind: str) -> None:
     flows = sources("::1" if kind.endswith("6") else "127.0.0.1", 300)
-    with Crew(CBPF, "hash", kind, workers=32) as crew:
-        crew.join(*reversed(range(32)))
-        crew.steer()
-        assert crew.flows(flows) == foretold(crew, flows)
+    with Harness(CBPF, "hash", kind, workers=32) as harness:
+        harness.join(*reversed(range(32)))
+        harness.steer()
+        assert harness.flows(flows) == foretold(harness, flows)
 
 
 def test_each_group_has_its_own_order() -> None:
     """Groups that a socket joined in different order would be steered apart."""
-    with Crew(CBPF, "hash", *KINDS, workers=4).serving() as crew:
-        crew.leave(1)
-        crew.join(9)
-        crew.steer()
+    with Harness(CBPF, "hash", *KINDS, workers=4).serving() as harness:
+        harness.leave(1)
+        harness.join(9)
+        harness.steer()
         for bind, kind in enumerate(KINDS):
             flows = sources("::1" if kind.endswith("6") else "127.0.0.1", 60)
-            assert crew.flows(flows, bind) == foretold(crew, flows)
+            assert harness.flows(flows, bind) == foretold(harness, flows)
 
 
 @all_kinds
 def test_newcomer_is_not_chosen_before_it_is_ready(kind: str) -> None:
-    with Crew(CBPF, "cpu", kind, workers=len(CPUS)).serving() as crew:
+    with Harness(CBPF, "cpu", kind, workers=len(CPUS)).serving() as harness:
         for late in (70, 71):
-            crew.join(late)
-            for spec in crew.plan.specs:
+            harness.join(late)
+            for spec in harness.plan.specs:
                 with pinned(spec.cpu):
-                    assert crew.count(20) == {spec.number: 20}
+                    assert harness.count(20) == {spec.number: 20}
 
 
 UDP = pytest.mark.parametrize("kind", ["udp4", "udp6"])
@@ -229,86 +232,86 @@ def test_the_only_one_that_is_chosen_gets_all_while_others_leave(
 ) -> None:
     """Before each change of the program: between a departure and that change, too. The kernel's
     hash would choose what holds the group together, and nobody reads that."""
-    with Crew(CBPF, "hash", kind, workers=3) as crew:
-        crew.backend.open_anchors()
-        assert crew.backend.anchors
-        crew.serving()
+    with Harness(CBPF, "hash", kind, workers=3) as harness:
+        harness.backend.open_anchors()
+        assert harness.backend.anchors
+        harness.serving()
         attach, looks = group_program.attach_cbpf, 0
 
         def look_and_attach(fd: int, program: Sequence[classic.Insn]) -> None:
             nonlocal looks
             looks += 1
-            assert crew.count(30) == {max(crew.sockets): 30}
+            assert harness.count(30) == {max(harness.sockets): 30}
             attach(fd, program)
 
         for newcomer in range(3, 9):
-            crew.join(newcomer)
-            crew.steer(newcomer)
+            harness.join(newcomer)
+            harness.steer(newcomer)
             with monkeypatch.context() as patch:
                 patch.setattr(group_program, "attach_cbpf", look_and_attach)
-                crew.leave(*(slot for slot in list(crew.sockets) if slot != newcomer))
-            assert crew.count(30) == {newcomer: 30}
+                harness.leave(*(slot for slot in list(harness.sockets) if slot != newcomer))
+            assert harness.count(30) == {newcomer: 30}
         assert looks
-        assert len(crew.backend.controller_sockets) <= 2, "a filler goes when somebody comes"
+        assert len(harness.backend.controller_sockets) <= 2, "a filler goes when somebody comes"
 
 
 @UDP
 def test_another_controller_goes_on_where_a_filler_is(kind: str) -> None:
-    with Crew(CBPF, "hash", kind, workers=2) as crew:
-        crew.backend.open_anchors()
-        crew.serving()
-        crew.steer(1)
-        crew.leave(0)
-        saved, fds = crew.backend.stored()
+    with Harness(CBPF, "hash", kind, workers=2) as harness:
+        harness.backend.open_anchors()
+        harness.serving()
+        harness.steer(1)
+        harness.leave(0)
+        saved, fds = harness.backend.stored()
         value = msgspec.json.decode(msgspec.json.encode(saved))
         assert value["order"]["filled"]
-        old, crew.backend = crew.backend, open_backend(CBPF, crew.plan, empty=True)
+        old, harness.backend = harness.backend, open_backend(CBPF, harness.plan, empty=True)
         held = {1: [os.dup(fd) for fd in old.held(1)]}
-        crew.backend.restore(value, [os.dup(fd) for fd in fds], held)
-        crew.steer(1)
-        assert crew.count(30) == {1: 30}
-        crew.join(7)
-        crew.steer(7)
-        crew.leave(1)
-        assert crew.count(30) == {7: 30}
+        harness.backend.restore(value, [os.dup(fd) for fd in fds], held)
+        harness.steer(1)
+        assert harness.count(30) == {1: 30}
+        harness.join(7)
+        harness.steer(7)
+        harness.leave(1)
+        assert harness.count(30) == {7: 30}
         old.close()
 
 
 @all_kinds
 def test_another_controller_finds_the_order_while_some_leave_one_after_the_other(kind: str) -> None:
     """By what the guard was told before the first of them, see `Rotation.together`."""
-    with Crew(CBPF, "hash", kind, workers=7).serving() as crew:
-        value = msgspec.json.decode(msgspec.json.encode(crew.backend.stored()[0]))
+    with Harness(CBPF, "hash", kind, workers=7).serving() as harness:
+        value = msgspec.json.decode(msgspec.json.encode(harness.backend.stored()[0]))
         for slot in (0, 1, 4):
-            crew.leave(slot)
-            held = {at: list(map(os.dup, crew.backend.held(at))) for at in crew.sockets}
-            adopter = open_backend(CBPF, crew.plan, empty=True)
+            harness.leave(slot)
+            held = {at: list(map(os.dup, harness.backend.held(at))) for at in harness.sockets}
+            adopter = open_backend(CBPF, harness.plan, empty=True)
             adopter.restore(value, (), held)
-            for chosen in crew.sockets:
+            for chosen in harness.sockets:
                 adopter.steer([Member(chosen)])
-                assert crew.count(5) == {chosen: 5}
+                assert harness.count(5) == {chosen: 5}
             adopter.close()
 
 
 @all_kinds
 def test_by_chance_all_of_32_are_found(kind: str) -> None:
-    with Crew(CBPF, "random", kind, workers=32) as crew:
-        crew.join(*random.Random(0).sample(range(32), 32))
-        crew.steer()
-        crew.leave(5, 31, 0)
-        crew.steer()
-        got = crew.count(1500)
+    with Harness(CBPF, "random", kind, workers=32) as harness:
+        harness.join(*random.Random(0).sample(range(32), 32))
+        harness.steer()
+        harness.leave(5, 31, 0)
+        harness.steer()
+        got = harness.count(1500)
         assert set(got) == set(range(32)) - {0, 5, 31}
 
 
 @pytest.mark.parametrize("policy", ["cpu", "hash", "source", "random"])
 def test_many_workers(policy: str) -> None:
     """As long as programs get, on this kernel; one worker more than fits is refused."""
-    with Crew(CBPF, policy, "udp4", workers=classic.HASH_LENGTH).serving() as crew:
-        got = crew.flows(sources("127.0.0.1", 20) + [(f"127.0.{n}.9", 0) for n in range(250)])
+    with Harness(CBPF, policy, "udp4", workers=classic.HASH_LENGTH).serving() as harness:
+        got = harness.flows(sources("127.0.0.1", 20) + [(f"127.0.{n}.9", 0) for n in range(250)])
         assert len(set(got.values())) > (1 if policy == "cpu" else 100)
     with pytest.raises(KernelError, match="room for 768 workers"):
-        Crew(CBPF, policy, "udp4", workers=classic.HASH_LENGTH + 1)
+        Harness(CBPF, policy, "udp4", workers=classic.HASH_LENGTH + 1)
 
 
 @pytest.mark.parametrize(

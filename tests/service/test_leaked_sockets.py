@@ -16,8 +16,8 @@ from steer.linux import processes
 from steer.sockets import leaked, listeners, reuseport
 from steer.sockets.listeners import Borrower
 from testkit.clients import answer, request, udp_ask
-from testkit.crew import PORT
 from testkit.fixtures import StartService
+from testkit.harness import PORT
 from testkit.namespaces import Netns
 from testkit.processes import eventually, is_running, line_of, python, running
 from testkit.programs import source

@@ -20,8 +20,8 @@ from steer import abi
 from steer.loader import libbpf
 from steer.policy.builtin import EBPF
 from testkit.clients import freeze, is_answered, request, send
-from testkit.crew import CPUS, PORT, Crew, pinned
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, PORT, Harness, pinned
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, eventually
 from testkit.service import STEER, Service, launch
@@ -48,15 +48,15 @@ class Held:
 
 
 class Holder:
-    """Connections to a crew that stay open."""
+    """Connections that stay open."""
 
-    def __init__(self, crew: Crew, clients: ExitStack) -> None:
-        self.crew = crew
+    def __init__(self, harness: Harness, clients: ExitStack) -> None:
+        self.harness = harness
         self._clients = clients
 
     def connect(self, bind: int = 0) -> socket.socket:
         """That waits in somebody's queue."""
-        at = self.crew.binds[bind]
+        at = self.harness.binds[bind]
         return self._clients.enter_context(socket.create_connection((at.address, at.port), 60))
 
     def hold(self, number: int = 1, bind: int = 0) -> list[Held]:
@@ -71,7 +71,7 @@ class Holder:
 
     def accept_all(self, bind: int = 0) -> Iterator[tuple[int, socket.socket]]:
         """Whatever waits."""
-        for slot, socks in self.crew.sockets.items():
+        for slot, socks in self.harness.sockets.items():
             with suppress(BlockingIOError):
                 while True:
                     server, _ = socks[bind].accept()
@@ -79,16 +79,16 @@ class Holder:
 
     def open(self) -> dict[int, int | None]:
         """By slot; slots with nothing left out."""
-        found = {slot: self.crew.backend.open(slot) for slot in range(self.crew.plan.slots)}
+        found = {slot: self.harness.backend.open(slot) for slot in range(self.harness.plan.slots)}
         return {slot: number for slot, number in found.items() if number != 0}
 
 
 def holder(
     clients: ExitStack, *kinds: str, workers: int = 4, weights: Sequence[int] = ()
 ) -> Holder:
-    """Of a crew that serves."""
-    crew = Crew(EBPF, "least-conn", *kinds, workers=workers, weights=weights)
-    return Holder(clients.enter_context(crew).serving(), clients)
+    """Of a harness whose workers serve."""
+    harness = Harness(EBPF, "least-conn", *kinds, workers=workers, weights=weights)
+    return Holder(clients.enter_context(harness).serving(), clients)
 
 
 def by_slot(held: Sequence[Held]) -> Counter[int]:
@@ -180,7 +180,7 @@ def deaf(sock: socket.socket) -> Iterator[None]:
 
 def half_open(at: Holder, clients: ExitStack, until: ExitStack | None = None) -> socket.socket:
     """A connection whose handshake has begun and does not end `until` then."""
-    address = at.crew.binds[0].address
+    address = at.harness.binds[0].address
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     client = clients.enter_context(socket.socket(family))
     client.setblocking(False)
@@ -197,7 +197,7 @@ FASTOPEN = 0x1 | 0x2 | 0x4 | 0x200 | 0x400
 def fast_open(at: Holder, client: socket.socket) -> None:
     """Data comes with its SYN."""
     with suppress(BlockingIOError):
-        client.sendto(b"early", socket.MSG_FASTOPEN, (at.crew.binds[0].address, PORT))
+        client.sendto(b"early", socket.MSG_FASTOPEN, (at.harness.binds[0].address, PORT))
 
 
 def test_with_fast_open(netns: Netns, clients: ExitStack) -> None:
@@ -224,7 +224,7 @@ def test_with_fast_open(netns: Netns, clients: ExitStack) -> None:
 
 def moved_left(at: Holder) -> bool:
     """Whether it is still known of any connection that it was moved."""
-    counting = at.crew.backend.counting  # type: ignore[attr-defined]
+    counting = at.harness.backend.counting  # type: ignore[attr-defined]
     key = ctypes.create_string_buffer(8)
     is_any = libbpf.libbpf().bpf_map_get_next_key(counting._moved.fileno(), None, key) == 0
     *_, number = abi.PACE.unpack_from(counting.slots._memory, abi.LOAD_BYTES - abi.PACE.size)
@@ -234,27 +234,27 @@ def moved_left(at: Holder) -> bool:
 
 def queue(at: Holder, slot: int, number: int) -> list[socket.socket]:
     """Connections that wait at `slot`."""
-    at.crew.steer(slot)
-    before = at.crew.backend.open(slot) or 0
+    at.harness.steer(slot)
+    before = at.harness.backend.open(slot) or 0
     waiting = [at.connect() for _ in range(number)]
-    eventually(lambda: at.crew.backend.open(slot), before + number)
+    eventually(lambda: at.harness.backend.open(slot), before + number)
     return waiting
 
 
 def migrate_queue(at: Holder, slot: int) -> None:
     """What waits there goes to others; it is no member."""
-    at.crew.backend.migrate_queue(slot, dict(enumerate(at.crew.sockets[slot])))
+    at.harness.backend.migrate_queue(slot, dict(enumerate(at.harness.sockets[slot])))
 
 
 @tcp
 def test_moved_when_a_listener_is_closed(clients: ExitStack, kind: str) -> None:
     """What waits is counted where it goes; what was accepted stays with its worker."""
     at = holder(clients, kind, workers=3)
-    at.crew.steer(0)
+    at.harness.steer(0)
     (kept,) = at.hold()
     queue(at, 0, 30)
-    at.crew.steer(1, 2)
-    at.crew.close_sockets(0)
+    at.harness.steer(1, 2)
+    at.harness.close_sockets(0)
     opened = at.open()
     assert opened.pop(0) == 1
     accepted = list(at.accept_all())
@@ -271,7 +271,7 @@ def test_moved_to_and_fro(clients: ExitStack, kind: str) -> None:
     at = holder(clients, kind, workers=2)
     waiting = queue(at, 0, 5)
     for here, there in [(0, 1), (1, 0), (0, 1)]:
-        at.crew.steer(there)
+        at.harness.steer(there)
         migrate_queue(at, here)
         assert at.open() == {there: 5}
         assert moved_left(at)
@@ -286,12 +286,12 @@ def test_moved_to_and_fro(clients: ExitStack, kind: str) -> None:
 def test_moved_before_its_handshake_has_ended(clients: ExitStack) -> None:
     """It is counted where it is accepted."""
     at = holder(clients, "tcp4", workers=2)
-    at.crew.steer(0)
+    at.harness.steer(0)
     with ExitStack() as until:
         client = half_open(at, clients, until)
-        eventually(at.crew.selected, {0: 1})
-        at.crew.steer(1)
-        at.crew.close_sockets(0)
+        eventually(at.harness.selected, {0: 1})
+        at.harness.steer(1)
+        at.harness.close_sockets(0)
         assert at.open() == {}
     held = at.accept(client)
     assert held.slot == 1
@@ -304,14 +304,14 @@ def test_moved_before_its_handshake_has_ended(clients: ExitStack) -> None:
 def test_fast_open_that_is_moved(netns: Netns, clients: ExitStack) -> None:
     netns.sysctl("net.ipv4.tcp_fastopen", FASTOPEN)
     at = holder(clients, "tcp4", workers=2)
-    at.crew.steer(0)
+    at.harness.steer(0)
     client = clients.enter_context(socket.socket())
     client.setblocking(False)
     with deaf(client):
         fast_open(at, client)
         eventually(at.open, {0: 1})
-        at.crew.steer(1)
-        at.crew.close_sockets(0)
+        at.harness.steer(1)
+        at.harness.close_sockets(0)
         assert at.open() == {1: 1}
         held = at.accept(client)
     held.close()
@@ -323,7 +323,7 @@ def test_fast_open_that_is_moved(netns: Netns, clients: ExitStack) -> None:
 def test_with_nobody_left_it_is_reset(clients: ExitStack, kind: str) -> None:
     at = holder(clients, kind, workers=1)
     queue(at, 0, 5)
-    at.crew.close_sockets(0)
+    at.harness.close_sockets(0)
     assert at.open() == {}
     assert not moved_left(at)
 
@@ -334,13 +334,13 @@ def test_what_a_worker_leaves_open_is_not_counted_for_the_next(
 ) -> None:
     """A child of one that died may go on with its connections."""
     at = holder(clients, "tcp4", workers=2)
-    at.crew.steer(0)
+    at.harness.steer(0)
     old = at.hold(3)
-    at.crew.leave(0)
+    at.harness.leave(0)
     if retired:
-        at.crew.backend.take_counts(0)
-    at.crew.join(0)
-    at.crew.steer(0, 1)
+        at.harness.backend.take_counts(0)
+    at.harness.join(0)
+    at.harness.steer(0, 1)
     assert at.open() == {}
     for each in old[:2]:
         each.close()
@@ -382,18 +382,18 @@ def test_light_load_goes_round(clients: ExitStack, kind: str) -> None:
     at = holder(clients, kind, workers=4)
     for cpu in CPUS:
         with pinned(cpu):
-            slots = at.crew.sequence(40)
+            slots = at.harness.sequence(40)
             assert slots == [(slots[0] + turn) % 4 for turn in range(40)]
 
 
 def test_light_load_is_even(clients: ExitStack) -> None:
     """While one is busy the others share, to the one."""
     at = holder(clients, "tcp4", workers=4)
-    at.crew.steer(2)
+    at.harness.steer(2)
     at.hold()
-    at.crew.steer()
+    at.harness.steer()
     with pinned(CPUS[0]):
-        assert Counter(at.crew.sequence(300)) == {0: 100, 1: 100, 3: 100}
+        assert Counter(at.harness.sequence(300)) == {0: 100, 1: 100, 3: 100}
 
 
 @pytest.mark.parametrize("weights", [(3, 1), (1, 2, 5), (7, 7), (1, 100)])
@@ -411,25 +411,25 @@ def test_handshakes_that_do_not_end(clients: ExitStack, kind: str) -> None:
     What is known of them is halved after a second, which may be in between.
     """
     at = holder(clients, kind, workers=2)
-    at.crew.steer(0)
+    at.harness.steer(0)
     at.hold(10)
-    at.crew.steer(0, 1)
+    at.harness.steer(0, 1)
     for _ in range(30):
         half_open(at, clients)
-    eventually(lambda: sum(at.crew.selected().values()), 40)
+    eventually(lambda: sum(at.harness.selected().values()), 40)
     assert at.open() == {0: 10}
-    assert 15 <= at.crew.selected()[0] <= 25
+    assert 15 <= at.harness.selected()[0] <= 25
 
 
 def test_handshakes_that_did_not_end_are_forgotten(clients: ExitStack) -> None:
     """After two seconds at most: nobody keeps others from a worker for longer."""
     at = holder(clients, "tcp4", workers=2)
-    at.crew.steer(0)
+    at.harness.steer(0)
     for _ in range(10):
         half_open(at, clients)
-    at.crew.steer(0, 1)
-    assert at.crew.sequence(4) == [1, 1, 1, 1]
-    eventually(lambda: 0 in at.crew.sequence(2))
+    at.harness.steer(0, 1)
+    assert at.harness.sequence(4) == [1, 1, 1, 1]
+    eventually(lambda: 0 in at.harness.sequence(2))
 
 
 @pytest.mark.parametrize("workers, each", [(65, 10), (100, 10), (1000, 3)])
@@ -446,7 +446,7 @@ def test_one_of_many(clients: ExitStack, workers: int, each: int) -> None:
 def test_one_of_many_that_hangs(clients: ExitStack) -> None:
     at = holder(clients, "tcp4", workers=100)
     queue(at, 50, 5)
-    at.crew.steer()
+    at.harness.steer()
     for _ in range(300):
         at.connect()
     eventually(lambda: sum(number or 0 for number in at.open().values()), 305)
@@ -454,10 +454,10 @@ def test_one_of_many_that_hangs(clients: ExitStack) -> None:
 
 
 def test_datagrams_go_in_turn() -> None:
-    with Crew(EBPF, "least-conn", "udp4").serving() as crew, pinned(CPUS[0]):
-        slots = crew.sequence(16)
+    with Harness(EBPF, "least-conn", "udp4").serving() as harness, pinned(CPUS[0]):
+        slots = harness.sequence(16)
         assert slots == [(slots[0] + turn) % 4 for turn in range(16)]
-        assert "datagrams are no connections" in " ".join(crew.backend.notes)
+        assert "datagrams are no connections" in " ".join(harness.backend.notes)
 
 
 # ---- services
@@ -746,17 +746,19 @@ def test_without_the_capability_queues_are_sampled(
 
 def test_what_waits_in_two_backup_listeners_is_counted(clients: ExitStack) -> None:
     """From the first connection on, and wherever it goes."""
-    with Crew(EBPF, "least-conn", "tcp4", "tcp6", workers=2) as crew:
-        crew.backend.backup.open()
-        waiting = [clients.enter_context(crew.send(bind)) for bind in crew.binds for _ in range(4)]
-        spare = crew.plan.slots
-        count = crew.backend.open
+    with Harness(EBPF, "least-conn", "tcp4", "tcp6", workers=2) as harness:
+        harness.backend.backup.open()
+        waiting = [
+            clients.enter_context(harness.send(bind)) for bind in harness.binds for _ in range(4)
+        ]
+        spare = harness.plan.slots
+        count = harness.backend.open
         eventually(lambda: (count(spare) or 0) + (count(spare + 1) or 0), len(waiting))
-        crew.join(0, 1)
-        crew.steer()
-        crew.backend.backup.empty()
+        harness.join(0, 1)
+        harness.steer()
+        harness.backend.backup.empty()
         eventually(lambda: (count(0) or 0) + (count(1) or 0), len(waiting))
         assert (count(spare), count(spare + 1)) == (0, 0)
-        crew.take(len(waiting))
+        harness.take(len(waiting))
         clients.close()
         eventually(lambda: {count(slot) for slot in (0, 1, spare, spare + 1)}, {0})

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from steer.policy.builtin import CBPF, EBPF
-from testkit.crew import PORT
 from testkit.fixtures import StartService
+from testkit.harness import PORT
 from testkit.processes import eventually
 
 pytestmark = pytest.mark.usefixtures("netns")

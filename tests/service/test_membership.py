@@ -21,8 +21,8 @@ from steer.config import address
 from steer.policy.builtin import CBPF, EBPF, KERNEL
 from steer.workers import drain
 from testkit.clients import answer, http_get, request
-from testkit.crew import PORT, Crew
 from testkit.fixtures import StartService
+from testkit.harness import PORT, Harness
 from testkit.namespaces import Netns
 from testkit.processes import eventually, is_ready
 from testkit.programs import source
@@ -115,14 +115,14 @@ def sees_all(running: Service, protocol: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", [EBPF, CBPF])
 def test_a_backend_goes_on_with_those_who_stay(netns: Netns, backend: str) -> None:
     """Before anybody has looked, too: the first socket is not one to attach through any more."""
-    with Crew(backend, "hash", "udp4") as crew:
-        crew.serving()
-        crew.sockets[0][0].connect(("127.0.0.1", 9))
-        found = [crew.backend.is_member(slot, 0) for slot in range(4)]
+    with Harness(backend, "hash", "udp4") as harness:
+        harness.serving()
+        harness.sockets[0][0].connect(("127.0.0.1", 9))
+        found = [harness.backend.is_member(slot, 0) for slot in range(4)]
         assert found == [False, True, True, True]
         for chosen in range(1, 4):
-            crew.steer(chosen)
-            assert crew.count(20) == {chosen: 20}
+            harness.steer(chosen)
+            assert harness.count(20) == {chosen: 20}
 
 
 REPLACED = [

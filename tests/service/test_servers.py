@@ -13,8 +13,8 @@ import pytest
 
 from steer.linux import processes
 from testkit.clients import http_get
-from testkit.crew import CPUS, pinned
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, pinned
 from testkit.processes import DEADLINE_S, eventually, is_running
 from testkit.programs import source
 

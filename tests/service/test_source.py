@@ -12,8 +12,8 @@ import pytest
 
 from steer.policy.builtin import CBPF, EBPF
 from testkit.clients import http_get
-from testkit.crew import KINDS, PORT, Crew
 from testkit.fixtures import StartService
+from testkit.harness import KINDS, PORT, Harness
 from testkit.namespaces import Netns
 from testkit.processes import eventually
 
@@ -48,10 +48,12 @@ def addresses_of(kind: str, number: int) -> list[str]:
     return [(v6 if kind.endswith("6") else v4)(each) for each in range(1, number + 1)]
 
 
-def slots_of(crew: Crew, hosts: Sequence[str], bind: int = 0, port: int = 0) -> dict[str, int]:
+def slots_of(
+    harness: Harness, hosts: Sequence[str], bind: int = 0, port: int = 0
+) -> dict[str, int]:
     """Where a connection or datagram from each goes."""
     host = "127.0.0.1" if "." in hosts[0] else "::1"
-    found = crew.flows([(each, port or 20000 + i) for i, each in enumerate(hosts)], bind, host)
+    found = harness.flows([(each, port or 20000 + i) for i, each in enumerate(hosts)], bind, host)
     assert len(found) == len(hosts)
     return {peer.removeprefix("::ffff:"): slot for (peer, _), slot in found.items()}
 
@@ -63,9 +65,9 @@ def slots_of(crew: Crew, hosts: Sequence[str], bind: int = 0, port: int = 0) -> 
 @both
 def test_an_address_keeps_its_worker(kind: str, backend: str) -> None:
     hosts = addresses_of(kind, 60)
-    with Crew(backend, "source", everywhere(kind)).serving() as crew:
-        first = slots_of(crew, hosts, port=20000)
-        assert all(slots_of(crew, hosts, port=20001 + turn) == first for turn in range(4))
+    with Harness(backend, "source", everywhere(kind)).serving() as harness:
+        first = slots_of(harness, hosts, port=20000)
+        assert all(slots_of(harness, hosts, port=20001 + turn) == first for turn in range(4))
         assert set(first.values()) == {0, 1, 2, 3}
 
 
@@ -73,9 +75,9 @@ def everywhere(kind: str) -> str:
     return KINDS[kind].replace("127.0.0.1", "0.0.0.0").replace("[::1]", "[::]")
 
 
-def together(crew: Crew, hosts: Sequence[str]) -> bool:
+def together(harness: Harness, hosts: Sequence[str]) -> bool:
     """Whether all go to one worker."""
-    return len(set(slots_of(crew, hosts).values())) == 1
+    return len(set(slots_of(harness, hosts).values())) == 1
 
 
 @both
@@ -93,9 +95,9 @@ def test_bits_of_an_ipv4_address(
     backend: str, prefix4: int, same: list[str], other: list[str]
 ) -> None:
     params = [f"prefix4={prefix4}"]
-    with Crew(backend, "source", everywhere("tcp4"), params=params).serving() as crew:
-        assert together(crew, same)
-        assert not other or not together(crew, other)
+    with Harness(backend, "source", everywhere("tcp4"), params=params).serving() as harness:
+        assert together(harness, same)
+        assert not other or not together(harness, other)
 
 
 @both
@@ -105,32 +107,32 @@ def test_bits_of_an_ipv6_address(backend: str, prefix6: int) -> None:
     last = 1 << 128 - prefix6
     behind = {_V6 | last * 5 | (last - 1) & (0x0123456789ABCDEF << at) for at in range(0, 64, 4)}
     params = [f"prefix6={prefix6}"]
-    with Crew(backend, "source", everywhere("tcp6"), params=params).serving() as crew:
-        assert together(crew, [str(IPv6Address(each)) for each in behind])
-        assert not together(crew, [str(IPv6Address(_V6 | last * at)) for at in range(40)])
+    with Harness(backend, "source", everywhere("tcp6"), params=params).serving() as harness:
+        assert together(harness, [str(IPv6Address(each)) for each in behind])
+        assert not together(harness, [str(IPv6Address(_V6 | last * at)) for at in range(40)])
 
 
 @both
 def test_by_default(backend: str) -> None:
     """All of an IPv4 address, and the first half of an IPv6 one."""
-    with Crew(backend, "source", *map(everywhere, ("tcp4", "tcp6"))).serving() as crew:
-        assert not together(crew, [f"127.0.0.{at}" for at in range(1, 41)])
-        found = slots_of(crew, [v6(1, host=at << 40) for at in range(1, 41)], bind=1)
+    with Harness(backend, "source", *map(everywhere, ("tcp4", "tcp6"))).serving() as harness:
+        assert not together(harness, [f"127.0.0.{at}" for at in range(1, 41)])
+        found = slots_of(harness, [v6(1, host=at << 40) for at in range(1, 41)], bind=1)
         assert len(set(found.values())) == 1
-        assert len(set(slots_of(crew, addresses_of("tcp6", 40), bind=1).values())) == 4
+        assert len(set(slots_of(harness, addresses_of("tcp6", 40), bind=1).values())) == 4
 
 
 @both
 def test_whatever_the_bind(backend: str) -> None:
     """TCP, UDP, and IPv4 over a socket of IPv6: an address has one worker."""
     binds = ("0.0.0.0:8080", "udp://0.0.0.0:8080", "[::]:8081", "udp://[::]:8081")
-    with Crew(backend, "source", *binds).serving() as crew:
+    with Harness(backend, "source", *binds).serving() as harness:
         if backend == EBPF:
             hosts = addresses_of("tcp4", 50)
-            first = slots_of(crew, hosts)
-            assert all(slots_of(crew, hosts, bind) == first for bind in (1, 2, 3))
+            first = slots_of(harness, hosts)
+            assert all(slots_of(harness, hosts, bind) == first for bind in (1, 2, 3))
         hosts = addresses_of("tcp6", 50)
-        assert slots_of(crew, hosts, 2) == slots_of(crew, hosts, 3)
+        assert slots_of(harness, hosts, 2) == slots_of(harness, hosts, 3)
 
 
 # ---- workers that come and go
@@ -140,19 +142,19 @@ def test_whatever_the_bind(backend: str) -> None:
 @both
 def test_only_what_has_to_moves(kind: str, backend: str) -> None:
     hosts = addresses_of(kind, 200)
-    with Crew(backend, "source", everywhere(kind), workers=5) as crew:
-        crew.join(0, 1, 2, 3)
-        crew.steer()
-        before = slots_of(crew, hosts)
-        crew.steer(0, 1, 3)
-        without = slots_of(crew, hosts)
+    with Harness(backend, "source", everywhere(kind), workers=5) as harness:
+        harness.join(0, 1, 2, 3)
+        harness.steer()
+        before = slots_of(harness, hosts)
+        harness.steer(0, 1, 3)
+        without = slots_of(harness, hosts)
         assert {h: without[h] for h in hosts if before[h] != 2} == {
             h: before[h] for h in hosts if before[h] != 2
         }
         assert 2 not in without.values()
-        crew.join(4)
-        crew.steer(0, 1, 3, 4)
-        more = slots_of(crew, hosts)
+        harness.join(4)
+        harness.steer(0, 1, 3, 4)
+        more = slots_of(harness, hosts)
         assert {more[h] for h in hosts if more[h] != without[h]} == {4}
         assert 20 <= sum(slot == 4 for slot in more.values()) <= 80
 
@@ -161,8 +163,10 @@ def test_only_what_has_to_moves(kind: str, backend: str) -> None:
 def test_weights(backend: str) -> None:
     """Of 2,000 addresses: 6 standard deviations are allowed."""
     hosts = addresses_of("udp4", 2000)
-    with Crew(backend, "source", everywhere("udp4"), workers=2, weights=(1, 3)).serving() as crew:
-        share = Counter(slots_of(crew, hosts).values())
+    with Harness(
+        backend, "source", everywhere("udp4"), workers=2, weights=(1, 3)
+    ).serving() as harness:
+        share = Counter(slots_of(harness, hosts).values())
         assert abs(share[1] - 1500) <= 6 * (2000 * 0.25 * 0.75) ** 0.5
 
 
@@ -171,8 +175,8 @@ def test_weights(backend: str) -> None:
 def test_even(kind: str, backend: str) -> None:
     """Addresses that follow one another: 6 standard deviations are allowed."""
     hosts = addresses_of(kind, 2000)
-    with Crew(backend, "source", everywhere(kind), workers=4).serving() as crew:
-        share = Counter(slots_of(crew, hosts).values())
+    with Harness(backend, "source", everywhere(kind), workers=4).serving() as harness:
+        share = Counter(slots_of(harness, hosts).values())
         assert max(abs(share[slot] - 500) for slot in range(4)) <= 6 * (2000 * 3 / 16) ** 0.5
 
 
@@ -187,18 +191,20 @@ def test_what_waits_moves_to_the_worker_of_its_address(bind: str, hosts: object)
     """To where the client's next connection goes, too."""
     names = [hosts(each) for each in range(1, 61)]  # type: ignore[operator]
     host = "127.0.0.1" if "." in names[0] else "::1"
-    with Crew(EBPF, "source", bind, workers=4) as crew, ExitStack() as clients:
-        crew.join(0, 1, 2, 3)
-        crew.steer(0)
+    with Harness(EBPF, "source", bind, workers=4) as harness, ExitStack() as clients:
+        harness.join(0, 1, 2, 3)
+        harness.steer(0)
         for name in names:
-            clients.enter_context(crew.send(crew.binds[0], (name, 30000), host))
-        eventually(crew.selected, {0: len(names)})
-        crew.steer(1, 2, 3)
-        crew.close_sockets(0)
-        moved = {each.peer[0].removeprefix("::ffff:"): each.slot for each in crew.take(len(names))}
+            clients.enter_context(harness.send(harness.binds[0], (name, 30000), host))
+        eventually(harness.selected, {0: len(names)})
+        harness.steer(1, 2, 3)
+        harness.close_sockets(0)
+        moved = {
+            each.peer[0].removeprefix("::ffff:"): each.slot for each in harness.take(len(names))
+        }
         assert len(set(moved.values())) == 3
-        assert slots_of(crew, names) == moved
-        assert crew.backend.unsteered() == 0
+        assert slots_of(harness, names) == moved
+        assert harness.backend.unsteered() == 0
 
 
 # ---- services

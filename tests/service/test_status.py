@@ -10,8 +10,8 @@ import pytest
 
 from steer.sockets import sock_diag
 from testkit.clients import BIND, freeze
-from testkit.crew import PORT
 from testkit.fixtures import StartService
+from testkit.harness import PORT
 from testkit.processes import WITHOUT_NETLINK, eventually
 
 # Real workers that stand still

@@ -27,8 +27,8 @@ from steer.sockets.listeners import Borrower
 from testkit.bpf_objects import bpf_ids
 from testkit.clients import BIND, answer, freeze, http_get, request, send, udp_ask
 from testkit.confine import NOBODY
-from testkit.crew import CPUS, KINDS, PORT, Crew, pinned, sources
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, KINDS, PORT, Harness, pinned, sources
 from testkit.processes import eventually, is_running
 from testkit.service import Service, run_steer
 
@@ -350,20 +350,20 @@ def test_queued_connections_are_left_where_they_are(
 
 def test_with_nobody_there_connections_wait_for_the_new_policy() -> None:
     """The group has no sockets then but those where they wait."""
-    with Crew(EBPF, "source", "tcp4", workers=2).serving() as crew, ExitStack() as clients:
-        crew.backend.backup.open()
-        crew.steer()
-        crew.leave(0, 1)
-        crew.backend.steer(())
+    with Harness(EBPF, "source", "tcp4", workers=2).serving() as harness, ExitStack() as clients:
+        harness.backend.backup.open()
+        harness.steer()
+        harness.leave(0, 1)
+        harness.backend.steer(())
         for policy in ("least-conn", "random", "round-robin"):
-            clients.enter_context(crew.send(crew.binds[0]))
-            swap_crew(crew, policy)
-        assert crew.take_ready() == []
-        crew.join(0, 1)
-        crew.steer()
-        crew.backend.backup.empty()
-        assert Counter(each.slot for each in crew.take(3)).total() == 3
-        assert crew.sequence(4) in ([0, 1, 0, 1], [1, 0, 1, 0])
+            clients.enter_context(harness.send(harness.binds[0]))
+            swap_harness(harness, policy)
+        assert harness.take_ready() == []
+        harness.join(0, 1)
+        harness.steer()
+        harness.backend.backup.empty()
+        assert Counter(each.slot for each in harness.take(3)).total() == 3
+        assert harness.sequence(4) in ([0, 1, 0, 1], [1, 0, 1, 0])
 
 
 # ---- weights and parameters
@@ -503,9 +503,9 @@ def test_what_cannot_be_leaves_the_old(service: StartService) -> None:
 
 def test_at_a_group_that_fails_the_others_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no program of the new policy is left."""
-    with Crew(EBPF, "hash", *KINDS).serving() as crew:
+    with Harness(EBPF, "hash", *KINDS).serving() as harness:
         flows = sources("127.0.0.1", 40)
-        before, made = crew.flows(flows), bpf_ids(os.getpid())
+        before, made = harness.flows(flows), bpf_ids(os.getpid())
         attach, calls = group_program.attach_ebpf, count()
 
         def fails_at_the_third(fd: int, program: int) -> None:
@@ -515,26 +515,26 @@ def test_at_a_group_that_fails_the_others_go_back(monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr(group_program, "attach_ebpf", fails_at_the_third)
         with pytest.raises(KernelError, match="ENOMEM"):
-            swap_crew(crew, "source")
+            swap_harness(harness, "source")
         assert bpf_ids(os.getpid()) == made
-        assert crew.flows(flows) == before
+        assert harness.flows(flows) == before
         monkeypatch.undo()
-        swap_crew(crew, "source")
-        assert len(set(crew.flows(flows).values())) == 1
+        swap_harness(harness, "source")
+        assert len(set(harness.flows(flows).values())) == 1
 
 
-def swap_crew(crew: Crew, policy: str) -> None:
+def swap_harness(harness: Harness, policy: str) -> None:
     """As the pool does it."""
-    service = crew.plan.service
+    service = harness.plan.service
     candidates = planning.policy_candidates(find(policy), service, {}, "change it")
-    plan = with_candidates(crew.plan, service, candidates, crew.plan.topology, "change it")
-    members = [crew.member(slot) for slot in sorted(crew.sockets)]
-    crew.backend.swap(plan, members, lambda: _lent(crew))
+    plan = with_candidates(harness.plan, service, candidates, harness.plan.topology, "change it")
+    members = [harness.member(slot) for slot in sorted(harness.sockets)]
+    harness.backend.swap(plan, members, lambda: _lent(harness))
 
 
 @contextmanager
-def _lent(crew: Crew) -> Iterator[dict[int, socket.socket]]:
-    yield dict(enumerate(next(iter(crew.sockets.values()), ())))
+def _lent(harness: Harness) -> Iterator[dict[int, socket.socket]]:
+    yield dict(enumerate(next(iter(harness.sockets.values()), ())))
 
 
 # ---- without privilege

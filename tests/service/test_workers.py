@@ -20,8 +20,8 @@ from steer.workers.lifecycle import Event
 from testkit import ROOT
 from testkit.clients import udp_ask
 from testkit.confine import NOBODY
-from testkit.crew import CPUS
 from testkit.fixtures import RunSteer, StartService
+from testkit.harness import CPUS
 from testkit.processes import DEADLINE_S, channel_of, descriptors, eventually, is_running
 from testkit.programs import source
 from testkit.service import STEER, Service

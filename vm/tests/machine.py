@@ -17,7 +17,7 @@ import pytest
 from steer.linux import topology
 from steer.policy.builtin import CBPF, EBPF
 from steer.policy.cpus import Topology
-from testkit.crew import CPUS, PORT, Crew, pinned
+from testkit.harness import CPUS, PORT, Harness, pinned
 from testkit.namespaces import in_network_namespace, network_namespace
 from testkit.processes import eventually
 
@@ -50,16 +50,16 @@ def allowed(cpus: Sequence[int]) -> Iterator[Topology]:
         os.sched_setaffinity(0, before)
 
 
-def served_by(crew: Crew, number: int = 3) -> dict[int, int]:
+def served_by(harness: Harness, number: int = 3) -> dict[int, int]:
     """For each CPU the one whose worker gets what comes in there, at every bind."""
-    return {cpu: _served_by(crew, cpu, number) for cpu in CPUS}
+    return {cpu: _served_by(harness, cpu, number) for cpu in CPUS}
 
 
-def _served_by(crew: Crew, cpu: int, number: int) -> int:
+def _served_by(harness: Harness, cpu: int, number: int) -> int:
     with pinned(cpu):
-        counts = [crew.count(number, bind) for bind in range(len(crew.binds))]
+        counts = [harness.count(number, bind) for bind in range(len(harness.binds))]
     [slot] = {slot for each in counts for slot in each}
-    return cpu_of(crew, slot)
+    return cpu_of(harness, slot)
 
 
 def assert_near(served: Mapping[int, int], manned: Collection[int]) -> None:
@@ -78,8 +78,8 @@ def assert_near(served: Mapping[int, int], manned: Collection[int]) -> None:
             assert max(load[served[cpu]] for cpu in own) - min(load[cpu] for cpu in manned) <= 1
 
 
-def cpu_of(crew: Crew, slot: int) -> int:
-    cpu = crew.plan.specs[slot].cpu
+def cpu_of(harness: Harness, slot: int) -> int:
+    cpu = harness.plan.specs[slot].cpu
     assert cpu is not None
     return cpu
 
@@ -138,9 +138,9 @@ def take_addresses(name: str, addresses: Sequence[str]) -> None:
 # Connections
 
 
-def count_everywhere(crew: Crew, number: int) -> dict[int, int]:
+def count_everywhere(harness: Harness, number: int) -> dict[int, int]:
     """How many each slot gets when so many are sent to each bind."""
-    return dict(sum((crew.count(number, bind) for bind in range(len(crew.binds))), Counter()))
+    return dict(sum((harness.count(number, bind) for bind in range(len(harness.binds))), Counter()))
 
 
 @dataclass(frozen=True)
@@ -151,34 +151,34 @@ class Arrival:
     cpu: int
 
 
-def arrivals(crew: Crew, number: int, bind: int = 0) -> list[Arrival]:
+def arrivals(harness: Harness, number: int, bind: int = 0) -> list[Arrival]:
     """Of connections made now.
 
     Those that had to begin twice are not among them: what is sent again may take another way.
     """
     with ExitStack() as stack:
-        clients = [stack.enter_context(crew.send(crew.binds[bind])) for _ in range(number)]
+        clients = [stack.enter_context(harness.send(harness.binds[bind])) for _ in range(number)]
         steady = {sock.getsockname()[:2] for sock in clients if not _retransmitted(sock)}
         found: dict[tuple[str, int], Arrival] = {}
-        eventually(lambda: found.update(_accepted(crew, bind)) or len(found) == number)
+        eventually(lambda: found.update(_accepted(harness, bind)) or len(found) == number)
     return [arrival for peer, arrival in found.items() if peer in steady]
 
 
 def assert_each_at_its_cpu(clients: Namespace, backend: str, cpus: Sequence[int]) -> None:
     """Nobody decides where a connection comes in, but who gets it is decided by that."""
-    with Crew(backend, "cpu", *TCP_KINDS, workers=len(CPUS)).serving() as crew:
+    with Harness(backend, "cpu", *TCP_KINDS, workers=len(CPUS)).serving() as harness:
         for bind in range(len(TCP_KINDS)):
             with clients.entered():
-                found = arrivals(crew, 60, bind)
+                found = arrivals(harness, 60, bind)
             for each in found:
-                assert cpu_of(crew, each.slot) == each.cpu
+                assert cpu_of(harness, each.slot) == each.cpu
             seen = {each.cpu for each in found}
             assert seen <= set(cpus)
             assert len(seen) > len(cpus) // 2, "on half of them by chance: once in a million times"
 
 
-def _accepted(crew: Crew, bind: int) -> Iterator[tuple[tuple[str, int], Arrival]]:
-    for slot, listeners in crew.sockets.items():
+def _accepted(harness: Harness, bind: int) -> Iterator[tuple[tuple[str, int], Arrival]]:
+    for slot, listeners in harness.sockets.items():
         with suppress(BlockingIOError):
             while True:
                 accepted, peer = listeners[bind].accept()

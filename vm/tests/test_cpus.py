@@ -13,8 +13,8 @@ import pytest
 from steer.linux import topology
 from steer.policy.cpus import Topology
 from testkit.clients import http_get
-from testkit.crew import CPUS, KINDS, PORT, Crew, pinned
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, KINDS, PORT, Harness, pinned
 from vm.tests.machine import (
     EVEN,
     ODD,
@@ -42,14 +42,14 @@ def test_each_cpu_has_its_worker(backend: str, order: Sequence[int]) -> None:
     """Whatever the order of workers, of their sockets, and of clients."""
     real = topology.read()
     machine = Topology(tuple(order), real.possible, dict.fromkeys(real.possible, 0))
-    with Crew(backend, "cpu", *KINDS, workers=len(order), machine=machine) as crew:
-        assert [spec.cpu for spec in crew.plan.specs] == list(order)
-        crew.join(*order)
-        crew.steer()
+    with Harness(backend, "cpu", *KINDS, workers=len(order), machine=machine) as harness:
+        assert [spec.cpu for spec in harness.plan.specs] == list(order)
+        harness.join(*order)
+        harness.steer()
         for slot, cpu in enumerate(order):
             with pinned(cpu):
                 for bind in range(len(KINDS)):
-                    assert crew.count(5, bind) == {slot: 5}
+                    assert harness.count(5, bind) == {slot: 5}
 
 
 @pytest.mark.parametrize("cpus", [EVEN, ODD, CPUS[:4], CPUS[3:4]], ids=str)
@@ -59,9 +59,9 @@ def test_cpus_that_may_not_be_used_are_served_by_the_others(
 ) -> None:
     with (
         allowed(cpus) as machine,
-        Crew(backend, "cpu", *KINDS, workers=len(cpus), machine=machine).serving() as crew,
+        Harness(backend, "cpu", *KINDS, workers=len(cpus), machine=machine).serving() as harness,
     ):
-        assert_near(served_by(crew), cpus)
+        assert_near(served_by(harness), cpus)
 
 
 @pytest.mark.parametrize("cpus", [EVEN, ODD], ids=["even", "odd"])

@@ -9,8 +9,8 @@ import pytest
 
 from steer.linux import topology
 from testkit.clients import http_get
-from testkit.crew import CPUS, KINDS, PORT, Crew, pinned
 from testkit.fixtures import StartService
+from testkit.harness import CPUS, KINDS, PORT, Harness, pinned
 from vm.tests.machine import (
     NODE_OF,
     NODES,
@@ -40,21 +40,21 @@ def test_one_worker_on_each_node(backend: str, pick: Pick) -> None:
     served_at = {node: pick(cpus) for node, cpus in NODES.items()}
     with (
         allowed([*served_at.values()]) as machine,
-        Crew(backend, "cpu", *KINDS, workers=len(NODES), machine=machine).serving() as crew,
+        Harness(backend, "cpu", *KINDS, workers=len(NODES), machine=machine).serving() as harness,
     ):
-        assert served_by(crew) == {cpu: served_at[NODE_OF[cpu]] for cpu in CPUS}
+        assert served_by(harness) == {cpu: served_at[NODE_OF[cpu]] for cpu in CPUS}
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 6])
 @both_backends
 def test_fewer_workers_than_cpus(backend: str, workers: int) -> None:
     """Each node gets its share of them, and serves itself."""
-    with Crew(backend, "cpu", *KINDS, workers=workers).serving() as crew:
-        manned = [cpu_of(crew, slot) for slot in range(workers)]
+    with Harness(backend, "cpu", *KINDS, workers=workers).serving() as harness:
+        manned = [cpu_of(harness, slot) for slot in range(workers)]
         taken = Counter(NODE_OF[cpu] for cpu in manned)
         for node, cpus in NODES.items():
             assert taken[node] in (len(cpus), max(taken.values()), max(taken.values()) - 1)
-        assert_near(served_by(crew), manned)
+        assert_near(served_by(harness), manned)
 
 
 @both_backends
@@ -63,28 +63,28 @@ def test_node_without_a_worker_is_dealt_over_the_others(backend: str) -> None:
     manned = [cpu for cpus in others for cpu in cpus]
     with (
         allowed(manned) as machine,
-        Crew(backend, "cpu", *KINDS, workers=len(manned), machine=machine).serving() as crew,
+        Harness(backend, "cpu", *KINDS, workers=len(manned), machine=machine).serving() as harness,
     ):
-        assert_near(served_by(crew), manned)
+        assert_near(served_by(harness), manned)
 
 
 @both_backends
 def test_workers_of_a_node_go_and_come_back(backend: str) -> None:
     """It serves itself while it has one, and again as soon as it has."""
-    with Crew(backend, "cpu", *KINDS, workers=len(CPUS)).serving() as crew:
+    with Harness(backend, "cpu", *KINDS, workers=len(CPUS)).serving() as harness:
         node, *_ = NODES
-        cpus = [cpu_of(crew, slot) for slot in range(len(CPUS))]
+        cpus = [cpu_of(harness, slot) for slot in range(len(CPUS))]
         *going, last = [slot for slot, cpu in enumerate(cpus) if NODE_OF[cpu] == node]
-        crew.leave(*going)
-        crew.steer()
+        harness.leave(*going)
+        harness.steer()
         at_last = cpus[last]
-        assert served_by(crew) == {cpu: at_last if NODE_OF[cpu] == node else cpu for cpu in CPUS}
-        crew.leave(last)
-        crew.steer()
-        assert all(NODE_OF[home] != node for home in served_by(crew).values())
-        crew.join(last)
-        crew.steer()
-        assert served_by(crew) == {cpu: at_last if NODE_OF[cpu] == node else cpu for cpu in CPUS}
+        assert served_by(harness) == {cpu: at_last if NODE_OF[cpu] == node else cpu for cpu in CPUS}
+        harness.leave(last)
+        harness.steer()
+        assert all(NODE_OF[home] != node for home in served_by(harness).values())
+        harness.join(last)
+        harness.steer()
+        assert served_by(harness) == {cpu: at_last if NODE_OF[cpu] == node else cpu for cpu in CPUS}
 
 
 def test_service_with_a_worker_for_each_node(service: StartService) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from testkit.crew import CPUS, Crew
+from testkit.harness import CPUS, Harness
 from testkit.namespaces import Netns
 from vm.tests.machine import (
     CLIENT,
@@ -75,11 +75,11 @@ def _own_sysfs(at: Path) -> Iterator[Path]:
 @both_backends
 def test_all_packets_to_one_cpu(link: StartLink, backend: str) -> None:
     pair = link(1)
-    with Crew(backend, "cpu", *KINDS.values(), workers=len(CPUS)).serving() as crew:
+    with Harness(backend, "cpu", *KINDS.values(), workers=len(CPUS)).serving() as harness:
         for slot in range(len(CPUS)):
-            pair.steer_packets([cpu_of(crew, slot)])
+            pair.steer_packets([cpu_of(harness, slot)])
             with pair.clients.entered():
-                assert count_everywhere(crew, 10) == {slot: 40}
+                assert count_everywhere(harness, 10) == {slot: 40}
 
 
 @both_backends

@@ -19,7 +19,7 @@ import pytest
 from steer.linux import nic
 from steer.linux.topology import parse_cpulist
 from testkit.capabilities import do_without
-from testkit.crew import CPUS, Crew
+from testkit.harness import CPUS, Harness
 from testkit.processes import eventually
 from vm.tests.machine import (
     CLIENT,
@@ -122,11 +122,11 @@ def card() -> Iterator[Card]:
 
 @both_backends
 def test_all_queues_bound_to_one_cpu(card: Card, backend: str) -> None:
-    with Crew(backend, "cpu", *KINDS.values(), workers=len(CPUS)).serving() as crew:
+    with Harness(backend, "cpu", *KINDS.values(), workers=len(CPUS)).serving() as harness:
         for slot in range(len(CPUS)):
-            card.move_queues([cpu_of(crew, slot)] * len(card.irqs))
+            card.move_queues([cpu_of(harness, slot)] * len(card.irqs))
             with card.clients.entered():
-                assert count_everywhere(crew, 10) == {slot: 40}
+                assert count_everywhere(harness, 10) == {slot: 40}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from steer.errors import BindError, ConfigError, GroupError, KernelError, Note, 
 from steer.loader import shared_memory
 from steer.testing import reuseport_group
 from testkit import ROOT
-from testkit.crew import pinned
+from testkit.harness import pinned
 from testkit.processes import (
     DEADLINE_S,
     descriptors,

@@ -13,15 +13,15 @@ import pytest
 from steer.backends.base import Backend, Counts
 from steer.policy.builtin import CBPF, EBPF, KERNEL
 from steer.policy.layout import Member
-from testkit.crew import Crew
 from testkit.growth_fakes import Cost, FakeBackend, OrderedBackend, plan_for
+from testkit.harness import Harness
 
 FAKES = {"fake": FakeBackend, "fake with an order": OrderedBackend}
 WORKERS = 3
 
 
 class Fake:
-    """A crew without sockets."""
+    """A harness without sockets."""
 
     def __init__(self, kind: type[FakeBackend]) -> None:
         self.plan = plan_for(WORKERS, "hash")
@@ -43,7 +43,7 @@ class Fake:
 
 
 @pytest.fixture(params=[*FAKES, EBPF, CBPF, KERNEL])
-def crew(request: pytest.FixtureRequest) -> Iterator[Any]:
+def harness(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Three have joined, in this order."""
     if request.param in FAKES:
         made: Any = Fake(FAKES[request.param])
@@ -52,74 +52,74 @@ def crew(request: pytest.FixtureRequest) -> Iterator[Any]:
         return
     request.getfixturevalue("netns")
     policy = KERNEL if request.param == KERNEL else "hash"
-    with Crew(request.param, policy, "tcp4", workers=WORKERS) as crew:
-        crew.join(*range(WORKERS))
-        yield crew
+    with Harness(request.param, policy, "tcp4", workers=WORKERS) as harness:
+        harness.join(*range(WORKERS))
+        yield harness
 
 
-def ordered(crew: Any) -> Sequence[int] | None:
-    return list(crew.backend.order) if crew.backend.needs_order else None
+def ordered(harness: Any) -> Sequence[int] | None:
+    return list(harness.backend.order) if harness.backend.needs_order else None
 
 
-def test_order_is_known_where_it_is_needed(crew: Any) -> None:
-    if crew.backend.needs_order:
-        assert ordered(crew) == [0, 1, 2]
-        crew.leave(0)
-        assert sorted(ordered(crew) or ()) == [1, 2]
-        crew.join(0)
-        assert sorted(ordered(crew) or ()) == [0, 1, 2]
-        assert (ordered(crew) or ())[-1] == 0
+def test_order_is_known_where_it_is_needed(harness: Any) -> None:
+    if harness.backend.needs_order:
+        assert ordered(harness) == [0, 1, 2]
+        harness.leave(0)
+        assert sorted(ordered(harness) or ()) == [1, 2]
+        harness.join(0)
+        assert sorted(ordered(harness) or ()) == [0, 1, 2]
+        assert (ordered(harness) or ())[-1] == 0
 
 
-def test_any_number_may_be_chosen_and_the_same_again(crew: Any) -> None:
+def test_any_number_may_be_chosen_and_the_same_again(harness: Any) -> None:
     for slots in ((0, 1, 2), (0, 1, 2), (), (1,), (2, 0)):
-        crew.backend.steer([Member(slot) for slot in slots])
+        harness.backend.steer([Member(slot) for slot in slots])
 
 
-def test_who_left_may_come_back_at_once_and_others_at_its_slot(crew: Any) -> None:
-    crew.steer()
+def test_who_left_may_come_back_at_once_and_others_at_its_slot(harness: Any) -> None:
+    harness.steer()
     for _ in range(3):
-        crew.leave(1)
-        crew.steer()
-        crew.join(1)
-        crew.steer()
+        harness.leave(1)
+        harness.steer()
+        harness.join(1)
+        harness.steer()
 
 
-def test_it_can_be_saved_at_any_moment(crew: Any) -> None:
+def test_it_can_be_saved_at_any_moment(harness: Any) -> None:
     """As JSON, and with descriptors that are open."""
-    for act in (crew.steer, lambda: crew.leave(1), crew.steer, lambda: crew.join(1)):
+    for act in (harness.steer, lambda: harness.leave(1), harness.steer, lambda: harness.join(1)):
         act()
-        value, fds = crew.backend.stored()
+        value, fds = harness.backend.stored()
         written = msgspec.json.encode(value)
         assert msgspec.json.encode(msgspec.json.decode(written)) == written
         for fd in fds:
             os.fstat(fd)
 
 
-def test_nothing_is_held_of_who_left(crew: Any) -> None:
-    crew.steer()
-    crew.leave(1)
-    assert list(crew.backend.held(1)) == []
+def test_nothing_is_held_of_who_left(harness: Any) -> None:
+    harness.steer()
+    harness.leave(1)
+    assert list(harness.backend.held(1)) == []
 
 
-def test_counts_are_counts_or_unknown_and_begin_anew(crew: Any) -> None:
-    crew.steer()
-    assert crew.backend.counts(0) in (None, Counts())
-    assert crew.backend.take_counts(0) in (None, Counts())
-    assert crew.backend.unsteered() in (None, 0)
+def test_counts_are_counts_or_unknown_and_begin_anew(harness: Any) -> None:
+    harness.steer()
+    assert harness.backend.counts(0) in (None, Counts())
+    assert harness.backend.take_counts(0) in (None, Counts())
+    assert harness.backend.unsteered() in (None, 0)
 
 
-def test_programs_are_waited_for_where_any_may_run(crew: Any) -> None:
-    crew.steer()
-    publication = crew.backend.grace_period()
+def test_programs_are_waited_for_where_any_may_run(harness: Any) -> None:
+    harness.steer()
+    publication = harness.backend.grace_period()
     if publication is not None:
-        crew.backend.grace_period_ended(publication)
-    assert crew.backend.grace_period() is None
+        harness.backend.grace_period_ended(publication)
+    assert harness.backend.grace_period() is None
 
 
-def test_what_remembers_no_flows_forgets_none(crew: Any) -> None:
-    crew.steer()
-    assert crew.backend.forget_flows is None
+def test_what_remembers_no_flows_forgets_none(harness: Any) -> None:
+    harness.steer()
+    assert harness.backend.forget_flows is None
 
 
 def public(kind: type) -> dict[str, Callable[..., object]]:

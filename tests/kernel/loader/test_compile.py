@@ -23,7 +23,7 @@ from steer.loader import compile
 from steer.policy.builtin import EBPF, POLICIES
 from steer.policy.bytecode import PolicyObject
 from testkit.confine import NOBODY, as_user
-from testkit.crew import Crew
+from testkit.harness import Harness
 
 BUILT_IN = [policy.name for policy in POLICIES.values() if policy.source]
 POLICY = """
@@ -82,8 +82,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("netns", "no_child")
 @pytest.mark.parametrize("policy", BUILT_IN)
 def test_built_in_policies_are_ebpf_without_a_compiler(policy: str) -> None:
-    with Crew(EBPF, policy, "tcp4").serving() as crew:
-        assert sum(crew.count(20).values()) == sum(crew.selected().values()) == 20
+    with Harness(EBPF, policy, "tcp4").serving() as harness:
+        assert sum(harness.count(20).values()) == sum(harness.selected().values()) == 20
 
 
 @pytest.mark.usefixtures("no_child")
@@ -143,8 +143,8 @@ def test_edited_built_in_policy_without_a_compiler(checkout: Path) -> None:
 def test_edited_policy_runs(checkout: Path) -> None:
     """All to the last position."""
     (checkout / "random.c").write_text(POLICY % "table->length - 1")
-    with Crew(EBPF, "random", "tcp4", workers=3).serving() as crew:
-        assert crew.count(20) == {2: 20}
+    with Harness(EBPF, "random", "tcp4", workers=3).serving() as harness:
+        assert harness.count(20) == {2: 20}
 
 
 # ---- the cache

@@ -33,7 +33,7 @@ from steer.policy.layout import Layout
 from steer.sockets import group_program, listeners, reuseport
 from testkit.bpf_objects import bpf_exists, bpf_ids
 from testkit.confine import NOBODY, as_user
-from testkit.crew import KINDS, Crew, sources
+from testkit.harness import KINDS, Harness, sources
 from testkit.processes import eventually
 
 pytestmark = pytest.mark.needs("bpf")
@@ -87,7 +87,7 @@ def no_leaks() -> Iterator[None]:
 )
 def test_bpftool_shows_names(name: str, program: str) -> None:
     before = own_bpf()
-    with Crew(EBPF, name, "tcp4", "udp6"):
+    with Harness(EBPF, name, "tcp4", "udp6"):
         made = own_bpf() - before
         programs = [shown("prog", number) for kind, number in made if kind == "prog"]
         maps = [shown("map", number) for kind, number in made if kind == "map"]
@@ -165,7 +165,7 @@ def test_refused_policy_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compile, "load", load_bad)
     with pytest.raises(VerifierError, match="load program steer_hash"):
-        Crew(EBPF, "hash", "tcp4")
+        Harness(EBPF, "hash", "tcp4")
 
 
 @pytest.mark.needs("migrate")  # others take any
@@ -187,10 +187,10 @@ def test_kernel_that_asks_no_program_gets_the_plain_one(
     found = probe.migrate()
     assert found.answer is Answer.NO
     assert str(found.note).endswith("cannot migrate connections; use Linux 5.14 or later")
-    with Crew(EBPF, "hash", "tcp4").serving() as crew:
-        assert not crew.backend._policy.migrates
-        got = crew.count(20)
-        assert crew.selected() == got
+    with Harness(EBPF, "hash", "tcp4").serving() as harness:
+        assert not harness.backend._policy.migrates
+        got = harness.count(20)
+        assert harness.selected() == got
 
 
 def test_kernel_too_old_for_a_table_is_told_which_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,9 +254,9 @@ def test_older_kernel_gets_the_plain_program(
         return load(self, name, insns, options)
 
     monkeypatch.setattr(Program, "_load", before_5_14)
-    with Crew(EBPF, "round-robin", "tcp4").serving() as crew:
-        assert "migration needs Linux 5.14" in " ".join(crew.backend.notes)
-        assert crew.count(40).total() == sum(crew.selected().values()) == 40
+    with Harness(EBPF, "round-robin", "tcp4").serving() as harness:
+        assert "migration needs Linux 5.14" in " ".join(harness.backend.notes)
+        assert harness.count(40).total() == sum(harness.selected().values()) == 40
 
 
 # ---- maps
@@ -497,12 +497,12 @@ def test_ticks_are_those_of_the_kernel() -> None:
 
 def test_flip_is_seen_by_programs(netns: object) -> None:
     """The same flow goes wherever the table says at the moment."""
-    with Crew(EBPF, "hash", "udp4", workers=3).serving() as crew:
+    with Harness(EBPF, "hash", "udp4", workers=3).serving() as harness:
         [flow] = sources("127.0.0.1", 1)
         for slot in (0, 2, 1, 1, 0):
             everywhere = Layout(array("H", [slot]) * 7, spares=array("H", [slot]) * abi.SPARES)
-            crew.backend._policy._table.publish(everywhere.parts())
-            assert crew.flows([flow]) == {flow: slot}
+            harness.backend._policy._table.publish(everywhere.parts())
+            assert harness.flows([flow]) == {flow: slot}
 
 
 def test_programs_that_were_waited_for_are_those_before_a_later_publication() -> None:
@@ -578,10 +578,10 @@ def content(table: bpf_maps.Map) -> bytes:
 )
 def test_backend_lets_go_of_everything(name: str, backend: str) -> None:
     before = own_bpf()
-    with Crew(backend, name, *KINDS).serving() as crew:
-        crew.count(10)
-        crew.leave(1)
-        crew.steer()
+    with Harness(backend, name, *KINDS).serving() as harness:
+        harness.count(10)
+        harness.leave(1)
+        harness.steer()
         made = own_bpf() - before
         # A program and its maps for each group, those of the policy, and what counts.
         due = len(KINDS) * 4 + len(of_policy(name)) + len(COUNTING) + 1
@@ -605,44 +605,44 @@ def test_mount_point_is_read_as_it_is_called() -> None:
     assert cgroup._unescaped(r"/mnt/é\040\134b") == "/mnt/é \\b"
 
 
-def settle(crew: Crew) -> None:
+def settle(harness: Harness) -> None:
     """As the controller does, once programs were waited for."""
-    publication = crew.backend.grace_period()
+    publication = harness.backend.grace_period()
     assert publication is not None
-    crew.backend.grace_period_ended(publication)
-    assert crew.backend.grace_period() is None
+    harness.backend.grace_period_ended(publication)
+    assert harness.backend.grace_period() is None
 
 
 @pytest.mark.parametrize("backend", [EBPF, CBPF])
 def test_programs_are_to_be_waited_for_after_a_flip(netns: object, backend: str) -> None:
-    with Crew(backend, "hash", "udp4", workers=3).serving() as crew:
-        settle(crew)
-        crew.steer(0, 1)
-        before = crew.backend.grace_period()
-        crew.steer(0)
+    with Harness(backend, "hash", "udp4", workers=3).serving() as harness:
+        settle(harness)
+        harness.steer(0, 1)
+        before = harness.backend.grace_period()
+        harness.steer(0)
         assert before is not None
-        crew.backend.grace_period_ended(before)
-        settle(crew)
+        harness.backend.grace_period_ended(before)
+        settle(harness)
 
 
 def test_programs_are_to_be_waited_for_after_another_policy_also_where_nothing_is_written(
     netns: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the policy before may still choose."""
-    with Crew(EBPF, "hash", "udp4", workers=2).serving() as crew:
+    with Harness(EBPF, "hash", "udp4", workers=2).serving() as harness:
         monkeypatch.setattr(shared_memory, "PROGRAMS_END_S", -1.0)
-        members = [crew.member(slot) for slot in (0, 1)]
-        first = crew.plan
+        members = [harness.member(slot) for slot in (0, 1)]
+        first = harness.plan
         second = replace(first, policy=find.find("random"))
 
         @contextmanager
         def lend() -> Iterator[dict[int, socket.socket]]:
-            yield dict(enumerate(crew.sockets[0]))
+            yield dict(enumerate(harness.sockets[0]))
 
         for plan in (second, first):
-            settle(crew)
-            crew.backend.swap(plan, members, lend)
-        settle(crew)
+            settle(harness)
+            harness.backend.swap(plan, members, lend)
+        settle(harness)
 
 
 @pytest.mark.needs("bpf", "migrate")

@@ -22,7 +22,7 @@ from steer.policy.builtin import EBPF
 from steer.sockets import listeners
 from steer.sockets.listeners import Borrower, Waiting, move_queue, waiting
 from testkit.confine import NOBODY
-from testkit.crew import PORT, Crew
+from testkit.harness import PORT, Harness
 from testkit.processes import eventually, line_of, python, running
 from testkit.programs import source
 
@@ -252,18 +252,18 @@ def test_datagrams_that_wait(datagrams: socket.socket) -> None:
 moves = pytest.mark.needs("bpf", "migrate", "netns")
 
 
-def queue(crew: Crew, clients: ExitStack, slot: int, number: int) -> list[bytes]:
+def queue(harness: Harness, clients: ExitStack, slot: int, number: int) -> list[bytes]:
     """Connections that wait at `slot`, the only one chosen, and what each has sent."""
-    crew.steer(slot)
+    harness.steer(slot)
     sent = [os.urandom(8) for _ in range(number)]
     for data in sent:
-        clients.enter_context(crew.send(crew.binds[0])).send(data)
-    eventually(lambda: queued(crew)[slot], number)
+        clients.enter_context(harness.send(harness.binds[0])).send(data)
+    eventually(lambda: queued(harness)[slot], number)
     return sent
 
 
-def queued(crew: Crew) -> dict[int, int]:
-    return {slot: waiting(sock).queued for slot, [sock] in crew.sockets.items()}
+def queued(harness: Harness) -> dict[int, int]:
+    return {slot: waiting(sock).queued for slot, [sock] in harness.sockets.items()}
 
 
 def received(sock: socket.socket, number: int) -> list[bytes]:
@@ -276,8 +276,8 @@ def received(sock: socket.socket, number: int) -> list[bytes]:
     return found
 
 
-def put_again(crew: Crew, slot: int) -> None:
-    crew.backend.add_member(slot, [os.dup(sock.fileno()) for sock in crew.sockets[slot]])
+def put_again(harness: Harness, slot: int) -> None:
+    harness.backend.add_member(slot, [os.dup(sock.fileno()) for sock in harness.sockets[slot]])
 
 
 @moves
@@ -288,36 +288,36 @@ def test_queue_of_a_backup_listener_goes_to_a_worker_that_joins(
 ) -> None:
     """Connections wait where nobody accepts, until there is somebody; twice over."""
     worker, backup = 0, 1
-    with Crew(EBPF, "hash", kind, workers=2) as crew:
-        crew.join(backup)
+    with Harness(EBPF, "hash", kind, workers=2) as harness:
+        harness.join(backup)
         for _ in range(2):
-            sent = queue(crew, clients, backup, 300)
-            crew.join(worker)
-            crew.steer(worker)
-            move_queue(crew.sockets[backup][0])
-            assert queued(crew) == {worker: 300, backup: 0}
-            assert received(crew.sockets[worker][0], 300) == sent
-            assert crew.count(10) == {worker: 10}
-            put_again(crew, backup)
-            crew.steer(backup)
-            crew.leave(worker)
-        assert crew.count(10) == {backup: 10}
-        assert crew.backend.unsteered() == 0
+            sent = queue(harness, clients, backup, 300)
+            harness.join(worker)
+            harness.steer(worker)
+            move_queue(harness.sockets[backup][0])
+            assert queued(harness) == {worker: 300, backup: 0}
+            assert received(harness.sockets[worker][0], 300) == sent
+            assert harness.count(10) == {worker: 10}
+            put_again(harness, backup)
+            harness.steer(backup)
+            harness.leave(worker)
+        assert harness.count(10) == {backup: 10}
+        assert harness.backend.unsteered() == 0
 
 
 @moves
 @pytest.mark.usefixtures("netns")
 def test_queue_is_spread_over_the_workers(clients: ExitStack) -> None:
     """By a hash of each connection's addresses: 6 standard deviations are allowed."""
-    with Crew(EBPF, "hash", "tcp4", workers=5) as crew:
-        crew.join(*range(5))
-        sent = queue(crew, clients, 4, 400)
-        crew.steer(0, 1, 2, 3)
-        move_queue(crew.sockets[4][0])
-        share = queued(crew)
+    with Harness(EBPF, "hash", "tcp4", workers=5) as harness:
+        harness.join(*range(5))
+        sent = queue(harness, clients, 4, 400)
+        harness.steer(0, 1, 2, 3)
+        move_queue(harness.sockets[4][0])
+        share = queued(harness)
         assert share.pop(4) == 0
         assert all(48 <= number <= 152 for number in share.values())
-        got = [received(crew.sockets[slot][0], number) for slot, number in share.items()]
+        got = [received(harness.sockets[slot][0], number) for slot, number in share.items()]
         assert sorted(chain.from_iterable(got)) == sorted(sent)
 
 
@@ -389,9 +389,9 @@ def accept():
 @pytest.mark.usefixtures("netns")
 @pytest.mark.parametrize("code", OWNERS.values(), ids=OWNERS.keys())
 def test_stopped_owner_does_not_notice(clients: ExitStack, code: str) -> None:
-    with Crew(EBPF, "hash", "tcp4", workers=2) as crew:
-        crew.join(0, 1)
-        [sock] = crew.sockets[0]
+    with Harness(EBPF, "hash", "tcp4", workers=2) as harness:
+        harness.join(0, 1)
+        [sock] = harness.sockets[0]
         sock.setblocking(code == OWNERS["accept"])
         with process(SOCKET + ACCEPT + HERE + code, sock) as owner:
             eventually(lambda: waits_on(owner.pid, frozenset({inode(sock)})), Seen.YES)
@@ -399,17 +399,17 @@ def test_stopped_owner_does_not_notice(clients: ExitStack, code: str) -> None:
             eventually(lambda: activity.is_stopped(owner.pid))
             lender = borrower(owner.pid, sock)
             for _ in range(5):
-                sent = queue(crew, clients, 0, 10)
-                crew.steer(1)
+                sent = queue(harness, clients, 0, 10)
+                harness.steer(1)
                 with lender.borrow() as lent:
                     move_queue(lent[inode(sock)])
-                put_again(crew, 0)
-                assert queued(crew) == {0: 0, 1: 10}
-                assert received(crew.sockets[1][0], 10) == sent
+                put_again(harness, 0)
+                assert queued(harness) == {0: 0, 1: 10}
+                assert received(harness.sockets[1][0], 10) == sent
             os.kill(owner.pid, signal.SIGCONT)
-            crew.steer(0)
+            harness.steer(0)
             for _ in range(3):
-                clients.enter_context(crew.send(crew.binds[0]))
+                clients.enter_context(harness.send(harness.binds[0]))
             assert [line_of(owner) for _ in range(3)] == ["accepted"] * 3
 
 
@@ -433,24 +433,24 @@ asyncio.run(serve())
 @moves
 @pytest.mark.usefixtures("netns")
 def test_busy_asyncio_server_does_not_notice(clients: ExitStack) -> None:
-    with Crew(EBPF, "hash", "tcp4", workers=2) as crew:
-        crew.join(0, 1)
-        crew.steer(0)
-        [sock] = crew.sockets[0]
+    with Harness(EBPF, "hash", "tcp4", workers=2) as harness:
+        harness.join(0, 1)
+        harness.steer(0)
+        [sock] = harness.sockets[0]
         with process(SOCKET + ASYNCIO, sock) as owner:
-            first = clients.enter_context(crew.send(crew.binds[0]))
+            first = clients.enter_context(harness.send(harness.binds[0]))
             first.send(b"busy")
             assert line_of(owner) == "busy"
-            sent = queue(crew, clients, 0, 10)
-            crew.steer(1)
+            sent = queue(harness, clients, 0, 10)
+            harness.steer(1)
             with borrower(owner.pid, sock).borrow() as lent:
                 move_queue(lent[inode(sock)])
-            assert received(crew.sockets[1][0], 10) == sent
-            put_again(crew, 0)
-            crew.steer(0)
+            assert received(harness.sockets[1][0], 10) == sent
+            put_again(harness, 0)
+            harness.steer(0)
             tell(owner)
             assert first.recv(100) == b"answer"
-            quick = clients.enter_context(crew.send(crew.binds[0]))
+            quick = clients.enter_context(harness.send(harness.binds[0]))
             quick.send(b"quick")
             assert quick.recv(100) == b"answer"
             owner.kill()
@@ -469,31 +469,33 @@ CLIENTS = source("sixteen_clients")
 def test_nothing_is_lost_under_load() -> None:
     """Again and again the server stops, a listener is left out, what waits there is moved, it is
     chosen again and the server goes on."""
-    with Crew(EBPF, "round-robin", "tcp4", workers=4).serving() as crew, ExitStack() as stack:
-        server = stack.enter_context(process(SERVER, *(sock for [sock] in crew.sockets.values())))
+    with Harness(EBPF, "round-robin", "tcp4", workers=4).serving() as harness, ExitStack() as stack:
+        server = stack.enter_context(
+            process(SERVER, *(sock for [sock] in harness.sockets.values()))
+        )
         load = stack.enter_context(process(CLIENTS))
-        moved = [move_away(crew, server.pid, at % 4) for at in range(80)]
-        eventually(lambda: sum(crew.selected().values()) - sum(moved) >= 1000)
+        moved = [move_away(harness, server.pid, at % 4) for at in range(80)]
+        eventually(lambda: sum(harness.selected().values()) - sum(moved) >= 1000)
         tell(load)
         number, outcome = line_of(load).split(" ", 1)
         assert (outcome, line_of(load)) == ("answered", "")
-        counts = [crew.backend.counts(slot) or Counts() for slot in range(4)]
+        counts = [harness.backend.counts(slot) or Counts() for slot in range(4)]
         assert sum(count.migrated for count in counts) == sum(moved) >= len(moved)
         assert sum(count.selected - count.migrated for count in counts) == int(number) >= 1000
 
 
-def move_away(crew: Crew, server: int, slot: int) -> int:
+def move_away(harness: Harness, server: int, slot: int) -> int:
     """How many connections were moved."""
-    [sock] = crew.sockets[slot]
+    [sock] = harness.sockets[slot]
     os.kill(server, signal.SIGSTOP)
     eventually(lambda: activity.is_stopped(server) and waiting(sock).queued)
-    crew.steer(*(other for other in range(4) if other != slot))
+    harness.steer(*(other for other in range(4) if other != slot))
     time.sleep(0.005)  # for the program that yet runs, and handshakes that had begun
     with borrower(server, sock).borrow() as lent:
         queued = waiting(sock).queued
         move_queue(lent[inode(sock)])
-    put_again(crew, slot)
-    crew.steer()
+    put_again(harness, slot)
+    harness.steer()
     os.kill(server, signal.SIGCONT)
     time.sleep(0.005)
     return queued

@@ -15,7 +15,7 @@ from steer.config.address import Bind
 from steer.errors import BindError, KernelError
 from steer.linux import port_holders, processes
 from steer.sockets import port_checks, reuseport, sock_diag
-from testkit.crew import KINDS
+from testkit.harness import KINDS
 
 pytestmark = pytest.mark.usefixtures("netns")
 every_kind = pytest.mark.parametrize("bind", [address.parse(text) for text in KINDS.values()])

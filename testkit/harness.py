@@ -66,7 +66,7 @@ class Taken:
     peer: tuple[str, int]
 
 
-class Crew:
+class Harness:
     """A backend with a socket on every bind for each slot.
 
     Args:
