@@ -1,4 +1,5 @@
-"""ebpf, cbpf and kernel: each carries out a policy, and `base` is their common shape.
+"""The backends `ebpf`, `cbpf` and `kernel`, and in `base` the protocol that they implement.
 
-A backend is told who joins, leaves and may be selected, and knows nothing of processes.
+A backend is told which sockets join and leave a group and which workers may be selected. It does
+not deal with processes.
 """

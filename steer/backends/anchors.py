@@ -1,8 +1,9 @@
-"""Sockets of ours that hold UDP groups together while workers open others at the same address.
+"""Anchors: sockets of the controller that hold UDP groups together while workers open connected
+sockets at the same address.
 
-See `reuseport.anchor` for why. They are opened before the first worker, as no other socket may
-be there yet, and are never chosen: nothing that comes to them is taken in. So where the
-kernel's hash alone chooses, there are none.
+`reuseport.anchor` explains why they are needed. They are opened before the first worker, because no
+other socket may be at the address yet. They receive nothing, so they must never be selected. Where
+only the kernel's hash selects, there are none.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from steer.errors import Note
 from steer.sockets import members, reuseport
 
 ANCHOR = -1
-"""Its number, in the place of a slot, in the kernel's array; those of fillers are lower."""
+"""The number of an anchor where sockets are listed by slot; fillers have lower numbers."""
 
 
 class Anchors(Mapping[int, socket.socket]):
-    """Of one service, by bind; and fillers, which are more of them, see `fill`."""
+    """The anchors of one service by bind, and fillers, which are further anchors (see `fill`)."""
 
     def __init__(self) -> None:
         self._sockets: dict[int, socket.socket] = {}
@@ -37,15 +38,15 @@ class Anchors(Mapping[int, socket.socket]):
         return len(self._sockets)
 
     def open(self, binds: Sequence[Bind], service: Service) -> None:
-        """One for each bind that has use for one; where it cannot be had, none.
+        """Open an anchor for each bind that needs one. If that fails the bind has none: an error in
+        the address shows when the first worker starts.
 
-        What is wrong with an address the first worker tells. Sockets of a VRF's cgroup are bound
-        to its interface, and stay so.
+        In the cgroup of a VRF there are none, because sockets stay bound to its interface there.
         """
         if members.usual_device() or is_left_to_hash(service):
             return
         for index, bind in enumerate(binds):
-            # One of an interface, as fe80::1%eth0, cannot be bound to another.
+            # An address of an interface, as fe80::1%eth0, cannot be bound to another one.
             if may_split(bind) and not bind.is_scoped:
                 try:
                     self._sockets[index] = reuseport.anchor(bind)
@@ -53,16 +54,16 @@ class Anchors(Mapping[int, socket.socket]):
                     continue
 
     def renew(self, index: int, bind: Bind) -> None:
-        """Another in its place, as it has to be newer than all others at its address, because
-        the kernel looks at the newest first. Over IPv6 it looks at the oldest first, which is
-        the anchor.
+        """Replace an anchor by a new one, over IPv4 only.
 
-        Who binds next might else find one that a worker has bound to the loopback. And to a
-        datagram from there the anchor is nearer than a socket of any interface: where a connected
-        socket ever was in the group the kernel would run the program for one of these, look
-        further, and run it again for the anchor.
+        The kernel looks at the newest socket of an address first, over IPv6 at the oldest. So the
+        anchor has to be the newest over IPv4, for two reasons. The next bind(2) could otherwise
+        find a socket that a worker has bound to the loopback interface. And for a datagram from
+        the loopback interface the anchor is the better match: if a connected socket ever was in
+        the group, the kernel would run the program for another socket first, look further, and run
+        it again for the anchor.
 
-        In the kernel's array the new one is in the place of the old one, if it is the first.
+        In the kernel's array the new anchor gets the place of the old one, if that is the first.
         """
         if index in self._sockets and not bind.is_v6:
             with suppress(OSError):
@@ -76,8 +77,12 @@ class Anchors(Mapping[int, socket.socket]):
         return [*self._sockets.values(), *self._fillers.values()]
 
     def fill(self, index: int, bind: Bind) -> int | None:
-        """Open another one behind all sockets of the kernel's array, to move into the hole of the
-        next that leaves; its number there, or None where it cannot be had."""
+        """Open a filler: an anchor at the end of the kernel's array. The kernel moves it to the
+        place of the next socket that leaves.
+
+        Returns:
+            Its number; None if it cannot be opened.
+        """
         number = min(self.fillers(index), default=ANCHOR) - 1
         try:
             self._fillers[index, number] = reuseport.anchor(bind)
@@ -86,18 +91,18 @@ class Anchors(Mapping[int, socket.socket]):
         return number
 
     def fillers(self, index: int) -> list[int]:
-        """Numbers of those of a bind, in the order in which `drop` takes them out."""
+        """The numbers of the fillers of a bind, in the order in which `drop` removes them."""
         return [number for at, number in self._fillers if at == index]
 
     def empty_one(self, index: int) -> int | None:
-        """Take the latest filler of a bind out; its number, or None where there is none."""
+        """Remove the latest filler of a bind; its number, or None if there is none."""
         number = min(self.fillers(index), default=None)
         if number is not None:
             _take_out(self._fillers.pop((index, number)))
         return number
 
     def receive(self, binds: Iterable[int], fds: Iterable[int]) -> None:
-        """Go on with those that another controller opened; the descriptors become ours."""
+        """Continue with the anchors of an earlier controller; the descriptors become ours."""
         found = {bind: socket.socket(fileno=fd) for bind, fd in zip(binds, fds, strict=True)}
         self._sockets.update(found)
 
@@ -107,18 +112,18 @@ class Anchors(Mapping[int, socket.socket]):
         return list(self._fillers)
 
     def receive_fillers(self, keys: Iterable[tuple[int, int]], fds: Iterable[int]) -> None:
-        """The same as `receive`."""
+        """Continue with the fillers of an earlier controller; the descriptors become ours."""
         for key, fd in zip(keys, fds, strict=True):
             self._fillers[key] = socket.socket(fileno=fd)
 
     def close(self) -> None:
-        """The kernel's hash may choose from here on: have it choose none of them, also while
-        the guard still has them open."""
+        """Take all anchors and fillers out of their groups, so that the kernel's hash does not
+        select them, even while the guard has them open."""
         for index in list(self._sockets):
             self.drop(index)
 
     def drop(self, index: int) -> None:
-        """The same of one bind."""
+        """Take the anchor and the fillers of one bind out of their group."""
         _take_out(self._sockets.pop(index))
         for number in self.fillers(index):
             _take_out(self._fillers.pop((index, number)))
@@ -130,24 +135,24 @@ def _take_out(sock: socket.socket) -> None:
 
 
 def is_left_to_hash(service: Service) -> bool:
-    """Whether the kernel's hash chooses, whatever the program: over UDP it does for TPROXY (see
-    `sockopt.shortfalls`)."""
+    """Whether the kernel's hash selects without asking a program, as it does for TPROXY over UDP
+    (see `sockopt.shortfalls`)."""
     return any(each.name == "transparent" and each.value for each in service.settings)
 
 
 def may_split(bind: Bind) -> bool:
-    """Whether its group may come apart when a worker opens a connected socket there. At a
-    wildcard that has an address of its own."""
+    """Whether the group may be split when a worker opens a connected socket at the address. At a
+    wildcard address it is not: the connected socket has a specific address."""
     return bind.protocol == "udp" and not bind.is_wildcard
 
 
 def is_at_risk(at: int, bind: Bind, anchors: Mapping[int, object]) -> bool:
-    """Whether the group of a service's bind number `at` may come apart."""
+    """Whether the group of bind number `at` may be split."""
     return may_split(bind) and at not in anchors and not members.connected_stay()
 
 
 def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[Note]:
-    """What is to be known of such binds."""
+    """A note for each bind whose group may be split."""
     return [
         Note(
             f"{bind.label}: if workers open connected sockets there, as servers of DTLS do, one "
@@ -160,7 +165,7 @@ def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[Note]:
 
 
 def cure(bind: Bind) -> str:
-    """What would help, in words."""
+    """What would keep the group from being split."""
     everywhere = "udp://[::]" if bind.is_v6 else "udp://0.0.0.0"
     return (
         f"{everywhere}:{bind.port} has no such trouble, nor has a start on ebpf or cbpf "

@@ -1,10 +1,10 @@
-"""Backup listeners: where connections wait while there is no worker. The controller owns them.
+"""Backup listeners: sockets of the controller where connections wait while there is no worker.
 
 They are in the group like the listeners of workers, but are selected only while no worker can be.
-What waits there is moved to workers as soon as there are any; nothing is ever accepted.
+The controller never accepts from them. As soon as there is a worker, their queues are moved to it.
 
-Each TCP bind has two, as one stops listening for a moment while its queue is moved. Should the
-last worker die just then, the kernel finds the other one, and resets no connection.
+Each TCP bind has two, because a listener does not listen for a moment while its queue is moved. If
+the last worker dies at that moment, the kernel finds the other one, and resets no connection.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Lend = Callable[[], AbstractContextManager[Mapping[int, socket.socket]]]
 """Lends, by bind, sockets of a worker that serves, and none if nobody does. May raise
 KernelError."""
 Put = Callable[[int, int], None]
-"""Puts a socket into the group's sockarray: from its place here, and a descriptor."""
+"""Puts a socket into the group's sockarray. Takes its index in the pair, and the descriptor."""
 Join = Callable[[int, int, int], None]
-"""Puts a socket into the sockarray of a bind's group: number of the bind, slot, descriptor."""
+"""Puts a socket into a sockarray. Takes the number of the bind, the slot and the descriptor."""
 
 
 class BackupListeners:
@@ -38,9 +38,9 @@ class BackupListeners:
 
     Args:
         counting: counts the connections that wait there.
-        prepare: called before any opens. Says whether their queues can be moved: if not, none
-            opens.
-        synchronize: waits for programs that may still select what was selected before.
+        prepare: called before any is opened. Returns whether their queues can be moved; if not,
+            none is opened.
+        synchronize: waits until no running program can select by an earlier table.
 
     Attributes:
         slots: their slots, which come after those of workers; the same in each group.
@@ -90,7 +90,7 @@ class BackupListeners:
             yield {**lent, **ours}
 
     def open(self) -> None:
-        """Open those of each TCP bind, unless they are open.
+        """Open the backup listeners of each TCP bind that has none.
 
         Raises:
             BindError, KernelError
@@ -102,10 +102,10 @@ class BackupListeners:
                 pair.open(bind, self._service)
 
     def renew(self, service: Service) -> None:
-        """Have them listen with the backlog and options of another configuration.
+        """Listen with the backlog and socket options of another configuration.
 
         Raises:
-            BindError, KernelError: some are as they were.
+            BindError, KernelError: some listen as before.
         """
         before, self._service = self._service, service
         if (before.backlog, before.settings) == (service.backlog, service.settings):
@@ -114,13 +114,14 @@ class BackupListeners:
         with ExitStack() as gone:
             for pair, bind in zip(self._pairs, self._binds, strict=True):
                 pair.renew(bind, service, gone)
-            # As in `empty`: no handshake may be on its way to those that go.
+            # As in `empty`: no handshake may be under way to a listener that is closed.
             self._synchronize()
 
     def empty(self) -> None:
-        """Move what waits there to workers."""
-        # A handshake that is on its way would find the socket not listening, and be reset. Not
-        # while a service starts, which that would delay: a client so early may try again.
+        """Move the connections that wait there to workers."""
+        # Otherwise a handshake that is under way could find the socket not listening, and be reset.
+        # Not when a service starts, because that would delay the start: such an early client may
+        # try again.
         if self._has_served:
             self._synchronize()
         self._has_served = True
@@ -128,11 +129,11 @@ class BackupListeners:
             pair.empty()
 
     def listen_again(self) -> Iterator[tuple[int, int, socket.socket]]:
-        """Have all listen that do not: their last controller may have been killed while it moved
-        a queue.
+        """Listen again on each socket that does not: an earlier controller may have been killed
+        while it moved a queue.
 
         Yields:
-            bind, slot and socket of each, to be put into its group.
+            the bind, slot and socket of each, to be put into its sockarray.
         """
         for at, pair in enumerate(self._pairs):
             for slot, sock in zip(self.slots, pair.sockets, strict=False):
@@ -142,11 +143,11 @@ class BackupListeners:
 
     @property
     def numbers(self) -> list[int]:
-        """How many each bind has; for `receive`."""
+        """How many backup listeners each bind has, as `receive` needs it."""
         return [len(pair.sockets) for pair in self._pairs]
 
     def receive(self, numbers: Sequence[int], fds: Iterable[int]) -> None:
-        """Go on with those that another controller opened; the descriptors become ours.
+        """Continue with those of an earlier controller; the descriptors become ours.
 
         Args:
             fds: in the order of `sockets`.
@@ -157,7 +158,7 @@ class BackupListeners:
         self._has_served = True
 
     def shut_down(self) -> None:
-        """Have them leave their groups, also while the guard has duplicates."""
+        """Take them out of their groups, even while the guard has duplicates."""
         for sock in self.sockets:
             sock.shutdown(socket.SHUT_RDWR)
         self.close()
@@ -187,13 +188,13 @@ class Pair:
             self._put(place, self.sockets[place].fileno())
 
     def renew(self, bind: Bind, service: Service, gone: ExitStack) -> None:
-        """Put others in their place, with the backlog and options of another configuration.
+        """Replace both by new ones with the backlog and options of another configuration.
 
         Args:
-            gone: ends those that were there, which moves what waits at them.
+            gone: shuts the former ones down when it is closed, which moves their queues.
 
         Raises:
-            BindError, KernelError: some are as they were.
+            BindError, KernelError: some listen as before.
         """
         for place, old in enumerate(self.sockets):
             self.sockets[place] = self._member(place, bind, service)
@@ -212,7 +213,7 @@ class Pair:
         self.sockets = [socket.socket(fileno=fd) for fd in fds]
 
     def empty(self) -> None:
-        """Move what waits to whom the group's program selects."""
+        """Move the connections that wait here to where the group's program selects."""
         for place, sock in enumerate(self.sockets):
             if listeners.waiting(sock).queued:
                 listeners.move_queue(sock)
@@ -225,7 +226,7 @@ class Pair:
 
 
 def _end(sock: socket.socket) -> None:
-    """Closing is not enough: the guard has a duplicate."""
+    """Shut a listener down. To close it is not enough, because the guard has a duplicate."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()

@@ -1,8 +1,7 @@
-"""What a backend has to be able to do: it carries out a policy for the groups of one service.
+"""The protocol of a backend, which carries out a policy for the groups of one service.
 
-A backend is told which sockets join and leave and which workers may be selected; what it does to
-the kernel for that is its own affair. `Backend` is made of small protocols, one for each kind of
-caller. What only some backends have is an attribute, None on the others.
+`Backend` consists of small protocols, one for each kind of caller. What only some backends have is
+an attribute that is None on the others.
 """
 
 from __future__ import annotations
@@ -21,8 +20,13 @@ from steer.policy.layout import Member
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Of one slot: selections in all, those of them in place of a slot that was gone,
-    and those of them taken over from a closing listener."""
+    """The selections of one slot.
+
+    Args:
+        selected: all of them.
+        fallback: those in place of a slot that had no socket any more.
+        migrated: connections moved here from a closing listener.
+    """
 
     selected: int = 0
     fallback: int = 0
@@ -37,10 +41,10 @@ class Counts(msgspec.Struct, frozen=True):
 
 
 class PolicyValues(msgspec.Struct, frozen=True):
-    """What a policy declares for itself, as it is now.
+    """The current values of what a policy declares.
 
     Args:
-        histograms: of each, how many values had so many binary digits.
+        histograms: for each, how many values had 0, 1, 2, ... binary digits.
     """
 
     params: dict[str, int] = {}
@@ -49,177 +53,181 @@ class PolicyValues(msgspec.Struct, frozen=True):
 
 
 class Members(Protocol):
-    """The sockets of workers in their groups."""
+    """Adds the sockets of workers to groups, and removes them."""
 
     needs_order: bool
-    """Whether it can take over only sockets whose order in the kernel is known."""
+    """Whether `take_over` works only if the order of the sockets in the kernel is known."""
 
     @property
     def order(self) -> Sequence[int] | None:
-        """The slots in the order in which the kernel has their sockets, in every group; None
-        where that is not known."""
+        """The slots in the order in which the kernel has their sockets, which is the same in every
+        group; None if it is not known."""
 
     def add_member(self, slot: int, fds: Sequence[int]) -> None:
-        """Take in the sockets of a new worker, one for each bind; the fds become ours."""
+        """Add the sockets of a new worker, one for each bind; the descriptors become ours."""
 
     def take_over(self, slot: int, fds: Sequence[int]) -> None:
-        """Take in the sockets of a worker that another backend had; it may be serving. Call it
-        for one after the other as they stand in `order`, if that is needed; then `steer`."""
+        """Add the sockets of a worker of another backend; it may be serving. If `needs_order`, call
+        this in the `order` of the other backend. Call `steer` after that."""
 
     def remove_member(self, slot: int) -> None:
-        """The worker in `slot` has ended, or lost its sockets."""
+        """Remove the sockets of a worker that has ended, or has lost its sockets."""
 
     def held(self, slot: int) -> Sequence[int]:
-        """Descriptors of the slot's sockets that are held here."""
+        """The duplicates of the slot's sockets that this backend holds."""
 
     def is_member(self, slot: int, bind: int) -> bool | None:
-        """Whether the slot's socket is in its group as it was when it joined; None where that
-        cannot be told. May take as long as to attach a program."""
+        """Whether the slot's socket is still in its group; None if that is not known. This may take
+        as long as attaching a program."""
 
     def record_departure(self, slot: int, bind: int) -> None:
-        """The slot's socket was seen to be in its group no more."""
+        """Take note that the slot's socket has left its group."""
 
     def rejoin(self, slot: int, bind: int, sock: socket.socket) -> None:
-        """It was out of its group for a moment, and is a member again. Raises KernelError."""
+        """Add a socket that has left its group and joined it again. Raises KernelError."""
 
     def migrate_queue(self, slot: int, owned: Mapping[int, socket.socket]) -> None:
-        """Move what waits at these sockets of `slot`, by bind, to others; it must be no member."""
+        """Move the connections that wait at these sockets to other workers.
+
+        Args:
+            slot: whose sockets they are; it must not be selected any more.
+            owned: by bind.
+        """
 
 
 class Selector(Protocol):
-    """Which workers are selected, and by which policy."""
+    """Decides which workers are selected, and by which policy."""
 
     @property
     def forget_flows(self) -> Callable[[int], None] | None:
-        """Makes the policy choose again for the flows that it remembers to be at this slot; None
-        where it sends nothing to slots that are no members any more."""
+        """Makes the policy forget the flows of a slot; None if the policy remembers no flows."""
 
     @property
     def tell_waiting(self) -> Callable[[int, int], None] | None:
-        """Tells it how much waits at a slot: slot, number. None where it need not be told."""
+        """Tells the policy the slot and how many connections wait there; None if it counts them."""
 
     def steer(self, members: Sequence[Member]) -> None:
-        """From now on choose among these, and these only."""
+        """Select among these members from now on, and no others."""
 
     def swap(self, plan: Plan, members: Sequence[Member], lend: Lend) -> None:
-        """Choose by the policy, parameters and weights of another plan from now on.
+        """Switch to the policy, parameters and weights of another plan.
 
         Raises:
             KernelError: nothing has changed.
         """
 
     def reattach(self, lend: Lend) -> None:
-        """Attach what is attached already, as a member may have attached something else to its
-        group.
+        """Attach the current programs again, as a worker may have attached another to its group.
 
         Raises:
             KernelError
         """
 
     def detach(self, lend: Lend) -> None:
-        """Leave the choice to the kernel, before another backend takes over.
+        """Detach all programs, before another backend takes over.
 
         Raises:
             KernelError: nothing has changed.
         """
 
     def grace_period(self) -> tuple[object, int] | None:
-        """Which change of who is chosen it was since which programs may still choose as before,
-        so that the next would wait for them; None where none may."""
+        """The latest publication, if programs that started before it may still run and select as
+        before; otherwise None."""
 
     def grace_period_ended(self, publication: tuple[object, int]) -> None:
-        """All programs that ran when `grace_period` told of this one have ended."""
+        """All programs that ran when `grace_period` returned this publication have ended."""
 
 
 class Counters(Protocol):
-    """What is counted; None where nobody counts it."""
+    """Reads counters; None means that something is not counted."""
 
     owns_counting: bool
-    """Whether `counting` is closed with this backend."""
+    """Whether this backend closes `counting` when it is closed."""
 
     @property
     def counting(self) -> Counting | None:
-        """Counts open connections. It outlives a change of backend."""
+        """Counts open connections. The next backend goes on with it."""
 
     def counts(self, slot: int, bind: int | None = None) -> Counts | None:
-        """What was selected so far, for one bind or for all."""
+        """The selections so far, for one bind or for all."""
 
     def take_counts(self, slot: int) -> Counts | None:
-        """The same, and begin again at nothing: the slot is somebody else's from now on."""
+        """Return `counts` and reset them, because another worker gets the slot."""
 
     def unsteered(self) -> int | None:
-        """Selections that were left to the kernel's hash, as no live slot was found."""
+        """Selections left to the kernel's hash, because no slot with a socket was found."""
 
     def open(self, slot: int) -> int | None:
-        """Connections open there."""
+        """The number of open connections of a slot."""
 
     def busy(self) -> Set[int] | None:
-        """The slots that have connections open; None where not all that may wait at a worker is
-        counted, as of datagrams. Costs next to nothing."""
+        """The slots that have open connections; None if something is not counted, as datagrams are
+        not. This is cheap."""
 
     def pulse(self) -> bytes | None:
-        """Another whenever anything came to a worker or was finished, by whichever way; None as
-        of `busy`. Costs next to nothing."""
+        """A value that differs whenever a connection was opened or closed since the last call; None
+        in the same cases as `busy`. This is cheap."""
 
     def policy_values(self) -> PolicyValues:
-        """What the policy counts for itself, and its parameters."""
+        """The parameters and counters of the policy."""
 
     def memory_bytes(self) -> int:
-        """What its maps take of the kernel's memory."""
+        """The kernel memory that its maps take."""
 
 
 class ControllerSockets(Protocol):
-    """Sockets of the controller's own in the groups of workers."""
+    """Opens sockets of the controller in the groups of workers."""
 
     @property
     def backup(self) -> BackupListeners | None:
-        """Where connections wait while there is no worker; None where nobody would move them."""
+        """Where connections wait while there is no worker; None if they could not be moved then."""
 
     @property
     def anchors(self) -> Mapping[int, socket.socket]:
-        """By bind, a socket of our own that workers join the group through."""
+        """By bind, a socket through which workers join the group."""
 
     @property
     def controller_sockets(self) -> Sequence[socket.socket]:
-        """All of them."""
+        """All sockets of the controller."""
 
     def open_anchors(self) -> None:
-        """Open them, where they are of use, before any worker has a socket."""
+        """Open anchors where they are of use, before any worker has a socket."""
 
     def renew_anchors(self, service: Service) -> None:
-        """Have them be as another configuration needs them."""
+        """Adapt the anchors to another configuration."""
 
 
 class Persistent(Protocol):
-    """What outlives the controller, and how a backend ends."""
+    """Stores what the next controller needs, and ends a backend."""
 
     def stored(self) -> tuple[object, Sequence[int]]:
-        """What `restore` makes the same of again: a value for JSON, and descriptors."""
+        """What `restore` needs: a value for JSON, and descriptors."""
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        """Go on where one that is gone stopped, with what it saved; the fds become ours.
+        """Continue where an earlier controller stopped; the descriptors become ours.
 
         Args:
-            held: what it held of each slot that it knew of; none of those whose workers
-                have ended since, in that order.
+            value, fds: what `stored` returned there.
+            held: the duplicates that it held, by slot; empty for slots whose workers have ended
+                since, in the order in which they ended.
         """
 
     def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
-        """After `restore`: have the kernel be as we take it to be. The last controller may have
-        been killed in the middle of a change.
+        """After `restore`: complete what an earlier controller may have been killed in the middle
+        of.
 
         Args:
-            there: sockets of the workers there are, by slot and bind.
+            there: the sockets of all workers, by slot and bind.
 
         Raises:
             KernelError
         """
 
     def release(self) -> None:
-        """The service ends: hold no socket open that its worker closes."""
+        """The service ends: close all sockets, so that workers close theirs for good."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything."""
 
 
 class Backend(Members, Selector, Counters, ControllerSockets, Persistent, Protocol):
@@ -230,4 +238,4 @@ class Backend(Members, Selector, Counters, ControllerSockets, Persistent, Protoc
 
     @property
     def notes(self) -> Sequence[str]:
-        """What it cannot do here, in words."""
+        """What it cannot do on this machine, one sentence each."""

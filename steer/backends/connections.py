@@ -1,4 +1,4 @@
-"""How many connections each worker has open, counted by the kernel; see bpf/open.c."""
+"""Counts the open connections of each worker in the kernel; see bpf/open.c."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from steer.sockets import listeners, reuseport
 
 
 class StoredCounting(msgspec.Struct):
-    """For who goes on with it: the cgroups. What belongs to each slot is read from the map."""
+    """The cgroups that the program is attached to. What belongs to each slot is in the maps."""
 
     cgroups: list[int]
 
 
 class Counting:
-    """Of one service.
+    """Counts the open connections of one service.
 
-    The program is on every cgroup that this process was in when a worker started. A socket
-    counts where its creator was when it made it, for good (sk_cgrp_data, cgroup_sk_alloc()
-    of kernel/cgroup/cgroup.c): so when the service is moved, the old workers count in the old
-    cgroup, and the new ones in the new. Where one cgroup is below the other the program runs
-    twice for a connection, and counts it once. Nothing is made there, and it is gone with
-    its links.
+    The program is attached to every cgroup that this process was in when a worker started. A
+    socket belongs for good to the cgroup that its creator was in (sk_cgrp_data, cgroup_sk_alloc()
+    of kernel/cgroup/cgroup.c). So when the service is moved to another cgroup, connections of old
+    workers are counted in the old one, and those of new workers in the new one. If one cgroup is
+    below the other, the program runs twice for a connection, and counts it once. In the cgroup
+    file system nothing is created, and the links end with their descriptors.
 
     Args:
-        at_most: so many listeners; with none there is nothing to count.
+        at_most: how many listeners there can be; with 0 nothing is counted.
 
     Attributes:
-        slots: what programs read and write of each slot, whether it is counted or not.
-        why_not: why nothing is; None if it is.
+        slots: the memory that programs share with this process, also if nothing is counted.
+        why_not: why nothing is counted; None if connections are counted.
 
     Raises:
-        KernelError: not even the maps can be made.
+        KernelError: the maps cannot be created.
     """
 
     def __init__(self, at_most: int) -> None:
@@ -87,7 +87,11 @@ class Counting:
                 self.why_not = error.note._replace(cure="needs CAP_BPF and CAP_NET_ADMIN")
 
     def _watch_ours(self) -> None:
-        """Count in the cgroup we are in, if that is not done already. Raises KernelError."""
+        """Attach the program to the cgroup of this process, if it is not attached there yet.
+
+        Raises:
+            KernelError
+        """
         name = cgroup.name()
         if name and name == self._watched:
             return
@@ -99,13 +103,13 @@ class Counting:
         self._watched = name
 
     def _follow(self) -> None:
-        """Count where a worker that was just forked made its sockets."""
+        """Count in the cgroup where a worker that was just forked made its sockets."""
         if self._owners is None:
             return
         try:
             self._watch_ours()
         except KernelError as error:
-            # What counts only some of the workers would send everything to the others.
+            # If only some workers were counted, the others would get all new connections.
             self._stop()
             where = f"not in cgroup {cgroup.name()}, where this process is now"
             self.why_not = Note(f"{where}: {error.note.found}", error.cure, error.errno)
@@ -119,7 +123,7 @@ class Counting:
             self._owners = None
 
     def add_listeners(self, slot: int, fds: Sequence[int], binds: Sequence[Bind]) -> None:
-        """A worker comes to the slot, with a socket for each bind."""
+        """Count the connections of a new worker, which has a socket for each bind."""
         self._follow()
         stamp = self.slots.begin(slot)
         for bind, fd in zip(binds, fds, strict=True):
@@ -127,10 +131,10 @@ class Counting:
                 self.add_listener(slot, fd, stamp)
 
     def add_listener(self, slot: int, fd: int, stamp: int) -> None:
-        """What comes from this listener is of the worker in `slot`.
+        """Count connections to this listener for the worker in `slot`.
 
         Args:
-            stamp: as `slots.begin` gave it.
+            stamp: what `slots.begin` returned.
         """
         if self._owners is None:
             return
@@ -138,12 +142,12 @@ class Counting:
         cookie = reuseport.cookie(fd)
         self._owners.put(fd, value)
         if is_empty(fd):
-            # Else what waits there came before, and is not counted when it is moved either.
+            # Otherwise connections wait that were not counted, and must not be when they migrate.
             self._listeners.put(cookie, value)
         self._cookies.setdefault(slot, []).append(cookie)
 
     def remove_listeners(self, slot: int) -> None:
-        """Its listeners are closed."""
+        """The listeners of a slot are closed."""
         for cookie in self._cookies.pop(slot, ()):
             self._listeners.delete(cookie)
 
@@ -151,11 +155,11 @@ class Counting:
         return None if self._owners is None else self.slots.open(slot)
 
     def busy(self, below: int) -> Set[int] | None:
-        """The slots below this number that have connections open; None: not counted."""
+        """The slots below this number that have open connections; None if they are not counted."""
         return None if self._owners is None else self.slots.busy(below)
 
     def pulse(self, below: int) -> bytes | None:
-        """See `Slots.pulse`; None: not counted."""
+        """See `Slots.pulse`; None if connections are not counted."""
         return None if self._owners is None else self.slots.pulse(below)
 
     def stored(self) -> tuple[StoredCounting, Sequence[int]]:
@@ -166,7 +170,7 @@ class Counting:
         return StoredCounting(self._cgroups), [each.fileno() for each in kept]
 
     def restore(self, saved: StoredCounting, fds: Sequence[int]) -> None:
-        """Go on with what another controller left; the fds become ours."""
+        """Continue with maps and links of an earlier controller; the descriptors become ours."""
         slots, listeners, moved, *counted = fds
         self.slots.become(slots)
         self._listeners.become(listeners)
@@ -185,6 +189,6 @@ class Counting:
 
 
 def is_empty(fd: int) -> bool:
-    """Whether nothing waits at a socket."""
+    """Whether no connection waits in a listener."""
     with socket.socket(fileno=os.dup(fd)) as sock:
         return not listeners.waiting(sock).queued

@@ -1,4 +1,4 @@
-"""The backend that has no program: the kernel hashes over all sockets of a group."""
+"""The backend without a program: the kernel's hash selects among all sockets of a group."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from steer.sockets import group_program
 
 
 class Kernel(WithoutEbpf):
-    """No program: the kernel hashes over all sockets of a group.
-
-    Where another backend was there before, open connections are counted on.
+    """Leaves the selection to the kernel's hash.
 
     Args:
-        order: see `Backend.order`, of the sockets that are there.
+        counting: goes on to count open connections, if a former backend did.
+        order: see `Backend.order`, of the sockets there are.
     """
 
     name = "kernel"
@@ -52,7 +51,7 @@ class Kernel(WithoutEbpf):
 
     @property
     def anchors(self) -> Mapping[int, socket.socket]:
-        """None: the kernel's hash would choose them, too."""
+        """There are none, as the kernel's hash would select them, too."""
         return {}
 
     @property
@@ -73,7 +72,7 @@ class Kernel(WithoutEbpf):
             os.close(fd)
 
     def take_over(self, slot: int, fds: Sequence[int]) -> None:
-        """It stands where it stood."""
+        """The sockets are in their groups already, and keep their places."""
         for fd in fds:
             os.close(fd)
 

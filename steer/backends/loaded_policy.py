@@ -1,4 +1,4 @@
-"""A policy in the kernel: a program for each group, and the table and numbers it reads."""
+"""A policy loaded into the kernel: a program for each group, the table, and other maps."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from steer.policy.bytecode import PolicyObject
 from steer.policy.layout import Layout, Member, all_to, read, spares
 
 _FLOWS = 65536
-"""Room for so many where a policy remembers flows, but has no parameter for it."""
+"""How many flows a policy can remember if it has no parameter `capacity`."""
 _CAPACITY = "capacity"
 _OWN_MAPS = ("table", "params", "own", "early")
 _NEEDS_PERFMON = "give CAP_PERFMON too: without it the verifier is far stricter"
 
 
 class StoredPolicy(msgspec.Struct):
-    """For who goes on with it: the maps in their order; the programs come after them."""
+    """The names of the maps, in the order of their descriptors; those of programs follow."""
 
     maps: list[str]
     migrates: bool
 
 
 class LoadedPolicy:
-    """One policy, from `load` or `receive` on.
+    """A policy in the kernel. Made by `load` or `receive`.
 
     Args:
-        plan: what to choose by.
-        maps: the policy's own, by name.
+        plan: has the policy, its parameters and weights.
+        maps: the maps of this policy, by name.
         programs: one for each group.
-        migrates: whether these are asked where the queue of a closing listener goes.
+        migrates: whether the programs select where the queue of a closing listener goes.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class LoadedPolicy:
 
     @classmethod
     def load(cls, plan: Plan, groups: Sequence[Mapping[str, bpf_maps.Map]]) -> Self:
-        """Put it into the kernel.
+        """Load the policy of a plan.
 
         Args:
-            groups: of each bind, the maps that are not the policy's.
+            groups: for each bind, the maps that stay when the policy changes.
 
         Raises:
-            CompileError, VerifierError: a policy of the user's own is not right.
-            KernelError: the kernel refuses.
+            CompileError, VerifierError: a custom policy has an error.
+            KernelError: the kernel refuses the program or a map.
         """
         _refuse_long_verification(plan.policy)
         code = compile.load(find.file_of(plan.policy), plan.policy.digest)
@@ -99,7 +99,7 @@ class LoadedPolicy:
 
     @classmethod
     def receive(cls, plan: Plan, saved: StoredPolicy, fds: Sequence[int]) -> Self:
-        """Go on with what another controller left of the same plan; the fds become ours."""
+        """Continue with the policy of an earlier controller; the descriptors become ours."""
         maps = {
             name: bpf_maps.Map.received(name, fd) for name, fd in zip(saved.maps, fds, strict=False)
         }
@@ -121,31 +121,31 @@ class LoadedPolicy:
             each.close()
 
     def begin(self) -> None:
-        """It is in force from now on; programs of another may still run."""
+        """Take note that this policy selects from now on; programs of another may still run."""
         self._table.begin_grace_period()
 
     def left(self) -> None:
-        """Another is in force from now on."""
+        """Take note that another policy selects from now on."""
         self._left_s = time.monotonic()
 
     @property
     def has_rested(self) -> bool:
-        """Whether no program of its that ran when it was left can be running still."""
+        """Whether all programs have ended that ran when another policy took its place."""
         return time.monotonic() - self._left_s > shared_memory.PROGRAMS_END_S
 
     def follow(self, before: Self) -> None:
-        """Take the place of another: where both fill their table alike, as little as can be
-        goes elsewhere."""
+        """Start from the layout of another policy that fills its table the same way, so that as few
+        connections as possible go to another worker."""
         if before._plan.policy.table == self._plan.policy.table:
             self._layout, self._layout_input = before._layout, before._layout_input
 
     def can_become(self, plan: Plan) -> bool:
-        """Whether its programs would do for another plan."""
+        """Whether another plan needs no other programs and maps."""
         has_room = not self.remembers() or _capacity(plan) == _capacity(self._plan)
         return plan.policy == self._plan.policy and has_room
 
     def become(self, plan: Plan) -> None:
-        """The same policy, with other parameters; `steer` is to follow."""
+        """Use the parameters and weights of another plan. Call `steer` after that."""
         if self.has_rested:
             self._table.rested()
         self._left_s = math.inf
@@ -161,17 +161,17 @@ class LoadedPolicy:
         self._maps["params"].put(0, value)
 
     def prepare(self, slot: int) -> None:
-        """Before any program runs: whatever the policy answers, it is `slot`."""
+        """Before any program runs: fill the table so that it always selects `slot`."""
         self._table.fill(all_to(slot).parts())
         self._in_table = None
 
     def steer(self, members: Sequence[Member], nobody: Layout) -> None:
-        """Choose among these.
+        """Select among these members.
 
         Args:
-            nobody: the table if there are none.
+            nobody: the layout if there are none.
         """
-        # That of nobody is not kept: when somebody is there again, only what must moves.
+        # `nobody` is not kept in `_layout`: with members again, as few flows as possible move.
         layout = self._build_layout(members) if members else nobody
         if layout != self._in_table:
             self._table.publish(layout.parts())
@@ -189,7 +189,7 @@ class LoadedPolicy:
         return self._layout
 
     def spare(self, slots: Sequence[int]) -> None:
-        """While nobody is chosen: try one of these."""
+        """Change the slots that are tried while no member can be selected."""
         self._table.amend({abi.SPARES_OFFSET: spares(slots).tobytes()})
         self._in_table = None
 
@@ -209,7 +209,7 @@ class LoadedPolicy:
         return sum(each.memory_bytes() for each in self._maps.values())
 
     def policy_values(self) -> PolicyValues:
-        """Its parameters, and what it has counted."""
+        """The parameters, counters and histograms of the policy."""
         declared = self._plan.policy.declared
         raw = self._maps["own"].per_cpu(0, self._cpus)
         columns = zip(*abi.OWN.iter_unpack(raw), strict=True)
@@ -226,11 +226,12 @@ class LoadedPolicy:
 
 
 def _refuse_long_verification(chosen: Policy) -> None:
-    """Without CAP_PERFMON the verifier prunes no state of the loop of least-conn: it takes ten
-    seconds, while nothing else is done, and then refuses it with E2BIG.
+    """Refuse what the verifier would refuse after ten seconds in which the controller waits.
+
+    Without CAP_PERFMON it prunes no states of the loop of least-conn, and gives up with E2BIG.
 
     Raises:
-        VerifierError: so it would be.
+        VerifierError: this is such a policy, and CAP_PERFMON is missing.
     """
     if chosen.reads_load and not chosen.is_custom and not capabilities.may_perfmon():
         raise VerifierError(f"load {chosen.name}", "the verifier refuses its loop", _NEEDS_PERFMON)
@@ -248,7 +249,11 @@ def _named(plan: Plan) -> dict[str, int]:
 def _load(
     chosen: Policy, code: PolicyObject, kind: str, maps: Mapping[str, bpf_maps.Map], protocol: str
 ) -> Program:
-    """Args: kind: which of its programs."""
+    """Load one program.
+
+    Args:
+        kind: "migrate" or "plain".
+    """
     try:
         name, attach_type = f"steer_{chosen.name}", ATTACH_TYPES[kind]
         return Program(name, code.programs[kind], maps, attach_type, protocol)
@@ -257,7 +262,7 @@ def _load(
 
 
 def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> VerifierError:
-    """Of the user's own: with the line of C that it is about."""
+    """The error with what would help. For a custom policy, with the line of C that it is about."""
     cure = "" if capabilities.may_perfmon() else _NEEDS_PERFMON
     if not chosen.is_custom:
         return VerifierError(error.what, error.cause, cure, error.detail, error.errno, error.log)

@@ -1,7 +1,8 @@
-"""Whether a worker's socket is in its group as it was when it joined, and what to do. Pure.
+"""Decides whether a worker's socket has left its group, and what to do then. Pure.
 
-A worker has its sockets to itself. Some calls take one out of its group, and it gets nothing more
-or, over UDP, everything; others leave it there but have the kernel go past the program.
+Workers can do anything with their sockets. Some system calls take a socket out of its group: then
+it gets nothing more or, over UDP, everything. After other calls the kernel finds the socket without
+asking the program.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import msgspec
 
 
 class Sighting(msgspec.Struct, frozen=True):
-    """What can be seen of a socket; None: that cannot be told.
+    """What is known of a socket; None if something is not known.
 
     Args:
-        is_open: over TCP: and listens.
-        is_connected: over UDP: to one peer.
-        is_on_device: bound to a network interface, and new sockets are not.
-        is_member: the kernel has it in its group, and in the table of the program.
+        is_open: the worker has it open, and over TCP it listens.
+        is_connected: over UDP, it is connected to a peer.
+        is_on_device: it is bound to a network interface, and new sockets are not.
+        is_member: it is in its group in the kernel.
         shares: it has SO_REUSEPORT.
     """
 
@@ -38,7 +39,7 @@ class Cure(Enum):
 
 
 class Departure(Enum):
-    """Why a socket is not what it was, in words that follow "left the group: "."""
+    """Why a socket has left its group, in words that follow "left the group: "."""
 
     CLOSED = "the worker closed it, or listens on it no more"
     CONNECTED = "it was connected to a peer after steer bound it"
@@ -49,11 +50,12 @@ class Departure(Enum):
 
 
 def cure(found: Departure, splits: bool) -> Cure:
-    """What to do. No call puts a bound UDP socket into a group, so most take a new one.
+    """What to do about a departure. No system call puts a bound UDP socket into a group, so mostly
+    the worker has to be replaced.
 
     Args:
-        splits: a socket that is bound now would form a group with one that is connected, and get
-            everything.
+        splits: a socket that is bound now would form a group of its own with a connected one, and
+            get all new clients.
     """
     if found is Departure.CONNECTED and splits:
         return Cure.TELL
@@ -64,7 +66,7 @@ _CURES = {Departure.RELISTENS: Cure.REJOIN, Departure.ALONE: Cure.SHARE}
 
 
 def departure(protocol: str, seen: Sighting) -> Departure | None:
-    """Why it is not in its group as it was; None if it is, as far as can be told.
+    """Why a socket has left its group; None if it has not, as far as is known.
 
     Args:
         protocol: "tcp" or "udp".
@@ -83,18 +85,18 @@ def departure(protocol: str, seen: Sighting) -> Departure | None:
 
 
 _AFTER_S = (0.0, 2.0, 10.0)
-"""So long after the last one the next replacement may begin; after these there is none."""
+"""How long after the previous replacement the next may begin; there are no more than these."""
 _FORGOTTEN_S = 600.0
 
 
 class Tries:
-    """Replacements on one seat. A worker that does the same each time is not helped by them."""
+    """Limits replacements in one slot, because a worker may leave its group each time it starts."""
 
     def __init__(self) -> None:
         self._begun_s: list[float] = []
 
     def begin(self, now_s: float) -> bool:
-        """Whether another may begin now; if so it has."""
+        """Whether a replacement may begin now. If so it is recorded."""
         self._begun_s = [each for each in self._begun_s if now_s - each < _FORGOTTEN_S]
         times = len(self._begun_s)
         if self.are_over or (times and now_s - self._begun_s[-1] < _AFTER_S[times]):
@@ -114,14 +116,15 @@ class Advice(Enum):
 
 
 _IDLE_LOOKS, _ARRIVALS = 4, 3
-"""A connection may arrive long after its SYN, for which it was chosen: one is no proof."""
+"""One arrival proves nothing: a connection may arrive long after the program ran for its SYN."""
 
 
 class Bypass:
-    """Whether what arrives at one address goes by the program.
+    """Detects that the kernel does not run the program of a group.
 
-    The kernel tells nobody which program a group has. But ours counts what it chooses: where
-    that stays the same, and queues or open connections become more, it was not asked.
+    The kernel tells nobody which program a group has. But steer's programs count selections. If
+    that count stays the same while queues grow or connections are opened, the program was not
+    asked.
     """
 
     def __init__(self) -> None:
@@ -133,8 +136,8 @@ class Bypass:
         """What to do.
 
         Args:
-            chosen: by the program so far.
-            waiting: of each socket, by inode: connections that are open, or what is in its queue.
+            chosen: selections by the program so far.
+            waiting: for each socket, by inode: its open connections, or the length of its queue.
         """
         before = self._waiting
         has_more = any(now > before.get(inode, now) for inode, now in waiting.items())

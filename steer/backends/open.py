@@ -1,4 +1,4 @@
-"""The door to the backends: opens one, unless it would do by halves what is asked."""
+"""Opens a backend, and refuses one that would do only half of what is asked."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from steer.policy import builtin
 def open_backend(
     backend: str, plan: Plan, empty: bool = False, before: Backend | None = None
 ) -> Backend:
-    """Make the backend ready, before there is any socket.
+    """Open a backend, before it has any socket.
 
     Args:
-        empty: nothing is loaded, as `restore` is to follow.
-        before: the backend that is there now, whose sockets it is to take over.
+        backend: its name.
+        empty: load nothing, because `restore` follows.
+        before: the current backend, whose sockets the new one takes over later.
 
     Raises:
-        KernelError: this rung does not hold; the reason is in it.
+        KernelError: this backend does not work here.
     """
     counting = before.counting if before else None
     if backend == builtin.CBPF:
@@ -34,7 +35,7 @@ def open_backend(
 
 
 def open_whole(plan: Plan, before: Backend | None = None) -> Backend:
-    """Open the backend that a plan is to stand on, unless it would do by halves what is asked.
+    """Open the first backend of a plan.
 
     Args:
         before: see `open_backend`.
@@ -52,11 +53,11 @@ def open_whole(plan: Plan, before: Backend | None = None) -> Backend:
 
 
 def refuse_uncounted(plan: Plan, counting: Counting | None) -> None:
-    """See that what goes by open connections has them counted, or may do without.
+    """Check that open connections are counted if the policy reads them.
 
     Raises:
-        Uncounted: they are not, and `auto` has another policy for that.
-        FallbackRefused: they are not, and --strict.
+        Uncounted: they are not, and `auto` can select another policy.
+        FallbackRefused: they are not, and --strict was given.
     """
     if counting is None or not counting.why_not or not plan.policy.reads_load:
         return

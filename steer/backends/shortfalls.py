@@ -1,4 +1,4 @@
-"""What a backend cannot do on this machine, in the words of `status`. Nothing here changes it."""
+"""What a backend cannot do on this machine, in words for `status`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ DATAGRAMS_LOST = f"datagrams {_LOST}: the kernel moves none"
 
 
 def may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
-    """What is lost with a worker that crashes or hangs.
+    """What is lost when a worker crashes or hangs.
 
     Args:
-        migrates: whether our program moves queues; None where there is none that could.
+        migrates: whether steer's program moves queues; None if the backend has no such program.
     """
     protocols = {bind.protocol for bind in plan.binds}
     notes = []
@@ -39,7 +39,7 @@ def may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
 
 
 def _connections_lost(migrates: bool | None) -> str:
-    """Where our program does not move them; "" where the kernel does."""
+    """Why connections are lost if no program moves them; "" if the kernel does."""
     try:
         told = listeners.tcp_migrate_req()
     except KernelError as error:
@@ -53,14 +53,14 @@ def _connections_lost(migrates: bool | None) -> str:
 
 
 def kernel_migrates() -> bool:
-    """Whether the kernel's hash is known to move queues."""
+    """Whether the kernel moves queues without a program; False if that is not known."""
     with suppress(KernelError):
         return bool(listeners.tcp_migrate_req())
     return False
 
 
 def of_load(plan: Plan, why_not: Note | None) -> Sequence[str]:
-    """Where a policy by open connections has none to go by.
+    """What a policy that reads open connections cannot see.
 
     Args:
         why_not: why open connections are not counted; None if they are.
@@ -74,7 +74,7 @@ def of_load(plan: Plan, why_not: Note | None) -> Sequence[str]:
 def _uncounted(plan: Plan, why_not: Note | None) -> Sequence[str]:
     if not why_not or all(bind.protocol == "udp" for bind in plan.binds):
         return ()
-    if plan.is_uncounted:  # why `auto` is what it is: said there
+    if plan.is_uncounted:  # `policy_reason` says so
         return ()
     instead = f"; {SAMPLED}" if plan.policy.reads_load else ""
     return (f"{NOT_COUNTED}: {why_not}{instead}",)

@@ -1,4 +1,4 @@
-"""What is the same on backends that run no eBPF program."""
+"""What backends without eBPF programs have in common."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from steer.sockets import listeners
 
 
 class WithoutEbpf:
-    """Nothing is counted, no flow is remembered, and nobody would move what waits at backup
-    listeners."""
+    """Counts nothing, remembers no flows, and has no backup listeners, because their queues could
+    not be moved."""
 
     backup: BackupListeners | None = None
     forget_flows = None
@@ -26,8 +26,8 @@ class WithoutEbpf:
         return None
 
     def migrate_queue(self: Members, slot: int, owned: Mapping[int, socket.socket]) -> None:
-        """The kernel's hash moves the queues, if it was told to. Where it was not, or that is not
-        known, they stay: to close the listener would reset what waits."""
+        """The kernel moves a queue if net.ipv4.tcp_migrate_req is 1. Otherwise, or if that is not
+        known, nothing is moved: the kernel would reset the connections."""
         if kernel_migrates():
             for index, sock in owned.items():
                 if listeners.is_waited_for(sock):

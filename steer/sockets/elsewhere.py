@@ -1,4 +1,4 @@
-"""On which TCP ports a worker listens beside the sockets it was given."""
+"""Finds TCP ports on which a worker listens with sockets that steer did not give it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Elsewhere(msgspec.Struct, frozen=True):
     """A process of a worker that listens on sockets of its own.
 
     Args:
-        ports: in order.
+        ports: in ascending order.
     """
 
     pid: int
@@ -21,11 +21,11 @@ class Elsewhere(msgspec.Struct, frozen=True):
 
 
 def find(pid: int, inodes: frozenset[int]) -> Elsewhere | None:
-    """The first of `pid` and its descendants that does, as the network namespace of `pid` has
-    it; None if there is none, or if that cannot be seen.
+    """The first of `pid` and its descendants that listens on another socket, in the network
+    namespace of `pid`. None if there is none, or if that cannot be seen.
 
     Args:
-        inodes: of the sockets it was given.
+        inodes: of the sockets that steer gave it.
     """
     try:
         for member in processes.family(pid, Files()):
@@ -38,7 +38,7 @@ def find(pid: int, inodes: frozenset[int]) -> Elsewhere | None:
 
 
 def _listening(pid: int, inodes: set[int]) -> tuple[int, ...]:
-    """The ports of those that listen. Raises OSError."""
+    """The ports of those of these sockets that listen. Raises OSError."""
     if not inodes:
         return ()
     table = port_holders.bound_sockets("tcp", f"/proc/{pid}")

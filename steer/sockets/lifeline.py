@@ -1,10 +1,10 @@
-"""How a worker learns that nobody looks after it any more: its channel closes.
+"""Stops a worker when its controller and the guard have both been killed.
 
-The other end of a worker's channel is open in the controller, and in the guard process, and
-nowhere else; who adopts has it before they let go. So it closes only when both have been
-killed. Then nobody can adopt the worker, and nobody reads what it writes to standard error: it
-is to finish. The kernel tells it so by the worker's own stop signal (O_ASYNC and F_SETSIG of
-fcntl(2)), which takes neither a thread nor any code in the worker, and is kept over execve(2).
+The other end of a worker's channel is open in the controller and in the guard, and nowhere else. A
+controller that adopts gets it before they close theirs. So the channel closes only when both have
+been killed. Then no controller can adopt the worker, and nothing reads its standard error, so it
+has to finish. The kernel sends it its stop signal (O_ASYNC and F_SETSIG of fcntl(2)). That takes
+neither a thread nor any code in the worker, and survives execve(2).
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from steer.sockets.listeners import Borrower
 
 
 def tie(channel: socket.socket, stop_signal: int) -> None:
-    """Have this process sent `stop_signal`, once, when the other end of its channel closes.
+    """Have the kernel send `stop_signal` to this process, once, when the other end of its channel
+    closes.
 
-    It has to stay open: a program that closes what it does not know is not told. Anything that
-    is sent to it would be taken for its end. To be called after any change of user: the kernel
-    asks whether who called this may signal the process (sigio_perm() of fs/fcntl.c).
+    The channel has to stay open: a program that closes unknown descriptors gets no signal.
+    Nothing may be sent over the channel, as that would cause the signal, too. Call this after any
+    change of user: the kernel checks whether the caller may signal the process (sigio_perm() of
+    fs/fcntl.c).
     """
     fd = channel.fileno()
     fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(fd, fcntl.F_SETSIG, stop_signal)
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-    if has_closed(fd):  # before somebody asked to be told
+    if has_closed(fd):  # before O_ASYNC was set
         os.kill(os.getpid(), stop_signal)
 
 
 def has_told(pid: int) -> bool:
-    """Whether that happened to a process, as far as we may look: a server that is told once more
-    may drop what it has."""
+    """Whether a process was sent its stop signal because its channel closed, as far as can be seen.
+    A server that gets a second signal may drop its connections."""
     with suppress(OSError, KernelError):
         inodes = {inode for _, inode in processes.sockets_by_fd(pid)} & unix.sequential()
         for inode in inodes:
@@ -48,7 +50,7 @@ def has_told(pid: int) -> bool:
 
 
 def _has_told(pid: int, fd: int) -> bool:
-    """It may be open in a child, too, and that was not told."""
+    """Whether it was this process that got the signal: a child may have the channel open, too."""
     return fcntl.fcntl(fd, fcntl.F_GETOWN) == pid and has_closed(fd)
 
 

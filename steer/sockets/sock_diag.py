@@ -1,8 +1,8 @@
-"""What sock_diag(7) tells of sockets by their port: their queues, what their connections move, and
+"""Asks sock_diag(7) about the sockets at a port: their queues, the bytes of their connections, and
 how they are bound.
 
-No descriptor of them is needed, and no privilege: it asks for no ptrace(2) access to whoever has
-them open, and a thousand listeners take a millisecond.
+This takes no descriptor of the sockets, no privilege, and no ptrace(2) access to the processes that
+have them open. A thousand listeners take a millisecond.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ _BYTES = struct.Struct("=120xQQ")
 """tcpi_bytes_acked and tcpi_bytes_received of struct tcp_info, linux/tcp.h."""
 _ESTABLISHED, _CLOSE, _CLOSE_WAIT, _LISTEN = 1, 7, 8, 10  # include/net/tcp_states.h
 _UDP_STATES = 1 << _CLOSE | 1 << _ESTABLISHED
-"""An open UDP socket is in the former unless it is connected."""
+"""A UDP socket is in state 7 (TCP_CLOSE), or in state 1 (TCP_ESTABLISHED) if it is connected."""
 _DONE_BYTES = _HEADER.size + 4
 _CHUNK_BYTES = 1 << 17
 _DEAF_S = 1.0
-"""The kernel answers at once; a filter that drops what it does not know may not."""
+"""How long to wait for an answer. The kernel answers at once, unless a filter drops the request."""
 
 
 class Connection(msgspec.Struct, frozen=True):
-    """One that a process has accepted.
+    """A connection that a process has accepted.
 
     Args:
         inode: see `processes.socket_inode`.
-        unread: bytes that wait to be read.
-        moved: bytes read from it and acknowledged of it so far.
+        unread: received bytes that the process has not read.
+        moved: bytes that the process has read, and bytes it has sent that were acknowledged.
     """
 
     inode: int
@@ -63,8 +63,8 @@ class Connection(msgspec.Struct, frozen=True):
 
 
 def waiting(protocol: str, family: int, port: int) -> dict[int, Waiting]:
-    """What waits in the TCP listeners or UDP sockets bound to a port, by socket inode; of this
-    network namespace. One that does not listen is not there.
+    """What waits in the TCP listeners or UDP sockets bound to a port of this network namespace, by
+    socket inode. TCP sockets that do not listen are left out.
 
     Args:
         protocol: "tcp" or "udp".
@@ -81,8 +81,8 @@ class Bound(Waiting, frozen=True):
     """What waits in a socket, and how it is bound.
 
     Args:
-        is_connected: over UDP: to one peer.
-        device: index of the network interface; 0: to none.
+        is_connected: over UDP, it is connected to a peer.
+        device: index of the network interface it is bound to; 0 if to none.
     """
 
     is_connected: bool = False
@@ -90,17 +90,17 @@ class Bound(Waiting, frozen=True):
 
 
 class Ports:
-    """The TCP listeners or UDP sockets bound to a port, looked at again and again.
+    """Looks repeatedly at the TCP listeners or UDP sockets bound to a port.
 
-    Where the kernel answers with the same bytes as before, they are not read anew: for a thousand
-    listeners that nobody uses reading would take several times as long as the answer.
+    If the kernel's answer is the same as before it is not parsed again: for a thousand idle
+    listeners, parsing would take several times as long as asking.
     """
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, int, int], tuple[list[bytes], dict[int, Bound]]] = {}
 
     def at(self, protocol: str, family: int, port: int) -> dict[int, Bound]:
-        """By socket inode; as `waiting`. The same object as before if nothing has changed.
+        """The sockets by inode, as in `waiting`. If nothing has changed, the same object as before.
 
         Raises:
             KernelError: the kernel, or a filter, does not let us ask.
@@ -115,7 +115,7 @@ class Ports:
 
 
 def _asking_for(protocol: str, family: int, port: int) -> tuple[int, int, int, int, int]:
-    """What `_answers` is to be called with."""
+    """The arguments for `_answers`."""
     if protocol == "tcp":
         return family, socket.IPPROTO_TCP, 1 << _LISTEN, port, 0
     return family, socket.IPPROTO_UDP, _UDP_STATES, port, _INET_DIAG_SKMEMINFO
@@ -132,7 +132,7 @@ def _bound(protocol: str, answers: Iterable[bytes]) -> Iterator[tuple[int, Bound
 
 
 def _listeners(answer: bytes) -> Iterator[tuple[int, Bound]]:
-    """All are alike, so all their messages are as long, and can be read at once."""
+    """Parse all messages at once: those of listeners mostly have the same length."""
     first_bytes = _HEADER.unpack_from(answer)[0]
     if len(answer) % first_bytes or first_bytes < _LISTENER_BYTES:
         yield from _one_by_one(answer)
@@ -147,8 +147,7 @@ def _listeners(answer: bytes) -> Iterator[tuple[int, Bound]]:
 
 
 _LISTENER = "=IH10x4x4x32xI8x4xII4xI"
-"""Of `_HEADER` and `_MESSAGE`, as far as they are read: length, type, id.idiag_if, rqueue, wqueue,
-inode."""
+"""Parts of `_HEADER` and `_MESSAGE`: length, type, id.idiag_if, rqueue, wqueue, inode."""
 _LISTENER_BYTES = struct.calcsize(_LISTENER)
 
 
@@ -158,11 +157,11 @@ def _one_by_one(answer: bytes) -> Iterator[tuple[int, Bound]]:
 
 
 def connected(family: int, address: str, port: int, device: int) -> bool:
-    """Whether there is a UDP socket that is bound there, and connected to a peer. One that is
-    connected to itself is an anchor that was taken out of its group.
+    """Whether there is a UDP socket that is bound to an address and connected to a peer. A socket
+    that is connected to itself does not count: it is an anchor that was taken out of its group.
 
     Args:
-        device: index of the network interface that it is bound to; 0: to none.
+        device: index of the network interface that it is bound to; 0 if to none.
 
     Raises:
         KernelError: the kernel, or a filter, does not let us ask.
@@ -179,17 +178,17 @@ def connected(family: int, address: str, port: int, device: int) -> bool:
 
 
 def connections(family: int, port: int, most: int) -> list[Connection]:
-    """The TCP connections that were accepted at a port, in no order.
+    """The TCP connections that were accepted at a port, in no particular order.
 
     Args:
-        most: no more than these.
+        most: how many at most.
 
     Raises:
         KernelError: the kernel, or a filter, does not let us ask.
     """
     states = 1 << _ESTABLISHED | 1 << _CLOSE_WAIT
     seen = _dump(family, socket.IPPROTO_TCP, states, port, _INET_DIAG_INFO)
-    # those without an inode wait to be accepted
+    # a connection without an inode waits to be accepted
     accepted = (
         Connection(each.inode, each.rqueue, sum(_BYTES.unpack_from(each.extension)) - each.rqueue)
         for each in seen
@@ -214,7 +213,7 @@ class _Found(NamedTuple):
 def _dump(
     family: int, protocol: int, states: int, port: int, extension: int = 0
 ) -> Iterator[_Found]:
-    """Each socket, with the extension asked for.
+    """Each socket with one attribute.
 
     Raises:
         KernelError
@@ -223,14 +222,14 @@ def _dump(
 
 
 def _answers(family: int, protocol: int, states: int, port: int, extension: int) -> list[bytes]:
-    """All that the kernel says, but for the message that ends it. Raises KernelError."""
+    """The kernel's answers, without the message that ends a dump. Raises KernelError."""
     *answers, last = _ask(family, protocol, states, port, extension)
     kinds = [kind for kind, _ in _messages(memoryview(last))]
     return answers if kinds == [_NLMSG_DONE] else [*answers, last]
 
 
 def _ask(family: int, protocol: int, states: int, port: int, extension: int) -> Iterator[bytes]:
-    """What the kernel says of the sockets at a port, in parts. Raises KernelError."""
+    """Ask for the sockets at a port, and yield each answer. Raises KernelError."""
     extensions = 1 << (extension - 1) if extension else 0
     body = _REQUEST.pack(family, protocol, extensions, states)
     body += _ID.pack(port, 0, bytes(16), bytes(16), bytes(4), b"\xff" * 8)
@@ -251,8 +250,8 @@ def _ask(family: int, protocol: int, states: int, port: int, extension: int) -> 
 
 
 def _is_last(answer: bytes) -> bool:
-    """Whether a dump ends with it: with a message that stands alone (netlink_dump() of
-    net/netlink/af_netlink.c), or comes after what still found room. Raises OSError: a refusal."""
+    """Whether a dump ends with this answer. The message that ends it is alone in an answer, or
+    follows others (netlink_dump() of net/netlink/af_netlink.c). Raises OSError: a refusal."""
     ends = (answer[:_DONE_BYTES], answer[-_DONE_BYTES:])
     if all(_HEADER.unpack_from(each)[1] not in (_NLMSG_DONE, _NLMSG_ERROR) for each in ends):
         return False
@@ -280,7 +279,7 @@ _CURES = {
 
 
 def _messages(answer: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Type and content of each. Raises OSError: the kernel refuses."""
+    """The type and content of each message. Raises OSError: the kernel refuses."""
     while len(answer) >= _HEADER.size:
         length, kind, *_ = _HEADER.unpack_from(answer)
         content = answer[_HEADER.size : length]
@@ -292,7 +291,7 @@ def _messages(answer: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _attribute(content: memoryview, wanted: int) -> memoryview:
-    """The data of one attribute; none where it is not there."""
+    """The data of one attribute; empty if it is not there."""
     rest = content[_MESSAGE.size :] if wanted else content[:0]
     while len(rest) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(rest)

@@ -1,4 +1,4 @@
-"""Options set on real sockets, refused or cut down by the kernel; see `socket_options`."""
+"""Sets socket options, and says what the kernel refuses or reduces; see `socket_options`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steer.errors import BindError, Note
 
 _FASTOPEN = "net.ipv4.tcp_fastopen"
 _FASTOPEN_SERVER = 2
-"""In that (ip-sysctl.rst): listeners may take it."""
+"""The bit of that sysctl which lets listeners accept it (ip-sysctl.rst)."""
 
 _UNSTEERED = (
     "over UDP what TPROXY delivers goes by the kernel's hash, whatever the policy, also to workers "
@@ -23,7 +23,7 @@ asked (reuseport_select_sock() of net/core/sock_reuseport.c)."""
 
 
 class Refused(OSError):
-    """The kernel refuses an option.
+    """The kernel refuses a socket option.
 
     Args:
         setting: "mark=7".
@@ -35,7 +35,7 @@ class Refused(OSError):
 
 
 def apply(sock: socket.socket, settings: Iterable[Setting]) -> None:
-    """Give a socket its options, before it is bound.
+    """Set the options of a socket, before it is bound.
 
     Raises:
         Refused
@@ -48,7 +48,7 @@ def apply(sock: socket.socket, settings: Iterable[Setting]) -> None:
 
 
 def error_of(bind: Bind, error: Refused) -> BindError:
-    """What `Refused` means for a service, and what would help."""
+    """The error for a user after `Refused`, with what would help."""
     option = socket_options.OPTIONS.get(error.setting.partition("=")[0])
     return BindError.from_oserror(
         f"set socket option {error.setting} on {bind.label}",
@@ -59,7 +59,7 @@ def error_of(bind: Bind, error: Refused) -> BindError:
 
 
 def refused(binds: Iterable[Bind], settings: Sequence[Setting]) -> Iterator[BindError]:
-    """What the kernel would not take for these binds, each told once, on sockets of no port."""
+    """The options that the kernel refuses, each once, tried on unbound sockets."""
     told = set()
     for bind in binds:
         for each in socket_options.of(settings, bind.protocol):
@@ -70,7 +70,7 @@ def refused(binds: Iterable[Bind], settings: Sequence[Setting]) -> Iterator[Bind
 
 
 def _refusal(bind: Bind, setting: Setting) -> Refused | None:
-    """None, too, where there is no such socket to try it on."""
+    """None if the kernel takes the option, or if it cannot be tried."""
     kind = socket.SOCK_STREAM if bind.protocol == "tcp" else socket.SOCK_DGRAM
     family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
     try:
@@ -84,7 +84,7 @@ def _refusal(bind: Bind, setting: Setting) -> Refused | None:
 
 
 def shortfalls(binds: Iterable[Bind], settings: Iterable[Setting]) -> list[Note]:
-    """What the kernel takes without a word, but will not do for these binds."""
+    """What the kernel accepts without an error, but does not do for these binds."""
     over_udp = any(bind.protocol == "udp" for bind in binds)
     return [each for setting in settings for each in _shortfalls(setting, over_udp)]
 
@@ -106,7 +106,7 @@ def _shortfalls(setting: Setting, over_udp: bool) -> Iterator[Note]:
 
 
 def _sysctl(name: str) -> int | None:
-    """None where it cannot be read."""
+    """The value of a sysctl; None if it cannot be read."""
     try:
         with open("/proc/sys/" + name.replace(".", "/")) as stream:
             return int(stream.read())

@@ -1,4 +1,4 @@
-"""What came to all sockets of this network namespace together, as the kernel counts it."""
+"""The kernel's counters of what arrived at all sockets of this network namespace."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator
 
 _SNMP, _SNMP6 = "/proc/self/net/snmp", "/proc/self/net/snmp6"
 _PASSIVE_OPENS = b"PassiveOpens"
-"""Connections to listeners, of IPv4 and IPv6 (RFC 1213, tcpPassiveOpens)."""
+"""Connections to listeners over IPv4 and IPv6 (RFC 1213, tcpPassiveOpens)."""
 
 
 def pulse(protocols: Collection[str]) -> bytes | None:
-    """Another whenever somebody connected to a listener (TCP), or a datagram was read by its
-    process or dropped (UDP); one that waits is not in it yet. None where that cannot be told.
+    """A value that differs after a client has connected to a listener (TCP), or after a datagram
+    was read or dropped (UDP). A datagram that waits makes no difference. None if the counters
+    cannot be read.
 
     Args:
         protocols: "tcp" or "udp", or both.
