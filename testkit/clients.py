@@ -39,6 +39,16 @@ def is_answered(sock: socket.socket) -> bool:
     return is_ready(sock)
 
 
+def is_port_free() -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", PORT))
+        except OSError:
+            return False
+        return True
+
+
 def queue(
     running: Service, clients: ExitStack, number: int, *workers: dict[str, Any], target: str = "/"
 ) -> list[socket.socket]:

@@ -5,33 +5,7 @@ import json
 import os
 import socket
 
-NUMBERS = {
-    "nodelay": (6, 1),
-    "keepalive": (1, 9),
-    "keepidle": (6, 4),
-    "keepintvl": (6, 5),
-    "keepcnt": (6, 6),
-    "user-timeout": (6, 18),
-    "notsent-lowat": (6, 25),
-    "rcvbuf": (1, 8),
-    "sndbuf": (1, 7),
-    "mark": (1, 36),
-    "priority": (1, 12),
-    "transparent": (0, 19),
-}
-
-
-def options(sock):
-    over_tcp = sock.type == socket.SOCK_STREAM
-    found = {
-        name: sock.getsockopt(level, number)
-        for name, (level, number) in NUMBERS.items()
-        if over_tcp or level != 6
-    }
-    if over_tcp:
-        found["congestion"] = sock.getsockopt(6, 13, 16).rstrip(b"\0").decode()
-        found["fastopen"] = bool(sock.getsockopt(6, 11, 8)[5] & 32)  # TCPI_OPT_SYN_DATA
-    return found
+from testkit.programs.tells_options import options
 
 
 def own():

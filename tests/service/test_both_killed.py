@@ -15,7 +15,7 @@ import pytest
 
 from steer.control import find, record
 from steer.linux import processes
-from testkit.clients import answer, request
+from testkit.clients import answer, is_port_free, request
 from testkit.fixtures import StartService
 from testkit.harness import PORT
 from testkit.processes import DEADLINE_S, eventually, is_running
@@ -243,16 +243,6 @@ def stubborn(home: Path) -> None:
     (home / "app.py").write_text(STUBBORN)
 
 
-def is_free() -> bool:
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("127.0.0.1", PORT))
-        except OSError:
-            return False
-        return True
-
-
 @pytest.mark.needs("setsid")
 @pytest.mark.parametrize("directory", [True, False], ids=["record", "no-record"])
 @pytest.mark.parametrize("what", LEFT)
@@ -262,13 +252,13 @@ def test_they_are_found_without_a_record(
     """And where the first process of a worker has ended, which the record tells of."""
     running = service(*BIND, "-w", "2", *LEFT[what])
     kill_both(running, directory)
-    assert not is_free()
+    assert not is_port_free()
     told = json.loads(running.steer("status", "--json").stdout)
     assert [each["name"] for each in told["orphaned"]] == ["test"]
     quick = ("--quick",) if what == "callable" else ()
     stopped = running.steer("stop", "test", *quick)
     assert (stopped.returncode, stopped.stdout) == (0, "stopped test\n"), stopped.stderr
-    assert is_free()
+    assert is_port_free()
     assert json.loads(running.steer("status", "--json").stdout)["orphaned"] == []
     assert not running.control_socket.parent.exists()
 
@@ -302,11 +292,11 @@ def test_real_servers_below_a_wrapper_are_ended(
         assert response.read() == b"served"
     workers = kill_both(running)
     eventually(lambda: not any(map(is_running, workers)))
-    assert not is_free()
+    assert not is_port_free()
     (left,) = json.loads(running.steer("status", "--json").stdout)["orphaned"]
     assert "2 workers (pids " in left["state"]  # and not the processes that gunicorn forks, too
     assert running.steer("stop", "test").returncode == 0
-    assert is_free()
+    assert is_port_free()
 
 
 def test_a_new_start_kills_what_does_not_end_in_time(service: StartService, stubborn: None) -> None:
@@ -354,7 +344,7 @@ def test_a_server_below_three_wrappers_is_told_once_by_stop(
     assert answer(waiting)["pid"]
     assert stopping.wait(DEADLINE_S) == 0
     assert [path.read_text() for path in home.glob("told-*")] == ["15\n"] * 2
-    assert is_free()
+    assert is_port_free()
 
 
 @pytest.mark.needs("root")
@@ -378,7 +368,7 @@ def test_a_server_that_changed_its_user_is_found(
     (left,) = json.loads(running.steer("status", "--json").stdout)["orphaned"]
     assert left["name"] == "test"
     assert running.steer("stop", "test", "--quick").returncode == 0
-    assert is_free()
+    assert is_port_free()
 
 
 def test_one_that_forgot_whose_it_is_is_named_at_the_port(
@@ -395,7 +385,7 @@ def test_one_that_forgot_whose_it_is_is_named_at_the_port(
     assert again.wait() == 1
     assert f"(pid {server})" in again.log
     os.kill(server, signal.SIGTERM)
-    eventually(is_free)
+    eventually(is_port_free)
 
 
 @pytest.mark.needs("setsid")

@@ -361,18 +361,21 @@ def answering(home: Path, name: str) -> Iterator[Requests]:
         yield asked
 
 
-ACTS = [
-    (("reload", "web"), {}, "reloaded", "generation 3, 4 workers, 1.2 s"),
-    (("scale", "web", "1"), {"workers": 1}, "scaled", "1 worker, 0.1 s"),
-    (("scale", "web", "+2"), {"more": 2}, "scaled", "1 worker, 0.1 s"),
-    (("scale", "web", "-1"), {"more": -1}, "scaled", "1 worker, 0.1 s"),
-    (("drain", "web", "2"), {"slot": 2}, "drained", "slot 2"),
-    (("undrain", "web", "2"), {"slot": 2}, "undrained", "slot 2"),
-    (("restart", "web", "2"), {"slot": 2}, "restarted", "slot 5 in place of slot 2, 61.0 s"),
-]
+acts = pytest.mark.parametrize(
+    "arguments, request_, done, words",
+    [
+        (("reload", "web"), {}, "reloaded", "generation 3, 4 workers, 1.2 s"),
+        (("scale", "web", "1"), {"workers": 1}, "scaled", "1 worker, 0.1 s"),
+        (("scale", "web", "+2"), {"more": 2}, "scaled", "1 worker, 0.1 s"),
+        (("scale", "web", "-1"), {"more": -1}, "scaled", "1 worker, 0.1 s"),
+        (("drain", "web", "2"), {"slot": 2}, "drained", "slot 2"),
+        (("undrain", "web", "2"), {"slot": 2}, "undrained", "slot 2"),
+        (("restart", "web", "2"), {"slot": 2}, "restarted", "slot 5 in place of slot 2, 61.0 s"),
+    ],
+)
 
 
-@pytest.mark.parametrize("arguments, request_, done, words", ACTS)
+@acts
 def test_act_says_what_was_done(
     cli: RunSteer,
     web: Requests,
@@ -390,7 +393,7 @@ def test_act_says_what_was_done(
     assert web == [{"command": arguments[0], **request_}] * 2
 
 
-@pytest.mark.parametrize("arguments, request_, done, words", ACTS)
+@acts
 def test_act_needs_no_name_where_one_runs(
     alone: RunSteer,
     web: Requests,

@@ -163,11 +163,7 @@ def spread_after(act: Act, running: Service, client: Client, at: str) -> Counter
 @pytest.mark.parametrize("at", HOSTS)
 @act
 def test_turns_go_on(
-    service: StartService,
-    home: Path,
-    clients: ExitStack,
-    at: str,
-    act: Act,
+    service: StartService, home: Path, clients: ExitStack, at: str, act: Act
 ) -> None:
     running = start(service, home, at, "--policy=round-robin", "--backend=ebpf")
     client = clients.enter_context(Client(HOSTS[at]))
@@ -180,11 +176,7 @@ def test_turns_go_on(
 @pytest.mark.parametrize("at", ["127.0.0.1", "[::1]"])
 @act
 def test_shares_go_on_without_privilege(
-    service: StartService,
-    home: Path,
-    clients: ExitStack,
-    at: str,
-    act: Act,
+    service: StartService, home: Path, clients: ExitStack, at: str, act: Act
 ) -> None:
     running = start(service, home, at, "--policy=random", "--backend=cbpf")
     client = clients.enter_context(Client(HOSTS[at]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,7 +13,7 @@ import pytest
 
 from steer.linux import processes
 from steer.loader import compile
-from testkit.clients import http_get
+from testkit.clients import http_get, is_port_free
 from testkit.fixtures import StartService
 from testkit.harness import PORT
 from testkit.processes import DEADLINE_S, eventually, is_running, stopped
@@ -40,16 +39,6 @@ def server_pid() -> int:
     """Of the process that serves, which is not the worker's first."""
     found: int = http_get("127.0.0.1", PORT)[1]["pid"]
     return found
-
-
-def is_free() -> bool:
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("127.0.0.1", PORT))
-        except OSError:
-            return False
-        return True
 
 
 WRAPPERS = {
@@ -78,7 +67,7 @@ def test_server_in_a_session_of_its_own_ends_with_its_worker(
     assert one.steer("stop").returncode == 0
     assert not is_running(server)
     assert server in pids_in(home / "told")
-    assert is_free()
+    assert is_port_free()
 
 
 @pytest.mark.needs("setsid")
@@ -92,7 +81,7 @@ def test_without_a_controller_the_guard_ends_all_of_a_worker(
     assert one.steer("stop").returncode == 0
     assert not is_running(server)
     assert server in pids_in(home / "told")
-    assert is_free()
+    assert is_port_free()
 
 
 @pytest.mark.parametrize("end", ["stop", "restart", "crash", "adopted"])
@@ -177,7 +166,7 @@ def test_servers_below_wrappers_that_end_at_once_are_told_each(
     assert one.steer("stop").returncode == 0
     assert not any(map(is_running, servers))
     assert sorted(pids_in(home / "told")) == sorted(servers)
-    assert is_free()
+    assert is_port_free()
 
 
 def zombies(pid: int) -> list[int]:
