@@ -19,13 +19,13 @@ def move_to(pool: WorkerPool, plan: Plan) -> None:
     backend = plan.backends[0].backend
     if backend == pool.backend.name:
         refuse_uncounted(plan, pool.backend.counting)
-        pool.choose_by(plan)
+        pool.switch_policy(plan)
         return
     if backend == KERNEL:
         _see_that_all_serve(pool, plan)
     fresh = open_whole(plan, pool.backend)
     try:
-        pool.choose_by(plan, fresh)
+        pool.switch_policy(plan, fresh)
     except BaseException:
         fresh.close()
         raise

@@ -4,8 +4,8 @@ Entries of the guard, by key:
 
     service         this controller's `PersistedService`, which has the number of the schema
     generation N    the configuration of generation N, a `Service`
-    worker N        see `workers.handle`
-    selection       see `workers.selection`, with what the backend adds
+    worker N        see `workers.stored_worker`
+    selection       see `workers.stored_selection`, with what the backend adds
     mailbox         the notification socket
 
 Raise SCHEMA when any of these changes so that the release before, or the one after, would

@@ -78,7 +78,7 @@ class Requests:
         return handler
 
     async def status(self, _request: Request, _tell: Tell) -> Answer:
-        await self._pool.selection.published()
+        await self._pool.selection.publisher.published()
         delays = self._delays.report()
         return {"service": await status.report_of(self._service, self._state.word, delays)}
 

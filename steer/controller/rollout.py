@@ -115,7 +115,9 @@ class Rollout:
         """
         self._pool.report(worker, Event.DRAIN)
         limit_s = self._pool.generation.plan.service.graceful_timeout
-        if not await until_empty(self._pool.selection, self._pool.remains, worker, limit_s):
+        if not await until_empty(
+            self._pool.selection.publisher, self._pool.remains, worker, limit_s
+        ):
             raise ControlError(
                 f"drain worker {worker.slot}",
                 f"it gets nothing new, but has not taken what waits for it in {limit_s:g} s",
@@ -124,7 +126,7 @@ class Rollout:
 
     async def undrain(self, worker: WorkerHandle) -> None:
         self._pool.report(worker, Event.UNDRAIN)
-        await self._pool.selection.published()
+        await self._pool.selection.publisher.published()
 
     async def _replace_all(
         self,
@@ -146,7 +148,7 @@ class Rollout:
         self._pool.activate(fresh)
         self._keep(generation, generation)
         self._pool.retire(old)
-        await self._pool.selection.published()
+        await self._pool.selection.publisher.published()
         return fresh
 
     def _as_before(self) -> str:

@@ -13,7 +13,7 @@ from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles
 from steer.workers.selection import Selection
 from steer.workers.spawner import Spawner
-from steer.workers.stored_selection import SavedSelection
+from steer.workers.stored_selection import StoredSelection
 from steer.workers.stored_worker import StoredWorker, restored
 
 
@@ -53,7 +53,7 @@ class Adoption:
             generations: by number, those that workers may be of.
             activated: see `WorkerPool`.
         """
-        left = msgspec.json.decode(selection.value, type=SavedSelection)
+        left = msgspec.json.decode(selection.value, type=StoredSelection)
         held: dict[int, Sequence[int]] = {}
         for entry in entries:
             worker = self._adopt_one(entry, generations, activated)
@@ -62,7 +62,7 @@ class Adoption:
         self._selection.restore(left, selection.fds, held)
         for worker in self._workers:
             self._entries.save_one(worker)
-        self._selection.keep()
+        self._selection.save()
         self._workers.sort(key=lambda worker: (worker.generation.number, worker.spec.number))
 
     def _adopt_one(

@@ -45,7 +45,7 @@ class Activation:
         """The worker is ready: put it into the table, unless it is held."""
         worker.cancel_timer()
         if not worker.held:
-            self._selection.publish_soon()
+            self._selection.publisher.soon()
         got_ready = partial(worker.got_ready, self._clock.now_s())
         self._retry.attempt(f"look at worker {worker.slot}", got_ready)
         self._worker_log.ready(worker)
@@ -56,13 +56,13 @@ class Activation:
     def deactivate(self, worker: WorkerHandle) -> None:
         """Take the worker out of the table."""
         if not self._shutdown.has_begun and not worker.leaving:
-            self._selection.publish_soon()
+            self._selection.publisher.soon()
 
     def forget(self, worker: WorkerHandle) -> None:
         """Drop the worker from the pool."""
         worker.cancel_timer()
         worker.cancel_drain()
-        self._selection.give_up(worker.slot)
+        self._selection.release_slot(worker.slot)
         self._workers.remove(worker)
         self._shutdown.end_if_empty()
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Protocol
 from steer.linux.retry import AGAIN_S, Retry
 from steer.workers.clock import Clock
 from steer.workers.lifecycle import Event
+from steer.workers.publisher import Publisher
 from steer.workers.remains import LOOK_AGAIN_S, LOOK_S, Remains
-from steer.workers.selection import Selection
 
 if TYPE_CHECKING:
     from steer.workers.handle import WorkerHandle
@@ -86,7 +86,7 @@ class Drainer:
         self,
         loop: _Loop,
         remains: Remains,
-        selection: Selection,
+        publisher: Publisher,
         clock: Clock,
         retry: Retry,
         report: Callable[[WorkerHandle, Event], None],
@@ -95,7 +95,7 @@ class Drainer:
     ) -> None:
         self._loop = loop
         self._remains = remains
-        self._selection = selection
+        self._publisher = publisher
         self._clock = clock
         self._retry = retry
         self._report = report
@@ -111,13 +111,13 @@ class Drainer:
 
     def begin(self, worker: WorkerHandle) -> Drain:
         """For a worker that was just taken out of the table, or is about to be in this turn."""
-        publication = self._selection.next_publication()
+        publication = self._publisher.next_publication()
         drain = Drain(worker, publication, self._drain(worker))
         self._first.append(drain)
-        if publication != self._publication or self._selection.is_synchronized(publication):
+        if publication != self._publication or self._publisher.is_synchronized(publication):
             self._publication = publication
             begin = partial(self._call, 0.0)
-            self._selection.when_synchronized("look at workers that are to end", begin, publication)
+            self._publisher.when_synchronized("look at workers that are to end", begin, publication)
         return drain
 
     def _put(self, drain: Drain, pause_s: float) -> None:
@@ -146,7 +146,7 @@ class Drainer:
 
     @property
     def _is_first_due(self) -> bool:
-        return bool(self._first) and self._selection.is_synchronized(self._first[0].publication)
+        return bool(self._first) and self._publisher.is_synchronized(self._first[0].publication)
 
     def _look_at_first(self) -> None:
         end_s = self._now_s() + _FIRST_TURN_S
@@ -198,8 +198,8 @@ class Drainer:
 
     def _until_synchronized(self) -> Generator[float, None, float]:
         """Until all that was chosen before this turn is in its queue; when that was so."""
-        publication = self._selection.next_publication()
-        while not self._selection.is_synchronized(publication):
+        publication = self._publisher.next_publication()
+        while not self._publisher.is_synchronized(publication):
             yield LOOK_S
         # Seen by the first for all: later looks at queues do for each.
         if publication > self._synchronized[0]:
@@ -208,7 +208,7 @@ class Drainer:
 
 
 async def until_empty(
-    selection: Selection, remains: Remains, worker: WorkerHandle, limit_s: float
+    publisher: Publisher, remains: Remains, worker: WorkerHandle, limit_s: float
 ) -> bool:
     """Until nothing waits for the worker; what can be migrated is not waited for long.
 
@@ -218,9 +218,9 @@ async def until_empty(
     Raises:
         KernelError: it is selected still.
     """
-    await selection.published()
-    selection.publish_if_due()  # raises why that failed
-    await selection.synchronized()
+    await publisher.published()
+    publisher.if_due()  # raises why that failed
+    await publisher.synchronized()
     looks = remains.until_queue_is_empty(worker, limit_s, time.monotonic())
     while True:
         try:

@@ -37,24 +37,26 @@ class QueueMigration:
     def exclude(self, worker: WorkerHandle) -> None:
         """A worker at capacity leaves the table, and its queue is migrated."""
         worker.excluded = True
-        self._selection.publish_soon()
+        self._selection.publisher.soon()
         self._migrate_when_synchronized(worker)
 
     def include(self, worker: WorkerHandle) -> None:
         """An excluded worker is selected again."""
         worker.excluded = False
-        self._selection.publish_soon()
+        self._selection.publisher.soon()
 
     def migrate_hung(self, worker: WorkerHandle) -> None:
         """It has left the table in this turn, or what is moved would come back to it."""
-        self._selection.let_go(worker.slot)
+        self._selection.forget_flows_soon(worker.slot)
         self._migrate_when_synchronized(worker)
 
     def _migrate_when_synchronized(self, worker: WorkerHandle) -> None:
         """Migrate once everything that was on its way to it has arrived, unless it serves again
         by then."""
         act = f"worker {worker.slot}: {Command.MIGRATE_QUEUE.value}"
-        self._selection.when_synchronized(act, partial(self._migrate_unless_selected, worker))
+        self._selection.publisher.when_synchronized(
+            act, partial(self._migrate_unless_selected, worker)
+        )
 
     def _migrate_unless_selected(self, worker: WorkerHandle) -> None:
         if not worker.serves and not self._shutdown.has_begun:

@@ -40,7 +40,7 @@ class PolicySwitch:
             worker.slot: specs.get(worker.spec.number, worker.spec) for worker in self._workers
         }
         members = [worker.member(moves[worker.slot]) for worker in self._workers if worker.serves]
-        self._selection.choose_by(plan, members, backend)
+        self._selection.switch_policy(plan, members, backend)
         then = Generation(now.number, plan)
         for worker in self._workers:
             if worker.generation.number == then.number:
@@ -48,5 +48,5 @@ class PolicySwitch:
         moved = [worker for worker in self._workers if worker.spec != moves[worker.slot]]
         unpinned = [worker for worker in moved if worker.change_spec(moves[worker.slot])]
         self._entries.save(moved, look=False)
-        self._selection.keep()
+        self._selection.save()
         return then, unpinned

@@ -266,7 +266,7 @@ class WorkerPool:
         except SteerError as error:
             self.log.error("the backup listeners keep their former options: %s", error)
 
-    def choose_by(self, plan: Plan, backend: Backend | None = None) -> None:
+    def switch_policy(self, plan: Plan, backend: Backend | None = None) -> None:
         """See `PolicySwitch.switch`."""
         switch = PolicySwitch(self.workers, self.selection, self.entries)
         self.generation, unpinned = switch.switch(self.generation, plan, backend)
@@ -288,4 +288,4 @@ class WorkerPool:
     def save(self) -> None:
         """Have the guard store now what it would get after this turn of the loop."""
         self.entries.flush()
-        self.selection.keep_if_due()
+        self.selection.save_if_due()

@@ -1,7 +1,8 @@
-"""When a change of who is selected is published, and when nothing selected before is under way.
+"""When the table is published, and when its grace period is over.
 
-Whatever changes in one turn of the loop is published together. Programs that run while the table
-is published may still select as before, for some 20 ms: they are waited for beside the loop.
+All changes of one turn of the event loop are published together. Programs that are running while
+the table is published may still read the old table, for some 20 ms. A thread waits until they have
+ended: this is the grace period, and the publication is synchronized then, as in RCU.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from steer.loader import shared_memory
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future, Handle, Task
 
-_ACT = "choose among the workers"
+_ACT = "publish the table"
 
 
 class Publisher:
-    """Publishes who is selected. It needs a loop, see `watch`.
+    """Publishes the table, and calls back when a publication is synchronized.
 
     Args:
-        publish: tells the backend who serves.
+        publish: fills and publishes the table of the backend in force.
         backend: returns the backend in force.
     """
 
@@ -35,27 +36,27 @@ class Publisher:
         self._backend = backend
         self._retry = retry
         self._due: Handle | None = None
-        self._told_published: list[Future[None]] = []
+        self._published_waiters: list[Future[None]] = []
         self._published = self._synchronized = 0
-        self._awaiting: list[tuple[str, Callable[[], object], int]] = []
-        self._waiting: Task[None] | None = None
+        self._callbacks: list[tuple[str, Callable[[], object], int]] = []
+        self._grace_period: Task[None] | None = None
         self._released = False
         self._loop: AbstractEventLoop | None = None
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop."""
+        """Use this event loop from here on."""
         self._loop = loop
         if self._backend().grace_period() is not None:
-            self.has_published()  # when there was no loop
+            self.has_published()  # before there was a loop
 
     def soon(self) -> None:
-        """Publish together with what else happens in the same turn of the loop."""
+        """Publish after this turn of the loop, together with its other changes."""
         assert self._loop
         if self._due is None:
             self._due = self._loop.call_soon(self._in_its_turn)
 
     def now(self) -> None:
-        """Publish. If it fails it is tried again. Raises KernelError."""
+        """Publish now. If that fails, it is retried later. Raises KernelError."""
         assert self._loop
         if self._due is not None:
             self._due.cancel()
@@ -66,112 +67,113 @@ class Publisher:
         self.has_published()
 
     def attempt(self) -> bool:
-        """As `now`, but a failure is logged."""
+        """Publish now. If that fails, it is logged and retried later."""
         return self._retry.attempt(_ACT, self.now)
 
     def if_due(self) -> None:
-        """Have who is said to be ready in the table by now. Raises KernelError."""
+        """Publish now if there are unpublished changes. Raises KernelError."""
         if self._due is not None:
             self.now()
 
     def _in_its_turn(self) -> None:
-        """While programs may still read what would be overwritten, it is done after that; workers
-        that get ready or end meanwhile are part of it."""
-        if self._waiting is None:
+        """Publish, unless a grace period is not over: programs may still read the half of the
+        table that would be overwritten. Then it is done after that, with all changes until then."""
+        if self._grace_period is None:
             self._try()
 
     def _try(self) -> None:
         self.attempt()
-        self._tell_published()
+        self._wake_waiters()
 
     async def published(self) -> None:
-        """Wait until who is said to be ready is in the table, or that was tried."""
+        """Wait until the changes so far are published, or that has failed once."""
         if self._due is not None:
             assert self._loop
-            self._told_published.append(self._loop.create_future())
-            await self._told_published[-1]
+            self._published_waiters.append(self._loop.create_future())
+            await self._published_waiters[-1]
 
-    def _tell_published(self) -> None:
-        told, self._told_published = self._told_published, []
-        for each in told:
+    def _wake_waiters(self) -> None:
+        waiters, self._published_waiters = self._published_waiters, []
+        for each in waiters:
             _set(each)
 
     def has_published(self) -> None:
-        """The table was published by `now`, or by whom it is called."""
+        """The table was published, by `now` or by the caller."""
         self._published += 1
-        self._tell_published()
-        if self._backend().grace_period() is None and self._waiting is None:
+        self._wake_waiters()
+        if self._backend().grace_period() is None and self._grace_period is None:
             self._has_synchronized(self._published)
-        elif self._waiting is None:
+        elif self._grace_period is None:
             assert self._loop
-            self._waiting = self._loop.create_task(self._synchronize())
+            self._grace_period = self._loop.create_task(self._synchronize())
 
     async def _synchronize(self) -> None:
         try:
             while self._synchronized < self._published and not self._released:
                 number, backend = self._published, self._backend()
                 publication = backend.grace_period()
-                await _programs_end()
+                await _wait_for_programs()
                 if publication is not None:
                     backend.grace_period_ended(publication)
                 self._has_synchronized(number)
                 if self._due is not None and number == self._published and not self._released:
                     self._try()
         finally:
-            self._waiting = None
+            self._grace_period = None
 
     def _has_synchronized(self, number: int) -> None:
         self._synchronized = number
-        waiting, self._awaiting = self._awaiting, []
-        for each in waiting:
+        callbacks, self._callbacks = self._callbacks, []
+        for each in callbacks:
             self.when_synchronized(*each)
 
     def next_publication(self) -> int:
-        """For `is_synchronized`: the publication after which nobody is selected who does not serve
-        now."""
+        """The number of the publication that contains the changes so far."""
         return self._published + (self._due is not None)
 
     def is_synchronized(self, number: int) -> bool:
-        """Whether all that was selected before this publication is in its queue."""
+        """Whether the grace period of this publication is over, so that every connection selected
+        by an older table is in its accept queue."""
         return self._released or number <= self._synchronized
 
     def when_synchronized(
         self, act: str, do: Callable[[], object], number: int | None = None
     ) -> None:
-        """Do it once all that was selected before who serves now is in its queue.
+        """Call `do` once a publication is synchronized, now if it is.
 
         Args:
-            number: before this publication instead.
+            act: what `do` does, for the log.
+            number: the publication; None: the next one.
         """
         number = self.next_publication() if number is None else number
         if self.is_synchronized(number):
             self._retry.attempt(act, do)
         else:
-            self._awaiting.append((act, do, number))
+            self._callbacks.append((act, do, number))
 
     async def synchronized(self) -> None:
-        """Wait until all that was selected before who serves now is in its queue."""
+        """Wait until the changes so far are published and synchronized."""
         assert self._loop
         done = self._loop.create_future()
         self.when_synchronized("wait for programs", partial(_set, done))
         await done
 
     def release(self) -> None:
-        """The service ends: nobody waits any more."""
+        """The service stops: wait for nothing any more."""
         self._released = True
-        self._tell_published()
+        self._wake_waiters()
         self._has_synchronized(self._published)
 
 
 def _set(done: Future[None]) -> None:
-    """Unless nobody waits for it any more."""
+    """Set the result, unless the future was cancelled."""
     if not done.done():
         done.set_result(None)
 
 
-async def _programs_end() -> None:
-    """Wait until all that run now have ended."""
-    from steer.linux.background import in_background  # there by now; it needs asyncio
+async def _wait_for_programs() -> None:
+    """Wait until all programs that are running now have ended."""
+    from steer.linux.background import in_background  # imported here, as it imports asyncio
 
     try:
         await in_background(shared_memory.wait_for_programs)

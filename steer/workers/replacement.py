@@ -1,4 +1,4 @@
-"""Starting workers that are to replace others, and retiring those others."""
+"""Starting workers that replace others, and retiring the others."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from collections.abc import Callable, Iterable, Sequence
 from steer.errors import SteerError
 from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import Event
-from steer.workers.selection import Selection
+from steer.workers.publisher import Publisher
 from steer.workers.starter import Starter
 from steer.workers.steps import InSteps
 from steer.workers.transitions import Transitions
 
 
 class Replacement:
-    """Replaces workers: several at once enter the table, and several leave it.
+    """Replaces workers: all new ones enter the table in one publication, and all old ones leave it.
 
     Args:
-        forget: drops a worker that could not be started.
-        retiring: retires workers in steps.
+        forget: drops a worker from the pool.
+        retiring: reports RETIRE for workers, in steps.
     """
 
     def __init__(
         self,
-        selection: Selection,
+        publisher: Publisher,
         starter: Starter,
         transitions: Transitions,
         forget: Callable[[WorkerHandle], None],
         retiring: InSteps,
     ) -> None:
-        self._selection = selection
+        self._publisher = publisher
         self._starter = starter
         self._transitions = transitions
         self._forget = forget
         self._retiring = retiring
 
     def start(self, workers: Iterable[WorkerHandle]) -> Sequence[WorkerHandle]:
-        """Start all of these workers, which are held, or none.
+        """Start all of these held workers, or none.
 
         Args:
-            workers: new ones, made as they are taken from here.
+            workers: new workers; iterating over them makes them.
 
         Raises:
             BindError, KernelError, WorkersFailed: one could not be started.
-            ControlError: there are too many.
+            ControlError: there are more workers than slots.
         """
         taken: list[WorkerHandle] = []
         try:
@@ -57,14 +57,14 @@ class Replacement:
         return taken
 
     def activate(self, workers: Iterable[WorkerHandle]) -> None:
-        """These are held no longer, and enter the table all at once."""
+        """These workers are held no longer, and enter the table together."""
         for worker in workers:
             worker.held, worker.on_outcome = False, None
-        self._selection.publish_soon()
+        self._publisher.soon()
 
     def retire(self, workers: Iterable[WorkerHandle]) -> None:
-        """They leave the table all at once. What follows is done in steps. A controller that
-        adopts the workers meanwhile retires those whose seats others have."""
+        """These workers leave the table together, and are retired in steps. A controller that
+        adopts the service meanwhile retires those whose spec another worker has."""
         leaving = []
         for worker in workers:
             if worker.is_in_service:
@@ -72,5 +72,5 @@ class Replacement:
                 leaving.append(worker)
             else:
                 self._transitions.report(worker, Event.RETIRE)
-        self._selection.publish_soon()
+        self._publisher.soon()
         self._retiring.begin_soon(leaving)

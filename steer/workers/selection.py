@@ -1,11 +1,8 @@
-"""Who may be selected: the slots of a service, those of them that serve now, and by which backend.
-
-All that changes in one turn of the loop is one publication.
-"""
+"""Which workers are selected, in which slots, and by which backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -23,7 +20,7 @@ from steer.workers.backup_watch import BackupWatch
 from steer.workers.handle import WorkerHandle
 from steer.workers.publisher import Publisher
 from steer.workers.slots import Slots
-from steer.workers.stored_selection import SavedSelection, StoredSelection
+from steer.workers.stored_selection import SelectionEntry, StoredSelection
 from steer.workers.worker_sockets import WorkerSockets
 
 if TYPE_CHECKING:
@@ -31,18 +28,19 @@ if TYPE_CHECKING:
 
 
 class Selection:
-    """Which workers are selected, on which backend.
+    """The slots of a service, and the backend that selects among the workers in them.
 
-    Slots can be taken and joined at once; publishing takes a loop, see `watch`.
+    Slots can be taken at once. Publishing needs an event loop, see `watch`.
 
     Args:
-        workers: all that have a slot, at any time: others add to them and remove.
-        slots: capacity; a slot is below it.
-        guard: has all that another controller needs.
+        workers: all workers of the pool, which others add and remove.
+        slots: the capacity; each slot is below it.
+        guard: stores what the next controller needs.
 
     Attributes:
         backend: the backend in force.
-        retired: what was counted for slots since given up.
+        retired: what was counted for slots that were released since.
+        publisher: publishes which workers are selected.
     """
 
     def __init__(
@@ -59,15 +57,15 @@ class Selection:
         self._workers = workers
         self._slots = Slots(slots)
         self._ended: set[int] = set()
-        self._let_go: set[int] = set()
+        self._flows_to_forget: set[int] = set()
         self._log = log
         self._sockets = WorkerSockets(workers)
-        self._stored = StoredSelection(
+        self._entry = SelectionEntry(
             self._backend, lambda: (self.retired, self._slots.next), guard, retry
         )
-        self._publisher = Publisher(self._publish, self._backend, retry)
+        self.publisher = Publisher(self._publish, self._backend, retry)
         self._backup = BackupWatch(
-            self._backend, self._some_serve, self.attach_again, self._publisher, retry
+            self._backend, self._some_serve, self.attach_again, self.publisher, retry
         )
 
     def _backend(self) -> Backend:
@@ -77,52 +75,54 @@ class Selection:
         return any(worker.serves for worker in self._workers)
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop to publish in."""
+        """Use this event loop from here on."""
         self._backup.watch(loop)
-        self._publisher.watch(loop)
-        self._stored.watch(loop)
+        self.publisher.watch(loop)
+        self._entry.watch(loop)
 
     def release(self) -> None:
-        """The service ends: hold no socket open, and have nobody adopt what steers."""
+        """The service stops: close the controller's sockets, and leave nothing to adopt."""
         self._backup.release()
-        self._stored.release()
-        self._publisher.release()
+        self._entry.release()
+        self.publisher.release()
         self.backend.release()
 
-    # For another controller: see `StoredSelection`.
+    # What the guard stores, see `SelectionEntry`.
 
-    def keep(self) -> None:
-        """Have the guard know how it is now."""
-        self._stored.renew()
+    def save(self) -> None:
+        """Have the guard store the selection as it is now."""
+        self._entry.save()
 
-    def keep_if_due(self) -> None:
-        """Do not wait for the next turn of the loop: there may be none."""
-        self._stored.renew_if_due()
+    def save_if_due(self) -> None:
+        """Save now what the next turn of the loop would save."""
+        self._entry.save_if_due()
 
     def together(self) -> AbstractContextManager[Mapping[int, int]]:
-        """See `StoredSelection.together`."""
-        return self._stored.together()
+        """See `SelectionEntry.together`."""
+        return self._entry.together()
 
     def restore(
-        self, saved: SavedSelection, fds: Sequence[int], held: Mapping[int, Sequence[int]]
+        self, stored: StoredSelection, fds: Sequence[int], held: Mapping[int, Sequence[int]]
     ) -> None:
-        """Go on where another controller stopped.
+        """Continue with the selection of the previous controller.
 
         Args:
-            fds: kept with what it saved; they become ours.
-            held: by slots that are still taken, the descriptors it held of each.
+            fds: the descriptors that were stored with it. They become ours.
+            held: by slot that is taken, the descriptors that the controller held of the worker.
         """
-        self.retired = saved.retired
-        self._slots.restore(held, saved.next_slot)
-        self.backend.restore(saved.value, fds, held)
-        # One may have been on its way out, and its slot not yet given up.
+        self.retired = stored.retired
+        self._slots.restore(held, stored.next_slot)
+        self.backend.restore(stored.value, fds, held)
+        # A worker may have ended whose slot was not released yet.
         for slot in self._slots.free:
-            self._put_aside(slot)
+            self._retire_counts(slot)
         try:
             with self._sockets.all() as there:
                 self.backend.reassert(there)
         except KernelError as error:
-            self._log.warning("not seen whether the kernel steers as it should: %s", error)
+            self._log.warning(
+                "cannot check that the kernel has the programs and sockets: %s", error
+            )
 
     # Slots.
 
@@ -130,118 +130,79 @@ class Selection:
         """See `Slots.take`. Raises ControlError."""
         return self._slots.take()
 
-    def joined(self, slot: int, fds: Sequence[int]) -> None:
-        """A new worker's sockets; see `Backend.add_member`. Raises KernelError."""
+    def add_sockets(self, slot: int, fds: Sequence[int]) -> None:
+        """Add the sockets of a new worker; see `Backend.add_member`. Raises KernelError."""
         with self.naming_locked():
             self.backend.add_member(slot, fds)
-        self._stored.order_changed()
+        self._entry.order_changed()
 
-    def left(self, slot: int) -> None:
-        """The worker there has ended."""
+    def remove_sockets(self, slot: int) -> None:
+        """Remove the sockets of a worker that has ended."""
         with self.naming_locked():
             self.backend.remove_member(slot)
-        self._stored.order_changed()
+        self._entry.order_changed()
 
-    def give_up(self, slot: int) -> None:
-        """It is nobody's any more; what was counted for it is put aside."""
-        self._put_aside(slot)
-        self._slots.give_up(slot)
+    def release_slot(self, slot: int) -> None:
+        """The slot is free again. What was counted for it is added to `retired`."""
+        self._retire_counts(slot)
+        self._slots.release(slot)
         self._ended.discard(slot)
-        self._stored.renew_soon()
+        self._entry.save_soon()
 
-    def _put_aside(self, slot: int) -> None:
+    def _retire_counts(self, slot: int) -> None:
         self.retired += self.backend.take_counts(slot) or Counts()
 
     def counts(self) -> Counts | None:
-        """Of the whole service since its start; None where nobody counts."""
+        """The counts of the whole service since its start; None if the backend does not count."""
         now = [self.backend.counts(worker.slot) for worker in self._workers]
         if self.backend.unsteered() is None:
             return None
         return sum((count for count in now if count is not None), self.retired)
 
-    # Who is selected: see `Publisher`.
+    # Which workers are selected.
 
     def _publish(self) -> None:
-        """Have those who serve selected, and nobody else."""
+        """Select the workers that serve, and no others."""
         members = [worker.member() for worker in self._workers if worker.serves]
         if self._ended:
             members = [each for each in members if each.slot not in self._ended]
         with self.naming_locked():
             self.backend.steer(members)
         if forget := self.backend.forget_flows:
-            for slot in self._let_go:
+            for slot in self._flows_to_forget:
                 forget(slot)
-        self._let_go.clear()
+        self._flows_to_forget.clear()
         self._backup.follow(bool(members))
-        self._stored.order_changed()
+        self._entry.order_changed()
 
-    def publish_soon(self) -> None:
-        """Together with what else happens in the same turn of the loop."""
-        self._publisher.soon()
-
-    def publish(self) -> None:
-        """Have those who serve selected, and nobody else. If that fails it is tried again."""
-        self._publisher.now()
-
-    def publish_if_due(self) -> None:
-        """Have who is said to be ready in the table by now. Raises KernelError."""
-        self._publisher.if_due()
-
-    async def published(self) -> None:
-        """Until who is said to be ready is in the table, or that was tried."""
-        await self._publisher.published()
-
-    def next_publication(self) -> int:
-        """For `is_synchronized`: after this publication nobody is selected who does not serve
-        now."""
-        return self._publisher.next_publication()
-
-    def is_synchronized(self, publication: int) -> bool:
-        """Whether all that was selected before this publication is in its queue."""
-        return self._publisher.is_synchronized(publication)
-
-    def when_synchronized(
-        self, act: str, do: Callable[[], object], publication: int | None = None
-    ) -> None:
-        """Do it once all that was selected before who serves now is in its queue.
-
-        Args:
-            publication: before this one instead.
-        """
-        self._publisher.when_synchronized(act, do, publication)
-
-    async def synchronized(self) -> None:
-        """Until all that was selected before who serves now is in its queue."""
-        await self._publisher.synchronized()
-
-    def end(self, slots: Iterable[int]) -> None:
-        """The workers there have ended. Where flows are remembered nobody is selected there from
-        here on: or those that come before the next publication would be remembered there, and
-        move once more when the slot is given up. To be called before `left`."""
+    def exclude_ended(self, slots: Iterable[int]) -> None:
+        """The workers in these slots have ended. If the policy remembers flows, publish at once
+        that they are not selected: flows that come before that would be remembered there, and
+        move again when the slot is released. Call this before `remove_sockets`."""
         if self.backend.forget_flows:
             self._ended.update(slots)
-            self._publisher.attempt()
+            self.publisher.attempt()
 
-    def let_go(self, slot: int) -> None:
-        """See `Backend.forget_flows`. With the next publication, or what comes before it would be
-        remembered there once more."""
-        self._let_go.add(slot)
-        self.publish_soon()
+    def forget_flows_soon(self, slot: int) -> None:
+        """Forget the flows of this slot, see `Backend.forget_flows`, with the next publication:
+        flows that come before it would be remembered there again."""
+        self._flows_to_forget.add(slot)
+        self.publisher.soon()
 
-    # By what.
+    # The policy and the backend.
 
-    def choose_by(
+    def switch_policy(
         self, plan: Plan, members: Sequence[Member], backend: Backend | None = None
     ) -> None:
-        """The policy, parameters and weights of this plan from now on. Not kept yet: the
-        places come first.
+        """Use the policy, parameters and weights of this plan from now on. The caller saves that,
+        after the workers.
 
         Args:
-            members: those who serve, as the plan has them.
-            backend: another backend for it, to which all sockets are new; None: the same.
+            members: the workers that serve, with the specs of the plan.
+            backend: another backend, which takes over all sockets; None: the present one.
 
         Raises:
-            KernelError: nothing has changed.
+            KernelError: it failed, and nothing has changed.
         """
         with self.naming_locked():
             if backend is None:
@@ -249,10 +210,10 @@ class Selection:
             else:
                 self._move_to(backend, members, plan.binds)
         self._backup.follow(bool(members))
-        self._publisher.has_published()
+        self.publisher.has_published()
 
     def _move_to(self, fresh: Backend, members: Sequence[Member], binds: Sequence[Bind]) -> None:
-        """Raises KernelError: nothing has changed."""
+        """Raises KernelError: it failed, and nothing has changed."""
         before = self.backend
         self._backup.pause()
         try:
@@ -265,7 +226,7 @@ class Selection:
         self.backend = fresh
 
     def attach_again(self) -> None:
-        """What is in force to every group, whatever it has. Raises KernelError."""
+        """Attach the program in force to every group, whatever is attached. Raises KernelError."""
         with self.naming_locked():
             self.backend.reattach(self._sockets.usable)
 
@@ -274,10 +235,10 @@ class Selection:
         return self._sockets.naming_locked()
 
     def renew_controller_sockets(self, service: Service) -> None:
-        """Have our own sockets be as another configuration needs them.
+        """Replace backup listeners and anchors by those that another configuration needs.
 
         Raises:
-            BindError, KernelError: they are not, or not all of them.
+            BindError, KernelError: this failed for some of them.
         """
         self._backup.pause()
         try:
@@ -286,4 +247,4 @@ class Selection:
                 self.backend.backup.renew(service)
         finally:
             self._backup.go_on()
-            self._stored.renew_unless_released()
+            self._entry.save_unless_released()

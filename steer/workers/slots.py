@@ -8,10 +8,10 @@ from steer.errors import ControlError
 
 
 class Slots:
-    """The slots below a number. A slot is taken for a worker and given up once that is gone.
+    """The slots below a number. A slot is taken for a worker, and released when that is gone.
 
     Attributes:
-        next: where the search for a free one begins.
+        next: where the search for a free slot begins.
     """
 
     def __init__(self, number: int) -> None:
@@ -20,18 +20,20 @@ class Slots:
         self._taken: set[int] = set()
 
     def take(self) -> int:
-        """A slot that nobody has, the next one round.
+        """Take the next free slot, in turn.
 
-        Not one that was just given up: what still speaks of that means the worker that
-        died.
+        A slot that was just released is not taken again at once: log lines and counters may still
+        refer to its former worker.
 
         Raises:
-            ControlError: all are taken.
+            ControlError: all slots are taken.
         """
         taken = self._taken
         if len(taken) >= self._number:
             raise ControlError(
-                "start a worker", f"all {self._number} slots are taken", "some still finish: wait"
+                "start a worker",
+                f"all {self._number} slots are taken",
+                "wait until workers that are finishing have ended",
             )
         while self.next in taken:
             self.next = (self.next + 1) % self._number
@@ -40,11 +42,11 @@ class Slots:
         taken.add(slot)
         return slot
 
-    def give_up(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         self._taken.discard(slot)
 
     def restore(self, taken: Iterable[int], following: int) -> None:
-        """Go on with what another controller left: those taken, and its `next`."""
+        """Continue with the slots that were taken under the previous controller, and its `next`."""
         self._taken, self.next = set(taken), following
 
     @property

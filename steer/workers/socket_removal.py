@@ -34,7 +34,9 @@ class SocketRemoval:
         forked a moment ago has closed its copies.
         """
         fork.await_apart()
-        return self._retry.attempt(_act(worker), partial(self._selection.left, worker.slot))
+        return self._retry.attempt(
+            _act(worker), partial(self._selection.remove_sockets, worker.slot)
+        )
 
     def remove_all(self, ends: Iterable[tuple[End, Sequence[int]]]) -> None:
         """Take the sockets of several workers out, and shut down those that others have open.
@@ -47,12 +49,12 @@ class SocketRemoval:
         ends = list(ends)
         serving = [end.worker.slot for end, _ in ends if end.worker.serves]
         if serving and not self._shutdown.has_begun:
-            self._selection.end(serving)
+            self._selection.exclude_ended(serving)
         for end, left in ends:
             worker, find = end.worker, partial(self._leaked, end, left, snapshot)
             found = self._retry.result(_act(worker), find, nobody) if end.process.bound else nobody
             if not self.remove(worker):
-                self._selection.publish_soon()  # that does the rest
+                self._selection.publisher.soon()  # that does the rest
             if found:
                 self._retry.attempt(_act(worker), partial(self._cut_off, worker, found))
 

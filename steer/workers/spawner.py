@@ -57,7 +57,7 @@ class Spawner:
                     worker.starts += 1
                     own = stack.enter_context(worker_process.bound(launch))
                     # Before the fork, as the process may end at once and shut its listeners down.
-                    self._selection.joined(worker.slot, reuseport.duplicates(own))
+                    self._selection.add_sockets(worker.slot, reuseport.duplicates(own))
                     owned.append(own)
             started = worker_process.fork_all(launches, self._guard, owned)
         for worker, process in zip(workers, started, strict=True):

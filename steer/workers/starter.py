@@ -191,7 +191,7 @@ class Restarts:
         itself: memory or descriptors may suffice for some."""
         try:
             for worker in workers:
-                self._selection.give_up(worker.slot)
+                self._selection.release_slot(worker.slot)
                 worker.slot = self._selection.take_slot()
             self._starter.start(*workers)
         except Exception as error:  # noqa: BLE001 - whatever fails, the workers are tried again

@@ -1,4 +1,4 @@
-"""What the guard stores of the selection, so that another controller can go on with it."""
+"""What the guard stores of the selection, for a controller that adopts the service."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
 
-class SavedSelection(msgspec.Struct, frozen=True):
-    """The backend, what was counted, and the next slot, as another controller left them."""
+class StoredSelection(msgspec.Struct, frozen=True):
+    """The state of the backend, what was counted for released slots, and the next slot."""
 
     value: Any
     retired: Counts
     next_slot: int
 
 
-class StoredSelection:
-    """The guard's entry of the selection, and when it is renewed.
+class SelectionEntry:
+    """The guard's entry of the selection, and when it is saved.
 
     Args:
         backend: returns the backend in force.
-        counted: returns what was counted for slots since given up, and the next slot.
+        counted: returns what was counted for released slots, and the next slot.
     """
 
     def __init__(
@@ -49,57 +49,60 @@ class StoredSelection:
         self._loop: AbstractEventLoop | None = None
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop."""
+        """Use this event loop from here on."""
         self._loop = loop
         if self._is_due:
-            loop.call_soon(self.renew_if_due)
+            loop.call_soon(self.save_if_due)
 
-    def renew(self) -> None:
-        """Have the guard store it as it is now."""
+    def save(self) -> None:
+        """Have the guard store the selection as it is now."""
         self._is_stored = True
         value, fds = self._backend().stored()
-        saved = SavedSelection(value, *self._counted())
+        saved = StoredSelection(value, *self._counted())
         self._guard.put(SELECTION, msgspec.json.encode(saved), fds)
 
-    def renew_unless_released(self) -> None:
+    def save_unless_released(self) -> None:
         if not self._released:
-            self.renew()
+            self.save()
 
-    def renew_soon(self) -> None:
-        """Once for all that changes in one turn of the loop. A controller that is killed meanwhile
-        leaves what can be adopted all the same: a slot that was taken is not taken again, as its
-        worker is known, and who is selected is found out again."""
+    def save_soon(self) -> None:
+        """Save once for all changes of this turn of the loop. If the controller is killed before,
+        the service can still be adopted: taken slots are known from the workers, and which
+        workers are selected is determined again."""
         if self._released:
             return
         if not self._is_stored:
-            self.renew()
+            self.save()
         elif not self._is_due:
             self._is_due = True
             if self._loop is not None:  # else see `watch`
-                self._loop.call_soon(self.renew_if_due)
+                self._loop.call_soon(self.save_if_due)
 
     def order_changed(self) -> None:
-        """Renew it at once where the order of sockets matters, or see `together`: in which order
-        the kernel has sockets nobody else can tell."""
+        """The order of sockets has changed. If the backend depends on it, save at once, as the
+        order cannot be read back from the kernel; within `together`, save once at its end."""
         if self._backend().needs_order and not self._is_together and not self._released:
-            self.renew()
+            self.save()
         else:
-            self.renew_soon()
+            self.save_soon()
 
     @contextmanager
     def together(self) -> Iterator[Mapping[int, int]]:
-        """Where the order of sockets matters the guard is told it once for all who join, or
-        leave, meanwhile, and not once for each: it is told that of all others, too.
+        """If the backend depends on the order of sockets, save the order once for all sockets that
+        are added or removed in this context, and not once for each.
 
-        A controller that is killed meanwhile leaves what can be adopted. Those who join are not
-        forked before the end: their sockets, the last in the order, go with the controller, and
-        what the guard knows is right again. Of those who leave it must have no sockets any more:
-        who adopts takes them out of the order that it knows, from the first on, and so they are
-        to leave. But sockets of our own move as well, and who adopts has to have them: where
-        there are any, each change is told at once.
+        The service can be adopted even if the controller is killed meanwhile:
+
+        - Workers whose sockets are added are forked only after this context. Their sockets, the
+          last in the order, are closed with the controller, and the stored order is right again.
+        - The guard must have no sockets of workers that are removed. The adopting controller
+          removes them from the stored order, from the first on, so they must be removed in that
+          order here.
+        - Sockets of the controller change their index as well, and the adopting controller must
+          have them. So if there are any, each change is saved at once.
 
         Yields:
-            by slot, the index in the order that the guard knows.
+            The index in the stored order, by slot.
         """
         backend = self._backend()
         knows = backend.needs_order and not backend.controller_sockets
@@ -110,17 +113,17 @@ class StoredSelection:
         finally:
             if self._is_together:
                 self._is_together = False
-                self.renew_if_due()
+                self.save_if_due()
 
-    def renew_if_due(self) -> None:
-        """Do not wait for the next turn of the loop: there may be none."""
+    def save_if_due(self) -> None:
+        """Save now if the next turn of the loop would."""
         if not self._is_due:
             return
         self._is_due = False
         if not self._released:
-            self._retry.until_done("have the guard know who is chosen", self.renew)
+            self._retry.until_done("save the selection", self.save)
 
     def release(self) -> None:
-        """The service ends: nobody is to adopt this."""
+        """The service stops: nothing is left to adopt."""
         self._released = True
         self._guard.drop(SELECTION)

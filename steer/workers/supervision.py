@@ -119,7 +119,7 @@ class Supervision:
         )
         self.pinning = InSteps(loop, self._pin)
         self.replacement = Replacement(
-            pool.selection, starter, self.transitions, forget, self.retiring
+            pool.selection.publisher, starter, self.transitions, forget, self.retiring
         )
 
     def _make_ends(self) -> Ends:
@@ -155,7 +155,7 @@ class Supervision:
         return Drainer(
             self._loop,
             pool.remains,
-            pool.selection,
+            pool.selection.publisher,
             pool.clock,
             pool.retry,
             self.transitions.report,
@@ -223,4 +223,4 @@ class Supervision:
                 self.transitions.report(worker, Event.EXITED)
         if any(worker.serves for worker in self._pool.workers):
             self.startup.succeed()
-            self._pool.selection.publish()
+            self._pool.selection.publisher.now()

@@ -285,11 +285,11 @@ def test_compiler_that_cannot_be_started_is_said_so(
 
 SITE = source("site_that_fails")
 BREAKS = [
-    ("steer.workers.selection Selection.left", "OSError 1 1"),
-    ("steer.workers.selection Selection.give_up", "MemoryError 1 1"),
+    ("steer.workers.selection Selection.remove_sockets", "OSError 1 1"),
+    ("steer.workers.selection Selection.release_slot", "MemoryError 1 1"),
     ("steer.workers.selection Selection.take_slot", "OSError 1 1"),
-    ("steer.workers.selection Selection.joined", "ZeroDivisionError 1 1"),
-    ("steer.workers.stored_selection StoredSelection.renew", "OSError 1 2"),
+    ("steer.workers.selection Selection.add_sockets", "ZeroDivisionError 1 1"),
+    ("steer.workers.stored_selection SelectionEntry.save", "OSError 1 2"),
     ("steer.backends.ebpf Ebpf.steer", "OSError 1 2"),
     ("steer.workers.handle WorkerHandle.got_ready", "MemoryError 1 1"),
     ("steer.workers.handle WorkerHandle.lost_process", "ZeroDivisionError 1 1"),

@@ -17,7 +17,7 @@ from steer.controller.persisted import SCHEMA, Persisted, PersistedService
 from steer.errors import ControlError
 from steer.guard.entry import Entry
 from steer.guard.store import MAILBOX, SELECTION
-from steer.workers.stored_selection import SavedSelection
+from steer.workers.stored_selection import StoredSelection
 from steer.workers.stored_worker import StoredWorker
 from testkit import ROOT
 
@@ -36,7 +36,7 @@ def entries(stored: Mapping[str, Any]) -> dict[str, Entry]:
 
 
 def kind_of(key: str) -> Any:
-    kinds = {"service": PersistedService, SELECTION: SavedSelection}
+    kinds = {"service": PersistedService, SELECTION: StoredSelection}
     return kinds.get(key) or (Service if key.startswith("generation ") else StoredWorker)
 
 

@@ -49,7 +49,7 @@ class FakeFleet:
         self.publications: list[list[int]] = []
         self.kept: list[tuple[int, int, int]] = []
         self.lot = Lot()
-        self.selection = self
+        self.selection = self.publisher = self
         self.activated = 0
         self._slot = 0
         for spec in self.generation.plan.specs:

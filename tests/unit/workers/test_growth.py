@@ -252,7 +252,7 @@ def test_a_scale(tmp_path: Path) -> None:
 def test_a_policy_change(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
-            service.pool.choose_by(plan_for(len(service.plan.specs), "cpu"))
+            service.pool.switch_policy(plan_for(len(service.plan.specs), "cpu"))
 
     few, many = both(script, tmp_path)
     assert many["publications"] == few["publications"] == 1
@@ -264,7 +264,7 @@ def test_a_policy_change(tmp_path: Path) -> None:
 def test_who_keeps_its_seat_is_not_saved_for_another_policy(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
-            service.pool.choose_by(plan_for(len(service.plan.specs), "hash"))
+            service.pool.switch_policy(plan_for(len(service.plan.specs), "hash"))
 
     assert not cost_of(script, tmp_path, FEW)["saves of a worker"]
 
@@ -285,7 +285,7 @@ def test_workers_are_pinned_as_there_is_time_in_a_turn(
             return was(act, do)
 
         service.pool.retry.attempt = attempt  # type: ignore[method-assign]
-        service.pool.choose_by(plan_for(len(service.plan.specs), "cpu"))
+        service.pool.switch_policy(plan_for(len(service.plan.specs), "cpu"))
         while pinned < len(service.plan.specs):
             turns.append(pinned)
             await asyncio.sleep(0)

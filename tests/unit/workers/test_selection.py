@@ -119,7 +119,7 @@ async def until_emptied(backup: FakeBackup, times: int, turns: int = 0) -> None:
     )
     loop = asyncio.get_running_loop()
     selection.watch(loop)
-    selection.publish()
+    selection.publisher.now()
     async with asyncio.timeout(60):
         while backup.emptied < times:
             await asyncio.sleep(0.001)
@@ -187,10 +187,10 @@ def kept_after(needs_order: bool, *, has_loop: bool = True) -> list[int]:
         if has_loop:
             selection.watch(loop)
         for slot in range(3):
-            selection.joined(slot, ())
+            selection.add_sockets(slot, ())
             told.append(len(guard.puts))
-        selection.left(0)
-        selection.give_up(0)
+        selection.remove_sockets(0)
+        selection.release_slot(0)
         told.append(len(guard.puts))
         if not has_loop:
             selection.watch(loop)
@@ -216,11 +216,11 @@ def kept_together(backend: JoinableBackend, *, has_loop: bool = True) -> list[in
         selection = Selection(*cast(Any, args))
         if has_loop:
             selection.watch(asyncio.get_running_loop())
-        selection.joined(0, ())
+        selection.add_sockets(0, ())
         told.append(len(guard.puts))
         with selection.together():
             for slot in (1, 2):
-                selection.joined(slot, ())
+                selection.add_sockets(slot, ())
                 told.append(len(guard.puts))
         told.append(len(guard.puts))
         await asyncio.sleep(0)
@@ -260,9 +260,9 @@ def test_order_is_told_at_once_also_right_after_another_backend_has_taken_over()
         selection = Selection(*cast(Any, args))
         selection.watch(asyncio.get_running_loop())
         for slot in range(2):
-            selection.joined(slot, ())
+            selection.add_sockets(slot, ())
         backend.needs_order = True
-        selection.joined(2, ())
+        selection.add_sockets(2, ())
         assert len(guard.puts) == 2
 
     asyncio.run(run())
@@ -316,21 +316,21 @@ def publications_of(
 
 def test_loop_goes_on_while_a_flip_waits_for_programs() -> None:
     async def script(selection: Selection, backend: WaitingBackend) -> None:
-        selection.publish_soon()
+        selection.publisher.soon()
         while not backend.publications:
             await asyncio.sleep(0)
-            selection.publish_soon()  # part of the same
+            selection.publisher.soon()  # part of the same
 
     assert publications_of(script) == [False]
 
 
 def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
     async def script(selection: Selection, _: WaitingBackend) -> None:
-        selection.publish_soon()
+        selection.publisher.soon()
         await asyncio.sleep(0)
-        selection.publish_if_due()
-        assert selection._publisher._waiting is not None
-        await selection._publisher._waiting
+        selection.publisher.if_due()
+        assert selection.publisher._grace_period is not None
+        await selection.publisher._grace_period
 
     assert publications_of(script) == [True]
 
@@ -342,7 +342,7 @@ def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.Mon
     monkeypatch.setattr(threading.Thread, "start", refuse)
 
     async def script(selection: Selection, backend: WaitingBackend) -> None:
-        selection.publish_soon()
+        selection.publisher.soon()
         while not backend.publications:
             await asyncio.sleep(0)
 
@@ -352,9 +352,9 @@ def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.Mon
 def test_programs_are_waited_for_after_a_flip_so_that_the_next_need_not_wait() -> None:
     async def script(selection: Selection, backend: WaitingBackend) -> None:
         for _ in range(2):
-            selection.publish_soon()
-            await selection.synchronized()
-        selection.publish()
+            selection.publisher.soon()
+            await selection.publisher.synchronized()
+        selection.publisher.now()
 
     assert publications_of(script) == [False, False, False]
 
@@ -366,12 +366,12 @@ def test_what_is_not_to_come_back_waits_for_the_flip_and_for_programs() -> None:
         def look() -> None:
             seen.append((len(backend.publications), backend.grace_period() is None))
 
-        await selection.synchronized()
-        selection.publish_soon()
-        selection.when_synchronized("look", look)
+        await selection.publisher.synchronized()
+        selection.publisher.soon()
+        selection.publisher.when_synchronized("look", look)
         assert not seen
-        await selection.synchronized()
-        selection.when_synchronized("look", look)
+        await selection.publisher.synchronized()
+        selection.publisher.when_synchronized("look", look)
 
     publications_of(script)
     assert seen == [(1, True), (1, True)]
@@ -385,10 +385,10 @@ def test_flows_are_let_go_when_nobody_is_sent_there_any_more() -> None:
             let_go.append(len(self.publications))
 
     async def script(selection: Selection, _: WaitingBackend) -> None:
-        selection.let_go(1)
+        selection.forget_flows_soon(1)
         assert not let_go
-        await selection.synchronized()
-        selection.publish()
+        await selection.publisher.synchronized()
+        selection.publisher.now()
 
     publications_of(script, LettingGo())
     assert let_go == [1]
@@ -396,9 +396,10 @@ def test_flows_are_let_go_when_nobody_is_sent_there_any_more() -> None:
 
 def test_nobody_waits_for_a_service_that_ends() -> None:
     async def script(selection: Selection, backend: WaitingBackend) -> None:
-        selection.publish_soon()
+        selection.publisher.soon()
         waiting = [
-            asyncio.ensure_future(each()) for each in (selection.published, selection.synchronized)
+            asyncio.ensure_future(each())
+            for each in (selection.publisher.published, selection.publisher.synchronized)
         ]
         await asyncio.sleep(0)
         selection.release()
@@ -413,10 +414,10 @@ def test_a_flip_that_fails_is_not_waited_for_again_and_again() -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     async def script(selection: Selection, _: WaitingBackend) -> None:
-        selection.publish_soon()
-        await selection.published()
+        selection.publisher.soon()
+        await selection.publisher.published()
         with pytest.raises(OSError, match="memory"):
-            selection.publish_if_due()
+            selection.publisher.if_due()
 
     publications_of(script, FailingBackend())
 
@@ -445,10 +446,10 @@ def test_who_has_ended_is_out_at_once_where_flows_are_remembered(
         args = (backend, workers, 4, FakeGuard(), Log("error", "text"), FakeRetry())
         selection = Selection(*cast(Any, args))
         selection.watch(asyncio.get_running_loop())
-        selection.end([1])
-        selection.publish()
-        selection.give_up(1)
-        selection.publish()
+        selection.exclude_ended([1])
+        selection.publisher.now()
+        selection.release_slot(1)
+        selection.publisher.now()
         assert backend.chosen == chosen
 
     asyncio.run(run())

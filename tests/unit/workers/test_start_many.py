@@ -220,7 +220,7 @@ def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         pool.report(next(iter(pool.workers)), Event.READY)
         await pool.startup.up
-        pool.selection.publish_if_due()
+        pool.selection.publisher.if_due()
         assert pool.backend.asked["publications"] == 1  # type: ignore[attr-defined]
         assert len(forked) == MOST_TOGETHER
         # those that wait for their turn have not failed, and are not asked to hurry
