@@ -641,7 +641,7 @@ CANNOT_CHANGE = {
     ("-b", f"{HOST}:9999"): f"bind is {HOST}:{PORT} and would be {HOST}:9999",
     ("--backend=cbpf",): "backend is 'auto' and would be 'cbpf'",
     ("--pid=pid",): "pid is None and would be 'pid'",
-    ("-w", "900"): "with room for 128",
+    ("-w", "900"): "started with capacity for 128",
 }
 
 
