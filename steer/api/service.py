@@ -13,12 +13,10 @@ from typing import Literal, TypedDict
 
 from steer.child.api import Worker
 from steer.config import service as configuration
-from steer.config.planning import plan
 from steer.controller import run as running
 from steer.errors import ConfigError, ControlError
-from steer.linux import family, fork, processes, title, topology
+from steer.linux import family, fork, processes, title
 from steer.linux.log import Log
-from steer.loader import find, probe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -116,11 +114,9 @@ class Service:
             cure = "call it in the main thread, or start a process for it"
             raise ControlError("run a service", "this is not the main thread", cure)
         service = self.config.service
-        policy = find.find_or_not(service.policy)
-        decided = plan(service, topology.read(), probe.findings_before_start(), policy)
         log = Log(service.log_level, service.log_format)
         with _process_kept():
-            running.run(decided, os.environ, log, lambda: service)
+            running.run(service, os.environ, log, lambda: service)
 
 
 def run(app: str | Application | None = None, /, **settings: Unpack[Settings]) -> None:

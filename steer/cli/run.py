@@ -13,8 +13,8 @@ def perform(given: Given) -> None:
     """Run a service until it ends.
 
     Raises:
-        SteerError: it cannot be started.
-        SystemExit: with its exit status.
+        SteerError: the service cannot be started.
+        SystemExit: the service has ended; with its exit status.
     """
     options = dict(given.options)
     check_config, print_config = options.pop("check_config"), options.pop("print_config")
@@ -32,13 +32,6 @@ def perform(given: Given) -> None:
         find.prepare(service.policy)
     if check_config or print_config:
         return
-    from steer.config.planning import plan
-    from steer.linux import topology
-    from steer.loader import probe
-
-    # If it is broken there may be workers that do not need it.
-    policy = find.find_or_not(service.policy)
-    decided = plan(service, topology.read(), probe.findings_before_start(), policy)
     logger = log.Log(service.log_level, service.log_format)
     entry.logs_to(logger)
-    sys.exit(run.run(decided, os.environ, logger, read))
+    sys.exit(run.run(service, os.environ, logger, read))

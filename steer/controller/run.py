@@ -1,4 +1,4 @@
-"""Runs a service: starts it, or adopts what another controller left, then runs the loop."""
+"""Runs a service: starts it or adopts it from an earlier controller, then runs the loop."""
 
 from __future__ import annotations
 
@@ -8,36 +8,45 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from steer.config.plan import Plan
+from steer.config.planning import plan
+from steer.config.service import Service
 from steer.control import rundir, taken
 from steer.controller.controller import LAST_LINES_S, Controller, Reread
 from steer.controller.loop_import import await_loop
 from steer.controller.start import Start
 from steer.guard.handover import Handover, adopt
-from steer.linux import family, fork, output, services, signals, title
+from steer.linux import family, fork, output, services, signals, title, topology
 from steer.linux.log import Log
+from steer.loader import find, probe
 
 
-def run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
+def run(service: Service, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
     """Run a service until it is told to end.
+
+    Args:
+        reread: reads the configuration again, for a reload.
 
     Returns:
         The exit status.
 
     Raises:
-        SteerError: it could not be started.
+        SteerError: the service could not be started.
     """
+    # An error in a custom policy must not stop us yet: a service to adopt has it loaded already.
+    policy = find.find_or_not(service.policy)
+    decided = plan(service, topology.read(), probe.findings_before_start(), policy)
     try:
-        return _run(plan, environment, log, reread)
+        return _run(decided, environment, log, reread)
     finally:
         output.stderr.finish(LAST_LINES_S)
         output.stderr.close()
 
 
 def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
-    # From here on a signal waits until the loop can take it.
+    # From here on signals wait until the loop handles them.
     signals.hold_signals()
     title.show(f"steer: controller {plan.name}")
-    fork.rename("steer")  # started by `python -m steer` it is "python"
+    fork.rename("steer")  # `python -m steer` starts as "python"
     family.become_subreaper()
     with ExitStack() as undo:
         service = Controller(plan, environment, log, reread)
