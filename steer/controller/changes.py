@@ -92,12 +92,13 @@ class Changes:
         self._log.info("generation %d serves", generation.number)
         return generation
 
-    async def change_policy(self, asked: Mapping[str, Any]) -> None:
-        """Raises SteerError: nothing has changed."""
+    async def change_policy(self, asked: Mapping[str, Any]) -> Plan:
+        """Returns the plan then in force. Raises SteerError: nothing has changed."""
         act = f"change the policy of {self._plan.name}"
         async with self._turns.turn(act):
             await self._policy.change(asked, act)
             self._retimed()
+            return self._plan
 
     async def scale_by(self, more: int, tell: Tell) -> int:
         """Returns how many workers there are then. Raises SteerError."""

@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any
 
 from steer.config.service import FIELDS
+from steer.control import schema
 from steer.control.server import Server
+from steer.controller import status
 from steer.controller.changes import Changes
 from steer.controller.children import Children
 from steer.controller.controller import Controller
@@ -85,7 +87,7 @@ class ControllerLoop:
         self._turns = turns = Turns()
         self._rollout = Rollout(pool, started.keep, turns)
         self._tasks = Tasks(loop, state, log)
-        self._reexec = Reexec(started, turns, state, log)
+        self._reexec = Reexec(pool, started.guard, turns, state, log)
         self._health = Health(pool, loop, self._replace_hung, self._hear_all)
         self._groups = Groups(pool, self._replace_for_its_sockets)
         self._splits = Splits(pool, loop, self._renew_all)
@@ -98,7 +100,9 @@ class ControllerLoop:
             self._changes, self._reexec, self._tasks, self._stop, self._streams.reopen
         )
         self._guard_watch = GuardWatch(loop, started.guard, retry, log)
-        requests = Requests(started, self._changes, state, delays, log, self._stop)
+        requests = Requests(
+            started.plan.name, pool, self._changes, log, partial(self._report, delays), self._stop
+        )
         self._server = Server(started.claim.socket, requests.handlers(), retry)
 
     async def run(self) -> bool:
@@ -209,6 +213,9 @@ class ControllerLoop:
 
     def _hear_all(self) -> None:
         self._service.listener.hear_all(self._notified)
+
+    async def _report(self, delays: Delays) -> schema.Service:
+        return await status.report_of(self._service, self._state.word, delays.report())
 
     def _changed(self, worker: WorkerHandle) -> None:
         self._health.changed(worker)

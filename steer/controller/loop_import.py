@@ -1,4 +1,4 @@
-"""Imports the loop while the first workers start, as it takes as long as they do."""
+"""Imports the loop while the first workers start: both take about as long."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from steer.control.notify import is_ready
-from steer.controller.controller import Controller
+from steer.control.notify import Listener, Notification, is_ready
 from steer.linux import fork
+from steer.workers.pool import WorkerPool
 
 _LOOK_S = 0.002
 _TURN_S = 0.0002
 
 
-def await_loop(service: Controller) -> None:
-    """Import it. The first worker that is ready meanwhile does not wait for that.
+def await_loop(listener: Listener, pool: WorkerPool, *, runs_command: bool) -> list[Notification]:
+    """Import the loop. The first worker that is ready meanwhile serves at once.
+
+    Args:
+        runs_command: whether workers are commands.
+
+    Returns:
+        What workers notified meanwhile.
 
     Raises:
-        Exception: as an import does, MemoryError for one.
+        Exception: the import failed, for example with MemoryError.
     """
+    early: list[Notification] = []
     failed: list[Exception] = []
 
     def load() -> None:
@@ -34,24 +41,25 @@ def await_loop(service: Controller) -> None:
     importing = threading.Thread(target=load)
     importing.start()
     with _threads_in_turn(_TURN_S):
-        # Of a command nobody can serve yet, and who says so in its place, as systemd-notify(1),
-        # may end once that is read: then nothing tells whose it was.
-        is_over = bool(service.plan.service.command)
+        # A command cannot be ready so soon. systemd-notify(1), which notifies for it, may exit once
+        # its message is read, and then nothing tells which worker it belongs to.
+        is_over = runs_command
         while importing.is_alive() and not is_over:
-            fork.wait_until_readable(service.listener.fileno(), _LOOK_S)
-            heard = list(service.listener.receive())
-            service.early += heard
+            fork.wait_until_readable(listener.fileno(), _LOOK_S)
+            heard = list(listener.receive())
+            early += heard
             ready = (lineage[0] for lineage, message in heard if is_ready(message))
-            is_over = any(map(service.pool.serve_early, ready))
+            is_over = any(map(pool.serve_early, ready))
         importing.join()
     if failed:
         raise failed[0]
+    return early
 
 
 @contextmanager
 def _threads_in_turn(turn_s: float) -> Iterator[None]:
-    """While one imports, another that waits gets its turn after so long: by default after 5 ms,
-    and after each system call again."""
+    """Let a waiting thread run after `turn_s`, while another one imports. Python's default is 5 ms,
+    which starts again after each system call."""
     before_s = sys.getswitchinterval()
     sys.setswitchinterval(turn_s)
     try:

@@ -5,25 +5,29 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from steer.controller.controller import Controller
 from steer.controller.state import ServiceState
 from steer.controller.turns import Turns
 from steer.errors import ConfigError, ControlError
+from steer.guard.client import GuardClient
 from steer.linux import fork, signals
 from steer.linux.log import Log
+from steer.workers.pool import WorkerPool
 
 
 class Reexec:
-    """Of one controller.
+    """Prepares the re-execution of one controller.
 
     Attributes:
         is_due: set when the loop has to end, so that the controller is re-executed. From then
             on signals are held.
     """
 
-    def __init__(self, service: Controller, turns: Turns, state: ServiceState, log: Log) -> None:
+    def __init__(
+        self, pool: WorkerPool, guard: GuardClient, turns: Turns, state: ServiceState, log: Log
+    ) -> None:
         self.is_due = asyncio.Event()
-        self._service = service
+        self._pool = pool
+        self._guard = guard
         self._turns = turns
         self._state = state
         self._log = log
@@ -32,25 +36,25 @@ class Reexec:
         """Have the loop end if the controller would start again with the same arguments.
 
         Raises:
-            ConfigError: what is installed now, or the configuration, would not start.
-            ControlError: there is nobody to hold the workers meanwhile, or no worker.
+            ConfigError: what is installed now would not start, or not with this configuration.
+            ControlError: no guard process would keep the workers, or there is no worker.
         """
         act = "re-execute"
         await _see_that_it_would_start(act)
         while not self.is_due.is_set():
             async with self._turns.turn(act):
-                # Who asked before us comes first.
+                # Changes that were requested before come first.
                 if not self._turns.others_wait:
                     self._leave(act)
 
     def _leave(self, act: str) -> None:
-        """Raises ControlError: not now."""
-        if not self._service.plan.service.adopt_timeout:
+        """Raises ControlError: it is not possible now."""
+        if not self._guard.adopt_timeout_s:
             raise ControlError(act, "workers would end with us", "see --adopt-timeout")
-        has_workers = any(each.process for each in self._service.pool.workers)
+        has_workers = any(each.process for each in self._pool.workers)
         if not self._state.is_running or not has_workers:
             raise ControlError(act, "no worker would be there meanwhile")
-        if not self._service.guard.expect_back():
+        if not self._guard.expect_back():
             raise ControlError(act, "the guard process is gone", "there is another soon")
         self._log.info("re-executing")
         signals.hold_signals()

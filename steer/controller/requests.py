@@ -10,48 +10,48 @@ from typing import Any
 import msgspec
 
 from steer.config.service import MAX_WORKERS
+from steer.control import schema
 from steer.control.commands import COMMANDS, Command
 from steer.control.outcomes import Drained, Outcome, Reloaded, Restarted, Scaled, Swapped
 from steer.control.protocol import Request
 from steer.control.server import Handler, Tell
 from steer.controller import status
 from steer.controller.changes import Changes
-from steer.controller.controller import Controller
-from steer.controller.delays import Delays
 from steer.controller.refusals import log_refused_request, refusal_of
-from steer.controller.state import ServiceState
 from steer.errors import ControlError, Postponed
 from steer.linux.log import Log
 from steer.policy.builtin import KERNEL
 from steer.values import shown
 from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
+from steer.workers.pool import WorkerPool
 
 Answer = Outcome | Mapping[str, Any]
 _MAY_RESTART = (State.READY, State.DRAINING, State.HUNG, State.BACKOFF)
 
 
 class Requests:
-    """Those to one service.
+    """The requests to one service.
 
     Args:
-        stop: ends the service; told whether to do so quickly.
+        name: of the service.
+        report: gathers the status of the service.
+        stop: ends the service; its argument says whether quickly.
     """
 
     def __init__(
         self,
-        service: Controller,
+        name: str,
+        pool: WorkerPool,
         changes: Changes,
-        state: ServiceState,
-        delays: Delays,
         log: Log,
+        report: Callable[[], Awaitable[schema.Service]],
         stop: Callable[[bool], None],
     ) -> None:
-        self._service = service
-        self._pool = service.pool
+        self._name = name
+        self._pool = pool
         self._changes = changes
-        self._state = state
-        self._delays = delays
+        self._report = report
         self._log = log
         self._stop = stop
 
@@ -60,7 +60,7 @@ class Requests:
         return {name: self._logged(COMMANDS[name], each) for name, each in HANDLERS.items()}
 
     def _logged(self, command: Command, handle: Handle) -> Handler:
-        """A handler that is given what the command carries; the log tells what it refuses."""
+        """A handler that gets only the arguments of the command, and logs each refusal."""
 
         async def handler(request: Request, tell: Tell) -> Mapping[str, Any]:
             carried = {key: request[key] for key in command.carries if key in request}
@@ -68,8 +68,8 @@ class Requests:
                 answer = await handle(self, carried, tell)
             except Postponed:
                 raise
-            except Exception as error:  # noqa: BLE001 - who asked is told
-                act = f"{command.name} {self._service.plan.name}"
+            except Exception as error:  # noqa: BLE001 - the client gets it as an answer
+                act = f"{command.name} {self._name}"
                 refusal = refusal_of(self._log, act, error)
                 log_refused_request(self._log, command.name, refusal)
                 raise refusal from None
@@ -79,12 +79,11 @@ class Requests:
 
     async def status(self, _request: Request, _tell: Tell) -> Answer:
         await self._pool.selection.publisher.published()
-        delays = self._delays.report()
-        return {"service": await status.report_of(self._service, self._state.word, delays)}
+        return {"service": await self._report()}
 
     async def stop(self, request: Request, _tell: Tell) -> Answer:
         self._stop(bool(request.get("quick")))
-        # Shielded: others wait for it too.
+        # Other requests wait for the same future: ours must not cancel it.
         await asyncio.shield(self._pool.shutdown.ended)
         return {}
 
@@ -99,7 +98,7 @@ class Requests:
         if workers is None and type(more) is int:
             return Scaled(await self._changes.scale_by(more, tell), _since(began_s))
         if type(workers) is not int or not 0 < workers <= MAX_WORKERS:
-            act = f"scale {self._service.plan.name} to {shown(workers)}"
+            act = f"scale {self._name} to {shown(workers)}"
             raise ControlError(
                 act, f"a number from 1 to {MAX_WORKERS} is wanted", "see `steer stop`"
             )
@@ -108,7 +107,7 @@ class Requests:
 
     async def drain(self, request: Request, _tell: Tell) -> Answer:
         worker = self._worker(request, "drain", State.READY)
-        if self._service.backend.name == KERNEL:
+        if self._pool.backend.name == KERNEL:
             raise ControlError(
                 f"drain worker {worker.slot}",
                 "the kernel's own hash leaves nobody out",
@@ -138,15 +137,14 @@ class Requests:
 
     async def policy(self, request: Request, _tell: Tell) -> Answer:
         began_s = time.monotonic()
-        await self._changes.change_policy(request)
-        chosen, backend = self._service.plan.policy.name, self._service.backend.name
-        return Swapped(chosen, backend, _since(began_s))
+        plan = await self._changes.change_policy(request)
+        return Swapped(plan.policy.name, plan.backends[0].backend, _since(began_s))
 
     def _worker(self, request: Request, act: str, *allowed: State) -> WorkerHandle:
-        """The worker in the slot asked for.
+        """The worker in the slot that the request names.
 
         Raises:
-            ControlError: there is none, or it is in another state than those allowed.
+            ControlError: the slot has no worker, or one in a state that is not allowed.
         """
         slot = request.get("slot")
         there_are = {worker.slot: worker for worker in self._pool.workers}

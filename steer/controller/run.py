@@ -72,7 +72,8 @@ def _start_or_adopt(service: Controller, undo: ExitStack) -> None:
     if service.plan.policy.problem is not None:
         raise service.plan.policy.problem
     Start(service, lost, undo).carry_out()
-    await_loop(service)
+    runs_command = bool(service.plan.service.command)
+    service.early += await_loop(service.listener, service.pool, runs_command=runs_command)
 
 
 def _left(

@@ -93,6 +93,11 @@ class GuardClient:
         """Whether the guard process takes what it is told, as far as we know."""
         return self._process.is_told
 
+    @property
+    def adopt_timeout_s(self) -> float:
+        """How long workers go on without a controller; 0: they end with it."""
+        return self._settings.adopt_timeout_s
+
     def expect_back(self) -> bool:
         """We end now, but another that is to adopt all is on its way: who asks meanwhile is
         to ask again. Whether the guard process is there."""

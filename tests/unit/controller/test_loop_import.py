@@ -30,8 +30,7 @@ class Starting:
         self.early: list[object] = []
         self.serves = False
         self.imported: list[bool] = []
-        self.plan = SimpleNamespace(service=SimpleNamespace(command=command))
-        self.pool = self.listener = self
+        self._command = command
         self._said = iter(SAID)
         patch.setattr(importlib, "import_module", lambda _: self.imported.append(self.serves))
         patch.setattr(threading, "Thread", self._thread)
@@ -54,7 +53,8 @@ class Starting:
     def run(self) -> None:
         with open(os.devnull) as file:
             self._always_readable = file.fileno()
-            await_loop(cast(Any, self))
+            here = cast(Any, self)
+            self.early += await_loop(here, here, runs_command=bool(self._command))
 
 
 def test_first_that_is_ready_serves_whatever_was_said_before(
