@@ -173,7 +173,7 @@ def _answer(lines: Iterable[bytes], progress: Progress | None) -> dict[str, Any]
 
 def _refused(act: str, answer: Mapping[str, Any]) -> Refused:
     code = answer.get("exit_code")
-    kind = Orphaned if "keeper" in answer else Refused
+    kind = Orphaned if "guard" in answer else Refused
     return kind(
         act,
         str(answer.get("error")),

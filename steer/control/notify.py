@@ -9,8 +9,8 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from steer.control import mailbox
-from steer.control.mailbox import Letter
+from steer.control import notification_buffer
+from steer.control.notification_buffer import Datagram
 from steer.linux import processes
 
 if TYPE_CHECKING:
@@ -115,17 +115,17 @@ class Listener:
 
     def receive(self, at_most: int = 1) -> Iterator[Notification]:
         """The next messages, as far as there are any that may be looked at, and who sent them."""
-        yield from self.read(mailbox.receive(self._socket, self.known, at_most))
+        yield from self.read(notification_buffer.receive(self._socket, self.known, at_most))
 
-    def read(self, letters: Iterable[Letter]) -> Iterator[Notification]:
+    def read(self, decoded: Iterable[Datagram]) -> Iterator[Notification]:
         """The messages in these that may be looked at, and who sent them."""
-        for letter in letters:
-            message = parse(letter.text)
-            if letter.uid in self._trusted:
-                yield letter.lineage or (letter.pid,), message
+        for datagram in decoded:
+            message = parse(datagram.text)
+            if datagram.uid in self._trusted:
+                yield datagram.lineage or (datagram.pid,), message
             elif is_ready(message):
-                cause = f"user {letter.uid} is not the one that workers are started as"
-                self._unheard.tell(letter.pid, cause, "have steer change the user: --user")
+                cause = f"user {datagram.uid} is not the one that workers are started as"
+                self._unheard.tell(datagram.pid, cause, "have steer change the user: --user")
 
     def close(self) -> None:
         self._socket.close()

@@ -12,8 +12,8 @@ from steer.backends.base import Backend
 from steer.backends.open import open_backend
 from steer.config import plan_change
 from steer.config.plan import Generation, Plan
-from steer.control import mailbox
 from steer.control.claim import Claim
+from steer.control.notification_buffer import decoded
 from steer.controller import persisted
 from steer.controller.controller import Controller
 from steer.controller.persisted import Persisted
@@ -50,7 +50,7 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     service.started_s = left.service.started_s
     service.claim = Claim.inherited(path, handover.control, handover.settings.remove_directory)
     backend = _open(left.service.backend.backend, service.plan)
-    service.listen(left.service.notify, left.mailbox.fds[0])
+    service.listen(left.service.notify, left.notifications.fds[0])
     service.make_guard(handover)
     service.start_guard()
     service.make_pool(in_force, backend)
@@ -58,7 +58,7 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     for worker in service.pool.workers:
         service.keep_generation(worker.generation)
     service.keep(in_force)
-    service.early += service.listener.read(mailbox.letters(left.mailbox.value))
+    service.early += service.listener.read(decoded(left.notifications.value))
     remove_pid = service.write_pid()
     handover.taken(service.guard)
     # Not before: had anything failed, the old guard would carry on with all of it.

@@ -26,7 +26,7 @@ from steer.controller.pidfile import write_pid_file
 from steer.errors import KernelError, SteerError, in_words
 from steer.guard.client import GuardClient
 from steer.guard.handover import Handover
-from steer.guard.store import MAILBOX, Settings
+from steer.guard.store import NOTIFICATIONS, Settings
 from steer.linux import fork, identity, output, priority, stdio, topology
 from steer.linux.log import Log
 from steer.linux.retry import Retry
@@ -196,7 +196,7 @@ class Controller:
             activated=self.pool.activated,
         )
         persisted.put_service(self.guard, service)
-        self.guard.put(MAILBOX, b"", [self.listener.fileno()])
+        self.guard.put(NOTIFICATIONS, b"", [self.listener.fileno()])
 
     # What changes while it runs.
 

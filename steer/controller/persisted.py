@@ -6,7 +6,7 @@ Entries of the guard, by key:
     generation N    the configuration of generation N, a `Service`
     worker N        see `workers.stored_worker`
     selection       see `workers.stored_selection`, with what the backend adds
-    mailbox         the notification socket
+    mailbox         the notification socket, and what was read from it
 
 Raise SCHEMA when any of these changes so that the release before, or the one after, would
 misunderstand it. A field that has a default may be added without that.
@@ -25,7 +25,7 @@ from steer.config.service import Service
 from steer.errors import ControlError
 from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
-from steer.guard.store import MAILBOX, SELECTION
+from steer.guard.store import NOTIFICATIONS, SELECTION
 from steer.policy.declarations import Declared
 
 SCHEMA = 2
@@ -86,7 +86,7 @@ class Persisted:
         }
         self.workers = {key: each for key, each in entries.items() if key.startswith(_WORKER)}
         self.selection = entries[SELECTION]
-        self.mailbox = entries[MAILBOX]
+        self.notifications = entries[NOTIFICATIONS]
 
 
 def _refuse_other_versions(name: str, found: Mapping[str, Any]) -> None:

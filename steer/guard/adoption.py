@@ -1,4 +1,4 @@
-"""Adoption, on the side of the guard process: everything is handed over, or it carries on."""
+"""Adoption on the side of the guard process: it hands over everything, or it carries on."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import msgspec
 
 from steer.guard.channel import Channel, Frame
 from steer.guard.requests import Connection
-from steer.guard.store import PATIENCE_S, FdStore
+from steer.guard.store import PEER_TIMEOUT_S, FdStore
 
 
 class Adoption:
-    """Hands everything to a controller that asks, one at a time.
+    """Hands everything over to a controller that requests it; to one controller at a time.
 
     Args:
         control: the listening control socket.
         leave: called before anything is handed over.
-        carry_on: called when the controller has gone without having taken it.
+        carry_on: called when the controller has ended before it had everything.
 
     Attributes:
-        pid: of the last controller that asked.
-        is_done: whether it has taken everything.
+        pid: of the last controller that requested an adoption.
+        is_done: whether that controller has everything.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Adoption:
     def is_under_way(self) -> bool:
         return self._channel is not None
 
-    def begin(self, asked: Connection) -> None:
-        """Hand it over to who asked."""
+    def begin(self, client: Connection) -> None:
+        """Hand everything over to the controller at the other end of the connection."""
         ours, theirs = socket.socketpair()
-        self.pid = asked.pid
+        self.pid = client.pid
         self._leave()
         with theirs:
-            asked.answer({"ok": True, "pid": os.getpid()}, [theirs.fileno()])
-        ours.settimeout(PATIENCE_S)
+            client.answer({"ok": True, "pid": os.getpid()}, [theirs.fileno()])
+        ours.settimeout(PEER_TIMEOUT_S)
         self._channel = Channel(ours)
         try:
             self._send_all(self._channel)
@@ -66,7 +66,7 @@ class Adoption:
             self._selector.register(ours, EVENT_READ, self._on_answer)
 
     def _send_all(self, channel: Channel) -> None:
-        """The control socket last. Raises OSError."""
+        """Send everything, the control socket last. Raises OSError."""
         settings = msgspec.msgpack.encode(self._store.settings)
         channel.send(Frame("configure", value=settings))
         for key, entry in self._store.entries.items():
@@ -81,7 +81,7 @@ class Adoption:
             self.is_done = self._channel.receive() is not None
         except BlockingIOError:
             return
-        except OSError:  # it has gone, or says what is not understood
+        except OSError:  # the controller has ended, or its answer is no frame
             self.is_done = False
         self._selector.unregister(self._channel.fileno())
         if not self.is_done:

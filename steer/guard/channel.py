@@ -22,25 +22,25 @@ _HEADER_BYTES = 4
 
 
 FRAME_MAX_BYTES = 64 << 20
-"""More than any there is: a value has up to some megabytes."""
+"""More than any frame has: values have some megabytes at most."""
 
 
 class NotUnderstood(OSError):
-    """What came is no frame: another version of steer sent it, or it is damaged."""
+    """The received bytes are no frame: another version of steer sent them, or they are damaged."""
 
     def __init__(self, why: str) -> None:
         super().__init__(errno.EBADMSG, why)
 
 
 class Frame(msgspec.Struct, array_like=True):
-    """What is said.
+    """One message.
 
     Args:
         act: what to do with the rest.
-        fds: how many descriptors come along; or SAME.
+        fds: how many descriptors come with it; or SAME.
         group: a process group, or 0.
-        wait: whether an answer is wanted.
-        stop_signal: of a worker, what tells it to finish.
+        wait: whether the sender waits for an answer.
+        stop_signal: the signal that tells a worker to finish.
     """
 
     act: str
@@ -56,14 +56,14 @@ _DECODER = msgspec.msgpack.Decoder(Frame)
 
 
 class Channel:
-    """One end.
+    """One end of a channel.
 
-    A frame is its length, then msgpack. Descriptors travel with its first bytes, at most
-    MAX_FDS with one byte; one read never goes past the message some came with (unix(7)),
-    so in the order they come they belong to the frames in theirs.
+    A frame is its length, then msgpack. Its descriptors are sent with its first bytes, at most
+    MAX_FDS with each byte. One read never crosses a message that has descriptors (unix(7)), so
+    descriptors arrive in the order of the frames that they belong to.
 
     Args:
-        sock: SOCK_STREAM; its timeout holds for each send and receive.
+        sock: SOCK_STREAM. Its timeout holds for each send and each receive.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -75,11 +75,11 @@ class Channel:
         return self.sock.fileno()
 
     def send(self, frame: Frame, fds: Sequence[int] = ()) -> None:
-        """Raises OSError as sendmsg(2): nothing can be sent after."""
+        """Raises OSError: as sendmsg(2). Nothing can be sent afterwards."""
         self.send_all([frame], fds)
 
     def send_all(self, frames: Iterable[Frame], fds: Sequence[int] = ()) -> None:
-        """Several at once, with the descriptors of all, in their order.
+        """Send several frames at once, with the descriptors of all frames in the same order.
 
         Raises:
             OSError: as `send`.
@@ -93,13 +93,13 @@ class Channel:
         self.sock.sendall(data)
 
     def receive(self) -> tuple[Frame, list[int]] | None:
-        """The next frame and the descriptors with it, close-on-exec and the caller's to
-        close; None at the end.
+        """The next frame with its descriptors, or None at the end. The descriptors are
+        close-on-exec, and the caller closes them.
 
         Raises:
-            NotUnderstood: it is none; nothing can be received after.
-            OSError: as recvmsg(2), BlockingIOError or TimeoutError where it may not wait;
-                EMFILE when descriptors were lost for want of room.
+            NotUnderstood: it is no frame. Nothing can be received afterwards.
+            OSError: as recvmsg(2): BlockingIOError or TimeoutError where it may not block; EMFILE:
+                descriptors were lost as there was no room for them.
         """
         while (frame := self._complete()) is None:
             data, fds = receive(self.sock, MAX_FDS)
@@ -128,7 +128,7 @@ class Channel:
         return frame
 
     def close(self) -> None:
-        """With what has come and was not asked for."""
+        """Close it, and the descriptors that nobody took."""
         self.sock.close()
         for fd in self._fds:
             os.close(fd)
@@ -140,12 +140,12 @@ def _with_length(body: bytes) -> bytes:
 
 
 def receive(sock: socket.socket, max_fds: int) -> tuple[bytes, list[int]]:
-    """What has come, and descriptors with it, close-on-exec.
+    """Receive data and descriptors; the descriptors are close-on-exec.
 
-    Not socket.recv_fds(), which does not pass its flags on (Python 3.11).
+    socket.recv_fds() of Python 3.11 cannot do that: it ignores its flags.
 
     Raises:
-        OSError: as recvmsg(2); EMFILE when descriptors were lost for want of room.
+        OSError: as recvmsg(2); EMFILE: descriptors were lost as there was no room for them.
     """
     fds = array.array("i")
     room = socket.CMSG_SPACE(max_fds * fds.itemsize)

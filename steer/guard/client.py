@@ -1,9 +1,9 @@
-"""The controller's side of its guard.
+"""The controller's side of its guard process.
 
-All that must outlive the controller is kept twice: by itself, and by its guard process (see
-`store`), a small process forked from it, as systemd keeps descriptors for services
-(FDSTORE=1 of sd_notify(3)). When the controller goes, however it does, the guard process hands
-everything to the next one that asks (see `handover`), or after a time ends the workers.
+The guard process is a small process, forked from the controller. It stores a copy of all that must
+outlive the controller (see `store`), as systemd's file descriptor store does (FDSTORE=1 of
+sd_notify(3)). When the controller has ended, for whatever reason, the guard process hands
+everything over to the next controller (see `handover`), or ends the workers after a while.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from steer.guard.store import Settings
 class GuardClient:
     """There is no guard process before `start`.
 
-    Entries' descriptors stay the caller's, and open for as long as the entry is here.
-    Should the guard process be killed nothing here fails: what changes is remembered, and
-    `revive` starts another one with all of it.
+    The caller owns the descriptors of entries, and keeps them open for as long as the entry is
+    here.
+    If the guard process is killed, nothing here fails: changes are remembered, and `revive` starts
+    another guard process with all entries.
 
     Args:
         control: the listening control socket. The guard process has a duplicate, so connections
-            wait while no controller is there.
-        say: how the guard process logs; must not wait.
-        handover: of the service that is adopted. Until `handover.taken(guard)` the new
-            guard process steps back should we end.
+            wait while there is no controller.
+        say: logs a line in the guard process; it must not block.
+        handover: of the service that is adopted. Until `handover.taken(guard)`, the new guard
+            process leaves the service to the old one if this process ends.
 
     Attributes:
         entries: what is stored, by key.
@@ -65,14 +66,14 @@ class GuardClient:
     # The process.
 
     def start(self) -> None:
-        """Fork it, with all entries there are by now.
+        """Start the guard process, with all entries that there are.
 
         Raises:
-            OSError: no more processes, or no more files; see `process.fork_error`.
+            OSError: no more processes, or no more files; see `fork.fork_error`.
         """
         self._process.start(self._settings, self._inode)
         for key, entry in self.entries.items():
-            self._outbox.tell(put_frame(key, entry), fds=entry.fds)
+            self._outbox.send(put_frame(key, entry), fds=entry.fds)
 
     @property
     def pid(self) -> int:
@@ -80,7 +81,8 @@ class GuardClient:
         return self._process.pid
 
     def fileno(self) -> int:
-        """A pidfd of the guard process, readable once that has ended. Another after `revive`."""
+        """A pidfd of the guard process, readable once that has ended. `revive` makes another
+        one."""
         return self._process.fileno()
 
     @property
@@ -90,8 +92,8 @@ class GuardClient:
 
     @property
     def alive(self) -> bool:
-        """Whether the guard process takes what it is told, as far as we know."""
-        return self._process.is_told
+        """Whether the guard process still takes what is sent, as far as we know."""
+        return self._process.is_connected
 
     @property
     def adopt_timeout_s(self) -> float:
@@ -99,44 +101,44 @@ class GuardClient:
         return self._settings.adopt_timeout_s
 
     def expect_back(self) -> bool:
-        """We end now, but another that is to adopt all is on its way: who asks meanwhile is
-        to ask again. Whether the guard process is there."""
-        self._outbox.tell(Frame("expect-back", wait=True))
+        """Tell the guard process that this controller re-executes itself, so that it asks clients
+        to try again. Returns whether the guard process is there."""
+        self._outbox.send(Frame("expect-back", wait=True))
         return self.alive
 
     def configure(self, settings: Settings) -> None:
-        """From now on; the name and the control socket stay."""
+        """Change the settings. The name and the control socket stay the same."""
         self._settings = settings
-        self._outbox.tell(Frame("configure", value=msgspec.msgpack.encode(settings)))
+        self._outbox.send(Frame("configure", value=msgspec.msgpack.encode(settings)))
 
     def give_up(self) -> None:
-        """Should we end now, nobody is to adopt what is left: the workers end, too."""
+        """From now on nobody is to adopt the workers: if the controller ends, they end, too."""
         self.configure(replace(self._settings, adopt_timeout_s=0.0))
 
     def reopen(self) -> None:
-        """The guard process's standard output and error become what ours are now."""
-        self._outbox.tell(Frame("reopen", fds=2), fds=(1, 2))
+        """Give our standard output and error to the guard process."""
+        self._outbox.send(Frame("reopen", fds=2), fds=(1, 2))
 
-    def settle(self, has_all: bool) -> None:
-        """Before (`has_all`) and after the guard process we adopted from has been relieved."""
-        self._outbox.tell(Frame("has-all" if has_all else "alone", wait=True))
+    def commit(self, has_all: bool) -> None:
+        """Call this before (`has_all`) and after the guard process that hands over has ended."""
+        self._outbox.send(Frame("has-all" if has_all else "alone", wait=True))
         if not has_all:
             self._process.predecessor = None
 
     def close(self) -> None:
-        """Nothing is left to guard: the guard process ends, and ends nobody."""
+        """End the guard process, as no worker is left. It ends nobody."""
         if self._process.fileno() >= 0:
-            self._outbox.tell(Frame("close"))
+            self._outbox.send(Frame("close"))
             self._process.wait_for_end()
 
     def revive(self) -> None:
-        """Start another guard process in place of one that was killed, with all entries.
+        """Start another guard process, with all entries, after one was killed.
 
-        To be called when `fileno()` is readable, after it was taken out of any loop.
+        Call this when `fileno()` is readable and no event loop watches it any more.
 
         Raises:
             OSError: no more processes, or no more files; `alive` is then false, and this
-                may be tried again.
+                may be called again.
         """
         self._process.kill()
         old = self._process.fileno()
@@ -144,8 +146,8 @@ class GuardClient:
         os.close(old)
 
     def relocate(self, settings: Settings) -> None:
-        """The control socket is another, under the same descriptor: so is the guard process,
-        which has its own copy. To be called after `fileno()` was taken out of any loop.
+        """Start another guard process, as the control socket was made again under its descriptor
+        and the guard process has a duplicate of the old one. No event loop may watch `fileno()`.
 
         Raises:
             OSError: as `revive`.
@@ -170,18 +172,18 @@ class GuardClient:
         group: int = 0,
         stop_signal: int = signal.SIGTERM,
     ) -> None:
-        """Store an entry, or another in place of that of the same key, at once.
+        """Store an entry. It replaces the entry of the same key.
 
-        An entry that is the same in all is not sent again, and descriptors of the same
-        numbers are taken for the same: drop an entry before closing any of its. Where an
-        entry has some no more, the guard process has closed those when this returns, or
+        An entry that has not changed is not sent again. Descriptors with the same numbers count as
+        unchanged, so drop an entry before you close one of its descriptors. If the new entry lacks
+        descriptors of the old one, the guard process has closed those when this returns, or when
         `together` does.
 
         Args:
-            group: not 0 makes it a worker's; see `Entry`.
+            group: the process group, if the entry is a worker's; see `Entry`.
 
         Raises:
-            OSError: EBADF, a descriptor is not open.
+            OSError: EBADF: a descriptor is not open.
         """
         assert not group or len(fds) != 1, "a worker has a pidfd and a standard error, or neither"
         old, new = self.entries.get(key), Entry(value, tuple(fds), group, stop_signal)
@@ -204,27 +206,27 @@ class GuardClient:
             self._recorded.write()
 
     def update(self, key: str, value: bytes) -> None:
-        """Another value for an entry there is. Raises KeyError."""
+        """Change the value of an entry. Raises KeyError: there is no such entry."""
         entry = self.entries[key]
         self.put(key, value, entry.fds, entry.group, entry.stop_signal)
 
     def drop(self, *keys: str) -> None:
-        """Forget entries, if there; when this returns the guard process has closed their sockets.
-        What ties a worker to us (see `Entry`) it closes soon: nobody has to wait for that."""
+        """Remove entries; unknown keys are ignored. When this returns, the guard process has closed
+        their sockets. It closes the other descriptors of a worker (see `Entry`) soon after."""
         dropped = {key: self.entries.pop(key) for key in keys if key in self.entries}
         for key in dropped:
             self._recorded.drop(key)
         if dropped:
             wait = any(map(sockets_of, dropped.values()))
-            self._outbox.tell(Frame("drop", value=msgspec.msgpack.encode(list(dropped)), wait=wait))
+            self._outbox.send(Frame("drop", value=msgspec.msgpack.encode(list(dropped)), wait=wait))
 
     def let_go(self, *keys: str) -> None:
-        """Of workers, if there, store only what ties them to us (see `Entry`); when this returns
-        the guard process has closed their sockets."""
+        """Remove the sockets of workers; unknown keys are ignored. When this returns, the guard
+        process has closed them. The other descriptors of the workers (see `Entry`) stay stored."""
         stored = {key: self.entries.get(key, NOTHING) for key in keys}
         have = {key: entry for key, entry in stored.items() if sockets_of(entry)}
         for key, entry in have.items():
             self.entries[key] = replace(entry, fds=entry.fds[:TIES])
         if have:
             keys_of = msgspec.msgpack.encode(list(have))
-            self._outbox.tell(Frame("let-go", value=keys_of, wait=True))
+            self._outbox.send(Frame("let-go", value=keys_of, wait=True))

@@ -1,4 +1,4 @@
-"""Keeps a service without a controller where it can be found."""
+"""Makes the control socket again if its path was removed while there is no controller."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from steer.errors import ControlError
 from steer.guard.store import FdStore
 
 _LOOK_S = 2.0
-"""How often it is looked whether the control socket can still be found, as a controller does."""
+"""How often to check that the control socket still has its path."""
 
 
 class ControlSocket:
-    """The control socket's path, and the file of workers beside it. A logout removes a run
-    directory with all that is in it: then nobody could adopt the service, or stop it.
+    """The path of the control socket, and the record of workers beside it. A logout removes a
+    runtime directory with all files in it: then nobody could adopt or stop the service.
 
     Args:
         control: the listening control socket.
-        elsewhere: no connection is taken at it within that.
+        elsewhere: a context in which no connection is taken at the socket.
         say: logs a line.
     """
 
@@ -45,19 +45,19 @@ class ControlSocket:
         self._is_lost = False
 
     @property
-    def left_s(self) -> float:
-        """Until the next look."""
+    def remaining_s(self) -> float:
+        """The time until the next check."""
         return self._due_s - time.monotonic()
 
     def look(self, workers: Collection[Worker]) -> None:
-        """Make again what was removed."""
+        """Make the socket and the record again if they were removed."""
         if not self._claim.is_there:
             self._make_again()
         if not self._record.is_there:
             self._record.renew(workers)
 
-    def looked(self) -> None:
-        """The next look is due after a while."""
+    def postpone(self) -> None:
+        """Let some time pass until the next check."""
         self._due_s = time.monotonic() + _LOOK_S
 
     def _make_again(self) -> None:

@@ -6,24 +6,24 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from steer.guard.store import PATIENCE_S, FdStore, StoredEntry
+from steer.guard.store import PEER_TIMEOUT_S, FdStore, StoredEntry
 from steer.linux import family, fork
 from steer.values import plural
 
 QUICK_S = 1.0
-"""From SIGTERM to SIGKILL when it has to be quick."""
+"""The time between SIGTERM and SIGKILL of a quick stop."""
 
 
 class Ending:
-    """When the workers of a service end, and how.
+    """Ends the workers of a service when the time to adopt them is over, or on request.
 
     Args:
-        after_s: they are ended after that time.
+        after_s: the time after which the workers are told to finish.
         say: logs a line.
-        before: called before the first is told to end.
+        before: called before the first worker is told to finish.
 
     Attributes:
-        has_begun: whether they have been told.
+        has_begun: whether the workers have been told to finish.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Ending:
 
     @property
     def living(self) -> list[StoredEntry]:
-        """Workers of whom somebody is left."""
+        """The workers that still have a process."""
         return [entry for entry in self._workers() if entry.group]
 
     def _workers(self) -> Iterable[StoredEntry]:
@@ -57,22 +57,23 @@ class Ending:
         return self.has_begun and not self.living
 
     @property
-    def left_s(self) -> float:
-        """Until something is due: that they are told, or killed."""
+    def remaining_s(self) -> float:
+        """The time until the workers are told to finish, or killed."""
         return self._due_s - time.monotonic()
 
     @property
-    def wants_looks(self) -> bool:
-        """Whether somebody of whom it is not told may end."""
+    def needs_polling(self) -> bool:
+        """Whether a process may end that no pidfd is watched of."""
         return self.has_begun or any(entry.has_ended for entry in self.living)
 
     def has_ended(self, entry: StoredEntry) -> None:
-        """The first process of this worker."""
+        """The first process of this worker has ended."""
         self._fresh.add(entry)
 
     def look(self) -> None:
-        """Forget workers of whom nobody is left, as their number may then become another's. Who
-        is left of those that have just ended is told to end, if all are."""
+        """Forget the process groups of workers that have no process left, as the kernel may use
+        their numbers again. If the service is ending, tell the other processes of workers whose
+        first process has just ended to finish."""
         living = self.living
         ended = [entry for entry in living if entry.has_ended]
         groups = [entry.group for entry in living]
@@ -85,27 +86,27 @@ class Ending:
         self._fresh.clear()
 
     def go_on(self) -> None:
-        """To be called when nothing is `left_s`."""
+        """Do what is due. To be called when `remaining_s` is 0 or less."""
         if not self.has_begun:
             self._begin(self._store.settings.graceful_timeout_s)
         elif not self._are_killed:
             family.kill([entry.family for entry in self.living])
             self._are_killed = True
-            self._due_s = time.monotonic() + PATIENCE_S
+            self._due_s = time.monotonic() + PEER_TIMEOUT_S
         else:
-            # Not even SIGKILL ends what waits in the kernel.
+            # SIGKILL does not end a process that is blocked in the kernel.
             self._store.entries.clear()
 
     def stop(self, quick: bool) -> None:
-        """Now."""
+        """Tell the workers to finish now."""
         graceful_s = self._store.settings.graceful_timeout_s
         after_s = min(QUICK_S, graceful_s)
-        hurry, self._is_quick = quick and not self._is_quick, quick or self._is_quick
+        is_quicker, self._is_quick = quick and not self._is_quick, quick or self._is_quick
         if not self.has_begun:
             self._begin(after_s if quick else graceful_s)
-        elif hurry:
+        elif is_quicker:
             self._due_s = min(self._due_s, time.monotonic() + after_s)
-            # Those whose signal is SIGTERM were told so, and once is enough.
+            # Workers whose stop signal is SIGTERM have got it already.
             self._terminate([each for each in self.living if each.stop_signal != signal.SIGTERM])
 
     def _begin(self, after_s: float) -> None:
@@ -113,7 +114,7 @@ class Ending:
         self._due_s = time.monotonic() + after_s
         self._say(f"the controller is gone: ending {self.count()}")
         self._before()
-        # First, or what they no longer listen for would still get in, and wait for nothing.
+        # Close our copies of the sockets first: else connections would wait at them in vain.
         for entry in self._store.entries.values():
             entry.let_go()
         self._terminate(self.living)
@@ -127,11 +128,11 @@ class Ending:
 
 
 def end_unfinished(store: FdStore) -> None:
-    """Kill workers whose registration was never completed: it is not known what they are for."""
+    """Kill workers whose registration was never completed."""
     for key, entry in list(store.entries.items()):
         if entry.is_worker and not entry.value:
             entry.family.kill()
             if not entry.has_ended:
-                fork.wait_for_end(entry.fds[0], PATIENCE_S)
+                fork.wait_for_end(entry.fds[0], PEER_TIMEOUT_S)
             entry.close()
             del store.entries[key]

@@ -10,20 +10,20 @@ import msgspec
 from steer.guard.channel import Frame
 
 TIES = 3
-"""Descriptors of a worker's that are no sockets of its; see `Entry`."""
+"""How many descriptors of a worker are not its sockets; see `Entry`."""
 
 
 class Entry(msgspec.Struct, frozen=True):
     """Something stored.
 
     Args:
-        value: what the controller wants to know of it again, up to some megabytes. A
-            worker's is empty until it is complete: should the controller end before, so does
+        value: what the next controller needs to know, up to some megabytes. The value of a worker
+            is empty until its registration is complete: if the controller ends before, so does
             the worker.
-        fds: descriptors. Of a worker: its pidfd, the read end of its standard error, its
-            channel (see `lifeline`), then any others; none once its first process has ended.
-        group: of a worker: its process group; 0 once nobody is left in it. Else 0.
-        stop_signal: of a worker: what tells it to finish.
+        fds: descriptors. Those of a worker are its pidfd, the read end of its standard error, its
+            channel (see `lifeline`), then its sockets; none once its first process has ended.
+        group: the process group of a worker, 0 once no process is left in it; 0 if it is no worker.
+        stop_signal: the signal that tells a worker to finish.
     """
 
     value: bytes
@@ -36,11 +36,11 @@ NOTHING = Entry(b"")
 
 
 def sockets_of(entry: Entry) -> Sequence[int]:
-    """Its descriptors but for those that tie a worker to the controller."""
+    """Its descriptors, without those that tie a worker to the controller."""
     return entry.fds[TIES:] if entry.group else entry.fds
 
 
 def put_frame(key: str, entry: Entry, wait: bool = False) -> Frame:
-    """The message that has it stored; its descriptors go with that."""
+    """The message to store it. Its descriptors are sent along."""
     count, number = len(entry.fds), entry.stop_signal
     return Frame("put", key, entry.value, count, entry.group, wait, number)

@@ -19,7 +19,7 @@ from steer.guard import store
 from steer.guard.channel import Channel, NotUnderstood, receive
 from steer.guard.entry import Entry
 from steer.guard.process import reap
-from steer.guard.store import PATIENCE_S, Settings
+from steer.guard.store import PEER_TIMEOUT_S, Settings
 from steer.linux import fork
 
 _LOOK_AGAIN_S = 0.01
@@ -28,26 +28,26 @@ _LOOK_AGAIN_S = 0.01
 class Guard(Protocol):
     """The guard of the controller that adopts."""
 
-    def settle(self, has_all: bool) -> None:
-        """Tell it, before (`has_all`) and after the guard process that handed over has ended."""
+    def commit(self, has_all: bool) -> None:
+        """Call this before (`has_all`) and after the guard process that hands over has ended."""
 
 
 class Handover:
-    """A service without a controller, handed to us by its keeper.
+    """A service without a controller, handed over by its guard process.
 
-    What workers write to standard error the keeper reads until `taken`, and nobody else may.
+    Until `taken`, only that guard process reads what workers write to standard error.
 
     Attributes:
-        entries: by key; the descriptors are ours now.
-        settings: as the last controller had them.
-        control: the listening control socket, ours.
-        keeper_pid: of the keeper, which waits for `taken`, or carries on should we end or
-            `abandon`. Its adoption timeout does not strike meanwhile.
+        entries: by key; their descriptors belong to this process now.
+        settings: those of the last controller.
+        control: the listening control socket.
+        guard_pid: of the guard process. It waits for `taken`; if this process ends or calls
+            `abandon`, it carries on. Its adoption timeout is suspended meanwhile.
     """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.keeper_pid = peer.credentials(channel.sock)[0]
+        self.guard_pid = peer.credentials(channel.sock)[0]
         self.entries: dict[str, Entry] = {}
         self.settings: Settings
         self.control: socket.socket
@@ -58,7 +58,7 @@ class Handover:
             raise
 
     def _receive(self) -> None:
-        """All there is, the control socket last."""
+        """Receive everything. The control socket comes last."""
         while (received := self.channel.receive()) is not None:
             frame, fds = received
             if frame.act == "put":
@@ -76,24 +76,27 @@ class Handover:
         raise ConnectionResetError
 
     def taken(self, guard: Guard) -> None:
-        """Everything is in `guard`, made with this handover: the old keeper ends, and when
-        this returns its descriptors are closed. It is waited for if it is our child."""
-        # Should we end in the middle of this the new keeper does the rest.
-        guard.settle(has_all=True)
+        """End the guard process that handed over, as `guard`, made with this handover, has
+        everything.
+
+        When this returns, the descriptors of that process are closed.
+        """
+        # If we end in the middle of this, the new guard process does the rest.
+        guard.commit(has_all=True)
         pidfd = -1
         with suppress(OSError):
-            pidfd = os.pidfd_open(self.keeper_pid)
-        store.relieve(self.channel)
+            pidfd = os.pidfd_open(self.guard_pid)
+        store.end_predecessor(self.channel)
         if pidfd >= 0:
-            fork.wait_for_end(pidfd, PATIENCE_S)
+            fork.wait_for_end(pidfd, PEER_TIMEOUT_S)
             reap(pidfd)
             os.close(pidfd)
-        guard.settle(has_all=False)
+        guard.commit(has_all=False)
 
     def abandon(self) -> None:
-        """Take nothing: what was handed over is closed, and the keeper carries on.
+        """Close all that was handed over. The guard process that handed it over carries on.
 
-        A guard made with this handover is to be closed first.
+        A guard made with this handover has to be closed before.
         """
         self.control.close()
         self._close()
@@ -106,18 +109,18 @@ class Handover:
 
 
 def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
-    """Ask for what a service's last controller left.
+    """Ask a guard process to hand over its service.
 
     Args:
-        path: of its control socket.
-        timeout_s: for the keeper to answer.
+        path: of the control socket.
+        timeout_s: for the guard process to answer.
 
     Returns:
-        None where nobody is: no socket, or one that nobody answers at.
+        None: there is no such socket, or nobody answers at it.
 
     Raises:
         ControlError: a controller is there, or does not answer; or the service is
-            another user's, is ending, or is being adopted by another.
+            another user's, is ending, or is being adopted by another controller.
     """
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
@@ -125,7 +128,7 @@ def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
             with peer.connect(path, timeout_s) as sock:
                 return _ask(sock, path)
         except (ConnectionResetError, BrokenPipeError):
-            # A controller that has just gone: its keeper will answer.
+            # The controller has just ended: its guard process will answer.
             time.sleep(_LOOK_AGAIN_S)
         except PermissionError:
             cure = "run as root or as the service's own user"
@@ -134,7 +137,7 @@ def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
             break
         except NotUnderstood as error:
             act, cure = f"adopt {path.stem}", f"end it: `steer stop {path.stem}`"
-            cause = f"what its guard says is not understood: {error.strerror}"
+            cause = f"the answer of its guard is not understood: {error.strerror}"
             raise ControlError(act, cause, cure) from None
         except OSError:
             return None
@@ -150,7 +153,7 @@ def _settings(value: bytes) -> Settings:
 
 def _ask(sock: socket.socket, path: Path) -> Handover:
     if peer.credentials(sock)[1] not in (0, os.geteuid()):
-        # It could name any process for one of its workers, and have us kill that.
+        # A guard of another user could name any process as a worker, and have us kill it.
         raise PermissionError
     sock.sendall(b'{"command": "adopt"}\n')
     line, fds = b"", []
@@ -170,11 +173,12 @@ def _ask(sock: socket.socket, path: Path) -> Handover:
 
 
 def _refused(line: bytes, sock: socket.socket, path: Path) -> ControlError:
-    """Only a keeper says that it is one."""
+    """The error in an answer: the reason that a guard process gives, or that a controller is
+    there."""
     try:
         answer = msgspec.json.decode(line, type=dict[str, Any])
     except (msgspec.DecodeError, ValueError, RecursionError):
         return ControlError(f"adopt {path.stem}", "answer not understood")
-    if "keeper" in answer:
+    if "guard" in answer:
         return ControlError(f"adopt {path.stem}", str(answer.get("error")))
     return running(path.stem, f"pid {peer.credentials(sock)[0]}", path)

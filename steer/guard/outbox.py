@@ -1,4 +1,4 @@
-"""What the guard process is told, in order; many entries at once where that is asked for."""
+"""Sends to the guard process, in order; many entries at once if the caller wants that."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from steer.guard.entry import Entry, put_frame
 
 
 class Receiver(Protocol):
-    def tell(self, frames: Sequence[Frame], fds: Sequence[int] = ()) -> None:
+    def send(self, frames: Sequence[Frame], fds: Sequence[int] = ()) -> None:
         """Raises OSError: EBADF, a descriptor is not open."""
 
 
 class Outbox:
-    """Attributes: is_together: whether what is put waits for the end of `together`."""
+    """Attributes: is_together: whether entries are sent at the end of `together`."""
 
     def __init__(self, receiver: Receiver) -> None:
         self.is_together = False
@@ -28,13 +28,13 @@ class Outbox:
         self._values: dict[str, bytes] = {}
         self._has_to_wait = False
 
-    def tell(self, *frames: Frame, fds: Sequence[int] = ()) -> None:
-        """At once, after all that was put."""
+    def send(self, *frames: Frame, fds: Sequence[int] = ()) -> None:
+        """Send frames at once, after the entries that wait to be sent."""
         self._flush()
-        self._receiver.tell(frames, fds)
+        self._receiver.send(frames, fds)
 
     def put(self, key: str, new: Entry, old: Entry | None) -> None:
-        """Have an entry stored in place of another, if there was one.
+        """Have an entry stored. It replaces `old`, if there is one.
 
         Raises:
             OSError: EBADF, a descriptor is not open.
@@ -46,18 +46,19 @@ class Outbox:
             self._entries[key] = new
             self._has_to_wait |= has_less
         elif has_others:
-            self.tell(put_frame(key, new, wait=has_less), fds=new.fds)
+            self.send(put_frame(key, new, wait=has_less), fds=new.fds)
         elif self.is_together and old and new == replace(old, value=new.value):
             self._values[key] = new.value
         else:
             frame = Frame("put", key, new.value, SAME, new.group, stop_signal=new.stop_signal)
-            self.tell(frame)
+            self.send(frame)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is put meanwhile, and is new, or has other descriptors or only another value, is
-        sent at the end. It costs two messages and at most one wait; of all that has only another
-        value the guard process has all or nothing.
+        """Send what is put meanwhile at the end, in at most two messages and with one wait.
+
+        Entries with a new value and the same descriptors are in one message: if steer ends in the
+        middle, the guard process has either all of these values or none.
 
         Raises:
             OSError: as `put`.
@@ -77,6 +78,6 @@ class Outbox:
             fds = [fd for entry in entries.values() for fd in entry.fds]
             frames = [put_frame(key, entry) for key, entry in entries.items()]
             frames[-1].wait = wait
-            self._receiver.tell(frames, fds)
+            self._receiver.send(frames, fds)
         if values:
-            self._receiver.tell([Frame("update", value=msgspec.msgpack.encode(values))])
+            self._receiver.send([Frame("update", value=msgspec.msgpack.encode(values))])

@@ -1,4 +1,4 @@
-"""The guard process, as its parent sees it: forked, told, ended."""
+"""The guard process, as the controller sees it: start it, send to it, end it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from contextlib import suppress
 
 from steer.guard import standby
 from steer.guard.channel import Channel, Frame
-from steer.guard.store import PATIENCE_S, Settings, Traces
+from steer.guard.store import PEER_TIMEOUT_S, ControllerFiles, Settings
 from steer.linux import fork
 
 
 class GuardProcess:
-    """There is none before `start`. Should it be killed nothing here fails, and what it is told
-    is lost: see `is_told`.
+    """There is no process before `start`. If it is killed, nothing here fails: what is sent is then
+    lost, see `is_connected`.
 
     Args:
         control: the listening control socket. The process has a duplicate.
-        say: how it logs; must not wait.
-        predecessor: the channel to the guard process that still has all that this one is told.
+        say: logs a line in the guard process; it must not block.
+        predecessor: the channel to the guard process that hands over to this one.
 
     Attributes:
-        pid: of the process.
+        pid: of the guard process.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class GuardProcess:
         """Fork it.
 
         Args:
-            inode: of the control socket's path.
+            inode: of the path of the control socket.
 
         Raises:
-            OSError: no more processes, or no more files; see `process.fork_error`.
+            OSError: no more processes, or no more files; see `fork.fork_error`.
         """
-        traces, predecessor = Traces(os.getpid(), inode), self.predecessor
+        files, predecessor = ControllerFiles(os.getpid(), inode), self.predecessor
         ours, theirs = socket.socketpair()
 
         def guard() -> int:
-            return standby.main(traces, theirs, self._control, settings, self._say, predecessor)
+            return standby.main(files, theirs, self._control, settings, self._say, predecessor)
 
         try:
             self.pid, self._pidfd = fork.fork(guard, standby.IGNORED)
@@ -61,11 +61,11 @@ class GuardProcess:
             raise
         finally:
             theirs.close()
-        ours.settimeout(PATIENCE_S)
+        ours.settimeout(PEER_TIMEOUT_S)
         self._channel = Channel(ours)
 
     def fileno(self) -> int:
-        """A pidfd of it, readable once it has ended; -1 before `start`."""
+        """A pidfd of the process, readable once it has ended; -1 before `start`."""
         return self._pidfd
 
     @property
@@ -76,11 +76,11 @@ class GuardProcess:
         return bool(poll.poll(0))
 
     @property
-    def is_told(self) -> bool:
-        """Whether it takes what it is told, as far as we know."""
+    def is_connected(self) -> bool:
+        """Whether the process still takes what is sent, as far as we know."""
         return self._channel is not None
 
-    def tell(self, frames: Sequence[Frame], fds: Sequence[int] = ()) -> None:
+    def send(self, frames: Sequence[Frame], fds: Sequence[int] = ()) -> None:
         """Raises OSError: EBADF, a descriptor is not open."""
         if self._channel is None:
             return
@@ -94,20 +94,20 @@ class GuardProcess:
                 raise
 
     def kill(self) -> None:
-        """Whatever it is at: it may have been stopped, and must not wake to an end of the
-        channel that is none of the controller."""
+        """Kill the process. It may have been stopped, and on waking it would take the end of its
+        channel for the end of the controller."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._take_leave()
+        self._disconnect()
 
     def wait_for_end(self) -> None:
-        """It was told to end."""
-        if not fork.wait_for_end(self._pidfd, PATIENCE_S):
+        """Wait for the process to end, after it was told to."""
+        if not fork.wait_for_end(self._pidfd, PEER_TIMEOUT_S):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._take_leave()
+        self._disconnect()
         os.close(self._pidfd)
 
-    def _take_leave(self) -> None:
+    def _disconnect(self) -> None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -115,7 +115,7 @@ class GuardProcess:
 
 
 def reap(pidfd: int) -> None:
-    """If it is our child, and unless that was done before."""
+    """Wait for a process that has ended, if it is our child and was not waited for before."""
     with suppress(ChildProcessError):
         if ended := os.waitid(os.P_PIDFD, pidfd, os.WEXITED):
             fork.is_done(ended.si_pid)

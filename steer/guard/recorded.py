@@ -1,5 +1,4 @@
-"""The workers that the guard knows, in a file: all that tells of them should guard and controller
-be killed."""
+"""The record of workers: a file that names them, should guard and controller both be killed."""
 
 from __future__ import annotations
 
@@ -9,10 +8,10 @@ from steer.control.record import Record, Worker
 
 
 class RecordedWorkers:
-    """Those of one service, by key.
+    """The recorded workers of one service, by key.
 
     Args:
-        control: path of the control socket; the file is beside it.
+        control: path of the control socket. The file is beside it.
     """
 
     def __init__(self, control: Path) -> None:
@@ -21,7 +20,7 @@ class RecordedWorkers:
         self._unwritten: list[Worker] = []
 
     def add(self, key: str, worker: Worker) -> None:
-        """It is in the file after `write`."""
+        """Add a worker. `write` puts it into the file."""
         self._known[key] = worker
         self._unwritten.append(worker)
 
@@ -34,11 +33,11 @@ class RecordedWorkers:
         self._known.pop(key, None)
 
     def renew_if_gone(self) -> None:
-        """The file may have been removed, with its directory or by who cleans directories."""
+        """Write the file again if it was removed, for example with its directory."""
         if not self._record.is_there:
             self._record.renew(self._known.values())
 
     def relocate(self, control: Path) -> None:
-        """The control socket is another, and so is the file."""
+        """Write the file beside a control socket with another path."""
         self._record = Record(control)
         self.renew_if_gone()

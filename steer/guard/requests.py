@@ -1,7 +1,7 @@
-"""Takes requests on a control socket while no controller does, as `control` does else.
+"""Takes requests at the control socket while no controller does.
 
-Without an event loop of its own, as that is more than a keeper should weigh: it lives in
-somebody's `selectors` loop, whose keys' data are called when they are ready.
+`control.server` does that for a controller. This one needs no event loop, which would take much
+memory in a guard process: it registers callbacks with a selector of its caller.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from steer.control.protocol import (
 
 _CHUNK_BYTES = 16384
 _PAUSE_S = 0.05
-"""When no connection can be taken, before the next try."""
+"""How long to wait after a connection could not be taken."""
 
 
 class Connection:
@@ -46,17 +46,17 @@ class Connection:
 
     @property
     def pid(self) -> int:
-        """Of who asks."""
+        """The process id of the client."""
         return peer.credentials(self._socket)[0]
 
     def says_something(self, end_s: float) -> bool:
-        """Wait until then for more to read."""
+        """Wait until `end_s` for more to read. Returns whether there is any."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(max(0.0, end_s - time.monotonic()) * 1000))
 
     def read(self) -> bool:
-        """Whether more may come."""
+        """Read what is there. Returns whether more may follow."""
         try:
             data = self._socket.recv(_CHUNK_BYTES)
         except BlockingIOError:
@@ -67,7 +67,7 @@ class Connection:
         return bool(data)
 
     def request(self) -> Request:
-        """What it wants. Raises ValueError, as `understood` does."""
+        """The request. Raises ValueError: it is not a request, see `understood`."""
         line, end, _ = self.data.partition(b"\n")
         if len(line) > REQUEST_MAX_BYTES:
             raise ValueError(TOO_LONG)
@@ -76,18 +76,19 @@ class Connection:
         return understood(bytes(line), self._socket)
 
     def answer(self, answer: Mapping[str, object], fds: Sequence[int] = ()) -> None:
-        """And take leave. It is short: the empty buffer takes it all, if anybody is there."""
+        """Answer and close the connection. An answer is short enough for the empty socket
+        buffer."""
         with self._socket as sock, suppress(OSError):
             socket.send_fds(sock, [msgspec.json.encode(answer) + b"\n"], fds)
 
 
 class StandbyServer:
-    """Hands complete requests to `handle`, and keeps all others from doing harm.
+    """Passes complete requests to `handle`, and limits all other connections.
 
     Args:
-        control: listens; stays the caller's.
-        handle: takes a request and the talk, to be answered now or later.
-        refuse: makes an answer from the reason for a refusal.
+        control: the listening control socket; the caller closes it.
+        handle: takes a request and its connection, and answers it now or later.
+        refuse: makes the answer from the reason for a refusal.
     """
 
     def __init__(
@@ -101,18 +102,19 @@ class StandbyServer:
         self._selector = selector
         self._handle = handle
         self._refuse = refuse
-        self._talks: dict[Connection, None] = {}
+        self._connections: dict[Connection, None] = {}
         self._listen()
 
     def _listen(self) -> None:
         self._control.setblocking(False)
-        # Again, as now we are who is shown to be at the other end (unix(7), SO_PEERCRED).
+        # listen(2) again: it records this process as the peer that clients see (unix(7),
+        # SO_PEERCRED).
         self._control.listen(BACKLOG)
         self._selector.register(self._control, EVENT_READ, self._on_connection)
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """While it lasts no connection is taken; the descriptor may become another socket."""
+        """Take no connections meanwhile: the descriptor may be replaced by another socket."""
         self._selector.unregister(self._control)
         try:
             yield
@@ -121,27 +123,28 @@ class StandbyServer:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._talks)
+        return bool(self._connections)
 
     def let_go(self) -> None:
-        """Take leave of those that have been silent for too long."""
+        """Close connections that have sent no complete request within the timeout."""
         limit_s = time.monotonic() - TIMEOUT_S
-        for talk in [each for each in self._talks if each.since_s < limit_s]:
-            self._finish(talk)
+        for connection in [each for each in self._connections if each.since_s < limit_s]:
+            self._finish(connection)
 
     def close(self, within_s: float) -> None:
-        """Take no more connections; who has not asked yet may do so within that time."""
+        """Take no more connections. Those that are open may still send a request within
+        `within_s`."""
         self._selector.unregister(self._control)
         end_s = time.monotonic() + within_s
-        for talk in list(self._talks):
-            while talk in self._talks and talk.says_something(end_s):
-                self._on_data(talk)
-            if talk in self._talks:
-                self._finish(talk)
+        for connection in list(self._connections):
+            while connection in self._connections and connection.says_something(end_s):
+                self._on_data(connection)
+            if connection in self._connections:
+                self._finish(connection)
 
     def _on_connection(self) -> None:
-        if len(self._talks) >= SILENT_MAX:
-            self._finish(next(iter(self._talks)))
+        if len(self._connections) >= SILENT_MAX:
+            self._finish(next(iter(self._connections)))
         try:
             sock, _ = self._control.accept()
         except BlockingIOError:
@@ -149,21 +152,21 @@ class StandbyServer:
         except OSError:  # no descriptor to be had, say
             time.sleep(_PAUSE_S)
             return
-        talk = Connection(sock)
-        self._talks[talk] = None
-        self._selector.register(talk, EVENT_READ, lambda: self._on_data(talk))
+        connection = Connection(sock)
+        self._connections[connection] = None
+        self._selector.register(connection, EVENT_READ, lambda: self._on_data(connection))
 
-    def _on_data(self, talk: Connection) -> None:
-        more = talk.read()
-        if not more or b"\n" in talk.data or len(talk.data) > REQUEST_MAX_BYTES:
-            self._finish(talk)
+    def _on_data(self, connection: Connection) -> None:
+        more = connection.read()
+        if not more or b"\n" in connection.data or len(connection.data) > REQUEST_MAX_BYTES:
+            self._finish(connection)
 
-    def _finish(self, talk: Connection) -> None:
-        del self._talks[talk]
-        self._selector.unregister(talk)
+    def _finish(self, connection: Connection) -> None:
+        del self._connections[connection]
+        self._selector.unregister(connection)
         try:
-            request = talk.request()
+            request = connection.request()
         except ValueError as error:
-            talk.answer(self._refuse(str(error)))
+            connection.answer(self._refuse(str(error)))
         else:
-            self._handle(request, talk)
+            self._handle(request, connection)

@@ -1,8 +1,8 @@
-"""A service without a controller, in the care of the guard process that outlived it.
+"""The guard process while its service has no controller.
 
-It does what cannot wait: it reads what workers write, lets go of what belonged to one that
-has ended, and answers at the control socket; until another controller takes everything, or
-nobody has for too long and the workers are ended.
+It reads what workers write, closes what belonged to workers that have ended, and answers at the
+control socket. That goes on until another controller adopts the service, or until the time for
+that is over and the guard process ends the workers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from selectors import EVENT_READ, DefaultSelector
 
-from steer.control.mailbox import Mailbox
+from steer.control.notification_buffer import NotificationBuffer
 from steer.control.protocol import ASKERS_MAX, Request
 from steer.guard.adoption import Adoption
 from steer.guard.channel import Channel
 from steer.guard.control_socket import ControlSocket
 from steer.guard.ending import Ending, end_unfinished
 from steer.guard.requests import Connection, StandbyServer
-from steer.guard.store import MAILBOX, SELECTION, FdStore, Settings, StoredEntry, Traces
+from steer.guard.store import (
+    NOTIFICATIONS,
+    SELECTION,
+    ControllerFiles,
+    FdStore,
+    Settings,
+    StoredEntry,
+)
 from steer.guard.worker_output import WorkerOutput
 from steer.linux import descriptors, fork, output, title
 from steer.linux.spare import Spare
@@ -39,17 +46,17 @@ IGNORED = (
     signal.SIGTTIN,
     signal.SIGTTOU,
 )
-"""Meant for the controller, and sent to all of a service by some."""
+"""Signals to the controller. Some supervisors send them to every process of a service."""
 _BACK_S = 10.0
-"""So long a controller that executes itself anew may take to be back."""
+"""How long a controller that re-executes itself may take to be back."""
 _LAST_S = 0.2
-"""For who has connected to say what it wants, when somebody else is to answer the next."""
+"""How long clients that are connected may take to send a request before another process answers."""
 _LOOK_S = 0.1
 _SPARE = 4
-"""Descriptors that a request takes: its connection, and a channel to who adopts."""
+"""Descriptors that a request takes: its connection, and a channel to an adopting controller."""
 
 Say = Callable[[str, str], None]
-"""Logs a line in a format, "text" or "json", without waiting for anybody."""
+"""Logs a line in a format, "text" or "json". It must not block."""
 
 
 class Standby:
@@ -66,37 +73,37 @@ class Standby:
         self._say: Callable[[str], None] = lambda words: say(words, store.settings.log_format)
         self._selector = DefaultSelector()
         self._server = StandbyServer(control, self._selector, self._on_request, self._refusal)
-        self._place = ControlSocket(store, control, self._server.elsewhere, self._say)
+        self._control_socket = ControlSocket(store, control, self._server.elsewhere, self._say)
         self._adoption = Adoption(
-            store, control, self._selector, self._leave_mailbox, self._read_mailbox
+            store, control, self._selector, self._stop_reading, self._read_notifications
         )
         self._output = WorkerOutput(self._selector, store.settings.log_format)
         self._stoppers: list[Connection] = []
         self._spare = Spare(_SPARE)
         self._is_failing = False
-        self._mailbox: Mailbox | None = None
-        if MAILBOX in store.entries:
+        self._buffer: NotificationBuffer | None = None
+        if NOTIFICATIONS in store.entries:
             groups = frozenset(each.group for each in store.entries.values() if each.group)
-            self._mailbox = Mailbox(store.entries[MAILBOX].fds[0], groups)
-        self._read_mailbox()
+            self._buffer = NotificationBuffer(store.entries[NOTIFICATIONS].fds[0], groups)
+        self._read_notifications()
         end_unfinished(store)
-        # All workers may have ended a moment ago: connections wait for the next.
+        # All workers may have ended a moment ago. Connections then wait for the next one.
         is_service = (
             any(each.group for each in store.entries.values()) or SELECTION in store.entries
         )
         after_s = store.settings.adopt_timeout_s if is_service else 0.0
-        self._ending = Ending(store, after_s, self._say, self._leave_mailbox)
+        self._ending = Ending(store, after_s, self._say, self._stop_reading)
         for key, entry in store.entries.items():
             if entry.is_worker and not entry.has_ended:
                 self._watch(key, entry)
 
     def run(self) -> None:
-        """Until it is adopted or nobody is left."""
+        """Run until another controller has adopted the service, or no worker is left."""
         self._output.begin()
-        self._tell()
+        self._announce()
         while not (self._adoption.is_done or self._ending.is_over):
-            for key, _ in self._selector.select(self._patience_s()):
-                # One that came before may have done away with it.
+            for key, _ in self._selector.select(self._timeout_s()):
+                # What ran before in this turn may have unregistered it.
                 if self._selector.get_map().get(key.fd) is key:
                     self._do(key.data)
             self._do(self._look)
@@ -107,11 +114,12 @@ class Standby:
             self._store.leave_nothing()
         self._server.close(_LAST_S)
         self._control.close()
-        for asked in self._stoppers:
-            asked.answer({"ok": True})
+        for client in self._stoppers:
+            client.answer({"ok": True})
 
     def _do(self, act: Callable[[], object]) -> None:
-        """Whatever the machine lacks, the workers are not left alone for it."""
+        """Call `act`. If it fails, for example for lack of memory, carry on: it will be tried
+        again."""
         try:
             with self._spare.lent():
                 act()
@@ -123,7 +131,7 @@ class Standby:
         else:
             self._is_failing = False
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
         after_s = self._store.settings.adopt_timeout_s
         if after_s and not self._store.is_to_be_back:
             self._say(
@@ -133,23 +141,23 @@ class Standby:
 
     # Time.
 
-    def _patience_s(self) -> float:
-        """How long nothing but what is watched can want anything."""
-        if self._server.is_busy or self._ending.wants_looks:
+    def _timeout_s(self) -> float:
+        """How long to wait for the watched descriptors before `_look` has something to do."""
+        if self._server.is_busy or self._ending.needs_polling:
             return _LOOK_S
-        left_s = math.inf if self._adoption.is_under_way else self._ending.left_s
-        return max(min(left_s, self._place.left_s), 0.0)
+        remaining_s = math.inf if self._adoption.is_under_way else self._ending.remaining_s
+        return max(min(remaining_s, self._control_socket.remaining_s), 0.0)
 
     def _look(self) -> None:
         self._server.let_go()
         self._ending.look()
-        if self._place.left_s <= 0:
-            self._place.looked()
+        if self._control_socket.remaining_s <= 0:
+            self._control_socket.postpone()
             if not self._adoption.is_under_way:
                 living = self._ending.living
-                self._place.look([(entry.group, entry.stop_signal) for entry in living])
-        # Who is about to adopt them may be slow, but not for nothing.
-        if self._ending.left_s <= 0 and not self._adoption.is_under_way:
+                self._control_socket.look([(entry.group, entry.stop_signal) for entry in living])
+        # While a controller is adopting the workers, their time is not over.
+        if self._ending.remaining_s <= 0 and not self._adoption.is_under_way:
             self._ending.go_on()
 
     # Workers.
@@ -160,52 +168,54 @@ class Standby:
         self._output.add(stderr, entry)
 
     def _on_end(self, key: str, entry: StoredEntry) -> None:
-        """Nothing of it may stay open: a listener would go on taking connections."""
+        """Close all sockets of the worker: a listener that stays open would take more
+        connections."""
         pidfd, stderr, *_ = entry.fds
         self._output.finish(stderr)
         self._selector.unregister(pidfd)
         entry.close()
         self._ending.has_ended(entry)
-        # To the end: whoever adopts the others learns in which order sockets closed.
+        # Entries of ended workers are last, in the order in which their sockets were closed: a
+        # controller that adopts the others needs that order.
         entries = self._store.entries
         entries[key] = entries.pop(key)
 
-    # What they notify.
+    # Notifications.
 
-    def _read_mailbox(self) -> None:
-        if self._mailbox is not None:
-            self._selector.register(self._mailbox, EVENT_READ, self._mailbox.take)
+    def _read_notifications(self) -> None:
+        if self._buffer is not None:
+            self._selector.register(self._buffer, EVENT_READ, self._buffer.take)
 
-    def _leave_mailbox(self) -> None:
-        """It is another's to read; what we have is stored."""
-        if self._mailbox is not None:
+    def _stop_reading(self) -> None:
+        """Another process reads the socket from here on. What was read is stored for it."""
+        if self._buffer is not None:
             with suppress(KeyError):
-                self._selector.unregister(self._mailbox)
-            self._store.entries[MAILBOX].value = self._mailbox.contents()
+                self._selector.unregister(self._buffer)
+            self._store.entries[NOTIFICATIONS].value = self._buffer.contents()
 
     # Requests.
 
-    def _on_request(self, request: Request, asked: Connection) -> None:
+    def _on_request(self, request: Request, client: Connection) -> None:
         command, is_adopted = request.get("command"), self._adoption.is_under_way
         if command == "adopt" and not is_adopted and not self._ending.has_begun:
             self._ending.look()
-            self._adoption.begin(asked)
+            self._adoption.begin(client)
         elif command != "adopt" and time.monotonic() < self._back_s:
-            asked.answer({**self._refusal("the controller is being replaced"), "again": True})
+            client.answer({**self._refusal("the controller is being replaced"), "again": True})
         elif command not in ("adopt", "status") and is_adopted:
-            # In a moment there is a controller to do it, or we do it as before.
-            asked.answer({**self._refusal(self._state()), "again": True})
+            # In a moment there is a controller to answer, or we are the ones to answer again.
+            client.answer({**self._refusal(self._state()), "again": True})
         elif command == "stop":
             if len(self._stoppers) < ASKERS_MAX:
-                self._stoppers.append(asked)
+                self._stoppers.append(client)
             else:
-                asked.answer(self._refusal(self._state()))
+                client.answer(self._refusal(self._state()))
             self._ending.stop(bool(request.get("quick")))
         else:
-            asked.answer(self._refusal(self._state()))
+            client.answer(self._refusal(self._state()))
 
     def _refusal(self, why: str) -> dict[str, object]:
-        return {"ok": False, "error": why, "keeper": os.getpid()}
+        return {"ok": False, "error": why, "guard": os.getpid()}
 
     def _state(self) -> str:
         count = self._ending.count()
@@ -213,24 +223,24 @@ class Standby:
             return f"the controller is gone; ending {count}"
         if self._adoption.is_under_way:
             return f"the controller is gone; pid {self._adoption.pid} adopts it"
-        left_s = max(self._ending.left_s, 0.0)
+        remaining_s = max(self._ending.remaining_s, 0.0)
         return (
-            f"the controller is gone; {count} still serving, for {left_s:.0f} s more"
+            f"the controller is gone; {count} still serving, for {remaining_s:.0f} s more"
             " unless `steer run` with the same name and configuration adopts the service;"
             f" or stop it: `steer stop {self._store.settings.name}`"
         )
 
 
 def main(
-    traces: Traces,
+    files: ControllerFiles,
     channel: socket.socket,
     control: socket.socket,
     settings: Settings,
     say: Say,
     predecessor: socket.socket | None,
 ) -> int:
-    """Be a keeper. Runs in the forked child; returns its exit status."""
-    # So that who kills all that is called steer does not kill the guard with the controller.
+    """Be the guard process. Runs in the forked child; returns its exit status."""
+    # `killall steer` must not kill the guard process along with the controller.
     fork.rename("reuseport-guard")
     title.show(f"steer: guard {settings.name}")
     used = [channel, control] if predecessor is None else [channel, control, predecessor]
@@ -238,18 +248,18 @@ def main(
     output.stderr.reset()
     _allow_descriptors()
     old = None if predecessor is None else Channel(predecessor)
-    keeper = FdStore(settings, traces, Channel(channel), old)
+    store = FdStore(settings, files, Channel(channel), old)
     try:
-        is_ours = keeper.keep()
+        is_ours = store.serve()
     except OSError as error:
-        say(f"the keeper ends: {error.strerror}", keeper.settings.log_format)
+        say(f"the guard process ends: {error.strerror}", store.settings.log_format)
         return 1
     if is_ours:
-        Standby(keeper, control, say).run()
+        Standby(store, control, say).run()
     return 0
 
 
 def _allow_descriptors() -> None:
-    """Ours and all that we are given: nothing here selects, so there may be many."""
+    """Allow as many as possible. Nothing here uses select(2), so their numbers may be high."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,8 +1,8 @@
-"""The process that outlives a controller, while it does not yet have to.
+"""What the guard process stores while there is a controller.
 
-It keeps what it is given and signals nobody. When its channel ends, so has the controller,
-however it did, or it has executed itself anew and will be back: see `standby`. The
-controller's side is in `client`.
+It stores what the controller sends, and signals nobody. The end of its channel means that the
+controller has ended, or that it re-executes itself: then `standby` takes over. The controller's
+side is in `client`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from steer.guard.channel import SAME, Channel, Frame, NotUnderstood
 from steer.linux import family, fork
 from steer.linux.family import Family
 
-MAILBOX = "mailbox"
-"""Key of an entry with a socket: without a controller it is read, and the value becomes what
-was; see `mail`."""
+NOTIFICATIONS = "mailbox"
+"""Key of the entry with the notification socket. While there is no controller the guard process
+reads that socket, and stores what it read as the value; see `notification_buffer`."""
 SELECTION = "selection"
-"""Key of an entry there is while a service runs: where connections wait for its workers."""
-PATIENCE_S = 2.0
-"""For another process to answer or to end, before it is done without."""
+"""Key of an entry that exists while a service runs. Its sockets hold connections that wait."""
+PEER_TIMEOUT_S = 2.0
+"""How long another process may take to answer or to end."""
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What a keeper has to know once it is alone.
+    """What the guard process needs to know once there is no controller.
 
     Args:
         name: of the service.
-        control: path of the control socket; removed at the end.
-        remove_directory: whether its directory is steer's own, and goes too if empty.
-        pid_file: removed at the end if it still names the controller.
-        adopt_timeout_s: how long workers go on without a controller; 0 ends them at once.
-        graceful_timeout_s: from the signal to finish to SIGKILL.
-        log_format: "text" or "json": of what workers write.
+        control: path of the control socket, which is removed at the end.
+        remove_directory: whether to remove the directory of the control socket, too, if empty.
+        pid_file: path of the pid file, which is removed at the end if it names the controller.
+        adopt_timeout_s: how long workers go on without a controller; 0: they end at once.
+        graceful_timeout_s: the time between the signal to finish and SIGKILL.
+        log_format: "text" or "json": the format of the lines that workers write.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Settings(msgspec.Struct, frozen=True):
     log_format: str = "text"
 
 
-class Traces(msgspec.Struct, frozen=True):
-    """What tells the controller's files from others that may be in their place by now.
+class ControllerFiles(msgspec.Struct, frozen=True):
+    """What identifies the files of the controller: others may be at the same paths by now.
 
     Args:
-        controller: its process id, as in its pid file.
+        controller: the process id in its pid file.
         inode: of the control socket's path.
     """
 
@@ -78,7 +78,7 @@ class StoredEntry(msgspec.Struct, eq=False):
 
     @property
     def has_ended(self) -> bool:
-        """Its first process; others of it may be left."""
+        """Whether the first process of the worker has ended; others may go on."""
         return not self.fds
 
     def close(self) -> None:
@@ -87,57 +87,62 @@ class StoredEntry(msgspec.Struct, eq=False):
         self.fds = []
 
     def let_go(self) -> None:
-        """Of a worker keep what it takes to see it end, and its channel, which would tell it
-        to finish once more; of all else nothing."""
-        kept = self.fds[:3] if self.is_worker else []
-        for fd in self.fds[len(kept) :]:
+        """Close all descriptors but those that are needed to see a worker end. Its channel stays
+        open, as the end of the channel would tell the worker to finish a second time."""
+        stays = self.fds[:3] if self.is_worker else []
+        for fd in self.fds[len(stays) :]:
             os.close(fd)
-        self.fds = kept
+        self.fds = stays
 
     def terminate(self, quick: bool) -> None:
-        """Its first process, as the controller does."""
+        """Tell the first process of the worker to finish, as the controller does."""
         self.family.remember()
-        fork.terminate(self.fds[0], self._told_by(quick))
+        fork.terminate(self.fds[0], self._signal(quick))
 
     def terminate_others(self, quick: bool, pids: Iterable[int]) -> None:
-        """What the first process left behind."""
-        family.send(self._told_by(quick), pids)
+        """Tell other processes of the worker to finish."""
+        family.send(self._signal(quick), pids)
 
-    def _told_by(self, quick: bool) -> int:
+    def _signal(self, quick: bool) -> int:
         return signal.SIGTERM if quick else self.stop_signal
 
     @property
     def family(self) -> Family:
-        """Of a worker."""
+        """The processes of the worker."""
         if self._family is None:
             self._family = Family(self.group, is_child=False)
         return self._family
 
 
 class FdStore:
-    """What is kept, as the controller says.
+    """The entries that the controller has stored.
 
     Args:
         channel: to the controller.
-        predecessor: to the keeper that still has all this, until `relieve`.
+        predecessor: the channel to the guard process that hands over, until that has ended.
 
     Attributes:
-        is_to_be_back: whether the controller, once it is gone, will be again in a moment.
+        is_to_be_back: whether the controller re-executes itself, and so will be back soon.
     """
 
     def __init__(
-        self, settings: Settings, traces: Traces, channel: Channel, predecessor: Channel | None
+        self,
+        settings: Settings,
+        files: ControllerFiles,
+        channel: Channel,
+        predecessor: Channel | None,
     ) -> None:
         self.entries: dict[str, StoredEntry] = {}
         self.settings = settings
         self.is_to_be_back = False
-        self._traces = traces
+        self._files = files
         self._channel = channel
         self._predecessor = predecessor
         self._has_all = predecessor is None
 
-    def keep(self) -> bool:
-        """Until the controller ends. Whether its service is now ours to look after."""
+    def serve(self) -> bool:
+        """Store what the controller sends until it ends. Returns whether the service is left to
+        us."""
         try:
             while (received := self._channel.receive()) is not None:
                 frame, fds = received
@@ -150,11 +155,11 @@ class FdStore:
             pass
         self._channel.close()
         if self._predecessor is not None and self._has_all:
-            relieve(self._predecessor)
+            end_predecessor(self._predecessor)
         return self._has_all
 
     def _understand(self, frame: Frame, fds: list[int]) -> None:
-        """Raises NotUnderstood: there is nothing to obey in it."""
+        """Raises NotUnderstood: the frame cannot be carried out."""
         try:
             self._obey(frame, fds)
         except (msgspec.MsgspecError, LookupError, ValueError) as error:
@@ -199,17 +204,17 @@ class FdStore:
             self.entries[key].value = value
 
     def relocated(self, control: Path) -> None:
-        """The control socket is another: that is what is to be removed at the end."""
+        """The control socket has another path. That one is to be removed at the end."""
         self.settings = msgspec.structs.replace(self.settings, control=str(control))
-        self._traces = msgspec.structs.replace(self._traces, inode=claim.inode(control))
+        self._files = msgspec.structs.replace(self._files, inode=claim.inode(control))
 
     def leave_nothing(self) -> None:
-        """Remove what the controller would have."""
+        """Remove the files that the controller would have removed."""
         settings = self.settings
-        claim.remove(Path(settings.control), self._traces.inode, settings.remove_directory)
+        claim.remove(Path(settings.control), self._files.inode, settings.remove_directory)
         if settings.pid_file is not None:
             with suppress(OSError, ValueError):
-                if int(Path(settings.pid_file).read_text()) == self._traces.controller:
+                if int(Path(settings.pid_file).read_text()) == self._files.controller:
                     os.unlink(settings.pid_file)
 
 
@@ -219,13 +224,13 @@ def _reopen(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
-def relieve(predecessor: Channel) -> None:
-    """Have the keeper that handed over end; return when it has.
+def end_predecessor(predecessor: Channel) -> None:
+    """End the guard process that handed over; return when it has ended.
 
-    It is killed if it takes too long: two that believe to be alone would be one too many.
+    It is killed if it takes too long, as two guard processes would both look after the service.
     """
     pid = peer.credentials(predecessor.sock)[0]
-    predecessor.sock.settimeout(PATIENCE_S)
+    predecessor.sock.settimeout(PEER_TIMEOUT_S)
     try:
         predecessor.send(Frame("taken"))
         while predecessor.receive() is not None:

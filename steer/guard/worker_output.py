@@ -1,4 +1,4 @@
-"""What workers write to standard error while there is no controller, passed on to ours."""
+"""Passes on what workers write to standard error while there is no controller."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WorkerOutput:
         output.stderr.watch(self._on_blocked)
 
     def end(self, within_s: float) -> None:
-        """What is not written by then is lost."""
+        """Write what is left. What cannot be written within `within_s` is lost."""
         for lines in self._lines.values():
             lines.end()
         output.stderr.watch(None)
@@ -44,7 +44,7 @@ class WorkerOutput:
         self._listen(stderr)
 
     def finish(self, stderr: int) -> None:
-        """Its worker has ended: pass on what is left."""
+        """The worker has ended: pass on the rest of its output."""
         for _ in range(_CHUNKS_AT_END):
             if not self._hear(stderr):
                 break
@@ -56,7 +56,7 @@ class WorkerOutput:
             self._selector.register(stderr, EVENT_READ, lambda: self._on_stderr(stderr))
 
     def _on_stderr(self, stderr: int) -> None:
-        """While ours takes nothing theirs is not read: the worker waits, not we."""
+        """Read nothing while our own standard error blocks: then the worker waits, and not we."""
         if output.stderr.is_clear:
             self._hear(stderr)
         else:
@@ -64,7 +64,7 @@ class WorkerOutput:
             output.stderr.when_clear(lambda: self._listen(stderr))
 
     def _hear(self, stderr: int) -> bool:
-        """Pass on a piece of what a worker wrote; whether there was one."""
+        """Pass on some of what a worker wrote. Returns whether there was any."""
         try:
             data = os.read(stderr, _CHUNK_BYTES)
         except BlockingIOError:
@@ -86,27 +86,27 @@ class WorkerOutput:
             self._selector.unregister(fd)
 
 
-class _Seated(msgspec.Struct):
-    """What of a worker's entry tells its slot; the rest is the controller's."""
+class _WithSlot(msgspec.Struct):
+    """The slot in the stored value of a worker. Only the controller reads the rest."""
 
     slot: int | None = None
 
 
 class _Lines:
-    """What one worker writes."""
+    """The output of one worker."""
 
     def __init__(self, entry: StoredEntry, form: str) -> None:
         self._lines = Lines()
         self._form, self._pid = form, entry.group
         self._slot: int | None = None
-        with suppress(msgspec.MsgspecError):  # what is stored need not tell
-            self._slot = msgspec.json.decode(entry.value, type=_Seated).slot
+        with suppress(msgspec.MsgspecError):  # the stored value need not have a slot
+            self._slot = msgspec.json.decode(entry.value, type=_WithSlot).slot
 
     def pass_on(self, data: bytes) -> None:
         self._show(self._lines.feed(data))
 
     def end(self) -> None:
-        """Of a line that has no end yet, as the next piece is another's to read."""
+        """Pass on a line without an end, too: another process will read the rest of it."""
         self._show(self._lines.end())
 
     def _show(self, lines: Iterable[Line]) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from steer.config import servers
-from steer.control import mailbox, notify
+from steer.control import notification_buffer, notify
 from steer.control.notify import Unheard
 from steer.linux import family, processes
 from steer.linux.waiting import Seen
@@ -45,7 +45,7 @@ class Notifications:
         """A process sent this message.
 
         Args:
-            lineage: the sender, its parent and so on: see `mailbox.lineage`.
+            lineage: the sender, its parent and so on: see `notification_buffer.lineage`.
         """
         senders = self._senders(lineage, message)
         for worker in senders:
@@ -119,7 +119,7 @@ def _say_ready_for_us(starting: Mapping[int, WorkerHandle]) -> Mapping[int, Work
     Args:
         starting: by the process id of the first process.
     """
-    telling = (mailbox.lineage(pid) for pid in family.orphans() if _says_ready(pid))
+    telling = (notification_buffer.lineage(pid) for pid in family.orphans() if _says_ready(pid))
     whose = {pid for lineage in telling for pid in lineage}
     return {pid: worker for pid, worker in starting.items() if pid in whose}
 

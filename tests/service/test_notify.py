@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from steer.control import mailbox
+from steer.control import notification_buffer
 from steer.control.notify import Listener, Notification, Unheard, tell_supervisor
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually, is_ready
@@ -237,7 +237,7 @@ def test_whose_process_sent_it_is_known_after_that_has_ended() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         sock.bind(f"\0steer-test-{os.getpid()}")
         sock.setblocking(False)
-        box = mailbox.Mailbox(sock.fileno())
+        box = notification_buffer.NotificationBuffer(sock.fileno())
         pid = os.fork()
         if pid == 0:
             send(f"@steer-test-{os.getppid()}", b"READY=1")
@@ -245,9 +245,9 @@ def test_whose_process_sent_it_is_known_after_that_has_ended() -> None:
         eventually(lambda: is_ready(sock))
         box.take()
         os.waitpid(pid, 0)
-        (letter,) = mailbox.letters(box.contents())
+        (datagram,) = notification_buffer.decoded(box.contents())
         box.close()
-    assert letter.lineage[:2] == (pid, os.getpid())
+    assert datagram.lineage[:2] == (pid, os.getpid())
 
 
 def test_all_that_waits_is_taken_in_one_turn() -> None:

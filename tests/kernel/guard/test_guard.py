@@ -1,4 +1,4 @@
-"""What a controller leaves to its keeper, and who gets it when the controller is gone.
+"""What a controller leaves to its guard, and who gets it when the controller is gone.
 
 Controllers here are puppets: processes that do what a test tells them, with a guard, a control
 socket and workers.
@@ -70,7 +70,7 @@ class Puppet:
         return answer
 
     def start(self, **settings: object) -> int:
-        """With a guard; the keeper's process id."""
+        """With a guard; the guard's process id."""
         pid: int = self.do(f"start({self.path!r}, **{settings!r})")
         return pid
 
@@ -177,32 +177,32 @@ def test_another_process_adopts_what_a_killed_one_left(puppet: Puppet) -> None:
 
 def test_adoption_goes_on_and_on(make: MakePuppet) -> None:
     last = make()
-    keeper = last.start(adopt_timeout_s=600)
+    guard = last.start(adopt_timeout_s=600)
     worker = last.worker("worker", *PLAIN)
     wanted = last.do("serials(guard.entries['worker'].fds)")
     for _ in range(3):
         last.die()
         last = make()
-        new_keeper = last.do(f"take_over({last.path!r})")
-        assert last.do("handover.keeper_pid") == keeper
-        assert is_running(keeper)
+        new_guard = last.do(f"take_over({last.path!r})")
+        assert last.do("handover.guard_pid") == guard
+        assert is_running(guard)
         last.do("handover.taken(guard)")
-        assert gone(keeper)
+        assert gone(guard)
         assert last.do("serials(guard.entries['worker'].fds)") == wanted
-        keeper = new_keeper
+        guard = new_guard
     assert is_running(worker)
     last.do("guard.close()")
-    assert gone(keeper)
+    assert gone(guard)
     assert is_running(worker)
 
 
 def test_process_that_executes_itself_adopts(puppet: Puppet) -> None:
-    keeper = puppet.start(adopt_timeout_s=600)
+    guard = puppet.start(adopt_timeout_s=600)
     worker = puppet.worker("worker", *PLAIN)
     puppet.do("[print('null', flush=True), os.execv(sys.executable, sys.orig_argv)]")
     puppet.do(f"take_over({puppet.path!r})")
     puppet.do("handover.taken(guard)")
-    assert not Path(f"/proc/{keeper}").exists()  # our child: we have waited for it
+    assert not Path(f"/proc/{guard}").exists()  # our child: we have waited for it
     assert is_running(worker)
     assert puppet.do("guard.alive")
 
@@ -249,14 +249,14 @@ def test_one_is_adopted_by_one(puppet: Puppet) -> None:
 
 def test_adopter_that_is_killed_has_adopted_nothing(make: MakePuppet) -> None:
     first, second = make(), make()
-    keeper = first.start(adopt_timeout_s=600)
+    guard = first.start(adopt_timeout_s=600)
     worker = first.worker("worker", *PLAIN)
     first.die()
     heir = second.do(f"take_over({first.path!r})")
     second.die()
     eventually(lambda: gone(heir))
     found = adopt(first)
-    assert found.keeper_pid == keeper
+    assert found.guard_pid == guard
     assert found.entries["worker"].group == worker
     found.abandon()
     assert is_running(worker)
@@ -264,27 +264,27 @@ def test_adopter_that_is_killed_has_adopted_nothing(make: MakePuppet) -> None:
 
 def test_adopter_that_is_killed_when_all_is_taken_has_adopted(make: MakePuppet) -> None:
     first, second = make(), make()
-    keeper = first.start(adopt_timeout_s=600)
+    guard = first.start(adopt_timeout_s=600)
     worker = first.worker("worker", *PLAIN)
     first.die()
     heir = second.do(f"take_over({first.path!r})")
-    second.do("guard.settle(has_all=True)")
+    second.do("guard.commit(has_all=True)")
     second.die()
-    eventually(lambda: gone(keeper))
+    eventually(lambda: gone(guard))
     found = adopt(first)
-    assert found.keeper_pid == heir
+    assert found.guard_pid == heir
     assert found.entries["worker"].group == worker
     found.abandon()
 
 
 def test_adoption_may_take_longer_than_the_timeout(puppet: Puppet) -> None:
-    keeper = puppet.start(adopt_timeout_s=0.5)
+    guard = puppet.start(adopt_timeout_s=0.5)
     worker = puppet.worker("worker", *PLAIN)
     puppet.die()
     found = adopt(puppet)
     assert not fork.wait_for_end(found.entries["worker"].fds[0], 1.0)
     found.abandon()
-    eventually(lambda: gone(worker, keeper))
+    eventually(lambda: gone(worker, guard))
 
 
 def test_there_is_nothing_to_adopt(home: Path) -> None:
@@ -310,7 +310,7 @@ def test_controller_that_does_not_answer_is_not_adopted(puppet: Puppet) -> None:
 
 
 def test_asked_while_the_controller_was_dying(puppet: Puppet) -> None:
-    """Its connection waits with the keeper's socket; or was taken and is lost: asked again."""
+    """Its connection waits with the guard's socket; or was taken and is lost: asked again."""
     puppet.start(adopt_timeout_s=600)
     puppet.worker("worker", *PLAIN)
     dying = threading.Thread(target=puppet.do, args=["[control.accept(), guard.put('x', b'')][1]"])
@@ -333,7 +333,7 @@ def test_what_workers_say_is_passed_on(puppet: Puppet) -> None:
 
 
 def test_nobody_reads_what_workers_say(home: Path) -> None:
-    """The keeper does not wait for anybody."""
+    """The guard does not wait for anybody."""
     ours, theirs = os.pipe()
     puppet = Puppet(home, stderr=theirs)
     try:
@@ -387,9 +387,9 @@ def test_what_is_left_of_a_group_is_not_forgotten(puppet: Puppet) -> None:
 
 
 def test_what_is_left_of_a_group_is_ended_too(puppet: Puppet) -> None:
-    keeper = puppet.start(adopt_timeout_s=600)
+    guard = puppet.start(adopt_timeout_s=600)
     worker = puppet.worker("worker", *IN_SHELL)
-    family = [pid for pid in session(puppet.pid) if pid not in (puppet.pid, keeper)]
+    family = [pid for pid in session(puppet.pid) if pid not in (puppet.pid, guard)]
     assert len(family) == 2
     puppet.die()
     os.kill(worker, signal.SIGKILL)
@@ -401,11 +401,11 @@ def test_what_is_left_of_a_group_is_ended_too(puppet: Puppet) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_signals_are_none_of_its_business(puppet: Puppet, number: signal.Signals) -> None:
-    keeper = puppet.start(adopt_timeout_s=600)
+    guard = puppet.start(adopt_timeout_s=600)
     puppet.worker("worker", *PLAIN)
-    os.kill(keeper, number)
+    os.kill(guard, number)
     puppet.die()
-    os.kill(keeper, number)
+    os.kill(guard, number)
     adopt(puppet).abandon()
 
 
@@ -416,25 +416,25 @@ def test_signals_are_none_of_its_business(puppet: Puppet, number: signal.Signals
 def test_workers_that_nobody_adopts_end(puppet: Puppet, adopt_timeout_s: float) -> None:
     pid_file = Path(puppet.path).with_suffix(".pid")
     pid_file.write_text(f"{puppet.pid}\n")
-    keeper = puppet.start(adopt_timeout_s=adopt_timeout_s, pid_file=str(pid_file))
+    guard = puppet.start(adopt_timeout_s=adopt_timeout_s, pid_file=str(pid_file))
     workers = [puppet.worker("0", *PLAIN), puppet.worker("1", *IN_SHELL)]
-    family = [pid for pid in session(puppet.pid) if pid not in (puppet.pid, keeper)]
+    family = [pid for pid in session(puppet.pid) if pid not in (puppet.pid, guard)]
     assert len(family) == 3
     assert not gone(*workers)
     puppet.die()
-    eventually(lambda: gone(*family, keeper))
+    eventually(lambda: gone(*family, guard))
     assert not Path(puppet.path).exists()
     assert not pid_file.exists()
     assert "ending 2 workers" in puppet.errors.read_text()
 
 
 def test_workers_that_do_not_end_are_killed(puppet: Puppet) -> None:
-    keeper = puppet.start(adopt_timeout_s=0, graceful_timeout_s=0.5)
+    guard = puppet.start(adopt_timeout_s=0, graceful_timeout_s=0.5)
     puppet.worker("worker", *STUBBORN)
     family = session(puppet.pid)
     puppet.die()
     eventually(lambda: gone(*family))
-    assert keeper in family
+    assert guard in family
     assert not Path(puppet.path).exists()
 
 
@@ -451,24 +451,24 @@ def test_directory_goes_if_it_is_ours(puppet: Puppet) -> None:
 def test_what_is_another_s_stays(puppet: Puppet) -> None:
     """Somebody has taken the places of ours."""
     pid_file, path = Path(puppet.path).with_suffix(".pid"), Path(puppet.path)
-    keeper = puppet.start(adopt_timeout_s=0, pid_file=str(pid_file))
+    guard = puppet.start(adopt_timeout_s=0, pid_file=str(pid_file))
     pid_file.write_text(f"{os.getpid()}\n")
     path.unlink()
     path.touch()
     puppet.die()
-    eventually(lambda: gone(keeper))
+    eventually(lambda: gone(guard))
     assert pid_file.exists()
     assert path.exists()
 
 
 def test_stop_ends_what_has_no_controller(puppet: Puppet) -> None:
-    keeper = puppet.start(adopt_timeout_s=600, graceful_timeout_s=600)
+    guard = puppet.start(adopt_timeout_s=600, graceful_timeout_s=600)
     workers = [puppet.worker(key, *PLAIN) for key in "ab"]
     puppet.die()
     assert ask(puppet, b'{"command": "stop"}\n') == {"ok": True}
     assert gone(*workers)
     assert not Path(puppet.path).exists()
-    eventually(lambda: gone(keeper))
+    eventually(lambda: gone(guard))
 
 
 def test_quick_stop_does_not_wait_for_long(puppet: Puppet) -> None:
@@ -486,11 +486,11 @@ def test_quick_stop_does_not_wait_for_long(puppet: Puppet) -> None:
 
 
 def test_nothing_left_is_nothing_to_wait_for(puppet: Puppet) -> None:
-    keeper = puppet.start(adopt_timeout_s=600)
+    guard = puppet.start(adopt_timeout_s=600)
     puppet.worker("worker", *PLAIN)
     puppet.do("guard.drop('worker')")
     puppet.die()
-    eventually(lambda: gone(keeper))
+    eventually(lambda: gone(guard))
 
 
 # Who asks, and how
@@ -520,14 +520,14 @@ def test_refuses_what_it_cannot_do(puppet: Puppet, request_: bytes, error: str) 
 
 
 def test_silent_connections_keep_nobody_out(puppet: Puppet) -> None:
-    keeper = puppet.start(adopt_timeout_s=600)
+    guard = puppet.start(adopt_timeout_s=600)
     puppet.worker("worker", *PLAIN)
     puppet.die()
     with ExitStack() as undo:
         for _ in range(300):
             undo.enter_context(peer.connect(Path(puppet.path), DEADLINE_S)).send(b"{")
         adopt(puppet).abandon()
-        assert len(os.listdir(f"/proc/{keeper}/fd")) < 100
+        assert len(os.listdir(f"/proc/{guard}/fd")) < 100
 
 
 def test_silent_connection_is_let_go(puppet: Puppet) -> None:
@@ -588,7 +588,7 @@ def test_what_is_replaced_is_closed(puppet: Puppet) -> None:
 
 
 def test_sockets_of_workers_that_are_let_go_are_closed(puppet: Puppet) -> None:
-    """And what tells the keeper of their ends is not."""
+    """And what tells the guard of their ends is not."""
     puppet.start()
     keys = ["a", "b"]
     for key in keys:
@@ -619,26 +619,26 @@ def test_what_is_replaced_together_is_closed(puppet: Puppet) -> None:
 
 
 def test_close_ends_the_keeper_and_nobody_else(puppet: Puppet) -> None:
-    keeper = puppet.start()
+    guard = puppet.start()
     worker = puppet.worker("worker", *PLAIN)
     puppet.do("guard.close()")
-    assert not Path(f"/proc/{keeper}").exists()
+    assert not Path(f"/proc/{guard}").exists()
     assert is_running(worker)
     assert Path(puppet.path).exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_keeper_that_is_gone_or_stopped_is_replaced(puppet: Puppet, number: signal.Signals) -> None:
-    keeper = puppet.start(adopt_timeout_s=600)
+    guard = puppet.start(adopt_timeout_s=600)
     worker = puppet.worker("worker", *PLAIN)
     puppet.do("guard.put('dropped', b'', [0])")
-    os.kill(keeper, number)
+    os.kill(guard, number)
     puppet.do("guard.drop('dropped')")
     assert puppet.do("guard.alive") is False
     assert puppet.do("select.select([guard], [], [], 60)[0] == [guard]")
     puppet.do("guard.put('while there is none', b'here')")
     puppet.do("guard.revive()")
-    assert not Path(f"/proc/{keeper}").exists()
+    assert not Path(f"/proc/{guard}").exists()
     puppet.do("guard.update('worker', b'new')")
     puppet.die()
     found = adopt(puppet)
@@ -649,11 +649,11 @@ def test_keeper_that_is_gone_or_stopped_is_replaced(puppet: Puppet, number: sign
 
 
 def test_settings_change(puppet: Puppet) -> None:
-    keeper = puppet.start(adopt_timeout_s=600)
+    guard = puppet.start(adopt_timeout_s=600)
     worker = puppet.worker("worker", *PLAIN)
     puppet.do(f"guard.configure(Settings('test', {puppet.path!r}, adopt_timeout_s=0))")
     puppet.die()
-    eventually(lambda: gone(worker, keeper))
+    eventually(lambda: gone(worker, guard))
 
 
 def test_descriptor_that_is_not_open_is_a_mistake(home: Path) -> None:

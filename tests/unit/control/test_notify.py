@@ -11,7 +11,7 @@ import pytest
 
 from steer.child import launch
 from steer.config.servers import says_ready_early
-from steer.control import mailbox
+from steer.control import notification_buffer
 from steer.control.notify import parse
 from steer.values import Invalid
 
@@ -49,9 +49,9 @@ def test_who_says_ready_early(arguments: list[str], early: bool) -> None:
 
 def test_of_a_worker_that_is_known_nobody_further_is_looked_for() -> None:
     parent = os.getppid()
-    assert mailbox.lineage(os.getpid(), {os.getpid(), parent}) == (os.getpid(),)
-    assert mailbox.lineage(os.getpid(), {parent}) == (os.getpid(), parent)
-    assert parent in mailbox.lineage(os.getpid())
+    assert notification_buffer.lineage(os.getpid(), {os.getpid(), parent}) == (os.getpid(),)
+    assert notification_buffer.lineage(os.getpid(), {parent}) == (os.getpid(), parent)
+    assert parent in notification_buffer.lineage(os.getpid())
 
 
 def _anything(seed: int) -> Iterator[bytes]:

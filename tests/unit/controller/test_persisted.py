@@ -16,7 +16,7 @@ from steer.config.service import Service
 from steer.controller.persisted import SCHEMA, Persisted, PersistedService
 from steer.errors import ControlError
 from steer.guard.entry import Entry
-from steer.guard.store import MAILBOX, SELECTION
+from steer.guard.store import NOTIFICATIONS, SELECTION
 from steer.workers.stored_selection import StoredSelection
 from steer.workers.stored_worker import StoredWorker
 from testkit import ROOT
@@ -32,7 +32,7 @@ MAPS = {1: "8c0113113c9f0588"}
 
 def entries(stored: Mapping[str, Any]) -> dict[str, Entry]:
     found = {key: Entry(json.dumps(value).encode()) for key, value in stored.items()}
-    return {SELECTION: Entry(b""), MAILBOX: Entry(b""), **found}
+    return {SELECTION: Entry(b""), NOTIFICATIONS: Entry(b""), **found}
 
 
 def kind_of(key: str) -> Any:

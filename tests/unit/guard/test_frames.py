@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from steer.guard.channel import Channel, Frame
 from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
-from steer.guard.store import FdStore, Settings, Traces
+from steer.guard.store import ControllerFiles, FdStore, Settings
 
 KEYS = st.sampled_from(["worker a", "worker b", "selection", "mailbox"])
 VALUES = st.sampled_from([b"", b"1", b"two", b"3" * 20_000])
@@ -68,7 +68,7 @@ class Client(GuardClient):
 
     def _begin(self, settings: Settings, _inode: int | None) -> None:
         ours, theirs = socket.socketpair()
-        self.store = FdStore(settings, Traces(os.getpid(), None), cast(Any, None), None)
+        self.store = FdStore(settings, ControllerFiles(os.getpid(), None), cast(Any, None), None)
         self._process._channel = cast(Any, Obeyed(ours, theirs, self.store))
 
     def fork_again(self) -> None:
