@@ -42,7 +42,7 @@ class ServiceConnection:
 
     def __init__(self, path: Path) -> None:
         self.control_socket = path
-        self._kept = client.Connections()
+        self._connections = client.Connections()
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class ServiceConnection:
 
     def status(self) -> schema.Service:
         """What `steer status --json` tells of it."""
-        return client.status(self.control_socket, self._kept).services[0]
+        return client.status(self.control_socket, self._connections).services[0]
 
     def reload(self) -> outcomes.Reloaded:
         """Start workers with the configuration as it is now; old ones finish and exit."""
@@ -104,7 +104,7 @@ class ServiceConnection:
 
     def close(self) -> None:
         """Close the connection; the service runs on."""
-        self._kept.close()
+        self._connections.close()
 
     def _perform(self, command: str, kind: type[_T], **more: Any) -> _T:
         outcome = client.perform(self.control_socket, command, **more)

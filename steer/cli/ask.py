@@ -117,11 +117,11 @@ def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | Non
     from steer.cli import output
     from steer.control import client, find
 
-    left = find.left(os.environ, name, control_socket)
-    if len(left) == 1:
-        called = left[0].name
+    abandoned = find.abandoned_services(os.environ, name, control_socket)
+    if len(abandoned) == 1:
+        called = abandoned[0].name
         with output.progress(f"stop {called}"):
-            find.end_left(left[0], quick, directory=control_socket is None)
+            find.end_abandoned(abandoned[0], quick, directory=control_socket is None)
     else:
         path = find.locate(name, control_socket, os.environ)
         called = name or path.stem

@@ -64,14 +64,14 @@ def perform(asked: Asked) -> None:
 
 
 def _watch(asked: Asked) -> NoReturn:
-    with closing(client.Connections()) as kept:
+    with closing(client.Connections()) as connections:
         if asked.as_json:
-            output.again(lambda: output.as_json(_current(asked, kept)))
-        output.watch(lambda: tables.of_status(_current(asked, kept)))
+            output.again(lambda: output.as_json(_current(asked, connections)))
+        output.watch(lambda: tables.of_status(_current(asked, connections)))
 
 
-def _current(asked: Asked, kept: client.Connections | None = None) -> schema.Status:
+def _current(asked: Asked, connections: client.Connections | None = None) -> schema.Status:
     if asked.name or asked.control_socket:
-        path = find.locate(asked.name, asked.control_socket, os.environ, kept)
-        return client.status(path, kept)
-    return find.status_of_all(os.environ, kept)
+        path = find.locate(asked.name, asked.control_socket, os.environ, connections)
+        return client.status(path, connections)
+    return find.status_of_all(os.environ, connections)

@@ -175,7 +175,7 @@ def load(
     return service
 
 
-def changed(service: Service, asked: Mapping[str, Any], act: str) -> Service:
+def changed(service: Service, changes: Mapping[str, Any], act: str) -> Service:
     """The configuration with other values, each checked as by `load`.
 
     Raises:
@@ -183,7 +183,7 @@ def changed(service: Service, asked: Mapping[str, Any], act: str) -> Service:
     """
     checked = {
         key: _checked(key, value, _shown(key, value, act), strict=False)
-        for key, value in asked.items()
+        for key, value in changes.items()
     }
     result = msgspec.structs.replace(service, **checked)
     _check_whole(result, {key: _shown(key, getattr(result, key), act) for key in FIELDS})

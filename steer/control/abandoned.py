@@ -1,9 +1,9 @@
-"""Workers whose controller and guard were both killed: which they are, and their end.
+"""Finds and ends workers whose controller and guard were both killed.
 
-They are in the record beside the control socket (see `record`). Where that is gone, as with its
-directory, they are found by what their processes say: commands in their environment, Python
-callables in their titles. So are processes of a worker whose first has ended. Of this network
-and pid namespace only, and never where a controller or guard of that service is there.
+The record beside the control socket names them (see `record`). If that was removed, they are found
+by what their processes show: commands by their environment, Python callables by their titles. The
+same finds processes of a worker whose first process has ended. Only this network and pid namespace
+are searched, and workers of a service with a controller or guard are never taken for abandoned.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _KILLED_S = 2.0
 
 
 class Abandoned(msgspec.Struct, frozen=True):
-    """What is left of a service.
+    """A service without controller and guard.
 
     Args:
-        control: path of its control socket; None where it is not known.
+        control: path of its control socket; None: unknown.
         workers: at least one.
     """
 
@@ -44,13 +44,13 @@ class Abandoned(msgspec.Struct, frozen=True):
 
 
 def find(controls: Iterable[Path], unattended: Iterable[Member]) -> list[Abandoned]:
-    """All there are that this user may end.
+    """All abandoned services that this user may end.
 
     Args:
         controls: paths of control sockets at which nobody answers.
-        unattended: see `services`; those of which there is no record are found by them.
+        unattended: see `services`. They are needed for services without a record.
     """
-    recorded = [Abandoned(path.stem, path, tuple(record.left(path))) for path in controls]
+    recorded = [Abandoned(path.stem, path, tuple(record.living(path))) for path in controls]
     known = {pid for each in recorded for pid, _ in each.workers}
     unrecorded: dict[str, list[Worker]] = {}
     for name, worker in _by_process(unattended, known):
@@ -60,15 +60,15 @@ def find(controls: Iterable[Path], unattended: Iterable[Member]) -> list[Abandon
         workers = (*each.workers, *unrecorded.pop(each.name, ()))
         if workers:
             found.append(Abandoned(each.name, each.control, workers))
-    found += [Abandoned(name, None, tuple(left)) for name, left in unrecorded.items()]
+    found += [Abandoned(name, None, tuple(them)) for name, them in unrecorded.items()]
     return found
 
 
 def _by_process(
     unattended: Iterable[Member], known: Collection[int]
 ) -> Iterator[tuple[str, Worker]]:
-    """The first process of each worker but those known; of one whose first has ended, the eldest
-    of the others, which is to pass on that it is to finish, as the first would have."""
+    """The first process of each worker that is not known yet. If that has ended, the eldest of the
+    others takes its place: it is expected to pass on the signal to finish."""
     members = {member.pid: member for member in unattended}
     firsts = {*known, *members}
     eldest = {}
@@ -81,8 +81,8 @@ def _by_process(
 
 
 def _eldest(member: Member, members: Mapping[int, Member]) -> int:
-    """The farthest of its ancestors that say they are of the same worker, too. What one says of
-    another is not believed: anybody may say it."""
+    """The farthest ancestor that claims to belong to the same worker. A process is believed only
+    for itself, as anybody may claim anything."""
     above: Member | None = member
     while above is not None and (above.name, above.first) == (member.name, member.first):
         pid = above.pid
@@ -90,36 +90,36 @@ def _eldest(member: Member, members: Mapping[int, Member]) -> int:
     return pid
 
 
-def end(left: Abandoned, within_s: float, remove_directory: bool) -> Sequence[int]:
-    """Have the workers that are left finish, then kill them and all that belongs to them.
+def end(service: Abandoned, within_s: float, remove_directory: bool) -> Sequence[int]:
+    """Tell the workers to finish, then kill them and all of their processes.
 
     Args:
-        within_s: for those that are told to finish.
-        remove_directory: whether that of the control socket may go, too, if it is empty then.
+        within_s: how long they may take to finish.
+        remove_directory: whether to remove the directory of the control socket if it is empty then.
 
     Returns:
-        Processes that are there even so.
+        Processes that could not be ended.
     """
-    ending = [_Ending(worker) for worker in left.workers]
+    ending = [_Ending(worker) for worker in service.workers]
     _until_gone(ending, within_s)
     for each in ending:
         each.kill()
     _until_gone(ending, _KILLED_S)
     there = [pid for each in ending for pid in each.there()]
-    if not there and left.control is not None:
-        claim.remove(left.control, claim.inode(left.control), remove_directory)
+    if not there and service.control is not None:
+        claim.remove(service.control, claim.inode(service.control), remove_directory)
     return there
 
 
 def _until_gone(ending: Iterable[_Ending], within_s: float) -> None:
     end_s = time.monotonic() + within_s
-    # Each is asked, as that tells what it left behind: not only those up to one that lingers.
+    # Ask each of them, as `is_gone` also tells its other processes to finish.
     while [each for each in ending if not each.is_gone()] and time.monotonic() < end_s:
         time.sleep(_LOOK_AGAIN_S)
 
 
 class _Ending:
-    """A worker that is told to finish: its first process, then what that leaves behind."""
+    """A worker that is told to finish: first its first process, then its other processes."""
 
     def __init__(self, worker: Worker) -> None:
         self._pid, self._number = worker
@@ -133,7 +133,8 @@ class _Ending:
                 os.kill(self._pid, self._number)
 
     def is_gone(self) -> bool:
-        """Whether nobody is left of it. Those who are left behind are told to finish, once."""
+        """Whether no process is left. Processes that the first one left behind are told once to
+        finish."""
         if not self._is_gone and not self._first_is_there():
             others = set(self._family.others())
             family.send(self._number, others - self._told)
@@ -157,7 +158,7 @@ class _Ending:
         return same and processes.is_alive(self._pid)
 
 
-def is_in_the_way(left: Abandoned, binds: Iterable[Bind]) -> bool:
-    """Whether one of its processes is at one of these addresses."""
+def is_in_the_way(service: Abandoned, binds: Iterable[Bind]) -> bool:
+    """Whether one of its processes listens at one of these addresses."""
     at = {holder.pid for bind in binds for holder in port_checks.holders(bind)}
-    return any(at.intersection(processes.descendants(pid)) for pid, _ in left.workers)
+    return any(at.intersection(processes.descendants(pid)) for pid, _ in service.workers)

@@ -1,4 +1,4 @@
-"""A service's name, claimed: its control socket, listening, and a lock while it starts."""
+"""Claims the name of a service: makes its control socket, and holds a lock while it starts."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from steer.errors import ControlError, in_words
 
 _BACKLOG = 16
 _TURN_S, _LOOK_AGAIN_S = 30.0, 0.01
-"""How long to wait for another service of the user to be done with its start. Not
-without end: a process that is stopped would keep all others from starting."""
+"""How long to wait while another service of the user starts. The limit matters if that process is
+stopped: it would keep all others from starting."""
 
 
 class Claim:
-    """A service's name, taken: its control socket, listening.
+    """The claim to the name of a service: its listening control socket.
 
-    Services of one user start one after the other: until `others_may_start` is
-    called no other gets past here, so none can join a port between our check that
-    it is free and our bind.
+    Services of one user start one after the other. No other service gets past this point until
+    `others_may_start` is called, so none can bind a port between our check that the port is free
+    and our own bind.
 
     Args:
-        wanted: path of the control socket; None looks for a directory.
-        turn_s: how long to wait for another service that is starting; None: as a start does.
+        wanted: path of the control socket; None: in the first directory that works.
+        turn_s: how long to wait for another service that is starting; None: as long as a start.
         ours: inode of a control socket that may have the name already.
-        places: as `refuse_taken` returned them a moment ago.
+        paths: the result of `refuse_taken`, if it was called a moment ago.
 
     Attributes:
         path: of the control socket.
         socket: the control socket.
-        remove_directory: whether its directory is steer's own, and goes with it if empty.
-        refusals: of better places, each with the reason.
+        remove_directory: whether to remove the directory of the control socket, too, if empty.
+        refusals: the paths that were tried before, each with the reason why it did not work.
 
     Raises:
         ControlError: the name is taken, or no socket can be made anywhere.
@@ -52,11 +52,11 @@ class Claim:
         environment: Mapping[str, str],
         turn_s: float | None = None,
         ours: int | None = None,
-        places: Sequence[Path] | None = None,
+        paths: Sequence[Path] | None = None,
     ) -> None:
         self.remove_directory = wanted is None
         self.refusals: list[str] = []
-        for path in places or refuse_taken(name, wanted, environment, ours):
+        for path in paths or refuse_taken(name, wanted, environment, ours):
             try:
                 self._take(name, path, _TURN_S if turn_s is None else turn_s)
                 return
@@ -87,8 +87,8 @@ class Claim:
 
     @classmethod
     def inherited(cls, path: Path, control: socket.socket, remove_directory: bool) -> Claim:
-        """A name that stayed taken: a service's, whose last controller is gone. So may be the
-        path."""
+        """The claim of an earlier controller, whose control socket still listens. Its path may have
+        been removed."""
         claim = cls.__new__(cls)
         claim.remove_directory, claim.refusals, claim._lock = remove_directory, [], -1
         claim.socket = control
@@ -101,12 +101,13 @@ class Claim:
 
     @property
     def is_there(self) -> bool:
-        """Whether it can be found: a logout removes a run directory with all that is in it."""
+        """Whether the socket still has its path: a logout removes a runtime directory with all
+        files."""
         return self._inode is not None and inode(self.path) == self._inode
 
     def renew(self, name: str, wanted: str | None, environment: Mapping[str, str]) -> None:
-        """Make the control socket again, as at the start; `socket` keeps its descriptor. It does
-        not wait for others that are starting.
+        """Make the control socket again, as at the start. `socket` keeps its descriptor. This does
+        not wait for other services that are starting.
 
         Raises:
             ControlError: the name is taken by now, or no socket can be made anywhere.
@@ -124,30 +125,30 @@ class Claim:
             os.close(lock)
 
     def release(self) -> None:
-        """Leave nothing: remove the socket, and its directory if that was steer's and is empty."""
+        """Remove the socket, and its directory if that is empty and steer made it."""
         self.others_may_start()
         self.socket.close()
         remove(self.path, self._inode, self.remove_directory)
 
 
 def inode(path: Path) -> int | None:
-    """What tells this socket's path from that of another after it; None if there is none."""
+    """The inode of a socket, by which to tell it from a later one at the path; None: there is
+    none."""
     with contextlib.suppress(OSError):
         return path.lstat().st_ino
     return None
 
 
 def record_of(path: Path) -> Path:
-    """The file that tells of a service's workers; see `record`."""
+    """The path of the record of workers; see `record`."""
     return path.parent / f"{path.name}.workers"
 
 
 def remove(path: Path, wanted: int | None, directory: bool) -> None:
-    """Remove a control socket if it is the one of `inode`, with the record of its workers, and
-    its directory if empty.
+    """Remove a control socket if its inode is `wanted`, and the record of its workers.
 
     Args:
-        directory: whether that may go.
+        directory: whether to remove its directory, too, if empty.
     """
     with contextlib.suppress(OSError):
         if inode(path) == wanted:
@@ -158,7 +159,8 @@ def remove(path: Path, wanted: int | None, directory: bool) -> None:
 
 
 def _remove_dead(path: Path) -> None:
-    """Of what may stand at a path that a user typed only our own sockets are ours to remove."""
+    """Remove a socket that nobody answers at. A user may have typed the path, so nothing is removed
+    that is no socket, or belongs to another user."""
     with contextlib.suppress(FileNotFoundError):
         found = path.lstat()
         if not stat.S_ISSOCK(found.st_mode):
@@ -169,7 +171,7 @@ def _remove_dead(path: Path) -> None:
 
 
 def _remove_empty(directory: Path) -> None:
-    """Unless somebody is about to put a socket there."""
+    """Remove a directory if it is empty and no other service is about to put a socket there."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,7 +181,8 @@ def _remove_empty(directory: Path) -> None:
 
 
 def _make_directory(directory: Path) -> None:
-    """Not for others to open, or they could hold its lock; in /tmp they may have been first."""
+    """Make a directory that other users cannot open, as they could hold its lock. In /tmp another
+    user may have made it before."""
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700 if directory.parent == TMP else 0o711)
     found = directory.lstat()
@@ -190,7 +193,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _locked(directory: Path, make: bool, turn_s: float) -> int:
-    """A lock on the directory itself, so no lock file is left. It may be removed while we wait."""
+    """Lock the directory itself, so that no lock file is left. It may be removed while we wait."""
     from steer.linux import signals
 
     end_s = time.monotonic() + turn_s

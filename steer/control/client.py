@@ -1,4 +1,4 @@
-"""Asking running services, from short-lived commands."""
+"""Sends requests to running services, for short-lived commands."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from steer.errors import ControlError, NotRunning, Orphaned, Refused
 
 _TIMEOUT_S = 5.0
 _REPLACED_S, ASK_AGAIN_S = 10.0, 0.05
-"""While a controller is re-executed, somebody else says that it will be back."""
+"""While a controller re-executes itself, its guard process answers that it will be back."""
 _T = TypeVar("_T")
 _DECODER = msgspec.json.Decoder(dict[str, Any])
 
 Progress = Callable[[str, int, int], None]
-"""Takes what a service says of how far it is: words, so many done, of so many (0: not counted)."""
+"""Is called with the progress of a request: words, how many are done, of how many (0: unknown)."""
 
 
 class _Progress(msgspec.Struct):
@@ -39,47 +39,53 @@ def ask(
     timeout_s: float | None = _TIMEOUT_S,
     act: str = "",
     progress: Progress | None = None,
-    kept: Connections | None = None,
+    connections: Connections | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Send one request and wait for its answer.
 
     Args:
-        timeout_s: for the answer; None: as long as it takes.
-        act: what it is for, if not the command itself; for errors.
-        progress: called with what the service says meanwhile.
-        kept: connections to ask by, where there is no harm in asking twice.
+        timeout_s: how long to wait for the answer; None: without limit.
+        act: the act that errors name; "": the command.
+        progress: is called with the progress of the request.
+        connections: open connections to use. Only for requests that may be sent twice.
 
     Raises:
-        NotRunning: nobody is there.
-        Refused: with the exit code and detail of the error that the service met;
-            Orphaned: its controller is gone.
-        ControlError: no answer within `timeout_s`, or none of steer's.
+        NotRunning: the service is not running.
+        Refused: the service refused, with the exit code and detail of its error;
+            Orphaned: it has no controller.
+        ControlError: no answer within `timeout_s`, or one that steer did not send.
     """
     act = act or f"{command} {path.stem}"
     limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
-    end_s = time.monotonic() + _REPLACED_S
     if progress is not None:
         more["progress"] = True
-    if kept is not None:
+    if connections is not None:
         more["stay"] = True
     request = msgspec.json.encode({"command": command, **more}) + b"\n"
 
     def exchange() -> dict[str, Any] | None:
-        if kept is not None:
-            return kept.exchange(path, request, limit_s)
+        if connections is not None:
+            return connections.exchange(path, request, limit_s)
         return _exchange(path, request, timeout_s, progress)
 
     with _in_words(act, limit_s):
-        answer = exchange()
-        while answer and answer.get("again") and time.monotonic() < end_s:
-            time.sleep(ASK_AGAIN_S)
-            answer = exchange()
+        answer = _until_answered(exchange)
     if answer is None:
         cause = "the controller ended before it answered"
         raise NotRunning(act, cause, "see `steer status`")
     if not answer.get("ok"):
         raise _refused(act, answer)
+    return answer
+
+
+def _until_answered(exchange: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Repeat an exchange while the answer is to ask again."""
+    end_s = time.monotonic() + _REPLACED_S
+    answer = exchange()
+    while answer and answer.get("again") and time.monotonic() < end_s:
+        time.sleep(ASK_AGAIN_S)
+        answer = exchange()
     return answer
 
 
@@ -96,7 +102,7 @@ def _in_words(act: str, limit_s: float) -> Iterator[None]:
     except PermissionError:
         raise ControlError(act, "EACCES", "ask as root or as the service's own user") from None
     except OSError as error:
-        if error.errno is None:  # Python's own, of a path that no socket can have
+        if error.errno is None:  # Python itself refuses a path that is too long
             raise ControlError(act, f"{error}: {taken.PATH_MAX_BYTES} bytes at most") from None
         raise NotRunning(act, "not running", "see `steer status`") from None
 
@@ -107,10 +113,10 @@ def _exchange(
     limit_s = _TIMEOUT_S if timeout_s is None else timeout_s
     with peer.connect(path, limit_s) as sock:
         sock.settimeout(timeout_s)
-        return _asked(sock, request, progress)
+        return _send_request(sock, request, progress)
 
 
-def _asked(
+def _send_request(
     sock: socket.socket, request: bytes, progress: Progress | None = None
 ) -> dict[str, Any] | None:
     with sock.makefile("rb") as lines:
@@ -119,25 +125,27 @@ def _asked(
 
 
 class Connections:
-    """Those that stay open for another request, one to a path. A service may close one at any
-    time, as where its controller is replaced: then a new one is made."""
+    """Connections that stay open for more requests, one for each path. A service may close one at
+    any time, for example if its controller is replaced: then a new one is made."""
 
     def __init__(self) -> None:
         self._open: dict[Path, socket.socket] = {}
 
     def exchange(self, path: Path, request: bytes, timeout_s: float) -> dict[str, Any] | None:
-        """Ask, and wait for the answer. Raises as `_exchange`."""
+        """Send a request and wait for the answer. Raises as `_exchange`."""
         known = self._open.pop(path, None)
         if known is not None:
             with suppress(ConnectionError):
-                if answer := self._ask(path, known, request):
+                if answer := self._exchange_on(path, known, request):
                     return answer
-        return self._ask(path, peer.connect(path, timeout_s), request)
+        return self._exchange_on(path, peer.connect(path, timeout_s), request)
 
-    def _ask(self, path: Path, sock: socket.socket, request: bytes) -> dict[str, Any] | None:
+    def _exchange_on(
+        self, path: Path, sock: socket.socket, request: bytes
+    ) -> dict[str, Any] | None:
         answer = None
         try:
-            answer = _asked(sock, request)
+            answer = _send_request(sock, request)
         finally:
             if answer is None:
                 sock.close()
@@ -146,13 +154,14 @@ class Connections:
         return answer
 
     def listener(self, path: Path) -> int | None:
-        """The process that one to `path` is to; None where there is none by now."""
+        """The process at the other end of the open connection to `path`; None: there is none."""
         sock = self._open.get(path)
         if sock is None:
             return None
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        # Nothing is said unasked: what can be read is its end.
+        # A service sends nothing without a request, so anything to read is the end of the
+        # connection.
         return None if poll.poll(0) else peer.credentials(sock)[0]
 
     def close(self) -> None:
@@ -161,13 +170,13 @@ class Connections:
 
 
 def _answer(lines: Iterable[bytes], progress: Progress | None) -> dict[str, Any] | None:
-    """The first line that tells no progress."""
+    """The first line that is not progress."""
     for line in lines:
         answer = _DECODER.decode(line)
         if progress is None or "ok" in answer:
             return answer
-        told = msgspec.convert(answer, _Progress)
-        progress(told.progress, told.done, told.of)
+        report = msgspec.convert(answer, _Progress)
+        progress(report.progress, report.done, report.of)
     return None
 
 
@@ -182,13 +191,13 @@ def _refused(act: str, answer: Mapping[str, Any]) -> Refused:
     )
 
 
-def status(path: Path, kept: Connections | None = None) -> schema.Status:
-    """What a service says.
+def status(path: Path, connections: Connections | None = None) -> schema.Status:
+    """The status of a service.
 
     Raises:
         ControlError
     """
-    answer = ask(path, "status", kept=kept).get("service")
+    answer = ask(path, "status", connections=connections).get("service")
     service = _understood(answer, schema.Service, f"status {path.stem}")
     return schema.Status(schema=1, services=[service])
 
@@ -204,11 +213,11 @@ def perform(path: Path, command: str, progress: Progress | None = None, **more: 
     """Have a service carry out a command that has an outcome; return when it is done.
 
     Args:
-        more: what the request carries, see `commands.COMMANDS`.
+        more: the arguments of the request, see `commands.COMMANDS`.
 
     Raises:
         NotRunning, ControlError
-        Refused: it was not done.
+        Refused: the service did not do it.
     """
     answer = _ask_at_length(path, command, progress, **more)
     return _understood(answer, outcome_of(command), f"{command} {path.stem}")
@@ -234,17 +243,17 @@ def stop(path: Path, quick: bool, progress: Progress | None = None) -> None:
 def _ask_at_length(
     path: Path, command: str, progress: Progress | None, **more: Any
 ) -> dict[str, Any]:
-    """Ask what may rightly take long, once it is known that somebody listens."""
-    # Who answers in place of a dead controller may refuse this and still do that.
+    """Send a request without a timeout, after a quick one has shown that somebody answers."""
+    # A guard process refuses to report the status, but may carry out the request.
     with suppress(Refused):
         ask(path, "status", act=f"{command} {path.stem}")
     return ask(path, command, timeout_s=None, progress=progress, **more)
 
 
-def listener_at(path: Path, kept: Connections | None = None) -> int | None:
-    """The process that answers there, None where nobody does; 0 where we may not ask, or the answer
-    takes long: the question then says so."""
-    if kept is not None and (known := kept.listener(path)) is not None:
+def listener_at(path: Path, connections: Connections | None = None) -> int | None:
+    """The process that answers at a control socket; None: nobody does; 0: we may not connect, or
+    the answer takes long. A request will then fail with that reason."""
+    if connections is not None and (known := connections.listener(path)) is not None:
         return known
     try:
         with peer.connect(path, _TIMEOUT_S) as sock:

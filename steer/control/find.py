@@ -1,4 +1,4 @@
-"""Finds running services, and what is left of services, for those who ask."""
+"""Finds running services, and workers whose service has neither controller nor guard."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def locate(
     name: str | None,
     control_socket: str | None,
     environment: Mapping[str, str],
-    kept: Connections | None = None,
+    connections: Connections | None = None,
 ) -> Path:
-    """The control socket of a service; NAME may be left out where one runs.
+    """The control socket of a service. `name` may be None if only one service is running.
 
     Raises:
-        NotRunning: there is none, or of that name.
-        ControlError: there are several, and no name was given.
+        NotRunning: no service is running, or none of that name.
+        ControlError: several services match.
     """
     if control_socket:
         return Path(control_socket)
     for path in rundir.find(environment, name):
-        if path.stem == name and listener_at(path, kept) is not None:
+        if path.stem == name and listener_at(path, connections) is not None:
             return path
-    there = _look(environment, kept).running
+    there = _look(environment, connections).running
     named = [each for each in there if name is None or each.is_named(name)]
     if not named:
         raise _not_found(name, there, environment)
@@ -56,7 +56,7 @@ class _Found(msgspec.Struct, frozen=True):
     """A service at whose control socket somebody answers.
 
     Args:
-        shown: what its process shows, where that is how it was found.
+        shown: the title of its process, if it was found by that.
     """
 
     path: Path
@@ -74,10 +74,12 @@ def _not_found(
     name: str | None, there: Sequence[_Found], environment: Mapping[str, str]
 ) -> NotRunning:
     if not there:
-        _tell_left(name, environment)
+        _refuse_abandoned(name, environment)
     for each in services.find(environment):
         if each.is_gone and (name is None or each.title.may_name(name)):
-            return NotRunning(f"find service {shown(name or each.title.name)}", *_of_lost(each))
+            return NotRunning(
+                f"find service {shown(name or each.title.name)}", *_describe_lost(each)
+            )
     others = of_others(environment)
     if name is not None:
         words = f"running: {_names(there)}" if there else "no service is running"
@@ -89,8 +91,8 @@ def _not_found(
     return NotRunning("find a service", "none is running", "start one with `steer run`")
 
 
-def _of_lost(service: services.Running) -> tuple[str, str]:
-    """Cause and cure where a service cannot be asked."""
+def _describe_lost(service: services.Running) -> tuple[str, str]:
+    """Cause and cure for a service that cannot be reached."""
     cause = f"its control socket {service.path} was removed, and is not made again"
     return cause, f"is pid {service.pid} stopped? see ps(1) and its log"
 
@@ -99,22 +101,22 @@ def _names(found: Iterable[_Found]) -> str:
     return ", ".join(each.name for each in found)
 
 
-def left(
+def abandoned_services(
     environment: Mapping[str, str], name: str | None = None, control_socket: str | None = None
 ) -> list[Abandoned]:
-    """What is left of services, or of the one of that name or control socket, whose controller
-    and guard were killed while workers go on."""
+    """The services whose controller and guard were killed while workers go on: all of them, or
+    those with this name or control socket."""
     paths = [Path(control_socket)] if control_socket else rundir.find(environment, name)
     named = (path for path in paths if name is None or control_socket or path.stem == name)
     dead = [path for path in named if listener_at(path) is None]
-    found = _left_at(dead, environment)
+    found = _abandoned_at(dead, environment)
     if control_socket:
         return [each for each in found if each.control is not None]
     return [each for each in found if name in (None, each.name)]
 
 
-def _left_at(dead: Sequence[Path], environment: Mapping[str, str]) -> list[Abandoned]:
-    """The same, wherever they were.
+def _abandoned_at(dead: Sequence[Path], environment: Mapping[str, str]) -> list[Abandoned]:
+    """The abandoned services, wherever their control sockets were.
 
     Args:
         dead: control sockets at which nobody answers.
@@ -127,14 +129,14 @@ def _left_at(dead: Sequence[Path], environment: Mapping[str, str]) -> list[Aband
     return abandoned.find(dead, members)
 
 
-def end_left(what: Abandoned, quick: bool, directory: bool) -> None:
+def end_abandoned(what: Abandoned, quick: bool, directory: bool) -> None:
     """End the workers of a service whose controller and guard were killed.
 
     Args:
-        directory: whether that of the control socket may go, too, if it is empty then.
+        directory: whether to remove the directory of the control socket if it is empty then.
 
     Raises:
-        ControlError: some are still there.
+        ControlError: some workers could not be ended.
     """
     from steer.control import abandoned
 
@@ -143,50 +145,52 @@ def end_left(what: Abandoned, quick: bool, directory: bool) -> None:
         raise ControlError(f"stop {what.name}", f"{pids} cannot be ended", "see ps(1)")
 
 
-def _tell_left(name: str | None, environment: Mapping[str, str]) -> None:
-    """Raises NotRunning: that is what there is of the service."""
-    for each in left(environment, name):
-        raise NotRunning(f"find service {shown(each.name)}", *_of_left(each))
+def _refuse_abandoned(name: str | None, environment: Mapping[str, str]) -> None:
+    """Raises NotRunning: the service is abandoned."""
+    for each in abandoned_services(environment, name):
+        raise NotRunning(f"find service {shown(each.name)}", *_describe_abandoned(each))
 
 
-def _of_left(what: Abandoned) -> tuple[str, str]:
-    """What there is of such a service, and what can be done."""
+def _describe_abandoned(what: Abandoned) -> tuple[str, str]:
+    """The state of an abandoned service, and what can be done about it."""
     count = plural(len(what.workers), "worker")
     pids = several("pid", (pid for pid, _ in what.workers))
     state = f"its controller and guard were killed, and {count} ({pids}) go on, unsteered"
     return state, f"`steer stop {what.name}` ends them, and so does `steer run`"
 
 
-def status_of_all(environment: Mapping[str, str], kept: Connections | None = None) -> schema.Status:
-    """The same of every service that runs, and which go on without a controller.
+def status_of_all(
+    environment: Mapping[str, str], connections: Connections | None = None
+) -> schema.Status:
+    """The status of every running service, and of every service without a controller.
 
     Raises:
         ControlError
     """
-    seen = _look(environment, kept)
+    seen = _look(environment, connections)
     found = schema.Status(schema=1, services=[])
     for each in seen.running:
         try:
-            found.services += status(each.path, kept).services
+            found.services += status(each.path, connections).services
         except Orphaned as error:
             found.orphaned.append(schema.Orphan(each.path.stem, error.cause))
         except NotRunning:
             pass  # it has ended since
-    for left_over in _left_at(seen.dead, environment):
-        found.orphaned.append(schema.Orphan(left_over.name, "; ".join(_of_left(left_over))))
+    for service in _abandoned_at(seen.dead, environment):
+        found.orphaned.append(schema.Orphan(service.name, "; ".join(_describe_abandoned(service))))
     for lost in seen.lost:
-        found.orphaned.append(schema.Orphan(lost.title.name, "; ".join(_of_lost(lost))))
+        found.orphaned.append(schema.Orphan(lost.title.name, "; ".join(_describe_lost(lost))))
     found.others = len(of_others(environment))
     return found
 
 
 class _Seen(msgspec.Struct):
-    """Of the services of this user.
+    """The services of this user.
 
     Args:
-        running: those at whose control sockets somebody answers whom we may ask.
+        running: services that answer at their control socket and let this user connect.
         dead: control sockets in the usual places at which nobody answers.
-        lost: those whose control sockets were removed.
+        lost: services whose control socket was removed.
     """
 
     running: list[_Found]
@@ -194,17 +198,20 @@ class _Seen(msgspec.Struct):
     lost: list[services.Running]
 
 
-def _look(environment: Mapping[str, str], kept: Connections | None = None) -> _Seen:
-    """In the usual places, then for processes: they listen elsewhere, or make a socket again
-    that was removed."""
-    listeners = {path: listener_at(path, kept) for path in rundir.find(environment)}
+def _look(environment: Mapping[str, str], connections: Connections | None = None) -> _Seen:
+    """Look in the usual directories, then for processes: those find services with a control socket
+    in another place, or with one that was removed."""
+    listeners = {path: listener_at(path, connections) for path in rundir.find(environment)}
     usual = [
         path for path, pid in listeners.items() if pid is not None and os.access(path, os.W_OK)
     ]
     by_process = _by_process(environment, {pid for path in usual if (pid := listeners[path])})
     elsewhere = [_Found(each.path, each.title) for each in by_process if each.path not in usual]
     return _Seen(
-        [*map(_Found, usual), *(each for each in elsewhere if _may_ask(each.path, kept))],
+        [
+            *map(_Found, usual),
+            *(each for each in elsewhere if _may_connect(each.path, connections)),
+        ],
         [path for path, pid in listeners.items() if pid is None],
         [each for each in by_process if each.is_gone],
     )
@@ -219,21 +226,21 @@ def _by_process(environment: Mapping[str, str], known: set[int]) -> list[service
         time.sleep(ASK_AGAIN_S)
 
 
-def _may_ask(path: Path, kept: Connections | None) -> bool:
-    return os.access(path, os.W_OK) and listener_at(path, kept) is not None
+def _may_connect(path: Path, connections: Connections | None) -> bool:
+    return os.access(path, os.W_OK) and listener_at(path, connections) is not None
 
 
 def of_others(environment: Mapping[str, str]) -> list[str]:
-    """The names of services that run and that we may not ask."""
+    """The names of running services that belong to other users."""
     return [path.stem for path in rundir.of_others(environment)]
 
 
 def none_of_ours(others: Sequence[str]) -> tuple[str, str]:
-    """Cause and cure where only these run."""
+    """Cause and cure if only services of other users are running."""
     count = f"{plural(len(others), 'service')} of other users"
     user = "its user" if len(others) == 1 else "their users"
     return f"{count}: {', '.join(others)}; none of yours", f"ask as root or as {user}"
 
 
 FINISH_S, QUICK_S = 30.0, 1.0
-"""What workers get to finish that nobody looks after any more."""
+"""How long abandoned workers get to finish."""

@@ -1,4 +1,4 @@
-"""Both ends of sd_notify(3): workers tell us that they are ready, and we our own supervisor."""
+"""Both ends of sd_notify(3): workers notify the controller, which notifies its own supervisor."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
 Notification = tuple[Sequence[int], Mapping[str, str]]
-"""The lineage of who sent it, himself first (`mail.lineage`), and the message by key."""
+"""The lineage of the sender, which comes first itself (`notification_buffer.lineage`), and the
+assignments of the message."""
 Heard = Callable[[Sequence[int], Mapping[str, str]], None]
 
 _FLOOD = 4096
-"""Messages: each of as many workers may have sent one."""
+"""How many messages to read at most: each of as many workers may have sent one."""
 _AT_ONCE = 16
-"""Messages that are taken in one turn of the loop, so that what follows is done once for all."""
+"""How many messages to read in one turn of the loop, so that their consequences are handled
+once."""
 _KINDS_MAX = 16
 
 
 class Unheard:
-    """Says why READY=1 of somebody is not taken for a worker's: of each kind of sender once, and
-    of very many kinds not at all, as anybody may send it.
+    """Logs why a READY=1 was ignored. Anybody may send one, so it logs once for each kind of
+    sender, and only a limited number of kinds.
 
     Args:
-        warn: takes the words.
+        warn: logs a line.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
@@ -48,25 +50,23 @@ class Unheard:
 
 
 def is_ready(message: Mapping[str, str]) -> bool:
-    """Whether it says so."""
+    """Whether a message is READY=1."""
     return message.get("READY") == "1"
 
 
 class Listener:
     """The socket that workers notify.
 
-    Its name is abstract: no file is left behind, and any user a worker has become
-    can reach it. Who sent a message is told by the kernel, not by the message.
-
-    What comes before it is watched waits in it.
+    Its name is abstract: it leaves no file behind, and workers of any user can reach it. The kernel
+    says who sent a message. Messages wait in the socket until it is watched.
 
     Args:
-        trusted: users whose messages are looked at.
-        unheard: is told of those of others.
-        address, fd: of one that was made before; the descriptor becomes ours.
+        trusted: users whose messages are read.
+        unheard: logs that messages of other users are ignored.
+        address, fd: of a socket that an earlier controller made; the listener closes `fd`.
 
     Attributes:
-        known: the first processes of workers: nobody is looked for beyond one of these.
+        known: the first processes of workers. A lineage ends at one of these.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Listener:
         return self._socket.fileno()
 
     def trust(self, user: int) -> None:
-        """Look at the messages of this user too, from now on."""
+        """Read the messages of this user, too."""
         self._trusted |= {user}
 
     def watch(self, loop: AbstractEventLoop, heard: Heard) -> None:
@@ -105,7 +105,7 @@ class Listener:
             heard(lineage, message)
 
     def hear_all(self, heard: Heard) -> None:
-        """Call `heard` with all that waits now, but for a flood of it."""
+        """Call `heard` with all messages that wait, up to a limit."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         for _ in range(_FLOOD // _AT_ONCE):
@@ -114,11 +114,11 @@ class Listener:
             self._pass_on(heard)
 
     def receive(self, at_most: int = 1) -> Iterator[Notification]:
-        """The next messages, as far as there are any that may be looked at, and who sent them."""
+        """The next messages of trusted users, and who sent them; at most `at_most`."""
         yield from self.read(notification_buffer.receive(self._socket, self.known, at_most))
 
     def read(self, decoded: Iterable[Datagram]) -> Iterator[Notification]:
-        """The messages in these that may be looked at, and who sent them."""
+        """The messages of trusted users among these datagrams, and who sent them."""
         for datagram in decoded:
             message = parse(datagram.text)
             if datagram.uid in self._trusted:
@@ -132,13 +132,13 @@ class Listener:
 
 
 def parse(message: bytes) -> dict[str, str]:
-    """The assignments in a message; other lines are passed over, as sd_notify(3) has it."""
+    """The assignments in a message. Other lines are ignored, as sd_notify(3) says."""
     lines = message.decode(errors="replace").splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def tell_supervisor(message: str, environment: Mapping[str, str]) -> None:
-    """Tell whoever started us, systemd for one, if it wants to be told."""
+def notify_supervisor(message: str, environment: Mapping[str, str]) -> None:
+    """Notify the supervisor that started us, for example systemd, if it wants notifications."""
     address = environment.get("NOTIFY_SOCKET", "")
     if address.startswith("@"):
         address = "\0" + address[1:]

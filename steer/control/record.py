@@ -64,7 +64,7 @@ class Record:
             stream.write("".join(map(_line, workers)))
 
 
-def left(control: Path) -> list[Worker]:
+def living(control: Path) -> list[Worker]:
     """The workers in the file of a service that have not ended.
 
     Of a file that is not root's only processes of its owner count: it may name any.

@@ -4,9 +4,9 @@ Requests are `{"command": NAME, ...}`; answers `{"ok": true, ...}` or
 `{"ok": false, "error": TEXT}`, with `"detail"` and `"exit_code"` where something was
 tried and failed. With `"progress": true` in the request, lines
 `{"progress": TEXT, "done": D, "of": N}` may come before the answer. With `"stay": true` the
-connection stays open for another request, else it is closed. It may be closed all the same
-before that is read: then nothing was done of it, and who asks connects again. Only root and
-the user that runs the service are answered.
+connection stays open for another request, else it is closed. The server may close it even so
+before it has read that request: the client then connects again. Only root and the user that runs
+the service get an answer.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _PAUSE_S = 0.1
 _TURNS = 8
 _LAST_S = 0.2
 
-Tell = Callable[[str, int, int], None]
-"""Says how far it is: in words, so many done, of so many (0: not counted). Never blocks."""
-Handler = Callable[[Request, Tell], Awaitable[Mapping[str, Any]]]
-"""From a request to its answer. May raise SteerError: that is an answer too."""
+Progress = Callable[[str, int, int], None]
+"""Reports progress: words, how many are done, of how many (0: unknown). Never blocks."""
+Handler = Callable[[Request, Progress], Awaitable[Mapping[str, Any]]]
+"""Makes the answer to a request. An error that it raises as SteerError is an answer, too."""
 
 
 class Server:
     """Answers on a listening socket.
 
     Args:
-        sock: listens; stays the caller's.
-        retry: takes connections, with descriptors to spare.
-        commands: handlers by the name of the command. Once begun, one is carried to its
-            end, whether or not the asker waits for it.
+        sock: the listening socket; the caller closes it.
+        commands: handlers by the name of the command. A handler runs to its end, whether or not the
+            client waits for it.
+        retry: accepts connections with spare descriptors.
     """
 
     def __init__(self, sock: socket.socket, commands: Mapping[str, Handler], retry: Retry) -> None:
@@ -59,46 +59,47 @@ class Server:
         self._retry = retry
         self._is_open = True
         self._loop: asyncio.AbstractEventLoop
-        self._talks: set[asyncio.Task[Any]] = set()
+        self._conversations: set[asyncio.Task[Any]] = set()
         self._silent: dict[asyncio.Task[Any], None] = {}
         self._staying: dict[asyncio.Task[Any], None] = {}
 
     @property
-    def is_asked(self) -> bool:
+    def has_clients(self) -> bool:
         """Whether anybody is connected."""
-        return bool(self._talks)
+        return bool(self._conversations)
 
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
         self._socket.setblocking(False)
-        # Again, as now we are who is shown to be at the other end (unix(7), SO_PEERCRED).
+        # listen(2) again: it records this process as the peer that clients see (unix(7),
+        # SO_PEERCRED).
         self._socket.listen(BACKLOG)
         self._listen()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Whoever still waits for an answer gets it first, and so does who has just come."""
+        """Answer all clients first, those that have just connected, too."""
         while self._retry.result(_ACT, self._take, False):
             pass
         self._is_open = False
         self._loop.remove_reader(self._socket)
         for staying in self._staying:
             staying.cancel()
-        # Those that have just come take asyncio some turns to be heard.
+        # asyncio takes some turns until it reads from new connections.
         for _turn in range(_TURNS):
             await asyncio.sleep(0)
         if self._silent:
             await asyncio.wait(self._silent, timeout=_LAST_S)
         for silent in self._silent:
             silent.cancel()
-        if self._talks:
-            await asyncio.wait(self._talks, timeout=TIMEOUT_S)
-        for talk in self._talks:
-            talk.cancel()
+        if self._conversations:
+            await asyncio.wait(self._conversations, timeout=TIMEOUT_S)
+        for conversation in self._conversations:
+            conversation.cancel()
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """While it lasts nobody is answered; the descriptor may become another socket."""
+        """Answer nobody meanwhile: the descriptor may be replaced by another socket."""
         self._loop.remove_reader(self._socket)
         try:
             yield
@@ -112,38 +113,39 @@ class Server:
 
     def _on_connection(self) -> None:
         if not self._retry.attempt(_ACT, self._take):
-            # It stays readable: until there is a descriptor, we would only turn in circles.
+            # The socket stays readable: we would try again at once, and again for nothing.
             self._loop.remove_reader(self._socket)
             self._loop.call_later(AGAIN_S, self._listen)
 
     def _take(self) -> bool:
-        """The next connection; whether there was one. Raises OSError as accept(2)."""
+        """Accept a connection. Returns whether there was one. Raises OSError: as accept(2)."""
         try:
             connection, _ = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return False
-        if len(self._talks) >= ASKERS_MAX and not self._make_room():
+        if len(self._conversations) >= ASKERS_MAX and not self._make_room():
             with connection, suppress(OSError):
                 connection.setblocking(False)
                 connection.send(_line(_refusal(f"more than {ASKERS_MAX} requests are under way")))
             return True
-        task = self._loop.create_task(self._talk(connection))
-        self._talks.add(task)
-        task.add_done_callback(self._talks.discard)
+        task = self._loop.create_task(self._converse(connection))
+        self._conversations.add(task)
+        task.add_done_callback(self._conversations.discard)
         return True
 
     def _make_room(self) -> bool:
-        """By letting one go that has its answer."""
+        """Close a connection that has its answer and was kept open. Returns whether there was
+        one."""
         for staying in list(self._staying)[:1]:
             del self._staying[staying]
             return staying.cancel()
         return False
 
-    async def _talk(self, connection: socket.socket) -> None:
+    async def _converse(self, connection: socket.socket) -> None:
         reader, writer = await asyncio.open_unix_connection(
             sock=connection, limit=REQUEST_MAX_BYTES
         )
-        # Or what is left in our own buffer would count as taken.
+        # Else drain() would return while data is left in our own buffer.
         writer.transport.set_write_buffer_limits(0)
         try:
             stays = await self._exchange(reader, writer, self._request(reader))
@@ -152,14 +154,14 @@ class Server:
         except TimeoutError:
             writer.transport.abort()
         except (ConnectionError, _Left):
-            pass  # the asker has gone; what it asked for is done all the same
+            pass  # the client has gone; its request is carried out even so
         finally:
             writer.close()
 
     async def _exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: Awaitable[bytes]
     ) -> bool:
-        """A request and its answer. Whether another may come."""
+        """Read a request and answer it. Returns whether another one may follow."""
         request: Request = {}
         try:
             request = protocol.understood(await line, writer.get_extra_info("socket"))
@@ -181,12 +183,12 @@ class Server:
         if handler is None:
             return _refusal(f"unknown command; known: {', '.join(sorted(self._commands))}")
         try:
-            return {"ok": True, **await handler(request, _teller(request, writer.transport))}
+            return {"ok": True, **await handler(request, _progress_of(request, writer.transport))}
         except Postponed as error:
             return {**_refusal(str(error)), "again": True}
         except SteerError as error:
             return _refusal(str(error), detail=error.detail, exit_code=error.exit_code)
-        except Exception as error:  # noqa: BLE001 - whoever asks is told, and the service goes on
+        except Exception as error:  # noqa: BLE001 - the client gets it as an answer, and the service goes on
             message = f"request {request.get('command')}"
             asyncio.get_running_loop().call_exception_handler(
                 {"message": message, "exception": error}
@@ -194,7 +196,8 @@ class Server:
             return _refusal(f"bug in steer: {type(error).__name__}: {error}; see the service's log")
 
     async def _request(self, reader: asyncio.StreamReader) -> bytes:
-        """A request. Where too many keep us waiting, the one that does longest is let go."""
+        """Read a request. If too many clients have sent none, the one that waited longest is
+        closed."""
         task = asyncio.current_task()
         assert task is not None
         if len(self._silent) >= SILENT_MAX:
@@ -209,10 +212,10 @@ class Server:
             self._silent.pop(task, None)
 
     async def _another(self, reader: asyncio.StreamReader) -> bytes:
-        """One more request.
+        """Read one more request of a client.
 
         Raises:
-            _Left: there is none, and nobody to tell so.
+            _Left: the client has closed the connection, or sent nothing.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -227,17 +230,18 @@ class Server:
 
 
 class _Left(Exception):
-    """Who asked does not do so again."""
+    """The client sends no more requests."""
 
 
-def _teller(request: Request, transport: asyncio.WriteTransport) -> Tell:
-    """Who did not ask for progress gets none; who is slow to read it misses some."""
+def _progress_of(request: Request, transport: asyncio.WriteTransport) -> Progress:
+    """How to report progress: not at all if the client did not request it. A slow one misses
+    some."""
 
-    def tell(text: str, done: int, of: int) -> None:
+    def progress(text: str, done: int, of: int) -> None:
         if not transport.is_closing() and not transport.get_write_buffer_size():
             transport.write(_line({"progress": text, "done": done, "of": of}))
 
-    return tell if request.get("progress") is True else lambda *_: None
+    return progress if request.get("progress") is True else lambda *_: None
 
 
 def _line(message: Mapping[str, Any]) -> bytes:
@@ -245,5 +249,5 @@ def _line(message: Mapping[str, Any]) -> bytes:
 
 
 def _refusal(text: str, **more: Any) -> Mapping[str, Any]:
-    # A path may hold what is no UTF-8.
+    # A path may contain bytes that are no UTF-8.
     return {"ok": False, "error": text.encode(errors="backslashreplace").decode(), **more}

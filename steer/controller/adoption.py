@@ -44,21 +44,21 @@ def adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack) 
 
 
 def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack) -> None:
-    left = Persisted(service.plan.name, handover.entries)
-    generations = _generations(service, left)
-    in_force = generations[left.service.generation]
-    service.started_s = left.service.started_s
+    saved = Persisted(service.plan.name, handover.entries)
+    generations = _generations(service, saved)
+    in_force = generations[saved.service.generation]
+    service.started_s = saved.service.started_s
     service.claim = Claim.inherited(path, handover.control, handover.settings.remove_directory)
-    backend = _open(left.service.backend.backend, service.plan)
-    service.listen(left.service.notify, left.notifications.fds[0])
+    backend = _open(saved.service.backend.backend, service.plan)
+    service.listen(saved.service.notify, saved.notifications.fds[0])
     service.make_guard(handover)
     service.start_guard()
     service.make_pool(in_force, backend)
-    service.pool.adopt(generations, left.service.activated, left.workers, left.selection)
+    service.pool.adopt(generations, saved.service.activated, saved.workers, saved.selection)
     for worker in service.pool.workers:
-        service.keep_generation(worker.generation)
-    service.keep(in_force)
-    service.early += service.listener.read(decoded(left.notifications.value))
+        service.persist_generation(worker.generation)
+    service.persist(in_force)
+    service.early += service.listener.read(decoded(saved.notifications.value))
     remove_pid = service.write_pid()
     handover.taken(service.guard)
     # Not before: had anything failed, the old guard would carry on with all of it.
@@ -82,11 +82,11 @@ def _open(backend: str, plan: Plan) -> Backend:
         raise KernelError(act, why, cure) from None
 
 
-def _generations(service: Controller, left: Persisted) -> Mapping[int, Generation]:
+def _generations(service: Controller, saved: Persisted) -> Mapping[int, Generation]:
     """Those that workers may be of; the service is given the plan in force, and the plan to change
     to if that is another."""
     ours, act = service.plan, f"adopt {service.plan.name}"
-    running = _running(ours, left)
+    running = _running(ours, saved)
     # Whatever those of another generation were to be chosen by: there is one policy.
     chosen = {"policy": running.service.policy, "params": running.service.params}
     found = {
@@ -96,10 +96,10 @@ def _generations(service: Controller, left: Persisted) -> Mapping[int, Generatio
                 running, msgspec.structs.replace(each, **chosen), ours.topology, act
             ),
         )
-        for number, each in left.generations.items()
+        for number, each in saved.generations.items()
     }
-    service.plan = found[left.service.generation].plan
-    service.configured = left.service.configured
+    service.plan = found[saved.service.generation].plan
+    service.configured = saved.service.configured
     # One that was set live is left as it is.
     is_edited = running.policy.source == ours.policy.source and running.policy != ours.policy
     if ours.policy.problem is not None:
@@ -111,9 +111,9 @@ def _generations(service: Controller, left: Persisted) -> Mapping[int, Generatio
     return found
 
 
-def _running(ours: Plan, left: Persisted) -> Plan:
+def _running(ours: Plan, saved: Persisted) -> Plan:
     """Our plan, with what the service runs by."""
-    stored, in_force = left.service, left.generations[left.service.generation]
+    stored, in_force = saved.service, saved.generations[saved.service.generation]
     named = stored.policy if in_force.policy == AUTO else in_force.policy
     return msgspec.structs.replace(
         ours,

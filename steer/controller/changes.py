@@ -8,10 +8,10 @@ from typing import Any
 from steer.config import plan_change
 from steer.config.plan import Generation, Plan
 from steer.config.service import MAX_WORKERS
-from steer.control.server import Tell
+from steer.control.server import Progress
 from steer.controller.controller import Controller
 from steer.controller.policy_change import PolicyChange
-from steer.controller.rollout import Rollout, unheard
+from steer.controller.rollout import Rollout, unreported
 from steer.controller.state import ServiceState
 from steer.controller.turns import Turns
 from steer.errors import ControlError, SteerError
@@ -52,7 +52,7 @@ class Changes:
     def _plan(self) -> Plan:
         return self._service.plan
 
-    async def reload(self, tell: Tell) -> Generation:
+    async def reload(self, progress: Progress) -> Generation:
         """Read the configuration again and replace all workers.
 
         Raises:
@@ -63,27 +63,27 @@ class Changes:
             with self._state.reloading():
                 self._service.follow_cpus()
                 plan = await self._policy.plan_for(self._service.reread(), act)
-                return await self._renew(plan, tell)
+                return await self._renew(plan, progress)
 
     async def become(self, wanted: Plan) -> None:
         """Reload to a configuration that has been read. Raises SteerError: as `reload`."""
         act = f"reload {wanted.name}"
         async with self._turns.turn(act):
-            await self._renew(await self._policy.plan_for(wanted.service, act), unheard)
+            await self._renew(await self._policy.plan_for(wanted.service, act), unreported)
 
     async def renew_as_it_is(self, number: int) -> None:
         """Replace all workers, unless generation `number` has been replaced meanwhile."""
         async with self._turns.turn(f"replace all workers of {self._plan.name}"):
             if self._service.pool.generation.number == number:
-                generation = await self._rollout.renew(self._plan, unheard)
+                generation = await self._rollout.renew(self._plan, unreported)
                 self._log.info("generation %d serves", generation.number)
 
-    async def _renew(self, plan: Plan, tell: Tell) -> Generation:
+    async def _renew(self, plan: Plan, progress: Progress) -> Generation:
         self._service.file_limit.allow(plan)
         before = self._plan
         plan = self._policy.choose_as(plan)
         try:
-            generation = await self._rollout.renew(plan, tell)
+            generation = await self._rollout.renew(plan, progress)
         except SteerError:
             await self._policy.choose_again(before)
             raise
@@ -92,15 +92,15 @@ class Changes:
         self._log.info("generation %d serves", generation.number)
         return generation
 
-    async def change_policy(self, asked: Mapping[str, Any]) -> Plan:
+    async def change_policy(self, request: Mapping[str, Any]) -> Plan:
         """Returns the plan then in force. Raises SteerError: nothing has changed."""
         act = f"change the policy of {self._plan.name}"
         async with self._turns.turn(act):
-            await self._policy.change(asked, act)
+            await self._policy.change(request, act)
             self._retimed()
             return self._plan
 
-    async def scale_by(self, more: int, tell: Tell) -> int:
+    async def scale_by(self, more: int, progress: Progress) -> int:
         """Returns how many workers there are then. Raises SteerError."""
         act = f"scale {self._plan.name} by {more:+}"
         async with self._turns.turn(act):
@@ -109,23 +109,25 @@ class Changes:
                 there_are = f"{plural(there, 'worker')} there"
                 cause = f"{there_are}, and there may be 1 to {MAX_WORKERS}"
                 raise ControlError(act, cause, "see `steer stop`" if more < 0 else "")
-            await self._scale_to(there + more, tell)
+            await self._scale_to(there + more, progress)
             return there + more
 
-    async def scale(self, workers: int, tell: Tell) -> None:
+    async def scale(self, workers: int, progress: Progress) -> None:
         """Raises SteerError."""
         async with self._turns.turn(f"scale {self._plan.name} to {workers}"):
-            await self._scale_to(workers, tell)
+            await self._scale_to(workers, progress)
 
-    async def _scale_to(self, workers: int, tell: Tell) -> None:
+    async def _scale_to(self, workers: int, progress: Progress) -> None:
         self._service.follow_cpus()
         plan = plan_change.scaled(self._plan, workers, topology.read())
         self._service.file_limit.allow(plan)
-        await self._rollout.scale(plan, tell)
+        await self._rollout.scale(plan, progress)
         self._service.configure(plan)
         self._log.info("%s", plural(workers, "worker"))
 
-    async def restart(self, find: Callable[[], WorkerHandle], act: str, tell: Tell) -> WorkerHandle:
+    async def restart(
+        self, find: Callable[[], WorkerHandle], act: str, progress: Progress
+    ) -> WorkerHandle:
         """Replace a worker by another, which is returned.
 
         Args:
@@ -135,7 +137,7 @@ class Changes:
             SteerError: nothing has changed.
         """
         async with self._turns.turn(act):
-            return await self._rollout.restart(find(), tell)
+            return await self._rollout.restart(find(), progress)
 
     async def drain(self, worker: WorkerHandle) -> None:
         """See `Rollout.drain`."""

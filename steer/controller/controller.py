@@ -157,7 +157,7 @@ class Controller:
 
     # What the guard stores.
 
-    def keep(self, generation: Generation, current: Generation | None = None) -> None:
+    def persist(self, generation: Generation, current: Generation | None = None) -> None:
         """Have the guard know what the next controller has to.
 
         Args:
@@ -165,13 +165,13 @@ class Controller:
             current: the one in force, if that is another.
         """
         in_force = (current or generation).number
-        self.keep_generation(generation)
-        self._keep_service(in_force)
+        self.persist_generation(generation)
+        self._persist_service(in_force)
         used = {generation.number, in_force}
         used.update(worker.generation.number for worker in self.pool.workers)
         persisted.drop_generations(self.guard, used)
 
-    def keep_generation(self, generation: Generation) -> None:
+    def persist_generation(self, generation: Generation) -> None:
         """And trust what its workers notify."""
         service = generation.plan.service
         user = identity.identity(service.user, service.group).uid
@@ -179,7 +179,7 @@ class Controller:
             self.listener.trust(user)
         persisted.put_generation(self.guard, generation.number, service)
 
-    def _keep_service(self, in_force: int) -> None:
+    def _persist_service(self, in_force: int) -> None:
         plan = self.plan
         service = PersistedService(
             started_s=self.started_s,
@@ -200,7 +200,7 @@ class Controller:
 
     # What changes while it runs.
 
-    def choose_by(self, plan: Plan) -> None:
+    def apply_policy(self, plan: Plan) -> None:
         """Another policy, other parameters or weights, on all workers at once, and on the best
         backend that works.
 
@@ -212,7 +212,7 @@ class Controller:
         _, self.plan = fallback.first_that_works(
             plan, lambda each: move_to(self.pool, each), lambda _: None
         )
-        self.keep(self.pool.generation)
+        self.persist(self.pool.generation)
 
     def configure(self, plan: Plan) -> None:
         """The plan is in force."""
@@ -225,7 +225,7 @@ class Controller:
         self.configured = plan.service
         self.configure(plan)
         self.pool.renew_controller_sockets(plan.service)
-        self._keep_service(self.pool.generation.number)
+        self._persist_service(self.pool.generation.number)
 
     def renew_control_socket(self) -> None:
         """Its path has gone, and so nobody could find the service: make it again.
@@ -252,7 +252,7 @@ class Controller:
             )
             from steer.config import plan_change
 
-            self.choose_by(plan_change.on_cpus(self.plan, now))
+            self.apply_policy(plan_change.on_cpus(self.plan, now))
             self.pool.pin()
         except SteerError as error:
             self.log.error("follow the CPUs that may be used: %s", error)

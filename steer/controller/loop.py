@@ -85,7 +85,7 @@ class ControllerLoop:
         self._log = log = started.log
         self._state = state = ServiceState(started.environment)
         self._turns = turns = Turns()
-        self._rollout = Rollout(pool, started.keep, turns)
+        self._rollout = Rollout(pool, started.persist, turns)
         self._tasks = Tasks(loop, state, log)
         self._reexec = Reexec(pool, started.guard, turns, state, log)
         self._health = Health(pool, loop, self._replace_hung, self._hear_all)
@@ -243,7 +243,7 @@ class ControllerLoop:
     # The loop itself.
 
     def _look_for_garbage(self) -> float:
-        if not self._server.is_asked and self._tasks.is_empty:
+        if not self._server.has_clients and self._tasks.is_empty:
             self._garbage.set_aside()
         return _GARBAGE_S
 

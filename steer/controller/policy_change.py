@@ -11,9 +11,9 @@ from typing import Any
 from steer.config import plan_change, planning
 from steer.config.plan import Plan
 from steer.config.service import Service
-from steer.controller.asked_policy import with_asked, with_params_kept
 from steer.controller.controller import Controller
 from steer.controller.refusals import log_failure
+from steer.controller.requested_policy import with_params_of, with_requested
 from steer.errors import KernelError, SteerError
 from steer.linux import topology
 from steer.linux.background import in_background
@@ -46,25 +46,25 @@ class PolicyChange:
         candidates = planning.policy_candidates(policy, service, probe.findings(), act)
         return plan_change.reloaded(self._plan, service, topology.read(), act, candidates)
 
-    async def change(self, asked: Mapping[str, Any], act: str) -> None:
+    async def change(self, request: Mapping[str, Any], act: str) -> None:
         """The policy, parameters and weights that a request asks for, on all workers at once.
 
         Raises:
             SteerError: nothing has changed.
         """
         now = self._plan
-        service = with_asked(now.service, asked, act)
+        service = with_requested(now.service, request, act)
         try:
             policy = await _prepared(service.policy)
-            service = with_params_kept(now.service, service, policy)
+            service = with_params_of(now.service, service, policy)
             candidates = planning.policy_candidates(policy, service, probe.findings(), act)
-            self._service.choose_by(
+            self._service.apply_policy(
                 plan_change.with_candidates(now, service, candidates, topology.read(), act)
             )
         except KernelError as error:
             goes_on = f"nothing has changed: {now.policy.name} goes on"
             raise type(error)(act, str(error), goes_on, error.detail) from None
-        self._tell()
+        self._log_policy()
 
     def choose_as(self, other: Plan) -> Plan:
         """Put the policy of another plan in force, over the workers there are.
@@ -77,8 +77,8 @@ class PolicyChange:
         """
         now, first = self._plan, other.candidates[0]
         if not now.has_policy_of(first) or now.backends[0].fallback:
-            self._service.choose_by(plan_change.with_policy_of(now, other, topology.read()))
-            self._tell()
+            self._service.apply_policy(plan_change.with_policy_of(now, other, topology.read()))
+            self._log_policy()
         return other.with_candidates(self._plan.candidates)
 
     async def choose_again(self, before: Plan) -> None:
@@ -92,11 +92,13 @@ class PolicyChange:
         now, end_s = topology.read(), time.monotonic() + _GONE_S
         while time.monotonic() < end_s:
             with suppress(SteerError):
-                self._service.choose_by(plan_change.back_to(before, self._plan, now))
+                self._service.apply_policy(plan_change.back_to(before, self._plan, now))
                 return
             await asyncio.sleep(_AGAIN_S)
         try:
-            self._service.choose_by(plan_change.back_to(before, self._plan, now, may_be_worse=True))
+            self._service.apply_policy(
+                plan_change.back_to(before, self._plan, now, may_be_worse=True)
+            )
         except SteerError as error:
             log_failure(self._log, f"choose by {before.policy.name} again", error)
         else:
@@ -108,16 +110,15 @@ class PolicyChange:
             name = self._plan.policy.name
             self._log.warning("%s is on %s, not on %s: %s", name, now.backend, was, now.reason)
 
-    def _tell(self) -> None:
+    def _log_policy(self) -> None:
         plan = self._plan
         self._log.info("%s on %s", plan.policy.name, self._service.backend.name)
         if plan.became:
             self._log.info("policy %s", plan.became)
 
 
-async def _prepared(asked: str) -> Policy:
-    """See `find.prepare`. To compile a user's own policy takes time, and so may reading its file;
-    a built-in one is read at once."""
-    if asked.endswith(CUSTOM_SUFFIX):
-        return await in_background(find.prepare, asked)
-    return find.prepare(asked)
+async def _prepared(name: str) -> Policy:
+    """See `find.prepare`. A custom policy is read and compiled in a thread, as that takes time."""
+    if name.endswith(CUSTOM_SUFFIX):
+        return await in_background(find.prepare, name)
+    return find.prepare(name)

@@ -14,7 +14,7 @@ from steer.control import schema
 from steer.control.commands import COMMANDS, Command
 from steer.control.outcomes import Drained, Outcome, Reloaded, Restarted, Scaled, Swapped
 from steer.control.protocol import Request
-from steer.control.server import Handler, Tell
+from steer.control.server import Handler, Progress
 from steer.controller import status
 from steer.controller.changes import Changes
 from steer.controller.refusals import log_refused_request, refusal_of
@@ -62,10 +62,10 @@ class Requests:
     def _logged(self, command: Command, handle: Handle) -> Handler:
         """A handler that gets only the arguments of the command, and logs each refusal."""
 
-        async def handler(request: Request, tell: Tell) -> Mapping[str, Any]:
+        async def handler(request: Request, progress: Progress) -> Mapping[str, Any]:
             carried = {key: request[key] for key in command.carries if key in request}
             try:
-                answer = await handle(self, carried, tell)
+                answer = await handle(self, carried, progress)
             except Postponed:
                 raise
             except Exception as error:  # noqa: BLE001 - the client gets it as an answer
@@ -77,35 +77,35 @@ class Requests:
 
         return handler
 
-    async def status(self, _request: Request, _tell: Tell) -> Answer:
+    async def status(self, _request: Request, _progress: Progress) -> Answer:
         await self._pool.selection.publisher.published()
         return {"service": await self._report()}
 
-    async def stop(self, request: Request, _tell: Tell) -> Answer:
+    async def stop(self, request: Request, _progress: Progress) -> Answer:
         self._stop(bool(request.get("quick")))
         # Other requests wait for the same future: ours must not cancel it.
         await asyncio.shield(self._pool.shutdown.ended)
         return {}
 
-    async def reload(self, _request: Request, tell: Tell) -> Answer:
+    async def reload(self, _request: Request, progress: Progress) -> Answer:
         began_s = time.monotonic()
-        generation = await self._changes.reload(tell)
+        generation = await self._changes.reload(progress)
         return Reloaded(generation.number, len(generation.plan.specs), _since(began_s))
 
-    async def scale(self, request: Request, tell: Tell) -> Answer:
+    async def scale(self, request: Request, progress: Progress) -> Answer:
         began_s = time.monotonic()
         workers, more = request.get("workers"), request.get("more")
         if workers is None and type(more) is int:
-            return Scaled(await self._changes.scale_by(more, tell), _since(began_s))
+            return Scaled(await self._changes.scale_by(more, progress), _since(began_s))
         if type(workers) is not int or not 0 < workers <= MAX_WORKERS:
             act = f"scale {self._name} to {shown(workers)}"
             raise ControlError(
                 act, f"a number from 1 to {MAX_WORKERS} is wanted", "see `steer stop`"
             )
-        await self._changes.scale(workers, tell)
+        await self._changes.scale(workers, progress)
         return Scaled(workers, _since(began_s))
 
-    async def drain(self, request: Request, _tell: Tell) -> Answer:
+    async def drain(self, request: Request, _progress: Progress) -> Answer:
         worker = self._worker(request, "drain", State.READY)
         if self._pool.backend.name == KERNEL:
             raise ControlError(
@@ -120,22 +120,22 @@ class Requests:
         await self._changes.drain(worker)
         return Drained(worker.slot)
 
-    async def undrain(self, request: Request, _tell: Tell) -> Answer:
+    async def undrain(self, request: Request, _progress: Progress) -> Answer:
         worker = self._worker(request, "undrain", State.DRAINING)
         await self._changes.undrain(worker)
         return Drained(worker.slot)
 
-    async def restart(self, request: Request, tell: Tell) -> Answer:
+    async def restart(self, request: Request, progress: Progress) -> Answer:
         began_s = time.monotonic()
         slot = request.get("slot")
         fresh = await self._changes.restart(
             lambda: self._worker(request, "restart", *_MAY_RESTART),
             f"restart worker {shown(slot)}",
-            tell,
+            progress,
         )
         return Restarted(request["slot"], fresh.slot, _since(began_s))
 
-    async def policy(self, request: Request, _tell: Tell) -> Answer:
+    async def policy(self, request: Request, _progress: Progress) -> Answer:
         began_s = time.monotonic()
         plan = await self._changes.change_policy(request)
         return Swapped(plan.policy.name, plan.backends[0].backend, _since(began_s))
@@ -160,7 +160,7 @@ class Requests:
         return found
 
 
-Handle = Callable[[Requests, Request, Tell], Awaitable[Answer]]
+Handle = Callable[[Requests, Request, Progress], Awaitable[Answer]]
 HANDLERS: Mapping[str, Handle] = {
     "status": Requests.status,
     "stop": Requests.stop,

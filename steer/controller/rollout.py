@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from steer.config.plan import Generation, Plan, WorkerSpec
-from steer.control.server import Tell
+from steer.control.server import Progress
 from steer.controller.turns import Turns
 from steer.errors import (
     AppLoadError,
@@ -27,7 +27,7 @@ from steer.workers.lifecycle import Event, State
 from steer.workers.pool import WorkerPool
 
 
-def unheard(_text: str, _done: int, _of: int) -> None:
+def unreported(_text: str, _done: int, _of: int) -> None:
     """For changes that nobody watches."""
 
 
@@ -37,18 +37,18 @@ class Rollout:
     Args:
         pool: the workers.
         turns: of the changes of this service.
-        keep: has the guard store a generation before there are workers of it, which generation is
-            in force, and which change was admitted.
+        persist: has the guard store a generation before there are workers of it, which generation
+            is in force, and which change was admitted.
     """
 
     def __init__(
-        self, pool: WorkerPool, keep: Callable[[Generation, Generation], None], turns: Turns
+        self, pool: WorkerPool, persist: Callable[[Generation, Generation], None], turns: Turns
     ) -> None:
         self._pool = pool
-        self._keep = keep
+        self._persist = persist
         self.turns = turns
 
-    async def renew(self, plan: Plan, tell: Tell) -> Generation:
+    async def renew(self, plan: Plan, progress: Progress) -> Generation:
         """Replace all workers by those of another plan.
 
         Raises:
@@ -57,10 +57,10 @@ class Rollout:
         """
         generation = Generation(self._pool.generation.number + 1, plan)
         old = list(self._pool.workers)
-        await self._replace_all(plan.specs, generation, old, tell)
+        await self._replace_all(plan.specs, generation, old, progress)
         return generation
 
-    async def scale(self, plan: Plan, tell: Tell) -> None:
+    async def scale(self, plan: Plan, progress: Progress) -> None:
         """Start and end workers until there is one on each seat of the plan.
 
         If none of those who would stay serves, as they are drained, hang or fail, others
@@ -78,15 +78,15 @@ class Rollout:
         specs = {worker.spec for worker in staying}
         new = [spec for spec in plan.specs if spec not in specs]
         surplus = [worker for worker in there if worker.spec not in specs]
-        await self._replace_all(new, generation, surplus, tell)
+        await self._replace_all(new, generation, surplus, progress)
 
-    async def restart(self, worker: WorkerHandle, tell: Tell) -> WorkerHandle:
+    async def restart(self, worker: WorkerHandle, progress: Progress) -> WorkerHandle:
         """Replace a worker; the result has the same CPUs and weight.
 
         Raises:
             As `renew`.
         """
-        (fresh,) = await self._replace_all([worker.spec], self._pool.generation, [worker], tell)
+        (fresh,) = await self._replace_all([worker.spec], self._pool.generation, [worker], progress)
         return fresh
 
     async def replace(self, worker: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
@@ -99,10 +99,10 @@ class Rollout:
             if not is_due(worker):
                 return
             spec = worker.spec
-            fresh = await self._start([spec], self._pool.generation, unheard, niced=False)
+            fresh = await self._start([spec], self._pool.generation, unreported, niced=False)
             if is_due(worker):
                 self._pool.activate(fresh)
-                self._keep(self._pool.generation, self._pool.generation)
+                self._persist(self._pool.generation, self._pool.generation)
                 self._pool.report(worker, Event.RETIRE)
             else:
                 self._retire(fresh)
@@ -133,20 +133,20 @@ class Rollout:
         specs: Sequence[WorkerSpec],
         generation: Generation,
         old: Sequence[WorkerHandle],
-        tell: Tell,
+        progress: Progress,
     ) -> list[WorkerHandle]:
         in_force = self._pool.generation
         if generation.number != in_force.number:
-            self._keep(generation, in_force)
+            self._persist(generation, in_force)
         try:
-            fresh = await self._start(specs, generation, tell, niced=True)
+            fresh = await self._start(specs, generation, progress, niced=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
             raise type(error)(self.turns.act, str(error), self._as_before(), error.detail) from None
         # All in the same turn of the loop: one publication, and one message to the guard:
         # a controller that adopts us, should we be killed, finds either both or neither.
         self._pool.generation = generation
         self._pool.activate(fresh)
-        self._keep(generation, generation)
+        self._persist(generation, generation)
         self._pool.retire(old)
         await self._pool.selection.publisher.published()
         return fresh
@@ -159,7 +159,12 @@ class Rollout:
         return f"nothing has changed: generation {number} goes on, and no worker of it is ready"
 
     async def _start(
-        self, specs: Sequence[WorkerSpec], generation: Generation, tell: Tell, *, niced: bool
+        self,
+        specs: Sequence[WorkerSpec],
+        generation: Generation,
+        progress: Progress,
+        *,
+        niced: bool,
     ) -> list[WorkerHandle]:
         """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
         one fails, none stays."""
@@ -167,7 +172,7 @@ class Rollout:
         intake = Intake(len(os.sched_getaffinity(0)), self._pool.lot)
         began_s: dict[WorkerHandle, float] = {}
         news: asyncio.Queue[WorkerHandle] = asyncio.Queue()
-        tell("ready", 0, len(specs))
+        progress("ready", 0, len(specs))
         try:
             while len(fresh) < len(specs) or began_s:
                 few = specs[len(fresh) : len(fresh) + intake.room(len(began_s))]
@@ -180,7 +185,7 @@ class Rollout:
                     worker = await news.get()
                     _see_that_it_stayed(worker)
                     intake.took(time.monotonic() - began_s.pop(worker))
-                    tell("ready", len(fresh) - len(began_s), len(specs))
+                    progress("ready", len(fresh) - len(began_s), len(specs))
             for worker in fresh:
                 _see_that_it_stayed(worker)
         except BaseException:

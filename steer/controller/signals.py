@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from steer.controller.changes import Changes
 from steer.controller.reexec import Reexec
-from steer.controller.rollout import unheard
+from steer.controller.rollout import unreported
 from steer.controller.tasks import Tasks
 from steer.linux import signals, stdio
 
@@ -54,18 +54,18 @@ class Signals:
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         signals.release_signals()
 
-    def _scale_by(self, act: str, more: int, asked_by: signal.Signals) -> None:
-        self._tasks.begin(act, lambda: self._changes.scale_by(more, unheard), asked_by)
+    def _scale_by(self, act: str, more: int, signal_number: signal.Signals) -> None:
+        self._tasks.begin(act, lambda: self._changes.scale_by(more, unreported), signal_number)
 
     def _on_hangup(self) -> None:
         """Asked to reload; or the terminal that it ran in was closed."""
         if self._has_terminal and stdio.terminal_is_gone():
             self._stop(False)
         else:
-            self._tasks.begin("reload", lambda: self._changes.reload(unheard), signal.SIGHUP)
+            self._tasks.begin("reload", lambda: self._changes.reload(unreported), signal.SIGHUP)
 
     def _on_window_change(self) -> None:
         """With a terminal it means that a window has another size."""
         if not self._has_terminal:
             act = "end all workers"
-            self._tasks.begin(act, lambda: self._changes.scale(0, unheard), signal.SIGWINCH)
+            self._tasks.begin(act, lambda: self._changes.scale(0, unreported), signal.SIGWINCH)

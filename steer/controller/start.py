@@ -55,32 +55,32 @@ class Start:
         service, plan = self._service, self._service.plan
         free = self._end_abandoned()
         control_socket = plan.service.control_socket
-        service.claim = Claim(plan.name, control_socket, service.environment, places=free)
+        service.claim = Claim(plan.name, control_socket, service.environment, paths=free)
         self._undo.callback(service.claim.release)
         if service.claim.refusals:
-            places = "; ".join(service.claim.refusals)
-            self._log.info("control socket %s, as not at %s", service.claim.path, places)
+            paths = "; ".join(service.claim.refusals)
+            self._log.info("control socket %s, as not at %s", service.claim.path, paths)
         self._undo.callback(service.write_pid())
 
     def _end_abandoned(self) -> Sequence[Path]:
         """Workers whose controller and guard were both killed hold the ports, and nobody can
         adopt them. Returns where the control socket may be."""
         plan, environment = self._service.plan, self._service.environment
-        places = taken.refuse_taken(
+        paths = taken.refuse_taken(
             plan.name, plan.service.control_socket, environment, lost=self._lost
         )
         # To look through all processes takes time, and is for nothing where ports are free.
         is_held = any(map(port_checks.is_held, plan.binds))
         unattended = services.unattended(environment) if is_held else ()
-        for left in abandoned.find(places, unattended):
-            is_here = left.control is not None and bool(record.left(left.control))
-            is_ours = left.name == plan.name and abandoned.is_in_the_way(left, plan.binds)
+        for each in abandoned.find(paths, unattended):
+            is_here = each.control is not None and bool(record.living(each.control))
+            is_ours = each.name == plan.name and abandoned.is_in_the_way(each, plan.binds)
             if is_here or is_ours:
-                count = plural(len(left.workers), "worker")
+                count = plural(len(each.workers), "worker")
                 self._log.warning("ending %s whose controller and guard were killed", count)
-                end = partial(abandoned.end, left, plan.service.graceful_timeout, False)
+                end = partial(abandoned.end, each, plan.service.graceful_timeout, False)
                 while_heard("end workers that were left", end)
-        return places
+        return paths
 
     def check_free(self, step: Step) -> None:
         plan = self._service.plan
@@ -120,7 +120,7 @@ class Start:
         service.make_pool(generation, backend)
         self._backend = lambda: service.backend
         self._undo.callback(service.pool.abandon)
-        service.keep(generation)
+        service.persist(generation)
         service.pool.start(service.claim.others_may_start)
         service.pool.save()
         # Should we be killed before that, the kernel tells the workers to finish, see `lifeline`.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from steer.control.notify import tell_supervisor
+from steer.control.notify import notify_supervisor
 
 _STARTING, _RUNNING, _STOPPING = "starting", "running", "stopping"
 
@@ -36,21 +36,21 @@ class ServiceState:
 
     def runs(self) -> None:
         self.word = _RUNNING
-        self._tell(f"READY=1\nMAINPID={os.getpid()}")
+        self._notify(f"READY=1\nMAINPID={os.getpid()}")
 
     def stops(self) -> None:
         self.word = _STOPPING
-        self._tell("STOPPING=1")
+        self._notify("STOPPING=1")
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
         """While it lasts the configuration is being read again."""
-        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             yield
         finally:
             if self.is_running:
-                self._tell("READY=1")
+                self._notify("READY=1")
 
-    def _tell(self, message: str) -> None:
-        tell_supervisor(message, self._environment)
+    def _notify(self, message: str) -> None:
+        notify_supervisor(message, self._environment)

@@ -30,16 +30,16 @@ class Tasks:
         return not self._tasks
 
     def begin(
-        self, act: str, change: Change, asked_by: signal.Signals | None = None
+        self, act: str, change: Change, signal_number: signal.Signals | None = None
     ) -> asyncio.Task[None]:
         """Carry out a change.
 
         Args:
             act: what it does, in words, for the log.
-            asked_by: the signal to send ourselves again if the change has to wait for the next
+            signal_number: the signal to send ourselves again if the change has to wait for the next
                 controller.
         """
-        task = self._loop.create_task(self._logged(act, change, asked_by))
+        task = self._loop.create_task(self._logged(act, change, signal_number))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -52,13 +52,13 @@ class Tasks:
         """Until all are done."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _logged(self, act: str, change: Change, asked_by: signal.Signals | None) -> None:
+    async def _logged(self, act: str, change: Change, signal_number: signal.Signals | None) -> None:
         try:
             await change()
         except Postponed:
             # Signals are held by now: it waits for the next controller.
-            if asked_by is not None:
-                os.kill(os.getpid(), asked_by)
+            if signal_number is not None:
+                os.kill(os.getpid(), signal_number)
         except Exception as error:  # noqa: BLE001 - logged; nobody else is there to be told
             # Whoever ended the service knows what does not happen any more.
             if not self._state.is_stopping or not isinstance(error, ControlError):

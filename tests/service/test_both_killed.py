@@ -196,7 +196,7 @@ def test_stop_finds_and_ends_the_workers_and_status_tells_of_them(
     stopped = running.steer("stop", "test")
     assert (stopped.returncode, stopped.stdout) == (0, "stopped test\n"), stopped.stderr
     assert not any(map(is_running, workers))
-    assert not record.left(running.control_socket)
+    assert not record.living(running.control_socket)
     assert not running.control_socket.parent.exists()
 
 
@@ -423,12 +423,12 @@ def test_those_of_a_living_service_are_not_left(
         os.kill(pid, signal.SIGSTOP)
     os.kill(running.pid, signal.SIGSTOP)
     lose_directory(running)
-    assert find.left(environment) == []
+    assert find.abandoned_services(environment) == []
     if without == "controller":
         guard = set(processes.children(running.pid)) - set(workers)
         running.send_signal(signal.SIGKILL)
         running.wait()
-        assert find.left(environment) == []
+        assert find.abandoned_services(environment) == []
         for pid in guard:
             os.kill(pid, signal.SIGCONT)
         eventually(lambda: running.steer("stop", "test").returncode, 0)
@@ -449,7 +449,7 @@ def test_nothing_is_left_of_the_record(service: StartService) -> None:
 def test_lines_that_name_no_worker(tmp_path: Path, line: str) -> None:
     control = tmp_path / "web.sock"
     (tmp_path / "web.sock.workers").write_text(f"{line}\n")
-    assert record.left(control) == []
+    assert record.living(control) == []
 
 
 def test_a_number_that_is_another_process_by_now_is_no_worker(tmp_path: Path) -> None:
@@ -457,6 +457,6 @@ def test_a_number_that_is_another_process_by_now_is_no_worker(tmp_path: Path) ->
     assert ticks is not None
     path = tmp_path / "web.sock.workers"
     path.write_text(f"{os.getpid()} {ticks - 1} 15\n")
-    assert record.left(tmp_path / "web.sock") == []
+    assert record.living(tmp_path / "web.sock") == []
     path.write_text(f"{os.getpid()} {ticks} 15\n")
-    assert record.left(tmp_path / "web.sock") == [(os.getpid(), 15)]
+    assert record.living(tmp_path / "web.sock") == [(os.getpid(), 15)]

@@ -24,7 +24,7 @@ import steer as package
 from steer.cli.arguments import TakesCommand, given_command, service_options
 from steer.cli.options import Source
 from steer.config import service as config
-from steer.control.server import Tell
+from steer.control.server import Progress
 from steer.errors import ConfigError, WorkersFailed
 from steer.policy.builtin import POLICIES
 from testkit.clients import http_get
@@ -349,11 +349,11 @@ def web(home: Path) -> Iterator[Requests]:
 def answering(home: Path, name: str) -> Iterator[Requests]:
     asked: Requests = []
 
-    async def answer(request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    async def answer(request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
         asked.append(request)
         return ANSWERS[request["command"]]
 
-    async def status(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    async def status(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
         return {}
 
     handlers = {**dict.fromkeys(ANSWERS, answer), "status": status}
@@ -436,7 +436,7 @@ def test_act_on_none_and_on_one_of_several(alone: RunSteer, home: Path, web: Req
 def test_act_that_failed_ends_as_its_error_does(
     cli: RunSteer, home: Path, more: tuple[str, ...]
 ) -> None:
-    async def reload(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    async def reload(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
         raise WorkersFailed("reload web", "no worker came up", detail="Traceback\nValueError: x")
 
     with fake_service(home / "run" / "steer" / "web.sock", reload=reload):
@@ -459,14 +459,14 @@ class Reloading:
 def reloading(home: Path, environment: dict[str, str]) -> Iterator[Reloading]:
     go, done = asyncio.Event(), threading.Event()
 
-    async def reload(request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+    async def reload(request: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
         assert request["progress"] is True
-        tell("starting [workers]", 1, 4)
+        progress("starting [workers]", 1, 4)
         await go.wait()
         done.set()
         return ANSWERS["reload"]
 
-    async def status(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    async def status(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
         return {}
 
     path = home / "run" / "steer" / "web.sock"

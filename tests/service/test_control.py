@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from steer.control import claim, client, outcomes, peer, server
-from steer.control.server import Tell
+from steer.control.server import Progress
 from steer.errors import ControlError, NotRunning, Refused, WorkersFailed
 from steer.linux import processes
 from testkit.confine import NOBODY, as_user
@@ -521,25 +521,25 @@ CHATTY = 5000
 """More lines of progress than a socket holds: each takes 768 bytes of its buffer at least."""
 
 
-async def answers_status(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+async def answers_status(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
     return {}
 
 
-async def counts_to_two(_request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
-    tell("first", 1, 2)
-    tell("second", 2, 2)
+async def counts_to_two(_request: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+    progress("first", 1, 2)
+    progress("second", 2, 2)
     return {"workers": 2, "took_s": 0.5}
 
 
-async def talks(_request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+async def talks(_request: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
     for number in range(CHATTY):
-        tell("still at it", number, CHATTY)
+        progress("still at it", number, CHATTY)
         await asyncio.sleep(0)
     return {}
 
 
-async def fails(_request: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
-    tell("starting", 0, 1)
+async def fails(_request: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+    progress("starting", 0, 1)
     raise WorkersFailed("scale web to 2", "exit 1", "see below", "boom\nbang")
 
 
@@ -559,10 +559,10 @@ def place(home: Path) -> Path:
 def test_a_bug_is_told_to_whoever_asked_and_to_the_log(place: Path) -> None:
     """And the next request is answered."""
 
-    async def broken(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    async def broken(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
         raise ZeroDivisionError("of nothing")
 
-    async def well(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    async def well(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
         return {}
 
     told: list[dict[str, Any]] = []
@@ -606,10 +606,10 @@ def test_failure_is_an_answer(place: Path) -> None:
 
 
 def test_act_goes_on_when_the_asker_has_gone(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def scale(asked: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
-        tell("begun", 0, 0)
+    async def scale(asked: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+        progress("begun", 0, 0)
         await go.wait()
-        await talks(asked, tell)
+        await talks(asked, progress)
         done.set()
         return {}
 
@@ -625,8 +625,8 @@ def test_act_goes_on_when_the_asker_has_gone(place: Path, caplog: pytest.LogCapt
 
 
 def test_slow_reader_holds_nobody_up_and_gets_the_answer(place: Path) -> None:
-    async def scale(asked: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
-        await talks(asked, tell)
+    async def scale(asked: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+        await talks(asked, progress)
         done.set()
         return {"workers": 2}
 
@@ -702,13 +702,13 @@ def test_long_acts_begin_with_whether_anybody_listens(place: Path) -> None:
     """Whoever answers for a dead controller may refuse that and do this."""
     asked: list[object] = []
 
-    async def status(request_: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    async def status(request_: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
         asked.append(request_)
         raise ControlError("status web", "nobody steers")
 
-    async def scale(request_: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+    async def scale(request_: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
         asked.append(request_)
-        return await counts_to_two(request_, tell)
+        return await counts_to_two(request_, progress)
 
     with fake_service(place, scale=scale, status=status):
         assert client.perform(place, "scale", workers=2) == outcomes.Scaled(2, 0.5)

@@ -54,14 +54,14 @@ def wait_for(running: Service, words: str, times: int) -> None:
 def test_guard_makes_the_control_socket_and_the_record_again(service: StartService) -> None:
     running = service("-w", "2", "--adopt-timeout=300", under=SOON)
     orphan(running)
-    before = record.left(running.control_socket)
+    before = record.living(running.control_socket)
     assert len(before) == 2
     for again in (1, 2):
         lose_directory(running)
         (state,) = orphaned(running)
         assert "2 workers still serving" in state
         assert running.log.count("was gone; it is") == again
-    eventually(lambda: sorted(record.left(running.control_socket)), sorted(before))
+    eventually(lambda: sorted(record.living(running.control_socket)), sorted(before))
     assert running.steer("stop", "test").returncode == 0
     assert not running.control_socket.parent.exists()
 
@@ -165,10 +165,10 @@ def test_reload_that_is_under_way_goes_on(service: StartService, home: Path) -> 
 def test_record_that_was_removed_is_made_again(service: StartService) -> None:
     """As who cleans directories removes old files and leaves sockets in use (tmpfiles.d(5))."""
     running = service("-w", "3", under=SOON)
-    before = sorted(record.left(running.control_socket))
+    before = sorted(record.living(running.control_socket))
     assert len(before) == 3
     record_of(running.control_socket).unlink()
-    eventually(lambda: sorted(record.left(running.control_socket)), before)
+    eventually(lambda: sorted(record.living(running.control_socket)), before)
     record_of(running.control_socket).unlink()
     assert running.steer("scale", "test", "4").returncode == 0
-    assert len(record.left(running.control_socket)) == 4
+    assert len(record.living(running.control_socket)) == 4

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from steer.control import notification_buffer
-from steer.control.notify import Listener, Notification, Unheard, tell_supervisor
+from steer.control.notify import Listener, Notification, Unheard, notify_supervisor
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually, is_ready
 from testkit.programs import source
@@ -101,14 +101,14 @@ def supervisor(address: str) -> Iterator[socket.socket]:
 def test_supervisor_is_told_wherever_it_listens(home: Path, address: str) -> None:
     address = address.format(home=home, pid=os.getpid())
     with supervisor(address) as sock:
-        tell_supervisor("READY=1", {"NOTIFY_SOCKET": address})
+        notify_supervisor("READY=1", {"NOTIFY_SOCKET": address})
         assert sock.recv(100) == b"READY=1"
 
 
 @pytest.mark.parametrize("address", ["", "@nobody-listens", "/nowhere/x", "x" * 200, "relative"])
 def test_supervisor_that_cannot_be_told_is_no_error(address: str) -> None:
-    tell_supervisor("READY=1", {"NOTIFY_SOCKET": address})
-    tell_supervisor("READY=1", {})
+    notify_supervisor("READY=1", {"NOTIFY_SOCKET": address})
+    notify_supervisor("READY=1", {})
 
 
 def test_service_tells_its_supervisor(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from steer.control import schema
-from steer.control.server import Tell
+from steer.control.server import Progress
 from steer.linux import fork
 from testkit.fake_service import fake_service
 from testkit.fixtures import StartService
@@ -73,7 +73,7 @@ def test_status_imports_only_what_it_shows(home: Path, asked: list[str]) -> None
     assert not (HEAVY | needless).intersection(loaded)
 
 
-async def tells(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+async def tells(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
     totals = schema.Totals()
     web = schema.Service("web", 1, "running", 1, "cpu", "ebpf", None, 1.0, [], [], totals)
     return {"service": web}

@@ -17,7 +17,7 @@ import pytest
 
 from steer.control import client, peer
 from steer.control.protocol import ASKERS_MAX, SILENT_MAX
-from steer.control.server import Tell
+from steer.control.server import Progress
 from steer.errors import ControlError, NotRunning
 from steer.linux import processes
 from testkit.fake_service import fake_service
@@ -28,7 +28,7 @@ from testkit.service import STEER
 STATUS = b'{"command": "status", "stay": true}\n'
 
 
-async def answers(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+async def answers(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
     return {"service": {}}
 
 
@@ -116,22 +116,22 @@ def kept() -> Iterator[client.Connections]:
 def test_all_is_asked_by_one_connection(place: Path, kept: client.Connections) -> None:
     with counting(place, 5) as asked:
         for _ in range(5):
-            assert client.ask(place, "status", kept=kept) == {"ok": True}
+            assert client.ask(place, "status", connections=kept) == {"ok": True}
     assert asked == [5]
 
 
 def test_one_that_was_closed_is_made_again(place: Path, kept: client.Connections) -> None:
     with counting(place, 1, 2, 1) as asked:
         for _ in range(4):
-            assert client.ask(place, "status", kept=kept) == {"ok": True}
+            assert client.ask(place, "status", connections=kept) == {"ok": True}
             assert kept.listener(place) in (os.getpid(), None)
     assert asked == [1, 2, 1]
     with pytest.raises(NotRunning):
-        client.ask(place, "status", kept=kept)
+        client.ask(place, "status", connections=kept)
 
 
 def test_an_answer_of_something_else_is_told_as_such(place: Path, kept: client.Connections) -> None:
-    async def odd(_request: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+    async def odd(_request: Mapping[str, Any], _tell: Progress) -> Mapping[str, Any]:
         return {"service": {"name": 7}}
 
     with fake_service(place, status=odd), pytest.raises(ControlError, match="not understood"):

@@ -13,7 +13,7 @@ import pytest
 from steer.config import plan_change, planning
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
-from steer.controller.rollout import Rollout, unheard
+from steer.controller.rollout import Rollout, unreported
 from steer.controller.turns import Turns
 from steer.errors import ControlError, WorkersFailed
 from steer.features import Answer, Finding
@@ -174,7 +174,7 @@ def test_half_the_cpus_start_workers_and_one_more_begins_and_all_are_told_of() -
 
 def test_one_that_fails_takes_the_others_with_it() -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
-        renewal = begin(changes.renew(plan_for(3), unheard))
+        renewal = begin(changes.renew(plan_for(3), unreported))
         await rest()
         pool.get_ready(2)
         await rest()
@@ -196,7 +196,7 @@ def test_one_that_fails_takes_the_others_with_it() -> None:
 
 def test_one_that_was_ready_and_failed_since_counts_as_failed() -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
-        renewal = begin(changes.renew(plan_for(2), unheard))
+        renewal = begin(changes.renew(plan_for(2), unreported))
         await rest()
         pool.get_ready(1)
         await rest()
@@ -211,7 +211,7 @@ def test_one_that_was_ready_and_failed_since_counts_as_failed() -> None:
 
 def test_one_that_is_ready_and_says_that_it_ends_counts_as_failed() -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
-        renewal = begin(changes.renew(plan_for(1), unheard))
+        renewal = begin(changes.renew(plan_for(1), unreported))
         await rest()
         pool.get_ready(1)
         pool.report(pool.at(1), Event.DRAIN)
@@ -225,7 +225,7 @@ def test_one_that_is_ready_and_says_that_it_ends_counts_as_failed() -> None:
 def test_end_of_the_service_ends_a_change(when: str) -> None:
     async def renew(changes: Rollout) -> None:
         async with changes.turns.turn("reload demo"):
-            await changes.renew(plan_for(4), unheard)
+            await changes.renew(plan_for(4), unreported)
 
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         first, second = begin(renew(changes)), begin(renew(changes))
@@ -255,7 +255,7 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
 def test_changes_take_turns() -> None:
     async def renew(changes: Rollout) -> int:
         async with changes.turns.turn("reload demo"):
-            return (await changes.renew(plan_for(1), unheard)).number
+            return (await changes.renew(plan_for(1), unreported)).number
 
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         first, second = begin(renew(changes)), begin(renew(changes))
@@ -285,7 +285,7 @@ OUT = [State.DRAINING, State.HUNG, State.BACKOFF, State.STARTING]
 def test_last_that_serves_is_not_scaled_away(state: State) -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         pool.at(0).state = state
-        scaling = begin(changes.scale(plan_for(1), unheard))
+        scaling = begin(changes.scale(plan_for(1), unreported))
         await rest()
         assert pool.at(1).state is State.READY
         pool.get_ready(2)
@@ -301,7 +301,7 @@ def test_last_that_serves_is_not_scaled_away(state: State) -> None:
 def test_who_stays_need_not_serve_where_another_does(state: State) -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         pool.at(0).state = state
-        await changes.scale(plan_for(2), unheard)
+        await changes.scale(plan_for(2), unreported)
 
     pool = play(3, script)
     assert pool.publications == [[1]]
@@ -311,7 +311,7 @@ def test_who_stays_need_not_serve_where_another_does(state: State) -> None:
 def test_one_on_its_way_out_leaves_its_seat() -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         pool.at(1).state = State.STOPPING
-        scaling = begin(changes.scale(plan_for(2), unheard))
+        scaling = begin(changes.scale(plan_for(2), unreported))
         await rest()
         pool.get_ready(2)
         await scaling
@@ -325,7 +325,7 @@ def test_one_on_its_way_out_leaves_its_seat() -> None:
 def test_none_serves_when_scaled_to_none() -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
         running = pool.generation.plan
-        await changes.scale(plan_change.scaled(running, 0, running.topology), unheard)
+        await changes.scale(plan_change.scaled(running, 0, running.topology), unreported)
 
     pool = play(2, script)
     assert pool.publications == [[]]
@@ -334,7 +334,7 @@ def test_none_serves_when_scaled_to_none() -> None:
 
 def test_restart_takes_the_seat_over() -> None:
     async def script(pool: FakeFleet, changes: Rollout) -> None:
-        restarting = begin(changes.restart(pool.at(1), unheard))
+        restarting = begin(changes.restart(pool.at(1), unreported))
         await rest()
         assert pool.at(1).state is State.READY
         pool.get_ready(3)

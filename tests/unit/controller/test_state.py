@@ -16,7 +16,7 @@ HERE = {"NOTIFY_SOCKET": "@here"}
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     monkeypatch.setattr(
-        state, "tell_supervisor", lambda message, where: lines.append(message) or where
+        state, "notify_supervisor", lambda message, where: lines.append(message) or where
     )
     return lines
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from steer.controller.rollout import unheard
+from steer.controller.rollout import unreported
 from steer.workers import steps
 from steer.workers.handle import WorkerHandle
 from steer.workers.intake import MOST_TOGETHER, Lot
@@ -106,7 +106,7 @@ def test_an_end_is_not_waited_for_by_the_guard(tmp_path: Path) -> None:
 def test_a_reload(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
-            await service.changes.renew(service.plan, unheard)
+            await service.changes.renew(service.plan, unreported)
             assert {worker.generation.number for worker in service.ready(MANY)} == {2}
             assert service.cost["publications"] == 1
             while len(service.pool.workers) > len(service.plan.specs):
@@ -135,7 +135,7 @@ def test_those_that_are_admitted_together_are_saved_no_more_for_it(tmp_path: Pat
             seen.update(cost)
 
         service.pool.activate = activate  # type: ignore[method-assign]
-        await service.changes.renew(service.plan, unheard)
+        await service.changes.renew(service.plan, unreported)
 
     seen: Counter[str] = Counter()
     cost_of(script, tmp_path, MANY)
@@ -150,7 +150,7 @@ def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
 
     async def script(service: FakeService) -> None:
         with service.counted(steps=False):
-            await service.changes.renew(service.plan, unheard)
+            await service.changes.renew(service.plan, unreported)
             while len(service.pool.workers) > len(service.plan.specs):
                 await rest()
 
@@ -240,7 +240,7 @@ def test_a_scale(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         half = plan_for(len(service.plan.specs) // 2)
         with service.counted():
-            await service.changes.scale(half, unheard)
+            await service.changes.scale(half, unreported)
             while len(service.pool.workers) > len(half.specs):
                 await rest()
 

@@ -19,7 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from steer.controller.rollout import unheard
+from steer.controller.rollout import unreported
 from steer.linux.log import Log
 from steer.workers import ends, handle, process, steps
 from steer.workers.handle import WorkerHandle
@@ -145,12 +145,12 @@ class Workers(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_stopping)
     @rule(workers=st.integers(1, WORKERS))
     def scaled(self, workers: int) -> None:
-        self.change(self.service.changes.scale(plan_for(workers), unheard))
+        self.change(self.service.changes.scale(plan_for(workers), unreported))
 
     @precondition(lambda self: not self.is_stopping)
     @rule(workers=st.integers(1, WORKERS))
     def reloaded(self, workers: int) -> None:
-        self.change(self.service.changes.renew(plan_for(workers), unheard))
+        self.change(self.service.changes.renew(plan_for(workers), unreported))
 
     def change(self, coroutine: Any) -> None:
         async def do() -> None:

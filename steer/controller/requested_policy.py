@@ -12,29 +12,29 @@ from steer.control.commands import COMMANDS
 from steer.policy.builtin import KERNEL, Policy
 
 
-def with_asked(service: Service, asked: Mapping[str, Any], act: str) -> Service:
+def with_requested(service: Service, requested: Mapping[str, Any], act: str) -> Service:
     """The configuration with the policy, parameters and weights asked for.
 
     Raises:
         ConfigError
     """
     keys = COMMANDS["policy"].carries
-    values = {key: asked[key] for key in keys if asked.get(key) is not None}
+    values = {key: requested[key] for key in keys if requested.get(key) is not None}
     if values.get("policy") == KERNEL:
         values.setdefault("weights", ())  # it knows none
     return changed(service, {"params": (), **values}, act)
 
 
-def with_params_kept(running: Service, asked: Service, policy: Policy) -> Service:
+def with_params_of(running: Service, requested: Service, policy: Policy) -> Service:
     """The configuration asked for: if it names the policy in force, parameters that it does not
     name keep their values."""
-    if asked.policy != running.policy:
-        return asked
+    if requested.policy != running.policy:
+        return requested
     known = {param.name for param in policy.declared.params}
     kept = {name: value for name, value in _pairs(running.params) if name in known}
-    all_of_them = {**kept, **dict(_pairs(asked.params))}
+    all_of_them = {**kept, **dict(_pairs(requested.params))}
     params = tuple(f"{name}={value}" for name, value in all_of_them.items())
-    return msgspec.structs.replace(asked, params=params)
+    return msgspec.structs.replace(requested, params=params)
 
 
 def _pairs(params: Sequence[str]) -> Iterator[tuple[str, str]]:
