@@ -1,7 +1,6 @@
-"""The exception tree. Every error a user can meet is one of these.
+"""The exceptions. Every error that a user can see is one of these.
 
-An error names the act, the object, the cause and the cure, and carries the
-exit code that the command ends with.
+An error names the act, the object, the cause and the cure, and has the exit code of the command.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from typing import NamedTuple, Self
 
 
 def errno_name(error: OSError) -> str:
-    """As errno(3) has it: "EACCES". Where there is no name the number, else what the error says."""
+    """The name in errno(3): "EACCES". If it has none, its number; without an errno, the text."""
     number = error.errno or 0
     return numbers.errorcode.get(number, str(number)) if number else str(error)
 
 
 def in_words(error: OSError) -> str:
-    """As strerror(3) has it: "Permission denied"."""
+    """The text of strerror(3): "Permission denied"."""
     return error.strerror or str(error)
 
 
@@ -26,12 +25,12 @@ _NO_CURES: Mapping[int, str] = {}
 
 
 class Note(NamedTuple):
-    """Something that is no error, but less than there could be.
+    """A limitation that is not an error.
 
     Args:
-        found: what, and why.
-        cure: what would help, or "" where nothing is known.
-        errno: the kernel's number for why, to decide by.
+        found: what is limited, and why.
+        cure: what would help, or "" if that is not known.
+        errno: the errno of the reason; code decides by it.
     """
 
     found: str
@@ -43,14 +42,14 @@ class Note(NamedTuple):
 
 
 class SteerError(Exception):
-    """Something steer was asked to do and could not.
+    """Something that steer was asked to do and could not do.
 
     Args:
         what: the act and its object, "bind tcp 127.0.0.1:80".
         cause: why not, "EACCES".
-        cure: what would help, or "" where nothing is known.
-        detail: further lines to show below (a verifier log, a worker's last words).
-        errno: the kernel's number for the cause, to decide by; `cause` is only to be shown.
+        cure: what would help, or "" if that is not known.
+        detail: further lines to show below (a verifier log, the last output of a worker).
+        errno: the errno of the cause; code decides by it, and only shows `cause`.
     """
 
     exit_code = 1
@@ -83,11 +82,11 @@ class SteerError(Exception):
         cause: str = "",
         detail: str = "",
     ) -> Self:
-        """The error for a system call that failed.
+        """The error for a failed system call.
 
         Args:
-            cures: by errno.
-            cure: for every other errno.
+            cures: cures by errno.
+            cure: the cure for every other errno.
             cause: what to show as the cause, instead of the errno.
         """
         number = error.errno or 0
@@ -96,7 +95,7 @@ class SteerError(Exception):
 
     @property
     def note(self) -> Note:
-        """The same, where it is no failure."""
+        """The same as a note, if it is not treated as an error."""
         return Note(f"{self.what}: {self.cause}", self.cure, self.errno)
 
     def __str__(self) -> str:
@@ -104,11 +103,11 @@ class SteerError(Exception):
 
 
 class ConfigError(SteerError):
-    """A key or value of the configuration that cannot be."""
+    """A key or value of the configuration that is not valid."""
 
 
 class BindError(SteerError):
-    """An address that cannot be listened on."""
+    """An address that cannot be bound."""
 
     _shown = staticmethod(errno_name)
 
@@ -118,21 +117,21 @@ class GroupError(SteerError):
 
 
 class ControlError(SteerError):
-    """A control socket that cannot be made, reached or understood."""
+    """A control socket that cannot be made or reached, or a message that cannot be understood."""
 
 
 class NotRunning(ControlError):
-    """No service of that name answers."""
+    """No service with this name answers."""
 
 
 class Refused(ControlError):
-    """What a running service would not do, or could not.
+    """A request that a running service refused, or could not carry out.
 
     Args:
-        what: the act and its object, as the asker names it.
-        words: the service's.
-        exit_code: of the error the service met: its words then name the act themselves.
-            None where it met none, as it did not understand.
+        what: the act and its object, in the words of the client.
+        words: the answer of the service.
+        exit_code: that of the error in the service, whose text names the act. None if the service
+            did not understand the request.
     """
 
     def __init__(
@@ -147,15 +146,15 @@ class Refused(ControlError):
 
 
 class Orphaned(Refused):
-    """A service whose controller is gone; `cause` says till when its workers go on."""
+    """A service without a controller; `cause` says how long its workers go on."""
 
 
 class Postponed(ControlError):
-    """The controller is about to be another, which is to be asked again."""
+    """The controller is being replaced: send the request again to the new one."""
 
 
 class WorkersFailed(SteerError):
-    """No worker came up."""
+    """No worker has started."""
 
     exit_code = 3
 
@@ -167,27 +166,27 @@ class AppLoadError(SteerError):
 
 
 class FallbackRefused(SteerError):
-    """--strict, and a fallback would be needed."""
+    """A fallback is needed, but --strict was given."""
 
     exit_code = 5
 
 
 class KernelError(SteerError):
-    """A system call that the kernel refused: a reason to step down the ladder."""
+    """A system call that the kernel refused; steer may fall back to another backend."""
 
     _shown = staticmethod(errno_name)
 
 
 class Uncounted(KernelError):
-    """Nobody counts open connections, and another policy than one that goes by them will do."""
+    """Open connections are not counted, and `auto` can select a policy that does not need them."""
 
 
 class VerifierError(KernelError):
     """The verifier refused a program.
 
     Args:
-        detail: what matters of its log.
-        log: the whole of it.
+        detail: the important lines of its log.
+        log: the whole log.
     """
 
     def __init__(
@@ -204,10 +203,10 @@ class VerifierError(KernelError):
 
 
 class CompileError(KernelError):
-    """A policy that does not compile, or nothing here to compile it with."""
+    """A policy that does not compile, or a machine without a compiler."""
 
     _shown = staticmethod(in_words)
 
 
 class NoCompiler(CompileError):
-    """There is none here; the policy may be right."""
+    """This machine has no compiler; the policy may be correct."""

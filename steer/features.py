@@ -1,7 +1,7 @@
-"""What steer takes from the kernel, since which Linux it is there, and what a probe can say of it.
+"""The kernel features that steer uses, since which Linux each exists, and what a probe can answer.
 Pure.
 
-`loader.probe` has the probe of each. The versions are for words only: whether a feature is there
+`loader.probe` has a probe for each. The versions are only shown to users. Whether a feature exists
 is found out by trying it, as distributions backport some and containers refuse others.
 """
 
@@ -16,12 +16,12 @@ from steer.errors import Note
 
 
 class Feature(msgspec.Struct, frozen=True):
-    """Something that not every kernel has.
+    """A feature that not every kernel has.
 
     Args:
-        name: as the man pages have it.
+        name: its name in the man pages.
         since: the first Linux that has it.
-        gives: what steer does with it, and without it does not.
+        gives: what steer needs it for.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Feature(msgspec.Struct, frozen=True):
 
     @property
     def version(self) -> str:
-        """As uname(2) writes it."""
+        """The first version as text, "5.14"."""
         return f"{self.since[0]}.{self.since[1]}"
 
     @property
     def cure(self) -> str:
-        """What to do where it is not there."""
+        """What to do if the kernel does not have it."""
         return f"use Linux {self.version} or later"
 
     def is_newer_than(self, release: str) -> bool:
-        """Whether Linux got it after this release of uname(2)."""
+        """Whether this release, as in uname(2), is older than the feature."""
         return kernel_version(release) < self.since
 
 
@@ -56,13 +56,13 @@ FEATURES = (CBPF, RUN, EBPF, BORROW, COUNT, MIGRATE)
 
 
 def kernel_version(release: str) -> tuple[int, int]:
-    """Of uname(2)'s release: "6.1.0-56-amd64" is (6, 1)."""
+    """The version in a release of uname(2): "6.1.0-56-amd64" is (6, 1)."""
     match = re.match(r"(\d{1,5})\.(\d{1,5})", release, re.ASCII)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 class Answer(Enum):
-    """What a probe can say."""
+    """What a probe can answer."""
 
     YES = "yes"
     NO = "no"
@@ -73,9 +73,9 @@ class Finding(msgspec.Struct, frozen=True):
     """What a probe found.
 
     Args:
-        reason: why; empty for a plain yes.
-        cure: what would help, where that is known.
-        errno: the kernel's number for why, to decide by.
+        reason: why; "" for a plain yes.
+        cure: what would help, or "".
+        errno: the errno of the reason; code decides by it.
     """
 
     answer: Answer
@@ -85,10 +85,10 @@ class Finding(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, answer: Answer, why: Note) -> Finding:
-        """The answer, with what is to be said of it."""
+        """An answer with its reason and cure."""
         return cls(answer, *why)
 
     @property
     def note(self) -> Note:
-        """Why, and what would help."""
+        """The reason and the cure."""
         return Note(self.reason, self.cure, self.errno)

@@ -1,8 +1,8 @@
-"""Values from outside, converted once, with what is wrong with them in plain words. Pure.
+"""Converts values from outside, and says in plain words what is wrong with them. Pure.
 
-Two rules. Nothing but `Invalid` comes out of here, whatever goes in: int(), a decoder and a
-recursive parser each raise errors of their own for a value that is merely odd. And what a user
-reads is ours: no words of a library, and no value longer than a line.
+There are two rules. For any input only `Invalid` is raised: int(), decoders and recursive parsers
+raise various errors for odd values. And messages are written here: they have no words of a library,
+and no value longer than a line.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from msgspec import inspect
 T = TypeVar("T")
 _SHOWN_CHARS = 80
 _DIGITS = r"[0-9]{1,20}"
-"""More than any number we take has, and few enough for int() to convert."""
+"""More digits than any valid number has, and few enough for int()."""
 _NUMBER = r"(?ai)[+-]?((\d++\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?)"
 _REFUSALS = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 class Invalid(ValueError):
-    """A value that cannot be; as text, why not.
+    """A value that is not valid. Its text says why.
 
     Args:
-        hint: what was probably meant, as a question; "" if nothing is like it.
+        hint: what was probably meant, as a question; "" if nothing is similar.
     """
 
     def __init__(self, why: str, hint: str = "") -> None:
@@ -39,7 +39,7 @@ class Invalid(ValueError):
 def whole_number(text: str, least: int, most: int) -> int:
     """Read a decimal number.
 
-    Not by int() alone: that also takes "1_000", " 1" and the digits of every script.
+    int() alone would also accept "1_000", " 1" and the digits of every script.
 
     Raises:
         Invalid: `text` is anything but digits, or out of range.
@@ -54,10 +54,10 @@ def convert(value: object, kind: Any, *, strict: bool) -> Any:
     """Convert a value to a type that msgspec knows.
 
     Args:
-        strict: whether text is only text; else "3" may be a number.
+        strict: do not convert text, so that "3" is not a number.
 
     Raises:
-        Invalid: in words, what is wrong with it.
+        Invalid: it is no such value.
     """
     try:
         return msgspec.convert(value, kind, strict=strict)
@@ -66,7 +66,7 @@ def convert(value: object, kind: Any, *, strict: bool) -> Any:
 
 
 def decode(data: bytes | bytearray | memoryview, kind: type[T]) -> T:
-    """What is in a message of JSON that may be anything.
+    """Decode untrusted JSON.
 
     Raises:
         Invalid: it is no such message.
@@ -78,7 +78,7 @@ def decode(data: bytes | bytearray | memoryview, kind: type[T]) -> T:
 
 
 def check_text(text: str) -> None:
-    """Raises Invalid: it holds what no argument, variable or path can."""
+    """Raises Invalid: the text cannot be an argument, an environment variable or a path."""
     if "\0" in text:
         raise Invalid("a null byte")
     try:
@@ -88,10 +88,10 @@ def check_text(text: str) -> None:
 
 
 def shown(value: object) -> str:
-    """As Python would write it, a list as its items with commas; never more than a line."""
+    """A value as Python writes it, and a list as its items with commas; at most one line."""
     try:
         text = repr(",".join(map(str, value)) if isinstance(value, list | tuple) else value)
-    except _REFUSALS:  # of a number of more than 4,300 digits, or of lists in lists in lists
+    except _REFUSALS:  # a number of more than 4,300 digits, or deeply nested lists
         return kind_of(value)
     if len(text) <= _SHOWN_CHARS:
         return text
@@ -99,7 +99,7 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """A question that names the known word most like the given one; "" if none is like it."""
+    """A question that names the most similar known word; "" if none is similar."""
     import difflib
 
     near = difflib.get_close_matches(str(given)[:_SHOWN_CHARS], list(known), n=1, cutoff=0.7)
@@ -107,12 +107,12 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """The two together: "1 worker", "3 workers"."""
+    """A count with its noun: "1 worker", "3 workers"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def several(noun: str, things: Iterable[object]) -> str:
-    """The two together: "worker 1", "workers 1, 3"."""
+    """Things with their noun: "worker 1", "workers 1, 3"."""
     names = [str(each) for each in things]
     return f"{noun} {names[0]}" if len(names) == 1 else f"{noun}s {', '.join(names)}"
 
@@ -126,19 +126,19 @@ _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
     ((dict,), "a table"),
     ((datetime.date, datetime.time), "a date or time"),
 )
-"""TOML's words. bool comes before int, whose subclass it is."""
+"""The words are those of TOML. bool comes before int, because it is a subclass of int."""
 
 
 def kind_of(value: object) -> str:
-    """What kind of value it is, in words."""
+    """The kind of a value, in words."""
     return next((name for types, name in _KINDS if isinstance(value, types)), "no value")
 
 
 def _fault(value: object, kind: Any, strict: bool) -> Invalid:
-    """What is wrong with a value that was refused.
+    """What is wrong with a refused value.
 
     Raises:
-        Invalid: the fault of the first item that has one.
+        Invalid: what is wrong with the first invalid item of a list.
     """
     info = inspect.type_info(kind)
     if isinstance(info, inspect.VarTupleType) and isinstance(value, list | tuple):
@@ -146,7 +146,7 @@ def _fault(value: object, kind: Any, strict: bool) -> Invalid:
             convert(item, get_args(kind)[0], strict=strict)
     types = info.types if isinstance(info, inspect.UnionType) else (info,)
     alternatives = [each for each in types if type(each) in _FORMS]
-    # Of "N or auto" only N has bounds.
+    # In "N or auto" only N has bounds.
     form = _FORMS[type(alternatives[0])]
     if form.is_one(value, strict):
         return form.fault(value, alternatives[0])
@@ -156,12 +156,12 @@ def _fault(value: object, kind: Any, strict: bool) -> Invalid:
 
 
 class _Form(msgspec.Struct, frozen=True):
-    """How a type is spoken of.
+    """How messages describe a type.
 
     Args:
-        wanted: its name.
-        is_one: whether a value is of that kind, if not of that very type.
-        fault: what is then wrong with it.
+        wanted: returns its name.
+        is_one: whether a value is of that kind, although not of that type.
+        fault: what is wrong with such a value.
     """
 
     wanted: Callable[[Any], str]
@@ -200,7 +200,7 @@ def _out_of_range(value: Any, info: Any) -> Invalid:
 
 
 def _one_of(info: Any) -> str:
-    """Which words are allowed is said elsewhere, if there are several."""
+    """The only allowed word. If there are several, the message lists them elsewhere."""
     return info.values[0] if len(info.values) == 1 else "a string"
 
 

@@ -1,4 +1,4 @@
-"""Signs of life of other processes, as /proc tells them: CPU time, switches, states."""
+"""Whether other processes do anything, by /proc: CPU time, context switches, states."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from steer.linux.processes import family, stat_fields
 from steer.linux.procfs import Files, TooMuch
 
 _STOPPED = (b"T", b"t")  # by a signal, by a debugger: proc_pid_stat(5)
-
-
 _SWITCHES = re.compile(rb"^(?:non)?voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
 
 def activity(pid: int, root: str = "/proc", among: Collection[int] = ()) -> int:
-    """A number that changes when `pid` or a descendant has done anything, 0 if there is no
-    such process: the clock ticks they ran, and how often their threads were switched.
+    """A number that changes when `pid` or a descendant has done anything; 0 if there is no such
+    process. It is the sum of their CPU time in clock ticks and of the context switches of their
+    threads.
 
-    It grows, but for threads and processes that end and take their share along: so compare
-    for equality. That of a stopped or frozen process stays, that of one that sleeps too. Of
-    very many threads only the ticks are seen, and how often the first were switched.
+    It mostly grows, but shrinks when threads or processes end, so compare it for equality. It stays
+    the same while all of them are stopped, frozen or asleep. If a process has very many threads,
+    only the context switches of the first ones are counted.
 
     Args:
-        among: those of them to look at, as far as they are still there; if none is, all.
+        among: the processes to look at, if at least one of them still exists; otherwise all.
     """
     files = Files(root)
     there = family(pid, files)
@@ -41,13 +40,13 @@ def activity(pid: int, root: str = "/proc", among: Collection[int] = ()) -> int:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU time that `pid` and its descendants have had so far; of a process that /proc hides,
-    its own."""
+    """The CPU time of `pid` and its descendants so far. If /proc hides `pid`, only its own."""
     return sum(map(_cpu_clock_s, family(pid, Files()) or [pid]))
 
 
 def _cpu_clock_s(pid: int) -> float:
-    """0 once it is gone. Anybody may read it, hidepid or not (clock_getcpuclockid(3))."""
+    """The CPU time of one process, 0 if it has ended. Readable also with hidepid
+    (clock_getcpuclockid(3))."""
     try:
         return time.clock_gettime(~pid << 3 | _CPUCLOCK_SCHED)
     except OSError:
@@ -59,12 +58,12 @@ _CPUCLOCK_SCHED = 2  # include/linux/posix-timers_types.h
 
 def is_asleep(pid: int) -> bool:
     """Whether `pid` and its descendants sleep until something happens: none of them runs, waits
-    for a CPU or a disk, or is stopped. Of a process that /proc hides nothing else is known."""
+    for a CPU or a disk, or is stopped. True for a process that /proc hides."""
     return _states(pid).issubset(_ASLEEP)
 
 
 def is_runnable(pid: int) -> bool:
-    """Whether `pid` or a descendant runs, or waits for a CPU to run on."""
+    """Whether `pid` or a descendant runs or waits for a CPU."""
     return b"R" in _states(pid)
 
 
@@ -77,7 +76,7 @@ _ASLEEP = (b"S", b"I", b"Z", b"X")
 
 
 def _ticks(pid: int, root: str) -> int:
-    """Of CPU time, by all its threads, also those that have ended."""
+    """The CPU time of all threads of a process in clock ticks, also of those that have ended."""
     stat = stat_fields(f"{root}/{pid}")
     return int(stat[11]) + int(stat[12]) if stat else 0
 
@@ -92,9 +91,10 @@ def _switches(task: str, files: Files) -> int:
 def is_stopped(pid: int, root: str = "/proc") -> bool:
     """Whether `pid` or a descendant is stopped, with all its threads, by SIGSTOP or a debugger.
 
-    One process is enough: which of a worker takes the connections is not known, and the
-    shell or arbiter above it runs on. So it explains why nobody takes them, and is no sign
-    by itself that nobody does. Of very many threads the first are looked at.
+    One stopped process is enough, because steer does not know which process of a worker accepts;
+    the shell or master process above it may still run. So this explains why a worker does not
+    accept, but does not prove that it does not. If there are very many threads, only the first ones
+    are examined.
     """
     files = Files(root)
     with suppress(TooMuch, PermissionError):
@@ -109,7 +109,7 @@ def _process_is_stopped(pid: int, files: Files) -> bool:
 
 
 def is_hidden(pid: int) -> bool:
-    """Whether the process runs, and /proc does not show it to us (hidepid=2)."""
+    """Whether a process exists but /proc does not show it to this user (hidepid=2)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Slow calls beside the loop, for which nobody waits once the service has ended."""
+"""Runs slow calls in threads that do not keep the controller from ending."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 async def in_background(function: Callable[..., T], *arguments: Any) -> T:
-    """What `function` returns or raises, called in a thread of its own.
+    """Call a function in a thread of its own, and return or raise what it does.
 
-    Not asyncio.to_thread(): the end of the loop waits for its threads, and one that compiles
-    or reads from a file system that does not answer may take for ever.
+    This is not asyncio.to_thread(), because a loop waits for its threads before it ends. A thread
+    that compiles, or reads from a file system that does not answer, may never end.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[T] = loop.create_future()
@@ -32,7 +32,7 @@ async def in_background(function: Callable[..., T], *arguments: Any) -> T:
         value, failed = None, None
         try:
             value = function(*arguments)
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+        except Exception as error:  # noqa: BLE001 - the waiting task raises it
             failed = error
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, value, failed)

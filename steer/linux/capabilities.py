@@ -1,4 +1,4 @@
-"""What a process may do beyond its user, and what execve(2) could add to that.
+"""The capabilities of this process, and of programs that it executes.
 
 See capabilities(7), and PR_SET_NO_NEW_PRIVS in prctl(2).
 """
@@ -37,23 +37,23 @@ class _Word(ctypes.Structure):
 
 
 def may_perfmon() -> bool:
-    """Whether the verifier lets us do all that it lets root do, see capabilities(7)."""
+    """Whether the verifier allows this process all that it allows root, see capabilities(7)."""
     words = _read()
     effective = words[0].effective | words[1].effective << 32
     return bool(effective & (1 << _SYS_ADMIN | 1 << _PERFMON))
 
 
 def drop_bounding() -> None:
-    """Empty the bounding set, as far as CAP_SETPCAP lets us. The other sets stay."""
+    """Empty the bounding set, if CAP_SETPCAP permits. The other sets stay as they are."""
     for number in range(_HIGHEST + 1):
-        # EPERM for all, or EINVAL from the first on that this kernel does not know.
+        # EPERM for every number, or EINVAL for the first one that this kernel does not know.
         if _LIBC.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
             return
 
 
 def drop_all() -> None:
-    """Have no capability, and let no program that is executed add any (set-user-ID, file
-    capabilities).
+    """Drop all capabilities, and set no_new_privs, so that no executed program adds any (by
+    set-user-ID or file capabilities).
 
     Raises:
         OSError: the kernel refuses.
@@ -65,7 +65,7 @@ def drop_all() -> None:
 
 
 def drop_inheritable() -> None:
-    """Hand no capability on to a program that is executed, but for what root has anyway.
+    """Pass no capabilities on to executed programs, except those that root gets anyway.
 
     Raises:
         OSError: the kernel refuses.
@@ -78,7 +78,7 @@ def drop_inheritable() -> None:
 
 
 def _clear_ambient() -> None:
-    # EINVAL before Linux 4.3: there is no such set.
+    # EINVAL before Linux 4.3, which has no ambient set.
     _LIBC.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
 
 

@@ -18,10 +18,10 @@ class NoCgroup(KernelError):
 
 @contextmanager
 def own() -> Iterator[int]:
-    """Its directory, as a descriptor for a moment.
+    """Open the directory of the cgroup for a moment, and yield its descriptor.
 
     Raises:
-        KernelError: there is none, or we may not see it.
+        KernelError: there is no cgroup, or it cannot be opened.
     """
     path = _directory()
     try:
@@ -36,7 +36,7 @@ def own() -> Iterator[int]:
 
 
 def name() -> str:
-    """Of it, from the root that is seen from here; empty if there is none."""
+    """The path of the cgroup below the root that this process sees; "" if there is none."""
     with open("/proc/self/cgroup") as file:
         for line in file:
             if line.startswith("0::"):
@@ -59,7 +59,7 @@ def _directory() -> str:
 
 
 def _unescaped(text: str) -> str:
-    r"""As proc_pid_mountinfo(5) writes it: a space is \040."""
+    r"""Undo the escapes of proc_pid_mountinfo(5), where a space is \040."""
     if "\\" not in text:
         return text
     return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), text)

@@ -1,8 +1,8 @@
-"""A descriptor that is readable when children have ended, where a handler would lose signals.
+"""A descriptor that is readable when children have ended, used instead of a signal handler.
 
-Python tells an event loop of each signal by a byte in a socket pair (signal.set_wakeup_fd), and a
-byte for which there is no room is lost, whichever signal it stands for. 278 fit. When more children
-end in one turn of the loop, a SIGTERM that comes after them would never be heard.
+Python reports each signal to an event loop by a byte in a socket pair (signal.set_wakeup_fd). The
+pair has room for 278 bytes, and further ones are lost, whichever signals they stand for. If more
+children ended in one iteration of the loop, a SIGTERM after them would be lost.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _SIGINFO_BYTES = 128
 
 
 class ChildEnds:
-    """Readable from the end of a child until `clear`, however many end (signalfd(2)).
+    """Is readable from when a child ends until `clear`, however many end (signalfd(2)).
 
-    SIGCHLD has to be blocked in all threads, as `process.hold_signals` has it, and stays so.
+    SIGCHLD has to be blocked in all threads for good, as by `signals.hold_signals`.
 
     Raises:
-        OSError: no more files.
+        OSError: no descriptor is left.
     """
 
     def __init__(self) -> None:
         mask = (1 << (signal.SIGCHLD - 1)).to_bytes(_SIGSET_BYTES, "little")
         libc = ctypes.CDLL(None, use_errno=True)
-        # Its flags SFD_CLOEXEC and SFD_NONBLOCK are those of open(2).
+        # SFD_CLOEXEC and SFD_NONBLOCK have the values of the flags of open(2).
         self._fd: int = libc.signalfd(-1, mask, os.O_CLOEXEC | os.O_NONBLOCK)
         if self._fd < 0:
             number = ctypes.get_errno()
@@ -40,7 +40,7 @@ class ChildEnds:
         return self._fd
 
     def clear(self) -> None:
-        """From now on it tells of children that end later."""
+        """Be readable again only when another child ends."""
         with suppress(BlockingIOError):
             os.read(self._fd, _SIGINFO_BYTES)
 

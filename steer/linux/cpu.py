@@ -17,7 +17,7 @@ def current_cpu() -> int:
 
 @cache
 def _sched_getcpu() -> Callable[[], int]:
-    # PyDLL keeps the GIL: giving it up would cost more than the call.
+    # PyDLL keeps the GIL: releasing it would cost more than the call.
     function = ctypes.PyDLL(None).sched_getcpu
     function.argtypes = ()
     function.restype = ctypes.c_int

@@ -1,4 +1,4 @@
-"""How many descriptors this process has and may have, and closing all but some."""
+"""Counts, limits and closes the descriptors of this process."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def keep_only(fds: Iterable[int]) -> None:
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    # Those above the limit are from before it was lowered.
+    # There may be higher ones from before the limit was lowered.
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd > 2 and fd not in kept:
-            with contextlib.suppress(OSError):  # that of the directory itself
+            with contextlib.suppress(OSError):  # the descriptor of the directory itself
                 os.close(fd)
 
 
 def open_descriptors() -> int:
-    """How many descriptors this process has."""
+    """How many descriptors this process has open."""
     return len(os.listdir("/proc/self/fd")) - 1  # without that of the directory
 
 
 def allow_descriptors(needed: int) -> tuple[int, int]:
-    """Raise the soft limit on open files, if it is lower, to `needed` in all.
+    """Raise the soft limit on open files to `needed`, if it is lower.
 
     Returns:
-        The limits as they were, to be given back to workers.
+        The former limits, for `limit_descriptors`.
 
     Raises:
         ConfigError: the hard limit is lower.
@@ -52,11 +52,11 @@ def allow_descriptors(needed: int) -> tuple[int, int]:
 
 
 def limit_descriptors(limits: tuple[int, int], needed: int = 0) -> None:
-    """Give a worker the limits that the controller was started with: programs that
-    use select(2) break on a higher one.
+    """Set the limits that the controller was started with, in a worker. Programs that use select(2)
+    fail with a higher one.
 
     Args:
-        needed: it has that many all the same.
+        needed: the soft limit is at least this.
     """
     soft, hard = limits
     if soft != resource.RLIM_INFINITY:

@@ -1,9 +1,9 @@
-"""All processes of a worker, also those that have left its process group.
+"""Finds all processes of a worker, also those that have left its process group.
 
-The first process of a worker leads a process group, but servers under setsid(1), init
-wrappers and daemons that fork twice are in others. The controller is a child subreaper
-(PR_SET_CHILD_SUBREAPER of prctl(2)): a process whose parent ends becomes its child, so what a
-worker leaves behind is found among the controller's children, and nowhere else.
+The first process of a worker leads a process group, but servers under setsid(1) or an init wrapper,
+and daemons that fork twice, are in other groups. The controller is a child subreaper
+(PR_SET_CHILD_SUBREAPER of prctl(2)): a process whose parent ends becomes its child. So processes
+that outlive a worker are always found among the controller's children.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _inherited: dict[int, int] = {}
 
 
 def become_subreaper() -> None:
-    """From now on orphans below this process become its children. Kept over execve(2)."""
-    if not is_subreaper():  # else it was steer that was executed here before: they are its own
+    """Make orphaned descendants children of this process. This survives execve(2)."""
+    if not is_subreaper():  # otherwise steer has executed itself again: these are its own
         _inherited.update(_starts(orphans()))
     set_subreaper(True)
 
@@ -44,33 +44,33 @@ def set_subreaper(is_one: bool) -> None:
 
 
 def orphans() -> list[int]:
-    """Children of this process that it did not fork, zombies among them: what workers left
-    behind, and what was there before steer was executed in this process."""
+    """Children of this process that it did not fork, including zombies: processes that outlived a
+    worker, and children from before steer was executed in this process."""
     found = set(processes.children(os.getpid()))
-    # While a program of ours is being started it is in our group, and not yet known.
+    # A program that this process is just starting is in its group, and not in `fork.started` yet.
     own = os.getpgrp() if fork.is_starting() else None
     return sorted(pid for pid in found - fork.started() if _group(pid) not in (own, None))
 
 
 def left_behind() -> list[int]:
-    """Orphans that have not ended and that a worker may have started: none that was there
-    before steer, or is in its process group, as what such a one has started is."""
+    """Living orphans that a worker may have started. Children from before steer was executed are
+    left out, and also the process group of this process, as their own children are in it."""
     own = os.getpgrp()
     found = [pid for pid in orphans() if processes.is_alive(pid) and _group(pid) not in (own, None)]
     return [pid for pid in found if _inherited.get(pid) != processes.start_time_ticks(pid)]
 
 
 def reap_orphans() -> tuple[list[int], bool]:
-    """Wait for those that have ended, so that they do not stay as zombies (wait(2)).
+    """Wait for orphans that have ended, so that they do not stay zombies (wait(2)).
 
     Returns:
-        Who had, and whether all were looked at.
+        Those that had ended, and whether all orphans were examined.
     """
     return list(filter(_reap, orphans())), not fork.is_starting()
 
 
 def _reap(pid: int) -> bool:
-    """Whether it has ended."""
+    """Whether a child has ended, or was waited for elsewhere."""
     with suppress(ChildProcessError):
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     return True
@@ -91,18 +91,18 @@ def _group(pid: int) -> int | None:
 class Family:
     """The processes of one worker.
 
-    A process belongs to it that descends from the first one, is in its process group or
-    session, was seen among its descendants, has its mark in the environment, or has one of its
-    sockets open.
+    A process belongs to the worker if it descends from the worker's first process, is in its
+    process group or session, was seen among its descendants, has its mark in the environment, or
+    has one of its sockets open.
 
     Args:
         pid: of the first process.
-        is_child: whether that is a child of this process. If it is not, orphans went
-            elsewhere, and are looked for among all processes.
+        is_child: whether that is a child of this process. If not, its orphans have another parent,
+            and are looked for among all processes.
 
     Attributes:
-        sockets: inodes of the worker's own, as far as known.
-        seen: descendants that were there when last looked at, and when they started.
+        sockets: inodes of the worker's sockets, if known.
+        seen: the descendants that `remember` saw, and when they started.
     """
 
     def __init__(self, pid: int, is_child: bool = True) -> None:
@@ -112,11 +112,11 @@ class Family:
         self.is_child = is_child
 
     def others(self) -> list[int]:
-        """Those but the first that have not ended."""
+        """The living processes of the worker, without the first."""
         return others([self])[0]
 
     def remember(self) -> None:
-        """Note who is there now: those who have left group and session are known later, too."""
+        """Record the current descendants, to know those that leave group and session later."""
         if not processes.may_have_children(self.pid):
             return
         for pid in processes.descendants(self.pid):
@@ -125,38 +125,38 @@ class Family:
                 self.seen[pid] = started
 
     def kill_group(self) -> None:
-        """SIGKILL to the first process and its group. `others` finds who has left that."""
+        """Send SIGKILL to the first process and its group. `others` finds those in other groups."""
         try:
             self.remember()
         finally:
             fork.kill_group(self.pid)
 
     def kill(self) -> None:
-        """SIGKILL to all, the first process included."""
+        """Send SIGKILL to all processes of the worker."""
         kill([self])
 
 
 def kill(families: Sequence[Family]) -> None:
-    """All processes of these workers. Raises OSError, as `others`."""
+    """Send SIGKILL to all processes of these workers. Raises OSError, as `others` does."""
     for each in families:
-        with suppress(OSError):  # who cannot be remembered may still be found
+        with suppress(OSError):  # `others` may find those that cannot be recorded
             each.kill_group()
     for pids in others(families):
         send(signal.SIGKILL, pids)
 
 
 def others(families: Sequence[Family], beside: Collection[int] = ()) -> list[list[int]]:
-    """Of each worker its processes but the first that have not ended.
+    """For each worker, its living processes without the first.
 
-    Who there is is listed once for all of them, and asked once whose it is. What a first process
-    that has ended left behind is among our children by the time its pidfd is readable
-    (exit_notify() of kernel/exit.c).
+    The processes of the machine are listed once for all workers. When a first process has ended,
+    its children are children of this process by the time its pidfd is readable (exit_notify() of
+    kernel/exit.c).
 
     Args:
         beside: process groups of other workers, whose processes need no further look.
 
     Raises:
-        OSError: it cannot be listed.
+        OSError: the processes cannot be listed.
     """
     roots: dict[Family, list[int]] = {each: [] for each in families}
     for is_child in {each.is_child for each in families}:
@@ -175,7 +175,7 @@ def _below(family: Family, roots: Sequence[int]) -> list[int]:
 
 
 class _Owners:
-    """Whose a process is, of some workers; what the process tells is read once for all."""
+    """Finds to which of some workers a process belongs, and reads /proc once for all of them."""
 
     def __init__(self, families: Iterable[Family], beside: Collection[int]) -> None:
         self._beside = beside
@@ -185,7 +185,7 @@ class _Owners:
         self._by_socket = {inode: each for each in self._by_pid.values() for inode in each.sockets}
 
     def of(self, pid: int) -> Collection[Family]:
-        """None where it is the first of one."""
+        """The workers that a process belongs to; none for the first process of a worker."""
         if pid in self._by_pid:
             return ()
         try:
@@ -212,20 +212,20 @@ class _Owners:
 
 
 def _not_ours() -> Iterator[int]:
-    """All processes but this one and those that were forked here, which may hold a worker's
-    sockets for it."""
+    """All processes, without this one and those that it forked, which may hold sockets for a
+    worker."""
     ours = {os.getpid(), *fork.started()}
     return (pid for pid in processes.all_pids() if pid not in ours)
 
 
 def send(number: int, pids: Iterable[int]) -> None:
-    """A signal to each that is still there and ours to signal."""
+    """Send a signal to each process that exists and that this process may signal."""
     for pid in pids:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 
 def mark(pid: int) -> int | None:
-    """Whose the process says that it is; None where that may not be read or is not said, as of
-    one that has ended."""
+    """The first process of the worker that a process belongs to, by its environment; None if the
+    environment does not say, or cannot be read."""
     return first_of(processes.environment(pid))

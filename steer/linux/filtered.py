@@ -1,7 +1,8 @@
-"""System calls that a seccomp filter would end us for, tried by a process that may be ended.
+"""Finds out which system calls a seccomp filter answers by killing the process.
 
-SystemCallFilter= of systemd(5) ends who makes another call than those in its list, unless
-SystemCallErrorNumber= is given. What we can do without is then left, as if it had been refused.
+SystemCallFilter= of systemd.exec(5) kills a process that makes a call which is not in its list,
+unless SystemCallErrorNumber= is given. A child process tries the call. If it is killed, steer
+treats the call as refused.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from steer.linux import fork
 BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280}.get(os.uname().machine)
 """bpf(2); asm/unistd.h."""
 PIDFD_GETFD = 438
-"""The same on every architecture but alpha: calls since 5.1 are numbered together."""
+"""The number on every architecture except alpha, as for all calls since Linux 5.1."""
 
 
 @cache
 def is_deadly(number: int | None) -> bool:
-    """Whether a system call ends the process that makes it.
+    """Whether a system call kills the process that makes it.
 
     Raises:
-        OSError: there is no process to try it with.
+        OSError: no process can be forked to try it.
     """
     if number is None or not _is_filtered():
         return False
@@ -39,14 +40,14 @@ def is_deadly(number: int | None) -> bool:
 
 
 def _call(number: int) -> int:
-    """With arguments that no call takes for anything."""
+    """Make the call with arguments that are invalid for every call."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).syscall(number, -1, -1, -1, -1, -1, -1)
     return 0
 
 
 def _is_filtered() -> bool:
-    """See proc_pid_status(5)."""
+    """Whether a seccomp filter is in force, see Seccomp in proc_pid_status(5)."""
     try:
         with open("/proc/self/status", "rb") as file:
             return b"\nSeccomp:\t2\n" in file.read()

@@ -1,4 +1,4 @@
-"""Processes: fork, signals to a whole worker, identity."""
+"""Forks processes, executes programs, and signals and waits for workers."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
 _started: set[int] = set()
-"""Children of this process that somebody here waits for."""
+"""Children of this process that the code which started them waits for."""
 _inherited: list[int] = []
-"""A pipe that those of them have a copy of who still have all that was open here."""
+"""A pipe that a forked child has open until it has closed what it inherited."""
 _APART_S = 1.0
 _starting: set[object] = set()
-"""Of programs that are being started, each by whoever starts it."""
+"""One object for each program that is being started."""
 
 
 def fork(child: Callable[[], int], ignored: Collection[int] = ()) -> tuple[int, int]:
-    """As `fork_all`, of one."""
+    """Fork one child, as `fork_all` does."""
     return fork_all([child], ignored)[0]
 
 
 def fork_all(
     children: Sequence[Callable[[], int]], ignored: Collection[int] = ()
 ) -> list[tuple[int, int]]:
-    """Run each in a new process, in a process group of its own, or none of them; its result is
-    the exit code.
+    """Run each function in a new process with a process group of its own; what it returns is the
+    exit code. If one process cannot be forked, none is left.
 
-    Signals are held until the child has put aside the handlers it inherits: one that
-    came before would be handled as if it were meant for this process. Between two forks
-    nothing is done: all that we write to is copied for each child once more.
+    Signals are blocked until the child has reset the handlers that it inherits: an earlier signal
+    would be handled as if it were sent to this process. Nothing is done between two forks, because
+    each page of memory that is written is copied once more for each child.
 
     Args:
-        ignored: signals that the children are to ignore, from the first on.
+        ignored: signals that the children ignore.
 
     Returns:
-        Of each the process id, and a pidfd.
+        The process id and a pidfd of each.
 
     Raises:
-        OSError: no more processes, or no more files; see `fork_error`.
+        OSError: no process or no descriptor is left; see `fork_error`.
     """
     _flush()
     if not _inherited:
@@ -63,7 +63,7 @@ def fork_all(
     pids: list[int] = []
     with ExitStack() as undo:
         undo.callback(_end_all, pids)
-        # Of the others none has a handler, and to name all 64 takes a third of a millisecond.
+        # No other signal has a handler, and blocking all 64 takes a third of a millisecond.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
         try:
             for child in children:
@@ -75,7 +75,7 @@ def fork_all(
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         pidfds = []
         for pid in pids:
-            # Here and in the child, as either may be first to rely on it.
+            # Here and in the child, as either may rely on it first.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpgid(pid, pid)
             pidfds.append(os.pidfd_open(pid))
@@ -92,11 +92,11 @@ def _end_all(pids: Iterable[int]) -> None:
 
 
 def await_apart() -> bool:
-    """Return once no child that was forked here has what was open here any more, but for what it
-    is to keep: it closes the rest first (`keep_only`), and not before it gets a CPU.
+    """Wait until all forked children have closed the descriptors that they inherited and do not
+    need. A child does that first (`keep_only`), but only when it gets a CPU.
 
     Returns:
-        Whether that is so; one that is stopped is not waited for.
+        Whether they have; a child that is stopped is waited for only for a while.
     """
     if not _inherited:
         return True
@@ -110,24 +110,24 @@ def await_apart() -> bool:
 
 
 def started() -> frozenset[int]:
-    """The children of this process that were forked here, and not yet waited for."""
+    """The children that this process has forked and not waited for."""
     return frozenset(_started)
 
 
 def began(pid: int) -> None:
-    """A child that this process forked before it was executed again."""
+    """Add a child to `started`, for example one that was forked before execve(2)."""
     _started.add(pid)
 
 
 def is_done(pid: int) -> None:
-    """It was waited for."""
+    """Remove a child from `started`, after it was waited for."""
     _started.discard(pid)
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[Callable[[int], None]]:
-    """While a program is started whose process id is known only then. To be told to what is
-    given: from then on until `is_done` the program is one of `started`."""
+    """Surrounds the start of a program. Call what is yielded with its process id: until `is_done`
+    the program is one of `started`."""
     token = object()
     _starting.add(token)
     try:
@@ -137,8 +137,8 @@ def starting() -> Iterator[Callable[[int], None]]:
 
 
 def is_starting() -> bool:
-    """Whether there may be a child that will be among `started`, and is not yet. To be asked
-    after the children were listed."""
+    """Whether there may be a child that is not yet among `started`. Call this after the children
+    were listed."""
     return bool(_starting)
 
 
@@ -148,13 +148,13 @@ def run(
     directory: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program to its end, in any thread; nobody else waits for it.
+    """Run a program to its end, in any thread. No other code waits for it.
 
     Args:
-        directory, environment: None: ours.
+        directory, environment: None to use those of this process.
 
     Returns:
-        With what it wrote to standard output and error.
+        Its exit status, and what it wrote to standard output and error.
 
     Raises:
         OSError: it cannot be started.
@@ -186,7 +186,7 @@ def run(
 
 
 def fork_error(error: OSError) -> KernelError:
-    """What it means that a process, or what ties it to us, cannot be made."""
+    """The error for a user if a worker's process, pipe or socket could not be created."""
     cures = {
         errno.EAGAIN: "raise the limit on processes (ulimit -u, TasksMax=)",
         errno.EMFILE: "raise the limit on open files (ulimit -n, LimitNOFILE=)",
@@ -195,8 +195,8 @@ def fork_error(error: OSError) -> KernelError:
 
 
 def _in_child(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]) -> NoReturn:
-    """Never returns into the parent's stack, whatever happens: what runs here may have
-    replaced anything of Python's that we use."""
+    """Run a child and exit. This never returns into the stack of the parent, even if the child has
+    replaced functions of Python that are used here."""
     code = 1
     try:
         code = _run(child, mask, ignored)
@@ -206,10 +206,10 @@ def _in_child(child: Callable[[], int], mask: Iterable[int], ignored: Collection
 
 
 def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]) -> int:
-    """The exit code of what a child is to do, from 0 to 255."""
+    """Run a child; its exit code from 0 to 255."""
     try:
-        # What nobody refers to any more must not be found to be garbage here: it would close
-        # numbers that are by then another's, or unmap what was never mapped here.
+        # The child must not collect garbage of its parent: that could close descriptors whose
+        # numbers are used again, or unmap memory that is not mapped here.
         gc.freeze()
         gc.enable()
         signal.set_wakeup_fd(-1)
@@ -223,15 +223,16 @@ def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]
         return child()
     except SystemExit as done:
         return _exit_code(done.code)
-    except BaseException as error:  # noqa: BLE001 - shown, and this process ends here
+    except BaseException as error:  # noqa: BLE001 - shown, and this process exits
         _show(error)
         return 1
 
 
 def _exit_code(value: object) -> int:
-    """As Python's own end of a program has it: what is no number is shown, and a failure.
+    """The exit code for the argument of SystemExit, as in Python itself: what is not a number is
+    shown, and the code is 1.
 
-    A number that is none of a C long is -1 (handle_system_exit() of CPython's pythonrun.c).
+    A number too large for a C long is -1 (handle_system_exit() of CPython's pythonrun.c).
     """
     if value is None or isinstance(value, int):
         number = value or 0
@@ -241,12 +242,12 @@ def _exit_code(value: object) -> int:
 
 
 def _show(error: BaseException) -> None:
-    """As Python does, or to descriptor 2 where that cannot be."""
+    """Show an exception as Python does, or on descriptor 2 if that fails."""
     try:
         if _takes_text(sys.stderr):
             sys.excepthook(type(error), error, error.__traceback__)
             return
-    except Exception:  # noqa: BLE001 - the application's hook
+    except Exception:  # noqa: BLE001 - the application may have replaced the hook
         pass
     import traceback
 
@@ -254,7 +255,7 @@ def _show(error: BaseException) -> None:
 
 
 def _complain(text: str) -> None:
-    """Say it on standard error, whatever that is by now."""
+    """Write to sys.stderr, or to descriptor 2 if the application has replaced that."""
     if _takes_text(sys.stderr):
         sys.stderr.write(text)
     else:
@@ -271,19 +272,20 @@ def _takes_text(stream: object) -> bool:
 
 
 def _flush() -> None:
-    """What nobody can take is dropped. An application may have put anything in their place."""
+    """Flush the standard streams, and ignore errors: the application may have replaced them."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         with contextlib.suppress(Exception):
             stream.flush()  # type: ignore[union-attr]
 
 
 def rename(name: str) -> None:
-    """Be called so by ps(1) and killall(1): at most 15 characters (prctl(2), PR_SET_NAME)."""
+    """Set the name in ps(1) and killall(1), at most 15 characters (PR_SET_NAME of prctl(2))."""
     _LIBC.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def be_dumpable() -> None:
-    """Let others of our user look at us, as a change of user takes away (prctl(2))."""
+    """Set PR_SET_DUMPABLE of prctl(2), which a change of user clears. Without it, other processes
+    of the same user cannot read /proc of this process."""
     _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
@@ -298,9 +300,9 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until_readable(fd: int, timeout_s: float | None) -> bool:
-    """Whether there was something to read within the time; None waits for as long as it takes.
+    """Whether a descriptor becomes readable within the time; None waits without limit.
 
-    Not by select(2), which takes no descriptor above 1023.
+    This does not use select(2), which takes no descriptor above 1023.
     """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
@@ -308,31 +310,32 @@ def wait_until_readable(fd: int, timeout_s: float | None) -> bool:
 
 
 def wait_for_end(pidfd: int, timeout_s: float | None) -> bool:
-    """Whether the process ended within the time (pidfd_open(2): readable when it has)."""
+    """Whether a process ends within the time. A pidfd is readable then (pidfd_open(2))."""
     return wait_until_readable(pidfd, timeout_s)
 
 
 def terminate(pidfd: int, number: int = signal.SIGTERM) -> None:
-    """A signal to a worker's first process, and not to all: hypercorn's own workers would
-    drop what they have."""
+    """Send a signal to a worker's first process only. If all processes got it, the workers of
+    hypercorn would drop their connections."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number)
 
 
 def kill_group(pid: int) -> None:
-    """SIGKILL all that is left of a worker's process group."""
+    """Send SIGKILL to the process group of a worker."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def reap(pid: int, pidfd: int, is_child: bool) -> int | None:
-    """Take leave of a worker's first process once it has ended.
+    """Wait for a worker's first process to end.
 
-    Of one that was adopted somebody else is the parent, who may have waited for it a moment ago.
+    Args:
+        is_child: whether it is a child of this process. An adopted worker has another parent.
 
     Returns:
-        Its exit status, negative for the signal that ended it; None if somebody else is its
-        parent, or has waited for it.
+        Its exit status, or the negative number of the signal that killed it. None if another
+        process is its parent, or if it was waited for already.
     """
     wait_for_end(pidfd, None)
     is_done(pid)
@@ -357,10 +360,10 @@ def how_it_ended(status: int | None) -> str:
 
 
 def beside_us(program: str) -> str:
-    """Where a program that is not on PATH is nevertheless, as a sentence's end; "" if it is not.
+    """A hint for a program that is not on PATH but in steer's virtual environment; "" if it is not
+    there.
 
-    In the virtual environment that steer is installed in, that is: it need not be activated for
-    steer to start, and sudo has a PATH of its own.
+    steer runs without the environment being activated, and sudo has a PATH of its own.
     """
     directory = os.path.dirname(sys.executable)
     path = os.path.join(directory, program)
@@ -370,7 +373,7 @@ def beside_us(program: str) -> str:
 
 
 def execute(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Become another program, found on PATH. Raises OSError as execve(2)."""
+    """Execute another program in this process, found on PATH. Raises OSError as execve(2) does."""
     for number in IGNORED_BY_PYTHON:
         signal.signal(number, signal.SIG_DFL)
     os.execvpe(arguments[0], list(arguments), environment)

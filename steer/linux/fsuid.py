@@ -1,8 +1,9 @@
-"""Looking at what belongs to another user as that user, for a moment (setfsuid(2)).
+"""Reads /proc as another user for a moment (setfsuid(2)).
 
-/proc asks for ptrace(2) access with the file system's user and group. Root without CAP_SYS_PTRACE,
-as in a container, has none to processes of other users; but it has CAP_SETUID, or they would not
-be other users. Signals and ptrace(2) access to us go by other ids, so nobody gains by it.
+/proc checks ptrace(2) access by the file system user and group ids. Root without CAP_SYS_PTRACE, as
+in a container, has no access to processes of other users. But it has CAP_SETUID, as otherwise it
+could not run workers as other users. Signals and ptrace(2) access to this process are checked by
+other ids, so no process gains anything meanwhile.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ _LIBC = ctypes.CDLL(None)
 
 @contextmanager
 def looking_as(uid: int, gid: int) -> Iterator[None]:
-    """Of this thread only. Without the capabilities for it nothing changes, and nothing is said."""
+    """Change the ids of this thread. Without the capabilities to do so, nothing happens."""
     dumpable = _LIBC.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0)
     _set(uid, gid)
     try:
         yield
     finally:
         _set(os.geteuid(), os.getegid())
-        # A change of user takes that away, and others could look at us no more.
+        # A change of ids clears it, and then others could not read /proc of this process.
         _LIBC.prctl(_PR_SET_DUMPABLE, dumpable, 0, 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""Whom a worker runs as: a user and a group, looked up and become."""
+"""The user and group of a worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steer.values import shown, whole_number
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """Whom a worker runs as; None keeps what the controller is."""
+    """The user and group of a worker; None keeps that of the controller."""
 
     uid: int | None = None
     gid: int | None = None
@@ -21,7 +21,7 @@ class Identity(msgspec.Struct, frozen=True):
     home: str = "/"
 
     def environment(self) -> dict[str, str]:
-        """What says who a process is; nothing where that is not changed."""
+        """HOME, USER and LOGNAME; nothing if the user stays."""
         if self.name is None:
             return {}
         return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
@@ -31,7 +31,7 @@ def identity(user: str | None, group: str | None) -> Identity:
     """Look a user and a group up, by name or number.
 
     Raises:
-        ConfigError: no such user or group, or not ours to become.
+        ConfigError: there is no such user or group, or it needs root to change to it.
     """
     uid, gid, name, home = None, None, None, "/"
     try:
@@ -52,12 +52,12 @@ def identity(user: str | None, group: str | None) -> Identity:
 
 
 def _number(text: str) -> int:
-    """A uid or gid. Not (uid_t)-1, which means "leave it" to setreuid(2). Raises Invalid."""
+    """A uid or gid. Raises Invalid, also for (uid_t)-1, which is "unchanged" to setreuid(2)."""
     return whole_number(text, 0, 2**32 - 2)
 
 
 def become(who: Identity) -> None:
-    """Drop to `who`, for good. Raises OSError as setuid(2)."""
+    """Change to this user and group for good. Raises OSError as setuid(2) does."""
     if who.gid is not None:
         os.setgroups([who.gid])
         if who.name is not None:

@@ -1,4 +1,4 @@
-"""What a worker writes, line by line, as the log shows it. Pure."""
+"""Cuts the output of workers into lines for the log. Pure."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 MOST_BYTES = 16384
-"""Of a longer line so much is shown at a time."""
+"""A longer line is shown in parts of this size."""
 _GOES_ON = b"\\"
 
 Line = tuple[bytes, bool]
-"""Without its end; and whether the next one is its continuation."""
+"""A line without its newline, and whether the next one continues it."""
 
 
 class Lines:
-    """Cuts a stream of bytes into lines. Nothing is lost: what has no end yet is a line with
-    the next piece, or at the `end`."""
+    """Cuts a stream of bytes into lines. A line without a newline is kept until more comes, or
+    until `end`."""
 
     def __init__(self) -> None:
         self.rest = b""
 
     def feed(self, data: bytes) -> Iterator[Line]:
-        """The lines that end in this piece, and parts of one that is too long."""
+        """The lines that are complete with this data, and parts of one that is too long."""
         *whole, self.rest = (self.rest + data).split(b"\n")
         for line in whole:
             while len(line) > MOST_BYTES:
@@ -34,7 +34,7 @@ class Lines:
             self.rest = self.rest[MOST_BYTES:]
 
     def end(self) -> Iterator[Line]:
-        """What is left, as nothing comes any more."""
+        """The incomplete line that is left, as no more data comes."""
         rest, self.rest = self.rest, b""
         if rest:
             yield rest, False
@@ -43,10 +43,10 @@ class Lines:
 def shown(
     lines: Iterable[Line], form: str, pid: int, slot: int | None, now_s: float
 ) -> Iterator[bytes]:
-    """Lines of a worker as they stand in the log, each with its end.
+    """The lines of a worker as the log shows them, each with a newline.
 
     Args:
-        form: "text": as they are, a backslash before an end that is none of theirs; or "json".
+        form: "text" or "json". As text, a part of a line that is continued ends with a backslash.
         pid, slot: of the worker.
         now_s: time.time().
     """

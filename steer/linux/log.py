@@ -1,6 +1,6 @@
-"""The controller's log, on standard error: for people as gunicorn's users know it, or as JSON.
+"""The controller's log on standard error, in gunicorn's text format or as JSON.
 
-Not the standard library's: importing that would be a tenth of what a start takes.
+It does not use `logging` of the standard library, whose import takes a tenth of a start.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Log:
     """Writes whole lines.
 
     Args:
-        level: the least of LEVELS that is written.
+        level: the lowest of LEVELS that is written.
         form: "text" or "json".
 
     Attributes:
-        form: as it is now.
+        form: the current one.
     """
 
     def __init__(self, level: str, form: str) -> None:
         self.configure(level, form)
 
     def configure(self, level: str, form: str) -> None:
-        """From now on."""
+        """Change level and format."""
         self._least = LEVELS.index(level)
         self.form = form
         self._write = write = _json if form == "json" else _text
@@ -61,7 +61,7 @@ class Log:
 
 
 def error_lines(messages: Sequence[str]) -> list[str]:
-    """As JSON, without their ends: for an error that ends a process, after its log."""
+    """Lines as JSON, without newlines, for an error that ends a process."""
     return [_json("error", message) for message in messages]
 
 

@@ -1,4 +1,4 @@
-"""Network cards, and the CPUs that take what they receive: what sysfs, /proc and ethtool tell."""
+"""Finds out which CPUs process the packets of each network card, by sysfs, /proc and ethtool."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from steer.linux.topology import parse_cpulist, parse_cpumask
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """A network interface, and where it hands in what it receives.
+    """A network interface, and the CPUs that process the packets it receives.
 
     Args:
-        driver: None for one without a device: loopback, veth, bridges.
-        channels: receive queues in use, of their own or combined; None where the driver
-            does not tell.
-        irq_cpus: the CPUs that take its receive interrupts; empty where none are known.
-        rps: for each receive queue the CPUs that Receive Packet Steering spreads it to,
-            () where it is off. Empty where sysfs shows another network namespace.
-        note: what a reader should know about it, or "".
+        driver: None if it has no device, as loopback, veth and bridges.
+        channels: receive queues in use, separate or combined; None if the driver does not say.
+        irq_cpus: the CPUs that handle its receive interrupts; empty if none are known.
+        rps: for each receive queue, the CPUs that Receive Packet Steering spreads it to, () if that
+            is off. Empty if sysfs shows another network namespace.
+        note: a remark for the reader, or "".
     """
 
     name: str
@@ -37,9 +36,9 @@ class Interface:
 
 
 def cpus_taking_packets(interface: Interface) -> frozenset[int] | None:
-    """The CPUs on which packets from this interface reach the sockets, None if unknown.
+    """The CPUs on which packets from this interface reach the sockets; None if unknown.
 
-    Where Receive Packet Steering is on, it and not the interrupt decides, queue by queue
+    If Receive Packet Steering is on for a queue, it decides, and not the interrupt
     (Documentation/networking/scaling.rst).
     """
     steered = frozenset(cpu for cpus in interface.rps for cpu in cpus)
@@ -51,7 +50,7 @@ def cpus_taking_packets(interface: Interface) -> frozenset[int] | None:
 
 
 def receive_queues(sysfs: str = "/sys", procfs: str = "/proc") -> list[Interface]:
-    """The network interfaces of the caller's network namespace."""
+    """The interfaces of the network namespace of this process."""
     return [_interface(index, name, sysfs, procfs) for index, name in socket.if_nameindex()]
 
 
@@ -136,8 +135,8 @@ def _interrupts(procfs: str) -> Iterator[tuple[str, str]]:
 
 
 def _affinity(irq: str, procfs: str) -> tuple[int, ...]:
-    """Where the interrupt goes, or may go: before it was first started, and from when it is bound
-    elsewhere until the next one comes, the kernel does not tell more (kernel/irq/migration.c)."""
+    """The CPUs that an interrupt goes to, or may go to. Before its first use, and after a change
+    until the next interrupt, the kernel does not say more (kernel/irq/migration.c)."""
     directory = f"{procfs}/irq/{irq}"
     effective = parse_cpulist(_read(f"{directory}/effective_affinity_list"))
     wanted = parse_cpulist(_read(f"{directory}/smp_affinity_list"))
@@ -152,7 +151,7 @@ def _link_name(path: str) -> str | None:
 
 
 def _read(path: str) -> str:
-    """The file's text, or "" where it is not there or may not be read."""
+    """The text of a file, or "" if it cannot be read."""
     try:
         with open(path) as file:
             return file.read()

@@ -1,7 +1,7 @@
-"""Standard error, written to without waiting for who reads it.
+"""Writes to standard error without waiting for its reader.
 
-What is not taken at once is kept, in its order, and written when it is. Of what workers write
-little is ever kept: while anything waits their pipes are not read, and so they wait themselves.
+What cannot be written at once is kept in order and written later. Little output of workers is ever
+kept: while anything is kept, their pipes are not read, so the workers wait.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from contextlib import suppress
 from steer.values import plural
 
 _OWN_MOST_BYTES = 1 << 18
-"""Of lines of steer's own that wait; more are dropped, and counted."""
+"""How much of steer's own lines is kept. Further lines are dropped and counted."""
 _MOST_BYTES = 1 << 24
-"""In all: only the last words of very many workers come to so much."""
+"""How much is kept in all. Only the last output of very many workers can reach that."""
 
 
 def _dropped(count: int) -> bytes:
@@ -26,13 +26,13 @@ def _dropped(count: int) -> bytes:
 
 
 class Output:
-    """One descriptor that all lines go to, each of them whole.
+    """Writes whole lines to one descriptor.
 
     Args:
-        fd: what to write to; may be replaced by another of its kind.
+        fd: what to write to; dup2(2) may replace its file.
 
     Attributes:
-        describe: makes the line that tells how many were dropped.
+        describe: returns the line that says how many lines were dropped.
     """
 
     def __init__(self, fd: int) -> None:
@@ -41,7 +41,7 @@ class Output:
         self.reset()
 
     def reset(self) -> None:
-        """In a process just forked: what waits is its parent's to write."""
+        """Drop what is kept. A forked child calls this, because its parent writes that."""
         self._waiting = bytearray()
         self._own_bytes = self._dropped = 0
         self._own_fd: int | None = None
@@ -50,28 +50,28 @@ class Output:
         self._is_blocked = False
 
     def fileno(self) -> int:
-        """What to wait for until it takes something."""
+        """The descriptor to poll for being writable."""
         if self._own_fd is None:
             self._own_fd = _not_blocking(self._fd)
         return self._own_fd if self._own_fd >= 0 else self._fd
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing waits."""
+        """Whether nothing is kept."""
         return not self._waiting
 
     def watch(self, blocked: Callable[[], None] | None) -> None:
-        """Call `blocked` when something begins to wait: then `flush` is to be called whenever
-        `fileno()` takes something, until it answers that nothing waits any more."""
+        """Call `blocked` when something has to be kept. From then on, call `flush` whenever
+        `fileno()` is writable, until it returns True."""
         self._blocked, self._is_blocked = blocked, False
         self._see_whether_blocked()
 
     def when_clear(self, call: Callable[[], None]) -> None:
-        """Call it once, when nothing waits any more."""
+        """Call a function once, when nothing is kept any more."""
         self._cleared.append(call)
 
     def say(self, line: bytes) -> None:
-        """A line of steer's own."""
+        """Write a line of steer's own."""
         if self._own_bytes > _OWN_MOST_BYTES or len(self._waiting) > _MOST_BYTES:
             self._dropped += 1
             return
@@ -80,7 +80,7 @@ class Output:
         self._see_whether_blocked()
 
     def pass_on(self, lines: Iterable[bytes]) -> None:
-        """Lines of a worker's; but for its last not to be read while something waits."""
+        """Write lines of a worker. While something is kept, read only its last ones."""
         for line in lines:
             if len(self._waiting) > _MOST_BYTES:
                 self._dropped += 1
@@ -94,7 +94,7 @@ class Output:
             self._blocked()
 
     def flush(self) -> bool:
-        """Write what is taken now; whether that was all."""
+        """Write as much as possible without waiting; whether that was all."""
         while self._waiting or self._dropped:
             if not self._waiting:
                 count, self._dropped = self._dropped, 0
@@ -108,11 +108,11 @@ class Output:
         return True
 
     def _write(self) -> bool:
-        """A piece; whether any of it was taken."""
+        """Write a part of what is kept; whether any of it was written."""
         is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
         end = len(self._waiting)
         if not is_file and end > select.PIPE_BUF:
-            # So much a pipe takes whole or not at all (pipe(7)): others may write there, too.
+            # Up to PIPE_BUF bytes are not mixed with what other processes write (pipe(7)).
             end = self._waiting.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
         try:
             if not is_file and not takes(self.fileno()):
@@ -120,35 +120,37 @@ class Output:
             written = os.write(self.fileno(), self._waiting[:end])
         except BlockingIOError:
             return False
-        except OSError:  # nobody reads it any more, or the disk is full
+        except OSError:  # it has no reader any more, or the disk is full
             written = end
         del self._waiting[:written]
         return True
 
     def finish(self, within_s: float) -> None:
-        """At the end of a process: write what waits, but not for ever."""
+        """At the end of a process: write what is kept, but wait no longer than this."""
         end_s = time.monotonic() + within_s
         while not self.flush() and (left_s := end_s - time.monotonic()) > 0:
             takes(self.fileno(), left_s)
 
     def close(self) -> None:
-        """Close what was opened to write without waiting; it is opened again when needed."""
+        """Close the descriptor of `fileno`, which is opened again when needed."""
         fd, self._own_fd = self._own_fd, None
         if fd is not None and fd >= 0:
             os.close(fd)
 
 
 def takes(fd: int, within_s: float = 0.0) -> bool:
-    """Whether it takes PIPE_BUF bytes within that time (poll(2), pipe(7)). Not so a pipe that
-    nobody empties or a terminal that is paused."""
+    """Whether a descriptor takes PIPE_BUF bytes within the time (poll(2), pipe(7)). A full pipe and
+    a paused terminal do not."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(1000 * within_s))
 
 
 def _not_blocking(fd: int) -> int:
-    """The pipe anew, if it is one that we may open, or -1: workers may fill it between our look
-    and our write, and not to block is a property of what others have open, too (fcntl(2))."""
+    """Another descriptor of a pipe with O_NONBLOCK; -1 if it is no pipe or cannot be opened.
+
+    Workers may fill the pipe between poll(2) and write(2). O_NONBLOCK on the original would change
+    it for all processes that share the open file (fcntl(2))."""
     with suppress(OSError):
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)

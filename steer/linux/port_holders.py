@@ -1,4 +1,4 @@
-"""Who has a port of this network namespace: what /proc/net and /proc/PID/fd tell."""
+"""Finds the processes that hold a port of this network namespace, by /proc."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Holder(msgspec.Struct, frozen=True):
     """A process that has a socket on a port.
 
     Args:
-        pid, command: None where no process could be seen to have the socket open.
+        pid, command: None if the process could not be found.
         uid: the user who made the socket.
         address: what the socket is bound to, without the port.
     """
@@ -37,7 +37,7 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 class Bound(msgspec.Struct, frozen=True):
-    """A socket of /proc/net, its address as inet_pton(3) packs it."""
+    """A line of /proc/net/tcp or udp, with the address as inet_pton(3) packs it."""
 
     ip: bytes
     port: int
@@ -53,18 +53,17 @@ def holders(
     root: str = "/proc",
     ours: frozenset[int] = frozenset(),
 ) -> list[Holder]:
-    """Who holds a port of this network namespace, on the address or one that overlaps it.
+    """The processes that hold a port, at this address or one that overlaps it.
 
-    The likeliest cause of an EADDRINUSE comes first: the same address before a wildcard of
-    its family before one of the other family. A wildcard of the other family is listed
-    though it may be IPV6_V6ONLY, which /proc does not tell. Connections (and connected UDP
-    sockets) are listed only if nothing listens. A TCP socket that is bound but does not
-    listen is in no list of /proc.
+    The likeliest cause of an EADDRINUSE comes first: the same address, then a wildcard of its
+    family, then a wildcard of the other family. The last is listed even if it is IPV6_V6ONLY,
+    which /proc does not show. Connections and connected UDP sockets are listed only if no other
+    socket is there. /proc does not list TCP sockets that are bound but do not listen.
 
     Args:
-        address: an IP address; "" is any.
-        ours: inodes of sockets to leave out. Looking for the process that has a socket takes
-            far longer than to find the socket.
+        address: an IP address; "" for any.
+        ours: inodes of sockets to leave out. Finding the process of a socket takes far longer than
+            finding the socket.
     """
     wanted = _pack(address)
     table = [bound for bound in bound_sockets(protocol, root) if bound.port == port and bound.inode]
@@ -83,8 +82,8 @@ def _holder(bound: Bound, pid: int | None, root: str) -> Holder:
 
 
 def _overlap(wanted: bytes, held: bytes) -> int | None:
-    """How closely two addresses collide: 0 the same, 1 by a wildcard, 2 by a dual-stack
-    wildcard, None not at all."""
+    """How two addresses overlap: 0 they are the same, 1 by a wildcard, 2 by a dual-stack wildcard,
+    None not at all."""
     if wanted == held:
         return 0
     either_any = not any(wanted) or not any(held)
@@ -98,7 +97,7 @@ _TCP_LISTEN, _UDP_UNCONNECTED = "0A", "07"  # include/net/tcp_states.h
 
 
 def bound_sockets(protocol: Protocol, root: str) -> Iterator[Bound]:
-    """The lines of /proc/net/tcp and its siblings (proc_pid_net(5))."""
+    """The lines of /proc/net/tcp and tcp6, or udp and udp6 (proc_pid_net(5))."""
     waiting = _TCP_LISTEN if protocol == "tcp" else _UDP_UNCONNECTED
     for name in (protocol, f"{protocol}6"):
         try:
@@ -133,7 +132,7 @@ def _pids_of(inodes: set[int], root: str) -> dict[int, tuple[int, ...]]:
     for pid in sorted(all_pids(root)):
         try:
             mine = inodes & {inode for _, inode in _all_sockets(f"{root}/{pid}")}
-        except OSError:  # gone, or not ours to look at
+        except OSError:  # the process has ended, or may not be examined
             continue
         for inode in mine:
             found[inode] = (*found.get(inode, ()), pid)
@@ -141,6 +140,7 @@ def _pids_of(inodes: set[int], root: str) -> dict[int, tuple[int, ...]]:
 
 
 def _all_sockets(directory: str) -> Iterator[tuple[int, int]]:
-    """However many: once, where a port is taken, to say by whom. Raises OSError."""
+    """All sockets of a process, without a limit, as this runs only if a port is taken. Raises
+    OSError."""
     for fd, target in Files(most_reads=EVERYTHING).open_files(directory):
         yield fd, inode_of(target)

@@ -1,10 +1,10 @@
-"""What /proc tells of other processes: their children, arguments and sockets.
+"""Reads about other processes from /proc: their children, arguments and sockets.
 
-Cheap to import: the controller asks on every tick while a worker starts. Where a
-question may be refused, "could not look" is an answer of its own. What a worker can make
-large is read through `procfs.Files`, which bounds a look.
+It imports little, because every start needs it. Where access may be refused, "could not look" is a
+separate answer. What a worker can make large is read through `procfs.Files`, which limits how much
+is read.
 
-`root` is where proc(5) is mounted; tests put a made tree there.
+`root` is where proc(5) is mounted; tests pass a directory of their own.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from steer.linux.procfs import EVERYTHING, Files, TooMuch
 def descendants(pid: int, root: str = "/proc") -> list[int]:
     """`pid` and all its descendants, parents first; empty if there is no such process.
 
-    A child that starts or ends meanwhile may be missed (proc(5), "children"). All of them,
-    however many: for acts. Looks use `family`.
+    A child that starts or ends meanwhile may be missed (proc(5), "children"). There is no limit, so
+    use this to act on processes, and `family` to look at them periodically.
     """
     files = Files(root, most_bytes=EVERYTHING)
     found = family(pid, files, EVERYTHING)
-    # Of thousands of threads each has its own list of children: then all processes are fewer.
+    # Each thread has a list of children. With thousands of threads a scan of all processes is less.
     return found if files.whole else _family_by_scan(pid, root)
 
 
 def may_have_children(pid: int, root: str = "/proc") -> bool:
-    """Whether it is worth listing its descendants: no of one that has ended, or has a single
-    thread (proc(5): directories are links to their parent) and started nobody who is there."""
+    """Whether a process may have children. False if it has ended, or if it has a single thread
+    without children. A directory has a link from each directory in it, which tells the number of
+    threads."""
     try:
         is_single = os.stat(f"{root}/{pid}/task").st_nlink <= _LINKS_OF_ONE
         return not is_single or bool(read_bytes(f"{root}/{pid}/task/{pid}/children"))
@@ -42,15 +43,15 @@ def may_have_children(pid: int, root: str = "/proc") -> bool:
 
 
 _LINKS_OF_ONE = 3
-"""Of a directory with one directory in it."""
+"""The number of links to a directory with one directory in it."""
 MOST_OF_FAMILY = 64
 
 
 def family(pid: int, files: Files, most: int = MOST_OF_FAMILY) -> list[int]:
-    """`pid` and its descendants, parents first, as far as one look goes; see `Files.whole`.
+    """`pid` and its descendants, parents first, within the limits of `files`; see `Files.whole`.
 
     Args:
-        most: processes, and threads of each of them.
+        most: how many processes at most, and how many threads of each.
     """
     root = files.root
     if not os.path.exists(f"{root}/{pid}"):
@@ -68,7 +69,7 @@ def family(pid: int, files: Files, most: int = MOST_OF_FAMILY) -> list[int]:
 
 
 def _family_by_scan(pid: int, root: str) -> list[int]:
-    """By the parents of all processes; also for kernels without CONFIG_PROC_CHILDREN."""
+    """The same from the parents of all processes; also for kernels without CONFIG_PROC_CHILDREN."""
     children: dict[int | None, list[int]] = {}
     for each in all_pids(root):
         children.setdefault(parent(each, root), []).append(each)
@@ -82,11 +83,11 @@ _MOST_ANCESTORS = 64
 
 
 def lineage(pid: int, known: Container[int] = ()) -> tuple[int, ...]:
-    """The process itself, its living ancestors, and who leads its process group and session, as
-    far as that can be told: of a zombie it can, of one that was waited for it cannot.
+    """The process itself, its living ancestors, and the leaders of its process group and session.
+    This works for a zombie, but not for a process that was waited for.
 
     Args:
-        known: nobody is looked for beyond the first of these.
+        known: the search ends at the first of these.
     """
     found: dict[int, None] = {}
     walk: int | None = pid
@@ -101,8 +102,7 @@ def lineage(pid: int, known: Container[int] = ()) -> tuple[int, ...]:
 
 
 def arguments(pid: int, root: str = "/proc") -> list[str]:
-    """The command line of a process, as far as anybody reads it; empty if there is no such
-    process."""
+    """The beginning of the command line of a process; empty if there is no such process."""
     line = command_line(pid, root)
     if line is None:
         return []
@@ -110,8 +110,8 @@ def arguments(pid: int, root: str = "/proc") -> list[str]:
 
 
 def command_line(pid: int, root: str = "/proc") -> bytes | None:
-    """The same with a null byte behind each; None if there is no such process. As quickly as can
-    be, as all processes of the machine are asked."""
+    """The same as bytes, with a null byte after each argument; None if there is no such process.
+    This is fast, because it is called for all processes of the machine."""
     try:
         fd = os.open(f"{root}/{pid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -129,8 +129,8 @@ MOST_ENVIRONMENT_BYTES = 1 << 18
 
 
 def environment(pid: int, root: str = "/proc") -> dict[str, str]:
-    """What a process was started with; empty if there is no such process, or it is not ours to
-    look at, or there is very much of it."""
+    """The environment that a process was started with. Empty if there is no such process, if it
+    may not be read, or if it is very large."""
     try:
         text = Files(root, most_bytes=MOST_ENVIRONMENT_BYTES).read(f"{root}/{pid}/environ")
     except OSError:
@@ -140,21 +140,21 @@ def environment(pid: int, root: str = "/proc") -> dict[str, str]:
 
 
 def is_alive(pid: int, root: str = "/proc") -> bool:
-    """Whether there is such a process and it has not ended: a zombie has."""
+    """Whether a process exists and is not a zombie."""
     stat = stat_fields(f"{root}/{pid}")
     return stat is not None and stat[0] not in (b"Z", b"X")
 
 
 def children(pid: int, root: str = "/proc") -> list[int]:
-    """Of a process, zombies among them."""
+    """The children of a process, including zombies."""
     if os.path.exists(f"{root}/{pid}/task/{pid}/children"):
         return _children(pid, Files(root, EVERYTHING, EVERYTHING), EVERYTHING)
     return [each for each in all_pids(root) if parent(each, root) == pid]
 
 
 def only_child(pid: int, root: str = "/proc") -> int | None:
-    """That of a process which has started one, as wrappers have; None of one with more, or with
-    none, or where that cannot be seen. Threads but the first are not looked at."""
+    """The child of a process that has exactly one, as wrappers have; None if it has none or more,
+    or if that cannot be read. Only children of its first thread are considered."""
     try:
         found = Files(root).read(f"{root}/{pid}/task/{pid}/children").split()
     except (OSError, TooMuch):
@@ -163,14 +163,14 @@ def only_child(pid: int, root: str = "/proc") -> int | None:
 
 
 def start_time_ticks(pid: int, root: str = "/proc") -> int | None:
-    """When the process started, in clock ticks since boot: with its pid this names one
-    process for ever. None if there is no such process."""
+    """When a process started, in clock ticks since boot; None if there is no such process. Together
+    with the pid this identifies a process, also when the pid is used again."""
     stat = stat_fields(f"{root}/{pid}")
     return int(stat[19]) if stat else None
 
 
 def is_still(pid: int, began_ticks: int) -> bool:
-    """Whether the process that started then has not ended."""
+    """Whether the process with this pid and start time is alive."""
     stat = stat_fields(f"/proc/{pid}")
     return stat is not None and stat[0] not in (b"Z", b"X") and int(stat[19]) == began_ticks
 
@@ -184,8 +184,7 @@ def open_sockets(pid: int, root: str = "/proc") -> set[int]:
     """The inodes of the sockets that `pid` and its descendants have open.
 
     Raises:
-        KernelError: one of them is not ours to look at, or they have more open than one
-            look goes through.
+        KernelError: one of them may not be examined, or they have too many open.
     """
     files = Files(root, MOST_OPEN)
     members = family(pid, files)
@@ -201,11 +200,11 @@ MOST_OPEN = 2048
 def sockets_by_fd(
     pid: int, root: str = "/proc", files: Files | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Descriptor and inode of each socket that a process has open, in order; none if it has
-    ended, and no more than one look goes through.
+    """The descriptor and inode of each socket that a process has open, in order, within the limits
+    of `files`; none if it has ended.
 
     Raises:
-        KernelError: the process is not ours to look at.
+        KernelError: the process may not be examined.
     """
     directory = f"{root}/{pid}"
     files = files or Files(root, MOST_OPEN)
@@ -231,7 +230,7 @@ def _children(pid: int, files: Files, most_threads: int) -> list[int]:
 
 
 def parent(pid: int, root: str = "/proc") -> int | None:
-    """Of a process; None if there is no such process."""
+    """The parent of a process; None if there is no such process."""
     stat = stat_fields(f"{root}/{pid}")
     return int(stat[1]) if stat else None
 
@@ -248,7 +247,7 @@ def stat_fields(directory: str, read: Callable[[str], bytes] | None = None) -> l
 
 
 def all_pids(root: str = "/proc") -> Iterator[int]:
-    """Of the processes that can be seen."""
+    """The pids of all processes that this user can see."""
     return (int(name) for name in os.listdir(root) if name.isdigit())
 
 
@@ -263,13 +262,13 @@ def is_zombie(task: str) -> bool:
 
 
 def inode_of(target: str) -> int:
-    """Of a socket, by what the link of a descriptor says; 0 of any other file."""
+    """The inode of a socket from the link in /proc/PID/fd; 0 for any other file."""
     return int(target[8:-1]) if target.startswith("socket:[") else 0
 
 
 def command(pid: int, root: str = "/proc") -> str | None:
-    """The name of a process, as ps(1) has it; None if there is no such process. It says of itself
-    what that is: what could not be printed is left out."""
+    """The name of a process as in ps(1); None if there is no such process. A process can choose its
+    name, so unprintable characters are removed."""
     try:
         name = read_bytes(f"{root}/{pid}/comm").decode(errors="replace")
     except OSError:

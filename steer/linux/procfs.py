@@ -1,10 +1,10 @@
-"""The door to /proc for a look at a worker: what it reads is counted, and bounded.
+"""Reads /proc with a limit on how much is read.
 
-A worker is not trusted. It may have 5,000 threads, wait for a million descriptors, or grow a
-tree of processes; a look at it costs no more for that. What does not fit into one look is left
-out, and `whole` says so: the answer is then "could not tell", never "no".
+A worker is not trusted. It may have 5,000 threads, wait on a million descriptors, or fork many
+processes. The limit keeps the cost of examining it bounded. What exceeds the limit is left out, and
+`whole` is then False: callers answer "could not tell", never "no".
 
-Where we may not look at a process, it is looked at as its user, if we may become that one.
+If this process may not read about another one, it tries as the user of that process.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_READS = 1024
-"""Files, links and directories in one look: some 5 to 10 ms."""
+"""How many files, links and directories are read: this takes 5 to 10 ms."""
 MOST_BYTES = 256 << 10
-"""An epoll takes about 90 bytes for each descriptor registered with it."""
+"""How many bytes are read: about 90 for each descriptor that is registered with an epoll."""
 MOST_NAMES = 256
-"""Of one directory: threads of a process."""
+"""How many names of one directory are read, for example threads of a process."""
 EVERYTHING = 1 << 40
-"""For what is done once, and not at every look."""
+"""No limit, for what is not done periodically."""
 
 
 class TooMuch(OSError):
-    """The look has cost as much as one may."""
+    """The limit is reached."""
 
 
 class Files:
-    """What one look may read.
+    """Reads files of /proc up to a limit.
 
     Args:
         root: where proc(5) is mounted.
-        most_reads: files, links and directories.
-        most_bytes: of all files together.
+        most_reads: how many files, links and directories at most.
+        most_bytes: how many bytes of all files together at most.
 
     Attributes:
-        whole: whether nothing had to be left out so far.
-        reads: how many there were.
+        whole: whether nothing was left out so far.
+        reads: how many files, links and directories were read.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Files:
         return b"".join(chunks)
 
     def memory(self, path: str, address: int, count_bytes: int, most_bytes: int) -> bytes:
-        """What a process has in its memory, from `address` on, as proc_pid_mem(5) has it.
+        """Memory of a process from `address` on, by proc_pid_mem(5).
 
         Args:
-            most_bytes: no more than this, whatever the process says.
+            most_bytes: read no more than this, as `count_bytes` comes from the process.
 
         Raises:
             OSError, TooMuch
@@ -91,7 +91,7 @@ class Files:
         fd = self._as_owner(path, partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
         try:
             found = os.pread(fd, min(count_bytes, most_bytes), address)
-        except OverflowError:  # a 32-bit process, whose calls have other numbers
+        except OverflowError:  # of a 32-bit process, whose system calls have other numbers
             return b""
         finally:
             os.close(fd)
@@ -100,7 +100,7 @@ class Files:
         return found
 
     def link(self, path: str) -> str:
-        """What a symbolic link says. Raises OSError, TooMuch."""
+        """The target of a symbolic link. Raises OSError, TooMuch."""
         self._spend()
         return self._as_owner(path, partial(os.readlink, path))
 
@@ -112,7 +112,7 @@ class Files:
         return found[:most]
 
     def tasks(self, pid: int, most: int = MOST_NAMES) -> list[str]:
-        """The directories of a process's threads, as many as are looked at; none once it is gone.
+        """The directories of the first `most` threads of a process; none if it has ended.
 
         Raises:
             PermissionError, TooMuch
@@ -124,16 +124,16 @@ class Files:
         return [f"{self.root}/{pid}/task/{tid}" for tid in names]
 
     def open_files(self, directory: str) -> Iterator[tuple[int, str]]:
-        """Descriptors of a process or thread, and what each is. Raises OSError, TooMuch."""
+        """The descriptors of a process or thread, and the link of each. Raises OSError, TooMuch."""
         for fd in self.names(f"{directory}/fd", self._most_reads):
             try:
                 yield int(fd), self.link(f"{directory}/fd/{fd}")
-            except FileNotFoundError:  # closed since
+            except FileNotFoundError:  # it was closed meanwhile
                 continue
 
     def _as_owner(self, path: str, act: Callable[[], T]) -> T:
-        """What `act` gives, done as the owner of the process where we may not do it ourselves,
-        and for all that is looked at of it from then on."""
+        """Call `act`. If access is refused, call it again as the owner of the process, and do so
+        from the start for everything else of that process."""
         process = path.removeprefix(f"{self.root}/").partition("/")[0]
         try:
             with self._looking_at(process):
@@ -153,7 +153,8 @@ class Files:
         return looking_as(*owner)
 
     def _take_owner(self, process: str) -> bool:
-        """Whether it is worth another try: a process that is not dumpable is root's here."""
+        """Whether another try as the owner makes sense: the files of a process that is not dumpable
+        belong to root."""
         if process in self._owners or os.geteuid() != 0:
             return False
         stat = os.stat(f"{self.root}/{process}")
@@ -174,7 +175,7 @@ class Files:
 
     def _give_up(self) -> None:
         self.whole = False
-        raise TooMuch("as much as one look may cost")
+        raise TooMuch("the limit on reading /proc is reached")
 
 
 def _first_names(directory: str, most: int) -> list[str]:

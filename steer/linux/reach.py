@@ -1,7 +1,7 @@
-"""What keeps a user from a file: the first directory on the way to it that the user may not enter.
+"""Finds what keeps a user from a file: the first directory on its path that the user may not enter.
 
-Tried as that user instead of computed from modes, as access control lists, security modules and
-mount options decide, too.
+This is tried as that user, and not computed from modes, because access control lists, security
+modules and mount options also decide.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Barrier(msgspec.Struct, frozen=True):
     """What a user may not do.
 
     Args:
-        user: its name.
+        user: the name of the user.
         act: "enter" a directory, or "execute" a file.
         mode: permission bits of the path.
-        is_noexec: whether it is on a file system from which nothing may be executed.
+        is_noexec: whether its file system is mounted noexec.
     """
 
     user: str
@@ -51,16 +51,16 @@ class Barrier(msgspec.Struct, frozen=True):
 
 
 def to_path(path: str) -> Barrier | None:
-    """What keeps the user that we are from a directory or program. None: nothing, or it is
-    missing. A relative path is followed from the current directory. Raises OSError: that was
-    removed."""
+    """What keeps the user of this process from a directory or program; None if nothing does, or if
+    it does not exist. A relative path starts at the current directory. Raises OSError: the current
+    directory was removed."""
     if not path.startswith("/") and not os.access(".", os.X_OK):
         path = os.getcwd()
     return next((_barrier(each) for each in _way(path) if _refuses(each)), None)
 
 
 def to_command(program: str, search: Sequence[str]) -> Barrier | None:
-    """What keeps the user that we are from executing a program, or the interpreter that its
+    """What keeps the user of this process from executing a program, or the interpreter that its
     first line names.
 
     Args:
@@ -80,10 +80,10 @@ def to_command(program: str, search: Sequence[str]) -> Barrier | None:
 def tried(
     become: Callable[[], None], look: Callable[[], Sequence[Barrier | None]]
 ) -> list[Barrier | None]:
-    """What `look` finds in a process that has become somebody else.
+    """Call `become` and then `look` in a child process, and return what `look` found.
 
     Raises:
-        OSError: there can be no such process, or it cannot look.
+        OSError: no process can be forked, or it cannot change its user.
     """
     reading, writing = os.pipe()
     with open(reading, "rb") as pipe:
@@ -104,14 +104,14 @@ def tried(
 def _tell(
     writing: int, become: Callable[[], None], look: Callable[[], Sequence[Barrier | None]]
 ) -> int:
-    with suppress(OSError, ValueError):  # as of a null byte, which only a file can hold
+    with suppress(OSError, ValueError):  # ValueError for a null byte in a path
         become()
         os.write(writing, msgspec.json.encode(look()))
     return 0
 
 
 def _way(path: str) -> Iterator[str]:
-    """Each directory that a lookup comes through, and last what it finds; no symbolic link."""
+    """Each directory that a lookup passes, and at last the file; symbolic links are resolved."""
     here, names, links = "/" if path.startswith("/") else ".", deque(_names(path)), 0
     yield here
     while names:
@@ -139,7 +139,7 @@ def _target(path: str) -> str | None:
 
 
 def _refuses(path: str) -> bool:
-    """Of one whose directory may be entered."""
+    """Whether the user may not enter or execute a path; its directory may be entered."""
     return os.path.exists(path) and not os.access(path, os.X_OK)
 
 
@@ -159,7 +159,7 @@ def _user() -> str:
 
 
 def _interpreter(path: str) -> str:
-    """As execve(2) finds it in a script; "" in what is none, or may not be read."""
+    """The interpreter of a script, as execve(2) finds it; "" if there is none, or no access."""
     try:
         with open(path, "rb") as file:
             line = file.readline(_LINE_BYTES)

@@ -1,8 +1,8 @@
-"""What has to go on, whatever the machine lacks: a failure is logged once, and it is tried again.
+"""Tries again what has failed, and logs each failure once.
 
-Here, and nowhere else, any exception is caught: none ends a periodic task or a worker's life.
-One that names something the machine lacks (no descriptor, process, memory or space) is told as
-that, and any other as a bug.
+Only here, any exception is caught, so that none ends a periodic task or the life of a worker. If
+the exception says that the machine lacks something (descriptors, processes, memory, space), the log
+says so; any other exception is logged as a bug.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ if TYPE_CHECKING:
 
 AGAIN_S = 1.0
 _NO_THREAD = "can't start new thread"
-"""In the RuntimeError of Python's threading."""
+"""The text of the RuntimeError that `threading` raises."""
 _ACTS_MAX = 1000
 T = TypeVar("T")
 
 
 class Retry:
-    """Does things that may fail.
+    """Calls functions that may fail.
 
     Args:
-        spare: descriptors that are lent to whatever is done here, and to whatever else borrows
-            them.
+        spare: descriptors that are released during each call.
     """
 
     def __init__(self, log: Log, spare: Spare) -> None:
@@ -40,19 +39,19 @@ class Retry:
         self._loop: AbstractEventLoop
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop to try again in."""
+        """Use this loop to try again."""
         self._loop = loop
 
     def attempt(self, act: str, do: Callable[[], object]) -> bool:
-        """Do it now; whether it was done.
+        """Call `do` once; whether it succeeded.
 
         Args:
-            act: in words, for the log.
+            act: what it does, in words for the log.
         """
         return self.result(act, lambda: (do(), True)[1], False)
 
     def result(self, act: str, do: Callable[[], T], otherwise: T) -> T:
-        """What comes of it now, or `otherwise` if it failed."""
+        """Call `do` once; what it returns, or `otherwise` if it fails."""
         try:
             with self.spare.lent():
                 found = do()
@@ -65,12 +64,12 @@ class Retry:
     def until_done(
         self, act: str, do: Callable[[], object], wanted: Callable[[], bool] = lambda: True
     ) -> None:
-        """Do it now, and if that fails again every AGAIN_S as long as it is wanted."""
+        """Call `do` now, and every AGAIN_S until it succeeds or is not wanted any more."""
         if wanted() and not self.attempt(act, do):
             self._loop.call_later(AGAIN_S, self.until_done, act, do, wanted)
 
     def failed(self, act: str, error: BaseException) -> None:
-        """Log it, unless the same act failed for the same cause the last time."""
+        """Log a failure, unless the act failed for the same cause last time."""
         cause = in_words(error)
         if self._failing.get(act) == cause:
             return
@@ -88,13 +87,13 @@ class Retry:
 
 
 def is_lack(error: BaseException) -> bool:
-    """Whether it tells of the machine, or of something else that is known, and not of a bug."""
+    """Whether an error is a known one, for example of the machine, and not a bug."""
     no_thread = isinstance(error, RuntimeError) and str(error) == _NO_THREAD
     return no_thread or isinstance(error, OSError | MemoryError | SteerError)
 
 
 def in_words(error: BaseException) -> str:
-    """What it says, in one line."""
+    """An error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     if isinstance(error, MemoryError):
@@ -105,7 +104,7 @@ def in_words(error: BaseException) -> str:
 
 
 def as_refusal(act: str, error: Exception) -> SteerError:
-    """The same, for who asked for the act."""
+    """An error as a SteerError, for the user who asked for the act."""
     if isinstance(error, SteerError):
         return error
     return KernelError(act, in_words(error) if is_lack(error) else f"bug in steer: {error!r}")

@@ -1,7 +1,9 @@
-"""Services found by their processes: also where a control socket is in no usual place, or gone.
+"""Finds services by their processes, also if their control socket was removed or is in an unusual
+place.
 
-A controller and its guard name themselves (see `title`), and the kernel tells at which path a
-socket of theirs listens. Of this network namespace only, as the kernel's table is of one.
+The titles of controllers and guards name their service (see `title`), and the kernel says at which
+path their socket listens. Only services of this network namespace are found, as the kernel's table
+lists only those.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ class Running(msgspec.Struct, frozen=True):
     """A service that runs.
 
     Args:
-        pid: of its controller, or of its guard where there is none.
-        inode: of its control socket, as /proc/net/unix has it.
-        path: where that was bound. It may be there no more.
+        pid: of its controller, or of its guard if there is no controller.
+        inode: of its control socket, as in /proc/net/unix.
+        path: where the control socket was bound; it may have been removed.
     """
 
     title: Title
@@ -38,20 +40,21 @@ class Running(msgspec.Struct, frozen=True):
 
     @property
     def is_gone(self) -> bool:
-        """Whether its control socket's path was removed: those who have it see it as missing,
-        and not only we, as where it is in a container."""
+        """Whether the path of its control socket was removed. The path is looked up as the service
+        sees it, which may be in a container."""
         return not os.path.lexists(f"/proc/{self.pid}/root{self.path}") and processes.is_alive(
             self.pid
         )
 
 
 def find(environment: Mapping[str, str], but: Collection[int] = ()) -> list[Running]:
-    """Those that this user may ask: their own, for root all.
+    """The services of this user, for root those of all users.
 
-    Where STEER_RUNTIME_DIR is set, only those that were started with the same.
+    If STEER_RUNTIME_DIR is set, only services that were started with the same value.
 
     Args:
-        but: controllers that are known already. They and their guards have much open.
+        but: controllers to skip, with their guards. To examine them takes long, as they have many
+            files open.
     """
     found: dict[int, Running] = {}
     listening = dict(unix.listening())
@@ -70,8 +73,9 @@ class Member(msgspec.Struct, frozen=True):
 
     Args:
         name: of its service.
-        runtime_dir: STEER_RUNTIME_DIR of that; None if it was not set.
-        first: the worker's first process, as it says; None where its title says what it is.
+        runtime_dir: its STEER_RUNTIME_DIR; None if it was not set.
+        first: the worker's first process, by its environment; None if its title names the
+            service.
     """
 
     pid: int
@@ -81,10 +85,10 @@ class Member(msgspec.Struct, frozen=True):
 
 
 def unattended(environment: Mapping[str, str]) -> list[Member]:
-    """Processes of workers of this user (for root: of all), where neither a controller nor a
-    guard of their service is there. Of this network and pid namespace.
+    """The processes of workers whose service has neither a controller nor a guard: those of this
+    user, for root of all users, in this network and pid namespace.
 
-    Where STEER_RUNTIME_DIR is set, only those that were started with the same.
+    If STEER_RUNTIME_DIR is set, only processes that were started with the same value.
     """
     titles = {pid: title.of(pid) for pid in processes.all_pids()}
     attended = [
@@ -96,7 +100,7 @@ def unattended(environment: Mapping[str, str]) -> list[Member]:
 
 
 def name_of(pid: int) -> str | None:
-    """The name of the service that a process is of; None if it is of none, or cannot be seen."""
+    """The service that a process belongs to; None if it belongs to none, or cannot be examined."""
     shown = title.of(pid)
     if shown is not None:
         return shown.name
@@ -109,11 +113,11 @@ def _members(
     titles: Mapping[int, Title | None],
     attended: Sequence[tuple[Title, str | None]],
 ) -> Iterator[Member]:
-    """Those of services that are not `attended`.
+    """The processes of workers whose service has no controller or guard.
 
     Args:
-        titles: what each process shows.
-        attended: what a process shows that looks after one, and its STEER_RUNTIME_DIR.
+        titles: by pid.
+        attended: title and STEER_RUNTIME_DIR of each controller and guard.
     """
     user, wanted = os.geteuid(), environment.get(RUNTIME_DIR)
     for pid, shown in titles.items():
@@ -135,13 +139,13 @@ def _members(
 
 
 def first_of(environment: Mapping[str, str]) -> int | None:
-    """The first process of the worker that a process with this environment says it is of."""
+    """The first process of a worker, from the environment of one of its processes."""
     value = environment.get(MARK, "")
     return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
 
 
 def _is_here(pid: int) -> bool:
-    """Whether it is in our network and pid namespaces."""
+    """Whether a process is in the network and pid namespaces of this one."""
     with suppress(OSError):
         return all(
             os.readlink(f"/proc/{pid}/ns/{each}") == os.readlink(f"/proc/self/ns/{each}")
@@ -151,7 +155,7 @@ def _is_here(pid: int) -> bool:
 
 
 def names_of_ours() -> set[str]:
-    """The names of the services of this user, as their processes show them."""
+    """The names of the services of this user, by the titles of their processes."""
     user = os.geteuid()
     return {shown.name for pid, shown in _shown() if _owner(pid) == user}
 

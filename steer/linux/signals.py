@@ -1,4 +1,4 @@
-"""Signals of the controller: held while it starts, and let through afterwards."""
+"""Blocks the controller's signals while it starts."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _ORDERING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
 _HANDLED = (*_ENDING, *_ORDERING)
 OURS = (*_HANDLED, signal.SIGCHLD)
-"""All that there may be a handler for."""
-
-
+"""All signals that may have a handler."""
 IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def hold_signals() -> None:
-    """Let signals that are handled wait until `release_signals`, and SIGCHLD for good, see
-    `ChildEnds`; no child that is forked inherits that.
+    """Block handled signals until `release_signals`, and SIGCHLD for good, see `ChildEnds`. Forked
+    children do not inherit that.
 
-    Whatever else the parent left us with is undone: a mask, and signals that are ignored
-    (execve(2) keeps both), as under sudo(8) and some job runners. SIGHUP stays ignored: nohup(1).
+    The signal mask and ignored signals of the parent process, which execve(2) keeps, are reset:
+    sudo(8) and some job runners set them. If SIGHUP is ignored it stays so, for nohup(1).
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, OURS)
     for number in signal.valid_signals() - {signal.SIGHUP, *IGNORED_BY_PYTHON}:
@@ -28,10 +26,10 @@ def hold_signals() -> None:
 
 
 def pause(seconds: float) -> None:
-    """While signals are held; one that ends us ends us at once, as nothing has begun.
+    """Wait while signals are blocked, before anything has been started.
 
     Raises:
-        SystemExit: there was one.
+        SystemExit: a signal to end the controller came.
     """
     if signal.sigtimedwait(_ENDING, seconds) is not None:
         raise SystemExit(0)

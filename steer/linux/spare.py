@@ -1,4 +1,4 @@
-"""Descriptors kept for what cannot wait until others are closed."""
+"""Keeps descriptors in reserve, for what must not fail when the limit on open files is reached."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 
 class Spare:
-    """So many descriptors, open and used for nothing; lent, they are closed.
+    """A number of descriptors that are open for no other purpose, and closed while they are lent.
 
-    Opened early they have low numbers, so that they are of use even where the limit is
-    lowered while we run (getrlimit(2): it is one more than the highest number there may be).
+    They are opened early, so they have low numbers. So they help even if the limit is lowered later
+    (getrlimit(2): it is one more than the highest number that can be opened).
 
     Raises:
-        OSError: not even these can be had.
+        OSError: they cannot be opened.
     """
 
     def __init__(self, number: int) -> None:
@@ -29,11 +29,11 @@ class Spare:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """For a moment there is room for so many. Those used for longer are missing until
-        there is room again."""
+        """Make room for this number of descriptors meanwhile. Those that stay open longer are
+        missing here until there is room again."""
         if self._is_roomy or (len(self._fds) == self._number and self._room() > self._number):
-            # To close and open them all takes far longer than to look, and to look longer than
-            # not to, where it was looked for whatever this is a part of.
+            # Closing and opening them takes far longer than looking for room. Within another
+            # `lent`, which has looked, even that is saved.
             before, self._is_roomy = self._is_roomy, True
             try:
                 yield
@@ -56,10 +56,10 @@ class Spare:
         self._fds = []
 
     def _room(self) -> int:
-        """So many more may be opened; 0 where that is not told, or where no file can be had
-        though we may have more (ENFILE of open(2))."""
+        """How many more descriptors can be opened; 0 if that is not known, or if open(2) fails
+        although the limit is not reached (ENFILE)."""
         try:
-            # The number of open descriptors, since Linux 6.2; before, 0.
+            # Since Linux 6.2 this is the number of open descriptors; before, 0.
             used = os.stat("/proc/self/fd").st_size
             os.close(os.open(os.devnull, _FLAGS))
         except OSError:

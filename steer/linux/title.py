@@ -1,4 +1,4 @@
-"""What ps(1) shows of a process of ours, instead of how it was started."""
+"""The titles of steer's processes, which ps(1) shows in place of their arguments."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _ARG_START, _ARG_END = 48, 49
 
 
 def show(title: str, stat: str = "/proc/self/stat") -> None:
-    """Write `title` over the arguments that we were started with, as far as there is room.
+    """Write `title` over the arguments of this process, cut to their length.
 
-    That is where /proc/PID/cmdline reads from (proc_pid_cmdline(5)). Python has copies of its
-    own, so nothing that it knows changes. There is no more room than the arguments took: what
-    comes behind is the environment, which C code may still look at. Where the kernel does not
-    say where they are, nothing is changed.
+    /proc/PID/cmdline reads them from there (proc_pid_cmdline(5)). Python has copies of its own,
+    which do not change. The title cannot be longer than the arguments, because the environment
+    follows them, which C code may still read. If the kernel does not say where the arguments are,
+    nothing is changed.
     """
-    import ctypes  # not for those who only look
+    import ctypes  # slow to import, and not needed to read titles
 
     start, end = _arguments(stat)
     if 0 < start < end:
         room = end - start
-        # The last byte stays 0: else the kernel takes the environment for a part of it.
+        # The last byte stays 0: otherwise the kernel shows the environment as well.
         ctypes.memmove(start, title.encode()[: room - 1].ljust(room, b"\0"), room)
 
 
 def saved() -> bytes:
-    """What ps(1) shows of this process now, for `restore`; empty where the kernel does not say."""
+    """What ps(1) shows of this process now, for `restore`; empty if it cannot be read."""
     import ctypes
 
     start, end = _arguments("/proc/self/stat")
@@ -51,7 +51,7 @@ def restore(arguments: bytes) -> None:
 
 @cache
 def _arguments(stat: str) -> tuple[int, int]:
-    """Where they begin and end. A child that is forked has them where its parent does."""
+    """Where the arguments begin and end in memory. In a forked child it is the same."""
     try:
         with open(stat, "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -61,12 +61,12 @@ def _arguments(stat: str) -> tuple[int, int]:
 
 
 class Title(msgspec.Struct, frozen=True):
-    """What a process of a service shows.
+    """The title of a process of a service.
 
     Args:
         role: CONTROLLER, GUARD or WORKER.
         name: of the service.
-        is_cut: whether there was no room for more: the name may be longer.
+        is_cut: whether the name may be longer, because the title was cut.
     """
 
     role: str
@@ -74,13 +74,13 @@ class Title(msgspec.Struct, frozen=True):
     is_cut: bool = False
 
     def may_name(self, service: str) -> bool:
-        """Whether it may be a process of that service."""
+        """Whether this may be a process of that service."""
         return service.startswith(self.name) if self.is_cut else service == self.name
 
 
 def of(pid: int) -> Title | None:
-    """What a process shows; None if it is none of a service, or has ended. Anybody can show
-    what they like: it is a hint where to look."""
+    """The title of a process; None if it belongs to no service, or has ended. Any process can
+    choose its title, so this is only a hint."""
     line = processes.command_line(pid)
     if line is None or not line.startswith(_BEGINS.encode()):
         return None

@@ -1,6 +1,6 @@
-"""Which CPUs there are, which this process may use, and on which NUMA node each sits.
+"""Reads which CPUs there are, which of them this process may use, and the NUMA node of each.
 
-Numbers are the kernel's and may have holes.
+The numbers are those of the kernel, and need not be consecutive.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def read(sysfs: str = "/sys") -> Topology:
 
 
 def changed(before: Topology) -> Topology | None:
-    """The topology as it is now, if this process may use other CPUs than before: its cpuset
-    was changed, or a CPU went on- or offline (cpuset(7), sched_getaffinity(2)).
+    """The current topology if this process may use other CPUs than before, because its cpuset was
+    changed or a CPU went on- or offline (cpuset(7), sched_getaffinity(2)); otherwise None.
 
     Raises:
         KernelError: as `read`.

@@ -1,4 +1,4 @@
-"""Listening UNIX sockets of this network namespace, those of other users among them."""
+"""Lists the UNIX sockets of this network namespace, including those of other users."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _SEQUENTIAL = "0005"
 
 
 def listening(table: str = "/proc/net/unix") -> Iterator[tuple[int, Path]]:
-    """Inode and path of each, also in directories that we may not read, or that are gone. Where
-    one was bound by a relative path, that is what it is."""
+    """The inode and path of each listening socket, also in directories that cannot be read or were
+    removed. The path is the one given to bind(2), and may be relative."""
     for fields in _rows(table):
         if len(fields) == _FIELDS and int(fields[3], 16) & _LISTENS:
             yield int(fields[-2]), Path(fields[-1])
 
 
 def may_listen(paths: Collection[Path], table: str = "/proc/net/unix") -> bool:
-    """Whether the path of any socket might be one of these. Quicker than to see whether one of
-    those that are `listening` is: there may be thousands."""
+    """Whether any socket may have one of these paths. This is faster than `listening` if there are
+    thousands of sockets."""
     with suppress(OSError), open(table, "rb") as lines:
         text = lines.read()
         return any(os.fsencode(path) in text for path in paths)
@@ -32,7 +32,7 @@ def may_listen(paths: Collection[Path], table: str = "/proc/net/unix") -> bool:
 
 
 def sequential(table: str = "/proc/net/unix") -> set[int]:
-    """Inodes of the sockets of type SOCK_SEQPACKET: such as a worker's channel."""
+    """The inodes of all sockets of type SOCK_SEQPACKET, which a worker's channel has."""
     return {int(fields[6]) for fields in _rows(table) if fields[4] == _SEQUENTIAL}
 
 

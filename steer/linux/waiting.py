@@ -1,6 +1,6 @@
-"""Whether a process waits on its sockets: how a server that never notifies is found ready.
+"""Finds out whether a process waits on its sockets. A server that sends no READY=1 is ready then.
 
-`root` is where proc(5) is mounted; tests put a made tree there.
+`root` is where proc(5) is mounted; tests pass a directory of their own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from steer.linux.procfs import Files, TooMuch
 
 
 class Seen(enum.IntEnum):
-    """What a look at another process showed; max() of several looks is what they say together.
+    """What is known of another process; max() combines several answers.
 
-    Compare with `is`: UNKNOWN is true.
+    Compare with `is`, because UNKNOWN is true as a boolean.
     """
 
     NO = 0
@@ -32,23 +32,23 @@ class Seen(enum.IntEnum):
 def waits_on(
     pid: int, inodes: frozenset[int], root: str = "/proc", machine: str = os.uname().machine
 ) -> Seen:
-    """Whether a thread of `pid`, or of a descendant, is asleep until one of these sockets has
-    something for it: how a server that never notifies is found to be ready.
+    """Whether a thread of `pid` or of a descendant sleeps until something arrives at one of these
+    sockets.
 
-    A thread waits on the sockets named by the system call it is blocked in: accept and the
-    receiving calls, poll, select, and an epoll that has the socket registered. Being
-    registered is not enough by itself: Tornado and Twisted register first and go on
-    starting up. A thread caught running is seen to wait the next time.
+    A thread waits on the sockets of the system call it is blocked in: accept and the receiving
+    calls, poll, select, and an epoll with which the socket is registered. A registered socket alone
+    is not enough, because Tornado and Twisted register it before they have started. A thread that
+    happens to run is found waiting the next time.
 
-    io_uring does not tell which socket a request is for: an accept pending in a process
-    that has one of the sockets counts, other requests are UNKNOWN.
+    io_uring does not say which socket a request is for. A pending accept counts if the process has
+    one of the sockets open; for other requests the answer is UNKNOWN.
 
-    Where the system call may not be read (kernel.yama.ptrace_scope 2) or its numbers are
-    not known here, being registered with an epoll is taken for waiting.
+    If the system call cannot be read (kernel.yama.ptrace_scope 2), or its numbers are not known
+    for this machine, a socket that is registered with an epoll counts as waited on.
 
     Args:
         inodes: of TCP listeners or UDP sockets, see `socket_inode`.
-        machine: what uname(2) calls the processor: it decides the system call numbers.
+        machine: the processor by uname(2), which determines the system call numbers.
     """
     files = Files(root)
     looks = _waits(pid, inodes, files, machine)
@@ -59,13 +59,13 @@ def waits_on(
 
 
 def waiters(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[int]:
-    """Those of `pid` and its descendants that wait, as `waits_on` has it."""
+    """Those of `pid` and its descendants that wait, see `waits_on`."""
     seen = _waits(pid, inodes, Files(root), os.uname().machine)
     return frozenset(member for member, look in seen.items() if look is Seen.YES)
 
 
 def acceptors(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[int]:
-    """The threads of `pid` and its descendants that wait, as `waits_on` has it."""
+    """The threads of `pid` and its descendants that wait, see `waits_on`."""
     files, calls = Files(root), _BLOCKING_CALLS.get(os.uname().machine)
     found: set[int] = set()
     with suppress(PermissionError, TooMuch):
@@ -79,10 +79,10 @@ def acceptors(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozense
 def in_event_loop(
     tids: Iterable[int], root: str = "/proc", machine: str = os.uname().machine
 ) -> Seen:
-    """Whether one of these threads is asleep in epoll_wait(2), poll(2), select(2) or
-    io_uring_enter(2), on whatever: it takes the next thing that happens.
+    """Whether one of these threads sleeps in epoll_wait(2), poll(2), select(2) or
+    io_uring_enter(2), so that it handles the next event, whatever that is.
 
-    That of a stopped process is, too: see `activity.is_stopped`.
+    A thread of a stopped process counts, too: see `activity.is_stopped`.
     """
     calls = _BLOCKING_CALLS.get(machine, {})
     return max((_is_in_event_loop(tid, Files(root), calls) for tid in tids), default=Seen.NO)
@@ -120,7 +120,7 @@ def _process_waits(
             seen = max(seen, _task_waits(task, inodes, files, calls))
             if seen is Seen.YES:
                 return seen
-    except (PermissionError, TooMuch):  # hidepid=1, or more than one look goes through
+    except (PermissionError, TooMuch):  # hidepid=1, or the limit is reached
         return Seen.UNKNOWN
     return seen
 
@@ -134,17 +134,17 @@ def _task_waits(
         fds = None
     except TooMuch:
         raise
-    except OSError:  # gone, or its memory is
+    except OSError:  # the thread has ended, or its memory is unmapped
         return Seen.NO
     if fds is not None:
         return _look(task, fds, inodes, files)
-    if is_zombie(task):  # nobody but root may look at one
+    if is_zombie(task):  # only root may examine one
         return Seen.NO
     return max(Seen.UNKNOWN, _look(task, _anonymous(task, files, _EPOLL), inodes, files))
 
 
 def _awaited_fds(task: str, files: Files, calls: dict[int, _Fds]) -> Iterable[int]:
-    """The descriptors that the system call a thread is blocked in waits for."""
+    """The descriptors that a thread waits for in its system call."""
     number, *arguments = files.read(f"{task}/syscall").split()
     if number == b"running" or int(number) not in calls:
         return ()
@@ -161,7 +161,7 @@ def _look(task: str, fds: Iterable[int], inodes: frozenset[int], files: Files) -
 
 
 def _covers(task: str, fd: int, inodes: frozenset[int], files: Files) -> Seen:
-    """Whether a wait for this descriptor is a wait for one of the sockets."""
+    """Whether a thread that waits for this descriptor waits for one of the sockets."""
     try:
         target = files.link(f"{task}/fd/{fd}")
         if target == _EPOLL:
@@ -179,7 +179,7 @@ _EPOLL, _RING = "anon_inode:[eventpoll]", "anon_inode:[io_uring]"
 
 
 def _anonymous(task: str, files: Files, kind: str) -> list[int]:
-    """The descriptors of one kind of file that has no name."""
+    """The descriptors whose link in /proc is `kind`."""
     try:
         return [fd for fd, target in files.open_files(task) if target == kind]
     except OSError:
@@ -187,7 +187,7 @@ def _anonymous(task: str, files: Files, kind: str) -> list[int]:
 
 
 def _registered(task: str, epoll: int, files: Files) -> set[int]:
-    """The inodes of what is registered with an epoll (proc(5), fdinfo; "ino:" since 4.13)."""
+    """The inodes of files registered with an epoll (proc(5), fdinfo; "ino:" since Linux 4.13)."""
     text = files.read(f"{task}/fdinfo/{epoll}")
     return {int(inode, 16) for inode in _REGISTERED.findall(text)}
 
@@ -197,7 +197,7 @@ _IORING_OP_ACCEPT = b"13"
 
 
 def _ring_covers(task: str, ring: int, inodes: frozenset[int], files: Files) -> Seen:
-    """From the pending requests that io_uring/fdinfo.c lists, which name no socket."""
+    """Judge by the pending requests of a ring, which do not name sockets (io_uring/fdinfo.c)."""
     pending = re.findall(rb"^\s+op=(\d+)", files.read(f"{task}/fdinfo/{ring}"), re.MULTILINE)
     if not pending:
         return Seen.NO
@@ -212,7 +212,7 @@ def _first(_files: Files, _task: str, arguments: list[int]) -> list[int]:
 
 
 def _one(files: Files, task: str, arguments: list[int]) -> list[int]:
-    """Of a call that waits for nothing else."""
+    """The same, for a call that waits for one descriptor only."""
     return _first(files, task, arguments)
 
 
@@ -220,14 +220,14 @@ _IORING_ENTER_REGISTERED_RING = 1 << 4
 
 
 def _entered(files: Files, task: str, arguments: list[int]) -> list[int]:
-    """The ring of an io_uring_enter(2); all rings where it was named by a registered index."""
+    """The ring of an io_uring_enter(2); all rings if the call has a registered index."""
     if arguments[3] & _IORING_ENTER_REGISTERED_RING:
         return _anonymous(task, files, _RING)
     return _first(files, task, arguments)
 
 
 _MOST_AWAITED_BYTES = 8192
-"""Of what poll and select are given: 1,024 and 65,536 descriptors."""
+"""How much of the arguments of poll and select is read: 1,024 and 65,536 descriptors."""
 
 
 def _polled(files: Files, task: str, arguments: list[int]) -> list[int]:
@@ -239,8 +239,8 @@ def _polled(files: Files, task: str, arguments: list[int]) -> list[int]:
 
 
 def _restarted(files: Files, task: str, arguments: list[int]) -> list[int]:
-    """A call that SIGSTOP and SIGCONT interrupted, with the arguments it had: poll(2), or one
-    that sleeps or waits for a lock (restart_syscall(2))."""
+    """The descriptors of a call that SIGSTOP and SIGCONT interrupted. It keeps its arguments. It is
+    poll(2), or a call that sleeps or waits for a lock (restart_syscall(2))."""
     return _polled(files, task, arguments) if _is_polling(files, task) else []
 
 
@@ -249,7 +249,7 @@ def _is_polling(files: Files, task: str) -> bool:
 
 
 def _selected(files: Files, task: str, arguments: list[int]) -> Iterable[int]:
-    """The fd_set of readers is an array of long with one bit for each descriptor."""
+    """The descriptors of select(2), whose fd_set is an array of long with a bit for each."""
     count, address = _int(arguments[0]), arguments[1]
     if not address:
         return ()
@@ -260,7 +260,7 @@ def _selected(files: Files, task: str, arguments: list[int]) -> Iterable[int]:
 
 
 def _int(register: int) -> int:
-    """An int argument is the lower half of its register; the upper may hold anything."""
+    """An int argument is the lower half of its register; the upper half is undefined."""
     return register & 0xFFFFFFFF
 
 
