@@ -26,7 +26,7 @@ def run(quick: bool) -> list[Section]:
     rounds = 2 if quick else 21
     peer = under_steer("steer", WORKERS, "--policy", "hash")
     with peers.running(peer, _PORT) as running, tempfile.TemporaryDirectory() as home:
-        file = Path(swap.own_policy(Path(home)))
+        file = Path(swap.custom_policy(Path(home)))
         parts_ms = [_try(running, file) for _ in range(rounds + 1)][1:]
     policy_ms, load_ms, status_ms = zip(*parts_ms, strict=True)
     all_ms = tuple(sum(each) for each in parts_ms)

@@ -61,15 +61,15 @@ def run(quick: bool) -> list[Section]:
     with tempfile.TemporaryDirectory(prefix="steer-bench-") as directory:
         file = Path(directory, "received")
         file.touch()
-        policies = [*(name for name in POLICIES if name != KERNEL), own_policy(Path(directory))]
+        policies = [*(name for name in POLICIES if name != KERNEL), custom_policy(Path(directory))]
         with peers.running(peer, _PORT, {datagrams.FILE: str(file)}) as running:
             found = _swap(running, file, policies, swaps)
     about = f"{swaps:,} changes of policy, a flood of datagrams and {RATE:g} connections/s"
     return [Section(about, _lost(found)), Section(f"{about}: a change takes", _took(found))]
 
 
-def own_policy(directory: Path) -> str:
-    """A policy of one's own, as `steer policies new` writes it."""
+def custom_policy(directory: Path) -> str:
+    """A custom policy, as `steer policies new` writes it."""
     subprocess.run(
         [tool("steer"), "policies", "new", OWN], cwd=directory, capture_output=True, check=True
     )

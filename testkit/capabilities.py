@@ -88,7 +88,7 @@ def _has_headers() -> str:
 
 
 def _has_vm() -> str:
-    """`./dev vm` would install what it needs, and maybe make .venv anew, which we run from."""
+    """`./dev vm` would install what it needs, and maybe make .venv again, which we run from."""
     made = ROOT / ".venv" / "made-vm"
     pyproject = (ROOT / "pyproject.toml").read_bytes()
     stamp = subprocess.run(["cksum"], input=pyproject, capture_output=True, check=True).stdout

@@ -24,7 +24,7 @@ class Kind(Enum):
     """SIGKILL to the controller, and `steer run` again."""
 
 
-_DECK = {
+_TIMES = {
     Kind.RELOAD: 3,
     Kind.SCALE: 4,
     Kind.DRAIN: 3,
@@ -67,7 +67,7 @@ def sequence(seed: int, kinds: Iterable[Kind] = ALL) -> Iterator[Act]:
     Kinds are dealt like cards, so that a short sequence too has seen most.
     """
     chance = random.Random(seed)
-    wanted = [kind for kind in kinds for _ in range(_DECK[kind])]
+    wanted = [kind for kind in kinds for _ in range(_TIMES[kind])]
     while True:
         chance.shuffle(wanted)
         for kind in wanted:

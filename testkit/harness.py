@@ -70,9 +70,9 @@ class Harness:
     """A backend with a socket on every bind for each slot.
 
     Args:
-        backend, policy: the backend is opened as it is, whatever the ladder would say.
+        backend, policy: the backend is opened as it is, without a fallback.
         kinds: keys of KINDS, or addresses.
-        workers: seats, at slots 0, 1, ...; their sockets are made by `join`.
+        workers: how many, in slots 0, 1, ...; their sockets are made by `join`.
         options: socket options of theirs, NAME=VALUE.
         new_socket: makes a client's socket, of a family and a kind.
     """
@@ -120,7 +120,7 @@ class Harness:
     # What the pool does.
 
     def serving(self) -> Self:
-        """All seats taken, all of them chosen."""
+        """All workers joined and selected."""
         self.join(*range(len(self.plan.specs)))
         self.steer()
         return self

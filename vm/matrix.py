@@ -32,7 +32,7 @@ KERNEL_TESTS = (
     "tests/service/test_early.py",
     "tests/kernel/sockets/test_listeners.py",
     "tests/kernel/linux/test_nic.py",
-    "tests/service/test_own_policy.py::test_built_in_policies_ask_no_more_of_the_verifier",
+    "tests/service/test_custom_policy.py::test_built_in_policies_ask_no_more_of_the_verifier",
     "-k",
     "not tcp6 and not udp6 and not dual_stack and not wildcard",
 )

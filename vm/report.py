@@ -41,7 +41,7 @@ class Cell(msgspec.Struct, tag_field="kind", tag="cell"):
         asked: the backend that it was started with.
         got: the one it stood on; "" if it did not come up.
         reason: why no better one.
-        works: whether the rung it stood on kept what the policy promises there.
+        works: whether that backend kept what the policy promises there.
         detail: what was seen, or what went wrong.
         notes: what the service said of itself besides.
         took_s: from its start to its end.

@@ -303,7 +303,7 @@ def test_slots_go_round(service: StartService) -> None:
 
 @pytest.mark.needs("bpf")
 def test_what_was_counted_is_not_lost(service: StartService) -> None:
-    """Nor for a worker that has ended, while its seat waits for another."""
+    """Nor for a worker that has ended, while its slot waits for another."""
     arguments = ("-w", "2", "--policy=round-robin")
     first = service(*arguments)
     for _ in range(4):

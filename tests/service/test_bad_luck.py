@@ -290,7 +290,7 @@ def test_limit_on_processes(
     assert session(running.pid) == []
 
 
-# The ladder
+# Fallback
 
 
 @pytest.mark.needs("nobody")

@@ -538,7 +538,7 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
 
 @pytest.mark.needs("bpf", "nobody")
 @pytest.mark.usefixtures("netns")
-def test_check_tells_of_the_rung_that_holds(home: Path, environment: dict[str, str]) -> None:
+def test_check_tells_of_the_backend_that_is_used(home: Path, environment: dict[str, str]) -> None:
     """Which probes alone do not tell: without CAP_PERFMON only this policy is refused."""
     less = "-sys_admin,-perfmon"
     without = ["setpriv", "--bounding-set", less, "--inh-caps", less]

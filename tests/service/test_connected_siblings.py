@@ -115,7 +115,7 @@ def kill(running: Service, other: dict[str, Any]) -> None:
     running.wait_ready(WORKERS)
 
 
-def execute_anew(running: Service, other: dict[str, Any]) -> None:
+def execute_again(running: Service, other: dict[str, Any]) -> None:
     before = running.log.count("adopted ")
     running.send_signal(signal.SIGUSR2)
     eventually(lambda: running.log.count("adopted ") > before)
@@ -123,7 +123,7 @@ def execute_anew(running: Service, other: dict[str, Any]) -> None:
     restart(running, other)
 
 
-ACTS: list[Callable[[Service, dict[str, Any]], None]] = [restart, scale, kill, execute_anew]
+ACTS: list[Callable[[Service, dict[str, Any]], None]] = [restart, scale, kill, execute_again]
 act = pytest.mark.parametrize("act", ACTS, ids=lambda each: each.__name__)
 
 

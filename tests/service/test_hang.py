@@ -136,7 +136,7 @@ def test_stopped_and_back(service: StartService, clients: ExitStack, server: str
 @needs
 @servers("demo", "gunicorn")
 def test_stopped_for_good(service: StartService, clients: ExitStack, server: str) -> None:
-    """Another takes its seat, and it is killed when its time to finish is over."""
+    """Another takes its place, and it is killed when its time to finish is over."""
     running = service(*OPTIONS, "-w", "3", *COMMANDS[server])
     stopped = running.workers()[1]
     family = processes.descendants(stopped["pid"])
@@ -360,7 +360,7 @@ def test_two_binds(service: StartService, home: Path, clients: ExitStack) -> Non
 
 @needs
 def test_all_is_slow(service: StartService, clients: ExitStack) -> None:
-    """Others may take the seats, but not others again before these have finished."""
+    """Others may take their places, but not others again before these have finished."""
     options = ("--policy=round-robin", "--hang-timeout=0.1", "-w", "2")
     running = service(*options, "app:accepts")
     chosen = [clients.enter_context(request("/?sleep=0.5")) for _ in range(10)]

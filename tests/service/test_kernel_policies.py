@@ -166,7 +166,7 @@ def test_cpu_takes_the_worker_pinned_to_it(backend: str, kind: str, order: int) 
 
 @all_kinds
 @both_backends
-def test_cpu_with_seats_dealt_in_reverse(backend: str, kind: str) -> None:
+def test_cpu_with_slots_dealt_in_reverse(backend: str, kind: str) -> None:
     real = topology.read()
     backward = Topology(CPUS[::-1], real.possible, real.node_of)
     with Harness(backend, "cpu", kind, workers=len(CPUS), machine=backward).serving() as harness:

@@ -1032,7 +1032,7 @@ def test_queue_of_datagrams_is_emptied_before_the_worker_is_told_to_end(
 
 
 @pytest.mark.parametrize("backend", ["cbpf", "kernel"])
-def test_on_lower_rungs_it_says_what_may_be_lost(
+def test_on_other_backends_it_says_what_may_be_lost(
     service: StartService, steer: RunSteer, backend: str
 ) -> None:
     policy = "kernel" if backend == "kernel" else "hash"

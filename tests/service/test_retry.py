@@ -281,7 +281,7 @@ def test_compiler_that_cannot_be_started_is_said_so(
         compiling.compile_source(source)
 
 
-# What fails inside: whatever it is, the seat is filled again
+# What fails inside: whatever it is, another worker is started
 
 SITE = source("site_that_fails")
 BREAKS = [
@@ -308,7 +308,7 @@ BREAKS = [
 
 
 @pytest.mark.parametrize("where, how", BREAKS, ids=[where.split()[1] for where, _ in BREAKS])
-def test_seat_is_filled_again_whatever_fails(
+def test_another_is_started_whatever_fails(
     service: StartService, home: Path, environment: dict[str, str], where: str, how: str
 ) -> None:
     (home / "app.py").write_text(APP)

@@ -61,7 +61,7 @@ def test_worker_that_writes_junk_is_replaced_and_the_service_goes_on(running: Se
 
 
 @pytest.mark.parametrize("kind", ["junk", "digits", "descriptors"])
-def test_worker_that_writes_junk_at_its_import_keeps_no_seat(
+def test_worker_that_writes_junk_at_its_import_keeps_no_slot(
     running: Service, home: Path, kind: str
 ) -> None:
     (home / "junk").write_text(kind)

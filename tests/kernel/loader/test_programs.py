@@ -495,7 +495,7 @@ def test_ticks_are_those_of_the_kernel() -> None:
 # ---- the table
 
 
-def test_flip_is_seen_by_programs(netns: object) -> None:
+def test_publication_is_seen_by_programs(netns: object) -> None:
     """The same flow goes wherever the table says at the moment."""
     with Harness(EBPF, "hash", "udp4", workers=3).serving() as harness:
         [flow] = sources("127.0.0.1", 1)
@@ -614,7 +614,7 @@ def settle(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("backend", [EBPF, CBPF])
-def test_programs_are_to_be_waited_for_after_a_flip(netns: object, backend: str) -> None:
+def test_programs_are_to_be_waited_for_after_a_publication(netns: object, backend: str) -> None:
     with Harness(backend, "hash", "udp4", workers=3).serving() as harness:
         settle(harness)
         harness.steer(0, 1)

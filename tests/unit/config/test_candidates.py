@@ -1,4 +1,4 @@
-"""Which rung, and why: every policy × backend asked for × what the probes found × strictness."""
+"""Which backends, and why: policies × backends asked for × what the probes found × strictness."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ hash_, turns, plain = POLICIES["hash"], POLICIES["round-robin"], POLICIES["kerne
         (plain, "ebpf", YES, YES, [("kernel", None, 0)]),
     ],
 )
-def test_rungs(
+def test_candidates(
     policy: Policy,
     asked: str,
     ebpf: Finding,
@@ -149,7 +149,7 @@ def test_strict_refuses_every_fallback_and_nothing_else(policy: Policy, asked: s
         )
 
 
-def test_a_rung_that_did_not_hold_is_a_reason() -> None:
+def test_a_backend_that_failed_is_a_reason() -> None:
     _, cbpf, kernel = backend_candidates(hash_, "auto", {})
     assert after(cbpf, "ebpf", "EPERM") == BackendCandidate("cbpf", "ebpf: EPERM", True)
     twice = after(after(kernel, "ebpf", "EPERM"), "cbpf", "ENOMEM")

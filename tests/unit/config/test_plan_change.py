@@ -376,7 +376,7 @@ def test_auto_follows_the_cpus_there_are_now() -> None:
     assert after.topology == TWO
 
 
-def test_scaled_keeps_the_seats_that_stay() -> None:
+def test_scaled_keeps_the_specs_that_stay() -> None:
     before = running(workers=4, weights=(1, 2, 3, 4))
     assert scaled(before, 2, FOUR).specs == before.specs[:2]
     assert scaled(before, 6, FOUR).specs[:4] == before.specs

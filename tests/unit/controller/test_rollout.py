@@ -36,7 +36,7 @@ def plan_for(workers: int, **keys: Any) -> Plan:
     return planning.plan(service, topology, {"ebpf": Finding(Answer.YES)})
 
 
-class FakeFleet:
+class FakePool:
     """Places without processes.
 
     Attributes:
@@ -113,12 +113,12 @@ class FakeFleet:
         return {worker.slot: worker.state for worker in self.workers}
 
 
-Script = Callable[[FakeFleet, Rollout], Coroutine[Any, Any, None]]
+Script = Callable[[FakePool, Rollout], Coroutine[Any, Any, None]]
 
 
-def play(workers: int, script: Script) -> FakeFleet:
+def play(workers: int, script: Script) -> FakePool:
     """A service of so many workers, and what happens to it."""
-    pool = FakeFleet(workers)
+    pool = FakePool(workers)
 
     async def run() -> None:
         changes = Rollout(
@@ -150,7 +150,7 @@ def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_the_cpus_start_workers_and_one_more_begins_and_all_are_told_of() -> None:
     told: list[tuple[str, int, int]] = []
 
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(4), lambda *how_far: told.append(how_far)))
         await rest()
         assert [worker.slot for worker in pool.workers] == [0, 1, 2, 3]
@@ -173,7 +173,7 @@ def test_half_the_cpus_start_workers_and_one_more_begins_and_all_are_told_of() -
 
 
 def test_one_that_fails_takes_the_others_with_it() -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(3), unreported))
         await rest()
         pool.get_ready(2)
@@ -195,7 +195,7 @@ def test_one_that_fails_takes_the_others_with_it() -> None:
 
 
 def test_one_that_was_ready_and_failed_since_counts_as_failed() -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(2), unreported))
         await rest()
         pool.get_ready(1)
@@ -210,7 +210,7 @@ def test_one_that_was_ready_and_failed_since_counts_as_failed() -> None:
 
 
 def test_one_that_is_ready_and_says_that_it_ends_counts_as_failed() -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         renewal = begin(changes.renew(plan_for(1), unreported))
         await rest()
         pool.get_ready(1)
@@ -227,7 +227,7 @@ def test_end_of_the_service_ends_a_change(when: str) -> None:
         async with changes.turns.turn("reload demo"):
             await changes.renew(plan_for(4), unreported)
 
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         first, second = begin(renew(changes)), begin(renew(changes))
         await rest()
         if when == "just as all are":
@@ -257,7 +257,7 @@ def test_changes_take_turns() -> None:
         async with changes.turns.turn("reload demo"):
             return (await changes.renew(plan_for(1), unreported)).number
 
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         first, second = begin(renew(changes)), begin(renew(changes))
         for slot in (1, 2):
             await rest()
@@ -269,7 +269,7 @@ def test_changes_take_turns() -> None:
 
 
 def test_no_change_begins_when_the_service_ends() -> None:
-    async def script(_pool: FakeFleet, changes: Rollout) -> None:
+    async def script(_pool: FakePool, changes: Rollout) -> None:
         changes.turns.end()
         with pytest.raises(ControlError, match=r"^divide: the service is ending$"):
             async with changes.turns.turn("divide"):
@@ -283,7 +283,7 @@ OUT = [State.DRAINING, State.HUNG, State.BACKOFF, State.STARTING]
 
 @pytest.mark.parametrize("state", OUT)
 def test_last_that_serves_is_not_scaled_away(state: State) -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         pool.at(0).state = state
         scaling = begin(changes.scale(plan_for(1), unreported))
         await rest()
@@ -299,7 +299,7 @@ def test_last_that_serves_is_not_scaled_away(state: State) -> None:
 
 @pytest.mark.parametrize("state", OUT)
 def test_who_stays_need_not_serve_where_another_does(state: State) -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         pool.at(0).state = state
         await changes.scale(plan_for(2), unreported)
 
@@ -308,8 +308,8 @@ def test_who_stays_need_not_serve_where_another_does(state: State) -> None:
     assert pool.states() == {0: state, 1: State.READY, 2: State.STOPPING}
 
 
-def test_one_on_its_way_out_leaves_its_seat() -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+def test_one_on_its_way_out_leaves_its_spec() -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         pool.at(1).state = State.STOPPING
         scaling = begin(changes.scale(plan_for(2), unreported))
         await rest()
@@ -323,7 +323,7 @@ def test_one_on_its_way_out_leaves_its_seat() -> None:
 
 
 def test_none_serves_when_scaled_to_none() -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         running = pool.generation.plan
         await changes.scale(plan_change.scaled(running, 0, running.topology), unreported)
 
@@ -333,7 +333,7 @@ def test_none_serves_when_scaled_to_none() -> None:
 
 
 def test_restart_takes_the_seat_over() -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         restarting = begin(changes.restart(pool.at(1), unreported))
         await rest()
         assert pool.at(1).state is State.READY
@@ -351,7 +351,7 @@ def is_hung(worker: WorkerHandle) -> bool:
 
 @pytest.mark.parametrize("back", [False, True])
 def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         pool.at(1).state = State.HUNG
         relief = begin(changes.replace(pool.at(1), is_hung))
         await rest()
@@ -369,7 +369,7 @@ def test_one_that_hangs_is_replaced_unless_it_is_back_first(back: bool) -> None:
 
 @pytest.mark.parametrize("state", [State.READY, State.STOPPING, State.BACKOFF])
 def test_one_that_does_not_hang_any_more_is_not_replaced(state: State) -> None:
-    async def script(pool: FakeFleet, changes: Rollout) -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
         pool.at(1).state = state
         await changes.replace(pool.at(1), is_hung)
 

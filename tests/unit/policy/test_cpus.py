@@ -1,4 +1,4 @@
-"""Seats and who serves a CPU without a worker, on machines of any shape."""
+"""Which worker gets which CPUs, and who serves a CPU without a worker, on machines of any shape."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_a_cpu_of_no_known_node_is_on_node_0() -> None:
         (0, machine(0), []),
     ],
 )
-def test_seats(workers: int, topology: Topology, expected: list[int]) -> None:
+def test_cpus_of_workers(workers: int, topology: Topology, expected: list[int]) -> None:
     assert cpu_of_each(workers, topology) == expected
 
 
 @quick
 @given(machines(), st.integers(1, 100))
-def test_seats_are_allowed_and_even(topology: Topology, workers: int) -> None:
+def test_workers_get_allowed_cpus_evenly(topology: Topology, workers: int) -> None:
     taken = Counter(cpu_of_each(workers, topology))
     assert taken.total() == workers
     assert set(taken) <= set(topology.allowed)

@@ -73,7 +73,7 @@ def test_a_join_and_who_gets_ready_but_is_held(tmp_path: Path) -> None:
     assert many["steps"] < 1.5 * few["steps"]
 
 
-def test_a_flip_for_all_that_get_ready_in_one_turn(tmp_path: Path) -> None:
+def test_one_publication_for_all_that_get_ready_in_one_turn(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         for worker in service.ready(MANY):
             service.pool.report(worker, Event.DRAIN)
@@ -160,7 +160,7 @@ def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
     for kind in ("messages to the guard", "waits for the guard"):
         assert many[kind] / MANY <= few[kind] / FEW, kind
     assert many["messages to the guard"] < MANY
-    # Their ends are seen in lots: the keeper has closed their sockets before they leave.
+    # Their ends are seen in lots: the guard has closed their sockets before they leave.
     assert many["waits for the guard"] < MANY / 4
 
 
@@ -261,7 +261,7 @@ def test_a_policy_change(tmp_path: Path) -> None:
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
 
 
-def test_who_keeps_its_seat_is_not_saved_for_another_policy(tmp_path: Path) -> None:
+def test_who_keeps_its_spec_is_not_saved_for_another_policy(tmp_path: Path) -> None:
     async def script(service: FakeService) -> None:
         with service.counted():
             service.pool.switch_policy(plan_for(len(service.plan.specs), "hash"))

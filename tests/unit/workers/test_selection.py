@@ -314,7 +314,7 @@ def publications_of(
     return backend.publications
 
 
-def test_loop_goes_on_while_a_flip_waits_for_programs() -> None:
+def test_loop_goes_on_while_a_publication_waits_for_programs() -> None:
     async def script(selection: Selection, backend: WaitingBackend) -> None:
         selection.publisher.soon()
         while not backend.publications:
@@ -324,7 +324,7 @@ def test_loop_goes_on_while_a_flip_waits_for_programs() -> None:
     assert publications_of(script) == [False]
 
 
-def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
+def test_who_cannot_wait_publishes_at_once_and_it_is_not_done_again() -> None:
     async def script(selection: Selection, _: WaitingBackend) -> None:
         selection.publisher.soon()
         await asyncio.sleep(0)
@@ -335,7 +335,9 @@ def test_who_cannot_wait_flips_at_once_and_it_is_not_done_again() -> None:
     assert publications_of(script) == [True]
 
 
-def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_published_also_where_there_are_no_more_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -349,7 +351,7 @@ def test_flip_comes_also_where_there_are_no_more_threads(monkeypatch: pytest.Mon
     assert publications_of(script) == [False]
 
 
-def test_programs_are_waited_for_after_a_flip_so_that_the_next_need_not_wait() -> None:
+def test_programs_are_waited_for_after_a_publication_so_that_the_next_need_not_wait() -> None:
     async def script(selection: Selection, backend: WaitingBackend) -> None:
         for _ in range(2):
             selection.publisher.soon()
@@ -359,7 +361,7 @@ def test_programs_are_waited_for_after_a_flip_so_that_the_next_need_not_wait() -
     assert publications_of(script) == [False, False, False]
 
 
-def test_what_is_not_to_come_back_waits_for_the_flip_and_for_programs() -> None:
+def test_what_is_not_to_come_back_waits_for_the_publication_and_for_programs() -> None:
     seen: list[tuple[int, bool]] = []
 
     async def script(selection: Selection, backend: WaitingBackend) -> None:
@@ -408,7 +410,7 @@ def test_nobody_waits_for_a_service_that_ends() -> None:
     publications_of(script)
 
 
-def test_a_flip_that_fails_is_not_waited_for_again_and_again() -> None:
+def test_a_publication_that_fails_is_not_waited_for_again_and_again() -> None:
     class FailingBackend(WaitingBackend):
         def steer(self, members: Sequence[Member]) -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))

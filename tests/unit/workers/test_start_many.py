@@ -152,7 +152,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return FakeProcess.forked
 
 
-def fleet_of(
+def pool_of(
     number: int, backend: FakeBackend, on: tuple[int, ...] = _CPUS, **keys: Any
 ) -> WorkerPool:
     cpus = Topology(on, on, dict.fromkeys(on, 0))
@@ -192,7 +192,7 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
     """However many there are, so that who is ready is heard, and serves, after so many forks."""
 
     async def run() -> None:
-        pool = fleet_of(number, backend := FakeBackend())
+        pool = pool_of(number, backend := FakeBackend())
         pool.start(lambda: None)
         assert forked == [0] * MOST_TOGETHER
         await watched(pool)
@@ -207,7 +207,7 @@ def test_so_many_start_before_there_is_a_loop_and_in_each_turn(
 def test_first_are_as_many_as_there_are_cpus_within_bounds(
     monkeypatch: pytest.MonkeyPatch, forked: list[int], cpus: int, first: int
 ) -> None:
-    pool = fleet_of(300, FakeBackend())
+    pool = pool_of(300, FakeBackend())
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cpus)))
     pool.start(lambda: None)
     assert len(forked) == first
@@ -215,7 +215,7 @@ def test_first_are_as_many_as_there_are_cpus_within_bounds(
 
 def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[int]) -> None:
     async def run() -> None:
-        pool = fleet_of(100, FakeBackend())
+        pool = pool_of(100, FakeBackend())
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         pool.report(next(iter(pool.workers)), Event.READY)
@@ -236,7 +236,7 @@ def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
     forked: list[int],
 ) -> None:
     async def steps(number: int) -> int:
-        pool, before = fleet_of(number, FakeBackend(), (0,), command=("sleep", "9")), len(forked)
+        pool, before = pool_of(number, FakeBackend(), (0,), command=("sleep", "9")), len(forked)
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         first, second, *_ = pool.workers
@@ -255,7 +255,7 @@ def test_whose_turn_it_is_costs_the_same_however_many_commands_wait_for_theirs(
 
 def test_stop_before_all_are_started_starts_no_more(forked: list[int]) -> None:
     async def run() -> None:
-        pool = fleet_of(100, FakeBackend())
+        pool = pool_of(100, FakeBackend())
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         pool.fill()
@@ -276,7 +276,7 @@ def test_service_of_which_not_all_can_be_started_ends(
     monkeypatch.setattr(FakeProcess, "fails_at", 50)
 
     async def run() -> None:
-        pool = fleet_of(100, backend := FakeBackend())
+        pool = pool_of(100, backend := FakeBackend())
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         if serves:
@@ -292,14 +292,14 @@ def test_service_of_which_not_all_can_be_started_ends(
     asyncio.run(run())
 
 
-def test_seats_that_an_adopter_cannot_fill_are_tried_again(
+def test_workers_that_an_adopter_cannot_start_are_tried_again(
     monkeypatch: pytest.MonkeyPatch, forked: list[int]
 ) -> None:
     """Others serve: that it cannot start more is no reason to end."""
     monkeypatch.setattr(FakeProcess, "fails_at", 12)
 
     async def run() -> None:
-        pool = fleet_of(20, FakeBackend())
+        pool = pool_of(20, FakeBackend())
         await watched(pool)
         assert not pool.startup.refused.done()
         failed = [worker for worker in pool.workers if not worker.process]
@@ -319,7 +319,7 @@ def test_lot_that_took_long_is_followed_by_a_smaller_one(
     monkeypatch.setattr(Lot, "took", took)
 
     async def run() -> None:
-        pool = fleet_of(40, FakeBackend())
+        pool = pool_of(40, FakeBackend())
         pool.start(lambda: None)
         await watched(pool)
 
@@ -344,7 +344,7 @@ async def crash_of_all(pool: WorkerPool) -> None:
 
 def test_all_that_ended_at_once_are_started_in_lots(forked: list[int]) -> None:
     async def run() -> None:
-        pool = fleet_of(100, backend := FakeBackend())
+        pool = pool_of(100, backend := FakeBackend())
         pool.start(lambda: None)
         await watched(pool)
         saved = backend.asked["saved"]
@@ -360,7 +360,7 @@ def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
     monkeypatch: pytest.MonkeyPatch, forked: list[int]
 ) -> None:
     async def run() -> None:
-        pool = fleet_of(20, FakeBackend())
+        pool = pool_of(20, FakeBackend())
         pool.start(lambda: None)
         await watched(pool)
 
@@ -379,7 +379,7 @@ def test_of_a_lot_that_cannot_be_started_again_those_are_that_can(
 
 def test_one_that_waits_twice_to_be_started_again_is_started_once(forked: list[int]) -> None:
     async def run() -> None:
-        pool = fleet_of(4, FakeBackend())
+        pool = pool_of(4, FakeBackend())
         pool.start(lambda: None)
         pool.watch(asyncio.get_running_loop(), lambda _worker: None)
         first = next(iter(pool.workers))
