@@ -1,6 +1,6 @@
-"""A closer look at a worker: what it computes, holds, moves and waits for.
+"""A closer look at a worker: its CPU time, its connections, and what it waits for.
 
-Dear, and so only taken of one that is suspect; see `hang.History`.
+The look is expensive, so only suspects get one; see `hang.History`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from steer.workers.hang import Evidence
 from steer.workers.process import WorkerProcess
 
 _MOST = 4096
-"""Connections of a port in one look: some 20 ms. Of more, these stand for all."""
+"""The most connections of a port to read in one look, in some 20 ms. They stand for all."""
 _FRESH_S = 0.05
-"""Several workers that are suspect at once share a look at their ports."""
+"""Several workers that are suspect at once share one look at their ports."""
 
 
-class Closer:
-    """Looks closer.
+class CloserLook:
+    """Takes closer looks.
 
     Args:
-        now_s: a time.
+        now_s: returns a time.
     """
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
@@ -39,10 +39,10 @@ class Closer:
         self._ports: dict[tuple[int, int], tuple[float, Sequence[Connection]]] = {}
 
     def look(self, worker: WorkerHandle, process: WorkerProcess, open_now: int | None) -> Evidence:
-        """What can be seen of it.
+        """The evidence that can be seen.
 
         Args:
-            open_now: its connections as they are counted, if they are.
+            open_now: the number of its connections, if they are counted.
         """
         held = self._connections(worker, process)
         return Evidence(activity.cpu_s(process.pid), open_now, held, _awaits(worker, process))
@@ -70,8 +70,8 @@ class Closer:
 
 
 def _awaits(worker: WorkerHandle, process: WorkerProcess) -> bool | None:
-    """Whether a thread that took its connections is asleep in its event loop, or in accept(2).
-    Where none is known any more, the first of each process may be one."""
+    """Whether a thread that accepts connections sleeps in its event loop, or in accept(2). If no
+    such thread exists any more, the first thread of each process is looked at."""
     if activity.is_stopped(process.pid):
         return False
     for_more = waits(process)

@@ -8,7 +8,7 @@ from functools import partial
 
 from steer.backends.shortfalls import CHOSEN_ALL_THE_SAME
 from steer.health import capacity
-from steer.health.evidence import Closer
+from steer.health.evidence import CloserLook
 from steer.linux.activity import activity, is_stopped
 from steer.linux.waiting import Seen
 from steer.policy.builtin import KERNEL
@@ -36,7 +36,7 @@ class Hangs:
         self._pool = pool
         self._replace = replace
         self._histories: dict[int, History] = {}
-        self._closer = Closer()
+        self._closer = CloserLook()
         self._retiring_numbers: Collection[int] = ()
 
     @property
@@ -75,8 +75,8 @@ class Hangs:
                 accepts_none = "its accept queue is not draining"
                 serves_none = "it serves none of the connections it has accepted"
                 self._set_hung(worker, process, accepts_none if worker.queued else serves_none)
-            elif worker.at_capacity != (verdict is Verdict.FULL):
-                capacity.set_at_capacity(self._pool, worker, verdict is Verdict.FULL)
+            elif worker.at_capacity != (verdict is Verdict.AT_CAPACITY):
+                capacity.set_at_capacity(self._pool, worker, verdict is Verdict.AT_CAPACITY)
 
     def _set_hung(self, worker: WorkerHandle, process: WorkerProcess, why: str) -> None:
         if not (worker.is_in_service and self._others_serve(worker)):
@@ -107,7 +107,7 @@ class Hangs:
         if worker.at_capacity:
             # An empty queue proves nothing, as it may have been migrated.
             has_room = self._has_room(worker, process)
-            return Verdict.FINE if has_room else history.judge_full(now_s, look_closer)
+            return Verdict.FINE if has_room else history.judge_at_capacity(now_s, look_closer)
         return history.judge(now_s, looks, open_now, look_closer)
 
     def _has_room(self, worker: WorkerHandle, process: WorkerProcess) -> bool:

@@ -1,9 +1,9 @@
-"""What a worker is: fine, at capacity, or hung. Pure.
+"""Whether a worker is fine, at capacity, or hung. Pure.
 
-Not whether it answers is judged, nor whether it computes, but whether it takes what waits for it:
-connections in its queue, and requests on those that it has accepted. One that takes none, but
-holds connections and gets on with them, is at capacity: others are to have what waits for it, and
-it is let finish. One that takes none and does not get on is hung.
+A worker is judged by whether it takes what waits for it: connections in its accept queue, and
+requests on connections that it has accepted. If it takes nothing but makes progress with the
+connections it has, it is at capacity: others get its queue, and it may finish. If it takes nothing
+and makes no progress, it is hung.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 
 class Verdict(Enum):
     FINE = "fine"
-    FULL = "at capacity"
+    AT_CAPACITY = "at capacity"
     HUNG = "hung"
 
 
@@ -25,10 +25,10 @@ class Look(msgspec.Struct, frozen=True):
 
     Args:
         queued: connections, or bytes of datagrams, that wait.
-        is_full: whether there is room for no more.
-        taken: how many the worker has taken so far, and how many are on their way to it or
-            never arrived; None where nobody counts.
-        activity: changes when the process does anything.
+        is_full: whether the queue has no room left.
+        taken: connections that were selected and are not queued: the worker has taken them, or
+            they are on their way or were lost. None if they are not counted.
+        activity: a number that changes when the process does anything.
     """
 
     queued: int
@@ -38,15 +38,15 @@ class Look(msgspec.Struct, frozen=True):
 
 
 class Evidence(msgspec.Struct, frozen=True):
-    """What a closer look at a worker shows; None where it cannot be seen.
+    """What a closer look at a worker shows; None stands for what cannot be seen.
 
     Args:
         cpu_s: CPU time of its processes so far.
         open: connections that it holds or that wait for it.
-        connections: of those that it holds, by inode: bytes that wait to be read, and bytes
-            moved so far.
-        awaits: whether it is asleep in its event loop or in accept(2), and so takes the next thing
-            that happens.
+        connections: by inode of the connections that it holds, the bytes that wait to be read,
+            and the bytes moved so far.
+        awaits: whether it sleeps in its event loop or in accept(2), and so will take what comes
+            next.
     """
 
     cpu_s: float = 0.0
@@ -56,28 +56,28 @@ class Evidence(msgspec.Struct, frozen=True):
 
 
 _BUSY = 0.05
-"""Of a CPU; less is what heartbeats and timers take."""
+"""The share of a CPU from which a process computes. Heartbeats and timers take less."""
 
 
 def is_busy(cpu_s: float, elapsed_s: float) -> bool:
-    """Whether so much CPU time is more than it takes to look at a clock now and then."""
+    """Whether this is more CPU time than timers take."""
     return cpu_s > _BUSY * elapsed_s
 
 
 class Rest:
-    """For how long a process has been at rest: asleep, but for what timers take. Most servers
-    look at a clock or at a file several times in a second, so that one wakes means nothing."""
+    """How long a process has been at rest: it slept, and used no more CPU time than timers take.
+    A single wake-up means nothing, as most servers run timers several times a second."""
 
     def __init__(self) -> None:
         self._since_s: float | None = None
         self._at_s = self._cpu_s = 0.0
 
     def lasted_s(self, now_s: float, cpu_s: float, is_asleep: bool) -> float:
-        """Until this look.
+        """The time at rest until this look.
 
         Args:
-            cpu_s: CPU time of it so far.
-            is_asleep: whether it slept when it was looked at.
+            cpu_s: its CPU time so far.
+            is_asleep: whether it sleeps now.
         """
         was_busy = is_busy(cpu_s - self._cpu_s, now_s - self._at_s)
         if self._since_s is None or was_busy or not is_asleep:
@@ -91,7 +91,7 @@ def computes(before: Evidence, now: Evidence, elapsed_s: float) -> bool:
 
 
 def serves(before: Evidence, now: Evidence) -> bool:
-    """Whether it moved anything on a connection, or closed one."""
+    """Whether it moved bytes on a connection, or closed one."""
     if before.connections is None or now.connections is None:
         return before.open is not None and now.open is not None and now.open < before.open
     return any(
@@ -101,7 +101,7 @@ def serves(before: Evidence, now: Evidence) -> bool:
 
 
 def starves(before: Evidence, now: Evidence) -> bool:
-    """Whether bytes wait on a connection all the time, and none are read."""
+    """Whether bytes wait on a connection at both looks, and none were read."""
     if before.connections is None or now.connections is None:
         return False
     return any(
@@ -111,37 +111,37 @@ def starves(before: Evidence, now: Evidence) -> bool:
 
 
 def awaited(before: Evidence, now: Evidence) -> bool | None:
-    """Whether it was asleep in its event loop at one look or the other; None if that cannot be
-    seen. One look is not enough: an event loop wakes up now and then, and may wait for a CPU."""
+    """Whether it slept in its event loop at one of two looks; None if that cannot be seen. One
+    look is not enough, as an event loop may have just woken up, or wait for a CPU."""
     if before.awaits or now.awaits:
         return True
     return None if before.awaits is None or now.awaits is None else False
 
 
-def gets_on(before: Evidence, now: Evidence, elapsed_s: float) -> bool:
-    """Whether it holds connections and gets on with them: computes, moves, closes, or is asleep
-    in its event loop, and so turns to others by its own choice."""
+def makes_progress(before: Evidence, now: Evidence, elapsed_s: float) -> bool:
+    """Whether it holds connections and makes progress: it computes, moves bytes, closes
+    connections, or sleeps in its event loop, and so leaves its queue alone by choice."""
     if _holds_none(before) and _holds_none(now):
         return False
     return bool(awaited(before, now)) or serves(before, now) or computes(before, now, elapsed_s)
 
 
 def _holds_none(evidence: Evidence) -> bool:
-    """As far as can be seen."""
+    """Whether it holds no connection, as far as can be seen."""
     held = evidence.connections
     return evidence.open == 0 if held is None else not held
 
 
-class Patience:
-    """One socket's history: for how long something waits while nothing is taken."""
+class StallDetector:
+    """The history of one socket: how long connections wait while none is taken."""
 
     def __init__(self) -> None:
         self._last: Look | None = None
         self._most_taken = 0
         self._since_s = 0.0
 
-    def waited_s(self, now_s: float, look: Look) -> float:
-        """Until this look."""
+    def stalled_s(self, now_s: float, look: Look) -> float:
+        """How long the queue has not drained until this look."""
         if self._last is None or self._has_taken(self._last, look):
             self._since_s = now_s
         self._last = look
@@ -154,26 +154,26 @@ class Patience:
         if look.activity == last.activity:
             return False
         if look.taken is None or look.is_full:
-            # It is at work, and nobody can tell on what: the bytes of datagrams fall by a
-            # quarter of the buffer at a time, and who is chosen for a full queue is dropped.
+            # It works, and nothing tells on what: the count of datagram bytes falls only by a
+            # quarter of the buffer at a time, and connections to a full queue are dropped.
             return True
-        # More than ever before: what is on its way goes up and down.
+        # More than ever before, as the number that is on its way rises and falls.
         return look.taken > self._most_taken
 
 
 class Growth:
-    """For how long connections have come and none has gone. Costs nothing to look at, and so
-    tells when to look closer at a worker that has no queue."""
+    """How long connections have come while none has gone. This is cheap to look at, and tells
+    when to look closer at a worker whose queue is empty."""
 
     def __init__(self) -> None:
         self._last = self._least = 0
         self._since_s: float | None = None
 
     def grew_s(self, now_s: float, open_now: int) -> float:
-        """Until now.
+        """How long the number of connections has grown until now.
 
         Args:
-            open_now: connections.
+            open_now: connections that it has.
         """
         if self._since_s is None:
             self._since_s = now_s
@@ -188,15 +188,15 @@ class Growth:
 
 
 class History:
-    """One worker's.
+    """What was seen of one worker.
 
     Args:
-        timeout_s: how long something may wait while nothing is taken.
+        timeout_s: how long connections may wait while none is taken.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._sockets: dict[int, Patience] = {}
+        self._sockets: dict[int, StallDetector] = {}
         self._growth = Growth()
         self._before: tuple[float, Evidence] | None = None
         self._verdict = Verdict.FINE
@@ -208,15 +208,15 @@ class History:
         open_now: int | None,
         look_closer: Callable[[], Evidence],
     ) -> Verdict:
-        """What it is with these looks.
+        """The verdict after these looks.
 
         Args:
             looks: at its sockets, by bind.
-            open_now: connections; None where they are not counted.
-            look_closer: is dear, so asked only of one that is suspect.
+            open_now: its connections; None if they are not counted.
+            look_closer: takes a closer look. It is expensive, so only suspects get one.
         """
         waited_s = max(
-            (self._patience(at).waited_s(now_s, look) for at, look in looks.items()), default=0.0
+            (self._detector(at).stalled_s(now_s, look) for at, look in looks.items()), default=0.0
         )
         grew_s = 0.0 if open_now is None else self._growth.grew_s(now_s, open_now)
         suspect_s = max(waited_s, grew_s)
@@ -233,8 +233,8 @@ class History:
                 self._growth.restart(now_s, open_now or 0)
         return self._verdict
 
-    def judge_full(self, now_s: float, look_closer: Callable[[], Evidence]) -> Verdict:
-        """Whether one that is at capacity still gets on."""
+    def judge_at_capacity(self, now_s: float, look_closer: Callable[[], Evidence]) -> Verdict:
+        """The verdict on a worker that is at capacity: whether it still makes progress."""
         if self._before is None:
             self._before = now_s, look_closer()
         elif now_s - self._before[0] >= self._timeout_s:
@@ -246,10 +246,10 @@ class History:
         (before_s, before), self._before = self._before, (now_s, now)
         elapsed_s = now_s - before_s
         if in_queue:
-            return Verdict.FULL if gets_on(before, now, elapsed_s) else Verdict.HUNG
+            return Verdict.AT_CAPACITY if makes_progress(before, now, elapsed_s) else Verdict.HUNG
         if awaited(before, now) is not False or serves(before, now) or not starves(before, now):
             return Verdict.FINE
-        return Verdict.FULL if computes(before, now, elapsed_s) else Verdict.HUNG
+        return Verdict.AT_CAPACITY if computes(before, now, elapsed_s) else Verdict.HUNG
 
-    def _patience(self, at: int) -> Patience:
-        return self._sockets.setdefault(at, Patience())
+    def _detector(self, at: int) -> StallDetector:
+        return self._sockets.setdefault(at, StallDetector())

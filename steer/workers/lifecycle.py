@@ -1,7 +1,7 @@
 """The life of a worker: state × event → next state and commands. Pure.
 
-May live here: what follows from what. May not: clocks, processes, sockets. The
-controller reports events and carries the commands out.
+This module decides; it has no clocks, processes or sockets. `transitions` reports the events and
+carries out the commands.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ class State(Enum):
 
 
 class Event(Enum):
-    READY = "it can serve"
+    READY = "it is ready"
     EXITED = "its process ended"
     LATE = "not ready within ready_timeout: killed"
-    DRAIN = "it is to get nothing new"
-    UNDRAIN = "it may get connections again"
-    STUCK = "connections wait and it takes none, or it missed its watchdog"
-    BACK = "it waits for connections again"
-    RETIRE = "it is no longer wanted; others serve on"
-    DRAINED = "nothing waits for it any more"
-    STOP = "the service ends"
-    OVERDUE = "not finished in its time: killed"
-    RETRY = "its time to back off is over"
+    DRAIN = "a drain is requested"
+    UNDRAIN = "the drain is undone"
+    STUCK = "it is hung: its accept queue is not draining, or it missed its watchdog"
+    BACK = "it is no longer hung"
+    RETIRE = "it is replaced, or no longer needed"
+    DRAINED = "its accept queue is empty"
+    STOP = "the service stops"
+    OVERDUE = "not finished in time: killed"
+    RETRY = "its backoff is over"
 
 
 class Command(Enum):
     ACTIVATE = "put it into the table"
     DEACTIVATE = "take it out of the table"
-    MIGRATE_QUEUE = "move what waits for it to others"
-    DRAIN = "wait until nothing waits for it"
+    MIGRATE_QUEUE = "migrate its accept queue"
+    DRAIN = "wait until its accept queue is empty"
     TERMINATE = "tell it to finish"
     KILL = "send SIGKILL"
-    BACK_OFF = "start another after a while"
+    BACK_OFF = "start it again after a backoff"
     SPAWN = "start a process"
-    FORGET = "drop it from the service"
+    FORGET = "drop it from the pool"
 
 
 S, E, C = State, Event, Command
@@ -61,9 +61,9 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
     S.READY: {
         E.EXITED: (S.BACKOFF, (C.DEACTIVATE, C.BACK_OFF)),
         E.DRAIN: (S.DRAINING, (C.DEACTIVATE,)),
-        # Out of the table before its queue is moved, or that would come back to it.
+        # It leaves the table before its queue is migrated, or connections would come back to it.
         E.STUCK: (S.HUNG, (C.DEACTIVATE, C.MIGRATE_QUEUE)),
-        # Out of the table first, or its last connections would come after the signal.
+        # It leaves the table first, or its last connections would come after the signal.
         E.RETIRE: (S.STOPPING, (C.DEACTIVATE, C.DRAIN)),
         E.STOP: (S.STOPPING, (C.DEACTIVATE, C.TERMINATE)),
     },
@@ -77,7 +77,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
         E.BACK: (S.READY, (C.ACTIVATE,)),
         E.DRAIN: (S.DRAINING, ()),
         E.EXITED: (S.BACKOFF, (C.BACK_OFF,)),
-        # What was busy and not hung finishes what it has; it is killed no sooner than others.
+        # It may have been busy rather than hung, so it gets the same time to finish as others.
         E.RETIRE: (S.STOPPING, (C.DRAIN,)),
         E.STOP: (S.STOPPING, (C.TERMINATE,)),
     },
@@ -97,20 +97,20 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
 
 
 def step(state: State, event: Event) -> Step:
-    """What happens next; an event that means nothing in a state changes nothing."""
+    """The next state and the commands. An event without meaning in a state changes nothing."""
     return TRANSITIONS[state].get(event, (state, ()))
 
 
 STABLE_S = 10.0
-"""A worker that served this long is not in a crash loop."""
+"""A worker that has served this long is not in a crash loop."""
 _LONGEST_S, _LONGEST_WHEN_SERVED_S = 30.0, 1.0
 
 
 def backoff_s(failures: int, served: bool) -> float:
     """How long to wait before the next start, after so many failures in a row.
 
-    The first restart is at once: most crashes are not loops. One that could serve is
-    never missed for long, whatever keeps killing it.
+    The first restart is immediate, as most crashes do not repeat. A worker that has served before
+    is started again within a second, whatever kills it.
     """
     longest_s = _LONGEST_WHEN_SERVED_S if served else _LONGEST_S
     return 0.0 if failures <= 1 else min(longest_s, 0.25 * 2.0 ** min(failures - 2, 7))

@@ -149,7 +149,7 @@ def test_stopped_for_good(service: StartService, clients: ExitStack, server: str
     running.wait_ready(3)
     assert len(running.workers()) == 3
     assert len(answers(9)) == 3
-    assert "not finished in its time: killed" in running.log
+    assert "not finished in time: killed" in running.log
     assert faults(running) == []
 
 

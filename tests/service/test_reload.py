@@ -203,7 +203,7 @@ def test_old_worker_that_does_not_finish_is_killed_in_time(
         running.ask("reload", timeout_s=None)
         eventually(lambda: gone({old}))
         assert sock.recv(100) == b""
-    assert "worker 0: not finished in its time: killed" in running.log
+    assert "worker 0: not finished in time: killed" in running.log
 
 
 def check_counts(running: Service, clients: Clients) -> None:

@@ -244,7 +244,7 @@ def test_one_that_is_not_ready_yet_is_ended_by_sigterm(service: StartService) ->
     running = service("-w", "1", *chosen, "--", "sleep", "1000", ready=False)
     eventually(lambda: "1 worker" in running.log and running.workers())
     assert running.stop() == 0
-    assert "not finished in its time" not in running.log
+    assert "not finished in time" not in running.log
 
 
 CALLABLE = source("ends_on_a_signal")

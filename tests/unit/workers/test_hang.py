@@ -161,14 +161,14 @@ DOES_NOT: dict[str, Callable[[float], Evidence]] = {
 def test_one_that_gets_on_is_at_capacity(evidence: Callable[[float], Evidence]) -> None:
     found = verdicts(*STALLED, evidence=evidence)
     assert set(found[:8]) == {Verdict.FINE}
-    assert set(found[8:]) == {Verdict.FULL}
+    assert set(found[8:]) == {Verdict.AT_CAPACITY}
 
 
-def test_one_that_closes_its_last_connection_gets_on() -> None:
+def test_one_that_closes_its_last_connection_makes_progress() -> None:
     def evidence(now_s: float) -> Evidence:
         return Evidence(0.0, None, {1: (0, 0)} if now_s < 2 else {}, False)
 
-    assert verdicts(*STALLED, evidence=evidence)[8] is Verdict.FULL
+    assert verdicts(*STALLED, evidence=evidence)[8] is Verdict.AT_CAPACITY
 
 
 @pytest.mark.parametrize("evidence", DOES_NOT.values(), ids=DOES_NOT.keys())
@@ -179,7 +179,7 @@ def test_one_that_does_not_is_hung(evidence: Callable[[float], Evidence]) -> Non
 
 def test_one_at_capacity_that_takes_is_fine_again() -> None:
     found = verdicts(*STALLED, Look(2, taken=1, activity=1), evidence=GETS_ON["computes"])
-    assert found[-2:] == [Verdict.FULL, Verdict.FINE]
+    assert found[-2:] == [Verdict.AT_CAPACITY, Verdict.FINE]
 
 
 def test_one_at_capacity_that_gets_on_no_more_is_hung() -> None:
@@ -193,8 +193,10 @@ def test_one_at_capacity_that_gets_on_no_more_is_hung() -> None:
     for at in range(9):
         now_s = at / 4
         found = history.judge(now_s, {0: Look(3)}, None, partial(evidence, now_s))
-    assert found is Verdict.FULL
-    later = {at / 4: history.judge_full(at / 4, partial(evidence, at / 4)) for at in range(9, 40)}
+    assert found is Verdict.AT_CAPACITY
+    later = {
+        at / 4: history.judge_at_capacity(at / 4, partial(evidence, at / 4)) for at in range(9, 40)
+    }
     hung_s = min(now_s for now_s, verdict in later.items() if verdict is Verdict.HUNG)
     assert stops_s < hung_s <= stops_s + 2 * 2.0
 
@@ -221,7 +223,7 @@ def test_one_that_takes_all_and_serves_none_is_hung() -> None:
 
 def test_one_that_computes_meanwhile_is_at_capacity() -> None:
     found = verdicts(*NOTHING_QUEUED, opened=grows, evidence=starved(awaits=False, cpu=1.0))
-    assert Verdict.FULL in found[8:14]
+    assert Verdict.AT_CAPACITY in found[8:14]
     assert Verdict.HUNG not in found
 
 
