@@ -185,9 +185,9 @@ class Group:
         """The mean of one run."""
         group_program.attach_ebpf(self._any, program.fileno())
         flood.send(1)
-        before_ns, before = cost.spent(program)
+        before_ns, before = cost.run_stats(program)
         flood.send(batches)
-        after_ns, after = cost.spent(program)
+        after_ns, after = cost.run_stats(program)
         return (after_ns - before_ns) / (after - before)
 
 

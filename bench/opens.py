@@ -77,10 +77,10 @@ def _spent(
         programs.Link(count, directory),
         programs.Link(empty, directory),
     ):
-        before = [*cost.spent(count), *cost.spent(empty)]
+        before = [*cost.run_stats(count), *cost.run_stats(empty)]
         for _ in range(connections):
             with socket.create_connection(listener.getsockname()):
                 listener.accept()[0].close()
-        after = [*cost.spent(count), *cost.spent(empty)]
+        after = [*cost.run_stats(count), *cost.run_stats(empty)]
     count_ns, runs, empty_ns, _ = (b - a for a, b in zip(before, after, strict=True))
     return Spent(runs / connections, (count_ns - empty_ns) / connections)

@@ -44,7 +44,7 @@
 #define STEER_SLOTS 8192
 #define STEER_ENTRIES 65536 /* positions in the table */
 #define STEER_TURNS 32768 /* 16-bit words for rows */
-#define STEER_SPARES 256 /* live slots to try if the selected slot has no socket */
+#define STEER_FALLBACKS 256 /* live slots to try if the selected slot has no socket */
 #define STEER_TRIES 4
 #define STEER_BACKUPS 2 /* backup listeners of a TCP group */
 #define STEER_ROW 0x8000 /* flag in an entry: the rest is the offset of a row in `turns` */
@@ -69,7 +69,7 @@ struct steer_layout {
 	u32 ring; /* length of the ring, whose entries then repeat; 0 if the table is no ring */
 	u16 entries[STEER_ENTRIES];
 	u16 turns[STEER_TURNS];
-	u16 spares[STEER_SPARES];
+	u16 fallbacks[STEER_FALLBACKS];
 };
 
 /*
@@ -706,7 +706,7 @@ static __always_inline int steer_try_others(struct sk_reuseport_md *ctx, u32 at,
 {
 	/* Read the table again, as this rare path should not occupy registers of the common one. */
 	const struct steer_view table = steer_get_active();
-	const u16 *spares = table.layout->spares;
+	const u16 *fallbacks = table.layout->fallbacks;
 	struct steer_cpu *cpu;
 	bool found = false;
 	u32 slot = 0, i;
@@ -714,7 +714,7 @@ static __always_inline int steer_try_others(struct sk_reuseport_md *ctx, u32 at,
 #pragma unroll
 	for (i = 0; i < STEER_TRIES + STEER_BACKUPS; i++)
 		if (!found) {
-			slot = i < STEER_TRIES ? spares[(ctx->hash + i) & (STEER_SPARES - 1)]
+			slot = i < STEER_TRIES ? fallbacks[(ctx->hash + i) & (STEER_FALLBACKS - 1)]
 					       : steer_get_params()->backup + i - STEER_TRIES;
 			found = steer_select(ctx, slot);
 		}

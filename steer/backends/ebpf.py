@@ -174,7 +174,7 @@ class Ebpf(EbpfCounters):
     def _nobody(self) -> Layout:
         """The table while no worker can be selected."""
         slot = self.backup.slots[0] if self.backup.sockets else abi.NO_SLOT
-        return layout.all_to(slot, sorted(self._slots) if self._anchors else ())
+        return layout.uniform(slot, sorted(self._slots) if self._anchors else ())
 
     def _spread_datagrams(self) -> None:
         """While no worker can be selected, let datagrams wait at workers that start. The kernel's

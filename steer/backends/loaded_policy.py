@@ -22,7 +22,7 @@ from steer.loader.programs import ATTACH_TYPES, Program
 from steer.policy import builtin
 from steer.policy.builtin import LayoutContext, Policy
 from steer.policy.bytecode import PolicyObject
-from steer.policy.layout import Layout, Member, all_to, read, spares
+from steer.policy.layout import Layout, Member, fallbacks, read, uniform
 
 _FLOWS = 65536
 """How many flows a policy can remember if it has no parameter `capacity`."""
@@ -92,7 +92,7 @@ class LoadedPolicy:
                 for group, bind in zip(groups, plan.binds, strict=True)
             ]
             loaded = cls(plan, maps, programs, migrates)
-            loaded._table.forget()
+            loaded._table.clear()
             loaded._write_params()
             undo.pop_all()
         return loaded
@@ -147,7 +147,7 @@ class LoadedPolicy:
     def become(self, plan: Plan) -> None:
         """Use the parameters and weights of another plan. Call `steer` after that."""
         if self.has_rested:
-            self._table.rested()
+            self._table.assume_no_readers()
         self._left_s = math.inf
         self._plan = plan
         self._write_params()
@@ -162,7 +162,7 @@ class LoadedPolicy:
 
     def prepare(self, slot: int) -> None:
         """Before any program runs: fill the table so that it always selects `slot`."""
-        self._table.fill(all_to(slot).parts())
+        self._table.fill(uniform(slot).parts())
         self._in_table = None
 
     def steer(self, members: Sequence[Member], nobody: Layout) -> None:
@@ -190,7 +190,7 @@ class LoadedPolicy:
 
     def spare(self, slots: Sequence[int]) -> None:
         """Change the slots that are tried while no member can be selected."""
-        self._table.amend({abi.SPARES_OFFSET: spares(slots).tobytes()})
+        self._table.amend({abi.FALLBACKS_OFFSET: fallbacks(slots).tobytes()})
         self._in_table = None
 
     def synchronize(self) -> None:
@@ -268,5 +268,5 @@ def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> 
         return VerifierError(error.what, error.cause, cure, error.detail, error.errno, error.log)
     from steer.loader import verifier
 
-    detail = verifier.point(error.detail, lines, find.file_of(chosen))
+    detail = verifier.explain(error.detail, lines, find.file_of(chosen))
     return VerifierError(error.what, error.cause, cure, detail, error.errno, error.log)

@@ -118,7 +118,7 @@ def _running(ours: Plan, saved: Persisted) -> Plan:
     return msgspec.structs.replace(
         ours,
         service=in_force,
-        policy=find.as_left(named, stored.declared, stored.digest),
+        policy=find.restore(named, stored.declared, stored.digest),
         policy_reason=stored.policy_reason,
         others=(),
         slots=stored.slots,

@@ -33,7 +33,7 @@ def run(service: Service, environment: Mapping[str, str], log: Log, reread: Rere
         SteerError: the service could not be started.
     """
     # An error in a custom policy must not stop us yet: a service to adopt has it loaded already.
-    policy = find.find_or_not(service.policy)
+    policy = find.find_or_problem(service.policy)
     decided = plan(service, topology.read(), probe.findings_before_start(), policy)
     try:
         return _run(decided, environment, log, reread)

@@ -67,7 +67,7 @@ def main(source: str, include: str, *flags: str) -> int:
     if not hasattr(BPF, "dump_func"):
         print("this bcc is not the BPF Compiler Collection", file=sys.stderr)
         return NO_BCC
-    tell_llvm([flag.removeprefix("-mllvm=") for flag in flags if flag.startswith("-mllvm=")])
+    set_llvm_options([flag.removeprefix("-mllvm=") for flag in flags if flag.startswith("-mllvm=")])
     try:
         read = os.memfd_create("read")
         to_read = ["-MD", "-MF", f"/proc/self/fd/{read}"]
@@ -107,7 +107,7 @@ def compiled(compiler: Any, source: str, flags: list[str]) -> tuple[Any, Lines]:
         return compiler(src_file=source.encode(), cflags=cflags), {}
     with tempfile.TemporaryFile("w+", errors="replace") as told:
         try:
-            with errors_to(told):
+            with redirect_stderr(told):
                 module = compiler(src_file=source.encode(), cflags=cflags, debug=0x4 | 0x8)
         except Exception:  # noqa: BLE001 - bcc raises nothing more exact
             # Compile again without debug output, so that only the messages remain.
@@ -115,10 +115,10 @@ def compiled(compiler: Any, source: str, flags: list[str]) -> tuple[Any, Lines]:
         told.seek(0)
         output = told.read()
     with open(source, errors="replace") as file:
-        return module, lines_of(output, file.read().splitlines())
+        return module, source_lines(output, file.read().splitlines())
 
 
-def tell_llvm(options: list[str]) -> None:
+def set_llvm_options(options: list[str]) -> None:
     """Pass options to LLVM, as bcc does not. Impossible if bcc is linked statically with LLVM."""
     with open("/proc/self/maps") as maps:
         libraries = {line.split()[-1] for line in maps if "/libLLVM" in line}
@@ -129,7 +129,7 @@ def tell_llvm(options: list[str]) -> None:
 
 
 @contextmanager
-def errors_to(file: IO[str]) -> Iterator[None]:
+def redirect_stderr(file: IO[str]) -> Iterator[None]:
     """Redirect standard error to `file`, including what bcc's C++ code writes."""
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
@@ -140,7 +140,7 @@ def errors_to(file: IO[str]) -> Iterator[None]:
         os.close(kept)
 
 
-def lines_of(output: str, source: list[str]) -> Lines:
+def source_lines(output: str, source: list[str]) -> Lines:
     """The source line of each instruction, from bcc's debug output.
 
     bcc inserts lines into the source and numbers the result. It prints that text
@@ -158,13 +158,13 @@ def lines_of(output: str, source: list[str]) -> Lines:
         for i in range(block.size)
     }
     return {
-        name: dict(beginnings(body, origin))
+        name: dict(line_beginnings(body, origin))
         for name, _, body in (function.partition("\n") for function in functions)
         if name in PROGRAMS
     }
 
 
-def beginnings(body: str, origin: dict[int, int]) -> Iterator[tuple[int, int]]:
+def line_beginnings(body: str, origin: dict[int, int]) -> Iterator[tuple[int, int]]:
     """Yields (index, line) for each line that begins in the annotated bytecode of a program."""
     line = None
     for row in body.splitlines():

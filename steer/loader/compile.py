@@ -19,7 +19,7 @@ from steer.errors import CompileError, NoCompiler, in_words
 from steer.linux import fork
 from steer.loader import inputs
 from steer.policy import declarations
-from steer.policy.bytecode import NO_INPUTS, Inputs, PolicyObject, unlink, with_near_ends
+from steer.policy.bytecode import NO_INPUTS, Inputs, PolicyObject, extract_links, inline_exits
 
 _HERE = Path(__file__).resolve().parent
 _CHILD = _HERE / "bcc_child.py"
@@ -57,14 +57,14 @@ def digest(source: Path) -> str:
     # declarations.py is not part of it: the indexes of names follow from the source.
     headers = sources()
     whose = [] if source.parent == headers else [os.fsencode(source.resolve().parent)]
-    return inputs.digest(b"\0".join([_digest_of_ours(headers), *whose, _read_file(source)]))
+    return inputs.digest(b"\0".join([_digest_of_headers(headers), *whose, _read_file(source)]))
 
 
-_ours: dict[tuple[object, ...], bytes] = {}
-"""Cache of `_digest_of_ours`, by the stat(2) of all files."""
+_header_digests: dict[tuple[object, ...], bytes] = {}
+"""Cache of `_digest_of_headers`, by the stat(2) of all files."""
 
 
-def _digest_of_ours(headers: Path) -> bytes:
+def _digest_of_headers(headers: Path) -> bytes:
     """The hash of the files that affect every object. Cached, as each start needs it twice."""
     found = os.walk(headers / "include")
     names = sorted(os.path.join(at, name) for at, _, there in found for name in there)
@@ -73,11 +73,13 @@ def _digest_of_ours(headers: Path) -> bytes:
         seen = tuple((name, *_seen(os.stat(name))) for name in files)
     except OSError as error:
         raise CompileError.from_oserror(f"read {error.filename}", error) from None
-    if seen not in _ours:
-        _ours.clear()
+    if seen not in _header_digests:
+        _header_digests.clear()
         contents = (_read_file(Path(name)) for name in files)
-        _ours[seen] = inputs.digest(b"\0".join([sys.byteorder.encode(), *contents])).encode()
-    return _ours[seen]
+        _header_digests[seen] = inputs.digest(
+            b"\0".join([sys.byteorder.encode(), *contents])
+        ).encode()
+    return _header_digests[seen]
 
 
 def _seen(found: os.stat_result) -> tuple[int, ...]:
@@ -106,7 +108,7 @@ def _read_file(file: Path) -> bytes:
 _MOST_BYTES = 1 << 20
 
 
-_made: dict[str, PolicyObject] = {}
+_compiled: dict[str, PolicyObject] = {}
 """Objects that this process compiled, by digest of the source. Some cannot be cached on disk."""
 
 
@@ -120,12 +122,12 @@ def load(source: Path, wanted: str = "") -> PolicyObject:
         CompileError: it does not compile, or there is no compiler.
     """
     key = digest(source)
-    found = _made.get(key)
+    found = _compiled.get(key)
     if found is not None and found.digest == wanted:
         return found
-    found = _at_hand(source, key)
+    found = _find_stored(source, key)
     if found is None:
-        found = _made[key] = compile_source(source)
+        found = _compiled[key] = compile_source(source)
         if found.inputs is not None:
             _store(key, found)
     return found
@@ -140,11 +142,11 @@ def version(source: Path) -> str:
         CompileError: `source` cannot be read.
     """
     key = digest(source)
-    found = _at_hand(source, key)
+    found = _find_stored(source, key)
     return found.digest if found is not None else key
 
 
-def _at_hand(source: Path, key: str) -> PolicyObject | None:
+def _find_stored(source: Path, key: str) -> PolicyObject | None:
     """A prebuilt or cached object, if compiling now would give the same. Else None."""
     if source.parent == sources():
         shipped = _read(prebuilt(source.stem), trusted=True)
@@ -153,7 +155,7 @@ def _at_hand(source: Path, key: str) -> PolicyObject | None:
     found = _cached(key)
     if found is None or found.inputs is None:
         return None
-    return found if inputs.are_the_same(found.inputs, _read_file) else None
+    return found if inputs.are_current(found.inputs, _read_file) else None
 
 
 def _cached(key: str) -> PolicyObject | None:
@@ -219,10 +221,8 @@ def _object(source: Path, output: bytes, began_ns: int) -> PolicyObject:
     if not answer.programs:
         raise CompileError(act, "no STEER_POLICY in it", "see `steer policies new`")
     try:
-        ended = {
-            name: with_near_ends(bytes.fromhex(code)) for name, code in answer.programs.items()
-        }
-        programs = {name: unlink(raw) for name, (raw, _) in ended.items()}
+        ended = {name: inline_exits(bytes.fromhex(code)) for name, code in answer.programs.items()}
+        programs = {name: extract_links(raw) for name, (raw, _) in ended.items()}
     except ValueError as error:
         raise CompileError(act, str(error)) from None
     read = _inputs(source, answer.read, began_ns)
@@ -241,7 +241,7 @@ def _inputs(source: Path, rule: str, began_ns: int) -> Inputs | None:
     if not files:
         return None
     try:
-        found = inputs.of(files, sources(), source.resolve(), _read_file)
+        found = inputs.collect(files, sources(), source.resolve(), _read_file)
         # A file changed while the compiler ran may have been read before or after the change.
         is_settled = all(os.stat(path).st_ctime_ns <= began_ns for path in found.digests)
     except (CompileError, OSError):

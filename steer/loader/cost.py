@@ -43,7 +43,7 @@ def statistics() -> Iterator[None]:
         os.close(fd)
 
 
-def spent(program: libbpf.Descriptor) -> tuple[int, int]:
+def run_stats(program: libbpf.Descriptor) -> tuple[int, int]:
     """Nanoseconds and runs of a program so far."""
     with open(f"/proc/self/fdinfo/{program.fileno()}") as file:
         fields = dict(line.split(":", 1) for line in file)
@@ -87,9 +87,9 @@ def _group(sockets_map: bpf_maps.Map, stack: ExitStack) -> socket.socket:
 def _mean_ns(program: libbpf.Descriptor, member: socket.socket, flood: _Flood) -> float:
     group_program.attach_ebpf(member.fileno(), program.fileno())
     flood.send(1)
-    before_ns, before = spent(program)
+    before_ns, before = run_stats(program)
     flood.send(_BATCHES)
-    after_ns, after = spent(program)
+    after_ns, after = run_stats(program)
     return (after_ns - before_ns) / (after - before)
 
 

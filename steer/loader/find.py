@@ -41,7 +41,7 @@ def find(asked: str) -> Policy:
     return msgspec.structs.replace(policy, declared=says)
 
 
-def find_or_not(asked: str) -> Policy:
+def find_or_problem(asked: str) -> Policy:
     """The same as `find`, but an error of a custom policy is stored as its `problem`."""
     try:
         return find(asked)
@@ -72,7 +72,7 @@ def compiled(policy: Policy) -> Policy:
     return msgspec.structs.replace(policy, digest=compile.load(file_of(policy)).digest)
 
 
-def as_left(asked: str, says: Declared, digest: str) -> Policy:
+def restore(asked: str, says: Declared, digest: str) -> Policy:
     """The policy as an earlier controller had loaded it, even if its file has changed since."""
     if asked.endswith(CUSTOM_SUFFIX):
         return custom(Path(asked).stem, asked, says, digest)

@@ -36,7 +36,7 @@ _ASKS = rb"__has_(include|include_next|embed)\b"
 _SPLICE = rb"\\[ \t]*\r?\n"
 
 
-def of(read: Sequence[Path], own: Path, source: Path, content: Read) -> Inputs:
+def collect(read: Sequence[Path], own: Path, source: Path, content: Read) -> Inputs:
     """The inputs of a compilation.
 
     Args:
@@ -53,10 +53,10 @@ def of(read: Sequence[Path], own: Path, source: Path, content: Read) -> Inputs:
         if re.search(_ASKS, re.sub(_SPLICE, b"", content(path))):
             raise CompileError(f"read {path}", "it uses __has_include")
     digests = {str(path): digest(content(path)) for path in others}
-    return Inputs(digests, tuple(_earlier(read, own, source)))
+    return Inputs(digests, tuple(_find_shadowing(read, own, source)))
 
 
-def are_the_same(found: Inputs, content: Read) -> bool:
+def are_current(found: Inputs, content: Read) -> bool:
     """Whether compiling now would read the same content."""
     with suppress(CompileError):
         return not any(map(os.path.lexists, found.absent)) and all(
@@ -89,7 +89,7 @@ def parse(rule: str, directory: Path) -> Sequence[Path]:
     return [directory / word for word in words if not word.startswith("/virtual/")]
 
 
-def _earlier(read: Iterable[Path], own: Path, source: Path) -> Iterable[str]:
+def _find_shadowing(read: Iterable[Path], own: Path, source: Path) -> Iterable[str]:
     """Paths of missing files that would be read instead if they existed.
 
     Any directory of a file that was read may be searched, and the order differs for each

@@ -121,13 +121,13 @@ class Table:
         self._readers_may_remain = True
         self._publications = 0
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Clear the table, before any program runs: no position has a slot."""
         nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
         places = (abi.BUFFER_BYTES - abi.LENGTH.size) // len(nobody)
         self.fill({0: abi.LENGTH.pack(0, 0) + nobody * places})
 
-    def rested(self) -> None:
+    def assume_no_readers(self) -> None:
         """Note that no program has run for `PROGRAMS_END_S`, so publish() need not wait."""
         self._readers_may_remain = False
 

@@ -120,7 +120,7 @@ def _number(pattern: str, told: str) -> int:
     return int(found[1]) if found else 0
 
 
-def point(detail: str, lines: Mapping[int, int], source: Path, shown: str = "") -> str:
+def explain(detail: str, lines: Mapping[int, int], source: Path, shown: str = "") -> str:
     """The verifier's message, and if known the line of C that it is about and a cure.
 
     If the instruction belongs to steer.h, the line is the policy's last one before it.

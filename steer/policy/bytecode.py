@@ -87,7 +87,7 @@ class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.json.decode(data, type=PolicyObject)
 
 
-def with_near_ends(raw: bytes) -> tuple[bytes, list[int]]:
+def inline_exits(raw: bytes) -> tuple[bytes, list[int]]:
     """Replace each jump to the end of the program by a copy of that end.
 
     LLVM gives a program a single end, far from the code that runs for each packet. Jumping there
@@ -126,7 +126,7 @@ def _is_end(insns: Sequence[tuple[int, ...]]) -> bool:
     return [code for code, *_ in insns] == [_MOVE, _EXIT]
 
 
-def unlink(raw: bytes) -> Code:
+def extract_links(raw: bytes) -> Code:
     """Replace the placeholders of maps and constants in compiled bytecode by zeros.
 
     Raises:

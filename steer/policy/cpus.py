@@ -34,24 +34,24 @@ def cpu_of_each(workers: int, topology: Topology) -> list[int]:
     return [order[i % len(order)] for i in range(workers)]
 
 
-def nearest(manned: Collection[int], topology: Topology) -> dict[int, int]:
-    """For each possible CPU, the CPU in `manned` whose workers serve it.
+def nearest(staffed: Collection[int], topology: Topology) -> dict[int, int]:
+    """For each possible CPU, the CPU in `staffed` whose workers serve it.
 
-    That is the CPU itself if it is in `manned`, else one of the same NUMA node, else any. CPUs
+    That is the CPU itself if it is in `staffed`, else one of the same NUMA node, else any. CPUs
     without a worker are distributed evenly.
 
     Args:
-        manned: CPUs that have a worker; not empty.
+        staffed: CPUs that have a worker; not empty.
     """
-    served = sorted(manned)
+    served = sorted(staffed)
     by_node: dict[int, list[int]] = {}
     for cpu in served:
         by_node.setdefault(topology.node(cpu), []).append(cpu)
     home = {cpu: cpu for cpu in served}
     taken_on = dict.fromkeys(served, 0)
-    strays = set(topology.possible) - set(served)
+    unserved = set(topology.possible) - set(served)
     # CPUs of nodes without any worker come last, and so level the distribution.
-    for cpu in sorted(strays, key=lambda cpu: (topology.node(cpu) not in by_node, cpu)):
+    for cpu in sorted(unserved, key=lambda cpu: (topology.node(cpu) not in by_node, cpu)):
         home[cpu] = min(by_node.get(topology.node(cpu), served), key=taken_on.__getitem__)
         taken_on[home[cpu]] += 1
     return home

@@ -39,13 +39,13 @@ class Layout(msgspec.Struct, frozen=True):
     Args:
         entries: by position, a slot or abi.ROW + the offset of a row in `turns`.
         turns: rows; each is its length, then its slots.
-        spares: live slots to try if the selected slot has no socket.
+        fallbacks: live slots to try if the selected slot has no socket.
         ring: length of the ring, after which the entries repeat; 0 if the table is no ring.
     """
 
     entries: array[int]
     turns: array[int] = msgspec.field(default_factory=lambda: array("H"))
-    spares: array[int] = msgspec.field(default_factory=lambda: array("H"))
+    fallbacks: array[int] = msgspec.field(default_factory=lambda: array("H"))
     ring: int = 0
 
     def parts(self) -> dict[int, bytes]:
@@ -54,7 +54,7 @@ class Layout(msgspec.Struct, frozen=True):
             0: abi.LENGTH.pack(len(self.entries), self.ring),
             abi.ENTRIES_OFFSET: self.entries.tobytes(),
             abi.TURNS_OFFSET: self.turns.tobytes(),
-            abi.SPARES_OFFSET: self.spares.tobytes(),
+            abi.FALLBACKS_OFFSET: self.fallbacks.tobytes(),
         }
 
     def row(self, entry: int) -> Sequence[int]:
@@ -65,23 +65,23 @@ class Layout(msgspec.Struct, frozen=True):
         return self.turns[start + 1 : start + 1 + self.turns[start]]
 
 
-def spares(slots: Sequence[int]) -> array[int]:
+def fallbacks(slots: Sequence[int]) -> array[int]:
     """The slots to try, from any index on, if the selected slot has no socket."""
-    return array("H", islice(cycle(slots or [abi.NO_SLOT]), abi.SPARES))
+    return array("H", islice(cycle(slots or [abi.NO_SLOT]), abi.FALLBACKS))
 
 
-def all_to(slot: int, else_to: Sequence[int] = ()) -> Layout:
+def uniform(slot: int, else_to: Sequence[int] = ()) -> Layout:
     """A layout that selects `slot` at every position.
 
     Args:
         else_to: slots to try if `slot` has no socket.
     """
-    return Layout(array("H", [slot]) * abi.ENTRIES, spares=spares(else_to or [slot]))
+    return Layout(array("H", [slot]) * abi.ENTRIES, fallbacks=fallbacks(else_to or [slot]))
 
 
 def to_nobody() -> Layout:
     """A layout without any slot: the kernel's hash selects."""
-    return all_to(abi.NO_SLOT)
+    return uniform(abi.NO_SLOT)
 
 
 def read(buffer: bytes) -> Layout:
@@ -89,8 +89,8 @@ def read(buffer: bytes) -> Layout:
     length, ring = abi.LENGTH.unpack_from(buffer)
     words = array("H", buffer[abi.ENTRIES_OFFSET :])
     at_turns = (abi.TURNS_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
-    at_spares = (abi.SPARES_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
-    return Layout(words[:length], words[at_turns:at_spares], words[at_spares:], ring)
+    at_fallbacks = (abi.FALLBACKS_OFFSET - abi.ENTRIES_OFFSET) // words.itemsize
+    return Layout(words[:length], words[at_turns:at_fallbacks], words[at_fallbacks:], ring)
 
 
 def quotas(members: Sequence[Member], length: int) -> dict[int, int]:
@@ -138,13 +138,13 @@ def build_ring(members: Sequence[Member], longest: int = MAX_RING) -> list[int]:
 
 def by_share(members: Sequence[Member], longest: int = MAX_RING) -> Layout:
     """For `random`: as many positions per slot as its weight."""
-    return Layout(array("H", build_ring(members, longest)), spares=_spares(members))
+    return Layout(array("H", build_ring(members, longest)), fallbacks=_fallbacks(members))
 
 
 def by_turn(members: Sequence[Member]) -> Layout:
     """For `round-robin`: one row at position 0, with the turns of all slots."""
     rows = _Rows()
-    return Layout(array("H", [rows.entry(build_ring(members))]), rows.turns, _spares(members))
+    return Layout(array("H", [rows.entry(build_ring(members))]), rows.turns, _fallbacks(members))
 
 
 def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_RING) -> Layout:
@@ -166,7 +166,7 @@ def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_RIN
     entries = array(
         "H", [row_of[homes[cpu]] if cpu in homes else anyone for cpu in range(max(homes) + 1)]
     )
-    return Layout(entries, rows.turns, _spares(members))
+    return Layout(entries, rows.turns, _fallbacks(members))
 
 
 def consistent(members: Sequence[Member], previous: Layout | None, length: int) -> Layout:
@@ -193,7 +193,7 @@ def consistent(members: Sequence[Member], previous: Layout | None, length: int) 
     receivers = chain.from_iterable(repeat(slot, left) for slot, left in room.items())
     for position, slot in zip(moving, receivers, strict=True):
         entries[position] = slot
-    return Layout(entries, spares=_spares(members))
+    return Layout(entries, fallbacks=_fallbacks(members))
 
 
 def by_load(members: Sequence[Member]) -> Layout:
@@ -211,7 +211,7 @@ def by_load(members: Sequence[Member]) -> Layout:
     entries = ring + list(islice(cycle(ring), abi.SCAN_MAX if few else abi.NEIGHBOURS))
     words = array("I", [scales[slot] << 16 | slot * abi.LOAD_SIZE for slot in entries])
     turns = array("H", words.tobytes())
-    return Layout(array("H", entries), turns, _spares(members), len(ring))
+    return Layout(array("H", entries), turns, _fallbacks(members), len(ring))
 
 
 _FULL_SCALE = 0xFFFF
@@ -233,8 +233,8 @@ def _over_quota(entries: array[int], room: dict[int, int]) -> list[int]:
     return moving
 
 
-def _spares(members: Sequence[Member]) -> array[int]:
-    return spares([member.slot for member in members])
+def _fallbacks(members: Sequence[Member]) -> array[int]:
+    return fallbacks([member.slot for member in members])
 
 
 class _Rows:

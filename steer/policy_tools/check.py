@@ -100,7 +100,7 @@ def _verify(
             raise VerifierError(
                 f"load {source.name}",
                 "the kernel's verifier rejects it",
-                detail=verifier.point(error.detail, built.lines.get(kind, {}), source, shown),
+                detail=verifier.explain(error.detail, built.lines.get(kind, {}), source, shown),
                 errno=error.errno,
                 log=error.log,
             ) from None

@@ -337,7 +337,7 @@ def test_fields_read_in_branches_are_taken(home: Path, body: str) -> None:
 def test_pointing(tmp_path: Path, detail: str, pointed: str) -> None:
     file = tmp_path / "mine.c"
     file.write_text("one\n\n  two\nthree\n")
-    found = verifier.point(detail, {2: 3, 5: 4}, file).removeprefix(detail)
+    found = verifier.explain(detail, {2: 3, 5: 4}, file).removeprefix(detail)
     assert found.startswith(f"\n{tmp_path}/{pointed}" if pointed else "")
     assert bool(pointed) == (str(tmp_path) in found)
 
@@ -346,7 +346,7 @@ def test_pointing_into_a_file_that_has_changed(tmp_path: Path) -> None:
     (tmp_path / "mine.c").touch()
     for name in ("mine.c", "gone.c"):
         file = tmp_path / name
-        assert verifier.point("3: (bf) x", {0: 9}, file) == f"3: (bf) x\n{file}:9: "
+        assert verifier.explain("3: (bf) x", {0: 9}, file) == f"3: (bf) x\n{file}:9: "
 
 
 @pytest.mark.needs("bcc")

@@ -48,7 +48,7 @@ FILES = {
 def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache; and nothing that this process compiled before counts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    monkeypatch.setattr(compile, "_made", {})
+    monkeypatch.setattr(compile, "_compiled", {})
     return home / "cache" / "steer"
 
 
@@ -69,7 +69,7 @@ def test_every_way_to_include_is_noticed(home: Path, cache: Path) -> None:
     assert set(compile.read_by(source)) == {home / name for name in FILES}
     before = find.find(str(source))
     assert before.digest == first.digest != compile.digest(source)
-    compile._made.clear()
+    compile._compiled.clear()
     assert compile.load(source) == first, "from the cache"
     for name, content in FILES.items():
         (home / name).write_text(content + "/* edited */\n")
@@ -150,9 +150,9 @@ def test_inputs_that_cannot_be_read_are_not_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.h").touch()
     content = compile._read_file
     found = Inputs({str(tmp_path / "a.h"): inputs.digest(b"")})
-    assert inputs.are_the_same(found, content)
-    assert not inputs.are_the_same(Inputs({str(tmp_path / "b.h"): ""}), content)
-    assert not inputs.are_the_same(Inputs({}, (str(tmp_path / "a.h"),)), content)
+    assert inputs.are_current(found, content)
+    assert not inputs.are_current(Inputs({str(tmp_path / "b.h"): ""}), content)
+    assert not inputs.are_current(Inputs({}, (str(tmp_path / "a.h"),)), content)
 
 
 @pytest.mark.needs("bcc", "nobody")

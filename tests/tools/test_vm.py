@@ -561,7 +561,7 @@ def test_terminal_after_a_shell_that_was_ended(
 def test_what_a_policy_includes_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler tells; where there is none here, all headers beside it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(compile, "_made", {})
+    monkeypatch.setattr(compile, "_compiled", {})
     for name in ("read.h", "not.h"):
         (tmp_path / name).touch()
     policy = tmp_path / "mine.c"

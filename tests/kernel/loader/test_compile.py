@@ -1,4 +1,4 @@
-"""From C to a policy object: what is at hand is used, what is not is compiled by bcc in a child.
+"""Getting a policy object: prebuilt, cached, or compiled by bcc in a child process.
 
 `no_child` makes starting any child fail, so what passes with it had none.
 """
@@ -38,7 +38,7 @@ STEER_POLICY(ctx, table)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of our own: where its objects will be."""
+    """The directory of an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "steer"
 
@@ -53,14 +53,14 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_bcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No Python is found but our own, and bcc is not in its virtual environment."""
+    """Only the Python of the virtual environment is found, which has no bcc."""
     monkeypatch.setattr(compile, "SYSTEM_PYTHON", "/nonexistent/python3")
     monkeypatch.setenv("PATH", "/nonexistent")
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A policy of the user's own."""
+    """A custom policy."""
     file = tmp_path / "own.c"
     file.write_text(POLICY % "ctx->len")
     return file
@@ -110,7 +110,9 @@ def is_alike(made: PolicyObject, shipped: PolicyObject) -> bool:
 
 @pytest.mark.needs("bcc")
 @pytest.mark.parametrize("name", ["hash.c", "steer.h", "include/linux/types.h"])
-def test_edited_source_is_compiled_though_prebuilt(checkout: Path, cache: Path, name: str) -> None:
+def test_edited_source_is_compiled_despite_a_prebuilt_object(
+    checkout: Path, cache: Path, name: str
+) -> None:
     shipped = compile.load(checkout / "hash.c")
     file = checkout / name
     file.write_text(file.read_text() + "\n/* edited */\n")
@@ -121,7 +123,7 @@ def test_edited_source_is_compiled_though_prebuilt(checkout: Path, cache: Path, 
 
 
 @pytest.mark.needs("bcc")
-def test_prebuilt_that_is_broken_is_compiled(checkout: Path) -> None:
+def test_broken_prebuilt_object_is_compiled_again(checkout: Path) -> None:
     shipped = compile.load(checkout / "hash.c")
     (checkout / "prebuilt" / "hash.json").write_bytes(b"{}")
     made = compile.load(checkout / "hash.c")
@@ -151,7 +153,7 @@ def test_edited_policy_runs(checkout: Path) -> None:
 
 
 @pytest.mark.needs("bcc")
-def test_second_time_there_is_no_child(
+def test_second_time_no_child_process_is_started(
     source: Path, cache: Path, request: pytest.FixtureRequest
 ) -> None:
     made = compile.load(source)
@@ -240,7 +242,7 @@ def test_compiler_names_file_and_line(source: Path, returned: str, message: str)
 
 
 @pytest.mark.needs("bcc")
-def test_file_that_is_no_policy(source: Path) -> None:
+def test_file_without_a_policy(source: Path) -> None:
     source.write_text('#include "steer.h"\n')
     with pytest.raises(CompileError, match=r"compile own\.c: "):
         compile.load(source)
@@ -253,13 +255,13 @@ def test_map_that_steer_does_not_have(source: Path) -> None:
         compile.load(source)
 
 
-def test_source_that_is_not_there(tmp_path: Path) -> None:
+def test_source_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"read .*own\.c: No such file or directory"):
         compile.load(tmp_path / "own.c")
 
 
 @pytest.mark.parametrize("content, where", [(b"\xff", 0), (b"/* \xe9 */", 3)])
-def test_source_that_is_no_text(source: Path, content: bytes, where: int) -> None:
+def test_source_that_is_not_utf_8(source: Path, content: bytes, where: int) -> None:
     source.write_bytes(content)
     with pytest.raises(CompileError, match=rf"^read .*own\.c: not UTF-8 at byte {where}$"):
         compile.load(source)
@@ -289,7 +291,7 @@ def offsets(made: PolicyObject) -> Counter[int]:
 
 
 @pytest.mark.needs("bcc")
-def test_names_are_told_to_the_compiler_as_places(source: Path) -> None:
+def test_names_become_indexes(source: Path) -> None:
     made = {}
     for name in ("one", "two"):
         source.write_text(DECLARES % (1, name))
@@ -300,7 +302,7 @@ def test_names_are_told_to_the_compiler_as_places(source: Path) -> None:
 
 
 @pytest.mark.needs("bcc")
-def test_defaults_are_no_part_of_the_program(source: Path) -> None:
+def test_defaults_are_not_in_the_program(source: Path) -> None:
     source.write_text(DECLARES % (1, "one"))
     before = compile.load(source)
     source.write_text(DECLARES % (9, "one"))
@@ -308,7 +310,7 @@ def test_defaults_are_no_part_of_the_program(source: Path) -> None:
 
 
 @pytest.mark.needs("bcc")
-def test_name_that_is_not_declared_is_the_compilers_affair(source: Path) -> None:
+def test_the_compiler_reports_a_name_that_is_not_declared(source: Path) -> None:
     source.write_text(DECLARES % (1, "three"))
     with pytest.raises(CompileError, match=r"^compile own\.c: bcc rejects it") as caught:
         compile.load(source)
@@ -316,15 +318,15 @@ def test_name_that_is_not_declared_is_the_compilers_affair(source: Path) -> None
     assert "STEER_PARAM_three" in caught.value.detail
 
 
-def test_declaration_that_cannot_be_needs_no_compiler(source: Path) -> None:
+def test_wrong_declaration_is_found_without_a_compiler(source: Path) -> None:
     source.write_text(DECLARES % (10, "one"))
     with pytest.raises(CompileError, match=r"^compile own\.c: line 3: the default of one, 10,"):
         compile.load(source)
 
 
 @pytest.mark.needs("bcc")
-def test_lines_of_the_source_are_kept_for_ones_own_only(source: Path) -> None:
-    """Where the verifier stops is told as a line of C."""
+def test_source_lines_are_kept_for_custom_policies_only(source: Path) -> None:
+    """They translate the verifier's position into a line of C."""
     source.write_text(POLICY % "ctx->len *\n\t\tctx->hash")
     made = compile.load(source)
     assert set(made.lines) == set(made.programs)
@@ -352,7 +354,7 @@ def test_compiler_that_does_not_end(source: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_compiler_that_is_killed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by a limit on what it may take."""
+    """For example by a resource limit."""
     killed = ["sh", "-c", "kill -KILL $$"]
     monkeypatch.setattr(compile.fork, "run", lambda *_: subprocess.run(killed, check=False))
     with pytest.raises(CompileError, match=r"compile own\.c: bcc was killed by SIGKILL: out of"):

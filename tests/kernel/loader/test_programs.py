@@ -53,7 +53,7 @@ def open_files() -> int:
 
 
 def shown(kind: str, number: int) -> dict[str, Any]:
-    """What bpftool shows of a program or map."""
+    """The output of bpftool for a program or map."""
     command = ["bpftool", "--json", kind, "show", "id", str(number)]
     done = subprocess.run(command, capture_output=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -179,7 +179,7 @@ def test_attach_type_that_no_kernel_knows_is_no_fault_of_the_program(
     assert (caught.value.cause, caught.value.errno) == ("EINVAL", errno.EINVAL)
 
 
-def test_kernel_that_asks_no_program_gets_the_plain_one(
+def test_kernel_without_migration_gets_the_plain_program(
     netns: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linux 5.10 takes any attach type, and refuses the field: here one that nobody has yet."""
@@ -358,7 +358,7 @@ def test_only_at_sockets_something_is_stored() -> None:
         made.put(other.fileno(), bytes(abi.OWNER.size))
 
 
-def test_a_map_that_somebody_else_made_is_the_same() -> None:
+def test_a_received_map_is_the_same() -> None:
     with (
         bpf_maps.Map("moved") as made,
         bpf_maps.Map.received("moved", os.dup(made.fileno())) as other,
@@ -382,7 +382,7 @@ GIVEN = 99
 
 
 def state(slots: shared_memory.Slots, slot: int) -> tuple[int, ...]:
-    """Open, pending, stamp and flows, as the kernel has them."""
+    """The fields open, pending, stamp and flows in the kernel's map."""
     raw = looked_up(slots.map, 0)
     assert raw
     (opened,) = struct.unpack_from("=I", raw, abi.OPEN_OFFSET + 4 * slot)
@@ -393,13 +393,13 @@ def state(slots: shared_memory.Slots, slot: int) -> tuple[int, ...]:
 
 
 def play(slots: shared_memory.Slots, slot: int, opened: int, pending: int, *stamps: int) -> None:
-    """What programs do."""
+    """Write to the map as programs do."""
     struct.pack_into("=I", slots._memory, abi.OPEN_OFFSET + 4 * slot, opened)
     at = abi.SLOTS_OFFSET + slot * abi.SLOT.size
     abi.SLOT.pack_into(slots._memory, at, pending, GIVEN, *stamps, 0)
 
 
-def test_who_has_a_slot_next_has_another_stamp(slots: shared_memory.Slots) -> None:
+def test_the_next_worker_of_a_slot_has_another_stamp(slots: shared_memory.Slots) -> None:
     first = slots.begin(3)
     play(slots, 3, 7, 2, first, 0)
     assert slots.open(3) == 7
@@ -414,7 +414,7 @@ def test_who_has_a_slot_next_has_another_stamp(slots: shared_memory.Slots) -> No
     assert state(slots, 2) == state(slots, 4) == (0, 0, 0, 0)
 
 
-def test_stamps_run_over(slots: shared_memory.Slots) -> None:
+def test_stamps_wrap_around(slots: shared_memory.Slots) -> None:
     play(slots, 1, 0, 0, 2**16 - 1, 2**16 - 1)
     slots.end(1)
     assert state(slots, 1) == (0, 0, 0, 0)
@@ -432,7 +432,7 @@ def test_flows_are_forgotten_and_nothing_else(slots: shared_memory.Slots) -> Non
     assert state(slots, abi.SLOTS - 1) == (0, 0, 0, 1)
 
 
-def test_fewer_than_none_are_none(slots: shared_memory.Slots) -> None:
+def test_negative_counts_are_zero(slots: shared_memory.Slots) -> None:
     play(slots, 2, 2**32 - 1, 0, 0, 0)
     assert slots.open(2) == 0
     slots.set_open(2, 12)
@@ -440,7 +440,7 @@ def test_fewer_than_none_are_none(slots: shared_memory.Slots) -> None:
     assert state(slots, 2) == (12, 0, 0, 0)
 
 
-def test_slots_can_be_gone_on_with(slots: shared_memory.Slots) -> None:
+def test_slots_can_be_adopted(slots: shared_memory.Slots) -> None:
     play(slots, abi.SLOTS - 1, 1, 2, 3, 4)
     with bpf_maps.Map("slots") as other:
         later = shared_memory.Slots(other)
@@ -496,11 +496,13 @@ def test_ticks_are_those_of_the_kernel() -> None:
 
 
 def test_publication_is_seen_by_programs(netns: object) -> None:
-    """The same flow goes wherever the table says at the moment."""
+    """The same flow goes where the table says at that moment."""
     with Harness(EBPF, "hash", "udp4", workers=3).serving() as harness:
         [flow] = sources("127.0.0.1", 1)
         for slot in (0, 2, 1, 1, 0):
-            everywhere = Layout(array("H", [slot]) * 7, spares=array("H", [slot]) * abi.SPARES)
+            everywhere = Layout(
+                array("H", [slot]) * 7, fallbacks=array("H", [slot]) * abi.FALLBACKS
+            )
             harness.backend._policy._table.publish(everywhere.parts())
             assert harness.flows([flow]) == {flow: slot}
 
@@ -509,7 +511,7 @@ def test_programs_that_were_waited_for_are_those_before_a_later_publication() ->
     with bpf_maps.Map("table") as made:
         table = shared_memory.Table(made)
         try:
-            table.forget()
+            table.clear()
             assert table.grace_period() is None
             table.publish({0: bytes(8)})
             first = table.grace_period()
@@ -524,10 +526,10 @@ def test_programs_that_were_waited_for_are_those_before_a_later_publication() ->
             table.close()
 
 
-def test_table_starts_with_nobody_and_alternates_between_buffers() -> None:
+def test_table_starts_empty_and_alternates_between_buffers() -> None:
     with bpf_maps.Map("table") as made:
         table = shared_memory.Table(made)
-        table.forget()
+        table.clear()
         try:
             buffers = {abi.HEADER.size, abi.HEADER.size + abi.BUFFER_BYTES}
             nobody = abi.NO_SLOT.to_bytes(2, sys.byteorder)
@@ -537,13 +539,13 @@ def test_table_starts_with_nobody_and_alternates_between_buffers() -> None:
             for turn in range(4):
                 before = content(made)
                 *_, active = told(before)
-                table.publish({0: abi.LENGTH.pack(turn, 7), abi.SPARES_OFFSET: b"spares"})
+                table.publish({0: abi.LENGTH.pack(turn, 7), abi.FALLBACKS_OFFSET: b"fallbacks"})
                 after = content(made)
                 length, ring, idle = told(after)
                 assert {active, idle} == buffers
                 assert (length, ring) == (turn, 7)
                 assert after[idle : idle + 8] == abi.LENGTH.pack(turn, 7)
-                assert after[idle + abi.SPARES_OFFSET :].startswith(b"spares")
+                assert after[idle + abi.FALLBACKS_OFFSET :].startswith(b"fallbacks")
                 # What programs may still be reading is not touched.
                 assert (
                     after[active : active + abi.BUFFER_BYTES]
@@ -614,7 +616,7 @@ def settle(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("backend", [EBPF, CBPF])
-def test_programs_are_to_be_waited_for_after_a_publication(netns: object, backend: str) -> None:
+def test_programs_are_waited_for_after_a_publication(netns: object, backend: str) -> None:
     with Harness(backend, "hash", "udp4", workers=3).serving() as harness:
         settle(harness)
         harness.steer(0, 1)

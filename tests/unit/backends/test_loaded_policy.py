@@ -43,7 +43,7 @@ def chosen_by(name: str) -> LoadedPolicy:
         "params": SimpleNamespace(put=lambda *_: None),
     }
     chosen = LoadedPolicy(plan_for(3, name), cast(Any, maps), [], True)
-    chosen._table.forget()
+    chosen._table.clear()
     return chosen
 
 
@@ -86,7 +86,7 @@ def test_another_plan_is_laid_out_anew(laid: Laid) -> None:
     chosen = chosen_by("hash")
     chosen.steer(THREE, layout.to_nobody())
     chosen.become(plan_for(200, "hash"))
-    chosen._table.rested()
+    chosen._table.assume_no_readers()
     chosen.steer(THREE, layout.to_nobody())
     assert laid.times == 2
 

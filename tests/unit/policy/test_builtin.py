@@ -1,4 +1,4 @@
-"""The table of policies: every row is whole and does what its summary says."""
+"""The list of built-in policies: each row is complete and does what its summary says."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_backends(name: str, backends: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
-def test_a_row_is_whole(row: Policy) -> None:
+def test_a_row_is_complete(row: Policy) -> None:
     assert row.summary
     assert "\n" not in row.summary
     assert row.table in LAYOUTS
@@ -74,7 +74,7 @@ def test_a_row_has_its_file(row: Policy) -> None:
 
 
 def test_every_file_has_its_row() -> None:
-    """Open.c chooses nothing: it counts."""
+    """Except open.c, which counts and selects nothing."""
     files = {path.stem for path in BPF.glob("*.c")}
     assert files == {row.source for row in ALL if row.source} | {"open"}
 
@@ -84,13 +84,13 @@ def test_every_table_can_be_declared() -> None:
     assert {row.table for row in ALL} == set(LAYOUTS), "each is of use to somebody"
 
 
-def test_what_a_policy_takes_has_its_place() -> None:
-    """In abi.PARAMS and abi.OWN."""
+def test_declarations_fit_the_maps() -> None:
+    """The maps of abi.PARAMS and abi.OWN have room for all that may be declared."""
     assert declarations.MAX_PARAMS == declarations.MAX_COUNTERS == abi.VALUES
     assert declarations.MAX_HISTOGRAMS == abi.HISTOGRAMS
 
 
-def test_one_of_ones_own_runs_as_ebpf_or_not_at_all() -> None:
+def test_a_custom_policy_runs_on_ebpf_only() -> None:
     says = declarations.Declared("mine", "ring")
     mine = builtin.custom("mine", "/srv/mine.c", says, "0123")
     assert mine.is_custom
@@ -108,7 +108,7 @@ def test_a_layout_names_live_slots_only(row: Policy) -> None:
     chosen = {slot for entry in layout.entries for slot in layout.row(entry)}
     live = {member.slot for member in CREW}
     assert chosen == (live if row.source else {abi.NO_SLOT})
-    assert set(layout.spares) == chosen
+    assert set(layout.fallbacks) == chosen
     assert all(slot < abi.MAX_SLOTS for slot in live)
 
 

@@ -1,4 +1,4 @@
-"""Policy objects: maps taken out of bytecode, put in again, and what is stored between."""
+"""Policy objects: extracting links to maps, linking again, and the stored form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer import abi
-from steer.policy.bytecode import INSN_BYTES, Code, PolicyObject, unlink, with_near_ends
+from steer.policy.bytecode import INSN_BYTES, Code, PolicyObject, extract_links, inline_exits
 from testkit import ROOT
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -24,7 +24,7 @@ EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)
 
 
 def load_map(name: str, kind: int = abi.BPF_PSEUDO_MAP_FD, register: int = 1) -> bytes:
-    """ld_imm64 of a stand-in; the second half holds what would be an offset."""
+    """ld_imm64 of a placeholder. Its second half would hold an offset."""
     first = struct.pack("=BBhi", abi.BPF_LD_IMM64, kind << 4 | register, 0, abi.MAPS[name].number)
     return first + struct.pack("=BBhi", 0, 0, 0, 16 if kind == abi.BPF_PSEUDO_MAP_VALUE else 0)
 
@@ -33,19 +33,19 @@ def immediates(raw: bytes) -> list[int]:
     return [value for *_, value in struct.iter_unpack("=BBhi", raw)]
 
 
-def test_stand_ins_are_found_by_both_ways_to_name_a_map() -> None:
+def test_placeholders_are_found_in_both_kinds_of_map_loads() -> None:
     raw = load_map("sockets") + load_map("table", abi.BPF_PSEUDO_MAP_VALUE, 7) + EXIT
-    code = unlink(raw)
+    code = extract_links(raw)
     assert code.relocations == {0: "sockets", 2: "table"}
     assert immediates(bytes.fromhex("".join(code.instructions))) == [0, 0, 0, 16, 0]
 
 
 def test_linking_changes_nothing_but_the_descriptors() -> None:
     raw = load_map("sockets") + load_map("table", abi.BPF_PSEUDO_MAP_VALUE, 7) + EXIT
-    linked = unlink(raw).linked(DESCRIPTORS, NUMBERS)
+    linked = extract_links(raw).linked(DESCRIPTORS, NUMBERS)
     assert immediates(linked) == [DESCRIPTORS["sockets"], 0, DESCRIPTORS["table"], 16, 0]
     stand_ins = {name: spec.number for name, spec in abi.MAPS.items()}
-    assert unlink(raw).linked(stand_ins, abi.CONSTANTS) == raw
+    assert extract_links(raw).linked(stand_ins, abi.CONSTANTS) == raw
 
 
 def insns(*each: tuple[int, int, int]) -> bytes:
@@ -57,32 +57,32 @@ ADD, MOVE, EQUALS, GOTO, CALL = 0x07, 0xB7, 0x15, 0x05, 0x85
 PASS, END = (MOVE, 0, 1), (0x95, 0, 0)
 
 
-def test_program_ends_where_it_would_go_to_its_end() -> None:
+def test_a_jump_to_the_end_becomes_an_exit() -> None:
     raw = insns((EQUALS, 2, 0), (ADD, 0, 7), (GOTO, 1, 0), (ADD, 0, 8), PASS, END)
     ended = insns((EQUALS, 3, 0), (ADD, 0, 7), PASS, END, (ADD, 0, 8), PASS, END)
-    assert with_near_ends(raw) == (ended, [0, 1, 2, 4, 5, 6])
+    assert inline_exits(raw) == (ended, [0, 1, 2, 4, 5, 6])
 
 
-def test_jumps_backwards_and_calls_lead_where_they_did() -> None:
+def test_jumps_backwards_and_calls_keep_their_targets() -> None:
     raw = insns((GOTO, 1, 0), (GOTO, 2, 0), (CALL, 9, 9), (EQUALS, -3, 0), PASS, END)
     ended = insns((GOTO, 2, 0), PASS, END, (CALL, 9, 9), (EQUALS, -4, 0), PASS, END)
-    assert with_near_ends(raw)[0] == ended
+    assert inline_exits(raw)[0] == ended
 
 
-def test_one_way_is_left_to_an_end_behind_another() -> None:
+def test_an_end_after_another_stays_reachable() -> None:
     raw = insns((EQUALS, 1, 0), (GOTO, 3, 0), (GOTO, 2, 0), (ADD, 0, 1), END, PASS, END)
     ended = insns((EQUALS, 1, 0), (GOTO, 4, 0), PASS, END, (ADD, 0, 1), END, PASS, END)
-    assert with_near_ends(raw)[0] == ended
+    assert inline_exits(raw)[0] == ended
 
 
 def load_number(name: str) -> bytes:
-    """ld_imm64 of a stand-in for a constant."""
+    """ld_imm64 of a placeholder for a constant."""
     return struct.pack("=BBhi", abi.BPF_LD_IMM64, 3, 0, abi.CONSTANTS[name]) + bytes(8)
 
 
-def test_a_number_known_at_loading_is_put_in() -> None:
+def test_a_constant_is_linked() -> None:
     raw = EXIT + load_number("protocol") + load_map("table")
-    code = unlink(raw)
+    code = extract_links(raw)
     assert (code.constants, code.relocations) == ({1: "protocol"}, {3: "table"})
     assert immediates(bytes.fromhex("".join(code.instructions))) == [0, 0, 0, 0, 0]
     assert immediates(code.linked({"table": 7}, {"protocol": 17})) == [0, 17, 0, 7, 0]
@@ -90,7 +90,7 @@ def test_a_number_known_at_loading_is_put_in() -> None:
 
 def test_a_plain_64_bit_number_is_no_map() -> None:
     number = struct.pack("=BBhi", abi.BPF_LD_IMM64, 1, 0, abi.MAPS["cpus"].number) + bytes(8)
-    code = unlink(number + EXIT)
+    code = extract_links(number + EXIT)
     assert code.relocations == {}
     assert code.linked({}, {}) == number + EXIT
 
@@ -100,22 +100,22 @@ def test_a_plain_64_bit_number_is_no_map() -> None:
 def test_an_unknown_map_is_refused(kind: int, number: int) -> None:
     raw = EXIT + struct.pack("=BBhi", abi.BPF_LD_IMM64, kind << 4, 0, number) + bytes(8)
     with pytest.raises(ValueError, match=r"^instruction 1 uses a map that steer\.h does not have$"):
-        unlink(raw)
+        extract_links(raw)
 
 
 def test_half_an_instruction_is_refused() -> None:
     with pytest.raises(struct.error):
-        unlink(EXIT + b"\x95")
+        extract_links(EXIT + b"\x95")
 
 
-def test_stand_ins_are_apart() -> None:
+def test_placeholders_differ() -> None:
     numbers = [spec.number for spec in abi.MAPS.values()]
     assert len(set(numbers)) == len(numbers)
     assert all(0 < number < 2**31 for number in numbers), "an immediate is signed"
 
 
 def some_object() -> PolicyObject:
-    plain = unlink(load_map("sockets") + EXIT)
+    plain = extract_links(load_map("sockets") + EXIT)
     return PolicyObject("0" * 64, "bcc 0.26.0, clang 14", {"plain": plain, "migrate": plain})
 
 
@@ -123,7 +123,7 @@ def test_an_object_reads_back() -> None:
     assert PolicyObject.decode(some_object().encode()) == some_object()
 
 
-def test_lines_of_the_source_read_back_and_take_no_room_where_there_are_none() -> None:
+def test_source_lines_read_back_and_are_left_out_if_empty() -> None:
     lines = {"plain": {0: 12, 3: 14}, "migrate": {}}
     mine = msgspec.structs.replace(some_object(), lines=lines)
     assert PolicyObject.decode(mine.encode()) == mine
@@ -154,7 +154,7 @@ def test_an_object_is_stored_one_instruction_a_line() -> None:
         some_object().encode()[:-20],
     ],
 )
-def test_what_is_no_object_is_refused(data: bytes) -> None:
+def test_data_that_is_not_an_object_is_refused(data: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
         PolicyObject.decode(data)
 
@@ -177,7 +177,7 @@ instructions = st.tuples(
 )
 def test_any_bytecode_comes_back(parts: list[bytes]) -> None:
     raw = b"".join(parts)
-    code = unlink(raw)
+    code = extract_links(raw)
     assert len(code.instructions) * INSN_BYTES == len(raw)
     stored = msgspec.json.decode(msgspec.json.encode(code), type=Code)
     stand_ins = {name: spec.number for name, spec in abi.MAPS.items()}

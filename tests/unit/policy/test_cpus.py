@@ -22,7 +22,7 @@ def machines(draw: st.DrawFn) -> Topology:
 
 
 def machine(*nodes: int, allowed: tuple[int, ...] = ()) -> Topology:
-    """CPU i on node nodes[i]."""
+    """A topology with CPU i on node nodes[i]."""
     possible = tuple(range(len(nodes)))
     return Topology(allowed or possible, possible, dict(enumerate(nodes)))
 
@@ -115,8 +115,10 @@ def test_every_cpu_is_served_from_its_own_node_if_it_can_be(
 
 @quick
 @given(machines(), st.data())
-def test_cpus_without_a_worker_are_dealt_evenly(topology: Topology, data: st.DataObject) -> None:
-    """Evenly on each node; and a CPU whose node has nobody goes to one of those with least."""
+def test_cpus_without_a_worker_are_distributed_evenly(
+    topology: Topology, data: st.DataObject
+) -> None:
+    """Evenly on each node. A CPU whose node has no worker goes to a CPU that serves the fewest."""
     manned = data.draw(st.sets(st.sampled_from(topology.allowed), min_size=1))
     home = nearest(manned, topology)
     strays = [cpu for cpu in home if cpu not in manned]
@@ -130,8 +132,8 @@ def test_cpus_without_a_worker_are_dealt_evenly(topology: Topology, data: st.Dat
             assert load[home[cpu]] - 1 <= min(load[other] for other in manned)
 
 
-def test_a_pinned_worker_on_a_cpu_nobody_knew() -> None:
-    """Plugged in after the topology was read."""
+def test_a_worker_pinned_to_a_cpu_that_is_not_in_the_topology() -> None:
+    """It may have been plugged in after the topology was read."""
     assert nearest({0, 7}, machine(0, 0)) == {0: 0, 1: 0, 7: 7}
 
 

@@ -1,4 +1,4 @@
-"""What a policy's file declares: read exactly, refused with the line, set within its range."""
+"""Declarations: parsed exactly, errors name the line, values stay in their range."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_summary_is_in_the_head_comment(head: str, summary: str) -> None:
         ('STEER_HISTOGRAM(x, "", "") STEER_HISTOGRAM(x, "", "")', "is declared twice"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(line: str, cause: str) -> None:
+def test_errors_name_the_line(line: str, cause: str) -> None:
     with pytest.raises(CompileError) as caught:
         parse(f'#include "steer.h"\n/* two\nlines */ {line}\n')
     assert str(caught.value).startswith("read mine.c: line 3: ")
@@ -112,7 +112,7 @@ def test_parenthesis_that_is_not_closed() -> None:
 
 
 @pytest.mark.parametrize("macro, at_most", [("PARAM", 16), ("COUNTER", 16), ("HISTOGRAM", 4)])
-def test_how_many_there_may_be(macro: str, at_most: int) -> None:
+def test_each_macro_has_a_limit(macro: str, at_most: int) -> None:
     rest = {"PARAM": '1, 0, 2, ""', "COUNTER": '""', "HISTOGRAM": '"", ""'}[macro]
     lines = [f"STEER_{macro}(x{number}, {rest})\n" for number in range(at_most + 1)]
     assert parse("".join(lines[:-1]))
@@ -136,7 +136,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 def test_built_in_policies_declare_the_table_they_have() -> None:
-    """A copy of a built-in is a policy of one's own that does the same."""
+    """So a copy of a built-in policy, as a custom policy, does the same."""
     for each in builtin.POLICIES.values():
         if each.source:
             text = compile.text(compile.sources() / f"{each.source}.c")
@@ -180,7 +180,7 @@ def test_values_are_in_the_order_of_the_file(given: list[str], values: tuple[int
         (["percent=1", "percent=1"], "parameter percent is given twice; give it once"),
     ],
 )
-def test_value_that_cannot_be(given: list[str], message: str) -> None:
+def test_value_that_is_not_allowed(given: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         declarations.values(SOME, given, "run mine")
     assert str(caught.value).startswith(f"run mine: {message}")

@@ -1,4 +1,4 @@
-"""The table's promises: turns, shares, few moves, a CPU's own worker; exactly and as properties."""
+"""Layouts: turns, shares, few moves, a worker for each CPU; as examples and as properties."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_nobody_is_left_out_while_there_is_room(some: list[Member], length: int)
 @quick
 @given(some_members(), st.integers(1, 2000))
 def test_quotas_are_fair_between_any_two(some: list[Member], length: int) -> None:
-    """Webster's own measure: no position, past the first of each, would be better placed."""
+    """By Webster's measure: moving a position to another slot would not be fairer."""
     held = table.quotas(some, length)
     for one, other in permutations(some, 2):
         if held[one.slot] > 1:
@@ -74,7 +74,7 @@ def test_quotas_are_fair_between_any_two(some: list[Member], length: int) -> Non
 @quick
 @given(some_members(heaviest=10), st.integers(768, 2000))
 def test_quotas_are_near_proportion(some: list[Member], length: int) -> None:
-    """Each to buffer a position, and to its share of the half positions of all."""
+    """Within half a position, plus the slot's share of all members' half positions."""
     total = sum(member.weight for member in some)
     held = table.quotas(some, length)
     for member in some:
@@ -85,7 +85,7 @@ def test_quotas_are_near_proportion(some: list[Member], length: int) -> None:
 @quick
 @given(st.lists(st.integers(0, 4095), min_size=1, max_size=50, unique=True), st.integers(0, 3000))
 def test_equal_weights_differ_by_one_at_most(slots: list[int], length: int) -> None:
-    """And it is the lowest slots that have one more."""
+    """The lowest slots have one more."""
     given_out = table.quotas([Member(slot, 7) for slot in slots], length)
     whole, more = divmod(length, len(slots))
     expected = {slot: whole + (rank < more) for rank, slot in enumerate(sorted(slots))}
@@ -94,7 +94,7 @@ def test_equal_weights_differ_by_one_at_most(slots: list[int], length: int) -> N
 
 @quick
 @given(some_members(), st.integers(1, 2000), st.data())
-def test_nobody_gets_fewer_when_another_goes(
+def test_no_slot_loses_positions_when_another_leaves(
     some: list[Member], length: int, data: st.DataObject
 ) -> None:
     gone = data.draw(st.sampled_from(some))
@@ -104,7 +104,7 @@ def test_nobody_gets_fewer_when_another_goes(
 
 
 def test_a_case_in_which_largest_remainders_fail() -> None:
-    """They give 2, 1 and 13, and when slot 1 goes 1 and 15: slot 0 loses one for nothing."""
+    """They give 2, 1 and 13. When slot 1 leaves they give 1 and 15, so slot 0 loses a position."""
     assert table.quotas(members(1, 1, 10), 16) == {0: 1, 1: 1, 2: 14}
     assert table.quotas([Member(0), Member(2, 10)], 16) == {0: 1, 2: 15}
 
@@ -135,7 +135,7 @@ def test_ring_is_smooth(some: list[Member]) -> None:
 
 
 def gaps(ring: Sequence[int], slot: int) -> list[list[int]]:
-    """What comes between two turns of `slot`, going round."""
+    """The slots between each two turns of `slot`, around the ring."""
     first = ring.index(slot)
     round_ = [*ring[first:], *ring[:first], slot]
     turns = [turn for turn, other in enumerate(round_) if other == slot]
@@ -159,7 +159,7 @@ def test_ring(weights: tuple[int, ...], expected: list[int]) -> None:
     assert table.build_ring(members(*weights)) == expected
 
 
-def test_ring_of_nobody() -> None:
+def test_ring_without_members() -> None:
     assert table.build_ring([]) == []
 
 
@@ -210,11 +210,11 @@ def test_the_longest_row_has_room() -> None:
 
 @quick
 @given(some_members(most=40))
-def test_spares_are_live_slots_in_turn(some: list[Member]) -> None:
-    spares = table.by_turn(some).spares
-    assert len(spares) == abi.SPARES
-    assert set(spares) == {member.slot for member in some}
-    assert max(counts(spares).values()) - min(counts(spares).values()) <= 1
+def test_fallbacks_are_live_slots_in_turn(some: list[Member]) -> None:
+    fallbacks = table.by_turn(some).fallbacks
+    assert len(fallbacks) == abi.FALLBACKS
+    assert set(fallbacks) == {member.slot for member in some}
+    assert max(counts(fallbacks).values()) - min(counts(fallbacks).values()) <= 1
 
 
 # by_cpu
@@ -240,7 +240,7 @@ def test_a_cpu_has_its_own_worker() -> None:
 
 
 def test_cpu_numbers_need_not_be_contiguous() -> None:
-    """The numbers between are no CPUs, but lead to live slots too."""
+    """Numbers without a CPU also lead to live slots."""
     layout = table.by_cpu([Member(4, 1, 3), Member(5, 1, 9)], topology([3, 9]))
     found = rows(layout)
     assert (found[3], found[9], len(found)) == ([4], [5], 10)
@@ -252,7 +252,7 @@ def test_cpus_outside_the_cpuset_are_served_too() -> None:
     assert rows(layout) == {0: [0], 1: [1], 2: [0], 3: [1], 4: [0], 5: [1]}
 
 
-def test_an_unmanned_cpu_goes_to_its_own_node() -> None:
+def test_a_cpu_without_a_worker_is_served_from_its_own_node() -> None:
     nodes = {cpu: cpu // 4 for cpu in range(8)}
     layout = table.by_cpu(at_cpus(0, 4), topology(range(8), nodes))
     assert [row for (row,) in rows(layout).values()] == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -268,7 +268,7 @@ def test_turns_on_one_cpu_follow_the_weights() -> None:
     assert rows(table.by_cpu(crew, topology(range(2)))) == {0: [1, 0, 1], 1: [2]}
 
 
-def test_cpus_that_share_a_crew_share_its_row() -> None:
+def test_cpus_with_the_same_workers_share_a_row() -> None:
     layout = table.by_cpu(at_cpus(1, 1), topology(range(64)))
     assert list(layout.turns) == [2, 0, 1]
     assert set(layout.entries) == {abi.ROW}
@@ -289,7 +289,7 @@ def test_rows_have_room_and_leave_nobody_out(longest: int, cpus: int) -> None:
 
 @quick
 @given(st.data())
-def test_every_possible_cpu_gets_a_whole_crew(data: st.DataObject) -> None:
+def test_every_possible_cpu_gets_all_workers_of_one_cpu(data: st.DataObject) -> None:
     numbers = st.integers(0, 300)
     possible = sorted(data.draw(st.sets(numbers, min_size=1, max_size=40)))
     cpus = data.draw(st.lists(st.sampled_from(possible), min_size=1, max_size=60))
@@ -318,7 +318,7 @@ def owned(layout: Layout) -> dict[int, set[int]]:
 @pytest.mark.parametrize("workers", [1, 2, 3, 8, 100, 1024])
 @pytest.mark.parametrize("heaviest", [1, 10])
 def test_shares_are_as_the_weights(workers: int, heaviest: int) -> None:
-    """To 2 %, or to one position where 2 % is less than one."""
+    """Within 2 %, or within one position if that is more."""
     some = members(*(1 + slot * 7 % heaviest for slot in range(workers)))
     total = sum(member.weight for member in some)
     positions = table.shares(table.consistent(some, None, abi.ENTRIES))
@@ -329,7 +329,7 @@ def test_shares_are_as_the_weights(workers: int, heaviest: int) -> None:
 
 @quick
 @given(some_members(), st.integers(1, 600), st.data())
-def test_when_one_goes_only_its_positions_move(
+def test_when_a_worker_leaves_only_its_positions_move(
     some: list[Member], length: int, data: st.DataObject
 ) -> None:
     gone = data.draw(st.sampled_from(some))
@@ -344,7 +344,9 @@ def test_when_one_goes_only_its_positions_move(
 
 @quick
 @given(some_members(), st.integers(1, 600), st.integers(1, 1000))
-def test_when_one_comes_only_its_quota_moves(some: list[Member], length: int, weight: int) -> None:
+def test_when_a_worker_joins_only_its_quota_moves(
+    some: list[Member], length: int, weight: int
+) -> None:
     new = Member(abi.MAX_SLOTS, weight)
     before = table.consistent(some, None, length)
     after = table.consistent([*some, new], before, length)
@@ -389,7 +391,7 @@ def test_one_at_1024_workers_is_replaced_without_touching_the_others() -> None:
 
 @pytest.mark.parametrize("length", [4097, 5050, 8192, 50050, abi.ENTRIES])
 def test_in_a_longer_table_a_flow_stays_where_it_is(length: int) -> None:
-    """By its hash, as steer_spread() in bpf/steer.h takes it; but for one at the seam of two."""
+    """Positions as steer_spread() in bpf/steer.h computes them, except at the border of two."""
     before = table.consistent(members(1, 2, 3), None, 4096)
     before = table.consistent(members(1, 2, 3, 4), before, 4096)
     after = table.consistent(members(1, 2, 3, 4), before, length)
@@ -410,7 +412,7 @@ def test_the_previous_layout_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("previous", [None, to_nobody(), table.by_turn(members(1, 1, 1))])
-def test_a_previous_layout_of_another_kind_is_no_hindrance(previous: Layout | None) -> None:
+def test_a_previous_layout_of_another_kind_is_accepted(previous: Layout | None) -> None:
     layout = table.consistent(members(1, 1), previous, abi.ENTRIES)
     assert table.shares(layout) == {0: abi.ENTRIES // 2, 1: abi.ENTRIES // 2}
 
@@ -419,7 +421,7 @@ def test_a_previous_layout_of_another_kind_is_no_hindrance(previous: Layout | No
 
 
 def words(layout: Layout) -> Sequence[int]:
-    """What bpf/least-conn.c reads at each position: the slot's place in the loads, and a scale."""
+    """The words that bpf/least-conn.c reads: for each position the slot, and a scale."""
     return array("I", layout.turns.tobytes())
 
 
@@ -439,8 +441,8 @@ def test_by_load_is_the_ring_repeated() -> None:
 
 @quick
 @given(some_members(most=90))
-def test_by_load_can_be_looked_at_from_anywhere(some: list[Member]) -> None:
-    """As far as bpf/least-conn.c looks, what is past the end is what is at the beginning."""
+def test_by_load_can_be_scanned_from_anywhere(some: list[Member]) -> None:
+    """Past the end the ring repeats, as far as bpf/least-conn.c scans."""
     layout = table.by_load(some)
     far = abi.SCAN_MAX if len(some) <= abi.SCAN_MAX else abi.NEIGHBOURS
     assert len(layout.entries) == len(words(layout)) == layout.ring + far
@@ -455,13 +457,13 @@ def test_by_load_can_be_looked_at_from_anywhere(some: list[Member]) -> None:
 def test_by_load_leaves_nobody_out(some: list[Member]) -> None:
     layout = table.by_load(some)
     everybody = {member.slot for member in some}
-    assert set(layout.entries[: layout.ring]) == set(layout.spares) == everybody
+    assert set(layout.entries[: layout.ring]) == set(layout.fallbacks) == everybody
 
 
 @quick
 @given(some_members(most=90, heaviest=6))
 def test_a_scan_of_the_whole_ring_sees_everybody_as_often_as_they_weigh(some: list[Member]) -> None:
-    """Or as nearly as 64 looks can: then by the same quotas as other tables."""
+    """If 64 positions do not suffice for exact shares, they are rounded as in other tables."""
     layout = table.by_load(some)
     longest = abi.SCAN_MAX if len(some) <= abi.SCAN_MAX else MAX_RING - abi.NEIGHBOURS
     drawn = counts(layout.entries[: layout.ring])
@@ -473,7 +475,7 @@ def test_a_scan_of_the_whole_ring_sees_everybody_as_often_as_they_weigh(some: li
 @quick
 @given(some_members())
 def test_scales_are_the_inverse_of_the_weights(some: list[Member]) -> None:
-    """The lightest has the full one; the others are as near as 16 bits allow."""
+    """The lightest slot has the full scale. The others are as exact as 16 bits allow."""
     found = scales(table.by_load(some))
     lightest = min(member.weight for member in some)
     for member in some:
@@ -483,8 +485,8 @@ def test_scales_are_the_inverse_of_the_weights(some: list[Member]) -> None:
         assert (found[member.slot] == 0xFFFF) == (member.weight == lightest)
 
 
-def test_a_scale_is_never_nothing() -> None:
-    """Or the slot would be taken for idle, whatever it has to do."""
+def test_a_scale_is_never_zero() -> None:
+    """With zero the slot would look idle, whatever its load."""
     assert scales(table.by_load([Member(0, 1), Member(1, 1_000_000)]))[1] == 1
 
 
@@ -521,10 +523,10 @@ def test_by_load_of_many_has_room(workers: int) -> None:
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_with_nobody_the_kernel_decides(name: str) -> None:
     layout = builtin.build_layout(POLICIES[name], [], LayoutContext(topology([0]), 64))
-    assert set(layout.entries) == set(layout.spares) == {abi.NO_SLOT}
+    assert set(layout.entries) == set(layout.fallbacks) == {abi.NO_SLOT}
     assert abi.NO_SLOT > abi.MAX_SLOTS
     assert len(layout.entries) == abi.ENTRIES, "or a position of the table before would remain"
-    assert len(layout.spares) == abi.SPARES
+    assert len(layout.fallbacks) == abi.FALLBACKS
 
 
 @pytest.mark.parametrize(
@@ -544,22 +546,22 @@ def test_parts_read_back_as_struct_steer_layout(layout: Layout) -> None:
     for offset, data in layout.parts().items():
         buffer[offset : offset + len(data)] = data
     assert len(buffer) == abi.BUFFER_BYTES, "a part runs over the end"
-    length, ring, *rest = struct.unpack(f"=II{abi.ENTRIES}H{abi.TURNS}H{abi.SPARES}H", buffer)
+    length, ring, *rest = struct.unpack(f"=II{abi.ENTRIES}H{abi.TURNS}H{abi.FALLBACKS}H", buffer)
     entries, rest = rest[: abi.ENTRIES], rest[abi.ENTRIES :]
-    turns, spares = rest[: abi.TURNS], rest[abi.TURNS :]
+    turns, fallbacks = rest[: abi.TURNS], rest[abi.TURNS :]
     assert (length, ring) == (len(layout.entries), layout.ring)
     assert entries[:length] == list(layout.entries)
     assert turns[: len(layout.turns)] == list(layout.turns)
-    assert spares == list(layout.spares)
+    assert fallbacks == list(layout.fallbacks)
     again = table.read(bytes(buffer))
-    assert (again.entries, again.ring, again.spares) == (layout.entries, ring, layout.spares)
+    assert (again.entries, again.ring, again.fallbacks) == (layout.entries, ring, layout.fallbacks)
     assert again.turns[: len(layout.turns)] == layout.turns
 
 
 def test_offsets_are_those_of_steer_h() -> None:
     assert abi.ENTRIES_OFFSET == 8
     assert abi.TURNS_OFFSET == 8 + 2 * 65536
-    assert abi.SPARES_OFFSET == 8 + 2 * 65536 + 2 * 32768
+    assert abi.FALLBACKS_OFFSET == 8 + 2 * 65536 + 2 * 32768
     assert abi.BUFFER_BYTES == 8 + 2 * (65536 + 32768 + 256)
     assert abi.TABLE_BYTES == 16 + 2 * abi.BUFFER_BYTES
 
