@@ -45,7 +45,7 @@ class Slots:
     """The backend, and what has joined it.
 
     Args:
-        wanted: one address; as many slots as it has seats.
+        wanted: one address; as many slots as it has specs.
 
     Attributes:
         active: the slots that are chosen.

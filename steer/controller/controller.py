@@ -239,7 +239,7 @@ class Controller:
         self.log.warning("control socket %s was gone; it is %s now", before, self.claim.path)
 
     def follow_cpus(self) -> None:
-        """Seats and table by the CPUs that may be used now: those of the plan may be gone."""
+        """Set specs and table by the CPUs that may be used now: those of the plan may be gone."""
         try:
             now = topology.changed(self.plan.topology)
             if now is None:

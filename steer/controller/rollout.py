@@ -61,10 +61,10 @@ class Rollout:
         return generation
 
     async def scale(self, plan: Plan, progress: Progress) -> None:
-        """Start and end workers until there is one on each seat of the plan.
+        """Start and end workers until there is one for each spec of the plan.
 
         If none of those who would stay serves, as they are drained, hang or fail, others
-        take their seats: the last that serves is not ended.
+        take their places: the last that serves is not ended.
 
         Raises:
             As `renew`.

@@ -56,7 +56,7 @@ def cbpf(case: Case) -> Iterator[Opinion]:
 
 
 def migration(case: Case) -> Iterator[Opinion]:
-    """The ladder knows nothing of it: it comes with eBPF or does not."""
+    """No backend is rejected for it: it comes with eBPF or does not."""
     if not case.has_tcp or EBPF not in case.wanted:
         return
     is_there = case.probes[EBPF].answer is Answer.YES

@@ -92,7 +92,7 @@ def _to_be_judged(found: Finding) -> Finding:
 
 
 def _try_out(service: Service, probes: dict[str, Finding]) -> Plan | Unknown:
-    """The plan whose first rung takes the policy itself; what does not is noted in `probes`."""
+    """The plan whose first backend takes the policy itself; what does not is noted in `probes`."""
     plan = _plan(service, probes)
     while not isinstance(plan, Unknown):
         backend = plan.backends[0].backend

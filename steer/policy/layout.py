@@ -153,15 +153,15 @@ def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_RIN
     Args:
         longest: limit for the turns of all rows together.
     """
-    crews: dict[int, list[Member]] = {}
+    members_at: dict[int, list[Member]] = {}
     for member in members:
         if member.cpu is None:
             raise ValueError(f"slot {member.slot} is pinned to no CPU")
-        crews.setdefault(member.cpu, []).append(member)
-    homes = nearest(crews, topology)
+        members_at.setdefault(member.cpu, []).append(member)
+    homes = nearest(members_at, topology)
     rows = _Rows()
-    each = longest // len(crews)
-    row_of = {cpu: rows.entry(build_ring(crew, each)) for cpu, crew in crews.items()}
+    each = longest // len(members_at)
+    row_of = {cpu: rows.entry(build_ring(there, each)) for cpu, there in members_at.items()}
     anyone = row_of[min(row_of)]
     entries = array(
         "H", [row_of[homes[cpu]] if cpu in homes else anyone for cpu in range(max(homes) + 1)]

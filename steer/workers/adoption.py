@@ -76,10 +76,10 @@ class Adoption:
 
 
 def staying(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[int, WorkerHandle]:
-    """By seat of this generation, the worker that is to stay there. Pure."""
+    """By number of the spec, the worker that is to stay in this generation. Pure."""
     there: dict[int, WorkerHandle] = {}
     for worker in workers:
-        # Of two on a seat the later one: the earlier was to be replaced by it.
+        # Of two with one spec the later one: the earlier was to be replaced by it.
         is_better = worker.process or worker.spec.number not in there
         if is_better and _belongs(worker, generation):
             there[worker.spec.number] = worker

@@ -12,7 +12,7 @@ from steer.workers.selection import Selection
 
 
 class PolicySwitch:
-    """Switches the selection, then gives workers the seats of the new plan."""
+    """Switches the selection, then gives workers the specs of the new plan."""
 
     def __init__(self, workers: WorkerHandles, selection: Selection, entries: GuardEntries) -> None:
         self._workers = workers
