@@ -17,13 +17,24 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^```.*?^```|`[^`]*`", re.DOTALL | re.MULTILINE)
 
 INSTEAD: Mapping[str, str] = {
+    "crew": "members, workers",
+    "crews": "members, workers",
     "custody": "guard",
     "deck": "ring",
+    "decks": "rings",
     "fleet": "pool",
+    "flip": "publish",
+    "flips": "publishes",
+    "keeper": "guard",
+    "ladder": "candidates, fallback",
     "orphanage": "standby",
     "rehearse": "dry run",
     "reserves": "backup listeners",
     "rotation": "selection",
+    "rung": "backend, candidate",
+    "rungs": "backends, candidates",
+    "seat": "spec",
+    "seats": "specs",
 }
 """Words of before, and the ones that docs/GLOSSARY.md has for them."""
 
