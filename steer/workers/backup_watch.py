@@ -1,4 +1,4 @@
-"""Moves on what comes to backup listeners while there are workers."""
+"""Migrates connections that come to backup listeners while there are workers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _ACT = "move what waits at backup listeners"
 
 
 class BackupWatch:
-    """What gets there late, as its handshake began when there was no worker, is moved on at once;
-    while there is still none, it waits.
+    """Watches the backup listeners. A connection whose handshake began while there was no worker
+    arrives late, and is migrated at once if there is a worker now; otherwise it waits.
 
     Args:
         backend: returns the backend in force.
@@ -45,7 +45,7 @@ class BackupWatch:
         self._loop: AbstractEventLoop | None = None
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop."""
+        """Use this event loop from here on."""
         self._loop = loop
 
     @property
@@ -54,7 +54,7 @@ class BackupWatch:
         return backup.sockets if backup else ()
 
     def follow(self, some_serve: bool) -> None:
-        """Move what comes, if there are workers."""
+        """Migrate what comes, if there are workers."""
         assert self._loop
         for sock in self._sockets:
             if some_serve:
@@ -63,7 +63,7 @@ class BackupWatch:
                 self._loop.remove_reader(sock)
 
     def pause(self) -> None:
-        """Move nothing, until `go_on` or `follow`."""
+        """Migrate nothing until `go_on` or `follow` is called."""
         self.follow(False)
 
     def go_on(self) -> None:
@@ -71,14 +71,14 @@ class BackupWatch:
             self.follow(self._some_serve())
 
     def _empty(self) -> None:
-        """What came back waits a moment: a worker that was told to end by others has closed its
-        listeners, and is in the table until it has finished what it has.
+        """Migrate what waits, once the table is synchronized.
 
-        Or the group has another program than ours, or none, as a process may have done that: by
-        ours what waits is moved, by any other it would be reset.
+        The program is attached again before, as a process may have replaced or detached it: without
+        it, migrated connections would be reset. Connections that come back wait a moment: the table
+        may still have a worker that was told to finish by others, and has closed its listeners.
         """
         self._retry.attempt("attach the policy's program again", self._attach_again)
-        # By then nothing is on its way there: while it is emptied it does not listen.
+        # Nothing must be on its way to the listener, as it does not listen while it is emptied.
         self.pause()
         self._publisher.when_synchronized(_ACT, self._empty_backup)
 
@@ -94,6 +94,6 @@ class BackupWatch:
             self.go_on()
 
     def release(self) -> None:
-        """The service ends."""
+        """The service stops."""
         self._released = True
         self.pause()

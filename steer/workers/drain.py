@@ -1,11 +1,10 @@
-"""Draining workers that are retired: waiting until nothing waits for them.
+"""Draining workers that are retired: waiting until their accept queues are empty.
 
-A server that is told to end while something does would drop it: uvicorn closes connections that
-have not asked for anything.
+Connections in the queue would be dropped by a server that is told to finish. uvicorn, for example,
+closes connections that have not sent a request.
 
-A reload makes all old workers wait at once. They are looked at a few in each turn of the loop,
-so that whoever else asks for something is not kept waiting, and what the kernel tells of all of
-them is asked for once a turn.
+A reload drains all old workers at once. Each turn of the loop looks at a few of them, so that other
+requests are served in between, and reads what the kernel tells about all of them once.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ if TYPE_CHECKING:
     from steer.workers.handle import WorkerHandle
 
 _LINGER_S = 1.0
-"""So long connections just accepted may take to be answered; idle ones stay longer."""
+"""The time for answering connections that were just accepted; idle ones stay longer."""
 _SELDOM_S = 1.0
-"""The longest pause between looks whether anything has come to wait."""
+"""The longest pause between looks for late connections."""
 _FLOWS_UNTIL = 0.9
-"""So much of --graceful-timeout flows may go on."""
+"""The share of --graceful-timeout in which flows may continue."""
 _TURN_S = _REST_S = 0.005
-"""So long workers are looked at again without a break, and so long the loop is others' then."""
+"""The time for later looks in one turn of the loop, and the pause after it."""
 _FIRST_TURN_S = 0.001
-"""So long those are looked at for the first time, each turn of the loop: a reload waits for all of
-them, and who asks for something meanwhile for some turns."""
+"""The time for first looks in one turn of the loop. A reload waits for all of them, so there is no
+pause."""
 
 _Pauses = Generator[float, None, None]
-"""What is done for one worker, with so many seconds in between."""
+"""Looks at one worker; yields the seconds until the next look."""
 
 
 class _Loop(Protocol):
@@ -56,10 +55,10 @@ class _Handle(Protocol):
 
 
 class Drain:
-    """One worker's.
+    """The drain of one worker.
 
     Args:
-        publication: before which nobody looks.
+        publication: the first look comes when this publication is synchronized.
     """
 
     def __init__(self, worker: WorkerHandle, publication: int, pauses: _Pauses) -> None:
@@ -69,17 +68,17 @@ class Drain:
         self.is_cancelled = False
 
     def cancel(self) -> None:
-        """Nobody is to look any more."""
+        """Stop looking at the worker."""
         self.is_cancelled = True
 
 
 class Drainer:
-    """Reports DRAINED of each worker once nothing waits for it; then sees that it stays so.
+    """Reports DRAINED for each worker whose queue is empty, then migrates late connections.
 
     Args:
-        report: told of the event.
+        report: called with the event.
         graceful_timeout_s: how long a worker may take to finish, as configured now.
-        now_s: a time.
+        now_s: returns a time.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Drainer:
         self._synchronized = -1, -math.inf
 
     def begin(self, worker: WorkerHandle) -> Drain:
-        """For a worker that was just taken out of the table, or is about to be in this turn."""
+        """Drain a worker that has left the table, or will in this turn of the loop."""
         publication = self._publisher.next_publication()
         drain = Drain(worker, publication, self._drain(worker))
         self._first.append(drain)
@@ -124,7 +123,7 @@ class Drainer:
         heapq.heappush(self._due, (self._now_s() + pause_s, next(self._number), drain))
 
     def _call(self, after_s: float) -> None:
-        """Those who are due by then are looked at in one turn."""
+        """Take a turn after so many seconds, unless one is due earlier."""
         turn_s = self._now_s() + after_s
         if turn_s < self._turn_s:
             if self._next is not None:
@@ -132,7 +131,7 @@ class Drainer:
             self._turn_s, self._next = turn_s, self._loop.call_later(after_s, self._turn)
 
     def _turn(self) -> None:
-        """Look at those who are due, as long as there is time."""
+        """Look at the workers that are due, as long as there is time."""
         self._turn_s, self._next = math.inf, None
         with self._retry.spare.lent():
             if self._is_first_due:
@@ -162,31 +161,32 @@ class Drainer:
             now_s = self._now_s()
 
     def _go_on(self, drain: Drain) -> None:
-        """What fails is tried again."""
+        """Take the next look at a worker. If it fails, the drain begins again."""
         worker = drain.worker
         if drain.is_cancelled or not worker.process:
             return
         try:
             pause_s = next(drain.pauses, None)
-        except Exception as error:  # noqa: BLE001 - or it would never be told to finish
+        except Exception as error:  # noqa: BLE001 - whatever fails, the worker has to be told to finish
             self._retry.failed(f"see that nothing waits for worker {worker.slot}", error)
             drain.pauses, pause_s = self._drain(worker), AGAIN_S
         if pause_s is not None and not drain.is_cancelled:
             self._put(drain, pause_s)
 
     def _drain(self, worker: WorkerHandle) -> _Pauses:
-        """A handshake that began before the table changed may end now, and the connection wait
-        at a listener that its worker has turned away from, but keeps open."""
+        """Wait for the queue, flows and open requests of a worker; then migrate connections that
+        arrive late. A handshake that began before the table changed may complete at any time, at a
+        listener that the worker keeps open but accepts from no more."""
         remains, clock = self._remains, self._clock
         whole_s, began_s = self._graceful_timeout_s(), clock.now_s()
         yield from self._until_synchronized()
         yield from remains.until_forgotten(worker, began_s + _FLOWS_UNTIL * whole_s)
-        # Half of what is left is for finishing what it has.
+        # Half of the remaining time is for finishing open requests.
         limit_s = (began_s + whole_s - clock.now_s()) / 2
         end_s = clock.now_s() + limit_s
         synchronized_s = yield from self._until_synchronized()
         yield from remains.until_queue_is_empty(worker, limit_s, synchronized_s)
-        # One that closed its listeners by itself may be finishing: a signal could cut that short.
+        # A worker that closed its listeners itself may be finishing; a signal could interrupt that.
         linger_s = limit_s if worker.closed_its_listeners else _LINGER_S
         yield from remains.until_answered(worker, min(end_s, clock.now_s() + linger_s))
         self._report(worker, Event.DRAINED)
@@ -197,11 +197,11 @@ class Drainer:
             pause_s = min(_SELDOM_S, 1.1 * pause_s)
 
     def _until_synchronized(self) -> Generator[float, None, float]:
-        """Until all that was chosen before this turn is in its queue; when that was so."""
+        """Wait until the changes so far are synchronized. Returns when that was first seen."""
         publication = self._publisher.next_publication()
         while not self._publisher.is_synchronized(publication):
             yield LOOK_S
-        # Seen by the first for all: later looks at queues do for each.
+        # The first worker that sees it records it for all, so that they share looks at queues.
         if publication > self._synchronized[0]:
             self._synchronized = publication, self._now_s()
         return self._synchronized[1]
@@ -210,13 +210,13 @@ class Drainer:
 async def until_empty(
     publisher: Publisher, remains: Remains, worker: WorkerHandle, limit_s: float
 ) -> bool:
-    """Until nothing waits for the worker; what can be migrated is not waited for long.
+    """Wait until the worker's queue is empty, and migrate what it does not accept soon.
 
     Returns:
-        Whether that is so: false after `limit_s`.
+        Whether the queue is empty; false after `limit_s`.
 
     Raises:
-        KernelError: it is selected still.
+        KernelError: the table could not be published, so the worker is still selected.
     """
     await publisher.published()
     publisher.if_due()  # raises why that failed

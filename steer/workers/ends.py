@@ -1,9 +1,9 @@
-"""Noticing that workers have ended, for many of them together: one look for the processes that are
-left serves all workers whose first processes ended at the same time.
+"""Noticing that workers have ended, for many workers at once: one search for remaining processes
+serves all workers whose first processes ended at the same time.
 
 When the first process of a worker has ended, its other processes are told to end, as a shell does
-not forward a signal. If the worker was told to finish they may take their time; else they are left
-behind.
+not forward signals. If the worker was told to finish, steer waits for them; otherwise they are
+left behind.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST = 16
-"""So many are handled in one step: with a thousand the loop would get to nothing else."""
+"""The most workers in one step, so that the loop can do other things in between."""
 _LOOK_AGAIN_S = 0.05
 _MOST_LOOKING = 0.05
-"""Of the time may be spent on looking for what is left of one worker."""
+"""The share of time for searching the remaining processes of one worker."""
 _REST, _REST_MOST_S = 10, 0.02
-"""The pause after a look is so many times as long as the look took."""
+"""The pause after a search is so many times as long as the search, up to a limit."""
 _SELDOM_S = 1.0
-"""Between looks where the kernel tells when something has changed."""
+"""The time between searches if the kernel tells us when a process ends."""
 
 Find = Callable[[Sequence[Family], Collection[int]], list[list[int]]]
 """See `family.others`."""
@@ -46,10 +46,10 @@ class End(msgspec.Struct, eq=False):
     """The end of one worker's first process.
 
     Args:
-        others: its other processes, at the last look.
-        not_before_s: when the next look may be.
-        look_s: when it is, if the kernel tells nothing.
-        is_lost: whether it was said that others go on.
+        others: its other processes, at the last search.
+        not_before_s: the earliest time of the next search.
+        look_s: the time of the next search, unless a process ends before.
+        is_lost: whether it was reported that others are still running.
         status: see `WorkerProcess.let_go`.
     """
 
@@ -66,11 +66,11 @@ class Ends:
     """The ends of all workers of a service.
 
     Args:
-        lost: told of those whose first process has ended as it was told to, but not all the
-            others soon after.
-        ended: told of those of whom nobody is left, or nobody who is waited for; once of each.
+        lost: called with workers that were told to finish, whose first process has ended, and
+            whose other processes have not ended soon after.
+        ended: called once for each worker when no process is left that is waited for.
         find: see `family.others`.
-        before: told of the workers that `ended` is, before their numbers may be others'.
+        before: called with the same workers as `ended`, before their process ids can be reused.
     """
 
     def __init__(
@@ -99,22 +99,23 @@ class Ends:
         self._tick_due: Handle | None = None
 
     def watch(self, worker: WorkerHandle, process: WorkerProcess) -> None:
-        """Notice its end, whenever that comes."""
+        """Notice the end of this process."""
         self._groups.add(process.pid)
         process.watch(self._loop, partial(self._first_has_ended, End(worker, process)))
 
     def forget(self, process: WorkerProcess) -> None:
-        """Somebody else ends it."""
+        """Ignore the end of this process."""
         self._groups.discard(process.pid)
 
     def kill(self, process: WorkerProcess) -> None:
-        """Kill all of its processes; those that have left its group are looked for in a moment."""
+        """Kill all processes of a worker. Those that have left its process group are found by the
+        next step."""
         process.kill_group()
         self._killed.append(process)
         self._step_soon()
 
     def reaped(self, pids: Iterable[int]) -> None:
-        """These have ended, and were children of ours that somebody left behind."""
+        """These processes have ended, which we had inherited as children."""
         for end in {self._whose[pid] for pid in pids if pid in self._whose}:
             end.look_s = min(end.look_s, end.not_before_s)
         self._look_at_due()
@@ -126,12 +127,12 @@ class Ends:
     # Steps.
 
     def _step_soon(self) -> None:
-        """After all that ended in the same turn of the loop have said so."""
+        """Take a step when all ends of this turn of the loop were noticed."""
         if self._step_due is None:
             self._step_due = self._loop.call_soon(self._step_in_time)
 
     def _step_in_time(self) -> None:
-        """To look at a thousand children takes time, so where few have ended others may join."""
+        """Wait a little if few have ended, as one search may serve more that end meanwhile."""
         rest_s = self._rest_until_s - self._loop.time()
         if rest_s > 0 and max(len(self._killed), len(self._fresh), len(self._again)) < MOST:
             self._step_due = self._loop.call_later(rest_s, self._step)
@@ -140,7 +141,7 @@ class Ends:
 
     def _step(self) -> None:
         self._step_due = None
-        # Those that are killed first, or their others would be asked to finish.
+        # Killed workers come first, or their other processes would be told to finish.
         if self._killed:
             act, step = "kill all of workers", partial(self._kill_others, _some(self._killed))
         elif self._fresh:
@@ -161,7 +162,7 @@ class Ends:
         try:
             found = self._others([each.process for each in there])
         except OSError:
-            # Once they were killed nobody waits for what cannot be seen.
+            # Nobody waits for unseen processes of workers that were killed.
             killed = [each for each in there if each.process.is_killed]
             self._decide(killed, [[] for _ in killed])
             if len(killed) == len(there):
@@ -171,7 +172,7 @@ class Ends:
         self._decide(there, found)
 
     def _decide(self, ends: Sequence[End], found: Sequence[Sequence[int]]) -> None:
-        """Wait for the others of those that were told to finish, and for nobody else's."""
+        """Wait for other processes only if their worker was told to finish."""
         over: list[End] = []
         look_s = self._loop.time() + _LOOK_AGAIN_S
         for end, others in zip(ends, found, strict=True):
@@ -185,7 +186,7 @@ class Ends:
         self._tick_soon()
 
     def _see_again(self, ends: Sequence[End]) -> None:
-        # One whose others end one after the other may be there twice.
+        # A worker may be queued twice if its processes end one after another.
         there = [each for each in dict.fromkeys(ends) if each in self._waiting]
         began_s = time.monotonic()
         try:
@@ -263,14 +264,14 @@ class Ends:
 
 
 def _some(queue: deque[T]) -> list[T]:
-    """Take as many as one step handles."""
+    """Remove as many from the queue as one step handles."""
     return [queue.popleft() for _ in range(min(MOST, len(queue)))]
 
 
 def look_again_s(took_s: float) -> float:
-    """After how long to look again for what is left of a worker. It may be hundreds of processes.
+    """The time until the next search for remaining processes, of which there may be hundreds.
 
     Args:
-        took_s: a look.
+        took_s: the duration of the last search.
     """
     return max(_LOOK_AGAIN_S, took_s / _MOST_LOOKING)

@@ -1,4 +1,4 @@
-"""What the guard knows of each worker, should another controller have to adopt it."""
+"""What the guard stores of each worker, for a controller that adopts it."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ class GuardEntries:
         self._loop: AbstractEventLoop
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop, and `save_soon` may be called."""
+        """Use this event loop from here on. `save_soon` needs it."""
         self._loop = loop
 
     def save_soon(self, worker: WorkerHandle) -> None:
-        """Save it after this turn of the loop."""
+        """Save the worker after this turn of the loop."""
         if not self._unsaved:
             self._loop.call_soon(self.flush)
         self._unsaved[worker] = None
 
     def flush(self) -> None:
-        """Save now all that waits for the end of this turn."""
+        """Save now what the end of this turn would save."""
         unsaved, self._unsaved = self._unsaved, {}
         self.save(unsaved)
 
     def save(self, workers: Collection[WorkerHandle], look: bool = True) -> None:
-        """All of these in one message; if that fails, each by itself.
+        """Save all of these workers in one message; if that fails, each in its own.
 
         Args:
             look: see `WorkerProcess.keep`.
@@ -63,23 +63,22 @@ class GuardEntries:
                 for worker in workers:
                     self.write(worker, look)
 
-        if not self._retry.attempt("have the guard know of workers", keep):
+        if not self._retry.attempt("save workers", keep):
             for worker in workers:
                 self.save_one(worker)
 
     def save_one(self, worker: WorkerHandle) -> None:
-        """In a message of its own."""
-        act = f"have the guard know of worker {worker.slot}"
+        """Save the worker in a message of its own."""
+        act = f"save worker {worker.slot}"
         self._retry.attempt(act, partial(self.write, worker))
 
     def write(self, worker: WorkerHandle, look: bool = True) -> None:
-        """Now; nothing if it has no process. Raises OSError: the guard cannot take it."""
+        """Save the worker now, if it has a process. Raises OSError: the guard cannot store it."""
         if worker.process is not None:
             value = msgspec.json.encode(stored(worker, worker.process.running))
             held = self._selection.backend.held(worker.slot)
             worker.process.keep(value, held, look)
 
     def drop(self, processes: Iterable[WorkerProcess]) -> None:
-        """These have ended. One message for all: a thousand would take the guard longer than
-        everything else."""
+        """Drop the entries of processes that have ended, in one message for all."""
         self._guard.drop(*(each.key for each in processes))

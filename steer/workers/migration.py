@@ -1,4 +1,4 @@
-"""Moving what waits at workers that are not selected to workers that are."""
+"""Migrating the accept queues of workers that are not selected."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from steer.workers.visibility import BORROW, Visibility
 
 
 class QueueMigration:
-    """Migrates accept queues, where the kernel can do that.
+    """Migrates accept queues, if the kernel can do that.
 
     Args:
-        queues: told to forget what it has read, as a queue has moved.
-        visibility: told of a worker whose sockets cannot be borrowed.
+        queues: forgets what it has read when a queue was migrated.
+        visibility: notes that sockets cannot be borrowed.
     """
 
     def __init__(
@@ -46,13 +46,12 @@ class QueueMigration:
         self._selection.publisher.soon()
 
     def migrate_hung(self, worker: WorkerHandle) -> None:
-        """It has left the table in this turn, or what is moved would come back to it."""
+        """Migrate the queue of a worker that leaves the table in this turn of the loop."""
         self._selection.forget_flows_soon(worker.slot)
         self._migrate_when_synchronized(worker)
 
     def _migrate_when_synchronized(self, worker: WorkerHandle) -> None:
-        """Migrate once everything that was on its way to it has arrived, unless it serves again
-        by then."""
+        """Migrate once no program can select the worker any more, unless it serves again then."""
         act = f"worker {worker.slot}: {Command.MIGRATE_QUEUE.value}"
         self._selection.publisher.when_synchronized(
             act, partial(self._migrate_unless_selected, worker)
@@ -63,7 +62,7 @@ class QueueMigration:
             self.migrate(worker)
 
     def migrate(self, worker: WorkerHandle) -> None:
-        """Migrate the queue of a worker that is not selected, now."""
+        """Migrate the queue now. The worker must not be in the table, or its connections return."""
         if worker.process:
             try:
                 with self._lent(worker, worker.process) as owned:
@@ -77,8 +76,8 @@ class QueueMigration:
     def _lent(
         self, worker: WorkerHandle, process: WorkerProcess
     ) -> Iterator[Mapping[int, socket.socket]]:
-        """The worker's sockets by bind, for a moment: duplicates of those that the backend holds,
-        or else borrowed ones.
+        """Lend the worker's sockets by bind: duplicates of those that the backend holds, or else
+        borrowed ones.
 
         Raises:
             KernelError: they may not be borrowed.

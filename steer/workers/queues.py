@@ -1,4 +1,4 @@
-"""What waits at each worker, by whichever way we may see it."""
+"""What waits in the accept queues of workers, read in whichever way is permitted."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from steer.sockets.sock_diag import Bound
 from steer.workers.process import WorkerProcess
 
 _FRESH_S, _FRESH_MOST_S = 0.005, 0.05
-"""Whoever asks within this gets the same answer: a hundred workers may be asked after at once."""
+"""Answers are reused for this time, as a hundred workers may be looked at together."""
 _MOST = 0.05
-"""Of the time may be spent on answers: one that took long is fresh for longer."""
+"""The share of time for reading queues. An answer that took long is reused for longer."""
 _LASTING = (errno.EPERM, errno.EACCES, errno.EAFNOSUPPORT, errno.ENOENT)
-"""Refusals that do not pass, as EMFILE and its like do."""
+"""Permanent refusals. Others, such as EMFILE, are temporary."""
 
 Table = Mapping[int, Bound]
 _Ask = Callable[[str, int, int], Table]
 
 
 class Queues:
-    """Asks the kernel by the port, for all workers at once; where that is refused, borrows the
-    sockets of each.
+    """Asks the kernel once for each port, for all workers. If that is refused, borrows the sockets
+    of each worker.
 
     Args:
         ask: see `sockdiag.Ports.at`.
-        now_s: a time.
+        now_s: returns a time.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Queues:
     def of(
         self, process: WorkerProcess, after_s: float = -math.inf
     ) -> Mapping[int, Waiting] | None:
-        """By bind, of those sockets of a worker that listen; None where it cannot be seen.
+        """What waits at each bind at which a worker listens; None if it cannot be seen.
 
         Args:
-            after_s: not as it was before that time.
+            after_s: answers from before this time are not reused.
         """
         if self._may_ask:
             try:
@@ -64,11 +64,11 @@ class Queues:
             return None
 
     def at(self, bind: Bind, after_s: float = -math.inf) -> Table | None:
-        """The sockets there, by inode; None where the kernel does not tell. The same object as
+        """The sockets of a bind by inode; None if the kernel refuses. It is the same object as
         before if nothing has changed.
 
         Args:
-            after_s: not as they were before that time.
+            after_s: answers from before this time are not reused.
         """
         try:
             return self._at(bind, after_s) if self._may_ask else None
@@ -76,11 +76,11 @@ class Queues:
             return None
 
     def forget(self) -> None:
-        """Something was done to queues, so that who asks from here on is to see it."""
+        """Queues were changed: reuse no answers from before."""
         self._tables.clear()
 
     def at_one_moment(self) -> Queues:
-        """The same, but each port is asked once, however long it takes to go through workers."""
+        """A copy that asks once for each port, however long its use takes."""
         taken = Queues(self._ask, lambda: 0.0)
         taken._may_ask = self._may_ask
         return taken
@@ -105,5 +105,5 @@ class Queues:
 
 
 def unchanged(now: Sequence[Table | None], before: Sequence[Table | None]) -> bool:
-    """Whether `Queues.at` said the same of each address."""
+    """Whether `Queues.at` gave the same answer for each bind."""
     return len(now) == len(before) and all(map(is_, now, before))

@@ -17,17 +17,17 @@ class Readers:
         self._fds: set[int] = set()
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop."""
+        """Use this event loop from here on."""
         self._loop = loop
 
     def add(self, fd: int, then: Callable[[], object]) -> None:
-        """Call `then` whenever there is something to read; nothing if there is no loop."""
+        """Call `then` whenever there is something to read. Without a loop, do nothing."""
         if self._loop is not None:
             self._loop.add_reader(fd, then)
             self._fds.add(fd)
 
     def remove(self, fd: int) -> None:
-        """Nothing if it is not watched."""
+        """Stop watching it, if it is watched."""
         if self._loop is not None and fd in self._fds:
             self._fds.discard(fd)
             self._loop.remove_reader(fd)

@@ -1,7 +1,7 @@
-"""What a worker that has left the table still has: a queue, flows, connections.
+"""What a worker still has after it has left the table: a queue, flows, connections.
 
-What was selected before the table changed may still be on its way into the worker's accept
-queue, in it, or accepted with its request not yet read.
+A connection that was selected before may still be on its way into the worker's accept queue, be
+queued there, or be accepted with its request not yet read.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from steer.workers.selection import Selection
 LOOK_S = 0.01
 """Between looks at one worker."""
 LOOK_AGAIN_S = 0.1
-"""Between later looks, as most handshakes end soon and hundreds may take long to finish."""
+"""Between later looks, as hundreds of workers may take long to finish."""
 TAKE_S = 0.1
-"""So long a worker may take itself what waits for it, before that is migrated."""
+"""The time for a worker to accept its queue itself before the queue is migrated."""
 _UNSEEN_S = 1.0
-"""So long a worker may take to take what waits for it, where that cannot be seen."""
+"""The time for a worker to accept its queue if that cannot be seen."""
 _LOOK_AT_FLOWS_S = 0.25
 
 
 class Remains:
-    """Looks at them. Each wait is a generator of seconds: it goes on after so many."""
+    """Waits for them. Each wait is a generator that yields the seconds until its next look."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class Remains:
     def until_queue_is_empty(
         self, worker: WorkerHandle, limit_s: float, synchronized_s: float
     ) -> Generator[float, None, bool]:
-        """Until nothing waits for the worker. What can be migrated is not waited for long.
+        """Wait until the worker's queue is empty, and migrate what it does not accept soon.
 
         Args:
-            synchronized_s: as it was after that time.
+            synchronized_s: queues that were read before this time do not count.
 
         Returns:
-            Whether that is so: false after `limit_s`.
+            Whether the queue is empty; false after `limit_s`.
         """
         began_s = self._clock.now_s()
         while worker.process and not worker.serves:
@@ -74,13 +74,13 @@ class Remains:
         return True
 
     def migrate_late(self, worker: WorkerHandle, process: WorkerProcess) -> None:
-        """Migrate what waits for it by now, if anything does or that cannot be seen."""
+        """Migrate the queue if it is not empty, or cannot be seen."""
         queues = self._queues.of(process)
         if queues is None or any(each.queued for each in queues.values()):
             self._migration.migrate(worker)
 
     def until_forgotten(self, worker: WorkerHandle, end_s: float) -> Iterator[float]:
-        """Until the flows that a policy remembers to be there are idle; then they are forgotten."""
+        """Wait until the flows that a policy remembers there are idle, then forget them."""
         backend = self._selection.backend
         forget_flows = backend.forget_flows
         if worker.was_hung or forget_flows is None:
@@ -96,14 +96,14 @@ class Remains:
         forget_flows(worker.slot)
 
     def _datagrams(self, worker: WorkerHandle) -> int | None:
-        """Sent to it so far; None where nobody counts."""
+        """The datagrams sent to the worker so far; None if they are not counted."""
         binds = worker.generation.plan.binds
         over_udp = [at for at, bind in enumerate(binds) if bind.protocol == "udp"]
         counts = [self._selection.backend.counts(worker.slot, at) for at in over_udp]
         return sum(each.selected for each in counts if each) if any(counts) else None
 
     def until_answered(self, worker: WorkerHandle, end_s: float) -> Iterator[float]:
-        """Until it has no connections."""
+        """Wait until the worker has no connections."""
         pause_s = LOOK_S
         while worker.process and self._has_connections(worker, worker.process):
             if self._clock.now_s() >= end_s:
@@ -112,7 +112,7 @@ class Remains:
             pause_s = min(LOOK_AGAIN_S, 1.5 * pause_s)
 
     def _has_connections(self, worker: WorkerHandle, process: WorkerProcess) -> bool:
-        """Where they are counted and there are some, its files need no look."""
+        """Whether it has connections, by their count or else by its open files."""
         if self._selection.backend.open(worker.slot):
             return True
         try:

@@ -1,4 +1,4 @@
-"""The end of a service: under way or not, and over when no process of a worker is left."""
+"""The stop of a service: it is over when no process of a worker is left."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Shutdown:
-    """Whether the service ends, and what is left of it.
+    """Whether the service is stopping, and what is left of it.
 
     Args:
         workers: all workers there still are.
 
     Attributes:
-        has_begun: all workers are told to finish, and no other is started.
+        has_begun: all workers are told to finish, and no worker is started any more.
         within_s: how long they may take.
-        is_quick: they need not finish what they have.
-        ended: done when everybody has ended.
+        is_quick: they need not finish open requests.
+        ended: a future that is done when all processes have ended.
     """
 
     def __init__(
@@ -49,13 +49,12 @@ class Shutdown:
         self.ended: Future[None]
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """From here on there is a loop."""
+        """Use this event loop from here on."""
         self._loop = loop
         self.ended = loop.create_future()
 
     def begin(self, within_s: float, is_quick: bool) -> None:
-        """It is under way from now on; see the attributes. There is nothing left to adopt, and
-        no port is kept."""
+        """Begin to stop; see the attributes. Nothing is left to adopt, and ports are released."""
         self.has_begun, self.within_s, self.is_quick = True, within_s, is_quick
         self._retry.attempt("have nobody adopt what is left", self._leave_nothing_to_adopt)
         self._retry.attempt("let go of the ports", self._selection.release)

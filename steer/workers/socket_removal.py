@@ -1,4 +1,4 @@
-"""Taking sockets of workers that have ended out of their groups, whoever still has them open."""
+"""Removing sockets of ended workers from their groups, even if other processes have them open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAKS_NAMED = 4
 
 
 class SocketRemoval:
-    """Sees that nobody is selected any more through a socket of a worker that has ended."""
+    """Makes sure that no socket of an ended worker is selected."""
 
     def __init__(self, selection: Selection, shutdown: Shutdown, log: Log, retry: Retry) -> None:
         self._selection = selection
@@ -54,7 +54,7 @@ class SocketRemoval:
             worker, find = end.worker, partial(self._leaked, end, left, snapshot)
             found = self._retry.result(_act(worker), find, nobody) if end.process.bound else nobody
             if not self.remove(worker):
-                self._selection.publisher.soon()  # that does the rest
+                self._selection.publisher.soon()  # which removes them as well
             if found:
                 self._retry.attempt(_act(worker), partial(self._cut_off, worker, found))
 

@@ -11,11 +11,11 @@ from steer.sockets import group_program
 from steer.workers.handle import WorkerHandle
 
 Sockets = Mapping[int, socket.socket]
-"""By bind."""
+"""A worker's sockets, by the number of the bind."""
 
 
 class WorkerSockets:
-    """Args: workers: all workers there are, at any time."""
+    """Lends sockets of workers. Args: workers: all workers of the pool."""
 
     def __init__(self, workers: Collection[WorkerHandle]) -> None:
         self._workers = workers
@@ -27,7 +27,7 @@ class WorkerSockets:
 
     @contextmanager
     def all(self) -> Iterator[Mapping[int, Sockets]]:
-        """Those of every worker, by slot. Raises KernelError."""
+        """The sockets of every worker, by slot. Raises KernelError."""
         with ExitStack() as lent:
             yield {
                 worker.slot: lent.enter_context(worker.process.sockets())
@@ -37,12 +37,13 @@ class WorkerSockets:
 
     @contextmanager
     def usable(self) -> Iterator[Sockets]:
-        """Those of one that serves, else of any; none where nobody is. Those through which no
-        program can be attached (`group_program.Locked`, or out of their group) only where there
-        is no other.
+        """One socket for each bind through which a program can be attached to the group.
+
+        Sockets of workers that serve are preferred. A socket that is out of its group, or locked
+        (`group_program.Locked`), is lent only if there is no other.
 
         Raises:
-            KernelError: we may not.
+            KernelError: the sockets may not be borrowed.
         """
         by_use = sorted(
             self._workers, key=lambda worker: (bool(worker.departures), not worker.serves)
@@ -59,7 +60,7 @@ class WorkerSockets:
 
     @contextmanager
     def naming_locked(self) -> Iterator[None]:
-        """What `group_program.Locked` is raised in names the workers whose sockets are."""
+        """Have `group_program.Locked` name the workers whose sockets are locked."""
         try:
             yield
         except group_program.Locked as error:
