@@ -1,9 +1,9 @@
-"""Sees that workers' sockets stay in their groups: when to look at which.
+"""When to check that workers' sockets are still in their groups.
 
-All of them are seen together by a `survey`. What that does not tell (SO_REUSEPORT taken back, a
-listener that is shut down and listens again) does nobody any harm until something comes. Then one
-worker after the other is looked at closer, see `repair`: no more sockets in a second than `_MOST`.
-While nothing comes it is one worker now and then.
+A `survey` sees all sockets together. Some departures it cannot show (SO_REUSEPORT unset, a listener
+that was shut down and listens again), but these do no harm until connections come. Then one worker
+after another gets a closer look, see `repair`: at most `_MOST` sockets in a second. While nothing
+comes, one worker gets a closer look now and then.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from steer.workers.pool import WorkerPool
 
 _MOST, _AT_ONCE = 128, 16
 _LOOKING_S = 0.005
-"""So long in one step, however slow the machine is."""
+"""The time for looks in one step, however slow the machine is."""
 _RESTS = 4
-"""While nothing comes a worker is looked at closer each so many seconds; each second where a
-socket that is out of its group may be the one that takes all."""
+"""The seconds between closer looks while nothing comes. Without counters it is one second, as a
+socket that left its group may get everything then."""
 
 
 class Groups:
-    """The looks.
+    """Takes the looks.
 
     Args:
-        replace: asks for another worker, with new sockets, in place of one.
+        replace: requests a replacement for a worker, with new sockets.
     """
 
     def __init__(self, pool: WorkerPool, replace: Callable[[WorkerHandle], None]) -> None:
@@ -52,12 +52,12 @@ class Groups:
         self._due = pool.looks.add("see that sockets stay in their groups", self._look, LOOK_S)
 
     def forget(self) -> None:
-        """The configuration may be another, and workers do otherwise."""
+        """The configuration may have changed, and with it what workers do."""
         self._repair.forget()
         self._survey.has_changed = self._has_come = True
 
     def changed(self, worker: WorkerHandle) -> None:
-        """A worker is in another state."""
+        """A worker's state has changed."""
         self._survey.has_changed = True
         self._programs.changed(worker)
         if worker.state is State.GONE:
@@ -67,7 +67,8 @@ class Groups:
             self._now_and_then.pop(worker, None)
 
     def _look(self) -> float:
-        """At all once a second at most, then closer at some; in how many seconds to go on."""
+        """Survey all workers, at most once a second, then look closer at some. Returns the seconds
+        until the next look."""
         if self._pool.shutdown.has_begun:
             return math.inf
         now_s = self._pool.clock.read_s()
@@ -98,7 +99,7 @@ class Groups:
             self._rest()
 
     def _something_came(self) -> bool:
-        """Or may have."""
+        """Whether connections or datagrams came since the last look, or may have."""
         before, self._pulse = self._pulse, self._pool.backend.pulse()
         self._is_counted = self._pulse is not None
         if not self._is_counted:
@@ -107,7 +108,7 @@ class Groups:
         return self._pulse is None or self._pulse != before
 
     def _rest(self) -> None:
-        """Nothing came: now and then look closer at one all the same."""
+        """Nothing came: look closer at one worker now and then."""
         self._programs.rest()
         self._rests += 1
         if self._rests % (_RESTS if self._is_counted else 1) == 0 and not self._again:
@@ -117,7 +118,7 @@ class Groups:
                 self._again.append(self._now_and_then.popitem(last=False)[0])
 
     def _look_at_some(self) -> None:
-        """Closer, at no more than there is time for, but one."""
+        """Look closer at workers as long as there is time, and at one at least."""
         seen, ends_s = 0, self._pool.clock.read_s() + _LOOKING_S
         for worker in self._whose_turn_it_is():
             if worker.process and _is_there(worker):
@@ -129,11 +130,10 @@ class Groups:
                 return
 
     def _whose_turn_it_is(self) -> Iterator[WorkerHandle]:
-        """First those of whom something is known, then all others, each once since something
-        came."""
+        """Workers that the survey found odd, then all others, each once since something came."""
         if not self._round and self._has_come:
             self._has_come = False
-            # Who starts now was not there when it came.
+            # Workers that are starting now were not there when something came.
             self._round.extend(filter(_is_there, self._pool.workers))
         while self._again or self._round:
             yield (self._again or self._round).popleft()

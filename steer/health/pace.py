@@ -1,4 +1,4 @@
-"""When to look at each of many that start: often at first, then less. Pure."""
+"""When to look at each of many starting workers: often at first, then less. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from itertools import count
 from typing import Generic, TypeVar
 
 FIRST_S, LAST_S = 0.01, 0.25
-"""From one look to the next at first, and at last."""
+"""The first and the longest time between looks at a worker."""
 _GROWS = 1.1
-"""So that it is seen before a tenth more of its start has passed."""
+"""Readiness is noticed before the time since the start has grown by a tenth."""
 _MOST = 0.2
-"""Of the time may be spent on looks."""
+"""The share of time for looks."""
 T = TypeVar("T", bound=Hashable)
 
 
 class Pace(Generic[T]):
-    """Whom to look at, each at a pace of its own."""
+    """Decides which item to look at next. Each has its own pace."""
 
     def __init__(self) -> None:
         self._due: list[tuple[float, int, float, T]] = []
@@ -29,7 +29,7 @@ class Pace(Generic[T]):
         return len(self._there)
 
     def add(self, one: T, now_s: float, after_s: float = FIRST_S) -> None:
-        """From now on, unless it is there already."""
+        """Add an item, unless it is there already."""
         if one not in self._there:
             self._there.add(one)
             self._push(one, now_s, after_s)
@@ -38,8 +38,8 @@ class Pace(Generic[T]):
         heapq.heappush(self._due, (now_s + after_s, next(self._number), after_s, one))
 
     def due(self, now_s: float) -> Iterator[T]:
-        """Those that are to be looked at, longest due first: each is there again after it was
-        looked at, for later. Whoever has seen enough stops here."""
+        """The items that are due, longest due first. Each is scheduled again for later. The caller
+        may stop at any time."""
         while self._due and self._due[0][0] <= now_s:
             _, _, after_s, one = heapq.heappop(self._due)
             if one in self._there:
@@ -50,11 +50,11 @@ class Pace(Generic[T]):
         self._there.discard(one)
 
     def took(self, looks_s: float, now_s: float) -> None:
-        """So long for the looks just now: the next ones wait accordingly."""
+        """The last looks took this long, so the next ones wait accordingly."""
         self._not_before_s = now_s + looks_s / _MOST
 
     def next_in_s(self, now_s: float) -> float | None:
-        """After how long the next look is due; None if none is."""
+        """The seconds until the next look is due; None if there are no items."""
         if not self._there:
             self._due.clear()
             return None

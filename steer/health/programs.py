@@ -1,7 +1,7 @@
-"""Sees that each group has the program that steer attached, and attaches it again.
+"""Checking that each group still has steer's program, and attaching it again.
 
-Any member may attach another one to the whole group, or detach ours, and some servers do so by
-themselves. What follows from what is seen is in `membership.Bypass`.
+Any member can attach another program to the whole group, or detach steer's, and some servers do.
+`membership.Bypass` decides what follows from what is seen.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from steer.workers.pool import WorkerPool
 from steer.workers.queues import Table
 
 _AT_ONCE = 256
-"""So many counters, some microseconds each, are read in one look."""
+"""The most counters to read in one look, at some microseconds each."""
 _BLIND_LOOKS = 5
-"""Where nobody counts the program is attached again every so often."""
+"""Without counters, the program is attached again after so many looks."""
 _RESTS = 4
 """The same while nothing comes."""
 _UNSTEERED = -1
@@ -66,7 +66,7 @@ class Chosen:
 
 
 class Programs:
-    """Looks once a second, at most; or rests, as nothing came since the last look."""
+    """Checks the programs of all groups."""
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
@@ -142,7 +142,7 @@ class Programs:
         return counts.selected if counts else 0
 
     def _waiting(self, at: int, bind: Bind, standing: Table) -> Mapping[int, int]:
-        """By inode."""
+        """What waits at each worker's socket, by inode."""
         open_at = self._pool.backend.open
         found = {}
         for worker in self._pool.workers:

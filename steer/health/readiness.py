@@ -1,4 +1,4 @@
-"""Sees from outside when a worker that starts is ready."""
+"""Finding out from outside when a starting worker is ready."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, TimerHandle
 
 _LOOKING_S = 0.005
-"""Looks at workers go on no longer than that, and then in another turn of the loop."""
+"""The time for looks at workers in one turn of the loop."""
 _REST_S = 1.0
-"""One that cannot be looked at is taken to be ready when it has been at rest for so long."""
+"""A worker that may not be inspected counts as ready after so long at rest."""
 
 
 class Readiness:
-    """Args: pool: is told who is ready."""
+    """Looks at starting workers, and reports those that are ready to the pool."""
 
     def __init__(self, pool: WorkerPool, loop: AbstractEventLoop) -> None:
         self._pool = pool
@@ -38,9 +38,9 @@ class Readiness:
         self._lookout = Lookout(pool.log)
 
     def changed(self, worker: WorkerHandle) -> None:
-        """A worker is in another state."""
+        """A worker's state has changed."""
         if worker.state is State.STARTING and worker.process:
-            # What says so itself is seldom looked at, and most often all do or none.
+            # A worker that sends READY=1 needs few looks, and mostly all workers do or none.
             says_so = self._notifies == worker.generation.number
             after_s = pace.LAST_S if says_so else pace.FIRST_S
             self._pace.add((worker, worker.process), self._loop.time(), after_s)
@@ -60,7 +60,7 @@ class Readiness:
             self._lookout.forget()
 
     def _look_at_starting(self) -> None:
-        """See which workers wait on their sockets by now."""
+        """Find the workers that wait on their sockets by now."""
         began_s = now_s = self._loop.time()
         self._is_looking = True
         for worker, process in self._pace.due(began_s):
@@ -83,7 +83,7 @@ class Readiness:
             self._lookout.look(worker, process, time.monotonic() - process.started_s)
 
     def _is_ready(self, worker: WorkerHandle, process: WorkerProcess) -> bool:
-        """Seen to wait; or at rest, where nobody can see what for."""
+        """Whether it waits on its sockets, or is at rest if that cannot be seen."""
         seen = waits(process)
         if seen is Seen.UNKNOWN and worker.rested_s(self._pool.clock.now_s()) >= _REST_S:
             self._pool.visibility.refused(WAITS, process)

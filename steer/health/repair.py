@@ -1,6 +1,7 @@
-"""One worker's sockets looked at closely, and put right where they are not in their groups.
+"""Looking closely at one worker's sockets, and repairing those that left their groups.
 
-What is to be seen and done is in `membership`. A look takes a hundred microseconds for a socket.
+`membership` decides what follows from what is seen. A look takes a hundred microseconds for each
+socket.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from steer.workers.process import WorkerProcess
 
 _AGAIN_S = 30.0
-"""So long after it was asked for, a worker that did not come is asked for again."""
+"""A replacement that has not come after this time is requested again."""
 _NOTES_MAX = 32
 _TAKES_ALL = (Departure.DISSOLVED, Departure.ON_DEVICE)
 """Over UDP, if the kernel finds it before the group."""
@@ -76,11 +77,11 @@ class _Known(msgspec.Struct):
 
 
 class Repair:
-    """Looks at workers, and does what helps.
+    """Looks at workers, and repairs their sockets.
 
     Args:
         survey: the latest.
-        replace: asks for another worker, with new sockets, in place of one.
+        replace: requests a replacement for a worker, with new sockets.
     """
 
     def __init__(
@@ -93,16 +94,16 @@ class Repair:
         self._known: dict[WorkerHandle, _Known] = {}
 
     def forget(self) -> None:
-        """The configuration may be another, and workers do otherwise."""
+        """The configuration may have changed, and with it what workers do."""
         self._tries.clear()
         self._pool.group_notes.clear()
 
     def gone(self, worker: WorkerHandle) -> None:
-        """Nobody is there any more."""
+        """The worker is gone."""
         self._known.pop(worker, None)
 
     def look_at(self, worker: WorkerHandle, process: WorkerProcess) -> None:
-        """And remember whether somebody has to look again soon."""
+        """Look at the worker's sockets, and note whether another look is needed soon."""
         known = self._known.get(worker)
         if known is None or known.pid != process.pid:
             known = self._known[worker] = _Known(process.pid)
@@ -148,8 +149,8 @@ class Repair:
         return anchors.is_at_risk(one.at, one.bind, self._pool.backend.anchors)
 
     def _is_certain(self, one: _Socket) -> bool:
-        """Of one that is closed. Not by one survey alone: a worker that ends closes its sockets
-        as well. And a process that is no descendant of the worker may have it."""
+        """Whether a socket that seems closed is. One survey does not prove it, as a worker that
+        exits closes its sockets as well. And a process that is no descendant may have it open."""
         if one.known.suspected.setdefault(one.at, self._survey.number) == self._survey.number:
             return False
         return (
@@ -165,7 +166,7 @@ class Repair:
     def _borrow(
         self, process: WorkerProcess, known: _Known, stack: ExitStack
     ) -> Mapping[int, socket.socket] | None:
-        """Its sockets by bind, as far as it has them open; None where that cannot be told."""
+        """The sockets that the worker has open, by bind; None if that cannot be told."""
         if not known.lends:
             return None
         try:
@@ -186,7 +187,7 @@ class Repair:
         return Sighting(True, here.is_connected, is_unusual, is_member, shares)
 
     def _is_gone(self, one: _Socket) -> bool:
-        """Whether nobody has it open, or it does not listen."""
+        """Whether no process has it open, or it does not listen."""
         there = self._survey.table(one.bind)
         return there is not None and one.inode not in there
 
@@ -201,7 +202,7 @@ class Repair:
     def _is_out(self, one: _Socket, found: Departure) -> None:
         worker = one.worker
         if one.at not in worker.departures:
-            # A listener on a device stays in its group, and so does what we have open ourselves.
+            # A listener on a device stays in its group, as do sockets that we have open, too.
             over_udp = one.bind.protocol == "udp" and found is not Departure.CLOSED
             if over_udp or self._is_gone(one):
                 self._pool.backend.record_departure(worker.slot, one.at)
@@ -211,7 +212,7 @@ class Repair:
             members.cut_off(one.sock)
 
     def _others_are_in(self, one: _Socket) -> bool:
-        """Whether somebody is left to get what this one no longer does."""
+        """Whether another worker can get what this one no longer gets."""
         return any(
             each.is_in_service and one.at not in each.departures
             for each in self._pool.workers
@@ -219,7 +220,7 @@ class Repair:
         )
 
     def _tell(self, one: _Socket, found: Departure, how: Cure) -> None:
-        """Once for each process. What is cut off is connected from then on."""
+        """Log it, once for each process: a socket that was cut off is seen as connected later."""
         if (one.at, found) in one.known.told or one.at in one.worker.departures:
             return
         one.known.told.add((one.at, found))

@@ -20,14 +20,14 @@ from steer.workers.lifecycle import State
 from steer.workers.pool import WorkerPool
 
 _AGAIN_S = 5.0
-"""Workers that crash and crash do not have all others replaced each time."""
+"""The time between replacements of all workers, in case workers crash again and again."""
 
 
 class Splits:
-    """The looks, at each worker that starts.
+    """Looks at each worker that starts.
 
     Args:
-        renew: asks for a new generation of all workers, unless there is one since this number.
+        renew: requests a new generation of all workers, unless there is one after this number.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Splits:
         self._is_due = False
 
     def changed(self, worker: WorkerHandle) -> None:
-        """A worker is in another state."""
+        """A worker's state has changed."""
         if worker.state is not State.STARTING or not worker.process:
             return
         at_risk = self._at_risk(worker.process.launch.binds)
@@ -56,7 +56,7 @@ class Splits:
                 self._pool.retry.attempt(act, partial(self._look, worker, bind))
 
     def _others_stay(self, worker: WorkerHandle) -> bool:
-        """Else all sockets of its generation are new, and none is apart from the others."""
+        """Whether older workers of its generation stay. Sockets of new workers are together."""
         is_in_force = worker.generation.number == self._pool.generation.number
         others = (each for each in self._pool.workers if each is not worker)
         return is_in_force and any(each.process and each.serves for each in others)
@@ -68,7 +68,7 @@ class Splits:
             self._found(worker, bind)
 
     def go_on(self) -> None:
-        """With what another controller saw, and had no time to mend."""
+        """Continue with the splits that the previous controller found."""
         for worker in self._pool.workers:
             if worker.is_apart and worker.generation.number == self._pool.generation.number:
                 for bind in self._at_risk(worker.generation.plan.binds):
@@ -93,7 +93,7 @@ class Splits:
         self._pool.group_notes[f"{bind.label} split"] = words
 
     def _heal_soon(self) -> None:
-        """At once, or so long after the last time."""
+        """Replace all workers now, or some time after the last replacement."""
         if not self._is_due:
             self._is_due = True
             wait_s = self._not_before_s - self._pool.clock.now_s()

@@ -1,8 +1,8 @@
-"""How all sockets of workers stand, as the kernel tells of all together: whether each is open, to
-whom it is connected, on which device.
+"""The state of all sockets of workers, read together: whether each is open, connected, or bound to
+a device.
 
-Once a second at most, and the more seldom the more there are, so that it takes no more time than
-with a few.
+A survey is taken at most once a second, and less often the more sockets there are, so that its cost
+stays constant.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from steer.workers.queues import Table
 
 LOOK_S = 1.0
 PER_S = 250
-"""The kernel is asked for so many sockets in a second."""
+"""The sockets to read in a second."""
 _STEP_S = 0.005
 _SUSPECTED_PER_S = 1000
-"""The same while a worker has left a group, or comes."""
+"""The sockets to read in a second while a worker is odd or has changed its state."""
 
 
 class Survey:
-    """The latest.
+    """Takes surveys, and has the latest.
 
     Attributes:
-        number: of surveys so far.
-        odd: workers whose sockets do not stand as they should; a closer look strikes them off.
-        has_changed: whether a worker is in another state since.
+        number: the number of surveys so far.
+        odd: workers whose sockets are not as they should be, until a closer look clears them.
+        has_changed: whether a worker's state has changed since the latest survey.
     """
 
     def __init__(self, pool: WorkerPool) -> None:
@@ -51,7 +51,7 @@ class Survey:
 
     @property
     def sockets(self) -> int:
-        """How many there should be."""
+        """How many sockets there should be."""
         return len(self._pool.workers) * len(self._pool.generation.plan.binds)
 
     def is_due(self, now_s: float) -> bool:
@@ -85,9 +85,9 @@ class Survey:
         )
 
     def compare(self) -> list[WorkerHandle]:
-        """Who is odd and was not before, as far as there is time to look. To go through a thousand
-        workers takes 20 ms while others are forked: each page that we write to, be it to count a
-        reference, is copied then."""
+        """The workers that have become odd, as far as there is time to look. Going through a
+        thousand takes 20 ms while workers are forked, as every page that is written to, even for a
+        reference count, is copied then."""
         found = []
         end_s = self._pool.clock.read_s() + _STEP_S
         while self._unseen:
@@ -103,7 +103,7 @@ class Survey:
 
     @property
     def is_compared(self) -> bool:
-        """Whether `compare` has seen all."""
+        """Whether `compare` has seen all workers."""
         return not self._unseen
 
     def _usual(self) -> set[int]:

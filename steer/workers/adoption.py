@@ -1,4 +1,4 @@
-"""Going on with workers that another controller left."""
+"""Taking over the workers of the previous controller."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from steer.workers.stored_worker import StoredWorker, restored
 
 
 class Adoption:
-    """Makes workers of what the guard knows of them.
+    """Makes workers from the guard's entries.
 
     Args:
-        workers: adopted workers are added to these.
+        workers: receives the adopted workers.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Adoption:
         """Adopt all workers.
 
         Args:
-            entries: the guard's, of the workers; their descriptors become ours.
-            selection: the guard's, of the backend.
-            generations: by number, those that workers may be of.
+            entries: the guard's entries of workers. Their descriptors become ours.
+            selection: the guard's entry of the selection.
+            generations: by number, the generations of the workers.
             activated: see `WorkerPool`.
         """
         left = msgspec.json.decode(selection.value, type=StoredSelection)
@@ -76,10 +76,10 @@ class Adoption:
 
 
 def staying(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[int, WorkerHandle]:
-    """By number of the spec, the worker that is to stay in this generation. Pure."""
+    """The workers of this generation that stay, by the number of their spec. Pure."""
     there: dict[int, WorkerHandle] = {}
     for worker in workers:
-        # Of two with one spec the later one: the earlier was to be replaced by it.
+        # If two workers have one spec the later stays, as it was to replace the earlier.
         is_better = worker.process or worker.spec.number not in there
         if is_better and _belongs(worker, generation):
             there[worker.spec.number] = worker
@@ -87,7 +87,7 @@ def staying(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[
 
 
 def _belongs(worker: WorkerHandle, generation: Generation) -> bool:
-    """Whether it is of the generation, and neither comes with a change nor goes."""
+    """Whether it is of the generation, and is neither held nor retiring."""
     is_in_plan = worker.spec.number < len(generation.plan.specs)
     comes_or_goes = worker.held or worker.is_retiring
     is_of_it = worker.generation.number == generation.number

@@ -1,4 +1,4 @@
-"""Hands the sockets of all workers from one backend to another."""
+"""Handing the sockets of all workers from one backend to another."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def hand_over(
     sockets: WorkerSockets,
     count: Callable[[], Counts | None],
 ) -> Counts | None:
-    """Have `fresh` select. `before` is to be closed after that.
+    """Have `fresh` select instead of `before`. The caller closes `before` then.
 
     Args:
-        members: those who serve.
-        count: says what `before` has counted.
+        members: the workers that serve.
+        count: returns what `before` has counted.
 
     Returns:
-        What `count` said once `before` selected no more.
+        The counts of `before` when it selected no more.
 
     Raises:
-        KernelError: nothing has changed.
+        KernelError: it failed, and nothing has changed.
     """
     with sockets.all() as borrowed, sockets.usable() as lent:
         if fresh.name != KERNEL:
@@ -63,13 +63,13 @@ def _in_order(
     binds: Sequence[Bind],
     ours: frozenset[int],
 ) -> Mapping[int, Sockets]:
-    """The sockets of every worker in the order in which the kernel has them.
+    """The sockets of every worker, in the kernel's order.
 
     Args:
         ours: inodes of all sockets of workers.
 
     Raises:
-        KernelError: that is not known, or there are others among them.
+        KernelError: the order is not known, or the group has sockets of others.
     """
     act = "take over the sockets there are"
     whole = {slot for slot, socks in there.items() if len(socks) == len(binds)}
@@ -87,7 +87,7 @@ def _in_order(
 
 
 def _take_over(fresh: Backend, there: Mapping[int, Sockets], binds: int) -> None:
-    """Have it take in copies of the sockets of all who still have theirs. Raises KernelError."""
+    """Give it copies of the sockets of workers that have all of theirs. Raises KernelError."""
     for slot, socks in there.items():
         if len(socks) == binds:
             fresh.take_over(slot, [os.dup(socks[bind].fileno()) for bind in range(binds)])

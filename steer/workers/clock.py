@@ -1,12 +1,12 @@
-"""The controller's own time: it stands still while the controller does not run.
+"""The controller's own time, which stands still while the controller does not run.
 
-Stopped by a signal or a cgroup's freezer, suspended with the machine, or left without CPU, the
-controller hears nothing of its workers, and they may have stood still as well. That time is
-nobody's delay. So what workers are given time for is measured with this clock: their watchdog,
-how long they take nothing, getting ready, finishing.
+The controller may be stopped by a signal or a cgroup's freezer, suspended with the machine, or left
+without CPU. It hears nothing of its workers then, and they may not run either, so that time must
+not count against them. All timeouts of workers are measured with this clock: the watchdog, hangs,
+becoming ready, finishing.
 
-A machine that is always late is something else: there the clock goes slower, but it goes on, or
-nobody would ever be found to hang.
+On a machine that is always late the clock goes slower, but it goes on. Otherwise no worker would
+ever be found hung.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _BEAT_S = 0.5
 _LIMIT_S = 4 * _BEAT_S
 _REST_S = 2.0
-"""So seldom it looks where nobody's time matters."""
+"""The longest time between looks while no timeout runs."""
 _SOON_S = 0.001
-"""Timers may be early by so much: the loop rounds."""
+"""Timers may be early by this much, as the event loop rounds."""
 
 
 class _Loop(Protocol):
@@ -36,22 +36,22 @@ class _Loop(Protocol):
 
 
 def boottime_s() -> float:
-    """With the time in which the machine was suspended (clock_gettime(2))."""
+    """A time that includes suspension of the machine (clock_gettime(2))."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Clock:
-    """Looks at the time every so often. Where a look comes late by as much again, what passed
-    since the last one is a gap. One that comes alone does not count, and everybody's time is to
-    begin anew; of others so much counts as if the look had come in time.
+    """Reads the time at regular beats. If a beat comes late by another beat or more, the time
+    since the last one is a gap. A gap that comes alone does not count at all, and all timeouts
+    are to begin again. A gap that follows another soon counts as one beat.
 
     Args:
-        read_s: the time that it is made from.
+        read_s: returns the time from which this clock is derived.
 
     Attributes:
-        missed_s: for how long the controller did not run, in all.
-        stops: how many gaps came alone.
-        stopped_s: how long the last of them was.
+        missed_s: the time that did not count, in all.
+        stops: the number of gaps that came alone.
+        stopped_s: the length of the last of them.
     """
 
     def __init__(self, read_s: Callable[[], float] = boottime_s) -> None:
@@ -69,11 +69,11 @@ class Clock:
         self.stops = 0
 
     def run(self, loop: AbstractEventLoop | _Loop, look: Callable[[], float] | None = None) -> None:
-        """Look at the time every so often from here on.
+        """Read the time at every beat from here on.
 
         Args:
-            look: called each time; in how many seconds it wants to be again. Longer than it
-                takes to notice a gap only while nobody's time matters to it.
+            look: called at each beat; returns the seconds until it wants to be called again. This
+                may exceed a beat only while it measures no timeout.
         """
         self.loop = loop
         self._look = look
@@ -81,12 +81,12 @@ class Clock:
         self._beat()
 
     def measure(self, *limits_s: float) -> None:
-        """Notice a gap in time for these limits; those that are 0 are none."""
+        """Notice gaps early enough for these timeouts; 0 stands for none."""
         given_s = [limit_s for limit_s in limits_s if limit_s] or [_LIMIT_S]
         self._beat_s, self._limit_s = min(*given_s, _LIMIT_S) / 4, max(given_s)
 
     def now_s(self) -> float:
-        """Seconds that the controller was there to see, from some point on."""
+        """Seconds in which the controller ran, from an arbitrary start."""
         read_s = self.read_s()
         passed_s = read_s - self._seen_s
         self._seen_s = read_s
@@ -101,15 +101,15 @@ class Clock:
             self.missed_s += passed_s
         else:
             self.missed_s += passed_s - self._beat_s
-        # Everybody has all of its time until then, so whoever hangs was found.
+        # A whole timeout fits in until then, so that hung workers are found between gaps.
         self._alone_from_s = before_s + 2 * self._limit_s
 
     def call_later(self, after_s: float, callback: Callable[..., object], *args: object) -> Timer:
-        """As the loop's, but `after_s` of this clock."""
+        """Call it after `after_s` of this clock."""
         return Timer(self, after_s, lambda: callback(*args))
 
     def beat_within(self, within_s: float) -> None:
-        """Look no later than that."""
+        """Have the next beat within this time."""
         self.now_s()
         due_s = self.read_s() + within_s
         if self._next is not None and due_s < self._beat_due_s:
@@ -117,7 +117,7 @@ class Clock:
             self._beat_in(within_s)
 
     def timing(self, timer: Timer, is_timed: bool) -> None:
-        """While somebody's time is taken no gap may pass unnoticed."""
+        """While a timer runs, beat often enough to notice every gap."""
         if is_timed:
             self._timed.add(timer)
             self.beat_within(self._beat_s)
@@ -137,7 +137,7 @@ class Clock:
 
 
 class Timer:
-    """A call to come; see `Clock.call_later`."""
+    """A scheduled call; see `Clock.call_later`."""
 
     def __init__(self, clock: Clock, after_s: float, call: Callable[[], object]) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""Processes that outlive the worker they belong to: told to end, and killed if they do not."""
+"""Processes that outlive their worker: they are told to exit, and killed if they do not."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
 WITHIN_S = 2.0
-"""From SIGTERM to SIGKILL: nobody waits for what they still do."""
+"""The time from SIGTERM to SIGKILL."""
 _LOOK_S = 0.05
 _MOST_LOOKING = 0.05
-"""Of the time may be spent on looking at them. There may be hundreds."""
+"""The share of time for looking at them, as there may be hundreds."""
 
 
 class Left(msgspec.Struct, eq=False):
-    """A process.
+    """One such process.
 
     Args:
-        began_ticks: when it started, which tells it from others of that number.
+        began_ticks: when it started, to detect that its process id is reused.
         end_s: when it is killed.
     """
 
@@ -39,10 +39,10 @@ class Left(msgspec.Struct, eq=False):
 
 
 class Leftovers:
-    """Those of all workers of a service.
+    """The leftover processes of all workers.
 
     Args:
-        ended: called whenever the last of them has ended.
+        ended: called whenever none is left.
     """
 
     def __init__(self, ended: Callable[[], None]) -> None:
@@ -54,7 +54,7 @@ class Leftovers:
         return bool(self._left)
 
     def take(self, loop: AbstractEventLoop, pids: Iterable[int]) -> None:
-        """Look after these from now on; they were sent SIGTERM."""
+        """Watch these processes, which were sent SIGTERM."""
         end_s = loop.time() + WITHIN_S
         for pid in pids:
             began_ticks = processes.start_time_ticks(pid)
@@ -63,7 +63,7 @@ class Leftovers:
         self._look_in(loop, _LOOK_S)
 
     def kill(self) -> None:
-        """All that are left, now."""
+        """Kill all that are left, now."""
         _kill(each for each in self._left if each.is_there)
 
     def _look_in(self, loop: AbstractEventLoop, after_s: float) -> None:
@@ -77,7 +77,7 @@ class Leftovers:
         self._left = [each for each in self._left if each.is_there]
         now_s = loop.time()
         _kill(each for each in self._left if each.end_s <= now_s)
-        # Not even SIGKILL ends what waits in the kernel.
+        # A process that is stuck in the kernel survives even SIGKILL; stop waiting for it.
         self._left = [each for each in self._left if now_s < each.end_s + WITHIN_S]
         self._look_in(loop, max(_LOOK_S, (loop.time() - began_s) / _MOST_LOOKING))
         if not self._left:

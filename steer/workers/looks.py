@@ -1,5 +1,4 @@
-"""All that is looked at again and again, in one timer: each time the controller wakes costs more
-than most looks do."""
+"""All periodic looks, in one timer: waking the controller costs more than most looks do."""
 
 from __future__ import annotations
 
@@ -12,17 +11,18 @@ if TYPE_CHECKING:
     from steer.workers.clock import Clock
 
 TOGETHER_S = 0.05
-"""Looks that are due so soon after one another are one."""
+"""Looks that are due within this time of each other are taken together."""
 _STEP_S = 0.005
-"""After so long those that are still due have the next turn of the loop."""
+"""After this time, looks that are still due wait for the next turn of the loop."""
 _AGAIN_S = 1.0
 
 
 class Look:
-    """One of them.
+    """One periodic look.
 
     Args:
-        look: looks, and returns in how many seconds it is to be called again.
+        act: what it does, for the log.
+        look: looks, and returns the seconds until the next call.
     """
 
     def __init__(self, looks: Looks, act: str, look: Callable[[], float]) -> None:
@@ -32,12 +32,12 @@ class Look:
         self._looks = looks
 
     def within(self, seconds: float) -> None:
-        """Be called no later."""
+        """Have it called within this time."""
         self._looks.take_within(self, seconds)
 
 
 class Looks:
-    """Args: clock: whose beats they are taken at."""
+    """Takes looks at the beats of a clock."""
 
     def __init__(self, clock: Clock, retry: Retry) -> None:
         self._clock = clock
@@ -45,14 +45,19 @@ class Looks:
         self._looks: list[Look] = []
 
     def add(self, act: str, look: Callable[[], float], after_s: float) -> Look:
-        """Args: act: in words, for the log. after_s: until the first."""
+        """Add a look.
+
+        Args:
+            act: what it does, for the log.
+            after_s: the time until the first call.
+        """
         added = Look(self, act, look)
         added.due_s = self._clock.read_s() + after_s
         self._looks.append(added)
         return added
 
     def take(self) -> float:
-        """Those that are due, as far as there is time; in how many seconds the next is."""
+        """Take looks that are due, as long as there is time. Returns the seconds until the next."""
         now_s = read_s = self._clock.read_s()
         with self._retry.spare.lent():
             for each in sorted(self._looks, key=_due_s):
@@ -80,8 +85,7 @@ def _due_s(look: Look) -> float:
 
 
 def on_the_beat(now_s: float, after_s: float) -> float:
-    """When `after_s` are over, or somewhat before or after: what is done as often as something
-    else is done together with it."""
+    """The time after about `after_s`, aligned so that looks with the same period coincide."""
     if not after_s or math.isinf(after_s):
         return now_s + after_s
     beats = math.floor((now_s + TOGETHER_S) / after_s) + 1

@@ -1,4 +1,4 @@
-"""One worker's processes and what ties them to us: pidfd, channel, standard error."""
+"""One worker's processes, and their connections to us: pidfd, channel, standard error."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 _LOOK_AGAIN_S = 0.05
 _LEFTOVERS_S = 2.0
-"""For what a killed process leaves behind to be gone as well."""
+"""The time for killed processes to disappear."""
 
 
 class Running(msgspec.Struct, frozen=True):
-    """A process, for whoever goes on with it.
+    """A process, as it is stored for the next controller.
 
     Args:
         told_to_finish: whether it was told to finish.
@@ -51,13 +51,13 @@ class Running(msgspec.Struct, frozen=True):
 
 @contextmanager
 def bound(launch: Launch) -> Iterator[Sequence[socket.socket]]:
-    """The sockets of a new worker, one for each bind; over TCP they listen. Closed at the end.
+    """The sockets of a new worker, one for each bind; TCP sockets listen. Closed at the end.
 
-    Made by whoever forks it, one process after the other: so it is known in which order they
-    join their groups, and nobody waits to be told.
+    The controller makes them, one worker after another. So it knows the order in which they join
+    their groups without asking.
 
     Raises:
-        BindError: an address, or an option, cannot be had.
+        BindError: an address cannot be bound, or an option cannot be set.
         KernelError: no more files.
     """
     with ExitStack() as own:
@@ -80,11 +80,11 @@ def _bound_to(bind: Bind, launch: Launch, anchored: bool) -> socket.socket:
 def fork_all(
     launches: Sequence[Launch], guard: GuardClient, owned: Sequence[Sequence[socket.socket]]
 ) -> list[WorkerProcess]:
-    """A process for each, or for none. They do nothing before `begin_all`.
+    """Fork a process for each, or for none. The processes wait until `begin_all`.
 
     Args:
-        guard: has them too, should we be gone.
-        owned: the sockets of each, see `bound`; they stay the caller's, who closes them.
+        guard: stores them for the next controller.
+        owned: the sockets of each, see `bound`. The caller closes them.
 
     Raises:
         KernelError: no more processes, or no more files.
@@ -103,10 +103,10 @@ def fork_all(
 
 
 def begin_all(started: Sequence[WorkerProcess], guard: GuardClient) -> None:
-    """Have the guard know of them, and only then have them go on.
+    """Have the guard store the processes, and only then let them run.
 
     Raises:
-        KernelError: the guard cannot.
+        KernelError: the guard cannot store them.
     """
     try:
         with guard.together():
@@ -119,19 +119,19 @@ def begin_all(started: Sequence[WorkerProcess], guard: GuardClient) -> None:
 
 
 class WorkerProcess:
-    """A worker's processes and what ties them to us, from fork to the end.
+    """A worker's processes, and their connections to us, from the fork to the end.
 
     Args:
-        launch: what the worker is told.
-        guard: has the descriptors, too, in case we are killed.
+        launch: the instructions for the worker.
+        guard: stores the descriptors for the next controller.
 
     Attributes:
         pid, family: its first process, and all of them.
         bound: inodes of its sockets, one for each bind.
         is_open: until `let_go`.
         is_killed: all of its processes were killed.
-        left_behind: its processes that were there when the first ended by itself; they were
-            told to end.
+        left_behind: its processes that were running when the first ended by itself; they were
+            told to exit.
     """
 
     def __init__(self, launch: Launch, guard: GuardClient) -> None:
@@ -151,11 +151,11 @@ class WorkerProcess:
     def prepare(
         self, own: Sequence[socket.socket], theirs: ExitStack, ours: ExitStack
     ) -> Callable[[], int]:
-        """Open what ties it to us; what its process is to do.
+        """Open its channel and pipe. Returns what its process does.
 
         Args:
-            theirs: closes what is only of use there.
-            ours: closes the rest, should there be no process.
+            theirs: closes the descriptors that only the process needs.
+            ours: closes the others if there will be no process.
 
         Raises:
             OSError: no more files.
@@ -172,7 +172,7 @@ class WorkerProcess:
         return partial(main.main, self.launch, channel, stderr, own)
 
     def forked(self, pid: int, pidfd: int) -> None:
-        """It is there."""
+        """The process was forked."""
         self.started_s = time.monotonic()
         self._is(pid, pidfd)
 
@@ -184,8 +184,8 @@ class WorkerProcess:
     def adopted(
         cls, launch: Launch, guard: GuardClient, saved: Running, entry: Entry
     ) -> WorkerProcess | None:
-        """One that another controller started, with what its guard has of it; None if it has
-        ended. The descriptors become ours, but for those of its sockets."""
+        """A process that another controller started, from the guard's entry; None if it has ended.
+        The descriptors become ours, except those of its sockets."""
         if not entry.fds:
             _see_off(saved.pid, entry.group)
             return None
@@ -211,16 +211,16 @@ class WorkerProcess:
 
     @property
     def key(self) -> str:
-        """Under which the guard has it."""
+        """The key of its entry in the guard."""
         return f"worker {self.pid}"
 
     @property
     def running(self) -> Running:
-        """What `adopted` has to be told."""
+        """What to store of it, for `adopted`."""
         return Running(self.pid, self.started_s, self.bound, self.told_to_finish)
 
     def keep(self, value: bytes, held: Sequence[int] = (), look: bool = True) -> None:
-        """Have the guard keep `value` with what ties the process to us, and `held`.
+        """Have the guard store `value`, the descriptors of the process, and `held`.
 
         Args:
             look: see `Finishing.how`: whether it may run another program by now.
@@ -232,19 +232,19 @@ class WorkerProcess:
 
     @contextmanager
     def sockets(self) -> Iterator[Mapping[int, socket.socket]]:
-        """Its sockets, by bind, as far as it has them open; lent for a moment.
+        """Lend the sockets that it has open, by bind.
 
         Raises:
-            KernelError: we may not.
+            KernelError: they may not be borrowed.
         """
         with self._borrower.borrow() as lent:
             yield {self.bound.index(inode): sock for inode, sock in lent.items()}
 
     def watch(self, loop: AbstractEventLoop, ended: Callable[[], None]) -> None:
-        """Look after it in this loop.
+        """Watch it in this loop.
 
         Args:
-            ended: called once, when its first process is gone; others of it may be left.
+            ended: called once, when its first process has ended. Others may still be running.
         """
         self._ended = ended
         self._readers.watch(loop)
@@ -259,7 +259,7 @@ class WorkerProcess:
 
     @property
     def is_callable(self) -> bool:
-        """Whether it is Python of ours that calls the application, and no other program."""
+        """Whether steer's own Python code calls the application, instead of running a command."""
         return not self.launch.service.command
 
     @property
@@ -297,33 +297,33 @@ class WorkerProcess:
         self._finishing.tell(quick)
 
     def tell_others(self, pids: Iterable[int]) -> None:
-        """These of its processes are to end, as the first has."""
+        """Tell these of its processes to exit, as the first has ended."""
         self._finishing.tell_others(pids)
 
     def kill_group(self) -> None:
-        """All of its processes but those that have left its group, see `Family.others`."""
+        """Kill its processes, except those that have left its group; see `Family.others`."""
         self.is_killed = True
         self.family.kill_group()
 
     def kill(self) -> None:
-        """All of its processes."""
+        """Kill all of its processes."""
         self.is_killed = True
         self.family.kill()
 
     def end(self) -> int | None:
-        """Kill what is left of it, and let go of it; the exit status, if it is ours to know."""
-        with suppress(OSError):  # those of others groups cannot be looked for
+        """Kill its processes and release it. Returns the exit status if it is our child."""
+        with suppress(OSError):  # those that have left the group cannot be searched
             self.kill()
         return self.let_go()
 
     def let_go(self) -> int | None:
-        """Take leave of it once its first process has ended; the exit status, if it is ours to
-        know. Whatever fails of this, the rest is done."""
+        """Release what belongs to it, once its first process has ended. If one step fails, the
+        others are still done. Returns the exit status if it is our child."""
         with ExitStack() as then:
             then.callback(self._close)
             then.callback(self._stderr.read_out)
             then.callback(self._channel.hear)
-            # Before it is waited for: until then its number is not another's.
+            # Before it is reaped, as its process id can be reused after that.
             self._guard.drop(self.key)
             return fork.reap(self.pid, self._pidfd, self._is_child)
 
@@ -333,17 +333,16 @@ class WorkerProcess:
         self._stderr.close()
         os.close(self._pidfd)
         self.is_open = False
-        self._ended = None  # it has us, and without this cycle nobody needs to look for garbage
+        self._ended = None  # it refers to us, and the cycle would need the garbage collector
 
 
 def _see_off(pid: int, group: int) -> None:
-    """Take leave of a worker that ended while others looked after it. What it left behind
-    may still listen."""
+    """Kill what is left of a worker that ended under another controller, as it may listen."""
     end_s = time.monotonic() + _LEFTOVERS_S
     if group:
         left = Family(group, is_child=False)
         left.kill()
         while left.others() and time.monotonic() < end_s:
             time.sleep(_LOOK_AGAIN_S)
-    with suppress(ChildProcessError):  # it is ours if we have executed ourselves anew
+    with suppress(ChildProcessError):  # it is our child if the controller executed itself again
         os.waitpid(pid, os.WNOHANG)

@@ -17,10 +17,11 @@ class StartQueue:
     """Workers that were never started, in their order.
 
     Args:
-        workers: all workers there are.
+        workers: all workers of the pool.
 
     Attributes:
-        is_of_new_service: the service starts; else one that was adopted is filled up.
+        is_of_new_service: whether the service is new. If not, it was adopted, and gets the
+            workers that it lacks.
     """
 
     def __init__(self, workers: Collection[WorkerHandle]) -> None:
@@ -31,37 +32,37 @@ class StartQueue:
         self._most_starting = _NO_LIMIT
 
     def add(self, worker: WorkerHandle) -> None:
-        """As the last."""
+        """Append the worker."""
         worker.state = State.BACKOFF
         self._waiting.append(worker)
 
     def clear(self) -> None:
-        """None of these is to be started any more."""
+        """Start none of the waiting workers."""
         self._waiting.clear()
 
     def limit(self, most_starting: int) -> None:
-        """From now on so many may be starting at once."""
+        """Let at most so many workers be starting at once."""
         self._most_starting = most_starting
 
     def lift_limit(self) -> None:
-        """From now on any number may."""
+        """Let any number of workers be starting at once."""
         self._most_starting = _NO_LIMIT
 
     @property
     def is_limited(self) -> bool:
-        """Whether some wait, and not all may be starting at once."""
+        """Whether workers wait that the limit may hold back."""
         return bool(self._waiting) and self._most_starting < len(self._workers)
 
     def began(self, workers: Iterable[WorkerHandle]) -> None:
-        """These have a process now."""
+        """These workers have a process now."""
         if self.is_limited:
             self._starting |= dict.fromkeys(workers)
 
     def next(self, at_most: int) -> Sequence[WorkerHandle]:
-        """Take the next of those that are still wanted, as far as the limit allows."""
+        """Remove and return the next workers that are still wanted, as the limit allows."""
         few: list[WorkerHandle] = []
         if self.is_limited:
-            # Looked for among all workers, they would take longer the more workers wait.
+            # Only workers that began are looked at, as all may be many more.
             self._starting = dict.fromkeys(filter(_is_starting, self._starting))
             at_most = min(at_most, self._most_starting - len(self._starting))
         while self._waiting and len(few) < at_most:

@@ -1,4 +1,4 @@
-"""Whether a service has come up, and whether it still can."""
+"""Whether the service has come up, and whether it still can."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
 
 _LOOKED_AT = 8
-"""So many starting workers are looked at in a turn of the loop, as all are alike."""
+"""The most starting workers to look at in a turn of the loop. All run the same program."""
 
 
 class Startup:
-    """A service has come up when its first worker is ready. It cannot any more when the
-    application cannot be loaded, or when all workers have failed once.
+    """The service has come up when its first worker is ready. It cannot come up any more when
+    the application cannot be loaded, or when all workers have failed once.
 
     Args:
-        workers: all workers there are; see `add`.
+        workers: the workers there are. Report later ones with `add`.
 
     Attributes:
         up: done when the service has come up, or holds why it cannot.
@@ -42,16 +42,16 @@ class Startup:
 
     @property
     def has_succeeded(self) -> bool:
-        """Until then whoever awaits `up` is told of an error, once."""
+        """Whether the service has come up. Until then, errors are raised to whoever awaits `up`."""
         return self.up.done() and self.up.exception() is None
 
     def add(self, worker: WorkerHandle) -> None:
-        """There is another worker."""
+        """A worker was added to the pool."""
         if not self.up.done():
             self._candidates.append(worker)
 
     def succeed(self) -> bool:
-        """A worker is ready, or nobody need wait for one any more. Returns whether that is new."""
+        """A worker is ready, or none need be waited for. Returns whether this is the first time."""
         if self.up.done():
             return False
         self.up.set_result(None)
@@ -59,19 +59,18 @@ class Startup:
         return True
 
     def fail(self, error: SteerError) -> None:
-        """A worker has failed by this error. If none is left that could get ready, `up` holds
-        the error."""
+        """A worker has failed with this error. If no other can become ready, `up` gets it."""
         if not self.up.done() and self.is_over_by(error):
             _refuse(self.up, error)
 
     def refuse(self, error: SteerError) -> None:
-        """Not all workers can be started, and the service is to end."""
+        """Some workers cannot be started, and the service has to stop."""
         future = self.refused if self.up.done() else self.up
         if not future.done():
             _refuse(future, error)
 
     def is_over_by(self, error: SteerError) -> bool:
-        """Whether the service, which has not come up, cannot any more."""
+        """Whether a service that has not come up cannot come up any more."""
         # Each is removed once. To look at all of them at each failure would be quadratic.
         while self._candidates and _has_failed(self._candidates[-1]):
             self._candidates.pop()
@@ -79,12 +78,12 @@ class Startup:
 
     @property
     def listens_elsewhere(self) -> bool:
-        """Whether, before any worker is ready, one listens on an address of its own. The others
-        would fail to bind it."""
+        """Whether no worker is ready, and one listens on an address of its own. The others would
+        fail to bind that address."""
         if self.up.done():
             return False
         if not self._has_looked:
-            # All may end at once, and one look in a turn of the loop is enough.
+            # All workers may end at once. One look in a turn of the loop serves all.
             self._has_looked = True
             self._loop.call_soon(self._look_again)
             self._elsewhere = self._one_that_listens_elsewhere()

@@ -11,10 +11,10 @@ from steer.workers.process import Running
 
 
 class StoredWorker(msgspec.Struct, frozen=True):
-    """A worker with a process. The names are a format: another version may read them.
+    """A worker with a process. The names are a stored format, which another version may read.
 
     Args:
-        held: until `change` was admitted, if that has happened since.
+        held: whether it waits for the activation of `change`, which may have come since.
     """
 
     running: Running
@@ -36,7 +36,7 @@ class StoredWorker(msgspec.Struct, frozen=True):
 
 
 def stored(worker: WorkerHandle, running: Running) -> StoredWorker:
-    """The worker with its process."""
+    """What to store of the worker."""
     return StoredWorker(
         running,
         worker.spec,
@@ -60,10 +60,10 @@ def stored(worker: WorkerHandle, running: Running) -> StoredWorker:
 def restored(
     saved: StoredWorker, generation: Generation, heartbeat_s: float, activated: int
 ) -> WorkerHandle:
-    """The worker without its process.
+    """The worker that was stored, without its process.
 
     Args:
-        generation: that of the number stored.
+        generation: the generation with the stored number.
         activated: see `WorkerPool`.
     """
     return WorkerHandle(
