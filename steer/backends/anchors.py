@@ -155,7 +155,7 @@ def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[Note]:
     """A note for each bind whose group may be split."""
     return [
         Note(
-            f"{bind.label}: if workers open connected sockets there, as servers of DTLS do, one "
+            f"{bind.label}: if workers open connected sockets there, as DTLS servers do, a worker "
             "that starts later gets all new clients until all are replaced",
             cure(bind),
         )
@@ -167,7 +167,4 @@ def notes(binds: Sequence[Bind], anchors: Mapping[int, object]) -> list[Note]:
 def cure(bind: Bind) -> str:
     """What would keep the group from being split."""
     everywhere = "udp://[::]" if bind.is_v6 else "udp://0.0.0.0"
-    return (
-        f"{everywhere}:{bind.port} has no such trouble, nor has a start on ebpf or cbpf "
-        "without transparent=yes"
-    )
+    return f"bind {everywhere}:{bind.port}, or start on ebpf or cbpf without transparent=yes"

@@ -308,9 +308,11 @@ def _assemble(
     return plan.policy.assemble(layout, indexes, seed, plan.params)
 
 
-_TAKES_NO_TURNS = "workers that share a CPU are taken by chance, as classic BPF cannot take turns"
+_TAKES_NO_TURNS = (
+    "workers that share a CPU are selected at random, because classic BPF cannot take turns"
+)
 _ORDER_UNKNOWN = (
-    "workers have connected sockets there, as servers of DTLS do, and before Linux 6.13 classic "
-    "BPF cannot tell them from those of workers that start later: the kernel's hash chooses; ebpf, "
-    "and a wildcard address, have no such trouble"
+    "workers have connected sockets there, as DTLS servers do, and before Linux 6.13 classic BPF "
+    "cannot tell them from the sockets of workers that start later: the kernel's hash selects; use "
+    "ebpf or a wildcard address"
 )

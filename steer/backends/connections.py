@@ -181,7 +181,9 @@ class Counting:
             slot, _, _ = abi.OWNER.unpack(value)
             self._cookies.setdefault(slot, []).append(cookie)
         self._stop()
-        self.why_not = None if counted else Note("nor were they before this controller")
+        self.why_not = (
+            None if counted else Note("the controller before this one did not count them either")
+        )
         if counted:
             self._owners = bpf_maps.Map.received("owners", counted[0])
             self._attached = [libbpf.Descriptor(fd) for fd in counted[1:]]

@@ -35,16 +35,16 @@ class Cure(Enum):
     SHARE = "SO_REUSEPORT was set again"
     REJOIN = "it was put back"
     REPLACE = "the worker is replaced"
-    TELL = "the worker is not replaced, as a new socket would get everything; see `steer reload`"
+    TELL = "the worker is not replaced, as a new socket would get all datagrams; use `steer reload`"
 
 
 class Departure(Enum):
     """Why a socket has left its group, in words that follow "left the group: "."""
 
-    CLOSED = "the worker closed it, or listens on it no more"
+    CLOSED = "the worker closed it, or does not listen on it any more"
     CONNECTED = "it was connected to a peer after steer bound it"
     ON_DEVICE = "it was bound to a device after steer bound it"
-    DISSOLVED = "it was connected to a peer, or bound to a device, for a while"
+    DISSOLVED = "it was connected to a peer or bound to a device for a while"
     RELISTENS = "it was shut down, and listens again"
     ALONE = "SO_REUSEPORT was set to 0"
 

@@ -11,15 +11,17 @@ from steer.errors import KernelError, Note
 from steer.sockets import listeners
 
 STILL_CHOSEN = (
-    "a worker that hangs, is at capacity or is to end gets connections until it closes its socket"
+    "a worker that hangs, is at capacity or is draining gets connections until it closes its socket"
 )
-CHOSEN_ALL_THE_SAME = "the kernel's own hash chooses it all the same"
-NO_CONNECTIONS = "datagrams are no connections: only those over TCP count, and ties go in turn"
+STILL_SELECTED = "the kernel's hash still selects it"
+NO_CONNECTIONS = (
+    "only TCP connections are counted, so for datagrams all workers are equal and take turns"
+)
 NOT_COUNTED = "open connections are not counted"
-SAMPLED = "chosen by what waits at each worker, looked at every so often"
+SAMPLED = "the policy uses the accept queues instead, which are sampled"
 _LOST = "queued at a worker that crashes or hangs are lost"
 _MAY_BE_LOST = "queued at a worker that crashes or hangs may be lost"
-_UNTOLD = "it could not be told whether the kernel moves them"
+_UNTOLD = "steer could not find out whether the kernel moves them"
 DATAGRAMS_LOST = f"datagrams {_LOST}: the kernel moves none"
 
 

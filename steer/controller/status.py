@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 
 from steer.backends import anchors
 from steer.backends.base import Backend, Counts, PolicyValues
-from steer.backends.shortfalls import CHOSEN_ALL_THE_SAME
+from steer.backends.shortfalls import STILL_SELECTED
 from steer.control import schema
 from steer.controller.controller import Controller
 from steer.policy.builtin import KERNEL
@@ -99,11 +99,11 @@ def _left_out(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str
     full = [worker.slot for worker in workers if worker.at_capacity]
     notes = []
     if hung and still_chosen:
-        notes.append(f"hung: {several('worker', hung)}; {CHOSEN_ALL_THE_SAME}")
+        notes.append(f"hung: {several('worker', hung)}; {STILL_SELECTED}")
     if full and all(worker.at_capacity for worker in workers if worker.is_in_service):
         notes.append("at capacity: every worker; connections wait until one takes them")
     elif full:
-        then = CHOSEN_ALL_THE_SAME if still_chosen else "others get what comes"
+        then = STILL_SELECTED if still_chosen else "others get what comes"
         notes.append(f"at capacity: {several('worker', full)}; {then}")
     return notes
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
-from steer.backends.shortfalls import CHOSEN_ALL_THE_SAME
+from steer.backends.shortfalls import STILL_SELECTED
 from steer.health import capacity
 from steer.health.evidence import CloserLook
 from steer.linux.activity import activity, is_stopped
@@ -82,7 +82,7 @@ class Hangs:
         if not (worker.is_in_service and self._others_serve(worker)):
             return
         if self._pool.backend.name == KERNEL:
-            why = f"{why}; {CHOSEN_ALL_THE_SAME}"
+            why = f"{why}; {STILL_SELECTED}"
         self._pool.log.warning("worker %d is hung: %s", worker.slot, why)
         worker.has_acted()
         worker.at_capacity = worker.excluded = worker.acted_since_hung = False

@@ -15,8 +15,7 @@ _FASTOPEN_SERVER = 2
 """The bit of that sysctl which lets listeners accept it (ip-sysctl.rst)."""
 
 _UNSTEERED = (
-    "over UDP what TPROXY delivers goes by the kernel's hash, whatever the policy, also to workers "
-    "that drain"
+    "for UDP from TPROXY the kernel's hash selects, whatever the policy, also workers that drain"
 )
 """nf_tproxy_get_sock_v4() looks the socket up without the packet, and without one no program is
 asked (reuseport_select_sock() of net/core/sock_reuseport.c)."""
@@ -95,14 +94,14 @@ def _shortfalls(setting: Setting, over_udp: bool) -> Iterator[Note]:
         return
     most = _sysctl(cap) if cap else None
     if most is not None and value > most:
-        yield Note(f"{setting}: cut down to {most} by {cap}", f"sysctl -w {cap}={value}")
+        yield Note(f"{setting}: limited to {most} by {cap}", f"sysctl -w {cap}={value}")
     flags = _sysctl(_FASTOPEN) if setting.name == "fastopen" else None
     if flags is not None and not flags & _FASTOPEN_SERVER:
         on = flags | _FASTOPEN_SERVER
         found = f"{setting}: not answered while {_FASTOPEN} is {flags}"
         yield Note(found, f"sysctl -w {_FASTOPEN}={on}")
     if setting.name == "transparent" and over_udp:
-        yield Note(f"{setting}: {_UNSTEERED}", "steer it with a rule that redirects instead")
+        yield Note(f"{setting}: {_UNSTEERED}", "use a rule that redirects instead")
 
 
 def _sysctl(name: str) -> int | None:

@@ -305,8 +305,8 @@ def test_all_are_replaced_where_the_kernel_chooses(
     assert set(found) == slots(running)
     assert max(found.values()) < DATAGRAMS / 2
     assert client.ask() == {"slot": mine["slot"], "pid": mine["pid"], "connected": True}
-    assert "all workers are replaced; udp://0.0.0.0:" in running.log
-    assert any("as servers of DTLS do" in note for note in running.status()["notes"])
+    assert "all workers are replaced; bind udp://0.0.0.0:" in running.log
+    assert any("as DTLS servers do" in note for note in running.status()["notes"])
 
 
 @pytest.mark.parametrize("at", ["127.0.0.1", "[::1]"])
@@ -381,8 +381,8 @@ def test_the_next_controller_replaces_them(
     is_whole(second, 2, [mine])
     assert max(spread("127.0.0.1").values()) < DATAGRAMS / 2
     assert client.ask()["pid"] == mine["pid"]
-    assert any("as servers of DTLS do" in note for note in second.status()["notes"])
-    assert "all workers are replaced; udp://0.0.0.0:" in second.log
+    assert any("as DTLS servers do" in note for note in second.status()["notes"])
+    assert "all workers are replaced; bind udp://0.0.0.0:" in second.log
 
 
 @pytest.mark.needs("bpf")
@@ -426,7 +426,7 @@ def test_check_tells_of_it(
     done = steer("check", "-b", f"udp://{at}:{PORT}", *options, "--demo")
     assert done.returncode == 0, done.stderr
     splits = is_told and not members.connected_stay()
-    assert ("as servers of DTLS do" in " ".join(done.stdout.split())) == splits
+    assert ("as DTLS servers do" in " ".join(done.stdout.split())) == splits
 
 
 def test_on_cbpf_the_kernel_chooses_where_connected_sockets_stay_in_the_group(
@@ -448,4 +448,4 @@ def test_on_cbpf_the_kernel_chooses_where_connected_sockets_stay_in_the_group(
         harness.steer(3)
         assert set(harness.count(200)) == {0, 1, 2, 3}
         assert harness.backend.order is None
-        assert any("the kernel's hash chooses" in note for note in harness.backend.notes)
+        assert any("the kernel's hash selects" in note for note in harness.backend.notes)

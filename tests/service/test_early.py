@@ -309,7 +309,7 @@ def test_over_udp_others_do_no_harm(rule: str, family: int, new_socket: NewSocke
 
 def test_that_is_said(steer: RunSteer, service: StartService) -> None:
     asked = ("-b", f"udp://0.0.0.0:{PORT}", "--socket-option", "transparent=yes")
-    words = "transparent=yes: over UDP what TPROXY delivers goes by the kernel's hash"
+    words = "transparent=yes: for UDP from TPROXY the kernel's hash selects"
     assert f"note: {words}" in steer("check", *asked).stdout
     findings = json.loads(steer("doctor", *asked, "--json").stdout)["findings"]
     (found,) = (each for each in findings if each["topic"] == "socket-options")

@@ -431,10 +431,10 @@ def test_the_kernel_chooses_one_that_hangs_all_the_same(service: StartService) -
         before = queued(stopped)
         while queued(stopped) == before:
             clients.enter_context(request())
-        note = "hung: worker 1; the kernel's own hash chooses it all the same"
+        note = "hung: worker 1; the kernel's hash still selects it"
         assert note in running.status()["notes"]
         (line,) = (line for line in running.log.splitlines() if "worker 1 is hung" in line)
-        assert line.endswith("the kernel's own hash chooses it all the same")
+        assert line.endswith("the kernel's hash still selects it")
         send(stopped, signal.SIGCONT)
         wait_for(running, stopped, "ready")
         assert note not in running.status()["notes"]

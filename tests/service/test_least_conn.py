@@ -457,7 +457,7 @@ def test_datagrams_go_in_turn() -> None:
     with Harness(EBPF, "least-conn", "udp4").serving() as harness, pinned(CPUS[0]):
         slots = harness.sequence(16)
         assert slots == [(slots[0] + turn) % 4 for turn in range(16)]
-        assert "datagrams are no connections" in " ".join(harness.backend.notes)
+        assert "only TCP connections are counted" in " ".join(harness.backend.notes)
 
 
 # ---- services

@@ -1070,7 +1070,7 @@ def test_whether_the_kernel_migrates_may_be_hidden(
         pytest.skip(f"needs a mount of proc with subset=pid (Linux 5.8): {done.stderr}")
     options = ("-w", "1", "--policy", "hash", "--backend", "cbpf")
     words = (
-        "connections queued at a worker that crashes or hangs may be lost: it could not be told"
+        "connections queued at a worker that crashes or hangs may be lost: steer could not find out"
         " whether the kernel moves them (read /proc/sys/net/ipv4/tcp_migrate_req: ENOENT;"
         " mount /proc without subset=pid)"
     )

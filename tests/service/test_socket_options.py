@@ -237,8 +237,8 @@ def test_what_the_kernel_would_not_do_is_told(
     netns.sysctl("net.core.somaxconn", 100)
     asked = arguments({"rcvbuf": "1000M", "fastopen": "200"})
     words = (
-        "rcvbuf=1000M: cut down to ",
-        "fastopen=200: cut down to 100 by net.core.somaxconn; sysctl -w net.core.somaxconn=200",
+        "rcvbuf=1000M: limited to ",
+        "fastopen=200: limited to 100 by net.core.somaxconn; sysctl -w net.core.somaxconn=200",
         "fastopen=200: not answered while net.ipv4.tcp_fastopen is 1",
     )
     checked = steer("check", *asked)
