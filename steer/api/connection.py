@@ -1,4 +1,4 @@
-"""A running service, asked and changed from Python, as `steer.connect`."""
+"""A running service, for Python programs: `steer.connect`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def connect(name: str | None = None, *, control_socket: str | None = None) -> Se
 
 
 class ServiceConnection:
-    """One running service. Every method waits until the service has done what was asked.
+    """One running service. Every method waits until the service has finished the operation.
 
     Use it as a context manager, or `close` it. It may be used by one thread at a time. If the
     service's controller is replaced meanwhile (a new steer with the same name), it connects again.
@@ -46,15 +46,15 @@ class ServiceConnection:
 
     @property
     def name(self) -> str:
-        """Of the service, as its control socket has it."""
+        """The name of the service, which is that of its control socket."""
         return self.control_socket.stem
 
     def status(self) -> schema.Service:
-        """What `steer status --json` tells of it."""
+        """What `steer status --json` prints."""
         return client.status(self.control_socket, self._connections).services[0]
 
     def reload(self) -> outcomes.Reloaded:
-        """Start workers with the configuration as it is now; old ones finish and exit."""
+        """Start workers with the current configuration; old workers finish and exit."""
         return self._perform("reload", outcomes.Reloaded)
 
     def scale(self, workers: int) -> outcomes.Scaled:

@@ -1,4 +1,4 @@
-"""A group of sockets for those who have processes of their own, as `steer.ReuseportGroup`."""
+"""A group of sockets for programs that start their processes themselves: `steer.ReuseportGroup`."""
 
 from __future__ import annotations
 
@@ -78,22 +78,22 @@ class ReuseportGroup:
 
     @property
     def policy(self) -> str:
-        """The name of the policy in force: of "auto", what that became."""
+        """The name of the policy in force; for "auto", the policy that it became."""
         return self._slots.plan.policy.name
 
     @property
     def backend(self) -> str:
-        """What carries it out: "ebpf", "cbpf" or "kernel"."""
+        """The backend in force: "ebpf", "cbpf" or "kernel"."""
         return self._slots.backend.name
 
     @property
     def reason(self) -> str | None:
-        """Why the backend is no better one; None: it is the best there is for the policy."""
+        """Why a better backend is not used; None: there is no better one for the policy."""
         return self._slots.reason
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What this backend cannot do here, and why "auto" is this policy, in words."""
+        """In words, what this backend cannot do here, and why "auto" became this policy."""
         became = [self._slots.plan.became] if self._slots.plan.became else []
         return (*became, *self._slots.backend.notes, *map(str, anchors.notes([self._bind], {})))
 
@@ -136,7 +136,7 @@ class ReuseportGroup:
     def add(
         self, slot: int, sock: socket.socket, *, weight: int = 1, cpu: int | None = None
     ) -> None:
-        """Take a socket of yours into the slot.
+        """Put a socket of yours into the slot.
 
         On cbpf all sockets that are at the address have to be added, in the order in which they
         began to listen, over UDP were bound. Connections are counted if the socket was made in
@@ -192,7 +192,7 @@ class ReuseportGroup:
         return self._slots.migrate(slot, sock)
 
     def remove(self, slot: int) -> None:
-        """Free the slot, as its socket is closed or its process has ended.
+        """Free the slot, after its socket was closed or its process has ended.
 
         On cbpf this takes the socket out of the group, whoever has it open.
 
@@ -218,13 +218,13 @@ class ReuseportGroup:
         self._slots.set_policy(service, find.find(policy), act)
 
     def counts(self) -> dict[int, SlotCounts]:
-        """Of each slot that is taken. Raises GroupError, KernelError."""
+        """What the kernel counted for each slot in use. Raises GroupError, KernelError."""
         self._check_usable()
         return self._slots.counts()
 
     def close(self) -> None:
-        """Let go of all that this process has of the group, also in a child that was forked.
-        The sockets are yours. A second time it does nothing."""
+        """Close everything that this process has of the group, except your sockets. This also works
+        in a forked child. A second call does nothing."""
         if not self._is_closed:
             self._is_closed = True
             self._slots.backend.close()

@@ -1,4 +1,4 @@
-"""What a group is given: an address, parameters, sockets of others. Refused, or in our form."""
+"""Checks the input of a group: address, parameters, sockets of other code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steer.sockets import members, port_checks
 
 
 def bind_of(text: str) -> Bind:
-    """Where the group is to be; port 0 becomes one that is free.
+    """The address of the group. Port 0 becomes a free port.
 
     Raises:
         ConfigError: it is no address.

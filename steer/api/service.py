@@ -26,7 +26,7 @@ Application = Callable[[Worker], object]
 
 
 class Settings(TypedDict, total=False):
-    """What `steer run --help` tells of, by the same names; not given: its default there."""
+    """The options of `steer run --help`, by the same names and with the same defaults."""
 
     app: str | Application
     command: Sequence[str]
@@ -135,7 +135,7 @@ def run(app: str | Application | None = None, /, **settings: Unpack[Settings]) -
 
 
 def _plain(key: str, value: object) -> object:
-    """As a configuration file has it."""
+    """The value in the form of a configuration file."""
     if key == "app" and callable(value):
         return _name_of(value)
     if isinstance(value, Mapping):

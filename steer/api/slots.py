@@ -1,4 +1,4 @@
-"""The slots of a group: which have a socket, which are chosen, and by what.
+"""The slots of a group: which have a socket, which may be selected, and by which policy.
 
 It is to sockets what `selection` is to the workers of a service, with nobody but the caller to say
 who comes, is ready and goes.
@@ -29,10 +29,10 @@ class SlotCounts(msgspec.Struct, frozen=True):
     """What the kernel counted of one slot since its socket joined; None where nobody counts.
 
     Args:
-        selected: connections, over UDP datagrams, that it was chosen for.
-        fallback: of these, those it got in place of a slot that had no socket any more.
-        migrated: of these, those taken over from a listener that closed.
-        open: connections that are open there now.
+        selected: how many connections (UDP: datagrams) it was selected for.
+        fallback: how many of these it got in place of a slot without a socket.
+        migrated: how many of these came from a listener that closed.
+        open: how many connections are open.
     """
 
     selected: int | None = None
@@ -143,7 +143,7 @@ class Slots:
         return Member(slot, spec.weight, given if is_given else spec.cpu)
 
     def migrate(self, slot: int, sock: socket.socket) -> int:
-        """Move what waits there to active slots; how much still waits.
+        """Move connections that wait at the slot to active slots; return how many still wait.
 
         Raises:
             GroupError: it is active, no other is, or it is UDP.
@@ -167,7 +167,7 @@ class Slots:
             self.backend.grace_period_ended(publication)
 
     def set_policy(self, service: Service, policy: Policy, act: str) -> None:
-        """Another policy on the backend in force.
+        """Change the policy, on the backend in force.
 
         Args:
             service: asks for it.
@@ -241,4 +241,4 @@ def _refuse_unseen_load(plan: Plan, backend: Backend) -> None:
 
 
 def _tell_nobody(_what: str) -> None:
-    """What failed is in the reason."""
+    """Ignore what failed: the reason of the fallback names it."""

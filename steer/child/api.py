@@ -1,4 +1,4 @@
-"""What a Python callable is given: its sockets, and ways to tell the controller of itself."""
+"""The worker object that a Python callable gets."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ KNOCK_S = 0.05
 
 
 class Worker:
-    """What a Python callable is given.
+    """The argument of a Python callable.
 
     Attributes:
-        sockets: bound sockets, one for each bind and in their order; over TCP they listen.
-        slot: the worker's number in its service.
-        cpus: CPUs it may run on.
-        name: the service's.
-        generation: of the configuration it was started from.
-        watchdog_s: within which it has to `beat`; None: it need not.
+        sockets: bound sockets, one for each bind, in the order of the binds; TCP sockets listen.
+        slot: the number of the worker in its service.
+        cpus: the CPUs that it may run on.
+        name: of the service.
+        generation: of the configuration that it was started from.
+        watchdog_s: it has to call `beat` at least once in this time; None: it need not.
     """
 
-    def __init__(self, launch: Launch, own: Sequence[socket.socket]) -> None:
-        self.sockets = tuple(own)
+    def __init__(self, launch: Launch, sockets: Sequence[socket.socket]) -> None:
+        self.sockets = tuple(sockets)
         self.slot = launch.slot
         self.cpus = launch.spec.cpus
         self.name = launch.name
@@ -44,16 +44,16 @@ class Worker:
         return self._stopping
 
     def ready(self) -> None:
-        """Tell the controller that connections may come; not needed by those that
-        wait on their socket once they are."""
-        self._tell(b"READY=1")
+        """Tell the controller that this worker can serve. A worker that waits on its sockets need
+        not call this."""
+        self._notify_controller(b"READY=1")
 
     def beat(self) -> None:
-        """Tell the controller that all is well: within every `watchdog_s`, if that is set."""
-        self._tell(b"WATCHDOG=1")
+        """Tell the controller that all is well, at least once every `watchdog_s` if that is set."""
+        self._notify_controller(b"WATCHDOG=1")
 
-    def _tell(self, message: bytes) -> None:
-        """Nobody may be there for a while, or not take it at once: it is not waited for."""
+    def _notify_controller(self, message: bytes) -> None:
+        """Notify the controller without waiting: for a while there may be none."""
         with (
             suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender,
@@ -61,12 +61,12 @@ class Worker:
             sender.sendto(message, "\0" + self._notify[1:])
 
     def _stop(self, _number: int, _frame: object) -> None:
-        """From here on a socket does not wait: a loop of accept() takes what is
-        queued, then gets BlockingIOError and so ends."""
+        """From here on the sockets do not block: a loop of accept() takes the connections that are
+        queued, then gets BlockingIOError, which ends it."""
         self._stopping = True
         for sock in self.sockets:
             with suppress(OSError):  # the application may have closed it by its number
                 os.set_blocking(sock.fileno(), False)
-        # A signal that comes just before accept() does not interrupt it: knock again.
+        # A signal right before accept() does not interrupt it, so send more signals.
         signal.signal(signal.SIGALRM, lambda *_: None)
         signal.setitimer(signal.ITIMER_REAL, KNOCK_S, KNOCK_S)

@@ -1,4 +1,4 @@
-"""What a new worker is told, and what it may have to tell before its application runs."""
+"""What the controller tells a new worker, and what that may answer before its application runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Message(msgspec.Struct, omit_defaults=True):
 
     Args:
         unloadable: why the application could not be loaded.
-        detail: more lines on that.
+        detail: more lines about it.
     """
 
     unloadable: str = ""
@@ -31,15 +31,15 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 
 MESSAGE_MAX_BYTES = 65536
-"""More than any message of ours: of text there are twice _TEXT_MAX characters."""
+"""More than any message has: its two texts are limited."""
 
 
 def read(data: bytes) -> Message:
-    """Why a worker could not load its application. It may be anything: what the application
-    does when it is imported can write to the channel, too.
+    """Read the message of a worker that could not load its application. The data are not trusted:
+    the code of the application can write to the channel, too.
 
     Raises:
-        Invalid: it is nothing that a worker says.
+        Invalid: it is no such message.
     """
     message = values.decode(data, Message)
     if not message.unloadable:
@@ -48,13 +48,13 @@ def read(data: bytes) -> Message:
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """All that a new worker is told.
+    """All that the controller tells a new worker.
 
     Args:
-        notify: address of the notification socket, as NOTIFY_SOCKET has it.
-        files: limits on open files, as the controller found them.
+        notify: address of the notification socket, for NOTIFY_SOCKET.
+        files: the limits on open files that the controller was started with.
         anchored: the binds whose group is joined through a socket of the controller's.
-        niced: to leave the CPUs to those that serve, until it is ready.
+        niced: whether it leaves the CPUs to workers that serve, until it is ready.
     """
 
     service: Service

@@ -1,8 +1,7 @@
-"""The worker's side: from a fresh process to the application, and what the application sees.
+"""The worker's side: from the forked process to the application.
 
-It comes with its sockets. Here everything else of the controller's is let go of and
-privileges are dropped; then a command is executed in this process's place, or a Python
-callable called with a `Worker`.
+A worker starts with its sockets. It closes everything else that it has from the controller, and
+drops privileges. Then it executes a command, or calls a Python callable with a `Worker`.
 """
 
 from __future__ import annotations
@@ -31,43 +30,45 @@ from steer.policy.cpus import cpu_list, cpus_named
 from steer.sockets import lifeline
 
 _DESCRIPTORS = 64
-"""Room for what a server opens until it serves, beside its sockets."""
+"""How many descriptors a server may need until it serves, beside its sockets."""
 _TEXT_MAX = 4000
 
 
 class Unloadable(Exception):
-    """The application cannot be loaded: why, and more lines on that."""
+    """The application cannot be loaded: the reason, and details."""
 
     def __init__(self, why: str, detail: str = "") -> None:
         super().__init__(why)
         self.detail = detail
 
 
-def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[socket.socket]) -> int:
+def main(
+    launch: Launch, channel: socket.socket, stderr: int, sockets: Sequence[socket.socket]
+) -> int:
     """Be a worker. Runs in the forked child; returns its exit status.
 
     Args:
         channel: to the controller.
-        stderr: what to write standard error to.
-        own: its sockets, one for each bind.
+        stderr: where to write standard error.
+        sockets: the sockets of the worker, one for each bind.
     """
     if stdio.file_of(2) and stdio.is_the_log(1):
-        # So that it goes where the log goes from the day that somebody rotates it.
+        # Standard output then follows the log when that is rotated.
         os.dup2(stderr, 1)
     os.dup2(stderr, 2)
     output.stderr.reset()
     title.show(f"steer: worker {launch.slot} {launch.name}")
-    # Whoever kills all that is called steer ends the service by its controller, gracefully.
+    # `killall steer` must end the service gracefully, by its controller, and not its workers.
     fork.rename("steer-worker")
-    channel, *own = _keep_only(channel, own)
-    # Not before we are told to: were the controller killed now, nobody would know of us.
+    channel, *sockets = _keep_only(channel, sockets)
+    # Wait until the controller has registered us: if it were killed before, nobody would know us.
     if not channel.recv(1):
         return 1
     with _if_allowed(launch, "set the limits on open files"):
         descriptors.limit_descriptors(launch.files, _DESCRIPTORS + len(launch.binds))
     try:
         import_for(launch.service)
-        launch = _settle(launch)
+        launch = _apply(launch)
         lifeline.tie(channel, launch.service.told_by)
         if launch.service.command:
             channel.set_inheritable(True)
@@ -75,15 +76,15 @@ def main(launch: Launch, channel: socket.socket, stderr: int, own: Sequence[sock
         _change_environment(launch)
         descriptors.limit_descriptors(launch.files)
         application = _load(launch.service)
-        return _call(application, Worker(launch, own), launch.service)
+        return _call(application, Worker(launch, sockets), launch.service)
     except Unloadable as error:
-        _tell(channel, Message(unloadable=_short(str(error)), detail=_short(error.detail)))
+        _send(channel, Message(unloadable=_short(str(error)), detail=_short(error.detail)))
         return COMMAND_NOT_RUN
 
 
 def import_for(service: Service) -> None:
-    """What takes time to import, and not every worker needs. As the user that steer was
-    started by: another may not reach it."""
+    """Import what takes time and not every worker needs. This happens before the change of user, as
+    another user may not be able to read the files."""
     if service.app:
         from steer.config import applications  # noqa: F401
 
@@ -93,45 +94,46 @@ def import_for(service: Service) -> None:
         from steer.child import demo  # noqa: F401
 
 
-def _keep_only(channel: socket.socket, own: Sequence[socket.socket]) -> list[socket.socket]:
-    """Close all that is the controller's, and put the sockets where sd_listen_fds(3) has them:
-    also where nobody looks for them there, as select(2) takes no descriptor above 1023.
+def _keep_only(channel: socket.socket, sockets: Sequence[socket.socket]) -> list[socket.socket]:
+    """Close all descriptors of the controller, and move the sockets to 3 and up (sd_listen_fds(3)).
+
+    Python callables need that, too, as select(2) takes no descriptor above 1023.
 
     Returns:
-        The channel, now above them, and the sockets.
+        The channel, with a number above the sockets, and the sockets.
     """
-    descriptors.keep_only([channel.fileno(), *(sock.fileno() for sock in own)])
-    beyond = FIRST_FD + len(own)
-    # Above the range first: one may stand where another has to go.
+    descriptors.keep_only([channel.fileno(), *(sock.fileno() for sock in sockets)])
+    beyond = FIRST_FD + len(sockets)
+    # First move all of them above the range: one may be where another has to go.
     above, *theirs = (
-        fcntl.fcntl(sock.detach(), fcntl.F_DUPFD_CLOEXEC, beyond) for sock in (channel, *own)
+        fcntl.fcntl(sock.detach(), fcntl.F_DUPFD_CLOEXEC, beyond) for sock in (channel, *sockets)
     )
     for index, fd in enumerate(theirs):
         os.dup2(fd, FIRST_FD + index, inheritable=False)
     descriptors.keep_only([above, *range(FIRST_FD, beyond)])
-    places = {channel: above, **{sock: FIRST_FD + at for at, sock in enumerate(own)}}
+    places = {channel: above, **{sock: FIRST_FD + at for at, sock in enumerate(sockets)}}
     return [socket.socket(each.family, each.type, each.proto, fd) for each, fd in places.items()]
 
 
-def _tell(channel: socket.socket, message: Message) -> None:
-    """The controller may be gone."""
+def _send(channel: socket.socket, message: Message) -> None:
+    """Send a message to the controller, which may have ended."""
     with suppress(OSError):
         channel.send(msgspec.json.encode(message))
 
 
 def _short(text: str) -> str:
-    """Of a text that may be anything, what fits into a message and into UTF-8."""
+    """A text, shortened to fit into a message, without what is no UTF-8."""
     return text[:_TEXT_MAX].encode(errors="backslashreplace").decode()
 
 
-def _settle(launch: Launch) -> Launch:
-    """Take the place that was planned: CPUs, directory, user; and go with the controller.
+def _apply(launch: Launch) -> Launch:
+    """Apply what the launch says: CPUs, directory, user and niceness.
 
     Returns:
-        The same, with the CPUs that it came to be.
+        The launch, with the CPUs that this process may really use.
 
     Raises:
-        Unloadable: the kernel does not let us.
+        Unloadable: the kernel refuses.
     """
     directory, who = launch.service.chdir, launch.identity
     with _if_allowed(launch, f"run on {cpus_named(launch.spec.cpus)}"):
@@ -141,7 +143,7 @@ def _settle(launch: Launch) -> Launch:
         with _needed(f"chdir {directory}"):
             os.chdir(directory)
     with _needed(f"run as uid {who.uid}, gid {who.gid}"):
-        privileges.settle(launch.service, who)
+        privileges.apply(launch.service, who)
     if launch.niced:
         with _if_allowed(launch, "leave the CPUs to others until it is ready"):
             priority.be_nice()
@@ -150,7 +152,7 @@ def _settle(launch: Launch) -> Launch:
 
 @contextmanager
 def _if_allowed(launch: Launch, act: str) -> Iterator[None]:
-    """For what a worker can do without: a cpuset may just have changed, seccomp may refuse."""
+    """For acts that a worker can do without: a cpuset may have changed, or seccomp may refuse."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -160,7 +162,7 @@ def _if_allowed(launch: Launch, act: str) -> Iterator[None]:
 
 @contextmanager
 def _needed(act: str, more: Callable[[OSError], str] = lambda _: "") -> Iterator[None]:
-    """Raises Unloadable for what fails in it. Args: more: what else is known of a failure."""
+    """Raises Unloadable: the act failed. Args: more: says more about the failure."""
     try:
         yield
     except OSError as error:
@@ -171,15 +173,15 @@ def _needed(act: str, more: Callable[[OSError], str] = lambda _: "") -> Iterator
 
 
 _NOT_FOR_IT = ("LISTEN_", "WATCHDOG_")
-"""What of our environment begins so is about ourselves."""
+"""Variables that begin so are for this process, and not for the application."""
 
 
 def _environment(launch: Launch) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_FOR_IT)}
-    return {**inherited, **_told_by_environment(launch)}
+    return {**inherited, **_variables(launch)}
 
 
-def _told_by_environment(launch: Launch) -> dict[str, str]:
+def _variables(launch: Launch) -> dict[str, str]:
     given = dict(pair.split("=", 1) for pair in launch.service.env)
     return {
         **launch.identity.environment(),
@@ -194,23 +196,23 @@ def _told_by_environment(launch: Launch) -> dict[str, str]:
 
 
 def _change_environment(launch: Launch) -> None:
-    """To `_environment`. What stays is left alone: all of it anew takes a millisecond in a process
-    that was just forked."""
+    """Make `_environment` the environment of this process. Only differences are changed: to set all
+    variables takes a millisecond in a process that was just forked."""
     for name in [name for name in os.environ if name.startswith(_NOT_FOR_IT)]:
         del os.environ[name]
-    os.environ.update(_told_by_environment(launch))
+    os.environ.update(_variables(launch))
 
 
 def _watchdog(service: Service) -> dict[str, str]:
-    """As sd_watchdog_enabled(3) has it, but for WATCHDOG_PID: the one who says so may be a
-    child of the process we start."""
+    """The variables of sd_watchdog_enabled(3), without WATCHDOG_PID: the process that notifies may
+    be a child of the one that we start."""
     if service.watchdog is None:
         return {}
     return {"WATCHDOG_USEC": str(round(service.watchdog * 1e6))}
 
 
 def _execute(launch: Launch, environment: Mapping[str, str]) -> None:
-    """Become the command, with the sockets from fd 3 on as sd_listen_fds(3) has it.
+    """Execute the command, with its sockets from descriptor 3 on, as sd_listen_fds(3) says.
 
     Raises:
         Unloadable: there is no such command, or it cannot be run.
@@ -230,24 +232,24 @@ def _execute(launch: Launch, environment: Mapping[str, str]) -> None:
 
 
 def _why(error: OSError, program: str, environment: Mapping[str, str]) -> str:
-    """What is known of a program's not being executed, and would help."""
+    """What may have kept a program from being executed, and what would help."""
     if isinstance(error, FileNotFoundError):
         return fork.beside_us(program)
     with suppress(OSError):  # the current directory was removed
         if isinstance(error, PermissionError):
-            return _told(reach.to_command(program, os.get_exec_path(dict(environment))))
+            return _describe(reach.to_command(program, os.get_exec_path(dict(environment))))
     return ""
 
 
-def _told(barrier: Barrier | None) -> str:
+def _describe(barrier: Barrier | None) -> str:
     return f"{barrier}; {barrier.cure}" if barrier else ""
 
 
 def fill_in(command: Sequence[str], slot: int, binds: Sequence[Bind]) -> list[str]:
     """The command's arguments with {slot}, {fd}, {port} filled in.
 
-    {fd} and {port} are the first bind's; {fd1} and {port1} the second's, and so on.
-    Other braces are left alone.
+    {fd} and {port} are those of the first bind, {fd1} and {port1} those of the second, and so on.
+    Other braces stay as they are.
     """
     marks = {"{slot}": str(slot), "{fd}": str(FIRST_FD), "{port}": str(binds[0].port)}
     for index, bind in enumerate(binds):
@@ -276,7 +278,7 @@ def _load(service: Service) -> Callable[[Worker], object]:
         found: object = importlib.import_module(module_name)
         for name in path.split("."):
             found = getattr(found, name)
-    # Whatever a module does while it is imported is the user's; steer has to say it.
+    # An import runs the user's code, which may raise anything.
     except (Exception, SystemExit) as error:  # noqa: BLE001
         known = _why_not_found(error, service)
         raise Unloadable(f"{_in_words(error)}{known and '; '}{known}", _where(error)) from None
@@ -290,15 +292,15 @@ def _load(service: Service) -> Callable[[Worker], object]:
 
 
 def _why_not_found(error: BaseException, service: Service) -> str:
-    """What keeps our user from modules, where one is missing: importlib says no more than that."""
+    """What may keep our user from reading a module that seems to be missing."""
     if isinstance(error, ImportError | PermissionError):
         with suppress(OSError):  # the current directory was removed
-            return _told(privileges.to_imports(service))
+            return _describe(privileges.to_imports(service))
     return ""
 
 
 def _in_words(error: BaseException) -> str:
-    """Its class is the user's, and may fail to say anything."""
+    """An error as text. Its class may be the user's, and its __str__ may fail."""
     name = type(error).__name__
     try:
         return f"{name}: {error}"
@@ -323,7 +325,7 @@ def _where(error: BaseException) -> str:
 
 def _call(application: Callable[[Worker], object], worker: Worker, service: Service) -> int:
     limit_s, returned = service.graceful_timeout, None
-    # Inherited: the controller's to do, at its own end.
+    # Exit functions of the controller, inherited by the fork: only the controller runs them.
     atexit._clear()
     if "logging" in sys.modules:
         atexit.register(sys.modules["logging"].shutdown)
@@ -331,7 +333,7 @@ def _call(application: Callable[[Worker], object], worker: Worker, service: Serv
         try:
             returned = application(worker)
         except BlockingIOError:
-            # The end of an accept loop whose listener was told not to wait any more.
+            # This ends an accept loop, as the listener does not block any more.
             if not worker.stopping:
                 raise
         except SystemExit:
@@ -344,7 +346,7 @@ def _call(application: Callable[[Worker], object], worker: Worker, service: Serv
 
 
 def _judge(returned: object, worker: Worker, service: Service) -> int:
-    """The exit status of a worker whose callable returned this, though nobody told it to finish."""
+    """The exit status after the callable has returned without being told to finish."""
     from steer.config import applications
 
     why = applications.why_not_returned(returned, service.app or "")
@@ -354,10 +356,10 @@ def _judge(returned: object, worker: Worker, service: Service) -> int:
 
 
 def _await_threads(worker: Worker, limit_s: float) -> None:
-    """Those that are no daemons finish what they have, as at the end of any Python program.
+    """Wait for threads that are no daemons, as every Python program does at its end.
 
-    But not for ever: nobody may have told us to end. One that waits for a connection gets
-    an error, as there will be none.
+    The wait is limited, as perhaps nobody has told us to end. A thread that waits for a connection
+    gets an error, as there will be none.
     """
     signal.setitimer(signal.ITIMER_REAL, max(limit_s, KNOCK_S))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -365,5 +367,5 @@ def _await_threads(worker: Worker, limit_s: float) -> None:
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
     if "threading" in sys.modules:
-        # Not public; but what concurrent.futures registers there wakes its threads.
+        # Not public, but it calls what concurrent.futures has registered to wake its threads.
         sys.modules["threading"]._shutdown()

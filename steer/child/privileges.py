@@ -1,7 +1,7 @@
-"""What a worker may do: whom it runs as, which capabilities it keeps, and what it can reach.
+"""The privileges of a worker: its user, its capabilities, and which files it can reach.
 
-Root's are left to root: nginx, haproxy, and gunicorn with `-u`, are started as root, open
-what only root may, and give the rest up themselves.
+A worker that runs as root keeps root's capabilities: nginx, haproxy and gunicorn with `-u` start as
+root, open what only root may open, and drop the rest themselves.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from steer.linux.identity import Identity
 from steer.linux.reach import Barrier
 
 
-def settle(service: Service, who: Identity) -> None:
-    """Become `who`, and unless the service keeps privileges have none that are not root's.
+def apply(service: Service, who: Identity) -> None:
+    """Change the user to `who`, and drop capabilities unless the service keeps them or runs as
+    root.
 
     Raises:
         OSError: the kernel refuses.
@@ -31,30 +32,30 @@ def settle(service: Service, who: Identity) -> None:
         identity.become(who)
         capabilities.drop_inheritable()
     else:
-        # In this order: a change of user takes away what the bounding set is lowered by.
+        # In this order: after the change of user we may not reduce the bounding set.
         capabilities.drop_bounding()
         identity.become(who)
         capabilities.drop_all()
 
 
 def note(service: Service) -> str:
-    """What whoever starts the service is to be told of it; "" if nothing."""
+    """What to tell the user who starts the service; "": nothing."""
     is_given = service.user is not None or not (service.app or service.command)
     if is_given or os.geteuid() != 0:
         return ""
-    return "workers run as root: --user NAME runs them as somebody else"
+    return "workers run as root: --user NAME runs them as another user"
 
 
 class Barriers(msgspec.Struct, frozen=True):
-    """What keeps workers from their command, and from what they import. None: nothing that is
-    known of."""
+    """What keeps workers from reading their command, and what they import. None: nothing known."""
 
     command: Barrier | None = None
     imports: Barrier | None = None
 
     @property
     def note(self) -> str:
-        """What whoever starts the service is to be told, as a worker may need none of it."""
+        """A warning for the user who starts the service: workers may not need what they cannot
+        read."""
         if self.imports is None:
             return ""
         what = "workers may not find the application"
@@ -62,10 +63,10 @@ class Barriers(msgspec.Struct, frozen=True):
 
 
 def barriers(service: Service, environment: Mapping[str, str]) -> Barriers:
-    """Looked for as the user of its workers, if that is given.
+    """Look for barriers as the user of the workers, if the service has one.
 
     Raises:
-        ConfigError: it is not ours to run as that user.
+        ConfigError: we may not run as that user.
     """
     who = identity.identity(service.user, service.group)
     if who.uid is None and who.gid is None:
@@ -74,7 +75,7 @@ def barriers(service: Service, environment: Mapping[str, str]) -> Barriers:
     def become() -> None:
         if service.chdir is not None:
             os.chdir(service.chdir)
-        settle(service, who)
+        apply(service, who)
 
     given = dict(pair.split("=", 1) for pair in service.env)
     search = os.get_exec_path({**environment, **given})
@@ -84,14 +85,14 @@ def barriers(service: Service, environment: Mapping[str, str]) -> Barriers:
         to_command = reach.to_command(program, search) if program else None
         return [to_command, to_imports(service)]
 
-    with suppress(OSError):  # a worker's own error will tell
+    with suppress(OSError):  # the error of a worker will tell
         return Barriers(*reach.tried(become, look))
     return Barriers()
 
 
 def to_imports(service: Service) -> Barrier | None:
-    """What keeps the user that we are from where a worker finds its modules: the current
-    directory, and for a callable the Python that runs us. Raises OSError."""
+    """What keeps our user from the directories in which a worker finds its modules: the current
+    one, and for a callable those of this Python. Raises OSError."""
     if not service.app and not service.command:
         return None
     places = [os.getcwd(), *([sys.prefix, sys.base_prefix] if service.app else [])]

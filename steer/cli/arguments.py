@@ -1,4 +1,4 @@
-"""The options of `run` as click reads them, and what it says of those that are none."""
+"""The options of `run` for click, and its error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from steer.cli.options import APP, APP_METAVAR, OPTIONS, Option
 
 Command = Callable[..., Any]
-"""A function that is to be one of the command line's."""
+"""A function that becomes a command."""
 
 
 def service_options(command: Command) -> Command:
@@ -38,13 +38,14 @@ def _as_click_has_it(option: Option) -> Callable[[Command], Command]:
 
 
 def given_command() -> Sequence[str]:
-    """What stands behind `--` of the command that is under way."""
+    """The arguments after `--` of the current command."""
     command: Sequence[str] = click.get_current_context().meta.get("command", ())
     return command
 
 
 class TakesCommand(click.Command):
-    """What stands behind `--` is the worker's command, and not ours to read."""
+    """A command of ours that takes the command of the workers after `--`, and leaves that
+    unread."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         if "--" in arguments:
@@ -70,13 +71,13 @@ _NO_OPTIONS = {
     "app": "The app is an argument: MODULE:CALLABLE.",
     "command": "The command goes after --.",
 }
-"""Keys of the configuration that are not given as options -> how they are."""
+"""Keys of the configuration that are no options, and how to give them."""
 
 
 def _see_no_option(
     command: click.Command, context: click.Context, before: Sequence[str], after: Sequence[str]
 ) -> None:
-    """Raises UsageError: what stands behind `--` begins with an option of ours."""
+    """Raises UsageError: the arguments after `--` begin with an option of ours."""
     if not after[0].startswith("-"):
         return
     parser = command.make_parser(context)
@@ -87,13 +88,13 @@ def _see_no_option(
         return
     at = len(after) - len(rest) - 1
     if given.get("app") == after[at]:
-        words = f"{after[0]} stands behind --, where the command begins."
+        words = f"{after[0]} is after --, where the command begins."
         line = _line(context, [*before, *after[:at]], after[at:])
         raise click.UsageError(f"{words} {line}", context)
 
 
 def _line(context: click.Context, options: Sequence[str], command: Sequence[str]) -> str:
-    """What to type."""
+    """What to type instead."""
     import shlex
 
     line = shlex.join((*context.command_path.split(), *options, "--", *command))
@@ -106,10 +107,10 @@ def _see_no_command(
     arguments: Sequence[str],
     after: Sequence[str] = (),
 ) -> None:
-    """Raises UsageError: of these, one begins a command, and `--` was forgotten.
+    """Raises UsageError: one of the arguments begins a command, and `--` was forgotten before it.
 
     Args:
-        after: what stands behind a `--` that came too late.
+        after: the arguments after a `--` that comes too late.
     """
     parser = command.make_parser(context)
     parser.allow_interspersed_args = False

@@ -1,7 +1,7 @@
-"""The commands that act on a running service, and return when that is done.
+"""The commands that act on a running service. They return when that is done.
 
-Nothing of click here: as they are mostly given they are read without it, as to import it takes
-almost as long as all the rest.
+They usually have simple arguments, which are read without click: to import click takes almost as
+long as everything else.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ COMMANDS = tuple(name for name, command in TABLE.items() if command.done)
 
 
 def plain(command: str, arguments: Sequence[str]) -> Callable[[], None] | None:
-    """What one of `COMMANDS` is asked for by arguments that are as they mostly are.
+    """Read the arguments of one of `COMMANDS`, if they are simple.
 
     Returns:
-        The same as click finds; None where only that can tell, or say what is wrong.
+        What click would find; None: click is needed to read them, or to say what is wrong.
     """
     flags, valued = {"--json": "as_json"}, {"--control-socket": "control_socket"}
     if command == "stop":
@@ -55,7 +55,7 @@ def _put(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[],
 
 
 def _workers(text: str) -> Mapping[str, int]:
-    """So many, or with a sign so many more or fewer. Raises values.Invalid."""
+    """A number of workers, or with a sign a difference. Raises values.Invalid."""
     from steer import values
     from steer.config import service
 
@@ -73,13 +73,13 @@ def _slot(text: str) -> Mapping[str, int]:
 
 
 NUMBERS: Mapping[str, Callable[[str], Mapping[str, Any]]] = {"N": _workers, "SLOT": _slot}
-"""What a request has, by what the number is called that is given."""
+"""By the name of the argument, how to make the part of a request from its text."""
 
 
 def perform(
     command: str, name: str | None, as_json: bool, control_socket: str | None, **more: Any
 ) -> None:
-    """Have a service do it, and say what was done."""
+    """Have a service carry out a command, and print what was done."""
     import msgspec
 
     from steer.cli import output
@@ -103,7 +103,7 @@ def choose(
     params: Sequence[str] = (),
     **how: Any,
 ) -> None:
-    """Have it choose by another policy; a path is one of ours."""
+    """Change the policy of a service. A path is relative to our current directory."""
     from steer.policy.builtin import CUSTOM_SUFFIX
 
     if policy.endswith(CUSTOM_SUFFIX):
@@ -113,7 +113,7 @@ def choose(
 
 
 def stop(name: str | None, quick: bool, as_json: bool, control_socket: str | None) -> None:
-    """End a service, or what is left of one; return when it has ended."""
+    """Stop a service, or abandoned workers of one; return when they have ended."""
     from steer.cli import output
     from steer.control import client, find
 

@@ -1,6 +1,6 @@
-"""What goes around every command: standard streams, and how what goes wrong is told.
+"""Wraps every command: opens standard streams, and reports errors in words.
 
-Nothing of click here, as `run` does without it.
+It does not import click, as `run` works without it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def guarded(perform: Callable[[], object]) -> None:
-    """Do what was asked for; whatever goes wrong is told in words.
+    """Perform a command, and report any error in words.
 
     Raises:
-        SystemExit: something did.
+        SystemExit: the command failed.
     """
     _open_standard_streams()
     try:
@@ -38,9 +38,9 @@ def guarded(perform: Callable[[], object]) -> None:
         print(file=sys.stderr)  # after the ^C that the terminal shows
         sys.exit(130)
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # who read our output has had enough of it
+        if not isinstance(error, BrokenPipeError):  # the reader of our output has closed it
             complain(str(error))
-        # Or what could not be written would be tried, and complained of, once more.
+        # Else Python would try to write the rest at exit, and complain again.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
@@ -50,8 +50,8 @@ def guarded(perform: Callable[[], object]) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Where one is closed, a file opened later would stand there, and be written to. And what
-    a terminal's character set lacks must not fail."""
+    """Open streams that are closed: else a file that is opened later would get their number. And
+    let characters that the terminal lacks be escaped instead of failing."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
@@ -60,7 +60,7 @@ def _open_standard_streams() -> None:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Raises ConfigError: one is no text, and could be in no message, answer or log."""
+    """Raises ConfigError: an argument is not UTF-8, and so cannot be put into a message or log."""
     with suppress(UnicodeEncodeError):
         "".join(arguments).encode()
         return
@@ -75,7 +75,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _complain_of(error: Exception) -> None:
-    """Of what the machine lacks, or else of a bug."""
+    """Report what the machine lacks, or else a bug."""
     from steer.linux import retry
 
     if retry.is_lack(error):
@@ -85,7 +85,7 @@ def _complain_of(error: Exception) -> None:
 
 
 def _complain_of_bug(error: Exception) -> None:
-    """In one line, with the place; whoever debugs asks for all places on the way there."""
+    """Report a bug in one line with its place; with the whole trace at the log level debug."""
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
@@ -100,13 +100,13 @@ _in_force: list[Log] = []
 
 
 def logs_to(log: Log) -> None:
-    """The log of the service that this process runs, now that its configuration is known."""
+    """Set the log of the service that this process runs, once its configuration is known."""
     _in_force.append(log)
 
 
 def log_format() -> str:
-    """Of the log that `run` writes, or is about to: as the configuration has it, or before that
-    is read, as the command line or the environment has."""
+    """The format of the log that `run` writes: the configured one, or before the configuration is
+    read, that of the command line or the environment."""
     if _in_force:
         return _in_force[0].form
     command, *rest = sys.argv[1:] or [""]
@@ -121,7 +121,7 @@ def log_format() -> str:
 
 
 def complain(message: str, detail: str = "") -> None:
-    """Say it on standard error, as the log has it if that is JSON."""
+    """Print an error on standard error, as JSON if the log is JSON."""
     lines = [message, *(f"  | {line}" for line in detail.splitlines())]
     if log_format() == "json":
         from steer.linux.log import error_lines

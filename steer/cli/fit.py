@@ -1,4 +1,4 @@
-"""A table that fits a terminal: rather with a column less than with lines that break. Pure."""
+"""Fits a table into a terminal: it leaves out columns before lines would break. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from steer.cli.tables import GAP, Table, plain_width
 
 
 def fit(table: Table, width: int) -> Table:
-    """The table in lines of at most `width` characters, as far as that can be.
+    """The table in lines of at most `width` characters, if that is possible.
 
     Columns that may be left out go one by one: first those that have the same in every row,
     then the others, each in the order in which the table names them. What went is said below.

@@ -1,4 +1,4 @@
-"""The command line. Whatever takes time to import is imported by the command that needs it."""
+"""The command line. Each command imports what takes time to import when it needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steer.cli.arguments import Command, TakesCommand, given_command, service_op
 from steer.cli.options import RUN_OPTIONS, Given, Source
 
 _Named = tuple[str | None, Mapping[str, Any]]
-"""A service's name, if given, and the number, as a request has it."""
+"""The name of a service, if given, and the number as part of a request."""
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ _CONTROL_SOCKET = click.option(
 
 
 def _numbered(number: str) -> Callable[[Command], Command]:
-    """The arguments [NAME] and a number; one alone is the number."""
+    """The arguments [NAME] and a number. A single argument is the number."""
 
     def read(context: click.Context, _: click.Parameter, given: tuple[str, ...]) -> _Named:
         from steer import values
@@ -155,9 +155,9 @@ def check(as_json: bool, **options: Any) -> None:
 @_CONTROL_SOCKET
 def status(name: str | None, as_json: bool, watch: bool, control_socket: str | None) -> None:
     """Show running services: policy, backend, workers, counters."""
-    from steer.cli.status import Asked, perform
+    from steer.cli.status import Query, perform
 
-    perform(Asked(name, as_json, watch, control_socket))
+    perform(Query(name, as_json, watch, control_socket))
 
 
 @cli.command()
@@ -225,7 +225,13 @@ def restart(named: _Named, **how: Any) -> None:
 @cli.command()
 @click.argument("named", nargs=-1, metavar="[NAME] POLICY")
 @click.option("--weights", metavar="N,N...", help="Share of each worker; default: unchanged.")
-@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of it.")
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set a parameter of the policy; can be repeated.",
+)
 @_AS_JSON
 @_CONTROL_SOCKET
 def policy(

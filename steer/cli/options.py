@@ -1,7 +1,7 @@
-"""The options of `run`, and the configuration they are one source of.
+"""The options of `run`, and the configuration that they are a source of.
 
-Nothing of click here: what `run` is usually given is read without it, as to import it takes
-longer than all the rest of a start but Python's own.
+Simple arguments of `run` are read without click: to import click takes longer than the rest of a
+start, apart from that of Python itself.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Option:
     """An option of the command line.
 
     Args:
-        names: the last is the long one.
-        metavar: what its value is called; "" for one that has none.
-        is_multiple: whether each value given is kept, and not just the last.
-        renamed: its key, where that is not the long name.
+        names: the last one is the long name.
+        metavar: the name of its value; "": it has no value.
+        is_multiple: whether it can be repeated, and each value counts.
+        renamed: its key, if that differs from the long name.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ OPTIONS = (
         "Control socket; default /run/steer/NAME.sock. See also STEER_RUNTIME_DIR.",
     ),
 )
-"""The keys of the configuration, with dashes; of the app and the command see `Given`."""
+"""The keys of the configuration, with dashes. For the app and the command see `Given`."""
 RUN_OPTIONS = (
     Option(("--check-config",), "", "Check the configuration, then exit."),
     Option(("--print-config",), "", "Print the configuration, then exit."),
@@ -146,7 +146,7 @@ class Given:
 
     Args:
         options: by key; None or (): not given. The app is one.
-        command: what stands behind `--`.
+        command: the arguments after `--`.
     """
 
     def __init__(self, options: Mapping[str, Any], command: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ def plain(arguments: Sequence[str]) -> Given | None:
     name, and with its value.
 
     Returns:
-        The same as click finds; None where only that can tell, or say what is wrong.
+        What click would find; None: click is needed to read them, or to say what is wrong.
     """
     own, command = list(arguments), list[str]()
     if "--" in own:
@@ -199,7 +199,7 @@ def words(
         flags, valued: the keys of its options without and with a value, by their names.
 
     Returns:
-        The same as click finds; None where only that can tell, or say what is wrong.
+        What click would find; None: click is needed to read them, or to say what is wrong.
     """
     names: list[str] = []
     given = {**dict.fromkeys(flags.values(), False), **dict.fromkeys(valued.values())}
@@ -220,15 +220,15 @@ def words(
 
 
 class Source:
-    """Where the configuration comes from: called, it is read anew, all of it.
+    """The source of the configuration. Each call reads all of it again.
 
-    A relative FILE is looked for where the command was started, and so is a policy's. The
-    default one may be missing, but not once it has been there.
+    Relative paths of the file and of a policy start from the directory in which the command was
+    started. The default file may be missing, but not once it has been read.
 
     Args:
-        options: of a command, by key; None: not given.
-        command: the worker's, if one was given.
-        runs: whether it is to be of something that can run: see `service.load`.
+        options: the options of a command, by key; None: not given.
+        command: the command of the workers, if one was given.
+        runs: whether the service is to be run; see `service.load`.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class Source:
         """The configuration as it is now.
 
         Raises:
-            ConfigError: names what cannot be read, or cannot be.
+            ConfigError: names what cannot be read, or the wrong value.
         """
         import msgspec
 
@@ -263,7 +263,7 @@ class Source:
         return msgspec.structs.replace(service, policy=path)
 
     def _table(self) -> dict[str, Any] | None:
-        """What the file says; None if there is none. Raises ConfigError."""
+        """The table of the file; None: there is no file. Raises ConfigError."""
         from steer.config.service import read
         from steer.errors import ConfigError
 
@@ -281,7 +281,7 @@ class Source:
 
 
 def _directory() -> str:
-    """Of this process; "" if it has been removed: then no relative file is in it either."""
+    """The current directory; "" if it was removed: then it has no files either."""
     with suppress(OSError):
         return os.getcwd()
     return ""

@@ -1,5 +1,4 @@
-"""Tables on standard output: fitted to the terminal where there is one, plain text where not.
-And on standard error, if that is a terminal, how far something is."""
+"""Prints tables: fitted to a terminal, or as plain text. Shows progress on a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 WATCH_S = 1.0
 _TURN_S = 0.13
 _COLUMNS, _LINES = 80, 24
-"""Of a terminal that does not tell."""
+"""The size of a terminal that does not say."""
 
 # console_codes(4), and of the alternate screen xterm's control sequences.
 _HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -63,7 +62,7 @@ def watch(look: Callable[[], Sequence[Table]]) -> NoReturn:
 
 
 def again(tell: Callable[[], None]) -> NoReturn:
-    """Once a second, until interrupted."""
+    """Call it once a second, until interrupted."""
     while True:
         tell()
         sys.stdout.flush()

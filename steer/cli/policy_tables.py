@@ -1,4 +1,4 @@
-"""What `steer policies` prints for people: all policies, or what was found of one. Pure."""
+"""The tables of `steer policies`: all policies, or the results of checking one. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steer.values import plural
 
 
 def described() -> list[dict[str, object]]:
-    """Of every built-in policy, what `steer policies --json` prints."""
+    """Every built-in policy, as `steer policies --json` prints it."""
     return [
         {
             "name": each.name,
@@ -27,7 +27,7 @@ def described() -> list[dict[str, object]]:
 
 
 def overview() -> list[Table]:
-    """What `steer policies` prints."""
+    """The table that `steer policies` prints."""
     rows = [
         (each.name, ", ".join(each.backends), each.summary, _defaults(each))
         for each in map(find.find, POLICIES)
@@ -40,7 +40,7 @@ def _defaults(found: Policy) -> str:
 
 
 def tables(checked: Checked) -> list[Table]:
-    """What `steer policies check` prints; those with nothing in them left out."""
+    """The tables that `steer policies check` prints, without empty ones."""
     found = [
         Table(": ".join(filter(None, (checked.name, checked.summary))), ("", ""), _whole(checked)),
         Table("verifier", _VERIFIER, _figures(checked.programs)),

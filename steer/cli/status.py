@@ -15,7 +15,7 @@ from steer.control import client, find, schema
 from steer.errors import NotRunning
 
 
-class Asked(msgspec.Struct, frozen=True):
+class Query(msgspec.Struct, frozen=True):
     """Args:
     name: of a service; None: all, unless there is a control socket.
     """
@@ -26,7 +26,7 @@ class Asked(msgspec.Struct, frozen=True):
     control_socket: str | None = None
 
 
-def plain(arguments: Sequence[str]) -> Asked | None:
+def plain(arguments: Sequence[str]) -> Query | None:
     """What is asked for by arguments that are as they mostly are.
 
     Returns:
@@ -37,20 +37,20 @@ def plain(arguments: Sequence[str]) -> Asked | None:
     if read is None or len(read[0]) > 1:
         return None
     names, given = read
-    return Asked(names[0] if names else None, **given)
+    return Query(names[0] if names else None, **given)
 
 
-def perform(asked: Asked) -> None:
+def perform(query: Query) -> None:
     """Show what runs.
 
     Raises:
         ControlError
         NotRunning: there is none of that name, or none of this user's.
     """
-    if asked.watch:
-        _watch(asked)
-    found = _current(asked)
-    if asked.as_json:
+    if query.watch:
+        _watch(query)
+    found = _current(query)
+    if query.as_json:
         output.as_json(found)
     else:
         output.tables(tables.of_status(found))
@@ -59,19 +59,19 @@ def perform(asked: Asked) -> None:
     others = find.of_others(os.environ) if found.others else ()
     if others:
         raise NotRunning("status", *find.none_of_ours(others))
-    if not asked.as_json:
+    if not query.as_json:
         print("no service is running")
 
 
-def _watch(asked: Asked) -> NoReturn:
+def _watch(query: Query) -> NoReturn:
     with closing(client.Connections()) as connections:
-        if asked.as_json:
-            output.again(lambda: output.as_json(_current(asked, connections)))
-        output.watch(lambda: tables.of_status(_current(asked, connections)))
+        if query.as_json:
+            output.again(lambda: output.as_json(_current(query, connections)))
+        output.watch(lambda: tables.of_status(_current(query, connections)))
 
 
-def _current(asked: Asked, connections: client.Connections | None = None) -> schema.Status:
-    if asked.name or asked.control_socket:
-        path = find.locate(asked.name, asked.control_socket, os.environ, connections)
+def _current(query: Query, connections: client.Connections | None = None) -> schema.Status:
+    if query.name or query.control_socket:
+        path = find.locate(query.name, query.control_socket, os.environ, connections)
         return client.status(path, connections)
     return find.status_of_all(os.environ, connections)

@@ -1,4 +1,4 @@
-"""Tables for people: what `steer status` tells as rows of text. Pure."""
+"""The status of services as tables of text. Pure."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def of_status(status: Status) -> list[Table]:
 
 
 def orphans_table(orphans: Sequence[Orphan]) -> Table:
-    """The services that nobody can tell more of."""
+    """The services without a controller, of which no more is known."""
     return Table("", ("service", "state"), [(each.name, each.state) for each in orphans])
 
 
@@ -114,7 +114,7 @@ def _widths(table: Table) -> list[int]:
 
 
 def duration(seconds: float | None) -> str:
-    """Two units at most: "4.2s", "3m05s", "2h10m", "3d04h"."""
+    """A duration in two units at most: "4.2s", "3m05s", "2h10m", "3d04h"."""
     if seconds is None:
         return "-"
     if round(seconds, 1) < 60:

@@ -60,12 +60,12 @@ def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
     taken.refuse_taken(plan.name, service.control_socket, environment)
     if service.pid:
         check_pid_file(service.pid)
-    backend, stands = fallback.first_that_works(plan, open_whole, lambda _: None)
+    backend, working = fallback.first_that_works(plan, open_whole, lambda _: None)
     backend.steer([Member(spec.number, spec.weight, spec.cpu) for spec in plan.specs])
     notes = [*backend.notes, *_notes(service), *filter(None, [barriers.note])]
-    if stands.backends[0].backend == KERNEL:
+    if working.backends[0].backend == KERNEL:
         notes += map(str, anchors.notes(plan.binds, {}))
-    found = DryRun(stands, notes, backend.memory_bytes())
+    found = DryRun(working, notes, backend.memory_bytes())
     backend.close()
     for bind in plan.binds:
         port_checks.check_free(bind, service.settings)
@@ -76,8 +76,8 @@ def _notes(service: Service) -> Iterator[str]:
     """What is to be known of a service, whatever its backend."""
     if as_whom := privileges.note(service):
         yield as_whom
-    if service.stop_signal is None and (told := servers.note(service.command)):
-        yield told
+    if service.stop_signal is None and (hint := servers.note(service.command)):
+        yield hint
     yield from map(str, sockopt.shortfalls(service.binds, service.settings))
     with suppress(OSError):  # that it could not be looked at is not worth an error
         yield from visibility.notes_on(visibility.of(service))

@@ -1,4 +1,4 @@
-"""How the log tells of what could not be done."""
+"""Logs what could not be done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steer.linux.retry import as_refusal, is_lack
 
 
 def refusal_of(log: Log, act: str, error: Exception) -> SteerError:
-    """Any error in words. Where it is a bug, the debug log gets its traceback."""
+    """Any error as a refusal in words. If it is a bug, its traceback is logged at debug level."""
     if not is_lack(error):
         log.debug("%s", "".join(traceback.format_exception(error)))
     return as_refusal(act, error)
@@ -23,7 +23,7 @@ def log_failure(log: Log, act: str, error: SteerError) -> None:
 
 
 def log_refused_request(log: Log, command: str, error: SteerError) -> None:
-    """In one line, and as no error of the service: whoever asked is told the rest."""
+    """Log a refused request in one line, as a warning. The client gets the details."""
     log.warning("request refused: %s", with_act(command, error))
     for line in error.detail.splitlines():
         log.debug("  | %s", line)

@@ -28,11 +28,11 @@ from steer.workers.pool import WorkerPool
 
 
 def unreported(_text: str, _done: int, _of: int) -> None:
-    """For changes that nobody watches."""
+    """Reports no progress, for changes that no client waits for."""
 
 
 class Rollout:
-    """That of one service. `renew`, `scale` and `restart` are called in a turn.
+    """Replaces workers of one service. `renew`, `scale` and `restart` are called in a turn.
 
     Args:
         pool: the workers.
@@ -52,8 +52,8 @@ class Rollout:
         """Replace all workers by those of another plan.
 
         Raises:
-            WorkersFailed, AppLoadError, BindError, KernelError: they do not come up.
-            ControlError: the service ends, or there is no room for them.
+            WorkersFailed, AppLoadError, BindError, KernelError: the new workers do not start.
+            ControlError: the service ends, or there is no room for the new workers.
         """
         generation = Generation(self._pool.generation.number + 1, plan)
         old = list(self._pool.workers)
@@ -63,8 +63,8 @@ class Rollout:
     async def scale(self, plan: Plan, progress: Progress) -> None:
         """Start and end workers until there is one for each spec of the plan.
 
-        If none of those who would stay serves, as they are drained, hang or fail, others
-        take their places: the last that serves is not ended.
+        If no worker that would stay is serving, as all are drained, hung or failing, new workers
+        replace them, so that the last worker that serves is not ended without a replacement.
 
         Raises:
             As `renew`.
@@ -93,7 +93,7 @@ class Rollout:
         """Start another worker for one that is hung or has lost its sockets.
 
         Args:
-            is_due: whether that is still so: the worker may recover first, or exit.
+            is_due: whether that is still necessary: the worker may have recovered, or ended.
         """
         async with self.turns.turn(f"replace worker {worker.slot}"):
             if not is_due(worker):
@@ -111,7 +111,7 @@ class Rollout:
         """Send a worker nothing new, and wait until its accept queues are empty.
 
         Raises:
-            ControlError: they are not, as the worker does not accept.
+            ControlError: they do not become empty, as the worker does not accept.
         """
         self._pool.report(worker, Event.DRAIN)
         limit_s = self._pool.generation.plan.service.graceful_timeout
@@ -199,11 +199,11 @@ class Rollout:
 
 
 def _see_that_it_stayed(worker: WorkerHandle) -> None:
-    """It may have failed, or been ready and ended since.
+    """See that a new worker has neither failed nor ended.
 
     Raises:
-        SteerError: as it failed with.
-        WorkersFailed
+        SteerError: the error of the worker.
+        WorkersFailed: it has ended.
     """
     if worker.state not in (State.STARTING, State.READY):
         raise worker.error or WorkersFailed("start workers", f"one is {worker.state.value}")

@@ -1,4 +1,4 @@
-"""What each signal has a service do. A handler only begins it: the loop does the work."""
+"""Handles signals. A handler only begins a change: the loop does the work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Signals:
         self._has_terminal = not stdio.terminal_is_gone()
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """From here on; those that were held until now come first."""
+        """Handle signals from here on. Signals that were held until now come first."""
         handlers: Mapping[signal.Signals, Callable[[], object]] = {
             signal.SIGTERM: lambda: self._stop(False),
             signal.SIGINT: lambda: self._stop(True),
@@ -58,14 +58,15 @@ class Signals:
         self._tasks.begin(act, lambda: self._changes.scale_by(more, unreported), signal_number)
 
     def _on_hangup(self) -> None:
-        """Asked to reload; or the terminal that it ran in was closed."""
+        """Reload, or stop if the terminal of this process was closed."""
         if self._has_terminal and stdio.terminal_is_gone():
             self._stop(False)
         else:
             self._tasks.begin("reload", lambda: self._changes.reload(unreported), signal.SIGHUP)
 
     def _on_window_change(self) -> None:
-        """With a terminal it means that a window has another size."""
+        """End all workers. With a terminal, the signal only means that the window has a new
+        size."""
         if not self._has_terminal:
             act = "end all workers"
             self._tasks.begin(act, lambda: self._changes.scale(0, unreported), signal.SIGWINCH)

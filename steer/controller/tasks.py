@@ -1,4 +1,4 @@
-"""Changes that nobody waits for: signals and health checks begin them; the log tells the end."""
+"""Changes that no client waits for. Signals and health checks begin them; errors are logged."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Tasks:
         try:
             await change()
         except Postponed:
-            # Signals are held by now: it waits for the next controller.
+            # Signals are held by now, so the signal waits for the next controller.
             if signal_number is not None:
                 os.kill(os.getpid(), signal_number)
-        except Exception as error:  # noqa: BLE001 - logged; nobody else is there to be told
-            # Whoever ended the service knows what does not happen any more.
+        except Exception as error:  # noqa: BLE001 - logged, as no client waits
+            # Once the service is stopping, refused changes are expected.
             if not self._state.is_stopping or not isinstance(error, ControlError):
                 log_failure(self._log, act, refusal_of(self._log, act, error))

@@ -1,4 +1,4 @@
-"""One change of a service after the other: each starts from what the last one left."""
+"""Makes changes of a service wait for each other: each starts from the result of the last one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Turns:
     """The queue of changes of one service.
 
     Attributes:
-        act: what the change does whose turn it is, in words; for errors.
+        act: what the current change does, in words; for errors.
     """
 
     def __init__(self) -> None:
@@ -31,22 +31,22 @@ class Turns:
         return self._waiting > 0
 
     def postpone(self) -> None:
-        """No more changes: the next controller is to be asked."""
+        """Refuse more changes: clients are to ask the next controller."""
         self._postponing = True
 
     def end(self) -> None:
-        """No more changes: the service ends, and the change that is under way is cancelled."""
+        """Refuse more changes, as the service ends, and cancel the current one."""
         if not self._ending and self._changing is not None:
             self._changing.cancel()
         self._ending = True
 
     @asynccontextmanager
     async def turn(self, act: str) -> AsyncIterator[None]:
-        """Wait until it is our turn; what is done inside is one change.
+        """Wait for our turn. The block is one change.
 
         Raises:
-            ControlError: the service ends.
-            Postponed: so does this controller.
+            ControlError: the service is ending.
+            Postponed: this controller is being replaced.
         """
         self._waiting += 1
         try:

@@ -1,4 +1,4 @@
-"""What there is to judge, and the words of a judgement."""
+"""What the checks get, and what they return."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ RUN, MIGRATE, COUNT = "run", "migrate", "count"
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What one check has to say.
+    """The finding of a check.
 
     Args:
         topic: a key of CHECKS; one topic may have several findings.
         verdict: "warn": the service runs, with less than there could be; "fail": it
             would not start, or not as asked; "unknown": could not be looked at.
-        cure: what would help; "" only if all is well.
+        cure: what would help; "": all is well.
     """
 
     topic: str
@@ -93,13 +93,13 @@ class Case:
 
     @cached_property
     def _last(self) -> Policy:
-        """Of the policies to try the one that stands on the most backends."""
+        """The policy with the most backends, of the policies to try."""
         asked = find.find(self.service.policy)
         return asked.candidates[-1] if asked.candidates else asked
 
     @property
     def wanted(self) -> Sequence[str]:
-        """The backends that this service may stand on."""
+        """The backends that this service may use."""
         asked = self.service.backend
         first = 0 if asked == "auto" else BACKENDS.index(asked)
         return tuple(each for each in BACKENDS[first:] if each in self._last.backends)
@@ -114,13 +114,13 @@ class Case:
 
     @property
     def has_cap_bpf(self) -> bool:
-        """CAP_SYS_ADMIN has it in it (capabilities(7)). What cannot be read is not held lacking."""
+        """CAP_SYS_ADMIN includes it (capabilities(7)). If it cannot be read, it counts as there."""
         held = self.facts.capabilities
         return isinstance(held, Unknown) or not held.isdisjoint({"CAP_BPF", "CAP_SYS_ADMIN"})
 
     @property
     def is_refused(self) -> bool:
-        """Whether eBPF is not permitted, rather than not there."""
+        """Whether the kernel has eBPF, but does not permit it."""
         found = self.probes[EBPF]
         return found.answer is Answer.NO and not found.cure and found.errno == errno.EPERM
 

@@ -15,7 +15,7 @@ from steer.doctor.look import look
 
 
 def examine(service: Service) -> list[Finding]:
-    """Everything there is to say about running `service` here. Changes nothing."""
+    """The findings about running a service here. This changes nothing."""
     return judge(look(service))
 
 
@@ -61,4 +61,4 @@ CHECKS: Mapping[str, Check] = {
     "policy": fallback.policy,
     "backend": fallback.backend,
 }
-"""By topic, in the order they are told. The topics are what scripts look for: keep them."""
+"""By topic, in the order of the output. Scripts look for the topics: keep them."""

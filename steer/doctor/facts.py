@@ -30,7 +30,7 @@ CAPABILITIES = {
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
 }
-"""Those that matter here, by their bit (include/uapi/linux/capability.h)."""
+"""The capabilities that matter here, by their bit (include/uapi/linux/capability.h)."""
 
 SYSCTLS = (
     "kernel.unprivileged_bpf_disabled",
@@ -50,7 +50,7 @@ _ASK_BCC_S = 30.0
 
 @dataclass(frozen=True)
 class Unknown:
-    """It could not be read, and why."""
+    """A value that could not be read, and the reason."""
 
     reason: str
 
@@ -114,10 +114,10 @@ def read(
     sysfs: str = "/sys",
     procfs: str = "/proc",
 ) -> Facts:
-    """All of it. Asking for bcc takes a child process and up to half a second.
+    """Read everything. Looking for bcc takes a child process and up to half a second.
 
     Args:
-        control_socket: where one is wanted, instead of in a directory of our choice.
+        control_socket: the configured path of the control socket; None: in one of our directories.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Facts(
@@ -231,7 +231,7 @@ def _places(environment: Mapping[str, str], control_socket: str | None) -> tuple
 
 
 def _no_room(directory: Path) -> str:
-    """What would keep a `claim.Claim` from using the directory, made first if need be."""
+    """What would keep a `claim.Claim` from making a socket in the directory."""
     try:
         owner = directory.lstat().st_uid
     except FileNotFoundError:

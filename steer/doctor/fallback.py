@@ -1,4 +1,4 @@
-"""Checks of backends: which one the service gets, why no better one, and what would help."""
+"""Checks of backends: which one the service gets, why not a better one, and what would help."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def kernel(case: Case) -> Iterator[Opinion]:
 
 
 def _lacking(release: str) -> str:
-    """What later kernels give; nothing where the version is not to be read out of `release`."""
+    """What later kernels add; nothing if `release` does not tell the version."""
     version = features.kernel_version(release)
     later = [each for each in features.FEATURES if (0, 0) < version < each.since]
     return "".join(f"; {each.version} is needed {each.gives}" for each in later)
@@ -56,7 +56,7 @@ def cbpf(case: Case) -> Iterator[Opinion]:
 
 
 def migration(case: Case) -> Iterator[Opinion]:
-    """No backend is rejected for it: it comes with eBPF or does not."""
+    """Migration is no backend of its own: eBPF can do it or not."""
     if not case.has_tcp or EBPF not in case.wanted:
         return
     is_there = case.probes[EBPF].answer is Answer.YES
@@ -66,7 +66,7 @@ def migration(case: Case) -> Iterator[Opinion]:
 
 
 def counting(case: Case) -> Iterator[Opinion]:
-    """Without it least-conn has to do with less, and status shows none."""
+    """Without counting, least-conn reads accept queues, and `status` shows no open connections."""
     if not case.has_tcp or EBPF not in case.wanted:
         return
     found = case.probes[COUNT]
@@ -75,7 +75,7 @@ def counting(case: Case) -> Iterator[Opinion]:
 
 
 def _opinion(found: Finding, words: str, cure: str) -> Opinion:
-    """What a probe found, in `words` if it is a yes."""
+    """The result of a probe; `words` if it is a yes."""
     if found.answer is Answer.YES:
         return Opinion("ok", f"yes: {words}")
     if found.answer is Answer.NO:
@@ -97,7 +97,7 @@ def policy(case: Case) -> Iterator[Opinion]:
 
 
 def _count_cure(case: Case) -> str:
-    """What would have `auto` go by load."""
+    """What would let `auto` select by load."""
     if case.probes[EBPF].answer is not Answer.YES:
         return ebpf_cure(case)
     counting = case.probes[COUNT]
@@ -112,16 +112,16 @@ def backend(case: Case) -> Iterator[Opinion]:
     if not candidate.fallback:
         yield Opinion("ok", found)
     elif case.service.strict:
-        yield Opinion("fail", f"{found}, and --strict", f"{_climb(case)}, or drop --strict")
+        yield Opinion("fail", f"{found}, and --strict", f"{_improve(case)}, or drop --strict")
     else:
-        yield Opinion("warn", found, _climb(case))
+        yield Opinion("warn", found, _improve(case))
 
 
 def draining(case: Case) -> Iterator[Opinion]:
     candidate = known(case.plan, MOUNT_SYSFS).backends[0]
     cure = f"choose a policy and a backend that leave workers out: {EBPF} or {CBPF}"
     if candidate.backend == KERNEL:
-        yield Opinion("warn", STILL_CHOSEN, _climb(case) if candidate.fallback else cure)
+        yield Opinion("warn", STILL_CHOSEN, _improve(case) if candidate.fallback else cure)
     else:
         yield Opinion("ok", "a worker that is to end gets nothing new, and ends when it is done")
     if any(bind.protocol == "udp" for bind in case.service.binds):
@@ -131,10 +131,10 @@ def draining(case: Case) -> Iterator[Opinion]:
             yield Opinion("warn", note.found, note.cure)
 
 
-def _climb(case: Case) -> str:
-    """How to get to what was asked for."""
-    asked = case.service.backend
-    if asked not in ("auto", *case.policy.backends):
-        return f"choose --backend auto, or a policy that runs on {asked} (see `steer policies`)"
-    is_classic = asked == CBPF
+def _improve(case: Case) -> str:
+    """How to get the policy or backend that the user wants."""
+    wanted = case.service.backend
+    if wanted not in ("auto", *case.policy.backends):
+        return f"choose --backend auto, or a policy that runs on {wanted} (see `steer policies`)"
+    is_classic = wanted == CBPF
     return (case.probes[CBPF].cure or GET_CBPF) if is_classic else ebpf_cure(case)

@@ -1,4 +1,4 @@
-"""Asks the system, and tries in the small what `steer run` would do."""
+"""Reads the facts of this system, and tries on a small scale what `steer run` would do."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REPORT = "report it with the verifier's words, which `steer run` shows"
 
 
 def look(service: Service) -> Case:
-    """Ask the system, and try in the small what `run` would do."""
+    """Read the facts, and try on a small scale what `run` would do."""
     asked: dict[str, Callable[[], Finding]] = {
         RUN: partial(probe.ask, features.RUN),
         EBPF: partial(probe.ask, features.EBPF),
@@ -87,12 +87,12 @@ def _probed(ask: Callable[[], Finding]) -> Finding:
 
 
 def _to_be_judged(found: Finding) -> Finding:
-    """Of the many causes that a refusal can have, the checks look for the one."""
+    """The finding without its cure if it is EPERM: the checks find out the cause."""
     return msgspec.structs.replace(found, cure="") if found.errno == errno.EPERM else found
 
 
 def _try_out(service: Service, probes: dict[str, Finding]) -> Plan | Unknown:
-    """The plan whose first backend takes the policy itself; what does not is noted in `probes`."""
+    """The plan with the first backend that can load the policy; others are noted in `probes`."""
     plan = _plan(service, probes)
     while not isinstance(plan, Unknown):
         backend = plan.backends[0].backend
@@ -110,7 +110,7 @@ def _try_out(service: Service, probes: dict[str, Finding]) -> Plan | Unknown:
 
 def _plan(service: Service, probes: Mapping[str, Finding]) -> Plan | Unknown:
     lenient = msgspec.structs.replace(service, strict=False)
-    # The cures are told by the checks.
+    # The checks say what would help.
     found = {name: Finding(each.answer, each.reason) for name, each in probes.items()}
     try:
         return planning.plan(lenient, topology.read(), found, find.find(service.policy))
@@ -134,6 +134,6 @@ def _refusal(plan: Plan) -> Finding | None:
         found = f"{whose}{error.note.found}"
         return _to_be_judged(Finding(Answer.NO, found, error.cure, error.errno))
     except OSError as error:
-        # A no though it tells little: what is unknown would be tried again, for ever.
+        # It counts as a no: an unknown would be tried again, without end.
         return Finding(Answer.NO, f"{whose}try {plan.backends[0].backend}: {in_words(error)}")
     return None

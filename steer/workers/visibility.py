@@ -31,7 +31,7 @@ def of(service: Service) -> Access:
         OSError: it cannot be tried.
     """
     who = identity.identity(service.user, service.group)
-    return access.access_to(lambda: privileges.settle(service, who), executes=not service.app)
+    return access.access_to(lambda: privileges.apply(service, who), executes=not service.app)
 
 
 def notes_on(found: Access) -> list[str]:

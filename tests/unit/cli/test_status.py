@@ -22,7 +22,7 @@ def test_status_is_read_without_click_as_with_it(arguments: list[str]) -> None:
     found = status.plain(arguments)
     if found is not None:
         context = main.status.make_context("status", list(arguments))
-        assert found == status.Asked(**context.params)
+        assert found == status.Query(**context.params)
 
 
 @pytest.mark.parametrize("command", ["reload", "scale", "drain", "restart", "policy", "stop"])
