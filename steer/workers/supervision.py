@@ -94,13 +94,8 @@ class Supervision:
         self._removal = SocketRemoval(pool.selection, pool.shutdown, pool.log, pool.retry)
         self.ends = self._make_ends()
         deadlines = self._make_deadlines()
-        termination = Termination(
-            deadlines,
-            self.ends,
-            pool.shutdown,
-            self._worker_log,
-            start_drain or self._make_drainer().begin,
-        )
+        drain = start_drain or self._make_drainer().begin
+        termination = Termination(deadlines, self.ends, pool.shutdown, self._worker_log, drain)
         self._watcher = Watcher(self.ends, deadlines, termination, pool.retry, changed)
         starter = Starter(
             pool.spawner, self._watcher, self._removal, pool.start_queue, pool.lot, pool.retry
@@ -110,7 +105,7 @@ class Supervision:
         self.restarts = self._make_restarts(starter)
         forget = self._set_commands(termination)
         self.notifications = Notifications(pool.workers, pool.clock, pool.unheard, report, changed)
-        self.retiring = InSteps(loop, lambda worker: report(worker, Event.RETIRE))
+        retiring = InSteps(loop, lambda worker: report(worker, Event.RETIRE))
         self.stopping = InSteps(
             loop,
             lambda worker: report(worker, Event.STOP),
@@ -119,7 +114,7 @@ class Supervision:
         )
         self.pinning = InSteps(loop, self._pin)
         self.replacement = Replacement(
-            pool.selection.publisher, starter, self.transitions, forget, self.retiring
+            pool.selection.publisher, starter, self.transitions, forget, retiring
         )
 
     def _make_ends(self) -> Ends:
