@@ -1,4 +1,4 @@
 """What this machine can do for a service, what is missing, and how to get it.
 
-`look` asks the system; the checks judge what it saw and are pure.
+`look` reads the system and probes the kernel. The checks judge the result and are pure.
 """

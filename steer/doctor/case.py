@@ -1,4 +1,4 @@
-"""What the checks get, and what they return."""
+"""The input and the output of the checks."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Finding(msgspec.Struct, frozen=True):
     """The finding of a check.
 
     Args:
-        topic: a key of CHECKS; one topic may have several findings.
-        verdict: "warn": the service runs, with less than there could be; "fail": it
-            would not start, or not as asked; "unknown": could not be looked at.
-        cure: what would help; "": all is well.
+        topic: a key of CHECKS. One topic may have several findings.
+        verdict: "warn": the service would run with less than it could have. "fail": it
+            would not start, or not as asked. "unknown": the check could not find out.
+        cure: what would help; "" if nothing is wrong.
     """
 
     topic: str
@@ -54,11 +54,11 @@ class Opinion(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How the kernel takes the service's socket options.
+    """How the kernel responds to the service's socket options.
 
     Args:
-        refused: by it, each with why.
-        shortfalls: taken, but will not do.
+        refused: an error for each option that the kernel refuses.
+        shortfalls: a note for each option that the kernel accepts but limits.
     """
 
     refused: Sequence[BindError]
@@ -70,14 +70,13 @@ _NO_OPTIONS = Options((), ())
 
 @dataclass(frozen=True)
 class Case:
-    """All there is to judge.
+    """Everything that the checks judge.
 
     Args:
-        probes: by backend, RUN, MIGRATE and COUNT.
-        plan: as if without --strict, with what `auto` becomes; Unknown where even the CPUs
-            could not be read.
-        options: not looked at if not given.
-        access: to workers, from outside.
+        probes: the result of each probe. Keys: the backends, RUN, MIGRATE and COUNT.
+        plan: the plan that `run` would make without --strict, with the policy that `auto`
+            becomes. Unknown if not even the CPUs could be read.
+        access: what steer may inspect and borrow of its workers.
     """
 
     service: Service
@@ -93,7 +92,7 @@ class Case:
 
     @cached_property
     def _last(self) -> Policy:
-        """The policy with the most backends, of the policies to try."""
+        """The last candidate for the policy: no other candidate runs on more backends."""
         asked = find.find(self.service.policy)
         return asked.candidates[-1] if asked.candidates else asked
 
@@ -114,13 +113,14 @@ class Case:
 
     @property
     def has_cap_bpf(self) -> bool:
-        """CAP_SYS_ADMIN includes it (capabilities(7)). If it cannot be read, it counts as there."""
+        """CAP_SYS_ADMIN includes CAP_BPF (capabilities(7)). Unreadable capabilities count as
+        held."""
         held = self.facts.capabilities
         return isinstance(held, Unknown) or not held.isdisjoint({"CAP_BPF", "CAP_SYS_ADMIN"})
 
     @property
     def is_refused(self) -> bool:
-        """Whether the kernel has eBPF, but does not permit it."""
+        """Whether the kernel supports eBPF but refuses it with EPERM."""
         found = self.probes[EBPF]
         return found.answer is Answer.NO and not found.cure and found.errno == errno.EPERM
 

@@ -1,7 +1,7 @@
 """What this machine can do for a service, what is missing, and how to get it.
 
-First all is looked at, then judged: a check is a pure function from a `Case` to what
-it has to say, and CHECKS is all of them. One that does not apply says nothing.
+`look` makes a `Case`; then the checks judge it. A check is a pure function from a `Case` to
+its opinions. A check that does not apply returns none. CHECKS lists all checks.
 """
 
 from __future__ import annotations
@@ -61,4 +61,4 @@ CHECKS: Mapping[str, Check] = {
     "policy": fallback.policy,
     "backend": fallback.backend,
 }
-"""By topic, in the order of the output. Scripts look for the topics: keep them."""
+"""The checks by topic, in the order of the output. Keep the topics: scripts rely on them."""

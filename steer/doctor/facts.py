@@ -1,7 +1,6 @@
-"""What the system tells of itself, and of what this process may do in it.
+"""Reads facts about the system and about what this process may do. Judges none of them.
 
-Only read, never decided upon. What cannot be read is `Unknown`, with the reason:
-nothing here raises, however odd the system.
+`read` does not raise: a fact that cannot be read is `Unknown`, with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ CAPABILITIES = {
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
 }
-"""The capabilities that matter here, by their bit (include/uapi/linux/capability.h)."""
+"""The bits of the capabilities that steer can use (include/uapi/linux/capability.h)."""
 
 SYSCTLS = (
     "kernel.unprivileged_bpf_disabled",
@@ -44,7 +43,7 @@ SYSCTLS = (
 _FIRST_USER_NAMESPACE = "user:[4026531837]"
 """PROC_USER_INIT_INO of include/linux/proc_ns.h."""
 _ASK_BCC = "import bcc; bcc.BPF.dump_func; print(bcc.__version__)"
-"""PyPI's bcc is something else and has no such function."""
+"""The package bcc on PyPI is another project and has no dump_func."""
 _ASK_BCC_S = 30.0
 
 
@@ -57,7 +56,7 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Compiler:
-    """A bcc, and the Python that can import it."""
+    """The version of a bcc, and the Python that can import it."""
 
     version: str
     python: str
@@ -65,7 +64,11 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Place:
-    """A directory for control sockets; `obstacle` is why none can be made there, or ""."""
+    """A directory for control sockets.
+
+    Args:
+        obstacle: why no socket can be made in it; "" if one can.
+    """
 
     directory: Path
     obstacle: str
@@ -73,19 +76,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was read.
+    """Facts about the system and this process.
 
     Args:
-        uid: the effective one.
+        uid: the effective user ID.
         capabilities: the names in CAPABILITIES that are effective.
-        user_namespace: whether in another than the machine's first.
+        user_namespace: whether the process is in a user namespace other than the first.
         seccomp: whether system calls are filtered.
         lockdown: the kernel's mode: "none", "integrity" or "confidentiality".
-        profile: what a security module confines this process by.
+        profile: the profile by which a security module confines this process.
         cpu_quota: how many CPUs' time the cgroup may use; None: no limit.
-        memlock_bytes, files: RLIMIT_MEMLOCK; RLIMIT_NOFILE, soft and hard; None: no limit.
-        libbpf: its version.
-        bcc: None where no Python has it.
+        memlock_bytes: RLIMIT_MEMLOCK; None: no limit.
+        files: RLIMIT_NOFILE, soft and hard; None: no limit.
+        libbpf: the version of libbpf.
+        bcc: None if no Python has bcc.
         places: where a control socket may be made, best first.
         interfaces: the network interfaces that are not down.
     """
@@ -117,7 +121,7 @@ def read(
     """Read everything. Looking for bcc takes a child process and up to half a second.
 
     Args:
-        control_socket: the configured path of the control socket; None: in one of our directories.
+        control_socket: the configured path of the control socket; None: not configured.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Facts(
@@ -173,7 +177,8 @@ def _user_namespace(procfs: str) -> bool:
 
 
 def _lockdown(sysfs: str) -> str:
-    """The word in brackets: "none [integrity] confidentiality" (kernel_lockdown(7))."""
+    """The mode in force. The file has it in brackets: "none [integrity] confidentiality"
+    (kernel_lockdown(7))."""
     path = f"{sysfs}/kernel/security/lockdown"
     match = re.search(r"\[(\w+)\]", _text(path))
     if match is None:
@@ -193,8 +198,8 @@ def _sysctl(procfs: str, name: str) -> int | Unknown:
 
 
 def _cpu_quota(sysfs: str, procfs: str) -> float | None:
-    """The least on the way up from our cgroup: "150000 100000" in cpu.max is 1.5 CPUs
-    (Documentation/admin-guide/cgroup-v2.rst). In a tree of version 1 there is none."""
+    """The smallest cpu.max of our cgroup and its ancestors: "150000 100000" is 1.5 CPUs
+    (Documentation/admin-guide/cgroup-v2.rst). Version 1 of cgroups has no such file."""
     match = re.search(r"^0::/(.*)$", _text(f"{procfs}/self/cgroup"), re.MULTILINE)
     if match is None:
         raise ValueError("no cgroup of version 2")
@@ -231,14 +236,14 @@ def _places(environment: Mapping[str, str], control_socket: str | None) -> tuple
 
 
 def _no_room(directory: Path) -> str:
-    """What would keep a `claim.Claim` from making a socket in the directory."""
+    """Why a `claim.Claim` could not make a socket in the directory; "" if it could."""
     try:
         owner = directory.lstat().st_uid
     except FileNotFoundError:
         return _no_writing(directory.parent)
     except OSError as error:
         return errno_name(error)
-    return _no_writing(directory) if owner == os.geteuid() else "not ours"
+    return _no_writing(directory) if owner == os.geteuid() else "another user owns it"
 
 
 def _no_writing(directory: Path) -> str:

@@ -1,4 +1,5 @@
-"""Checks of backends: which one the service gets, why not a better one, and what would help."""
+"""Checks of backends: which backend the service gets, why it gets no better one, and what would
+help."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def kernel(case: Case) -> Iterator[Opinion]:
 
 
 def _lacking(release: str) -> str:
-    """What later kernels add; nothing if `release` does not tell the version."""
+    """The features that this kernel is too old for; "" if `release` has no version."""
     version = features.kernel_version(release)
     later = [each for each in features.FEATURES if (0, 0) < version < each.since]
     return "".join(f"; {each.version} is needed {each.gives}" for each in later)
@@ -56,26 +57,27 @@ def cbpf(case: Case) -> Iterator[Opinion]:
 
 
 def migration(case: Case) -> Iterator[Opinion]:
-    """Migration is no backend of its own: eBPF can do it or not."""
+    """Only the eBPF backend can migrate, so without eBPF the cure is that of eBPF."""
     if not case.has_tcp or EBPF not in case.wanted:
         return
     is_there = case.probes[EBPF].answer is Answer.YES
     cure = features.MIGRATE.cure if is_there else ebpf_cure(case)
-    words = "a program says where a closing worker's queue goes"
+    words = "the program selects the worker that gets a closing worker's queue"
     yield _opinion(case.probes[MIGRATE], words, cure)
 
 
 def counting(case: Case) -> Iterator[Opinion]:
-    """Without counting, least-conn reads accept queues, and `status` shows no open connections."""
+    """Whether connections can be counted. If not, least-conn reads the lengths of accept queues,
+    and `status` shows no open connections."""
     if not case.has_tcp or EBPF not in case.wanted:
         return
     found = case.probes[COUNT]
-    words = "open connections are counted by worker"
+    words = "the kernel counts the open connections of each worker"
     yield _opinion(found, words, found.cure or _COUNT_CURE)
 
 
 def _opinion(found: Finding, words: str, cure: str) -> Opinion:
-    """The result of a probe; `words` if it is a yes."""
+    """The opinion about the result of a probe. `words` describe what a yes means."""
     if found.answer is Answer.YES:
         return Opinion("ok", f"yes: {words}")
     if found.answer is Answer.NO:
@@ -84,8 +86,8 @@ def _opinion(found: Finding, words: str, cure: str) -> Opinion:
 
 
 def policy(case: Case) -> Iterator[Opinion]:
-    """What `auto` becomes. That it is not by load is less than there could be, unless it is by
-    the kind of traffic or by the backend that was asked for."""
+    """The policy that `auto` becomes. A policy that ignores load is a warning, unless the service
+    has UDP addresses or asks for a lesser backend: then `auto` never goes by load."""
     plan = known(case.plan, MOUNT_SYSFS)
     if not plan.became:
         return
@@ -103,7 +105,7 @@ def _count_cure(case: Case) -> str:
     counting = case.probes[COUNT]
     if counting.answer is not Answer.YES:
         return counting.cure or _COUNT_CURE
-    return "give CAP_PERFMON too: without it the verifier takes no program that compares workers"
+    return "give CAP_PERFMON too: without it the verifier refuses programs that compare workers"
 
 
 def backend(case: Case) -> Iterator[Opinion]:
@@ -119,11 +121,13 @@ def backend(case: Case) -> Iterator[Opinion]:
 
 def draining(case: Case) -> Iterator[Opinion]:
     candidate = known(case.plan, MOUNT_SYSFS).backends[0]
-    cure = f"choose a policy and a backend that leave workers out: {EBPF} or {CBPF}"
+    cure = f"choose a policy that runs on {EBPF} or {CBPF}, which can leave workers out"
     if candidate.backend == KERNEL:
         yield Opinion("warn", STILL_CHOSEN, _improve(case) if candidate.fallback else cure)
     else:
-        yield Opinion("ok", "a worker that is to end gets nothing new, and ends when it is done")
+        yield Opinion(
+            "ok", "a draining worker gets no new connections and exits when it has finished its own"
+        )
     if any(bind.protocol == "udp" for bind in case.service.binds):
         yield Opinion("ok", DATAGRAMS_LOST)
     if candidate.backend == KERNEL:

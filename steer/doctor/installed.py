@@ -8,7 +8,7 @@ from steer.doctor.case import Case, Opinion, known
 from steer.doctor.privileges import GET_LIBBPF
 from steer.policy.builtin import EBPF
 
-_GET_BCC = "for policies of your own install bcc (Debian, Ubuntu: python3-bpfcc)"
+_GET_BCC = "for custom policies install bcc (Debian, Ubuntu: python3-bpfcc)"
 
 
 def libbpf(case: Case) -> Iterator[Opinion]:
@@ -23,6 +23,8 @@ def libbpf(case: Case) -> Iterator[Opinion]:
 def bcc(case: Case) -> Iterator[Opinion]:
     found = known(case.facts.bcc, _GET_BCC)
     if found is None:
-        yield Opinion("ok", "not here, and not needed: built-in policies are prebuilt", _GET_BCC)
+        yield Opinion(
+            "ok", "not installed, and not needed: built-in policies are prebuilt", _GET_BCC
+        )
     else:
-        yield Opinion("ok", f"{found.version}, seen by {found.python}")
+        yield Opinion("ok", f"{found.version}, importable by {found.python}")

@@ -35,7 +35,7 @@ from steer.sockets import sockopt
 from steer.workers import visibility
 from steer.workers.access import Access
 
-REPORT = "report it with the verifier's words, which `steer run` shows"
+REPORT = "report it with the verifier's log, which `steer run` shows"
 
 
 def look(service: Service) -> Case:
@@ -63,11 +63,11 @@ def _access(service: Service) -> Access | Unknown:
     except SteerError as error:
         return Unknown(str(error))
     except OSError as error:
-        return Unknown(f"try with a process: {in_words(error)}")
+        return Unknown(f"try to inspect a process: {in_words(error)}")
 
 
 def _can_count() -> Finding:
-    """Whether the kernel counts open connections for us."""
+    """Whether programs that count open connections can be loaded and attached here."""
     links = probe.ask(features.COUNT)
     if links.errno == errno.EINVAL:
         return links
@@ -87,12 +87,13 @@ def _probed(ask: Callable[[], Finding]) -> Finding:
 
 
 def _to_be_judged(found: Finding) -> Finding:
-    """The finding without its cure if it is EPERM: the checks find out the cause."""
+    """The finding. For EPERM without its cure, as the checks find out what refuses."""
     return msgspec.structs.replace(found, cure="") if found.errno == errno.EPERM else found
 
 
 def _try_out(service: Service, probes: dict[str, Finding]) -> Plan | Unknown:
-    """The plan with the first backend that can load the policy; others are noted in `probes`."""
+    """The plan with the first backend that can load the policy. A backend that cannot gets its
+    error into `probes`."""
     plan = _plan(service, probes)
     while not isinstance(plan, Unknown):
         backend = plan.backends[0].backend
@@ -134,6 +135,6 @@ def _refusal(plan: Plan) -> Finding | None:
         found = f"{whose}{error.note.found}"
         return _to_be_judged(Finding(Answer.NO, found, error.cure, error.errno))
     except OSError as error:
-        # It counts as a no: an unknown would be tried again, without end.
+        # Answer.UNKNOWN would be tried again, without end.
         return Finding(Answer.NO, f"{whose}try {plan.backends[0].backend}: {in_words(error)}")
     return None

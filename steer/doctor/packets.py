@@ -1,4 +1,4 @@
-"""Checks of CPUs, and of which of them packets come in on."""
+"""Checks of the CPUs of the workers, and of the CPUs that receive packets."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def pinned_cpus(case: Case) -> Iterator[Opinion]:
     quota = case.facts.cpu_quota
     if isinstance(quota, float) and workers > quota:
         cure = f"--workers {max(1, int(quota))}, or raise the cgroup's cpu.max"
-        yield Opinion("warn", f"{found}, in a cgroup that may use {quota:g} at a time", cure)
+        yield Opinion("warn", f"{found}, but the cgroup may use only {quota:g} CPUs' time", cure)
     else:
         yield Opinion("ok", found)
 
 
 def receive_queues(case: Case) -> Iterator[Opinion]:
-    """Interface by interface, those that have a say in which worker is chosen."""
+    """Whether packets reach all workers, for each interface. Only for policies that select by the
+    CPU."""
     if not (case.policy.pinned and case.is_steered):
         return
     plan = known(case.plan, MOUNT_SYSFS)
@@ -38,29 +39,33 @@ def receive_queues(case: Case) -> Iterator[Opinion]:
     if all(_is_loopback(bind.address) for bind in case.service.binds):
         return
     outer = [each for each in interfaces if each.name != "lo"]
-    silent = [each for each in outer if each.note]
-    told = [each for each in outer if not each.note]
-    yield from (_spread(each, plan) for each in told)
-    if silent:
-        yield _silence(silent, is_decided=bool(told), mask=cpumask(_manned(plan)))
+    noted = [each for each in outer if each.note]
+    judged = [each for each in outer if not each.note]
+    yield from (_spread(each, plan) for each in judged)
+    if noted:
+        yield _notes(noted, is_judged=bool(judged), mask=cpumask(_worker_cpus(plan)))
 
 
 def _loopback(interfaces: Iterable[Interface]) -> Iterator[Opinion]:
     if any(each.name == "lo" and each.note for each in interfaces):
-        yield Opinion("ok", "lo: same-host clients land on the worker of their own CPU")
+        yield Opinion("ok", "lo: clients on this host get the worker of the CPU that they run on")
 
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
-def _silence(silent: Iterable[Interface], is_decided: bool, mask: str) -> Opinion:
-    """Of interfaces that take what others bring in: of those, a card is told of by itself."""
+def _notes(noted: Iterable[Interface], is_judged: bool, mask: str) -> Opinion:
+    """The notes of interfaces whose CPUs are not known.
+
+    Args:
+        is_judged: whether another interface, such as the card below a bridge, has an opinion.
+    """
     notes: dict[str, list[str]] = {}
-    for each in silent:
+    for each in noted:
         notes.setdefault(each.note, []).append(each.name)
     found = "; ".join(f"{', '.join(names)}: {note}" for note, names in notes.items())
-    if is_decided:
+    if is_judged:
         return Opinion("ok", found)
     names = [name for group in notes.values() for name in group]
     return Opinion("unknown", found, f"look on the host, or {_steer_packets(names[0], mask)}")
@@ -68,33 +73,36 @@ def _silence(silent: Iterable[Interface], is_decided: bool, mask: str) -> Opinio
 
 def _spread(interface: Interface, plan: Plan) -> Opinion:
     """Whether every worker gets packets of this interface, and on its own CPU."""
-    manned = _manned(plan)
-    cure = _spreading(interface, manned)
+    worker_cpus = _worker_cpus(plan)
+    cure = _spread_cure(interface, worker_cpus)
     taking = cpus_taking_packets(interface)
     if taking is None:
-        return Opinion("unknown", f"{interface.name}: its interrupts cannot be told", cure)
-    home = cpus.nearest(manned, plan.topology)
-    idle = manned - {home[cpu] for cpu in taking if cpu in home}
+        return Opinion(
+            "unknown", f"{interface.name}: the CPUs of its interrupts are not known", cure
+        )
+    home = cpus.nearest(worker_cpus, plan.topology)
+    idle = worker_cpus - {home[cpu] for cpu in taking if cpu in home}
     found = f"{interface.name}: packets come in on {cpus_named(sorted(taking))}"
     if idle:
         return Opinion("warn", f"{found}; workers on {cpus_named(sorted(idle))} get none", cure)
-    if taking.isdisjoint(manned):
+    if taking.isdisjoint(worker_cpus):
         return Opinion("warn", f"{found}, where no worker is", cure)
-    return Opinion("ok", f"{found}, some for every worker")
+    return Opinion("ok", f"{found}; every worker gets some")
 
 
-def _manned(plan: Plan) -> frozenset[int]:
+def _worker_cpus(plan: Plan) -> frozenset[int]:
     return frozenset(spec.cpu for spec in plan.specs if spec.cpu is not None)
 
 
-def _spreading(interface: Interface, manned: frozenset[int]) -> str:
-    """More queues where there may be more; else their interrupts; else packets themselves."""
-    by_software = _steer_packets(interface.name, cpumask(manned))
+def _spread_cure(interface: Interface, worker_cpus: frozenset[int]) -> str:
+    """How to spread packets over the CPUs of the workers: by more receive queues, by the CPUs of
+    their interrupts, or by Receive Packet Steering."""
+    by_software = _steer_packets(interface.name, cpumask(worker_cpus))
     if interface.driver is None or interface.channels is None:
         return by_software
-    if interface.channels >= len(manned):
+    if interface.channels >= len(worker_cpus):
         return f"start irqbalance, or set /proc/irq/*/smp_affinity_list; else {by_software}"
-    return f"ethtool -L {interface.name} combined {len(manned)}; else {by_software}"
+    return f"ethtool -L {interface.name} combined {len(worker_cpus)}; else {by_software}"
 
 
 def _steer_packets(name: str, mask: str) -> str:

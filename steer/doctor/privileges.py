@@ -15,7 +15,7 @@ _GET_CAP_BPF = "run with CAP_BPF: as root, by AmbientCapabilities= in systemd, -
 GET_LIBBPF = "install libbpf 1.0 or later (Debian, Ubuntu: libbpf1)"
 _GET_EBPF = f"{features.EBPF.cure} with CONFIG_BPF_SYSCALL"
 _MEMLOCK_UNTIL = (5, 11)
-"""From then on memory of maps counts against the memory cgroup."""
+"""Since Linux 5.11 the memory of maps counts against the memory cgroup, not RLIMIT_MEMLOCK."""
 
 
 _PURPOSES = {
@@ -41,14 +41,18 @@ def unprivileged_bpf(case: Case) -> Iterator[Opinion]:
     value = sysctl(case, "kernel.unprivileged_bpf_disabled")
     meaning = {
         0: "any user may load some kinds of program, but not sk_reuseport: that needs CAP_BPF",
-        1: "until reboot, bpf(2) needs CAP_BPF; so it does for sk_reuseport whatever this says",
-        2: "bpf(2) needs CAP_BPF; so it does for sk_reuseport whatever this says",
+        1: "bpf(2) needs CAP_BPF until reboot; sk_reuseport needs it at any setting",
+        2: "bpf(2) needs CAP_BPF; sk_reuseport needs it at any setting",
     }
     yield Opinion("ok", f"{value}: {meaning.get(value, 'sk_reuseport needs CAP_BPF')}")
 
 
 class _Obstacle(NamedTuple):
-    """Something that refuses bpf(2) to one who holds CAP_BPF; its name is "" where it is not."""
+    """Something that may refuse bpf(2) to a process with CAP_BPF.
+
+    Args:
+        name: what to call it; returns "" if this system does not have it.
+    """
 
     name: Callable[[Facts], str]
     cure: str
@@ -82,7 +86,7 @@ _OBSTACLES = (
     ),
     _Obstacle(_memlock, "raise it (ulimit -l unlimited; systemd: LimitMEMLOCK=infinity)"),
     _Obstacle(_profile, "allow bpf there; the denial is in `dmesg` or `ausearch -m avc`"),
-    _Obstacle(_lockdown, "boot without lockdown: some distributions' refuses all of bpf(2)"),
+    _Obstacle(_lockdown, "boot without lockdown: in some distributions it refuses all of bpf(2)"),
 )
 
 
@@ -97,7 +101,7 @@ def confinement(case: Case) -> Iterator[Opinion]:
 
 
 def ebpf_cure(case: Case) -> str:
-    """What would most likely bring eBPF about."""
+    """What would most likely make eBPF work."""
     if isinstance(case.facts.libbpf, Unknown):
         return GET_LIBBPF
     if not case.has_cap_bpf:
@@ -132,7 +136,7 @@ def socket_options(case: Case) -> Iterator[Opinion]:
 def workers(case: Case) -> Iterator[Opinion]:
     found = known(case.access)
     if not (found.look or found.borrow):
-        yield Opinion("ok", "what they wait for is seen, and their sockets can be borrowed")
+        yield Opinion("ok", "steer can see what they wait for and duplicate their sockets")
     refusals = {WAITS: found.look, BORROW: found.borrow}
     for what, refusal in refusals.items():
         if refusal is not None:

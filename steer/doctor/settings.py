@@ -17,9 +17,9 @@ def jit(case: Case) -> Iterator[Opinion]:
     value = sysctl(case, "net.core.bpf_jit_enable")
     cure = "sysctl -w net.core.bpf_jit_enable=1"
     if value == 0:
-        yield Opinion("warn", "0: programs are interpreted, so each choice costs more", cure)
+        yield Opinion("warn", "0: programs are interpreted, so each selection costs more", cure)
     elif value == 2:
-        yield Opinion("warn", "2: all code is written to the kernel's log, for debugging", cure)
+        yield Opinion("warn", "2: the kernel logs all machine code, for debugging", cure)
     else:
         yield Opinion("ok", f"{value}: programs are compiled to machine code")
 
@@ -32,9 +32,11 @@ def syncookies(case: Case) -> Iterator[Opinion]:
     if value == 0:
         yield Opinion("warn", "0: a SYN flood fills the queues, and connections fail", cure)
     elif value == 2:
-        yield Opinion("warn", "2: each connection is chosen for twice, at its SYN and ACK", cure)
+        yield Opinion(
+            "warn", "2: the program runs twice for each connection, at its SYN and its ACK", cure
+        )
     else:
-        yield Opinion("ok", f"{value}: only while a queue overflows")
+        yield Opinion("ok", f"{value}: cookies are sent only while a queue overflows")
 
 
 def somaxconn(case: Case) -> Iterator[Opinion]:
@@ -43,41 +45,46 @@ def somaxconn(case: Case) -> Iterator[Opinion]:
     most, backlog = sysctl(case, "net.core.somaxconn"), case.service.backlog
     if backlog > most:
         cure = f"sysctl -w net.core.somaxconn={backlog}, or --backlog {most}"
-        yield Opinion("warn", f"{most}: the backlog, {backlog}, is cut down to it", cure)
+        yield Opinion("warn", f"{most}: the kernel reduces the backlog, {backlog}, to this", cure)
     else:
-        yield Opinion("ok", f"{most}: room for the backlog, {backlog}")
+        yield Opinion("ok", f"{most}: allows the backlog, {backlog}")
 
 
 def migrate_req(case: Case) -> Iterator[Opinion]:
-    """The program migrates whatever this says; without one the kernel does, if this is 1."""
+    """With a program that migrates, the setting does not matter. Without one the kernel migrates
+    if the setting is 1."""
     if not case.has_tcp:
         return
     value = case.facts.sysctls["net.ipv4.tcp_migrate_req"]
     shown = f"could not be read ({value.reason})" if isinstance(value, Unknown) else value
     on_ebpf = known(case.plan, MOUNT_SYSFS).backends[0].backend == EBPF
     if features.MIGRATE.is_newer_than(case.facts.release):
-        lost = f"{shown}, for nothing: connections that wait in a closing worker's queue are reset"
+        lost = f"{shown}: this kernel resets connections that wait in a closing worker's queue"
         yield Opinion("warn", lost, features.MIGRATE.cure)
     elif on_ebpf and case.probes[MIGRATE].answer is Answer.YES:
-        yield Opinion("ok", f"{shown}: the program migrates whatever this says")
+        yield Opinion("ok", f"{shown}: no effect, as the program migrates at any setting")
     elif isinstance(value, Unknown):
-        lost = f"{value.reason}: what waits in a closing worker's queue may be reset"
+        lost = f"{value.reason}: connections in a closing worker's queue may be reset"
         yield Opinion("unknown", lost, ASK_AS_ROOT)
     elif value == 0:
         lost = "0: connections that wait in a closing worker's queue are reset"
         yield Opinion("warn", lost, "sysctl -w net.ipv4.tcp_migrate_req=1, or steer by eBPF")
     else:
-        yield Opinion("ok", f"{value}: a closing worker's queue goes to another by hash")
+        yield Opinion(
+            "ok", f"{value}: the kernel moves a closing worker's queue to another, by hash"
+        )
 
 
 def files(case: Case) -> Iterator[Opinion]:
     soft, hard = case.facts.files
     needed = known(case.plan, MOUNT_SYSFS).descriptors
     if hard is not None and hard < needed:
-        cure = f"raise it (ulimit -Hn {needed}; systemd: LimitNOFILE={needed}), or fewer workers"
-        yield Opinion("fail", f"hard limit {hard}, and {needed} are needed", cure)
+        cure = (
+            f"raise it (ulimit -Hn {needed}; systemd: LimitNOFILE={needed}), or run fewer workers"
+        )
+        yield Opinion("fail", f"{needed} needed, but the hard limit is {hard}", cure)
     elif soft is not None and soft < needed:
-        yield Opinion("ok", f"{needed} needed: the soft limit, {soft}, will be raised")
+        yield Opinion("ok", f"{needed} needed: steer will raise the soft limit, {soft}")
     else:
         yield Opinion("ok", f"{needed} needed, {'no limit' if soft is None else f'limit {soft}'}")
 
@@ -89,4 +96,6 @@ def places(case: Case) -> Iterator[Opinion]:
     if usable:
         yield Opinion("ok", "; ".join([usable[0], *obstacles]))
     else:
-        yield Opinion("fail", "; ".join(obstacles), "name another place: --control-socket PATH")
+        yield Opinion(
+            "fail", "; ".join(obstacles), "choose another directory with --control-socket PATH"
+        )

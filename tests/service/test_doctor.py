@@ -135,7 +135,7 @@ def test_the_cure_for_idle_workers_cures() -> None:
     before, after = json.loads(done.stdout)
     assert [before[0][0], after[0][0]] == ["warn", "ok"]
     assert "get none" in before[0][1]
-    assert after[0][1].endswith("some for every worker")
+    assert after[0][1].endswith("every worker gets some")
 
 
 @pytest.mark.needs("bpf", "nobody")

@@ -1084,7 +1084,7 @@ def test_whether_the_kernel_migrates_may_be_hidden(
         cwd=home,
         check=False,
     )
-    assert "ENOENT: what waits in a closing worker's queue may be reset" in done.stdout
+    assert "ENOENT: connections in a closing worker's queue may be reset" in done.stdout
     assert "5.14" not in running.log + done.stdout
 
 

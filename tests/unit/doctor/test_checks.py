@@ -210,7 +210,7 @@ OLD = features.Finding(Answer.NO, "Linux 5.10.0 cannot migrate connections")
         ("cpus", a_case(facts=replace(GOOD, cpu_quota=4.0)), "ok", "4 workers", ""),
         (
             *("cpus", a_case(facts=replace(GOOD, cpu_quota=1.5)), "warn"),
-            *("may use 1.5 at a time", "--workers 1,"),
+            *("the cgroup may use only 1.5 CPUs' time", "--workers 1,"),
         ),
         ("privileges", a_case(), "ok", "uid 0 with CAP_BPF, CAP_NET_BIND_SERVICE", ""),
         ("privileges", a_case(facts=without("CAP_PERFMON")), "ok", "CAP_PERFMON (least-conn", ""),
@@ -235,7 +235,7 @@ OLD = features.Finding(Answer.NO, "Linux 5.10.0 cannot migrate connections")
             *("libbpf", a_case(facts=replace(GOOD, libbpf=Unknown("not found")))),
             *("warn", "not found", "libbpf1"),
         ),
-        ("bcc", a_case(), "ok", "0.26.0, seen by /usr/bin/python3", ""),
+        ("bcc", a_case(), "ok", "0.26.0, importable by /usr/bin/python3", ""),
         ("bcc", a_case(facts=replace(GOOD, bcc=None)), "ok", "not needed", "python3-bpfcc"),
         ("ebpf", a_case(), "ok", "yes: ", ""),
         ("ebpf", a_case(probes=NO_BPF), "warn", "no: create BPF map", "find what refuses bpf(2)"),
@@ -268,11 +268,15 @@ OLD = features.Finding(Answer.NO, "Linux 5.10.0 cannot migrate connections")
             *("ports", a_case(serving(bind=(":80", "udp://:53", ":99")), without(*CAPABILITIES))),
             *("fail", "tcp 0.0.0.0:80, udp 0.0.0.0:53, tcp 0.0.0.0:99: ", "from 1024 up"),
         ),
-        ("somaxconn", a_case(), "ok", "4096: room for the backlog, 2048", ""),
-        ("somaxconn", a_case(serving(backlog=4096)), "ok", "4096: room for", ""),
+        ("somaxconn", a_case(), "ok", "4096: allows the backlog, 2048", ""),
+        ("somaxconn", a_case(serving(backlog=4096)), "ok", "4096: allows", ""),
         (
             *("somaxconn", a_case(facts=sysctl("net.core.somaxconn", 128))),
-            *("warn", "128: the backlog, 2048", "net.core.somaxconn=2048, or --backlog 128"),
+            *(
+                "warn",
+                "128: the kernel reduces the backlog, 2048",
+                "net.core.somaxconn=2048, or --backlog 128",
+            ),
         ),
         ("syncookies", a_case(), "ok", "1: ", ""),
         *(
@@ -282,38 +286,44 @@ OLD = features.Finding(Answer.NO, "Linux 5.10.0 cannot migrate connections")
             )
             for value in (0, 2)
         ),
-        ("tcp-migrate-req", a_case(), "ok", "0: the program migrates", ""),
+        ("tcp-migrate-req", a_case(), "ok", "0: no effect, as the program migrates", ""),
         (
             *("tcp-migrate-req", a_case(serving(backend="cbpf"))),
             *("warn", "0: connections that wait", "sysctl -w net.ipv4.tcp_migrate_req=1"),
         ),
         (
             *("tcp-migrate-req", a_case(serving(policy="kernel"), sysctl(SYSCTLS[4], 1))),
-            *("ok", "1: a closing worker's queue goes to another", ""),
+            *("ok", "1: the kernel moves a closing worker's queue to another", ""),
         ),
         (
             *("tcp-migrate-req", a_case(SERVICE, sysctl(SYSCTLS[4], Unknown("ENOENT")), NO_BPF)),
-            *("unknown", "ENOENT: what waits", "with /proc and /sys mounted"),
+            *("unknown", "ENOENT: connections in a closing", "with /proc and /sys mounted"),
         ),
         (
             *("tcp-migrate-req", a_case(facts=sysctl(SYSCTLS[4], Unknown("ENOENT")))),
-            *("ok", "could not be read (ENOENT): the program migrates", ""),
+            *("ok", "could not be read (ENOENT): no effect, as the program migrates", ""),
         ),
         (
             *("tcp-migrate-req", a_case(facts=replace(GOOD, release="5.10.0-46-amd64"))),
-            *("warn", "0, for nothing: connections that wait", "use Linux 5.14"),
+            *("warn", "0: this kernel resets connections that wait", "use Linux 5.14"),
         ),
         ("files", a_case(), "ok", "needed, limit 1024", ""),
         ("files", a_case(facts=replace(GOOD, files=(None, None))), "ok", "no limit", ""),
         ("files", a_case(facts=replace(GOOD, files=(232, 232))), "ok", "needed, limit 232", ""),
-        ("files", a_case(facts=replace(GOOD, files=(64, None))), "ok", "64, will be raised", ""),
+        (
+            "files",
+            a_case(facts=replace(GOOD, files=(64, None))),
+            "ok",
+            "steer will raise the soft limit, 64",
+            "",
+        ),
         (
             *("files", a_case(facts=replace(GOOD, files=(64, 64)))),
-            *("fail", "hard limit 64, and 232 are needed", "ulimit -Hn 232"),
+            *("fail", "232 needed, but the hard limit is 64", "ulimit -Hn 232"),
         ),
         ("run-directory", a_case(), "ok", "/run/steer", ""),
         ("run-directory", a_case(facts=NOTHING), "fail", "not writable", "--control-socket"),
-        ("draining", a_case(), "ok", "gets nothing new", ""),
+        ("draining", a_case(), "ok", "gets no new connections", ""),
         (
             *("draining", a_case(serving(policy="kernel"))),
             *("warn", "gets connections until it closes its socket", "ebpf or cbpf"),
@@ -449,7 +459,7 @@ def card(**keys: Any) -> Interface:
 @pytest.mark.parametrize(
     "interface, workers, verdict, found, cure",
     [
-        (card(), 4, "ok", "eth0: packets come in on CPUs 0-3, some for every worker", ""),
+        (card(), 4, "ok", "eth0: packets come in on CPUs 0-3; every worker gets some", ""),
         (
             *(card(channels=1, irq_cpus=(1,)), 4, "warn"),
             "eth0: packets come in on CPU 1; workers on CPUs 0,2-3 get none",
@@ -462,18 +472,24 @@ def card(**keys: Any) -> Interface:
         ),
         (card(channels=None, irq_cpus=(2,)), 4, "warn", "CPU 2; workers on CPUs 0-1,3", ALL_CPUS),
         (card(irq_cpus=(1,), rps=((0, 1, 2, 3),)), 4, "ok", "CPUs 0-3", ""),
-        (card(irq_cpus=()), 4, "unknown", "eth0: its interrupts cannot be told", ALL_CPUS),
-        (card(irq_cpus=(0, 1)), 2, "ok", "CPUs 0-1, some for every worker", ""),
+        (
+            card(irq_cpus=()),
+            4,
+            "unknown",
+            "eth0: the CPUs of its interrupts are not known",
+            ALL_CPUS,
+        ),
+        (card(irq_cpus=(0, 1)), 2, "ok", "CPUs 0-1; every worker gets some", ""),
         (card(irq_cpus=(2, 3)), 2, "warn", "CPUs 2-3, where no worker is", "irqbalance"),
         (card(irq_cpus=(1,)), 1, "warn", "CPU 1, where no worker is", "echo 1 | tee"),
-        (card(irq_cpus=(0, 7)), 1, "ok", "CPUs 0,7, some for every worker", ""),
+        (card(irq_cpus=(0, 7)), 1, "ok", "CPUs 0,7; every worker gets some", ""),
     ],
 )
 def test_spread_of_a_card(
     interface: Interface, workers: int, verdict: str, found: str, cure: str
 ) -> None:
     note, spread = queues(LO, interface, workers=workers)
-    assert note == ("ok", "lo: same-host clients land on the worker of their own CPU", "")
+    assert note == ("ok", "lo: clients on this host get the worker of the CPU that they run on", "")
     assert (spread[0], found in spread[1]) == (verdict, True), spread
     assert cure in spread[2] if cure else spread[2] == ""
 
@@ -623,7 +639,7 @@ def test_places_for_a_control_socket(tmp_path: Path) -> None:
 def test_place_of_another_user(tmp_path: Path) -> None:
     (tmp_path / "steer").mkdir()
     os.chown(tmp_path / "steer", NOBODY, NOBODY)
-    assert place_of(tmp_path) == "not ours"
+    assert place_of(tmp_path) == "another user owns it"
 
 
 # ---- probes
