@@ -1,4 +1,4 @@
-"""The commands: they parse, ask and print, and decide nothing.
+"""The commands: they parse arguments, send requests and print answers. They decide nothing.
 
-Each command imports what it needs when it runs, as the time to start is measured.
+Each command imports what it needs when it runs, as importing takes most of the time to start.
 """

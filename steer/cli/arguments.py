@@ -44,8 +44,8 @@ def given_command() -> Sequence[str]:
 
 
 class TakesCommand(click.Command):
-    """A command of ours that takes the command of the workers after `--`, and leaves that
-    unread."""
+    """A steer command that takes the command line of the workers after `--`, without parsing
+    it."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         if "--" in arguments:
@@ -71,13 +71,13 @@ _NO_OPTIONS = {
     "app": "The app is an argument: MODULE:CALLABLE.",
     "command": "The command goes after --.",
 }
-"""Keys of the configuration that are no options, and how to give them."""
+"""Keys of the configuration that are not options, and how to give them."""
 
 
 def _see_no_option(
     command: click.Command, context: click.Context, before: Sequence[str], after: Sequence[str]
 ) -> None:
-    """Raises UsageError: the arguments after `--` begin with an option of ours."""
+    """Raises UsageError: the arguments after `--` begin with an option of steer."""
     if not after[0].startswith("-"):
         return
     parser = command.make_parser(context)
@@ -94,7 +94,7 @@ def _see_no_option(
 
 
 def _line(context: click.Context, options: Sequence[str], command: Sequence[str]) -> str:
-    """What to type instead."""
+    """Advice with the command line that was probably meant."""
     import shlex
 
     line = shlex.join((*context.command_path.split(), *options, "--", *command))
@@ -107,16 +107,19 @@ def _see_no_command(
     arguments: Sequence[str],
     after: Sequence[str] = (),
 ) -> None:
-    """Raises UsageError: one of the arguments begins a command, and `--` was forgotten before it.
+    """Find a command without a `--` before it.
 
     Args:
-        after: the arguments after a `--` that comes too late.
+        after: the arguments after a `--` that follows the command's first word.
+
+    Raises:
+        UsageError: one of the arguments begins a command.
     """
     parser = command.make_parser(context)
     parser.allow_interspersed_args = False
     try:
         given, rest, _ = parser.parse_args(list(arguments))
-    except click.UsageError:  # before it: told as ever
+    except click.UsageError:  # an error before the command: click reports it
         return
     at = len(arguments) - len(rest) - 1
     first = given.get("app")
@@ -129,4 +132,4 @@ def _see_no_command(
     is_command = first in servers.HAND_OVER or shutil.which(first)
     if is_command or (rest and not rest[0].startswith("-")):
         line = _line(context, arguments[:at], [*arguments[at:], *after])
-        raise click.UsageError(f"{first} is no MODULE:CALLABLE. {line}", context)
+        raise click.UsageError(f"{first} is not MODULE:CALLABLE. {line}", context)

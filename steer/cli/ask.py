@@ -1,7 +1,7 @@
-"""The commands that act on a running service. They return when that is done.
+"""The commands that act on a running service. Each returns when the service has done it.
 
-They usually have simple arguments, which are read without click: to import click takes almost as
-long as everything else.
+Simple arguments are read without click, as importing click takes almost as long as everything
+else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def plain(command: str, arguments: Sequence[str]) -> Callable[[], None] | None:
     """Read the arguments of one of `COMMANDS`, if they are simple.
 
     Returns:
-        What click would find; None: click is needed to read them, or to say what is wrong.
+        The call that click would make; None if click has to parse the arguments or report what is
+        wrong with them.
     """
     flags, valued = {"--json": "as_json"}, {"--control-socket": "control_socket"}
     if command == "stop":
@@ -55,7 +56,7 @@ def _put(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[],
 
 
 def _workers(text: str) -> Mapping[str, int]:
-    """A number of workers, or with a sign a difference. Raises values.Invalid."""
+    """A number of workers; with a sign, a difference. Raises values.Invalid."""
     from steer import values
     from steer.config import service
 
@@ -73,13 +74,13 @@ def _slot(text: str) -> Mapping[str, int]:
 
 
 NUMBERS: Mapping[str, Callable[[str], Mapping[str, Any]]] = {"N": _workers, "SLOT": _slot}
-"""By the name of the argument, how to make the part of a request from its text."""
+"""For each argument that is a number: a function from its text to fields of the request."""
 
 
 def perform(
     command: str, name: str | None, as_json: bool, control_socket: str | None, **more: Any
 ) -> None:
-    """Have a service carry out a command, and print what was done."""
+    """Send a command to a service, wait until it is done, and print the outcome."""
     import msgspec
 
     from steer.cli import output

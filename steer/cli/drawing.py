@@ -1,4 +1,4 @@
-"""A table as the lines of a terminal. Pure."""
+"""Draws tables as lines for a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _STYLES = {
     **dict.fromkeys(("hung", "fail"), "1;31"),
     "stopping": "2",
 }
-"""Of what says how something is: parameters of SGR, see console_codes(4)."""
+"""The style of each state and verdict, as parameters of SGR (console_codes(4))."""
 _COLOURS = "3"
-"""What those of a colour begin with."""
+"""The first digit of the SGR parameters that set a colour."""
 
 
 class Styles:
-    """What a terminal shows.
+    """The styles that a terminal can show and the user wants.
 
     Args:
-        has_any: whether it can show text in another way at all.
-        in_colour: whether it is to.
+        has_any: whether the terminal can show styles.
+        in_colour: whether to use colours.
     """
 
     def __init__(self, has_any: bool = True, in_colour: bool = True) -> None:
@@ -46,8 +46,8 @@ class Styles:
 
 
 def draw(tables: Sequence[Table], width: int, styles: Styles) -> list[str]:
-    """With an empty line between them. Lines are as wide as the terminal at most, where that can
-    be."""
+    """The tables as lines, with an empty line between two tables. No line is longer than `width`,
+    if that is possible."""
     lines: list[str] = []
     for number, table in enumerate(tables):
         lines += [""] * bool(number)
@@ -65,18 +65,18 @@ def _drawn(table: Table, width: int, styles: Styles) -> Iterator[str]:
     if table.title:
         yield from map(_printable, table.title.split("\n"))
     for number, row in enumerate(rows):
-        said = [styles.of(cell) if at == verdicts else "" for at, cell in enumerate(row)]
-        yield from _row(row, widths, said if number else [styles.of_heads()] * len(row))
+        of_cells = [styles.of(cell) if at == verdicts else "" for at, cell in enumerate(row)]
+        yield from _row(row, widths, of_cells if number else [styles.of_heads()] * len(row))
     for line in table.below:
         yield from _broken(_printable(line), width)
 
 
-def _row(row: Sequence[str], widths: Sequence[int], said: Sequence[str]) -> Iterator[str]:
+def _row(row: Sequence[str], widths: Sequence[int], of_cells: Sequence[str]) -> Iterator[str]:
     cells = [_broken(cell, width) for cell, width in zip(row, widths, strict=True)]
     for parts in zip_longest(*cells, fillvalue=""):
         padded = (
             _styled(part, style) + " " * (width - len(part))
-            for part, style, width in zip(parts, said, widths, strict=True)
+            for part, style, width in zip(parts, of_cells, widths, strict=True)
         )
         yield GAP.join(padded).rstrip()
 
@@ -86,14 +86,14 @@ def _styled(text: str, style: str) -> str:
 
 
 def _broken(text: str, width: int) -> Sequence[str]:
-    """Between words, and within one that is longer than a line."""
+    """The text as lines: broken between words, and within a word that is longer than a line."""
     if len(text) <= width:
         return [text]
     return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def _narrowed(widths: Sequence[int], room: int) -> Sequence[int]:
-    """Where there is no room for all, the widest columns become as narrow as it takes."""
+    """The widths of the columns, reduced to fit into `room`: the widest columns first."""
     most = max(widths)
     while most > 1 and sum(min(width, most) for width in widths) > room:
         most -= 1
@@ -105,7 +105,7 @@ def _narrowed(widths: Sequence[int], room: int) -> Sequence[int]:
 
 
 def _printable(text: str) -> str:
-    """Nothing that would tell the terminal to do something."""
+    """The text with a space for each character that could control the terminal."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else " " for each in text)

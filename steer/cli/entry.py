@@ -1,6 +1,6 @@
-"""Wraps every command: opens standard streams, and reports errors in words.
+"""Wraps every command: opens standard streams, and reports errors without a traceback.
 
-It does not import click, as `run` works without it.
+It does not import click, as `run` usually does without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def guarded(perform: Callable[[], object]) -> None:
-    """Perform a command, and report any error in words.
+    """Perform a command, and report any error without a traceback.
 
     Raises:
         SystemExit: the command failed.
@@ -50,8 +50,8 @@ def guarded(perform: Callable[[], object]) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open streams that are closed: else a file that is opened later would get their number. And
-    let characters that the terminal lacks be escaped instead of failing."""
+    """Open the standard streams that are closed, as a file that is opened later would get their
+    number. Escape characters that the terminal's encoding lacks, as they would raise an error."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
@@ -60,7 +60,7 @@ def _open_standard_streams() -> None:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Raises ConfigError: an argument is not UTF-8, and so cannot be put into a message or log."""
+    """Raises ConfigError: an argument is not UTF-8. It could not be put into a message or log."""
     with suppress(UnicodeEncodeError):
         "".join(arguments).encode()
         return
@@ -75,7 +75,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _complain_of(error: Exception) -> None:
-    """Report what the machine lacks, or else a bug."""
+    """Report an error that names something the machine lacks; report any other as a bug."""
     from steer.linux import retry
 
     if retry.is_lack(error):
@@ -85,7 +85,8 @@ def _complain_of(error: Exception) -> None:
 
 
 def _complain_of_bug(error: Exception) -> None:
-    """Report a bug in one line with its place; with the whole trace at the log level debug."""
+    """Report a bug in one line with its place in the code, or at the log level debug with the
+    whole traceback."""
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
@@ -105,8 +106,8 @@ def logs_to(log: Log) -> None:
 
 
 def log_format() -> str:
-    """The format of the log that `run` writes: the configured one, or before the configuration is
-    read, that of the command line or the environment."""
+    """The configured format of the log. Until the configuration is read, the format that the
+    command line or the environment gives."""
     if _in_force:
         return _in_force[0].form
     command, *rest = sys.argv[1:] or [""]

@@ -11,24 +11,25 @@ from steer.cli.tables import GAP, Table, plain_width
 
 
 def fit(table: Table, width: int) -> Table:
-    """The table in lines of at most `width` characters, if that is possible.
+    """The table with lines of at most `width` characters, if that is possible.
 
-    Columns that may be left out go one by one: first those that have the same in every row,
-    then the others, each in the order in which the table names them. What went is said below.
+    Optional columns are left out one by one, in the order of `table.optional`: first columns with
+    the same text in every row, then the others. A line below the table names them.
     """
     left_out: list[str] = []
     fitted = table
-    candidates = sorted(table.optional, key=lambda name: not _says_nothing(table, name))
+    candidates = sorted(table.optional, key=lambda name: not _is_uniform(table, name))
     while plain_width(fitted) > width and candidates:
         left_out.append(candidates.pop(0))
         fitted = _without(fitted, left_out[-1])
-    missed = _lines(f"no room for: {', '.join(left_out)}", width) if left_out else ()
-    below = [*table.below, *missed]
+    note = _lines(f"no room for: {', '.join(left_out)}", width) if left_out else ()
+    below = [*table.below, *note]
     title = "\n".join(line for part in table.title.split("\n") for line in _lines(part, width))
     return msgspec.structs.replace(fitted, title=title, below=below)
 
 
-def _says_nothing(table: Table, name: str) -> bool:
+def _is_uniform(table: Table, name: str) -> bool:
+    """Whether the column has the same text in every row."""
     at = table.columns.index(name)
     return len({row[at] for row in table.rows}) <= 1
 
@@ -41,7 +42,7 @@ def _without(table: Table, name: str) -> Table:
 
 
 def _lines(text: str, width: int) -> Sequence[str]:
-    """Broken where there is a gap, else between words."""
+    """The text as lines: broken at gaps if that is enough, else between words."""
     lines: list[str] = []
     for part in text.split(GAP):
         if lines and len(lines[-1]) + len(GAP) + len(part) <= width:

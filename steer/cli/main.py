@@ -39,7 +39,7 @@ def _perform() -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="steer")
 def cli() -> None:
-    """Decide, in the kernel, which worker gets the next connection."""
+    """Run several workers on one port; the kernel selects one per connection."""
 
 
 @cli.command("help")
@@ -65,7 +65,7 @@ _CONTROL_SOCKET = click.option(
 
 
 def _numbered(number: str) -> Callable[[Command], Command]:
-    """The arguments [NAME] and a number. A single argument is the number."""
+    """Add the arguments [NAME] and a number to a command. A single argument is the number."""
 
     def read(context: click.Context, _: click.Parameter, given: tuple[str, ...]) -> _Named:
         from steer import values
@@ -143,7 +143,7 @@ def check(as_json: bool, **options: Any) -> None:
         reason = f"  ({step.reason})" if step.reason else ""
         click.echo(f"{number}. {step.act.value} {step.object}{reason}")
     if found.memory_bytes:
-        click.echo(f"memory: {found.memory_bytes / 1e6:.1f} MB of the kernel's, for maps")
+        click.echo(f"memory: {found.memory_bytes / 1e6:.1f} MB in the kernel, for maps")
     for note in found.notes:
         click.echo(f"note: {note}")
 
@@ -151,7 +151,7 @@ def check(as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("name", required=False)
 @_AS_JSON
-@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
+@click.option("--watch", is_flag=True, help="Print again every second until interrupted.")
 @_CONTROL_SOCKET
 def status(name: str | None, as_json: bool, watch: bool, control_socket: str | None) -> None:
     """Show running services: policy, backend, workers, counters."""
@@ -183,7 +183,7 @@ def reload(name: str | None, **how: Any) -> None:
     ask.perform("reload", name, **how)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})  # -1 is none
+@cli.command(context_settings={"ignore_unknown_options": True})  # "-1" is a number
 @_numbered("N")
 @_AS_JSON
 @_CONTROL_SOCKET
@@ -288,9 +288,9 @@ def new(name: str, as_json: bool) -> None:
 @click.option("--verbose", is_flag=True, help="If the verifier refuses FILE, show its whole log.")
 @_AS_JSON
 def check_policy(file: str, verbose: bool, as_json: bool) -> None:
-    """Compile the policy in FILE and measure what it costs.
+    """Compile the policy in FILE and measure its cost.
 
-    The kernel's verifier checks it; errors point at the line of C.
+    The kernel's verifier checks the program. Errors point at the line of C.
     """
     from steer.cli import output, policy_tables
     from steer.policy_tools import check as own
@@ -308,8 +308,9 @@ def check_policy(file: str, verbose: bool, as_json: bool) -> None:
 def doctor(as_json: bool, **options: Any) -> None:
     """Show what this machine can do, and how to get what is missing.
 
-    Takes the options of `run`, to check for a particular service. "warn": it would run with
-    less; "fail": it would not start as asked. Exits with status 1 if anything fails, else 0.
+    Takes the options of `run`, to judge for that service. "warn" means that the service would
+    run without something, "fail" that it would not start as asked. The exit status is 1 if a
+    check fails, else 0.
     """
     from steer.cli import output
     from steer.cli.tables import Table

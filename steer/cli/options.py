@@ -1,7 +1,7 @@
-"""The options of `run`, and the configuration that they are a source of.
+"""The options of `run`, and the configuration that is read from them.
 
-Simple arguments of `run` are read without click: to import click takes longer than the rest of a
-start, apart from that of Python itself.
+Simple arguments of `run` are read without click, as importing click takes longer than the rest of
+a start, apart from that of Python itself.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Option:
     """An option of the command line.
 
     Args:
-        names: the last one is the long name.
-        metavar: the name of its value; "": it has no value.
-        is_multiple: whether it can be repeated, and each value counts.
-        renamed: its key, if that differs from the long name.
+        names: its names; the last one is the long name.
+        metavar: the name of its value; "": the option has no value.
+        is_multiple: whether it can be repeated. All of its values count.
+        renamed: its key in the configuration, if that differs from the long name.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ OPTIONS = (
     ),
     Option(("--weights",), "N,N...", "Share of each worker; default 1 each."),
     Option(
-        ("--backend",), "NAME", "auto, ebpf, cbpf or kernel; default auto: the best that works."
+        ("--backend",), "NAME", "Backend: ebpf, cbpf or kernel; default auto: the best that works."
     ),
-    Option(("--strict",), "", "Fail instead of falling back to another backend."),
+    Option(("--strict",), "", "Fail instead of falling back to a lesser backend."),
     Option(("--name",), "NAME", "Name of the service; default: from the application or command."),
     Option(
         ("-c", "--config"),
@@ -96,8 +96,8 @@ OPTIONS = (
     Option(
         ("--socket-option",),
         "NAME=VALUE",
-        "Set on each worker's socket: keepalive=yes, rcvbuf=4M; can be repeated; nodelay is on."
-        " See docs/SOCKETS.md.",
+        "Set on each worker's socket: keepalive=yes, rcvbuf=4M; default nodelay=yes; can be"
+        " repeated. See docs/SOCKETS.md.",
         is_multiple=True,
         renamed="socket_options",
     ),
@@ -118,19 +118,28 @@ OPTIONS = (
         "Seconds connections may wait at a worker that accepts none; default 2, 0: no limit.",
     ),
     Option(("--hang",), "replace|skip", "What to do with a hung worker; default replace."),
-    Option(("--watchdog",), "S", "Seconds within which each worker must send WATCHDOG=1."),
+    Option(
+        ("--watchdog",),
+        "S",
+        "Seconds within which each worker must send WATCHDOG=1; default: not required.",
+    ),
     Option(
         ("--adopt-timeout",),
         "S",
         "Seconds workers continue without a controller; default 30, 0: not at all.",
     ),
-    Option(("--pid",), "FILE", "Write the controller's process id to this file."),
-    Option(("--log-level",), "LEVEL", "debug, info, warning or error; default info."),
-    Option(("--log-format",), "FORMAT", "Format of standard error: text or json; default text."),
+    Option(("--pid",), "FILE", "Write the controller's process ID to this file."),
+    Option(
+        ("--log-level",),
+        "LEVEL",
+        "Least severe lines to log: debug, info, warning or error; default info.",
+    ),
+    Option(("--log-format",), "FORMAT", "Format of the log: text or json; default text."),
     Option(
         ("--control-socket",),
         "PATH",
-        "Control socket; default /run/steer/NAME.sock. See also STEER_RUNTIME_DIR.",
+        "Path of the control socket; default: NAME.sock in /run/steer, or for users other than root"
+        " in $XDG_RUNTIME_DIR/steer.",
     ),
 )
 """The keys of the configuration, with dashes. For the app and the command see `Given`."""
@@ -138,14 +147,14 @@ RUN_OPTIONS = (
     Option(("--check-config",), "", "Check the configuration, then exit."),
     Option(("--print-config",), "", "Print the configuration, then exit."),
 )
-"""Those that `run` alone has."""
+"""The options that only `run` has."""
 
 
 class Given:
     """What `run` was given.
 
     Args:
-        options: by key; None or (): not given. The app is one.
+        options: the options and the app, by key; None or (): not given.
         command: the arguments after `--`.
     """
 
@@ -155,11 +164,10 @@ class Given:
 
 
 def plain(arguments: Sequence[str]) -> Given | None:
-    """What `run` is given by arguments that are as they mostly are: each option by its whole
-    name, and with its value.
+    """Read simple arguments of `run`: each option has its whole name and its value.
 
     Returns:
-        What click would find; None: click is needed to read them, or to say what is wrong.
+        The same as click; None if click has to parse them or report what is wrong.
     """
     own, command = list(arguments), list[str]()
     if "--" in own:
@@ -193,13 +201,14 @@ def plain(arguments: Sequence[str]) -> Given | None:
 def words(
     arguments: Sequence[str], flags: Mapping[str, str], valued: Mapping[str, str]
 ) -> tuple[list[str], dict[str, Any]] | None:
-    """The arguments of a command that are no options, and by key what its options are given.
+    """Read simple arguments of a command: its arguments, and the values of its options by key.
 
     Args:
-        flags, valued: the keys of its options without and with a value, by their names.
+        flags: the keys of its options without a value, by the names of the options.
+        valued: the keys of its options with a value, by the names of the options.
 
     Returns:
-        What click would find; None: click is needed to read them, or to say what is wrong.
+        The same as click; None if click has to parse them or report what is wrong.
     """
     names: list[str] = []
     given = {**dict.fromkeys(flags.values(), False), **dict.fromkeys(valued.values())}
@@ -281,7 +290,7 @@ class Source:
 
 
 def _directory() -> str:
-    """The current directory; "" if it was removed: then it has no files either."""
+    """The current directory; "" if it was removed, as it then has no files."""
     with suppress(OSError):
         return os.getcwd()
     return ""

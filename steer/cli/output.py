@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 WATCH_S = 1.0
 _TURN_S = 0.13
 _COLUMNS, _LINES = 80, 24
-"""The size of a terminal that does not say."""
+"""The assumed size of a terminal that does not report its size."""
 
-# console_codes(4), and of the alternate screen xterm's control sequences.
+# See console_codes(4); for the alternate screen, xterm's control sequences.
 _HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 _OTHER_SCREEN, _FIRST_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
 _CUT_LINES, _WRAP_LINES = "\x1b[?7l", "\x1b[?7h"
@@ -43,9 +43,11 @@ def as_json(found: object) -> None:
 
 
 def watch(look: Callable[[], Sequence[Table]]) -> NoReturn:
-    """Print what `look` sees again and again, until interrupted: in place, on a screen of its
-    own, as what is longer than the terminal would scroll; where there is no terminal, one after
-    the other."""
+    """Call `look` every second and print its tables, until interrupted.
+
+    A terminal shows them in place, on its alternate screen, where lines that do not fit do not
+    scroll. Other outputs get the tables one after the other.
+    """
     if not sys.stdout.isatty():
         again(lambda: tables(look()))
     sys.stdout.write(_OTHER_SCREEN + _HIDE_CURSOR + _CUT_LINES)
@@ -61,20 +63,20 @@ def watch(look: Callable[[], Sequence[Table]]) -> NoReturn:
         sys.stdout.flush()
 
 
-def again(tell: Callable[[], None]) -> NoReturn:
-    """Call it once a second, until interrupted."""
+def again(act: Callable[[], None]) -> NoReturn:
+    """Call `act` every second, until interrupted."""
     while True:
-        tell()
+        act()
         sys.stdout.flush()
         time.sleep(WATCH_S)
 
 
 @contextmanager
 def progress(words: str) -> Iterator[Progress | None]:
-    """While it lasts, a line that says how far it is; None where there is no terminal.
+    """Show a line of progress on the terminal until the block ends; None without a terminal.
 
     Args:
-        words: what is said until there is more to say.
+        words: the text until the first report of progress.
     """
     if not sys.stderr.isatty():
         yield None
@@ -101,7 +103,7 @@ def progress(words: str) -> Iterator[Progress | None]:
 
 
 class _Line:
-    """What is said of how far it is, behind something that turns."""
+    """A line of progress: a spinner and the latest text."""
 
     def __init__(self, words: str) -> None:
         self._words = words
@@ -125,7 +127,7 @@ def _drawn(found: Sequence[Table]) -> list[str]:
 
 
 def _size() -> tuple[int, int]:
-    """Columns and lines: as the environment has them, or the terminal."""
+    """Columns and lines: of the environment if it has them, else of the terminal."""
     columns, lines = 0, 0
     for stream in (sys.stderr, sys.stdout):
         with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The tables of `steer policies`: all policies, or the results of checking one. Pure."""
+"""The tables of `steer policies` and `steer policies check`. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steer.values import plural
 
 
 def described() -> list[dict[str, object]]:
-    """Every built-in policy, as `steer policies --json` prints it."""
+    """The built-in policies, as `steer policies --json` prints them."""
     return [
         {
             "name": each.name,

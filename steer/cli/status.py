@@ -16,8 +16,10 @@ from steer.errors import NotRunning
 
 
 class Query(msgspec.Struct, frozen=True):
-    """Args:
-    name: of a service; None: all, unless there is a control socket.
+    """The services that the user asks for, and how to print them.
+
+    Args:
+        name: the name of a service; None: all services, unless there is a control socket.
     """
 
     name: str | None = None
@@ -27,10 +29,10 @@ class Query(msgspec.Struct, frozen=True):
 
 
 def plain(arguments: Sequence[str]) -> Query | None:
-    """What is asked for by arguments that are as they mostly are.
+    """Read simple arguments of `status`.
 
     Returns:
-        The same as click finds; None where only that can tell, or say what is wrong.
+        The same as click; None if click has to parse them or report what is wrong.
     """
     flags = {"--json": "as_json", "--watch": "watch"}
     read = words(arguments, flags, {"--control-socket": "control_socket"})
@@ -41,11 +43,11 @@ def plain(arguments: Sequence[str]) -> Query | None:
 
 
 def perform(query: Query) -> None:
-    """Show what runs.
+    """Print the status of services.
 
     Raises:
         ControlError
-        NotRunning: there is none of that name, or none of this user's.
+        NotRunning: no service has that name, or this user has no service.
     """
     if query.watch:
         _watch(query)

@@ -12,16 +12,16 @@ from steer.policy.cpus import cpu_list
 from steer.values import plural
 
 _BAR = 40
-"""Characters of the longest bar."""
+"""The length of the longest bar, in characters."""
 
 
 class Table(msgspec.Struct, frozen=True):
-    """Something to print: a title, column heads, rows of text, and lines below them.
+    """A table to print: a title, column heads, rows of text, and lines below them.
 
     Args:
-        optional: columns that may be left out where there is no room, the first first.
-        verdicts: the column that says how something is: it may be in colour.
-        is_prose: whether its cells are sentences, which may be broken into lines.
+        optional: columns to leave out if there is no room, in this order.
+        verdicts: the column of states or verdicts, which may be in colour.
+        is_prose: whether cells are sentences, which may be broken into lines.
     """
 
     title: str
@@ -34,12 +34,12 @@ class Table(msgspec.Struct, frozen=True):
 
 
 GAP = "  "
-"""Between columns, and between the parts of a title."""
+"""The space between columns, and between the parts of a title."""
 
 
 def service_table(service: Service) -> Table:
-    """A service for people: its state in the title, a row for each worker, and what is the
-    policy's own."""
+    """The table of a service: its state in the title, a row for each worker, and below them the
+    parameters, counters and histograms of its policy."""
     binds = ", ".join(_bind(bind) for bind in service.binds)
     title = (
         f"{service.name}  {service.state}  {service.policy} on {service.backend}  {binds}  "
@@ -70,15 +70,15 @@ def service_table(service: Service) -> Table:
         )
         for worker in service.workers
     ]
-    return Table(title, columns, rows, _own(service), _OPTIONAL, "state", False)
+    return Table(title, columns, rows, _policy_lines(service), _OPTIONAL, "state", False)
 
 
 _OPTIONAL = ("weight", "gen", "restarts", "cpus", "up", "pid")
 
 
 def of_status(status: Status) -> list[Table]:
-    """One for each service, and one of all that go on without a controller; below the last, how
-    many there are beside."""
+    """A table for each service, and one for all services without a controller. A line below the
+    last says how many services of other users run."""
     found = [service_table(service) for service in status.services]
     if status.orphaned:
         found.append(orphans_table(status.orphaned))
@@ -89,7 +89,7 @@ def of_status(status: Status) -> list[Table]:
 
 
 def orphans_table(orphans: Sequence[Orphan]) -> Table:
-    """The services without a controller, of which no more is known."""
+    """The table of the services without a controller, of which only the state is known."""
     return Table("", ("service", "state"), [(each.name, each.state) for each in orphans])
 
 
@@ -104,7 +104,7 @@ def plain(table: Table) -> str:
 
 
 def plain_width(table: Table) -> int:
-    """Of its rows, in characters."""
+    """The width of the table's rows in characters."""
     return sum(_widths(table)) + len(GAP) * (len(table.columns) - 1)
 
 
@@ -126,8 +126,8 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 60}m{whole % 60:02}s"
 
 
-def _own(service: Service) -> Sequence[str]:
-    """A line for the policy's parameters, one for each counter, and its histograms."""
+def _policy_lines(service: Service) -> Sequence[str]:
+    """The policy's parameters in one line, a line for each counter, and the histograms."""
     lines = [f"{name}: {count}" for name, count in service.counters.items()]
     if service.params:
         pairs = ", ".join(f"{name}={value}" for name, value in service.params.items())
@@ -138,8 +138,9 @@ def _own(service: Service) -> Sequence[str]:
 
 
 def _bars(buckets: Sequence[tuple[int, int]]) -> Sequence[str]:
-    """From the first to the last that has anything; what it has is seen at all."""
-    full = [place for place, (_, count) in enumerate(buckets) if count]
+    """The bars of a histogram from its first to its last bucket that is not empty. A bucket that is
+    not empty has a bar of at least one character."""
+    full = [index for index, (_, count) in enumerate(buckets) if count]
     if not full:
         return ["  nothing yet"]
     shown = buckets[full[0] : full[-1] + 1]

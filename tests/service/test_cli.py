@@ -526,7 +526,7 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
         "3. see that nobody is on tcp 127.0.0.1:8080",
         "4. start 2 workers",
     ]
-    assert re.fullmatch(r"memory: \d+\.\d MB of the kernel's, for maps", memory)
+    assert re.fullmatch(r"memory: \d+\.\d MB in the kernel, for maps", memory)
     found = json.loads(steer("check", "--json", "-w", "2", "--name", "shop").stdout)
     became = found["policy"], found["policy_asked"], found["policy_reason"]
     assert became == ("least-conn", "auto", "open connections are counted")
