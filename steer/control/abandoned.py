@@ -1,8 +1,8 @@
 """Finds and ends workers whose controller and guard were both killed.
 
 The record beside the control socket names them (see `record`). If that was removed, they are found
-by what their processes show: commands by their environment, Python callables by their titles. The
-same finds processes of a worker whose first process has ended. Only this network and pid namespace
+by what their processes show: commands by their environment, Python callables by their titles. This
+also finds processes of a worker whose first process has ended. Only this network and pid namespace
 are searched, and workers of a service with a controller or guard are never taken for abandoned.
 """
 

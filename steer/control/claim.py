@@ -18,8 +18,8 @@ from steer.errors import ControlError, in_words
 
 _BACKLOG = 16
 _TURN_S, _LOOK_AGAIN_S = 30.0, 0.01
-"""How long to wait while another service of the user starts. The limit matters if that process is
-stopped: it would keep all others from starting."""
+"""How long to wait while another service of the user starts. If the process of that service is
+stopped, no other service can start: then the limit ends the wait with an error."""
 
 
 class Claim:
@@ -159,8 +159,8 @@ def remove(path: Path, wanted: int | None, directory: bool) -> None:
 
 
 def _remove_dead(path: Path) -> None:
-    """Remove a socket that nobody answers at. A user may have typed the path, so nothing is removed
-    that is no socket, or belongs to another user."""
+    """Remove a socket at which nobody answers. A user may have mistyped the path, so only a socket
+    of this user is removed."""
     with contextlib.suppress(FileNotFoundError):
         found = path.lstat()
         if not stat.S_ISSOCK(found.st_mode):

@@ -218,7 +218,7 @@ def _look(environment: Mapping[str, str], connections: Connections | None = None
 
 
 def _by_process(environment: Mapping[str, str], known: set[int]) -> list[services.Running]:
-    end_s = time.monotonic() + taken.RENEWED_S
+    end_s = time.monotonic() + taken.RENEWAL_TIMEOUT_S
     while True:
         found = services.find(environment, known)
         if time.monotonic() >= end_s or not any(each.is_gone for each in found):

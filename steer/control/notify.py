@@ -22,10 +22,10 @@ assignments of the message."""
 Heard = Callable[[Sequence[int], Mapping[str, str]], None]
 
 _FLOOD = 4096
-"""How many messages to read at most: each of as many workers may have sent one."""
+"""How many messages `hear_all` reads at most: some for each of the workers there may be."""
 _AT_ONCE = 16
-"""How many messages to read in one turn of the loop, so that their consequences are handled
-once."""
+"""How many messages to read in one turn of the loop. What follows from several messages is then
+done once."""
 _KINDS_MAX = 16
 
 
@@ -124,7 +124,7 @@ class Listener:
             if datagram.uid in self._trusted:
                 yield datagram.lineage or (datagram.pid,), message
             elif is_ready(message):
-                cause = f"user {datagram.uid} is not the one that workers are started as"
+                cause = f"workers are not started as user {datagram.uid}"
                 self._unheard.tell(datagram.pid, cause, "have steer change the user: --user")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a service did when asked, in the words of its answer."""
+"""The outcomes of requests: what a service did, as the fields of its answer and as text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scaled(msgspec.Struct):
 
 
 class Drained(msgspec.Struct):
-    """Also what is drained no longer."""
+    """The outcome of `drain`, and of `undrain`."""
 
     slot: int
 
@@ -53,14 +53,14 @@ class Swapped(msgspec.Struct):
 
 
 Outcome = Reloaded | Scaled | Drained | Restarted | Swapped
-"""What was done, in the words of the answer; as text, what to tell of it."""
+"""Its fields are those of the answer. As a string, it is what the command line prints."""
 
 _KINDS: tuple[type[Outcome], ...] = (Reloaded, Scaled, Drained, Restarted, Swapped)
 _BY_NAME = {kind.__name__: kind for kind in _KINDS}
 
 
 def outcome_of(command: str) -> type[Outcome]:
-    """The class of a command's outcome. Raises KeyError: it has none."""
+    """The class of a command's outcome. Raises KeyError: the command has no outcome."""
     return _BY_NAME[COMMANDS[command].outcome]
 
 

@@ -1,4 +1,4 @@
-"""A connection to a control socket, and who is at its other end."""
+"""Connects to a control socket, and identifies the process at the other end of a connection."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _TIMEVAL = struct.Struct("@ll")
 
 
 def connect(path: Path, timeout_s: float | None = None) -> socket.socket:
-    """A connection to a control socket. Raises OSError as connect(2).
+    """Connect to a control socket. Raises OSError as connect(2).
 
     Args:
-        timeout_s: for the connection, and for each send and receive after it.
+        timeout_s: limits the connect, and each send and receive after it; None: no limit.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if timeout_s is not None:
-            # Not settimeout() yet: with that a full backlog would fail at once.
+            # Not settimeout() yet: it makes the socket non-blocking, and connect(2) would fail at
+            # once if the backlog is full.
             limit = _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1e6))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         sock.connect(str(path))
@@ -37,7 +38,8 @@ def connect(path: Path, timeout_s: float | None = None) -> socket.socket:
 
 
 def credentials(sock: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end, as the kernel vouches (unix(7), SO_PEERCRED)."""
+    """The process id and user id at the other end, as the kernel reports them (unix(7),
+    SO_PEERCRED)."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(raw)
     return pid, uid

@@ -1,4 +1,7 @@
-"""What a request on a control socket may be, and who may send one: a line of JSON each way."""
+"""The protocol of a control socket: limits, and what a valid request is.
+
+A request and its answer are one line of JSON each.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from steer.control import peer
 
 REQUEST_MAX_BYTES = 65536
 TIMEOUT_S = 5.0
-"""For a request to be complete, and for an answer to be taken."""
+"""How long a client may take to send a whole request, and to read an answer."""
 SILENT_MAX = 32
-"""So many connections may be without a request: descriptors are kept for workers."""
-ASKERS_MAX = 64
-"""So many connections at once, with those that wait for what they asked for."""
+"""How many connections may have sent no request yet. Workers need the other descriptors."""
+CONNECTIONS_MAX = 64
+"""How many connections may be open, including clients that wait for their answers."""
 BACKLOG = 16
 TOO_LONG = f"request too long: {REQUEST_MAX_BYTES} bytes at most"
 NOT_COMPLETE = "request not complete: a line of JSON is wanted"
@@ -25,11 +28,16 @@ NOT_UNDERSTOOD = "request not understood: an object of JSON is wanted"
 Request = Mapping[str, Any]
 
 
-def understood(line: bytes, sock: socket.socket) -> Request:
-    """What a line asks for that came over `sock`.
+def decode_request(line: bytes, sock: socket.socket) -> Request:
+    """Decode a request.
+
+    Args:
+        line: the request as it was received.
+        sock: the connection that it came over.
 
     Raises:
-        ValueError: it says why there is nothing to answer but that.
+        ValueError: the user may send no requests, or the line is no request. Its text is the
+            answer.
     """
     if peer.credentials(sock)[1] not in (0, os.geteuid()):
         raise ValueError("not permitted: only root and the service's own user may ask")

@@ -1,7 +1,7 @@
-"""Which processes are the workers of a service, in a file beside its control socket.
+"""The record: a file beside the control socket that lists the workers of a service.
 
-Nobody looks at it as long as the controller or its guard is there to be asked. Where both have
-been killed, it is all that tells of the workers, which serve on and hold the port.
+While the controller or its guard is running, nobody reads it. If both were killed, the workers
+still serve and hold the port, and the record is how steer finds them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from steer.control import claim
 from steer.linux import processes
 
-_LONG = 4
-"""A file with so many lines for each worker is written anew."""
+_LINES_PER_WORKER = 4
+"""The file is rewritten when it has this many lines for each worker."""
 _MAX_BYTES = 1 << 20
 
 Worker = tuple[int, int]
-"""Its first process, and the signal that tells it to finish."""
+"""The worker's first process, and the number of the signal that tells it to finish."""
 
 
 class Record:
-    """The file, as a controller writes it. Where it cannot be written there is none.
+    """Writes the file. If the file cannot be written, the service has no record.
 
     Args:
         control: path of the control socket.
@@ -38,23 +38,23 @@ class Record:
 
     @property
     def is_there(self) -> bool:
-        """Whether it is still what we wrote: whoever cleans directories may have removed it."""
+        """Whether the file is the one that we wrote: something may have removed or replaced it."""
         return self._inode is not None and claim.inode(self._path) == self._inode
 
     def add(self, workers: Collection[Worker], known: Collection[Worker]) -> None:
-        """Some more.
+        """Add workers to the file.
 
         Args:
-            known: all there are, with these.
+            known: all workers, including the added ones. They are written if the file is rewritten.
         """
-        if self.is_there and self._lines < _LONG * len(known) + 64:
+        if self.is_there and self._lines < _LINES_PER_WORKER * len(known) + 64:
             self._write(workers, os.O_APPEND)
             self._lines += len(workers)
         else:
             self.renew(known)
 
     def renew(self, workers: Collection[Worker]) -> None:
-        """Write it anew, with these."""
+        """Rewrite the file with these workers."""
         self._write(workers, os.O_TRUNC)
         self._inode, self._lines = claim.inode(self._path), len(workers)
 
@@ -65,9 +65,13 @@ class Record:
 
 
 def living(control: Path) -> list[Worker]:
-    """The workers in the file of a service that have not ended.
+    """The workers in the record of a service that have not ended.
 
-    Of a file that is not root's only processes of its owner count: it may name any.
+    Args:
+        control: path of the control socket.
+
+    A user can write any process id into a file of theirs. So if the file belongs to a user other
+    than root, processes of other users are ignored.
     """
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -79,7 +83,8 @@ def living(control: Path) -> list[Worker]:
         if not stat.S_ISREG(found.st_mode):
             return []
         lines = stream.read(_MAX_BYTES).splitlines()
-    # The last word on each: its signal may become known only once it runs.
+    # A worker may have several lines, as its signal may become known only once it runs: the last
+    # line counts.
     return list(dict(_living(lines, found.st_uid)).items())
 
 
@@ -96,6 +101,7 @@ def _living(lines: Iterable[bytes], owner: int) -> Iterator[Worker]:
 
 
 def _line(worker: Worker) -> str:
-    """With its start, which together with its number names it for ever."""
+    """A line of the file. It includes the start time of the process, because the process id may be
+    reused."""
     pid, number = worker
     return f"{pid} {processes.start_time_ticks(pid) or 0} {int(number)}\n"

@@ -17,11 +17,12 @@ TMP = Path("/tmp")
 
 
 def directories(environment: Mapping[str, str]) -> list[Path]:
-    """Where the control socket of a service of ours may be, best first.
+    """The directories for control sockets of this user's services, best first.
 
-    STEER_RUNTIME_DIR is the only place if it is set. Root's is always the system's, whatever
-    a login shell has in XDG_RUNTIME_DIR: cron and systemd have to find it, too. Another user's
-    is their run directory, the system's if it was made for them, else one of their own in /tmp.
+    If STEER_RUNTIME_DIR is set, it is the only one. Root uses /run/steer and ignores
+    XDG_RUNTIME_DIR, which only login shells set: commands run by cron and systemd have to find the
+    same services. Other users have `steer` in their XDG_RUNTIME_DIR, then /run/steer if it was made
+    for them, then a directory of their own in /tmp.
     """
     override = environment.get(RUNTIME_DIR)
     if override:
@@ -32,12 +33,14 @@ def directories(environment: Mapping[str, str]) -> list[Path]:
 
 
 def _of_login(environment: Mapping[str, str], user: int) -> Path:
-    """Where XDG_RUNTIME_DIR is, or would be in a login shell (pam_systemd(8))."""
+    """The directory in XDG_RUNTIME_DIR; if that is not set, in what a login shell would set it to
+    (pam_systemd(8))."""
     return Path(environment.get("XDG_RUNTIME_DIR") or _LOGINS / str(user), "steer")
 
 
 def _directories_to_look_in(environment: Mapping[str, str]) -> Iterator[Path]:
-    """All in which a service that we may ask can be: for root, those of all users."""
+    """The directories that may hold control sockets we can connect to: for root, the directories
+    of all users."""
     yield from directories(environment)
     if environment.get(RUNTIME_DIR):
         return
@@ -50,16 +53,19 @@ def _directories_to_look_in(environment: Mapping[str, str]) -> Iterator[Path]:
 
 
 def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
-    """Control sockets, whether anybody answers there or not; our own services' first.
+    """Paths of control sockets, whether or not a service answers there. This user's come first.
 
-    Another user's directory does not let us list it, but one that we can name is found
-    there. Where anybody could have made the directory it is passed over unless its owner is
-    whom it is named after.
+    Args:
+        name: of a service; None: all services. In a directory that we cannot list, only a socket
+            whose name is known can be found.
+
+    A directory that is named after a user is skipped if another user owns it, as in /tmp anybody
+    could have made it.
     """
     found: dict[Path, None] = {}
     for directory in _directories_to_look_in(environment):
         with contextlib.suppress(OSError, ValueError):
-            if _is_whose_it_says(directory):
+            if _has_expected_owner(directory):
                 named = directory / f"{name}.sock"
                 there = [named] if name and named.exists() else sorted(directory.glob("*.sock"))
                 found.update(dict.fromkeys(there))
@@ -67,11 +73,12 @@ def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
 
 
 def of_others(environment: Mapping[str, str]) -> list[Path]:
-    """Control sockets at which somebody listens, of services that we may not ask; for root there
-    are none.
+    """Control sockets of running services that belong to other users. Root may use all services,
+    so for root there are none.
 
-    Where a directory does not let us list it, the kernel's table of sockets still names them. That
-    tells no user: what is ours is known by its directory's name, or by its processes.
+    The sockets are read from the kernel's table, which also has sockets in directories that we
+    cannot list. The table does not name users, so our own sockets are recognized by the name of
+    their directory or by the processes of the service.
     """
     user = os.geteuid()
     if user == 0:
@@ -86,7 +93,12 @@ def of_others(environment: Mapping[str, str]) -> list[Path]:
 
 
 def _is_gone(path: Path, ours: set[str]) -> bool:
-    """Whether it was the socket of one of our services, in a directory that is no user's."""
+    """Whether this is the removed control socket of one of our services.
+
+    Args:
+        path: in a directory that is not named after a user, or this is false.
+        ours: names of our services.
+    """
     return _user_of(path) is None and path.stem in ours and not os.path.lexists(path)
 
 
@@ -99,7 +111,7 @@ def _may_be_control(path: Path, override: str | None) -> bool:
 
 
 def _user_of(path: Path) -> int | None:
-    """Whose control socket it is, where its directory is named after a user."""
+    """The user that the directory of a control socket is named after; None: none."""
     directory = path.parent
     with contextlib.suppress(ValueError):
         if directory.name == "steer" and directory.parent.parent == _LOGINS:
@@ -109,8 +121,13 @@ def _user_of(path: Path) -> int | None:
     return None
 
 
-def _is_whose_it_says(directory: Path) -> bool:
-    """Raises OSError, ValueError: there is none, or its name tells of no user."""
+def _has_expected_owner(directory: Path) -> bool:
+    """Whether a directory belongs to the user that it is named after, if it is named after one.
+
+    Raises:
+        OSError: there is no such directory.
+        ValueError: the name should have a user id, and has something else.
+    """
     if directory.parent == TMP and directory.name.startswith("steer-"):
         user = int(directory.name.removeprefix("steer-"))
     elif directory.parent.parent == _LOGINS:
@@ -121,8 +138,14 @@ def _is_whose_it_says(directory: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == user
 
 
-def places(name: str, wanted: str | None, environment: Mapping[str, str]) -> list[Path]:
-    """Where the control socket of a service may be, best first."""
+def control_socket_paths(
+    name: str, wanted: str | None, environment: Mapping[str, str]
+) -> list[Path]:
+    """The paths that the control socket of a service may have, best first.
+
+    Args:
+        wanted: the only path, if the user chose one.
+    """
     if wanted is not None:
         return [Path(wanted)]
     return [directory / f"{name}.sock" for directory in directories(environment)]

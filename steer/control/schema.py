@@ -1,4 +1,4 @@
-"""The shapes of what `steer status --json` tells. Pure."""
+"""The schema of `steer status --json`. Pure."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import msgspec
 
 
 class Connections(msgspec.Struct):
-    """Of one worker. None: not counted on this backend, or not to be seen from here.
+    """The connections of one worker. A value is None if this backend does not count it, or if steer
+    cannot see it.
 
     Args:
-        selected: connections (UDP: datagrams) the program sent to it.
-        open: TCP connections established, and not yet closed by the worker.
-        queued: TCP connections waiting in its accept queues.
-        queued_bytes: UDP data waiting in its receive queues.
+        selected: connections (UDP: datagrams) that the program sent to the worker.
+        open: TCP connections that are established, and that the worker has not closed.
+        queued: TCP connections that wait in its accept queues.
+        queued_bytes: UDP data that waits in its receive queues.
+        migrated: connections that were moved to the worker from another one's accept queue.
     """
 
     selected: int | None = None
@@ -23,9 +25,15 @@ class Connections(msgspec.Struct):
 
 
 class Worker(msgspec.Struct):
-    """One worker. `sockets` are the inodes of its sockets; `said` is its last STATUS=;
-    `at_capacity`: it takes no more connections, and gets on with those that it has; `left_group`:
-    the addresses where its socket is not in the group as it was, and why."""
+    """One worker.
+
+    Args:
+        sockets: the inodes of its sockets.
+        said: the text of its last STATUS= (sd_notify(3)).
+        at_capacity: whether it accepts no more connections while it makes progress with those that
+            it has.
+        left_group: the addresses at which its socket has left the reuseport group, and how.
+    """
 
     slot: int
     pid: int | None
@@ -49,8 +57,12 @@ class Address(msgspec.Struct):
 
 
 class Totals(msgspec.Struct):
-    """Of the service. `fallback` counts what did not go to the slot the policy chose;
-    `unsteered` those of it that were left to the kernel's hash."""
+    """Connections of the whole service.
+
+    Args:
+        fallback: connections that did not go to the slot that the policy chose.
+        unsteered: the part of `fallback` that the kernel's own hash distributed.
+    """
 
     selected: int | None = None
     fallback: int | None = None
@@ -59,11 +71,11 @@ class Totals(msgspec.Struct):
 
 
 class Histogram(msgspec.Struct):
-    """Of values that a policy records.
+    """A histogram of values that a policy records.
 
     Args:
         unit: of the values: "us".
-        buckets: pairs of the least value in it, ascending, and how many there were.
+        buckets: for each bucket, in ascending order: the least value in it, and the count.
     """
 
     unit: str
@@ -71,12 +83,14 @@ class Histogram(msgspec.Struct):
 
 
 class LoopDelay(msgspec.Struct):
-    """How long the controller's loop was busy at a time since this controller began, in
-    milliseconds: so long may a request have to wait before it is read.
+    """How long the turns of the controller's event loop took, in milliseconds, since this
+    controller started. A request may have to wait for one turn before it is read.
 
     Args:
-        buckets: pairs of the least delay in it, ascending, and how many there were.
-        p50, p99, p99_9: so large a share of them was no longer; to the end of a bucket.
+        buckets: for each bucket, in ascending order: the least duration in it, and the count.
+        count: of all turns.
+        max: the longest turn.
+        p50, p99, p99_9: percentiles, each rounded up to the end of a bucket.
     """
 
     buckets: list[tuple[float, int]]
@@ -88,12 +102,14 @@ class LoopDelay(msgspec.Struct):
 
 
 class Service(msgspec.Struct):
-    """A service that runs. `params`, `counters` and `histograms` are the policy's own, by name.
+    """A running service.
 
     Args:
-        policy_asked: what the user named; "auto" becomes another.
-        policy_reason: why `auto` became this policy; None if the user named it.
-        loop_delay_ms: None from a controller that does not tell it.
+        backend_reason: why no better backend is used; None: there is no better one.
+        params, counters, histograms: what the policy declares, by name.
+        policy_asked: the policy that the user named. If that is `auto`, `policy` is what it became.
+        policy_reason: why `auto` became this policy; None: the user named the policy.
+        loop_delay_ms: None: the controller is of a version that does not measure it.
     """
 
     name: str
@@ -117,10 +133,10 @@ class Service(msgspec.Struct):
 
 
 class Orphan(msgspec.Struct):
-    """A service without a controller: its workers serve on, and nobody can tell how.
+    """A service without a controller. Its workers serve on, and their status is unknown.
 
     Args:
-        state: till when, and what can be done.
+        state: how long they serve on, and what the user can do.
     """
 
     name: str
@@ -128,7 +144,12 @@ class Orphan(msgspec.Struct):
 
 
 class Status(msgspec.Struct):
-    """What runs. `others` counts the services of other users, of which nothing more is known."""
+    """All running services.
+
+    Args:
+        schema: the version of this schema.
+        others: how many services of other users are running.
+    """
 
     schema: int
     services: list[Service]

@@ -21,8 +21,8 @@ import msgspec
 
 from steer.control import protocol
 from steer.control.protocol import (
-    ASKERS_MAX,
     BACKLOG,
+    CONNECTIONS_MAX,
     REQUEST_MAX_BYTES,
     SILENT_MAX,
     TIMEOUT_S,
@@ -33,9 +33,11 @@ from steer.linux.retry import AGAIN_S, Retry
 
 _ACT = "answer at the control socket"
 _PAUSE_S = 0.1
-"""Between the requests of one connection."""
+"""How long to wait between two requests of one connection."""
 _TURNS = 8
+"""asyncio takes some turns of its loop until it reads from a new connection."""
 _LAST_S = 0.2
+"""How long clients that have sent no request get at the end."""
 
 Progress = Callable[[str, int, int], None]
 """Reports progress: words, how many are done, of how many (0: unknown). Never blocks."""
@@ -85,7 +87,6 @@ class Server:
         self._loop.remove_reader(self._socket)
         for staying in self._staying:
             staying.cancel()
-        # asyncio takes some turns until it reads from new connections.
         for _turn in range(_TURNS):
             await asyncio.sleep(0)
         if self._silent:
@@ -99,7 +100,8 @@ class Server:
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """Answer nobody meanwhile: the descriptor may be replaced by another socket."""
+        """Accept no connections in the block, so that another socket may replace the
+        descriptor's."""
         self._loop.remove_reader(self._socket)
         try:
             yield
@@ -123,10 +125,12 @@ class Server:
             connection, _ = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return False
-        if len(self._conversations) >= ASKERS_MAX and not self._make_room():
+        if len(self._conversations) >= CONNECTIONS_MAX and not self._make_room():
             with connection, suppress(OSError):
                 connection.setblocking(False)
-                connection.send(_line(_refusal(f"more than {ASKERS_MAX} requests are under way")))
+                connection.send(
+                    _line(_refusal(f"more than {CONNECTIONS_MAX} requests are under way"))
+                )
             return True
         task = self._loop.create_task(self._converse(connection))
         self._conversations.add(task)
@@ -164,7 +168,7 @@ class Server:
         """Read a request and answer it. Returns whether another one may follow."""
         request: Request = {}
         try:
-            request = protocol.understood(await line, writer.get_extra_info("socket"))
+            request = protocol.decode_request(await line, writer.get_extra_info("socket"))
         except asyncio.LimitOverrunError:
             answer = _refusal(protocol.TOO_LONG)
         except (asyncio.IncompleteReadError, TimeoutError):
@@ -234,8 +238,8 @@ class _Left(Exception):
 
 
 def _progress_of(request: Request, transport: asyncio.WriteTransport) -> Progress:
-    """How to report progress: not at all if the client did not request it. A slow one misses
-    some."""
+    """The function that reports progress. It does nothing if the client did not request progress,
+    and drops a report if the client has not read the one before."""
 
     def progress(text: str, done: int, of: int) -> None:
         if not transport.is_closing() and not transport.get_write_buffer_size():

@@ -1,4 +1,8 @@
-"""Whether a name is taken: a service answers at its control socket, or is to make that again."""
+"""Checks whether a name is taken.
+
+It is if a service answers at the control socket of that name, or if the control socket of a running
+service was removed: the service will make it again.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from steer.control.peer import connect, credentials
-from steer.control.rundir import places
+from steer.control.rundir import control_socket_paths
 from steer.errors import ControlError
 from steer.linux import services, unix
 from steer.linux.title import GUARD
 
 PATH_MAX_BYTES = 107
-"""sun_path of unix(7), less the null byte at its end."""
+"""The size of sun_path of unix(7), without the null byte at its end."""
 _ANSWER_S = 1.0
-RENEWED_S, _RENEWAL_S = 4.0, 0.05
-"""A control socket that was removed is made again within 2 s."""
+RENEWAL_TIMEOUT_S, _LOOK_AGAIN_S = 4.0, 0.05
+"""How long to wait for a removed control socket, which its service makes again within 2 s."""
 
 
 def refuse_taken(
@@ -27,27 +31,28 @@ def refuse_taken(
     ours: int | None = None,
     lost: Sequence[services.Running] | None = None,
 ) -> list[Path]:
-    """Where the control socket may be, unless a service of that name is running.
+    """The paths that the control socket of a new service may have.
 
     Args:
-        ours: inode of a control socket that may have the name.
-        lost: as `await_guard` returned them a moment ago.
+        wanted: the only path, if the user chose one.
+        ours: inode of a control socket that may have the name, as it is the caller's own.
+        lost: the result of `await_guard`, if it was called a moment ago.
 
     Raises:
-        ControlError: one is; or no path is short enough.
+        ControlError: a service of that name is running, or all paths are too long.
     """
-    found = places(name, wanted, environment)
+    found = control_socket_paths(name, wanted, environment)
     _refuse_too_long(name, found)
     for path in found:
         refuse_if_answering(name, path)
     for each in unreachable(found, environment) if lost is None else lost:
         if each.inode != ours:
-            raise running(name, f"pid {each.pid}", each.path)
+            raise already_running(name, f"pid {each.pid}", each.path)
     return found
 
 
 def _refuse_too_long(name: str, paths: Iterable[Path]) -> None:
-    """Raises ControlError: none of them can be that of a socket."""
+    """Raises ControlError: each path is too long for a socket."""
     lengths = {path: len(os.fsencode(path)) for path in paths}
     if all(length > PATH_MAX_BYTES for length in lengths.values()):
         causes = "; ".join(f"{path} has {length}" for path, length in lengths.items())
@@ -57,8 +62,8 @@ def _refuse_too_long(name: str, paths: Iterable[Path]) -> None:
 
 
 def unreachable(paths: Iterable[Path], environment: Mapping[str, str]) -> list[services.Running]:
-    """The services of this user whose control sockets were at one of these paths, and are gone.
-    They are made again soon."""
+    """The services of this user whose control socket had one of these paths and was removed. Such
+    a service makes its control socket again soon."""
     missing = {path.absolute() for path in paths if not os.path.lexists(path)}
     if not unix.may_listen(missing):
         return []
@@ -69,28 +74,34 @@ def unreachable(paths: Iterable[Path], environment: Mapping[str, str]) -> list[s
 def await_guard(
     paths: Iterable[Path], environment: Mapping[str, str]
 ) -> Sequence[services.Running]:
-    """Where a control socket at one of these was removed while no controller is there, wait until
-    the guard process has made it again: for a moment, as it may be stopped.
+    """Wait until guard processes have made removed control sockets again.
+
+    A guard process makes the control socket again while there is no controller. It may be stopped,
+    so the wait has a limit.
+
+    Args:
+        paths: of control sockets.
 
     Returns:
-        Those that are `unreachable` then.
+        The services that are `unreachable` after the wait.
     """
     from steer.linux import signals
 
-    end_s = time.monotonic() + RENEWED_S
+    end_s = time.monotonic() + RENEWAL_TIMEOUT_S
     wanted = list(paths)
     while True:
         lost = unreachable(wanted, environment)
         if all(each.title.role != GUARD for each in lost) or time.monotonic() >= end_s:
             return lost
-        signals.pause(_RENEWAL_S)
+        signals.pause(_LOOK_AGAIN_S)
 
 
 def refuse_if_answering(name: str, path: Path) -> None:
-    """A socket that nobody answers at is what a killed controller left: it is no obstacle.
+    """Refuse to use a path if a service answers there. A socket at which nobody answers was left by
+    a controller that was killed, and may be replaced.
 
     Raises:
-        ControlError: somebody answers.
+        ControlError: a service answers, or holds the socket and does not answer.
     """
     try:
         with connect(path, _ANSWER_S) as sock:
@@ -99,11 +110,15 @@ def refuse_if_answering(name: str, path: Path) -> None:
         holder = "it does not answer"
     except OSError:
         return
-    raise running(name, holder, path)
+    raise already_running(name, holder, path)
 
 
-def running(name: str, holder: str, path: Path) -> ControlError:
-    """What it means that somebody answers where a service's control socket is to be."""
+def already_running(name: str, holder: str, path: Path) -> ControlError:
+    """The error that a service of that name is running.
+
+    Args:
+        holder: which process answers at its control socket, in words.
+    """
     return ControlError(
         f"start service {name!r}",
         f"one of that name is running ({holder}, {path})",

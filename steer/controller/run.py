@@ -88,7 +88,7 @@ def _left(
     Raises:
         ControlError: that controller has not ended.
     """
-    places = rundir.places(plan.name, plan.service.control_socket, environment)
+    places = rundir.control_socket_paths(plan.name, plan.service.control_socket, environment)
     lost = taken.await_guard(places, environment)
     for path in places:
         # Another user's is none of ours; whether a place is left is seen to later.

@@ -13,7 +13,7 @@ import msgspec
 
 from steer.control import peer
 from steer.control.protocol import REQUEST_MAX_BYTES
-from steer.control.taken import running
+from steer.control.taken import already_running
 from steer.errors import ControlError
 from steer.guard import store
 from steer.guard.channel import Channel, NotUnderstood, receive
@@ -141,7 +141,7 @@ def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
             raise ControlError(act, cause, cure) from None
         except OSError:
             return None
-    raise running(path.stem, "it does not answer", path)
+    raise already_running(path.stem, "it does not answer", path)
 
 
 def _settings(value: bytes) -> Settings:
@@ -181,4 +181,4 @@ def _refused(line: bytes, sock: socket.socket, path: Path) -> ControlError:
         return ControlError(f"adopt {path.stem}", "answer not understood")
     if "guard" in answer:
         return ControlError(f"adopt {path.stem}", str(answer.get("error")))
-    return running(path.stem, f"pid {peer.credentials(sock)[0]}", path)
+    return already_running(path.stem, f"pid {peer.credentials(sock)[0]}", path)

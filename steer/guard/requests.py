@@ -24,7 +24,7 @@ from steer.control.protocol import (
     TIMEOUT_S,
     TOO_LONG,
     Request,
-    understood,
+    decode_request,
 )
 
 _CHUNK_BYTES = 16384
@@ -67,13 +67,13 @@ class Connection:
         return bool(data)
 
     def request(self) -> Request:
-        """The request. Raises ValueError: it is not a request, see `understood`."""
+        """The request. Raises ValueError: it is not a request, see `decode_request`."""
         line, end, _ = self.data.partition(b"\n")
         if len(line) > REQUEST_MAX_BYTES:
             raise ValueError(TOO_LONG)
         if not end:
             raise ValueError(NOT_COMPLETE)
-        return understood(bytes(line), self._socket)
+        return decode_request(bytes(line), self._socket)
 
     def answer(self, answer: Mapping[str, object], fds: Sequence[int] = ()) -> None:
         """Answer and close the connection. An answer is short enough for the empty socket

@@ -18,7 +18,7 @@ from contextlib import suppress
 from selectors import EVENT_READ, DefaultSelector
 
 from steer.control.notification_buffer import NotificationBuffer
-from steer.control.protocol import ASKERS_MAX, Request
+from steer.control.protocol import CONNECTIONS_MAX, Request
 from steer.guard.adoption import Adoption
 from steer.guard.channel import Channel
 from steer.guard.control_socket import ControlSocket
@@ -206,7 +206,7 @@ class Standby:
             # In a moment there is a controller to answer, or we are the ones to answer again.
             client.answer({**self._refusal(self._state()), "again": True})
         elif command == "stop":
-            if len(self._stoppers) < ASKERS_MAX:
+            if len(self._stoppers) < CONNECTIONS_MAX:
                 self._stoppers.append(client)
             else:
                 client.answer(self._refusal(self._state()))

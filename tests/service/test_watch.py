@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from steer.control import client, peer
-from steer.control.protocol import ASKERS_MAX, SILENT_MAX
+from steer.control.protocol import CONNECTIONS_MAX, SILENT_MAX
 from steer.control.server import Progress
 from steer.errors import ControlError, NotRunning
 from steer.linux import processes
@@ -68,7 +68,7 @@ def test_what_stays_does_not_keep_a_service_from_its_end(place: Path) -> None:
 def test_those_that_stay_make_room_for_others(place: Path) -> None:
     with fake_service(place, status=answers), ExitStack() as stack:
         staying = []
-        for _ in range(2 * ASKERS_MAX):
+        for _ in range(2 * CONNECTIONS_MAX):
             sock = stack.enter_context(peer.connect(place, DEADLINE_S))
             sock.sendall(STATUS)
             assert json.loads(read_line(sock))["ok"]
