@@ -46,7 +46,7 @@ class Unheard:
         if (command, cause) in self._kinds or len(self._kinds) >= _KINDS_MAX:
             return
         self._kinds.add((command, cause))
-        self._warn(f"READY=1 of {command or 'a process'} (pid {pid}) is not heard: {cause}; {cure}")
+        self._warn(f"READY=1 of {command or 'a process'} (pid {pid}) is ignored: {cause}; {cure}")
 
 
 def is_ready(message: Mapping[str, str]) -> bool:

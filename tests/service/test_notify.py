@@ -77,7 +77,8 @@ def test_listener_passes_over_users_it_does_not_trust_and_says_so_once() -> None
 
     asyncio.run(listen())
     (line,) = told
-    assert f"(pid {os.getpid()}) is not heard: user {os.geteuid()} is not the one" in line
+    why = f"workers are not started as user {os.geteuid()}"
+    assert f"(pid {os.getpid()}) is ignored: {why};" in line
 
 
 def test_not_everything_that_anybody_sends_is_told() -> None:
@@ -143,7 +144,7 @@ def test_worker_may_have_a_child_say_so_but_no_stranger(service: StartService, h
     send(str(address), b"READY=1")
     # What was sent before a request is heard before the next one.
     assert [running.workers()[0]["state"] for _ in range(2)] == ["starting"] * 2
-    assert f"(pid {os.getpid()}) is not heard: it is no process of a worker; let" in running.log
+    assert f"(pid {os.getpid()}) is ignored: it is no process of a worker; let" in running.log
 
     (home / "tell").touch()
     running.wait_ready()
@@ -205,7 +206,7 @@ def test_helper_of_which_nothing_tells_whose_it_is_is_believed_where_only_one_ca
     command = ("--", sys.executable, "nameless.py")
     arguments = ("-w", str(workers), "--ready-timeout", "3600", *command)
     running = service(*arguments, ready=workers == 1)
-    why = "is not heard: its parent has ended, and nothing tells whose it is; let the worker"
+    why = "is ignored: its parent has ended, and nothing tells whose it is; let the worker"
     if workers == 1:
         assert why not in running.log
     else:
