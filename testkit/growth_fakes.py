@@ -21,7 +21,7 @@ from typing import Any, cast
 from steer.backends.base import Counts
 from steer.config import planning
 from steer.config.plan import Generation, Plan
-from steer.config.servers import BY_DEFAULT
+from steer.config.servers import DEFAULT_STOP_SIGNALS
 from steer.config.service import Service
 from steer.control.notify import Unheard
 from steer.controller.rollout import Rollout
@@ -256,7 +256,7 @@ class FakeProcess:
     def keep(self, value: bytes, held: Sequence[int] = (), look: bool = True) -> None:
         self._cost["saves of a worker"] += 1
         self._cost["looks at a worker"] += look
-        self._guard.put(self.key, value, (0, 1, 2, *held), self.pid, BY_DEFAULT.first)
+        self._guard.put(self.key, value, (0, 1, 2, *held), self.pid, DEFAULT_STOP_SIGNALS.first)
 
     def watch(self, loop: Any, ended: Callable[[], None]) -> None:
         self._loop, self._ended = loop, ended

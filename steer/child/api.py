@@ -35,7 +35,7 @@ class Worker:
         self._notify = launch.notify
         self._stopping = False
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for number in (signal.SIGTERM, launch.service.told_by):
+        for number in (signal.SIGTERM, launch.service.finish_signal):
             signal.signal(number, self._stop)
 
     @property

@@ -69,7 +69,7 @@ def main(
     try:
         import_for(launch.service)
         launch = _apply(launch)
-        lifeline.tie(channel, launch.service.told_by)
+        lifeline.tie(channel, launch.service.finish_signal)
         if launch.service.command:
             channel.set_inheritable(True)
             _execute(launch, _environment(launch))

@@ -129,7 +129,7 @@ def _see_no_command(
 
     from steer.config import servers
 
-    is_command = first in servers.HAND_OVER or shutil.which(first)
+    is_command = first in servers.LISTEN_CURES or shutil.which(first)
     if is_command or (rest and not rest[0].startswith("-")):
         line = _line(context, arguments[:at], [*arguments[at:], *after])
         raise click.UsageError(f"{first} is not MODULE:CALLABLE. {line}", context)

@@ -1,4 +1,4 @@
-"""Addresses as users write them. Pure."""
+"""Reads the addresses of binds as users write them. Pure."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ _FORM = re.compile(
     r"(?:(?P<protocol>tcp|udp)://)?(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*)):(?P<port>[0-9]{1,5})"
 )
 COPIES = "every worker would get a copy of each datagram, whatever the policy"
-"""What the kernel does with multicast and broadcast: see udp(7) on SO_REUSEADDR, and
-__udp4_lib_mcast_deliver() of net/ipv4/udp.c, which never runs a group's program."""
+"""Why multicast and broadcast addresses are refused: for these, the kernel delivers each datagram
+to all sockets and never runs the group's program. See udp(7) on SO_REUSEADDR, and
+__udp4_lib_mcast_deliver() of net/ipv4/udp.c."""
 ALLOWED = "host:port, [::1]:port, :port, udp://host:port"
 
 
 _MAPPED = bytes(10) + b"\xff\xff"
-"""How an IPv6 address begins that stands for an IPv4 one."""
+"""The first bytes of an IPv4-mapped IPv6 address."""
 
 
 class Bind(msgspec.Struct, frozen=True):
-    """One address of a service, and so one group.
+    """One address of a service. Each bind has a reuseport group of its own.
 
     Args:
         protocol: "tcp" or "udp".
@@ -41,8 +42,8 @@ class Bind(msgspec.Struct, frozen=True):
 
     @property
     def ipv4(self) -> str | None:
-        """The IPv4 address that packets to it have: also of an IPv4-mapped one, ::ffff:0:0/96,
-        see ipv6(7)."""
+        """The IPv4 address of packets that arrive here; None: they are IPv6. Packets to an
+        IPv4-mapped address (::ffff:0:0/96, see ipv6(7)) are IPv4, too."""
         if not self.is_v6:
             return self.address
         packed = self._packed_v6
@@ -50,7 +51,8 @@ class Bind(msgspec.Struct, frozen=True):
 
     @property
     def is_multicast(self) -> bool:
-        """To many hosts at once, or to all: 224.0.0.0/4, ff00::/8, 255.255.255.255."""
+        """Whether the address is multicast (224.0.0.0/4, ff00::/8) or broadcast
+        (255.255.255.255)."""
         if self.ipv4 is None:
             return self._packed_v6[0] == 0xFF
         first = socket.inet_aton(self.ipv4)
@@ -62,7 +64,8 @@ class Bind(msgspec.Struct, frozen=True):
 
     @property
     def is_scoped(self) -> bool:
-        """Of one interface only: fe80::/10, which names it behind a percent sign."""
+        """Whether the address names an interface after a percent sign, as link-local addresses
+        (fe80::/10) do."""
         return "%" in self.address
 
     @property
@@ -79,10 +82,10 @@ def parse(text: str, *, any_port: bool = False) -> Bind:
     """Read an address.
 
     Args:
-        any_port: port 0 may be given too, for one that is free.
+        any_port: whether port 0 is allowed, which stands for any free port.
 
     Raises:
-        ConfigError: it is not one of ALLOWED.
+        ConfigError: the text does not have one of the forms in ALLOWED.
     """
     match = _FORM.fullmatch(text.strip())
     act = f"read address {values.shown(text)}"
@@ -95,7 +98,11 @@ def parse(text: str, *, any_port: bool = False) -> Bind:
 
 
 def did_you_mean(text: str) -> str:
-    """A question that names the address that a malformed one was probably meant to be; or ""."""
+    """A question that names the address that the user probably meant; "": no guess.
+
+    Args:
+        text: a malformed address.
+    """
     bare = text.strip()
     for form, meant in _MISTAKES.items():
         if re.fullmatch(form, bare):
@@ -119,7 +126,7 @@ _MISTAKES = {
     r"([0-9]{1,3}(?:\.[0-9]{1,3}){3}|localhost)": r"\1:8080",
     r"https?://([^/:]+:[0-9]{1,5})/*": r"\1",
 }
-"""What is written instead of an address -> what it becomes."""
+"""By the pattern of a malformed address: its replacement."""
 
 
 def _numeric(v6: str | None, host: str | None, act: str) -> str:

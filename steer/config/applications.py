@@ -1,7 +1,8 @@
-"""What an application looks like that is no callable for a worker, and how to run it. Pure.
+"""Recognizes objects that steer cannot call as a worker, and says how to run them. Pure.
 
-Judged by signatures alone: ASGI (https://asgi.readthedocs.io, "Applications") and WSGI (PEP 3333).
-Whatever can be called with one argument is let run, unless calling it would run nothing.
+Only signatures are judged, by what ASGI (https://asgi.readthedocs.io, "Applications") and WSGI
+(PEP 3333) define. An object that takes one argument is accepted, unless a call would run none of
+its code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _ASGI_UNSEEN = "run a server for it: steer run ... -- uvicorn --interface asgi3 
 _ASGI_FACTORY = "run a server for it: steer run ... -- uvicorn --factory {app} --fd {{fd}}"
 _WSGI = "run a server for it: steer run ... -- gunicorn -w 1 {app}"
 _WSGI_DOTTED = "run a server for it: steer run ... -- hypercorn {app} --bind fd://{{fd}}"
-"""gunicorn imports no attribute of an attribute."""
+"""For `module:a.b`: gunicorn does not import an attribute of an attribute."""
 _FACTORY = (
     "if it returns an application, run a server: steer run ... -- gunicorn -w 1 '{app}()', "
     "or for ASGI: steer run ... -- uvicorn --factory {app} --fd {{fd}}"
@@ -32,15 +33,16 @@ _ITERATE = "give a plain function, without yield"
 
 
 def why_not(found: Callable[..., object], app: str) -> str:
-    """Why an object cannot be called with a worker, and what to type instead; "" if it can, or
-    if its signature does not tell.
+    """Why an object cannot be called with a worker, and what to type instead; "": it can be, or its
+    signature does not show whether it can be.
 
     Args:
         app: its name, MODULE:CALLABLE.
     """
     try:
         looks, cure = _judge(found)
-    # An object of the user's may do anything when it is looked at: its call will show.
+    # Reading the attributes of a user's object may run any code. If that fails, call the object and
+    # let the call report the error.
     except Exception:  # noqa: BLE001
         return ""
     if cure == _WSGI and "." in app.partition(":")[2]:
@@ -49,10 +51,10 @@ def why_not(found: Callable[..., object], app: str) -> str:
 
 
 def _judge(found: Callable[..., object]) -> tuple[str, str]:
-    """What it looks like, and the cure; twice "" if it can be called.
+    """What an object looks like, and how to run it; both are "" if it can be called with a worker.
 
     Raises:
-        TypeError, ValueError: it has no signature.
+        TypeError, ValueError: the object has no signature.
     """
     if inspect.isclass(found):
         return _judge_class(found)
@@ -74,12 +76,16 @@ def _judge(found: Callable[..., object]) -> tuple[str, str]:
 
 
 def _judge_call(found: Callable[..., object], waits: bool) -> tuple[str, str]:
-    """Of what takes one argument: whether its code runs when it is called."""
+    """As `_judge`, for an object that takes one argument: would a call run its code?
+
+    Args:
+        waits: whether it is a coroutine function.
+    """
     if waits:
         return "it is a coroutine function, which nobody would await", _AWAIT
     if inspect.isgeneratorfunction(_code(found)):
         return "it is a generator function, which nobody would iterate", _ITERATE
-    # What its only argument is called tells more than that there is one.
+    # The name of the only argument may show that it is not meant to be a worker.
     return _CALLED.get(" ".join(inspect.signature(found).parameters), ("", ""))
 
 
@@ -90,14 +96,14 @@ _CALLED = {
 
 
 def why_not_returned(returned: object, app: str) -> str:
-    """Why what a callable returned shows that it did not serve, and what to type instead; "" if
-    it shows nothing.
+    """Why a callable did not serve, and what to type instead, judged by what it returned; "": that
+    shows nothing.
 
     Args:
         app: its name, MODULE:CALLABLE.
     """
     if inspect.iscoroutine(returned):
-        returned.close()  # or Python warns that nobody awaited it
+        returned.close()  # else Python warns that nobody awaited it
         return f"it returned a coroutine, which nobody awaits; {_AWAIT}"
     if inspect.isgenerator(returned):
         return f"it returned a generator, which nobody iterates; {_ITERATE}"
@@ -124,7 +130,7 @@ def _judge_class(found: type) -> tuple[str, str]:
 
 
 def _takes(found: Callable[..., object]) -> Callable[[int], bool]:
-    """Whether it can be called with so many arguments by position."""
+    """A function that says whether `found` takes a number of positional arguments."""
     signature = inspect.signature(found)
 
     def takes(count: int) -> bool:
@@ -142,11 +148,11 @@ def _is_async(found: Callable[..., object]) -> bool:
 
 
 def _uvicorn_sees(found: Callable[..., object]) -> bool:
-    """Whether uvicorn takes it for ASGI 3 when it is not told so (uvicorn.config.Config.load)."""
+    """Whether uvicorn recognizes it as ASGI 3 without --interface (uvicorn.config.Config.load)."""
     return inspect.iscoroutinefunction(found if inspect.isfunction(found) else type(found).__call__)
 
 
 def _code(found: Callable[..., object]) -> Callable[..., object]:
-    """What is executed when it is called: of an object, its class's __call__."""
+    """The function that a call executes: for an instance, its class's __call__."""
     is_function = inspect.isroutine(found) or hasattr(found, "func")
     return found if is_function else type(found).__call__

@@ -1,6 +1,6 @@
 """Makes the plan of a service: from its configuration, its policy and the results of the probes.
 
-Pure: whoever calls it has read the policy and run the probes.
+Pure: the caller reads the policy and runs the probes.
 """
 
 from __future__ import annotations

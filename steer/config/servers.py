@@ -1,4 +1,4 @@
-"""What is known of servers that steer may run as workers, by the name of their program. Pure."""
+"""What steer knows about servers that may run as workers, by the name of their program. Pure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from steer.values import Invalid, did_you_mean
 
 
 class Server(msgspec.Struct, frozen=True):
-    """A server that differs from what steer does by default.
+    """A server that exits at once on SIGTERM, and finishes its requests on another signal.
 
     Args:
-        stop_signal: on which it finishes the requests it has and ends. SIGTERM ends it at once.
-        source: where its documentation says so.
+        stop_signal: the signal on which the server finishes its requests and exits.
+        source: where the documentation of the server says so.
     """
 
     stop_signal: Signals
@@ -34,33 +34,34 @@ SERVERS: Mapping[str, Server] = {
     "php-fpm": Server(signal.SIGQUIT, "php-fpm(8)"),
     "unicorn": Server(signal.SIGQUIT, "SIGNALS of unicorn"),
 }
-"""Left out: uWSGI, which finishes gracefully on no signal unless it is configured to
-(hook-master-start), and all that do so on SIGTERM, as gunicorn, uvicorn, hypercorn and granian."""
+"""Servers that finish their requests on SIGTERM need no row: gunicorn, uvicorn, hypercorn, granian.
+uWSGI has no row, because by default it finishes gracefully on no signal (see its
+hook-master-start)."""
 
-FORWARD = ("tini", "tini-static", "docker-init", "dumb-init", "catatonit")
-"""They send each signal that they get on to the child they started. Others end on it, as shells
-do, or send on some only, as sudo and timeout."""
+FORWARDERS = ("tini", "tini-static", "docker-init", "dumb-init", "catatonit")
+"""Programs that forward every signal to the child they start. Other wrappers exit on some signals
+(shells) or forward only some (sudo, timeout)."""
 
 
-class Shown(msgspec.Struct, frozen=True):
-    """What a process shows of itself.
+class ProcessInfo(msgspec.Struct, frozen=True):
+    """What ps(1) shows of a process.
 
     Args:
         arguments: its command line, or the title that it has written over it.
-        name: as in ps(1).
+        name: its command name.
     """
 
     arguments: Sequence[str]
     name: str = ""
 
 
-class Finish(msgspec.Struct, frozen=True):
+class StopSignals(msgspec.Struct, frozen=True):
     """How a worker is told to finish.
 
     Args:
-        first: sent to its first process.
-        others: sent to those that are left once that has ended.
-        why: in words, where it was found out by what runs; else "".
+        first: the signal for its first process.
+        others: the signal for processes that are left when the first process has ended.
+        why: why these signals are sent, for the log; "": they are the default.
     """
 
     first: Signals
@@ -68,16 +69,16 @@ class Finish(msgspec.Struct, frozen=True):
     why: str = ""
 
 
-BY_DEFAULT = Finish(signal.SIGTERM, signal.SIGTERM)
+DEFAULT_STOP_SIGNALS = StopSignals(signal.SIGTERM, signal.SIGTERM)
 
-SAY_READY_EARLY = ("gunicorn",)
-"""They send READY=1 before their own workers have loaded the application."""
+READY_EARLY = ("gunicorn",)
+"""Servers that send READY=1 before their own workers have loaded the application."""
 
 _WAITRESS = (
     "its command takes no socket from others: give steer a function that calls "
     "waitress.serve(APPLICATION, sockets=worker.sockets), and raises SystemExit on SIGTERM"
 )
-HAND_OVER: Mapping[str, str] = {
+LISTEN_CURES: Mapping[str, str] = {
     "uvicorn": "add to its command: --fd {fd}",
     "hypercorn": "give it --bind fd://{fd}, and no other --bind",
     "daphne": "add to its command: --fd {fd}",
@@ -88,25 +89,27 @@ HAND_OVER: Mapping[str, str] = {
     "nginx": "give steer -e 'NGINX=3;', and nginx the same address to listen on",
     "haproxy": "write in its configuration: bind fd@3",
 }
-"""What has each server listen on the socket that it is given."""
-WRAPPED: Mapping[str, str] = {
+"""By server: how to make it listen on the socket that steer gives it."""
+WRAPPED_LISTEN_CURES: Mapping[str, str] = {
     "gunicorn": "LISTEN_FDS counts only for the process that steer starts: have that exec it, or "
     "add to its command: --bind fd://{fd}",
 }
-"""The same where another program starts the server as its child."""
-_HAND_OVER = "have it take descriptor 3, {fd} in its arguments; see LISTEN_FDS of sd_listen_fds(3)"
-_HAND_OVER_CALLABLE = "have it accept from worker.sockets"
+"""By server: how to make it listen on that socket if another program starts it as a child."""
+_LISTEN_CURE = (
+    "have it take descriptor 3, {fd} in its arguments; see LISTEN_FDS of sd_listen_fds(3)"
+)
+_LISTEN_CURE_CALLABLE = "have it accept from worker.sockets"
 
 _IN_USE = ("address already in use", "eaddrinuse")
-"""What servers write when bind(2) fails with it: of strerror(3), and of libuv."""
-FOREGROUND: Mapping[str, str] = {
+"""What servers print when bind(2) fails with EADDRINUSE: the texts of strerror(3) and of libuv."""
+FOREGROUND_CURES: Mapping[str, str] = {
     "nginx": "add to its command: -g 'daemon off;'",
     "haproxy": "add to its command: -db",
     "gunicorn": "leave out --daemon",
 }
-"""What has each server not end its first process, and serve on in another."""
-_FOREGROUND = "have it stay in the foreground, as long as it serves"
-_FOREGROUND_CALLABLE = "have it serve until worker.stopping; see examples/"
+"""By server: how to keep it from daemonizing."""
+_FOREGROUND_CURE = "have it stay in the foreground, as long as it serves"
+_FOREGROUND_CURE_CALLABLE = "have it serve until worker.stopping; see examples/"
 
 ALLOWED = "the name of a signal on which a server ends: QUIT or SIGQUIT, TERM, INT, USR1, ..."
 _NO_END: Mapping[Signals, str] = {
@@ -114,11 +117,11 @@ _NO_END: Mapping[Signals, str] = {
     **dict.fromkeys((signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU), "it stops a process"),
     **dict.fromkeys((signal.SIGCHLD, signal.SIGURG, signal.SIGCONT), "it ends no process"),
 }
-"""Why these are refused. SIGWINCH is not, which ends no process either, as Apache ends on it."""
+"""Why a signal is refused as the stop signal. SIGWINCH is allowed, because Apache exits on it."""
 
 
 def stop_signal(command: Sequence[str]) -> Signals:
-    """What tells a worker to finish, if nothing else is asked for.
+    """The signal that tells a worker to finish, unless the user chose one.
 
     Args:
         command: the worker's command line; empty for a Python callable.
@@ -128,74 +131,75 @@ def stop_signal(command: Sequence[str]) -> Signals:
 
 
 def known(arguments: Sequence[str], name: str = "") -> str | None:
-    """Which of `SERVERS` a program is; None if it is none of them.
+    """The name in `SERVERS` of the server that a process runs; None: another program.
 
     Args:
         arguments: its command line, or a title in its place ("nginx: master process nginx").
-        name: as in ps(1).
+        name: its command name, as in ps(1).
     """
     shown = arguments[0].partition(": ")[0] if arguments else ""
     programs = [each.rpartition("/")[2] for each in (shown, shown.partition(" ")[0], name)]
-    # Distributions add versions: php-fpm8.2.
+    # Distributions append the version: php-fpm8.2.
     plain = [each.rstrip("0123456789.").rstrip("-") for each in programs]
     return next((each for each in (*programs, *plain) if each in SERVERS), None)
 
 
-def finish(line: Iterable[Shown]) -> Finish:
-    """How a worker is told to finish whose command is no known server.
+def stop_signals_of(line: Iterable[ProcessInfo]) -> StopSignals:
+    """How to tell a worker to finish if its command is no known server, as the command may be a
+    wrapper that starts one.
 
     Args:
-        line: its first process, then the only child of each; read as far as needed.
+        line: its first process, then the only child of that, and so on. Read as far as needed.
     """
     wrappers: list[str] = []
     for process in line:
         server = known(process.arguments, process.name)
         if server is not None:
-            return _finish(server, wrappers)
+            return _stop_signals_of_server(server, wrappers)
         wrappers.append(process.name)
-    return BY_DEFAULT
+    return DEFAULT_STOP_SIGNALS
 
 
-def _finish(server: str, wrappers: Sequence[str]) -> Finish:
+def _stop_signals_of_server(server: str, wrappers: Sequence[str]) -> StopSignals:
     number = SERVERS[server].stop_signal
     why = f"{number.name}, as they run {server}, which ends at once on SIGTERM"
-    ends = next((each for each in wrappers if each not in FORWARD), None)
+    ends = next((each for each in wrappers if each not in FORWARDERS), None)
     if ends is None:
-        return Finish(number, number, why)
+        return StopSignals(number, number, why)
     why += f"; {ends}, which starts it, by SIGTERM before"
-    return Finish(signal.SIGTERM, number, why)
+    return StopSignals(signal.SIGTERM, number, why)
 
 
 def says_ready_early(arguments: Sequence[str]) -> bool:
-    """Whether READY=1 of this process does not mean that it can serve.
+    """Whether a process sends READY=1 before it can serve.
 
     Args:
-        arguments: its command line: the program, or Python with a script or `-m`; or what the
-            program shows in its place ("gunicorn: master [app]").
+        arguments: its command line, which names the program, or Python with a script or `-m`; or
+            the title that it shows in its place ("gunicorn: master [app]").
     """
-    return not set(SAY_READY_EARLY).isdisjoint(_names(arguments))
+    return not set(READY_EARLY).isdisjoint(_names(arguments))
 
 
-def how_to_hand_over(
+def listen_cure(
     command: Sequence[str], first: Sequence[str] = (), arguments: Sequence[str] = ()
 ) -> str:
-    """What to change, that a server listens on the socket it is given.
+    """How to make a server listen on the socket that steer gives it.
 
     Args:
         command: the worker's command line; empty for a Python callable.
-        first: that of its first process now, as `says_ready_early` has it.
-        arguments: that of its process that listens.
+        first: the command line, or title, of the worker's first process now.
+        arguments: the command line, or title, of the worker's process that listens.
     """
     if not command:
-        return _HAND_OVER_CALLABLE
+        return _LISTEN_CURE_CALLABLE
     names = (*_names(command), *_names(arguments))
     is_wrapped = _names(first) != _names(arguments)
-    cures = {**HAND_OVER, **WRAPPED} if is_wrapped else HAND_OVER
-    return next((cures[name] for name in names if name in cures), _HAND_OVER)
+    cures = {**LISTEN_CURES, **WRAPPED_LISTEN_CURES} if is_wrapped else LISTEN_CURES
+    return next((cures[name] for name in names if name in cures), _LISTEN_CURE)
 
 
 def why_it_ended(command: Sequence[str], status: int | None, words: str) -> tuple[str, str]:
-    """Why a worker ended before it served, and what to change; twice "" if that is not known.
+    """Cause and cure if a worker ended before it served; both are "" if the cause is not known.
 
     Args:
         command: the worker's command line; empty for a Python callable.
@@ -204,24 +208,27 @@ def why_it_ended(command: Sequence[str], status: int | None, words: str) -> tupl
     """
     if any(each in words.lower() for each in _IN_USE):
         at_fault = "it binds an address itself, which is in use"
-        # Of one that was given its sockets as it expects them this cannot be.
-        return at_fault, how_to_hand_over(command, first=command)
+        # A server that uses the socket it was given does not bind one.
+        return at_fault, listen_cure(command, first=command)
     if status != 0:
         return "", ""
     if not command:
-        return "the callable returned", _FOREGROUND_CALLABLE
+        return "the callable returned", _FOREGROUND_CURE_CALLABLE
     names = _names(command)
-    cure = next((FOREGROUND[name] for name in names if name in FOREGROUND), _FOREGROUND)
-    return "its first process ended as if all was done", cure
+    cure = next(
+        (FOREGROUND_CURES[name] for name in names if name in FOREGROUND_CURES), _FOREGROUND_CURE
+    )
+    return "its first process exited while it should serve", cure
 
 
 def _names(arguments: Sequence[str]) -> list[str]:
-    """What may be the name of the program."""
+    """Words at the start of a command line that may be the name of the program."""
     return [each.rpartition("/")[2].partition(":")[0] for each in arguments[:3]]
 
 
 def note(command: Sequence[str]) -> str:
-    """What is done differently for a command's program, in words; "" if nothing is."""
+    """Says that the workers are told to finish by a signal other than SIGTERM, and why; "": they
+    are not."""
     number = stop_signal(command)
     if number == signal.SIGTERM:
         return ""
@@ -232,7 +239,7 @@ def read_signal(name: str) -> Signals:
     """A signal by its name, with or without SIG.
 
     Raises:
-        Invalid: there is none of that name, or no server ends on it.
+        Invalid: there is no signal of that name, or no server exits on it.
     """
     names = {each.removeprefix("SIG"): Signals[each] for each in Signals.__members__}
     short = name.strip().upper().removeprefix("SIG")

@@ -112,7 +112,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(each for each in all_of_them if protocols & set(each.option.protocols))
 
     @property
-    def told_by(self) -> Signals:
+    def finish_signal(self) -> Signals:
         """The signal that tells a worker to finish what it has and end."""
         if self.stop_signal is not None:
             return servers.read_signal(self.stop_signal)
@@ -380,7 +380,7 @@ def _check_options_have_sockets(service: Service, shown: Mapping[str, str]) -> N
     """Raises ConfigError."""
     protocols = [bind.protocol for bind in service.binds]
     settings = socket_options.parse(service.socket_options)
-    if unused := socket_options.without_socket(settings, protocols):
+    if unused := socket_options.unused_setting(settings, protocols):
         raise ConfigError(
             shown["socket_options"],
             f"{unused.name} is for {' and '.join(unused.option.protocols).upper()}, and no bind is",

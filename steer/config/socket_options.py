@@ -1,11 +1,11 @@
-"""Socket options that a service may set on its sockets: a row each. Pure.
+"""The table of socket options that a service may set on its sockets. Pure.
 
-A name is the kernel's constant without SO_, TCP_ or IP_, in lower case, with dashes (socket(7),
-tcp(7), ip(7)). All but `defer-accept` and `fastopen`, which are about listening, are options that
-accepted sockets have from their listener: that is how steer sets them without a word from
-the worker. Left out are options for which that does not hold: SO_PRIORITY over TCP (an
-accepted socket begins with 0: sk_clone() of net/core/sock.c), and TCP_MAXSEG and
-TCP_WINDOW_CLAMP, which a listener loses when its queue is moved (`listeners.move_queue`).
+The name of an option is the kernel's constant without SO_, TCP_ or IP_, in lower case and with
+dashes (socket(7), tcp(7), ip(7)). `defer-accept` and `fastopen` are options of listeners. Accepted
+sockets inherit all others from their listener, so steer can set them without help from the worker.
+Options for which that does not work are left out: SO_PRIORITY over TCP (it is 0 on an accepted
+socket: sk_clone() of net/core/sock.c), and TCP_MAXSEG and TCP_WINDOW_CLAMP, which a listener loses
+when its accept queue is moved (`listeners.move_queue`).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from steer.values import Invalid
 _TCP, _UDP = ("tcp",), ("udp",)
 _BOTH = ("tcp", "udp")
 _NOTSENT_LOWAT = 25
-"""TCP_NOTSENT_LOWAT of include/uapi/linux/tcp.h; Python names it from 3.12 on."""
+"""TCP_NOTSENT_LOWAT of include/uapi/linux/tcp.h; Python has a name for it since 3.12."""
 _IP_TRANSPARENT = 19
-"""Of include/uapi/linux/in.h; Python has no name for it. It is the same bit of the socket that
-IPV6_TRANSPARENT sets (inet_sk(sk)->transparent), and sockets of IPv6 take it at this level too."""
+"""IP_TRANSPARENT of include/uapi/linux/in.h; Python has no name for it. IPv6 sockets accept it,
+too: it sets the same bit of the socket as IPV6_TRANSPARENT (inet_sk(sk)->transparent)."""
 _NEEDS_NET_ADMIN = "needs CAP_NET_ADMIN: run as root, or leave it out"
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """How a value is written.
+    """A kind of value.
 
     Args:
-        allowed: that, in words.
-        read: the value for setsockopt(2). Raises ValueError.
+        allowed: the allowed values, in words.
+        read: returns the value for setsockopt(2). Raises ValueError.
     """
 
     allowed: str
@@ -44,13 +44,14 @@ class Kind(msgspec.Struct, frozen=True):
 
 
 class Option(msgspec.Struct, frozen=True):
-    """One option.
+    """One socket option.
 
     Args:
-        protocols: whose sockets it is set on; those of others are left alone.
-        does: in a few words, for users.
-        cap: the sysctl that the kernel silently cuts a larger value down to, or "".
-        refusals: what would help, by the errno that refuses it.
+        protocols: the option is set on sockets of these protocols only.
+        does: what the option does, for users.
+        cap: the sysctl that limits the value: the kernel silently reduces larger values to it; "":
+            there is none.
+        refusals: the cure, by the errno that setsockopt(2) fails with.
     """
 
     level: int
@@ -63,10 +64,11 @@ class Option(msgspec.Struct, frozen=True):
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """An option and what it is to be.
+    """An option with its value.
 
     Args:
-        text: the value as it was written.
+        text: the value as the user wrote it.
+        value: the value for setsockopt(2).
     """
 
     name: str
@@ -79,7 +81,7 @@ class Setting(msgspec.Struct, frozen=True):
 
     @property
     def raw(self) -> bytes:
-        """As setsockopt(2) takes it."""
+        """The bytes that setsockopt(2) gets."""
         if isinstance(self.value, bytes):
             return self.value
         return self.value.to_bytes(4, sys.byteorder)
@@ -105,7 +107,7 @@ def _flag(text: str) -> int:
 
 
 def _whole(low: int, high: int, what: str) -> Kind:
-    """A number; hexadecimal too, as `ip rule` and nft write marks."""
+    """A whole number. It may be hexadecimal, as marks are in `ip rule` and nft."""
 
     def read(text: str) -> int:
         return _within(int(_matched(_WHOLE, text), 0), low, high)
@@ -122,7 +124,7 @@ def _milliseconds_of(text: str) -> int:
 
 
 def _bytes(low: int) -> Kind:
-    high = (1 << 30) - 1  # the kernel doubles it, in an int
+    high = (1 << 30) - 1  # the kernel doubles the value and stores it in an int
 
     def read(text: str) -> int:
         number, unit = _matched(_BYTES, text.upper()).rstrip("KMG"), text[-1:].upper()
@@ -253,17 +255,17 @@ OPTIONS: Mapping[str, Option] = {
     ),
 }
 DEFAULTS = {"nodelay": "yes"}
-"""What is set where nothing else is asked for. Without it a server that sends head and body apart
-takes 40 ms a request on a kept connection: Nagle's algorithm waits for an acknowledgement
-that the client delays."""
+"""Options that steer sets by default. Without nodelay, a server that sends the head and the body
+of an answer separately takes 40 ms for each request on a kept-alive connection: Nagle's algorithm
+waits for an acknowledgement that the client delays."""
 ALLOWED = f"NAME=VALUE; {', '.join(OPTIONS)}"
 
 
 def parse(texts: Sequence[str]) -> tuple[Setting, ...]:
-    """Read "NAME=VALUE"s; those of DEFAULTS that are not among them come first.
+    """Read settings of the form "NAME=VALUE". Defaults that are not overridden come first.
 
     Raises:
-        Invalid: what is wrong with which of them, in words.
+        Invalid: a name is unknown or given twice, or a value is not allowed.
     """
     given: dict[str, Setting] = {}
     for text in texts:
@@ -287,13 +289,13 @@ def _parse(text: str) -> Setting:
         raise Invalid(f"{name} is {option.kind.allowed}, not {values.shown(value)}") from None
 
 
-def of(settings: Sequence[Setting], protocol: str) -> tuple[Setting, ...]:
-    """Those that sockets of this protocol are given."""
+def for_protocol(settings: Sequence[Setting], protocol: str) -> tuple[Setting, ...]:
+    """The settings for sockets of this protocol."""
     return tuple(each for each in settings if protocol in each.option.protocols)
 
 
-def without_socket(settings: Sequence[Setting], protocols: Sequence[str]) -> Setting | None:
-    """One that was asked for and that no socket of these protocols is given."""
+def unused_setting(settings: Sequence[Setting], protocols: Sequence[str]) -> Setting | None:
+    """A setting of the user's that applies to no socket of these protocols; None: there is none."""
     for each in settings:
         is_default = DEFAULTS.get(each.name) == each.text
         if not is_default and not set(protocols).intersection(each.option.protocols):

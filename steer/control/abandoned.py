@@ -76,8 +76,8 @@ def _by_process(
         if member.first in (None, member.pid) or member.first not in firsts:
             eldest[_eldest(member, members)] = member.name
     for pid in sorted(eldest.keys() - set(known)):
-        shown = servers.Shown(processes.arguments(pid), processes.command(pid) or "")
-        yield eldest[pid], (pid, servers.finish([shown]).first)
+        shown = servers.ProcessInfo(processes.arguments(pid), processes.command(pid) or "")
+        yield eldest[pid], (pid, servers.stop_signals_of([shown]).first)
 
 
 def _eldest(member: Member, members: Mapping[int, Member]) -> int:

@@ -30,7 +30,7 @@ def check_free(bind: Bind, settings: Sequence[Setting] = ()) -> None:
         raise BindError(f"bind {bind.label}", cause, "choose another address")
     try:
         with new_socket(bind) as sock:
-            sockopt.apply(sock, socket_options.of(settings, bind.protocol))
+            sockopt.apply(sock, socket_options.for_protocol(settings, bind.protocol))
             sock.bind((bind.address, bind.port))
     except OSError as error:
         raise bind_error(bind, error) from None

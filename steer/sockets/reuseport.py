@@ -42,7 +42,7 @@ def member(
     """
     sock = new_socket(bind)
     try:
-        sockopt.apply(sock, socket_options.of(settings, bind.protocol))
+        sockopt.apply(sock, socket_options.for_protocol(settings, bind.protocol))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if anchored:
             sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _LOOPBACK)

@@ -61,7 +61,7 @@ def refused(binds: Iterable[Bind], settings: Sequence[Setting]) -> Iterator[Bind
     """The options that the kernel refuses, each once, tried on unbound sockets."""
     told = set()
     for bind in binds:
-        for each in socket_options.of(settings, bind.protocol):
+        for each in socket_options.for_protocol(settings, bind.protocol):
             refusal = _refusal(bind, each)
             if refusal and each not in told:
                 told.add(each)

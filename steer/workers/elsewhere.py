@@ -30,7 +30,7 @@ def diagnosis(process: WorkerProcess) -> tuple[str, str] | None:
     ports = several("port", found.ports)
     who = f"{processes.command(found.pid) or 'it'} (pid {found.pid})"
     command = process.launch.service.command
-    cure = servers.how_to_hand_over(
+    cure = servers.listen_cure(
         command, processes.arguments(process.pid), processes.arguments(found.pid)
     )
     if command:

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Iterable, Iterator
 
 from steer.config import servers
-from steer.config.servers import BY_DEFAULT, Finish, Shown
+from steer.config.servers import DEFAULT_STOP_SIGNALS, ProcessInfo, StopSignals
 from steer.config.service import Service
 from steer.linux import family, fork, processes
 from steer.linux.family import Family
@@ -37,7 +37,7 @@ class Finishing:
         self._family = family
         self._pidfd = pidfd
         self._is_quick = False
-        self._how: Finish | None = None
+        self._how: StopSignals | None = None
 
     def tell(self, quick: bool) -> None:
         """Tell the first process; once, as some servers that are asked again drop what they have.
@@ -64,40 +64,40 @@ class Finishing:
         return self._told_by.why
 
     @property
-    def _told_by(self) -> Finish:
-        return BY_DEFAULT if self._is_quick else self.how()
+    def _told_by(self) -> StopSignals:
+        return DEFAULT_STOP_SIGNALS if self._is_quick else self.how()
 
-    def how(self, look: bool = True) -> Finish:
+    def how(self, look: bool = True) -> StopSignals:
         """How it is told. What is known stays so: of a process that has ended it cannot be seen
         any more. But what a command has become may show only later.
 
         Args:
             look: whether it may have become something else.
         """
-        may_change = self._how == BY_DEFAULT and bool(self._service.command)
+        may_change = self._how == DEFAULT_STOP_SIGNALS and bool(self._service.command)
         if self._how is None or (look and may_change):
             self._how = how(self._service, self._family.pid)
         return self._how
 
 
-def how(service: Service, pid: int) -> Finish:
+def how(service: Service, pid: int) -> StopSignals:
     """How to tell a worker to finish, by what the service says, or else by who is there now.
 
     Args:
         pid: of the worker's first process.
     """
     if service.stop_signal is not None or servers.known(service.command[:1]) is not None:
-        return Finish(service.told_by, service.told_by)
+        return StopSignals(service.finish_signal, service.finish_signal)
     if not service.command:
-        return servers.BY_DEFAULT
-    return servers.finish(_line(pid))
+        return servers.DEFAULT_STOP_SIGNALS
+    return servers.stop_signals_of(_line(pid))
 
 
-def _line(pid: int) -> Iterator[Shown]:
+def _line(pid: int) -> Iterator[ProcessInfo]:
     """The first process, then its only child, and so on."""
     member: int | None = pid
     for _ in range(_MOST_WRAPPERS):
         if member is None:
             return
-        yield Shown(processes.arguments(member), processes.command(member) or "")
+        yield ProcessInfo(processes.arguments(member), processes.command(member) or "")
         member = processes.only_child(member)

@@ -173,7 +173,7 @@ def test_one_that_binds_the_address_of_the_service(
     assert wrong.wait() == 3
     told = wrong.log.partition("steer: start workers: ")[2].splitlines()[0]
     assert ": it binds an address itself, which is in use; " in told
-    assert servers.HAND_OVER[server] in told
+    assert servers.LISTEN_CURES[server] in told
     assert wrong.log.count("[WARNING] worker") <= 1
 
 
@@ -197,8 +197,8 @@ def test_one_that_goes_to_the_background(service: StartService, home: Path, serv
     wrong = service("-w", "1", "--", *command, ready=False)
     assert wrong.wait() == 3
     told = wrong.log.partition("steer: start workers: ")[2].splitlines()[0]
-    ended = "exit status 0: its first process ended as if all was done; "
-    assert told == f"{ended}{servers.FOREGROUND[server]}"
+    ended = "exit status 0: its first process exited while it should serve; "
+    assert told == f"{ended}{servers.FOREGROUND_CURES[server]}"
 
 
 def test_another_port_beside_its_own_does_no_harm(service: StartService, home: Path) -> None:

@@ -291,5 +291,5 @@ def test_check_tells_it(steer: RunSteer) -> None:
 def test_known_servers_are_told_by_their_own_signal(
     command: tuple[str, ...], number: Signals
 ) -> None:
-    assert Service(command=command).told_by is number
-    assert Service(command=command, stop_signal="SIGHUP").told_by is signal.SIGHUP
+    assert Service(command=command).finish_signal is number
+    assert Service(command=command, stop_signal="SIGHUP").finish_signal is signal.SIGHUP

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from steer.config import servers
-from steer.config.servers import SERVERS, Shown, finish
+from steer.config.servers import SERVERS, ProcessInfo, stop_signals_of
 from steer.config.service import Service, load
 from steer.errors import ConfigError
 
 
-def shown(*arguments: str, name: str = "") -> Shown:
-    return Shown(arguments, name)
+def shown(*arguments: str, name: str = "") -> ProcessInfo:
+    return ProcessInfo(arguments, name)
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,10 @@ def shown(*arguments: str, name: str = "") -> Shown:
         ([shown("sh", name="sh"), shown("sleep", "nginx", name="sleep")], "TERM", "TERM"),
     ],
 )
-def test_a_server_is_known_by_what_it_shows(line: list[Shown], first: str, others: str) -> None:
-    found = finish(line)
+def test_a_server_is_known_by_what_it_shows(
+    line: list[ProcessInfo], first: str, others: str
+) -> None:
+    found = stop_signals_of(line)
     assert (found.first, found.others) == (Signals[f"SIG{first}"], Signals[f"SIG{others}"])
 
 
@@ -66,8 +68,8 @@ def test_what_ends_no_server_is_refused(name: str, cause: str) -> None:
 
 @pytest.mark.parametrize("number", {each.stop_signal for each in SERVERS.values()})
 def test_what_a_known_server_ends_on_is_allowed(number: Signals) -> None:
-    assert Service(stop_signal=number.name).told_by is number
-    assert Service(stop_signal="IOT").told_by is signal.SIGABRT
+    assert Service(stop_signal=number.name).finish_signal is number
+    assert Service(stop_signal="IOT").finish_signal is signal.SIGABRT
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_what_a_known_server_ends_on_is_allowed(number: Signals) -> None:
 )
 def test_what_to_change(command: tuple[str, ...], arguments: tuple[str, ...], wanted: str) -> None:
     first = command if "uv" in command else arguments
-    assert wanted in servers.how_to_hand_over(command, first, arguments)
+    assert wanted in servers.listen_cure(command, first, arguments)
 
 
 def test_one_whose_address_is_in_use_was_not_given_its_sockets() -> None:

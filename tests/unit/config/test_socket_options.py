@@ -52,6 +52,6 @@ def test_sockets_are_given_those_of_their_protocol() -> None:
     service = config.Service(bind=("udp://:1",), socket_options=("rcvbuf=1M",))
     assert [str(each) for each in service.settings] == ["rcvbuf=1M"]
     service = config.Service(bind=(":1", "udp://:1"), socket_options=("priority=3",))
-    assert [str(x) for x in socket_options.of(service.settings, "tcp")] == ["nodelay=yes"]
-    assert [str(x) for x in socket_options.of(service.settings, "udp")] == ["priority=3"]
+    assert [str(x) for x in socket_options.for_protocol(service.settings, "tcp")] == ["nodelay=yes"]
+    assert [str(x) for x in socket_options.for_protocol(service.settings, "udp")] == ["priority=3"]
     assert list(sockopt.refused(service.binds, service.settings)) == []
