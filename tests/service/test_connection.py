@@ -72,9 +72,9 @@ def test_one_connection_is_kept_for_asking(service: StartService) -> None:
     service("-w", "1")
     with steer.connect() as connected:
         connected.status()
-        (first,) = connected._kept._open.values()
+        (first,) = connected._connections._open.values()
         connected.status()
-        assert list(connected._kept._open.values()) == [first]
+        assert list(connected._connections._open.values()) == [first]
     assert first.fileno() == -1
 
 
