@@ -1,5 +1,5 @@
-"""For tests of your own: a group, or a whole service, on a free port of the loopback. Needs no test
-framework.
+"""For your tests: a group of sockets or a whole service, on a free port of the loopback interface.
+Works with any test framework.
 
 from steer.testing import reuseport_group, service
 
@@ -47,11 +47,12 @@ def reuseport_group(
     params: Mapping[str, int] | None = None,
     backend: str = "auto",
 ) -> Iterator[ReuseportGroup]:
-    """A group at 127.0.0.1 and a free port, closed on leaving; `group.address` says which.
+    """A group at 127.0.0.1 and a free port, which `group.address` tells. It is closed at the end of
+    the block.
 
     Args:
         protocol: "tcp" or "udp".
-        policy, slots, params, backend: as of `ReuseportGroup`.
+        policy, slots, params, backend: see `ReuseportGroup`.
 
     Raises: as `ReuseportGroup`.
     """
@@ -63,7 +64,7 @@ def reuseport_group(
 
 
 class RunningService(ServiceConnection):
-    """A service of a test's, asked and changed as `steer.connect` does.
+    """A running service of a test, with the methods of the object that `steer.connect` returns.
 
     Attributes:
         address: host and port, as socket.create_connection() takes them.
@@ -76,18 +77,19 @@ class RunningService(ServiceConnection):
 
 @contextmanager
 def service(*, timeout_s: float = 30.0, **settings: Unpack[Settings]) -> Iterator[RunningService]:
-    """Run a service in a process of its own until the block is left; all its workers are ready.
+    """Run a service in a new process until the end of the block, which begins when all workers are
+    ready.
 
     The process starts in the current directory and imports the application there by its name.
 
     Args:
-        timeout_s: for the workers to become ready.
-        settings: as of `steer.Config`. Without `bind` it is at 127.0.0.1 and a free port; without
-            `name` it is called "test".
+        timeout_s: how long the workers may take to become ready.
+        settings: see `steer.Config`. The default of `bind` is 127.0.0.1 and a free port, the
+            default of `name` is "test".
 
     Raises:
         ConfigError: as `steer.Config`.
-        WorkersFailed: it did not start in time; `detail` has what it wrote.
+        WorkersFailed: the service did not start in time; `detail` has its log.
     """
     free = port_checks.with_port(Bind("tcp", "127.0.0.1", 0))
     settings.setdefault("bind", f"{free.address}:{free.port}")
@@ -111,8 +113,8 @@ def service(*, timeout_s: float = 30.0, **settings: Unpack[Settings]) -> Iterato
 
 @contextmanager
 def _running(file: Path, stderr: int) -> Iterator[subprocess.Popen[bytes]]:
-    """`steer run` with this file alone, ended on leaving."""
-    ours = ("STEER_", "WEB_CONCURRENCY")  # they come before the file
+    """Run `steer run` with this configuration file until the end of the block."""
+    ours = ("STEER_", "WEB_CONCURRENCY")  # these variables take precedence over the file
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     command = [sys.executable, "-m", "steer", "run", "-c", str(file)]
     with subprocess.Popen(

@@ -1,4 +1,4 @@
 """The Python API: what `import steer` makes public.
 
-Thin: it checks arguments and calls what the commands call.
+It checks arguments, and calls the same functions as the commands.
 """

@@ -18,11 +18,11 @@ def connect(name: str | None = None, *, control_socket: str | None = None) -> Se
     """Find a running service and connect to it.
 
     Args:
-        name: of the service; not needed if only one runs.
-        control_socket: path of its control socket, instead of a name.
+        name: the name of the service; not needed if only one runs.
+        control_socket: the path of its control socket, instead of a name.
 
     Raises:
-        NotRunning: there is none, or none of that name.
+        NotRunning: no service runs, or no service has that name.
         ControlError: several run and no name was given.
     """
     return ServiceConnection(find.locate(name, control_socket, os.environ))
@@ -36,8 +36,9 @@ class ServiceConnection:
 
     Every method raises:
         NotRunning: the service has ended.
-        Refused: it could not do it, and nothing has changed; `Orphaned` if its controller is gone.
-        ControlError: no answer, or an argument cannot be.
+        Refused: the service could not do it, and nothing has changed. The subclass `Orphaned`
+            means that the service has no controller now.
+        ControlError: the service did not answer, or an argument is wrong.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,11 +47,11 @@ class ServiceConnection:
 
     @property
     def name(self) -> str:
-        """The name of the service, which is that of its control socket."""
+        """The name of the service, taken from the file name of its control socket."""
         return self.control_socket.stem
 
     def status(self) -> schema.Service:
-        """What `steer status --json` prints."""
+        """The status of the service, as `steer status --json` prints it."""
         return client.status(self.control_socket, self._connections).services[0]
 
     def reload(self) -> outcomes.Reloaded:
@@ -71,7 +72,8 @@ class ServiceConnection:
 
         Args:
             policy: a built-in's name, or the path of a C file.
-            params: of the policy, by name; None: its defaults, or unchanged if the policy stays.
+            params: the parameters of the policy, by name. None: unchanged if the policy stays the
+                same, else the defaults.
             weights: one for each worker; None: unchanged.
         """
         if policy.endswith(CUSTOM_SUFFIX):
@@ -103,7 +105,7 @@ class ServiceConnection:
         client.stop(self.control_socket, quick)
 
     def close(self) -> None:
-        """Close the connection; the service runs on."""
+        """Close the connection. The service continues to run."""
         self._connections.close()
 
     def _perform(self, command: str, kind: type[_T], **more: Any) -> _T:

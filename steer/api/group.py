@@ -21,36 +21,41 @@ _NO_PARAMS: Mapping[str, int] = {}
 
 
 class ReuseportGroup:
-    """Sockets that share an address (SO_REUSEPORT, socket(7)); a policy in the kernel chooses.
+    """Sockets that share an address (SO_REUSEPORT, socket(7)); a policy in the kernel selects one
+    of them for each connection or datagram.
 
-    A slot is a place for a socket. Make the socket with `listen`, or `add` one; give it to whoever
-    serves, a thread, a child or another process; `activate` the slot when that is ready. As long
-    as no slot is active the kernel's hash chooses among all sockets there are.
+    A slot holds one socket. Make the socket with `listen`, or `add` one of yours. Give the socket
+    to the thread or process that serves it, and `activate` the slot when that is ready. While no
+    slot is active, the kernel's hash selects among all sockets at the address.
 
-    The group keeps no socket open, but on the backend cbpf: so one whose process dies is out of it
-    at once, and others get what it would have got. `remove` frees its slot. On cbpf a socket is out
-    only then, so there `remove` has to follow at once.
+    On the backends ebpf and kernel the group keeps no socket open: if the process that serves a
+    socket dies, the socket leaves the group at once, and the others get its share. `remove` then
+    frees the slot. On cbpf the group keeps sockets open, so a socket leaves it only by `remove`:
+    call that as soon as the process has ended.
 
-    The object belongs to the process that made it: pass sockets to others, by fork(2),
-    multiprocessing or `socket.send_fds`. A child that was forked has the group's descriptors, and
-    all sockets made before: it calls `close`, and closes the sockets that are not its own. It may
-    be used by one thread at a time. It starts no thread and handles no signal.
+    The object belongs to the process that made it. Pass sockets to other processes, by fork(2),
+    multiprocessing or `socket.send_fds`. A forked child inherits the group's descriptors and the
+    sockets made so far: call `close` in the child, and close the sockets that it does not serve.
+    Only one thread at a time may use the object. The object starts no thread and handles no signal.
 
-    Use it as a context manager, or `close` it, when the sockets are gone. If some are left, they
-    are chosen as before, but nothing can be changed and no open connections are counted.
+    Use it as a context manager, or `close` it when the sockets are closed. Sockets that are still
+    open then are selected as before, but nothing can be changed and open connections are no longer
+    counted.
 
     Args:
-        address: "127.0.0.1:8000", "[::1]:8000", ":8000", "udp://127.0.0.1:8000". Port 0 is
-            one that is free.
-        policy: "auto", a built-in's name (see `steer policies`), or the path of a C file.
-        slots: how many, 1 to 1024.
-        params: of the policy, by name.
-        backend: "auto" for the best that works here, or the best to try: "ebpf", "cbpf", "kernel".
+        address: "127.0.0.1:8000", "[::1]:8000", ":8000" or "udp://127.0.0.1:8000". Port 0 means a
+            free port.
+        policy: "auto", the name of a built-in policy (see `steer policies`), or the path of a C
+            file.
+        slots: the number of slots, 1 to 1024.
+        params: the parameters of the policy, by name.
+        backend: "auto" for the best that works here; or the best to try: "ebpf", "cbpf" or
+            "kernel".
 
     Raises:
-        ConfigError: an argument cannot be; it names what is allowed.
-        BindError: no port is free at the address; else `listen` is who finds that out.
-        KernelError: no backend works, or a policy of your own is not right.
+        ConfigError: an argument is wrong; the error says what is allowed.
+        BindError: no port is free at the address. A given port is first checked by `listen`.
+        KernelError: no backend works, or a custom policy does not compile or load.
     """
 
     def __init__(
@@ -100,22 +105,24 @@ class ReuseportGroup:
     def listen(
         self, slot: int, *, weight: int = 1, cpu: int | None = None, backlog: int = 2048
     ) -> socket.socket:
-        """A new socket in the slot, bound, and over TCP listening, with TCP_NODELAY, which its
-        connections have too (tcp(7)). It is yours to close.
+        """Make a socket in the slot. It is bound; a TCP socket also listens, and its connections
+        have TCP_NODELAY (tcp(7)). The caller closes it.
 
         Args:
-            slot: from 0 on; free, or (only ebpf sees that) its socket has been closed.
-            weight: its share is in proportion, 1 to 1000.
-            cpu: under the policy cpu, what comes in on that CPU is for this slot. If not given,
-                slots are dealt the CPUs that this process may use, in turn. Nobody is pinned:
-                that is for who serves, see os.sched_setaffinity().
-            backlog: of listen(2): how many connections may wait.
+            slot: the number of a free slot, from 0. On ebpf a slot whose socket has been closed
+                counts as free, too.
+            weight: the share of the slot, 1 to 1000, relative to the weights of the others.
+            cpu: under the policy cpu, the slot gets the packets that arrive on this CPU. None:
+                slots take turns at the CPUs that this process may use. steer pins no process:
+                a server can pin itself with os.sched_setaffinity().
+            backlog: the length of the accept queue, as in listen(2).
 
         Raises:
-            GroupError: the slot is not one of the group's, or taken; see the class.
-            ConfigError: weight or CPU cannot be.
-            BindError: bind(2) refused, or somebody else was there before the first.
-            KernelError: the backend could not take it in.
+            GroupError: there is no such slot, it is taken, or the group is closed or belongs to
+                another process.
+            ConfigError: the weight or the CPU is wrong.
+            BindError: bind(2) failed, or another process had the port before the first socket.
+            KernelError: the backend could not add the socket.
         """
         self._check_usable()
         self._slots.make_free(slot, cpu)
@@ -138,14 +145,14 @@ class ReuseportGroup:
     ) -> None:
         """Put a socket of yours into the slot.
 
-        On cbpf all sockets that are at the address have to be added, in the order in which they
-        began to listen, over UDP were bound. Connections are counted if the socket was made in
-        the cgroup of this process (cgroups(7)).
+        On cbpf, add all sockets at the address, in the order in which they began to listen; UDP
+        sockets in the order in which they were bound. The connections of the socket are counted
+        if it was made in the cgroup of this process (cgroups(7)).
 
-        Args: as `listen`.
+        Args: as for `listen`.
 
-        Raises: as `listen`; GroupError: it is not bound to the address, has no SO_REUSEPORT, or
-            over TCP does not listen.
+        Raises: as `listen`. Also GroupError: the socket is not bound to the address, has no
+            SO_REUSEPORT, or is a TCP socket that does not listen.
         """
         self._check_usable()
         self._slots.make_free(slot, cpu)
@@ -153,38 +160,41 @@ class ReuseportGroup:
         self._slots.join(slot, sock, weight, cpu)
 
     def activate(self, *slots: int) -> None:
-        """Have these chosen from now on. May take 25 ms if who is chosen was changed just before,
-        as may all that changes it (membarrier(2)).
+        """Start to select these slots. This and every other change of the active slots may take
+        25 ms if another change was made just before (membarrier(2)).
 
         Raises:
-            GroupError: no socket has joined there; see the class.
+            GroupError: a slot has no socket, or the group is closed or belongs to another process.
             KernelError
         """
         self._check_usable(*slots)
-        self._slots.choose(self._slots.active.union(slots))
+        self._slots.select_from(self._slots.active.union(slots))
 
     def drain(self, *slots: int) -> None:
-        """Have these chosen no more; what they have, and what waits there, stays.
+        """Stop selecting these slots. They keep their connections and their accept queues.
 
-        On the backend kernel they are chosen all the same, as all are while no slot is active.
+        The backend kernel continues to select them, as it cannot leave a socket out. If no slot is
+        left active, every backend selects all sockets.
 
         Raises: as `activate`.
         """
         self._check_usable(*slots)
-        self._slots.choose(self._slots.active.difference(slots))
+        self._slots.select_from(self._slots.active.difference(slots))
 
     def migrate(self, slot: int, sock: socket.socket) -> int:
-        """Move what waits to be accepted at a drained slot to active ones. Nobody should accept
-        there meanwhile: who waits for the listener may see an error (EINVAL of accept(2)).
+        """Move the accept queue of a drained slot to active slots. Do not accept from its socket
+        meanwhile: accept(2) may fail with EINVAL.
 
         Args:
             sock: the slot's socket.
 
         Returns:
-            Connections that wait there still: all where the backend moves none, see `notes`.
+            The number of connections that still wait in the queue. If the backend cannot migrate,
+            that is all of them; `notes` then says so.
 
         Raises:
-            GroupError: the slot is active, no other is, it is not such a socket, or it is UDP.
+            GroupError: the slot is active, no slot is active, the socket does not belong to the
+                group, or the group is UDP.
             KernelError
         """
         self._check_usable(slot)
@@ -192,9 +202,9 @@ class ReuseportGroup:
         return self._slots.migrate(slot, sock)
 
     def remove(self, slot: int) -> None:
-        """Free the slot, after its socket was closed or its process has ended.
+        """Free the slot after its socket was closed or its process has ended.
 
-        On cbpf this takes the socket out of the group, whoever has it open.
+        On cbpf this also takes the socket out of the group, even if a process has it open.
 
         Raises: as `activate`.
         """
@@ -202,14 +212,15 @@ class ReuseportGroup:
         self._slots.leave(slot)
 
     def set_policy(self, policy: str, params: Mapping[str, int] = _NO_PARAMS) -> None:
-        """Choose by another policy from now on, on the same backend, at one moment for all.
+        """Switch to another policy on the same backend, atomically. After an error nothing has
+        changed.
 
-        Args: as of the class.
+        Args: as for the class.
 
         Raises:
-            ConfigError: there is none, or not on this backend; nothing has changed.
-            KernelError: the kernel refuses, or a policy of your own is not right; the same.
-            GroupError: see the class.
+            ConfigError: there is no such policy, or it does not run on this backend.
+            KernelError: the kernel refuses the policy, or a custom policy does not compile.
+            GroupError: the group is closed or belongs to another process.
         """
         self._check_usable()
         act = f"set the policy of {self._bind.label} to {policy}"
@@ -218,7 +229,7 @@ class ReuseportGroup:
         self._slots.set_policy(service, find.find(policy), act)
 
     def counts(self) -> dict[int, SlotCounts]:
-        """What the kernel counted for each slot in use. Raises GroupError, KernelError."""
+        """The kernel's counts for each slot that has a socket. Raises GroupError, KernelError."""
         self._check_usable()
         return self._slots.counts()
 
@@ -239,8 +250,12 @@ class ReuseportGroup:
         raise GroupError(f"pickle the group at {self._bind.label}", *_NOT_THE_GROUP)
 
     def _check_usable(self, *slots: int) -> None:
-        """Raises GroupError: not closed, not in another process, not without sockets. Memory that
-        is shared with the kernel is not in a child (MADV_DONTFORK): it would crash."""
+        """Check that the group is open, belongs to this process, and has a socket in each slot.
+        A child would crash: the memory shared with programs is not mapped in it (MADV_DONTFORK).
+
+        Raises:
+            GroupError
+        """
         act = f"use the group at {self._bind.label}"
         if self._is_closed:
             raise GroupError(act, "it is closed", "make another")

@@ -17,19 +17,19 @@ def bind_of(text: str) -> Bind:
     """The address of the group. Port 0 becomes a free port.
 
     Raises:
-        ConfigError: it is no address.
-        BindError: it cannot be had.
+        ConfigError: the text is not an address.
+        BindError: no port is free there.
     """
     return port_checks.with_port(address.parse(text, any_port=True))
 
 
 def text_of(bind: Bind) -> str:
-    """As `address.parse` reads it."""
+    """The address as text that `address.parse` reads."""
     return bind.label.replace(" ", "://")
 
 
 def pairs(params: Mapping[str, int]) -> list[str]:
-    """As `Service.params` has them."""
+    """The parameters in the form of `Service.params`."""
     return [f"{name}={value}" for name, value in params.items()]
 
 
@@ -37,24 +37,26 @@ def count_of(slots: int) -> int:
     """The number of slots.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a number of slots.
     """
     if slots not in range(1, MAX_WORKERS + 1):
         shown = values.shown(slots)
         raise ConfigError(
-            f"ReuseportGroup: slots = {shown}", "no such number", f"allowed: 1 to {MAX_WORKERS}"
+            f"ReuseportGroup: slots = {shown}",
+            "not a number of slots",
+            f"allowed: 1 to {MAX_WORKERS}",
         )
     return slots
 
 
 def check_socket(sock: socket.socket, bind: Bind, act: str) -> None:
-    """Raises GroupError: it cannot be of the group at this address."""
+    """Raises GroupError: the socket cannot join the group at this address."""
     if why_not := _why_not(sock, bind):
         raise GroupError(act, *why_not)
 
 
 def _why_not(sock: socket.socket, bind: Bind) -> tuple[str, str] | None:
-    """Cause and cure."""
+    """Why the socket cannot join the group, and what would help; None if it can."""
     if sock.fileno() < 0:
         return "the socket is closed", "make another"
     family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
@@ -68,5 +70,5 @@ def _why_not(sock: socket.socket, bind: Bind) -> tuple[str, str] | None:
         return "it has no SO_REUSEPORT", "set that before bind(2)"
     listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if bind.protocol == "tcp" and not listens:
-        return "it does not listen", "call listen() before"
+        return "it does not listen", "call its listen() first"
     return None

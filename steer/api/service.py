@@ -1,4 +1,4 @@
-"""A service that is run from Python, as `steer.run`, `steer.Config` and `steer.Service`."""
+"""Runs a service from Python: `steer.run`, `steer.Config` and `steer.Service`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Application = Callable[[Worker], object]
 
 
 class Settings(TypedDict, total=False):
-    """The options of `steer run --help`, by the same names and with the same defaults."""
+    """The options of `steer run`, with the same names and defaults."""
 
     app: str | Application
     command: Sequence[str]
@@ -60,11 +60,11 @@ class Settings(TypedDict, total=False):
 
 
 class Config:
-    """A service's configuration, checked. Files and STEER_* variables are not read.
+    """The checked configuration of a service. Files and STEER_* variables are not read.
 
     Args:
-        app: "module:callable" or a function of a module; it is called with a `Worker` in each
-            worker process. Without it: `command`, a command line, or `demo=True`.
+        app: "module:callable", or a function of a module. Each worker process calls it with a
+            `Worker`. Instead of it, give `command`, a command line, or `demo=True`.
         settings: see `Settings`. Times are in seconds.
 
     Raises:
@@ -107,7 +107,7 @@ class Service:
         """Run until the service is told to end, by a signal or by `steer stop`.
 
         Raises:
-            ControlError: not in the main thread, which alone gets signals (signal(7)).
+            ControlError: this is not the main thread: Python handles signals only there.
             SteerError: the service could not be started, or all its workers failed.
         """
         if threading.current_thread() is not threading.main_thread():
@@ -146,7 +146,7 @@ def _plain(key: str, value: object) -> object:
 
 
 def _name_of(function: Callable[..., object]) -> str:
-    """ "module:callable", by which a worker finds it again. Raises ConfigError."""
+    """The name "module:callable" by which a worker can import it. Raises ConfigError."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if not module or not name.replace(".", "").isidentifier():
         cure = 'define it in a module with `def`, or name it: "module:callable"'
@@ -156,7 +156,7 @@ def _name_of(function: Callable[..., object]) -> str:
 
 @contextmanager
 def _process_kept() -> Iterator[None]:
-    """Restore what the controller changes of this process, which goes on after the service."""
+    """Restore what the controller changes in this process, which continues after the service."""
     is_collecting, thresholds = gc.isenabled(), gc.get_threshold()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     title_shown, name = title.saved(), processes.command(os.getpid())

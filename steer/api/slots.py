@@ -1,7 +1,7 @@
 """The slots of a group: which have a socket, which may be selected, and by which policy.
 
-It is to sockets what `selection` is to the workers of a service, with nobody but the caller to say
-who comes, is ready and goes.
+A service has `workers.selection` for this. In a group the caller decides when a socket joins, is
+ready and leaves.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from steer.sockets import listeners, port_checks, reuseport
 
 
 class SlotCounts(msgspec.Struct, frozen=True):
-    """What the kernel counted of one slot since its socket joined; None where nobody counts.
+    """The kernel's counts for one slot since its socket joined; None if it does not count.
 
     Args:
-        selected: how many connections (UDP: datagrams) it was selected for.
-        fallback: how many of these it got in place of a slot without a socket.
-        migrated: how many of these came from a listener that closed.
-        open: how many connections are open.
+        selected: connections (UDP: datagrams) for which the slot was selected.
+        fallback: how many of them the slot got in place of a slot without a socket.
+        migrated: how many of them came from a listener that closed.
+        open: connections that are open now.
     """
 
     selected: int | None = None
@@ -42,22 +42,22 @@ class SlotCounts(msgspec.Struct, frozen=True):
 
 
 class Slots:
-    """The backend, and what has joined it.
+    """The backend, and the slots that have a socket.
 
     Args:
-        wanted: one address; as many slots as it has specs.
+        wanted: a plan with one address, and a spec for each slot.
 
     Attributes:
-        active: the slots that are chosen.
-        was_joined: whether a socket ever was.
-        reason: why the backend is no better one; None: it is the best there is.
+        active: the slots that may be selected.
+        was_joined: whether a socket has ever joined.
+        reason: why no better backend is used; None: there is no better one.
 
     Raises:
-        KernelError: no backend works, or a policy of the user's own is not right.
+        KernelError: no backend works, or a custom policy does not compile or load.
     """
 
     def __init__(self, wanted: Plan) -> None:
-        self.backend, self.plan = fallback.first_that_works(wanted, _open, _tell_nobody)
+        self.backend, self.plan = fallback.first_that_works(wanted, _open, _ignore)
         (self.bind,) = wanted.binds
         self.reason = self.plan.backends[0].reason
         self.active: frozenset[int] = frozenset()
@@ -68,24 +68,25 @@ class Slots:
         return f"slot {slot} of {self.bind.label}"
 
     def counts(self) -> dict[int, SlotCounts]:
-        """Of those that are taken. Raises KernelError."""
+        """The counts of the slots that have a socket. Raises KernelError."""
         return {slot: self._counts(slot) for slot in sorted(self._cpus)}
 
     def _counts(self, slot: int) -> SlotCounts:
-        chosen, now_open = self.backend.counts(slot), self.backend.open(slot)
-        if chosen is None:
+        counted, now_open = self.backend.counts(slot), self.backend.open(slot)
+        if counted is None:
             return SlotCounts(open=now_open)
-        return SlotCounts(chosen.selected, chosen.fallback, chosen.migrated, now_open)
+        return SlotCounts(counted.selected, counted.fallback, counted.migrated, now_open)
 
     def check_taken(self, slots: Collection[int]) -> None:
-        """Raises GroupError."""
+        """Raises GroupError: a slot has no socket."""
         for slot in slots:
             if slot not in self._cpus:
                 cause = "no socket has joined there"
                 raise GroupError(f"use {self.label(slot)}", cause, "listen() or add() first")
 
     def make_free(self, slot: int, cpu: int | None) -> None:
-        """See that a socket may join there, for that CPU.
+        """Check that a socket may join the slot, for that CPU. If the slot's socket has been
+        closed, remove it.
 
         Raises:
             GroupError: there is no such slot, or it is taken.
@@ -102,8 +103,8 @@ class Slots:
             self.leave(slot)
 
     def join(self, slot: int, sock: socket.socket, weight: int, cpu: int | None) -> None:
-        """Raises ConfigError: no such weight can be; KernelError."""
-        self._weigh(slot, weight)
+        """Add the socket to the backend. Raises ConfigError: the weight is wrong; KernelError."""
+        self._set_weight(slot, weight)
         self.backend.take_counts(slot)
         try:
             self.backend.add_member(slot, [reuseport.duplicate(sock.fileno()).detach()])
@@ -113,24 +114,24 @@ class Slots:
         self._cpus[slot] = cpu
         self.was_joined = True
 
-    def _weigh(self, slot: int, weight: int) -> None:
+    def _set_weight(self, slot: int, weight: int) -> None:
         weights = [spec.weight for spec in self.plan.specs]
         if weights[slot] == weight:
             return
         weights[slot] = weight
-        act = f"weigh {self.label(slot)}"
+        act = f"set the weight of {self.label(slot)}"
         service = changed(self.plan.service, {"weights": weights}, act)
         self._swap(plan_change.reloaded(self.plan, service, self.plan.topology, act))
 
     def leave(self, slot: int) -> None:
-        """Raises KernelError."""
+        """Remove the slot's socket from the backend. Raises KernelError."""
         if slot in self.active:
-            self.choose(self.active - {slot})
+            self.select_from(self.active - {slot})
         del self._cpus[slot]
         self.backend.remove_member(slot)
 
-    def choose(self, slots: frozenset[int]) -> None:
-        """These, and nobody else. Raises KernelError."""
+    def select_from(self, slots: frozenset[int]) -> None:
+        """Select these slots and no others from now on. Raises KernelError."""
         self.backend.steer(self._members(self.plan, slots))
         self.active = slots
 
@@ -146,35 +147,36 @@ class Slots:
         """Move connections that wait at the slot to active slots; return how many still wait.
 
         Raises:
-            GroupError: it is active, no other is, or it is UDP.
+            GroupError: the slot is active, no slot is active, or the group is UDP.
             KernelError
         """
         act = f"migrate {self.label(slot)}"
         if self.bind.protocol == "udp":
             raise GroupError(act, "datagrams cannot be moved")
         if slot in self.active or not self.active:
-            cause = "it is active, or no other slot is"
+            cause = "it is active" if slot in self.active else "no other slot is active"
             raise GroupError(act, cause, "activate another and drain this one first")
         self._synchronize()
         self.backend.migrate_queue(slot, {0: sock})
         return listeners.waiting(sock).queued
 
     def _synchronize(self) -> None:
-        """Until all that was chosen before is in its queue: some 20 ms, if that was just now."""
+        """Wait until programs that still read the old table have put their connections into
+        queues: some 20 ms if the table was just published."""
         publication = self.backend.grace_period()
         if publication is not None:
             shared_memory.wait_for_programs()
             self.backend.grace_period_ended(publication)
 
     def set_policy(self, service: Service, policy: Policy, act: str) -> None:
-        """Change the policy, on the backend in force.
+        """Change the policy on the backend in force. After an error nothing has changed.
 
         Args:
-            service: asks for it.
+            service: the configuration with the new policy.
 
         Raises:
-            ConfigError: it does not run there, or a parameter cannot be; nothing has changed.
-            KernelError: the kernel refuses; the same.
+            ConfigError: the policy does not run on this backend, or a parameter is wrong.
+            KernelError: the kernel refuses the policy.
         """
         backend, cpus = self.backend.name, self.plan.topology
         here = [
@@ -190,7 +192,7 @@ class Slots:
             why_not = policy.no_cbpf or f"it runs on {', '.join(policy.backends)} only"
             raise ConfigError(act, f"not on {backend}: {why_not}", "make another group for it")
         plan = plan_change.with_candidates(self.plan, service, here, cpus, act)
-        fallback.first_that_works(plan, self._swap, _tell_nobody)
+        fallback.first_that_works(plan, self._swap, _ignore)
 
     def _swap(self, plan: Plan) -> None:
         """Raises KernelError: nothing has changed."""
@@ -200,8 +202,9 @@ class Slots:
 
     @contextmanager
     def _lend(self) -> Iterator[Mapping[int, socket.socket]]:
-        """A socket of our own for a moment, to reach the group through: others' may be anywhere.
-        The program in force does not choose it while a slot is active."""
+        """Open a socket of the group for a moment, as a program is attached through any socket of
+        the group and the others may be in other processes. While a slot is active, the program in
+        force does not select it."""
         if not self._cpus:
             yield {}
             return
@@ -226,19 +229,19 @@ def _open(plan: Plan) -> Backend:
 
 
 def _refuse_unseen_load(plan: Plan, backend: Backend) -> None:
-    """A service looks at accept queues every so often where connections cannot be counted; a
-    group has nobody who would.
+    """Refuse a policy that reads load if connections cannot be counted. A service then reads the
+    lengths of accept queues at intervals; a group has no process that could.
 
     Raises:
-        KernelError: it goes by load, which would not be seen.
+        KernelError: the policy reads load, and nothing would measure it.
     """
     refuse_uncounted(plan, backend.counting)
     counting = backend.counting
     if plan.policy.reads_load and counting and counting.why_not:
         cause, cure, number = counting.why_not
-        act = f"choose by {plan.policy.name}"
+        act = f"use {plan.policy.name}"
         raise KernelError(act, f"{NOT_COUNTED}: {cause}", cure, errno=number)
 
 
-def _tell_nobody(_what: str) -> None:
-    """Ignore what failed: the reason of the fallback names it."""
+def _ignore(_failure: str) -> None:
+    """Ignore a failed backend: the reason of the fallback names it."""
