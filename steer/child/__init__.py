@@ -1,4 +1,4 @@
 """What runs in a worker's process, from the fork to the application.
 
-Nothing here may be imported by the application but what `steer` makes public.
+An application imports `steer`, and nothing of this package.
 """

@@ -19,10 +19,10 @@ class Worker:
     Attributes:
         sockets: bound sockets, one for each bind, in the order of the binds; TCP sockets listen.
         slot: the number of the worker in its service.
-        cpus: the CPUs that it may run on.
-        name: of the service.
-        generation: of the configuration that it was started from.
-        watchdog_s: it has to call `beat` at least once in this time; None: it need not.
+        cpus: the CPUs that the worker may run on.
+        name: the name of the service.
+        generation: the number of the generation that the worker belongs to.
+        watchdog_s: the worker has to call `beat` at least once in this time; None: no limit.
     """
 
     def __init__(self, launch: Launch, sockets: Sequence[socket.socket]) -> None:
@@ -44,16 +44,17 @@ class Worker:
         return self._stopping
 
     def ready(self) -> None:
-        """Tell the controller that this worker can serve. A worker that waits on its sockets need
-        not call this."""
+        """Tell the controller that this worker can serve. This is optional: steer also notices that
+        a worker waits on its sockets."""
         self._notify_controller(b"READY=1")
 
     def beat(self) -> None:
-        """Tell the controller that all is well, at least once every `watchdog_s` if that is set."""
+        """Tell the controller that this worker makes progress: at least once every `watchdog_s`,
+        if that is set."""
         self._notify_controller(b"WATCHDOG=1")
 
     def _notify_controller(self, message: bytes) -> None:
-        """Notify the controller without waiting: for a while there may be none."""
+        """Notify the controller without waiting, as there may be no controller for a while."""
         with (
             suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender,
@@ -61,8 +62,8 @@ class Worker:
             sender.sendto(message, "\0" + self._notify[1:])
 
     def _stop(self, _number: int, _frame: object) -> None:
-        """From here on the sockets do not block: a loop of accept() takes the connections that are
-        queued, then gets BlockingIOError, which ends it."""
+        """Note that the worker is stopping, and make its sockets non-blocking: a loop of accept()
+        takes the connections in the queue, then ends with BlockingIOError."""
         self._stopping = True
         for sock in self.sockets:
             with suppress(OSError):  # the application may have closed it by its number

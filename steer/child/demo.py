@@ -1,7 +1,7 @@
-"""The demo service: says who answered and on which CPU, over HTTP/1.1 and UDP.
+"""The demo service: answers with the worker's slot and CPU, over HTTP/1.1 and UDP.
 
-A thread for each connection, which may block as it likes; the main thread waits on the worker's
-own sockets. asyncio would take longer to import than all the rest of a worker's start.
+The main thread waits on the worker's sockets, and each connection has a thread, which may block.
+Importing asyncio would take longer than the rest of a worker's start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from steer.child.api import Worker
 
 GRACE_S = 2.0
-"""How long a stop waits for the rest of a request, and a last answer for its reader."""
+"""How long a stopping worker waits for the rest of a request, and for clients to read answers."""
 
 _CHUNK_BYTES = 64 * 1024
 _DATAGRAM_MAX_BYTES = 512
@@ -32,15 +32,15 @@ _DRAIN_MAX = 65_536
 
 
 def serve(worker: Worker) -> None:
-    """Answer on the worker's sockets until it is told to stop, finish what was begun and return.
+    """Answer on the worker's sockets until it is told to stop; then finish requests and return.
 
-    TCP sockets speak HTTP/1.1, UDP sockets one datagram for one. `?sleep_ms=` puts an answer off,
-    `?busy_ms=` keeps the whole process busy for as long. At the stop the accept queues are
-    emptied, the listeners closed, requests under way answered with `Connection: close`, and idle
-    connections closed.
+    TCP sockets speak HTTP/1.1. UDP sockets answer each datagram with one. `?sleep_ms=` delays an
+    answer, and `?busy_ms=` keeps the whole process busy for that time. A stopping worker accepts
+    the connections in its queues, closes its listeners, answers open requests with
+    `Connection: close`, and closes idle connections.
 
     Args:
-        worker: its sockets, and what it is called; it handles the signals.
+        worker: has the sockets and the slot, and handles signals.
     """
     alarm, alarm_in = socket.socketpair()
     with alarm, alarm_in:
@@ -51,7 +51,7 @@ def serve(worker: Worker) -> None:
 
 
 def _ready(*fds: int, within_s: float | None = None, events: int = select.POLLIN) -> list[int]:
-    """Which descriptors have something to say, as soon as one has."""
+    """Wait until one of the descriptors is ready; return those that are."""
     if within_s is not None and within_s < 0:
         return []
     poll = select.poll()
@@ -64,9 +64,9 @@ class _Service:
     """The sockets of one worker, and what its threads share.
 
     Attributes:
-        computing: held by the one request that computes, so that all others wait for it.
-        stop_fd: readable once the listeners are closed; never read.
-        grace_end_s: when requests still incomplete are given up; means something once stopped.
+        computing: a lock that the request which computes holds, so that the others wait for it.
+        stop_fd: becomes readable when the listeners are closed, and is never read.
+        grace_end_s: when a stopping worker gives up incomplete requests. Set when `stop_fd` is.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -76,18 +76,18 @@ class _Service:
         self.grace_end_s = 0.0
 
     def run(self, alarm: socket.socket) -> None:
-        """Serve until the worker is stopping, then finish; a signal makes `alarm` readable."""
-        doors = {sock.fileno(): sock for sock in self.worker.sockets}
+        """Serve until the worker is stopping, then finish. A signal makes `alarm` readable."""
+        by_fd = {sock.fileno(): sock for sock in self.worker.sockets}
         for sock in self.worker.sockets:
             sock.setblocking(False)
         self.worker.ready()
         beat_s = self.worker.watchdog_s and self.worker.watchdog_s / 3
         while not self.worker.stopping:
-            # One from each a turn: while this process computes, the others wait in the queue,
-            # from which the kernel can still move them to another worker.
-            for fd in _ready(alarm.fileno(), *doors, within_s=beat_s):
-                if fd in doors:
-                    self._take(doors[fd])
+            # Take only one connection from each socket in a turn. While this process computes,
+            # the others wait in the queue, where the kernel can still move them to other workers.
+            for fd in _ready(alarm.fileno(), *by_fd, within_s=beat_s):
+                if fd in by_fd:
+                    self._take(by_fd[fd])
                 else:
                     alarm.recv(_CHUNK_BYTES)
             if beat_s:
@@ -96,20 +96,21 @@ class _Service:
 
     def _stop(self) -> None:
         for sock in self.worker.sockets:
-            for _ in range(_DRAIN_MAX):  # what is queued, so that no reset meets it
+            for _ in range(_DRAIN_MAX):  # closing the listener would reset what is still queued
                 if not self._take(sock):
                     break
             if sock.type == socket.SOCK_STREAM:
                 sock.close()
         self.grace_end_s = time.monotonic() + GRACE_S
         os.eventfd_write(self.stop_fd, 1)
-        _join(threading.Timer)  # only: a socket that nobody reads would still get datagrams
+        # Wait only for delayed datagrams: until it is closed, the socket would get new ones.
+        _join(threading.Timer)
         for sock in self.worker.sockets:
             sock.close()
         _join(threading.Thread)
 
     def _take(self, sock: socket.socket) -> bool:
-        """Take one connection or datagram; False when there was none to take."""
+        """Take one connection or datagram; return False if there was none."""
         return self._accept(sock) if sock.type == socket.SOCK_STREAM else self._receive(sock)
 
     def _accept(self, listener: socket.socket) -> bool:
@@ -118,18 +119,18 @@ class _Service:
                 sock, _ = listener.accept()
         except BlockingIOError:
             return False
-        except OSError:  # out of descriptors, or shut down from outside and not yet back
+        except OSError:  # no free descriptor, or the controller is migrating the queue
             time.sleep(_ACCEPT_RETRY_S)
             return False
         _start(threading.Thread(target=_Connection(self, sock).serve))
         return True
 
     def _receive(self, sock: socket.socket) -> bool:
-        # On a wildcard address of a host with several, the answer carries the address that the
-        # route back prefers, which need not be the one that was asked.
+        # On a wildcard address the kernel chooses the source address of the answer by its route. If
+        # the host has several addresses, it may be another than the client sent to.
         try:
             data, client = sock.recvfrom(_DATAGRAM_MAX_BYTES)
-        except OSError:  # nothing left, or an error that reading it has cleared
+        except OSError:  # the queue is empty, or a pending error, which this call has cleared
             return False
         try:
             sleep_s, busy_s = demo_http.parse_delay(data.strip())
@@ -147,7 +148,7 @@ class _Service:
             sock.sendto(datagram, client)
 
     def compute(self, busy_s: float) -> bytes:
-        """Hold the CPU for a while, as a handler that computes does, then say who did."""
+        """Keep the CPU busy for a while, as a handler that computes does; return the answer."""
         with self.computing:
             end_s = time.monotonic() + busy_s
             while time.monotonic() < end_s:
@@ -169,23 +170,24 @@ def _start(thread: threading.Thread) -> None:
 
 
 def _join(kind: type[threading.Thread]) -> None:
-    """Wait for all threads of a kind but this one: in a worker all are the demo's."""
+    """Wait for all threads of a class except this one. All threads of a demo worker are its own."""
     for thread in threading.enumerate():
         if isinstance(thread, kind) and thread is not threading.current_thread():
             thread.join()
 
 
 class _Connection(io.RawIOBase):
-    """One client; as a stream, what it sends up to its end or that of our patience."""
+    """The connection of one client, as a stream of what it sends. The stream ends when the client
+    closes it or the worker stops waiting."""
 
     def __init__(self, service: _Service, sock: socket.socket) -> None:
         self._service = service
         self._slot = service.worker.slot
         self._sock = sock
-        self._idle = False  # all that was asked is answered: a stop need not wait for more
+        self._idle = False  # no request is open, so a stop need not wait for this client
 
     def serve(self) -> None:
-        """Answer requests, one at a time and in order, until either side has had enough."""
+        """Answer requests one by one until the client or the worker ends the connection."""
         stream = io.BufferedReader(self)
         with self._sock, contextlib.suppress(OSError):  # the client is gone
             try:
@@ -211,13 +213,14 @@ class _Connection(io.RawIOBase):
         return self._sock.recv_into(buffer)
 
     def _answer(self, request: demo_http.Request) -> bool:
-        """Answer when it is time. Returns whether another request may come."""
+        """Answer a request after its delay; return whether another request may follow."""
         try:
             sleep_s, busy_s = demo_http.parse_delay(request.query)
         except ValueError as error:
             status, body = 400, demo_http.to_json({"error": str(error)})
         else:
-            _ready(self._sock.fileno(), within_s=sleep_s, events=0)  # a sleep that a reset ends
+            # Sleep, but wake up if the client resets the connection.
+            _ready(self._sock.fileno(), within_s=sleep_s, events=0)
             status, body = 200, self._service.compute(busy_s)
         stopping = self._service.worker.stopping
         last = stopping or not request.keep_alive
@@ -229,9 +232,10 @@ class _Connection(io.RawIOBase):
         return not last
 
     def _linger(self) -> None:
-        """Say no more but read on for a while.
+        """Shut down the sending side, and read for a while before the connection is closed.
 
-        Closing with input unread sends a reset, which may overtake the answer (RFC 9112, 9.6).
+        Closing a socket with unread input sends a reset, which may overtake the answer (RFC 9112,
+        9.6).
         """
         self._sock.shutdown(socket.SHUT_WR)
         end_s = time.monotonic() + GRACE_S

@@ -1,7 +1,7 @@
-"""HTTP/1.1 as far as the demo goes: a request read from a stream, an answer's bytes. No sockets.
+"""The part of HTTP/1.1 that the demo needs: reads requests, makes answers. Has no sockets.
 
-Taken is what RFC 9112 lets a client send, bare line feeds included so that a hand with `nc` is
-understood; the rest is refused. Every path has the same answer, so there is nothing to route.
+It accepts what RFC 9112 lets a client send, and refuses anything else. Lines may end in a bare line
+feed, as a user of `nc` types them. Every path has the same answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TOKEN = b"!#$%&'*+-.^_`|~" + bytes(c for c in range(0x80) if chr(c).isalnum())
 
 
 class Refused(Exception):
-    """A request that cannot be read, hence nor can what follows it."""
+    """A request that cannot be read. What follows it on the connection cannot be read either."""
 
     def __init__(self, status: int, why: str) -> None:
         self.status = status
@@ -34,7 +34,11 @@ class Refused(Exception):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What a request says; `modern` is HTTP/1.1, before which connections were not kept."""
+    """A request.
+
+    Args:
+        modern: whether it is HTTP/1.1 or later, where connections are kept by default.
+    """
 
     method: bytes
     query: bytes
@@ -43,7 +47,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 def read_request(stream: BinaryIO) -> Request | None:
-    """Read a request and skip its body; None when the stream ends before it does.
+    """Read a request and skip its body; None if the stream ends first.
 
     Raises:
         Refused
@@ -69,10 +73,10 @@ def read_request(stream: BinaryIO) -> Request | None:
 
 
 def parse_delay(query: bytes) -> tuple[float, float]:
-    """How long to sleep and to compute, in seconds, as a query asks for by `sleep_ms`, `busy_ms`.
+    """The seconds to sleep and to compute, from `sleep_ms` and `busy_ms` of a query.
 
     Raises:
-        ValueError: it is no whole number, or more than an hour.
+        ValueError: a value is not a whole number, or is more than an hour.
     """
     wanted_ms = {b"sleep_ms": 0, b"busy_ms": 0}
     for pair in query.split(b"&"):
@@ -91,7 +95,11 @@ def to_json(content: Mapping[str, object]) -> bytes:
 
 
 def answer(status: int, slot: int, body: bytes, option: str, *, with_body: bool = True) -> bytes:
-    """An answer's bytes; `option` is for Connection, and "" when there is none to name."""
+    """The bytes of an answer.
+
+    Args:
+        option: the value of the field Connection; "": leave the field out.
+    """
     connection = f"Connection: {option}\r\n" if option else ""
     head = (
         f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: application/json\r\n"
@@ -101,7 +109,7 @@ def answer(status: int, slot: int, body: bytes, option: str, *, with_body: bool 
 
 
 def _read_head(stream: BinaryIO) -> list[bytes]:
-    """A head's lines without their ends; none when the stream ends before it does."""
+    """The lines of a request's head without line ends; empty if the stream ends first."""
     lines: list[bytes] = []
     left_bytes = _HEAD_MAX_BYTES
     while (line := stream.readline(left_bytes + 1)).endswith(b"\n") or len(line) > left_bytes:

@@ -1,4 +1,4 @@
-"""What the controller tells a new worker, and what that may answer before its application runs."""
+"""The messages between the controller and a new worker, until the worker's application runs."""
 
 from __future__ import annotations
 
@@ -31,30 +31,32 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 
 MESSAGE_MAX_BYTES = 65536
-"""More than any message has: its two texts are limited."""
+"""No message is longer, as both of its texts are shortened."""
 
 
 def read(data: bytes) -> Message:
-    """Read the message of a worker that could not load its application. The data are not trusted:
+    """Read the message of a worker that could not load its application. The data are untrusted, as
     the code of the application can write to the channel, too.
 
     Raises:
-        Invalid: it is no such message.
+        Invalid: the data are not such a message.
     """
     message = values.decode(data, Message)
     if not message.unloadable:
-        raise Invalid("not why it could not be loaded")
+        raise Invalid("no reason why the application could not be loaded")
     return message
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """All that the controller tells a new worker.
+    """Everything that the controller tells a new worker.
 
     Args:
-        notify: address of the notification socket, for NOTIFY_SOCKET.
+        notify: the address of the notification socket, for NOTIFY_SOCKET.
         files: the limits on open files that the controller was started with.
-        anchored: the binds whose group is joined through a socket of the controller's.
-        niced: whether it leaves the CPUs to workers that serve, until it is ready.
+        niced: whether the worker has a higher niceness until it is ready, to leave the CPUs to
+            workers that serve.
+        anchored: the binds whose group the worker joins through an anchor, a socket of the
+            controller.
     """
 
     service: Service

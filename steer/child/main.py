@@ -45,10 +45,10 @@ class Unloadable(Exception):
 def main(
     launch: Launch, channel: socket.socket, stderr: int, sockets: Sequence[socket.socket]
 ) -> int:
-    """Be a worker. Runs in the forked child; returns its exit status.
+    """Run a worker in the forked child; return its exit status.
 
     Args:
-        channel: to the controller.
+        channel: the channel to the controller.
         stderr: where to write standard error.
         sockets: the sockets of the worker, one for each bind.
     """
@@ -61,7 +61,8 @@ def main(
     # `killall steer` must end the service gracefully, by its controller, and not its workers.
     fork.rename("steer-worker")
     channel, *sockets = _keep_only(channel, sockets)
-    # Wait until the controller has registered us: if it were killed before, nobody would know us.
+    # Wait until the controller has stored this worker in the guard: if the controller is killed
+    # before, no process would know of this worker.
     if not channel.recv(1):
         return 1
     with _if_allowed(launch, "set the limits on open files"):
@@ -83,8 +84,8 @@ def main(
 
 
 def import_for(service: Service) -> None:
-    """Import what takes time and not every worker needs. This happens before the change of user, as
-    another user may not be able to read the files."""
+    """Import the modules that only some workers need, as imports take time. This happens before the
+    change of user, as another user may not be able to read the files."""
     if service.app:
         from steer.config import applications  # noqa: F401
 
@@ -97,14 +98,14 @@ def import_for(service: Service) -> None:
 def _keep_only(channel: socket.socket, sockets: Sequence[socket.socket]) -> list[socket.socket]:
     """Close all descriptors of the controller, and move the sockets to 3 and up (sd_listen_fds(3)).
 
-    Python callables need that, too, as select(2) takes no descriptor above 1023.
+    Python callables need low numbers, too, as select(2) accepts no descriptor above 1023.
 
     Returns:
         The channel, with a number above the sockets, and the sockets.
     """
     descriptors.keep_only([channel.fileno(), *(sock.fileno() for sock in sockets)])
     beyond = FIRST_FD + len(sockets)
-    # First move all of them above the range: one may be where another has to go.
+    # First move all of them above the range, as one may have the number that another gets.
     above, *theirs = (
         fcntl.fcntl(sock.detach(), fcntl.F_DUPFD_CLOEXEC, beyond) for sock in (channel, *sockets)
     )
@@ -122,15 +123,15 @@ def _send(channel: socket.socket, message: Message) -> None:
 
 
 def _short(text: str) -> str:
-    """A text, shortened to fit into a message, without what is no UTF-8."""
+    """The text, shortened to fit into a message, and without characters that UTF-8 lacks."""
     return text[:_TEXT_MAX].encode(errors="backslashreplace").decode()
 
 
 def _apply(launch: Launch) -> Launch:
-    """Apply what the launch says: CPUs, directory, user and niceness.
+    """Apply the CPUs, directory, user and niceness of the launch to this process.
 
     Returns:
-        The launch, with the CPUs that this process may really use.
+        The launch, with the CPUs that this process may use now.
 
     Raises:
         Unloadable: the kernel refuses.
@@ -152,7 +153,8 @@ def _apply(launch: Launch) -> Launch:
 
 @contextmanager
 def _if_allowed(launch: Launch, act: str) -> Iterator[None]:
-    """For acts that a worker can do without: a cpuset may have changed, or seccomp may refuse."""
+    """Log a failure and continue, as the worker can run without the act. The cpuset may have
+    changed, or seccomp may refuse."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -162,18 +164,22 @@ def _if_allowed(launch: Launch, act: str) -> Iterator[None]:
 
 @contextmanager
 def _needed(act: str, more: Callable[[OSError], str] = lambda _: "") -> Iterator[None]:
-    """Raises Unloadable: the act failed. Args: more: says more about the failure."""
+    """Turn a failure of the act into Unloadable.
+
+    Args:
+        more: returns details of a failure, or "".
+    """
     try:
         yield
     except OSError as error:
         known = more(error)
         raise Unloadable(f"{act}: {error.strerror}{known and '; '}{known}") from None
-    except ValueError as error:  # a null byte, which only a file can hold
+    except ValueError as error:  # a null byte, from a configuration file
         raise Unloadable(f"{act}: {error}") from None
 
 
 _NOT_FOR_IT = ("LISTEN_", "WATCHDOG_")
-"""Variables that begin so are for this process, and not for the application."""
+"""Variables with this prefix are for this process, and not for the application."""
 
 
 def _environment(launch: Launch) -> dict[str, str]:
@@ -204,8 +210,8 @@ def _change_environment(launch: Launch) -> None:
 
 
 def _watchdog(service: Service) -> dict[str, str]:
-    """The variables of sd_watchdog_enabled(3), without WATCHDOG_PID: the process that notifies may
-    be a child of the one that we start."""
+    """The variables of sd_watchdog_enabled(3). WATCHDOG_PID is left out, as a child of the process
+    that we start may be the one that notifies."""
     if service.watchdog is None:
         return {}
     return {"WATCHDOG_USEC": str(round(service.watchdog * 1e6))}
@@ -215,7 +221,7 @@ def _execute(launch: Launch, environment: Mapping[str, str]) -> None:
     """Execute the command, with its sockets from descriptor 3 on, as sd_listen_fds(3) says.
 
     Raises:
-        Unloadable: there is no such command, or it cannot be run.
+        Unloadable: the command does not exist or cannot be executed.
     """
     arguments = fill_in(launch.service.command, launch.slot, launch.binds)
     for index in range(len(launch.binds)):
@@ -232,7 +238,7 @@ def _execute(launch: Launch, environment: Mapping[str, str]) -> None:
 
 
 def _why(error: OSError, program: str, environment: Mapping[str, str]) -> str:
-    """What may have kept a program from being executed, and what would help."""
+    """What may have prevented the execution of a program, and what would help."""
     if isinstance(error, FileNotFoundError):
         return fork.beside_us(program)
     with suppress(OSError):  # the current directory was removed
@@ -248,8 +254,8 @@ def _describe(barrier: Barrier | None) -> str:
 def fill_in(command: Sequence[str], slot: int, binds: Sequence[Bind]) -> list[str]:
     """The command's arguments with {slot}, {fd}, {port} filled in.
 
-    {fd} and {port} are those of the first bind, {fd1} and {port1} those of the second, and so on.
-    Other braces stay as they are.
+    {fd} and {port} belong to the first bind, {fd1} and {port1} to the second, and so on. Other
+    braces stay as they are.
     """
     marks = {"{slot}": str(slot), "{fd}": str(FIRST_FD), "{port}": str(binds[0].port)}
     for index, bind in enumerate(binds):
@@ -262,7 +268,7 @@ def fill_in(command: Sequence[str], slot: int, binds: Sequence[Bind]) -> list[st
 
 
 def _load(service: Service) -> Callable[[Worker], object]:
-    """Import the callable; with no app, the demo.
+    """Import the callable of the service, or the demo if it has none.
 
     Raises:
         Unloadable
@@ -292,7 +298,7 @@ def _load(service: Service) -> Callable[[Worker], object]:
 
 
 def _why_not_found(error: BaseException, service: Service) -> str:
-    """What may keep our user from reading a module that seems to be missing."""
+    """What may prevent our user from reading a module that seems to be missing."""
     if isinstance(error, ImportError | PermissionError):
         with suppress(OSError):  # the current directory was removed
             return _describe(privileges.to_imports(service))
@@ -309,7 +315,7 @@ def _in_words(error: BaseException) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """The lines of the user's code that led to an error; importlib's and ours left out."""
+    """The lines of the user's code that led to an error, without importlib's and steer's."""
     import traceback
 
     frames = [
@@ -325,7 +331,7 @@ def _where(error: BaseException) -> str:
 
 def _call(application: Callable[[Worker], object], worker: Worker, service: Service) -> int:
     limit_s, returned = service.graceful_timeout, None
-    # Exit functions of the controller, inherited by the fork: only the controller runs them.
+    # The fork inherited exit functions of the controller, which only the controller may run.
     atexit._clear()
     if "logging" in sys.modules:
         atexit.register(sys.modules["logging"].shutdown)
@@ -346,7 +352,8 @@ def _call(application: Callable[[Worker], object], worker: Worker, service: Serv
 
 
 def _judge(returned: object, worker: Worker, service: Service) -> int:
-    """The exit status after the callable has returned without being told to finish."""
+    """The exit status of a callable that returned a value before the worker was told to finish. If
+    the value shows a mistake, print what is wrong."""
     from steer.config import applications
 
     why = applications.why_not_returned(returned, service.app or "")
@@ -356,10 +363,10 @@ def _judge(returned: object, worker: Worker, service: Service) -> int:
 
 
 def _await_threads(worker: Worker, limit_s: float) -> None:
-    """Wait for threads that are no daemons, as every Python program does at its end.
+    """Wait for non-daemon threads, as every Python program does at its end.
 
-    The wait is limited, as perhaps nobody has told us to end. A thread that waits for a connection
-    gets an error, as there will be none.
+    The wait is limited: if nobody has told the worker to end, nobody will kill it after a time. A
+    thread that waits for a connection gets an error, as no connection will arrive.
     """
     signal.setitimer(signal.ITIMER_REAL, max(limit_s, KNOCK_S))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""The privileges of a worker: its user, its capabilities, and which files it can reach.
+"""The privileges of a worker: its user, its capabilities, and the files that it can reach.
 
 A worker that runs as root keeps root's capabilities: nginx, haproxy and gunicorn with `-u` start as
 root, open what only root may open, and drop the rest themselves.
@@ -32,14 +32,14 @@ def apply(service: Service, who: Identity) -> None:
         identity.become(who)
         capabilities.drop_inheritable()
     else:
-        # In this order: after the change of user we may not reduce the bounding set.
+        # Reduce the bounding set first: after the change of user the kernel refuses it.
         capabilities.drop_bounding()
         identity.become(who)
         capabilities.drop_all()
 
 
 def note(service: Service) -> str:
-    """What to tell the user who starts the service; "": nothing."""
+    """A remark on privileges for the user who starts the service, or ""."""
     is_given = service.user is not None or not (service.app or service.command)
     if is_given or os.geteuid() != 0:
         return ""
@@ -47,15 +47,15 @@ def note(service: Service) -> str:
 
 
 class Barriers(msgspec.Struct, frozen=True):
-    """What keeps workers from reading their command, and what they import. None: nothing known."""
+    """What prevents workers from reading their command and their imports. None: nothing known."""
 
     command: Barrier | None = None
     imports: Barrier | None = None
 
     @property
     def note(self) -> str:
-        """A warning for the user who starts the service: workers may not need what they cannot
-        read."""
+        """A warning for the user who starts the service. It is no error, as workers may not need
+        what they cannot read."""
         if self.imports is None:
             return ""
         what = "workers may not find the application"
@@ -66,7 +66,7 @@ def barriers(service: Service, environment: Mapping[str, str]) -> Barriers:
     """Look for barriers as the user of the workers, if the service has one.
 
     Raises:
-        ConfigError: we may not run as that user.
+        ConfigError: steer may not run a process as that user.
     """
     who = identity.identity(service.user, service.group)
     if who.uid is None and who.gid is None:
@@ -85,14 +85,14 @@ def barriers(service: Service, environment: Mapping[str, str]) -> Barriers:
         to_command = reach.to_command(program, search) if program else None
         return [to_command, to_imports(service)]
 
-    with suppress(OSError):  # the error of a worker will tell
+    with suppress(OSError):  # a worker will report the error
         return Barriers(*reach.tried(become, look))
     return Barriers()
 
 
 def to_imports(service: Service) -> Barrier | None:
-    """What keeps our user from the directories in which a worker finds its modules: the current
-    one, and for a callable those of this Python. Raises OSError."""
+    """What prevents our user from reading the directories of a worker's modules: the current one,
+    and for a callable also the directories of this Python. Raises OSError."""
     if not service.app and not service.command:
         return None
     places = [os.getcwd(), *([sys.prefix, sys.base_prefix] if service.app else [])]
