@@ -25,7 +25,10 @@ BPF_MAP_TYPE_REUSEPORT_SOCKARRAY: Final = 20
 BPF_MAP_TYPE_SK_STORAGE: Final = 24
 BPF_PROG_TYPE_SOCK_OPS: Final = 13
 BPF_PROG_TYPE_SK_REUSEPORT: Final = 21
+BPF_PROG_TYPE_TRACING: Final = 26
 BPF_CGROUP_SOCK_OPS: Final = 3
+BPF_TRACE_RAW_TP: Final = 23
+BPF_TRACE_ITER: Final = 28
 BPF_SK_REUSEPORT_SELECT: Final = 39
 BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: Final = 40
 BPF_F_NO_PREALLOC: Final = 1 << 0
@@ -138,3 +141,17 @@ MAPS: Final = {
     "moved": MapSpec(0x57EE000B, BPF_MAP_TYPE_HASH, OWNER.size, 65536, BPF_F_NO_PREALLOC, 8),
     "early": MapSpec(0x57EE000C, BPF_MAP_TYPE_LRU_HASH, EARLY_BYTES, 1024, 0, PACKET_BYTES),
 }
+
+# bpf/tracing.h
+OFFSETS: Final = 49
+"""Numbers in struct steer_offsets."""
+SOCKET: Final = struct.Struct("=QQQQQQQIIIIIIIIIIIIIHHHHHBBB3x16s8s16s4x")
+"""Struct steer_socket; its fields are those of `kernel_sockets.KernelSocket`, in that order."""
+TRACING_MAPS: Final = {
+    "offsets": MapSpec(0x57EE0201, BPF_MAP_TYPE_ARRAY, 4 * OFFSETS),
+    "marks": MapSpec(0x57EE0202, BPF_MAP_TYPE_SK_STORAGE, 8, 0, BPF_F_NO_PREALLOC | BPF_F_CLONE),
+    "accepted": MapSpec(0x57EE0203, BPF_MAP_TYPE_HASH, 8, None, BPF_F_NO_PREALLOC, 8),
+    "wanted": MapSpec(0x57EE0204, BPF_MAP_TYPE_HASH, 4, None, BPF_F_NO_PREALLOC, 8),
+}
+"""What bpf/tracing.h speaks of: maps of one look, which no other process ever gets."""
+ALL_MAPS: Final = {**MAPS, **TRACING_MAPS}

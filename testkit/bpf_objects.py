@@ -10,6 +10,12 @@ from pathlib import Path
 
 from steer.loader import libbpf
 
+OTHER_PROGRAMS = {
+    "open": {"count"},
+    "inspect": {"tcp", "udp", "task_file", "holders", "mark", "accepted"},
+}
+"""Of the objects that are no policies, by name."""
+
 
 def bpf_ids(pid: int) -> set[tuple[str, int]]:
     """The programs and maps that a process has open: ("prog", 7), ("map", 3)."""

@@ -25,6 +25,7 @@ from steer.errors import KernelError
 from steer.features import Answer, Finding
 from steer.linux import processes
 from steer.loader import compile, probe
+from steer.loader.kernel_sockets import Look
 from steer.sockets.listeners import Borrower
 from testkit import ROOT
 from testkit.gateway import ruleset, socket_match, tproxy
@@ -108,6 +109,15 @@ def _has_pidfd_getfd() -> str:
             return str(error)
 
 
+def _has_tracing() -> str:
+    try:
+        with Look() as look:
+            list(look.in_this_netns())
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
 def _has_tproxy() -> str:
     """With rules that the kernel takes, in a namespace of no use."""
     if why := _is_root() or _has_command("nft")() or _has_netns():
@@ -140,6 +150,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "systemd-notify": _has_command("systemd-notify"),
     "tini": _has_command("tini"),
     "tproxy": _has_tproxy,
+    "tracing": _has_tracing,
     "userns": _has_userns,
     "uvicorn": _has_module("uvicorn"),
     "vagrant": _has_command("vagrant"),

@@ -23,7 +23,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-PROGRAMS = ("plain", "migrate", "count")
+PROGRAMS = (
+    *("plain", "migrate", "count"),
+    *("tcp", "udp", "task_file", "holders", "mark", "accepted"),
+)
+"""The functions that become programs, without "steer_"."""
 NO_BCC = 3
 CPU_S = 100
 """A policy takes less than one second; on an emulated CPU up to thirty."""

@@ -34,18 +34,18 @@ class _MapOptions(ctypes.Structure):
 
 
 class Map(Descriptor):
-    """A map that `abi.MAPS` describes.
+    """A map that `abi.ALL_MAPS` describes.
 
     Args:
-        name: key of `abi.MAPS`; bpftool shows it as steer_NAME.
-        entries: capacity, if `abi.MAPS` does not set it.
+        name: key of `abi.ALL_MAPS`; bpftool shows it as steer_NAME.
+        entries: capacity, if `abi.ALL_MAPS` does not set it.
 
     Raises:
         KernelError: the kernel refuses it, or libbpf is missing.
     """
 
     def __init__(self, name: str, entries: int = 1) -> None:
-        self.spec = abi.MAPS[name]
+        self.spec = abi.ALL_MAPS[name]
         self.entries = entries if self.spec.entries is None else self.spec.entries
         act = f"create BPF map steer_{name}"
         options = _MapOptions(sz=ctypes.sizeof(_MapOptions), map_flags=self.spec.flags)
@@ -69,7 +69,7 @@ class Map(Descriptor):
     def received(cls, name: str, fd: int) -> Self:
         """A map that another process created. Takes ownership of the descriptor."""
         self = cls.__new__(cls)
-        self.spec = abi.MAPS[name]
+        self.spec = abi.ALL_MAPS[name]
         self._fd = fd
         return self
 

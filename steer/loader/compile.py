@@ -68,7 +68,8 @@ def _digest_of_headers(headers: Path) -> bytes:
     """The hash of the files that affect every object. Cached, as each start needs it twice."""
     found = os.walk(headers / "include")
     names = sorted(os.path.join(at, name) for at, _, there in found for name in there)
-    files = (str(_CHILD), f"{headers}/steer.h", *(name for name in names if name.endswith(".h")))
+    own = (f"{headers}/steer.h", f"{headers}/tracing.h")
+    files = (str(_CHILD), *own, *(name for name in names if name.endswith(".h")))
     try:
         seen = tuple((name, *_seen(os.stat(name))) for name in files)
     except OSError as error:

@@ -66,6 +66,7 @@ def libbpf() -> ctypes.CDLL:
         ctypes.c_int,
         ctypes.c_void_p,
     )
+    lib.bpf_raw_tracepoint_open.argtypes = (ctypes.c_char_p, ctypes.c_int)
     lib.bpf_map_update_elem.argtypes = (
         ctypes.c_int,
         ctypes.c_char_p,

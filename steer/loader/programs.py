@@ -51,8 +51,9 @@ class Program(Descriptor):
         name: bpftool shows its first 15 characters.
         code: the bytecode.
         maps: the maps that it uses, by name.
-        attach_type: BPF_SK_REUSEPORT_SELECT, …_SELECT_OR_MIGRATE or BPF_CGROUP_SOCK_OPS.
+        attach_type: a key of `_KINDS`.
         protocol: protocol of the sockets in its group.
+        target: of a tracing program: the number in the kernel's BTF of what it attaches to.
 
     Raises:
         VerifierError: the verifier rejects it; has the log.
@@ -66,11 +67,13 @@ class Program(Descriptor):
         maps: Mapping[str, Map],
         attach_type: int,
         protocol: str = "tcp",
+        target: int = 0,
     ) -> None:
         descriptors = {key: value.fileno() for key, value in maps.items()}
         insns = code.linked(descriptors, {"protocol": abi.PROTOCOLS[protocol]})
         self._kind = _KINDS[attach_type]
         options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=attach_type)
+        options.attach[0] = target
         fd, act = self._load(name, insns, options), f"load program {name}"
         if fd < 0 and fd not in (-errno.EPERM, -errno.ENOSYS):
             log = ctypes.create_string_buffer(LOG_BYTES)
@@ -104,6 +107,8 @@ _KINDS = {
     abi.BPF_SK_REUSEPORT_SELECT: abi.BPF_PROG_TYPE_SK_REUSEPORT,
     abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: abi.BPF_PROG_TYPE_SK_REUSEPORT,
     abi.BPF_CGROUP_SOCK_OPS: abi.BPF_PROG_TYPE_SOCK_OPS,
+    abi.BPF_TRACE_ITER: abi.BPF_PROG_TYPE_TRACING,
+    abi.BPF_TRACE_RAW_TP: abi.BPF_PROG_TYPE_TRACING,
 }
 """The program type of each attach type."""
 

@@ -154,6 +154,7 @@ def _line(detail: str, lines: Mapping[int, int], source: Path) -> str:
 
 def built_in() -> dict[str, Figures]:
     """The figures of all built-in programs that this kernel supports, by "policy/program".
+    Without programs that look at the kernel, as these depend on the kernel's types.
 
     Raises:
         CompileError, KernelError
@@ -164,7 +165,7 @@ def built_in() -> dict[str, Figures]:
         with ExitStack() as stack:
             maps = maps_of(programs.values(), stack)
             for kind, code in programs.items():
-                if why_not(kind):
+                if kind not in ATTACH_TYPES or why_not(kind):
                     continue
                 found[f"{source.stem}/{kind}"] = figures(kind, code, maps)
     return found

@@ -132,7 +132,7 @@ def extract_links(raw: bytes) -> Code:
     Raises:
         ValueError: the bytecode uses a map that steer.h does not have.
     """
-    names = {spec.number: name for name, spec in abi.MAPS.items()}
+    names = {spec.number: name for name, spec in abi.ALL_MAPS.items()}
     numbers = {number: name for name, number in abi.CONSTANTS.items()}
     instructions, relocations, constants = [], {}, {}
     for index, (code, registers, offset, value) in enumerate(_INSN.iter_unpack(raw)):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from steer import abi
-from steer.loader import compile
+from steer.loader import compile, kernel_sockets
+from steer.loader.kernel_sockets import KernelSocket
 
 HEADS = {
     "steer_table": (abi.HEADER, "head early reserved"),
@@ -23,10 +24,22 @@ HEADS = {
     "steer_owner": (abi.OWNER, "slot stamp since"),
     "steer_pace": (abi.PACE, "mean square varied selected refreshed moved"),
     "steer_params": (abi.PARAMS, "ticks_per_s second seed backup"),
+    "steer_socket": (
+        abi.SOCKET,
+        " ".join(KernelSocket._fields).replace(" ip ", " reserved ip "),
+    ),
 }
 """The fields that Python packs and unpacks, in their order; arrays are in MIRRORED."""
 
-UAPI = ("BPF_MAP_TYPE_", "BPF_PROG_TYPE_", "BPF_CGROUP_", "BPF_SK_", "BPF_F_", "BPF_PSEUDO_")
+UAPI = (
+    "BPF_MAP_TYPE_",
+    "BPF_PROG_TYPE_",
+    "BPF_CGROUP_",
+    "BPF_SK_",
+    "BPF_TRACE_",
+    "BPF_F_",
+    "BPF_PSEUDO_",
+)
 MIRRORED = {
     # bpf/steer.h
     "STEER_ENTRIES": abi.ENTRIES,
@@ -65,6 +78,13 @@ MIRRORED = {
     "OFFSET(steer_own, histograms)": struct.calcsize(f"{abi.VALUES}Q"),
     "SIZE(steer_own, histograms[0])": struct.calcsize(f"{abi.BUCKETS}Q"),
     "SIZE(steer_own, histograms)": struct.calcsize(f"{abi.HISTOGRAMS * abi.BUCKETS}Q"),
+    # bpf/tracing.h
+    "sizeof(struct steer_socket)": abi.SOCKET.size,
+    "sizeof(struct steer_offsets)": 4 * abi.OFFSETS,
+    **{
+        f"OFFSET(steer_offsets, {name})": 4 * index
+        for index, name in enumerate([*kernel_sockets.FIELDS, "pid_number_bytes"])
+    },
     # bpf/flow.c
     "sizeof(struct flow_set)": abi.SET_BYTES,
     "1 << FLOWS_OF_SET_BIT": abi.FLOWS_OF_SET,
@@ -74,7 +94,7 @@ MIRRORED = {
     "SIZE(steer_layout, entries[0])": struct.calcsize("H"),
     "SIZE(steer_layout, turns[0])": struct.calcsize("H"),
     "SIZE(steer_layout, fallbacks[0])": struct.calcsize("H"),
-    **{f"STEER_MAP_{name.upper()}": spec.number for name, spec in abi.MAPS.items()},
+    **{f"STEER_MAP_{name.upper()}": spec.number for name, spec in abi.ALL_MAPS.items()},
     **{f"STEER_CONSTANT_{name.upper()}": number for name, number in abi.CONSTANTS.items()},
     "STEER_TCP": abi.PROTOCOLS["tcp"],
     "STEER_UDP": abi.PROTOCOLS["udp"],
@@ -91,6 +111,7 @@ FROM_POLICIES = (
 
 ASKING = """
 #include "steer.h"
+#include "tracing.h"
 %s
 #define OFFSET(type, field) __builtin_offsetof(struct type, field)
 #define SIZE(type, field) sizeof(((struct type *)0)->field)
@@ -115,7 +136,7 @@ _MOV_IMM, _STORE_32 = 0xB7, 0x63
 def fields() -> Iterator[tuple[str, int]]:
     """Where each field starts and how large it is, as the struct module has it."""
     for name, (packed, names) in HEADS.items():
-        order, *codes = packed.format
+        order, codes = packed.format[0], re.findall(r"\d*[a-zA-Z]", packed.format)
         for index, field in enumerate(names.split()):
             before = struct.calcsize(order + "".join(codes[:index]))
             yield f"OFFSET({name}, {field})", before

@@ -22,6 +22,7 @@ from steer.errors import CompileError
 from steer.loader import compile
 from steer.policy.builtin import EBPF, POLICIES
 from steer.policy.bytecode import PolicyObject
+from testkit.bpf_objects import OTHER_PROGRAMS
 from testkit.confine import NOBODY, as_user
 from testkit.harness import Harness
 
@@ -89,10 +90,10 @@ def test_built_in_policies_are_ebpf_without_a_compiler(policy: str) -> None:
 @pytest.mark.usefixtures("no_child")
 def test_built_in_policies_are_all_prebuilt() -> None:
     names = {file.stem for file in compile.sources().glob("*.c")}
-    assert names == {*BUILT_IN, "open"}
+    assert names == {*BUILT_IN, *OTHER_PROGRAMS}
     for name in names:
         made = compile.load(compile.sources() / f"{name}.c")
-        assert set(made.programs) == ({"count"} if name == "open" else {"migrate", "plain"})
+        assert set(made.programs) == OTHER_PROGRAMS.get(name, {"migrate", "plain"})
 
 
 @pytest.mark.usefixtures("no_child")

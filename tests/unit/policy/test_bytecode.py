@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from steer import abi
 from steer.policy.bytecode import INSN_BYTES, Code, PolicyObject, extract_links, inline_exits
 from testkit import ROOT
+from testkit.bpf_objects import OTHER_PROGRAMS
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 PREBUILT = sorted((ROOT / "bpf/prebuilt").glob("*.json"))
-DESCRIPTORS = {name: 100 + rank for rank, name in enumerate(abi.MAPS)}
+DESCRIPTORS = {name: 100 + rank for rank, name in enumerate(abi.ALL_MAPS)}
+OF_EACH: dict[str, set[str]] = {"open": {"slots", "owners", "moved"}, "inspect": set()}
+"""Maps that every program of an object speaks of, where it is no policy's."""
 NUMBERS = {name: 200 + rank for rank, name in enumerate(abi.CONSTANTS)}
 EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)
 
@@ -189,12 +192,11 @@ def test_prebuilt_objects_are_as_encode_writes_them(path: Path) -> None:
     data = path.read_bytes()
     found = PolicyObject.decode(data)
     assert found.encode() == data
-    assert set(found.programs) == ({"count"} if path.stem == "open" else {"plain", "migrate"})
-    of_each = (
-        {"slots", "owners", "moved"} if path.stem == "open" else {"sockets", "table", "counts"}
-    )
+    assert set(found.programs) == OTHER_PROGRAMS.get(path.stem, {"plain", "migrate"})
+    of_each = OF_EACH.get(path.stem, {"sockets", "table", "counts"})
+    known = abi.TRACING_MAPS if path.stem == "inspect" else abi.MAPS
     for code in found.programs.values():
-        assert of_each <= set(code.relocations.values()) <= set(abi.MAPS)
+        assert of_each <= set(code.relocations.values()) <= set(known)
         linked = code.linked(DESCRIPTORS, NUMBERS)
         assert len(linked) == len(code.instructions) * INSN_BYTES
         numbers = immediates(linked)

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * inspect - which sockets serve, who has them open, and which program chooses among them.
+ *
+ * Not a policy, but programs of type TRACING. Four are BPF iterators, which run when somebody
+ * reads their file; the fifth counts, as long as it is attached, which listener each new
+ * connection came from. Nothing here changes what a socket does.
+ */
+#include "tracing.h"
+
+#define TCP_END 1 /* instead of an address: no listener comes after this */
+
+/* Of struct bpf_iter__tcp and bpf_iter__udp: the socket; of bpf_iter__task_file. */
+#define ITER_SOCKET 8
+#define ITER_TASK 8
+#define ITER_FD 16
+#define ITER_FILE 24
+
+static __always_inline void emit_socket(void *ctx, u64 sk, u32 pid, u32 fd,
+					const struct steer_offsets *at)
+{
+	struct steer_socket found;
+
+	__builtin_memset(&found, 0, sizeof(found));
+	steer_describe(&found, sk, at);
+	found.pid = pid;
+	found.fd = fd;
+	steer_emit(ctx, &found, sizeof(found));
+}
+
+/* iter/tcp: the listeners of a network namespace. Connections come after all of them: those are
+ * marked, so that nobody has to read on. */
+int steer_tcp(void *ctx)
+{
+	const struct steer_offsets *at = steer_offsets();
+	u64 sk = steer_word(ctx, ITER_SOCKET);
+
+	if (!sk || !at)
+		return 0;
+	if (steer_u8(sk, at->state) != STEER_LISTEN) {
+		struct steer_socket end;
+
+		__builtin_memset(&end, 0, sizeof(end));
+		end.address = TCP_END;
+		steer_emit(ctx, &end, sizeof(end));
+		return 0;
+	}
+	if (steer_is_server(sk, at))
+		emit_socket(ctx, sk, 0, 0, at);
+	return 0;
+}
+
+/* iter/udp: the bound sockets of a network namespace. */
+int steer_udp(void *ctx)
+{
+	const struct steer_offsets *at = steer_offsets();
+	u64 sk = steer_word(ctx, ITER_SOCKET);
+
+	if (sk && at && steer_is_server(sk, at))
+		emit_socket(ctx, sk, 0, 0, at);
+	return 0;
+}
+
+/* iter/task_file: the same of every process's open files, in all network namespaces. */
+int steer_task_file(void *ctx)
+{
+	const struct steer_offsets *at = steer_offsets();
+	u64 file = steer_word(ctx, ITER_FILE), socket, sk;
+
+	if (!file || !at)
+		return 0;
+	if ((steer_u16(steer_u64(file, at->file_inode), at->inode_mode) & STEER_S_IFMT) !=
+	    STEER_S_IFSOCK)
+		return 0;
+	socket = steer_u64(file, at->file_private_data);
+	if (!socket || steer_u64(socket, at->socket_file) != file)
+		return 0; /* opened by its path */
+	sk = steer_u64(socket, at->socket_sk);
+	if (sk && steer_is_server(sk, at))
+		emit_socket(ctx, sk, steer_pid(steer_word(ctx, ITER_TASK), at),
+			    steer_word(ctx, ITER_FD), at);
+	return 0;
+}
+
+/* iter/task_file: who has a descriptor of one of the programs in `wanted`. */
+int steer_holders(void *ctx)
+{
+	const struct steer_offsets *at = steer_offsets();
+	u64 file = steer_word(ctx, ITER_FILE);
+	u64 found[2];
+
+	if (!file || !at)
+		return 0;
+	found[0] = steer_u64(file, at->file_private_data);
+	if (!bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_WANTED), found))
+		return 0;
+	found[1] = steer_pid(steer_word(ctx, ITER_TASK), at);
+	steer_emit(ctx, found, sizeof(found));
+	return 0;
+}
+
+/* iter/tcp: have each listener mark the connections that come from it. */
+int steer_mark(void *ctx)
+{
+	const struct steer_offsets *at = steer_offsets();
+	u64 sk = steer_word(ctx, ITER_SOCKET), none = 0;
+	void *typed = steer_typed(ctx, 8);
+
+	if (!typed || !at || steer_u8(sk, at->state) != STEER_LISTEN)
+		return 0;
+	if (bpf_sk_storage_get(steer_map(STEER_MAP_MARKS), typed, &sk, BPF_SK_STORAGE_GET_F_CREATE))
+		bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_ACCEPTED), &sk, &none,
+				     BPF_NOEXIST);
+	return 0;
+}
+
+/* tp_btf/inet_sock_set_state: a connection is established. */
+int steer_accepted(void *ctx)
+{
+	u64 *mark, *count, listener;
+
+	if (steer_word(ctx, 8) != STEER_SYN_RECV || steer_word(ctx, 16) != STEER_ESTABLISHED)
+		return 0;
+	mark = bpf_sk_storage_get(steer_map(STEER_MAP_MARKS), steer_typed(ctx, 0), NULL, 0);
+	if (!mark)
+		return 0;
+	listener = *mark;
+	count = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_ACCEPTED), &listener);
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	return 0;
+}

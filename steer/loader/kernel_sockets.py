@@ -1,0 +1,270 @@
+"""The sockets of the machine as the kernel has them: what bpf/inspect.c reads.
+
+A `Look` loads what it needs for as long as it is open. No descriptor of a socket is borrowed.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from contextlib import ExitStack
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from steer import abi
+from steer.errors import KernelError
+from steer.loader import compile as compiler
+from steer.loader import tracing
+from steer.loader.bpf_maps import Map
+from steer.loader.btf import KernelTypes
+from steer.loader.programs import Program
+from steer.policy.bytecode import Code
+
+FIELDS: Mapping[str, str] = {
+    "file_inode": "file.f_inode",
+    "file_private_data": "file.private_data",
+    "inode_mode": "inode.i_mode",
+    "inode_number": "inode.i_ino",
+    "socket_file": "socket.file",
+    "socket_sk": "socket.sk",
+    "socket_inode": "socket_alloc.vfs_inode",
+    "family": "sock_common.skc_family",
+    "state": "sock_common.skc_state",
+    "reuseport_bit": "sock_common.skc_reuseport",
+    "v6only_bit": "sock_common.skc_ipv6only",
+    "device": "sock_common.skc_bound_dev_if",
+    "netns": "sock_common.skc_net.net",
+    "port": "sock_common.skc_num",
+    "address4": "sock_common.skc_rcv_saddr",
+    "address6": "sock_common.skc_v6_rcv_saddr",
+    "cookie": "sock_common.skc_cookie",
+    "protocol": "sock.sk_protocol",
+    "uid": "sock.sk_uid",
+    "socket": "sock.sk_socket",
+    "queued": "sock.sk_ack_backlog",
+    "backlog": "sock.sk_max_ack_backlog",
+    "memory": "sock.sk_backlog.rmem_alloc",
+    "memory_limit": "sock.sk_rcvbuf",
+    "drops": "sock.sk_drops",
+    "more_drops": "sock.sk_drop_counters",
+    "second_drops": "numa_drop_counters.drops1",
+    "group": "sock.sk_reuseport_cb",
+    "cgroup": "sock.sk_cgrp_data.cgroup",
+    "netns_number": "net.ns.inum",
+    "group_program": "sock_reuseport.prog",
+    "group_sockets": "sock_reuseport.num_socks",
+    "program_kind": "bpf_prog.type",
+    "program_tag": "bpf_prog.tag",
+    "program_aux": "bpf_prog.aux",
+    "program_classic": "bpf_prog.orig_prog",
+    "classic_length": "sock_fprog_kern.len",
+    "aux_id": "bpf_prog_aux.id",
+    "aux_user": "bpf_prog_aux.user",
+    "aux_load_time": "bpf_prog_aux.load_time",
+    "aux_name": "bpf_prog_aux.name",
+    "user_uid": "user_struct.uid",
+    "cgroup_node": "cgroup.kn",
+    "node_id": "kernfs_node.id",
+    "task_signal": "task_struct.signal",
+    "signal_pids": "signal_struct.pids",
+    "pid_level": "pid.level",
+    "pid_numbers": "pid.numbers",
+}
+"""Struct steer_offsets of bpf/tracing.h, in its order; behind it stands `_PID_NUMBER`."""
+_PID_NUMBER = "upid"
+"""The structure of one number of a process, of which there are as many as namespaces."""
+_BIT_FIELDS = ("reuseport_bit", "v6only_bit")
+_OPTIONAL = ("more_drops", "second_drops", "cgroup")
+"""What not every kernel has, and what is shown without it."""
+_NOWHERE = 0xFFFFFFFF
+_TCP_END = 1
+_HOLDER = struct.Struct("=QQ")
+
+
+class KernelSocket(NamedTuple):
+    """Mirrors struct steer_socket: a socket, and a process that has it open (pid 0: none known)."""
+
+    address: int
+    inode: int
+    cookie: int
+    group: int
+    program: int
+    loaded_ns: int
+    cgroup: int
+    pid: int
+    fd: int
+    netns: int
+    uid: int
+    device: int
+    queued: int
+    backlog: int
+    memory: int
+    memory_limit: int
+    drops: int
+    program_id: int
+    program_kind: int
+    program_uid: int
+    family: int
+    protocol: int
+    port: int
+    members: int
+    classic_length: int
+    state: int
+    is_reuseport: int
+    is_v6only: int
+    ip: bytes
+    tag: bytes
+    name: bytes
+
+
+class Look:
+    """What is needed to look at sockets, loaded until this is closed.
+
+    Raises:
+        VerifierError, KernelError: this kernel, or what we may do, does not allow it.
+    """
+
+    def __init__(self) -> None:
+        with ExitStack() as stack:
+            self._types = stack.enter_context(KernelTypes())
+            self._codes = compiler.load(compiler.sources() / "inspect.c").programs
+            offsets = stack.enter_context(Map("offsets"))
+            offsets.put(0, pack_offsets(self._types))
+            self._maps = {"offsets": offsets}
+            self._stack = stack.pop_all()
+
+    def in_this_netns(self) -> Iterator[KernelSocket]:
+        """The TCP listeners and bound UDP sockets of the network namespace that we are in, also
+        those that no process has open. Raises KernelError."""
+        for protocol in ("tcp", "udp"):
+            with self._iterator(protocol, protocol) as program:
+                yield from _sockets(tracing.output(program))
+
+    def held(self) -> Iterator[KernelSocket]:
+        """Those of every network namespace, once for each descriptor that a process has of them.
+        Raises KernelError."""
+        with self._iterator("task_file", "task_file") as program:
+            yield from _sockets(tracing.output(program))
+
+    def holders(self, programs: Collection[int]) -> Mapping[int, Set[int]]:
+        """The processes that have a descriptor of these programs, by the address of the program.
+        Raises KernelError."""
+        found: dict[int, set[int]] = {program: set() for program in programs}
+        with ExitStack() as stack:
+            wanted = stack.enter_context(Map("wanted", max(1, len(programs))))
+            for program in programs:
+                wanted.put(program, bytes(4))
+            looking = stack.enter_context(self._iterator("holders", "task_file", wanted=wanted))
+            for chunk in tracing.output(looking):
+                for program, pid in _HOLDER.iter_unpack(chunk):
+                    found[program].add(pid)
+        return found
+
+    def count(self, most: int) -> Count:
+        """Begin to count. Args: most: listeners that are to be counted. Raises KernelError."""
+        return Count(self._types, self._codes, self._maps, most)
+
+    def _iterator(self, name: str, over: str, **maps: Map) -> Program:
+        maps = {**self._maps, **maps}
+        return tracing.iterator(f"steer_{name}", over, self._codes[name], maps, self._types)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Count:
+    """How many connections came to be established at each TCP listener, until this is closed.
+
+    The listeners get a mark, which each connection inherits; nothing of theirs is borrowed or
+    changed, and the marks go with the map.
+
+    Raises:
+        VerifierError, KernelError
+    """
+
+    def __init__(
+        self, types: KernelTypes, codes: Mapping[str, Code], maps: Mapping[str, Map], most: int
+    ) -> None:
+        with ExitStack() as stack:
+            self._accepted = stack.enter_context(Map("accepted", max(1, most)))
+            marks = stack.enter_context(Map("marks"))
+            maps = {**maps, "marks": marks, "accepted": self._accepted}
+            counting = stack.enter_context(
+                tracing.tracepoint(
+                    "steer_accepted", "inet_sock_set_state", codes["accepted"], maps, types
+                )
+            )
+            self._marking = stack.enter_context(
+                tracing.iterator("steer_mark", "tcp", codes["mark"], maps, types)
+            )
+            stack.enter_context(tracing.Attached(counting))
+            self._stack = stack.pop_all()
+
+    def add_this_netns(self) -> None:
+        """Count at the listeners of the network namespace that we are in. Raises KernelError."""
+        for _ in tracing.output(self._marking):
+            pass
+
+    def so_far(self) -> Mapping[int, int]:
+        """By the address of the listener. Raises KernelError."""
+        return {
+            listener: int.from_bytes(number, sys.byteorder)
+            for listener, number in self._accepted.items()
+        }
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def pack_offsets(types: KernelTypes) -> bytes:
+    """Struct steer_offsets of this kernel.
+
+    Raises:
+        KernelError: it has not got a field that is needed.
+    """
+    numbers = [_offset(types, name, path) for name, path in FIELDS.items()]
+    numbers.append(types.size_bytes(_PID_NUMBER) or _NOWHERE)
+    return struct.pack(f"={abi.OFFSETS}I", *numbers)
+
+
+def _offset(types: KernelTypes, name: str, path: str) -> int:
+    structure, _, field = path.partition(".")
+    bits = types.offset_bits(structure, field)
+    if bits is None:
+        if name in _OPTIONAL:
+            return _NOWHERE
+        act = f"find {path} in the kernel's types"
+        raise KernelError(act, "ENOENT", "this kernel is not known yet", errno=errno.ENOENT)
+    return bits if name in _BIT_FIELDS else bits // 8
+
+
+def _sockets(chunks: Iterable[bytes]) -> Iterator[KernelSocket]:
+    for chunk in chunks:
+        for fields in abi.SOCKET.iter_unpack(chunk):
+            if fields[0] == _TCP_END:
+                return
+            yield KernelSocket._make(fields)

@@ -1,0 +1,82 @@
+"""Programs that look at the kernel: BPF iterators, which run while their output is read, and
+programs on a tracepoint. They need CAP_BPF and CAP_PERFMON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from steer import abi
+from steer.loader.bpf_maps import Map
+from steer.loader.btf import FUNCTION, TYPEDEF, KernelTypes
+from steer.loader.libbpf import Descriptor, calls, refusal
+from steer.loader.programs import Program
+from steer.policy.bytecode import Code
+
+_CHUNK_BYTES = 1 << 16
+"""The kernel hands out half of that at once (BPF_SEQ_READ of kernel/bpf/bpf_iter.c)."""
+
+
+def iterator(
+    name: str, over: str, code: Code, maps: Mapping[str, Map], types: KernelTypes
+) -> Program:
+    """A program that is run for each of some objects of the kernel.
+
+    Args:
+        name: bpftool shows it.
+        over: which objects: "tcp", "udp", "task_file".
+
+    Raises:
+        VerifierError, KernelError
+    """
+    target = types.number(f"bpf_iter_{over}", FUNCTION)
+    return Program(name, code, maps, abi.BPF_TRACE_ITER, target=target)
+
+
+def tracepoint(
+    name: str, on: str, code: Code, maps: Mapping[str, Map], types: KernelTypes
+) -> Program:
+    """A program that is run where the kernel passes a tracepoint; see `Attached`.
+
+    Raises:
+        VerifierError, KernelError
+    """
+    target = types.number(f"btf_trace_{on}", TYPEDEF)
+    return Program(name, code, maps, abi.BPF_TRACE_RAW_TP, target=target)
+
+
+def output(program: Program) -> Iterator[bytes]:
+    """What an iterator writes, in parts that hold whole records. It goes over the objects of the
+    network namespace that this thread is in now.
+
+    Raises:
+        KernelError
+    """
+    link = calls().bpf_link_create(program.fileno(), 0, abi.BPF_TRACE_ITER, None)
+    if link < 0:
+        raise refusal("attach an iterator", -link)
+    with Descriptor(link):
+        fd = calls().bpf_iter_create(link)
+    if fd < 0:
+        raise refusal("create an iterator", -fd)
+    with Descriptor(fd):
+        while chunk := _read(fd):
+            yield chunk
+
+
+def _read(fd: int) -> bytes:
+    while True:
+        try:
+            return os.read(fd, _CHUNK_BYTES)
+        except BlockingIOError:  # it went over many objects, and none had anything to say
+            continue
+
+
+class Attached(Descriptor):
+    """A program on its tracepoint, until this is closed. Raises KernelError."""
+
+    def __init__(self, program: Program) -> None:
+        fd = calls().bpf_raw_tracepoint_open(None, program.fileno())
+        if fd < 0:
+            raise refusal("attach to a tracepoint", -fd)
+        super().__init__(fd)
