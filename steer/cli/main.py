@@ -302,6 +302,37 @@ def check_policy(file: str, verbose: bool, as_json: bool) -> None:
         output.tables(policy_tables.tables(checked))
 
 
+@cli.command("inspect")
+@click.argument("target", required=False, metavar="[ADDR:PORT|PORT|PID]")
+@click.option(
+    "--for", "count_for", metavar="TIME", help="Count the connections of that time: 5s, 500ms, 2m."
+)
+@click.option(
+    "--netns", metavar="N", help="Look in that network namespace only: a name, path or process id."
+)
+@_AS_JSON
+@click.pass_context
+def inspect_(
+    context: click.Context,
+    target: str | None,
+    count_for: str | None,
+    netns: str | None,
+    as_json: bool,
+) -> None:
+    """Show which processes share a port, how, and what decides between them.
+
+    Shows every socket that serves, or those of an address, a port or a process. Works on any
+    server, whether steer runs it or not, and changes nothing. As root it also shows BPF programs
+    and other network namespaces.
+    """
+    from steer.cli import inspect
+
+    assert context.parent is not None
+    assert isinstance(context.parent.command, click.Group)
+    can_attach = "attach" in context.parent.command.commands
+    inspect.perform(target, count_for, netns, as_json, can_attach)
+
+
 @cli.command(cls=TakesCommand)
 @service_options
 @_AS_JSON

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 
 from steer.errors import KernelError, in_words
 
@@ -44,18 +44,53 @@ def name() -> str:
     return ""
 
 
-def _directory() -> str:
-    path = name()
-    if not path:
-        raise NoCgroup(_ACT, "this kernel has no cgroup v2, or it is switched off")
+def paths(numbers: Collection[int]) -> dict[int, str]:
+    """Those of all cgroups that can be seen from here, by the number that the kernel has for
+    each (its inode's), from the root that is mounted on. One that was removed has none.
+
+    Args:
+        numbers: of those that are wanted.
+    """
+    point = _mount()
+    if point is None or not numbers:
+        return {}
+    found, wanted = {}, set(numbers)
+    with suppress(OSError):
+        if (root := os.stat(point[1]).st_ino) in wanted:
+            found[root] = "/"
+    below = [point[1]]
+    while below and len(found) < len(wanted):
+        directory = below.pop()
+        with suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(entry.path)
+                    if entry.inode() in wanted:
+                        found[entry.inode()] = entry.path.removeprefix(point[1].rstrip("/"))
+    return found
+
+
+def _mount() -> tuple[str, str] | None:
+    """What is mounted of version 2, and where; None if nothing is."""
     with open("/proc/self/mountinfo") as file:
         for line in file:
             left, _, right = line.partition(" - ")
             if right.split()[0] == "cgroup2":
                 _, _, _, root, point = left.split()[:5]
-                below = os.path.relpath(path, root)
-                return _unescaped(point) if below == "." else f"{_unescaped(point)}/{below}"
-    raise NoCgroup(_ACT, "no cgroup v2 is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+                return root, _unescaped(point)
+    return None
+
+
+def _directory() -> str:
+    path = name()
+    if not path:
+        raise NoCgroup(_ACT, "this kernel has no cgroup v2, or it is switched off")
+    mounted = _mount()
+    if mounted is None:
+        raise NoCgroup(_ACT, "no cgroup v2 is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+    root, point = mounted
+    below = os.path.relpath(path, root)
+    return point if below == "." else f"{point}/{below}"
 
 
 def _unescaped(text: str) -> str:

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from steer.linux.activity import is_hidden
 from steer.linux.processes import family, inode_of, is_zombie
-from steer.linux.procfs import Files, TooMuch
+from steer.linux.procfs import EVERYTHING, Files, TooMuch
 
 
 class Seen(enum.IntEnum):
@@ -74,6 +74,102 @@ def acceptors(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozense
                 if _task_waits(task, inodes, files, calls) is Seen.YES:
                     found.add(int(os.path.basename(task)))
     return frozenset(found)
+
+
+class Wait(enum.Enum):
+    """How a process waits for a socket, which decides whom the kernel wakes.
+
+    By the value: as it is shown.
+    """
+
+    ACCEPT = "accept"
+    """Blocked in accept(2) or in a call that receives: one is woken, in turn."""
+    EXCLUSIVE = "epoll-exclusive"
+    """An epoll with EPOLLEXCLUSIVE: one is woken, the first that is idle."""
+    EPOLL = "epoll"
+    """An epoll without it: all are woken."""
+    POLL = "poll"
+    """poll(2) or select(2): all are woken."""
+    RING = "io_uring"
+
+
+def waits(
+    pid: int, inodes: frozenset[int], root: str = "/proc", machine: str = os.uname().machine
+) -> dict[int, Wait] | None:
+    """For which of these sockets a process waits, and how; None where it may not be looked at.
+
+    Another question than `waits_on`: who is registered counts though it is busy at the moment, as
+    it will be back, and nobody else's wait counts for it. An accept that is pending in a ring
+    counts for every listener of the process.
+
+    Args:
+        inodes: of sockets that the process has open.
+    """
+    files, calls = Files(root, EVERYTHING, EVERYTHING), _BLOCKING_CALLS.get(machine)
+    found: dict[int, Wait] = {}
+    is_known = calls is not None
+    try:
+        tasks = files.tasks(pid, EVERYTHING)
+        for task in tasks if calls else ():
+            is_known &= _add_blocked(found, task, inodes, files, calls or {})
+        if tasks and not inodes <= found.keys():
+            for fd in _anonymous(tasks[0], files, _EPOLL):
+                _add(found, tasks[0], fd, _first, inodes, files)
+    except PermissionError:
+        return None
+    return found if is_known or found else None
+
+
+def _add_blocked(
+    found: dict[int, Wait],
+    task: str,
+    inodes: frozenset[int],
+    files: Files,
+    calls: dict[int, _Fds],
+) -> bool:
+    """What the call that a thread is blocked in waits for.
+
+    Returns:
+        Whether that may be read. Yama lets nobody but root read it of who is no child of theirs
+        (kernel.yama.ptrace_scope), though descriptors may be.
+    """
+    with suppress(FileNotFoundError, ProcessLookupError):
+        try:
+            number, *arguments = files.read(f"{task}/syscall").split()
+        except PermissionError:
+            return False
+        fds = None if number == b"running" else calls.get(int(number))
+        for fd in fds(files, task, [int(each, 16) for each in arguments]) if fds else ():
+            _add(found, task, fd, fds or _first, inodes, files)
+    return True
+
+
+def _add(
+    found: dict[int, Wait], task: str, fd: int, call: _Fds, inodes: frozenset[int], files: Files
+) -> None:
+    """What it is to wait for this descriptor in that call."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        target = files.link(f"{task}/fd/{fd}")
+        if target == _EPOLL:
+            found |= _epolled(files.read(f"{task}/fdinfo/{fd}"), inodes)
+        elif target == _RING:
+            if _ring_covers(task, fd, inodes, files) is Seen.YES:
+                found |= dict.fromkeys(inodes - found.keys(), Wait.RING)
+        elif (inode := inode_of(target)) in inodes:
+            found[inode] = Wait.ACCEPT if call is _one else Wait.POLL
+
+
+def _epolled(text: bytes, inodes: frozenset[int]) -> dict[int, Wait]:
+    """Those that are registered with an epoll for something to read (proc_pid_fdinfo(5))."""
+    return {
+        inode: Wait.EXCLUSIVE if events & _EPOLLEXCLUSIVE else Wait.EPOLL
+        for events, inode in ((int(a, 16), int(b, 16)) for a, b in _EVENTS.findall(text))
+        if events & select.EPOLLIN and inode in inodes
+    }
+
+
+_EVENTS = re.compile(rb"^tfd:\s*\d+ events:\s*([0-9a-f]+) .* ino:([0-9a-f]+)", re.MULTILINE)
+_EPOLLEXCLUSIVE = 1 << 28  # include/uapi/linux/eventpoll.h
 
 
 def in_event_loop(

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -33,8 +34,12 @@ _ID = struct.Struct("!HH16s16s4s8s")
 _MESSAGE = struct.Struct("=BB2x4s16s16sI8x4xIIII")
 """struct inet_diag_msg: family, state, both ports of id, id.idiag_src, id.idiag_dst, id.idiag_if,
 rqueue, wqueue, uid, inode."""
+_COOKIE, _COOKIE_AT = struct.Struct("=Q"), 44
+"""Its id.idiag_cookie, which `_MESSAGE` passes over."""
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO, _INET_DIAG_SKMEMINFO = 2, 7
+_INET_DIAG_SKV6ONLY, _INET_DIAG_CGROUP_ID = 11, 21
+_SK_MEMINFO_DROPS = 8
 _MEMORY = struct.Struct("=II")
 """SK_MEMINFO_RMEM_ALLOC and _RCVBUF of linux/sock_diag.h."""
 _BYTES = struct.Struct("=120xQQ")
@@ -195,6 +200,82 @@ def connections(family: int, port: int, most: int) -> list[Connection]:
         if each.inode
     )
     return list(islice(accepted, most))
+
+
+class Server(msgspec.Struct, frozen=True):
+    """A TCP listener or a bound UDP socket.
+
+    Args:
+        inode: 0 of one that no process has a descriptor of.
+        address: numeric.
+        queued, limit: TCP connections and the backlog; UDP bytes and the receive buffer.
+        drops: None before Linux 4.9.
+        cgroup: number of the one it was made in; None before Linux 5.8.
+    """
+
+    protocol: str
+    address: str
+    port: int
+    device: int
+    inode: int
+    cookie: int
+    uid: int
+    queued: int
+    limit: int
+    drops: int | None
+    cgroup: int | None
+    is_v6only: bool
+    is_connected: bool
+
+
+def servers(protocol: str) -> Iterator[Server]:
+    """All of this network namespace, those of other users too.
+
+    Args:
+        protocol: "tcp" or "udp".
+
+    Raises:
+        KernelError: the kernel, or a filter, does not let us ask.
+    """
+    number, states = _PROTOCOLS[protocol]
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for answer in _ask(family, number, states, 0, _INET_DIAG_SKMEMINFO):
+            for kind, content in _messages(memoryview(answer)):
+                if kind == _NLMSG_DONE:
+                    break
+                yield _server(protocol, content)
+
+
+_PROTOCOLS = {
+    "tcp": (socket.IPPROTO_TCP, 1 << _LISTEN),
+    "udp": (socket.IPPROTO_UDP, _UDP_STATES),
+}
+
+
+def _server(protocol: str, content: memoryview) -> Server:
+    family, state, ports, here, _, device, queued, limit, uid, inode = _MESSAGE.unpack_from(content)
+    cookie = _COOKIE.unpack_from(content, _COOKIE_AT)[0]
+    memory = _attribute(content, _INET_DIAG_SKMEMINFO)
+    words = memory.cast("I") if memory else ()
+    if protocol == "udp" and words:
+        queued, limit = words[:2]
+    v6only = _attribute(content, _INET_DIAG_SKV6ONLY)
+    cgroup = _attribute(content, _INET_DIAG_CGROUP_ID)
+    return Server(
+        protocol=protocol,
+        address=socket.inet_ntop(family, here[: 4 if family == socket.AF_INET else 16]),
+        port=int.from_bytes(ports[:2], "big"),
+        device=device,
+        inode=inode,
+        cookie=cookie,
+        uid=uid,
+        queued=queued,
+        limit=limit,
+        drops=words[_SK_MEMINFO_DROPS] if len(words) > _SK_MEMINFO_DROPS else None,
+        cgroup=int.from_bytes(cgroup, sys.byteorder) if cgroup else None,
+        is_v6only=bool(v6only and v6only[0]),
+        is_connected=protocol == "udp" and state == _ESTABLISHED,
+    )
 
 
 class _Found(NamedTuple):

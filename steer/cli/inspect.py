@@ -1,0 +1,44 @@
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+import re
+
+from steer.cli import inspect_tables, output
+from steer.errors import ConfigError
+from steer.inspect import target as targets
+from steer.inspect.inspection import Asked, inspect
+from steer.values import shown
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "": 1.0}
+_TIME = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(ms|s|m|)")
+_LONGEST_S = 86400.0
+
+
+def perform(
+    target: str | None, count_for: str | None, netns: str | None, as_json: bool, can_attach: bool
+) -> None:
+    """Show who serves.
+
+    Raises:
+        ConfigError: what is asked for cannot be, or is not there.
+        KernelError: nothing can be seen.
+    """
+    wanted = targets.parse(target)
+    seconds = None if count_for is None else _seconds(count_for)
+    found = inspect(Asked(wanted, netns, seconds, can_attach))
+    if as_json:
+        output.as_json(found)
+    elif found.groups:
+        output.tables(inspect_tables.of_inspection(found, in_full=target is not None))
+    else:
+        print("no socket serves here")
+
+
+def _seconds(text: str) -> float:
+    found = _TIME.fullmatch(text)
+    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 0.0 < seconds <= _LONGEST_S:
+        act = f"read --for {shown(text)}"
+        raise ConfigError(act, "not a time of at most a day", "write 5s, 500ms or 2m")
+    return seconds

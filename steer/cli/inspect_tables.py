@@ -1,0 +1,138 @@
+"""What `steer inspect` tells, as rows of text. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+
+from steer.cli.tables import Table, duration
+from steer.inspect.grouping import servers
+from steer.inspect.schema import Group, Inspection, Process, Program, Socket
+from steer.inspect.words import pids
+from steer.policy.cpus import cpu_list
+from steer.values import plural
+
+_BAR = 30
+"""Characters of the longest bar."""
+_OPTIONAL = ("cgroup", "cpus", "drops", "queue")
+_COLUMNS = ("socket", "held by", "waiting", "cpus", "queue", "drops", "cgroup")
+
+
+def of_inspection(found: Inspection, in_full: bool) -> list[Table]:
+    """A table for each group; below the last, what could not be seen.
+
+    Args:
+        in_full: whether sockets of one process each have tables of their own, too; else they
+            share one.
+    """
+    alone = [each for each in found.groups if each.kind == "single" and not in_full]
+    tables = [_group_table(each) for each in found.groups if each not in alone]
+    if alone:
+        tables.append(_singles(alone))
+    if found.notes:
+        tables.append(Table("", ("not seen",), [(note,) for note in found.notes]))
+    return tables
+
+
+def _group_table(group: Group) -> Table:
+    is_counted = any(each.accepted is not None for each in group.sockets)
+    most = max((each.accepted or 0 for each in group.sockets), default=0)
+    columns = [*_COLUMNS]
+    rows = [_row(each) for each in group.sockets]
+    if is_counted:
+        columns.append("accepted")
+        rows = [
+            [*row, _bar(each.accepted, most)] for row, each in zip(rows, group.sockets, strict=True)
+        ]
+    return Table(_title(group), columns, rows, list(_below(group)), _OPTIONAL, None, False)
+
+
+def _title(group: Group) -> str:
+    parts = [_address(group), group.kind]
+    if group.kind == "reuseport":
+        parts.append(plural(len(group.sockets), "socket"))
+    parts.append(f"user {group.user or group.uid}")
+    if group.service:
+        parts.append(f"service {group.service}")
+    if group.device:
+        parts.append(f"interface {group.device}")
+    if group.is_elsewhere:
+        parts.append(f"netns {_netns(group)}")
+    return "  ".join(parts)
+
+
+def _netns(group: Group) -> str:
+    return (group.netns_name or str(group.netns)) if group.is_elsewhere else "-"
+
+
+def _address(group: Group) -> str:
+    host = "*" if group.address == "0.0.0.0" else group.address
+    host = f"[{host}]" if ":" in host else host
+    return f"{group.protocol}://{host}:{group.port}"
+
+
+def _row(socket: Socket) -> list[str]:
+    return [
+        str(socket.inode or "-"),
+        pids(socket.processes),
+        _waiting(socket.processes),
+        _cpus(socket.processes),
+        f"{socket.queued}/{socket.backlog}",
+        "-" if socket.drops is None else str(socket.drops),
+        socket.cgroup or "-",
+    ]
+
+
+def _waiting(processes: Sequence[Process]) -> str:
+    """Those that wait, and how."""
+    if any(each.waits is None for each in processes):
+        return "?"
+    by_way: dict[str, list[Process]] = {}
+    for each in servers(processes):
+        by_way.setdefault(each.waits or "", []).append(each)
+    return ", ".join(f"{pids(each)} ({way})" for way, each in by_way.items()) or "nobody"
+
+
+def _cpus(processes: Sequence[Process]) -> str:
+    """Of those that serve."""
+    wanted = servers(processes) or processes
+    return cpu_list(sorted({cpu for each in wanted for cpu in each.cpus}))
+
+
+def _bar(accepted: int | None, most: int) -> str:
+    if accepted is None:
+        return "-"
+    return (
+        f"{accepted:>{len(str(most))}} {'#' * ceil(accepted * _BAR / most if most else 0)}".rstrip()
+    )
+
+
+def _below(group: Group) -> Iterator[str]:
+    if group.program is not None:
+        yield f"program: {_program(group.program)}"
+    yield f"decides: {group.decides}"
+    for each in group.advice:
+        yield f"better: {each}"
+
+
+def _program(program: Program) -> str:
+    if program.kind == "classic":
+        return f"classic BPF, {plural(program.instructions or 0, 'instruction')}"
+    parts = [
+        f"{program.id} {program.name or '(no name)'}",
+        f"tag {program.tag}",
+        f"loaded by {program.owner} {duration(program.loaded_s)} ago",
+    ]
+    if program.processes:
+        parts.append(f"open in {pids(program.processes)}")
+    return ", ".join(parts)
+
+
+def _singles(groups: Sequence[Group]) -> Table:
+    """Sockets of one process each, one line for each."""
+    columns = ["address", "user", "netns", *_COLUMNS]
+    rows = [
+        [_address(each), str(each.user or each.uid), _netns(each), *_row(each.sockets[0])]
+        for each in groups
+    ]
+    return Table("one socket each", columns, rows, (), ("netns", *_OPTIONAL, "user"), None, False)

@@ -1,0 +1,58 @@
+"""From sockets to groups, and what kind each is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from steer.inspect.schema import Kind, Process
+from steer.inspect.seen import Seen
+
+
+def groups(sockets: Iterable[Seen], own_netns: int) -> list[list[Seen]]:
+    """The sockets that belong together, those of our network namespace first, then by port.
+
+    Where the kernel's groups are not known, sockets on one address are one: no two could listen
+    there that have not set SO_REUSEPORT.
+    """
+    found: dict[object, list[Seen]] = {}
+    for each in sockets:
+        found.setdefault(_key(each), []).append(each)
+    return sorted(found.values(), key=lambda group: _order(group[0], own_netns))
+
+
+def _key(seen: Seen) -> object:
+    if seen.group:
+        return seen.group
+    if seen.group == 0:
+        return (0, seen.kernel_address)
+    return (seen.netns, seen.protocol, seen.address, seen.port, seen.is_v6only, seen.device)
+
+
+def _order(seen: Seen, own_netns: int) -> tuple[object, ...]:
+    is_wildcard = seen.address in ("0.0.0.0", "::")
+    return (
+        seen.netns != own_netns,
+        seen.netns,
+        seen.port,
+        seen.protocol,
+        is_wildcard,
+        seen.address,
+    )
+
+
+def kind_of(group: Sequence[Seen], processes: Mapping[int, Sequence[Process]]) -> Kind:
+    """Whether each has a socket of its own, or several processes wait for one.
+
+    Args:
+        processes: those that have each socket open, by its inode.
+    """
+    if len(group) > 1 or group[0].program or group[0].members > 1:
+        return "reuseport"
+    return "shared" if len(servers(processes.get(group[0].inode, ()))) > 1 else "single"
+
+
+def servers(processes: Sequence[Process]) -> Sequence[Process]:
+    """Those that wait for a socket, of those that have it open; where none is seen to wait, those
+    of which it cannot be seen."""
+    waiting = [each for each in processes if each.waits not in (None, "no")]
+    return waiting or [each for each in processes if each.waits is None]

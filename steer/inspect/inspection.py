@@ -1,0 +1,244 @@
+"""What `steer inspect` tells: looks, groups what was seen, and finds the words for it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+
+import msgspec
+
+from steer.control import find
+from steer.errors import ConfigError, SteerError
+from steer.inspect import counting, grouping, seeing, words
+from steer.inspect import target as targets
+from steer.inspect.schema import Group, Inspection, Process, Program, Socket
+from steer.inspect.seeing import View
+from steer.inspect.seen import Seen, SeenProgram
+from steer.inspect.target import Target
+from steer.linux import cgroup, netns, processes, title, waiting
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What is to be inspected.
+
+    Args:
+        netns: name, path or process of a network namespace; None: all that can be seen.
+        count_s: for how long to count connections; None: not at all.
+        can_attach: see `words.Known`.
+    """
+
+    target: Target = Target()
+    netns: str | None = None
+    count_s: float | None = None
+    can_attach: bool = True
+
+
+def inspect(asked: Asked) -> Inspection:
+    """Look, and count if that is asked for.
+
+    Raises:
+        ConfigError: there is no such network namespace, or nothing that is asked for.
+        KernelError: nothing can be seen.
+    """
+    path = netns.path_of(asked.netns) if asked.netns else None
+    with ExitStack() as stack:
+        view = seeing.see(path, stack)
+        selected = _selected(view, asked.target)
+        notes = [*view.notes, *_unheld(view, selected)]
+        accepted: Mapping[int, int] = {}
+        if asked.count_s is not None:
+            accepted, failed = counting.count(view, selected, asked.count_s)
+            notes += failed
+            # What is told beside is to be as it is now, and not before.
+            view = seeing.see(path, stack)
+            known = {each.inode for each in selected}
+            selected = [each for each in view.sockets if each.inode in known]
+        found = _Builder(view, selected, accepted, asked)
+        return Inspection(1, found.groups(), notes, asked.count_s)
+
+
+def _selected(view: View, target: Target) -> list[Seen]:
+    """Raises ConfigError: there are none."""
+    found = [each for each in view.sockets if targets.matches(target, each)]
+    if not found and target.number is not None:
+        found = [each for each in view.sockets if target.number in view.holders.get(each.inode, ())]
+        if not found:
+            raise _nothing_by_number(target.number)
+    if not found and target != Target():
+        act = f"inspect {target.address or ''}:{target.port}"
+        raise ConfigError(act, "no socket serves there", "`steer inspect` shows all that do")
+    return found
+
+
+def _nothing_by_number(number: int) -> ConfigError:
+    act = f"inspect {number}"
+    cure = "`steer inspect` shows all sockets that serve"
+    if processes.is_alive(number):
+        name = processes.command(number)
+        return ConfigError(act, f"no socket serves port {number}, nor is one open in {name}", cure)
+    return ConfigError(act, f"no socket serves port {number}, and there is no such process", cure)
+
+
+def _unheld(view: View, selected: Iterable[Seen]) -> list[str]:
+    """What cannot be said of who has them."""
+    if view.look is not None or os.geteuid() == 0:
+        return []
+    count = sum(1 for each in selected if each.inode not in view.holders)
+    if not count:
+        return []
+    things = "1 socket" if count == 1 else f"{count} sockets"
+    return [f"who has {things} of other users open cannot be seen; run as root"]
+
+
+class _Builder:
+    """From sockets to groups, with all that is to be said of each."""
+
+    def __init__(
+        self, view: View, selected: Sequence[Seen], accepted: Mapping[int, int], asked: Asked
+    ) -> None:
+        self._view = view
+        self._selected = selected
+        self._accepted = accepted
+        self._asked = asked
+        self._own = netns.own()
+        self._names = netns.names()
+        self._processes = _processes(view, selected)
+        self._cgroups = cgroup.paths({each.cgroup for each in selected if each.cgroup})
+        self._programs = _holders_of_programs(view, selected)
+        self._services = _services() if any(each.group != 0 for each in selected) else {}
+
+    def groups(self) -> list[Group]:
+        return [self._group(each) for each in grouping.groups(self._selected, self._own)]
+
+    def _group(self, sockets: Sequence[Seen]) -> Group:
+        first = sockets[0]
+        service = self._service(sockets)
+        found = Group(
+            protocol=first.protocol,
+            address=first.address,
+            port=first.port,
+            kind=grouping.kind_of(sockets, self._processes),
+            uid=first.uid,
+            user=_user(first.uid),
+            netns=first.netns,
+            netns_name=self._names.get(first.netns),
+            is_elsewhere=first.netns != self._own,
+            device=first.device,
+            program=self._program(first.program, service) if first.program else None,
+            program_known=self._view.look is not None,
+            sockets=[self._socket(each) for each in sockets],
+            service=service.name if service else None,
+        )
+        found.decides = words.decides(found)
+        found.advice = words.advice(found, self._known(found))
+        return found
+
+    def _service(self, sockets: Sequence[Seen]) -> _Ours | None:
+        """Whose sockets they are, as the service says, or else as its processes show."""
+        for each in sockets:
+            if each.inode in self._services:
+                return self._services[each.inode]
+        titles = (
+            title.of(process.pid)
+            for each in sockets
+            for process in self._processes.get(each.inode, ())
+        )
+        return next((_Ours(each.name) for each in titles if each), None)
+
+    def _socket(self, seen: Seen) -> Socket:
+        return Socket(
+            cookie=seen.cookie or None,
+            inode=seen.inode,
+            processes=self._processes.get(seen.inode, []),
+            queued=seen.queued,
+            backlog=seen.backlog,
+            drops=seen.drops,
+            accepted=self._accepted.get(seen.inode),
+            cgroup=self._cgroups.get(seen.cgroup) if seen.cgroup else None,
+            is_connected=seen.is_connected,
+        )
+
+    def _program(self, seen: SeenProgram, ours: _Ours | None) -> Program:
+        if seen.instructions:
+            found = Program(None, None, None, "classic", instructions=seen.instructions)
+        else:
+            found = self._ebpf(seen)
+        if ours:
+            found.service, found.policy = ours.name, ours.policy
+        return found
+
+    def _ebpf(self, seen: SeenProgram) -> Program:
+        holders = sorted(self._programs.get(seen.address, ()))
+        return Program(
+            id=seen.id,
+            name=seen.name,
+            owner=_user(seen.uid) or f"uid {seen.uid}",
+            kind="ebpf",
+            tag=seen.tag,
+            loaded_s=round(time.clock_gettime(time.CLOCK_BOOTTIME) - seen.loaded_ns / 1e9, 1),
+            processes=[_process(pid, None) for pid in holders],
+        )
+
+    def _known(self, group: Group) -> words.Known:
+        if group.kind != "shared":
+            return words.Known(can_attach=self._asked.can_attach)
+        pids = {each.pid for each in group.sockets[0].processes}
+        return words.Known({pid: processes.arguments(pid) for pid in pids}, self._asked.can_attach)
+
+
+class _Ours(msgspec.Struct, frozen=True):
+    """A service of steer's. Args: policy: None where it cannot be asked."""
+
+    name: str
+    policy: str | None = None
+
+
+def _services() -> Mapping[int, _Ours]:
+    """Those that we may ask, by the inodes of their sockets."""
+    with suppress(SteerError):
+        return {
+            inode: _Ours(service.name, service.policy)
+            for service in find.status_of_all(os.environ).services
+            for worker in service.workers
+            for inode in worker.sockets
+        }
+    return {}
+
+
+def _holders_of_programs(view: View, sockets: Iterable[Seen]) -> Mapping[int, Collection[int]]:
+    programs = {each.program.address for each in sockets if each.program and each.program.id}
+    if view.look is None or not programs:
+        return {}
+    return view.look.holders(programs)
+
+
+def _processes(view: View, sockets: Iterable[Seen]) -> dict[int, list[Process]]:
+    """Who has each socket open, by its inode; those that wait for it first."""
+    by_pid: dict[int, set[int]] = {}
+    for each in sockets:
+        for pid in view.holders.get(each.inode, ()):
+            by_pid.setdefault(pid, set()).add(each.inode)
+    found: dict[int, list[Process]] = {}
+    for pid, inodes in sorted(by_pid.items()):
+        waits = waiting.waits(pid, frozenset(inodes))
+        process = _process(pid, None)
+        for inode in inodes:
+            how = None if waits is None else waits[inode].value if inode in waits else "no"
+            found.setdefault(inode, []).append(msgspec.structs.replace(process, waits=how))
+    return found
+
+
+def _process(pid: int, waits: str | None) -> Process:
+    cpus: list[int] = []
+    with suppress(OSError):
+        cpus = sorted(os.sched_getaffinity(pid))
+    return Process(pid, processes.command(pid), cpus, waits)
+
+
+def _user(uid: int) -> str | None:
+    with suppress(KeyError):
+        return pwd.getpwuid(uid).pw_name
+    return None

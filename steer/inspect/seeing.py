@@ -1,0 +1,161 @@
+"""Looks at sockets: by BPF iterators, or below them by sock_diag(7) and /proc."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, nullcontext, suppress
+from functools import cache
+
+import msgspec
+
+from steer.errors import KernelError
+from steer.inspect.seen import Seen, SeenProgram
+from steer.linux import netns, processes
+from steer.linux.procfs import EVERYTHING, Files
+from steer.loader.kernel_sockets import KernelSocket, Look
+from steer.sockets import sock_diag
+from steer.sockets.sock_diag import Server
+
+_TCP = 6
+_PROTOCOLS = {_TCP: "tcp", 17: "udp"}
+_ESTABLISHED = 1
+
+
+class View(msgspec.Struct):
+    """What was seen.
+
+    Args:
+        sockets: each once.
+        holders: the processes that have each open, by its inode.
+        look: what it was seen by, to be asked for more; None where programs cannot be seen.
+        notes: what could not be seen, and why.
+    """
+
+    sockets: list[Seen]
+    holders: Mapping[int, Collection[int]]
+    look: Look | None
+    notes: list[str]
+
+
+def see(only: str | None, stack: ExitStack) -> View:
+    """All sockets that there are, of one network namespace or, as far as that can be, of all.
+
+    Args:
+        only: the file of a network namespace.
+        stack: what is to be closed once nothing more is asked.
+
+    Raises:
+        KernelError: nothing can be seen.
+    """
+    with netns.entered(only) if only else nullcontext():
+        try:
+            look = stack.enter_context(Look())
+            return _by_kernel(look, netns.own() if only else None)
+        except KernelError as error:
+            return _by_diag(error)
+
+
+# ---- by BPF iterators
+
+
+def _by_kernel(look: Look, only: int | None) -> View:
+    """Args: only: the number of a network namespace."""
+    found: dict[int, Seen] = {}
+    holders: dict[int, set[int]] = {}
+    for each in look.held():
+        if only in (None, each.netns):
+            if each.address not in found:
+                found[each.address] = _seen(each)
+            holders.setdefault(each.inode, set()).add(each.pid)
+    for each in look.in_this_netns():
+        if each.address not in found:
+            found[each.address] = _seen(each)
+    return View(list(found.values()), holders, look, [])
+
+
+def _seen(each: KernelSocket) -> Seen:
+    is_tcp = each.protocol == _TCP
+    return Seen(
+        protocol=_PROTOCOLS[each.protocol],
+        address=_address(each.family, each.ip),
+        port=each.port,
+        is_v6only=bool(each.is_v6only),
+        device=each.device,
+        netns=each.netns,
+        uid=each.uid,
+        inode=each.inode,
+        cookie=each.cookie,
+        queued=each.queued if is_tcp else each.memory,
+        backlog=each.backlog if is_tcp else each.memory_limit,
+        drops=each.drops,
+        cgroup=each.cgroup or None,
+        is_connected=not is_tcp and each.state == _ESTABLISHED,
+        group=each.group,
+        members=each.members,
+        program=_program(each) if each.program else None,
+        kernel_address=each.address,
+    )
+
+
+@cache
+def _address(family: int, ip: bytes) -> str:
+    return socket.inet_ntop(family, ip[: 4 if family == socket.AF_INET else 16])
+
+
+def _program(each: KernelSocket) -> SeenProgram:
+    return SeenProgram(
+        address=each.program,
+        id=each.program_id,
+        name=each.name.partition(b"\0")[0].decode(errors="replace"),
+        tag=each.tag.hex(),
+        uid=each.program_uid,
+        loaded_ns=each.loaded_ns,
+        instructions=each.classic_length,
+    )
+
+
+# ---- by sock_diag(7) and /proc
+
+
+def _by_diag(why: KernelError) -> View:
+    """Of the network namespace that we are in. Args: why: programs cannot be seen."""
+    number = netns.own()
+    found = [
+        _as_seen(each, number)
+        for protocol in ("tcp", "udp")
+        for each in sock_diag.servers(protocol)
+    ]
+    holders = _holders({each.inode for each in found})
+    note = f"which programs choose cannot be seen, nor other network namespaces: {why.note}"
+    return View([each for each in found if not each.is_connected], holders, None, [note])
+
+
+def _as_seen(each: Server, number: int) -> Seen:
+    return Seen(
+        protocol=each.protocol,
+        address=each.address,
+        port=each.port,
+        is_v6only=each.is_v6only,
+        device=each.device,
+        netns=number,
+        uid=each.uid,
+        inode=each.inode,
+        cookie=each.cookie,
+        queued=each.queued,
+        backlog=each.limit,
+        drops=each.drops,
+        cgroup=each.cgroup,
+        is_connected=each.is_connected,
+    )
+
+
+def _holders(inodes: Collection[int]) -> Mapping[int, Collection[int]]:
+    """Who has these sockets open, as far as we may look at processes."""
+    found: dict[int, set[int]] = {}
+    for pid in processes.all_pids():
+        with suppress(KernelError):
+            for _, inode in processes.sockets_by_fd(pid, files=Files(most_reads=EVERYTHING)):
+                if inode in inodes:
+                    found.setdefault(inode, set()).add(pid)
+    return found

@@ -1,0 +1,192 @@
+"""What decides which process gets a connection, and what would be better, in words. Pure."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from steer.inspect.grouping import servers
+from steer.inspect.schema import Group, Process, Program, Socket
+from steer.policy.cpus import cpu_list
+from steer.values import plural, several
+
+_WAKES: Mapping[str | None, str] = {
+    "accept": "they block in accept(), and the kernel wakes them in turn",
+    "epoll-exclusive": (
+        "of those that are idle the kernel wakes always the same one (EPOLLEXCLUSIVE), so "
+        "connections pile up on few"
+    ),
+    "epoll": "the kernel wakes all that are idle, and the quickest gets it",
+    "poll": "the kernel wakes all that are idle, and the quickest gets it",
+}
+_ANY = "whichever takes it from the queue first gets it"
+_MOST_COMMAND_CHARS = 160
+_DEFAULT_POLICY = {"tcp": "least-conn", "udp": "flow"}
+_GAINS = {
+    "tcp": "selects the process with the fewest open connections",
+    "udp": "keeps each flow at the process that got its first datagram",
+}
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What the words depend on beside a group.
+
+    Args:
+        command_lines: of processes, as far as they can be read.
+        can_attach: whether there is a `steer attach`.
+    """
+
+    command_lines: Mapping[int, Sequence[str]] = {}
+    can_attach: bool = True
+
+
+def decides(group: Group) -> str:
+    """What decides today."""
+    if group.program is not None:
+        return _program_decides(group, group.program)
+    if group.kind == "reuseport":
+        return _hash_decides(group)
+    if group.kind == "shared":
+        return _shared(group, group.sockets[0])
+    return _single(group, group.sockets[0])
+
+
+def advice(group: Group, known: Known) -> list[str]:
+    """What would be better, with the command for it where there is one."""
+    return [*_idle(group), *_full(group), *_better(group, known)]
+
+
+def bind(group: Group) -> str:
+    """The address as a command takes it."""
+    host = f"[{group.address}]" if ":" in group.address else group.address
+    host = "" if host == "0.0.0.0" else host
+    return f"{'udp://' if group.protocol == 'udp' else ''}{host}:{group.port}"
+
+
+# ---- what decides
+
+
+def _program_decides(group: Group, program: Program) -> str:
+    count = plural(len(group.sockets), "socket")
+    if program.service is not None:
+        policy = f"policy {program.policy}" if program.policy else "the policy"
+        what = f"{policy} of steer's service {program.service}"
+    elif program.kind == "classic":
+        what = f"a classic BPF program of {plural(program.instructions or 0, 'instruction')}"
+    else:
+        what = f"BPF program {program.id} ({program.name or 'no name'}), loaded by {program.owner},"
+    return f"{what} selects one of {count} for each {_thing(group)}"
+
+
+def _hash_decides(group: Group) -> str:
+    words = (
+        f"the kernel's hash of addresses and ports selects one of "
+        f"{plural(len(group.sockets), 'socket')} for each {_thing(group)}, also where the process "
+        "behind it is busy"
+    )
+    if group.program_known:
+        return words
+    return f"unless a program is attached, which cannot be seen from here, {words}"
+
+
+def _thing(group: Group) -> str:
+    return "connection" if group.protocol == "tcp" else "datagram"
+
+
+def _shared(group: Group, socket: Socket) -> str:
+    waiting = servers(socket.processes)
+    how = {each.waits for each in waiting}
+    verb = "have it open" if None in how else "wait for it"
+    rule = _WAKES.get(how.pop(), _ANY) if len(how) == 1 else _ANY
+    return f"one socket, and {len(waiting)} processes {verb}: {rule}"
+
+
+def _single(group: Group, socket: Socket) -> str:
+    thing = f"every {_thing(group)}"
+    if not socket.processes:
+        return f"one socket gets {thing}; no process that can be seen from here has it open"
+    waiting = servers(socket.processes)
+    if not waiting:
+        return f"one socket gets {thing}; no process waits for it at this moment"
+    return f"one socket: {_named(waiting[0])} gets {thing}"
+
+
+def _named(process: Process) -> str:
+    return f"{process.command or '?'} (pid {process.pid})"
+
+
+# ---- what would be better
+
+
+def _idle(group: Group) -> Iterator[str]:
+    """Sockets that are selected, and that nobody waits for."""
+    if group.kind != "reuseport" or group.program is not None:
+        return
+    idle = [each for each in group.sockets if each.processes and not servers(each.processes)]
+    if idle and len(idle) < len(group.sockets):
+        sockets = several("socket", (each.inode for each in idle))
+        yield (
+            f"no process waits for {sockets} at this moment, and the hash goes on selecting "
+            f"{'it' if len(idle) == 1 else 'them'}: is "
+            f"{', '.join(_named(each.processes[0]) for each in idle[:3])} busy, or hung?"
+        )
+
+
+def _full(group: Group) -> Iterator[str]:
+    if group.protocol != "tcp":
+        return
+    for each in group.sockets:
+        if each.queued > each.backlog:
+            yield (
+                f"the accept queue of socket {each.inode} is full, and the kernel drops what "
+                "comes: raise the backlog of the server, and net.core.somaxconn"
+            )
+
+
+def _better(group: Group, known: Known) -> Iterator[str]:
+    if group.program is not None and group.program.service is not None:
+        return
+    if group.kind == "shared" and group.protocol == "tcp":
+        yield f"`{_run(group, known)}` gives each process a socket of its own"
+    elif group.kind == "reuseport" and known.can_attach and group.program_known:
+        replace = " --replace" if group.program is not None else ""
+        policy = _DEFAULT_POLICY[group.protocol]
+        command = f"steer attach {bind(group)}{_netns(group)} --policy {policy}{replace}"
+        yield f"`{command}` {_GAINS[group.protocol]}"
+
+
+def _netns(group: Group) -> str:
+    """The option that finds it from where we are."""
+    if not group.is_elsewhere:
+        return ""
+    pids = (each.pid for socket in group.sockets for each in socket.processes)
+    name = group.netns_name or next(pids, None)
+    return f" --netns {name}" if name else ""
+
+
+def _run(group: Group, known: Known) -> str:
+    """The command that would run the same server, as far as its command line can be read."""
+    processes = group.sockets[0].processes
+    lines = (known.command_lines.get(each.pid, ()) for each in processes)
+    line = next((_typed(each) for each in lines if each), "COMMAND")
+    return f"steer run -b {bind(group)} -w {len(servers(processes))} -- {line}"
+
+
+def _typed(arguments: Sequence[str]) -> str:
+    """As a shell takes it; a title that a process shows in its place is none."""
+    title = re.match(r"[\w.-]+: ", arguments[0])
+    if title:
+        return "COMMAND"
+    text = shlex.join(arguments)
+    return text if len(text) <= _MOST_COMMAND_CHARS and text.isprintable() else "COMMAND"
+
+
+def pids(processes: Sequence[Process]) -> str:
+    """By command: "nginx 10-13, 17"."""
+    by_command: dict[str, list[int]] = {}
+    for each in processes:
+        by_command.setdefault(each.command or "?", []).append(each.pid)
+    return ", ".join(f"{name} {cpu_list(numbers)}" for name, numbers in by_command.items()) or "-"

@@ -1,0 +1,96 @@
+"""Network namespaces: their numbers and names, and being in another one for a moment."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from steer.errors import ConfigError, KernelError
+from steer.values import shown
+
+_NAMED = "/run/netns"
+"""Where ip-netns(8) keeps them."""
+_CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def own() -> int:
+    """The number of the one that we are in, as readlink(1) shows it."""
+    return os.stat(own_path()).st_ino
+
+
+def own_path() -> str:
+    """Of this thread, which may be in another one than the process was."""
+    return f"/proc/self/task/{_LIBC.gettid()}/ns/net"
+
+
+def names(directory: str = _NAMED) -> Mapping[int, str]:
+    """Those that have a name, by their number."""
+    found = {}
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                found[os.stat(entry.path).st_ino] = entry.name
+    return found
+
+
+def path_of(asked: str) -> str:
+    """The file of the one that is meant: by its name, its path, or a process that is in it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    act = f"find network namespace {shown(asked)}"
+    if "/" in asked:
+        path, cure = asked, ""
+    elif asked.isascii() and asked.isdigit():
+        path, cure = f"/proc/{asked}/ns/net", "there is no such process"
+    else:
+        path, cure = f"{_NAMED}/{asked}", "`ip netns` lists those that have a name"
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError):
+            raise ConfigError(act, "no path has a null byte") from None
+        raise ConfigError.from_oserror(act, error, cure=cure) from None
+    return path
+
+
+@contextmanager
+def entered(path: str) -> Iterator[None]:
+    """Be in the one with that file: sockets that are made, and what is asked of the kernel. Of
+    this thread only.
+
+    Raises:
+        KernelError: we may not, or it is none.
+    """
+    with _opened(own_path()) as before, _opened(path) as there:
+        _enter(there, path)
+        try:
+            yield
+        finally:
+            _enter(before, "where we were")
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError.from_oserror(f"open {path}", error, cure=_CURE) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _enter(fd: int, path: str) -> None:
+    if _LIBC.setns(fd, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        error = OSError(number, os.strerror(number))
+        raise KernelError.from_oserror(f"enter network namespace {path}", error, cure=_CURE)
+
+
+_CURE = "needs CAP_SYS_ADMIN: run as root"
