@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
@@ -23,7 +21,6 @@ _WAKES: Mapping[str | None, str] = {
     "poll": "the kernel wakes all that are idle, and the quickest gets it",
 }
 _ANY = "whichever takes it from the queue first gets it"
-_MOST_COMMAND_CHARS = 160
 _DEFAULT_POLICY = {"tcp": "least-conn", "udp": "flow"}
 _GAINS = {
     "tcp": "selects the process with the fewest open connections",
@@ -150,12 +147,59 @@ def _better(group: Group, known: Known) -> Iterator[str]:
     if group.program is not None and group.program.service is not None:
         return
     if group.kind == "shared" and group.protocol == "tcp":
-        yield f"`{_run(group, known)}` gives each process a socket of its own"
+        yield from _own_sockets(group, known)
     elif group.kind == "reuseport" and known.can_attach and group.program_known:
         replace = " --replace" if group.program is not None else ""
-        policy = _DEFAULT_POLICY[group.protocol]
-        command = f"steer attach {bind(group)}{_netns(group)} --policy {policy}{replace}"
-        yield f"`{command}` {_GAINS[group.protocol]}"
+        yield f"`{_attach(group)}{replace}` {_GAINS[group.protocol]}"
+
+
+def _own_sockets(group: Group, known: Known) -> Iterator[str]:
+    """A socket for each process: from steer, or by an option of the server's own."""
+    processes = group.sockets[0].processes
+    server = next((hint for each in processes if (hint := _hint(each, known))), _Hint("COMMAND"))
+    count = len(servers(processes))
+    options = f"-b {bind(group)} -w {count}{server.options}"
+    yield f"`steer run {options} -- {server.command}` gives each process a socket of its own"
+    if server.own and known.can_attach:
+        yield f"or set {server.own}, and then `{_attach(group)}` {_GAINS[group.protocol]}"
+
+
+def _attach(group: Group) -> str:
+    return f"steer attach {bind(group)}{_netns(group)} --policy {_DEFAULT_POLICY[group.protocol]}"
+
+
+class _Hint(msgspec.Struct, frozen=True):
+    """What is known of a server.
+
+    Args:
+        command: how one process of it is run with sockets that it is given.
+        options: of `steer run` that it needs for that.
+        own: its own setting for a socket for each process; "" if it has none.
+    """
+
+    command: str
+    options: str = ""
+    own: str = ""
+
+
+_HINTS = {
+    "gunicorn": _Hint("gunicorn -w 1 APP", own="`--reuse-port`"),
+    "uvicorn": _Hint("uvicorn APP --fd {fd}"),
+    "hypercorn": _Hint("hypercorn APP --bind fd://{fd}"),
+    "nginx": _Hint(
+        "nginx -c FILE -g 'daemon off; pid /run/nginx-{slot}.pid;'",
+        " -e 'NGINX=3;'",
+        "`reuseport` behind `listen` in nginx's configuration",
+    ),
+    "haproxy": _Hint("haproxy -db -f FILE", own="`shards by-thread` behind `bind`"),
+}
+
+
+def _hint(process: Process, known: Known) -> _Hint | None:
+    """By its name, or that of the script or module that it runs."""
+    line = known.command_lines.get(process.pid, ())
+    names = (process.command or "", *(each.rpartition("/")[2] for each in line[:3]))
+    return next((_HINTS[name] for name in names if name in _HINTS), None)
 
 
 def _netns(group: Group) -> str:
@@ -165,23 +209,6 @@ def _netns(group: Group) -> str:
     pids = (each.pid for socket in group.sockets for each in socket.processes)
     name = group.netns_name or next(pids, None)
     return f" --netns {name}" if name else ""
-
-
-def _run(group: Group, known: Known) -> str:
-    """The command that would run the same server, as far as its command line can be read."""
-    processes = group.sockets[0].processes
-    lines = (known.command_lines.get(each.pid, ()) for each in processes)
-    line = next((_typed(each) for each in lines if each), "COMMAND")
-    return f"steer run -b {bind(group)} -w {len(servers(processes))} -- {line}"
-
-
-def _typed(arguments: Sequence[str]) -> str:
-    """As a shell takes it; a title that a process shows in its place is none."""
-    title = re.match(r"[\w.-]+: ", arguments[0])
-    if title:
-        return "COMMAND"
-    text = shlex.join(arguments)
-    return text if len(text) <= _MOST_COMMAND_CHARS and text.isprintable() else "COMMAND"
 
 
 def pids(processes: Sequence[Process]) -> str:

@@ -43,6 +43,8 @@ def path_of(asked: str) -> str:
         ConfigError: there is none.
     """
     act = f"find network namespace {shown(asked)}"
+    if not asked:
+        raise ConfigError(act, "no name", "name it, or give a path or a process id")
     if "/" in asked:
         path, cure = asked, ""
     elif asked.isascii() and asked.isdigit():

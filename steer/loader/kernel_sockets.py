@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from steer import abi
-from steer.errors import KernelError
+from steer.errors import KernelError, VerifierError
 from steer.loader import compile as compiler
 from steer.loader import tracing
 from steer.loader.bpf_maps import Map
@@ -202,11 +202,7 @@ class Count:
             self._accepted = stack.enter_context(Map("accepted", max(1, most)))
             marks = stack.enter_context(Map("marks"))
             maps = {**maps, "marks": marks, "accepted": self._accepted}
-            counting = stack.enter_context(
-                tracing.tracepoint(
-                    "steer_accepted", "inet_sock_set_state", codes["accepted"], maps, types
-                )
-            )
+            counting = stack.enter_context(_counting(codes["accepted"], maps, types))
             self._marking = stack.enter_context(
                 tracing.iterator("steer_mark", "tcp", codes["mark"], maps, types)
             )
@@ -238,6 +234,15 @@ class Count:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _counting(code: Code, maps: Mapping[str, Map], types: KernelTypes) -> Program:
+    """Raises KernelError."""
+    try:
+        return tracing.tracepoint("steer_accepted", "inet_sock_set_state", code, maps, types)
+    except VerifierError as error:
+        act, cause = "count connections", "this kernel lets no program find the mark of one"
+        raise KernelError(act, cause, "use Linux 5.11 or later", errno=error.errno) from None
 
 
 def pack_offsets(types: KernelTypes) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from testkit.capabilities import require
-from testkit.fixtures import environment, home, netns, service  # noqa: F401
+from testkit.fixtures import environment, home, netns, service, steer  # noqa: F401
 
 GUEST_ONLY = Path("/host/tree.tar")
 """What vm/guest/enter unpacks."""

@@ -1,0 +1,97 @@
+"""Servers that run by themselves, with no steer."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from testkit.processes import line_of, python, running
+
+HOST, PORT = "127.0.0.1", 8080
+HAPROXY = """
+global
+    nbthread {threads}
+defaults
+    mode http
+    timeout client 60s
+    timeout connect 60s
+    timeout server 60s
+frontend all
+    bind {bind}
+    http-request return status 200
+"""
+NGINX = """
+daemon off;
+worker_processes 3;
+pid {home}/nginx.pid;
+error_log stderr crit;
+events {{}}
+http {{
+    access_log off;
+    server {{ listen {bind}; return 200; }}
+}}
+"""
+APP = "def app(environ, start):\n    start('200 OK', [])\n    return [b'']\n"
+MEMBER = """
+import select, socket, sys
+host, port, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+s.bind((host, port))
+if kind == socket.SOCK_STREAM:
+    s.listen(100)
+print("here", flush=True)
+while True:
+    select.select([s], [], [])
+    s.recv(1000) if kind == socket.SOCK_DGRAM else s.accept()[0].close()
+"""
+"""A process that has a socket of its own, and waits for it."""
+
+
+@contextmanager
+def haproxy(
+    home: Path, processes: int = 1, threads: int = 1, bind: str = f"*:{PORT}"
+) -> Iterator[list[int]]:
+    """Its processes, which may still be about to listen."""
+    file = home / "haproxy.cfg"
+    file.write_text(HAPROXY.format(threads=threads, bind=bind))
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(running("haproxy", "-db", "-f", str(file)))
+            for _ in range(processes)
+        ]
+        yield [each.pid for each in started]
+
+
+@contextmanager
+def nginx(home: Path, bind: str) -> Iterator[int]:
+    """Its master. There are three workers, soon."""
+    file = home / "nginx.conf"
+    file.write_text(NGINX.format(home=home, bind=bind))
+    with running("nginx", "-c", str(file)) as master:
+        yield master.pid
+
+
+@contextmanager
+def gunicorn(home: Path, *options: str) -> Iterator[int]:
+    """Its arbiter. There are two workers, soon."""
+    (home / "app.py").write_text(APP)
+    command = (sys.executable, "-m", "gunicorn", "-w", "2", "-b", f"{HOST}:{PORT}", *options)
+    with running(*command, "app:app", cwd=home) as arbiter:
+        yield arbiter.pid
+
+
+@contextmanager
+def members(count: int, host: str = HOST, kind: int = socket.SOCK_STREAM) -> Iterator[list[int]]:
+    """Processes with a socket each in one group."""
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(running(*python(MEMBER, host, PORT, int(kind))))
+            for _ in range(count)
+        ]
+        for each in started:
+            assert line_of(each) == "here"
+        yield [each.pid for each in started]
