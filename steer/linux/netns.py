@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -56,7 +57,8 @@ def path_of(asked: str) -> str:
     except (OSError, ValueError) as error:
         if not isinstance(error, OSError):
             raise ConfigError(act, "no path has a null byte") from None
-        raise ConfigError.from_oserror(act, error, cure=cure) from None
+        cures = dict.fromkeys((errno.EACCES, errno.EPERM), "run as root")
+        raise ConfigError.from_oserror(act, error, cures, cure=cure) from None
     return path
 
 
