@@ -18,6 +18,7 @@ from bench import (
     experiment,
     growth,
     hang,
+    inspect,
     kept,
     leaks,
     locality,
@@ -56,6 +57,7 @@ BENCHES: Mapping[str, Bench] = {
     "kept": Bench("requests in kept connections, by server and backend", kept.run),
     "swap": Bench("what is lost while policies are changed, and how long that takes", swap.run),
     "experiment": Bench("from an edited policy to its figures", experiment.run),
+    "inspect": Bench("how long it takes to look at 5,000 sockets", inspect.run),
     "crash": Bench("requests that fail while workers are killed", crash.run),
 }
 EPILOG = "\b\n" + "\n".join(f"{name:<10} {bench.summary}" for name, bench in BENCHES.items())

@@ -12,7 +12,10 @@ from steer.loader import libbpf
 
 OTHER_PROGRAMS = {
     "open": {"count"},
-    "inspect": {"tcp", "udp", "task_file", "holders", "mark", "accepted"},
+    "inspect": {
+        *("tcp", "udp", "tcp_addresses", "udp_addresses"),
+        *("task_file", "holders", "mark", "accepted"),
+    },
 }
 """Of the objects that are no policies, by name."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 
 from steer.cli import inspect_tables, output
@@ -24,6 +25,7 @@ def perform(
         ConfigError: what is asked for cannot be, or is not there.
         KernelError: nothing can be seen.
     """
+    gc.disable()  # of thousands of sockets nothing is garbage until the end
     wanted = targets.parse(target)
     seconds = None if count_for is None else _seconds(count_for)
     found = inspect(Asked(wanted, netns, seconds, can_attach))

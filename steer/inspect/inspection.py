@@ -108,7 +108,7 @@ class _Builder:
         self._processes = _processes(view, selected)
         self._cgroups = cgroup.paths({each.cgroup for each in selected if each.cgroup})
         self._programs = _holders_of_programs(view, selected)
-        self._services = _services() if any(each.group != 0 for each in selected) else {}
+        self._services, self._titled = _services(view, selected)
 
     def groups(self) -> list[Group]:
         return [self._group(each) for each in grouping.groups(self._selected, self._own)]
@@ -141,12 +141,9 @@ class _Builder:
         for each in sockets:
             if each.inode in self._services:
                 return self._services[each.inode]
-        titles = (
-            title.of(process.pid)
-            for each in sockets
-            for process in self._processes.get(each.inode, ())
-        )
-        return next((_Ours(each.name) for each in titles if each), None)
+        holders = (self._processes.get(each.inode, ()) for each in sockets)
+        pids = {process.pid for each in holders for process in each}
+        return next((self._titled[pid] for pid in sorted(pids) if pid in self._titled), None)
 
     def _socket(self, seen: Seen) -> Socket:
         return Socket(
@@ -196,16 +193,28 @@ class _Ours(msgspec.Struct, frozen=True):
     policy: str | None = None
 
 
-def _services() -> Mapping[int, _Ours]:
-    """Those that we may ask, by the inodes of their sockets."""
+def _services(
+    view: View, selected: Iterable[Seen]
+) -> tuple[Mapping[int, _Ours], Mapping[int, _Ours]]:
+    """Those that we may ask, by the inodes of their sockets; and of all that there are what their
+    processes show, by the number of the process."""
+    inodes = [each.inode for each in selected if each.group != 0]
+    titles = {
+        pid: shown
+        for pid in {pid for each in inodes for pid in view.holders.get(each, ())}
+        if (shown := title.of(pid))
+    }
+    titled = {pid: _Ours(shown.name) for pid, shown in titles.items()}
+    if not titled:
+        return {}, {}
     with suppress(SteerError):
         return {
             inode: _Ours(service.name, service.policy)
             for service in find.status_of_all(os.environ).services
             for worker in service.workers
             for inode in worker.sockets
-        }
-    return {}
+        }, titled
+    return {}, titled
 
 
 def _holders_of_programs(view: View, sockets: Iterable[Seen]) -> Mapping[int, Collection[int]]:
@@ -224,10 +233,11 @@ def _processes(view: View, sockets: Iterable[Seen]) -> dict[int, list[Process]]:
     found: dict[int, list[Process]] = {}
     for pid, inodes in sorted(by_pid.items()):
         waits = waiting.waits(pid, frozenset(inodes))
-        process = _process(pid, None)
+        process = _process(pid, None if waits is None else "no")
+        by_way = {how: msgspec.structs.replace(process, waits=how.value) for how in waiting.Wait}
         for inode in inodes:
-            how = None if waits is None else waits[inode].value if inode in waits else "no"
-            found.setdefault(inode, []).append(msgspec.structs.replace(process, waits=how))
+            one = by_way[waits[inode]] if waits and inode in waits else process
+            found.setdefault(inode, []).append(one)
     return found
 
 

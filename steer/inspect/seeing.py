@@ -68,9 +68,7 @@ def _by_kernel(look: Look, only: int | None) -> View:
             if each.address not in found:
                 found[each.address] = _seen(each)
             holders.setdefault(each.inode, set()).add(each.pid)
-    for each in look.in_this_netns():
-        if each.address not in found:
-            found[each.address] = _seen(each)
+    found |= {each.address: _seen(each) for each in look.in_this_netns(found.keys())}
     return View(list(found.values()), holders, look, [])
 
 

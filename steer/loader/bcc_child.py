@@ -25,7 +25,7 @@ from typing import IO, Any
 
 PROGRAMS = (
     *("plain", "migrate", "count"),
-    *("tcp", "udp", "task_file", "holders", "mark", "accepted"),
+    *("tcp", "udp", "tcp_addresses", "udp_addresses", "task_file", "holders", "mark", "accepted"),
 )
 """The functions that become programs, without "steer_"."""
 NO_BCC = 3

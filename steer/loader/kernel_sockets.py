@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import struct
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -80,6 +80,7 @@ _OPTIONAL = ("more_drops", "second_drops", "cgroup")
 """What not every kernel has, and what is shown without it."""
 _NOWHERE = 0xFFFFFFFF
 _TCP_END = 1
+_ADDRESS = struct.Struct("=Q")
 _HOLDER = struct.Struct("=QQ")
 
 
@@ -135,12 +136,30 @@ class Look:
             self._maps = {"offsets": offsets}
             self._stack = stack.pop_all()
 
-    def in_this_netns(self) -> Iterator[KernelSocket]:
+    def in_this_netns(self, known: Set[int] = frozenset()) -> Iterator[KernelSocket]:
         """The TCP listeners and bound UDP sockets of the network namespace that we are in, also
-        those that no process has open. Raises KernelError."""
+        those that no process has open.
+
+        Args:
+            known: addresses of those that are not wanted.
+
+        Raises:
+            KernelError
+        """
         for protocol in ("tcp", "udp"):
-            with self._iterator(protocol, protocol) as program:
-                yield from _sockets(tracing.output(program))
+            if not self._addresses(protocol) <= known:
+                with self._iterator(protocol, protocol) as program:
+                    yield from _sockets(tracing.output(program), known)
+
+    def _addresses(self, protocol: str) -> Set[int]:
+        """Of the sockets that it would yield. Raises KernelError."""
+        found: set[int] = set()
+        with self._iterator(f"{protocol}_addresses", protocol) as program:
+            for chunk in tracing.output(program):
+                found.update(address for (address,) in _ADDRESS.iter_unpack(chunk))
+                if _TCP_END in found:
+                    break
+        return found - {_TCP_END}
 
     def held(self) -> Iterator[KernelSocket]:
         """Those of every network namespace, once for each descriptor that a process has of them.
@@ -267,9 +286,10 @@ def _offset(types: KernelTypes, name: str, path: str) -> int:
     return bits if name in _BIT_FIELDS else bits // 8
 
 
-def _sockets(chunks: Iterable[bytes]) -> Iterator[KernelSocket]:
+def _sockets(chunks: Iterable[bytes], known: Container[int] = ()) -> Iterator[KernelSocket]:
     for chunk in chunks:
         for fields in abi.SOCKET.iter_unpack(chunk):
             if fields[0] == _TCP_END:
                 return
-            yield KernelSocket._make(fields)
+            if fields[0] not in known:
+                yield KernelSocket._make(fields)

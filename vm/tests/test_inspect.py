@@ -12,7 +12,7 @@ import pytest
 
 from steer.features import kernel_version
 from steer.policy import classic
-from steer.sockets import reuseport
+from steer.sockets import group_program
 from testkit.fixtures import RunSteer
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.usefixtures("netns")]
@@ -44,7 +44,7 @@ def inspected(steer: RunSteer, *options: str) -> tuple[dict[str, Any], list[str]
 
 def test_a_group_is_seen(steer: RunSteer) -> None:
     with ExitStack() as stack:
-        reuseport.attach_cbpf(members(stack)[0].fileno(), list(classic.NOTHING))
+        group_program.attach_cbpf(members(stack)[0].fileno(), list(classic.NOTHING))
         group, notes = inspected(steer)
     print(group, notes)
     assert (group["kind"], len(group["sockets"])) == ("reuseport", MEMBERS)

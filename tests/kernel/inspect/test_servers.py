@@ -19,7 +19,7 @@ from steer.linux import netns, processes
 from steer.loader.programs import Program
 from steer.policy import classic
 from steer.policy.bytecode import Code
-from steer.sockets import reuseport
+from steer.sockets import group_program
 from testkit import foreign
 from testkit.foreign import HOST, PORT
 from testkit.namespaces import network_namespace
@@ -176,7 +176,7 @@ def listener_in_group() -> Iterator[socket.socket]:
 @pytest.mark.needs("bpf")
 def test_a_program_of_somebody_else(listener_in_group: socket.socket) -> None:
     with Program("others", PASS, {}, abi.BPF_SK_REUSEPORT_SELECT) as program:
-        reuseport.attach_ebpf(listener_in_group.fileno(), program.fileno())
+        group_program.attach_ebpf(listener_in_group.fileno(), program.fileno())
         (group,) = look()
         info = Path(f"/proc/self/fdinfo/{program.fileno()}").read_text()
     found = group.program
@@ -194,14 +194,14 @@ def test_a_program_of_somebody_else(listener_in_group: socket.socket) -> None:
 @pytest.mark.needs("bpf")
 def test_a_program_whose_descriptor_nobody_has(listener_in_group: socket.socket) -> None:
     with Program("others", PASS, {}, abi.BPF_SK_REUSEPORT_SELECT) as program:
-        reuseport.attach_ebpf(listener_in_group.fileno(), program.fileno())
+        group_program.attach_ebpf(listener_in_group.fileno(), program.fileno())
     (group,) = look()
     assert group.program is not None
     assert group.program.processes == []
 
 
 def test_a_classic_program(listener_in_group: socket.socket) -> None:
-    reuseport.attach_cbpf(listener_in_group.fileno(), list(classic.NOTHING))
+    group_program.attach_cbpf(listener_in_group.fileno(), list(classic.NOTHING))
     (group,) = look()
     assert group.program is not None
     assert (group.program.kind, group.program.id) == ("classic", None)

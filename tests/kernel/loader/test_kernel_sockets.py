@@ -15,7 +15,7 @@ from steer.loader import kernel_sockets
 from steer.loader.btf import FUNCTION, STRUCT, KernelTypes
 from steer.loader.kernel_sockets import KernelSocket, Look
 from steer.policy import classic
-from steer.sockets import reuseport
+from steer.sockets import group_program
 from testkit.bpf_objects import bpf_ids
 from testkit.namespaces import network_namespace
 from testkit.processes import line_of, python, running
@@ -115,7 +115,7 @@ def test_connections_are_not_listed(look: Look) -> None:
 
 def test_a_classic_program_is_told_from_others(look: Look) -> None:
     with member("127.0.0.1") as sock:
-        reuseport.attach_cbpf(sock.fileno(), list(classic.NOTHING))
+        group_program.attach_cbpf(sock.fileno(), list(classic.NOTHING))
         seen = one_of(look.in_this_netns(), sock)
         assert seen.program
         assert (seen.classic_length, seen.program_id) == (len(classic.NOTHING), 0)
@@ -181,7 +181,7 @@ def test_thousands_of_listeners_are_read_whole(look: Look) -> None:
 
 def test_who_holds_a_program_is_found(look: Look) -> None:
     with member("127.0.0.1") as sock:
-        reuseport.attach_cbpf(sock.fileno(), list(classic.NOTHING))
+        group_program.attach_cbpf(sock.fileno(), list(classic.NOTHING))
         program = one_of(look.in_this_netns(), sock).program
         assert look.holders({program}) == {program: set()}
 
