@@ -85,6 +85,8 @@ def _row(socket: Socket) -> list[str]:
 
 def _waiting(processes: Sequence[Process]) -> str:
     """Those that wait, and how."""
+    if not processes:
+        return "-"
     if any(each.waits is None for each in processes):
         return "?"
     by_way: dict[str, list[Process]] = {}

@@ -114,6 +114,7 @@ class _Builder:
         return [self._group(each) for each in grouping.groups(self._selected, self._own)]
 
     def _group(self, sockets: Sequence[Seen]) -> Group:
+        sockets = sorted(sockets, key=self._order)
         first = sockets[0]
         service = self._service(sockets)
         found = Group(
@@ -135,6 +136,11 @@ class _Builder:
         found.decides = words.decides(found)
         found.advice = words.advice(found, self._known(found))
         return found
+
+    def _order(self, seen: Seen) -> tuple[int, int]:
+        """By the process that serves it: the kernel's own order says nothing."""
+        serving = grouping.servers(self._processes.get(seen.inode, ()))
+        return (min((each.pid for each in serving), default=0), seen.inode)
 
     def _service(self, sockets: Sequence[Seen]) -> _Ours | None:
         """Whose sockets they are, as the service says, or else as its processes show."""

@@ -14,8 +14,8 @@ from steer.values import plural, several
 _WAKES: Mapping[str | None, str] = {
     "accept": "they block in accept(), and the kernel wakes them in turn",
     "epoll-exclusive": (
-        "of those that are idle the kernel wakes always the same one (EPOLLEXCLUSIVE), so "
-        "connections pile up on few"
+        "the kernel wakes the first idle one in its list (EPOLLEXCLUSIVE), always in the same "
+        "order, so connections pile up on few"
     ),
     "epoll": "the kernel wakes all that are idle, and the quickest gets it",
     "poll": "the kernel wakes all that are idle, and the quickest gets it",
@@ -81,12 +81,12 @@ def _program_decides(group: Group, program: Program) -> str:
 def _hash_decides(group: Group) -> str:
     words = (
         f"the kernel's hash of addresses and ports selects one of "
-        f"{plural(len(group.sockets), 'socket')} for each {_thing(group)}, also where the process "
-        "behind it is busy"
+        f"{plural(len(group.sockets), 'socket')} for each {_thing(group)}, even if its process is "
+        "busy"
     )
     if group.program_known:
         return words
-    return f"unless a program is attached, which cannot be seen from here, {words}"
+    return f"{words}; unless a program is attached, which cannot be seen from here"
 
 
 def _thing(group: Group) -> str:
@@ -104,7 +104,7 @@ def _shared(group: Group, socket: Socket) -> str:
 def _single(group: Group, socket: Socket) -> str:
     thing = f"every {_thing(group)}"
     if not socket.processes:
-        return f"one socket gets {thing}; no process that can be seen from here has it open"
+        return f"one socket gets {thing}; it is open in no process that can be seen from here"
     waiting = servers(socket.processes)
     if not waiting:
         return f"one socket gets {thing}; no process waits for it at this moment"

@@ -43,7 +43,7 @@ def test_connections_that_were_counted_have_bars() -> None:
 
 def test_who_waits_is_not_guessed() -> None:
     lines = shown(group(sock(process(1, None)), sock(process(2, "no")), sock())).splitlines()
-    assert [line.split()[3] for line in lines[2:4]] == ["?", "nobody"]
+    assert [line.split()[-5] for line in lines[2:5]] == ["?", "nobody", "-"]
 
 
 def test_those_that_wait_in_different_ways_are_told_apart() -> None:
