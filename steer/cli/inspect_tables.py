@@ -1,4 +1,4 @@
-"""What `steer inspect` tells, as rows of text. Pure."""
+"""What `steer inspect` shows, as rows of text. Pure."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ _COLUMNS = ("socket", "held by", "waiting", "cpus", "queue", "drops", "cgroup")
 
 
 def of_inspection(found: Inspection, in_full: bool) -> list[Table]:
-    """A table for each group; below the last, what could not be seen.
+    """A table for each group, and a last one for the notes.
 
     Args:
-        in_full: whether sockets of one process each have tables of their own, too; else they
-            share one.
+        in_full: whether groups of kind "single" get a table each; else they share one.
     """
     alone = [each for each in found.groups if each.kind == "single" and not in_full]
     tables = [_group_table(each) for each in found.groups if each not in alone]
     if alone:
         tables.append(_singles(alone))
     if found.notes:
-        tables.append(Table("", ("not seen",), [(note,) for note in found.notes]))
+        tables.append(Table("", ("notes",), [(note,) for note in found.notes]))
     return tables
 
 
@@ -84,7 +83,7 @@ def _row(socket: Socket) -> list[str]:
 
 
 def _waiting(processes: Sequence[Process]) -> str:
-    """Those that wait, and how."""
+    """The processes that wait, and how."""
     if not processes:
         return "-"
     if any(each.waits is None for each in processes):
@@ -96,7 +95,7 @@ def _waiting(processes: Sequence[Process]) -> str:
 
 
 def _cpus(processes: Sequence[Process]) -> str:
-    """Of those that serve."""
+    """The CPUs of the processes that serve."""
     wanted = servers(processes) or processes
     return cpu_list(sorted({cpu for each in wanted for cpu in each.cpus}))
 
@@ -131,7 +130,7 @@ def _program(program: Program) -> str:
 
 
 def _singles(groups: Sequence[Group]) -> Table:
-    """Sockets of one process each, one line for each."""
+    """One line for each group of kind "single"."""
     columns = ["address", "user", "netns", *_COLUMNS]
     rows = [
         [_address(each), str(each.user or each.uid), _netns(each), *_row(each.sockets[0])]

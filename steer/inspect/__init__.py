@@ -1,4 +1,4 @@
-"""Which sockets share a port, who has them, and what decides between them.
+"""Which sockets share a port, who holds them, and what decides between them.
 
-`target`, `grouping` and `words` decide and look at nothing; `seeing` and `counting` look.
+Only `seeing`, `counting` and `inspection` look at the machine; the other modules are pure.
 """

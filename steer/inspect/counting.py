@@ -1,4 +1,4 @@
-"""How many connections came to be established at each listener while we watched."""
+"""Counts the connections that are established at each listener for a while."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ from steer.linux import netns, processes
 from steer.loader.kernel_sockets import Count
 
 _MOST = 1 << 16
-"""Listeners of all network namespaces that are looked at."""
+"""Limit for the listeners of all network namespaces together."""
 
 
 def count(
     view: View, selected: Sequence[Seen], seconds: float
 ) -> tuple[Mapping[int, int], list[str]]:
-    """Wait so long; an interrupt ends it early.
+    """Count for that long, or until SIGINT.
 
     Returns:
-        The number for each listener that could be counted at, by its inode; and why others could
-        not.
+        The count of each listener, by inode; and notes on what could not be counted.
     """
     listeners = [each for each in selected if each.protocol == "tcp"]
     notes = []
     if len(listeners) < len(selected):
-        notes.append("datagrams are not counted: the kernel tells of none where it was received")
+        notes.append("datagrams are not counted, only TCP connections")
     if not listeners:
         return {}, notes
     if view.look is None:
-        return {}, [*notes, "connections cannot be counted without CAP_BPF and CAP_PERFMON"]
+        return {}, [*notes, "cannot count connections without CAP_BPF and CAP_PERFMON; run as root"]
     try:
         with view.look.count(_MOST) as counting:
             there = [each for each in _groups(view, listeners) if _add(counting, *each, notes)]
             _wait(seconds)
             found = counting.so_far()
     except KernelError as error:
-        return {}, [*notes, f"connections cannot be counted: {error.note}"]
+        return {}, [*notes, f"cannot count: {error.note}"]
     counted = {number for number, _ in there}
     return {
         each.inode: found.get(each.kernel_address, 0) for each in listeners if each.netns in counted
@@ -53,7 +52,8 @@ def _wait(seconds: float) -> None:
 
 
 def _groups(view: View, listeners: Iterable[Seen]) -> Iterable[tuple[int, str | None]]:
-    """The network namespaces of some sockets: number, and a file by which it can be entered."""
+    """The network namespaces of some sockets: the number of each, and a file to enter it by: ""
+    for our own, None if there is none."""
     found: dict[int, str | None] = {netns.own(): ""}
     named = {number: f"/run/netns/{name}" for number, name in netns.names().items()}
     for each in listeners:
@@ -65,7 +65,7 @@ def _groups(view: View, listeners: Iterable[Seen]) -> Iterable[tuple[int, str | 
 
 
 def _file(number: int, likely: Iterable[int]) -> str | None:
-    """Of a process that is in it: those that have its sockets most probably are."""
+    """The file of a process that is in it. Those that hold its sockets are tried first."""
     for pid in (*likely, *processes.all_pids()):
         path = f"/proc/{pid}/ns/net"
         with suppress(OSError):
@@ -75,14 +75,14 @@ def _file(number: int, likely: Iterable[int]) -> str | None:
 
 
 def _add(counting: Count, number: int, path: str | None, notes: list[str]) -> bool:
-    """Whether listeners of that network namespace are counted at."""
+    """Count in that network namespace too. Returns whether that is possible."""
     if path is None:
-        notes.append(f"no process is in network namespace {number}: nothing is counted there")
+        notes.append(f"cannot count in network namespace {number}: no process is in it")
         return False
     try:
         with netns.entered(path) if path else nullcontext():
             counting.add_this_netns()
     except KernelError as error:
-        notes.append(f"nothing is counted in network namespace {number}: {error.note}")
+        notes.append(f"cannot count in network namespace {number}: {error.note}")
         return False
     return True

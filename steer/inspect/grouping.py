@@ -9,10 +9,10 @@ from steer.inspect.seen import Seen
 
 
 def groups(sockets: Iterable[Seen], own_netns: int) -> list[list[Seen]]:
-    """The sockets that belong together, those of our network namespace first, then by port.
+    """Groups of sockets, those of our network namespace first, then by port.
 
-    Where the kernel's groups are not known, sockets on one address are one: no two could listen
-    there that have not set SO_REUSEPORT.
+    If the kernel's groups are unknown, sockets with the same address are a group: two sockets
+    can only listen there if both have set SO_REUSEPORT.
     """
     found: dict[object, list[Seen]] = {}
     for each in sockets:
@@ -41,10 +41,10 @@ def _order(seen: Seen, own_netns: int) -> tuple[object, ...]:
 
 
 def kind_of(group: Sequence[Seen], processes: Mapping[int, Sequence[Process]]) -> Kind:
-    """Whether each has a socket of its own, or several processes wait for one.
+    """Whether each process has a socket of its own, or several processes wait for one.
 
     Args:
-        processes: those that have each socket open, by its inode.
+        processes: the processes that hold each socket, by inode.
     """
     if len(group) > 1 or group[0].program or group[0].members > 1:
         return "reuseport"
@@ -52,7 +52,6 @@ def kind_of(group: Sequence[Seen], processes: Mapping[int, Sequence[Process]]) -
 
 
 def servers(processes: Sequence[Process]) -> Sequence[Process]:
-    """Those that wait for a socket, of those that have it open; where none is seen to wait, those
-    of which it cannot be seen."""
+    """The processes that wait for a socket. If none is known to wait, those that may."""
     waiting = [each for each in processes if each.waits not in (None, "no")]
     return waiting or [each for each in processes if each.waits is None]

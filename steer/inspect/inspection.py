@@ -1,4 +1,4 @@
-"""What `steer inspect` tells: looks, groups what was seen, and finds the words for it."""
+"""What `steer inspect` shows: looks, groups the sockets, and describes each group."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Asked(msgspec.Struct, frozen=True):
 
     Args:
         netns: name, path or process of a network namespace; None: all that can be seen.
-        count_s: for how long to count connections; None: not at all.
+        count_s: how long to count connections; None: do not count.
         can_attach: see `words.Known`.
     """
 
@@ -40,8 +40,8 @@ def inspect(asked: Asked) -> Inspection:
     """Look, and count if that is asked for.
 
     Raises:
-        ConfigError: there is no such network namespace, or nothing that is asked for.
-        KernelError: nothing can be seen.
+        ConfigError: there is no such network namespace, or no such socket.
+        KernelError: the kernel does not tell of any socket.
     """
     path = netns.path_of(asked.netns) if asked.netns else None
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ def inspect(asked: Asked) -> Inspection:
         if asked.count_s is not None:
             accepted, failed = counting.count(view, selected, asked.count_s)
             notes += failed
-            # What is told beside is to be as it is now, and not before.
+            # Show queues and processes as they are now, not as they were before the count.
             view = seeing.see(path, stack)
             known = {each.inode for each in selected}
             selected = [each for each in view.sockets if each.inode in known]
@@ -61,7 +61,7 @@ def inspect(asked: Asked) -> Inspection:
 
 
 def _selected(view: View, target: Target) -> list[Seen]:
-    """Raises ConfigError: there are none."""
+    """The sockets that match. Raises ConfigError: none does."""
     found = [each for each in view.sockets if targets.matches(target, each)]
     if not found and target.number is not None:
         found = [each for each in view.sockets if target.number in view.holders.get(each.inode, ())]
@@ -83,18 +83,18 @@ def _nothing_by_number(number: int) -> ConfigError:
 
 
 def _unheld(view: View, selected: Iterable[Seen]) -> list[str]:
-    """What cannot be said of who has them."""
+    """A note if processes that hold these sockets are hidden from us."""
     if view.look is not None or os.geteuid() == 0:
         return []
     count = sum(1 for each in selected if each.inode not in view.holders)
     if not count:
         return []
     things = "1 socket" if count == 1 else f"{count} sockets"
-    return [f"who has {things} of other users open cannot be seen; run as root"]
+    return [f"cannot see which processes hold {things} of other users; run as root"]
 
 
 class _Builder:
-    """From sockets to groups, with all that is to be said of each."""
+    """Makes groups of sockets, and looks up what is shown of each."""
 
     def __init__(
         self, view: View, selected: Sequence[Seen], accepted: Mapping[int, int], asked: Asked
@@ -138,12 +138,12 @@ class _Builder:
         return found
 
     def _order(self, seen: Seen) -> tuple[int, int]:
-        """By the process that serves it: the kernel's own order says nothing."""
+        """By the process that serves it; the kernel's own order means nothing."""
         serving = grouping.servers(self._processes.get(seen.inode, ()))
         return (min((each.pid for each in serving), default=0), seen.inode)
 
     def _service(self, sockets: Sequence[Seen]) -> _Ours | None:
-        """Whose sockets they are, as the service says, or else as its processes show."""
+        """The service whose sockets these are: as it says itself, or else as its processes show."""
         for each in sockets:
             if each.inode in self._services:
                 return self._services[each.inode]
@@ -193,7 +193,7 @@ class _Builder:
 
 
 class _Ours(msgspec.Struct, frozen=True):
-    """A service of steer's. Args: policy: None where it cannot be asked."""
+    """A service of steer's. Args: policy: None if the service cannot be asked."""
 
     name: str
     policy: str | None = None
@@ -202,8 +202,8 @@ class _Ours(msgspec.Struct, frozen=True):
 def _services(
     view: View, selected: Iterable[Seen]
 ) -> tuple[Mapping[int, _Ours], Mapping[int, _Ours]]:
-    """Those that we may ask, by the inodes of their sockets; and of all that there are what their
-    processes show, by the number of the process."""
+    """The services that we may ask, by the inodes of their sockets; and all services, by the
+    processes that show their name."""
     inodes = [each.inode for each in selected if each.group != 0]
     titles = {
         pid: shown
@@ -231,7 +231,7 @@ def _holders_of_programs(view: View, sockets: Iterable[Seen]) -> Mapping[int, Co
 
 
 def _processes(view: View, sockets: Iterable[Seen]) -> dict[int, list[Process]]:
-    """Who has each socket open, by its inode; those that wait for it first."""
+    """The processes that hold each socket, by inode."""
     by_pid: dict[int, set[int]] = {}
     for each in sockets:
         for pid in view.holders.get(each.inode, ()):

@@ -1,4 +1,4 @@
-"""The shapes of what `steer inspect --json` tells. Pure."""
+"""The shapes of `steer inspect --json`. Pure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Process(msgspec.Struct):
     """A process that has a socket open.
 
     Args:
-        command: its name; None of one that has ended since.
-        cpus: those it may run on.
+        command: its name; None if it has ended since.
+        cpus: the CPUs that it may run on.
         waits: how it waits for the socket: "accept", "epoll", "epoll-exclusive", "poll",
-            "io_uring"; "no"; None where that cannot be seen.
+            "io_uring"; "no" if it does not; None if that cannot be seen.
     """
 
     pid: int
@@ -29,14 +29,14 @@ class Socket(msgspec.Struct):
     """One socket.
 
     Args:
-        cookie: None where nobody has asked the kernel for it yet.
-        inode: as /proc/PID/fd shows it; 0 of one that belongs to no process.
-        queued, backlog: TCP connections that wait, and how many more than one too few may; UDP:
-            bytes that wait, and the receive buffer.
-        drops: TCP connections or datagrams lost there; None where that is not told.
-        accepted: TCP connections that were established there while it was counted; None where
-            it was not.
-        cgroup: where it was made: a path, or None where that is not known.
+        cookie: None if nobody has asked the kernel for it yet.
+        inode: as /proc/PID/fd shows it; 0 if it belongs to no process.
+        queued, backlog: TCP: the connections in the accept queue, and the backlog; UDP: the bytes
+            in the receive queue, and the receive buffer.
+        drops: connections or datagrams that the kernel dropped; None if it does not tell.
+        accepted: TCP connections established while they were counted; None if they were not.
+        cgroup: path of the cgroup in which it was created; None if unknown.
+        is_connected: whether it is a UDP socket with a peer.
     """
 
     cookie: int | None
@@ -51,17 +51,17 @@ class Socket(msgspec.Struct):
 
 
 class Program(msgspec.Struct):
-    """The program that chooses in a group.
+    """The program that selects in a group.
 
     Args:
-        id, name, tag: as bpftool(8) shows them; None of a classic one.
+        id, name, tag: as bpftool(8) shows them; None for a classic program.
         kind: "ebpf" or "classic".
-        instructions: of a classic one.
-        owner: the user who loaded it; None of a classic one.
-        loaded_s: how many seconds ago.
-        processes: those that have a descriptor of it.
-        service: whose it is, if it is steer's.
-        policy: None where the service cannot be asked.
+        instructions: length of a classic program.
+        owner: the user who loaded it; None for a classic program.
+        loaded_s: seconds since it was loaded.
+        processes: the processes that have a descriptor of it.
+        service: the service of steer's that it belongs to.
+        policy: of that service; None if it cannot be asked.
     """
 
     id: int | None
@@ -82,15 +82,15 @@ class Group(msgspec.Struct):
     Args:
         kind: "reuseport": each has a socket of its own; "shared": several processes wait for
             one; "single": one process does.
-        user: name of `uid`, that made the sockets; None where it has none.
-        netns: number of the network namespace.
-        netns_name: as ip-netns(8) has it; None: it has none.
-        is_elsewhere: whether that is another network namespace than the one that was looked from.
-        device: index of the network interface that it is bound to; 0: to none.
-        program_known: whether `program` None means that there is none.
-        decides: which of them gets a connection or datagram.
-        advice: what would be better, and the command for it.
-        service: of steer's, whose sockets they are.
+        uid, user: the user who created the sockets; `user` is None if there is no such name.
+        netns: inode number of the network namespace.
+        netns_name: its name, see ip-netns(8); None if it has none.
+        is_elsewhere: whether `steer inspect` ran in another network namespace.
+        device: index of the network interface that the sockets are bound to; 0: none.
+        program_known: whether programs can be seen; if not, `program` is None.
+        decides: what decides which socket or process gets a connection or datagram.
+        advice: what would be better, with the command for it.
+        service: the service of steer's that the sockets belong to.
     """
 
     protocol: str
@@ -115,8 +115,8 @@ class Inspection(msgspec.Struct):
     """What was seen.
 
     Args:
-        notes: what could not be, and why.
-        counted_s: for how long connections were counted; None if they were not.
+        notes: what could not be seen, and why.
+        counted_s: how long connections were counted; None if they were not.
     """
 
     schema: int

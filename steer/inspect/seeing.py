@@ -1,4 +1,4 @@
-"""Looks at sockets: by BPF iterators, or below them by sock_diag(7) and /proc."""
+"""Looks at sockets: with BPF iterators, or else with sock_diag(7) and /proc."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class View(msgspec.Struct):
 
     Args:
         sockets: each once.
-        holders: the processes that have each open, by its inode.
-        look: what it was seen by, to be asked for more; None where programs cannot be seen.
+        holders: the processes that hold each socket, by inode.
+        look: for further questions; None if there are no BPF iterators.
         notes: what could not be seen, and why.
     """
 
@@ -39,14 +39,14 @@ class View(msgspec.Struct):
 
 
 def see(only: str | None, stack: ExitStack) -> View:
-    """All sockets that there are, of one network namespace or, as far as that can be, of all.
+    """All sockets of one network namespace, or of all that can be seen.
 
     Args:
-        only: the file of a network namespace.
-        stack: what is to be closed once nothing more is asked.
+        only: file of the network namespace.
+        stack: keeps `View.look` open.
 
     Raises:
-        KernelError: nothing can be seen.
+        KernelError: the namespace cannot be entered, or the kernel does not list sockets.
     """
     with netns.entered(only) if only else nullcontext():
         try:
@@ -60,7 +60,7 @@ def see(only: str | None, stack: ExitStack) -> View:
 
 
 def _by_kernel(look: Look, only: int | None) -> View:
-    """Args: only: the number of a network namespace."""
+    """Args: only: number of the only network namespace to show."""
     found: dict[int, Seen] = {}
     holders: dict[int, set[int]] = {}
     for each in look.held():
@@ -117,7 +117,7 @@ def _program(each: KernelSocket) -> SeenProgram:
 
 
 def _by_diag(why: KernelError) -> View:
-    """Of the network namespace that we are in. Args: why: programs cannot be seen."""
+    """Those of the network namespace that we are in. Args: why: why not `_by_kernel`."""
     number = netns.own()
     found = [
         _as_seen(each, number)
@@ -125,7 +125,7 @@ def _by_diag(why: KernelError) -> View:
         for each in sock_diag.servers(protocol)
     ]
     holders = _holders({each.inode for each in found})
-    note = f"which programs choose cannot be seen, nor other network namespaces: {why.note}"
+    note = f"cannot see BPF programs or other network namespaces: {why.note}"
     return View([each for each in found if not each.is_connected], holders, None, [note])
 
 
@@ -149,7 +149,7 @@ def _as_seen(each: Server, number: int) -> Seen:
 
 
 def _holders(inodes: Collection[int]) -> Mapping[int, Collection[int]]:
-    """Who has these sockets open, as far as we may look at processes."""
+    """The processes that hold these sockets, as far as we may see."""
     found: dict[int, set[int]] = {}
     for pid in processes.all_pids():
         with suppress(KernelError):

@@ -1,4 +1,4 @@
-"""A socket as it was seen, whichever way. Pure."""
+"""A socket as it was seen, by whichever means. Pure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class SeenProgram(msgspec.Struct, frozen=True):
     """The program of a socket's group.
 
     Args:
-        address: in the kernel.
-        instructions: of a classic one; 0 of any other.
-        loaded_ns: since the boot.
+        address: its address in the kernel.
+        instructions: length of a classic program; 0 for eBPF.
+        loaded_ns: when it was loaded, since boot.
     """
 
     address: int
@@ -27,11 +27,11 @@ class Seen(msgspec.Struct, frozen=True):
     """A socket.
 
     Args:
-        address: that it is bound to, numeric.
-        group: of the kernel, by its address there; 0: none, None: not known.
-        members: sockets of the group.
-        kernel_address: of the socket itself; 0: not known.
-        drops, cgroup: None where the kernel does not tell.
+        address: the numeric address that it is bound to.
+        drops, cgroup: None if the kernel does not tell.
+        group: the address of its group in the kernel; 0: it has none; None: unknown.
+        members: number of sockets in the group.
+        kernel_address: the address of the socket in the kernel; 0: unknown.
     """
 
     protocol: str

@@ -1,4 +1,4 @@
-"""What is asked for: an address, a port, a process, or everything. Pure."""
+"""The argument of `steer inspect`: an address, a port, a process, or nothing. Pure."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ALLOWED = "an address (127.0.0.1:80, [::1]:80, udp://:53), a port (80) or a proc
 
 
 class Target(msgspec.Struct, frozen=True):
-    """What sockets are asked for. None: any.
+    """Which sockets to show. None: any.
 
     Args:
-        number: a port, or if none is meant by it the id of a process.
+        number: a port; or, if nothing serves that port, a process id.
     """
 
     protocol: str | None = None
@@ -32,7 +32,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 def parse(text: str | None) -> Target:
-    """Read what the command line has.
+    """Parse the argument.
 
     Raises:
         ConfigError: it is none of `ALLOWED`.
@@ -58,7 +58,7 @@ def parse(text: str | None) -> Target:
 
 
 def matches(target: Target, seen: Seen) -> bool:
-    """Whether a socket is one that is asked for, by its address; processes are not looked at."""
+    """Whether to show a socket, judged by its address and not by its processes."""
     if target.protocol not in (None, seen.protocol):
         return False
     if target.number is not None:
@@ -69,7 +69,7 @@ def matches(target: Target, seen: Seen) -> bool:
 
 
 def _covers(seen: Seen, wanted: str) -> bool:
-    """Whether what is sent to that address may come to the socket."""
+    """Whether the socket can get what is sent to that address."""
     if seen.address == wanted:
         return True
     is_v6 = ":" in wanted

@@ -1,4 +1,4 @@
-"""What decides which process gets a connection, and what would be better, in words. Pure."""
+"""Says what decides which process gets a connection, and what would be better. Pure."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _GAINS = {
 
 
 class Known(msgspec.Struct, frozen=True):
-    """What the words depend on beside a group.
+    """What advice depends on besides the group.
 
     Args:
-        command_lines: of processes, as far as they can be read.
-        can_attach: whether there is a `steer attach`.
+        command_lines: command lines of processes, as far as they can be read.
+        can_attach: whether `steer attach` exists.
     """
 
     command_lines: Mapping[int, Sequence[str]] = {}
@@ -41,7 +41,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 def decides(group: Group) -> str:
-    """What decides today."""
+    """What decides now."""
     if group.program is not None:
         return _program_decides(group, group.program)
     if group.kind == "reuseport":
@@ -52,7 +52,7 @@ def decides(group: Group) -> str:
 
 
 def advice(group: Group, known: Known) -> list[str]:
-    """What would be better, with the command for it where there is one."""
+    """What would be better, with the command for it if there is one."""
     return [*_idle(group), *_full(group), *_better(group, known)]
 
 
@@ -98,7 +98,8 @@ def _shared(group: Group, socket: Socket) -> str:
     how = {each.waits for each in waiting}
     verb = "have it open" if None in how else "wait for it"
     rule = _WAKES.get(how.pop(), _ANY) if len(how) == 1 else _ANY
-    return f"one socket, and {len(waiting)} processes {verb}: {rule}"
+    count = len(waiting)
+    return f"one socket, and {count} processes {verb}: {rule}"
 
 
 def _single(group: Group, socket: Socket) -> str:
@@ -119,7 +120,7 @@ def _named(process: Process) -> str:
 
 
 def _idle(group: Group) -> Iterator[str]:
-    """Sockets that are selected, and that nobody waits for."""
+    """Sockets that get connections although no process waits for them."""
     if group.kind != "reuseport" or group.program is not None:
         return
     idle = [each for each in group.sockets if each.processes and not servers(each.processes)]
@@ -154,7 +155,7 @@ def _better(group: Group, known: Known) -> Iterator[str]:
 
 
 def _own_sockets(group: Group, known: Known) -> Iterator[str]:
-    """A socket for each process: from steer, or by an option of the server's own."""
+    """How each process gets a socket of its own: from steer, or by an option of the server."""
     processes = group.sockets[0].processes
     server = next((hint for each in processes if (hint := _hint(each, known))), _Hint("COMMAND"))
     count = len(servers(processes))
@@ -172,9 +173,9 @@ class _Hint(msgspec.Struct, frozen=True):
     """What is known of a server.
 
     Args:
-        command: how one process of it is run with sockets that it is given.
-        options: of `steer run` that it needs for that.
-        own: its own setting for a socket for each process; "" if it has none.
+        command: the command that runs one process of it with sockets that it inherits.
+        options: options of `steer run` that it needs for that.
+        own: its own setting to have a socket for each process; "" if it has none.
     """
 
     command: str
@@ -196,14 +197,14 @@ _HINTS = {
 
 
 def _hint(process: Process, known: Known) -> _Hint | None:
-    """By its name, or that of the script or module that it runs."""
+    """Found by the name of the process, or of the script or module that it runs."""
     line = known.command_lines.get(process.pid, ())
     names = (process.command or "", *(each.rpartition("/")[2] for each in line[:3]))
     return next((_HINTS[name] for name in names if name in _HINTS), None)
 
 
 def _netns(group: Group) -> str:
-    """The option that finds it from where we are."""
+    """The option that selects the group's network namespace."""
     if not group.is_elsewhere:
         return ""
     pids = (each.pid for socket in group.sockets for each in socket.processes)
@@ -212,7 +213,7 @@ def _netns(group: Group) -> str:
 
 
 def pids(processes: Sequence[Process]) -> str:
-    """By command: "nginx 10-13, 17"."""
+    """By command: "nginx 10-13,17"."""
     by_command: dict[str, list[int]] = {}
     for each in processes:
         by_command.setdefault(each.command or "?", []).append(each.pid)

@@ -45,11 +45,10 @@ def name() -> str:
 
 
 def paths(numbers: Collection[int]) -> dict[int, str]:
-    """Those of all cgroups that can be seen from here, by the number that the kernel has for
-    each (its inode's), from the root that is mounted on. One that was removed has none.
+    """The paths of these cgroups below the mount, by number. A cgroup that was removed has none.
 
     Args:
-        numbers: of those that are wanted.
+        numbers: the kernel's numbers, which are the inode numbers of the directories.
     """
     point = _mount()
     if point is None or not numbers:
@@ -71,7 +70,7 @@ def paths(numbers: Collection[int]) -> dict[int, str]:
 
 
 def _mount() -> tuple[str, str] | None:
-    """What is mounted of version 2, and where; None if nothing is."""
+    """The root of the mount of cgroup v2, and where it is mounted; None if it is not."""
     with open("/proc/self/mountinfo") as file:
         for line in file:
             left, _, right = line.partition(" - ")

@@ -12,23 +12,23 @@ from steer.errors import ConfigError, KernelError
 from steer.values import shown
 
 _NAMED = "/run/netns"
-"""Where ip-netns(8) keeps them."""
+"""Where ip-netns(8) keeps named ones."""
 _CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def own() -> int:
-    """The number of the one that we are in, as readlink(1) shows it."""
+    """The number of the one that this thread is in, as `readlink /proc/self/ns/net` shows it."""
     return os.stat(own_path()).st_ino
 
 
 def own_path() -> str:
-    """Of this thread, which may be in another one than the process was."""
+    """The file of this thread's namespace, which may differ from that of the first thread."""
     return f"/proc/self/task/{_LIBC.gettid()}/ns/net"
 
 
 def names(directory: str = _NAMED) -> Mapping[int, str]:
-    """Those that have a name, by their number."""
+    """The names of those that have one, by number."""
     found = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
@@ -38,10 +38,10 @@ def names(directory: str = _NAMED) -> Mapping[int, str]:
 
 
 def path_of(asked: str) -> str:
-    """The file of the one that is meant: by its name, its path, or a process that is in it.
+    """The file of a network namespace, given its name, its path, or a process that is in it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such namespace.
     """
     act = f"find network namespace {shown(asked)}"
     if not asked:
@@ -64,11 +64,10 @@ def path_of(asked: str) -> str:
 
 @contextmanager
 def entered(path: str) -> Iterator[None]:
-    """Be in the one with that file: sockets that are made, and what is asked of the kernel. Of
-    this thread only.
+    """Enter the namespace with that file, with this thread only.
 
     Raises:
-        KernelError: we may not, or it is none.
+        KernelError: not permitted, or the file is of no network namespace.
     """
     with _opened(own_path()) as before, _opened(path) as there:
         _enter(there, path)

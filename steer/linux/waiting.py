@@ -77,17 +77,14 @@ def acceptors(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozense
 
 
 class Wait(enum.Enum):
-    """How a process waits for a socket, which decides whom the kernel wakes.
-
-    By the value: as it is shown.
-    """
+    """How a process waits for a socket. That decides which process the kernel wakes."""
 
     ACCEPT = "accept"
-    """Blocked in accept(2) or in a call that receives: one is woken, in turn."""
+    """Blocked in accept(2), or in a receiving call: one process is woken, in turn."""
     EXCLUSIVE = "epoll-exclusive"
-    """An epoll with EPOLLEXCLUSIVE: one is woken, the first that is idle."""
+    """epoll with EPOLLEXCLUSIVE: one process is woken, the first idle one."""
     EPOLL = "epoll"
-    """An epoll without it: all are woken."""
+    """epoll without EPOLLEXCLUSIVE: all are woken."""
     POLL = "poll"
     """poll(2) or select(2): all are woken."""
     RING = "io_uring"
@@ -96,14 +93,14 @@ class Wait(enum.Enum):
 def waits(
     pid: int, inodes: frozenset[int], root: str = "/proc", machine: str = os.uname().machine
 ) -> dict[int, Wait] | None:
-    """For which of these sockets a process waits, and how; None where it may not be looked at.
+    """The sockets that a process waits for, and how; None if we may not look at it.
 
-    Another question than `waits_on`: who is registered counts though it is busy at the moment, as
-    it will be back, and nobody else's wait counts for it. An accept that is pending in a ring
+    Unlike `waits_on`, this counts a socket that is registered with an epoll even if the process
+    is busy at the moment, and does not look at children. An accept that is pending in an io_uring
     counts for every listener of the process.
 
     Args:
-        inodes: of sockets that the process has open.
+        inodes: sockets that the process has open.
     """
     files, calls = Files(root, EVERYTHING, EVERYTHING), _BLOCKING_CALLS.get(machine)
     found: dict[int, Wait] = {}
@@ -127,11 +124,11 @@ def _add_blocked(
     files: Files,
     calls: dict[int, _Fds],
 ) -> bool:
-    """What the call that a thread is blocked in waits for.
+    """Add what the system call waits for in which a thread is blocked.
 
     Returns:
-        Whether that may be read. Yama lets nobody but root read it of who is no child of theirs
-        (kernel.yama.ptrace_scope), though descriptors may be.
+        Whether we may read the call. Yama (kernel.yama.ptrace_scope) allows other users only for
+        their children, though it allows them to read descriptors.
     """
     with suppress(FileNotFoundError, ProcessLookupError):
         try:
@@ -147,7 +144,7 @@ def _add_blocked(
 def _add(
     found: dict[int, Wait], task: str, fd: int, call: _Fds, inodes: frozenset[int], files: Files
 ) -> None:
-    """What it is to wait for this descriptor in that call."""
+    """Add what it means to wait for this descriptor in that call."""
     with suppress(FileNotFoundError, ProcessLookupError):
         target = files.link(f"{task}/fd/{fd}")
         if target == _EPOLL:
@@ -160,7 +157,7 @@ def _add(
 
 
 def _epolled(text: bytes, inodes: frozenset[int]) -> dict[int, Wait]:
-    """Those that are registered with an epoll for something to read (proc_pid_fdinfo(5))."""
+    """The sockets that are registered with an epoll for reading (proc_pid_fdinfo(5))."""
     return {
         inode: Wait.EXCLUSIVE if events & _EPOLLEXCLUSIVE else Wait.EPOLL
         for events, inode in ((int(a, 16), int(b, 16)) for a, b in _EVENTS.findall(text))

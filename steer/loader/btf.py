@@ -1,6 +1,6 @@
-"""Where the fields of the running kernel's structures are, as its own BTF says.
+"""Finds the fields of kernel structures in the BTF of the running kernel.
 
-See Documentation/bpf/btf.rst. libbpf reads it; here it is only asked.
+See Documentation/bpf/btf.rst. libbpf parses it.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class _Member(ctypes.Structure):
 
 
 class KernelTypes:
-    """The types of the running kernel; to be closed.
+    """The types of the running kernel.
 
     Raises:
-        KernelError: it does not tell them, or libbpf is missing.
+        KernelError: the kernel has no BTF, or libbpf is missing.
     """
 
     def __init__(self) -> None:
@@ -67,10 +67,10 @@ class KernelTypes:
             raise KernelError.from_oserror("read the kernel's types", cause, cure=_CURE)
 
     def number(self, name: str, kind: int) -> int:
-        """Of the type of that name, as a program is told what to be attached to.
+        """The id of a type, as needed to attach a program to it.
 
         Raises:
-            KernelError: this kernel has none.
+            KernelError: the kernel has no such type.
         """
         found = self._find(name, kind)
         if found is None:
@@ -79,16 +79,16 @@ class KernelTypes:
         return found
 
     def size_bytes(self, struct: str) -> int | None:
-        """None where this kernel has no such structure."""
+        """The size of a structure; None if the kernel has no such structure."""
         found = self._find(struct, STRUCT)
         return None if found is None else int(self._type(found).size_or_type)
 
     def offset_bits(self, struct: str, path: str) -> int | None:
-        """Where a field begins; None where this kernel has not got it.
+        """Where a field begins; None if the kernel has no such field.
 
         Args:
-            path: the name, or the names from the outermost in: "ns.inum". Members without a name
-                are looked into.
+            path: the name of the field, or several from the outside in: "ns.inum". Anonymous
+                members are searched too.
         """
         number, offset = self._find(struct, STRUCT), 0
         for name in path.split("."):
@@ -108,7 +108,7 @@ class KernelTypes:
         return found
 
     def _member(self, struct: int, name: str) -> tuple[int, int] | None:
-        """Its offset in bits and its type."""
+        """The offset in bits, and the type, of a member."""
         for member, has_bit_fields in self._members(struct):
             offset = member.offset & 0xFFFFFF if has_bit_fields else member.offset
             own = self._calls.btf__name_by_offset(self._btf, member.name_off)

@@ -1,7 +1,4 @@
-"""The sockets of the machine as the kernel has them: what bpf/inspect.c reads.
-
-A `Look` loads what it needs for as long as it is open. No descriptor of a socket is borrowed.
-"""
+"""The sockets of the machine, read in the kernel by the programs of bpf/inspect.c."""
 
 from __future__ import annotations
 
@@ -72,12 +69,12 @@ FIELDS: Mapping[str, str] = {
     "pid_level": "pid.level",
     "pid_numbers": "pid.numbers",
 }
-"""Struct steer_offsets of bpf/tracing.h, in its order; behind it stands `_PID_NUMBER`."""
+"""Struct steer_offsets of bpf/tracing.h, in its order. The size of `_PID_NUMBER` follows."""
 _PID_NUMBER = "upid"
-"""The structure of one number of a process, of which there are as many as namespaces."""
+"""The structure that holds the number of a process in one pid namespace."""
 _BIT_FIELDS = ("reuseport_bit", "v6only_bit")
 _OPTIONAL = ("more_drops", "second_drops", "cgroup")
-"""What not every kernel has, and what is shown without it."""
+"""Fields that not every kernel has, and that can be left out."""
 _NOWHERE = 0xFFFFFFFF
 _TCP_END = 1
 _ADDRESS = struct.Struct("=Q")
@@ -85,7 +82,7 @@ _HOLDER = struct.Struct("=QQ")
 
 
 class KernelSocket(NamedTuple):
-    """Mirrors struct steer_socket: a socket, and a process that has it open (pid 0: none known)."""
+    """Mirrors struct steer_socket: a socket, and a process that holds it (pid 0: not looked up)."""
 
     address: int
     inode: int
@@ -121,10 +118,10 @@ class KernelSocket(NamedTuple):
 
 
 class Look:
-    """What is needed to look at sockets, loaded until this is closed.
+    """Looks at sockets, until it is closed.
 
     Raises:
-        VerifierError, KernelError: this kernel, or what we may do, does not allow it.
+        VerifierError, KernelError: not permitted, or the kernel does not support it.
     """
 
     def __init__(self) -> None:
@@ -137,11 +134,11 @@ class Look:
             self._stack = stack.pop_all()
 
     def in_this_netns(self, known: Set[int] = frozenset()) -> Iterator[KernelSocket]:
-        """The TCP listeners and bound UDP sockets of the network namespace that we are in, also
-        those that no process has open.
+        """The TCP listeners and bound UDP sockets of the network namespace that we are in, even
+        if no process holds them.
 
         Args:
-            known: addresses of those that are not wanted.
+            known: kernel addresses of sockets to leave out.
 
         Raises:
             KernelError
@@ -152,7 +149,7 @@ class Look:
                     yield from _sockets(tracing.output(program), known)
 
     def _addresses(self, protocol: str) -> Set[int]:
-        """Of the sockets that it would yield. Raises KernelError."""
+        """The kernel addresses of all such sockets. Raises KernelError."""
         found: set[int] = set()
         with self._iterator(f"{protocol}_addresses", protocol) as program:
             for chunk in tracing.output(program):
@@ -162,13 +159,13 @@ class Look:
         return found - {_TCP_END}
 
     def held(self) -> Iterator[KernelSocket]:
-        """Those of every network namespace, once for each descriptor that a process has of them.
+        """Such sockets of every network namespace, once for each descriptor that a process has.
         Raises KernelError."""
         with self._iterator("task_file", "task_file") as program:
             yield from _sockets(tracing.output(program))
 
     def holders(self, programs: Collection[int]) -> Mapping[int, Set[int]]:
-        """The processes that have a descriptor of these programs, by the address of the program.
+        """The processes that have a descriptor of a program, by the program's kernel address.
         Raises KernelError."""
         found: dict[int, set[int]] = {program: set() for program in programs}
         with ExitStack() as stack:
@@ -182,7 +179,7 @@ class Look:
         return found
 
     def count(self, most: int) -> Count:
-        """Begin to count. Args: most: listeners that are to be counted. Raises KernelError."""
+        """Begin to count connections. Args: most: limit of listeners. Raises KernelError."""
         return Count(self._types, self._codes, self._maps, most)
 
     def _iterator(self, name: str, over: str, **maps: Map) -> Program:
@@ -205,10 +202,10 @@ class Look:
 
 
 class Count:
-    """How many connections came to be established at each TCP listener, until this is closed.
+    """Counts the connections that are established at each TCP listener, until it is closed.
 
-    The listeners get a mark, which each connection inherits; nothing of theirs is borrowed or
-    changed, and the marks go with the map.
+    It marks the listeners in socket storage, which their connections inherit. The marks go with
+    the map.
 
     Raises:
         VerifierError, KernelError
@@ -229,12 +226,12 @@ class Count:
             self._stack = stack.pop_all()
 
     def add_this_netns(self) -> None:
-        """Count at the listeners of the network namespace that we are in. Raises KernelError."""
+        """Count the listeners of the network namespace that we are in. Raises KernelError."""
         for _ in tracing.output(self._marking):
             pass
 
     def so_far(self) -> Mapping[int, int]:
-        """By the address of the listener. Raises KernelError."""
+        """The counts by kernel address of the listener. Raises KernelError."""
         return {
             listener: int.from_bytes(number, sys.byteorder)
             for listener, number in self._accepted.items()
@@ -268,7 +265,7 @@ def pack_offsets(types: KernelTypes) -> bytes:
     """Struct steer_offsets of this kernel.
 
     Raises:
-        KernelError: it has not got a field that is needed.
+        KernelError: the kernel has no such field.
     """
     numbers = [_offset(types, name, path) for name, path in FIELDS.items()]
     numbers.append(types.size_bytes(_PID_NUMBER) or _NOWHERE)

@@ -1,5 +1,7 @@
-"""Programs that look at the kernel: BPF iterators, which run while their output is read, and
-programs on a tracepoint. They need CAP_BPF and CAP_PERFMON."""
+"""Programs that look at the kernel: BPF iterators, and programs on tracepoints.
+
+They need CAP_BPF and CAP_PERFMON.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,17 @@ from steer.loader.programs import Program
 from steer.policy.bytecode import Code
 
 _CHUNK_BYTES = 1 << 16
-"""The kernel hands out half of that at once (BPF_SEQ_READ of kernel/bpf/bpf_iter.c)."""
+"""The kernel returns at most half of that at once (bpf_seq_read() of kernel/bpf/bpf_iter.c)."""
 
 
 def iterator(
     name: str, over: str, code: Code, maps: Mapping[str, Map], types: KernelTypes
 ) -> Program:
-    """A program that is run for each of some objects of the kernel.
+    """A program that the kernel runs for each object of a kind.
 
     Args:
-        name: bpftool shows it.
-        over: which objects: "tcp", "udp", "task_file".
+        name: the name that bpftool shows.
+        over: the kind of object: "tcp", "udp", "task_file".
 
     Raises:
         VerifierError, KernelError
@@ -36,7 +38,7 @@ def iterator(
 def tracepoint(
     name: str, on: str, code: Code, maps: Mapping[str, Map], types: KernelTypes
 ) -> Program:
-    """A program that is run where the kernel passes a tracepoint; see `Attached`.
+    """A program that the kernel runs at a tracepoint while it is `Attached`.
 
     Raises:
         VerifierError, KernelError
@@ -46,8 +48,8 @@ def tracepoint(
 
 
 def output(program: Program) -> Iterator[bytes]:
-    """What an iterator writes, in parts that hold whole records. It goes over the objects of the
-    network namespace that this thread is in now.
+    """Run an iterator over the objects of this thread's network namespace. Yields its output, in
+    parts that hold whole records.
 
     Raises:
         KernelError

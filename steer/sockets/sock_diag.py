@@ -206,11 +206,11 @@ class Server(msgspec.Struct, frozen=True):
     """A TCP listener or a bound UDP socket.
 
     Args:
-        inode: 0 of one that no process has a descriptor of.
-        address: numeric.
-        queued, limit: TCP connections and the backlog; UDP bytes and the receive buffer.
+        address: the numeric address that it is bound to.
+        inode: 0 if no process has a descriptor of it.
+        queued, limit: TCP: connections, and the backlog; UDP: bytes, and the receive buffer.
         drops: None before Linux 4.9.
-        cgroup: number of the one it was made in; None before Linux 5.8.
+        cgroup: number of the cgroup in which it was created; None before Linux 5.8.
     """
 
     protocol: str
@@ -229,7 +229,7 @@ class Server(msgspec.Struct, frozen=True):
 
 
 def servers(protocol: str) -> Iterator[Server]:
-    """All of this network namespace, those of other users too.
+    """All servers of this network namespace, including those of other users.
 
     Args:
         protocol: "tcp" or "udp".

@@ -156,6 +156,7 @@ OF_OTHERS = {
     "--interface",
     "--no-block",
     "--ready",
+    "--replace",
     "--reuse-port",
     "--scope",
     "--worker-class",

@@ -137,10 +137,10 @@ def test_a_user_without_privilege_is_told_what_is_not_seen(steer: RunSteer) -> N
     assert [each["processes"] for each in group["sockets"]] == [[], []]
     assert [each["accepted"] for each in group["sockets"]] == [None, None]
     notes = "\n".join(found["notes"])
-    assert "which programs choose cannot be seen, nor other network namespaces: " in notes
+    assert "cannot see BPF programs or other network namespaces: " in notes
     assert "needs CAP_BPF: run as root" in notes
-    assert "who has 2 sockets of other users open cannot be seen; run as root" in notes
-    assert "connections cannot be counted without CAP_BPF and CAP_PERFMON" in notes
+    assert "cannot see which processes hold 2 sockets of other users; run as root" in notes
+    assert "cannot count connections without CAP_BPF and CAP_PERFMON; run as root" in notes
     assert "; unless a program is attached" in group["decides"]
 
 

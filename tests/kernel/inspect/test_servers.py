@@ -283,6 +283,5 @@ def test_without_bpf_the_same_is_seen_but_for_programs(
     assert (group.kind, group.address, group.uid) == (full.kind, full.address, full.uid)
     assert (group.program, group.program_known) == (None, False)
     assert found.notes == [
-        "which programs choose cannot be seen, nor other network namespaces: load program: EPERM; "
-        "needs CAP_BPF"
+        "cannot see BPF programs or other network namespaces: load program: EPERM; needs CAP_BPF"
     ]

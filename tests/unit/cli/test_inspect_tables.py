@@ -83,4 +83,4 @@ def test_addresses_are_written_as_they_are_asked_for() -> None:
 
 
 def test_what_could_not_be_seen_is_told_last() -> None:
-    assert shown(group(sock()), notes=["this", "that"]).endswith("not seen\nthis\nthat")
+    assert shown(group(sock()), notes=["this", "that"]).endswith("notes\nthis\nthat")
