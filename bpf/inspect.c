@@ -102,6 +102,9 @@ int steer_task_file(void *ctx)
 	if (!socket || steer_u64(socket, at->socket_file) != file)
 		return 0; /* opened by its path */
 	sk = steer_u64(socket, at->socket_sk);
+	/* One of MPTCP listens by another socket, which is in the group. */
+	if (sk && at->mptcp_first != STEER_NOWHERE && steer_u16(sk, at->protocol) == STEER_MPTCP)
+		sk = steer_u64(sk, at->mptcp_first);
 	if (sk && steer_is_server(sk, at))
 		emit_socket(ctx, sk, steer_pid(steer_word(ctx, ITER_TASK), at),
 			    steer_word(ctx, ITER_FD), at);

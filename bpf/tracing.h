@@ -25,6 +25,7 @@
 #define STEER_NOWHERE 0xffffffff /* this kernel has no such field */
 #define STEER_TCP 6
 #define STEER_UDP 17
+#define STEER_MPTCP 262 /* include/uapi/linux/in.h */
 #define STEER_INET 2
 #define STEER_INET6 10
 #define STEER_ESTABLISHED 1 /* include/net/tcp_states.h */
@@ -40,7 +41,7 @@ struct steer_offsets {
 	u32 file_inode, file_private_data, inode_mode, inode_number, socket_file, socket_sk;
 	u32 socket_inode, family, state, reuseport_bit, v6only_bit, device, netns, port;
 	u32 address4, address6, cookie, protocol, uid, socket, queued, backlog, memory;
-	u32 memory_limit, drops, more_drops, second_drops, group, cgroup, netns_number;
+	u32 memory_limit, drops, more_drops, second_drops, group, cgroup, mptcp_first, netns_number;
 	u32 group_program, group_sockets, program_kind, program_tag, program_aux;
 	u32 program_classic, classic_length, aux_id, aux_user, aux_load_time, aux_name, user_uid;
 	u32 cgroup_node, node_id, task_signal, signal_pids, pid_level, pid_numbers;

@@ -143,7 +143,7 @@ MAPS: Final = {
 }
 
 # bpf/tracing.h
-OFFSETS: Final = 49
+OFFSETS: Final = 50
 """Numbers in struct steer_offsets."""
 SOCKET: Final = struct.Struct("=QQQQQQQIIIIIIIIIIIIIHHHHHBBB3x16s8s16s4x")
 """Struct steer_socket; its fields are those of `kernel_sockets.KernelSocket`, in that order."""

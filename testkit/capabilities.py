@@ -109,6 +109,14 @@ def _has_pidfd_getfd() -> str:
             return str(error)
 
 
+def _has_mptcp() -> str:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def _has_tracing() -> str:
     try:
         with Look() as look:
@@ -140,6 +148,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "io_uring": _has_io_uring,
     "matplotlib": _has_module("matplotlib"),
     "migrate": lambda: _found(probe.ask(features.MIGRATE)),
+    "mptcp": _has_mptcp,
     "netns": _has_netns,
     "nginx": _has_command("nginx"),
     "nobody": _has_nobody,

@@ -49,6 +49,7 @@ FIELDS: Mapping[str, str] = {
     "second_drops": "numa_drop_counters.drops1",
     "group": "sock.sk_reuseport_cb",
     "cgroup": "sock.sk_cgrp_data.cgroup",
+    "mptcp_first": "mptcp_sock.first",
     "netns_number": "net.ns.inum",
     "group_program": "sock_reuseport.prog",
     "group_sockets": "sock_reuseport.num_socks",
@@ -73,7 +74,7 @@ FIELDS: Mapping[str, str] = {
 _PID_NUMBER = "upid"
 """The structure that holds the number of a process in one pid namespace."""
 _BIT_FIELDS = ("reuseport_bit", "v6only_bit")
-_OPTIONAL = ("more_drops", "second_drops", "cgroup")
+_OPTIONAL = ("more_drops", "second_drops", "cgroup", "mptcp_first")
 """Fields that not every kernel has, and that can be left out."""
 _NOWHERE = 0xFFFFFFFF
 _TCP_END = 1

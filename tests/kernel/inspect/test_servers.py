@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.usefixtures("netns"),
 ]
 
+IPPROTO_MPTCP = 262
 PASS = Code(["b700000001000000", "9500000000000000"], {})
 """return SK_PASS"""
 
@@ -124,6 +125,18 @@ def test_workers_of_gunicorn_share_a_socket(home: Path) -> None:
     assert (group.kind, ways(group)) == ("shared", {"no", "poll"})
     assert waiting(group) == [sorted(workers)]
     assert "the kernel wakes all that are idle" in group.decides
+
+
+@pytest.mark.needs("mptcp")
+def test_a_listener_of_mptcp_is_one_of_tcp() -> None:
+    """Go's are that, from 1.24 on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP) as sock:
+        sock.bind((HOST, PORT))
+        sock.listen(7)
+        (group,) = look()
+    (seen,) = group.sockets
+    assert (group.protocol, group.kind, seen.backlog) == ("tcp", "single", 7)
+    assert [each.pid for each in seen.processes] == [os.getpid()]
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
