@@ -27,7 +27,7 @@ from steer.api.connection import ServiceConnection
 from steer.api.group import ReuseportGroup
 from steer.api.service import Config, Settings
 from steer.config.address import Bind
-from steer.config.service import as_toml
+from steer.config.sources import as_toml
 from steer.errors import NotRunning, WorkersFailed
 from steer.sockets import port_checks
 

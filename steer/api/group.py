@@ -11,7 +11,8 @@ from steer.api import group_input
 from steer.api.slots import SlotCounts, Slots
 from steer.backends import anchors
 from steer.config import planning
-from steer.config.service import Service, changed
+from steer.config.service import Service
+from steer.config.sources import changed
 from steer.errors import GroupError
 from steer.linux import topology
 from steer.loader import find

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Literal, TypedDict
 
 from steer.child.api import Worker
-from steer.config import service as configuration
+from steer.config import sources
+from steer.config.service import FIELDS
 from steer.controller import run as running
 from steer.errors import ConfigError, ControlError
 from steer.linux import family, fork, processes, title
@@ -73,7 +74,7 @@ class Config:
 
     def __init__(self, **settings: Unpack[Settings]) -> None:
         given = {key: _plain(key, value) for key, value in settings.items()}
-        self.service = configuration.load({}, {}, given, "steer.Config", runs=True)
+        self.service = sources.load({}, {}, given, "steer.Config", runs=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self.service == other.service
@@ -84,7 +85,7 @@ class Config:
     def __repr__(self) -> str:
         changed = {
             key: value
-            for key, field in configuration.FIELDS.items()
+            for key, field in FIELDS.items()
             if (value := getattr(self.service, key)) != field.default
         }
         return f"Config({', '.join(f'{key}={value!r}' for key, value in changed.items())})"

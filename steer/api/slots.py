@@ -17,7 +17,8 @@ from steer.backends.open import open_whole, refuse_uncounted
 from steer.backends.shortfalls import NOT_COUNTED
 from steer.config import fallback, plan_change, planning
 from steer.config.plan import Plan
-from steer.config.service import Service, changed
+from steer.config.service import Service
+from steer.config.sources import changed
 from steer.errors import ConfigError, GroupError, KernelError
 from steer.loader import shared_memory
 from steer.policy.builtin import Policy

@@ -237,7 +237,7 @@ class Source:
     Args:
         options: the options of a command, by key; None: not given.
         command: the command of the workers, if one was given.
-        runs: whether the service is to be run; see `service.load`.
+        runs: whether the service is to be run; see `sources.load`.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Source:
         """
         import msgspec
 
-        from steer.config.service import load
+        from steer.config.sources import load
         from steer.policy.builtin import CUSTOM_SUFFIX
 
         sources = self._command_line, os.environ, self._table(), self._file
@@ -273,7 +273,7 @@ class Source:
 
     def _table(self) -> dict[str, Any] | None:
         """The table of the file; None: there is no file. Raises ConfigError."""
-        from steer.config.service import read
+        from steer.config.sources import read
         from steer.errors import ConfigError
 
         try:

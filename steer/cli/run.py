@@ -21,7 +21,7 @@ def perform(given: Given) -> None:
     read = Source(options, given.command)
     service = read()
     if print_config:
-        from steer.config.service import as_toml
+        from steer.config.sources import as_toml
 
         print(as_toml(service))
     from steer.controller import run

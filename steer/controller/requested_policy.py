@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from steer.config.service import Service, changed
+from steer.config.service import Service
+from steer.config.sources import changed
 from steer.control.commands import COMMANDS
 from steer.policy.builtin import KERNEL, Policy
 

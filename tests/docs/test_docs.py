@@ -11,7 +11,7 @@ import pytest
 
 from steer import features, values
 from steer.cli.main import cli
-from steer.config import plan_change, service
+from steer.config import plan_change, service, sources
 from steer.config.servers import SERVERS
 from steer.config.socket_options import OPTIONS
 from steer.errors import ConfigError
@@ -171,6 +171,6 @@ def test_what_is_said_names_options_that_there_are() -> None:
             assert named in known, (file, named)
     for key in service.FIELDS:
         with pytest.raises(ConfigError) as caught:
-            service.load({key: {}}, {}, {}, "steer.toml")
+            sources.load({key: {}}, {}, {}, "steer.toml")
         source = str(caught.value).partition(": ")[0]
         assert source in known or not source.startswith("--")

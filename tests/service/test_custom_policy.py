@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from steer.config.service import load
+from steer.config.sources import load
 from steer.errors import CompileError, ConfigError, VerifierError
 from steer.loader import compile, find, verifier
 from steer.loader.verifier import Figures

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from steer import values
 from steer.config import address
-from steer.config.service import FIELDS, Service, changed, load, read
+from steer.config.service import FIELDS, Service
+from steer.config.sources import changed, load, read
 from steer.control import client, notify
 from steer.errors import ConfigError, Refused, SteerError
 from steer.linux import identity

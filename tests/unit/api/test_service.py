@@ -9,6 +9,7 @@ import pytest
 
 import steer
 from steer.api import service
+from steer.config.service import FIELDS
 
 
 def test_configuration_is_checked_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,4 +63,4 @@ def test_what_cannot_be_is_told(settings: dict[str, Any], error: str) -> None:
 
 
 def test_settings_are_those_of_the_configuration() -> None:
-    assert set(service.Settings.__annotations__) == set(service.configuration.FIELDS)
+    assert set(service.Settings.__annotations__) == set(FIELDS)

@@ -11,7 +11,8 @@ import pytest
 
 from steer.config import servers
 from steer.config.servers import SERVERS, ProcessInfo, stop_signals_of
-from steer.config.service import Service, load
+from steer.config.service import Service
+from steer.config.sources import load
 from steer.errors import ConfigError
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from steer.config import service as config
-from steer.config import socket_options
+from steer.config import socket_options, sources
+from steer.config.service import Service
 from steer.config.socket_options import OPTIONS
 from steer.errors import ConfigError
 from steer.sockets import sockopt
@@ -43,15 +43,15 @@ def test_each_reads_what_it_allows_and_refuses_what_it_does_not(name: str) -> No
 )
 def test_what_cannot_be_is_refused_at_the_door(keys: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.load({}, {}, keys, "steer.toml")
+        sources.load({}, {}, keys, "steer.toml")
     assert str(caught.value).startswith("steer.toml: socket_options = ")
     assert says in str(caught.value)
 
 
 def test_sockets_are_given_those_of_their_protocol() -> None:
-    service = config.Service(bind=("udp://:1",), socket_options=("rcvbuf=1M",))
+    service = Service(bind=("udp://:1",), socket_options=("rcvbuf=1M",))
     assert [str(each) for each in service.settings] == ["rcvbuf=1M"]
-    service = config.Service(bind=(":1", "udp://:1"), socket_options=("priority=3",))
+    service = Service(bind=(":1", "udp://:1"), socket_options=("priority=3",))
     assert [str(x) for x in socket_options.for_protocol(service.settings, "tcp")] == ["nodelay=yes"]
     assert [str(x) for x in socket_options.for_protocol(service.settings, "udp")] == ["priority=3"]
     assert list(sockopt.refused(service.binds, service.settings)) == []

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.config import address
-from steer.config import service as config
+from steer.config import address, sources
 from steer.config.address import Bind
-from steer.config.service import MAX_WEIGHT, MAX_WORKERS, Service
+from steer.config.service import FIELDS, MAX_WEIGHT, MAX_WORKERS, SHORTEST_S, Service
 from steer.errors import ConfigError
 from steer.policy.builtin import POLICIES
 
@@ -26,7 +25,7 @@ def load(
     environment: Mapping[str, str] | None = None,
     file: Mapping[str, Any] | None = None,
 ) -> Service:
-    return config.load(command_line or {}, environment or {}, file or {}, FILE)
+    return sources.load(command_line or {}, environment or {}, file or {}, FILE)
 
 
 def refused(*sources: Mapping[str, Any] | None) -> ConfigError:
@@ -90,7 +89,7 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
 
 
 def test_every_key_is_tried() -> None:
-    assert set(SOURCES) == set(config.FIELDS)
+    assert set(SOURCES) == set(FIELDS)
 
 
 def frozen(value: Any) -> Any:
@@ -157,7 +156,7 @@ Sources = tuple[Mapping[str, Any], Mapping[str, str], Mapping[str, Any] | None]
 
 
 def to_run(given_: Sources) -> Service:
-    return config.load(*given_, FILE, runs=True)
+    return sources.load(*given_, FILE, runs=True)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_a_service_without_anything_to_run_is_refused(given_: Sources, named: st
     assert str(caught.value).startswith(what)
     for cure in ("MODULE:CALLABLE", "-- COMMAND", "--demo", "demo = true"):
         assert cure in caught.value.cure
-    assert config.load(*given_, FILE), "what only looks at a machine may do without"
+    assert sources.load(*given_, FILE), "what only looks at a machine may do without"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,7 @@ def test_a_service_without_anything_to_run_is_refused(given_: Sources, named: st
     ],
 )
 def test_a_service_with_something_to_run_is_not_refused(given_: Sources) -> None:
-    assert to_run(given_) == config.load(*given_, FILE)
+    assert to_run(given_) == sources.load(*given_, FILE)
 
 
 def test_who_gives_nothing_at_all_gets_the_demo() -> None:
@@ -249,9 +248,9 @@ def test_a_policy_of_ones_own_is_the_path_of_its_file(path: str) -> None:
 def test_changed_checks_and_converts_as_a_start_does() -> None:
     running = Service(workers=4, weights=(1, 2))
     asked = {"policy": "source", "params": ["prefix4=24"], "weights": ["3", "4"]}
-    after = config.changed(running, asked, "change it")
+    after = sources.changed(running, asked, "change it")
     assert after == Service(workers=4, policy="source", params=("prefix4=24",), weights=(3, 4))
-    assert config.changed(running, {}, "change it") == running
+    assert sources.changed(running, {}, "change it") == running
 
 
 @pytest.mark.parametrize(
@@ -279,7 +278,7 @@ def test_changed_checks_and_converts_as_a_start_does() -> None:
 )
 def test_changed_refuses_what_a_start_would(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.changed(Service(workers=2), asked, "change it")
+        sources.changed(Service(workers=2), asked, "change it")
     assert str(caught.value).startswith(said)
 
 
@@ -446,7 +445,7 @@ def test_an_unknown_key(key: str) -> None:
     error = refused({}, {}, {key: 3})
     assert (error.what, error.cause) == (f"{FILE}: {key} = 3", "unknown key")
     assert "allowed: adopt_timeout, app, backend, backlog, " in error.cure
-    assert all(name in error.cure for name in config.FIELDS)
+    assert all(name in error.cure for name in FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +500,7 @@ def test_two_keys_that_do_not_go_together(sources: tuple[Any, Any, Any], said: s
 
 
 def test_a_file_without_the_table_says_nothing() -> None:
-    assert config.read(b"# nothing\n", FILE) == {}
+    assert sources.read(b"# nothing\n", FILE) == {}
 
 
 def test_a_file() -> None:
@@ -512,7 +511,7 @@ def test_a_file() -> None:
         weights = [1, 2]
         graceful_timeout = 5
     """
-    service = load(file=config.read(text, FILE))
+    service = load(file=sources.read(text, FILE))
     assert service.binds == (Bind("tcp", "0.0.0.0", 80), Bind("udp", "::1", 53))
     assert (service.app, service.weights) == ("shop.web:main", (1, 2))
     assert service.graceful_timeout == 5.0
@@ -534,7 +533,7 @@ def test_a_file() -> None:
 )
 def test_a_bad_file(text: bytes, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.read(text, FILE)
+        sources.read(text, FILE)
     assert str(caught.value).startswith(said)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
@@ -555,17 +554,17 @@ words = st.text("aZ09 =,'\"\\#[]\t\n\u00e9\u2192", max_size=8)
             "env": st.lists(words.map(lambda text: f"A={text}"), max_size=3).map(tuple),
             "user": words,
             "command": st.lists(words, max_size=3).map(tuple),
-            "graceful_timeout": st.floats(config.SHORTEST_S, 86400),
+            "graceful_timeout": st.floats(SHORTEST_S, 86400),
             "backlog": st.integers(1, 65535),
         },
     )
 )
 def test_as_toml_reads_back(given_: dict[str, Any]) -> None:
     service = Service(**given_)
-    assert load(file=config.read(config.as_toml(service).encode(), FILE)) == service
+    assert load(file=sources.read(sources.as_toml(service).encode(), FILE)) == service
 
 
 @pytest.mark.parametrize("text", ["K=a\0b", "K=\udcff"])
 def test_what_no_variable_can_hold_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--env: env = .*: (a null byte|not UTF-8)"):
-        config.load({"env": (text,)}, {}, {}, "steer.toml")
+        sources.load({"env": (text,)}, {}, {}, "steer.toml")

@@ -1,0 +1,199 @@
+"""Checks the values of a configuration, each alone and then together. Pure.
+
+An error names where a value came from, the key, the value and what is allowed.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steer import values
+from steer.config import address, servers, socket_options
+from steer.config.address import Bind
+from steer.config.service import FIELDS, MAX_WEIGHT, MAX_WORKERS, SHORTEST_S, Seconds, Service, Wait
+from steer.errors import ConfigError
+from steer.policy.builtin import AUTO, CUSTOM_SUFFIX, KERNEL, POLICIES
+from steer.values import Invalid, plural
+
+_POLICY_NAMES = (AUTO, *POLICIES)
+_MODULE_OR_PATH = r"(?a)[\w./][\w./-]{,79}"
+"""What users type as an app if they forget the callable, or mean a command."""
+
+
+def describe_origin(key: str, value: Any, source: str) -> str:
+    """Where a value came from, as errors say it: the source, the key and the value."""
+    name = key if key in FIELDS else values.shown(key).strip("'")
+    return f"{source}: {name} = {values.shown(value)}"
+
+
+def checked(key: str, value: Any, origin: str, *, strict: bool) -> Any:
+    """A value converted to the type of its key.
+
+    Args:
+        origin: where the value came from, for errors.
+        strict: whether the value must have the type already; else a string is converted.
+
+    Raises:
+        ConfigError: there is no such key, or the value is not allowed.
+    """
+    if key not in FIELDS:
+        hint = values.did_you_mean(key, FIELDS)
+        allowed = f"allowed: {', '.join(sorted(FIELDS))}"
+        raise ConfigError(origin, "unknown key", cure(hint, allowed))
+    try:
+        _check_texts(value)
+        converted = values.convert(value, FIELDS[key].type, strict=strict)
+        _check_meaning(key, converted)
+    except Invalid as error:
+        hint = error.hint or _guess_app(key, value)
+        raise ConfigError(origin, str(error), cure(hint, _allowed(key))) from None
+    return converted
+
+
+def _guess_app(key: str, value: Any) -> str:
+    """A question that names what the user probably meant by a wrong app; "": no guess."""
+    if key != "app" or not isinstance(value, str) or not re.fullmatch(_MODULE_OR_PATH, value):
+        return ""
+    if value.endswith(".py") or "/" in value:
+        return f"did you mean the command -- {'python ' if value.endswith('.py') else ''}{value}?"
+    return f"did you mean '{value}:NAME', a callable in it?"
+
+
+def cure(*parts: str) -> str:
+    """One cure from several parts, without those that are ""."""
+    return " ".join(part for part in parts if part)
+
+
+def _check_texts(value: Any) -> None:
+    """Raises Invalid."""
+    for text in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(text, str):
+            values.check_text(text)
+
+
+def _check_meaning(key: str, value: Any) -> None:
+    """Check what the type of a key does not express. Raises Invalid."""
+    if FIELDS[key].type == Seconds and 0 < value < SHORTEST_S:
+        raise Invalid("too small")
+    if key == "policy" and value not in _POLICY_NAMES and not value.endswith(CUSTOM_SUFFIX):
+        raise Invalid("unknown policy", values.did_you_mean(value, _POLICY_NAMES))
+    if key == "bind":
+        _check_binds(value)
+    if key == "stop_signal" and value is not None:
+        servers.read_signal(value)
+    if key == "socket_options":
+        socket_options.parse(value)
+
+
+def _check_binds(texts: Sequence[str]) -> None:
+    if not texts:
+        raise Invalid("no address given")
+    binds = [_bind(text) for text in texts]
+    for bind in binds:
+        if bind.is_multicast:
+            raise Invalid(f"{bind.label} is multicast or broadcast: {address.COPIES}")
+        if binds.count(bind) > 1:
+            raise Invalid(f"{bind.label} is given twice")
+
+
+def _bind(text: str) -> Bind:
+    try:
+        return address.parse(text)
+    except ConfigError as error:
+        raise Invalid(f"{error.what}: {error.cause}", address.did_you_mean(text)) from None
+
+
+def _allowed(key: str) -> str:
+    words = {
+        "app": "MODULE:CALLABLE",
+        "backend": "auto, ebpf, cbpf, kernel",
+        "backlog": "1 to 65535",
+        "bind": address.ALLOWED,
+        "env": "NAME=VALUE",
+        "hang": "replace, skip",
+        "hang_timeout": f"seconds, 0 (for ever) or from {SHORTEST_S:g} to 86400",
+        "log_format": "text, json",
+        "log_level": "debug, info, warning, error",
+        "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
+        "params": "NAME=VALUE",
+        "policy": f"{', '.join(_POLICY_NAMES)}, or a path/to/file{CUSTOM_SUFFIX}",
+        "socket_options": socket_options.ALLOWED,
+        "stop_signal": servers.ALLOWED,
+        "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
+        "workers": f"1 to {MAX_WORKERS}, or auto",
+    }
+    allowed = words.get(key) or _ALLOWED_TYPES.get(FIELDS[key].type, "")
+    return f"allowed: {allowed}" if allowed else ""
+
+
+_ALLOWED_TYPES: Mapping[Any, str] = {
+    bool: "true, false",
+    Seconds: f"seconds, 0 or from {SHORTEST_S:g} to 86400",
+    Wait: f"seconds, from {SHORTEST_S:g} to 86400",
+    Wait | None: f"seconds, from {SHORTEST_S:g} to 86400",
+}
+
+
+def check_together(service: Service, origins: Mapping[str, str]) -> None:
+    """Check that the values of different keys fit together.
+
+    Args:
+        origins: where the values came from, by key.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    weights, workers = service.weights, service.workers
+    if service.app and service.command:
+        raise ConfigError(_together(origins, "app", "command"), "both are given", "give one")
+    if isinstance(workers, int) and len(weights) > workers:
+        raise ConfigError(
+            _together(origins, "weights", "workers"),
+            f"{plural(len(weights), 'weight')} for {plural(workers, 'worker')}",
+            "give each worker one at most",
+        )
+    _check_options_have_sockets(service, origins)
+    if weights and service.policy == KERNEL:
+        raise ConfigError(
+            _together(origins, "weights", "policy"),
+            "the kernel's own hash knows no weights",
+            f"allowed: {', '.join(name for name in _POLICY_NAMES if name != KERNEL)}",
+        )
+
+
+def check_runs_something(service: Service, sources: Sequence[str]) -> None:
+    """Check that the configuration says what to run. The demo must be asked for: it must not serve
+    in place of an app that the user forgot.
+
+    Args:
+        sources: where the configuration came from.
+
+    Raises:
+        ConfigError: there is neither an app nor a command, and `demo` is false.
+    """
+    if service.app or service.command or service.demo:
+        return
+    raise ConfigError(
+        f"find what to run in {', '.join(sources)}",
+        "neither an app nor a command is given",
+        "give one: MODULE:CALLABLE or -- COMMAND (in a file: app or command); or have the demo"
+        " run: --demo (demo = true)",
+    )
+
+
+def _together(origins: Mapping[str, str], one: str, other: str) -> str:
+    """The origins of two values; a source that they share is named once."""
+    source = origins[one].removesuffix(origins[one].partition(": ")[2])
+    return f"{origins[one]} and {origins[other].removeprefix(source)}"
+
+
+def _check_options_have_sockets(service: Service, origins: Mapping[str, str]) -> None:
+    """Raises ConfigError: a socket option applies to no bind."""
+    protocols = [bind.protocol for bind in service.binds]
+    settings = socket_options.parse(service.socket_options)
+    if unused := socket_options.unused_setting(settings, protocols):
+        raise ConfigError(
+            origins["socket_options"],
+            f"{unused.name} is for {' and '.join(unused.option.protocols).upper()}, and no bind is",
+            "leave it out, or add such a bind",
+        )
