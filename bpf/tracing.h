@@ -42,7 +42,7 @@ struct steer_offsets {
 	u32 socket_inode, family, state, reuseport_bit, v6only_bit, device, netns, port;
 	u32 address4, address6, cookie, protocol, uid, socket, queued, backlog, memory;
 	u32 memory_limit, drops, more_drops, second_drops, group, cgroup, mptcp_first, netns_number;
-	u32 group_program, group_sockets, program_kind, program_tag, program_aux;
+	u32 group_program, group_sockets, group_by_cpu, program_kind, program_tag, program_aux;
 	u32 program_classic, classic_length, aux_id, aux_user, aux_load_time, aux_name, user_uid;
 	u32 cgroup_node, node_id, task_signal, signal_pids, pid_level, pid_numbers;
 	u32 pid_number_bytes;
@@ -74,11 +74,12 @@ struct steer_socket {
 	u16 protocol;
 	u16 port;
 	u16 members; /* sockets of its group */
+	u16 by_cpu; /* those of them that have SO_INCOMING_CPU set */
 	u16 classic_length; /* 0: it is not classic */
 	u8 state;
 	u8 is_reuseport;
 	u8 is_v6only;
-	u8 reserved[3];
+	u8 reserved[1];
 	u8 ip[16];
 	u8 tag[8];
 	char name[16];
@@ -232,6 +233,8 @@ static __always_inline void steer_describe(struct steer_socket *into, u64 sk,
 	if (into->group) {
 		into->members = steer_u16(into->group, at->group_sockets);
 		into->program = steer_u64(into->group, at->group_program);
+		if (at->group_by_cpu != STEER_NOWHERE)
+			into->by_cpu = steer_u16(into->group, at->group_by_cpu);
 	}
 	if (into->program)
 		steer_program(into, at);

@@ -143,9 +143,9 @@ MAPS: Final = {
 }
 
 # bpf/tracing.h
-OFFSETS: Final = 50
+OFFSETS: Final = 51
 """Numbers in struct steer_offsets."""
-SOCKET: Final = struct.Struct("=QQQQQQQIIIIIIIIIIIIIHHHHHBBB3x16s8s16s4x")
+SOCKET: Final = struct.Struct("=QQQQQQQIIIIIIIIIIIIIHHHHHHBBB1x16s8s16s4x")
 """Struct steer_socket; its fields are those of `kernel_sockets.KernelSocket`, in that order."""
 TRACING_MAPS: Final = {
     "offsets": MapSpec(0x57EE0201, BPF_MAP_TYPE_ARRAY, 4 * OFFSETS),

@@ -131,6 +131,7 @@ class _Builder:
             program=self._program(first.program, service) if first.program else None,
             program_known=self._view.look is not None,
             sockets=[self._socket(each) for each in sockets],
+            by_cpu=first.by_cpu,
             service=service.name if service else None,
         )
         found.decides = words.decides(found)

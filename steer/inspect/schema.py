@@ -87,6 +87,7 @@ class Group(msgspec.Struct):
         netns_name: its name, see ip-netns(8); None if it has none.
         is_elsewhere: whether `steer inspect` ran in another network namespace.
         device: index of the network interface that the sockets are bound to; 0: none.
+        by_cpu: number of sockets with SO_INCOMING_CPU, which the hash prefers on their CPU.
         program_known: whether programs can be seen; if not, `program` is None.
         decides: what decides which socket or process gets a connection or datagram.
         advice: what would be better, with the command for it.
@@ -106,6 +107,7 @@ class Group(msgspec.Struct):
     program: Program | None
     program_known: bool
     sockets: list[Socket]
+    by_cpu: int = 0
     decides: str = ""
     advice: list[str] = []
     service: str | None = None

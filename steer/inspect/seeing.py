@@ -91,6 +91,7 @@ def _seen(each: KernelSocket) -> Seen:
         is_connected=not is_tcp and each.state == _ESTABLISHED,
         group=each.group,
         members=each.members,
+        by_cpu=each.by_cpu,
         program=_program(each) if each.program else None,
         kernel_address=each.address,
     )

@@ -31,6 +31,7 @@ class Seen(msgspec.Struct, frozen=True):
         drops, cgroup: None if the kernel does not tell.
         group: the address of its group in the kernel; 0: it has none; None: unknown.
         members: number of sockets in the group.
+        by_cpu: how many of them have SO_INCOMING_CPU set.
         kernel_address: the address of the socket in the kernel; 0: unknown.
     """
 
@@ -50,5 +51,6 @@ class Seen(msgspec.Struct, frozen=True):
     is_connected: bool
     group: int | None = None
     members: int = 0
+    by_cpu: int = 0
     program: SeenProgram | None = None
     kernel_address: int = 0

@@ -67,7 +67,7 @@ def bind(group: Group) -> str:
 
 
 def _program_decides(group: Group, program: Program) -> str:
-    count = plural(len(group.sockets), "socket")
+    count = _count(group)
     if program.service is not None:
         policy = f"policy {program.policy}" if program.policy else "the policy"
         what = f"{policy} of steer's service {program.service}"
@@ -75,18 +75,26 @@ def _program_decides(group: Group, program: Program) -> str:
         what = f"a classic BPF program of {plural(program.instructions or 0, 'instruction')}"
     else:
         what = f"BPF program {program.id} ({program.name or 'no name'}), loaded by {program.owner},"
-    return f"{what} selects one of {count} for each {_thing(group)}"
+    return f"{what} {count} for each {_thing(group)}"
 
 
 def _hash_decides(group: Group) -> str:
     words = (
-        f"the kernel's hash of addresses and ports selects one of "
-        f"{plural(len(group.sockets), 'socket')} for each {_thing(group)}, even if its process is "
-        "busy"
+        f"the kernel's hash of addresses and ports {_count(group)} for each {_thing(group)}, even "
+        "if its process is busy"
     )
+    if group.by_cpu:
+        words += (
+            ", among the sockets whose SO_INCOMING_CPU is the CPU of the packet, if there are any"
+        )
     if group.program_known:
         return words
     return f"{words}; unless a program is attached, which cannot be seen from here"
+
+
+def _count(group: Group) -> str:
+    shown = len(group.sockets)
+    return "selects the only socket" if shown == 1 else f"selects one of {shown} sockets"
 
 
 def _thing(group: Group) -> str:

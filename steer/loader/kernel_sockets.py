@@ -53,6 +53,7 @@ FIELDS: Mapping[str, str] = {
     "netns_number": "net.ns.inum",
     "group_program": "sock_reuseport.prog",
     "group_sockets": "sock_reuseport.num_socks",
+    "group_by_cpu": "sock_reuseport.incoming_cpu",
     "program_kind": "bpf_prog.type",
     "program_tag": "bpf_prog.tag",
     "program_aux": "bpf_prog.aux",
@@ -74,7 +75,7 @@ FIELDS: Mapping[str, str] = {
 _PID_NUMBER = "upid"
 """The structure that holds the number of a process in one pid namespace."""
 _BIT_FIELDS = ("reuseport_bit", "v6only_bit")
-_OPTIONAL = ("more_drops", "second_drops", "cgroup", "mptcp_first")
+_OPTIONAL = ("more_drops", "second_drops", "cgroup", "mptcp_first", "group_by_cpu")
 """Fields that not every kernel has, and that can be left out."""
 _NOWHERE = 0xFFFFFFFF
 _TCP_END = 1
@@ -109,6 +110,7 @@ class KernelSocket(NamedTuple):
     protocol: int
     port: int
     members: int
+    by_cpu: int
     classic_length: int
     state: int
     is_reuseport: int

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from steer import abi
+from steer.features import kernel_version
 from steer.inspect.inspection import Asked, inspect
 from steer.inspect.schema import Group
 from steer.inspect.target import Target, parse
@@ -148,6 +149,19 @@ def test_a_group_of_processes(host: str, kind: int) -> None:
     assert (group.kind, group.address, group.uid) == ("reuseport", host, os.getuid())
     assert sorted(waiting(group)) == [[pid] for pid in sorted(pids)]
     assert ways(group) == {"poll"}
+
+
+def test_sockets_of_a_cpu_are_told(listener_in_group: socket.socket) -> None:
+    if kernel_version(os.uname().release) < (6, 2):
+        pytest.skip("the hash looks at SO_INCOMING_CPU since Linux 6.2")
+    listener_in_group.setsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU, 0)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind((HOST, PORT))
+        other.listen()
+        (group,) = look()
+    assert (group.by_cpu, len(group.sockets)) == (1, 2)
+    assert "SO_INCOMING_CPU" in group.decides
 
 
 def test_a_server_of_one_process_is_single() -> None:

@@ -37,6 +37,17 @@ def test_a_program_that_cannot_be_seen_may_be_there() -> None:
     assert found.endswith("; unless a program is attached, which cannot be seen from here")
 
 
+def test_sockets_of_a_cpu_come_first() -> None:
+    """See reuseport_select_sock_by_hash() of net/core/sock_reuseport.c, since Linux 6.2."""
+    assert "SO_INCOMING_CPU" in words.decides(group(*TWO, by_cpu=2))
+    assert "SO_INCOMING_CPU" not in words.decides(group(*TWO))
+
+
+def test_one_that_is_alone_in_its_group() -> None:
+    found = words.decides(group(TWO[0], program=EBPF))
+    assert "selects the only socket for each connection" in found
+
+
 def test_the_policy_of_a_service_that_cannot_be_asked() -> None:
     program = Program(8, "steer_hash", "root", "ebpf", service="shop")
     assert words.decides(group(*TWO, program=program)).startswith("the policy of steer's service")
