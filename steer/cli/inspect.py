@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from contextlib import nullcontext
 
 from steer.cli import inspect_tables, output
 from steer.errors import ConfigError
@@ -28,7 +29,9 @@ def perform(
     gc.disable()  # of thousands of sockets nothing is garbage until the end
     wanted = targets.parse(target)
     seconds = None if count_for is None else _seconds(count_for)
-    found = inspect(Asked(wanted, netns, seconds, can_attach))
+    asked = Asked(wanted, netns, seconds, can_attach)
+    with output.progress(f"counting for {count_for}") if seconds else nullcontext():
+        found = inspect(asked)
     if as_json:
         output.as_json(found)
     elif found.groups:
