@@ -170,7 +170,8 @@ class _Builder:
             found = Program(None, None, None, "classic", instructions=seen.instructions)
         else:
             found = self._ebpf(seen)
-        if ours:
+        # Any process can show a title as steer's do; that alone makes no program steer's.
+        if ours and (ours.policy or found.kind == "classic" or seen.name.startswith("steer_")):
             found.service, found.policy = ours.name, ours.policy
         return found
 

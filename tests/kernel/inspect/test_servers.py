@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -227,6 +229,29 @@ def test_a_program_whose_descriptor_nobody_has(listener_in_group: socket.socket)
     (group,) = look()
     assert group.program is not None
     assert group.program.processes == []
+
+
+@pytest.mark.needs("bpf")
+def test_a_title_makes_no_program_steers(listener_in_group: socket.socket) -> None:
+    """Anybody can show one."""
+    with Program("others", PASS, {}, abi.BPF_SK_REUSEPORT_SELECT) as program:
+        group_program.attach_ebpf(listener_in_group.fileno(), program.fileno())
+    fd = listener_in_group.fileno()
+    argv = ["steer: worker 0 shop", "-c", "import sys; print('here', flush=True); sys.stdin.read()"]
+    with subprocess.Popen(
+        argv,
+        executable=sys.executable,
+        pass_fds=(fd,),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"here\n"
+        (group,) = look()
+        process.kill()
+    assert group.service == "shop"
+    assert group.program is not None
+    assert group.program.service is None
 
 
 def test_a_classic_program(listener_in_group: socket.socket) -> None:
