@@ -18,7 +18,11 @@ _LONGEST_S = 86400.0
 
 
 def perform(
-    target: str | None, count_for: str | None, netns: str | None, as_json: bool, can_attach: bool
+    target: str | None,
+    count_for: str | None,
+    netns: str | None,
+    as_json: bool,
+    attach_options: frozenset[str],
 ) -> None:
     """Show who serves.
 
@@ -29,7 +33,7 @@ def perform(
     gc.disable()  # of thousands of sockets nothing is garbage until the end
     wanted = targets.parse(target)
     seconds = None if count_for is None else _seconds(count_for)
-    asked = Asked(wanted, netns, seconds, can_attach)
+    asked = Asked(wanted, netns, seconds, attach_options)
     with output.progress(f"counting for {count_for}") if seconds else nullcontext():
         found = inspect(asked)
     if as_json:

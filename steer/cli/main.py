@@ -329,8 +329,10 @@ def inspect_(
 
     assert context.parent is not None
     assert isinstance(context.parent.command, click.Group)
-    can_attach = "attach" in context.parent.command.commands
-    inspect.perform(target, count_for, netns, as_json, can_attach)
+    attach = context.parent.command.commands.get("attach")
+    params = attach.params if attach else []
+    options = frozenset(option for param in params for option in param.opts)
+    inspect.perform(target, count_for, netns, as_json, options)
 
 
 @cli.command(cls=TakesCommand)

@@ -27,13 +27,13 @@ class Asked(msgspec.Struct, frozen=True):
     Args:
         netns: name, path or process of a network namespace; None: all that can be seen.
         count_s: how long to count connections; None: do not count.
-        can_attach: see `words.Known`.
+        attach_options: see `words.Known`.
     """
 
     target: Target = Target()
     netns: str | None = None
     count_s: float | None = None
-    can_attach: bool = True
+    attach_options: frozenset[str] = frozenset()
 
 
 def inspect(asked: Asked) -> Inspection:
@@ -189,9 +189,10 @@ class _Builder:
 
     def _known(self, group: Group) -> words.Known:
         if group.kind != "shared":
-            return words.Known(can_attach=self._asked.can_attach)
+            return words.Known({}, self._asked.attach_options)
         pids = {each.pid for each in group.sockets[0].processes}
-        return words.Known({pid: processes.arguments(pid) for pid in pids}, self._asked.can_attach)
+        lines = {pid: processes.arguments(pid) for pid in pids}
+        return words.Known(lines, self._asked.attach_options)
 
 
 class _Ours(msgspec.Struct, frozen=True):

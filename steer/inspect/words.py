@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import msgspec
 
@@ -21,11 +21,8 @@ _WAKES: Mapping[str | None, str] = {
     "poll": "the kernel wakes all that are idle, and the quickest gets it",
 }
 _ANY = "whichever takes it from the queue first gets it"
-_DEFAULT_POLICY = {"tcp": "least-conn", "udp": "flow"}
-_GAINS = {
-    "tcp": "selects the process with the fewest open connections",
-    "udp": "keeps each flow at the process that got its first datagram",
-}
+_POLICY = "least-conn"
+_GAINS = "selects the process with the fewest open connections"
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -33,11 +30,11 @@ class Known(msgspec.Struct, frozen=True):
 
     Args:
         command_lines: command lines of processes, as far as they can be read.
-        can_attach: whether `steer attach` exists.
+        attach_options: the options of `steer attach`; none if there is no such command.
     """
 
     command_lines: Mapping[int, Sequence[str]] = {}
-    can_attach: bool = True
+    attach_options: Set[str] = frozenset()
 
 
 def decides(group: Group) -> str:
@@ -157,9 +154,8 @@ def _better(group: Group, known: Known) -> Iterator[str]:
         return
     if group.kind == "shared" and group.protocol == "tcp":
         yield from _own_sockets(group, known)
-    elif group.kind == "reuseport" and known.can_attach and group.program_known:
-        replace = " --replace" if group.program is not None else ""
-        yield f"`{_attach(group)}{replace}` {_GAINS[group.protocol]}"
+    elif group.kind == "reuseport" and group.program_known and (command := _attach(group, known)):
+        yield f"`{command}` {_GAINS}"
 
 
 def _own_sockets(group: Group, known: Known) -> Iterator[str]:
@@ -169,12 +165,17 @@ def _own_sockets(group: Group, known: Known) -> Iterator[str]:
     count = len(servers(processes))
     options = f"-b {bind(group)} -w {count}{server.options}"
     yield f"`steer run {options} -- {server.command}` gives each process a socket of its own"
-    if server.own and known.can_attach:
-        yield f"or set {server.own}, and then `{_attach(group)}` {_GAINS[group.protocol]}"
+    if server.own and (command := _attach(group, known)):
+        yield f"or set {server.own}, and then `{command}` {_GAINS}"
 
 
-def _attach(group: Group) -> str:
-    return f"steer attach {bind(group)}{_netns(group)} --policy {_DEFAULT_POLICY[group.protocol]}"
+def _attach(group: Group, known: Known) -> str:
+    """The command that steers the group as it is; "" if there is none."""
+    netns = _netns(group)
+    replace = ["--replace"] if group.program else []
+    if group.protocol != "tcp" or not {"--policy", *replace, *netns[:1]} <= known.attach_options:
+        return ""
+    return " ".join(["steer attach", bind(group), *netns, "--policy", _POLICY, *replace])
 
 
 class _Hint(msgspec.Struct, frozen=True):
@@ -211,13 +212,12 @@ def _hint(process: Process, known: Known) -> _Hint | None:
     return next((_HINTS[name] for name in names if name in _HINTS), None)
 
 
-def _netns(group: Group) -> str:
+def _netns(group: Group) -> list[str]:
     """The option that selects the group's network namespace."""
     if not group.is_elsewhere:
-        return ""
+        return []
     pids = (each.pid for socket in group.sockets for each in socket.processes)
-    name = group.netns_name or next(pids, None)
-    return f" --netns {name}" if name else ""
+    return ["--netns", str(group.netns_name or next(pids, group.netns))]
 
 
 def pids(processes: Sequence[Process]) -> str:

@@ -10,7 +10,7 @@ from steer.inspect import words
 from steer.inspect.schema import Process, Program
 from testkit.inspection import group, process, sock
 
-KNOWN = words.Known()
+KNOWN = words.Known({}, frozenset({"--policy", "--replace", "--netns"}))
 
 
 TWO = (sock(process(1)), sock(process(2), inode=11))
@@ -91,7 +91,17 @@ def test_attach_is_advised_where_the_hash_decides() -> None:
 
 
 def test_attach_is_not_advised_where_it_is_not_there() -> None:
-    assert words.advice(group(*TWO), words.Known(can_attach=False)) == []
+    assert words.advice(group(*TWO), words.Known()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"program": EBPF}, {"is_elsewhere": True, "netns_name": "blue"}, {"protocol": "udp"}],
+)
+def test_attach_is_not_advised_where_it_could_not_do_it(changes: dict[str, Any]) -> None:
+    known = words.Known({}, frozenset({"--policy"}))
+    assert words.advice(group(*TWO, **changes), known) == []
+    assert words.advice(group(*TWO), known) != []
 
 
 def test_attach_is_not_advised_where_programs_cannot_be_seen() -> None:
@@ -112,7 +122,6 @@ def test_a_foreign_program_is_replaced() -> None:
     [
         ({"address": "127.0.0.1"}, "steer attach 127.0.0.1:80 --policy least-conn"),
         ({"address": "::"}, "steer attach [::]:80 --policy"),
-        ({"protocol": "udp"}, "steer attach udp://:80 --policy flow"),
         ({"is_elsewhere": True, "netns_name": "blue"}, "steer attach :80 --netns blue --policy"),
         ({"is_elsewhere": True}, "steer attach :80 --netns 1 --policy"),
         ({"netns_name": "blue"}, "steer attach :80 --policy"),
@@ -138,7 +147,7 @@ def test_a_server_that_is_known_is_named() -> None:
 
 
 def test_a_server_is_known_by_the_script_that_it_runs() -> None:
-    known = words.Known({2: ["/usr/bin/python3", "/venv/bin/uvicorn", "app:app"]}, False)
+    known = words.Known({2: ["/usr/bin/python3", "/venv/bin/uvicorn", "app:app"]})
     (found,) = words.advice(group(sock(*SHARED[1:]), kind="shared"), known)
     assert "-- uvicorn APP --fd {fd}`" in found
 
