@@ -52,11 +52,7 @@ _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
 def main(source: str, include: str, *flags: str) -> int:
-    # End with the parent, as nobody else waits for the result.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    # A policy is small. If clang does not end, the policy has a mistake.
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    limit_this_process()
     # Use steer's own few headers as kernel headers, so that none have to be installed.
     os.environ["BCC_KERNEL_SOURCE"] = include
     # bcc itself writes to standard output, even at exit. Keep that out of the JSON.
@@ -80,25 +76,38 @@ def main(source: str, include: str, *flags: str) -> int:
     except Exception as error:  # noqa: BLE001 - bcc raises nothing more exact
         print(error, file=sys.stderr)
         return 1
-    count = lib.bpf_num_functions(module.module)
-    functions = {lib.bpf_function_name(module.module, number) for number in range(count)}
-    named = {name: f"steer_{name}".encode() for name in PROGRAMS}
-    programs = {
-        name: module.dump_func(function).hex()
-        for name, function in named.items()
-        if function in functions
-    }
     with open(f"/proc/self/fd/{read}", errors="replace") as file:
         rule = file.read()
     found = {
         "compiler": f"bcc {bcc.__version__}",
-        "programs": programs,
+        "programs": programs_of(module, lib),
         "lines": lines,
         "read": rule,
     }
     with answer:
         json.dump(found, answer)
     return 0
+
+
+def limit_this_process() -> None:
+    """End this process with its parent, or when it takes too long or too much memory."""
+    # If the parent ends, nobody else waits for the result.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    # A policy is small. If clang does not end, the policy has a mistake.
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+
+
+def programs_of(module: Any, lib: Any) -> dict[str, str]:
+    """The bytecode of each program in a compiled module, in hexadecimal."""
+    count = lib.bpf_num_functions(module.module)
+    functions = {lib.bpf_function_name(module.module, number) for number in range(count)}
+    named = {name: f"steer_{name}".encode() for name in PROGRAMS}
+    return {
+        name: module.dump_func(function).hex()
+        for name, function in named.items()
+        if function in functions
+    }
 
 
 def compiled(compiler: Any, source: str, flags: list[str]) -> tuple[Any, Lines]:
