@@ -127,35 +127,60 @@ class Map(Descriptor):
             fields = dict(line.split(":", 1) for line in file)
         return int(fields.get("memlock", 0))
 
-    def memory(self) -> mmap.mmap:
-        """The value of a BPF_F_MMAPABLE map, mapped into memory.
-
-        Children do not inherit the mapping (madvise(2), MADV_DONTFORK). A worker runs other
-        people's code, which could otherwise change what the kernel selects.
-        """
-        memory = _Memory(self._fd, _pages(self.spec.value_bytes))
-        memory.madvise(mmap.MADV_DONTFORK)
-        return memory
+    def memory(self) -> Memory:
+        """The value of a BPF_F_MMAPABLE map, mapped into memory."""
+        return Memory(self._fd, _pages(self.spec.value_bytes))
 
     def _key(self, key: int) -> bytes:
         return key.to_bytes(self.spec.key_bytes, sys.byteorder)
 
 
-class _Memory(mmap.mmap):
-    """A mapping that only `close` unmaps, and only in the process that mapped it.
+class Memory:
+    """A shared mapping of a map. It keeps no descriptor open, as Python's mmap would.
 
-    A forked child may have something else at that address, so there the object must not be
-    freed, which would unmap it. So it holds a reference to itself until it is closed.
+    Children do not inherit the mapping (madvise(2), MADV_DONTFORK). A worker runs other people's
+    code, which could otherwise change what the kernel selects. A forked child may have something
+    else at that address, so only `close` unmaps it, and only in the process that mapped it.
+
+    Attributes:
+        view: the bytes of the map, which can be written.
+
+    Raises:
+        KernelError: the kernel refuses the mapping.
     """
 
-    def __init__(self, _fd: int, _length: int) -> None:
+    def __init__(self, fd: int, length: int) -> None:
         self._mapped_by = os.getpid()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        self._length = length
+        self._address = _LIBC.mmap(None, length, _READ_WRITE, mmap.MAP_SHARED, fd, 0)
+        if self._address == _MAP_FAILED:
+            raise refusal("map a BPF map into memory", ctypes.get_errno())
+        _LIBC.madvise(self._address, length, mmap.MADV_DONTFORK)
+        content = (ctypes.c_ubyte * length).from_address(self._address)
+        self.view = memoryview(content).cast("B")
 
     def close(self) -> None:
-        if not self.closed and os.getpid() == self._mapped_by:
-            super().close()
-            ctypes.pythonapi.Py_DecRef(ctypes.py_object(self))
+        """Unmap the memory. Later uses of `view` raise ValueError. A second call does nothing."""
+        address, self._address = self._address, None
+        if address is not None and os.getpid() == self._mapped_by:
+            self.view.release()
+            _LIBC.munmap(address, self._length)
+
+
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class _Btf(Descriptor):

@@ -26,7 +26,7 @@ class Slots:
 
     def __init__(self, slots_map: Map) -> None:
         self.map = slots_map
-        self._memory = slots_map.memory()
+        self._mapping = slots_map.memory()
 
     def begin(self, slot: int) -> int:
         """Prepare a slot for a new worker without open connections. Returns its stamp.
@@ -58,7 +58,7 @@ class Slots:
 
     def busy(self, below: int) -> Set[int]:
         """The slots below this number that have open connections."""
-        opened = self._memory[abi.OPEN_OFFSET : abi.OPEN_OFFSET + 4 * below]
+        opened = bytes(self._memory[abi.OPEN_OFFSET : abi.OPEN_OFFSET + 4 * below])
         if opened.count(0) == len(opened):
             return frozenset()
         numbers = struct.unpack(f"={below}i", opened)
@@ -66,8 +66,8 @@ class Slots:
 
     def pulse(self, below: int) -> bytes:
         """A value that changes when a slot below this number opens or closes a connection."""
-        opened = self._memory[abi.OPEN_OFFSET : abi.OPEN_OFFSET + 4 * below]
-        return opened + self._memory[abi.LOAD_BYTES - abi.PACE.size : abi.LOAD_BYTES]
+        opened = bytes(self._memory[abi.OPEN_OFFSET : abi.OPEN_OFFSET + 4 * below])
+        return opened + bytes(self._memory[abi.LOAD_BYTES - abi.PACE.size : abi.LOAD_BYTES])
 
     def set_open(self, slot: int, number: int) -> None:
         """Set the load of a slot, and its open connections to the same, if they are not counted.
@@ -80,12 +80,16 @@ class Slots:
 
     def become(self, fd: int) -> None:
         """Replace the map by that of an earlier controller. Takes ownership of `fd`."""
-        self._memory.close()
+        self._mapping.close()
         self.map.become(fd)
-        self._memory = self.map.memory()
+        self._mapping = self.map.memory()
 
     def close(self) -> None:
-        self._memory.close()
+        self._mapping.close()
+
+    @property
+    def _memory(self) -> memoryview:
+        return self._mapping.view
 
     def _at(self, slot: int) -> tuple[int, ...]:
         at = abi.SLOTS_OFFSET + slot * abi.SLOT.size
@@ -115,7 +119,7 @@ class Table:
 
     def __init__(self, table_map: Map) -> None:
         self.map = table_map
-        self._memory = table_map.memory()
+        self._mapping = table_map.memory()
         (head,) = abi.HEAD.unpack_from(self._memory)
         self._active = int(head & abi.BUFFER_BYTES != 0)
         self._readers_may_remain = True
@@ -178,7 +182,11 @@ class Table:
     def active(self) -> bytes:
         """The content of the active buffer."""
         base = self._base(self._active)
-        return self._memory[base : base + abi.BUFFER_BYTES]
+        return bytes(self._memory[base : base + abi.BUFFER_BYTES])
+
+    @property
+    def _memory(self) -> memoryview:
+        return self._mapping.view
 
     def _point_to(self, buffer: int) -> None:
         """Make a buffer active. The one store to the head also sets the lengths."""
@@ -197,7 +205,7 @@ class Table:
             self._memory[base + offset : base + offset + len(data)] = data
 
     def close(self) -> None:
-        self._memory.close()
+        self._mapping.close()
 
 
 PROGRAMS_END_S = 0.1

@@ -15,6 +15,6 @@ def count(event, _):
             os.kill(me, signal.SIGKILL)
 
 
-EVENTS = {"os.fork", "socket.__new__", "socket.sendmsg", "socket.bind", "os.kill", "mmap.__new__"}
+EVENTS = {"os.fork", "socket.__new__", "socket.sendmsg", "socket.bind", "os.kill", "ctypes.cdata"}
 if left and "run" in sys.orig_argv:
     sys.addaudithook(count)

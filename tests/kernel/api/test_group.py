@@ -575,7 +575,7 @@ def test_in_a_child_all_but_close_says_whose_it_is(backend: str) -> None:
             group.close()
             for each in mapped:
                 each[::4096] = bytes(len(each[::4096]))
-            mine = [each for each in descriptors(os.getpid()).values() if "bpf-prog" in each]
+            mine = [each for each in descriptors(os.getpid()).values() if "bpf" in each]
             os.write(told, json.dumps([found, mine]).encode())
 
         with forked(work) as (_, told):

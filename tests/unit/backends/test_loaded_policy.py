@@ -39,7 +39,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> Laid:
 def chosen_by(name: str) -> LoadedPolicy:
     memory = bytearray(abi.TABLE_BYTES)
     maps = {
-        "table": SimpleNamespace(memory=lambda: memory),
+        "table": SimpleNamespace(memory=lambda: SimpleNamespace(view=memoryview(memory))),
         "params": SimpleNamespace(put=lambda *_: None),
     }
     chosen = LoadedPolicy(plan_for(3, name), cast(Any, maps), [], True)
