@@ -93,6 +93,10 @@ class SteerError(Exception):
         shown = cause or cls._shown(error)
         return cls(what, shown, cures.get(number, cure), detail, number or None)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """How pickle and copy rebuild the error: its arguments are not those of `__init__`."""
+        return type(self).__new__, (type(self), *self.args), vars(self)
+
     @property
     def note(self) -> Note:
         """The same as a note, if it is not treated as an error."""

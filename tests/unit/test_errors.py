@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import steer
-from steer.errors import BindError, CompileError, ConfigError, KernelError, SteerError
+from steer import errors
+from steer.errors import (
+    BindError,
+    CompileError,
+    ConfigError,
+    KernelError,
+    Refused,
+    SteerError,
+    VerifierError,
+)
 
 CURES = {errno.EPERM: "run as root"}
 
@@ -55,6 +67,32 @@ def test_a_number_without_a_name_is_shown_as_it_is() -> None:
 def test_an_error_without_a_number_says_what_it_is() -> None:
     error = KernelError.from_oserror("ask", TimeoutError("timed out"))
     assert (error.cause, error.errno) == ("timed out", None)
+
+
+ERRORS = [
+    *(
+        kind("act", "cause")
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, SteerError)
+    ),
+    KernelError("act", "EPERM", "run as root", "a line", errno.EPERM),
+    Refused("act", "the answer", "a line", 4),
+    VerifierError("act", "refused", log="a log"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))]
+)
+def test_another_process_gets_the_same_error(
+    error: SteerError, again: Callable[[SteerError], SteerError]
+) -> None:
+    """As concurrent.futures and multiprocessing send it."""
+    error.add_note("in slot 3")
+    found = again(error)
+    assert type(found) is type(error)
+    assert (vars(found), found.args, str(found)) == (vars(error), error.args, str(error))
 
 
 SEARCHED = (
