@@ -152,8 +152,8 @@ class ReuseportGroup:
 
         Args: as for `listen`.
 
-        Raises: as `listen`. Also GroupError: the socket is not bound to the address, has no
-            SO_REUSEPORT, or is a TCP socket that does not listen.
+        Raises: as `listen`. Also GroupError: the socket is in another slot, is not bound to the
+            address, has no SO_REUSEPORT, or is a TCP socket that does not listen.
         """
         self._check_usable()
         self._slots.make_free(slot, cpu)
@@ -194,8 +194,8 @@ class ReuseportGroup:
             that is all of them; `notes` then says so.
 
         Raises:
-            GroupError: the slot is active, no slot is active, the socket does not belong to the
-                group, or the group is UDP.
+            GroupError: the slot is active, no slot is active, the socket is not that of the slot,
+                or the group is UDP.
             KernelError
         """
         self._check_usable(slot)

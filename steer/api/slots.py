@@ -42,6 +42,18 @@ class SlotCounts(msgspec.Struct, frozen=True):
     open: int | None = None
 
 
+class _Joined(msgspec.Struct, frozen=True):
+    """The socket of a slot.
+
+    Args:
+        cookie: see `reuseport.cookie`.
+        cpu: the CPU that the caller gave, if any.
+    """
+
+    cookie: int
+    cpu: int | None
+
+
 class Slots:
     """The backend, and the slots that have a socket.
 
@@ -63,14 +75,14 @@ class Slots:
         self.reason = self.plan.backends[0].reason
         self.active: frozenset[int] = frozenset()
         self.was_joined = False
-        self._cpus: dict[int, int | None] = {}
+        self._joined: dict[int, _Joined] = {}
 
     def label(self, slot: int) -> str:
         return f"slot {slot} of {self.bind.label}"
 
     def counts(self) -> dict[int, SlotCounts]:
         """The counts of the slots that have a socket. Raises KernelError."""
-        return {slot: self._counts(slot) for slot in sorted(self._cpus)}
+        return {slot: self._counts(slot) for slot in sorted(self._joined)}
 
     def _counts(self, slot: int) -> SlotCounts:
         counted, now_open = self.backend.counts(slot), self.backend.open(slot)
@@ -81,7 +93,7 @@ class Slots:
     def check_taken(self, slots: Collection[int]) -> None:
         """Raises GroupError: a slot has no socket."""
         for slot in slots:
-            if slot not in self._cpus:
+            if slot not in self._joined:
                 cause = "no socket has joined there"
                 raise GroupError(f"use {self.label(slot)}", cause, "listen() or add() first")
 
@@ -98,13 +110,21 @@ class Slots:
             raise GroupError(act, "no such slot", f"allowed: 0 to {count - 1}")
         if cpu is not None and cpu not in self.plan.topology.possible:
             raise ConfigError(act, f"there is no CPU {cpu}", "see /sys/devices/system/cpu/possible")
-        if slot in self._cpus:
+        if slot in self._joined:
             if self.backend.is_member(slot, 0) is not False:
                 raise GroupError(act, "it is taken", "close its socket and remove() it first")
             self.leave(slot)
 
     def join(self, slot: int, sock: socket.socket, weight: int, cpu: int | None) -> None:
-        """Add the socket to the backend. Raises ConfigError: the weight is wrong; KernelError."""
+        """Add the socket to the backend.
+
+        Raises:
+            GroupError: the socket is already in another slot.
+            ConfigError: the weight is wrong.
+            KernelError
+        """
+        cookie = reuseport.cookie(sock.fileno())
+        self._check_new(slot, cookie)
         self._set_weight(slot, weight)
         self.backend.take_counts(slot)
         try:
@@ -112,8 +132,17 @@ class Slots:
         except BaseException:
             self.backend.remove_member(slot)
             raise
-        self._cpus[slot] = cpu
+        self._joined[slot] = _Joined(cookie, cpu)
         self.was_joined = True
+
+    def _check_new(self, slot: int, cookie: int) -> None:
+        """Raises GroupError: the socket is already in a slot. The kernel has a socket only once in
+        a group, so two slots cannot share it."""
+        for other, joined in self._joined.items():
+            if joined.cookie == cookie:
+                cause = f"the socket is in slot {other} already"
+                cure = f"add another socket, or remove({other}) first"
+                raise GroupError(f"join {self.label(slot)}", cause, cure)
 
     def _set_weight(self, slot: int, weight: int) -> None:
         weights = [spec.weight for spec in self.plan.specs]
@@ -128,7 +157,7 @@ class Slots:
         """Remove the slot's socket from the backend. Raises KernelError."""
         if slot in self.active:
             self.select_from(self.active - {slot})
-        del self._cpus[slot]
+        del self._joined[slot]
         self.backend.remove_member(slot)
 
     def select_from(self, slots: frozenset[int]) -> None:
@@ -140,7 +169,7 @@ class Slots:
         return [self._member(plan, slot) for slot in sorted(slots)]
 
     def _member(self, plan: Plan, slot: int) -> Member:
-        spec, given = plan.specs[slot], self._cpus[slot]
+        spec, given = plan.specs[slot], self._joined[slot].cpu
         is_given = plan.policy.pinned and given is not None
         return Member(slot, spec.weight, given if is_given else spec.cpu)
 
@@ -148,10 +177,13 @@ class Slots:
         """Move connections that wait at the slot to active slots; return how many still wait.
 
         Raises:
-            GroupError: the slot is active, no slot is active, or the group is UDP.
+            GroupError: the slot is active, no slot is active, the group is UDP, or the socket is
+                not that of the slot.
             KernelError
         """
         act = f"migrate {self.label(slot)}"
+        if reuseport.cookie(sock.fileno()) != self._joined[slot].cookie:
+            raise GroupError(act, "the socket is not that of this slot", "pass the slot's socket")
         if self.bind.protocol == "udp":
             raise GroupError(act, "datagrams cannot be moved")
         if slot in self.active or not self.active:
@@ -206,7 +238,7 @@ class Slots:
         """Open a socket of the group for a moment, as a program is attached through any socket of
         the group and the others may be in other processes. While a slot is active, the program in
         force does not select it."""
-        if not self._cpus:
+        if not self._joined:
             yield {}
             return
         try:

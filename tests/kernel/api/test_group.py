@@ -284,6 +284,19 @@ def test_nothing_is_on_its_way_to_what_is_migrated(monkeypatch: pytest.MonkeyPat
         assert waits == ["waited"]
 
 
+@all_backends
+def test_only_the_socket_of_the_slot_is_migrated(backend: str) -> None:
+    with reuseport_group("hash", backend=backend) as group, listening(group, 2) as (first, second):
+        group.drain(0)
+        with pytest.raises(GroupError, match=r"migrate slot 0 of .*: the socket is not that of"):
+            group.migrate(0, second)
+        with first.dup() as same, send(group):
+            group.migrate(0, same)
+        group.activate(0)
+        group.drain(1)
+        assert backend == "kernel" or sequence(group, [first], 4) == [0] * 4
+
+
 @pytest.mark.needs("bpf", "migrate")
 def test_what_waits_at_one_that_dies_goes_to_others() -> None:
     with reuseport_group("round-robin") as group, listening(group, 2) as (first, second):
@@ -380,6 +393,25 @@ def test_sockets_of_others_are_taken_in(backend: str, protocol: str) -> None:
         again = ReuseportGroup(group_input.text_of(group._bind), "hash", slots=1)
         with again, pytest.raises(BindError, match="EADDRINUSE"):
             again.listen(0)
+
+
+@all_backends
+@all_protocols
+def test_a_socket_is_in_one_slot_only(backend: str, protocol: str) -> None:
+    with (
+        reuseport_group("random", slots=3, protocol=protocol, backend=backend) as group,
+        group.listen(0) as first,
+        group.listen(2) as last,
+    ):
+        words = r"slot 1 of .*: the socket is in slot 0 already; .*remove\(0\)"
+        with first.dup() as same:
+            for sock in (first, same):
+                with pytest.raises(GroupError, match=words):
+                    group.add(1, sock, weight=7)
+        assert list(group.counts()) == [0, 2]
+        group.activate(0, 2)
+        group.drain(0)
+        assert backend == "kernel" or set(sequence(group, [first, last], 20)) == {1}
 
 
 def others(group: ReuseportGroup, reuse: bool = True, listen: bool = True) -> socket.socket:
