@@ -1,1 +1,2 @@
-"""The process that keeps descriptors for the next controller, and stands in while there is none."""
+"""The guard process: it keeps descriptors for the next controller, and stands in while there is no
+controller."""

@@ -1,4 +1,4 @@
-"""Adoption on the side of the guard process: it hands over everything, or it carries on."""
+"""Adoption on the side of the guard process: it hands over everything, or continues as before."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Adoption:
     Args:
         control: the listening control socket.
         leave: called before anything is handed over.
-        carry_on: called when the controller has ended before it had everything.
+        carry_on: called if the controller ends before it has everything.
 
     Attributes:
-        pid: of the last controller that requested an adoption.
+        pid: the process ID of the last controller that requested an adoption.
         is_done: whether that controller has everything.
     """
 

@@ -14,19 +14,20 @@ import msgspec
 from steer.values import plural
 
 MAX_FDS = 253
-"""In one message: SCM_MAX_FD of include/net/scm.h."""
+"""The most descriptors in one message: SCM_MAX_FD of include/net/scm.h."""
 SAME = -1
-"""In place of a number of descriptors: those that the entry already has."""
+"""In place of a number of descriptors: the entry keeps its descriptors."""
 _CHUNK_BYTES = 16384
 _HEADER_BYTES = 4
 
 
 FRAME_MAX_BYTES = 64 << 20
-"""More than any frame has: values have some megabytes at most."""
+"""No frame is longer, as values have some megabytes at most."""
 
 
 class NotUnderstood(OSError):
-    """The received bytes are no frame: another version of steer sent them, or they are damaged."""
+    """The received bytes are not a frame: another version of steer sent them, or they are
+    damaged."""
 
     def __init__(self, why: str) -> None:
         super().__init__(errno.EBADMSG, why)
@@ -97,7 +98,7 @@ class Channel:
         close-on-exec, and the caller closes them.
 
         Raises:
-            NotUnderstood: it is no frame. Nothing can be received afterwards.
+            NotUnderstood: the bytes are not a frame. Nothing can be received afterwards.
             OSError: as recvmsg(2): BlockingIOError or TimeoutError where it may not block; EMFILE:
                 descriptors were lost as there was no room for them.
         """
@@ -128,7 +129,7 @@ class Channel:
         return frame
 
     def close(self) -> None:
-        """Close it, and the descriptors that nobody took."""
+        """Close the channel, and the descriptors that no caller took."""
         self.sock.close()
         for fd in self._fds:
             os.close(fd)

@@ -77,7 +77,7 @@ class GuardClient:
 
     @property
     def pid(self) -> int:
-        """Of the guard process."""
+        """The process ID of the guard process."""
         return self._process.pid
 
     def fileno(self) -> int:
@@ -112,7 +112,7 @@ class GuardClient:
         self._outbox.send(Frame("configure", value=msgspec.msgpack.encode(settings)))
 
     def give_up(self) -> None:
-        """From now on nobody is to adopt the workers: if the controller ends, they end, too."""
+        """Forbid adoption: if the controller ends from now on, the workers end, too."""
         self.configure(replace(self._settings, adopt_timeout_s=0.0))
 
     def reopen(self) -> None:
@@ -120,13 +120,14 @@ class GuardClient:
         self._outbox.send(Frame("reopen", fds=2), fds=(1, 2))
 
     def commit(self, has_all: bool) -> None:
-        """Call this before (`has_all`) and after the guard process that hands over has ended."""
+        """Call this with `has_all` before the guard process that hands over ends, and without it
+        afterwards."""
         self._outbox.send(Frame("has-all" if has_all else "alone", wait=True))
         if not has_all:
             self._process.predecessor = None
 
     def close(self) -> None:
-        """End the guard process, as no worker is left. It ends nobody."""
+        """End the guard process, as no worker is left. It ends no other process."""
         if self._process.fileno() >= 0:
             self._outbox.send(Frame("close"))
             self._process.wait_for_end()
@@ -146,8 +147,8 @@ class GuardClient:
         os.close(old)
 
     def relocate(self, settings: Settings) -> None:
-        """Start another guard process, as the control socket was made again under its descriptor
-        and the guard process has a duplicate of the old one. No event loop may watch `fileno()`.
+        """Start another guard process after the control socket was made again: the present one has
+        a duplicate of the old socket. No event loop may watch `fileno()`.
 
         Raises:
             OSError: as `revive`.

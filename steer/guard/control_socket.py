@@ -19,8 +19,8 @@ _LOOK_S = 2.0
 
 
 class ControlSocket:
-    """The path of the control socket, and the record of workers beside it. A logout removes a
-    runtime directory with all files in it: then nobody could adopt or stop the service.
+    """The path of the control socket, and the record of workers beside it. A logout may remove a
+    runtime directory with all its files. Without the socket no command could reach the service.
 
     Args:
         control: the listening control socket.

@@ -63,7 +63,7 @@ class Ending:
 
     @property
     def needs_polling(self) -> bool:
-        """Whether a process may end that no pidfd is watched of."""
+        """Whether there may be processes whose end no watched pidfd shows."""
         return self.has_begun or any(entry.has_ended for entry in self.living)
 
     def has_ended(self, entry: StoredEntry) -> None:
@@ -86,7 +86,8 @@ class Ending:
         self._fresh.clear()
 
     def go_on(self) -> None:
-        """Do what is due. To be called when `remaining_s` is 0 or less."""
+        """Take the step that is due: tell the workers to finish, or kill them. Call this when
+        `remaining_s` is 0 or less."""
         if not self.has_begun:
             self._begin(self._store.settings.graceful_timeout_s)
         elif not self._are_killed:

@@ -10,11 +10,11 @@ import msgspec
 from steer.guard.channel import Frame
 
 TIES = 3
-"""How many descriptors of a worker are not its sockets; see `Entry`."""
+"""The number of a worker's descriptors that are not its sockets; see `Entry`."""
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """Something stored.
+    """A stored value with descriptors.
 
     Args:
         value: what the next controller needs to know, up to some megabytes. The value of a worker
@@ -36,7 +36,7 @@ NOTHING = Entry(b"")
 
 
 def sockets_of(entry: Entry) -> Sequence[int]:
-    """Its descriptors, without those that tie a worker to the controller."""
+    """The descriptors of an entry, for a worker only its sockets."""
     return entry.fds[TIES:] if entry.group else entry.fds
 
 

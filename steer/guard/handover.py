@@ -29,7 +29,8 @@ class Guard(Protocol):
     """The guard of the controller that adopts."""
 
     def commit(self, has_all: bool) -> None:
-        """Call this before (`has_all`) and after the guard process that hands over has ended."""
+        """Call this with `has_all` before the guard process that hands over ends, and without it
+        afterwards."""
 
 
 class Handover:
@@ -38,11 +39,11 @@ class Handover:
     Until `taken`, only that guard process reads what workers write to standard error.
 
     Attributes:
-        entries: by key; their descriptors belong to this process now.
-        settings: those of the last controller.
+        entries: the stored entries by key. Their descriptors belong to this process now.
+        settings: the settings of the last controller.
         control: the listening control socket.
-        guard_pid: of the guard process. It waits for `taken`; if this process ends or calls
-            `abandon`, it carries on. Its adoption timeout is suspended meanwhile.
+        guard_pid: the process ID of the guard process. That process waits for `taken`, with its
+            adoption timeout suspended. If this process ends or calls `abandon`, it continues.
     """
 
     def __init__(self, channel: Channel) -> None:

@@ -19,7 +19,11 @@ class Receiver(Protocol):
 
 
 class Outbox:
-    """Attributes: is_together: whether entries are sent at the end of `together`."""
+    """Frames to the guard process.
+
+    Attributes:
+        is_together: whether entries are sent at the end of `together`.
+    """
 
     def __init__(self, receiver: Receiver) -> None:
         self.is_together = False
@@ -55,7 +59,8 @@ class Outbox:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Send what is put meanwhile at the end, in at most two messages and with one wait.
+        """Collect the entries of a block; send them at its end, in at most two messages, with one
+        wait.
 
         Entries with a new value and the same descriptors are in one message: if steer ends in the
         middle, the guard process has either all of these values or none.

@@ -26,7 +26,7 @@ class GuardProcess:
         predecessor: the channel to the guard process that hands over to this one.
 
     Attributes:
-        pid: of the guard process.
+        pid: the process ID of the guard process.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class GuardProcess:
         self._pidfd = -1
 
     def start(self, settings: Settings, inode: int | None) -> None:
-        """Fork it.
+        """Fork the guard process.
 
         Args:
-            inode: of the path of the control socket.
+            inode: the inode of the path of the control socket.
 
         Raises:
             OSError: no more processes, or no more files; see `fork.fork_error`.

@@ -1,4 +1,4 @@
-"""The record of workers: a file that names them, should guard and controller both be killed."""
+"""The record of workers: a file that lists them, in case guard and controller are both killed."""
 
 from __future__ import annotations
 

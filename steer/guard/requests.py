@@ -1,4 +1,4 @@
-"""Takes requests at the control socket while no controller does.
+"""Takes requests at the control socket while there is no controller.
 
 `control.server` does that for a controller. This one needs no event loop, which would take much
 memory in a guard process: it registers callbacks with a selector of its caller.

@@ -1,8 +1,8 @@
 """The guard process while its service has no controller.
 
-It reads what workers write, closes what belonged to workers that have ended, and answers at the
-control socket. That goes on until another controller adopts the service, or until the time for
-that is over and the guard process ends the workers.
+It reads the standard error of workers, closes the sockets of workers that have ended, and answers
+at the control socket, until another controller adopts the service. After the adoption timeout the
+guard process ends the workers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ IGNORED = (
 )
 """Signals to the controller. Some supervisors send them to every process of a service."""
 _BACK_S = 10.0
-"""How long a controller that re-executes itself may take to be back."""
+"""How long a controller may take to re-execute itself."""
 _LAST_S = 0.2
 """How long clients that are connected may take to send a request before another process answers."""
 _LOOK_S = 0.1
@@ -87,7 +87,7 @@ class Standby:
             self._buffer = NotificationBuffer(store.entries[NOTIFICATIONS].fds[0], groups)
         self._read_notifications()
         end_unfinished(store)
-        # All workers may have ended a moment ago. Connections then wait for the next one.
+        # All workers may have ended a moment ago. Connections then wait for the next worker.
         is_service = (
             any(each.group for each in store.entries.values()) or SELECTION in store.entries
         )
@@ -203,7 +203,7 @@ class Standby:
         elif command != "adopt" and time.monotonic() < self._back_s:
             client.answer({**self._refusal("the controller is being replaced"), "again": True})
         elif command not in ("adopt", "status") and is_adopted:
-            # In a moment there is a controller to answer, or we are the ones to answer again.
+            # In a moment either a controller answers, or this process answers again.
             client.answer({**self._refusal(self._state()), "again": True})
         elif command == "stop":
             if len(self._stoppers) < CONNECTIONS_MAX:
@@ -239,7 +239,7 @@ def main(
     say: Say,
     predecessor: socket.socket | None,
 ) -> int:
-    """Be the guard process. Runs in the forked child; returns its exit status."""
+    """Run the guard process in the forked child; return its exit status."""
     # `killall steer` must not kill the guard process along with the controller.
     fork.rename("reuseport-guard")
     title.show(f"steer: guard {settings.name}")

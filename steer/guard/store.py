@@ -1,6 +1,6 @@
 """What the guard process stores while there is a controller.
 
-It stores what the controller sends, and signals nobody. The end of its channel means that the
+It stores what the controller sends, and signals no process. The end of its channel means that the
 controller has ended, or that it re-executes itself: then `standby` takes over. The controller's
 side is in `client`.
 """
@@ -33,11 +33,11 @@ class Settings(msgspec.Struct, frozen=True):
     """What the guard process needs to know once there is no controller.
 
     Args:
-        name: of the service.
+        name: the name of the service.
         control: path of the control socket, which is removed at the end.
         remove_directory: whether to remove the directory of the control socket, too, if empty.
         pid_file: path of the pid file, which is removed at the end if it names the controller.
-        adopt_timeout_s: how long workers go on without a controller; 0: they end at once.
+        adopt_timeout_s: how long workers continue without a controller; 0: they end at once.
         graceful_timeout_s: the time between the signal to finish and SIGKILL.
         log_format: "text" or "json": the format of the lines that workers write.
     """
@@ -52,11 +52,11 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class ControllerFiles(msgspec.Struct, frozen=True):
-    """What identifies the files of the controller: others may be at the same paths by now.
+    """Identifies the files of the controller, as other files may be at the same paths by now.
 
     Args:
-        controller: the process id in its pid file.
-        inode: of the control socket's path.
+        controller: the process ID in its pid file.
+        inode: the inode of the control socket's path.
     """
 
     controller: int
@@ -78,7 +78,7 @@ class StoredEntry(msgspec.Struct, eq=False):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the first process of the worker has ended; others may go on."""
+        """Whether the first process of the worker has ended. Others may still run."""
         return not self.fds
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class FdStore:
     """The entries that the controller has stored.
 
     Args:
-        channel: to the controller.
+        channel: the channel to the controller.
         predecessor: the channel to the guard process that hands over, until that has ended.
 
     Attributes:
@@ -141,8 +141,8 @@ class FdStore:
         self._has_all = predecessor is None
 
     def serve(self) -> bool:
-        """Store what the controller sends until it ends. Returns whether the service is left to
-        us."""
+        """Store what the controller sends until it ends. Returns whether this process has to stand
+        in for the controller."""
         try:
             while (received := self._channel.receive()) is not None:
                 frame, fds = received
@@ -204,7 +204,7 @@ class FdStore:
             self.entries[key].value = value
 
     def relocated(self, control: Path) -> None:
-        """The control socket has another path. That one is to be removed at the end."""
+        """Note that the control socket has another path, which is removed at the end."""
         self.settings = msgspec.structs.replace(self.settings, control=str(control))
         self._files = msgspec.structs.replace(self._files, inode=claim.inode(control))
 

@@ -16,11 +16,15 @@ from steer.linux.lines import Line, Lines, shown
 
 _CHUNK_BYTES = 65536
 _CHUNKS_AT_END = 16
-"""More than a pipe holds (pipe(7))."""
+"""A pipe holds less than this (pipe(7))."""
 
 
 class WorkerOutput:
-    """Args: form: "text" or "json"."""
+    """Reads the standard error of workers and writes it to the log.
+
+    Args:
+        form: "text" or "json".
+    """
 
     def __init__(self, selector: BaseSelector, form: str) -> None:
         self._selector = selector
@@ -38,13 +42,13 @@ class WorkerOutput:
         output.stderr.finish(within_s)
 
     def add(self, stderr: int, entry: StoredEntry) -> None:
-        """Read what this worker writes."""
+        """Start to read the standard error of this worker."""
         os.set_blocking(stderr, False)
         self._lines[stderr] = _Lines(entry, self._form)
         self._listen(stderr)
 
     def finish(self, stderr: int) -> None:
-        """The worker has ended: pass on the rest of its output."""
+        """Pass on the rest of the output of a worker that has ended."""
         for _ in range(_CHUNKS_AT_END):
             if not self._hear(stderr):
                 break
@@ -56,7 +60,8 @@ class WorkerOutput:
             self._selector.register(stderr, EVENT_READ, lambda: self._on_stderr(stderr))
 
     def _on_stderr(self, stderr: int) -> None:
-        """Read nothing while our own standard error blocks: then the worker waits, and not we."""
+        """Read only while our own standard error does not block. If it blocks, the worker waits,
+        and not this process."""
         if output.stderr.is_clear:
             self._hear(stderr)
         else:

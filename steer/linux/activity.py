@@ -1,4 +1,4 @@
-"""Whether other processes do anything, by /proc: CPU time, context switches, states."""
+"""Finds out from /proc whether other processes do anything: CPU time, context switches, states."""
 
 from __future__ import annotations
 

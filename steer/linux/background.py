@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def in_background(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a thread of its own, and return or raise what it does.
+    """Call a function in a new thread; return its result or raise its error.
 
     This is not asyncio.to_thread(), because a loop waits for its threads before it ends. A thread
     that compiles, or reads from a file system that does not answer, may never end.

@@ -19,7 +19,7 @@ _SIGINFO_BYTES = 128
 
 
 class ChildEnds:
-    """Is readable from when a child ends until `clear`, however many end (signalfd(2)).
+    """A descriptor that is readable from the end of a child until `clear` (signalfd(2)).
 
     SIGCHLD has to be blocked in all threads for good, as by `signals.hold_signals`.
 
@@ -40,7 +40,7 @@ class ChildEnds:
         return self._fd
 
     def clear(self) -> None:
-        """Be readable again only when another child ends."""
+        """Make the descriptor unreadable until another child ends."""
         with suppress(BlockingIOError):
             os.read(self._fd, _SIGINFO_BYTES)
 

@@ -8,9 +8,9 @@ from functools import cache
 
 
 def current_cpu() -> int:
-    """The CPU this thread ran on a moment ago, or -1 where the kernel cannot tell.
+    """The CPU that this thread ran on a moment ago, or -1 if the kernel cannot tell.
 
-    Source: sched_getcpu(3), a read of the vDSO; `os` has no such call.
+    This is sched_getcpu(3), which `os` does not have.
     """
     return _sched_getcpu()()
 

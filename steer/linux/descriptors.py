@@ -11,7 +11,7 @@ from steer.errors import ConfigError
 
 
 def keep_only(fds: Iterable[int]) -> None:
-    """Close every descriptor but these and 0, 1, 2."""
+    """Close every descriptor except these and 0, 1, 2."""
     kept = sorted(fd for fd in fds if fd >= 3)
     low = 3
     for fd in kept:
@@ -45,7 +45,7 @@ def allow_descriptors(needed: int) -> tuple[int, int]:
             raise ConfigError(
                 f"open {needed} files, as so many workers and addresses need",
                 f"the limit is {hard}",
-                "raise it (ulimit -Hn, LimitNOFILE=), or fewer workers or addresses",
+                "raise it (ulimit -Hn, LimitNOFILE=), or use fewer workers or addresses",
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return soft, hard

@@ -96,9 +96,9 @@ class Family:
     has one of its sockets open.
 
     Args:
-        pid: of the first process.
-        is_child: whether that is a child of this process. If not, its orphans have another parent,
-            and are looked for among all processes.
+        pid: the process ID of the first process.
+        is_child: whether the first process is a child of this process. If not, its orphans have
+            another parent, and are searched among all processes.
 
     Attributes:
         sockets: inodes of the worker's sockets, if known.
@@ -153,7 +153,7 @@ def others(families: Sequence[Family], beside: Collection[int] = ()) -> list[lis
     kernel/exit.c).
 
     Args:
-        beside: process groups of other workers, whose processes need no further look.
+        beside: process groups of other workers, whose processes are not examined.
 
     Raises:
         OSError: the processes cannot be listed.

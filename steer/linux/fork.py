@@ -96,7 +96,7 @@ def await_apart() -> bool:
     need. A child does that first (`keep_only`), but only when it gets a CPU.
 
     Returns:
-        Whether they have; a child that is stopped is waited for only for a while.
+        Whether all have closed them. The wait is limited, as a child may be stopped.
     """
     if not _inherited:
         return True
@@ -148,7 +148,7 @@ def run(
     directory: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program to its end, in any thread. No other code waits for it.
+    """Run a program and wait for its end, in any thread. No other code waits for it.
 
     Args:
         directory, environment: None to use those of this process.
@@ -157,8 +157,8 @@ def run(
         Its exit status, and what it wrote to standard output and error.
 
     Raises:
-        OSError: it cannot be started.
-        subprocess.TimeoutExpired: it took longer, and was killed.
+        OSError: the program cannot be started.
+        subprocess.TimeoutExpired: the program took longer, and was killed.
     """
     import subprocess
 

@@ -21,7 +21,7 @@ class Identity(msgspec.Struct, frozen=True):
     home: str = "/"
 
     def environment(self) -> dict[str, str]:
-        """HOME, USER and LOGNAME; nothing if the user stays."""
+        """The variables HOME, USER and LOGNAME; none if the user stays the same."""
         if self.name is None:
             return {}
         return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
@@ -31,7 +31,7 @@ def identity(user: str | None, group: str | None) -> Identity:
     """Look a user and a group up, by name or number.
 
     Raises:
-        ConfigError: there is no such user or group, or it needs root to change to it.
+        ConfigError: there is no such user or group, or only root may change to it.
     """
     uid, gid, name, home = None, None, None, "/"
     try:

@@ -27,7 +27,7 @@ class Log:
         form: "text" or "json".
 
     Attributes:
-        form: the current one.
+        form: the current format.
     """
 
     def __init__(self, level: str, form: str) -> None:

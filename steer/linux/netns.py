@@ -12,13 +12,13 @@ from steer.errors import ConfigError, KernelError
 from steer.values import shown
 
 _NAMED = "/run/netns"
-"""Where ip-netns(8) keeps named ones."""
+"""The directory where ip-netns(8) keeps named namespaces."""
 _CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def own() -> int:
-    """The number of the one that this thread is in, as `readlink /proc/self/ns/net` shows it."""
+    """The number of this thread's network namespace, as `readlink /proc/self/ns/net` shows it."""
     return os.stat(own_path()).st_ino
 
 
@@ -28,7 +28,7 @@ def own_path() -> str:
 
 
 def names(directory: str = _NAMED) -> Mapping[int, str]:
-    """The names of those that have one, by number."""
+    """The names of the namespaces that have one, by number."""
     found = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
@@ -67,7 +67,7 @@ def entered(path: str) -> Iterator[None]:
     """Enter the namespace with that file, with this thread only.
 
     Raises:
-        KernelError: not permitted, or the file is of no network namespace.
+        KernelError: this is not permitted, or the file does not belong to a network namespace.
     """
     with _opened(own_path()) as before, _opened(path) as there:
         _enter(there, path)

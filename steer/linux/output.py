@@ -16,9 +16,9 @@ from contextlib import suppress
 from steer.values import plural
 
 _OWN_MOST_BYTES = 1 << 18
-"""How much of steer's own lines is kept. Further lines are dropped and counted."""
+"""The most bytes of steer's own lines that are kept. Further lines are dropped and counted."""
 _MOST_BYTES = 1 << 24
-"""How much is kept in all. Only the last output of very many workers can reach that."""
+"""The most bytes that are kept. Only the last output of very many workers can reach this."""
 
 
 def _dropped(count: int) -> bytes:
@@ -126,7 +126,7 @@ class Output:
         return True
 
     def finish(self, within_s: float) -> None:
-        """At the end of a process: write what is kept, but wait no longer than this."""
+        """Write what is kept, at the end of the process, and wait no longer than `within_s`."""
         end_s = time.monotonic() + within_s
         while not self.flush() and (left_s := end_s - time.monotonic()) > 0:
             takes(self.fileno(), left_s)

@@ -11,7 +11,7 @@ _NICER_BY, _NICEST = 10, 19  # setpriority(2)
 
 
 def may_renice_others() -> bool:
-    """Whether this process may lower the niceness of others (setpriority(2), CAP_SYS_NICE)."""
+    """Whether this process may lower the niceness of other processes (CAP_SYS_NICE)."""
     with open("/proc/self/status") as lines:
         effective = next(line.split()[1] for line in lines if line.startswith("CapEff:"))
     return bool(int(effective, 16) >> _CAP_SYS_NICE & 1)

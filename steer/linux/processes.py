@@ -69,7 +69,8 @@ def family(pid: int, files: Files, most: int = MOST_OF_FAMILY) -> list[int]:
 
 
 def _family_by_scan(pid: int, root: str) -> list[int]:
-    """The same from the parents of all processes; also for kernels without CONFIG_PROC_CHILDREN."""
+    """The same as `descendants`, found by the parents of all processes. This also works without
+    CONFIG_PROC_CHILDREN."""
     children: dict[int | None, list[int]] = {}
     for each in all_pids(root):
         children.setdefault(parent(each, root), []).append(each)
@@ -110,8 +111,8 @@ def arguments(pid: int, root: str = "/proc") -> list[str]:
 
 
 def command_line(pid: int, root: str = "/proc") -> bytes | None:
-    """The same as bytes, with a null byte after each argument; None if there is no such process.
-    This is fast, because it is called for all processes of the machine."""
+    """The command line of a process as bytes, with a null byte after each argument; None if there
+    is no such process. This is fast, because it is called for all processes of the machine."""
     try:
         fd = os.open(f"{root}/{pid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_READS = 1024
-"""How many files, links and directories are read: this takes 5 to 10 ms."""
+"""The most files, links and directories that are read: this takes 5 to 10 ms."""
 MOST_BYTES = 256 << 10
-"""How many bytes are read: about 90 for each descriptor that is registered with an epoll."""
+"""The most bytes that are read. A descriptor that is registered with an epoll takes about 90."""
 MOST_NAMES = 256
-"""How many names of one directory are read, for example threads of a process."""
+"""The most names of one directory that are read, for example threads of a process."""
 EVERYTHING = 1 << 40
-"""No limit, for what is not done periodically."""
+"""No limit, for reads that are not periodic."""
 
 
 class TooMuch(OSError):

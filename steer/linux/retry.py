@@ -1,8 +1,8 @@
 """Tries again what has failed, and logs each failure once.
 
-Only here, any exception is caught, so that none ends a periodic task or the life of a worker. If
-the exception says that the machine lacks something (descriptors, processes, memory, space), the log
-says so; any other exception is logged as a bug.
+Only this module catches any exception, so that none ends a periodic task or the life of a worker.
+If the exception names something that the machine lacks (descriptors, processes, memory, space), the
+log says so. Any other exception is logged as a bug.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Retry:
         return self.result(act, lambda: (do(), True)[1], False)
 
     def result(self, act: str, do: Callable[[], T], otherwise: T) -> T:
-        """Call `do` once; what it returns, or `otherwise` if it fails."""
+        """Call `do` once; return its result, or `otherwise` if it fails."""
         try:
             with self.spare.lent():
                 found = do()
@@ -87,7 +87,7 @@ class Retry:
 
 
 def is_lack(error: BaseException) -> bool:
-    """Whether an error is a known one, for example of the machine, and not a bug."""
+    """Whether an error has a known cause, such as a lack of memory, and is not a bug in steer."""
     no_thread = isinstance(error, RuntimeError) and str(error) == _NO_THREAD
     return no_thread or isinstance(error, OSError | MemoryError | SteerError)
 

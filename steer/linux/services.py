@@ -28,8 +28,8 @@ class Running(msgspec.Struct, frozen=True):
     """A service that runs.
 
     Args:
-        pid: of its controller, or of its guard if there is no controller.
-        inode: of its control socket, as in /proc/net/unix.
+        pid: the process ID of its controller, or of its guard if there is no controller.
+        inode: the inode of its control socket, as in /proc/net/unix.
         path: where the control socket was bound; it may have been removed.
     """
 
@@ -72,7 +72,7 @@ class Member(msgspec.Struct, frozen=True):
     """A process of a worker.
 
     Args:
-        name: of its service.
+        name: the name of its service.
         runtime_dir: its STEER_RUNTIME_DIR; None if it was not set.
         first: the worker's first process, by its environment; None if its title names the
             service.

@@ -26,10 +26,10 @@ def hold_signals() -> None:
 
 
 def pause(seconds: float) -> None:
-    """Wait while signals are blocked, before anything has been started.
+    """Wait while signals are blocked, before any worker has been started.
 
     Raises:
-        SystemExit: a signal to end the controller came.
+        SystemExit: a signal arrived that ends the controller.
     """
     if signal.sigtimedwait(_ENDING, seconds) is not None:
         raise SystemExit(0)

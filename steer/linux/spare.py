@@ -1,4 +1,4 @@
-"""Keeps descriptors in reserve, for what must not fail when the limit on open files is reached."""
+"""Keeps descriptors in reserve for acts that must not fail at the limit on open files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 class Spare:
     """A number of descriptors that are open for no other purpose, and closed while they are lent.
 
-    They are opened early, so they have low numbers. So they help even if the limit is lowered later
-    (getrlimit(2): it is one more than the highest number that can be opened).
+    They are opened early, so they have low numbers, and can be used even if the limit is lowered
+    later: the limit is one more than the highest number that can be opened (getrlimit(2)).
 
     Raises:
         OSError: they cannot be opened.
@@ -29,8 +29,8 @@ class Spare:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Make room for this number of descriptors meanwhile. Those that stay open longer are
-        missing here until there is room again."""
+        """Close the reserved descriptors for the length of a block, so that as many can be opened.
+        If the block leaves descriptors open, the reserve is filled again once there is room."""
         if self._is_roomy or (len(self._fds) == self._number and self._room() > self._number):
             # Closing and opening them takes far longer than looking for room. Within another
             # `lent`, which has looked, even that is saved.

@@ -65,7 +65,7 @@ class Title(msgspec.Struct, frozen=True):
 
     Args:
         role: CONTROLLER, GUARD or WORKER.
-        name: of the service.
+        name: the name of the service.
         is_cut: whether the name may be longer, because the title was cut.
     """
 

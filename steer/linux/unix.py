@@ -11,7 +11,7 @@ _LISTENS = 0x10000
 """__SO_ACCEPTCON of include/linux/net.h, as /proc/net/unix shows it (proc_net(5))."""
 _FIELDS = 8
 _SEQUENTIAL = "0005"
-"""SOCK_SEQPACKET, as it is shown there."""
+"""SOCK_SEQPACKET, as /proc/net/unix shows it."""
 
 
 def listening(table: str = "/proc/net/unix") -> Iterator[tuple[int, Path]]:
