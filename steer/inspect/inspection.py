@@ -19,6 +19,7 @@ from steer.inspect.seeing import View
 from steer.inspect.seen import Seen, SeenProgram
 from steer.inspect.target import Target
 from steer.linux import cgroup, netns, processes, title, waiting
+from steer.values import plural
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -84,13 +85,13 @@ def _nothing_by_number(number: int) -> ConfigError:
 
 def _unheld(view: View, selected: Iterable[Seen]) -> list[str]:
     """A note if processes that hold these sockets are hidden from us."""
-    if view.look is not None or os.geteuid() == 0:
+    if view.look is not None:
         return []
     count = sum(1 for each in selected if each.inode not in view.holders)
     if not count:
         return []
-    things = "1 socket" if count == 1 else f"{count} sockets"
-    return [f"cannot see which processes hold {things} of other users; run as root"]
+    cure = "run as root" if os.geteuid() else "needs CAP_SYS_PTRACE"
+    return [f"cannot see which processes hold {plural(count, 'socket')}; {cure}"]
 
 
 class _Builder:

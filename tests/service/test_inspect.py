@@ -18,7 +18,7 @@ from testkit.confine import NOBODY, as_user
 from testkit.fixtures import RunSteer, StartService
 from testkit.foreign import HOST, PORT
 from testkit.namespaces import network_namespace
-from testkit.processes import eventually, python, running
+from testkit.processes import AS_IN_DOCKER, eventually, python, running
 from testkit.service import STEER
 
 pytestmark = pytest.mark.usefixtures("netns")
@@ -139,7 +139,7 @@ def test_a_user_without_privilege_is_told_what_is_not_seen(steer: RunSteer) -> N
     notes = "\n".join(found["notes"])
     assert "cannot see BPF programs or other network namespaces: " in notes
     assert "needs CAP_BPF: run as root" in notes
-    assert "cannot see which processes hold 2 sockets of other users; run as root" in notes
+    assert "cannot see which processes hold 2 sockets; run as root" in notes
     assert "cannot count connections without CAP_BPF and CAP_PERFMON; run as root" in notes
     assert "; unless a program is attached" in group["decides"]
 
@@ -163,7 +163,6 @@ def test_a_user_sees_processes_of_their_own(steer: RunSteer) -> None:
         (["--for", "soon"], "read --for 'soon': not a time of at most a day; write 5s, 500ms or"),
         (["--for", "0s"], "read --for '0s': not a time"),
         (["4194304"], "no socket serves port 4194304, and there is no such process"),
-        (["1"], "inspect 1: no socket serves port 1, nor is one open in "),
     ],
 )
 def test_what_cannot_be_is_told(steer: RunSteer, arguments: list[str], words: str) -> None:
@@ -171,6 +170,29 @@ def test_what_cannot_be_is_told(steer: RunSteer, arguments: list[str], words: st
     assert (done.returncode, done.stdout) == (1, "")
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_that_serves_nothing_is_told(steer: RunSteer) -> None:
+    with running("sleep", "1000") as process:
+        done = steer("inspect", str(process.pid), "--netns", str(os.getpid()))
+    words = f"no socket serves port {process.pid}, nor is one open in sleep"
+    assert f"inspect {process.pid}: {words}" in done.stderr
+
+
+@pytest.mark.needs("root")
+def test_root_in_a_container_is_told_what_is_not_seen(
+    steer: RunSteer, environment: dict[str, str]
+) -> None:
+    command = [*AS_IN_DOCKER, STEER, "inspect", str(PORT), "--json"]
+    with foreign.members(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (group,) = found["groups"]
+    assert (group["kind"], group["program_known"]) == ("reuseport", False)
+    assert any("needs CAP_BPF" in note for note in found["notes"])
+    hold = "cannot see which processes hold 2 sockets; needs CAP_SYS_PTRACE"
+    assert (hold in found["notes"]) == (group["sockets"][0]["processes"] == [])
 
 
 @pytest.mark.needs("nobody")
