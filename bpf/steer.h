@@ -37,6 +37,9 @@
 #define STEER_MAP_LISTENERS 0x57ee000a
 #define STEER_MAP_MOVED 0x57ee000b
 #define STEER_MAP_EARLY 0x57ee000c
+#define STEER_MAP_ATTACHMENT 0x57ee0301
+#define STEER_MAP_MEMBERS 0x57ee0302
+#define STEER_MAP_EVENTS 0x57ee0303
 
 /* Placeholder for the protocol number of the group, as in IP headers. The loader replaces it. */
 #define STEER_CONSTANT_PROTOCOL 0x57ee0100
@@ -45,7 +48,11 @@
 #define STEER_ENTRIES 65536 /* positions in the table */
 #define STEER_TURNS 32768 /* 16-bit words for rows */
 #define STEER_FALLBACKS 256 /* live slots to try if the selected slot has no socket */
+#ifdef STEER_ATTACHED
+#define STEER_TRIES 8 /* a reload closes many listeners at once */
+#else
 #define STEER_TRIES 4
+#endif
 #define STEER_BACKUPS 2 /* backup listeners of a TCP group */
 #define STEER_ROW 0x8000 /* flag in an entry: the rest is the offset of a row in `turns` */
 #define STEER_RING_BIT 20 /* in the head of the table */
@@ -177,6 +184,17 @@ struct steer_own {
 };
 
 /*
+ * Shared by `steer attach` and the programs that select among listeners of other servers. Only
+ * objects compiled with STEER_ATTACHED use it, and bpf/attach.c.
+ */
+struct steer_attachment {
+	u64 alive_ns; /* last heartbeat of the attacher; CLOCK_MONOTONIC */
+	u32 port; /* of the listeners */
+	u32 reserved;
+	u8 closing[STEER_SLOTS]; /* 1: the listener in the slot is being closed */
+};
+
+/*
  * Declarations of a policy. They expand to nothing: the controller parses them in the text of
  * the file, and passes the index of each name to the compiler.
  */
@@ -209,6 +227,41 @@ static __always_inline u64 steer_protocol(void)
 {
 	return bpf_pseudo_fd(0, STEER_CONSTANT_PROTOCOL);
 }
+
+#define STEER_ABANDONED_NS 1000000000
+
+static __always_inline struct steer_attachment *steer_get_attachment(void)
+{
+	return (void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, STEER_MAP_ATTACHMENT);
+}
+
+#ifdef STEER_ATTACHED
+static u64 (*steer_get_coarse_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
+
+/* True if the attacher has ended: nobody updates the table, so the kernel's hash must decide. */
+static __always_inline bool steer_is_abandoned(void)
+{
+	s64 silent_ns = steer_get_coarse_ns() - steer_get_attachment()->alive_ns;
+
+	return silent_ns > STEER_ABANDONED_NS;
+}
+
+/* A listener that closes loses the handshakes that reach it meanwhile, so it must get none. */
+static __always_inline bool steer_is_closing(u32 slot)
+{
+	return steer_get_attachment()->closing[slot & (STEER_SLOTS - 1)];
+}
+#else
+static __always_inline bool steer_is_abandoned(void)
+{
+	return false;
+}
+
+static __always_inline bool steer_is_closing(u32 slot)
+{
+	return false;
+}
+#endif
 
 /* Maps any 32-bit number to a position, evenly over the table. */
 static __always_inline u32 steer_spread(const struct steer_view *table, u32 number)
@@ -619,6 +672,8 @@ static long (*steer_select_reuseport)(struct sk_reuseport_md *, void *, void *,
 
 static __always_inline bool steer_select_at(struct sk_reuseport_md *ctx, u32 *slot)
 {
+	if (steer_is_closing(*slot))
+		return false;
 	return steer_select_reuseport(ctx, steer_map(STEER_MAP_SOCKETS), slot, 0) == 0;
 }
 
@@ -711,6 +766,15 @@ static __always_inline int steer_try_others(struct sk_reuseport_md *ctx, u32 at,
 	bool found = false;
 	u32 slot = 0, i;
 
+#ifdef STEER_ATTACHED /* without backup listeners; unrolled, it would be too long */
+#pragma clang loop unroll(disable)
+	for (i = 0; i < STEER_TRIES; i++) {
+		slot = fallbacks[(ctx->hash + i) & (STEER_FALLBACKS - 1)];
+		found = steer_select(ctx, slot);
+		if (found)
+			break;
+	}
+#else
 #pragma unroll
 	for (i = 0; i < STEER_TRIES + STEER_BACKUPS; i++)
 		if (!found) {
@@ -718,6 +782,7 @@ static __always_inline int steer_try_others(struct sk_reuseport_md *ctx, u32 at,
 					       : steer_get_params()->backup + i - STEER_TRIES;
 			found = steer_select(ctx, slot);
 		}
+#endif
 	if (found) {
 		if (at)
 			steer_remember_early(ctx, at, slot);
@@ -827,8 +892,11 @@ others:
 						const struct steer_view *table);          \
 	int steer_plain(struct sk_reuseport_md *ctx)                                      \
 	{                                                                                 \
-		struct steer_view view = steer_get_active();                              \
+		struct steer_view view;                                                   \
                                                                                           \
+		if (steer_is_abandoned())                                                 \
+			return SK_PASS;                                                   \
+		view = steer_get_active();                                                \
 		if (steer_is_plain(ctx, &view))                                           \
 			return steer_deliver_plain(ctx, &view, steer_policy(ctx, &view)); \
 		view.is_plain = false;                                                    \
@@ -839,9 +907,12 @@ others:
 	int steer_migrate(struct sk_reuseport_md *ctx)                                    \
 	{                                                                                 \
 		struct bpf_sock *migrating = ctx->migrating_sk;                           \
-		struct steer_view view = steer_get_active();                              \
+		struct steer_view view;                                                   \
 		u32 hash = 0, position;                                                   \
                                                                                           \
+		if (steer_is_abandoned())                                                 \
+			return SK_PASS;                                                   \
+		view = steer_get_active();                                                \
 		if (!migrating && steer_is_plain(ctx, &view))                             \
 			return steer_deliver_plain(ctx, &view, steer_policy(ctx, &view)); \
 		view.is_plain = false;                                                    \

@@ -23,12 +23,15 @@ BPF_MAP_TYPE_PERCPU_ARRAY: Final = 6
 BPF_MAP_TYPE_LRU_HASH: Final = 9
 BPF_MAP_TYPE_REUSEPORT_SOCKARRAY: Final = 20
 BPF_MAP_TYPE_SK_STORAGE: Final = 24
+BPF_MAP_TYPE_RINGBUF: Final = 27
+BPF_PROG_TYPE_CGROUP_SOCK: Final = 9
 BPF_PROG_TYPE_SOCK_OPS: Final = 13
 BPF_PROG_TYPE_SK_REUSEPORT: Final = 21
 BPF_PROG_TYPE_TRACING: Final = 26
 BPF_CGROUP_SOCK_OPS: Final = 3
 BPF_TRACE_RAW_TP: Final = 23
 BPF_TRACE_ITER: Final = 28
+BPF_CGROUP_INET_SOCK_RELEASE: Final = 34
 BPF_SK_REUSEPORT_SELECT: Final = 39
 BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: Final = 40
 BPF_F_NO_PREALLOC: Final = 1 << 0
@@ -87,6 +90,10 @@ FLOWS_OF_SET: Final = 8
 SET_BYTES: Final = 192
 """Mirrors sizeof(struct flow_set) of bpf/flow.c. On average a set has FLOWS_OF_SET flows."""
 
+ATTACHMENT: Final = struct.Struct(f"=QII{SLOTS}s")
+"""Mirrors struct steer_attachment: alive_ns, port, reserved, closing."""
+CLOSING_OFFSET: Final = ATTACHMENT.size - SLOTS
+
 LENGTH: Final = struct.Struct("=II")
 """Mirrors the first fields of struct steer_layout: length, ring."""
 
@@ -141,6 +148,12 @@ MAPS: Final = {
     "moved": MapSpec(0x57EE000B, BPF_MAP_TYPE_HASH, OWNER.size, 65536, BPF_F_NO_PREALLOC, 8),
     "early": MapSpec(0x57EE000C, BPF_MAP_TYPE_LRU_HASH, EARLY_BYTES, 1024, 0, PACKET_BYTES),
 }
+ATTACH_MAPS: Final = {
+    "attachment": MapSpec(0x57EE0301, BPF_MAP_TYPE_ARRAY, ATTACHMENT.size, flags=BPF_F_MMAPABLE),
+    "members": MapSpec(0x57EE0302, BPF_MAP_TYPE_HASH, 4, None, BPF_F_NO_PREALLOC, 8),
+    "events": MapSpec(0x57EE0303, BPF_MAP_TYPE_RINGBUF, 0, 4096, key_bytes=0),
+}
+"""Maps of `steer attach`, which no other process ever gets."""
 
 # bpf/tracing.h
 OFFSETS: Final = 51
@@ -154,4 +167,4 @@ TRACING_MAPS: Final = {
     "wanted": MapSpec(0x57EE0204, BPF_MAP_TYPE_HASH, 4, None, BPF_F_NO_PREALLOC, 8),
 }
 """What bpf/tracing.h speaks of: maps of one look, which no other process ever gets."""
-ALL_MAPS: Final = {**MAPS, **TRACING_MAPS}
+ALL_MAPS: Final = {**MAPS, **ATTACH_MAPS, **TRACING_MAPS}

@@ -12,6 +12,7 @@ from steer.loader import libbpf
 
 OTHER_PROGRAMS = {
     "open": {"count"},
+    "attach": {"closing", "listening"},
     "inspect": {
         *("tcp", "udp", "tcp_addresses", "udp_addresses"),
         *("task_file", "holders", "mark", "accepted"),

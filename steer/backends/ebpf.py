@@ -21,9 +21,12 @@ from steer.backends.loaded_policy import LoadedPolicy
 from steer.backends.policy_cache import PolicyCache
 from steer.config.plan import Plan
 from steer.config.service import Service
+from steer.loader.bpf_maps import Map
 from steer.policy import layout
 from steer.policy.layout import Layout, Member
 from steer.sockets import group_program, listeners
+
+NO_MAPS: Mapping[str, Map] = {}
 
 
 class StoredEbpf(msgspec.Struct):
@@ -46,14 +49,22 @@ class Ebpf(EbpfCounters):
     Args:
         empty: load no policy, because `restore` follows.
         counting: counts open connections already, for the backend in force; None: start to count.
+        attachment: the maps of `steer attach`, if the sockets are those of other servers.
     """
 
     name = "ebpf"
     order = None
     needs_order = False
 
-    def __init__(self, plan: Plan, empty: bool = False, counting: Counting | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        empty: bool = False,
+        counting: Counting | None = None,
+        attachment: Mapping[str, Map] = NO_MAPS,
+    ) -> None:
         self._plan = plan
+        self._attachment = attachment
         self.owns_counting = counting is None
         self._is_serving = False
         self._anchors = Anchors()
@@ -80,9 +91,9 @@ class Ebpf(EbpfCounters):
         return self._policies.current
 
     def _load(self, plan: Plan) -> LoadedPolicy:
-        return LoadedPolicy.load(
-            plan, [{**maps, **self.counting.maps} for maps in self._groups.maps]
-        )
+        shared = {**self.counting.maps, **self._attachment}
+        groups = [{**maps, **shared} for maps in self._groups.maps]
+        return LoadedPolicy.load(plan, groups, attached=bool(self._attachment))
 
     def _close_counting(self) -> None:
         if self.owns_counting:

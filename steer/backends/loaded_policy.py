@@ -68,18 +68,21 @@ class LoadedPolicy:
         self._seed = int.from_bytes(os.urandom(4))
 
     @classmethod
-    def load(cls, plan: Plan, groups: Sequence[Mapping[str, bpf_maps.Map]]) -> Self:
+    def load(
+        cls, plan: Plan, groups: Sequence[Mapping[str, bpf_maps.Map]], attached: bool = False
+    ) -> Self:
         """Load the policy of a plan.
 
         Args:
             groups: for each bind, the maps that stay when the policy changes.
+            attached: select among sockets of other servers; see `compile.load`.
 
         Raises:
             CompileError, VerifierError: a custom policy has an error.
             KernelError: the kernel refuses the program or a map.
         """
         _refuse_long_verification(plan.policy)
-        code = compile.load(find.file_of(plan.policy), plan.policy.digest)
+        code = compile.load(find.file_of(plan.policy), plan.policy.digest, attached)
         with ExitStack() as undo:
             maps = {name: undo.enter_context(bpf_maps.Map(name)) for name in _OWN_MAPS}
             if any("flows" in each.relocations.values() for each in code.programs.values()):

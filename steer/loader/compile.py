@@ -31,6 +31,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 _FOR_CUSTOM = ["-g", "-mllvm=-sink-common-insts=false"]
 """Flags for custom policies: line numbers, and no merging of reads in two branches into one read at
 a selected address, which the verifier rejects for ctx."""
+_ATTACHED = "-DSTEER_ATTACHED"
 _BCC_SOURCE_NAME = "/virtual/main.c"
 """The name that bcc gives the source file in its messages."""
 
@@ -41,12 +42,17 @@ def sources() -> Path:
     return packaged if packaged.is_dir() else _HERE.parents[1] / "bpf"
 
 
-def prebuilt(name: str) -> Path:
-    """The path of the prebuilt object of the built-in policy `name`."""
-    return sources() / "prebuilt" / f"{name}.json"
+def prebuilt(name: str, attached: bool = False) -> Path:
+    """The path of the prebuilt object of the built-in policy `name`.
+
+    Args:
+        attached: see `load`.
+    """
+    directory = sources() / "prebuilt"
+    return (directory / "attached" if attached else directory) / f"{name}.json"
 
 
-def digest(source: Path) -> str:
+def digest(source: Path, attached: bool = False) -> str:
     """A hash of the policy's text, steer.h, the other headers, and the code that compiles.
 
     For a custom policy it covers the directory, too, which determines what it includes.
@@ -57,7 +63,9 @@ def digest(source: Path) -> str:
     # declarations.py is not part of it: the indexes of names follow from the source.
     headers = sources()
     whose = [] if source.parent == headers else [os.fsencode(source.resolve().parent)]
-    return inputs.digest(b"\0".join([_digest_of_headers(headers), *whose, _read_file(source)]))
+    variant = [_ATTACHED.encode()] if attached else []
+    parts = [_digest_of_headers(headers), *variant, *whose, _read_file(source)]
+    return inputs.digest(b"\0".join(parts))
 
 
 _header_digests: dict[tuple[object, ...], bytes] = {}
@@ -113,22 +121,23 @@ _compiled: dict[str, PolicyObject] = {}
 """Objects that this process compiled, by digest of the source. Some cannot be cached on disk."""
 
 
-def load(source: Path, wanted: str = "") -> PolicyObject:
+def load(source: Path, wanted: str = "", attached: bool = False) -> PolicyObject:
     """The object of a policy's source file. Compiles only if no current object is stored.
 
     Args:
         wanted: digest of an object that this process compiled before, to get that one again.
+        attached: compile for `steer attach`, see STEER_ATTACHED in bpf/steer.h.
 
     Raises:
         CompileError: it does not compile, or there is no compiler.
     """
-    key = digest(source)
+    key = digest(source, attached)
     found = _compiled.get(key)
     if found is not None and found.digest == wanted:
         return found
-    found = _find_stored(source, key)
+    found = _find_stored(source, key, attached)
     if found is None:
-        found = _compiled[key] = compile_source(source)
+        found = _compiled[key] = compile_source(source, attached)
         if found.inputs is not None:
             _store(key, found)
     return found
@@ -147,10 +156,10 @@ def version(source: Path) -> str:
     return found.digest if found is not None else key
 
 
-def _find_stored(source: Path, key: str) -> PolicyObject | None:
+def _find_stored(source: Path, key: str, attached: bool = False) -> PolicyObject | None:
     """A prebuilt or cached object, if compiling now would give the same. Else None."""
     if source.parent == sources():
-        shipped = _read(prebuilt(source.stem), trusted=True)
+        shipped = _read(prebuilt(source.stem, attached), trusted=True)
         if shipped is not None and shipped.digest == key:
             return shipped
     found = _cached(key)
@@ -166,8 +175,11 @@ def _cached(key: str) -> PolicyObject | None:
     return found if is_whole else None
 
 
-def compile_source(source: Path) -> PolicyObject:
+def compile_source(source: Path, attached: bool = False) -> PolicyObject:
     """Compile without regard to caches.
+
+    Args:
+        attached: see `load`.
 
     Raises:
         CompileError: with the compiler's messages in `detail`.
@@ -175,7 +187,7 @@ def compile_source(source: Path) -> PolicyObject:
     import subprocess
 
     act = f"compile {source.name}"
-    flags = _flags(source)
+    flags = [*_flags(source), *([_ATTACHED] if attached else [])]
     began_ns = time.time_ns()
     for python in interpreters():
         try:
@@ -197,7 +209,7 @@ def compile_source(source: Path) -> PolicyObject:
             message = done.stderr.decode(errors="replace").strip()
             message = message.replace(_BCC_SOURCE_NAME, str(source))
             raise CompileError(act, "bcc rejects it", detail=message)
-        return _object(source, done.stdout, began_ns)
+        return _object(source, done.stdout, began_ns, attached)
     raise NoCompiler(act, "bcc is not installed", "install it (Debian, Ubuntu: python3-bpfcc)")
 
 
@@ -215,7 +227,7 @@ class _Answer(msgspec.Struct):
     read: str
 
 
-def _object(source: Path, output: bytes, began_ns: int) -> PolicyObject:
+def _object(source: Path, output: bytes, began_ns: int, attached: bool) -> PolicyObject:
     """Args: began_ns: when the compiler was started."""
     answer = msgspec.json.decode(output, type=_Answer)
     act = f"compile {source.name}"
@@ -228,7 +240,8 @@ def _object(source: Path, output: bytes, began_ns: int) -> PolicyObject:
         raise CompileError(act, str(error)) from None
     read = _inputs(source, answer.read, began_ns)
     # If the inputs are unknown, the version is that of the output.
-    made_from = inputs.version(digest(source), read or Inputs({"": inputs.digest(output)}))
+    key = digest(source, attached)
+    made_from = inputs.version(key, read or Inputs({"": inputs.digest(output)}))
     lines = {
         name: {ended[name][1][at]: line for at, line in of.items()}
         for name, of in answer.lines.items()

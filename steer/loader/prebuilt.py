@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from steer.errors import SteerError
 from steer.loader import compile as compiler
@@ -11,10 +13,18 @@ from steer.policy.bytecode import PolicyObject
 
 def build() -> None:
     """Compile every built-in policy and write its object."""
+    for source, attached in _all():
+        file = compiler.prebuilt(source.stem, attached)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(compiler.compile_source(source, attached).encode())
+
+
+def _all() -> Iterator[tuple[Path, bool]]:
+    """Each source, and whether to compile it for `steer attach`: policies both ways."""
     for source in sorted(compiler.sources().glob("*.c")):
-        file = compiler.prebuilt(source.stem)
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(compiler.compile_source(source).encode())
+        yield source, False
+        if "STEER_POLICY" in compiler.text(source):
+            yield source, True
 
 
 def stale() -> list[str]:
@@ -24,19 +34,21 @@ def stale() -> list[str]:
     compared, and a line on standard output says so.
     """
     found = []
-    for source in sorted(compiler.sources().glob("*.c")):
-        fresh = compiler.compile_source(source)
+    for source, attached in _all():
+        fresh = compiler.compile_source(source, attached)
+        name = f"{source.name} for attach" if attached else source.name
         try:
-            shipped = PolicyObject.decode(compiler.prebuilt(source.stem).read_bytes())
+            file = compiler.prebuilt(source.stem, attached)
+            shipped = PolicyObject.decode(file.read_bytes())
         except OSError:
-            found.append(f"{source.name}: not built")
+            found.append(f"{name}: not built")
             continue
         if shipped.digest != fresh.digest:
-            found.append(f"{source.name}: changed since it was built")
+            found.append(f"{name}: changed since it was built")
         elif shipped.compiler != fresh.compiler:
-            print(f"{source.name}: built by {shipped.compiler}, here is {fresh.compiler}")
+            print(f"{name}: built by {shipped.compiler}, here is {fresh.compiler}")
         elif shipped.programs != fresh.programs:
-            found.append(f"{source.name}: the compiled bytecode differs")
+            found.append(f"{name}: the compiled bytecode differs")
     return found
 
 

@@ -17,6 +17,8 @@ ATTACH_TYPES = {
     "plain": abi.BPF_SK_REUSEPORT_SELECT,
     "migrate": abi.BPF_SK_REUSEPORT_SELECT_OR_MIGRATE,
     "count": abi.BPF_CGROUP_SOCK_OPS,
+    "closing": abi.BPF_CGROUP_INET_SOCK_RELEASE,
+    "listening": abi.BPF_CGROUP_SOCK_OPS,
 }
 """By the name of the program in its object."""
 
@@ -109,6 +111,7 @@ _KINDS = {
     abi.BPF_CGROUP_SOCK_OPS: abi.BPF_PROG_TYPE_SOCK_OPS,
     abi.BPF_TRACE_ITER: abi.BPF_PROG_TYPE_TRACING,
     abi.BPF_TRACE_RAW_TP: abi.BPF_PROG_TYPE_TRACING,
+    abi.BPF_CGROUP_INET_SOCK_RELEASE: abi.BPF_PROG_TYPE_CGROUP_SOCK,
 }
 """The program type of each attach type."""
 
@@ -118,13 +121,15 @@ class Link(Descriptor):
 
     Args:
         directory: a descriptor of the cgroup's directory.
+        attach_type: the program's.
 
     Raises:
         KernelError
     """
 
-    def __init__(self, program: Descriptor, directory: int) -> None:
-        attach_type = abi.BPF_CGROUP_SOCK_OPS
+    def __init__(
+        self, program: Descriptor, directory: int, attach_type: int = abi.BPF_CGROUP_SOCK_OPS
+    ) -> None:
         fd = calls().bpf_link_create(program.fileno(), directory, attach_type, None)
         if fd < 0:
             raise refusal("attach to the cgroup", -fd)

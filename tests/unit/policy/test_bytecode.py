@@ -20,7 +20,12 @@ quick = settings(max_examples=40, deadline=None, derandomize=True, database=None
 
 PREBUILT = sorted((ROOT / "bpf/prebuilt").glob("*.json"))
 DESCRIPTORS = {name: 100 + rank for rank, name in enumerate(abi.ALL_MAPS)}
-OF_EACH: dict[str, set[str]] = {"open": {"slots", "owners", "moved"}, "inspect": set()}
+KNOWN_TO = {"inspect": abi.TRACING_MAPS, "attach": abi.ATTACH_MAPS}
+OF_EACH: dict[str, set[str]] = {
+    "open": {"slots", "owners", "moved"},
+    "inspect": set(),
+    "attach": set(),
+}
 """Maps that every program of an object speaks of, where it is no policy's."""
 NUMBERS = {name: 200 + rank for rank, name in enumerate(abi.CONSTANTS)}
 EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)
@@ -194,7 +199,7 @@ def test_prebuilt_objects_are_as_encode_writes_them(path: Path) -> None:
     assert found.encode() == data
     assert set(found.programs) == OTHER_PROGRAMS.get(path.stem, {"plain", "migrate"})
     of_each = OF_EACH.get(path.stem, {"sockets", "table", "counts"})
-    known = abi.TRACING_MAPS if path.stem == "inspect" else abi.MAPS
+    known = KNOWN_TO.get(path.stem, abi.MAPS)
     for code in found.programs.values():
         assert of_each <= set(code.relocations.values()) <= set(known)
         linked = code.linked(DESCRIPTORS, NUMBERS)
