@@ -116,6 +116,10 @@ class BindError(SteerError):
     _shown = staticmethod(errno_name)
 
 
+class AttachRefused(SteerError):
+    """Listeners of another service that steer does not attach to."""
+
+
 class GroupError(SteerError):
     """What a `ReuseportGroup` cannot do with this slot, with this socket or in this process."""
 

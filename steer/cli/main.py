@@ -149,6 +149,37 @@ def check(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("where", metavar="ADDR:PORT")
+@click.option("--policy", default="auto", metavar="NAME|FILE.c", help="Policy; default auto.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of it.")
+@click.option("--weights", metavar="N,N...", help="Share of each slot; default 1 each.")
+@click.option("--name", metavar="NAME", help="Name of the service; default: PROGRAM-PORT.")
+@click.option("--log-level", default="info", metavar="LEVEL", help="debug, info, warning, error.")
+@click.option("--log-format", default="text", metavar="FORMAT", help="text or json.")
+@_CONTROL_SOCKET
+def attach(where: str, **how: Any) -> None:
+    """Steer the listeners of a server that runs already.
+
+    steer stays in the foreground until it is interrupted or `steer detach` ends it; then the
+    kernel chooses again as before. The server is not restarted and notices nothing.
+    """
+    from steer.cli import attach
+
+    attach.attach(where, **how)
+
+
+@cli.command()
+@click.argument("name", required=False, metavar="[NAME|ADDR:PORT]")
+@_AS_JSON
+@_CONTROL_SOCKET
+def detach(name: str | None, **how: Any) -> None:
+    """End `steer attach`: the server goes on, and the kernel chooses."""
+    from steer.cli import attach
+
+    attach.detach(name, **how)
+
+
+@cli.command()
 @click.argument("name", required=False)
 @_AS_JSON
 @click.option("--watch", is_flag=True, help="Print again every second until interrupted.")

@@ -110,6 +110,7 @@ class Service(msgspec.Struct):
         policy_asked: the policy that the user named. If that is `auto`, `policy` is what it became.
         policy_reason: why `auto` became this policy; None: the user named the policy.
         loop_delay_ms: None: the controller is of a version that does not measure it.
+        attached: whether the workers are listeners of servers that steer did not start.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Service(msgspec.Struct):
     policy_asked: str = ""
     policy_reason: str | None = None
     loop_delay_ms: LoopDelay | None = None
+    attached: bool = False
 
 
 class Orphan(msgspec.Struct):

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from steer.errors import KernelError, in_words
 
 _ACT = "open our cgroup"
+_NOT_MOUNTED = "no cgroup v2 is mounted", "mount -t cgroup2 none /sys/fs/cgroup"
 
 
 class NoCgroup(KernelError):
@@ -29,6 +30,30 @@ def own() -> Iterator[int]:
     except OSError as error:
         cause = in_words(error)
         raise KernelError.from_oserror(f"{_ACT} {path}", error, cause=cause) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def opened(number: int) -> Iterator[int]:
+    """The directory of a cgroup by its number, as a descriptor for a moment. If it cannot be seen
+    from here, or was removed: the root of the mount. A program there runs for all cgroups below,
+    also for those that were removed.
+
+    Raises:
+        KernelError: cgroup v2 is not mounted, or we may not open it.
+    """
+    mounted = _mount()
+    if mounted is None:
+        raise NoCgroup("open a cgroup", *_NOT_MOUNTED)
+    path = f"{mounted[1]}{paths([number]).get(number, '')}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        cause = in_words(error)
+        raise KernelError.from_oserror(f"open cgroup {path}", error, cause=cause) from None
     try:
         yield fd
     finally:
@@ -86,7 +111,7 @@ def _directory() -> str:
         raise NoCgroup(_ACT, "this kernel has no cgroup v2, or it is switched off")
     mounted = _mount()
     if mounted is None:
-        raise NoCgroup(_ACT, "no cgroup v2 is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+        raise NoCgroup(_ACT, *_NOT_MOUNTED)
     root, point = mounted
     below = os.path.relpath(path, root)
     return point if below == "." else f"{point}/{below}"

@@ -101,7 +101,7 @@ def _duplicate(place: _Place, refusals: list[KernelError]) -> socket.socket | No
     except OSError as error:
         if error.errno not in (errno.ESRCH, errno.EBADF):
             act = f"borrow a socket of pid {place.pid}"
-            refusals.append(KernelError.from_oserror(act, error, _CURES))
+            refusals.append(KernelError.from_oserror(act, error, BORROW_CURES))
         return None
     if processes.socket_inode(fd) == place.inode:
         return socket.socket(fileno=fd)
@@ -125,7 +125,7 @@ def pidfd_getfd(pid: int, fd: int) -> int:
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-_CURES = {
+BORROW_CURES = {
     errno.EPERM: "needs ptrace(2) access: run as root with CAP_SYS_PTRACE, or as the worker's "
     "user with kernel.yama.ptrace_scope 0 (1 does for an ancestor)",
     errno.ENOSYS: f"Linux {features.BORROW.version} has it",

@@ -94,6 +94,48 @@ class Bound(Waiting, frozen=True):
     device: int = 0
 
 
+class Listener(Waiting, frozen=True, kw_only=True):
+    """A TCP listener, as it was made.
+
+    Args:
+        address: that it is bound to, as inet_pton(3) packs it.
+        device: index of the network interface that it is bound to; 0: to none.
+        uid: whose it is.
+        cookie: the kernel's number of the socket, for good.
+        cgroup: the inode of the cgroup v2 in which it was made; 0: not told (before Linux 5.9).
+    """
+
+    inode: int
+    address: bytes
+    device: int
+    uid: int
+    cookie: int
+    cgroup: int
+
+
+def listeners(family: int, port: int) -> list[Listener]:
+    """The TCP listeners at a port. Raises KernelError."""
+    found = []
+    for answer in _answers(family, socket.IPPROTO_TCP, 1 << _LISTEN, port, 0):
+        for _, content in _messages(memoryview(answer)):
+            _, _, _, here, _, device, queued, limit, uid, inode = _MESSAGE.unpack_from(content)
+            (cookie,) = _COOKIE.unpack_from(content, _COOKIE_AT)
+            cgroup = _attribute(content, _INET_DIAG_CGROUP_ID)
+            found.append(
+                Listener(
+                    queued,
+                    limit,
+                    inode=inode,
+                    address=here[: 4 if family == socket.AF_INET else 16],
+                    device=device,
+                    uid=uid,
+                    cookie=cookie,
+                    cgroup=int.from_bytes(cgroup, sys.byteorder),
+                )
+            )
+    return found
+
+
 class Ports:
     """Looks repeatedly at the TCP listeners or UDP sockets bound to a port.
 

@@ -1,0 +1,78 @@
+"""What the attacher shares with programs: see struct steer_attachment of bpf/steer.h."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+from steer import abi
+from steer.loader.bpf_maps import Map
+
+_ALIVE = struct.Struct("=Q")
+BEAT_S = 0.25
+"""Programs take an attacher for gone that has said nothing for four times as long."""
+
+
+class Heartbeat:
+    """Keeps saying that the attacher is alive, in a thread: a look at listeners may take long
+    where CPUs are busy, and so may membarrier(2).
+
+    Args:
+        beat: says it.
+    """
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self._beat = beat
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(BEAT_S):
+            self._beat()
+
+    def close(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+
+class Attachment:
+    """The memory that programs judge by, and which slot each listener has.
+
+    Args:
+        port: that the listeners are bound to.
+        slots: capacity.
+    """
+
+    def __init__(self, port: int, slots: int) -> None:
+        with ExitStack() as undo:
+            self.maps: Mapping[str, Map] = {
+                name: undo.enter_context(Map(name, slots))
+                for name in ("attachment", "members", "events")
+            }
+            self._members = self.maps["members"]
+            self._memory = self.maps["attachment"].memory()
+            undo.callback(self._memory.close)
+            head = abi.ATTACHMENT.pack(0, port, 0, b"")
+            self._memory.view[: len(head)] = head
+            self.beat()
+            self.close = undo.pop_all().close
+
+    def beat(self) -> None:
+        """Say that the attacher is alive."""
+        _ALIVE.pack_into(self._memory.view, 0, time.monotonic_ns())
+
+    def joins(self, slot: int, cookie: int) -> None:
+        """The listener gets the slot."""
+        self._memory.view[abi.CLOSING_OFFSET + slot] = 0
+        self._members.put(cookie, slot.to_bytes(4, "little"))
+
+    def leaves(self, cookie: int) -> None:
+        self._members.delete(cookie)
+
+    def is_closing(self, slot: int) -> bool:
+        """Whether its listener has begun to close."""
+        return bool(self._memory.view[abi.CLOSING_OFFSET + slot])

@@ -1,0 +1,145 @@
+"""Answers the requests at the control socket of an attached group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from steer.attach import status
+from steer.attach.group import AttachedGroup
+from steer.attach.roster import Member, State
+from steer.config import fallback, planning
+from steer.control.commands import COMMANDS, Command
+from steer.control.outcomes import Drained, Outcome, Swapped
+from steer.control.protocol import Request
+from steer.control.server import Handler, Progress
+from steer.controller.refusals import log_refused_request, refusal_of
+from steer.controller.requested_policy import with_params_of, with_requested
+from steer.controller.state import ServiceState
+from steer.errors import ConfigError, ControlError
+from steer.linux.background import in_background
+from steer.linux.log import Log
+from steer.loader import find
+from steer.policy.builtin import CUSTOM_SUFFIX
+from steer.values import shown
+
+Answer = Outcome | Mapping[str, Any]
+
+
+class Requests:
+    """Those to one attached group.
+
+    Args:
+        stop: detaches; done when that is done.
+    """
+
+    def __init__(
+        self,
+        group: AttachedGroup,
+        state: ServiceState,
+        log: Log,
+        stop: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._group = group
+        self._state = state
+        self._log = log
+        self._stop = stop
+        self._started_s = time.monotonic()
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """By the name of the command."""
+        return {
+            name: self._logged(command, HANDLERS.get(name, _refuse(name)))
+            for name, command in COMMANDS.items()
+        }
+
+    def _logged(self, command: Command, handle: Handle) -> Handler:
+        async def handler(request: Request, _progress: Progress) -> Mapping[str, Any]:
+            carried = {key: request[key] for key in command.carries if key in request}
+            try:
+                answer = await handle(self, carried)
+            except Exception as error:  # noqa: BLE001 - who asked is told
+                act = f"{command.name} {self._group.plan.name}"
+                refusal = refusal_of(self._log, act, error)
+                log_refused_request(self._log, command.name, refusal)
+                raise refusal from None
+            return msgspec.structs.asdict(answer) if isinstance(answer, Outcome) else answer
+
+        return handler
+
+    async def status(self, _request: Request) -> Answer:
+        return {"service": status.report_of(self._group, self._started_s, self._state.word)}
+
+    async def stop(self, _request: Request) -> Answer:
+        await self._stop()
+        return {}
+
+    async def drain(self, request: Request) -> Answer:
+        member = self._member(request, "drain", State.READY)
+        if self._group.roster.chosen == [member]:
+            act = f"drain listener {member.slot}"
+            raise ControlError(act, "no other is ready", "start one, or `steer detach`")
+        self._group.drain(member)
+        return Drained(member.slot)
+
+    async def undrain(self, request: Request) -> Answer:
+        member = self._member(request, "undrain", State.DRAINING)
+        self._group.undrain(member)
+        return Drained(member.slot)
+
+    def _member(self, request: Request, act: str, wanted: State) -> Member:
+        """The one in the slot asked for. Raises ControlError: there is none in that state."""
+        slot = request.get("slot")
+        found = self._group.roster.at(slot) if type(slot) is int else None
+        if found is None:
+            there = ", ".join(str(each.slot) for each in self._group.roster)
+            cure = f"there are: {there}"
+            raise ControlError(f"{act} listener {shown(slot)}", "no such slot", cure)
+        if found.state is not wanted:
+            cause = f"it is {found.state.value}"
+            raise ControlError(f"{act} listener {slot}", cause, f"has to be {wanted.value}")
+        return found
+
+    async def policy(self, request: Request) -> Answer:
+        began_s = time.monotonic()
+        now = self._group.plan
+        act = f"change the policy of {now.name}"
+        service = with_requested(now.service, request, act)
+        own = service.policy.endswith(CUSTOM_SUFFIX)
+        policy = (
+            await in_background(find.prepare, service.policy) if own else find.find(service.policy)
+        )
+        service = with_params_of(now.service, service, policy)
+        wanted = planning.plan(service, now.topology, {}, policy)
+        if wanted.policy.source is None:
+            cause = "the kernel's own hash is what there is without steer"
+            raise ConfigError(act, cause, f"`steer detach {now.name}`")
+        _, plan = fallback.first_that_works(wanted, self._group.swap, self._log.warning)
+        self._log.info("%s on %s", plan.policy.name, self._group.backend.name)
+        return Swapped(plan.policy.name, self._group.backend.name, _since(began_s))
+
+
+Handle = Callable[[Requests, Request], Awaitable[Answer]]
+HANDLERS: Mapping[str, Handle] = {
+    "status": Requests.status,
+    "stop": Requests.stop,
+    "drain": Requests.drain,
+    "undrain": Requests.undrain,
+    "policy": Requests.policy,
+}
+
+
+def _refuse(command: str) -> Handle:
+    async def refuse(requests: Requests, _request: Request) -> Answer:
+        name = requests._group.plan.name
+        cause = "its processes are not steer's: it only chooses among their listeners"
+        raise ControlError(f"{command} {name}", cause, "use the server's own command")
+
+    return refuse
+
+
+def _since(began_s: float) -> float:
+    return round(time.monotonic() - began_s, 3)

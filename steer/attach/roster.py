@@ -1,0 +1,107 @@
+"""Which listeners are known, which slot each has, and which of them may be chosen. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import msgspec
+
+from steer.attach.holders import Holder
+from steer.sockets.sock_diag import Listener
+
+
+class State(enum.Enum):
+    """Of a member; as `steer status` shows it."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    CLOSING = "stopping"
+
+
+class Member(msgspec.Struct, eq=False):
+    """A listener in a slot.
+
+    Args:
+        joined_s: when; of time.monotonic().
+        holders: processes that have it open.
+        pid: the one that was seen to wait on it last; None as long as none was.
+    """
+
+    slot: int
+    listener: Listener
+    joined_s: float
+    holders: Sequence[Holder]
+    state: State = State.STARTING
+    pid: int | None = None
+
+    @property
+    def is_chosen(self) -> bool:
+        return self.state is State.READY
+
+
+class Roster:
+    """The members of a group.
+
+    Args:
+        slots: capacity.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._members: dict[int, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(sorted(self._members.values(), key=lambda each: each.slot))
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def at(self, slot: int) -> Member | None:
+        return next((each for each in self if each.slot == slot), None)
+
+    def new(self, there: Mapping[int, Listener]) -> list[Listener]:
+        """Those of the listeners that are not known, by when they were made."""
+        unknown = (each for inode, each in there.items() if inode not in self._members)
+        return sorted(unknown, key=lambda each: each.inode)
+
+    def gone(self, there: Collection[int]) -> list[Member]:
+        return [each for each in self if each.listener.inode not in there]
+
+    def add(self, listener: Listener, holders: Sequence[Holder], now_s: float, slot: int) -> Member:
+        """Give it a slot that is free."""
+        member = Member(slot, listener, now_s, holders)
+        self._members[listener.inode] = member
+        return member
+
+    def free_slot(self) -> int:
+        """Raises LookupError: there is none."""
+        taken = {each.slot for each in self._members.values()}
+        for slot in range(self._slots):
+            if slot not in taken:
+                return slot
+        raise LookupError
+
+    def remove(self, member: Member) -> None:
+        del self._members[member.listener.inode]
+
+    @property
+    def chosen(self) -> list[Member]:
+        return [each for each in self if each.is_chosen]
+
+    @property
+    def starting(self) -> list[Member]:
+        return [each for each in self if each.state is State.STARTING]
+
+    def admit(self, waited_on: Collection[int]) -> list[Member]:
+        """Let those be chosen that somebody waits on; if nobody else serves, all.
+
+        Args:
+            waited_on: inodes.
+        """
+        everybody = not self.chosen
+        admitted = [each for each in self.starting if everybody or each.listener.inode in waited_on]
+        for each in admitted:
+            each.state = State.READY
+        return admitted

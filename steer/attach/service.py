@@ -1,0 +1,182 @@
+"""`steer attach`: a group of listeners of other services, steered until somebody ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, closing, suppress
+
+from steer.attach import there
+from steer.attach.attachment import Heartbeat
+from steer.attach.group import AttachedGroup
+from steer.attach.requests import Requests
+from steer.attach.target import Target
+from steer.config import fallback
+from steer.config.plan import Plan
+from steer.control import taken
+from steer.control.claim import Claim
+from steer.control.server import Server
+from steer.controller.state import ServiceState
+from steer.errors import AttachRefused
+from steer.linux import fork, output, signals, title
+from steer.linux.log import Log
+from steer.linux.retry import Retry
+from steer.linux.spare import Spare
+from steer.values import plural
+
+_NICE = -10
+_SPARE_DESCRIPTORS = 8
+_LAST_LINES_S = 1.0
+_WATCHED_S, _UNWATCHED_S, _STARTING_S = 1.0, 0.05, 0.01
+"""How often to look for listeners: where programs tell of them, where none does, and while some
+that are new are not waited on yet."""
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
+
+
+def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) -> int:
+    """Steer until a signal or a request ends it, then leave the group as it was.
+
+    Args:
+        target: what is there now.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SteerError: it cannot be attached.
+    """
+    began_s = time.monotonic()
+    signals.hold_signals()
+    title.show(f"steer: controller {plan.name}")
+    fork.rename("steer")
+    with suppress(PermissionError):
+        os.nice(_NICE)  # what a busy server closes and opens is to be seen in time
+    try:
+        with ExitStack() as undo:
+            _refuse_attached(plan, environment)
+            claim = Claim(
+                plan.name,
+                plan.service.control_socket,
+                environment,
+                paths=taken.refuse_taken(plan.name, plan.service.control_socket, environment),
+            )
+            undo.callback(claim.release)
+            group, plan = _open(plan, log)
+            undo.callback(group.close)
+            group.begin(target.pids, target.left)
+            undo.callback(group.detach)
+            undo.callback(Heartbeat(group.attachment.beat).close)
+            claim.others_may_start()
+            _announce(group, log, time.monotonic() - began_s)
+            with asyncio.Runner() as runner:
+                runner.run(_AttachedService(group, claim, environment, log).run())
+        log.info("detached")
+        return 0
+    finally:
+        output.stderr.finish(_LAST_LINES_S)
+        output.stderr.close()
+
+
+def _refuse_attached(plan: Plan, environment: Mapping[str, str]) -> None:
+    """Raises AttachRefused: another service steers the address already."""
+    (bind,) = plan.binds
+    for each in there.services_at(bind, environment):
+        cause = f"service {each.name} steers it already (pid {each.pid})"
+        cure = f"`steer policy {each.name} POLICY`"
+        raise AttachRefused(f"attach to {bind.label}", cause, cure)
+
+
+def _open(plan: Plan, log: Log) -> tuple[AttachedGroup, Plan]:
+    """Raises SteerError."""
+    return fallback.first_that_works(plan, lambda each: AttachedGroup(each, log), log.warning)
+
+
+def _announce(group: AttachedGroup, log: Log, took_s: float) -> None:
+    plan = group.plan
+    count = plural(len(group.roster), "listener")
+    where = plan.binds[0].label
+    log.info(
+        "%s: %s of %s, %s, attached in %.1f ms",
+        plan.name,
+        count,
+        where,
+        plan.policy.name,
+        1000 * took_s,
+    )
+    if plan.became:
+        log.info("policy %s", plan.became)
+    if group.why_unwatched:
+        log.warning("listeners that close are not seen in time: %s", group.why_unwatched)
+    if group.counting.why_not:
+        log.warning("open connections are not counted: %s", group.counting.why_not)
+
+
+class _AttachedService:
+    """What has to be done while it is attached."""
+
+    def __init__(
+        self, group: AttachedGroup, claim: Claim, environment: Mapping[str, str], log: Log
+    ) -> None:
+        self._group = group
+        self._claim = claim
+        self._log = log
+        self._state = ServiceState(environment)
+        self._spare = Spare(_SPARE_DESCRIPTORS)
+        self._retry = Retry(log, self._spare)
+        self._ended = asyncio.Event()
+        self._detached = asyncio.Event()
+        self._look_again: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._retry.watch(self._loop)
+        for number in _ENDING:
+            self._loop.add_signal_handler(number, self._ended.set)
+        signals.release_signals()
+        requests = Requests(self._group, self._state, self._log, self._stop)
+        self._hear()
+        self._look()
+        with closing(self._spare):
+            async with Server(self._claim.socket, requests.handlers(), self._retry):
+                self._state.runs()
+                await self._ended.wait()
+                self._state.stops()
+                self._end()
+
+    async def _stop(self) -> None:
+        self._ended.set()
+        await self._detached.wait()
+
+    def _end(self) -> None:
+        if self._look_again is not None:
+            self._look_again.cancel()
+        if self._group.watch is not None:
+            self._loop.remove_reader(self._group.watch.events)
+        self._retry.attempt("detach", self._group.detach)
+        self._detached.set()
+
+    def _hear(self) -> None:
+        if self._group.watch is not None:
+            self._loop.add_reader(self._group.watch.events, self._heard)
+
+    def _heard(self) -> None:
+        if self._group.watch is not None:
+            self._group.watch.events.skip()
+            self._look()
+
+    def _look(self) -> None:
+        if self._look_again is not None:
+            self._look_again.cancel()
+        was_watched = self._group.watch
+        self._retry.attempt("look for listeners", self._group.look)
+        if was_watched is not self._group.watch and was_watched is not None:
+            self._loop.remove_reader(was_watched.events)
+        self._look_again = self._loop.call_later(self._pause_s(), self._look)
+
+    def _pause_s(self) -> float:
+        if self._group.roster.starting:
+            return _STARTING_S
+        return _WATCHED_S if self._group.watch is not None else _UNWATCHED_S

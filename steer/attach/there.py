@@ -1,0 +1,21 @@
+"""Which services steer an address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+from steer.config.address import Bind
+from steer.control import client, rundir
+from steer.control.schema import Service
+from steer.errors import ControlError
+
+
+def services_at(bind: Bind, environment: Mapping[str, str]) -> Iterator[Service]:
+    """Those of this user whose control sockets are in the usual directories."""
+    wanted = (bind.protocol, bind.address, bind.port)
+    for path in rundir.find(environment):
+        with suppress(ControlError):
+            for each in client.status(path).services:
+                if any(wanted == (b.protocol, b.address, b.port) for b in each.binds):
+                    yield each

@@ -1,0 +1,77 @@
+"""Programs on the cgroups where listeners are made: see bpf/attach.c."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+from steer.attach.attachment import Attachment
+from steer.linux import cgroup
+from steer.loader import compile
+from steer.loader.bpf_maps import Map
+from steer.loader.programs import ATTACH_TYPES, Link, Program
+
+_KINDS = ("closing", "listening")
+_POSITION = struct.Struct("=Q")
+
+
+class Watch:
+    """On as many cgroups as are asked for, until it is closed.
+
+    Raises:
+        KernelError: the kernel refuses the programs.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        code = compile.load(compile.sources() / "attach.c").programs
+        self._links: dict[int, list[Link]] = {}
+        with ExitStack() as undo:
+            self._programs = {
+                kind: undo.enter_context(
+                    Program(f"steer_{kind}", code[kind], attachment.maps, ATTACH_TYPES[kind])
+                )
+                for kind in _KINDS
+            }
+            self.events = Ring(attachment.maps["events"])
+            undo.callback(self.events.close)
+            undo.callback(self._unlink)
+            self.close = undo.pop_all().close
+
+    def on(self, cgroups: Iterable[int]) -> None:
+        """Also on these. Raises KernelError."""
+        for number in cgroups:
+            if number not in self._links:
+                with cgroup.opened(number) as directory:
+                    self._links[number] = [
+                        Link(program, directory, ATTACH_TYPES[kind])
+                        for kind, program in self._programs.items()
+                    ]
+
+    def _unlink(self) -> None:
+        for links in self._links.values():
+            for link in links:
+                link.close()
+
+
+class Ring:
+    """A ring buffer (BPF_MAP_TYPE_RINGBUF) of which nobody reads what is in it: that it can be
+    read tells that something has happened."""
+
+    def __init__(self, events: Map) -> None:
+        self._events = events
+        self._consumer = mmap.mmap(events.fileno(), mmap.PAGESIZE)
+        size = mmap.PAGESIZE
+        self._producer = mmap.mmap(events.fileno(), size, prot=mmap.PROT_READ, offset=mmap.PAGESIZE)
+
+    def fileno(self) -> int:
+        return self._events.fileno()
+
+    def skip(self) -> None:
+        """All that is in it."""
+        self._consumer[: _POSITION.size] = self._producer[: _POSITION.size]
+
+    def close(self) -> None:
+        self._consumer.close()
+        self._producer.close()

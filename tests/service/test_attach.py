@@ -1,0 +1,266 @@
+"""`steer attach`: listeners of servers that run already, steered and let go again."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from steer import abi
+from steer.policy import classic
+from steer.sockets import group_program
+from testkit.attached import HOST, Attach, answers, ask, attaching, is_even, threads
+from testkit.fixtures import RunSteer, StartService
+from testkit.harness import CPUS, PORT
+from testkit.processes import eventually, line_of, python, running
+from testkit.programs import path
+from testkit.service import Service
+
+pytestmark = [
+    pytest.mark.needs("bpf", "migrate", "netns", "root", "pidfd_getfd"),
+    pytest.mark.usefixtures("netns"),
+]
+
+
+@pytest.fixture
+def attach(home: Path, environment: dict[str, str]) -> Iterator[Attach]:
+    with attaching(home, environment) as start:
+        yield start
+
+
+def late_member() -> tuple[str, ...]:
+    """The command of a server that listens, and accepts once it is sent a line."""
+    return python(f"import runpy; runpy.run_path({path('listens_before_it_waits')!r})", HOST, PORT)
+
+
+def states(attached: Service) -> list[str]:
+    return [each["state"] for each in attached.workers()]
+
+
+# ---- who gets what
+
+
+def test_threads_of_a_program_get_their_turns(attach: Attach) -> None:
+    with threads(8):
+        attach("--policy", "round-robin")
+        assert is_even(answers(400), 8, len(CPUS))
+
+
+def test_open_connections_are_even_under_least_conn(attach: Attach) -> None:
+    with threads(4), ExitStack() as clients:
+        attached = attach("--policy", "least-conn")
+        for _ in range(18):
+            clients.enter_context(ask(hold=True)[1])
+        counts = eventually(
+            lambda: (
+                found
+                if sum(found := [w["connections"]["open"] for w in attached.workers()]) == 18
+                else None
+            )
+        )
+        assert counts is not None
+        assert max(counts) - min(counts) <= 1
+
+
+def test_drained_listener_gets_nothing_until_undrained(attach: Attach) -> None:
+    with threads(3):
+        attached = attach("--policy", "round-robin")
+        assert attached.steer("drain", "1").returncode == 0
+        assert is_even(answers(60), 2, len(CPUS))
+        assert attached.steer("undrain", "1").returncode == 0
+        assert is_even(answers(60), 3, len(CPUS))
+
+
+def test_policy_is_switched_while_attached(attach: Attach) -> None:
+    with threads(4):
+        attached = attach("--policy", "hash")
+        assert attached.steer("policy", "round-robin").returncode == 0
+        assert is_even(answers(100), 4, len(CPUS))
+        assert attached.status()["policy"] == "round-robin"
+        assert attached.steer("policy", "kernel").returncode == 1
+
+
+def test_what_only_steers_own_workers_can_do_is_refused(attach: Attach) -> None:
+    with threads(2):
+        attached = attach()
+        for command in ("reload", "scale 3", "restart 0"):
+            done = attached.steer(*command.split())
+            assert done.returncode == 1
+            assert "its processes are not steer's" in done.stderr
+
+
+# ---- listeners that come and go
+
+
+def test_new_listener_gets_nothing_until_it_is_waited_on(attach: Attach) -> None:
+    with threads(2):
+        attached = attach("--policy", "round-robin")
+        with running(*late_member()) as late:
+            assert line_of(late) == "here"
+            eventually(lambda: states(attached), ["ready", "ready", "starting"])
+            assert "late" not in answers(60)
+            assert late.stdin
+            late.stdin.write("\n")
+            late.stdin.flush()
+            eventually(lambda: states(attached), ["ready"] * 3)
+            assert is_even(answers(60), 3, len(CPUS))
+
+
+def test_only_listener_is_chosen_though_nobody_waits_on_it(attach: Attach) -> None:
+    with running(*late_member()) as late:
+        assert line_of(late) == "here"
+        with threads(2):
+            attached = attach("--policy", "round-robin")
+            eventually(lambda: states(attached), ["ready"] * 3)
+        eventually(lambda: states(attached), ["ready"])
+
+
+def test_group_that_was_closed_is_steered_when_it_is_back(attach: Attach) -> None:
+    with threads(2):
+        attached = attach("--policy", "round-robin")
+    eventually(attached.workers, [])
+    with threads(4):
+        eventually(lambda: states(attached), ["ready"] * 4)
+        assert is_even(answers(100), 4, len(CPUS))
+
+
+# ---- the end
+
+
+def has_program() -> bool:
+    """Whether the group has one, which is asked by taking it away."""
+    with socket.socket() as member:
+        member.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        member.bind((HOST, PORT))
+        member.listen()
+        try:
+            member.setsockopt(socket.SOL_SOCKET, abi.SO_DETACH_REUSEPORT_BPF, 0)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+@pytest.mark.parametrize("how", ["detach", "stop", "SIGTERM", "SIGINT", "SIGHUP"])
+def test_server_is_left_to_the_kernel(attach: Attach, how: str) -> None:
+    with threads(2):
+        attached = attach("--policy", "round-robin")
+        if how.startswith("SIG"):
+            attached.stop(signal.Signals[how])
+        else:
+            assert attached.steer(how).returncode == 0
+        assert attached.wait() == 0
+        assert not has_program()
+        attached.leaves_nothing()
+        assert sum(answers(10).values()) == 10
+
+
+def test_detach_takes_an_address(attach: Attach) -> None:
+    with threads(2):
+        attached = attach()
+        assert attached.steer("detach", f"{HOST}:1").returncode == 1
+        assert attached.steer("detach", f"{HOST}:{PORT}").returncode == 0
+        assert attached.wait() == 0
+
+
+def test_detach_refuses_what_steer_runs(
+    service: StartService, attach: Attach, steer: RunSteer
+) -> None:
+    run = service("-b", f"{HOST}:{PORT}", "-w", "2", name="own")
+    run.wait_ready()
+    done = steer("detach", "own")
+    assert done.returncode == 1
+    assert "`steer stop own` ends it" in done.stderr
+
+
+def test_kernel_chooses_a_second_after_the_attacher_was_killed(attach: Attach) -> None:
+    with threads(4):
+        attached = attach("--policy", "round-robin", "--weights", "1000,1,1,1")
+        assert answers(60)["0"] > 50
+        attached.send_signal(signal.SIGKILL)
+        attached.wait()
+        eventually(lambda: answers(60)["0"] < 40, timeout_s=2.5)
+
+
+def test_attacher_takes_the_place_of_one_that_was_killed(attach: Attach) -> None:
+    with threads(4):
+        first = attach("--policy", "round-robin", name="first")
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        second = attach("--policy", "round-robin", name="second")
+        assert is_even(answers(100), 4, len(CPUS))
+        assert states(second) == ["ready"] * 4
+
+
+# ---- what is refused
+
+
+def refused(steer: RunSteer, *options: str) -> str:
+    done = steer("attach", *(options or (f"{HOST}:{PORT}",)))
+    assert done.returncode == 1, done.stderr
+    return done.stderr
+
+
+def test_address_where_nobody_listens_is_refused(steer: RunSteer) -> None:
+    assert "nobody listens there" in refused(steer)
+    with threads(2):
+        assert f"steer attach {HOST}:{PORT}" in refused(steer, f":{PORT}")
+
+
+def test_datagrams_are_refused(steer: RunSteer) -> None:
+    assert "over TCP" in refused(steer, f"udp://{HOST}:{PORT}")
+
+
+def test_shared_socket_is_refused(steer: RunSteer) -> None:
+    code = "import socket, sys\ns = socket.socket(fileno=int(sys.argv[1]))\ns.accept()"
+    with socket.create_server((HOST, PORT)) as sock, ExitStack() as processes:
+        for _ in range(3):
+            command = python(code, sock.fileno())
+            processes.enter_context(running(*command, fds=[sock.fileno()]))
+        assert "it is one socket without SO_REUSEPORT" in refused(steer)
+
+
+def test_one_socket_that_several_wait_on_is_refused(steer: RunSteer) -> None:
+    with socket.socket() as sock, ExitStack() as processes:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((HOST, PORT))
+        sock.listen()
+        code = "import socket, sys\ns = socket.socket(fileno=int(sys.argv[1]))\ns.accept()"
+        for _ in range(3):
+            command = python(code, sock.fileno())
+            processes.enter_context(running(*command, fds=[sock.fileno()]))
+        eventually(lambda: "it is one socket, and 3 processes wait on it" in refused(steer))
+
+
+def test_service_of_steers_own_is_refused(service: StartService, steer: RunSteer) -> None:
+    run = service("-b", f"{HOST}:{PORT}", "-w", "2", name="own")
+    run.wait_ready()
+    assert "it is service own of steer's" in refused(steer)
+
+
+def test_second_attacher_is_refused(attach: Attach, steer: RunSteer) -> None:
+    with threads(2):
+        attach(name="first")
+        assert "service first steers it already" in refused(steer)
+
+
+def test_other_users_listeners_are_refused(steer: RunSteer) -> None:
+    with threads(2):
+        done = steer("attach", f"{HOST}:{PORT}", user=65534)
+        assert done.returncode == 1
+        assert "run as root" in done.stderr
+
+
+def test_group_with_a_program_of_somebody_is_refused(steer: RunSteer) -> None:
+    with threads(2), socket.socket() as member:
+        member.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        member.bind((HOST, PORT))
+        member.listen()
+        group_program.attach_cbpf(member.fileno(), list(classic.NOTHING))
+        said = refused(steer)
+        assert "a classic program of " in said
+        assert "selects there already" in said
+        group_program.detach(member.fileno())
