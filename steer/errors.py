@@ -185,6 +185,10 @@ class KernelError(SteerError):
     _shown = staticmethod(errno_name)
 
 
+class NoThread(KernelError):
+    """The machine has no room for one more thread."""
+
+
 class Uncounted(KernelError):
     """Open connections are not counted, and `auto` can select a policy that does not need them."""
 

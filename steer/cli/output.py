@@ -81,18 +81,19 @@ def progress(words: str) -> Iterator[Progress | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    import threading
+    from threading import Event
 
-    line, is_over = _Line(words), threading.Event()
+    from steer.linux import threads
+
+    line, is_over = _Line(words), Event()
 
     def turn() -> None:
         while not is_over.wait(_TURN_S):
             line.draw()
 
-    turning = threading.Thread(target=turn, daemon=True)
+    turning = threads.start(turn)
     sys.stderr.write(_HIDE_CURSOR)
     line.draw()
-    turning.start()
     try:
         yield line.say
     finally:

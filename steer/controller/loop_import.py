@@ -25,6 +25,7 @@ def await_loop(listener: Listener, pool: WorkerPool, *, runs_command: bool) -> l
         What workers notified meanwhile.
 
     Raises:
+        NoThread: the machine has no room for one more.
         Exception: the import failed, for example with MemoryError.
     """
     early: list[Notification] = []
@@ -36,10 +37,9 @@ def await_loop(listener: Listener, pool: WorkerPool, *, runs_command: bool) -> l
         except Exception as error:  # noqa: BLE001 - raised below
             failed.append(error)
 
-    import threading
+    from steer.linux import threads
 
-    importing = threading.Thread(target=load)
-    importing.start()
+    importing = threads.start(load)
     with _threads_in_turn(_TURN_S):
         # A command cannot be ready so soon. systemd-notify(1), which notifies for it, may exit once
         # its message is read, and then nothing tells which worker it belongs to.

@@ -25,9 +25,10 @@ def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = N
             other the answer is to ask again.
 
     Raises:
+        NoThread: the machine has no room for one more.
         SystemExit: a signal or a request says to end; `do` is not waited for.
     """
-    import threading
+    from steer.linux import threads
 
     outcome: list[Callable[[], T]] = []
 
@@ -40,8 +41,7 @@ def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = N
         else:
             outcome.append(lambda: value)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
+    thread = threads.start(call)
     thread.join(_LOOK_S)  # mostly it was quick
     with DefaultSelector() as selector:
         server = None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
+
+from steer.linux import threads
 
 T = TypeVar("T")
 
 
 async def in_background(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a new thread; return its result or raise its error.
+    """Call a function in a new thread; return its result or raise its error. Raises NoThread.
 
     This is not asyncio.to_thread(), because a loop waits for its threads before it ends. A thread
     that compiles, or reads from a file system that does not answer, may never end.
@@ -37,5 +38,5 @@ async def in_background(function: Callable[..., T], *arguments: Any) -> T:
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, value, failed)
 
-    threading.Thread(target=call, daemon=True).start()
+    threads.start(call)
     return await outcome

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
 AGAIN_S = 1.0
-_NO_THREAD = "can't start new thread"
-"""The text of the RuntimeError that `threading` raises."""
 _ACTS_MAX = 1000
 T = TypeVar("T")
 
@@ -88,8 +86,7 @@ class Retry:
 
 def is_lack(error: BaseException) -> bool:
     """Whether an error has a known cause, such as a lack of memory, and is not a bug in steer."""
-    no_thread = isinstance(error, RuntimeError) and str(error) == _NO_THREAD
-    return no_thread or isinstance(error, OSError | MemoryError | SteerError)
+    return isinstance(error, OSError | MemoryError | SteerError)
 
 
 def in_words(error: BaseException) -> str:
@@ -98,8 +95,6 @@ def in_words(error: BaseException) -> str:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return "out of memory"
-    if str(error) == _NO_THREAD:
-        return "no more threads; raise the limit on processes (ulimit -u, TasksMax=) or on memory"
     return str(error) if is_lack(error) else repr(error)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from steer.backends.base import Selector
+from steer.errors import NoThread
 from steer.linux.retry import AGAIN_S, Retry
 from steer.loader import shared_memory
 
@@ -177,5 +178,5 @@ async def _wait_for_programs() -> None:
 
     try:
         await in_background(shared_memory.wait_for_programs)
-    except RuntimeError:  # no more threads
+    except NoThread:
         shared_memory.wait_for_programs()

@@ -336,7 +336,7 @@ LACKS = {
         "out of memory",
     ),
     "threads": (
-        "steer.controller.loop_import await_loop RuntimeError",
+        "steer.linux.threads threading.Thread.start RuntimeError",
         "no more threads; raise the limit on processes (ulimit -u, TasksMax=) or on memory",
     ),
     "something": (

@@ -69,11 +69,6 @@ def test_same_failure_is_said_once_until_it_succeeds(tries: Retry, log: Lines) -
     "error, said",
     [
         (KernelError("attach", "ENOMEM"), "look: attach: ENOMEM; "),
-        (
-            RuntimeError("can't start new thread"),
-            "look: no more threads; raise the limit on processes (ulimit -u, TasksMax=)"
-            " or on memory; ",
-        ),
         (ZeroDivisionError("by nothing"), "bug in steer: look: ZeroDivisionError('by nothing'); "),
         (OSError("odd"), "look: odd; "),
     ],
