@@ -47,12 +47,9 @@ def parse(text: str | None) -> Target:
             raise ConfigError(act, f"{error}, as ports and process ids are") from None
     if found := _PORT_ONLY.fullmatch(text):
         return Target(found[1], port=address.parse(f"0.0.0.0:{found[2]}").port)
-    try:
-        bind = address.parse(text)
-    except ConfigError as error:
-        if error.what.startswith("read address") and "://" not in text and ":" not in text:
-            raise ConfigError(f"read {shown(text)}", "malformed", f"allowed: {ALLOWED}") from None
-        raise
+    if ":" not in text:
+        raise ConfigError(f"read {shown(text)}", "malformed", f"allowed: {ALLOWED}")
+    bind = address.parse(text)
     protocol = bind.protocol if "://" in text else None
     return Target(protocol, bind.address, bind.port)
 
