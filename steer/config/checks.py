@@ -5,7 +5,7 @@ An error names where a value came from, the key, the value and what is allowed.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from steer import values
 from steer.config import address, servers, socket_options
@@ -20,13 +20,28 @@ _MODULE_OR_PATH = r"(?a)[\w./][\w./-]{,79}"
 """What users type as an app if they forget the callable, or mean a command."""
 
 
-def describe_origin(key: str, value: Any, source: str) -> str:
-    """Where a value came from, as errors say it: the source, the key and the value."""
+class Origin(NamedTuple):
+    """Where a value came from.
+
+    Args:
+        source: an option, a variable, a file, an argument.
+        setting: the key and the value; "" if the source names both.
+    """
+
+    source: str
+    setting: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.setting}" if self.setting else self.source
+
+
+def origin_of(key: str, value: Any, source: str) -> Origin:
+    """The origin of a value of a key, which may be unknown."""
     name = key if key in FIELDS else values.shown(key).strip("'")
-    return f"{source}: {name} = {values.shown(value)}"
+    return Origin(source, f"{name} = {values.shown(value)}")
 
 
-def checked(key: str, value: Any, origin: str, *, strict: bool) -> Any:
+def checked(key: str, value: Any, origin: Origin, *, strict: bool) -> Any:
     """A value converted to the type of its key.
 
     Args:
@@ -39,14 +54,14 @@ def checked(key: str, value: Any, origin: str, *, strict: bool) -> Any:
     if key not in FIELDS:
         hint = values.did_you_mean(key, FIELDS)
         allowed = f"allowed: {', '.join(sorted(FIELDS))}"
-        raise ConfigError(origin, "unknown key", cure(hint, allowed))
+        raise ConfigError(str(origin), "unknown key", cure(hint, allowed))
     try:
         _check_texts(value)
         converted = values.convert(value, FIELDS[key].type, strict=strict)
         _check_meaning(key, converted)
     except Invalid as error:
         hint = error.hint or _guess_app(key, value)
-        raise ConfigError(origin, str(error), cure(hint, _allowed(key))) from None
+        raise ConfigError(str(origin), str(error), cure(hint, _allowed(key))) from None
     return converted
 
 
@@ -134,7 +149,7 @@ _ALLOWED_TYPES: Mapping[Any, str] = {
 }
 
 
-def check_together(service: Service, origins: Mapping[str, str]) -> None:
+def check_together(service: Service, origins: Mapping[str, Origin]) -> None:
     """Check that the values of different keys fit together.
 
     Args:
@@ -145,17 +160,19 @@ def check_together(service: Service, origins: Mapping[str, str]) -> None:
     """
     weights, workers = service.weights, service.workers
     if service.app and service.command:
-        raise ConfigError(_together(origins, "app", "command"), "both are given", "give one")
+        raise ConfigError(
+            _together(origins["app"], origins["command"]), "both are given", "give one"
+        )
     if isinstance(workers, int) and len(weights) > workers:
         raise ConfigError(
-            _together(origins, "weights", "workers"),
+            _together(origins["weights"], origins["workers"]),
             f"{plural(len(weights), 'weight')} for {plural(workers, 'worker')}",
             "give each worker one at most",
         )
     _check_options_have_sockets(service, origins)
     if weights and service.policy == KERNEL:
         raise ConfigError(
-            _together(origins, "weights", "policy"),
+            _together(origins["weights"], origins["policy"]),
             "the kernel's own hash knows no weights",
             f"allowed: {', '.join(name for name in _POLICY_NAMES if name != KERNEL)}",
         )
@@ -181,19 +198,18 @@ def check_runs_something(service: Service, sources: Sequence[str]) -> None:
     )
 
 
-def _together(origins: Mapping[str, str], one: str, other: str) -> str:
-    """The origins of two values; a source that they share is named once."""
-    source = origins[one].removesuffix(origins[one].partition(": ")[2])
-    return f"{origins[one]} and {origins[other].removeprefix(source)}"
+def _together(one: Origin, other: Origin) -> str:
+    """Two origins; a source that they share is named once."""
+    return f"{one} and {other.setting if one.source == other.source else other}"
 
 
-def _check_options_have_sockets(service: Service, origins: Mapping[str, str]) -> None:
+def _check_options_have_sockets(service: Service, origins: Mapping[str, Origin]) -> None:
     """Raises ConfigError: a socket option applies to no bind."""
     protocols = [bind.protocol for bind in service.binds]
     settings = socket_options.parse(service.socket_options)
     if unused := socket_options.unused_setting(settings, protocols):
         raise ConfigError(
-            origins["socket_options"],
+            str(origins["socket_options"]),
             f"{unused.name} is for {' and '.join(unused.option.protocols).upper()}, and no bind is",
             "leave it out, or add such a bind",
         )

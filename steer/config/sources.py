@@ -11,19 +11,21 @@ from typing import Any
 import msgspec
 
 from steer import values
-from steer.config.checks import check_runs_something, check_together, checked, cure, describe_origin
+from steer.config.checks import (
+    Origin,
+    check_runs_something,
+    check_together,
+    checked,
+    cure,
+    origin_of,
+)
 from steer.config.service import FIELDS, Service
 from steer.errors import ConfigError
 
 _LISTS = {name for name, field in FIELDS.items() if isinstance(field.default, tuple)}
 
-_GIVEN_AS: Mapping[str, str] = {
-    "app": "argument {value}",
-    "command": "command after --: {value}",
-    "params": "--param: params = {value}",
-    "socket_options": "--socket-option: socket_options = {value}",
-}
-"""How errors name a value of the command line whose option does not have the name of the key."""
+_OPTIONS = {"params": "--param", "socket_options": "--socket-option"}
+"""Options that do not have the name of their key."""
 
 
 def load(
@@ -47,21 +49,20 @@ def load(
         ConfigError: a value is wrong. The error names the source, the key and what is allowed.
     """
     merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    origins: dict[str, Origin] = {}
     sources = [] if file is None else [path]
     for key, value in (file or {}).items():
-        origins[key] = describe_origin(key, value, path)
+        origins[key] = origin_of(key, value, path)
         merged[key] = checked(key, value, origins[key], strict=True)
     for key, (name, text) in _from_environment(environment).items():
-        origins[key] = describe_origin(key, text, name)
+        origins[key] = origin_of(key, text, name)
         merged[key] = checked(key, text, origins[key], strict=False)
         sources.append(name)
     for key, value in command_line.items():
         if value is not None and value != ():
-            form = _GIVEN_AS.get(key, f"--{key.replace('_', '-')}: {key} = {{value}}")
-            origins[key] = form.format(value=values.shown(value))
+            origins[key] = _given(key, value)
             merged[key] = checked(key, value, origins[key], strict=False)
-            sources.append(form.partition(":")[0])
+            sources.append(origins[key].source)
     if runs and not sources:
         return Service(demo=True)
     service = Service(**merged)
@@ -82,11 +83,11 @@ def changed(service: Service, changes: Mapping[str, Any], act: str) -> Service:
         ConfigError: a value is wrong.
     """
     converted = {
-        key: checked(key, value, describe_origin(key, value, act), strict=False)
+        key: checked(key, value, origin_of(key, value, act), strict=False)
         for key, value in changes.items()
     }
     result = msgspec.structs.replace(service, **converted)
-    check_together(result, {key: describe_origin(key, getattr(result, key), act) for key in FIELDS})
+    check_together(result, {key: origin_of(key, getattr(result, key), act) for key in FIELDS})
     return result
 
 
@@ -120,6 +121,15 @@ def read(text: bytes, path: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ConfigError(act, "service is no table", "write [service]")
     return table
+
+
+def _given(key: str, value: Any) -> Origin:
+    """The origin of a value of the command line."""
+    if key == "app":
+        return Origin(f"argument {values.shown(value)}")
+    if key == "command":
+        return Origin("command after --", values.shown(value))
+    return origin_of(key, value, _OPTIONS.get(key, f"--{key.replace('_', '-')}"))
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
