@@ -17,19 +17,13 @@ def refusal_of(log: Log, act: str, error: Exception) -> SteerError:
 
 
 def log_failure(log: Log, act: str, error: SteerError) -> None:
-    log.error("%s", with_act(act, error))
+    log.error("cannot %s: %s", act, error)
     for line in error.detail.splitlines():
         log.error("  | %s", line)
 
 
 def log_refused_request(log: Log, command: str, error: SteerError) -> None:
     """Log a refused request in one line, as a warning. The client gets the details."""
-    log.warning("request refused: %s", with_act(command, error))
+    log.warning("request %s refused: %s", command, error)
     for line in error.detail.splitlines():
         log.debug("  | %s", line)
-
-
-def with_act(act: str, error: SteerError) -> str:
-    """The error with the act that it prevented, which is named once."""
-    is_named = error.what == act or error.what.startswith((f"{act} ", f"{act}:"))
-    return str(error) if is_named else f"{act}: {error}"

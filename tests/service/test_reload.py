@@ -358,7 +358,7 @@ def test_reload_whose_workers_do_not_come_up_changes_nothing(
     assert done.returncode == code
     assert done.stderr.startswith(f"steer: reload test: {words}")
     assert ("  | out of order\n" in done.stderr) == (code == 3)
-    assert "[WARNING] request refused: reload test: " in running.log
+    assert "[WARNING] request reload refused: reload test: " in running.log
     assert "[WARNING] worker " not in running.log, "who asked is told, once"
     assert clients.failures == []
     assert clients.pids() <= {each["pid"] for each in before}
@@ -387,7 +387,10 @@ def test_reload_by_a_signal_that_fails_is_one_error(service: StartService, home:
     running.send_signal(signal.SIGHUP)
     eventually(lambda: UNCHANGED in running.log)
     (line,) = [line for line in running.log.splitlines() if "[ERROR]" in line and " | " not in line]
-    assert f"[ERROR] reload test: load app:serve: ModuleNotFoundError: {NO_MODULE}" in line
+    assert (
+        f"[ERROR] cannot reload: reload test: load app:serve: ModuleNotFoundError: {NO_MODULE}"
+        in line
+    )
 
 
 def test_replacement_that_a_stop_ends_is_no_error(

@@ -103,9 +103,7 @@ def test_what_is_refused_is_one_line_in_the_log_and_no_error(
         done = running.steer(command[0], "test", *command[1:])
         assert done.returncode == 1
         (line,) = running.log[before:].splitlines()
-        act = f"[WARNING] request refused: {command[0]}"
-        assert act in line
-        assert f"{act}: {command[0]}" not in line
+        assert f"[WARNING] request {command[0]} refused: " in line
     assert "ERROR" not in running.log
 
 
