@@ -5,6 +5,7 @@ An error names the act, the object, the cause and the cure, and has the exit cod
 
 from __future__ import annotations
 
+import copy
 import errno as numbers
 from collections.abc import Mapping
 from typing import NamedTuple, Self
@@ -96,6 +97,28 @@ class SteerError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         """How pickle and copy rebuild the error: its arguments are not those of `__init__`."""
         return type(self).__new__, (type(self), *self.args), vars(self)
+
+    @classmethod
+    def like(cls, error: SteerError) -> Self:
+        """An error of this type with the fields of another error."""
+        return cls(error.what, error.cause, error.cure, error.detail, error.errno)
+
+    def replace(self, **changes: str) -> Self:
+        """The same error with other fields: its type, errno and all else stay."""
+        changed = copy.copy(self)
+        vars(changed).update(changes)
+        changed.args = (str(changed),)
+        return changed
+
+    def under(self, act: str, cure: str = "") -> Self:
+        """The same error as the cause why a larger act failed.
+
+        Args:
+            act: the larger act and its object.
+            cure: what to add to the cure of this error.
+        """
+        cures = "; ".join(each for each in (self.cure, cure) if each)
+        return self.replace(what=act, cause=self.note.found, cure=cures)
 
     @property
     def note(self) -> Note:

@@ -244,8 +244,7 @@ class Slots:
         try:
             own = reuseport.member(self.bind, 1)
         except OSError as error:
-            why = port_checks.bind_error(self.bind, error)
-            raise KernelError(why.what, why.cause, why.cure, errno=why.errno) from None
+            raise KernelError.like(port_checks.bind_error(self.bind, error)) from None
         with own:
             yield {0: own}
 

@@ -268,8 +268,8 @@ def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> 
     """The error with what would help. For a custom policy, with the line of C that it is about."""
     cure = "" if capabilities.may_perfmon() else _NEEDS_PERFMON
     if not chosen.is_custom:
-        return VerifierError(error.what, error.cause, cure, error.detail, error.errno, error.log)
+        return error.replace(cure=cure)
     from steer.loader import verifier
 
     detail = verifier.explain(error.detail, lines, find.file_of(chosen))
-    return VerifierError(error.what, error.cause, cure, detail, error.errno, error.log)
+    return error.replace(cure=cure, detail=detail)

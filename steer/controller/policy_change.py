@@ -63,7 +63,7 @@ class PolicyChange:
             )
         except KernelError as error:
             goes_on = f"nothing has changed: {now.policy.name} goes on"
-            raise type(error)(act, str(error), goes_on, error.detail) from None
+            raise error.under(act, goes_on) from None
         self._log_policy()
 
     def choose_as(self, other: Plan) -> Plan:
@@ -100,7 +100,7 @@ class PolicyChange:
                 plan_change.back_to(before, self._plan, now, may_be_worse=True)
             )
         except SteerError as error:
-            log_failure(self._log, f"choose by {before.policy.name} again", error)
+            log_failure(self._log, f"select by {before.policy.name} again", error)
         else:
             self._warn_if_worse_than(before)
 

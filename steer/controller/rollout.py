@@ -141,7 +141,7 @@ class Rollout:
         try:
             fresh = await self._start(specs, generation, progress, niced=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
-            raise type(error)(self.turns.act, str(error), self._as_before(), error.detail) from None
+            raise error.under(self.turns.act, self._as_before()) from None
         # All in the same turn of the loop: one publication, and one message to the guard:
         # a controller that adopts us, should we be killed, finds either both or neither.
         self._pool.generation = generation

@@ -97,12 +97,11 @@ def _verify(
             figures[kind] = verifier.figures(kind, code, maps)
         except VerifierError as error:
             source, shown = find.file_of(found), error.log if whole_log else ""
-            raise VerifierError(
-                f"load {source.name}",
-                "the kernel's verifier rejects it",
+            raise error.replace(
+                what=f"load {source.name}",
+                cause="the kernel's verifier rejects it",
+                cure="",
                 detail=verifier.explain(error.detail, built.lines.get(kind, {}), source, shown),
-                errno=error.errno,
-                log=error.log,
             ) from None
         except KernelError as error:
             notes.append(f"{kind} not loaded: {error}")

@@ -82,7 +82,7 @@ def _in_order(
         try:
             port_checks.refuse_strangers(bind, ours)
         except BindError as error:
-            raise KernelError(act, error.cause, error.cure) from None
+            raise KernelError.like(error.replace(what=act)) from None
     return {slot: there[slot] for slot in order}
 
 

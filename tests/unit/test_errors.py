@@ -95,14 +95,40 @@ def test_another_process_gets_the_same_error(
     assert (vars(found), found.args, str(found)) == (vars(error), error.args, str(error))
 
 
+def test_the_cause_why_a_larger_act_failed_keeps_all_it_knows() -> None:
+    inner = VerifierError("load", "EACCES", "see below", "line 3", errno.EACCES, log="whole")
+    outer = inner.under("reload web", "nothing has changed")
+    assert type(outer) is VerifierError
+    assert str(outer) == "reload web: load: EACCES; see below; nothing has changed"
+    assert outer.args == (str(outer),)
+    assert (outer.what, outer.errno) == ("reload web", errno.EACCES)
+    assert (outer.detail, outer.log) == ("line 3", "whole")
+    assert str(inner) == "load: EACCES; see below"
+
+
+def test_a_refused_request_is_shown_under_another_act() -> None:
+    refused = Refused("ask web", "scale web to 0: too few", exit_code=2)
+    assert refused.under("scale").exit_code == 2
+
+
+def test_an_error_of_another_type_keeps_the_fields() -> None:
+    error = KernelError.like(BindError("bind :80", "EACCES", "run as root", "x", errno.EACCES))
+    assert type(error) is KernelError
+    assert (str(error), error.detail) == ("bind :80: EACCES; run as root", "x")
+    assert error.errno == errno.EACCES
+
+
+_ERROR = r"(error|exception|failure|problem|refusal|why|why_not)"
+_FIELD = rf"(\.(reason|what|cause|cure|detail)|\bstr\((\w+\.)*{_ERROR}\)|\borigins?(\[.*?\])?)"
 SEARCHED = (
-    r"\.cause (==|!=|in|not in) ",
+    rf"{_FIELD} (==|!=|in|not in) ",
+    rf"(==|!=|\bin|\bnot in) {_FIELD}(?!\w)",
+    rf"{_FIELD}\.(r?partition|r?split|(starts|ends)with|remove(pre|suf)fix|r?find|r?index|replace)\(",
+    rf"\btype\({_ERROR}\)\(",
+    rf"\b\w+Error\(.*\b{_ERROR}\.(what|cause)\b",
     r'"E[A-Z0-9]{3,}" (==|!=|in|not in) ',
     r' (==|!=|in|not in) "E[A-Z0-9]{3,}"',
-    r'partition\("; "\)',
-    r'split\("; "\)',
-    r"\.(reason|cause)\.(r?partition|split|startswith|removeprefix)\(",
-    r" in [a-z_.]*\.(reason|cause)\b",
+    r'(partition|split)\("; "\)',
 )
 
 

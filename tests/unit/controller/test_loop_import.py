@@ -36,7 +36,7 @@ class Starting:
         patch.setattr(threading, "Thread", self._thread)
 
     @staticmethod
-    def _thread(target: Callable[[], None]) -> object:
+    def _thread(target: Callable[[], None], daemon: bool) -> object:
         return SimpleNamespace(start=lambda: None, is_alive=lambda: True, join=target)
 
     def serve_early(self, pid: int) -> bool:
