@@ -1,4 +1,4 @@
-"""Adopts a service whose controller is gone: a new controller takes over from its guard."""
+"""Adopts a service whose controller is gone: takes over its workers from the guard."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ from steer.values import plural
 
 
 def adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack) -> None:
-    """Take over what a guard hands over.
+    """Adopt a service.
 
     Args:
+        service: a controller that has no parts yet; they are made from the handover.
         path: of the control socket.
+        undo: gets what has to be undone at the end.
 
     Raises:
-        ControlError: another version of steer has left it.
-        ConfigError: it ran something that cannot become what we are to run.
+        ControlError: another version of steer stored what the guard hands over.
+        ConfigError: the configuration cannot change from the one that the service runs with to ours
+            while it runs.
         KernelError: the kernel refuses.
     """
     name = service.plan.name
@@ -61,7 +64,7 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     service.early += service.listener.read(decoded(saved.notifications.value))
     remove_pid = service.write_pid()
     handover.taken(service.guard)
-    # Not before: had anything failed, the old guard would carry on with all of it.
+    # Only now: if a step above had failed, the old guard would still have all of this.
     undo.callback(service.claim.release)
     undo.callback(remove_pid)
     undo.callback(lambda: service.backend.close())
@@ -73,7 +76,8 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
 
 
 def _open(backend: str, plan: Plan) -> Backend:
-    """Raises KernelError: we may do less than who was here before."""
+    """Open the backend of the service. Raises KernelError: it cannot be opened, for example because
+    this controller has fewer privileges than the one before."""
     try:
         return open_backend(backend, plan, empty=True)
     except KernelError as error:
@@ -83,11 +87,14 @@ def _open(backend: str, plan: Plan) -> Backend:
 
 
 def _generations(service: Controller, saved: Persisted) -> Mapping[int, Generation]:
-    """Those that workers may be of; the service is given the plan in force, and the plan to change
-    to if that is another."""
+    """The generations that workers may belong to, by number.
+
+    Sets `service.plan` to the plan in force. If our own plan differs from it, sets `service.wanted`
+    to our plan, for a reload.
+    """
     ours, act = service.plan, f"adopt {service.plan.name}"
     running = _running(ours, saved)
-    # Whatever those of another generation were to be chosen by: there is one policy.
+    # All generations have the policy in force, as a service has only one.
     chosen = {"policy": running.service.policy, "params": running.service.params}
     found = {
         number: Generation(
@@ -100,10 +107,10 @@ def _generations(service: Controller, saved: Persisted) -> Mapping[int, Generati
     }
     service.plan = found[saved.service.generation].plan
     service.configured = saved.service.configured
-    # One that was set live is left as it is.
+    # A policy that `steer policy` has set is kept; an edit of the policy's file is a change.
     is_edited = running.policy.source == ours.policy.source and running.policy != ours.policy
     if ours.policy.problem is not None:
-        service.log.error("%s; what runs goes on as it is", ours.policy.problem)
+        service.log.error("%s; the service keeps its configuration", ours.policy.problem)
     elif service.configured != ours.service or is_edited:
         service.wanted = plan_change.reloaded(
             running, ours.service, ours.topology, act, ours.candidates
@@ -112,7 +119,7 @@ def _generations(service: Controller, saved: Persisted) -> Mapping[int, Generati
 
 
 def _running(ours: Plan, saved: Persisted) -> Plan:
-    """Our plan, with what the service runs by."""
+    """The plan that the service runs by: our own plan with the stored values."""
     stored, in_force = saved.service, saved.generations[saved.service.generation]
     named = stored.policy if in_force.policy == AUTO else in_force.policy
     return msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""Has the workers that there are chosen by another policy, on the same or another backend."""
+"""Switches the workers of a running service to another policy, on the same or another backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from steer.workers.pool import WorkerPool
 
 
 def move_to(pool: WorkerPool, plan: Plan) -> None:
-    """By the policy of this plan, on its first backend.
+    """Switch all workers to the policy of a plan, on the first backend of the plan.
 
     Raises:
         SteerError: nothing has changed.
@@ -32,11 +32,12 @@ def move_to(pool: WorkerPool, plan: Plan) -> None:
 
 
 def _see_that_all_serve(pool: WorkerPool, plan: Plan) -> None:
-    """Raises ControlError: the kernel's own hash would select a worker that is to get nothing."""
+    """See that no worker is draining or hung. Raises ControlError: one is, and the kernel's own
+    hash would select it."""
     for worker in pool.workers:
         if worker.state in (State.DRAINING, State.HUNG):
             raise ControlError(
                 f"change the policy of {plan.name} to {plan.policy.name}",
-                f"worker {worker.slot} is {worker.state.value}, and nothing would keep it so",
+                f"worker {worker.slot} is {worker.state.value}, and the kernel would select it",
                 "see `steer undrain` and `steer restart`",
             )

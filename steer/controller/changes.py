@@ -1,4 +1,4 @@
-"""What users can have changed in a running service; each change waits for its turn."""
+"""The changes of a running service that users can request. Each waits for its turn."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from steer.workers.handle import WorkerHandle
 
 
 class Changes:
-    """Those of one service.
+    """The changes of one service.
 
     Args:
         reloaded: is called when another configuration is in force.
-        retimed: is called when another policy is.
+        policy_changed: is called when another policy is in force.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Changes:
         state: ServiceState,
         log: Log,
         reloaded: Callable[[], None],
-        retimed: Callable[[], None],
+        policy_changed: Callable[[], None],
     ) -> None:
         self._service = service
         self._turns = turns
@@ -46,7 +46,7 @@ class Changes:
         self._state = state
         self._log = log
         self._reloaded = reloaded
-        self._retimed = retimed
+        self._policy_changed = policy_changed
 
     @property
     def _plan(self) -> Plan:
@@ -66,7 +66,7 @@ class Changes:
                 return await self._renew(plan, progress)
 
     async def become(self, wanted: Plan) -> None:
-        """Reload to a configuration that has been read. Raises SteerError: as `reload`."""
+        """Reload with the configuration of a plan. Raises SteerError: nothing has changed."""
         act = f"reload {wanted.name}"
         async with self._turns.turn(act):
             await self._renew(await self._policy.plan_for(wanted.service, act), unreported)
@@ -93,15 +93,32 @@ class Changes:
         return generation
 
     async def change_policy(self, request: Mapping[str, Any]) -> Plan:
-        """Returns the plan then in force. Raises SteerError: nothing has changed."""
+        """Change the policy, its parameters or the weights.
+
+        Args:
+            request: what to change, see `requested_policy.with_requested`.
+
+        Returns:
+            The plan that is in force then.
+
+        Raises:
+            SteerError: nothing has changed.
+        """
         act = f"change the policy of {self._plan.name}"
         async with self._turns.turn(act):
             await self._policy.change(request, act)
-            self._retimed()
+            self._policy_changed()
             return self._plan
 
     async def scale_by(self, more: int, progress: Progress) -> int:
-        """Returns how many workers there are then. Raises SteerError."""
+        """Start `more` workers, or end some if it is negative.
+
+        Returns:
+            How many workers there are then.
+
+        Raises:
+            SteerError: nothing has changed.
+        """
         act = f"scale {self._plan.name} by {more:+}"
         async with self._turns.turn(act):
             there = len(self._plan.specs)
@@ -113,7 +130,8 @@ class Changes:
             return there + more
 
     async def scale(self, workers: int, progress: Progress) -> None:
-        """Raises SteerError."""
+        """Start or end workers until there are `workers`. Raises SteerError: nothing has
+        changed."""
         async with self._turns.turn(f"scale {self._plan.name} to {workers}"):
             await self._scale_to(workers, progress)
 
@@ -131,7 +149,7 @@ class Changes:
         """Replace a worker by another, which is returned.
 
         Args:
-            find: the worker, as soon as it is our turn. May raise SteerError.
+            find: finds the worker. It is called when it is our turn, and may raise SteerError.
 
         Raises:
             SteerError: nothing has changed.

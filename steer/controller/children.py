@@ -1,4 +1,4 @@
-"""Waits for children that nobody else waits for: a worker may leave processes to us."""
+"""Reaps orphans: when a worker exits, the controller becomes the parent of its child processes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from steer.linux.child_ends import ChildEnds
 from steer.linux.retry import Retry
 
 _REAP_S = 0.05
-"""Many may end at once, and one look is enough."""
+"""How long to wait after the end of a child, so that many children are reaped at once."""
 
 
 class Children:
-    """Of this process.
+    """The children of this process.
 
     Args:
-        ends: readable when a child has ended.
-        reaped: is told which processes have been waited for.
+        ends: is readable when a child has ended.
+        reaped: is called with the processes that were reaped.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Children:
 
     def _reap(self) -> None:
         self._timer = None
-        self._retry.until_done("wait for what has ended", self._reap_orphans)
+        self._retry.until_done("reap children that have ended", self._reap_orphans)
 
     def _reap_orphans(self) -> None:
         reaped, is_all = family.reap_orphans()

@@ -1,7 +1,6 @@
-"""One service: the plan in force, what carries it out, and what changes both together.
+"""The controller of one service: it holds the plan in force and the parts that carry it out.
 
-The controller is the parent process; it steers, and never touches a connection. `start` makes the
-parts of a service, or `adoption` takes them over; `loop` looks after them.
+`start` makes the parts of a service, or `adoption` takes them over from a guard; `loop` runs them.
 """
 
 from __future__ import annotations
@@ -35,22 +34,28 @@ from steer.workers.handle import WorkerHandle
 from steer.workers.pool import WorkerPool
 
 LAST_LINES_S = 1.0
-"""For who reads standard error to take what waits at our end."""
+"""How long the reader of our standard error gets to read the last lines when we end."""
 
 Reread = Callable[[], Service]
-"""The configuration as it is now. May raise ConfigError."""
+"""Reads the configuration again. May raise ConfigError."""
 
 
 class Controller:
-    """One service, as far as it is started.
+    """The controller of one service.
+
+    Args:
+        reread: reads the configuration again, for a reload.
 
     Attributes:
-        plan: in force.
-        configured: what was asked for; the plan may since have been scaled.
-        wanted: a plan to change to once it runs, as what was adopted is of another.
-        early: what workers said before there was a loop, with their process ids.
-        files: that standard output and error go to, by descriptor; None where that is no file.
-        claim, guard, listener, pool: there from a step of the start on, see `start`.
+        plan: the plan in force.
+        configured: the configuration of the start or of the last reload. The plan may have changed
+            since, by a request to scale the service or to change its policy.
+        wanted: after an adoption, the plan to change to once the service runs; None: none.
+        early: notifications of workers that arrived before the loop ran.
+        files: the files that standard output and standard error go to, by descriptor; None: the
+            descriptor is no file.
+        claim, guard, listener, pool: the parts. Each exists once its step of the start is done,
+            see `start`.
     """
 
     def __init__(
@@ -82,17 +87,21 @@ class Controller:
     # The parts, made by a start or an adoption.
 
     def write_pid(self) -> Callable[[], None]:
-        """Write the pid file, if one is wanted. The result removes it."""
+        """Write the pid file if the configuration names one. Returns a function that removes it."""
         path = self.plan.service.pid
         return write_pid_file(path) if path else lambda: None
 
     def listen(self, address: str = "", fd: int = -1) -> None:
-        """Make the notification socket, or go on with that of an earlier controller."""
+        """Make the notification socket, or use that of an earlier controller.
+
+        Args:
+            address, fd: of the socket of an earlier controller.
+        """
         trusted = frozenset({0, os.geteuid(), self._user or 0})
         self.listener = Listener(trusted, self._unheard, address, fd)
 
     def make_guard(self, handover: Handover | None) -> None:
-        self.guard = GuardClient(self.claim.socket, self._settings(), self._say_as_guard, handover)
+        self.guard = GuardClient(self.claim.socket, self._settings(), self._log_as_guard, handover)
 
     def start_guard(self) -> None:
         """Raises KernelError: no more processes, or no more files."""
@@ -132,8 +141,13 @@ class Controller:
             service.log_format,
         )
 
-    def _say_as_guard(self, words: str, form: str) -> None:
-        """In the guard's process, where nobody else says what the format is by now."""
+    def _log_as_guard(self, words: str, form: str) -> None:
+        """Log a line in the guard's process.
+
+        Args:
+            form: the format of the log in force. A reload may have changed it since the guard was
+                forked.
+        """
         self.log.configure(self.plan.service.log_level, form)
         self.log.warning("%s", words)
 
@@ -158,11 +172,11 @@ class Controller:
     # What the guard stores.
 
     def persist(self, generation: Generation, current: Generation | None = None) -> None:
-        """Have the guard know what the next controller has to.
+        """Store in the guard what the next controller needs.
 
         Args:
-            generation: one that there are or will be workers of.
-            current: the one in force, if that is another.
+            generation: a generation that has workers, or will have some.
+            current: the generation in force; None: it is `generation`.
         """
         in_force = (current or generation).number
         self.persist_generation(generation)
@@ -172,7 +186,7 @@ class Controller:
         persisted.drop_generations(self.guard, used)
 
     def persist_generation(self, generation: Generation) -> None:
-        """And trust what its workers notify."""
+        """Store a generation in the guard, and trust notifications from the user of its workers."""
         service = generation.plan.service
         user = identity.identity(service.user, service.group).uid
         if user is not None:
@@ -201,8 +215,8 @@ class Controller:
     # What changes while it runs.
 
     def apply_policy(self, plan: Plan) -> None:
-        """Another policy, other parameters or weights, on all workers at once, and on the best
-        backend that works.
+        """Put the policy, parameters and weights of a plan in force for all workers at once, on the
+        best backend that works.
 
         Raises:
             SteerError: nothing has changed.
@@ -215,38 +229,39 @@ class Controller:
         self.persist(self.pool.generation)
 
     def configure(self, plan: Plan) -> None:
-        """The plan is in force."""
+        """Put a plan in force whose workers already serve."""
         self.plan = plan
         self.log.configure(plan.service.log_level, plan.service.log_format)
         self.guard.configure(self._settings())
 
     def reconfigured(self, plan: Plan) -> None:
-        """It is, and is what was asked for."""
+        """Put the plan of another configuration in force, whose workers already serve."""
         self.configured = plan.service
         self.configure(plan)
         self.pool.renew_controller_sockets(plan.service)
         self._persist_service(self.pool.generation.number)
 
     def renew_control_socket(self) -> None:
-        """Its path has gone, and so nobody could find the service: make it again.
+        """Make the control socket again after its path was removed.
 
         Raises:
-            ControlError: another service of the name is there, or no socket can be made.
+            ControlError: another service of that name is running, or no socket can be made.
         """
         before = self.claim.path
         self.claim.renew(self.plan.name, self.plan.service.control_socket, self.environment)
         self.guard.relocate(self._settings())
-        self.log.warning("control socket %s was gone; it is %s now", before, self.claim.path)
+        self.log.warning("control socket %s was removed; now it is %s", before, self.claim.path)
 
     def follow_cpus(self) -> None:
-        """Set specs and table by the CPUs that may be used now: those of the plan may be gone."""
+        """If the CPUs that the service may use have changed, set the specs of the workers, the
+        table and the CPU affinity of the workers by them."""
         try:
             now = topology.changed(self.plan.topology)
             if now is None:
                 return
             before, allowed = self.plan.topology.allowed, now.allowed
             self.log.warning(
-                "this service may now run on %s, and no longer on %s: workers move",
+                "allowed CPUs changed: %s instead of %s; moving workers",
                 cpus_named(allowed),
                 cpus_named(before),
             )
@@ -255,10 +270,11 @@ class Controller:
             self.apply_policy(plan_change.on_cpus(self.plan, now))
             self.pool.pin()
         except SteerError as error:
-            self.log.error("follow the CPUs that may be used: %s", error)
+            self.log.error("move workers to the allowed CPUs: %s", error)
 
     def reexecute(self) -> NoReturn:
-        """Become what is installed now, in the same process: the guard has all else.
+        """Execute the installed version of steer in this process. It adopts the workers from the
+        guard.
 
         Raises:
             KernelError: the kernel refuses.

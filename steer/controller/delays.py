@@ -1,8 +1,8 @@
-"""How long whoever asks this controller for something may have to wait for its loop.
+"""Measures how long the turns of the controller's loop take.
 
-What becomes ready during a turn of the loop waits until that turn ends, so the delay that is
-recorded is the duration of each turn: from the return of one poll of descriptors and timers to the
-next poll. No timer is needed, and while nothing happens nothing is measured.
+A request that arrives during a turn waits until the turn ends, so the duration of a turn is the
+longest delay of that request. A turn lasts from the return of one poll of descriptors and timers to
+the next poll. So no timer is needed, and an idle loop costs nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from steer.control.schema import LoopDelay
 
 BOUNDS_MS = (0.0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-"""Where buckets begin."""
+"""The lower bounds of the buckets."""
 _BOUNDS_S = tuple(each / 1000 for each in BOUNDS_MS)
 
 
@@ -28,13 +28,13 @@ class Delays:
         self._max_s = 0.0
 
     def add(self, delay_s: float) -> None:
-        """Count one."""
+        """Count a duration."""
         self._counts[bisect_right(_BOUNDS_S, delay_s) - 1] += 1
         if delay_s > self._max_s:
             self._max_s = delay_s
 
     def report(self) -> LoopDelay:
-        """All that were counted so far."""
+        """The durations that were counted so far."""
         return LoopDelay(
             buckets=list(zip(BOUNDS_MS, self._counts, strict=True)),
             count=sum(self._counts),
@@ -45,7 +45,11 @@ class Delays:
         )
 
     def _at_most_ms(self, share: float) -> float:
-        """What so large a share of them did not exceed: the end of a bucket, or the longest."""
+        """A percentile, rounded up to the end of a bucket, but not above the longest duration.
+
+        Args:
+            share: of the durations, from 0 to 1.
+        """
         max_ms = round(self._max_s * 1000, 3)
         below, count = 0, sum(self._counts)
         for end_ms, here in zip((*BOUNDS_MS[1:], max_ms), self._counts, strict=True):
@@ -56,7 +60,7 @@ class Delays:
 
 
 class _Timed(selectors.DefaultSelector):
-    """Measures what happens between its calls."""
+    """A selector that measures the time between its calls."""
 
     def __init__(self, delays: Delays, now_s: Callable[[], float]) -> None:
         super().__init__()
@@ -75,5 +79,5 @@ class _Timed(selectors.DefaultSelector):
 def timed_loop(
     delays: Delays, now_s: Callable[[], float] = time.monotonic
 ) -> asyncio.AbstractEventLoop:
-    """A loop that counts the duration of each of its turns."""
+    """An event loop that counts the duration of each of its turns."""
     return asyncio.SelectorEventLoop(_Timed(delays, now_s))

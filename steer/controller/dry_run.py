@@ -1,4 +1,4 @@
-"""What `steer check` tries: all of a plan that changes nothing."""
+"""The dry run of `steer check`: tries all steps of a plan that change nothing."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from steer.workers import visibility
 
 
 class DryRun(msgspec.Struct, frozen=True):
-    """What was found to be.
+    """The result of a dry run.
 
     Args:
-        plan: with the backend that works, and why no better one does.
-        notes: what its backend cannot do here, and as whom workers run if that is to be known.
-        memory_bytes: what its maps take of the kernel's memory.
+        plan: the plan with the backend that works, and why no better one does.
+        notes: shortfalls of the backend, and other facts that the user should know.
+        memory_bytes: how much kernel memory the maps take.
     """
 
     plan: Plan
@@ -39,10 +39,10 @@ class DryRun(msgspec.Struct, frozen=True):
 
 
 def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
-    """Try all of a plan that changes nothing.
+    """Try all steps of a plan that change nothing.
 
     Raises:
-        SteerError: what `run` would end with.
+        SteerError: `steer run` would fail with this error.
     """
     import shutil
 
@@ -73,11 +73,11 @@ def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
 
 
 def _notes(service: Service) -> Iterator[str]:
-    """What is to be known of a service, whatever its backend."""
+    """Facts that the user should know about a service, and that do not depend on the backend."""
     if as_whom := privileges.note(service):
         yield as_whom
     if service.stop_signal is None and (hint := servers.note(service.command)):
         yield hint
     yield from map(str, sockopt.shortfalls(service.binds, service.settings))
-    with suppress(OSError):  # that it could not be looked at is not worth an error
+    with suppress(OSError):  # a note that cannot be made is no reason to fail
         yield from visibility.notes_on(visibility.of(service))

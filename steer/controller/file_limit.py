@@ -1,4 +1,4 @@
-"""The limit on open files, and the descriptors that a service keeps to spare."""
+"""The limit on open files of the controller, and its spare descriptors."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from steer.linux import descriptors
 from steer.linux.spare import Spare
 
 _SPARE = 10
-"""Descriptors that the start of a worker takes, beside two for each of its sockets: three pairs,
-a pidfd, and what is looked at in /proc; and some to spare."""
+"""How many descriptors the start of a worker needs, beside two for each of its sockets: three pairs
+of pipes or sockets, a pidfd, files in /proc, and some in reserve."""
 
 
 class FileLimit:
-    """Raised for one service; to be made before anything of it is opened.
+    """Raises the limit for one service. Create it before any descriptor of the service is opened.
 
     Attributes:
-        inherited: the limits as they were; workers get them back.
-        spare: lent to what has to be done even if there are no more descriptors.
+        inherited: the limits before they were raised. Workers get these.
+        spare: descriptors for what must work even if the limit is reached.
 
     Raises:
         ConfigError: the hard limit is too low.
@@ -28,17 +28,17 @@ class FileLimit:
         self.spare = Spare(_SPARE + 2 * len(plan.binds))
 
     def allow(self, plan: Plan) -> None:
-        """Have room for what a changed plan starts, and for what it may start after that.
+        """Raise the limit so that the workers of a changed plan can be started.
 
-        What is open by now belongs to the plan in force, and is in that plan's own count already:
-        only one more generation comes on top of it.
+        Descriptors that are open now belong to the plan in force. The change adds one generation of
+        workers to them.
 
         Raises:
-            ConfigError: the hard limit is lower.
+            ConfigError: the hard limit is too low.
         """
         one_more = descriptors.open_descriptors() + plan.generation_descriptors
         descriptors.allow_descriptors(max(self._open_before + plan.descriptors, one_more))
 
     def put_back(self) -> None:
-        """For the program that is executed in our place."""
+        """Restore the inherited limits, before another program is executed in this process."""
         descriptors.limit_descriptors(self.inherited)

@@ -12,39 +12,39 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
-_SELDOM = 100
-"""Ten times Python's own value: how seldom the oldest generation is collected."""
-_EACH = 100
-"""Objects of one worker."""
-_MOST = 2
+_THRESHOLD_OLDEST = 100
+"""How many collections of the middle generation come before one of the oldest; Python's default is
+10."""
+_OBJECTS_PER_WORKER = 100
+_MAX_FACTOR = 2
 """All objects are collected when this many times the expected number is set aside."""
 
 
 class Garbage:
-    """That of this process.
+    """The garbage collection of this process.
 
     Args:
-        workers: how many there are.
+        workers: returns how many workers there are.
     """
 
     def __init__(self, workers: Callable[[], int]) -> None:
         self._workers = workers
-        # All that was imported stays.
+        # Imported modules are never freed.
         gc.freeze()
         self._at_first = self._counted = self._least = gc.get_freeze_count()
         self._added = 0
         self._young, self._old, _ = gc.get_threshold()
-        gc.set_threshold(self._young, self._old, _SELDOM)
+        gc.set_threshold(self._young, self._old, _THRESHOLD_OLDEST)
         gc.enable()
 
     def set_aside(self) -> None:
-        """Set all objects aside. To be called while nothing is under way."""
+        """Set all objects aside. Call it while no request or change is under way."""
         once, twice, thrice = gc.get_count()
         if not twice and not thrice:
-            return  # there are too few new ones
+            return  # too few new objects
         gc.collect(1)
         gc.freeze()
-        # To count them takes 10 ms with a thousand workers.
+        # An estimate, because get_freeze_count() takes 10 ms with a thousand workers.
         self._added += once + self._young * (twice + (self._old + 1) * thrice)
         if self._counted + self._added > self._most:
             self._count()
@@ -57,7 +57,8 @@ class Garbage:
 
     @property
     def _most(self) -> int:
-        return _MOST * max(self._least, self._at_first + _EACH * self._workers())
+        expected = self._at_first + _OBJECTS_PER_WORKER * self._workers()
+        return _MAX_FACTOR * max(self._least, expected)
 
     def _count(self) -> None:
         self._counted, self._added = gc.get_freeze_count(), 0

@@ -1,4 +1,4 @@
-"""Looks after a service that has been started, in one thread and one event loop."""
+"""Runs a service that has been started, in one thread and one event loop."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _GARBAGE_S = 2.0
 
 
 def supervise(started: Controller) -> bool:
-    """Until it is told to end and every worker has, or to be re-executed.
+    """Run the loop until the service has ended, or until the controller has to be re-executed.
 
     Returns:
-        Whether it is the latter; then signals are held.
+        Whether the controller has to be re-executed. Then signals are held.
 
     Raises:
         AppLoadError: the application cannot be loaded.
@@ -67,7 +67,7 @@ def supervise(started: Controller) -> bool:
 
 
 class ControllerLoop:
-    """Connects the parts of a running service, from its first worker's start to the last's end."""
+    """Connects the parts of a running service."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class ControllerLoop:
             self._pool.notified(lineage, message)
         self._service.listener.watch(self._loop, self._notified)
         self._guard_watch.begin()
-        # Where workers were adopted, some may be missing.
+        # After an adoption there may be fewer workers than the plan has.
         self._pool.fill()
         self._splits.go_on()
 
@@ -150,7 +150,8 @@ class ControllerLoop:
         self._pool.looks.add("look for garbage", self._look_for_garbage, _GARBAGE_S)
 
     async def _until_over(self) -> None:
-        """Raises SteerError: some workers could not be started."""
+        """Wait until the service has ended or has to be re-executed. Raises SteerError: the first
+        workers could not be started."""
         reexec = self._loop.create_task(self._reexec.is_due.wait())
         ends = (self._pool.shutdown.ended, self._pool.startup.refused, reexec)
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -158,10 +159,11 @@ class ControllerLoop:
             self._pool.startup.refused.result()
 
     def _refuse_strangers(self) -> None:
-        """Somebody may have joined between our look at a port and our first bind there.
+        """See that only our processes listen at the ports. Another process of the same user may
+        have bound one between our check that the port is free and our first bind.
 
         Raises:
-            BindError
+            BindError: another process listens at a port.
         """
         processes = [worker.process for worker in self._pool.workers if worker.process]
         own = self._service.backend.controller_sockets
@@ -187,7 +189,7 @@ class ControllerLoop:
     # The end.
 
     def _stop(self, quick: bool) -> None:
-        """Asked a second time, quickly."""
+        """Stop the service: quickly if asked a second time."""
         quick = quick or self._state.is_stopping
         self._log.info("stopping %s", "quickly" if quick else "gracefully")
         self._state.stops()
@@ -196,7 +198,7 @@ class ControllerLoop:
         self._pool.stop(QUICK_S if quick else graceful_timeout_s, quick)
 
     async def _end_workers(self) -> None:
-        """However we got here, no worker is left."""
+        """End all workers that are left, whatever ended the loop."""
         self._turns.end()
         if not self._pool.shutdown.ended.done():
             self._pool.stop(QUICK_S, quick=True)
@@ -207,9 +209,11 @@ class ControllerLoop:
     # What workers do.
 
     def _notified(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
-        """It has been read and would not be heard again, so it is retried."""
-        heard = partial(self._pool.notified, lineage, message)
-        self._retry.until_done(f"hear process {lineage[0] if lineage else 0}", heard)
+        """Handle a notification. If that fails it is retried, as no one sends the notification
+        again."""
+        handle = partial(self._pool.notified, lineage, message)
+        sender = lineage[0] if lineage else 0
+        self._retry.until_done(f"handle a notification of process {sender}", handle)
 
     def _hear_all(self) -> None:
         self._service.listener.hear_all(self._notified)
@@ -248,7 +252,7 @@ class ControllerLoop:
         return _GARBAGE_S
 
     def _on_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Something failed where nothing of ours catches it. A callback that stays, as that of a
-        watched descriptor, is called again when there is something to do."""
+        """Log an exception that a callback raised. If a descriptor is watched by it, it is called
+        again when that is ready."""
         error = context.get("exception") or RuntimeError(context.get("message"))
         self._retry.failed(str(context.get("message")), error)

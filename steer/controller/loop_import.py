@@ -1,4 +1,4 @@
-"""Imports the loop while the first workers start: both take about as long."""
+"""Imports the loop while the first workers start, because each takes about as long."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TURN_S = 0.0002
 
 
 def await_loop(listener: Listener, pool: WorkerPool, *, runs_command: bool) -> list[Notification]:
-    """Import the loop. The first worker that is ready meanwhile serves at once.
+    """Import the loop. A worker that becomes ready meanwhile is activated at once.
 
     Args:
         runs_command: whether workers are commands.
 
     Returns:
-        What workers notified meanwhile.
+        Notifications of workers that arrived meanwhile.
 
     Raises:
         NoThread: the machine has no room for one more.
@@ -41,8 +41,9 @@ def await_loop(listener: Listener, pool: WorkerPool, *, runs_command: bool) -> l
 
     importing = threads.start(load)
     with _threads_in_turn(_TURN_S):
-        # A command cannot be ready so soon. systemd-notify(1), which notifies for it, may exit once
-        # its message is read, and then nothing tells which worker it belongs to.
+        # A command cannot be ready so soon, so leave its notifications in the socket: once a
+        # message is read its sender, for example systemd-notify(1), may exit, and then steer cannot
+        # tell which worker it belongs to.
         is_over = runs_command
         while importing.is_alive() and not is_over:
             fork.wait_until_readable(listener.fileno(), _LOOK_S)
@@ -58,8 +59,8 @@ def await_loop(listener: Listener, pool: WorkerPool, *, runs_command: bool) -> l
 
 @contextmanager
 def _threads_in_turn(turn_s: float) -> Iterator[None]:
-    """Let a waiting thread run after `turn_s`, while another one imports. Python's default is 5 ms,
-    which starts again after each system call."""
+    """In the block, Python switches between threads every `turn_s`. The default of 5 ms is too
+    long: it begins again after each system call of the importing thread."""
     before_s = sys.getswitchinterval()
     sys.setswitchinterval(turn_s)
     try:

@@ -2,14 +2,14 @@
 
 Entries of the guard, by key:
 
-    service         this controller's `PersistedService`, which has the number of the schema
+    service         a `PersistedService`, which has the number of the schema
     generation N    the configuration of generation N, a `Service`
     worker N        see `workers.stored_worker`
-    selection       see `workers.stored_selection`, with what the backend adds
+    selection       see `workers.stored_selection`; the backend adds values and descriptors
     mailbox         the notification socket, and what was read from it
 
-Raise SCHEMA when any of these changes so that the release before, or the one after, would
-misunderstand it. A field that has a default may be added without that.
+Raise SCHEMA if a change would make another release misunderstand an entry. A field that has a
+default may be added without that.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ class PersistedService(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         schema, maps_version: of the build that stored it, see SCHEMA and `abi.MAPS_VERSION`.
-        backend: in force, and why no better one is.
-        slots, hash_length: of the maps there are.
-        generation: the one in force.
-        configured: what was asked for when the service was started or last reloaded.
-        policy, policy_reason: what `auto` became, and why; None if the user named the policy.
-        declared, digest: the policy's. Its file may be another by then, or gone.
-        notify: address of the notification socket.
+        backend: the backend in force, and why no better one is used.
+        slots, hash_length: the sizes of the maps.
+        generation: the number of the generation in force.
+        configured: the configuration of the start or of the last reload.
+        policy: the policy in force.
+        policy_reason: why `auto` became this policy; None: the user named the policy.
+        declared, digest: of the policy. Its file may have changed, or be gone, when a controller
+            adopts the service.
+        notify: the address of the notification socket.
         activated: see `WorkerPool`.
     """
 
@@ -64,15 +66,16 @@ class PersistedService(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Persisted:
-    """All that the guard has of a service.
+    """The entries that a guard has of a service, decoded.
 
     Attributes:
         generations: configurations by the number of the generation.
         workers: entries by their keys.
 
     Raises:
-        ControlError: another version of steer has stored it.
-        msgspec.MsgspecError, LookupError, TypeError, ValueError: so has one that says to be ours.
+        ControlError: another version of steer has stored the entries.
+        msgspec.MsgspecError, LookupError, TypeError, ValueError: the entries have our version
+            number, and yet cannot be decoded.
     """
 
     def __init__(self, name: str, entries: Mapping[str, Entry]) -> None:
@@ -90,7 +93,12 @@ class Persisted:
 
 
 def _refuse_other_versions(name: str, found: Mapping[str, Any]) -> None:
-    """The numbers are what every build can read. Before schema 1 there were none."""
+    """Compare the version numbers, which every version can read. Entries from before schema 1 have
+    none.
+
+    Raises:
+        ControlError: another version of steer has stored the entries.
+    """
     schema, maps_version = found.get("schema", 0), found.get("maps_version", 0)
     if schema != SCHEMA:
         what = f"stored in schema {schema}" if schema else "stored before schema 1"
@@ -101,7 +109,11 @@ def _refuse_other_versions(name: str, found: Mapping[str, Any]) -> None:
 
 
 def other_version(name: str, how: str) -> ControlError:
-    """The refusal to adopt what another version of steer has left."""
+    """The error that another version of steer has stored the entries of a service.
+
+    Args:
+        how: how that shows, in words.
+    """
     cure = f"`steer stop {name}` before you start it"
     return ControlError(f"adopt {name}", f"another version of steer has left it: {how}", cure)
 
@@ -115,7 +127,7 @@ def put_generation(guard: GuardClient, number: int, service: Service) -> None:
 
 
 def drop_generations(guard: GuardClient, used: Collection[int]) -> None:
-    """Drop all but those that are used."""
+    """Drop the generations whose numbers are not in `used`."""
     for key in [key for key in guard.entries if key.startswith(_GENERATION)]:
         if int(key.removeprefix(_GENERATION)) not in used:
             guard.drop(key)

@@ -12,10 +12,13 @@ from steer.linux import fork
 
 
 def write_pid_file(path: str) -> Callable[[], None]:
-    """Write our process id; the result removes the file if it is still ours.
+    """Write the process id of this process.
+
+    Returns:
+        A function that removes the file, unless another process has written it since.
 
     Raises:
-        ConfigError: it cannot be written, or a living process is in it.
+        ConfigError: the file cannot be written, or it names a running process.
     """
     own = f"{os.getpid()}\n"
     with _writing_pid_file(path), open(path, "w") as stream:
@@ -30,7 +33,7 @@ def write_pid_file(path: str) -> Callable[[], None]:
 
 
 def check_pid_file(path: str) -> None:
-    """What `write_pid_file` would raise, without writing. Raises ConfigError."""
+    """See that `write_pid_file` would succeed. Raises ConfigError: it would not."""
     with _writing_pid_file(path):
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
@@ -43,12 +46,17 @@ def check_pid_file(path: str) -> None:
 
 @contextmanager
 def _writing_pid_file(path: str) -> Iterator[None]:
-    """Raises ConfigError: a living process is in it, or what is done fails."""
+    """Refuse a pid file that names a running process, and turn an OSError of the block into a
+    ConfigError.
+
+    Raises:
+        ConfigError: see above.
+    """
     act = f"write pid file {path}"
     try:
         with suppress(FileNotFoundError, ValueError):
             holder = int(_read(path))
-            # In a container we may well have the number we had the last time.
+            # In a container, this process may have the process id that it had the last time.
             if holder != os.getpid() and fork.is_running(holder):
                 raise ConfigError(act, f"it names a running process, {holder}", "stop that first")
         yield

@@ -1,4 +1,4 @@
-"""Another policy for a running service: at once on all workers, or with the workers of a reload."""
+"""Changes the policy of a running service: for the workers there are, or as part of a reload."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from steer.linux.log import Log
 from steer.loader import find, probe
 from steer.policy.builtin import BACKENDS, CUSTOM_SUFFIX, Policy
 
-_GONE_S, _AGAIN_S = 2.0, 0.05
-"""How long workers that failed may take to exit, and how often that is looked at."""
+_EXIT_TIMEOUT_S, _RETRY_S = 2.0, 0.05
+"""How long workers that failed may take to exit, and how often to try again meanwhile."""
 
 
 class PolicyChange:
-    """Changes the policy of one service. Whoever calls it has the turn, see `Turns.turn`."""
+    """Changes the policy of one service. The caller has the turn, see `Turns.turn`."""
 
     def __init__(self, service: Controller, log: Log) -> None:
         self._service = service
@@ -37,17 +37,23 @@ class PolicyChange:
         return self._service.plan
 
     async def plan_for(self, service: Service, act: str) -> Plan:
-        """The plan for the running service that is to become `service`.
+        """The plan of the running service for another configuration.
+
+        Args:
+            act: the act that errors name.
 
         Raises:
-            SteerError: it cannot become that.
+            SteerError: the configuration is wrong, or cannot change so while the service runs.
         """
         policy = await _prepared(service.policy)
         candidates = planning.policy_candidates(policy, service, probe.findings(), act)
         return plan_change.reloaded(self._plan, service, topology.read(), act, candidates)
 
     async def change(self, request: Mapping[str, Any], act: str) -> None:
-        """The policy, parameters and weights that a request asks for, on all workers at once.
+        """Put the policy, parameters and weights of a request in force for all workers at once.
+
+        Args:
+            act: the act that errors name.
 
         Raises:
             SteerError: nothing has changed.
@@ -62,15 +68,15 @@ class PolicyChange:
                 plan_change.with_candidates(now, service, candidates, topology.read(), act)
             )
         except KernelError as error:
-            goes_on = f"nothing has changed: {now.policy.name} goes on"
-            raise error.under(act, goes_on) from None
+            unchanged = f"nothing has changed: {now.policy.name} goes on"
+            raise error.under(act, unchanged) from None
         self._log_policy()
 
     def choose_as(self, other: Plan) -> Plan:
-        """Put the policy of another plan in force, over the workers there are.
+        """Put the policy of another plan in force for the workers there are.
 
         Returns:
-            The other plan, with the policy and the backend that were found to work.
+            The other plan with the policy and the backend that work.
 
         Raises:
             SteerError: nothing has changed.
@@ -82,19 +88,22 @@ class PolicyChange:
         return other.with_candidates(self._plan.candidates)
 
     async def choose_again(self, before: Plan) -> None:
-        """Put the policy back in force that was before a change that has failed, if it is not.
+        """After a change that failed, put the policy from before it back in force.
 
-        Classic BPF can only be attached once the workers that failed have exited. Until they have,
-        no worse backend is tried in its place.
+        Classic BPF can be attached only when the workers that failed have exited. Until then, no
+        worse backend is tried instead.
+
+        Args:
+            before: the plan in force before the change.
         """
         if self._plan.has_policy_of(before.candidates[0]):
             return
-        now, end_s = topology.read(), time.monotonic() + _GONE_S
+        now, end_s = topology.read(), time.monotonic() + _EXIT_TIMEOUT_S
         while time.monotonic() < end_s:
             with suppress(SteerError):
                 self._service.apply_policy(plan_change.back_to(before, self._plan, now))
                 return
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_RETRY_S)
         try:
             self._service.apply_policy(
                 plan_change.back_to(before, self._plan, now, may_be_worse=True)

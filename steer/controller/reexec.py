@@ -1,4 +1,4 @@
-"""Re-executes the controller: it becomes what is installed now, while its workers serve on."""
+"""Re-executes the controller: the installed version of steer takes over while workers serve on."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Reexec:
         self._log = log
 
     async def prepare(self) -> None:
-        """Have the loop end if the controller would start again with the same arguments.
+        """End the loop for a re-execution, if the installed version starts with the same arguments.
 
         Raises:
-            ConfigError: what is installed now would not start, or not with this configuration.
-            ControlError: no guard process would keep the workers, or there is no worker.
+            ConfigError: the installed version would not start with this configuration.
+            ControlError: there is no guard process to keep the workers, or no worker.
         """
         act = "re-execute"
         await _see_that_it_would_start(act)
@@ -48,14 +48,16 @@ class Reexec:
                     self._leave(act)
 
     def _leave(self, act: str) -> None:
-        """Raises ControlError: it is not possible now."""
+        """End the loop. Raises ControlError: a re-execution is not possible now."""
         if not self._guard.adopt_timeout_s:
-            raise ControlError(act, "workers would end with us", "see --adopt-timeout")
+            cause = "workers would end with the controller"
+            raise ControlError(act, cause, "see --adopt-timeout")
         has_workers = any(each.process for each in self._pool.workers)
         if not self._state.is_running or not has_workers:
-            raise ControlError(act, "no worker would be there meanwhile")
+            raise ControlError(act, "no worker would serve meanwhile")
         if not self._guard.expect_back():
-            raise ControlError(act, "the guard process is gone", "there is another soon")
+            cause = "the guard process has ended, and another is being started"
+            raise ControlError(act, cause, "try again in a second")
         self._log.info("re-executing")
         signals.hold_signals()
         self._turns.postpone()
@@ -63,7 +65,7 @@ class Reexec:
 
 
 async def _see_that_it_would_start(act: str) -> None:
-    """Raises ConfigError."""
+    """Run `steer run --check-config` with our arguments. Raises ConfigError: it fails."""
     at = sys.orig_argv.index("run") + 1
     check = [sys.executable, *sys.orig_argv[1:at], "--check-config", *sys.orig_argv[at:]]
     with fork.starting() as began_as:

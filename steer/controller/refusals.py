@@ -1,4 +1,4 @@
-"""Logs what could not be done."""
+"""Turns errors into refusals, and logs changes and requests that failed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from steer.linux.retry import as_refusal, is_lack
 
 
 def refusal_of(log: Log, act: str, error: Exception) -> SteerError:
-    """Any error as a refusal in words. If it is a bug, its traceback is logged at debug level."""
+    """Turn any error into a refusal. If the error is a bug, its traceback is logged at debug
+    level."""
     if not is_lack(error):
         log.debug("%s", "".join(traceback.format_exception(error)))
     return as_refusal(act, error)

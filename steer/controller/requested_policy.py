@@ -22,13 +22,18 @@ def with_requested(service: Service, requested: Mapping[str, Any], act: str) -> 
     keys = COMMANDS["policy"].carries
     values = {key: requested[key] for key in keys if requested.get(key) is not None}
     if values.get("policy") == KERNEL:
-        values.setdefault("weights", ())  # it knows none
+        values.setdefault("weights", ())  # the kernel's own hash has no weights
     return changed(service, {"params": (), **values}, act)
 
 
 def with_params_of(running: Service, requested: Service, policy: Policy) -> Service:
-    """The configuration asked for: if it names the policy in force, parameters that it does not
-    name keep their values."""
+    """The requested configuration. If the policy stays the same, parameters that the request does
+    not name keep their values.
+
+    Args:
+        running: the configuration in force.
+        policy: the requested policy.
+    """
     if requested.policy != running.policy:
         return requested
     known = {param.name for param in policy.declared.params}

@@ -56,7 +56,7 @@ class Requests:
         self._stop = stop
 
     def handlers(self) -> Mapping[str, Handler]:
-        """By the name of the command."""
+        """The handlers, by the name of the command."""
         return {name: self._logged(COMMANDS[name], each) for name, each in HANDLERS.items()}
 
     def _logged(self, command: Command, handle: Handle) -> Handler:
@@ -110,7 +110,7 @@ class Requests:
         if self._pool.backend.name == KERNEL:
             raise ControlError(
                 f"drain worker {worker.slot}",
-                "the kernel's own hash leaves nobody out",
+                "the kernel's own hash selects every worker",
                 "use ebpf or cbpf, see `steer doctor`",
             )
         if not any(each.serves for each in self._pool.workers if each is not worker):

@@ -36,9 +36,9 @@ class Rollout:
 
     Args:
         pool: the workers.
-        turns: of the changes of this service.
-        persist: has the guard store a generation before there are workers of it, which generation
-            is in force, and which change was admitted.
+        persist: stores a generation, and the one in force, in the guard. It is called before there
+            are workers of that generation.
+        turns: the queue of changes of this service.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Rollout:
         self.turns = turns
 
     async def renew(self, plan: Plan, progress: Progress) -> Generation:
-        """Replace all workers by those of another plan.
+        """Replace all workers by the workers of another plan.
 
         Raises:
             WorkersFailed, AppLoadError, BindError, KernelError: the new workers do not start.
@@ -93,7 +93,7 @@ class Rollout:
         """Start another worker for one that is hung or has lost its sockets.
 
         Args:
-            is_due: whether that is still necessary: the worker may have recovered, or ended.
+            is_due: whether the worker still has to be replaced: it may have recovered, or ended.
         """
         async with self.turns.turn(f"replace worker {worker.slot}"):
             if not is_due(worker):
@@ -142,8 +142,8 @@ class Rollout:
             fresh = await self._start(specs, generation, progress, niced=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
             raise error.under(self.turns.act, self._as_before()) from None
-        # All in the same turn of the loop: one publication, and one message to the guard:
-        # a controller that adopts us, should we be killed, finds either both or neither.
+        # All of this in one turn of the loop makes one publication and one message to the guard. So
+        # if this controller is killed, the one that adopts finds either all of it or nothing.
         self._pool.generation = generation
         self._pool.activate(fresh)
         self._persist(generation, generation)
@@ -152,7 +152,7 @@ class Rollout:
         return fresh
 
     def _as_before(self) -> str:
-        """In words, what runs after a change that has failed."""
+        """Says which generation runs after a change that failed."""
         number = self._pool.generation.number
         if any(worker.is_in_service for worker in self._pool.workers):
             return f"nothing has changed: generation {number} serves on"
@@ -166,8 +166,12 @@ class Rollout:
         *,
         niced: bool,
     ) -> list[WorkerHandle]:
-        """Start workers, as many at a time as `Intake` says, and wait until all are ready; if
-        one fails, none stays."""
+        """Start workers, as many at a time as `Intake` says, and wait until all are ready. If one
+        fails, all of them are retired.
+
+        Args:
+            niced: whether the workers start at a low priority.
+        """
         fresh: list[WorkerHandle] = []
         intake = Intake(len(os.sched_getaffinity(0)), self._pool.lot)
         began_s: dict[WorkerHandle, float] = {}
@@ -180,7 +184,7 @@ class Rollout:
                     workers = self._pool.start_held(few, generation, niced, news.put_nowait)
                     fresh += workers
                     began_s |= dict.fromkeys(workers, time.monotonic())
-                    await asyncio.sleep(0)  # to start some takes long enough
+                    await asyncio.sleep(0)  # starting workers takes long: let the loop run
                 else:
                     worker = await news.get()
                     _see_that_it_stayed(worker)

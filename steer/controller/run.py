@@ -32,7 +32,8 @@ def run(service: Service, environment: Mapping[str, str], log: Log, reread: Rere
     Raises:
         SteerError: the service could not be started.
     """
-    # An error in a custom policy must not stop us yet: a service to adopt has it loaded already.
+    # An error in the file of a custom policy does not matter yet: if the service is adopted, the
+    # policy is loaded already.
     policy = find.find_or_problem(service.policy)
     decided = plan(service, topology.read(), probe.findings_before_start(), policy)
     try:
@@ -62,7 +63,8 @@ def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -
 
 
 def _start_or_adopt(service: Controller, undo: ExitStack) -> None:
-    """Raises SteerError: neither can be done."""
+    """Adopt the service if an earlier controller left one, else start it. Raises SteerError: that
+    failed."""
     lost, left = _left(service.plan, service.environment)
     if left is not None:
         from steer.controller.adoption import adopt
@@ -82,16 +84,16 @@ def _left(
     """What an earlier controller of this service left.
 
     Returns:
-        Its processes whose control socket has no path any more; and what its guard hands over,
-        with the path of the control socket, if there is a guard.
+        Running services of this name whose control socket was removed, see `taken.await_guard`; and
+        the path of the control socket with the handover of its guard, or None if there is no guard.
 
     Raises:
-        ControlError: that controller has not ended.
+        ControlError: the earlier controller is still running.
     """
-    places = rundir.control_socket_paths(plan.name, plan.service.control_socket, environment)
-    lost = taken.await_guard(places, environment)
-    for path in places:
-        # Another user's is none of ours; whether a place is left is seen to later.
+    paths = rundir.control_socket_paths(plan.name, plan.service.control_socket, environment)
+    lost = taken.await_guard(paths, environment)
+    for path in paths:
+        # A service of another user is not adopted. `Claim` reports it if it leaves us no path.
         handover = adopt(path) if os.access(path, os.W_OK) else None
         if handover is not None:
             return lost, (path, handover)

@@ -14,10 +14,10 @@ from steer.linux import signals, stdio
 
 
 class Signals:
-    """Those of one controller.
+    """The signal handlers of one controller.
 
     Args:
-        stop: ends the service; told whether to do so quickly.
+        stop: stops the service; its argument says whether quickly.
         reopen_files: opens log files again.
     """
 

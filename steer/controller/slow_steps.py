@@ -1,4 +1,4 @@
-"""Steps of a start that may take long: signals and requests are answered meanwhile."""
+"""Runs slow steps of a start, and answers signals and requests meanwhile."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 
 def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = None) -> T:
-    """Call `do` in a thread of its own, and return or raise what it does.
+    """Call `do` in a thread of its own, and return its result or raise its error.
 
     Args:
-        act: what it does, in words, for whoever asks.
-        control: the control socket, if there is one by now. The request `stop` ends us; to any
-            other the answer is to ask again.
+        act: what `do` does, in words, for answers.
+        control: the control socket, if there is one already. The request `stop` ends this process;
+            any other request is answered by asking the client to try again.
 
     Raises:
-        NoThread: the machine has no room for one more.
-        SystemExit: a signal or a request says to end; `do` is not waited for.
+        NoThread: no thread can be started.
+        SystemExit: a signal or a request ends this process. The thread is not waited for.
     """
     from steer.linux import threads
 
@@ -36,13 +36,13 @@ def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = N
         try:
             value = do()
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            failed = error
+            failed = error  # Python deletes `error` at the end of this block
             outcome.append(lambda: _raise(failed))
         else:
             outcome.append(lambda: value)
 
     thread = threads.start(call)
-    thread.join(_LOOK_S)  # mostly it was quick
+    thread.join(_LOOK_S)  # usually `do` is quick
     with DefaultSelector() as selector:
         server = None
         try:
@@ -68,12 +68,12 @@ def _raise(error: BaseException) -> T:  # type: ignore[type-var]
 
 
 def _answer(act: str, request: Request, connection: Connection) -> None:
-    """Raises SystemExit: that is what was asked for."""
+    """Answer a request. Raises SystemExit: the request is `stop`."""
     command = request.get("command")
     if command == "stop":
         connection.answer({"ok": True})
         raise SystemExit(0)
-    # Whoever asks for the status is answered at once.
+    # A client that asks for the status gets this answer now; any other client is to ask again.
     connection.answer({**_refusal(f"it is starting: {act}"), "again": command != "status"})
 
 

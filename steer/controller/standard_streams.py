@@ -1,4 +1,5 @@
-"""The controller's standard output and standard error: files to open again, and one that blocks."""
+"""The controller's standard output and standard error: opens log files again, and keeps a full pipe
+from blocking the loop."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from steer.linux.log import Log
 
 
 class StandardStreams:
-    """Those of this process.
+    """The standard streams of this process.
 
     Args:
-        files: that they go to, by descriptor; None where that is no file.
-        guard: writes to the same files.
+        files: the files that they go to, by descriptor; None: the descriptor is no file.
+        guard: the guard, whose process writes to the same files.
     """
 
     def __init__(self, files: Mapping[int, str | None], guard: GuardClient, log: Log) -> None:
@@ -24,7 +25,7 @@ class StandardStreams:
         self._log = log
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Write on when standard error takes something again, as soon as it takes nothing."""
+        """From now on, if standard error is full, write the rest when it is writable again."""
 
         def write_on() -> None:
             if output.stderr.flush():
@@ -36,7 +37,7 @@ class StandardStreams:
         """Open the files again: logrotate(8) has moved them."""
         files = {number: path for number, path in self._files.items() if path}
         if not files:
-            self._log.info("SIGUSR1: no output goes to a file, so there is none to open again")
+            self._log.info("SIGUSR1: output goes to no file, so no file is opened again")
         for number, path in files.items():
             try:
                 stdio.reopen(number, path)
@@ -44,5 +45,5 @@ class StandardStreams:
                 self._log.error("open %s again: %s", path, error.strerror)
         self._guard.reopen()
         if 1 in files and not stdio.is_the_log(1):
-            words = "workers that run now write to what it was until a reload"
+            words = "running workers write to the old file until a reload"
             self._log.info("standard output goes to %s again; %s", files[1], words)

@@ -1,4 +1,4 @@
-"""Starts a service: carries out the steps of its plan, and notes how to undo each."""
+"""Starts a service: carries out the steps of its plan, and registers how to undo each."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class Start:
     """The start of one service.
 
     Args:
-        lost: its controllers whose path is gone, see `taken.await_guard`.
-        undo: what to undo, in reverse, at the end or when a step fails.
+        service: a controller that has no parts yet; the steps make them.
+        lost: the result of `taken.await_guard`.
+        undo: gets what has to be undone, in reverse order, at the end or when a step fails.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class Start:
         self._backend: Callable[[], Backend]
 
     def carry_out(self) -> None:
-        """All steps.
+        """Carry out all steps.
 
         Raises:
-            SteerError: one failed.
+            SteerError: a step failed.
         """
         for step in self._service.plan.steps():
             CARRY_OUT[step.act](self, step)
@@ -59,17 +60,24 @@ class Start:
         self._undo.callback(service.claim.release)
         if service.claim.refusals:
             paths = "; ".join(service.claim.refusals)
-            self._log.info("control socket %s, as not at %s", service.claim.path, paths)
+            self._log.info("control socket: %s; could not use %s", service.claim.path, paths)
         self._undo.callback(service.write_pid())
 
     def _end_abandoned(self) -> Sequence[Path]:
-        """Workers whose controller and guard were both killed hold the ports, and nobody can
-        adopt them. Returns where the control socket may be."""
+        """End workers of this service whose controller and guard were both killed: they hold the
+        ports, and cannot be adopted.
+
+        Returns:
+            The paths that the control socket may have.
+
+        Raises:
+            ControlError: a service of this name is running.
+        """
         plan, environment = self._service.plan, self._service.environment
         paths = taken.refuse_taken(
             plan.name, plan.service.control_socket, environment, lost=self._lost
         )
-        # To look through all processes takes time, and is for nothing where ports are free.
+        # Looking through all processes takes time, and is not needed if the ports are free.
         is_held = any(map(port_checks.is_held, plan.binds))
         unattended = services.unattended(environment) if is_held else ()
         for each in abandoned.find(paths, unattended):
@@ -79,7 +87,7 @@ class Start:
                 count = plural(len(each.workers), "worker")
                 self._log.warning("ending %s whose controller and guard were killed", count)
                 end = partial(abandoned.end, each, plan.service.graceful_timeout, False)
-                while_heard("end workers that were left", end)
+                while_heard("end abandoned workers", end)
         return paths
 
     def check_free(self, step: Step) -> None:
@@ -91,7 +99,7 @@ class Start:
     def load_policy(self, _step: Step) -> None:
         service, policy = self._service, self._service.plan.policy
         if policy.is_custom and service.plan.backends[0].backend == EBPF:
-            # First: only then it is known what it is made from, and so what a reload compares.
+            # Compile it first: that finds the files it includes, whose digest a reload compares.
             compiled = while_heard(
                 f"compile policy {policy.name}",
                 lambda: find.compiled(policy),
@@ -102,7 +110,7 @@ class Start:
             service.plan, open_whole, self._log.warning
         )
         self._backend = lambda: opened
-        # The one in force by then: the pool closes those before it.
+        # Close the backend that is in force at that time; the pool closes earlier ones.
         self._undo.callback(lambda: self._backend().close())
 
     def start_workers(self, _step: Step) -> None:
@@ -123,7 +131,7 @@ class Start:
         service.persist(generation)
         service.pool.start(service.claim.others_may_start)
         service.pool.save()
-        # Should we be killed before that, the kernel tells the workers to finish, see `lifeline`.
+        # If we are killed before this, the kernel tells the workers to finish, see `lifeline`.
         service.start_guard()
 
     def _announce(self, backend: Backend) -> None:

@@ -1,4 +1,4 @@
-"""Whether a service is starting, running or stopping; systemd is told, if it started steer."""
+"""The state of a service: starting, running or stopping. The supervisor, if any, is notified."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ServiceState:
     """The state of one service.
 
     Args:
-        environment: names the socket of whoever supervises us, see sd_notify(3).
+        environment: has the notification socket of the supervisor, see sd_notify(3).
 
     Attributes:
-        word: for `steer status`.
+        word: the state, as `steer status` shows it.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -44,7 +44,7 @@ class ServiceState:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """While it lasts the configuration is being read again."""
+        """In the block, the configuration is being read again."""
         self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             yield

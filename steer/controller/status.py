@@ -1,4 +1,4 @@
-"""What `steer status` tells of a service that runs, gathered from its parts."""
+"""Gathers the status of a running service from its parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 
 _AT_ONCE = 50
-"""So many workers are looked at before the loop may do something else."""
+"""How many workers are looked at in one turn of the loop."""
 
 
 async def report_of(
@@ -37,7 +37,7 @@ async def report_of(
     backend = service.backend
     workers, counted = await _workers(service.pool, backend)
     if service.backend is not backend:
-        # Some would be counted on the backend before, some on this one.
+        # Counters of the two backends must not be mixed.
         return await report_of(service, state, loop_delay_ms)
     plan, own = service.plan, backend.policy_values()
     return schema.Service(
@@ -71,17 +71,17 @@ async def report_of(
 async def _workers(
     pool: WorkerPool, backend: Backend
 ) -> tuple[list[schema.Worker], Mapping[int, Counts]]:
-    """Each worker, and what was counted by slot."""
+    """The status of each worker, and the counters by slot."""
     queues, workers, counted = pool.queues.at_one_moment(), [], {}
     there = list(pool.workers)
     for first in range(0, len(there), _AT_ONCE):
         if first:
             await asyncio.sleep(0)
-        # What waits is asked of the kernel by a socket, or looked for in /proc.
+        # The lengths of queues are read through a socket or from /proc, which takes descriptors.
         with pool.retry.spare.lent():
             for worker in there[first : first + _AT_ONCE]:
                 if worker not in pool.workers:
-                    continue  # it has left since
+                    continue  # it has ended since
                 counts = backend.counts(worker.slot)
                 if counts is not None:
                     counted[worker.slot] = counts
@@ -90,10 +90,10 @@ async def _workers(
 
 
 def _left_out(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str]:
-    """What it means for connections that there are workers that take none.
+    """Notes about workers that accept no connections.
 
     Args:
-        still_chosen: whether such a worker cannot be left out.
+        still_chosen: whether the backend selects such workers nevertheless.
     """
     hung = [worker.slot for worker in workers if worker.process and worker.is_hung]
     full = [worker.slot for worker in workers if worker.at_capacity]
@@ -101,17 +101,21 @@ def _left_out(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str
     if hung and still_chosen:
         notes.append(f"hung: {several('worker', hung)}; {STILL_SELECTED}")
     if full and all(worker.at_capacity for worker in workers if worker.is_in_service):
-        notes.append("at capacity: every worker; connections wait until one takes them")
+        notes.append("at capacity: every worker; connections wait until one accepts them")
     elif full:
-        then = STILL_SELECTED if still_chosen else "others get what comes"
+        then = STILL_SELECTED if still_chosen else "other workers get new connections"
         notes.append(f"at capacity: {several('worker', full)}; {then}")
     return notes
 
 
 def shown(worker: WorkerHandle) -> State:
-    """One that is ready, but comes together with others that are not, is not chosen yet; one
-    that goes together with others is chosen no more. One that was never started has not failed,
-    but waits for its turn."""
+    """The state of a worker as status shows it.
+
+    A ready worker that waits for others of its rollout is shown as starting, because it is not
+    selected yet. So is a worker that waits for its first start, whose internal state is backoff. A
+    worker that leaves together with others is shown as stopping, because it is not selected any
+    more.
+    """
     if worker.held or not worker.starts:
         return State.STARTING
     return State.STOPPING if worker.leaving else worker.state
@@ -149,8 +153,8 @@ def _left_group(worker: WorkerHandle) -> list[str]:
 
 
 def _queued(process: WorkerProcess, queues: Queues) -> Mapping[str, int]:
-    """What waits in its sockets; left out where there is none of that kind, or it cannot be
-    seen."""
+    """How much waits in the sockets of a process: `queued` for TCP, `queued_bytes` for UDP. A key
+    is left out if there is no such socket, or if its queue cannot be read."""
     found: dict[str, int] = {}
     for at, waiting in (queues.of(process) or {}).items():
         over_tcp = process.launch.binds[at].protocol == "tcp"
@@ -168,7 +172,11 @@ def _histograms(own: PolicyValues, declared: Declared) -> dict[str, schema.Histo
 
 
 def _totals(pool: WorkerPool, backend: Backend, counted: Mapping[int, Counts]) -> schema.Totals:
-    """Of those slots that are still somebody's, and of all that were given up by now."""
+    """Sums of the counters of all workers, including workers that have ended.
+
+    Args:
+        counted: the counters of the workers there are, by slot.
+    """
     unsteered = backend.unsteered()
     if unsteered is None:
         return schema.Totals()

@@ -17,7 +17,7 @@ Change = Callable[[], Coroutine[Any, Any, object]]
 
 
 class Tasks:
-    """Those of one service."""
+    """The changes of one service that no client waits for."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, state: ServiceState, log: Log) -> None:
         self._loop = loop
@@ -49,7 +49,7 @@ class Tasks:
             task.cancel()
 
     async def wait(self) -> None:
-        """Until all are done."""
+        """Wait until all changes are done."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _logged(self, act: str, change: Change, signal_number: signal.Signals | None) -> None:

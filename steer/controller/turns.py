@@ -1,4 +1,4 @@
-"""Makes changes of a service wait for each other: each starts from the result of the last one."""
+"""Makes the changes of a service run one after the other."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Turns:
 
     @property
     def others_wait(self) -> bool:
-        """Whether, in a turn, another change waits for its own."""
+        """Whether other changes wait for their turn."""
         return self._waiting > 0
 
     def postpone(self) -> None:
-        """Refuse more changes: clients are to ask the next controller."""
+        """Refuse more changes, and have clients ask the next controller."""
         self._postponing = True
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""What a service keeps up for itself: its guard process, its control socket and its record."""
+"""Keeps up the guard process, the control socket and the record of workers of a service."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from steer.linux.log import Log
 from steer.linux.retry import Retry
 
 _LOOK_S = 2.0
-"""How often it is looked whether the control socket can still be found."""
+"""How often to check that the control socket still has its path."""
 _REVIVE_S = 0.5
-"""Not at once: whatever kills guards may do it again."""
+"""How long to wait before another guard is started: it may be killed for the same reason."""
 
 
 class GuardWatch:
-    """Starts another guard process when one was killed."""
+    """Starts another guard process if the guard process was killed."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, guard: GuardClient, retry: Retry, log: Log
@@ -36,24 +36,25 @@ class GuardWatch:
         self._loop.remove_reader(self._guard)
 
     def _on_end(self) -> None:
-        """Until there is another, nobody could take over from us."""
+        """Start another guard process soon. Until then no other controller could adopt the
+        workers."""
         self.end()
         self._log.warning("the guard process was killed; starting another")
         act = "start another guard process"
         self._loop.call_later(_REVIVE_S, self._retry.until_done, act, self._revive)
 
     def _revive(self) -> None:
-        """Unless a new control socket has brought another meanwhile."""
+        """Start another guard process, unless a new control socket has come with one meanwhile."""
         if self._guard.has_ended or not self._guard.alive:
             self._guard.revive()
         self.begin()
 
 
 class ControlSocketWatch:
-    """Makes the control socket again when its path is gone, and writes down the workers.
+    """Makes the control socket again if its path was removed, and rewrites the record of workers.
 
     Args:
-        renew: makes it again, with another guard process that has it.
+        renew: makes the control socket again, and starts another guard process that has it.
     """
 
     def __init__(
@@ -75,10 +76,10 @@ class ControlSocketWatch:
         self._retry = retry
 
     def look(self) -> float:
-        """Returns after how many seconds to look again."""
+        """Check both. Returns after how many seconds to check again."""
         if not self._claim.is_there and self._state.is_running:
             self._retry.attempt("make the control socket again", self._make_again)
-        self._retry.attempt("write down the workers", self._guard.renew_record)
+        self._retry.attempt("write the record of workers", self._guard.renew_record)
         return _LOOK_S
 
     def _make_again(self) -> None:

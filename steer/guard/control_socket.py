@@ -74,4 +74,4 @@ class ControlSocket:
         self._is_lost = False
         self._store.relocated(self._claim.path)
         self._record = Record(self._claim.path)
-        self._say(f"control socket {before} was gone; it is {self._claim.path} now")
+        self._say(f"control socket {before} was removed; now it is {self._claim.path}")

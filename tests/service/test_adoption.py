@@ -823,7 +823,11 @@ def _files(pid: int) -> str:
 
 @pytest.mark.parametrize(
     "trouble, words",
-    [("file", "unknown key"), ("timeout", "workers would end with us"), ("guard", "guard process")],
+    [
+        ("file", "unknown key"),
+        ("timeout", "workers would end"),
+        ("guard", "guard process"),
+    ],
 )
 def test_old_program_goes_on(service: StartService, home: Path, trouble: str, words: str) -> None:
     zero = ("--adopt-timeout=0",) if trouble == "timeout" else ()

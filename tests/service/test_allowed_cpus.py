@@ -103,7 +103,7 @@ def test_follows_the_cpuset(service: StartService, cpuset: Cpuset, policy: str) 
     running.wait_ready(2)
     assert cpus_of(running) == [[first]] * 2
     was = f"{first}-{second}" if second == first + 1 else f"{first},{second}"
-    assert f"may now run on CPU {first}, and no longer on CPUs {was}: workers move" in running.log
+    assert f"allowed CPUs changed: CPU {first} instead of CPUs {was}; moving workers" in running.log
     # Wherever the connections come in.
     with_each = set()
     for cpu in CPUS:

@@ -151,7 +151,7 @@ def test_nothing_else_tells_them(service: StartService, home: Path) -> None:
         eventually(lambda: len(set(processes.children(running.pid)) - set(workers)), 1)
         running.status()  # answered once the new guard has been told everything
     lose_directory(running)
-    eventually(lambda: "was gone; it is" in running.log)
+    eventually(lambda: "was removed; now it is" in running.log)
     assert running.steer("policy", "test", "random").returncode == 0
     assert running.log.count("the guard process was killed") <= 2
     running.send_signal(signal.SIGKILL)

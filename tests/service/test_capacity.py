@@ -125,7 +125,7 @@ def test_haproxy_at_maxconn(service: StartService, home: Path, clients: ExitStac
         eventually(lambda: behind.waiting, 8)
         slow += [clients.enter_context(request("/slow")) for _ in range(3)]
         eventually(lambda: full(running), [0, 1])
-        note = "at capacity: every worker; connections wait until one takes them"
+        note = "at capacity: every worker; connections wait until one accepts them"
         eventually(lambda: note in running.status()["notes"])
         assert not any(is_ready(each, 0.2) for each in slow)
 

@@ -232,7 +232,7 @@ def test_a_climb_leaves_out_who_was_left_out(service: StartService, command: str
     if command == "policy":
         assert 1 not in slots(40)
         assert [each["state"] for each in second.workers()] == ["ready", "draining", "ready"]
-        with pytest.raises(Refused, match="worker 1 is draining, and nothing would keep it so"):
+        with pytest.raises(Refused, match="worker 1 is draining, and the kernel would select it"):
             second.ask("policy", timeout_s=None, policy=KERNEL)
 
 

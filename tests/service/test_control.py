@@ -293,7 +293,7 @@ def test_goes_to_the_next_place_and_says_so(
     run = (*shell, *as_user(ALONE, STEER, "run", "-w", "1", "--name", "test"))
     with started(*run, environment=environment, home=home) as process:
         lines = lines_until(process, "serving")
-        where = f"control socket /run/steer/test.sock, as not at {runtime}/steer/test.sock: "
+        where = f"control socket: /run/steer/test.sock; could not use {runtime}/steer/test.sock: "
         assert lines[0].endswith(f"{where}{why}\n")
         place = Path(f"/proc/{process.pid}/root/run/steer")
         there = sorted(each.name for each in place.iterdir())
@@ -369,7 +369,10 @@ def test_user_without_a_run_directory_has_one_in_tmp(
     place = Path(f"/tmp/steer-{ALONE}")
     running = service("-w", "1", user=ALONE, ready=False)
     eventually(lambda: "serving" in running.log)
-    assert f"control socket {place}/test.sock, as not at /nowhere/steer/test.sock: " in running.log
+    assert (
+        f"control socket: {place}/test.sock; could not use /nowhere/steer/test.sock: "
+        in running.log
+    )
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     assert running.stop() == 0
     assert not place.exists()
@@ -912,7 +915,7 @@ def test_a_control_socket_that_is_removed_is_made_again(service: StartService) -
         else:
             what.unlink()
         eventually(lambda: running.steer("status", "test").returncode, 0)
-    assert running.log.count("was gone; it is") == 2
+    assert running.log.count("was removed; now it is") == 2
     assert running.steer("reload").returncode == 0
     eventually(lambda: len(running.workers()) == 1)  # the old one has ended
     # The guard has the new one, too.

@@ -60,7 +60,7 @@ def test_guard_makes_the_control_socket_and_the_record_again(service: StartServi
         lose_directory(running)
         (state,) = orphaned(running)
         assert "2 workers still serving" in state
-        assert running.log.count("was gone; it is") == again
+        assert running.log.count("was removed; now it is") == again
     eventually(lambda: sorted(record.living(running.control_socket)), sorted(before))
     assert running.steer("stop", "test").returncode == 0
     assert not running.control_socket.parent.exists()
@@ -155,7 +155,7 @@ def test_reload_that_is_under_way_goes_on(service: StartService, home: Path) -> 
     )
     eventually((home / "begun").exists)
     lose_directory(running)
-    eventually(lambda: "was gone; it is" in running.log)
+    eventually(lambda: "was removed; now it is" in running.log)
     (home / "go").touch()
     told, _ = asking.communicate(timeout=DEADLINE_S)
     assert told.startswith("reloaded test: generation 2"), running.log

@@ -784,7 +784,7 @@ def test_kernels_own_hash_cannot_leave_one_out(service: StartService) -> None:
     done = running.steer("drain", "0")
     assert done.returncode == 1
     assert done.stderr == (
-        "steer: drain worker 0: the kernel's own hash leaves nobody out; "
+        "steer: drain worker 0: the kernel's own hash selects every worker; "
         "use ebpf or cbpf, see `steer doctor`\n"
     )
     assert slots(running, "ready") == [0, 1]

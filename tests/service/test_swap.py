@@ -750,7 +750,7 @@ def test_a_controller_that_was_killed_in_the_middle_of_a_swap(
 def test_what_gets_nothing_would_under_the_kernels_own_hash(service: StartService) -> None:
     running = service("-w", "2", *BIND, "--policy", "hash")
     running.ask("drain", slot=1)
-    assert "worker 1 is draining, and nothing would keep it so" in str(refusal(running, KERNEL))
+    assert "worker 1 is draining, and the kernel would select it" in str(refusal(running, KERNEL))
     assert answers(8) == {0: 8}
     running.ask("undrain", slot=1)
     swap(running, KERNEL)
