@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from steer.config import plan_change
 from steer.config.plan import Generation, Plan
-from steer.config.service import MAX_WORKERS
+from steer.config.service import MAX_WORKERS, Service
 from steer.control.server import Progress
-from steer.controller.controller import Controller
-from steer.controller.policy_change import PolicyChange
+from steer.controller.file_limit import FileLimit
+from steer.controller.policy_change import PolicyChange, SteeredService
 from steer.controller.rollout import Rollout, unreported
 from steer.controller.state import ServiceState
 from steer.controller.turns import Turns
@@ -19,6 +19,22 @@ from steer.linux import topology
 from steer.linux.log import Log
 from steer.values import plural
 from steer.workers.handle import WorkerHandle
+
+
+class ChangeableService(SteeredService, Protocol):
+    """What changes need of a controller. `Controller` has the docstrings."""
+
+    @property
+    def file_limit(self) -> FileLimit: ...
+
+    @property
+    def reread(self) -> Callable[[], Service]: ...
+
+    def follow_cpus(self) -> None: ...
+
+    def configure(self, plan: Plan) -> None: ...
+
+    def reconfigured(self, plan: Plan) -> None: ...
 
 
 class Changes:
@@ -31,7 +47,7 @@ class Changes:
 
     def __init__(
         self,
-        service: Controller,
+        service: ChangeableService,
         turns: Turns,
         rollout: Rollout,
         state: ServiceState,
@@ -74,7 +90,7 @@ class Changes:
     async def renew_as_it_is(self, number: int) -> None:
         """Replace all workers, unless generation `number` has been replaced meanwhile."""
         async with self._turns.turn(f"replace all workers of {self._plan.name}"):
-            if self._service.pool.generation.number == number:
+            if self._rollout.generation.number == number:
                 generation = await self._rollout.renew(self._plan, unreported)
                 self._log.info("generation %d serves", generation.number)
 

@@ -6,12 +6,11 @@ import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from steer.config import plan_change, planning
 from steer.config.plan import Plan
 from steer.config.service import Service
-from steer.controller.controller import Controller
 from steer.controller.refusals import log_failure
 from steer.controller.requested_policy import with_params_of, with_requested
 from steer.errors import KernelError, SteerError
@@ -25,10 +24,21 @@ _EXIT_TIMEOUT_S, _RETRY_S = 2.0, 0.05
 """How long workers that failed may take to exit, and how often to try again meanwhile."""
 
 
+class SteeredService(Protocol):
+    """What a change of the policy needs of a controller."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+
+    def apply_policy(self, plan: Plan) -> None:
+        """See `Controller.apply_policy`."""
+
+
 class PolicyChange:
     """Changes the policy of one service. The caller has the turn, see `Turns.turn`."""
 
-    def __init__(self, service: Controller, log: Log) -> None:
+    def __init__(self, service: SteeredService, log: Log) -> None:
         self._service = service
         self._log = log
 
@@ -121,7 +131,7 @@ class PolicyChange:
 
     def _log_policy(self) -> None:
         plan = self._plan
-        self._log.info("%s on %s", plan.policy.name, self._service.backend.name)
+        self._log.info("%s on %s", plan.policy.name, plan.backends[0].backend)
         if plan.became:
             self._log.info("policy %s", plan.became)
 

@@ -48,6 +48,11 @@ class Rollout:
         self._persist = persist
         self.turns = turns
 
+    @property
+    def generation(self) -> Generation:
+        """The generation in force."""
+        return self._pool.generation
+
     async def renew(self, plan: Plan, progress: Progress) -> Generation:
         """Replace all workers by the workers of another plan.
 

@@ -6,12 +6,13 @@ import asyncio
 import os
 import time
 from collections.abc import Collection, Mapping
+from typing import Protocol
 
 from steer.backends import anchors
 from steer.backends.base import Backend, Counts, PolicyValues
 from steer.backends.shortfalls import STILL_SELECTED
+from steer.config.plan import Plan
 from steer.control import schema
-from steer.controller.controller import Controller
 from steer.policy.builtin import KERNEL
 from steer.policy.declarations import Declared
 from steer.values import several
@@ -25,10 +26,26 @@ _AT_ONCE = 50
 """How many workers are looked at in one turn of the loop."""
 
 
+class ReportedService(Protocol):
+    """What a report needs of a controller. Each value may change while a report is made."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def pool(self) -> WorkerPool: ...
+
+    @property
+    def backend(self) -> Backend: ...
+
+    @property
+    def started_s(self) -> float: ...
+
+
 async def report_of(
-    service: Controller, state: str, loop_delay_ms: schema.LoopDelay
+    service: ReportedService, state: str, loop_delay_ms: schema.LoopDelay
 ) -> schema.Service:
-    """All that is known of it now.
+    """The status of a service now.
 
     Args:
         state: of the service as a whole: starting, running, stopping.

@@ -60,7 +60,7 @@ class FakeService:
             open=self._open,
             unsteered=lambda: 0,
         )
-        self.pool = SimpleNamespace(
+        self.pool: Any = SimpleNamespace(
             workers=WorkerHandles(),
             generation=SimpleNamespace(number=1),
             visibility=SimpleNamespace(notes={}),
@@ -128,7 +128,7 @@ class FakeService:
         """
 
         async def together() -> schema.Service:
-            told = status.report_of(self, "running", QUICK)  # type: ignore[arg-type]
+            told = status.report_of(self, "running", QUICK)
             task = asyncio.ensure_future(told)
             while not task.done():
                 await asyncio.sleep(0)
