@@ -71,7 +71,7 @@ class Requests:
         return handler
 
     async def status(self, _request: Request) -> Answer:
-        return {"service": status.report_of(self._group, self._started_s, self._state.word)}
+        return {"service": status.report_of(self._group, self._started_s, self._state.name)}
 
     async def stop(self, _request: Request) -> Answer:
         await self._stop()

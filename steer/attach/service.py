@@ -141,9 +141,9 @@ class _AttachedService:
         self._look()
         with closing(self._spare):
             async with Server(self._claim.socket, requests.handlers(), self._retry):
-                self._state.runs()
+                self._state.set_running()
                 await self._ended.wait()
-                self._state.stops()
+                self._state.set_stopping()
                 self._end()
 
     async def _stop(self) -> None:

@@ -170,7 +170,7 @@ class Plan(msgspec.Struct, frozen=True):
             ],
         }
 
-    def to_try(self, program: str) -> list[str]:
+    def suggested_commands(self, program: str) -> list[str]:
         """Commands that somebody who runs the demo can try next.
 
         Args:

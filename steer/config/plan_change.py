@@ -50,7 +50,7 @@ def reloaded(
         params = declarations.values(running.policy.declared, service.params, act)
         candidates = msgspec.structs.replace(running, params=params).candidates
     else:
-        candidates = _that_steer(running, candidates, act, may_be_kernel=True)
+        candidates = _without_kernel_hash(running, candidates, act, may_be_kernel=True)
     plan = _with_candidates(running, service, candidates, workers)
     return _with_workers(plan, service, topology, workers)
 
@@ -72,7 +72,7 @@ def with_candidates(
         ConfigError: the kernel's own hash would replace each of the policies.
     """
     workers = len(running.specs)
-    candidates = _that_steer(running, candidates, act, may_be_kernel=False)
+    candidates = _without_kernel_hash(running, candidates, act, may_be_kernel=False)
     plan = _with_candidates(running, service, candidates, workers)
     return _with_workers(plan, service, topology, workers)
 
@@ -115,7 +115,7 @@ def _with_candidates(
     return msgspec.structs.replace(running.with_candidates(candidates), hash_length=hash_length)
 
 
-def _that_steer(
+def _without_kernel_hash(
     running: Plan, candidates: Sequence[PolicyCandidate], act: str, *, may_be_kernel: bool
 ) -> Sequence[PolicyCandidate]:
     """The candidates without the kernel's own hash in place of a policy.

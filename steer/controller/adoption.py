@@ -61,7 +61,7 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     for worker in service.pool.workers:
         service.persist_generation(worker.generation)
     service.persist(in_force)
-    service.early += service.listener.read(decoded(saved.notifications.value))
+    service.early_notifications += service.listener.read(decoded(saved.notifications.value))
     remove_pid = service.write_pid()
     handover.taken(service.guard)
     # Only now: if a step above had failed, the old guard would still have all of this.
@@ -89,11 +89,11 @@ def _open(backend: str, plan: Plan) -> Backend:
 def _generations(service: Controller, saved: Persisted) -> Mapping[int, Generation]:
     """The generations that workers may belong to, by number.
 
-    Sets `service.plan` to the plan in force. If our own plan differs from it, sets `service.wanted`
-    to our plan, for a reload.
+    Sets `service.plan` to the plan in force. If our own plan differs from it, sets
+    `service.pending_plan` to our plan, for a reload.
     """
     ours, act = service.plan, f"adopt {service.plan.name}"
-    running = _running(ours, saved)
+    running = _plan_in_force(ours, saved)
     # All generations have the policy in force, as a service has only one.
     chosen = {"policy": running.service.policy, "params": running.service.params}
     found = {
@@ -112,13 +112,13 @@ def _generations(service: Controller, saved: Persisted) -> Mapping[int, Generati
     if ours.policy.problem is not None:
         service.log.error("%s; the service keeps its configuration", ours.policy.problem)
     elif service.configured != ours.service or is_edited:
-        service.wanted = plan_change.reloaded(
+        service.pending_plan = plan_change.reloaded(
             running, ours.service, ours.topology, act, ours.candidates
         )
     return found
 
 
-def _running(ours: Plan, saved: Persisted) -> Plan:
+def _plan_in_force(ours: Plan, saved: Persisted) -> Plan:
     """The plan that the service runs by: our own plan with the stored values."""
     stored, in_force = saved.service, saved.generations[saved.service.generation]
     named = stored.policy if in_force.policy == AUTO else in_force.policy

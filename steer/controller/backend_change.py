@@ -22,7 +22,7 @@ def move_to(pool: WorkerPool, plan: Plan) -> None:
         pool.switch_policy(plan)
         return
     if backend == KERNEL:
-        _see_that_all_serve(pool, plan)
+        _refuse_drained_or_hung(pool, plan)
     fresh = open_whole(plan, pool.backend)
     try:
         pool.switch_policy(plan, fresh)
@@ -31,7 +31,7 @@ def move_to(pool: WorkerPool, plan: Plan) -> None:
         raise
 
 
-def _see_that_all_serve(pool: WorkerPool, plan: Plan) -> None:
+def _refuse_drained_or_hung(pool: WorkerPool, plan: Plan) -> None:
     """See that no worker is draining or hung. Raises ControlError: one is, and the kernel's own
     hash would select it."""
     for worker in pool.workers:

@@ -81,13 +81,13 @@ class Changes:
                 plan = await self._policy.plan_for(self._service.reread(), act)
                 return await self._renew(plan, progress)
 
-    async def become(self, wanted: Plan) -> None:
+    async def reload_to(self, plan: Plan) -> None:
         """Reload with the configuration of a plan. Raises SteerError: nothing has changed."""
-        act = f"reload {wanted.name}"
+        act = f"reload {plan.name}"
         async with self._turns.turn(act):
-            await self._renew(await self._policy.plan_for(wanted.service, act), unreported)
+            await self._renew(await self._policy.plan_for(plan.service, act), unreported)
 
-    async def renew_as_it_is(self, number: int) -> None:
+    async def replace_all_workers(self, number: int) -> None:
         """Replace all workers, unless generation `number` has been replaced meanwhile."""
         async with self._turns.turn(f"replace all workers of {self._plan.name}"):
             if self._rollout.generation.number == number:
@@ -97,11 +97,11 @@ class Changes:
     async def _renew(self, plan: Plan, progress: Progress) -> Generation:
         self._service.file_limit.allow(plan)
         before = self._plan
-        plan = self._policy.choose_as(plan)
+        plan = self._policy.apply_policy_of(plan)
         try:
             generation = await self._rollout.renew(plan, progress)
         except SteerError:
-            await self._policy.choose_again(before)
+            await self._policy.restore_policy(before)
             raise
         self._service.reconfigured(plan)
         self._reloaded()

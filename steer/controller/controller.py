@@ -50,10 +50,10 @@ class Controller:
         plan: the plan in force.
         configured: the configuration of the start or of the last reload. The plan may have changed
             since, by a request to scale the service or to change its policy.
-        wanted: after an adoption, the plan to change to once the service runs; None: none.
-        early: notifications of workers that arrived before the loop ran.
-        files: the files that standard output and standard error go to, by descriptor; None: the
-            descriptor is no file.
+        pending_plan: after an adoption, the plan to change to once the service runs; None: none.
+        early_notifications: notifications of workers that arrived before the loop ran.
+        output_files: the files that standard output and standard error go to, by descriptor; None:
+            the descriptor is no file.
         claim, guard, listener, pool: the parts. Each exists once its step of the start is done,
             see `start`.
     """
@@ -67,9 +67,9 @@ class Controller:
         self.reread = reread
         self.started_s = time.monotonic()
         self.configured = plan.service
-        self.wanted: Plan | None = None
-        self.early: list[Notification] = []
-        self.files = {number: stdio.file_of(number) for number in (1, 2)}
+        self.pending_plan: Plan | None = None
+        self.early_notifications: list[Notification] = []
+        self.output_files = {number: stdio.file_of(number) for number in (1, 2)}
         self.file_limit = FileLimit(plan)
         self.claim: Claim
         self.guard: GuardClient

@@ -94,7 +94,7 @@ class ControllerLoop:
         self._changes = Changes(
             started, turns, self._rollout, state, log, self._reloaded, self._health.reconfigure
         )
-        self._streams = StandardStreams(started.files, started.guard, log)
+        self._streams = StandardStreams(started.output_files, started.guard, log)
         self._children = Children(loop, child_ends, retry, pool.reaped)
         self._signals = Signals(
             self._changes, self._reexec, self._tasks, self._stop, self._streams.reopen
@@ -127,7 +127,7 @@ class ControllerLoop:
 
     def _watch_workers(self) -> None:
         self._pool.watch(self._loop, self._changed)
-        for lineage, message in self._service.early:
+        for lineage, message in self._service.early_notifications:
             self._pool.notified(lineage, message)
         self._service.listener.watch(self._loop, self._notified)
         self._guard_watch.begin()
@@ -177,14 +177,16 @@ class ControllerLoop:
             return
         plan = self._service.plan
         self._log.info("serving %s", ", ".join(bind.label for bind in plan.binds))
-        for line in plan.to_try(sys.argv[0]):
+        for line in plan.suggested_commands(sys.argv[0]):
             self._log.info("try: %s", line)
-        self._state.runs()
-        if self._service.wanted is not None:
-            wanted, now = self._service.wanted, self._service.configured
-            differs = [key for key in FIELDS if getattr(wanted.service, key) != getattr(now, key)]
-            self._log.info("changing to the configuration as it is now: %s", ", ".join(differs))
-            self._tasks.begin("change to what was asked for", lambda: self._changes.become(wanted))
+        self._state.set_running()
+        if self._service.pending_plan is not None:
+            plan, now = self._service.pending_plan, self._service.configured
+            differs = [key for key in FIELDS if getattr(plan.service, key) != getattr(now, key)]
+            self._log.info("changing to the new configuration: %s", ", ".join(differs))
+            self._tasks.begin(
+                "change to the new configuration", lambda: self._changes.reload_to(plan)
+            )
 
     # The end.
 
@@ -192,7 +194,7 @@ class ControllerLoop:
         """Stop the service: quickly if asked a second time."""
         quick = quick or self._state.is_stopping
         self._log.info("stopping %s", "quickly" if quick else "gracefully")
-        self._state.stops()
+        self._state.set_stopping()
         self._turns.end()
         graceful_timeout_s = self._service.plan.service.graceful_timeout
         self._pool.stop(QUICK_S if quick else graceful_timeout_s, quick)
@@ -219,7 +221,7 @@ class ControllerLoop:
         self._service.listener.hear_all(self._notified)
 
     async def _report(self, delays: Delays) -> schema.Service:
-        return await status.report_of(self._service, self._state.word, delays.report())
+        return await status.report_of(self._service, self._state.name, delays.report())
 
     def _changed(self, worker: WorkerHandle) -> None:
         self._health.changed(worker)
@@ -238,7 +240,7 @@ class ControllerLoop:
 
     def _renew_all(self, number: int) -> asyncio.Task[None]:
         act = f"replace all workers of {self._service.plan.name}"
-        return self._tasks.begin(act, lambda: self._changes.renew_as_it_is(number))
+        return self._tasks.begin(act, lambda: self._changes.replace_all_workers(number))
 
     def _reloaded(self) -> None:
         self._health.reconfigure()

@@ -82,7 +82,7 @@ class PolicyChange:
             raise error.under(act, unchanged) from None
         self._log_policy()
 
-    def choose_as(self, other: Plan) -> Plan:
+    def apply_policy_of(self, other: Plan) -> Plan:
         """Put the policy of another plan in force for the workers there are.
 
         Returns:
@@ -97,7 +97,7 @@ class PolicyChange:
             self._log_policy()
         return other.with_candidates(self._plan.candidates)
 
-    async def choose_again(self, before: Plan) -> None:
+    async def restore_policy(self, before: Plan) -> None:
         """After a change that failed, put the policy from before it back in force.
 
         Classic BPF can be attached only when the workers that failed have exited. Until then, no

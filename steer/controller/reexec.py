@@ -40,14 +40,14 @@ class Reexec:
             ControlError: there is no guard process to keep the workers, or no worker.
         """
         act = "re-execute"
-        await _see_that_it_would_start(act)
+        await _check_would_start(act)
         while not self.is_due.is_set():
             async with self._turns.turn(act):
                 # Changes that were requested before come first.
                 if not self._turns.others_wait:
-                    self._leave(act)
+                    self._end_loop(act)
 
-    def _leave(self, act: str) -> None:
+    def _end_loop(self, act: str) -> None:
         """End the loop. Raises ControlError: a re-execution is not possible now."""
         if not self._guard.adopt_timeout_s:
             cause = "workers would end with the controller"
@@ -64,7 +64,7 @@ class Reexec:
         self.is_due.set()
 
 
-async def _see_that_it_would_start(act: str) -> None:
+async def _check_would_start(act: str) -> None:
     """Run `steer run --check-config` with our arguments. Raises ConfigError: it fails."""
     at = sys.orig_argv.index("run") + 1
     check = [sys.executable, *sys.orig_argv[1:at], "--check-config", *sys.orig_argv[at:]]

@@ -152,10 +152,12 @@ class Requests:
         if found is None:
             there = ", ".join(str(worker.slot) for worker in self._pool.workers)
             raise ControlError(f"{act} worker {shown(slot)}", "no such slot", f"there are: {there}")
-        if status.shown(found) not in allowed:
+        if status.displayed_state(found) not in allowed:
             states = " or ".join(state.value for state in allowed)
             raise ControlError(
-                f"{act} worker {slot}", f"it is {status.shown(found).value}", f"has to be {states}"
+                f"{act} worker {slot}",
+                f"it is {status.displayed_state(found).value}",
+                f"has to be {states}",
             )
         return found
 

@@ -192,11 +192,11 @@ class Rollout:
                     await asyncio.sleep(0)  # starting workers takes long: let the loop run
                 else:
                     worker = await news.get()
-                    _see_that_it_stayed(worker)
+                    _check_not_ended(worker)
                     intake.took(time.monotonic() - began_s.pop(worker))
                     progress("ready", len(fresh) - len(began_s), len(specs))
             for worker in fresh:
-                _see_that_it_stayed(worker)
+                _check_not_ended(worker)
         except BaseException:
             self._retire(fresh)
             raise
@@ -207,7 +207,7 @@ class Rollout:
             self._pool.report(worker, Event.RETIRE)
 
 
-def _see_that_it_stayed(worker: WorkerHandle) -> None:
+def _check_not_ended(worker: WorkerHandle) -> None:
     """See that a new worker has neither failed nor ended.
 
     Raises:

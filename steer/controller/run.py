@@ -65,7 +65,7 @@ def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -
 def _start_or_adopt(service: Controller, undo: ExitStack) -> None:
     """Adopt the service if an earlier controller left one, else start it. Raises SteerError: that
     failed."""
-    lost, left = _left(service.plan, service.environment)
+    lost, left = _find_handover(service.plan, service.environment)
     if left is not None:
         from steer.controller.adoption import adopt
 
@@ -75,10 +75,12 @@ def _start_or_adopt(service: Controller, undo: ExitStack) -> None:
         raise service.plan.policy.problem
     Start(service, lost, undo).carry_out()
     runs_command = bool(service.plan.service.command)
-    service.early += await_loop(service.listener, service.pool, runs_command=runs_command)
+    service.early_notifications += await_loop(
+        service.listener, service.pool, runs_command=runs_command
+    )
 
 
-def _left(
+def _find_handover(
     plan: Plan, environment: Mapping[str, str]
 ) -> tuple[Sequence[services.Running], tuple[Path, Handover] | None]:
     """What an earlier controller of this service left.

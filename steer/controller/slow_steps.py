@@ -16,7 +16,7 @@ _LAST_S = 0.0
 T = TypeVar("T")
 
 
-def while_heard(act: str, do: Callable[[], T], control: socket.socket | None = None) -> T:
+def run_answering(act: str, do: Callable[[], T], control: socket.socket | None = None) -> T:
     """Call `do` in a thread of its own, and return its result or raise its error.
 
     Args:

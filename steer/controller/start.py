@@ -17,7 +17,7 @@ from steer.config.plan import Act, Generation, Step
 from steer.control import abandoned, record, taken
 from steer.control.claim import Claim
 from steer.controller.controller import Controller
-from steer.controller.slow_steps import while_heard
+from steer.controller.slow_steps import run_answering
 from steer.linux import services
 from steer.loader import find
 from steer.policy.builtin import EBPF
@@ -87,7 +87,7 @@ class Start:
                 count = plural(len(each.workers), "worker")
                 self._log.warning("ending %s whose controller and guard were killed", count)
                 end = partial(abandoned.end, each, plan.service.graceful_timeout, False)
-                while_heard("end abandoned workers", end)
+                run_answering("end abandoned workers", end)
         return paths
 
     def check_free(self, step: Step) -> None:
@@ -100,7 +100,7 @@ class Start:
         service, policy = self._service, self._service.plan.policy
         if policy.is_custom and service.plan.backends[0].backend == EBPF:
             # Compile it first: that finds the files it includes, whose digest a reload compares.
-            compiled = while_heard(
+            compiled = run_answering(
                 f"compile policy {policy.name}",
                 lambda: find.compiled(policy),
                 service.claim.socket,

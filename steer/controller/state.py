@@ -19,27 +19,27 @@ class ServiceState:
         environment: has the notification socket of the supervisor, see sd_notify(3).
 
     Attributes:
-        word: the state, as `steer status` shows it.
+        name: the state, as `steer status` shows it.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
-        self.word = _STARTING
+        self.name = _STARTING
 
     @property
     def is_running(self) -> bool:
-        return self.word == _RUNNING
+        return self.name == _RUNNING
 
     @property
     def is_stopping(self) -> bool:
-        return self.word == _STOPPING
+        return self.name == _STOPPING
 
-    def runs(self) -> None:
-        self.word = _RUNNING
+    def set_running(self) -> None:
+        self.name = _RUNNING
         self._notify(f"READY=1\nMAINPID={os.getpid()}")
 
-    def stops(self) -> None:
-        self.word = _STOPPING
+    def set_stopping(self) -> None:
+        self.name = _STOPPING
         self._notify("STOPPING=1")
 
     @contextmanager

@@ -70,7 +70,7 @@ async def report_of(
         notes=[
             *backend.notes,
             *service.pool.visibility.notes.values(),
-            *_left_out(service.pool.workers, backend.name == KERNEL),
+            *_notes_on_workers(service.pool.workers, backend.name == KERNEL),
             *service.pool.group_notes.values(),
             *map(str, anchors.notes(plan.binds, backend.anchors)),
         ],
@@ -106,7 +106,7 @@ async def _workers(
     return workers, counted
 
 
-def _left_out(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str]:
+def _notes_on_workers(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str]:
     """Notes about workers that accept no connections.
 
     Args:
@@ -125,7 +125,7 @@ def _left_out(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str
     return notes
 
 
-def shown(worker: WorkerHandle) -> State:
+def displayed_state(worker: WorkerHandle) -> State:
     """The state of a worker as status shows it.
 
     A ready worker that waits for others of its rollout is shown as starting, because it is not
@@ -145,7 +145,7 @@ def _worker(
     return schema.Worker(
         slot=worker.slot,
         pid=process.pid if process else None,
-        state=shown(worker).value,
+        state=displayed_state(worker).value,
         generation=worker.generation.number,
         cpus=list(worker.spec.cpus),
         weight=worker.spec.weight,

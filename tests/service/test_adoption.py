@@ -612,7 +612,7 @@ def test_changes_to_the_configuration_as_it_is(
         load.goes_on()
     assert load.failures == []
     assert not old & set(by_slot(second).values())
-    assert f"changing to the configuration as it is now: {keys}\n" in second.log
+    assert f"changing to the new configuration: {keys}\n" in second.log
     assert second.status()["policy"] == ("source" if "policy" in keys else "least-conn")
     workers = by_slot(second)
     orphan(second)
@@ -631,7 +631,7 @@ def test_change_that_does_not_come_up_leaves_the_old(
         (first.home / f"crash{slot}").touch()
     second = service("-w", "3", *script)
     eventually(lambda: "as it was told to" in second.log)
-    eventually(lambda: "change to what was asked for" in second.log)
+    eventually(lambda: "change to the new configuration" in second.log)
     # Two start at once: when one has failed, the other is still being stopped.
     eventually(lambda: by_slot(second), workers)
     assert second.status()["generation"] == 1

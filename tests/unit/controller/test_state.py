@@ -23,18 +23,18 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_service_starts_runs_and_stops(told: list[str]) -> None:
     service = ServiceState(HERE)
-    words = [service.word]
-    service.runs()
-    words.append(service.word)
-    service.stops()
-    words.append(service.word)
+    words = [service.name]
+    service.set_running()
+    words.append(service.name)
+    service.set_stopping()
+    words.append(service.name)
     assert words == ["starting", "running", "stopping"]
     assert told == [f"READY=1\nMAINPID={os.getpid()}", "STOPPING=1"]
 
 
 def test_a_reload_ends_in_ready(told: list[str]) -> None:
     service = ServiceState(HERE)
-    service.runs()
+    service.set_running()
     with service.reloading():
         assert told[-1].startswith("RELOADING=1\nMONOTONIC_USEC=")
     assert told[-1] == "READY=1"
@@ -42,7 +42,7 @@ def test_a_reload_ends_in_ready(told: list[str]) -> None:
 
 def test_one_that_stops_meanwhile_is_not_ready_again(told: list[str]) -> None:
     service = ServiceState(HERE)
-    service.runs()
+    service.set_running()
     with service.reloading():
-        service.stops()
+        service.set_stopping()
     assert told[-1] == "STOPPING=1"
