@@ -48,7 +48,6 @@ class Option(msgspec.Struct, frozen=True):
 
     Args:
         protocols: the option is set on sockets of these protocols only.
-        does: what the option does, for users.
         cap: the sysctl that limits the value: the kernel silently reduces larger values to it; "":
             there is none.
         refusals: the cure, by the errno that setsockopt(2) fails with.
@@ -58,7 +57,6 @@ class Option(msgspec.Struct, frozen=True):
     number: int
     kind: Kind
     protocols: Sequence[str]
-    does: str
     cap: str = ""
     refusals: Mapping[int, str] = {}
 
@@ -161,40 +159,27 @@ OPTIONS: Mapping[str, Option] = {
         socket.TCP_NODELAY,
         _FLAG,
         _TCP,
-        "send what is written at once, not when the last was acknowledged; default yes",
     ),
-    "keepalive": Option(
-        _SOCKET, socket.SO_KEEPALIVE, _FLAG, _TCP, "probe idle connections, end dead ones"
-    ),
-    "keepidle": Option(
-        _IPPROTO_TCP, socket.TCP_KEEPIDLE, _seconds(1, 32767), _TCP, "idle before the first probe"
-    ),
-    "keepintvl": Option(
-        _IPPROTO_TCP, socket.TCP_KEEPINTVL, _seconds(1, 32767), _TCP, "from probe to probe"
-    ),
-    "keepcnt": Option(
-        _IPPROTO_TCP, socket.TCP_KEEPCNT, _whole(1, 127, "probes"), _TCP, "unanswered probes to end"
-    ),
+    "keepalive": Option(_SOCKET, socket.SO_KEEPALIVE, _FLAG, _TCP),
+    "keepidle": Option(_IPPROTO_TCP, socket.TCP_KEEPIDLE, _seconds(1, 32767), _TCP),
+    "keepintvl": Option(_IPPROTO_TCP, socket.TCP_KEEPINTVL, _seconds(1, 32767), _TCP),
+    "keepcnt": Option(_IPPROTO_TCP, socket.TCP_KEEPCNT, _whole(1, 127, "probes"), _TCP),
     "user-timeout": Option(
         _IPPROTO_TCP,
         socket.TCP_USER_TIMEOUT,
         Kind("seconds from 0 to 86400", _milliseconds_of),
         _TCP,
-        "for sent data to be acknowledged, or the connection ends",
     ),
-    "notsent-lowat": Option(
-        _IPPROTO_TCP, _NOTSENT_LOWAT, _bytes(0), _TCP, "not writable with more than so much unsent"
-    ),
+    "notsent-lowat": Option(_IPPROTO_TCP, _NOTSENT_LOWAT, _bytes(0), _TCP),
     "congestion": Option(
         _IPPROTO_TCP,
         socket.TCP_CONGESTION,
         Kind("a congestion control's name: bbr", _algorithm),
         _TCP,
-        "the congestion control",
         refusals={
-            errno.ENOENT: "this kernel has none of that name; those it has: sysctl "
+            errno.ENOENT: "this kernel has no congestion control of that name; available: sysctl "
             "net.ipv4.tcp_available_congestion_control",
-            errno.EPERM: "without CAP_NET_ADMIN only those of sysctl "
+            errno.EPERM: "without CAP_NET_ADMIN, only the ones in sysctl "
             "net.ipv4.tcp_allowed_congestion_control",
         },
     ),
@@ -203,38 +188,33 @@ OPTIONS: Mapping[str, Option] = {
         socket.TCP_DEFER_ACCEPT,
         _seconds(0, 600),
         _TCP,
-        "about so long a connection is not given to a worker before it sends",
     ),
     "fastopen": Option(
         _IPPROTO_TCP,
         socket.TCP_FASTOPEN,
         _whole(0, 65535, "connections"),
         _TCP,
-        "so many may send with their SYN at a time",
-        "net.core.somaxconn",
+        cap="net.core.somaxconn",
     ),
     "rcvbuf": Option(
         _SOCKET,
         socket.SO_RCVBUF,
         _bytes(1152),
         _BOTH,
-        "receive buffer; over TCP it then does not grow by itself",
-        "net.core.rmem_max",
+        cap="net.core.rmem_max",
     ),
     "sndbuf": Option(
         _SOCKET,
         socket.SO_SNDBUF,
         _bytes(2304),
         _BOTH,
-        "send buffer; over TCP it then does not grow by itself",
-        "net.core.wmem_max",
+        cap="net.core.wmem_max",
     ),
     "priority": Option(
         _SOCKET,
         socket.SO_PRIORITY,
         _whole(0, 2**31 - 1, "a number"),
         _UDP,
-        "queueing priority of what is sent; over TCP an accepted socket does not have it",
         refusals={errno.EPERM: "above 6 it needs CAP_NET_ADMIN: run as root, or choose 0 to 6"},
     ),
     "mark": Option(
@@ -242,7 +222,6 @@ OPTIONS: Mapping[str, Option] = {
         socket.SO_MARK,
         _whole(0, 2**32 - 1, "a number"),
         _BOTH,
-        "for routing rules and firewalls",
         refusals={errno.EPERM: _NEEDS_NET_ADMIN},
     ),
     "transparent": Option(
@@ -250,7 +229,6 @@ OPTIONS: Mapping[str, Option] = {
         _IP_TRANSPARENT,
         _FLAG,
         _BOTH,
-        "take what TPROXY rules send here, and bind to addresses that are not local",
         refusals={errno.EPERM: "needs CAP_NET_ADMIN or CAP_NET_RAW: run as root, or leave it out"},
     ),
 }

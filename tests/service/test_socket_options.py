@@ -215,7 +215,7 @@ def test_a_connection_that_is_deferred_is_no_hang_and_outlives_a_reload(
     [
         ("mark=7", "set socket option mark=7 on tcp 127.0.0.1:8080: EPERM; needs CAP_NET_ADMIN"),
         ("transparent=yes", "transparent=yes on tcp 127.0.0.1:8080: EPERM; needs CAP_NET_ADMIN or"),
-        ("congestion=nope", "congestion=nope on tcp 127.0.0.1:8080: ENOENT; this kernel has none"),
+        ("congestion=nope", "congestion=nope on tcp 127.0.0.1:8080: ENOENT; this kernel has no"),
     ],
 )
 def test_what_the_kernel_refuses_is_told_by_name_before_anything_starts(
