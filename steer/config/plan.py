@@ -43,7 +43,7 @@ class Act(Enum):
     """The kinds of steps. `steer check` prints the value before the object of the step."""
 
     CLAIM = "claim the name"
-    CHECK_FREE = "see that nobody is on"
+    CHECK_FREE = "check that nothing listens on"
     LOAD = "load"
     START = "start"
 

@@ -164,7 +164,7 @@ def scaled(running: Plan, workers: int, topology: Topology) -> Plan:
     With 0 workers, the configuration keeps its number: the service is to have workers again.
 
     Raises:
-        ConfigError: the maps have no room for so many workers.
+        ConfigError: the maps have too few slots for this number of workers.
     """
     service = running.service
     if workers:

@@ -117,7 +117,7 @@ def _candidate(
 
 
 def slots_for(workers: int) -> int:
-    """How many slots so many workers need while a reload replaces them all."""
+    """How many slots this number of workers needs while a reload replaces all of them."""
     return 1 << (2 * workers - 1).bit_length() if workers else 0
 
 

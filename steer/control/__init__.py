@@ -1,1 +1,1 @@
-"""How a service and those who ask it find and understand each other."""
+"""Control sockets: the requests to a running service, their answers, and how services are found."""

@@ -82,7 +82,7 @@ def _open(backend: str, plan: Plan) -> Backend:
         return open_backend(backend, plan, empty=True)
     except KernelError as error:
         act, why = f"adopt {plan.name}", f"its workers are steered by {backend}: {error}"
-        cure = f"run it with what it had, or `steer stop {plan.name}` first"
+        cure = f"run it with the same privileges, or `steer stop {plan.name}` first"
         raise KernelError(act, why, cure) from None
 
 

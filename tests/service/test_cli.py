@@ -523,7 +523,7 @@ def test_check_prints_the_plan_and_changes_nothing(steer: RunSteer, home: Path) 
     assert steps == [
         "1. claim the name shop",
         "2. load round-robin as ebpf",
-        "3. see that nobody is on tcp 127.0.0.1:8080",
+        "3. check that nothing listens on tcp 127.0.0.1:8080",
         "4. start 2 workers",
     ]
     assert re.fullmatch(r"memory: \d+\.\d MB in the kernel, for maps", memory)

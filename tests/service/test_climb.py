@@ -306,7 +306,7 @@ def test_an_adopter_that_may_do_less_leaves_them_to_one_that_may(service: StartS
     less = service(*options, under=AS_IN_DOCKER, ready=False)
     assert less.wait() == 1
     assert "steer: adopt test: its workers are steered by ebpf: create BPF map " in less.log
-    assert "; run it with what it had, or `steer stop test` first\n" in less.log
+    assert "; run it with the same privileges, or `steer stop test` first\n" in less.log
     assert slots(20).total() == 20
     second = service(*options)
     assert chosen(second) == ("hash", "hash", EBPF)
