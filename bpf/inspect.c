@@ -128,15 +128,20 @@ int steer_holders(void *ctx)
 	return 0;
 }
 
-/* iter/tcp: have each listener mark the connections that come from it. */
+/* iter/tcp: have each listener mark the connections that come from it. Nothing is written before
+ * all of them are done. */
 int steer_mark(void *ctx)
 {
 	const struct steer_offsets *at = steer_offsets();
-	u64 sk = steer_word(ctx, ITER_SOCKET), none = 0;
+	u64 sk = steer_word(ctx, ITER_SOCKET), none = 0, end = TCP_END;
 	void *typed = steer_typed(ctx, 8);
 
-	if (!typed || !at || steer_u8(sk, at->state) != STEER_LISTEN)
+	if (!typed || !at)
 		return 0;
+	if (steer_u8(sk, at->state) != STEER_LISTEN) {
+		steer_emit(ctx, &end, sizeof(end));
+		return 0;
+	}
 	if (bpf_sk_storage_get(steer_map(STEER_MAP_MARKS), typed, &sk, BPF_SK_STORAGE_GET_F_CREATE))
 		bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_ACCEPTED), &sk, &none,
 				     BPF_NOEXIST);

@@ -10,7 +10,7 @@
 # - With an epoll without it all are woken, and whoever is quickest gets it.
 #
 # Runs four processes for each, in a network namespace of its own (unshare: root, or user namespaces), and opens
-# connections one after the other. Exits 1 if that is not as listed, which is how Linux 6.18 does it.
+# connections one after the other. Exits 1 if that is not as listed, which is how Linux 5.10, 6.1 and 6.18 do it.
 set -eu
 
 if [ "${1:-}" != inside ]; then

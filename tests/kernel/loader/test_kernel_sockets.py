@@ -161,6 +161,20 @@ def test_connections_are_counted_where_they_were_accepted(look: Look) -> None:
         assert got[2] == 0
 
 
+def test_connections_that_were_there_before_are_not_counted(look: Look) -> None:
+    with (
+        member("127.0.0.1") as sock,
+        socket.create_connection(sock.getsockname()),
+        sock.accept()[0],
+        look.count(100) as count,
+    ):
+        seen = one_of(look.in_this_netns(), sock)
+        count.add_this_netns()
+        assert count.so_far() == {seen.address: 0}
+        with socket.create_connection(sock.getsockname()):
+            assert count.so_far() == {seen.address: 1}
+
+
 def test_counting_leaves_nothing(look: Look) -> None:
     before = bpf_ids(os.getpid())
     with look.count(10) as count:
