@@ -67,7 +67,7 @@ def test_what_each_accepted_is_counted_until_interrupted(
         eventually(lambda: "nanosleep" in wchan.read_text())
         for _ in range(30):
             with socket.create_connection((HOST, PORT)) as client:
-                client.recv(1)
+                client.recv(1)  # until it is closed, so it was counted
         counting.send_signal(signal.SIGINT)
         assert counting.stdout
         (group,) = here(json.loads(counting.stdout.read()))

@@ -181,8 +181,8 @@ def test_connections_that_wait_are_told() -> None:
         stack.enter_context(stopped(pid))
         for _ in range(3):
             stack.enter_context(socket.create_connection((HOST, PORT)))
-        ((sock,),) = (each.sockets for each in look())
-    assert (sock.queued, sock.backlog) == (3, 100)
+        eventually(lambda: look()[0].sockets[0].queued, 3)
+        assert look()[0].sockets[0].backlog == 100
 
 
 def test_the_cpus_are_those_of_the_process() -> None:

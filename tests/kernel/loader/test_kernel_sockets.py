@@ -18,7 +18,7 @@ from steer.policy import classic
 from steer.sockets import group_program
 from testkit.bpf_objects import bpf_ids
 from testkit.namespaces import network_namespace
-from testkit.processes import line_of, python, running
+from testkit.processes import eventually, line_of, python, running
 
 pytestmark = pytest.mark.needs("tracing", "netns")
 
@@ -79,7 +79,7 @@ def test_a_group_is_one_and_has_all_its_members(look: Look) -> None:
 
 def test_what_waits_is_counted(look: Look) -> None:
     with member("127.0.0.1") as sock, socket.create_connection(sock.getsockname()):
-        assert one_of(look.in_this_netns(), sock).queued == 1
+        eventually(lambda: one_of(look.in_this_netns(), sock).queued, 1)
 
 
 def test_a_datagram_that_waits_takes_memory(look: Look) -> None:
@@ -88,8 +88,9 @@ def test_a_datagram_that_waits_takes_memory(look: Look) -> None:
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
     ):
         client.sendto(b"x", sock.getsockname())
+        eventually(lambda: one_of(look.in_this_netns(), sock).memory)
         seen = one_of(look.in_this_netns(), sock)
-        assert 0 < seen.memory < seen.memory_limit
+        assert seen.memory < seen.memory_limit
 
 
 def test_drops_are_counted(look: Look) -> None:
@@ -100,7 +101,8 @@ def test_drops_are_counted(look: Look) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         for _ in range(50):
             client.sendto(bytes(4000), sock.getsockname())
-        assert 0 < one_of(look.in_this_netns(), sock).drops <= 50
+        eventually(lambda: one_of(look.in_this_netns(), sock).drops)
+        assert one_of(look.in_this_netns(), sock).drops <= 50
 
 
 def test_connections_are_not_listed(look: Look) -> None:
@@ -155,10 +157,10 @@ def test_connections_are_counted_where_they_were_accepted(look: Look) -> None:
         for _ in range(20):
             with socket.create_connection(sock.getsockname()):
                 pass
-        socks = (sock, other, unused)
-        got = [count.so_far()[at[socket_inode(each.fileno())]] for each in socks]
-        assert sum(got[:2]) == 20
-        assert got[2] == 0
+        eventually(lambda: sum(count.so_far().values()), 20)
+        assert count.so_far()[at[socket_inode(unused.fileno())]] == 0
+        addresses = {at[socket_inode(each.fileno())] for each in (sock, other, unused)}
+        assert count.so_far().keys() == addresses
 
 
 def test_connections_that_were_there_before_are_not_counted(look: Look) -> None:
@@ -172,7 +174,7 @@ def test_connections_that_were_there_before_are_not_counted(look: Look) -> None:
         count.add_this_netns()
         assert count.so_far() == {seen.address: 0}
         with socket.create_connection(sock.getsockname()):
-            assert count.so_far() == {seen.address: 1}
+            eventually(count.so_far, {seen.address: 1})
 
 
 def test_counting_leaves_nothing(look: Look) -> None:
