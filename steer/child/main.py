@@ -240,7 +240,7 @@ def _execute(launch: Launch, environment: Mapping[str, str]) -> None:
 def _why(error: OSError, program: str, environment: Mapping[str, str]) -> str:
     """What may have prevented the execution of a program, and what would help."""
     if isinstance(error, FileNotFoundError):
-        return fork.beside_us(program)
+        return fork.venv_hint(program)
     with suppress(OSError):  # the current directory was removed
         if isinstance(error, PermissionError):
             return _describe(reach.to_command(program, os.get_exec_path(dict(environment))))

@@ -22,13 +22,13 @@ def service_options(command: Command) -> Command:
 def with_options(options: Sequence[Option]) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         for option in reversed(options):
-            command = _as_click_has_it(option)(command)
+            command = _click_option(option)(command)
         return command
 
     return add
 
 
-def _as_click_has_it(option: Option) -> Callable[[Command], Command]:
+def _click_option(option: Option) -> Callable[[Command], Command]:
     names = (*option.names, option.key)
     if not option.metavar:
         return click.option(*names, is_flag=True, default=None, help=option.help)
@@ -53,11 +53,11 @@ class TakesCommand(click.Command):
             context.meta["command"] = arguments[at + 1 :]
             if not arguments[at + 1 :]:
                 raise click.UsageError("no command after --", context)
-            _see_no_option(self, context, arguments[:at], arguments[at + 1 :])
-            _see_no_command(self, context, arguments[:at], arguments[at + 1 :])
+            _refuse_option_after_dashes(self, context, arguments[:at], arguments[at + 1 :])
+            _refuse_command_without_dashes(self, context, arguments[:at], arguments[at + 1 :])
             arguments = arguments[:at]
         else:
-            _see_no_command(self, context, arguments)
+            _refuse_command_without_dashes(self, context, arguments)
         try:
             return super().parse_args(context, arguments)
         except click.NoSuchOption as error:
@@ -74,7 +74,7 @@ _NO_OPTIONS = {
 """Keys of the configuration that are not options, and how to give them."""
 
 
-def _see_no_option(
+def _refuse_option_after_dashes(
     command: click.Command, context: click.Context, before: Sequence[str], after: Sequence[str]
 ) -> None:
     """Raises UsageError: the arguments after `--` begin with an option of steer."""
@@ -101,7 +101,7 @@ def _line(context: click.Context, options: Sequence[str], command: Sequence[str]
     return f"A command goes after --: {line}"
 
 
-def _see_no_command(
+def _refuse_command_without_dashes(
     command: click.Command,
     context: click.Context,
     arguments: Sequence[str],

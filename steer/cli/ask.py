@@ -30,10 +30,10 @@ def plain(command: str, arguments: Sequence[str]) -> Callable[[], None] | None:
     elif command == "policy":
         valued["--weights"] = "weights"
     read = words(arguments, flags, valued)
-    return None if read is None else _put(command, *read)
+    return None if read is None else _call_for(command, *read)
 
 
-def _put(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[], None] | None:
+def _call_for(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[], None] | None:
     argument = TABLE[command].argument
     what = names.pop() if names and argument else None
     if len(names) > 1:
@@ -46,7 +46,7 @@ def _put(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[],
     if what is None:
         return None
     if command == "policy":
-        return partial(choose, name, what, **how)
+        return partial(change_policy, name, what, **how)
     from steer import values
 
     try:
@@ -97,7 +97,7 @@ def perform(
         print(f"{done} {called}: {outcome}")
 
 
-def choose(
+def change_policy(
     name: str | None,
     policy: str,
     weights: str | None,

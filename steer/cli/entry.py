@@ -45,7 +45,7 @@ def guarded(perform: Callable[[], object]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
-        _complain_of(error)
+        _report(error)
         sys.exit(1)
 
 
@@ -74,17 +74,17 @@ def _check_arguments(arguments: Sequence[str]) -> None:
             raise ConfigError(f"read argument {values.shown(argument)}", str(error)) from None
 
 
-def _complain_of(error: Exception) -> None:
+def _report(error: Exception) -> None:
     """Report an error that names something the machine lacks; report any other as a bug."""
     from steer.linux import retry
 
     if retry.is_lack(error):
         complain(retry.in_words(error))
     else:
-        _complain_of_bug(error)
+        _report_bug(error)
 
 
-def _complain_of_bug(error: Exception) -> None:
+def _report_bug(error: Exception) -> None:
     """Report a bug in one line with its place in the code, or at the log level debug with the
     whole traceback."""
     import traceback

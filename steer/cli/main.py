@@ -151,11 +151,21 @@ def check(as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("where", metavar="ADDR:PORT")
 @click.option("--policy", default="auto", metavar="NAME|FILE.c", help="Policy; default auto.")
-@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of it.")
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set a parameter of the policy; can be repeated.",
+)
 @click.option("--weights", metavar="N,N...", help="Share of each slot; default 1 each.")
 @click.option("--name", metavar="NAME", help="Name of the service; default: PROGRAM-PORT.")
-@click.option("--log-level", default="info", metavar="LEVEL", help="debug, info, warning, error.")
-@click.option("--log-format", default="text", metavar="FORMAT", help="text or json.")
+@click.option(
+    "--log-level", default="info", metavar="LEVEL", help="Log from this level up; default info."
+)
+@click.option(
+    "--log-format", default="text", metavar="FORMAT", help="Format of the log; default text."
+)
 @_CONTROL_SOCKET
 def attach(where: str, **how: Any) -> None:
     """Steer the listeners of a server that runs already.
@@ -173,7 +183,7 @@ def attach(where: str, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def detach(name: str | None, **how: Any) -> None:
-    """End `steer attach`: the server goes on, and the kernel chooses."""
+    """End `steer attach`: the kernel's hash selects among the sockets again."""
     from steer.cli import attach
 
     attach.detach(name, **how)
@@ -277,7 +287,7 @@ def policy(
     *name, chosen = named
     if len(name) > 1:
         raise click.UsageError(f"Got unexpected extra argument ({chosen})")
-    ask.choose(name[0] if name else None, chosen, weights, params, **how)
+    ask.change_policy(name[0] if name else None, chosen, weights, params, **how)
 
 
 @cli.group(invoke_without_command=True)

@@ -42,7 +42,9 @@ def _defaults(found: Policy) -> str:
 def tables(checked: Checked) -> list[Table]:
     """The tables that `steer policies check` prints, without empty ones."""
     found = [
-        Table(": ".join(filter(None, (checked.name, checked.summary))), ("", ""), _whole(checked)),
+        Table(
+            ": ".join(filter(None, (checked.name, checked.summary))), ("", ""), _summary(checked)
+        ),
         Table("verifier", _VERIFIER, _figures(checked.programs)),
         Table("parameters", ("name", "default", "allowed", "means"), _params(checked.params)),
         Table("counters", ("name", "counts"), [(one.name, one.help) for one in checked.counters]),
@@ -58,7 +60,7 @@ def tables(checked: Checked) -> list[Table]:
 _VERIFIER = ("program", "instructions", "processed", "states", "at once", "stack", "time")
 
 
-def _whole(checked: Checked) -> list[tuple[str, ...]]:
+def _summary(checked: Checked) -> list[tuple[str, ...]]:
     rows = [("table", checked.table), ("compiled by", checked.compiler)]
     if checked.cost_ns is not None:
         workers = f"{cost.SLOTS} workers, one client, UDP"

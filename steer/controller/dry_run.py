@@ -53,7 +53,7 @@ def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
         raise AppLoadError(f"chdir {service.chdir}", "no such directory")
     if service.command and shutil.which(service.command[0]) is None:
         program = service.command[0]
-        raise AppLoadError(f"run {program}", "no such command", fork.beside_us(program))
+        raise AppLoadError(f"run {program}", "no such command", fork.venv_hint(program))
     barriers = privileges.barriers(service, environment)
     if barrier := barriers.command:
         raise AppLoadError(f"run {service.command[0]}", str(barrier), barrier.cure)

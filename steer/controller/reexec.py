@@ -78,6 +78,6 @@ async def _check_would_start(act: str) -> None:
     except asyncio.CancelledError:
         tried.kill()
         raise
-    fork.is_done(tried.pid)
+    fork.remove_started(tried.pid)
     if tried.returncode != 0:
         raise ConfigError(act, "it would not start", detail=words.decode(errors="replace"))

@@ -88,10 +88,10 @@ class Case:
 
     @property
     def policy(self) -> Policy:
-        return self._last if isinstance(self.plan, Unknown) else self.plan.policy
+        return self._last_candidate if isinstance(self.plan, Unknown) else self.plan.policy
 
     @cached_property
-    def _last(self) -> Policy:
+    def _last_candidate(self) -> Policy:
         """The last candidate for the policy: no other candidate runs on more backends."""
         asked = find.find(self.service.policy)
         return asked.candidates[-1] if asked.candidates else asked
@@ -101,7 +101,7 @@ class Case:
         """The backends that this service may use."""
         asked = self.service.backend
         first = 0 if asked == "auto" else BACKENDS.index(asked)
-        return tuple(each for each in BACKENDS[first:] if each in self._last.backends)
+        return tuple(each for each in BACKENDS[first:] if each in self._last_candidate.backends)
 
     @property
     def is_steered(self) -> bool:

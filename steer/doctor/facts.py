@@ -230,23 +230,23 @@ def _bcc() -> Compiler | None:
 def _places(environment: Mapping[str, str], control_socket: str | None) -> tuple[Place, ...]:
     if control_socket is not None:
         directory = Path(control_socket).absolute().parent
-        return (Place(directory, _no_writing(directory)),)
+        return (Place(directory, _write_obstacle(directory)),)
     directories = rundir.directories(environment)
-    return tuple(Place(directory, _no_room(directory)) for directory in directories)
+    return tuple(Place(directory, _socket_obstacle(directory)) for directory in directories)
 
 
-def _no_room(directory: Path) -> str:
+def _socket_obstacle(directory: Path) -> str:
     """Why a `claim.Claim` could not make a socket in the directory; "" if it could."""
     try:
         owner = directory.lstat().st_uid
     except FileNotFoundError:
-        return _no_writing(directory.parent)
+        return _write_obstacle(directory.parent)
     except OSError as error:
         return errno_name(error)
-    return _no_writing(directory) if owner == os.geteuid() else "another user owns it"
+    return _write_obstacle(directory) if owner == os.geteuid() else "another user owns it"
 
 
-def _no_writing(directory: Path) -> str:
+def _write_obstacle(directory: Path) -> str:
     if not directory.is_dir():
         return "no such directory"
     return "" if os.access(directory, os.W_OK | os.X_OK, effective_ids=True) else "not writable"

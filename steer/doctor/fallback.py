@@ -114,16 +114,16 @@ def backend(case: Case) -> Iterator[Opinion]:
     if not candidate.fallback:
         yield Opinion("ok", found)
     elif case.service.strict:
-        yield Opinion("fail", f"{found}, and --strict", f"{_improve(case)}, or drop --strict")
+        yield Opinion("fail", f"{found}, and --strict", f"{_backend_cure(case)}, or drop --strict")
     else:
-        yield Opinion("warn", found, _improve(case))
+        yield Opinion("warn", found, _backend_cure(case))
 
 
 def draining(case: Case) -> Iterator[Opinion]:
     candidate = known(case.plan, MOUNT_SYSFS).backends[0]
     cure = f"choose a policy that runs on {EBPF} or {CBPF}, which can leave workers out"
     if candidate.backend == KERNEL:
-        yield Opinion("warn", STILL_CHOSEN, _improve(case) if candidate.fallback else cure)
+        yield Opinion("warn", STILL_CHOSEN, _backend_cure(case) if candidate.fallback else cure)
     else:
         yield Opinion(
             "ok", "a draining worker gets no new connections and exits when it has finished its own"
@@ -135,7 +135,7 @@ def draining(case: Case) -> Iterator[Opinion]:
             yield Opinion("warn", note.found, note.cure)
 
 
-def _improve(case: Case) -> str:
+def _backend_cure(case: Case) -> str:
     """How to get the policy or backend that the user wants."""
     wanted = case.service.backend
     if wanted not in ("auto", *case.policy.backends):

@@ -81,12 +81,12 @@ def _can_count() -> Finding:
 
 def _probed(ask: Callable[[], Finding]) -> Finding:
     try:
-        return _to_be_judged(ask())
+        return _without_eperm_cure(ask())
     except OSError as error:
         return Finding(Answer.UNKNOWN, in_words(error))
 
 
-def _to_be_judged(found: Finding) -> Finding:
+def _without_eperm_cure(found: Finding) -> Finding:
     """The finding. For EPERM without its cure, as the checks find out what refuses."""
     return msgspec.structs.replace(found, cure="") if found.errno == errno.EPERM else found
 
@@ -133,7 +133,7 @@ def _refusal(plan: Plan) -> Finding | None:
         return Finding(Answer.NO, f"{whose}{error.note.found}", error.cure)
     except KernelError as error:
         found = f"{whose}{error.note.found}"
-        return _to_be_judged(Finding(Answer.NO, found, error.cure, error.errno))
+        return _without_eperm_cure(Finding(Answer.NO, found, error.cure, error.errno))
     except OSError as error:
         # Answer.UNKNOWN would be tried again, without end.
         return Finding(Answer.NO, f"{whose}try {plan.backends[0].backend}: {in_words(error)}")

@@ -118,4 +118,4 @@ def reap(pidfd: int) -> None:
     """Wait for a process that has ended, if it is our child and was not waited for before."""
     with suppress(ChildProcessError):
         if ended := os.waitid(os.P_PIDFD, pidfd, os.WEXITED):
-            fork.is_done(ended.si_pid)
+            fork.remove_started(ended.si_pid)

@@ -49,7 +49,7 @@ class Connection:
         """The process id of the client."""
         return peer.credentials(self._socket)[0]
 
-    def says_something(self, end_s: float) -> bool:
+    def has_more(self, end_s: float) -> bool:
         """Wait until `end_s` for more to read. Returns whether there is any."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
@@ -137,7 +137,7 @@ class StandbyServer:
         self._selector.unregister(self._control)
         end_s = time.monotonic() + within_s
         for connection in list(self._connections):
-            while connection in self._connections and connection.says_something(end_s):
+            while connection in self._connections and connection.has_more(end_s):
                 self._on_data(connection)
             if connection in self._connections:
                 self._finish(connection)

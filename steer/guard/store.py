@@ -161,11 +161,11 @@ class FdStore:
     def _understand(self, frame: Frame, fds: list[int]) -> None:
         """Raises NotUnderstood: the frame cannot be carried out."""
         try:
-            self._obey(frame, fds)
+            self._carry_out(frame, fds)
         except (msgspec.MsgspecError, LookupError, ValueError) as error:
             raise NotUnderstood(f"{frame.act}: {error}") from None
 
-    def _obey(self, frame: Frame, fds: list[int]) -> None:
+    def _carry_out(self, frame: Frame, fds: list[int]) -> None:
         if frame.act == "put":
             self._put(frame, fds)
         elif frame.act == "update":

@@ -35,7 +35,7 @@ def is_deadly(number: int | None) -> bool:
     try:
         _, status = os.waitpid(pid, 0)
     finally:
-        fork.is_done(pid)
+        fork.remove_started(pid)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSYS
 
 

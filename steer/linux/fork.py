@@ -114,24 +114,24 @@ def started() -> frozenset[int]:
     return frozenset(_started)
 
 
-def began(pid: int) -> None:
+def add_started(pid: int) -> None:
     """Add a child to `started`, for example one that was forked before execve(2)."""
     _started.add(pid)
 
 
-def is_done(pid: int) -> None:
+def remove_started(pid: int) -> None:
     """Remove a child from `started`, after it was waited for."""
     _started.discard(pid)
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[Callable[[int], None]]:
-    """Surrounds the start of a program. Call what is yielded with its process id: until `is_done`
-    the program is one of `started`."""
+    """Surround the start of a program. Call the yielded function with its process ID: until
+    `remove_started` the program is one of `started`."""
     token = object()
     _starting.add(token)
     try:
-        yield began
+        yield add_started
     finally:
         _starting.discard(token)
 
@@ -181,7 +181,7 @@ def run(
                 child.kill()
                 raise
     finally:
-        is_done(child.pid)
+        remove_started(child.pid)
     return subprocess.CompletedProcess(arguments, child.returncode, output, errors)
 
 
@@ -338,7 +338,7 @@ def reap(pid: int, pidfd: int, is_child: bool) -> int | None:
         process is its parent, or if it was waited for already.
     """
     wait_for_end(pidfd, None)
-    is_done(pid)
+    remove_started(pid)
     if not is_child:
         return None
     try:
@@ -359,7 +359,7 @@ def how_it_ended(status: int | None) -> str:
         return f"killed by signal {-status}"
 
 
-def beside_us(program: str) -> str:
+def venv_hint(program: str) -> str:
     """A hint for a program that is not on PATH but in steer's virtual environment; "" if it is not
     there.
 

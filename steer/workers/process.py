@@ -195,7 +195,7 @@ class WorkerProcess:
         self._channel = WorkerChannel(socket.socket(fileno=channel), launch, self._readers)
         self._is_child = processes.parent(saved.pid) == os.getpid()
         if self._is_child:
-            fork.began(saved.pid)
+            fork.add_started(saved.pid)
         self._is(saved.pid, pidfd, saved.told_to_finish)
         return self
 

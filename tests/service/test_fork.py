@@ -77,7 +77,7 @@ def forked() -> Iterator[list[int]]:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        process.is_done(pid)
+        process.remove_started(pid)
 
 
 def fork(launch: Launch, guard: FakeGuard) -> WorkerProcess:

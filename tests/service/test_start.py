@@ -118,7 +118,7 @@ def test_a_worker_collects_its_garbage() -> None:
         gc.enable()
     os.close(pidfd)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
-    fork.is_done(pid)
+    fork.remove_started(pid)
 
 
 COUNTS = path("counts_imports")
