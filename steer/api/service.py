@@ -117,7 +117,7 @@ class Service:
         service = self.config.service
         log = Log(service.log_level, service.log_format)
         with _process_kept():
-            running.run(service, os.environ, log, lambda: service)
+            running.run(service, os.environ, log, lambda: service, is_in_program=True)
 
 
 def run(app: str | Application | None = None, /, **settings: Unpack[Settings]) -> None:

@@ -51,6 +51,7 @@ class Controller:
         configured: the configuration of the start or of the last reload. The plan may have changed
             since, by a request to scale the service or to change its policy.
         pending_plan: after an adoption, the plan to change to once the service runs; None: none.
+        is_in_program: whether a program called `steer.run` in this process, see `run.run`.
         early_notifications: notifications of workers that arrived before the loop ran.
         output_files: the files that standard output and standard error go to, by descriptor; None:
             the descriptor is no file.
@@ -59,9 +60,15 @@ class Controller:
     """
 
     def __init__(
-        self, plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread
+        self,
+        plan: Plan,
+        environment: Mapping[str, str],
+        log: Log,
+        reread: Reread,
+        is_in_program: bool = False,
     ) -> None:
         self.plan = plan
+        self.is_in_program = is_in_program
         self.environment = environment
         self.log = log
         self.reread = reread

@@ -20,11 +20,20 @@ from steer.linux.log import Log
 from steer.loader import find, probe
 
 
-def run(service: Service, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
+def run(
+    service: Service,
+    environment: Mapping[str, str],
+    log: Log,
+    reread: Reread,
+    *,
+    is_in_program: bool = False,
+) -> int:
     """Run a service until it is told to end.
 
     Args:
         reread: reads the configuration again, for a reload.
+        is_in_program: whether a program called `steer.run` in this process. It may have children
+            of its own, and may go on afterwards.
 
     Returns:
         The exit status.
@@ -37,20 +46,22 @@ def run(service: Service, environment: Mapping[str, str], log: Log, reread: Rere
     policy = find.find_or_problem(service.policy)
     decided = plan(service, topology.read(), probe.findings_before_start(), policy)
     try:
-        return _run(decided, environment, log, reread)
+        return _run(decided, environment, log, reread, is_in_program)
     finally:
         output.stderr.finish(LAST_LINES_S)
         output.stderr.close()
 
 
-def _run(plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread) -> int:
+def _run(
+    plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread, is_in_program: bool
+) -> int:
     # From here on signals wait until the loop handles them.
     signals.hold_signals()
     title.show(f"steer: controller {plan.name}")
     fork.rename("steer")  # `python -m steer` starts as "python"
-    family.become_subreaper()
+    family.become_subreaper(is_in_program)
     with ExitStack() as undo:
-        service = Controller(plan, environment, log, reread)
+        service = Controller(plan, environment, log, reread, is_in_program)
         undo.callback(service.file_limit.spare.close)
         _start_or_adopt(service, undo)
         from steer.controller.loop import supervise

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from steer.errors import KernelError
@@ -22,12 +22,24 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_GET_CHILD_SUBREAPER = 37
 _inherited: dict[int, int] = {}
 """Children that were there before steer was executed in this process, and when they started."""
+_waited_for: dict[int, int] = {}
+"""Children of the program that called `steer.run`, which waits for them, and when they started."""
+_is_in_program = False
+"""Whether this process is a program that called `steer.run`."""
 
 
-def become_subreaper() -> None:
-    """Make orphaned descendants children of this process. This survives execve(2)."""
+def become_subreaper(is_in_program: bool = False) -> None:
+    """Make orphaned descendants children of this process. This survives execve(2).
+
+    Args:
+        is_in_program: whether a program called `steer.run` in this process. Then its children are
+            no orphans: the program waits for them.
+    """
+    global _is_in_program
+    _is_in_program = is_in_program
     if not is_subreaper():  # otherwise steer has executed itself again: these are its own
-        _inherited.update(_starts(orphans()))
+        before = _waited_for if is_in_program else _inherited
+        before.update(_starts(orphans()))
     set_subreaper(True)
 
 
@@ -45,11 +57,15 @@ def set_subreaper(is_one: bool) -> None:
 
 def orphans() -> list[int]:
     """Children of this process that it did not fork, including zombies: processes that outlived a
-    worker, and children from before steer was executed in this process."""
-    found = set(processes.children(os.getpid()))
+    worker, and children from before steer was executed in this process. Children of a program that
+    called `steer.run` are left out, and so is the process group of that program, as it may start
+    more of them."""
+    found = set(processes.children(os.getpid())) - fork.started()
     # A program that this process is just starting is in its group, and not in `fork.started` yet.
-    own = os.getpgrp() if fork.is_starting() else None
-    return sorted(pid for pid in found - fork.started() if _group(pid) not in (own, None))
+    own = os.getpgrp() if fork.is_starting() or _is_in_program else None
+    return sorted(
+        pid for pid in found if _group(pid) not in (own, None) and not _is_known(pid, _waited_for)
+    )
 
 
 def left_behind() -> list[int]:
@@ -57,7 +73,7 @@ def left_behind() -> list[int]:
     left out, and also the process group of this process, as their own children are in it."""
     own = os.getpgrp()
     found = [pid for pid in orphans() if processes.is_alive(pid) and _group(pid) not in (own, None)]
-    return [pid for pid in found if _inherited.get(pid) != processes.start_time_ticks(pid)]
+    return [pid for pid in found if not _is_known(pid, _inherited)]
 
 
 def reap_orphans() -> tuple[list[int], bool]:
@@ -79,6 +95,10 @@ def _reap(pid: int) -> bool:
 def _starts(pids: Iterable[int]) -> dict[int, int]:
     found = {pid: processes.start_time_ticks(pid) for pid in pids}
     return {pid: began_ticks for pid, began_ticks in found.items() if began_ticks is not None}
+
+
+def _is_known(pid: int, known: Mapping[int, int]) -> bool:
+    return pid in known and known[pid] == processes.start_time_ticks(pid)
 
 
 def _group(pid: int) -> int | None:
