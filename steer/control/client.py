@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -224,20 +224,31 @@ def perform(path: Path, command: str, progress: Progress | None = None, **more: 
 
 
 def stop(path: Path, quick: bool, progress: Progress | None = None) -> None:
-    """Stop a service and wait until its controller is gone.
+    """Stop a service and wait until its controller is gone. If the controller runs in a program
+    that called `steer.run`, wait until its control socket is gone, as the program may go on.
 
     Raises:
         NotRunning, ControlError
     """
     from steer.linux import fork
 
-    pidfd = None
-    with suppress(OSError), peer.connect(path, _TIMEOUT_S) as sock:
-        pidfd = os.pidfd_open(peer.credentials(sock)[0])
-    _ask_at_length(path, "stop", progress, quick=quick)
-    if pidfd is not None:
-        fork.wait_for_end(pidfd, None)
-        os.close(pidfd)
+    with ExitStack() as undo:
+        pidfd, before = None, _inode(path)
+        with suppress(OSError), peer.connect(path, _TIMEOUT_S) as sock:
+            pidfd = os.pidfd_open(peer.credentials(sock)[0])
+            undo.callback(os.close, pidfd)
+        answer = _ask_at_length(path, "stop", progress, quick=quick)
+        if pidfd is None:
+            return
+        look_s = ASK_AGAIN_S if answer.get("is_in_program") else None
+        while not fork.wait_for_end(pidfd, look_s) and _inode(path) == before:
+            pass
+
+
+def _inode(path: Path) -> int | None:
+    with suppress(OSError):
+        return path.stat().st_ino
+    return None
 
 
 def _ask_at_length(

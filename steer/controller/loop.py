@@ -101,7 +101,13 @@ class ControllerLoop:
         )
         self._guard_watch = GuardWatch(loop, started.guard, retry, log)
         requests = Requests(
-            started.plan.name, pool, self._changes, log, partial(self._report, delays), self._stop
+            started.plan.name,
+            pool,
+            self._changes,
+            log,
+            partial(self._report, delays),
+            self._stop,
+            started.is_in_program,
         )
         self._server = Server(started.claim.socket, requests.handlers(), retry)
 

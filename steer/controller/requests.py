@@ -37,6 +37,7 @@ class Requests:
         name: of the service.
         report: gathers the status of the service.
         stop: ends the service; its argument says whether quickly.
+        is_in_program: whether this process may go on afterwards.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Requests:
         log: Log,
         report: Callable[[], Awaitable[schema.Service]],
         stop: Callable[[bool], None],
+        is_in_program: bool = False,
     ) -> None:
+        self._is_in_program = is_in_program
         self._name = name
         self._pool = pool
         self._changes = changes
@@ -85,7 +88,7 @@ class Requests:
         self._stop(bool(request.get("quick")))
         # Other requests wait for the same future: ours must not cancel it.
         await asyncio.shield(self._pool.shutdown.ended)
-        return {}
+        return {"is_in_program": self._is_in_program}
 
     async def reload(self, _request: Request, progress: Progress) -> Answer:
         began_s = time.monotonic()

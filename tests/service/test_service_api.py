@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from steer.api import service
+from steer.linux import processes
 from testkit.clients import http_get
 from testkit.namespaces import Netns
 from testkit.processes import DEADLINE_S, eventually
@@ -97,6 +100,72 @@ def test_a_function_of_the_script_is_run(netns: Netns, home: Path) -> None:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
+
+
+def children_named(pid: int, title: str) -> list[int]:
+    children = processes.children(pid)
+    return [each for each in children if " ".join(processes.arguments(each)).startswith(title)]
+
+
+STARTED = """
+import os, signal, subprocess, sys, steer
+group = subprocess.Popen([*CHILD, "7"], stdin=subprocess.PIPE)
+session = subprocess.Popen([*CHILD, "8"], stdin=subprocess.PIPE, start_new_session=True)
+def late(number, frame):
+    global during
+    for each in (group, session):
+        each.stdin.close()
+    during = subprocess.Popen([*CHILD, "9"], stdin=subprocess.DEVNULL)
+    print(group.pid, session.pid, during.pid, flush=True)
+signal.signal(signal.SIGURG, late)
+steer.run("shop:serve", bind="127.0.0.1:8000", workers=1)
+print([os.waitstatus_to_exitcode(os.waitpid(each.pid, 0)[1]) for each in (group, session, during)])
+"""
+
+
+def test_children_of_the_program_are_left_to_it(netns: Netns, home: Path) -> None:
+    """It gets their exit codes, also after steer has looked for ended children."""
+    (home / "shop.py").write_text(SERVE)
+    child = [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(int(sys.argv[1]))"]
+    with script(home, f"CHILD = {child}\n{STARTED}") as process:
+        eventually(answered)
+        process.send_signal(signal.SIGURG)
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        eventually(lambda: not any(map(processes.is_alive, pids)))
+        left = processes.children(process.pid)
+        assert set(pids) <= set(left)
+        (worker,) = children_named(process.pid, "steer: worker")
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda: worker not in processes.children(process.pid))
+        eventually(answered)
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=DEADLINE_S)
+    assert out == "[7, 8, 9]\n", errors
+
+
+@pytest.mark.parametrize("way", ["command", "connection"])
+def test_a_stop_is_over_before_the_program_is(netns: Netns, home: Path, way: str) -> None:
+    """The program waits for the one that stops it, which would be for ever otherwise."""
+    (home / "shop.py").write_text(SERVE)
+    stoppers = {
+        "command": ["-m", "steer", "stop", "shop"],
+        "connection": ["-c", "import steer; steer.connect('shop').stop()"],
+    }
+    text = f"""
+        import os, signal, subprocess, sys, steer
+        def stop(number, frame):
+            global stopper
+            stopper = subprocess.Popen([sys.executable, *{stoppers[way]}])
+        signal.signal(signal.SIGURG, stop)
+        steer.run("shop:serve", bind="127.0.0.1:8000", workers=1)
+        print(stopper.wait(), os.path.exists("run/steer/shop.sock"))
+    """
+    with script(home, text) as process:
+        eventually(answered)
+        process.send_signal(signal.SIGURG)
+        out, errors = process.communicate(timeout=DEADLINE_S)
+    assert out.splitlines()[-1] == "0 False", errors
 
 
 def test_a_start_that_fails_raises(netns: Netns, home: Path) -> None:
