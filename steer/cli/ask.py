@@ -24,13 +24,15 @@ def plain(command: str, arguments: Sequence[str]) -> Callable[[], None] | None:
         The call that click would make; None if click has to parse the arguments or report what is
         wrong with them.
     """
-    flags, valued = {"--json": "as_json"}, {"--control-socket": "control_socket"}
-    if command == "stop":
-        flags["--quick"] = "quick"
-    elif command == "policy":
-        valued["--weights"] = "weights"
+    row = TABLE[command]
+    flags = {"--json": "as_json", **_by_option(row.flags)}
+    valued = {"--control-socket": "control_socket", **_by_option(row.options)}
     read = words(arguments, flags, valued)
     return None if read is None else _call_for(command, *read)
+
+
+def _by_option(keys: Sequence[str]) -> Mapping[str, str]:
+    return {f"--{key}": key for key in keys}
 
 
 def _call_for(command: str, names: list[str], how: Mapping[str, Any]) -> Callable[[], None] | None:

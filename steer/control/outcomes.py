@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import get_args
+
 import msgspec
 
 from steer.control.commands import COMMANDS
@@ -55,8 +58,7 @@ class Swapped(msgspec.Struct):
 Outcome = Reloaded | Scaled | Drained | Restarted | Swapped
 """Its fields are those of the answer. As a string, it is what the command line prints."""
 
-_KINDS: tuple[type[Outcome], ...] = (Reloaded, Scaled, Drained, Restarted, Swapped)
-_BY_NAME = {kind.__name__: kind for kind in _KINDS}
+_BY_NAME: Mapping[str, type[Outcome]] = {kind.__name__: kind for kind in get_args(Outcome)}
 
 
 def outcome_of(command: str) -> type[Outcome]:

@@ -1,4 +1,7 @@
-"""Answers the requests at the control socket: a handler for each row of `commands.COMMANDS`."""
+"""Answers the requests at the control socket.
+
+Each row of `commands.COMMANDS` has a method here with the name of the command.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from steer.workers.lifecycle import State
 from steer.workers.pool import WorkerPool
 
 Answer = Outcome | Mapping[str, Any]
+Handle = Callable[[Request, Progress], Awaitable[Answer]]
 _MAY_RESTART = (State.READY, State.DRAINING, State.HUNG, State.BACKOFF)
 
 
@@ -60,7 +64,9 @@ class Requests:
 
     def handlers(self) -> Mapping[str, Handler]:
         """The handlers, by the name of the command."""
-        return {name: self._logged(COMMANDS[name], each) for name, each in HANDLERS.items()}
+        return {
+            name: self._logged(command, getattr(self, name)) for name, command in COMMANDS.items()
+        }
 
     def _logged(self, command: Command, handle: Handle) -> Handler:
         """A handler that gets only the arguments of the command, and logs each refusal."""
@@ -68,7 +74,7 @@ class Requests:
         async def handler(request: Request, progress: Progress) -> Mapping[str, Any]:
             carried = {key: request[key] for key in command.carries if key in request}
             try:
-                answer = await handle(self, carried, progress)
+                answer = await handle(carried, progress)
             except Postponed:
                 raise
             except Exception as error:  # noqa: BLE001 - the client gets it as an answer
@@ -163,19 +169,6 @@ class Requests:
                 f"has to be {states}",
             )
         return found
-
-
-Handle = Callable[[Requests, Request, Progress], Awaitable[Answer]]
-HANDLERS: Mapping[str, Handle] = {
-    "status": Requests.status,
-    "stop": Requests.stop,
-    "reload": Requests.reload,
-    "scale": Requests.scale,
-    "drain": Requests.drain,
-    "undrain": Requests.undrain,
-    "restart": Requests.restart,
-    "policy": Requests.policy,
-}
 
 
 def _since(began_s: float) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import click
 import pytest
 
 from steer.cli import ask, main
 from steer.control import outcomes
 from steer.control.commands import COMMANDS
-from steer.controller import requests
+from steer.controller.requests import Requests
 
 
 def test_each_is_a_command_of_the_command_line() -> None:
@@ -33,10 +35,21 @@ def test_outcomes_are_those_of_the_table(name: str) -> None:
 
 
 def test_each_outcome_is_of_some_command() -> None:
-    assert {kind.__name__ for kind in outcomes._KINDS} == {
-        each.outcome for each in COMMANDS.values() if each.outcome
-    }
+    assert outcomes._BY_NAME.keys() == {each.outcome for each in COMMANDS.values() if each.outcome}
 
 
 def test_the_controller_handles_each() -> None:
-    assert requests.HANDLERS.keys() == COMMANDS.keys()
+    assert all(inspect.iscoroutinefunction(getattr(Requests, name)) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "status"])
+def test_options_of_the_table_are_options_of_the_command_line(name: str) -> None:
+    options = {
+        p.name: p.is_flag for p in main.cli.commands[name].params if isinstance(p, click.Option)
+    }
+    row = COMMANDS[name]
+    assert dict.fromkeys(row.flags, True) | dict.fromkeys(row.options, False) == {
+        key: is_flag
+        for key, is_flag in options.items()
+        if key not in ("as_json", "control_socket", "params")
+    }
