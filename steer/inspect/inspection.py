@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 
 import msgspec
@@ -109,7 +109,8 @@ class _Builder:
         self._processes = _processes(view, selected)
         self._cgroups = cgroup.paths({each.cgroup for each in selected if each.cgroup})
         self._programs = _holders_of_programs(view, selected)
-        self._services, self._titled = _services(view, selected)
+        members = [each for each in selected if each.group != 0]
+        self._services, self._titled = _services(_holders(view, self._programs, members))
 
     def groups(self) -> list[Group]:
         return [self._group(each) for each in grouping.groups(self._selected, self._own)]
@@ -149,8 +150,7 @@ class _Builder:
         for each in sockets:
             if each.inode in self._services:
                 return self._services[each.inode]
-        holders = (self._processes.get(each.inode, ()) for each in sockets)
-        pids = {process.pid for each in holders for process in each}
+        pids = _holders(self._view, self._programs, sockets)
         return next((self._titled[pid] for pid in sorted(pids) if pid in self._titled), None)
 
     def _socket(self, seen: Seen) -> Socket:
@@ -203,17 +203,22 @@ class _Ours(msgspec.Struct, frozen=True):
     policy: str | None = None
 
 
-def _services(
-    view: View, selected: Iterable[Seen]
-) -> tuple[Mapping[int, _Ours], Mapping[int, _Ours]]:
-    """The services that we may ask, by the inodes of their sockets; and all services, by the
-    processes that show their name."""
-    inodes = [each.inode for each in selected if each.group != 0]
-    titles = {
-        pid: shown
-        for pid in {pid for each in inodes for pid in view.holders.get(each, ())}
-        if (shown := title.of(pid))
-    }
+def _holders(
+    view: View, programs: Mapping[int, Collection[int]], sockets: Iterable[Seen]
+) -> Set[int]:
+    """The processes that hold a socket or its program: an attacher has only the latter."""
+    pids: set[int] = set()
+    for each in sockets:
+        pids.update(view.holders.get(each.inode, ()))
+        if each.program:
+            pids.update(programs.get(each.program.address, ()))
+    return pids
+
+
+def _services(pids: Set[int]) -> tuple[Mapping[int, _Ours], Mapping[int, _Ours]]:
+    """The services that we may ask, by the inodes of their sockets; and the services whose names
+    these processes show."""
+    titles = {pid: shown for pid in pids if (shown := title.of(pid))}
     titled = {pid: _Ours(shown.name) for pid, shown in titles.items()}
     if not titled:
         return {}, {}

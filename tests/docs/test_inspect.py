@@ -26,7 +26,8 @@ BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 def shape(line: str) -> str:
     """A line without what differs from run to run and from machine to machine: numbers, lists of
-    them, the lengths of bars, cgroups and the blanks between columns."""
+    them, tags, the lengths of bars, cgroups and the blanks between columns."""
+    line = re.sub(r"(?<=tag )\w+", "", line)
     line = re.sub(r"[\d.]+(?:[-,][\d.]+)*", "0", line)
     line = re.sub(r"(?<= )/\S*|(?<= )-(?= |$)", "/", line)
     return re.sub(r"\s+", " ", re.sub("#+", "#", line)).strip()
@@ -65,7 +66,7 @@ def missing(text: str, script: str, environment: Mapping[str, str], home: Path) 
     return [line for line in text.splitlines() if shape(line) not in shapes]
 
 
-@pytest.mark.needs("tracing", "root", "haproxy", "gunicorn")
+@pytest.mark.needs("bpf", "migrate", "pidfd_getfd", "tracing", "root", "haproxy", "gunicorn")
 @pytest.mark.usefixtures("left")
 def test_page(environment: dict[str, str], home: Path) -> None:
     last = ""
