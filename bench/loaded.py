@@ -77,7 +77,7 @@ def policy_programs(
         decided = plan(service, cpus, {}, find.find(name))
         members = [Member(spec.number, spec.weight, spec.cpu) for spec in decided.specs]
         choice = stack.enter_context(closing(LoadedPolicy.load(decided, [maps])))
-        choice.steer(members, layout.to_nobody())
+        choice.steer(members, layout.empty_layout())
         programs.append(choice.programs[0])
     return programs
 

@@ -25,7 +25,7 @@ class FakeProcess:
     def watch(self, _loop: object, ended: Callable[[], None]) -> None:
         self.first_ends = ended
 
-    def tell_others(self, pids: Iterable[int]) -> None:
+    def signal_others(self, pids: Iterable[int]) -> None:
         self.asked_to_end += pids
 
     def kill_group(self) -> None:

@@ -23,7 +23,7 @@ from steer.config import planning
 from steer.config.plan import Generation, Plan
 from steer.config.servers import DEFAULT_STOP_SIGNALS
 from steer.config.service import Service
-from steer.control.notify import Unheard
+from steer.control.notify import IgnoredReady
 from steer.controller.rollout import Rollout
 from steer.controller.turns import Turns
 from steer.features import Answer, Finding
@@ -276,7 +276,7 @@ class FakeProcess:
             self._has_ended, self._status = True, -number
             self._ended()
 
-    def tell_others(self, _pids: Sequence[int]) -> None:
+    def signal_others(self, _pids: Sequence[int]) -> None:
         pass
 
     def let_go(self) -> int:
@@ -315,7 +315,7 @@ class FakeService:
             cast(Any, self._launch),
             Log("error", "text"),
             Retry(Log("error", "text"), Spare(0)),
-            Unheard(lambda _: None),
+            IgnoredReady(lambda _: None),
         )
         self.changes = Rollout(self.pool, lambda *_: None, Turns())
         self._loop: asyncio.AbstractEventLoop | None = None

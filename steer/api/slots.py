@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import msgspec
 
 from steer.backends.base import Backend
-from steer.backends.open import open_whole, refuse_uncounted
+from steer.backends.open import open_first, refuse_uncounted
 from steer.backends.shortfalls import NOT_COUNTED
 from steer.config import fallback, plan_change, planning
 from steer.config.plan import Plan
@@ -251,7 +251,7 @@ class Slots:
 
 def _open(plan: Plan) -> Backend:
     """Raises KernelError."""
-    opened = open_whole(plan)
+    opened = open_first(plan)
     try:
         _refuse_unseen_load(plan, opened)
     except KernelError:

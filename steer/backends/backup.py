@@ -62,11 +62,11 @@ class BackupListeners:
         self._has_served = False
         self._pairs = [Pair(self._count, partial(self._put, at)) for at in range(len(plan.binds))]
 
-    def _count(self, place: int, fd: int) -> None:
-        self._counting.add_listener(self.slots[place], fd, self._stamps[place])
+    def _count(self, index: int, fd: int) -> None:
+        self._counting.add_listener(self.slots[index], fd, self._stamps[index])
 
-    def _put(self, bind: int, place: int, fd: int) -> None:
-        self._join(bind, self.slots[place], fd)
+    def _put(self, bind: int, index: int, fd: int) -> None:
+        self._join(bind, self.slots[index], fd)
 
     def _stamp(self) -> None:
         self._stamps = [self._counting.slots.begin(slot) for slot in self.slots]
@@ -183,9 +183,9 @@ class Pair:
 
     def open(self, bind: Bind, service: Service) -> None:
         """Raises BindError, KernelError."""
-        for place in range(COUNT):
-            self.sockets.append(self._member(place, bind, service))
-            self._put(place, self.sockets[place].fileno())
+        for index in range(COUNT):
+            self.sockets.append(self._member(index, bind, service))
+            self._put(index, self.sockets[index].fileno())
 
     def renew(self, bind: Bind, service: Service, gone: ExitStack) -> None:
         """Replace both by new ones with the backlog and options of another configuration.
@@ -196,13 +196,13 @@ class Pair:
         Raises:
             BindError, KernelError: some listen as before.
         """
-        for place, old in enumerate(self.sockets):
-            self.sockets[place] = self._member(place, bind, service)
+        for index, old in enumerate(self.sockets):
+            self.sockets[index] = self._member(index, bind, service)
             gone.callback(_end, old)
-            self._put(place, self.sockets[place].fileno())
+            self._put(index, self.sockets[index].fileno())
 
-    def _member(self, place: int, bind: Bind, service: Service) -> socket.socket:
-        bound = partial(self._bound, place)
+    def _member(self, index: int, bind: Bind, service: Service) -> socket.socket:
+        bound = partial(self._bound, index)
         try:
             return reuseport.member(bind, service.backlog, bound, service.settings)
         except OSError as error:
@@ -214,10 +214,10 @@ class Pair:
 
     def empty(self) -> None:
         """Move the connections that wait here to where the group's program selects."""
-        for place, sock in enumerate(self.sockets):
+        for index, sock in enumerate(self.sockets):
             if listeners.waiting(sock).queued:
                 listeners.move_queue(sock)
-                self._put(place, sock.fileno())
+                self._put(index, sock.fileno())
 
     def close(self) -> None:
         for sock in self.sockets:

@@ -179,10 +179,10 @@ class Ebpf(EbpfCounters):
             # Flows that came meanwhile are remembered at the backup listeners, or nowhere.
             self._forget_flows(self.backup.slots[0])
             self._forget_flows(abi.NO_SLOT)
-        self._policy.steer(members, self._nobody())
+        self._policy.steer(members, self._layout_without_workers())
         self._is_serving = bool(members)
 
-    def _nobody(self) -> Layout:
+    def _layout_without_workers(self) -> Layout:
         """The table while no worker can be selected."""
         slot = self.backup.slots[0] if self.backup.sockets else abi.NO_SLOT
         return layout.uniform(slot, sorted(self._slots) if self._anchors else ())
@@ -203,7 +203,7 @@ class Ebpf(EbpfCounters):
         try:
             fresh.follow(before)
             fresh.become(plan)
-            fresh.steer(members, self._nobody())
+            fresh.steer(members, self._layout_without_workers())
             with self.backup.or_lent(lend) as sockets:
                 groups.switch_programs(sockets, fresh.programs, before.programs)
             fresh.begin()

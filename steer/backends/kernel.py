@@ -12,7 +12,7 @@ from steer.backends import connections
 from steer.backends.backup import Lend
 from steer.backends.base import Counts
 from steer.backends.connections import Counting
-from steer.backends.shortfalls import STILL_CHOSEN, may_be_lost
+from steer.backends.shortfalls import NO_EXCLUSION, may_be_lost
 from steer.backends.without_ebpf import WithoutEbpf
 from steer.config.plan import Plan
 from steer.config.service import Service
@@ -39,7 +39,7 @@ class Kernel(WithoutEbpf):
         counting: Counting | None = None,
         order: Sequence[int] | None = (),
     ) -> None:
-        self.notes: Sequence[str] = (STILL_CHOSEN, *may_be_lost(plan))
+        self.notes: Sequence[str] = (NO_EXCLUSION, *may_be_lost(plan))
         self._plan = plan
         self.counting = counting
         self.owns_counting = False

@@ -34,7 +34,7 @@ def open_backend(
     return Kernel(plan, empty, counting, before.order if before else ())
 
 
-def open_whole(plan: Plan, before: Backend | None = None) -> Backend:
+def open_first(plan: Plan, before: Backend | None = None) -> Backend:
     """Open the first backend of a plan.
 
     Args:

@@ -10,7 +10,7 @@ from steer.config.plan import Plan
 from steer.errors import KernelError, Note
 from steer.sockets import listeners
 
-STILL_CHOSEN = (
+NO_EXCLUSION = (
     "a worker that hangs, is at capacity or is draining gets connections until it closes its socket"
 )
 STILL_SELECTED = "the kernel's hash still selects it"

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from steer.child.launch import Launch
 
-KNOCK_S = 0.05
+SIGNAL_EVERY_S = 0.05
 
 
 class Worker:
@@ -70,4 +70,4 @@ class Worker:
                 os.set_blocking(sock.fileno(), False)
         # A signal right before accept() does not interrupt it, so send more signals.
         signal.signal(signal.SIGALRM, lambda *_: None)
-        signal.setitimer(signal.ITIMER_REAL, KNOCK_S, KNOCK_S)
+        signal.setitimer(signal.ITIMER_REAL, SIGNAL_EVERY_S, SIGNAL_EVERY_S)

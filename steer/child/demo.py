@@ -42,11 +42,11 @@ def serve(worker: Worker) -> None:
     Args:
         worker: has the sockets and the slot, and handles signals.
     """
-    alarm, alarm_in = socket.socketpair()
-    with alarm, alarm_in:
-        alarm_in.setblocking(False)
-        signal.set_wakeup_fd(alarm_in.fileno(), warn_on_full_buffer=False)
-        _Service(worker).run(alarm)
+    wakeup, wakeup_in = socket.socketpair()
+    with wakeup, wakeup_in:
+        wakeup_in.setblocking(False)
+        signal.set_wakeup_fd(wakeup_in.fileno(), warn_on_full_buffer=False)
+        _Service(worker).run(wakeup)
         signal.set_wakeup_fd(-1)
 
 
@@ -75,8 +75,8 @@ class _Service:
         self.stop_fd = os.eventfd(0)
         self.grace_end_s = 0.0
 
-    def run(self, alarm: socket.socket) -> None:
-        """Serve until the worker is stopping, then finish. A signal makes `alarm` readable."""
+    def run(self, wakeup: socket.socket) -> None:
+        """Serve until the worker is stopping, then finish. A signal makes `wakeup` readable."""
         by_fd = {sock.fileno(): sock for sock in self.worker.sockets}
         for sock in self.worker.sockets:
             sock.setblocking(False)
@@ -85,11 +85,11 @@ class _Service:
         while not self.worker.stopping:
             # Take only one connection from each socket in a turn. While this process computes,
             # the others wait in the queue, where the kernel can still move them to other workers.
-            for fd in _ready(alarm.fileno(), *by_fd, within_s=beat_s):
+            for fd in _ready(wakeup.fileno(), *by_fd, within_s=beat_s):
                 if fd in by_fd:
                     self._take(by_fd[fd])
                 else:
-                    alarm.recv(_CHUNK_BYTES)
+                    wakeup.recv(_CHUNK_BYTES)
             if beat_s:
                 self.worker.beat()
         self._stop()
@@ -199,7 +199,7 @@ class _Connection(io.RawIOBase):
             except demo_http.Refused as refused:
                 body = demo_http.to_json({"error": str(refused)})
                 self._sock.sendall(demo_http.answer(refused.status, self._slot, body, "close"))
-                self._linger()
+                self._lingering_close()
 
     def readable(self) -> bool:
         return True
@@ -228,10 +228,10 @@ class _Connection(io.RawIOBase):
         with_body = request.method != b"HEAD"
         self._sock.sendall(demo_http.answer(status, self._slot, body, option, with_body=with_body))
         if stopping and request.keep_alive:
-            self._linger()
+            self._lingering_close()
         return not last
 
-    def _linger(self) -> None:
+    def _lingering_close(self) -> None:
         """Shut down the sending side, and read for a while before the connection is closed.
 
         Closing a socket with unread input sends a reset, which may overtake the answer (RFC 9112,

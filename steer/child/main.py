@@ -20,7 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from steer.child import privileges
-from steer.child.api import KNOCK_S, Worker
+from steer.child.api import SIGNAL_EVERY_S, Worker
 from steer.child.launch import COMMAND_NOT_RUN, FIRST_FD, Launch, Message
 from steer.config.address import Bind
 from steer.config.service import Service
@@ -368,7 +368,7 @@ def _await_threads(worker: Worker, limit_s: float) -> None:
     The wait is limited: if nobody has told the worker to end, nobody will kill it after a time. A
     thread that waits for a connection gets an error, as no connection will arrive.
     """
-    signal.setitimer(signal.ITIMER_REAL, max(limit_s, KNOCK_S))
+    signal.setitimer(signal.ITIMER_REAL, max(limit_s, SIGNAL_EVERY_S))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for sock in worker.sockets:
         with suppress(OSError):

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 Notification = tuple[Sequence[int], Mapping[str, str]]
 """The lineage of the sender, which comes first itself (`notification_buffer.lineage`), and the
 assignments of the message."""
-Heard = Callable[[Sequence[int], Mapping[str, str]], None]
+OnNotification = Callable[[Sequence[int], Mapping[str, str]], None]
 
 _FLOOD = 4096
-"""How many messages `hear_all` reads at most: some for each of the workers there may be."""
+"""How many messages `receive_all` reads at most: some for each of the workers there may be."""
 _AT_ONCE = 16
 """How many messages to read in one turn of the loop. What follows from several messages is then
 done once."""
 _KINDS_MAX = 16
 
 
-class Unheard:
-    """Logs why a READY=1 was ignored. Anybody may send one, so it logs once for each kind of
-    sender, and only a limited number of kinds.
+class IgnoredReady:
+    """Logs why a READY=1 was ignored: once for each kind of sender, and only for a limited
+    number of kinds, as any process may send one.
 
     Args:
         warn: logs a line.
@@ -41,7 +41,7 @@ class Unheard:
         self._warn = warn
         self._kinds: set[tuple[str | None, str]] = set()
 
-    def tell(self, pid: int, cause: str, cure: str) -> None:
+    def log(self, pid: int, cause: str, cure: str) -> None:
         command = processes.command(pid)
         if (command, cause) in self._kinds or len(self._kinds) >= _KINDS_MAX:
             return
@@ -62,7 +62,7 @@ class Listener:
 
     Args:
         trusted: users whose messages are read.
-        unheard: logs that messages of other users are ignored.
+        ignored_ready: logs that messages of other users are ignored.
         address, fd: of a socket that an earlier controller made; the listener closes `fd`.
 
     Attributes:
@@ -70,10 +70,10 @@ class Listener:
     """
 
     def __init__(
-        self, trusted: frozenset[int], unheard: Unheard, address: str = "", fd: int = -1
+        self, trusted: frozenset[int], ignored_ready: IgnoredReady, address: str = "", fd: int = -1
     ) -> None:
         self._trusted = trusted
-        self._unheard = unheard
+        self._ignored_ready = ignored_ready
         self.known: Container[int] = ()
         self.address = address
         if address:
@@ -96,22 +96,22 @@ class Listener:
         """Read the messages of this user, too."""
         self._trusted |= {user}
 
-    def watch(self, loop: AbstractEventLoop, heard: Heard) -> None:
-        """Call `heard` with each message."""
-        loop.add_reader(self._socket, lambda: self._pass_on(heard))
+    def watch(self, loop: AbstractEventLoop, on_notification: OnNotification) -> None:
+        """Call `on_notification` with each message."""
+        loop.add_reader(self._socket, lambda: self._pass_on(on_notification))
 
-    def _pass_on(self, heard: Heard) -> None:
+    def _pass_on(self, on_notification: OnNotification) -> None:
         for lineage, message in self.receive(_AT_ONCE):
-            heard(lineage, message)
+            on_notification(lineage, message)
 
-    def hear_all(self, heard: Heard) -> None:
-        """Call `heard` with all messages that wait, up to a limit."""
+    def receive_all(self, on_notification: OnNotification) -> None:
+        """Call `on_notification` with all messages that wait, up to a limit."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         for _ in range(_FLOOD // _AT_ONCE):
             if not poll.poll(0):
                 return
-            self._pass_on(heard)
+            self._pass_on(on_notification)
 
     def receive(self, at_most: int = 1) -> Iterator[Notification]:
         """The next messages of trusted users, and who sent them; at most `at_most`."""
@@ -125,7 +125,7 @@ class Listener:
                 yield datagram.lineage or (datagram.pid,), message
             elif is_ready(message):
                 cause = f"workers are not started as user {datagram.uid}"
-                self._unheard.tell(datagram.pid, cause, "have steer change the user: --user")
+                self._ignored_ready.log(datagram.pid, cause, "have steer change the user: --user")
 
     def close(self) -> None:
         self._socket.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steer.backends.open import open_whole, refuse_uncounted
+from steer.backends.open import open_first, refuse_uncounted
 from steer.config.plan import Plan
 from steer.errors import ControlError
 from steer.policy.builtin import KERNEL
@@ -23,7 +23,7 @@ def move_to(pool: WorkerPool, plan: Plan) -> None:
         return
     if backend == KERNEL:
         _refuse_drained_or_hung(pool, plan)
-    fresh = open_whole(plan, pool.backend)
+    fresh = open_first(plan, pool.backend)
     try:
         pool.switch_policy(plan, fresh)
     except BaseException:

@@ -17,7 +17,7 @@ from steer.config import fallback
 from steer.config.plan import Generation, Plan
 from steer.config.service import Service
 from steer.control.claim import Claim
-from steer.control.notify import Listener, Notification, Unheard
+from steer.control.notify import IgnoredReady, Listener, Notification
 from steer.controller import persisted
 from steer.controller.file_limit import FileLimit
 from steer.controller.persisted import PersistedService
@@ -82,7 +82,7 @@ class Controller:
         self.guard: GuardClient
         self.pool: WorkerPool
         self.listener: Listener
-        self._unheard = Unheard(log.warning)
+        self._ignored_ready = IgnoredReady(log.warning)
         self._may_renice = priority.may_renice_others()
         identity.identity(plan.service.user, plan.service.group)
 
@@ -105,7 +105,7 @@ class Controller:
             address, fd: of the socket of an earlier controller.
         """
         trusted = frozenset({0, os.geteuid(), self._user or 0})
-        self.listener = Listener(trusted, self._unheard, address, fd)
+        self.listener = Listener(trusted, self._ignored_ready, address, fd)
 
     def make_guard(self, handover: Handover | None) -> None:
         self.guard = GuardClient(self.claim.socket, self._settings(), self._log_as_guard, handover)
@@ -127,7 +127,7 @@ class Controller:
             self._launch,
             self.log,
             retry,
-            self._unheard,
+            self._ignored_ready,
         )
         self.listener.known = self.pool.workers.by_pid
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 import msgspec
 
 from steer.backends import anchors
-from steer.backends.open import open_whole
+from steer.backends.open import open_first
 from steer.child import privileges
 from steer.config import fallback, servers
 from steer.config.plan import Plan
@@ -60,7 +60,7 @@ def dry_run(plan: Plan, environment: Mapping[str, str]) -> DryRun:
     taken.refuse_taken(plan.name, service.control_socket, environment)
     if service.pid:
         check_pid_file(service.pid)
-    backend, working = fallback.first_that_works(plan, open_whole, lambda _: None)
+    backend, working = fallback.first_that_works(plan, open_first, lambda _: None)
     backend.steer([Member(spec.number, spec.weight, spec.cpu) for spec in plan.specs])
     notes = [*backend.notes, *_notes(service), *filter(None, [barriers.note])]
     if working.backends[0].backend == KERNEL:

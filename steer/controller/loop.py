@@ -88,7 +88,7 @@ class ControllerLoop:
         self._rollout = Rollout(pool, started.persist, turns)
         self._tasks = Tasks(loop, state, log)
         self._reexec = Reexec(pool, started.guard, turns, state, log)
-        self._health = Health(pool, loop, self._replace_hung, self._hear_all)
+        self._health = Health(pool, loop, self._replace_hung, self._receive_all)
         self._groups = Groups(pool, self._replace_for_its_sockets)
         self._splits = Splits(pool, loop, self._renew_all)
         self._changes = Changes(
@@ -223,8 +223,8 @@ class ControllerLoop:
         sender = lineage[0] if lineage else 0
         self._retry.until_done(f"handle a notification of process {sender}", handle)
 
-    def _hear_all(self) -> None:
-        self._service.listener.hear_all(self._notified)
+    def _receive_all(self) -> None:
+        self._service.listener.receive_all(self._notified)
 
     async def _report(self, delays: Delays) -> schema.Service:
         return await status.report_of(self._service, self._state.name, delays.report())

@@ -47,9 +47,9 @@ def await_loop(listener: Listener, pool: WorkerPool, *, runs_command: bool) -> l
         is_over = runs_command
         while importing.is_alive() and not is_over:
             fork.wait_until_readable(listener.fileno(), _LOOK_S)
-            heard = list(listener.receive())
-            early += heard
-            ready = (lineage[0] for lineage, message in heard if is_ready(message))
+            received = list(listener.receive())
+            early += received
+            ready = (lineage[0] for lineage, message in received if is_ready(message))
             is_over = any(map(pool.serve_early, ready))
         importing.join()
     if failed:

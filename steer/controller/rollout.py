@@ -178,7 +178,7 @@ class Rollout:
             niced: whether the workers start at a low priority.
         """
         fresh: list[WorkerHandle] = []
-        intake = Intake(len(os.sched_getaffinity(0)), self._pool.lot)
+        intake = Intake(len(os.sched_getaffinity(0)), self._pool.batch)
         began_s: dict[WorkerHandle, float] = {}
         news: asyncio.Queue[WorkerHandle] = asyncio.Queue()
         progress("ready", 0, len(specs))

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from steer.backends.base import Backend
-from steer.backends.open import open_whole
+from steer.backends.open import open_first
 from steer.child import main, privileges
 from steer.config import candidates, fallback
 from steer.config.plan import Act, Generation, Step
@@ -107,7 +107,7 @@ class Start:
             )
             service.plan = msgspec.structs.replace(service.plan, policy=compiled)
         opened, service.plan = fallback.first_that_works(
-            service.plan, open_whole, self._log.warning
+            service.plan, open_first, self._log.warning
         )
         self._backend = lambda: opened
         # Close the backend that is in force at that time; the pool closes earlier ones.

@@ -106,21 +106,21 @@ async def _workers(
     return workers, counted
 
 
-def _notes_on_workers(workers: Collection[WorkerHandle], still_chosen: bool) -> list[str]:
+def _notes_on_workers(workers: Collection[WorkerHandle], still_selected: bool) -> list[str]:
     """Notes about workers that accept no connections.
 
     Args:
-        still_chosen: whether the backend selects such workers nevertheless.
+        still_selected: whether the backend selects such workers nevertheless.
     """
     hung = [worker.slot for worker in workers if worker.process and worker.is_hung]
     full = [worker.slot for worker in workers if worker.at_capacity]
     notes = []
-    if hung and still_chosen:
+    if hung and still_selected:
         notes.append(f"hung: {several('worker', hung)}; {STILL_SELECTED}")
     if full and all(worker.at_capacity for worker in workers if worker.is_in_service):
         notes.append("at capacity: every worker; connections wait until one accepts them")
     elif full:
-        then = STILL_SELECTED if still_chosen else "other workers get new connections"
+        then = STILL_SELECTED if still_selected else "other workers get new connections"
         notes.append(f"at capacity: {several('worker', full)}; {then}")
     return notes
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from steer import features
 from steer.backends import anchors
-from steer.backends.shortfalls import DATAGRAMS_LOST, STILL_CHOSEN
+from steer.backends.shortfalls import DATAGRAMS_LOST, NO_EXCLUSION
 from steer.doctor.case import COUNT, MIGRATE, MOUNT_SYSFS, RUN, Case, Opinion, known
 from steer.doctor.privileges import ebpf_cure
 from steer.features import Answer, Finding
@@ -123,7 +123,7 @@ def draining(case: Case) -> Iterator[Opinion]:
     candidate = known(case.plan, MOUNT_SYSFS).backends[0]
     cure = f"choose a policy that runs on {EBPF} or {CBPF}, which can leave workers out"
     if candidate.backend == KERNEL:
-        yield Opinion("warn", STILL_CHOSEN, _backend_cure(case) if candidate.fallback else cure)
+        yield Opinion("warn", NO_EXCLUSION, _backend_cure(case) if candidate.fallback else cure)
     else:
         yield Opinion(
             "ok", "a draining worker gets no new connections and exits when it has finished its own"

@@ -12,7 +12,7 @@ import msgspec
 
 from steer import features
 from steer.backends.connections import Counting
-from steer.backends.open import open_whole
+from steer.backends.open import open_first
 from steer.config import candidates, planning
 from steer.config.plan import Plan
 from steer.config.service import Service
@@ -124,7 +124,7 @@ def _plan(service: Service, probes: Mapping[str, Finding]) -> Plan | Unknown:
 def _refusal(plan: Plan) -> Finding | None:
     whose = f"{plan.policy.name}: " if plan.others else ""
     try:
-        open_whole(plan).close()
+        open_first(plan).close()
     except Uncounted as error:
         return Finding(Answer.NO, str(error))
     except VerifierError as error:

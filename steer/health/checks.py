@@ -36,7 +36,7 @@ class Health:
     Args:
         pool: gets the events.
         replace: requests a replacement for a hung worker.
-        hear: reads the notifications of workers that were not read yet.
+        receive_all: reads the notifications of workers that were not read yet.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Health:
         pool: WorkerPool,
         loop: AbstractEventLoop,
         replace: Callable[[WorkerHandle], None],
-        hear: Callable[[], None],
+        receive_all: Callable[[], None],
     ) -> None:
         self._pool = pool
         self._retry = pool.retry
-        self._hear = hear
+        self._receive_all = receive_all
         self._stops = 0
         self._readiness = Readiness(pool, loop)
         self._load = LoadSampler(pool, loop)
@@ -110,7 +110,7 @@ class Health:
         workers, now_s = self._pool.workers, self._pool.clock.now_s()
         silent = hangs.silent(workers, now_s) if self._has_watchdog else set[WorkerHandle]()
         if silent:
-            self._hear()
+            self._receive_all()
         if self._watched is None:
             suspects = set(workers)
         else:

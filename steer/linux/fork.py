@@ -28,7 +28,7 @@ _started: set[int] = set()
 """Children of this process that the code which started them waits for."""
 _inherited: list[int] = []
 """A pipe that a forked child has open until it has closed what it inherited."""
-_APART_S = 1.0
+_CLOSED_S = 1.0
 _starting: set[object] = set()
 """One object for each program that is being started."""
 
@@ -91,7 +91,7 @@ def _end_all(pids: Iterable[int]) -> None:
         os.waitpid(pid, 0)
 
 
-def await_apart() -> bool:
+def await_descriptors_closed() -> bool:
     """Wait until all forked children have closed the descriptors that they inherited and do not
     need. A child does that first (`keep_only`), but only when it gets a CPU.
 
@@ -104,7 +104,7 @@ def await_apart() -> bool:
     _inherited.clear()
     os.close(writing)
     try:
-        return wait_until_readable(reading, _APART_S)
+        return wait_until_readable(reading, _CLOSED_S)
     finally:
         os.close(reading)
 

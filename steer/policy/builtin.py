@@ -187,5 +187,5 @@ AUTO_BECOMES = ("least-conn", "hash")
 def build_layout(policy: Policy, members: Sequence[Member], context: LayoutContext) -> Layout:
     """The layout for these members. Without any, the kernel's hash selects."""
     if policy.source is None or not members:
-        return table.to_nobody()
+        return table.empty_layout()
     return LAYOUTS[policy.table](members, context)

@@ -79,7 +79,7 @@ def uniform(slot: int, else_to: Sequence[int] = ()) -> Layout:
     return Layout(array("H", [slot]) * abi.ENTRIES, fallbacks=fallbacks(else_to or [slot]))
 
 
-def to_nobody() -> Layout:
+def empty_layout() -> Layout:
     """A layout without any slot: the kernel's hash selects."""
     return uniform(abi.NO_SLOT)
 

@@ -120,7 +120,7 @@ def _time(found: Policy, notes: list[str]) -> float | None:
             }
             maps["cpus"].put(0, abi.CPU.pack(0, 1, 0, 0) * len(cpus.possible))
             choice = stack.enter_context(closing(LoadedPolicy.load(decided, [maps])))
-            choice.steer(members, layout.to_nobody())
+            choice.steer(members, layout.empty_layout())
             return round(cost.cost_ns(choice.programs[0], maps["sockets"]), 1)
         except (KernelError, OSError) as error:
             notes.append(f"cost of a call not measured: {error}")

@@ -1,6 +1,6 @@
-"""Why another process cannot be looked at, or its sockets not borrowed; and what would help.
+"""Why steer cannot look at another process or borrow its sockets, and what would help.
 
-`root` is where proc(5) is mounted; tests put a made tree there.
+`root` is where proc(5) is mounted; tests give a directory with files of their own.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _OF_ANOTHER_USER = Note(
 
 
 class Access(msgspec.Struct, frozen=True):
-    """What we may do to a process; None: we may.
+    """Why steer may not do something to a process; None: it may.
 
     Args:
-        look: see what it waits for and has open.
-        borrow: take duplicates of its sockets for a moment.
+        look: see which system call it waits in and which files it has open.
+        borrow: duplicate its sockets for a moment.
     """
 
     look: Note | None = None
@@ -46,16 +46,16 @@ class Access(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What decides who may look at whom.
+    """What decides whether steer may look at a process.
 
     Args:
         is_hidden: whether the process cannot be found in /proc at all.
         hidepid: whether /proc is mounted with that option.
-        same_user: whether it runs as the user we are.
-        may_ptrace: whether we hold CAP_SYS_PTRACE.
-        ptrace_scope: kernel.yama.ptrace_scope; None where there is none.
-        is_filtered: whether our system calls are, by seccomp.
-        release: of the kernel.
+        same_user: whether it runs as the same user as steer.
+        may_ptrace: whether steer has CAP_SYS_PTRACE.
+        ptrace_scope: kernel.yama.ptrace_scope; None if the kernel has no Yama.
+        is_filtered: whether a seccomp filter applies to steer.
+        release: the release of the kernel.
     """
 
     is_hidden: bool = False
@@ -68,7 +68,7 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def why_no_look(facts: Facts) -> Note:
-    """What keeps us from a process's system call and open files. Pure."""
+    """Why steer cannot read the system call and the open files of a process. Pure."""
     scope = facts.ptrace_scope or 0
     if facts.is_hidden or (facts.hidepid and not facts.may_ptrace and not facts.same_user):
         cure = "mount it without hidepid, or with gid= of a group of ours"
@@ -82,11 +82,11 @@ def why_no_look(facts: Facts) -> Note:
 
 
 def why_no_borrowing(facts: Facts, error: KernelError, look: Note | None) -> Note:
-    """What keeps us from pidfd_getfd(2), which asks for the same access. Pure.
+    """Why pidfd_getfd(2), which needs the same access as looking, failed. Pure.
 
     Args:
-        error: that of the attempt.
-        look: what keeps us from looking, if anything does.
+        error: the error of the attempt.
+        look: why steer cannot look at the process, if it cannot.
     """
     if features.BORROW.is_newer_than(facts.release):
         has = f"Linux {features.BORROW.version} has it"
@@ -103,7 +103,7 @@ def why_no_borrowing(facts: Facts, error: KernelError, look: Note | None) -> Not
 
 
 def access(pid: int, inodes: frozenset[int]) -> Access:
-    """What we may do to a process that runs and has these sockets."""
+    """What steer may do to a running process that has these sockets."""
     facts = read(pid)
     look = None if _may_look(pid) else why_no_look(facts)
     borrow = None
@@ -116,15 +116,15 @@ def access(pid: int, inodes: frozenset[int]) -> Access:
 
 
 def access_to(become: Callable[[], None], executes: bool = True) -> Access:
-    """What we may do to a worker: tried with one that only sleeps.
+    """What steer may do to a worker; tried with a process that only sleeps.
 
     Args:
-        become: gives up what a worker gives up; may raise OSError.
-        executes: whether a worker executes a command, and so is dumpable (prctl(2),
-            PR_SET_DUMPABLE): one that is not only CAP_SYS_PTRACE may look at.
+        become: gives up the privileges that a worker gives up; may raise OSError.
+        executes: whether a worker executes a command, and so is dumpable (PR_SET_DUMPABLE of
+            prctl(2)). A process that is not dumpable can be looked at only with CAP_SYS_PTRACE.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the process cannot be started.
     """
     with socket.socket() as sock:
         reading, writing = os.pipe()
@@ -142,12 +142,13 @@ def access_to(become: Callable[[], None], executes: bool = True) -> Access:
             os.close(pidfd)
 
 
-def _sleep(become: Callable[[], None], executes: bool, told: int) -> int:
-    """Be one. A change of user took away that it is dumpable, and executing gives it back."""
+def _sleep(become: Callable[[], None], executes: bool, sleeping_fd: int) -> int:
+    """Sleep like a worker. After a change of user, a process is not dumpable; executing a command
+    makes it dumpable again."""
     become()
     if executes:
         fork.be_dumpable()
-    os.write(told, b"\0")
+    os.write(sleeping_fd, b"\0")
     signal.pause()
     return 0
 
@@ -166,7 +167,8 @@ def _may_look(pid: int, root: str = "/proc") -> bool:
 
 
 def read(pid: int, root: str = "/proc") -> Facts:
-    """Of ourselves, the system and the process. What cannot be read is as it mostly is."""
+    """Read the facts about steer, the system and the process. What cannot be read gets its usual
+    value."""
     return Facts(
         is_hidden=is_hidden(pid),
         hidepid=bool(re.search(r" - proc .*\bhidepid=[^0o]", _text(f"{root}/self/mountinfo"))),

@@ -1,5 +1,8 @@
-"""The channel of a worker: it waits there for a byte before it runs anything, and says there why
-it cannot load its application."""
+"""The channel between controller and worker.
+
+A worker waits for a byte on it before it runs anything. If it cannot load its application, it sends
+the reason.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from steer.workers.readers import Readers
 
 
 class WorkerChannel:
-    """Our end of it.
+    """The controller's end of the channel of one worker.
 
     Args:
-        sock: becomes ours.
+        sock: `close` closes it.
 
     Attributes:
-        problem: what the worker said, or that it is not understood.
+        problem: why the application cannot be loaded, or that the message is not valid.
     """
 
     def __init__(self, sock: socket.socket, launch: Launch, readers: Readers) -> None:
@@ -29,35 +32,35 @@ class WorkerChannel:
         self.problem: SteerError | None = None
         self._launch = launch
         self._readers = readers
-        self._is_heard = False
+        self._is_received = False
 
     def go_on(self) -> None:
         """Let the worker run."""
-        with suppress(OSError):  # it has ended, which is seen elsewhere
+        with suppress(OSError):  # the worker has ended, which `Ends` handles
             self.socket.send(b"\0")
 
     def watch(self, misunderstood: Callable[[], object]) -> None:
-        """Hear what the worker has to say.
+        """Receive a message of the worker once there is one.
 
         Args:
-            misunderstood: called if it is no message.
+            misunderstood: called if the message is not valid.
         """
         self._readers.add(self.socket.fileno(), partial(self._on_readable, misunderstood))
 
     def close(self) -> None:
-        """Hear no more."""
+        """Receive nothing more."""
         self._readers.remove(self.socket.fileno())
         self.socket.close()
 
     def _on_readable(self, misunderstood: Callable[[], object]) -> None:
-        if not self.hear():
+        if not self.receive():
             misunderstood()
 
-    def hear(self) -> bool:
-        """Take what the worker said; whether that is understood, if there was anything.
+    def receive(self) -> bool:
+        """Receive the message of the worker, if there is one; return False if it is not valid.
 
-        It may be anything, as an application can write there, too. No descriptor is taken in:
-        the kernel closes those that come along (unix(7): there is no room for them).
+        An application can write to the channel too, so the message may be anything. Descriptors
+        that come with it are closed by the kernel, as recv(2) leaves no room for them (unix(7)).
         """
         self.socket.setblocking(False)
         try:
@@ -67,9 +70,9 @@ class WorkerChannel:
         except OSError:
             data = b""
         self._readers.remove(self.socket.fileno())
-        if self._is_heard or not data:
+        if self._is_received or not data:
             return True
-        self._is_heard = True
+        self._is_received = True
         try:
             message = read(data)
         except Invalid as error:

@@ -1,4 +1,4 @@
-"""Workers that listen elsewhere: nobody waits on the sockets that they were given."""
+"""Finds workers that listen on other sockets than those that steer gave them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from steer.workers.handle import WorkerHandle, waits
 from steer.workers.process import WorkerProcess
 
 _FIRST_LOOK_S = 1.0
-"""After a worker's start; each next look is twice as late, as a large table may be read."""
+"""Time from a worker's start to the first look. The time to each further look doubles, as a look
+may read a large table."""
 
 
 def diagnosis(process: WorkerProcess) -> tuple[str, str] | None:
-    """Where it listens instead, and what to add to its command; None if it does not, if it
-    waits on its sockets, too, or if that cannot be seen."""
+    """Where a worker listens instead, and what to add to its command. None if it listens nowhere
+    else, if it also waits on the sockets it was given, or if steer cannot see that."""
     if all(bind.protocol != "tcp" for bind in process.launch.binds):
         return None
     if waits(process) is not Seen.NO:
@@ -39,7 +40,7 @@ def diagnosis(process: WorkerProcess) -> tuple[str, str] | None:
 
 
 def not_ready(process: WorkerProcess) -> WorkersFailed:
-    """Why a worker is killed at its --ready-timeout."""
+    """The error for a worker that is killed at its --ready-timeout."""
     limit = f"not ready within {process.launch.service.ready_timeout:g} s"
     if found := diagnosis(process):
         cause, cure = f"{limit}: {found[0]}", found[1]
@@ -50,9 +51,9 @@ def not_ready(process: WorkerProcess) -> WorkersFailed:
 
 
 class Lookout:
-    """Says so of workers that start, before their time is over: they may still come round.
+    """Logs that a starting worker listens elsewhere, before its --ready-timeout is over.
 
-    All of them are alike, so it is said of one."""
+    Workers of a service run the same program, so it logs this for one of them only."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -60,10 +61,10 @@ class Lookout:
         self._told: set[str] = set()
 
     def look(self, worker: WorkerHandle, process: WorkerProcess, age_s: float) -> None:
-        """Where it is due: once if there is something to say.
+        """Look at a starting worker, if its next look is due.
 
         Args:
-            age_s: of the process.
+            age_s: how long the process has run.
         """
         if age_s < self._after_s.setdefault(process.pid, _FIRST_LOOK_S):
             return
@@ -76,6 +77,6 @@ class Lookout:
                 self._log.warning("worker %d: %s; %s", worker.slot, cause, cure)
 
     def forget(self) -> None:
-        """No worker starts any more."""
+        """No worker is starting any more."""
         self._after_s.clear()
         self._told.clear()

@@ -1,4 +1,4 @@
-"""Why workers ended that nobody told to."""
+"""The error for a worker that ended without being told to."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from steer.workers.process import WorkerProcess
 
 
 def why(gone: WorkerProcess, status: int | None, *, has_served: bool) -> WorkersFailed:
-    """As an error, with what would help if that is known.
+    """Why a worker ended, with the cure if it is known.
 
     Args:
         status: see `process.how_it_ended`.
-        has_served: whether it was ready before; then it was started as it has to be.
+        has_served: whether the worker was ready before. Then its command is not at fault.
     """
     words = gone.last_words
     how, cure = fork.how_it_ended(status), ""

@@ -176,7 +176,7 @@ class Ends:
         over: list[End] = []
         look_s = self._loop.time() + _LOOK_AGAIN_S
         for end, others in zip(ends, found, strict=True):
-            end.process.tell_others(others)
+            end.process.signal_others(others)
             if end.process.told_to_finish and others:
                 self._wait(end, others, look_s, look_s)
             else:

@@ -23,10 +23,10 @@ class Finishing:
 
     Args:
         pidfd: of the first process.
-        told_to_finish: another controller has told it.
+        told_to_finish: whether an earlier controller has told the worker to finish.
 
     Attributes:
-        told_to_finish: whether it was told.
+        told_to_finish: whether the worker was told to finish.
     """
 
     def __init__(
@@ -40,11 +40,12 @@ class Finishing:
         self._how: StopSignals | None = None
 
     def tell(self, quick: bool) -> None:
-        """Tell the first process; once, as some servers that are asked again drop what they have.
+        """Send the first process its stop signal, only once: some servers drop open requests at a
+        second signal.
 
         Args:
-            quick: it need not finish: by SIGTERM, on which a server that finishes on another
-                signal ends at once; also where it was told to finish before.
+            quick: send SIGTERM, on which a server whose stop signal is another one ends at once.
+                It is sent even if the stop signal was sent before.
         """
         repeats = quick and not self._is_quick and self.how().others != signal.SIGTERM
         if not self.told_to_finish or repeats:
@@ -52,27 +53,29 @@ class Finishing:
             try:
                 self._family.remember()
             finally:
-                fork.terminate(self._pidfd, self._told_by.first)
+                fork.terminate(self._pidfd, self._signals.first)
 
-    def tell_others(self, pids: Iterable[int]) -> None:
-        """Tell these of its processes, as the first has ended."""
-        family.send(self._told_by.others, pids)
+    def signal_others(self, pids: Iterable[int]) -> None:
+        """Send the stop signal to other processes of the worker, as the first one has ended."""
+        family.send(self._signals.others, pids)
 
     @property
     def why_this_signal(self) -> str:
-        """By which signal it was told, and why, where what it runs decided that; else ""."""
-        return self._told_by.why
+        """Which stop signal was sent, and why, if the program that the worker runs decided that;
+        else ""."""
+        return self._signals.why
 
     @property
-    def _told_by(self) -> StopSignals:
+    def _signals(self) -> StopSignals:
         return DEFAULT_STOP_SIGNALS if self._is_quick else self.how()
 
     def how(self, look: bool = True) -> StopSignals:
-        """How it is told. What is known stays so: of a process that has ended it cannot be seen
-        any more. But what a command has become may show only later.
+        """The stop signals of the worker. They are remembered, as the program of a process that has
+        ended cannot be found any more.
 
         Args:
-            look: whether it may have become something else.
+            look: whether to look again at a command that was no known server before: it may have
+                executed one since.
         """
         may_change = self._how == DEFAULT_STOP_SIGNALS and bool(self._service.command)
         if self._how is None or (look and may_change):
@@ -81,10 +84,11 @@ class Finishing:
 
 
 def how(service: Service, pid: int) -> StopSignals:
-    """How to tell a worker to finish, by what the service says, or else by who is there now.
+    """The stop signals of a worker: those of the configuration, or else those of the server that
+    runs now.
 
     Args:
-        pid: of the worker's first process.
+        pid: the worker's first process.
     """
     if service.stop_signal is not None or servers.known(service.command[:1]) is not None:
         return StopSignals(service.finish_signal, service.finish_signal)

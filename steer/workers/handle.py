@@ -179,7 +179,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
         if self.process:
             priority.pin(processes.descendants(self.process.pid), self.spec.cpus)
 
-    def hear(self, message: Mapping[str, str], now_s: float) -> None:
+    def store_notification(self, message: Mapping[str, str], now_s: float) -> None:
         """Store what it says in a notification, see sd_notify(3)."""
         self.status_text = message.get("STATUS", self.status_text)
         if message.get("WATCHDOG") == "1":

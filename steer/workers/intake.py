@@ -9,15 +9,15 @@ STEP_S = 0.02
 """The longest that a turn of the loop should take, as requests wait for it."""
 
 
-class Lot:
+class Batch:
     """How many workers to fork one right after the other, in one turn of the loop.
 
     A page that is written to between two forks is copied once more (fork(2), copy on write), which
-    is most of the work if forks come one at a time. But the loop waits for the whole lot, and the
+    is most of the work if forks come one at a time. But the loop waits for the whole batch, and the
     forked processes compete with the controller for CPUs.
 
     Attributes:
-        size: the number of workers in the next lot.
+        size: the number of workers in the next batch.
     """
 
     def __init__(self) -> None:
@@ -36,16 +36,16 @@ class Intake:
 
     All at once would take the CPUs from workers that serve. So it is one more than half the CPUs:
     the next one starts while the last becomes ready. Workers that become ready quickly are started
-    in lots.
+    in batches.
 
     Args:
         cpus: the number of CPUs of this service.
-        lot: limits the size of lots.
+        batch: limits the size of batches.
     """
 
-    def __init__(self, cpus: int, lot: Lot) -> None:
+    def __init__(self, cpus: int, batch: Batch) -> None:
         self._at_once = 1 + max(1, cpus // 2)
-        self._lot = lot
+        self._batch = batch
         self._together = 1
 
     def room(self, starting: int) -> int:
@@ -54,7 +54,7 @@ class Intake:
         Args:
             starting: how many are starting already.
         """
-        together = min(self._together, self._lot.size)
+        together = min(self._together, self._batch.size)
         free = max(self._at_once, 2 * together) - starting
         return together if free >= together else 0
 

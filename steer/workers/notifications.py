@@ -1,4 +1,4 @@
-"""What processes of workers send by sd_notify(3), and which worker sent it."""
+"""Handles what processes of workers send by sd_notify(3), and finds the worker that sent it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from steer.config import servers
 from steer.control import notification_buffer, notify
-from steer.control.notify import Unheard
+from steer.control.notify import IgnoredReady
 from steer.linux import family, processes
 from steer.linux.waiting import Seen
 from steer.workers.clock import Clock
@@ -22,27 +22,27 @@ class Notifications:
 
     Args:
         workers: all workers.
-        unheard: told of a READY=1 that no worker sent.
-        report: told of the event that follows for a worker.
-        changed: told of a worker that asks to be treated as hung.
+        ignored_ready: logs each READY=1 that no worker sent.
+        report: called with a worker and the event that its notification means.
+        changed: called with a worker that asks to be treated as hung.
     """
 
     def __init__(
         self,
         workers: WorkerHandles,
         clock: Clock,
-        unheard: Unheard,
+        ignored_ready: IgnoredReady,
         report: Callable[[WorkerHandle, Event], None],
         changed: Callable[[WorkerHandle], None],
     ) -> None:
         self._workers = workers
         self._clock = clock
-        self._unheard = unheard
+        self._ignored_ready = ignored_ready
         self._report = report
         self._changed = changed
 
     def take(self, lineage: Sequence[int], message: Mapping[str, str]) -> None:
-        """A process sent this message.
+        """Handle a message that a process sent.
 
         Args:
             lineage: the sender, its parent and so on: see `notification_buffer.lineage`.
@@ -50,21 +50,21 @@ class Notifications:
         senders = self._senders(lineage, message)
         for worker in senders:
             if worker.process:
-                self._hear(worker, worker.process, lineage[0], message)
+                self._handle(worker, worker.process, lineage[0], message)
         is_unknown = not senders and notify.is_ready(message)
         if is_unknown and any(worker.state is State.STARTING for worker in self._workers):
-            self._unheard.tell(lineage[0], *_why_unknown(lineage))
+            self._ignored_ready.log(lineage[0], *_why_unknown(lineage))
 
     def _senders(
         self, lineage: Sequence[int], message: Mapping[str, str]
     ) -> Collection[WorkerHandle]:
-        """The worker whose process sent it. If the sender's parent has ended, the sender is a
-        child of ours and comes from some process: from the one that is starting if there is only
-        one.
+        """The worker whose process sent the message. If the sender's parent has ended, the sender
+        has become a child of the controller. Then it may belong to any worker that is starting, so
+        the worker is known only if one is starting.
 
         Returns:
-            None or one; or several, one of which sent it while the others are about to send the
-            same.
+            No worker or one; or several, of which one sent the message and the others are about to
+            send the same.
         """
         known = next((found for pid in lineage if (found := self._workers.of_pid(pid))), None)
         if known is not None or not notify.is_ready(message):
@@ -79,10 +79,10 @@ class Notifications:
         is_one = len(starting) == 1 and (is_ours or _is_orphan(lineage))
         return starting.values() if is_one else []
 
-    def _hear(
+    def _handle(
         self, worker: WorkerHandle, process: WorkerProcess, sender: int, message: Mapping[str, str]
     ) -> None:
-        worker.hear(message, self._clock.now_s())
+        worker.store_notification(message, self._clock.now_s())
         if worker.has_triggered_watchdog:
             self._changed(worker)
         if message.get("STOPPING") == "1":
@@ -96,11 +96,12 @@ class Notifications:
 
 
 def serve_early(pid: int, workers: WorkerHandles, selection: Selection) -> bool:
-    """A process is ready before there is a loop. If it is a worker that calls the application, it
-    alone is selected until there is one. `Notifications` has to get the message again then.
+    """Select the worker with this process, which is ready before the event loop runs, and no other.
+    This is done only for a worker that calls the application. `Notifications` has to get the
+    message again once the loop runs.
 
     Returns:
-        Whether it is such a worker.
+        Whether the worker is selected.
     """
     worker = workers.of_pid(pid)
     if worker is None or not worker.process or not worker.process.is_callable:
@@ -113,11 +114,11 @@ def serve_early(pid: int, workers: WorkerHandles, selection: Selection) -> bool:
 
 
 def _say_ready_for_us(starting: Mapping[int, WorkerHandle]) -> Mapping[int, WorkerHandle]:
-    """Of the workers that start, those with an orphaned systemd-notify(1) that sends READY=1.
-    Where it may, systemd-notify sends in the name of its parent; an orphan's parent is us.
+    """The starting workers with an orphaned systemd-notify(1) that sends READY=1. If permitted,
+    systemd-notify sends in the name of its parent, and the parent of an orphan is the controller.
 
     Args:
-        starting: by the process id of the first process.
+        starting: the starting workers, by the process id of the first process.
     """
     telling = (notification_buffer.lineage(pid) for pid in family.orphans() if _says_ready(pid))
     whose = {pid for lineage in telling for pid in lineage}
@@ -125,18 +126,19 @@ def _say_ready_for_us(starting: Mapping[int, WorkerHandle]) -> Mapping[int, Work
 
 
 def _says_ready(pid: int) -> bool:
-    """Whether it is a systemd-notify(1) that sends READY=1, or did: a zombie has no arguments."""
+    """Whether a process is a systemd-notify(1) that sends READY=1, or has sent it: a zombie has no
+    arguments any more."""
     words = processes.arguments(pid)
     return "--ready" in words or (words == [""] and processes.command(pid) == "systemd-notify")
 
 
 def _is_orphan(lineage: Sequence[int]) -> bool:
-    """Whether the sender's parent had ended, so that we were its parent when it was looked at."""
+    """Whether the sender's parent had ended, so that the controller had become its parent."""
     return len(lineage) > 1 and lineage[1] == os.getpid()
 
 
 def _why_unknown(lineage: Sequence[int]) -> tuple[str, str]:
-    """Why the worker that sent a notification cannot be told, and what would help."""
+    """Why the worker that sent a notification is not known, and what would help."""
     cure = "let the worker itself send it, or a child of its that it waits for"
     if lineage[0] == os.getpid():
         return "it was sent in the name of its sender's parent, and that has ended", cure

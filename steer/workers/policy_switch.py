@@ -1,4 +1,4 @@
-"""Selecting the workers there are by another policy, other parameters, weights or CPUs."""
+"""Switches running workers to another policy, other parameters, weights or CPUs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ class PolicySwitch:
     def switch(
         self, now: Generation, plan: Plan, backend: Backend | None = None
     ) -> tuple[Generation, Sequence[WorkerHandle]]:
-        """Select by this plan from now on.
+        """Select by the policy of this plan from now on.
 
         Args:
             now: the generation in force.
-            backend: another backend, to which all sockets are new; None: the same.
+            backend: another backend, which has no socket yet; None: the backend stays.
 
         Returns:
-            The same generation, with the new plan, and the workers that are to be pinned to
-            other CPUs.
+            The same generation with the new plan, and the workers to pin to other CPUs.
 
         Raises:
             KernelError: nothing has changed.

@@ -15,7 +15,7 @@ from steer.backends.base import Backend
 from steer.child.launch import Launch
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
-from steer.control.notify import Unheard
+from steer.control.notify import IgnoredReady
 from steer.errors import SteerError
 from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
@@ -27,7 +27,7 @@ from steer.workers.adoption import Adoption, staying
 from steer.workers.clock import Clock
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles
-from steer.workers.intake import Lot
+from steer.workers.intake import Batch
 from steer.workers.lifecycle import Event
 from steer.workers.looks import Looks
 from steer.workers.migration import QueueMigration
@@ -64,7 +64,7 @@ class WorkerPool:
     Args:
         slots: the capacity; each worker's slot is below it.
         launch: returns the instructions for a worker.
-        unheard: reports each READY=1 that no worker sent.
+        ignored_ready: reports each READY=1 that no worker sent.
 
     Attributes:
         generation: the one in force. Workers of earlier ones are retiring.
@@ -72,7 +72,7 @@ class WorkerPool:
         is_watched: whether `watch` was called.
         clock: measures the time that workers are given.
         looks: the periodic looks at workers.
-        lot: how many workers to start in one turn of the loop.
+        batch: how many workers to start in one turn of the loop.
         start_queue: the workers that were never started.
         spawner: forks the processes of workers.
         selection: which workers are selected, and by which backend.
@@ -94,7 +94,7 @@ class WorkerPool:
         launch: Callable[[WorkerHandle], Launch],
         log: Log,
         retry: Retry,
-        unheard: Unheard,
+        ignored_ready: IgnoredReady,
     ) -> None:
         self.generation, self.activated = generation, 0
         self.workers = WorkerHandles()
@@ -103,7 +103,7 @@ class WorkerPool:
         self.log, self.retry = log, retry
         self.clock = Clock()
         self.looks = Looks(self.clock, retry)
-        self.lot = Lot()
+        self.batch = Batch()
         self.queues = Queues()
         self.visibility = Visibility(log)
         self.migration = QueueMigration(self.selection, self.queues, self.visibility, self.shutdown)
@@ -113,7 +113,7 @@ class WorkerPool:
         self.entries = GuardEntries(guard, self.selection, retry)
         self.start_queue = StartQueue(self.workers)
         self.spawner = Spawner(self.workers, self.selection, guard, self.entries, launch)
-        self._guard, self.unheard = guard, unheard
+        self._guard, self.ignored_ready = guard, ignored_ready
         self._supervision: Supervision
 
     def start(self, holds_ports: Callable[[], None]) -> None:
@@ -133,7 +133,7 @@ class WorkerPool:
             self.start_queue.add(self._take(self.generation, spec))
         signals.pause(0)
         cpus = len(os.sched_getaffinity(0))
-        first = self.start_queue.next(max(self.lot.size, min(cpus, _FIRST_AT_MOST)))
+        first = self.start_queue.next(max(self.batch.size, min(cpus, _FIRST_AT_MOST)))
         self.spawner.spawn(first)
         self.start_queue.began(first)
         holds_ports()

@@ -296,9 +296,9 @@ class WorkerProcess:
         """Tell it to finish; see `Finishing.tell`."""
         self._finishing.tell(quick)
 
-    def tell_others(self, pids: Iterable[int]) -> None:
+    def signal_others(self, pids: Iterable[int]) -> None:
         """Tell these of its processes to exit, as the first has ended."""
-        self._finishing.tell_others(pids)
+        self._finishing.signal_others(pids)
 
     def kill_group(self) -> None:
         """Kill its processes, except those that have left its group; see `Family.others`."""
@@ -322,7 +322,7 @@ class WorkerProcess:
         with ExitStack() as then:
             then.callback(self._close)
             then.callback(self._stderr.read_out)
-            then.callback(self._channel.hear)
+            then.callback(self._channel.receive)
             # Before it is reaped, as its process id can be reused after that.
             self._guard.drop(self.key)
             return fork.reap(self.pid, self._pidfd, self._is_child)

@@ -54,14 +54,14 @@ class Publisher:
         """Publish after this turn of the loop, together with its other changes."""
         assert self._loop
         if self._due is None:
-            self._due = self._loop.call_soon(self._in_its_turn)
+            self._due = self._loop.call_soon(self._publish_unless_waiting)
 
     def now(self) -> None:
         """Publish now. If that fails, it is retried later. Raises KernelError."""
         assert self._loop
         if self._due is not None:
             self._due.cancel()
-        self._due = self._loop.call_later(AGAIN_S, self._in_its_turn)
+        self._due = self._loop.call_later(AGAIN_S, self._publish_unless_waiting)
         self._publish()
         self._due.cancel()
         self._due = None
@@ -76,7 +76,7 @@ class Publisher:
         if self._due is not None:
             self.now()
 
-    def _in_its_turn(self) -> None:
+    def _publish_unless_waiting(self) -> None:
         """Publish, unless a grace period is not over: programs may still read the half of the
         table that would be overwritten. Then it is done after that, with all changes until then."""
         if self._grace_period is None:

@@ -28,23 +28,25 @@ class SocketRemoval:
         self._retry = retry
 
     def remove(self, worker: WorkerHandle) -> bool:
-        """Take the sockets of one worker out; whether all of that was done.
+        """Take the sockets of one worker out of its groups; whether all of them are out.
 
-        Where the order in a group matters they leave it now, and not when a worker that was
-        forked a moment ago has closed its copies.
+        A worker that was forked a moment ago may still have copies, with which the sockets would
+        stay. On backends where the order in a group matters, they have to leave now.
         """
-        fork.await_apart()
+        fork.await_descriptors_closed()
         return self._retry.attempt(
             _act(worker), partial(self._selection.remove_sockets, worker.slot)
         )
 
     def remove_all(self, ends: Iterable[tuple[End, Sequence[int]]]) -> None:
-        """Take the sockets of several workers out, and shut down those that others have open.
+        """Take the sockets of several workers out of their groups, and shut down those that other
+        processes have open.
 
         Args:
             ends: with the processes that are left of each worker.
         """
-        fork.await_apart()  # or workers that start would be found to have these sockets open
+        # Else workers that start would be found to have these sockets open.
+        fork.await_descriptors_closed()
         snapshot, nobody = leaked.Snapshot(), list[leaked.LeakedSocket]()
         ends = list(ends)
         serving = [end.worker.slot for end, _ in ends if end.worker.serves]

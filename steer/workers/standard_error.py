@@ -1,4 +1,4 @@
-"""What a worker writes to standard error: passed on line by line, and the last lines are kept."""
+"""Passes on what a worker writes to standard error, line by line, and keeps the last lines."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from steer.linux.lines import Line, Lines, shown
 from steer.workers.readers import Readers
 
 LAST_WORDS = 20
-"""So many lines are kept of each worker."""
+"""How many lines to keep of each worker."""
 _LINE_BYTES = 4096
-"""So much is kept of each line."""
+"""How much to keep of each line."""
 _CHUNK_BYTES = 65536
 _CHUNKS_AT_END = 16
-"""More than a pipe holds (pipe(7))."""
+"""Enough reads for more than a pipe holds (pipe(7))."""
 
 
 class StandardError:
     """The reading end of a worker's standard error.
 
     Args:
-        fd: the pipe; becomes ours.
+        fd: the reading end of the pipe; `close` closes it.
     """
 
     def __init__(self, fd: int, pid: int, launch: Launch, readers: Readers) -> None:
@@ -37,11 +37,11 @@ class StandardError:
         self._lines = Lines()
 
     def fileno(self) -> int:
-        """-1 once it is closed."""
+        """The descriptor of the pipe; -1 once it is closed."""
         return self._fd
 
     def watch(self) -> None:
-        """Pass on what comes from here on; nothing once it is closed."""
+        """Pass on what the worker writes from now on, until `close`."""
         if self._fd >= 0:
             self._readers.add(self._fd, self._on_readable)
 
@@ -52,26 +52,26 @@ class StandardError:
         return "\n".join(line.decode(errors="replace") for line in lines[-LAST_WORDS:])
 
     def read_out(self) -> None:
-        """Pass on what is in the pipe; not for ever, as a process that outlives the worker may go
-        on writing."""
+        """Pass on what is in the pipe. The number of reads is limited, as a process that outlives
+        the worker may go on writing."""
         for _ in range(_CHUNKS_AT_END):
             if not self._read():
                 break
         self.pass_rest_on()
 
     def pass_rest_on(self) -> None:
-        """Pass on a line that has no end yet, as somebody else may read the next piece of it."""
+        """Pass on a line that has no end yet, as another process may read the rest of it."""
         self._pass_on(self._lines.end())
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading, and close the pipe."""
         self._readers.remove(self._fd)
         os.close(self._fd)
         self._fd = -1
 
     def _on_readable(self) -> None:
-        """Pass on what there is. While our own standard error takes nothing, the worker's is not
-        read: the worker waits, not we."""
+        """Pass on what the worker has written. While the controller's own standard error takes
+        nothing, the pipe is not read: so the worker blocks, and not the controller."""
         if output.stderr.is_clear:
             self._read()
         else:

@@ -1,7 +1,7 @@
 """Starting processes for workers: for the first time, and again after they have ended.
 
 Starting takes time, and workers that become ready have to be handled meanwhile. So each turn of
-the event loop starts one lot of workers, see `intake.Lot`.
+the event loop starts one batch of workers, see `intake.Batch`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from steer.errors import SteerError
 from steer.linux.retry import Retry, as_refusal
 from steer.workers import lifecycle
 from steer.workers.handle import WorkerHandle
-from steer.workers.intake import Lot
+from steer.workers.intake import Batch
 from steer.workers.lifecycle import Event, State
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
@@ -38,7 +38,7 @@ class Starter:
 
     Args:
         queue: counts the workers that are starting.
-        lot: learns how long starting takes.
+        batch: learns how long starting takes.
     """
 
     def __init__(
@@ -47,20 +47,20 @@ class Starter:
         watcher: Watcher,
         removal: SocketRemoval,
         queue: StartQueue,
-        lot: Lot,
+        batch: Batch,
         retry: Retry,
     ) -> None:
         self._spawner = spawner
         self._watcher = watcher
         self._removal = removal
         self._queue = queue
-        self._lot = lot
+        self._batch = batch
         self._retry = retry
 
     @property
-    def lot_size(self) -> int:
+    def batch_size(self) -> int:
         """How many workers to start in one turn of the loop."""
-        return self._lot.size
+        return self._batch.size
 
     def start(self, *workers: WorkerHandle) -> None:
         """Start a process for each of these workers.
@@ -75,7 +75,7 @@ class Starter:
                 self._queue.began(workers)
                 for worker, process in zip(workers, started, strict=True):
                     self._watcher.watch(worker, process)
-            self._lot.took(time.monotonic() - began_s)
+            self._batch.took(time.monotonic() - began_s)
         except Exception as error:  # noqa: BLE001 - whatever fails, the workers are tried again
             for worker in workers:
                 if worker.process is not None:
@@ -109,16 +109,16 @@ class QueuedStarts:
             loop.call_later(ALL_START_S, self._start_all)
 
     def begin(self) -> None:
-        """Start one lot now, and the others in the next turns of the loop."""
-        lot = () if self._shutdown.has_begun else self._queue.next(self._starter.lot_size)
-        if not lot:
+        """Start one batch now, and the others in the next turns of the loop."""
+        batch = () if self._shutdown.has_begun else self._queue.next(self._starter.batch_size)
+        if not batch:
             return
         try:
-            self._starter.start(*lot)
+            self._starter.start(*batch)
         except SteerError as error:
             if not self._queue.is_of_new_service:
                 self._worker_log.not_started(error)
-            for worker in lot:
+            for worker in batch:
                 self._fail(worker, error)
         self._loop.call_soon(self.begin)
 
@@ -172,19 +172,19 @@ class Restarts:
         self._waiting.append(worker)
 
     def _restart_lot(self) -> None:
-        size = min(self._starter.lot_size, len(self._waiting))
-        lot = [self._waiting.popleft() for _ in range(size)]
+        size = min(self._starter.batch_size, len(self._waiting))
+        batch = [self._waiting.popleft() for _ in range(size)]
         if self._waiting:
             self._loop.call_soon(self._restart_lot)
         # A worker whose backoff was cut short may be queued twice.
-        lot = [worker for worker in dict.fromkeys(lot) if worker.state is State.BACKOFF]
+        batch = [worker for worker in dict.fromkeys(batch) if worker.state is State.BACKOFF]
         if self._shutdown.has_begun:
-            for worker in lot:
+            for worker in batch:
                 self._transitions.report_until_done(worker, Event.STOP)
-        elif lot:
-            for worker in lot:
+        elif batch:
+            for worker in batch:
                 worker.state, _ = lifecycle.step(worker.state, Event.RETRY)
-            self.restart(*lot)
+            self.restart(*batch)
 
     def restart(self, *workers: WorkerHandle) -> None:
         """Start all of these workers together, each in a new slot. If that fails, start each by

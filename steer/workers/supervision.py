@@ -26,13 +26,13 @@ from steer.workers.worker_log import WorkerLog
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-    from steer.control.notify import Unheard
+    from steer.control.notify import IgnoredReady
     from steer.linux.log import Log
     from steer.linux.retry import Retry
     from steer.workers.clock import Clock
     from steer.workers.guard_entries import GuardEntries
     from steer.workers.handle import WorkerHandles
-    from steer.workers.intake import Lot
+    from steer.workers.intake import Batch
     from steer.workers.migration import QueueMigration
     from steer.workers.remains import Remains
     from steer.workers.selection import Selection
@@ -52,10 +52,10 @@ class LooplessParts(Protocol):
     entries: GuardEntries
     start_queue: StartQueue
     spawner: Spawner
-    lot: Lot
+    batch: Batch
     shutdown: Shutdown
     visibility: Visibility
-    unheard: Unheard
+    ignored_ready: IgnoredReady
     clock: Clock
     log: Log
     retry: Retry
@@ -98,13 +98,15 @@ class Supervision:
         termination = Termination(deadlines, self.ends, pool.shutdown, self._worker_log, drain)
         self._watcher = Watcher(self.ends, deadlines, termination, pool.retry, changed)
         starter = Starter(
-            pool.spawner, self._watcher, self._removal, pool.start_queue, pool.lot, pool.retry
+            pool.spawner, self._watcher, self._removal, pool.start_queue, pool.batch, pool.retry
         )
         self.queued_starts = self._make_queued_starts(starter)
         self.transitions.on_started = self.queued_starts.go_on_if_limited
         self.restarts = self._make_restarts(starter)
         forget = self._set_commands(termination)
-        self.notifications = Notifications(pool.workers, pool.clock, pool.unheard, report, changed)
+        self.notifications = Notifications(
+            pool.workers, pool.clock, pool.ignored_ready, report, changed
+        )
         retiring = InSteps(loop, lambda worker: report(worker, Event.RETIRE))
         self.stopping = InSteps(
             loop,

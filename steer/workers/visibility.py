@@ -1,4 +1,4 @@
-"""What cannot be seen of workers here: why, what is done instead, and what would help."""
+"""What steer cannot see of its workers: why, what it does instead, and what would help."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ INSTEAD: Mapping[str, str] = {
 
 
 def of(service: Service) -> Access:
-    """What we would be allowed to do to its workers; tried with a process that is one.
+    """What steer would be allowed to do to workers of a service; tried with a process that has the
+    same privileges.
 
     Raises:
-        ConfigError: it is not ours to run as that user.
-        OSError: it cannot be tried.
+        ConfigError: steer may not start processes as that user.
+        OSError: the process cannot be started.
     """
     who = identity.identity(service.user, service.group)
     return access.access_to(lambda: privileges.apply(service, who), executes=not service.app)
 
 
 def notes_on(found: Access) -> list[str]:
-    """What follows from the access that we have to workers. Pure."""
+    """The limitations that follow from the access that steer has to workers. Pure."""
     refusals = {WAITS: found.look, BORROW: found.borrow}
     return [_note(what, refusal) for what, refusal in refusals.items() if refusal]
 
@@ -45,10 +46,10 @@ def _note(what: str, refusal: Note) -> str:
 
 
 class Visibility:
-    """Collects refusals as they are met; each is logged once.
+    """Collects what steer was refused to see, and logs each kind once.
 
     Attributes:
-        notes: by what cannot be seen.
+        notes: the limitations, by what cannot be seen.
     """
 
     def __init__(self, log: Log) -> None:
@@ -56,7 +57,7 @@ class Visibility:
         self.notes: dict[str, str] = {}
 
     def refused(self, what: str, process: WorkerProcess) -> None:
-        """WAITS, QUEUES or BORROW could not be had of this worker."""
+        """WAITS, QUEUES or BORROW was refused for this worker."""
         if what in self.notes:
             return
         found = access.access(process.pid, process.inodes)
@@ -67,5 +68,5 @@ class Visibility:
         self._log.warning("%s", self.notes[what])
 
     def forget(self) -> None:
-        """Workers may run as somebody else from now on."""
+        """Forget all refusals: workers may run as another user from now on."""
         self.notes.clear()

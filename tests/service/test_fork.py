@@ -194,7 +194,7 @@ def test_children_are_apart_once_they_have_closed_what_they_inherited(
     monkeypatch: pytest.MonkeyPatch, forked: list[int]
 ) -> None:
     monkeypatch.setattr(process, "_APART_S", 0.0)
-    assert process.await_apart() in (True, False)  # of those that were forked before
+    assert process.await_descriptors_closed() in (True, False)  # of those that were forked before
     with ExitStack() as stack:
         ours, theirs = stack.enter_context(socket.socket()), os.pipe()
         for fd in theirs:
@@ -207,12 +207,12 @@ def test_children_are_apart_once_they_have_closed_what_they_inherited(
             return 0
 
         forked.append(process.fork(child)[0])
-        assert not process.await_apart()
+        assert not process.await_descriptors_closed()
         forked.append(process.fork(child)[0])
         monkeypatch.setattr(process, "_APART_S", 60.0)
         os.write(theirs[1], b"12")
-        assert process.await_apart()
-        assert process.await_apart()  # nobody was forked since
+        assert process.await_descriptors_closed()
+        assert process.await_descriptors_closed()  # nobody was forked since
         assert ours.fileno() >= 0
 
 

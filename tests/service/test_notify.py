@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from steer.control import notification_buffer
-from steer.control.notify import Listener, Notification, Unheard, notify_supervisor
+from steer.control.notify import IgnoredReady, Listener, Notification, notify_supervisor
 from testkit.fixtures import StartService
 from testkit.processes import DEADLINE_S, eventually, is_ready
 from testkit.programs import source
@@ -35,7 +35,7 @@ def test_listener_tells_who_sent_what_and_takes_no_files() -> None:
     heard: list[Notification] = []
 
     async def listen() -> None:
-        listener = Listener(frozenset({os.geteuid()}), Unheard(pytest.fail))
+        listener = Listener(frozenset({os.geteuid()}), IgnoredReady(pytest.fail))
         send(listener.address, b"EARLY=1")
         listener.watch(asyncio.get_running_loop(), lambda *what: heard.append(what))
         files = os.listdir("/proc/self/fd")
@@ -61,8 +61,8 @@ def test_listener_passes_over_users_it_does_not_trust_and_says_so_once() -> None
 
     async def listen() -> None:
         heard: list[object] = []
-        strict = Listener(frozenset({12345}), Unheard(told.append))
-        lenient = Listener(frozenset({os.geteuid()}), Unheard(pytest.fail))
+        strict = Listener(frozenset({12345}), IgnoredReady(told.append))
+        lenient = Listener(frozenset({os.geteuid()}), IgnoredReady(pytest.fail))
         for listener in (strict, lenient):
             listener.watch(asyncio.get_running_loop(), lambda *what: heard.append(what))
             send(listener.address, b"READY=1")
@@ -83,10 +83,10 @@ def test_listener_passes_over_users_it_does_not_trust_and_says_so_once() -> None
 
 def test_not_everything_that_anybody_sends_is_told() -> None:
     told: list[str] = []
-    unheard = Unheard(told.append)
+    ignored_ready = IgnoredReady(told.append)
     for number in range(100):
-        unheard.tell(os.getpid(), f"cause {number}", "cure")
-        unheard.tell(os.getpid(), "cause 0", "cure")
+        ignored_ready.log(os.getpid(), f"cause {number}", "cure")
+        ignored_ready.log(os.getpid(), "cause 0", "cure")
     assert 1 < len(told) < 20
 
 
@@ -256,7 +256,7 @@ def test_all_that_waits_is_taken_in_one_turn() -> None:
     turns: list[int] = []
 
     async def listen() -> None:
-        listener = Listener(frozenset({os.geteuid()}), Unheard(pytest.fail))
+        listener = Listener(frozenset({os.geteuid()}), IgnoredReady(pytest.fail))
         for _ in range(5):
             send(listener.address, b"READY=1")
         loop = asyncio.get_running_loop()

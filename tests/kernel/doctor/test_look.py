@@ -26,7 +26,7 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
             raise Uncounted("open connections cannot be counted", "EACCES")
         return Kernel(plan)
 
-    monkeypatch.setattr(looking, "open_whole", uncounted)
+    monkeypatch.setattr(looking, "open_first", uncounted)
     monkeypatch.setattr(looking, "_can_count", lambda: REFUSES)
     monkeypatch.setitem(probe.PROBES, features.EBPF, lambda: features.Finding(Answer.YES))
     found = {each.topic: each for each in checks.examine(AUTO)}
@@ -50,12 +50,12 @@ def test_where_nothing_counts_auto_is_hash_and_what_would_count_is_said(
 def test_a_policy_that_is_refused_is_stepped_down_from(
     monkeypatch: pytest.MonkeyPatch, error: KernelError, cure: str
 ) -> None:
-    def open_whole(plan: Plan) -> Backend:
+    def open_first(plan: Plan) -> Backend:
         if plan.backends[0].backend == EBPF:
             raise error
         return Kernel(plan)
 
-    monkeypatch.setattr(looking, "open_whole", open_whole)
+    monkeypatch.setattr(looking, "open_first", open_first)
     monkeypatch.setitem(probe.PROBES, features.EBPF, lambda: features.Finding(Answer.YES))
     monkeypatch.setattr(kernel_facts, "read", lambda *_: GOOD)
     found = {each.topic: each for each in checks.examine(SERVICE)}

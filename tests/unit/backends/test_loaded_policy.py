@@ -55,18 +55,18 @@ def slots(chosen: LoadedPolicy) -> dict[int, int]:
 def test_the_same_members_are_laid_out_once(laid: Laid) -> None:
     chosen = chosen_by("hash")
     for _ in range(3):
-        chosen.steer(list(THREE), layout.to_nobody())
+        chosen.steer(list(THREE), layout.empty_layout())
     assert laid.times == 1
 
 
 def test_also_after_nobody_was_there(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steer.loader.shared_memory.wait_for_programs", lambda: None)
     chosen = chosen_by("hash")
-    chosen.steer(THREE, layout.to_nobody())
+    chosen.steer(THREE, layout.empty_layout())
     before = slots(chosen)
-    chosen.steer([], layout.to_nobody())
+    chosen.steer([], layout.empty_layout())
     assert slots(chosen) == {}
-    chosen.steer(THREE, layout.to_nobody())
+    chosen.steer(THREE, layout.empty_layout())
     assert slots(chosen) == before
     assert laid.times == 1
 
@@ -74,27 +74,27 @@ def test_also_after_nobody_was_there(laid: Laid, monkeypatch: pytest.MonkeyPatch
 def test_others_are_laid_out_anew(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steer.loader.shared_memory.wait_for_programs", lambda: None)
     chosen = chosen_by("hash")
-    chosen.steer(THREE, layout.to_nobody())
-    chosen.steer(THREE[:2], layout.to_nobody())
+    chosen.steer(THREE, layout.empty_layout())
+    chosen.steer(THREE[:2], layout.empty_layout())
     assert set(slots(chosen)) == {0, 1}
-    chosen.steer([*THREE[:2], Member(2, weight=2)], layout.to_nobody())
+    chosen.steer([*THREE[:2], Member(2, weight=2)], layout.empty_layout())
     assert slots(chosen)[2] > slots(chosen)[0]
     assert laid.times == 3
 
 
 def test_another_plan_is_laid_out_anew(laid: Laid) -> None:
     chosen = chosen_by("hash")
-    chosen.steer(THREE, layout.to_nobody())
+    chosen.steer(THREE, layout.empty_layout())
     chosen.become(plan_for(200, "hash"))
     chosen._table.assume_no_readers()
-    chosen.steer(THREE, layout.to_nobody())
+    chosen.steer(THREE, layout.empty_layout())
     assert laid.times == 2
 
 
 def test_who_takes_the_place_of_another_lays_out_what_that_had_not(laid: Laid) -> None:
     first, second = chosen_by("hash"), chosen_by("hash")
-    first.steer(THREE, layout.to_nobody())
+    first.steer(THREE, layout.empty_layout())
     second.follow(first)
-    second.steer(THREE, layout.to_nobody())
+    second.steer(THREE, layout.empty_layout())
     assert slots(second) == slots(first)
     assert laid.times == 1

@@ -20,7 +20,7 @@ from steer.features import Answer, Finding
 from steer.policy.cpus import Topology
 from steer.workers import lifecycle
 from steer.workers.handle import WorkerHandle
-from steer.workers.intake import Lot
+from steer.workers.intake import Batch
 from steer.workers.lifecycle import Command, Event, State
 from steer.workers.pool import WorkerPool
 from steer.workers.process import Running
@@ -48,7 +48,7 @@ class FakePool:
         self.workers: list[WorkerHandle] = []
         self.publications: list[list[int]] = []
         self.kept: list[tuple[int, int, int]] = []
-        self.lot = Lot()
+        self.batch = Batch()
         self.selection = self.publisher = self
         self.activated = 0
         self._slot = 0

@@ -405,7 +405,7 @@ def test_what_a_look_costs_does_not_depend_on_how_many_there_are(
 def test_one_that_triggers_its_watchdog_is_looked_at(make: Callable[..., Service]) -> None:
     service = make(10)
     worker = service.workers[3]
-    worker.hear({"WATCHDOG": "trigger"}, 0.0)
+    worker.store_notification({"WATCHDOG": "trigger"}, 0.0)
     seen: list[int] = []
     service.health._hangs._set_hung = (  # type: ignore[method-assign]
         lambda worker, *_: seen.append(worker.slot)

@@ -25,7 +25,7 @@ from steer.policy import layout as table
 from steer.policy.builtin import POLICIES, LayoutContext
 from steer.policy.classic import HASH_LENGTH, MAX_INSNS, Insn, Order, TooLong
 from steer.policy.cpus import Topology
-from steer.policy.layout import Layout, Member, to_nobody
+from steer.policy.layout import Layout, Member, empty_layout
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -532,7 +532,7 @@ def test_a_slot_without_socket_is_left_to_the_kernel(name: str) -> None:
 
 @pytest.mark.parametrize("name", ASSEMBLED)
 def test_with_nobody_all_is_left_to_the_kernel(name: str) -> None:
-    program = assembled(name, to_nobody(), {0: 0})
+    program = assembled(name, empty_layout(), {0: 0})
     accept(program)
     assert run(program, Packet(ipv4("192.0.2.1", (1, 80)))) == NO_SOCKET
 

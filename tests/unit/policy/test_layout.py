@@ -19,7 +19,7 @@ from steer.policy import builtin
 from steer.policy import layout as table
 from steer.policy.builtin import POLICIES, LayoutContext
 from steer.policy.cpus import Topology
-from steer.policy.layout import MAX_RING, Layout, Member, to_nobody
+from steer.policy.layout import MAX_RING, Layout, Member, empty_layout
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -411,7 +411,7 @@ def test_the_previous_layout_is_left_alone() -> None:
     assert before.entries == entries
 
 
-@pytest.mark.parametrize("previous", [None, to_nobody(), table.by_turn(members(1, 1, 1))])
+@pytest.mark.parametrize("previous", [None, empty_layout(), table.by_turn(members(1, 1, 1))])
 def test_a_previous_layout_of_another_kind_is_accepted(previous: Layout | None) -> None:
     layout = table.consistent(members(1, 1), previous, abi.ENTRIES)
     assert table.shares(layout) == {0: abi.ENTRIES // 2, 1: abi.ENTRIES // 2}
@@ -533,7 +533,7 @@ def test_with_nobody_the_kernel_decides(name: str) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        to_nobody(),
+        empty_layout(),
         table.by_share(members(2, 1)),
         table.by_turn(members(2, 1, 5)),
         table.by_cpu(at_cpus(0, 1, 0), topology(range(5))),

@@ -15,7 +15,7 @@ import pytest
 from steer.controller.rollout import unreported
 from steer.workers import steps
 from steer.workers.handle import WorkerHandle
-from steer.workers.intake import MOST_TOGETHER, Lot
+from steer.workers.intake import MOST_TOGETHER, Batch
 from steer.workers.lifecycle import Event
 from testkit.growth_fakes import (
     FEW,
@@ -39,7 +39,7 @@ ONCE = ("messages to the guard", "waits for the guard", "publications", "proc")
 @pytest.fixture(autouse=True)
 def steps_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long they take."""
-    monkeypatch.setattr(Lot, "took", lambda *_: None)
+    monkeypatch.setattr(Batch, "took", lambda *_: None)
     monkeypatch.setattr(steps, "_STEP_S", 3600.0)
 
 
@@ -117,10 +117,10 @@ def test_a_reload(tmp_path: Path) -> None:
     assert many["publications"] / MANY < few["publications"] / FEW
     assert not many["waits for the guard"]
     assert many["steps"] / MANY < 1.5 * few["steps"] / FEW
-    # They are ready at once, so most are started, and the guard is told of them, in full lots.
-    lots, ends = MANY / MOST_TOGETHER, MANY
-    assert many["lots of forks"] < 2 * lots
-    assert many["messages to the guard"] < 5 * lots + ends
+    # They are ready at once, so most are started, and the guard is told of them, in full batches.
+    batches, ends = MANY / MOST_TOGETHER, MANY
+    assert many["lots of forks"] < 2 * batches
+    assert many["messages to the guard"] < 5 * batches + ends
 
 
 def test_those_that_are_admitted_together_are_saved_no_more_for_it(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_those_that_are_admitted_together_are_saved_no_more_for_it(tmp_path: Pat
 
 
 def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
-    """The order of all is told once for each lot that joins or leaves, so bytes still grow with
-    the square of workers, but by a number for each worker and lot, and not for each worker and
+    """The order of all is told once for each batch that joins or leaves, so bytes still grow with
+    the square of workers, but by a number for each worker and batch, and not for each worker and
     worker."""
 
     async def script(service: FakeService) -> None:
@@ -160,7 +160,7 @@ def test_a_reload_where_the_order_of_sockets_is_kept(tmp_path: Path) -> None:
     for kind in ("messages to the guard", "waits for the guard"):
         assert many[kind] / MANY <= few[kind] / FEW, kind
     assert many["messages to the guard"] < MANY
-    # Their ends are seen in lots: the guard has closed their sockets before they leave.
+    # Their ends are seen in batches: the guard has closed their sockets before they leave.
     assert many["waits for the guard"] < MANY / 4
 
 

@@ -23,7 +23,7 @@ from steer.controller.rollout import unreported
 from steer.linux.log import Log
 from steer.workers import ends, handle, process, steps
 from steer.workers.handle import WorkerHandle
-from steer.workers.intake import Lot
+from steer.workers.intake import Batch
 from steer.workers.lifecycle import Event, State
 from testkit.growth_fakes import FakeService, OrderedBackend, pid_of, plan_for, rest
 
@@ -51,7 +51,7 @@ class Workers(RuleBasedStateMachine):
         self.is_stopping = False
         self.undo = pytest.MonkeyPatch()
         # Steps are full, however long they take.
-        self.undo.setattr(Lot, "took", lambda *_: None)
+        self.undo.setattr(Batch, "took", lambda *_: None)
         self.undo.setattr(steps, "_STEP_S", 3600.0)
         for module in (ends, handle):
             self.undo.setattr(module, "time", SimpleNamespace(monotonic=self.loop.time))

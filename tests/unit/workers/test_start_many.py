@@ -28,7 +28,7 @@ from steer.policy.cpus import Topology
 from steer.workers import pool as pools
 from steer.workers import process
 from steer.workers.handle import WorkerHandle
-from steer.workers.intake import MOST_TOGETHER, Lot
+from steer.workers.intake import MOST_TOGETHER, Batch
 from steer.workers.lifecycle import Event, State
 from steer.workers.pool import WorkerPool
 from testkit.growth_fakes import FEW, MANY, Cost, rest
@@ -148,7 +148,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(pools, "WorkerHandle", FakeHandle)
     monkeypatch.setattr(signals, "pause", lambda _seconds: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
-    monkeypatch.setattr(Lot, "took", lambda *_: None)  # how long is no matter here
+    monkeypatch.setattr(Batch, "took", lambda *_: None)  # how long is no matter here
     return FakeProcess.forked
 
 
@@ -313,10 +313,10 @@ def test_workers_that_an_adopter_cannot_start_are_tried_again(
 def test_lot_that_took_long_is_followed_by_a_smaller_one(
     monkeypatch: pytest.MonkeyPatch, forked: list[int]
 ) -> None:
-    def took(lot: Lot, _step_s: float) -> None:
-        lot.size = 2
+    def took(batch: Batch, _step_s: float) -> None:
+        batch.size = 2
 
-    monkeypatch.setattr(Lot, "took", took)
+    monkeypatch.setattr(Batch, "took", took)
 
     async def run() -> None:
         pool = pool_of(40, FakeBackend())
