@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from bench import (
+    attach,
     cost,
     crash,
     experiment,
@@ -58,6 +59,7 @@ BENCHES: Mapping[str, Bench] = {
     "swap": Bench("what is lost while policies are changed, and how long that takes", swap.run),
     "experiment": Bench("from an edited policy to its figures", experiment.run),
     "inspect": Bench("how long it takes to look at 5,000 sockets", inspect.run),
+    "attach": Bench("what `steer attach` is worth to servers that run, and takes", attach.run),
     "crash": Bench("requests that fail while workers are killed", crash.run),
 }
 EPILOG = "\b\n" + "\n".join(f"{name:<10} {bench.summary}" for name, bench in BENCHES.items())

@@ -19,8 +19,8 @@ def is_answered():
         with socket.create_connection(where, 10) as sock:
             # no TIME_WAIT, which would use up the ports
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.sendall(b"x")
-            return bool(sock.recv(100))
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return bool(sock.recv(1000))
     except OSError:
         return False
 

@@ -14,6 +14,6 @@ print("here", flush=True)
 sys.stdin.readline()
 while True:
     client, _ = sock.accept()
-    client.recv(1)
+    client.recv(100)
     client.sendall(b"late")
     client.close()

@@ -24,7 +24,7 @@ def serve(number, sock):
     while True:
         client, _ = sock.accept()
         with contextlib.suppress(OSError):
-            asked = client.recv(1)
+            asked = client.recv(100)
             client.sendall(str(number).encode())
             if asked == b"h":  # hold
                 held.append(client)

@@ -107,7 +107,7 @@ class Server:
             else:
                 client = self._clients.pop(fd)
                 with client, suppress(OSError):
-                    client.recv(10)
+                    client.recv(100)
                     client.sendall(b"ok")
 
     def _accept(self, listener: socket.socket) -> None:

@@ -1,0 +1,275 @@
+"""`steer attach` to servers that run already: what it is worth to them, and what it takes.
+
+Where there is a figure without steer it is of the same run, one after the other and again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench import attached, servers, wrk
+from bench.attached import ALL, GUNICORN, HAPROXY, NGINX, THREADS, Kind, Running
+from bench.figures import Figure, Section, interleaved, ratio
+from bench.servers import HOST
+from steer.attach.group import AttachedGroup
+from steer.attach.target import Target, bind_of
+from steer.config.planning import plan
+from steer.config.service import Service
+from steer.config.sources import changed
+from steer.control import client
+from steer.linux import topology
+from steer.linux.log import Log
+from steer.loader import find, libbpf
+from steer.loader.shared_memory import wait_for_programs
+
+CONCURRENCY = 64
+ATTACH_AT_MOST_MS, DETACH_AT_MOST_MS = 25.0, 2.0
+KILLED_AT_MOST_S = 1.2
+IDLE_AT_MOST_PERCENT = 0.1
+_PORT = 9970
+_CPUS = os.cpu_count() or 1
+_GIVE_UP_S = 10.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much to do; --quick does little.
+
+    Args:
+        window_s: of all reloads of a round, by server: about what 50,000 requests take.
+    """
+
+    window_s: Mapping[str, float]
+    connections: int = 400
+    reloads: int = 10
+    rounds: int = 2
+    attaches: int = 200
+    kills: int = 3
+    idle_s: float = 20.0
+    load_s: float = 5.0
+
+
+_WINDOWS_S = {NGINX.name: 15.0, HAPROXY.name: 20.0, GUNICORN.name: 60.0}
+_FULL = Size(_WINDOWS_S)
+_QUICK = Size(dict.fromkeys(_WINDOWS_S, 1.0), 40, 1, 1, 2, 1, 1.0, 0.5)
+
+
+def run(quick: bool) -> Iterator[Section]:
+    size = _QUICK if quick else _FULL
+    with tempfile.TemporaryDirectory(prefix="steer-bench-") as directory:
+        environment = servers.environment(directory)
+        Path(environment["STEER_RUNTIME_DIR"]).mkdir()
+        os.environ["STEER_RUNTIME_DIR"] = environment["STEER_RUNTIME_DIR"]
+        bench = _Bench(size, environment)
+        yield bench.shares()
+        for kind in ALL:
+            if kind.reload:
+                yield bench.reloads(kind)
+        yield bench.attaching()
+        yield bench.killed()
+        yield bench.load()
+
+
+class _Bench:
+    def __init__(self, size: Size, environment: Mapping[str, str]) -> None:
+        self._size = size
+        self._environment = environment
+
+    # ---- who gets what
+
+    def shares(self) -> Section:
+        figures = []
+        for kind in ALL:
+            with attached.running(kind, _PORT, self._environment) as at:
+                with attached.attached(at, self._environment, "--policy", "round-robin"):
+                    before = self._selected(at)
+                    for _ in range(self._size.connections):
+                        servers.get(_PORT)
+                    found = [n - before.get(slot, 0) for slot, n in self._selected(at).items()]
+                figures.append(
+                    Figure(f"{kind.name}: most less fewest", "", (_spread(found),), _CPUS)
+                )
+        return Section(f"{self._size.connections} connections under round-robin", figures)
+
+    def _selected(self, at: Running) -> dict[int, int]:
+        found = client.status(self._control(at)).services[0].workers
+        return {each.slot: each.connections.selected or 0 for each in found}
+
+    def _control(self, at: Running) -> Path:
+        return Path(self._environment["STEER_RUNTIME_DIR"], f"{servers.name(at.port)}.sock")
+
+    # ---- reloads
+
+    def reloads(self, kind: Kind) -> Section:
+        subjects = {name: partial(self._reload, kind, name) for name in ("alone", "attached")}
+        found = interleaved(subjects, self._size.rounds)
+        figures = []
+        for name, rounds in found.items():
+            requests = sum(each.requests for each in rounds)
+            failed = sum(each.errors for each in rounds)
+            label = f"{name}, of {requests:,}"
+            figures.append(Figure(label, "failed", (failed,), 0 if name == "attached" else None))
+        title = f"{kind.name}: {self._size.rounds}×{self._size.reloads} reloads, c={CONCURRENCY}"
+        return Section(title, figures)
+
+    def _reload(self, kind: Kind, name: str) -> wrk.Counts:
+        assert kind.reload
+        window_s = self._size.window_s[kind.name]
+        with ExitStack() as stack:
+            at = stack.enter_context(attached.running(kind, _PORT, self._environment))
+            if name == "attached":
+                stack.enter_context(attached.attached(at, self._environment))
+            asking = stack.enter_context(wrk.asking(_PORT, CONCURRENCY))
+            for _ in range(self._size.reloads):
+                time.sleep(window_s / (self._size.reloads + 1))
+                kind.reload(at)
+            time.sleep(window_s / (self._size.reloads + 1))
+            return asking.finish()
+
+    # ---- attach and detach
+
+    def attaching(self) -> Section:
+        """In this process, again and again, as a command would take most of its time to start."""
+        attach_ms: list[float] = []
+        detach_ms: list[float] = []
+        with attached.running(NGINX, _PORT, self._environment) as at:
+            self._attach_once(at)  # what is imported and cached stays
+            before = _objects()
+            with wrk.asking(_PORT, CONCURRENCY // 4) as asking:
+                for _ in range(self._size.attaches):
+                    attaching, detaching = self._attach_once(at)
+                    attach_ms.append(attaching)
+                    detach_ms.append(detaching)
+                counts = asking.finish()
+            left = _left(before)
+        title = f"{self._size.attaches} attaches and detaches under load, round-robin, 4 listeners"
+        return Section(
+            title,
+            [
+                Figure("attach", "ms", tuple(attach_ms), ATTACH_AT_MOST_MS),
+                Figure("detach", "ms", tuple(detach_ms), DETACH_AT_MOST_MS),
+                Figure(f"of {counts.requests:,} requests", "failed", (counts.errors,), 0),
+                *(Figure(f"{kind}s left", "", (number,), 0) for kind, number in left.items()),
+            ],
+        )
+
+    def _attach_once(self, at: Running) -> tuple[float, float]:
+        """Milliseconds of CPU: from loading programs to steering; and to detach."""
+        asked = {"policy": "round-robin", "bind": [f"{HOST}:{at.port}"], "backend": "ebpf"}
+        target = Target(bind_of(f"{HOST}:{at.port}"))
+        service = changed(Service(), {**asked, "workers": len(target.listeners)}, "measure")
+        decided = plan(service, topology.read(), {}, find.find("round-robin"))
+        began_s = time.process_time()
+        group = AttachedGroup(decided, Log("error", "text"))
+        group.begin(target.pids)
+        attached_s = time.process_time()
+        group.detach()
+        detached_s = time.process_time()
+        group.close()
+        return 1000 * (attached_s - began_s), 1000 * (detached_s - attached_s)
+
+    # ---- the attacher is killed
+
+    def killed(self) -> Section:
+        took_s, requests, failed = [], 0, 0
+        for _ in range(self._size.kills):
+            with attached.running(NGINX, _PORT, self._environment) as at, ExitStack() as stack:
+                options = ("--policy", "round-robin", "--weights", "1000,1,1,1")
+                attacher = stack.enter_context(attached.attached(at, self._environment, *options))
+                asking = stack.enter_context(wrk.asking(_PORT, CONCURRENCY))
+                time.sleep(0.5)
+                attacher.kill()
+                took_s.append(_until_hashed())
+                counts = asking.finish()
+                requests, failed = requests + counts.requests, failed + counts.errors
+        return Section(
+            f"attacher killed under load, {self._size.kills} times",
+            [
+                Figure("until the kernel's hash selects", "s", tuple(took_s), KILLED_AT_MOST_S),
+                Figure(f"of {requests:,} requests", "failed", (failed,), 0),
+            ],
+        )
+
+    # ---- what it costs
+
+    def load(self) -> Section:
+        subjects = {name: partial(self._per_second, name) for name in ("alone", "attached")}
+        found = interleaved(subjects, 2 * self._size.rounds)
+        return Section(
+            "nginx, tiny answers",
+            [
+                Figure("alone", "req/s", tuple(found["alone"])),
+                Figure("attached, least-conn", "req/s", tuple(found["attached"])),
+                ratio("attached to alone", found["attached"], found["alone"], at_least=0.95),
+                Figure("attacher, idle", "% of a CPU", (self._idle(),), IDLE_AT_MOST_PERCENT),
+            ],
+        )
+
+    def _per_second(self, name: str) -> float:
+        with attached.running(NGINX, _PORT, self._environment) as at, ExitStack() as stack:
+            if name == "attached":
+                options = ("--policy", "least-conn")
+                stack.enter_context(attached.attached(at, self._environment, *options))
+            with wrk.asking(_PORT, CONCURRENCY) as asking:
+                time.sleep(self._size.load_s)
+                return asking.finish().per_second
+
+    def _idle(self) -> float:
+        with ExitStack() as stack:
+            at = stack.enter_context(attached.running(THREADS, _PORT, self._environment))
+            attacher = stack.enter_context(attached.attached(at, self._environment))
+            time.sleep(1)
+            before_s = _cpu_s(attacher.pid)
+            time.sleep(self._size.idle_s)
+            return 100 * (_cpu_s(attacher.pid) - before_s) / self._size.idle_s
+
+
+def _spread(numbers: list[int]) -> int:
+    return max(numbers) - min(numbers)
+
+
+def _until_hashed() -> float:
+    """Seconds until several of nginx's workers answer, not only the one that the weights prefer."""
+    began_s = time.monotonic()
+    while time.monotonic() < began_s + _GIVE_UP_S:
+        if len({servers.get(_PORT) for _ in range(_ASKED)}) > _BY_WEIGHT:
+            return time.monotonic() - began_s
+    return _GIVE_UP_S
+
+
+_ASKED, _BY_WEIGHT = 12, 2
+
+
+def _objects() -> dict[str, set[int]]:
+    """The programs, maps and links that the kernel has."""
+    return {kind: set(_ids(kind)) for kind in ("prog", "map", "link")}
+
+
+def _ids(kind: str) -> Iterator[int]:
+    following = getattr(libbpf.libbpf(), f"bpf_{kind}_get_next_id")
+    number = ctypes.c_uint32(0)
+    while following(number, ctypes.byref(number)) == 0:
+        yield number.value
+
+
+def _left(before: Mapping[str, set[int]]) -> dict[str, int]:
+    """How many there are more, once what is freed after a grace period is gone."""
+    end_s = time.monotonic() + _GIVE_UP_S
+    while True:
+        more = {kind: len(ids - before[kind]) for kind, ids in _objects().items()}
+        if not any(more.values()) or time.monotonic() > end_s:
+            return more
+        wait_for_programs()
+
+
+def _cpu_s(pid: int) -> float:
+    with open(f"/proc/{pid}/schedstat") as file:
+        return int(file.read().split()[0]) / 1e9
