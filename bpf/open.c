@@ -36,24 +36,29 @@ static __always_inline void update_pace(u64 spent)
 	pace->varied = square << 7 > 2 * mean * mean;
 }
 
-static __always_inline void count_opened(struct bpf_sock_ops *ctx, struct steer_owner *owner)
+/* Returns whether it was counted now. */
+static __always_inline bool count_opened(struct steer_owner *owner)
 {
 	struct steer_slot *at = steer_get_slot_state(owner->slot);
 	u32 pending = at->pending;
 
 	if (owner->since || at->stamp != owner->stamp)
-		return;
+		return false;
 	owner->since = get_time();
 	if (pending & 0xffff)
 		at->pending = pending - 1;
 	steer_adjust_open(owner->slot, 1, pending & 0xffff ? 0 : 1);
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	return true;
 }
 
-/* Some connections have migrated to another worker; this may be one of them. */
-static __always_inline void count_closed_moved(struct bpf_sock_ops *ctx, struct steer_owner *owner)
+/*
+ * Some connections have migrated to another worker; this may be one of them.
+ *
+ * Args: connection: what names it to steer_get_cookie().
+ */
+static __always_inline void count_closed_moved(void *connection, struct steer_owner *owner)
 {
-	u64 cookie = steer_get_cookie(ctx);
+	u64 cookie = steer_get_cookie(connection);
 	struct steer_owner *moved =
 		bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MOVED), &cookie);
 
@@ -62,7 +67,7 @@ static __always_inline void count_closed_moved(struct bpf_sock_ops *ctx, struct 
 		__sync_fetch_and_add(&steer_get_pace()->moved, -1);
 }
 
-static __always_inline void count_closed(struct bpf_sock_ops *ctx, struct steer_owner *owner)
+static __always_inline void count_closed(void *connection, struct steer_owner *owner)
 {
 	if (!owner->since)
 		return;
@@ -70,7 +75,7 @@ static __always_inline void count_closed(struct bpf_sock_ops *ctx, struct steer_
 	owner->since = 0;
 	/* The map is rarely in a CPU cache: reading it takes as long as everything else here. */
 	if (steer_get_pace()->moved)
-		count_closed_moved(ctx, owner);
+		count_closed_moved(connection, owner);
 	else
 		steer_adjust_owner(owner, -1);
 }
@@ -103,7 +108,39 @@ int steer_count(struct bpf_sock_ops *ctx)
 		return 1;
 	if (what == BPF_SOCK_OPS_STATE_CB)
 		count_closed(ctx, owner);
-	else
-		count_opened(ctx, owner);
+	else if (count_opened(owner))
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	return 1;
+}
+
+/* An argument of a tracepoint as the verifier knows it. bcc would read it in another way. */
+#define read_argument(ctx, number)                                                               \
+	({                                                                                       \
+		void *argument;                                                                  \
+		asm volatile("%0 = *(u64 *)(%1 + " #number " * 8)" : "=r"(argument) : "r"(ctx)); \
+		argument;                                                                        \
+	})
+
+/*
+ * tp_btf/inet_sock_set_state: the same for `steer attach`. It needs no cgroup, and sees the end of
+ * connections that were opened before it was attached.
+ */
+int steer_trace(void *ctx)
+{
+	void *sk = read_argument(ctx, 0);
+	u32 before = (u64)read_argument(ctx, 1), state = (u64)read_argument(ctx, 2);
+	bool opens = before == BPF_TCP_SYN_RECV && state == BPF_TCP_ESTABLISHED;
+	struct steer_owner *owner;
+
+	if (!opens && !is_close(before, state))
+		return 0;
+	owner = bpf_sk_storage_get(steer_map(STEER_MAP_OWNERS), sk, NULL, 0);
+	if (!owner)
+		return 0;
+	if (opens)
+		count_opened(owner);
+	else
+		count_closed(sk, owner);
+	return 0;
 }

@@ -17,7 +17,6 @@ from testkit.service import STEER, Service, launch
 
 HOST = "127.0.0.1"
 Attach = Callable[..., Service]
-_NO_TIME_WAIT = struct.pack("ii", 1, 0)
 
 
 @contextmanager
@@ -57,10 +56,15 @@ def answers(number: int) -> Counter[str]:
     found: Counter[str] = Counter()
     for _ in range(number):
         who, sock = ask()
-        with sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_TIME_WAIT)
+        reset(sock)
         found[who] += 1
     return found
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a connection at both ends, without TIME_WAIT, which would use up the ports."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 def is_even(found: Counter[str], listeners: int, within: int) -> bool:

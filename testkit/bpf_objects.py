@@ -11,7 +11,7 @@ from pathlib import Path
 from steer.loader import libbpf
 
 OTHER_PROGRAMS = {
-    "open": {"count"},
+    "open": {"count", "trace"},
     "attach": {"closing", "listening"},
     "inspect": {
         *("tcp", "udp", "tcp_addresses", "udp_addresses"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager
 
@@ -28,6 +29,8 @@ from steer.sockets import group_program, reuseport, sock_diag
 from steer.sockets.sock_diag import Listener
 
 _FREED_S, _AGAIN_S = 5.0, 0.01
+_OLDER_MAX = 4096
+"""Connections that are looked for."""
 
 
 def listeners_at(bind: Bind) -> dict[int, Listener]:
@@ -49,6 +52,7 @@ class AttachedGroup:
 
     Attributes:
         retired: what was counted for listeners that are gone.
+        is_older_counted: whether connections are counted that were accepted before the attach.
         why_unwatched: why nothing is heard of listeners that come and go, but in `look`; None if
             it is.
 
@@ -63,6 +67,7 @@ class AttachedGroup:
         self._log = log
         self._refused: set[int] = set()
         self._likely: set[int] = set()
+        self.is_older_counted = False
         self.retired = Counts()
         self.watch: Watch | None = None
         self.why_unwatched: Note | None = None
@@ -97,6 +102,7 @@ class AttachedGroup:
                 self._join_in_place_of_another()
             else:
                 self._join(self.roster.new(self.listeners()))
+            self.counting.begin(*self._older())
             for member in self.roster:
                 member.state = State.READY
             self._choose()
@@ -120,6 +126,29 @@ class AttachedGroup:
                 if error.errno != errno.EBUSY or time.monotonic() > end_s:
                     raise
             time.sleep(_AGAIN_S)
+
+    def _older(self) -> tuple[Mapping[int, int], Mapping[int, Sequence[Holder]]]:
+        """The connections that were accepted before, by inode: the slot whose listener the process
+        waits on that has the connection; and who that is."""
+        if not self.counting.sees_older:
+            return {}, {}
+        family = socket.AF_INET6 if self._bind.is_v6 else socket.AF_INET
+        accepted = sock_diag.connections(family, self._bind.port, _OLDER_MAX)
+        pids = Counter(self.pid_of(each) for each in self.roster)
+        # Of a process that waits on several, nobody can tell which one a connection came from.
+        slots = {pid: each.slot for each in self.roster if pids[pid := self.pid_of(each)] == 1}
+        known = {holder.pid for each in self.roster for holder in each.holders}
+        held = holders.find({each.inode for each in accepted}, known) if accepted else {}
+        self.is_older_counted = all(
+            any(holder.pid in slots for holder in held_by) for held_by in held.values()
+        )
+        older = {
+            inode: slots[holder.pid]
+            for inode, held_by in held.items()
+            for holder in held_by
+            if holder.pid in slots
+        }
+        return older, held
 
     def look(self) -> None:
         """Bring what is known up to date with what is there. Raises KernelError."""
@@ -164,7 +193,7 @@ class AttachedGroup:
         return {**held, **holders.find(rest)} if rest else held
 
     def _watch(self, cgroups: set[int]) -> None:
-        self.counting.on(cgroups)
+        self.counting.watch_cgroups(cgroups)
         if self.watch is not None:
             try:
                 self.watch.on(cgroups)

@@ -54,7 +54,7 @@ def _notes(group: AttachedGroup) -> list[str]:
     notes = []
     if group.counting.why_not:
         notes.append(f"{NOT_COUNTED}: {group.counting.why_not}")
-    else:
+    elif not group.is_older_counted:
         notes.append(_OLDER)
     if group.why_unwatched:
         notes.append(f"listeners that close may take connections with them: {group.why_unwatched}")

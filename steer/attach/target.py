@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from steer.attach import holders
+from steer.attach.counting import TRACEPOINT
 from steer.attach.group import listeners_at
 from steer.attach.holders import Holder
 from steer.config import address
 from steer.config.address import Bind
 from steer.errors import AttachRefused, KernelError
 from steer.linux import processes, services, waiting
+from steer.loader import tracing
 from steer.loader.kernel_sockets import KernelSocket, Look
 from steer.sockets import members, sock_diag
 from steer.sockets.sock_diag import Listener
@@ -129,6 +131,7 @@ class Target:
             AttachRefused: it has somebody else's.
         """
         try:
+            tracing.tracepoint_number(TRACEPOINT)  # needed later, when it has to be quick
             with Look() as look:
                 seen = {each.inode: each for each in look.in_this_netns()}
                 found = [seen[inode] for inode in self.listeners if inode in seen]

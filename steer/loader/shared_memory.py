@@ -38,6 +38,10 @@ class Slots:
         self.set_open(slot, 0)
         return _after(stamp)
 
+    def stamp(self, slot: int) -> int:
+        """The stamp that `begin` gave the slot."""
+        return self._at(slot)[2]
+
     def end(self, slot: int) -> None:
         """Invalidate counts and flows of a slot's worker, which the next one must not get."""
         pending, given, stamp, flows, _ = self._at(slot)

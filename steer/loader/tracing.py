@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 from steer import abi
 from steer.loader.bpf_maps import Map
@@ -33,6 +34,14 @@ def iterator(
     """
     target = types.number(f"bpf_iter_{over}", FUNCTION)
     return Program(name, code, maps, abi.BPF_TRACE_ITER, target=target)
+
+
+@cache
+def tracepoint_number(on: str) -> int:
+    """What programs on a tracepoint are attached to, as a number in the kernel's BTF. Finding it
+    takes some 10 ms, the first time. Raises KernelError."""
+    with KernelTypes() as types:
+        return types.number(f"btf_trace_{on}", TYPEDEF)
 
 
 def tracepoint(

@@ -13,7 +13,7 @@ import pytest
 from steer import abi
 from steer.policy import classic
 from steer.sockets import group_program
-from testkit.attached import HOST, Attach, answers, ask, attaching, is_even, threads
+from testkit.attached import HOST, Attach, answers, ask, attaching, is_even, reset, threads
 from testkit.fixtures import RunSteer, StartService
 from testkit.harness import CPUS, PORT
 from testkit.processes import eventually, line_of, python, running
@@ -55,15 +55,32 @@ def test_open_connections_are_even_under_least_conn(attach: Attach) -> None:
         attached = attach("--policy", "least-conn")
         for _ in range(18):
             clients.enter_context(ask(hold=True)[1])
-        counts = eventually(
-            lambda: (
-                found
-                if sum(found := [w["connections"]["open"] for w in attached.workers()]) == 18
-                else None
-            )
-        )
-        assert counts is not None
+        eventually(lambda: sum(opened(attached)), 18)
+        counts = opened(attached)
         assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.needs("tracing")
+def test_connections_that_were_open_before_are_counted(attach: Attach) -> None:
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(threads(1))
+        held = [ask(hold=True)[1] for _ in range(12)]
+        attached = attach("--policy", "least-conn")
+        assert sum(opened(attached)) == 12
+        more = [ask(hold=True)[1] for _ in range(12)]
+        eventually(lambda: sorted(opened(attached)), [8, 8, 8])
+        for each in held:
+            reset(each)
+        eventually(lambda: sum(opened(attached)), 12)
+        for each in more:
+            reset(each)
+        eventually(lambda: opened(attached), [0, 0, 0])
+
+
+def opened(attached: Service) -> list[int]:
+    """Open connections of each listener."""
+    return [each["connections"]["open"] for each in attached.workers()]
 
 
 def test_drained_listener_gets_nothing_until_undrained(attach: Attach) -> None:
