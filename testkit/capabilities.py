@@ -126,6 +126,14 @@ def _has_tracing() -> str:
     return ""
 
 
+def _has_counting() -> str:
+    try:
+        with Look() as look, look.count(1):
+            return ""
+    except KernelError as error:
+        return str(error)
+
+
 def _has_tproxy() -> str:
     """With rules that the kernel takes, in a namespace of no use."""
     if why := _is_root() or _has_command("nft")() or _has_netns():
@@ -140,6 +148,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "bcc": _has_bcc,
     "bpf": lambda: _found(probe.ask(features.EBPF)),
     "bpftool": _has_command("bpftool"),
+    "counting": _has_counting,
     "dumb-init": _has_command("dumb-init"),
     "granian": _has_module("granian"),
     "gunicorn": _has_module("gunicorn"),

@@ -66,7 +66,7 @@ def missing(text: str, script: str, environment: Mapping[str, str], home: Path) 
     return [line for line in text.splitlines() if shape(line) not in shapes]
 
 
-@pytest.mark.needs("bpf", "migrate", "pidfd_getfd", "tracing", "root", "haproxy", "gunicorn")
+@pytest.mark.needs("bpf", "migrate", "pidfd_getfd", "counting", "root", "haproxy", "gunicorn")
 @pytest.mark.usefixtures("left")
 def test_page(environment: dict[str, str], home: Path) -> None:
     last = ""

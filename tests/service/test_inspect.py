@@ -54,7 +54,7 @@ def test_it_is_as_the_contract_has_it(steer: RunSteer) -> None:
         assert sock["accepted"] is None
 
 
-@pytest.mark.needs("tracing")
+@pytest.mark.needs("tracing", "counting")
 def test_what_each_accepted_is_counted_until_interrupted(
     steer: RunSteer, environment: dict[str, str]
 ) -> None:
@@ -76,7 +76,7 @@ def test_what_each_accepted_is_counted_until_interrupted(
     assert max(each["accepted"] for each in group["sockets"]) < 30
 
 
-@pytest.mark.needs("tracing")
+@pytest.mark.needs("tracing", "counting")
 def test_sockets_of_other_network_namespaces_are_counted(steer: RunSteer) -> None:
     with foreign.members(1), network_namespace():
         (group,) = [

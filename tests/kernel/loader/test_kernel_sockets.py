@@ -143,6 +143,7 @@ def test_a_holder_is_named_as_we_see_it(look: Look) -> None:
             assert pids == {os.getpid(), other.pid}
 
 
+@pytest.mark.needs("counting")
 def test_connections_are_counted_where_they_were_accepted(look: Look) -> None:
     with (
         member("127.0.0.1") as sock,
@@ -163,6 +164,7 @@ def test_connections_are_counted_where_they_were_accepted(look: Look) -> None:
         assert count.so_far().keys() == addresses
 
 
+@pytest.mark.needs("counting")
 def test_connections_that_were_there_before_are_not_counted(look: Look) -> None:
     with (
         member("127.0.0.1") as sock,
@@ -177,6 +179,7 @@ def test_connections_that_were_there_before_are_not_counted(look: Look) -> None:
             eventually(count.so_far, {seen.address: 1})
 
 
+@pytest.mark.needs("counting")
 def test_counting_leaves_nothing(look: Look) -> None:
     before = bpf_ids(os.getpid())
     with look.count(10) as count:
