@@ -82,12 +82,12 @@ class BackupListeners:
         Raises:
             KernelError: see `Lend`.
         """
-        ours = {at: pair.sockets[0] for at, pair in enumerate(self._pairs) if pair.sockets}
-        if len(ours) == len(self._pairs):
-            yield ours
+        listeners = {at: pair.sockets[0] for at, pair in enumerate(self._pairs) if pair.sockets}
+        if len(listeners) == len(self._pairs):
+            yield listeners
             return
         with lend() as lent:
-            yield {**lent, **ours}
+            yield {**lent, **listeners}
 
     def open(self) -> None:
         """Open the backup listeners of each TCP bind that has none.

@@ -212,12 +212,12 @@ class Persistent(Protocol):
                 since, in the order in which they ended.
         """
 
-    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+    def reassert(self, sockets: Mapping[int, Mapping[int, socket.socket]]) -> None:
         """After `restore`: complete what an earlier controller may have been killed in the middle
         of.
 
         Args:
-            there: the sockets of all workers, by slot and bind.
+            sockets: the sockets of all workers, by slot and bind.
 
         Raises:
             KernelError

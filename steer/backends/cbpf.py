@@ -241,11 +241,11 @@ class Cbpf(WithoutEbpf):
             # All workers may have locked their sockets. The anchor is not locked.
             group_program.attach_cbpf(self.anchors[bind].fileno(), program)
         elif not _is_attached(through, program):
-            there = {slot: fd for slot, fd in members.items() if fd != through}
-            if not there:
+            others = {slot: fd for slot, fd in members.items() if fd != through}
+            if not others:
                 raise KernelError("attach classic BPF program", "EINVAL: no socket is in its group")
-            self._order.remove(bind, next(slot for slot in members if slot not in there))
-            self._attach_to(bind, there, layout)
+            self._order.remove(bind, next(slot for slot in members if slot not in others))
+            self._attach_to(bind, others, layout)
             return
         self._programs[bind] = program
 
@@ -273,7 +273,7 @@ class Cbpf(WithoutEbpf):
             entries, turns = (array("H", words) for words in stored.layout)
             self._layout = Layout(entries, turns)
 
-    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+    def reassert(self, sockets: Mapping[int, Mapping[int, socket.socket]]) -> None:
         self._attach(self._layout)
 
     def release(self) -> None:

@@ -279,11 +279,11 @@ class Ebpf(EbpfCounters):
         self.counting.restore(stored.counting, list(rest))
         self._is_serving = True
 
-    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
+    def reassert(self, sockets: Mapping[int, Mapping[int, socket.socket]]) -> None:
         for bind, slot, sock in self.backup.listen_again():
             self.rejoin(slot, bind, sock)
-        self._slots = set(there)
-        for slot, socks in there.items():
+        self._slots = set(sockets)
+        for slot, socks in sockets.items():
             for bind, sock in socks.items():
                 self.rejoin(slot, bind, sock)
 

@@ -114,8 +114,8 @@ class Kernel(WithoutEbpf):
     def grace_period_ended(self, publication: tuple[object, int]) -> None:
         pass
 
-    def reassert(self, there: Mapping[int, Mapping[int, socket.socket]]) -> None:
-        for socks in there.values():
+    def reassert(self, sockets: Mapping[int, Mapping[int, socket.socket]]) -> None:
+        for socks in sockets.values():
             for sock in socks.values():
                 group_program.detach(sock.fileno())
 

@@ -79,8 +79,8 @@ def with_candidates(
 
 def with_policy_of(running: Plan, other: Plan, topology: Topology) -> Plan:
     """The plan of a running service with the policies and parameters of another plan."""
-    theirs = {"policy": other.service.policy, "params": other.service.params}
-    service = msgspec.structs.replace(running.service, **theirs)
+    policy_of_other = {"policy": other.service.policy, "params": other.service.params}
+    service = msgspec.structs.replace(running.service, **policy_of_other)
     workers = len(running.specs)
     plan = _with_candidates(running, service, other.candidates, workers)
     return _with_workers(plan, service, topology, workers)

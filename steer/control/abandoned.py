@@ -105,10 +105,10 @@ def end(service: Abandoned, within_s: float, remove_directory: bool) -> Sequence
     for each in ending:
         each.kill()
     _until_gone(ending, _KILLED_S)
-    there = [pid for each in ending for pid in each.there()]
-    if not there and service.control is not None:
+    left_over = [pid for each in ending for pid in each.left_over()]
+    if not left_over and service.control is not None:
         claim.remove(service.control, claim.inode(service.control), remove_directory)
-    return there
+    return left_over
 
 
 def _until_gone(ending: Iterable[_Ending], within_s: float) -> None:
@@ -149,7 +149,7 @@ class _Ending:
             family.send(signal.SIGKILL, [self._pid])
         self._family.kill()
 
-    def there(self) -> list[int]:
+    def left_over(self) -> list[int]:
         first = [self._pid] if self._first_is_there() else []
         return [] if self._is_gone else [*first, *self._family.others()]
 

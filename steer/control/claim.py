@@ -32,7 +32,7 @@ class Claim:
     Args:
         wanted: path of the control socket; None: in the first directory that works.
         turn_s: how long to wait for another service that is starting; None: as long as a start.
-        ours: inode of a control socket that may have the name already.
+        own_inode: inode of a control socket that may have the name already.
         paths: the result of `refuse_taken`, if it was called a moment ago.
 
     Attributes:
@@ -51,12 +51,12 @@ class Claim:
         wanted: str | None,
         environment: Mapping[str, str],
         turn_s: float | None = None,
-        ours: int | None = None,
+        own_inode: int | None = None,
         paths: Sequence[Path] | None = None,
     ) -> None:
         self.remove_directory = wanted is None
         self.refusals: list[str] = []
-        for path in paths or refuse_taken(name, wanted, environment, ours):
+        for path in paths or refuse_taken(name, wanted, environment, own_inode):
             try:
                 self._take(name, path, _TURN_S if turn_s is None else turn_s)
                 return

@@ -38,10 +38,10 @@ def locate(
     for path in rundir.find(environment, name):
         if path.stem == name and listener_at(path, connections) is not None:
             return path
-    there = _look(environment, connections).running
-    named = [each for each in there if name is None or each.is_named(name)]
+    running = _look(environment, connections).running
+    named = [each for each in running if name is None or each.is_named(name)]
     if not named:
-        raise _not_found(name, there, environment)
+        raise _not_found(name, running, environment)
     if len(named) > 1:
         if name is None:
             cause, cure = f"several are running: {_names(named)}", "name one"
@@ -71,9 +71,9 @@ class _Found(msgspec.Struct, frozen=True):
 
 
 def _not_found(
-    name: str | None, there: Sequence[_Found], environment: Mapping[str, str]
+    name: str | None, running: Sequence[_Found], environment: Mapping[str, str]
 ) -> NotRunning:
-    if not there:
+    if not running:
         _refuse_abandoned(name, environment)
     for each in services.find(environment):
         if each.is_gone and (name is None or each.title.may_name(name)):
@@ -82,7 +82,7 @@ def _not_found(
             )
     others = of_others(environment)
     if name is not None:
-        words = f"running: {_names(there)}" if there else "no service is running"
+        words = f"running: {_names(running)}" if running else "no service is running"
         if others:
             words += f"; of other users: {', '.join(others)}"
         return NotRunning(f"find service {shown(name)}", "not running", words)
@@ -140,8 +140,8 @@ def end_abandoned(what: Abandoned, quick: bool, directory: bool) -> None:
     """
     from steer.control import abandoned
 
-    if there := abandoned.end(what, QUICK_S if quick else FINISH_S, directory):
-        pids = several("pid", there)
+    if left_over := abandoned.end(what, QUICK_S if quick else FINISH_S, directory):
+        pids = several("pid", left_over)
         raise ControlError(f"stop {what.name}", f"{pids} cannot be ended", "see ps(1)")
 
 

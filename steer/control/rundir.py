@@ -67,8 +67,8 @@ def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
         with contextlib.suppress(OSError, ValueError):
             if _has_expected_owner(directory):
                 named = directory / f"{name}.sock"
-                there = [named] if name and named.exists() else sorted(directory.glob("*.sock"))
-                found.update(dict.fromkeys(there))
+                paths = [named] if name and named.exists() else sorted(directory.glob("*.sock"))
+                found.update(dict.fromkeys(paths))
     return list(found)
 
 
@@ -84,22 +84,24 @@ def of_others(environment: Mapping[str, str]) -> list[Path]:
     if user == 0:
         return []
     override = environment.get(RUNTIME_DIR)
-    ours = {path for path in find(environment) if os.access(path, os.W_OK)}
-    there = {path for _, path in unix.listening()} - ours
-    others = [path for path in there if _may_be_control(path, override) and _user_of(path) != user]
+    own = {path for path in find(environment) if os.access(path, os.W_OK)}
+    listening = {path for _, path in unix.listening()} - own
+    others = [
+        path for path in listening if _may_be_control(path, override) and _user_of(path) != user
+    ]
     unnamed = any(_user_of(path) is None for path in others)
     by_process = services.names_of_ours() if unnamed else set()
     return sorted(path for path in others if not _is_gone(path, by_process))
 
 
-def _is_gone(path: Path, ours: set[str]) -> bool:
+def _is_gone(path: Path, own: set[str]) -> bool:
     """Whether this is the removed control socket of one of our services.
 
     Args:
         path: in a directory that is not named after a user, or this is false.
-        ours: names of our services.
+        own: names of our services.
     """
-    return _user_of(path) is None and path.stem in ours and not os.path.lexists(path)
+    return _user_of(path) is None and path.stem in own and not os.path.lexists(path)
 
 
 def _may_be_control(path: Path, override: str | None) -> bool:

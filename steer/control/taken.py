@@ -28,14 +28,14 @@ def refuse_taken(
     name: str,
     wanted: str | None,
     environment: Mapping[str, str],
-    ours: int | None = None,
+    own_inode: int | None = None,
     lost: Sequence[services.Running] | None = None,
 ) -> list[Path]:
     """The paths that the control socket of a new service may have.
 
     Args:
         wanted: the only path, if the user chose one.
-        ours: inode of a control socket that may have the name, as it is the caller's own.
+        own_inode: inode of a control socket that may have the name, as it is the caller's own.
         lost: the result of `await_guard`, if it was called a moment ago.
 
     Raises:
@@ -46,7 +46,7 @@ def refuse_taken(
     for path in found:
         refuse_if_answering(name, path)
     for each in unreachable(found, environment) if lost is None else lost:
-        if each.inode != ours:
+        if each.inode != own_inode:
             raise already_running(name, f"pid {each.pid}", each.path)
     return found
 

@@ -23,10 +23,10 @@ def exclude(pool: WorkerPool, watched: Iterable[WorkerHandle]) -> None:
     """
     if not any(worker.at_capacity or worker.excluded for worker in watched):
         return
-    there = [worker for worker in pool.workers if worker.is_in_service]
-    some_have_room = any(not worker.at_capacity and not worker.queued for worker in there)
-    all_at_capacity = all(worker.at_capacity for worker in there)
-    for worker in there:
+    in_service = [worker for worker in pool.workers if worker.is_in_service]
+    some_have_room = any(not worker.at_capacity and not worker.queued for worker in in_service)
+    all_at_capacity = all(worker.at_capacity for worker in in_service)
+    for worker in in_service:
         if worker.at_capacity and not worker.excluded and some_have_room:
             pool.migration.exclude(worker)
         elif worker.excluded and (all_at_capacity or not worker.at_capacity):

@@ -115,10 +115,10 @@ class Health:
             suspects = set(workers)
         else:
             suspects = {*silent, *self._watched, *self._busy.find()}
-        there = [worker for worker in suspects if worker.process]
-        self._to_look_at.extend(sorted(there, key=lambda worker: worker.slot))
+        suspects_running = [worker for worker in suspects if worker.process]
+        self._to_look_at.extend(sorted(suspects_running, key=lambda worker: worker.slot))
         self._watched = set()
-        self._hangs.begin(there)
+        self._hangs.begin(suspects_running)
 
     def _reset_after_a_gap(self) -> None:
         """If the controller did not run for a while, no worker was heard meanwhile, and workers

@@ -52,10 +52,10 @@ class CloserLook:
     ) -> dict[int, tuple[int, int]] | None:
         try:
             own = processes.open_sockets(process.pid) - worker.initial_sockets - process.inodes
-            there = [each for bind in process.launch.binds for each in self._at(bind)]
+            connections = [each for bind in process.launch.binds for each in self._at(bind)]
         except KernelError:
             return None
-        return {each.inode: (each.unread, each.moved) for each in there if each.inode in own}
+        return {each.inode: (each.unread, each.moved) for each in connections if each.inode in own}
 
     def _at(self, bind: Bind) -> Sequence[Connection]:
         if bind.protocol != "tcp":
@@ -78,6 +78,6 @@ def _awaits(worker: WorkerHandle, process: WorkerProcess) -> bool | None:
     if for_more is Seen.YES:
         return True
     family = processes.family(process.pid, Files())
-    there = [tid for tid in worker.accepting_tids if os.path.exists(f"/proc/{tid}")]
-    seen = max(for_more, in_event_loop(there or family))
+    accepting = [tid for tid in worker.accepting_tids if os.path.exists(f"/proc/{tid}")]
+    seen = max(for_more, in_event_loop(accepting or family))
     return {Seen.YES: True, Seen.NO: False, Seen.UNKNOWN: None}[seen]

@@ -108,15 +108,15 @@ class Repair:
         if known is None or known.pid != process.pid:
             known = self._known[worker] = _Known(process.pid)
         with ExitStack() as stack:
-            theirs = self._borrow(process, known, stack)
+            borrowed = self._borrow(process, known, stack)
             held = self._pool.backend.held(worker.slot)
-            ours = {at: stack.enter_context(_duplicate(fd)) for at, fd in enumerate(held)}
+            held_here = {at: stack.enter_context(_duplicate(fd)) for at, fd in enumerate(held)}
             for at, bind in enumerate(process.launch.binds[: len(process.bound)]):
-                has = None if theirs is None else at in theirs
-                sock = (theirs or {}).get(at) or ours.get(at)
+                has = None if borrowed is None else at in borrowed
+                sock = (borrowed or {}).get(at) or held_here.get(at)
                 if worker.state is not State.STOPPING or at in worker.departures:
                     self._look_at_one(
-                        _Socket(worker, process, known, at, bind, sock, at in ours, has)
+                        _Socket(worker, process, known, at, bind, sock, at in held_here, has)
                     )
         if worker.departures or known.suspected:
             self._survey.odd.add(worker)

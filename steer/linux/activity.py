@@ -29,8 +29,8 @@ def activity(pid: int, root: str = "/proc", among: Collection[int] = ()) -> int:
         among: the processes to look at, if at least one of them still exists; otherwise all.
     """
     files = Files(root)
-    there = family(pid, files)
-    members = [member for member in there if member in among] or there
+    all_members = family(pid, files)
+    members = [member for member in all_members if member in among] or all_members
     ticks = sum(map(partial(_ticks, root=root), members))
     switches = 0
     with suppress(TooMuch, PermissionError):

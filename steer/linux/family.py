@@ -234,8 +234,8 @@ class _Owners:
 def _not_ours() -> Iterator[int]:
     """All processes, without this one and those that it forked, which may hold sockets for a
     worker."""
-    ours = {os.getpid(), *fork.started()}
-    return (pid for pid in processes.all_pids() if pid not in ours)
+    started = {os.getpid(), *fork.started()}
+    return (pid for pid in processes.all_pids() if pid not in started)
 
 
 def send(number: int, pids: Iterable[int]) -> None:

@@ -69,8 +69,8 @@ def entered(path: str) -> Iterator[None]:
     Raises:
         KernelError: this is not permitted, or the file does not belong to a network namespace.
     """
-    with _opened(own_path()) as before, _opened(path) as there:
-        _enter(there, path)
+    with _opened(own_path()) as before, _opened(path) as namespace:
+        _enter(namespace, path)
         try:
             yield
         finally:

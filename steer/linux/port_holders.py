@@ -51,7 +51,7 @@ def holders(
     address: str,
     port: int,
     root: str = "/proc",
-    ours: frozenset[int] = frozenset(),
+    except_inodes: frozenset[int] = frozenset(),
 ) -> list[Holder]:
     """The processes that hold a port, at this address or one that overlaps it.
 
@@ -62,14 +62,14 @@ def holders(
 
     Args:
         address: an IP address; "" for any.
-        ours: inodes of sockets to leave out. Finding the process of a socket takes far longer than
-            finding the socket.
+        except_inodes: inodes of sockets to leave out. Finding the process of a socket takes far
+            longer than finding the socket.
     """
     wanted = _pack(address)
     table = [bound for bound in bound_sockets(protocol, root) if bound.port == port and bound.inode]
     found = [bound for bound in table if _overlap(wanted, bound.ip) is not None]
     found = [bound for bound in found if bound.waiting] or found
-    found = [bound for bound in found if bound.inode not in ours]
+    found = [bound for bound in found if bound.inode not in except_inodes]
     found.sort(key=lambda bound: _overlap(wanted, bound.ip) or 0)
     pids = _pids_of({bound.inode for bound in found}, root) if found else {}
     return [_holder(bound, pid, root) for bound in found for pid in pids.get(bound.inode, (None,))]

@@ -115,10 +115,10 @@ def _way(path: str) -> Iterator[str]:
     here, names, links = "/" if path.startswith("/") else ".", deque(_names(path)), 0
     yield here
     while names:
-        there = os.path.join(here, names.popleft())
-        target = _target(there)
+        entry = os.path.join(here, names.popleft())
+        target = _target(entry)
         if target is None:
-            here = there
+            here = entry
         elif (links := links + 1) > _LINKS_MAX:
             return
         else:

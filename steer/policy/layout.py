@@ -161,7 +161,7 @@ def by_cpu(members: Sequence[Member], topology: Topology, longest: int = MAX_RIN
     homes = nearest(members_at, topology)
     rows = _Rows()
     each = longest // len(members_at)
-    row_of = {cpu: rows.entry(build_ring(there, each)) for cpu, there in members_at.items()}
+    row_of = {cpu: rows.entry(build_ring(pinned, each)) for cpu, pinned in members_at.items()}
     anyone = row_of[min(row_of)]
     entries = array(
         "H", [row_of[homes[cpu]] if cpu in homes else anyone for cpu in range(max(homes) + 1)]

@@ -50,8 +50,8 @@ class Snapshot:
         at = bind.protocol, socket.AF_INET6 if bind.is_v6 else socket.AF_INET, bind.port
         if at not in self._open:
             self._open[at] = _open_at(*at)
-        there = self._open[at]
-        return there is None or inode in there
+        open_inodes = self._open[at]
+        return open_inodes is None or inode in open_inodes
 
     def holders(self, bind: Bind, inode: int) -> list[LeakedSocket]:
         """Who has the socket open."""

@@ -65,35 +65,37 @@ def _is_broadcast(address: str) -> bool:
     return False
 
 
-def refuse_strangers(bind: Bind, ours: frozenset[int]) -> None:
+def refuse_strangers(bind: Bind, own_inodes: frozenset[int]) -> None:
     """Check that no other process has a socket in the group.
 
     Args:
-        ours: inodes of the sockets of this service.
+        own_inodes: inodes of the sockets of this service.
 
     Raises:
         BindError: another process has one.
     """
     # To name the process takes long on a busy machine, and mostly there is none to name.
-    if _are_all(bind, ours):
+    if _are_all(bind, own_inodes):
         return
-    others = port_holders.holders(_protocol(bind), bind.address, bind.port, ours=ours)
+    others = port_holders.holders(
+        _protocol(bind), bind.address, bind.port, except_inodes=own_inodes
+    )
     strangers = [one for one in others if one.address == bind.address]
     if strangers:
         names = ", ".join(sorted({str(one) for one in strangers}))
         raise BindError(f"bind {bind.label}", f"{names} joined it too", "stop that first")
 
 
-def _are_all(bind: Bind, ours: frozenset[int]) -> bool:
+def _are_all(bind: Bind, own_inodes: frozenset[int]) -> bool:
     """Whether it is certain that no other socket is bound to the port without being connected."""
-    ports, there = sock_diag.Ports(), set[int]()
+    ports, found_inodes = sock_diag.Ports(), set[int]()
     try:
         for family in (socket.AF_INET, socket.AF_INET6):
             found = ports.at(bind.protocol, family, bind.port)
-            there |= {inode for inode, each in found.items() if not each.is_connected}
+            found_inodes |= {inode for inode, each in found.items() if not each.is_connected}
     except KernelError:
         return False
-    return there <= ours
+    return found_inodes <= own_inodes
 
 
 def _protocol(bind: Bind) -> port_holders.Protocol:

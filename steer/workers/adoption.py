@@ -48,7 +48,7 @@ class Adoption:
         """Adopt all workers.
 
         Args:
-            entries: the guard's entries of workers. Their descriptors become ours.
+            entries: the guard's entries of workers. The workers take over their descriptors.
             selection: the guard's entry of the selection.
             generations: by number, the generations of the workers.
             activated: see `WorkerPool`.
@@ -77,13 +77,13 @@ class Adoption:
 
 def staying(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[int, WorkerHandle]:
     """The workers of this generation that stay, by the number of their spec. Pure."""
-    there: dict[int, WorkerHandle] = {}
+    by_number: dict[int, WorkerHandle] = {}
     for worker in workers:
         # If two workers have one spec the later stays, as it was to replace the earlier.
-        is_better = worker.process or worker.spec.number not in there
+        is_better = worker.process or worker.spec.number not in by_number
         if is_better and _belongs(worker, generation):
-            there[worker.spec.number] = worker
-    return there
+            by_number[worker.spec.number] = worker
+    return by_number
 
 
 def _belongs(worker: WorkerHandle, generation: Generation) -> bool:

@@ -37,19 +37,19 @@ def hand_over(
     with sockets.all() as borrowed, sockets.usable() as lent:
         if fresh.name != KERNEL:
             group_program.refuse_locked(lent.values())
-        there = borrowed
+        sockets_at = borrowed
         if fresh.needs_order:
-            there = _in_order(borrowed, before.order, binds, sockets.inodes)
+            sockets_at = _in_order(borrowed, before.order, binds, sockets.inodes)
         fresh.steer(members)
         try:
             before.detach(sockets.usable)
             counted = count()
-            _take_over(fresh, there, len(binds))
+            _take_over(fresh, sockets_at, len(binds))
             fresh.steer(members)
             open_backup(fresh)
         except SteerError:
             fresh.detach(sockets.usable)
-            before.reassert(there)
+            before.reassert(sockets_at)
             open_backup(before)
             raise
     fresh.owns_counting = True
@@ -58,37 +58,37 @@ def hand_over(
 
 
 def _in_order(
-    there: Mapping[int, Sockets],
+    sockets_at: Mapping[int, Sockets],
     order: Sequence[int] | None,
     binds: Sequence[Bind],
-    ours: frozenset[int],
+    own_inodes: frozenset[int],
 ) -> Mapping[int, Sockets]:
     """The sockets of every worker, in the kernel's order.
 
     Args:
-        ours: inodes of all sockets of workers.
+        own_inodes: inodes of all sockets of workers.
 
     Raises:
         KernelError: the order is not known, or the group has sockets of others.
     """
     act = "take over the sockets there are"
-    whole = {slot for slot, socks in there.items() if len(socks) == len(binds)}
-    if order is None or not whole == set(order) == set(there):
+    whole = {slot for slot, socks in sockets_at.items() if len(socks) == len(binds)}
+    if order is None or not whole == set(order) == set(sockets_at):
         cause = "classic BPF has to know in which order the kernel has them, and that is known"
         raise KernelError(
             act, f"{cause} only as long as no worker has left", "stop and start the service"
         )
     for bind in binds:
         try:
-            port_checks.refuse_strangers(bind, ours)
+            port_checks.refuse_strangers(bind, own_inodes)
         except BindError as error:
             raise KernelError.like(error.replace(what=act)) from None
-    return {slot: there[slot] for slot in order}
+    return {slot: sockets_at[slot] for slot in order}
 
 
-def _take_over(fresh: Backend, there: Mapping[int, Sockets], binds: int) -> None:
+def _take_over(fresh: Backend, sockets_at: Mapping[int, Sockets], binds: int) -> None:
     """Give it copies of the sockets of workers that have all of theirs. Raises KernelError."""
-    for slot, socks in there.items():
+    for slot, socks in sockets_at.items():
         if len(socks) == binds:
             fresh.take_over(slot, [os.dup(socks[bind].fileno()) for bind in range(binds)])
 

@@ -153,23 +153,23 @@ class Ends:
         self._retry.until_done(act, step)
 
     def _kill_others(self, gone: Sequence[WorkerProcess]) -> None:
-        there = [each for each in gone if each.is_open]
-        for pids in self._others(there):
+        still_open = [each for each in gone if each.is_open]
+        for pids in self._others(still_open):
             family.send(signal.SIGKILL, pids)
 
     def _see(self, ends: Sequence[End]) -> None:
-        there = [each for each in ends if each.process.is_open and each not in self._waiting]
+        still_open = [each for each in ends if each.process.is_open and each not in self._waiting]
         try:
-            found = self._others([each.process for each in there])
+            found = self._others([each.process for each in still_open])
         except OSError:
             # Nobody waits for unseen processes of workers that were killed.
-            killed = [each for each in there if each.process.is_killed]
+            killed = [each for each in still_open if each.process.is_killed]
             self._decide(killed, [[] for _ in killed])
-            if len(killed) == len(there):
+            if len(killed) == len(still_open):
                 return
-            self._lose(each for each in there if not each.process.is_killed)
+            self._lose(each for each in still_open if not each.process.is_killed)
             raise
-        self._decide(there, found)
+        self._decide(still_open, found)
 
     def _decide(self, ends: Sequence[End], found: Sequence[Sequence[int]]) -> None:
         """Wait for other processes only if their worker was told to finish."""
@@ -187,22 +187,22 @@ class Ends:
 
     def _see_again(self, ends: Sequence[End]) -> None:
         # A worker may be queued twice if its processes end one after another.
-        there = [each for each in dict.fromkeys(ends) if each in self._waiting]
+        waiting = [each for each in dict.fromkeys(ends) if each in self._waiting]
         began_s = time.monotonic()
         try:
-            found = self._others([each.process for each in there])
+            found = self._others([each.process for each in waiting])
         except OSError:
-            if not all(each.process.is_killed for each in there):
+            if not all(each.process.is_killed for each in waiting):
                 raise
-            found = [[] for _ in there]
-        took_s = (time.monotonic() - began_s) / max(1, len(there))
+            found = [[] for _ in waiting]
+        took_s = (time.monotonic() - began_s) / max(1, len(waiting))
         now_s = self._loop.time()
-        for end, others in zip(there, found, strict=True):
+        for end, others in zip(waiting, found, strict=True):
             not_before_s = now_s + look_again_s(took_s)
             seldom_s = now_s + _SELDOM_S if end.process.family.is_child else not_before_s
             self._wait(end, others, not_before_s, max(not_before_s, seldom_s))
-        self._lose(end for end in there if end.others)
-        self._end([end for end in there if not end.others])
+        self._lose(end for end in waiting if end.others)
+        self._end([end for end in waiting if not end.others])
         self._tick_soon()
 
     def _others(self, gone: Sequence[WorkerProcess]) -> list[list[int]]:

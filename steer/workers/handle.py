@@ -39,25 +39,25 @@ class WorkerHandles:
     """
 
     def __init__(self) -> None:
-        self._there: dict[WorkerHandle, None] = {}
+        self._handles: dict[WorkerHandle, None] = {}
         self.by_pid: dict[int, WorkerHandle] = {}
 
     def __iter__(self) -> Iterator[WorkerHandle]:
-        return iter(self._there)
+        return iter(self._handles)
 
     def __len__(self) -> int:
-        return len(self._there)
+        return len(self._handles)
 
     def __contains__(self, worker: object) -> bool:
-        return worker in self._there
+        return worker in self._handles
 
     def add(self, worker: WorkerHandle) -> None:
         """Append the worker."""
-        self._there[worker] = None
+        self._handles[worker] = None
 
     def remove(self, worker: WorkerHandle) -> None:
         """Raises KeyError: there is no such worker."""
-        del self._there[worker]
+        del self._handles[worker]
 
     def of_pid(self, pid: int) -> WorkerHandle | None:
         """The worker whose first process has this id."""
@@ -67,7 +67,7 @@ class WorkerHandles:
 
     def sort(self, key: Callable[[WorkerHandle], tuple[int, int]]) -> None:
         """Reorder the workers by this key."""
-        self._there = dict.fromkeys(sorted(self._there, key=key))
+        self._handles = dict.fromkeys(sorted(self._handles, key=key))
 
 
 class WorkerHandle(msgspec.Struct, eq=False):

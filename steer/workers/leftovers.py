@@ -33,7 +33,7 @@ class Left(msgspec.Struct, eq=False):
     end_s: float
 
     @property
-    def is_there(self) -> bool:
+    def is_running(self) -> bool:
         """Whether it has not ended."""
         return processes.is_still(self.pid, self.began_ticks)
 
@@ -64,7 +64,7 @@ class Leftovers:
 
     def kill(self) -> None:
         """Kill all that are left, now."""
-        _kill(each for each in self._left if each.is_there)
+        _kill(each for each in self._left if each.is_running)
 
     def _look_in(self, loop: AbstractEventLoop, after_s: float) -> None:
         if self._left and not self._is_due:
@@ -74,7 +74,7 @@ class Leftovers:
     def _look(self, loop: AbstractEventLoop) -> None:
         self._is_due = False
         began_s = loop.time()
-        self._left = [each for each in self._left if each.is_there]
+        self._left = [each for each in self._left if each.is_running]
         now_s = loop.time()
         _kill(each for each in self._left if each.end_s <= now_s)
         # A process that is stuck in the kernel survives even SIGKILL; stop waiting for it.

@@ -85,7 +85,7 @@ class QueueMigration:
         with ExitStack() as stack:
             held = self._selection.backend.held(worker.slot)
             if held:
-                ours = map(reuseport.duplicate, held)
-                yield {at: stack.enter_context(sock) for at, sock in enumerate(ours)}
+                duplicates = map(reuseport.duplicate, held)
+                yield {at: stack.enter_context(sock) for at, sock in enumerate(duplicates)}
             else:
                 yield stack.enter_context(process.sockets())

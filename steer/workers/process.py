@@ -90,15 +90,15 @@ def fork_all(
         KernelError: no more processes, or no more files.
     """
     made = [WorkerProcess(launch, guard) for launch in launches]
-    with ExitStack() as theirs, ExitStack() as ours:
+    with ExitStack() as for_child, ExitStack() as for_controller:
         try:
             pairs = zip(made, owned, strict=True)
-            children = [one.prepare(own, theirs, ours) for one, own in pairs]
+            children = [one.prepare(own, for_child, for_controller) for one, own in pairs]
             for one, (pid, pidfd) in zip(made, fork.fork_all(children), strict=True):
                 one.forked(pid, pidfd)
         except OSError as error:
             raise fork.fork_error(error) from None
-        ours.pop_all()
+        for_controller.pop_all()
     return made
 
 
@@ -149,25 +149,25 @@ class WorkerProcess:
     # How it begins.
 
     def prepare(
-        self, own: Sequence[socket.socket], theirs: ExitStack, ours: ExitStack
+        self, own: Sequence[socket.socket], for_child: ExitStack, for_controller: ExitStack
     ) -> Callable[[], int]:
-        """Open its channel and pipe. Returns what its process does.
+        """Open the channel and the pipe of the process. Returns what the process does.
 
         Args:
-            theirs: closes the descriptors that only the process needs.
-            ours: closes the others if there will be no process.
+            for_child: closes the descriptors that only the process needs, once it is forked.
+            for_controller: closes the other descriptors if the process cannot be forked.
 
         Raises:
             OSError: no more files.
         """
         self.bound = tuple(processes.socket_inode(sock.fileno()) for sock in own)
         sock, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.callback(sock.close)
-        theirs.callback(channel.close)
+        for_controller.callback(sock.close)
+        for_child.callback(channel.close)
         self._channel = WorkerChannel(sock, self.launch, self._readers)
         self._stderr_fd, stderr = os.pipe()
-        ours.callback(os.close, self._stderr_fd)
-        theirs.callback(os.close, stderr)
+        for_controller.callback(os.close, self._stderr_fd)
+        for_child.callback(os.close, stderr)
         os.set_blocking(self._stderr_fd, False)
         return partial(main.main, self.launch, channel, stderr, own)
 
@@ -185,7 +185,7 @@ class WorkerProcess:
         cls, launch: Launch, guard: GuardClient, saved: Running, entry: Entry
     ) -> WorkerProcess | None:
         """A process that another controller started, from the guard's entry; None if it has ended.
-        The descriptors become ours, except those of its sockets."""
+        This object closes the descriptors, except those of the sockets."""
         if not entry.fds:
             _see_off(saved.pid, entry.group)
             return None

@@ -107,7 +107,7 @@ class Selection:
         """Continue with the selection of the previous controller.
 
         Args:
-            fds: the descriptors that were stored with it. They become ours.
+            fds: the descriptors that were stored with it. The selection closes them.
             held: by slot that is taken, the descriptors that the controller held of the worker.
         """
         self.retired = stored.retired
@@ -117,8 +117,8 @@ class Selection:
         for slot in self._slots.free:
             self._retire_counts(slot)
         try:
-            with self._sockets.all() as there:
-                self.backend.reassert(there)
+            with self._sockets.all() as sockets:
+                self.backend.reassert(sockets)
         except KernelError as error:
             self._log.warning(
                 "cannot check that the kernel has the programs and sockets: %s", error

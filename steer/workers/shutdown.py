@@ -62,8 +62,8 @@ class Shutdown:
     def _leave_nothing_to_adopt(self) -> None:
         self._guard.give_up()
         is_held = self._selection.backend.held
-        there = (worker.process for worker in self._workers if is_held(worker.slot))
-        self._guard.let_go(*(process.key for process in there if process))
+        held = (worker.process for worker in self._workers if is_held(worker.slot))
+        self._guard.let_go(*(process.key for process in held if process))
 
     def take_leftovers(self, pids: Iterable[int]) -> None:
         """Kill these processes that a worker left behind, unless they end soon by themselves."""

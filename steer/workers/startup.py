@@ -98,8 +98,8 @@ class Startup:
             if worker.process is process and worker.state is State.STARTING:
                 return self._elsewhere
         starting = (each for each in self._workers if each.state is State.STARTING)
-        there = ((worker, worker.process) for worker in starting if worker.process)
-        looked_at = islice(there, _LOOKED_AT)
+        pairs = ((worker, worker.process) for worker in starting if worker.process)
+        looked_at = islice(pairs, _LOOKED_AT)
         return next((each for each in looked_at if elsewhere.diagnosis(each[1])), None)
 
 
