@@ -1,4 +1,4 @@
-"""steer: choose, in the kernel, which worker gets the next connection.
+"""steer: select, in the kernel, which worker gets the next connection.
 
 Names are imported when they are first used (PEP 562), so `import steer` costs next to nothing.
 """

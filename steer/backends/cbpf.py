@@ -216,12 +216,12 @@ class Cbpf(WithoutEbpf):
         for bind in range(len(self._plan.binds)):
             slots = [slot for slot in self._order.indexes(bind) if slot in self._held]
             members = {slot: self._held[slot][bind] for slot in slots}
-            chosen = None if bind in self._order.unknown else layout or self._anyone(bind, members)
-            if members and chosen is None:
+            wanted = None if bind in self._order.unknown else layout or self._anyone(bind, members)
+            if members and wanted is None:
                 self._programs[bind] = None
                 group_program.detach(next(iter(members.values())))
-            elif members and chosen is not None:
-                self._attach_to(bind, members, chosen)
+            elif members and wanted is not None:
+                self._attach_to(bind, members, wanted)
 
     def _anyone(self, bind: int, members: Mapping[int, int]) -> Layout | None:
         """A layout of all members, for a group with an anchor, which the kernel's hash would

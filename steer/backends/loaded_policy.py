@@ -124,16 +124,16 @@ class LoadedPolicy:
             each.close()
 
     def begin(self) -> None:
-        """Take note that this policy selects from now on; programs of another may still run."""
+        """Note that this policy selects from now on; programs of another policy may still run."""
         self._table.begin_grace_period()
 
     def left(self) -> None:
-        """Take note that another policy selects from now on."""
+        """Note that another policy selects from now on."""
         self._left_s = time.monotonic()
 
     @property
     def has_rested(self) -> bool:
-        """Whether all programs have ended that ran when another policy took its place."""
+        """Whether all programs that ran when another policy replaced this one have ended."""
         return time.monotonic() - self._left_s > shared_memory.PROGRAMS_END_S
 
     def follow(self, before: Self) -> None:
@@ -168,21 +168,22 @@ class LoadedPolicy:
         self._table.fill(uniform(slot).parts())
         self._in_table = None
 
-    def steer(self, members: Sequence[Member], nobody: Layout) -> None:
+    def steer(self, members: Sequence[Member], without_members: Layout) -> None:
         """Select among these members.
 
         Args:
-            nobody: the layout if there are none.
+            without_members: the layout if there are no members.
         """
-        # `nobody` is not kept in `_layout`: with members again, as few flows as possible move.
-        layout = self._build_layout(members) if members else nobody
+        # `without_members` is not kept in `_layout`: once there are members again, as few flows as
+        # possible move.
+        layout = self._build_layout(members) if members else without_members
         if layout != self._in_table:
             self._table.publish(layout.parts())
             self._in_table = layout
 
     def _build_layout(self, members: Sequence[Member]) -> Layout:
-        """What was laid for the same members last would be laid again, in milliseconds where
-        there are a thousand."""
+        """The layout for these members. The last one is kept, as computing a layout for a thousand
+        members takes milliseconds."""
         topology, hash_length = self._plan.topology, self._plan.hash_length
         wanted = list(members), topology, hash_length
         if self._layout is None or wanted != self._layout_input:
@@ -228,16 +229,18 @@ class LoadedPolicy:
         )
 
 
-def _refuse_long_verification(chosen: Policy) -> None:
-    """Refuse what the verifier would refuse after ten seconds in which the controller waits.
+def _refuse_long_verification(policy: Policy) -> None:
+    """Refuse a policy that the verifier would refuse after ten seconds, for which the controller
+    would wait.
 
-    Without CAP_PERFMON it prunes no states of the loop of least-conn, and gives up with E2BIG.
+    Without CAP_PERFMON the verifier prunes no states of the loop of least-conn, and gives up with
+    E2BIG.
 
     Raises:
-        VerifierError: this is such a policy, and CAP_PERFMON is missing.
+        VerifierError: the policy has that loop, and CAP_PERFMON is missing.
     """
-    if chosen.reads_load and not chosen.is_custom and not capabilities.may_perfmon():
-        raise VerifierError(f"load {chosen.name}", "the verifier refuses its loop", _NEEDS_PERFMON)
+    if policy.reads_load and not policy.is_custom and not capabilities.may_perfmon():
+        raise VerifierError(f"load {policy.name}", "the verifier refuses its loop", _NEEDS_PERFMON)
 
 
 def _capacity(plan: Plan) -> int:
@@ -250,7 +253,7 @@ def _named(plan: Plan) -> dict[str, int]:
 
 
 def _load(
-    chosen: Policy, code: PolicyObject, kind: str, maps: Mapping[str, bpf_maps.Map], protocol: str
+    policy: Policy, code: PolicyObject, kind: str, maps: Mapping[str, bpf_maps.Map], protocol: str
 ) -> Program:
     """Load one program.
 
@@ -258,18 +261,18 @@ def _load(
         kind: "migrate" or "plain".
     """
     try:
-        name, attach_type = f"steer_{chosen.name}", ATTACH_TYPES[kind]
+        name, attach_type = f"steer_{policy.name}", ATTACH_TYPES[kind]
         return Program(name, code.programs[kind], maps, attach_type, protocol)
     except VerifierError as error:
-        raise _pointed(error, chosen, code.lines.get(kind, {})) from None
+        raise _pointed(error, policy, code.lines.get(kind, {})) from None
 
 
-def _pointed(error: VerifierError, chosen: Policy, lines: Mapping[int, int]) -> VerifierError:
-    """The error with what would help. For a custom policy, with the line of C that it is about."""
+def _pointed(error: VerifierError, policy: Policy, lines: Mapping[int, int]) -> VerifierError:
+    """The error with its cure, and for a custom policy with the line of C that it is about."""
     cure = "" if capabilities.may_perfmon() else _NEEDS_PERFMON
-    if not chosen.is_custom:
+    if not policy.is_custom:
         return error.replace(cure=cure)
     from steer.loader import verifier
 
-    detail = verifier.explain(error.detail, lines, find.file_of(chosen))
+    detail = verifier.explain(error.detail, lines, find.file_of(policy))
     return error.replace(cure=cure, detail=detail)

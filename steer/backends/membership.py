@@ -110,9 +110,9 @@ class Tries:
 
 
 class Advice(Enum):
-    NOTHING = "all is well, as far as can be seen"
-    ATTACH = "attach the program again, as that costs nothing while it chooses nobody"
-    TELL = "attach it again, and say so: it chooses nobody, and somebody gets something"
+    NOTHING = "no problem is seen"
+    ATTACH = "attach the program again, which is harmless while it selects no socket"
+    TELL = "attach the program again, and log it: it selects no socket, and sockets get connections"
 
 
 _IDLE_LOOKS, _ARRIVALS = 4, 3
@@ -122,28 +122,27 @@ _IDLE_LOOKS, _ARRIVALS = 4, 3
 class Bypass:
     """Detects that the kernel does not run the program of a group.
 
-    The kernel tells nobody which program a group has. But steer's programs count selections. If
-    that count stays the same while queues grow or connections are opened, the program was not
-    asked.
+    The kernel does not say which program a group has. But steer's programs count selections. If
+    that count stays the same while queues grow or connections are opened, the program did not run.
     """
 
     def __init__(self) -> None:
-        self._chosen = -1
+        self._selections = -1
         self._waiting: Mapping[int, int] = {}
         self._looks = self._arrivals = 0
 
-    def look(self, chosen: int, waiting: Mapping[int, int]) -> Advice:
+    def look(self, selections: int, waiting: Mapping[int, int]) -> Advice:
         """What to do.
 
         Args:
-            chosen: selections by the program so far.
+            selections: selections by the program so far.
             waiting: for each socket, by inode: its open connections, or the length of its queue.
         """
         before = self._waiting
         has_more = any(now > before.get(inode, now) for inode, now in waiting.items())
         self._waiting = waiting
-        if chosen != self._chosen:
-            self._chosen, self._looks, self._arrivals = chosen, 0, 0
+        if selections != self._selections:
+            self._selections, self._looks, self._arrivals = selections, 0, 0
             return Advice.NOTHING
         self._looks += 1
         self._arrivals += has_more

@@ -23,10 +23,11 @@ class PolicyCache:
         self.current: LoadedPolicy
 
     def for_plan(self, plan: Plan) -> LoadedPolicy:
-        """One that was current before, if no program of its can run any more; else a new one.
+        """The loaded policy for a plan: one from the cache if none of its programs still runs, else
+        a new one.
 
-        A new one is in the cache only once it is current: until then the caller has to `forget` it
-        if something fails.
+        A new one enters the cache when it is put in force. If something fails before that, the
+        caller has to `forget` it.
         """
         for each in self._kept:
             if each.has_rested and each.can_become(plan):
@@ -34,8 +35,8 @@ class PolicyCache:
         return self._load(plan)
 
     def put_in_force(self, policy: LoadedPolicy) -> None:
-        """Make it the current one, and forget the one that was current longest ago if there are
-        too many."""
+        """Make a policy the current one. If there are too many, forget the one that was current
+        longest ago."""
         if policy in self._kept:
             self._kept.remove(policy)
         self._kept.append(policy)
@@ -44,7 +45,7 @@ class PolicyCache:
             self.forget(self._kept[0])
 
     def switch_to(self, policy: LoadedPolicy) -> None:
-        """The same, once the programs of `policy` are attached in place of the current one's."""
+        """Put a policy in force whose programs have replaced those of the current policy."""
         before = self.current
         self.put_in_force(policy)
         before.left()
@@ -53,7 +54,7 @@ class PolicyCache:
             self.forget(before)
 
     def forget(self, policy: LoadedPolicy) -> None:
-        """Remove it from the kernel."""
+        """Remove a policy from the kernel."""
         if policy in self._kept:
             self._kept.remove(policy)
         policy.close()

@@ -32,7 +32,7 @@ def overview() -> list[Table]:
         (each.name, ", ".join(each.backends), each.summary, _defaults(each))
         for each in map(find.find, POLICIES)
     ]
-    return [Table("", ("policy", "backends", "chooses", "parameters"), rows)]
+    return [Table("", ("policy", "backends", "selects", "parameters"), rows)]
 
 
 def _defaults(found: Policy) -> str:

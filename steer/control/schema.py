@@ -60,7 +60,7 @@ class Totals(msgspec.Struct):
     """Connections of the whole service.
 
     Args:
-        fallback: connections that did not go to the slot that the policy chose.
+        fallback: connections that did not go to the slot that the policy selected.
         unsteered: the part of `fallback` that the kernel's own hash distributed.
     """
 

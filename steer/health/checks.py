@@ -104,7 +104,7 @@ class Health:
         return bool(self._pool.generation.plan.service.watchdog)
 
     def _begin_round(self) -> None:
-        """Choose the workers to look at: those with connections, those that were suspect at the
+        """Select the workers to look at: those with connections, those that were suspect at the
         last look, and those that missed their watchdog."""
         self._reset_after_a_gap()
         workers, now_s = self._pool.workers, self._pool.clock.now_s()

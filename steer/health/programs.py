@@ -20,48 +20,53 @@ from steer.workers.pool import WorkerPool
 from steer.workers.queues import Table
 
 _AT_ONCE = 256
-"""The most counters to read in one look, at some microseconds each."""
+"""The most counters to read in one look; each takes some microseconds."""
 _BLIND_LOOKS = 5
-"""Without counters, the program is attached again after so many looks."""
+"""Without counters, the program is attached again after this number of looks."""
 _RESTS = 4
-"""The same while nothing comes."""
+"""The same number while no connections come."""
 _UNSTEERED = -1
 """Stands for a slot."""
 
 Standings = Callable[[Bind], Table | None]
 
 
-class Chosen:
-    """Whether the program at one address chooses anybody: told by the counters of some slots in
-    each look, and while it does mostly by the first of them."""
+class SelectionCheck:
+    """Finds out whether the program at one address selects any socket.
+
+    Each look reads the counters of some slots. While the program selects, the first few mostly show
+    it."""
 
     def __init__(self) -> None:
-        self._times = self._alike = 0
+        self._changes = self._unchanged = 0
         self._seen: dict[int, int] = {}
         self._round: deque[int] = deque()
 
     def look(
         self, slots: Iterable[int], selected: Callable[[int], int], at_most: int
     ) -> int | None:
-        """Another number if it chose somebody since the last look, the same if it did not; None
-        as long as that cannot be told, as not all were looked at.
+        """Read some counters.
+
+        Returns:
+            Another number than before if the program has selected a socket since; the same if it
+            has not; None if that is not known yet, as not all counters were read.
 
         Args:
-            selected: how often a slot was chosen.
+            selected: returns how often a slot was selected.
         """
         for _ in range(at_most):
             if not self._round:
                 self._round.extend(slots)
                 self._seen = {slot: self._seen.get(slot, 0) for slot in self._round}
-            if not self._round or self._alike >= len(self._seen):
-                self._alike = 0
-                return self._times
+            if not self._round or self._unchanged >= len(self._seen):
+                self._unchanged = 0
+                return self._changes
             slot = self._round.popleft()
             before, self._seen[slot] = self._seen[slot], selected(slot)
-            self._alike += 1
+            self._unchanged += 1
             if self._seen[slot] != before:
-                self._times, self._alike = self._times + 1, 0
-                return self._times
+                self._changes, self._unchanged = self._changes + 1, 0
+                return self._changes
         return None
 
 
@@ -70,30 +75,31 @@ class Programs:
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
-        self._chosen: dict[int, Chosen] = {}
+        self._selections: dict[int, SelectionCheck] = {}
         self._bypasses: dict[int, Bypass] = {}
         self._drops: dict[tuple[int, int], int] = {}
         self._look = self._rested = 0
         self._somebody_is_new = False
 
     def changed(self, worker: WorkerHandle) -> None:
-        """A worker is in another state. Servers that attach a program of their own do so when
-        they start."""
+        """A worker's state has changed. Servers that attach a program of their own do so when they
+        start."""
         self._somebody_is_new |= worker.state is State.READY
 
     def look(self, standing_at: Standings) -> None:
-        """Args: standing_at: how the sockets of an address stood a moment ago, by inode."""
+        """Args: standing_at: returns the state of the sockets of an address, by inode."""
         self._look += 1
         binds = self._pool.generation.plan.binds
         advice = {at: self._look_at(at, bind, standing_at) for at, bind in enumerate(binds)}
-        advice |= dict.fromkeys(self._given_to_anchors(), Advice.TELL)
+        advice |= dict.fromkeys(self._selected_anchors(), Advice.TELL)
         self._attach(set(advice.values()) != {Advice.NOTHING})
         for at, each in advice.items():
             if each is Advice.TELL:
                 self._tell(binds[at])
 
     def rest(self) -> None:
-        """A program that somebody else attached meanwhile has chosen nobody yet."""
+        """Attach the programs again now and then while no connections come: another program
+        that was attached meanwhile has not selected anything yet."""
         self._rested += 1
         self._attach(self._rested % _RESTS == 0)
 
@@ -102,8 +108,8 @@ class Programs:
             self._pool.selection.attach_again()
             self._somebody_is_new = False
 
-    def _given_to_anchors(self) -> list[int]:
-        """At which addresses an anchor was chosen, which ours never does."""
+    def _selected_anchors(self) -> list[int]:
+        """Addresses where an anchor was selected, which steer's programs never do."""
         before = self._drops
         self._drops = {
             (at, processes.socket_inode(sock.fileno())): members.drops(sock)
@@ -114,20 +120,20 @@ class Programs:
     def _look_at(self, at: int, bind: Bind, standing_at: Standings) -> Advice:
         if self._pool.backend.unsteered() is None:
             return Advice.NOTHING if self._look % _BLIND_LOOKS else Advice.ATTACH
-        chosen = self._chosen.setdefault(at, Chosen()).look(
+        selections = self._selections.setdefault(at, SelectionCheck()).look(
             self._slots(), partial(self._selected, at), self._at_most
         )
-        if chosen is None:
+        if selections is None:
             return Advice.NOTHING
         waiting = self._waiting(at, bind, standing_at(bind) or {})
-        return self._bypasses.setdefault(at, Bypass()).look(chosen, waiting)
+        return self._bypasses.setdefault(at, Bypass()).look(selections, waiting)
 
     @property
     def _at_most(self) -> int:
         return 1 + _AT_ONCE // len(self._pool.generation.plan.binds)
 
     def _slots(self) -> Iterator[int]:
-        """All that may be chosen, and one for what was left to the kernel's hash."""
+        """All slots that may be selected, and one for what was left to the kernel's hash."""
         yield _UNSTEERED
         if (backup := self._pool.backend.backup) and backup.sockets:
             yield from backup.slots
@@ -142,7 +148,7 @@ class Programs:
         return counts.selected if counts else 0
 
     def _waiting(self, at: int, bind: Bind, standing: Table) -> Mapping[int, int]:
-        """What waits at each worker's socket, by inode."""
+        """The length of the queue, or the open connections, of each worker's socket, by inode."""
         open_at = self._pool.backend.open
         found = {}
         for worker in self._pool.workers:

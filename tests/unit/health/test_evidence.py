@@ -14,7 +14,7 @@ from steer.backends.membership import (
     Tries,
     departure,
 )
-from steer.health.programs import Chosen
+from steer.health.programs import SelectionCheck
 
 D = Departure
 
@@ -82,7 +82,7 @@ class Counters:
 
     def __init__(self, number: int) -> None:
         self.selected = dict.fromkeys(range(number), 0)
-        self.chosen = Chosen()
+        self.check = SelectionCheck()
         self.read = 0
 
     def _read(self, slot: int) -> int:
@@ -90,7 +90,7 @@ class Counters:
         return self.selected[slot]
 
     def look(self, at_most: int) -> int | None:
-        return self.chosen.look(self.selected, self._read, at_most)
+        return self.check.look(self.selected, self._read, at_most)
 
 
 @pytest.mark.parametrize("number", [1, 3, 64, 1000])
