@@ -57,9 +57,7 @@ def reuseport_group(
     Raises: as `ReuseportGroup`.
     """
     address = f"{protocol}://127.0.0.1:0"
-    with ReuseportGroup(
-        address, policy, slots=slots, params=params or {}, backend=backend
-    ) as group:
+    with ReuseportGroup(address, policy, slots=slots, params=params, backend=backend) as group:
         yield group
 
 

@@ -131,7 +131,10 @@ _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
 
 def kind_of(value: object) -> str:
     """The kind of a value, in words."""
-    return next((name for types, name in _KINDS if isinstance(value, types)), "no value")
+    if value is None:
+        return "no value"
+    other = f"a {type(value).__name__} object"
+    return next((name for types, name in _KINDS if isinstance(value, types)), other)
 
 
 def _fault(value: object, kind: Any, strict: bool) -> Invalid:

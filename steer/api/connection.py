@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from steer.api import arguments
+from steer.config.service import MAX_WEIGHT
 from steer.control import client, find, outcomes, schema
 from steer.errors import ControlError
 from steer.policy.builtin import CUSTOM_SUFFIX
 
+_POLICIES = "the name of a policy, or the path of a C file"
 _T = TypeVar("_T", bound=outcomes.Outcome)
 
 
@@ -38,7 +41,8 @@ class ServiceConnection:
         NotRunning: the service has ended.
         Refused: the service could not do it, and nothing has changed. The subclass `Orphaned`
             means that the service has no controller now.
-        ControlError: the service did not answer, or an argument is wrong.
+        ControlError: the service did not answer.
+        ConfigError: an argument is not of its type.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +64,8 @@ class ServiceConnection:
 
     def scale(self, workers: int) -> outcomes.Scaled:
         """Set the number of workers, 1 to 1024."""
-        return self._perform("scale", outcomes.Scaled, workers=workers)
+        count = self._number("scale", "workers", workers)
+        return self._perform("scale", outcomes.Scaled, workers=count)
 
     def set_policy(
         self,
@@ -76,25 +81,28 @@ class ServiceConnection:
                 same, else the defaults.
             weights: one for each worker; None: unchanged.
         """
-        if policy.endswith(CUSTOM_SUFFIX):
+        act = f"policy {self.name}"
+        if arguments.string("policy", policy, act, _POLICIES).endswith(CUSTOM_SUFFIX):
             policy = os.path.abspath(policy)
-        pairs = None if params is None else [f"{key}={value}" for key, value in params.items()]
-        shares = None if weights is None else list(map(str, weights))
+        pairs = None if params is None else arguments.parameters(params, act)
+        shares = None if weights is None else arguments.weights(weights, act, MAX_WEIGHT)
         return self._perform(
             "policy", outcomes.Swapped, policy=policy, params=pairs, weights=shares
         )
 
     def drain(self, slot: int) -> outcomes.Drained:
         """Stop sending new connections to the worker in the slot."""
-        return self._perform("drain", outcomes.Drained, slot=slot)
+        return self._perform("drain", outcomes.Drained, slot=self._number("drain", "slot", slot))
 
     def undrain(self, slot: int) -> outcomes.Drained:
         """Send new connections to the worker in the slot again."""
-        return self._perform("undrain", outcomes.Drained, slot=slot)
+        number = self._number("undrain", "slot", slot)
+        return self._perform("undrain", outcomes.Drained, slot=number)
 
     def restart(self, slot: int) -> outcomes.Restarted:
         """Replace the worker in the slot; it exits once the new one is ready."""
-        return self._perform("restart", outcomes.Restarted, slot=slot)
+        number = self._number("restart", "slot", slot)
+        return self._perform("restart", outcomes.Restarted, slot=number)
 
     def stop(self, quick: bool = False) -> None:
         """Stop the service and wait until it has ended.
@@ -107,6 +115,15 @@ class ServiceConnection:
     def close(self) -> None:
         """Close the connection. The service continues to run."""
         self._connections.close()
+
+    def _number(self, command: str, argument: str, value: int) -> int:
+        """The value, if it is a whole number. The service checks the range.
+
+        Raises:
+            ConfigError
+        """
+        act = f"{command} {self.name}"
+        return arguments.whole_number(argument, value, act, allowed="a whole number")
 
     def _perform(self, command: str, kind: type[_T], **more: Any) -> _T:
         outcome = client.perform(self.control_socket, command, **more)

@@ -7,7 +7,9 @@ import socket
 from collections.abc import Mapping
 from typing import Self
 
-from steer.api import group_input
+import msgspec
+
+from steer.api import arguments, group_input
 from steer.api.slots import SlotCounts, Slots
 from steer.backends import anchors
 from steer.config import planning
@@ -18,7 +20,8 @@ from steer.linux import topology
 from steer.loader import find
 from steer.sockets import port_checks, reuseport
 
-_NO_PARAMS: Mapping[str, int] = {}
+_MAX_BACKLOG = 2**31 - 1
+"""The kernel lowers it to net.core.somaxconn."""
 
 
 class ReuseportGroup:
@@ -49,7 +52,7 @@ class ReuseportGroup:
         policy: "auto", the name of a built-in policy (see `steer policies`), or the path of a C
             file.
         slots: the number of slots, 1 to 1024.
-        params: the parameters of the policy, by name.
+        params: the parameters of the policy, by name. None: their defaults.
         backend: "auto" for the best that works here; or the best to try: "ebpf", "cbpf" or
             "kernel".
 
@@ -65,11 +68,12 @@ class ReuseportGroup:
         policy: str = "auto",
         *,
         slots: int,
-        params: Mapping[str, int] = _NO_PARAMS,
+        params: Mapping[str, int] | None = None,
         backend: str = "auto",
     ) -> None:
         bind = group_input.bind_of(address)
-        asked = {"policy": policy, "params": group_input.pairs(params), "backend": backend}
+        pairs = arguments.parameters(params, "ReuseportGroup")
+        asked = {"policy": policy, "params": pairs, "backend": backend}
         where = {"bind": [group_input.text_of(bind)], "workers": group_input.count_of(slots)}
         service = changed(Service(), {**asked, **where}, "ReuseportGroup")
         self._slots = Slots(planning.plan(service, topology.read(), {}, find.find(policy)))
@@ -121,12 +125,13 @@ class ReuseportGroup:
         Raises:
             GroupError: there is no such slot, it is taken, or the group is closed or belongs to
                 another process.
-            ConfigError: the weight or the CPU is wrong.
+            ConfigError: the weight, the CPU or the backlog is wrong.
             BindError: bind(2) failed, or another process had the port before the first socket.
             KernelError: the backend could not add the socket.
         """
         self._check_usable()
-        self._slots.make_free(slot, cpu)
+        arguments.whole_number("backlog", backlog, "listen", least=0, most=_MAX_BACKLOG)
+        self._slots.make_free(slot, weight, cpu)
         settings = self._slots.plan.service.settings
         if not self._slots.was_joined:
             port_checks.check_free(self._bind, settings)
@@ -156,7 +161,7 @@ class ReuseportGroup:
             address, has no SO_REUSEPORT, or is a TCP socket that does not listen.
         """
         self._check_usable()
-        self._slots.make_free(slot, cpu)
+        self._slots.make_free(slot, weight, cpu)
         group_input.check_socket(sock, self._bind, f"add to {self._slots.label(slot)}")
         self._slots.join(slot, sock, weight, cpu)
 
@@ -212,7 +217,7 @@ class ReuseportGroup:
         self._check_usable(slot)
         self._slots.leave(slot)
 
-    def set_policy(self, policy: str, params: Mapping[str, int] = _NO_PARAMS) -> None:
+    def set_policy(self, policy: str, params: Mapping[str, int] | None = None) -> None:
         """Switch to another policy on the same backend, atomically. After an error nothing has
         changed.
 
@@ -225,9 +230,9 @@ class ReuseportGroup:
         """
         self._check_usable()
         act = f"set the policy of {self._bind.label} to {policy}"
-        asked = {"policy": policy, "params": group_input.pairs(params)}
-        service = changed(self._slots.plan.service, asked, act)
-        self._slots.set_policy(service, find.find(policy), act)
+        asked = {"policy": policy, "params": arguments.parameters(params, act)}
+        without_weights = msgspec.structs.replace(self._slots.plan.service, weights=())
+        self._slots.set_policy(changed(without_weights, asked, act), find.find(policy), act)
 
     def counts(self) -> dict[int, SlotCounts]:
         """The kernel's counts for each slot that has a socket. Raises GroupError, KernelError."""

@@ -1,15 +1,15 @@
-"""Checks the input of a group: address, parameters, sockets of other code."""
+"""Checks the input of a group: the address, the number of slots, sockets of other code."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
 
 from steer import values
+from steer.api import arguments
 from steer.config import address
 from steer.config.address import Bind
 from steer.config.service import MAX_WORKERS
-from steer.errors import ConfigError, GroupError
+from steer.errors import GroupError
 from steer.sockets import members, port_checks
 
 
@@ -20,6 +20,7 @@ def bind_of(text: str) -> Bind:
         ConfigError: the text is not an address.
         BindError: no port is free there.
     """
+    arguments.string("address", text, "ReuseportGroup", address.ALLOWED)
     return port_checks.with_port(address.parse(text, any_port=True))
 
 
@@ -28,31 +29,22 @@ def text_of(bind: Bind) -> str:
     return bind.label.replace(" ", "://")
 
 
-def pairs(params: Mapping[str, int]) -> list[str]:
-    """The parameters in the form of `Service.params`."""
-    return [f"{name}={value}" for name, value in params.items()]
-
-
 def count_of(slots: int) -> int:
-    """The number of slots.
+    """The number of slots. Raises ConfigError: it is not one."""
+    return arguments.whole_number("slots", slots, "ReuseportGroup", least=1, most=MAX_WORKERS)
+
+
+def check_socket(sock: object, bind: Bind, act: str) -> socket.socket:
+    """The socket.
 
     Raises:
-        ConfigError: it is not a number of slots.
+        GroupError: it cannot be in the group at this address.
     """
-    if slots not in range(1, MAX_WORKERS + 1):
-        shown = values.shown(slots)
-        raise ConfigError(
-            f"ReuseportGroup: slots = {shown}",
-            "not a number of slots",
-            f"allowed: 1 to {MAX_WORKERS}",
-        )
-    return slots
-
-
-def check_socket(sock: socket.socket, bind: Bind, act: str) -> None:
-    """Raises GroupError: the socket cannot join the group at this address."""
+    if not isinstance(sock, socket.socket):
+        raise GroupError(act, f"{values.kind_of(sock)}, not a socket", "give a socket.socket")
     if why_not := _why_not(sock, bind):
         raise GroupError(act, *why_not)
+    return sock
 
 
 def _why_not(sock: socket.socket, bind: Bind) -> tuple[str, str] | None:

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 
 import msgspec
 
+from steer.api import arguments
 from steer.backends.base import Backend
 from steer.backends.open import open_first, refuse_uncounted
 from steer.backends.shortfalls import NOT_COUNTED
 from steer.config import fallback, plan_change, planning
 from steer.config.plan import Plan
-from steer.config.service import Service
+from steer.config.service import MAX_WEIGHT, Service
 from steer.config.sources import changed
 from steer.errors import ConfigError, GroupError, KernelError
 from steer.loader import shared_memory
@@ -91,25 +92,36 @@ class Slots:
         return SlotCounts(counted.selected, counted.fallback, counted.migrated, now_open)
 
     def check_taken(self, slots: Collection[int]) -> None:
-        """Raises GroupError: a slot has no socket."""
+        """Raises GroupError: there is no such slot, or it has no socket."""
         for slot in slots:
+            act = f"use {self.label(slot)}"
+            self._check_exists(slot, act)
             if slot not in self._joined:
-                cause = "no socket has joined there"
-                raise GroupError(f"use {self.label(slot)}", cause, "listen() or add() first")
+                raise GroupError(act, "no socket has joined there", "listen() or add() first")
 
-    def make_free(self, slot: int, cpu: int | None) -> None:
-        """Check that a socket may join the slot, for that CPU. If the slot's socket has been
-        closed, remove it.
+    def _check_exists(self, slot: object, act: str) -> None:
+        """Raises GroupError: there is no such slot."""
+        count = len(self.plan.specs)
+        if type(slot) is not int or slot not in range(count):
+            raise GroupError(act, "no such slot", f"allowed: 0 to {count - 1}")
+
+    def make_free(self, slot: int, weight: int, cpu: int | None) -> None:
+        """Check that a socket may join the slot, with that weight and for that CPU. If the slot's
+        socket has been closed, remove it.
 
         Raises:
             GroupError: there is no such slot, or it is taken.
-            ConfigError: there is no such CPU.
+            ConfigError: the weight is not allowed, or there is no such CPU.
         """
-        act, count = f"join {self.label(slot)}", len(self.plan.specs)
-        if slot not in range(count):
-            raise GroupError(act, "no such slot", f"allowed: 0 to {count - 1}")
-        if cpu is not None and cpu not in self.plan.topology.possible:
-            raise ConfigError(act, f"there is no CPU {cpu}", "see /sys/devices/system/cpu/possible")
+        act = f"join {self.label(slot)}"
+        self._check_exists(slot, act)
+        arguments.whole_number("weight", weight, act, least=1, most=MAX_WEIGHT)
+        if cpu is not None:
+            last = max(self.plan.topology.possible)
+            arguments.whole_number("cpu", cpu, act, least=0, most=last)
+            if cpu not in self.plan.topology.possible:
+                cure = "see /sys/devices/system/cpu/possible"
+                raise ConfigError(act, f"there is no CPU {cpu}", cure)
         if slot in self._joined:
             if self.backend.is_member(slot, 0) is not False:
                 raise GroupError(act, "it is taken", "close its socket and remove() it first")
@@ -150,7 +162,8 @@ class Slots:
             return
         weights[slot] = weight
         act = f"set the weight of {self.label(slot)}"
-        service = changed(self.plan.service, {"weights": weights}, act)
+        asked = weights if max(weights) > 1 else ()
+        service = changed(self.plan.service, {"weights": asked}, act)
         self._swap(plan_change.reloaded(self.plan, service, self.plan.topology, act))
 
     def leave(self, slot: int) -> None:
@@ -205,7 +218,7 @@ class Slots:
         """Change the policy on the backend in force. After an error nothing has changed.
 
         Args:
-            service: the configuration with the new policy.
+            service: the configuration with the new policy, without weights: these stay.
 
         Raises:
             ConfigError: the policy does not run on this backend, or a parameter is wrong.
@@ -224,6 +237,7 @@ class Slots:
         if not here:
             why_not = policy.no_cbpf or f"it runs on {', '.join(policy.backends)} only"
             raise ConfigError(act, f"not on {backend}: {why_not}", "make another group for it")
+        service = changed(service, {"weights": self.plan.service.weights}, act)
         plan = plan_change.with_candidates(self.plan, service, here, cpus, act)
         fallback.first_that_works(plan, self._swap, _ignore)
 

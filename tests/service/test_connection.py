@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +63,23 @@ def test_what_cannot_be_is_refused_and_changes_nothing(service: StartService) ->
             connected.scale(0)
         told = connected.status()
         assert (told.policy, len(told.workers)) == ("hash", 2)
+
+
+WRONG: dict[str, Callable[[steer.ServiceConnection, Any], object]] = {
+    "workers": lambda service, value: service.scale(value),
+    "slot": lambda service, value: (service.drain(value), service.undrain(value)),
+    "policy": lambda service, value: service.set_policy(value),
+    "params": lambda service, value: service.set_policy("hash", value),
+    "weights": lambda service, value: service.set_policy("hash", weights=value),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_of_another_type_are_named(name: str, tmp_path: Path) -> None:
+    with steer.ServiceConnection(tmp_path / "web.sock") as connected:
+        for value in (object(), 3.5, [("a", 1)], {"a": "b"}, b"hash", True):
+            with pytest.raises(steer.ConfigError, match=rf"web: {name}.* = .*; allowed: "):
+                WRONG[name](connected, value)
 
 
 def test_none_runs() -> None:

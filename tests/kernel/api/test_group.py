@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -458,8 +460,24 @@ def test_a_stranger_is_not_joined() -> None:
         ({"address": "nonsense"}, "malformed"),
         ({"policy": "rundom"}, "unknown policy; did you mean 'random'"),
         ({"policy": "no/such.c"}, "no/such.c"),
-        ({"slots": 0}, "slots = 0: not a number of slots; allowed: 1 to 1024"),
-        ({"slots": "auto"}, "slots = 'auto': not a number of slots"),
+        (
+            {"address": None},
+            "ReuseportGroup: address = None: no value, not a string; allowed: host",
+        ),
+        ({"address": ("127.0.0.1", 0)}, "address = .*: a list, not a string; allowed: host:port"),
+        ({"policy": b"hash"}, "policy = b'hash': a bytes object, not a string; allowed: auto, "),
+        ({"policy": None}, "policy = None: no value, not a string; allowed: auto, "),
+        ({"slots": 0}, "slots = 0: too small; allowed: 1 to 1024"),
+        ({"slots": "auto"}, "slots = 'auto': a string, not a whole number; allowed: 1 to 1024"),
+        ({"slots": 2.0}, "slots = 2.0: a number, not a whole number; allowed: 1 to 1024"),
+        ({"slots": True}, "slots = True: a boolean, not a whole number; allowed: 1 to 1024"),
+        ({"params": [("prefix4", 24)]}, "params = .*: not a mapping of names to whole numbers; "),
+        ({"params": {4: 24}}, "params = .*: not a mapping of names to whole numbers; allowed: "),
+        (
+            {"params": {"x": True}},
+            r"params\['x'\] = True: a boolean, not a whole number; allowed: ",
+        ),
+        ({"params": {"x": 2**40}}, r"params\['x'\] = 1099511627776: too large; allowed: 0 to "),
         ({"backend": "xdp"}, "backend = 'xdp'.*allowed: auto, ebpf, cbpf, kernel"),
         ({"policy": "hash", "params": {"x": 1}}, "x"),
     ],
@@ -482,12 +500,56 @@ def test_slots_that_cannot_be_are_refused() -> None:
         for words, call in calls.items():
             with pytest.raises(GroupError, match=words):
                 call()
-        with pytest.raises(ConfigError, match="there is no CPU 99999"):
-            group.listen(1, cpu=99999)
-        with pytest.raises(ConfigError, match=r"weights = .*; allowed: whole numbers from 1 to"):
-            group.listen(1, weight=0)
         assert list(group.counts()) == [0]
         group.listen(1).close()
+
+
+WRONG_FOR_LISTEN: dict[str, Sequence[object]] = {
+    "weight": (0, 1001, "3", 1.5, None, True),
+    "cpu": (-1, 99999, "0", 1.0, True),
+    "backlog": (-1, "x", None, 2**40),
+}
+
+
+@all_backends
+def test_arguments_that_cannot_be_are_named(backend: str) -> None:
+    with reuseport_group("hash", backend=backend) as group, group.listen(0) as sock:
+        for name, wrong in WRONG_FOR_LISTEN.items():
+            for value in wrong:
+                words = rf": {name} = {re.escape(repr(value))}: .*; allowed: \d+ to \d+"
+                with pytest.raises(ConfigError, match=words):
+                    group.listen(1, **{name: value})  # type: ignore[arg-type]
+        slots: list[Any] = [[0, 1], "0", 1.0, True, None, -1, 2, 10**9]
+        for slot in slots:
+            for call in (group.listen, group.activate, group.drain, group.remove):
+                with pytest.raises(GroupError, match=r"slot .*: no such slot; allowed: 0 to 1"):
+                    call(slot)
+        socks: list[Any] = ["x", None, sock.fileno()]
+        for other in socks:
+            with pytest.raises(GroupError, match="not a socket; give a socket"):
+                group.add(1, other)
+            with pytest.raises(GroupError, match="not a socket; give a socket"):
+                group.migrate(0, other)
+        policies: list[Any] = [None, b"hash", 3]
+        for policy in policies:
+            with pytest.raises(ConfigError, match=r"policy = .*, not a string; allowed: auto, "):
+                group.set_policy(policy)
+        if backend != "kernel":
+            group.set_policy("random", None)
+        assert list(group.counts()) == [0]
+
+
+def test_weights_do_not_keep_a_policy_from_the_backend_that_it_needs() -> None:
+    """Nor do those of a slot that has none any more."""
+    words = "not on cbpf: it runs on kernel only; make another group for it"
+    with reuseport_group("hash", backend="cbpf") as group, group.listen(0, weight=3):
+        with pytest.raises(ConfigError, match=words):
+            group.set_policy("kernel")
+        group.set_policy("random")
+        assert group._slots.plan.service.weights == (3, 1)
+        group.remove(0)
+        group.listen(0).close()
+        assert not group._slots.plan.service.weights
 
 
 def test_over_udp_nothing_is_migrated() -> None:
