@@ -209,7 +209,7 @@ def _outcome(cell: Cell | None, notes: _Footnotes) -> str:
     if cell.got == cell.asked:
         # Of what the other backends cannot do nothing depends on the kernel.
         return "works" + notes.mark(*(cell.notes if cell.got == EBPF else ()))
-    return f"→ {cell.got}" + notes.mark(cell.reason.removeprefix(f"--backend {cell.asked}; "))
+    return f"→ {cell.got}" + notes.mark(cell.reason.removeprefix(f"backend = {cell.asked}; "))
 
 
 def _verifier(kernels: Sequence[Kernel]) -> Table:

@@ -43,7 +43,7 @@ def note(service: Service) -> str:
     is_given = service.user is not None or not (service.app or service.command)
     if is_given or os.geteuid() != 0:
         return ""
-    return "workers run as root: --user NAME runs them as another user"
+    return "workers run as root: set user to run them as another user"
 
 
 class Barriers(msgspec.Struct, frozen=True):

@@ -61,7 +61,7 @@ def backend_candidates(
     if policy.source is None:
         return [BackendCandidate(KERNEL, None, False)]
     top = EBPF if wanted == "auto" else wanted
-    better = () if top == EBPF else (f"--backend {wanted}",)
+    better = () if top == EBPF else (f"backend = {wanted}",)
     reasons = list(better)
     found: list[BackendCandidate] = []
     for backend in BACKENDS[BACKENDS.index(top) :]:
@@ -79,8 +79,8 @@ def refuse_fallback(candidate: BackendCandidate, strict: bool) -> None:
     if strict and candidate.fallback:
         raise FallbackRefused(
             f"use {candidate.backend}",
-            f"--strict, and {candidate.reason}",
-            "drop --strict, or see `steer doctor`",
+            f"strict is set, and {candidate.reason}",
+            "unset strict, or see `steer doctor`",
         )
 
 

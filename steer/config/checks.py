@@ -193,8 +193,8 @@ def check_runs_something(service: Service, sources: Sequence[str]) -> None:
     raise ConfigError(
         f"find what to run in {', '.join(sources)}",
         "neither an app nor a command is given",
-        "give one: MODULE:CALLABLE or -- COMMAND (in a file: app or command); or have the demo"
-        " run: --demo (demo = true)",
+        "give one: app, command or demo = true (on the command line: MODULE:CALLABLE, -- COMMAND "
+        "or --demo)",
     )
 
 

@@ -182,7 +182,7 @@ def _with_workers(running: Plan, service: Service, topology: Topology, workers: 
         raise ConfigError(
             f"run {plural(workers, 'worker')} in {running.name}",
             f"it was started with capacity for {running.slots // 2}",
-            f"stop it, and start it with --workers {workers}",
+            f"stop it, and start it with {plural(workers, 'worker')}",
         )
     specs = worker_specs(service, running.policy, workers, topology)
     return msgspec.structs.replace(running, service=service, specs=specs, topology=topology)

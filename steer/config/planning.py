@@ -48,7 +48,7 @@ def plan(
         FallbackRefused: --strict, and the best backend that can work is a fallback.
     """
     policy = policy or built_in(service.policy)
-    act = f"--policy {policy.name}"
+    act = f"policy {policy.name}"
     first, *others = policy_candidates(policy, service, findings, act)
     workers = len(topology.allowed) if service.workers == "auto" else service.workers
     refuse_fallback(first.backends[0], service.strict)

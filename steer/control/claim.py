@@ -65,7 +65,7 @@ class Claim:
         raise ControlError(
             f"make the control socket of {name!r}",
             "; ".join(self.refusals),
-            "name another place: --control-socket PATH",
+            "set control_socket to another path",
         )
 
     def _take(self, name: str, path: Path, turn_s: float) -> None:

@@ -47,7 +47,8 @@ def locate(
             cause, cure = f"several are running: {_names(named)}", "name one"
         else:
             cause = "several of that name are running"
-            cure = " or ".join(f"--control-socket {each.path}" for each in named)
+            paths = " or ".join(str(each.path) for each in named)
+            cure = f"name its control socket instead: {paths}"
         raise ControlError("find the service", cause, cure)
     return named[0].path
 

@@ -125,7 +125,7 @@ class Listener:
                 yield datagram.lineage or (datagram.pid,), message
             elif is_ready(message):
                 cause = f"workers are not started as user {datagram.uid}"
-                self._ignored_ready.log(datagram.pid, cause, "have steer change the user: --user")
+                self._ignored_ready.log(datagram.pid, cause, "have steer change the user: set user")
 
     def close(self) -> None:
         self._socket.close()

@@ -57,7 +57,7 @@ def _refuse_too_long(name: str, paths: Iterable[Path]) -> None:
     if all(length > PATH_MAX_BYTES for length in lengths.values()):
         causes = "; ".join(f"{path} has {length}" for path, length in lengths.items())
         cause = f"a socket's path has {PATH_MAX_BYTES} bytes at most, {causes}"
-        cure = "name another place: --control-socket PATH, STEER_RUNTIME_DIR"
+        cure = "set control_socket to another path, or STEER_RUNTIME_DIR"
         raise ControlError(f"make the control socket of {name!r}", cause, cure)
 
 
@@ -122,5 +122,5 @@ def already_running(name: str, holder: str, path: Path) -> ControlError:
     return ControlError(
         f"start service {name!r}",
         f"one of that name is running ({holder}, {path})",
-        f"stop it with `steer stop {name}`, or give this one another --name",
+        f"stop it with `steer stop {name}`, or give this one another name",
     )

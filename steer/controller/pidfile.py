@@ -61,7 +61,7 @@ def _writing_pid_file(path: str) -> Iterator[None]:
                 raise ConfigError(act, f"it names a running process, {holder}", "stop that first")
         yield
     except OSError as error:
-        raise ConfigError.from_oserror(act, error, cure="name another: --pid FILE") from None
+        raise ConfigError.from_oserror(act, error, cure="set pid to another path") from None
 
 
 def _read(path: str) -> str:

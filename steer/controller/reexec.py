@@ -51,7 +51,7 @@ class Reexec:
         """End the loop. Raises ControlError: a re-execution is not possible now."""
         if not self._guard.adopt_timeout_s:
             cause = "workers would end with the controller"
-            raise ControlError(act, cause, "see --adopt-timeout")
+            raise ControlError(act, cause, "see adopt_timeout")
         has_workers = any(each.process for each in self._pool.workers)
         if not self._state.is_running or not has_workers:
             raise ControlError(act, "no worker would serve meanwhile")

@@ -46,7 +46,7 @@ def not_ready(process: WorkerProcess) -> WorkersFailed:
         cause, cure = f"{limit}: {found[0]}", found[1]
     else:
         cause = limit
-        cure = "see --ready-timeout; ready is who says READY=1 or waits on its socket"
+        cure = "see ready_timeout; ready is who says READY=1 or waits on its socket"
     return WorkersFailed("start workers", cause, cure, detail=process.last_words)
 
 

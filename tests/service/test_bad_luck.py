@@ -340,8 +340,8 @@ def test_strict_refuses_to_fall(steer: RunSteer, command: str, policy: str) -> N
     done = steer(command, "--strict", "--policy", policy, user=NOBODY)
     assert done.returncode == 5
     backend = "cbpf" if policy == "cpu" else "kernel"
-    assert done.stderr.startswith(f"steer: use {backend}: --strict, and ebpf: ")
-    assert done.stderr.endswith("; drop --strict, or see `steer doctor`\n")
+    assert done.stderr.startswith(f"steer: use {backend}: strict is set, and ebpf: ")
+    assert done.stderr.endswith("; unset strict, or see `steer doctor`\n")
     assert done.stdout == ""
 
 
@@ -349,7 +349,7 @@ def test_strict_refuses_to_fall(steer: RunSteer, command: str, policy: str) -> N
 def test_backend_that_is_asked_for_is_no_fall(service: StartService, backend: str) -> None:
     running = service("-w", "2", "--backend", backend, "--strict", "--policy", "hash")
     assert running.status()["backend"] == backend
-    assert running.status()["backend_reason"] == f"--backend {backend}"
+    assert running.status()["backend_reason"] == f"backend = {backend}"
 
 
 def test_backend_that_cannot_take_turns(steer: RunSteer) -> None:

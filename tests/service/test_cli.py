@@ -783,7 +783,7 @@ def test_pid_file_that_cannot_be_written(
     running = service("-w", "1", "--pid", path, ready=False)
     assert running.wait() == 1
     assert f"steer: write pid file {path}: " in running.log
-    assert running.log.endswith("; name another: --pid FILE\n")
+    assert running.log.endswith("; set pid to another path\n")
     checked = steer("check", "--pid", path)
     assert (checked.returncode, checked.stderr) == (1, running.log.splitlines(True)[-1])
 

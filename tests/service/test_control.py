@@ -389,7 +389,7 @@ def test_path_that_no_socket_can_have_is_told_by_all_commands(
         assert f"a socket's path has 107 bytes at most, {path} has 114; name" in done.stderr
     done = steer("run", "--demo", "--control-socket", path)
     assert done.returncode == 1
-    assert f"{path} has 114; name another place: --control-socket PATH" in done.stderr
+    assert f"{path} has 114; set control_socket to another path" in done.stderr
     for command in ("status", "stop", "reload"):
         done = steer(command, "--control-socket", path)
         assert done.returncode == 1
@@ -402,7 +402,7 @@ def test_what_stands_in_the_place_of_the_directory_is_named(
     environment["STEER_RUNTIME_DIR"] = str(home / "file")
     (home / "file").touch()
     done = steer("run", "--demo", "--name", "web")
-    assert f"{home}/file/web.sock: {home}/file is no directory; name another" in done.stderr
+    assert f"{home}/file/web.sock: {home}/file is no directory; set control_socket" in done.stderr
     assert done.returncode == 1
 
 
@@ -439,7 +439,7 @@ def test_place_where_none_can_be(steer: RunSteer, home: Path, place: str, why: s
     assert done.returncode == 1
     assert done.stderr == (
         f"steer: make the control socket of 'test': {place}: {why}; "
-        "name another place: --control-socket PATH\n"
+        "set control_socket to another path\n"
     )
     assert (home / "file").read_text() == "precious"
 
@@ -467,7 +467,7 @@ def test_second_of_one_name_is_told_who_has_it(service: StartService) -> None:
     assert done.stderr == (
         f"steer: start service 'test': one of that name is running (pid {running.pid}, "
         f"{running.control_socket}); stop it with `steer stop test`, "
-        "or give this one another --name\n"
+        "or give this one another name\n"
     )
     assert is_unharmed(running)
 

@@ -207,7 +207,7 @@ def test_root_stays_root_hands_nothing_on_and_is_told_once(
         assert found["NoNewPrivs"] == "0"
         running.ask("reload")
         assert running.log.count("workers run as root") == 1
-    told = "note: workers run as root: --user NAME runs them as another user"
+    told = "note: workers run as root: set user to run them as another user"
     options = ("-w", "1", "-b", ":8081")
     assert steer("check", *options, *WAYS[way]).stdout.count(told) == 1
     for silent in (("-u", "root", *WAYS[way]), ("-u", str(NOBODY), *WAYS[way]), ()):

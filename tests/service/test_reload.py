@@ -339,7 +339,7 @@ NO_MODULE = "No module named 'no_such_module'"
     "app, code, words",
     [
         ("exits", 3, f"start workers: exit status 7; {UNCHANGED}\n  | out of order\n"),
-        ("never_ready", 3, "start workers: not ready within 2 s; see --ready-timeout"),
+        ("never_ready", 3, "start workers: not ready within 2 s; see ready_timeout"),
         ("serve", 4, f"load app:serve: ModuleNotFoundError: {NO_MODULE}; {UNCHANGED}"),
     ],
 )
@@ -621,7 +621,7 @@ def test_scale_up_and_down(service: StartService) -> None:
     [
         ("0", "scale test to 0: a number from 1 to 1024 is wanted; see `steer stop`\n"),
         ("129", "run 129 workers in test: it was started with capacity for 128; stop it, "
-                "and start it with --workers 129\n"),
+                "and start it with 129 workers\n"),
     ],
 )  # fmt: skip
 def test_scale_to_what_makes_no_sense(service: StartService, workers: str, words: str) -> None:

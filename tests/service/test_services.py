@@ -63,7 +63,7 @@ def test_two_of_a_name_are_told_apart_by_their_sockets(
     asked = steer("stop", "test")
     assert asked.returncode == 1
     assert "several of that name are running" in asked.stderr
-    assert all(f"--control-socket {path}" in asked.stderr for path in paths)
+    assert all(str(path) in asked.stderr for path in paths)
     for path in paths:
         assert steer("stop", "--control-socket", str(path)).returncode == 0
 

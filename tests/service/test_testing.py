@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,35 @@ def test_variables_of_the_environment_do_not_matter(
             assert len(running.status().workers) == 1
             assert running.status().name == "mine"
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:0", "udp://127.0.0.1:0"])
+def test_port_0_is_a_free_port(netns: Netns, bind: str) -> None:
+    with service(demo=True, workers=1, bind=bind) as one:
+        (found,) = one.status().binds
+        assert (found.address, found.port) == one.address
+        assert found.protocol == ("udp" if "udp" in bind else "tcp")
+        with service(demo=True, workers=1, bind=[bind, "[::1]:0"]) as other:
+            assert (
+                len({one.address, *((each.address, each.port) for each in other.status().binds)})
+                == 3
+            )
+
+
+def test_it_does_not_wait_for_an_app_that_ignores_its_end(netns: Netns, tmp_path: Path) -> None:
+    """The service is told to end when the block is left; 30 s are the default elsewhere."""
+    (tmp_path / "stubborn.py").write_text(
+        "import signal\n"
+        "def serve(worker):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    worker.ready()\n"
+        "    while True:\n"
+        "        signal.pause()\n"
+    )
+    with service(app="stubborn:serve", workers=1, chdir=str(tmp_path)) as running:
+        began_s = time.monotonic()
+        assert running.status().workers[0].state == "ready"
+    assert time.monotonic() - began_s < 15
 
 
 def test_one_that_does_not_start_says_why(netns: Netns) -> None:

@@ -333,7 +333,7 @@ def test_one_that_is_not_ready_in_time_is_said_so(service: StartService) -> None
     running = service("-w", "1", "--ready-timeout", "0.3", "--", "sh", "-c",
                       "echo waiting >&2; exec sleep 1000", ready=False)  # fmt: skip
     assert running.wait() == 3
-    assert "steer: start workers: not ready within 0.3 s; see --ready-timeout" in running.log
+    assert "steer: start workers: not ready within 0.3 s; see ready_timeout" in running.log
     assert "  | waiting" in running.log
 
 

@@ -105,9 +105,9 @@ def test_each_reason_is_told_once() -> None:
         shared = "cbpf: it keeps no state"
         return [
             cell("round-robin", EBPF, KERNEL, f"{own}; {shared}"),
-            cell("round-robin", CBPF, KERNEL, f"--backend cbpf; {shared}"),
-            cell("round-robin", KERNEL, KERNEL, "--backend kernel"),
-            cell("flow", CBPF, KERNEL, f"--backend cbpf; {shared}"),
+            cell("round-robin", CBPF, KERNEL, f"backend = cbpf; {shared}"),
+            cell("round-robin", KERNEL, KERNEL, "backend = kernel"),
+            cell("flow", CBPF, KERNEL, f"backend = cbpf; {shared}"),
         ]
 
     said = texts(kernel(*cells("ebpf: 1"), release="5.10"), kernel(*cells("ebpf: 2")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -782,6 +783,21 @@ def test_it_is_closed_on_errors(backend: str) -> None:
         with pytest.raises(ConfigError):
             ReuseportGroup("127.0.0.1:8000", "hash", slots=1, params={"no": 1})
     assert descriptors(os.getpid()) == before
+
+
+@all_backends
+def test_one_that_is_dropped_is_closed_with_a_warning(backend: str) -> None:
+    before = descriptors(os.getpid())
+    groups = [ReuseportGroup("127.0.0.1:0", "hash", slots=2, backend=backend)]
+    address = groups[0].address
+    with groups[0].listen(0):
+        groups[0].activate(0)
+    with pytest.warns(ResourceWarning, match=f"unclosed group at tcp 127.0.0.1:{address[1]}"):
+        groups.clear()
+    gc.collect()
+    assert descriptors(os.getpid()) == before
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
 
 
 def test_only_what_is_needed_is_imported() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,10 @@ import pytest
 
 import steer
 from steer.api import service
+from steer.config import planning
 from steer.config.service import FIELDS
+from steer.linux import topology
+from steer.loader import find
 
 
 def test_configuration_is_checked_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +65,56 @@ def test_what_cannot_be_is_told(settings: dict[str, Any], error: str) -> None:
     with pytest.raises(steer.ConfigError) as caught:
         steer.Config(**settings)
     assert error in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        ("shop.py", "shop"),
+        ("/srv/my shop.v2.py", "my-shop.v2"),
+        ("/srv/shop/__main__.py", "shop"),
+        ("_-_.py", "python"),
+        (None, "python"),
+    ],
+)
+def test_a_service_of_a_script_has_the_name_of_its_file(
+    file: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise all would be named __main__, and only one could run."""
+
+    def serve(worker: object) -> None: ...
+
+    serve.__module__, serve.__qualname__ = "__main__", "serve"
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", file)
+    assert steer.Config(app=serve).service.service_name == name
+    assert steer.Config(app=serve, name="mine").service.service_name == "mine"
+    assert steer.Config(app="shop:serve").service.service_name == "shop"
+
+
+SPEAKS_OF_AN_OPTION = r"--[a-z]"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "source", "params": {"nope": 1}},
+        {"policy": "source", "params": {"prefix4": 99}},
+        {"policy": "auto", "params": {"prefix4": 24}},
+        {"policy": "round-robin", "backend": "cbpf", "strict": True},
+        {"policy": "kernel", "weights": [2, 1]},
+        {"policy": "hash", "backend": "xdp"},
+    ],
+)
+def test_errors_and_reasons_speak_of_parameters(settings: dict[str, Any]) -> None:
+    def make() -> None:
+        made = steer.Config(app="shop:serve", **settings).service
+        planning.plan(made, topology.read(), {}, find.find(made.policy))
+
+    with pytest.raises(steer.SteerError) as caught:
+        make()
+    assert not re.search(SPEAKS_OF_AN_OPTION, str(caught.value))
+    with steer.ReuseportGroup("127.0.0.1:0", "hash", slots=1, backend="kernel") as group:
+        assert group.reason == "backend = kernel"
 
 
 def test_settings_are_those_of_the_configuration() -> None:

@@ -68,16 +68,16 @@ hash_, turns, plain = POLICIES["hash"], POLICIES["round-robin"], POLICIES["kerne
             "cbpf",
             YES,
             YES,
-            [("cbpf", "--backend cbpf", 0), ("kernel", "--backend cbpf", 0)],
+            [("cbpf", "backend = cbpf", 0), ("kernel", "backend = cbpf", 0)],
         ),
         (
             hash_,
             "cbpf",
             NO,
             NO,
-            [("kernel", "--backend cbpf; cbpf: needs Linux 4.19", 1)],
+            [("kernel", "backend = cbpf; cbpf: needs Linux 4.19", 1)],
         ),
-        (hash_, "kernel", YES, YES, [("kernel", "--backend kernel", 0)]),
+        (hash_, "kernel", YES, YES, [("kernel", "backend = kernel", 0)]),
         (turns, "auto", YES, YES, [("ebpf", None, 0), ("kernel", NO_TURNS, 1)]),
         (
             turns,
@@ -86,7 +86,7 @@ hash_, turns, plain = POLICIES["hash"], POLICIES["round-robin"], POLICIES["kerne
             YES,
             [("kernel", f"ebpf: needs Linux 4.19; {NO_TURNS}", 1)],
         ),
-        (turns, "cbpf", YES, YES, [("kernel", f"--backend cbpf; {NO_TURNS}", 1)]),
+        (turns, "cbpf", YES, YES, [("kernel", f"backend = cbpf; {NO_TURNS}", 1)]),
         (plain, "auto", NO, NO, [("kernel", None, 0)]),
         (plain, "ebpf", YES, YES, [("kernel", None, 0)]),
     ],
@@ -127,7 +127,7 @@ def test_from_the_top_down_all_that_may_hold(policy: Policy, asked: str) -> None
             over = [b for b in BACKENDS[top : BACKENDS.index(candidate.backend)] if b in passed]
             reasons = candidate.reason.split("; ") if candidate.reason else []
             if asked in ("cbpf", "kernel"):
-                assert reasons.pop(0) == f"--backend {asked}"
+                assert reasons.pop(0) == f"backend = {asked}"
             assert [reason.partition(":")[0] for reason in reasons] == over
             assert candidate.fallback == bool(over)
 
@@ -145,7 +145,7 @@ def test_strict_refuses_every_fallback_and_nothing_else(policy: Policy, asked: s
             refuse_fallback(candidate, strict=True)
         assert caught.value.exit_code == 5
         assert str(caught.value).startswith(
-            f"use {candidate.backend}: --strict, and {candidate.reason}; "
+            f"use {candidate.backend}: strict is set, and {candidate.reason}; "
         )
 
 
@@ -160,4 +160,4 @@ def test_a_backend_that_failed_is_a_reason() -> None:
 
 def test_what_was_asked_for_stays_a_reason() -> None:
     kernel = backend_candidates(hash_, "cbpf", {})[-1]
-    assert after(kernel, "cbpf", "ENOMEM").reason == "--backend cbpf; cbpf: ENOMEM"
+    assert after(kernel, "cbpf", "ENOMEM").reason == "backend = cbpf; cbpf: ENOMEM"

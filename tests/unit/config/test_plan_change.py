@@ -204,7 +204,7 @@ def test_every_backend_on_which_it_would_steer_is_tried(
             "flow",
             "ebpf",
             "cbpf",
-            "flow would steer nothing: --backend cbpf; cbpf: classic BPF keeps no state, so it "
+            "flow would steer nothing: backend = cbpf; cbpf: classic BPF keeps no state, so it "
             "cannot remember flows; allowed: cpu, hash, source, random, kernel",
         ),
         (
@@ -219,7 +219,7 @@ def test_every_backend_on_which_it_would_steer_is_tried(
             "hash",
             "ebpf",
             "kernel",
-            "hash would steer nothing: --backend kernel; see `steer doctor`",
+            "hash would steer nothing: backend = kernel; see `steer doctor`",
         ),
     ],
 )
@@ -351,7 +351,7 @@ def test_params_that_cannot_be(policy: str, params: tuple[str, ...], said: str) 
     assert str(caught.value) == f"change it: {said}"
     with pytest.raises(ConfigError) as caught:
         planning.plan(service, FOUR, YES, find.find(policy))
-    assert str(caught.value) == f"--policy {policy}: {said}"
+    assert str(caught.value) == f"policy {policy}: {said}"
 
 
 def test_weights_may_change_live() -> None:

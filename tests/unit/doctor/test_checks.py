@@ -334,7 +334,7 @@ OLD = features.Finding(Answer.NO, "Linux 5.10.0 cannot migrate connections")
         ),
         ("backend", a_case(), "ok", "ebpf", ""),
         ("backend", a_case(serving(policy="kernel")), "ok", "kernel", ""),
-        ("backend", a_case(serving(backend="cbpf")), "ok", "cbpf; --backend cbpf", ""),
+        ("backend", a_case(serving(backend="cbpf")), "ok", "cbpf; backend = cbpf", ""),
         (
             *("backend", a_case(SERVICE, without(*CAPABILITIES), NO_BPF)),
             *("warn", "cbpf; ebpf: create BPF map", "run with CAP_BPF"),
@@ -345,11 +345,11 @@ OLD = features.Finding(Answer.NO, "Linux 5.10.0 cannot migrate connections")
         ),
         (
             *("backend", a_case(serving(policy="round-robin", backend="cbpf"))),
-            *("warn", "kernel; --backend cbpf; cbpf: ", "a policy that runs on cbpf"),
+            *("warn", "kernel; backend = cbpf; cbpf: ", "a policy that runs on cbpf"),
         ),
         (
             *("backend", a_case(serving(backend="cbpf"), probes={CBPF: OLD})),
-            *("warn", "kernel; --backend cbpf; cbpf: ", "Linux 5.4"),
+            *("warn", "kernel; backend = cbpf; cbpf: ", "Linux 5.4"),
         ),
     ],
 )
