@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from typing import Self
 
@@ -251,6 +252,13 @@ class ReuseportGroup:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        """As files and sockets do: warn, and close what would stay open until the process ends."""
+        if not getattr(self, "_is_closed", True):
+            what = f"unclosed group at {self._bind.label}"
+            warnings.warn(what, ResourceWarning, stacklevel=2, source=self)
+            self.close()
 
     def __reduce__(self) -> str:
         raise GroupError(f"pickle the group at {self._bind.label}", *_NOT_THE_GROUP)
