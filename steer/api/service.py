@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, TypedDict
 
 from steer.child.api import Worker
@@ -23,6 +26,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Unpack
 
+_SCRIPT = "__main__"
+"""The module that Python makes of the file that it runs."""
+_NO_FILE = "python"
+"""The name of a service whose program has no file, as with `python -c`."""
 Application = Callable[[Worker], object]
 
 
@@ -66,7 +73,8 @@ class Config:
     Args:
         app: "module:callable", or a function of a module. Each worker process calls it with a
             `Worker`. Instead of it, give `command`, a command line, or `demo=True`.
-        settings: see `Settings`. Times are in seconds.
+        settings: see `Settings`. Times are in seconds. The default of `name` for a function of a
+            script is the name of its file, "shop" for "shop.py".
 
     Raises:
         ConfigError: names the key, the value and what is allowed.
@@ -74,6 +82,8 @@ class Config:
 
     def __init__(self, **settings: Unpack[Settings]) -> None:
         given = {key: _plain(key, value) for key, value in settings.items()}
+        if str(given.get("app")).startswith(f"{_SCRIPT}:") and given.get("name") is None:
+            given["name"] = _name_of_script()
         self.service = sources.load({}, {}, given, "steer.Config", runs=True)
 
     def __eq__(self, other: object) -> bool:
@@ -153,6 +163,14 @@ def _name_of(function: Callable[..., object]) -> str:
         cure = 'define it in a module with `def`, or name it: "module:callable"'
         raise ConfigError(f"serve {function!r}", "workers cannot find it by a name", cure)
     return f"{module}:{name}"
+
+
+def _name_of_script() -> str:
+    """The name of the file of the running script, with "-" for what a service's name cannot have.
+    For a directory or a package that is run, this is its name."""
+    path = Path(getattr(sys.modules[_SCRIPT], "__file__", None) or _NO_FILE).absolute()
+    name = path.parent.name if path.stem == _SCRIPT else path.stem
+    return re.sub(r"(?a)[^\w.-]", "-", name).lstrip("_.-")[:63] or _NO_FILE
 
 
 @contextmanager
