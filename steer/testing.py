@@ -19,14 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from steer.api import group_input
 from steer.api.connection import ServiceConnection
 from steer.api.group import ReuseportGroup
 from steer.api.service import Config, Settings
-from steer.config.address import Bind
+from steer.config import address
 from steer.config.sources import as_toml
 from steer.errors import NotRunning, WorkersFailed
 from steer.sockets import port_checks
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 _LOOK_S = 0.02
+_GRACEFUL_TIMEOUT_S = 1.0
+"""A test has no open requests at its end that would have to be finished."""
 
 
 @contextmanager
@@ -82,16 +85,17 @@ def service(*, timeout_s: float = 30.0, **settings: Unpack[Settings]) -> Iterato
 
     Args:
         timeout_s: how long the workers may take to become ready.
-        settings: see `steer.Config`. The default of `bind` is 127.0.0.1 and a free port, the
-            default of `name` is "test".
+        settings: see `steer.Config`. Port 0 in `bind` means a free port. The defaults are
+            "127.0.0.1:0" for `bind`, "test" for `name`, and 1 second for `graceful_timeout`.
 
     Raises:
         ConfigError: as `steer.Config`.
+        BindError: no port is free.
         WorkersFailed: the service did not start in time; `detail` has its log.
     """
-    free = port_checks.with_port(Bind("tcp", "127.0.0.1", 0))
-    settings.setdefault("bind", f"{free.address}:{free.port}")
     settings.setdefault("name", "test")
+    settings.setdefault("graceful_timeout", _GRACEFUL_TIMEOUT_S)
+    settings["bind"] = _with_free_ports(settings.get("bind", "127.0.0.1:0"))
     with tempfile.TemporaryDirectory(prefix="steer-") as directory:
         control = Path(directory, "service.sock")
         settings["control_socket"] = str(control)
@@ -99,14 +103,29 @@ def service(*, timeout_s: float = 30.0, **settings: Unpack[Settings]) -> Iterato
         file, log = Path(directory, "steer.toml"), Path(directory, "log")
         file.write_text(as_toml(configured))
         bind = configured.binds[0]
-        address = bind.address or "127.0.0.1", bind.port
+        host_and_port = bind.address or "127.0.0.1", bind.port
         with (
             log.open("wb") as stderr,
             _running(file, stderr.fileno()) as process,
-            RunningService(control, address) as running,
+            RunningService(control, host_and_port) as running,
         ):
             _await_ready(running, process, log, timeout_s)
             yield running
+
+
+def _with_free_ports(given: str | Sequence[str]) -> str | Sequence[str]:
+    """The addresses, with a free port in place of port 0. `Config` checks anything else.
+
+    Raises:
+        ConfigError: one is malformed.
+        BindError: no port is free.
+    """
+    if isinstance(given, str):
+        bind = address.parse(given, any_port=True)
+        return given if bind.port else group_input.text_of(port_checks.with_port(bind))
+    if isinstance(given, list | tuple):
+        return [str(_with_free_ports(each)) for each in given]
+    return given
 
 
 @contextmanager
