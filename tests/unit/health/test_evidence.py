@@ -105,7 +105,7 @@ def test_it_is_told_by_few_counters_that_nobody_is_chosen(number: int) -> None:
 def test_who_is_chosen_is_found_wherever_it_is() -> None:
     counters = Counters(1000)
     for slot in (0, 999, 500, 500, 1):
-        before = counters.chosen._times
+        before = counters.check._changes
         counters.selected[slot] += 1
         looks = [counters.look(65) for _ in range(2 * 1000 // 65)]
         assert before + 1 in looks
