@@ -13,6 +13,7 @@ from steer.attach import holders
 from steer.attach.attachment import Attachment
 from steer.attach.counting import CountingElsewhere
 from steer.attach.holders import Holder
+from steer.attach.replaced import ReplacedProgram
 from steer.attach.roster import Member, Roster, State
 from steer.attach.watch import Watch
 from steer.backends import backup
@@ -69,6 +70,8 @@ class AttachedGroup:
         self._likely: set[int] = set()
         self.is_older_counted = False
         self.retired = Counts()
+        self._replaced: ReplacedProgram | None = None
+        self._is_detached = False
         self.watch: Watch | None = None
         self.why_unwatched: Note | None = None
         capacity = plan.slots + backup.COUNT
@@ -86,18 +89,26 @@ class AttachedGroup:
                 self.why_unwatched = error.note
             self.close = undo.pop_all().close
 
-    def begin(self, likely: Iterable[int] = (), left: bool = False) -> None:
+    def begin(
+        self,
+        likely: Iterable[int] = (),
+        left: bool = False,
+        replaced: ReplacedProgram | None = None,
+    ) -> None:
         """Take in all that there are.
 
         Args:
             likely: processes that probably have them open.
             left: whether the group has the program of an attacher that was killed.
+            replaced: the program that the group has, to be put back when this is detached.
 
         Raises:
             KernelError: not all can be; the group is as it was.
         """
         self._likely.update(likely)
         try:
+            if replaced is not None:
+                self._take_out(replaced)
             if left:
                 self._join_in_place_of_another()
             else:
@@ -109,6 +120,18 @@ class AttachedGroup:
         except BaseException:
             self.detach()
             raise
+
+    def _take_out(self, replaced: ReplacedProgram) -> None:
+        """First our program, which leaves the selection to the kernel's hash as yet: so no
+        connection meets theirs without its sockets. Raises KernelError."""
+        self.backend.reattach(self._lend_any)
+        self._replaced = replaced
+        replaced.take_out()
+
+    @contextmanager
+    def _lend_any(self) -> Iterator[Mapping[int, socket.socket]]:
+        with holders.borrowed(self._holders_of(self.listeners().keys())) as lent:
+            yield dict(enumerate(list(lent.values())[:1]))
 
     def _join_in_place_of_another(self) -> None:
         """With its program, which is freed after a grace period, goes the sockarray that the
@@ -295,8 +318,16 @@ class AttachedGroup:
         return holders.find({inode})
 
     def detach(self) -> None:
-        """Leave the group to the kernel's hash, as it was."""
-        self.backend.detach(self._lend)
+        """Leave the group to the kernel's hash, or to the program that it had before. A second
+        call does nothing."""
+        if self._is_detached:
+            return
+        self.backend.detach(self._lend if self._replaced is None else self._lend_any)
+        if self._replaced is not None:
+            there = self.listeners()
+            with holders.borrowed(self._holders_of(there.keys())) as lent:
+                self._replaced.put_back({there[inode].cookie: sock for inode, sock in lent.items()})
+        self._is_detached = True
 
 
 def _is_waited_on(member: Member, serving: Set[int]) -> bool:

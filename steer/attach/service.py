@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing, suppress
 from steer.attach import there
 from steer.attach.attachment import Heartbeat
 from steer.attach.group import AttachedGroup
+from steer.attach.replaced import ReplacedProgram
 from steer.attach.requests import Requests
 from steer.attach.target import Target
 from steer.config import fallback
@@ -66,7 +67,7 @@ def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) ->
             undo.callback(claim.release)
             group, plan = _open(plan, log)
             undo.callback(group.close)
-            group.begin(target.pids, target.left)
+            group.begin(target.pids, target.left, _replaced(target, undo))
             undo.callback(group.detach)
             undo.callback(Heartbeat(group.attachment.beat).close)
             claim.others_may_start()
@@ -78,6 +79,15 @@ def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) ->
     finally:
         output.stderr.finish(_LAST_LINES_S)
         output.stderr.close()
+
+
+def _replaced(target: Target, undo: ExitStack) -> ReplacedProgram | None:
+    """Raises KernelError: it cannot be put back later."""
+    if not target.replaced:
+        return None
+    replaced = ReplacedProgram(target.replaced)
+    undo.callback(replaced.close)
+    return replaced
 
 
 def _refuse_attached(plan: Plan, environment: Mapping[str, str]) -> None:
@@ -129,6 +139,7 @@ class _AttachedService:
         self._ended = asyncio.Event()
         self._detached = asyncio.Event()
         self._look_again: asyncio.TimerHandle | None = None
+        self._heard_fd: int | None = None
 
     async def run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -153,14 +164,19 @@ class _AttachedService:
     def _end(self) -> None:
         if self._look_again is not None:
             self._look_again.cancel()
-        if self._group.watch is not None:
-            self._loop.remove_reader(self._group.watch.events)
+        self._stop_hearing()
         self._retry.attempt("detach", self._group.detach)
         self._detached.set()
 
     def _hear(self) -> None:
         if self._group.watch is not None:
-            self._loop.add_reader(self._group.watch.events, self._heard)
+            self._heard_fd = self._group.watch.events.fileno()
+            self._loop.add_reader(self._heard_fd, self._heard)
+
+    def _stop_hearing(self) -> None:
+        if self._heard_fd is not None:
+            self._loop.remove_reader(self._heard_fd)
+            self._heard_fd = None
 
     def _heard(self) -> None:
         if self._group.watch is not None:
@@ -170,10 +186,9 @@ class _AttachedService:
     def _look(self) -> None:
         if self._look_again is not None:
             self._look_again.cancel()
-        was_watched = self._group.watch
         self._retry.attempt("look for listeners", self._group.look)
-        if was_watched is not self._group.watch and was_watched is not None:
-            self._loop.remove_reader(was_watched.events)
+        if self._group.watch is None:
+            self._stop_hearing()
         self._look_again = self._loop.call_later(self._pause_s(), self._look)
 
     def _pause_s(self) -> float:

@@ -30,16 +30,18 @@ class Target:
 
     Args:
         bind: TCP.
+        replace: whether a program that the group has may be replaced for a while.
 
     Attributes:
         left: whether the group still has the program of an attacher that was killed.
+        replaced: the number of the program that is to be replaced; 0: none.
 
     Raises:
         AttachRefused: they cannot be steered; it says why and what would help.
         KernelError: it cannot be told.
     """
 
-    def __init__(self, bind: Bind) -> None:
+    def __init__(self, bind: Bind, replace: bool = False) -> None:
         self.bind = bind
         self._act = f"attach to {bind.label}"
         self.listeners: Mapping[int, Listener] = {}
@@ -53,7 +55,8 @@ class Target:
         self._refuse_users()
         self._refuse_hidden()
         self._refuse_own()
-        self.left = self._program()
+        self.replaced = 0
+        self.left = self._program(replace)
         self._refuse_unshared()
         self._refuse_one_for_all()
 
@@ -124,7 +127,7 @@ class Target:
                 cause = f"it is service {name} of steer's"
                 raise self._refusal(cause, f"`steer policy {name} POLICY` changes its policy")
 
-    def _program(self) -> bool:
+    def _program(self, replace: bool) -> bool:
         """Whether the group still has the program of an attacher that was killed.
 
         Raises:
@@ -142,7 +145,10 @@ class Target:
         for number, each in programs.items():
             pids = holders_of[number]
             if pids or not each.name.startswith(_OURS):
-                raise self._refusal(*_somebodys(each, pids))
+                self.replaced = each.program_id
+                if not replace or not self.replaced or _service_of(pids):
+                    raise self._refusal(*_somebodys(each, pids, replace))
+                return False
         return bool(programs)
 
     def _refuse_unshared(self) -> None:
@@ -180,12 +186,15 @@ def _one_socket(pids: Sequence[int], inode: int, how: str) -> tuple[str, str]:
 _OURS = b"steer_"
 
 
-def _somebodys(found: KernelSocket, pids: Set[int]) -> tuple[str, str]:
+def _service_of(pids: Iterable[int]) -> str | None:
+    return next(filter(None, map(services.name_of, pids)), None)
+
+
+def _somebodys(found: KernelSocket, pids: Set[int], replace: bool) -> tuple[str, str]:
     """Cause and cure where a program selects already."""
-    for pid in pids:
-        if service := services.name_of(pid):
-            cause = f"service {service} steers it already (pid {pid})"
-            return cause, f"`steer policy {service} POLICY`"
+    if service := _service_of(pids):
+        cause = f"service {service} steers it already ({several('pid', sorted(pids))})"
+        return cause, f"`steer policy {service} POLICY`"
     if found.classic_length:
         what = f"a classic program of {plural(found.classic_length, 'instruction')}"
     else:
@@ -194,7 +203,13 @@ def _somebodys(found: KernelSocket, pids: Set[int]) -> tuple[str, str]:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began_s))
         what = f"program {name} (id {found.program_id}, loaded by uid {found.program_uid}, {since})"
     by = f"; it is held by {several('pid', sorted(pids))}" if pids else ""
-    return f"{what} selects there already{by}", "end whoever attached it, see `steer inspect`"
+    if replace:
+        cure = "no classic program can be read from the kernel, so it could not be put back"
+    elif found.classic_length:
+        cure = "end whoever attached it, see `steer inspect`"
+    else:
+        cure = "--replace takes its place, and puts it back at the end"
+    return f"{what} selects there already{by}", cure
 
 
 def _text(packed: bytes) -> str:

@@ -15,6 +15,7 @@ def attach(
     weights: str | None,
     params: Sequence[str],
     control_socket: str | None,
+    replace: bool,
     log_level: str,
     log_format: str,
 ) -> None:
@@ -35,7 +36,7 @@ def attach(
     from steer.loader import find, probe
 
     act = f"attach to {where}"
-    target = Target(bind_of(where))
+    target = Target(bind_of(where), replace)
     label = target.bind.label.removeprefix("tcp ")
     asked = {
         "bind": [label],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -280,4 +281,38 @@ def test_group_with_a_program_of_somebody_is_refused(steer: RunSteer) -> None:
         said = refused(steer)
         assert "a classic program of " in said
         assert "selects there already" in said
+        group_program.detach(member.fileno())
+
+
+@contextmanager
+def steered_by_its_owner() -> Iterator[None]:
+    """Three listeners, of which a program of their owner's selects two."""
+    with running(sys.executable, path("selects_by_its_own"), HOST, str(PORT)) as server:
+        assert line_of(server) == "here"
+        assert answers(40) == {"0": 20, "1": 20}
+        yield
+
+
+def test_program_of_somebody_is_replaced_only_if_asked_for(steer: RunSteer) -> None:
+    with steered_by_its_owner():
+        assert "--replace takes its place, and puts it back" in refused(steer)
+        assert answers(40) == {"0": 20, "1": 20}
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_replaced_program_is_put_back_with_its_sockets(attach: Attach, how: int) -> None:
+    with steered_by_its_owner():
+        attached = attach("--replace", "--policy", "round-robin")
+        assert is_even(answers(60), 3, len(CPUS))
+        assert attached.stop(how) == 0
+        assert answers(40) == {"0": 20, "1": 20}
+
+
+def test_classic_program_cannot_be_replaced(steer: RunSteer) -> None:
+    with threads(2), socket.socket() as member:
+        member.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        member.bind((HOST, PORT))
+        member.listen()
+        group_program.attach_cbpf(member.fileno(), list(classic.NOTHING))
+        assert "could not be put back" in refused(steer, f"{HOST}:{PORT}", "--replace")
         group_program.detach(member.fileno())

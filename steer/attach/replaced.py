@@ -1,0 +1,52 @@
+"""The program that a group had before, taken out for a while and put back."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from steer.loader.foreign import ForeignProgram, SocketArray
+from steer.sockets import group_program
+
+
+class ReplacedProgram:
+    """A socket can be in one socket array only. So those that the program selects from are
+    emptied, and what was in them is put back where it was, as far as it is still there.
+
+    Args:
+        number: of the program.
+
+    Raises:
+        KernelError: it cannot be opened: CAP_SYS_ADMIN is needed.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._kept: list[tuple[SocketArray, Mapping[int, int]]] = []
+        with ExitStack() as undo:
+            self._program = undo.enter_context(ForeignProgram(number))
+            for array in self._program.socket_arrays():
+                self._kept.append((undo.enter_context(array), array.cookies()))
+            self.close = undo.pop_all().close
+
+    def take_out(self) -> None:
+        """Once another program is attached: free the sockets. Raises KernelError."""
+        for array, there in self._kept:
+            for index in there:
+                array.remove(index)
+
+    def put_back(self, sockets: Mapping[int, socket.socket]) -> None:
+        """Once no socket is in another array.
+
+        Args:
+            sockets: those of the group, by their cookies.
+
+        Raises:
+            KernelError
+        """
+        for array, there in self._kept:
+            for index, cookie in there.items():
+                if cookie in sockets:
+                    array.put(index, sockets[cookie].fileno())
+        for sock in list(sockets.values())[:1]:
+            group_program.attach_ebpf(sock.fileno(), self._program.fileno())
