@@ -18,7 +18,6 @@ from itertools import islice
 from steer import abi
 from steer.backends.connections import Counting
 from steer.config.address import Bind
-from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.sockets import listeners, port_checks, reuseport
 
@@ -37,6 +36,8 @@ class BackupListeners:
     """The backup listeners of one service; none is open before `open`.
 
     Args:
+        service: says with which backlog and socket options to listen.
+        first_slot: the slot after the last one of a worker.
         counting: counts the connections that wait there.
         prepare: called before any is opened. Returns whether their queues can be moved; if not,
             none is opened.
@@ -48,19 +49,21 @@ class BackupListeners:
 
     def __init__(
         self,
-        plan: Plan,
+        binds: Sequence[Bind],
+        service: Service,
+        first_slot: int,
         counting: Counting,
         join: Join,
         prepare: Callable[[], bool],
         synchronize: Callable[[], None],
     ) -> None:
-        self.slots = range(plan.slots, plan.slots + COUNT)
-        self._binds, self._service = plan.binds, plan.service
+        self.slots = range(first_slot, first_slot + COUNT)
+        self._binds, self._service = binds, service
         self._counting, self._join = counting, join
         self._prepare, self._synchronize = prepare, synchronize
         self._stamps: Sequence[int] = ()
         self._has_served = False
-        self._pairs = [Pair(self._count, partial(self._put, at)) for at in range(len(plan.binds))]
+        self._pairs = [Pair(self._count, partial(self._put, at)) for at in range(len(binds))]
 
     def _count(self, index: int, fd: int) -> None:
         self._counting.add_listener(self.slots[index], fd, self._stamps[index])
@@ -147,10 +150,10 @@ class BackupListeners:
         return [len(pair.sockets) for pair in self._pairs]
 
     def receive(self, numbers: Sequence[int], fds: Iterable[int]) -> None:
-        """Continue with those of an earlier controller; the descriptors become ours.
+        """Take over the backup listeners of an earlier controller.
 
         Args:
-            fds: in the order of `sockets`.
+            fds: their descriptors, in the order of `sockets`; `close` closes them.
         """
         rest = iter(fds)
         for pair, number in zip(self._pairs, numbers, strict=True):

@@ -72,12 +72,20 @@ class Ebpf(EbpfCounters):
         self._policies = PolicyCache(self._load)
         tcp_binds = sum(bind.protocol == "tcp" for bind in plan.binds)
         with ExitStack() as undo:
-            self.counting = counting or Counting((plan.slots + backup.COUNT) * tcp_binds)
+            slots = plan.slots + backup.COUNT
+            self.counting = counting or Counting(slots * tcp_binds)
             undo.callback(self._close_counting)
-            self._groups = Groups(plan)
+            cpus = len(plan.topology.possible)
+            self._groups = Groups(len(plan.binds), slots, len(plan.specs), cpus)
             undo.callback(self._groups.close)
             self.backup = BackupListeners(
-                plan, self.counting, self._join, self._prepare_for_backup, self._synchronize
+                plan.binds,
+                plan.service,
+                plan.slots,
+                self.counting,
+                self._join,
+                self._prepare_for_backup,
+                self._synchronize,
             )
             undo.callback(self.backup.close)
             undo.callback(self._anchors.close)

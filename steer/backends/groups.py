@@ -10,9 +10,7 @@ from contextlib import ExitStack, suppress
 from itertools import islice
 
 from steer import abi
-from steer.backends import backup
 from steer.backends.base import Counts
-from steer.config.plan import Plan
 from steer.errors import KernelError
 from steer.loader import bpf_maps, libbpf
 from steer.sockets import group_program
@@ -23,17 +21,21 @@ class GroupMaps:
 
     The turn counters of the CPUs start at different values. If they all started at 0, the first
     connection of every CPU would go to the first slot.
+
+    Args:
+        slots: how many slots the maps have.
+        workers: how many of them workers have at the start.
+        cpus: how many CPUs the machine may have.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        cpus = len(plan.topology.possible)
+    def __init__(self, slots: int, workers: int, cpus: int) -> None:
         with ExitStack() as undo:
             self.maps = {
-                name: undo.enter_context(bpf_maps.Map(name, plan.slots + backup.COUNT))
+                name: undo.enter_context(bpf_maps.Map(name, slots))
                 for name in ("sockets", "counts", "cpus")
             }
             self.sockets, self.counts, self.cpus = self.maps.values()
-            starts = (len(plan.specs) * cpu // cpus for cpu in range(cpus))
+            starts = (workers * cpu // cpus for cpu in range(cpus))
             self.cpus.put(0, b"".join(abi.CPU.pack(at << 32 | at, _seed(), 0, 0) for at in starts))
             self.close = undo.pop_all().close
 
@@ -47,18 +49,19 @@ class Groups:
     """The groups of one service; binds are given by their number in the plan.
 
     Args:
-        plan: whose binds they are.
+        binds: how many binds the service has.
+        slots, workers, cpus: see `GroupMaps`.
 
     Attributes:
         maps: of each bind, its maps by name.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._cpus = len(plan.topology.possible)
+    def __init__(self, binds: int, slots: int, workers: int, cpus: int) -> None:
+        self._cpus = cpus
         self._groups: list[GroupMaps] = []
         with ExitStack() as undo:
-            for _ in plan.binds:
-                self._groups.append(GroupMaps(plan))
+            for _ in range(binds):
+                self._groups.append(GroupMaps(slots, workers, cpus))
                 undo.callback(self._groups[-1].close)
             self.maps: Sequence[Mapping[str, bpf_maps.Map]] = [each.maps for each in self._groups]
             self.close = undo.pop_all().close
@@ -115,7 +118,7 @@ class Groups:
         """Replace the maps by those of an earlier controller.
 
         Args:
-            fds: begins with what its `descriptors` returned; these become ours.
+            fds: begins with what its `descriptors` returned. The maps close these.
         """
         for maps in self.maps:
             for each, fd in zip(maps.values(), islice(fds, len(maps)), strict=True):
