@@ -321,7 +321,7 @@ class FakeService:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _launch(self, worker: WorkerHandle) -> object:
-        service = worker.generation.plan.service
+        service = worker.service
         return SimpleNamespace(
             service=service, binds=(), anchored=(), slot=worker.slot, niced=False
         )

@@ -79,7 +79,7 @@ class Health:
 
     @property
     def _limits_s(self) -> list[float]:
-        service = self._pool.generation.plan.service
+        service = self._pool.service
         return [each for each in (service.hang_timeout, service.watchdog) if each]
 
     def _tick(self) -> float:
@@ -91,7 +91,9 @@ class Health:
             self._retry.attempt("begin to look at workers", self._begin_round)
         if not self._look_at_some():
             return _BREAK_S
-        exclude = partial(capacity.exclude, self._pool, self._watched or ())
+        exclude = partial(
+            capacity.exclude, self._pool.workers, self._watched or (), self._pool.migration
+        )
         self._retry.attempt("exclude workers at capacity", exclude)
         if any(worker.queued and not worker.is_hung for worker in self._watched or ()):
             return min(limits_s) / _LOOKS / 4
@@ -101,7 +103,7 @@ class Health:
 
     @property
     def _has_watchdog(self) -> bool:
-        return bool(self._pool.generation.plan.service.watchdog)
+        return bool(self._pool.service.watchdog)
 
     def _begin_round(self) -> None:
         """Select the workers to look at: those with connections, those that were suspect at the

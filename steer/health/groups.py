@@ -103,7 +103,7 @@ class Groups:
         before, self._pulse = self._pulse, self._pool.backend.pulse()
         self._is_counted = self._pulse is not None
         if not self._is_counted:
-            binds = self._pool.generation.plan.binds
+            binds = self._pool.binds
             self._pulse = traffic.pulse({bind.protocol for bind in binds})
         return self._pulse is None or self._pulse != before
 
@@ -125,7 +125,7 @@ class Groups:
                 look = partial(self._repair.look_at, worker, worker.process)
                 act = f"see whether worker {worker.slot} is in its groups"
                 self._pool.retry.attempt(act, look)
-                seen += len(worker.generation.plan.binds)
+                seen += len(worker.binds)
             if seen >= _AT_ONCE or self._pool.clock.read_s() >= ends_s:
                 return
 

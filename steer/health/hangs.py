@@ -69,14 +69,14 @@ class Hangs:
     def _look_at_ready(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         if is_silent(worker, self._pool.clock.now_s()):
             self._set_hung(worker, process, "it missed its watchdog")
-        elif worker.generation.plan.service.hang_timeout:
+        elif worker.service.hang_timeout:
             verdict = self._judge(worker, process)
             if verdict is Verdict.HUNG:
                 accepts_none = "its accept queue is not draining"
                 serves_none = "it serves none of the connections it has accepted"
                 self._set_hung(worker, process, accepts_none if worker.queued else serves_none)
             elif worker.at_capacity != (verdict is Verdict.AT_CAPACITY):
-                capacity.set_at_capacity(self._pool, worker, verdict is Verdict.AT_CAPACITY)
+                capacity.set_at_capacity(worker, verdict is Verdict.AT_CAPACITY, self._pool.log)
 
     def _set_hung(self, worker: WorkerHandle, process: WorkerProcess, why: str) -> None:
         if not (worker.is_in_service and self._others_serve(worker)):
@@ -98,9 +98,7 @@ class Hangs:
 
     def _judge(self, worker: WorkerHandle, process: WorkerProcess) -> Verdict:
         now_s, open_now = self._pool.clock.now_s(), self._pool.backend.open(worker.slot)
-        history = self._histories.setdefault(
-            process.pid, History(worker.generation.plan.service.hang_timeout)
-        )
+        history = self._histories.setdefault(process.pid, History(worker.service.hang_timeout))
         look_closer = partial(self._closer.look, worker, process, open_now)
         looks = self._looks(worker, process)
         worker.queued = sum(look.queued for look in looks.values())
@@ -127,7 +125,7 @@ class Hangs:
 
     def _look(self, worker: WorkerHandle, at: int, found: listeners.Waiting, activity: int) -> Look:
         counts = self._pool.backend.counts(worker.slot, at)
-        is_counted = counts and worker.generation.plan.binds[at].protocol == "tcp"
+        is_counted = counts and worker.binds[at].protocol == "tcp"
         taken = counts.selected - found.queued if counts and is_counted else None
         return Look(found.queued, found.queued >= found.limit, taken, activity)
 
@@ -156,7 +154,7 @@ class Hangs:
     def _replace_if_due(self, worker: WorkerHandle) -> None:
         """Request one replacement for each spec at a time. If every request of clients takes
         long, replacements would pile up otherwise."""
-        if worker.generation.plan.service.hang != "replace":
+        if worker.service.hang != "replace":
             return
         now_s = self._pool.clock.now_s()
         is_retiring = worker.spec.number in self._retiring_numbers
@@ -167,7 +165,7 @@ class Hangs:
 
 def is_silent(worker: WorkerHandle, now_s: float) -> bool:
     """Whether it missed its watchdog, or asked to be treated so (WATCHDOG=trigger)."""
-    limit_s = worker.generation.plan.service.watchdog or math.inf
+    limit_s = worker.service.watchdog or math.inf
     return now_s - worker.heartbeat_s >= limit_s
 
 

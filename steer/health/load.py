@@ -67,7 +67,7 @@ class LoadSampler:
 
 def tables(pool: WorkerPool) -> Sequence[Table | None]:
     """The sockets at each bind of the service."""
-    return [pool.queues.at(bind) for bind in pool.generation.plan.binds]
+    return [pool.queues.at(bind) for bind in pool.binds]
 
 
 class BusyWorkers:

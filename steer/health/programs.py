@@ -89,7 +89,7 @@ class Programs:
     def look(self, standing_at: Standings) -> None:
         """Args: standing_at: returns the state of the sockets of an address, by inode."""
         self._look += 1
-        binds = self._pool.generation.plan.binds
+        binds = self._pool.binds
         advice = {at: self._look_at(at, bind, standing_at) for at, bind in enumerate(binds)}
         advice |= dict.fromkeys(self._selected_anchors(), Advice.TELL)
         self._attach(set(advice.values()) != {Advice.NOTHING})
@@ -130,7 +130,7 @@ class Programs:
 
     @property
     def _at_most(self) -> int:
-        return 1 + _AT_ONCE // len(self._pool.generation.plan.binds)
+        return 1 + _AT_ONCE // len(self._pool.binds)
 
     def _slots(self) -> Iterator[int]:
         """All slots that may be selected, and one for what was left to the kernel's hash."""

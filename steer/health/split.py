@@ -71,7 +71,7 @@ class Splits:
         """Continue with the splits that the previous controller found."""
         for worker in self._pool.workers:
             if worker.is_apart and worker.generation.number == self._pool.generation.number:
-                for bind in self._at_risk(worker.generation.plan.binds):
+                for bind in self._at_risk(worker.binds):
                     self._found(worker, bind)
 
     def _found(self, worker: WorkerHandle, bind: Bind) -> None:

@@ -52,7 +52,7 @@ class Survey:
     @property
     def sockets(self) -> int:
         """How many sockets there should be."""
-        return len(self._pool.workers) * len(self._pool.generation.plan.binds)
+        return len(self._pool.workers) * len(self._pool.binds)
 
     def is_due(self, now_s: float) -> bool:
         """The more seldom the more sockets there are, as it takes the longer."""
@@ -67,7 +67,7 @@ class Survey:
     def take(self, is_counted: bool) -> bool:
         """Ask the kernel how all sockets stand; whether something may have come that was not
         counted. `compare` is to follow."""
-        binds = self._pool.generation.plan.binds
+        binds = self._pool.binds
         before, self._tables = self._tables, {bind: self._pool.queues.at(bind) for bind in binds}
         self.number += 1
         self._usual_device = None

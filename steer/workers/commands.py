@@ -94,7 +94,7 @@ class Backoff:
         worker.ready_s = None
         if self._startup.listens_elsewhere:
             # This one would fail again until the one that listens elsewhere is ready or fails.
-            after_s = worker.generation.plan.service.ready_timeout
+            after_s = worker.service.ready_timeout
         else:
             self._worker_log.backs_off(worker, after_s)
         self._restart_after(worker, after_s)

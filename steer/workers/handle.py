@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from steer.backends.membership import Departure
+from steer.config.address import Bind
 from steer.config.plan import Generation, WorkerSpec
+from steer.config.service import Service
 from steer.errors import KernelError, SteerError
 from steer.linux import priority, processes
 from steer.linux.activity import activity, cpu_s, is_asleep, is_runnable
@@ -159,6 +161,16 @@ class WorkerHandle(msgspec.Struct, eq=False):
     def has_triggered_watchdog(self) -> bool:
         """Whether it asked to be treated as hung, by WATCHDOG=trigger (sd_notify(3))."""
         return self.heartbeat_s == -math.inf
+
+    @property
+    def service(self) -> Service:
+        """The configuration of its generation."""
+        return self.generation.plan.service
+
+    @property
+    def binds(self) -> Sequence[Bind]:
+        """The binds of its generation."""
+        return self.generation.plan.binds
 
     @property
     def is_hung(self) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer.backends.base import Backend
 from steer.child.launch import Launch
+from steer.config.address import Bind
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.control.notify import IgnoredReady
@@ -191,9 +192,19 @@ class WorkerPool:
         """The backend in force."""
         return self.selection.backend
 
+    @property
+    def service(self) -> Service:
+        """The configuration in force."""
+        return self.generation.plan.service
+
+    @property
+    def binds(self) -> Sequence[Bind]:
+        """The binds of the service."""
+        return self.generation.plan.binds
+
     def graceful_timeout_s(self) -> float:
         """How long a worker may take to finish, as configured now."""
-        return self.generation.plan.service.graceful_timeout
+        return self.service.graceful_timeout
 
     @property
     def startup(self) -> Startup:

@@ -97,7 +97,7 @@ class Remains:
 
     def _datagrams(self, worker: WorkerHandle) -> int | None:
         """The datagrams sent to the worker so far; None if they are not counted."""
-        binds = worker.generation.plan.binds
+        binds = worker.binds
         over_udp = [at for at, bind in enumerate(binds) if bind.protocol == "udp"]
         counts = [self._selection.backend.counts(worker.slot, at) for at in over_udp]
         return sum(each.selected for each in counts if each) if any(counts) else None

@@ -69,12 +69,12 @@ class SocketRemoval:
         is_held = bool(self._selection.backend.held(worker.slot))
         everywhere = not self._shutdown.has_begun and not is_held
         everywhere = everywhere and (end.is_lost or self._may_be_open(worker))
-        return leaked.find(worker.generation.plan.binds, bound, left, everywhere, snapshot)
+        return leaked.find(worker.binds, bound, left, everywhere, snapshot)
 
     def _may_be_open(self, worker: WorkerHandle) -> bool:
         """Whether anybody may have its sockets open. If all have just left their groups nobody
         has; to ask that is quicker than to look at all sockets of a port."""
-        is_member, binds = self._selection.backend.is_member, worker.generation.plan.binds
+        is_member, binds = self._selection.backend.is_member, worker.binds
         is_in_a_group = (is_member(worker.slot, at) is not False for at in range(len(binds)))
         return bool(worker.departures) or any(is_in_a_group)
 

@@ -70,13 +70,14 @@ class Service:
         service = SimpleNamespace(hang_timeout=HANG_S, watchdog=None, hang="replace")
         plan: Any = SimpleNamespace(service=service, binds=self.binds, slots=number)
         self.generation = cast(Generation, SimpleNamespace(number=1, plan=plan))
+        self.service: Any = service
         self.workers = Handles(self._worker(slot) for slot in range(number))
         self.clock = Clock(self.loop.read_s)
         self.retry = cast(Any, self)
         self.spare = SimpleNamespace(lent=nullcontext)
         self.looks = Looks(self.clock, self.retry)
         self.queues = Queues(self._dump, self.loop.read_s)
-        self.backend = self.selection = cast(Any, self)
+        self.backend = self.selection = self.migration = cast(Any, self)
         self.visibility = SimpleNamespace(forget=lambda: None)
         self.log = SimpleNamespace(warning=self._not_called, info=self._not_called)
         self.group_notes: dict[str, str] = {}

@@ -22,7 +22,7 @@ def test_one_that_acted_before_it_waits_is_back(monkeypatch: pytest.MonkeyPatch)
         acted_since_hung=False,
         is_hung=True,
         heartbeat_s=0.0,
-        generation=SimpleNamespace(plan=SimpleNamespace(service=service)),
+        service=service,
     )
     waiting = iter(seen[1:])  # not asked of one that has not acted
     monkeypatch.setattr(hangs, "waits", lambda _: next(waiting))
