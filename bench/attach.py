@@ -10,15 +10,16 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import attached, servers, wrk
+from bench import attached, load, outcome, servers, wrk
 from bench.attached import ALL, GUNICORN, HAPROXY, NGINX, THREADS, Kind, Running
 from bench.figures import Figure, Section, interleaved, ratio
+from bench.load import Plan, Request
 from bench.servers import HOST
 from steer.attach.group import AttachedGroup
 from steer.attach.target import Target, bind_of
@@ -35,6 +36,10 @@ CONCURRENCY = 64
 ATTACH_AT_MOST_MS, DETACH_AT_MOST_MS = 25.0, 2.0
 KILLED_AT_MOST_S = 1.2
 IDLE_AT_MOST_PERCENT = 0.1
+P99_AT_MOST = 0.55
+_MIX = ((0.05, 0.08), (0.95, 0.002))
+_RATE = 200.0
+_SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _PORT = 9970
 _CPUS = os.cpu_count() or 1
 _GIVE_UP_S = 10.0
@@ -53,6 +58,8 @@ class Size:
     reloads: int = 10
     rounds: int = 2
     load_rounds: int = 8
+    slow_rounds: int = 3
+    slow_requests: int = 3000
     attaches: int = 200
     kills: int = 3
     idle_s: float = 20.0
@@ -61,7 +68,7 @@ class Size:
 
 _WINDOWS_S = {NGINX.name: 15.0, HAPROXY.name: 20.0, GUNICORN.name: 60.0}
 _FULL = Size(_WINDOWS_S)
-_QUICK = Size(dict.fromkeys(_WINDOWS_S, 1.0), 40, 1, 1, 2, 2, 1, 1.0, 0.5)
+_QUICK = Size(dict.fromkeys(_WINDOWS_S, 1.0), 40, 1, 1, 2, 1, 50, 2, 1, 1.0, 0.5)
 
 
 def run(quick: bool) -> Iterator[Section]:
@@ -75,6 +82,7 @@ def run(quick: bool) -> Iterator[Section]:
         for kind in ALL:
             if kind.reload:
                 yield bench.reloads(kind)
+        yield bench.slow_requests()
         yield bench.attaching()
         yield bench.killed()
         yield bench.load()
@@ -135,6 +143,36 @@ class _Bench:
                 kind.reload(at)
             time.sleep(window_s / (self._size.reloads + 1))
             return asking.finish()
+
+    # ---- who waits behind whom
+
+    def slow_requests(self) -> Section:
+        subjects = {name: partial(self._took_s, name) for name in ("alone", "attached")}
+        found = interleaved(subjects, self._size.slow_rounds)
+        figures = []
+        for name, share in _SHARES.items():
+            ms = {
+                who: tuple(outcome.percentile_ms(each, share) for each in rounds)
+                for who, rounds in found.items()
+            }
+            figures += [Figure(f"{name}, {who}", "ms", values) for who, values in ms.items()]
+            at_most = P99_AT_MOST if name == "p99" else None
+            title = f"{name}, attached to alone"
+            figures.append(ratio(title, ms["attached"], ms["alone"], at_most=at_most))
+        percent, ms_each = 100 * _MIX[0][0], 1000 * _MIX[0][1]
+        title = (
+            f"{GUNICORN.name}, {percent:g} % of requests take {ms_each:g} ms, {_RATE:g} a second"
+        )
+        return Section(title, figures)
+
+    def _took_s(self, name: str) -> Sequence[Request]:
+        with ExitStack() as stack:
+            at = stack.enter_context(attached.running(GUNICORN, _PORT, self._environment))
+            if name == "attached":
+                options = ("--policy", "least-conn")
+                stack.enter_context(attached.attached(at, self._environment, *options))
+            asked = Plan(_PORT, rate=_RATE, seed=1, at_most=self._size.slow_requests, mix=_MIX)
+            return stack.enter_context(load.load(asked)).finish()
 
     # ---- attach and detach
 

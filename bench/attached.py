@@ -125,7 +125,12 @@ def _reload_haproxy(at: Running) -> None:
 
 
 def _gunicorn(at: Running) -> Sequence[str]:
-    return [*servers.gunicorn(at.port, at.workers), "--reuse-port", "--log-level", "error"]
+    return [
+        *servers.gunicorn(at.port, at.workers, "bench.apps:blocking"),
+        "--reuse-port",
+        "--log-level",
+        "error",
+    ]
 
 
 def _reload_gunicorn(at: Running) -> None:

@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 
 from steer.attach import holders
 from steer.attach.counting import TRACEPOINT
@@ -15,7 +16,7 @@ from steer.attach.holders import Holder
 from steer.config import address
 from steer.config.address import Bind
 from steer.errors import AttachRefused, KernelError
-from steer.linux import processes, services, waiting
+from steer.linux import netns, processes, services, waiting
 from steer.loader import tracing
 from steer.loader.kernel_sockets import KernelSocket, Look
 from steer.sockets import members, sock_diag
@@ -23,6 +24,7 @@ from steer.sockets.sock_diag import Listener
 from steer.values import plural, several
 
 _LOOKS = 3
+_TCP, _NAMESPACES_MAX = 6, 8
 
 
 class Target:
@@ -106,8 +108,23 @@ class Target:
             for family in (socket.AF_INET, socket.AF_INET6)
             for each in sock_diag.listeners(family, self.bind.port)
         }
+        if not there and (elsewhere := self._elsewhere()):
+            cause = "nobody listens there in this network namespace, but in another"
+            return cause, " or ".join(f"--netns {each}" for each in elsewhere)
         others = (f"steer attach {host}:{self.bind.port}" for host in sorted(there))
         return "nobody listens there", " or ".join(others) or "see `ss -ltn`"
+
+    def _elsewhere(self) -> Sequence[str]:
+        """Other network namespaces where somebody listens on the port: their names, or a process
+        that is in each."""
+        found: dict[int, str] = {}
+        with suppress(KernelError), Look() as look:
+            for each in look.held():
+                if each.port == self.bind.port and each.protocol == _TCP:
+                    found.setdefault(each.netns, str(each.pid))
+        found.pop(netns.own(), None)
+        names = netns.names()
+        return [names.get(number, pid) for number, pid in found.items()][:_NAMESPACES_MAX]
 
     def _refuse_users(self) -> None:
         others = {each.uid for each in self.listeners.values()} - {os.geteuid()}

@@ -16,6 +16,7 @@ def attach(
     params: Sequence[str],
     control_socket: str | None,
     replace: bool,
+    netns: str | None,
     log_level: str,
     log_format: str,
 ) -> None:
@@ -33,8 +34,11 @@ def attach(
     from steer.config.sources import changed
     from steer.errors import ConfigError
     from steer.linux import log, topology
+    from steer.linux import netns as namespaces
     from steer.loader import find, probe
 
+    if netns is not None:
+        namespaces.enter(namespaces.path_of(netns))
     act = f"attach to {where}"
     target = Target(bind_of(where), replace)
     label = target.bind.label.removeprefix("tcp ")

@@ -160,6 +160,7 @@ def check(as_json: bool, **options: Any) -> None:
 )
 @click.option("--weights", metavar="N,N...", help="Share of each slot; default 1 each.")
 @click.option("--name", metavar="NAME", help="Name of the service; default: PROGRAM-PORT.")
+@click.option("--netns", metavar="N", help="Network namespace: a name, path or process id.")
 @click.option("--replace", is_flag=True, help="Replace the program there; put it back at the end.")
 @click.option(
     "--log-level", default="info", metavar="LEVEL", help="Log from this level up; default info."

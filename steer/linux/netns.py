@@ -62,6 +62,16 @@ def path_of(asked: str) -> str:
     return path
 
 
+def enter(path: str) -> None:
+    """Enter the namespace with that file for good, with this thread and those it starts.
+
+    Raises:
+        KernelError: as `entered`.
+    """
+    with _opened(path) as namespace:
+        _enter(namespace, path)
+
+
 @contextmanager
 def entered(path: str) -> Iterator[None]:
     """Enter the namespace with that file, with this thread only.

@@ -17,6 +17,7 @@ from steer.sockets import group_program
 from testkit.attached import HOST, Attach, answers, ask, attaching, is_even, reset, threads
 from testkit.fixtures import RunSteer, StartService
 from testkit.harness import CPUS, PORT
+from testkit.namespaces import network_namespace
 from testkit.processes import eventually, line_of, python, running
 from testkit.programs import path
 from testkit.service import Service
@@ -316,3 +317,14 @@ def test_classic_program_cannot_be_replaced(steer: RunSteer) -> None:
         group_program.attach_cbpf(member.fileno(), list(classic.NOTHING))
         assert "could not be put back" in refused(steer, f"{HOST}:{PORT}", "--replace")
         group_program.detach(member.fileno())
+
+
+def test_listeners_in_another_network_namespace_need_its_name(
+    attach: Attach, steer: RunSteer
+) -> None:
+    with threads(4) as server, network_namespace():
+        said = refused(steer)
+        assert "but in another" in said
+        assert f"--netns {server}" in said
+        attached = attach("--netns", str(server), "--policy", "round-robin")
+        assert states(attached) == ["ready"] * 4

@@ -1,0 +1,162 @@
+"""An attached group, in the process that has its listeners."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from steer.attach import watch
+from steer.attach.group import AttachedGroup
+from steer.attach.roster import State
+from steer.config.planning import plan
+from steer.config.service import Service
+from steer.config.sources import changed
+from steer.errors import KernelError
+from steer.linux import cgroup, topology
+from steer.linux.log import Log
+from steer.loader import find, tracing
+from testkit.harness import PORT
+from testkit.processes import eventually
+
+pytestmark = [
+    pytest.mark.needs("bpf", "migrate", "netns", "root", "pidfd_getfd"),
+    pytest.mark.usefixtures("netns"),
+]
+
+HOST = "127.0.0.1"
+
+
+def listener() -> socket.socket:
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    made.bind((HOST, PORT))
+    made.listen()
+    return made
+
+
+@pytest.fixture
+def listeners() -> Iterator[list[socket.socket]]:
+    made = [listener() for _ in range(3)]
+    yield made
+    for each in made:
+        each.close()
+
+
+Open = Callable[[], AttachedGroup]
+
+
+@pytest.fixture
+def attach() -> Iterator[Open]:
+    with ExitStack() as stack:
+
+        def begin() -> AttachedGroup:
+            asked = {"bind": [f"{HOST}:{PORT}"], "policy": "least-conn", "workers": 3}
+            service = changed(Service(), {**asked, "backend": "ebpf"}, "test")
+            decided = plan(service, topology.read(), {}, find.find("least-conn"))
+            group = AttachedGroup(decided, Log("error", "text"))
+            stack.callback(group.close)
+            group.begin()
+            stack.callback(group.detach)
+            return group
+
+        yield begin
+
+
+def opened(group: AttachedGroup) -> list[int | None]:
+    return [group.backend.open(each.slot) for each in group.roster]
+
+
+def connected(clients: ExitStack, number: int) -> list[socket.socket]:
+    made = [socket.create_connection((HOST, PORT)) for _ in range(number)]
+    for each in made:
+        clients.enter_context(each)
+    return made
+
+
+def refuse(*_: object) -> int:
+    raise KernelError("find a tracepoint", "ENOENT")
+
+
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_connections_are_counted_on_a_tracepoint_or_in_cgroups(
+    attach: Open,
+    listeners: list[socket.socket],
+    clients: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    is_traced: bool,
+) -> None:
+    if not is_traced:
+        monkeypatch.setattr(tracing, "tracepoint_number", refuse)
+    group = attach()
+    assert group.counting.sees_older == is_traced
+    connected(clients, 6)
+    eventually(lambda: opened(group), [2, 2, 2])
+    accepted = [each.accept()[0] for each in listeners]
+    for each in accepted:
+        each.close()
+    eventually(lambda: opened(group), [1, 1, 1])
+
+
+def test_listener_that_comes_is_let_in_and_one_that_goes_is_let_go(
+    attach: Open, listeners: list[socket.socket]
+) -> None:
+    group = attach()
+    listeners.append(listener())
+    group.look()
+    assert [each.state for each in group.roster] == [*[State.READY] * 3, State.STARTING]
+    listeners.pop(0).close()
+    group.look()
+    assert [each.slot for each in group.roster] == [1, 2, 3]
+
+
+def test_listener_of_a_removed_cgroup_is_watched(
+    attach: Open, listeners: list[socket.socket], cgroup_below: Path
+) -> None:
+    """By a program on the root of the mount, which runs for those that were below it."""
+    (cgroup_below / "cgroup.procs").write_text(str(os.getpid()))
+    listeners.append(listener())
+    (cgroup_below.parent / "cgroup.procs").write_text(str(os.getpid()))
+    cgroup_below.rmdir()
+    group = attach()
+    last = next(each for each in group.roster if each.slot == 3)
+    listeners.pop().close()
+    assert group.attachment.is_closing(last.slot)
+
+
+def test_listener_of_another_cgroup_is_watched(
+    attach: Open, listeners: list[socket.socket], cgroup_below: Path
+) -> None:
+    (cgroup_below / "cgroup.procs").write_text(str(os.getpid()))
+    listeners.append(listener())
+    (cgroup_below.parent / "cgroup.procs").write_text(str(os.getpid()))
+    group = attach()
+    last = next(each for each in group.roster if each.slot == 3)
+    listeners.pop().close()
+    assert group.attachment.is_closing(last.slot)
+
+
+@pytest.fixture
+def cgroup_below() -> Iterator[Path]:
+    """Below the one that we are in."""
+    with cgroup.own() as directory:
+        made = Path(os.readlink(f"/proc/self/fd/{directory}"), f"steer-test-{os.getpid()}")
+    made.mkdir()
+    yield made
+    if made.exists():
+        made.rmdir()
+
+
+def test_listeners_that_are_not_heard_of_are_still_found(
+    attach: Open, listeners: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch.Watch, "__init__", refuse)
+    group = attach()
+    assert group.why_unwatched is not None
+    listeners.append(listener())
+    group.look()
+    assert len(group.roster) == 4
