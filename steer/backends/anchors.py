@@ -102,7 +102,7 @@ class Anchors(Mapping[int, socket.socket]):
         return number
 
     def receive(self, binds: Iterable[int], fds: Iterable[int]) -> None:
-        """Continue with the anchors of an earlier controller; the descriptors become ours."""
+        """Continue with the anchors of an earlier controller, and own its descriptors."""
         found = {bind: socket.socket(fileno=fd) for bind, fd in zip(binds, fds, strict=True)}
         self._sockets.update(found)
 
@@ -112,7 +112,7 @@ class Anchors(Mapping[int, socket.socket]):
         return list(self._fillers)
 
     def receive_fillers(self, keys: Iterable[tuple[int, int]], fds: Iterable[int]) -> None:
-        """Continue with the fillers of an earlier controller; the descriptors become ours."""
+        """Continue with the fillers of an earlier controller, and own its descriptors."""
         for key, fd in zip(keys, fds, strict=True):
             self._fillers[key] = socket.socket(fileno=fd)
 

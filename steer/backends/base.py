@@ -64,7 +64,7 @@ class Members(Protocol):
         group; None if it is not known."""
 
     def add_member(self, slot: int, fds: Sequence[int]) -> None:
-        """Add the sockets of a new worker, one for each bind; the descriptors become ours."""
+        """Add the sockets of a new worker, one for each bind, and own their descriptors."""
 
     def take_over(self, slot: int, fds: Sequence[int]) -> None:
         """Add the sockets of a worker of another backend; it may be serving. If `needs_order`, call
@@ -204,17 +204,17 @@ class Persistent(Protocol):
         """What `restore` needs: a value for JSON, and descriptors."""
 
     def restore(self, value: object, fds: Sequence[int], held: Mapping[int, Sequence[int]]) -> None:
-        """Continue where an earlier controller stopped; the descriptors become ours.
+        """Continue where an earlier controller stopped, and own its descriptors.
 
         Args:
-            value, fds: what `stored` returned there.
-            held: the duplicates that it held, by slot; empty for slots whose workers have ended
-                since, in the order in which they ended.
+            value, fds: what `stored` returned in the earlier controller.
+            held: the duplicates that the backend held there, by slot; empty for slots whose workers
+                have ended since, in the order in which they ended.
         """
 
     def reassert(self, sockets: Mapping[int, Mapping[int, socket.socket]]) -> None:
-        """After `restore`: complete what an earlier controller may have been killed in the middle
-        of.
+        """Complete what an earlier controller may have left incomplete when it was killed. Called
+        after `restore`.
 
         Args:
             sockets: the sockets of all workers, by slot and bind.
@@ -238,4 +238,4 @@ class Backend(Members, Selector, Counters, ControllerSockets, Persistent, Protoc
 
     @property
     def notes(self) -> Sequence[str]:
-        """What it cannot do on this machine, one sentence each."""
+        """What the backend cannot do on this machine, one sentence each."""

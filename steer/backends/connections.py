@@ -170,7 +170,7 @@ class Counting:
         return StoredCounting(self._cgroups), [each.fileno() for each in kept]
 
     def restore(self, saved: StoredCounting, fds: Sequence[int]) -> None:
-        """Continue with maps and links of an earlier controller; the descriptors become ours."""
+        """Continue with maps and links of an earlier controller, and own its descriptors."""
         slots, listeners, moved, *counted = fds
         self.slots.become(slots)
         self._listeners.become(listeners)

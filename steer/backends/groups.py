@@ -111,7 +111,7 @@ class Groups:
         return sum(each.memory_bytes() for maps in self.maps for each in maps.values())
 
     def descriptors(self) -> list[int]:
-        """Those of all maps; see `receive`."""
+        """The descriptors of all maps, for `receive`."""
         return [each.fileno() for maps in self.maps for each in maps.values()]
 
     def receive(self, fds: Iterator[int]) -> None:

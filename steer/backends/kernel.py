@@ -25,8 +25,9 @@ class Kernel(WithoutEbpf):
     """Leaves the selection to the kernel's hash.
 
     Args:
-        counting: goes on to count open connections, if a former backend did.
-        order: see `Backend.order`, of the sockets there are.
+        counting: counts open connections already, for the backend before; None: nothing counts
+            them.
+        order: the order of the sockets that exist already, see `Backend.order`.
     """
 
     name = "kernel"

@@ -102,7 +102,7 @@ class LoadedPolicy:
 
     @classmethod
     def receive(cls, plan: Plan, saved: StoredPolicy, fds: Sequence[int]) -> Self:
-        """Continue with the policy of an earlier controller; the descriptors become ours."""
+        """Continue with the policy of an earlier controller, and own its descriptors."""
         maps = {
             name: bpf_maps.Map.received(name, fd) for name, fd in zip(saved.maps, fds, strict=False)
         }

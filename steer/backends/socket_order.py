@@ -130,7 +130,7 @@ class SocketOrder:
     def restore(
         self, stored: StoredOrder, fds: Sequence[int], held: Mapping[int, Sequence[int]]
     ) -> None:
-        """Continue with the order of an earlier controller; the descriptors become ours.
+        """Continue with the order of an earlier controller, and own its descriptors.
 
         Args:
             held: see `Persistent.restore`.

@@ -123,7 +123,7 @@ class Health:
         self._hangs.begin(suspects_running)
 
     def _reset_after_a_gap(self) -> None:
-        """If the controller did not run for a while, no worker was heard meanwhile, and workers
+        """If the controller did not run for a while, it received nothing from workers, and workers
         may not have run either. So all their timeouts begin again."""
         clock = self._pool.clock
         now_s = clock.now_s()

@@ -80,7 +80,7 @@ class BusyWorkers:
         self._some_waited = False
 
     def find(self) -> Iterable[WorkerHandle]:
-        """These workers; all workers if it cannot be told."""
+        """The workers that have connections; all workers if that is not known."""
         busy = self._pool.backend.busy()
         workers, now_s = self._pool.workers, self._pool.clock.read_s()
         found = [worker for worker in workers if worker.slot in busy] if busy else []

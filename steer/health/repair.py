@@ -33,18 +33,19 @@ _AGAIN_S = 30.0
 """A replacement that has not come after this time is requested again."""
 _NOTES_MAX = 32
 _TAKES_ALL = (Departure.DISSOLVED, Departure.ON_DEVICE)
-"""Over UDP, if the kernel finds it before the group."""
+"""Departures after which a UDP socket gets all datagrams, if the kernel finds it before the
+group."""
 
 
 class _Socket(NamedTuple):
-    """What is looked at: a worker's socket on one of its addresses.
+    """A worker's socket on one of its addresses.
 
     Args:
-        known: of its worker.
-        at: the bind's number.
-        sock: a duplicate; None where it cannot be had.
-        is_held: whether this controller has it open, too.
-        has: whether the worker has it open; None where that cannot be told.
+        known: what is known of its worker.
+        at: the number of the bind.
+        sock: a duplicate; None if it cannot be borrowed.
+        is_held: whether the backend holds a duplicate.
+        has: whether the worker has it open; None if that is not known.
     """
 
     worker: WorkerHandle
@@ -62,12 +63,12 @@ class _Socket(NamedTuple):
 
 
 class _Known(msgspec.Struct):
-    """What is known of a worker; who comes after it in its place is another.
+    """What is known of a worker's process; a new process of the worker starts with nothing known.
 
     Args:
-        suspected: by bind, the survey by which it seemed to be closed.
-        told: what the log has.
-        lends: whether we may borrow its sockets.
+        suspected: by bind, the number of the survey in which its socket seemed to be closed.
+        told: the binds and departures that were logged.
+        lends: whether the controller may borrow its sockets.
     """
 
     pid: int
@@ -166,7 +167,7 @@ class Repair:
     def _borrow(
         self, process: WorkerProcess, known: _Known, stack: ExitStack
     ) -> Mapping[int, socket.socket] | None:
-        """The sockets that the worker has open, by bind; None if that cannot be told."""
+        """The sockets that the worker has open, by bind; None if that is not known."""
         if not known.lends:
             return None
         try:
@@ -187,7 +188,7 @@ class Repair:
         return Sighting(True, here.is_connected, is_unusual, is_member, shares)
 
     def _is_gone(self, one: _Socket) -> bool:
-        """Whether no process has it open, or it does not listen."""
+        """Whether no process has the socket open, or it does not listen."""
         there = self._survey.table(one.bind)
         return there is not None and one.inode not in there
 

@@ -46,7 +46,7 @@ class Survey:
         self.has_changed = False
 
     def table(self, bind: Bind) -> Table | None:
-        """Sockets at an address by inode; None: it could not be told, or nobody has asked."""
+        """Sockets at an address by inode; None: not known, or not read yet."""
         return self._tables.get(bind)
 
     @property

@@ -82,8 +82,8 @@ def _holder(bound: Bound, pid: int | None, root: str) -> Holder:
 
 
 def _overlap(wanted: bytes, held: bytes) -> int | None:
-    """How two addresses overlap: 0 they are the same, 1 by a wildcard, 2 by a dual-stack wildcard,
-    None not at all."""
+    """How two addresses overlap. 0: they are equal; 1: one is a wildcard; 2: one is a dual-stack
+    wildcard; None: they do not overlap."""
     if wanted == held:
         return 0
     either_any = not any(wanted) or not any(held)

@@ -59,7 +59,7 @@ def waits_on(
 
 
 def waiters(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[int]:
-    """Those of `pid` and its descendants that wait, see `waits_on`."""
+    """The processes among `pid` and its descendants that wait, see `waits_on`."""
     seen = _waits(pid, inodes, Files(root), os.uname().machine)
     return frozenset(member for member, look in seen.items() if look is Seen.YES)
 

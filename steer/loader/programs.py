@@ -20,7 +20,7 @@ ATTACH_TYPES = {
     "closing": abi.BPF_CGROUP_INET_SOCK_RELEASE,
     "listening": abi.BPF_CGROUP_SOCK_OPS,
 }
-"""By the name of the program in its object."""
+"""The attach type of a program, by its name in the object."""
 
 
 LOG_BYTES = 1 << 20

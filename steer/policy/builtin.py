@@ -43,7 +43,7 @@ LAYOUTS: Mapping[str, Build] = {
     "cpus": lambda members, context: table.by_cpu(members, context.topology, context.longest),
     "ring": lambda members, _context: table.by_load(members),
 }
-"""By the kind of table that a policy declares with STEER_TABLE."""
+"""The function that fills a table, by the kind that a policy declares with STEER_TABLE."""
 PINNING = "cpus"
 BY_LOAD = "ring"
 

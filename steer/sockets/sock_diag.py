@@ -95,14 +95,14 @@ class Bound(Waiting, frozen=True):
 
 
 class Listener(Waiting, frozen=True, kw_only=True):
-    """A TCP listener, as it was made.
+    """A TCP listener.
 
     Args:
-        address: that it is bound to, as inet_pton(3) packs it.
-        device: index of the network interface that it is bound to; 0: to none.
-        uid: whose it is.
-        cookie: the kernel's number of the socket, for good.
-        cgroup: the inode of the cgroup v2 in which it was made; 0: not told (before Linux 5.9).
+        address: the address that it is bound to, as inet_pton(3) packs it.
+        device: the index of the network interface that it is bound to; 0: none.
+        uid: the user who made it.
+        cookie: the kernel's number of the socket, which is never used again.
+        cgroup: the inode of the cgroup v2 in which it was made; 0: unknown (before Linux 5.9).
     """
 
     inode: int

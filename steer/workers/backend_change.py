@@ -87,7 +87,8 @@ def _in_order(
 
 
 def _take_over(fresh: Backend, sockets_at: Mapping[int, Sockets], binds: int) -> None:
-    """Give it copies of the sockets of workers that have all of theirs. Raises KernelError."""
+    """Give the new backend duplicates of the sockets of workers that have one for each bind. Raises
+    KernelError."""
     for slot, socks in sockets_at.items():
         if len(socks) == binds:
             fresh.take_over(slot, [os.dup(socks[bind].fileno()) for bind in range(binds)])

@@ -1,9 +1,9 @@
 """The controller's own time, which stands still while the controller does not run.
 
 The controller may be stopped by a signal or a cgroup's freezer, suspended with the machine, or left
-without CPU. It hears nothing of its workers then, and they may not run either, so that time must
-not count against them. All timeouts of workers are measured with this clock: the watchdog, hangs,
-becoming ready, finishing.
+without CPU. It receives nothing from its workers then, and they may not run either, so that time
+must not count against them. All timeouts of workers are measured with this clock: the watchdog,
+hangs, becoming ready, finishing.
 
 On a machine that is always late the clock goes slower, but it goes on. Otherwise no worker would
 ever be found hung.

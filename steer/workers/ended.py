@@ -48,7 +48,7 @@ class EndedWorkers:
         self._removal.remove_all((each, each.others) for each in ends)
 
     def all_ended(self, ends: Sequence[End]) -> None:
-        """These workers have ended, and no process of theirs is waited for."""
+        """These workers have ended, and none of their processes is waited for any more."""
         for each in ends:
             each.worker.cancel_timer()
         with self._selection.together() as order:  # the guard has none of their sockets

@@ -37,10 +37,10 @@ _LEFTOVERS_S = 2.0
 
 
 class Running(msgspec.Struct, frozen=True):
-    """A process, as it is stored for the next controller.
+    """What is stored of a process for the next controller.
 
     Args:
-        told_to_finish: whether it was told to finish.
+        told_to_finish: whether the process was told to finish.
     """
 
     pid: int
@@ -119,17 +119,17 @@ def begin_all(started: Sequence[WorkerProcess], guard: GuardClient) -> None:
 
 
 class WorkerProcess:
-    """A worker's processes, and their connections to us, from the fork to the end.
+    """A worker's processes, and their channels to the controller, from the fork to the end.
 
     Args:
         launch: the instructions for the worker.
         guard: stores the descriptors for the next controller.
 
     Attributes:
-        pid, family: its first process, and all of them.
+        pid, family: its first process, and all its processes.
         bound: inodes of its sockets, one for each bind.
-        is_open: until `let_go`.
-        is_killed: all of its processes were killed.
+        is_open: whether `let_go` was not called yet.
+        is_killed: whether all of its processes were killed.
         left_behind: its processes that were running when the first ended by itself; they were
             told to exit.
     """
@@ -284,7 +284,7 @@ class WorkerProcess:
 
     @property
     def told_to_finish(self) -> bool:
-        """Whether it was told to finish."""
+        """Whether the worker was told to finish."""
         return self._finishing.told_to_finish
 
     @property

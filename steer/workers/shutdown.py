@@ -21,12 +21,12 @@ class Shutdown:
     """Whether the service is stopping, and what is left of it.
 
     Args:
-        workers: all workers there still are.
+        workers: all workers of the service.
 
     Attributes:
-        has_begun: all workers are told to finish, and no worker is started any more.
-        within_s: how long they may take.
-        is_quick: they need not finish open requests.
+        has_begun: whether the service is stopping: then no worker is started any more.
+        within_s: how long workers may take to finish.
+        is_quick: whether workers need not finish open requests.
         ended: a future that is done when all processes have ended.
     """
 

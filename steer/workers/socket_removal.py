@@ -15,7 +15,8 @@ from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
 
 LEAKS_NAMED = 4
-"""So many processes that still have a socket of an ended worker are named in the log."""
+"""At most this number of processes that still have a socket of an ended worker are logged by
+name."""
 
 
 class SocketRemoval:
@@ -63,8 +64,8 @@ class SocketRemoval:
     def _leaked(
         self, end: End, left: Sequence[int], snapshot: leaked.Snapshot
     ) -> list[leaked.LeakedSocket]:
-        """Who still has sockets of it. Where the backend holds a duplicate, that is shut down in
-        any case."""
+        """The sockets of an ended worker that other processes still have open. If the backend holds
+        a duplicate, all processes need not be searched, as the duplicate is shut down anyway."""
         worker, bound = end.worker, end.process.bound
         is_held = bool(self._selection.backend.held(worker.slot))
         everywhere = not self._shutdown.has_begun and not is_held
@@ -72,19 +73,19 @@ class SocketRemoval:
         return leaked.find(worker.binds, bound, left, everywhere, snapshot)
 
     def _may_be_open(self, worker: WorkerHandle) -> bool:
-        """Whether anybody may have its sockets open. If all have just left their groups nobody
-        has; to ask that is quicker than to look at all sockets of a port."""
+        """Whether a process may have the worker's sockets open. If all sockets have left their
+        groups, no process has. Asking for that is quicker than reading all sockets of a port."""
         is_member, binds = self._selection.backend.is_member, worker.binds
         is_in_a_group = (is_member(worker.slot, at) is not False for at in range(len(binds)))
         return bool(worker.departures) or any(is_in_a_group)
 
     def _cut_off(self, worker: WorkerHandle, found: Sequence[leaked.LeakedSocket]) -> None:
-        told = list(leaked.shut_down(found))
-        for leak, refusal in told[:LEAKS_NAMED]:
+        refusals = list(leaked.shut_down(found))
+        for leak, refusal in refusals[:LEAKS_NAMED]:
             then = f": {refusal}" if refusal else ", and is cut off from it"
             self._log.warning("worker %d has ended, but %s%s", worker.slot, leak, then)
-        if len(told) > LEAKS_NAMED:
-            more = len(told) - LEAKS_NAMED
+        if len(refusals) > LEAKS_NAMED:
+            more = len(refusals) - LEAKS_NAMED
             self._log.warning(
                 "worker %d has ended, and %d more have a socket of it", worker.slot, more
             )

@@ -91,10 +91,11 @@ class Spawner:
             worker.process = None
 
     def _check_free(self, launch: Launch) -> None:
-        """Unless a socket of ours holds the ports, another program may have bound them.
+        """Check that no other program has bound the ports, unless a socket of the service holds
+        them.
 
         Raises:
-            BindError: one has.
+            BindError: another program has bound one.
         """
         backend = self._selection.backend
         backup = backend.backup

@@ -24,7 +24,7 @@ class Startup:
     the application cannot be loaded, or when all workers have failed once.
 
     Args:
-        workers: the workers there are. Report later ones with `add`.
+        workers: the workers so far. Report later ones with `add`.
 
     Attributes:
         up: done when the service has come up, or holds why it cannot.

@@ -211,7 +211,7 @@ class Supervision:
         self._pool.retry.attempt(f"pin worker {worker.slot}", worker.pin)
 
     def begin(self) -> None:
-        """Watch the workers there are."""
+        """Watch the workers that exist already."""
         for worker in list(self._pool.workers):
             if worker.process is not None:
                 self._watcher.watch(worker, worker.process)

@@ -13,10 +13,10 @@ from steer.workers.startup import Startup
 
 
 class WorkerLog:
-    """Logs what operators have to know, and nothing that a caller is told as an error anyway.
+    """Logs what happens to workers, unless a caller gets it as an error anyway.
 
-    Until the service has come up, whoever waits for that is told why it failed. Whoever requested
-    a held worker is told how it ended.
+    Until the service has come up, the caller that waits for that gets the reason why it failed.
+    The caller that requested a held worker gets the reason why it ended.
     """
 
     def __init__(self, log: Log, startup: Startup, shutdown: Shutdown) -> None:
@@ -29,22 +29,22 @@ class WorkerLog:
         self._log.info("worker %d ready", worker.slot)
 
     def late(self, worker: WorkerHandle) -> None:
-        """It is not ready in time."""
+        """The worker is not ready in time."""
         if self._startup.has_succeeded and not worker.held:
             self._log.warning("worker %d: %s", worker.slot, Event.LATE.value)
 
     def overdue(self, worker: WorkerHandle) -> None:
-        """It has not finished in time."""
+        """The worker has not finished in time."""
         self._log.warning("worker %d: %s", worker.slot, Event.OVERDUE.value)
 
     def backs_off(self, worker: WorkerHandle, after_s: float) -> None:
-        """Its next process is started after so long."""
+        """The next process of the worker is started after this time."""
         if after_s and self._startup.has_succeeded:
             self._log.warning("worker %d failed again; another in %g s", worker.slot, after_s)
 
     def signal(self, process: WorkerProcess) -> None:
-        """Which signal tells it to finish, if its command decided that. It is logged once, as
-        all workers run the same command."""
+        """Log which signal tells workers to finish, if their command decided that. It is logged
+        once, as all workers run the same command."""
         why = process.why_this_signal
         if why and why not in self._logged:
             self._logged.add(why)
@@ -59,8 +59,9 @@ class WorkerLog:
     def ended(
         self, worker: WorkerHandle, gone: WorkerProcess, status: int | None, error: SteerError
     ) -> None:
-        """It ended although nobody told it to. Until the service has come up, each kind of end is
-        logged once, except the one that ends the service, as that is raised."""
+        """A worker ended. This is logged only if it was not told to end. Until the service has come
+        up, each kind of end is logged once, except the one that ends the service, as that is
+        raised."""
         was_told = worker.state is State.STOPPING or self._shutdown.has_begun
         if was_told or worker.held:
             return

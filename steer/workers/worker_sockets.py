@@ -53,9 +53,9 @@ class WorkerSockets:
         with ExitStack() as lent:
             for process in [worker.process for worker in by_use if worker.process]:
                 if len(found) < len(process.bound):
-                    theirs = lent.enter_context(process.sockets())
-                    free = {at: each for at, each in theirs.items() if not _is_locked(each)}
-                    found, locked = {**free, **found}, {**theirs, **locked}
+                    borrowed = lent.enter_context(process.sockets())
+                    free = {at: each for at, each in borrowed.items() if not _is_locked(each)}
+                    found, locked = {**free, **found}, {**borrowed, **locked}
             yield {**locked, **found}
 
     @contextmanager
@@ -67,13 +67,13 @@ class WorkerSockets:
             raise group_program.locked(error.what, self._locked_slots()) from None
 
     def _locked_slots(self) -> Sequence[int]:
-        """Of the groups that no program can be attached to through any member; none where that
-        cannot be told."""
+        """The slots of the groups to which no program can be attached, as all members are locked;
+        none if the sockets cannot be borrowed."""
         try:
-            with self.all() as there:
-                at = {index for socks in there.values() for index in socks}
+            with self.all() as sockets:
+                at = {index for socks in sockets.values() for index in socks}
                 groups = [
-                    {slot: socks[index] for slot, socks in there.items() if index in socks}
+                    {slot: socks[index] for slot, socks in sockets.items() if index in socks}
                     for index in at
                 ]
                 locked = [group for group in groups if all(map(_is_locked, group.values()))]
