@@ -24,7 +24,7 @@ class Counts(msgspec.Struct, frozen=True):
 
     Args:
         selected: all of them.
-        fallback: those in place of a slot that had no socket any more.
+        fallback: selections in place of a slot that had no socket any more.
         migrated: connections moved here from a closing listener.
     """
 
@@ -90,7 +90,7 @@ class Members(Protocol):
         """Move the connections that wait at these sockets to other workers.
 
         Args:
-            slot: whose sockets they are; it must not be selected any more.
+            slot: the slot of the worker, which must not be selected any more.
             owned: by bind.
         """
 

@@ -29,8 +29,8 @@ class StoredCbpf(msgspec.Struct):
     """What the next controller needs to write the same programs.
 
     Args:
-        seed: of the hash.
-        layout: its entries and turns; None while no worker can be selected.
+        seed: the seed of the hash.
+        layout: the entries and turns of the table; None while no worker can be selected.
     """
 
     seed: int

@@ -53,7 +53,7 @@ class Groups:
         slots, workers, cpus: see `GroupMaps`.
 
     Attributes:
-        maps: of each bind, its maps by name.
+        maps: for each bind, its maps by name.
     """
 
     def __init__(self, binds: int, slots: int, workers: int, cpus: int) -> None:

@@ -19,7 +19,7 @@ def open_backend(
     """Open a backend, before it has any socket.
 
     Args:
-        backend: its name.
+        backend: the name of the backend.
         empty: load nothing, because `restore` follows.
         before: the current backend, whose sockets the new one takes over later.
 

@@ -21,7 +21,7 @@ class StoredOrder(msgspec.Struct):
     """What the next controller needs to know of the order.
 
     Args:
-        slots: of each bind, the slots in order.
+        slots: for each bind, the slots in order.
         anchored: the binds that have an anchor.
         unknown: the binds whose order is not known.
         filled: bind and number of each filler.

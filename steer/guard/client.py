@@ -41,8 +41,8 @@ class GuardClient:
         control: the listening control socket. The guard process has a duplicate, so connections
             wait while there is no controller.
         say: logs a line in the guard process; it must not block.
-        handover: of the service that is adopted. Until `handover.taken(guard)`, the new guard
-            process leaves the service to the old one if this process ends.
+        handover: the handover of the service that is adopted. Until `handover.taken(guard)`, the
+            new guard process leaves the service to the old one if this process ends.
 
     Attributes:
         entries: what is stored, by key.

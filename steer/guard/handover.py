@@ -113,7 +113,7 @@ def adopt(path: Path, timeout_s: float = 5.0) -> Handover | None:
     """Ask a guard process to hand over its service.
 
     Args:
-        path: of the control socket.
+        path: the path of the control socket.
         timeout_s: for the guard process to answer.
 
     Returns:

@@ -47,7 +47,7 @@ def shown(
 
     Args:
         form: "text" or "json". As text, a part of a line that is continued ends with a backslash.
-        pid, slot: of the worker.
+        pid, slot: the process ID and the slot of the worker.
         now_s: time.time().
     """
     for line, goes_on in lines:

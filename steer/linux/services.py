@@ -73,7 +73,7 @@ class Member(msgspec.Struct, frozen=True):
 
     Args:
         name: the name of its service.
-        runtime_dir: its STEER_RUNTIME_DIR; None if it was not set.
+        runtime_dir: STEER_RUNTIME_DIR of the process; None if it was not set.
         first: the worker's first process, by its environment; None if its title names the
             service.
     """

@@ -47,7 +47,7 @@ def waits_on(
     for this machine, a socket that is registered with an epoll counts as waited on.
 
     Args:
-        inodes: of TCP listeners or UDP sockets, see `socket_inode`.
+        inodes: the inodes of TCP listeners or UDP sockets, see `socket_inode`.
         machine: the processor by uname(2), which determines the system call numbers.
     """
     files = Files(root)

@@ -55,7 +55,7 @@ class Program(Descriptor):
         maps: the maps that it uses, by name.
         attach_type: a key of `_KINDS`.
         protocol: protocol of the sockets in its group.
-        target: of a tracing program: the number in the kernel's BTF of what it attaches to.
+        target: for a tracing program, the number in the kernel's BTF of what it attaches to.
 
     Raises:
         VerifierError: the verifier rejects it; has the log.

@@ -60,7 +60,7 @@ class Policy(msgspec.Struct, frozen=True):
         table: the kind of its table, a key of `LAYOUTS`.
         assemble: makes the classic BPF program. None if there is none; `no_cbpf` says why.
         declared: the declarations in its file; see `loader.find.find`.
-        digest: of the text of a custom policy.
+        digest: a digest of the text of a custom policy.
         problem: why a custom policy cannot be loaded. A service that already runs keeps going.
         candidates: the policies that `auto` may become: the first if open connections can be
             counted, else the second.
@@ -106,8 +106,8 @@ def custom(name: str, path: str, declared: Declared, digest: str) -> Policy:
     """A custom policy.
 
     Args:
-        path: of its file.
-        digest: of its text.
+        path: the path of its file.
+        digest: a digest of its text.
     """
     why_not = "classic BPF cannot run a custom policy"
     return Policy(name, declared.summary, path, declared.table, None, why_not, declared, digest)

@@ -49,7 +49,7 @@ class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
     """The files that an object depends on, other than its source and steer's headers.
 
     Args:
-        digests: of the content of files, by path.
+        digests: digests of the content of files, by path.
         absent: paths that would be read instead if they existed.
     """
 
@@ -64,7 +64,7 @@ class PolicyObject(msgspec.Struct, frozen=True, omit_defaults=True):
     """A compiled policy.
 
     Args:
-        digest: of the sources that it was compiled from; see `loader.compile.digest`.
+        digest: a digest of the sources that it was compiled from; see `loader.compile.digest`.
         compiler: the compiler's name and version, such as "bcc 0.26.0".
         programs: "plain", and "migrate" for kernels with migration.
         lines: for a custom policy, by program: index of an instruction -> the source line that

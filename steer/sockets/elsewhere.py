@@ -25,7 +25,7 @@ def find(pid: int, inodes: frozenset[int]) -> Elsewhere | None:
     namespace of `pid`. None if there is none, or if that cannot be seen.
 
     Args:
-        inodes: of the sockets that steer gave it.
+        inodes: the inodes of the sockets that steer gave it.
     """
     try:
         for member in processes.family(pid, Files()):

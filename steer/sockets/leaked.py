@@ -75,7 +75,7 @@ def find(
     """Find the leaked sockets of one worker.
 
     Args:
-        inodes: of its sockets, one for each bind, see `processes.socket_inode`.
+        inodes: the inodes of its sockets, one for each bind, see `processes.socket_inode`.
         family: processes of the worker that still run.
         everywhere: look in all processes of the machine, except those of steer.
         snapshot: shared with other workers that ended at the same time.

@@ -33,7 +33,7 @@ class Borrower:
 
     Args:
         pid: the worker's first process.
-        inodes: of its sockets, see `processes.socket_inode`.
+        inodes: the inodes of its sockets, see `processes.socket_inode`.
     """
 
     def __init__(self, pid: int, inodes: frozenset[int]) -> None:

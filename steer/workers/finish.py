@@ -22,7 +22,7 @@ class Finishing:
     """Tells the processes of one worker to finish.
 
     Args:
-        pidfd: of the first process.
+        pidfd: refers to the first process.
         told_to_finish: whether an earlier controller has told the worker to finish.
 
     Attributes:

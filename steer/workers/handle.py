@@ -86,7 +86,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
         heartbeat_s: when it last sent WATCHDOG=1, or became ready, by the controller's clock.
         accepting_pids: its processes that were seen to wait on its sockets.
         accepting_tids: its threads that were seen to wait on its sockets.
-        activity: of `accepting_pids` at the last look; see `linux.activity`.
+        activity: the activity of `accepting_pids` at the last look, see `linux.activity`.
         acted_since_hung: whether `accepting_pids` did anything since it was found hung.
         rest: how long it has been at rest, if it is starting and may not be inspected.
         cpu_s, cpu_at_s: its CPU time at the last look, and when that was.
