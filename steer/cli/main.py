@@ -173,7 +173,7 @@ def attach(where: str, **how: Any) -> None:
     """Steer the listeners of a server that runs already.
 
     steer stays in the foreground until it is interrupted or `steer detach` ends it; then the
-    kernel chooses again as before. The server is not restarted and notices nothing.
+    kernel selects again as before. The server is not restarted and notices nothing.
     """
     from steer.cli import attach
 
@@ -185,7 +185,7 @@ def attach(where: str, **how: Any) -> None:
 @_AS_JSON
 @_CONTROL_SOCKET
 def detach(name: str | None, **how: Any) -> None:
-    """End `steer attach`: the kernel's hash selects among the sockets again."""
+    """End `steer attach`: the kernel's hash selects again."""
     from steer.cli import attach
 
     attach.detach(name, **how)
@@ -362,7 +362,7 @@ def inspect_(
     netns: str | None,
     as_json: bool,
 ) -> None:
-    """Show which processes share a port, how, and what decides between them.
+    """Show which processes share a port, and what selects one.
 
     Shows every socket that serves, or those of an address, a port or a process. Works on any
     server, whether steer runs it or not, and changes nothing. As root it also shows BPF programs
