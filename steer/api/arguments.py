@@ -20,7 +20,7 @@ def whole_number(
     """The value, if it is a whole number in the range.
 
     Args:
-        name: of the argument.
+        name: the name of the argument.
         act: the act that errors name.
         allowed: what errors say is allowed; "": the range.
 

@@ -36,7 +36,7 @@ class Claim:
         paths: the result of `refuse_taken`, if it was called a moment ago.
 
     Attributes:
-        path: of the control socket.
+        path: the path of the control socket.
         socket: the control socket.
         remove_directory: whether to remove the directory of the control socket, too, if empty.
         refusals: the paths that were tried before, each with the reason why it did not work.

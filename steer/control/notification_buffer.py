@@ -22,8 +22,8 @@ class Datagram(msgspec.Struct, frozen=True, array_like=True):
     """A datagram. The kernel vouches for its sender.
 
     Args:
-        lineage: of its sender when the datagram was read: see `lineage`. Most senders exit soon
-            after, or wait until it is read (sd_notify_barrier(3)).
+        lineage: the lineage of its sender when the datagram was read, see `lineage`. Most senders
+            exit soon after, or wait until it is read (sd_notify_barrier(3)).
     """
 
     pid: int
@@ -76,7 +76,7 @@ class NotificationBuffer:
     (net.unix.max_dgram_qlen), and most senders of sd_notify(3) messages block.
 
     Args:
-        fd: of the socket; the caller closes it.
+        fd: the descriptor of the socket; the caller closes it.
         known: the first processes of workers.
     """
 

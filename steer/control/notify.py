@@ -63,7 +63,8 @@ class Listener:
     Args:
         trusted: users whose messages are read.
         ignored_ready: logs that messages of other users are ignored.
-        address, fd: of a socket that an earlier controller made; the listener closes `fd`.
+        address, fd: the address and descriptor of a socket that an earlier controller made; the
+            listener closes `fd`.
 
     Attributes:
         known: the first processes of workers. A lineage ends at one of these.

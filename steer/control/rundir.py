@@ -56,8 +56,8 @@ def find(environment: Mapping[str, str], name: str | None = None) -> list[Path]:
     """Paths of control sockets, whether or not a service answers there. This user's come first.
 
     Args:
-        name: of a service; None: all services. In a directory that we cannot list, only a socket
-            whose name is known can be found.
+        name: the name of a service; None: all services. In a directory that we cannot list, only a
+            socket whose name is known can be found.
 
     A directory that is named after a user is skipped if another user owns it, as in /tmp anybody
     could have made it.

@@ -74,7 +74,7 @@ class Histogram(msgspec.Struct):
     """A histogram of values that a policy records.
 
     Args:
-        unit: of the values: "us".
+        unit: the unit of the values: "us".
         buckets: for each bucket, in ascending order: the least value in it, and the count.
     """
 
@@ -88,7 +88,7 @@ class LoopDelay(msgspec.Struct):
 
     Args:
         buckets: for each bucket, in ascending order: the least duration in it, and the count.
-        count: of all turns.
+        count: the number of all turns.
         max: the longest turn.
         p50, p99, p99_9: percentiles, each rounded up to the end of a bucket.
     """

@@ -80,7 +80,7 @@ def await_guard(
     so the wait has a limit.
 
     Args:
-        paths: of control sockets.
+        paths: the paths of control sockets.
 
     Returns:
         The services that are `unreachable` after the wait.

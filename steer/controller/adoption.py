@@ -29,7 +29,7 @@ def adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack) 
 
     Args:
         service: a controller that has no parts yet; they are made from the handover.
-        path: of the control socket.
+        path: the path of the control socket.
         undo: gets what has to be undone at the end.
 
     Raises:

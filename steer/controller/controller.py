@@ -102,7 +102,7 @@ class Controller:
         """Make the notification socket, or use that of an earlier controller.
 
         Args:
-            address, fd: of the socket of an earlier controller.
+            address, fd: the address and descriptor of the socket of an earlier controller.
         """
         trusted = frozenset({0, os.geteuid(), self._user or 0})
         self.listener = Listener(trusted, self._ignored_ready, address, fd)

@@ -48,7 +48,7 @@ class Delays:
         """A percentile, rounded up to the end of a bucket, but not above the longest duration.
 
         Args:
-            share: of the durations, from 0 to 1.
+            share: the share of the durations, from 0 to 1.
         """
         max_ms = round(self._max_s * 1000, 3)
         below, count = 0, sum(self._counts)

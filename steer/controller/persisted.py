@@ -36,15 +36,16 @@ class PersistedService(msgspec.Struct, frozen=True, kw_only=True):
     """A service as a whole.
 
     Args:
-        schema, maps_version: of the build that stored it, see SCHEMA and `abi.MAPS_VERSION`.
+        schema, maps_version: the versions of the build that stored it, see SCHEMA and
+            `abi.MAPS_VERSION`.
         backend: the backend in force, and why no better one is used.
         slots, hash_length: the sizes of the maps.
         generation: the number of the generation in force.
         configured: the configuration of the start or of the last reload.
         policy: the policy in force.
         policy_reason: why `auto` became this policy; None: the user named the policy.
-        declared, digest: of the policy. Its file may have changed, or be gone, when a controller
-            adopts the service.
+        declared, digest: the declarations of the policy and a digest of its text. Its file may have
+            changed, or be gone, when a controller adopts the service.
         notify: the address of the notification socket.
         activated: see `WorkerPool`.
     """

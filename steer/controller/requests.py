@@ -38,7 +38,7 @@ class Requests:
     """The requests to one service.
 
     Args:
-        name: of the service.
+        name: the name of the service.
         report: gathers the status of the service.
         stop: ends the service; its argument says whether quickly.
         is_in_program: whether this process may go on afterwards.

@@ -48,8 +48,8 @@ async def report_of(
     """The status of a service now.
 
     Args:
-        state: of the service as a whole: starting, running, stopping.
-        loop_delay_ms: of the controller, see `delays`.
+        state: the state of the service as a whole: starting, running, stopping.
+        loop_delay_ms: the delays of the controller, see `delays`.
     """
     backend = service.backend
     workers, counted = await _workers(service.pool, backend)
