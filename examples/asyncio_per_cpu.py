@@ -1,13 +1,16 @@
 """An asyncio server with one worker per CPU: the CPU that receives a packet serves it.
 
-Stop it with Ctrl-C.
+The slot of a worker has the number of its CPU. Stop the server with Ctrl-C, or kill its first
+process: the workers get SIGTERM when that ends (PR_SET_PDEATHSIG of prctl(2), which is 1).
 
 Run:  sudo ../.venv/bin/python asyncio_per_cpu.py
-Try:  echo hello | nc -N 127.0.0.1 8000
+Try:  bash -c '(echo hello >&3; head -n 1 <&3) 3<>/dev/tcp/127.0.0.1/8000'
 """
 
 import asyncio
+import ctypes
 import os
+import signal
 
 import steer
 
@@ -22,11 +25,12 @@ async def serve(cpu: int) -> None:
     await (await asyncio.start_server(answer, sock=sock)).serve_forever()
 
 
-cpus = sorted(os.sched_getaffinity(0))
-with steer.ReuseportGroup("127.0.0.1:8000", "cpu", slots=len(cpus)) as group:
-    for slot, cpu in enumerate(cpus):
-        with group.listen(slot, cpu=cpu) as sock:
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
+with steer.ReuseportGroup("127.0.0.1:8000", "cpu", slots=max(os.sched_getaffinity(0)) + 1) as group:
+    for cpu in os.sched_getaffinity(0):
+        with group.listen(cpu, cpu=cpu) as sock:
             if os.fork() == 0:
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
                 asyncio.run(serve(cpu))
-        group.activate(slot)
+        group.activate(cpu)
     os.wait()

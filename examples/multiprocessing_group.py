@@ -1,15 +1,18 @@
 """Workers of multiprocessing, selected by open connections; a worker that dies is replaced.
 
 multiprocessing passes the socket to the worker like any other argument. Only the worker has its
-socket open, so the socket closes when the worker dies, and the others get its share.
+socket open, so the socket closes when the worker dies, and the others get its share. Workers end
+when their parent does: a worker watches it, as nobody can tell it after SIGKILL.
 
 Run:  sudo ../.venv/bin/python multiprocessing_group.py
-Try:  echo hello | nc -N 127.0.0.1 8001
+Try:  bash -c '(echo hello >&3; head -n 1 <&3) 3<>/dev/tcp/127.0.0.1/8001'
 """
 
 import multiprocessing
 import os
+import signal
 import socket
+import sys
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
@@ -20,8 +23,11 @@ spawn = multiprocessing.get_context("spawn")
 
 
 def work(sock: socket.socket, ready: Event) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     ready.set()
-    while True:
+    while parent.sentinel not in wait([sock, parent.sentinel]):
         client, _ = sock.accept()
         with client, client.makefile("rwb") as lines:
             lines.write(b"%d %b" % (os.getpid(), lines.readline().upper()))
@@ -38,6 +44,8 @@ def start(group: steer.ReuseportGroup, slot: int) -> BaseProcess:
 
 
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit())  # which ends daemonic workers
     with steer.ReuseportGroup("127.0.0.1:8001", "least-conn", slots=2) as group:
         workers = {slot: start(group, slot) for slot in range(2)}
         while True:

@@ -1,11 +1,12 @@
 """Threads that serve UDP, each with its own socket; a client's datagrams stay with one thread.
 
 Run:  sudo ../.venv/bin/python udp_group.py
-Try:  echo hello | nc -u -w 1 127.0.0.1 8002
+Try:  bash -c '(echo hello >&3; head -n 1 <&3) 3<>/dev/udp/127.0.0.1/8002'
 """
 
 import socket
 import threading
+from contextlib import suppress
 
 import steer
 
@@ -24,4 +25,5 @@ with steer.ReuseportGroup("udp://127.0.0.1:8002", "hash", slots=2) as group:
     for thread in threads:
         thread.start()
     group.activate(0, 1)
-    threads[0].join()
+    with suppress(KeyboardInterrupt):
+        threads[0].join()

@@ -10,6 +10,7 @@ import pickle
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -24,6 +25,7 @@ import steer
 from steer.api import group_input
 from steer.api.group import ReuseportGroup
 from steer.errors import BindError, ConfigError, GroupError, KernelError, Note, SteerError
+from steer.linux import processes
 from steer.loader import shared_memory
 from steer.testing import reuseport_group
 from testkit import ROOT
@@ -919,6 +921,50 @@ def test_example_of_multiprocessing_replaces_who_dies() -> None:
         eventually(lambda: not is_running(pid))
         answers = [ask(8001).split() for _ in range(4)]
         assert all(words[1] == b"HELLO" and int(words[0]) != pid for words in answers)
+
+
+def ignores_ctrl_c(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return bool(int(status.partition("SigIgn:")[2].split()[0], 16) & 1 << signal.SIGINT - 1)
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "TERM", "KILL"])
+@pytest.mark.parametrize(
+    "name, port", [("asyncio_per_cpu.py", 8000), ("multiprocessing_group.py", 8001)]
+)
+def test_examples_end_with_all_their_processes_and_without_a_traceback(
+    name: str, port: int, end: str
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, str(EXAMPLES / name)],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        eventually(lambda: process.poll() is not None or connects(port))
+        if port == 8001:  # two workers, and the resource tracker of multiprocessing
+            eventually(lambda: sum(map(ignores_ctrl_c, processes.descendants(process.pid))), 3)
+        workers = list(processes.descendants(process.pid))
+        if end == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(getattr(signal, f"SIG{end}"))
+        _, errors = process.communicate(timeout=DEADLINE_S)
+    eventually(lambda: not any(map(is_running, workers)))
+    assert not connects(port)
+    assert "Traceback" not in errors
+
+
+def test_the_example_of_udp_ends_without_a_traceback() -> None:
+    command = [sys.executable, str(EXAMPLES / "udp_group.py")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        eventually(lambda: len(os.listdir(f"/proc/{process.pid}/task")), 3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_example_of_udp_keeps_a_client_with_a_thread() -> None:
