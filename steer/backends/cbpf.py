@@ -64,7 +64,7 @@ class Cbpf(WithoutEbpf):
         self._programs: list[list[classic.Insn] | None] = [None for _ in plan.binds]
         self._held: dict[int, Sequence[int]] = {}
         self._published = self._synchronized = 0
-        self._lost = shortfalls.may_be_lost(plan)
+        self._lost = shortfalls.may_be_lost(plan.binds)
 
     def _try_out(self, plan: Plan) -> None:
         """Attach the program for all workers, which is the longest one, to a socket of no group.

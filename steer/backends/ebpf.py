@@ -122,7 +122,7 @@ class Ebpf(EbpfCounters):
 
     @property
     def notes(self) -> Sequence[str]:
-        lost = shortfalls.may_be_lost(self._plan, self._policy.migrates)
+        lost = shortfalls.may_be_lost(self._plan.binds, self._policy.migrates)
         return (*lost, *shortfalls.of_load(self._plan, self.counting.why_not))
 
     def add_member(self, slot: int, fds: Sequence[int]) -> None:

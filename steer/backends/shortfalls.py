@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from steer import features
+from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.errors import KernelError, Note
 from steer.sockets import listeners
@@ -25,13 +26,13 @@ _UNTOLD = "steer could not find out whether the kernel moves them"
 DATAGRAMS_LOST = f"datagrams {_LOST}: the kernel moves none"
 
 
-def may_be_lost(plan: Plan, migrates: bool | None = None) -> Sequence[str]:
+def may_be_lost(binds: Iterable[Bind], migrates: bool | None = None) -> Sequence[str]:
     """What is lost when a worker crashes or hangs.
 
     Args:
         migrates: whether steer's program moves queues; None if the backend has no such program.
     """
-    protocols = {bind.protocol for bind in plan.binds}
+    protocols = {bind.protocol for bind in binds}
     notes = []
     if "tcp" in protocols and not migrates and (note := _connections_lost(migrates)):
         notes.append(note)

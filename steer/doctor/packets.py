@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Iterator
 
-from steer.config.plan import Plan
+from steer.config.plan import Plan, WorkerSpec
 from steer.doctor.case import MOUNT_SYSFS, Case, Opinion, known
 from steer.doctor.facts import Unknown
 from steer.linux.nic import Interface, cpus_taking_packets
@@ -43,7 +43,7 @@ def receive_queues(case: Case) -> Iterator[Opinion]:
     judged = [each for each in outer if not each.note]
     yield from (_spread(each, plan) for each in judged)
     if noted:
-        yield _notes(noted, is_judged=bool(judged), mask=cpumask(_worker_cpus(plan)))
+        yield _notes(noted, is_judged=bool(judged), mask=cpumask(_worker_cpus(plan.specs)))
 
 
 def _loopback(interfaces: Iterable[Interface]) -> Iterator[Opinion]:
@@ -73,7 +73,7 @@ def _notes(noted: Iterable[Interface], is_judged: bool, mask: str) -> Opinion:
 
 def _spread(interface: Interface, plan: Plan) -> Opinion:
     """Whether every worker gets packets of this interface, and on its own CPU."""
-    worker_cpus = _worker_cpus(plan)
+    worker_cpus = _worker_cpus(plan.specs)
     cure = _spread_cure(interface, worker_cpus)
     taking = cpus_taking_packets(interface)
     if taking is None:
@@ -90,8 +90,8 @@ def _spread(interface: Interface, plan: Plan) -> Opinion:
     return Opinion("ok", f"{found}; every worker gets some")
 
 
-def _worker_cpus(plan: Plan) -> frozenset[int]:
-    return frozenset(spec.cpu for spec in plan.specs if spec.cpu is not None)
+def _worker_cpus(specs: Iterable[WorkerSpec]) -> frozenset[int]:
+    return frozenset(spec.cpu for spec in specs if spec.cpu is not None)
 
 
 def _spread_cure(interface: Interface, worker_cpus: frozenset[int]) -> str:
