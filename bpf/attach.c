@@ -1,39 +1,42 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
  *
- * attach - what becomes of listeners that other services open and close.
+ * attach - watches listeners that servers of others open and close.
  *
- * Not a policy, but two programs on the cgroups where the listeners of an attached group were
- * made. One says that somebody listens on the group's port: a new member, perhaps. The other runs
- * before a listener begins to close. A listener that closes takes handshakes with it that reach
- * it just then. So its slot is marked, which keeps policies from choosing it, and then the close
- * waits until what was on its way has arrived.
+ * This is not a policy but two programs on the cgroups where the listeners of an attached group
+ * were created. steer_listening reports a socket that listens on the group's port. steer_closing
+ * runs before a listener closes. Handshakes that reach a listener while it closes are lost, so
+ * the program marks the slot of the listener, which policies then do not select, and delays the
+ * close until handshakes that are under way have arrived.
  */
 #include "steer.h"
 
-#define LOOKS 64 /* at the clock, each in a row of: */
-#define LOOKS_AT_ONCE 24
+#define ROUNDS 64
+#define READS 24 /* of the clock, in a round */
 #define WAIT_NS 50000
 
 static long (*steer_ring_output)(void *, void *, u64, u64) = (void *)BPF_FUNC_ringbuf_output;
 
-/* Whoever reads the ring looks for itself what has changed. */
-static __always_inline void ring(u64 cookie)
+/* Wakes the attacher, which then looks for listeners itself. */
+static __always_inline void wake(u64 cookie)
 {
 	steer_ring_output(steer_map(STEER_MAP_EVENTS), &cookie, sizeof(cookie), 0);
 }
 
-/* No helper waits here. Several looks in a row, or the verifier would follow too many turns. */
+/*
+ * Waits for WAIT_NS, or as long as it takes to read the clock ROUNDS * READS times. No helper can
+ * wait here. The verifier follows each round, so a round reads the clock several times.
+ */
 static __always_inline void wait(void)
 {
 	u64 end = bpf_ktime_get_ns() + WAIT_NS;
 	u32 i, j;
 
 #pragma clang loop unroll(disable)
-	for (i = 0; i < LOOKS; i++) {
+	for (i = 0; i < ROUNDS; i++) {
 		u64 now = 0;
 
 #pragma unroll
-		for (j = 0; j < LOOKS_AT_ONCE; j++)
+		for (j = 0; j < READS; j++)
 			now = bpf_ktime_get_ns();
 		if ((s64)(now - end) > 0)
 			break;
@@ -53,11 +56,11 @@ int steer_closing(struct bpf_sock *sk)
 	if (!slot)
 		return 1;
 	closing = &steer_get_attachment()->closing[*slot & (STEER_SLOTS - 1)];
-	if (*closing) /* seen by a cgroup below */
+	if (*closing) /* a program on another cgroup has waited */
 		return 1;
 	*closing = 1;
 	wait();
-	ring(cookie);
+	wake(cookie);
 	return 1;
 }
 
@@ -65,6 +68,6 @@ int steer_listening(struct bpf_sock_ops *ctx)
 {
 	if (ctx->op == BPF_SOCK_OPS_TCP_LISTEN_CB &&
 	    ctx->local_port == steer_get_attachment()->port)
-		ring(0);
+		wake(0);
 	return 1;
 }

@@ -1,4 +1,4 @@
-"""What the attacher shares with programs: see struct steer_attachment of bpf/steer.h."""
+"""Memory that the attacher shares with programs: struct steer_attachment of bpf/steer.h."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from steer.loader.bpf_maps import Map
 
 _ALIVE = struct.Struct("=Q")
 BEAT_S = 0.25
-"""Programs take an attacher for gone that has said nothing for four times as long."""
+"""The interval of heartbeats. After four of them without one, programs ignore the table."""
 
 
 class Heartbeat:
-    """Keeps saying that the attacher is alive, in a thread: a look at listeners may take long
-    where CPUs are busy, and so may membarrier(2).
+    """Renews the heartbeat in a thread: on busy CPUs, looking for listeners or membarrier(2) may
+    take long.
 
     Args:
-        beat: says it.
+        beat: renews it once.
     """
 
     def __init__(self, beat: Callable[[], None]) -> None:
@@ -40,7 +40,7 @@ class Heartbeat:
 
 
 class Attachment:
-    """The memory that programs judge by, and which slot each listener has.
+    """The heartbeat, the marks of closing listeners, and the slot of each listener.
 
     Args:
         port: that the listeners are bound to.
@@ -62,11 +62,11 @@ class Attachment:
             self.close = undo.pop_all().close
 
     def beat(self) -> None:
-        """Say that the attacher is alive."""
+        """Renew the heartbeat."""
         _ALIVE.pack_into(self._memory.view, 0, time.monotonic_ns())
 
     def joins(self, slot: int, cookie: int) -> None:
-        """The listener gets the slot."""
+        """Assign the slot to the listener with that cookie."""
         self._memory.view[abi.CLOSING_OFFSET + slot] = 0
         self._members.put(cookie, slot.to_bytes(4, "little"))
 

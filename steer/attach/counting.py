@@ -1,4 +1,4 @@
-"""Open connections of listeners that other services made."""
+"""Counts the open connections of listeners that other servers created."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _OLDER_MAX = 2048
 
 
 class CountingElsewhere(Counting):
-    """Counts on a tracepoint where the kernel allows it (CAP_PERFMON and BTF), and then also
-    connections that were accepted before. Else in the cgroups where the listeners were made.
+    """Counts on a tracepoint if the kernel allows it (CAP_PERFMON and BTF), including connections
+    that were accepted before; otherwise in the cgroups where the listeners were created.
 
     Attributes:
         sees_older: whether connections that were accepted before can be counted.
@@ -44,11 +44,11 @@ class CountingElsewhere(Counting):
             super()._start()
 
     def _watch_ours(self) -> None:
-        """Where sockets are made that this process makes is of no interest."""
+        """The cgroup of this process does not matter here."""
 
     def watch_cgroups(self, cgroups: Iterable[int]) -> None:
-        """Count in these, too, given by their numbers, unless a tracepoint tells. If one refuses,
-        nothing is counted: otherwise the listeners that are not would get all new connections."""
+        """Count in these cgroups, too, if not on a tracepoint. If the program cannot be attached to
+        one of them, nothing is counted: its listeners would otherwise get all new connections."""
         if self._owners is None or self.sees_older:
             return
         try:
@@ -62,11 +62,11 @@ class CountingElsewhere(Counting):
             self.why_not = error.note
 
     def begin(self, older: Mapping[int, int], held: Mapping[int, Sequence[Holder]]) -> None:
-        """Count from now on what the tracepoint tells.
+        """Start to count on the tracepoint.
 
         Args:
-            older: connections that have been accepted, by inode: the slots of their listeners.
-            held: the processes that have these open.
+            older: connections that have been accepted: inode to slot of the listener.
+            held: the holders of these connections, by inode.
 
         Raises:
             KernelError: the program cannot be attached.
@@ -74,7 +74,7 @@ class CountingElsewhere(Counting):
         if not self.sees_older:
             return
         some = dict(list(older.items())[:_OLDER_MAX])
-        # Borrowed until the program is there: meanwhile none of them can be closed unseen.
+        # A duplicate keeps each of them from being closed before the program is attached.
         with holders.borrowed({inode: held[inode] for inode in some if inode in held}) as lent:
             counted: dict[int, int] = {}
             for inode, sock in lent.items():

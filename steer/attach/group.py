@@ -1,4 +1,4 @@
-"""The listeners of other services at one address, chosen among by a policy."""
+"""The listeners of a server at one address, and the policy that selects among them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from steer.sockets.sock_diag import Listener
 
 _FREED_S, _AGAIN_S = 5.0, 0.01
 _OLDER_MAX = 4096
-"""Connections that are looked for."""
+"""The most connections to look for."""
 
 
 def listeners_at(bind: Bind) -> dict[int, Listener]:
@@ -46,16 +46,15 @@ def listeners_at(bind: Bind) -> dict[int, Listener]:
 
 
 class AttachedGroup:
-    """From `open` until `detach`.
+    """A reuseport group of a server that steer did not start.
 
     Args:
-        plan: for the address, with one backend, ebpf.
+        plan: for one address, on the backend ebpf.
 
     Attributes:
-        retired: what was counted for listeners that are gone.
-        is_older_counted: whether connections are counted that were accepted before the attach.
-        why_unwatched: why nothing is heard of listeners that come and go, but in `look`; None if
-            it is.
+        retired: the counts of listeners that are gone.
+        is_older_counted: whether connections that were accepted before the attach are counted.
+        why_unwatched: why no program reports listeners that open and close; None: one does.
 
     Raises:
         KernelError: the kernel refuses; nothing is attached.
@@ -95,15 +94,15 @@ class AttachedGroup:
         left: bool = False,
         replaced: ReplacedProgram | None = None,
     ) -> None:
-        """Take in all that there are.
+        """Add all listeners, and let the policy select among them.
 
         Args:
-            likely: processes that probably have them open.
+            likely: processes that probably hold the listeners.
             left: whether the group has the program of an attacher that was killed.
             replaced: the program that the group has, to be put back when this is detached.
 
         Raises:
-            KernelError: not all can be; the group is as it was.
+            KernelError: one cannot be added; the group is as it was.
         """
         self._likely.update(likely)
         try:
@@ -116,14 +115,14 @@ class AttachedGroup:
             self.counting.begin(*self._older())
             for member in self.roster:
                 member.state = State.READY
-            self._choose()
+            self._select()
         except BaseException:
             self.detach()
             raise
 
     def _take_out(self, replaced: ReplacedProgram) -> None:
-        """First our program, which leaves the selection to the kernel's hash as yet: so no
-        connection meets theirs without its sockets. Raises KernelError."""
+        """Attach our program before the other one loses its sockets. Our table is still empty, so
+        the kernel's hash selects meanwhile. Raises KernelError."""
         self.backend.reattach(self._lend_any)
         self._replaced = replaced
         replaced.take_out()
@@ -134,8 +133,11 @@ class AttachedGroup:
             yield dict(enumerate(list(lent.values())[:1]))
 
     def _join_in_place_of_another(self) -> None:
-        """With its program, which is freed after a grace period, goes the sockarray that the
-        listeners are in: until then they cannot be in another. Raises KernelError."""
+        """Detach the program of an attacher that was killed, then join.
+
+        The listeners are still in its sockarray, and can be in one only. The kernel frees the
+        sockarray some time after the program. Raises KernelError.
+        """
         end_s = time.monotonic() + _FREED_S
         there = self.listeners()
         with holders.borrowed(self._holders_of(there.keys())) as lent:
@@ -151,14 +153,18 @@ class AttachedGroup:
             time.sleep(_AGAIN_S)
 
     def _older(self) -> tuple[Mapping[int, int], Mapping[int, Sequence[Holder]]]:
-        """The connections that were accepted before, by inode: the slot whose listener the process
-        waits on that has the connection; and who that is."""
+        """The connections that were accepted before the attach.
+
+        Returns:
+            By inode, the slot of the listener that a holder of the connection waits on; and the
+            holders.
+        """
         if not self.counting.sees_older:
             return {}, {}
         family = socket.AF_INET6 if self._bind.is_v6 else socket.AF_INET
         accepted = sock_diag.connections(family, self._bind.port, _OLDER_MAX)
         pids = Counter(self.pid_of(each) for each in self.roster)
-        # Of a process that waits on several, nobody can tell which one a connection came from.
+        # If a process waits on several listeners, the connection may be from any of them.
         slots = {pid: each.slot for each in self.roster if pids[pid := self.pid_of(each)] == 1}
         known = {holder.pid for each in self.roster for holder in each.holders}
         held = holders.find({each.inode for each in accepted}, known) if accepted else {}
@@ -174,9 +180,9 @@ class AttachedGroup:
         return older, held
 
     def look(self) -> None:
-        """Bring what is known up to date with what is there. Raises KernelError."""
+        """Add and remove listeners that have been opened and closed. Raises KernelError."""
         there = listeners_at(self._bind)
-        before = self.roster.chosen
+        before = self.roster.selected
         for member in self.roster:
             if self.attachment.is_closing(member.slot):
                 member.state = State.CLOSING
@@ -186,8 +192,8 @@ class AttachedGroup:
         self._join_new([each for each in self.roster.new(there) if each.inode not in self._refused])
         self._refused &= there.keys()
         self._admit()
-        if self.roster.chosen != before:
-            self._choose()
+        if self.roster.selected != before:
+            self._select()
         for member in gone:
             self._leave(member)
 
@@ -209,7 +215,7 @@ class AttachedGroup:
                     self._join_one(each, held[each.inode], lent[each.inode])
 
     def _holders_of(self, inodes: Set[int]) -> Mapping[int, Sequence[Holder]]:
-        """First among processes that had others, as to look through all takes far longer."""
+        """Look first at processes that hold others: to look at all takes far longer."""
         known = self._likely.union(holder.pid for each in self.roster for holder in each.holders)
         held = holders.find(inodes, known)
         rest = inodes - held.keys()
@@ -228,7 +234,7 @@ class AttachedGroup:
         """Raises KernelError."""
         slot = self.roster.free_slot()
         self.backend.take_counts(slot)
-        # Its mark first: from the moment that it is in the sockarray it may be chosen.
+        # Clear the mark first: a listener in the sockarray may be selected at once.
         self.attachment.joins(slot, listener.cookie)
         try:
             self.backend.add_member(slot, [reuseport.duplicate(sock.fileno()).detach()])
@@ -251,24 +257,24 @@ class AttachedGroup:
         self.roster.admit(waited_on)
 
     def _serving(self) -> frozenset[int]:
-        """Processes that alone have a listener that is chosen."""
-        owners = ({holder.pid for holder in each.holders} for each in self.roster.chosen)
+        """The processes that hold a selected listener which no other process holds."""
+        owners = ({holder.pid for holder in each.holders} for each in self.roster.selected)
         return frozenset(min(pids) for pids in owners if len(pids) == 1)
 
     def listeners(self) -> Mapping[int, Listener]:
-        """Those that are there now, by inode. Raises KernelError."""
+        """The listeners that exist now, by inode. Raises KernelError."""
         return listeners_at(self._bind)
 
     @property
     def is_held_together(self) -> bool:
-        """Whether a process has open what another one waits on."""
+        """Whether several processes hold the same listener."""
         return len(self.roster) > 1 and any(
             len({holder.pid for holder in each.holders}) > 1 for each in self.roster
         )
 
     def pid_of(self, member: Member) -> int | None:
-        """The process that waits on it, or did so when it was last seen to; else one that has it
-        open."""
+        """The process that waits on the listener, or waited when it was last seen to; otherwise one
+        that holds it."""
         pids = {each.pid for each in member.holders}
         if len(pids) > 1 and member.pid not in pids:
             inodes = frozenset({member.listener.inode})
@@ -276,8 +282,8 @@ class AttachedGroup:
             member.pid = min(frozenset[int]().union(*seen), default=None)
         return member.pid or min(pids, default=None)
 
-    def _choose(self) -> None:
-        self.backend.steer([self._member(self.plan, each) for each in self.roster.chosen])
+    def _select(self) -> None:
+        self.backend.steer([self._member(self.plan, each) for each in self.roster.selected])
 
     def _member(self, plan: Plan, member: Member) -> layout.Member:
         allowed = plan.topology.allowed
@@ -286,22 +292,22 @@ class AttachedGroup:
 
     def drain(self, member: Member) -> None:
         member.state = State.DRAINING
-        self._choose()
+        self._select()
 
     def undrain(self, member: Member) -> None:
         member.state = State.READY
-        self._choose()
+        self._select()
 
     def swap(self, plan: Plan) -> None:
         """Raises KernelError: nothing has changed."""
         refuse_uncounted(plan, self.counting)
-        members = [self._member(plan, each) for each in self.roster.chosen]
+        members = [self._member(plan, each) for each in self.roster.selected]
         self.backend.swap(plan, members, self._lend)
         self.plan = plan
 
     @contextmanager
     def _lend(self) -> Iterator[Mapping[int, socket.socket]]:
-        """Any member, to reach the group through."""
+        """Lend any member of the group."""
         for each in self.roster:
             with holders.borrowed(self._holders_of_member(each)) as lent:
                 if lent:
@@ -310,7 +316,7 @@ class AttachedGroup:
         yield {}
 
     def _holders_of_member(self, member: Member) -> Mapping[int, Sequence[Holder]]:
-        """Those that had it when it joined; others if they have all closed it."""
+        """The processes that held the listener when it joined; others if they have closed it."""
         inode = member.listener.inode
         with holders.borrowed({inode: member.holders}) as lent:
             if lent:
@@ -331,10 +337,11 @@ class AttachedGroup:
 
 
 def _is_waited_on(member: Member, serving: Set[int]) -> bool:
-    """Whether a process is seen to wait on it; what cannot be looked at counts as if.
+    """Whether a process waits on the listener. A process that we may not inspect counts as waiting.
 
     Args:
-        serving: processes that have others. Such a one may be too busy to be seen waiting.
+        serving: processes that serve already. They may be too busy to be seen waiting, so it is
+            enough if they have registered the listener with an epoll.
     """
     pids, inode = {each.pid for each in member.holders}, member.listener.inode
     if any(waiting.waits(pid, frozenset({inode})) for pid in pids & serving):

@@ -1,4 +1,4 @@
-"""Which processes have a socket open, and a duplicate of it for a moment."""
+"""The processes that hold a socket, and duplicates of the socket for a moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steer.sockets.listeners import BORROW_CURES, pidfd_getfd
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """A process, and the number that the socket has there."""
+    """A process that has a socket open, and the descriptor there."""
 
     pid: int
     fd: int
@@ -25,7 +25,7 @@ class Holder(msgspec.Struct, frozen=True):
 def find(
     inodes: Collection[int], pids: Iterable[int] | None = None
 ) -> dict[int, tuple[Holder, ...]]:
-    """Those of each socket; an inode that no process that may be looked at has open is not there.
+    """The holders of each socket, by inode, as far as we may inspect processes.
 
     Args:
         pids: look only at these processes.
@@ -52,14 +52,13 @@ def _sockets(pid: int) -> Iterator[tuple[int, int]]:
 
 
 def first_of(pids: Collection[int]) -> list[int]:
-    """Of these processes those whose parent is none of them."""
+    """The processes whose parent is not among these."""
     return [pid for pid in pids if processes.parent(pid) not in pids]
 
 
 @contextmanager
 def borrowed(held: Mapping[int, Sequence[Holder]]) -> Iterator[dict[int, socket.socket]]:
-    """Duplicates of sockets, by inode, closed on leaving; of those that have been closed
-    meanwhile there is none.
+    """Duplicates of sockets by inode, closed on leaving. A socket that has been closed is left out.
 
     Raises:
         KernelError: refused.

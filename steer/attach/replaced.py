@@ -1,4 +1,4 @@
-"""The program that a group had before, taken out for a while and put back."""
+"""The program that a group had before the attach, to be put back at the end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from steer.sockets import group_program
 
 
 class ReplacedProgram:
-    """A socket can be in one socket array only. So those that the program selects from are
-    emptied, and what was in them is put back where it was, as far as it is still there.
+    """A program of somebody else, with its socket arrays. A socket can be in one socket array only,
+    so the arrays are emptied, and filled again at the end with the sockets that still exist.
 
     Args:
         number: of the program.

@@ -79,7 +79,7 @@ class Requests:
 
     async def drain(self, request: Request) -> Answer:
         member = self._member(request, "drain", State.READY)
-        if self._group.roster.chosen == [member]:
+        if self._group.roster.selected == [member]:
             act = f"drain listener {member.slot}"
             raise ControlError(act, "no other is ready", "start one, or `steer detach`")
         self._group.drain(member)
@@ -91,7 +91,7 @@ class Requests:
         return Drained(member.slot)
 
     def _member(self, request: Request, act: str, wanted: State) -> Member:
-        """The one in the slot asked for. Raises ControlError: there is none in that state."""
+        """The member in a slot. Raises ControlError: there is none, or it is in another state."""
         slot = request.get("slot")
         found = self._group.roster.at(slot) if type(slot) is int else None
         if found is None:
@@ -115,7 +115,7 @@ class Requests:
         service = with_params_of(now.service, service, policy)
         wanted = planning.plan(service, now.topology, {}, policy)
         if wanted.policy.source is None:
-            cause = "the kernel's own hash is what there is without steer"
+            cause = "without steer the kernel's hash selects anyway"
             raise ConfigError(act, cause, f"`steer detach {now.name}`")
         _, plan = fallback.first_that_works(wanted, self._group.swap, self._log.warning)
         self._log.info("%s on %s", plan.policy.name, self._group.backend.name)
@@ -135,7 +135,7 @@ HANDLERS: Mapping[str, Handle] = {
 def _refuse(command: str) -> Handle:
     async def refuse(requests: Requests, _request: Request) -> Answer:
         name = requests._group.plan.name
-        cause = "its processes are not steer's: it only chooses among their listeners"
+        cause = "its processes are not steer's, which only selects among their listeners"
         raise ControlError(f"{command} {name}", cause, "use the server's own command")
 
     return refuse

@@ -1,4 +1,4 @@
-"""Which listeners are known, which slot each has, and which of them may be chosen. Pure."""
+"""The listeners of an attached group: their slots, and which of them may be selected. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steer.sockets.sock_diag import Listener
 
 
 class State(enum.Enum):
-    """Of a member; as `steer status` shows it."""
+    """The state of a member, as `steer status` shows it."""
 
     STARTING = "starting"
     READY = "ready"
@@ -24,8 +24,8 @@ class Member(msgspec.Struct, eq=False):
     """A listener in a slot.
 
     Args:
-        joined_s: when; of time.monotonic().
-        holders: processes that have it open.
+        joined_s: when it joined; from time.monotonic().
+        holders: the processes that have it open.
         pid: the one that was seen to wait on it last; None as long as none was.
     """
 
@@ -37,7 +37,7 @@ class Member(msgspec.Struct, eq=False):
     pid: int | None = None
 
     @property
-    def is_chosen(self) -> bool:
+    def is_selected(self) -> bool:
         return self.state is State.READY
 
 
@@ -62,7 +62,7 @@ class Roster:
         return next((each for each in self if each.slot == slot), None)
 
     def new(self, there: Mapping[int, Listener]) -> list[Listener]:
-        """Those of the listeners that are not known, by when they were made."""
+        """The listeners that are not members yet, the oldest first."""
         unknown = (each for inode, each in there.items() if inode not in self._members)
         return sorted(unknown, key=lambda each: each.inode)
 
@@ -87,20 +87,20 @@ class Roster:
         del self._members[member.listener.inode]
 
     @property
-    def chosen(self) -> list[Member]:
-        return [each for each in self if each.is_chosen]
+    def selected(self) -> list[Member]:
+        return [each for each in self if each.is_selected]
 
     @property
     def starting(self) -> list[Member]:
         return [each for each in self if each.state is State.STARTING]
 
     def admit(self, waited_on: Collection[int]) -> list[Member]:
-        """Let those be chosen that somebody waits on; if nobody else serves, all.
+        """Let new members be selected: those that a process waits on, or all if no other serves.
 
         Args:
-            waited_on: inodes.
+            waited_on: the inodes of listeners that a process waits on.
         """
-        everybody = not self.chosen
+        everybody = not self.selected
         admitted = [each for each in self.starting if everybody or each.listener.inode in waited_on]
         for each in admitted:
             each.state = State.READY

@@ -1,4 +1,4 @@
-"""`steer attach`: a group of listeners of other services, steered until somebody ends it."""
+"""`steer attach`: steers the listeners of a server until a signal or a request ends it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _NICE = -10
 _SPARE_DESCRIPTORS = 8
 _LAST_LINES_S = 1.0
 _WATCHED_S, _UNWATCHED_S, _STARTING_S = 1.0, 0.05, 0.01
-"""How often to look for listeners: where programs tell of them, where none does, and while some
-that are new are not waited on yet."""
+"""How often to look for listeners: if programs report them, if none does, and while a process does
+not wait on a new one yet."""
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 
 
@@ -54,7 +54,7 @@ def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) ->
     title.show(f"steer: controller {plan.name}")
     fork.rename("steer")
     with suppress(PermissionError):
-        os.nice(_NICE)  # what a busy server closes and opens is to be seen in time
+        os.nice(_NICE)  # on busy CPUs, too, new listeners should be found soon
     try:
         with ExitStack() as undo:
             _refuse_attached(plan, environment)

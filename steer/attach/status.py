@@ -1,4 +1,4 @@
-"""What `steer status` tells of an attached group."""
+"""What `steer status` shows of an attached group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OLDER = "open connections: those since `steer attach`"
 
 
 def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Service:
-    """All that is known of it now. Raises KernelError."""
+    """The status of the group. Raises KernelError."""
     plan, own = group.plan, group.backend.policy_values()
     there, members = group.listeners(), list(group.roster)
     units = {each.name: each.unit for each in plan.policy.declared.histograms}
@@ -60,7 +60,7 @@ def _notes(group: AttachedGroup) -> list[str]:
         notes.append(f"listeners that close may take connections with them: {group.why_unwatched}")
     if group.is_held_together:
         notes.append(SHARED)
-    if not group.roster.chosen:
+    if not group.roster.selected:
         notes.append("nobody listens there: the kernel refuses connections until somebody does")
     return notes
 

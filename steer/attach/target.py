@@ -190,7 +190,7 @@ def _waiting(pids: Sequence[int], inode: int) -> frozenset[int]:
 
 
 def _one_socket(pids: Sequence[int], inode: int, how: str) -> tuple[str, str]:
-    """Cause and cure where nothing can be chosen."""
+    """Cause and cure if there is only one socket to select."""
     count = len(_waiting(pids, inode)) or len(pids)
     waits = f"{count} processes wait" if count > 1 else "one process waits"
     cause = f"it is one socket {how}".rstrip() + f", and {waits} on it"

@@ -1,4 +1,4 @@
-"""Programs on the cgroups where listeners are made: see bpf/attach.c."""
+"""Programs on the cgroups where listeners are created: see bpf/attach.c."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POSITION = struct.Struct("=Q")
 
 
 class Watch:
-    """On as many cgroups as are asked for, until it is closed.
+    """Reports listeners that open and close, until it is closed.
 
     Raises:
         KernelError: the kernel refuses the programs.
@@ -40,7 +40,7 @@ class Watch:
             self.close = undo.pop_all().close
 
     def on(self, cgroups: Iterable[int]) -> None:
-        """Also on these. Raises KernelError."""
+        """Attach the programs to more cgroups, given by their numbers. Raises KernelError."""
         for number in cgroups:
             if number not in self._links:
                 with cgroup.opened(number) as directory:
@@ -56,8 +56,8 @@ class Watch:
 
 
 class Ring:
-    """A ring buffer (BPF_MAP_TYPE_RINGBUF) of which nobody reads what is in it: that it can be
-    read tells that something has happened."""
+    """A ring buffer (BPF_MAP_TYPE_RINGBUF). Its records are not read: that there are any means that
+    a listener was opened or closed."""
 
     def __init__(self, events: Map) -> None:
         self._events = events
@@ -69,7 +69,7 @@ class Ring:
         return self._events.fileno()
 
     def skip(self) -> None:
-        """All that is in it."""
+        """Drop all records."""
         self._consumer[: _POSITION.size] = self._producer[: _POSITION.size]
 
     def close(self) -> None:

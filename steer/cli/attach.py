@@ -60,7 +60,7 @@ def attach(
     entry.logs_to(logger)
     chosen = find.prepare(service.policy)
     if chosen.source is None and not chosen.candidates:
-        raise ConfigError(act, "the kernel's own hash is what there is without steer")
+        raise ConfigError(act, "without steer the kernel's hash selects anyway")
     decided = plan(service, topology.read(), probe.findings_before_start(), chosen)
     sys.exit(attached.run(decided, target, os.environ, logger))
 

@@ -129,7 +129,7 @@ def test_new_listener_gets_nothing_until_it_is_waited_on(attach: Attach) -> None
             assert is_even(answers(60), 3, len(CPUS))
 
 
-def test_only_listener_is_chosen_though_nobody_waits_on_it(attach: Attach) -> None:
+def test_only_listener_is_selected_though_nobody_waits_on_it(attach: Attach) -> None:
     with running(*late_member()) as late:
         assert line_of(late) == "here"
         with threads(2):

@@ -1,4 +1,4 @@
-"""Which listeners of an attached group are chosen."""
+"""Which listeners of an attached group are selected."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_is_not_there_is_gone() -> None:
 def test_only_those_that_are_waited_on_are_admitted_while_others_serve() -> None:
     made = roster(10, starting=(11, 12))
     assert inodes(made.admit({12})) == [12]
-    assert inodes(made.chosen) == [10, 12]
+    assert inodes(made.selected) == [10, 12]
 
 
 def test_all_are_admitted_if_nobody_serves() -> None:
@@ -60,6 +60,6 @@ def test_all_are_admitted_if_nobody_serves() -> None:
 @pytest.mark.parametrize("state", [State.DRAINING, State.CLOSING])
 def test_who_drains_or_closes_does_not_serve(state: State) -> None:
     made = roster(10, starting=(11,))
-    made.chosen[0].state = state
+    made.selected[0].state = state
     assert inodes(made.admit(set())) == [11]
-    assert inodes(made.chosen) == [11]
+    assert inodes(made.selected) == [11]
