@@ -2,9 +2,10 @@
  *
  * attach - watches listeners that servers of others open and close.
  *
- * This is not a policy but two programs on the cgroups where the listeners of an attached group
- * were created. steer_listening reports a socket that listens on the group's port. steer_closing
- * runs before a listener closes. Handshakes that reach a listener while it closes are lost, so
+ * This is not a policy. steer_listening, on the cgroups where the listeners of an attached group
+ * were created, reports a socket that listens on the group's port; steer_state, on a tracepoint,
+ * does so for all cgroups, if the kernel allows it. steer_closing, on those cgroups, runs before
+ * a listener closes. Handshakes that reach a listener while it closes are lost, so
  * the program marks the slot of the listener, which policies then do not select, and delays the
  * close until handshakes that are under way have arrived.
  */
@@ -70,4 +71,21 @@ int steer_listening(struct bpf_sock_ops *ctx)
 	    ctx->local_port == steer_get_attachment()->port)
 		wake(0);
 	return 1;
+}
+
+/* tp_btf/inet_sock_set_state */
+int steer_state(void *ctx)
+{
+	u64 sk, state;
+	u16 port = 0;
+
+	asm volatile("%0 = *(u64 *)(%1 + 16)" : "=r"(state) : "r"(ctx));
+	if ((u32)state != BPF_TCP_LISTEN)
+		return 0;
+	asm volatile("%0 = *(u64 *)(%1 + 0)" : "=r"(sk) : "r"(ctx));
+	bpf_probe_read_kernel(&port, sizeof(port),
+			      (void *)(sk + steer_get_attachment()->port_offset));
+	if (port == steer_get_attachment()->port)
+		wake(0);
+	return 0;
 }

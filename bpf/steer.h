@@ -190,7 +190,7 @@ struct steer_own {
 struct steer_attachment {
 	u64 alive_ns; /* last heartbeat of the attacher; CLOCK_MONOTONIC */
 	u32 port; /* of the listeners */
-	u32 reserved;
+	u32 port_offset; /* of skc_num in struct sock_common */
 	u8 closing[STEER_SLOTS]; /* 1: the listener in the slot is being closed */
 };
 

@@ -91,7 +91,7 @@ SET_BYTES: Final = 192
 """Mirrors sizeof(struct flow_set) of bpf/flow.c. On average a set has FLOWS_OF_SET flows."""
 
 ATTACHMENT: Final = struct.Struct(f"=QII{SLOTS}s")
-"""Mirrors struct steer_attachment: alive_ns, port, reserved, closing."""
+"""Mirrors struct steer_attachment: alive_ns, port, port_offset, closing."""
 CLOSING_OFFSET: Final = ATTACHMENT.size - SLOTS
 
 LENGTH: Final = struct.Struct("=II")

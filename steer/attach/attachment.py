@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from steer import abi
 from steer.loader.bpf_maps import Map
 
-_ALIVE = struct.Struct("=Q")
+_ALIVE, _OFFSET = struct.Struct("=Q"), struct.Struct("=I")
 BEAT_S = 0.25
 """The interval of heartbeats. After four of them without one, programs ignore the table."""
 
@@ -60,6 +60,10 @@ class Attachment:
             self._memory.view[: len(head)] = head
             self.beat()
             self.close = undo.pop_all().close
+
+    def tell_port_offset(self, offset: int) -> None:
+        """Where the port is in struct sock_common, in bytes."""
+        _OFFSET.pack_into(self._memory.view, _ALIVE.size + _OFFSET.size, offset)
 
     def beat(self) -> None:
         """Renew the heartbeat."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import time
@@ -140,6 +141,7 @@ class _AttachedService:
         self._detached = asyncio.Event()
         self._look_again: asyncio.TimerHandle | None = None
         self._heard_fd: int | None = None
+        self._heard_s = -math.inf
 
     async def run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -181,6 +183,8 @@ class _AttachedService:
     def _heard(self) -> None:
         if self._group.watch is not None:
             self._group.watch.events.skip()
+            # A listener is reported a moment before it can be found, so look again soon.
+            self._heard_s = time.monotonic()
             self._look()
 
     def _look(self) -> None:
@@ -192,6 +196,6 @@ class _AttachedService:
         self._look_again = self._loop.call_later(self._pause_s(), self._look)
 
     def _pause_s(self) -> float:
-        if self._group.roster.starting:
+        if self._group.roster.starting or time.monotonic() < self._heard_s + _STARTING_S:
             return _STARTING_S
         return _WATCHED_S if self._group.watch is not None else _UNWATCHED_S

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 
-from steer.attach import holders
+from steer.attach import holders, watch
 from steer.attach.counting import TRACEPOINT
 from steer.attach.group import listeners_at
 from steer.attach.holders import Holder
@@ -151,7 +151,9 @@ class Target:
             AttachRefused: it has somebody else's.
         """
         try:
-            tracing.tracepoint_number(TRACEPOINT)  # needed later, when it has to be quick
+            # These take a while, and are needed later when it has to be quick.
+            tracing.tracepoint_number(TRACEPOINT)
+            tracing.field_offset(*watch.PORT)
             with Look() as look:
                 seen = {each.inode: each for each in look.in_this_netns()}
                 found = [seen[inode] for inode in self.listeners if inode in seen]

@@ -7,13 +7,18 @@ import struct
 from collections.abc import Iterable
 from contextlib import ExitStack
 
+from steer import abi
 from steer.attach.attachment import Attachment
+from steer.attach.counting import TRACEPOINT
+from steer.errors import KernelError
 from steer.linux import cgroup
-from steer.loader import compile
+from steer.loader import compile, tracing
 from steer.loader.bpf_maps import Map
 from steer.loader.programs import ATTACH_TYPES, Link, Program
+from steer.policy.bytecode import Code
 
 _KINDS = ("closing", "listening")
+PORT = "sock_common", "skc_num"
 _POSITION = struct.Struct("=Q")
 
 
@@ -34,10 +39,24 @@ class Watch:
                 )
                 for kind in _KINDS
             }
+            self._tracepoint = self._trace(attachment, code["state"], undo)
             self.events = Ring(attachment.maps["events"])
             undo.callback(self.events.close)
             undo.callback(self._unlink)
             self.close = undo.pop_all().close
+
+    def _trace(self, attachment: Attachment, code: Code, undo: ExitStack) -> bool:
+        """Report listeners of all cgroups. Whether the kernel allows that."""
+        try:
+            attachment.tell_port_offset(tracing.field_offset(*PORT))
+            target = tracing.tracepoint_number(TRACEPOINT)
+            program = undo.enter_context(
+                Program("steer_state", code, attachment.maps, abi.BPF_TRACE_RAW_TP, target=target)
+            )
+            undo.enter_context(tracing.Attached(program))
+        except KernelError:
+            return False
+        return True
 
     def on(self, cgroups: Iterable[int]) -> None:
         """Attach the programs to more cgroups, given by their numbers. Raises KernelError."""
@@ -47,6 +66,7 @@ class Watch:
                     self._links[number] = [
                         Link(program, directory, ATTACH_TYPES[kind])
                         for kind, program in self._programs.items()
+                        if kind == "closing" or not self._tracepoint
                     ]
 
     def _unlink(self) -> None:

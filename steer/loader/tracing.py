@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from steer import abi
+from steer.errors import KernelError
 from steer.loader.bpf_maps import Map
 from steer.loader.btf import FUNCTION, TYPEDEF, KernelTypes
 from steer.loader.libbpf import Descriptor, calls, refusal
@@ -42,6 +43,16 @@ def tracepoint_number(on: str) -> int:
     takes some 10 ms, the first time. Raises KernelError."""
     with KernelTypes() as types:
         return types.number(f"btf_trace_{on}", TYPEDEF)
+
+
+@cache
+def field_offset(struct: str, path: str) -> int:
+    """Where a field of a kernel structure begins, in bytes. Raises KernelError."""
+    with KernelTypes() as types:
+        bits = types.offset_bits(struct, path)
+    if bits is None:
+        raise KernelError(f"find {struct}.{path} in the kernel's types", "ENOENT")
+    return bits // 8
 
 
 def tracepoint(

@@ -74,6 +74,7 @@ MIRRORED = {
     "sizeof(struct steer_attachment)": abi.ATTACHMENT.size,
     "OFFSET(steer_attachment, alive_ns)": 0,
     "OFFSET(steer_attachment, port)": 8,
+    "OFFSET(steer_attachment, port_offset)": 12,
     "OFFSET(steer_attachment, closing)": abi.CLOSING_OFFSET,
     "OFFSET(steer_params, values)": struct.calcsize("4I"),
     "SIZE(steer_params, values)": struct.calcsize(f"{abi.VALUES}I"),

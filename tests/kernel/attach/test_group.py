@@ -20,15 +20,15 @@ from steer.errors import KernelError
 from steer.linux import cgroup, topology
 from steer.linux.log import Log
 from steer.loader import find, tracing
-from testkit.harness import PORT
-from testkit.processes import eventually
+from testkit.processes import eventually, is_ready
 
 pytestmark = [
     pytest.mark.needs("bpf", "migrate", "netns", "root", "pidfd_getfd"),
     pytest.mark.usefixtures("netns"),
 ]
 
-HOST = "127.0.0.1"
+HOST, PORT = "127.0.0.1", 8731
+"""A port of no other test: listeners of all network namespaces are reported."""
 
 
 def listener() -> socket.socket:
@@ -149,6 +149,30 @@ def cgroup_below() -> Iterator[Path]:
     yield made
     if made.exists():
         made.rmdir()
+
+
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_new_listener_is_reported(
+    attach: Open,
+    listeners: list[socket.socket],
+    cgroup_below: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_traced: bool,
+) -> None:
+    """On a tracepoint from any cgroup, otherwise from those where others were created."""
+    if not is_traced:
+        monkeypatch.setattr(tracing, "tracepoint_number", refuse)
+    group = attach()
+    assert group.watch is not None
+    assert not is_ready(group.watch.events)
+    (cgroup_below if is_traced else cgroup_below.parent).joinpath("cgroup.procs").write_text(
+        str(os.getpid())
+    )
+    with socket.create_server((HOST, 0)):
+        assert not is_ready(group.watch.events)
+    listeners.append(listener())
+    (cgroup_below.parent / "cgroup.procs").write_text(str(os.getpid()))
+    assert is_ready(group.watch.events)
 
 
 def test_listeners_that_are_not_heard_of_are_still_found(
