@@ -103,7 +103,7 @@ class Selector(Protocol):
         """Makes the policy forget the flows of a slot; None if the policy remembers no flows."""
 
     @property
-    def tell_waiting(self) -> Callable[[int, int], None] | None:
+    def write_waiting(self) -> Callable[[int, int], None] | None:
         """Tells the policy the slot and how many connections wait there; None if it counts them."""
 
     def steer(self, members: Sequence[Member]) -> None:

@@ -45,7 +45,7 @@ class EbpfCounters:
         return all(bind.protocol == "tcp" for bind in self._plan.binds)
 
     @property
-    def tell_waiting(self) -> Callable[[int, int], None] | None:
+    def write_waiting(self) -> Callable[[int, int], None] | None:
         is_told = self._plan.policy.reads_load and self.counting.why_not
         return self.counting.slots.set_open if is_told else None
 

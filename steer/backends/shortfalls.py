@@ -22,7 +22,7 @@ NOT_COUNTED = "open connections are not counted"
 SAMPLED = "the policy uses the accept queues instead, which are sampled"
 _LOST = "queued at a worker that crashes or hangs are lost"
 _MAY_BE_LOST = "queued at a worker that crashes or hangs may be lost"
-_UNTOLD = "steer could not find out whether the kernel moves them"
+_NOT_KNOWN = "steer could not find out whether the kernel moves them"
 DATAGRAMS_LOST = f"datagrams {_LOST}: the kernel moves none"
 
 
@@ -44,12 +44,12 @@ def may_be_lost(binds: Iterable[Bind], migrates: bool | None = None) -> Sequence
 def _connections_lost(migrates: bool | None) -> str:
     """Why connections are lost if no program moves them; "" if the kernel does."""
     try:
-        told = listeners.tcp_migrate_req()
+        setting = listeners.tcp_migrate_req()
     except KernelError as error:
-        return f"connections {_MAY_BE_LOST}: {_UNTOLD} ({error})"
-    if told:
+        return f"connections {_MAY_BE_LOST}: {_NOT_KNOWN} ({error})"
+    if setting:
         return ""
-    if told is None or migrates is False:
+    if setting is None or migrates is False:
         return f"connections {_LOST}: migration needs Linux {features.MIGRATE.version}"
     by_sysctl = "ebpf would move them, and so would sysctl net.ipv4.tcp_migrate_req=1"
     return f"connections {_LOST}: {by_sysctl}"

@@ -18,7 +18,7 @@ class WithoutEbpf:
 
     backup: BackupListeners | None = None
     forget_flows = None
-    tell_waiting = None
+    write_waiting = None
     counting: Counting | None = None
     owns_counting = False
 

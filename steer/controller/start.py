@@ -142,7 +142,7 @@ class Start:
             self._log.info("policy %s", plan.became)
         if chosen.reason:
             self._log.warning("not on a better backend: %s", chosen.reason)
-        if backend.tell_waiting:
+        if backend.write_waiting:
             self._log.warning("%s", backend.notes[-1])
         if as_whom := privileges.note(plan.service):
             self._log.info("%s", as_whom)

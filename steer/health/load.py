@@ -45,7 +45,7 @@ class LoadSampler:
 
     def _sample(self) -> None:
         self._timer = None
-        if (tell := self._pool.backend.tell_waiting) is None:
+        if (write := self._pool.backend.write_waiting) is None:
             return
         number = len(self._pool.workers)
         self._timer = self._loop.call_later(max(_SAMPLE_S, number / _SAMPLED_PER_S), self._sample)
@@ -55,7 +55,7 @@ class LoadSampler:
         self._sampled = sampled
         for worker in self._pool.workers:
             if worker.process and worker.serves:
-                sample = partial(tell, worker.slot, self._waiting(worker.process))
+                sample = partial(write, worker.slot, self._waiting(worker.process))
                 self._pool.retry.attempt(f"read the queues of worker {worker.slot}", sample)
 
     def _waiting(self, process: WorkerProcess) -> int:

@@ -95,7 +95,7 @@ class Programs:
         self._attach(set(advice.values()) != {Advice.NOTHING})
         for at, each in advice.items():
             if each is Advice.TELL:
-                self._tell(binds[at])
+                self._warn(binds[at])
 
     def rest(self) -> None:
         """Attach the programs again now and then while no connections come: another program
@@ -161,7 +161,7 @@ class Programs:
                     found[inode] = here.queued if here else 0
         return found
 
-    def _tell(self, bind: Bind) -> None:
+    def _warn(self, bind: Bind) -> None:
         key = f"{bind.label} past the program"
         if key in self._pool.group_notes:
             return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from steer.health import pace
 from steer.health.pace import Pace
 from steer.linux.waiting import Seen
-from steer.workers.elsewhere import Lookout
+from steer.workers.elsewhere import ElsewhereLog
 from steer.workers.handle import WorkerHandle, waits
 from steer.workers.lifecycle import Event, State
 from steer.workers.pool import WorkerPool
@@ -35,7 +35,7 @@ class Readiness:
         self._timer: TimerHandle | None = None
         self._is_looking = False
         self._notifies: int | None = None
-        self._lookout = Lookout(pool.log)
+        self._elsewhere_log = ElsewhereLog(pool.log)
 
     def changed(self, worker: WorkerHandle) -> None:
         """A worker's state has changed."""
@@ -57,7 +57,7 @@ class Readiness:
         if after_s is not None:
             self._timer = self._loop.call_later(after_s, self._look_at_starting)
         else:
-            self._lookout.forget()
+            self._elsewhere_log.forget()
 
     def _look_at_starting(self) -> None:
         """Find the workers that wait on their sockets by now."""
@@ -80,7 +80,7 @@ class Readiness:
         if self._is_ready(worker, process):
             self._pool.report(worker, Event.READY)
         else:
-            self._lookout.look(worker, process, time.monotonic() - process.started_s)
+            self._elsewhere_log.look(worker, process, time.monotonic() - process.started_s)
 
     def _is_ready(self, worker: WorkerHandle, process: WorkerProcess) -> bool:
         """Whether it waits on its sockets, or is at rest if that cannot be seen."""

@@ -134,7 +134,7 @@ class Repair:
             self._mend(one, found, cure(found, self._splits(one)))
 
     def _mend(self, one: _Socket, found: Departure, how: Cure) -> None:
-        self._tell(one, found, how)
+        self._warn(one, found, how)
         if how is Cure.SHARE and one.sock is not None:
             members.share(one.sock)
         elif how is Cure.REJOIN and one.sock is not None:
@@ -220,7 +220,7 @@ class Repair:
             if each is not one.worker
         )
 
-    def _tell(self, one: _Socket, found: Departure, how: Cure) -> None:
+    def _warn(self, one: _Socket, found: Departure, how: Cure) -> None:
         """Log it, once for each process: a socket that was cut off is seen as connected later."""
         if (one.at, found) in one.known.told or one.at in one.worker.departures:
             return

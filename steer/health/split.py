@@ -75,7 +75,7 @@ class Splits:
                     self._found(worker, bind)
 
     def _found(self, worker: WorkerHandle, bind: Bind) -> None:
-        self._tell(worker, bind)
+        self._warn(worker, bind)
         self._split = worker.generation.number
         self._heal_soon()
 
@@ -83,7 +83,7 @@ class Splits:
         anchors = self._pool.backend.anchors
         return [bind for at, bind in enumerate(binds) if is_at_risk(at, bind, anchors)]
 
-    def _tell(self, worker: WorkerHandle, bind: Bind) -> None:
+    def _warn(self, worker: WorkerHandle, bind: Bind) -> None:
         words = (
             f"{bind.label}: workers have connected sockets there, so that worker {worker.slot}, "
             "which started later, gets all new clients, or none; all workers are replaced; "

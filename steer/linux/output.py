@@ -64,7 +64,7 @@ class Output:
         """Call `blocked` when something has to be kept. From then on, call `flush` whenever
         `fileno()` is writable, until it returns True."""
         self._blocked, self._is_blocked = blocked, False
-        self._see_whether_blocked()
+        self._check_blocked()
 
     def when_clear(self, call: Callable[[], None]) -> None:
         """Call a function once, when nothing is kept any more."""
@@ -77,7 +77,7 @@ class Output:
             return
         self._own_bytes += len(line)
         self._waiting += line
-        self._see_whether_blocked()
+        self._check_blocked()
 
     def pass_on(self, lines: Iterable[bytes]) -> None:
         """Write lines of a worker. While something is kept, read only its last ones."""
@@ -86,9 +86,9 @@ class Output:
                 self._dropped += 1
             else:
                 self._waiting += line
-        self._see_whether_blocked()
+        self._check_blocked()
 
-    def _see_whether_blocked(self) -> None:
+    def _check_blocked(self) -> None:
         if not self.flush() and not self._is_blocked and self._blocked is not None:
             self._is_blocked = True
             self._blocked()

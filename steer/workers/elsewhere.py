@@ -50,7 +50,7 @@ def not_ready(process: WorkerProcess) -> WorkersFailed:
     return WorkersFailed("start workers", cause, cure, detail=process.last_words)
 
 
-class Lookout:
+class ElsewhereLog:
     """Logs that a starting worker listens elsewhere, before its --ready-timeout is over.
 
     Workers of a service run the same program, so it logs this for one of them only."""

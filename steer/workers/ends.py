@@ -84,9 +84,9 @@ class Ends:
     ) -> None:
         self._loop = loop
         self._retry = retry
-        self._tell_lost = lost
-        self._tell_ended = ended
-        self._tell_before = before
+        self._on_lost = lost
+        self._on_ended = ended
+        self._on_before = before
         self._find = find
         self._groups: set[int] = set()
         self._killed: deque[WorkerProcess] = deque()
@@ -215,7 +215,7 @@ class Ends:
     def _lose(self, ends: Iterable[End]) -> None:
         fresh = [each for each in ends if not each.is_lost]
         if fresh:
-            self._tell_lost(fresh)
+            self._on_lost(fresh)
         for each in fresh:
             each.is_lost = True
 
@@ -232,7 +232,7 @@ class Ends:
 
     def _end(self, ends: Sequence[End]) -> None:
         if ends:
-            tell = partial(self._tell_before, [each.process for each in ends])
+            tell = partial(self._on_before, [each.process for each in ends])
             self._retry.attempt("let go of workers", tell)
         for end in ends:
             self._forget(end)
@@ -240,7 +240,7 @@ class Ends:
             act, unknown = f"see the end of worker {end.worker.slot}", None
             end.status = self._retry.result(act, end.process.let_go, unknown)
         if ends:
-            self._tell_ended(ends)
+            self._on_ended(ends)
 
     # Time.
 

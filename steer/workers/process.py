@@ -187,7 +187,7 @@ class WorkerProcess:
         """A process that another controller started, from the guard's entry; None if it has ended.
         This object closes the descriptors, except those of the sockets."""
         if not entry.fds:
-            _see_off(saved.pid, entry.group)
+            _kill_remains(saved.pid, entry.group)
             return None
         self = cls(launch, guard)
         self.started_s, self.bound = saved.started_s, saved.bound
@@ -336,7 +336,7 @@ class WorkerProcess:
         self._ended = None  # it refers to us, and the cycle would need the garbage collector
 
 
-def _see_off(pid: int, group: int) -> None:
+def _kill_remains(pid: int, group: int) -> None:
     """Kill what is left of a worker that ended under another controller, as it may listen."""
     end_s = time.monotonic() + _LEFTOVERS_S
     if group:

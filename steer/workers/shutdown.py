@@ -44,7 +44,7 @@ class Shutdown:
         self._guard = guard
         self._retry = retry
         self._leftovers = Leftovers(self.end_if_empty)
-        self._has_told_strays = False
+        self._has_told_leftovers = False
         self._loop: AbstractEventLoop
         self.ended: Future[None]
 
@@ -78,9 +78,9 @@ class Shutdown:
         with it."""
         if not self.has_begun or self._workers or self._leftovers or self.ended.done():
             return
-        left = [] if self._has_told_strays else self._left_behind()
+        left = [] if self._has_told_leftovers else self._left_behind()
         if left:
-            self._has_told_strays = True
+            self._has_told_leftovers = True
             family.send(signal.SIGTERM, left)
             self.take_leftovers(left)
         else:

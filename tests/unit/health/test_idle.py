@@ -126,7 +126,7 @@ class Service:
 
     # As the backend.
 
-    tell_waiting = None
+    write_waiting = None
 
     def busy(self) -> Any:
         return set(self.open) if self.is_counted else None
