@@ -15,6 +15,11 @@ from steer.values import plural
 _BAR = 30
 """Characters of the longest bar."""
 _OPTIONAL = ("cgroup", "cpus", "drops", "queue")
+_TITLES = {
+    "single": "one socket each",
+    "unknown": "one socket each, which processes that cannot be seen may share",
+}
+"""Of the tables of the full list, by kind of group."""
 _COLUMNS = ("socket", "held by", "waiting", "cpus", "queue", "drops", "cgroup")
 
 
@@ -22,12 +27,14 @@ def of_inspection(found: Inspection, in_full: bool) -> list[Table]:
     """A table for each group, and a last one for the notes.
 
     Args:
-        in_full: whether groups of kind "single" get a table each; else they share one.
+        in_full: whether groups of the kinds in `_TITLES` get a table each; else those of a kind
+            share one.
     """
-    alone = [each for each in found.groups if each.kind == "single" and not in_full]
-    tables = [_group_table(each) for each in found.groups if each not in alone]
-    if alone:
-        tables.append(_singles(alone))
+    in_brief = frozenset[str]() if in_full else _TITLES.keys()
+    tables = [_group_table(each) for each in found.groups if each.kind not in in_brief]
+    for kind in in_brief:
+        if alone := [each for each in found.groups if each.kind == kind]:
+            tables.append(_one_line_each(_TITLES[kind], alone))
     if found.notes:
         tables.append(Table("", ("notes",), [(note,) for note in found.notes]))
     return tables
@@ -129,11 +136,11 @@ def _program(program: Program) -> str:
     return ", ".join(parts)
 
 
-def _singles(groups: Sequence[Group]) -> Table:
-    """One line for each group of kind "single"."""
+def _one_line_each(title: str, groups: Sequence[Group]) -> Table:
+    """One line for each group, which has one socket."""
     columns = ["address", "user", "netns", *_COLUMNS]
     rows = [
         [_address(each), str(each.user or each.uid), _netns(each), *_row(each.sockets[0])]
         for each in groups
     ]
-    return Table("one socket each", columns, rows, (), ("netns", *_OPTIONAL, "user"), None, False)
+    return Table(title, columns, rows, (), ("netns", *_OPTIONAL, "user"), None, False)

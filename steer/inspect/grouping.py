@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from steer.inspect.schema import Kind, Process
 from steer.inspect.seen import Seen
@@ -40,15 +40,23 @@ def _order(seen: Seen, own_netns: int) -> tuple[object, ...]:
     )
 
 
-def kind_of(group: Sequence[Seen], processes: Mapping[int, Sequence[Process]]) -> Kind:
+def kind_of(
+    group: Sequence[Seen],
+    processes: Mapping[int, Sequence[Process]],
+    partly_seen: Set[int] = frozenset(),
+) -> Kind:
     """Whether each process has a socket of its own, or several processes wait for one.
 
     Args:
         processes: the processes that hold each socket, by inode.
+        partly_seen: sockets that other processes may hold, too.
     """
     if len(group) > 1 or group[0].program or group[0].members > 1:
         return "reuseport"
-    return "shared" if len(servers(processes.get(group[0].inode, ()))) > 1 else "single"
+    inode = group[0].inode
+    if len(servers(processes.get(inode, ()))) > 1:
+        return "shared"
+    return "unknown" if inode in partly_seen else "single"
 
 
 def servers(processes: Sequence[Process]) -> Sequence[Process]:

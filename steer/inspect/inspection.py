@@ -48,7 +48,7 @@ def inspect(asked: Asked) -> Inspection:
     with ExitStack() as stack:
         view = seeing.see(path, stack)
         selected = _selected(view, asked.target)
-        notes = [*view.notes, *_unheld(view, selected)]
+        notes = [*view.notes, *_hidden(view, selected)]
         accepted: Mapping[int, int] = {}
         if asked.count_s is not None:
             accepted, failed = counting.count(view, selected, asked.count_s)
@@ -83,15 +83,18 @@ def _nothing_by_number(number: int) -> ConfigError:
     return ConfigError(act, f"no socket serves port {number}, and there is no such process", cure)
 
 
-def _unheld(view: View, selected: Iterable[Seen]) -> list[str]:
-    """A note if processes that hold these sockets are hidden from us."""
-    if view.look is not None:
-        return []
-    count = sum(1 for each in selected if each.inode not in view.holders)
-    if not count:
-        return []
+def _hidden(view: View, selected: Iterable[Seen]) -> list[str]:
+    """Notes if processes that hold these sockets are hidden from us, or may be."""
+    partly = [each.inode for each in selected if each.inode in view.partly_seen]
+    unheld = sum(1 for inode in partly if inode not in view.holders)
     cure = "run as root" if os.geteuid() else "needs CAP_SYS_PTRACE"
-    return [f"cannot see which processes hold {plural(count, 'socket')}; {cure}"]
+    notes = []
+    if unheld:
+        notes.append(f"cannot see which processes hold {plural(unheld, 'socket')}; {cure}")
+    if others := len(partly) - unheld:
+        more = f"cannot see whether more processes hold {plural(others, 'socket')}; {cure}"
+        notes.append(more)
+    return notes
 
 
 class _Builder:
@@ -123,7 +126,7 @@ class _Builder:
             protocol=first.protocol,
             address=first.address,
             port=first.port,
-            kind=grouping.kind_of(sockets, self._processes),
+            kind=grouping.kind_of(sockets, self._processes, self._view.partly_seen),
             uid=first.uid,
             user=_user(first.uid),
             netns=first.netns,

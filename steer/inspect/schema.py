@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-Kind = Literal["reuseport", "shared", "single"]
+Kind = Literal["reuseport", "shared", "single", "unknown"]
 
 
 class Process(msgspec.Struct):
@@ -81,7 +81,8 @@ class Group(msgspec.Struct):
 
     Args:
         kind: "reuseport": each has a socket of its own; "shared": several processes wait for
-            one; "single": one process does.
+            one; "single": one process does; "unknown": one socket, and not all processes that
+            may wait for it can be seen.
         uid, user: the user who created the sockets; `user` is None if there is no such name.
         netns: inode number of the network namespace.
         netns_name: its name, see ip-netns(8); None if it has none.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Collection, Iterable, Mapping, Set
+from contextlib import ExitStack, nullcontext
 from functools import cache
 
 import msgspec
@@ -30,12 +31,14 @@ class View(msgspec.Struct):
         holders: the processes that hold each socket, by inode.
         look: for further questions; None if there are no BPF iterators.
         notes: what could not be seen, and why.
+        partly_seen: inodes of sockets that processes hidden from us may hold, too.
     """
 
     sockets: list[Seen]
     holders: Mapping[int, Collection[int]]
     look: Look | None
     notes: list[str]
+    partly_seen: Set[int] = frozenset()
 
 
 def see(only: str | None, stack: ExitStack) -> View:
@@ -125,9 +128,10 @@ def _by_diag(why: KernelError) -> View:
         for protocol in ("tcp", "udp")
         for each in sock_diag.servers(protocol)
     ]
-    holders = _holders({each.inode for each in found})
+    holders, hidden = _holders({each.inode for each in found})
     note = f"cannot see BPF programs or other network namespaces: {why.note}"
-    return View([each for each in found if not each.is_connected], holders, None, [note])
+    serving = [each for each in found if not each.is_connected]
+    return View(serving, holders, None, [note], _partly_seen(serving, holders, hidden))
 
 
 def _as_seen(each: Server, number: int) -> Seen:
@@ -149,12 +153,31 @@ def _as_seen(each: Server, number: int) -> Seen:
     )
 
 
-def _holders(inodes: Collection[int]) -> Mapping[int, Collection[int]]:
-    """The processes that hold these sockets, as far as we may see."""
+def _holders(inodes: Collection[int]) -> tuple[Mapping[int, Collection[int]], Set[int]]:
+    """The processes that hold these sockets, as far as we may see; and those that we may not
+    look at."""
     found: dict[int, set[int]] = {}
+    hidden: set[int] = set()
     for pid in processes.all_pids():
-        with suppress(KernelError):
+        try:
             for _, inode in processes.sockets_by_fd(pid, files=Files(most_reads=EVERYTHING)):
                 if inode in inodes:
                     found.setdefault(inode, set()).add(pid)
-    return found
+        except KernelError:
+            hidden.add(pid)
+    return found, hidden
+
+
+def _partly_seen(
+    sockets: Iterable[Seen], holders: Mapping[int, Collection[int]], hidden: Iterable[int]
+) -> Set[int]:
+    """The sockets that hidden processes may hold, too: those of which no holder is seen, those
+    that another user created, and those that a child of a holder may have inherited."""
+    parents = {processes.parent(pid) for pid in hidden}
+    return {
+        each.inode
+        for each in sockets
+        if each.uid != os.geteuid()
+        or each.inode not in holders
+        or not parents.isdisjoint(holders[each.inode])
+    }

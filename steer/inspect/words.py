@@ -22,7 +22,6 @@ _WAKES: Mapping[str | None, str] = {
 }
 _ANY = "whichever takes it from the queue first gets it"
 _POLICY = "least-conn"
-_GAINS = "selects the process with the fewest open connections"
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -45,6 +44,8 @@ def decides(group: Group) -> str:
         return _hash_decides(group)
     if group.kind == "shared":
         return _shared(group, group.sockets[0])
+    if group.kind == "unknown":
+        return _unknown(group, group.sockets[0])
     return _single(group, group.sockets[0])
 
 
@@ -117,6 +118,15 @@ def _single(group: Group, socket: Socket) -> str:
     return f"one socket: {_named(waiting[0])} gets {thing}"
 
 
+def _unknown(group: Group, socket: Socket) -> str:
+    gets = f"one socket gets every {_thing(group)}"
+    waiting = servers(socket.processes)
+    if not waiting:
+        return f"{gets}; which processes wait for it cannot be seen from here"
+    may = "other processes that cannot be seen from here may wait for it, too"
+    return f"{gets}; {_named(waiting[0])} has it open, and {may}"
+
+
 def _named(process: Process) -> str:
     return f"{process.command or '?'} (pid {process.pid})"
 
@@ -155,7 +165,15 @@ def _better(group: Group, known: Known) -> Iterator[str]:
     if group.kind == "shared" and group.protocol == "tcp":
         yield from _own_sockets(group, known)
     elif group.kind == "reuseport" and group.program_known and (command := _attach(group, known)):
-        yield f"`{command}` {_GAINS}"
+        yield f"`{command}` {_gains(group)}"
+
+
+def _gains(group: Group) -> str:
+    """What a policy selects: a process that has several sockets has one for each thread."""
+    holders = [servers(each.processes) or each.processes for each in group.sockets]
+    pids = {each.pid for held in holders for each in held}
+    what = "process" if len(pids) >= len(group.sockets) else "socket"
+    return f"selects the {what} with the fewest open connections"
 
 
 def _own_sockets(group: Group, known: Known) -> Iterator[str]:
@@ -166,7 +184,7 @@ def _own_sockets(group: Group, known: Known) -> Iterator[str]:
     options = f"-b {bind(group)} -w {count}{server.options}"
     yield f"`steer run {options} -- {server.command}` gives each process a socket of its own"
     if server.own and (command := _attach(group, known)):
-        yield f"or set {server.own}, and then `{command}` {_GAINS}"
+        yield f"or set {server.own}, and then `{command}` {_gains(group)}"
 
 
 def _attach(group: Group, known: Known) -> str:

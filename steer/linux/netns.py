@@ -57,7 +57,7 @@ def path_of(asked: str) -> str:
     except (OSError, ValueError) as error:
         if not isinstance(error, OSError):
             raise ConfigError(act, "no path has a null byte") from None
-        cures = dict.fromkeys((errno.EACCES, errno.EPERM), "run as root")
+        cures = dict.fromkeys((errno.EACCES, errno.EPERM), _cure("CAP_SYS_PTRACE"))
         raise ConfigError.from_oserror(act, error, cures, cure=cure) from None
     return path
 
@@ -92,7 +92,8 @@ def _opened(path: str) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise KernelError.from_oserror(f"open {path}", error, cure=_CURE) from None
+        cure = _cure("CAP_SYS_PTRACE")
+        raise KernelError.from_oserror(f"open {path}", error, cure=cure) from None
     try:
         yield fd
     finally:
@@ -103,7 +104,11 @@ def _enter(fd: int, path: str) -> None:
     if _LIBC.setns(fd, _CLONE_NEWNET) != 0:
         number = ctypes.get_errno()
         error = OSError(number, os.strerror(number))
-        raise KernelError.from_oserror(f"enter network namespace {path}", error, cure=_CURE)
+        act = f"enter network namespace {path}"
+        raise KernelError.from_oserror(act, error, cure=_cure("CAP_SYS_ADMIN"))
 
 
-_CURE = "needs CAP_SYS_ADMIN: run as root"
+def _cure(capability: str) -> str:
+    """Root of a container lacks capabilities, and cannot become any other root."""
+    needs = f"needs {capability}"
+    return f"{needs}: run as root" if os.geteuid() else f"{needs}, as root has outside containers"

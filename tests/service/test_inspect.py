@@ -145,6 +145,28 @@ def test_a_user_without_privilege_is_told_what_is_not_seen(steer: RunSteer) -> N
 
 
 @pytest.mark.needs("nobody")
+def test_what_hidden_processes_may_share_is_not_called_single(steer: RunSteer) -> None:
+    with socket.create_server((HOST, PORT)) as sock:
+        done = steer("inspect", user=NOBODY)
+        (group,) = read(steer, str(PORT), user=NOBODY)["groups"]
+        assert group["kind"] == "unknown"
+        assert "which processes wait for it cannot be seen" in group["decides"]
+        assert "one socket each, which processes that cannot be seen may share" in done.stdout
+        code = "import socket, sys\ns = socket.socket(fileno=int(sys.argv[1]))\ns.accept()"
+        command = as_user(NOBODY, *python(code, sock.fileno()))
+        with running(*command, fds=[sock.fileno()]) as server:
+            eventually(lambda: seen_processes(steer), [server.pid])
+            found = read(steer, str(PORT), user=NOBODY)
+    assert found["groups"][0]["kind"] == "unknown"
+    assert "cannot see whether more processes hold 1 socket; run as root" in found["notes"]
+
+
+def seen_processes(steer: RunSteer) -> list[int]:
+    (group,) = read(steer, str(PORT), user=NOBODY)["groups"]
+    return [each["pid"] for each in group["sockets"][0]["processes"]]
+
+
+@pytest.mark.needs("nobody")
 def test_a_user_sees_processes_of_their_own(steer: RunSteer) -> None:
     code = "import signal, socket\ns = socket.create_server(('127.0.0.1', 8080))\ns.accept()"
     with running(*as_user(NOBODY, *python(code))) as server:
@@ -193,6 +215,16 @@ def test_root_in_a_container_is_told_what_is_not_seen(
     assert any("needs CAP_BPF" in note for note in found["notes"])
     hold = "cannot see which processes hold 2 sockets; needs CAP_SYS_PTRACE"
     assert (hold in found["notes"]) == (group["sockets"][0]["processes"] == [])
+
+
+@pytest.mark.needs("root")
+def test_root_in_a_container_is_not_told_to_run_as_root(environment: dict[str, str]) -> None:
+    with running("sleep", "1000") as process:
+        command = [*AS_IN_DOCKER, STEER, "inspect", "--netns", str(process.pid)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "needs CAP_SYS_" in done.stderr
+    assert "run as root" not in done.stderr
 
 
 @pytest.mark.needs("nobody")

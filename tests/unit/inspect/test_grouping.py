@@ -71,6 +71,17 @@ def test_one_that_several_wait_for_is_shared(waits: list[str | None], kind: str)
     assert kind_of([seen()], {10: holders}) == kind
 
 
+@pytest.mark.parametrize(
+    "waits, kind", [([], "unknown"), (["epoll"], "unknown"), (["epoll", "epoll"], "shared")]
+)
+def test_one_that_hidden_processes_may_hold_is_not_called_single(
+    waits: list[str], kind: str
+) -> None:
+    holders = [process(pid, how) for pid, how in enumerate(waits)]
+    assert kind_of([seen()], {10: holders}, {10}) == kind
+    assert kind_of([seen(inode=11)], {}, {10}) == "single"
+
+
 def test_those_that_cannot_be_seen_count_where_nobody_is_seen_to_wait() -> None:
     unknown, waiting = process(1, None), process(2)
     assert servers([unknown, waiting]) == [waiting]

@@ -81,6 +81,25 @@ def test_what_decides_where_there_is_one(processes: list[Process], expected: str
     assert words.decides(group(sock(*processes), kind="single")).endswith(expected)
 
 
+@pytest.mark.parametrize(
+    "processes, expected",
+    [
+        ([], "which processes wait for it cannot be seen from here"),
+        ([process(4)], "server (pid 4) has it open, and other processes that cannot be seen from"),
+    ],
+)
+def test_what_decides_where_processes_are_hidden(processes: list[Process], expected: str) -> None:
+    assert expected in words.decides(group(sock(*processes), kind="unknown"))
+
+
+@pytest.mark.parametrize("pids, what", [((1, 2), "process"), ((1, 1), "socket"), ((), "socket")])
+def test_what_is_selected_is_named(pids: tuple[int, ...], what: str) -> None:
+    """Threads of one process have a socket each."""
+    sockets = [sock(process(pid), inode=10 + index) for index, pid in enumerate(pids)]
+    found = words.advice(group(*(sockets or (sock(), sock(inode=11)))), KNOWN)
+    assert f"selects the {what} with the fewest open connections" in found[-1]
+
+
 def test_datagrams_are_called_so() -> None:
     assert "for each datagram" in words.decides(group(*TWO, protocol="udp"))
 
