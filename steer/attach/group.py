@@ -232,7 +232,11 @@ class AttachedGroup:
 
     def _join_one(self, listener: Listener, held: Sequence[Holder], sock: socket.socket) -> None:
         """Raises KernelError."""
-        slot = self.roster.free_slot()
+        try:
+            slot = self.roster.free_slot()
+        except LookupError:
+            cause = f"all {self.plan.slots} slots are taken"
+            raise KernelError("add a listener", cause, "attach again, with room for more") from None
         self.backend.take_counts(slot)
         # Clear the mark first: a listener in the sockarray may be selected at once.
         self.attachment.joins(slot, listener.cookie)

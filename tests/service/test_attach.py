@@ -195,13 +195,13 @@ def test_detach_refuses_what_steer_runs(
     assert "`steer stop own` ends it" in done.stderr
 
 
-def test_kernel_chooses_a_second_after_the_attacher_was_killed(attach: Attach) -> None:
+def test_kernel_selects_after_the_attacher_was_killed(attach: Attach) -> None:
     with threads(4):
         attached = attach("--policy", "round-robin", "--weights", "1000,1,1,1")
         assert answers(60)["0"] > 50
         attached.send_signal(signal.SIGKILL)
         attached.wait()
-        eventually(lambda: answers(60)["0"] < 40, timeout_s=2.5)
+        eventually(lambda: answers(60)["0"] < 40)
 
 
 def test_attacher_takes_the_place_of_one_that_was_killed(attach: Attach) -> None:
