@@ -15,7 +15,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -938,12 +938,7 @@ def ignores_ctrl_c(pid: int) -> bool:
 def test_examples_end_with_all_their_processes_and_without_a_traceback(
     name: str, port: int, end: str
 ) -> None:
-    with subprocess.Popen(
-        [sys.executable, str(EXAMPLES / name)],
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with session_of(name) as process:
         eventually(lambda: process.poll() is not None or connects(port))
         if port == 8001:  # two workers, and the resource tracker of multiprocessing
             eventually(lambda: sum(map(ignores_ctrl_c, processes.descendants(process.pid))), 3)
@@ -953,14 +948,29 @@ def test_examples_end_with_all_their_processes_and_without_a_traceback(
         else:
             process.send_signal(getattr(signal, f"SIG{end}"))
         _, errors = process.communicate(timeout=DEADLINE_S)
-    eventually(lambda: not any(map(is_running, workers)))
+        eventually(lambda: not any(map(is_running, workers)))
     assert not connects(port)
     assert "Traceback" not in errors
 
 
+@contextmanager
+def session_of(name: str) -> Iterator[subprocess.Popen[str]]:
+    """Run an example in a session of its own, and kill whatever is left of it."""
+    with subprocess.Popen(
+        [sys.executable, str(EXAMPLES / name)],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_the_example_of_udp_ends_without_a_traceback() -> None:
-    command = [sys.executable, str(EXAMPLES / "udp_group.py")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with session_of("udp_group.py") as process:
         eventually(lambda: len(os.listdir(f"/proc/{process.pid}/task")), 3)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=DEADLINE_S)
