@@ -231,7 +231,7 @@ def test_limit_on_open_files_that_is_too_low(
     with started(*run, environment=environment, home=home) as running:
         assert running.wait() == 1
         assert running.log.startswith("steer: open ")
-        assert "the limit is 32; raise it (ulimit -Hn, LimitNOFILE=), or fewer" in running.log
+        assert "the limit is 32; raise it (ulimit -Hn, LimitNOFILE=), or use fewer" in running.log
         assert running.log.count("\n") == 1
 
 

@@ -863,7 +863,7 @@ def test_two_may_wait_for_the_same_stop(service: StartService) -> None:
     with connect(running) as first, connect(running) as second:
         for sock in (first, second):
             sock.sendall(b'{"command": "stop"}\n')
-        assert answer(first) == answer(second) == {"ok": True}
+        assert answer(first) == answer(second) == {"ok": True, "is_in_program": False}
     assert running.wait() == 0
 
 

@@ -351,6 +351,6 @@ def test_without_privilege(service: StartService, policy: str) -> None:
     assert status["backend"] == CBPF
     assert "CAP_BPF: run as root" in status["backend_reason"]
     said = " ".join(status["notes"])
-    assert ("by chance" in said) == (policy == "cpu")
+    assert ("at random" in said) == (policy == "cpu")
     assert "connections queued at a worker that crashes or hangs are lost" in said
     assert status["totals"]["selected"] is None

@@ -161,7 +161,7 @@ def test_cpu_takes_the_worker_pinned_to_it(backend: str, kind: str, order: int) 
             with pinned(cpu):
                 [slot] = [spec.number for spec in harness.plan.specs if spec.cpu == cpu]
                 assert harness.count(50) == {slot: 50}
-        assert "by chance" not in " ".join(harness.backend.notes)
+        assert "at random" not in " ".join(harness.backend.notes)
 
 
 @all_kinds
@@ -199,7 +199,7 @@ def test_cpu_shared_by_workers_of_different_weight(kind: str) -> None:
 @all_kinds
 def test_cpu_shared_by_workers_is_left_to_chance_by_cbpf(kind: str) -> None:
     with Harness(CBPF, "cpu", kind, workers=2 * len(CPUS)).serving() as harness:
-        assert "by chance" in " ".join(harness.backend.notes)
+        assert "at random" in " ".join(harness.backend.notes)
         for cpu in CPUS:
             mine = [spec.number for spec in harness.plan.specs if spec.cpu == cpu]
             with pinned(cpu):
