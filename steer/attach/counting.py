@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,6 +62,13 @@ class CountingElsewhere(Counting):
             self._stop()
             self.why_not = error.note
 
+    @property
+    def older_max(self) -> int:
+        """How many connections that were accepted before can be counted: they are all borrowed at
+        once."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return _OLDER_MAX if limit == resource.RLIM_INFINITY else min(_OLDER_MAX, limit // 4)
+
     def begin(self, older: Mapping[int, int], held: Mapping[int, Sequence[Holder]]) -> None:
         """Start to count on the tracepoint.
 
@@ -73,7 +81,7 @@ class CountingElsewhere(Counting):
         """
         if not self.sees_older:
             return
-        some = dict(list(older.items())[:_OLDER_MAX])
+        some = dict(list(older.items())[: self.older_max])
         # A duplicate keeps each of them from being closed before the program is attached.
         with holders.borrowed({inode: held[inode] for inode in some if inode in held}) as lent:
             counted: dict[int, int] = {}

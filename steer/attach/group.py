@@ -6,13 +6,14 @@ import errno
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager
 
-from steer.attach import holders
+from steer.attach import holders, refusals
 from steer.attach.attachment import Attachment
 from steer.attach.counting import CountingElsewhere
 from steer.attach.holders import Holder
+from steer.attach.refusals import Refusals
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.roster import Member, Roster, State
 from steer.attach.watch import Watch
@@ -26,10 +27,11 @@ from steer.errors import KernelError, Note
 from steer.linux import waiting
 from steer.linux.log import Log
 from steer.policy import layout
-from steer.sockets import group_program, reuseport, sock_diag
+from steer.sockets import group_program, members, reuseport, sock_diag
 from steer.sockets.sock_diag import Listener
 
 _FREED_S, _AGAIN_S = 5.0, 0.01
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _OLDER_MAX = 4096
 """The most connections to look for."""
 
@@ -54,6 +56,8 @@ class AttachedGroup:
     Attributes:
         retired: the counts of listeners that are gone.
         is_older_counted: whether connections that were accepted before the attach are counted.
+        refusals: the listeners that could not join.
+        without_room: how many more listeners there were in the last look than slots.
         why_unwatched: why no program reports listeners that open and close; None: one does.
 
     Raises:
@@ -65,7 +69,9 @@ class AttachedGroup:
         self.roster = Roster(plan.slots)
         (self._bind,) = plan.binds
         self._log = log
-        self._refused: set[int] = set()
+        self.refusals = Refusals()
+        self.without_room = 0
+        self._selected: list[int] | None = None
         self._likely: set[int] = set()
         self.is_older_counted = False
         self.retired = Counts()
@@ -111,7 +117,7 @@ class AttachedGroup:
             if left:
                 self._join_in_place_of_another()
             else:
-                self._join(self.roster.new(self.listeners()))
+                self._join_all()
             self.counting.begin(*self._older())
             for member in self.roster:
                 member.state = State.READY
@@ -129,8 +135,10 @@ class AttachedGroup:
 
     @contextmanager
     def _lend_any(self) -> Iterator[Mapping[int, socket.socket]]:
-        with holders.borrowed(self._holders_of(self.listeners().keys())) as lent:
-            yield dict(enumerate(list(lent.values())[:1]))
+        held = self._holders_of(self.listeners().keys())
+        with closing(holders.each_borrowed(held)) as lent:
+            first = next(lent, None)
+            yield {0: first[1]} if first else {}
 
     def _join_in_place_of_another(self) -> None:
         """Detach the program of an attacher that was killed, then join.
@@ -139,13 +147,12 @@ class AttachedGroup:
         sockarray some time after the program. Raises KernelError.
         """
         end_s = time.monotonic() + _FREED_S
-        there = self.listeners()
-        with holders.borrowed(self._holders_of(there.keys())) as lent:
-            for sock in list(lent.values())[:1]:
+        with self._lend_any() as lent:
+            for sock in lent.values():
                 group_program.detach(sock.fileno())
         while True:
             try:
-                self._join(self.roster.new(self.listeners()))
+                self._join_all()
                 return
             except KernelError as error:
                 if error.errno != errno.EBUSY or time.monotonic() > end_s:
@@ -177,42 +184,89 @@ class AttachedGroup:
             for holder in held_by
             if holder.pid in slots
         }
+        self.is_older_counted &= len(older) <= self.counting.older_max
         return older, held
 
     def look(self) -> None:
         """Add and remove listeners that have been opened and closed. Raises KernelError."""
         there = listeners_at(self._bind)
-        before = self.roster.selected
+        gone = self._mark_closing(there)
+        self.refusals.keep(there.keys())
+        self._join_new(there)
+        self._admit()
+        self._select_if_changed()
+        for member in gone:
+            self._leave(member)
+
+    def _mark_closing(self, there: Collection[int]) -> Sequence[Member]:
+        """Select no listener that closes. Returns: those that are closed."""
         for member in self.roster:
             if self.attachment.is_closing(member.slot):
                 member.state = State.CLOSING
         gone = self.roster.gone(there)
         for member in gone:
             member.state = State.CLOSING
-        self._join_new([each for each in self.roster.new(there) if each.inode not in self._refused])
-        self._refused &= there.keys()
-        self._admit()
-        if self.roster.selected != before:
-            self._select()
-        for member in gone:
-            self._leave(member)
+        return gone
 
-    def _join_new(self, found: Sequence[Listener]) -> None:
-        try:
-            if found:
-                self._join(found)
-        except KernelError as error:
-            self._refused.update(each.inode for each in found)
-            self._log.warning("a new listener is not steered: %s", error)
+    def _join_new(self, there: Mapping[int, Listener]) -> None:
+        """Join as many as fit. The others are tried again, those that were refused after a pause:
+        what is short now may not be so later."""
+        now_s, room = time.monotonic(), self.roster.room
+        found = [each for each in self.roster.new(there) if self.refusals.is_due(each.inode, now_s)]
+        if found[:room]:
+            self._join(found[:room])
+        self._tell_room(len(found[room:]))
+        for why, refused in self.refusals.untold().items():
+            self._log.warning("%s; tried again from time to time", refusals.in_words(why, refused))
 
-    def _join(self, found: Sequence[Listener]) -> None:
-        """Raises KernelError."""
+    def _tell_room(self, without: int) -> None:
+        if without and not self.without_room:
+            self._log.warning("%s", refusals.full_in_words(self.roster.capacity, without))
+        self.without_room = without
+
+    @property
+    def has_new_room(self) -> bool:
+        """Whether a listener that did not fit in the last look does now."""
+        return bool(self.without_room and self.roster.room)
+
+    def _join_all(self) -> None:
+        """Raises KernelError: one of the listeners cannot join."""
+        found = self.roster.new(self.listeners())
+        for error in self._join(found[: self.roster.room]):
+            raise error
+
+    def _join(self, found: Sequence[Listener]) -> Sequence[KernelError]:
+        """Let listeners join. Returns: why some of them cannot."""
         held = self._holders_of({each.inode for each in found})
-        with holders.borrowed(held) as lent:
-            self._watch({each.cgroup for each in found if each.inode in lent})
+        errors = []
+        try:
+            self._watch({each.cgroup for each in found if each.inode in held})
+        except KernelError as error:
             for each in found:
-                if each.inode in lent:
-                    self._join_one(each, held[each.inode], lent[each.inode])
+                self._refuse(each, error.note, held.get(each.inode, ()))
+            return [error]
+        for each in found:
+            try:
+                self._borrow_and_join(each, held.get(each.inode, ()))
+            except KernelError as error:
+                self._refuse(each, error.note, held.get(each.inode, ()))
+                errors.append(error)
+        return errors
+
+    def _borrow_and_join(self, listener: Listener, held: Sequence[Holder]) -> None:
+        """Raises KernelError: it cannot join."""
+        if not held:
+            self._refuse(listener, refusals.HIDDEN, ())
+            return
+        # One at a time, so that any number of listeners fits into the limit on open files.
+        with holders.borrowed({listener.inode: held}) as lent:
+            for sock in lent.values():
+                self._join_one(listener, held, sock)
+                self.refusals.remove(listener.inode)
+
+    def _refuse(self, listener: Listener, why: Note, held: Sequence[Holder]) -> None:
+        pids = [each.pid for each in held]
+        self.refusals.add(listener.inode, why, pids, time.monotonic())
 
     def _holders_of(self, inodes: Set[int]) -> Mapping[int, Sequence[Holder]]:
         """Look first at processes that hold others: to look at all takes far longer."""
@@ -222,29 +276,32 @@ class AttachedGroup:
         return {**held, **holders.find(rest)} if rest else held
 
     def _watch(self, cgroups: set[int]) -> None:
+        """Raises KernelError: something is short that may not be later."""
         self.counting.watch_cgroups(cgroups)
         if self.watch is not None:
             try:
                 self.watch.on(cgroups)
             except KernelError as error:
+                if error.errno in _SHORT:
+                    raise
                 self.watch.close()
                 self.watch, self.why_unwatched = None, error.note
 
     def _join_one(self, listener: Listener, held: Sequence[Holder], sock: socket.socket) -> None:
         """Raises KernelError."""
-        try:
-            slot = self.roster.free_slot()
-        except LookupError:
-            cause = f"all {self.plan.slots} slots are taken"
-            raise KernelError("add a listener", cause, "attach again, with room for more") from None
+        if not members.shares(sock):
+            raise refusals.unshared(errno.EINVAL)
+        slot = self.roster.free_slot()
         self.backend.take_counts(slot)
         # Clear the mark first: a listener in the sockarray may be selected at once.
         self.attachment.joins(slot, listener.cookie)
         try:
             self.backend.add_member(slot, [reuseport.duplicate(sock.fileno()).detach()])
-        except BaseException:
+        except BaseException as error:
             self.attachment.leaves(listener.cookie)
             self.backend.remove_member(slot)
+            if isinstance(error, KernelError) and error.errno == errno.EBUSY:
+                raise refusals.in_another_array(errno.EBUSY) from None
             raise
         self.roster.add(listener, held, time.monotonic(), slot)
 
@@ -287,7 +344,13 @@ class AttachedGroup:
         return member.pid or min(pids, default=None)
 
     def _select(self) -> None:
-        self.backend.steer([self._member(self.plan, each) for each in self.roster.selected])
+        selected = self.roster.selected
+        self.backend.steer([self._member(self.plan, each) for each in selected])
+        self._selected = [each.slot for each in selected]
+
+    def _select_if_changed(self) -> None:
+        if [each.slot for each in self.roster.selected] != self._selected:
+            self._select()
 
     def _member(self, plan: Plan, member: Member) -> layout.Member:
         allowed = plan.topology.allowed
@@ -305,8 +368,8 @@ class AttachedGroup:
     def swap(self, plan: Plan) -> None:
         """Raises KernelError: nothing has changed."""
         refuse_uncounted(plan, self.counting)
-        members = [self._member(plan, each) for each in self.roster.selected]
-        self.backend.swap(plan, members, self._lend)
+        selected = [self._member(plan, each) for each in self.roster.selected]
+        self.backend.swap(plan, selected, self._lend)
         self.plan = plan
 
     @contextmanager
@@ -335,8 +398,8 @@ class AttachedGroup:
         self.backend.detach(self._lend if self._replaced is None else self._lend_any)
         if self._replaced is not None:
             there = self.listeners()
-            with holders.borrowed(self._holders_of(there.keys())) as lent:
-                self._replaced.put_back({there[inode].cookie: sock for inode, sock in lent.items()})
+            with closing(holders.each_borrowed(self._holders_of(there.keys()))) as lent:
+                self._replaced.put_back((there[inode].cookie, sock) for inode, sock in lent)
         self._is_detached = True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import msgspec
@@ -72,6 +72,20 @@ def borrowed(held: Mapping[int, Sequence[Holder]]) -> Iterator[dict[int, socket.
     finally:
         for sock in lent.values():
             sock.close()
+
+
+def each_borrowed(
+    held: Mapping[int, Sequence[Holder]],
+) -> Generator[tuple[int, socket.socket]]:
+    """The same, but one at a time, so that any number fits into the limit on open files.
+
+    Raises:
+        KernelError: refused.
+    """
+    for inode, holders in held.items():
+        if (sock := _duplicate(inode, holders)) is not None:
+            with sock:
+                yield inode, sock
 
 
 def _duplicate(inode: int, holders: Iterable[Holder]) -> socket.socket | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
 from steer.loader.foreign import ForeignProgram, SocketArray
@@ -35,18 +35,20 @@ class ReplacedProgram:
             for index in there:
                 array.remove(index)
 
-    def put_back(self, sockets: Mapping[int, socket.socket]) -> None:
+    def put_back(self, sockets: Iterable[tuple[int, socket.socket]]) -> None:
         """Once no socket is in another array.
 
         Args:
-            sockets: those of the group, by their cookies.
+            sockets: those of the group, each with its cookie.
 
         Raises:
             KernelError
         """
-        for array, there in self._kept:
-            for index, cookie in there.items():
-                if cookie in sockets:
-                    array.put(index, sockets[cookie].fileno())
-        for sock in list(sockets.values())[:1]:
-            group_program.attach_ebpf(sock.fileno(), self._program.fileno())
+        is_attached = False
+        for cookie, sock in sockets:
+            for array, there in self._kept:
+                for index in (index for index, each in there.items() if each == cookie):
+                    array.put(index, sock.fileno())
+            if not is_attached:
+                group_program.attach_ebpf(sock.fileno(), self._program.fileno())
+                is_attached = True

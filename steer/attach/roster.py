@@ -75,6 +75,15 @@ class Roster:
         self._members[listener.inode] = member
         return member
 
+    @property
+    def room(self) -> int:
+        """How many slots are free."""
+        return self._slots - len(self._members)
+
+    @property
+    def capacity(self) -> int:
+        return self._slots
+
     def free_slot(self) -> int:
         """Raises LookupError: there is none."""
         taken = {each.slot for each in self._members.values()}

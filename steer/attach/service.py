@@ -196,6 +196,10 @@ class _AttachedService:
         self._look_again = self._loop.call_later(self._pause_s(), self._look)
 
     def _pause_s(self) -> float:
-        if self._group.roster.starting or time.monotonic() < self._heard_s + _STARTING_S:
+        """Until the next look."""
+        now_s, group = time.monotonic(), self._group
+        if group.roster.starting or group.has_new_room or now_s < self._heard_s + _STARTING_S:
             return _STARTING_S
-        return _WATCHED_S if self._group.watch is not None else _UNWATCHED_S
+        usual_s = _WATCHED_S if group.watch is not None else _UNWATCHED_S
+        due_s = group.refusals.next_s
+        return usual_s if due_s is None else max(_STARTING_S, min(usual_s, due_s - now_s))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 
+from steer.attach import refusals
 from steer.attach.group import AttachedGroup
 from steer.attach.roster import Member
 from steer.backends.shortfalls import NOT_COUNTED
 from steer.control import schema
 from steer.sockets.sock_diag import Listener
+from steer.values import plural
 
 SHARED = (
     "processes hold each other's listeners: what waits for one that is killed waits for its "
@@ -33,7 +35,7 @@ def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Serv
         policy_reason=plan.policy_reason,
         backend=group.backend.name,
         backend_reason=plan.backends[0].reason,
-        notes=_notes(group),
+        notes=_notes(group, len(there)),
         uptime_s=round(time.monotonic() - started_s, 3),
         binds=[schema.Address(b.protocol, b.address, b.port) for b in plan.binds],
         workers=[_worker(group, each, there.get(each.listener.inode)) for each in members],
@@ -50,7 +52,7 @@ def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Serv
     )
 
 
-def _notes(group: AttachedGroup) -> list[str]:
+def _notes(group: AttachedGroup, listeners: int) -> list[str]:
     notes = []
     if group.counting.why_not:
         notes.append(f"{NOT_COUNTED}: {group.counting.why_not}")
@@ -60,9 +62,19 @@ def _notes(group: AttachedGroup) -> list[str]:
         notes.append(f"listeners that close may take connections with them: {group.why_unwatched}")
     if group.is_held_together:
         notes.append(SHARED)
+    notes += [refusals.in_words(*each) for each in group.refusals.by_reason().items()]
+    if group.without_room:
+        notes.append(refusals.full_in_words(group.roster.capacity, group.without_room))
     if not group.roster.selected:
-        notes.append("nobody listens there: the kernel refuses connections until somebody does")
+        notes.append(_unselected(listeners))
     return notes
+
+
+def _unselected(listeners: int) -> str:
+    if not listeners:
+        return "nobody listens there: the kernel refuses connections until somebody does"
+    among = plural(listeners, "listener")
+    return f"no listener can be selected: the kernel alone decides among {among}"
 
 
 def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> schema.Worker:

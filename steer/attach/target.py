@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from steer.attach import holders, watch
 from steer.attach.counting import TRACEPOINT
@@ -171,8 +171,8 @@ class Target:
         return bool(programs)
 
     def _refuse_unshared(self) -> None:
-        with holders.borrowed(self.holders) as lent:
-            unshared = [inode for inode, sock in lent.items() if not members.shares(sock)]
+        with closing(holders.each_borrowed(self.holders)) as lent:
+            unshared = [inode for inode, sock in lent if not members.shares(sock)]
         if unshared:
             pids = sorted({each.pid for each in self.holders[unshared[0]]})
             raise self._refusal(*_one_socket(pids, unshared[0], "without SO_REUSEPORT"))

@@ -62,12 +62,14 @@ class Watch:
         """Attach the programs to more cgroups, given by their numbers. Raises KernelError."""
         for number in cgroups:
             if number not in self._links:
-                with cgroup.opened(number) as directory:
-                    self._links[number] = [
-                        Link(program, directory, ATTACH_TYPES[kind])
+                with cgroup.opened(number) as directory, ExitStack() as undo:
+                    links = [
+                        undo.enter_context(Link(program, directory, ATTACH_TYPES[kind]))
                         for kind, program in self._programs.items()
                         if kind == "closing" or not self._tracepoint
                     ]
+                    undo.pop_all()
+                    self._links[number] = links
 
     def _unlink(self) -> None:
         for links in self._links.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import sys
@@ -145,6 +146,34 @@ def test_group_that_was_closed_is_steered_when_it_is_back(attach: Attach) -> Non
     with threads(4):
         eventually(lambda: states(attached), ["ready"] * 4)
         assert is_even(answers(100), 4, len(CPUS))
+
+
+def test_any_number_of_listeners_fits_into_the_limit_on_open_files(attach: Attach) -> None:
+    with threads(2):
+        attached = attach("--policy", "round-robin")
+        resource.prlimit(attached.pid, resource.RLIMIT_NOFILE, (64, 64))
+        with threads(60):
+            eventually(lambda: states(attached), ["ready"] * 62)
+            assert len(answers(130)) == 60  # both servers count theirs from 0
+
+
+def test_status_says_who_answers_if_no_listener_is_selected(attach: Attach) -> None:
+    with threads(1):
+        attached = attach()
+        with threads(1):
+            eventually(lambda: states(attached), ["ready"] * 2)
+            assert attached.steer("drain", "0").returncode == 0
+        eventually(lambda: states(attached), ["draining"])
+        assert "the kernel alone decides among 1 listener" in notes(attached)
+    eventually(attached.workers, [])
+    assert "nobody listens there" in notes(attached)
+    with socket.create_server((HOST, PORT)):
+        eventually(lambda: "is without SO_REUSEPORT; set" in notes(attached))
+        assert "nobody listens there" not in notes(attached)
+
+
+def notes(attached: Service) -> str:
+    return "\n".join(attached.status()["notes"])
 
 
 # ---- the end

@@ -19,7 +19,7 @@ from steer.config.sources import changed
 from steer.errors import KernelError
 from steer.linux import cgroup, topology
 from steer.linux.log import Log
-from steer.loader import find, tracing
+from steer.loader import bpf_maps, find, tracing
 from testkit.processes import eventually, is_ready
 
 pytestmark = [
@@ -112,6 +112,59 @@ def test_listener_that_comes_is_let_in_and_one_that_goes_is_let_go(
     listeners.pop(0).close()
     group.look()
     assert [each.slot for each in group.roster] == [1, 2, 3]
+
+
+def test_listener_that_cannot_join_is_tried_again(
+    attach: Open, listeners: list[socket.socket]
+) -> None:
+    group = attach()
+    with bpf_maps.Map("sockets", 1) as array:
+        listeners.append(listener())
+        array.put_socket(0, listeners[-1].fileno())
+        eventually(lambda: looked(group).refusals.by_reason() != {})
+        (why,) = group.refusals.by_reason()
+        assert "in the socket array of another program" in why.found
+        listeners.pop(0).close()
+        listeners.append(listener())
+        assert len(looked(group).roster) == 3
+    eventually(lambda: len(looked(group).roster) == 4)
+    assert not group.refusals.by_reason()
+
+
+def test_full_group_still_lets_listeners_go_and_joins_others_then(
+    attach: Open, listeners: list[socket.socket]
+) -> None:
+    group = attach()
+    capacity = group.roster.capacity
+    listeners += [listener() for _ in range(capacity)]
+    looked(group)
+    assert (len(group.roster), group.without_room, group.has_new_room) == (capacity, 3, False)
+    for _ in range(2):
+        listeners.pop(0).close()
+    looked(group)
+    assert group.has_new_room
+    looked(group)
+    assert (len(group.roster), group.without_room) == (capacity, 1)
+
+
+def test_table_that_could_not_be_written_is_written_at_the_next_look(
+    attach: Open, listeners: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = attach()
+    written: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(group.backend, "steer", refuse)
+        listeners.pop(0).close()
+        with pytest.raises(KernelError):
+            group.look()
+    monkeypatch.setattr(group.backend, "steer", lambda found: written.append(len(found)))
+    looked(group)
+    assert written == [2]
+
+
+def looked(group: AttachedGroup) -> AttachedGroup:
+    group.look()
+    return group
 
 
 def test_listener_of_a_removed_cgroup_is_watched(
