@@ -93,6 +93,8 @@ SET_BYTES: Final = 192
 ATTACHMENT: Final = struct.Struct(f"=QII{SLOTS}s")
 """Mirrors struct steer_attachment: alive_ns, port, port_offset, closing."""
 CLOSING_OFFSET: Final = ATTACHMENT.size - SLOTS
+ABANDONED_S: Final = 1.0
+"""Mirrors STEER_ABANDONED_NS."""
 
 LENGTH: Final = struct.Struct("=II")
 """Mirrors the first fields of struct steer_layout: length, ring."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 import msgspec
 
 from steer.control import find
-from steer.errors import ConfigError, SteerError
+from steer.errors import ConfigError, KernelError, SteerError
 from steer.inspect import counting, grouping, seeing, words
 from steer.inspect import target as targets
 from steer.inspect.schema import Group, Inspection, Process, Program, Socket
@@ -19,7 +19,11 @@ from steer.inspect.seeing import View
 from steer.inspect.seen import Seen, SeenProgram
 from steer.inspect.target import Target
 from steer.linux import cgroup, netns, processes, title, waiting
+from steer.loader import heartbeat
 from steer.values import plural
+
+_OURS = "steer_"
+"""How the names of steer's programs begin."""
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -175,7 +179,7 @@ class _Builder:
         else:
             found = self._ebpf(seen)
         # Any process can show a title as steer's do; that alone makes no program steer's.
-        if ours and (ours.policy or found.kind == "classic" or seen.name.startswith("steer_")):
+        if ours and (ours.policy or found.kind == "classic" or seen.name.startswith(_OURS)):
             found.service, found.policy = ours.name, ours.policy
         return found
 
@@ -189,6 +193,7 @@ class _Builder:
             tag=seen.tag,
             loaded_s=round(time.clock_gettime(time.CLOCK_BOOTTIME) - seen.loaded_ns / 1e9, 1),
             processes=[_process(pid, None) for pid in holders],
+            silent_s=_silent_s(seen),
         )
 
     def _known(self, group: Group) -> words.Known:
@@ -240,6 +245,14 @@ def _holders_of_programs(view: View, sockets: Iterable[Seen]) -> Mapping[int, Co
     if view.look is None or not programs:
         return {}
     return view.look.holders(programs)
+
+
+def _silent_s(seen: SeenProgram) -> float | None:
+    if seen.name.startswith(_OURS):
+        with suppress(KernelError):
+            silent_s = heartbeat.silent_s(seen.id)
+            return None if silent_s is None else round(silent_s, 1)
+    return None
 
 
 def _processes(view: View, sockets: Iterable[Seen]) -> dict[int, list[Process]]:

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from steer.abi import ABANDONED_S
+
 Kind = Literal["reuseport", "shared", "single", "unknown"]
 
 
@@ -62,6 +64,8 @@ class Program(msgspec.Struct):
         processes: the processes that have a descriptor of it.
         service: the service of steer's that it belongs to.
         policy: of that service; None if it cannot be asked.
+        silent_s: seconds since its attacher renewed the heartbeat; None if it is not a program of
+            `steer attach`, or that cannot be read.
     """
 
     id: int | None
@@ -74,6 +78,12 @@ class Program(msgspec.Struct):
     processes: list[Process] = []
     service: str | None = None
     policy: str | None = None
+    silent_s: float | None = None
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether it leaves the selection to the kernel's hash, as its attacher is silent."""
+        return self.silent_s is not None and self.silent_s > ABANDONED_S
 
 
 class Group(msgspec.Struct):

@@ -38,6 +38,8 @@ class Known(msgspec.Struct, frozen=True):
 
 def decides(group: Group) -> str:
     """What decides now."""
+    if group.program is not None and group.program.is_abandoned:
+        return f"{_hash_decides(group)}; {_abandoned(group.program)}"
     if group.program is not None:
         return _program_decides(group, group.program)
     if group.kind == "reuseport":
@@ -51,7 +53,7 @@ def decides(group: Group) -> str:
 
 def advice(group: Group, known: Known) -> list[str]:
     """What would be better, with the command for it if there is one."""
-    return [*_idle(group), *_full(group), *_better(group, known)]
+    return [*_idle(group), *_full(group), *_left(group, known), *_better(group, known)]
 
 
 def bind(group: Group) -> str:
@@ -74,6 +76,16 @@ def _program_decides(group: Group, program: Program) -> str:
     else:
         what = f"BPF program {program.id} ({program.name or 'no name'}), loaded by {program.owner},"
     return f"{what} {count} for each {_thing(group)}"
+
+
+def _abandoned(program: Program) -> str:
+    leaves = f"program {program.id} of `steer attach` leaves the selection to the hash"
+    if not program.processes:
+        return f"{leaves}, as its attacher was killed"
+    return (
+        f"{leaves}, as its attacher ({pids(program.processes)}) has been stopped or hung for "
+        f"{program.silent_s:g} s"
+    )
 
 
 def _hash_decides(group: Group) -> str:
@@ -136,7 +148,7 @@ def _named(process: Process) -> str:
 
 def _idle(group: Group) -> Iterator[str]:
     """Sockets that get connections although no process waits for them."""
-    if group.kind != "reuseport" or group.program is not None:
+    if group.kind != "reuseport" or _program_selects(group):
         return
     idle = [each for each in group.sockets if each.processes and not servers(each.processes)]
     if idle and len(idle) < len(group.sockets):
@@ -159,8 +171,30 @@ def _full(group: Group) -> Iterator[str]:
             )
 
 
+def _program_selects(group: Group) -> bool:
+    return group.program is not None and not group.program.is_abandoned
+
+
+def _left(group: Group, known: Known) -> Iterator[str]:
+    """What to do about the program of an attacher that was killed, is stopped, or hangs."""
+    program = group.program
+    if program is None or not program.is_abandoned:
+        return
+    detach = f"`{_enter(group)}steer detach {bind(group)}`"
+    if program.processes:
+        pid = program.processes[0].pid
+        yield (
+            f"`kill -CONT {pid}` if the attacher is stopped; if it hangs, `kill -KILL {pid}` and "
+            f"then {detach}"
+        )
+    else:
+        yield f"{detach} removes the program that the attacher left"
+        if command := _attach(group, known):
+            yield f"or `{command}` takes its place, and {_gains(group)}"
+
+
 def _better(group: Group, known: Known) -> Iterator[str]:
-    if group.program is not None and group.program.service is not None:
+    if group.program is not None and (group.program.service or group.program.is_abandoned):
         return
     if group.kind == "shared" and group.protocol == "tcp":
         yield from _own_sockets(group, known)
@@ -190,7 +224,7 @@ def _own_sockets(group: Group, known: Known) -> Iterator[str]:
 def _attach(group: Group, known: Known) -> str:
     """The command that steers the group as it is; "" if there is none."""
     netns = _netns(group)
-    replace = ["--replace"] if group.program else []
+    replace = ["--replace"] if _program_selects(group) else []
     if group.protocol != "tcp" or not {"--policy", *replace, *netns[:1]} <= known.attach_options:
         return ""
     return " ".join(["steer attach", bind(group), *netns, "--policy", _POLICY, *replace])
@@ -234,8 +268,20 @@ def _netns(group: Group) -> list[str]:
     """The option that selects the group's network namespace."""
     if not group.is_elsewhere:
         return []
-    pids = (each.pid for socket in group.sockets for each in socket.processes)
-    return ["--netns", str(group.netns_name or next(pids, group.netns))]
+    return ["--netns", str(group.netns_name or _holder(group) or group.netns)]
+
+
+def _enter(group: Group) -> str:
+    """What goes before a command that has no such option."""
+    if not group.is_elsewhere:
+        return ""
+    if group.netns_name:
+        return f"ip netns exec {group.netns_name} "
+    return f"nsenter --net=/proc/{_holder(group)}/ns/net "
+
+
+def _holder(group: Group) -> int | None:
+    return next((each.pid for socket in group.sockets for each in socket.processes), None)
 
 
 def pids(processes: Sequence[Process]) -> str:

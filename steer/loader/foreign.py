@@ -15,8 +15,11 @@ _PROGRAM = struct.Struct("=II8sIIQQQIIQ")
 """Mirrors what struct bpf_prog_info begins with, up to map_ids: type, id, tag, jited_prog_len,
 xlated_prog_len, jited_prog_insns, xlated_prog_insns, load_time, created_by_uid, nr_map_ids,
 map_ids."""
-_MAP = struct.Struct("=IIIII")
-"""Mirrors what struct bpf_map_info begins with: type, id, key_size, value_size, max_entries."""
+_MAP = struct.Struct("=IIIIII16s")
+"""Mirrors what struct bpf_map_info begins with: type, id, key_size, value_size, max_entries,
+map_flags, name."""
+_NAME_MAX = 15
+"""See BPF_OBJ_NAME_LEN of include/uapi/linux/bpf.h, without the null byte at its end."""
 _MAPS_MAX = 64
 
 
@@ -74,12 +77,24 @@ class ForeignProgram(Descriptor):
         found = []
         for number in self._maps():
             fd = _by_id("map", number)
-            kind, _, _, _, size = _MAP.unpack_from(_info(fd, bytes(_MAP.size)))
+            kind, _, _, _, size, _, _ = _MAP.unpack(_info(fd, bytes(_MAP.size)))
             if kind == abi.BPF_MAP_TYPE_REUSEPORT_SOCKARRAY:
                 found.append(SocketArray(fd, size))
             else:
                 Descriptor(fd).close()
         return found
+
+    def entry(self, name: str) -> bytes | None:
+        """The first entry of the array with that name; None: it uses no such array. Raises
+        KernelError."""
+        wanted = name.encode()[:_NAME_MAX]
+        for number in self._maps():
+            with Descriptor(_by_id("map", number)) as array:
+                info = _MAP.unpack(_info(array.fileno(), bytes(_MAP.size)))
+                kind, _, _, size, _, _, shown = info
+                if kind == abi.BPF_MAP_TYPE_ARRAY and shown.rstrip(b"\0") == wanted:
+                    return _first_entry(array.fileno(), size)
+        return None
 
     def _maps(self) -> Sequence[int]:
         numbers = (ctypes.c_uint32 * _MAPS_MAX)()
@@ -103,6 +118,14 @@ def _info(fd: int, asked: bytes) -> bytes:
     if status < 0:
         raise refusal("look at a program", -status)
     return info.raw
+
+
+def _first_entry(fd: int, size: int) -> bytes:
+    value = ctypes.create_string_buffer(size)
+    status = calls().bpf_map_lookup_elem(fd, _key(0), value)
+    if status < 0:
+        raise refusal("read an array of another program", -status)
+    return value.raw
 
 
 def _key(index: int) -> bytes:

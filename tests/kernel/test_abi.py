@@ -76,6 +76,7 @@ MIRRORED = {
     "OFFSET(steer_attachment, port)": 8,
     "OFFSET(steer_attachment, port_offset)": 12,
     "OFFSET(steer_attachment, closing)": abi.CLOSING_OFFSET,
+    "STEER_ABANDONED_NS": int(abi.ABANDONED_S * 1e9),
     "OFFSET(steer_params, values)": struct.calcsize("4I"),
     "SIZE(steer_params, values)": struct.calcsize(f"{abi.VALUES}I"),
     "OFFSET(steer_own, counters)": 0,

@@ -131,6 +131,49 @@ def test_nothing_is_better_than_ours() -> None:
     assert words.advice(group(*TWO, program=OURS), KNOWN) == []
 
 
+def left(*processes: Process, silent_s: float) -> Program:
+    return Program(7, "steer_hash", "root", "ebpf", processes=[*processes], silent_s=silent_s)
+
+
+@pytest.mark.parametrize(
+    "program, decided, advised",
+    [
+        (
+            left(silent_s=9.5),
+            "; program 7 of `steer attach` leaves the selection to the hash, as its attacher was",
+            "`steer detach :80` removes the program that the attacher left",
+        ),
+        (
+            left(process(8, command="steer"), silent_s=9.5),
+            "as its attacher (steer 8) has been stopped or hung for 9.5 s",
+            "`kill -CONT 8` if the attacher is stopped; if it hangs, `kill -KILL 8` and then "
+            "`steer detach :80`",
+        ),
+    ],
+)
+def test_program_of_a_silent_attacher_decides_nothing(
+    program: Program, decided: str, advised: str
+) -> None:
+    found = group(*TWO, program=program)
+    assert words.decides(found).startswith("the kernel's hash of addresses and ports selects")
+    assert decided in words.decides(found)
+    assert words.advice(found, KNOWN)[0] == advised
+    assert not any("--replace" in each for each in words.advice(found, KNOWN))
+
+
+def test_program_of_an_attacher_that_speaks_decides() -> None:
+    assert words.decides(group(*TWO, program=left(silent_s=0.3))).startswith("BPF program 7")
+
+
+@pytest.mark.parametrize(
+    "name, command",
+    [("blue", "ip netns exec blue steer"), (None, "nsenter --net=/proc/1/ns/net steer")],
+)
+def test_program_that_was_left_in_another_network_namespace(name: str | None, command: str) -> None:
+    found = group(*TWO, program=left(silent_s=9.5), is_elsewhere=True, netns_name=name)
+    assert words.advice(found, KNOWN)[0].startswith(f"`{command} detach :80` removes")
+
+
 def test_a_foreign_program_is_replaced() -> None:
     (found,) = words.advice(group(*TWO, program=EBPF), KNOWN)
     assert found.startswith("`steer attach :80 --policy least-conn --replace` ")
