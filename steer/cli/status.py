@@ -56,6 +56,8 @@ def perform(query: Query) -> None:
         output.as_json(found)
     else:
         output.tables(tables.of_status(found))
+    if not (query.name or query.control_socket):
+        find.remove_dead_sockets(os.environ)
     if found.services or found.orphaned:
         return
     others = find.of_others(os.environ) if found.others else ()

@@ -12,11 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from steer.control.peer import connect
 from steer.control.rundir import TMP
 from steer.control.taken import refuse_if_answering, refuse_taken
 from steer.errors import ControlError, in_words
 
 _BACKLOG = 16
+_ANSWER_S = 0.1
 _TURN_S, _LOOK_AGAIN_S = 30.0, 0.01
 """How long to wait while another service of the user starts. If the process of that service is
 stopped, no other service can start: then the limit ends the wait with an error."""
@@ -156,6 +158,39 @@ def remove(path: Path, wanted: int | None, directory: bool) -> None:
             record_of(path).unlink(missing_ok=True)
         if directory:
             _remove_empty(path.parent)
+
+
+def remove_dead(path: Path) -> None:
+    """Remove a control socket of this user at which nobody listens. If there is a record beside
+    it, it stays: workers may be running, and are found by it. If another service is starting, this
+    does nothing, as it may have made the socket and not yet listen."""
+    with contextlib.suppress(OSError, ControlError):
+        if not _is_dead(path):
+            return
+        lock = _locked(path.parent, False, 0.0)
+        try:
+            if _is_dead(path):
+                path.unlink()
+        finally:
+            os.close(lock)
+        _remove_empty(path.parent)
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether it is a socket of this user's, without a record, at which nobody listens. Raises
+    OSError: it is gone."""
+    if record_of(path).exists():
+        return False
+    found = path.lstat()
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+        return False
+    try:
+        connect(path, _ANSWER_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _remove_dead(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from steer.control import rundir, schema, taken
+from steer.control import claim, rundir, schema, taken
 from steer.control.client import ASK_AGAIN_S, Connections, listener_at, status
 from steer.errors import ControlError, NotRunning, Orphaned
 from steer.linux import services
@@ -183,6 +183,12 @@ def status_of_all(
         found.orphaned.append(schema.Orphan(lost.title.name, "; ".join(_describe_lost(lost))))
     found.others = len(of_others(environment))
     return found
+
+
+def remove_dead_sockets(environment: Mapping[str, str]) -> None:
+    """Remove the control sockets of this user that a killed attacher left."""
+    for path in rundir.find(environment):
+        claim.remove_dead(path)
 
 
 class _Seen(msgspec.Struct):
