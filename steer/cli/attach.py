@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steer.config.address import Bind
 
 
 def attach(
@@ -69,8 +73,15 @@ def detach(name: str | None, as_json: bool, control_socket: str | None) -> None:
     """Leave listeners to the kernel again; return when that is done."""
     from steer.cli import output
     from steer.control import client
+    from steer.errors import NotRunning
 
-    path = _located(name, control_socket)
+    try:
+        path = _located(name, control_socket)
+    except NotRunning:
+        if name and ":" in name and _remove_leftover(name):
+            _print_removed(name, as_json)
+            return
+        raise
     called = client.status(path).services[0].name
     with output.progress(f"detach {called}") as progress:
         client.stop(path, False, progress)
@@ -78,6 +89,25 @@ def detach(name: str | None, as_json: bool, control_socket: str | None) -> None:
         output.as_json({"detached": called})
     else:
         print(f"detached {called}")
+
+
+def _remove_leftover(where: str) -> bool:
+    """Remove what a killed attacher left at an address. Returns whether there was something."""
+    from steer.attach import leftover
+    from steer.control import find
+
+    found = [leftover.remove(bind, f"detach {where}") for bind in _binds(where)]
+    find.remove_dead_sockets(os.environ)
+    return any(found)
+
+
+def _print_removed(where: str, as_json: bool) -> None:
+    from steer.cli import output
+
+    if as_json:
+        output.as_json({"detached": where})
+    else:
+        print(f"detached {where}: its attacher was killed, and had left its program there")
 
 
 def _located(wanted: str | None, control_socket: str | None) -> Path:
@@ -98,19 +128,24 @@ def _located(wanted: str | None, control_socket: str | None) -> Path:
     return path
 
 
-def _name_at(where: str) -> str:
-    """The name of the service at an address. Raises NotRunning: none is there."""
+def _binds(where: str) -> list[Bind]:
+    """The addresses that a user names: a wildcard without a host is that of either family."""
     import msgspec
 
-    from steer.attach import there
     from steer.config import address
-    from steer.errors import NotRunning
 
     bind = address.parse(where)
-    binds = [bind]
     if where.startswith((":", "*:")):
-        binds.append(msgspec.structs.replace(bind, address="::"))
-    for each in binds:
+        return [bind, msgspec.structs.replace(bind, address="::")]
+    return [bind]
+
+
+def _name_at(where: str) -> str:
+    """The name of the service at an address. Raises NotRunning: none is there."""
+    from steer.attach import there
+    from steer.errors import NotRunning
+
+    for each in _binds(where):
         for service in there.services_at(each, os.environ):
             return service.name
     raise NotRunning(f"detach {where}", "no service steers it", "see `steer status`")

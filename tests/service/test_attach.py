@@ -243,6 +243,60 @@ def test_attacher_takes_the_place_of_one_that_was_killed(attach: Attach) -> None
         assert states(second) == ["ready"] * 4
 
 
+def killed(attached: Service) -> None:
+    attached.send_signal(signal.SIGKILL)
+    attached.wait()
+
+
+@pytest.mark.needs("tracing")
+def test_detach_removes_what_a_killed_attacher_left(attach: Attach, steer: RunSteer) -> None:
+    with threads(4):
+        attached = attach("--policy", "round-robin")
+        killed(attached)
+        done = steer("detach", f"{HOST}:{PORT}")
+        assert done.returncode == 0, done.stderr
+        assert "its attacher was killed" in done.stdout
+        assert not has_program()
+        attached.leaves_nothing()
+        assert not attached.control_socket.exists()
+        assert steer("detach", f"{HOST}:{PORT}").returncode == 1
+
+
+def test_status_removes_the_socket_of_a_killed_attacher(attach: Attach, steer: RunSteer) -> None:
+    with threads(2):
+        attached = attach()
+        killed(attached)
+        assert attached.control_socket.exists()
+        assert steer("status").stdout == "no service is running\n"
+        assert not attached.control_socket.exists()
+
+
+@pytest.mark.needs("tracing")
+def test_what_a_killed_attacher_left_is_inspected(attach: Attach, steer: RunSteer) -> None:
+    with threads(4):
+        killed(attach("--policy", "round-robin"))
+        words = "leaves the selection to the hash, as its attacher was killed"
+        eventually(lambda: words in steer("inspect", f"{HOST}:{PORT}").stdout)
+        found = steer("inspect", f"{HOST}:{PORT}").stdout
+        assert f"`steer detach {HOST}:{PORT}` removes the program that the attacher left" in found
+
+
+@pytest.mark.needs("tracing")
+def test_attacher_that_is_stopped_is_named(attach: Attach, steer: RunSteer) -> None:
+    with threads(2):
+        attached = attach("--policy", "round-robin")
+        attached.send_signal(signal.SIGSTOP)
+        try:
+            words = f"as its attacher (steer {attached.pid}) has been stopped or hung for"
+            eventually(lambda: words in steer("inspect", f"{HOST}:{PORT}").stdout)
+            done = steer("detach", f"{HOST}:{PORT}")
+            assert done.returncode == 1
+            assert f"`kill -CONT {attached.pid}` if it is stopped" in done.stderr
+            assert has_program()
+        finally:
+            attached.send_signal(signal.SIGCONT)
+
+
 # ---- what is refused
 
 
