@@ -24,8 +24,9 @@ from steer.backends.open import refuse_uncounted
 from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.errors import KernelError, Note
-from steer.linux import waiting
+from steer.linux import processes, waiting
 from steer.linux.log import Log
+from steer.linux.procfs import Files
 from steer.policy import layout
 from steer.sockets import group_program, members, reuseport, sock_diag
 from steer.sockets.sock_diag import Listener
@@ -118,6 +119,7 @@ class AttachedGroup:
                 self._join_in_place_of_another()
             else:
                 self._join_all()
+            self._look_at_waiters()
             self.counting.begin(*self._older())
             for member in self.roster:
                 member.state = State.READY
@@ -269,9 +271,18 @@ class AttachedGroup:
         self.refusals.add(listener.inode, why, pids, time.monotonic())
 
     def _holders_of(self, inodes: Set[int]) -> Mapping[int, Sequence[Holder]]:
-        """Look first at processes that hold others: to look at all takes far longer."""
-        known = self._likely.union(holder.pid for each in self.roster for holder in each.holders)
-        held = holders.find(inodes, known)
+        return self._find_holders(inodes, self._known_pids())
+
+    def _known_pids(self) -> frozenset[int]:
+        """Processes that held listeners when they were last looked at."""
+        held = (holder.pid for each in self.roster for holder in each.holders)
+        return frozenset(self._likely.union(held))
+
+    def _find_holders(
+        self, inodes: Set[int], likely: Iterable[int]
+    ) -> Mapping[int, Sequence[Holder]]:
+        """Look first at processes that are likely to hold them: to look at all takes far longer."""
+        held = holders.find(inodes, likely)
         rest = inodes - held.keys()
         return {**held, **holders.find(rest)} if rest else held
 
@@ -334,14 +345,25 @@ class AttachedGroup:
         )
 
     def pid_of(self, member: Member) -> int | None:
-        """The process that waits on the listener, or waited when it was last seen to; otherwise one
-        that holds it."""
+        """The process that waits on the listener; if none was seen to, one that holds it."""
         pids = {each.pid for each in member.holders}
-        if len(pids) > 1 and member.pid not in pids:
-            inodes = frozenset({member.listener.inode})
-            seen = (waiting.waiters(pid, inodes) for pid in holders.first_of(pids))
-            member.pid = min(frozenset[int]().union(*seen), default=None)
-        return member.pid or min(pids, default=None)
+        return member.pid if member.pid in pids else min(pids, default=None)
+
+    def look_at_holders(self) -> None:
+        """Find out which processes hold the listeners now, and which of them wait: a server may
+        have replaced its workers since, and given them the same listeners."""
+        known = self._known_pids()
+        parents = holders.first_of(known)
+        family = {each for pid in parents for each in processes.family(pid, Files("/proc"))}
+        held = self._find_holders({each.listener.inode for each in self.roster}, known | family)
+        for member in self.roster:
+            member.holders = held.get(member.listener.inode, ())
+        self._look_at_waiters()
+
+    def _look_at_waiters(self) -> None:
+        waiters = holders.waiters({each.listener.inode: each.holders for each in self.roster})
+        for member in self.roster:
+            member.pid = waiters.get(member.listener.inode, member.pid)
 
     def _select(self) -> None:
         selected = self.roster.selected

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import msgspec
 
 from steer.errors import KernelError
-from steer.linux import processes
+from steer.linux import processes, waiting
 from steer.sockets.listeners import BORROW_CURES, pidfd_getfd
 
 
@@ -54,6 +54,20 @@ def _sockets(pid: int) -> Iterator[tuple[int, int]]:
 def first_of(pids: Collection[int]) -> list[int]:
     """The processes whose parent is not among these."""
     return [pid for pid in pids if processes.parent(pid) not in pids]
+
+
+def waiters(held: Mapping[int, Sequence[Holder]]) -> dict[int, int]:
+    """The process that waits on each socket, by inode, even if it is busy at the moment. If several
+    wait, the one with the lowest number."""
+    inodes: dict[int, set[int]] = {}
+    for inode, holders in held.items():
+        for holder in holders:
+            inodes.setdefault(holder.pid, set()).add(inode)
+    found: dict[int, int] = {}
+    for pid in sorted(inodes):
+        for inode in waiting.waits(pid, frozenset(inodes[pid])) or ():
+            found.setdefault(inode, pid)
+    return found
 
 
 @contextmanager

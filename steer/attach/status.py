@@ -22,6 +22,7 @@ _OLDER = "open connections: those since `steer attach`"
 
 def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Service:
     """The status of the group. Raises KernelError."""
+    group.look_at_holders()
     plan, own = group.plan, group.backend.policy_values()
     there, members = group.listeners(), list(group.roster)
     units = {each.name: each.unit for each in plan.policy.declared.histograms}

@@ -114,6 +114,23 @@ def test_reload_of_nginx_with_fewer_workers_loses_nothing(attach: Attach, home: 
         assert (clients.failed, clients.answered > 4 * AT_LEAST) == (0, True)
 
 
+@pytest.mark.needs("nginx")
+def test_status_shows_the_workers_of_nginx_after_reloads(attach: Attach, home: Path) -> None:
+    with foreign.nginx(home, f"{HOST}:{PORT} reuseport") as master:
+        eventually(lambda: len(inodes()) == 3)
+        attached = attach()
+        for _ in range(2):
+            before = workers_of(master)
+            os.kill(master, signal.SIGHUP)
+            eventually(lambda old=before: not old & workers_of(master))
+        eventually(lambda: {each["pid"] for each in attached.workers()} == workers_of(master))
+
+
+def workers_of(master: int) -> set[int]:
+    text = Path(f"/proc/{master}/task/{master}/children").read_text()
+    return {int(each) for each in text.split()}
+
+
 @pytest.mark.needs("gunicorn")
 def test_reload_of_gunicorn_loses_nothing(attach: Attach, home: Path) -> None:
     with foreign.gunicorn(home, "--reuse-port") as arbiter:
