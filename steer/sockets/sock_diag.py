@@ -7,38 +7,17 @@ have them open. A thousand listeners take a millisecond.
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 import struct
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
 
 import msgspec
 
-from steer.errors import KernelError
+from steer.sockets import inet_diag
 from steer.sockets.listeners import Waiting
 
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_NLM_F_DUMP_REQUEST = 0x301
-_HEADER = struct.Struct("=IHHII")
-"""struct nlmsghdr of linux/netlink.h."""
-_REQUEST = struct.Struct("=BBBxI")
-"""The head of struct inet_diag_req_v2 of linux/inet_diag.h: family, protocol, ext, states."""
-_ID = struct.Struct("!HH16s16s4s8s")
-"""struct inet_diag_sockid: ports in network byte order; a cookie of ones is none."""
-_MESSAGE = struct.Struct("=BB2x4s16s16sI8x4xIIII")
-"""struct inet_diag_msg: family, state, both ports of id, id.idiag_src, id.idiag_dst, id.idiag_if,
-rqueue, wqueue, uid, inode."""
-_COOKIE, _COOKIE_AT = struct.Struct("=Q"), 44
-"""Its id.idiag_cookie, which `_MESSAGE` passes over."""
-_ATTRIBUTE = struct.Struct("=HH")
-_INET_DIAG_INFO, _INET_DIAG_SKMEMINFO = 2, 7
-_INET_DIAG_SKV6ONLY, _INET_DIAG_CGROUP_ID = 11, 21
 _SK_MEMINFO_DROPS = 8
 _MEMORY = struct.Struct("=II")
 """SK_MEMINFO_RMEM_ALLOC and _RCVBUF of linux/sock_diag.h."""
@@ -47,10 +26,6 @@ _BYTES = struct.Struct("=120xQQ")
 _ESTABLISHED, _CLOSE, _CLOSE_WAIT, _LISTEN = 1, 7, 8, 10  # include/net/tcp_states.h
 _UDP_STATES = 1 << _CLOSE | 1 << _ESTABLISHED
 """A UDP socket is in state 7 (TCP_CLOSE), or in state 1 (TCP_ESTABLISHED) if it is connected."""
-_DONE_BYTES = _HEADER.size + 4
-_CHUNK_BYTES = 1 << 17
-_DEAF_S = 1.0
-"""How long to wait for an answer. The kernel answers at once, unless a filter drops the request."""
 
 
 class Connection(msgspec.Struct, frozen=True):
@@ -116,11 +91,10 @@ class Listener(Waiting, frozen=True, kw_only=True):
 def listeners(family: int, port: int) -> list[Listener]:
     """The TCP listeners at a port. Raises KernelError."""
     found = []
-    for answer in _answers(family, socket.IPPROTO_TCP, 1 << _LISTEN, port, 0):
-        for _, content in _messages(memoryview(answer)):
-            _, _, _, here, _, device, queued, limit, uid, inode = _MESSAGE.unpack_from(content)
-            (cookie,) = _COOKIE.unpack_from(content, _COOKIE_AT)
-            cgroup = _attribute(content, _INET_DIAG_CGROUP_ID)
+    for answer in inet_diag.whole_dump(family, socket.IPPROTO_TCP, 1 << _LISTEN, port, 0):
+        for _, content in inet_diag.messages(memoryview(answer)):
+            _, _, _, here, _, device, queued, limit, uid, inode = inet_diag.fields(content)
+            cgroup = inet_diag.attribute(content, inet_diag.CGROUP_ID)
             found.append(
                 Listener(
                     queued,
@@ -129,7 +103,7 @@ def listeners(family: int, port: int) -> list[Listener]:
                     address=here[: 4 if family == socket.AF_INET else 16],
                     device=device,
                     uid=uid,
-                    cookie=cookie,
+                    cookie=inet_diag.cookie(content),
                     cgroup=int.from_bytes(cgroup, sys.byteorder),
                 )
             )
@@ -153,7 +127,7 @@ class Ports:
             KernelError: the kernel, or a filter, does not let us ask.
         """
         key = (protocol, family, port)
-        answers = _answers(*_asking_for(*key))
+        answers = inet_diag.whole_dump(*_asking_for(*key))
         before, found = self._last.get(key, ([], {}))
         if answers != before:
             found = dict(_bound(protocol, answers))
@@ -162,45 +136,21 @@ class Ports:
 
 
 def _asking_for(protocol: str, family: int, port: int) -> tuple[int, int, int, int, int]:
-    """The arguments for `_answers`."""
+    """The arguments for `inet_diag.whole_dump`."""
     if protocol == "tcp":
         return family, socket.IPPROTO_TCP, 1 << _LISTEN, port, 0
-    return family, socket.IPPROTO_UDP, _UDP_STATES, port, _INET_DIAG_SKMEMINFO
+    return family, socket.IPPROTO_UDP, _UDP_STATES, port, inet_diag.SKMEMINFO
 
 
 def _bound(protocol: str, answers: Iterable[bytes]) -> Iterator[tuple[int, Bound]]:
     if protocol == "tcp":
-        for each in answers:
-            yield from _listeners(each)
+        for answer in answers:
+            for inode, queued, limit, device in inet_diag.listeners(answer):
+                yield inode, Bound(queued, limit, False, device)
     else:
-        for one in _found(answers, _INET_DIAG_SKMEMINFO):
+        for one in inet_diag.records(answers, inet_diag.SKMEMINFO):
             queued, limit = _MEMORY.unpack_from(one.extension)
             yield one.inode, Bound(queued, limit, one.state == _ESTABLISHED, one.device)
-
-
-def _listeners(answer: bytes) -> Iterator[tuple[int, Bound]]:
-    """Parse all messages at once: those of listeners mostly have the same length."""
-    first_bytes = _HEADER.unpack_from(answer)[0]
-    if len(answer) % first_bytes or first_bytes < _LISTENER_BYTES:
-        yield from _one_by_one(answer)
-        return
-    layout = struct.Struct(f"{_LISTENER}{first_bytes - _LISTENER_BYTES}x")
-    found = list(layout.iter_unpack(answer))
-    if any(length != first_bytes or kind != _SOCK_DIAG_BY_FAMILY for length, kind, *_ in found):
-        yield from _one_by_one(answer)
-        return
-    for _, _, device, queued, limit, inode in found:
-        yield inode, Bound(queued, limit, False, device)
-
-
-_LISTENER = "=IH10x4x4x32xI8x4xII4xI"
-"""Parts of `_HEADER` and `_MESSAGE`: length, type, id.idiag_if, rqueue, wqueue, inode."""
-_LISTENER_BYTES = struct.calcsize(_LISTENER)
-
-
-def _one_by_one(answer: bytes) -> Iterator[tuple[int, Bound]]:
-    for one in _found([answer], 0):
-        yield one.inode, Bound(one.rqueue, one.wqueue, False, one.device)
 
 
 def connected(family: int, address: str, port: int, device: int) -> bool:
@@ -214,13 +164,13 @@ def connected(family: int, address: str, port: int, device: int) -> bool:
         KernelError: the kernel, or a filter, does not let us ask.
     """
     here = socket.inet_pton(family, address.partition("%")[0])
-    found = _dump(family, socket.IPPROTO_UDP, 1 << _ESTABLISHED, port)
+    answers = inet_diag.dump(family, socket.IPPROTO_UDP, 1 << _ESTABLISHED, port, 0)
     return any(
         each.address[: len(here)] == here
         and each.device == device
         and each.inode
         and not each.is_its_own_peer
-        for each in found
+        for each in inet_diag.records(answers, 0)
     )
 
 
@@ -234,11 +184,11 @@ def connections(family: int, port: int, most: int) -> list[Connection]:
         KernelError: the kernel, or a filter, does not let us ask.
     """
     states = 1 << _ESTABLISHED | 1 << _CLOSE_WAIT
-    seen = _dump(family, socket.IPPROTO_TCP, states, port, _INET_DIAG_INFO)
+    answers = inet_diag.dump(family, socket.IPPROTO_TCP, states, port, inet_diag.INFO)
     # a connection without an inode waits to be accepted
     accepted = (
         Connection(each.inode, each.rqueue, sum(_BYTES.unpack_from(each.extension)) - each.rqueue)
-        for each in seen
+        for each in inet_diag.records(answers, inet_diag.INFO)
         if each.inode
     )
     return list(islice(accepted, most))
@@ -281,9 +231,9 @@ def servers(protocol: str) -> Iterator[Server]:
     """
     number, states = _PROTOCOLS[protocol]
     for family in (socket.AF_INET, socket.AF_INET6):
-        for answer in _ask(family, number, states, 0, _INET_DIAG_SKMEMINFO):
-            for kind, content in _messages(memoryview(answer)):
-                if kind == _NLMSG_DONE:
+        for answer in inet_diag.dump(family, number, states, 0, inet_diag.SKMEMINFO):
+            for kind, content in inet_diag.messages(memoryview(answer)):
+                if kind == inet_diag.DONE:
                     break
                 yield _server(protocol, content)
 
@@ -295,21 +245,20 @@ _PROTOCOLS = {
 
 
 def _server(protocol: str, content: memoryview) -> Server:
-    family, state, ports, here, _, device, queued, limit, uid, inode = _MESSAGE.unpack_from(content)
-    cookie = _COOKIE.unpack_from(content, _COOKIE_AT)[0]
-    memory = _attribute(content, _INET_DIAG_SKMEMINFO)
+    family, state, ports, here, _, device, queued, limit, uid, inode = inet_diag.fields(content)
+    memory = inet_diag.attribute(content, inet_diag.SKMEMINFO)
     words = memory.cast("I") if memory else ()
     if protocol == "udp" and words:
         queued, limit = words[:2]
-    v6only = _attribute(content, _INET_DIAG_SKV6ONLY)
-    cgroup = _attribute(content, _INET_DIAG_CGROUP_ID)
+    v6only = inet_diag.attribute(content, inet_diag.SKV6ONLY)
+    cgroup = inet_diag.attribute(content, inet_diag.CGROUP_ID)
     return Server(
         protocol=protocol,
         address=socket.inet_ntop(family, here[: 4 if family == socket.AF_INET else 16]),
         port=int.from_bytes(ports[:2], "big"),
         device=device,
         inode=inode,
-        cookie=cookie,
+        cookie=inet_diag.cookie(content),
         uid=uid,
         queued=queued,
         limit=limit,
@@ -318,111 +267,3 @@ def _server(protocol: str, content: memoryview) -> Server:
         is_v6only=bool(v6only and v6only[0]),
         is_connected=protocol == "udp" and state == _ESTABLISHED,
     )
-
-
-class _Found(NamedTuple):
-    """A socket: fields of struct inet_diag_msg, and the data of one attribute."""
-
-    state: int
-    address: bytes
-    is_its_own_peer: bool
-    device: int
-    rqueue: int
-    wqueue: int
-    inode: int
-    extension: memoryview
-
-
-def _dump(
-    family: int, protocol: int, states: int, port: int, extension: int = 0
-) -> Iterator[_Found]:
-    """Each socket with one attribute.
-
-    Raises:
-        KernelError
-    """
-    return _found(_ask(family, protocol, states, port, extension), extension)
-
-
-def _answers(family: int, protocol: int, states: int, port: int, extension: int) -> list[bytes]:
-    """The kernel's answers, without the message that ends a dump. Raises KernelError."""
-    *answers, last = _ask(family, protocol, states, port, extension)
-    kinds = [kind for kind, _ in _messages(memoryview(last))]
-    return answers if kinds == [_NLMSG_DONE] else [*answers, last]
-
-
-def _ask(family: int, protocol: int, states: int, port: int, extension: int) -> Iterator[bytes]:
-    """Ask for the sockets at a port, and yield each answer. Raises KernelError."""
-    extensions = 1 << (extension - 1) if extension else 0
-    body = _REQUEST.pack(family, protocol, extensions, states)
-    body += _ID.pack(port, 0, bytes(16), bytes(16), bytes(4), b"\xff" * 8)
-    head = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_DUMP_REQUEST, 1, 0)
-    try:
-        with socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
-        ) as asking:
-            asking.settimeout(_DEAF_S)
-            asking.send(head + body)
-            while True:
-                answer = asking.recv(_CHUNK_BYTES)
-                yield answer
-                if _is_last(answer):
-                    return
-    except OSError as error:
-        raise KernelError.from_oserror("ask for the queues of sockets", error, _CURES) from None
-
-
-def _is_last(answer: bytes) -> bool:
-    """Whether a dump ends with this answer. The message that ends it is alone in an answer, or
-    follows others (netlink_dump() of net/netlink/af_netlink.c). Raises OSError: a refusal."""
-    ends = (answer[:_DONE_BYTES], answer[-_DONE_BYTES:])
-    if all(_HEADER.unpack_from(each)[1] not in (_NLMSG_DONE, _NLMSG_ERROR) for each in ends):
-        return False
-    return any(kind == _NLMSG_DONE for kind, _ in _messages(memoryview(answer)))
-
-
-def _found(answers: Iterable[bytes], extension: int) -> Iterator[_Found]:
-    for answer in answers:
-        for kind, content in _messages(memoryview(answer)):
-            if kind == _NLMSG_DONE:
-                return
-            _, state, ports, here, there, device, rqueue, wqueue, _, inode = _MESSAGE.unpack_from(
-                content
-            )
-            is_own = here == there and ports[:2] == ports[2:]
-            more = _attribute(content, extension)
-            yield _Found(state, here, is_own, device, rqueue, wqueue, inode, more)
-
-
-_CURES = {
-    errno.EAFNOSUPPORT: "allow AF_NETLINK (systemd: RestrictAddressFamilies=)",
-    errno.EPERM: "allow AF_NETLINK sockets in the seccomp filter",
-    errno.ENOENT: "a kernel with CONFIG_INET_DIAG and CONFIG_INET_UDP_DIAG",
-}
-
-
-def _messages(answer: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The type and content of each message. Raises OSError: the kernel refuses."""
-    while len(answer) >= _HEADER.size:
-        length, kind, *_ = _HEADER.unpack_from(answer)
-        content = answer[_HEADER.size : length]
-        if kind == _NLMSG_ERROR:
-            number = -struct.unpack_from("=i", content)[0]
-            raise OSError(number, os.strerror(number))
-        yield kind, content
-        answer = answer[_aligned(length) :]
-
-
-def _attribute(content: memoryview, wanted: int) -> memoryview:
-    """The data of one attribute; empty if it is not there."""
-    rest = content[_MESSAGE.size :] if wanted else content[:0]
-    while len(rest) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(rest)
-        if kind == wanted:
-            return rest[_ATTRIBUTE.size : length]
-        rest = rest[_aligned(length) :]
-    return rest[:0]
-
-
-def _aligned(length: int) -> int:
-    return (length + 3) & ~3

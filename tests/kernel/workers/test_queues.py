@@ -15,7 +15,7 @@ import pytest
 from steer.config import address
 from steer.errors import KernelError
 from steer.linux import processes
-from steer.sockets import listeners, sock_diag
+from steer.sockets import inet_diag, listeners, sock_diag
 from steer.sockets.listeners import Waiting
 from steer.sockets.sock_diag import Bound
 from steer.workers.queues import Queues
@@ -113,10 +113,10 @@ def test_answers_that_are_not_alike_are_read_one_by_one() -> None:
     """One bound to a device may be told of in more bytes than others."""
     alike, longer = (message(inode, more) for inode, more in ((1, b""), (2, bytes(8))))
     for answer in (alike * 2, alike + longer, longer + alike, alike + longer + longer):
-        found = list(sock_diag._listeners(answer))
-        assert [each for _, each in found] == [sock_diag.Bound(3, 9, False, 5)] * len(found)
+        found = list(inet_diag.listeners(answer))
+        assert [each for _, *each in found] == [[3, 9, 5]] * len(found)
         assert len(found) == answer.count(b"NODE")
-        assert {inode for inode, _ in found} <= {1, 2}
+        assert {inode for inode, *_ in found} <= {1, 2}
 
 
 def message(inode: int, more: bytes) -> bytes:
