@@ -197,9 +197,17 @@ class AppLoadError(SteerError):
 
 
 class FallbackRefused(SteerError):
-    """A fallback is needed, but --strict was given."""
+    """A fallback is needed, but --strict was given.
+
+    Args:
+        reason: why it is needed.
+    """
 
     exit_code = 5
+
+    def __init__(self, what: str, reason: str, cure: str = "") -> None:
+        self.reason = reason
+        super().__init__(what, f"strict is set, and {reason}", cure)
 
 
 class KernelError(SteerError):

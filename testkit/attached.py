@@ -21,12 +21,22 @@ Attach = Callable[..., Service]
 
 @contextmanager
 def attaching(home: Path, environment: Mapping[str, str]) -> Iterator[Attach]:
-    """Starts `steer attach` with some options and waits until it steers; all are ended."""
+    """Starts `steer attach` with some options and waits until it steers; all are ended.
+
+    The name is given to it unless it names itself so.
+    """
     with ExitStack() as stack:
 
-        def attach(*options: str, workers: int | None = None, name: str = "attached") -> Service:
+        def attach(
+            *options: str,
+            workers: int | None = None,
+            name: str = "attached",
+            where: str = f"{HOST}:{PORT}",
+            names_itself: bool = False,
+        ) -> Service:
             records = Path(tempfile.mkdtemp(prefix="records-", dir=home))
-            command = [STEER, "attach", f"{HOST}:{PORT}", "--name", name, *options]
+            named = () if names_itself else ("--name", name)
+            command = [STEER, "attach", where, *named, *options]
             process = launch(command, environment=environment, home=home, records=records)
             started = Service(process, name, home, records, environment)
             stack.callback(started.clean_up)

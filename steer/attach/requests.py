@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from steer.attach import status
+from steer.attach import refusal, status
 from steer.attach.group import AttachedGroup
 from steer.attach.roster import Member, State
 from steer.config import fallback, planning
@@ -117,7 +117,8 @@ class Requests:
         if wanted.policy.source is None:
             cause = "without steer the kernel's hash selects anyway"
             raise ConfigError(act, cause, f"`steer detach {now.name}`")
-        _, plan = fallback.first_that_works(wanted, self._group.swap, self._log.warning)
+        with refusal.of_fallbacks(act):
+            _, plan = fallback.first_that_works(wanted, self._group.swap, self._log.warning)
         self._log.info("%s on %s", plan.policy.name, self._group.backend.name)
         return Swapped(plan.policy.name, self._group.backend.name, _since(began_s))
 

@@ -15,7 +15,7 @@ from steer.attach.attachment import Heartbeat
 from steer.attach.group import AttachedGroup
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.requests import Requests
-from steer.attach.target import Target
+from steer.attach.target import Target, text_of
 from steer.config import fallback
 from steer.config.plan import Plan
 from steer.control import taken
@@ -97,7 +97,7 @@ def _refuse_attached(plan: Plan, environment: Mapping[str, str]) -> None:
     for each in there.services_at(bind, environment):
         cause = f"service {each.name} steers it already (pid {each.pid})"
         cure = f"`steer policy {each.name} POLICY`"
-        raise AttachRefused(f"attach to {bind.label}", cause, cure)
+        raise AttachRefused(f"attach to {text_of(bind)}", cause, cure)
 
 
 def _open(plan: Plan, log: Log) -> tuple[AttachedGroup, Plan]:
@@ -108,7 +108,7 @@ def _open(plan: Plan, log: Log) -> tuple[AttachedGroup, Plan]:
 def _announce(group: AttachedGroup, log: Log, took_s: float) -> None:
     plan = group.plan
     count = plural(len(group.roster), "listener")
-    where = plan.binds[0].label
+    where = text_of(plan.binds[0])
     log.info(
         "%s: %s of %s, %s, attached in %.1f ms",
         plan.name,

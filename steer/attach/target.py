@@ -45,7 +45,7 @@ class Target:
 
     def __init__(self, bind: Bind, replace: bool = False) -> None:
         self.bind = bind
-        self._act = f"attach to {bind.label}"
+        self._act = f"attach to {text_of(bind)}"
         self.listeners: Mapping[int, Listener] = {}
         self.holders: Mapping[int, Sequence[Holder]] = {}
         for _look in range(_LOOKS):
@@ -111,8 +111,11 @@ class Target:
         if not there and (elsewhere := self._elsewhere()):
             cause = "nobody listens there in this network namespace, but in another"
             return cause, " or ".join(f"--netns {each}" for each in elsewhere)
-        others = (f"steer attach {host}:{self.bind.port}" for host in sorted(there))
-        return "nobody listens there", " or ".join(others) or "see `ss -ltn`"
+        if not there:
+            return "nobody listens there", "`steer inspect` shows all that listen"
+        others = [f"{host}:{self.bind.port}" for host in sorted(there)]
+        cause = f"nobody listens at exactly that address, but at {' and '.join(others)}"
+        return cause, " or ".join(f"`steer attach {each}`" for each in others)
 
     def _elsewhere(self) -> Sequence[str]:
         """Other network namespaces where somebody listens on the port: their names, or a process
@@ -237,6 +240,21 @@ def _text(packed: bytes) -> str:
     return f"[{socket.inet_ntop(socket.AF_INET6, packed)}]"
 
 
+def text_of(bind: Bind) -> str:
+    """An address of TCP as the commands take it."""
+    label = bind.label.removeprefix("tcp ")
+    return label.removeprefix("0.0.0.0") if bind.address == "0.0.0.0" else label
+
+
+def other_family(text: str, bind: Bind) -> Bind | None:
+    """The wildcard of the other family, if the text names both and somebody listens there, too.
+    Each has a group of its own in the kernel. Raises KernelError."""
+    if not text.startswith((":", "*:")) or bind.is_v6:
+        return None
+    other = Bind(bind.protocol, "::", bind.port)
+    return other if listeners_at(other) else None
+
+
 def bind_of(text: str) -> Bind:
     """The address that a user names; a wildcard without a host is that of either family.
 
@@ -248,7 +266,7 @@ def bind_of(text: str) -> Bind:
     bind = address.parse(text)
     if bind.protocol == "udp":
         cause = "attach is over TCP: datagrams that wait at a closing socket cannot be moved"
-        raise AttachRefused(f"attach to {bind.label}", cause, "see `steer run`")
+        raise AttachRefused(f"attach to {text}", cause, "see `steer run`")
     if text.startswith((":", "*:")) and not listeners_at(bind):
         both = Bind(bind.protocol, "::", bind.port)
         return both if listeners_at(both) else bind

@@ -67,6 +67,6 @@ def refuse_uncounted(plan: Plan, counting: Counting | None) -> None:
     if plan.service.strict:
         raise FallbackRefused(
             f"use {plan.policy.name}",
-            f"strict is set, and {NOT_COUNTED}: {counting.why_not}; {SAMPLED}",
+            f"{NOT_COUNTED}: {counting.why_not}; {SAMPLED}",
             "unset strict, or see `steer doctor`",
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from steer.config.address import Bind
+    from steer.linux.log import Log
 
 
 def attach(
@@ -30,12 +31,14 @@ def attach(
         SteerError: they cannot be steered.
         SystemExit: with the exit status.
     """
+    from steer.attach import refusal
     from steer.attach import service as attached
-    from steer.attach.target import Target, bind_of
+    from steer.attach.target import Target, bind_of, text_of
     from steer.cli import entry
     from steer.config.planning import plan
     from steer.config.service import Service
     from steer.config.sources import changed
+    from steer.control import taken
     from steer.errors import ConfigError
     from steer.linux import log, topology
     from steer.linux import netns as namespaces
@@ -45,16 +48,15 @@ def attach(
         namespaces.enter(namespaces.path_of(netns))
     act = f"attach to {where}"
     target = Target(bind_of(where), replace)
-    label = target.bind.label.removeprefix("tcp ")
     asked = {
-        "bind": [label],
+        "bind": [text_of(target.bind)],
         "policy": policy,
         "params": list(params),
         "weights": weights.split(",") if weights else [],
         "workers": len(target.listeners),
         "backend": "ebpf",
         "strict": True,
-        "name": name or target.name,
+        "name": name or taken.free_name(target.name, os.environ),
         "control_socket": control_socket,
         "log_level": log_level,
         "log_format": log_format,
@@ -62,11 +64,22 @@ def attach(
     service = changed(Service(), {key: value for key, value in asked.items() if value}, act)
     logger = log.Log(service.log_level, service.log_format)
     entry.logs_to(logger)
+    _tell_of_other_family(where, target.bind, logger)
     chosen = find.prepare(service.policy)
     if chosen.source is None and not chosen.candidates:
         raise ConfigError(act, "without steer the kernel's hash selects anyway")
-    decided = plan(service, topology.read(), probe.findings_before_start(), chosen)
-    sys.exit(attached.run(decided, target, os.environ, logger))
+    with refusal.of_fallbacks(act):
+        decided = plan(service, topology.read(), probe.findings_before_start(), chosen)
+        sys.exit(attached.run(decided, target, os.environ, logger))
+
+
+def _tell_of_other_family(where: str, bind: Bind, logger: Log) -> None:
+    from steer.attach.target import other_family, text_of
+
+    if other := other_family(where, bind):
+        text = text_of(other)
+        words = "listeners at %s are a group of their own, and are not steered; `steer attach %s`"
+        logger.warning(words, text, text)
 
 
 def detach(name: str | None, as_json: bool, control_socket: str | None) -> None:

@@ -79,7 +79,7 @@ def refuse_fallback(candidate: BackendCandidate, strict: bool) -> None:
     if strict and candidate.fallback:
         raise FallbackRefused(
             f"use {candidate.backend}",
-            f"strict is set, and {candidate.reason}",
+            candidate.reason or "",
             "unset strict, or see `steer doctor`",
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from steer.control.peer import connect, credentials
@@ -20,6 +21,7 @@ from steer.linux.title import GUARD
 PATH_MAX_BYTES = 107
 """The size of sun_path of unix(7), without the null byte at its end."""
 _ANSWER_S = 1.0
+_NAMES_MAX = 100
 RENEWAL_TIMEOUT_S, _LOOK_AGAIN_S = 4.0, 0.05
 """How long to wait for a removed control socket, which its service makes again within 2 s."""
 
@@ -49,6 +51,15 @@ def refuse_taken(
         if each.inode != own_inode:
             raise already_running(name, f"pid {each.pid}", each.path)
     return found
+
+
+def free_name(name: str, environment: Mapping[str, str]) -> str:
+    """The name, or one with a number behind it that no service of this user has."""
+    for candidate in (name, *(f"{name}-{number}" for number in range(2, _NAMES_MAX))):
+        with suppress(ControlError):
+            refuse_taken(candidate, None, environment)
+            return candidate
+    return name
 
 
 def _refuse_too_long(name: str, paths: Iterable[Path]) -> None:

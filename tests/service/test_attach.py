@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import socket
@@ -16,6 +17,7 @@ from steer import abi
 from steer.policy import classic
 from steer.sockets import group_program
 from testkit.attached import HOST, Attach, answers, ask, attaching, is_even, reset, threads
+from testkit.confine import NOBODY, as_user
 from testkit.fixtures import RunSteer, StartService
 from testkit.harness import CPUS, PORT
 from testkit.namespaces import network_namespace
@@ -243,6 +245,11 @@ def test_attacher_takes_the_place_of_one_that_was_killed(attach: Attach) -> None
         assert states(second) == ["ready"] * 4
 
 
+def inspected(steer: RunSteer) -> str:
+    """What is shown of this network namespace."""
+    return steer("inspect", f"{HOST}:{PORT}", "--netns", str(os.getpid())).stdout
+
+
 def killed(attached: Service) -> None:
     attached.send_signal(signal.SIGKILL)
     attached.wait()
@@ -276,8 +283,8 @@ def test_what_a_killed_attacher_left_is_inspected(attach: Attach, steer: RunStee
     with threads(4):
         killed(attach("--policy", "round-robin"))
         words = "leaves the selection to the hash, as its attacher was killed"
-        eventually(lambda: words in steer("inspect", f"{HOST}:{PORT}").stdout)
-        found = steer("inspect", f"{HOST}:{PORT}").stdout
+        eventually(lambda: words in inspected(steer))
+        found = inspected(steer)
         assert f"`steer detach {HOST}:{PORT}` removes the program that the attacher left" in found
 
 
@@ -288,7 +295,7 @@ def test_attacher_that_is_stopped_is_named(attach: Attach, steer: RunSteer) -> N
         attached.send_signal(signal.SIGSTOP)
         try:
             words = f"as its attacher (steer {attached.pid}) has been stopped or hung for"
-            eventually(lambda: words in steer("inspect", f"{HOST}:{PORT}").stdout)
+            eventually(lambda: words in inspected(steer))
             done = steer("detach", f"{HOST}:{PORT}")
             assert done.returncode == 1
             assert f"`kill -CONT {attached.pid}` if it is stopped" in done.stderr
@@ -309,7 +316,54 @@ def refused(steer: RunSteer, *options: str) -> str:
 def test_address_where_nobody_listens_is_refused(steer: RunSteer) -> None:
     assert "nobody listens there" in refused(steer)
     with threads(2):
-        assert f"steer attach {HOST}:{PORT}" in refused(steer, f":{PORT}")
+        said = refused(steer, f":{PORT}")
+    assert f"attach to :{PORT}: nobody listens at exactly that address" in said
+    assert f"but at {HOST}:{PORT}; `steer attach {HOST}:{PORT}`" in said
+
+
+def test_address_that_a_wildcard_serves_names_the_wildcard(steer: RunSteer) -> None:
+    with socket.create_server(("", PORT), reuse_port=True):
+        said = refused(steer, f"{HOST}:{PORT}")
+    assert "nobody listens at exactly that address, but at 0.0.0.0" in said
+    assert f"`steer attach 0.0.0.0:{PORT}`" in said
+
+
+@contextmanager
+def listener_of_both_families() -> Iterator[None]:
+    with (
+        socket.create_server(("", PORT), reuse_port=True),
+        socket.create_server(("::", PORT), family=socket.AF_INET6, reuse_port=True),
+    ):
+        yield
+
+
+def test_wildcard_of_the_other_family_is_named_and_attached_by_itself(
+    attach: Attach,
+) -> None:
+    name = f"{Path('/proc/self/comm').read_text().strip()}-{PORT}"
+    with listener_of_both_families():
+        first = attach(where=f":{PORT}", name=name, names_itself=True)
+        words = f"listeners at [::]:{PORT} are a group of their own, and are not steered; "
+        assert f"{words}`steer attach [::]:{PORT}`" in first.log
+        second = attach(where=f"[::]:{PORT}", name=f"{name}-2", names_itself=True)
+        assert f"1 listener of :{PORT}, " in first.log
+        assert "are not steered" not in second.log
+
+
+def test_user_without_privilege_is_not_told_of_strict(steer: RunSteer) -> None:
+    code = (
+        "import signal, socket\n"
+        f"s = socket.create_server(({HOST!r}, {PORT}), reuse_port=True)\n"
+        "print('here', flush=True)\ns.accept()"
+    )
+    with running(*as_user(NOBODY, *python(code))) as server:
+        assert line_of(server) == "here"
+        done = steer("attach", f"{HOST}:{PORT}", user=NOBODY)
+    assert done.returncode == 1
+    cause = "only eBPF steers listeners of other programs, and ebpf: "
+    assert f"attach to {HOST}:{PORT}: {cause}" in done.stderr
+    assert "run as root" in done.stderr
+    assert "strict" not in done.stderr
 
 
 def test_datagrams_are_refused(steer: RunSteer) -> None:
