@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import signal
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
@@ -15,6 +14,7 @@ from steer.attach.attachment import Heartbeat
 from steer.attach.group import AttachedGroup
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.requests import Requests
+from steer.attach.signals import Signals
 from steer.attach.target import Target, text_of
 from steer.config import fallback
 from steer.config.plan import Plan
@@ -22,7 +22,7 @@ from steer.control import taken
 from steer.control.claim import Claim
 from steer.control.server import Server
 from steer.controller.state import ServiceState
-from steer.errors import AttachRefused
+from steer.errors import AttachRefused, SteerError
 from steer.linux import fork, output, signals, title
 from steer.linux.log import Log
 from steer.linux.retry import Retry
@@ -35,7 +35,6 @@ _LAST_LINES_S = 1.0
 _WATCHED_S, _UNWATCHED_S, _STARTING_S = 1.0, 0.05, 0.01
 """How often to look for listeners: if programs report them, if none does, and while a process does
 not wait on a new one yet."""
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 
 
 def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) -> int:
@@ -139,6 +138,7 @@ class _AttachedService:
         self._retry = Retry(log, self._spare)
         self._ended = asyncio.Event()
         self._detached = asyncio.Event()
+        self._failure: SteerError | None = None
         self._look_again: asyncio.TimerHandle | None = None
         self._heard_fd: int | None = None
         self._heard_s = -math.inf
@@ -146,9 +146,7 @@ class _AttachedService:
     async def run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._retry.watch(self._loop)
-        for number in _ENDING:
-            self._loop.add_signal_handler(number, self._ended.set)
-        signals.release_signals()
+        Signals(self._ended.set, self._log).watch(self._loop)
         requests = Requests(self._group, self._state, self._log, self._stop)
         self._hear()
         self._look()
@@ -162,13 +160,25 @@ class _AttachedService:
     async def _stop(self) -> None:
         self._ended.set()
         await self._detached.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def _end(self) -> None:
         if self._look_again is not None:
             self._look_again.cancel()
         self._stop_hearing()
-        self._retry.attempt("detach", self._group.detach)
+        # The loop removes its handlers when it is closed, and what is left to do has to be done.
+        signals.hold_signals()
+        self._retry.attempt("detach", self._detach)
         self._detached.set()
+
+    def _detach(self) -> None:
+        try:
+            self._group.detach()
+        except SteerError as error:
+            cure = "once the attacher has ended, the kernel's hash selects"
+            self._failure = error.under(f"detach {self._group.plan.name}", cure)
+            raise
 
     def _hear(self) -> None:
         if self._group.watch is not None:

@@ -208,6 +208,27 @@ def test_server_is_left_to_the_kernel(attach: Attach, how: str) -> None:
         assert sum(answers(10).values()) == 10
 
 
+@pytest.mark.parametrize("name", ["SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGWINCH"])
+def test_signal_that_is_for_workers_is_ignored(attach: Attach, name: str) -> None:
+    with threads(2):
+        attached = attach()
+        attached.send_signal(signal.Signals[name])
+        eventually(lambda: f"{name} is ignored" in attached.log)
+        assert states(attached) == ["ready"] * 2
+        assert attached.stop() == 0
+
+
+def test_log_file_is_opened_again(attach: Attach) -> None:
+    with threads(2):
+        attached = attach()
+        log = Path(f"/proc/{attached.pid}/fd/2").readlink()
+        log.rename(log.with_suffix(".1"))
+        attached.send_signal(signal.SIGUSR1)
+        eventually(log.exists)
+        assert attached.stop() == 0
+        assert "detached" in log.read_text()
+
+
 def test_detach_takes_an_address(attach: Attach) -> None:
     with threads(2):
         attached = attach()
