@@ -10,6 +10,7 @@ from steer.attach.group import AttachedGroup
 from steer.attach.roster import Member
 from steer.backends.shortfalls import NOT_COUNTED
 from steer.control import schema
+from steer.linux import netns
 from steer.sockets.sock_diag import Listener
 from steer.values import plural
 
@@ -50,6 +51,7 @@ def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Serv
             for name, times in own.histograms.items()
         },
         attached=True,
+        netns=netns.own(),
     )
 
 

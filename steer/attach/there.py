@@ -9,10 +9,23 @@ from steer.config.address import Bind
 from steer.control import client, rundir
 from steer.control.schema import Service
 from steer.errors import ControlError
+from steer.linux import netns
 
 
 def services_at(bind: Bind, environment: Mapping[str, str]) -> Iterator[Service]:
-    """Those of this user whose control sockets are in the usual directories."""
+    """Those of this user in this network namespace whose control sockets are in the usual
+    directories."""
+    here = netns.own()
+    return (each for each in _services_of(bind, environment) if each.netns in (here, None))
+
+
+def elsewhere(bind: Bind, environment: Mapping[str, str]) -> Iterator[Service]:
+    """Those at the same address of other network namespaces."""
+    here = netns.own()
+    return (each for each in _services_of(bind, environment) if each.netns not in (here, None))
+
+
+def _services_of(bind: Bind, environment: Mapping[str, str]) -> Iterator[Service]:
     wanted = (bind.protocol, bind.address, bind.port)
     for path in rundir.find(environment):
         with suppress(ControlError):

@@ -161,4 +161,8 @@ def _name_at(where: str) -> str:
     for each in _binds(where):
         for service in there.services_at(each, os.environ):
             return service.name
+    for each in _binds(where):
+        for service in there.elsewhere(each, os.environ):
+            cause = f"no service steers it, but {service.name} does in another network namespace"
+            raise NotRunning(f"detach {where}", cause, f"`steer detach {service.name}`")
     raise NotRunning(f"detach {where}", "no service steers it", "see `steer status`")

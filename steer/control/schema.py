@@ -111,6 +111,8 @@ class Service(msgspec.Struct):
         policy_reason: why `auto` became this policy; None: the user named the policy.
         loop_delay_ms: None: the controller is of a version that does not measure it.
         attached: whether the workers are listeners of servers that steer did not start.
+        netns: the number of the network namespace that it serves in; None: the controller is of a
+            version that does not say.
     """
 
     name: str
@@ -132,6 +134,7 @@ class Service(msgspec.Struct):
     policy_reason: str | None = None
     loop_delay_ms: LoopDelay | None = None
     attached: bool = False
+    netns: int | None = None
 
 
 class Orphan(msgspec.Struct):

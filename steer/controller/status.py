@@ -13,6 +13,7 @@ from steer.backends.base import Backend, Counts, PolicyValues
 from steer.backends.shortfalls import STILL_SELECTED
 from steer.config.plan import Plan
 from steer.control import schema
+from steer.linux import netns
 from steer.policy.builtin import KERNEL
 from steer.policy.declarations import Declared
 from steer.values import several
@@ -82,6 +83,7 @@ async def report_of(
         counters=own.counters,
         histograms=_histograms(own, plan.policy.declared),
         loop_delay_ms=loop_delay_ms,
+        netns=netns.own(),
     )
 
 

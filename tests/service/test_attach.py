@@ -486,3 +486,25 @@ def test_listeners_in_another_network_namespace_need_its_name(
         assert f"--netns {server}" in said
         attached = attach("--netns", str(server), "--policy", "round-robin")
         assert states(attached) == ["ready"] * 4
+
+
+def test_same_address_in_two_network_namespaces_is_two_groups(
+    attach: Attach, steer: RunSteer
+) -> None:
+    where = f"{HOST}:{PORT}"
+    with threads(2):
+        first = attach(name="first")
+        with network_namespace():
+            done = steer("detach", where)
+            assert done.returncode == 1
+            assert (
+                "but first does in another network namespace; `steer detach first`" in done.stderr
+            )
+            with threads(3):
+                second = attach(name="second")
+                assert states(second) == ["ready"] * 3
+                assert steer("detach", where).returncode == 0
+                assert second.wait() == 0
+        assert states(first) == ["ready"] * 2
+        assert steer("detach", where).returncode == 0
+        assert first.wait() == 0
