@@ -94,6 +94,7 @@ def detach(name: str | None, as_json: bool, control_socket: str | None) -> None:
         if name and ":" in name and _remove_leftover(name):
             _print_removed(name, as_json)
             return
+        _refuse_killed(name)
         raise
     called = client.status(path).services[0].name
     with output.progress(f"detach {called}") as progress:
@@ -112,6 +113,17 @@ def _remove_leftover(where: str) -> bool:
     found = [leftover.remove(bind, f"detach {where}") for bind in _binds(where)]
     find.remove_dead_sockets(os.environ)
     return any(found)
+
+
+def _refuse_killed(name: str | None) -> None:
+    """Raises NotRunning: the attacher of that name was killed. Its socket tells no address."""
+    from steer.control import claim, rundir
+    from steer.errors import NotRunning
+
+    for path in rundir.find(os.environ, name):
+        if path.stem == name and claim.is_dead(path):
+            cure = "`steer detach ADDR:PORT` removes the program that it left"
+            raise NotRunning(f"detach {name}", "its attacher was killed", cure)
 
 
 def _print_removed(where: str, as_json: bool) -> None:

@@ -165,27 +165,24 @@ def remove_dead(path: Path) -> None:
     it, it stays: workers may be running, and are found by it. If another service is starting, this
     does nothing, as it may have made the socket and not yet listen."""
     with contextlib.suppress(OSError, ControlError):
-        if not _is_dead(path):
+        if not is_dead(path):
             return
         lock = _locked(path.parent, False, 0.0)
         try:
-            if _is_dead(path):
+            if is_dead(path):
                 path.unlink()
         finally:
             os.close(lock)
         _remove_empty(path.parent)
 
 
-def _is_dead(path: Path) -> bool:
-    """Whether it is a socket of this user's, without a record, at which nobody listens. Raises
-    OSError: it is gone."""
-    if record_of(path).exists():
-        return False
-    found = path.lstat()
-    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
-        return False
+def is_dead(path: Path) -> bool:
+    """Whether it is a socket of this user's, without a record, at which nobody listens."""
     try:
-        connect(path, _ANSWER_S).close()
+        found = path.lstat()
+        is_ours = stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid()
+        if is_ours and not record_of(path).exists():
+            connect(path, _ANSWER_S).close()
     except ConnectionRefusedError:
         return True
     except OSError:

@@ -85,6 +85,11 @@ class Program(msgspec.Struct):
         """Whether it leaves the selection to the kernel's hash, as its attacher is silent."""
         return self.silent_s is not None and self.silent_s > ABANDONED_S
 
+    @property
+    def is_left(self) -> bool:
+        """Whether its attacher was killed, if only a moment ago."""
+        return self.silent_s is not None and not self.processes
+
 
 class Group(msgspec.Struct):
     """Sockets that share an address.

@@ -175,10 +175,14 @@ def _program_selects(group: Group) -> bool:
     return group.program is not None and not group.program.is_abandoned
 
 
+def _is_left(group: Group) -> bool:
+    return group.program is not None and group.program.is_left
+
+
 def _left(group: Group, known: Known) -> Iterator[str]:
     """What to do about the program of an attacher that was killed, is stopped, or hangs."""
     program = group.program
-    if program is None or not program.is_abandoned:
+    if program is None or not (program.is_abandoned or program.is_left):
         return
     detach = f"`{_enter(group)}steer detach {bind(group)}`"
     if program.processes:
@@ -194,7 +198,8 @@ def _left(group: Group, known: Known) -> Iterator[str]:
 
 
 def _better(group: Group, known: Known) -> Iterator[str]:
-    if group.program is not None and (group.program.service or group.program.is_abandoned):
+    program = group.program
+    if program is not None and (program.service or program.is_abandoned or program.is_left):
         return
     if group.kind == "shared" and group.protocol == "tcp":
         yield from _own_sockets(group, known)
@@ -224,7 +229,7 @@ def _own_sockets(group: Group, known: Known) -> Iterator[str]:
 def _attach(group: Group, known: Known) -> str:
     """The command that steers the group as it is; "" if there is none."""
     netns = _netns(group)
-    replace = ["--replace"] if _program_selects(group) else []
+    replace = ["--replace"] if _program_selects(group) and not _is_left(group) else []
     if group.protocol != "tcp" or not {"--policy", *replace, *netns[:1]} <= known.attach_options:
         return ""
     return " ".join(["steer attach", bind(group), *netns, "--policy", _POLICY, *replace])

@@ -281,6 +281,8 @@ def test_detach_removes_what_a_killed_attacher_left(attach: Attach, steer: RunSt
     with threads(4):
         attached = attach("--policy", "round-robin")
         killed(attached)
+        by_name = "its attacher was killed; `steer detach ADDR:PORT` removes"
+        assert by_name in steer("detach", attached.name).stderr
         done = steer("detach", f"{HOST}:{PORT}")
         assert done.returncode == 0, done.stderr
         assert "its attacher was killed" in done.stdout

@@ -161,8 +161,11 @@ def test_program_of_a_silent_attacher_decides_nothing(
     assert not any("--replace" in each for each in words.advice(found, KNOWN))
 
 
-def test_program_of_an_attacher_that_speaks_decides() -> None:
-    assert words.decides(group(*TWO, program=left(silent_s=0.3))).startswith("BPF program 7")
+def test_program_decides_until_its_attacher_has_been_silent_for_a_second() -> None:
+    found = group(*TWO, program=left(silent_s=0.3))
+    assert words.decides(found).startswith("BPF program 7")
+    assert words.advice(found, KNOWN)[0].startswith("`steer detach :80` removes the program")
+    assert not any("--replace" in each for each in words.advice(found, KNOWN))
 
 
 @pytest.mark.parametrize(
