@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from steer.attach.target import Target
     from steer.config.address import Bind
+    from steer.config.service import Service
     from steer.linux.log import Log
 
 
@@ -31,22 +33,14 @@ def attach(
         SteerError: they cannot be steered.
         SystemExit: with the exit status.
     """
-    from steer.attach import refusal
-    from steer.attach import service as attached
     from steer.attach.target import Target, bind_of, text_of
-    from steer.cli import entry
-    from steer.config.planning import plan
     from steer.config.service import Service
     from steer.config.sources import changed
     from steer.control import taken
-    from steer.errors import ConfigError
-    from steer.linux import log, topology
     from steer.linux import netns as namespaces
-    from steer.loader import find, probe
 
     if netns is not None:
         namespaces.enter(namespaces.path_of(netns))
-    act = f"attach to {where}"
     target = Target(bind_of(where), replace)
     asked = {
         "bind": [text_of(target.bind)],
@@ -61,7 +55,21 @@ def attach(
         "log_level": log_level,
         "log_format": log_format,
     }
-    service = changed(Service(), {key: value for key, value in asked.items() if value}, act)
+    given = {key: value for key, value in asked.items() if value}
+    _run(where, target, changed(Service(), given, f"attach to {where}"))
+
+
+def _run(where: str, target: Target, service: Service) -> NoReturn:
+    """Steer the listeners of a target. Raises as `attach`."""
+    from steer.attach import refusal
+    from steer.attach import service as attached
+    from steer.cli import entry
+    from steer.config.planning import plan
+    from steer.errors import ConfigError
+    from steer.linux import log, topology
+    from steer.loader import find, probe
+
+    act = f"attach to {where}"
     logger = log.Log(service.log_level, service.log_format)
     entry.logs_to(logger)
     _tell_of_other_family(where, target.bind, logger)
