@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
 from steer import __version__
 from steer.cli import ask, entry
-from steer.cli.arguments import Command, TakesCommand, given_command, service_options, with_options
+from steer.cli.arguments import TakesCommand, given_command, service_options, with_options
+from steer.cli.numbered import Named, numbered
 from steer.cli.options import RUN_OPTIONS, Given, Source
-
-_Named = tuple[str | None, Mapping[str, Any]]
-"""The name of a service, if given, and the number as part of a request."""
 
 
 def main() -> None:
@@ -64,47 +60,6 @@ _CONTROL_SOCKET = click.option(
 )
 
 
-def _numbered(number: str) -> Callable[[Command], Command]:
-    """Add the arguments [NAME] and a number to a command. A single argument is the number."""
-
-    def read(context: click.Context, _: click.Parameter, given: tuple[str, ...]) -> _Named:
-        from steer import values
-
-        if not given:
-            raise click.UsageError(f"Missing argument '{number}'.", context)
-        *name, text = given
-        if len(name) > 1:
-            raise click.UsageError(f"Got unexpected extra argument ({text})", context)
-        try:
-            found = ask.NUMBERS[number](text)
-        except values.Invalid as error:
-            if name and _is_number(number, name[0]):
-                right = f"{context.command_path} {text} {name[0]}"
-                raise click.UsageError(f"The name comes first: {right}", context) from None
-            words = f"{values.shown(text)} is {error}."
-            raise click.BadParameter(words, context, param_hint=number) from None
-        if name and name[0].startswith("-"):
-            raise click.NoSuchOption(name[0], ctx=context)
-        return (name[0] if name else None, found)
-
-    return click.argument(
-        "named",
-        nargs=-1,
-        metavar=f"[NAME] {number}",
-        callback=read,
-        type=click.UNPROCESSED,
-    )
-
-
-def _is_number(number: str, text: str) -> bool:
-    from steer import values
-
-    try:
-        return bool(ask.NUMBERS[number](text))
-    except values.Invalid:
-        return False
-
-
 @cli.command(cls=TakesCommand)
 @service_options
 @with_options(RUN_OPTIONS)
@@ -126,26 +81,9 @@ def check(as_json: bool, **options: Any) -> None:
 
     Takes the options of `run` and changes nothing.
     """
-    from steer.config.planning import plan
-    from steer.controller import dry_run
-    from steer.linux import topology
-    from steer.loader import find, probe
+    from steer.cli import check
 
-    service = Source(options, given_command())()
-    chosen = find.find(service.policy)
-    decided = plan(service, topology.read(), probe.findings(), chosen)
-    found = dry_run.dry_run(decided, os.environ)
-    if as_json:
-        whole = {"memory_bytes": found.memory_bytes, "notes": found.notes}
-        _print_json({**found.plan.describe(), **whole})
-        return
-    for number, step in enumerate(found.plan.steps(), 1):
-        reason = f"  ({step.reason})" if step.reason else ""
-        click.echo(f"{number}. {step.act.value} {step.object}{reason}")
-    if found.memory_bytes:
-        click.echo(f"memory: {found.memory_bytes / 1e6:.1f} MB in the kernel, for maps")
-    for note in found.notes:
-        click.echo(f"note: {note}")
+    check.perform(Source(options, given_command())(), as_json)
 
 
 @cli.command()
@@ -227,19 +165,19 @@ def reload(name: str | None, **how: Any) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})  # "-1" is a number
-@_numbered("N")
+@numbered("N")
 @_AS_JSON
 @_CONTROL_SOCKET
-def scale(named: _Named, **how: Any) -> None:
+def scale(named: Named, **how: Any) -> None:
     """Set the number of workers to N; +N adds N, -N removes N."""
     ask.perform("scale", named[0], **named[1], **how)
 
 
 @cli.command()
-@_numbered("SLOT")
+@numbered("SLOT")
 @_AS_JSON
 @_CONTROL_SOCKET
-def drain(named: _Named, **how: Any) -> None:
+def drain(named: Named, **how: Any) -> None:
     """Stop sending new connections to the worker in SLOT.
 
     It keeps its open connections.
@@ -248,19 +186,19 @@ def drain(named: _Named, **how: Any) -> None:
 
 
 @cli.command()
-@_numbered("SLOT")
+@numbered("SLOT")
 @_AS_JSON
 @_CONTROL_SOCKET
-def undrain(named: _Named, **how: Any) -> None:
+def undrain(named: Named, **how: Any) -> None:
     """Send new connections to the worker in SLOT again."""
     ask.perform("undrain", named[0], **named[1], **how)
 
 
 @cli.command()
-@_numbered("SLOT")
+@numbered("SLOT")
 @_AS_JSON
 @_CONTROL_SOCKET
-def restart(named: _Named, **how: Any) -> None:
+def restart(named: Named, **how: Any) -> None:
     """Replace the worker in SLOT; it exits when the new one is ready."""
     ask.perform("restart", named[0], **named[1], **how)
 
@@ -302,12 +240,9 @@ def policies(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand:
         return
-    from steer.cli import output, policy_tables
+    from steer.cli import policies
 
-    if as_json:
-        _print_json({"policies": policy_tables.described()})
-    else:
-        output.tables(policy_tables.overview())
+    policies.overview(as_json)
 
 
 @policies.command()
@@ -315,15 +250,9 @@ def policies(context: click.Context, as_json: bool) -> None:
 @_AS_JSON
 def new(name: str, as_json: bool) -> None:
     """Write NAME.c, a commented template of a policy."""
-    from steer.policy_tools.new import begin
+    from steer.cli import policies
 
-    file = begin(name)
-    if as_json:
-        _print_json({"written": str(file)})
-    else:
-        click.echo(f"wrote {file}. Edit it, then try:")
-        for command in ("policies check", "run --demo --policy"):
-            click.echo(f"  steer {command} ./{file}")
+    policies.new(name, as_json)
 
 
 @policies.command("check")
@@ -335,14 +264,9 @@ def check_policy(file: str, verbose: bool, as_json: bool) -> None:
 
     The kernel's verifier checks the program. Errors point at the line of C.
     """
-    from steer.cli import output, policy_tables
-    from steer.policy_tools import check as own
+    from steer.cli import policies
 
-    checked = own.check(file, whole_log=verbose)
-    if as_json:
-        _print_json(checked)
-    else:
-        output.tables(policy_tables.tables(checked))
+    policies.check(file, verbose, as_json)
 
 
 @cli.command("inspect")
@@ -388,21 +312,6 @@ def doctor(as_json: bool, **options: Any) -> None:
     run without something, "fail" that it would not start as asked. The exit status is 1 if a
     check fails, else 0.
     """
-    from steer.cli import output
-    from steer.cli.tables import Table
-    from steer.doctor import checks as examination
+    from steer.cli import doctor
 
-    found = examination.examine(Source(options, given_command(), runs=False)())
-    if as_json:
-        _print_json({"findings": found})
-    else:
-        rows = [(each.topic, each.verdict, each.found, each.cure) for each in found]
-        columns = ("topic", "", "found", "what would help")
-        output.tables([Table("", columns, rows, verdicts="")])
-    sys.exit(any(each.verdict == "fail" for each in found))
-
-
-def _print_json(value: object) -> None:
-    from steer.cli import output
-
-    output.as_json(value)
+    doctor.perform(Source(options, given_command(), runs=False)(), as_json)
