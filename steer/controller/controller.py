@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import NoReturn
 
 from steer.backends.base import Backend
 from steer.child.launch import Launch
@@ -22,19 +20,16 @@ from steer.controller import persisted
 from steer.controller.file_limit import FileLimit
 from steer.controller.persisted import PersistedService
 from steer.controller.pidfile import write_pid_file
-from steer.errors import KernelError, SteerError, in_words
+from steer.errors import SteerError
 from steer.guard.client import GuardClient
 from steer.guard.handover import Handover
 from steer.guard.store import NOTIFICATIONS, Settings
-from steer.linux import fork, identity, output, priority, stdio, topology
+from steer.linux import fork, identity, priority, stdio, topology
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.policy.cpus import cpus_named
 from steer.workers.handle import WorkerHandle
 from steer.workers.pool import WorkerPool
-
-LAST_LINES_S = 1.0
-"""How long the reader of our standard error gets to read the last lines when we end."""
 
 Reread = Callable[[], Service]
 """Reads the configuration again. May raise ConfigError."""
@@ -278,23 +273,3 @@ class Controller:
             self.pool.pin()
         except SteerError as error:
             self.log.error("move workers to the allowed CPUs: %s", error)
-
-    def reexecute(self) -> NoReturn:
-        """Execute the installed version of steer in this process. It adopts the workers from the
-        guard.
-
-        Raises:
-            KernelError: the kernel refuses.
-        """
-        self.file_limit.put_back()
-        self.pool.save()
-        for worker in self.pool.workers:
-            if worker.process:
-                worker.process.pass_rest_on()
-        output.stderr.finish(LAST_LINES_S)
-        try:
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-        except OSError as error:
-            cure = "start it again: `steer run` adopts the workers"
-            cause = in_words(error)
-            raise KernelError.from_oserror("re-execute", error, cure=cure, cause=cause) from None

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 from steer.config.plan import Plan
 from steer.config.planning import plan
 from steer.config.service import Service
 from steer.control import rundir, taken
-from steer.controller.controller import LAST_LINES_S, Controller, Reread
+from steer.controller.controller import Controller, Reread
 from steer.controller.loop_import import await_loop
 from steer.controller.start import Start
+from steer.errors import KernelError, in_words
 from steer.guard.handover import Handover, adopt
 from steer.linux import family, fork, output, services, signals, title, topology
 from steer.linux.log import Log
 from steer.loader import find, probe
+
+_LAST_LINES_S = 1.0
+"""How long the reader of our standard error gets to read the last lines when we end."""
 
 
 def run(
@@ -48,7 +54,7 @@ def run(
     try:
         return _run(decided, environment, log, reread, is_in_program)
     finally:
-        output.stderr.finish(LAST_LINES_S)
+        output.stderr.finish(_LAST_LINES_S)
         output.stderr.close()
 
 
@@ -68,7 +74,7 @@ def _run(
 
         if supervise(service):
             undo.pop_all()
-            service.reexecute()
+            _reexecute(service)
     log.info("ended")
     return 0
 
@@ -111,3 +117,23 @@ def _find_handover(
         if handover is not None:
             return lost, (path, handover)
     return lost, None
+
+
+def _reexecute(service: Controller) -> NoReturn:
+    """Execute the installed version of steer in this process. It adopts the workers from the guard.
+
+    Raises:
+        KernelError: the kernel refuses.
+    """
+    service.file_limit.put_back()
+    service.pool.save()
+    for worker in service.pool.workers:
+        if worker.process:
+            worker.process.pass_rest_on()
+    output.stderr.finish(_LAST_LINES_S)
+    try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    except OSError as error:
+        cure = "start it again: `steer run` adopts the workers"
+        cause = in_words(error)
+        raise KernelError.from_oserror("re-execute", error, cure=cure, cause=cause) from None
