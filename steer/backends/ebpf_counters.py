@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Set
 
 from steer.backends.base import Counts, PolicyValues
 from steer.backends.connections import Counting
@@ -43,11 +43,6 @@ class EbpfCounters:
     @property
     def _is_all_tcp(self) -> bool:
         return all(bind.protocol == "tcp" for bind in self._plan.binds)
-
-    @property
-    def write_waiting(self) -> Callable[[int, int], None] | None:
-        is_told = self._plan.policy.reads_load and self.counting.why_not
-        return self.counting.slots.set_open if is_told else None
 
     def policy_values(self) -> PolicyValues:
         return self._policies.current.policy_values()
