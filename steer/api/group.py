@@ -12,14 +12,12 @@ import msgspec
 
 from steer.api import arguments, group_input
 from steer.api.slots import SlotCounts, Slots
-from steer.backends import anchors
 from steer.config import planning
 from steer.config.service import Service
 from steer.config.sources import changed
 from steer.errors import GroupError
 from steer.linux import topology
 from steer.loader import find
-from steer.sockets import port_checks, reuseport
 
 _MAX_BACKLOG = 2**31 - 1
 """The kernel lowers it to net.core.somaxconn."""
@@ -105,8 +103,7 @@ class ReuseportGroup:
     @property
     def notes(self) -> tuple[str, ...]:
         """In words, what this backend cannot do here, and why "auto" became this policy."""
-        became = [self._slots.plan.became] if self._slots.plan.became else []
-        return (*became, *self._slots.backend.notes, *map(str, anchors.notes([self._bind], {})))
+        return tuple(self._slots.notes())
 
     def listen(
         self, slot: int, *, weight: int = 1, cpu: int | None = None, backlog: int = 2048
@@ -133,13 +130,7 @@ class ReuseportGroup:
         self._check_usable()
         arguments.whole_number("backlog", backlog, "listen", least=0, most=_MAX_BACKLOG)
         self._slots.make_free(slot, weight, cpu)
-        settings = self._slots.plan.service.settings
-        if not self._slots.was_joined:
-            port_checks.check_free(self._bind, settings)
-        try:
-            sock = reuseport.member(self._bind, backlog, settings=settings)
-        except OSError as error:
-            raise port_checks.bind_error(self._bind, error) from None
+        sock = self._slots.new_socket(backlog)
         try:
             self._slots.join(slot, sock, weight, cpu)
         except BaseException:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import msgspec
 
 from steer.api import arguments
+from steer.backends import anchors
 from steer.backends.base import Backend
 from steer.backends.open import open_first, refuse_uncounted
 from steer.backends.shortfalls import NOT_COUNTED
@@ -63,7 +64,6 @@ class Slots:
 
     Attributes:
         active: the slots that may be selected.
-        was_joined: whether a socket has ever joined.
         reason: why no better backend is used; None: there is no better one.
 
     Raises:
@@ -75,11 +75,18 @@ class Slots:
         (self.bind,) = wanted.binds
         self.reason = self.plan.backends[0].reason
         self.active: frozenset[int] = frozenset()
-        self.was_joined = False
+        self._was_joined = False
         self._joined: dict[int, _Joined] = {}
 
     def label(self, slot: int) -> str:
         return f"slot {slot} of {self.bind.label}"
+
+    def notes(self) -> Iterator[str]:
+        """See `ReuseportGroup.notes`."""
+        if self.plan.became:
+            yield self.plan.became
+        yield from self.backend.notes
+        yield from map(str, anchors.notes([self.bind], {}))
 
     def counts(self) -> dict[int, SlotCounts]:
         """The counts of the slots that have a socket. Raises KernelError."""
@@ -127,6 +134,20 @@ class Slots:
                 raise GroupError(act, "it is taken", "close its socket and remove() it first")
             self.leave(slot)
 
+    def new_socket(self, backlog: int) -> socket.socket:
+        """Make a socket at the address of the group.
+
+        Raises:
+            BindError: bind(2) failed, or another process had the port before the first socket.
+        """
+        settings = self.plan.service.settings
+        if not self._was_joined:
+            port_checks.check_free(self.bind, settings)
+        try:
+            return reuseport.member(self.bind, backlog, settings=settings)
+        except OSError as error:
+            raise port_checks.bind_error(self.bind, error) from None
+
     def join(self, slot: int, sock: socket.socket, weight: int, cpu: int | None) -> None:
         """Add the socket to the backend.
 
@@ -145,7 +166,7 @@ class Slots:
             self.backend.remove_member(slot)
             raise
         self._joined[slot] = _Joined(cookie, cpu)
-        self.was_joined = True
+        self._was_joined = True
 
     def _check_new(self, slot: int, cookie: int) -> None:
         """Raises GroupError: the socket is already in a slot. The kernel has a socket only once in
