@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager
 
-from steer.attach import holders, refusals
+from steer.attach import holders, ownership, refusals
 from steer.attach.attachment import Attachment
 from steer.attach.counting import CountingElsewhere
 from steer.attach.holders import Holder
@@ -27,6 +27,7 @@ from steer.errors import KernelError, Note
 from steer.linux import processes, waiting
 from steer.linux.log import Log
 from steer.linux.procfs import Files
+from steer.loader import foreign
 from steer.policy import layout
 from steer.sockets import group_program, members, reuseport, sock_diag
 from steer.sockets.sock_diag import Listener
@@ -59,6 +60,7 @@ class AttachedGroup:
         is_older_counted: whether connections that were accepted before the attach are counted.
         refusals: the listeners that could not join.
         without_room: how many more listeners there were in the last look than slots.
+        taken_by: what selects in place of our program, when that was last checked; None: ours.
         why_unwatched: why no program reports listeners that open and close; None: one does.
 
     Raises:
@@ -71,6 +73,7 @@ class AttachedGroup:
         (self._bind,) = plan.binds
         self._log = log
         self.refusals = Refusals()
+        self.taken_by: Note | None = None
         self.without_room = 0
         self._selected: list[int] | None = None
         self._likely: set[int] = set()
@@ -412,17 +415,37 @@ class AttachedGroup:
                 return {inode: member.holders}
         return holders.find({inode})
 
+    def check_program(self) -> Note | None:
+        """Find out whether another program selects by now, and which: the server may have attached
+        its own. Raises KernelError."""
+        inodes = {each.listener.inode for each in self.roster}
+        before, ours = self.taken_by, foreign.number_of(self.backend.programs[0])
+        self.taken_by = ownership.taken_by(inodes, ours)
+        if self.taken_by != before:
+            if self.taken_by:
+                self._log.warning("%s", self.taken_by)
+            else:
+                self._log.info("connections go by the policy again")
+        return self.taken_by
+
     def detach(self) -> None:
-        """Leave the group to the kernel's hash, or to the program that it had before. A second
-        call does nothing."""
+        """Leave the group to the kernel's hash, or to the program that it had before; or to the one
+        that it has, if that is not ours. A second call does nothing."""
         if self._is_detached:
             return
-        self.backend.detach(self._lend if self._replaced is None else self._lend_any)
-        if self._replaced is not None:
+        is_taken = self.check_program() is not None
+        lend = self._lend if self._replaced is None else self._lend_any
+        self.backend.detach(_lend_none if is_taken else lend)
+        if self._replaced is not None and not is_taken:
             there = self.listeners()
             with closing(holders.each_borrowed(self._holders_of(there.keys()))) as lent:
                 self._replaced.put_back((there[inode].cookie, sock) for inode, sock in lent)
         self._is_detached = True
+
+
+@contextmanager
+def _lend_none() -> Iterator[Mapping[int, socket.socket]]:
+    yield {}
 
 
 def _is_waited_on(member: Member, serving: Set[int]) -> bool:

@@ -32,6 +32,8 @@ from steer.values import plural
 _NICE = -10
 _SPARE_DESCRIPTORS = 8
 _LAST_LINES_S = 1.0
+_CHECKED_S = 10.0
+"""How often to check that the group has our program, which takes some 20 ms."""
 _WATCHED_S, _UNWATCHED_S, _STARTING_S = 1.0, 0.05, 0.01
 """How often to look for listeners: if programs report them, if none does, and while a process does
 not wait on a new one yet."""
@@ -150,6 +152,7 @@ class _AttachedService:
         requests = Requests(self._group, self._state, self._log, self._stop)
         self._hear()
         self._look()
+        self._loop.call_later(_CHECKED_S, self._check_program)
         with closing(self._spare):
             async with Server(self._claim.socket, requests.handlers(), self._retry):
                 self._state.set_running()
@@ -179,6 +182,11 @@ class _AttachedService:
             cure = "once the attacher has ended, the kernel's hash selects"
             self._failure = error.under(f"detach {self._group.plan.name}", cure)
             raise
+
+    def _check_program(self) -> None:
+        if not self._ended.is_set():
+            self._retry.attempt("check the group's program", self._group.check_program)
+            self._loop.call_later(_CHECKED_S, self._check_program)
 
     def _hear(self) -> None:
         if self._group.watch is not None:

@@ -24,6 +24,7 @@ _OLDER = "open connections: those since `steer attach`"
 def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Service:
     """The status of the group. Raises KernelError."""
     group.look_at_holders()
+    group.check_program()
     plan, own = group.plan, group.backend.policy_values()
     there, members = group.listeners(), list(group.roster)
     units = {each.name: each.unit for each in plan.policy.declared.histograms}
@@ -63,6 +64,8 @@ def _notes(group: AttachedGroup, listeners: int) -> list[str]:
         notes.append(_OLDER)
     if group.why_unwatched:
         notes.append(f"listeners that close may take connections with them: {group.why_unwatched}")
+    if group.taken_by:
+        notes.append(str(group.taken_by))
     if group.is_held_together:
         notes.append(SHARED)
     notes += [refusals.in_words(*each) for each in group.refusals.by_reason().items()]

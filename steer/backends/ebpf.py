@@ -22,6 +22,7 @@ from steer.backends.policy_cache import PolicyCache
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.loader.bpf_maps import Map
+from steer.loader.libbpf import Descriptor
 from steer.sockets import group_program, listeners
 
 NO_MAPS: Mapping[str, Map] = {}
@@ -91,6 +92,11 @@ class Ebpf(EbpfSelector, EbpfCounters):
             if not empty:
                 self._policies.put_in_force(self._load(plan))
             self.close = undo.pop_all().close
+
+    @property
+    def programs(self) -> Sequence[Descriptor]:
+        """Those in force, one for each bind."""
+        return self._policy.programs
 
     def _load(self, plan: Plan) -> LoadedPolicy:
         shared = {**self.counting.maps, **self._attachment}

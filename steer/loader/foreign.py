@@ -103,6 +103,12 @@ class ForeignProgram(Descriptor):
         return numbers[: min(count, _MAPS_MAX)]
 
 
+def number_of(program: Descriptor) -> int:
+    """The number of a program, by which it is known everywhere. Raises KernelError."""
+    number: int = _PROGRAM.unpack(_info(program.fileno(), bytes(_PROGRAM.size)))[1]
+    return number
+
+
 def _by_id(kind: str, number: int) -> int:
     fd: int = getattr(calls(), f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
     if fd < 0:

@@ -229,6 +229,32 @@ def test_log_file_is_opened_again(attach: Attach) -> None:
         assert "detached" in log.read_text()
 
 
+@pytest.mark.needs("tracing")
+def test_program_that_the_server_attaches_later_is_told_of_and_stays(attach: Attach) -> None:
+    with socket.socket() as member:
+        member.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        member.bind((HOST, PORT))
+        member.listen()
+        attached = attach()
+        group_program.attach_cbpf(member.fileno(), list(classic.NOTHING))
+        assert "connections go by that classic program, not by the policy" in notes(attached)
+        assert "another program was attached" in attached.log
+        assert attached.steer("detach").returncode == 0
+        assert attached.wait() == 0
+        assert has_program()
+
+
+@pytest.mark.needs("tracing")
+def test_program_that_the_server_detaches_is_told_of_until_it_is_back(attach: Attach) -> None:
+    with threads(2):
+        attached = attach()
+        assert has_program()
+        assert "connections go by the kernel's hash" in notes(attached)
+        with threads(1):
+            eventually(lambda: states(attached), ["ready"] * 3)
+            assert "connections go by" not in notes(attached)
+
+
 def test_detach_takes_an_address(attach: Attach) -> None:
     with threads(2):
         attached = attach()
