@@ -31,8 +31,10 @@ from steer.loader import foreign
 from steer.policy import layout
 from steer.sockets import group_program, members, reuseport, sock_diag
 from steer.sockets.sock_diag import Listener
+from steer.values import plural, several
 
 _FREED_S, _AGAIN_S = 5.0, 0.01
+_NAMED_MAX = 8
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _OLDER_MAX = 4096
 """The most connections to look for."""
@@ -197,11 +199,19 @@ class AttachedGroup:
         there = listeners_at(self._bind)
         gone = self._mark_closing(there)
         self.refusals.keep(there.keys())
+        known = {each.listener.inode for each in self.roster}
         self._join_new(there)
-        self._admit()
+        joined = [each for each in self.roster if each.listener.inode not in known]
+        admitted = self._admit()
         self._select_if_changed()
         for member in gone:
             self._leave(member)
+        self._tell_changes(joined, admitted, gone)
+
+    def _tell_changes(self, *changed: Sequence[Member]) -> None:
+        for found, what in zip(changed, ("joined", "ready", "closed"), strict=True):
+            if found:
+                self._log.info("%s %s", _named(found), what)
 
     def _mark_closing(self, there: Collection[int]) -> Sequence[Member]:
         """Select no listener that closes. Returns: those that are closed."""
@@ -325,11 +335,11 @@ class AttachedGroup:
         self.roster.remove(member)
         self.retired += self.backend.take_counts(member.slot) or Counts()
 
-    def _admit(self) -> None:
+    def _admit(self) -> Sequence[Member]:
         starting = self.roster.starting
         serving = self._serving() if starting else frozenset[int]()
         waited_on = {each.listener.inode for each in starting if _is_waited_on(each, serving)}
-        self.roster.admit(waited_on)
+        return self.roster.admit(waited_on)
 
     def _serving(self) -> frozenset[int]:
         """The processes that hold a selected listener which no other process holds."""
@@ -441,6 +451,12 @@ class AttachedGroup:
             with closing(holders.each_borrowed(self._holders_of(there.keys()))) as lent:
                 self._replaced.put_back((there[inode].cookie, sock) for inode, sock in lent)
         self._is_detached = True
+
+
+def _named(found: Sequence[Member]) -> str:
+    if len(found) > _NAMED_MAX:
+        return plural(len(found), "listener")
+    return several("listener", [each.slot for each in found])
 
 
 @contextmanager

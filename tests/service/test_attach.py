@@ -130,6 +130,9 @@ def test_new_listener_gets_nothing_until_it_is_waited_on(attach: Attach) -> None
             late.stdin.flush()
             eventually(lambda: states(attached), ["ready"] * 3)
             assert is_even(answers(60), 3, len(CPUS))
+        eventually(lambda: states(attached), ["ready"] * 2)
+        for what in ("joined", "ready", "closed"):
+            eventually(lambda what=what: f"listener 2 {what}" in attached.log, timeout_s=5)
 
 
 def test_only_listener_is_selected_though_nobody_waits_on_it(attach: Attach) -> None:
