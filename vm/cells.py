@@ -24,6 +24,7 @@ from steer.backends.connections import Counting
 from steer.errors import SteerError
 from steer.features import Answer, Finding
 from steer.loader import compile, probe, verifier
+from steer.loader.programs import ATTACH_TYPES
 from steer.policy.builtin import BACKENDS, CBPF, EBPF, KERNEL, POLICIES
 from steer.policy.bytecode import Code
 from steer.policy_tools import new
@@ -94,8 +95,9 @@ def _verified(name: str) -> Iterator[Verified]:
     except SteerError as error:
         yield Verified(f"{name}/plain", error=str(error), detail=error.detail)
         return
-    for kind, code in programs.items():
-        yield _figures(name, kind, code)
+    # Programs that look at the kernel need its types: `steer attach` tries them where it runs.
+    for kind in filter(ATTACH_TYPES.get, programs):
+        yield _figures(name, kind, programs[kind])
 
 
 def _figures(name: str, kind: str, code: Code) -> Verified:

@@ -350,7 +350,7 @@ def test_directory_that_somebody_else_made_in_tmp(
             (squatted / "trap.sock").chmod(0o666)
             done = steer("run", "--name", "test", user=ALONE)
             assert done.returncode == 1
-            assert f"{squatted}/test.sock: {squatted} is another user's; name" in done.stderr
+            assert f"{squatted}/test.sock: {squatted} is another user's; set" in done.stderr
             for command in ("status", "stop"):
                 found = steer(command, "trap", user=ALONE)
                 assert "find service 'trap': not running" in found.stderr
@@ -386,7 +386,7 @@ def test_path_that_no_socket_can_have_is_told_by_all_commands(
     for command in ("run", "check"):
         done = steer(command, "--demo", "--name", "web", "-b", "127.0.0.1:8099")
         assert done.returncode == 1
-        assert f"a socket's path has 107 bytes at most, {path} has 114; name" in done.stderr
+        assert f"a socket's path has 107 bytes at most, {path} has 114; set" in done.stderr
     done = steer("run", "--demo", "--control-socket", path)
     assert done.returncode == 1
     assert f"{path} has 114; set control_socket to another path" in done.stderr

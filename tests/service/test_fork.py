@@ -193,7 +193,7 @@ def test_no_descriptor_left_for_a_socket(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_children_are_apart_once_they_have_closed_what_they_inherited(
     monkeypatch: pytest.MonkeyPatch, forked: list[int]
 ) -> None:
-    monkeypatch.setattr(process, "_APART_S", 0.0)
+    monkeypatch.setattr(process, "_CLOSED_S", 0.0)
     assert process.await_descriptors_closed() in (True, False)  # of those that were forked before
     with ExitStack() as stack:
         ours, theirs = stack.enter_context(socket.socket()), os.pipe()
@@ -209,7 +209,7 @@ def test_children_are_apart_once_they_have_closed_what_they_inherited(
         forked.append(process.fork(child)[0])
         assert not process.await_descriptors_closed()
         forked.append(process.fork(child)[0])
-        monkeypatch.setattr(process, "_APART_S", 60.0)
+        monkeypatch.setattr(process, "_CLOSED_S", 60.0)
         os.write(theirs[1], b"12")
         assert process.await_descriptors_closed()
         assert process.await_descriptors_closed()  # nobody was forked since
