@@ -123,8 +123,8 @@ def _announce(group: AttachedGroup, log: Log, took_s: float) -> None:
     )
     if plan.became:
         log.info("policy %s", plan.became)
-    if group.why_unwatched:
-        log.warning("listeners that close are not seen in time: %s", group.why_unwatched)
+    if group.joining.why_unwatched:
+        log.warning("listeners that close are not seen in time: %s", group.joining.why_unwatched)
     if group.counting.why_not:
         log.warning("open connections are not counted: %s", group.counting.why_not)
 
@@ -193,8 +193,8 @@ class _AttachedService:
             self._loop.call_later(_CHECKED_S, self._check_program)
 
     def _hear(self) -> None:
-        if self._group.watch is not None:
-            self._heard_fd = self._group.watch.events.fileno()
+        if self._group.joining.watch is not None:
+            self._heard_fd = self._group.joining.watch.events.fileno()
             self._loop.add_reader(self._heard_fd, self._heard)
 
     def _stop_hearing(self) -> None:
@@ -203,8 +203,8 @@ class _AttachedService:
             self._heard_fd = None
 
     def _heard(self) -> None:
-        if self._group.watch is not None:
-            self._group.watch.events.skip()
+        if self._group.joining.watch is not None:
+            self._group.joining.watch.events.skip()
             # A listener is reported a moment before it can be found, so look again soon.
             self._heard_s = time.monotonic()
             self._look_in(0.0)
@@ -212,7 +212,7 @@ class _AttachedService:
     def _look(self) -> None:
         began_s = time.monotonic()
         self._retry.attempt("look for listeners", self._group.look)
-        if self._group.watch is None:
+        if self._group.joining.watch is None:
             self._stop_hearing()
         ended_s = time.monotonic()
         self._rested_s = ended_s + _REST * (ended_s - began_s)
@@ -227,9 +227,10 @@ class _AttachedService:
 
     def _pause_s(self) -> float:
         """Until the next look."""
-        now_s, group = time.monotonic(), self._group
-        if group.roster.starting or group.has_new_room or now_s < self._heard_s + _STARTING_S:
+        now_s, joining = time.monotonic(), self._group.joining
+        is_starting = self._group.roster.starting or joining.has_new_room
+        if is_starting or now_s < self._heard_s + _STARTING_S:
             return _STARTING_S
-        usual_s = _WATCHED_S if group.watch is not None else _UNWATCHED_S
-        due_s = group.refusals.next_s
+        usual_s = _WATCHED_S if joining.watch is not None else _UNWATCHED_S
+        due_s = joining.refusals.next_s
         return usual_s if due_s is None else max(_STARTING_S, min(usual_s, due_s - now_s))

@@ -23,7 +23,7 @@ _OLDER = "open connections: those since `steer attach`"
 
 def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Service:
     """The status of the group. Raises KernelError."""
-    group.look_at_holders()
+    group.holders.look()
     group.check_program()
     plan, own = group.plan, group.backend.policy_values()
     there, members = group.listeners(), list(group.roster)
@@ -62,15 +62,15 @@ def _notes(group: AttachedGroup, listeners: int) -> list[str]:
         notes.append(f"{NOT_COUNTED}: {group.counting.why_not}")
     elif not group.is_older_counted:
         notes.append(_OLDER)
-    if group.why_unwatched:
-        notes.append(f"listeners that close may take connections with them: {group.why_unwatched}")
+    if why := group.joining.why_unwatched:
+        notes.append(f"listeners that close may take connections with them: {why}")
     if group.taken_by:
         notes.append(str(group.taken_by))
-    if group.is_held_together:
+    if group.holders.is_held_together:
         notes.append(SHARED)
-    notes += [refusals.in_words(*each) for each in group.refusals.by_reason().items()]
-    if group.without_room:
-        notes.append(refusals.full_in_words(group.roster.capacity, group.without_room))
+    notes += [refusals.in_words(*each) for each in group.joining.refusals.by_reason().items()]
+    if group.joining.without_room:
+        notes.append(refusals.full_in_words(group.roster.capacity, group.joining.without_room))
     if not group.roster.selected:
         notes.append(_unselected(listeners))
     return notes
@@ -87,7 +87,7 @@ def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> sch
     counts = group.backend.counts(member.slot)
     return schema.Worker(
         slot=member.slot,
-        pid=group.pid_of(member),
+        pid=group.holders.pid_of(member),
         state=member.state.value,
         generation=1,
         cpus=[],
@@ -106,7 +106,7 @@ def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> sch
 
 def _totals(group: AttachedGroup) -> schema.Totals:
     now = [group.backend.counts(each.slot) for each in group.roster]
-    counts = sum((each for each in now if each), group.retired)
+    counts = sum((each for each in now if each), group.joining.retired)
     unsteered = group.backend.unsteered() or 0
     return schema.Totals(
         selected=counts.selected,

@@ -121,14 +121,14 @@ def test_listener_that_cannot_join_is_tried_again(
     with bpf_maps.Map("sockets", 1) as array:
         listeners.append(listener())
         array.put_socket(0, listeners[-1].fileno())
-        eventually(lambda: looked(group).refusals.by_reason() != {})
-        (why,) = group.refusals.by_reason()
+        eventually(lambda: looked(group).joining.refusals.by_reason() != {})
+        (why,) = group.joining.refusals.by_reason()
         assert "in the socket array of another program" in why.found
         listeners.pop(0).close()
         listeners.append(listener())
         assert len(looked(group).roster) == 3
     eventually(lambda: len(looked(group).roster) == 4)
-    assert not group.refusals.by_reason()
+    assert not group.joining.refusals.by_reason()
 
 
 def test_full_group_still_lets_listeners_go_and_joins_others_then(
@@ -138,13 +138,14 @@ def test_full_group_still_lets_listeners_go_and_joins_others_then(
     capacity = group.roster.capacity
     listeners += [listener() for _ in range(capacity)]
     looked(group)
-    assert (len(group.roster), group.without_room, group.has_new_room) == (capacity, 3, False)
+    assert (len(group.roster), group.joining.without_room) == (capacity, 3)
+    assert not group.joining.has_new_room
     for _ in range(2):
         listeners.pop(0).close()
     looked(group)
-    assert group.has_new_room
+    assert group.joining.has_new_room
     looked(group)
-    assert (len(group.roster), group.without_room) == (capacity, 1)
+    assert (len(group.roster), group.joining.without_room) == (capacity, 1)
 
 
 def test_table_that_could_not_be_written_is_written_at_the_next_look(
@@ -216,16 +217,16 @@ def test_new_listener_is_reported(
     if not is_traced:
         monkeypatch.setattr(tracing, "tracepoint_number", refuse)
     group = attach()
-    assert group.watch is not None
-    assert not is_ready(group.watch.events)
+    assert group.joining.watch is not None
+    assert not is_ready(group.joining.watch.events)
     (cgroup_below if is_traced else cgroup_below.parent).joinpath("cgroup.procs").write_text(
         str(os.getpid())
     )
     with socket.create_server((HOST, 0)):
-        assert not is_ready(group.watch.events)
+        assert not is_ready(group.joining.watch.events)
     listeners.append(listener())
     (cgroup_below.parent / "cgroup.procs").write_text(str(os.getpid()))
-    assert is_ready(group.watch.events)
+    assert is_ready(group.joining.watch.events)
 
 
 def test_listeners_that_are_not_heard_of_are_still_found(
@@ -233,7 +234,7 @@ def test_listeners_that_are_not_heard_of_are_still_found(
 ) -> None:
     monkeypatch.setattr(watch.Watch, "__init__", refuse)
     group = attach()
-    assert group.why_unwatched is not None
+    assert group.joining.why_unwatched is not None
     listeners.append(listener())
     group.look()
     assert len(group.roster) == 4

@@ -43,13 +43,13 @@ def test_looks_that_take_long_are_followed_by_a_longer_rest(
         return SimpleNamespace(cancel=lambda: None)
 
     events = SimpleNamespace(skip=lambda: None)
-    group: Any = SimpleNamespace(
-        look=look,
+    joining = SimpleNamespace(
         watch=SimpleNamespace(events=events),
-        roster=SimpleNamespace(starting=[]),
         has_new_room=False,
         refusals=SimpleNamespace(next_s=None),
     )
+    roster = SimpleNamespace(starting=[])
+    group: Any = SimpleNamespace(look=look, roster=roster, joining=joining)
     claim: Any = SimpleNamespace()
     attached = service._AttachedService(group, claim, {}, Log("error", "text"))
     attached._loop = SimpleNamespace(call_later=call_later)  # type: ignore[assignment]
