@@ -155,6 +155,7 @@ OF_OTHERS = {
     "--fd",
     "--force-reinstall",
     "--interface",
+    "--net",
     "--no-block",
     "--ready",
     "--replace",
@@ -162,7 +163,7 @@ OF_OTHERS = {
     "--scope",
     "--worker-class",
 }
-"""Options of docker, pip, systemd-run, servers and our own tools that messages name."""
+"""Options of docker, nsenter, pip, systemd-run, servers and our own tools that messages name."""
 
 
 def test_what_is_said_names_options_that_there_are() -> None:
