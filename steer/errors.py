@@ -5,7 +5,6 @@ An error names the act, the object, the cause and the cure, and has the exit cod
 
 from __future__ import annotations
 
-import copy
 import errno as numbers
 from collections.abc import Mapping
 from typing import NamedTuple, Self
@@ -105,8 +104,9 @@ class SteerError(Exception):
 
     def replace(self, **changes: str) -> Self:
         """The same error with other fields: its type, errno and all else stay."""
-        changed = copy.copy(self)
-        vars(changed).update(changes)
+        # As copy.copy() would, whose import takes time at each start.
+        changed = type(self).__new__(type(self), *self.args)
+        vars(changed).update(vars(self), **changes)
         changed.args = (str(changed),)
         return changed
 
