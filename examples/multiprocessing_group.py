@@ -13,20 +13,19 @@ import os
 import signal
 import socket
 import sys
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 
 import steer
 
 spawn = multiprocessing.get_context("spawn")
 
 
-def work(sock: socket.socket, ready: Event) -> None:
+def work(sock: socket.socket, ready: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     parent = multiprocessing.parent_process()
     assert parent is not None
-    ready.set()
+    ready.close()
     while parent.sentinel not in wait([sock, parent.sentinel]):
         client, _ = sock.accept()
         with client, client.makefile("rwb") as lines:
@@ -34,11 +33,12 @@ def work(sock: socket.socket, ready: Event) -> None:
 
 
 def start(group: steer.ReuseportGroup, slot: int) -> BaseProcess:
-    ready = spawn.Event()
-    with group.listen(slot) as sock:
+    waiting, ready = spawn.Pipe(duplex=False)
+    with group.listen(slot) as sock, waiting:
         worker = spawn.Process(target=work, args=(sock, ready), daemon=True)
         worker.start()
-        ready.wait()
+        ready.close()
+        wait([waiting])  # until the worker has closed its end, or has died
     group.activate(slot)
     return worker
 

@@ -17,7 +17,10 @@ def serve(slot: int, sock: socket.socket) -> None:
         sock.sendto(b"%d %b" % (slot, data.upper()), client)
 
 
-with steer.ReuseportGroup("udp://127.0.0.1:8002", "hash", slots=2) as group:
+with (
+    suppress(KeyboardInterrupt),
+    steer.ReuseportGroup("udp://127.0.0.1:8002", "hash", slots=2) as group,
+):
     threads = [
         threading.Thread(target=serve, args=(slot, group.listen(slot)), daemon=True)
         for slot in range(2)
@@ -25,5 +28,4 @@ with steer.ReuseportGroup("udp://127.0.0.1:8002", "hash", slots=2) as group:
     for thread in threads:
         thread.start()
     group.activate(0, 1)
-    with suppress(KeyboardInterrupt):
-        threads[0].join()
+    threads[0].join()

@@ -931,6 +931,13 @@ def ignores_ctrl_c(pid: int) -> bool:
     return bool(int(status.partition("SigIgn:")[2].split()[0], 16) & 1 << signal.SIGINT - 1)
 
 
+def has_epoll(pid: int) -> bool:
+    descriptors = Path(f"/proc/{pid}/fd")
+    with suppress(OSError):
+        return any("eventpoll" in os.readlink(each) for each in descriptors.iterdir())
+    return False
+
+
 @pytest.mark.parametrize("end", ["Ctrl-C", "TERM", "KILL"])
 @pytest.mark.parametrize(
     "name, port", [("asyncio_per_cpu.py", 8000), ("multiprocessing_group.py", 8001)]
@@ -942,6 +949,9 @@ def test_examples_end_with_all_their_processes_and_without_a_traceback(
         eventually(lambda: process.poll() is not None or connects(port))
         if port == 8001:  # two workers, and the resource tracker of multiprocessing
             eventually(lambda: sum(map(ignores_ctrl_c, processes.descendants(process.pid))), 3)
+        else:  # PR_SET_PDEATHSIG takes effect only in a child that has got as far as that
+            cpus = len(os.sched_getaffinity(0))
+            eventually(lambda: sum(map(has_epoll, processes.descendants(process.pid))), cpus)
         workers = list(processes.descendants(process.pid))
         if end == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)
