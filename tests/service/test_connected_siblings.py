@@ -345,6 +345,12 @@ def is_whole(running: Service, generation: int, mine: list[dict[str, Any]]) -> N
     )
 
 
+def is_even(host: str) -> None:
+    """No socket gets what two would, in the end: one that was bound while the group was apart is in
+    another group until the next look, and all are replaced once more."""
+    eventually(lambda: max(spread(host).values()) < DATAGRAMS / 2)
+
+
 def test_it_is_tried_again_where_new_workers_do_not_come_up(
     service: StartService, home: Path, clients: ExitStack
 ) -> None:
@@ -358,7 +364,7 @@ def test_it_is_tried_again_where_new_workers_do_not_come_up(
     assert running.status()["generation"] == 1
     (home / "fail").unlink()
     is_whole(running, 2, [mine])
-    assert max(spread("127.0.0.1").values()) < DATAGRAMS / 2
+    is_even("127.0.0.1")
 
 
 def test_the_next_controller_replaces_them(
@@ -379,7 +385,7 @@ def test_the_next_controller_replaces_them(
     (home / "fail").unlink()
     second = start(service, home, *options)
     is_whole(second, 2, [mine])
-    assert max(spread("127.0.0.1").values()) < DATAGRAMS / 2
+    is_even("127.0.0.1")
     assert client.ask()["pid"] == mine["pid"]
     assert any("as DTLS servers do" in note for note in second.status()["notes"])
     assert "all workers are replaced; bind udp://0.0.0.0:" in second.log
