@@ -201,6 +201,7 @@ def cgroup_below() -> Iterator[Path]:
         made = Path(os.readlink(f"/proc/self/fd/{directory}"), f"steer-test-{os.getpid()}")
     made.mkdir()
     yield made
+    (made.parent / "cgroup.procs").write_text(str(os.getpid()))
     if made.exists():
         made.rmdir()
 
