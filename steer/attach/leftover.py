@@ -18,6 +18,7 @@ from steer.sockets import group_program
 from steer.values import several
 
 _OURS = b"steer_"
+_MARGIN_S = 0.1
 
 
 class _Program(msgspec.Struct, frozen=True):
@@ -50,14 +51,29 @@ def remove(bind: Bind, act: str) -> bool:
             continue
         if program.pids:
             raise _refusal(act, program.pids, silent_s)
-        if silent_s <= ABANDONED_S:  # it was killed a moment ago, or is in another pid namespace
-            time.sleep(ABANDONED_S - silent_s + 0.1)
-            silent_s = heartbeat.silent_s(program.number)
-            if silent_s is not None and silent_s <= ABANDONED_S:
-                cause = "an attacher that cannot be seen from here steers it"
-                raise AttachRefused(act, cause, "detach where `steer attach` runs")
+        refuse_unseen(program.number, act)
         is_removed = _detach(program) or is_removed
     return is_removed
+
+
+def refuse_unseen(number: int, act: str) -> None:
+    """Make sure that a program that no process seems to have open has no attacher any more.
+
+    It may have been killed a moment ago, or be in another pid namespace: so a heartbeat that is not
+    old yet is looked at once more when it would be. Does nothing for a program without heartbeat.
+
+    Raises:
+        AttachRefused: the heartbeat is renewed.
+        KernelError: it cannot be read.
+    """
+    silent_s = heartbeat.silent_s(number)
+    if silent_s is None or silent_s > ABANDONED_S:
+        return
+    time.sleep(ABANDONED_S - silent_s + _MARGIN_S)
+    silent_s = heartbeat.silent_s(number)
+    if silent_s is not None and silent_s <= ABANDONED_S:
+        cause = "an attacher that cannot be seen from here steers it"
+        raise AttachRefused(act, cause, "detach where `steer attach` runs")
 
 
 def _programs(bind: Bind) -> Iterator[_Program]:

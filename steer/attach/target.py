@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import closing, suppress
 
-from steer.attach import holders, watch
+from steer.attach import holders, leftover, watch
 from steer.attach.counting import TRACEPOINT
 from steer.attach.group import listeners_at
 from steer.attach.holders import Holder
@@ -110,7 +110,8 @@ class Target:
         }
         if not there and (elsewhere := self._elsewhere()):
             cause = "nobody listens there in this network namespace, but in another"
-            return cause, " or ".join(f"--netns {each}" for each in elsewhere)
+            command = f"steer attach {text_of(self.bind)}"
+            return cause, " or ".join(f"`{command} --netns {each}`" for each in elsewhere)
         if not there:
             return "nobody listens there", "`steer inspect` shows all that listen"
         others = [f"{host}:{self.bind.port}" for host in sorted(there)]
@@ -151,7 +152,7 @@ class Target:
         """Whether the group still has the program of an attacher that was killed.
 
         Raises:
-            AttachRefused: it has somebody else's.
+            AttachRefused: it has somebody else's, or its attacher lives.
         """
         try:
             # These take a while, and are needed later when it has to be quick.
@@ -171,6 +172,9 @@ class Target:
                 if not replace or not self.replaced or _service_of(pids):
                     raise self._refusal(*_somebodys(each, pids, replace))
                 return False
+        for each in programs.values():
+            with suppress(KernelError):  # without CAP_SYS_ADMIN its name has to do
+                leftover.refuse_unseen(each.program_id, self._act)
         return bool(programs)
 
     def _refuse_unshared(self) -> None:
