@@ -10,11 +10,9 @@ import errno
 import os
 from collections.abc import Iterator
 from functools import cache
-from types import TracebackType
-from typing import Self
 
 from steer.errors import KernelError
-from steer.loader.libbpf import libbpf
+from steer.loader.libbpf import Closed, libbpf
 
 STRUCT, TYPEDEF, FUNCTION = 4, 8, 12
 """Kinds of types: BTF_KIND_* of include/uapi/linux/btf.h."""
@@ -51,7 +49,7 @@ class _Member(ctypes.Structure):
     )
 
 
-class KernelTypes:
+class KernelTypes(Closed):
     """The types of the running kernel.
 
     Raises:
@@ -135,17 +133,6 @@ class KernelTypes:
         btf, self._btf = self._btf, None
         if btf:
             self._calls.btf__free(btf)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @cache

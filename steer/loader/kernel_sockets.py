@@ -7,8 +7,7 @@ import struct
 import sys
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from steer import abi
 from steer.errors import KernelError, VerifierError
@@ -16,6 +15,7 @@ from steer.loader import compile as compiler
 from steer.loader import tracing
 from steer.loader.bpf_maps import Map
 from steer.loader.btf import KernelTypes
+from steer.loader.libbpf import Closed
 from steer.loader.programs import Program
 from steer.policy.bytecode import Code
 
@@ -120,7 +120,7 @@ class KernelSocket(NamedTuple):
     name: bytes
 
 
-class Look:
+class Look(Closed):
     """Looks at sockets, until it is closed.
 
     Raises:
@@ -192,19 +192,8 @@ class Look:
     def close(self) -> None:
         self._stack.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Count:
+class Count(Closed):
     """Counts the connections that are established at each TCP listener, until it is closed.
 
     It marks the listeners in socket storage, which their connections inherit. The marks go with
@@ -242,17 +231,6 @@ class Count:
 
     def close(self) -> None:
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _counting(code: Code, maps: Mapping[str, Map], types: KernelTypes) -> Program:
