@@ -24,6 +24,7 @@ from steer.policy import classic
 from steer.policy.bytecode import Code
 from steer.sockets import group_program
 from testkit import foreign
+from testkit.capabilities import do_without
 from testkit.foreign import HOST, PORT
 from testkit.namespaces import network_namespace
 from testkit.processes import eventually, stopped
@@ -155,7 +156,7 @@ def test_a_group_of_processes(host: str, kind: int) -> None:
 
 def test_sockets_of_a_cpu_are_told(listener_in_group: socket.socket) -> None:
     if kernel_version(os.uname().release) < (6, 2):
-        pytest.skip("the hash looks at SO_INCOMING_CPU since Linux 6.2")
+        do_without("Linux 6.2: until then the hash does not look at SO_INCOMING_CPU")
     listener_in_group.setsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU, 0)
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
