@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 
 from steer import abi
+from steer.attach.target import Target
+from steer.config import address
+from steer.errors import AttachRefused
+from steer.loader import heartbeat
 from steer.policy import classic
 from steer.sockets import group_program
 from testkit.attached import HOST, Attach, answers, ask, attaching, is_even, reset, threads
@@ -319,6 +323,18 @@ def test_detach_removes_what_a_killed_attacher_left(attach: Attach, steer: RunSt
         attached.leaves_nothing()
         assert not attached.control_socket.exists()
         assert steer("detach", f"{HOST}:{PORT}").returncode == 1
+
+
+@pytest.mark.needs("tracing")
+def test_nothing_is_taken_over_while_its_heartbeat_is_renewed(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of an attacher in another pid namespace, which seems to have nothing open."""
+    monkeypatch.setattr(heartbeat, "silent_s", lambda _number: 0.9)
+    with threads(2):
+        killed(attach())
+        with pytest.raises(AttachRefused, match="cannot be seen from here"):
+            Target(address.parse(f"{HOST}:{PORT}"))
 
 
 def test_status_removes_the_socket_of_a_killed_attacher(attach: Attach, steer: RunSteer) -> None:
