@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -659,6 +660,10 @@ def test_another_controller_counts_on(service: StartService, clients: ExitStack)
     assert open_at(second) == {0: 3, 1: 3}
 
 
+def is_forgotten(running: Service, pid: int) -> bool:
+    return all(each["pid"] != pid for each in running.workers())
+
+
 def test_nothing_is_left_over_after_a_bad_day(service: StartService, clients: ExitStack) -> None:
     """Kills, reloads, resets and queues that move: in the end nothing is open."""
     running = service(*OPTIONS, "-w", "3", "--backlog=64")
@@ -670,9 +675,11 @@ def test_nothing_is_left_over_after_a_bad_day(service: StartService, clients: Ex
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             # Old workers of a reload may end by themselves at any moment.
             ready = [each for each in running.workers() if each["state"] == "ready"]
-            os.kill(ready[turn % 3]["pid"], signal.SIGKILL)
+            killed = ready[turn % 3]["pid"]
+            os.kill(killed, signal.SIGKILL)
             if turn % 3 == 2:
                 running.ask("reload")
+        eventually(partial(is_forgotten, running, killed))
         running.wait_ready(3)
     eventually(lambda: is_idle(running))
 
