@@ -1,4 +1,4 @@
-"""When `steer attach` looks for listeners, and its end."""
+"""The end of `steer attach`."""
 
 from __future__ import annotations
 
@@ -28,35 +28,3 @@ def test_who_asks_is_told_that_the_detach_failed(monkeypatch: pytest.MonkeyPatch
     claim: Any = SimpleNamespace()
     with pytest.raises(KernelError, match=r"^detach web: .*EPERM; once the attacher has ended"):
         asyncio.run(stopped())
-
-
-def test_looks_that_take_long_are_followed_by_a_longer_rest(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now_s, pauses = [100.0], []
-
-    def look() -> None:
-        now_s[0] += 2.0
-
-    def call_later(pause_s: float, _do: object) -> Any:
-        pauses.append(pause_s)
-        return SimpleNamespace(cancel=lambda: None)
-
-    events = SimpleNamespace(skip=lambda: None)
-    joining = SimpleNamespace(
-        watch=SimpleNamespace(events=events),
-        has_new_room=False,
-        refusals=SimpleNamespace(next_s=None),
-    )
-    roster = SimpleNamespace(starting=[])
-    group: Any = SimpleNamespace(look=look, roster=roster, joining=joining)
-    claim: Any = SimpleNamespace()
-    attached = service._AttachedService(group, claim, {}, Log("error", "text"))
-    attached._loop = SimpleNamespace(call_later=call_later)  # type: ignore[assignment]
-    monkeypatch.setattr(service.time, "monotonic", lambda: now_s[0])
-    attached._look()
-    now_s[0] += 4.0
-    attached._heard()
-    now_s[0] += 100.0
-    attached._heard()
-    assert pauses == [6.0, 2.0, 0.0]
