@@ -18,6 +18,14 @@ FIRST_FD = 3
 COMMAND_NOT_RUN = 127
 
 
+class Unloadable(Exception):
+    """The application cannot be loaded: the reason, and details."""
+
+    def __init__(self, why: str, detail: str = "") -> None:
+        super().__init__(why)
+        self.detail = detail
+
+
 class Message(msgspec.Struct, omit_defaults=True):
     """From a worker to its controller, before the application runs.
 

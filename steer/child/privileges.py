@@ -90,6 +90,11 @@ def barriers(service: Service, environment: Mapping[str, str]) -> Barriers:
     return Barriers()
 
 
+def described(barrier: Barrier | None) -> str:
+    """A barrier with its cure, or ""."""
+    return f"{barrier}; {barrier.cure}" if barrier else ""
+
+
 def to_imports(service: Service) -> Barrier | None:
     """What prevents our user from reading the directories of a worker's modules: the current one,
     and for a callable also the directories of this Python. Raises OSError."""

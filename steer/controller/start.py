@@ -11,7 +11,7 @@ import msgspec
 
 from steer.backends.base import Backend
 from steer.backends.open import open_first
-from steer.child import main, privileges
+from steer.child import loading, privileges
 from steer.config import candidates, fallback
 from steer.config.plan import Act, Generation, Step
 from steer.control import abandoned, record, taken
@@ -116,7 +116,7 @@ class Start:
     def start_workers(self, _step: Step) -> None:
         service, backend = self._service, self._backend()
         self._announce(backend)
-        main.import_for(service.plan.service)
+        loading.import_for(service.plan.service)
         generation = Generation(1, service.plan)
         service.listen()
         self._undo.callback(service.listener.close)

@@ -93,6 +93,11 @@ def exits(worker):
     sys.exit(codes[os.environ["CODE"]])
 
 
+@atexit.register
+def _registered_by_the_import():
+    Path("registered-by-import").touch()
+
+
 def registers(worker):
     atexit.register(lambda: Path("registered").touch())
     serve(worker)

@@ -98,6 +98,7 @@ def test_what_is_registered_to_be_done_at_the_end_is_done(
     running = service("app:registers", "-w", "1")
     ends_cleanly(running)
     assert (home / "registered").exists()
+    assert (home / "registered-by-import").exists()
 
 
 @pytest.mark.parametrize("app", ["in_threads", "in_a_pool"])

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from steer.child import main
+from steer.child import loading, main
 from steer.child.launch import Launch
 from steer.config import address
 from steer.config.plan import WorkerSpec
@@ -119,7 +119,7 @@ def test_worker_that_no_guard_knows_of_runs_nothing(
         (tmp_path / "loaded").touch()
         return lambda _worker: 7
 
-    monkeypatch.setattr(main, "_load", load)
+    monkeypatch.setattr(loading, "load", load)
     guard = FakeGuard()
     forked = fork(launch_on(HERE), guard)
     if is_told:

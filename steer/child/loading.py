@@ -1,0 +1,95 @@
+"""Loads the application of a service: a Python callable, or the demo."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from steer.child import privileges
+from steer.child.api import Worker
+from steer.child.launch import Unloadable
+from steer.config.service import Service
+
+
+def import_for(service: Service) -> None:
+    """Import the modules that only some workers need, as imports take time. This happens before the
+    change of user, as another user may not be able to read the files."""
+    if service.command:
+        from steer.child import command  # noqa: F401
+
+        return
+    from steer.child import calling  # noqa: F401
+
+    if not service.app:
+        from steer.child import demo  # noqa: F401
+
+        return
+    from steer.config import applications  # noqa: F401
+
+    if service.user is not None:
+        import traceback  # noqa: F401
+
+
+def load(service: Service) -> Callable[[Worker], object]:
+    """Import the callable of the service, or the demo if it has none.
+
+    Raises:
+        Unloadable
+    """
+    if service.app is None:
+        from steer.child import demo
+
+        return demo.serve
+    module_name, _, path = service.app.partition(":")
+    try:
+        if "" not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        found: object = importlib.import_module(module_name)
+        for name in path.split("."):
+            found = getattr(found, name)
+    # An import runs the user's code, which may raise anything.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        known = _why_not_found(error, service)
+        raise Unloadable(f"{_in_words(error)}{known and '; '}{known}", _where(error)) from None
+    if not callable(found):
+        raise Unloadable(f"{path} is not callable")
+    from steer.config import applications
+
+    if why := applications.why_not(found, service.app):
+        raise Unloadable(why)
+    return found
+
+
+def _why_not_found(error: BaseException, service: Service) -> str:
+    """What may prevent our user from reading a module that seems to be missing."""
+    if isinstance(error, ImportError | PermissionError):
+        with suppress(OSError):  # the current directory was removed
+            return privileges.described(privileges.to_imports(service))
+    return ""
+
+
+def _in_words(error: BaseException) -> str:
+    """An error as text. Its class may be the user's, and its __str__ may fail."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:  # noqa: BLE001
+        return name
+
+
+def _where(error: BaseException) -> str:
+    """The lines of the user's code that led to an error, without importlib's and steer's."""
+    import traceback
+
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "importlib" not in frame.filename and frame.filename != __file__
+    ]
+    lines = [f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames]
+    if isinstance(error, SyntaxError):
+        lines.append(f"{error.filename}:{error.lineno}: {(error.text or '').strip()}")
+    return "\n".join(lines)
