@@ -69,6 +69,13 @@ class Attachment:
         """Renew the heartbeat."""
         _ALIVE.pack_into(self._memory.view, 0, time.monotonic_ns())
 
+    def abandon(self) -> None:
+        """Have programs ignore the table from now on. A forked child may call this: it maps the
+        memory again, as it has not inherited that."""
+        memory = self.maps["attachment"].memory()
+        _ALIVE.pack_into(memory.view, 0, 0)
+        memory.close()
+
     def joins(self, slot: int, cookie: int) -> None:
         """Assign the slot to the listener with that cookie."""
         self._memory.view[abi.CLOSING_OFFSET + slot] = 0

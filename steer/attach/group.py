@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import socket
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 
 from steer.attach import holders, older, ownership
 from steer.attach.attachment import Attachment
 from steer.attach.counting import CountingElsewhere
+from steer.attach.freed import when_freed
 from steer.attach.group_holders import GroupHolders
 from steer.attach.joining import Joining
 from steer.attach.replaced import ReplacedProgram
@@ -20,7 +19,7 @@ from steer.backends.ebpf import Ebpf
 from steer.backends.open import refuse_uncounted
 from steer.config.address import Bind
 from steer.config.plan import Plan
-from steer.errors import KernelError, Note
+from steer.errors import Note
 from steer.linux.log import Log
 from steer.loader import foreign
 from steer.policy import layout
@@ -28,7 +27,6 @@ from steer.sockets import group_program, sock_diag
 from steer.sockets.sock_diag import Listener
 from steer.values import plural, several
 
-_FREED_S, _AGAIN_S = 5.0, 0.01
 _NAMED_MAX = 8
 
 
@@ -52,6 +50,7 @@ class AttachedGroup:
     Attributes:
         is_older_counted: whether connections that were accepted before the attach are counted.
         taken_by: what selects in place of our program, when that was last checked; None: ours.
+        is_detached: whether `detach` has succeeded.
 
     Raises:
         KernelError: the kernel refuses; nothing is attached.
@@ -67,7 +66,7 @@ class AttachedGroup:
         self._selected: list[int] | None = None
         self.is_older_counted = False
         self._replaced: ReplacedProgram | None = None
-        self._is_detached = False
+        self.is_detached = False
         capacity = plan.slots + backup.COUNT
         with ExitStack() as undo:
             self.attachment = Attachment(self._bind.port, capacity)
@@ -127,23 +126,11 @@ class AttachedGroup:
         return self.holders.lend_any(self.listeners().keys())
 
     def _join_in_place_of_another(self) -> None:
-        """Detach the program of an attacher that was killed, then join.
-
-        The listeners are still in its sockarray, and can be in one only. The kernel frees the
-        sockarray some time after the program. Raises KernelError.
-        """
-        end_s = time.monotonic() + _FREED_S
+        """Detach the program of an attacher that was killed, then join. Raises KernelError."""
         with self._lend_any() as lent:
             for sock in lent.values():
                 group_program.detach(sock.fileno())
-        while True:
-            try:
-                self.joining.join_all(self.listeners())
-                return
-            except KernelError as error:
-                if error.errno != errno.EBUSY or time.monotonic() > end_s:
-                    raise
-            time.sleep(_AGAIN_S)
+        when_freed(lambda: self.joining.join_all(self.listeners()))
 
     def _count_older(self) -> None:
         """Count the connections that were accepted before the attach."""
@@ -233,7 +220,7 @@ class AttachedGroup:
     def detach(self) -> None:
         """Leave the group to the kernel's hash, or to the program that it had before; or to the one
         that it has, if that is not ours. A second call does nothing."""
-        if self._is_detached:
+        if self.is_detached:
             return
         is_taken = self.check_program() is not None
         lend = self.holders.lend if self._replaced is None else self._lend_any
@@ -242,7 +229,7 @@ class AttachedGroup:
             there = self.listeners()
             with closing(holders.each_borrowed(self.holders.of(there.keys()))) as lent:
                 self._replaced.put_back((there[inode].cookie, sock) for inode, sock in lent)
-        self._is_detached = True
+        self.is_detached = True
 
 
 def _named(found: Sequence[Member]) -> str:

@@ -20,13 +20,19 @@ def taken_by(inodes: Collection[int], ours: int) -> Note | None:
         None: our program does, or nobody can tell without CAP_PERFMON and BTF.
     """
     try:
-        with Look() as look:
-            found = next((each for each in look.in_this_netns() if each.inode in inodes), None)
+        found = program_of(inodes)
     except KernelError:
         return None
     if found is None or found.program_id == ours:
         return None
     return Note(f"{_in_words(found)}, not by the policy", "`steer detach` and attach again")
+
+
+def program_of(inodes: Collection[int]) -> KernelSocket | None:
+    """One of these listeners, with the program of its group; None: they are closed. Raises
+    KernelError."""
+    with Look() as look:
+        return next((each for each in look.in_this_netns() if each.inode in inodes), None)
 
 
 def _in_words(found: KernelSocket) -> str:

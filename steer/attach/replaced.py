@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 from steer.loader.foreign import ForeignProgram, SocketArray
@@ -17,17 +17,25 @@ class ReplacedProgram:
     Args:
         number: of the program.
 
+    Attributes:
+        number: the same.
+
     Raises:
         KernelError: it cannot be opened: CAP_SYS_ADMIN is needed.
     """
 
     def __init__(self, number: int) -> None:
+        self.number = number
         self._kept: list[tuple[SocketArray, Mapping[int, int]]] = []
         with ExitStack() as undo:
             self._program = undo.enter_context(ForeignProgram(number))
             for array in self._program.socket_arrays():
                 self._kept.append((undo.enter_context(array), array.cookies()))
             self.close = undo.pop_all().close
+
+    def descriptors(self) -> Sequence[int]:
+        """Those that a forked child needs for `put_back`."""
+        return [each.fileno() for each in (self._program, *(array for array, _ in self._kept))]
 
     def take_out(self) -> None:
         """Once another program is attached: free the sockets. Raises KernelError."""
@@ -36,7 +44,7 @@ class ReplacedProgram:
                 array.remove(index)
 
     def put_back(self, sockets: Iterable[tuple[int, socket.socket]]) -> None:
-        """Once no socket is in another array.
+        """Once no socket is in another array. What is in place already is left as it is.
 
         Args:
             sockets: those of the group, each with its cookie.
@@ -45,9 +53,10 @@ class ReplacedProgram:
             KernelError
         """
         is_attached = False
+        missing = [(array, there.items() - array.cookies().items()) for array, there in self._kept]
         for cookie, sock in sockets:
-            for array, there in self._kept:
-                for index in (index for index, each in there.items() if each == cookie):
+            for array, places in missing:
+                for index in (index for index, each in places if each == cookie):
                     array.put(index, sock.fileno())
             if not is_attached:
                 group_program.attach_ebpf(sock.fileno(), self._program.fileno())

@@ -11,9 +11,11 @@ from contextlib import ExitStack, closing, suppress
 from steer.attach import there
 from steer.attach.attachment import Heartbeat
 from steer.attach.group import AttachedGroup
+from steer.attach.guard import Guard, WatchedGuard
 from steer.attach.looking import Looking
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.requests import Requests
+from steer.attach.restore import Attached, Restore
 from steer.attach.signals import Signals
 from steer.attach.target import Target, text_of
 from steer.config import fallback
@@ -64,13 +66,17 @@ def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) ->
             undo.callback(claim.release)
             group, plan = _open(plan, log)
             undo.callback(group.close)
-            group.begin(target.pids, target.left, _replaced(target, undo))
+            replaced = _replaced(target, undo)
+            restore = Restore([Attached(target.bind, group.attachment, replaced)], claim, log)
+            guard = Guard(plan.name, restore, restore.descriptors())
+            undo.callback(_end_guard, guard, group)
+            group.begin(target.pids, target.left, replaced)
             undo.callback(group.detach)
             undo.callback(Heartbeat(group.attachment.beat).close)
             claim.others_may_start()
             _announce(group, log, time.monotonic() - began_s)
             with asyncio.Runner() as runner:
-                runner.run(_AttachedService(group, claim, environment, log).run())
+                runner.run(_AttachedService(group, claim, guard, environment, log).run())
         log.info("detached")
         return 0
     finally:
@@ -85,6 +91,12 @@ def _replaced(target: Target, undo: ExitStack) -> ReplacedProgram | None:
     replaced = ReplacedProgram(target.replaced)
     undo.callback(replaced.close)
     return replaced
+
+
+def _end_guard(guard: Guard, group: AttachedGroup) -> None:
+    """If this process could not detach, the guard tries it once more."""
+    if group.is_detached:
+        guard.end()
 
 
 def _refuse_attached(plan: Plan, environment: Mapping[str, str]) -> None:
@@ -125,10 +137,16 @@ class _AttachedService:
     """What has to be done while it is attached."""
 
     def __init__(
-        self, group: AttachedGroup, claim: Claim, environment: Mapping[str, str], log: Log
+        self,
+        group: AttachedGroup,
+        claim: Claim,
+        guard: Guard,
+        environment: Mapping[str, str],
+        log: Log,
     ) -> None:
         self._group = group
         self._claim = claim
+        self._guard = guard
         self._log = log
         self._state = ServiceState(environment)
         self._spare = Spare(_SPARE_DESCRIPTORS)
@@ -140,7 +158,9 @@ class _AttachedService:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         self._retry.watch(loop)
-        Signals(self._ended.set, self._log).watch(loop)
+        watched = WatchedGuard(self._guard, loop, self._retry)
+        watched.begin()
+        Signals(self._ended.set, watched.renew, self._log).watch(loop)
         requests = Requests(self._group, self._state, self._log, self._stop)
         looking = Looking(loop, self._group, self._retry)
         looking.begin()
@@ -150,6 +170,7 @@ class _AttachedService:
                 await self._ended.wait()
                 self._state.set_stopping()
                 looking.end()
+                watched.end()
                 self._end()
 
     async def _stop(self) -> None:

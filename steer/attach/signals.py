@@ -26,10 +26,12 @@ class Signals:
 
     Args:
         end: detaches, and ends this process.
+        reopened: called after log files were opened again.
     """
 
-    def __init__(self, end: Callable[[], object], log: Log) -> None:
+    def __init__(self, end: Callable[[], object], reopened: Callable[[], object], log: Log) -> None:
         self._end = end
+        self._reopened = reopened
         self._log = log
         self._files = {number: stdio.file_of(number) for number in (1, 2)}
         self._has_terminal = not stdio.terminal_is_gone()
@@ -60,3 +62,4 @@ class Signals:
                     self._log.error("open %s again: %s", path, error.strerror)
         if not any(self._files.values()):
             self._log.info("SIGUSR1: output goes to no file, so no file is opened again")
+        self._reopened()

@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from steer.control.peer import connect
@@ -130,7 +130,20 @@ class Claim:
         """Remove the socket, and its directory if that is empty and steer made it."""
         self.others_may_start()
         self.socket.close()
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the path of the socket, and its directory, as `release` does."""
         remove(self.path, self._inode, self.remove_directory)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let no other service start meanwhile. Raises ControlError: another takes too long."""
+        lock = _locked(self.path.parent, self.remove_directory, _TURN_S)
+        try:
+            yield
+        finally:
+            os.close(lock)
 
 
 def inode(path: Path) -> int | None:

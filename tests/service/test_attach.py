@@ -25,7 +25,7 @@ from testkit.confine import NOBODY, as_user
 from testkit.fixtures import RunSteer, StartService
 from testkit.harness import CPUS, PORT
 from testkit.namespaces import network_namespace
-from testkit.processes import eventually, line_of, python, running
+from testkit.processes import eventually, line_of, python, running, session, stopped
 from testkit.programs import path
 from testkit.service import Service
 
@@ -280,20 +280,19 @@ def test_detach_refuses_what_steer_runs(
     assert "`steer stop own` ends it" in done.stderr
 
 
-def test_kernel_selects_after_the_attacher_was_killed(attach: Attach) -> None:
+def test_kernel_selects_after_attacher_and_guard_were_killed(attach: Attach) -> None:
     with threads(4):
         attached = attach("--policy", "round-robin", "--weights", "1000,1,1,1")
         assert answers(60)["0"] > 50
-        attached.send_signal(signal.SIGKILL)
-        attached.wait()
+        killed_with_guard(attached)
         eventually(lambda: answers(60)["0"] < 40)
+        assert has_program()
 
 
 def test_attacher_takes_the_place_of_one_that_was_killed(attach: Attach) -> None:
     with threads(4):
         first = attach("--policy", "round-robin", name="first")
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        killed_with_guard(first)
         second = attach("--policy", "round-robin", name="second")
         assert is_even(answers(100), 4, len(CPUS))
         assert states(second) == ["ready"] * 4
@@ -304,8 +303,15 @@ def inspected(steer: RunSteer) -> str:
     return steer("inspect", f"{HOST}:{PORT}", "--netns", str(os.getpid())).stdout
 
 
-def killed(attached: Service) -> None:
-    attached.send_signal(signal.SIGKILL)
+def guard_of(attached: Service) -> int:
+    (pid,) = (each for each in session(attached.pid) if each != attached.pid)
+    return pid
+
+
+def killed_with_guard(attached: Service) -> None:
+    with stopped(attached.pid):  # or it would start another guard
+        os.kill(guard_of(attached), signal.SIGKILL)
+        attached.send_signal(signal.SIGKILL)
     attached.wait()
 
 
@@ -313,7 +319,7 @@ def killed(attached: Service) -> None:
 def test_detach_removes_what_a_killed_attacher_left(attach: Attach, steer: RunSteer) -> None:
     with threads(4):
         attached = attach("--policy", "round-robin")
-        killed(attached)
+        killed_with_guard(attached)
         by_name = "its attacher was killed; `steer detach ADDR:PORT` removes"
         assert by_name in steer("detach", attached.name).stderr
         done = steer("detach", f"{HOST}:{PORT}")
@@ -332,7 +338,7 @@ def test_nothing_is_taken_over_while_its_heartbeat_is_renewed(
     """As that of an attacher in another pid namespace, which seems to have nothing open."""
     monkeypatch.setattr(heartbeat, "silent_s", lambda _number: 0.9)
     with threads(2):
-        killed(attach())
+        killed_with_guard(attach())
         with pytest.raises(AttachRefused, match="cannot be seen from here"):
             Target(address.parse(f"{HOST}:{PORT}"))
 
@@ -340,7 +346,7 @@ def test_nothing_is_taken_over_while_its_heartbeat_is_renewed(
 def test_status_removes_the_socket_of_a_killed_attacher(attach: Attach, steer: RunSteer) -> None:
     with threads(2):
         attached = attach()
-        killed(attached)
+        killed_with_guard(attached)
         assert attached.control_socket.exists()
         assert steer("status").stdout == "no service is running\n"
         assert not attached.control_socket.exists()
@@ -349,7 +355,7 @@ def test_status_removes_the_socket_of_a_killed_attacher(attach: Attach, steer: R
 @pytest.mark.needs("tracing")
 def test_what_a_killed_attacher_left_is_inspected(attach: Attach, steer: RunSteer) -> None:
     with threads(4):
-        killed(attach("--policy", "round-robin"))
+        killed_with_guard(attach("--policy", "round-robin"))
         words = "leaves the selection to the hash, as its attacher was killed"
         eventually(lambda: words in inspected(steer))
         found = inspected(steer)
@@ -370,6 +376,62 @@ def test_attacher_that_is_stopped_is_named(attach: Attach, steer: RunSteer) -> N
             assert has_program()
         finally:
             attached.send_signal(signal.SIGCONT)
+
+
+def has_ended(attached: Service) -> bool:
+    return not session(attached.pid) and not attached.control_socket.exists()
+
+
+@pytest.mark.needs("tracing")
+def test_guard_leaves_nothing_of_an_attacher_that_was_killed(attach: Attach) -> None:
+    with threads(4):
+        attached = attach("--policy", "round-robin")
+        attached.steer("policy", "hash")
+        os.killpg(attached.pid, signal.SIGKILL)
+        attached.wait()
+        eventually(lambda: has_ended(attached))
+        attached.leaves_nothing()
+        assert not has_program()
+        assert "the attacher is gone: detach from" in attached.log
+        assert "the kernel's hash selects" in attached.log
+
+
+@pytest.mark.needs("tracing")
+def test_guard_leaves_the_program_of_somebody_else(attach: Attach) -> None:
+    with socket.socket() as member:
+        member.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        member.bind((HOST, PORT))
+        member.listen()
+        attached = attach()
+        group_program.attach_cbpf(member.fileno(), list(classic.NOTHING))
+        attached.send_signal(signal.SIGKILL)
+        attached.wait()
+        eventually(lambda: has_ended(attached))
+        assert "another program was attached, and stays" in attached.log
+        assert has_program()
+
+
+def test_guard_that_was_killed_is_replaced(attach: Attach) -> None:
+    with threads(2):
+        attached = attach()
+        first = guard_of(attached)
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: first not in session(attached.pid) and len(session(attached.pid)) == 2)
+        attached.send_signal(signal.SIGUSR1)
+        second = guard_of(attached)
+        eventually(lambda: second not in session(attached.pid) and len(session(attached.pid)) == 2)
+        assert attached.stop() == 0
+        assert "bug in steer" not in attached.log
+
+
+def test_guard_holds_neither_listeners_nor_programs(attach: Attach) -> None:
+    with threads(2) as server:
+        guard = guard_of(attach())
+        os.kill(server, signal.SIGKILL)
+        with pytest.raises(ConnectionRefusedError):
+            eventually(ask, ())
+        held = [os.readlink(each) for each in Path(f"/proc/{guard}/fd").iterdir()]
+        assert not [each for each in held if "socket:" in each or "bpf-prog" in each]
 
 
 # ---- what is refused
@@ -511,6 +573,18 @@ def test_replaced_program_is_put_back_with_its_sockets(attach: Attach, how: int)
         attached = attach("--replace", "--policy", "round-robin")
         assert is_even(answers(60), 3, len(CPUS))
         assert attached.stop(how) == 0
+        assert answers(40) == {"0": 20, "1": 20}
+
+
+@pytest.mark.needs("tracing")
+def test_guard_puts_a_replaced_program_back_with_its_sockets(attach: Attach) -> None:
+    with steered_by_its_owner():
+        attached = attach("--replace", "--policy", "round-robin")
+        assert is_even(answers(60), 3, len(CPUS))
+        attached.send_signal(signal.SIGKILL)
+        attached.wait()
+        eventually(lambda: has_ended(attached))
+        assert "the program that was there before selects again" in attached.log
         assert answers(40) == {"0": 20, "1": 20}
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from steer.sockets import sock_diag
 from testkit import foreign
-from testkit.attached import HOST, Attach, attaching
+from testkit.attached import HOST, Attach, attaching, threads
 from testkit.harness import CPUS, PORT
-from testkit.processes import eventually, line_of, running
+from testkit.processes import eventually, line_of, running, session
 from testkit.programs import path
 from testkit.service import Service
 
@@ -82,6 +82,23 @@ def reloaded(attached: Service, reload: Callable[[], object], listeners: int) ->
     eventually(lambda: [each["state"] for each in attached.workers()] == ["ready"] * listeners)
     begun = selected(attached)
     eventually(lambda: selected(attached) > begun + AT_LEAST)
+
+
+def has_ended(attached: Service) -> bool:
+    return not session(attached.pid) and not attached.control_socket.exists()
+
+
+@pytest.mark.needs("tracing")
+def test_killed_attacher_loses_nothing_and_leaves_nothing(attach: Attach) -> None:
+    with threads(4), asking() as clients:
+        for _ in range(3):
+            attached = attach("--policy", "round-robin")
+            eventually(lambda each=attached: selected(each) > AT_LEAST)
+            attached.send_signal(signal.SIGKILL)
+            attached.wait()
+            eventually(lambda each=attached: has_ended(each))
+            attached.leaves_nothing()
+    assert (clients.failed, clients.answered > 3 * AT_LEAST) == (0, True)
 
 
 @pytest.mark.needs("nginx")
