@@ -19,12 +19,12 @@ def test_who_asks_is_told_that_the_detach_failed(monkeypatch: pytest.MonkeyPatch
         raise KernelError("detach the group's program", "EPERM")
 
     async def stopped() -> None:
-        attached = service._AttachedService(group, claim, {}, Log("error", "text"))
+        attached = service._AttachedService(group, unused, unused, {}, Log("error", "text"))
         attached._end()
         await attached._stop()
 
     monkeypatch.setattr(signals, "hold_signals", lambda: None)
     group: Any = SimpleNamespace(detach=refuse, plan=SimpleNamespace(name="web"))
-    claim: Any = SimpleNamespace()
+    unused: Any = SimpleNamespace()
     with pytest.raises(KernelError, match=r"^detach web: .*EPERM; once the attacher has ended"):
         asyncio.run(stopped())
