@@ -60,6 +60,8 @@ class Settings(TypedDict, total=False):
     hang_timeout: float
     hang: Literal["replace", "skip"]
     watchdog: float
+    max_memory: int | str
+    max_lifetime: float | str
     adopt_timeout: float
     pid: str
     log_level: Literal["debug", "info", "warning", "error"]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 from steer.cli import inspect_tables, output
+from steer.config import quantities
 from steer.errors import ConfigError
 from steer.inspect import target as targets
 from steer.inspect.inspection import Asked, inspect
-from steer.values import shown
+from steer.values import Invalid, shown
 
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "": 1.0}
-_TIME = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(ms|s|m|)")
 _LONGEST_S = 86400.0
 
 
@@ -45,8 +43,9 @@ def perform(
 
 
 def _seconds(text: str) -> float:
-    found = _TIME.fullmatch(text)
-    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    seconds = 0.0
+    with suppress(Invalid):
+        seconds = quantities.seconds(text)
     if not 0.0 < seconds <= _LONGEST_S:
         act = f"read --for {shown(text)}"
         raise ConfigError(act, "not a time of at most a day", "write 5s, 500ms or 2m")

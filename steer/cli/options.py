@@ -124,6 +124,16 @@ OPTIONS = (
         "Seconds within which each worker must send WATCHDOG=1; default: not required.",
     ),
     Option(
+        ("--max-memory",),
+        "SIZE",
+        "Replace a worker gracefully once it uses more memory, such as 512M; default: no limit.",
+    ),
+    Option(
+        ("--max-lifetime",),
+        "TIME",
+        "Replace each worker gracefully after this time, such as 1h or 1h+-10m; default: never.",
+    ),
+    Option(
         ("--adopt-timeout",),
         "S",
         "Seconds workers continue without a controller; default 30, 0: not at all.",

@@ -98,6 +98,10 @@ def _check_meaning(key: str, value: Any) -> None:
         servers.read_signal(value)
     if key == "socket_options":
         socket_options.parse(value)
+    if key in ("max_memory", "max_lifetime") and value is not None:
+        from steer.config import quantities
+
+        quantities.READ[key](value)
 
 
 def _check_binds(texts: Sequence[str]) -> None:
@@ -119,6 +123,8 @@ def _bind(text: str) -> Bind:
 
 
 def _allowed(key: str) -> str:
+    from steer.config import quantities
+
     words = {
         "app": "MODULE:CALLABLE",
         "backend": "auto, ebpf, cbpf, kernel",
@@ -129,6 +135,8 @@ def _allowed(key: str) -> str:
         "hang_timeout": f"seconds, 0 (for ever) or from {SHORTEST_S:g} to 86400",
         "log_format": "text, json",
         "log_level": "debug, info, warning, error",
+        "max_lifetime": quantities.LIFETIME_ALLOWED,
+        "max_memory": quantities.SIZE_ALLOWED,
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
         "params": "NAME=VALUE",
         "policy": f"{', '.join(_POLICY_NAMES)}, or a path/to/file{CUSTOM_SUFFIX}",

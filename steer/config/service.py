@@ -5,7 +5,7 @@
 """
 
 from signal import Signals
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -14,6 +14,9 @@ from steer.config import address, servers, socket_options
 from steer.config.address import Bind
 from steer.config.socket_options import Setting
 from steer.policy.builtin import AUTO
+
+if TYPE_CHECKING:
+    from steer.config.quantities import Lifetime
 
 MAX_WORKERS = 1024
 MAX_WEIGHT = 1000
@@ -47,6 +50,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
             for the program of the command, else TERM.
         hang_timeout: seconds that connections may wait while a worker accepts none; 0: no limit.
         watchdog: seconds within which a worker has to send WATCHDOG=1; None: it need not.
+        max_memory: the memory of a worker, see `quantities.size_bytes`, above which it is replaced.
+        max_lifetime: the time, see `quantities.lifetime`, after which a worker is replaced.
         adopt_timeout: seconds that workers serve on without a controller; 0: they end with it.
     """
 
@@ -74,6 +79,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     hang_timeout: Seconds = 2.0
     hang: Literal["replace", "skip"] = "replace"
     watchdog: Wait | None = None
+    max_memory: int | str | None = None
+    max_lifetime: float | str | None = None
     adopt_timeout: Seconds = 30.0
     pid: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -100,6 +107,24 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         settings = socket_options.parse(self.socket_options)
         protocols = {bind.protocol for bind in self.binds}
         return tuple(each for each in settings if protocols & set(each.option.protocols))
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """The most memory of a worker, in bytes; None: no limit."""
+        if self.max_memory is None:
+            return None
+        from steer.config import quantities
+
+        return quantities.size_bytes(self.max_memory)
+
+    @property
+    def lifetime(self) -> "Lifetime | None":
+        """How long a worker may live; None: no limit."""
+        if self.max_lifetime is None:
+            return None
+        from steer.config import quantities
+
+        return quantities.lifetime(self.max_lifetime)
 
     @property
     def finish_signal(self) -> Signals:

@@ -113,6 +113,8 @@ class Service(msgspec.Struct):
         attached: whether the workers are listeners of servers that steer did not start.
         netns: the number of the network namespace that it serves in; None: the controller is of a
             version that does not say.
+        recycled: how many workers this controller has replaced because they exceeded a limit, by
+            "memory" and "lifetime".
     """
 
     name: str
@@ -135,6 +137,7 @@ class Service(msgspec.Struct):
     loop_delay_ms: LoopDelay | None = None
     attached: bool = False
     netns: int | None = None
+    recycled: dict[str, int] = {}
 
 
 class Orphan(msgspec.Struct):

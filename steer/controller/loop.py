@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steer.config.service import FIELDS
 from steer.control import schema
@@ -37,6 +37,9 @@ from steer.sockets import port_checks
 from steer.workers import supervision  # noqa: F401 - `WorkerPool.watch` needs it, then at once
 from steer.workers.handle import WorkerHandle
 from steer.workers.pool import QUICK_S
+
+if TYPE_CHECKING:
+    from steer.health.recycling import Recycling
 
 _GARBAGE_S = 2.0
 
@@ -91,6 +94,7 @@ class ControllerLoop:
         self._health = Health(pool, loop, self._replace_hung, self._receive_all)
         self._groups = Groups(pool, self._replace_for_its_sockets)
         self._splits = Splits(pool, loop, self._renew_all)
+        self._recycling: Recycling | None = None
         self._changes = Changes(
             started, turns, self._rollout, state, log, self._reloaded, self._health.reconfigure
         )
@@ -141,6 +145,16 @@ class ControllerLoop:
         self._pool.fill()
         self._splits.go_on()
 
+    def _begin_recycling(self) -> None:
+        """If the configuration limits what workers may use, look at that."""
+        service = self._pool.service
+        if self._recycling is None and (service.max_memory or service.max_lifetime):
+            from steer.health.recycling import Recycling
+
+            self._recycling = Recycling(self._pool, self._recycle)
+        if self._recycling is not None:
+            self._recycling.reconfigure()
+
     def _watch_service(self) -> None:
         service = self._service
         control = ControlSocketWatch(
@@ -154,6 +168,7 @@ class ControllerLoop:
         )
         self._pool.looks.add("look at the control socket", control.look, 0.0).within(0.0)
         self._pool.looks.add("look for garbage", self._look_for_garbage, _GARBAGE_S)
+        self._begin_recycling()
 
     async def _until_over(self) -> None:
         """Wait until the service has ended or has to be re-executed. Raises SteerError: the first
@@ -227,7 +242,9 @@ class ControllerLoop:
         self._service.listener.receive_all(self._notified)
 
     async def _report(self, delays: Delays) -> schema.Service:
-        return await status.report_of(self._service, self._state.name, delays.report())
+        recycled = dict(self._recycling.replaced) if self._recycling else {}
+        delayed = delays.report()
+        return await status.report_of(self._service, self._state.name, delayed, recycled)
 
     def _changed(self, worker: WorkerHandle) -> None:
         self._health.changed(worker)
@@ -240,9 +257,14 @@ class ControllerLoop:
     def _replace_for_its_sockets(self, worker: WorkerHandle) -> None:
         self._replace(worker, lambda each: each.is_in_service)
 
-    def _replace(self, worker: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
-        change = partial(self._rollout.replace, worker, is_due)
-        self._tasks.begin(f"replace worker {worker.slot}", change)
+    def _recycle(self, worker: WorkerHandle) -> asyncio.Task[None]:
+        return self._replace(worker, lambda each: each.is_in_service, niced=True)
+
+    def _replace(
+        self, worker: WorkerHandle, is_due: Callable[[WorkerHandle], bool], niced: bool = False
+    ) -> asyncio.Task[None]:
+        change = partial(self._rollout.replace, worker, is_due, niced)
+        return self._tasks.begin(f"replace worker {worker.slot}", change)
 
     def _renew_all(self, number: int) -> asyncio.Task[None]:
         act = f"replace all workers of {self._service.plan.name}"
@@ -250,6 +272,7 @@ class ControllerLoop:
 
     def _reloaded(self) -> None:
         self._health.reconfigure()
+        self._begin_recycling()
         self._groups.forget()
 
     # The loop itself.

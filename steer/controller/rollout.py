@@ -94,17 +94,20 @@ class Rollout:
         (fresh,) = await self._replace_all([worker.spec], self._pool.generation, [worker], progress)
         return fresh
 
-    async def replace(self, worker: WorkerHandle, is_due: Callable[[WorkerHandle], bool]) -> None:
-        """Start another worker for one that is hung or has lost its sockets.
+    async def replace(
+        self, worker: WorkerHandle, is_due: Callable[[WorkerHandle], bool], niced: bool = False
+    ) -> None:
+        """Start another worker for one that is hung, has lost its sockets or exceeds a limit.
 
         Args:
             is_due: whether the worker still has to be replaced: it may have recovered, or ended.
+            niced: whether the other worker starts at a low priority.
         """
         async with self.turns.turn(f"replace worker {worker.slot}"):
             if not is_due(worker):
                 return
             spec = worker.spec
-            fresh = await self._start([spec], self._pool.generation, unreported, niced=False)
+            fresh = await self._start([spec], self._pool.generation, unreported, niced=niced)
             if is_due(worker):
                 self._pool.activate(fresh)
                 self._persist(self._pool.generation, self._pool.generation)

@@ -44,19 +44,23 @@ class ReportedService(Protocol):
 
 
 async def report_of(
-    service: ReportedService, state: str, loop_delay_ms: schema.LoopDelay
+    service: ReportedService,
+    state: str,
+    loop_delay_ms: schema.LoopDelay,
+    recycled: Mapping[str, int],
 ) -> schema.Service:
     """The status of a service now.
 
     Args:
         state: the state of the service as a whole: starting, running, stopping.
         loop_delay_ms: the delays of the controller, see `delays`.
+        recycled: see `schema.Service`.
     """
     backend = service.backend
     workers, counted = await _workers(service.pool, backend)
     if service.backend is not backend:
         # Counters of the two backends must not be mixed.
-        return await report_of(service, state, loop_delay_ms)
+        return await report_of(service, state, loop_delay_ms, recycled)
     plan, own = service.plan, backend.policy_values()
     return schema.Service(
         name=plan.name,
@@ -84,6 +88,7 @@ async def report_of(
         histograms=_histograms(own, plan.policy.declared),
         loop_delay_ms=loop_delay_ms,
         netns=netns.own(),
+        recycled=dict(recycled),
     )
 
 

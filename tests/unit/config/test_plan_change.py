@@ -49,6 +49,8 @@ OTHER: dict[str, Any] = {
     "hang_timeout": 1.0,
     "hang": "skip",
     "watchdog": 1.0,
+    "max_memory": "1G",
+    "max_lifetime": "1h",
     "adopt_timeout": 1.0,
     "pid": "/tmp/pid",
     "log_level": "debug",

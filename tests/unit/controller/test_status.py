@@ -128,7 +128,7 @@ class FakeService:
         """
 
         async def together() -> schema.Service:
-            told = status.report_of(self, "running", QUICK)
+            told = status.report_of(self, "running", QUICK, {})
             task = asyncio.ensure_future(told)
             while not task.done():
                 await asyncio.sleep(0)
