@@ -21,8 +21,9 @@ from bench.attached import ALL, GUNICORN, HAPROXY, NGINX, THREADS, Kind, Running
 from bench.figures import Figure, Section, interleaved, ratio
 from bench.load import Plan, Request
 from bench.servers import HOST
+from steer.attach.binds import bind_of
 from steer.attach.group import AttachedGroup
-from steer.attach.target import Target, bind_of
+from steer.attach.target import Target
 from steer.config.planning import plan
 from steer.config.service import Service
 from steer.config.sources import changed

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 
 from steer.attach import holders, older, ownership
 from steer.attach.attachment import Attachment
+from steer.attach.binds import listeners_at
 from steer.attach.counting import CountingElsewhere
 from steer.attach.freed import when_freed
 from steer.attach.group_holders import GroupHolders
@@ -17,28 +18,16 @@ from steer.attach.roster import Member, Roster, State
 from steer.backends import backup
 from steer.backends.ebpf import Ebpf
 from steer.backends.open import refuse_uncounted
-from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.errors import Note
 from steer.linux.log import Log
 from steer.loader import foreign
 from steer.policy import layout
-from steer.sockets import group_program, sock_diag
+from steer.sockets import group_program
 from steer.sockets.sock_diag import Listener
 from steer.values import plural, several
 
 _NAMED_MAX = 8
-
-
-def listeners_at(bind: Bind) -> dict[int, Listener]:
-    """The TCP listeners at exactly this address, by inode. Raises KernelError."""
-    family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
-    address = socket.inet_pton(family, bind.address)
-    return {
-        each.inode: each
-        for each in sock_diag.listeners(family, bind.port)
-        if each.address == address and not each.device
-    }
 
 
 class AttachedGroup:

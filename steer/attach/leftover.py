@@ -9,7 +9,7 @@ import msgspec
 
 from steer.abi import ABANDONED_S
 from steer.attach import holders
-from steer.attach.group import listeners_at
+from steer.attach.binds import listeners_at
 from steer.config.address import Bind
 from steer.errors import AttachRefused
 from steer.loader import heartbeat

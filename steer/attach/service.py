@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing, suppress
 
 from steer.attach import there
 from steer.attach.attachment import Heartbeat
+from steer.attach.binds import text_of
 from steer.attach.group import AttachedGroup
 from steer.attach.guard import Guard, WatchedGuard
 from steer.attach.looking import Looking
@@ -17,7 +18,7 @@ from steer.attach.replaced import ReplacedProgram
 from steer.attach.requests import Requests
 from steer.attach.restore import Attached, Restore
 from steer.attach.signals import Signals
-from steer.attach.target import Target, text_of
+from steer.attach.target import Target
 from steer.config import fallback
 from steer.config.plan import Plan
 from steer.control import taken
@@ -70,7 +71,7 @@ def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) ->
             restore = Restore([Attached(target.bind, group.attachment, replaced)], claim, log)
             guard = Guard(plan.name, restore, restore.descriptors())
             undo.callback(_end_guard, guard, group)
-            group.begin(target.pids, target.left, replaced)
+            group.begin(target.pids, target.present.left, replaced)
             undo.callback(group.detach)
             undo.callback(Heartbeat(group.attachment.beat).close)
             claim.others_may_start()
@@ -86,9 +87,9 @@ def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) ->
 
 def _replaced(target: Target, undo: ExitStack) -> ReplacedProgram | None:
     """Raises KernelError: it cannot be put back later."""
-    if not target.replaced:
+    if not target.present.replaced:
         return None
-    replaced = ReplacedProgram(target.replaced)
+    replaced = ReplacedProgram(target.present.replaced)
     undo.callback(replaced.close)
     return replaced
 

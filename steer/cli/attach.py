@@ -33,7 +33,8 @@ def attach(
         SteerError: they cannot be steered.
         SystemExit: with the exit status.
     """
-    from steer.attach.target import Target, bind_of, text_of
+    from steer.attach.binds import bind_of, text_of
+    from steer.attach.target import Target
     from steer.config.service import Service
     from steer.config.sources import changed
     from steer.control import taken
@@ -82,7 +83,7 @@ def _run(where: str, target: Target, service: Service) -> NoReturn:
 
 
 def _tell_of_other_family(where: str, bind: Bind, logger: Log) -> None:
-    from steer.attach.target import other_family, text_of
+    from steer.attach.binds import other_family, text_of
 
     if other := other_family(where, bind):
         text = text_of(other)

@@ -1,0 +1,89 @@
+"""The program that a group has already, before an attach."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Set
+from contextlib import suppress
+
+import msgspec
+
+from steer.attach import leftover
+from steer.errors import AttachRefused, KernelError
+from steer.linux import services
+from steer.loader.kernel_sockets import KernelSocket, Look
+from steer.values import plural, several
+
+_OURS = b"steer_"
+
+
+class Present(msgspec.Struct, frozen=True):
+    """What attach has to do about the program of a group.
+
+    Args:
+        left: whether it is that of an attacher that was killed.
+        replaced: the number of one that is to be replaced for a while; 0: none.
+    """
+
+    left: bool = False
+    replaced: int = 0
+
+
+def look(inodes: Collection[int], act: str, replace: bool) -> Present:
+    """Look at the program of the group of these listeners.
+
+    Args:
+        replace: whether a program of somebody else may be replaced.
+
+    Raises:
+        AttachRefused: it is somebody else's, or its attacher lives.
+    """
+    try:
+        found = _programs(inodes)
+    except KernelError:
+        return Present()  # without CAP_PERFMON nobody can tell
+    for each, pids in found:
+        if pids or not each.name.startswith(_OURS):
+            if not replace or not each.program_id or _service_of(pids):
+                raise AttachRefused(act, *_in_words(each, pids, replace))
+            return Present(replaced=each.program_id)
+    for each, _ in found:
+        with suppress(KernelError):  # without CAP_SYS_ADMIN its name has to do
+            leftover.refuse_unseen(each.program_id, act)
+    return Present(left=bool(found))
+
+
+def _programs(inodes: Collection[int]) -> list[tuple[KernelSocket, Set[int]]]:
+    """A listener for each program that selects among them, and the processes that have that open.
+    Raises KernelError."""
+    with Look() as look:
+        seen = (each for each in look.in_this_netns() if each.inode in inodes and each.program)
+        found: Mapping[int, KernelSocket] = {each.program: each for each in seen}
+        held_by = look.holders(found) if found else {}
+    return [(each, held_by[program]) for program, each in found.items()]
+
+
+def _service_of(pids: Iterable[int]) -> str | None:
+    return next(filter(None, map(services.name_of, pids)), None)
+
+
+def _in_words(found: KernelSocket, pids: Set[int], replace: bool) -> tuple[str, str]:
+    """Cause and cure."""
+    if service := _service_of(pids):
+        cause = f"service {service} steers it already ({several('pid', sorted(pids))})"
+        return cause, f"`steer policy {service} POLICY`"
+    if found.classic_length:
+        what = f"a classic program of {plural(found.classic_length, 'instruction')}"
+    else:
+        name = found.name.partition(b"\0")[0].decode(errors="replace")
+        began_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + found.loaded_ns / 1e9
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began_s))
+        what = f"program {name} (id {found.program_id}, loaded by uid {found.program_uid}, {since})"
+    by = f"; it is held by {several('pid', sorted(pids))}" if pids else ""
+    if replace:
+        cure = "no classic program can be read from the kernel, so it could not be put back"
+    elif found.classic_length:
+        cure = "end whoever attached it, see `steer inspect`"
+    else:
+        cure = "--replace takes its place, and puts it back at the end"
+    return f"{what} selects there already{by}", cure
