@@ -21,9 +21,9 @@ from bench.attached import ALL, GUNICORN, HAPROXY, NGINX, THREADS, Kind, Running
 from bench.figures import Figure, Section, interleaved, ratio
 from bench.load import Plan, Request
 from bench.servers import HOST
-from steer.attach.binds import bind_of
 from steer.attach.group import AttachedGroup
 from steer.attach.target import Target
+from steer.config import address
 from steer.config.planning import plan
 from steer.config.service import Service
 from steer.config.sources import changed
@@ -209,7 +209,7 @@ class _Bench:
             made: gets the programs and maps that there were meanwhile.
         """
         asked = {"policy": "round-robin", "bind": [f"{HOST}:{at.port}"], "backend": "ebpf"}
-        target = Target(bind_of(f"{HOST}:{at.port}"))
+        target = Target(address.parse(f"{HOST}:{at.port}"))
         service = changed(Service(), {**asked, "workers": len(target.listeners)}, "measure")
         decided = plan(service, topology.read(), {}, find.find("round-robin"))
         began_s = time.process_time()

@@ -22,8 +22,9 @@ def listeners_at(bind: Bind) -> dict[int, Listener]:
     }
 
 
-def bind_of(text: str) -> Bind:
-    """The address that a user names; a wildcard without a host is that of either family.
+def binds_of(text: str) -> list[Bind]:
+    """The addresses that a user names. A wildcard without a host is that of both families, each of
+    which has a group of its own in the kernel: those at which somebody listens.
 
     Raises:
         ConfigError: it is none.
@@ -34,19 +35,10 @@ def bind_of(text: str) -> Bind:
     if bind.protocol == "udp":
         cause = "attach is over TCP: datagrams that wait at a closing socket cannot be moved"
         raise AttachRefused(f"attach to {text}", cause, "see `steer run`")
-    if text.startswith((":", "*:")) and not listeners_at(bind):
-        both = Bind(bind.protocol, "::", bind.port)
-        return both if listeners_at(both) else bind
-    return bind
-
-
-def other_family(text: str, bind: Bind) -> Bind | None:
-    """The wildcard of the other family, if the text names both and somebody listens there, too.
-    Each has a group of its own in the kernel. Raises KernelError."""
-    if not text.startswith((":", "*:")) or bind.is_v6:
-        return None
-    other = Bind(bind.protocol, "::", bind.port)
-    return other if listeners_at(other) else None
+    if not text.startswith((":", "*:")):
+        return [bind]
+    both = (bind, Bind(bind.protocol, "::", bind.port))
+    return [each for each in both if listeners_at(each)] or [bind]
 
 
 def text_of(bind: Bind) -> str:

@@ -14,7 +14,7 @@ from steer.attach.freed import when_freed
 from steer.attach.group_holders import GroupHolders
 from steer.attach.joining import Joining
 from steer.attach.replaced import ReplacedProgram
-from steer.attach.roster import Member, Roster, State
+from steer.attach.roster import Member, Roster, Slots, State
 from steer.backends import backup
 from steer.backends.ebpf import Ebpf
 from steer.backends.open import refuse_uncounted
@@ -35,6 +35,7 @@ class AttachedGroup:
 
     Args:
         plan: for one address, on the backend ebpf.
+        slots: where the group takes slots from; None: it has all of the plan.
 
     Attributes:
         is_older_counted: whether connections that were accepted before the attach are counted.
@@ -45,11 +46,11 @@ class AttachedGroup:
         KernelError: the kernel refuses; nothing is attached.
     """
 
-    def __init__(self, plan: Plan, log: Log) -> None:
+    def __init__(self, plan: Plan, log: Log, slots: Slots | None = None) -> None:
         self.plan = plan
-        self.roster = Roster(plan.slots)
+        self.roster = Roster(slots or Slots(plan.slots))
         self.holders = GroupHolders(self.roster)
-        (self._bind,) = plan.binds
+        (self.bind,) = plan.binds
         self._log = log
         self.taken_by: Note | None = None
         self._selected: list[int] | None = None
@@ -58,7 +59,7 @@ class AttachedGroup:
         self.is_detached = False
         capacity = plan.slots + backup.COUNT
         with ExitStack() as undo:
-            self.attachment = Attachment(self._bind.port, capacity)
+            self.attachment = Attachment(self.bind.port, capacity)
             undo.callback(self.attachment.close)
             self.counting = CountingElsewhere(capacity)
             undo.callback(self.counting.close)
@@ -126,14 +127,14 @@ class AttachedGroup:
         if not self.counting.sees_older:
             self.counting.begin({}, {})
             return
-        found = older.find(self._bind, self.roster, self.holders)
+        found = older.find(self.bind, self.roster, self.holders)
         fits = len(found.slots) <= self.counting.older_max
         self.is_older_counted = found.is_complete and fits
         self.counting.begin(found.slots, found.holders)
 
     def look(self) -> None:
         """Add and remove listeners that have been opened and closed. Raises KernelError."""
-        there = listeners_at(self._bind)
+        there = listeners_at(self.bind)
         gone = self._mark_closing(there)
         self.joining.refusals.keep(there.keys())
         known = {each.listener.inode for each in self.roster}
@@ -162,7 +163,7 @@ class AttachedGroup:
 
     def listeners(self) -> Mapping[int, Listener]:
         """The listeners that exist now, by inode. Raises KernelError."""
-        return listeners_at(self._bind)
+        return listeners_at(self.bind)
 
     def _select(self) -> None:
         selected = self.roster.selected

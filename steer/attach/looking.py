@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from steer.attach.binds import text_of
 from steer.attach.group import AttachedGroup
 from steer.linux.retry import Retry
 
@@ -28,6 +29,7 @@ class Looking:
     def __init__(self, loop: AbstractEventLoop, group: AttachedGroup, retry: Retry) -> None:
         self._loop = loop
         self._group = group
+        self._where = text_of(group.bind)
         self._retry = retry
         self._look_again: TimerHandle | None = None
         self._check_again: TimerHandle | None = None
@@ -50,7 +52,7 @@ class Looking:
         self._check_again = self._loop.call_later(_CHECKED_S, self._check_program)
 
     def _check_program(self) -> None:
-        self._retry.attempt("check the group's program", self._group.check_program)
+        self._retry.attempt(f"check the program of {self._where}", self._group.check_program)
         self._check_later()
 
     def _hear(self) -> None:
@@ -72,7 +74,7 @@ class Looking:
 
     def _look(self) -> None:
         began_s = time.monotonic()
-        self._retry.attempt("look for listeners", self._group.look)
+        self._retry.attempt(f"look for listeners at {self._where}", self._group.look)
         if self._group.joining.watch is None:
             self._stop_hearing()
         ended_s = time.monotonic()

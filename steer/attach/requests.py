@@ -10,6 +10,7 @@ import msgspec
 
 from steer.attach import refusal, status
 from steer.attach.group import AttachedGroup
+from steer.attach.groups import AttachedGroups
 from steer.attach.roster import Member, State
 from steer.config import fallback, planning
 from steer.control.commands import COMMANDS, Command
@@ -30,7 +31,7 @@ Answer = Outcome | Mapping[str, Any]
 
 
 class Requests:
-    """Those to one attached group.
+    """Those to one attached service.
 
     Args:
         stop: detaches; done when that is done.
@@ -38,12 +39,12 @@ class Requests:
 
     def __init__(
         self,
-        group: AttachedGroup,
+        groups: AttachedGroups,
         state: ServiceState,
         log: Log,
         stop: Callable[[], Awaitable[None]],
     ) -> None:
-        self._group = group
+        self._groups = groups
         self._state = state
         self._log = log
         self._stop = stop
@@ -62,7 +63,7 @@ class Requests:
             try:
                 answer = await handle(self, carried)
             except Exception as error:  # noqa: BLE001 - who asked is told
-                act = f"{command.name} {self._group.plan.name}"
+                act = f"{command.name} {self._groups.plan.name}"
                 refusal = refusal_of(self._log, act, error)
                 log_refused_request(self._log, command.name, refusal)
                 raise refusal from None
@@ -71,41 +72,43 @@ class Requests:
         return handler
 
     async def status(self, _request: Request) -> Answer:
-        return {"service": status.report_of(self._group, self._started_s, self._state.name)}
+        return {"service": status.report_of(self._groups, self._started_s, self._state.name)}
 
     async def stop(self, _request: Request) -> Answer:
         await self._stop()
         return {}
 
     async def drain(self, request: Request) -> Answer:
-        member = self._member(request, "drain", State.READY)
-        if self._group.roster.selected == [member]:
+        group, member = self._member(request, "drain", State.READY)
+        if group.roster.selected == [member]:
             act = f"drain listener {member.slot}"
             raise ControlError(act, "no other is ready", "start one, or `steer detach`")
-        self._group.drain(member)
+        group.drain(member)
         return Drained(member.slot)
 
     async def undrain(self, request: Request) -> Answer:
-        member = self._member(request, "undrain", State.DRAINING)
-        self._group.undrain(member)
+        group, member = self._member(request, "undrain", State.DRAINING)
+        group.undrain(member)
         return Drained(member.slot)
 
-    def _member(self, request: Request, act: str, wanted: State) -> Member:
-        """The member in a slot. Raises ControlError: there is none, or it is in another state."""
+    def _member(self, request: Request, act: str, wanted: State) -> tuple[AttachedGroup, Member]:
+        """The member in a slot, and its group. Raises ControlError: there is none, or it is in
+        another state."""
         slot = request.get("slot")
-        found = self._group.roster.at(slot) if type(slot) is int else None
+        found = self._groups.at(slot) if type(slot) is int else None
         if found is None:
-            there = ", ".join(str(each.slot) for each in self._group.roster)
+            there = ", ".join(str(each.slot) for _, each in self._groups.members)
             cure = f"there are: {there}"
             raise ControlError(f"{act} listener {shown(slot)}", "no such slot", cure)
-        if found.state is not wanted:
-            cause = f"it is {found.state.value}"
+        _, member = found
+        if member.state is not wanted:
+            cause = f"it is {member.state.value}"
             raise ControlError(f"{act} listener {slot}", cause, f"has to be {wanted.value}")
         return found
 
     async def policy(self, request: Request) -> Answer:
         began_s = time.monotonic()
-        now = self._group.plan
+        now = self._groups.plan
         act = f"change the policy of {now.name}"
         service = with_requested(now.service, request, act)
         own = service.policy.endswith(CUSTOM_SUFFIX)
@@ -118,9 +121,10 @@ class Requests:
             cause = "without steer the kernel's hash selects anyway"
             raise ConfigError(act, cause, f"`steer detach {now.name}`")
         with refusal.of_fallbacks(act):
-            _, plan = fallback.first_that_works(wanted, self._group.swap, self._log.warning)
-        self._log.info("%s on %s", plan.policy.name, self._group.backend.name)
-        return Swapped(plan.policy.name, self._group.backend.name, _since(began_s))
+            _, plan = fallback.first_that_works(wanted, self._groups.swap, self._log.warning)
+        backend = plan.backends[0].backend
+        self._log.info("%s on %s", plan.policy.name, backend)
+        return Swapped(plan.policy.name, backend, _since(began_s))
 
 
 Handle = Callable[[Requests, Request], Awaitable[Answer]]
@@ -135,7 +139,7 @@ HANDLERS: Mapping[str, Handle] = {
 
 def _refuse(command: str) -> Handle:
     async def refuse(requests: Requests, _request: Request) -> Answer:
-        name = requests._group.plan.name
+        name = requests._groups.plan.name
         cause = "its processes are not steer's, which only selects among their listeners"
         raise ControlError(f"{command} {name}", cause, "use the server's own command")
 

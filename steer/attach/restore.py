@@ -9,8 +9,8 @@ import msgspec
 
 from steer.attach import holders, leftover, ownership
 from steer.attach.attachment import Attachment
+from steer.attach.binds import listeners_at
 from steer.attach.freed import when_freed
-from steer.attach.group import listeners_at
 from steer.attach.replaced import ReplacedProgram
 from steer.config.address import Bind
 from steer.control.claim import Claim

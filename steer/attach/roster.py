@@ -41,14 +41,40 @@ class Member(msgspec.Struct, eq=False):
         return self.state is State.READY
 
 
-class Roster:
-    """The members of a group.
+class Slots:
+    """The slots of a service. No two of its groups use the same one.
 
     Args:
-        slots: capacity.
+        capacity: how many there are.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._taken: set[int] = set()
+
+    @property
+    def room(self) -> int:
+        """How many are free."""
+        return self.capacity - len(self._taken)
+
+    def lowest(self) -> int:
+        """The lowest that is free. Raises LookupError: there is none."""
+        for slot in range(self.capacity):
+            if slot not in self._taken:
+                return slot
+        raise LookupError
+
+    def take(self, slot: int) -> None:
+        self._taken.add(slot)
+
+    def give_back(self, slot: int) -> None:
+        self._taken.discard(slot)
+
+
+class Roster:
+    """The members of a group."""
+
+    def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._members: dict[int, Member] = {}
 
@@ -73,27 +99,25 @@ class Roster:
         """Give it a slot that is free."""
         member = Member(slot, listener, now_s, holders)
         self._members[listener.inode] = member
+        self._slots.take(slot)
         return member
 
     @property
     def room(self) -> int:
         """How many slots are free."""
-        return self._slots - len(self._members)
+        return self._slots.room
 
     @property
     def capacity(self) -> int:
-        return self._slots
+        return self._slots.capacity
 
     def free_slot(self) -> int:
         """Raises LookupError: there is none."""
-        taken = {each.slot for each in self._members.values()}
-        for slot in range(self._slots):
-            if slot not in taken:
-                return slot
-        raise LookupError
+        return self._slots.lowest()
 
     def remove(self, member: Member) -> None:
         del self._members[member.listener.inode]
+        self._slots.give_back(member.slot)
 
     @property
     def selected(self) -> list[Member]:

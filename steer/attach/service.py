@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 
 from steer.attach import there
 from steer.attach.attachment import Heartbeat
 from steer.attach.binds import text_of
-from steer.attach.group import AttachedGroup
+from steer.attach.groups import AttachedGroups
 from steer.attach.guard import Guard, WatchedGuard
 from steer.attach.looking import Looking
 from steer.attach.replaced import ReplacedProgram
@@ -20,6 +20,7 @@ from steer.attach.restore import Attached, Restore
 from steer.attach.signals import Signals
 from steer.attach.target import Target
 from steer.config import fallback
+from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.control import taken
 from steer.control.claim import Claim
@@ -37,11 +38,11 @@ _SPARE_DESCRIPTORS = 8
 _LAST_LINES_S = 1.0
 
 
-def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) -> int:
+def run(plan: Plan, targets: Sequence[Target], environment: Mapping[str, str], log: Log) -> int:
     """Steer until a signal or a request ends it, then leave the group as it was.
 
     Args:
-        target: what is there now.
+        targets: what is there now, at each address of the plan.
 
     Returns:
         The exit status.
@@ -65,19 +66,22 @@ def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) ->
                 paths=taken.refuse_taken(plan.name, plan.service.control_socket, environment),
             )
             undo.callback(claim.release)
-            group, plan = _open(plan, log)
-            undo.callback(group.close)
-            replaced = _replaced(target, undo)
-            restore = Restore([Attached(target.bind, group.attachment, replaced)], claim, log)
+            groups, _ = _open(plan, log)
+            undo.callback(groups.close)
+            replaced = _replaced(targets, undo)
+            attached = [
+                Attached(each.bind, each.attachment, replaced.get(each.bind)) for each in groups
+            ]
+            restore = Restore(attached, claim, log)
             guard = Guard(plan.name, restore, restore.descriptors())
-            undo.callback(_end_guard, guard, group)
-            group.begin(target.pids, target.present.left, replaced)
-            undo.callback(group.detach)
-            undo.callback(Heartbeat(group.attachment.beat).close)
+            undo.callback(_end_guard, guard, groups)
+            groups.begin(targets, replaced)
+            undo.callback(groups.detach)
+            undo.callback(Heartbeat(groups.beat).close)
             claim.others_may_start()
-            _announce(group, log, time.monotonic() - began_s)
+            _announce(groups, log, time.monotonic() - began_s)
             with asyncio.Runner() as runner:
-                runner.run(_AttachedService(group, claim, guard, environment, log).run())
+                runner.run(_AttachedService(groups, claim, guard, environment, log).run())
         log.info("detached")
         return 0
     finally:
@@ -85,53 +89,53 @@ def run(plan: Plan, target: Target, environment: Mapping[str, str], log: Log) ->
         output.stderr.close()
 
 
-def _replaced(target: Target, undo: ExitStack) -> ReplacedProgram | None:
-    """Raises KernelError: it cannot be put back later."""
-    if not target.present.replaced:
-        return None
-    replaced = ReplacedProgram(target.present.replaced)
-    undo.callback(replaced.close)
-    return replaced
+def _replaced(targets: Sequence[Target], undo: ExitStack) -> Mapping[Bind, ReplacedProgram]:
+    """Raises KernelError: one cannot be put back later."""
+    return {
+        each.bind: undo.enter_context(closing(ReplacedProgram(each.present.replaced)))
+        for each in targets
+        if each.present.replaced
+    }
 
 
-def _end_guard(guard: Guard, group: AttachedGroup) -> None:
+def _end_guard(guard: Guard, groups: AttachedGroups) -> None:
     """If this process could not detach, the guard tries it once more."""
-    if group.is_detached:
+    if groups.is_detached:
         guard.end()
 
 
 def _refuse_attached(plan: Plan, environment: Mapping[str, str]) -> None:
     """Raises AttachRefused: another service steers the address already."""
-    (bind,) = plan.binds
-    for each in there.services_at(bind, environment):
-        cause = f"service {each.name} steers it already (pid {each.pid})"
-        cure = f"`steer policy {each.name} POLICY`"
-        raise AttachRefused(f"attach to {text_of(bind)}", cause, cure)
+    for bind in plan.binds:
+        for each in there.services_at(bind, environment):
+            cause = f"service {each.name} steers it already (pid {each.pid})"
+            cure = f"`steer policy {each.name} POLICY`"
+            raise AttachRefused(f"attach to {text_of(bind)}", cause, cure)
 
 
-def _open(plan: Plan, log: Log) -> tuple[AttachedGroup, Plan]:
+def _open(plan: Plan, log: Log) -> tuple[AttachedGroups, Plan]:
     """Raises SteerError."""
-    return fallback.first_that_works(plan, lambda each: AttachedGroup(each, log), log.warning)
+    return fallback.first_that_works(plan, lambda each: AttachedGroups(each, log), log.warning)
 
 
-def _announce(group: AttachedGroup, log: Log, took_s: float) -> None:
-    plan = group.plan
-    count = plural(len(group.roster), "listener")
-    where = text_of(plan.binds[0])
+def _announce(groups: AttachedGroups, log: Log, took_s: float) -> None:
+    plan = groups.plan
     log.info(
         "%s: %s of %s, %s, attached in %.1f ms",
         plan.name,
-        count,
-        where,
+        plural(len(groups.members), "listener"),
+        " and ".join(text_of(each) for each in plan.binds),
         plan.policy.name,
         1000 * took_s,
     )
     if plan.became:
         log.info("policy %s", plan.became)
-    if group.joining.why_unwatched:
-        log.warning("listeners that close are not seen in time: %s", group.joining.why_unwatched)
-    if group.counting.why_not:
-        log.warning("open connections are not counted: %s", group.counting.why_not)
+    for why in dict.fromkeys(each.joining.why_unwatched for each in groups):
+        if why:
+            log.warning("listeners that close are not seen in time: %s", why)
+    for why in dict.fromkeys(each.counting.why_not for each in groups):
+        if why:
+            log.warning("open connections are not counted: %s", why)
 
 
 class _AttachedService:
@@ -139,13 +143,13 @@ class _AttachedService:
 
     def __init__(
         self,
-        group: AttachedGroup,
+        groups: AttachedGroups,
         claim: Claim,
         guard: Guard,
         environment: Mapping[str, str],
         log: Log,
     ) -> None:
-        self._group = group
+        self._groups = groups
         self._claim = claim
         self._guard = guard
         self._log = log
@@ -162,15 +166,17 @@ class _AttachedService:
         watched = WatchedGuard(self._guard, loop, self._retry)
         watched.begin()
         Signals(self._ended.set, watched.renew, self._log).watch(loop)
-        requests = Requests(self._group, self._state, self._log, self._stop)
-        looking = Looking(loop, self._group, self._retry)
-        looking.begin()
+        requests = Requests(self._groups, self._state, self._log, self._stop)
+        looking = [Looking(loop, each, self._retry) for each in self._groups]
+        for each in looking:
+            each.begin()
         with closing(self._spare):
             async with Server(self._claim.socket, requests.handlers(), self._retry):
                 self._state.set_running()
                 await self._ended.wait()
                 self._state.set_stopping()
-                looking.end()
+                for each in looking:
+                    each.end()
                 watched.end()
                 self._end()
 
@@ -188,8 +194,8 @@ class _AttachedService:
 
     def _detach(self) -> None:
         try:
-            self._group.detach()
+            self._groups.detach()
         except SteerError as error:
             cure = "once the attacher has ended, the kernel's hash selects"
-            self._failure = error.under(f"detach {self._group.plan.name}", cure)
+            self._failure = error.under(f"detach {self._groups.plan.name}", cure)
             raise

@@ -1,12 +1,17 @@
-"""What `steer status` shows of an attached group."""
+"""What `steer status` shows of an attached service."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections import Counter
+from functools import reduce
+from operator import add
 
 from steer.attach import refusals
+from steer.attach.binds import text_of
 from steer.attach.group import AttachedGroup
+from steer.attach.groups import AttachedGroups
 from steer.attach.roster import Member
 from steer.backends.shortfalls import NOT_COUNTED
 from steer.control import schema
@@ -21,12 +26,13 @@ SHARED = (
 _OLDER = "open connections: those since `steer attach`"
 
 
-def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Service:
-    """The status of the group. Raises KernelError."""
-    group.holders.look()
-    group.check_program()
-    plan, own = group.plan, group.backend.policy_values()
-    there, members = group.listeners(), list(group.roster)
+def report_of(groups: AttachedGroups, started_s: float, state: str) -> schema.Service:
+    """The status of the service. Raises KernelError."""
+    for each in groups:
+        each.holders.look()
+        each.check_program()
+    plan = groups.plan
+    own = reduce(add, (each.backend.policy_values() for each in groups))
     units = {each.name: each.unit for each in plan.policy.declared.histograms}
     return schema.Service(
         name=plan.name,
@@ -36,13 +42,13 @@ def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Serv
         policy=plan.policy.name,
         policy_asked=plan.service.policy,
         policy_reason=plan.policy_reason,
-        backend=group.backend.name,
+        backend=plan.backends[0].backend,
         backend_reason=plan.backends[0].reason,
-        notes=_notes(group, len(there)),
+        notes=_notes(groups),
         uptime_s=round(time.monotonic() - started_s, 3),
         binds=[schema.Address(b.protocol, b.address, b.port) for b in plan.binds],
-        workers=[_worker(group, each, there.get(each.listener.inode)) for each in members],
-        totals=_totals(group),
+        workers=_workers(groups),
+        totals=_totals(groups),
         params=own.params,
         counters=own.counters,
         histograms={
@@ -56,7 +62,15 @@ def report_of(group: AttachedGroup, started_s: float, state: str) -> schema.Serv
     )
 
 
-def _notes(group: AttachedGroup, listeners: int) -> list[str]:
+def _notes(groups: AttachedGroups) -> list[str]:
+    """A note that is not about all groups names the address."""
+    found = [(text_of(group.bind), note) for group in groups for note in _notes_of(group)]
+    counts, all_groups = Counter(note for _, note in found), len(list(groups))
+    of_all = [note for note, count in counts.items() if count == all_groups]
+    return of_all + [f"{where}: {note}" for where, note in found if note not in of_all]
+
+
+def _notes_of(group: AttachedGroup) -> list[str]:
     notes = []
     if group.counting.why_not:
         notes.append(f"{NOT_COUNTED}: {group.counting.why_not}")
@@ -72,7 +86,7 @@ def _notes(group: AttachedGroup, listeners: int) -> list[str]:
     if group.joining.without_room:
         notes.append(refusals.full_in_words(group.roster.capacity, group.joining.without_room))
     if not group.roster.selected:
-        notes.append(_unselected(listeners))
+        notes.append(_unselected(len(group.listeners())))
     return notes
 
 
@@ -81,6 +95,14 @@ def _unselected(listeners: int) -> str:
         return "nobody listens there: the kernel refuses connections until somebody does"
     among = plural(listeners, "listener")
     return f"no listener can be selected: the kernel alone decides among {among}"
+
+
+def _workers(groups: AttachedGroups) -> list[schema.Worker]:
+    there = {group.bind: group.listeners() for group in groups}
+    return [
+        _worker(group, each, there[group.bind].get(each.listener.inode))
+        for group, each in groups.members
+    ]
 
 
 def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> schema.Worker:
@@ -104,10 +126,11 @@ def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> sch
     )
 
 
-def _totals(group: AttachedGroup) -> schema.Totals:
-    now = [group.backend.counts(each.slot) for each in group.roster]
-    counts = sum((each for each in now if each), group.joining.retired)
-    unsteered = group.backend.unsteered() or 0
+def _totals(groups: AttachedGroups) -> schema.Totals:
+    now = (group.backend.counts(each.slot) for group, each in groups.members)
+    retired = reduce(add, (each.joining.retired for each in groups))
+    counts = sum((each for each in now if each), retired)
+    unsteered = sum(each.backend.unsteered() or 0 for each in groups)
     return schema.Totals(
         selected=counts.selected,
         fallback=counts.fallback + unsteered,

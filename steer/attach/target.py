@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 
 from steer.attach import elsewhere, holders, present_program, watch
-from steer.attach.binds import listeners_at, text_of
+from steer.attach.binds import binds_of, listeners_at, text_of
 from steer.attach.counting import TRACEPOINT
 from steer.attach.holders import Holder
 from steer.config.address import Bind
@@ -125,6 +125,31 @@ class Target:
         waits = f"{count} processes wait" if count > 1 else "one process waits"
         cure = "`steer run -- COMMAND` gives each worker its own, or set SO_REUSEPORT in the server"
         return self._refusal(f"it is one socket{how}, and {waits} on it", cure)
+
+
+def targets_at(text: str, replace: bool = False) -> list[Target]:
+    """What is at the addresses that a user names, see `binds_of`.
+
+    Raises:
+        ConfigError: the text is no address.
+        AttachRefused: the listeners at one of them cannot be steered.
+        KernelError: it cannot be told.
+    """
+    binds = binds_of(text)
+    return [
+        _target(text, bind, [each for each in binds if each != bind], replace) for bind in binds
+    ]
+
+
+def _target(text: str, bind: Bind, others: Sequence[Bind], replace: bool) -> Target:
+    try:
+        return Target(bind, replace)
+    except AttachRefused as error:
+        if not others:
+            raise
+        # Of a wildcard, as the text that stands for both families would name this one, too.
+        cure = f"`steer attach {others[0].label.removeprefix('tcp ')}` leaves it out"
+        raise error.under(f"attach to {text}", cure) from None
 
 
 def _waiting(pids: Sequence[int], inode: int) -> frozenset[int]:

@@ -51,6 +51,15 @@ class PolicyValues(msgspec.Struct, frozen=True):
     counters: dict[str, int] = {}
     histograms: dict[str, list[int]] = {}
 
+    def __add__(self, other: PolicyValues) -> PolicyValues:
+        """Of two groups with the same policy and parameters."""
+        counters = {name: number + other.counters[name] for name, number in self.counters.items()}
+        histograms = {
+            name: [a + b for a, b in zip(times, other.histograms[name], strict=True)]
+            for name, times in self.histograms.items()
+        }
+        return PolicyValues(self.params, counters, histograms)
+
 
 class Members(Protocol):
     """Adds the sockets of workers to groups, and removes them."""

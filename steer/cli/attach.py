@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from steer.attach.target import Target
     from steer.config.address import Bind
     from steer.config.service import Service
-    from steer.linux.log import Log
 
 
 def attach(
@@ -33,8 +32,8 @@ def attach(
         SteerError: they cannot be steered.
         SystemExit: with the exit status.
     """
-    from steer.attach.binds import bind_of, text_of
-    from steer.attach.target import Target
+    from steer.attach.binds import text_of
+    from steer.attach.target import targets_at
     from steer.config.service import Service
     from steer.config.sources import changed
     from steer.control import taken
@@ -42,26 +41,26 @@ def attach(
 
     if netns is not None:
         namespaces.enter(namespaces.path_of(netns))
-    target = Target(bind_of(where), replace)
+    targets = targets_at(where, replace)
     asked = {
-        "bind": [text_of(target.bind)],
+        "bind": [text_of(each.bind) for each in targets],
         "policy": policy,
         "params": list(params),
         "weights": weights.split(",") if weights else [],
-        "workers": len(target.listeners),
+        "workers": sum(len(each.listeners) for each in targets),
         "backend": "ebpf",
         "strict": True,
-        "name": name or taken.free_name(target.name, os.environ),
+        "name": name or taken.free_name(targets[0].name, os.environ),
         "control_socket": control_socket,
         "log_level": log_level,
         "log_format": log_format,
     }
     given = {key: value for key, value in asked.items() if value}
-    _run(where, target, changed(Service(), given, f"attach to {where}"))
+    _run(where, targets, changed(Service(), given, f"attach to {where}"))
 
 
-def _run(where: str, target: Target, service: Service) -> NoReturn:
-    """Steer the listeners of a target. Raises as `attach`."""
+def _run(where: str, targets: Sequence[Target], service: Service) -> NoReturn:
+    """Steer the listeners of targets. Raises as `attach`."""
     from steer.attach import refusal
     from steer.attach import service as attached
     from steer.cli import entry
@@ -73,22 +72,12 @@ def _run(where: str, target: Target, service: Service) -> NoReturn:
     act = f"attach to {where}"
     logger = log.Log(service.log_level, service.log_format)
     entry.logs_to(logger)
-    _tell_of_other_family(where, target.bind, logger)
     chosen = find.prepare(service.policy)
     if chosen.source is None and not chosen.candidates:
         raise ConfigError(act, "without steer the kernel's hash selects anyway")
     with refusal.of_fallbacks(act):
         decided = plan(service, topology.read(), probe.findings_before_start(), chosen)
-        sys.exit(attached.run(decided, target, os.environ, logger))
-
-
-def _tell_of_other_family(where: str, bind: Bind, logger: Log) -> None:
-    from steer.attach.binds import other_family, text_of
-
-    if other := other_family(where, bind):
-        text = text_of(other)
-        words = "listeners at %s are a group of their own, and are not steered; `steer attach %s`"
-        logger.warning(words, text, text)
+        sys.exit(attached.run(decided, targets, os.environ, logger))
 
 
 def detach(name: str | None, as_json: bool, control_socket: str | None) -> None:

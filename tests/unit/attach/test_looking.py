@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from steer.attach import looking
+from steer.config import address
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.linux.spare import Spare
@@ -32,7 +33,8 @@ def test_looks_that_take_long_are_followed_by_a_longer_rest(
         refusals=SimpleNamespace(next_s=None),
     )
     roster = SimpleNamespace(starting=[])
-    group: Any = SimpleNamespace(look=look, roster=roster, joining=joining)
+    bind = address.parse("127.0.0.1:80")
+    group: Any = SimpleNamespace(bind=bind, look=look, roster=roster, joining=joining)
     loop: Any = SimpleNamespace(call_later=call_later)
     found = looking.Looking(loop, group, Retry(Log("error", "text"), Spare(0)))
     monkeypatch.setattr(looking.time, "monotonic", lambda: now_s[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steer.attach.roster import Member, Roster, State
+from steer.attach.roster import Member, Roster, Slots, State
 from steer.sockets.sock_diag import Listener
 
 
@@ -14,7 +14,7 @@ def listener(inode: int) -> Listener:
 
 def roster(*ready: int, starting: tuple[int, ...] = ()) -> Roster:
     """With listeners of these inodes."""
-    made = Roster(8)
+    made = Roster(Slots(8))
     for inode in (*ready, *starting):
         member = made.add(listener(inode), (), 0.0, made.free_slot())
         member.state = State.READY if inode in ready else State.STARTING

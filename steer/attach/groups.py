@@ -1,0 +1,97 @@
+"""The groups of one service: one for each of its addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+
+import msgspec
+
+from steer.attach.group import AttachedGroup
+from steer.attach.replaced import ReplacedProgram
+from steer.attach.roster import Member, Slots
+from steer.attach.target import Target
+from steer.config.address import Bind
+from steer.config.plan import Plan
+from steer.linux.log import Log
+
+
+class AttachedGroups:
+    """They have the same policy, each with a table of its own, and no slot in common.
+
+    Args:
+        plan: on the backend ebpf.
+
+    Raises:
+        KernelError: the kernel refuses; nothing is attached.
+    """
+
+    def __init__(self, plan: Plan, log: Log) -> None:
+        self.plan = plan
+        slots = Slots(plan.slots)
+        with ExitStack() as undo:
+            self._groups: Sequence[AttachedGroup] = [
+                undo.enter_context(closing(AttachedGroup(each, log, slots)))
+                for each in _by_bind(plan)
+            ]
+            self.close = undo.pop_all().close
+
+    def __iter__(self) -> Iterator[AttachedGroup]:
+        return iter(self._groups)
+
+    def begin(self, targets: Sequence[Target], replaced: Mapping[Bind, ReplacedProgram]) -> None:
+        """Add all listeners, and let the policy select among them.
+
+        Args:
+            targets: what was found at each address.
+            replaced: by address, the program that its group has, to be put back at the end.
+
+        Raises:
+            KernelError: one cannot be added; the groups are as they were.
+        """
+        there = {each.bind: each for each in targets}
+        try:
+            for group in self._groups:
+                found = there[group.bind]
+                group.begin(found.pids, found.present.left, replaced.get(group.bind))
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def members(self) -> list[tuple[AttachedGroup, Member]]:
+        """By slot."""
+        found = [(group, each) for group in self._groups for each in group.roster]
+        return sorted(found, key=lambda each: each[1].slot)
+
+    def at(self, slot: int) -> tuple[AttachedGroup, Member] | None:
+        return next((found for found in self.members if found[1].slot == slot), None)
+
+    def beat(self) -> None:
+        """Renew all heartbeats."""
+        for each in self._groups:
+            each.attachment.beat()
+
+    def swap(self, plan: Plan) -> None:
+        """Raises KernelError: nothing has changed."""
+        with ExitStack() as undo:
+            for group, wanted in zip(self._groups, _by_bind(plan), strict=True):
+                before = group.plan
+                group.swap(wanted)
+                undo.callback(group.swap, before)
+            undo.pop_all()
+        self.plan = plan
+
+    @property
+    def is_detached(self) -> bool:
+        return all(each.is_detached for each in self._groups)
+
+    def detach(self) -> None:
+        """Detach all, even if one cannot be detached. Raises KernelError."""
+        with ExitStack() as stack:
+            for each in self._groups:
+                stack.callback(each.detach)
+
+
+def _by_bind(plan: Plan) -> list[Plan]:
+    return [msgspec.structs.replace(plan, binds=(each,)) for each in plan.binds]
