@@ -80,12 +80,15 @@ def _run(where: str, targets: Sequence[Target], service: Service) -> NoReturn:
         sys.exit(attached.run(decided, targets, os.environ, logger))
 
 
-def detach(name: str | None, as_json: bool, control_socket: str | None) -> None:
+def detach(name: str | None, netns: str | None, as_json: bool, control_socket: str | None) -> None:
     """Leave listeners to the kernel again; return when that is done."""
     from steer.cli import output
     from steer.control import client
     from steer.errors import NotRunning
+    from steer.linux import netns as namespaces
 
+    if netns is not None:
+        namespaces.enter(namespaces.path_of(netns))
     try:
         path = _located(name, control_socket)
     except NotRunning:

@@ -55,6 +55,7 @@ def help_(context: click.Context, names: tuple[str, ...]) -> None:
 
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_NETNS = click.option("--netns", metavar="N", help="Network namespace: a name, path or process id.")
 _CONTROL_SOCKET = click.option(
     "--control-socket", metavar="PATH", help="Control socket of the service."
 )
@@ -98,7 +99,7 @@ def check(as_json: bool, **options: Any) -> None:
 )
 @click.option("--weights", metavar="N,N...", help="Share of each slot; default 1 each.")
 @click.option("--name", metavar="NAME", help="Name of the service; default: PROGRAM-PORT.")
-@click.option("--netns", metavar="N", help="Network namespace: a name, path or process id.")
+@_NETNS
 @click.option("--replace", is_flag=True, help="Replace the program there; put it back at the end.")
 @click.option(
     "--log-level", default="info", metavar="LEVEL", help="Log from this level up; default info."
@@ -120,6 +121,7 @@ def attach(where: str, **how: Any) -> None:
 
 @cli.command()
 @click.argument("name", required=False, metavar="[NAME|ADDR:PORT]")
+@_NETNS
 @_AS_JSON
 @_CONTROL_SOCKET
 def detach(name: str | None, **how: Any) -> None:

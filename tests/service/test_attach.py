@@ -634,6 +634,24 @@ def test_listeners_in_another_network_namespace_need_its_name(
         assert states(attached) == ["ready"] * 4
 
 
+@pytest.mark.needs("tracing")
+def test_detach_ends_and_cleans_up_in_another_network_namespace(
+    attach: Attach, steer: RunSteer
+) -> None:
+    where = f"{HOST}:{PORT}"
+    with threads(2) as server:
+        for end in (None, killed_with_guard):
+            attached = attach()
+            if end:
+                end(attached)
+            with network_namespace():
+                done = steer("detach", where, "--netns", str(server))
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.startswith(f"detached {where if end else attached.name}")
+            assert not has_program()
+            attached.leaves_nothing()
+
+
 def test_same_address_in_two_network_namespaces_is_two_groups(
     attach: Attach, steer: RunSteer
 ) -> None:
