@@ -62,6 +62,7 @@ class Settings(TypedDict, total=False):
     watchdog: float
     max_memory: int | str
     max_lifetime: float | str
+    reload_on_change: bool
     adopt_timeout: float
     pid: str
     log_level: Literal["debug", "info", "warning", "error"]

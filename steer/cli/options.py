@@ -134,6 +134,11 @@ OPTIONS = (
         "Replace each worker gracefully after this time, such as 1h or 1h+-10m; default: never.",
     ),
     Option(
+        ("--reload-on-change",),
+        "",
+        "Reload when a Python file of the application changes, for development.",
+    ),
+    Option(
         ("--adopt-timeout",),
         "S",
         "Seconds workers continue without a controller; default 30, 0: not at all.",

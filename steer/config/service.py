@@ -52,6 +52,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         watchdog: seconds within which a worker has to send WATCHDOG=1; None: it need not.
         max_memory: the memory of a worker, see `quantities.size_bytes`, above which it is replaced.
         max_lifetime: the time, see `quantities.lifetime`, after which a worker is replaced.
+        reload_on_change: whether to reload when a Python file of the application changes.
         adopt_timeout: seconds that workers serve on without a controller; 0: they end with it.
     """
 
@@ -81,6 +82,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     watchdog: Wait | None = None
     max_memory: int | str | None = None
     max_lifetime: float | str | None = None
+    reload_on_change: bool = False
     adopt_timeout: Seconds = 30.0
     pid: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -21,7 +21,7 @@ from steer.controller.delays import Delays, timed_loop
 from steer.controller.garbage import Garbage
 from steer.controller.reexec import Reexec
 from steer.controller.requests import Requests
-from steer.controller.rollout import Rollout
+from steer.controller.rollout import Rollout, unreported
 from steer.controller.signals import Signals
 from steer.controller.standard_streams import StandardStreams
 from steer.controller.state import ServiceState
@@ -39,6 +39,7 @@ from steer.workers.handle import WorkerHandle
 from steer.workers.pool import QUICK_S
 
 if TYPE_CHECKING:
+    from steer.controller.reload_on_change import ReloadOnChange
     from steer.health.recycling import Recycling
 
 _GARBAGE_S = 2.0
@@ -95,6 +96,7 @@ class ControllerLoop:
         self._groups = Groups(pool, self._replace_for_its_sockets)
         self._splits = Splits(pool, loop, self._renew_all)
         self._recycling: Recycling | None = None
+        self._reload_on_change: ReloadOnChange | None = None
         self._changes = Changes(
             started, turns, self._rollout, state, log, self._reloaded, self._health.reconfigure
         )
@@ -145,9 +147,16 @@ class ControllerLoop:
         self._pool.fill()
         self._splits.go_on()
 
-    def _begin_recycling(self) -> None:
-        """If the configuration limits what workers may use, look at that."""
+    def _follow_configuration(self) -> None:
+        """Begin what few services need, and what is imported only for them."""
         service = self._pool.service
+        if self._reload_on_change is None and service.reload_on_change:
+            from steer.controller.reload_on_change import ReloadOnChange
+
+            reload = partial(self._changes.reload, unreported)
+            self._reload_on_change = ReloadOnChange(reload, self._tasks.begin, self._log)
+        if self._reload_on_change is not None:
+            self._reload_on_change.follow(service)
         if self._recycling is None and (service.max_memory or service.max_lifetime):
             from steer.health.recycling import Recycling
 
@@ -168,7 +177,7 @@ class ControllerLoop:
         )
         self._pool.looks.add("look at the control socket", control.look, 0.0).within(0.0)
         self._pool.looks.add("look for garbage", self._look_for_garbage, _GARBAGE_S)
-        self._begin_recycling()
+        self._follow_configuration()
 
     async def _until_over(self) -> None:
         """Wait until the service has ended or has to be re-executed. Raises SteerError: the first
@@ -223,6 +232,8 @@ class ControllerLoop:
     async def _end_workers(self) -> None:
         """End all workers that are left, whatever ended the loop."""
         self._turns.end()
+        if self._reload_on_change is not None:
+            self._reload_on_change.end()
         if not self._pool.shutdown.ended.done():
             self._pool.stop(QUICK_S, quick=True)
             await self._pool.shutdown.ended
@@ -272,7 +283,7 @@ class ControllerLoop:
 
     def _reloaded(self) -> None:
         self._health.reconfigure()
-        self._begin_recycling()
+        self._follow_configuration()
         self._groups.forget()
 
     # The loop itself.

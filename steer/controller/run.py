@@ -47,6 +47,10 @@ def run(
     Raises:
         SteerError: the service could not be started.
     """
+    if service.reload_on_change:
+        from steer.controller.reload_on_change import refuse_missing
+
+        refuse_missing(service)
     # An error in the file of a custom policy does not matter yet: if the service is adopted, the
     # policy is loaded already.
     policy = find.find_or_problem(service.policy)

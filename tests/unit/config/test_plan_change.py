@@ -51,6 +51,7 @@ OTHER: dict[str, Any] = {
     "watchdog": 1.0,
     "max_memory": "1G",
     "max_lifetime": "1h",
+    "reload_on_change": True,
     "adopt_timeout": 1.0,
     "pid": "/tmp/pid",
     "log_level": "debug",

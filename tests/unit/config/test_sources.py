@@ -82,6 +82,7 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "watchdog": (1, ("2.5", 2.5), ("3", 3.0)),
     "max_memory": ("1G", ("512M", "512M"), ("2G", "2G")),
     "max_lifetime": (60, ("1h", "1h"), ("1h±10m", "1h±10m")),
+    "reload_on_change": (True, ("false", False), (True, True)),
     "adopt_timeout": (1, ("0", 0.0), ("3", 3.0)),
     "pid": ("/a", ("/b", "/b"), ("/c", "/c")),
     "log_level": ("debug", ("warning", "warning"), ("error", "error")),
