@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from steer.child.api import Worker
-from steer.config import sources
+from steer.config import server_options, sources
 from steer.config.service import FIELDS
 from steer.controller import run as running
 from steer.errors import ConfigError, ControlError
@@ -37,6 +37,8 @@ class Settings(TypedDict, total=False):
     """The options of `steer run`, with the same names and defaults."""
 
     app: str | Application
+    server: Literal["auto", "uvicorn", "hypercorn", "waitress"]
+    server_options: Mapping[str, object]
     command: Sequence[str]
     demo: bool
     bind: str | Sequence[str]
@@ -152,6 +154,8 @@ def _plain(key: str, value: object) -> object:
     """The value in the form of a configuration file."""
     if key == "app" and callable(value):
         return _name_of(value)
+    if isinstance(value, Mapping) and key == "server_options":
+        return server_options.from_table(value)
     if isinstance(value, Mapping):
         return [f"{name}={each}" for name, each in value.items()]
     if key == "bind" and isinstance(value, str):

@@ -22,6 +22,7 @@ class Worker:
         cpus: the CPUs that the worker may run on.
         name: the name of the service.
         generation: the number of the generation that the worker belongs to.
+        stop_signals: the signals that tell the worker to finish, for servers that handle them.
         watchdog_s: the worker has to call `beat` at least once in this time; None: no limit.
     """
 
@@ -31,11 +32,12 @@ class Worker:
         self.cpus = launch.spec.cpus
         self.name = launch.name
         self.generation = launch.generation
+        self.stop_signals = frozenset((signal.SIGTERM, launch.service.finish_signal))
         self.watchdog_s = launch.service.watchdog
         self._notify = launch.notify
         self._stopping = False
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for number in (signal.SIGTERM, launch.service.finish_signal):
+        for number in self.stop_signals:
             signal.signal(number, self._stop)
 
     @property

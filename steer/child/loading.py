@@ -1,4 +1,7 @@
-"""Loads the application of a service: a Python callable, or the demo."""
+"""Loads what a worker runs: a Python callable, a server with its application, or the demo.
+
+This needs no socket, and may happen before the fork, once for many workers.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from steer.child import privileges
 from steer.child.api import Worker
 from steer.child.launch import Unloadable
 from steer.config.service import Service
+
+_OURS = os.path.dirname(__file__)
 
 
 def import_for(service: Service) -> None:
@@ -48,19 +53,38 @@ def load(service: Service) -> Callable[[Worker], object]:
         if "" not in sys.path:
             sys.path.insert(0, os.getcwd())
         found: object = importlib.import_module(module_name)
-        for name in path.split("."):
+        for name in path.removesuffix("()").split("."):
             found = getattr(found, name)
+        if path.endswith("()"):
+            found = found()  # type: ignore[operator]
     # An import runs the user's code, which may raise anything.
     except (Exception, SystemExit) as error:  # noqa: BLE001
         known = _why_not_found(error, service)
         raise Unloadable(f"{_in_words(error)}{known and '; '}{known}", _where(error)) from None
     if not callable(found):
         raise Unloadable(f"{path} is not callable")
+    if service.server is not None:
+        return _load_server(found, service)
     from steer.config import applications
 
     if why := applications.why_not(found, service.app):
         raise Unloadable(why)
     return found
+
+
+def _load_server(found: Callable[..., object], service: Service) -> Callable[[Worker], object]:
+    """Have the server of the service serve an application. Raises Unloadable."""
+    from steer.child.servers import adapters
+
+    try:
+        return adapters.load(found, service)
+    except Unloadable:
+        raise
+    # A server checks the values of its options, and may raise anything.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        given = ", ".join(service.server_options)
+        what = f"{service.server} with {given}" if given else service.server
+        raise Unloadable(f"{what}: {_in_words(error)}", _where(error)) from None
 
 
 def _why_not_found(error: BaseException, service: Service) -> str:
@@ -87,7 +111,7 @@ def _where(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "importlib" not in frame.filename and frame.filename != __file__
+        if "importlib" not in frame.filename and not frame.filename.startswith(_OURS)
     ]
     lines = [f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames]
     if isinstance(error, SyntaxError):

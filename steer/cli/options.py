@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from steer.config.service import Service
 
 DEFAULT_FILE = "steer.toml"
-APP = re.compile(r"[\w.]+:[\w.]+")
+APP = re.compile(r"[\w.]+:[\w.]+(\(\))?")
 
 
 class Option:
@@ -50,6 +50,18 @@ OPTIONS = (
         ("--demo",),
         "",
         "Run the built-in demo; the default if there are no options and no file.",
+    ),
+    Option(
+        ("--server",),
+        "NAME|auto",
+        "Serve the app (ASGI, WSGI) in the workers: uvicorn, hypercorn or waitress.",
+    ),
+    Option(
+        ("--server-option",),
+        "NAME=VALUE",
+        "Set an option of that server; can be repeated. See docs/APPS.md.",
+        is_multiple=True,
+        renamed="server_options",
     ),
     Option(
         ("-b", "--bind"),

@@ -8,17 +8,27 @@ its code.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from enum import Enum
+from typing import NamedTuple
 
-_ASGI = "run a server for it: steer run ... -- uvicorn {app} --fd {{fd}}"
-_ASGI_UNSEEN = "run a server for it: steer run ... -- uvicorn --interface asgi3 {app} --fd {{fd}}"
-_ASGI_FACTORY = "run a server for it: steer run ... -- uvicorn --factory {app} --fd {{fd}}"
-_WSGI = "run a server for it: steer run ... -- gunicorn -w 1 {app}"
-_WSGI_DOTTED = "run a server for it: steer run ... -- hypercorn {app} --bind fd://{{fd}}"
-"""For `module:a.b`: gunicorn does not import an attribute of an attribute."""
+
+class Interface(Enum):
+    """How an application is called."""
+
+    ASGI3 = "ASGI 3"
+    ASGI2 = "ASGI 2"
+    WSGI = "WSGI"
+    WORKER = "a function of the worker"
+
+
+_ARGUMENTS = {Interface.ASGI3: 3, Interface.WSGI: 2}
+"""How many arguments an application takes."""
+
+_ASGI = "have a server serve it: steer run --server uvicorn {app}"
+_WSGI = "have a server serve it: steer run --server waitress {app}"
 _FACTORY = (
-    "if it returns an application, run a server: steer run ... -- gunicorn -w 1 '{app}()', "
-    "or for ASGI: steer run ... -- uvicorn --factory {app} --fd {{fd}}"
+    "if it returns an application, have a server serve that: steer run --server auto '{app}()'"
 )
 _AIOHTTP = (
     "run a server for it: "
@@ -32,6 +42,24 @@ _AWAIT = "give a plain function that calls asyncio.run(...)"
 _ITERATE = "give a plain function, without yield"
 
 
+class Look(NamedTuple):
+    """What an object looks like.
+
+    Args:
+        interface: how it is called; None: nothing that steer or a server calls.
+        words: what it looks like, if steer cannot call it with a worker.
+        cure: how to run it then.
+    """
+
+    interface: Interface | None = None
+    words: str = ""
+    cure: str = ""
+
+
+_CALLED_WITH_WORKER = Look(Interface.WORKER)
+_ASGI3 = Look(Interface.ASGI3, "it looks like an ASGI 3 application (scope, receive, send)", _ASGI)
+
+
 def why_not(found: Callable[..., object], app: str) -> str:
     """Why an object cannot be called with a worker, and what to type instead; "": it can be, or its
     signature does not show whether it can be.
@@ -39,19 +67,37 @@ def why_not(found: Callable[..., object], app: str) -> str:
     Args:
         app: its name, MODULE:CALLABLE.
     """
+    look = look_at(found)
+    return f"{look.words}; {look.cure.format(app=app)}" if look.words else ""
+
+
+def look_at(found: Callable[..., object]) -> Look:
+    """What an object looks like. If that cannot be seen, it may be called with a worker."""
     try:
-        looks, cure = _judge(found)
+        return _judge(found)
     # Reading the attributes of a user's object may run any code. If that fails, call the object and
     # let the call report the error.
     except Exception:  # noqa: BLE001
-        return ""
-    if cure == _WSGI and "." in app.partition(":")[2]:
-        cure = _WSGI_DOTTED
-    return f"{looks}; {cure.format(app=app)}" if looks else ""
+        return _CALLED_WITH_WORKER
 
 
-def _judge(found: Callable[..., object]) -> tuple[str, str]:
-    """What an object looks like, and how to run it; both are "" if it can be called with a worker.
+def interface_of(found: Callable[..., object], allowed: Collection[Interface]) -> Interface | None:
+    """The interface of an application, if it is one of those allowed. An object that does not show
+    what it is, as a decorator hides its signature, counts as what it can be called as."""
+    look = look_at(found)
+    if look.interface in allowed:
+        return look.interface
+    if look.interface is not Interface.WORKER:
+        return None
+    try:
+        takes = _takes(found)
+        return next((each for each in allowed if takes(_ARGUMENTS.get(each, -1))), None)
+    except Exception:  # noqa: BLE001  # as in `look_at`
+        return next(iter(allowed))
+
+
+def _judge(found: Callable[..., object]) -> Look:
+    """What an object looks like.
 
     Raises:
         TypeError, ValueError: the object has no signature.
@@ -59,39 +105,42 @@ def _judge(found: Callable[..., object]) -> tuple[str, str]:
     if inspect.isclass(found):
         return _judge_class(found)
     takes, waits = _takes(found), _is_async(found)
-    asgi3 = "it looks like an ASGI 3 application (scope, receive, send)"
     if waits and takes(3):
-        return asgi3, _ASGI if _uvicorn_sees(found) else _ASGI_UNSEEN
+        return _ASGI3
     if takes(1):
         return _judge_call(found, waits)
     if takes(3):
-        return asgi3, _ASGI_UNSEEN
+        return _ASGI3
     if takes(2) and not waits:
-        return "it looks like a WSGI application (environ, start_response)", _WSGI
+        words = "it looks like a WSGI application (environ, start_response)"
+        return Look(Interface.WSGI, words, _WSGI)
     if type(found).__module__.startswith("aiohttp."):
-        return "it looks like an application of aiohttp", _AIOHTTP
+        return Look(None, "it looks like an application of aiohttp", _AIOHTTP)
     if takes(0):
-        return "it takes no argument, so no worker", _FACTORY
-    return f"it takes {inspect.signature(found)}, not one argument", _WORKER
+        return Look(None, "it takes no argument, so no worker", _FACTORY)
+    return Look(None, f"it takes {inspect.signature(found)}, not one argument", _WORKER)
 
 
-def _judge_call(found: Callable[..., object], waits: bool) -> tuple[str, str]:
+def _judge_call(found: Callable[..., object], waits: bool) -> Look:
     """As `_judge`, for an object that takes one argument: would a call run its code?
 
     Args:
         waits: whether it is a coroutine function.
     """
     if waits:
-        return "it is a coroutine function, which nobody would await", _AWAIT
+        return Look(None, "it is a coroutine function, which nobody would await", _AWAIT)
     if inspect.isgeneratorfunction(_code(found)):
-        return "it is a generator function, which nobody would iterate", _ITERATE
+        return Look(None, "it is a generator function, which nobody would iterate", _ITERATE)
     # The name of the only argument may show that it is not meant to be a worker.
-    return _CALLED.get(" ".join(inspect.signature(found).parameters), ("", ""))
+    name = " ".join(inspect.signature(found).parameters)
+    return _CALLED.get(name, _CALLED_WITH_WORKER)
 
 
 _CALLED = {
-    "scope": ("it looks like an ASGI 2 application, a function of (scope)", _ASGI),
-    "request": ("it looks like a handler of requests, a function of (request)", _SOCKETS),
+    "scope": Look(
+        Interface.ASGI2, "it looks like an ASGI 2 application, a function of (scope)", _ASGI
+    ),
+    "request": Look(None, "it looks like a handler of requests, a function of (request)", _SOCKETS),
 }
 
 
@@ -109,24 +158,25 @@ def why_not_returned(returned: object, app: str) -> str:
         return f"it returned a generator, which nobody iterates; {_ITERATE}"
     if not callable(returned):
         return ""
-    if _is_async(returned):
-        return f"it returned what looks like an ASGI application; {_ASGI_FACTORY.format(app=app)}"
-    return f"it returned a callable, which nobody calls; {_FACTORY.format(app=app)}"
+    kind = "what looks like an ASGI application" if _is_async(returned) else "a callable"
+    return f"it returned {kind}, which nobody calls; {_FACTORY.format(app=app)}"
 
 
-def _judge_class(found: type) -> tuple[str, str]:
+def _judge_class(found: type) -> Look:
     takes = _takes(found)
     call = inspect.getattr_static(found, "__call__")
     instances_wait = inspect.iscoroutinefunction(call)
     if instances_wait and takes(1) and _takes(call)(3):  # with self
-        return "it looks like an ASGI 2 application, a class of (scope)", _ASGI
+        words = "it looks like an ASGI 2 application, a class of (scope)"
+        return Look(Interface.ASGI2, words, _ASGI)
     if instances_wait and takes(0) and _takes(call)(4):
-        return "it is a class of ASGI 3 applications, not one of them", _ASGI_FACTORY
+        return Look(None, "it is a class of ASGI 3 applications, not one of them", _FACTORY)
     if takes(1):
-        return "", ""
+        return _CALLED_WITH_WORKER
     if takes(2):
-        return "it looks like a WSGI application, a class of (environ, start_response)", _WSGI
-    return "it is a class that does not take one argument", _WORKER
+        words = "it looks like a WSGI application, a class of (environ, start_response)"
+        return Look(Interface.WSGI, words, _WSGI)
+    return Look(None, "it is a class that does not take one argument", _WORKER)
 
 
 def _takes(found: Callable[..., object]) -> Callable[[int], bool]:
@@ -145,11 +195,6 @@ def _takes(found: Callable[..., object]) -> Callable[[int], bool]:
 
 def _is_async(found: Callable[..., object]) -> bool:
     return inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(_code(found))
-
-
-def _uvicorn_sees(found: Callable[..., object]) -> bool:
-    """Whether uvicorn recognizes it as ASGI 3 without --interface (uvicorn.config.Config.load)."""
-    return inspect.iscoroutinefunction(found if inspect.isfunction(found) else type(found).__call__)
 
 
 def _code(found: Callable[..., object]) -> Callable[..., object]:

@@ -140,6 +140,8 @@ def _allowed(key: str) -> str:
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
         "params": "NAME=VALUE",
         "policy": f"{', '.join(_POLICY_NAMES)}, or a path/to/file{CUSTOM_SUFFIX}",
+        "server": "auto, uvicorn, hypercorn, waitress",
+        "server_options": "NAME=VALUE",
         "socket_options": socket_options.ALLOWED,
         "stop_signal": servers.ALLOWED,
         "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
@@ -178,12 +180,36 @@ def check_together(service: Service, origins: Mapping[str, Origin]) -> None:
             "give each worker one at most",
         )
     _check_options_have_sockets(service, origins)
+    _check_server(service, origins)
     if weights and service.policy == KERNEL:
         raise ConfigError(
             _together(origins["weights"], origins["policy"]),
             "the kernel's own hash knows no weights",
             f"allowed: {', '.join(name for name in _POLICY_NAMES if name != KERNEL)}",
         )
+
+
+def _check_server(service: Service, origins: Mapping[str, Origin]) -> None:
+    """Raises ConfigError: no server can run with that."""
+    if service.server is None:
+        return
+    if service.command:
+        both = _together(origins["server"], origins["command"])
+        raise ConfigError(both, "a command runs a server of its own", "leave one of them out")
+    other = next((bind for bind in service.binds if bind.protocol != "tcp"), None)
+    if other is not None:
+        both = _together(origins["server"], origins["bind"])
+        raise ConfigError(both, f"{other.label} is not TCP", "leave that bind out")
+
+
+def check_server_serves(service: Service, origins: Mapping[str, Origin]) -> None:
+    """Check that a server has an app to serve. Raises ConfigError."""
+    if service.server_options and service.server is None:
+        cure = "give one: server = 'uvicorn' (on the command line: --server uvicorn)"
+        raise ConfigError(str(origins["server_options"]), "no server is given", cure)
+    if service.server is not None and service.app is None:
+        cure = "give one: app = 'MODULE:NAME' (on the command line: MODULE:NAME)"
+        raise ConfigError(str(origins["server"]), "no app is given that it could serve", cure)
 
 
 def check_runs_something(service: Service, sources: Sequence[str]) -> None:

@@ -35,7 +35,11 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of a service. `steer run --help` explains all keys.
 
     Args:
-        app: "module:callable" for a Python callable; None: the service runs the demo or a command.
+        app: "module:callable" for a Python callable, "module:callable()" for what it returns; None:
+            the service runs the demo or a command.
+        server: the server that serves `app` in each worker; "auto": one that suits the app; None:
+            the app is a callable that serves by itself.
+        server_options: "NAME=VALUE" with options of that server; see `server_options`.
         command: the command line of a worker. {fd}, {slot} and {port} in it are filled in.
         demo: whether to run the demo if there is neither app nor command.
         workers: how many workers; "auto": one for each CPU that this process may use.
@@ -56,7 +60,9 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         adopt_timeout: seconds that workers serve on without a controller; 0: they end with it.
     """
 
-    app: Annotated[str, Meta(pattern=r"^[\w.]+:[\w.]+\Z")] | None = None
+    app: Annotated[str, Meta(pattern=r"^[\w.]+:[\w.]+(\(\))?\Z")] | None = None
+    server: Literal["auto", "uvicorn", "hypercorn", "waitress"] | None = None
+    server_options: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     command: tuple[str, ...] = ()
     demo: bool = False
     bind: tuple[str, ...] = (DEFAULT_BIND,)

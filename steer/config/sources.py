@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 
 from steer import values
+from steer.config import server_options
 from steer.config.checks import (
     Origin,
     check_runs_something,
+    check_server_serves,
     check_together,
     checked,
     cure,
@@ -24,7 +26,11 @@ from steer.errors import ConfigError
 
 _LISTS = {name for name, field in FIELDS.items() if isinstance(field.default, tuple)}
 
-_OPTIONS = {"params": "--param", "socket_options": "--socket-option"}
+_OPTIONS = {
+    "params": "--param",
+    "server_options": "--server-option",
+    "socket_options": "--socket-option",
+}
 """Options that do not have the name of their key."""
 
 
@@ -52,6 +58,8 @@ def load(
     origins: dict[str, Origin] = {}
     sources = [] if file is None else [path]
     for key, value in (file or {}).items():
+        if key == "server_options" and isinstance(value, dict):
+            value = server_options.from_table(value)
         origins[key] = origin_of(key, value, path)
         merged[key] = checked(key, value, origins[key], strict=True)
     for key, (name, text) in _from_environment(environment).items():
@@ -69,6 +77,7 @@ def load(
     check_together(service, origins)
     if runs:
         check_runs_something(service, sources)
+        check_server_serves(service, origins)
     return service
 
 

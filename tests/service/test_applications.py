@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,22 +90,23 @@ def handler(request: Any) -> None: ...
 
 AIOHTTP = type("Application", (), {"__module__": "aiohttp.web_app", "__call__": lambda self: self})
 
-UVICORN, GUNICORN = "-- uvicorn m:a --fd {fd}", "-- gunicorn -w 1 m:a"
+ASGI, WSGI = "--server uvicorn m:a", "--server waitress m:a"
+FACTORY = "--server auto 'm:a()'"
 REFUSED: list[tuple[Callable[..., Any], str, str]] = [
-    (asgi3, "ASGI 3", UVICORN),
-    (Asgi3(), "ASGI 3", UVICORN),
-    (functools.partial(asgi3), "ASGI 3", "-- uvicorn --interface asgi3 m:a --fd {fd}"),
-    (asgi_behind_a_decorator, "ASGI 3", UVICORN),
-    (lambda scope, receive, send: None, "ASGI 3", "-- uvicorn --interface asgi3 m:a --fd {fd}"),
-    (Asgi2, "ASGI 2", UVICORN),
-    (asgi2, "ASGI 2", UVICORN),
+    (asgi3, "ASGI 3", ASGI),
+    (Asgi3(), "ASGI 3", ASGI),
+    (functools.partial(asgi3), "ASGI 3", ASGI),
+    (asgi_behind_a_decorator, "ASGI 3", ASGI),
+    (lambda scope, receive, send: None, "ASGI 3", ASGI),
+    (Asgi2, "ASGI 2", ASGI),
+    (asgi2, "ASGI 2", ASGI),
     (handler, "handler of requests", "worker.sockets"),
     (AIOHTTP(), "aiohttp", "-- gunicorn -w 1 --worker-class aiohttp.GunicornWebWorker m:a"),
-    (Asgi3, "class of ASGI 3", "-- uvicorn --factory m:a --fd {fd}"),
-    (wsgi, "WSGI", GUNICORN),
-    (Wsgi(), "WSGI", GUNICORN),
-    (WsgiClass, "WSGI", GUNICORN),
-    (lambda: None, "no argument", "-- gunicorn -w 1 'm:a()'"),
+    (Asgi3, "class of ASGI 3", FACTORY),
+    (wsgi, "WSGI", WSGI),
+    (Wsgi(), "WSGI", WSGI),
+    (WsgiClass, "WSGI", WSGI),
+    (lambda: None, "no argument", FACTORY),
     (Wsgi, "class", "one argument, the worker"),
     (lambda a, b, c, d: None, "(a, b, c, d)", "one argument, the worker"),
     (keyword, "needed", "one argument, the worker"),
@@ -120,10 +120,6 @@ def test_is_refused_with_what_to_type(found: Callable[..., Any], looks: str, cur
     said = applications.why_not(found, "m:a")
     assert looks in said
     assert cure in said
-
-
-def test_gunicorn_finds_no_attribute_of_an_attribute() -> None:
-    assert "-- hypercorn m:a.b --bind fd://{fd}" in applications.why_not(wsgi, "m:a.b")
 
 
 @pytest.mark.parametrize(
@@ -140,8 +136,8 @@ def test_whatever_takes_one_argument_is_let_run(found: Callable[..., Any]) -> No
 @pytest.mark.parametrize(
     "source, wanted",
     [
-        ("async def app(scope, receive, send): pass", "uvicorn m:app --fd {fd}"),
-        ("def app(environ, start_response): return []", "gunicorn -w 1 m:app"),
+        ("async def app(scope, receive, send): pass", "--server uvicorn m:app"),
+        ("def app(environ, start_response): return []", "--server waitress m:app"),
     ],
 )
 def test_one_error_and_no_traceback(
@@ -168,17 +164,15 @@ TYPED = {
 }
 
 
-@pytest.mark.needs("bpf", "gunicorn", "hypercorn", "uvicorn")
+@pytest.mark.needs("bpf", "uvicorn", "waitress")
 @pytest.mark.parametrize("name, by", TYPED.items())
 def test_what_to_type_serves_it(service: StartService, home: Path, name: str, by: str) -> None:
     """With the servers as they are."""
     (home / "m.py").write_text(ANSWERS)
     refused = service("-w", "2", f"m:{name}", ready=False)
     assert refused.wait() in (3, 4)
-    # Of a factory nobody knows what it makes.
-    typed = re.findall(r"steer run \.\.\. -- (.*?)(?:$|, or for)", refused.log, re.M)
-    command = typed[1 if name == "make_asgi" else 0]
-    running = service("-w", "2", "--", sys.executable, "-m", *shlex.split(command))
+    typed = re.findall(r"steer run (--server .*)", refused.log)
+    running = service("-w", "2", *shlex.split(typed[0]))
     assert http_get("127.0.0.1", 8080)[1]["by"] == by
     assert running.stop() == 0
 

@@ -26,6 +26,8 @@ TWO = Topology((0, 1), (0, 1, 2, 3), {})
 YES = {"ebpf": Finding(Answer.YES), "cbpf": Finding(Answer.YES)}
 OTHER: dict[str, Any] = {
     "app": "app:other",
+    "server": "uvicorn",
+    "server_options": ("log_level=error",),
     "command": ("sleep", "1"),
     "demo": True,
     "bind": ("127.0.0.1:8081",),

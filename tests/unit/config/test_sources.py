@@ -54,6 +54,8 @@ def test_with_nothing_given_all_is_default() -> None:
 SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "app": ("a:f", ("b:f", "b:f"), ("c:f", "c:f")),
     "command": (["a", "x y"], ("b -v", ("b", "-v")), (("c", "-v"), ("c", "-v"))),
+    "server": ("auto", ("uvicorn", "uvicorn"), ("hypercorn", "hypercorn")),
+    "server_options": (["a=1"], ("b=2, c=3", ("b=2", "c=3")), (("d=[4]",), ("d=[4]",))),
     "demo": (True, ("false", False), (True, True)),
     "bind": ([":1"], (":2,:22", (":2", ":22")), ((":3", ":33"), (":3", ":33"))),
     "workers": (1, ("2", 2), ("3", 3)),
@@ -203,6 +205,19 @@ def test_a_service_without_anything_to_run_is_refused(given_: Sources, named: st
 )
 def test_a_service_with_something_to_run_is_not_refused(given_: Sources) -> None:
     assert to_run(given_) == sources.load(*given_, FILE)
+
+
+@pytest.mark.parametrize(
+    "given_, said",
+    [
+        ({"server": "uvicorn"}, "--server: server = 'uvicorn': no app is given"),
+        ({"server_options": ("a=1",)}, "--server-option: server_options = 'a=1': no server is"),
+    ],
+)
+def test_a_server_that_has_nothing_to_serve_is_refused(given_: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        to_run((given_, {}, {"demo": True}))
+    assert str(caught.value).startswith(said)
 
 
 def test_who_gives_nothing_at_all_gets_the_demo() -> None:
@@ -483,6 +498,16 @@ def test_the_source_is_named(sources: tuple[Any, Any, Any], what: str) -> None:
             f"{FILE}: app = 'shop:main' and command after --: 'nginx,-q': both are given; give one",
         ),
         (
+            ({"server": "uvicorn", "command": ("nginx",)}, None, None),
+            "--server: server = 'uvicorn' and command after --: 'nginx': a command runs a server "
+            "of its own; leave one of them out",
+        ),
+        (
+            ({"server": "uvicorn", "app": "shop:app"}, None, {"bind": [":80", "udp://:53"]}),
+            f"--server: server = 'uvicorn' and {FILE}: bind = ':80,udp://:53': udp 0.0.0.0:53 is "
+            "not TCP; leave that bind out",
+        ),
+        (
             ({"workers": "2"}, {"STEER_WEIGHTS": "1,2,3"}, None),
             "STEER_WEIGHTS: weights = '1,2,3' and --workers: workers = '2': "
             "3 weights for 2 workers; give each worker one at most",
@@ -518,6 +543,26 @@ def test_a_file() -> None:
     assert service.binds == (Bind("tcp", "0.0.0.0", 80), Bind("udp", "::1", 53))
     assert (service.app, service.weights) == ("shop.web:main", (1, 2))
     assert service.graceful_timeout == 5.0
+
+
+def test_options_of_a_server_may_be_a_table() -> None:
+    text = b"""
+        [service]
+        app = "shop:app"
+        server = "uvicorn"
+        [service.server_options]
+        timeout_keep_alive = 3
+        access_log = false
+        log_level = "error"
+        headers = [["x-by", "shop"]]
+    """
+    options = load(file=sources.read(text, FILE)).server_options
+    assert options == (
+        "timeout_keep_alive=3",
+        "access_log=false",
+        "log_level=error",
+        'headers=[["x-by","shop"]]',
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""Reads options of a server as the installed version declares them. Pure."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+import msgspec
+
+from steer import values
+from steer.child.launch import Unloadable
+from steer.values import Invalid
+
+_PLAIN = (bool, int, float, str, type(None))
+ANY = Any
+"""The type of an option whose type is not known: JSON, or else a string."""
+
+
+def read(
+    server: str, given: Iterable[str], known: Mapping[str, Any], ours: Mapping[str, str]
+) -> dict[str, Any]:
+    """The values of options, by name.
+
+    Args:
+        server: the name and version of the server, for errors.
+        given: NAME=VALUE; a value that is no string is written as in JSON.
+        known: the types of the options that the server has, by name.
+        ours: options that steer sets itself, with what to use in place of each.
+
+    Raises:
+        Unloadable: the server has no such option, steer sets it, or the value has another type.
+    """
+    found = {}
+    for each in given:
+        name, _, text = each.partition("=")
+        if name in ours:
+            raise Unloadable(f"server option {name}: steer sets it; use {ours[name]}")
+        if name not in known:
+            hint = values.did_you_mean(name, [each for each in known if each not in ours])
+            why = f"server option {name}: {server} has no such option"
+            raise Unloadable(f"{why}; {hint}" if hint else why)
+        try:
+            found[name] = value_of(text, known[name])
+        except Invalid as error:
+            shown = values.shown(text)
+            raise Unloadable(f"server option {name} = {shown}: {server}: {error}") from None
+    return found
+
+
+def value_of(text: str, declared: Any) -> Any:
+    """A value from its text.
+
+    Args:
+        declared: the type that the server declares.
+
+    Raises:
+        Invalid: it is not of that type.
+    """
+    plain = _plain(declared)
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        value = text
+    if plain is ANY:
+        return value
+    try:
+        return msgspec.convert(value, plain)
+    except msgspec.ValidationError:
+        return values.convert(text, plain, strict=False)
+
+
+def _plain(declared: Any) -> Any:
+    """The part of a type that can be written down: of `int | Path | Callable`, `int | str`."""
+    parts = set(_parts(declared))
+    return Union[tuple(parts)] if parts - {type(None)} else ANY  # noqa: UP007 (made at run time)
+
+
+def _parts(declared: Any) -> Iterable[Any]:
+    if get_origin(declared) in (Union, types.UnionType):
+        for each in get_args(declared):
+            yield from _parts(each)
+    elif declared in _PLAIN or get_origin(declared) in (list, dict, Literal):
+        yield declared
+    elif typing.get_origin(declared) is not None and "PathLike" in str(declared):
+        yield str
