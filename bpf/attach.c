@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
  *
- * attach - watches listeners that servers of others open and close.
+ * attach - watches sockets that servers of others open and close.
  *
  * This is not a policy. steer_listening, on the cgroups where the listeners of an attached group
  * were created, reports a socket that listens on the group's port; steer_state, on a tracepoint,
- * does so for all cgroups, if the kernel allows it. steer_closing, on those cgroups, runs before
- * a listener closes. Handshakes that reach a listener while it closes are lost, so
- * the program marks the slot of the listener, which policies then do not select, and delays the
- * close until handshakes that are under way have arrived.
+ * does so for all cgroups, if the kernel allows it. steer_bound, on those cgroups, reports a UDP
+ * socket that is bound to the port. steer_closing, on those cgroups, runs before a socket closes.
+ * Handshakes that reach a listener while it closes are lost, so the program marks the slot of the
+ * listener, which policies then do not select, and delays the close until handshakes that are
+ * under way have arrived. For UDP it only marks the slot: a datagram that has arrived at a socket
+ * that closes is lost, however long the close takes.
  */
 #include "steer.h"
 
@@ -50,7 +52,9 @@ int steer_closing(struct bpf_sock *sk)
 	u32 *slot;
 	u8 *closing;
 
-	if (sk->state != BPF_TCP_LISTEN)
+	if (steer_protocol() == STEER_UDP && sk->protocol != STEER_UDP)
+		return 1;
+	if (steer_protocol() == STEER_TCP && sk->state != BPF_TCP_LISTEN)
 		return 1;
 	cookie = steer_get_cookie(sk);
 	slot = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_MEMBERS), &cookie);
@@ -60,7 +64,8 @@ int steer_closing(struct bpf_sock *sk)
 	if (*closing) /* a program on another cgroup has waited */
 		return 1;
 	*closing = 1;
-	wait();
+	if (steer_protocol() == STEER_TCP)
+		wait();
 	wake(cookie);
 	return 1;
 }
@@ -69,6 +74,14 @@ int steer_listening(struct bpf_sock_ops *ctx)
 {
 	if (ctx->op == BPF_SOCK_OPS_TCP_LISTEN_CB &&
 	    ctx->local_port == steer_get_attachment()->port)
+		wake(0);
+	return 1;
+}
+
+/* After bind(2). */
+int steer_bound(struct bpf_sock *sk)
+{
+	if (sk->protocol == STEER_UDP && sk->src_port == steer_get_attachment()->port)
 		wake(0);
 	return 1;
 }

@@ -12,7 +12,7 @@ from steer.loader import libbpf
 
 OTHER_PROGRAMS = {
     "open": {"count", "trace"},
-    "attach": {"closing", "listening", "state"},
+    "attach": {"closing", "listening", "bound", "state"},
     "inspect": {
         *("tcp", "udp", "tcp_addresses", "udp_addresses"),
         *("task_file", "holders", "mark", "accepted"),

@@ -1,4 +1,4 @@
-"""Addresses as `steer attach` takes them, and the listeners at one."""
+"""Addresses as `steer attach` takes them, and the sockets at one."""
 
 from __future__ import annotations
 
@@ -12,36 +12,42 @@ from steer.sockets.sock_diag import Listener
 
 
 def listeners_at(bind: Bind) -> dict[int, Listener]:
-    """The TCP listeners at exactly this address, by inode. Raises KernelError."""
+    """The TCP listeners, or the UDP sockets that are not connected, at exactly this address, by
+    inode. Raises KernelError."""
     family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
     host = socket.inet_pton(family, bind.address)
     return {
         each.inode: each
-        for each in sock_diag.listeners(family, bind.port)
+        for each in sock_diag.listeners(family, bind.port, bind.protocol)
         if each.address == host and not each.device
     }
 
 
 def binds_of(text: str) -> list[Bind]:
     """The addresses that a user names. A wildcard without a host is that of both families, each of
-    which has a group of its own in the kernel: those at which somebody listens.
+    which has a group of its own in the kernel: those that have sockets.
 
     Raises:
         ConfigError: it is none.
-        AttachRefused: UDP.
+        AttachRefused: multicast or broadcast.
         KernelError
     """
     bind = address.parse(text)
-    if bind.protocol == "udp":
-        cause = "attach is over TCP: datagrams that wait at a closing socket cannot be moved"
-        raise AttachRefused(f"attach to {text}", cause, "see `steer run`")
-    if not text.startswith((":", "*:")):
+    if bind.is_multicast:
+        cause = "its address is multicast or broadcast: every socket gets a copy of each datagram"
+        raise AttachRefused(f"attach to {text}", cause)
+    if not address.is_of_any_host(text):
         return [bind]
     both = (bind, Bind(bind.protocol, "::", bind.port))
     return [each for each in both if listeners_at(each)] or [bind]
 
 
 def text_of(bind: Bind) -> str:
-    """An address of TCP as the commands take it."""
-    label = bind.label.removeprefix("tcp ")
-    return label.removeprefix("0.0.0.0") if bind.address == "0.0.0.0" else label
+    """An address as the commands take it, as short as it can be."""
+    return exact_text_of(bind).replace("0.0.0.0:", ":") if bind.is_wildcard else exact_text_of(bind)
+
+
+def exact_text_of(bind: Bind) -> str:
+    """The same, so that it names one family even if it is a wildcard."""
+    host = f"[{bind.address}]" if bind.is_v6 else bind.address
+    return f"{'udp://' if bind.protocol == 'udp' else ''}{host}:{bind.port}"

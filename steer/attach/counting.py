@@ -28,8 +28,9 @@ class CountingElsewhere(Counting):
         sees_older: whether connections that were accepted before can be counted.
     """
 
+    sees_older = False
+
     def _start(self) -> None:
-        self.sees_older = False
         code = compile.load(compile.sources() / "open.c").programs["trace"]
         try:
             self._owners = bpf_maps.Map("owners")

@@ -1,4 +1,4 @@
-"""The listeners of a server at one address, and the policy that selects among them."""
+"""The sockets of a server at one address, and the policy that selects among them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from steer.attach.counting import CountingElsewhere
 from steer.attach.freed import when_freed
 from steer.attach.group_holders import GroupHolders
 from steer.attach.joining import Joining
+from steer.attach.ownership import Ownership
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.roster import Member, Roster, Slots, State
+from steer.attach.wording import BY_PROTOCOL
 from steer.backends import backup
 from steer.backends.ebpf import Ebpf
 from steer.backends.open import refuse_uncounted
@@ -40,6 +42,7 @@ class AttachedGroup:
     Attributes:
         is_older_counted: whether connections that were accepted before the attach are counted.
         taken_by: what selects in place of our program, when that was last checked; None: ours.
+        split: why our program does not select among all sockets, when that was last checked.
         is_detached: whether `detach` has succeeded.
 
     Raises:
@@ -51,8 +54,10 @@ class AttachedGroup:
         self.roster = Roster(slots or Slots(plan.slots))
         self.holders = GroupHolders(self.roster)
         (self.bind,) = plan.binds
+        self.is_tcp = self.bind.protocol == "tcp"
+        self.wording = BY_PROTOCOL[self.bind.protocol]
         self._log = log
-        self.taken_by: Note | None = None
+        self._ownership = Ownership()
         self._selected: list[int] | None = None
         self.is_older_counted = False
         self._replaced: ReplacedProgram | None = None
@@ -61,13 +66,19 @@ class AttachedGroup:
         with ExitStack() as undo:
             self.attachment = Attachment(self.bind.port, capacity)
             undo.callback(self.attachment.close)
-            self.counting = CountingElsewhere(capacity)
+            self.counting = CountingElsewhere(capacity if self.is_tcp else 0)
             undo.callback(self.counting.close)
             refuse_uncounted(plan, self.counting)
             self.backend = Ebpf(plan, counting=self.counting, attachment=self.attachment.maps)
             undo.callback(self.backend.close)
             self.joining = Joining(
-                self.roster, self.holders, self.backend, self.attachment, self.counting, log
+                self.roster,
+                self.holders,
+                self.backend,
+                self.attachment,
+                self.counting,
+                log,
+                self.bind,
             )
             undo.callback(self.joining.close)
             self.close = undo.pop_all().close
@@ -147,9 +158,20 @@ class AttachedGroup:
         self._tell_changes(joined, admitted, gone)
 
     def _tell_changes(self, *changed: Sequence[Member]) -> None:
-        for found, what in zip(changed, ("joined", "ready", "closed"), strict=True):
+        for found, what in zip(changed, ("joined", "ready", self.wording.gone), strict=True):
             if found:
-                self._log.info("%s %s", _named(found), what)
+                self._log.info("%s %s", self._named(found), what)
+
+    def _detach_each(self) -> None:
+        """Each group has our program."""
+        with closing(holders.each_borrowed(self.holders.of(self.listeners().keys()))) as lent:
+            for _, sock in lent:
+                group_program.detach(sock.fileno())
+
+    def _named(self, found: Sequence[Member]) -> str:
+        if len(found) > _NAMED_MAX:
+            return plural(len(found), self.wording.socket)
+        return several(self.wording.socket, [each.slot for each in found])
 
     def _mark_closing(self, there: Collection[int]) -> Sequence[Member]:
         """Select no listener that closes. Returns: those that are closed."""
@@ -194,17 +216,25 @@ class AttachedGroup:
         self.backend.swap(plan, selected, self.holders.lend)
         self.plan = plan
 
+    @property
+    def taken_by(self) -> Note | None:
+        return self._ownership.taken
+
+    @property
+    def split(self) -> Note | None:
+        return self._ownership.split
+
     def check_program(self) -> Note | None:
         """Find out whether another program selects by now, and which: the server may have attached
-        its own. Raises KernelError."""
+        its own; and whether the group is still one. Raises KernelError."""
         inodes = {each.listener.inode for each in self.roster}
-        before, ours = self.taken_by, foreign.number_of(self.backend.programs[0])
-        self.taken_by = ownership.taken_by(inodes, ours)
-        if self.taken_by != before:
-            if self.taken_by:
-                self._log.warning("%s", self.taken_by)
-            else:
-                self._log.info("connections go by the policy again")
+        before, ours = self._ownership, foreign.number_of(self.backend.programs[0])
+        self._ownership = ownership.look(inodes, ours, self.wording)
+        for was, found in ((before.taken, self.taken_by), (before.split, self.split)):
+            if found and found != was:
+                self._log.warning("%s", found)
+            elif was and not found:
+                self._log.info("%s go by the policy again", self.wording.traffic)
         return self.taken_by
 
     def detach(self) -> None:
@@ -215,17 +245,13 @@ class AttachedGroup:
         is_taken = self.check_program() is not None
         lend = self.holders.lend if self._replaced is None else self._lend_any
         self.backend.detach(_lend_none if is_taken else lend)
+        if self.split:
+            self._detach_each()
         if self._replaced is not None and not is_taken:
             there = self.listeners()
             with closing(holders.each_borrowed(self.holders.of(there.keys()))) as lent:
                 self._replaced.put_back((there[inode].cookie, sock) for inode, sock in lent)
         self.is_detached = True
-
-
-def _named(found: Sequence[Member]) -> str:
-    if len(found) > _NAMED_MAX:
-        return plural(len(found), "listener")
-    return several("listener", [each.slot for each in found])
 
 
 @contextmanager

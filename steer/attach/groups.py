@@ -11,6 +11,7 @@ from steer.attach.group import AttachedGroup
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.roster import Member, Slots
 from steer.attach.target import Target
+from steer.attach.wording import BY_PROTOCOL
 from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.linux.log import Log
@@ -20,7 +21,7 @@ class AttachedGroups:
     """They have the same policy, each with a table of its own, and no slot in common.
 
     Args:
-        plan: on the backend ebpf.
+        plan: on the backend ebpf; all its addresses have the same protocol.
 
     Raises:
         KernelError: the kernel refuses; nothing is attached.
@@ -28,6 +29,7 @@ class AttachedGroups:
 
     def __init__(self, plan: Plan, log: Log) -> None:
         self.plan = plan
+        self.wording = BY_PROTOCOL[plan.binds[0].protocol]
         slots = Slots(plan.slots)
         with ExitStack() as undo:
             self._groups: Sequence[AttachedGroup] = [

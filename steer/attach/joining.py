@@ -16,8 +16,10 @@ from steer.attach.holders import Holder
 from steer.attach.refusals import Refusals
 from steer.attach.roster import Member, Roster
 from steer.attach.watch import Watch
+from steer.attach.wording import BY_PROTOCOL
 from steer.backends.base import Counts
 from steer.backends.ebpf import Ebpf
+from steer.config.address import Bind
 from steer.errors import KernelError, Note
 from steer.linux.log import Log
 from steer.sockets import members, reuseport
@@ -44,7 +46,9 @@ class Joining:
         attachment: Attachment,
         counting: CountingElsewhere,
         log: Log,
+        bind: Bind,
     ) -> None:
+        self._wording = BY_PROTOCOL[bind.protocol]
         self._roster = roster
         self._holders = group_holders
         self._backend = backend
@@ -58,7 +62,7 @@ class Joining:
         self.why_unwatched: Note | None = None
         with ExitStack() as undo:
             try:
-                self.watch = undo.enter_context(closing(Watch(attachment)))
+                self.watch = undo.enter_context(closing(Watch(attachment, bind)))
             except KernelError as error:
                 self.why_unwatched = error.note
             self.close = undo.pop_all().close
@@ -79,11 +83,13 @@ class Joining:
             self._join(found[:room])
         self._tell_room(len(found[room:]))
         for why, refused in self.refusals.untold().items():
-            self._log.warning("%s; tried again from time to time", refusals.in_words(why, refused))
+            words = refusals.in_words(why, refused, self._wording)
+            self._log.warning("%s; tried again from time to time", words)
 
     def _tell_room(self, without: int) -> None:
         if without and not self.without_room:
-            self._log.warning("%s", refusals.full_in_words(self._roster.capacity, without))
+            capacity, wording = self._roster.capacity, self._wording
+            self._log.warning("%s", refusals.full_in_words(capacity, without, wording))
         self.without_room = without
 
     def join_all(self, there: Mapping[int, Listener]) -> None:
@@ -150,8 +156,9 @@ class Joining:
         except BaseException as error:
             self._attachment.leaves(listener.cookie)
             self._backend.remove_member(slot)
-            if isinstance(error, KernelError) and error.errno == errno.EBUSY:
-                raise refusals.in_another_array(errno.EBUSY) from None
+            number = error.errno if isinstance(error, KernelError) else None
+            if number and number in refusals.BY_ERRNO:
+                raise refusals.BY_ERRNO[number](number) from None
             raise
         self._roster.add(listener, held, time.monotonic(), slot)
 

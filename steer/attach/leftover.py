@@ -82,11 +82,12 @@ def _programs(bind: Bind) -> Iterator[_Program]:
         return
     with Look() as look:
         seen = [each for each in look.in_this_netns() if each.inode in there]
-        ours = {each.program: each for each in seen if each.name.startswith(_OURS)}
-        held_by = look.holders(ours) if ours else {}
-    for address, each in ours.items():
-        inodes = [one.inode for one in seen if one.program == address]
-        yield _Program(each.program_id, inodes, sorted(held_by[address]))
+        # Connected UDP sockets may have split the group: then each part has the program.
+        ours = {each.group: each for each in seen if each.name.startswith(_OURS)}
+        held_by = look.holders({each.program for each in ours.values()}) if ours else {}
+    for group, each in ours.items():
+        inodes = [one.inode for one in seen if one.group == group]
+        yield _Program(each.program_id, inodes, sorted(held_by[each.program]))
 
 
 def _refusal(act: str, pids: Collection[int], silent_s: float) -> AttachRefused:

@@ -74,7 +74,7 @@ class Looking:
 
     def _look(self) -> None:
         began_s = time.monotonic()
-        self._retry.attempt(f"look for listeners at {self._where}", self._group.look)
+        self._retry.attempt(f"look for sockets at {self._where}", self._group.look)
         if self._group.joining.watch is None:
             self._stop_hearing()
         ended_s = time.monotonic()

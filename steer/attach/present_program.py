@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import msgspec
 
-from steer.attach import leftover
+from steer.attach import leftover, ownership
 from steer.errors import AttachRefused, KernelError
 from steer.linux import services
 from steer.loader.kernel_sockets import KernelSocket, Look
@@ -36,12 +36,18 @@ def look(inodes: Collection[int], act: str, replace: bool) -> Present:
         replace: whether a program of somebody else may be replaced.
 
     Raises:
-        AttachRefused: it is somebody else's, or its attacher lives.
+        AttachRefused: it is somebody else's, or its attacher lives; or no program can select among
+            all of them.
     """
     try:
-        found = _programs(inodes)
+        with Look() as looking:
+            seen = [each for each in looking.in_this_netns() if each.inode in inodes]
+            found = _programs(looking, seen)
     except KernelError:
         return Present()  # without CAP_PERFMON nobody can tell
+    # A socket without SO_REUSEPORT is in no group, and refused for that.
+    if split := ownership.split([each.group for each in seen if each.is_reuseport]):
+        raise AttachRefused(act, split.found, split.cure)
     for each, pids in found:
         if pids or not each.name.startswith(_OURS):
             if not replace or not each.program_id or _service_of(pids):
@@ -53,13 +59,11 @@ def look(inodes: Collection[int], act: str, replace: bool) -> Present:
     return Present(left=bool(found))
 
 
-def _programs(inodes: Collection[int]) -> list[tuple[KernelSocket, Set[int]]]:
-    """A listener for each program that selects among them, and the processes that have that open.
+def _programs(looking: Look, seen: Iterable[KernelSocket]) -> list[tuple[KernelSocket, Set[int]]]:
+    """A socket for each program that selects among them, and the processes that have that open.
     Raises KernelError."""
-    with Look() as look:
-        seen = (each for each in look.in_this_netns() if each.inode in inodes and each.program)
-        found: Mapping[int, KernelSocket] = {each.program: each for each in seen}
-        held_by = look.holders(found) if found else {}
+    found: Mapping[int, KernelSocket] = {each.program: each for each in seen if each.program}
+    held_by = looking.holders(found) if found else {}
     return [(each, held_by[program]) for program, each in found.items()]
 
 

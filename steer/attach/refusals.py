@@ -1,37 +1,55 @@
-"""Listeners that could not become members: why, and when to try them again. Pure."""
+"""Sockets that could not become members: why, and when to try them again. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import errno
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import msgspec
 
+from steer.attach.wording import Wording
 from steer.errors import KernelError, Note
 from steer.values import plural, several
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _DOUBLINGS = 0.1, 10.0, 10
 _TOLD_AFTER = 2
-"""A listener that fails once may just have been closed."""
-
+"""A socket that fails once may just have been closed."""
 
 HIDDEN = Note("no process can be seen that has it open", "run as root, in the pid namespace of all")
 _MOST_PIDS = 4
 
 
-def unshared(errno: int) -> KernelError:
-    """A listener without SO_REUSEPORT."""
+LEFT = "was connected or bound to an interface once"
+"""What makes a UDP socket leave its group, see reuseport_detach_sock() of the kernel's callers."""
+
+
+def unshared(number: int) -> KernelError:
+    """A socket without SO_REUSEPORT."""
     cure = "set SO_REUSEPORT in the server"
-    return KernelError("add a listener", "it is without SO_REUSEPORT", cure, errno=errno)
+    return KernelError("add a socket", "it is without SO_REUSEPORT", cure, errno=number)
 
 
-def in_another_array(errno: int) -> KernelError:
-    """A listener that another program selects."""
+def in_another_array(number: int) -> KernelError:
+    """A socket that another program selects."""
     cause = "it is in the socket array of another program"
-    return KernelError("add a listener", cause, "`steer inspect` shows whose", errno=errno)
+    return KernelError("add a socket", cause, "`steer inspect` shows whose", errno=number)
+
+
+def in_no_group(number: int) -> KernelError:
+    """A socket that is closed, or left its group for good."""
+    cause = f"it is in no reuseport group: it is closed, or {LEFT}"
+    return KernelError("add a socket", cause, "restart its process", errno=number)
+
+
+BY_ERRNO: Mapping[int, Callable[[int], KernelError]] = {
+    errno.EBUSY: in_another_array,
+    errno.EINVAL: in_no_group,
+}
+"""What the kernel means if it does not put a socket into a sockarray."""
 
 
 class Refusal(msgspec.Struct):
-    """Of one listener.
+    """Of one socket.
 
     Args:
         why: the last time.
@@ -97,17 +115,18 @@ class Refusals:
         return fresh
 
 
-def in_words(why: Note, refused: Sequence[Refusal]) -> str:
-    """A reason, with the listeners it is the reason for."""
-    count = plural(len(refused), "listener")
+def in_words(why: Note, refused: Sequence[Refusal], wording: Wording) -> str:
+    """A reason, with the sockets it is the reason for."""
+    count = plural(len(refused), wording.socket)
     pids = sorted({pid for each in refused for pid in each.pids})[:_MOST_PIDS]
     whose = f" ({several('pid', pids)})" if pids else ""
     verb = "is" if len(refused) == 1 else "are"
     return f"{count}{whose} {verb} not selected: {why}"
 
 
-def full_in_words(capacity: int, without: int) -> str:
-    """What is said if there are more listeners than slots."""
-    more = f"{plural(without, 'listener')} more {'gets' if without == 1 else 'get'} no connections"
+def full_in_words(capacity: int, without: int, wording: Wording) -> str:
+    """What is said if there are more sockets than slots."""
+    verb = "gets" if without == 1 else "get"
+    more = f"{plural(without, wording.socket)} more {verb} no {wording.traffic}"
     cure = "`steer detach` and attach again to have slots for all"
     return f"all {capacity} slots are taken, and {more}; {cure}"

@@ -81,7 +81,7 @@ class Requests:
     async def drain(self, request: Request) -> Answer:
         group, member = self._member(request, "drain", State.READY)
         if group.roster.selected == [member]:
-            act = f"drain listener {member.slot}"
+            act = f"drain {group.wording.socket} {member.slot}"
             raise ControlError(act, "no other is ready", "start one, or `steer detach`")
         group.drain(member)
         return Drained(member.slot)
@@ -94,16 +94,16 @@ class Requests:
     def _member(self, request: Request, act: str, wanted: State) -> tuple[AttachedGroup, Member]:
         """The member in a slot, and its group. Raises ControlError: there is none, or it is in
         another state."""
-        slot = request.get("slot")
+        slot, what = request.get("slot"), self._groups.wording.socket
         found = self._groups.at(slot) if type(slot) is int else None
         if found is None:
             there = ", ".join(str(each.slot) for _, each in self._groups.members)
             cure = f"there are: {there}"
-            raise ControlError(f"{act} listener {shown(slot)}", "no such slot", cure)
+            raise ControlError(f"{act} {what} {shown(slot)}", "no such slot", cure)
         _, member = found
         if member.state is not wanted:
             cause = f"it is {member.state.value}"
-            raise ControlError(f"{act} listener {slot}", cause, f"has to be {wanted.value}")
+            raise ControlError(f"{act} {what} {slot}", cause, f"has to be {wanted.value}")
         return found
 
     async def policy(self, request: Request) -> Answer:
@@ -140,7 +140,7 @@ HANDLERS: Mapping[str, Handle] = {
 def _refuse(command: str) -> Handle:
     async def refuse(requests: Requests, _request: Request) -> Answer:
         name = requests._groups.plan.name
-        cause = "its processes are not steer's, which only selects among their listeners"
+        cause = "its processes are not steer's, which only selects among their sockets"
         raise ControlError(f"{command} {name}", cause, "use the server's own command")
 
     return refuse

@@ -123,7 +123,7 @@ def _announce(groups: AttachedGroups, log: Log, took_s: float) -> None:
     log.info(
         "%s: %s of %s, %s, attached in %.1f ms",
         plan.name,
-        plural(len(groups.members), "listener"),
+        plural(len(groups.members), groups.wording.socket),
         " and ".join(text_of(each) for each in plan.binds),
         plan.policy.name,
         1000 * took_s,
@@ -132,7 +132,7 @@ def _announce(groups: AttachedGroups, log: Log, took_s: float) -> None:
         log.info("policy %s", plan.became)
     for why in dict.fromkeys(each.joining.why_unwatched for each in groups):
         if why:
-            log.warning("listeners that close are not seen in time: %s", why)
+            log.warning("sockets that close are not seen in time: %s", why)
     for why in dict.fromkeys(each.counting.why_not for each in groups):
         if why:
             log.warning("open connections are not counted: %s", why)

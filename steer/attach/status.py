@@ -13,15 +13,23 @@ from steer.attach.binds import text_of
 from steer.attach.group import AttachedGroup
 from steer.attach.groups import AttachedGroups
 from steer.attach.roster import Member
+from steer.attach.wording import Wording
+from steer.backends import shortfalls
 from steer.backends.shortfalls import NOT_COUNTED
 from steer.control import schema
 from steer.linux import netns
+from steer.sockets import members
 from steer.sockets.sock_diag import Listener
 from steer.values import plural
 
 SHARED = (
     "processes hold each other's listeners: what waits for one that is killed waits for its "
     "successor"
+)
+DATAGRAMS_LOST = "datagrams queued at a socket that closes are lost: the kernel moves none"
+CONNECTED = (
+    "the server has connected sockets at this address: one that it binds from now on gets all "
+    "datagrams of new clients; have it bind the wildcard address"
 )
 _OLDER = "open connections: those since `steer attach`"
 
@@ -74,27 +82,41 @@ def _notes_of(group: AttachedGroup) -> list[str]:
     notes = []
     if group.counting.why_not:
         notes.append(f"{NOT_COUNTED}: {group.counting.why_not}")
-    elif not group.is_older_counted:
+    elif group.is_tcp and not group.is_older_counted:
         notes.append(_OLDER)
     if why := group.joining.why_unwatched:
-        notes.append(f"listeners that close may take connections with them: {why}")
+        notes.append(f"sockets that close may take {group.wording.traffic} with them: {why}")
     if group.taken_by:
         notes.append(str(group.taken_by))
+    if group.split:
+        notes.append(str(group.split))
     if group.holders.is_held_together:
         notes.append(SHARED)
-    notes += [refusals.in_words(*each) for each in group.joining.refusals.by_reason().items()]
-    if group.joining.without_room:
-        notes.append(refusals.full_in_words(group.roster.capacity, group.joining.without_room))
+    words = group.wording
+    by_reason = group.joining.refusals.by_reason()
+    notes += [refusals.in_words(*each, words) for each in by_reason.items()]
+    if without := group.joining.without_room:
+        notes.append(refusals.full_in_words(group.roster.capacity, without, words))
     if not group.roster.selected:
-        notes.append(_unselected(len(group.listeners())))
+        notes.append(_unselected(len(group.listeners()), words))
+    if not group.is_tcp:
+        notes += _of_datagrams(group)
     return notes
 
 
-def _unselected(listeners: int) -> str:
-    if not listeners:
-        return "nobody listens there: the kernel refuses connections until somebody does"
-    among = plural(listeners, "listener")
-    return f"no listener can be selected: the kernel alone decides among {among}"
+def _unselected(sockets: int, words: Wording) -> str:
+    if not sockets:
+        return f"{words.nobody} there: {words.unserved}"
+    among = plural(sockets, words.socket)
+    return f"no {words.socket} can be selected: the kernel alone decides among {among}"
+
+
+def _of_datagrams(group: AttachedGroup) -> list[str]:
+    notes = [DATAGRAMS_LOST, *shortfalls.of_load(group.plan, None)]
+    (bind,) = group.plan.binds
+    if not bind.is_wildcard and members.has_connected(bind):
+        notes.append(CONNECTED)
+    return notes
 
 
 def _workers(groups: AttachedGroups) -> list[schema.Worker]:
@@ -119,7 +141,8 @@ def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> sch
         connections=schema.Connections(
             selected=counts.selected if counts else None,
             open=group.backend.open(member.slot),
-            queued=there.queued if there else None,
+            queued=there.queued if there and group.is_tcp else None,
+            queued_bytes=there.queued if there and not group.is_tcp else None,
             migrated=counts.migrated if counts else None,
         ),
         sockets=[member.listener.inode],

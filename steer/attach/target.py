@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 
 from steer.attach import elsewhere, holders, present_program, watch
-from steer.attach.binds import binds_of, listeners_at, text_of
+from steer.attach.binds import binds_of, exact_text_of, listeners_at, text_of
 from steer.attach.counting import TRACEPOINT
 from steer.attach.holders import Holder
+from steer.attach.wording import BY_PROTOCOL
 from steer.config.address import Bind
 from steer.errors import AttachRefused, KernelError
 from steer.linux import processes, services, waiting
@@ -23,10 +24,9 @@ _LOOKS = 3
 
 
 class Target:
-    """The listeners at an address, looked at once, before anything is attached.
+    """The sockets at an address, looked at once, before anything is attached.
 
     Args:
-        bind: TCP.
         replace: whether a program that the group has may be replaced for a while.
 
     Attributes:
@@ -40,6 +40,7 @@ class Target:
     def __init__(self, bind: Bind, replace: bool = False) -> None:
         self.bind = bind
         self._act = f"attach to {text_of(bind)}"
+        self._words = BY_PROTOCOL[bind.protocol]
         self.listeners: Mapping[int, Listener] = {}
         self.holders: Mapping[int, Sequence[Holder]] = {}
         for _look in range(_LOOKS):
@@ -92,7 +93,7 @@ class Target:
     def _refuse_hidden(self) -> None:
         hidden = self.listeners.keys() - self.holders.keys()
         if hidden:
-            count = plural(len(hidden), "listener")
+            count = plural(len(hidden), self._words.socket)
             cause = f"of {count} no process can be seen that has it open"
             raise self._refusal(cause, "run as root, where /proc shows all processes")
 
@@ -148,7 +149,7 @@ def _target(text: str, bind: Bind, others: Sequence[Bind], replace: bool) -> Tar
         if not others:
             raise
         # Of a wildcard, as the text that stands for both families would name this one, too.
-        cure = f"`steer attach {others[0].label.removeprefix('tcp ')}` leaves it out"
+        cure = f"`steer attach {exact_text_of(others[0])}` leaves it out"
         raise error.under(f"attach to {text}", cure) from None
 
 

@@ -1,15 +1,16 @@
-"""Programs on the cgroups where listeners are created: see bpf/attach.c."""
+"""Programs on the cgroups where sockets are created: see bpf/attach.c."""
 
 from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
 from steer import abi
 from steer.attach.attachment import Attachment
 from steer.attach.counting import TRACEPOINT
+from steer.config.address import Bind
 from steer.errors import KernelError
 from steer.linux import cgroup
 from steer.loader import compile, tracing
@@ -17,29 +18,35 @@ from steer.loader.bpf_maps import Map
 from steer.loader.programs import ATTACH_TYPES, Link, Program
 from steer.policy.bytecode import Code
 
-_KINDS = ("closing", "listening")
 PORT = "sock_common", "skc_num"
 _POSITION = struct.Struct("=Q")
 
 
 class Watch:
-    """Reports listeners that open and close, until it is closed.
+    """Reports sockets that open and close, until it is closed.
+
+    Args:
+        bind: the address of the group.
 
     Raises:
         KernelError: the kernel refuses the programs.
     """
 
-    def __init__(self, attachment: Attachment) -> None:
+    def __init__(self, attachment: Attachment, bind: Bind) -> None:
         code = compile.load(compile.sources() / "attach.c").programs
         self._links: dict[int, list[Link]] = {}
+        self._attach_types = _attach_types(bind)
         with ExitStack() as undo:
             self._programs = {
                 kind: undo.enter_context(
-                    Program(f"steer_{kind}", code[kind], attachment.maps, ATTACH_TYPES[kind])
+                    Program(
+                        f"steer_{kind}", code[kind], attachment.maps, attach_type, bind.protocol
+                    )
                 )
-                for kind in _KINDS
+                for kind, attach_type in self._attach_types.items()
             }
-            self._tracepoint = self._trace(attachment, code["state"], undo)
+            is_tcp = bind.protocol == "tcp"
+            self._tracepoint = is_tcp and self._trace(attachment, code["state"], undo)
             self.events = Ring(attachment.maps["events"])
             undo.callback(self.events.close)
             undo.callback(self._unlink)
@@ -64,7 +71,7 @@ class Watch:
             if number not in self._links:
                 with cgroup.opened(number) as directory, ExitStack() as undo:
                     links = [
-                        undo.enter_context(Link(program, directory, ATTACH_TYPES[kind]))
+                        undo.enter_context(Link(program, directory, self._attach_types[kind]))
                         for kind, program in self._programs.items()
                         if kind == "closing" or not self._tracepoint
                     ]
@@ -77,9 +84,17 @@ class Watch:
                 link.close()
 
 
+def _attach_types(bind: Bind) -> Mapping[str, int]:
+    """Of the programs on cgroups, by name. No tracepoint reports that a UDP socket is bound."""
+    if bind.protocol == "tcp":
+        return {kind: ATTACH_TYPES[kind] for kind in ("closing", "listening")}
+    post_bind = abi.BPF_CGROUP_INET6_POST_BIND if bind.is_v6 else abi.BPF_CGROUP_INET4_POST_BIND
+    return {"closing": ATTACH_TYPES["closing"], "bound": post_bind}
+
+
 class Ring:
     """A ring buffer (BPF_MAP_TYPE_RINGBUF). Its records are not read: that there are any means that
-    a listener was opened or closed."""
+    a socket was opened or closed."""
 
     def __init__(self, events: Map) -> None:
         self._events = events

@@ -161,7 +161,7 @@ def _binds(where: str) -> list[Bind]:
     from steer.config import address
 
     bind = address.parse(where)
-    if where.startswith((":", "*:")):
+    if address.is_of_any_host(where):
         return [bind, msgspec.structs.replace(bind, address="::")]
     return [bind]
 

@@ -109,10 +109,11 @@ def check(as_json: bool, **options: Any) -> None:
 )
 @_CONTROL_SOCKET
 def attach(where: str, **how: Any) -> None:
-    """Steer the listeners of a server that runs already.
+    """Steer the listeners or UDP sockets of a server that runs already.
 
-    steer stays in the foreground until it is interrupted or `steer detach` ends it; then the
-    kernel selects again as before. The server is not restarted and notices nothing.
+    A UDP address is written udp://ADDR:PORT. steer stays in the foreground until it is interrupted
+    or `steer detach` ends it; then the kernel selects again as before. The server is not restarted
+    and notices nothing.
     """
     from steer.cli import attach
 

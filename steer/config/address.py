@@ -97,6 +97,11 @@ def parse(text: str, *, any_port: bool = False) -> Bind:
     return Bind(match["protocol"] or "tcp", _numeric(match["v6"], match["host"], act), port)
 
 
+def is_of_any_host(text: str) -> bool:
+    """Whether an address names a port only, and so the wildcard of either family."""
+    return text.strip().removeprefix("tcp://").removeprefix("udp://").startswith((":", "*:"))
+
+
 def did_you_mean(text: str) -> str:
     """A question that names the address that the user probably meant; "": no guess.
 

@@ -21,7 +21,7 @@ _WAKES: Mapping[str | None, str] = {
     "poll": "the kernel wakes all that are idle, and the quickest gets it",
 }
 _ANY = "whichever takes it from the queue first gets it"
-_POLICY = "least-conn"
+_POLICIES = {"tcp": "least-conn", "udp": "flow"}
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -209,6 +209,8 @@ def _better(group: Group, known: Known) -> Iterator[str]:
 
 def _gains(group: Group) -> str:
     """What a policy selects: a process that has several sockets has one for each thread."""
+    if group.protocol == "udp":
+        return "keeps each client with its socket while other sockets come and go"
     holders = [servers(each.processes) or each.processes for each in group.sockets]
     pids = {each.pid for held in holders for each in held}
     what = "process" if len(pids) >= len(group.sockets) else "socket"
@@ -230,9 +232,10 @@ def _attach(group: Group, known: Known) -> str:
     """The command that steers the group as it is; "" if there is none."""
     netns = _netns(group)
     replace = ["--replace"] if _program_selects(group) and not _is_left(group) else []
-    if group.protocol != "tcp" or not {"--policy", *replace, *netns[:1]} <= known.attach_options:
+    if not {"--policy", *replace, *netns[:1]} <= known.attach_options:
         return ""
-    return " ".join(["steer attach", bind(group), *netns, "--policy", _POLICY, *replace])
+    policy = _POLICIES[group.protocol]
+    return " ".join(["steer attach", bind(group), *netns, "--policy", policy, *replace])
 
 
 class _Hint(msgspec.Struct, frozen=True):

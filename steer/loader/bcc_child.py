@@ -26,7 +26,7 @@ from typing import IO, Any
 PROGRAMS = (
     *("plain", "migrate", "count"),
     *("tcp", "udp", "tcp_addresses", "udp_addresses", "task_file", "holders", "mark", "accepted"),
-    *("closing", "listening", "state", "trace"),
+    *("closing", "listening", "bound", "state", "trace"),
 )
 """The functions that become programs, without "steer_"."""
 NO_BCC = 3

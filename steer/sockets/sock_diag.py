@@ -70,7 +70,7 @@ class Bound(Waiting, frozen=True):
 
 
 class Listener(Waiting, frozen=True, kw_only=True):
-    """A TCP listener.
+    """A TCP listener, or a UDP socket that is not connected.
 
     Args:
         address: the address that it is bound to, as inet_pton(3) packs it.
@@ -88,12 +88,19 @@ class Listener(Waiting, frozen=True, kw_only=True):
     cgroup: int
 
 
-def listeners(family: int, port: int) -> list[Listener]:
-    """The TCP listeners at a port. Raises KernelError."""
+def listeners(family: int, port: int, protocol: str = "tcp") -> list[Listener]:
+    """The TCP listeners, or the UDP sockets that are not connected, at a port.
+
+    Raises:
+        KernelError
+    """
+    asking = _UNCONNECTED if protocol == "udp" else _LISTENING
     found = []
-    for answer in inet_diag.whole_dump(family, socket.IPPROTO_TCP, 1 << _LISTEN, port, 0):
+    for answer in inet_diag.whole_dump(family, *asking[:2], port, asking[2]):
         for _, content in inet_diag.messages(memoryview(answer)):
             _, _, _, here, _, device, queued, limit, uid, inode = inet_diag.fields(content)
+            if memory := inet_diag.attribute(content, asking[2]):
+                queued, limit = _MEMORY.unpack_from(memory)
             cgroup = inet_diag.attribute(content, inet_diag.CGROUP_ID)
             found.append(
                 Listener(
@@ -108,6 +115,11 @@ def listeners(family: int, port: int) -> list[Listener]:
                 )
             )
     return found
+
+
+_LISTENING = socket.IPPROTO_TCP, 1 << _LISTEN, 0
+_UNCONNECTED = socket.IPPROTO_UDP, 1 << _CLOSE, inet_diag.SKMEMINFO
+"""Protocol, states, and the attribute to ask for."""
 
 
 class Ports:

@@ -521,10 +521,6 @@ def test_user_without_privilege_is_not_told_of_strict(steer: RunSteer) -> None:
     assert "strict" not in done.stderr
 
 
-def test_datagrams_are_refused(steer: RunSteer) -> None:
-    assert "over TCP" in refused(steer, f"udp://{HOST}:{PORT}")
-
-
 def test_shared_socket_is_refused(steer: RunSteer) -> None:
     code = "import socket, sys\ns = socket.socket(fileno=int(sys.argv[1]))\ns.accept()"
     with socket.create_server((HOST, PORT)) as sock, ExitStack() as processes:

@@ -58,7 +58,7 @@ class Server:
             self._backend = stack.enter_context(
                 closing(Ebpf(decided, counting=counting, attachment=self.attachment.maps))
             )
-            self.watch = stack.enter_context(closing(Watch(self.attachment)))
+            self.watch = stack.enter_context(closing(Watch(self.attachment, decided.binds[0])))
             stack.enter_context(closing(Heartbeat(self.attachment.beat)))
             self._epoll = stack.enter_context(select.epoll())
             self._listeners: dict[int, socket.socket] = {}

@@ -6,8 +6,10 @@ import errno
 
 from steer.attach import refusals
 from steer.attach.refusals import Refusals
+from steer.attach.wording import BY_PROTOCOL
 from steer.errors import Note
 
+TCP = BY_PROTOCOL["tcp"]
 SHORT, ELSEWHERE = Note("no descriptor is left"), Note("it is in another array", "see there")
 
 
@@ -61,11 +63,11 @@ def test_words_name_the_listeners_the_reason_and_the_cure() -> None:
         for _ in range(2):
             made.add(inode, refusals.in_another_array(errno.EBUSY).note, [40 + inode], 0.0)
     ((why, refused),) = made.by_reason().items()
-    words = refusals.in_words(why, refused)
+    words = refusals.in_words(why, refused, TCP)
     assert "2 listeners (pids 47, 48) are not selected: " in words
     assert "in the socket array of another program; `steer inspect` shows whose" in words
 
 
 def test_words_name_what_does_not_fit() -> None:
-    words = refusals.full_in_words(256, 1)
+    words = refusals.full_in_words(256, 1, TCP)
     assert "all 256 slots are taken, and 1 listener more gets no connections; " in words

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.config.address import ALLOWED, Bind, parse
+from steer.config.address import ALLOWED, Bind, is_of_any_host, parse
 from steer.errors import ConfigError
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -142,3 +142,11 @@ def test_no_text_is_more_than_an_error(text: str) -> None:
     except ConfigError:
         return
     assert 1 <= bind.port <= 65535
+
+
+@pytest.mark.parametrize(
+    "text, is_any",
+    [(":80", True), ("udp://:53", True), ("tcp://*:80", True), ("0.0.0.0:80", False)],
+)
+def test_wildcard_of_either_family_has_no_host(text: str, is_any: bool) -> None:
+    assert is_of_any_host(text) is is_any

@@ -109,13 +109,18 @@ def test_attach_is_advised_where_the_hash_decides() -> None:
     assert found.startswith("`steer attach :80 --policy least-conn` ")
 
 
+def test_attach_is_advised_for_datagrams_as_they_have_no_connections() -> None:
+    (found,) = words.advice(group(*TWO, protocol="udp"), KNOWN)
+    assert found.startswith("`steer attach udp://:80 --policy flow` keeps each client with its")
+
+
 def test_attach_is_not_advised_where_it_is_not_there() -> None:
     assert words.advice(group(*TWO), words.Known()) == []
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"program": EBPF}, {"is_elsewhere": True, "netns_name": "blue"}, {"protocol": "udp"}],
+    [{"program": EBPF}, {"is_elsewhere": True, "netns_name": "blue"}],
 )
 def test_attach_is_not_advised_where_it_could_not_do_it(changes: dict[str, Any]) -> None:
     known = words.Known({}, frozenset({"--policy"}))
