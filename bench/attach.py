@@ -11,8 +11,8 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from bench.servers import HOST
 from steer.attach.group import AttachedGroup
 from steer.attach.target import Target
 from steer.config import address
+from steer.config.plan import Plan as ServicePlan
 from steer.config.planning import plan
 from steer.config.service import Service
 from steer.config.sources import changed
@@ -42,6 +43,8 @@ _MIX = ((0.05, 0.08), (0.95, 0.002))
 _RATE = 200.0
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _PORT = 9970
+JOINING = 320
+LOOK_AT_MOST_MS = 100
 _CPUS = os.cpu_count() or 1
 _GIVE_UP_S = 10.0
 
@@ -85,8 +88,15 @@ def run(quick: bool) -> Iterator[Section]:
                 yield bench.reloads(kind)
         yield bench.slow_requests()
         yield bench.attaching()
+        yield bench.joining()
         yield bench.killed()
         yield bench.load()
+
+
+def _plan(at: Running, workers: int) -> ServicePlan:
+    asked = {"policy": "round-robin", "bind": [f"{HOST}:{at.port}"], "backend": "ebpf"}
+    service = changed(Service(), {**asked, "workers": workers}, "measure")
+    return plan(service, topology.read(), {}, find.find("round-robin"))
 
 
 class _Bench:
@@ -208,10 +218,8 @@ class _Bench:
         Args:
             made: gets the programs and maps that there were meanwhile.
         """
-        asked = {"policy": "round-robin", "bind": [f"{HOST}:{at.port}"], "backend": "ebpf"}
         target = Target(address.parse(f"{HOST}:{at.port}"))
-        service = changed(Service(), {**asked, "workers": len(target.listeners)}, "measure")
-        decided = plan(service, topology.read(), {}, find.find("round-robin"))
+        decided = _plan(at, len(target.listeners))
         began_s = time.process_time()
         group = AttachedGroup(decided, Log("error", "text"))
         group.begin(target.pids)
@@ -224,6 +232,24 @@ class _Bench:
         return 1000 * attach_s, 1000 * detach_s
 
     # ---- the attacher is killed
+
+    def joining(self) -> Section:
+        """One look, while which no request is answered."""
+        many = replace(THREADS, workers=JOINING)
+        looks_ms = []
+        for _ in range(self._size.rounds):
+            with (
+                attached.running(THREADS, _PORT, self._environment) as at,
+                closing(AttachedGroup(_plan(at, JOINING), Log("error", "text"))) as group,
+            ):
+                group.begin()
+                with attached.running(many, _PORT, self._environment):
+                    began_s = time.monotonic()
+                    group.look()
+                    looks_ms.append(1000 * (time.monotonic() - began_s))
+                group.detach()
+        title = f"{JOINING} listeners of one process, each waited on by a thread, join"
+        return Section(title, [Figure("look", "ms", tuple(looks_ms), LOOK_AT_MOST_MS)])
 
     def killed(self) -> Section:
         took_s, requests, failed = [], 0, 0

@@ -72,9 +72,13 @@ class GroupHolders:
 
     def waited_on(self) -> set[int]:
         """The listeners that have joined, are not selected yet, and are waited on, by inode."""
-        starting = self._roster.starting
+        starting: dict[frozenset[int], set[int]] = {}
+        for each in self._roster.starting:
+            pids = frozenset(holder.pid for holder in each.holders)
+            starting.setdefault(pids, set()).add(each.listener.inode)
         serving = self._serving() if starting else frozenset[int]()
-        return {each.listener.inode for each in starting if _is_waited_on(each, serving)}
+        found = (_waited_on(pids, frozenset(each), serving) for pids, each in starting.items())
+        return set().union(*found)
 
     def _serving(self) -> frozenset[int]:
         """The processes that hold a selected listener which no other process holds."""
@@ -108,17 +112,19 @@ class GroupHolders:
         return holders.find({inode})
 
 
-def _is_waited_on(member: Member, serving: Set[int]) -> bool:
-    """Whether a process waits on the listener. A process that we may not inspect counts as waiting.
+def _waited_on(pids: Set[int], inodes: frozenset[int], serving: Set[int]) -> set[int]:
+    """The listeners that a process waits on. A process that we may not inspect counts as waiting.
 
     Args:
+        pids: the processes that hold the listeners. Each is looked at once, whatever their number.
         serving: processes that serve already. They may be too busy to be seen waiting, so it is
-            enough if they have registered the listener with an epoll.
+            enough if they have registered a listener with an epoll.
     """
-    pids, inode = {each.pid for each in member.holders}, member.listener.inode
-    if any(waiting.waits(pid, frozenset({inode})) for pid in pids & serving):
-        return True
-    return any(
-        waiting.waits_on(pid, frozenset({inode})) is not waiting.Seen.NO
-        for pid in holders.first_of(pids)
-    )
+    found: set[int] = set()
+    for pid in pids & serving:
+        found.update(waiting.waits(pid, inodes) or ())
+    for pid in holders.first_of(pids):
+        if rest := inodes - found:
+            seen = waiting.waits_on_each(pid, rest)
+            found.update(inode for inode, each in seen.items() if each is not waiting.Seen.NO)
+    return found

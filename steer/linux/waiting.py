@@ -9,11 +9,12 @@ import enum
 import os
 import re
 import select
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 
+from steer.linux import blocked_calls
 from steer.linux.activity import is_hidden
+from steer.linux.blocked_calls import Fds
 from steer.linux.processes import family, inode_of, is_zombie
 from steer.linux.procfs import EVERYTHING, Files, TooMuch
 
@@ -50,28 +51,37 @@ def waits_on(
         inodes: the inodes of TCP listeners or UDP sockets, see `socket_inode`.
         machine: the processor by uname(2), which determines the system call numbers.
     """
-    files = Files(root)
-    looks = _waits(pid, inodes, files, machine)
-    if not looks and root == "/proc" and is_hidden(pid):
-        return Seen.UNKNOWN
-    seen = max(looks.values(), default=Seen.NO)
-    return seen if files.whole else max(seen, Seen.UNKNOWN)
+    look = _Look(inodes)
+    _look_at_family(pid, look, Files(root), machine)
+    return max(map(look.seen, inodes), default=Seen.NO)
+
+
+def waits_on_each(pid: int, inodes: frozenset[int], root: str = "/proc") -> dict[int, Seen]:
+    """The same for each of the sockets, at the cost of one call of `waits_on`."""
+    look = _Look(inodes, len(inodes))
+    _look_at_family(pid, look, Files(root), os.uname().machine)
+    return {inode: look.seen(inode) for inode in inodes}
 
 
 def waiters(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[int]:
     """The processes among `pid` and its descendants that wait, see `waits_on`."""
-    seen = _waits(pid, inodes, Files(root), os.uname().machine)
-    return frozenset(member for member, look in seen.items() if look is Seen.YES)
+    files, calls = Files(root), blocked_calls.BLOCKING_CALLS.get(os.uname().machine)
+    looks = {member: _Look(inodes) for member in family(pid, files)}
+    for member, look in looks.items():
+        _look_at_process(member, look, files, calls)
+    return frozenset(member for member, look in looks.items() if look.found)
 
 
 def acceptors(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozenset[int]:
     """The threads of `pid` and its descendants that wait, see `waits_on`."""
-    files, calls = Files(root), _BLOCKING_CALLS.get(os.uname().machine)
+    files, calls = Files(root), blocked_calls.BLOCKING_CALLS.get(os.uname().machine)
     found: set[int] = set()
     with suppress(PermissionError, TooMuch):
         for member in family(pid, files):
             for task in files.tasks(member):
-                if _task_waits(task, inodes, files, calls) is Seen.YES:
+                look = _Look(inodes)
+                _look_at_task(task, look, files, calls)
+                if look.found:
                     found.add(int(os.path.basename(task)))
     return frozenset(found)
 
@@ -102,7 +112,7 @@ def waits(
     Args:
         inodes: sockets that the process has open.
     """
-    files, calls = Files(root, EVERYTHING, EVERYTHING), _BLOCKING_CALLS.get(machine)
+    files, calls = Files(root, EVERYTHING, EVERYTHING), blocked_calls.BLOCKING_CALLS.get(machine)
     found: dict[int, Wait] = {}
     is_known = calls is not None
     try:
@@ -110,8 +120,8 @@ def waits(
         for task in tasks if calls else ():
             is_known &= _add_blocked(found, task, inodes, files, calls or {})
         if tasks and not inodes <= found.keys():
-            for fd in _anonymous(tasks[0], files, _EPOLL):
-                _add(found, tasks[0], fd, _first, inodes, files)
+            for fd in blocked_calls.anonymous(tasks[0], files, blocked_calls.EPOLL):
+                _add(found, tasks[0], fd, blocked_calls.first, inodes, files)
     except PermissionError:
         return None
     return found if is_known or found else None
@@ -122,7 +132,7 @@ def _add_blocked(
     task: str,
     inodes: frozenset[int],
     files: Files,
-    calls: dict[int, _Fds],
+    calls: dict[int, Fds],
 ) -> bool:
     """Add what the system call waits for in which a thread is blocked.
 
@@ -137,23 +147,23 @@ def _add_blocked(
             return False
         fds = None if number == b"running" else calls.get(int(number))
         for fd in fds(files, task, [int(each, 16) for each in arguments]) if fds else ():
-            _add(found, task, fd, fds or _first, inodes, files)
+            _add(found, task, fd, fds or blocked_calls.first, inodes, files)
     return True
 
 
 def _add(
-    found: dict[int, Wait], task: str, fd: int, call: _Fds, inodes: frozenset[int], files: Files
+    found: dict[int, Wait], task: str, fd: int, call: Fds, inodes: frozenset[int], files: Files
 ) -> None:
     """Add what it means to wait for this descriptor in that call."""
     with suppress(FileNotFoundError, ProcessLookupError):
         target = files.link(f"{task}/fd/{fd}")
-        if target == _EPOLL:
+        if target == blocked_calls.EPOLL:
             found |= _epolled(files.read(f"{task}/fdinfo/{fd}"), inodes)
-        elif target == _RING:
-            if _ring_covers(task, fd, inodes, files) is Seen.YES:
-                found |= dict.fromkeys(inodes - found.keys(), Wait.RING)
+        elif target == blocked_calls.RING:
+            accepting = _ring_sockets(task, fd, inodes, files) or frozenset()
+            found |= dict.fromkeys(accepting - found.keys(), Wait.RING)
         elif (inode := inode_of(target)) in inodes:
-            found[inode] = Wait.ACCEPT if call is _one else Wait.POLL
+            found[inode] = Wait.ACCEPT if call is blocked_calls.one else Wait.POLL
 
 
 def _epolled(text: bytes, inodes: frozenset[int]) -> dict[int, Wait]:
@@ -177,106 +187,108 @@ def in_event_loop(
 
     A thread of a stopped process counts, too: see `activity.is_stopped`.
     """
-    calls = _BLOCKING_CALLS.get(machine, {})
+    calls = blocked_calls.BLOCKING_CALLS.get(machine, {})
     return max((_is_in_event_loop(tid, Files(root), calls) for tid in tids), default=Seen.NO)
 
 
-def _is_in_event_loop(tid: int, files: Files, calls: dict[int, _Fds]) -> Seen:
+def _is_in_event_loop(tid: int, files: Files, calls: dict[int, Fds]) -> Seen:
     task = f"{files.root}/{tid}"
     try:
         number = files.read(f"{task}/syscall").split()[0]
         fds = None if number == b"running" else calls.get(int(number))
-        if fds is _restarted:
-            return Seen.YES if _is_polling(files, task) else Seen.NO
+        if fds is blocked_calls.restarted:
+            return Seen.YES if blocked_calls.is_polling(files, task) else Seen.NO
     except PermissionError:
         return Seen.UNKNOWN
     except (OSError, IndexError):  # it has ended
         return Seen.NO
-    return Seen.NO if fds in (None, _one) else Seen.YES
+    return Seen.NO if fds in (None, blocked_calls.one) else Seen.YES
 
 
-def _waits(pid: int, inodes: frozenset[int], files: Files, machine: str) -> dict[int, Seen]:
-    calls = _BLOCKING_CALLS.get(machine)
-    return {member: _process_waits(member, inodes, files, calls) for member in family(pid, files)}
+class _Look:
+    """What is seen of processes that may wait on sockets.
+
+    Args:
+        inodes: the sockets.
+        enough: how many of them have to be waited on until no more is read.
+
+    Attributes:
+        found: those that are waited on.
+        is_unsure: whether something could not be looked at.
+    """
+
+    def __init__(self, inodes: frozenset[int], enough: int = 1) -> None:
+        self.inodes = inodes
+        self.found: set[int] = set()
+        self.is_unsure = False
+        self._enough = enough
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.found) >= self._enough
+
+    def seen(self, inode: int) -> Seen:
+        if inode in self.found:
+            return Seen.YES
+        return Seen.UNKNOWN if self.is_unsure else Seen.NO
 
 
-# from a thread's directory and the arguments of its call to the descriptors it waits for
-_Fds = Callable[[Files, str, list[int]], Iterable[int]]
+def _look_at_family(pid: int, look: _Look, files: Files, machine: str) -> None:
+    calls = blocked_calls.BLOCKING_CALLS.get(machine)
+    members = family(pid, files)
+    for member in members:
+        if not look.is_done:
+            _look_at_process(member, look, files, calls)
+    is_hidden_here = not members and files.root == "/proc" and is_hidden(pid)
+    look.is_unsure |= is_hidden_here or not files.whole
 
 
-def _process_waits(
-    pid: int, inodes: frozenset[int], files: Files, calls: dict[int, _Fds] | None
-) -> Seen:
-    seen = Seen.NO
+def _look_at_process(pid: int, look: _Look, files: Files, calls: dict[int, Fds] | None) -> None:
     try:
         for task in files.tasks(pid):
-            seen = max(seen, _task_waits(task, inodes, files, calls))
-            if seen is Seen.YES:
-                return seen
+            _look_at_task(task, look, files, calls)
+            if look.is_done:
+                return
     except (PermissionError, TooMuch):  # hidepid=1, or the limit is reached
-        return Seen.UNKNOWN
-    return seen
+        look.is_unsure = True
 
 
-def _task_waits(
-    task: str, inodes: frozenset[int], files: Files, calls: dict[int, _Fds] | None
-) -> Seen:
+def _look_at_task(task: str, look: _Look, files: Files, calls: dict[int, Fds] | None) -> None:
     try:
-        fds = _awaited_fds(task, files, calls) if calls else None
+        fds = blocked_calls.awaited_fds(task, files, calls) if calls else None
     except PermissionError:
         fds = None
     except TooMuch:
         raise
     except OSError:  # the thread has ended, or its memory is unmapped
-        return Seen.NO
-    if fds is not None:
-        return _look(task, fds, inodes, files)
-    if is_zombie(task):  # only root may examine one
-        return Seen.NO
-    return max(Seen.UNKNOWN, _look(task, _anonymous(task, files, _EPOLL), inodes, files))
-
-
-def _awaited_fds(task: str, files: Files, calls: dict[int, _Fds]) -> Iterable[int]:
-    """The descriptors that a thread waits for in its system call."""
-    number, *arguments = files.read(f"{task}/syscall").split()
-    if number == b"running" or int(number) not in calls:
-        return ()
-    return calls[int(number)](files, task, [int(argument, 16) for argument in arguments])
-
-
-def _look(task: str, fds: Iterable[int], inodes: frozenset[int], files: Files) -> Seen:
-    seen = Seen.NO
+        return
+    if fds is None:
+        if is_zombie(task):  # only root may examine one
+            return
+        look.is_unsure = True
+        fds = blocked_calls.anonymous(task, files, blocked_calls.EPOLL)
     for fd in fds:
-        seen = max(seen, _covers(task, fd, inodes, files))
-        if seen is Seen.YES:
-            break
-    return seen
+        _look_at_awaited(task, fd, look, files)
+        if look.is_done:
+            return
 
 
-def _covers(task: str, fd: int, inodes: frozenset[int], files: Files) -> Seen:
-    """Whether a thread that waits for this descriptor waits for one of the sockets."""
+def _look_at_awaited(task: str, fd: int, look: _Look, files: Files) -> None:
+    """Add the sockets that a thread waits for if it waits for this descriptor."""
     try:
         target = files.link(f"{task}/fd/{fd}")
-        if target == _EPOLL:
-            return Seen.NO if inodes.isdisjoint(_registered(task, fd, files)) else Seen.YES
-        if target == _RING:
-            return _ring_covers(task, fd, inodes, files)
+        if target == blocked_calls.EPOLL:
+            look.found |= look.inodes & _registered(task, fd, files)
+        elif target == blocked_calls.RING:
+            accepting = _ring_sockets(task, fd, look.inodes, files)
+            look.found |= accepting or frozenset()
+            look.is_unsure |= accepting is None
+        else:
+            look.found |= look.inodes & {inode_of(target)}
     except (PermissionError, TooMuch):
-        return Seen.UNKNOWN
+        look.is_unsure = True
     except OSError:
-        return Seen.NO
-    return Seen.YES if inode_of(target) in inodes else Seen.NO
-
-
-_EPOLL, _RING = "anon_inode:[eventpoll]", "anon_inode:[io_uring]"
-
-
-def _anonymous(task: str, files: Files, kind: str) -> list[int]:
-    """The descriptors whose link in /proc is `kind`."""
-    try:
-        return [fd for fd, target in files.open_files(task) if target == kind]
-    except OSError:
-        return []
+        return
 
 
 def _registered(task: str, epoll: int, files: Files) -> set[int]:
@@ -289,94 +301,14 @@ _REGISTERED = re.compile(rb"^tfd:.* ino:([0-9a-f]+)", re.MULTILINE)
 _IORING_OP_ACCEPT = b"13"
 
 
-def _ring_covers(task: str, ring: int, inodes: frozenset[int], files: Files) -> Seen:
-    """Judge by the pending requests of a ring, which do not name sockets (io_uring/fdinfo.c)."""
+def _ring_sockets(
+    task: str, ring: int, inodes: frozenset[int], files: Files
+) -> frozenset[int] | None:
+    """The sockets that the pending requests of a ring may be for, as these do not name them
+    (io_uring/fdinfo.c). None: that cannot be told."""
     pending = re.findall(rb"^\s+op=(\d+)", files.read(f"{task}/fdinfo/{ring}"), re.MULTILINE)
     if not pending:
-        return Seen.NO
+        return frozenset()
     if _IORING_OP_ACCEPT not in pending:
-        return Seen.UNKNOWN
-    has_one = any(inode_of(target) in inodes for _, target in files.open_files(task))
-    return Seen.YES if has_one else Seen.UNKNOWN
-
-
-def _first(_files: Files, _task: str, arguments: list[int]) -> list[int]:
-    return [_int(arguments[0])]
-
-
-def _one(files: Files, task: str, arguments: list[int]) -> list[int]:
-    """The same, for a call that waits for one descriptor only."""
-    return _first(files, task, arguments)
-
-
-_IORING_ENTER_REGISTERED_RING = 1 << 4
-
-
-def _entered(files: Files, task: str, arguments: list[int]) -> list[int]:
-    """The ring of an io_uring_enter(2); all rings if the call has a registered index."""
-    if arguments[3] & _IORING_ENTER_REGISTERED_RING:
-        return _anonymous(task, files, _RING)
-    return _first(files, task, arguments)
-
-
-_MOST_AWAITED_BYTES = 8192
-"""How much of the arguments of poll and select is read: 1,024 and 65,536 descriptors."""
-
-
-def _polled(files: Files, task: str, arguments: list[int]) -> list[int]:
-    """struct pollfd { int fd; short events; short revents; }, see poll(2)."""
-    address, count = arguments[0], _int(arguments[1])
-    array = files.memory(f"{task}/mem", address, count * 8, _MOST_AWAITED_BYTES)
-    entries = struct.iter_unpack("=ihh", array[: len(array) // 8 * 8])
-    return [fd for fd, events, _ in entries if events & select.POLLIN]
-
-
-def _restarted(files: Files, task: str, arguments: list[int]) -> list[int]:
-    """The descriptors of a call that SIGSTOP and SIGCONT interrupted. It keeps its arguments. It is
-    poll(2), or a call that sleeps or waits for a lock (restart_syscall(2))."""
-    return _polled(files, task, arguments) if _is_polling(files, task) else []
-
-
-def _is_polling(files: Files, task: str) -> bool:
-    return b"poll" in files.read(f"{task}/wchan")
-
-
-def _selected(files: Files, task: str, arguments: list[int]) -> Iterable[int]:
-    """The descriptors of select(2), whose fd_set is an array of long with a bit for each."""
-    count, address = _int(arguments[0]), arguments[1]
-    if not address:
-        return ()
-    size_bytes = (count + 63) // 64 * 8
-    found = files.memory(f"{task}/mem", address, size_bytes, _MOST_AWAITED_BYTES)
-    octets = ((at, octet) for at, octet in enumerate(found) if octet)
-    return (8 * at + bit for at, octet in octets for bit in range(8) if octet >> bit & 1)
-
-
-def _int(register: int) -> int:
-    """An int argument is the lower half of its register; the upper half is undefined."""
-    return register & 0xFFFFFFFF
-
-
-# arch/x86/entry/syscalls/syscall_64.tbl
-_X86_64: dict[int, _Fds] = {
-    **dict.fromkeys((0, 19), _one),  # read, readv
-    **dict.fromkeys((43, 288), _one),  # accept, accept4
-    **dict.fromkeys((45, 47, 299), _one),  # recvfrom, recvmsg, recvmmsg
-    **dict.fromkeys((232, 281, 441), _first),  # epoll_wait, epoll_pwait, epoll_pwait2
-    426: _entered,  # io_uring_enter
-    **dict.fromkeys((7, 271), _polled),  # poll, ppoll
-    **dict.fromkeys((23, 270), _selected),  # select, pselect6
-    219: _restarted,  # restart_syscall
-}
-# include/uapi/asm-generic/unistd.h
-_GENERIC: dict[int, _Fds] = {
-    **dict.fromkeys((63, 65), _one),  # read, readv
-    **dict.fromkeys((202, 242), _one),  # accept, accept4
-    **dict.fromkeys((207, 212, 243), _one),  # recvfrom, recvmsg, recvmmsg
-    **dict.fromkeys((22, 441), _first),  # epoll_pwait, epoll_pwait2
-    426: _entered,  # io_uring_enter
-    73: _polled,  # ppoll
-    72: _selected,  # pselect6
-    128: _restarted,  # restart_syscall
-}
-_BLOCKING_CALLS = {"x86_64": _X86_64, "aarch64": _GENERIC, "riscv64": _GENERIC}
+        return None
+    return inodes.intersection(inode_of(target) for _, target in files.open_files(task)) or None

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from steer.linux import activity, port_holders, processes
-from steer.linux.waiting import Seen, acceptors, in_event_loop, waits_on
+from steer.linux.waiting import Seen, acceptors, in_event_loop, waits_on, waits_on_each
 from testkit import ROOT
 from testkit.processes import eventually, line_of, python, running
 from testkit.programs import source
@@ -425,6 +425,29 @@ def test_waits_on_one_of_several(listener: socket.socket, datagrams: socket.sock
         eventually(lambda: waits_on(it.pid, inodes_of(listener, datagrams)), Seen.YES)
         assert waits_on(it.pid, inodes_of(datagrams)) is Seen.NO
         assert waits_on(it.pid, frozenset()) is Seen.NO
+
+
+def test_each_of_several_is_told_apart(listener: socket.socket, datagrams: socket.socket) -> None:
+    code, number = SOCKET + "s.accept()", listener.fileno()
+    waited_on, other = inodes_of(listener), inodes_of(datagrams)
+    wanted = {**dict.fromkeys(waited_on, Seen.YES), **dict.fromkeys(other, Seen.NO)}
+    with running(*python(code, str(number)), fds=(number,)) as it:
+        eventually(lambda: waits_on_each(it.pid, waited_on | other), wanted)
+
+
+def test_listeners_that_different_threads_wait_on_are_all_found() -> None:
+    code = """
+import socket, threading, signal
+them = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+for each in them[1:]:
+    threading.Thread(target=each.accept, daemon=True).start()
+print(*(os.fstat(each.fileno()).st_ino for each in them), flush=True)
+signal.pause()
+"""
+    with running(*python("import os" + code)) as it:
+        idle, *busy = map(int, line_of(it).split())
+        wanted = {idle: Seen.NO, **dict.fromkeys(busy, Seen.YES)}
+        eventually(lambda: waits_on_each(it.pid, frozenset(wanted)), wanted)
 
 
 def test_nobody_waits(listener: socket.socket, ended_pid: int) -> None:
