@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from steer import abi
 from steer.attach import holders
 from steer.attach.holders import Holder
+from steer.attach.refusals import is_short
 from steer.backends.connections import Counting
 from steer.errors import KernelError
 from steer.linux import cgroup
@@ -50,7 +51,11 @@ class CountingElsewhere(Counting):
 
     def watch_cgroups(self, cgroups: Iterable[int]) -> None:
         """Count in these cgroups, too, if not on a tracepoint. If the program cannot be attached to
-        one of them, nothing is counted: its listeners would otherwise get all new connections."""
+        one of them, nothing is counted: its listeners would otherwise get all new connections.
+
+        Raises:
+            KernelError: something is short that may not be later; counting goes on.
+        """
         if self._owners is None or self.sees_older:
             return
         try:
@@ -60,6 +65,8 @@ class CountingElsewhere(Counting):
                         self._attached.append(programs.Link(self._attached[0], directory))
                     self._cgroups.append(number)
         except KernelError as error:
+            if is_short(error):
+                raise
             self._stop()
             self.why_not = error.note
 

@@ -25,8 +25,6 @@ from steer.linux.log import Log
 from steer.sockets import members, reuseport
 from steer.sockets.sock_diag import Listener
 
-_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-
 
 class Joining:
     """Lets the listeners of one group join it and leave it.
@@ -138,7 +136,7 @@ class Joining:
             try:
                 self.watch.on(cgroups)
             except KernelError as error:
-                if error.errno in _SHORT:
+                if refusals.is_short(error):
                     raise
                 self.watch.close()
                 self.watch, self.why_unwatched = None, error.note

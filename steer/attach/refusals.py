@@ -23,6 +23,14 @@ LEFT = "was connected or bound to an interface once"
 """What makes a UDP socket leave its group, see reuseport_detach_sock() of the kernel's callers."""
 
 
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+
+
+def is_short(error: KernelError) -> bool:
+    """Whether the machine lacks something that it may have later."""
+    return error.errno in _SHORT
+
+
 def unshared(number: int) -> KernelError:
     """A socket without SO_REUSEPORT."""
     cure = "set SO_REUSEPORT in the server"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -19,7 +21,7 @@ from steer.config.sources import changed
 from steer.errors import KernelError
 from steer.linux import cgroup, topology
 from steer.linux.log import Log
-from steer.loader import bpf_maps, find, tracing
+from steer.loader import bpf_maps, find, programs, tracing
 from testkit.processes import eventually, is_ready
 
 pytestmark = [
@@ -199,6 +201,33 @@ def test_listener_of_another_cgroup_is_watched(
     slot = slot_of(group, listeners[-1])
     listeners.pop().close()
     assert group.attachment.is_closing(slot)
+
+
+@pytest.mark.parametrize("lack", [errno.EMFILE, errno.ENOMEM])
+def test_listener_that_cannot_be_counted_for_lack_of_something_joins_later(
+    attach: Open,
+    listeners: list[socket.socket],
+    cgroup_below: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lack: int,
+) -> None:
+    monkeypatch.setattr(tracing, "tracepoint_number", refuse)
+    group = attach()
+    (cgroup_below / "cgroup.procs").write_text(str(os.getpid()))
+    listeners.append(listener())
+    (cgroup_below.parent / "cgroup.procs").write_text(str(os.getpid()))
+
+    def lacking(*_given: object) -> NoReturn:
+        raise KernelError("attach", errno.errorcode[lack], errno=lack)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "Link", lacking)
+        assert len(looked(group).roster) == 3
+    assert group.counting.why_not is None
+    eventually(lambda: len(looked(group).roster) == 4)
+    with ExitStack() as clients:
+        connected(clients, 8)
+        eventually(lambda: sum(each or 0 for each in opened(looked(group))), 8)
 
 
 @pytest.fixture
