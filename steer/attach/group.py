@@ -6,14 +6,14 @@ import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 
-from steer.attach import holders, older, ownership
+from steer.attach import holders, older
 from steer.attach.attachment import Attachment
 from steer.attach.binds import listeners_at
 from steer.attach.counting import CountingElsewhere
 from steer.attach.freed import when_freed
 from steer.attach.group_holders import GroupHolders
 from steer.attach.joining import Joining
-from steer.attach.ownership import Ownership
+from steer.attach.ownership import Ownership, OwnershipChecks
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.roster import Member, Roster, Slots, State
 from steer.attach.wording import BY_PROTOCOL
@@ -58,12 +58,14 @@ class AttachedGroup:
         self.wording = BY_PROTOCOL[self.bind.protocol]
         self._log = log
         self._ownership = Ownership()
+        self._ownership_checks = OwnershipChecks(self.bind.protocol)
         self._selected: list[int] | None = None
         self.is_older_counted = False
         self._replaced: ReplacedProgram | None = None
         self.is_detached = False
         capacity = plan.slots + backup.COUNT
         with ExitStack() as undo:
+            undo.callback(self._ownership_checks.close)
             self.attachment = Attachment(self.bind.port, capacity)
             undo.callback(self.attachment.close)
             self.counting = CountingElsewhere(capacity if self.is_tcp else 0)
@@ -229,7 +231,7 @@ class AttachedGroup:
         its own; and whether the group is still one. Raises KernelError."""
         inodes = {each.listener.inode for each in self.roster}
         before, ours = self._ownership, foreign.number_of(self.backend.programs[0])
-        self._ownership = ownership.look(inodes, ours, self.wording)
+        self._ownership = self._ownership_checks.look(inodes, ours, self.wording)
         for was, found in ((before.taken, self.taken_by), (before.split, self.split)):
             if found and found != was:
                 self._log.warning("%s", found)

@@ -17,7 +17,7 @@ _REST = 3
 """How long to rest after a look, in terms of how long it took. A server that opens many listeners
 one after the other costs a quarter of a CPU at most, and requests are still answered."""
 _CHECKED_S = 10.0
-"""How often to check that the group has our program, which takes some 20 ms."""
+"""How often to check that the group has our program."""
 _WATCHED_S, _UNWATCHED_S, _STARTING_S = 1.0, 0.05, 0.01
 """How often to look for listeners: if programs report them, if none does, and while a process does
 not wait on a new one yet."""

@@ -3,14 +3,15 @@ the sockets can attach another, or detach it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from itertools import islice
 
 import msgspec
 
 from steer.attach.refusals import LEFT
 from steer.attach.wording import Wording
 from steer.errors import KernelError, Note
-from steer.loader.kernel_sockets import KernelSocket, Look
+from steer.loader.kernel_sockets import Glance, KernelSocket, Look
 from steer.values import plural
 
 
@@ -27,29 +28,49 @@ class Ownership(msgspec.Struct, frozen=True):
     split: Note | None = None
 
 
-def look(inodes: Collection[int], ours: int, wording: Wording) -> Ownership:
-    """Look at the group of these sockets.
+class OwnershipChecks:
+    """Checks the ownership of one group, often.
 
     Args:
-        ours: the number of our program.
+        protocol: "tcp" or "udp".
     """
-    try:
-        found = _seen(inodes)
-    except KernelError:
-        return Ownership()
-    return Ownership(taken_by(found, ours, wording), split([each.group for each in found]))
+
+    def __init__(self, protocol: str) -> None:
+        self._protocol = protocol
+        self._glance: Glance | None = None
+        # Only UDP sockets leave their group: any listener tells it for all of them.
+        self._most = 1 if protocol == "tcp" else None
+
+    def look(self, inodes: Collection[int], ours: int, wording: Wording) -> Ownership:
+        """Look at the group of these sockets.
+
+        Args:
+            ours: the number of our program.
+        """
+        try:
+            found = list(islice(self._seen(inodes), self._most))
+        except KernelError:
+            return Ownership()
+        return Ownership(taken_by(found, ours, wording), split([each.group for each in found]))
+
+    def _seen(self, inodes: Collection[int]) -> Iterator[KernelSocket]:
+        """Raises KernelError."""
+        if self._glance is None:
+            with Look() as looking:
+                self._glance = looking.again_and_again(self._protocol)
+        return (each for each in self._glance.in_this_netns() if each.inode in inodes)
+
+    def close(self) -> None:
+        if self._glance is not None:
+            self._glance.close()
+            self._glance = None
 
 
 def program_of(inodes: Collection[int]) -> KernelSocket | None:
     """One of these sockets, with the program of its group; None: they are closed. Raises
     KernelError."""
-    return next(iter(_seen(inodes)), None)
-
-
-def _seen(inodes: Collection[int]) -> list[KernelSocket]:
-    """Raises KernelError."""
     with Look() as looking:
-        return [each for each in looking.in_this_netns() if each.inode in inodes]
+        return next((each for each in looking.in_this_netns() if each.inode in inodes), None)
 
 
 def taken_by(found: Collection[KernelSocket], ours: int, wording: Wording) -> Note | None:

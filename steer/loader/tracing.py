@@ -67,9 +67,13 @@ def tracepoint(
     return Program(name, code, maps, abi.BPF_TRACE_RAW_TP, target=target)
 
 
-def output(program: Program) -> Iterator[bytes]:
+def output(program: Program, part_bytes: int = _CHUNK_BYTES) -> Iterator[bytes]:
     """Run an iterator over the objects of this thread's network namespace. Yields its output, in
     parts that hold whole records.
+
+    Args:
+        part_bytes: how much the program has to put out before it is returned. The kernel goes on
+            only if more is asked for.
 
     Raises:
         KernelError
@@ -82,14 +86,14 @@ def output(program: Program) -> Iterator[bytes]:
     if fd < 0:
         raise refusal("create an iterator", -fd)
     with Descriptor(fd):
-        while chunk := _read(fd):
+        while chunk := _read(fd, part_bytes):
             yield chunk
 
 
-def _read(fd: int) -> bytes:
+def _read(fd: int, most_bytes: int) -> bytes:
     while True:
         try:
-            return os.read(fd, _CHUNK_BYTES)
+            return os.read(fd, most_bytes)
         except BlockingIOError:  # it went over many objects, and none had anything to say
             continue
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from steer.attach import watch
+from steer.attach import ownership, watch
 from steer.attach.group import AttachedGroup
 from steer.attach.roster import State
 from steer.config.planning import plan
@@ -22,6 +22,7 @@ from steer.errors import KernelError
 from steer.linux import cgroup, topology
 from steer.linux.log import Log
 from steer.loader import bpf_maps, find, programs, tracing
+from steer.sockets import group_program
 from testkit.processes import eventually, is_ready
 
 pytestmark = [
@@ -201,6 +202,19 @@ def test_listener_of_another_cgroup_is_watched(
     slot = slot_of(group, listeners[-1])
     listeners.pop().close()
     assert group.attachment.is_closing(slot)
+
+
+@pytest.mark.needs("tracing")
+def test_program_is_checked_again_without_loading_one(
+    attach: Open, listeners: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = attach()
+    assert group.check_program() is None
+    monkeypatch.setattr(ownership, "Look", refuse)
+    group_program.detach(listeners[0].fileno())
+    found = group.check_program()
+    assert found is not None
+    assert "steer's program was detached" in found.found
 
 
 @pytest.mark.parametrize("lack", [errno.EMFILE, errno.ENOMEM])
