@@ -96,37 +96,20 @@ static __always_inline const struct steer_offsets *steer_offsets(void)
 #define steer_read(base, offset, to, bytes) \
 	bpf_probe_read_kernel(to, bytes, (const void *)((base) + (offset)))
 
-static __always_inline u64 steer_u64(u64 base, u32 offset)
-{
-	u64 value = 0;
+/* steer_u64(base, offset) and so on: a field of that type, or 0. */
+#define STEER_READER(type)                                             \
+	static __always_inline type steer_##type(u64 base, u32 offset) \
+	{                                                              \
+		type value = 0;                                        \
+                                                                       \
+		steer_read(base, offset, &value, sizeof(value));       \
+		return value;                                          \
+	}
 
-	steer_read(base, offset, &value, sizeof(value));
-	return value;
-}
-
-static __always_inline u32 steer_u32(u64 base, u32 offset)
-{
-	u32 value = 0;
-
-	steer_read(base, offset, &value, sizeof(value));
-	return value;
-}
-
-static __always_inline u16 steer_u16(u64 base, u32 offset)
-{
-	u16 value = 0;
-
-	steer_read(base, offset, &value, sizeof(value));
-	return value;
-}
-
-static __always_inline u8 steer_u8(u64 base, u32 offset)
-{
-	u8 value = 0;
-
-	steer_read(base, offset, &value, sizeof(value));
-	return value;
-}
+STEER_READER(u64)
+STEER_READER(u32)
+STEER_READER(u16)
+STEER_READER(u8)
 
 static __always_inline u8 steer_bit(u64 base, u32 offset)
 {
