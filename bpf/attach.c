@@ -86,19 +86,32 @@ int steer_bound(struct bpf_sock *sk)
 	return 1;
 }
 
+/* Whether a socket is bound to the port, in the network namespace of the listeners. */
+static __always_inline bool is_there(u64 sk)
+{
+	const struct steer_attachment *at = steer_get_attachment();
+	u64 net = 0;
+	u32 netns = 0;
+	u16 port = 0;
+
+	bpf_probe_read_kernel(&port, sizeof(port), (void *)(sk + at->port_offset));
+	if (port != at->port)
+		return false;
+	bpf_probe_read_kernel(&net, sizeof(net), (void *)(sk + at->net_offset));
+	bpf_probe_read_kernel(&netns, sizeof(netns), (void *)(net + at->netns_offset));
+	return netns == at->netns;
+}
+
 /* tp_btf/inet_sock_set_state */
 int steer_state(void *ctx)
 {
 	u64 sk, state;
-	u16 port = 0;
 
 	asm volatile("%0 = *(u64 *)(%1 + 16)" : "=r"(state) : "r"(ctx));
 	if ((u32)state != BPF_TCP_LISTEN)
 		return 0;
 	asm volatile("%0 = *(u64 *)(%1 + 0)" : "=r"(sk) : "r"(ctx));
-	bpf_probe_read_kernel(&port, sizeof(port),
-			      (void *)(sk + steer_get_attachment()->port_offset));
-	if (port == steer_get_attachment()->port)
+	if (is_there(sk))
 		wake(0);
 	return 0;
 }

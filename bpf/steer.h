@@ -190,7 +190,11 @@ struct steer_own {
 struct steer_attachment {
 	u64 alive_ns; /* last heartbeat of the attacher; CLOCK_MONOTONIC */
 	u32 port; /* of the listeners */
+	u32 netns; /* of the listeners: its number */
 	u32 port_offset; /* of skc_num in struct sock_common */
+	u32 net_offset; /* of skc_net.net in struct sock_common */
+	u32 netns_offset; /* of ns.inum in struct net */
+	u32 reserved;
 	u8 closing[STEER_SLOTS]; /* 1: the listener in the slot is being closed */
 };
 

@@ -92,8 +92,11 @@ FLOWS_OF_SET: Final = 8
 SET_BYTES: Final = 192
 """Mirrors sizeof(struct flow_set) of bpf/flow.c. On average a set has FLOWS_OF_SET flows."""
 
-ATTACHMENT: Final = struct.Struct(f"=QII{SLOTS}s")
-"""Mirrors struct steer_attachment: alive_ns, port, port_offset, closing."""
+ATTACHMENT: Final = struct.Struct(f"=Q6I{SLOTS}s")
+"""Mirrors struct steer_attachment: alive_ns, port, netns, port_offset, net_offset, netns_offset,
+reserved, closing."""
+OFFSETS_OFFSET: Final = 16
+"""Mirrors the offset of the first offset in struct steer_attachment."""
 CLOSING_OFFSET: Final = ATTACHMENT.size - SLOTS
 ABANDONED_S: Final = 1.0
 """Mirrors STEER_ABANDONED_NS."""

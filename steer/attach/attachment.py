@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from steer import abi
+from steer.linux import netns
 from steer.loader.bpf_maps import Map
 
-_ALIVE, _OFFSET = struct.Struct("=Q"), struct.Struct("=I")
+_ALIVE, _OFFSETS = struct.Struct("=Q"), struct.Struct("=3I")
 BEAT_S = 0.25
 """The interval of heartbeats. After four of them without one, programs ignore the table."""
 
@@ -56,14 +57,19 @@ class Attachment:
             self._members = self.maps["members"]
             self._memory = self.maps["attachment"].memory()
             undo.callback(self._memory.close)
-            head = abi.ATTACHMENT.pack(0, port, 0, b"")
+            head = abi.ATTACHMENT.pack(0, port, netns.own(), 0, 0, 0, 0, b"")
             self._memory.view[: len(head)] = head
             self.beat()
             self.close = undo.pop_all().close
 
-    def tell_port_offset(self, offset: int) -> None:
-        """Where the port is in struct sock_common, in bytes."""
-        _OFFSET.pack_into(self._memory.view, _ALIVE.size + _OFFSET.size, offset)
+    def tell_offsets(self, port: int, net: int, netns: int) -> None:
+        """Where fields of kernel structures are, in bytes.
+
+        Args:
+            port, net: of struct sock_common: its port, and the pointer to its struct net.
+            netns: of struct net: the number of the network namespace.
+        """
+        _OFFSETS.pack_into(self._memory.view, abi.OFFSETS_OFFSET, port, net, netns)
 
     def beat(self) -> None:
         """Renew the heartbeat."""

@@ -162,4 +162,5 @@ def _read_kernel_types() -> None:
     """This takes a while, and what is found is needed later when it has to be quick."""
     with suppress(KernelError):
         tracing.tracepoint_number(TRACEPOINT)
-        tracing.field_offset(*watch.PORT)
+        for each in watch.FIELDS:
+            tracing.field_offset(*each)

@@ -18,7 +18,8 @@ from steer.loader.bpf_maps import Map
 from steer.loader.programs import ATTACH_TYPES, Link, Program
 from steer.policy.bytecode import Code
 
-PORT = "sock_common", "skc_num"
+FIELDS = (("sock_common", "skc_num"), ("sock_common", "skc_net.net"), ("net", "ns.inum"))
+"""The fields that steer_state reads."""
 _POSITION = struct.Struct("=Q")
 
 
@@ -55,7 +56,7 @@ class Watch:
     def _trace(self, attachment: Attachment, code: Code, undo: ExitStack) -> bool:
         """Report listeners of all cgroups. Whether the kernel allows that."""
         try:
-            attachment.tell_port_offset(tracing.field_offset(*PORT))
+            attachment.tell_offsets(*(tracing.field_offset(*each) for each in FIELDS))
             target = tracing.tracepoint_number(TRACEPOINT)
             program = undo.enter_context(
                 Program("steer_state", code, attachment.maps, abi.BPF_TRACE_RAW_TP, target=target)

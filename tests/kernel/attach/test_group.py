@@ -23,6 +23,7 @@ from steer.linux import cgroup, topology
 from steer.linux.log import Log
 from steer.loader import bpf_maps, find, programs, tracing
 from steer.sockets import group_program
+from testkit.namespaces import network_namespace
 from testkit.processes import eventually, is_ready
 
 pytestmark = [
@@ -31,7 +32,6 @@ pytestmark = [
 ]
 
 HOST, PORT = "127.0.0.1", 8731
-"""A port of no other test: listeners of all network namespaces are reported."""
 
 
 def listener() -> socket.socket:
@@ -277,6 +277,18 @@ def test_new_listener_is_reported(
         assert not is_ready(group.joining.watch.events)
     listeners.append(listener())
     (cgroup_below.parent / "cgroup.procs").write_text(str(os.getpid()))
+    assert is_ready(group.joining.watch.events)
+
+
+@pytest.mark.needs("tracing")
+def test_listener_in_another_network_namespace_is_not_reported(
+    attach: Open, listeners: list[socket.socket]
+) -> None:
+    group = attach()
+    assert group.joining.watch is not None
+    with network_namespace(), listener():
+        assert not is_ready(group.joining.watch.events)
+    listeners.append(listener())
     assert is_ready(group.joining.watch.events)
 
 
