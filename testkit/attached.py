@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from testkit.service import STEER, Service, launch
 
 HOST = "127.0.0.1"
 Attach = Callable[..., Service]
+CLIENTS = 4
 
 
 @contextmanager
@@ -33,10 +35,11 @@ def attaching(home: Path, environment: Mapping[str, str]) -> Iterator[Attach]:
             name: str = "attached",
             where: str = f"{HOST}:{PORT}",
             names_itself: bool = False,
+            under: Sequence[str] = (),
         ) -> Service:
             records = Path(tempfile.mkdtemp(prefix="records-", dir=home))
             named = () if names_itself else ("--name", name)
-            command = [STEER, "attach", where, *named, *options]
+            command = [*under, STEER, "attach", where, *named, *options]
             process = launch(command, environment=environment, home=home, records=records)
             started = Service(process, name, home, records, environment)
             stack.callback(started.clean_up)
@@ -80,3 +83,33 @@ def reset(sock: socket.socket) -> None:
 def is_even(found: Counter[str], listeners: int, within: int) -> bool:
     """Whether so many listeners answered, no two of them differing by more than `within`."""
     return len(found) == listeners and max(found.values()) - min(found.values()) <= within
+
+
+class Asking:
+    """Clients that connect again and again.
+
+    Attributes:
+        failed: connections that were not answered, once it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.answered = 0
+
+
+@contextmanager
+def asking() -> Iterator[Asking]:
+    command = (sys.executable, path("asks_again_and_again"), HOST, str(PORT))
+    found = Asking()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(running(*command)) for _ in range(CLIENTS)]
+        assert all(line_of(each) == "here" for each in clients)
+        yield found
+        for each in clients:
+            assert each.stdin
+            each.stdin.write("\n")
+            each.stdin.flush()
+        for each in clients:
+            answered, failed = map(int, line_of(each).split())
+            found.answered += answered
+            found.failed += failed

@@ -12,12 +12,14 @@ from steer.attach.binds import listeners_at
 from steer.attach.counting import CountingElsewhere
 from steer.attach.freed import when_freed
 from steer.attach.group_holders import GroupHolders
+from steer.attach.handover import KeptGroup
 from steer.attach.joining import Joining
 from steer.attach.ownership import Ownership, OwnershipChecks
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.roster import Member, Roster, Slots, State
 from steer.attach.wording import BY_PROTOCOL
 from steer.backends import backup
+from steer.backends.base import Counts
 from steer.backends.ebpf import Ebpf
 from steer.backends.open import refuse_uncounted
 from steer.config.plan import Plan
@@ -117,6 +119,34 @@ class AttachedGroup:
         except BaseException:
             self.detach()
             raise
+
+    def succeed(self, kept: KeptGroup, replaced: ReplacedProgram | None) -> None:
+        """Begin with what another attacher has let go. The kernel's hash selects meanwhile.
+
+        Args:
+            replaced: the program to put back when this is detached.
+
+        Raises:
+            KernelError: this cannot be done; the group is as it was before both attachers.
+        """
+        self._replaced = replaced
+        self.joining.retired = kept.retired
+        self.holders.add_likely(kept.pids)
+        try:
+            with self.roster.wanted({inode: each.slot for inode, each in kept.members.items()}):
+                self.joining.join_new(self.listeners())
+            for member in self.roster:
+                if before := kept.members.get(member.listener.inode):
+                    member.state, member.before = before.state, before.counts
+            self.holders.look_at_waiters()
+            self._count_older()
+            self._select()
+        except BaseException:
+            self.detach()
+            raise
+
+    def counts(self, member: Member) -> Counts:
+        return (self.backend.counts(member.slot) or Counts()) + member.before
 
     def _take_out(self, replaced: ReplacedProgram) -> None:
         """Attach our program before the other one loses its sockets. Our table is still empty, so
@@ -246,7 +276,7 @@ class AttachedGroup:
             return
         is_taken = self.check_program() is not None
         lend = self.holders.lend if self._replaced is None else self._lend_any
-        self.backend.detach(_lend_none if is_taken else lend)
+        self.backend.detach(lend_none if is_taken else lend)
         if self.split:
             self._detach_each()
         if self._replaced is not None and not is_taken:
@@ -257,5 +287,5 @@ class AttachedGroup:
 
 
 @contextmanager
-def _lend_none() -> Iterator[Mapping[int, socket.socket]]:
+def lend_none() -> Iterator[Mapping[int, socket.socket]]:
     yield {}

@@ -7,11 +7,13 @@ from contextlib import ExitStack, closing
 
 import msgspec
 
-from steer.attach.group import AttachedGroup
+from steer.attach.group import AttachedGroup, lend_none
+from steer.attach.handover import KeptGroup, KeptMember
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.roster import Member, Slots
 from steer.attach.target import Target
 from steer.attach.wording import BY_PROTOCOL
+from steer.backends.base import Counts
 from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.linux.log import Log
@@ -60,6 +62,26 @@ class AttachedGroups:
             self.detach()
             raise
 
+    def succeed(self, kept: Sequence[KeptGroup], replaced: Mapping[Bind, ReplacedProgram]) -> None:
+        """Begin with what another attacher has let go. Args and Raises as `AttachedGroup.succeed`
+        and `begin`."""
+        try:
+            for group, each in zip(self._groups, kept, strict=True):
+                group.succeed(each, replaced.get(group.bind))
+        except BaseException:
+            self.detach()
+            raise
+
+    def let_go(self) -> Sequence[KeptGroup]:
+        """Release all listeners, for `succeed` of another process. Our programs, which are still
+        attached, select none."""
+        return [_let_go(each) for each in self._groups]
+
+    def close_programs(self) -> None:
+        """Close the descriptors of our programs, in a process that is about to end."""
+        for each in self._groups:
+            each.backend.close()
+
     @property
     def members(self) -> list[tuple[AttachedGroup, Member]]:
         """By slot."""
@@ -93,6 +115,17 @@ class AttachedGroups:
         with ExitStack() as stack:
             for each in self._groups:
                 stack.callback(each.detach)
+
+
+def _let_go(group: AttachedGroup) -> KeptGroup:
+    members = {
+        each.listener.inode: KeptMember(each.slot, each.state, group.counts(each))
+        for each in group.roster
+    }
+    pids = {holder.pid for each in group.roster for holder in each.holders}
+    unsteered = Counts(fallback=group.backend.unsteered() or 0)
+    group.backend.detach(lend_none)
+    return KeptGroup(group.joining.retired + unsteered, members, sorted(pids))
 
 
 def _by_bind(plan: Plan) -> list[Plan]:

@@ -73,8 +73,10 @@ class Guard:
         _end(pid, pidfd)
 
     def end(self) -> None:
-        """End the guard: nothing is left to give back."""
-        _end(self.pid, self._pidfd)
+        """End the guard: nothing is left to give back. A second call does nothing."""
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            _end(self.pid, pidfd)
 
 
 class WatchedGuard:

@@ -145,7 +145,7 @@ class Joining:
         """Raises KernelError."""
         if not members.shares(sock):
             raise refusals.unshared(errno.EINVAL)
-        slot = self._roster.free_slot()
+        slot = self._roster.free_slot(listener.inode)
         self._backend.take_counts(slot)
         # Clear the mark first: a listener in the sockarray may be selected at once.
         self._attachment.joins(slot, listener.cookie)
@@ -165,3 +165,4 @@ class Joining:
         self._backend.remove_member(member.slot)
         self._roster.remove(member)
         self.retired += self._backend.take_counts(member.slot) or Counts()
+        self.retired += member.before

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import msgspec
 
-from steer.attach import leftover, ownership
+from steer.attach import leftover, ownership, there
 from steer.errors import AttachRefused, KernelError
 from steer.linux import services
 from steer.loader.kernel_sockets import KernelSocket, Look
@@ -75,7 +75,7 @@ def _in_words(found: KernelSocket, pids: Set[int], replace: bool) -> tuple[str, 
     """Cause and cure."""
     if service := _service_of(pids):
         cause = f"service {service} steers it already ({several('pid', sorted(pids))})"
-        return cause, f"`steer policy {service} POLICY`"
+        return cause, there.cure(service, min(pids))
     if found.classic_length:
         what = f"a classic program of {plural(found.classic_length, 'instruction')}"
     else:

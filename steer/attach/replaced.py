@@ -16,6 +16,7 @@ class ReplacedProgram:
 
     Args:
         number: of the program.
+        places: of sockets that were taken out already: for each array, their cookies by index.
 
     Attributes:
         number: the same.
@@ -24,14 +25,20 @@ class ReplacedProgram:
         KernelError: it cannot be opened: CAP_SYS_ADMIN is needed.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, places: Sequence[Mapping[int, int]] | None = None) -> None:
         self.number = number
         self._kept: list[tuple[SocketArray, Mapping[int, int]]] = []
         with ExitStack() as undo:
             self._program = undo.enter_context(ForeignProgram(number))
-            for array in self._program.socket_arrays():
-                self._kept.append((undo.enter_context(array), array.cookies()))
+            arrays = [undo.enter_context(each) for each in self._program.socket_arrays()]
+            there = [each.cookies() for each in arrays] if places is None else places
+            self._kept += zip(arrays, there, strict=True)
             self.close = undo.pop_all().close
+
+    @property
+    def places(self) -> list[dict[int, int]]:
+        """See `__init__`."""
+        return [dict(each) for _, each in self._kept]
 
     def descriptors(self) -> Sequence[int]:
         """Those that a forked child needs for `put_back`."""

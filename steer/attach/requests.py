@@ -20,7 +20,7 @@ from steer.control.server import Handler, Progress
 from steer.controller.refusals import log_refused_request, refusal_of
 from steer.controller.requested_policy import with_params_of, with_requested
 from steer.controller.state import ServiceState
-from steer.errors import ConfigError, ControlError
+from steer.errors import ConfigError, ControlError, Postponed
 from steer.linux.background import in_background
 from steer.linux.log import Log
 from steer.loader import find
@@ -62,6 +62,8 @@ class Requests:
             carried = {key: request[key] for key in command.carries if key in request}
             try:
                 answer = await handle(self, carried)
+            except Postponed:
+                raise
             except Exception as error:  # noqa: BLE001 - who asked is told
                 act = f"{command.name} {self._groups.plan.name}"
                 refusal = refusal_of(self._log, act, error)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
 from steer.attach.holders import Holder
+from steer.backends.base import Counts
 from steer.sockets.sock_diag import Listener
 
 
@@ -27,6 +29,7 @@ class Member(msgspec.Struct, eq=False):
         joined_s: when it joined; from time.monotonic().
         holders: the processes that have it open.
         pid: the one that was seen to wait on it last; None as long as none was.
+        before: what an attacher before this one has counted.
     """
 
     slot: int
@@ -35,6 +38,7 @@ class Member(msgspec.Struct, eq=False):
     holders: Sequence[Holder]
     state: State = State.STARTING
     pid: int | None = None
+    before: Counts = Counts()
 
     @property
     def is_selected(self) -> bool:
@@ -77,6 +81,7 @@ class Roster:
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._members: dict[int, Member] = {}
+        self._wanted: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[Member]:
         return iter(sorted(self._members.values(), key=lambda each: each.slot))
@@ -111,9 +116,23 @@ class Roster:
     def capacity(self) -> int:
         return self._slots.capacity
 
-    def free_slot(self) -> int:
-        """Raises LookupError: there is none."""
-        return self._slots.lowest()
+    def free_slot(self, inode: int) -> int:
+        """A slot for a listener. Raises LookupError: there is none."""
+        slot = self._wanted.get(inode)
+        return self._slots.lowest() if slot is None else slot
+
+    @contextmanager
+    def wanted(self, slots: Mapping[int, int]) -> Iterator[None]:
+        """Give these listeners, by inode, these slots, and no other listener."""
+        self._wanted = {inode: slot for inode, slot in slots.items() if slot < self._slots.capacity}
+        for slot in self._wanted.values():
+            self._slots.take(slot)
+        try:
+            yield
+        finally:
+            for inode in self._wanted.keys() - self._members.keys():
+                self._slots.give_back(self._wanted[inode])
+            self._wanted = {}
 
     def remove(self, member: Member) -> None:
         del self._members[member.listener.inode]

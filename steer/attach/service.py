@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 
-from steer.attach import there
+from steer.attach import stand_in
 from steer.attach.attachment import Heartbeat
+from steer.attach.beginning import Beginning
 from steer.attach.binds import text_of
 from steer.attach.groups import AttachedGroups
 from steer.attach.guard import Guard, WatchedGuard
 from steer.attach.looking import Looking
-from steer.attach.replaced import ReplacedProgram
 from steer.attach.requests import Requests
 from steer.attach.restore import Attached, Restore
 from steer.attach.signals import Signals
-from steer.attach.target import Target
+from steer.attach.stand_in import Attacher
 from steer.config import fallback
-from steer.config.address import Bind
 from steer.config.plan import Plan
-from steer.control import taken
 from steer.control.claim import Claim
 from steer.control.server import Server
 from steer.controller.state import ServiceState
-from steer.errors import AttachRefused, SteerError
+from steer.errors import Postponed, SteerError
 from steer.linux import fork, output, signals, title
+from steer.linux.background import in_background
 from steer.linux.log import Log
 from steer.linux.retry import Retry
 from steer.linux.spare import Spare
 from steer.values import plural
 
-_NICE = -10
 _SPARE_DESCRIPTORS = 8
 _LAST_LINES_S = 1.0
 
 
-def run(plan: Plan, targets: Sequence[Target], environment: Mapping[str, str], log: Log) -> int:
+def run(plan: Plan, beginning: Beginning, environment: Mapping[str, str], log: Log) -> int:
     """Steer until a signal or a request ends it, then leave the group as it was.
-
-    Args:
-        targets: what is there now, at each address of the plan.
 
     Returns:
         The exit status.
@@ -54,34 +49,31 @@ def run(plan: Plan, targets: Sequence[Target], environment: Mapping[str, str], l
     signals.hold_signals()
     title.show(f"steer: controller {plan.name}")
     fork.rename("steer")
-    with suppress(PermissionError):
-        os.nice(_NICE)  # on busy CPUs, too, new listeners should be found soon
     try:
         with ExitStack() as undo:
-            _refuse_attached(plan, environment)
-            claim = Claim(
-                plan.name,
-                plan.service.control_socket,
-                environment,
-                paths=taken.refuse_taken(plan.name, plan.service.control_socket, environment),
-            )
+            claim = beginning.claim(plan, environment)
             undo.callback(claim.release)
             groups, _ = _open(plan, log)
             undo.callback(groups.close)
-            replaced = _replaced(targets, undo)
+            replaced = beginning.replaced()
+            for each in replaced.values():
+                undo.callback(each.close)
             attached = [
                 Attached(each.bind, each.attachment, replaced.get(each.bind)) for each in groups
             ]
             restore = Restore(attached, claim, log)
             guard = Guard(plan.name, restore, restore.descriptors())
             undo.callback(_end_guard, guard, groups)
-            groups.begin(targets, replaced)
+            beginning.begin(groups, replaced)
             undo.callback(groups.detach)
             undo.callback(Heartbeat(groups.beat).close)
             claim.others_may_start()
             _announce(groups, log, time.monotonic() - began_s)
+            service = _AttachedService(groups, claim, guard, environment, log)
             with asyncio.Runner() as runner:
-                runner.run(_AttachedService(groups, claim, guard, environment, log).run())
+                runner.run(service.run())
+            if service.is_handing_over:
+                stand_in.reexecute(Attacher(groups, replaced, claim, guard, restore, log))
         log.info("detached")
         return 0
     finally:
@@ -89,28 +81,10 @@ def run(plan: Plan, targets: Sequence[Target], environment: Mapping[str, str], l
         output.stderr.close()
 
 
-def _replaced(targets: Sequence[Target], undo: ExitStack) -> Mapping[Bind, ReplacedProgram]:
-    """Raises KernelError: one cannot be put back later."""
-    return {
-        each.bind: undo.enter_context(closing(ReplacedProgram(each.present.replaced)))
-        for each in targets
-        if each.present.replaced
-    }
-
-
 def _end_guard(guard: Guard, groups: AttachedGroups) -> None:
     """If this process could not detach, the guard tries it once more."""
     if groups.is_detached:
         guard.end()
-
-
-def _refuse_attached(plan: Plan, environment: Mapping[str, str]) -> None:
-    """Raises AttachRefused: another service steers the address already."""
-    for bind in plan.binds:
-        for each in there.services_at(bind, environment):
-            cause = f"service {each.name} steers it already (pid {each.pid})"
-            cure = f"`steer policy {each.name} POLICY`"
-            raise AttachRefused(f"attach to {text_of(bind)}", cause, cure)
 
 
 def _open(plan: Plan, log: Log) -> tuple[AttachedGroups, Plan]:
@@ -159,13 +133,15 @@ class _AttachedService:
         self._ended = asyncio.Event()
         self._detached = asyncio.Event()
         self._failure: SteerError | None = None
+        self.is_handing_over = False
+        self._reexecuting: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         self._retry.watch(loop)
         watched = WatchedGuard(self._guard, loop, self._retry)
         watched.begin()
-        Signals(self._ended.set, watched.renew, self._log).watch(loop)
+        Signals(self._ended.set, watched.renew, self._reexecute, self._log).watch(loop)
         requests = Requests(self._groups, self._state, self._log, self._stop)
         looking = [Looking(loop, each, self._retry) for each in self._groups]
         for each in looking:
@@ -174,7 +150,6 @@ class _AttachedService:
             async with Server(self._claim.socket, requests.handlers(), self._retry):
                 self._state.set_running()
                 await self._ended.wait()
-                self._state.set_stopping()
                 for each in looking:
                     each.end()
                 watched.end()
@@ -189,8 +164,27 @@ class _AttachedService:
     def _end(self) -> None:
         # The loop removes its handlers when it is closed, and what is left to do has to be done.
         signals.hold_signals()
-        self._retry.attempt("detach", self._detach)
+        if self.is_handing_over:
+            self._failure = Postponed("detach", "the attacher is being replaced", "ask again")
+        else:
+            self._state.set_stopping()
+            self._retry.attempt("detach", self._detach)
         self._detached.set()
+
+    def _reexecute(self) -> None:
+        if self._reexecuting is None or self._reexecuting.done():
+            self._reexecuting = asyncio.ensure_future(self._hand_over())
+
+    async def _hand_over(self) -> None:
+        """End the loop, if the installed version of steer would start."""
+        try:
+            await in_background(stand_in.check_would_start)
+        except (SteerError, OSError, subprocess.TimeoutExpired) as error:
+            self._log.error("%s", error)
+        else:
+            if not self._ended.is_set():
+                self.is_handing_over = True
+                self._ended.set()
 
     def _detach(self) -> None:
         try:

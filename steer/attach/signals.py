@@ -14,7 +14,6 @@ from steer.linux.log import Log
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 _WORKERS = "the workers are not steer's: use the server's own commands"
 _IGNORED = {
-    signal.SIGUSR2: "`steer detach` and `steer attach` start it again",
     signal.SIGTTIN: _WORKERS,
     signal.SIGTTOU: _WORKERS,
     signal.SIGWINCH: _WORKERS,
@@ -27,10 +26,18 @@ class Signals:
     Args:
         end: detaches, and ends this process.
         reopened: called after log files were opened again.
+        reexecute: re-executes this process.
     """
 
-    def __init__(self, end: Callable[[], object], reopened: Callable[[], object], log: Log) -> None:
+    def __init__(
+        self,
+        end: Callable[[], object],
+        reopened: Callable[[], object],
+        reexecute: Callable[[], object],
+        log: Log,
+    ) -> None:
         self._end = end
+        self._reexecute = reexecute
         self._reopened = reopened
         self._log = log
         self._files = {number: stdio.file_of(number) for number in (1, 2)}
@@ -43,6 +50,7 @@ class Signals:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
             loop.add_signal_handler(signal.SIGHUP, self._end)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_files)
+        loop.add_signal_handler(signal.SIGUSR2, self._reexecute)
         for number in _IGNORED:
             loop.add_signal_handler(number, partial(self._ignore, number))
         signals.release_signals()

@@ -128,7 +128,7 @@ def _workers(groups: AttachedGroups) -> list[schema.Worker]:
 
 
 def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> schema.Worker:
-    counts = group.backend.counts(member.slot)
+    counts = group.counts(member)
     return schema.Worker(
         slot=member.slot,
         pid=group.holders.pid_of(member),
@@ -139,20 +139,20 @@ def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> sch
         restarts=0,
         uptime_s=round(time.monotonic() - member.joined_s, 3),
         connections=schema.Connections(
-            selected=counts.selected if counts else None,
+            selected=counts.selected,
             open=group.backend.open(member.slot),
             queued=there.queued if there and group.is_tcp else None,
             queued_bytes=there.queued if there and not group.is_tcp else None,
-            migrated=counts.migrated if counts else None,
+            migrated=counts.migrated,
         ),
         sockets=[member.listener.inode],
     )
 
 
 def _totals(groups: AttachedGroups) -> schema.Totals:
-    now = (group.backend.counts(each.slot) for group, each in groups.members)
+    now = (group.counts(each) for group, each in groups.members)
     retired = reduce(add, (each.joining.retired for each in groups))
-    counts = sum((each for each in now if each), retired)
+    counts = sum(now, retired)
     unsteered = sum(each.backend.unsteered() or 0 for each in groups)
     return schema.Totals(
         selected=counts.selected,

@@ -25,6 +25,11 @@ def elsewhere(bind: Bind, environment: Mapping[str, str]) -> Iterator[Service]:
     return (each for each in _services_of(bind, environment) if each.netns not in (here, None))
 
 
+def cure(name: str, pid: int) -> str:
+    """What to do instead of an attach where a service steers already."""
+    return f"`steer policy {name} POLICY`, or `kill -USR2 {pid}` after an upgrade of steer"
+
+
 def _services_of(bind: Bind, environment: Mapping[str, str]) -> Iterator[Service]:
     wanted = (bind.protocol, bind.address, bind.port)
     for path in rundir.find(environment):

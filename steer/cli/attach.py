@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from steer.attach.target import Target
+    from steer.attach.beginning import Beginning
     from steer.config.address import Bind
     from steer.config.service import Service
 
@@ -32,6 +32,8 @@ def attach(
         SteerError: they cannot be steered.
         SystemExit: with the exit status.
     """
+    from steer.attach import handover
+    from steer.attach.beginning import Anew, Succession
     from steer.attach.binds import text_of
     from steer.attach.target import targets_at
     from steer.config.service import Service
@@ -39,6 +41,8 @@ def attach(
     from steer.control import taken
     from steer.linux import netns as namespaces
 
+    if (handed := handover.received(os.environ)) is not None:
+        _run(where, Succession(handed), handed.service)
     if netns is not None:
         namespaces.enter(namespaces.path_of(netns))
     targets = targets_at(where, replace)
@@ -56,11 +60,11 @@ def attach(
         "log_format": log_format,
     }
     given = {key: value for key, value in asked.items() if value}
-    _run(where, targets, changed(Service(), given, f"attach to {where}"))
+    _run(where, Anew(targets), changed(Service(), given, f"attach to {where}"))
 
 
-def _run(where: str, targets: Sequence[Target], service: Service) -> NoReturn:
-    """Steer the listeners of targets. Raises as `attach`."""
+def _run(where: str, beginning: Beginning, service: Service) -> NoReturn:
+    """Steer the listeners of a server. Raises as `attach`."""
     from steer.attach import refusal
     from steer.attach import service as attached
     from steer.cli import entry
@@ -77,7 +81,7 @@ def _run(where: str, targets: Sequence[Target], service: Service) -> NoReturn:
         raise ConfigError(act, "without steer the kernel's hash selects anyway")
     with refusal.of_fallbacks(act):
         decided = plan(service, topology.read(), probe.findings_before_start(), chosen)
-        sys.exit(attached.run(decided, targets, os.environ, logger))
+        sys.exit(attached.run(decided, beginning, os.environ, logger))
 
 
 def detach(name: str | None, netns: str | None, as_json: bool, control_socket: str | None) -> None:

@@ -13,8 +13,9 @@ import os
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Self
 
 from steer import abi
@@ -155,9 +156,15 @@ class Memory:
         self._address = _LIBC.mmap(None, length, _READ_WRITE, mmap.MAP_SHARED, fd, 0)
         if self._address == _MAP_FAILED:
             raise refusal("map a BPF map into memory", ctypes.get_errno())
-        _LIBC.madvise(self._address, length, mmap.MADV_DONTFORK)
+        self.advise(mmap.MADV_DONTFORK)
+        _memories.add(self)
         content = (ctypes.c_ubyte * length).from_address(self._address)
         self.view = memoryview(content).cast("B")
+
+    def advise(self, advice: int) -> None:
+        """See madvise(2)."""
+        if self._address is not None:
+            _LIBC.madvise(self._address, self._length, advice)
 
     def close(self) -> None:
         """Unmap the memory. Later uses of `view` raise ValueError. A second call does nothing."""
@@ -165,6 +172,21 @@ class Memory:
         if address is not None and os.getpid() == self._mapped_by:
             self.view.release()
             _LIBC.munmap(address, self._length)
+
+
+_memories: weakref.WeakSet[Memory] = weakref.WeakSet()
+
+
+@contextmanager
+def inherited() -> Iterator[None]:
+    """Let a child that is forked meanwhile inherit all mappings, to go on with our work."""
+    for each in _memories:
+        each.advise(mmap.MADV_DOFORK)
+    try:
+        yield
+    finally:
+        for each in _memories:
+            each.advise(mmap.MADV_DONTFORK)
 
 
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from steer.sockets import sock_diag
 from testkit import foreign
-from testkit.attached import HOST, Attach, attaching, threads
+from testkit.attached import HOST, Attach, asking, attaching, threads
 from testkit.harness import CPUS, PORT
-from testkit.processes import eventually, line_of, running, session
-from testkit.programs import path
+from testkit.processes import eventually, running, session
 from testkit.service import Service
 
 pytestmark = [
@@ -24,43 +22,13 @@ pytestmark = [
     pytest.mark.usefixtures("netns"),
 ]
 
-CLIENTS, AT_LEAST = 4, 200
+AT_LEAST = 200
 
 
 @pytest.fixture
 def attach(home: Path, environment: dict[str, str]) -> Iterator[Attach]:
     with attaching(home, environment) as start:
         yield start
-
-
-class Asking:
-    """Clients that connect again and again.
-
-    Attributes:
-        failed: connections that were not answered, once it has ended.
-    """
-
-    def __init__(self) -> None:
-        self.failed = 0
-        self.answered = 0
-
-
-@contextmanager
-def asking() -> Iterator[Asking]:
-    command = (sys.executable, path("asks_again_and_again"), HOST, str(PORT))
-    found = Asking()
-    with ExitStack() as stack:
-        clients = [stack.enter_context(running(*command)) for _ in range(CLIENTS)]
-        assert all(line_of(each) == "here" for each in clients)
-        yield found
-        for each in clients:
-            assert each.stdin
-            each.stdin.write("\n")
-            each.stdin.flush()
-        for each in clients:
-            answered, failed = map(int, line_of(each).split())
-            found.answered += answered
-            found.failed += failed
 
 
 def inodes() -> set[int]:

@@ -16,7 +16,7 @@ def roster(*ready: int, starting: tuple[int, ...] = ()) -> Roster:
     """With listeners of these inodes."""
     made = Roster(Slots(8))
     for inode in (*ready, *starting):
-        member = made.add(listener(inode), (), 0.0, made.free_slot())
+        member = made.add(listener(inode), (), 0.0, made.free_slot(inode))
         member.state = State.READY if inode in ready else State.STARTING
     return made
 
@@ -28,13 +28,21 @@ def inodes(members: list[Member]) -> list[int]:
 def test_slots_are_given_from_the_lowest() -> None:
     made = roster(10, 11, 12)
     made.remove(made.gone({10: 0, 12: 0}.keys())[0])
-    assert made.free_slot() == 1
+    assert made.free_slot(0) == 1
+
+
+def test_listeners_get_the_slots_that_they_had() -> None:
+    made = Roster(Slots(4))
+    with made.wanted({10: 2, 11: 0, 12: 9}):
+        assert [made.free_slot(inode) for inode in (10, 11, 12, 13)] == [2, 0, 1, 1]
+        made.add(listener(10), (), 0.0, made.free_slot(10))
+    assert [made.free_slot(inode) for inode in (11, 14)] == [0, 0]
 
 
 def test_full_roster_has_no_slot() -> None:
     made = roster(*range(10, 18))
     with pytest.raises(LookupError):
-        made.free_slot()
+        made.free_slot(0)
 
 
 def test_unknown_listeners_are_new_in_the_order_of_their_inodes() -> None:
