@@ -317,7 +317,7 @@ class FakeService:
             Retry(Log("error", "text"), Spare(0)),
             IgnoredReady(lambda _: None),
         )
-        self.changes = Rollout(self.pool, lambda *_: None, Turns())
+        self.changes = Rollout(self.pool, lambda *_: None, Turns(), lambda _: nullcontext())
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _launch(self, worker: WorkerHandle) -> object:
@@ -327,7 +327,7 @@ class FakeService:
         )
 
     def fork_all(
-        self, launches: Sequence[Any], guard: GuardClient, _owned: object
+        self, launches: Sequence[Any], guard: GuardClient, *_owned: object
     ) -> Sequence[FakeProcess]:
         """Take the place of that of `spawn`."""
         self.cost["lots of forks"] += 1

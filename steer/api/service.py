@@ -41,6 +41,7 @@ class Settings(TypedDict, total=False):
     server_options: Mapping[str, object]
     command: Sequence[str]
     demo: bool
+    preload: bool
     bind: str | Sequence[str]
     workers: int | Literal["auto"]
     policy: str

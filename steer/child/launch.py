@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import msgspec
 
 from steer import values
@@ -78,3 +82,18 @@ class Launch(msgspec.Struct, frozen=True):
     files: tuple[int, int]
     niced: bool = False
     anchored: frozenset[int] = frozenset()
+
+
+class NewWorker(NamedTuple):
+    """What the process of a new worker starts with.
+
+    Args:
+        channel: the channel to the controller.
+        stderr: where to write standard error.
+        sockets: the sockets of the worker, one for each bind.
+    """
+
+    launch: Launch
+    channel: socket.socket
+    stderr: int
+    sockets: Sequence[socket.socket]

@@ -60,7 +60,7 @@ def load(service: Service) -> Callable[[Worker], object]:
     # An import runs the user's code, which may raise anything.
     except (Exception, SystemExit) as error:  # noqa: BLE001
         known = _why_not_found(error, service)
-        raise Unloadable(f"{_in_words(error)}{known and '; '}{known}", _where(error)) from None
+        raise Unloadable(f"{in_words(error)}{known and '; '}{known}", where(error)) from None
     if not callable(found):
         raise Unloadable(f"{path} is not callable")
     if service.server is not None:
@@ -84,7 +84,7 @@ def _load_server(found: Callable[..., object], service: Service) -> Callable[[Wo
     except (Exception, SystemExit) as error:  # noqa: BLE001
         given = ", ".join(service.server_options)
         what = f"{service.server} with {given}" if given else service.server
-        raise Unloadable(f"{what}: {_in_words(error)}", _where(error)) from None
+        raise Unloadable(f"{what}: {in_words(error)}", where(error)) from None
 
 
 def _why_not_found(error: BaseException, service: Service) -> str:
@@ -95,7 +95,7 @@ def _why_not_found(error: BaseException, service: Service) -> str:
     return ""
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
     """An error as text. Its class may be the user's, and its __str__ may fail."""
     name = type(error).__name__
     try:
@@ -104,7 +104,7 @@ def _in_words(error: BaseException) -> str:
         return name
 
 
-def _where(error: BaseException) -> str:
+def where(error: BaseException) -> str:
     """The lines of the user's code that led to an error, without importlib's and steer's."""
     import traceback
 

@@ -9,39 +9,39 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import msgspec
 
 from steer.child import loading, setup
 from steer.child.api import Worker
-from steer.child.launch import COMMAND_NOT_RUN, FIRST_FD, Launch, Message, Unloadable
+from steer.child.launch import (
+    COMMAND_NOT_RUN,
+    FIRST_FD,
+    Launch,
+    Message,
+    NewWorker,
+    Unloadable,
+)
 from steer.linux import descriptors, fork, output, stdio, title
 from steer.sockets import lifeline
 
-_DESCRIPTORS = 64
+DESCRIPTORS = 64
 """How many descriptors a server may need until it serves, beside its sockets."""
 _TEXT_MAX = 4000
 
 
-def main(
-    launch: Launch, channel: socket.socket, stderr: int, sockets: Sequence[socket.socket]
-) -> int:
-    """Run a worker in the forked child; return its exit status.
-
-    Args:
-        channel: the channel to the controller.
-        stderr: where to write standard error.
-        sockets: the sockets of the worker, one for each bind.
-    """
+def main(new: NewWorker) -> int:
+    """Run a worker in a child that the controller has forked; return its exit status."""
+    launch, channel, stderr, sockets = new
     _appear(launch, stderr, with_output=bool(stdio.file_of(2)) and stdio.is_the_log(1))
     descriptors.keep_only([channel.fileno(), *(sock.fileno() for sock in sockets)])
     channel, *sockets = _place(channel, sockets)
     if not _is_stored(channel):
         return 1
     with setup.if_allowed(f"worker {launch.slot}", "set the limits on open files"):
-        descriptors.limit_descriptors(launch.files, _DESCRIPTORS + len(launch.binds))
+        descriptors.limit_descriptors(launch.files, DESCRIPTORS + len(launch.binds))
     try:
         loading.import_for(launch.service)
         launch = setup.schedule(launch)
@@ -58,9 +58,45 @@ def main(
         descriptors.limit_descriptors(launch.files)
         calling.forget_exit_functions()
         application = loading.load(launch.service)
-        return calling.call(application, Worker(launch, sockets), launch.service)
+        worker = Worker(launch, sockets)
+        if launch.service.preload:
+            from steer.child import hooks
+
+            hooks.before_fork(launch.service)
+            hooks.after_fork(launch.service, worker)
+        return calling.call(application, worker, launch.service)
     except Unloadable as error:
-        send(channel, error)
+        _send(channel, error)
+        return COMMAND_NOT_RUN
+
+
+def preloaded(new: NewWorker, application: Callable[[Worker], object]) -> int:
+    """Run a worker in a child that a template process has forked; return its exit status.
+
+    The template process has no descriptors of the controller, and has changed the user. Descriptors
+    that the import of the application has opened stay open.
+
+    Args:
+        application: the application of the service, which is loaded.
+    """
+    from steer.child import calling, hooks, reseeding
+
+    launch, channel, stderr, sockets = new
+    _appear(launch, stderr, with_output=stdio.is_the_log(1))
+    os.close(stderr)
+    channel, *sockets = _place(channel, sockets)
+    if not _is_stored(channel):
+        return 1
+    try:
+        launch = setup.schedule(launch)
+        lifeline.tie(channel, launch.service.finish_signal)
+        setup.change_environment_after_fork(launch)
+        worker = Worker(launch, sockets)
+        reseeding.reseed()
+        hooks.after_fork(launch.service, worker)
+        return calling.call(application, worker, launch.service)
+    except Unloadable as error:
+        _send(channel, error)
         return COMMAND_NOT_RUN
 
 
@@ -107,13 +143,13 @@ def _place(channel: socket.socket, sockets: Sequence[socket.socket]) -> list[soc
     return [socket.socket(each.family, each.type, each.proto, fd) for each, fd in places.items()]
 
 
-def send(channel: socket.socket, error: Unloadable) -> None:
+def _send(channel: socket.socket, error: Unloadable) -> None:
     """Tell the controller, which may have ended, why the application cannot be loaded."""
-    message = Message(unloadable=_short(str(error)), detail=_short(error.detail))
+    message = Message(unloadable=short(str(error)), detail=short(error.detail))
     with suppress(OSError):
         channel.send(msgspec.json.encode(message))
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """The text, shortened to fit into a message, and without characters that UTF-8 lacks."""
     return text[:_TEXT_MAX].encode(errors="backslashreplace").decode()

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -15,6 +16,9 @@ from steer.config.service import Service
 from steer.linux import priority, services
 from steer.linux.identity import Identity
 from steer.policy.cpus import cpu_list, cpus_named
+
+if TYPE_CHECKING:
+    from steer.child.preload import Preload
 
 
 def schedule(launch: Launch) -> Launch:
@@ -73,35 +77,55 @@ def needed(act: str, more: Callable[[OSError], str] = lambda _: "") -> Iterator[
         raise Unloadable(f"{act}: {error}") from None
 
 
+_NOTIFY = "NOTIFY_SOCKET"
 _NOT_FOR_IT = ("LISTEN_", "WATCHDOG_")
 """Variables with this prefix are for this process, and not for the application."""
 
 
 def environment(launch: Launch) -> dict[str, str]:
+    """The environment of the application of a worker."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_FOR_IT)}
-    return {**inherited, **_variables(launch)}
-
-
-def _variables(launch: Launch) -> dict[str, str]:
-    given = dict(pair.split("=", 1) for pair in launch.service.env)
-    return {
-        **launch.identity.environment(),
-        **given,
-        "STEER_SLOT": str(launch.slot),
-        "STEER_NAME": launch.name,
-        "STEER_CPUS": cpu_list(launch.spec.cpus),
-        services.MARK: str(os.getpid()),
-        "NOTIFY_SOCKET": launch.notify,
-        **_watchdog(launch.service),
-    }
+    return {**inherited, **_of_service(launch), **_of_worker(launch)}
 
 
 def change_environment(launch: Launch) -> None:
     """Make `environment` the environment of this process. Only differences are changed: to set all
     variables takes a millisecond in a process that was just forked."""
+    _forget_ours()
+    os.environ.update(_of_service(launch) | _of_worker(launch))
+
+
+def change_environment_before_fork(preload: Preload) -> None:
+    """Make the environment of this template process the one of the service. It has the variables
+    that are the same for all workers."""
+    _forget_ours()
+    os.environ.pop(_NOTIFY, None)
+    os.environ.update(_of_service(preload))
+
+
+def change_environment_after_fork(launch: Launch) -> None:
+    """Add what only this worker has to the environment."""
+    os.environ.update(_of_worker(launch))
+
+
+def _forget_ours() -> None:
     for name in [name for name in os.environ if name.startswith(_NOT_FOR_IT)]:
         del os.environ[name]
-    os.environ.update(_variables(launch))
+
+
+def _of_service(launch: Launch | Preload) -> dict[str, str]:
+    given = dict(pair.split("=", 1) for pair in launch.service.env)
+    return {**launch.identity.environment(), **given, "STEER_NAME": launch.name}
+
+
+def _of_worker(launch: Launch) -> dict[str, str]:
+    return {
+        "STEER_SLOT": str(launch.slot),
+        "STEER_CPUS": cpu_list(launch.spec.cpus),
+        services.MARK: str(os.getpid()),
+        _NOTIFY: launch.notify,
+        **_watchdog(launch.service),
+    }
 
 
 def _watchdog(service: Service) -> dict[str, str]:

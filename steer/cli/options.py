@@ -51,6 +51,7 @@ OPTIONS = (
         "",
         "Run the built-in demo; the default if there are no options and no file.",
     ),
+    Option(("--preload",), "", "Load the app once, in a process that forks the workers."),
     Option(
         ("--server",),
         "NAME|auto",

@@ -202,8 +202,13 @@ def _check_server(service: Service, origins: Mapping[str, Origin]) -> None:
         raise ConfigError(both, f"{other.label} is not TCP", "leave that bind out")
 
 
-def check_server_serves(service: Service, origins: Mapping[str, Origin]) -> None:
-    """Check that a server has an app to serve. Raises ConfigError."""
+def check_has_app(service: Service, origins: Mapping[str, Origin]) -> None:
+    """Check that there is an app, if one is to be preloaded or served by a server. Raises
+    ConfigError."""
+    if service.preload and service.app is None:
+        cure = "give one: app = 'MODULE:NAME' (on the command line: MODULE:NAME)"
+        cause = "a command is no app" if service.command else "no app is given"
+        raise ConfigError(str(origins["preload"]), f"{cause} that could be preloaded", cure)
     if service.server_options and service.server is None:
         cure = "give one: server = 'uvicorn' (on the command line: --server uvicorn)"
         raise ConfigError(str(origins["server_options"]), "no server is given", cure)

@@ -42,6 +42,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         server_options: "NAME=VALUE" with options of that server; see `server_options`.
         command: the command line of a worker. {fd}, {slot} and {port} in it are filled in.
         demo: whether to run the demo if there is neither app nor command.
+        preload: whether a template process loads the app once and forks the workers.
         workers: how many workers; "auto": one for each CPU that this process may use.
         policy: "auto", the name of a built-in policy, or the path of a C file.
         keep_privileges: whether workers keep the capabilities of steer, and may gain others by
@@ -65,6 +66,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     server_options: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     command: tuple[str, ...] = ()
     demo: bool = False
+    preload: bool = False
     bind: tuple[str, ...] = (DEFAULT_BIND,)
     workers: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] = "auto"
     policy: str = AUTO

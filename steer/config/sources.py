@@ -14,8 +14,8 @@ from steer import values
 from steer.config import server_options
 from steer.config.checks import (
     Origin,
+    check_has_app,
     check_runs_something,
-    check_server_serves,
     check_together,
     checked,
     cure,
@@ -77,7 +77,7 @@ def load(
     check_together(service, origins)
     if runs:
         check_runs_something(service, sources)
-        check_server_serves(service, origins)
+        check_has_app(service, origins)
     return service
 
 

@@ -71,6 +71,11 @@ def _adopt(service: Controller, path: Path, handover: Handover, undo: ExitStack)
     undo.callback(service.listener.close)
     undo.callback(service.guard.close)
     undo.callback(service.pool.abandon)
+    if in_force.plan.service.preload:
+        from steer.controller import preload
+
+        # Only the controller that started a template process becomes the parent of its workers.
+        undo.callback(preload.begin(service, in_force).close)
     living = sum(worker.process is not None for worker in service.pool.workers)
     service.log.info("adopted %s", plural(living, "worker"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from steer.backends.base import Backend
 from steer.child.launch import Launch
@@ -31,6 +32,9 @@ from steer.policy.cpus import cpus_named
 from steer.workers.handle import WorkerHandle
 from steer.workers.pool import WorkerPool
 
+if TYPE_CHECKING:
+    from steer.workers.templates import Templates
+
 Reread = Callable[[], Service]
 """Reads the configuration again. May raise ConfigError."""
 
@@ -50,6 +54,7 @@ class Controller:
         early_notifications: notifications of workers that arrived before the loop ran.
         output_files: the files that standard output and standard error go to, by descriptor; None:
             the descriptor is no file.
+        templates: the template processes; None: no generation of this controller has preloaded.
         claim, guard, listener, pool: the parts. Each exists once its step of the start is done,
             see `start`.
     """
@@ -73,6 +78,7 @@ class Controller:
         self.early_notifications: list[Notification] = []
         self.output_files = {number: stdio.file_of(number) for number in (1, 2)}
         self.file_limit = FileLimit(plan)
+        self.templates: Templates | None = None
         self.claim: Claim
         self.guard: GuardClient
         self.pool: WorkerPool

@@ -6,10 +6,11 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractAsyncContextManager, closing, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from steer.config.plan import Generation
 from steer.config.service import FIELDS
 from steer.control import schema
 from steer.control.server import Server
@@ -89,7 +90,7 @@ class ControllerLoop:
         self._log = log = started.log
         self._state = state = ServiceState(started.environment)
         self._turns = turns = Turns()
-        self._rollout = Rollout(pool, started.persist, turns)
+        self._rollout = Rollout(pool, started.persist, turns, self._preloading)
         self._tasks = Tasks(loop, state, log)
         self._reexec = Reexec(pool, started.guard, turns, state, log)
         self._health = Health(pool, loop, self._replace_hung, self._receive_all)
@@ -143,6 +144,10 @@ class ControllerLoop:
             self._pool.notified(lineage, message)
         self._service.listener.watch(self._loop, self._notified)
         self._guard_watch.begin()
+        if self._service.templates is not None:
+            from steer.controller import preload
+
+            preload.watch(self._service, self._loop)
         # After an adoption there may be fewer workers than the plan has.
         self._pool.fill()
         self._splits.go_on()
@@ -163,6 +168,14 @@ class ControllerLoop:
             self._recycling = Recycling(self._pool, self._recycle)
         if self._recycling is not None:
             self._recycling.reconfigure()
+
+    def _preloading(self, generation: Generation) -> AbstractAsyncContextManager[None]:
+        service = self._service
+        if service.templates is None and not generation.plan.service.preload:
+            return nullcontext()
+        from steer.controller import preload
+
+        return preload.renewing(service, self._loop, generation)
 
     def _watch_service(self) -> None:
         service = self._service

@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.control.server import Progress
@@ -39,11 +40,18 @@ class Rollout:
         persist: stores a generation, and the one in force, in the guard. It is called before there
             are workers of that generation.
         turns: the queue of changes of this service.
+        preloading: prepares a new generation: its workers are started in the block. If the block
+            fails, the generation in force stays prepared.
     """
 
     def __init__(
-        self, pool: WorkerPool, persist: Callable[[Generation, Generation], None], turns: Turns
+        self,
+        pool: WorkerPool,
+        persist: Callable[[Generation, Generation], None],
+        turns: Turns,
+        preloading: Callable[[Generation], AbstractAsyncContextManager[None]],
     ) -> None:
+        self._preloading = preloading
         self._pool = pool
         self._persist = persist
         self.turns = turns
@@ -144,10 +152,12 @@ class Rollout:
         progress: Progress,
     ) -> list[WorkerHandle]:
         in_force = self._pool.generation
-        if generation.number != in_force.number:
+        is_new = generation.number != in_force.number
+        if is_new:
             self._persist(generation, in_force)
         try:
-            fresh = await self._start(specs, generation, progress, niced=True)
+            async with self._preloading(generation) if is_new else nullcontext():
+                fresh = await self._start(specs, generation, progress, niced=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
             raise error.under(self.turns.act, self._as_before()) from None
         # All of this in one turn of the loop makes one publication and one message to the guard. So

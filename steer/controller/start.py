@@ -115,9 +115,15 @@ class Start:
 
     def start_workers(self, _step: Step) -> None:
         service, backend = self._service, self._backend()
+        generation = Generation(1, service.plan)
+        preloads = service.plan.service.preload
+        if preloads:
+            from steer.controller import preload
+
+            # First: it loads the application while the rest of this is done.
+            self._undo.callback(preload.begin(service, generation).close)
         self._announce(backend)
         loading.import_for(service.plan.service)
-        generation = Generation(1, service.plan)
         service.listen()
         self._undo.callback(service.listener.close)
         service.make_guard(None)
@@ -129,6 +135,7 @@ class Start:
         self._backend = lambda: service.backend
         self._undo.callback(service.pool.abandon)
         service.persist(generation)
+        service.pool.start_queue.is_paused = preloads
         service.pool.start(service.claim.others_may_start)
         service.pool.save()
         # If we are killed before this, the kernel tells the workers to finish, see `lifeline`.

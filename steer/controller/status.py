@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from steer.backends import anchors
 from steer.backends.base import Backend, Counts, PolicyValues
@@ -23,6 +23,9 @@ from steer.workers.pool import WorkerPool
 from steer.workers.process import WorkerProcess
 from steer.workers.queues import Queues
 
+if TYPE_CHECKING:
+    from steer.workers.templates import Templates
+
 _AT_ONCE = 50
 """How many workers are looked at in one turn of the loop."""
 
@@ -38,6 +41,9 @@ class ReportedService(Protocol):
 
     @property
     def backend(self) -> Backend: ...
+
+    @property
+    def templates(self) -> Templates | None: ...
 
     @property
     def started_s(self) -> float: ...
@@ -77,6 +83,7 @@ async def report_of(
             *service.pool.visibility.notes.values(),
             *_notes_on_workers(service.pool.workers, backend.name == KERNEL),
             *service.pool.group_notes.values(),
+            *(service.templates.notes if service.templates else ()),
             *map(str, anchors.notes(plan.binds, backend.anchors)),
         ],
         uptime_s=round(time.monotonic() - service.started_s, 3),

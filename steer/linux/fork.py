@@ -12,11 +12,12 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from steer.errors import KernelError, in_words
+from steer.linux import child_exit
 from steer.linux.signals import IGNORED_BY_PYTHON, OURS
-from steer.linux.stdio import write_stderr
 
 if TYPE_CHECKING:
     import subprocess
@@ -57,7 +58,7 @@ def fork_all(
     Raises:
         OSError: no process or no descriptor is left; see `fork_error`.
     """
-    _flush()
+    child_exit.flush()
     if not _inherited:
         _inherited[:] = os.pipe()
     pids: list[int] = []
@@ -195,87 +196,24 @@ def fork_error(error: OSError) -> KernelError:
 
 
 def _in_child(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]) -> NoReturn:
-    """Run a child and exit. This never returns into the stack of the parent, even if the child has
-    replaced functions of Python that are used here."""
-    code = 1
-    try:
-        code = _run(child, mask, ignored)
-        _flush()
-    finally:
-        os._exit(code)
+    child_exit.exit_with(partial(_run, child, mask, ignored))
 
 
 def _run(child: Callable[[], int], mask: Iterable[int], ignored: Collection[int]) -> int:
-    """Run a child; its exit code from 0 to 255."""
-    try:
-        # The child must not collect garbage of its parent: that could close descriptors whose
-        # numbers are used again, or unmap memory that is not mapped here.
-        gc.freeze()
-        gc.enable()
-        signal.set_wakeup_fd(-1)
-        _started.clear()
-        _starting.clear()
-        _inherited.clear()
-        for number in OURS:
-            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-        os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(OURS))
-        return child()
-    except SystemExit as done:
-        return _exit_code(done.code)
-    except BaseException as error:  # noqa: BLE001 - shown, and this process exits
-        _show(error)
-        return 1
-
-
-def _exit_code(value: object) -> int:
-    """The exit code for the argument of SystemExit, as in Python itself: what is not a number is
-    shown, and the code is 1.
-
-    A number too large for a C long is -1 (handle_system_exit() of CPython's pythonrun.c).
-    """
-    if value is None or isinstance(value, int):
-        number = value or 0
-        return number & 0xFF if -(1 << 63) <= number < 1 << 63 else 0xFF
-    _complain(f"{value}\n")
-    return 1
-
-
-def _show(error: BaseException) -> None:
-    """Show an exception as Python does, or on descriptor 2 if that fails."""
-    try:
-        if _takes_text(sys.stderr):
-            sys.excepthook(type(error), error, error.__traceback__)
-            return
-    except Exception:  # noqa: BLE001 - the application may have replaced the hook
-        pass
-    import traceback
-
-    _complain("".join(traceback.format_exception(error)))
-
-
-def _complain(text: str) -> None:
-    """Write to sys.stderr, or to descriptor 2 if the application has replaced that."""
-    if _takes_text(sys.stderr):
-        sys.stderr.write(text)
-    else:
-        write_stderr(text.encode(errors="backslashreplace"))
-
-
-def _takes_text(stream: object) -> bool:
-    try:
-        stream.write("")  # type: ignore[attr-defined]
-        stream.flush()  # type: ignore[attr-defined]
-    except Exception:  # noqa: BLE001 - it may be any object
-        return False
-    return True
-
-
-def _flush() -> None:
-    """Flush the standard streams, and ignore errors: the application may have replaced them."""
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        with contextlib.suppress(Exception):
-            stream.flush()  # type: ignore[union-attr]
+    """Reset what this process inherited from the controller, and run a child."""
+    # The child must not collect garbage of its parent: that could close descriptors whose
+    # numbers are used again, or unmap memory that is not mapped here.
+    gc.freeze()
+    gc.enable()
+    signal.set_wakeup_fd(-1)
+    _started.clear()
+    _starting.clear()
+    _inherited.clear()
+    for number in OURS:
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+    os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set(mask).difference(OURS))
+    return child()
 
 
 def rename(name: str) -> None:

@@ -121,7 +121,7 @@ class WorkerPool:
         """Start the first workers of the generation; `QueuedStarts` starts the others.
 
         Args:
-            holds_ports: called when a worker has bound all addresses.
+            holds_ports: called when a worker has bound all addresses, or the queue is paused.
 
         Raises:
             BindError: an address cannot be bound.
@@ -135,7 +135,8 @@ class WorkerPool:
         signals.pause(0)
         cpus = len(os.sched_getaffinity(0))
         first = self.start_queue.next(max(self.batch.size, min(cpus, _FIRST_AT_MOST)))
-        self.spawner.spawn(first)
+        if first:
+            self.spawner.spawn(first)
         self.start_queue.began(first)
         holds_ports()
 
@@ -180,6 +181,11 @@ class WorkerPool:
         for spec in self.generation.plan.specs:
             if spec.number not in stay:
                 self.start_queue.add(self._take(self.generation, spec))
+        self._supervision.queued_starts.begin()
+
+    def resume_starts(self) -> None:
+        """Start the workers of the start queue, which was paused."""
+        self.start_queue.is_paused = False
         self._supervision.queued_starts.begin()
 
     def abandon(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from steer.child import main
-from steer.child.launch import Launch
+from steer.child.launch import Launch, NewWorker
 from steer.config.address import Bind
 from steer.errors import SteerError
 from steer.guard.client import GuardClient
@@ -77,8 +77,26 @@ def _bound_to(bind: Bind, launch: Launch, anchored: bool) -> socket.socket:
         raise port_checks.bind_error(bind, error) from None
 
 
+class TemplateLost(Exception):
+    """A template process did not fork workers as it was asked to, and was killed. Some of the
+    workers may have been forked."""
+
+
+ForkWorkers = Callable[[Sequence[NewWorker]], Sequence[tuple[int, int]]]
+"""Forks a process for each of these workers, or for none. Returns the process ID and a pidfd of
+each. Raises OSError, TemplateLost."""
+
+
+def fork_from_nothing(new: Sequence[NewWorker]) -> Sequence[tuple[int, int]]:
+    """Fork workers from this process, which has not loaded the application. Raises OSError."""
+    return fork.fork_all([partial(main.main, each) for each in new])
+
+
 def fork_all(
-    launches: Sequence[Launch], guard: GuardClient, owned: Sequence[Sequence[socket.socket]]
+    launches: Sequence[Launch],
+    guard: GuardClient,
+    owned: Sequence[Sequence[socket.socket]],
+    fork_workers: ForkWorkers,
 ) -> list[WorkerProcess]:
     """Fork a process for each, or for none. The processes wait until `begin_all`.
 
@@ -88,13 +106,14 @@ def fork_all(
 
     Raises:
         KernelError: no more processes, or no more files.
+        TemplateLost
     """
     made = [WorkerProcess(launch, guard) for launch in launches]
     with ExitStack() as for_child, ExitStack() as for_controller:
         try:
             pairs = zip(made, owned, strict=True)
-            children = [one.prepare(own, for_child, for_controller) for one, own in pairs]
-            for one, (pid, pidfd) in zip(made, fork.fork_all(children), strict=True):
+            new = [one.prepare(own, for_child, for_controller) for one, own in pairs]
+            for one, (pid, pidfd) in zip(made, fork_workers(new), strict=True):
                 one.forked(pid, pidfd)
         except OSError as error:
             raise fork.fork_error(error) from None
@@ -150,8 +169,8 @@ class WorkerProcess:
 
     def prepare(
         self, own: Sequence[socket.socket], for_child: ExitStack, for_controller: ExitStack
-    ) -> Callable[[], int]:
-        """Open the channel and the pipe of the process. Returns what the process does.
+    ) -> NewWorker:
+        """Open the channel and the pipe of the process.
 
         Args:
             for_child: closes the descriptors that only the process needs, once it is forked.
@@ -169,7 +188,7 @@ class WorkerProcess:
         for_controller.callback(os.close, self._stderr_fd)
         for_child.callback(os.close, stderr)
         os.set_blocking(self._stderr_fd, False)
-        return partial(main.main, self.launch, channel, stderr, own)
+        return NewWorker(self.launch, channel, stderr, own)
 
     def forked(self, pid: int, pidfd: int) -> None:
         """The process was forked."""
@@ -204,7 +223,8 @@ class WorkerProcess:
         self.family = Family(pid, self._is_child)
         self.family.sockets = self.inodes = frozenset(self.bound)
         self._borrower = Borrower(pid, self.inodes)
-        self._stderr = StandardError(self._stderr_fd, pid, self.launch, self._readers)
+        form, slot = self.launch.service.log_format, self.launch.slot
+        self._stderr = StandardError(self._stderr_fd, pid, form, slot, self._readers)
         self._finishing = Finishing(self.launch.service, self.family, pidfd, told_to_finish)
 
     # What the guard has of it.

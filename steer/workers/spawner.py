@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
@@ -13,7 +14,7 @@ from steer.sockets import port_checks, reuseport
 from steer.workers import process as worker_process
 from steer.workers.guard_entries import GuardEntries
 from steer.workers.handle import WorkerHandle, WorkerHandles
-from steer.workers.process import Running, WorkerProcess
+from steer.workers.process import Running, TemplateLost, WorkerProcess
 from steer.workers.selection import Selection
 
 
@@ -23,6 +24,9 @@ class Spawner:
     Args:
         workers: all workers of the pool.
         launch: returns the instructions for a worker.
+
+    Attributes:
+        fork_workers: forks the processes.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Spawner:
         self._guard = guard
         self._entries = entries
         self._launch = launch
+        self.fork_workers = worker_process.fork_from_nothing
 
     def spawn(self, workers: Sequence[WorkerHandle]) -> Sequence[WorkerProcess]:
         """Start a process for each worker.
@@ -59,12 +64,23 @@ class Spawner:
                     # Before the fork, as the process may end at once and shut its listeners down.
                     self._selection.add_sockets(worker.slot, reuseport.duplicates(own))
                     owned.append(own)
-            started = worker_process.fork_all(launches, self._guard, owned)
+            started = self._fork(launches, owned)
         for worker, process in zip(workers, started, strict=True):
             self._give(worker, process)
         worker_process.begin_all(started, self._guard)
         self._entries.save(workers, look=False)
         return started
+
+    def _fork(
+        self, launches: Sequence[Launch], owned: Sequence[Sequence[socket.socket]]
+    ) -> Sequence[WorkerProcess]:
+        try:
+            return worker_process.fork_all(launches, self._guard, owned, self.fork_workers)
+        except TemplateLost:
+            # With other channels: what the template process may have forked has these, and exits
+            # when they close.
+            nothing = worker_process.fork_from_nothing
+            return worker_process.fork_all(launches, self._guard, owned, nothing)
 
     def adopt(self, worker: WorkerHandle, saved: Running, entry: Entry) -> None:
         """Give the worker the process that another controller started, unless that has ended."""

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from steer.child.launch import Launch
 from steer.linux import output
 from steer.linux.lines import Line, Lines, shown
 from steer.workers.readers import Readers
@@ -26,12 +25,15 @@ class StandardError:
 
     Args:
         fd: the reading end of the pipe; `close` closes it.
+        form: the format of the log, "text" or "json".
+        slot: the slot of the worker; None: the process is no worker.
     """
 
-    def __init__(self, fd: int, pid: int, launch: Launch, readers: Readers) -> None:
+    def __init__(self, fd: int, pid: int, form: str, slot: int | None, readers: Readers) -> None:
         self._fd = fd
         self._pid = pid
-        self._launch = launch
+        self._form = form
+        self._slot = slot
         self._readers = readers
         self._words: deque[bytes] = deque(maxlen=LAST_WORDS)
         self._lines = Lines()
@@ -92,5 +94,4 @@ class StandardError:
     def _pass_on(self, lines: Iterable[Line]) -> None:
         now = list(lines)
         self._words.extend(line[:_LINE_BYTES] for line, _ in now[-LAST_WORDS:])
-        form, slot = self._launch.service.log_format, self._launch.slot
-        output.stderr.pass_on(shown(now, form, self._pid, slot, time.time()))
+        output.stderr.pass_on(shown(now, self._form, self._pid, self._slot, time.time()))

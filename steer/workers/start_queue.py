@@ -22,10 +22,11 @@ class StartQueue:
     Attributes:
         is_of_new_service: whether the service is new. If not, it was adopted, and gets the
             workers that it lacks.
+        is_paused: whether no worker is started, as none could load the application yet.
     """
 
     def __init__(self, workers: Collection[WorkerHandle]) -> None:
-        self.is_of_new_service = False
+        self.is_of_new_service = self.is_paused = False
         self._workers = workers
         self._waiting: deque[WorkerHandle] = deque()
         self._starting: dict[WorkerHandle, None] = {}
@@ -61,6 +62,8 @@ class StartQueue:
     def next(self, at_most: int) -> Sequence[WorkerHandle]:
         """Remove and return the next workers that are still wanted, as the limit allows."""
         few: list[WorkerHandle] = []
+        if self.is_paused:
+            return few
         if self.is_limited:
             # Only workers that began are looked at, as all may be many more.
             self._starting = dict.fromkeys(filter(_is_starting, self._starting))

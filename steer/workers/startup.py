@@ -45,6 +45,11 @@ class Startup:
         """Whether the service has come up. Until then, errors are raised to whoever awaits `up`."""
         return self.up.done() and self.up.exception() is None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the service cannot come up."""
+        return self.up.done() and self.up.exception() is not None
+
     def add(self, worker: WorkerHandle) -> None:
         """A worker was added to the pool."""
         if not self.up.done():

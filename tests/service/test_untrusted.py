@@ -92,7 +92,7 @@ def test_service_whose_workers_all_write_junk_does_not_start(
 
 
 def test_longest_reason_fits_into_a_message() -> None:
-    worst = main._short("\0" * 100_000)
+    worst = main.short("\0" * 100_000)
     data = msgspec.json.encode(Message(unloadable=worst, detail=worst))
     assert len(data) <= launch.MESSAGE_MAX_BYTES
     assert launch.read(data).detail == worst

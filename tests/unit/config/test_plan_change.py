@@ -30,6 +30,7 @@ OTHER: dict[str, Any] = {
     "server_options": ("log_level=error",),
     "command": ("sleep", "1"),
     "demo": True,
+    "preload": True,
     "bind": ("127.0.0.1:8081",),
     "workers": 3,
     "policy": "hash",

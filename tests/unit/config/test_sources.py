@@ -57,6 +57,7 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "server": ("auto", ("uvicorn", "uvicorn"), ("hypercorn", "hypercorn")),
     "server_options": (["a=1"], ("b=2, c=3", ("b=2", "c=3")), (("d=[4]",), ("d=[4]",))),
     "demo": (True, ("false", False), (True, True)),
+    "preload": (True, ("false", False), (True, True)),
     "bind": ([":1"], (":2,:22", (":2", ":22")), ((":3", ":33"), (":3", ":33"))),
     "workers": (1, ("2", 2), ("3", 3)),
     "policy": ("hash", ("random", "random"), ("round-robin", "round-robin")),
@@ -212,9 +213,11 @@ def test_a_service_with_something_to_run_is_not_refused(given_: Sources) -> None
     [
         ({"server": "uvicorn"}, "--server: server = 'uvicorn': no app is given"),
         ({"server_options": ("a=1",)}, "--server-option: server_options = 'a=1': no server is"),
+        ({"preload": True}, "--preload: preload = True: no app is given"),
+        ({"preload": True, "command": ("a",)}, "--preload: preload = True: a command is no app"),
     ],
 )
-def test_a_server_that_has_nothing_to_serve_is_refused(given_: dict[str, Any], said: str) -> None:
+def test_what_needs_an_app_and_has_none_is_refused(given_: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         to_run((given_, {}, {"demo": True}))
     assert str(caught.value).startswith(said)

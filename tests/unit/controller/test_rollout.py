@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import msgspec
@@ -51,9 +52,20 @@ class FakePool:
         self.batch = Batch()
         self.selection = self.publisher = self
         self.activated = 0
+        self.preloaded: list[str] = []
         self._slot = 0
         for spec in self.generation.plan.specs:
             self._take(spec, self.generation).state = State.READY
+
+    @asynccontextmanager
+    async def preloading(self, generation: Generation) -> AsyncIterator[None]:
+        self.preloaded.append(f"begin {generation.number}")
+        try:
+            yield
+        except BaseException:
+            self.preloaded.append(f"undo {generation.number}")
+            raise
+        self.preloaded.append(f"end {generation.number}")
 
     def _take(self, spec: WorkerSpec, generation: Generation) -> WorkerHandle:
         worker = WorkerHandle(spec, self._slot, generation)
@@ -125,6 +137,7 @@ def play(workers: int, script: Script) -> FakePool:
             cast(WorkerPool, pool),
             lambda new, now: pool.kept.append((new.number, now.number, pool.activated)),
             Turns(),
+            pool.preloading,
         )
         await asyncio.wait_for(script(pool, changes), 10)
 

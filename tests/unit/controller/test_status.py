@@ -51,6 +51,7 @@ class FakeService:
             backends=(SimpleNamespace(reason=None),),
         )
         self.started_s = 0.0
+        self.templates: Any = None
         self.backend: Any = SimpleNamespace(
             name="ebpf",
             notes=(),
