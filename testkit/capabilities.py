@@ -151,7 +151,10 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "bpftool": _has_command("bpftool"),
     "cc": _has_command("cc"),
     "counting": _has_counting,
+    "django": _has_module("django"),
     "dumb-init": _has_command("dumb-init"),
+    "fastapi": _has_module("fastapi"),
+    "flask": _has_module("flask"),
     "granian": _has_module("granian"),
     "gunicorn": _has_module("gunicorn"),
     "haproxy": _has_command("haproxy"),
@@ -168,6 +171,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "root": _is_root,
     "ruby": _has_command("ruby"),
     "setsid": _has_command("setsid"),
+    "starlette": _has_module("starlette"),
     "systemd-notify": _has_command("systemd-notify"),
     "tini": _has_command("tini"),
     "tproxy": _has_tproxy,
@@ -178,6 +182,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "vm": _has_vm,
     "headers": _has_headers,
     "waitress": _has_module("waitress"),
+    "websockets": _has_module("websockets"),
     "wrk": _has_command("wrk"),
 }
 """Each says why the machine has not got it, or nothing."""

@@ -1,4 +1,4 @@
-"""Servers from PyPI, as they are: each of several under its own socket."""
+"""Servers from PyPI, as commands and served by steer: each of several under its own socket."""
 
 from __future__ import annotations
 
@@ -19,22 +19,31 @@ from testkit.processes import DEADLINE_S, eventually, is_running
 from testkit.programs import source
 
 PORT = 8080
-SERVERS = {
+COMMANDS = {
     "uvicorn": ("uvicorn", "asgi:app", "--fd", "{fd}"),
     "gunicorn": ("gunicorn", "-w", "1", "wsgi:app"),
     "hypercorn": ("hypercorn", "asgi:app", "--bind", "fd://{fd}", "--graceful-timeout", "60"),
 }
-SAYS_WHEN_STOPPED = {
-    "uvicorn": "Shutting down",
-    "gunicorn": "Handling signal: term",
-    "hypercorn": "stopping gracefully",  # says nothing itself
+SERVED = {
+    "--server uvicorn": "asgi:app",
+    "--server hypercorn": "asgi:app",
+    "--server waitress": "wsgi:app",
 }
+SAYS_WHEN_STOPPED = {"uvicorn": "Shutting down", "gunicorn": "Handling signal: term"}
+STOPS = "stopping gracefully"  # what steer says: the others say nothing
 ASGI = source("asgi")
 WSGI = source("wsgi")
 
-every_server = pytest.mark.parametrize(
-    "server", [pytest.param(name, marks=pytest.mark.needs("bpf", name)) for name in SERVERS]
-)
+
+def servers(*names: str) -> pytest.MarkDecorator:
+    """Runs a test with each of these, as far as they are installed."""
+    needed = {name: pytest.mark.needs("bpf", name.split()[-1]) for name in names}
+    values = [pytest.param(name, marks=mark) for name, mark in needed.items()]
+    return pytest.mark.parametrize("server", values)
+
+
+every_command = servers(*COMMANDS)
+every_server = servers(*COMMANDS, *SERVED)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +53,10 @@ def applications(home: Path) -> None:
 
 
 def command(server: str) -> tuple[str, ...]:
-    return ("--policy", "round-robin", "--", sys.executable, "-m", *SERVERS[server])
+    """The arguments that run it."""
+    if server in SERVED:
+        return ("--policy", "round-robin", *server.split(), SERVED[server])
+    return ("--policy", "round-robin", "--", sys.executable, "-m", *COMMANDS[server])
 
 
 def slots(times: int) -> list[int]:
@@ -77,16 +89,15 @@ def test_takes_turns_and_ends_gracefully(service: StartService, home: Path, serv
         request(held, "/held")
         eventually((home / "under-way").exists)
         running.send_signal(signal.SIGTERM)
-        eventually(lambda: SAYS_WHEN_STOPPED[server] in running.log)
+        said = next((say for name, say in SAYS_WHEN_STOPPED.items() if name in server), STOPS)
+        eventually(lambda: said in running.log)
         assert running.process.poll() is None
         (home / "go").touch()
         assert answer(held)["slot"] in (0, 1, 2)
     assert running.wait() == 0
 
 
-@pytest.mark.parametrize(
-    "server", [pytest.param(n, marks=pytest.mark.needs("bpf", n)) for n in ("uvicorn", "hypercorn")]
-)
+@servers("uvicorn", "hypercorn", *SERVED)
 def test_keeps_a_connection_with_its_worker(service: StartService, server: str) -> None:
     service("-w", "2", *command(server))
     with socket.create_connection(("127.0.0.1", PORT), DEADLINE_S) as sock:
@@ -113,7 +124,7 @@ def test_gets_nothing_before_its_application_has_started(
     assert sorted(slots(2)) == [0, 1]
 
 
-@every_server
+@every_command
 def test_that_cannot_load_its_application_ends_with_its_own_words(
     service: StartService, home: Path, server: str
 ) -> None:
