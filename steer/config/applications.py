@@ -27,7 +27,7 @@ _ARGUMENTS = {Interface.ASGI3: 3, Interface.WSGI: 2}
 
 _ASGI = "have a server serve it: steer run --server uvicorn {app}"
 _WSGI = "have a server serve it: steer run --server waitress {app}"
-_FACTORY = (
+FACTORY = (
     "if it returns an application, have a server serve that: steer run --server auto '{app}()'"
 )
 _AIOHTTP = (
@@ -117,7 +117,7 @@ def _judge(found: Callable[..., object]) -> Look:
     if type(found).__module__.startswith("aiohttp."):
         return Look(None, "it looks like an application of aiohttp", _AIOHTTP)
     if takes(0):
-        return Look(None, "it takes no argument, so no worker", _FACTORY)
+        return Look(None, "it takes no argument, so no worker", FACTORY)
     return Look(None, f"it takes {inspect.signature(found)}, not one argument", _WORKER)
 
 
@@ -159,7 +159,7 @@ def why_not_returned(returned: object, app: str) -> str:
     if not callable(returned):
         return ""
     kind = "what looks like an ASGI application" if _is_async(returned) else "a callable"
-    return f"it returned {kind}, which nobody calls; {_FACTORY.format(app=app)}"
+    return f"it returned {kind}, which nobody calls; {FACTORY.format(app=app)}"
 
 
 def _judge_class(found: type) -> Look:
@@ -170,7 +170,7 @@ def _judge_class(found: type) -> Look:
         words = "it looks like an ASGI 2 application, a class of (scope)"
         return Look(Interface.ASGI2, words, _ASGI)
     if instances_wait and takes(0) and _takes(call)(4):
-        return Look(None, "it is a class of ASGI 3 applications, not one of them", _FACTORY)
+        return Look(None, "it is a class of ASGI 3 applications, not one of them", FACTORY)
     if takes(1):
         return _CALLED_WITH_WORKER
     if takes(2):

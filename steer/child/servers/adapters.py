@@ -13,7 +13,7 @@ import msgspec
 
 from steer.child.api import Worker
 from steer.child.launch import Unloadable
-from steer.config.applications import Interface, interface_of, look_at
+from steer.config.applications import FACTORY, Interface, Look, interface_of, look_at
 from steer.config.service import Service
 
 Application = Callable[..., object]
@@ -91,15 +91,16 @@ def load(found: Application, service: Service) -> Serve:
             options is wrong.
         Exception: of the server.
     """
-    name = service.server
+    name, app = service.server, service.app
     assert name is not None
-    chosen = _suited(found) if name == "auto" else _asked(found, SERVERS[name])
+    assert app is not None
+    chosen = _suited(found, app) if name == "auto" else _asked(found, SERVERS[name], app)
     if chosen is None:
-        _say(f"{service.app} is {Interface.WORKER.value}: it serves by itself")
+        _say(f"{app} is {Interface.WORKER.value}: it serves by itself")
         return found
     server, interface = chosen
     if name == "auto":
-        _say(f"{service.app} is {interface.value}: {server.name} serves it")
+        _say(f"{app} is {interface.value}: {server.name} serves it")
     return server.adapter().load(found, interface, service)
 
 
@@ -109,7 +110,7 @@ def _say(words: str) -> None:
         print(f"steer: {words}", file=sys.stderr)
 
 
-def _suited(found: Application) -> tuple[Server, Interface] | None:
+def _suited(found: Application, app: str) -> tuple[Server, Interface] | None:
     """The first installed server that serves the application; None: the application serves by
     itself.
 
@@ -121,7 +122,7 @@ def _suited(found: Application) -> tuple[Server, Interface] | None:
         return None
     suited = _that_serve(look.interface)
     if look.interface is None or not suited:
-        raise Unloadable(look.words)
+        raise Unloadable(_why_not(look, app))
     server = next((each for each in suited if each.is_installed), None)
     if server is None:
         names = " or ".join(each.name for each in suited)
@@ -129,22 +130,23 @@ def _suited(found: Application) -> tuple[Server, Interface] | None:
     return server, look.interface
 
 
-def _asked(found: Application, server: Server) -> tuple[Server, Interface]:
+def _asked(found: Application, server: Server, app: str) -> tuple[Server, Interface]:
     """The server that was asked for, if it serves the application. Raises Unloadable."""
     interface = interface_of(found, server.serves)
     if interface is None:
         serves = " and ".join(each.value for each in server.serves)
-        others = _that_serve(look_at(found).interface)
-        cure = f"; use --server {others[0].name}" if others else ""
-        raise Unloadable(f"{server.name} serves {serves}; {_shown(found)}{cure}")
+        why = _why_not(look_at(found), app)
+        raise Unloadable(f"{server.name} serves {serves}; {why}")
     return server, interface
 
 
-def _shown(found: Application) -> str:
-    look = look_at(found)
+def _why_not(look: Look, app: str) -> str:
+    """Why an object is not served, and what to do instead, if that is known."""
     if look.interface is Interface.WORKER:
         return "it looks like a function of the worker, that serves by itself; leave out --server"
-    return look.words
+    if others := _that_serve(look.interface):
+        return f"{look.words}; use --server {others[0].name}"
+    return f"{look.words}; {look.cure.format(app=app)}" if look.cure == FACTORY else look.words
 
 
 def _that_serve(interface: Interface | None) -> list[Server]:

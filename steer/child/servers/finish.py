@@ -17,7 +17,7 @@ def time_s(service: Service) -> float:
     return service.graceful_timeout * _SHARE
 
 
-def fail(worker: Worker, why: str) -> NoReturn:
+def fail(worker: Worker, service: Service, why: str) -> NoReturn:
     """End the worker, as its application did not start. Raises SystemExit."""
-    print(f"steer: worker {worker.slot}: {why}", file=sys.stderr)
-    raise SystemExit(3)
+    print(f"steer: worker {worker.slot}: {service.app} did not start: {why}", file=sys.stderr)
+    raise SystemExit(1)

@@ -75,7 +75,7 @@ def load(app: Application, interface: Interface, service: Service) -> Serve:
     for name, value in given.items():
         setattr(config, name, value)
     config.create_ssl_context()  # fails now if it would fail later
-    return partial(_serve, app, _MODES[interface], config, loop_factory)
+    return partial(_serve, app, _MODES[interface], config, loop_factory, service)
 
 
 def _known() -> dict[str, Any]:
@@ -101,6 +101,7 @@ def _serve(
     mode: Literal["asgi", "wsgi"],
     config: _Config,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None,
+    service: Service,
     worker: Worker,
 ) -> None:
     config.given = worker.sockets
@@ -108,7 +109,7 @@ def _serve(
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(_run(app, mode, config, worker))
     except (LifespanFailureError, LifespanTimeoutError) as error:
-        finish.fail(worker, str(error))
+        finish.fail(worker, service, str(error))
 
 
 async def _run(app: Any, mode: Literal["asgi", "wsgi"], config: _Config, worker: Worker) -> None:

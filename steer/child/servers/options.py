@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import types
-import typing
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -58,6 +59,10 @@ def value_of(text: str, declared: Any) -> Any:
     Raises:
         Invalid: it is not of that type.
     """
+    named = next((each for each in _parts(declared) if _is_enum(each)), None)
+    if named is not None:
+        name: str = values.convert(text, Literal[*named.__members__], strict=True)
+        return named[name]
     plain = _plain(declared)
     try:
         value = msgspec.json.decode(text)
@@ -81,7 +86,11 @@ def _parts(declared: Any) -> Iterable[Any]:
     if get_origin(declared) in (Union, types.UnionType):
         for each in get_args(declared):
             yield from _parts(each)
-    elif declared in _PLAIN or get_origin(declared) in (list, dict, Literal):
+    elif declared in _PLAIN or get_origin(declared) in (list, dict, Literal) or _is_enum(declared):
         yield declared
-    elif typing.get_origin(declared) is not None and "PathLike" in str(declared):
+    elif (get_origin(declared) or declared) is os.PathLike:
         yield str
+
+
+def _is_enum(declared: Any) -> bool:
+    return isinstance(declared, type) and issubclass(declared, Enum)

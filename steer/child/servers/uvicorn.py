@@ -46,7 +46,7 @@ def load(app: Application, interface: Interface, service: Service) -> Serve:
     ours = {"backlog": service.backlog, "workers": 1}
     config = uvicorn.Config(app, **{**defaults, **given, **ours})
     config.load()
-    return partial(_serve, config)
+    return partial(_serve, config, service)
 
 
 def _log_config() -> dict[str, Any]:
@@ -59,8 +59,14 @@ def _log_config() -> dict[str, Any]:
     return config
 
 
-def _serve(config: uvicorn.Config, worker: Worker) -> None:
-    _Server(config, worker).run(sockets=list(worker.sockets))
+def _serve(config: uvicorn.Config, service: Service, worker: Worker) -> None:
+    server = _Server(config, worker)
+    try:
+        server.run(sockets=list(worker.sockets))
+    except SystemExit:
+        if server.started:
+            raise
+        finish.fail(worker, service, "its lifespan failed at startup")
 
 
 class _Server(uvicorn.Server):
