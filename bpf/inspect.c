@@ -2,9 +2,10 @@
  *
  * inspect - which sockets serve, who has them open, and which program chooses among them.
  *
- * Not a policy, but programs of type TRACING. All but one are BPF iterators, which run when
- * somebody reads their file; the last counts, as long as it is attached, which listener each new
- * connection came from. Nothing here changes what a socket does.
+ * Not a policy, but programs of type TRACING. All but three are BPF iterators, which run when
+ * somebody reads their file; the last three count, as long as they are attached, which listener each
+ * new connection came from, and which socket each datagram went to. Nothing here changes what a
+ * socket does.
  */
 #include "tracing.h"
 
@@ -128,12 +129,35 @@ int steer_holders(void *ctx)
 	return 0;
 }
 
+/* Have a socket counted. Args: typed: the same socket. */
+static __always_inline void mark(u64 sk, void *typed)
+{
+	u64 none = 0;
+
+	if (bpf_sk_storage_get(steer_map(STEER_MAP_MARKS), typed, &sk, BPF_SK_STORAGE_GET_F_CREATE))
+		bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_ACCEPTED), &sk, &none,
+				     BPF_NOEXIST);
+}
+
+static __always_inline void count(void *typed)
+{
+	u64 *mark, *number, counted;
+
+	mark = bpf_sk_storage_get(steer_map(STEER_MAP_MARKS), typed, NULL, 0);
+	if (!mark)
+		return;
+	counted = *mark;
+	number = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_ACCEPTED), &counted);
+	if (number)
+		__sync_fetch_and_add(number, 1);
+}
+
 /* iter/tcp: have each listener mark the connections that come from it. Nothing is written before
  * all of them are done. */
 int steer_mark(void *ctx)
 {
 	const struct steer_offsets *at = steer_offsets();
-	u64 sk = steer_word(ctx, ITER_SOCKET), none = 0, end = TCP_END;
+	u64 sk = steer_word(ctx, ITER_SOCKET), end = TCP_END;
 	void *typed = steer_typed(ctx, 8);
 
 	if (!typed || !at)
@@ -142,25 +166,42 @@ int steer_mark(void *ctx)
 		steer_emit(ctx, &end, sizeof(end));
 		return 0;
 	}
-	if (bpf_sk_storage_get(steer_map(STEER_MAP_MARKS), typed, &sk, BPF_SK_STORAGE_GET_F_CREATE))
-		bpf_map_update_elem_((uintptr_t)steer_map(STEER_MAP_ACCEPTED), &sk, &none,
-				     BPF_NOEXIST);
+	mark(sk, typed);
+	return 0;
+}
+
+/* iter/udp: have the datagrams of each socket counted. */
+int steer_mark_udp(void *ctx)
+{
+	const struct steer_offsets *at = steer_offsets();
+	u64 sk = steer_word(ctx, ITER_SOCKET);
+	void *typed = steer_typed(ctx, 8);
+
+	if (typed && at && steer_is_server(sk, at))
+		mark(sk, typed);
 	return 0;
 }
 
 /* tp_btf/inet_sock_set_state: a connection is established. */
 int steer_accepted(void *ctx)
 {
-	u64 *mark, *count, listener;
+	if (steer_word(ctx, 8) == STEER_SYN_RECV && steer_word(ctx, 16) == STEER_ESTABLISHED)
+		count(steer_typed(ctx, 0));
+	return 0;
+}
 
-	if (steer_word(ctx, 8) != STEER_SYN_RECV || steer_word(ctx, 16) != STEER_ESTABLISHED)
-		return 0;
-	mark = bpf_sk_storage_get(steer_map(STEER_MAP_MARKS), steer_typed(ctx, 0), NULL, 0);
-	if (!mark)
-		return 0;
-	listener = *mark;
-	count = bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_ACCEPTED), &listener);
-	if (count)
-		__sync_fetch_and_add(count, 1);
+/* tp_btf/sk_data_ready (Linux 6.3): a datagram was put into the receive queue of a socket; for
+ * sockets that are not marked it means something else. */
+int steer_readable(void *ctx)
+{
+	count(steer_typed(ctx, 0));
+	return 0;
+}
+
+/* fexit/__udp_enqueue_schedule_skb, for older kernels: the same, unless the function failed. */
+int steer_received(void *ctx)
+{
+	if (!(u32)steer_word(ctx, 16))
+		count(steer_typed(ctx, 0));
 	return 0;
 }

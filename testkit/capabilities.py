@@ -128,7 +128,7 @@ def _has_tracing() -> str:
 
 def _has_counting() -> str:
     try:
-        with Look() as look, look.count(1):
+        with Look() as look, look.count("tcp", 1):
             return ""
     except KernelError as error:
         return str(error)

@@ -41,15 +41,14 @@ def of_inspection(found: Inspection, in_full: bool) -> list[Table]:
 
 
 def _group_table(group: Group) -> Table:
-    is_counted = any(each.accepted is not None for each in group.sockets)
-    most = max((each.accepted or 0 for each in group.sockets), default=0)
+    column = "accepted" if group.protocol == "tcp" else "received"
+    counts: list[int | None] = [getattr(each, column) for each in group.sockets]
+    most = max((count or 0 for count in counts), default=0)
     columns = [*_COLUMNS]
     rows = [_row(each) for each in group.sockets]
-    if is_counted:
-        columns.append("accepted")
-        rows = [
-            [*row, _bar(each.accepted, most)] for row, each in zip(rows, group.sockets, strict=True)
-        ]
+    if any(count is not None for count in counts):
+        columns.append(column)
+        rows = [[*row, _bar(count, most)] for row, count in zip(rows, counts, strict=True)]
     return Table(_title(group), columns, rows, list(_below(group)), _OPTIONAL, None, False)
 
 
@@ -107,12 +106,10 @@ def _cpus(processes: Sequence[Process]) -> str:
     return cpu_list(sorted({cpu for each in wanted for cpu in each.cpus}))
 
 
-def _bar(accepted: int | None, most: int) -> str:
-    if accepted is None:
+def _bar(count: int | None, most: int) -> str:
+    if count is None:
         return "-"
-    return (
-        f"{accepted:>{len(str(most))}} {'#' * ceil(accepted * _BAR / most if most else 0)}".rstrip()
-    )
+    return f"{count:>{len(str(most))}} {'#' * ceil(count * _BAR / most if most else 0)}".rstrip()
 
 
 def _below(group: Group) -> Iterator[str]:

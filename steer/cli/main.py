@@ -275,7 +275,7 @@ def check_policy(file: str, verbose: bool, as_json: bool) -> None:
 @cli.command("inspect")
 @click.argument("target", required=False, metavar="[ADDR:PORT|PORT|PID]")
 @click.option(
-    "--for", "count_for", metavar="TIME", help="Count the connections of that time: 5s, 500ms, 2m."
+    "--for", "count_for", metavar="TIME", help="Count connections and datagrams for: 5s, 500ms, 2m."
 )
 @click.option(
     "--netns", metavar="N", help="Look in that network namespace only: a name, path or process id."

@@ -1,49 +1,81 @@
-"""Counts the connections that are established at each listener for a while."""
+"""Counts the connections that are established at each listener for a while, and the datagrams that
+each UDP socket receives."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+
+import msgspec
 
 from steer.errors import KernelError
 from steer.inspect.seeing import View
 from steer.inspect.seen import Seen
 from steer.linux import netns, processes
-from steer.loader.kernel_sockets import Count
+from steer.loader.kernel_sockets import Count, Look
 
+_MISSED = "interrupts came while the program that counts ran on the same CPU"
 _MOST = 1 << 16
-"""Limit for the listeners of all network namespaces together."""
+"""Limit for the sockets of all network namespaces together."""
 
 
-def count(
-    view: View, selected: Sequence[Seen], seconds: float
-) -> tuple[Mapping[int, int], list[str]]:
-    """Count for that long, or until SIGINT.
+class Counted(msgspec.Struct):
+    """What was counted.
 
-    Returns:
-        The count of each listener, by inode; and notes on what could not be counted.
+    Args:
+        counts: by inode.
+        notes: what could not be counted, and why.
     """
-    listeners = [each for each in selected if each.protocol == "tcp"]
-    notes = []
-    if len(listeners) < len(selected):
-        notes.append("datagrams are not counted, only TCP connections")
-    if not listeners:
-        return {}, notes
-    if view.look is None:
-        return {}, [*notes, "cannot count connections without CAP_BPF and CAP_PERFMON; run as root"]
-    try:
-        with view.look.count(_MOST) as counting:
-            there = [each for each in _groups(view, listeners) if _add(counting, *each, notes)]
+
+    counts: dict[int, int] = {}
+    notes: list[str] = []
+
+
+def count(view: View, selected: Sequence[Seen], seconds: float) -> Counted:
+    """Count for that long, or until SIGINT."""
+    found = Counted()
+    if selected and view.look is None:
+        found.notes.append("cannot count without CAP_BPF and CAP_PERFMON; run as root")
+    if not selected or view.look is None:
+        return found
+    with ExitStack() as stack:
+        counting = list(_begin(view, view.look, selected, found, stack))
+        if counting:
             _wait(seconds)
-            found = counting.so_far()
-    except KernelError as error:
-        return {}, [*notes, f"cannot count: {error.note}"]
-    counted = {number for number, _ in there}
-    return {
-        each.inode: found.get(each.kernel_address, 0) for each in listeners if each.netns in counted
-    }, notes
+        for each, sockets in counting:
+            try:
+                numbers, missed = each.so_far(), each.missed()
+            except KernelError as error:
+                found.notes.append(f"cannot count: {error.note}")
+                continue
+            if missed:
+                found.notes.append(f"up to {missed} more may have come: {_MISSED}")
+            for sock in sockets:
+                found.counts[sock.inode] = numbers.get(sock.kernel_address, 0)
+    return found
+
+
+def _begin(
+    view: View, look: Look, selected: Sequence[Seen], found: Counted, stack: ExitStack
+) -> Iterator[tuple[Count, Sequence[Seen]]]:
+    """Begin to count. Returns: what counts, and at which sockets."""
+    for protocol, what in (("tcp", "connections"), ("udp", "datagrams")):
+        sockets = [each for each in selected if each.protocol == protocol]
+        if not sockets:
+            continue
+        try:
+            counting = stack.enter_context(look.count(protocol, _MOST))
+        except KernelError as error:
+            found.notes.append(f"cannot count {what}: {error.note}")
+            continue
+        there = {
+            number
+            for number, path in _groups(view, sockets)
+            if _add(counting, number, path, found.notes)
+        }
+        yield counting, [each for each in sockets if each.netns in there]
 
 
 def _wait(seconds: float) -> None:

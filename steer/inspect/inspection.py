@@ -31,7 +31,7 @@ class Asked(msgspec.Struct, frozen=True):
 
     Args:
         netns: name, path or process of a network namespace; None: all that can be seen.
-        count_s: how long to count connections; None: do not count.
+        count_s: how long to count connections and datagrams; None: do not count.
         attach_options: see `words.Known`.
     """
 
@@ -53,15 +53,16 @@ def inspect(asked: Asked) -> Inspection:
         view = seeing.see(path, stack)
         selected = _selected(view, asked.target)
         notes = [*view.notes, *_hidden(view, selected)]
-        accepted: Mapping[int, int] = {}
+        counts: Mapping[int, int] = {}
         if asked.count_s is not None:
-            accepted, failed = counting.count(view, selected, asked.count_s)
-            notes += failed
+            counted = counting.count(view, selected, asked.count_s)
+            counts = counted.counts
+            notes += dict.fromkeys(counted.notes)
             # Show queues and processes as they are now, not as they were before the count.
             view = seeing.see(path, stack)
             known = {each.inode for each in selected}
             selected = [each for each in view.sockets if each.inode in known]
-        found = _Builder(view, selected, accepted, asked)
+        found = _Builder(view, selected, counts, asked)
         return Inspection(1, found.groups(), notes, asked.count_s)
 
 
@@ -105,11 +106,11 @@ class _Builder:
     """Makes groups of sockets, and looks up what is shown of each."""
 
     def __init__(
-        self, view: View, selected: Sequence[Seen], accepted: Mapping[int, int], asked: Asked
+        self, view: View, selected: Sequence[Seen], counts: Mapping[int, int], asked: Asked
     ) -> None:
         self._view = view
         self._selected = selected
-        self._accepted = accepted
+        self._counts = counts
         self._asked = asked
         self._own = netns.own()
         self._names = netns.names()
@@ -161,6 +162,7 @@ class _Builder:
         return next((self._titled[pid] for pid in sorted(pids) if pid in self._titled), None)
 
     def _socket(self, seen: Seen) -> Socket:
+        count = self._counts.get(seen.inode)
         return Socket(
             cookie=seen.cookie or None,
             inode=seen.inode,
@@ -168,7 +170,8 @@ class _Builder:
             queued=seen.queued,
             backlog=seen.backlog,
             drops=seen.drops,
-            accepted=self._accepted.get(seen.inode),
+            accepted=count if seen.protocol == "tcp" else None,
+            received=count if seen.protocol == "udp" else None,
             cgroup=self._cgroups.get(seen.cgroup) if seen.cgroup else None,
             is_connected=seen.is_connected,
         )

@@ -37,6 +37,8 @@ class Socket(msgspec.Struct):
             in the receive queue, and the receive buffer.
         drops: connections or datagrams that the kernel dropped; None if it does not tell.
         accepted: TCP connections established while they were counted; None if they were not.
+        received: UDP datagrams put into its receive queue while they were counted; None if they
+            were not.
         cgroup: path of the cgroup in which it was created; None if unknown.
         is_connected: whether it is a UDP socket with a peer.
     """
@@ -48,6 +50,7 @@ class Socket(msgspec.Struct):
     backlog: int
     drops: int | None
     accepted: int | None = None
+    received: int | None = None
     cgroup: str | None = None
     is_connected: bool = False
 
@@ -134,7 +137,7 @@ class Inspection(msgspec.Struct):
 
     Args:
         notes: what could not be seen, and why.
-        counted_s: how long connections were counted; None if they were not.
+        counted_s: how long connections and datagrams were counted; None if they were not.
     """
 
     schema: int

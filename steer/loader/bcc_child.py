@@ -25,7 +25,8 @@ from typing import IO, Any
 
 PROGRAMS = (
     *("plain", "migrate", "count"),
-    *("tcp", "udp", "tcp_addresses", "udp_addresses", "task_file", "holders", "mark", "accepted"),
+    *("tcp", "udp", "tcp_addresses", "udp_addresses", "task_file", "holders"),
+    *("mark", "accepted", "mark_udp", "readable", "received"),
     *("closing", "listening", "bound", "state", "trace"),
 )
 """The functions that become programs, without "steer_"."""

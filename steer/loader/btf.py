@@ -76,6 +76,10 @@ class KernelTypes(Closed):
             raise KernelError(act, "ENOENT", "needs a later kernel", errno=errno.ENOENT)
         return found
 
+    def has(self, name: str, kind: int) -> bool:
+        """Whether the kernel has such a type."""
+        return self._find(name, kind) is not None
+
     def size_bytes(self, struct: str) -> int | None:
         """The size of a structure; None if the kernel has no such structure."""
         found = self._find(struct, STRUCT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 import sys
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from steer.errors import KernelError, VerifierError
 from steer.loader import compile as compiler
 from steer.loader import tracing
 from steer.loader.bpf_maps import Map
-from steer.loader.btf import KernelTypes
+from steer.loader.btf import TYPEDEF, KernelTypes
 from steer.loader.libbpf import Closed
 from steer.loader.programs import Program
 from steer.policy.bytecode import Code
@@ -186,9 +186,17 @@ class Look(Closed):
                     found[program].add(pid)
         return found
 
-    def count(self, most: int) -> Count:
-        """Begin to count connections. Args: most: limit of listeners. Raises KernelError."""
-        return Count(self._types, self._codes, self._maps, most)
+    def count(self, protocol: str, most: int) -> Count:
+        """Begin to count.
+
+        Args:
+            protocol: "tcp" or "udp".
+            most: limit of sockets.
+
+        Raises:
+            KernelError
+        """
+        return Count(protocol, self._types, self._codes, self._maps, most)
 
     def _iterator(self, name: str, over: str, **maps: Map) -> Program:
         maps = {**self._maps, **maps}
@@ -219,52 +227,91 @@ class Glance(Closed):
 
 
 class Count(Closed):
-    """Counts the connections that are established at each TCP listener, until it is closed.
+    """Counts what each socket gets, until it is closed: the connections that are established at
+    each TCP listener, or the datagrams put into the receive queue of each UDP socket.
 
-    It marks the listeners in socket storage, which their connections inherit. The marks go with
-    the map.
+    It marks the sockets in socket storage, which connections inherit. The marks go with the map.
 
     Raises:
         VerifierError, KernelError
     """
 
     def __init__(
-        self, types: KernelTypes, codes: Mapping[str, Code], maps: Mapping[str, Map], most: int
+        self,
+        protocol: str,
+        types: KernelTypes,
+        codes: Mapping[str, Code],
+        maps: Mapping[str, Map],
+        most: int,
     ) -> None:
+        mark, counting = _PROGRAMS[protocol]
         with ExitStack() as stack:
-            self._accepted = stack.enter_context(Map("accepted", max(1, most)))
+            self._counts = stack.enter_context(Map("accepted", max(1, most)))
             marks = stack.enter_context(Map("marks"))
-            maps = {**maps, "marks": marks, "accepted": self._accepted}
-            counting = stack.enter_context(_counting(codes["accepted"], maps, types))
+            maps = {**maps, "marks": marks, "accepted": self._counts}
+            self._program = stack.enter_context(counting(codes, maps, types))
             self._marking = stack.enter_context(
-                tracing.iterator("steer_mark", "tcp", codes["mark"], maps, types)
+                tracing.iterator(f"steer_{mark}", protocol, codes[mark], maps, types)
             )
-            stack.enter_context(tracing.Attached(counting))
+            stack.enter_context(tracing.Attached(self._program))
             self._stack = stack.pop_all()
 
     def add_this_netns(self) -> None:
-        """Count the listeners of the network namespace that we are in. Raises KernelError."""
+        """Count at the sockets of the network namespace that we are in. Raises KernelError."""
         for _ in tracing.output(self._marking):
-            return  # its first output comes after the last listener
+            return  # over TCP, the first output comes after the last listener
 
     def so_far(self) -> Mapping[int, int]:
-        """The counts by kernel address of the listener. Raises KernelError."""
+        """The counts by kernel address of the socket. Raises KernelError."""
         return {
-            listener: int.from_bytes(number, sys.byteorder)
-            for listener, number in self._accepted.items()
+            address: int.from_bytes(number, sys.byteorder)
+            for address, number in self._counts.items()
         }
+
+    def missed(self) -> int:
+        """How many events were missed: the kernel does not run a program in an interrupt that comes
+        while the program runs on the same CPU."""
+        return self._program.missed_runs()
 
     def close(self) -> None:
         self._stack.close()
 
 
-def _counting(code: Code, maps: Mapping[str, Map], types: KernelTypes) -> Program:
+def _accepted(codes: Mapping[str, Code], maps: Mapping[str, Map], types: KernelTypes) -> Program:
     """Raises KernelError."""
+    name = "steer_accepted"
     try:
-        return tracing.tracepoint("steer_accepted", "inet_sock_set_state", code, maps, types)
+        return tracing.tracepoint(name, "inet_sock_set_state", codes["accepted"], maps, types)
     except VerifierError as error:
-        act, cause = "count connections", "this kernel lets no program find the mark of one"
-        raise KernelError(act, cause, "use Linux 5.11 or later", errno=error.errno) from None
+        raise _uncounted("connections", error) from None
+
+
+def _received(codes: Mapping[str, Code], maps: Mapping[str, Map], types: KernelTypes) -> Program:
+    """The tracepoint needs no ftrace, but is not there before Linux 6.3. Since Linux 6.18 the
+    function may only hand a datagram to another CPU, which may drop it. Raises KernelError."""
+    try:
+        if types.has(f"btf_trace_{_READABLE}", TYPEDEF):
+            return tracing.tracepoint("steer_readable", _READABLE, codes["readable"], maps, types)
+        return tracing.after("steer_received", _ENQUEUE, codes["received"], maps, types)
+    except VerifierError as error:
+        raise _uncounted("datagrams", error) from None
+
+
+def _uncounted(what: str, error: VerifierError) -> KernelError:
+    cause = "this kernel lets no program find the mark of a socket"
+    return KernelError(f"count {what}", cause, "use Linux 5.11 or later", errno=error.errno)
+
+
+_READABLE = "sk_data_ready"
+"""The tracepoint of sock_def_readable(), which the kernel calls once for each datagram."""
+_ENQUEUE = "__udp_enqueue_schedule_skb"
+"""The function of net/ipv4/udp.c that puts a datagram into the receive queue of a socket."""
+_Counting = Callable[[Mapping[str, Code], Mapping[str, Map], KernelTypes], Program]
+_PROGRAMS: Mapping[str, tuple[str, _Counting]] = {
+    "tcp": ("mark", _accepted),
+    "udp": ("mark_udp", _received),
+}
+"""The iterator that marks sockets, and how the program that counts is loaded."""
 
 
 def pack_offsets(types: KernelTypes) -> bytes:

@@ -93,6 +93,13 @@ class Program(Descriptor):
             raise refusal(act, -fd)
         super().__init__(fd)
 
+    def missed_runs(self) -> int:
+        """How often a tracing program was not run, as it ran already on the same CPU; from
+        proc_pid_fdinfo(5), Linux 5.12."""
+        with open(f"/proc/self/fdinfo/{self._fd}") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields.get("recursion_misses", 0))
+
     def _load(self, name: str, insns: bytes, options: _LoadOptions) -> int:
         fd: int = calls().bpf_prog_load(
             self._kind,
@@ -111,6 +118,7 @@ _KINDS = {
     abi.BPF_CGROUP_SOCK_OPS: abi.BPF_PROG_TYPE_SOCK_OPS,
     abi.BPF_TRACE_ITER: abi.BPF_PROG_TYPE_TRACING,
     abi.BPF_TRACE_RAW_TP: abi.BPF_PROG_TYPE_TRACING,
+    abi.BPF_TRACE_FEXIT: abi.BPF_PROG_TYPE_TRACING,
     abi.BPF_CGROUP_INET_SOCK_RELEASE: abi.BPF_PROG_TYPE_CGROUP_SOCK,
     abi.BPF_CGROUP_INET4_POST_BIND: abi.BPF_PROG_TYPE_CGROUP_SOCK,
     abi.BPF_CGROUP_INET6_POST_BIND: abi.BPF_PROG_TYPE_CGROUP_SOCK,

@@ -67,6 +67,19 @@ def tracepoint(
     return Program(name, code, maps, abi.BPF_TRACE_RAW_TP, target=target)
 
 
+def after(
+    name: str, function: str, code: Code, maps: Mapping[str, Map], types: KernelTypes
+) -> Program:
+    """A program that the kernel runs after each call of one of its functions while it is
+    `Attached`.
+
+    Raises:
+        VerifierError, KernelError
+    """
+    target = types.number(function, FUNCTION)
+    return Program(name, code, maps, abi.BPF_TRACE_FEXIT, target=target)
+
+
 def output(program: Program, part_bytes: int = _CHUNK_BYTES) -> Iterator[bytes]:
     """Run an iterator over the objects of this thread's network namespace. Yields its output, in
     parts that hold whole records.
@@ -99,10 +112,10 @@ def _read(fd: int, most_bytes: int) -> bytes:
 
 
 class Attached(Descriptor):
-    """A program on its tracepoint, until this is closed. Raises KernelError."""
+    """A program on its tracepoint or function, until this is closed. Raises KernelError."""
 
     def __init__(self, program: Program) -> None:
         fd = calls().bpf_raw_tracepoint_open(None, program.fileno())
         if fd < 0:
-            raise refusal("attach to a tracepoint", -fd)
+            raise refusal("attach a tracing program", -fd)
         super().__init__(fd)

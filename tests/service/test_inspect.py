@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -87,12 +88,33 @@ def test_sockets_of_other_network_namespaces_are_counted(steer: RunSteer) -> Non
     assert group["sockets"][0]["accepted"] == 0
 
 
-@pytest.mark.needs("tracing")
-def test_datagrams_are_not_counted(steer: RunSteer) -> None:
-    with foreign.members(1, kind=socket.SOCK_DGRAM):
-        found = read(steer, f"udp://:{PORT}", "--for", "10ms")
-    assert here(found)[0]["sockets"][0]["accepted"] is None
-    assert any(note.startswith("datagrams are not counted") for note in found["notes"])
+@pytest.mark.needs("tracing", "counting")
+@pytest.mark.parametrize("as_json", [True, False])
+def test_datagrams_that_each_received_are_counted_until_interrupted(
+    environment: dict[str, str], as_json: bool
+) -> None:
+    command = [STEER, "inspect", f"udp://:{PORT}", "--for", "60s", *(["--json"] * as_json)]
+    with (
+        foreign.members(3, kind=socket.SOCK_DGRAM),
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as counting,
+    ):
+        wchan = Path(f"/proc/{counting.pid}/wchan")
+        eventually(lambda: "nanosleep" in wchan.read_text())
+        for _ in range(90):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.sendto(b"x", (HOST, PORT))
+        counting.send_signal(signal.SIGINT)
+        assert counting.stdout
+        said = counting.stdout.read().decode()
+    assert counting.returncode == 0
+    if not as_json:
+        assert re.search(r"\breceived\n", said)
+        assert re.search(r" \d+ #{30}\n", said)  # the longest bar
+        return
+    (group,) = here(json.loads(said))
+    received = [each["received"] for each in group["sockets"]]
+    assert (sum(received), max(received) < 90) == (90, True)
+    assert [each["accepted"] for each in group["sockets"]] == [None] * 3
 
 
 @pytest.mark.needs("tracing")
@@ -140,7 +162,7 @@ def test_a_user_without_privilege_is_told_what_is_not_seen(steer: RunSteer) -> N
     assert "cannot see BPF programs or other network namespaces: " in notes
     assert "needs CAP_BPF: run as root" in notes
     assert "cannot see which processes hold 2 sockets; run as root" in notes
-    assert "cannot count connections without CAP_BPF and CAP_PERFMON; run as root" in notes
+    assert "cannot count without CAP_BPF and CAP_PERFMON; run as root" in notes
     assert "; unless a program is attached" in group["decides"]
 
 

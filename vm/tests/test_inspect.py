@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from steer.features import kernel_version
 from steer.policy import classic
 from steer.sockets import group_program
 from testkit.fixtures import RunSteer
+from testkit.processes import eventually
+from testkit.service import STEER
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.usefixtures("netns")]
 
@@ -34,8 +39,10 @@ def members(stack: ExitStack) -> list[socket.socket]:
     return found
 
 
-def inspected(steer: RunSteer, *options: str) -> tuple[dict[str, Any], list[str]]:
-    done = steer("inspect", f":{PORT}", "--json", *options)
+def inspected(
+    steer: RunSteer, *options: str, where: str = f":{PORT}"
+) -> tuple[dict[str, Any], list[str]]:
+    done = steer("inspect", where, "--json", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     (group,) = found["groups"]
@@ -67,4 +74,27 @@ def test_connections_are_counted_or_it_is_said_why_not(steer: RunSteer) -> None:
         assert accepted == [0] * MEMBERS
     else:
         assert accepted == [None] * MEMBERS
-        assert any("cannot count: count connections" in note for note in notes)
+        assert any("cannot count connections: count connections" in note for note in notes)
+
+
+def test_datagrams_are_counted_or_it_is_said_why_not(steer: RunSteer) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, ExitStack() as stack:
+        sock.bind(("127.0.0.1", PORT))
+        command = [STEER, "inspect", f"udp://:{PORT}", "--for", "60s", "--json"]
+        counting = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+        wchan = Path(f"/proc/{counting.pid}/wchan")
+        eventually(lambda: counting.poll() is not None or "nanosleep" in wchan.read_text())
+        for _ in range(20):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.sendto(b"x", ("127.0.0.1", PORT))
+        counting.send_signal(signal.SIGINT)
+        assert counting.stdout
+        found = json.loads(counting.stdout.read())
+    (group,) = found["groups"]
+    print(group, found["notes"])
+    received = group["sockets"][0]["received"]
+    if received is None:
+        assert any("cannot count datagrams: " in note for note in found["notes"])
+        assert not COUNTS
+    else:
+        assert received == 20

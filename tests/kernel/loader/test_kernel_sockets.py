@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -22,6 +22,8 @@ from testkit.processes import eventually, line_of, python, running
 
 pytestmark = pytest.mark.needs("tracing", "netns")
 
+SO_RCVBUFFORCE = 33  # include/uapi/asm-generic/socket.h
+UDP_SEGMENT = 103  # include/uapi/linux/udp.h
 HOSTS = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6, "::": socket.AF_INET6}
 
 
@@ -149,7 +151,7 @@ def test_connections_are_counted_where_they_were_accepted(look: Look) -> None:
         member("127.0.0.1") as sock,
         member("127.0.0.1", sock.getsockname()[1]) as other,
         member("::1") as unused,
-        look.count(100) as count,
+        look.count("tcp", 100) as count,
     ):
         at = {each.inode: each.address for each in look.in_this_netns()}
         count.add_this_netns()
@@ -170,7 +172,7 @@ def test_connections_that_were_there_before_are_not_counted(look: Look) -> None:
         member("127.0.0.1") as sock,
         socket.create_connection(sock.getsockname()),
         sock.accept()[0],
-        look.count(100) as count,
+        look.count("tcp", 100) as count,
     ):
         seen = one_of(look.in_this_netns(), sock)
         count.add_this_netns()
@@ -179,10 +181,101 @@ def test_connections_that_were_there_before_are_not_counted(look: Look) -> None:
             eventually(count.so_far, {seen.address: 1})
 
 
+def send(number: int, to: socket.socket, size: int = 1) -> None:
+    """From a new client each, so that the hash selects any socket of a group."""
+    for _ in range(number):
+        with socket.socket(to.family, socket.SOCK_DGRAM) as client:
+            client.sendto(bytes(size), to.getsockname())
+
+
+def take_all(sock: socket.socket) -> int:
+    """How many datagrams wait in a socket."""
+    taken = 0
+    with suppress(BlockingIOError):
+        while True:
+            sock.recv(1, socket.MSG_DONTWAIT)
+            taken += 1
+    return taken
+
+
 @pytest.mark.needs("counting")
-def test_counting_leaves_nothing(look: Look) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_datagrams_are_counted_where_they_were_received(look: Look, host: str) -> None:
+    with ExitStack() as stack:
+        first = stack.enter_context(member(host, kind=socket.SOCK_DGRAM))
+        port = first.getsockname()[1]
+        socks = [first, *(stack.enter_context(member(host, port, first.type)) for _ in range(3))]
+        unused = stack.enter_context(member(host, kind=socket.SOCK_DGRAM))
+        at = {each.inode: each.address for each in look.in_this_netns()}
+        send(7, first)
+        taken = [take_all(each) for each in socks]
+        count = stack.enter_context(look.count("udp", 100))
+        count.add_this_netns()
+        send(300, first)
+        found = count.so_far()
+        counted = [found[at[socket_inode(each.fileno())]] for each in socks]
+        assert counted == [take_all(each) for each in socks]
+        assert (sum(taken), sum(counted)) == (7, 300)
+        assert found[at[socket_inode(unused.fileno())]] == 0
+        assert min(counted) > 0
+
+
+@pytest.mark.needs("counting")
+def test_datagrams_that_find_the_queue_full_are_not_counted(look: Look) -> None:
+    with member("127.0.0.1", kind=socket.SOCK_DGRAM) as sock, look.count("udp", 10) as count:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        count.add_this_netns()
+        send(50, sock, 1000)
+        address = one_of(look.in_this_netns(), sock).address
+        received = count.so_far()[address]
+        assert received == take_all(sock)
+        assert 0 < received < 50
+        assert one_of(look.in_this_netns(), sock).drops == 50 - received
+
+
+@pytest.mark.needs("counting")
+def test_datagrams_of_several_cpus_at_once_are_counted(look: Look) -> None:
+    """Which hand them to each other since Linux 6.18."""
+    with member("127.0.0.1", kind=socket.SOCK_DGRAM) as sock, look.count("udp", 10) as count:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
+        count.add_this_netns()
+        code = (
+            "import socket, sys\n"
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+            "s.connect(('127.0.0.1', int(sys.argv[1])))\n"
+            "for _ in range(5000): s.send(b'x')\n"
+            "print('sent', flush=True)"
+        )
+        with ExitStack() as stack:
+            command = python(code, sock.getsockname()[1])
+            clients = [stack.enter_context(running(*command)) for _ in range(3)]
+            assert [line_of(each) for each in clients] == ["sent"] * 3
+        address = one_of(look.in_this_netns(), sock).address
+        assert (count.so_far()[address], count.missed()) == (15000, 0)
+        assert take_all(sock) == 15000
+
+
+@pytest.mark.needs("counting")
+def test_segments_of_one_send_are_counted_each(look: Look) -> None:
+    """As a QUIC server sends them (UDP_SEGMENT of udp(7))."""
+    with (
+        member("127.0.0.1", kind=socket.SOCK_DGRAM) as sock,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+        look.count("udp", 10) as count,
+    ):
+        count.add_this_netns()
+        client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
+        client.sendto(bytes(1000), sock.getsockname())
+        address = one_of(look.in_this_netns(), sock).address
+        assert count.so_far()[address] == 10
+        assert take_all(sock) == 10
+
+
+@pytest.mark.needs("counting")
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_counting_leaves_nothing(look: Look, protocol: str) -> None:
     before = bpf_ids(os.getpid())
-    with look.count(10) as count:
+    with look.count(protocol, 10) as count:
         count.add_this_netns()
         assert bpf_ids(os.getpid()) > before
     assert bpf_ids(os.getpid()) == before

@@ -41,6 +41,16 @@ def test_connections_that_were_counted_have_bars() -> None:
     assert rows[:3] == ["5 " + 15 * "#", "10 " + 30 * "#", "0"]
 
 
+def test_datagrams_that_were_counted_have_bars() -> None:
+    found = group(sock(received=5), sock(inode=11, received=10), protocol="udp")
+    lines = shown(found).splitlines()
+    assert lines[1].endswith("  received")
+    assert [line.rpartition("-  ")[2].strip() for line in lines[2:4]] == [
+        "5 " + 15 * "#",
+        "10 " + 30 * "#",
+    ]
+
+
 def test_who_waits_is_not_guessed() -> None:
     lines = shown(group(sock(process(1, None)), sock(process(2, "no")), sock())).splitlines()
     assert [line.split()[-5] for line in lines[2:5]] == ["?", "nobody", "-"]
