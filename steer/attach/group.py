@@ -17,6 +17,7 @@ from steer.attach.joining import Joining
 from steer.attach.ownership import Ownership, OwnershipChecks
 from steer.attach.replaced import ReplacedProgram
 from steer.attach.roster import Member, Roster, Slots, State
+from steer.attach.selection import Selection
 from steer.attach.wording import BY_PROTOCOL
 from steer.backends import backup
 from steer.backends.base import Counts
@@ -26,7 +27,6 @@ from steer.config.plan import Plan
 from steer.errors import Note
 from steer.linux.log import Log
 from steer.loader import foreign
-from steer.policy import layout
 from steer.sockets import group_program
 from steer.sockets.sock_diag import Listener
 from steer.values import plural, several
@@ -61,7 +61,6 @@ class AttachedGroup:
         self._log = log
         self._ownership = Ownership()
         self._ownership_checks = OwnershipChecks(self.bind.protocol)
-        self._selected: list[int] | None = None
         self.is_older_counted = False
         self._replaced: ReplacedProgram | None = None
         self.is_detached = False
@@ -75,6 +74,7 @@ class AttachedGroup:
             refuse_uncounted(plan, self.counting)
             self.backend = Ebpf(plan, counting=self.counting, attachment=self.attachment.maps)
             undo.callback(self.backend.close)
+            self.selection = Selection(self.roster, self.holders, self.backend)
             self.joining = Joining(
                 self.roster,
                 self.holders,
@@ -115,7 +115,7 @@ class AttachedGroup:
             self._count_older()
             for member in self.roster:
                 member.state = State.READY
-            self._select()
+            self.selection.update(self.plan)
         except BaseException:
             self.detach()
             raise
@@ -140,7 +140,7 @@ class AttachedGroup:
                     member.state, member.before = before.state, before.counts
             self.holders.look_at_waiters()
             self._count_older()
-            self._select()
+            self.selection.update(self.plan)
         except BaseException:
             self.detach()
             raise
@@ -184,7 +184,7 @@ class AttachedGroup:
         self.joining.join_new(there)
         joined = [each for each in self.roster if each.listener.inode not in known]
         admitted = self.roster.admit(self.holders.waited_on())
-        self._select_if_changed()
+        self.selection.update(self.plan)
         for member in gone:
             self.joining.leave(member)
         self._tell_changes(joined, admitted, gone)
@@ -219,33 +219,18 @@ class AttachedGroup:
         """The listeners that exist now, by inode. Raises KernelError."""
         return listeners_at(self.bind)
 
-    def _select(self) -> None:
-        selected = self.roster.selected
-        self.backend.steer([self._member(self.plan, each) for each in selected])
-        self._selected = [each.slot for each in selected]
-
-    def _select_if_changed(self) -> None:
-        if [each.slot for each in self.roster.selected] != self._selected:
-            self._select()
-
-    def _member(self, plan: Plan, member: Member) -> layout.Member:
-        allowed = plan.topology.allowed
-        cpu = allowed[member.slot % len(allowed)] if plan.policy.pinned else None
-        return layout.Member(member.slot, plan.service.weight(member.slot), cpu)
-
     def drain(self, member: Member) -> None:
         member.state = State.DRAINING
-        self._select()
+        self.selection.update(self.plan)
 
     def undrain(self, member: Member) -> None:
         member.state = State.READY
-        self._select()
+        self.selection.update(self.plan)
 
     def swap(self, plan: Plan) -> None:
         """Raises KernelError: nothing has changed."""
         refuse_uncounted(plan, self.counting)
-        selected = [self._member(plan, each) for each in self.roster.selected]
-        self.backend.swap(plan, selected, self.holders.lend)
+        self.selection.swap(plan)
         self.plan = plan
 
     @property

@@ -56,7 +56,9 @@ class GroupHolders:
     def look_at_waiters(self) -> None:
         waiters = holders.waiters({each.listener.inode: each.holders for each in self._roster})
         for member in self._roster:
-            member.pid = waiters.get(member.listener.inode, member.pid)
+            pid = waiters.get(member.listener.inode, member.pid)
+            if pid != member.pid:
+                member.pid, member.tid = pid, None
 
     def pid_of(self, member: Member) -> int | None:
         """The process that waits on the listener; if none was seen to, one that holds it."""

@@ -29,6 +29,7 @@ class Member(msgspec.Struct, eq=False):
         joined_s: when it joined; from time.monotonic().
         holders: the processes that have it open.
         pid: the one that was seen to wait on it last; None as long as none was.
+        tid: the thread of it that waits; None: not known.
         before: what an attacher before this one has counted.
     """
 
@@ -38,6 +39,7 @@ class Member(msgspec.Struct, eq=False):
     holders: Sequence[Holder]
     state: State = State.STARTING
     pid: int | None = None
+    tid: int | None = None
     before: Counts = Counts()
 
     @property

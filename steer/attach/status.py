@@ -134,7 +134,7 @@ def _worker(group: AttachedGroup, member: Member, there: Listener | None) -> sch
         pid=group.holders.pid_of(member),
         state=member.state.value,
         generation=1,
-        cpus=[],
+        cpus=[] if (cpu := group.selection.cpu_of(member.slot)) is None else [cpu],
         weight=group.plan.service.weight(member.slot),
         restarts=0,
         uptime_s=round(time.monotonic() - member.joined_s, 3),

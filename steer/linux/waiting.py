@@ -86,6 +86,20 @@ def acceptors(pid: int, inodes: frozenset[int], root: str = "/proc") -> frozense
     return frozenset(found)
 
 
+def thread_of_each(pid: int, inodes: frozenset[int], root: str = "/proc") -> dict[int, int]:
+    """The thread of a process that waits on each socket, see `waits_on`. Sockets that none is seen
+    to wait on are left out."""
+    files, calls = Files(root), blocked_calls.BLOCKING_CALLS.get(os.uname().machine)
+    found: dict[int, int] = {}
+    with suppress(PermissionError, TooMuch):
+        for task in files.tasks(pid):
+            look = _Look(inodes, len(inodes))
+            _look_at_task(task, look, files, calls)
+            if not look.is_unsure:
+                found = {**dict.fromkeys(look.found, int(os.path.basename(task))), **found}
+    return found
+
+
 class Wait(enum.Enum):
     """How a process waits for a socket. That decides which process the kernel wakes."""
 

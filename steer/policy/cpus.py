@@ -34,6 +34,31 @@ def cpu_of_each(workers: int, topology: Topology) -> list[int]:
     return [order[i % len(order)] for i in range(workers)]
 
 
+def cpu_of_each_slot(
+    affinities: Mapping[int, Collection[int]], topology: Topology
+) -> dict[int, int]:
+    """The CPU that each slot serves if steer does not pin workers itself: one that its thread may
+    run on, and that as few other slots serve as possible.
+
+    Args:
+        affinities: for each slot, the CPUs that its thread may run on; empty: that is not known.
+    """
+    order = _interleaved(topology)
+    rank = {cpu: at for at, cpu in enumerate(order)}
+    taken: dict[int, int] = {}
+    found = {}
+    # Who has the least choice chooses first.
+    choices = sorted((len(cpus) or len(order), slot) for slot, cpus in affinities.items())
+    for _, slot in choices:
+        cpu = min(
+            affinities[slot] or order,
+            key=lambda cpu: (taken.get(cpu, 0), rank.get(cpu, len(rank)), cpu),
+        )
+        taken[cpu] = taken.get(cpu, 0) + 1
+        found[slot] = cpu
+    return found
+
+
 def nearest(staffed: Collection[int], topology: Topology) -> dict[int, int]:
     """For each possible CPU, the CPU in `staffed` whose workers serve it.
 

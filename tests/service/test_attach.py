@@ -8,7 +8,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -91,6 +91,32 @@ def test_connections_that_were_open_before_are_counted(attach: Attach) -> None:
 def opened(attached: Service) -> list[int]:
     """Open connections of each listener."""
     return [each["connections"]["open"] for each in attached.workers()]
+
+
+def test_listener_serves_the_cpu_that_its_process_is_pinned_to(attach: Attach) -> None:
+    """The first time, and after each was pinned to the CPU of another."""
+    with ExitStack() as stack:
+        pids = [stack.enter_context(threads(1)) for _ in CPUS]
+        pinned = pin(pids, reversed(CPUS))
+        attached = attach("--policy", "cpu")
+        assert cpus(attached) == pinned
+        pinned = pin(pids, CPUS)
+        eventually(lambda: cpus(attached), pinned)
+        assert attached.steer("policy", "hash").returncode == 0
+        assert cpus(attached) == {pid: [] for pid in pids}
+
+
+def pin(pids: Iterable[int], cpus: Iterable[int]) -> dict[int, list[int]]:
+    """Pin all threads of each process to a CPU. Returns these."""
+    pinned = dict(zip(pids, cpus, strict=True))
+    for pid, cpu in pinned.items():
+        for tid in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(tid.name), {cpu})
+    return {pid: [cpu] for pid, cpu in pinned.items()}
+
+
+def cpus(attached: Service) -> dict[int, list[int]]:
+    return {each["pid"]: each["cpus"] for each in attached.workers()}
 
 
 def test_drained_listener_gets_nothing_until_undrained(attach: Attach) -> None:

@@ -119,3 +119,25 @@ def ended() -> int:
         os.waitpid(pid, 0)
         return pid
     os._exit(0)
+
+
+def test_thread_that_waits_is_told_from_others() -> None:
+    code = """
+import os, select, signal, socket, threading
+them = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+def poll(sock):
+    epoll = select.epoll()
+    epoll.register(sock, select.EPOLLIN)
+    epoll.poll()
+threads = [threading.Thread(target=poll, args=[each], daemon=True) for each in them[1:]]
+for each in threads:
+    each.start()
+numbers = [os.fstat(each.fileno()).st_ino for each in them] + [each.native_id for each in threads]
+print(*numbers, flush=True)
+signal.pause()
+"""
+    with running(*python(code)) as process:
+        idle, first, second, *tids = map(int, line_of(process).split())
+        wanted = frozenset({idle, first, second})
+        expected = dict(zip((first, second), tids, strict=True))
+        eventually(lambda: waiting.thread_of_each(process.pid, wanted), expected)

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.policy.cpus import Topology, cpu_list, cpu_of_each, cpus_named, nearest
+from steer.policy.cpus import (
+    Topology,
+    cpu_list,
+    cpu_of_each,
+    cpu_of_each_slot,
+    cpus_named,
+    nearest,
+)
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -170,3 +177,32 @@ def test_a_cpu_list_reads_back_as_the_kernel_reads_it(cpus: set[int]) -> None:
         first, _, last = part.partition("-")
         read |= set(range(int(first), int(last or first) + 1))
     assert read == cpus
+
+
+@pytest.mark.parametrize(
+    "affinities, expected",
+    [
+        ({0: {3}, 1: {2}, 2: {1}, 3: {0}}, {0: 3, 1: 2, 2: 1, 3: 0}),
+        ({4: (), 5: (), 6: (), 7: ()}, {4: 0, 5: 1, 6: 2, 7: 3}),
+        ({0: (), 1: {0}, 2: {0, 1}}, {0: 2, 1: 0, 2: 1}),
+        ({0: {1}, 1: {1}, 2: {1, 2}}, {0: 1, 1: 1, 2: 2}),
+        ({0: {9}}, {0: 9}),
+    ],
+    ids=["pinned", "not known", "who has the least choice first", "shared", "not ours"],
+)
+def test_slot_serves_a_cpu_of_its_thread(
+    affinities: dict[int, set[int]], expected: dict[int, int]
+) -> None:
+    assert cpu_of_each_slot(affinities, machine(0, 0, 0, 0)) == expected
+
+
+@quick
+@given(machines(), st.data())
+def test_each_slot_gets_a_cpu_that_its_thread_may_run_on(
+    topology: Topology, data: st.DataObject
+) -> None:
+    some = st.sets(st.sampled_from(topology.possible))
+    affinities = data.draw(st.dictionaries(st.integers(0, 40), some, max_size=20))
+    found = cpu_of_each_slot(affinities, topology)
+    assert found.keys() == affinities.keys()
+    assert all(cpu in (affinities[slot] or topology.allowed) for slot, cpu in found.items())
