@@ -55,6 +55,12 @@ class Worker:
         if that is set."""
         self._notify_controller(b"WATCHDOG=1")
 
+    def replace(self) -> None:
+        """Ask the controller to start another worker in place of this one, for example after a
+        number of requests. Serve until `stopping`: first the other worker becomes ready. The
+        controller that is asked may be gone by then, so ask again after a while."""
+        self._notify_controller(b"X_STEER_REPLACE=1")
+
     def _notify_controller(self, message: bytes) -> None:
         """Notify the controller without waiting, as there may be no controller for a while."""
         with (

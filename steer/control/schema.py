@@ -114,7 +114,7 @@ class Service(msgspec.Struct):
         netns: the number of the network namespace that it serves in; None: the controller is of a
             version that does not say.
         recycled: how many workers this controller has replaced because they exceeded a limit, by
-            "memory" and "lifetime".
+            "memory" and "lifetime", or because they "asked" for it.
     """
 
     name: str

@@ -162,12 +162,8 @@ class ControllerLoop:
             self._reload_on_change = ReloadOnChange(reload, self._tasks.begin, self._log)
         if self._reload_on_change is not None:
             self._reload_on_change.follow(service)
-        if self._recycling is None and (service.max_memory or service.max_lifetime):
-            from steer.health.recycling import Recycling
-
-            self._recycling = Recycling(self._pool, self._recycle)
-        if self._recycling is not None:
-            self._recycling.reconfigure()
+        if service.max_memory or service.max_lifetime:
+            self._recycler().reconfigure()
 
     def _preloading(self, generation: Generation) -> AbstractAsyncContextManager[None]:
         service = self._service
@@ -176,6 +172,13 @@ class ControllerLoop:
         from steer.controller import preload
 
         return preload.renewing(service, self._loop, generation)
+
+    def _recycler(self) -> Recycling:
+        if self._recycling is None:
+            from steer.health.recycling import Recycling
+
+            self._recycling = Recycling(self._pool, self._recycle)
+        return self._recycling
 
     def _watch_service(self) -> None:
         service = self._service
@@ -274,6 +277,8 @@ class ControllerLoop:
         self._health.changed(worker)
         self._groups.changed(worker)
         self._splits.changed(worker)
+        if worker.asks_replacement and worker.is_in_service:
+            self._recycler().asked()
 
     def _replace_hung(self, worker: WorkerHandle) -> None:
         self._replace(worker, lambda each: each.is_hung)

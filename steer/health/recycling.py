@@ -1,4 +1,4 @@
-"""Replaces workers that use too much memory, or have served for long enough.
+"""Replaces workers that use too much memory, have served for long enough, or ask for it.
 
 Another worker is ready before one leaves, and never are two replaced at once.
 """
@@ -34,10 +34,12 @@ class Use(NamedTuple):
 
     Args:
         memory_bytes: the memory of its processes; None: it was not read.
+        asks: whether it asks to be replaced, because of a limit of its own.
     """
 
     age_s: float
     memory_bytes: int | None
+    asks: bool = False
 
 
 def why_due(service: Service, use: Use, share: float) -> tuple[str, str] | None:
@@ -55,7 +57,7 @@ def why_due(service: Service, use: Use, share: float) -> tuple[str, str] | None:
         return "memory", found
     if lifetime is not None and use.age_s > lifetime.of(share):
         return "lifetime", f"it has run for {use.age_s:.0f} s"
-    return None
+    return ("asked", "it asks to be replaced") if use.asks else None
 
 
 def _mib(size: int) -> str:
@@ -97,6 +99,14 @@ class Recycling:
         if self._has_limits:
             self._look.within(LOOK_S)
 
+    def asked(self) -> None:
+        """A worker asks to be replaced."""
+        self._look.within(0)
+
+    @property
+    def _is_needed(self) -> bool:
+        return self._has_limits or any(each.asks_replacement for each in self._pool.workers)
+
     @property
     def _has_limits(self) -> bool:
         service = self._pool.service
@@ -104,7 +114,7 @@ class Recycling:
 
     def look(self) -> float:
         """Look at some workers. Returns in how many seconds to continue."""
-        if not self._has_limits or self._pool.shutdown.has_begun:
+        if not self._is_needed or self._pool.shutdown.has_begun:
             return math.inf
         began_s = time.monotonic()
         if began_s < self._retry_s:
@@ -126,7 +136,8 @@ class Recycling:
         if not worker.is_in_service or worker.process is None:
             return False
         service = self._pool.service
-        use = Use(time.monotonic() - worker.process.started_s, self._memory_bytes(worker.process))
+        age_s = time.monotonic() - worker.process.started_s
+        use = Use(age_s, self._memory_bytes(worker.process), worker.asks_replacement)
         due = why_due(service, use, share_of(worker.process))
         if due is None:
             return False

@@ -95,6 +95,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
         excluded: not selected because it is at capacity and others have room.
         queued: connections in its accept queues at the last look.
         replace_not_before_s: no replacement for it is requested before this time.
+        asks_replacement: whether it sent X_STEER_REPLACE=1.
         departures: by bind, why its socket is not in the group as it should be.
         is_apart: its UDP socket joined another group when it started; see `health.split`.
         initial_sockets: inodes of the sockets it had open when it became ready. Sockets it opens
@@ -130,6 +131,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
     excluded: bool = False
     queued: int = 0
     replace_not_before_s: float = 0.0
+    asks_replacement: bool = False
     departures: dict[int, Departure] = {}
     is_apart: bool = False
     initial_sockets: set[int] = set()
@@ -198,6 +200,8 @@ class WorkerHandle(msgspec.Struct, eq=False):
             self.heartbeat_s = now_s
         elif message.get("WATCHDOG") == "trigger":
             self.heartbeat_s = -math.inf
+        if message.get("X_STEER_REPLACE") == "1":
+            self.asks_replacement = True
 
     def got_ready(self, now_s: float) -> None:
         """Record what can be seen of its process once it is ready, and end its lower priority."""
@@ -215,7 +219,7 @@ class WorkerHandle(msgspec.Struct, eq=False):
     def lost_process(self) -> None:
         """Its process has ended. If it had served for long, failures are counted from one again."""
         self.process = None
-        self.says_ready = self.at_capacity = self.excluded = False
+        self.says_ready = self.at_capacity = self.excluded = self.asks_replacement = False
         self.rest = None
         self.departures = {}
         self.replace_not_before_s = 0.0

@@ -24,7 +24,7 @@ class Notifications:
         workers: all workers.
         ignored_ready: logs each READY=1 that no worker sent.
         report: called with a worker and the event that its notification means.
-        changed: called with a worker that asks to be treated as hung.
+        changed: called with a worker that asks to be treated as hung, or to be replaced.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Notifications:
         self, worker: WorkerHandle, process: WorkerProcess, sender: int, message: Mapping[str, str]
     ) -> None:
         worker.store_notification(message, self._clock.now_s())
-        if worker.has_triggered_watchdog:
+        if worker.has_triggered_watchdog or worker.asks_replacement:
             self._changed(worker)
         if message.get("STOPPING") == "1":
             self._report(worker, Event.DRAIN)

@@ -293,6 +293,35 @@ def test_watchdog_is_served(service: StartService, server: str, app: str) -> Non
     assert "hung" not in running.log
 
 
+@pytest.mark.parametrize(
+    "server, option, app",
+    [
+        pytest.param(*each, marks=needs(each[0], framework))
+        for *each, framework in (
+            ("uvicorn", "limit_max_requests", "served_starlette:app", "starlette"),
+            ("hypercorn", "max_requests", "served_starlette:app", "starlette"),
+            ("hypercorn", "max_requests", "served_flask:create_app()", "flask"),
+        )
+    ],
+)
+@needs("migrate")
+def test_worker_is_replaced_after_its_requests_and_another_is_ready_before(
+    service: StartService, server: str, option: str, app: str
+) -> None:
+    options = ("--server-option", f"{option}=20")
+    running = service("-w", "1", "--policy", "round-robin", "--server", server, *options, app)
+    before = ready_pids(running)
+    for _ in range(19):
+        assert get()["pid"] in before
+    assert ready_pids(running) == before
+    with requests() as failed:
+        eventually(lambda: running.status()["recycled"].get("asked"))
+    assert failed == []
+    assert before.isdisjoint(ready_pids(running))
+    assert "worker 0: it asks to be replaced; replacing it" in running.log
+    assert all(each["restarts"] == 0 for each in running.workers())
+
+
 # What goes wrong
 
 

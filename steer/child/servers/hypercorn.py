@@ -7,7 +7,6 @@ import asyncio
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import version
 from socket import socket
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from steer.child.api import Worker
 from steer.child.launch import Unloadable
 from steer.child.servers import finish, options
 from steer.child.servers.adapters import Application, Serve
+from steer.child.servers.request_limit import RequestLimit
 from steer.config.applications import Interface
 from steer.config.service import Service
 
@@ -68,6 +68,7 @@ def load(app: Application, interface: Interface, service: Service) -> Serve:
         known = " and ".join(_LOOPS)
         raise Unloadable(f"server option worker_class = {kind!r}: steer knows {known}")
     loop_factory = _LOOPS[kind]()
+    limit = given.pop("max_requests", None), given.pop("max_requests_jitter", 0)
     config = _Config()
     config.backlog = service.backlog
     config.graceful_timeout = finish.time_s(service)
@@ -75,7 +76,12 @@ def load(app: Application, interface: Interface, service: Service) -> Serve:
     for name, value in given.items():
         setattr(config, name, value)
     config.create_ssl_context()  # fails now if it would fail later
-    return partial(_serve, app, _MODES[interface], config, loop_factory, service)
+
+    def serve_app(worker: Worker) -> None:
+        counted = RequestLimit(*limit, worker).counted(app, interface)
+        _serve(counted, _MODES[interface], config, loop_factory, service, worker)
+
+    return serve_app
 
 
 def _known() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from uvicorn.config import LOGGING_CONFIG
 from steer.child.api import Worker
 from steer.child.servers import finish, options
 from steer.child.servers.adapters import Application, Serve
+from steer.child.servers.request_limit import RequestLimit
 from steer.config.applications import Interface
 from steer.config.service import Service
 
@@ -43,10 +44,11 @@ def load(app: Application, interface: Interface, service: Service) -> Serve:
         "log_config": _log_config(),
         "timeout_graceful_shutdown": finish.time_s(service),
     }
+    limit = given.pop("limit_max_requests", None), given.pop("limit_max_requests_jitter", 0)
     ours = {"backlog": service.backlog, "workers": 1}
     config = uvicorn.Config(app, **{**defaults, **given, **ours})
     config.load()
-    return partial(_serve, config, service)
+    return partial(_serve, config, limit, service)
 
 
 def _log_config() -> dict[str, Any]:
@@ -59,8 +61,10 @@ def _log_config() -> dict[str, Any]:
     return config
 
 
-def _serve(config: uvicorn.Config, service: Service, worker: Worker) -> None:
-    server = _Server(config, worker)
+def _serve(
+    config: uvicorn.Config, limit: tuple[int | None, int], service: Service, worker: Worker
+) -> None:
+    server = _Server(config, RequestLimit(*limit, worker), worker)
     try:
         server.run(sockets=list(worker.sockets))
     except SystemExit:
@@ -72,8 +76,9 @@ def _serve(config: uvicorn.Config, service: Service, worker: Worker) -> None:
 class _Server(uvicorn.Server):
     """Tells steer how it is."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    def __init__(self, config: uvicorn.Config, limit: RequestLimit, worker: Worker) -> None:
         super().__init__(config)
+        self._limit = limit
         self._worker = worker
         self._beat_s = 0.0
 
@@ -89,4 +94,5 @@ class _Server(uvicorn.Server):
         if watchdog_s and now_s - self._beat_s >= watchdog_s / 3:
             self._beat_s = now_s
             self._worker.beat()
+        self._limit.served(self.server_state.total_requests)
         return await super().on_tick(counter)

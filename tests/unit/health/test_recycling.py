@@ -20,6 +20,7 @@ MIB = 1 << 20
         (Service(max_lifetime=60.0), Use(60.0, None), None),
         (Service(max_lifetime=60.0), Use(60.1, None), "lifetime"),
         (Service(max_memory="64M", max_lifetime=60.0), Use(61.0, 65 * MIB), "memory"),
+        (Service(), Use(0.0, None, asks=True), "asked"),
     ],
 )
 def test_limit_that_a_worker_exceeds(service: Service, use: Use, limit: str | None) -> None:
