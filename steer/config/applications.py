@@ -27,7 +27,7 @@ _ARGUMENTS = {Interface.ASGI3: 3, Interface.WSGI: 2}
 
 _ASGI = "have a server serve it: steer run --server uvicorn {app}"
 _WSGI = "have a server serve it: steer run --server waitress {app}"
-FACTORY = (
+_FACTORY = (
     "if it returns an application, have a server serve that: steer run --server auto '{app}()'"
 )
 _AIOHTTP = (
@@ -49,11 +49,13 @@ class Look(NamedTuple):
         interface: how it is called; None: nothing that steer or a server calls.
         words: what it looks like, if steer cannot call it with a worker.
         cure: how to run it then.
+        is_factory: whether it may return an application if it is called.
     """
 
     interface: Interface | None = None
     words: str = ""
     cure: str = ""
+    is_factory: bool = False
 
 
 _CALLED_WITH_WORKER = Look(Interface.WORKER)
@@ -117,7 +119,7 @@ def _judge(found: Callable[..., object]) -> Look:
     if type(found).__module__.startswith("aiohttp."):
         return Look(None, "it looks like an application of aiohttp", _AIOHTTP)
     if takes(0):
-        return Look(None, "it takes no argument, so no worker", FACTORY)
+        return Look(None, "it takes no argument, so no worker", _FACTORY, True)
     return Look(None, f"it takes {inspect.signature(found)}, not one argument", _WORKER)
 
 
@@ -159,7 +161,7 @@ def why_not_returned(returned: object, app: str) -> str:
     if not callable(returned):
         return ""
     kind = "what looks like an ASGI application" if _is_async(returned) else "a callable"
-    return f"it returned {kind}, which nobody calls; {FACTORY.format(app=app)}"
+    return f"it returned {kind}, which nobody calls; {_FACTORY.format(app=app)}"
 
 
 def _judge_class(found: type) -> Look:
@@ -170,7 +172,7 @@ def _judge_class(found: type) -> Look:
         words = "it looks like an ASGI 2 application, a class of (scope)"
         return Look(Interface.ASGI2, words, _ASGI)
     if instances_wait and takes(0) and _takes(call)(4):
-        return Look(None, "it is a class of ASGI 3 applications, not one of them", FACTORY)
+        return Look(None, "it is a class of ASGI 3 applications, not one of them", _FACTORY, True)
     if takes(1):
         return _CALLED_WITH_WORKER
     if takes(2):

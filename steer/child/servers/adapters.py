@@ -13,7 +13,7 @@ import msgspec
 
 from steer.child.api import Worker
 from steer.child.launch import Unloadable
-from steer.config.applications import FACTORY, Interface, Look, interface_of, look_at
+from steer.config.applications import Interface, Look, interface_of, look_at
 from steer.config.service import Service
 
 Application = Callable[..., object]
@@ -146,7 +146,7 @@ def _why_not(look: Look, app: str) -> str:
         return "it looks like a function of the worker, that serves by itself; leave out --server"
     if others := _that_serve(look.interface):
         return f"{look.words}; use --server {others[0].name}"
-    return f"{look.words}; {look.cure.format(app=app)}" if look.cure == FACTORY else look.words
+    return f"{look.words}; {look.cure.format(app=app)}" if look.is_factory else look.words
 
 
 def _that_serve(interface: Interface | None) -> list[Server]:
