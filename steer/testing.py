@@ -162,4 +162,4 @@ def _is_ready(running: RunningService) -> bool:
         workers = running.status().workers
     except NotRunning:
         return False
-    return bool(workers) and all(worker.state == "ready" for worker in workers)
+    return bool(workers) and all(worker.state in ("ready", "spare") for worker in workers)

@@ -302,9 +302,10 @@ class FakeService:
         workers: int,
         policy_name: str = "random",
         backend: type[FakeBackend] = FakeBackend,
+        **keys: Any,
     ) -> None:
         self.cost = Cost()
-        self.plan = plan_for(workers, policy_name)
+        self.plan = plan_for(workers, policy_name, **keys)
         self.guard = FakeGuard(home, self.cost)
         self.backend = backend(self.plan, self.cost)
         self.pool = WorkerPool(

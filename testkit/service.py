@@ -86,7 +86,8 @@ class Service:
         return run_steer(*arguments, environment=self.environment, cwd=self.home)
 
     def wait_ready(self, workers: int | None = None) -> Service:
-        """Until `workers`, or all, are ready. Fails at once if the service ends before."""
+        """Until `workers`, or all, are ready; spares count too. Fails at once if the service ends
+        before."""
 
         def ready() -> bool:
             assert self.process.poll() is None, f"exit {self.process.returncode}\n{self.log}"
@@ -94,7 +95,7 @@ class Service:
                 status = self.status()
                 states = [each["state"] for each in status["workers"]]
                 wanted = len(states) if workers is None else workers
-                return status["state"] == "running" and states.count("ready") >= wanted > 0
+                return status["state"] == "running" and _ready(states) >= wanted > 0
             return False
 
         eventually(ready)
@@ -160,6 +161,10 @@ class Service:
 
     def _note_bpf(self) -> None:
         self._bpf |= bpf_ids(self.pid)
+
+
+def _ready(states: Sequence[str]) -> int:
+    return states.count("ready") + states.count("spare")
 
 
 def lose_directory(running: Service) -> None:

@@ -44,6 +44,7 @@ class Settings(TypedDict, total=False):
     preload: bool
     bind: str | Sequence[str]
     workers: int | Literal["auto"]
+    spares: int
     policy: str
     params: Mapping[str, int]
     backend: Literal["auto", "ebpf", "cbpf", "kernel"]

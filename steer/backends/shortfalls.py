@@ -15,6 +15,7 @@ NO_EXCLUSION = (
     "a worker that hangs, is at capacity or is draining gets connections until it closes its socket"
 )
 STILL_SELECTED = "the kernel's hash still selects it"
+NO_SPARES = "no spares are started: the kernel's hash would select them as well"
 NO_CONNECTIONS = (
     "only TCP connections are counted, so for datagrams all workers are equal and take turns"
 )

@@ -11,7 +11,7 @@ from steer.cli.tables import GAP, Table
 
 _BOLD = "1"
 _STYLES = {
-    **dict.fromkeys(("ready", "ok"), "32"),
+    **dict.fromkeys(("ready", "spare", "ok"), "32"),
     **dict.fromkeys(("starting", "draining", "backoff", "warn", "unknown"), "33"),
     **dict.fromkeys(("hung", "fail"), "1;31"),
     "stopping": "2",

@@ -72,6 +72,11 @@ OPTIONS = (
     ),
     Option(("-w", "--workers"), "N|auto", "Number of workers; default auto: one per CPU."),
     Option(
+        ("--spares",),
+        "N",
+        "Number of workers kept ready to take the places of workers that fail; default 0.",
+    ),
+    Option(
         ("--policy",),
         "auto|NAME|FILE.c",
         "Policy; default auto: least-conn if connections can be counted, else hash.",

@@ -143,6 +143,7 @@ def _allowed(key: str) -> str:
         "server": "auto, uvicorn, hypercorn, waitress",
         "server_options": "NAME=VALUE",
         "socket_options": socket_options.ALLOWED,
+        "spares": f"0 to {MAX_WORKERS}",
         "stop_signal": servers.ALLOWED,
         "weights": f"whole numbers from 1 to {MAX_WEIGHT}",
         "workers": f"1 to {MAX_WORKERS}, or auto",

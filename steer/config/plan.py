@@ -12,7 +12,7 @@ import msgspec
 
 from steer.config.address import Bind
 from steer.config.candidates import BackendCandidate, PolicyCandidate
-from steer.config.service import Service
+from steer.config.service import MAX_WORKERS, Service
 from steer.policy.builtin import KERNEL, Policy
 from steer.policy.cpus import Topology
 from steer.values import plural, several
@@ -24,12 +24,20 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     Args:
         cpus: the CPUs that it may run on: one under a pinning policy, else all that steer may use.
         cpu: the CPU that it is pinned to; None: it is not pinned.
+        is_spare: whether it is kept ready and not selected, see `workers.spares`.
     """
 
     number: int
     cpus: tuple[int, ...]
     cpu: int | None
     weight: int
+    is_spare: bool = False
+
+
+def in_words(workers: int, spares: int) -> str:
+    """How many workers, and how many spares if there are any."""
+    words = plural(workers, "worker")
+    return f"{words} and {plural(spares, 'spare')}" if spares else words
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -62,6 +70,7 @@ class Plan(msgspec.Struct, frozen=True):
     Args:
         params: the values of the policy's parameters, in the order in which it declares them.
         backends: the backends to try for this policy, best first.
+        specs: of the workers that serve; for spares see `spare_specs`.
         slots: the capacity of the maps. It leaves room to scale up, and for workers of earlier
             generations that still finish.
         hash_length: the number of positions in the hash table, enough for shares within 2 %.
@@ -112,9 +121,31 @@ class Plan(msgspec.Struct, frozen=True):
         )
 
     @property
+    def spare_specs(self) -> tuple[WorkerSpec, ...]:
+        """Of the spares. Scaling the service does not change their numbers. There are none while
+        there are no workers, nor if the kernel's own hash selects: it would select spares, too."""
+        if not self.specs or self.backends[0].backend == KERNEL:
+            return ()
+        return tuple(
+            WorkerSpec(MAX_WORKERS + at, self.topology.allowed, None, 1, is_spare=True)
+            for at in range(self.service.spares)
+        )
+
+    @property
+    def all_specs(self) -> tuple[WorkerSpec, ...]:
+        """Of all workers that are started; spares come last."""
+        return (*self.specs, *self.spare_specs)
+
+    @property
+    def number_in_words(self) -> str:
+        """See `in_words`."""
+        return in_words(len(self.specs), len(self.spare_specs))
+
+    @property
     def at_once(self) -> int:
         """How many workers start at the same time. A command uses a CPU for its whole start: more
-        commands than CPUs would only delay the first worker that becomes ready."""
+        commands than CPUs would only delay the first worker that becomes ready. Spares wait for
+        workers."""
         return len(self.topology.allowed) if self.service.command else len(self.specs)
 
     @property
@@ -126,7 +157,7 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def generation_descriptors(self) -> int:
         """How many descriptors one generation of workers needs."""
-        return (len(self.specs) + 16) * (3 + len(self.binds))
+        return (len(self.all_specs) + 16) * (3 + len(self.binds))
 
     def steps(self) -> tuple[Step, ...]:
         """The steps of a start, in order."""
@@ -140,7 +171,7 @@ class Plan(msgspec.Struct, frozen=True):
             Step(Act.CLAIM, self.name),
             Step(Act.LOAD, program, "; ".join(filter(None, [self.became, candidate.reason]))),
             *ports,
-            Step(Act.START, plural(len(self.specs), "worker"), self._cpus_of_workers()),
+            Step(Act.START, self.number_in_words, self._cpus_of_workers()),
         )
 
     @property
@@ -164,6 +195,7 @@ class Plan(msgspec.Struct, frozen=True):
                 {"number": spec.number, "cpus": spec.cpus, "weight": spec.weight}
                 for spec in self.specs
             ],
+            "spares": len(self.spare_specs),
             "steps": [
                 {"act": step.act.value, "object": step.object, "reason": step.reason or None}
                 for step in self.steps()

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import msgspec
 
 from steer.config.candidates import BackendCandidate, PolicyCandidate
-from steer.config.plan import Plan
+from steer.config.plan import Plan, in_words
 from steer.config.planning import hash_positions, slots_for, worker_specs
 from steer.config.service import Service
 from steer.errors import ConfigError
 from steer.policy import declarations
 from steer.policy.builtin import BACKENDS, CBPF, KERNEL, POLICIES
 from steer.policy.cpus import Topology
-from steer.values import plural
 
 FIXED = ("bind", "backend", "strict", "name", "pid", "control_socket")
 """Keys that cannot change while a service runs, as sockets and files are made once."""
@@ -178,11 +177,12 @@ def on_cpus(running: Plan, topology: Topology) -> Plan:
 
 
 def _with_workers(running: Plan, service: Service, topology: Topology, workers: int) -> Plan:
-    if slots_for(workers) > running.slots:
+    if slots_for(workers + service.spares) > running.slots:
+        wanted = in_words(workers, service.spares)
         raise ConfigError(
-            f"run {plural(workers, 'worker')} in {running.name}",
+            f"run {wanted} in {running.name}",
             f"it was started with capacity for {running.slots // 2}",
-            f"stop it, and start it with {plural(workers, 'worker')}",
+            f"stop it, and start it with {wanted}",
         )
     specs = worker_specs(service, running.policy, workers, topology)
     return msgspec.structs.replace(running, service=service, specs=specs, topology=topology)

@@ -61,7 +61,7 @@ def plan(
         first.backends,
         worker_specs(service, first.policy, workers, topology),
         topology,
-        min(abi.MAX_SLOTS, max(_SLOTS_AT_LEAST, 2 * slots_for(workers))),
+        min(abi.MAX_SLOTS, max(_SLOTS_AT_LEAST, 2 * slots_for(workers + service.spares))),
         _hash_length(workers, [service.weight(number) for number in range(workers)]),
         first.reason,
         tuple(others),

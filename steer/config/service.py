@@ -44,6 +44,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         demo: whether to run the demo if there is neither app nor command.
         preload: whether a template process loads the app once and forks the workers.
         workers: how many workers; "auto": one for each CPU that this process may use.
+        spares: how many more workers are kept ready to take the places of workers that fail.
         policy: "auto", the name of a built-in policy, or the path of a C file.
         keep_privileges: whether workers keep the capabilities of steer, and may gain others by
             executing a program that has some.
@@ -69,6 +70,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     preload: bool = False
     bind: tuple[str, ...] = (DEFAULT_BIND,)
     workers: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] = "auto"
+    spares: Annotated[int, Meta(ge=0, le=MAX_WORKERS)] = 0
     policy: str = AUTO
     params: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     backend: Literal["auto", "ebpf", "cbpf", "kernel"] = "auto"

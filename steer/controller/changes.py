@@ -123,6 +123,7 @@ class Changes:
         act = f"change the policy of {self._plan.name}"
         async with self._turns.turn(act):
             await self._policy.change(request, act)
+            self._rollout.follow_spares()
             self._policy_changed()
             return self._plan
 

@@ -246,7 +246,7 @@ class Controller:
         """Put the plan of another configuration in force, whose workers already serve."""
         self.configured = plan.service
         self.configure(plan)
-        self.pool.renew_controller_sockets(plan.service)
+        self.pool.selection.renew_controller_sockets(plan.service)
         self._persist_service(self.pool.generation.number)
 
     def renew_control_socket(self) -> None:

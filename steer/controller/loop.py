@@ -284,7 +284,7 @@ class ControllerLoop:
         self._replace(worker, lambda each: each.is_hung)
 
     def _replace_for_its_sockets(self, worker: WorkerHandle) -> None:
-        self._replace(worker, lambda each: each.is_in_service)
+        self._replace(worker, lambda each: each.is_settled)
 
     def _recycle(self, worker: WorkerHandle) -> asyncio.Task[None]:
         return self._replace(worker, lambda each: each.is_in_service, niced=True)

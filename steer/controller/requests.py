@@ -31,7 +31,8 @@ from steer.workers.pool import WorkerPool
 
 Answer = Outcome | Mapping[str, Any]
 Handle = Callable[[Request, Progress], Awaitable[Answer]]
-_MAY_RESTART = (State.READY, State.DRAINING, State.HUNG, State.BACKOFF)
+_READY, _DRAINING = State.READY.value, State.DRAINING.value
+_MAY_RESTART = (_READY, _DRAINING, State.HUNG.value, State.BACKOFF.value, status.SPARE)
 
 
 class Requests:
@@ -115,7 +116,7 @@ class Requests:
         return Scaled(workers, _since(began_s))
 
     async def drain(self, request: Request, _progress: Progress) -> Answer:
-        worker = self._worker(request, "drain", State.READY)
+        worker = self._worker(request, "drain", _READY)
         if self._pool.backend.name == KERNEL:
             raise ControlError(
                 f"drain worker {worker.slot}",
@@ -130,7 +131,7 @@ class Requests:
         return Drained(worker.slot)
 
     async def undrain(self, request: Request, _progress: Progress) -> Answer:
-        worker = self._worker(request, "undrain", State.DRAINING)
+        worker = self._worker(request, "undrain", _DRAINING)
         await self._changes.undrain(worker)
         return Drained(worker.slot)
 
@@ -149,7 +150,7 @@ class Requests:
         plan = await self._changes.change_policy(request)
         return Swapped(plan.policy.name, plan.backends[0].backend, _since(began_s))
 
-    def _worker(self, request: Request, act: str, *allowed: State) -> WorkerHandle:
+    def _worker(self, request: Request, act: str, *allowed: str) -> WorkerHandle:
         """The worker in the slot that the request names.
 
         Raises:
@@ -161,12 +162,12 @@ class Requests:
         if found is None:
             there = ", ".join(str(worker.slot) for worker in self._pool.workers)
             raise ControlError(f"{act} worker {shown(slot)}", "no such slot", f"there are: {there}")
-        if status.displayed_state(found) not in allowed:
-            states = " or ".join(state.value for state in allowed)
+        state = status.displayed_state(found)
+        if state not in allowed:
             raise ControlError(
                 f"{act} worker {slot}",
-                f"it is {status.displayed_state(found).value}",
-                f"has to be {states}",
+                f"it is {state}",
+                f"has to be {' or '.join(allowed)}",
             )
         return found
 

@@ -70,7 +70,8 @@ class Rollout:
         """
         generation = Generation(self._pool.generation.number + 1, plan)
         old = list(self._pool.workers)
-        await self._replace_all(plan.specs, generation, old, progress)
+        fresh = await self._start_or_explain(plan.all_specs, generation, progress)
+        await self._switch(generation, fresh, old)
         return generation
 
     async def scale(self, plan: Plan, progress: Progress) -> None:
@@ -83,15 +84,17 @@ class Rollout:
             As `renew`.
         """
         generation = Generation(self._pool.generation.number, plan)
-        wanted = frozenset(plan.specs)
+        wanted = frozenset(plan.all_specs)
         there = [worker for worker in self._pool.workers if not worker.is_retiring]
         staying = [worker for worker in there if worker.spec in wanted]
         if any(map(_serves, there)) and not any(map(_serves, staying)):
             staying = []
         specs = {worker.spec for worker in staying}
-        new = [spec for spec in plan.specs if spec not in specs]
+        new = [spec for spec in plan.all_specs if spec not in specs]
+        fresh = await self._start_or_explain(new, generation, progress)
+        # Only now: a spare may have taken the place of one of them meanwhile.
         surplus = [worker for worker in there if worker.spec not in specs]
-        await self._replace_all(new, generation, surplus, progress)
+        await self._switch(generation, fresh, surplus)
 
     async def restart(self, worker: WorkerHandle, progress: Progress) -> WorkerHandle:
         """Replace a worker; the result has the same CPUs and weight.
@@ -99,7 +102,10 @@ class Rollout:
         Raises:
             As `renew`.
         """
-        (fresh,) = await self._replace_all([worker.spec], self._pool.generation, [worker], progress)
+        generation = self._pool.generation
+        (fresh,) = await self._start_or_explain([worker.spec], generation, progress)
+        self._pool.give_spec(fresh, worker.spec)
+        await self._switch(generation, [fresh], [worker])
         return fresh
 
     async def replace(
@@ -114,14 +120,19 @@ class Rollout:
         async with self.turns.turn(f"replace worker {worker.slot}"):
             if not is_due(worker):
                 return
-            spec = worker.spec
-            fresh = await self._start([spec], self._pool.generation, unreported, niced=niced)
+            generation = self._pool.generation
+            (fresh,) = await self._start([worker.spec], generation, unreported, niced=niced)
             if is_due(worker):
-                self._pool.activate(fresh)
+                self._pool.give_spec(fresh, worker.spec)
+                self._pool.activate([fresh])
                 self._persist(self._pool.generation, self._pool.generation)
-                self._pool.report(worker, Event.RETIRE)
+                self._pool.retire([worker])
             else:
-                self._retire(fresh)
+                self._retire([fresh])
+
+    def follow_spares(self) -> None:
+        """Start spares, or end them, after a change to or from the kernel's own hash."""
+        self._pool.fill()
 
     async def drain(self, worker: WorkerHandle) -> None:
         """Send a worker nothing new, and wait until its accept queues are empty.
@@ -144,22 +155,27 @@ class Rollout:
         self._pool.report(worker, Event.UNDRAIN)
         await self._pool.selection.publisher.published()
 
-    async def _replace_all(
-        self,
-        specs: Sequence[WorkerSpec],
-        generation: Generation,
-        old: Sequence[WorkerHandle],
-        progress: Progress,
+    async def _start_or_explain(
+        self, specs: Sequence[WorkerSpec], generation: Generation, progress: Progress
     ) -> list[WorkerHandle]:
+        """Start workers. If that fails, the error says what runs instead."""
         in_force = self._pool.generation
         is_new = generation.number != in_force.number
         if is_new:
             self._persist(generation, in_force)
         try:
             async with self._preloading(generation) if is_new else nullcontext():
-                fresh = await self._start(specs, generation, progress, niced=True)
+                return await self._start(specs, generation, progress, niced=True)
         except (AppLoadError, BindError, KernelError, WorkersFailed) as error:
             raise error.under(self.turns.act, self._as_before()) from None
+
+    async def _switch(
+        self,
+        generation: Generation,
+        fresh: Sequence[WorkerHandle],
+        old: Sequence[WorkerHandle],
+    ) -> None:
+        """Have the new workers serve in place of the old ones."""
         # All of this in one turn of the loop makes one publication and one message to the guard. So
         # if this controller is killed, the one that adopts finds either all of it or nothing.
         self._pool.generation = generation
@@ -167,7 +183,6 @@ class Rollout:
         self._persist(generation, generation)
         self._pool.retire(old)
         await self._pool.selection.publisher.published()
-        return fresh
 
     def _as_before(self) -> str:
         """Says which generation runs after a change that failed."""

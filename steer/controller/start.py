@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from steer.backends import shortfalls
 from steer.backends.base import Backend
 from steer.backends.open import open_first
 from steer.child import loading, privileges
@@ -143,12 +144,14 @@ class Start:
 
     def _announce(self, backend: Backend) -> None:
         plan, chosen = self._service.plan, self._service.plan.backends[0]
-        count = plural(len(plan.specs), "worker")
+        count = plan.number_in_words
         self._log.info("%s: %s, %s on %s", plan.name, count, plan.policy.name, chosen.backend)
         if plan.became:
             self._log.info("policy %s", plan.became)
         if chosen.reason:
             self._log.warning("not on a better backend: %s", chosen.reason)
+        if plan.service.spares and not plan.spare_specs:
+            self._log.warning("%s", shortfalls.NO_SPARES)
         if backend.write_waiting:
             self._log.warning("%s", backend.notes[-1])
         if as_whom := privileges.note(plan.service):

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from steer.backends import anchors
 from steer.backends.base import Backend, Counts, PolicyValues
-from steer.backends.shortfalls import STILL_SELECTED
+from steer.backends.shortfalls import NO_SPARES, STILL_SELECTED
 from steer.config.plan import Plan
 from steer.control import schema
 from steer.linux import netns
 from steer.policy.builtin import KERNEL
 from steer.policy.declarations import Declared
-from steer.values import several
+from steer.values import plural, several
 from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
 from steer.workers.pool import WorkerPool
@@ -26,6 +26,8 @@ from steer.workers.queues import Queues
 if TYPE_CHECKING:
     from steer.workers.templates import Templates
 
+SPARE = "spare"
+"""The state of a ready spare in the status."""
 _AT_ONCE = 50
 """How many workers are looked at in one turn of the loop."""
 
@@ -82,6 +84,7 @@ async def report_of(
             *backend.notes,
             *service.pool.visibility.notes.values(),
             *_notes_on_workers(service.pool.workers, backend.name == KERNEL),
+            *_notes_on_spares(service.pool.workers, plan),
             *service.pool.group_notes.values(),
             *(service.templates.notes if service.templates else ()),
             *map(str, anchors.notes(plan.binds, backend.anchors)),
@@ -139,8 +142,19 @@ def _notes_on_workers(workers: Collection[WorkerHandle], still_selected: bool) -
     return notes
 
 
-def displayed_state(worker: WorkerHandle) -> State:
-    """The state of a worker as status shows it.
+def _notes_on_spares(workers: Collection[WorkerHandle], plan: Plan) -> list[str]:
+    """A note if there are fewer spares than are wanted."""
+    wanted, here = plan.service.spares, len(plan.spare_specs)
+    ready = sum(worker.is_ready_spare for worker in workers)
+    if wanted and not here:
+        return [NO_SPARES]
+    if ready < here:
+        return [f"{plural(here - ready, 'spare')} of {here} not ready to take a worker's place"]
+    return []
+
+
+def displayed_state(worker: WorkerHandle) -> str:
+    """The state of a worker as status shows it: SPARE, or one of `State`.
 
     A ready worker that waits for others of its rollout is shown as starting, because it is not
     selected yet. So is a worker that waits for its first start, whose internal state is backoff. A
@@ -148,8 +162,10 @@ def displayed_state(worker: WorkerHandle) -> State:
     more.
     """
     if worker.held or not worker.starts:
-        return State.STARTING
-    return State.STOPPING if worker.leaving else worker.state
+        return State.STARTING.value
+    if worker.is_ready_spare:
+        return SPARE
+    return (State.STOPPING if worker.leaving else worker.state).value
 
 
 def _worker(
@@ -159,7 +175,7 @@ def _worker(
     return schema.Worker(
         slot=worker.slot,
         pid=process.pid if process else None,
-        state=displayed_state(worker).value,
+        state=displayed_state(worker),
         generation=worker.generation.number,
         cpus=list(worker.spec.cpus),
         weight=worker.spec.weight,

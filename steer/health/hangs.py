@@ -18,6 +18,7 @@ from steer.workers.hang import History, Look, Verdict
 from steer.workers.lifecycle import Event, State
 from steer.workers.pool import WorkerPool
 from steer.workers.process import WorkerProcess
+from steer.workers.spares import spare_for
 from steer.workers.visibility import QUEUES
 
 _REPLACE_AGAIN_S = 30.0
@@ -79,7 +80,8 @@ class Hangs:
                 capacity.set_at_capacity(worker, verdict is Verdict.AT_CAPACITY, self._pool.log)
 
     def _set_hung(self, worker: WorkerHandle, process: WorkerProcess, why: str) -> None:
-        if not (worker.is_in_service and self._others_serve(worker)):
+        is_last = worker.is_in_service and not self._others_can_serve(worker)
+        if is_last or not worker.is_settled:
             return
         if self._pool.backend.name == KERNEL:
             why = f"{why}; {STILL_SELECTED}"
@@ -90,9 +92,11 @@ class Hangs:
         self._pool.report(worker, Event.STUCK)
         self._replace_if_due(worker)
 
-    def _others_serve(self, worker: WorkerHandle) -> bool:
+    def _others_can_serve(self, worker: WorkerHandle) -> bool:
         """Whether the worker is not the last: connections could go nowhere else then."""
-        return any(each.serves for each in self._pool.workers if each is not worker)
+        workers = self._pool.workers
+        others_serve = any(each.serves for each in workers if each is not worker)
+        return others_serve or spare_for(worker, workers) is not None
 
     # The verdict on a worker.
 

@@ -142,7 +142,7 @@ class Repair:
             self._rejoin(one)
         else:
             self._is_out(one, found)
-            if how is Cure.REPLACE and one.worker.is_in_service:
+            if how is Cure.REPLACE and one.worker.is_settled:
                 self._replace_if_due(one.worker)
 
     def _splits(self, one: _Socket) -> bool:

@@ -78,17 +78,16 @@ class Adoption:
 def staying(workers: Iterable[WorkerHandle], generation: Generation) -> Mapping[int, WorkerHandle]:
     """The workers of this generation that stay, by the number of their spec. Pure."""
     by_number: dict[int, WorkerHandle] = {}
+    numbers = {spec.number for spec in generation.plan.all_specs}
     for worker in workers:
         # If two workers have one spec the later stays, as it was to replace the earlier.
         is_better = worker.process or worker.spec.number not in by_number
-        if is_better and _belongs(worker, generation):
+        if is_better and worker.spec.number in numbers and _belongs(worker, generation):
             by_number[worker.spec.number] = worker
     return by_number
 
 
 def _belongs(worker: WorkerHandle, generation: Generation) -> bool:
     """Whether it is of the generation, and is neither held nor retiring."""
-    is_in_plan = worker.spec.number < len(generation.plan.specs)
     comes_or_goes = worker.held or worker.is_retiring
-    is_of_it = worker.generation.number == generation.number
-    return is_of_it and is_in_plan and not comes_or_goes
+    return worker.generation.number == generation.number and not comes_or_goes

@@ -11,6 +11,7 @@ from steer.workers.handle import WorkerHandle, WorkerHandles
 from steer.workers.lifecycle import State
 from steer.workers.selection import Selection
 from steer.workers.shutdown import Shutdown
+from steer.workers.spares import Spares
 from steer.workers.starter import Restarts
 from steer.workers.startup import Startup
 from steer.workers.worker_log import WorkerLog
@@ -28,6 +29,7 @@ class Activation:
         workers: WorkerHandles,
         selection: Selection,
         backoff: Backoff,
+        spares: Spares,
         shutdown: Shutdown,
         worker_log: WorkerLog,
         clock: Clock,
@@ -36,13 +38,14 @@ class Activation:
         self._workers = workers
         self._selection = selection
         self._backoff = backoff
+        self._spares = spares
         self._shutdown = shutdown
         self._worker_log = worker_log
         self._clock = clock
         self._retry = retry
 
     def activate(self, worker: WorkerHandle) -> None:
-        """The worker is ready: put it into the table, unless it is held."""
+        """The worker is ready: put it into the table, unless it is held or a spare."""
         worker.cancel_timer()
         if not worker.held:
             self._selection.publisher.soon()
@@ -51,7 +54,10 @@ class Activation:
         self._worker_log.ready(worker)
         if worker.on_outcome:
             worker.on_outcome(worker)
-        self._backoff.end_if_service_is_up()
+        if worker.spec.is_spare:
+            self._spares.replace_failed()
+        else:
+            self._backoff.end_if_service_is_up()
 
     def deactivate(self, worker: WorkerHandle) -> None:
         """Take the worker out of the table."""

@@ -148,6 +148,16 @@ class WorkerHandle(msgspec.Struct, eq=False):
     @property
     def is_in_service(self) -> bool:
         """Whether it may be selected, or is only excluded while it is at capacity."""
+        return self.is_settled and not self.spec.is_spare
+
+    @property
+    def is_ready_spare(self) -> bool:
+        """Whether it can take the place of another worker."""
+        return self.is_settled and self.spec.is_spare
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is ready, and no change is about to activate or retire it."""
         return self.state is State.READY and not self.held and not self.leaving
 
     @property

@@ -38,6 +38,7 @@ class Event(Enum):
 class Command(Enum):
     ACTIVATE = "put it into the table"
     DEACTIVATE = "take it out of the table"
+    REPLACE = "put a spare into its place, if one is ready"
     MIGRATE_QUEUE = "migrate its accept queue"
     DRAIN = "wait until its accept queue is empty"
     TERMINATE = "tell it to finish"
@@ -54,29 +55,29 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
     S.STARTING: {
         E.READY: (S.READY, (C.ACTIVATE,)),
         E.LATE: (S.STARTING, (C.KILL,)),
-        E.EXITED: (S.BACKOFF, (C.BACK_OFF,)),
+        E.EXITED: (S.BACKOFF, (C.REPLACE, C.BACK_OFF)),
         E.RETIRE: (S.STOPPING, (C.TERMINATE,)),
         E.STOP: (S.STOPPING, (C.TERMINATE,)),
     },
     S.READY: {
-        E.EXITED: (S.BACKOFF, (C.DEACTIVATE, C.BACK_OFF)),
+        E.EXITED: (S.BACKOFF, (C.DEACTIVATE, C.REPLACE, C.BACK_OFF)),
         E.DRAIN: (S.DRAINING, (C.DEACTIVATE,)),
         # It leaves the table before its queue is migrated, or connections would come back to it.
-        E.STUCK: (S.HUNG, (C.DEACTIVATE, C.MIGRATE_QUEUE)),
+        E.STUCK: (S.HUNG, (C.DEACTIVATE, C.REPLACE, C.MIGRATE_QUEUE)),
         # It leaves the table first, or its last connections would come after the signal.
         E.RETIRE: (S.STOPPING, (C.DEACTIVATE, C.DRAIN)),
         E.STOP: (S.STOPPING, (C.DEACTIVATE, C.TERMINATE)),
     },
     S.DRAINING: {
         E.UNDRAIN: (S.READY, (C.ACTIVATE,)),
-        E.EXITED: (S.BACKOFF, (C.BACK_OFF,)),
+        E.EXITED: (S.BACKOFF, (C.REPLACE, C.BACK_OFF)),
         E.RETIRE: (S.STOPPING, (C.DRAIN,)),
         E.STOP: (S.STOPPING, (C.TERMINATE,)),
     },
     S.HUNG: {
         E.BACK: (S.READY, (C.ACTIVATE,)),
         E.DRAIN: (S.DRAINING, ()),
-        E.EXITED: (S.BACKOFF, (C.BACK_OFF,)),
+        E.EXITED: (S.BACKOFF, (C.REPLACE, C.BACK_OFF)),
         # It may have been busy rather than hung, so it gets the same time to finish as others.
         E.RETIRE: (S.STOPPING, (C.DRAIN,)),
         E.STOP: (S.STOPPING, (C.TERMINATE,)),

@@ -97,14 +97,16 @@ class Notifications:
 
 def serve_early(pid: int, workers: WorkerHandles, selection: Selection) -> bool:
     """Select the worker with this process, which is ready before the event loop runs, and no other.
-    This is done only for a worker that calls the application. `Notifications` has to get the
-    message again once the loop runs.
+    This is done only for a worker that calls the application, and for no spare. `Notifications` has
+    to get the message again once the loop runs.
 
     Returns:
         Whether the worker is selected.
     """
     worker = workers.of_pid(pid)
-    if worker is None or not worker.process or not worker.process.is_callable:
+    if worker is None or worker.spec.is_spare:
+        return False
+    if not worker.process or not worker.process.is_callable:
         return False
     with selection.naming_locked():
         selection.backend.steer([worker.member()])

@@ -34,7 +34,7 @@ class PolicySwitch:
         Raises:
             KernelError: nothing has changed.
         """
-        specs = {spec.number: spec for spec in plan.specs}
+        specs = {spec.number: spec for spec in plan.all_specs}
         moves = {
             worker.slot: specs.get(worker.spec.number, worker.spec) for worker in self._workers
         }

@@ -17,7 +17,6 @@ from steer.config.address import Bind
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.config.service import Service
 from steer.control.notify import IgnoredReady
-from steer.errors import SteerError
 from steer.guard.client import GuardClient
 from steer.guard.entry import Entry
 from steer.linux import signals
@@ -130,7 +129,7 @@ class WorkerPool:
         """
         self.start_queue.is_of_new_service = True
         self.start_queue.limit(self.generation.plan.at_once)
-        for spec in self.generation.plan.specs:
+        for spec in self.generation.plan.all_specs:
             self.start_queue.add(self._take(self.generation, spec))
         signals.pause(0)
         cpus = len(os.sched_getaffinity(0))
@@ -173,14 +172,16 @@ class WorkerPool:
 
     def fill(self) -> None:
         """Start a worker for each spec of the generation that has none, and retire the workers of
-        other generations and of changes that were not completed. Call this after `watch`."""
+        other generations and of changes that were not completed. Spares take the places of those
+        that are missing."""
         stay = staying(self.workers, self.generation)
         for worker in list(self.workers):
             if stay.get(worker.spec.number) is not worker:
                 self.report(worker, Event.RETIRE)
-        for spec in self.generation.plan.specs:
+        for spec in self.generation.plan.all_specs:
             if spec.number not in stay:
-                self.start_queue.add(self._take(self.generation, spec))
+                self.start_queue.add(missing := self._take(self.generation, spec))
+                self._supervision.spares.replace(missing)
         self._supervision.queued_starts.begin()
 
     def resume_starts(self) -> None:
@@ -240,6 +241,10 @@ class WorkerPool:
         )
         return self._supervision.replacement.start(map(take, specs))
 
+    def give_spec(self, worker: WorkerHandle, spec: WorkerSpec) -> None:
+        """See `Spares.give_spec`."""
+        self._supervision.spares.give_spec(worker, spec)
+
     def activate(self, workers: Iterable[WorkerHandle]) -> None:
         """See `Replacement.activate`. The guard then stores the number of the change, and no entry
         of a worker has to be written."""
@@ -275,13 +280,6 @@ class WorkerPool:
     def report(self, worker: WorkerHandle, event: Event) -> None:
         """See `Transitions.report`."""
         self._supervision.transitions.report(worker, event)
-
-    def renew_controller_sockets(self, service: Service) -> None:
-        """Have the backup listeners listen with the options that workers have from now on."""
-        try:
-            self.selection.renew_controller_sockets(service)
-        except SteerError as error:
-            self.log.error("the backup listeners keep their former options: %s", error)
 
     def switch_policy(self, plan: Plan, backend: Backend | None = None) -> None:
         """See `PolicySwitch.switch`."""

@@ -8,6 +8,7 @@ from steer.errors import SteerError
 from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import Event
 from steer.workers.publisher import Publisher
+from steer.workers.spares import Spares
 from steer.workers.starter import Starter
 from steer.workers.steps import InSteps
 from steer.workers.transitions import Transitions
@@ -26,12 +27,14 @@ class Replacement:
         publisher: Publisher,
         starter: Starter,
         transitions: Transitions,
+        spares: Spares,
         forget: Callable[[WorkerHandle], None],
         retiring: InSteps,
     ) -> None:
         self._publisher = publisher
         self._starter = starter
         self._transitions = transitions
+        self._spares = spares
         self._forget = forget
         self._retiring = retiring
 
@@ -74,3 +77,5 @@ class Replacement:
                 self._transitions.report(worker, Event.RETIRE)
         self._publisher.soon()
         self._retiring.begin_soon(leaving)
+        # Not before, as an activated spare must not take the place of one that is retired.
+        self._spares.replace_failed()

@@ -235,16 +235,15 @@ class Selection:
         return self._sockets.naming_locked()
 
     def renew_controller_sockets(self, service: Service) -> None:
-        """Replace backup listeners and anchors by those that another configuration needs.
-
-        Raises:
-            BindError, KernelError: this failed for some of them.
-        """
+        """Replace backup listeners and anchors by those that another configuration needs. Where
+        that fails they stay as they are, and it is logged."""
         self._backup.pause()
         try:
             self.backend.renew_anchors(service)
             if self.backend.backup:
                 self.backend.backup.renew(service)
+        except SteerError as error:
+            self._log.error("the backup listeners keep their former options: %s", error)
         finally:
             self._backup.go_on()
             self._entry.save_unless_released()

@@ -15,6 +15,7 @@ from steer.workers.lifecycle import Command, Event
 from steer.workers.notifications import Notifications
 from steer.workers.replacement import Replacement
 from steer.workers.socket_removal import SocketRemoval
+from steer.workers.spares import Spares
 from steer.workers.starter import QueuedStarts, Restarts, Starter
 from steer.workers.startup import Startup
 from steer.workers.steps import InSteps
@@ -92,6 +93,8 @@ class Supervision:
         report = self.transitions.report
         self._failures = Failures(self.transitions, self.startup)
         self._removal = SocketRemoval(pool.selection, pool.shutdown, pool.log, pool.retry)
+        self.pinning = InSteps(loop, self._pin)
+        self.spares = self._make_spares()
         self.ends = self._make_ends()
         deadlines = self._make_deadlines()
         drain = start_drain or self._make_drainer().begin
@@ -114,9 +117,20 @@ class Supervision:
             pool.shutdown.end_if_empty,
             pool.retry.spare.lent,
         )
-        self.pinning = InSteps(loop, self._pin)
         self.replacement = Replacement(
-            pool.selection.publisher, starter, self.transitions, forget, retiring
+            pool.selection.publisher, starter, self.transitions, self.spares, forget, retiring
+        )
+
+    def _make_spares(self) -> Spares:
+        pool = self._pool
+        return Spares(
+            pool.workers,
+            pool.selection,
+            pool.entries,
+            pool.shutdown,
+            pool.log,
+            self.pinning.begin_soon,
+            lambda: self._backoff.end_if_service_is_up(),
         )
 
     def _make_ends(self) -> Ends:
@@ -184,11 +198,14 @@ class Supervision:
     def _set_commands(self, termination: Termination) -> Callable[[WorkerHandle], None]:
         """Say how each command of `lifecycle` is carried out. Returns how FORGET is."""
         pool = self._pool
-        backoff = Backoff(pool.workers, self.restarts, self.startup, self._worker_log, pool.clock)
+        self._backoff = Backoff(
+            pool.workers, self.restarts, self.startup, self._worker_log, pool.clock
+        )
         activation = Activation(
             pool.workers,
             pool.selection,
-            backoff,
+            self._backoff,
+            self.spares,
             pool.shutdown,
             self._worker_log,
             pool.clock,
@@ -198,11 +215,12 @@ class Supervision:
             Command.SPAWN: self.restarts.restart,
             Command.ACTIVATE: activation.activate,
             Command.DEACTIVATE: activation.deactivate,
+            Command.REPLACE: self.spares.replace,
             Command.MIGRATE_QUEUE: pool.migration.migrate_hung,
             Command.DRAIN: termination.drain,
             Command.TERMINATE: termination.terminate,
             Command.KILL: termination.kill,
-            Command.BACK_OFF: backoff.begin,
+            Command.BACK_OFF: self._backoff.begin,
             Command.FORGET: activation.forget,
         }
         return activation.forget
@@ -218,6 +236,7 @@ class Supervision:
             elif worker.starts:
                 self._worker_log.ended_unsupervised(worker)
                 self.transitions.report(worker, Event.EXITED)
+        self.spares.replace_failed()
         if any(worker.serves for worker in self._pool.workers):
             self.startup.succeed()
             self._pool.selection.publisher.now()

@@ -26,7 +26,8 @@ class WorkerLog:
         self._logged: set[str] = set()
 
     def ready(self, worker: WorkerHandle) -> None:
-        self._log.info("worker %d ready", worker.slot)
+        as_what = " as a spare" if worker.spec.is_spare else ""
+        self._log.info("worker %d ready%s", worker.slot, as_what)
 
     def late(self, worker: WorkerHandle) -> None:
         """The worker is not ready in time."""

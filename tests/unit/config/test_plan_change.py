@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "preload": True,
     "bind": ("127.0.0.1:8081",),
     "workers": 3,
+    "spares": 2,
     "policy": "hash",
     "params": ("prefix4=24",),
     "backend": "cbpf",
@@ -413,3 +414,36 @@ def test_each_worker_there_is_room_for_can_be_replaced(started: int, room: int) 
 def test_as_many_as_can_be_configured_can_be_replaced() -> None:
     plan = running(workers=1024)
     assert len(reloaded(plan, plan.service, FOUR).specs) == 1024
+
+
+def test_scaled_keeps_the_spares() -> None:
+    before = running(workers=2, spares=2)
+    assert [spec.is_spare for spec in before.all_specs] == [False, False, True, True]
+    for workers in (1, 2, 600):
+        plan = running(workers=600) if workers == 600 else before
+        after = scaled(replace(plan, service=before.service), workers, FOUR)
+        assert after.spare_specs == before.spare_specs
+        assert after.all_specs == (*after.specs, *after.spare_specs)
+    assert scaled(before, 0, FOUR).all_specs == ()
+
+
+def test_a_spare_is_pinned_to_no_cpu() -> None:
+    plan = running(workers=2, spares=1, policy="cpu")
+    (spare,) = plan.spare_specs
+    assert (spare.cpus, spare.cpu, spare.weight) == (FOUR.allowed, None, 1)
+
+
+def test_there_are_no_spares_under_the_hash_of_the_kernel() -> None:
+    plan = running(workers=2, spares=1, policy="kernel")
+    assert (plan.spare_specs, plan.number_in_words) == ((), "2 workers")
+    other = with_candidates(plan, plan.service, candidates(plan.service, "hash"), FOUR, "change")
+    assert (len(other.spare_specs), other.number_in_words) == (1, "2 workers and 1 spare")
+
+
+def test_room_for_spares_too() -> None:
+    plan = running(workers=100, spares=100)
+    assert plan.slots >= 2 * 200
+    assert len(scaled(plan, 412, FOUR).all_specs) == 512
+    words = "run 413 workers and 100 spares in demo: it was started with capacity for 512"
+    with pytest.raises(ConfigError, match=words):
+        scaled(plan, 413, FOUR)

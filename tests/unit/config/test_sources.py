@@ -60,6 +60,7 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "preload": (True, ("false", False), (True, True)),
     "bind": ([":1"], (":2,:22", (":2", ":22")), ((":3", ":33"), (":3", ":33"))),
     "workers": (1, ("2", 2), ("3", 3)),
+    "spares": (1, ("2", 2), ("3", 3)),
     "policy": ("hash", ("random", "random"), ("round-robin", "round-robin")),
     "params": (["a=1"], ("b=2, c=3", ("b=2", "c=3")), (("d=4",), ("d=4",))),
     "backend": ("ebpf", ("cbpf", "cbpf"), ("kernel", "kernel")),

@@ -44,8 +44,8 @@ class FakePool:
         publications: at each, the slots that may be chosen.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.generation = Generation(1, plan_for(workers))
+    def __init__(self, workers: int, spares: int) -> None:
+        self.generation = Generation(1, plan_for(workers, spares=spares))
         self.workers: list[WorkerHandle] = []
         self.publications: list[list[int]] = []
         self.kept: list[tuple[int, int, int]] = []
@@ -54,7 +54,7 @@ class FakePool:
         self.activated = 0
         self.preloaded: list[str] = []
         self._slot = 0
-        for spec in self.generation.plan.specs:
+        for spec in self.generation.plan.all_specs:
             self._take(spec, self.generation).state = State.READY
 
     @asynccontextmanager
@@ -84,6 +84,10 @@ class FakePool:
         for worker in workers:
             worker.held, worker.on_outcome = True, on_outcome
         return workers
+
+    def give_spec(self, worker: WorkerHandle, spec: WorkerSpec) -> None:
+        assert worker.held
+        worker.change_spec(spec)
 
     def activate(self, workers: Sequence[WorkerHandle]) -> None:
         for worker in workers:
@@ -128,9 +132,9 @@ class FakePool:
 Script = Callable[[FakePool, Rollout], Coroutine[Any, Any, None]]
 
 
-def play(workers: int, script: Script) -> FakePool:
+def play(workers: int, script: Script, spares: int = 0) -> FakePool:
     """A service of so many workers, and what happens to it."""
-    pool = FakePool(workers)
+    pool = FakePool(workers, spares)
 
     async def run() -> None:
         changes = Rollout(
@@ -356,6 +360,43 @@ def test_restart_takes_the_seat_over() -> None:
     pool = play(3, script)
     assert pool.publications == [[0, 2, 3]]
     assert pool.at(3).spec == pool.at(1).spec
+
+
+@pytest.mark.parametrize("old, other", [(1, 3), (3, 1)])
+def test_one_that_is_replaced_may_exchange_its_spec_with_a_spare_meanwhile(
+    old: int, other: int
+) -> None:
+    """It fails, or it is the spare that takes the place of another."""
+
+    async def script(pool: FakePool, changes: Rollout) -> None:
+        restarting = begin(changes.restart(pool.at(old), unreported))
+        await rest()
+        pool.at(old).spec, pool.at(other).spec = pool.at(other).spec, pool.at(old).spec
+        pool.get_ready(4)
+        await restarting
+
+    pool = play(3, script, spares=1)
+    assert pool.publications == [[0, 2, 3] if old == 1 else [0, 2, 4]]
+    left = [worker.spec.number for worker in pool.workers if not worker.is_retiring]
+    assert sorted(left) == [spec.number for spec in pool.generation.plan.all_specs]
+
+
+def test_spares_are_kept_when_scaled_and_renewed_by_a_reload() -> None:
+    async def script(pool: FakePool, changes: Rollout) -> None:
+        scaling = begin(changes.scale(plan_for(3, spares=1), unreported))
+        await rest()
+        pool.get_ready(3)
+        await scaling
+        reloading = begin(changes.renew(plan_for(1, spares=2), unreported))
+        for slot in (4, 5, 6):
+            await rest()
+            pool.get_ready(slot)
+        await reloading
+
+    pool = play(2, script, spares=1)
+    assert pool.publications == [[0, 1, 3], [4]]
+    spares = [worker.slot for worker in pool.workers if worker.is_ready_spare]
+    assert spares == [5, 6]
 
 
 def is_hung(worker: WorkerHandle) -> bool:

@@ -45,7 +45,8 @@ class FakeService:
         self.plan: Any = SimpleNamespace(
             name="web",
             policy=SimpleNamespace(name="hash", declared=SimpleNamespace(histograms=())),
-            service=SimpleNamespace(policy="hash"),
+            service=SimpleNamespace(policy="hash", spares=0),
+            spare_specs=(),
             policy_reason=None,
             binds=(),
             backends=(SimpleNamespace(reason=None),),
@@ -89,6 +90,7 @@ class FakeService:
             state=State.READY,
             held=False,
             leaving=False,
+            is_ready_spare=False,
             is_hung=False,
             at_capacity=False,
             generation=SimpleNamespace(number=1, plan=SimpleNamespace(binds=BOUND)),

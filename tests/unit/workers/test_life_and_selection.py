@@ -19,12 +19,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from steer.config.plan import Plan
 from steer.controller.rollout import unreported
 from steer.linux.log import Log
 from steer.workers import ends, handle, process, steps
 from steer.workers.handle import WorkerHandle
 from steer.workers.intake import Batch
 from steer.workers.lifecycle import Event, State
+from steer.workers.spares import has_failed
 from testkit.growth_fakes import FakeService, OrderedBackend, pid_of, plan_for, rest
 
 WORKERS = 4
@@ -43,6 +45,7 @@ class WoundLoop(asyncio.SelectorEventLoop):
 
 class Workers(RuleBasedStateMachine):
     backend = OrderedBackend
+    spares = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class Workers(RuleBasedStateMachine):
         self.undo.setattr(Log, "error", lambda _, text, *values: self.bugs.append(text % values))
 
         async def up() -> FakeService:
-            service = FakeService(self.home, WORKERS, backend=self.backend)
+            service = FakeService(self.home, WORKERS, backend=self.backend, spares=self.spares)
             self.undo.setattr(process, "fork_all", service.fork_all)
             await service.up()
             return service
@@ -145,12 +148,15 @@ class Workers(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_stopping)
     @rule(workers=st.integers(1, WORKERS))
     def scaled(self, workers: int) -> None:
-        self.change(self.service.changes.scale(plan_for(workers), unreported))
+        self.change(self.service.changes.scale(self.plan(workers), unreported))
 
     @precondition(lambda self: not self.is_stopping)
     @rule(workers=st.integers(1, WORKERS))
     def reloaded(self, workers: int) -> None:
-        self.change(self.service.changes.renew(plan_for(workers), unreported))
+        self.change(self.service.changes.renew(self.plan(workers), unreported))
+
+    def plan(self, workers: int) -> Plan:
+        return plan_for(workers, spares=self.spares)
 
     def change(self, coroutine: Any) -> None:
         async def do() -> None:
@@ -161,7 +167,8 @@ class Workers(RuleBasedStateMachine):
 
     @invariant()
     def those_that_serve_are_chosen_and_nobody_else(self) -> None:
-        serving = {worker.slot for worker in self.workers if worker.state is State.READY}
+        ready = (worker for worker in self.workers if worker.state is State.READY)
+        serving = {worker.slot for worker in ready if not worker.spec.is_spare}
         assert {member.slot for member in self.service.backend.members} == serving
 
     @invariant()
@@ -198,7 +205,25 @@ class Workers(RuleBasedStateMachine):
         shutil.rmtree(self.home)
 
 
-TestWorkers = Workers.TestCase
-TestWorkers.settings = settings(
+class WorkersWithSpares(Workers):
+    """As many serve as were asked for, as long as there are spares."""
+
+    spares = 2
+
+    @invariant()
+    def each_spec_is_of_one_worker(self) -> None:
+        specs = [worker.spec for worker in self.workers if not worker.is_retiring]
+        wanted = () if self.is_stopping else self.service.pool.generation.plan.all_specs
+        assert sorted(spec.number for spec in specs) == [spec.number for spec in wanted]
+
+    @invariant()
+    def no_spare_waits_while_a_worker_has_failed(self) -> None:
+        failed = [worker for worker in self.workers if has_failed(worker)]
+        ready = [worker for worker in self.workers if worker.is_ready_spare]
+        assert not ready or all(worker.spec.is_spare for worker in failed)
+
+
+TestWorkers, TestWorkersWithSpares = Workers.TestCase, WorkersWithSpares.TestCase
+TestWorkers.settings = TestWorkersWithSpares.settings = settings(
     max_examples=30, stateful_step_count=20, deadline=None, derandomize=True, database=None
 )

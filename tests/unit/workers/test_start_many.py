@@ -226,7 +226,7 @@ def test_first_that_is_ready_serves_while_others_are_to_be_started(forked: list[
         # those that wait for their turn have not failed, and are not asked to hurry
         waiting = list(pool.workers)[MOST_TOGETHER:]
         assert {worker.state for worker in waiting} == {State.BACKOFF}
-        assert {status.displayed_state(worker) for worker in waiting} == {State.STARTING}
+        assert {status.displayed_state(worker) for worker in waiting} == {"starting"}
         assert not any(worker.timer for worker in waiting)
 
     asyncio.run(run())
