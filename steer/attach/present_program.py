@@ -50,7 +50,7 @@ def look(inodes: Collection[int], act: str, replace: bool) -> Present:
         raise AttachRefused(act, split.found, split.cure)
     for each, pids in found:
         if pids or not each.name.startswith(_OURS):
-            if not replace or not each.program_id or _service_of(pids):
+            if not replace or not each.program_id or services.name_of_any(pids):
                 raise AttachRefused(act, *_in_words(each, pids, replace))
             return Present(replaced=each.program_id)
     for each, _ in found:
@@ -67,13 +67,9 @@ def _programs(looking: Look, seen: Iterable[KernelSocket]) -> list[tuple[KernelS
     return [(each, held_by[program]) for program, each in found.items()]
 
 
-def _service_of(pids: Iterable[int]) -> str | None:
-    return next(filter(None, map(services.name_of, pids)), None)
-
-
 def _in_words(found: KernelSocket, pids: Set[int], replace: bool) -> tuple[str, str]:
     """Cause and cure."""
-    if service := _service_of(pids):
+    if service := services.name_of_any(pids):
         cause = f"service {service} steers it already ({several('pid', sorted(pids))})"
         return cause, there.cure(service, min(pids))
     if found.classic_length:

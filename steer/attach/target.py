@@ -49,9 +49,9 @@ class Target:
                 break
         if not self.listeners:
             raise elsewhere.refusal(bind, self._act)
+        self._refuse_own()
         self._refuse_users()
         self._refuse_hidden()
-        self._refuse_own()
         _read_kernel_types()
         self.present = present_program.look(self.listeners.keys(), self._act, replace)
         self._refuse_unshared()
@@ -98,10 +98,9 @@ class Target:
             raise self._refusal(cause, "run as root, where /proc shows all processes")
 
     def _refuse_own(self) -> None:
-        for holder in self._all_holders():
-            if name := services.name_of(holder.pid):
-                cause = f"it is service {name} of steer's"
-                raise self._refusal(cause, f"`steer policy {name} POLICY` changes its policy")
+        if name := services.name_of_any(self.pids):
+            cause = f"it is service {name} of steer's"
+            raise self._refusal(cause, f"`steer policy {name} POLICY` changes its policy")
 
     def _refuse_unshared(self) -> None:
         with closing(holders.each_borrowed(self.holders)) as lent:

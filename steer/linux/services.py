@@ -108,6 +108,22 @@ def name_of(pid: int) -> str | None:
     return given.get(NAME) if MARK in given else None
 
 
+def name_of_any(pids: Collection[int]) -> str | None:
+    """The service that one of the processes, or an ancestor of one, belongs to. A worker may have
+    overwritten its environment, or be another user's, but its controller has a title."""
+    if name := next(filter(None, map(name_of, pids)), None):
+        return name
+    seen: set[int] = set()
+    for pid in pids:
+        above = processes.parent(pid)
+        while above and above not in seen:
+            if (shown := title.of(above)) is not None:
+                return shown.name
+            seen.add(above)
+            above = processes.parent(above)
+    return None
+
+
 def _members(
     environment: Mapping[str, str],
     titles: Mapping[int, Title | None],

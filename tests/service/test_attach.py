@@ -579,6 +579,21 @@ def test_service_of_steers_own_is_refused(service: StartService, steer: RunSteer
     assert "it is service own of steer's" in refused(steer)
 
 
+@pytest.mark.needs("nobody")
+@pytest.mark.parametrize("command", [(), ("env", "-i")], ids=["", "environment is overwritten"])
+def test_service_whose_controller_is_another_users_is_named(
+    service: StartService, steer: RunSteer, command: tuple[str, ...]
+) -> None:
+    code = "import socket, sys\nsocket.socket(fileno=int(sys.argv[1])).accept()"
+    worker = (*command, *python(code), "{fd}")
+    run = service(
+        *("-b", f"{HOST}:{PORT}", "-w", "2", "--user", "nobody", "--", *worker), name="own"
+    )
+    run.wait_ready()
+    done = steer("attach", f"{HOST}:{PORT}", user=NOBODY)
+    assert f"attach to {HOST}:{PORT}: it is service own of steer's" in done.stderr
+
+
 def test_second_attacher_is_refused(attach: Attach, steer: RunSteer) -> None:
     with threads(2):
         first = attach(name="first")
