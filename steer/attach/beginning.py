@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -27,6 +27,9 @@ class Beginning(Protocol):
 
     def claim(self, plan: Plan, environment: Mapping[str, str]) -> Claim:
         """The control socket. Raises AttachRefused, ControlError."""
+
+    def sockmaps(self) -> Collection[Bind]:
+        """The addresses whose sockets are in sockmaps of the server."""
 
     def replaced(self) -> Mapping[Bind, ReplacedProgram]:
         """The programs to put back at the end. Raises KernelError: one cannot be."""
@@ -53,6 +56,9 @@ class Anew:
         paths = taken.refuse_taken(plan.name, wanted, environment)
         return Claim(plan.name, wanted, environment, paths=paths)
 
+    def sockmaps(self) -> Collection[Bind]:
+        return [each.bind for each in self._targets if each.in_sockmap]
+
     def replaced(self) -> Mapping[Bind, ReplacedProgram]:
         found = {each.bind: each.present.replaced for each in self._targets}
         return {bind: ReplacedProgram(number) for bind, number in found.items() if number}
@@ -69,6 +75,9 @@ class Succession:
 
     def claim(self, _plan: Plan, _environment: Mapping[str, str]) -> Claim:
         return self._handover.claim()
+
+    def sockmaps(self) -> Collection[Bind]:
+        return self._handover.sockmaps
 
     def replaced(self) -> Mapping[Bind, ReplacedProgram]:
         handed = self._handover.replaced

@@ -40,6 +40,7 @@ class AttachedGroup:
     Args:
         plan: for one address, on the backend ebpf.
         slots: where the group takes slots from; None: it has all of the plan.
+        in_sockmap: whether to select from a sockmap, see `sockmap.is_needed`.
 
     Attributes:
         is_older_counted: whether connections that were accepted before the attach are counted.
@@ -51,8 +52,11 @@ class AttachedGroup:
         KernelError: the kernel refuses; nothing is attached.
     """
 
-    def __init__(self, plan: Plan, log: Log, slots: Slots | None = None) -> None:
+    def __init__(
+        self, plan: Plan, log: Log, slots: Slots | None = None, in_sockmap: bool = False
+    ) -> None:
         self.plan = plan
+        self.in_sockmap = in_sockmap
         self.roster = Roster(slots or Slots(plan.slots))
         self.holders = GroupHolders(self.roster)
         (self.bind,) = plan.binds
@@ -72,7 +76,8 @@ class AttachedGroup:
             self.counting = CountingElsewhere(capacity if self.is_tcp else 0)
             undo.callback(self.counting.close)
             refuse_uncounted(plan, self.counting)
-            self.backend = Ebpf(plan, counting=self.counting, attachment=self.attachment.maps)
+            maps = self.attachment.maps
+            self.backend = Ebpf(plan, False, self.counting, maps, in_sockmap)
             undo.callback(self.backend.close)
             self.selection = Selection(self.roster, self.holders, self.backend)
             self.joining = Joining(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 import msgspec
@@ -24,18 +24,21 @@ class AttachedGroups:
 
     Args:
         plan: on the backend ebpf; all its addresses have the same protocol.
+        sockmaps: the addresses whose sockets are in sockmaps of the server.
 
     Raises:
         KernelError: the kernel refuses; nothing is attached.
     """
 
-    def __init__(self, plan: Plan, log: Log) -> None:
+    def __init__(self, plan: Plan, log: Log, sockmaps: Collection[Bind] = ()) -> None:
         self.plan = plan
         self.wording = BY_PROTOCOL[plan.binds[0].protocol]
         slots = Slots(plan.slots)
         with ExitStack() as undo:
             self._groups: Sequence[AttachedGroup] = [
-                undo.enter_context(closing(AttachedGroup(each, log, slots)))
+                undo.enter_context(
+                    closing(AttachedGroup(each, log, slots, each.binds[0] in sockmaps))
+                )
                 for each in _by_bind(plan)
             ]
             self.close = undo.pop_all().close
@@ -81,6 +84,11 @@ class AttachedGroups:
         """Close the descriptors of our programs, in a process that is about to end."""
         for each in self._groups:
             each.backend.close()
+
+    @property
+    def sockmaps(self) -> list[Bind]:
+        """The addresses whose groups are selected from a sockmap."""
+        return [each.bind for each in self._groups if each.in_sockmap]
 
     @property
     def members(self) -> list[tuple[AttachedGroup, Member]]:

@@ -62,6 +62,7 @@ class Handover(msgspec.Struct, frozen=True):
         path, remove_directory, control: its control socket, the last as a descriptor.
         channel: a descriptor by which to ask the stand-in.
         stand_in: its process.
+        sockmaps: the addresses whose groups are selected from a sockmap.
     """
 
     service: Service
@@ -72,6 +73,7 @@ class Handover(msgspec.Struct, frozen=True):
     control: int
     channel: int
     stand_in: int
+    sockmaps: list[Bind] = []
 
     def claim(self) -> Claim:
         sock = socket.socket(fileno=self.control)

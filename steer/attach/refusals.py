@@ -39,8 +39,9 @@ def unshared(number: int) -> KernelError:
 
 def in_another_array(number: int) -> KernelError:
     """A socket that another program selects."""
-    cause = "it is in the socket array of another program"
-    return KernelError("add a socket", cause, "`steer inspect` shows whose", errno=number)
+    cause = "it is in the sockarray or sockmap of another program"
+    cure = "`steer inspect` shows whose; if in a sockmap, `steer detach` and attach again"
+    return KernelError("add a socket", cause, cure, errno=number)
 
 
 def in_no_group(number: int) -> KernelError:

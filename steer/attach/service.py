@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
 
 from steer.attach import stand_in
@@ -20,6 +20,7 @@ from steer.attach.restore import Attached, Restore
 from steer.attach.signals import Signals
 from steer.attach.stand_in import Attacher
 from steer.config import fallback
+from steer.config.address import Bind
 from steer.config.plan import Plan
 from steer.control.claim import Claim
 from steer.control.server import Server
@@ -53,7 +54,7 @@ def run(plan: Plan, beginning: Beginning, environment: Mapping[str, str], log: L
         with ExitStack() as undo:
             claim = beginning.claim(plan, environment)
             undo.callback(claim.release)
-            groups, _ = _open(plan, log)
+            groups, _ = _open(plan, beginning.sockmaps(), log)
             undo.callback(groups.close)
             replaced = beginning.replaced()
             for each in replaced.values():
@@ -87,9 +88,11 @@ def _end_guard(guard: Guard, groups: AttachedGroups) -> None:
         guard.end()
 
 
-def _open(plan: Plan, log: Log) -> tuple[AttachedGroups, Plan]:
+def _open(plan: Plan, sockmaps: Collection[Bind], log: Log) -> tuple[AttachedGroups, Plan]:
     """Raises SteerError."""
-    return fallback.first_that_works(plan, lambda each: AttachedGroups(each, log), log.warning)
+    return fallback.first_that_works(
+        plan, lambda each: AttachedGroups(each, log, sockmaps), log.warning
+    )
 
 
 def _announce(groups: AttachedGroups, log: Log, took_s: float) -> None:
@@ -104,6 +107,8 @@ def _announce(groups: AttachedGroups, log: Log, took_s: float) -> None:
     )
     if plan.became:
         log.info("policy %s", plan.became)
+    if groups.sockmaps:
+        log.info("the server's sockets are in a sockmap, so they are selected from one")
     for why in dict.fromkeys(each.joining.why_unwatched for each in groups):
         if why:
             log.warning("sockets that close are not seen in time: %s", why)

@@ -89,6 +89,7 @@ def _handover(attacher: Attacher, channel: int, stand_in: int) -> Handover:
         claim.socket.fileno(),
         channel,
         stand_in,
+        attacher.groups.sockmaps,
     )
 
 

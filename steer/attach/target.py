@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 
-from steer.attach import elsewhere, holders, present_program, watch
+from steer.attach import elsewhere, holders, present_program, sockmap, watch
 from steer.attach.binds import binds_of, exact_text_of, listeners_at, text_of
 from steer.attach.counting import TRACEPOINT
 from steer.attach.holders import Holder
@@ -31,6 +31,7 @@ class Target:
 
     Attributes:
         present: the program that the group has.
+        in_sockmap: whether a sockmap is needed to select among them, see `sockmap.is_needed`.
 
     Raises:
         AttachRefused: they cannot be steered; it says why and what would help.
@@ -56,6 +57,8 @@ class Target:
         self.present = present_program.look(self.listeners.keys(), self._act, replace)
         self._refuse_unshared()
         self._refuse_one_for_all()
+        with closing(holders.each_borrowed(self.holders)) as lent:
+            self.in_sockmap = sockmap.is_needed(sock for _, sock in lent)
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from itertools import islice
 
 import msgspec
 
+from steer import abi
 from steer.backends import backup, connections, groups, loaded_policy, shortfalls
 from steer.backends.anchors import Anchors, is_left_to_hash
 from steer.backends.backup import BackupListeners
@@ -49,6 +50,8 @@ class Ebpf(EbpfSelector, EbpfCounters):
         empty: load no policy, because `restore` follows.
         counting: counts open connections already, for the backend in force; None: start to count.
         attachment: the maps of `steer attach`, if the sockets are those of other servers.
+        sockmap: select from a sockmap, as the sockets are in one already: such a socket cannot be
+            in a sockarray.
     """
 
     name = "ebpf"
@@ -61,6 +64,7 @@ class Ebpf(EbpfSelector, EbpfCounters):
         empty: bool = False,
         counting: Counting | None = None,
         attachment: Mapping[str, Map] = NO_MAPS,
+        sockmap: bool = False,
     ) -> None:
         self._plan = plan
         self._attachment = attachment
@@ -75,7 +79,8 @@ class Ebpf(EbpfSelector, EbpfCounters):
             self.counting = counting or Counting(slots * tcp_binds)
             undo.callback(self._close_counting)
             cpus = len(plan.topology.possible)
-            self._groups = Groups(len(plan.binds), slots, len(plan.specs), cpus)
+            kind = abi.BPF_MAP_TYPE_SOCKMAP if sockmap else abi.BPF_MAP_TYPE_REUSEPORT_SOCKARRAY
+            self._groups = Groups(len(plan.binds), slots, len(plan.specs), cpus, kind)
             undo.callback(self._groups.close)
             self.backup = BackupListeners(
                 plan.binds,

@@ -26,13 +26,21 @@ class GroupMaps:
         slots: how many slots the maps have.
         workers: how many of them workers have at the start.
         cpus: how many CPUs the machine may have.
+        kind: of the map of sockets, BPF_MAP_TYPE_*.
     """
 
-    def __init__(self, slots: int, workers: int, cpus: int) -> None:
+    def __init__(
+        self,
+        slots: int,
+        workers: int,
+        cpus: int,
+        kind: int = abi.BPF_MAP_TYPE_REUSEPORT_SOCKARRAY,
+    ) -> None:
+        kinds = {"sockets": kind, "counts": None, "cpus": None}
         with ExitStack() as undo:
             self.maps = {
-                name: undo.enter_context(bpf_maps.Map(name, slots))
-                for name in ("sockets", "counts", "cpus")
+                name: undo.enter_context(bpf_maps.Map(name, slots, each))
+                for name, each in kinds.items()
             }
             self.sockets, self.counts, self.cpus = self.maps.values()
             starts = (workers * cpu // cpus for cpu in range(cpus))
@@ -50,18 +58,25 @@ class Groups:
 
     Args:
         binds: how many binds the service has.
-        slots, workers, cpus: see `GroupMaps`.
+        slots, workers, cpus, kind: see `GroupMaps`.
 
     Attributes:
         maps: for each bind, its maps by name.
     """
 
-    def __init__(self, binds: int, slots: int, workers: int, cpus: int) -> None:
+    def __init__(
+        self,
+        binds: int,
+        slots: int,
+        workers: int,
+        cpus: int,
+        kind: int = abi.BPF_MAP_TYPE_REUSEPORT_SOCKARRAY,
+    ) -> None:
         self._cpus = cpus
         self._groups: list[GroupMaps] = []
         with ExitStack() as undo:
             for _ in range(binds):
-                self._groups.append(GroupMaps(slots, workers, cpus))
+                self._groups.append(GroupMaps(slots, workers, cpus, kind))
                 undo.callback(self._groups[-1].close)
             self.maps: Sequence[Mapping[str, bpf_maps.Map]] = [each.maps for each in self._groups]
             self.close = undo.pop_all().close

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Self
 
+import msgspec
+
 from steer import abi
 from steer.loader.libbpf import Descriptor, calls, refusal
 
@@ -40,13 +42,16 @@ class Map(Descriptor):
     Args:
         name: key of `abi.ALL_MAPS`; bpftool shows it as steer_NAME.
         entries: capacity, if `abi.ALL_MAPS` does not set it.
+        kind: BPF_MAP_TYPE_*, in place of the one in `abi.ALL_MAPS`.
 
     Raises:
         KernelError: the kernel refuses it, or libbpf is missing.
     """
 
-    def __init__(self, name: str, entries: int = 1) -> None:
+    def __init__(self, name: str, entries: int = 1, kind: int | None = None) -> None:
         self.spec = abi.ALL_MAPS[name]
+        if kind is not None:
+            self.spec = msgspec.structs.replace(self.spec, kind=kind)
         self.entries = entries if self.spec.entries is None else self.spec.entries
         act = f"create BPF map steer_{name}"
         options = _MapOptions(sz=ctypes.sizeof(_MapOptions), map_flags=self.spec.flags)
@@ -87,7 +92,9 @@ class Map(Descriptor):
     def delete(self, key: int) -> None:
         """Delete one entry. It need not exist."""
         status = calls().bpf_map_delete_elem(self._fd, self._key(key))
-        if status < 0 and status != -errno.ENOENT:
+        # See __sock_map_delete() of net/core/sock_map.c.
+        absent = errno.EINVAL if self.spec.kind == abi.BPF_MAP_TYPE_SOCKMAP else errno.ENOENT
+        if status < 0 and status != -absent:
             raise refusal(f"delete entry {key}", -status)
 
     def has(self, key: int) -> bool:

@@ -127,7 +127,7 @@ def test_listener_that_cannot_join_is_tried_again(
         array.put_socket(0, listeners[-1].fileno())
         eventually(lambda: looked(group).joining.refusals.by_reason() != {})
         (why,) = group.joining.refusals.by_reason()
-        assert "in the socket array of another program" in why.found
+        assert "in the sockarray or sockmap of another program" in why.found
         listeners.pop(0).close()
         listeners.append(listener())
         assert len(looked(group).roster) == 3

@@ -65,7 +65,7 @@ def test_words_name_the_listeners_the_reason_and_the_cure() -> None:
     ((why, refused),) = made.by_reason().items()
     words = refusals.in_words(why, refused, TCP)
     assert "2 listeners (pids 47, 48) are not selected: " in words
-    assert "in the socket array of another program; `steer inspect` shows whose" in words
+    assert "in the sockarray or sockmap of another program; `steer inspect` shows whose" in words
 
 
 def test_words_name_what_does_not_fit() -> None:
