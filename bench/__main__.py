@@ -27,6 +27,7 @@ from bench import (
     markdown,
     memory,
     plot,
+    preload,
     reload,
     start,
     swap,
@@ -48,6 +49,7 @@ class Bench:
 BENCHES: Mapping[str, Bench] = {
     "cost": Bench("what a choice costs, by policy", cost.run),
     "start": Bench("from exec to the first answer", start.run),
+    "preload": Bench("starts and memory of Python apps that steer serves", preload.run),
     "memory": Bench("what the controller holds, and does while idle", memory.run),
     "growth": Bench("how everything grows with the number of workers", growth.run),
     "leaks": Bench("what starts and stops leave behind", leaks.run),

@@ -87,6 +87,11 @@ def look(pid: int) -> Look:
     )
 
 
+def pss_mb(pid: int) -> float:
+    """The resident memory of a process, with each page divided among those that share it."""
+    return _kilobytes(_fields(pid, "smaps_rollup")["Pss"]) / 1024
+
+
 def _fields(pid: int, name: str) -> dict[str, str]:
     with open(f"/proc/{pid}/{name}") as file:
         return dict(line.split(":", 1) for line in file if ":" in line)

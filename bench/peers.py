@@ -326,6 +326,13 @@ def carrying_uvicorn(app: str) -> tuple[str, ...]:
     return ("--", tool("uvicorn"), "--fd", "{fd}", *_UVICORN, app)
 
 
+def served_by_uvicorn(app: str) -> tuple[str, ...]:
+    """The end of a `steer run` that serves the app itself, as `carrying_uvicorn` does."""
+    options = ("lifespan=off", "access_log=false", "log_level=warning", "loop=asyncio", "http=h11")
+    named = (word for option in options for word in ("--server-option", option))
+    return ("--server", "uvicorn", *named, app)
+
+
 def uvicorn(workers: int, app: str) -> Callable[[Site], list[str]]:
     return lambda at: [
         *(tool("uvicorn"), "--port", str(at.port), "--workers", str(workers), *_UVICORN, app)

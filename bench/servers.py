@@ -92,20 +92,20 @@ class Server:
     def pid(self) -> int:
         return self.process.pid
 
-    def first_answer_s(self) -> float:
+    def first_answer_s(self, within_s: float = _TIMEOUT_S) -> float:
         """Wait for an answer; how long after exec it came.
 
         Raises:
             SteerError: the server ended, or does not answer.
         """
-        while time.perf_counter() < self._started_s + _TIMEOUT_S:
+        while time.perf_counter() < self._started_s + within_s:
             with contextlib.suppress(ConnectionError, TimeoutError):
                 get(self.port)
                 return time.perf_counter() - self._started_s
             if self.process.poll() is not None:
                 raise self.failure(f"exit status {self.process.returncode}")
             time.sleep(_POLL_S)
-        raise self.failure(f"no answer in {_TIMEOUT_S:g} s")
+        raise self.failure(f"no answer in {within_s:g} s")
 
     def stop(self) -> None:
         """SIGTERM, and wait. Raises SteerError: it does not end, and was killed."""

@@ -16,7 +16,7 @@ from bench.figures import Figure, Section, interleaved, ratio
 from bench.peers import Running, carrying_uvicorn, plain, under_steer, uvicorn
 from steer.errors import SteerError
 
-OURS, THEIRS = "least-conn", "uvicorn --workers"
+OURS, SERVED, THEIRS = "least-conn", "least-conn, --server uvicorn", "uvicorn --workers"
 CONCURRENCY = 32
 AT_LEAST = 1.0
 _APP = "bench.apps:asgi"
@@ -29,6 +29,8 @@ def section(quick: bool) -> Section:
     policies = (OURS,) if quick else (OURS, "round-robin", "kernel")
     carried = carrying_uvicorn(_APP)
     ours = [under_steer(name, workers, "--policy", name, *carried) for name in policies]
+    served = ("--policy", OURS, *peers.served_by_uvicorn(_APP))
+    ours.append(under_steer(SERVED, workers, *served))
     theirs = plain(THEIRS, uvicorn(workers, _APP))
     failures: list[str] = []
     with ExitStack() as stack:
@@ -38,7 +40,7 @@ def section(quick: bool) -> Section:
     ratios = [
         ratio(f"{name} to {THEIRS}", values, found[THEIRS], at_least=wish)
         for name, values in found.items()
-        for wish in (AT_LEAST if name == OURS else None,)
+        for wish in (AT_LEAST if name in (OURS, SERVED) else None,)
         if name != THEIRS and THEIRS in found
     ]
     rates = [Figure(name, "/s", values) for name, values in found.items()]
