@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
-
-import msgspec
 
 from steer.attach import refusal, status
 from steer.attach.group import AttachedGroup
 from steer.attach.groups import AttachedGroups
 from steer.attach.roster import Member, State
 from steer.config import fallback, planning
-from steer.control.commands import COMMANDS, Command
-from steer.control.outcomes import Drained, Outcome, Swapped
+from steer.control.commands import COMMANDS
+from steer.control.outcomes import Drained, Swapped
 from steer.control.protocol import Request
 from steer.control.server import Handler, Progress
-from steer.controller.refusals import log_refused_request, refusal_of
+from steer.controller.refusals import Answer, Handle, logged
 from steer.controller.requested_policy import with_params_of, with_requested
 from steer.controller.state import ServiceState
-from steer.errors import ConfigError, ControlError, Postponed
+from steer.errors import ConfigError, ControlError
 from steer.linux.background import in_background
 from steer.linux.log import Log
 from steer.loader import find
 from steer.policy.builtin import CUSTOM_SUFFIX
 from steer.values import shown
-
-Answer = Outcome | Mapping[str, Any]
 
 
 class Requests:
@@ -51,36 +46,30 @@ class Requests:
         self._started_s = time.monotonic()
 
     def handlers(self) -> Mapping[str, Handler]:
-        """By the name of the command."""
+        """By the name of the command. Commands without a method here are refused."""
         return {
-            name: self._logged(command, HANDLERS.get(name, _refuse(name)))
+            name: logged(
+                command, getattr(self, name, self._refuse(name)), self._groups.plan.name, self._log
+            )
             for name, command in COMMANDS.items()
         }
 
-    def _logged(self, command: Command, handle: Handle) -> Handler:
-        async def handler(request: Request, _progress: Progress) -> Mapping[str, Any]:
-            carried = {key: request[key] for key in command.carries if key in request}
-            try:
-                answer = await handle(self, carried)
-            except Postponed:
-                raise
-            except Exception as error:  # noqa: BLE001 - who asked is told
-                act = f"{command.name} {self._groups.plan.name}"
-                refusal = refusal_of(self._log, act, error)
-                log_refused_request(self._log, command.name, refusal)
-                raise refusal from None
-            return msgspec.structs.asdict(answer) if isinstance(answer, Outcome) else answer
+    def _refuse(self, command: str) -> Handle:
+        async def refuse(_request: Request, _progress: Progress) -> Answer:
+            cause = "its processes are not steer's, which only selects among their sockets"
+            act = f"{command} {self._groups.plan.name}"
+            raise ControlError(act, cause, "use the server's own command")
 
-        return handler
+        return refuse
 
-    async def status(self, _request: Request) -> Answer:
+    async def status(self, _request: Request, _progress: Progress) -> Answer:
         return {"service": status.report_of(self._groups, self._started_s, self._state.name)}
 
-    async def stop(self, _request: Request) -> Answer:
+    async def stop(self, _request: Request, _progress: Progress) -> Answer:
         await self._stop()
         return {}
 
-    async def drain(self, request: Request) -> Answer:
+    async def drain(self, request: Request, _progress: Progress) -> Answer:
         group, member = self._member(request, "drain", State.READY)
         if group.roster.selected == [member]:
             act = f"drain {group.wording.socket} {member.slot}"
@@ -88,7 +77,7 @@ class Requests:
         group.drain(member)
         return Drained(member.slot)
 
-    async def undrain(self, request: Request) -> Answer:
+    async def undrain(self, request: Request, _progress: Progress) -> Answer:
         group, member = self._member(request, "undrain", State.DRAINING)
         group.undrain(member)
         return Drained(member.slot)
@@ -108,7 +97,7 @@ class Requests:
             raise ControlError(f"{act} {what} {slot}", cause, f"has to be {wanted.value}")
         return found
 
-    async def policy(self, request: Request) -> Answer:
+    async def policy(self, request: Request, _progress: Progress) -> Answer:
         began_s = time.monotonic()
         now = self._groups.plan
         act = f"change the policy of {now.name}"
@@ -127,25 +116,6 @@ class Requests:
         backend = plan.backends[0].backend
         self._log.info("%s on %s", plan.policy.name, backend)
         return Swapped(plan.policy.name, backend, _since(began_s))
-
-
-Handle = Callable[[Requests, Request], Awaitable[Answer]]
-HANDLERS: Mapping[str, Handle] = {
-    "status": Requests.status,
-    "stop": Requests.stop,
-    "drain": Requests.drain,
-    "undrain": Requests.undrain,
-    "policy": Requests.policy,
-}
-
-
-def _refuse(command: str) -> Handle:
-    async def refuse(requests: Requests, _request: Request) -> Answer:
-        name = requests._groups.plan.name
-        cause = "its processes are not steer's, which only selects among their sockets"
-        raise ControlError(f"{command} {name}", cause, "use the server's own command")
-
-    return refuse
 
 
 def _since(began_s: float) -> float:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
-from steer.errors import SteerError
+import msgspec
+
+from steer.control.commands import Command
+from steer.control.outcomes import Outcome
+from steer.control.protocol import Request
+from steer.control.server import Handler, Progress
+from steer.errors import Postponed, SteerError
 from steer.linux.log import Log
 from steer.linux.retry import as_refusal, is_lack
+
+Answer = Outcome | Mapping[str, Any]
+Handle = Callable[[Request, Progress], Awaitable[Answer]]
 
 
 def refusal_of(log: Log, act: str, error: Exception) -> SteerError:
@@ -28,3 +39,25 @@ def log_refused_request(log: Log, command: str, error: SteerError) -> None:
     log.warning("request %s refused: %s", command, error)
     for line in error.detail.splitlines():
         log.debug("  | %s", line)
+
+
+def logged(command: Command, handle: Handle, service: str, log: Log) -> Handler:
+    """A handler that gets only the arguments of the command, and logs each refusal.
+
+    Args:
+        service: the name of the service, for the log.
+    """
+
+    async def handler(request: Request, progress: Progress) -> Mapping[str, Any]:
+        carried = {key: request[key] for key in command.carries if key in request}
+        try:
+            answer = await handle(carried, progress)
+        except Postponed:
+            raise
+        except Exception as error:  # noqa: BLE001 - the client gets it as an answer
+            refusal = refusal_of(log, f"{command.name} {service}", error)
+            log_refused_request(log, command.name, refusal)
+            raise refusal from None
+        return msgspec.structs.asdict(answer) if isinstance(answer, Outcome) else answer
+
+    return handler

@@ -8,20 +8,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
-
-import msgspec
 
 from steer.config.service import MAX_WORKERS
 from steer.control import schema
-from steer.control.commands import COMMANDS, Command
-from steer.control.outcomes import Drained, Outcome, Reloaded, Restarted, Scaled, Swapped
+from steer.control.commands import COMMANDS
+from steer.control.outcomes import Drained, Reloaded, Restarted, Scaled, Swapped
 from steer.control.protocol import Request
 from steer.control.server import Handler, Progress
 from steer.controller import status
 from steer.controller.changes import Changes
-from steer.controller.refusals import log_refused_request, refusal_of
-from steer.errors import ControlError, Postponed
+from steer.controller.refusals import Answer, logged
+from steer.errors import ControlError
 from steer.linux.log import Log
 from steer.policy.builtin import KERNEL
 from steer.values import shown
@@ -29,8 +26,6 @@ from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import State
 from steer.workers.pool import WorkerPool
 
-Answer = Outcome | Mapping[str, Any]
-Handle = Callable[[Request, Progress], Awaitable[Answer]]
 _READY, _DRAINING = State.READY.value, State.DRAINING.value
 _MAY_RESTART = (_READY, _DRAINING, State.HUNG.value, State.BACKOFF.value, status.SPARE)
 
@@ -66,26 +61,9 @@ class Requests:
     def handlers(self) -> Mapping[str, Handler]:
         """The handlers, by the name of the command."""
         return {
-            name: self._logged(command, getattr(self, name)) for name, command in COMMANDS.items()
+            name: logged(command, getattr(self, name), self._name, self._log)
+            for name, command in COMMANDS.items()
         }
-
-    def _logged(self, command: Command, handle: Handle) -> Handler:
-        """A handler that gets only the arguments of the command, and logs each refusal."""
-
-        async def handler(request: Request, progress: Progress) -> Mapping[str, Any]:
-            carried = {key: request[key] for key in command.carries if key in request}
-            try:
-                answer = await handle(carried, progress)
-            except Postponed:
-                raise
-            except Exception as error:  # noqa: BLE001 - the client gets it as an answer
-                act = f"{command.name} {self._name}"
-                refusal = refusal_of(self._log, act, error)
-                log_refused_request(self._log, command.name, refusal)
-                raise refusal from None
-            return msgspec.structs.asdict(answer) if isinstance(answer, Outcome) else answer
-
-        return handler
 
     async def status(self, _request: Request, _progress: Progress) -> Answer:
         await self._pool.selection.publisher.published()
