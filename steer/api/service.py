@@ -78,8 +78,9 @@ class Config:
     """The checked configuration of a service. Files and STEER_* variables are not read.
 
     Args:
-        app: "module:callable", or a function of a module. Each worker process calls it with a
-            `Worker`. Instead of it, give `command`, a command line, or `demo=True`.
+        app: "module:callable", a function of a module, or an object that a variable of the script
+            has. Each worker process calls it with a `Worker`, or has `server` serve it. Instead of
+            it, give `command`, a command line, or `demo=True`.
         settings: see `Settings`. Times are in seconds. The default of `name` for a function of a
             script is the name of its file, "shop" for "shop.py".
 
@@ -168,8 +169,12 @@ def _plain(key: str, value: object) -> object:
 def _name_of(function: Callable[..., object]) -> str:
     """The name "module:callable" by which a worker can import it. Raises ConfigError."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if not name:  # an object, such as an application of a framework
+        variables = vars(sys.modules[_SCRIPT]).items()
+        module = _SCRIPT
+        name = next((key for key, value in variables if value is function), "")
     if not module or not name.replace(".", "").isidentifier():
-        cure = 'define it in a module with `def`, or name it: "module:callable"'
+        cure = 'define it in a module, or name it: "module:callable"'
         raise ConfigError(f"serve {function!r}", "workers cannot find it by a name", cure)
     return f"{module}:{name}"
 

@@ -84,7 +84,8 @@ def _load_server(found: Callable[..., object], service: Service) -> Callable[[Wo
     except (Exception, SystemExit) as error:  # noqa: BLE001
         given = ", ".join(service.server_options)
         what = f"{service.server} with {given}" if given else service.server
-        raise Unloadable(f"{what}: {in_words(error)}", where(error)) from None
+        words = "it gave up" if isinstance(error, SystemExit) else in_words(error)
+        raise Unloadable(f"{what}: {words}", where(error)) from None
 
 
 def _why_not_found(error: BaseException, service: Service) -> str:

@@ -23,6 +23,13 @@ from testkit.programs import source
 from testkit.service import clean_environment
 
 SERVE = source("shop")
+ASGI = """
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        length = [(b"content-length", b"16")]
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        await send({"type": "http.response.body", "body": b'{"served": true}'})
+"""
 
 
 @contextmanager
@@ -204,3 +211,21 @@ def test_it_is_imported_when_it_is_used() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n"
     assert os.path.basename(service.__file__) == "service.py"
+
+
+@pytest.mark.needs("uvicorn")
+@pytest.mark.parametrize("app", ['"shop:app"', "shop.app", "app"])
+def test_a_server_serves_an_app(netns: Netns, home: Path, app: str) -> None:
+    """By its name, as a function of a module, or as an object of the script."""
+    (home / "shop.py").write_text(ASGI)
+    text = f"""
+        import functools, shop, steer
+        app = functools.partial(shop.app)
+        steer.run({app}, server="uvicorn", bind="127.0.0.1:8000", workers=1)
+        print("ended")
+    """
+    with script(home, text) as process:
+        eventually(answered, {"served": True})
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, out.splitlines()[-1]) == (0, "ended"), errors

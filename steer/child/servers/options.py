@@ -14,7 +14,7 @@ from steer import values
 from steer.child.launch import Unloadable
 from steer.values import Invalid
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, list, dict, type(None))
 ANY = Any
 """The type of an option whose type is not known: JSON, or else a string."""
 
@@ -57,7 +57,7 @@ def value_of(text: str, declared: Any) -> Any:
         declared: the type that the server declares.
 
     Raises:
-        Invalid: it is not of that type.
+        Invalid: it is not of that type, or nothing that can be written is.
     """
     named = next((each for each in _parts(declared) if _is_enum(each)), None)
     if named is not None:
@@ -77,9 +77,17 @@ def value_of(text: str, declared: Any) -> Any:
 
 
 def _plain(declared: Any) -> Any:
-    """The part of a type that can be written down: of `int | Path | Callable`, `int | str`."""
+    """The part of a type that can be written down: of `int | Path | Callable`, `int | str`.
+
+    Raises:
+        Invalid: there is none.
+    """
+    if declared is ANY:
+        return ANY
     parts = set(_parts(declared))
-    return Union[tuple(parts)] if parts - {type(None)} else ANY  # noqa: UP007 (made at run time)
+    if not parts - {type(None)}:
+        raise Invalid("it takes an object of Python, which cannot be written here")
+    return Union[tuple(parts)]  # noqa: UP007 (made at run time)
 
 
 def _parts(declared: Any) -> Iterable[Any]:

@@ -48,6 +48,7 @@ def load(app: Application, interface: Interface, service: Service) -> Serve:
     ours = {"backlog": service.backlog, "workers": 1}
     config = uvicorn.Config(app, **{**defaults, **given, **ours})
     config.load()
+    config.get_loop_factory()  # imports the event loop
     return partial(_serve, config, limit, service)
 
 

@@ -44,6 +44,14 @@ def test_configuration_is_checked_when_it_is_made(monkeypatch: pytest.MonkeyPatc
     assert hash(made) == hash(made)
 
 
+def test_options_of_a_server_keep_their_types() -> None:
+    options = {"log_level": "error", "access_log": False, "headers": [("a", "b")], "threads": 4}
+    made = steer.Config(app="shop:app", server="uvicorn", server_options=options)
+    assert made.service.server_options == (
+        *("log_level=error", "access_log=false", 'headers=[["a","b"]]', "threads=4"),
+    )
+
+
 def local() -> Callable[..., object]:
     def function(worker: object) -> None: ...
 
