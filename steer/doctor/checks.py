@@ -58,6 +58,7 @@ CHECKS: Mapping[str, Check] = {
     "workers": privileges.workers,
     "receive-queues": packets.receive_queues,
     "draining": fallback.draining,
+    "spares": fallback.spares,
     "policy": fallback.policy,
     "backend": fallback.backend,
 }

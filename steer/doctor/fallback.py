@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 from steer import features
 from steer.backends import anchors
-from steer.backends.shortfalls import DATAGRAMS_LOST, NO_EXCLUSION
+from steer.backends.shortfalls import DATAGRAMS_LOST, NO_EXCLUSION, NO_SPARES
 from steer.doctor.case import COUNT, MIGRATE, MOUNT_SYSFS, RUN, Case, Opinion, known
 from steer.doctor.privileges import ebpf_cure
 from steer.features import Answer, Finding
 from steer.loader import probe
 from steer.policy.builtin import CBPF, EBPF, KERNEL
+
+_STEERABLE = f"choose a policy that runs on {EBPF} or {CBPF}, which can leave workers out"
 
 _COUNT_CURE = "give CAP_BPF and CAP_NET_ADMIN, and mount cgroup2 where it can be read"
 GET_CBPF = features.RUN.cure
@@ -121,9 +123,9 @@ def backend(case: Case) -> Iterator[Opinion]:
 
 def draining(case: Case) -> Iterator[Opinion]:
     candidate = known(case.plan, MOUNT_SYSFS).backends[0]
-    cure = f"choose a policy that runs on {EBPF} or {CBPF}, which can leave workers out"
     if candidate.backend == KERNEL:
-        yield Opinion("warn", NO_EXCLUSION, _backend_cure(case) if candidate.fallback else cure)
+        cure = _backend_cure(case) if candidate.fallback else _STEERABLE
+        yield Opinion("warn", NO_EXCLUSION, cure)
     else:
         yield Opinion(
             "ok", "a draining worker gets no new connections and exits when it has finished its own"
@@ -133,6 +135,19 @@ def draining(case: Case) -> Iterator[Opinion]:
     if candidate.backend == KERNEL:
         for note in anchors.notes(case.service.binds, {}):
             yield Opinion("warn", note.found, note.cure)
+
+
+def spares(case: Case) -> Iterator[Opinion]:
+    candidate, number = known(case.plan, MOUNT_SYSFS).backends[0], case.service.spares
+    if candidate.backend == KERNEL and number:
+        yield Opinion("warn", NO_SPARES, _backend_cure(case) if candidate.fallback else _STEERABLE)
+    elif candidate.backend == KERNEL:
+        yield Opinion("ok", "0: the kernel's hash would select them as well")
+    elif number:
+        yield Opinion("ok", f"{number}: ready to take the places of workers that fail")
+    else:
+        gain = "--spares 1 would have a ready one take its place, for the memory of one worker"
+        yield Opinion("ok", f"0: a worker that fails is missing until another has started; {gain}")
 
 
 def _backend_cure(case: Case) -> str:

@@ -139,7 +139,7 @@ def test_topics_that_scripts_look_for() -> None:
         *("kernel", "cpus", "privileges", "unprivileged-bpf", "confinement", "libbpf", "bcc"),
         *("ebpf", "migration", "counting", "cbpf", "jit", "ports", "socket-options", "somaxconn"),
         *("syncookies", "tcp-migrate-req", "files", "run-directory", "workers"),
-        *("receive-queues", "draining"),
+        *("receive-queues", "draining", "spares"),
         *("policy", "backend"),
     ]
 
@@ -331,6 +331,18 @@ OLD = features.Finding(Answer.NO, "Linux 5.10.0 cannot migrate connections")
         (
             *("draining", a_case(serving(policy="round-robin", backend="cbpf"))),
             *("warn", "gets connections until", "a policy that runs on cbpf"),
+        ),
+        ("spares", a_case(), "ok", "0: a worker that fails is missing until another has", ""),
+        ("spares", a_case(), "ok", "--spares 1 would have a ready one take its place", ""),
+        ("spares", a_case(serving(spares=2)), "ok", "2: ready to take the places of", ""),
+        ("spares", a_case(serving(policy="kernel")), "ok", "0: the kernel's hash would", ""),
+        (
+            *("spares", a_case(serving(policy="kernel", spares=1))),
+            *("warn", "no spares are started: the kernel's hash", "ebpf or cbpf"),
+        ),
+        (
+            *("spares", a_case(serving(policy="round-robin", backend="cbpf", spares=1))),
+            *("warn", "no spares are started", "a policy that runs on cbpf"),
         ),
         ("backend", a_case(), "ok", "ebpf", ""),
         ("backend", a_case(serving(policy="kernel")), "ok", "kernel", ""),
