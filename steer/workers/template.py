@@ -21,7 +21,7 @@ from steer.child.launch import NewWorker
 from steer.child.preload import MESSAGE_MAX_BYTES, Answer, Preload, Request, read
 from steer.errors import AppLoadError, SteerError, WorkersFailed
 from steer.linux import fork
-from steer.values import Invalid
+from steer.values import Invalid, plural
 from steer.workers.process import TemplateLost
 from steer.workers.readers import Readers
 from steer.workers.standard_error import StandardError
@@ -184,8 +184,9 @@ class Template:
     def _check(self, pids: Sequence[int], count: int) -> None:
         """See that these are new children of this process, and neither other processes of steer nor
         strangers: they are going to be signalled. Raises Invalid."""
-        if len(set(pids)) != len(pids) or len(pids) != count:
-            raise Invalid(f"{len(set(pids))} processes in place of {count}")
+        different = len(set(pids))
+        if different != len(pids) or different != count:
+            raise Invalid(f"{plural(different, 'process ID')} in place of {count}")
         known = fork.started()
         for pid in pids:
             if pid in known or not _is_child(pid):
