@@ -143,7 +143,7 @@ def threads_in_c(home: Path, threads: int = 8) -> Iterator[int]:
     """An example in C. Its listeners are there soon."""
     program = home / "threads"
     source = EXAMPLES / "threads.c"
-    subprocess.run(("cc", "-pthread", "-o", str(program), str(source)), check=True)
+    subprocess.run(("tcc", "-pthread", "-o", str(program), str(source)), check=True)
     with running(str(program), HOST, str(PORT), str(threads)) as process:
         yield process.pid
 

@@ -48,7 +48,7 @@ SERVERS = [
     server("nginx", lambda home: foreign.nginx(home, f"{AT} reuseport"), 3),
     server("node-cluster", lambda _: foreign.node("node_cluster.js"), 3, "node"),
     server("node-threads", lambda _: foreign.node("node_threads.js"), 3, "node"),
-    server("threads-in-c", foreign.threads_in_c, 8, "cc"),
+    server("threads-in-c", foreign.threads_in_c, 8, "tcc"),
 ]
 every_server = pytest.mark.parametrize("start, listeners", SERVERS)
 
