@@ -10,16 +10,16 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bench import attached, load, outcome, servers, wrk
-from bench.attached import ALL, GUNICORN, HAPROXY, NGINX, THREADS, Kind, Running
+from bench import attached, attached_slow, attached_spread, inspect, servers, wrk
+from bench.attached import ALL, APACHE, GRANIAN, GUNICORN, HAPROXY, NGINX, THREADS, Kind, Running
 from bench.figures import Figure, Section, interleaved, ratio
-from bench.load import Plan, Request
+from bench.inspect import GROUPS, SOCKETS
 from bench.servers import HOST
 from steer.attach.group import AttachedGroup
 from steer.attach.target import Target
@@ -28,7 +28,6 @@ from steer.config.plan import Plan as ServicePlan
 from steer.config.planning import plan
 from steer.config.service import Service
 from steer.config.sources import changed
-from steer.control import client
 from steer.linux import topology
 from steer.linux.log import Log
 from steer.loader import find, libbpf
@@ -37,15 +36,10 @@ from steer.loader.shared_memory import wait_for_programs
 CONCURRENCY = 64
 ATTACH_AT_MOST_MS, DETACH_AT_MOST_MS = 25.0, 2.0
 KILLED_AT_MOST_S = 1.2
-IDLE_AT_MOST_PERCENT = 0.1
-P99_AT_MOST = 0.55
-_MIX = ((0.05, 0.08), (0.95, 0.002))
-_RATE = 200.0
-_SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-_PORT = 9970
+IDLE_AT_MOST_PERCENT, IDLE_AMONG_MANY_AT_MOST_PERCENT = 0.1, 0.4
 JOINING = 320
 LOOK_AT_MOST_MS = 100
-_CPUS = os.cpu_count() or 1
+_PORT = 9940
 _GIVE_UP_S = 10.0
 
 
@@ -63,16 +57,22 @@ class Size:
     rounds: int = 2
     load_rounds: int = 8
     slow_rounds: int = 3
-    slow_requests: int = 3000
+    slow_s: float = 10.0
     attaches: int = 200
     kills: int = 3
     idle_s: float = 20.0
     load_s: float = 3.0
 
 
-_WINDOWS_S = {NGINX.name: 15.0, HAPROXY.name: 20.0, GUNICORN.name: 60.0}
+_WINDOWS_S = {
+    NGINX.name: 15.0,
+    HAPROXY.name: 20.0,
+    APACHE.name: 15.0,
+    GUNICORN.name: 60.0,
+    GRANIAN.name: 15.0,
+}
 _FULL = Size(_WINDOWS_S)
-_QUICK = Size(dict.fromkeys(_WINDOWS_S, 1.0), 40, 1, 1, 2, 1, 50, 2, 1, 1.0, 0.5)
+_QUICK = Size(dict.fromkeys(_WINDOWS_S, 1.0), 40, 1, 1, 2, 1, 0.2, 2, 1, 1.0, 0.5)
 
 
 def run(quick: bool) -> Iterator[Section]:
@@ -82,15 +82,16 @@ def run(quick: bool) -> Iterator[Section]:
         Path(environment["STEER_RUNTIME_DIR"]).mkdir()
         os.environ["STEER_RUNTIME_DIR"] = environment["STEER_RUNTIME_DIR"]
         bench = _Bench(size, environment)
-        yield bench.shares()
+        yield from attached_spread.sections(_PORT, environment, size.connections)
         for kind in ALL:
             if kind.reload:
                 yield bench.reloads(kind)
-        yield bench.slow_requests()
+        yield from attached_slow.sections(_PORT, environment, size.slow_s, size.slow_rounds)
         yield bench.attaching()
         yield bench.joining()
         yield bench.killed()
         yield bench.load()
+        yield bench.idle()
 
 
 def _plan(at: Running, workers: int) -> ServicePlan:
@@ -104,29 +105,6 @@ class _Bench:
         self._size = size
         self._environment = environment
 
-    # ---- who gets what
-
-    def shares(self) -> Section:
-        figures = []
-        for kind in ALL:
-            with attached.running(kind, _PORT, self._environment) as at:
-                with attached.attached(at, self._environment, "--policy", "round-robin"):
-                    before = self._selected(at)
-                    for _ in range(self._size.connections):
-                        servers.get(_PORT)
-                    found = [n - before.get(slot, 0) for slot, n in self._selected(at).items()]
-                figures.append(
-                    Figure(f"{kind.name}: most less fewest", "", (_spread(found),), _CPUS)
-                )
-        return Section(f"{self._size.connections} connections under round-robin", figures)
-
-    def _selected(self, at: Running) -> dict[int, int]:
-        found = client.status(self._control(at)).services[0].workers
-        return {each.slot: each.connections.selected or 0 for each in found}
-
-    def _control(self, at: Running) -> Path:
-        return Path(self._environment["STEER_RUNTIME_DIR"], f"{servers.name(at.port)}.sock")
-
     # ---- reloads
 
     def reloads(self, kind: Kind) -> Section:
@@ -136,8 +114,8 @@ class _Bench:
         for name, rounds in found.items():
             requests = sum(each.requests for each in rounds)
             failed = sum(each.errors for each in rounds)
-            label = f"{name}, of {requests:,}"
-            figures.append(Figure(label, "failed", (failed,), 0 if name == "attached" else None))
+            at_most = 0 if name == "attached" and not kind.drops_accepted else None
+            figures.append(Figure(f"{name}, of {requests:,}", "failed", (failed,), at_most))
         title = f"{kind.name}: {self._size.rounds}×{self._size.reloads} reloads, c={CONCURRENCY}"
         return Section(title, figures)
 
@@ -154,36 +132,6 @@ class _Bench:
                 kind.reload(at)
             time.sleep(window_s / (self._size.reloads + 1))
             return asking.finish()
-
-    # ---- who waits behind whom
-
-    def slow_requests(self) -> Section:
-        subjects = {name: partial(self._took_s, name) for name in ("alone", "attached")}
-        found = interleaved(subjects, self._size.slow_rounds)
-        figures = []
-        for name, share in _SHARES.items():
-            ms = {
-                who: tuple(outcome.percentile_ms(each, share) for each in rounds)
-                for who, rounds in found.items()
-            }
-            figures += [Figure(f"{name}, {who}", "ms", values) for who, values in ms.items()]
-            at_most = P99_AT_MOST if name == "p99" else None
-            title = f"{name}, attached to alone"
-            figures.append(ratio(title, ms["attached"], ms["alone"], at_most=at_most))
-        percent, ms_each = 100 * _MIX[0][0], 1000 * _MIX[0][1]
-        title = (
-            f"{GUNICORN.name}, {percent:g} % of requests take {ms_each:g} ms, {_RATE:g} a second"
-        )
-        return Section(title, figures)
-
-    def _took_s(self, name: str) -> Sequence[Request]:
-        with ExitStack() as stack:
-            at = stack.enter_context(attached.running(GUNICORN, _PORT, self._environment))
-            if name == "attached":
-                options = ("--policy", "least-conn")
-                stack.enter_context(attached.attached(at, self._environment, *options))
-            asked = Plan(_PORT, rate=_RATE, seed=1, at_most=self._size.slow_requests, mix=_MIX)
-            return stack.enter_context(load.load(asked)).finish()
 
     # ---- attach and detach
 
@@ -208,7 +156,7 @@ class _Bench:
                 Figure("attach", "ms", tuple(attach_ms), ATTACH_AT_MOST_MS),
                 Figure("detach", "ms", tuple(detach_ms), DETACH_AT_MOST_MS),
                 Figure(f"of {counts.requests:,} requests", "failed", (counts.errors,), 0),
-                Figure(f"of {len(made):,} programs and maps", "left", (left,), 0),
+                Figure(f"of {len(made):,} programs, maps and links", "left", (left,), 0),
             ],
         )
 
@@ -216,7 +164,7 @@ class _Bench:
         """Milliseconds of CPU: from loading programs to steering; and to detach.
 
         Args:
-            made: gets the programs and maps that there were meanwhile.
+            made: gets the programs, maps and links that there were meanwhile.
         """
         target = Target(address.parse(f"{HOST}:{at.port}"))
         decided = _plan(at, len(target.listeners))
@@ -225,13 +173,12 @@ class _Bench:
         group.begin(target.pids)
         attach_s = time.process_time() - began_s
         made |= _objects()
+        group.check_program()  # as an attacher does every 10 s; the first time takes 10 ms
         began_s = time.process_time()
         group.detach()
         detach_s = time.process_time() - began_s
         group.close()
         return 1000 * attach_s, 1000 * detach_s
-
-    # ---- the attacher is killed
 
     def joining(self) -> Section:
         """One look, while which no request is answered."""
@@ -250,6 +197,8 @@ class _Bench:
                 group.detach()
         title = f"{JOINING} listeners of one process, each waited on by a thread, join"
         return Section(title, [Figure("look", "ms", tuple(looks_ms), LOOK_AT_MOST_MS)])
+
+    # ---- the attacher is killed
 
     def killed(self) -> Section:
         took_s, requests, failed = [], 0, 0
@@ -282,7 +231,6 @@ class _Bench:
                 Figure("alone", "req/s", tuple(found["alone"])),
                 Figure("attached, least-conn", "req/s", tuple(found["attached"])),
                 ratio("attached to alone", found["attached"], found["alone"], at_least=0.95),
-                Figure("attacher, idle", "% of a CPU", (self._idle(),), IDLE_AT_MOST_PERCENT),
             ],
         )
 
@@ -295,18 +243,25 @@ class _Bench:
                 time.sleep(self._size.load_s)
                 return asking.finish().per_second
 
-    def _idle(self) -> float:
+    def idle(self) -> Section:
+        many = "% of a CPU", (self._idle(SOCKETS),), IDLE_AMONG_MANY_AT_MOST_PERCENT
+        return Section(
+            f"attacher of {THREADS.workers} listeners, idle",
+            [
+                Figure("no other sockets", "% of a CPU", (self._idle(0),), IDLE_AT_MOST_PERCENT),
+                Figure(f"{SOCKETS} other listeners", *many),
+            ],
+        )
+
+    def _idle(self, others: int) -> float:
         with ExitStack() as stack:
+            stack.enter_context(inspect.held(others, GROUPS))
             at = stack.enter_context(attached.running(THREADS, _PORT, self._environment))
             attacher = stack.enter_context(attached.attached(at, self._environment))
             time.sleep(1)
             before_s = _cpu_s(attacher.pid)
             time.sleep(self._size.idle_s)
             return 100 * (_cpu_s(attacher.pid) - before_s) / self._size.idle_s
-
-
-def _spread(numbers: list[int]) -> int:
-    return max(numbers) - min(numbers)
 
 
 def _until_hashed() -> float:
@@ -321,14 +276,19 @@ def _until_hashed() -> float:
 _ASKED, _BY_WEIGHT = 12, 2
 
 
+_OBJECT = re.compile(r"^(prog|map|link)_id:\s*(\d+)", re.M)
+
+
 def _objects() -> set[tuple[str, int]]:
-    """The programs and maps that this process has open, by their numbers."""
+    """The programs, maps and links that this process has open, by their numbers."""
     found = set()
     for info in Path("/proc/self/fdinfo").iterdir():
         with suppress(FileNotFoundError):
             found |= {
                 (name, int(number))
-                for name, number in re.findall(r"^(prog|map)_id:\s*(\d+)", info.read_text(), re.M)
+                for name, number in re.findall(
+                    r"^(prog|map|link)_id:\s*(\d+)", info.read_text(), re.M
+                )
             }
     return found
 

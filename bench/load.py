@@ -31,7 +31,8 @@ from bench.servers import HOST, ROOT
 from steer.errors import SteerError
 
 OK, REFUSED, RESET, CLOSED, TIMEOUT, BAD = "ok", "refused", "reset", "closed", "timeout", "bad"
-_REQUEST = "GET /{} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+_HEAD = "Host: bench\r\nConnection: close\r\nAccept-Encoding: gzip\r\n"
+_REQUEST = f"GET /{{}} HTTP/1.1\r\n{_HEAD}\r\n"
 _CHUNK_BYTES = 65536
 _AFTER_REFUSAL_S = 0.01
 """For so long a closed loop holds back: with nobody there it would only count its own speed."""
@@ -306,9 +307,12 @@ class _Client:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Whether it is an answer with as long a body as it says (RFC 9112, 6.3)."""
+    """Whether it is an answer with as long a body as it says (RFC 9112, 6.3), or in chunks."""
     head, end, body = data.partition(b"\r\n\r\n")
-    _, _, rest = head.lower().partition(b"\r\ncontent-length:")
+    fields = head.lower()
+    if b"\r\ntransfer-encoding: chunked" in fields:
+        return body.endswith(b"0\r\n\r\n")
+    _, _, rest = fields.partition(b"\r\ncontent-length:")
     return bool(end and rest) and len(body) >= int(rest.partition(b"\r\n")[0])
 
 

@@ -43,13 +43,14 @@ DefaultRuntimeDir {home}
 PidFile {home}/apache.pid
 ErrorLog {home}/apache.log
 LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
+LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
 User nobody
 Group nogroup
 Listen {host}:{port}
 ListenCoresBucketsRatio 1
 StartServers 2
 """
-"""A listener for each CPU of the machine; without a module for it no file is served."""
+"""A listener for each CPU of the machine. There is nothing to serve: every answer is 404."""
 EXAMPLES = ROOT / "examples" / "attach"
 APP = "def app(environ, start):\n    start('200 OK', [])\n    return [b'']\n"
 MEMBER = """

@@ -3,6 +3,8 @@
  *
  *     cc -pthread -o threads threads.c
  *     ./threads 127.0.0.1 8080 8
+ *
+ * A path such as /0.08 keeps the thread for so many seconds.
  */
 
 #include <arpa/inet.h>
@@ -33,13 +35,13 @@ static int listen_at(const struct sockaddr_in *where)
 }
 
 /* Read a request up to the empty line at its end; 0 if the client closed before. */
-static int has_asked(int client)
+static int read_request(int client, char *text, size_t size)
 {
-	char text[4096] = "";
 	size_t length = 0;
 
+	text[0] = 0;
 	while (!strstr(text, "\r\n\r\n")) {
-		ssize_t got = read(client, text + length, sizeof(text) - 1 - length);
+		ssize_t got = read(client, text + length, size - 1 - length);
 
 		if (got <= 0)
 			return 0;
@@ -47,6 +49,23 @@ static int has_asked(int client)
 		text[length] = 0;
 	}
 	return 1;
+}
+
+static void answer(int client, const struct worker *worker)
+{
+	char request[4096], number[16];
+	double seconds = 0;
+	int length;
+
+	if (!read_request(client, request, sizeof(request)))
+		return;
+	sscanf(request, "GET /%lf", &seconds);
+	usleep(1e6 * seconds);
+	length = snprintf(number, sizeof(number), "%d\n", worker->number);
+	dprintf(client,
+		"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+		"Content-Length: %d\r\n\r\n%s",
+		length, number);
 }
 
 static void *serve(void *argument)
@@ -58,8 +77,7 @@ static void *serve(void *argument)
 
 		if (client < 0)
 			continue;
-		if (has_asked(client))
-			dprintf(client, "HTTP/1.0 200 OK\r\n\r\n%d\n", worker->number);
+		answer(client, worker);
 		close(client);
 	}
 	return NULL;
