@@ -1,11 +1,22 @@
-"""Says without --strict, which `steer attach` does not have, that only eBPF can steer listeners."""
+"""Why listeners are not attached here, whatever they are: what the kernel lacks, and that only eBPF
+can steer them, said without --strict, which `steer attach` does not have."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from steer import features
 from steer.errors import AttachRefused, FallbackRefused
+from steer.features import Answer
+from steer.loader import probe
+
+
+def of_kernel(act: str) -> None:
+    """Raises AttachRefused: it cannot move what waits at a listener that closes."""
+    found = probe.ask(features.MIGRATE)
+    if found.answer is Answer.NO and found.errno is None:
+        raise AttachRefused(act, found.reason, found.cure)
 
 
 @contextmanager

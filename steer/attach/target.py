@@ -126,7 +126,8 @@ class Target:
         pids = self._pids_of(inode)
         count = len(_waiting(pids, inode)) or len(pids)
         waits = f"{count} processes wait" if count > 1 else "one process waits"
-        cure = "`steer run -- COMMAND` gives each worker its own, or set SO_REUSEPORT in the server"
+        own = "`steer run -- COMMAND` gives each worker its own, or set SO_REUSEPORT in the server"
+        cure = f"{own}; `steer inspect {text_of(self.bind)}` says how"
         return self._refusal(f"it is one socket{how}, and {waits} on it", cure)
 
 

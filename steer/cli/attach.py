@@ -74,6 +74,7 @@ def _run(where: str, beginning: Beginning, service: Service) -> NoReturn:
     from steer.loader import find, probe
 
     act = f"attach to {where}"
+    refusal.of_kernel(act)
     logger = log.Log(service.log_level, service.log_format)
     entry.logs_to(logger)
     chosen = find.prepare(service.policy)

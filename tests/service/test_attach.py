@@ -558,7 +558,7 @@ def test_shared_socket_is_refused(steer: RunSteer) -> None:
         for _ in range(3):
             command = python(code, sock.fileno())
             processes.enter_context(running(*command, fds=[sock.fileno()]))
-        assert "it is one socket without SO_REUSEPORT" in refused(steer)
+        assert "`steer inspect 127.0.0.1:8080` says how" in refused(steer)
 
 
 def test_one_socket_that_several_wait_on_is_refused(steer: RunSteer) -> None:
