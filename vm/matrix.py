@@ -31,6 +31,7 @@ KERNEL_TESTS = (
     "tests/service/test_least_conn.py",
     "tests/service/test_early.py",
     "tests/kernel/sockets/test_listeners.py",
+    "tests/kernel/attach/test_closing.py",
     "tests/kernel/linux/test_nic.py",
     "tests/service/test_custom_policy.py::test_built_in_policies_ask_no_more_of_the_verifier",
     "-k",
