@@ -489,53 +489,6 @@ def test_address_that_a_wildcard_serves_names_the_wildcard(steer: RunSteer) -> N
     assert f"`steer attach 0.0.0.0:{PORT}`" in said
 
 
-@contextmanager
-def listener_of_both_families() -> Iterator[None]:
-    with (
-        socket.create_server(("", PORT), reuse_port=True),
-        socket.create_server(("::", PORT), family=socket.AF_INET6, reuse_port=True),
-    ):
-        yield
-
-
-def test_both_families_of_a_wildcard_are_one_service(attach: Attach, steer: RunSteer) -> None:
-    name = f"{Path('/proc/self/comm').read_text().strip()}-{PORT}"
-    with listener_of_both_families():
-        attached = attach(where=f":{PORT}", name=name, names_itself=True)
-        assert f"2 listeners of :{PORT} and [::]:{PORT}, " in attached.log
-        for host in (HOST, "::1"):
-            socket.create_connection((host, PORT)).close()
-        assert [each["connections"]["selected"] for each in attached.workers()] == [1, 1]
-        assert [each["slot"] for each in attached.workers()] == [0, 1]
-        assert [each["address"] for each in attached.status()["binds"]] == ["0.0.0.0", "::"]
-        assert attached.steer("policy", "least-conn").returncode == 0
-        for host in (HOST, "::1"):
-            socket.create_connection((host, PORT)).close()
-        assert attached.status()["totals"]["selected"] == 4
-        assert "no other is ready" in attached.steer("drain", "1").stderr
-        done = steer("detach", f"[::]:{PORT}")
-        assert done.returncode == 0, done.stderr
-    attached.leaves_nothing()
-
-
-def test_one_family_of_a_wildcard_is_attached_by_its_address(attach: Attach) -> None:
-    with listener_of_both_families():
-        first = attach(where=f"0.0.0.0:{PORT}")
-        second = attach(where=f"[::]:{PORT}", name="other")
-        assert [len(each.workers()) for each in (first, second)] == [1, 1]
-
-
-def test_family_that_cannot_be_steered_can_be_left_out(attach: Attach, steer: RunSteer) -> None:
-    with (
-        socket.create_server(("", PORT), reuse_port=True),
-        socket.create_server(("::", PORT), family=socket.AF_INET6),
-    ):
-        said = refused(steer, f":{PORT}")
-        assert f"attach to :{PORT}: attach to [::]:{PORT}: it is one socket without" in said
-        assert f"`steer attach 0.0.0.0:{PORT}` leaves it out" in said
-        attach(where=f"0.0.0.0:{PORT}")
-
-
 def test_user_without_privilege_is_not_told_of_strict(steer: RunSteer) -> None:
     code = (
         "import signal, socket\n"
