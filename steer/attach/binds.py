@@ -23,23 +23,30 @@ def listeners_at(bind: Bind) -> dict[int, Listener]:
     }
 
 
-def binds_of(text: str) -> list[Bind]:
+def named_by(text: str) -> list[Bind]:
     """The addresses that a user names. A wildcard without a host is that of both families, each of
-    which has a group of its own in the kernel: those that have sockets.
+    which has a group of its own in the kernel. Raises ConfigError: it is none."""
+    bind = address.parse(text)
+    if not address.is_of_any_host(text):
+        return [bind]
+    return [bind, Bind(bind.protocol, "::", bind.port)]
+
+
+def binds_of(text: str) -> list[Bind]:
+    """Those that a user names; of a wildcard without a host those that have sockets.
 
     Raises:
         ConfigError: it is none.
         AttachRefused: multicast or broadcast.
         KernelError
     """
-    bind = address.parse(text)
-    if bind.is_multicast:
+    named = named_by(text)
+    if named[0].is_multicast:
         cause = "its address is multicast or broadcast: every socket gets a copy of each datagram"
         raise AttachRefused(f"attach to {text}", cause)
-    if not address.is_of_any_host(text):
-        return [bind]
-    both = (bind, Bind(bind.protocol, "::", bind.port))
-    return [each for each in both if listeners_at(each)] or [bind]
+    if len(named) == 1:
+        return named
+    return [each for each in named if listeners_at(each)] or named[:1]
 
 
 def text_of(bind: Bind) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from steer.attach.beginning import Beginning
-    from steer.config.address import Bind
     from steer.config.service import Service
 
 
@@ -114,9 +113,10 @@ def detach(name: str | None, netns: str | None, as_json: bool, control_socket: s
 def _remove_leftover(where: str) -> bool:
     """Remove what a killed attacher left at an address. Returns whether there was something."""
     from steer.attach import leftover
+    from steer.attach.binds import named_by
     from steer.control import find
 
-    found = [leftover.remove(bind, f"detach {where}") for bind in _binds(where)]
+    found = [leftover.remove(bind, f"detach {where}") for bind in named_by(where)]
     find.remove_dead_sockets(os.environ)
     return any(found)
 
@@ -159,27 +159,16 @@ def _located(wanted: str | None, control_socket: str | None) -> Path:
     return path
 
 
-def _binds(where: str) -> list[Bind]:
-    """The addresses that a user names: a wildcard without a host is that of either family."""
-    import msgspec
-
-    from steer.config import address
-
-    bind = address.parse(where)
-    if address.is_of_any_host(where):
-        return [bind, msgspec.structs.replace(bind, address="::")]
-    return [bind]
-
-
 def _name_at(where: str) -> str:
     """The name of the service at an address. Raises NotRunning: none is there."""
     from steer.attach import there
+    from steer.attach.binds import named_by
     from steer.errors import NotRunning
 
-    for each in _binds(where):
+    for each in named_by(where):
         for service in there.services_at(each, os.environ):
             return service.name
-    for each in _binds(where):
+    for each in named_by(where):
         for service in there.elsewhere(each, os.environ):
             cause = f"no service steers it, but {service.name} does in another network namespace"
             raise NotRunning(f"detach {where}", cause, f"`steer detach {service.name}`")
