@@ -24,4 +24,8 @@ def create_app():
 
         return lines()
 
+    @app.get("/large")
+    def large():
+        return b"x" * 20_000_000
+
     return app

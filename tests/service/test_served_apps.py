@@ -207,6 +207,31 @@ def test_reload_fails_no_request_of_a_wsgi_app(service: StartService, home: Path
     assert failed == []
 
 
+@needs("flask", "waitress")
+def test_answer_is_sent_in_whole_to_a_slow_client_of_a_worker_that_ends(
+    service: StartService,
+) -> None:
+    running = service("-w", "1", "--server", "waitress", "served_flask:create_app()")
+    with socket.socket() as sock:
+        sock.settimeout(DEADLINE_S)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(ADDRESS)
+        sock.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = sock.recv(1000)
+        running.send_signal(signal.SIGTERM)
+        eventually(lambda: "stopping gracefully" in running.log)
+        eventually(lambda: not accepts(ADDRESS))
+        head, _, body = (received + rest_of(sock)).partition(b"\r\n\r\n")
+    assert b" 200 " in head
+    assert len(body) == 20_000_000
+    assert running.wait() == 0
+
+
+def accepts(address: tuple[str, int]) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(address) == 0
+
+
 # Options
 
 

@@ -80,15 +80,17 @@ def _serve(app: Application, given: dict[str, Any], worker: Worker) -> None:
         if isinstance(each, BaseWSGIServer):
             each.del_channel(channels)
             each.socket.close()
+    loop(timeout=0)  # a request that has arrived is read, and answered
     while _are_open(channels):
         loop(timeout=_LOOK_S)
     server.task_dispatcher.shutdown()
 
 
 def _are_open(channels: dict[int, Any]) -> bool:
-    """Whether connections are open; those without a request are closed in the next turn."""
+    """Whether connections are open; those without a request are closed once all is sent."""
     connections = [each for each in channels.values() if isinstance(each, HTTPChannel)]
     for each in connections:
-        if not each.requests and each.request is None:
-            each.will_close = True
+        with each.requests_lock:
+            if not each.requests and each.request is None:
+                each.close_when_flushed = True
     return bool(connections)
