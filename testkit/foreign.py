@@ -69,13 +69,26 @@ while True:
 """A process that has a socket of its own, and waits for it."""
 
 
+def haproxy_file(home: Path, bind: str, threads: int = 1) -> Path:
+    """A configuration of haproxy."""
+    file = home / "haproxy.cfg"
+    file.write_text(HAPROXY.format(threads=threads, bind=bind))
+    return file
+
+
+def nginx_file(home: Path, bind: str) -> Path:
+    """A configuration of nginx, with three workers."""
+    file = home / "nginx.conf"
+    file.write_text(NGINX.format(home=home, bind=bind))
+    return file
+
+
 @contextmanager
 def haproxy(
     home: Path, processes: int = 1, threads: int = 1, bind: str = f"*:{PORT}"
 ) -> Iterator[list[int]]:
     """Its processes, which may still be about to listen."""
-    file = home / "haproxy.cfg"
-    file.write_text(HAPROXY.format(threads=threads, bind=bind))
+    file = haproxy_file(home, bind, threads)
     with ExitStack() as stack:
         started = [
             stack.enter_context(running("haproxy", "-db", "-f", str(file)))
@@ -87,8 +100,7 @@ def haproxy(
 @contextmanager
 def nginx(home: Path, bind: str) -> Iterator[int]:
     """Its master. There are three workers, soon."""
-    file = home / "nginx.conf"
-    file.write_text(NGINX.format(home=home, bind=bind))
+    file = nginx_file(home, bind)
     with running("nginx", "-c", str(file)) as master:
         yield master.pid
 

@@ -45,6 +45,9 @@ class Settings(TypedDict, total=False):
     bind: str | Sequence[str]
     workers: int | Literal["auto"]
     spares: int
+    socket: Literal["inherit", "adopt"]
+    instances: int
+    reload_signal: str
     policy: str
     params: Mapping[str, int]
     backend: Literal["auto", "ebpf", "cbpf", "kernel"]
@@ -135,7 +138,12 @@ class Service:
         service = self.config.service
         log = Log(service.log_level, service.log_format)
         with _process_kept():
-            running.run(service, os.environ, log, lambda: service, is_in_program=True)
+            if service.adopts:
+                from steer.attach import adopted
+
+                adopted.run(service, os.environ, log, lambda: service, is_in_program=True)
+            else:
+                running.run(service, os.environ, log, lambda: service, is_in_program=True)
 
 
 def run(app: str | Application | None = None, /, **settings: Unpack[Settings]) -> None:

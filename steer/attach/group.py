@@ -150,6 +150,11 @@ class AttachedGroup:
             self.detach()
             raise
 
+    def begin_empty(self) -> None:
+        """Begin before the server listens: `look` adds its listeners. Raises KernelError."""
+        self._count_older()
+        self.selection.update(self.plan)
+
     def counts(self, member: Member) -> Counts:
         return (self.backend.counts(member.slot) or Counts()) + member.before
 
@@ -173,6 +178,7 @@ class AttachedGroup:
     def _count_older(self) -> None:
         """Count the connections that were accepted before the attach."""
         if not self.counting.sees_older:
+            self.is_older_counted = not len(self.roster)
             self.counting.begin({}, {})
             return
         found = older.find(self.bind, self.roster, self.holders)

@@ -40,7 +40,7 @@ class Kernel(WithoutEbpf):
         counting: Counting | None = None,
         order: Sequence[int] | None = (),
     ) -> None:
-        self.notes: Sequence[str] = (NO_EXCLUSION, *may_be_lost(plan.binds))
+        self.notes: Sequence[str] = (NO_EXCLUSION, *may_be_lost(plan.binds)) if plan.binds else ()
         self._plan = plan
         self.counting = counting
         self.owns_counting = False

@@ -19,18 +19,22 @@ def execute(launch: Launch, environment: Mapping[str, str]) -> None:
     Raises:
         Unloadable: the command does not exist or cannot be executed.
     """
-    arguments = fill_in(launch.service.command, launch.slot, launch.binds)
-    for index in range(len(launch.binds)):
-        os.set_inheritable(FIRST_FD + index, True)
-    names = ":".join(f"{bind.protocol}-{bind.port}" for bind in launch.binds)
-    protocol = {
-        "LISTEN_FDS": str(len(launch.binds)),
-        "LISTEN_PID": str(os.getpid()),
-        "LISTEN_FDNAMES": names,
-    }
+    arguments = fill_in(launch.service.command, launch.slot, launch.service.binds)
+    given = _give_sockets(launch.binds) if launch.binds else {}
     descriptors.limit_descriptors(launch.files)
     with needed(f"run {arguments[0]}", lambda error: _why(error, arguments[0], environment)):
-        fork.execute(arguments, {**environment, **protocol})
+        fork.execute(arguments, {**environment, **given})
+
+
+def _give_sockets(binds: Sequence[Bind]) -> dict[str, str]:
+    """Let the program inherit the sockets. Returns the variables that tell it of them."""
+    for index in range(len(binds)):
+        os.set_inheritable(FIRST_FD + index, True)
+    return {
+        "LISTEN_FDS": str(len(binds)),
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDNAMES": ":".join(f"{bind.protocol}-{bind.port}" for bind in binds),
+    }
 
 
 def _why(error: OSError, program: str, environment: Mapping[str, str]) -> str:

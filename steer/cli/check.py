@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from steer.cli import output
-from steer.config.planning import plan
+from steer.config import adopting
 from steer.config.service import Service
 from steer.controller import dry_run
 from steer.controller.dry_run import DryRun
@@ -16,7 +16,7 @@ from steer.loader import find, probe
 def perform(service: Service, as_json: bool) -> None:
     """Print what `run` would do, and why. Raises SteerError: it could not be run."""
     chosen = find.find(service.policy)
-    decided = plan(service, topology.read(), probe.findings(), chosen)
+    decided = adopting.shown(service, topology.read(), probe.findings(), chosen)
     found = dry_run.dry_run(decided, os.environ)
     if as_json:
         whole = {"memory_bytes": found.memory_bytes, "notes": found.notes}

@@ -77,6 +77,17 @@ OPTIONS = (
         "Number of workers kept ready to take the places of workers that fail; default 0.",
     ),
     Option(
+        ("--socket",),
+        "inherit|adopt",
+        "inherit: steer opens the sockets of workers; adopt: the command opens them itself, with"
+        " SO_REUSEPORT, and --workers is the number to wait for; default inherit.",
+    ),
+    Option(
+        ("--instances",),
+        "N",
+        "With --socket adopt: number of servers to start; default 1.",
+    ),
+    Option(
         ("--policy",),
         "auto|NAME|FILE.c",
         "Policy; default auto: least-conn if connections can be counted, else hash.",
@@ -128,6 +139,12 @@ OPTIONS = (
         ("--stop-signal",),
         "SIG",
         "Signal for a graceful stop; default: the one known for the server, else TERM.",
+    ),
+    Option(
+        ("--reload-signal",),
+        "SIG|none",
+        "With --socket adopt: signal on which the server reloads itself; default: the one known for"
+        " the server; none: a reload starts another server, then ends the old one.",
     ),
     Option(("--ready-timeout",), "S", "Seconds a worker gets to become ready; default 30."),
     Option(

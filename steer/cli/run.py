@@ -34,4 +34,8 @@ def perform(given: Given) -> None:
         return
     logger = log.Log(service.log_level, service.log_format)
     entry.logs_to(logger)
+    if service.adopts:
+        from steer.attach import adopted
+
+        sys.exit(adopted.run(service, os.environ, logger, read))
     sys.exit(run.run(service, os.environ, logger, read))

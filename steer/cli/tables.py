@@ -7,7 +7,7 @@ from math import ceil
 
 import msgspec
 
-from steer.control.schema import Address, Connections, Orphan, Service, Status
+from steer.control.schema import Address, Connections, Orphan, Service, Status, Worker
 from steer.policy.cpus import cpu_list
 from steer.values import plural
 
@@ -49,6 +49,7 @@ def service_table(service: Service) -> Table:
         title += f"\npolicy auto is {service.policy}, as {service.policy_reason}"
     if service.backend_reason:
         title += f"\nnot on a better backend: {service.backend_reason}"
+    title += "".join(f"\n{_server(each)}" for each in service.servers)
     title += "".join(f"\nnote: {note}" for note in service.notes)
     columns = (
         *("slot", "pid", "state", "gen", "cpus", "weight"),
@@ -71,6 +72,19 @@ def service_table(service: Service) -> Table:
         for worker in service.workers
     ]
     return Table(title, columns, rows, _policy_lines(service), _OPTIONAL, "state", False)
+
+
+def _server(server: Worker) -> str:
+    """A server that opened the listeners which are the rows of the table."""
+    parts = [
+        f"server {server.slot}: {server.state}",
+        f"pid {_or_dash(server.pid)}",
+        f"generation {server.generation}",
+        f"up {duration(server.uptime_s)}",
+    ]
+    if server.restarts:
+        parts.append(plural(server.restarts, "restart"))
+    return ", ".join(parts)
 
 
 _OPTIONAL = ("weight", "gen", "restarts", "cpus", "up", "pid")

@@ -4,13 +4,24 @@ An error names where a value came from, the key, the value and what is allowed.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from steer import values
 from steer.config import address, servers, socket_options
 from steer.config.address import Bind
-from steer.config.service import FIELDS, MAX_WEIGHT, MAX_WORKERS, SHORTEST_S, Seconds, Service, Wait
+from steer.config.service import (
+    ADOPT,
+    FIELDS,
+    INHERIT,
+    MAX_WEIGHT,
+    MAX_WORKERS,
+    NO_SIGNAL,
+    SHORTEST_S,
+    Seconds,
+    Service,
+    Wait,
+)
 from steer.errors import ConfigError
 from steer.policy.builtin import AUTO, CUSTOM_SUFFIX, KERNEL, POLICIES
 from steer.values import Invalid, plural
@@ -96,6 +107,8 @@ def _check_meaning(key: str, value: Any) -> None:
         _check_binds(value)
     if key == "stop_signal" and value is not None:
         servers.read_signal(value)
+    if key == "reload_signal" and value not in (None, NO_SIGNAL):
+        servers.read_reload_signal(value)
     if key == "socket_options":
         socket_options.parse(value)
     if key in ("max_memory", "max_lifetime") and value is not None:
@@ -138,10 +151,13 @@ def _allowed(key: str) -> str:
         "max_lifetime": quantities.LIFETIME_ALLOWED,
         "max_memory": quantities.SIZE_ALLOWED,
         "name": "letters, digits, '.', '_' and '-', 63 at most, the first a letter or digit",
+        "instances": f"1 to {MAX_WORKERS}",
         "params": "NAME=VALUE",
         "policy": f"{', '.join(_POLICY_NAMES)}, or a path/to/file{CUSTOM_SUFFIX}",
         "server": "auto, uvicorn, hypercorn, waitress",
         "server_options": "NAME=VALUE",
+        "reload_signal": servers.RELOAD_ALLOWED,
+        "socket": f"{INHERIT}, {ADOPT}",
         "socket_options": socket_options.ALLOWED,
         "spares": f"0 to {MAX_WORKERS}",
         "stop_signal": servers.ALLOWED,
@@ -182,6 +198,7 @@ def check_together(service: Service, origins: Mapping[str, Origin]) -> None:
         )
     _check_options_have_sockets(service, origins)
     _check_server(service, origins)
+    _check_adopts(service, origins)
     if weights and service.policy == KERNEL:
         raise ConfigError(
             _together(origins["weights"], origins["policy"]),
@@ -238,9 +255,68 @@ def check_runs_something(service: Service, sources: Sequence[str]) -> None:
     )
 
 
-def _together(one: Origin, other: Origin) -> str:
-    """Two origins; a source that they share is named once."""
+def _together(one: Origin, other: Origin | None = None) -> str:
+    """The origins; a source that they share is named once."""
+    if other is None:
+        return str(one)
     return f"{one} and {other.setting if one.source == other.source else other}"
+
+
+def _check_adopts(service: Service, origins: Mapping[str, Origin]) -> None:
+    """Raises ConfigError: something does not fit to listeners that the command opens itself."""
+    if not service.adopts:
+        for key in ("instances", "reload_signal"):
+            origin = origins.get(key)
+            if origin and getattr(service, key) != FIELDS[key].default:
+                cause = f"it is for servers that open their listeners themselves, with {_ADOPT}"
+                raise ConfigError(str(origin), cause, "leave it out")
+        return
+    for key, is_wrong, cause, cure in _NOT_ADOPTED:
+        if is_wrong(service):
+            raise ConfigError(_together(origins["socket"], origins.get(key)), cause, cure)
+
+
+_ADOPT = f"socket = {ADOPT}"
+_OPENS = "the server opens its listeners itself"
+_NOT_ADOPTED: Sequence[tuple[str, Callable[[Service], bool], str, str]] = (
+    (
+        "command",
+        lambda service: not service.command,
+        "there is no command whose listeners could be adopted",
+        "give one after --",
+    ),
+    (
+        "command",
+        lambda service: any("{fd" in word for word in service.command),
+        f"{_OPENS}, so there is no descriptor for {{fd}}",
+        "have it listen on the address, with {port} for the port",
+    ),
+    (
+        "bind",
+        lambda service: any(bind.protocol != "tcp" for bind in service.binds),
+        "only listeners of TCP can be adopted",
+        "give addresses of TCP",
+    ),
+    (
+        "backend",
+        lambda service: service.backend == "cbpf",
+        "only eBPF steers listeners that a server opens itself",
+        "allowed: auto, ebpf, kernel",
+    ),
+    (
+        "spares",
+        lambda service: service.spares > 0,
+        f"{_OPENS}, so a spare one would get connections, too",
+        "leave out spares",
+    ),
+    (
+        "socket_options",
+        lambda service: bool(service.socket_options),
+        _OPENS,
+        "set the option in the server",
+    ),
+)
+"""What cannot be together with adopted listeners: a key, when, why and what to do."""
 
 
 def _check_options_have_sockets(service: Service, origins: Mapping[str, Origin]) -> None:

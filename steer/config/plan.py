@@ -163,7 +163,7 @@ class Plan(msgspec.Struct, frozen=True):
         """The steps of a start, in order."""
         candidate = self.backends[0]
         # Right before the start: another process then has little time to take the port.
-        ports = tuple(Step(Act.CHECK_FREE, bind.label) for bind in self.binds)
+        ports = tuple(Step(Act.CHECK_FREE, bind.label) for bind in self.service.binds)
         program = f"{self.policy.name} as {candidate.backend}"
         if candidate.backend == KERNEL:
             program = "no program"
@@ -171,8 +171,14 @@ class Plan(msgspec.Struct, frozen=True):
             Step(Act.CLAIM, self.name),
             Step(Act.LOAD, program, "; ".join(filter(None, [self.became, candidate.reason]))),
             *ports,
-            Step(Act.START, self.number_in_words, self._cpus_of_workers()),
+            self._start(),
         )
+
+    def _start(self) -> Step:
+        if not self.service.adopts:
+            return Step(Act.START, self.number_in_words, self._cpus_of_workers())
+        servers = plural(self.service.instances, "server")
+        return Step(Act.START, servers, "then adopt the listeners that they open")
 
     @property
     def became(self) -> str:

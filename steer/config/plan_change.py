@@ -15,7 +15,7 @@ from steer.policy import declarations
 from steer.policy.builtin import BACKENDS, CBPF, KERNEL, POLICIES
 from steer.policy.cpus import Topology
 
-FIXED = ("bind", "backend", "strict", "name", "pid", "control_socket")
+FIXED = ("socket", "bind", "backend", "strict", "name", "pid", "control_socket")
 """Keys that cannot change while a service runs, as sockets and files are made once."""
 
 
@@ -44,7 +44,7 @@ def reloaded(
                 f"{key} is {_text(old)} and would be {_text(new)}, which cannot change live",
                 f"stop and start it, or put {key} back",
             )
-    workers = len(topology.allowed) if service.workers == "auto" else service.workers
+    workers = service.processes(len(topology.allowed))
     if not candidates:
         params = declarations.values(running.policy.declared, service.params, act)
         candidates = msgspec.structs.replace(running, params=params).candidates
@@ -167,7 +167,8 @@ def scaled(running: Plan, workers: int, topology: Topology) -> Plan:
     """
     service = running.service
     if workers:
-        service = msgspec.structs.replace(service, workers=workers)
+        key = "instances" if service.adopts else "workers"
+        service = msgspec.structs.replace(service, **{key: workers})
     return _with_workers(running, service, topology, workers)
 
 

@@ -50,12 +50,12 @@ def plan(
     policy = policy or built_in(service.policy)
     act = f"policy {policy.name}"
     first, *others = policy_candidates(policy, service, findings, act)
-    workers = len(topology.allowed) if service.workers == "auto" else service.workers
+    workers = service.processes(len(topology.allowed))
     refuse_fallback(first.backends[0], service.strict)
     return Plan(
         service,
         service.service_name,
-        service.binds,
+        service.given_binds,
         first.policy,
         first.params,
         first.backends,

@@ -38,6 +38,35 @@ SERVERS: Mapping[str, Server] = {
 uWSGI has no row, because by default it finishes gracefully on no signal (see its
 hook-master-start)."""
 
+
+class Reload(msgspec.Struct, frozen=True):
+    """How a server reloads itself: it replaces its own workers, or reads its configuration again.
+
+    Args:
+        signal: the signal on which its first process does that.
+        source: where the documentation of the server says so.
+        options: it does so only with one of these options; (): always.
+    """
+
+    signal: Signals
+    source: str
+    options: tuple[str, ...] = ()
+
+
+RELOADS: Mapping[str, Reload] = {
+    "nginx": Reload(signal.SIGHUP, "https://nginx.org/en/docs/control.html"),
+    "openresty": Reload(signal.SIGHUP, "https://nginx.org/en/docs/control.html"),
+    "angie": Reload(signal.SIGHUP, "https://en.angie.software/angie/docs/configuration/control/"),
+    "haproxy": Reload(
+        signal.SIGUSR2, "HAProxy Management Guide, 4. Stopping and restarting", ("-W", "-Ws")
+    ),
+    "apache2": Reload(signal.SIGUSR1, "https://httpd.apache.org/docs/2.4/stopping.html"),
+    "httpd": Reload(signal.SIGUSR1, "https://httpd.apache.org/docs/2.4/stopping.html"),
+    "gunicorn": Reload(signal.SIGHUP, "https://docs.gunicorn.org/en/stable/signals.html"),
+}
+"""Servers that reload on a signal. granian has no row: on SIGHUP it ends each old worker a fixed
+time after it has started the new one, ready or not (`_respawn_workers` of its server/common.py)."""
+
 FORWARDERS = ("tini", "tini-static", "docker-init", "dumb-init", "catatonit")
 """Programs that forward every signal to the child they start. Other wrappers exit on some signals
 (shells) or forward only some (sudo, timeout)."""
@@ -73,6 +102,14 @@ DEFAULT_STOP_SIGNALS = StopSignals(signal.SIGTERM, signal.SIGTERM)
 
 READY_EARLY = ("gunicorn",)
 """Servers that send READY=1 before their own workers have loaded the application."""
+
+REUSEPORT_CURES: Mapping[str, str] = {
+    "gunicorn": "add to its command: --reuse-port",
+    "nginx": "write in its configuration: listen ADDRESS reuseport",
+    "haproxy": "leave out noreuseport in its configuration, and the option -dR",
+}
+"""By server: how to make it open listeners with SO_REUSEPORT."""
+_REUSEPORT_CURE = "set SO_REUSEPORT in the server, or leave out socket = adopt: "
 
 _WAITRESS = (
     "its command takes no socket from others: give steer a function that calls "
@@ -118,6 +155,11 @@ _NO_END: Mapping[Signals, str] = {
     **dict.fromkeys((signal.SIGCHLD, signal.SIGURG, signal.SIGCONT), "it ends no process"),
 }
 """Why a signal is refused as the stop signal. SIGWINCH is allowed, because Apache exits on it."""
+_NO_RELOAD: Mapping[Signals, str] = {
+    **_NO_END,
+    **dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGQUIT), "it ends a server"),
+}
+RELOAD_ALLOWED = "none, or the name of a signal on which the server reloads: HUP, USR1, USR2, ..."
 
 
 def stop_signal(command: Sequence[str]) -> Signals:
@@ -180,6 +222,20 @@ def says_ready_early(arguments: Sequence[str]) -> bool:
     return not set(READY_EARLY).isdisjoint(_names(arguments))
 
 
+def reload_signal(command: Sequence[str]) -> Signals | None:
+    """The signal on which a server reloads itself; None: there is none, or none is known."""
+    found = next((RELOADS[name] for name in _names(command) if name in RELOADS), None)
+    if found is None or (found.options and not set(found.options) & set(command)):
+        return None
+    return found.signal
+
+
+def reuseport_cure(command: Sequence[str]) -> str:
+    """How to make a server open listeners with SO_REUSEPORT."""
+    known_ones = (REUSEPORT_CURES[name] for name in _names(command) if name in REUSEPORT_CURES)
+    return next(known_ones, "") or _REUSEPORT_CURE + listen_cure(command)
+
+
 def listen_cure(
     command: Sequence[str], first: Sequence[str] = (), arguments: Sequence[str] = ()
 ) -> str:
@@ -198,15 +254,20 @@ def listen_cure(
     return next((cures[name] for name in names if name in cures), _LISTEN_CURE)
 
 
-def why_it_ended(command: Sequence[str], status: int | None, words: str) -> tuple[str, str]:
+def why_it_ended(
+    command: Sequence[str], status: int | None, words: str, adopts: bool = False
+) -> tuple[str, str]:
     """Cause and cure if a worker ended before it served; both are "" if the cause is not known.
 
     Args:
         command: the worker's command line; empty for a Python callable.
+        adopts: whether the command has to bind its address itself.
         status: its exit status.
         words: the last lines that it wrote to standard error.
     """
     if any(each in words.lower() for each in _IN_USE):
+        if adopts:
+            return "the address is in use by a socket without SO_REUSEPORT", reuseport_cure(command)
         at_fault = "it binds an address itself, which is in use"
         # A server that uses the socket it was given does not bind one.
         return at_fault, listen_cure(command, first=command)
@@ -241,11 +302,24 @@ def read_signal(name: str) -> Signals:
     Raises:
         Invalid: there is no signal of that name, or no server exits on it.
     """
+    return _read(name, _NO_END)
+
+
+def read_reload_signal(name: str) -> Signals:
+    """The same for a signal on which a server reloads itself.
+
+    Raises:
+        Invalid: there is no signal of that name, or no server can reload on it.
+    """
+    return _read(name, _NO_RELOAD)
+
+
+def _read(name: str, refused: Mapping[Signals, str]) -> Signals:
     names = {each.removeprefix("SIG"): Signals[each] for each in Signals.__members__}
     short = name.strip().upper().removeprefix("SIG")
     if short not in names:
-        likely = [each for each, found in names.items() if found not in _NO_END]
+        likely = [each for each, found in names.items() if found not in refused]
         raise Invalid("no such signal", did_you_mean(short, likely))
-    if names[short] in _NO_END:
-        raise Invalid(_NO_END[names[short]])
+    if names[short] in refused:
+        raise Invalid(refused[names[short]])
     return names[short]

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 MAX_WORKERS = 1024
 MAX_WEIGHT = 1000
 DEFAULT_BIND = "127.0.0.1:8080"
+INHERIT: Literal["inherit"] = "inherit"
+ADOPT: Literal["adopt"] = "adopt"
+"""Values of `Service.socket`."""
+NO_SIGNAL = "none"
 
 SHORTEST_S = 0.05
 """The shortest wait: a shorter one would be a busy loop, and no process reacts that fast."""
@@ -43,8 +47,14 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         command: the command line of a worker. {fd}, {slot} and {port} in it are filled in.
         demo: whether to run the demo if there is neither app nor command.
         preload: whether a template process loads the app once and forks the workers.
-        workers: how many workers; "auto": one for each CPU that this process may use.
+        workers: how many workers; "auto": one for each CPU that this process may use. If listeners
+            are adopted: how many to wait for; "auto": at least one of each server.
         spares: how many more workers are kept ready to take the places of workers that fail.
+        socket: "inherit": steer opens the sockets of workers; "adopt": the command opens them
+            itself, and steer takes its listeners in.
+        instances: how many servers to start if their listeners are adopted.
+        reload_signal: the signal on which a server whose listeners are adopted reloads itself;
+            None: the one in `servers.RELOADS`; "none": a reload starts another server instead.
         policy: "auto", the name of a built-in policy, or the path of a C file.
         keep_privileges: whether workers keep the capabilities of steer, and may gain others by
             executing a program that has some.
@@ -71,6 +81,9 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     bind: tuple[str, ...] = (DEFAULT_BIND,)
     workers: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] = "auto"
     spares: Annotated[int, Meta(ge=0, le=MAX_WORKERS)] = 0
+    socket: Literal["inherit", "adopt"] = INHERIT
+    instances: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] = 1
+    reload_signal: str | None = None
     policy: str = AUTO
     params: tuple[Annotated[str, Meta(pattern=r"^[^=]+=")], ...] = ()
     backend: Literal["auto", "ebpf", "cbpf", "kernel"] = "auto"
@@ -102,6 +115,35 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def binds(self) -> tuple[Bind, ...]:
         return tuple(address.parse(text) for text in self.bind)
+
+    @property
+    def adopts(self) -> bool:
+        """Whether the command opens the listeners itself, and steer takes them in."""
+        return self.socket == ADOPT
+
+    @property
+    def given_binds(self) -> tuple[Bind, ...]:
+        """The binds whose sockets steer opens, and gives to workers."""
+        return () if self.adopts else self.binds
+
+    def processes(self, cpus: int) -> int:
+        """How many processes to start.
+
+        Args:
+            cpus: how many CPUs this process may use.
+        """
+        if self.adopts:
+            return self.instances
+        return cpus if self.workers == "auto" else self.workers
+
+    @property
+    def own_reload_signal(self) -> Signals | None:
+        """The signal on which the command reloads itself; None: it has none, or it is not to."""
+        if self.reload_signal is None:
+            return servers.reload_signal(self.command)
+        if self.reload_signal == NO_SIGNAL:
+            return None
+        return servers.read_reload_signal(self.reload_signal)
 
     @property
     def service_name(self) -> str:

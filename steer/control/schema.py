@@ -111,6 +111,8 @@ class Service(msgspec.Struct):
         policy_reason: why `auto` became this policy; None: the user named the policy.
         loop_delay_ms: None: the controller is of a version that does not measure it.
         attached: whether the workers are listeners of servers that steer did not start.
+        servers: the servers that steer started, if they open their listeners themselves. `workers`
+            are these listeners then.
         netns: the number of the network namespace that it serves in; None: the controller is of a
             version that does not say.
         recycled: how many workers this controller has replaced because they exceeded a limit, by
@@ -136,6 +138,7 @@ class Service(msgspec.Struct):
     policy_reason: str | None = None
     loop_delay_ms: LoopDelay | None = None
     attached: bool = False
+    servers: list[Worker] = []
     netns: int | None = None
     recycled: dict[str, int] = {}
 

@@ -10,6 +10,7 @@ from steer.config.plan import Generation, Plan
 from steer.config.service import MAX_WORKERS, Service
 from steer.control.server import Progress
 from steer.controller.file_limit import FileLimit
+from steer.controller.own_listeners import OwnListeners
 from steer.controller.policy_change import PolicyChange, SteeredService
 from steer.controller.rollout import Rollout, unreported
 from steer.controller.state import ServiceState
@@ -26,6 +27,9 @@ class ChangeableService(SteeredService, Protocol):
 
     @property
     def file_limit(self) -> FileLimit: ...
+
+    @property
+    def own_listeners(self) -> OwnListeners: ...
 
     @property
     def reread(self) -> Callable[[], Service]: ...
@@ -104,6 +108,7 @@ class Changes:
             await self._policy.restore_policy(before)
             raise
         self._service.reconfigured(plan)
+        await self._service.own_listeners.reconfigured()
         self._reloaded()
         self._log.info("generation %d serves", generation.number)
         return generation

@@ -19,6 +19,7 @@ from steer.control.claim import Claim
 from steer.control.notify import IgnoredReady, Listener, Notification
 from steer.controller import persisted
 from steer.controller.file_limit import FileLimit
+from steer.controller.own_listeners import NoOwnListeners, OwnListeners
 from steer.controller.persisted import PersistedService
 from steer.controller.pidfile import write_pid_file
 from steer.errors import SteerError
@@ -52,6 +53,7 @@ class Controller:
         pending_plan: after an adoption, the plan to change to once the service runs; None: none.
         is_in_program: whether a program called `steer.run` in this process, see `run.run`.
         early_notifications: notifications of workers that arrived before the loop ran.
+        own_listeners: what is done about listeners that workers open themselves.
         output_files: the files that standard output and standard error go to, by descriptor; None:
             the descriptor is no file.
         templates: the template processes; None: no generation of this controller has preloaded.
@@ -66,8 +68,10 @@ class Controller:
         log: Log,
         reread: Reread,
         is_in_program: bool = False,
+        own_listeners: OwnListeners | None = None,
     ) -> None:
         self.plan = plan
+        self.own_listeners = own_listeners or NoOwnListeners()
         self.is_in_program = is_in_program
         self.environment = environment
         self.log = log

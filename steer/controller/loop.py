@@ -116,7 +116,8 @@ class ControllerLoop:
             self._stop,
             started.is_in_program,
         )
-        self._server = Server(started.claim.socket, requests.handlers(), retry)
+        handlers = {**requests.handlers(), **started.own_listeners.handlers()}
+        self._server = Server(started.claim.socket, handlers, retry)
 
     async def run(self) -> bool:
         """Returns whether the controller has to be re-executed. Raises as `supervise`."""
@@ -135,10 +136,12 @@ class ControllerLoop:
             finally:
                 if not self._reexec.is_due.is_set():
                     await self._end_workers()
+                self._retry.attempt("leave listeners", self._service.own_listeners.end)
         await self._tasks.wait()
         return self._reexec.is_due.is_set()
 
     def _watch_workers(self) -> None:
+        self._service.own_listeners.begin(self._loop, self._pool)
         self._pool.watch(self._loop, self._changed)
         for lineage, message in self._service.early_notifications:
             self._pool.notified(lineage, message)
@@ -222,7 +225,7 @@ class ControllerLoop:
         if self._state.is_stopping:
             return
         plan = self._service.plan
-        self._log.info("serving %s", ", ".join(bind.label for bind in plan.binds))
+        self._log.info("serving %s", ", ".join(bind.label for bind in plan.service.binds))
         for line in plan.suggested_commands(sys.argv[0]):
             self._log.info("try: %s", line)
         self._state.set_running()
@@ -271,12 +274,14 @@ class ControllerLoop:
     async def _report(self, delays: Delays) -> schema.Service:
         recycled = dict(self._recycling.replaced) if self._recycling else {}
         delayed = delays.report()
-        return await status.report_of(self._service, self._state.name, delayed, recycled)
+        report = await status.report_of(self._service, self._state.name, delayed, recycled)
+        return self._service.own_listeners.report(report)
 
     def _changed(self, worker: WorkerHandle) -> None:
         self._health.changed(worker)
         self._groups.changed(worker)
         self._splits.changed(worker)
+        self._service.own_listeners.changed(worker)
         if worker.asks_replacement and worker.is_in_service:
             self._recycler().asked()
 

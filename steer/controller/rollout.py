@@ -10,9 +10,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from signal import Signals
 
 from steer.config.plan import Generation, Plan, WorkerSpec
 from steer.control.server import Progress
+from steer.controller import own_reload
 from steer.controller.turns import Turns
 from steer.errors import (
     AppLoadError,
@@ -64,15 +66,36 @@ class Rollout:
     async def renew(self, plan: Plan, progress: Progress) -> Generation:
         """Replace all workers by the workers of another plan.
 
+        Servers that open their listeners themselves, and can reload themselves, do that instead if
+        nothing has changed that only a start puts in force.
+
         Raises:
             WorkersFailed, AppLoadError, BindError, KernelError: the new workers do not start.
             ControlError: the service ends, or there is no room for the new workers.
         """
         generation = Generation(self._pool.generation.number + 1, plan)
+        number = own_reload.signal_for(self._pool.generation.plan, plan)
+        if number is not None:
+            await self._reload_each(number, generation)
+            return generation
         old = list(self._pool.workers)
         fresh = await self._start_or_explain(plan.all_specs, generation, progress)
         await self._switch(generation, fresh, old)
         return generation
+
+    async def _reload_each(self, number: Signals, generation: Generation) -> None:
+        """Have the servers reload themselves, one after the other."""
+        for worker in list(self._pool.workers):
+            try:
+                await own_reload.reload(worker, number)
+            except WorkersFailed as error:
+                raise error.under(self.turns.act) from None
+        self._persist(generation, self._pool.generation)
+        for worker in self._pool.workers:
+            worker.generation = generation
+            self._pool.entries.write(worker)
+        self._pool.generation = generation
+        self._persist(generation, generation)
 
     async def scale(self, plan: Plan, progress: Progress) -> None:
         """Start and end workers until there is one for each spec of the plan.

@@ -15,6 +15,7 @@ from steer.config.service import Service
 from steer.control import rundir, taken
 from steer.controller.controller import Controller, Reread
 from steer.controller.loop_import import await_loop
+from steer.controller.own_listeners import OwnListeners
 from steer.controller.start import Start
 from steer.errors import KernelError, in_words
 from steer.guard.handover import Handover, adopt
@@ -33,6 +34,7 @@ def run(
     reread: Reread,
     *,
     is_in_program: bool = False,
+    own_listeners: OwnListeners | None = None,
 ) -> int:
     """Run a service until it is told to end.
 
@@ -40,6 +42,7 @@ def run(
         reread: reads the configuration again, for a reload.
         is_in_program: whether a program called `steer.run` in this process. It may have children
             of its own, and may go on afterwards.
+        own_listeners: what is done about listeners that workers open themselves.
 
     Returns:
         The exit status.
@@ -56,22 +59,20 @@ def run(
     policy = find.find_or_problem(service.policy)
     decided = plan(service, topology.read(), probe.findings_before_start(), policy)
     try:
-        return _run(decided, environment, log, reread, is_in_program)
+        controller = Controller(decided, environment, log, reread, is_in_program, own_listeners)
+        return _run(controller)
     finally:
         output.stderr.finish(_LAST_LINES_S)
         output.stderr.close()
 
 
-def _run(
-    plan: Plan, environment: Mapping[str, str], log: Log, reread: Reread, is_in_program: bool
-) -> int:
+def _run(service: Controller) -> int:
     # From here on signals wait until the loop handles them.
     signals.hold_signals()
-    title.show(f"steer: controller {plan.name}")
+    title.show(f"steer: controller {service.plan.name}")
     fork.rename("steer")  # `python -m steer` starts as "python"
-    family.become_subreaper(is_in_program)
+    family.become_subreaper(service.is_in_program)
     with ExitStack() as undo:
-        service = Controller(plan, environment, log, reread, is_in_program)
         undo.callback(service.file_limit.spare.close)
         _start_or_adopt(service, undo)
         from steer.controller.loop import supervise
@@ -79,7 +80,7 @@ def _run(
         if supervise(service):
             undo.pop_all()
             _reexecute(service)
-    log.info("ended")
+    service.log.info("ended")
     return 0
 
 

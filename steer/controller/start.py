@@ -79,11 +79,11 @@ class Start:
             plan.name, plan.service.control_socket, environment, lost=self._lost
         )
         # Looking through all processes takes time, and is not needed if the ports are free.
-        is_held = any(map(port_checks.is_held, plan.binds))
+        is_held = any(map(port_checks.is_held, plan.service.binds))
         unattended = services.unattended(environment) if is_held else ()
         for each in abandoned.find(paths, unattended):
             is_here = each.control is not None and bool(record.living(each.control))
-            is_ours = each.name == plan.name and abandoned.is_in_the_way(each, plan.binds)
+            is_ours = each.name == plan.name and abandoned.is_in_the_way(each, plan.service.binds)
             if is_here or is_ours:
                 count = plural(len(each.workers), "worker")
                 self._log.warning("ending %s whose controller and guard were killed", count)
@@ -93,7 +93,7 @@ class Start:
 
     def check_free(self, step: Step) -> None:
         plan = self._service.plan
-        for bind in plan.binds:
+        for bind in plan.service.binds:
             if bind.label == step.object:
                 port_checks.check_free(bind, plan.service.settings)
 
@@ -144,8 +144,11 @@ class Start:
 
     def _announce(self, backend: Backend) -> None:
         plan, chosen = self._service.plan, self._service.plan.backends[0]
-        count = plan.number_in_words
-        self._log.info("%s: %s, %s on %s", plan.name, count, plan.policy.name, chosen.backend)
+        if plan.service.adopts:
+            self._log.info("%s: %s", plan.name, plural(len(plan.specs), "server"))
+        else:
+            count = plan.number_in_words
+            self._log.info("%s: %s, %s on %s", plan.name, count, plan.policy.name, chosen.backend)
         if plan.became:
             self._log.info("policy %s", plan.became)
         if chosen.reason:

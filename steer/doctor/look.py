@@ -13,7 +13,7 @@ import msgspec
 from steer import features
 from steer.backends.connections import Counting
 from steer.backends.open import open_first
-from steer.config import candidates, planning
+from steer.config import adopting, candidates
 from steer.config.plan import Plan
 from steer.config.service import Service
 from steer.doctor import facts as kernel_facts
@@ -114,7 +114,7 @@ def _plan(service: Service, probes: Mapping[str, Finding]) -> Plan | Unknown:
     # The checks say what would help.
     found = {name: Finding(each.answer, each.reason) for name, each in probes.items()}
     try:
-        return planning.plan(lenient, topology.read(), found, find.find(service.policy))
+        return adopting.shown(lenient, topology.read(), found, find.find(service.policy))
     except SteerError as error:
         return Unknown(error.note.found)
     except (OSError, ValueError) as error:

@@ -69,7 +69,7 @@ class Groups:
     def _look(self) -> float:
         """Survey all workers, at most once a second, then look closer at some. Returns the seconds
         until the next look."""
-        if self._pool.shutdown.has_begun:
+        if self._pool.shutdown.has_begun or not self._pool.binds:
             return math.inf
         now_s = self._pool.clock.read_s()
         if now_s >= self._second_due_s:

@@ -1,4 +1,5 @@
-"""Finds workers that listen on other sockets than those that steer gave them."""
+"""Finds workers that listen on other sockets than those that steer gave them, or elsewhere than at
+the address whose listeners are to be adopted."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from steer.linux.log import Log
 from steer.linux.waiting import Seen
 from steer.sockets import elsewhere
 from steer.values import several
+from steer.workers import own_listeners
 from steer.workers.handle import WorkerHandle, waits
 from steer.workers.process import WorkerProcess
 
@@ -21,6 +23,8 @@ may read a large table."""
 def diagnosis(process: WorkerProcess) -> tuple[str, str] | None:
     """Where a worker listens instead, and what to add to its command. None if it listens nowhere
     else, if it also waits on the sockets it was given, or if steer cannot see that."""
+    if process.launch.service.adopts:
+        return own_listeners.diagnosis(process)
     if all(bind.protocol != "tcp" for bind in process.launch.binds):
         return None
     if waits(process) is not Seen.NO:
@@ -44,6 +48,9 @@ def not_ready(process: WorkerProcess) -> WorkersFailed:
     limit = f"not ready within {process.launch.service.ready_timeout:g} s"
     if found := diagnosis(process):
         cause, cure = f"{limit}: {found[0]}", found[1]
+    elif process.launch.service.adopts:
+        why, cure = own_listeners.not_ready(process)
+        cause = f"{limit}: {why}"
     else:
         cause = limit
         cure = "see ready_timeout; ready is who says READY=1 or waits on its socket"

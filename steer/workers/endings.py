@@ -18,6 +18,7 @@ def why(gone: WorkerProcess, status: int | None, *, has_served: bool) -> Workers
     words = gone.last_words
     how, cure = fork.how_it_ended(status), ""
     if not has_served:
-        why_so, cure = servers.why_it_ended(gone.launch.service.command, status, words)
+        service = gone.launch.service
+        why_so, cure = servers.why_it_ended(service.command, status, words, service.adopts)
         how = f"{how}: {why_so}" if why_so else how
     return WorkersFailed("start workers", how, cure, detail=words)

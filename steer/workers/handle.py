@@ -19,6 +19,7 @@ from steer.linux import priority, processes
 from steer.linux.activity import activity, cpu_s, is_asleep, is_runnable
 from steer.linux.waiting import Seen, acceptors, waiters, waits_on
 from steer.policy.layout import Member
+from steer.workers import own_listeners
 from steer.workers.hang import Rest, is_busy
 from steer.workers.lifecycle import STABLE_S, State
 from steer.workers.process import WorkerProcess
@@ -279,4 +280,6 @@ class WorkerHandle(msgspec.Struct, eq=False):
 
 def waits(process: WorkerProcess) -> Seen:
     """Whether a process of the worker waits on the worker's sockets."""
+    if process.launch.service.adopts:
+        return own_listeners.waits(process)
     return waits_on(process.pid, process.inodes)

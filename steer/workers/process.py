@@ -312,6 +312,10 @@ class WorkerProcess:
         """See `Finishing.why_this_signal`."""
         return self._finishing.why_this_signal
 
+    def signal(self, number: int) -> None:
+        """Send a signal to its first process."""
+        fork.terminate(self._pidfd, number)
+
     def terminate(self, quick: bool = False) -> None:
         """Tell it to finish; see `Finishing.tell`."""
         self._finishing.tell(quick)

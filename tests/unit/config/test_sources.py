@@ -61,6 +61,9 @@ SOURCES: dict[str, tuple[Any, tuple[str, Any], tuple[Any, Any]]] = {
     "bind": ([":1"], (":2,:22", (":2", ":22")), ((":3", ":33"), (":3", ":33"))),
     "workers": (1, ("2", 2), ("3", 3)),
     "spares": (1, ("2", 2), ("3", 3)),
+    "socket": ("adopt", ("inherit", "inherit"), ("adopt", "adopt")),
+    "instances": (2, ("3", 3), ("4", 4)),
+    "reload_signal": ("HUP", ("USR1", "USR1"), ("none", "none")),
     "policy": ("hash", ("random", "random"), ("round-robin", "round-robin")),
     "params": (["a=1"], ("b=2, c=3", ("b=2", "c=3")), (("d=4",), ("d=4",))),
     "backend": ("ebpf", ("cbpf", "cbpf"), ("kernel", "kernel")),
@@ -103,17 +106,28 @@ def frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+ADOPTS = {"command": ("x",), "socket": "adopt"}
+WITH: dict[str, dict[str, Any]] = {
+    "socket": {"command": ("x",)},
+    "instances": ADOPTS,
+    "reload_signal": ADOPTS,
+}
+"""What has to be on the command line, too."""
+
+
 @pytest.mark.parametrize("key", list(SOURCES))
 def test_command_line_over_environment_over_file_over_default(key: str) -> None:
     in_file, (text, in_environment), (option, on_command_line) = SOURCES[key]
     name = f"STEER_{key.upper()}"
     default = getattr(Service(), key)
     assert default not in (frozen(in_file), on_command_line)
-    assert getattr(load({key: option}, {name: text}, {key: in_file}), key) == on_command_line
-    assert getattr(load({key: None}, {name: text}, {key: in_file}), key) == in_environment
-    assert getattr(load({key: option}, {}, {key: in_file}), key) == on_command_line
-    assert getattr(load({}, {}, {key: in_file}), key) == frozen(in_file)
-    assert getattr(load({key: None}), key) == default
+    more = WITH.get(key, {})
+    with_option, without = {**more, key: option}, {**more, key: None}
+    assert getattr(load(with_option, {name: text}, {key: in_file}), key) == on_command_line
+    assert getattr(load(without, {name: text}, {key: in_file}), key) == in_environment
+    assert getattr(load(with_option, {}, {key: in_file}), key) == on_command_line
+    assert getattr(load(more, {}, {key: in_file}), key) == frozen(in_file)
+    assert getattr(load(without), key) == default
 
 
 def test_each_key_comes_from_its_own_highest_source() -> None:

@@ -105,7 +105,7 @@ class ServingProcess(FakeProcess):
         self.bound = self.inodes = (pid,)
         self.problem, self.last_words, self.why_this_signal = None, "", ""
         self.launch = SimpleNamespace(
-            service=SimpleNamespace(command=(), ready_timeout=60.0), binds=()
+            service=SimpleNamespace(command=(), ready_timeout=60.0, adopts=False), binds=()
         )
 
     @property
