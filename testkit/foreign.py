@@ -52,6 +52,19 @@ StartServers 2
 """
 """A listener for each CPU of the machine. There is nothing to serve: every answer is 404."""
 EXAMPLES = ROOT / "examples" / "attach"
+NGINX_STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+NGINX_UDP = """
+load_module {module};
+daemon off;
+worker_processes {workers};
+pid {home}/nginx.pid;
+error_log stderr crit;
+events {{}}
+stream {{
+    server {{ listen {bind} udp reuseport; return $pid; }}
+}}
+"""
+"""Answers each datagram with the number of the worker."""
 APP = "def app(environ, start):\n    start('200 OK', [])\n    return [b'']\n"
 MEMBER = """
 import select, socket, sys
@@ -103,6 +116,22 @@ def nginx(home: Path, bind: str) -> Iterator[int]:
     file = nginx_file(home, bind)
     with running("nginx", "-c", str(file)) as master:
         yield master.pid
+
+
+@contextmanager
+def nginx_udp(home: Path, bind: str, workers: int = 3) -> Iterator[int]:
+    """Its master. There are that many workers, soon."""
+    file = home / "nginx.conf"
+    write_nginx_udp(file, bind, workers)
+    with running("nginx", "-c", str(file)) as master:
+        yield master.pid
+
+
+def write_nginx_udp(file: Path, bind: str, workers: int) -> None:
+    text = NGINX_UDP.format(
+        home=file.parent, bind=bind, workers=workers, module=NGINX_STREAM_MODULE
+    )
+    file.write_text(text)
 
 
 @contextmanager

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from steer import abi
+from steer.attach.binds import listeners_at
+from steer.config.address import Bind
 from steer.policy import classic
 from steer.sockets import group_program
+from testkit import foreign
 from testkit.attached import HOST, Attach, attaching, is_even
 from testkit.fixtures import RunSteer
 from testkit.harness import CPUS, PORT
@@ -200,6 +203,21 @@ def test_tcp_and_udp_at_one_port_are_two_services(attach: Attach) -> None:
     with server(2), socket.create_server((HOST, PORT), reuse_port=True):
         attach(name=name)
         attach(where=f"{HOST}:{PORT}", name=f"{name}-2")
+
+
+@pytest.mark.needs("nginx-stream")
+def test_workers_of_nginx_get_their_turns_also_after_reloads(attach: Attach, home: Path) -> None:
+    bind = Bind("udp", HOST, PORT)
+    with foreign.nginx_udp(home, f"{HOST}:{PORT}", 3) as master:
+        eventually(lambda: len(listeners_at(bind)) == 3)
+        attached = attach("--policy", "round-robin")
+        assert is_even(answers(90), 3, len(CPUS))
+        for workers in (1, 3):
+            foreign.write_nginx_udp(home / "nginx.conf", f"{HOST}:{PORT}", workers)
+            os.kill(master, signal.SIGHUP)
+            eventually(lambda count=workers: states(attached) == ["ready"] * count)
+            eventually(lambda count=workers: is_even(answers(60), count, len(CPUS)))
+        assert attached.stop() == 0
 
 
 # ---- connected sockets
