@@ -25,6 +25,7 @@ class Event(Enum):
     EXITED = "its process ended"
     LATE = "not ready within ready_timeout: killed"
     DRAIN = "a drain is requested"
+    LEAVES = "it says that it is about to exit (STOPPING=1)"
     UNDRAIN = "the drain is undone"
     STUCK = "it is hung: its accept queue is not draining, or it missed its watchdog"
     BACK = "it is no longer hung"
@@ -62,6 +63,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
     S.READY: {
         E.EXITED: (S.BACKOFF, (C.DEACTIVATE, C.REPLACE, C.BACK_OFF)),
         E.DRAIN: (S.DRAINING, (C.DEACTIVATE,)),
+        E.LEAVES: (S.DRAINING, (C.DEACTIVATE, C.REPLACE)),
         # It leaves the table before its queue is migrated, or connections would come back to it.
         E.STUCK: (S.HUNG, (C.DEACTIVATE, C.REPLACE, C.MIGRATE_QUEUE)),
         # It leaves the table first, or its last connections would come after the signal.
@@ -77,6 +79,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, Step]] = {
     S.HUNG: {
         E.BACK: (S.READY, (C.ACTIVATE,)),
         E.DRAIN: (S.DRAINING, ()),
+        E.LEAVES: (S.DRAINING, ()),
         E.EXITED: (S.BACKOFF, (C.REPLACE, C.BACK_OFF)),
         # It may have been busy rather than hung, so it gets the same time to finish as others.
         E.RETIRE: (S.STOPPING, (C.DRAIN,)),

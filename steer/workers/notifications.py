@@ -86,7 +86,7 @@ class Notifications:
         if worker.has_triggered_watchdog or worker.asks_replacement:
             self._changed(worker)
         if message.get("STOPPING") == "1":
-            self._report(worker, Event.DRAIN)
+            self._report(worker, Event.LEAVES)
         if message.get("READY") == "1" and worker.state is State.STARTING:
             worker.says_ready = True
             arguments = processes.arguments(sender) or process.launch.service.command

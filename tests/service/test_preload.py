@@ -136,6 +136,22 @@ def test_crashed_worker_is_forked_by_the_template(service: StartService) -> None
     assert not is_running(before["pid"])
 
 
+def test_spares_are_forked_by_the_template(service: StartService) -> None:
+    running = service("-w", "1", "--spares=1", *RUN)
+    template = template_of(running)
+    for _ in range(2):
+        (spare,) = eventually(lambda: of_state(running, "spare"))
+        (worker,) = of_state(running, "ready")
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda spare=spare: of_state(running, "ready"), [spare])
+        told = ask()
+        assert (told["pid"], told["imported_by"]) == (spare, template)
+
+
+def of_state(running: Service, state: str) -> list[int]:
+    return [each["pid"] for each in running.workers() if each["state"] == state]
+
+
 def test_restarted_and_additional_workers_are_forked_by_the_template(service: StartService) -> None:
     running = service("-w", "1", *RUN)
     template = template_of(running)

@@ -280,6 +280,17 @@ def test_a_worker_that_is_drained_keeps_its_place(service: StartService) -> None
 
 
 @ebpf
+def test_one_that_says_it_stops_is_replaced_before_it_has_ended(service: StartService) -> None:
+    running = service(*OPTIONS, "-w", "1", "--spares=1", "app:accepts")
+    (leaving,), (spare,) = pids(running, "ready"), pids(running, "spare")
+    assert answer(request("/stopping"))["pid"] == leaving
+    eventually(lambda: pids(running, "draining"), [leaving])
+    assert answered(4) == {spare: 4}
+    running.steer("undrain", "0").check_returncode()
+    assert pids(running, "spare") == [leaving]
+
+
+@ebpf
 @pytest.mark.needs("root")
 def test_who_is_a_spare_is_known_to_the_controller_that_adopts(
     service: StartService, home: Path

@@ -31,7 +31,7 @@ from testkit.growth_fakes import FakeService, OrderedBackend, pid_of, plan_for, 
 
 WORKERS = 4
 NUMBERS = st.integers(0, 2 * WORKERS)
-TOLD = [Event.DRAIN, Event.UNDRAIN, Event.STUCK, Event.BACK]
+TOLD = [Event.DRAIN, Event.LEAVES, Event.UNDRAIN, Event.STUCK, Event.BACK]
 
 
 class WoundLoop(asyncio.SelectorEventLoop):
